@@ -22,7 +22,6 @@ ALL_LINEAR, ATTENTION = "all-linear", "attention"
 NEUTRAL: Mapping[str, Any] = {
     "bias": "none",
     "lora_bias": False,
-    "fan_in_fan_out": False,
     "use_qalora": False,
     "layer_replication": None,
     "target_parameters": None,
@@ -37,7 +36,8 @@ NEUTRAL: Mapping[str, Any] = {
     "monteclora_config": None,
     "velora_config": None,
 }
-"""Fields of PEFT's adapter_config.json that change what is computed, and the values at which they do not."""
+"""Fields of PEFT's adapter_config.json that change what is computed, and the values at which they do not. `fan_in_fan_out` is
+not among them: PEFT sets it as the kind of layer needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)

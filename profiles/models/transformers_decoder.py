@@ -110,6 +110,10 @@ class Facts:
     hidden_size, num_hidden_layers, adapter_body."""
     prefix: str
     """transformers' name of the body."""
+    embedding: str
+    """Our name of the embedding's weight."""
+    head: str
+    """That of the head's, which is the embedding's own where they are tied and then not among `tensors`."""
     rename: Callable[[str], str]
     """From a name in a checkpoint, of whatever version, to that in transformers' state_dict."""
     unexpected: tuple[str, ...]
@@ -275,10 +279,13 @@ def _facts(text: str) -> Facts:
     if f"{prefix}." != BODY or (wrapper and not wrapper.endswith("ForConditionalGeneration")):
         known["adapter_body"] = f"{prefix}."
     unexpected = getattr(made, "_keys_to_ignore_on_load_unexpected", None) or ()
+    names = {id(child): _our_name(name, prefix) for name, child in made.named_modules()}
     return Facts(
         tensors=tuple(tensors),
         config={key: value for key, value in known.items() if value},
         prefix=prefix,
+        embedding=f"{names[id(made.get_input_embeddings())]}.weight",
+        head=f"{names[id(made.get_output_embeddings())]}.weight",
         rename=_renaming(made),
         unexpected=tuple(sorted(unexpected)),
     )

@@ -11,6 +11,7 @@ import array
 import io
 import os
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,25 @@ STRING, ARRAY = 8, 9
 MOST_PAIRS = 1 << 16
 
 
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A value of the metadata; `kind` and `inner` (of a list's elements) are GGUF's numbers of types."""
+
+    value: Any
+    kind: int
+    inner: int | None = None
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Every key of the header with its value: numbers, strings, lists of strings and lists of numbers (as arrays).
 
     Raises InputError if the file cannot be read, is truncated, or is not a GGUF file of a known version.
     """
+    return {key: one.value for key, one in read_typed(path).items()}
+
+
+def read_typed(path: Path) -> dict[str, Value]:
+    """The same with the types of the values."""
     try:
         with path.open("rb") as file:
             return _Pairs(file).read()
@@ -43,7 +58,7 @@ class _Pairs:
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Value]:
         if self._bytes(4) != MAGIC:
             raise ValueError("GGUF magic invalid")
         version = self._number("I")
@@ -54,13 +69,13 @@ class _Pairs:
             raise ValueError(f"{count} keys in its header")
         return {self._string(): self._value(self._number("I")) for _ in range(count)}
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int) -> Value:
         if kind == STRING:
-            return self._string()
+            return Value(value=self._string(), kind=kind)
         if kind == ARRAY:
             inner, count = self._number("I"), self._number("Q")
-            return self._list(inner, count)
-        return self._number(_letter(kind))
+            return Value(value=self._list(inner, count), kind=kind, inner=inner)
+        return Value(value=self._number(_letter(kind)), kind=kind)
 
     def _list(self, kind: int, count: int) -> Any:
         if count > self._size:  # an element takes at least a byte

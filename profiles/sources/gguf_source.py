@@ -30,7 +30,7 @@ from tightfit.profiles.sources.gguf_metadata import read_metadata
 from tightfit.profiles.weights.describe import EMBEDDINGS, decoder_tensors, packed_entry
 from tightfit.profiles.weights.pack import q4_blocks
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
-from tightfit.profiles.weights.source import Source, SourceTensor
+from tightfit.profiles.weights.source import Held, Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import BLOCKS, VERSION, Entry
 
@@ -43,7 +43,7 @@ UNPACKED = "bfloat16"
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-class _Reader(gguf.GGUFReader):
+class Reader(gguf.GGUFReader):
     """gguf's reader on a plain array: slicing a memmap for each of 100,000 strings takes three times as long."""
 
     @property
@@ -63,7 +63,7 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
     """
     metadata = read_metadata(path)
     try:
-        reader = _Reader(path)
+        reader = Reader(path)
     except Exception as error:  # a damaged file makes the reader raise all kinds of errors
         raise InputError(
             f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again"
@@ -101,7 +101,8 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
     def tensors() -> Iterable[SourceTensor]:
         for entry, tensor in parts:
             rows = _row_reader(path, config, entry, tensor)
-            yield SourceTensor(entry=entry, rows=rows, place=f"{path}: tensor {tensor.name!r}")
+            held = Held(key=tensor.name, dtype=tensor.tensor_type.name)
+            yield SourceTensor(entry=entry, rows=rows, place=f"{path}: tensor {tensor.name!r}", held=held)
 
     return Source(
         name=path.stem,

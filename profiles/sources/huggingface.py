@@ -23,7 +23,7 @@ from tightfit.profiles.models.family import family_of
 from tightfit.profiles.sources.quantised import QuantisedMatrix, find, method_of
 from tightfit.profiles.weights.describe import EMBEDDINGS, describe
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
-from tightfit.profiles.weights.source import Source, SourceTensor, read_config, without_names
+from tightfit.profiles.weights.source import Held, Source, SourceTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
 
@@ -94,13 +94,12 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
     def tensors() -> Iterable[SourceTensor]:
         for entry in entries.values():
             if entry.name in quantised:
-                matrix = quantised[entry.name]
-                place = f"{held[min(matrix.parts)][0]}: tensor {entry.name!r} ({matrix.held})"
-                yield SourceTensor(entry=entry, rows=matrix.rows, place=place)
+                yield quantised_tensor(entry.name, quantised[entry.name], held, entry)
                 continue
             file, key = held[entry.name]
             rows = _row_reader(file, opened.slice(entry.name), key, entry)
-            yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}")
+            plain = Held(key=key, dtype=kinds[entry.name])
+            yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}", held=plain)
 
     return Source(
         name=name or path.name,
@@ -149,6 +148,21 @@ def find_quantised(
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return {name: matrix for name, matrix in found.items() if matrix is not None}
+
+
+def quantised_tensor(
+    name: str, matrix: QuantisedMatrix, held: Mapping[str, tuple[Path, str]], entry: Entry
+) -> SourceTensor:
+    """The matrix `name` of `held`, to be packed as `entry`."""
+    first = min(matrix.parts)
+    file, key = held[first]
+    whole = Held(
+        key=f"{key.removesuffix(first.removeprefix(name.removesuffix('weight')))}weight",
+        dtype=matrix.held,
+        parts=frozenset(held[part][1] for part in matrix.parts),
+    )
+    place = f"{file}: tensor {name!r} ({matrix.held})"
+    return SourceTensor(entry=entry, rows=matrix.rows, place=place, held=whole)
 
 
 def checkpoint_files(path: Path) -> list[Path]:

@@ -26,12 +26,13 @@ from tightfit.profiles.sources.huggingface import (
     checkpoint_files,
     checkpoint_keys,
     find_quantised,
+    quantised_tensor,
     text_name,
 )
 from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
 from tightfit.profiles.weights.describe import packed_entry
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
-from tightfit.profiles.weights.source import Source, SourceTensor, read_config, without_names
+from tightfit.profiles.weights.source import Held, Source, SourceTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
 
@@ -93,13 +94,12 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
         for tensor in found.tensors:
             entry = entries[tensor.name]
             if tensor.key in quantised:
-                matrix = quantised[tensor.key]
-                place = f"{held[min(matrix.parts)][0]}: tensor {tensor.key!r} ({matrix.held})"
-                yield SourceTensor(entry=entry, rows=matrix.rows, place=place)
+                yield quantised_tensor(tensor.key, quantised[tensor.key], held, entry)
             elif tensor.name in places:
                 file, key = places[tensor.name]
                 rows = _file_rows(file, opened.slice(tensor.key), key, tensor)
-                yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}")
+                plain = Held(key=key, dtype=kinds[tensor.key], transposed=tensor.transposed)
+                yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}", held=plain)
             else:
                 yield SourceTensor(entry=entry, rows=_value_rows(tensor))
 

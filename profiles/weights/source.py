@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Held:
+    """Where a file of the source has a tensor, and how."""
+
+    key: str
+    """What the file calls it; of a quantised matrix in safetensors, what it would be called if it were not quantised."""
+    dtype: str
+    """The type in which the file holds it, under the file's own name."""
+    parts: frozenset[str] = frozenset()
+    """Names in the files of the tensors that a quantised matrix is made of."""
+    transposed: bool = False
+    """Whether the file has rows and columns the other way round."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceTensor:
     """A tensor whose rows are read on demand."""
 
@@ -27,6 +41,8 @@ class SourceTensor:
     """rows(start, stop) returns floats [stop - start, ...], or uint8 [stop - start, row bytes] if already packed."""
     place: str = ""
     """In words, for errors: the file that holds it, and what it is called there."""
+    held: Held | None = None
+    """None: no file holds it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,9 @@ import typer
 from tightfit.planner.solvers.solver_interrupts import left_alone
 from tightfit.runtime.cli.compare import compare
 from tightfit.runtime.cli.devices import devices
+from tightfit.runtime.cli.eval import evaluate
 from tightfit.runtime.cli.fleet import fleet
+from tightfit.runtime.cli.merge import merge
 from tightfit.runtime.cli.options import failure, usage
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
@@ -66,8 +68,9 @@ def _tightfit(
         typer.echo(f"tightfit: {limit}, hardly enough to load PyTorch and a solver", err=True)
 
 
-for command in (profile, devices, plan, compare, run, serve):
+for command in (profile, devices, plan, compare, run, merge, serve):
     app.command()(command)
+app.command(name="eval")(evaluate)
 app.add_typer(fleet, name="fleet")
 
 

@@ -160,7 +160,9 @@ def prepared(
         preparation.check("reading the plan")
     with locked(directory) as lock, staged(directory) as staging:
         replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite, elsewhere=seat is not None)
-        written = partial(_prepare, plan, truncate=truncate, seed=options.seed, stages=stages, preparation=preparation)
+        written = partial(
+            prepare_data, plan, truncate=truncate, seed=options.seed, stages=stages, preparation=preparation
+        )
         train = None if receives_batches(plan) else written(data, staging, "train")
         evaluation = None if eval_data is None or train is None else written(eval_data, staging, "evaluate")
         settings = settings_of(
@@ -194,7 +196,7 @@ def prepared(
         yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished, fleet=figures)
 
 
-def _prepare(
+def prepare_data(
     plan: Plan,
     data: Data,
     folder: Path,

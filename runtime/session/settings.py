@@ -107,8 +107,9 @@ def order_of(
     cgroup: bool,
     finished: dict[str, Any] | None = None,
     fleet: dict[str, Any] | None = None,
+    evaluates: bool = False,
 ) -> RunOrder:
-    """Write the job into `directory` and return the order to start its training process.
+    """Write the job into `directory` and return the order to start its training process, which with `evaluates` takes no step.
 
     `lock` is the descriptor that locks `directory`; `fleet` what the report says of the fleet that the run is part of
     (`tightfit.runtime.session.fleet.figures_of`). Raises RunError if the disk refuses.
@@ -116,13 +117,17 @@ def order_of(
     floor = plan.device.floor
     uncounted = {} if floor.tables_on_disk else {page_out.VARIABLE: ""}
     uncounted |= {} if floor.cuda_stubs else {cuda_stubs.VARIABLE: ""}
+    planned = {**planned_figures(plan), "fleet": fleet}
+    if evaluates and plan.evaluate:
+        planned["peak_bytes"] = plan.evaluate.peak_bytes
     order = RunOrder(
         directory=str(directory),
         lock=lock,
         environment=child_environment(plan.device.threads) | uncounted,
-        planned={**planned_figures(plan), "fleet": fleet},
+        planned=planned,
         cgroup=cgroup,
         finished=finished,
+        evaluates=evaluates,
     )
     with writing_to(directory):
         job.write(order.job)
@@ -143,6 +148,7 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
         "evaluate": _phase([plan.evaluate] if plan.evaluate else [], plan.device.floor.supervisor_bytes),
         "policy": plan.policy,
         "plan_fingerprint": plan.fingerprint,
+        "base": {"source": plan.model.source, "rounding": plan.model.rounding},
     }
 
 

@@ -17,7 +17,10 @@ from tightfit.runtime.common.run_folder import writing_to
 LATEST_STEPS = 500
 """so many latest steps are remembered with their seconds, so that a run of any length needs the same memory"""
 
-
+ALONE = "alone"
+"""when a run that takes no step evaluates"""
+LARGEST_EXPONENT = 709.0
+"""e to a larger power is no float"""
 FLEET_SECONDS = ("seconds", "exchange_seconds", "update_seconds")
 """of an update of a fleet: from the update before, and its last parts"""
 
@@ -147,6 +150,7 @@ def build_report(
         "cgroup_peak_bytes": observed.cgroup_peak_bytes,
         "policy": planned["policy"],
         "plan_fingerprint": planned["plan_fingerprint"],
+        "base": planned.get("base"),
         "timeline": observed.timelines,
     }
     if planned.get("fleet"):
@@ -154,6 +158,25 @@ def build_report(
     if observed.profiled:
         report["profiled_step"] = profiled_step(observed.profiled)
     return report
+
+
+def evaluation_report(report: dict[str, Any], *, by_token: bool) -> dict[str, Any]:
+    """The report of a run that evaluated once and took no step, of its `report`. `by_token`: its loss is a mean over tokens, as
+    that of a decoder.
+    """
+    import math  # as `statistics` below: once the training process has ended
+
+    memory = ("budget_bytes", "enforced_by", "floor_bytes", "peak_bytes", "processes", "program_bytes")
+    kept = (*memory, "preparation_bytes", "cgroup_peak_bytes", "base", "plan_fingerprint")
+    (found,) = report["evaluation"].values()
+    told = {name: found[name] for name in ("loss", "accuracy", "questions", "records", "seconds")}
+    likely = by_token and told["loss"] < LARGEST_EXPONENT
+    return {
+        "loss": told["loss"],
+        "perplexity": math.exp(told["loss"]) if likely else None,
+        **told,
+        **{name: report[name] for name in kept},
+    }
 
 
 def fleet_told(planned: dict[str, Any], taken: Sequence[dict[str, float]], directory: str) -> dict[str, Any]:

@@ -10,44 +10,23 @@ from tightfit.runtime.common.units import format_size, padding_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 
 def report_text(report: dict[str, Any]) -> RenderableType:
     """Tables with predicted and measured figures, and where the adapter (of a module: the model) was saved."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("", "predicted", "measured", "measured / predicted"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    peak, step = report["peak_bytes"], report["step_seconds"]
-    processes = report.get("processes", {})  # reports of older versions have none
-    several = len(processes) > 1
-    figures = [("peak of its processes" if several else "peak of the process", peak)]
-    figures += [(f"– {name}", one) for name, one in processes.items() if several]
-    for name, one in figures:
-        ratio = f"{one['measured'] / one['predicted']:.4f}"
-        table.add_row(name, format_size(one["predicted"]), format_size(one["measured"]), ratio)
+    table = _memory_table(report)
+    step = report["step_seconds"]
     taken = step["measured"]  # None where the metrics of a resumed run are lost
     ratio = f"{taken / step['predicted']:.3f}" if taken and step["predicted"] else "–"
     table.add_row("step", f"{step['predicted']:.3f} s", f"{taken:.3f} s" if taken else "–", ratio)
     if tokens := report.get("tokens"):
         rate = f"{tokens['per_second']:,.0f}"
         table.add_row(f"tokens/s ({padding_text(tokens['padding_share'])})", "–", rate, "–")
-    cap = "the kernel (memory cgroup)" if report["enforced_by"] == "cgroup" else "the process's own meter"
-    counted = report.get("cgroup_peak_bytes")
     rows = [
-        (
-            "cap",
-            f"{format_size(report['budget_bytes'])}, enforced by {cap}"
-            + (f", which counted {format_size(counted)} with page cache and its own tables" if counted else ""),
-        ),
-        *(
-            [("prepared in", f"{format_size(report['preparation_bytes'])}: plan and data, before training began")]
-            if report.get("preparation_bytes")
-            else []
-        ),
+        *_cap_rows(report, "training"),
         (
             "loss",
             f"{report['loss'][0]:.4f} → {report['loss'][-1]:.4f} in {len(report['loss'])} steps"
@@ -68,6 +47,47 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         rows.append((f"evaluated {when}", f"loss {found['loss']:.4f}{accuracy}"))
     profiled = report.get("profiled_step")
     return Group(table, facts_table(rows), *([_profiled_table(profiled)] if profiled else []))
+
+
+def evaluation_text(report: dict[str, Any]) -> RenderableType:
+    """What an evaluation found, and its memory."""
+    from rich.console import Group
+
+    rows = [("loss", f"{report['loss']:.4f}")]
+    if report["perplexity"] is not None:
+        rows.append(("perplexity", f"{report['perplexity']:.3f}"))
+    if report["accuracy"] is not None:
+        rows.append(("accuracy", f"{report['accuracy']:.3f} on {report['questions']} questions"))
+    rows += [("evaluated", f"in {report['seconds']:.1f} s"), *_cap_rows(report, "it")]
+    return Group(_memory_table(report), facts_table(rows))
+
+
+def _memory_table(report: dict[str, Any]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "predicted", "measured", "measured / predicted"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    processes = report.get("processes", {})  # reports of older versions have none
+    several = len(processes) > 1
+    figures = [("peak of its processes" if several else "peak of the process", report["peak_bytes"])]
+    figures += [(f"– {name}", one) for name, one in processes.items() if several]
+    for name, one in figures:
+        ratio = f"{one['measured'] / one['predicted']:.4f}"
+        table.add_row(name, format_size(one["predicted"]), format_size(one["measured"]), ratio)
+    return table
+
+
+def _cap_rows(report: dict[str, Any], what: str) -> list[tuple[str, str]]:
+    """The cap and who enforced it; what preparing took before `what` began."""
+    cap = "the kernel (memory cgroup)" if report["enforced_by"] == "cgroup" else "the process's own meter"
+    counted = report.get("cgroup_peak_bytes")
+    seen = f", which counted {format_size(counted)} with page cache and its own tables" if counted else ""
+    rows = [("cap", f"{format_size(report['budget_bytes'])}, enforced by {cap}{seen}")]
+    if prepared := report.get("preparation_bytes"):
+        rows.append(("prepared in", f"{format_size(prepared)}: plan and data, before {what} began"))
+    return rows
 
 
 def _profiled_table(profiled: dict[str, Any]) -> RenderableType:

@@ -28,7 +28,14 @@ from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
 from tightfit.runtime.supervision.failure import fail
 from tightfit.runtime.supervision.progress import TrainingProgress
-from tightfit.runtime.supervision.report import LATEST_STEPS, Observed, build_report, write_report
+from tightfit.runtime.supervision.report import (
+    ALONE,
+    LATEST_STEPS,
+    Observed,
+    build_report,
+    evaluation_report,
+    write_report,
+)
 from tightfit.runtime.supervision.training_process import RunOrder, TrainingProcess, started
 
 Progress = Callable[[int, float, float, int, int, int | None], None]
@@ -52,6 +59,8 @@ class Show:
     """path and version (1 or 2) of the cgroup that this process was put into"""
     home: str | None
     """path of the cgroup that it was in before, to which it returns at the end"""
+    output: str | None = None
+    """path for the result of an evaluation; None: it is printed alone"""
 
 
 def supervise(
@@ -93,6 +102,8 @@ def supervise(
         program_bytes=None if counted else own_bytes,
         preparation_bytes=preparation_bytes,
     )
+    if order.evaluates:
+        return evaluation_report(report, by_token=order.planned["places_per_step"] is not None)
     if order.finished:  # no step was taken now: keep the earlier report but for the evaluation
         report = order.finished | {"evaluation": report["evaluation"]}
     write_report(order.directory, report)
@@ -111,7 +122,8 @@ def _follow(child: TrainingProcess, progress: Progress | None, stages: Stages | 
                 message.get("tokens"),
             )
         elif message["event"] == "evaluating" and stages:
-            stages(f"evaluating {message['when']}", message["done"], message["total"])
+            what = "evaluating" if message["when"] == ALONE else f"evaluating {message['when']}"
+            stages(what, message["done"], message["total"])
 
 
 def hand_over(order: RunOrder, show: Show, group: MemoryCgroup | None, *, replace: bool) -> int:
@@ -169,7 +181,9 @@ def main(arguments: Sequence[str]) -> int:
                 counted=True,
                 preparation_bytes=show.preparation_bytes,
             )
-        if not training.stepped:
+        if show.output:
+            _write(show.output, report)
+        if not training.stepped and not order.evaluates:
             sys.stderr.write(
                 f"already done: {order.directory} has all {show.steps} steps; give more --steps to go on\n"
             )
@@ -179,15 +193,27 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         if group:
             group.leave(show.home)
+        if order.evaluates:
+            import shutil
+
+            shutil.rmtree(order.directory, ignore_errors=True)
     return 0
+
+
+def _write(path: str, report: dict[str, Any]) -> None:
+    from tightfit.runtime.common.files import write_whole
+    from tightfit.runtime.common.strict_json import to_json
+
+    write_whole(path, to_json(report) + "\n")
 
 
 def _answer(report: dict[str, Any], *, as_json: bool) -> None:
     # The training process has ended, so that imports no longer add to the run's peak.
     from tightfit.runtime.supervision.printing import answer
-    from tightfit.runtime.supervision.report_text import report_text
+    from tightfit.runtime.supervision.report_text import evaluation_text, report_text
 
-    answer(report, None if as_json else report_text(report), as_json=as_json)
+    text = report_text if "timeline" in report else evaluation_text
+    answer(report, None if as_json else text(report), as_json=as_json)
 
 
 def measure() -> int:

@@ -46,6 +46,8 @@ class RunOrder:
     """whether to have the kernel enforce the cap, if a memory cgroup can be made"""
     finished: dict[str, Any] | None = None
     """the earlier report, if all steps were taken by an earlier run and only an evaluation is missing"""
+    evaluates: bool = False
+    """whether it evaluates once and takes no step; its directory is then a temporary one"""
 
     @property
     def job(self) -> str:
@@ -136,7 +138,7 @@ class TrainingProcess:
         if observed.error:
             raise ERRORS.get(observed.error["kind"], RunError)(observed.error["message"])
         if observed.interrupted and not observed.interrupted["checkpoint"]:
-            raise RunError("interrupted before the first step; start again")
+            raise RunError(f"interrupted{'' if self.order.evaluates else ' before the first step'}; start again")
         if observed.interrupted:
             raise RunError(
                 f"interrupted after step {observed.interrupted['step']}; everything is saved in {observed.interrupted['checkpoint']}, continue with --resume"
@@ -149,6 +151,8 @@ class TrainingProcess:
             if checkpoints
             else "no checkpoint was saved yet, start again with --overwrite"
         )
+        if self.order.evaluates:
+            saved = "start again"
         if code == -signal.SIGKILL and self.group and self.group.oom_kills():
             way = "profile again on this machine and plan anew"
             if in_memory(Path(self.order.directory)):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tightfit.profiles.schema import Profile
     from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
     from tightfit.runtime.common.units import parse_size
+    from tightfit.runtime.results.evaluation import evaluate
+    from tightfit.runtime.results.merge import merge
     from tightfit.runtime.session.launch import run
     from tightfit.runtime.session.session import Session
 
@@ -41,11 +43,13 @@ __all__ = [
     "TightfitError",
     "compare",
     "connect",
+    "evaluate",
     "explain",
     "find_device",
     "known_devices",
     "load_plan",
     "load_profile",
+    "merge",
     "minimum_budget",
     "parse_size",
     "plan",
@@ -70,6 +74,8 @@ _PLACES = {
     "profiles.schema": ("Profile",),
     "runtime.common.errors": ("CapError", "InfeasibleError", "InputError", "RunError", "TightfitError"),
     "runtime.common.units": ("parse_size",),
+    "runtime.results.evaluation": ("evaluate",),
+    "runtime.results.merge": ("merge",),
     "runtime.session.launch": ("run",),
     "runtime.session.session": ("Session",),
 }

@@ -128,6 +128,7 @@ def write_gguf(
     tokenizer: Tokenizer | None = None,
     metadata: dict[str, Any] | None = None,
     leave_out: tuple[str, ...] = (),
+    alignment: int | None = None,
 ) -> Path:
     """Write weights as llama.cpp's converter would: q and k permuted for Llama, Gemma's norms plus one."""
     family = {"gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
@@ -152,6 +153,8 @@ def write_gguf(
     writer.add_float32(f"{family}.rope.freq_base", config.get("rope_theta", 10000.0))
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
     if tokenizer is not None:
         add_tokenizer(writer, tokenizer)
     for name, tensor in weights.items():

@@ -48,7 +48,8 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
         one.begin()
         for step in one.steps():
             one.take(step)
-        one.evaluate("after")
+        if not one.alone:
+            one.evaluate("after")
     except (_Stopped, Gone):
         one.interrupted()
         return INTERRUPTED
@@ -68,6 +69,8 @@ class _Run:
         self.out: str = header["out"]
         self.training = Training(job, channel, self.out, stopping=stopping)
         batches = self.training.batches
+        self.alone = header["steps"] == 0
+        """whether the run evaluates once, takes no step and leaves nothing"""
         self.requests = batches if isinstance(batches, Requests) else None
         """the pipe of a Session, which asks for steps one by one; None in a run over prepared data"""
         self.conditions = {**header["conditions"], "data": batches.fingerprint}
@@ -141,7 +144,7 @@ class _Run:
             spill_bytes=self.header["spill_bytes"],
         )
         if not begun:
-            self.evaluate("before")
+            self.evaluate("alone" if self.alone else "before")
             if found:
                 training.load_state(found.path, found.state)
         # The second timeline is that of step 3 after the start, the first one without the start's extra work; where
@@ -316,9 +319,8 @@ class _Run:
         self.send("checkpoint", step=self.done, path=self.path, peak_bytes=self.peaks["checkpoint"])
 
     def interrupted(self) -> None:
-        if self.saved != self.done and not (
-            self.requests and self.done == 0
-        ):  # a Session that has taken no step has nothing to save; the user begins it again
+        # A Session that has taken no step has nothing to save; the user begins it again.
+        if self.saved != self.done and not self.alone and not (self.requests and self.done == 0):
             self._save()
         self.send("interrupted", step=self.done, checkpoint=self.path)
         self.training.close()
@@ -345,7 +347,7 @@ class _Run:
 
     def finish(self) -> None:
         name = "side" if self.header.get("side") else "adapter" if self.header["lora"] else "model"
-        if len(self.training.trainables):  # a device whose side network a server trains has none
+        if len(self.training.trainables) and not self.alone:  # a device whose side network a server trains has none
             self.send("saved", path=_save_trained(self.training, os.path.join(self.out, name)))
         self.training.close()
         self.send("done", peak_bytes=self.training.meter.check_peak(), peaks=self.peaks)

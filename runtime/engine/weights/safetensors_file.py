@@ -48,11 +48,13 @@ class Item:
         return size
 
 
-def write(path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str, str]) -> int:
+def write(
+    path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str, str], behind: int = WRITE_BEHIND_BYTES
+) -> int:
     """Write and fsync `path`; returns the crc32 of the file. Raises OSError if the disk refuses.
 
     `items()` is called twice, once for the header: a list of a deep model's items would take megabytes. After every
-    `WRITE_BEHIND_BYTES` the data are flushed and dropped from the page cache, which a cgroup counts as its processes'
+    `behind` bytes the data are flushed and dropped from the page cache, which a cgroup counts as its processes'
     memory.
     """
     text = _header(items(), metadata)
@@ -69,7 +71,7 @@ def write(path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str,
                 write_all(descriptor, chunk)
                 checksum = zlib.crc32(chunk, checksum)
                 cached += len(chunk)
-                if cached >= WRITE_BEHIND_BYTES:
+                if cached >= behind:
                     os.fdatasync(descriptor)
                     _forget(descriptor)
                     cached = 0

@@ -1,0 +1,153 @@
+"""An adapter in PEFT's format, read as changes of its base's weights: LoRA pairs, DoRA's magnitudes, and modules that
+were trained in full.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tightfit.profiles.models.lora import LoraConfig, Pair, from_peft
+from tightfit.profiles.weights.precision import PUBLISHED
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.adapter import BODY, CONFIG, MAGNITUDE, PREFIX, WEIGHTS
+from tightfit.runtime.results.tensor_file import TensorFile
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+LENGTHS = MAGNITUDE.removesuffix(".weight")
+ADVICE = "give the folder of an adapter, such as a run's OUT/adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """W becomes W + scale * B A; with DoRA each row of that is brought to its length in `magnitude`."""
+
+    a: Tensor
+    """float32 [rank, inputs]"""
+    b: Tensor
+    """float32 [outputs, rank]"""
+    scale: float
+    magnitude: Tensor | None = None
+    """float32 [outputs]"""
+
+    def rows(self, weight: Tensor, start: int) -> Tensor:
+        """The changed rows of W from row `start` on, for the rows `weight`, float32 [n, inputs]."""
+        stop = start + len(weight)
+        changed = torch.addmm(weight, self.b[start:stop], self.a, alpha=self.scale)
+        if self.magnitude is None:
+            return changed
+        lengths: Tensor = torch.linalg.norm(changed, dim=1)
+        return changed * (self.magnitude[start:stop] / lengths).view(-1, 1)
+
+    def columns(self, weight: Tensor, start: int) -> Tensor:
+        """The changed columns of W from column `start` on, for the columns `weight`, float32 [n, outputs]: what a file holds that
+        has rows and columns the other way round. Without the magnitudes, for which whole rows are needed.
+        """
+        return torch.addmm(weight, self.a[:, start : start + len(weight)].t(), self.b.t(), alpha=self.scale)
+
+
+class Adapter:
+    """The adapter in a folder, for a base whose decoder's names begin with `body`.
+
+    Raises InputError for a folder without one, and for what no LoRA adapter of tightfit's or PEFT's holds.
+    """
+
+    def __init__(self, folder: Path, body: str = BODY) -> None:
+        self.folder = folder
+        self.settings: LoraConfig = from_peft(folder)
+        path = folder / WEIGHTS
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; {ADVICE}")
+        self._file = TensorFile(path, "copy the adapter again")
+        self._layers: dict[str, str] = {}
+        self.tables: dict[str, str] = {}
+        """weight of a module that was trained in full, by our name -> its key in the adapter"""
+        held = self._file.tensors
+        for key, (kind, shape) in held.items():
+            name = key.removeprefix(PREFIX)
+            stem = name.removesuffix(A).removesuffix(B).removesuffix(LENGTHS)
+            whole = stem == name
+            known = key.startswith(PREFIX) and kind in PUBLISHED and len(shape) in (1, 2)
+            if not known or (whole and (not name.endswith(".weight") or ".lora_" in name)):
+                raise InputError(
+                    f"{path}: holds {key} ({kind}), which no LoRA adapter that tightfit trains has; {ADVICE}"
+                )
+            ours = BODY + stem.removeprefix(body) if stem.startswith(body) else stem
+            if whole:
+                self.tables[ours] = key
+            else:
+                self._layers[f"{ours}.weight"] = stem
+        for weight, layer in self._layers.items():
+            wanted = [A, B, *([LENGTHS] if self.settings.dora else [])]
+            if missing := next((part for part in wanted if f"{PREFIX}{layer}{part}" not in held), None):
+                raise InputError(
+                    f"{path}: no tensor {PREFIX}{layer}{missing} beside the others of {weight}; copy the adapter again"
+                )
+
+    @property
+    def weights(self) -> list[str]:
+        """The weights that have pairs, by our names."""
+        return list(self._layers)
+
+    def pair(self, weight: str, shape: tuple[int, ...]) -> Pair | None:
+        """The pair of a weight [outputs, inputs]; None: it has none. Raises InputError where it is of another shape."""
+        layer = self._layers.get(weight)
+        if layer is None:
+            return None
+        pair = self.settings.pair(layer)
+        for part, size in self._parts(pair, shape).items():
+            self._check(f"{PREFIX}{layer}{part}", size)
+        return pair
+
+    def change(self, weight: str, shape: tuple[int, ...]) -> Change | None:
+        """What becomes of a weight [outputs, inputs]; None: it stays. Raises InputError as `pair`, and for values that are no
+        finite numbers.
+        """
+        pair = self.pair(weight, shape)
+        if pair is None:
+            return None
+        keys = {part: f"{PREFIX}{self._layers[weight]}{part}" for part in self._parts(pair, shape)}
+        read = {part: self._rows(key, 0, self._file.tensors[key][1][0]) for part, key in keys.items()}
+        return Change(a=read[A], b=read[B], scale=pair.scale, magnitude=read.get(LENGTHS))
+
+    def _parts(self, pair: Pair, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shapes of a pair's tensors, by the ends of their names."""
+        outputs, inputs = shape
+        parts: dict[str, tuple[int, ...]] = {A: (pair.rank, inputs), B: (outputs, pair.rank)}
+        return parts | ({LENGTHS: (outputs,)} if pair.dora else {})
+
+    def table(self, weight: str, shape: tuple[int, ...]) -> Callable[[int, int], Tensor]:
+        """Reads rows, float32, of a module that was trained in full. Raises InputError where it is of another `shape`."""
+        key = self.tables[weight]
+        self._check(key, shape)
+
+        return partial(self._rows, key)
+
+    def _check(self, key: str, shape: tuple[int, ...]) -> None:
+        found = self._file.tensors[key][1]
+        if found != shape:
+            raise InputError(
+                f"{self._file.path}: {key} is {list(found)} and the base wants {list(shape)}; give the base that the adapter was"
+                " trained on with --base"
+            )
+
+    def _rows(self, key: str, start: int, stop: int) -> Tensor:
+        values = self._file.rows(key, start, stop).float()
+        if not torch.isfinite(values).all():
+            raise InputError(
+                f"{self._file.path}: {key} holds values that are no finite numbers; give the adapter of another run"
+            )
+        return values
+
+
+def named_base(folder: Path) -> str | None:
+    """The base that the adapter_config.json in `folder` names. Raises InputError as `Adapter` does."""
+    from_peft(folder)
+    said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return said.get("base_model_name_or_path") or None

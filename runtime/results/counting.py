@@ -1,0 +1,23 @@
+"""Tells a caller how far the writing of a model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, bytes done, bytes in all)"""
+Chunks = Iterable[memoryview | bytes]
+
+
+class Counted:
+    """Passes chunks on, and tells `progress` of each once it is written."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, chunks: Chunks) -> Iterator[memoryview | bytes]:
+        for chunk in chunks:
+            yield chunk
+            self._done += len(chunk)
+            if self._progress:
+                self._progress("merging", self._done, self._total)

@@ -1,0 +1,119 @@
+"""Evaluates a plan's model, with an adapter or as training would begin, in the capped process of a run.
+
+It is a run of no steps: the same schedule, kernels and data files, and so the same figures to the bit as `tightfit run
+--eval` reports for the same adapter. Imports no PyTorch, as the process that prepares a run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tightfit.planner.schema import Plan
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.data.preparation import Preparation
+from tightfit.runtime.results.place import adapter_folder
+from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, check_seat, find_store
+from tightfit.runtime.session.given_adapter import given_adapter
+from tightfit.runtime.session.job_compiler import compile_job
+from tightfit.runtime.session.launch import Data, prepare_data
+from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.output import locked
+from tightfit.runtime.session.settings import order_of, settings_of
+from tightfit.runtime.supervision.supervisor import Stages, supervise
+from tightfit.runtime.supervision.training_process import RunOrder
+
+
+def evaluate(
+    plan: Plan,
+    data: Data,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    truncate: bool = False,
+    cgroup: bool = True,
+    stages: Stages | None = None,
+) -> dict[str, Any]:
+    """The loss on `data` of a plan's model under the plan's budget, without a step; nothing is left on disk.
+
+    `adapter` is the folder of an adapter, or of the run that left it; without it the model is as training would begin, which is
+    the base. `data` and the other arguments are as of `tightfit.run`. Returns `loss` (of a decoder the mean over labelled tokens, of a
+    module that over batches), `perplexity` (None for a module), `accuracy` (None without questions), `questions`, `records`,
+    `seconds`, and the memory as a run reports it. Raises what `tightfit.run` raises.
+    """
+    with prepared(plan, data, adapter=adapter, truncate=truncate, cgroup=cgroup, stages=stages) as order:
+        return supervise(order, None, stages)
+
+
+@contextmanager
+def prepared(
+    plan: Plan,
+    data: Data,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    truncate: bool = False,
+    cgroup: bool = True,
+    stages: Stages | None = None,
+    counted: bool = False,
+) -> Iterator[RunOrder]:
+    """Prepare an evaluation (see `evaluate`) up to starting its training process; yields the order to carry out.
+
+    Its files lie in a temporary folder, which is removed when the block ends. With `counted`, the memory of this process must fit
+    the plan's budget too; otherwise CapError is raised.
+    """
+    check_kind(plan)
+    check_seat(plan, None)
+    preparation = Preparation(plan.budget_bytes) if counted else None
+    check_machine(plan)
+    check_schedule(plan)
+    if plan.evaluate is None:
+        raise InputError("the plan has no evaluation; plan the profile again")
+    given = None if adapter is None else given_adapter(plan, adapter_folder(Path(adapter).absolute()))
+    store = find_store(plan, stages)
+    if preparation:
+        preparation.check("reading the plan")
+    with _temporary() as directory, locked(directory) as lock:
+        folder = directory / "data"
+        folder.mkdir()
+        written = prepare_data(
+            plan, data, folder, "evaluate", truncate=truncate, seed=0, stages=stages, preparation=preparation
+        )
+        settings = settings_of(
+            plan,
+            directory,
+            store,
+            RunOptions(),
+            data=written.name,
+            evaluation=written.name,
+            resume=False,
+            adapter_given=given,
+        )
+        compiled = compile_job(plan, settings | {"steps": 0})
+        if preparation:
+            preparation.check("preparing the data")
+        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, evaluates=True)
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    """A folder in the cache, which is on a disk: files in memory would count as the run's. What killed evaluations left there is
+    removed.
+    """
+    root = cache_directory() / "evaluations"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.iterdir():
+            if not Path(f"/proc/{left.name.partition('-')[0]}").exists() and Path("/proc/self").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root))
+    except OSError as error:
+        raise RunError(f"{root}: {error.strerror}; set TIGHTFIT_CACHE to a folder that takes files") from error
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

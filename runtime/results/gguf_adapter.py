@@ -1,0 +1,77 @@
+"""The LoRA pairs alone as a GGUF file, as llama.cpp's convert_lora_to_gguf.py writes it and llama.cpp loads it beside a
+model (``--lora``).
+
+llama.cpp multiplies a pair by alpha / rank with one alpha for the whole file; where pairs have other scales, they are in
+their B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+from torch import Tensor
+
+from tightfit.profiles.sources.gguf_metadata import Value
+from tightfit.profiles.weights.source import Source
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.results.adapter_changes import Adapter
+from tightfit.runtime.results.counting import Counted, Progress
+from tightfit.runtime.results.gguf_file import TYPES, GgufTensor, encoded, write
+from tightfit.runtime.results.llama_cpp import LlamaCpp
+from tightfit.runtime.results.place import written
+from tightfit.runtime.results.safetensors_merge import check_weights
+
+WAY = "convert the adapter with llama.cpp's convert_lora_to_gguf.py"
+
+
+def write_gguf(
+    source: Source, adapter: Adapter, place: Path, dtype: str | None, progress: Progress | None
+) -> dict[str, Any]:
+    """Write the adapter for the base `source` to the file `place`, in float32 or `dtype`; returns `bytes` and `files`.
+
+    Raises InputError for what llama.cpp's adapters have no form of: magnitudes of DoRA and modules trained in full.
+    """
+    if adapter.settings.dora or adapter.tables:
+        what = "DoRA's magnitudes" if adapter.settings.dora else "modules that were trained in full"
+        raise InputError(
+            f"{adapter.folder} has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without --adapter-only"
+        )
+    form = LlamaCpp(source, WAY)
+    shapes = {tensor.entry.name: tensor.entry.shape for tensor in source.tensors()}
+    check_weights(adapter, shapes)
+    kind, alpha = TYPES[dtype or "float32"], adapter.settings.scaled_alpha
+    tensors = []
+    for weight in adapter.weights:
+        shape = shapes[weight]
+        pair = adapter.pair(weight, shape)
+        assert pair is not None
+
+        def factors(weight: str = weight, shape: tuple[int, ...] = shape) -> tuple[Tensor, Tensor]:
+            one = adapter.change(weight, shape)
+            assert one is not None
+            factor = one.scale * len(one.a) / alpha
+            return one.a, form.ordered(weight, one.b if math.isclose(factor, 1.0) else one.b * factor)
+
+        for number, (letter, size) in enumerate((("a", (pair.rank, shape[1])), ("b", (shape[0], pair.rank)))):
+            name = f"{form.name(weight)}.lora_{letter}"
+
+            def chunks(name: str = name, number: int = number, factors: Any = factors) -> Iterator[memoryview]:
+                yield encoded(name, factors()[number], kind)
+
+            tensors.append(GgufTensor(name=name, shape=size, kind=kind, chunks=chunks))
+    text, number = int(gguf.GGUFValueType.STRING), int(gguf.GGUFValueType.FLOAT32)
+    metadata = {
+        gguf.Keys.General.TYPE: Value(value=gguf.GGUFType.ADAPTER, kind=text),
+        gguf.Keys.General.NAME: Value(value=f"{source.name} adapter", kind=text),
+        gguf.Keys.Adapter.TYPE: Value(value="lora", kind=text),
+        gguf.Keys.Adapter.LORA_ALPHA: Value(value=alpha, kind=number),
+    }
+    total = sum(tensor.bytes for tensor in tensors)
+    with written(place, total, folder=False) as path:
+        write(path, form.facts.architecture, metadata, tensors, Counted(total, progress))
+        size_written = path.stat().st_size
+    return {"bytes": size_written, "files": [place.name]}

@@ -1,0 +1,225 @@
+"""The metadata of a GGUF file, made from a Hugging Face directory: what llama.cpp reads of a config.json and a tokenizer.json.
+
+For the families, rope scalings and tokenizers that tightfit reads from GGUF files. What is written is read back and has to
+be the same decoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape
+from tightfit.profiles.models.family import family_of
+from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary
+from tightfit.profiles.sources.gguf_config import config_from_metadata
+from tightfit.profiles.sources.gguf_metadata import Value
+from tightfit.profiles.sources.gguf_tokenizer import CONTROL, SPLITS, USER_DEFINED, implied_merges
+from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.weights.source import Source
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.results.gguf_file import GgufTensor
+from tightfit.runtime.results.tensor_file import contents
+
+Kind = gguf.GGUFValueType
+NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6
+"""further values of tokenizer.ggml.token_type"""
+FACTORS = "rope_freqs.weight"
+
+
+def metadata_of(source: Source, way: str) -> dict[str, Value]:
+    """The metadata of a directory's model. Raises InputError, which names the `way` out, for what they cannot say."""
+    shape, config = decoder_shape(source.config), source.config
+    facts = family_of(config).gguf
+    assert facts is not None
+    numbers: dict[str, int | float] = {
+        "block_count": shape.layers,
+        "context_length": int(config.get("max_position_embeddings") or 0),
+        "embedding_length": shape.hidden,
+        "feed_forward_length": shape.intermediate,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "rope.dimension_count": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "attention.layer_norm_rms_epsilon": shape.eps,
+        "rope.freq_base": max(shape.thetas),
+    }
+    if window := max((window or 0 for window in shape.windows), default=0):
+        numbers["attention.sliding_window"] = window
+    scaling = dict(shape.rope_scaling)
+    metadata = {
+        "general.type": _text(gguf.GGUFType.MODEL),
+        "general.name": _text(source.name),
+        "general.quantization_version": Value(value=gguf.GGML_QUANT_VERSION, kind=int(Kind.UINT32)),
+    }
+    metadata |= {f"{facts.architecture}.{key}": _number(value) for key, value in numbers.items()}
+    if scaling.get("rope_type", scaling.get("type")) == "linear":
+        metadata[f"{facts.architecture}.rope.scaling.type"] = _text("linear")
+        metadata[f"{facts.architecture}.rope.scaling.factor"] = _number(float(scaling["factor"]))
+    _check(source, shape, {"general.architecture": _text(facts.architecture), **metadata}, way)
+    vocabulary = directory_vocabulary(Path(source.path))
+    if vocabulary is None:
+        raise InputError(f"{source.path}: no tokenizer.json, and a GGUF file holds the tokenizer; {way}")
+    return metadata | _tokenizer(source, vocabulary, shape.vocab, way)
+
+
+def rope_factors(source: Source) -> list[GgufTensor]:
+    """The divisors of the rotary frequencies under Llama 3's rope scaling, as a tensor; none without it."""
+    factors = _factors(decoder_shape(source.config))
+    if factors is None:
+        return []
+    return [GgufTensor(name=FACTORS, shape=list(factors.shape), kind="F32", chunks=lambda: [contents(factors)])]
+
+
+def _factors(shape: DecoderShape) -> Tensor | None:
+    """float32 [head_dim / 2]"""
+    scaling = dict(shape.rope_scaling)
+    if scaling.get("rope_type", scaling.get("type")) != "llama3":
+        return None
+    wavelength = 2 * torch.pi * shape.thetas[0] ** (torch.arange(0, shape.head_dim, 2).double() / shape.head_dim)
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    smooth = ((float(scaling["original_max_position_embeddings"]) / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / float(scaling["factor"]) + smooth)).float()
+
+
+def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, Value], way: str) -> None:
+    """Raise InputError unless reading the metadata gives the same decoder."""
+    values = {key: one.value for key, one in metadata.items()}
+    try:
+        read = config_from_metadata(values, vocabulary=shape.vocab, tied=shape.tied, rope_factors=_factors(shape))
+    except InputError as error:
+        raise InputError(f"{source.path}: {error}; {way}") from error
+    # GGUF metadata do not say which biases there are; the tensors show it.
+    biased = shape.attention_bias and not family_of(source.config).always_biased
+    again = decoder_shape(read | {"attention_bias": biased, "mlp_bias": shape.mlp_bias})
+    unlike = [
+        name
+        for name, value in vars(replace(shape, padding=None, rope_scaling=())).items()
+        if value != getattr(replace(again, padding=None, rope_scaling=()), name)
+    ]
+    if unlike:
+        raise InputError(
+            f"{source.path}: llama.cpp's metadata for {shape.family} models cannot say its {', '.join(unlike)}; {way}"
+        )
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> dict[str, Value]:
+    text = json.loads(vocabulary.tokenizer.to_str())
+    model = text["model"]
+    known = {index: token for token, index in vocabulary.tokenizer.get_vocab().items()}
+    if known and max(known) >= size:
+        raise InputError(
+            f"{source.path}: its tokenizer has token {max(known)}, and the model has {size}; download it again"
+        )
+    tokens = [known.get(index, f"[PAD{index}]") for index in range(size)]
+    types = [NORMAL if index in known else UNUSED for index in range(size)]
+    for added in text.get("added_tokens") or ():
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    merges = [
+        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model.get("merges") or ()
+    ]
+    if model["type"] == "BPE" and model.get("byte_fallback"):
+        own = _sentence_piece(text, tokens, types, merges)
+    else:
+        own = _byte_level(text, merges) if model["type"] == "BPE" else None
+    if own is None:
+        raise InputError(f"{source.path}: its tokenizer is of a kind that tightfit cannot write to GGUF; {way}")
+    own["tokenizer.ggml.tokens"] = Value(value=tokens, kind=int(Kind.ARRAY), inner=int(Kind.STRING))
+    own["tokenizer.ggml.token_type"] = Value(value=types, kind=int(Kind.ARRAY), inner=int(Kind.INT32))
+    special = {
+        "bos": vocabulary.bos_token,
+        "eos": vocabulary.eos_token,
+        "padding": vocabulary.pad_token,
+        "unknown": vocabulary.special_tokens.get("unk_token"),
+    }
+    for name, token in special.items():
+        if (index := vocabulary.token_id(token)) is not None:
+            own[f"tokenizer.ggml.{name}_token_id"] = Value(value=index, kind=int(Kind.UINT32))
+    own["tokenizer.ggml.add_bos_token"] = Value(value=vocabulary.add_bos, kind=int(Kind.BOOL))
+    if vocabulary.chat_template:
+        own["tokenizer.chat_template"] = _text(vocabulary.chat_template)
+    if vocabulary.tool_template:
+        own["tokenizer.chat_template.tool_use"] = _text(vocabulary.tool_template)
+        own["tokenizer.chat_templates"] = Value(value=["tool_use"], kind=int(Kind.ARRAY), inner=int(Kind.STRING))
+    return own
+
+
+def _byte_level(text: Mapping[str, Any], merges: list[tuple[str, ...]]) -> dict[str, Value] | None:
+    """BPE over bytes; None: texts are split in a way of which tightfit does not know llama.cpp's name."""
+    pre = text.get("pre_tokenizer") or {}
+    parts = pre.get("pretokenizers", [pre])
+    kinds = [part.get("type") for part in parts]
+    normalizer = (text.get("normalizer") or {}).get("type")
+    name = None
+    if kinds == ["Split", "ByteLevel"] and parts[0]["behavior"] == "Isolated" and not parts[1]["use_regex"]:
+        pattern = parts[0]["pattern"].get("Regex")
+        name = next((name for name, known in SPLITS.items() if known == pattern), None)
+    elif kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and parts[1]["use_regex"]:
+        name = "smollm"
+    elif kinds == ["ByteLevel"] and parts[0]["use_regex"]:
+        name = "gpt-2"
+    whole = bool(text["model"].get("ignore_merges"))
+    if name is None or normalizer != ("NFC" if name == "qwen2" else None) or whole != (name == "llama-bpe"):
+        return None
+    return {
+        "tokenizer.ggml.model": _text("gpt2"),
+        "tokenizer.ggml.pre": _text(name),
+        "tokenizer.ggml.merges": Value(
+            value=[" ".join(merge) for merge in merges], kind=int(Kind.ARRAY), inner=int(Kind.STRING)
+        ),
+        "tokenizer.ggml.add_space_prefix": Value(value=bool(parts[-1]["add_prefix_space"]), kind=int(Kind.BOOL)),
+    }
+
+
+def _sentence_piece(
+    text: Mapping[str, Any], tokens: list[str], types: list[int], merges: list[tuple[str, ...]]
+) -> dict[str, Value] | None:
+    """BPE with byte fallback, whose merges follow from scores that fall from token to token; None: they do not."""
+    scores = [-float(index) for index in range(len(tokens))]
+    vocabulary: dict[str, int] = text["model"]["vocab"]
+    added = {one["content"] for one in text.get("added_tokens") or ()}
+    plain = [merge for merge in merges if "".join(merge) not in added]
+    order = [vocabulary["".join(merge)] for merge in plain]
+    implied = {merge for merge in implied_merges(vocabulary, scores) if "".join(merge) not in added}
+    if set(plain) != implied or order != sorted(order):
+        return None
+    for index, token in enumerate(tokens):
+        if token.startswith("<0x") and token.endswith(">") and len(token) == 6:
+            types[index] = BYTE
+    unknown = vocabulary[text["model"]["unk_token"]]
+    types[unknown] = UNKNOWN
+    return {
+        "tokenizer.ggml.model": _text("llama"),
+        "tokenizer.ggml.unknown_token_id": Value(value=unknown, kind=int(Kind.UINT32)),
+        "tokenizer.ggml.scores": Value(value=scores, kind=int(Kind.ARRAY), inner=int(Kind.FLOAT32)),
+        "tokenizer.ggml.add_space_prefix": Value(value=_prefixed(text), kind=int(Kind.BOOL)),
+    }
+
+
+def _prefixed(text: Mapping[str, Any]) -> bool:
+    """Whether a space is put before a text, by the normalizer or, in newer files, by the pre-tokenizer."""
+    normalizer = text.get("normalizer") or {}
+    pre = text.get("pre_tokenizer") or {}
+    metaspace = pre.get("type") == "Metaspace" and pre.get("prepend_scheme", "always") != "never"
+    parts = normalizer.get("normalizers", [normalizer])
+    return metaspace or any(part.get("type") == "Prepend" for part in parts)
+
+
+def _text(value: str) -> Value:
+    return Value(value=value, kind=int(Kind.STRING))
+
+
+def _number(value: float) -> Value:
+    return Value(value=value, kind=int(Kind.UINT32 if isinstance(value, int) else Kind.FLOAT32))

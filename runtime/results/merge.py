@@ -1,0 +1,243 @@
+"""Merges an adapter into its base model: the whole model with its weights changed, in safetensors or GGUF, or the adapter
+alone in the form of llama.cpp.
+
+Tensor by tensor, a few MiB of rows at a time, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tightfit.profiles.sources.lookup import resolve
+from tightfit.profiles.weights.source import Source
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import write_whole
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.engine.training.adapter import BODY
+from tightfit.runtime.engine.weights.safetensors_file import Item, write
+from tightfit.runtime.results.adapter_changes import Adapter, named_base
+from tightfit.runtime.results.counting import Counted, Progress
+from tightfit.runtime.results.place import adapter_folder, check, written
+from tightfit.runtime.results.safetensors_merge import Merged, merged_config, shards
+
+FORMATS = ("safetensors", "gguf")
+DTYPES = {"safetensors": ("float32", "bfloat16", "float16"), "gguf": ("float32", "bfloat16", "float16", "q8_0")}
+BEHIND = 256 << 20
+"""bytes that may wait to be written: they lie in the page cache, which is no part of this process's memory"""
+ROUNDED = "rounded from"
+"""what a source says of values that packing changes (`tightfit.profiles.weights.precision.said`)"""
+COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+LEFT = ("config.json", "quantize_config.json", "quant_config.json", "adapter_config.json")
+"""of files with these suffixes: what a merge writes itself, and what describes codes or an adapter that are not there"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The base of an adapter, opened."""
+
+    named: str
+    source: Source
+    rounding: str | None
+    """What packing did to its values when the adapter was trained, in words; None: nobody says."""
+
+
+def merge(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    format: str = "safetensors",  # noqa: A002  the word of the command line
+    dtype: str | None = None,
+    adapter_only: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the base model with the adapter in the folder `adapter` added to its weights; returns what was written.
+
+    `format` is safetensors, for which `out` is the folder of a Hugging Face model, or gguf, for which it is a file. The
+    base is `base`, or what the run's report or the adapter_config.json names; its values are those of its files, unpacked
+    where they are quantised, and not as a run rounded them. `dtype` (float32, bfloat16, float16; in GGUF also q8_0) is that
+    of all tensors in safetensors, in GGUF of those that the adapter changes; by default they keep the type that the base
+    has, and what was quantised becomes what its config.json names, or q8_0 in GGUF. `adapter_only` writes the LoRA pairs
+    alone in the form that llama.cpp loads beside a model.
+
+    The result has `out`, `format`, `base`, `adapted` (number of tensors that were changed), `bytes`, `files`, `seconds`,
+    `peak_bytes` (VmHWM of this process) and `note`: what differs from what training saw. Raises InputError for what does
+    not fit together or cannot be written in this form, RunError where the disk is full; then nothing is left at `out`.
+    """
+    begun = time.perf_counter()
+    _check_options(format, dtype, adapter_only=adapter_only)
+    folder, place = adapter_folder(Path(adapter).absolute()), Path(out).absolute()
+    check(place, folder=format == "safetensors", overwrite=overwrite)
+    if format == "gguf" and place.suffix != ".gguf":
+        raise InputError(f"{out}: a GGUF model is one file; name it with -o NAME.gguf")
+    found = opened_base(folder, base)
+    source = found.source
+    if place.resolve() in (folder.resolve(), Path(source.path).resolve()):
+        raise InputError(f"{place}: cannot replace what is read; name another place with -o")
+    read = Adapter(folder, source.config.get("adapter_body", BODY))
+    with _one_thread():
+        if format == "safetensors":
+            told = _write_safetensors(source, read, place, dtype, progress)
+        else:
+            from tightfit.runtime.results import gguf_adapter, gguf_merge
+
+            module = gguf_adapter if adapter_only else gguf_merge
+            told = module.write_gguf(source, read, place, dtype, progress)
+    return {
+        "out": str(place),
+        "format": format,
+        "adapter": str(folder),
+        "base": found.named,
+        "adapted": len(read.weights) + len(read.tables),
+        **told,
+        "seconds": time.perf_counter() - begun,
+        "peak_bytes": memory().peak,
+        "note": None if adapter_only else difference(found.rounding),
+    }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are small and the disk is the limit: where the cores are busy, sharing each operation out takes ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_options(form: str, dtype: str | None, *, adapter_only: bool) -> None:
+    if form not in FORMATS:
+        raise InputError(f"format {form!r} is not known; choose one of {', '.join(FORMATS)}")
+    if adapter_only and form != "gguf":
+        raise InputError(
+            "adapter-only: the folder of the adapter is in safetensors already; give --format gguf as well"
+        )
+    allowed = ("float32", "float16") if adapter_only else DTYPES[form]
+    if dtype is not None and dtype not in allowed:
+        raise InputError(f"dtype {dtype!r} cannot be written in this form; choose one of {', '.join(allowed)}")
+
+
+def opened_base(folder: Path, given: str | None) -> Base:
+    """The base of the adapter in `folder`: `given`, or what the report of its run or its adapter_config.json names.
+
+    Raises InputError where none is named, or it is none that has weights of its own.
+    """
+    reported = _reported(folder)
+    named = given or reported.get("source") or named_base(folder)
+    if not named:
+        raise InputError(f"{folder}: its adapter_config.json names no base model; give --base MODEL")
+    try:
+        source = resolve(str(named))
+    except InputError as error:
+        if given:
+            raise
+        raise InputError(
+            f"the base of the adapter, {named}, cannot be opened: {error}; or name it with --base MODEL"
+        ) from error
+    if not source.has_weights:
+        raise InputError(
+            f"{named} is a bare config, whose weights are random: there is nothing to merge; give --base MODEL"
+        )
+    if source.kind not in ("huggingface", "gguf"):
+        raise InputError(f"{named} is a module of your own, which is trained in full: a run's OUT/model holds it whole")
+    rounding = reported.get("rounding") or (None if ROUNDED in source.note else source.note)
+    return Base(named=str(named), source=source, rounding=rounding)
+
+
+def _reported(folder: Path) -> dict[str, Any]:
+    """What the report of the run that left the adapter in `folder` says of its base; {} if there is no report."""
+    try:
+        told = json.loads((folder.parent / "report.json").read_bytes())
+        base = told["base"] if Path(told["adapter"]).name == folder.name else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return base if isinstance(base, dict) else {}
+
+
+def difference(rounding: str | None) -> str | None:
+    """How the base that the adapter was added to differs from the one that training saw, in a sentence; None: not at all."""
+    if rounding is not None and ROUNDED not in rounding:
+        return None
+    seen = (
+        f"training saw the base {rounding}" if rounding else "where training saw the base rounded (4 bits by default)"
+    )
+    return (
+        f"{seen}; the adapter was added to the values of the base's own files, from which those differ by the rounding: losses of"
+        " the run are near those of this model, not equal"
+    )
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def _write_safetensors(
+    source: Source, adapter: Adapter, place: Path, dtype: str | None, progress: Progress | None
+) -> dict[str, Any]:
+    merged = Merged(source, adapter, dtype)
+    items = merged.items()
+    groups = shards(items)
+    total = sum(item.bytes for item in items)
+    others = _others(source)
+    counted = Counted(total, progress)
+    with written(place, total, folder=True) as folder:
+        names = ["model.safetensors"]
+        if len(groups) > 1:
+            names = [f"model-{n + 1:05}-of-{len(groups):05}.safetensors" for n in range(len(groups))]
+        where: dict[str, str] = {}
+        for name, group in zip(names, groups):
+            where |= {item.name: name for item in group}
+            write(str(folder / name), partial(_counted, group, counted), {"format": "pt"}, BEHIND)
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+        config = merged_config(source, untied=merged.untied, dtype=dtype)
+        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        others(folder)
+        files = sorted(path.name for path in folder.iterdir())
+    return {"bytes": total, "files": files}
+
+
+def _counted(items: list[Item], counted: Counted) -> Iterator[Item]:
+    for item in items:
+        yield replace(item, chunks=partial(_chunks, item, counted))
+
+
+def _chunks(item: Item, counted: Counted) -> Iterator[memoryview | bytes]:
+    return counted(item.chunks())
+
+
+def _others(source: Source) -> Callable[[Path], None]:
+    """Writes what a Hugging Face directory has beside config and weights: tokenizer, chat templates, defaults for generation."""
+    if source.kind == "gguf":
+        from tightfit.runtime.results.directory_of_gguf import vocabulary_files
+
+        return vocabulary_files(source)
+    base = Path(source.path)
+
+    def copied(path: Path) -> bool:
+        wanted = path.suffix in COPIED or path.name.startswith("LICENSE")
+        return wanted and path.is_file() and path.name not in LEFT and not path.name.endswith(".index.json")
+
+    def copy(folder: Path) -> None:
+        for path in sorted(base.iterdir()):
+            if copied(path):
+                shutil.copyfile(path, folder / path.name)
+        templates = base / "additional_chat_templates"
+        if templates.is_dir():
+            shutil.copytree(templates, folder / templates.name)
+
+    return copy

@@ -1,0 +1,112 @@
+"""Where a result is written: under a temporary name beside its place, then renamed, so that it is never there in part."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.files import sync_directory
+from tightfit.runtime.common.units import format_size
+from tightfit.runtime.engine.training.adapter import WEIGHTS
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MODEL_FILES = re.compile(r".*\.(json|safetensors|txt|model|jinja|tiktoken)|LICENSE.*|additional_chat_templates")
+"""names in a folder of a model; --overwrite replaces no folder that holds others"""
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The folder of an adapter; of a run's folder the adapter in it."""
+    inner = folder / "adapter"
+    return inner if not (folder / WEIGHTS).is_file() and (inner / WEIGHTS).is_file() else folder
+
+
+def check(place: Path, *, folder: bool, overwrite: bool) -> None:
+    """Raise InputError if the result cannot be put at `place`: something is there already, which `overwrite` does not replace
+    either if it is no result of this kind.
+    """
+    if not os.path.lexists(place) or (folder and place.is_dir() and not any(place.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(f"{place} is there already; give --overwrite to replace it, or name another place with -o")
+    if folder and (place.is_symlink() or not place.is_dir()):
+        raise InputError(f"{place} is no folder, and a model in safetensors is one; name another place with -o")
+    if not folder and not place.is_file():
+        raise InputError(f"{place} is no file, and a GGUF model is one; name another place with -o")
+    if folder and (strange := _strange(place)):
+        raise InputError(
+            f"{place} holds {strange}, which no merge leaves there and --overwrite would remove; name another place with -o"
+        )
+
+
+def _strange(folder: Path) -> str | None:
+    """A name in a folder that belongs to no model; None: there is none."""
+    names = sorted(path.name for path in folder.iterdir())
+    if names and "config.json" not in names:
+        return names[0]
+    return next((name for name in names if not MODEL_FILES.fullmatch(name)), None)
+
+
+@contextmanager
+def written(place: Path, size: int, *, folder: bool) -> Iterator[Path]:
+    """Yields a temporary path for a folder (which is made) or a file; what the block left there then gets the name `place`, in
+    whose place nothing is left if the block fails.
+
+    `size` bytes are to be written. Raises RunError where the disk has not so many left, or fills up.
+    """
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(place)
+        disk = os.statvfs(place.parent)
+        if (free := disk.f_bavail * disk.f_frsize) < size:
+            raise RunError(
+                f"{place}: {format_size(size)} are to be written and {format_size(free)} are free; free some space, or name another"
+                " place with -o"
+            )
+        if folder:
+            temporary.mkdir()
+        yield temporary
+        if folder:
+            sync_directory(temporary)
+        _put(temporary, place)
+        sync_directory(place.parent)
+    except OSError as error:
+        if error.errno in FULL:
+            raise RunError(
+                f"{place}: the disk is full ({format_size(size)} are to be written); free space and try again"
+            ) from error
+        raise RunError(f"{place}: cannot be written ({error.strerror}); name another place with -o") from error
+    finally:
+        _remove(temporary)
+
+
+def _put(temporary: Path, place: Path) -> None:
+    """Rename; what lies at `place`, if anything does, is removed once the new one has its name."""
+    if not place.is_dir():
+        temporary.replace(place)
+        return
+    earlier = place.with_name(f".{place.name}.{os.getpid()}.earlier.partial")
+    place.rename(earlier)
+    temporary.rename(place)
+    _remove(earlier)
+
+
+def _remove_orphans(place: Path) -> None:
+    """Delete what a killed process left beside `place`."""
+    for partial in place.parent.glob(f".{place.name}.*.partial"):
+        writer = partial.name.removeprefix(f".{place.name}.").split(".")[0]
+        if writer.isdigit() and not Path(f"/proc/{writer}").exists() and Path("/proc/self").exists():
+            _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,261 @@
+"""The tensors of a merged model for safetensors files, under the names that the base's files have for them.
+
+What the adapter does not touch is copied byte for byte, with whatever else a checkpoint holds (a vision tower), unless
+another number type is asked for. Of a GGUF file the tensors get Hugging Face's names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.profiles.models.decoder_config import handwritten
+from tightfit.profiles.sources.huggingface import checkpoint_files, text_name
+from tightfit.profiles.weights.precision import PUBLISHED
+from tightfit.profiles.weights.source import Source, SourceTensor
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.weights.safetensors_file import DTYPES, Item
+from tightfit.runtime.results.adapter_changes import Adapter, Change
+from tightfit.runtime.results.base_values import blocks, float_rows, mapped_files, merged_rows, rounded, table_blocks
+from tightfit.runtime.results.tensor_file import TensorFile, contents, forget_mapped
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DEFAULT_DTYPE = "bfloat16"
+"""of what is unpacked from codes, where a config.json says nothing"""
+SHARD_BYTES = 5 * 10**9
+"""largest size of a file, if no tensor is larger"""
+_OWN_NAMES = {kind: name for name, kind in DTYPES.items()}
+
+
+class Merged:
+    """A merged model as safetensors items. Raises InputError where adapter and base do not fit together."""
+
+    def __init__(self, source: Source, adapter: Adapter, dtype: str | None) -> None:
+        self.source, self.adapter, self._dtype = source, adapter, dtype
+        self._tensors = {tensor.entry.name: tensor for tensor in source.tensors()}
+        check_weights(adapter, self._tensors)
+        self.head = head_name(source) if adapter.tables else ""
+        """our name of the head's weight, where that may be needed"""
+        self.untied = bool(adapter.tables) and self.head not in self._tensors
+        """whether head and embedding shared a weight in the base and no longer do"""
+        self._unpacked = dtype or (_stated_dtype(source) if source.kind == "huggingface" else DEFAULT_DTYPE)
+
+    def items(self) -> list[Item]:
+        """All tensors, in the order of the base's files."""
+        return [*(self._of_files() if self.source.kind == "huggingface" else self._of_gguf()), *self._untied()]
+
+    # --- from safetensors ---------------------------------------------------------------------------------------------
+
+    def _of_files(self) -> Iterator[Item]:
+        by_key: dict[str, SourceTensor] = {}
+        for tensor in self._tensors.values():
+            if tensor.held is not None:
+                by_key |= dict.fromkeys(tensor.held.parts or (tensor.held.key,), tensor)
+        quantised = any(tensor.held and tensor.held.parts for tensor in self._tensors.values())
+        met: set[str] = set()
+        for path in checkpoint_files(Path(self.source.path)):
+            file = TensorFile(path)
+            for key, (kind, _) in file.tensors.items():
+                known = by_key.get(key)
+                if known is None and self.untied and text_name(key) == self.head:
+                    continue  # a copy of the embedding, in whose place comes a head of its own
+                if known is None and quantised and kind not in PUBLISHED:
+                    raise InputError(
+                        f"{path}: tensor {key!r} ({kind}) is quantised and belongs to no part of the model that tightfit reads; use"
+                        " the model's 16-bit weights"
+                    )
+                if known is None or known.held is None or not known.held.parts:
+                    yield self._of_file(file, key, known)
+                elif known.held.key not in met:
+                    met.add(known.held.key)
+                    yield self._of_source(known, known.held.key, self._unpacked)
+
+    def _of_file(self, file: TensorFile, key: str, tensor: SourceTensor | None) -> Item:
+        """A tensor that its file holds in floating-point numbers, or of which tightfit knows nothing."""
+        kind, shape = file.tensors[key]
+        own = _OWN_NAMES.get(kind)
+        dtype = self._dtype if self._dtype and kind in PUBLISHED else own
+        if dtype is None:
+            raise InputError(
+                f"{file.path}: tensor {key!r} is {kind}, which cannot be copied; use the model's 16-bit weights"
+            )
+        name = tensor.entry.name if tensor else ""
+        if tensor and name in self.adapter.tables:
+            return self._of_table(name, key, tensor.entry.shape, dtype)
+        changed = tensor is not None and self.adapter.pair(name, tensor.entry.shape) is not None
+        if not changed and dtype == own:
+            return Item(name=key, dtype=dtype, shape=list(shape), chunks=lambda: file.chunks(key))
+        transposed = bool(tensor and tensor.held and tensor.held.transposed)
+
+        def values() -> Iterator[Tensor]:
+            change = self.adapter.change(name, tensor.entry.shape) if tensor else None
+            if change is not None and transposed:
+                yield from _transposed(file, key, shape, change)
+                return
+            columns = 1 if len(shape) < 2 else max(1, _product(shape[1:]))
+            for start, stop in blocks(shape[0] if shape else 1, columns):
+                rows = file.rows(key, start, stop).float()
+                yield rows if change is None else change.rows(rows, start)
+
+        return _item(key, dtype, shape, values)
+
+    # --- from any source, by tightfit's names -----------------------------------------------------------------------
+
+    def _of_gguf(self) -> Iterator[Item]:
+        for name, tensor in self._tensors.items():
+            if name in self.adapter.tables:
+                yield self._of_table(name, name, tensor.entry.shape, self._unpacked)
+            else:
+                yield self._of_source(tensor, name, self._unpacked)
+
+    def _of_source(self, tensor: SourceTensor, key: str, dtype: str) -> Item:
+        self.adapter.pair(tensor.entry.name, tensor.entry.shape)
+
+        def values() -> Iterator[Tensor]:
+            change = self.adapter.change(tensor.entry.name, tensor.entry.shape)
+            for _, rows in merged_rows(self.source, tensor, change):
+                yield rows
+
+        return _item(key, dtype, tensor.entry.shape, values)
+
+    def _of_table(self, name: str, key: str, shape: tuple[int, ...], dtype: str) -> Item:
+        rows = self.adapter.table(name, shape)
+
+        def values() -> Iterator[Tensor]:
+            for _, block in table_blocks(rows, shape):
+                yield block
+
+        return _item(key, dtype, shape, values)
+
+    def _untied(self) -> Iterator[Item]:
+        """The head of a base whose head was its embedding, if one of them was trained by itself."""
+        if not self.untied:
+            return
+        embedding = next(tensor for name, tensor in self._tensors.items() if name == embedding_name(self.source))
+        shape = embedding.entry.shape
+        held = PUBLISHED.get(embedding.held.dtype) if embedding.held else None
+        dtype = self._dtype or (held if held in DTYPES and self.source.kind == "huggingface" else self._unpacked)
+        if self.head in self.adapter.tables:
+            yield self._of_table(self.head, self.head, shape, dtype)
+            return
+
+        def values() -> Iterator[Tensor]:
+            files = mapped_files(self.source)
+            for start, stop in blocks(*shape):
+                yield float_rows(embedding, start, stop)
+                forget_mapped(files)
+
+        yield _item(self.head, dtype, shape, values)
+
+
+def check_weights(adapter: Adapter, tensors: Iterable[str]) -> None:
+    """Raise InputError for a pair of a weight that is none of the base's `tensors`."""
+    known = set(tensors)
+    for name in adapter.weights:
+        if name not in known:
+            raise InputError(
+                f"{adapter.folder}: the base has no {name}, which the adapter changes; give the base that the adapter was trained"
+                " on with --base"
+            )
+
+
+def embedding_name(source: Source) -> str:
+    """Our name of the embedding's weight."""
+    if handwritten(source.config):
+        return EMBEDDING
+    return str(_facts(source).embedding)
+
+
+def head_name(source: Source) -> str:
+    """Our name of the head's weight, if it had one of its own."""
+    if handwritten(source.config):
+        return HEAD
+    return str(_facts(source).head)
+
+
+def _facts(source: Source) -> Any:
+    from tightfit.profiles.models.transformers_decoder import facts
+
+    return facts(source.config)
+
+
+def _stated_dtype(source: Source) -> str:
+    """The number type that a config.json names for its weights."""
+    stated = source.config.get("dtype") or source.config.get("torch_dtype")
+    return stated if stated in ("float32", "float16", "bfloat16") else DEFAULT_DTYPE
+
+
+def _transposed(file: TensorFile, key: str, shape: tuple[int, ...], change: Change) -> Iterator[Tensor]:
+    """Blocks of a changed weight whose file has rows and columns the other way round."""
+    factor = None
+    if change.magnitude is not None:
+        squares = torch.zeros(shape[1], dtype=torch.float64)
+        for start, stop in blocks(*shape):
+            squares += change.columns(file.rows(key, start, stop).float(), start).double().square().sum(0)
+        factor = change.magnitude / squares.sqrt().float()
+    for start, stop in blocks(*shape):
+        columns = change.columns(file.rows(key, start, stop).float(), start)
+        yield columns if factor is None else columns * factor
+
+
+def _item(key: str, dtype: str, shape: tuple[int, ...], values: Callable[[], Iterator[Tensor]]) -> Item:
+    def chunks() -> Iterator[memoryview]:
+        for block in values():
+            yield contents(rounded(key, block, dtype))
+
+    return Item(name=key, dtype=dtype, shape=list(shape), chunks=chunks)
+
+
+def _product(sizes: Iterable[int]) -> int:
+    made = 1
+    for size in sizes:
+        made *= size
+    return made
+
+
+# --- what lies beside the tensors -----------------------------------------------------------------------------------
+
+
+def shards(items: list[Item]) -> list[list[Item]]:
+    """The items in groups of at most `SHARD_BYTES`, each a file."""
+    groups: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if groups[-1] and size + item.bytes > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.bytes
+    return groups
+
+
+def merged_config(source: Source, *, untied: bool, dtype: str | None) -> dict[str, Any]:
+    """The config.json of a merged model: the base's, without its quantisation."""
+    if source.kind == "gguf":
+        return _config_of_gguf(source, dtype or DEFAULT_DTYPE)
+    config: dict[str, Any] = json.loads((Path(source.path) / "config.json").read_bytes())
+    quantised = False
+    parts = [config, *([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])]
+    for part in parts:
+        quantised = bool(part.pop("quantization_config", None)) or quantised
+        if untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    chosen = dtype or (_stated_dtype(source) if quantised else None)
+    for part in parts if chosen else ():
+        for name in [name for name in ("dtype", "torch_dtype") if name in part] or ["dtype"]:
+            part[name] = chosen
+    return config
+
+
+def _config_of_gguf(source: Source, dtype: str) -> dict[str, Any]:
+    from tightfit.profiles.weights.source import without_names
+
+    config = without_names(source.config)
+    kind = str(config["model_type"])
+    words = "".join(word.capitalize() for word in kind.removesuffix("_text").split("_"))
+    return {"architectures": [f"{words}ForCausalLM"], **config, "dtype": dtype}
