@@ -22,6 +22,7 @@ from tightfit.runtime.cli.fleet import fleet
 from tightfit.runtime.cli.options import failure, usage
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
+from tightfit.runtime.cli.report import report
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.cli.serve import serve
 from tightfit.runtime.common.errors import TightfitError
@@ -66,7 +67,7 @@ def _tightfit(
         typer.echo(f"tightfit: {limit}, hardly enough to load PyTorch and a solver", err=True)
 
 
-for command in (profile, devices, plan, compare, run, serve):
+for command in (profile, devices, plan, compare, run, report, serve):
     app.command()(command)
 app.add_typer(fleet, name="fleet")
 
