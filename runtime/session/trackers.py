@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.new_lines import NewLines
 from tightfit.runtime.session.output import is_locked
 
@@ -80,7 +80,10 @@ class WeightsAndBiases:
             raise _missing(error, "wandb") from error
         identity = hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16]
         # Project, entity and whether it works offline are said by WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE.
-        self._run = wandb.init(id=identity, name=out.name, dir=str(out), resume="allow")
+        try:
+            self._run = wandb.init(id=identity, name=out.name, dir=str(out), resume="allow")
+        except wandb.Error as error:
+            raise RunError(f"W&B takes no run: {error}; `wandb login`, or set WANDB_MODE=offline") from error
 
     def log(self, step: int, seconds: float, figures: dict[str, float]) -> None:
         self._run.log(figures, step=step)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.session import trackers
 from tightfit.runtime.session.trackers import track
 
@@ -108,7 +108,7 @@ def test_wandb_gets_the_same_run_however_often(out: Path, monkeypatch: pytest.Mo
             finish=lambda: logged.append("finished"),
         )
 
-    module(monkeypatch, "wandb", init=init)
+    module(monkeypatch, "wandb", init=init, Error=OSError)
     for _ in range(2):
         assert track(out, "wandb", follow=False) == {"steps": 2, "evaluations": 2}
     assert logged[:5] == [(0, 3.0), (1, 2.5), (2, 2.0), (2, 2.5), "finished"]
@@ -118,6 +118,13 @@ def test_wandb_gets_the_same_run_however_often(out: Path, monkeypatch: pytest.Mo
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in another))
     track(out, "wandb", follow=False)
     assert begun[2]["id"] != begun[0]["id"]
+
+    def refused(**options: Any) -> Any:
+        raise OSError("no API key")
+
+    module(monkeypatch, "wandb", init=refused, Error=OSError)
+    with pytest.raises(RunError, match=r"^W&B takes no run: no API key; `wandb login`, or set WANDB_MODE=offline$"):
+        track(out, "wandb", follow=False)
 
 
 def test_a_run_is_followed_to_its_end_and_through_a_resume(
