@@ -218,9 +218,11 @@ class Client:
         return self.stored_fleet(result["fleet"]), plans, result["why"]
 
     def run(
-        self, plan: str, data: str, *, steps: int, progress: Progress | None = None, **options: Any
+        self, plan: str, data: str, *, steps: int | None = None, progress: Progress | None = None, **options: Any
     ) -> dict[str, Any]:
-        """Carry out the stored plan of that id on the service's machine; returns the report."""
+        """Carry out the stored plan of that id on the service's machine, `steps` steps or else `epochs` times the data;
+        returns the report.
+        """
         return self._report("/v1/runs", {"plan": plan, "data": data, "steps": steps, **options}, progress)
 
     def resume(self, run: str, *, progress: Progress | None = None) -> dict[str, Any]:

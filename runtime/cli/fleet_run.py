@@ -77,6 +77,12 @@ def run(
         str, typer.Option(help="Course of the learning rate: constant, linear or cosine.")
     ] = "constant",
     warmup_steps: Annotated[int, typer.Option(help="Micro-batches over which the learning rate rises.")] = 0,
+    warmup_ratio: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="The same as a share of all micro-batches, for example 0.03.")
+    ] = None,
+    min_lr_ratio: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of --lr at which a linear or cosine schedule ends.")
+    ] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     checkpoint_every: Annotated[int, typer.Option(help="Micro-batches between checkpoints; 0: only at the end.")] = 50,
     evaluate: Annotated[
@@ -105,6 +111,8 @@ def run(
         seed=seed,
         schedule=schedule,
         warmup_steps=warmup_steps,
+        warmup_ratio=warmup_ratio,
+        min_lr_ratio=min_lr_ratio,
         weight_decay=weight_decay,
         checkpoint_every=checkpoint_every,
         resume=resume,
@@ -306,6 +314,8 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Say how far the members of a fleet are whose folders lie here, and whether each still runs."""
+    from tightfit.runtime.session.output import is_locked
+
     if not output.is_dir():
         raise InputError(f"{output} is no folder; name the output folder of `tightfit fleet run`")
     members = {}
@@ -319,26 +329,12 @@ def status(
             "step": last["step"] if last else 0,
             "loss": sum(last["losses"]) / len(last["losses"]) if last else None,
             "seconds": last["seconds"] if last else None,
-            "running": _locked(folder),
+            "running": is_locked(folder),
             "done": (folder / REPORT).exists(),
         }
     if not members:
         raise InputError(f"{output} holds no member of a fleet; name the output folder of `tightfit fleet run`")
     answer({"members": members}, _status_table(members), as_json=as_json)
-
-
-def _locked(folder: Path) -> bool:
-    """Whether a run holds the folder."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _status_table(members: Mapping[str, dict[str, Any]]) -> Any:

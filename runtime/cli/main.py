@@ -24,6 +24,7 @@ from tightfit.runtime.cli.merge import merge
 from tightfit.runtime.cli.options import failure, usage
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
+from tightfit.runtime.cli.report import report
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.cli.serve import serve
 from tightfit.runtime.common.errors import TightfitError
@@ -68,7 +69,7 @@ def _tightfit(
         typer.echo(f"tightfit: {limit}, hardly enough to load PyTorch and a solver", err=True)
 
 
-for command in (profile, devices, plan, compare, run, merge, serve):
+for command in (profile, devices, plan, compare, run, report, merge, serve):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.add_typer(fleet, name="fleet")

@@ -127,9 +127,19 @@ def usage(error: BaseException) -> bool:
     return hasattr(error, "format_message")
 
 
+def named_columns(text: str | None) -> dict[str, str] | None:
+    """What the data call the parts of a sample, from `prompt=question,completion=answer`. Raises InputError for other words."""
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and column.strip() for name, _, column in pairs):
+        raise InputError(f"--columns {text}: give NAME=COLUMN,..., for example prompt=question,completion=answer")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
 def training_options(
     *,
-    steps: int,
+    steps: int | None,
     lr: float,
     seed: int,
     schedule: str,
@@ -138,9 +148,18 @@ def training_options(
     checkpoint_every: int,
     resume: bool,
     overwrite: bool,
+    epochs: float | None = None,
+    warmup_ratio: float | None = None,
+    min_lr_ratio: float = 0.0,
+    eval_every: str | None = None,
+    keep_best: bool = False,
+    early_stopping: int | None = None,
 ) -> RunOptions:
     """The options with which a command trains. Raises InputError, which names the option, where one cannot be used."""
-    at_least(1, steps=steps)
+    if steps is None and epochs is None:
+        raise InputError("--steps is missing: give the number of steps, or --epochs")
+    if steps is not None:
+        at_least(1, steps=steps)
     at_least(
         0, checkpoint_every=checkpoint_every, lr=lr, seed=seed, warmup_steps=warmup_steps, weight_decay=weight_decay
     )
@@ -149,10 +168,16 @@ def training_options(
         raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
     return RunOptions(
         steps=steps,
+        epochs=epochs,
         lr=lr,
         schedule=schedule,
         warmup_steps=warmup_steps,
+        warmup_ratio=warmup_ratio,
+        min_lr_ratio=min_lr_ratio,
         weight_decay=weight_decay,
         seed=seed,
         checkpoint_every=checkpoint_every,
+        eval_every=eval_every,
+        keep_best=keep_best,
+        early_stopping=early_stopping,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, training_options
+from tightfit.runtime.cli.options import Debug, Json, named_columns, training_options
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer
 from tightfit.runtime.supervision.report_text import report_text
@@ -29,16 +30,20 @@ def run(
     data: Annotated[
         str,
         typer.Option(
-            metavar="DIR|FILE.jsonl|random",
-            help="Training data, as JSON lines; random: made-up tokens, for sizing, or a module's sample batch.",
+            metavar="DIR|FILE|random",
+            help="Training data: JSON lines, CSV, Parquet or a folder of the library datasets; random: made-up tokens, for sizing, or a module's sample batch.",
         ),
-    ],
-    steps: Annotated[
-        int, typer.Option(help="Steps in all, each of one batch; of a fleet, micro-batches of all members together.")
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for adapter, report, metrics and checkpoints.")
     ],
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps in all, each of one batch; of a fleet, micro-batches of all members together."),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="How often to go through the data, instead of --steps; may be a fraction.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder.")
@@ -49,10 +54,34 @@ def run(
         str, typer.Option(help="Course of the learning rate: constant, linear or cosine.")
     ] = "constant",
     warmup_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises from zero.")] = 0,
+    warmup_ratio: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="The same as a share of all steps, for example 0.03.")
+    ] = None,
+    min_lr_ratio: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of --lr at which a linear or cosine schedule ends.")
+    ] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only at the end.")] = 50,
     evaluate: Annotated[
-        str | None, typer.Option("--eval", metavar="FILE.jsonl", help="Held-out data, evaluated before and after.")
+        str | None, typer.Option("--eval", metavar="DIR|FILE", help="Held-out data, evaluated before and after.")
+    ] = None,
+    eval_every: Annotated[
+        str | None,
+        typer.Option(metavar="STEPS|'N epochs'", help="Evaluate on --eval after every so many steps or epochs, too."),
+    ] = None,
+    keep_best: Annotated[
+        bool, typer.Option("--keep-best", help="Keep the adapter of the best evaluation in the folder best/.")
+    ] = False,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="End after K evaluations in a row that were no better than the best."),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=COLUMN,...",
+            help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
+        ),
     ] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
@@ -80,12 +109,18 @@ def run(
     """Train under the cap as planned; leaves an adapter that PEFT loads and a report of predicted beside measured."""
     options = training_options(
         steps=steps,
+        epochs=epochs,
         lr=lr,
         seed=seed,
         schedule=schedule,
         warmup_steps=warmup_steps,
+        warmup_ratio=warmup_ratio,
+        min_lr_ratio=min_lr_ratio,
         weight_decay=weight_decay,
         checkpoint_every=checkpoint_every,
+        eval_every=eval_every,
+        keep_best=keep_best,
+        early_stopping=early_stopping,
         resume=resume,
         overwrite=overwrite,
     )
@@ -113,6 +148,7 @@ def run(
         overwrite=overwrite,
         evaluate=evaluate,
         truncate=truncate,
+        columns=named_columns(columns),
         cgroup=cgroup,
         profile_step=profile_step,
         as_json=as_json,
@@ -150,6 +186,7 @@ def carry_out(
     debug: bool,
     replace: bool,
     adapter: Path | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> None:
     """Run a plan, or the plan of one `member` of a fleet, and print its report; raises typer.Exit with the run's code.
 
@@ -159,13 +196,13 @@ def carry_out(
     from tightfit.runtime.session.launch import prepared
     from tightfit.runtime.supervision.cgroup import MemoryCgroup
     from tightfit.runtime.supervision.progress import TrainingProgress
+    from tightfit.runtime.supervision.report import already_done
     from tightfit.runtime.supervision.supervisor import Show, hand_over
     from tightfit.runtime.supervision.training_process import RunOrder
 
-    steps = options.steps or 0
     tokens = loaded.batch * loaded.seq if loaded.seq else None
     with (
-        TrainingProgress(steps=steps, tokens_per_step=tokens, budget=loaded.budget_bytes) as training,
+        TrainingProgress(steps=0, tokens_per_step=tokens, budget=loaded.budget_bytes) as training,
         prepared(
             loaded,
             data,
@@ -175,6 +212,7 @@ def carry_out(
             overwrite=overwrite,
             eval_data=evaluate,
             truncate=truncate,
+            columns=columns,
             cgroup=cgroup,
             profile_step=profile_step,
             stages=training.stage,
@@ -186,7 +224,6 @@ def carry_out(
         if isinstance(ready, RunOrder):
             group = MemoryCgroup.create(loaded.budget_bytes) if cgroup else None
             show = Show(
-                steps=steps,
                 tokens_per_step=tokens,
                 as_json=as_json,
                 debug=debug,
@@ -195,5 +232,5 @@ def carry_out(
                 home=MemoryCgroup.home() if group else None,
             )
             raise typer.Exit(hand_over(ready, show, group, replace=replace))
-    sys.stderr.write(f"already done: {output} has all {steps} steps; give more --steps to go on\n")
+    sys.stderr.write(already_done(ready, str(output), len(ready["loss"])))
     answer(ready, report_text(ready), as_json=as_json)

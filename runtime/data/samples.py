@@ -1,4 +1,4 @@
-"""Reads training and evaluation samples from files of JSON lines, and checks them line by line.
+"""Reads training and evaluation samples from files of JSON lines and from tables, and checks them one by one.
 
 | line | meaning |
 |---|---|
@@ -12,7 +12,7 @@
 Beside messages, `tools` are what the chat template shows the assistant as functions to call; a message with
 `tool_calls` needs no `content`. A content may be a list of parts, all of them {"type": "text", "text": ...}: they are
 joined. Alpaca's `input` may be left out; `system` may stand beside it, and beside ShareGPT's turns. Files named
-.jsonl.gz are read as they are.
+.jsonl.gz are read as they are. A row of a table (`tightfit.runtime.data.tables`) is read as a line with its columns as keys.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import json
 import shlex
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.data.tables import PARTS, kind_of, rows_of, table_files
 
 Message = dict[str, Any]
 Tools = tuple[dict[str, Any], ...]
@@ -43,12 +44,14 @@ CHUNK = 1 << 16
 BEGINNING = 4096
 """bytes of a .json file in which its first bracket lies"""
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
-CONVERSIONS = {
-    "json": "import json, sys; [print(json.dumps(line)) for line in json.load(open(sys.argv[1], encoding='utf-8-sig'))]",
-    "csv": "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''))]",
-    "parquet": "import json, pyarrow.parquet, sys; [print(json.dumps(row, default=str)) for part in pyarrow.parquet.ParquetFile(sys.argv[1]).iter_batches() for row in part.to_pylist()]",
-}
-"""programs for `python -c` that print a file of another kind as JSON lines"""
+CONVERSION = (
+    "import json, sys; [print(json.dumps(line)) for line in json.load(open(sys.argv[1], encoding='utf-8-sig'))]"
+)
+"""a program for `python -c` that prints a JSON list as JSON lines"""
+DUE = (
+    "data are a .jsonl or .jsonl.gz file, a table (.csv, .tsv, .parquet, .arrow), a directory of such files or of the library"
+    " datasets, or the word random"
+)
 
 
 @dataclass(frozen=True)
@@ -82,37 +85,52 @@ Sample = Text | Completion | Conversation | Question
 
 
 def data_files(data: str) -> list[Path]:
-    """The file `data` itself, or if it is a directory its files that match `LINES`, in order of name.
+    """The file `data` itself, or if it is a directory its files that match `LINES` in order of name, or without any its
+    tables.
 
-    Raises InputError if there are none, or the file is not one of JSON lines by its name.
+    Raises InputError if there are none.
     """
-    due = "data are a .jsonl or .jsonl.gz file, a directory of them, or the word random"
     if not data:
-        raise InputError(f"'' names no data; {due}")
+        raise InputError(f"'' names no data; {DUE}")
     path = Path(data)
     if path.is_dir():
         files = sorted(file for pattern in LINES for file in path.glob(pattern))
+        try:
+            files = files or table_files(path)
+        except OSError as error:
+            raise InputError(_unread(Path(error.filename or path), error)) from error
         if not files:
             raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this directory, {_lies_there(path)}")
         return files
     if path.is_file():
-        if told := _table(path):
-            raise InputError(f"{path}: {told}")
         return [path]
     if path.exists():
-        raise InputError(f"{path}: a pipe or device, not a regular file; write the data to a file, {due}")
-    raise InputError(f"{path}: no such file; {due}")
+        raise InputError(f"{path}: a pipe or device, not a regular file; write the data to a file, {DUE}")
+    raise InputError(f"{path}: no such file; {DUE}")
 
 
-def read_samples(file: Path, longest: int | None = None) -> Iterator[tuple[int, Sample | InputError]]:
-    """Yield (line number from 1, the sample or an error that says what is wrong with the line); blank lines are
-    skipped.
+def checked_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
+    """What the data call the parts of a sample. Raises InputError for a part that samples do not have."""
+    for name in columns or ():
+        if name not in PARTS:
+            raise InputError(f"columns: a sample has no part {name!r}; it has {', '.join(PARTS)}")
+    return dict(columns) if columns else None
+
+
+def read_samples(
+    file: Path, longest: int | None = None, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[int | str, Sample | InputError]]:
+    """Yield (line number from 1, or ``row N``; the sample or an error that says what is wrong with the line); blank lines
+    are skipped. `columns` maps the names of a sample's parts to those in the file.
 
     A line of more than `longest` bytes is an error, and no more than that of it is ever in memory. A file that begins
     with a JSON list yields one error and is not read on, since none of its lines would be a sample. Raises InputError
     if the file cannot be read.
     """
     try:
+        if kind_of(file):
+            yield from _row_samples(file, longest, columns)
+            return
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             first = True
             for number, (line, size) in enumerate(_lines(lines, longest), 1):
@@ -132,13 +150,23 @@ def read_samples(file: Path, longest: int | None = None) -> Iterator[tuple[int, 
                     )
                     continue
                 try:
-                    yield number, parse_sample(line)
+                    yield number, parse_sample(line, columns)
                 except InputError as error:
                     yield number, error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{file}: not a whole gzip file ({error}); copy or download it again") from error
     except OSError as error:
         raise InputError(_unread(file, error)) from error
+
+
+def _row_samples(
+    file: Path, longest: int | None, columns: Mapping[str, str] | None
+) -> Iterator[tuple[int | str, Sample | InputError]]:
+    for place, row in rows_of(file, longest, columns):
+        try:
+            yield place, row if isinstance(row, InputError) else _sample(row)
+        except InputError as error:
+            yield place, error
 
 
 def _lines(file: gzip.GzipFile | BufferedReader, longest: int | None) -> Iterator[tuple[bytes, int]]:
@@ -152,10 +180,10 @@ def _lines(file: gzip.GzipFile | BufferedReader, longest: int | None) -> Iterato
 
 def _lies_there(directory: Path) -> str:
     """What a directory without JSON lines holds, and how to convert the first file there that can be, in words."""
-    due = f"data are files named .jsonl or .jsonl.gz, with lines of {FORMS}"
+    due = f"data are files named .jsonl or .jsonl.gz, with lines of {FORMS}, or tables (.csv, .tsv, .parquet, .arrow) with such columns"
     try:
         found = sorted(directory.iterdir())
-        told = next((f"{it.name}: {told}" for it in found if it.is_file() and (told := _table(it) or _list(it))), due)
+        told = next((f"{it.name}: {told}" for it in found if it.is_file() and (told := _list(it))), due)
     except OSError as error:
         raise InputError(_unread(Path(error.filename or directory), error)) from error
     if not found:
@@ -163,17 +191,6 @@ def _lies_there(directory: Path) -> str:
     counts = Counter("folder" if it.is_dir() else f"{it.suffix} file".lstrip() for it in found)
     holds = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
     return f"but {holds}; {told}"
-
-
-def _table(file: Path) -> str | None:
-    """For a file named .csv or .parquet: that it is a table, and how to convert it, in words; None for other names."""
-    if file.suffix.lower() == ".csv":
-        return f"a table where JSON lines are due; name its columns text, or prompt and completion, and {_converted(file, 'csv')}"
-    if file.suffix.lower() == ".parquet":
-        return (
-            f"a table where JSON lines are due; install pyarrow (pip install pyarrow) and {_converted(file, 'parquet')}"
-        )
-    return None
 
 
 def _list(file: Path) -> str | None:
@@ -189,14 +206,14 @@ def _begins_a_list(content: bytes) -> bool:
 
 
 def _no_lines(file: Path) -> str:
-    return f"a JSON list where JSON lines are due; {_converted(file, 'json')}"
+    return f"a JSON list where JSON lines are due; {_converted(file)}"
 
 
 def _unread(path: Path, error: OSError) -> str:
     return f"{path}: {error.strerror}; check the path and its permissions"
 
 
-def _converted(file: Path, kind: str) -> str:
+def _converted(file: Path) -> str:
     """Advice that contains the command which converts `file` to JSON lines."""
     if file.suffix == ".gz":
         return "unpack it with gunzip, and the answer to that file says how it is converted"
@@ -204,12 +221,15 @@ def _converted(file: Path, kind: str) -> str:
     if target.exists():
         target = file.with_suffix(".lines.jsonl")
     leave = "take it out of a folder of data and " if file.suffix == ".jsonl" else ""
-    command = f'python3 -c "{CONVERSIONS[kind]}" {shlex.quote(str(file))} > {shlex.quote(str(target))}'
+    command = f'python3 -c "{CONVERSION}" {shlex.quote(str(file))} > {shlex.quote(str(target))}'
     return f"{leave}convert it: {command}"
 
 
-def parse_sample(line: bytes) -> Sample:
-    """Parse one JSON line. Raises InputError, which says what is wrong with it."""
+def parse_sample(line: bytes, columns: Mapping[str, str] | None = None) -> Sample:
+    """Parse one JSON line, which has the parts of a sample under their names or under those in `columns`.
+
+    Raises InputError, which says what is wrong with it.
+    """
     try:
         value = json.loads(line)
     except UnicodeDecodeError as error:
@@ -220,6 +240,20 @@ def parse_sample(line: bytes) -> Sample:
         raise InputError(f"lists or objects nested too deeply; write {FORMS}") from error
     if not isinstance(value, dict):
         raise InputError(f"a JSON {_kind(value)} where an object is due; write {FORMS}")
+    if columns:
+        missing = next((column for column in columns.values() if column not in value), None)
+        if missing is not None:
+            raise InputError(f"no key {missing!r}; there are {_keys(value)}")
+        value = {name: value[column] for name, column in columns.items()}
+    return _sample(value)
+
+
+def _keys(value: dict[str, Any]) -> str:
+    return ", ".join(sorted(map(str, value))[:6]) or "none"
+
+
+def _sample(value: dict[str, Any]) -> Sample:
+    """The sample that an object or a row describes. Raises InputError, which says what is wrong with it."""
     named = [key for key in ("messages", "conversations") if key in value]
     if named:
         return _conversation(value, next((key for key in named if value[key] is not None), named[0]))
@@ -243,8 +277,7 @@ def parse_sample(line: bytes) -> Sample:
         return _instruction(value)
     if "text" in value:
         return Text(_string(value["text"], "text"))
-    found = ", ".join(sorted(map(str, value))[:6]) or "none"
-    raise InputError(f"unknown keys ({found}); write {FORMS}")
+    raise InputError(f"unknown keys ({_keys(value)}); write {FORMS}")
 
 
 def _conversation(value: dict[str, Any], key: str) -> Conversation:

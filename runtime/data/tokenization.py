@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +26,7 @@ from tightfit.runtime.data.samples import (
     Sample,
     Text,
     Tools,
+    checked_columns,
     data_files,
     read_samples,
 )
@@ -52,6 +53,7 @@ def prepare(
     *,
     seq: int,
     vocab_size: int,
+    columns: Mapping[str, str] | None = None,
     purpose: Purpose = "train",
     too_long: TooLong = "refuse",
     seed: int = 0,
@@ -60,8 +62,9 @@ def prepare(
 ) -> RecordFile:
     """Tokenise `data` into ``directory/<purpose>.records`` and open it.
 
-    `data` is a .jsonl or .jsonl.gz file, a directory of them, ``random`` (tokens drawn with `seed`, for sizing), or a
-    record file that was prepared before, which is copied.
+    `data` is a file or directory of samples (`tightfit.runtime.data.samples`), ``random`` (tokens drawn with `seed`, for
+    sizing), or a record file that was prepared before, which is copied. `columns` maps the names of a sample's parts to
+    those in the data.
     With the purpose "train" a question becomes one record with its right answer, with "evaluate" a record for each
     choice. A sample of more than `seq` positions is refused or, if `too_long` is "truncate", cut: first at the front,
     as far as nothing there is predicted, then at the end. `progress(samples)` is called after each sample with their
@@ -84,7 +87,7 @@ def prepare(
             )
         else:
             samples = _Samples(writer, Encoder(vocabulary, vocab_size), purpose, too_long)
-            samples.run(data_files(data), progress, preparation)
+            samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return RecordFile.open(path)
 
 
@@ -180,11 +183,17 @@ class _Samples:
         self.longest = 0
         """positions of the longest sample so far; texts, which are packed into windows, do not count"""
 
-    def run(self, files: list[Path], progress: Callable[[int], None] | None, preparation: Preparation | None) -> None:
+    def run(
+        self,
+        files: list[Path],
+        progress: Callable[[int], None] | None,
+        preparation: Preparation | None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         done = 0
         longest = preparation.longest_line() if preparation else None
         for file in files:
-            for number, sample in read_samples(file, longest):
+            for number, sample in read_samples(file, longest, columns):
                 try:
                     if isinstance(sample, InputError):
                         raise sample

@@ -24,6 +24,7 @@ from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.training.checkpoint import OPERATORS
 from tightfit.runtime.engine.training.job import passes_messages
 from tightfit.runtime.engine.weights.layout import holds, packed_bytes, read_header, store_path
+from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.supervisor import Stages
 
 
@@ -67,6 +68,16 @@ def check_steps(plan: Plan, steps: int) -> None:
     """Raise InputError if so many steps would end in the middle of an update."""
     if unfinished := unfinished_update(steps, plan.accumulate):
         raise InputError(f"steps {steps}: {unfinished}")
+
+
+def check_fleet_options(options: RunOptions) -> None:
+    """Raise InputError for an option that the members of a fleet cannot follow."""
+    for name in ("epochs", "eval_every", "keep_best", "early_stopping"):
+        if getattr(options, name):
+            raise InputError(
+                f"{name} {getattr(options, name)}: the members of a fleet train a number of steps and evaluate before and after;"
+                f" leave it out{', and give steps' if name == 'epochs' else ''}"
+            )
 
 
 def check_machine(plan: Plan) -> None:

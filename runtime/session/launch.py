@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,9 @@ from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.preparation import Preparation
+from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.session.admission import (
+    check_fleet_options,
     check_kind,
     check_machine,
     check_schedule,
@@ -28,7 +30,7 @@ from tightfit.runtime.session.fleet import Membership
 from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import RunOptions
-from tightfit.runtime.session.output import finished_report, locked, remove, staged, to_be_replaced
+from tightfit.runtime.session.output import check_reached, finished_report, locked, remove, staged, to_be_replaced
 from tightfit.runtime.session.settings import order_of, receives_batches, settings_of
 from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
@@ -43,19 +45,26 @@ def run(
     plan: Plan,
     data: Data,
     *,
-    steps: int,
     out: str | os.PathLike[str],
+    steps: int | None = None,
+    epochs: float | None = None,
     resume: bool = False,
     overwrite: bool = False,
     lr: float = 2e-4,
     weight_decay: float = 0.0,
     schedule: str = "constant",
     warmup_steps: int = 0,
+    warmup_ratio: float | None = None,
+    min_lr_ratio: float = 0.0,
     seed: int = 0,
     checkpoint_every: int = 50,
     keep_checkpoints: int = 2,
     eval_data: Data | None = None,
+    eval_every: int | str | None = None,
+    keep_best: bool = False,
+    early_stopping: int | None = None,
     truncate: bool = False,
+    columns: Mapping[str, str] | None = None,
     cgroup: bool = True,
     profile_step: bool = False,
     progress: Progress | None = None,
@@ -63,12 +72,17 @@ def run(
     member: Membership | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Train `steps` steps as planned, under the plan's budget; returns the report, also written to ``out/report.json``.
+    """Train `steps` steps, or `epochs` times the data, as planned, under the plan's budget; returns the report, also written
+    to ``out/report.json``.
 
-    `steps` must be a multiple of the steps of an update. `data` is a JSON-lines file, a directory of them, ``random``,
+    `steps` must be a multiple of the steps of an update; those of `epochs` are rounded up to one. `data` is a file or
+    directory of samples (`tightfit.runtime.data.samples`), ``random``,
     or, for a module, an iterable of batches (tuples of tensors); a server that trains a side network has no use for it. Batches are written to disk before training: all of an
     iterable that has a length, the first `steps` of one that has none. Each step takes the next batch, starting again
-    after the last. With `eval_data`, which must end, the model is evaluated before and after training. `cgroup=False`
+    after the last. `columns` says what the data call a sample's parts: ``{"prompt": "question"}``. With `eval_data`, which
+    must end, the model is evaluated before and after training, and with `eval_every` also after every so many steps, or
+    epochs (``"1 epoch"``); `keep_best` then keeps the result of the best evaluation in ``out/best``, and `early_stopping`
+    ends the run after so many evaluations in a row that were no better than the best. `cgroup=False`
     leaves enforcing the cap to the training process's own meter. With `resume`, a run that has taken all `steps`
     already returns its report and changes nothing, except that it evaluates on other `eval_data`. `profile_step` adds
     to the report, operator by operator, where the seconds of the third step went (or of the next one that ends an
@@ -87,13 +101,19 @@ def run(
     """
     options = RunOptions(
         steps=steps,
+        epochs=epochs,
         lr=lr,
         weight_decay=weight_decay,
         schedule=schedule,
         warmup_steps=warmup_steps,
+        warmup_ratio=warmup_ratio,
+        min_lr_ratio=min_lr_ratio,
         seed=seed,
         checkpoint_every=checkpoint_every,
         keep_checkpoints=keep_checkpoints,
+        eval_every=eval_every,
+        keep_best=keep_best,
+        early_stopping=early_stopping,
     )
     with prepared(
         plan,
@@ -104,6 +124,7 @@ def run(
         overwrite=overwrite,
         eval_data=eval_data,
         truncate=truncate,
+        columns=columns,
         cgroup=cgroup,
         profile_step=profile_step,
         stages=stages,
@@ -124,6 +145,7 @@ def prepared(
     overwrite: bool = False,
     eval_data: Data | None = None,
     truncate: bool = False,
+    columns: Mapping[str, str] | None = None,
     cgroup: bool = True,
     profile_step: bool = False,
     stages: Stages | None = None,
@@ -145,11 +167,22 @@ def prepared(
     preparation = Preparation(plan.budget_bytes) if counted else None
     directory = Path(out).absolute()
     steps = options.steps
-    if steps is None:
-        raise InputError("a run needs its number of steps; only a Session goes on until its program ends it")
-    check_steps(plan, steps)
+    if steps is None and options.epochs is None:
+        raise InputError(
+            "a run needs its number of steps, or of epochs; only a Session goes on until its program ends it"
+        )
+    if seat:
+        check_fleet_options(options)
+    if options.eval_every is not None and eval_data is None:
+        raise InputError(f"eval_every {options.eval_every}: there is nothing to evaluate on; give held-out data")
+    if steps is not None:
+        check_steps(plan, steps)
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
     if not isinstance(data, str | os.PathLike) and _length(data) is None:
+        if steps is None or isinstance(options.eval_every, str):
+            raise InputError(
+                "the batches given have no length, so that nobody knows what an epoch is; give a list, or steps"
+            )
         name += f" (the first {steps} of an iterator without a length; give a list to go on with more steps)"
         data = itertools.islice(data, steps)
     check_machine(plan)
@@ -161,15 +194,26 @@ def prepared(
     with locked(directory) as lock, staged(directory) as staging:
         replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite, elsewhere=seat is not None)
         written = partial(
-            prepare_data, plan, truncate=truncate, seed=options.seed, stages=stages, preparation=preparation
+            prepare_data,
+            plan,
+            truncate=truncate,
+            columns=columns,
+            seed=options.seed,
+            stages=stages,
+            preparation=preparation,
         )
         train = None if receives_batches(plan) else written(data, staging, "train")
         evaluation = None if eval_data is None or train is None else written(eval_data, staging, "evaluate")
+        epoch_steps = _epoch_steps(plan, train) if train else None
+        settled = options.over(epoch_steps, of_update=plan.accumulate)
+        if resume and steps is None and settled.steps is not None:
+            check_reached(directory, settled.steps)
         settings = settings_of(
             plan,
             directory,
             store,
-            options,
+            settled,
+            epoch_steps=epoch_steps,
             data=train.name if train else None,
             evaluation=evaluation.name if evaluation else None,
             resume=resume,
@@ -203,6 +247,7 @@ def prepare_data(
     purpose: Any,
     *,
     truncate: bool,
+    columns: Mapping[str, str] | None,
     seed: int,
     stages: Stages | None,
     preparation: Preparation | None,
@@ -213,7 +258,7 @@ def prepare_data(
     if plan.model.kind == "module":
         return _prepare_module(plan, data, folder, purpose, stages)
     if not isinstance(data, str | os.PathLike):
-        raise InputError("a language model trains on a JSON-lines file, a directory of them, or 'random'")
+        raise InputError("a language model trains on a file of samples, a directory of them, or 'random'")
     from tightfit.profiles.sources import lookup
 
     assert plan.seq is not None
@@ -228,6 +273,7 @@ def prepare_data(
         seq=plan.seq,
         vocab_size=plan.model.config["vocab_size"],
         purpose=purpose,
+        columns=columns,
         too_long="truncate" if truncate else "refuse",
         seed=seed,
         progress=(lambda done: stages(f"tokenising {text}", done, done)) if stages else None,
@@ -235,6 +281,13 @@ def prepare_data(
     )
     records.close()
     return records.path
+
+
+def _epoch_steps(plan: Plan, prepared: Path) -> float:
+    """Steps that go once through the prepared data."""
+    batches = open_batches(str(prepared), seed=0)  # an epoch has as many steps in any order
+    batches.close()
+    return batches.epoch_steps(plan.batch)
 
 
 def _length(batches: Iterable[object]) -> int | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
@@ -11,46 +13,110 @@ from tightfit.runtime.common.errors import InputError
 SCHEDULES = ("constant", "linear", "cosine")
 LARGEST_SEED = 10**12
 """a step's own seed is about a million times as large, which must fit into 64 bits"""
-LEAST = {"steps": 1, "warmup_steps": 0, "seed": 0, "checkpoint_every": 0, "keep_checkpoints": 1}
+LEAST = {
+    "steps": 1,
+    "warmup_steps": 0,
+    "seed": 0,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+    "eval_every": 1,
+    "early_stopping": 1,
+}
 """smallest value of each option that is a whole number"""
+SHARES = ("warmup_ratio", "min_lr_ratio")
+"""options from 0 to 1"""
+EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?epochs?")
+"""an interval in epochs, as in `1 epoch` and `0.5epochs`"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What decides how a run trains and saves; numbers of numpy and torch become Python's own, since they are written as JSON.
 
-    Raises InputError, which names the option, its value and what it may be, for a value that is not allowed.
+    Raises InputError, which names the option, its value and what it may be, for a value that is not allowed, and for
+    options that exclude or need each other.
     """
 
     steps: int | None = None
-    """steps in all; None: a Session, which ends when its program says so"""
+    """steps in all; None: they follow from `epochs`, or in a Session, its program says when to end"""
+    epochs: float | None = None
+    """how often to go through the data; None: `steps` says when to end"""
     lr: float = 2e-4
     weight_decay: float = 0.0
     schedule: str = "constant"
     warmup_steps: int = 0
     """steps over which the learning rate rises from zero"""
+    warmup_ratio: float | None = None
+    """the same as a share of all steps, rounded up"""
+    min_lr_ratio: float = 0.0
+    """share of `lr` at which a linear or cosine schedule ends"""
     seed: int = 0
     """of the adapter's start and the order of the data"""
     checkpoint_every: int = 50
     """steps between checkpoints; 0: only at the end"""
     keep_checkpoints: int = 2
+    eval_every: int | str | None = None
+    """steps between evaluations, or epochs (``"1 epoch"``); None: only before the first step and after the last"""
+    keep_best: bool = False
+    """whether the result of the best evaluation so far is kept in ``best``"""
+    early_stopping: int | None = None
+    """evaluations in a row that are no better than the best, after which the run ends; None: it takes all steps"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None or field.name != "steps":
+            if value is not None or field.default is not None:
                 object.__setattr__(self, field.name, _checked(field.name, value))
+        if self.steps is not None and self.epochs is not None:
+            raise InputError(f"steps {self.steps} and epochs {self.epochs:g}: give one of them")
+        if self.warmup_steps and self.warmup_ratio is not None:
+            raise InputError(
+                f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}: give one of them"
+            )
+        if self.min_lr_ratio and self.schedule == "constant":
+            raise InputError(
+                f"min_lr_ratio {self.min_lr_ratio:g}: the constant schedule does not fall; choose linear or cosine"
+            )
+        for name in ("keep_best", "early_stopping"):
+            if getattr(self, name) and self.eval_every is None:
+                raise InputError(
+                    f"{name}: there is one evaluation, after the last step; give eval_every, the steps between evaluations"
+                )
+
+    def over(self, epoch_steps: float | None, *, of_update: int) -> RunOptions:
+        """These options with everything in steps, for data of which `epoch_steps` steps are an epoch.
+
+        The number of steps is a multiple of `of_update`, the steps of an update, and no less than the epochs asked for.
+        """
+        steps, every = self.steps, self.eval_every
+        if self.epochs is not None:
+            assert epoch_steps is not None
+            # The product may lie above a whole number by a rounding error alone.
+            steps = max(1, math.ceil(round(self.epochs * epoch_steps, 6) / of_update)) * of_update
+        if isinstance(every, str):
+            assert epoch_steps is not None
+            every = max(1, round(_epochs(every) * epoch_steps))
+        warmup = self.warmup_steps
+        if self.warmup_ratio is not None:
+            assert steps is not None
+            warmup = math.ceil(steps * self.warmup_ratio)  # as transformers has it
+        return replace(self, steps=steps, epochs=None, warmup_steps=warmup, warmup_ratio=None, eval_every=every)
 
 
 def finite(name: str, value: Any) -> float:
     """`value` as a float, for a learning rate or weight decay. Raises InputError unless it is finite and at least 0."""
-    try:
-        number = float("nan") if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last from a torch tensor of several elements
-        number = float("nan")
+    number = _number(value)
     if not 0 <= number < float("inf"):
         raise InputError(f"{name} {value}: give a finite number of at least 0")
     return number
+
+
+def _number(value: Any) -> float:
+    """`value` as a float; nan where it is no number."""
+    try:
+        return float("nan") if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last from a torch tensor of several elements
+        return float("nan")
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -58,7 +124,34 @@ def _checked(name: str, value: Any) -> Any:
         if not isinstance(value, str) or value not in SCHEDULES:
             raise InputError(f"schedule {value!r} is not known; choose one of {', '.join(SCHEDULES)}")
         return value
+    if name == "keep_best":
+        return bool(value)
+    if name == "epochs":
+        if not 0 < (number := _number(value)) < float("inf"):
+            raise InputError(f"epochs {value}: give a finite number above 0")
+        return number
+    if name in SHARES:
+        if not 0 <= (number := _number(value)) <= 1:
+            raise InputError(f"{name} {value}: give a number from 0 to 1")
+        return number
+    if name == "eval_every" and isinstance(value, str):
+        return _interval(value)
     return whole(name, value) if name in LEAST else finite(name, value)
+
+
+def _interval(text: str) -> int | str:
+    """An interval between evaluations as it was written: a number of steps, or of epochs."""
+    if text.strip().isdecimal():
+        return whole("eval_every", int(text))
+    if _epochs(text) > 0:
+        return text
+    raise InputError(f"eval_every {text!r}: give a number of steps, or of epochs as in '0.5 epochs'")
+
+
+def _epochs(text: str) -> float:
+    """The number of epochs in the words `text`; 0 where they are no interval in epochs."""
+    found = EPOCHS.fullmatch(text.strip())
+    return float(found[1]) if found else 0.0
 
 
 def whole(name: str, value: Any) -> int:

@@ -17,12 +17,16 @@ from tightfit.runtime.common.errors import InputError, TightfitError
 from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.checkpoint import load_latest, partial_directories
+from tightfit.runtime.engine.training.evaluations import Evaluations
 
-RESULTS = ("metrics.jsonl", "fleet.jsonl", "report.json", "adapter", "model", "side")
+RESULTS = ("metrics.jsonl", "fleet.jsonl", "report.json", "adapter", "model", "side", "best")
 """what a run leaves that must not be overwritten unasked; its prepared ``data`` can be made again and are not among
 it"""
-MODEL = "model.safetensors"
-"""the only file that a run leaves in ``model``"""
+OURS = {
+    "model": ("model.safetensors",),
+    "best": ("adapter_config.json", "adapter_model.safetensors", "model.safetensors"),
+}
+"""folder of a name that others give to theirs too -> the only files that a run leaves in it"""
 
 
 @contextmanager
@@ -67,6 +71,18 @@ def _unlock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
+def is_locked(directory: Path) -> bool:
+    """Whether a run holds the directory."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def staged(directory: Path) -> Iterator[Path]:
     """Make a temporary folder in which data are prepared; it is removed at the end, with what is still in it.
@@ -101,20 +117,20 @@ def to_be_replaced(
     """Paths that an earlier run left in the output directory and that this run is to replace; none if it resumes.
 
     Half-written checkpoints are removed here. With `elsewhere` the checkpoint to resume from may come from another
-    member of a fleet. `steps` is the number of steps of this run; None in a Session. Raises
+    member of a fleet. `steps` is the number of steps of this run; None where it is not known. Raises
     InputError if there is an earlier run and neither `resume` nor `overwrite` is set, if it cannot be resumed, and if a
-    folder ``model`` holds files that no run made.
+    folder ``model`` or ``best`` holds files that no run made.
     """
     try:
         if os.path.lexists(data := directory / "data") and not data.is_dir():
             raise InputError(
                 f"{data} is no folder, and a run keeps its prepared data in one of that name; move it away, or choose another output directory"
             )
-        model = directory / "model"
-        if not resume and model.is_dir() and (strange := _strange(model)):
-            raise InputError(
-                f"{model} holds {strange}, which no run leaves there and --overwrite would remove; move it away, or choose another output directory"
-            )
+        for folder in (directory / name for name in OURS):
+            if not resume and folder.is_dir() and (strange := _strange(folder)):
+                raise InputError(
+                    f"{folder} holds {strange}, which no run leaves there and --overwrite would remove; move it away, or choose another output directory"
+                )
         found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
         checkpoints = find_checkpoints(str(directory))
         found += [Path(path) for _, path in checkpoints]
@@ -128,10 +144,8 @@ def to_be_replaced(
             raise InputError(
                 f"{directory} holds no checkpoint to resume from; {way} --resume to start from the beginning"
             )
-        if resume and checkpoints and steps is not None and (reached := checkpoints[-1][0]) > steps:
-            raise InputError(
-                f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
-            )
+        if resume and steps is not None:
+            check_reached(directory, steps)
         for partial in partial_directories(str(directory)):
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -139,12 +153,23 @@ def to_be_replaced(
     return [] if resume else found
 
 
-def _strange(model: Path) -> str | None:
-    """A file name in the folder `model` that no run makes, so that it may be somebody's model; None if there is none.
+def check_reached(directory: Path, steps: int) -> None:
+    """Raise InputError where the run in `directory` has more than `steps` steps behind it."""
+    checkpoints = find_checkpoints(str(directory))
+    if checkpoints and (reached := checkpoints[-1][0]) > steps:
+        raise InputError(
+            f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
+        )
+
+
+def _strange(folder: Path) -> str | None:
+    """A file name in one of the folders `OURS` that no run makes there, so that it may be somebody's model; None if there
+    is none.
 
     Hidden files do not count.
     """
-    return min((path.name for path in model.iterdir() if path.name != MODEL and path.name[0] != "."), default=None)
+    ours = OURS[folder.name]
+    return min((path.name for path in folder.iterdir() if path.name not in ours and path.name[0] != "."), default=None)
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -156,7 +181,8 @@ def remove(paths: Iterable[Path]) -> None:
 def finished_report(
     directory: Path, settings: dict[str, Any], train: Path, evaluation: Path | None, name: str
 ) -> tuple[dict[str, Any] | None, bool]:
-    """The report of the run in `directory` if it has taken all its steps already, and whether it was evaluated.
+    """The report of the run in `directory` if it has taken all its steps already, or has ended early because its evaluations
+    were no better any more, and whether it was evaluated.
 
     `train` and `evaluation` are this run's prepared data files; `name` names the training data in messages. The second
     value says whether both evaluations, before and after, were made on the data in `evaluation`, or none is wanted.
@@ -168,7 +194,9 @@ def finished_report(
     held_out = _fingerprint(evaluation) if evaluation else None
     try:
         report = json.loads((directory / "report.json").read_text())
-        done = found.step == settings["steps"] == len(report["loss"])
+        made = Evaluations.of(settings, held_out, found.state)
+        ended = found.step == settings["steps"] or (made is not None and made.over)
+        done = ended and found.step == len(report["loss"])
         earlier = found.state.get("evaluated before", {}).get("data")  # reports of older versions do not say
         known = {when for when, told in report["evaluation"].items() if told.get("data", earlier) == held_out}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -37,9 +37,10 @@ def settings_of(
     profile_step: bool = False,
     seat: Seat | None = None,
     adapter_given: GivenAdapter | None = None,
+    epoch_steps: float | None = None,
 ) -> dict[str, Any]:
     """The settings of a run in `directory`, for the job's header. `seat`: the member of a fleet that runs;
-    `adapter_given`: the adapter that training starts from.
+    `adapter_given`: the adapter that training starts from; `epoch_steps`: the steps of an epoch, None where the data have no end.
 
     A run takes `options.steps` steps over the file `data` in the folder's ``data``, and evaluates on `evaluation` there; a
     Session has neither, but a descriptor `requests` from which the training process reads.
@@ -51,8 +52,11 @@ def settings_of(
             schedule=options.schedule,
             warmup_steps=options.warmup_steps,
             total_steps=0 if options.schedule == "constant" or options.steps is None else options.steps,
+            min_lr_ratio=options.min_lr_ratio,
         )
     )
+    if not options.min_lr_ratio:
+        del optimizer["min_lr_ratio"]  # checkpoints made before it was known have none
     return {
         "store": str(store) if store else None,
         "data": str(directory / "data" / data) if data else None,
@@ -60,6 +64,10 @@ def settings_of(
         "requests": requests,
         "out": str(directory),
         "steps": options.steps,
+        "epoch_steps": epoch_steps,
+        "eval_every": options.eval_every,
+        "keep_best": options.keep_best,
+        "early_stopping": options.early_stopping,
         "seed": options.seed,
         "resume": resume,
         "checkpoint_every": options.checkpoint_every,
@@ -126,6 +134,8 @@ def order_of(
         environment=child_environment(plan.device.threads) | uncounted,
         planned=planned,
         cgroup=cgroup,
+        steps=job.header["steps"],
+        epoch_steps=job.header["epoch_steps"],
         finished=finished,
         evaluates=evaluates,
     )

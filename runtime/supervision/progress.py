@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.units import MIB, format_size, padding_text
@@ -37,14 +38,16 @@ class TrainingProgress:
         tokens_per_step: int | None,
         budget: int,
         other_bytes: int = 0,
+        epoch_steps: float | None = None,
         file: TextIO | None = None,
     ) -> None:
         """`tokens_per_step` counts the positions in a step's rows, padding included; None for a module.
 
         `other_bytes` is what the run's other processes hold; it is added to the training process's memory that each
-        step reports. `file` is stderr by default.
+        step reports. `epoch_steps` are the steps of an epoch; None if unknown. `file` is stderr by default.
         """
         self._steps, self._tokens, self._budget, self._other = steps, tokens_per_step, budget, other_bytes
+        self._epoch_steps = epoch_steps
         self._file = file or sys.stderr
         self.live = self._file.isatty()
         self._stage: str | None = None
@@ -92,14 +95,25 @@ class TrainingProgress:
         loss_text, left_text = f"loss {loss:.4f}", f"{left // 60}:{left % 60:02d} left"
         resident, peak = resident + self._other, peak + self._other
         memory = f"memory {format_size(resident)}, peak {format_size(peak)} of {format_size(self._budget)}"
-        told = f"step {step}/{self._steps}: {loss_text}, {rate}{padding}, {left_text}, {memory}"
+        epoch = f"epoch {step / self._epoch_steps:.1f}" if self._epoch_steps else ""
+        among = f" ({epoch})" if epoch else ""
+        told = f"step {step}/{self._steps}{among}: {loss_text}, {rate}{padding}, {left_text}, {memory}"
         self._line(told, now=step == self._steps)
         if self.live:
             full = peak > NEARLY_FULL * self._budget
             held = f"{peak / MIB:.1f} of {format_size(self._budget)}"
             # The terminal's line has no room for the share of padding; the report has it.
-            bar = _bar(step, self._steps)
-            self._show(f"{bar} {step}/{self._steps} {loss_text}, {rate}, {left_text}, {held}", red=full)
+            line = f"{_bar(step, self._steps)} {step}/{self._steps} {loss_text}, {rate}, {left_text}, {held}"
+            named = line.replace(" loss", f" {epoch} loss") if epoch else line
+            self._show(named if len(named) < self._columns else line, red=full)
+
+    def evaluated(self, result: Mapping[str, Any]) -> None:
+        """Show the result of an evaluation between the steps, as the training process tells it; it stays on a terminal."""
+        accuracy = f", accuracy {result['eval_accuracy']:.3f}" if "eval_accuracy" in result else ""
+        best = ", the best so far" if result["best"] else ""
+        over = "; the run ends, since none was better for as long as it was to wait" if result["over"] else ""
+        told = f"evaluated after step {result['step']}: loss {result['eval_loss']:.4f}{accuracy}{best}{over}\n"
+        self._write(f"{ERASE_LINE}{told}" if self.live else told)
 
     @property
     def stepped(self) -> bool:
@@ -115,8 +129,13 @@ class TrainingProgress:
 
     def _show(self, text: str, *, red: bool = False) -> None:
         """Redraw the terminal's line with `text`, cut to the terminal's width."""
-        text = text[: (os.get_terminal_size(self._file.fileno()).columns or COLUMNS) - 1]
+        text = text[: self._columns - 1]
         self._write(f"{ERASE_LINE}{RED}{text}{PLAIN}" if red else f"{ERASE_LINE}{text}")
+
+    @property
+    def _columns(self) -> int:
+        """Width of the terminal."""
+        return os.get_terminal_size(self._file.fileno()).columns or COLUMNS
 
     def _write(self, text: str) -> None:
         """Write to the file. Raises RunError if its reader has closed the pipe."""

@@ -21,6 +21,15 @@ ALONE = "alone"
 """when a run that takes no step evaluates"""
 LARGEST_EXPONENT = 709.0
 """e to a larger power is no float"""
+
+EVALUATION_KEYS = {
+    "step": "step",
+    "epoch": "epoch",
+    "loss": "eval_loss",
+    "accuracy": "eval_accuracy",
+    "seconds": "eval_seconds",
+}
+"""of an evaluation: name in the report -> name in the metrics"""
 FLEET_SECONDS = ("seconds", "exchange_seconds", "update_seconds")
 """of an update of a fleet: from the update before, and its last parts"""
 
@@ -35,6 +44,11 @@ class Observed:
     spent: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     peaks: dict[str, int] = field(default_factory=dict)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """results before the first step and after the last; those between are in the metrics"""
+    best: dict[str, Any] | None = None
+    """step, loss and accuracy of the best evaluation, where some were made between the steps"""
+    over: bool = False
+    """whether the run ended early, since its evaluations were no better any more"""
     timelines: dict[str, list[list[float]]] = field(default_factory=dict)
     profiled: dict[str, Any] | None = None
     exchanges: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
@@ -61,7 +75,7 @@ class Observed:
             self.spill_bytes = message["spill_bytes"]
         elif event == "resumed":
             self.resumed_step, self.checkpoint = message["step"], message["checkpoint"]
-        elif event == "evaluated":
+        elif event == "evaluated" and message["when"] != "between":
             self.evaluations[message["when"]] = {k: v for k, v in message.items() if k not in ("event", "when")}
         elif event == "timeline":
             self.timelines[message["which"]] = message["samples"]
@@ -73,6 +87,7 @@ class Observed:
             self.trained = message["path"]
         elif event == "done":
             self.peaks = message["peaks"]
+            self.best, self.over = message.get("best"), message.get("over", False)
         elif event == "interrupted":
             self.interrupted = message
         elif event == "error":
@@ -98,11 +113,16 @@ def build_report(
     cgroup's own counter, which includes kernel tables and reclaimable page cache. `preparation_bytes` is the peak of
     the process that read plan and data before the training process was started.
 
+    `evaluations` are those of a run that evaluates between its steps, each with `step`, `epoch`, `loss`, `accuracy`
+    (None without questions) and `seconds`; `best` is the best of them, with the `path` where its result is kept;
+    `stopped_early` is the step after which the run ended because they were no better any more.
+
     Step times are medians over the latest `LATEST_STEPS` steps, without the first one, which touches memory and builds
     kernels for the first time. If steps are of different sorts, the time is the mean of each sort's median.
     """
     sorts = planned["sorts"]
-    lines = read_metrics(os.path.join(directory, "metrics.jsonl"))
+    metrics = read_metrics(os.path.join(directory, "metrics.jsonl"))
+    lines = [line for line in metrics if "loss" in line]
     seconds: Sequence[float] = list(observed.seconds)
     first = observed.resumed_step + observed.steps - len(seconds)
     names = observed.spent[0] if observed.spent else ()
@@ -124,6 +144,7 @@ def build_report(
         "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
         "tokens": tokens_told(planned["places_per_step"], lines),
         "loss": [line["loss"] for line in lines],
+        "epochs": next((line["epoch"] for line in reversed(lines) if "epoch" in line), None),
         "adapter": observed.trained,
         "checkpoint": observed.checkpoint,
         "resumed_step": observed.resumed_step,
@@ -146,6 +167,9 @@ def build_report(
             },
         },
         "evaluation": observed.evaluations,
+        "evaluations": evaluations_told(metrics),
+        "best": best_told(observed.best, directory),
+        "stopped_early": max((line["step"] for line in lines), default=0) if observed.over else None,
         "spill_bytes": observed.spill_bytes,
         "cgroup_peak_bytes": observed.cgroup_peak_bytes,
         "policy": planned["policy"],
@@ -200,6 +224,33 @@ def fleet_told(planned: dict[str, Any], taken: Sequence[dict[str, float]], direc
     if "result" in planned:
         told["result"] = planned["result"]
     return {**told, **seconds, "updates": len(lines), "loss": [loss for line in lines for loss in line["losses"]]}
+
+
+def evaluations_told(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations among the lines of the metrics, by step."""
+    found = {line["step"]: line for line in metrics if "eval_loss" in line}
+    return [
+        {name: line.get(key) for name, key in EVALUATION_KEYS.items()}
+        for line in (found[step] for step in sorted(found))
+    ]
+
+
+def best_told(best: dict[str, Any] | None, directory: str) -> dict[str, Any] | None:
+    """The best evaluation, with where its result lies (None: it is not kept)."""
+    path = os.path.join(directory, "best")
+    return best and {**best, "path": path if os.path.isdir(path) else None}
+
+
+def already_done(report: dict[str, Any], directory: str, steps: int | None) -> str:
+    """What is said where a run that is resumed has nothing left to do."""
+    if early := report.get("stopped_early"):
+        best = report["best"]["step"]
+        waited = sum(one["step"] > best for one in report["evaluations"])
+        return (
+            f"already done: {directory} ended early after step {early}, since {waited} evaluations in a row were no better than"
+            f" that after step {best}; give a larger --early-stopping, or none, to go on\n"
+        )
+    return f"already done: {directory} has all {steps} steps; give more --steps to go on\n"
 
 
 def write_report(directory: str, report: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         (
             "loss",
             f"{report['loss'][0]:.4f} → {report['loss'][-1]:.4f} in {len(report['loss'])} steps"
+            + (f", {report['epochs']:.4g} epochs" if report.get("epochs") else "")
             if report["loss"]
             else "–",
         ),
@@ -45,6 +46,12 @@ def report_text(report: dict[str, Any]) -> RenderableType:
             else ""
         )
         rows.append((f"evaluated {when}", f"loss {found['loss']:.4f}{accuracy}"))
+    if best := report.get("best"):
+        accuracy = f", accuracy {best['accuracy']:.3f}" if best["accuracy"] is not None else ""
+        kept = f", kept in {best['path']}" if best["path"] else ""
+        rows.append(("best evaluation", f"after step {best['step']}: loss {best['loss']:.4f}{accuracy}{kept}"))
+    if early := report.get("stopped_early"):
+        rows.append(("ended early", f"after step {early}: later evaluations were no better than the best"))
     profiled = report.get("profiled_step")
     return Group(table, facts_table(rows), *([_profiled_table(profiled)] if profiled else []))
 

@@ -32,6 +32,7 @@ from tightfit.runtime.supervision.report import (
     ALONE,
     LATEST_STEPS,
     Observed,
+    already_done,
     build_report,
     evaluation_report,
     write_report,
@@ -43,13 +44,14 @@ Progress = Callable[[int, float, float, int, int, int | None], None]
 resident and peak bytes are the training process's; tokens are those of the step without padding, None for a module."""
 Stages = Callable[[str, int, int], None]
 """stages(what, done, total), called while something is prepared or evaluated."""
+Evaluated = Callable[[dict[str, Any]], None]
+"""evaluated(message), called with the result of each evaluation between the steps, as the training process tells it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show:
     """What the supervisor of `tightfit run` needs beside the order: how to show the run, and its cgroup."""
 
-    steps: int
     tokens_per_step: int | None
     as_json: bool
     debug: bool
@@ -68,6 +70,7 @@ def supervise(
     progress: Progress | None = None,
     stages: Stages | None = None,
     *,
+    evaluated: Evaluated | None = None,
     group: MemoryCgroup | None = None,
     counted: bool = False,
     preparation_bytes: int | None = None,
@@ -81,7 +84,7 @@ def supervise(
     with passed_on() as passing, started(order, group=group) as child:
         passing.to(child.process)
         try:
-            _follow(child, progress, stages)
+            _follow(child, progress, stages, evaluated)
         except GivenUp:
             raise
         except BaseException:
@@ -105,12 +108,15 @@ def supervise(
     if order.evaluates:
         return evaluation_report(report, by_token=order.planned["places_per_step"] is not None)
     if order.finished:  # no step was taken now: keep the earlier report but for the evaluation
-        report = order.finished | {"evaluation": report["evaluation"]}
+        between = ("evaluations", "best") if report["best"] else ()
+        report = order.finished | {name: report[name] for name in ("evaluation", *between)}
     write_report(order.directory, report)
     return report
 
 
-def _follow(child: TrainingProcess, progress: Progress | None, stages: Stages | None) -> None:
+def _follow(
+    child: TrainingProcess, progress: Progress | None, stages: Stages | None, evaluated: Evaluated | None
+) -> None:
     for message in child.messages():
         if message["event"] == "step" and progress:
             progress(
@@ -124,6 +130,8 @@ def _follow(child: TrainingProcess, progress: Progress | None, stages: Stages | 
         elif message["event"] == "evaluating" and stages:
             what = "evaluating" if message["when"] == ALONE else f"evaluating {message['when']}"
             stages(what, message["done"], message["total"])
+        elif message["event"] == "evaluated" and message["when"] == "between" and evaluated:
+            evaluated(message)
 
 
 def hand_over(order: RunOrder, show: Show, group: MemoryCgroup | None, *, replace: bool) -> int:
@@ -168,15 +176,17 @@ def main(arguments: Sequence[str]) -> int:
     group = MemoryCgroup(Path(show.group[0]), show.group[1]) if show.group else None
     try:
         with TrainingProgress(
-            steps=show.steps,
+            steps=order.steps or 0,
             tokens_per_step=show.tokens_per_step,
             budget=order.planned["budget_bytes"],
             other_bytes=order.planned["supervisor_bytes"],
+            epoch_steps=order.epoch_steps,
         ) as training:
             report = supervise(
                 order,
                 training,
                 training.stage,
+                evaluated=training.evaluated,
                 group=group,
                 counted=True,
                 preparation_bytes=show.preparation_bytes,
@@ -184,9 +194,7 @@ def main(arguments: Sequence[str]) -> int:
         if show.output:
             _write(show.output, report)
         if not training.stepped and not order.evaluates:
-            sys.stderr.write(
-                f"already done: {order.directory} has all {show.steps} steps; give more --steps to go on\n"
-            )
+            sys.stderr.write(already_done(report, order.directory, order.steps))
         _answer(report, as_json=show.as_json)
     except (Exception, KeyboardInterrupt) as error:
         return fail(error, as_json=show.as_json, debug=show.debug)

@@ -44,6 +44,10 @@ class RunOrder:
     """what `tightfit.runtime.session.settings.planned_figures` returns"""
     cgroup: bool
     """whether to have the kernel enforce the cap, if a memory cgroup can be made"""
+    steps: int | None = None
+    """of the run, in all; None: its program says when it ends"""
+    epoch_steps: float | None = None
+    """steps of an epoch; None: the data have no end"""
     finished: dict[str, Any] | None = None
     """the earlier report, if all steps were taken by an earlier run and only an evaluation is missing"""
     evaluates: bool = False

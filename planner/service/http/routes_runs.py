@@ -22,10 +22,13 @@ from tightfit.planner.service.http.doors import (
     stored,
 )
 from tightfit.planner.service.http.paths import confined
+from tightfit.planner.service.jobs.running import OPTIONS
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.schema import Job, JobId, RunMetrics, RunRequest
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.session.options import RunOptions
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 Identity = Annotated[JobId, Path(description="the run's job")]
@@ -88,7 +91,8 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
             else []
         )
     plan = json.loads(stored(request, "plan", job.request["plan"])["summary"])
-    return RunMetrics(budget_bytes=plan["budget_bytes"], steps=[json.loads(line) for line in lines])
+    steps = [told for line in lines if "loss" in (told := json.loads(line))]  # the others are evaluations
+    return RunMetrics(budget_bytes=plan["budget_bytes"], steps=steps)
 
 
 @router.get("/{identity}/report", responses=REPORT, summary="Predicted beside measured", response_class=Response)
@@ -109,9 +113,18 @@ async def _allowed(request: Request, asked: RunRequest) -> Row:
     refusal = not_runnable(request, plan)
     if refusal is not None:
         raise invalid("plan", refusal)
-    unfinished = unfinished_update(asked.steps, json.loads(plan["summary"]).get("accumulate", 1))
-    if unfinished is not None:
-        raise invalid("steps", unfinished)
+    if asked.steps is None and asked.epochs is None:
+        raise invalid("steps", "the number of steps is missing: give it, or epochs")
+    if asked.steps is not None:
+        unfinished = unfinished_update(asked.steps, json.loads(plan["summary"]).get("accumulate", 1))
+        if unfinished is not None:
+            raise invalid("steps", unfinished)
+    try:
+        RunOptions(**{name: getattr(asked, name) for name in OPTIONS})
+    except InputError as error:
+        raise invalid(str(error).split()[0].rstrip(":"), str(error)) from error  # it begins with the option's name
+    if asked.eval_every is not None and asked.eval_data is None:
+        raise invalid("eval_every", "there is nothing to evaluate on; give eval_data")
     roots = service_of(request).settings.roots
     real: Row = {"data": RANDOM, "eval_data": None}
     for field, text in (("data", asked.data), ("eval_data", asked.eval_data)):

@@ -17,7 +17,6 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +24,26 @@ from typing import TYPE_CHECKING
 from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import CHUNK, Objects
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
+from tightfit.runtime.common.new_lines import NewLines
 from tightfit.runtime.common.parent import end_with_parent
 
 if TYPE_CHECKING:
     from tightfit.planner.service.jobs.worker import JobOrder, Tell
 
 LOOK_SECONDS = 0.2
+OPTIONS = (
+    "steps",
+    "epochs",
+    "lr",
+    "schedule",
+    "warmup_ratio",
+    "min_lr_ratio",
+    "seed",
+    "checkpoint_every",
+    "eval_every",
+    "early_stopping",
+)
+"""of a request that are options of `tightfit run`"""
 ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
 
 
@@ -87,8 +100,9 @@ def _wait_for_orphan(out: Path, asked: int) -> None:
 def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     request = order.request
     words = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
-    for name in ("steps", "lr", "seed", "checkpoint_every"):
-        words += [f"--{name.replace('_', '-')}", str(request[name])]
+    for name in OPTIONS:
+        if (value := request.get(name)) is not None:  # jobs that were stored before an option was known lack it
+            words += [f"--{name.replace('_', '-')}", str(value)]
     if request["eval_data"] is not None:
         words += ["--eval", request["eval_data"]]
     if request["truncate"]:
@@ -110,13 +124,17 @@ def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, 
             preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
         )
         threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
-        steps = Steps(out / "metrics.jsonl")
+        steps = NewLines(out / "metrics.jsonl", skip=True)
+
+        def tell_steps() -> None:
+            for step in steps:
+                if "loss" in step:  # the other lines are evaluations
+                    tell.progress(always=True, stage="training", **step)
+
         while child.poll() is None:
             time.sleep(LOOK_SECONDS)
-            for step in steps:
-                tell.progress(always=True, stage="training", **step)
-        for step in steps:
-            tell.progress(always=True, stage="training", **step)
+            tell_steps()
+        tell_steps()
         answer.seek(0)
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines()
@@ -129,27 +147,6 @@ def _pass_on(child: subprocess.Popen[bytes]) -> None:
     child.terminate()  # Ctrl-C may be ignored here, and what ignores it starts others that do
     time.sleep(60)
     child.kill()
-
-
-class Steps:
-    """The lines of ``metrics.jsonl`` that are new since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._read = path.stat().st_size if path.exists() else 0
-
-    def __iter__(self) -> Iterator[dict[str, float]]:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            if self._path.stat().st_size < self._read:
-                self._read = 0  # a resumed run drops the steps after its checkpoint
-            file.seek(self._read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._read += len(line)
-                yield json.loads(line)
 
 
 def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:

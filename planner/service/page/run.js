@@ -67,7 +67,7 @@ export function setUpRun(plan, action) {
 export async function listRuns(chosen = "") {
   const { jobs } = await get(`/v1/jobs?kind=run&limit=${LISTED}`);
   const began = (job) => new Date(1000 * job.created).toLocaleString();
-  $("runs").replaceChildren(html("option", { value: "" }, "choose one"), ...jobs.map((job) => html("option", { value: job.id }, `${began(job)} · ${job.request.steps} steps · ${job.state}`)));
+  $("runs").replaceChildren(html("option", { value: "" }, "choose one"), ...jobs.map((job) => html("option", { value: job.id }, `${began(job)} · ${length(job.request)} · ${job.state}`)));
   $("runs").value = chosen;
   $("runs-label").hidden = !jobs.length;
   if (jobs.length) $("run").hidden = false;
@@ -106,7 +106,7 @@ async function shown(job, left) {
         return;
       }
       seen.set(told.step, told);
-      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step} of ${job.request.steps}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s${told.tokens === undefined ? "" : `, ${rate(told)} tokens/s without padding`}, peak of the training process ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
+      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step}${job.request.steps ? ` of ${job.request.steps}` : told.epoch === undefined ? "" : ` (epoch ${told.epoch.toFixed(1)} of ${job.request.epochs})`}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s${told.tokens === undefined ? "" : `, ${rate(told)} tokens/s without padding`}, peak of the training process ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
       if (performance.now() - drawn > REDRAW) {
         drawn = performance.now();
         draw([...seen.values()], cap);
@@ -133,6 +133,9 @@ async function shown(job, left) {
   for (const id of ["report", "adapter"]) $(id).hidden = false;
   $("run-state").textContent = `done: ${report.loss.length} steps, peak ${mib(peak.measured)} of ${mib(cap)} MiB`;
 }
+
+// How long a run is asked to be.
+const length = ({ steps, epochs }) => steps ? `${steps} steps` : `${epochs} epochs`;
 
 // Tokens per second of a step, padding left out.
 const rate = (step) => Math.round(step.tokens / step.seconds).toLocaleString("en");

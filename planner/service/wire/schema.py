@@ -274,13 +274,26 @@ class RunRequest(Request):
 
     plan: Digest
     data: str = Field(
-        min_length=1, max_length=4096, description="random, or a JSON-lines file or folder under an allowed root"
+        min_length=1, max_length=4096, description="random, or a file or folder of samples under an allowed root"
     )
-    steps: int = Field(ge=1, le=10_000_000)
+    steps: int | None = Field(None, ge=1, le=10_000_000, description="of one batch each; or else epochs")
+    epochs: float | None = Field(
+        None, gt=0, le=1e6, allow_inf_nan=False, description="how often to go through the data"
+    )
     lr: float = Field(2e-4, ge=0, le=1e3, allow_inf_nan=False)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_ratio: float | None = Field(None, ge=0, le=1, description="share of the steps over which lr rises from zero")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of lr at which a linear or cosine schedule ends")
     seed: int = Field(0, ge=0, le=(1 << 31) - 1)
     checkpoint_every: int = Field(50, ge=0, le=10_000_000)
     eval_data: str | None = Field(None, min_length=1, max_length=4096)
+    eval_every: int | None = Field(None, ge=1, le=10_000_000, description="steps between evaluations on eval_data")
+    early_stopping: int | None = Field(
+        None,
+        ge=1,
+        le=10_000_000,
+        description="evaluations in a row that are no better than the best, after which it ends",
+    )
     truncate: bool = False
 
 
@@ -407,7 +420,7 @@ class RunMetrics(Answer):
 
     budget_bytes: int
     steps: list[dict[str, float]] = Field(
-        description="step, loss, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out"
+        description="step, loss, lr, epoch, time, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out"
     )
 
 

@@ -18,11 +18,13 @@ class Rates:
     lr: float = 2e-4
     weight_decay: float = 0.0
     schedule: str = "constant"
-    """After the warmup: constant, or linear or cosine decay to zero."""
+    """After the warmup: constant, or linear or cosine decay to `min_lr_ratio` of `lr`."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from 0 to `lr`."""
     total_steps: int = 0
     """Steps of the run, warmup included, over which linear and cosine decay."""
+    min_lr_ratio: float = 0.0
+    """Share of `lr` at which decay ends."""
 
     def rate(self, step: int, steps: int = 1) -> float:
         """Learning rate of the update that ends with step `step`, counted from 1, and accumulates `steps` steps.
@@ -35,11 +37,10 @@ class Rates:
             return self.lr * step / self.warmup_steps
         after = max(0, step - steps - self.warmup_steps)
         done = min(1.0, after / max(1, self.total_steps - self.warmup_steps))
-        if self.schedule == "linear":
-            return self.lr * (1.0 - done)
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1.0 + math.cos(math.pi * done))
-        return self.lr
+        if self.schedule == "constant":
+            return self.lr
+        left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.lr * (left * (1.0 - self.min_lr_ratio) + self.min_lr_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,10 @@ class TrainingBatches(Protocol):
 class Batches(TrainingBatches, Protocol):
     """A data file, of whose batches one can train or evaluate."""
 
+    def epoch_steps(self, batch: int) -> float:
+        """Steps with `batch` rows that go once through the data."""
+        ...
+
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         """Number of evaluation batches."""
         ...
@@ -68,6 +72,9 @@ class TokenBatches:
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> int:
         return sum(record.length for record in self._records.training_batch(step, self._seed, inputs[0], inputs[1]))
+
+    def epoch_steps(self, batch: int) -> float:
+        return len(self._records) / batch
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return -(-len(self._records) // inputs[0].shape[0])
@@ -99,6 +106,9 @@ class TensorBatches:
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         self._fill(step % self.count, inputs)
+
+    def epoch_steps(self, batch: int) -> float:
+        return float(self.count)
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return self.count

@@ -1,6 +1,7 @@
 """The loop of a run in the training process: evaluates, takes the steps, writes checkpoints, evaluates again.
 
-It sends a message about each of these to the parent process, and appends a line per step to ``metrics.jsonl``.
+It sends a message about each of these to the parent process, and appends a line per step to ``metrics.jsonl``, and one per
+evaluation where evaluations are made between the steps.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tightfit.runtime.engine.training.trainer import Training
 if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.exchange import Exchange
     from tightfit.runtime.engine.fleet.stage import Stage
+    from tightfit.runtime.engine.training.evaluations import Evaluations
 
 Send = Callable[..., None]
 INTERRUPTED = 4
@@ -109,6 +111,8 @@ class _Run:
         """the step after which the latest checkpoint was made; -1: there is none"""
         self.before = _evaluated_before(self.found.state) if self.found else {}
         """result of the evaluation before step 1, and the fingerprint of its data"""
+        self.evaluations = self._evaluations()
+        """those between the steps; None: there are none"""
         self.peaks: dict[str, int] = {}
         """VmHWM in bytes at the end of each part of the run"""
         self.narrowed = False
@@ -131,7 +135,8 @@ class _Run:
                 send("evaluated", when="before", data=self.held_out, **self.before["result"])
         else:
             training.initialise()
-        self.metrics = Metrics(os.path.join(self.out, "metrics.jsonl"), self.done)
+        known = self.evaluations.step if self.evaluations else None
+        self.metrics = Metrics(os.path.join(self.out, "metrics.jsonl"), self.done, known)
         if self.fleet:
             self.updates = Metrics(os.path.join(self.out, "fleet.jsonl"), self.done)
         settle()
@@ -147,6 +152,8 @@ class _Run:
             self.evaluate("alone" if self.alone else "before")
             if found:
                 training.load_state(found.path, found.state)
+        if self.evaluations and found:
+            self._catch_up(self.evaluations)
         # The second timeline is that of step 3 after the start, the first one without the start's extra work; where
         # several steps make an update, it is that of the next step that ends one.
         later = -(-(self.done + 3) // self.header["accumulate"]) * self.header["accumulate"]
@@ -168,7 +175,10 @@ class _Run:
             while self.done < self.header["steps"]:
                 yield from self.fleet.share.steps(self.done)
         else:
-            yield from range(self.done + 1, self.header["steps"] + 1)
+            for step in range(self.done + 1, self.header["steps"] + 1):
+                if self.evaluations and self.evaluations.over:
+                    return
+                yield step
 
     def _asked(self, requests: Requests) -> Iterator[int]:
         """Yield a step for each STEP request, and answer the other requests. Raises Gone if the pipe closes without
@@ -207,8 +217,15 @@ class _Run:
             step, stop = self._exchange(self.fleet, stop=stop)
         every, last = self.header["checkpoint_every"], step == self.header["steps"]
         before, self.done = self.done, step
-        if last or (every and step // every > before // every):
+        best = False
+        if self.evaluations and self.evaluations.due(step):
+            # Before the checkpoint, which knows the outcome, and which has to be there before what is kept of the best.
+            best = self._evaluate_between(self.evaluations) and self.header["keep_best"]
+            last = last or self.evaluations.over
+        if last or best or (every and step // every > before // every):
             self._save()
+        if best:
+            self._keep_best()
         if stop and not last:
             raise _Stopped
 
@@ -236,10 +253,22 @@ class _Run:
             )
             training.executor.detail = None
         peak = self.peaks["train"] = training.meter.check_peak()
-        told = {"loss": loss, "seconds": seconds, "resident_bytes": memory().resident, "peak_bytes": peak}
+        told = {
+            "loss": loss,
+            "lr": training.rate_of(step),
+            **self._epoch(step),
+            "time": time.time(),
+            "seconds": seconds,
+        }
+        told |= {"resident_bytes": memory().resident, "peak_bytes": peak}
         if training.tokens is not None:
             told["tokens"] = training.tokens
         return {**told, "spent": dict(training.executor.seconds)}
+
+    def _epoch(self, step: int) -> dict[str, float]:
+        """How often the steps up to `step` have gone through the data; nothing where the data have no end (a Session)."""
+        steps = self.header.get("epoch_steps")
+        return {"epoch": round(step / steps, 4)} if steps else {}
 
     def _tell(self, step: int, told: dict[str, Any]) -> None:
         """Send the figures of a step and add them to the metrics. Raises InputError if its loss is not finite."""
@@ -281,11 +310,75 @@ class _Run:
         return step, made.stop
 
     def evaluate(self, when: str) -> None:
-        """Evaluate on the held-out data, if there are any; `when` is "before" or "after". Raises _Stopped on a
+        """Evaluate on the held-out data, if there are any; `when` is "before" or "after" all steps. Raises _Stopped on a
         signal.
         """
         if self.held_out is None:
             return
+        made = self.evaluations
+        if made and made.latest and when == "after" and made.step == self.done:
+            result = made.latest
+        else:
+            result = self._evaluate(when)
+        if when == "before":
+            self.before.update(data=self.held_out, result=result, answers="right")
+            if made:
+                self.metrics.add(step=0, **self._evaluated(0, result))
+        peak = self.peaks.get(f"evaluate {when}", 0)
+        self.send("evaluated", when=when, data=self.held_out, **result, peak_bytes=peak)
+
+    def _evaluations(self) -> Evaluations | None:
+        if not self.header.get("eval_every"):
+            return None
+        from tightfit.runtime.engine.training.evaluations import Evaluations
+
+        return Evaluations.of(self.header, self.held_out, self.found.state if self.found else {})
+
+    def _catch_up(self, evaluations: Evaluations) -> None:
+        """In a run that is resumed, make the evaluation that was broken off after the checkpoint's step, if one was, and see
+        to it that what is kept of the best is there: the process may have been killed between checkpoint and that.
+        """
+        best = evaluations.due(self.done) and self._evaluate_between(evaluations)
+        if not self.header["keep_best"] or evaluations.best is None:
+            return
+        if best or evaluations.best["step"] == self.done:
+            self._keep_best()
+        elif not os.path.isdir(self._best):  # nothing was kept so far: the best is the best from here on
+            evaluations.best, evaluations.since_best = None, 0
+
+    def _evaluate_between(self, evaluations: Evaluations) -> bool:
+        """Evaluate after the step that was taken last; returns whether the result is the best so far."""
+        step = self.done
+        result = self._evaluate(f"after step {step}")
+        best = evaluations.add(step, result)
+        told = {**self._evaluated(step, result), "best": best}
+        self.metrics.add(step=step, **told)
+        self.send("evaluated", when="between", step=step, **told, over=evaluations.over)
+        return best
+
+    def _evaluated(self, step: int, result: dict[str, Any]) -> dict[str, Any]:
+        """The figures of an evaluation as the metrics have them."""
+        told = {
+            **self._epoch(step),
+            "time": time.time(),
+            "eval_loss": result["loss"],
+            "eval_seconds": result["seconds"],
+        }
+        return told if result["accuracy"] is None else told | {"eval_accuracy": result["accuracy"]}
+
+    @property
+    def _best(self) -> str:
+        return os.path.join(self.out, "best")
+
+    def _keep_best(self) -> None:
+        """Write what is trained now in the place of what was the best before."""
+        self._make_room()
+        _save_trained(self.training, self._best)
+        self.peaks["checkpoint"] = self.training.meter.check_peak()
+        settle()
+
+    def _evaluate(self, when: str) -> dict[str, Any]:
+        """Evaluate on the held-out data; `when` says in words which evaluation it is."""
 
         def evaluating(batch: int, batches: int) -> None:
             self.send("evaluating", when=when, done=batch, total=batches)
@@ -294,11 +387,9 @@ class _Run:
                 raise _Stopped
 
         result = self.training.evaluate(self.header["evaluation"], evaluating)
-        self.peaks[f"evaluate {when}"] = self.training.meter.check_peak()
+        self.peaks[f"evaluate {when}" if when in ("before", "after") else "evaluate"] = self.training.meter.check_peak()
         settle()
-        if when == "before":
-            self.before.update(data=self.held_out, result=result, answers="right")
-        self.send("evaluated", when=when, data=self.held_out, **result, peak_bytes=self.peaks[f"evaluate {when}"])
+        return result
 
     def _make_room(self) -> None:
         """Before initial values are loaded or a checkpoint is saved, where modules are trained in full: their values and states
@@ -309,7 +400,8 @@ class _Run:
 
     def _save(self) -> None:
         def fill(path: str) -> dict[str, Any]:
-            return {"evaluated before": self.before, **self.training.save_state(path)}
+            made = {"evaluations": self.evaluations.state()} if self.evaluations else {}
+            return {"evaluated before": self.before, **made, **self.training.save_state(path)}
 
         self._make_room()
         self.path = checkpoint.save(self.out, self.done, self.conditions, fill, self.header["keep_checkpoints"])
@@ -350,7 +442,8 @@ class _Run:
         if len(self.training.trainables) and not self.alone:  # a device whose side network a server trains has none
             self.send("saved", path=_save_trained(self.training, os.path.join(self.out, name)))
         self.training.close()
-        self.send("done", peak_bytes=self.training.meter.check_peak(), peaks=self.peaks)
+        made = {"best": self.evaluations.best, "over": self.evaluations.over} if self.evaluations else {}
+        self.send("done", peak_bytes=self.training.meter.check_peak(), peaks=self.peaks, **made)
 
 
 def _evaluated_before(state: dict[str, Any]) -> dict[str, Any]:
@@ -401,15 +494,15 @@ def _save_trained(training: Training, path: str) -> str:
 
 
 class Metrics:
-    """``metrics.jsonl``: one line per step. A resumed run keeps the lines up to the step it resumes at and drops later
-    ones.
+    """``metrics.jsonl``: one line per step or evaluation. A resumed run keeps the lines up to the step it resumes at and
+    drops later ones; also evaluations after step `evaluated`, which it makes again.
     """
 
-    def __init__(self, path: str, done: int) -> None:
+    def __init__(self, path: str, done: int, evaluated: int | None = None) -> None:
         self._path = path
         temporary = f"{path}.{os.getpid()}"
         try:
-            kept = _lines_until(path, done)
+            kept = _lines_until(path, done, done if evaluated is None else evaluated)
             with open(temporary, "wb") as file:
                 file.write(kept)
             os.replace(temporary, path)
@@ -430,13 +523,14 @@ class Metrics:
         return RunError(f"writing {self._path} failed: {error.strerror}; free disk space and {way}")
 
 
-def _lines_until(path: str, step: int) -> bytes:
+def _lines_until(path: str, step: int, evaluated: int) -> bytes:
     kept = []
     try:
         with open(path, "rb") as file:
             for line in file:
                 try:
-                    if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    told = json.loads(line)
+                    if line.endswith(b"\n") and told["step"] <= (evaluated if "eval_loss" in told else step):
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     continue  # a line cut short by a kill

@@ -177,6 +177,13 @@ class Training:
         assert taker is not None
         return taker.optimizer.lr
 
+    def rate_of(self, step: int) -> float:
+        """The learning rate of the update to which step `step` belongs, counted from 1."""
+        taker = self.exchange or self.update
+        assert taker is not None
+        steps = self.exchange.share.micro_batches if self.exchange else self.header["accumulate"]
+        return taker.optimizer.rate(-(-step // steps) * steps, steps)
+
     def step(self, number: int) -> float:
         """Take training step `number`, counted from 1; returns its loss, with MeZO the mean of its two.
 

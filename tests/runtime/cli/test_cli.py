@@ -79,6 +79,19 @@ def planned(monkeypatch):
             ["run", "p.json", "--data", "random", "--steps", "1", "-o", "o", "--seed", "9" * 20],
             "--seed 99999999999999999999: give a number of at most 1000000000000",
         ),
+        (
+            ["run", "p.json", "--data", "random", "-o", "o"],
+            "--steps is missing: give the number of steps, or --epochs",
+        ),
+        (
+            ["run", "p.json", "--data", "random", "-o", "o", "--steps", "2", "--epochs", "1"],
+            "steps 2 and epochs 1: give one of them",
+        ),
+        (
+            ["run", "p.json", "--data", "random", "-o", "o", "--steps", "2", "--eval-every", "half"],
+            "eval_every 'half': give a number of steps, or of epochs as in '0.5 epochs'",
+        ),
+        (["report", "o", "--to", "mlflow"], "tracker 'mlflow' is not known; choose one of tensorboard, wandb"),
         (["serve", "--port", "99999"], "--port 99999: give a number of at most 65535"),
         (["serve", "--memory", "1KiB"], "--memory 1KiB: no plan is solved in less than 256.0 MiB; give as much"),
         (
@@ -89,6 +102,13 @@ def planned(monkeypatch):
 )
 def test_a_wrong_command_line(tightfit, words, message):
     assert tightfit(*words) == (2, "", f"tightfit: {message}\n")
+
+
+@pytest.mark.parametrize("words", ["prompt", "prompt=", "prompt=question,"])
+def test_columns_are_named_in_pairs(tightfit, planned, work, words):
+    told = tightfit("run", work / "plan.json", "--data", "random", "--steps", 1, "-o", "o", "--columns", words)
+    example = "give NAME=COLUMN,..., for example prompt=question,completion=answer"
+    assert told == (2, "", f"tightfit: --columns {words}: {example}\n")
 
 
 def test_a_wrong_command_line_as_json(tightfit):

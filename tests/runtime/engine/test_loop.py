@@ -22,7 +22,7 @@ def running(*, stopping: bool, every: int, steps: int | None) -> tuple[Any, list
     saved: list[int] = []
     one.header = {"checkpoint_every": every, "steps": steps}
     one.training = SimpleNamespace(stage=None)
-    one.metrics = one.send = one.fleet = None
+    one.metrics = one.send = one.fleet = one.evaluations = None
     one.watched, one.peaks, one.done = {}, {}, 0
     one._step = lambda *_: {"loss": 1.0}
     one._tell = lambda *_: None
@@ -67,6 +67,7 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
         executor=SimpleNamespace(seconds={}),
         meter=SimpleNamespace(check_peak=lambda: 1),
         rate=0.5,
+        rate_of=lambda _: 0.5,
     )
     told: list[str] = []
     with pytest.raises(InputError, match=r"^the loss of step 7 is not a number; lower the learning rate \(lr 0\.5\)"):
@@ -82,6 +83,7 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
             tokens=tokens,
             executor=SimpleNamespace(seconds={}),
             meter=SimpleNamespace(check_peak=lambda: 1),
+            rate_of=lambda _: 0.5,
         )
         told: list[dict[str, Any]] = []
         step(training, tmp_path, lambda _, **figures: told.append(figures))

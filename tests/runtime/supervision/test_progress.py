@@ -55,6 +55,20 @@ def test_a_module_has_seconds_instead_of_tokens():
     assert training.stepped
 
 
+def test_an_epoch_is_told_where_it_is_known(clock):
+    file = io.StringIO()
+    with TrainingProgress(steps=30, tokens_per_step=None, budget=MIB, epoch_steps=10.0, file=file) as training:
+        training(30, 0.5, 1.5, 1, 1)
+        between = {"step": 20, "eval_loss": 1.25, "best": True, "over": False}
+        training.evaluated(between)
+        training.evaluated(between | {"eval_accuracy": 0.5, "best": False, "over": True})
+    assert file.getvalue().splitlines()[0].startswith("step 30/30 (epoch 3.0): loss 0.5000, ")
+    assert file.getvalue().splitlines()[1:] == [
+        "evaluated after step 20: loss 1.2500, the best so far",
+        "evaluated after step 20: loss 1.2500, accuracy 0.500; the run ends, since none was better for as long as it was to wait",
+    ]
+
+
 def test_time_left_counts_the_steps_to_come():
     file = io.StringIO()
     with TrainingProgress(steps=121, tokens_per_step=100, budget=MIB, file=file) as training:
@@ -83,6 +97,25 @@ def test_a_terminal_gets_one_line_that_is_wiped_in_the_end():
     assert "\x1b[31m" in shown  # nearly full: in red
     assert "x" * 500 not in shown  # cut to the width
     assert shown.endswith(progress.ERASE_LINE)
+
+
+def test_a_terminal_shows_the_epoch_where_it_is_wide_enough(monkeypatch):
+    parent, child = pty.openpty()
+    with os.fdopen(child, "w") as file:
+        with TrainingProgress(steps=2, tokens_per_step=64, budget=350 * MIB, epoch_steps=2.0, file=file) as training:
+            for columns in (120, 80):
+                monkeypatch.setattr(progress.TrainingProgress, "_columns", columns)
+                training(1, 0.7, 1.0, 300 * MIB, 301 * MIB, 16)
+            training.evaluated({"step": 1, "eval_loss": 1.25, "best": False, "over": False})
+        file.write("\0")
+    written = b""
+    while not written.endswith(b"\0"):
+        written += os.read(parent, 1 << 16)
+    os.close(parent)
+    shown = written.decode()
+    assert "━━━━━┄┄┄┄┄ 1/2 epoch 0.5 loss 0.7000, 16 tokens/s, 0:01 left, 301.0 of 350.0 MiB" in shown
+    assert "━━━━━┄┄┄┄┄ 1/2 loss 0.7000, 16 tokens/s, 0:01 left, 301.0 of 350.0 MiB" in shown
+    assert f"{progress.ERASE_LINE}evaluated after step 1: loss 1.2500\r\n" in shown
 
 
 def test_a_pipe_that_nobody_reads_ends_the_run_with_words():

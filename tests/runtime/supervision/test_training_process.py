@@ -124,7 +124,7 @@ def test_a_start_is_as_light_as_the_plan_counts_on(
     told = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
     monkeypatch.setenv(page_out.VARIABLE, "a library")
     monkeypatch.setenv(cuda_stubs.VARIABLE, "a folder")
-    job: Any = SimpleNamespace(write=lambda _: None)
+    job: Any = SimpleNamespace(write=lambda _: None, header={"steps": 1, "epoch_steps": None})
     order = order_of(told, job, tmp_path, 0, cgroup=False)
     assert order.environment[page_out.VARIABLE] == ("a library" if counted else "")
     assert order.environment[cuda_stubs.VARIABLE] == ("a folder" if counted else "")
