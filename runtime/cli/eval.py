@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json
+from tightfit.runtime.cli.options import Debug, Json, named_columns
 
 
 def evaluate(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
     data: Annotated[
-        str, typer.Option(metavar="DIR|FILE.jsonl|random", help="Held-out data, as JSON lines; random: made-up tokens.")
+        str,
+        typer.Option(
+            metavar="DIR|FILE|random", help="Held-out data, in the files that `run` takes; random: made-up tokens."
+        ),
     ],
     adapter: Annotated[
         Path | None,
@@ -29,6 +32,13 @@ def evaluate(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
     ] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=COLUMN,...",
+            help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
+        ),
+    ] = None,
     cgroup: Annotated[
         bool,
         typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
@@ -57,6 +67,7 @@ def evaluate(
             data,
             adapter=adapter,
             truncate=truncate,
+            columns=named_columns(columns),
             cgroup=cgroup,
             stages=progress.stage,
             counted=replace,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def evaluate(
     *,
     adapter: str | os.PathLike[str] | None = None,
     truncate: bool = False,
+    columns: Mapping[str, str] | None = None,
     cgroup: bool = True,
     stages: Stages | None = None,
 ) -> dict[str, Any]:
@@ -46,7 +47,9 @@ def evaluate(
     module that over batches), `perplexity` (None for a module), `accuracy` (None without questions), `questions`, `records`,
     `seconds`, and the memory as a run reports it. Raises what `tightfit.run` raises.
     """
-    with prepared(plan, data, adapter=adapter, truncate=truncate, cgroup=cgroup, stages=stages) as order:
+    with prepared(
+        plan, data, adapter=adapter, truncate=truncate, columns=columns, cgroup=cgroup, stages=stages
+    ) as order:
         return supervise(order, None, stages)
 
 
@@ -57,6 +60,7 @@ def prepared(
     *,
     adapter: str | os.PathLike[str] | None = None,
     truncate: bool = False,
+    columns: Mapping[str, str] | None = None,
     cgroup: bool = True,
     stages: Stages | None = None,
     counted: bool = False,
@@ -81,7 +85,15 @@ def prepared(
         folder = directory / "data"
         folder.mkdir()
         written = prepare_data(
-            plan, data, folder, "evaluate", truncate=truncate, seed=0, stages=stages, preparation=preparation
+            plan,
+            data,
+            folder,
+            "evaluate",
+            truncate=truncate,
+            columns=columns,
+            seed=0,
+            stages=stages,
+            preparation=preparation,
         )
         settings = settings_of(
             plan,
