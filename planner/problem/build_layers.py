@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.layer_types import (
     ALWAYS,
     Layered,
@@ -54,6 +55,7 @@ class _Splitter:
         self.profile = profile
         self.graph = graph
         self.states = state_count(profile.optimizer)
+        self.apart = profile.accumulate if profile.max_grad_norm is not None else 0
         self.count = len(graph.layers)
         self.own: list[dict[str, list[Step]]] = [
             {"forward": [], "backward": [], "inference": []} for _ in range(self.count)
@@ -313,6 +315,8 @@ class _Splitter:
             events=events,
             read=self.profile.device.read,
             write=self.profile.device.write,
+            apart=self.apart,
+            across_evaluate=self._across(layer, forward_window, self.last_forward) if self.apart else 0,
         )
 
     def _check_inference(
@@ -438,6 +442,11 @@ class _Splitter:
             for step in self.again[layer].values():
                 if name in step.inputs:
                     after = max([after, *events.get(step.operator, ())])
+            seconds = facts[name].update_seconds if name in facts else 0.0
+            apart = 0.0
+            if self.apart and name in facts:
+                seconds = accumulate_seconds(facts[name], self.profile.optimizer)
+                apart = clipped_seconds(facts[name], self.profile.optimizer)
             result.append(
                 Update(
                     trainable=local.get(name, name),
@@ -445,8 +454,9 @@ class _Splitter:
                     after=after,
                     state_bytes=sizes[name],
                     states=self.states,
-                    seconds=facts[name].update_seconds if name in facts else 0.0,
+                    seconds=seconds,
                     minor=sizes[name] < sum(sizes.values()) / 4,
+                    apart_seconds=apart,
                 )
             )
         return tuple(sorted(result, key=lambda update: (update.after, update.trainable)))

@@ -24,9 +24,11 @@ ALIGNMENT = 64
 PACKED_ALIGNMENT = 4096
 """the same for packed weights, which are read with O_DIRECT, and other tensors that are to lie on pages"""
 STATES = ("adam_m", "adam_v", "grad_sum")
-"""optimizer states of a trainable ``p`` are called ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps,
-``grad_sum:p``
+"""optimizer states of a trainable ``p`` are called ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps or
+gradients are clipped, ``grad_sum:p``
 """
+SUM = "grad_sum:"
+"""prefix of the last of them"""
 STATE_PREFIXES = tuple(f"{state}:" for state in STATES)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from tightfit.planner.problem.device_forward import message_bytes, sent_tensors
 from tightfit.planner.report.costs import Cost, Ledger
 from tightfit.planner.report.explanation import (
+    Clipping,
     Explanation,
     MarginalValue,
     PeakAccount,
@@ -43,6 +44,7 @@ def _sentences(plan: Plan, told: Explanation) -> list[str]:
     return [
         _headline(plan),
         *_gradient(plan),
+        *_clipping(plan, told.clipping),
         *_comparison(plan),
         _proof(plan),
         *_decisions(plan),
@@ -101,6 +103,21 @@ def _gradient(plan: Plan) -> list[str]:
     if plan.accumulate > 1:
         return [f"the gradients of {plan.accumulate} steps make one update"]
     return []
+
+
+def _clipping(plan: Plan, clipping: Clipping | None) -> list[str]:
+    if clipping is None:
+        return []
+    away = clipping.sum_bytes_on_disk
+    where = f", {format_size(away)} of them on {words_of(plan.device).elsewhere}" if away else ""
+    shared = f", shared by {plan.accumulate} steps" if plan.accumulate > 1 else ""
+    sums = f"their sums take {format_size(clipping.sum_bytes)}{where}"
+    adding = f"adding to them takes {format_seconds(clipping.adding_seconds)} of a step"
+    update = f"the update of all that is trained, once the last gradient is known, {format_seconds(clipping.update_seconds)}{shared}"
+    unclipped = f"updates right after each gradient take {format_seconds(clipping.unclipped_seconds)}"
+    return [
+        f"gradients are clipped to a norm of {clipping.max_grad_norm:g}: {sums}; {adding} and {update}; {unclipped}"
+    ]
 
 
 def _served(plan: Plan) -> str:
@@ -211,7 +228,7 @@ def _decisions(plan: Plan) -> list[str]:
 def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
     if peak is None:
         return []
-    phase = "in training " if peak.phase == "train" else "in evaluation "
+    phase = {"train": "in training ", "evaluate": "in evaluation ", "update": "in the update "}[peak.phase]
     phase = phase if has_phases(plan) else ""
     largest = ", ".join(f"{tensor} {format_size(size)}" for tensor, size in list(peak.tensors.items())[:3])
     sizes = {

@@ -32,6 +32,7 @@ PLAN_FIELDS = (
     "arena_bytes",
     "workspace_bytes",
     "accumulate",
+    "max_grad_norm",
     "fingerprint",
     "profile_fingerprint",
 )
@@ -100,6 +101,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     summary["marks"] = marks(plan.device)
     summary["decisions"] = decision_counts(plan)
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
+    summary["update"] = _phase(plan.update)
     summary["cycle"] = [_phase(step) for step in plan.cycle]
     return summary
 

@@ -26,7 +26,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tightfit.planner.problem.step_graph import STATES, state_names
+from tightfit.planner.problem.step_graph import STATES, SUM, state_names
 from tightfit.planner.schedule.lowering import Entry, live_profile
 
 LEADS = (1.05, 1.5, 3.0)
@@ -158,6 +158,8 @@ def _read_by(entry: Entry, inputs: Inputs) -> tuple[str, ...]:
         return (f"packed:{entry.name}",)
     if entry.verb == "update":
         return (entry.name, *state_names(entry.name, len(STATES)))
+    if entry.verb == "accumulate":
+        return (f"{SUM}{entry.name}",)
     return ()
 
 

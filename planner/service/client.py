@@ -124,6 +124,7 @@ class Client:
         policy: str | None = None,
         time_limit: float = 30.0,
         gap: float = 0.0,
+        max_grad_norm: float | None = None,
         progress: Progress | None = None,
     ) -> Plan:
         """`tightfit.planner.plan.plan`, solved by the service."""
@@ -134,6 +135,8 @@ class Client:
             "time_limit": time_limit,
             "gap": gap,
         }
+        if max_grad_norm is not None:
+            request["max_grad_norm"] = max_grad_norm
         job = self.finish(self.post("/v1/plans", request), progress)
         return self.stored_plan(job["result"]["plan"])
 

@@ -141,6 +141,9 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
         "sorts": _sorts(plan),
         "train": _phase(plan.steps, plan.device.floor.supervisor_bytes),
         "evaluate": _phase([plan.evaluate] if plan.evaluate else [], plan.device.floor.supervisor_bytes),
+        "update": _phase([plan.update] if plan.update else [], plan.device.floor.supervisor_bytes),
+        "update_seconds": plan.update.seconds if plan.update else None,
+        "max_grad_norm": plan.max_grad_norm,
         "policy": plan.policy,
         "plan_fingerprint": plan.fingerprint,
     }

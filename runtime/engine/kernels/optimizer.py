@@ -1,4 +1,4 @@
-"""Optimizers that update one trainable at a time, in place: AdamW from its gradient, MeZO from two losses."""
+"""Optimizers that update one trainable at a time, in place: AdamW from its gradient, also clipped, MeZO from two losses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+NORM_ELEMENTS = 1 << 13
+"""of a gradient that are squared at a time"""
+NORM_EPSILON = 1e-6
+"""added to the norm by which gradients are scaled down, as in PyTorch"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,82 @@ class Update:
             lr=self._rate, beta1=optimizer.betas[0], beta2=optimizer.betas[1], weight_decay=optimizer.weight_decay,
             eps=optimizer.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
+
+
+class ClippedUpdate(Update):
+    """AdamW with gradients scaled down, all of them together, to a norm of at most `max_norm`, as by
+    `torch.nn.utils.clip_grad_norm_`.
+
+    `add` takes the gradient of each trainable in each of the `accumulate` steps of an update; once `norm` is asked for,
+    `apply_sum` updates from the sums. A norm below `max_norm` changes no bit.
+    """
+
+    def __init__(self, optimizer: AdamW, max_norm: float, accumulate: int = 1) -> None:
+        import torch
+
+        super().__init__(optimizer, accumulate)
+        self.max_norm = max_norm
+        self.sums = False
+        """whether the sums are of an update that is under way; otherwise the next step begins them anew"""
+        self._begins = True
+        self._squares: list[float] = []
+        self._scale = 1.0
+        self._room = torch.empty(NORM_ELEMENTS, dtype=torch.float64)
+
+    def begin(self, step: int, weight: float = 1.0) -> None:
+        """As of `Update`. A gradient that makes an update alone is taken as it is."""
+        super().begin(step, 1.0 if self.accumulate == 1 else weight)
+        self._begins = step % self.accumulate == 1 % self.accumulate
+        self._squares.clear()
+        self.sums = not self._due
+
+    @property
+    def due(self) -> bool:
+        """Whether the step that began last is the last of an update."""
+        return self._due
+
+    def add(self, gradient: Tensor, total: Tensor) -> None:
+        """Add a trainable's gradient to its sum, which the first step of an update begins anew."""
+        import torch
+
+        if not self._begins:
+            total.add_(gradient, alpha=self._weight)
+        elif self._weight == 1.0:
+            total.copy_(gradient)
+        else:
+            torch.mul(gradient, self._weight, out=total)
+        if self._due:
+            self._squares.append(self._squared(total))
+
+    def norm(self) -> float:
+        """The norm of all gradients of an update, their means where several steps make one; call it after the last step.
+
+        Squares are added up exactly, so that the result does not depend on the order in which gradients were complete.
+        """
+        import math
+
+        mean = max(1.0, self.summed) if self.accumulate > 1 else 1.0
+        squared = math.fsum(self._squares) if all(map(math.isfinite, self._squares)) else math.nan
+        norm = math.sqrt(squared) / mean
+        self._scale = min(1.0, self.max_norm / (norm + NORM_EPSILON))
+        return norm
+
+    def apply_sum(self, count: int, parameter: Tensor, first: Tensor, second: Tensor, total: Tensor) -> None:
+        """Update a parameter from its sum, of which only the room is of use afterwards; `count` as of `Update.apply`."""
+        if self.accumulate > 1:
+            total.div_(max(1.0, self.summed))
+        if self._scale < 1.0:
+            total.mul_(self._scale)
+        self.adam(count // self.accumulate, parameter, total, first, second)
+
+    def _squared(self, values: Tensor) -> float:
+        """The sum of squares, in float64 and in pieces so small that one thread adds each up."""
+        squared = 0.0
+        for part in values.view(-1).split(NORM_ELEMENTS):
+            wide = self._room[: part.numel()]
+            wide.copy_(part)
+            squared += wide.mul_(wide).sum().item()
+        return squared
 
 
 class Perturbation:
