@@ -17,6 +17,9 @@ from tightfit.runtime.engine.training.job import passes_messages
 UPDATE_PASSES, SUM_PASSES, COPY_PASSES, NORM_PASSES, SCALE_PASSES = 7, 3, 2, 2, 2
 """over the bytes of a tensor: an update by AdamW, adding to a sum, copying into one, squaring one, scaling one down"""
 
+CLIPPING_BYTES = 256 << 10
+"""of a process that clips, beyond one that does not: the code of adding up and squaring, and room in which squares are made"""
+
 
 def clipped(profile: Profile, max_grad_norm: float) -> Profile:
     """The profile of the same step with gradients clipped to the norm `max_grad_norm` of all of them together.
@@ -32,9 +35,11 @@ def clipped(profile: Profile, max_grad_norm: float) -> Profile:
         why = "a member of a fleet does not know the gradients of the others"
     if why is not None:
         raise InputError(f"max-grad-norm {max_grad_norm}: {why}; leave it out")
-    return profile.model_copy(
-        update={"optimizer": {**profile.optimizer, "state_tensors": 3, "max_grad_norm": float(max_grad_norm)}}
-    )
+    optimizer = {**profile.optimizer, "state_tensors": 3, "max_grad_norm": float(max_grad_norm)}
+    floor = profile.device.floor
+    floor = floor.model_copy(update={"resident_bytes": floor.resident_bytes + CLIPPING_BYTES})
+    device = profile.device.model_copy(update={"floor": floor})
+    return profile.model_copy(update={"optimizer": optimizer, "device": device})
 
 
 def refuse_clipping(profile: Profile, policy: str) -> None:

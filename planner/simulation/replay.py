@@ -29,6 +29,8 @@ from tightfit.planner.simulation.plan_index import InvalidSchedule, PlanIndex
 from tightfit.planner.simulation.timeline import ReplayPeak, Timeline, Totals
 from tightfit.profiles.schema import Operator
 
+Role = Literal["train", "evaluate", "update"]
+"""what a phase is for"""
 PAGE = 4096
 LINE = 64
 LARGEST = 12
@@ -51,7 +53,7 @@ KINDS = (
 class Replay:
     """The replay of one phase of a plan; after `run` it holds peak, seconds and the set of updated trainables."""
 
-    def __init__(self, world: PlanIndex, phase: Phase, name: str, role: Literal["train", "evaluate", "update"]) -> None:
+    def __init__(self, world: PlanIndex, phase: Phase, name: str, role: Role) -> None:
         self.world = world
         self.phase = phase
         self.instructions: Sequence[Instruction] = phase.instructions

@@ -26,6 +26,7 @@ from tightfit.planner.instructions import Fetch, Spill
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.clipping import clipped
 from tightfit.planner.report.summary import adapter_words
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import simulate
@@ -369,6 +370,56 @@ def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
         change = value.detach() - start[key]
         assert float((tensors[key] - value.detach()).norm()) < 0.1 * float(change.norm()), key
         assert float(change.norm()) > 0
+
+
+def test_clipped_runs_at_two_budgets_give_the_same_bits_and_the_norm_of_autograd(
+    measured: Profile, base: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The smaller budget has values, states and sums of slices on disk; the first norm is that of transformers + peft, whose
+    pairs and tables are at their initial values.
+    """
+    limit = 0.5
+    planner = ModelPlanner(clipped(measured, limit))
+    small = planner.plan(planner.minimum().peak_bytes)
+    assert moved(small)["values"]
+    sums = {
+        place
+        for name, place in small.decisions.items()
+        if table_slice(name.removeprefix("grad_sum:")) and "grad_sum:" in name
+    }
+    assert "offloaded" in sums
+    reports = {}
+    for name, made in (("large", planner.plan(1 << 40)), ("small", small)):
+        reports[name] = run(made, base[1], steps=3, out=tmp_path / name, lr=LR, weight_decay=0.0)
+        assert reports[name]["peak_bytes"]["measured"] <= made.peak_bytes
+    assert digest(tmp_path / "small") == digest(tmp_path / "large")
+    assert reports["small"]["grad_norm"] == reports["large"]["grad_norm"]
+    assert min(reports["small"]["grad_norm"]) > limit
+
+    model = their_model(LARGE)
+    assert measured.model.store is not None
+    with Store.open(measured.model.store) as store, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            store.load(name, value := torch.empty(parameter.shape))
+            parameter.copy_(value)
+    loaded = peft.PeftModel.from_pretrained(
+        model, tmp_path / "large" / "adapter", is_trainable=True, autocast_adapter_dtype=False
+    ).eval()
+    theirs = held_by_peft(loaded)
+    with torch.no_grad():
+        rows = loaded.base_model.model.model.embed_tokens.original_module.weight
+        for key, value in theirs.items():
+            if ".lora_" in key:
+                initialise(key.removeprefix("base_model.model."), 0, value)
+            else:
+                value.copy_(rows)
+    inputs = [torch.empty(2, 32, dtype=torch.int64) for _ in range(2)]
+    batches = open_batches(str(next((tmp_path / "large" / "data").glob("train*"))), 0)
+    batches.training(0, inputs)
+    batches.close()
+    loss_of(loaded(input_ids=inputs[0]).logits, inputs[1]).backward()
+    exact = float(torch.nn.utils.clip_grad_norm_(theirs.values(), limit))
+    assert reports["large"]["grad_norm"][0] == pytest.approx(exact, rel=1e-4)
 
 
 def test_a_run_starts_from_an_adapter_with_tables(
