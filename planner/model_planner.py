@@ -15,6 +15,7 @@ from tightfit.planner.problem.clipping import refuse_clipping
 from tightfit.planner.problem.device_forward import device_forward
 from tightfit.planner.problem.gradients import without_resting_states
 from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.problem.optimizers import refuse_other_optimizers
 from tightfit.planner.schedule.lowering import Entry, instructions, kinds
 from tightfit.planner.schedule.realize import Part, Schedule, realize_cycle, smallest_cycle
 from tightfit.planner.schema import Phase, Plan
@@ -100,6 +101,7 @@ class ModelPlanner:
     def _device(self) -> ModelPlanner:
         """The planner of the step of the policy `MOBILLM`, for which the solver decides as for any step."""
         refuse_clipping(self.profile, MOBILLM)
+        refuse_other_optimizers(self.profile.optimizer, MOBILLM, "trains a side network on a server, with AdamW")
         return ModelPlanner(device_forward(self.profile), self.options)
 
     def _served(self, made: Plan) -> Plan:

@@ -29,6 +29,14 @@ after its last micro-batch, so that no state is part of the plan"""
 MOBILLM = "mobillm"
 """the optimizer's name in the plan of a device that trains nothing: a server trains a side network from what its forward
 sends"""
+OPTIMIZER_STATES: dict[str, tuple[str, ...]] = {
+    "adamw": ("adam_m", "adam_v"),
+    "adam": ("adam_m", "adam_v"),
+    "sgd": (),
+    "momentum": ("momentum",),
+    "lion": ("lion_m",),
+}
+"""optimizer -> what its float32 states of a trainable are called, each as large as that"""
 NOT_COMPARED = "not compared with autograd"
 """How `Model.compared` begins if the gradients were not compared."""
 
@@ -49,7 +57,8 @@ def _checked_optimizer(optimizer: dict[str, Any]) -> dict[str, Any]:
     if limit is not None and not (type(limit) in {int, float} and 0 < limit < math.inf):
         raise ValueError(f"max_grad_norm is {limit!r}; it is a finite number above 0")
     summed = steps > 1 or limit is not None
-    states, most = optimizer.get("state_tensors", 2), 2 + summed
+    own = OPTIMIZER_STATES.get(optimizer.get("name", "adamw"), OPTIMIZER_STATES["adamw"])
+    states, most = optimizer.get("state_tensors", 2), len(own) + summed
     if (
         isinstance(states, bool)
         or not isinstance(states, int)

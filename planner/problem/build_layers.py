@@ -26,8 +26,8 @@ from tightfit.planner.problem.step_graph import (
     Step,
     StepGraph,
     aligned,
-    state_count,
     state_names,
+    state_roles,
     step_graph,
 )
 from tightfit.profiles.schema import Profile
@@ -54,7 +54,7 @@ class _Splitter:
     def __init__(self, profile: Profile, graph: StepGraph) -> None:
         self.profile = profile
         self.graph = graph
-        self.states = state_count(profile.optimizer)
+        self.roles = state_roles(profile.optimizer)
         self.apart = profile.accumulate if profile.max_grad_norm is not None else 0
         self.count = len(graph.layers)
         self.own: list[dict[str, list[Step]]] = [
@@ -355,7 +355,7 @@ class _Splitter:
         for name, at in self.updated.items():
             if at == window:
                 own = local.get(name, name)
-                moved = (own, *state_names(own, self.states)) if name in self.moving else state_names(own, self.states)
+                moved = (own, *state_names(own, self.roles)) if name in self.moving else state_names(own, self.roles)
                 result.update(dict.fromkeys(moved, self.graph.storages[name].bytes))
         return dict(sorted(result.items()))
 
@@ -453,7 +453,7 @@ class _Splitter:
                     gradient=local.get(f"grad:{name}", f"grad:{name}"),
                     after=after,
                     state_bytes=sizes[name],
-                    states=self.states,
+                    roles=self.roles,
                     seconds=seconds,
                     minor=sizes[name] < sum(sizes.values()) / 4,
                     apart_seconds=apart,

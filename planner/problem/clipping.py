@@ -10,12 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tightfit.profiles.schema import EXCHANGE, MOBILLM, Profile, Tensor
+from tightfit.profiles.schema import EXCHANGE, MOBILLM, OPTIMIZER_STATES, Profile, Tensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.job import passes_messages
 
 UPDATE_PASSES, SUM_PASSES, COPY_PASSES, NORM_PASSES, SCALE_PASSES = 7, 3, 2, 2, 2
 """over the bytes of a tensor: an update by AdamW, adding to a sum, copying into one, squaring one, scaling one down"""
+STATELESS_PASSES = 3
+"""of an update without states: it reads gradient and parameter, and writes the parameter; each state is read and written"""
 
 CLIPPING_BYTES = 256 << 10
 """of a process that clips, beyond one that does not: the code of adding up and squaring, and room in which squares are made"""
@@ -35,7 +37,8 @@ def clipped(profile: Profile, max_grad_norm: float) -> Profile:
         why = "a member of a fleet does not know the gradients of the others"
     if why is not None:
         raise InputError(f"max-grad-norm {max_grad_norm}: {why}; leave it out")
-    optimizer = {**profile.optimizer, "state_tensors": 3, "max_grad_norm": float(max_grad_norm)}
+    states = len(OPTIMIZER_STATES[profile.optimizer.get("name", "adamw")]) + 1
+    optimizer = {**profile.optimizer, "state_tensors": states, "max_grad_norm": float(max_grad_norm)}
     floor = profile.device.floor
     floor = floor.model_copy(update={"resident_bytes": floor.resident_bytes + CLIPPING_BYTES})
     device = profile.device.model_copy(update={"floor": floor})
@@ -59,19 +62,24 @@ def accumulate_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
     """
     steps = int(optimizer.get("accumulate", 1))
     passes = (COPY_PASSES if steps == 1 else SUM_PASSES) + NORM_PASSES / steps
-    return tensor.accumulate_seconds or passes * _pass_seconds(tensor, steps)
+    return tensor.accumulate_seconds or passes * _pass_seconds(tensor, optimizer)
 
 
 def clipped_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
     """Seconds of one update of a trainable from its sum, scaled down; where it was not measured, by the bytes that it
     touches.
     """
-    steps = int(optimizer.get("accumulate", 1))
-    return tensor.clipped_seconds or (UPDATE_PASSES + SCALE_PASSES) * _pass_seconds(tensor, steps)
+    return tensor.clipped_seconds or (update_passes(optimizer) + SCALE_PASSES) * _pass_seconds(tensor, optimizer)
 
 
-def _pass_seconds(tensor: Tensor, steps: int) -> float:
+def update_passes(optimizer: Mapping[str, Any]) -> int:
+    """How often an update goes over the bytes of a trainable."""
+    return STATELESS_PASSES + 2 * len(OPTIMIZER_STATES.get(optimizer.get("name", ""), OPTIMIZER_STATES["adamw"]))
+
+
+def _pass_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
     """Seconds of one pass over a trainable's bytes, by the seconds per step of its update in the backward; where several
     steps make one, each adds to the sum, and the last divides it by their number and zeroes it.
     """
-    return tensor.update_seconds / (UPDATE_PASSES if steps == 1 else SUM_PASSES + (UPDATE_PASSES + 3) / steps)
+    steps, passes = int(optimizer.get("accumulate", 1)), update_passes(optimizer)
+    return tensor.update_seconds / (passes if steps == 1 else SUM_PASSES + (passes + 3) / steps)

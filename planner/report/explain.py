@@ -22,7 +22,7 @@ from tightfit.planner.report.explanation import (
 from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution
-from tightfit.profiles.schema import MOBILLM, NOT_COMPARED
+from tightfit.profiles.schema import MOBILLM, NOT_COMPARED, OPTIMIZER_STATES
 from tightfit.runtime.common.units import format_seconds, format_size, printable
 
 LEAST_SHARE = 5e-4
@@ -44,6 +44,7 @@ def _sentences(plan: Plan, told: Explanation) -> list[str]:
     return [
         _headline(plan),
         *_gradient(plan),
+        *_optimizer(plan),
         *_clipping(plan, told.clipping),
         *_comparison(plan),
         _proof(plan),
@@ -103,6 +104,17 @@ def _gradient(plan: Plan) -> list[str]:
     if plan.accumulate > 1:
         return [f"the gradients of {plan.accumulate} steps make one update"]
     return []
+
+
+def _optimizer(plan: Plan) -> list[str]:
+    """Which optimizer updates, where it is not AdamW."""
+    name = plan.optimizer.get("name", "adamw")
+    if name == "adamw" or name not in OPTIMIZER_STATES:
+        return []
+    count = len(OPTIMIZER_STATES[name])
+    states = "no state" if not count else "one state" if count == 1 else f"{count} states"
+    seconds = "their seconds are AdamW's as profiled, by the bytes that are touched"
+    return [f"updates by {name}, which has {states} of each trained tensor; {seconds}"]
 
 
 def _clipping(plan: Plan, clipping: Clipping | None) -> list[str]:

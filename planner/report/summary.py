@@ -98,6 +98,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     from tightfit.planner.report.render import decision_counts
 
     summary: dict[str, Any] = {name: getattr(plan, name) for name in PLAN_FIELDS}
+    summary["optimizer"] = plan.optimizer.get("name", "adamw")
     summary["marks"] = marks(plan.device)
     summary["decisions"] = decision_counts(plan)
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)

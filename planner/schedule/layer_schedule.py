@@ -124,7 +124,7 @@ def _resident_states(kind: LayerType, decision: Decision) -> set[str]:
 
 
 def state_names_of(update: Update) -> tuple[str, ...]:
-    return state_names(update.trainable, update.states)
+    return state_names(update.trainable, update.roles)
 
 
 def _in_gap(places: dict[str, str]) -> set[str]:

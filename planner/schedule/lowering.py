@@ -128,7 +128,7 @@ class _Joiner:
             if storage.kind == "weight" and name in self.tensors:
                 self.sizes[f"packed:{name}"] = aligned(self.tensors[name].packed_bytes, PACKED_ALIGNMENT)
             if storage.kind == "trainable":
-                for state in state_names(name, len(STATES)):
+                for state in state_names(name, STATES):
                     self.sizes[state] = self.sizes[name]
                     self.raw[state] = storage.bytes
 
@@ -334,7 +334,7 @@ def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[
             if update.states:
                 name = problem.name(layer, update.trainable)
                 place = "offloaded" if update.trainable in column.decision.states else "kept"
-                result.update(dict.fromkeys(state_names(name, update.states), place))
+                result.update(dict.fromkeys(state_names(name, update.roles), place))
     for name in problem.forced:
         result[name] = "kept"
     result.update(dict.fromkeys(draft_.remade, "recomputed"))

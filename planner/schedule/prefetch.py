@@ -157,7 +157,7 @@ def _read_by(entry: Entry, inputs: Inputs) -> tuple[str, ...]:
     if entry.verb == "unpack":
         return (f"packed:{entry.name}",)
     if entry.verb == "update":
-        return (entry.name, *state_names(entry.name, len(STATES)))
+        return (entry.name, *state_names(entry.name, STATES))
     if entry.verb == "accumulate":
         return (f"{SUM}{entry.name}",)
     return ()

@@ -41,6 +41,13 @@ def plan(
     ] = None,
     time_limit: TimeLimit = 30.0,
     gap: Gap = 0.0,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="adamw (unless another is named), adam, sgd, momentum or lion: what it keeps of each trained tensor is in the plan.",
+        ),
+    ] = None,
     max_grad_norm: Annotated[
         float | None,
         typer.Option(
@@ -65,7 +72,7 @@ def plan(
     at_least(0, time_limit=time_limit, gap=gap)
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
-    from tightfit.planner.problem.clipping import clipped
+    from tightfit.planner.problem.optimizers import chosen
     from tightfit.profiles.api import load_profile
     from tightfit.runtime.cli.terminal import Solving, messages
     from tightfit.runtime.common.files import check_place
@@ -73,7 +80,7 @@ def plan(
     check_place(output)
     console = messages()
     loaded = load_profile(profile)
-    wanted = loaded if max_grad_norm is None else clipped(loaded, max_grad_norm)
+    wanted = chosen(loaded, optimizer, max_grad_norm)
     if server is not None and what_if:
         raise InputError("--what-if plans on this machine: leave out either it or --server")
     with Interrupts() as interrupts, Solving(console, time_limit) as solving:
@@ -85,6 +92,7 @@ def plan(
                     policy=policy,
                     time_limit=time_limit,
                     gap=gap,
+                    optimizer=optimizer,
                     max_grad_norm=max_grad_norm,
                     progress=solving,
                 )

@@ -25,6 +25,7 @@ from tightfit.planner.instructions import (
     Update,
     to_json,
 )
+from tightfit.planner.problem.step_graph import state_roles
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.schema import Layer, Program, Tensor
@@ -301,6 +302,7 @@ def _header(
         "batch": plan.batch,
         "seq": plan.seq,
         "accumulate": plan.accumulate,
+        "states": list(state_roles(plan.optimizer)),
         "kind": plan.model.kind,
         "lora": plan.model.lora,
         "tables": plan.model.tables,

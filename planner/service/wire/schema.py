@@ -193,6 +193,7 @@ class PlanRequest(Request):
     policy: str = Field("solver", max_length=64, description="solver, or a fixed rule", examples=["solver", "mebp"])
     time_limit: Seconds = 30.0
     gap: Gap = 0.0
+    optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion"] | None = Field(None, description="null: adamw")
     max_grad_norm: float | None = Field(
         None,
         gt=0,

@@ -44,6 +44,7 @@ DROPOUT = "tightfit.dropout"
 UNIT = 64
 BLOCK = 4096
 STATES = ("adam_m", "adam_v", "grad_sum")
+"""the optimizer's states in a checkpoint of a fleet, which trains with AdamW"""
 _ARRAYS = (
     ("sizes", "q"),
     ("extents", "q"),

@@ -19,7 +19,15 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.spill import SpillFile
-from tightfit.runtime.engine.kernels.optimizer import AdamW, ClippedUpdate, MeZO, Perturbation, Update, optimizer_of
+from tightfit.runtime.engine.kernels.optimizer import (
+    AdamW,
+    ClippedUpdate,
+    Exact,
+    MeZO,
+    Perturbation,
+    Update,
+    optimizer_of,
+)
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.batches import ReceivedBatches, TrainingBatches, open_batches
 from tightfit.runtime.engine.training.checkpoint import write_json
@@ -139,7 +147,7 @@ class Training:
         """What a run has to do with the other members of its fleet; None: it is one of its own."""
         return self.exchange or self.stage
 
-    def _joined(self, seat: Seat, optimizer: AdamW | MeZO, directory: str, stopping: Callable[[], bool]) -> Exchange:
+    def _joined(self, seat: Seat, optimizer: Exact | MeZO, directory: str, stopping: Callable[[], bool]) -> Exchange:
         """Meet the other members of a fleet that exchanges gradients."""
         from tightfit.runtime.engine.fleet.seat import join
 
@@ -452,7 +460,8 @@ class Training:
     @property
     def _saved_states(self) -> tuple[str, ...]:
         """The states that a checkpoint has: where gradients are clipped, no sums that the next step begins anew."""
-        return STATES[:2] if isinstance(self.update, ClippedUpdate) and not self.update.sums else STATES
+        states = tuple(self.header["states"])
+        return states[:-1] if isinstance(self.update, ClippedUpdate) and not self.update.sums else states
 
     @property
     def _body(self) -> str:
