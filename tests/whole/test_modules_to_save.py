@@ -381,13 +381,9 @@ def test_clipped_runs_at_two_budgets_give_the_same_bits_and_the_norm_of_autograd
     limit = 0.5
     planner = ModelPlanner(clipped(measured, limit))
     small = planner.plan(planner.minimum().peak_bytes)
-    assert moved(small)["values"]
-    sums = {
-        place
-        for name, place in small.decisions.items()
-        if table_slice(name.removeprefix("grad_sum:")) and "grad_sum:" in name
-    }
-    assert "offloaded" in sums
+    away = [name for name, place in small.decisions.items() if place == "offloaded"]
+    assert any(table_slice(name) for name in away)
+    assert any(name.startswith("grad_sum:") and table_slice(name.removeprefix("grad_sum:")) for name in away)
     reports = {}
     for name, made in (("large", planner.plan(1 << 40)), ("small", small)):
         reports[name] = run(made, base[1], steps=3, out=tmp_path / name, lr=LR, weight_decay=0.0)
