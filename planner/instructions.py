@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-Verb = Literal["read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass"]
+Verb = Literal["read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass", "accumulate"]
 """what an instruction does; the planner's drafts, whose tensors have no offsets yet, name it by this"""
 
 
@@ -72,7 +72,9 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One optimizer update of a trainable in place, from its gradient and states, all of them resident."""
+    """One optimizer update of a trainable in place, from its gradient and states, all of them resident; where gradients
+    are clipped, from the sum that is one of the states.
+    """
 
     verb: ClassVar[Verb] = "update"
     trainable: str
@@ -98,8 +100,20 @@ class Pass:
     below: str
 
 
-Instruction = Read | Unpack | Run | Free | Spill | Fetch | Update | Perturb | Pass
-TYPES: tuple[type[Instruction], ...] = (Read, Unpack, Run, Free, Spill, Fetch, Update, Perturb, Pass)
+@dataclass(frozen=True, slots=True)
+class Accumulate:
+    """Add the gradient of a trainable to the sum of an update's, ``grad_sum:`` and its name, at `at`.
+
+    Where one step makes an update the gradient is copied, and the sum need not be resident before.
+    """
+
+    verb: ClassVar[Verb] = "accumulate"
+    trainable: str
+    at: int
+
+
+Instruction = Read | Unpack | Run | Free | Spill | Fetch | Update | Perturb | Pass | Accumulate
+TYPES: tuple[type[Instruction], ...] = (Read, Unpack, Run, Free, Spill, Fetch, Update, Perturb, Pass, Accumulate)
 BY_VERB: dict[str, type[Instruction]] = {str(kind.verb): kind for kind in TYPES}
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "str": lambda operand: isinstance(operand, str),

@@ -11,9 +11,11 @@ from functools import cached_property
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.plan_result import answered, drafted, drafted_phase, sealed, too_small
 from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.clipping import refuse_clipping
 from tightfit.planner.problem.device_forward import device_forward
 from tightfit.planner.problem.gradients import without_resting_states
 from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.problem.optimizers import refuse_other_optimizers
 from tightfit.planner.schedule.lowering import Entry, instructions, kinds
 from tightfit.planner.schedule.realize import Part, Schedule, realize_cycle, smallest_cycle
 from tightfit.planner.schema import Phase, Plan
@@ -98,6 +100,8 @@ class ModelPlanner:
     @cached_property
     def _device(self) -> ModelPlanner:
         """The planner of the step of the policy `MOBILLM`, for which the solver decides as for any step."""
+        refuse_clipping(self.profile, MOBILLM)
+        refuse_other_optimizers(self.profile.optimizer, MOBILLM, "trains a side network on a server, with AdamW")
         return ModelPlanner(device_forward(self.profile), self.options)
 
     def _served(self, made: Plan) -> Plan:
@@ -216,8 +220,8 @@ class ModelPlanner:
         told = self._assemble(least.peak_bytes, policy, least)
         floor = told.device.floor
         simulation = simulate(told)
-        phases = (simulation.train, *simulation.cycle, simulation.evaluate or simulation.train)
-        worst = max(phases, key=lambda phase: phase.peak_bytes)
+        phases = (simulation.train, *simulation.cycle, simulation.evaluate, simulation.update)
+        worst = max((phase for phase in phases if phase is not None), key=lambda phase: phase.peak_bytes)
         largest = ", ".join(list(worst.peak.tensors)[:3])
         if budget < floor.start_peak_bytes:
             reason = (
@@ -288,6 +292,7 @@ class ModelPlanner:
             arena_bytes=arena.bytes,
             train=train,
             evaluate=_phase(schedule, schedule.draft.evaluate, arena.evaluate),
+            update=_phase(schedule, schedule.draft.update, arena.update) if schedule.draft.update else None,
         )
 
 

@@ -8,6 +8,7 @@ returned; its figures are the simulator's.
 from __future__ import annotations
 
 from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import ALL, Progress, SearchOptions
@@ -22,17 +23,22 @@ def plan(
     policy: str | None = None,
     time_limit: float = 30.0,
     gap: float = 0.0,
+    optimizer: str | None = None,
+    max_grad_norm: float | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """The fastest step found whose peak stays within `budget_bytes` (all processes of the run), with its proof.
 
     `policy` names a fixed rule to use instead of the solver. The search ends once the plan's gap, (step - bound) /
     step, is proven to be at most `gap`; with 0 it goes on until the plan is proven optimal, it has stopped gaining, or
-    `time_limit` seconds are over. For a budget that is too small the plan has status infeasible and states the smallest
+    `time_limit` seconds are over. `optimizer` is adamw (None), adam, sgd, momentum or lion, whose states and updates the plan
+    has. `max_grad_norm` scales the gradients of an update down, all of them together, to at most
+    this norm, as `torch.nn.utils.clip_grad_norm_` does; None: not at all. For a budget that is too small the plan has status infeasible and states the smallest
     budget found and what sets it. `progress` is called with stage, incumbent, bound, gap and seconds. Raises InputError
     for a profile, a policy or a number that cannot be used.
     """
-    return planner_of(profile).plan(budget_bytes, policy=policy, time_limit=time_limit, gap=gap, progress=progress)
+    made = chosen(profile, optimizer, max_grad_norm)
+    return planner_of(made).plan(budget_bytes, policy=policy, time_limit=time_limit, gap=gap, progress=progress)
 
 
 def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: float = 30.0) -> int:

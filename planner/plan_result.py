@@ -43,6 +43,7 @@ def drafted(
     resident: dict[str, int],
     train: list[Phase],
     evaluate: Phase | None = None,
+    update: Phase | None = None,
     arena_bytes: int = 0,
 ) -> Plan:
     """A plan with the training schedules `train`, before figures, proof and fingerprint are filled in. `ran`: the
@@ -80,6 +81,7 @@ def drafted(
         train=train[0],
         cycle=train[1:],
         evaluate=evaluate,
+        update=update,
     )
 
 
@@ -162,6 +164,7 @@ def answered(
                 "train": simulation.train,
                 "cycle": simulation.cycle,
                 "evaluate": simulation.evaluate,
+                "update": simulation.update,
                 "timeline": simulation.timeline,
             }
         )
@@ -199,6 +202,7 @@ def too_small(
                 "train": None,
                 "cycle": [],
                 "evaluate": None,
+                "update": None,
             }
         )
     )

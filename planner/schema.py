@@ -6,11 +6,15 @@ each tensor it allocates, so that nothing is left to decide at run time. The pla
 replays it and alone states peak and seconds, the runtime executes it.
 
 Tensor names: a weight ``w`` is resident as ``w`` (unpacked) and/or ``packed:w``; a trainable ``p`` has ``p``,
-``grad:p`` (as bound by its layer), ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps, ``grad_sum:p``;
-anything else is a global tensor or ``layer/value``.
+``grad:p`` (as bound by its layer), its optimizer's states (``adam_m:p``, ``adam_v:p``; ``momentum:p``; ``lion_m:p``) and, where
+an update takes several steps or gradients are clipped, ``grad_sum:p``; anything else is a global tensor or ``layer/value``.
 
 `tightfit.planner.instructions` says what each instruction does. Where several steps make one update (gradient
 accumulation), the steps before the last add their gradients to ``grad_sum:p`` instead of updating.
+
+Where gradients are clipped by the norm of all of them (`max_grad_norm` of `optimizer`), no trainable is updated before
+every gradient is known: each step only adds to ``grad_sum:p``, and after the last step of an update the schedule
+`update` runs, in which every trainable is updated from its sum.
 
 Where `optimizer` is called ``mezo`` a training step has two forwards and no backward: every trainable is perturbed by
 +1 before the first, by -2 before the second, and ``update`` adds epsilon z - rate (l+ - l-) / (2 epsilon) z, which
@@ -29,7 +33,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from tightfit.planner.instructions import Instruction, read_all, write_all
 from tightfit.profiles.schema import MOBILLM, Device, Layer, Model, Optimizer, Program, Tensor
 
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
 
@@ -100,7 +104,7 @@ class Plan(Record):
     budget_bytes: int
     floor_bytes: int
     peak_bytes: int = Field(description="predicted VmHWM of the run, all phases")
-    step_seconds: float = Field(description="the mean over a cycle")
+    step_seconds: float = Field(description="the mean over a cycle, and over the steps that share an update")
     bound_seconds: Bound = Field(description="no plan of this class is faster at this budget")
     any_schedule_bound_seconds: Bound = Field(description="no schedule at all is faster at this budget")
     gap: float = Field(description="(step_seconds - bound_seconds) / step_seconds")
@@ -136,6 +140,10 @@ class Plan(Record):
     train: Phase | None
     cycle: list[Phase] = Field([], description="training schedules of the steps that follow `train` in a cycle")
     evaluate: Phase | None = Field(description="forward only; uses the same arena and resident tensors")
+    update: Phase | None = Field(
+        None,
+        description="where gradients are clipped: the update of all trainables, after the last step that adds to it",
+    )
     timeline: list[TimelinePoint] = Field([], description="of `train`")
 
     @property
@@ -151,12 +159,22 @@ class Plan(Record):
         return int(self.optimizer.get("accumulate", 1))
 
     @property
+    def max_grad_norm(self) -> float | None:
+        """The norm to which all gradients of an update together are scaled down; None: they are not clipped."""
+        return self.optimizer.get("max_grad_norm")
+
+    @property
+    def beside(self) -> list[Phase]:
+        """The schedules that run beside the training steps: of an evaluation, and of the update where it is apart."""
+        return [phase for phase in (self.evaluate, self.update) if phase is not None]
+
+    @property
     def start_bytes(self) -> int:
         """By how many bytes the imports at the process's start exceed the most it holds later; 0 where something later
         sets the peak.
         """
         floor = self.device.floor
-        schedules = [*self.steps, *([self.evaluate] if self.evaluate is not None else [])]
+        schedules = [*self.steps, *self.beside]
         instructions = sum(len(phase.instructions) for phase in schedules)
         later = floor.held_bytes + floor.instruction_bytes * instructions + self.arena_bytes + self.workspace_bytes
         return max(0, min(self.peak_bytes, floor.start_peak_bytes) - max(0, later))

@@ -491,11 +491,15 @@ def _unmeasured(traced: Trace, device: Device) -> dict[str, Any]:
     } | channels
 
 
+UPDATED = ("update", "accumulate", "clipped", "perturb")
+"""what takes time for a trainable"""
+
+
 def _timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:
     if tensor.name in measured["unpack"]:
         return tensor.model_copy(update={"unpack_seconds": measured["unpack"][tensor.name]})
     if tensor.name in measured["update"]:
-        seconds = {f"{kind}_seconds": measured[kind][tensor.name] for kind in ("update", "perturb")}
+        seconds = {f"{kind}_seconds": measured[kind][tensor.name] for kind in UPDATED}
         return tensor.model_copy(update=seconds)
     return tensor
 

@@ -13,11 +13,12 @@ private to its layer and is called ``layer_name/value_name``.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
-PROFILE_VERSION = 7
+PROFILE_VERSION = 8
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 
@@ -28,6 +29,14 @@ after its last micro-batch, so that no state is part of the plan"""
 MOBILLM = "mobillm"
 """the optimizer's name in the plan of a device that trains nothing: a server trains a side network from what its forward
 sends"""
+OPTIMIZER_STATES: dict[str, tuple[str, ...]] = {
+    "adamw": ("adam_m", "adam_v"),
+    "adam": ("adam_m", "adam_v"),
+    "sgd": (),
+    "momentum": ("momentum",),
+    "lion": ("lion_m",),
+}
+"""optimizer -> what its float32 states of a trainable are called, each as large as that"""
 NOT_COMPARED = "not compared with autograd"
 """How `Model.compared` begins if the gradients were not compared."""
 
@@ -44,20 +53,26 @@ def _checked_optimizer(optimizer: dict[str, Any]) -> dict[str, Any]:
     steps = optimizer.get("accumulate", 1)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_ACCUMULATED:
         raise ValueError(f"accumulate is {steps!r}; it is a whole number of steps from 1 to {MOST_ACCUMULATED}")
-    states, most = optimizer.get("state_tensors", 2), 2 + (steps > 1)
+    limit = optimizer.get("max_grad_norm")
+    if limit is not None and not (type(limit) in {int, float} and 0 < limit < math.inf):
+        raise ValueError(f"max_grad_norm is {limit!r}; it is a finite number above 0")
+    summed = steps > 1 or limit is not None
+    own = OPTIMIZER_STATES.get(optimizer.get("name", "adamw"), OPTIMIZER_STATES["adamw"])
+    states, most = optimizer.get("state_tensors", 2), len(own) + summed
     if (
         isinstance(states, bool)
         or not isinstance(states, int)
         or not 0 <= states <= most
-        or (steps > 1 and states < most and optimizer.get("name") not in {EXCHANGE, MOBILLM})
+        or (summed and states < most and optimizer.get("name") not in {EXCHANGE, MOBILLM})
     ):
-        raise ValueError(f"state_tensors is {states!r}; with accumulate {steps} it is {most}")
+        clipped = "" if limit is None else f" and max_grad_norm {limit}"
+        raise ValueError(f"state_tensors is {states!r}; with accumulate {steps}{clipped} it is {most}")
     return optimizer
 
 
 Optimizer = Annotated[dict[str, Any], AfterValidator(_checked_optimizer)]
 """Keys: `name`; `state_tensors`, the number of float32 states per trainable; `accumulate`, steps per update (default
-1)."""
+1); in a plan that clips gradients, `max_grad_norm`, the norm to which all of them together are scaled down."""
 
 
 T = TypeVar("T")
@@ -101,6 +116,15 @@ class Tensor(Record):
     )
     perturb_seconds: float = Field(
         0.0, ge=0, description="trainables: seconds to draw noise of its shape and add it; 0: not measured"
+    )
+    accumulate_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="trainables whose gradients are clipped: seconds to add one to the update's sum, and in the last of several steps to"
+        " square the sum, the mean over the steps; 0: not measured",
+    )
+    clipped_seconds: float = Field(
+        0.0, ge=0, description="trainables: seconds of one update from a sum that is scaled down; 0: not measured"
     )
     movable: bool = Field(
         False, description="trainables: whether the plan may keep its values on disk while no operator reads them"
@@ -307,3 +331,8 @@ class Profile(Record):
     def accumulate(self) -> int:
         """Steps whose gradients make one update."""
         return int(self.optimizer.get("accumulate", 1))
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm to which all gradients of an update together are scaled down; None: they are not clipped."""
+        return self.optimizer.get("max_grad_norm")

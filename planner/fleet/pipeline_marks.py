@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tightfit.planner.instructions import Instruction, Run
 from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.simulation.plan_index import PlanIndex
-from tightfit.planner.simulation.replay import Replay
+from tightfit.planner.simulation.replay import Replay, Role
 from tightfit.runtime.engine.training.job import RECEIVE, SEND
 
 __all__ = ["Marks", "marks_of"]
@@ -39,10 +39,7 @@ def marks_of(plan: Plan) -> tuple[Marks, Marks]:
     assert plan.train is not None
     assert plan.evaluate is not None
     index = PlanIndex(plan)
-    return tuple(  # type: ignore[return-value]
-        _marks(_Marked(index, phase, name, training=name == "train"))
-        for name, phase in (("train", plan.train), ("evaluate", plan.evaluate))
-    )
+    return _marks(_Marked(index, plan.train, "train")), _marks(_Marked(index, plan.evaluate, "evaluate"))
 
 
 def _marks(replay: _Marked) -> Marks:
@@ -53,8 +50,8 @@ def _marks(replay: _Marked) -> Marks:
 class _Marked(Replay):
     """A replay that notes when it runs the operators that send and receive."""
 
-    def __init__(self, world: PlanIndex, phase: Phase, name: str, *, training: bool) -> None:
-        super().__init__(world, phase, name, training=training)
+    def __init__(self, world: PlanIndex, phase: Phase, role: Role) -> None:
+        super().__init__(world, phase, role, role)
         self.marks: dict[str, float] = {}
         self.middle: float | None = None
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.layer_figures import KIB, MS
 from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
 from tightfit.planner.problem.step_graph import StepGraph, state_count
 from tightfit.planner.solvers.highs import MARGIN
 from tightfit.planner.solvers.lp import INFINITY, Growing, Linear
-from tightfit.profiles.schema import Profile
+from tightfit.profiles.schema import Profile, Tensor
 
 
 class AnyScheduleBound:
@@ -48,7 +49,7 @@ class AnyScheduleBound:
         self.taken = floor.held_bytes + workspace + instructions + always
         """(24) bytes of any budget that no decision touches"""
         self.fixed = sum(step.seconds for step in steps)
-        self.fixed += sum(tensor.update_seconds for tensor in self.profile.tensors if tensor.kind == "trainable")
+        self.fixed += sum(self._update_seconds(tensor) for tensor in self.profile.tensors if tensor.kind == "trainable")
         pivot = max((step.index for step in steps if step.phase == "forward"), default=-1)
         self.earlier = self._before(pivot)
         self.later = self._after(pivot)
@@ -87,6 +88,12 @@ class AnyScheduleBound:
         if not result.optimal:
             return self.fixed
         return max(self.fixed, result.objective / MS * (1 - MARGIN))
+
+    def _update_seconds(self, tensor: Tensor) -> float:
+        optimizer, steps = self.profile.optimizer, self.profile.accumulate
+        if self.profile.max_grad_norm is None:
+            return tensor.update_seconds
+        return accumulate_seconds(tensor, optimizer) + clipped_seconds(tensor, optimizer) / steps
 
     def _before(self, pivot: int) -> set[int]:
         """Steps without which the pivot cannot run, itself included."""
@@ -171,15 +178,19 @@ class AnyScheduleBound:
         """(27) Optimizer states whose update comes after the loss, at both moments."""
         device = self.profile.device
         # Of the steps that make one update only the last needs the moments; a fleet's member has no states in its plan.
-        count = state_count(self.profile.optimizer)
+        count: float = state_count(self.profile.optimizer)
         count = count if self.profile.accumulate == 1 else min(1, count)
-        alike: Counter[int] = Counter()
+        if self.profile.max_grad_norm is not None:
+            # The first step of an update needs no sum, and after the last one there is none.
+            steps = self.profile.accumulate
+            count = count - 1 if steps == 1 else (steps - 1) / steps
+        alike: dict[int, float] = {}
         for tensor in self.profile.tensors:
             if tensor.kind != "trainable":
                 continue
             gradient = self.graph.storages.get(f"grad:{tensor.name}")
             if gradient is not None and all(index in self.later for index in gradient.producers):
-                alike[tensor.bytes] += count
+                alike[tensor.bytes] = alike.get(tensor.bytes, 0) + count
         for size, states in alike.items():
             for held, channel in ((self.at_pivot, device.read), (self.at_boundary, device.write)):
                 kept, moved = self._share(), self._share()
@@ -199,6 +210,8 @@ class AnyScheduleBound:
             if any(index in self.later for index in storage.consumers):
                 alike[True, False, storage.bytes] += 1
             written = all(index in self.later for index in gradient.producers)
+            # Where the update is apart, only the last of its steps comes before it.
+            written = written and (self.profile.max_grad_norm is None or self.profile.accumulate == 1)
             if any(index in self.earlier for index in storage.consumers):
                 alike[False, written, storage.bytes] += 1
         for (pivot, written, size), count in alike.items():

@@ -48,6 +48,7 @@ class LayerProgram(LayerVariables):
         self.backward_peak = self._peak()
         self._forward_rows(self.forward_peak, evaluate=False)
         self._forward_rows(self.evaluate_peak, evaluate=True)
+        self._apart_rows()
         self._backward_rows()
         self._seconds()
         self._instructions()
@@ -148,6 +149,19 @@ class LayerProgram(LayerVariables):
                 if name in opened
             ]
             self._use_rows(peak, shared, Linear(made), uses)
+
+    def _apart_rows(self) -> None:
+        """(49) Bytes at the updates where they are apart: the layer outside its windows, and one trainable's states and values
+        that are fetched.
+        """
+        kind = self.kind
+        for update in kind.updates if kind.apart else ():
+            row = Linear(-kind.across_evaluate / KIB).plus(self.outside)
+            row.add(self.away[MINOR if update.minor else update.trainable], update.states * update.state_bytes / KIB)
+            if update.trainable in kind.weights:
+                size = kind.weights[update.trainable].bytes / KIB
+                row.plus(self._in_mode(update.trainable, ahead="disk"), size)
+            self._row(self.evaluate_peak, row)
 
     def _retained_forward(self, name: str, *, evaluate: bool) -> Linear:
         return self._in_mode(name, ahead="packed") if evaluate else self._in_mode(name, behind="packed")
@@ -352,8 +366,9 @@ class LayerProgram(LayerVariables):
                 row.plus(unpacked, weight.bytes / KIB).plus(packed, weight.packed_bytes / KIB)
             if update.states:
                 away = self.away[MINOR if update.minor else update.trainable]
-                row.add(away, update.states * update.state_bytes / KIB)
-            for other in due:
+                # (49) where updates are apart, only the sum is there
+                row.add(away, (1 if kind.apart else update.states) * update.state_bytes / KIB)
+            for other in due if not kind.apart else ():
                 # Values that are to go to disk are there until their own update.
                 if other.trainable in kind.weights and other.gradient not in gone:
                     weight = kind.weights[other.trainable]
@@ -374,6 +389,8 @@ class LayerProgram(LayerVariables):
         self.forward_seconds.constant += MS * sum(op.seconds for op in kind.forward)
         self.backward_seconds.constant += MS * sum(op.seconds for op in kind.backward)
         self.backward_seconds.constant += MS * sum(update.seconds for update in kind.updates)
+        share = 1 / max(1, kind.apart)
+        self.backward_seconds.constant += MS * share * sum(update.apart_seconds for update in kind.updates)
         for k in kind.events:
             op = self.operations[k]
             self.backward_seconds.plus(self._all_again(k), MS * op.seconds)
@@ -399,9 +416,15 @@ class LayerProgram(LayerVariables):
             # they are freed in an evaluation, and in training where they are on disk between its windows too.
             away = self._in_mode(name, ahead="disk")
             size = kind.raw_bytes[name]
-            self.leaving.plus(away, MS * compute_seconds(kind.write, size))
-            self.states_spilled.plus(away, MS * transfer_seconds(kind.write, size))
-            count.plus(away, 2.0 + (3.0 if name in read else 0.0))
+            self.leaving.plus(away, MS * share * compute_seconds(kind.write, size))
+            written = MS * share * transfer_seconds(kind.write, size)
+            if kind.apart:
+                # (49) they are freed after their last use in the backward, and fetched for the update as well
+                self.arriving_backward.plus(away, MS * share * compute_seconds(kind.read, size))
+                self.states_fetched.plus(away, written + MS * share * transfer_seconds(kind.read, size))
+            else:
+                self.states_spilled.plus(away, written)
+            count.plus(away, (4.0 if kind.apart else 2.0) + (3.0 if name in read else 0.0))
             count.plus(self.reads[name], 1.0 + (1.0 if name in read else 0.0))
         for value, variable in self.offload.items():
             size = kind.raw_bytes[value]
@@ -414,11 +437,22 @@ class LayerProgram(LayerVariables):
             if update.states:
                 states_away = self.away[MINOR if update.minor else update.trainable]
                 size = kind.raw_bytes[state_names_of(update)[0]]
-                self.arriving_backward.add(states_away, MS * update.states * compute_seconds(kind.read, size))
-                self.leaving.add(states_away, MS * update.states * compute_seconds(kind.write, size))
-                self.states_fetched.add(states_away, MS * update.states * transfer_seconds(kind.read, size))
-                self.states_spilled.add(states_away, MS * update.states * transfer_seconds(kind.write, size))
-                count.add(states_away, 3.0 * update.states)
+                # (49) fetched and written in the step, and in the update where it is apart; there the sum is not written
+                fetched, written, later_fetched, later_written = float(update.states), float(update.states), 0.0, 0.0
+                if kind.apart:
+                    fetched, written = float(kind.apart > 1), 1.0
+                    later_fetched, later_written = share * update.states, share * (update.states - 1)
+                self.arriving_backward.add(
+                    states_away, MS * (fetched + later_fetched) * compute_seconds(kind.read, size)
+                )
+                self.leaving.add(states_away, MS * (written + later_written) * compute_seconds(kind.write, size))
+                self.states_fetched.add(
+                    states_away,
+                    MS * (fetched + later_fetched) * transfer_seconds(kind.read, size)
+                    + MS * later_written * transfer_seconds(kind.write, size),
+                )
+                self.states_spilled.add(states_away, MS * written * transfer_seconds(kind.write, size))
+                count.add(states_away, fetched + 2.0 + 3.0 * update.states - 1.0 if kind.apart else 3.0 * update.states)
         self.instructions = count
 
     def _instructions(self) -> None:

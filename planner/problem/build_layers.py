@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.layer_types import (
     ALWAYS,
     Layered,
@@ -25,8 +26,8 @@ from tightfit.planner.problem.step_graph import (
     Step,
     StepGraph,
     aligned,
-    state_count,
     state_names,
+    state_roles,
     step_graph,
 )
 from tightfit.profiles.schema import Profile
@@ -53,7 +54,8 @@ class _Splitter:
     def __init__(self, profile: Profile, graph: StepGraph) -> None:
         self.profile = profile
         self.graph = graph
-        self.states = state_count(profile.optimizer)
+        self.roles = state_roles(profile.optimizer)
+        self.apart = profile.accumulate if profile.max_grad_norm is not None else 0
         self.count = len(graph.layers)
         self.own: list[dict[str, list[Step]]] = [
             {"forward": [], "backward": [], "inference": []} for _ in range(self.count)
@@ -313,6 +315,8 @@ class _Splitter:
             events=events,
             read=self.profile.device.read,
             write=self.profile.device.write,
+            apart=self.apart,
+            across_evaluate=self._across(layer, forward_window, self.last_forward) if self.apart else 0,
         )
 
     def _check_inference(
@@ -351,7 +355,7 @@ class _Splitter:
         for name, at in self.updated.items():
             if at == window:
                 own = local.get(name, name)
-                moved = (own, *state_names(own, self.states)) if name in self.moving else state_names(own, self.states)
+                moved = (own, *state_names(own, self.roles)) if name in self.moving else state_names(own, self.roles)
                 result.update(dict.fromkeys(moved, self.graph.storages[name].bytes))
         return dict(sorted(result.items()))
 
@@ -438,15 +442,21 @@ class _Splitter:
             for step in self.again[layer].values():
                 if name in step.inputs:
                     after = max([after, *events.get(step.operator, ())])
+            seconds = facts[name].update_seconds if name in facts else 0.0
+            apart = 0.0
+            if self.apart and name in facts:
+                seconds = accumulate_seconds(facts[name], self.profile.optimizer)
+                apart = clipped_seconds(facts[name], self.profile.optimizer)
             result.append(
                 Update(
                     trainable=local.get(name, name),
                     gradient=local.get(f"grad:{name}", f"grad:{name}"),
                     after=after,
                     state_bytes=sizes[name],
-                    states=self.states,
-                    seconds=facts[name].update_seconds if name in facts else 0.0,
+                    roles=self.roles,
+                    seconds=seconds,
                     minor=sizes[name] < sum(sizes.values()) / 4,
+                    apart_seconds=apart,
                 )
             )
         return tuple(sorted(result, key=lambda update: (update.after, update.trainable)))

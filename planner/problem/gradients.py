@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_count, state_names
+from tightfit.planner.problem.optimizers import refuse_other_optimizers
+from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_names, state_roles
 from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.schema import Layer, Operator, Profile, Program, Tensor
 from tightfit.profiles.tracing.inference import inference_only
@@ -52,6 +53,7 @@ def two_forwards(profile: Profile) -> PartialStep:
     """
     refuse_accumulation(profile, MEZO)
     refuse_statistics(profile, MEZO)
+    refuse_other_optimizers(profile.optimizer, MEZO, "moves along a random direction, by an update of its own")
     optimizer = {"name": MEZO, "state_tensors": 0}
     perturbed = tuple(tensor.name for tensor in profile.tensors if tensor.kind == "trainable")
     if not perturbed:
@@ -286,7 +288,7 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
         bindings = {value: name for value, name in layer.bindings.items() if value in values}
         bound.append(layer.model_copy(update={"program": program.name, "bindings": bindings}))
     at_rest = resting(profile, layers)
-    states = state_count(profile.optimizer)
+    states = state_roles(profile.optimizer)
     tensors: list[Tensor] = []
     for tensor in profile.tensors:
         if tensor.name not in at_rest:

@@ -89,10 +89,19 @@ class Update:
     """position of the backward operation after which it takes place"""
     state_bytes: int
     """bytes of one optimizer state"""
-    states: int
+    roles: tuple[str, ...]
+    """names of the optimizer states, the sum of gradients last"""
     seconds: float
+    """where the update is apart: of adding the gradient to the sum, for which it waits"""
     minor: bool
     """whether its states share one decision with those of the layer's other minor trainables"""
+    apart_seconds: float = 0.0
+    """of the update itself where it is apart"""
+
+    @property
+    def states(self) -> int:
+        """Number of optimizer states."""
+        return len(self.roles)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +135,14 @@ class LayerType:
     """forward operation -> backward positions before which it may run again"""
     read: Channel
     write: Channel
+    apart: int = 0
+    """steps after which a schedule of its own updates all trainables, from the sums of their gradients, which are the last of
+    their states; 0: each is updated in the backward window
+    """
+    across_evaluate: int = 0
+    """where updates are apart: bytes of fixed lifetime that live throughout the window of an evaluation untouched, and not
+    during the updates
+    """
 
     @cached_property
     def producer(self) -> dict[str, Operation]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tightfit.planner.schema import Plan
-from tightfit.profiles.schema import Layer, Profile, Program, Tensor
+from tightfit.profiles.schema import OPTIMIZER_STATES, Layer, Profile, Program, Tensor
 from tightfit.runtime.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,10 +23,12 @@ ALIGNMENT = 64
 """arena offsets are multiples of this many bytes"""
 PACKED_ALIGNMENT = 4096
 """the same for packed weights, which are read with O_DIRECT, and other tensors that are to lie on pages"""
-STATES = ("adam_m", "adam_v", "grad_sum")
-"""optimizer states of a trainable ``p`` are called ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps,
-``grad_sum:p``
+STATES = (*dict.fromkeys(state for states in OPTIMIZER_STATES.values() for state in states), "grad_sum")
+"""optimizer states of a trainable ``p`` are called ``adam_m:p`` and the like after its optimizer's own and, where an update
+takes several steps or gradients are clipped, ``grad_sum:p``
 """
+SUM = "grad_sum:"
+"""prefix of the last of them"""
 STATE_PREFIXES = tuple(f"{state}:" for state in STATES)
 
 
@@ -178,9 +180,16 @@ def state_count(optimizer: Mapping[str, Any]) -> int:
     return int(optimizer.get("state_tensors", 2))
 
 
-def state_names(trainable: str, count: int) -> tuple[str, ...]:
-    """Names of the optimizer states of a trainable."""
-    return tuple(f"{state}:{trainable}" for state in STATES[:count])
+def state_roles(optimizer: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which optimizer states each trainable has, of a profile's or plan's `optimizer`."""
+    own = OPTIMIZER_STATES.get(optimizer.get("name", "adamw"), OPTIMIZER_STATES["adamw"])
+    summed = optimizer.get("accumulate", 1) > 1 or optimizer.get("max_grad_norm") is not None
+    return (*own, *STATES[-1:])[: state_count(optimizer)] if summed else own[: state_count(optimizer)]
+
+
+def state_names(trainable: str, roles: Iterable[str]) -> tuple[str, ...]:
+    """Names of the optimizer states `roles` of a trainable."""
+    return tuple(f"{role}:{trainable}" for role in roles)
 
 
 def _check_layers(layers: Iterable[Layer], programs: dict[str, Program]) -> None:

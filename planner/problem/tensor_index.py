@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tightfit.planner.problem.step_graph import state_count, state_names
+from tightfit.planner.problem.step_graph import state_names, state_roles
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Operator, Profile
 from tightfit.runtime.common.errors import InputError
@@ -59,7 +59,7 @@ class TensorIndex:
             self.operators[layer.name], self.inference[layer.name] = program.operators, program.inference
             self.names[layer.name] = names
         self.states: dict[str, tuple[str, ...]] = {
-            name: state_names(name, state_count(source.optimizer)) for name in self.of_kind("trainable")
+            name: state_names(name, state_roles(source.optimizer)) for name in self.of_kind("trainable")
         }
         """trainable -> names of its optimizer states"""
         for name, states in self.states.items():

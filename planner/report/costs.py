@@ -1,5 +1,5 @@
-"""Counts on a plan's schedule what each tensor's decision costs per training step, and which tensors are resident at an
-instruction.
+"""Counts on a plan's schedule what each tensor's decision costs per training step, without an update that is apart, and
+which tensors are resident at an instruction.
 
 The figures add up to the simulator's: seconds of recomputed operators to `recompute_seconds`, reads and writes to its
 bytes.
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tightfit.planner.instructions import Fetch, Free, Instruction, Pass, Read, Run, Spill, Unpack
+from tightfit.planner.instructions import Accumulate, Fetch, Free, Instruction, Pass, Read, Run, Spill, Unpack
 from tightfit.planner.problem.layer_types import transfer_seconds
+from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.problem.tensor_index import IndexedTensor, TensorIndex
 from tightfit.planner.schema import Phase, Plan
 
@@ -130,6 +131,8 @@ class Ledger:
                     there[f"packed:{weight}"] = None
                 case Unpack(name) | Fetch(name):
                     there[name] = None
+                case Accumulate(trainable):
+                    there[f"{SUM}{trainable}"] = None
                 case Pass(above, below):
                     del there[above]
                     there[below] = None

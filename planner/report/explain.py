@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from tightfit.planner.problem.device_forward import message_bytes, sent_tensors
 from tightfit.planner.report.costs import Cost, Ledger
 from tightfit.planner.report.explanation import (
+    Clipping,
     Explanation,
     MarginalValue,
     PeakAccount,
@@ -21,7 +22,7 @@ from tightfit.planner.report.explanation import (
 from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution
-from tightfit.profiles.schema import MOBILLM, NOT_COMPARED
+from tightfit.profiles.schema import MOBILLM, NOT_COMPARED, OPTIMIZER_STATES
 from tightfit.runtime.common.units import format_seconds, format_size, printable
 
 LEAST_SHARE = 5e-4
@@ -43,6 +44,8 @@ def _sentences(plan: Plan, told: Explanation) -> list[str]:
     return [
         _headline(plan),
         *_gradient(plan),
+        *_optimizer(plan),
+        *_clipping(plan, told.clipping),
         *_comparison(plan),
         _proof(plan),
         *_decisions(plan),
@@ -101,6 +104,32 @@ def _gradient(plan: Plan) -> list[str]:
     if plan.accumulate > 1:
         return [f"the gradients of {plan.accumulate} steps make one update"]
     return []
+
+
+def _optimizer(plan: Plan) -> list[str]:
+    """Which optimizer updates, where it is not AdamW."""
+    name = plan.optimizer.get("name", "adamw")
+    if name == "adamw" or name not in OPTIMIZER_STATES:
+        return []
+    count = len(OPTIMIZER_STATES[name])
+    states = "no state" if not count else "one state" if count == 1 else f"{count} states"
+    seconds = "their seconds are AdamW's as profiled, by the bytes that are touched"
+    return [f"updates by {name}, which has {states} of each trained tensor; {seconds}"]
+
+
+def _clipping(plan: Plan, clipping: Clipping | None) -> list[str]:
+    if clipping is None:
+        return []
+    away = clipping.sum_bytes_on_disk
+    where = f", {format_size(away)} of them on {words_of(plan.device).elsewhere}" if away else ""
+    shared = f", shared by {plan.accumulate} steps" if plan.accumulate > 1 else ""
+    sums = f"their sums take {format_size(clipping.sum_bytes)}{where}"
+    adding = f"adding to them takes {format_seconds(clipping.adding_seconds)} of a step"
+    update = f"the update of all that is trained, once the last gradient is known, {format_seconds(clipping.update_seconds)}{shared}"
+    unclipped = f"updates right after each gradient take {format_seconds(clipping.unclipped_seconds)}"
+    return [
+        f"gradients are clipped to a norm of {clipping.max_grad_norm:g}: {sums}; {adding} and {update}; {unclipped}"
+    ]
 
 
 def _served(plan: Plan) -> str:
@@ -211,7 +240,7 @@ def _decisions(plan: Plan) -> list[str]:
 def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
     if peak is None:
         return []
-    phase = "in training " if peak.phase == "train" else "in evaluation "
+    phase = {"train": "in training ", "evaluate": "in evaluation ", "update": "in the update "}[peak.phase]
     phase = phase if has_phases(plan) else ""
     largest = ", ".join(f"{tensor} {format_size(size)}" for tensor, size in list(peak.tensors.items())[:3])
     sizes = {

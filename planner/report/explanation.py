@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tightfit.planner.instructions import Run
+from tightfit.planner.problem.clipping import accumulate_seconds
+from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.report.costs import Cost, Ledger
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan
@@ -35,7 +37,7 @@ class PeakAccount(Record):
     reach theirs.
     """
 
-    phase: Literal["train", "evaluate"]
+    phase: Literal["train", "evaluate", "update"]
     instruction: int
     text: str = Field(description="what runs there, in words")
     layer: str | None = Field(description="None where a transfer or an update sets the peak")
@@ -114,6 +116,23 @@ class Shortfall(Record):
     remedies: list[Remedy] = Field(description="largest first")
 
 
+class Clipping(Record):
+    """What it takes to clip gradients by the norm of all of them: sums, and updates that wait for the last gradient."""
+
+    max_grad_norm: float
+    sum_bytes: int = Field(description="of the sums of gradients, in memory or on disk")
+    sum_bytes_on_disk: int
+    adding_seconds: float = Field(description="per step: adding gradients to the sums, and squaring these")
+    update_seconds: float = Field(description="of the update of all trainables")
+    stall_seconds: float = Field(description="of these: the cores wait for the disk")
+    read_bytes: int = Field(description="by one update; likewise write_bytes")
+    write_bytes: int
+    seconds: float = Field(description="per step, of both: the update's are shared by the steps that make one")
+    unclipped_seconds: float = Field(
+        description="per step: what updates take that follow right on their gradients in the backward, without transfers"
+    )
+
+
 class Explanation(Record):
     """What `plan --json` says under "explanation". Fields that do not apply are null or empty."""
 
@@ -123,6 +142,7 @@ class Explanation(Record):
     waiting_seconds: float = Field(0.0, description="per step: the cores wait for a transfer")
     neighbours: list[MarginalValue] = Field([], description="the budgets beside this one")
     shortfall: Shortfall | None = None
+    clipping: Clipping | None = None
 
 
 def account(plan: Plan) -> Explanation:
@@ -136,6 +156,26 @@ def account(plan: Plan) -> Explanation:
         recomputation=_recomputation(plan, plan.train, ledger, costs),
         channels=_channels(plan.train, costs),
         waiting_seconds=plan.train.stall_seconds,
+        clipping=_clipping(plan),
+    )
+
+
+def _clipping(plan: Plan) -> Clipping | None:
+    if plan.update is None or plan.max_grad_norm is None:
+        return None
+    trained = [tensor for tensor in plan.tensors if tensor.kind == "trainable"]
+    adding = sum(accumulate_seconds(tensor, plan.optimizer) for tensor in trained)
+    return Clipping(
+        max_grad_norm=plan.max_grad_norm,
+        sum_bytes=sum(tensor.bytes for tensor in trained),
+        sum_bytes_on_disk=sum(tensor.bytes for tensor in trained if f"{SUM}{tensor.name}" not in plan.resident),
+        adding_seconds=adding,
+        update_seconds=plan.update.seconds,
+        stall_seconds=plan.update.stall_seconds,
+        read_bytes=plan.update.read_bytes,
+        write_bytes=plan.update.write_bytes,
+        seconds=adding + plan.update.seconds / plan.accumulate,
+        unclipped_seconds=sum(tensor.update_seconds for tensor in trained),
     )
 
 
@@ -254,12 +294,15 @@ def _channels(train: Phase, costs: dict[str, Cost]) -> list[ChannelUse]:
     ]
 
 
-def _fullest(plan: Plan) -> tuple[Literal["train", "evaluate"], Phase]:
+def _fullest(plan: Plan) -> tuple[Literal["train", "evaluate", "update"], Phase]:
     """The schedule that sets the peak of a plan that has one."""
-    step = max(plan.steps, key=lambda step: step.peak_bytes)
-    if plan.evaluate is not None and plan.evaluate.peak_bytes > step.peak_bytes:
-        return "evaluate", plan.evaluate
-    return "train", step
+    fullest: tuple[Literal["train", "evaluate", "update"], Phase]
+    fullest = "train", max(plan.steps, key=lambda step: step.peak_bytes)
+    if plan.evaluate is not None and plan.evaluate.peak_bytes > fullest[1].peak_bytes:
+        fullest = "evaluate", plan.evaluate
+    if plan.update is not None and plan.update.peak_bytes > fullest[1].peak_bytes:
+        fullest = "update", plan.update
+    return fullest
 
 
 def _share(seconds: float, train: Phase) -> float:

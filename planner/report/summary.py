@@ -32,6 +32,7 @@ PLAN_FIELDS = (
     "arena_bytes",
     "workspace_bytes",
     "accumulate",
+    "max_grad_norm",
     "fingerprint",
     "profile_fingerprint",
 )
@@ -97,9 +98,11 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     from tightfit.planner.report.render import decision_counts
 
     summary: dict[str, Any] = {name: getattr(plan, name) for name in PLAN_FIELDS}
+    summary["optimizer"] = plan.optimizer.get("name", "adamw")
     summary["marks"] = marks(plan.device)
     summary["decisions"] = decision_counts(plan)
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
+    summary["update"] = _phase(plan.update)
     summary["cycle"] = [_phase(step) for step in plan.cycle]
     return summary
 

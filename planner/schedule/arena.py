@@ -34,6 +34,7 @@ class ArenaLayout:
     """offsets of the tensors that are resident across steps"""
     train: dict[tuple[int, str], int]
     evaluate: dict[tuple[int, str], int]
+    update: dict[tuple[int, str], int]
     """(index of the entry that makes it, tensor) -> offset"""
 
 
@@ -43,7 +44,7 @@ Placed = tuple[list[Item], int]
 
 def placed_items(
     train: tuple[Entry, ...],
-    evaluate: tuple[Entry, ...],
+    beside: tuple[Entry, ...],
     resident: Iterable[str],
     sizes: dict[str, int],
     target: int = 0,
@@ -51,13 +52,13 @@ def placed_items(
     options: SearchOptions = ALL,
 ) -> Placed:
     """Place every tensor in an arena of at most `target` bytes if such a layout is found; `target` 0: in the smallest
-    found.
+    found. `beside`: the schedules beside the training step, one after the other.
 
     The result may be larger than `target`: the caller has to check. Past `deadline`, on the monotonic clock, placement
     is by rule and nothing is searched for.
     """
-    length = len(train) + len(evaluate)
-    every = _items(train, evaluate, tuple(resident), sizes)
+    length = len(train) + len(beside)
+    every = _items(train, beside, tuple(resident), sizes)
     # Tensors that are resident all the time lie at the bottom, those of the widest alignment first.
     whole = [item for item in every if sum(last - first + 1 for first, last in item.spans) >= length]
     whole.sort(key=lambda item: (-item.alignment, item.name))
@@ -75,27 +76,32 @@ def placed_items(
     return every, aligned(height)
 
 
-def arena_of(items: Iterable[Item], height: int, split: int) -> ArenaLayout:
-    """The items' offsets, indexed by the entry that makes each tensor. The first `split` entries are training's."""
+def arena_of(items: Iterable[Item], height: int, split: int, evaluated: int) -> ArenaLayout:
+    """The items' offsets, indexed by the entry that makes each tensor. The first `split` entries are training's, the
+    `evaluated` ones that follow those of an evaluation, and the rest of the update.
+    """
     fixed: dict[str, int] = {}
     train: dict[tuple[int, str], int] = {}
     evaluate: dict[tuple[int, str], int] = {}
+    update: dict[tuple[int, str], int] = {}
     for item in items:
         for maker in item.makers:
             if maker < 0:
                 fixed[item.name] = item.offset
             elif maker < split:
                 train[maker, item.name] = item.offset
-            else:
+            elif maker < split + evaluated:
                 evaluate[maker - split, item.name] = item.offset
-    return ArenaLayout(bytes=height, resident=fixed, train=train, evaluate=evaluate)
+            else:
+                update[maker - split - evaluated, item.name] = item.offset
+    return ArenaLayout(bytes=height, resident=fixed, train=train, evaluate=evaluate, update=update)
 
 
 def _items(
-    train: tuple[Entry, ...], evaluate: tuple[Entry, ...], resident: tuple[str, ...], sizes: dict[str, int]
+    train: tuple[Entry, ...], beside: tuple[Entry, ...], resident: tuple[str, ...], sizes: dict[str, int]
 ) -> list[Item]:
-    length = len(train) + len(evaluate)
-    moved = {e.name for e in (*train, *evaluate) if e.verb in MOVES and sizes[e.name] >= DIRECT_BYTES}
+    length = len(train) + len(beside)
+    moved = {e.name for e in (*train, *beside) if e.verb in MOVES and sizes[e.name] >= DIRECT_BYTES}
 
     def item(name: str, spans: list[tuple[int, int]], maker: int) -> Item:
         paged = name in moved or name.startswith("packed:")
@@ -113,7 +119,7 @@ def _items(
         else:
             items.append(item(name, [span], maker))
 
-    for entries, base in ((train, 0), (evaluate, len(train))):
+    for entries, base in ((train, 0), (beside, len(train))):
         since = dict.fromkeys(resident, (base, -1))
         for index, entry in enumerate(entries, base):
             for name in made_by(entry):

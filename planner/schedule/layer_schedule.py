@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tightfit.planner.instructions import Verb
 from tightfit.planner.problem.layer_figures import SCALE, LayerFigures
 from tightfit.planner.problem.layer_types import LayerType, Mode, Update, compute_seconds, transfer_seconds, weight_uses
-from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_names
+from tightfit.planner.problem.step_graph import STATE_PREFIXES, SUM, state_names
 
 Action = tuple[Verb, str]
 """(verb, local name); for "run" the name is the operator's position in the program"""
@@ -40,6 +40,8 @@ class Script:
     forward: tuple[Action, ...]
     backward: tuple[Action, ...]
     evaluate: tuple[Action, ...]
+    update: tuple[Action, ...]
+    """the updates of its trainables, where these are apart"""
     kept: frozenset[str]
     """candidates that stay resident from forward to backward"""
     offloaded: frozenset[str]
@@ -81,25 +83,30 @@ def measure(kind: LayerType, decision: Decision) -> Column:
     between = _resident_states(kind, decision) | weights | script.kept
     forward = _seconds(kind, script.forward)
     backward = _seconds(kind, script.backward)
+    apart = _seconds(kind, script.update)
+    share = 1 / max(1, kind.apart)
+    # An evaluation is the other schedule in which all layers are outside their windows of training.
+    beside = _peak(kind, script.update, outside) - kind.across_evaluate if script.update else 0
     return Column(
         decision=decision,
         forward_peak=_peak(kind, script.forward, outside | kind.enters_forward),
         backward_peak=_peak(kind, script.backward, between | kind.enters_backward),
-        evaluate_peak=_peak(kind, script.evaluate, outside | kind.enters_forward),
+        evaluate_peak=max(beside, _peak(kind, script.evaluate, outside | kind.enters_forward)),
         between=sum(size_of(kind, name) for name in between),
         outside=sum(size_of(kind, name) for name in outside),
         forward_seconds=forward.compute,
-        backward_seconds=backward.compute,
+        backward_seconds=backward.compute + share * apart.compute,
         arriving_forward=forward.arriving,
-        arriving_backward=backward.arriving,
-        leaving=forward.leaving + backward.leaving,
+        arriving_backward=backward.arriving + share * apart.arriving,
+        leaving=forward.leaving + backward.leaving + share * apart.leaving,
         reads_forward=forward.reads,
         reads_backward=backward.reads,
         spills_forward=forward.spills,
         fetches_backward=backward.fetches,
-        states_fetched=backward.states_fetched,
+        # Nothing is written after the updates that are apart, so that all of their transfers count alike.
+        states_fetched=backward.states_fetched + share * apart.disk,
         states_spilled=backward.states_spilled,
-        instructions=len(script.forward) + len(script.backward) + len(script.evaluate),
+        instructions=len(script.forward) + len(script.backward) + len(script.evaluate) + len(script.update),
     )
 
 
@@ -117,7 +124,7 @@ def _resident_states(kind: LayerType, decision: Decision) -> set[str]:
 
 
 def state_names_of(update: Update) -> tuple[str, ...]:
-    return state_names(update.trainable, update.states)
+    return state_names(update.trainable, update.roles)
 
 
 def _in_gap(places: dict[str, str]) -> set[str]:
@@ -151,6 +158,9 @@ class _Expansion:
             forward=tuple(self._forward(evaluate=False)),
             backward=tuple(self._backward()),
             evaluate=tuple(self._forward(evaluate=True)),
+            update=tuple(action for update in self.kind.updates for action in self._update(update))
+            if self.kind.apart
+            else (),
             kept=self.kept,
             offloaded=self.offloaded,
             recomputed=tuple(self.again),
@@ -269,25 +279,44 @@ class _Expansion:
                     resident.discard(value)
                     yield ("free", value)
             for weight in op.weights:
-                if not self._keeps_unpacked(weight, position) and not self.kind.weights[weight].trained:
+                # Values that are updated here stay until then.
+                waits = self.kind.weights[weight].trained and not kind.apart
+                if not waits and not self._keeps_unpacked(weight, position):
                     unpacked.discard(weight)
                     yield ("free", weight)
             if index in backward:
                 direct += 1
                 for update in updates.get(direct, ()):
-                    yield from self._update(update)
+                    yield from self._accumulate(update) if kind.apart else self._update(update)
         yield from (("free", value) for value in sorted(kind.closes_backward))
 
     def _update(self, update: Update) -> Iterable[Action]:
+        """Update a trainable. Where that is apart, all that is on disk is fetched; the sum is not written, as the next step
+        begins another.
+        """
         away = update.trainable in self.decision.states
-        if away:
-            yield from (("fetch", name) for name in state_names_of(update))
-        yield ("update", update.trainable)
         moved = state_names_of(update) if away else ()
+        fetched = moved
         if update.trainable in self.modes and self._mode(update.trainable).step_gap == "disk":
             moved = (update.trainable, *moved)
-        yield from (("spill", name) for name in moved)
+            fetched = moved if self.kind.apart else fetched
+        yield from (("fetch", name) for name in fetched)
+        yield ("update", update.trainable)
+        written = (name for name in moved if not (self.kind.apart and name.startswith(SUM)))
+        yield from (("spill", name) for name in written)
         yield from (("free", name) for name in moved)
+        if not self.kind.apart:
+            yield ("free", update.gradient)
+
+    def _accumulate(self, update: Update) -> Iterable[Action]:
+        """Add a gradient to its sum; one that stands alone is copied, over whatever was there."""
+        name = f"{SUM}{update.trainable}"
+        away = update.trainable in self.decision.states
+        if away and self.kind.apart > 1:
+            yield ("fetch", name)
+        yield ("accumulate", update.trainable)
+        if away:
+            yield from (("spill", name), ("free", name))
         yield ("free", update.gradient)
 
     def _after(self, weight: str, position: int) -> str:
@@ -336,6 +365,8 @@ def _peak(kind: LayerType, script: Iterable[Action], start: Iterable[str]) -> in
             made = (f"packed:{name}",)
         elif verb in {"unpack", "fetch"}:
             made = (name,)
+        elif verb == "accumulate":
+            made = (f"{SUM}{name}",)
         for value in made:
             if value not in resident:
                 resident.add(value)
@@ -355,12 +386,17 @@ class _Seconds:
     states_fetched: float = 0.0
     states_spilled: float = 0.0
 
+    @property
+    def disk(self) -> float:
+        return self.reads + self.spills + self.fetches + self.states_fetched + self.states_spilled
+
 
 def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
     """Seconds for which the script keeps the cores and the disk busy, by kind of work."""
     total = _Seconds()
     operators = {index: op.seconds for index, op in kind.operations.items()}
-    updates = {update.trainable: update.seconds for update in kind.updates}
+    adding = {update.trainable: update.seconds for update in kind.updates}
+    updates = {update.trainable: update.apart_seconds for update in kind.updates} if kind.apart else adding
     for verb, name in script:
         if verb == "run":
             total.compute += operators[int(name)]
@@ -371,6 +407,8 @@ def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
             total.compute += kind.weights[name].unpack_seconds
         elif verb == "update":
             total.compute += updates[name]
+        elif verb == "accumulate":
+            total.compute += adding[name]
         elif verb in {"spill", "fetch"}:
             channel = kind.write if verb == "spill" else kind.read
             seconds = transfer_seconds(channel, kind.raw_bytes[name])

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from tightfit.planner.instructions import (
+    Accumulate,
     Fetch,
     Free,
     Instruction,
@@ -24,9 +25,10 @@ from tightfit.planner.instructions import (
     Update,
     Verb,
 )
+from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.gradients import Passages
 from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
-from tightfit.planner.problem.step_graph import PACKED_ALIGNMENT, STATE_PREFIXES, STATES, aligned, state_names
+from tightfit.planner.problem.step_graph import PACKED_ALIGNMENT, STATE_PREFIXES, STATES, SUM, aligned, state_names
 from tightfit.planner.schedule.layer_schedule import Action, Column, Script, expand, resident_between_steps
 from tightfit.planner.schedule.multi_layer_recompute import Passes, Segments
 
@@ -40,7 +42,7 @@ class Entry:
 
     verb: Verb
     name: str
-    """the tensor (read, unpack: the weight; update, perturb: the trainable); empty for run"""
+    """the tensor (read, unpack: the weight; update, accumulate, perturb: the trainable); empty for run"""
     layer: int
     operator: int
     """run: position in the program; perturb: the multiple of epsilon"""
@@ -58,6 +60,8 @@ class Draft:
 
     train: tuple[Entry, ...]
     evaluate: tuple[Entry, ...]
+    update: tuple[Entry, ...]
+    """where updates are apart, those of all trainables after the last step of an update"""
     resident: tuple[str, ...]
     """tensors resident across steps"""
     sizes: dict[str, int]
@@ -68,6 +72,13 @@ class Draft:
     """tensors that layers in segments recompute in the second pass for their backwards, whatever their own decisions
     say
     """
+
+    @property
+    def beside(self) -> tuple[Entry, ...]:
+        """The schedules that run beside the training step, one after the other: each begins and ends with the tensors
+        `resident`.
+        """
+        return (*self.evaluate, *self.update)
 
 
 def draft(
@@ -91,6 +102,8 @@ def made_by(entry: Entry) -> tuple[str, ...]:
         return (f"packed:{entry.name}",)
     if entry.verb in {"unpack", "fetch"}:
         return (entry.name,)
+    if entry.verb == "accumulate":
+        return (f"{SUM}{entry.name}",)
     return ()
 
 
@@ -115,7 +128,7 @@ class _Joiner:
             if storage.kind == "weight" and name in self.tensors:
                 self.sizes[f"packed:{name}"] = aligned(self.tensors[name].packed_bytes, PACKED_ALIGNMENT)
             if storage.kind == "trainable":
-                for state in state_names(name, len(STATES)):
+                for state in state_names(name, STATES):
                     self.sizes[state] = self.sizes[name]
                     self.raw[state] = storage.bytes
 
@@ -135,14 +148,18 @@ class _Joiner:
             *(entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].evaluate)),
             *self._outcome(),
         ]
+        update = [
+            entry for layer in reversed(range(count)) for entry in self._entries(layer, self.scripts[layer].update)
+        ]
         resident = list(self.problem.always)
         for layer, (kind, column) in enumerate(zip(self.problem.layer_type, self.columns)):
             held = resident_between_steps(self.problem.types[kind], column.decision)
             resident.extend(self._global(layer, name) for name in sorted(held))
-        names = {name for entry in [*train, *evaluate] for name in made_by(entry)} | set(resident)
+        names = {name for entry in [*train, *evaluate, *update] for name in made_by(entry)} | set(resident)
         return Draft(
             train=tuple(train),
             evaluate=tuple(evaluate),
+            update=tuple(update),
             resident=tuple(dict.fromkeys(resident)),
             sizes={name: self.sizes[name] for name in sorted(names)},
             scripts=self.scripts,
@@ -225,6 +242,10 @@ class _Joiner:
             seconds, transfer = compute_seconds(channel, size), transfer_seconds(channel, size)
         elif verb == "unpack":
             seconds = self.tensors[name].unpack_seconds
+        elif verb == "accumulate":
+            seconds = accumulate_seconds(self.tensors[name], self.problem.profile.optimizer)
+        elif verb == "update" and self.problem.profile.max_grad_norm is not None:
+            seconds = clipped_seconds(self.tensors[name], self.problem.profile.optimizer)
         elif verb in {"update", "perturb"}:
             seconds = self.tensors[name].update_seconds
         return Entry(verb=verb, name=name, layer=layer, operator=-1, outputs=(), seconds=seconds, transfer=transfer)
@@ -254,6 +275,8 @@ def instructions(
             result.append(Unpack(entry.name, where[entry.name]))
         elif entry.verb == "fetch":
             result.append(Fetch(entry.name, where[entry.name]))
+        elif entry.verb == "accumulate":
+            result.append(Accumulate(entry.name, where[f"{SUM}{entry.name}"]))
         elif entry.verb == "perturb":
             result.append(Perturb(entry.name, entry.operator))
         elif entry.verb == "pass":
@@ -311,7 +334,7 @@ def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[
             if update.states:
                 name = problem.name(layer, update.trainable)
                 place = "offloaded" if update.trainable in column.decision.states else "kept"
-                result.update(dict.fromkeys(state_names(name, update.states), place))
+                result.update(dict.fromkeys(state_names(name, update.roles), place))
     for name in problem.forced:
         result[name] = "kept"
     result.update(dict.fromkeys(draft_.remade, "recomputed"))

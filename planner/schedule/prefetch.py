@@ -26,7 +26,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tightfit.planner.problem.step_graph import STATES, state_names
+from tightfit.planner.problem.step_graph import STATES, SUM, state_names
 from tightfit.planner.schedule.lowering import Entry, live_profile
 
 LEADS = (1.05, 1.5, 3.0)
@@ -157,7 +157,9 @@ def _read_by(entry: Entry, inputs: Inputs) -> tuple[str, ...]:
     if entry.verb == "unpack":
         return (f"packed:{entry.name}",)
     if entry.verb == "update":
-        return (entry.name, *state_names(entry.name, len(STATES)))
+        return (entry.name, *state_names(entry.name, STATES))
+    if entry.verb == "accumulate":
+        return (f"{SUM}{entry.name}",)
     return ()
 
 

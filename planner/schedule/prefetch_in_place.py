@@ -43,21 +43,22 @@ def prefetch_in_place(
     first pass are taken.
     """
     items, height = placed or placed_items(
-        draft.train, draft.evaluate, draft.resident, draft.sizes, room, deadline, options=options
+        draft.train, draft.beside, draft.resident, draft.sizes, room, deadline, options=options
     )
+    evaluated = len(draft.evaluate)
     if height > room or not options.moving_in_place:
-        return draft.train, arena_of(items, height, len(draft.train))
+        return draft.train, arena_of(items, height, len(draft.train), evaluated)
     facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
     found = best_order(facts, inputs, lambda: _Places(facts, items, room), deadline)
     count = len(draft.train)
     if found is None:
-        return draft.train, arena_of(items, height, count)
+        return draft.train, arena_of(items, height, count, evaluated)
     order, places = found
     moved = {before: now for now, before in enumerate(order)}
     for item in places.items:
         item.makers = [moved.get(maker, maker) for maker in item.makers]
     height = max((item.offset + item.size for item in places.items), default=0)
-    return tuple(draft.train[index] for index in order), arena_of(places.items, aligned(height), count)
+    return tuple(draft.train[index] for index in order), arena_of(places.items, aligned(height), count, evaluated)
 
 
 class _Places(Bytes):

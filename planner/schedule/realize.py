@@ -13,7 +13,7 @@ from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, place
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.lowering import Draft, Entry, draft, live_profile
 from tightfit.planner.schedule.multi_layer_recompute import Segments
-from tightfit.planner.schedule.prefetch import Bytes, best_order, clock, facts_of
+from tightfit.planner.schedule.prefetch import Bytes, Inputs, best_order, clock, facts_of, prefetch
 from tightfit.planner.schedule.prefetch_in_place import prefetch_in_place
 from tightfit.planner.search_options import ALL, SearchOptions
 from tightfit.runtime.common.gc_pause import paused_collector
@@ -22,6 +22,8 @@ FREE = (0.03, 0.07)
 """shares of the arena that moved transfers must leave free for gaps; tried one after the other until all tensors find a
 place
 """
+BUFFERS = 2
+"""trainables, beside the one that is updated, whose tensors may be on their way from or to the disk"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Schedule:
     arena: ArenaLayout
     seconds: float
     stalls: float
-    """seconds of them in which computation waits for the disk"""
+    """seconds of them in which computation waits for the disk. Both include the share of an update that is apart"""
     peak_bytes: int
     """of the whole process"""
     segments: Segments = ()
@@ -106,11 +108,14 @@ def _carry_out(
     """
     room = limit - charged
     facts = facts_of(joined.train, frozenset(joined.resident), joined.sizes)
-    evaluating = live_profile(joined.evaluate, joined.resident, joined.sizes)
-    live = max(int(facts.live.max(initial=0)), max(evaluating, default=0))
+    beside = live_profile(joined.beside, joined.resident, joined.sizes)
+    live = max(int(facts.live.max(initial=0)), max(beside, default=0))
     if live > room:
         return None, live - room
     inputs = part.problem.inputs
+    drafted = joined
+    if placed is None:
+        joined = replace(joined, update=_ahead(joined, inputs, room))
     tried: list[list[int]] = []
     """the order of the drafted entries in each attempt"""
 
@@ -123,11 +128,12 @@ def _carry_out(
 
     def placed_in(order: list[int]) -> Schedule | None:
         train = tuple(joined.train[index] for index in order)
-        items, height = placed_items(train, joined.evaluate, joined.resident, joined.sizes, room, deadline, options)
+        items, height = placed_items(train, joined.beside, joined.resident, joined.sizes, room, deadline, options)
         tried.append(order)
         if height > room:
             return None
-        return _schedule(part, joined, train, arena_of(items, height, len(train)), charged)
+        arena = arena_of(items, height, len(train), len(joined.evaluate))
+        return _schedule(part, joined, train, arena, charged)
 
     for most in dict.fromkeys([room, *(max(live, int((1 - share) * room)) for share in FREE if options.spreading)]):
         if tried and time.monotonic() > deadline:
@@ -138,9 +144,21 @@ def _carry_out(
             return found, found.arena.bytes - room
     # Moving transfers first has fragmented the arena: place the draft, and move transfers as far as its layout allows.
     train, arena = prefetch_in_place(joined, inputs, room, deadline, placed, options)
+    if arena.bytes > room and joined.update != drafted.update:
+        joined = drafted
+        train, arena = prefetch_in_place(joined, inputs, room, deadline, placed, options)
     if arena.bytes > room:
         return None, arena.bytes - room
     return _schedule(part, joined, train, arena, charged), arena.bytes - room
+
+
+def _ahead(joined: Draft, inputs: Inputs, room: int) -> tuple[Entry, ...]:
+    """The updates that are apart, with the tensors of the next trainable fetched while one is updated, and those of the one
+    before written.
+    """
+    live = max(live_profile(joined.update, joined.resident, joined.sizes), default=0)
+    between = sum(joined.sizes[name] for name in joined.resident)
+    return prefetch(joined.update, inputs, joined.resident, joined.sizes, min(room, live + BUFFERS * (live - between)))
 
 
 def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:
@@ -171,7 +189,7 @@ def smallest_cycle(parts: Sequence[Part], deadline: float = float("inf")) -> Sch
     """
     drafts = [part.draft() for part in parts]
     charged = _charged(parts[0].problem, drafts)
-    placed = [placed_items(one.train, one.evaluate, one.resident, one.sizes, deadline=deadline) for one in drafts]
+    placed = [placed_items(one.train, one.beside, one.resident, one.sizes, deadline=deadline) for one in drafts]
     limit = max(height for _, height in placed) + charged
     found = []
     for part, joined, items in zip(parts, drafts, placed, strict=True):
@@ -201,14 +219,15 @@ def _in_turn(steps: Sequence[Schedule]) -> Schedule:
 
 
 def _charged(problem: Layered, drafts: Sequence[Draft]) -> int:
-    """Bytes of the instructions themselves: those of every training step and of one evaluation."""
-    count = sum(len(joined.train) for joined in drafts) + len(drafts[0].evaluate)
+    """Bytes of the instructions themselves: those of every training step, of one evaluation, and of an update that is apart."""
+    count = sum(len(joined.train) for joined in drafts) + len(drafts[0].beside)
     return problem.profile.device.floor.instruction_bytes * count
 
 
 def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: ArenaLayout, charged: int) -> Schedule:
     problem = part.problem
-    timing = clock(train, problem.inputs)
+    timing, apart = clock(train, problem.inputs), clock(joined.update, problem.inputs)
+    share = 1 / problem.profile.accumulate
     floor = problem.profile.device.floor
     peak = floor.held_bytes + charged + arena.bytes + problem.workspace_bytes
     return Schedule(
@@ -219,7 +238,7 @@ def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: ArenaL
         draft=joined,
         train=train,
         arena=arena,
-        seconds=timing.seconds,
-        stalls=timing.stalls,
+        seconds=timing.seconds + share * apart.seconds,
+        stalls=timing.stalls + share * apart.stalls,
         peak_bytes=max(peak, floor.start_peak_bytes),
     )

@@ -124,6 +124,8 @@ class Client:
         policy: str | None = None,
         time_limit: float = 30.0,
         gap: float = 0.0,
+        optimizer: str | None = None,
+        max_grad_norm: float | None = None,
         progress: Progress | None = None,
     ) -> Plan:
         """`tightfit.planner.plan.plan`, solved by the service."""
@@ -134,6 +136,8 @@ class Client:
             "time_limit": time_limit,
             "gap": gap,
         }
+        chosen = {"optimizer": optimizer, "max_grad_norm": max_grad_norm}
+        request |= {name: value for name, value in chosen.items() if value is not None}
         job = self.finish(self.post("/v1/plans", request), progress)
         return self.stored_plan(job["result"]["plan"])
 

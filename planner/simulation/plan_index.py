@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.gradients import equal_passages, update_seconds
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.schema import MEZO, Phase, Plan
@@ -26,8 +27,9 @@ class PlanIndex:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.device = plan.device
-        phases = [*plan.steps, *([] if plan.evaluate is None else [plan.evaluate])]
-        self.instructions = sum(len(phase.instructions) for phase in phases)
+        self.instructions = sum(len(phase.instructions) for phase in (*plan.steps, *plan.beside))
+        self.apart = plan.max_grad_norm is not None
+        """whether gradients are clipped, so that a schedule of its own updates all trainables"""
         self.two_forwards = plan.optimizer.get("name") == MEZO
         try:
             index = TensorIndex(plan)
@@ -37,9 +39,11 @@ class PlanIndex:
         self.layers = {layer: (operators, index.names[layer]) for layer, operators in index.operators.items()}
         """layer -> (its operators, {value of its program: tensor})"""
         self.order = list(self.layers)
-        self.update_seconds = {
-            tensor.name: update_seconds(tensor, plan.optimizer) for tensor in plan.tensors if tensor.kind == "trainable"
-        }
+        trained = [tensor for tensor in plan.tensors if tensor.kind == "trainable"]
+        updating = clipped_seconds if self.apart else update_seconds
+        self.update_seconds = {tensor.name: updating(tensor, plan.optimizer) for tensor in trained}
+        self.accumulate_seconds = {tensor.name: accumulate_seconds(tensor, plan.optimizer) for tensor in trained}
+        """where gradients are clipped"""
         self.passages = {above: (layer, below) for layer, (above, below) in equal_passages(plan).items() if below}
         """gradient of a layer's output -> (layer, gradient of its input), where the two have equal shapes"""
 

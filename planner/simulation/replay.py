@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import Literal
 
 from tightfit.planner.instructions import (
+    Accumulate,
     Fetch,
     Free,
     Instruction,
@@ -20,12 +22,15 @@ from tightfit.planner.instructions import (
     Update,
     to_json,
 )
+from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.problem.tensor_index import IndexedTensor
 from tightfit.planner.schema import Peak, Phase
 from tightfit.planner.simulation.plan_index import InvalidSchedule, PlanIndex
 from tightfit.planner.simulation.timeline import ReplayPeak, Timeline, Totals
 from tightfit.profiles.schema import Operator
 
+Role = Literal["train", "evaluate", "update"]
+"""what a phase is for"""
 PAGE = 4096
 LINE = 64
 LARGEST = 12
@@ -48,12 +53,16 @@ KINDS = (
 class Replay:
     """The replay of one phase of a plan; after `run` it holds peak, seconds and the set of updated trainables."""
 
-    def __init__(self, world: PlanIndex, phase: Phase, name: str, *, training: bool) -> None:
+    def __init__(self, world: PlanIndex, phase: Phase, name: str, role: Role) -> None:
         self.world = world
         self.phase = phase
         self.instructions: Sequence[Instruction] = phase.instructions
         self.name = name
-        self.training = training
+        self.training = role == "train"
+        self.updating = role == "update" if world.apart else self.training
+        """whether trainables are updated in this phase"""
+        self.adding = self.training and world.apart
+        """whether gradients are added to sums in it"""
         self.index = -1
         self.now = self.disk = 0.0
         self.totals = Totals()
@@ -67,6 +76,8 @@ class Replay:
         self.on_disk: set[str] = set()
         self.dirty: set[str] = set()
         self.updated: set[str] = set()
+        self.summed: set[str] = set()
+        """trainables whose gradients were added to their sums"""
         self.makers = world.makers(phase)
         self.gradient_runs: dict[str, int] = {}
         self.passed: set[str] = set()
@@ -90,7 +101,8 @@ class Replay:
             return [(layer, position) for position, operator in enumerate(operators) if operator.phase == phase]
 
         if not self.training:
-            return [(layer, position) for layer in self.world.order for position in self.world.inference[layer]]
+            inference = self.world.inference if not self.updating else {}
+            return [(layer, position) for layer in self.world.order for position in inference.get(layer, ())]
         forward = [turn for layer in self.world.order for turn in turns(layer, "forward")]
         self.forwards = len(forward)
         if self.world.two_forwards:
@@ -136,6 +148,8 @@ class Replay:
                 return self._perturb(trainable, times)
             case Pass(above, below):
                 self._pass(above, below)
+            case Accumulate(trainable, at):
+                self._accumulate(trainable, at)
         return 0
 
     def _finish(self) -> None:
@@ -152,11 +166,12 @@ class Replay:
         if self.cursor_index != len(self.expected):
             layer, operator = self.expected[self.cursor_index]
             raise self.fail("operator-order", layer, f"operator {operator} never runs")
-        if self.training:
-            for name in self.world.trainables:
-                trained = self.world.two_forwards or f"grad:{name}" in self.makers or not self.phase.skipped
-                if trained and name not in self.updated:
-                    raise self.fail("update-once", name, "is never updated")
+        for name in self.world.trainables:
+            if self.adding and name not in self.summed:
+                raise self.fail("sum-once", name, "has a gradient that is never added to its sum")
+            trained = self.world.two_forwards or f"grad:{name}" in self.makers or not self.phase.skipped
+            if self.updating and trained and name not in self.updated:
+                raise self.fail("update-once", name, "is never updated")
 
     def _tensor(self, name: str) -> IndexedTensor:
         found = self.world.tensors.get(name)
@@ -327,8 +342,9 @@ class Replay:
         gradient = f"grad:{name}"
         if states is None:
             raise self.fail("update-once", name, "is not a trainable")
-        if not self.training:
-            raise self.fail("update-once", name, "is updated while evaluating")
+        if not self.updating:
+            when = "before the norm of all gradients is known" if self.training else "while evaluating"
+            raise self.fail("update-once", name, f"is updated {when}")
         if name in self.updated:
             raise self.fail("update-once", name, "is updated twice")
         if self.world.two_forwards:
@@ -336,18 +352,46 @@ class Replay:
             if self.shift[name] != -1 or self.cursor_index != len(self.expected):
                 raise self.fail("perturbed", name, "is updated before both forwards are through")
             self.shift[name] = 0
+        elif self.world.apart:
+            for needed in (name, *states):
+                self._need(needed)
         else:
             for needed in (name, gradient, *states):
                 self._need(needed)
             if not self._complete(gradient):
                 raise self.fail("update-once", name, "is updated before its gradient is complete")
         self.updated.add(name)
-        self.dirty.update((name, *states))
-        for one in (name, *states):
+        # A sum has served once its trainable is updated from it: the next step begins another.
+        changed = [one for one in (name, *states) if not one.startswith(SUM)] if self.world.apart else [name, *states]
+        self.dirty.update(changed)
+        for one in changed:
             if one in self.writing:
                 raise self.fail("lost-state", one, "is updated while it is being written")
             self.on_disk.discard(one)
         return self._touch(name)
+
+    def _accumulate(self, name: str, offset: int) -> None:
+        gradient, total = f"grad:{name}", f"{SUM}{name}"
+        if name not in self.world.trainables or not self.adding:
+            raise self.fail("sum-once", name, "has no gradient that is added to a sum in this phase")
+        if name in self.summed:
+            raise self.fail("sum-once", name, "has its gradient added twice")
+        self._need(gradient)
+        if not self._complete(gradient):
+            raise self.fail("sum-once", name, "has its gradient added before it is complete")
+        if self.world.plan.accumulate == 1 and total not in self.places:
+            self._allocate(total, offset)
+        self._need(total)
+        if self.places[total] != offset:
+            raise self.fail("sum-once", total, f"lies at {self.places[total]} and is added to at {offset}")
+        if total in self.writing:
+            raise self.fail("lost-state", total, "is added to while it is being written")
+        self.summed.add(name)
+        self.dirty.add(total)
+        self.on_disk.discard(total)
+        seconds = self.world.accumulate_seconds[name]
+        self.now += seconds
+        self.totals.compute += seconds
 
     def _perturb(self, name: str, times: int) -> int:
         if not self.training or not self.world.two_forwards or name not in self.shift:

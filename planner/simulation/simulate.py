@@ -14,7 +14,8 @@ raises `InvalidSchedule` with the invariant's name, the instruction and the tens
 | double-free | only resident tensors are freed |
 | leak | at the end exactly the `resident` tensors are there, each at its place |
 | operator-order | forward operators first run in order, backward operators run once, in order; an evaluation runs those for inference where a layer has them |
-| update-once | every trainable is updated once, with its gradient complete, and not read afterwards; in a cycle, at least once in all, and never where its layer's backward is left out |
+| update-once | every trainable is updated once, with its gradient complete, and not read afterwards; in a cycle, at least once in all, and never where its layer's backward is left out; where gradients are clipped, in the update alone |
+| sum-once | where gradients are clipped, every step adds each complete gradient to its sum once, and no trainable is updated in it |
 | passed-once | a layer whose backward is left out passes a complete gradient of its output on as that of its input, at most once |
 | perturbed | of two forwards the first reads every trainable at +1 epsilon, the second at -1, and the update follows both |
 | lost-state | an updated trainable and its optimizer state are not dropped without a copy on disk |
@@ -56,11 +57,16 @@ class Simulation:
     """most bytes of resident tensors at once, below which no arena could be"""
     cycle: list[Phase] = field(default_factory=list)
     """the training steps that follow `train` in a cycle"""
+    update: Phase | None = None
+    """where gradients are clipped: the update of all trainables"""
+    accumulate: int = 1
+    """steps that share an update"""
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a training step; of a cycle, their mean."""
-        return sum(phase.seconds for phase in (self.train, *self.cycle)) / (1 + len(self.cycle))
+        """Seconds of a training step, with its share of an update that is apart; of a cycle, their mean."""
+        apart = 0.0 if self.update is None else self.update.seconds / self.accumulate
+        return sum(phase.seconds for phase in (self.train, *self.cycle)) / (1 + len(self.cycle)) + apart
 
 
 def simulate(plan: Plan) -> Simulation:
@@ -75,15 +81,18 @@ def simulate(plan: Plan) -> Simulation:
         )
     declared = PlanIndex(plan)
     steps = [
-        Replay(declared, phase, f"train {position}" if plan.cycle else "train", training=True)
+        Replay(declared, phase, f"train {position}" if plan.cycle else "train", "train")
         for position, phase in enumerate(plan.steps)
     ]
-    evaluate = Replay(declared, plan.evaluate, "evaluate", training=False)
-    replays = [*steps, evaluate]
+    if declared.apart != (plan.update is not None) or (declared.apart and (plan.cycle or declared.two_forwards)):
+        raise InvalidSchedule("update-once", "plan", -1, "update", "is a schedule if and only if gradients are clipped")
+    evaluate = Replay(declared, plan.evaluate, "evaluate", "evaluate")
+    update = None if plan.update is None else Replay(declared, plan.update, "update", "update")
+    replays = [*steps, evaluate, *([] if update is None else [update])]
     for replay_ in replays:
         replay_.run()
     for name in declared.trainables:
-        if not any(name in step.updated for step in steps):
+        if not any(name in replay_.updated for replay_ in replays):
             raise InvalidSchedule("update-once", "plan", -1, name, "is never updated")
     floor = plan.device.floor
     fullest = max(replays, key=lambda one: one.top)
@@ -107,6 +116,8 @@ def simulate(plan: Plan) -> Simulation:
         train=train,
         cycle=cycle,
         evaluate=evaluate.told(),
+        update=None if update is None else update.told(),
+        accumulate=plan.accumulate,
         timeline=steps[0].timeline.points,
         peak_bytes=peak,
         arena_bytes=arena,

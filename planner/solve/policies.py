@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.clipping import refuse_clipping
 from tightfit.planner.problem.device_forward import check_side
 from tightfit.planner.problem.gradients import (
     PartialStep,
@@ -109,9 +110,11 @@ def refused_of(profile: Profile) -> dict[str, str]:
         try:
             if policy == MOBILLM:
                 check_side(profile)
+                refuse_clipping(profile, policy)
             else:
                 refuse_accumulation(profile, policy)
                 refuse_statistics(profile, policy)
+                refuse_clipping(profile, policy)
                 if policy == "lcsb":
                     refuse_tables(profile, policy)
         except InputError as error:
@@ -125,6 +128,7 @@ def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:
     Raises InputError for a name that is no policy, and where the policy means nothing for the model.
     """
     if policy in APPROXIMATE:
+        refuse_clipping(problem.profile, policy)
         return tuple(_part(step) for step in APPROXIMATE[policy](problem.profile))
     if policy not in POLICIES:
         raise InputError(

@@ -46,7 +46,7 @@ def measure(
 
     - `operators`: {program: [[seconds, workspace bytes], ...]}
     - `copied`: {program: [whether an operator has to be run by its functional form, ...]}
-    - `unpack`, `update`, `perturb`: {tensor: seconds}
+    - `unpack`, `update`, `accumulate`, `clipped`, `perturb`: {tensor: seconds}
     - `read`, `write`: fields of a `Channel`; `floor`: fields of a `Floor`
     - `busy_cores`: cores that other programs took meanwhile
     - `quota_cores`: cores that a CPU quota allows, by which all seconds of the cores are lengthened; None without one
@@ -102,7 +102,7 @@ def measure(
     found["unpack"] = {
         name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names
     }
-    for kind in ("update", "perturb"):
+    for kind in ("update", "accumulate", "clipped", "perturb"):
         found[kind] = {
             name: seconds for seconds, names in zip(found[kind], updates.values(), strict=True) for name in names
         }
@@ -114,7 +114,7 @@ def _lengthen(found: dict[str, Any], factor: float) -> None:
     for figures in found["operators"].values():
         for one in figures:
             one[0] *= factor
-    for kind in ("unpack", "update", "perturb"):
+    for kind in ("unpack", "update", "accumulate", "clipped", "perturb"):
         found[kind] = [seconds * factor for seconds in found[kind]]
     for way in ("read", "write"):
         for name in ("compute_seconds_per_byte", "compute_seconds_per_transfer"):

@@ -185,9 +185,12 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     for key in request["weights"]:
         result["unpack"].append(measure_unpack(*key))
         step()
-    result["update"], result["perturb"] = [], []
+    result |= {"update": [], "accumulate": [], "clipped": [], "perturb": []}
     for elements in request["updates"]:
         result["update"].append(measure_update(elements, request["accumulate"]))
+        adding, updating = measure_clipped(elements, request["accumulate"])
+        result["accumulate"].append(adding)
+        result["clipped"].append(updating)
         step()
         result["perturb"].append(measure_perturb(elements))
         step()
@@ -420,6 +423,28 @@ def measure_update(elements: int, accumulate: int) -> float:
         return last()
     update.begin(1)
     return (last() + (accumulate - 1) * _median(lambda turn: update.apply(1, *tensors))) / accumulate
+
+
+def measure_clipped(elements: int, accumulate: int) -> tuple[float, float]:
+    """Seconds, for a trainable of `elements` whose gradients are clipped, to add one to their sum, averaged over the
+    `accumulate` steps of an update, and of the update from the sum.
+    """
+    import torch
+
+    from tightfit.runtime.engine.kernels.optimizer import AdamW, ClippedUpdate
+
+    update = ClippedUpdate(AdamW(), 1e-6, accumulate)
+    parameter, gradient, first, second, total = (torch.full((elements,), 1e-3) for _ in range(5))
+
+    def adding(step: int) -> float:
+        update.begin(step)
+        return _median(lambda turn: update.add(gradient, total))
+
+    steps = {step: adding(step) for step in dict.fromkeys((1, min(2, accumulate), accumulate))}
+    between = steps[min(2, accumulate)]
+    whole = steps[1] + (accumulate - 2) * between + steps[accumulate] if accumulate > 1 else steps[1]
+    update.norm()
+    return whole / accumulate, _median(lambda turn: update.apply_sum(accumulate, parameter, first, second, total))
 
 
 def measure_perturb(elements: int) -> float:

@@ -41,6 +41,20 @@ def plan(
     ] = None,
     time_limit: TimeLimit = 30.0,
     gap: Gap = 0.0,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="adamw (unless another is named), adam, sgd, momentum or lion: what it keeps of each trained tensor is in the plan.",
+        ),
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Clip gradients: scale all of an update down together to a norm of at most X, as torch.nn.utils.clip_grad_norm_ does.",
+        ),
+    ] = None,
     what_if: Annotated[
         bool,
         typer.Option(
@@ -58,6 +72,7 @@ def plan(
     at_least(0, time_limit=time_limit, gap=gap)
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
+    from tightfit.planner.problem.optimizers import chosen
     from tightfit.profiles.api import load_profile
     from tightfit.runtime.cli.terminal import Solving, messages
     from tightfit.runtime.common.files import check_place
@@ -65,17 +80,25 @@ def plan(
     check_place(output)
     console = messages()
     loaded = load_profile(profile)
+    wanted = chosen(loaded, optimizer, max_grad_norm)
     if server is not None and what_if:
         raise InputError("--what-if plans on this machine: leave out either it or --server")
     with Interrupts() as interrupts, Solving(console, time_limit) as solving:
         if server is not None:
             with service(server) as elsewhere:
                 planned = elsewhere.plan(
-                    loaded, budget, policy=policy, time_limit=time_limit, gap=gap, progress=solving
+                    loaded,
+                    budget,
+                    policy=policy,
+                    time_limit=time_limit,
+                    gap=gap,
+                    optimizer=optimizer,
+                    max_grad_norm=max_grad_norm,
+                    progress=solving,
                 )
                 why = elsewhere.explanation(planned)
         else:
-            planned, why = _plan_here(loaded, budget, policy, time_limit, gap, solving, interrupts, what_if=what_if)
+            planned, why = _plan_here(wanted, budget, policy, time_limit, gap, solving, interrupts, what_if=what_if)
     if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
         # After its first answer the search went on and found that a smaller budget is enough: take that figure.
         smallest = why.shortfall.minimum_budget_bytes

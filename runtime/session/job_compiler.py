@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tightfit.planner.instructions import (
+    Accumulate,
     Fetch,
     Free,
     Instruction,
@@ -24,11 +25,13 @@ from tightfit.planner.instructions import (
     Update,
     to_json,
 )
+from tightfit.planner.problem.step_graph import state_roles
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.schema import Layer, Program, Tensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.job import (
+    ACCUMULATE,
     BLOCK,
     FETCH,
     FREE,
@@ -65,13 +68,21 @@ def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
         begin = len(train)
         train.extend(writer.words(phase, position))
         cycle.append([begin, len(train)])
+    update = [len(train)]
+    train.extend(writer.words(plan.update) if plan.update else ())
+    update.append(len(train))
     evaluate = writer.words(plan.evaluate) if plan.evaluate else array("i")
     extents, spill_bytes = _extents(sizes, train, evaluate)
     where = array("q", [0]) * len(numbers)
     for name, at in plan.resident.items():
         where[numbers[name]] = _units(at, ["resident", name]) * UNIT
     return Job(
-        header={**settings, **_header(plan, index, numbers, sizes, spill_bytes=spill_bytes, cycle=cycle)},
+        header={
+            **settings,
+            **_header(plan, index, numbers, sizes, spill_bytes=spill_bytes, cycle=cycle),
+            "update": update if plan.update else None,
+            "max_grad_norm": plan.max_grad_norm,
+        },
         sizes=sizes,
         extents=extents,
         where=where,
@@ -100,7 +111,7 @@ def _numbered(plan: Plan, index: TensorIndex) -> tuple[dict[str, int], array[int
 
     The latter have the lowest numbers.
     """
-    phases = [*plan.steps, *([plan.evaluate] if plan.evaluate else [])]
+    phases = [*plan.steps, *plan.beside]
     moved = {one.tensor for phase in phases for one in phase.instructions if isinstance(one, Spill | Fetch)}
     lasting = [name for name in index.tensors if name in moved or name in plan.resident]
     numbers = {name: number for number, name in enumerate(dict.fromkeys((*lasting, *index.tensors)))}
@@ -127,7 +138,7 @@ class _Writer:
         self.layers = _places(plan.layers)
         self.weights = _places(_of_kind(plan, "weight"))
         self.trainables = _places(_of_kind(plan, "trainable"))
-        self.updates = _updates(plan.steps)
+        self.updates = _updates([plan.update] if plan.update else plan.steps)
         self.marks = {plan.loss: LOSS}
         """code to write just before the instruction that frees a tensor"""
         if plan.token_losses:
@@ -167,6 +178,8 @@ class _Writer:
                 return PERTURB, self.trainables[trainable], times
             case Pass(above, below):
                 return PASS, number[above], number[below]
+            case Accumulate(trainable, at):
+                return ACCUMULATE, self.trainables[trainable], units(at)
 
 
 def _updates(steps: Sequence[Phase]) -> dict[tuple[int, str], tuple[int, int]]:
@@ -291,6 +304,7 @@ def _header(
         "batch": plan.batch,
         "seq": plan.seq,
         "accumulate": plan.accumulate,
+        "states": list(state_roles(plan.optimizer)),
         "kind": plan.model.kind,
         "lora": plan.model.lora,
         "tables": plan.model.tables,

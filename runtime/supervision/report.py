@@ -42,6 +42,8 @@ class Observed:
     """number of steps taken so far, without those of a run that was resumed"""
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     spent: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    updates: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    """seconds of the latest updates, where gradients are clipped"""
     peaks: dict[str, int] = field(default_factory=dict)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     """results before the first step and after the last; those between are in the metrics"""
@@ -69,6 +71,8 @@ class Observed:
             self.steps += 1
             self.seconds.append(message["seconds"])
             self.spent.append(message["spent"])
+            if "update_seconds" in message:
+                self.updates.append(message["update_seconds"])
         elif event == "exchanged":
             self.exchanges.append({name: message[name] for name in FLEET_SECONDS})
         elif event == "loaded":
@@ -119,6 +123,8 @@ def build_report(
 
     Step times are medians over the latest `LATEST_STEPS` steps, without the first one, which touches memory and builds
     kernels for the first time. If steps are of different sorts, the time is the mean of each sort's median.
+
+    Where gradients are clipped, `grad_norm` has the norm before that of every update, and `phases` their update.
     """
     sorts = planned["sorts"]
     metrics = read_metrics(os.path.join(directory, "metrics.jsonl"))
@@ -177,6 +183,14 @@ def build_report(
         "base": planned.get("base"),
         "timeline": observed.timelines,
     }
+    if planned.get("max_grad_norm") is not None:
+        steady = list(observed.updates)[1:] or list(observed.updates)
+        report["max_grad_norm"] = planned["max_grad_norm"]
+        report["grad_norm"] = [line["grad_norm"] for line in lines if "grad_norm" in line]
+        report["phases"]["train"]["measured_seconds"]["accumulate"] = measured.get("accumulate")
+        report["phases"]["update"] = _with_peak(planned["update"], observed.peaks.get("update")) | {
+            "seconds": {"predicted": planned["update_seconds"], "measured": _typical(steady, 0, [0])}
+        }
     if planned.get("fleet"):
         report["fleet"] = fleet_told(planned["fleet"], list(observed.exchanges), directory)
     if observed.profiled:
@@ -309,6 +323,7 @@ PARTS = (
     ("tightfit.table_rows", "embedding"),
     ("unpack", "unpacking weights"),
     ("update", "optimizer updates"),
+    ("accumulate", "optimizer updates"),
     ("perturb", "perturbing trainables"),
 )
 """(prefix of a name that the executor times, part of a step that it belongs to); all other operators are

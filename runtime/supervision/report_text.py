@@ -35,6 +35,15 @@ def report_text(report: dict[str, Any]) -> RenderableType:
             else "–",
         ),
     ]
+    if norms := report.get("grad_norm"):
+        limit = report["max_grad_norm"]
+        over = sum(norm > limit for norm in norms)
+        rows.append(
+            (
+                "gradients",
+                f"norm {norms[0]:.3g} → {norms[-1]:.3g}, clipped to {limit:g} in {over} of {len(norms)} updates",
+            )
+        )
     if report["adapter"]:
         rows.append((Path(report["adapter"]).name, str(report["adapter"])))
     if result := report.get("fleet", {}).get("result"):

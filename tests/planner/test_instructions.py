@@ -6,6 +6,7 @@ import pytest
 
 from tightfit.planner.instructions import (
     TYPES,
+    Accumulate,
     Fetch,
     Free,
     Pass,
@@ -30,6 +31,7 @@ EACH = {
     Update("p"): ["update", "p"],
     Perturb("p", -2): ["perturb", "p", -2],
     Pass("grad:a", "grad:b"): ["pass", "grad:a", "grad:b"],
+    Accumulate("p", 192): ["accumulate", "p", 192],
 }
 """with the arrays that plan files of this version hold"""
 

@@ -82,7 +82,7 @@ def test_json_that_no_parser_takes_is_no_plan(made, tmp_path, content):
 
 def test_another_version(made, tmp_path):
     now = f'"version":{PLAN_VERSION}'.encode()
-    for version, age in ((1, "an older"), (7, "a newer")):
+    for version, age in ((1, "an older"), (PLAN_VERSION + 1, "a newer")):
         edited = f'"version":{version}'.encode()
         text = damaged(made, tmp_path, lambda data, edited=edited: data.replace(now, edited, 1))
         assert (

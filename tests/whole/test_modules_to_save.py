@@ -31,6 +31,7 @@ from reference import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level_tokenizer
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from traced import fake_decoder, loss_and_gradients, random_batch, trace_step
 
@@ -42,6 +43,7 @@ from tightfit.planner.instructions import Fetch, Spill
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.clipping import clipped
 from tightfit.planner.report.summary import adapter_words
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import simulate
@@ -246,6 +248,17 @@ def moved(made: Plan) -> dict[str, list[str]]:
     return {"values": values, "states": states}
 
 
+def begin_again(loaded: Any, theirs: dict[str, Tensor]) -> None:
+    """Set what is trained in a model of peft to its values before the first step: pairs drawn, tables the base's rows."""
+    with torch.no_grad():
+        base_rows = loaded.base_model.model.model.embed_tokens.original_module.weight
+        for key, value in theirs.items():
+            if ".lora_" in key:
+                initialise(trained_name(key), 0, value)
+            else:
+                value.copy_(base_rows)
+
+
 def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
     measured: Profile, plans: tuple[Plan, Plan], base: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -278,15 +291,9 @@ def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
     after = evaluated(loaded, tmp_path / "large", RUN_BATCH, RUN_SEQ)
     assert whole["evaluation"]["after"]["loss"] == pytest.approx(after, rel=1e-5)
 
-    start = {}
-    with torch.no_grad():  # the same steps by torch.optim.AdamW, from the base's rows
-        base_rows = loaded.base_model.model.model.embed_tokens.original_module.weight
-        for key, value in theirs.items():
-            if ".lora_" in key:
-                initialise(trained_name(key), 0, value)
-            else:
-                value.copy_(base_rows)
-            start[key] = value.detach().clone()
+    # the same steps by torch.optim.AdamW, from the base's rows
+    begin_again(loaded, theirs)
+    start = {key: value.detach().clone() for key, value in theirs.items()}
     batches = training_batches(tmp_path / "large", STEPS, RUN_BATCH, RUN_SEQ)
     losses, _ = trained_by_adamw(theirs.values(), partial(loss_of, loaded), batches, lr=LR)
     assert whole["loss"] == pytest.approx(losses, rel=1e-4)
@@ -295,6 +302,37 @@ def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
         change = value.detach() - start[key]
         assert float((tensors[key] - value.detach()).norm()) < 0.1 * float(change.norm()), key
         assert float(change.norm()) > 0
+
+
+def test_clipped_runs_at_two_budgets_give_the_same_bits_and_the_norm_of_autograd(
+    measured: Profile, base: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The smaller budget has values, states and sums of slices on disk; the first norm is that of transformers + peft, whose
+    pairs and tables are at their initial values.
+    """
+    limit = 0.5
+    planner = ModelPlanner(clipped(measured, limit))
+    small = planner.plan(planner.minimum().peak_bytes)
+    away = [name for name, place in small.decisions.items() if place == "offloaded"]
+    assert any(table_slice(name) for name in away)
+    assert any(name.startswith("grad_sum:") and table_slice(name.removeprefix("grad_sum:")) for name in away)
+    reports = {}
+    for name, made in (("large", planner.plan(1 << 40)), ("small", small)):
+        reports[name] = run(made, base[1], steps=3, out=tmp_path / name, lr=LR, weight_decay=0.0)
+        assert reports[name]["peak_bytes"]["measured"] <= made.peak_bytes
+    assert adapter_hash(tmp_path / "small") == adapter_hash(tmp_path / "large")
+    assert reports["small"]["grad_norm"] == reports["large"]["grad_norm"]
+    assert min(reports["small"]["grad_norm"]) > limit
+
+    model = random_model(LARGE)
+    take(model, stored_weights(measured.model.store), LARGE)
+    loaded = adapted_by_peft(model, tmp_path / "large" / "adapter")
+    theirs = held_by_peft(loaded)
+    begin_again(loaded, theirs)
+    (batch,) = training_batches(tmp_path / "large", 1, RUN_BATCH, RUN_SEQ)
+    loss_of(loaded, *batch).backward()
+    exact = float(torch.nn.utils.clip_grad_norm_(theirs.values(), limit))
+    assert reports["large"]["grad_norm"][0] == pytest.approx(exact, rel=1e-4)
 
 
 def test_a_run_starts_from_an_adapter_with_tables(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tightfit.planner.plan import policies_of
+from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.report.summary import fleet_summary, plan_summary, profile_summary
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.jobs.cache import STORES, Cache
@@ -37,7 +38,8 @@ def plan(order: JobOrder, tell: Tell) -> Row:
     objects = Objects(Path(order.objects))
     policy = None if request["policy"] == "solver" else request["policy"]
     limit = request["time_limit"]
-    planner = planner_of(_profile(objects, order, request["profile"]))
+    profiled = _profile(objects, order, request["profile"])
+    planner = planner_of(chosen(profiled, request.get("optimizer"), request.get("max_grad_norm")))
     began = time.monotonic()
     found = planner.plan(
         request["memory"],

@@ -193,6 +193,13 @@ class PlanRequest(Request):
     policy: str = Field("solver", max_length=64, description="solver, or a fixed rule", examples=["solver", "mebp"])
     time_limit: Seconds = 30.0
     gap: Gap = 0.0
+    optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion"] | None = Field(None, description="null: adamw")
+    max_grad_norm: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="gradients are clipped to this norm of all of them together; null: not clipped",
+    )
 
 
 class ComparisonRequest(Request):

@@ -261,7 +261,7 @@ class Exchange:
                 _, begin, end = self.pieces.slot(tensor)
                 values = self._parameter(tensor)
                 shaped = (one[begin:end].view(values.shape) for one in (mean, first, second))
-                self._update.adam(number, values, *shaped)
+                self._update.make(number, values, *shaped)
                 self._keep(tensor, values)
                 checksum = _crc32(values, checksum)
             self.states.write(0, piece, first)

@@ -1,4 +1,6 @@
-"""Optimizers that update one trainable at a time, in place: AdamW from its gradient, MeZO from two losses."""
+"""Optimizers that update one trainable at a time, in place: from its gradient (AdamW, Adam, SGD, Lion), also clipped, or
+from two losses (MeZO).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+NORM_ELEMENTS = 1 << 13
+"""of a gradient that are squared at a time"""
+LION_ELEMENTS = 1 << 16
+"""of a trainable that are updated at a time"""
+NORM_EPSILON = 1e-6
+"""added to the norm by which gradients are scaled down, as in PyTorch"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """The settings that both optimizers share: learning rates by step, and decoupled weight decay."""
+    """The settings that all optimizers share: learning rates by step, and decoupled weight decay."""
 
     lr: float = 2e-4
     weight_decay: float = 0.0
@@ -53,6 +62,37 @@ class AdamW(Rates):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adam(AdamW):
+    """Kingma and Ba 2015, with PyTorch's defaults; weight decay is added to the gradient, as by `torch.optim.Adam`."""
+
+    name: str = "adam"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Rates):
+    """Without momentum no state at all; weight decay is added to the gradient, as by `torch.optim.SGD`."""
+
+    name: str = "sgd"
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Momentum(SGD):
+    name: str = "momentum"
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(Rates):
+    """Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2, with its betas; weight decay is
+    decoupled.
+    """
+
+    name: str = "lion"
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeZO(Rates):
     """Malladi et al. 2023, "Fine-tuning language models with just forward passes", with their epsilon."""
 
@@ -60,32 +100,43 @@ class MeZO(Rates):
     epsilon: float = 1e-3
 
 
-OPTIMIZERS: dict[str, type[AdamW | MeZO]] = {"adamw": AdamW, "mezo": MeZO}
+Exact = AdamW | SGD | Lion
+"""an optimizer that takes a gradient"""
+OPTIMIZERS: dict[str, type[Exact | MeZO]] = {
+    "adamw": AdamW,
+    "adam": Adam,
+    "sgd": SGD,
+    "momentum": Momentum,
+    "lion": Lion,
+    "mezo": MeZO,
+}
 
 
-def optimizer_of(settings: Mapping[str, Any]) -> AdamW | MeZO:
+def optimizer_of(settings: Mapping[str, Any]) -> Exact | MeZO:
     """The optimizer with the fields `settings`, among which `name` chooses its class."""
     return OPTIMIZERS[settings["name"]](**settings)
 
 
 class Update:
-    """AdamW. `apply` updates one trainable; PyTorch's fused kernel reads and writes each tensor once and needs no
-    temporary.
+    """An optimizer that takes gradients. `apply` updates one trainable; PyTorch's fused kernels read and write each
+    tensor once and need no temporary.
 
     With `accumulate` above 1 the gradients of that many steps make one update. Each is a mean over the labels of its
     batch; the update uses their mean weighted by those numbers of labels, as for one batch of all the steps' samples.
     """
 
-    def __init__(self, optimizer: AdamW, accumulate: int = 1) -> None:
+    def __init__(self, optimizer: Exact, accumulate: int = 1) -> None:
         import torch
 
-        self.optimizer = optimizer
+        self.optimizer: Exact = optimizer
         self.accumulate = accumulate
         self.summed = 0.0
         """sum of the weights of the steps whose gradients are accumulated so far"""
         self._weight = 1.0
         self._due = True
-        self._kernel = torch._C._get_operation_overload("aten::_fused_adamw_", "")[0]
+        if not isinstance(optimizer, Lion):
+            kernel = "adam" if isinstance(optimizer, Adam) else "adamw" if isinstance(optimizer, AdamW) else "sgd"
+            self._kernel = torch._C._get_operation_overload(f"aten::_fused_{kernel}_", "")[0]
         self._step = torch.zeros((), dtype=torch.float32)
         self._rate = 0.0
 
@@ -100,41 +151,135 @@ class Update:
         self._due = step % self.accumulate == 0
         self._rate = self.optimizer.rate(step, self.accumulate)
 
-    def apply(
-        self,
-        count: int,
-        parameter: Tensor,
-        gradient: Tensor,
-        first: Tensor,
-        second: Tensor,
-        total: Tensor | None = None,
-    ) -> None:
+    def apply(self, count: int, parameter: Tensor, gradient: Tensor, *states: Tensor) -> None:
         """Apply gradient number `count` of a parameter, counted from 1.
 
-        All tensors are float32, contiguous and of one shape; all but `gradient` change in place. `first` and `second`
-        are Adam's moments. `total`, given where several steps make an update, is the weighted sum of the gradients so
-        far: the parameter changes only in the last of those steps.
+        All tensors are float32, contiguous and of one shape; all but `gradient` change in place. `states` are the
+        optimizer's own and, where several steps make an update, the weighted sum of the gradients so far: the parameter
+        changes only in the last of those steps.
         """
-        if total is not None:
-            total.add_(gradient, alpha=self._weight)
-            if not self._due:
-                return
-            gradient = total.div_(max(1.0, self.summed))
-        self.adam(count // self.accumulate, parameter, gradient, first, second)
-        if total is not None:
+        if self.accumulate == 1:
+            self.make(count, parameter, gradient, *states)
+            return
+        *own, total = states
+        total.add_(gradient, alpha=self._weight)
+        if self._due:
+            self.make(count // self.accumulate, parameter, total.div_(max(1.0, self.summed)), *own)
             total.zero_()
 
-    def adam(self, number: int, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
+    def make(self, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor) -> None:
         """Make update `number` of a parameter, counted from 1, with the gradient given, at the rate of the step that
-        began last.
+        began last. Adam's states are its first and second moment.
         """
         optimizer = self.optimizer
+        if isinstance(optimizer, Lion):
+            self._lion(optimizer, parameter, gradient, *states)
+            return
+        if isinstance(optimizer, SGD):
+            self._kernel(
+                [parameter], [gradient], list(states), weight_decay=optimizer.weight_decay,
+                momentum=optimizer.momentum, lr=self._rate, dampening=0.0, nesterov=False, maximize=False,
+                is_first_step=False,
+            )  # fmt: skip
+            return
+        first, second = states
         self._step.fill_(number)
         self._kernel(
             [parameter], [gradient], [first], [second], [], [self._step],
             lr=self._rate, beta1=optimizer.betas[0], beta2=optimizer.betas[1], weight_decay=optimizer.weight_decay,
             eps=optimizer.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
+
+    def _lion(self, optimizer: Lion, parameter: Tensor, gradient: Tensor, momentum: Tensor) -> None:
+        """Step by the sign of momentum and gradient mixed, a piece at a time, for which there is room beside them."""
+        import torch
+
+        mix, keep = optimizer.betas
+        pieces = zip(*(tensor.view(-1).split(LION_ELEMENTS) for tensor in (parameter, gradient, momentum)))
+        for values, slopes, means in pieces:
+            if optimizer.weight_decay:
+                values.mul_(1 - self._rate * optimizer.weight_decay)
+            values.add_(torch.lerp(slopes, means, mix).sign_(), alpha=-self._rate)
+            means.lerp_(slopes, 1 - keep)
+
+
+class ClippedUpdate(Update):
+    """An optimizer with gradients scaled down, all of them together, to a norm of at most `max_norm`, as by
+    `torch.nn.utils.clip_grad_norm_`.
+
+    `add` takes the gradient of each trainable in each of the `accumulate` steps of an update; once `norm` is asked for,
+    `apply_sum` updates from the sums. A norm below `max_norm` changes no bit.
+    """
+
+    def __init__(self, optimizer: Exact, max_norm: float, accumulate: int = 1) -> None:
+        import torch
+
+        super().__init__(optimizer, accumulate)
+        self.max_norm = max_norm
+        self.sums = False
+        """whether the sums are of an update that is under way; otherwise the next step begins them anew"""
+        self._begins = True
+        self._squares: list[float] = []
+        self._scale = 1.0
+        self._room = torch.empty(NORM_ELEMENTS, dtype=torch.float64)
+
+    def begin(self, step: int, weight: float = 1.0) -> None:
+        """As of `Update`. A gradient that makes an update alone is taken as it is."""
+        super().begin(step, 1.0 if self.accumulate == 1 else weight)
+        self._begins = step % self.accumulate == 1 % self.accumulate
+        self._squares.clear()
+        self.sums = not self._due
+
+    @property
+    def due(self) -> bool:
+        """Whether the step that began last is the last of an update."""
+        return self._due
+
+    def add(self, gradient: Tensor, total: Tensor) -> None:
+        """Add a trainable's gradient to its sum, which the first step of an update begins anew."""
+        import torch
+
+        if not self._begins:
+            total.add_(gradient, alpha=self._weight)
+        elif self._weight == 1.0:
+            total.copy_(gradient)
+        else:
+            torch.mul(gradient, self._weight, out=total)
+        if self._due:
+            self._squares.append(self._squared(total))
+
+    def norm(self) -> float:
+        """The norm of all gradients of an update, their means where several steps make one; call it after the last step.
+
+        Squares are added up exactly, so that the result does not depend on the order in which gradients were complete.
+        """
+        import math
+
+        mean = max(1.0, self.summed) if self.accumulate > 1 else 1.0
+        squared = math.fsum(self._squares) if all(map(math.isfinite, self._squares)) else math.nan
+        norm = math.sqrt(squared) / mean
+        self._scale = min(1.0, self.max_norm / (norm + NORM_EPSILON))
+        return norm
+
+    def apply_sum(self, count: int, parameter: Tensor, *states: Tensor) -> None:
+        """Update a parameter from its sum, the last of its states, of which only the room is of use afterwards; `count` as of
+        `Update.apply`.
+        """
+        *own, total = states
+        if self.accumulate > 1:
+            total.div_(max(1.0, self.summed))
+        if self._scale < 1.0:
+            total.mul_(self._scale)
+        self.make(count // self.accumulate, parameter, total, *own)
+
+    def _squared(self, values: Tensor) -> float:
+        """The sum of squares, in float64 and in pieces so small that one thread adds each up."""
+        squared = 0.0
+        for part in values.view(-1).split(NORM_ELEMENTS):
+            wide = self._room[: part.numel()]
+            wide.copy_(part)
+            squared += wide.mul_(wide).sum().item()
+        return squared
 
 
 class Perturbation:

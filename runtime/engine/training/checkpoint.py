@@ -84,6 +84,12 @@ def _difference(key: str, was: Any, now: Any) -> str:
         return "from another adapter" if was and now else f"from {'a given' if was else 'no'} adapter"
     if key == "steps of an update":  # None where every step makes an update
         return f"with {was or 1} step{'s' * bool(was)} to an update, this run has {now or 1}"
+    if key == "largest norm of gradients":  # None where they are not clipped
+        told = [
+            "without clipped gradients" if limit is None else f"with gradients clipped to {limit:g}"
+            for limit in (was, now)
+        ]
+        return f"{told[0]}, this run is {told[1]}"
     if isinstance(was, dict) and isinstance(now, dict):
         differ = [f"{name} {was[name]!r}, now {now[name]!r}" for name in was if name in now and was[name] != now[name]]
         return f"with another {key}: {'; '.join(differ)}"

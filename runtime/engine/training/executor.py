@@ -19,8 +19,9 @@ from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.draws import Draws
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
-from tightfit.runtime.engine.kernels.optimizer import Perturbation, Update
+from tightfit.runtime.engine.kernels.optimizer import ClippedUpdate, Perturbation, Update
 from tightfit.runtime.engine.training.job import (
+    ACCUMULATE,
     CODES,
     DROPOUT,
     FETCH,
@@ -165,7 +166,9 @@ class Executor:
         """
         self.seconds = dict.fromkeys((*CODES, "stall"), 0.0)
         self.detail: dict[str, list[float]] | None = None
-        """[calls, seconds] by operator name, "unpack", "update" and "perturb"; collected only while this is a dict."""
+        """[calls, seconds] by operator name, "unpack", "update", "accumulate" and "perturb"; collected only while this is a
+        dict.
+        """
         self.forwards: list[float] = []
         self.losses: Tensor | None = None
         self.between_forwards: Callable[[], object] = lambda: None
@@ -261,6 +264,9 @@ class Executor:
             elif code == UPDATE:
                 self._update(words[place + 1], cycles * words[place + 2] + words[place + 3])
                 place += 4
+            elif code == ACCUMULATE:
+                self._accumulate(words[place + 1], words[place + 2] * UNIT)
+                place += 3
             elif code == PERTURB:
                 trainable = self.trainables[words[place + 1]]
                 parameter = device.tensor(where[trainable.value.number], trainable.shape, "float32")
@@ -332,9 +338,27 @@ class Executor:
             gradient = self.device.tensor(self.where[one.gradient], one.shape, "float32")
             self._call("update", self.exchange.apply, trainable, gradient)
             return
+        if isinstance(self.update, ClippedUpdate):
+            places = (one.value, *one.states)
+            held = (self.device.tensor(self.where[place.number], one.shape, "float32") for place in places)
+            self._call("update", self.update.apply_sum, count, *held)
+            return
         assert self.update is not None
         tensors = (self.device.tensor(self.where[number], one.shape, "float32") for number in one.numbers)
         self._call("update", self.update.apply, count, *tensors)
+
+    def _accumulate(self, trainable: int, at: int) -> None:
+        """Add the gradient of a trainable to its sum, at offset `at`; waits until that was fetched."""
+        one = self.trainables[trainable]
+        total = one.states[-1].number
+        if total in self.arriving:
+            self._arrive(total)
+        self.where[total] = at
+        assert isinstance(self.update, ClippedUpdate)
+        gradient, sum_ = (
+            self.device.tensor(self.where[number], one.shape, "float32") for number in (one.gradient, total)
+        )
+        self._call("accumulate", self.update.add, gradient, sum_)
 
     def _call(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
         if self.detail is None:

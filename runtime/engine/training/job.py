@@ -6,11 +6,12 @@ instructions are in units of 64 bytes. An instruction is a sequence of int32 wor
 
     READ weight packed at | UNPACK weight tensor packed at | RUN layer operator count at... | FREE tensor
     SPILL tensor | FETCH tensor at | UPDATE trainable updates-per-cycle which-of-them | PERTURB trainable times
-    PASS tensor tensor | LOSS | TOKEN_LOSSES
+    PASS tensor tensor | ACCUMULATE trainable at | LOSS | TOKEN_LOSSES
 
 A RUN lists one offset per output (-1: the output is unused). PASS gives the second tensor the place of the first.
 `LOSS` and `TOKEN_LOSSES` make the executor read those tensors; they stand just before the instruction that frees them.
-The training schedules of a cycle follow each other in `train`; the header's `cycle` says where each begins and ends.
+The training schedules of a cycle follow each other in `train`; the header's `cycle` says where each begins and ends. Where
+gradients are clipped, the update of all trainables is last in `train`, and the header's `update` says where.
 """
 
 from __future__ import annotations
@@ -21,8 +22,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-READ, UNPACK, RUN, FREE, SPILL, FETCH, UPDATE, PERTURB, PASS, LOSS, TOKEN_LOSSES = range(11)
-CODES = ("read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass", "loss", "token_losses")
+READ, UNPACK, RUN, FREE, SPILL, FETCH, UPDATE, PERTURB, PASS, ACCUMULATE, LOSS, TOKEN_LOSSES = range(12)
+CODES = (
+    "read",
+    "unpack",
+    "run",
+    "free",
+    "spill",
+    "fetch",
+    "update",
+    "perturb",
+    "pass",
+    "accumulate",
+    "loss",
+    "token_losses",
+)
 SEND, RECEIVE = PASSING = ("tightfit.send", "tightfit.receive")
 """operators that hand tensors to, or get them from, another member of a fleet"""
 DROPOUT = "tightfit.dropout"
@@ -32,6 +46,7 @@ KEEP_STATE = "tightfit.keep_state"
 UNIT = 64
 BLOCK = 4096
 STATES = ("adam_m", "adam_v", "grad_sum")
+"""the optimizer's states in a checkpoint of a fleet, which trains with AdamW"""
 _ARRAYS = (
     ("sizes", "q"),
     ("extents", "q"),
@@ -156,4 +171,4 @@ def starts_of(words: Sequence[int]) -> Iterator[int]:
 def width(words: Sequence[int], place: int) -> int:
     """Number of words of the instruction that starts at `place`."""
     code = words[place]
-    return 4 + words[place + 3] if code == RUN else (4, 5, 0, 2, 2, 3, 4, 3, 3, 1, 1)[code]
+    return 4 + words[place + 3] if code == RUN else (4, 5, 0, 2, 2, 3, 4, 3, 3, 3, 1, 1)[code]

@@ -38,7 +38,7 @@ class Trainable(NamedTuple):
     gradient: int
     """Tensor number of its gradient; -1: no schedule makes one."""
     states: tuple[Place, ...]
-    """The optimizer's states, in the order of `job.STATES`."""
+    """The optimizer's states, in the order of the header's `states`."""
 
     @property
     def numbers(self) -> tuple[int, ...]:

@@ -263,6 +263,9 @@ class _Run:
         told |= {"resident_bytes": memory().resident, "peak_bytes": peak}
         if training.tokens is not None:
             told["tokens"] = training.tokens
+        if training.grad_norm is not None:
+            told |= {"grad_norm": training.grad_norm, "update_seconds": training.update_seconds}
+            self.peaks["update"] = peak
         return {**told, "spent": dict(training.executor.seconds)}
 
     def _epoch(self, step: int) -> dict[str, float]:
@@ -278,6 +281,11 @@ class _Run:
             raise InputError(
                 f"the loss of step {step} is not a number; lower the learning rate (lr {self.training.rate}) or check the"
                 " data"
+            )
+        if not math.isfinite(told.get("grad_norm", 0.0)):
+            raise InputError(
+                f"the norm of the gradients of step {step} is not finite; lower the learning rate (lr {self.training.rate}) or"
+                " check the data"
             )
 
     def _exchange(self, fleet: Exchange | Stage, *, stop: bool) -> tuple[int, bool]:

@@ -19,7 +19,15 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.spill import SpillFile
-from tightfit.runtime.engine.kernels.optimizer import AdamW, MeZO, Perturbation, Update, optimizer_of
+from tightfit.runtime.engine.kernels.optimizer import (
+    AdamW,
+    ClippedUpdate,
+    Exact,
+    MeZO,
+    Perturbation,
+    Update,
+    optimizer_of,
+)
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.batches import ReceivedBatches, TrainingBatches, open_batches
 from tightfit.runtime.engine.training.checkpoint import write_json
@@ -80,6 +88,8 @@ class Training:
         self.update: Update | Perturbation | None = None
         if isinstance(optimizer, MeZO):
             self.update = Perturbation(optimizer, header["seed"])
+        elif header["max_grad_norm"] is not None:  # no member of a fleet clips
+            self.update = ClippedUpdate(optimizer, header["max_grad_norm"], header["accumulate"])
         elif not self.exchange:
             self.update = Update(optimizer, header["accumulate"])
         self.executor = Executor(
@@ -108,6 +118,10 @@ class Training:
         self.batches: TrainingBatches = self._batches(header["requests"])
         self.tokens: int | None = None
         """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
+        self.grad_norm: float | None = None
+        """of the update that the latest step made, before it was clipped; None: it made none, or gradients are not clipped"""
+        self.update_seconds = 0.0
+        """of the latest update, where gradients are clipped"""
 
     def _seat(self) -> Seat | None:
         if not self.header.get("fleet"):
@@ -137,7 +151,7 @@ class Training:
         """What a run has to do with the other members of its fleet; None: it is one of its own."""
         return self.exchange or self.stage
 
-    def _joined(self, seat: Seat, optimizer: AdamW | MeZO, directory: str, stopping: Callable[[], bool]) -> Exchange:
+    def _joined(self, seat: Seat, optimizer: Exact | MeZO, directory: str, stopping: Callable[[], bool]) -> Exchange:
         """Meet the other members of a fleet that exchanges gradients."""
         from tightfit.runtime.engine.fleet.seat import join
 
@@ -226,7 +240,21 @@ class Training:
         cycles, position = divmod(number - 1, len(self.header["cycle"]))
         begin, end = self.header["cycle"][position]
         self.executor.execute(self.job.train, begin, end, cycles)
-        return self.executor.loss
+        loss = self.executor.loss
+        self.grad_norm = None
+        if isinstance(self.update, ClippedUpdate) and self.update.due:
+            self.grad_norm = self._update_all(self.update, number)
+        return loss
+
+    def _update_all(self, update: ClippedUpdate, number: int) -> float:
+        """Update all trainables after step `number`, the last of an update; returns the norm of their gradients."""
+        norm, before, began = update.norm(), dict(self.executor.seconds), time.perf_counter()
+        begin, end = self.header["update"]
+        self.executor.execute(self.job.train, begin, end, number - 1)
+        for kind, seconds in before.items():
+            self.executor.seconds[kind] += seconds
+        self.update_seconds = time.perf_counter() - began
+        return norm
 
     def _deliver(self) -> None:
         """Copy the batch from `inputs` to the device."""
@@ -384,7 +412,7 @@ class Training:
         for name in self.buffers:
             yield self._buffer_item(f"{BUFFER}:{name}", name)
         for trainable in self.trainables:
-            for role, place in zip(STATES, trainable.states):
+            for role, place in zip(self._saved_states, trainable.states):
                 yield self._item(f"{role}:{trainable.name}", trainable, place)
 
     def _fleet_state_items(self, exchange: Exchange) -> Iterator[Item]:
@@ -408,6 +436,8 @@ class Training:
             os.path.join(directory, "optimizer.safetensors"), self._state_items, {}
         )
         entries: dict[str, Any] = {"checksums": checksums}
+        if isinstance(self.update, ClippedUpdate):
+            entries["sums"] = self.update.sums
         # Between the updates of a fleet nothing is summed up.
         summed = self.update.summed if isinstance(self.update, Update) else 0.0
         return entries | ({} if isinstance(self.update, Perturbation) else {"summed": summed})
@@ -419,6 +449,8 @@ class Training:
         checksums = state["checksums"]
         if isinstance(self.update, Update):
             self.update.summed = state.get("summed", 0.0)
+        if isinstance(self.update, ClippedUpdate):
+            self.update.sums = state["sums"]
         file = adapter.WEIGHTS if self.header["lora"] else "model.safetensors"
         with_adapter = ((self._key(t.name), t, partial(self._keep, t.value)) for t in self.trainables)
         for name, wanted in ((file, with_adapter), ("optimizer.safetensors", self._states_wanted())):
@@ -444,8 +476,14 @@ class Training:
                 for row, role in enumerate(STATES[:2]):
                     yield f"{role}:{t.name}", t, partial(self.exchange.set_state, row, number)
             else:
-                for role, place in zip(STATES, t.states):
+                for role, place in zip(self._saved_states, t.states):
                     yield f"{role}:{t.name}", t, partial(self._keep, place)
+
+    @property
+    def _saved_states(self) -> tuple[str, ...]:
+        """The states that a checkpoint has: where gradients are clipped, no sums that the next step begins anew."""
+        states = tuple(self.header["states"])
+        return states[:-1] if isinstance(self.update, ClippedUpdate) and not self.update.sums else states
 
     @property
     def _body(self) -> str:

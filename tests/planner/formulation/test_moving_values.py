@@ -8,7 +8,7 @@ import random
 
 import pytest
 from decisions import figures_of_decisions, random_decision
-from synthetic import MIB, ProgramBuilder, device, profile_of
+from synthetic import SLICE, WIDE, tables
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.step_constraints import live_bytes
@@ -21,56 +21,6 @@ from tightfit.planner.schedule.lowering import draft, live_profile
 from tightfit.planner.schedule.realize import realize
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
 from tightfit.planner.solve.policies import keep_all, rule_columns, smallest
-from tightfit.profiles.schema import Layer, Profile, Tensor
-
-SLICE = 2 * MIB
-WIDE = MIB // 4
-
-
-def tables(count: int = 5, *, movable: bool = True, in_layer: int = 1) -> Profile:
-    """A step of `count` layers that each read and train `in_layer` slices of a table, below a layer with the loss."""
-    made = ProgramBuilder("slices")
-    made.value("before", WIDE)
-    state = made.value("state0", WIDE)
-    made.run("begin", ["before"], [state], 1e-4)
-    for number in range(in_layer):
-        made.value(f"t{number}", SLICE, "trainable")
-        after = made.value("after" if number == in_layer - 1 else f"state{number + 1}", WIDE)
-        made.run("rows", [state, f"t{number}"], [after], 2e-3, recomputable=False)
-        state = after
-    made.value("gafter", WIDE, "gradient")
-    made.value("gbefore", WIDE, "gradient")
-    for number in reversed(range(in_layer)):
-        made.value(f"grad:t{number}", SLICE, "gradient")
-        made.run("rows_backward", ["gafter", f"t{number}", "state0"], [f"grad:t{number}"], 3e-3, phase="backward")
-    made.run("pass", ["gafter"], ["gbefore"], 1e-4, phase="backward")
-    first = ProgramBuilder("first")
-    first.value("ids", 4096, "batch")
-    first.value("x", WIDE)
-    first.run("zeros", ["ids"], ["x"], 1e-4)
-    last = ProgramBuilder("last")
-    last.value("y", WIDE)
-    last.value("gy", WIDE, "gradient")
-    last.value("loss", 4)
-    last.run("loss", ["y"], ["loss"], 5e-3)
-    last.run("loss_backward", ["y", "loss"], ["gy"], 5e-3, phase="backward")
-    layers = [Layer(name="first", program="first", bindings={"ids": "ids", "x": "h0"})]
-    tensors = [Tensor(name="ids", kind="batch", shape=[4096], dtype="uint8", bytes=4096)]
-    for index in range(count):
-        own = {"before": f"h{index}", "after": f"h{index + 1}", "gbefore": f"g{index}", "gafter": f"g{index + 1}"}
-        for number in range(in_layer):
-            name = f"table[{index}.{number}]"
-            own |= {f"t{number}": name, f"grad:t{number}": f"grad:{name}"}
-            tensors.append(
-                Tensor(
-                    name=name, kind="trainable", shape=[SLICE // 4], dtype="float32", bytes=SLICE, update_seconds=1e-3,
-                    movable=movable,
-                )
-            )  # fmt: skip
-        layers.append(Layer(name=f"slices.{index}", program="slices", bindings=own))
-    layers.append(Layer(name="last", program="last", bindings={"y": f"h{count}", "gy": f"g{count}", "loss": "loss"}))
-    programs = [first.program(), made.program(), last.program()]
-    return profile_of(programs, layers, tensors, "loss", on=device(per_instruction=64))
 
 
 @pytest.mark.parametrize("in_layer", [1, 2, 5])

@@ -161,7 +161,7 @@ def test_where_tensors_lie_by_what_makes_them():
     offsets = {item.name: item.offset for item in every}
     assert offsets["kept"] == 0
     assert height == aligned(max(item.offset + item.size for item in every))
-    arena = arena_of(every, height, len(train))
+    arena = arena_of(every, height, len(train), len(evaluate))
     assert arena.resident == {name: offsets[name] for name in ("kept", "state")}
     assert arena.train == {(at, name): offsets[name] for at, name in ((2, "packed:w"), (3, "a"), (5, "state"))}
     assert arena.evaluate == {(at, name): offsets[name] for at, name in ((0, "b"), (1, "c"))}

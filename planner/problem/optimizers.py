@@ -1,0 +1,60 @@
+"""Optimizers other than AdamW: the profile of a step with one of them, which has other states and other seconds of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tightfit.planner.problem.clipping import SCALE_PASSES, SUM_PASSES, UPDATE_PASSES, clipped, update_passes
+from tightfit.profiles.schema import EXCHANGE, MOBILLM, OPTIMIZER_STATES, Profile, Tensor
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.job import passes_messages
+
+DEFAULT = "adamw"
+
+
+def chosen(profile: Profile, optimizer: str | None, max_grad_norm: float | None) -> Profile:
+    """The profile of the same step with the optimizer of this name, and with gradients clipped to this norm; None: with
+    AdamW, and not clipped. Raises InputError for what is none, or not of this profile.
+    """
+    made = profile if optimizer is None else with_optimizer(profile, optimizer)
+    return made if max_grad_norm is None else clipped(made, max_grad_norm)
+
+
+def with_optimizer(profile: Profile, name: str) -> Profile:
+    """The profile of the same step with another optimizer. Its updates were measured with AdamW's; their seconds are
+    scaled by the bytes that they touch.
+    """
+    if name not in OPTIMIZER_STATES:
+        raise InputError(f"no optimizer is called {name!r}; choose one of {', '.join(OPTIMIZER_STATES)}")
+    if name == profile.optimizer.get("name"):
+        return profile
+    of_a_fleet = profile.optimizer.get("name") in {EXCHANGE, MOBILLM} or passes_messages(profile.programs)
+    if profile.model.kind == "graph" or of_a_fleet:
+        who = "members of fleets train with AdamW" if of_a_fleet else "a bare graph has no updates"
+        raise InputError(f"optimizer {name}: {who}; leave it out")
+    steps = profile.accumulate
+    states = len(OPTIMIZER_STATES[name]) + (steps > 1)
+    own = {"name": name, "state_tensors": states, **({"accumulate": steps} if steps > 1 else {})}
+    tensors = [_scaled(tensor, name, steps) if tensor.kind == "trainable" else tensor for tensor in profile.tensors]
+    return profile.model_copy(update={"optimizer": own, "tensors": tensors})
+
+
+def refuse_other_optimizers(optimizer: Mapping[str, Any], policy: str, why: str) -> None:
+    """Raises InputError where a profile's `optimizer` is not AdamW and the rule `policy` has one of its own."""
+    name = optimizer.get("name", DEFAULT)
+    if name != DEFAULT:
+        raise InputError(f"optimizer {name}: {policy} {why}; leave it out, or choose another policy")
+
+
+def _scaled(tensor: Tensor, name: str, steps: int) -> Tensor:
+    passes = update_passes({"name": name})
+    added = 0 if steps == 1 else SUM_PASSES + 3 / steps
+    share = (added + passes / steps) / (added + UPDATE_PASSES / steps)
+    return tensor.model_copy(
+        update={
+            "update_seconds": tensor.update_seconds * share,
+            # What clipping adds is the same; where it was not measured, it follows from the seconds above.
+            "clipped_seconds": tensor.clipped_seconds * (passes + SCALE_PASSES) / (UPDATE_PASSES + SCALE_PASSES),
+        }
+    )

@@ -1,0 +1,134 @@
+"""Plans for optimizers other than AdamW: their states, seconds and words, and what is refused."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from decisions import random_decision
+from pydantic import ValidationError
+from sample_plans import sample_plan
+from synthetic import SLICE, decoder_like, tables
+
+from tightfit.planner.formulation.layer_constraints import LayerProgram
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
+from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.clipping import clipped
+from tightfit.planner.problem.layer_figures import FIELDS
+from tightfit.planner.problem.optimizers import with_optimizer
+from tightfit.planner.problem.step_graph import STATE_PREFIXES
+from tightfit.planner.report.explain import explain
+from tightfit.planner.report.summary import plan_summary
+from tightfit.planner.schedule.layer_schedule import measure
+from tightfit.planner.simulation.simulate import simulate
+from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.profiles.schema import EXCHANGE, OPTIMIZER_STATES, Tensor, adamw
+from tightfit.runtime.common.errors import InputError
+
+PASSES = {"adamw": 7, "adam": 7, "sgd": 3, "momentum": 5, "lion": 5}
+"""gradient and parameter are read, the parameter is written, each state is read and written"""
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_STATES)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_plans_have_the_states_of_their_optimizer(name: str, steps: int, limit: float | None) -> None:
+    profile = tables(3).model_copy(update={"optimizer": adamw(steps)})
+    made = plan(profile, 1 << 40, optimizer=name, max_grad_norm=limit)
+    simulate(made)
+    summed = steps > 1 or limit is not None
+    states = [one for one in made.resident if one.startswith(STATE_PREFIXES)]
+    roles = (*OPTIMIZER_STATES[name], *(["grad_sum"] if summed else []))
+    assert sorted(states) == sorted(f"{role}:table[{at}.0]" for role in roles for at in range(3))
+    assert made.bound_seconds <= made.step_seconds
+    assert made.status == "optimal"
+    assert plan_summary(made)["optimizer"] == name
+
+
+def test_fewer_states_fit_less_memory() -> None:
+    least = {name: ModelPlanner(with_optimizer(tables(3), name)).minimum().peak_bytes for name in OPTIMIZER_STATES}
+    assert least["adam"] == least["adamw"]
+    assert least["momentum"] == least["lion"] == pytest.approx(least["adamw"] - SLICE, abs=SLICE // 8)
+    assert least["sgd"] < least["lion"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "lion"])
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_the_layer_model_says_what_the_layers_schedule_does(name: str, limit: float | None) -> None:
+    rng = random.Random(0)
+    made = with_optimizer(tables(2, in_layer=2), name)
+    for kind in layered(made if limit is None else clipped(made, limit)).types:
+        block = LayerProgram(Program(), kind)
+        goal = Linear()
+        for figure in block.figures().values():
+            goal.plus(figure)
+        for _ in range(6):
+            decision = random_decision(rng, kind)
+            block.fix(decision)
+            result = block.program.solve(goal)
+            assert result.optimal
+            counted = dict(zip(FIELDS, measure(kind, decision).row))
+            told = {figure: getattr(block.figures(), figure).value(result.values) for figure in FIELDS}
+            assert told == pytest.approx(counted, rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_seconds_follow_from_the_bytes_that_are_touched(name: str) -> None:
+    tensor = Tensor(
+        name="table[0.0]",
+        kind="trainable",
+        shape=[1],
+        dtype="float32",
+        bytes=4,
+        update_seconds=7.0,
+        clipped_seconds=9.0,
+    )
+    profile = tables(1).model_copy(update={"tensors": [tensor]})
+    found = with_optimizer(profile, name).tensors[0]
+    assert found.update_seconds == pytest.approx(PASSES[name])
+    assert found.clipped_seconds == pytest.approx(PASSES[name] + 2)
+    # With four steps to an update each adds to the sum; the last divides and zeroes it besides.
+    shared = tensor.model_copy(update={"update_seconds": 3 + (7 + 3) / 4})
+    several = profile.model_copy(update={"optimizer": adamw(4), "tensors": [shared]})
+    assert with_optimizer(several, name).tensors[0].update_seconds == pytest.approx(3 + (PASSES[name] + 3) / 4)
+
+
+def test_the_profiles_own_optimizer_changes_nothing() -> None:
+    profile = decoder_like(2, tokens=64, hidden=96, ffn=192, slices=3)
+    one, other = plan(profile, 1 << 40), plan(profile, 1 << 40, optimizer="adamw")
+    assert one.fingerprint == other.fingerprint
+
+
+def test_a_plan_says_which_optimizer_updates() -> None:
+    made = plan(tables(2), 1 << 40, optimizer="lion")
+    assert any("updates by lion, which has one state of each trained tensor" in sentence for sentence in explain(made))
+    assert not any("updates by" in sentence for sentence in explain(plan(tables(2), 1 << 40)))
+
+
+def test_what_is_no_optimizer_or_has_another_is_refused() -> None:
+    with pytest.raises(
+        InputError, match="no optimizer is called 'adagrad'; choose one of adamw, adam, sgd, momentum, lion"
+    ):
+        plan(tables(1), 1 << 40, optimizer="adagrad")
+    with pytest.raises(InputError, match="optimizer sgd: mezo moves along a random direction, by an update of its own"):
+        plan(tables(1, movable=False), 1 << 40, optimizer="sgd", policy="mezo")
+    with pytest.raises(InputError, match="optimizer sgd: mobillm trains a side network on a server, with AdamW"):
+        plan(tables(1), 1 << 40, optimizer="sgd", policy="mobillm")
+    member = tables(1).model_copy(update={"optimizer": {"name": EXCHANGE, "state_tensors": 0}})
+    with pytest.raises(InputError, match="optimizer sgd: members of fleets train with AdamW"):
+        plan(member, 1 << 40, optimizer="sgd")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [
+        ({"name": "sgd", "state_tensors": 1}, "state_tensors is 1; with accumulate 1 it is 0"),
+        ({"name": "lion", "state_tensors": 2}, "state_tensors is 2; with accumulate 1 it is 1"),
+        ({"name": "lion", "state_tensors": 1, "accumulate": 2}, "state_tensors is 1; with accumulate 2 it is 2"),
+    ],
+)
+def test_a_file_with_other_states_is_refused(optimizer: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        sample_plan(optimizer=optimizer)

@@ -1,0 +1,293 @@
+"""Runs that clip gradients by the norm of all of them: against transformers + peft, autograd and `clip_grad_norm_`, at two budgets,
+across an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import CONFIGS, peft_model, peft_name, starting_weights
+from safetensors.torch import load_file
+from tiny_models import byte_level_tokenizer, random_weights, write_directory
+
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
+from tightfit.planner.problem.clipping import clipped
+from tightfit.planner.schema import Plan
+from tightfit.profiles.api import profile
+from tightfit.profiles.schema import Profile, adamw
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.kernels.optimizer import AdamW, ClippedUpdate, Update
+from tightfit.runtime.engine.training.batches import open_batches
+from tightfit.runtime.session.launch import run
+from tightfit.runtime.session.session import Session
+
+STEPS, SEQ, RANK, LR = 12, 29, 4, 5e-3
+LIMITS = {1: 1.0, 3: 0.4}
+"""by steps of an update: above some of the norms, and below others"""
+CONFIG = CONFIGS["llama"]
+ROWS = [
+    {"prompt": "Is the fox quick? ", "completion": "positive"},
+    {"prompt": "lazy dog? ", "completion": "negative, it is not"},
+    {"text": "The quick brown fox jumps over the lazy dog."},
+]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    folder = tmp_path_factory.mktemp("llama")
+    write_directory(folder, CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
+    return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32")
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def decoder(request: pytest.FixtureRequest, measured: Profile) -> Profile:
+    """With one step, and with several, to an update."""
+    return measured.model_copy(update={"optimizer": adamw(request.param)})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def smallest(made: Profile, limit: float) -> Plan:
+    planner = ModelPlanner(clipped(made, limit))
+    return planner.plan(planner.minimum().peak_bytes)
+
+
+@pytest.fixture(scope="module")
+def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run at the smallest budget, with every checkpoint."""
+    out = tmp_path_factory.mktemp("whole")
+    made = smallest(decoder, LIMITS[decoder.accumulate])
+    report = run(made, data, steps=STEPS, out=out, lr=LR, checkpoint_every=2, keep_checkpoints=STEPS)
+    assert report["peak_bytes"]["measured"] <= made.peak_bytes
+    return out, report
+
+
+def saved(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    folder = out / f"checkpoint-{step}"
+    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def by_peft(made: Profile, out: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """The same updates by transformers + peft, `clip_grad_norm_` and AdamW: losses of the steps, norms, the adapter."""
+    weights = starting_weights(made)
+    model = peft_model(CONFIG, weights, RANK, 8.0, torch.float32)
+    parameters = dict(model.named_parameters())
+    trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}
+    optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0)
+    batches = open_batches(str(next((out / "data").glob("train*"))), 0)
+    together = made.accumulate
+    losses, norms = [], []
+    for step in range(0, STEPS, together):
+        inputs = [torch.empty(together, SEQ, dtype=torch.int64) for _ in range(2)]
+        for row in range(together):
+            batches.training(step + row, [part[row : row + 1] for part in inputs])
+        logits = model(input_ids=inputs[0]).logits
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), inputs[1], reduction="none")
+        counts = (inputs[1] >= 0).sum(1)
+        losses += (each.sum(1) / counts).tolist()
+        (each.sum() / counts.sum()).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), LIMITS[together])))
+        optimizer.step()
+        optimizer.zero_grad()
+    batches.close()
+    return losses, norms, {n: p.detach() for n, p in trained.items()}
+
+
+def test_updates_are_those_of_peft_clipped_by_pytorch(decoder: Profile, whole: tuple[Path, dict[str, Any]]) -> None:
+    out, report = whole
+    losses, norms, trained = by_peft(decoder, out)
+    assert min(norms) < LIMITS[decoder.accumulate] < max(norms)
+    assert report["loss"] == pytest.approx(losses, rel=2e-5)
+    assert report["grad_norm"] == pytest.approx(norms, rel=1e-4)
+    found = saved(out)
+    for name, expected in trained.items():
+        own = found[f"base_model.model.{name}"]
+        assert float((own - expected).norm() / expected.norm()) < 1e-3, name
+
+
+def test_norms_are_in_the_metrics_of_each_update_and_the_update_in_the_report(
+    decoder: Profile, whole: tuple[Path, dict[str, Any]]
+) -> None:
+    out, report = whole
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    told = {line["step"]: line["grad_norm"] for line in lines if "grad_norm" in line}
+    assert list(told) == list(range(decoder.accumulate, STEPS + 1, decoder.accumulate))
+    assert list(told.values()) == report["grad_norm"]
+    assert report["max_grad_norm"] == LIMITS[decoder.accumulate]
+    update = report["phases"]["update"]
+    assert 0 < update["peak_bytes"]["measured"] <= update["peak_bytes"]["predicted"]
+    assert update["seconds"]["predicted"] > 0
+    assert update["seconds"]["measured"] > 0
+    assert report["phases"]["train"]["measured_seconds"]["accumulate"] > 0
+
+
+def test_a_run_goes_on_with_the_same_bits_and_with_more_memory(
+    decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """From checkpoints at the end of an update and, where several steps make one, in its midst, which alone hold sums."""
+    roomy = plan(decoder, 1 << 40, max_grad_norm=LIMITS[decoder.accumulate])
+    assert all(f"grad_sum:{t.name}" in roomy.resident for t in decoder.tensors if t.kind == "trainable")
+    for step in (4, 6):
+        part = tmp_path / str(step)
+        shutil.copytree(whole[0], part)
+        for later in range(step + 2, STEPS + 1, 2):
+            shutil.rmtree(part / f"checkpoint-{later}")
+        sums = [tensor for name, tensor in saved(part, step).items() if "grad_sum:" in name]
+        assert any(tensor.any() for tensor in sums) == bool(sums) == bool(step % decoder.accumulate)
+        report = run(roomy, data, steps=STEPS, out=part, lr=LR, checkpoint_every=2, resume=True)
+        assert report["resumed_step"] == step
+        assert (report["loss"], report["grad_norm"]) == (whole[1]["loss"], whole[1]["grad_norm"])
+        mine, theirs = saved(part), saved(whole[0])
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_does_not_go_on_with_another_limit(
+    decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(whole[0], part)
+    for limit, words in (
+        (2.0, "this run is with gradients clipped to 2"),
+        (None, "this run is without clipped gradients"),
+    ):
+        with pytest.raises(
+            InputError,
+            match=f"was made with gradients clipped to {LIMITS[decoder.accumulate]:g}, {words}; resume with the same",
+        ):
+            run(plan(decoder, 1 << 40, max_grad_norm=limit), data, steps=STEPS, out=part, lr=LR, resume=True)
+
+
+def test_a_limit_that_no_norm_reaches_changes_no_bit(decoder: Profile, data: Path, tmp_path: Path) -> None:
+    reports = {}
+    for limit in (None, 1e9):
+        made = plan(decoder, 1 << 40, max_grad_norm=limit)
+        reports[limit] = run(made, data, steps=6, out=tmp_path / str(limit), lr=LR)
+    adapters = [(tmp_path / str(limit) / "adapter" / "adapter_model.safetensors").read_bytes() for limit in reports]
+    assert adapters[0] == adapters[1]
+    assert reports[None]["loss"] == reports[1e9]["loss"]
+    assert "grad_norm" not in reports[None]
+    assert "update" not in reports[None]["phases"]
+
+
+def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(0)
+
+    class Regression(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(256, 8192), torch.nn.GELU(), torch.nn.Linear(8192, 256))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (self.layers(x) - y).square().mean()
+
+    return Regression(), (torch.randn(4, 256), torch.randn(4, 256))
+
+
+def test_a_module_in_full_with_its_sums_on_disk(tmp_path: Path) -> None:
+    made = profile(f"{__name__}:regression")
+    batches = [(torch.randn(4, 256), torch.randn(4, 256)) for _ in range(6)]
+    limit = 0.05
+    small = smallest(made, limit)
+    assert "offloaded" in {place for name, place in small.decisions.items() if name.startswith("grad_sum:")}
+    report = run(small, batches, steps=6, out=tmp_path / "small", lr=LR)
+    assert report["peak_bytes"]["measured"] <= small.peak_bytes
+    roomy = run(plan(made, 1 << 40, max_grad_norm=limit), batches, steps=6, out=tmp_path / "roomy", lr=LR)
+    files = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("small", "roomy")]
+    assert files[0] == files[1]
+    assert report["grad_norm"] == roomy["grad_norm"]
+    module, _ = regression()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=0.0)
+    losses, norms = [], []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = module(*batch)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), limit)))
+        optimizer.step()
+    assert min(norms) > limit
+    assert report["loss"] == pytest.approx(losses, rel=1e-5)
+    assert report["grad_norm"] == pytest.approx(norms, rel=1e-4)
+    for name, value in load_file(tmp_path / "small" / "model" / "model.safetensors").items():
+        torch.testing.assert_close(value, module.state_dict()[name], rtol=1e-3, atol=1e-5)
+    with Session(plan(made, 1 << 40, max_grad_norm=limit), out=tmp_path / "session", lr=LR) as session:
+        assert [session.step(*batch) for batch in batches] == report["loss"]
+
+
+# --- the arithmetic ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("limit", [0.3, 1e6])
+def test_sums_and_scales_are_those_of_pytorch(accumulate: int, limit: float) -> None:
+    """Shapes of several pieces and of none that is whole; weights of steps that differ; gradients in any order."""
+    torch.manual_seed(accumulate)
+    shapes = [(3, 5), (20_001,), (128, 64), ()]
+    ours = [torch.randn(shape) for shape in shapes]
+    theirs = [torch.nn.Parameter(value.clone()) for value in ours]
+    states = [[torch.zeros(shape) for _ in range(2)] + [torch.full(shape, torch.nan)] for shape in shapes]
+    update = ClippedUpdate(AdamW(lr=1e-2), limit, accumulate)
+    optimizer = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.0)
+    weights = [5.0, 2.0, 9.0][:accumulate]
+    for number in range(1, 4):
+        for parameter in theirs:
+            parameter.grad = torch.zeros_like(parameter)
+        for at, weight in enumerate(weights, 1):
+            step = (number - 1) * accumulate + at
+            update.begin(step, weight)
+            gradients = [torch.randn(shape) for shape in shapes]
+            order = torch.randperm(len(shapes)).tolist()
+            for one in order:
+                update.add(gradients[one], states[one][2])
+                assert theirs[one].grad is not None
+                theirs[one].grad.add_(gradients[one], alpha=weight / sum(weights))
+            assert update.due == (at == accumulate)
+            assert update.sums != update.due
+        expected = torch.nn.utils.clip_grad_norm_(theirs, limit)
+        assert update.norm() == pytest.approx(float(expected), rel=1e-6)
+        for value, (first, second, total) in zip(ours, states):
+            update.apply_sum(number * accumulate, value, first, second, total)
+        optimizer.step()
+    for value, parameter in zip(ours, theirs):
+        torch.testing.assert_close(value, parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_does_not_depend_on_the_order_of_gradients() -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(1000) * 10.0**power for power in (-6, 3, 0, -2, 5)]
+    norms = set()
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        update = ClippedUpdate(AdamW(), 1.0)
+        update.begin(1)
+        for one in order:
+            update.add(gradients[one], torch.empty(1000))
+        norms.add(update.norm())
+    assert len(norms) == 1
+
+
+def test_a_single_gradient_below_the_limit_updates_as_without_one() -> None:
+    torch.manual_seed(0)
+    start, gradient = torch.randn(77), torch.randn(77)
+    plain, limited = start.clone(), start.clone()
+    update = Update(AdamW(lr=LR))
+    update.begin(1, 7)
+    update.apply(1, plain, gradient, torch.zeros(77), torch.zeros(77))
+    clipping = ClippedUpdate(AdamW(lr=LR), 1e6)
+    clipping.begin(1, 7)
+    total = torch.empty(77)
+    clipping.add(gradient, total)
+    clipping.norm()
+    clipping.apply_sum(1, limited, torch.zeros(77), torch.zeros(77), total)
+    assert torch.equal(plain, limited)

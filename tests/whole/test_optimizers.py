@@ -1,0 +1,117 @@
+"""Runs with optimizers other than AdamW: against torch.optim, or for Lion its published formula, at two budgets, across an
+interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
+from tightfit.planner.problem.optimizers import chosen
+from tightfit.profiles.api import profile
+from tightfit.profiles.schema import OPTIMIZER_STATES, Profile
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.session.launch import run
+
+STEPS, LR = 6, 1e-3
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(0)
+
+    class Regression(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(256, 8192), torch.nn.GELU(), torch.nn.Linear(8192, 256))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (self.layers(x) - y).square().mean()
+
+    return Regression(), (torch.randn(4, 256), torch.randn(4, 256))
+
+
+@pytest.fixture(scope="module")
+def measured() -> Profile:
+    return profile(f"{__name__}:regression")
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    torch.manual_seed(5)
+    return [(torch.randn(4, 256), torch.randn(4, 256)) for _ in range(STEPS)]
+
+
+@torch.no_grad()
+def lion(parameters: list[torch.Tensor], means: list[torch.Tensor]) -> None:
+    """Algorithm 2 of arXiv 2302.06675, without weight decay."""
+    for parameter, mean in zip(parameters, means, strict=True):
+        assert parameter.grad is not None
+        parameter.sub_(LR * (0.9 * mean + 0.1 * parameter.grad).sign())
+        mean.copy_(0.99 * mean + 0.01 * parameter.grad)
+
+
+def reference(name: str, module: torch.nn.Module) -> Callable[[], Any]:
+    parameters: list[torch.Tensor] = list(module.parameters())
+    if name == "lion":
+        means = [torch.zeros_like(one) for one in parameters]
+        return lambda: lion(parameters, means)
+    kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "momentum": torch.optim.SGD}
+    more = {"momentum": 0.9} if name == "momentum" else {}
+    return kinds[name](parameters, lr=LR, **more).step  # type: ignore[no-any-return,operator]
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZER_STATES if name != "adamw"])
+def test_runs_at_two_budgets_give_what_torch_does(
+    name: str, measured: Profile, batches: list[Batch], tmp_path: Path
+) -> None:
+    """The smaller budget has all states on disk."""
+    planner = ModelPlanner(chosen(measured, name, None))
+    small, roomy = planner.plan(planner.minimum().peak_bytes), planner.plan(1 << 40)
+    assert small.optimizer["name"] == name
+    for role in OPTIMIZER_STATES[name]:
+        assert "offloaded" in {place for one, place in small.decisions.items() if one.startswith(f"{role}:")}
+    whole = run(roomy, batches, steps=STEPS, out=tmp_path / "roomy", lr=LR)
+    parts = run(small, batches, steps=STEPS, out=tmp_path / "small", lr=LR)
+    assert parts["peak_bytes"]["measured"] <= small.peak_bytes
+    assert parts["loss"] == whole["loss"]
+    files = [tmp_path / one / "checkpoint-6" for one in ("roomy", "small")]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (files[0] / file).read_bytes() == (files[1] / file).read_bytes()
+    states = {key.partition(":")[0] for key in load_file(files[0] / "optimizer.safetensors")}
+    assert states == set(OPTIMIZER_STATES[name])
+
+    module, _ = regression()
+    update = reference(name, module)
+    losses = []
+    for batch in batches:
+        module.zero_grad()
+        loss = module(*batch)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        update()
+    assert whole["loss"] == pytest.approx(losses, rel=1e-4)
+    for key, value in load_file(files[0] / "model.safetensors").items():
+        # Where a gradient is all but zero, its sign and Adam's quotient are of any size.
+        apart = (value - module.state_dict()[key]).abs() > LR / 20
+        assert float(apart.float().mean()) < 2e-3, key
+
+
+def test_a_run_goes_on_with_its_own_optimizer_alone(measured: Profile, batches: list[Batch], tmp_path: Path) -> None:
+    several = batches * 2
+    whole = run(plan(measured, 1 << 40, optimizer="lion"), several, steps=4, out=tmp_path / "whole", lr=LR)
+    stopped = plan(measured, 1 << 40, optimizer="lion")
+    run(stopped, several, steps=2, out=tmp_path / "parts", lr=LR)
+    with pytest.raises(InputError, match="was made with another optimizer: name 'lion', now 'momentum'"):
+        run(plan(measured, 1 << 40, optimizer="momentum"), several, steps=4, out=tmp_path / "parts", lr=LR, resume=True)
+    parts = run(stopped, several, steps=4, out=tmp_path / "parts", lr=LR, resume=True)
+    assert parts["loss"] == whole["loss"]
+    ends = [tmp_path / one / "model" / "model.safetensors" for one in ("whole", "parts")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
