@@ -52,6 +52,8 @@ class Show:
     """path and version (1 or 2) of the cgroup that this process was put into"""
     home: str | None
     """path of the cgroup that it was in before, to which it returns at the end"""
+    stages: str | None = None
+    """JSON of what was done before the run, to be printed beside the report with `as_json`"""
 
 
 def supervise(
@@ -173,7 +175,7 @@ def main(arguments: Sequence[str]) -> int:
             sys.stderr.write(
                 f"already done: {order.directory} has all {show.steps} steps; give more --steps to go on\n"
             )
-        _answer(report, as_json=show.as_json)
+        _answer(report, show.stages, as_json=show.as_json)
     except (Exception, KeyboardInterrupt) as error:
         return fail(error, as_json=show.as_json, debug=show.debug)
     finally:
@@ -182,12 +184,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _answer(report: dict[str, Any], *, as_json: bool) -> None:
+def _answer(report: dict[str, Any], stages: str | None, *, as_json: bool) -> None:
     # The training process has ended, so that imports no longer add to the run's peak.
-    from tightfit.runtime.supervision.printing import answer
+    from tightfit.runtime.supervision.printing import answer, beside
     from tightfit.runtime.supervision.report_text import report_text
 
-    answer(report, None if as_json else report_text(report), as_json=as_json)
+    answer(beside(stages, report), None if as_json else report_text(report), as_json=as_json)
 
 
 def measure() -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tightfit.runtime.common.units import parse_size
     from tightfit.runtime.session.launch import run
     from tightfit.runtime.session.session import Session
+    from tightfit.runtime.session.train import train
 
 __all__ = [
     "CapError",
@@ -55,6 +56,7 @@ __all__ = [
     "save_plan",
     "save_profile",
     "simulate",
+    "train",
 ]
 
 _PLACES = {
@@ -72,6 +74,7 @@ _PLACES = {
     "runtime.common.units": ("parse_size",),
     "runtime.session.launch": ("run",),
     "runtime.session.session": ("Session",),
+    "runtime.session.train": ("train",),
 }
 """the same, for the interpreter"""
 _PLACE = {name: f"{__name__}.{place}" for place, names in _PLACES.items() for name in names}
