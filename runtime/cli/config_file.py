@@ -150,4 +150,5 @@ def _words(where: str, parameter: Any, value: Any) -> str | bool | list[str]:
 def _word(where: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise InputError(f"{where}: {value!r} is no value for it; write a number or words")
-    return str(value)
+    # A shell would have replaced the home folder.
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else str(value)

@@ -192,19 +192,23 @@ def _prepare(context: typer.Context, given: dict[str, Any], console: Console) ->
     for left, name in ((planned, PLAN), (measured, PROFILE)):
         if left is None:
             (output / name).unlink(missing_ok=True)
-    again = f"tightfit train --resume -o {shlex.quote(str(output))}"
     write_options(
-        output / CONFIG, settings, f"`{again}` goes on from it, `tightfit train --config FILE` begins with it."
+        output / CONFIG,
+        settings,
+        "`tightfit train --resume -o FOLDER` goes on from it, `tightfit train --config FILE -o OTHER` begins with it.",
     )
     try:
         measured = measured or _profile(given)
         console.print(f"profile: {answers.profile_sentence(measured)}")
         if planned is None:
-            planned = _plan(given, measured, again)
+            planned = _plan(given, measured)
         for sentence in answers.verdict(planned):
             console.print(f"plan: {sentence}")
     except KeyboardInterrupt as stop:
-        raise RunError(f"interrupted; go on with: {again}") from stop
+        # The results that were to be overwritten are still there, and not what a resumption may go on from.
+        anew = f"--config {shlex.quote(str(output / CONFIG))} --overwrite"
+        words = anew if given["overwrite"] else f"--resume -o {shlex.quote(str(output))}"
+        raise RunError(f"interrupted; go on with: tightfit train {words}") from stop
     told = {"profile": _told(measured, output), "plan": answers.facts(planned) | {"plan": str(output / PLAN)}}
     return how | {"stages": answers.to_json(told) if given["as_json"] else None}
 
@@ -325,8 +329,8 @@ def _profile(given: Mapping[str, Any]) -> Profile:
     return load_profile(path)
 
 
-def _plan(given: Mapping[str, Any], measured: Profile, again: str) -> Plan:
-    """The second stage: plans the step. `again` is the command that goes on from here."""
+def _plan(given: Mapping[str, Any], measured: Profile) -> Plan:
+    """The second stage: plans the step. Raises KeyboardInterrupt if it was interrupted; the best plan found is kept."""
     output, failed = given["output"], None
     path = output / PLAN
     with stage() as said:
@@ -340,7 +344,7 @@ def _plan(given: Mapping[str, Any], measured: Profile, again: str) -> Plan:
             sys.stdout.write(answers.to_json({"profile": _told(measured, output), "plan": told}) + "\n")
         raise failed
     if told["interrupted"]:
-        raise RunError(f"interrupted; {path} is the best plan found so far, train by it with: {again}")
+        raise KeyboardInterrupt
     from tightfit.planner.io import load_plan
 
     return load_plan(path)

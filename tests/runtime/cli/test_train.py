@@ -172,7 +172,8 @@ def test_the_command_line_goes_before_a_file(file):
     with pytest.raises(Exception, match="No such option"):  # a switch that is on in the file stays on
         context(*words)
     found = context(*(word for word in words if word != "--no-dora"), "--cgroup").params
-    assert (found["model"], found["steps"], found["rank_pattern"], found["cgroup"]) == ("other", 9, ["k_proj=3"], True)
+    assert (found["model"], found["steps"], found["cgroup"]) == ("other", 9, True)
+    assert [*found["rank_pattern"]] == ["k_proj=3"]
     assert (found["lora_rank"], found["dora"]) == (4, True)
 
 
@@ -215,6 +216,13 @@ def test_files_that_cannot_be_read(tmp_path):
         assert str(caught.value).startswith(f"{tmp_path / name}: {message}")
     with pytest.raises(InputError, match="No such file or directory; name a YAML or TOML file"):
         read_file(tmp_path / "none.yaml")
+
+
+def test_the_home_folder_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/her")
+    (tmp_path / "a.yaml").write_text("output: ~/out\ndata: ~/a.jsonl\n")
+    found = context("~", "--steps", 1, "--config", tmp_path / "a.yaml").params
+    assert (str(found["output"]), found["data"], found["model"]) == ("/home/her/out", "/home/her/a.jsonl", "~")
 
 
 def test_without_a_reader_of_yaml_the_error_names_it(tmp_path, monkeypatch):
@@ -399,11 +407,14 @@ def test_ctrl_c_while_measuring(made, refused, monkeypatch):
     from tightfit.profiles import api
 
     monkeypatch.setattr(api, "profile", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    said = refused(4, "train", *made.words)
-    assert said == f"interrupted; go on with: tightfit train --resume -o {made.out}"
+    again = "interrupted; go on with: tightfit train"
+    assert refused(4, "train", *made.words) == f"{again} --resume -o {made.out}"
+    (made.out / "checkpoint-3").mkdir()  # of the run that is to be replaced
+    said = refused(4, "train", *made.words, "--overwrite")
+    assert said == f"{again} --config {made.out / 'config.toml'} --overwrite"
 
 
-def test_ctrl_c_while_planning_keeps_the_best_plan(made, refused, tightfit, monkeypatch):
+def test_ctrl_c_while_planning_keeps_the_best_plan(made, tightfit, monkeypatch):
     from tightfit.planner.model_planner import ModelPlanner
 
     whole = ModelPlanner.plan
@@ -416,9 +427,11 @@ def test_ctrl_c_while_planning_keeps_the_best_plan(made, refused, tightfit, monk
 
     monkeypatch.setattr(ModelPlanner, "plan", interrupted)
     path = made.out / "plan.json"
-    said = refused(4, "train", *made.words)
+    code, out, said = tightfit("train", *made.words)
     again = f"tightfit train --resume -o {made.out}"
-    assert said == f"interrupted; {path} is the best plan found so far, train by it with: {again}"
+    assert (code, out) == (4, "")
+    assert "interrupted: this is the best plan found so far, at most " in said
+    assert said.endswith(f"plan written to {path}\ntightfit: interrupted; go on with: {again}\n")
     assert made.ran == []
     before = path.read_bytes()
     assert tightfit(*again.split()[1:])[0] == 0
