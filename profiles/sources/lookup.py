@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["directory", "gguf", "config", "factory", "hub"]
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+POSITIONS = ("max_position_embeddings", "n_positions")
+"""What a config.json calls the number of positions, the second in families such as GPT-2."""
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -92,6 +94,32 @@ def vocabulary(source: str) -> Vocabulary | None:
 
         return directory_vocabulary(path if kind == "directory" else hub_directory(source))
     return None
+
+
+def names_module(source: str) -> bool:
+    """Whether `source` names a module of the user's own. Raises InputError if it names nothing usable."""
+    return _named(source)[0] == "factory"
+
+
+def longest_sequence(source: str) -> int | None:
+    """The number of positions that the model named by `source` was made for; None if its file does not say, and for a
+    module. Imports no PyTorch.
+
+    Raises InputError if `source` names nothing or is damaged.
+    """
+    kind, path = _named(source)
+    if kind == "factory":
+        return None
+    if kind == "gguf":
+        from tightfit.profiles.sources.gguf_metadata import read_metadata
+
+        metadata = read_metadata(path)
+        found = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    else:
+        folder = hub_directory(source) if kind == "hub" else path
+        config = read_config(folder if kind == "config" else folder / "config.json")
+        found = next((config[name] for name in POSITIONS if config.get(name)), None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def hub_directory(name: str) -> Path:

@@ -80,6 +80,21 @@ def profile_text(profile: Profile) -> RenderableType:
     return facts_table([*(("caution", "; ".join(said)) for said in [marks(profile.device)] if said), *rows])
 
 
+def profile_sentence(profile: Profile) -> str:
+    """What a profile is of, and what it found, in a sentence."""
+    facts = profile_summary(profile)
+    shape = f"{profile.batch} × {profile.seq} tokens" if profile.seq else f"a batch of {profile.batch}"
+    adapter = f", {adapter_words(facts['lora'])}" if "rank" in (facts["lora"] or {}) else ""
+    seconds = (
+        f"forward {format_seconds(facts['forward_seconds'])}, backward {format_seconds(facts['backward_seconds'])}"
+    )
+    how = "measured" if facts["measured"] else "estimated"
+    return (
+        f"{facts['model']}, {shape} in {facts['compute_dtype']}{adapter}: {seconds}, {how} on"
+        f" {facts['device']} with {profile.device.threads} threads"
+    )
+
+
 def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
     """A table of the known devices with their most important figures."""
     from rich import box
@@ -194,6 +209,13 @@ def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
                 }
             )
     return told
+
+
+def verdict(plan: Plan) -> list[str]:
+    """What a plan says in its first sentences."""
+    from tightfit.planner.report.explain import verdict as sentences
+
+    return sentences(plan)
 
 
 def facts(plan: Plan) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, training_options
+from tightfit.runtime.cli.options import Debug, Json, training_options, words_of
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
@@ -132,7 +132,9 @@ def run(
     if data is None and (fleet.kind != MOBILLM or member != fleet.chain[-1].name):
         raise InputError("--data is missing; give the training data, the same for every member")
     if member is None:
-        _all_members(fleet, output, _words(context), as_json=as_json)
+        # Each member gets this command's words, without those that are for this process alone.
+        given = {name: value for name, value in context.params.items() if name not in FOR_THIS_PROCESS}
+        _all_members(fleet, output, ["fleet", "run", *words_of(context.command.params, given)], as_json=as_json)
         return
     from tightfit.runtime.cli.run import carry_out
     from tightfit.runtime.session.fleet import membership
@@ -178,22 +180,6 @@ def _address(text: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise InputError(f"--at {text}: give HOST:PORT, such as 192.168.0.10:{PORT}")
     return host, int(port)
-
-
-def _words(context: typer.Context) -> list[str]:
-    """This command's arguments as each member gets them, without those that are for this process alone."""
-    words = ["fleet", "run"]
-    for parameter in context.command.params:
-        name, value = str(parameter.name), context.params.get(str(parameter.name))
-        if name in FOR_THIS_PROCESS or value is None:
-            continue
-        if parameter.param_type_name == "argument":
-            words.append(str(value))
-        elif isinstance(value, bool):
-            words += [*(parameter.opts if value else parameter.secondary_opts)[:1]]
-        else:
-            words += [parameter.opts[-1], str(value)]
-    return words
 
 
 # --- all members on this machine --------------------------------------------------------------------------------------

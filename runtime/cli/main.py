@@ -27,6 +27,7 @@ from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.report import report
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.cli.serve import serve
+from tightfit.runtime.cli.train import TrainCommand, train
 from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import limited
@@ -69,6 +70,7 @@ def _tightfit(
         typer.echo(f"tightfit: {limit}, hardly enough to load PyTorch and a solver", err=True)
 
 
+app.command(cls=TrainCommand)(train)
 for command in (profile, devices, plan, compare, run, report, merge, serve):
     app.command()(command)
 app.command(name="eval")(evaluate)

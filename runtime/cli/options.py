@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,6 +63,27 @@ def at_most(most: int, **options: int) -> None:
     for name, value in options.items():
         if value > most:
             raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at most {most}")
+
+
+_following: ContextVar[bool] = ContextVar("following", default=True)
+
+
+def next_command(words: str) -> str:
+    """The end of a message that names the command with which to go on; empty for a stage of a longer command."""
+    return f"; next: {words}" if _following.get() else ""
+
+
+@contextlib.contextmanager
+def stage() -> Iterator[io.StringIO]:
+    """While entered, commands are stages of a longer one: their answers go into the text that is yielded instead of
+    stdout, and they name no command with which to go on.
+    """
+    token = _following.set(False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            yield said
+    finally:
+        _following.reset(token)
 
 
 @contextlib.contextmanager
@@ -135,6 +158,25 @@ def named_columns(text: str | None) -> dict[str, str] | None:
     if not all(name.strip() and column.strip() for name, _, column in pairs):
         raise InputError(f"--columns {text}: give NAME=COLUMN,..., for example prompt=question,completion=answer")
     return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def words_of(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give a command's `parameters` these `values`, by the parameters' names.
+
+    A parameter without a value, or with None, has no words.
+    """
+    words: list[str] = []
+    for parameter in parameters:
+        value = values.get(str(parameter.name))
+        if value is None:
+            continue
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words += [*(parameter.opts if value else parameter.secondary_opts)[:1]]
+        else:
+            words += [f"{parameter.opts[-1]}={one}" for one in (value if isinstance(value, list) else [value])]
+    return words
 
 
 def training_options(

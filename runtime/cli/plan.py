@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Debug, Gap, Json, Server, TimeLimit, answering, at_least, service
+from tightfit.runtime.cli.options import (
+    Debug,
+    Gap,
+    Json,
+    Server,
+    TimeLimit,
+    answering,
+    at_least,
+    next_command,
+    service,
+)
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
@@ -118,11 +128,11 @@ def plan(
 
 
 def _run_next(plan: Plan, path: Path) -> str:
-    """A line that says how to run the plan; empty if this runtime cannot (bare graphs, cards, estimated times)."""
+    """The end of a line, which says how to run the plan; empty if this runtime cannot (bare graphs, cards, estimated times)."""
     if plan.model.kind == "graph" or plan.device.kind != "cpu" or not plan.device.measured:
         return ""
     data = "random" if plan.model.kind == "module" else "FILE.jsonl"
-    return f"; next: tightfit run {shlex.quote(str(path))} --data {data} --steps N -o out"
+    return next_command(f"tightfit run {shlex.quote(str(path))} --data {data} --steps N -o out")
 
 
 def _plan_here(

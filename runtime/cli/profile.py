@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Debug, Force, Json, at_least
+from tightfit.runtime.cli.options import Debug, Force, Json, at_least, next_command
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.supervision.printing import answer
@@ -164,7 +164,8 @@ def profile(
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}
     answer(summary, answers.profile_text(measured), as_json=as_json)
-    console.print(f"profile written to {output}; next: tightfit plan {shlex.quote(str(output))} --memory SIZE")
+    following = next_command(f"tightfit plan {shlex.quote(str(output))} --memory SIZE")
+    console.print(f"profile written to {output}{following}")
 
 
 def _numbers(option: str, words: Sequence[str] | None, number: Callable[[str], Number]) -> dict[str, Number]:

@@ -11,7 +11,7 @@ import typer
 
 from tightfit.runtime.cli.options import Debug, Json, named_columns, training_options
 from tightfit.runtime.session.options import RunOptions
-from tightfit.runtime.supervision.printing import answer
+from tightfit.runtime.supervision.printing import answer, beside
 from tightfit.runtime.supervision.report_text import report_text
 
 if TYPE_CHECKING:
@@ -103,6 +103,10 @@ def run(
             help="Report where the seconds of the third step went (where several make an update, of the next that ends one), or of the last of fewer.",
         ),
     ] = False,
+    stages: Annotated[
+        str | None,
+        typer.Option("--stages", hidden=True, help="JSON of what `tightfit train` did before, for its answer."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -155,6 +159,7 @@ def run(
         debug=debug,
         replace=bool(context.obj),
         adapter=adapter,
+        stages=stages,
     )
 
 
@@ -187,10 +192,12 @@ def carry_out(
     replace: bool,
     adapter: Path | None = None,
     columns: Mapping[str, str] | None = None,
+    stages: str | None = None,
 ) -> None:
     """Run a plan, or the plan of one `member` of a fleet, and print its report; raises typer.Exit with the run's code.
 
-    With `replace` this process may become the run's supervisor.
+    With `replace` this process may become the run's supervisor. With `as_json` the report is printed beside what
+    `stages` says, JSON of what was done before.
     """
     from tightfit.runtime.engine.device.resident import memory
     from tightfit.runtime.session.launch import prepared
@@ -230,7 +237,8 @@ def carry_out(
                 preparation_bytes=memory().peak,
                 group=(str(group.path), group.version) if group else None,
                 home=MemoryCgroup.home() if group else None,
+                stages=stages,
             )
             raise typer.Exit(hand_over(ready, show, group, replace=replace))
     sys.stderr.write(already_done(ready, str(output), len(ready["loss"])))
-    answer(ready, report_text(ready), as_json=as_json)
+    answer(beside(stages, ready), report_text(ready), as_json=as_json)

@@ -41,6 +41,8 @@ RANDOM, PREPARED = "random", ".records"
 """data that need no tokenizer: made-up tokens, and how the name of a file ends that was prepared before"""
 RANDOM_RECORDS = 256
 REPORTED_LINES = 20
+PLAN_AGAIN = "`tightfit profile --seq {longest}`, and a plan of that profile, has room for every sample; or shorten them, or run with --truncate"
+"""how to go on where samples are refused because they are too long for a plan"""
 
 Tokens = tuple[list[int], list[bool]]
 """Token ids and, for each, whether it is to be predicted."""
@@ -81,14 +83,42 @@ def prepare(
     with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data) as writer:
         if data == RANDOM:
             _write_random(writer, seed)
-        elif vocabulary is None:
-            raise InputError(
-                f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use --data random"
-            )
         else:
-            samples = _Samples(writer, Encoder(vocabulary, vocab_size), purpose, too_long)
+            samples = _Samples(writer, _encoder(data, vocabulary, vocab_size), purpose, too_long)
             samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return RecordFile.open(path)
+
+
+def longest_sample(
+    data: str,
+    vocabulary: Vocabulary | None,
+    *,
+    most: int,
+    purpose: Purpose = "train",
+    too_long: TooLong = "refuse",
+    way_on: str = PLAN_AGAIN,
+    columns: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+    preparation: Preparation | None = None,
+) -> int:
+    """Positions of the longest sample of `data`, which are files of samples as for `prepare`; nothing is kept of them.
+
+    Samples of more than `most` positions are refused or, if `too_long` is "truncate", counted in full; texts always
+    are, since they are packed into windows. `way_on` ends the message about samples that are refused; ``{longest}`` in
+    it becomes their greatest length. The rest is as in `prepare`, errors too.
+    """
+    samples = _Samples(_Counting(most), _encoder(data, vocabulary), purpose, too_long, way_on)
+    samples.run(data_files(data), progress, preparation, checked_columns(columns))
+    return max(samples.longest, samples.longest_text)
+
+
+def _encoder(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = None) -> Encoder:
+    """An encoder for a model of `vocab_size` tokens, by default those of its tokenizer."""
+    if vocabulary is None:
+        raise InputError(
+            f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use --data random"
+        )
+    return Encoder(vocabulary, vocabulary.tokenizer.get_vocab_size() if vocab_size is None else vocab_size)
 
 
 def _copied(source: Path, path: Path, *, seq: int, vocab_size: int) -> RecordFile:
@@ -169,12 +199,30 @@ class Encoder:
         return self.segments([(asked, False), (completion, True)])
 
 
+class _Counting:
+    """Stands in for a `RecordWriter` where nothing is to be written."""
+
+    def __init__(self, seq: int) -> None:
+        self.seq = seq
+        self.count = 0
+
+    def add(self, input_ids: list[int], labels: list[int], **told: int) -> None:
+        self.count += 1
+
+
 class _Samples:
     """One pass over the data, which tokenises and writes every sample and collects what is wrong with bad lines."""
 
-    def __init__(self, writer: RecordWriter, encoder: Encoder, purpose: Purpose, too_long: TooLong) -> None:
+    def __init__(
+        self,
+        writer: RecordWriter | _Counting,
+        encoder: Encoder,
+        purpose: Purpose,
+        too_long: TooLong,
+        way_on: str = PLAN_AGAIN,
+    ) -> None:
         self.writer, self.encoder = writer, encoder
-        self.purpose, self.too_long = purpose, too_long
+        self.purpose, self.too_long, self.way_on = purpose, too_long, way_on
         self.stream: list[int] = []
         self.labels: list[int] = []
         self.example = 0
@@ -182,6 +230,7 @@ class _Samples:
         self.count_bad = 0
         self.longest = 0
         """positions of the longest sample so far; texts, which are packed into windows, do not count"""
+        self.longest_text = 0
 
     def run(
         self,
@@ -212,7 +261,7 @@ class _Samples:
             more = f"\nand {self.count_bad - len(self.bad)} more" if self.count_bad > len(self.bad) else ""
             plural = "line" if self.count_bad == 1 else "lines"
             if self.too_long == "refuse" and self.longest > self.writer.seq:
-                more += f"\n`tightfit profile --seq {self.longest}`, and a plan of that profile, has room for every sample; or shorten them, or run with --truncate"
+                more += "\n" + self.way_on.format(longest=self.longest)
             raise InputError(f"{self.count_bad} bad {plural} of {done} in the data:\n" + "\n".join(self.bad) + more)
         if not self.writer.count:
             raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: no samples; the data are empty")
@@ -222,6 +271,7 @@ class _Samples:
         encoder = self.encoder
         if isinstance(sample, Text):
             ids, _ = encoder.segments([(sample.text, True)])
+            self.longest_text = max(self.longest_text, len(ids))
             self.stream += ids if encoder.end is None else [*ids, encoder.end]
             self.labels += [*self.stream[len(self.labels) + 1 :], IGNORED]
             self.flush(everything=False)

@@ -13,7 +13,7 @@ from tightfit.planner.report.summary import unfinished_update
 from tightfit.planner.schema import Plan
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.models.side_shape import CONFIG_KEY
-from tightfit.profiles.schema import EXCHANGE, MOBILLM, PROFILE_VERSION
+from tightfit.profiles.schema import EXCHANGE, MOBILLM, PROFILE_VERSION, Profile
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.processor import BFLOAT16_PRODUCTS
@@ -80,8 +80,8 @@ def check_fleet_options(options: RunOptions) -> None:
             )
 
 
-def check_machine(plan: Plan) -> None:
-    """Raise InputError for a plan of a bare graph, with estimated times, or for another device, thread count or
+def check_machine(plan: Plan | Profile) -> None:
+    """Raise InputError for a plan, or a profile, of a bare graph, with estimated times, or for another device, thread count or
     PyTorch.
     """
     if plan.model.kind == "graph":

@@ -103,11 +103,11 @@ class MemoryCgroup:
             (self.path / swap).write_text(str(limit // page * page) if self.version == 1 else "0")
 
 
-def _parents(mount: Path) -> Iterator[tuple[Path, int]]:
-    """(directory, version) of cgroups in which to make a new one: this process's own, then the root; v1 before v2."""
+def own_cgroups(proc: Path = Path("/proc")) -> dict[int, str]:
+    """Path of this process's memory cgroup below the mount, by version (1, 2), as far as the kernel tells."""
     own: dict[int, str] = {}
     try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in (proc / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if "memory" in controllers.split(","):
                 own[1] = path
@@ -115,6 +115,12 @@ def _parents(mount: Path) -> Iterator[tuple[Path, int]]:
                 own[2] = path
     except OSError:
         pass
+    return own
+
+
+def _parents(mount: Path) -> Iterator[tuple[Path, int]]:
+    """(directory, version) of cgroups in which to make a new one: this process's own, then the root; v1 before v2."""
+    own = own_cgroups()
     first = mount / "memory"
     if (first / "memory.limit_in_bytes").exists() or (first / "cgroup.procs").exists():
         for path in (own.get(1, "/"), "/"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import Any
@@ -25,3 +26,11 @@ def answer(result: dict[str, Any], human: Any, *, as_json: bool) -> None:
         with console.capture() as captured:
             console.print(human)
         sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
+def beside(stages: str | None, report: dict[str, Any]) -> dict[str, Any]:
+    """A run's report as one object with what was done before the run, which `stages` has as JSON; alone without it."""
+    if stages is None:
+        return report
+    told: dict[str, Any] = json.loads(stages)
+    return told | {"report": report}

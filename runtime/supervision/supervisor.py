@@ -63,6 +63,8 @@ class Show:
     """path of the cgroup that it was in before, to which it returns at the end"""
     output: str | None = None
     """path for the result of an evaluation; None: it is printed alone"""
+    stages: str | None = None
+    """JSON of what was done before the run, to be printed beside the report with `as_json`"""
 
 
 def supervise(
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str]) -> int:
             _write(show.output, report)
         if not training.stepped and not order.evaluates:
             sys.stderr.write(already_done(report, order.directory, order.steps))
-        _answer(report, as_json=show.as_json)
+        _answer(report, show.stages, as_json=show.as_json)
     except (Exception, KeyboardInterrupt) as error:
         return fail(error, as_json=show.as_json, debug=show.debug)
     finally:
@@ -215,13 +217,13 @@ def _write(path: str, report: dict[str, Any]) -> None:
     write_whole(path, to_json(report) + "\n")
 
 
-def _answer(report: dict[str, Any], *, as_json: bool) -> None:
+def _answer(report: dict[str, Any], stages: str | None, *, as_json: bool) -> None:
     # The training process has ended, so that imports no longer add to the run's peak.
-    from tightfit.runtime.supervision.printing import answer
+    from tightfit.runtime.supervision.printing import answer, beside
     from tightfit.runtime.supervision.report_text import evaluation_text, report_text
 
     text = report_text if "timeline" in report else evaluation_text
-    answer(report, None if as_json else text(report), as_json=as_json)
+    answer(beside(stages, report), None if as_json else text(report), as_json=as_json)
 
 
 def measure() -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tightfit.runtime.results.merge import merge
     from tightfit.runtime.session.launch import run
     from tightfit.runtime.session.session import Session
+    from tightfit.runtime.session.train import train
 
 __all__ = [
     "CapError",
@@ -59,6 +60,7 @@ __all__ = [
     "save_plan",
     "save_profile",
     "simulate",
+    "train",
 ]
 
 _PLACES = {
@@ -78,6 +80,7 @@ _PLACES = {
     "runtime.results.merge": ("merge",),
     "runtime.session.launch": ("run",),
     "runtime.session.session": ("Session",),
+    "runtime.session.train": ("train",),
 }
 """the same, for the interpreter"""
 _PLACE = {name: f"{__name__}.{place}" for place, names in _PLACES.items() for name in names}

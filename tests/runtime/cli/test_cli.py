@@ -60,7 +60,7 @@ def planned(monkeypatch):
     [
         (["plan", "p.json"], "Missing option '--memory'; try 'tightfit plan --help'"),
         (["plan", "--memory", "1GB"], "Missing argument 'PROFILE'; try 'tightfit plan --help'"),
-        (["train"], "No such command 'train'; try 'tightfit --help'"),
+        (["teach"], "No such command 'teach'; try 'tightfit --help'"),
         (["plan", "p.json", "--memory", "1GB", "--quickly"], "No such option: --quickly; try 'tightfit plan --help'"),
         (["plan", "p.json", "--memory", "350M"], f"'350M' is not a size; {FORMS}"),
         (["plan", "p.json", "--memory", "0"], f"'0' is no memory at all; {FORMS}"),
@@ -520,7 +520,7 @@ def test_ctrl_c_after_the_answer_keeps_it(tightfit, planned, monkeypatch, tmp_pa
     assert (tmp_path / "plan.json").exists() == (status == "feasible")
 
 
-@pytest.mark.parametrize("command", ["", "profile", "devices", "plan", "compare", "run"])
+@pytest.mark.parametrize("command", ["", "train", "profile", "devices", "plan", "compare", "run"])
 def test_help(command):
     done = run_process(*filter(None, [command]), "--help")
     assert (done.returncode, done.stderr) == (0, "")

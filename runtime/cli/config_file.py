@@ -1,0 +1,154 @@
+"""Reads a command's options from a YAML or TOML file, and writes those that were used as TOML.
+
+A key is an option's long name, with - or _ between its words, or the name of the command's argument. An option that may
+be given several times takes a list, or a map where it has the form NAME=VALUE.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tightfit.runtime.cli.options import usage
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import write_whole
+
+FOR_ONE_CALL = ("config", "resume", "overwrite", "force", "json", "debug", "help")
+"""options that say what one call of the command does, and not how it trains: they stand in no file"""
+ELSEWHERE = {
+    "base_model": "model",
+    "batch_size": "batch",
+    "datasets": "data",
+    "gradient_accumulation_steps": "accumulate",
+    "iters": "steps",
+    "learning_rate": "lr",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_targets",
+    "lr_scheduler": "schedule",
+    "max_seq_length": "seq",
+    "max_steps": "steps",
+    "micro_batch_size": "batch",
+    "num_epochs": "epochs",
+    "output_dir": "output",
+    "save_steps": "checkpoint_every",
+    "sequence_len": "seq",
+}
+"""what other trainers (axolotl, mlx-lm, transformers) call an option"""
+WRITTEN = "# The options of a run of `tightfit train`, as they were used.\n"
+"""the first line of a file that `write_options` has written"""
+
+
+CUTOFF = 0.4
+"""likeness, from 0 to 1, from which on a name is worth mentioning in the place of an unknown one"""
+
+
+def read_options(path: Path, context: Any) -> dict[str, Any]:
+    """The options that the file gives to the command of `context`, by the parameters' names, as words.
+
+    They can be the context's `default_map`: what stands on the command line goes before. Raises InputError for a file
+    that cannot be read, for a key that is no option, which names the nearest one, and for a value that the option does
+    not take.
+    """
+    known = {key_of(parameter): parameter for parameter in context.command.params}
+    found: dict[str, Any] = {}
+    for written, value in read_file(path).items():
+        key = str(written).replace("-", "_")
+        if key in FOR_ONE_CALL:
+            raise InputError(f"{path}: {written}: this is said on the command line, not in a file; leave it out")
+        if key not in known:
+            raise InputError(f"{path}: {written}: no option of `{context.command_path}`{_nearest(key, known)}")
+        parameter = known[key]
+        if parameter.name in found:
+            raise InputError(f"{path}: {written}: given twice")
+        if value is None:
+            continue
+        words = _words(f"{path}: {written}", parameter, value)
+        try:
+            parameter.process_value(context, words)
+        except Exception as error:
+            if not usage(error):
+                raise
+            raise InputError(f"{path}: {written}: {value!r} is no value for it ({error.message})") from error  # type: ignore[attr-defined]
+        found[parameter.name] = words
+    return found
+
+
+def read_file(path: Path) -> dict[Any, Any]:
+    """The map that a .yaml, .yml or .toml file holds. Raises InputError where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name a YAML or TOML file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); name a YAML or TOML file") from error
+    if path.suffix == ".toml":
+        import tomllib
+
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path}: not TOML ({error})") from error
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{path}: options are read from YAML or TOML; name the file .yaml, .yml or .toml")
+    try:
+        import yaml
+    except ImportError as error:
+        raise InputError(f"{path}: YAML needs PyYAML (pip install pyyaml); or write the options as TOML") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: no map of options; write a line such as 'batch: 4' for each")
+    return content
+
+
+def write_options(path: Path, options: Mapping[str, Any], said: str) -> None:
+    """Write options, by their keys, as TOML that `read_options` reads; `said` is a comment for people.
+
+    Raises InputError if the file cannot be written, or was not written by this function: a person's is not replaced.
+    """
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN):
+        raise InputError(
+            f"{path} is not by tightfit, which writes the options that a run used under this name; move it away, or choose another output directory"
+        )
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in options.items()]
+    write_whole(path, WRITTEN + f"# {said}\n\n" + "".join(lines))
+
+
+def key_of(parameter: Any) -> str:
+    """The key of an option or argument in a file."""
+    long = [name for name in parameter.opts if name.startswith("--")]
+    return (long[0].removeprefix("--") if long else str(parameter.name)).replace("-", "_")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    names = [one for one in known if one not in FOR_ONE_CALL]
+    near = [ELSEWHERE[key]] if ELSEWHERE.get(key) in names else difflib.get_close_matches(key, names, 1, CUTOFF)
+    return f"; the nearest is {near[0]}" if near else ""
+
+
+def _words(where: str, parameter: Any, value: Any) -> str | bool | list[str]:
+    """What gives an option this value on a command line."""
+    if getattr(parameter, "is_flag", False):
+        if not isinstance(value, bool):
+            raise InputError(f"{where}: {value!r} is no value for it; write true or false")
+        return value
+    many = getattr(parameter, "multiple", False)
+    if isinstance(value, (dict, list)) and not many:
+        raise InputError(f"{where}: one value is due; write several names as one, with commas between them")
+    if isinstance(value, dict):
+        return [f"{name}={_word(where, one)}" for name, one in value.items()]
+    if many:
+        return [_word(where, one) for one in (value if isinstance(value, list) else [value])]
+    return _word(where, value)
+
+
+def _word(where: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise InputError(f"{where}: {value!r} is no value for it; write a number or words")
+    # A shell would have replaced the home folder.
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else str(value)

@@ -1,0 +1,369 @@
+"""The command ``tightfit train``: profiles a model, plans its step and runs the plan, in one go.
+
+Each stage is the command of that name, called with the options that it declares itself: an option that one of them gets
+is an option of ``train`` too, with the same name, default, help and checks. Once the plan is made, this process is
+replaced by ``tightfit run``: neither planner nor PyTorch is alive beside the training process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from typer.core import TyperCommand
+from typer.models import ArgumentInfo, OptionInfo
+
+from tightfit.runtime.cli import answers
+from tightfit.runtime.cli.config_file import FOR_ONE_CALL, key_of, read_file, read_options, write_options
+from tightfit.runtime.cli.options import named_columns, stage, training_options, usage, words_of
+from tightfit.runtime.cli.plan import plan
+from tightfit.runtime.cli.profile import profile
+from tightfit.runtime.cli.run import run
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.run_folder import find_checkpoints
+from tightfit.runtime.common.units import MIB, format_size, parse_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tightfit.planner.schema import Plan
+    from tightfit.profiles.schema import Profile
+
+MODEL_AND_STEP, MEMORY, TRAINING, OTHERS = "Model and step", "Memory", "Training", "Options"
+STAGES = ((MODEL_AND_STEP, profile), (MEMORY, plan), (TRAINING, run))
+"""(heading in the help, command): options that several of them have are the last one's"""
+AUTO = "auto"
+PROFILE, PLAN, CONFIG = "profile.json", "plan.json", "config.toml"
+"""what this command leaves in the output folder beside what a run leaves"""
+RANDOM = "random"
+"""data that are made up, and no file"""
+PATHS = ("model", "data", "evaluate")
+"""options that may name a file, and so are written down with its absolute path"""
+UNFINISHED = ["metrics.jsonl"]
+"""the only result of a run that was killed before its first checkpoint"""
+
+
+class TrainCommand(TyperCommand):
+    """Takes options from the command line, then from a file; shows them under headings in its help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        resumed = Path(given["output"]) / CONFIG if given.get("resume") and given.get("output") else None
+        path = Path(given["config"]) if given.get("config") else resumed
+        if path and not given.get("help") and (given.get("config") or path.exists()):
+            ctx.default_map = read_options(path, ctx)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if resumed and not resumed.exists() and usage(error) and type(error).__name__ == "MissingParameter":
+                raise InputError(
+                    f"{resumed}: no such file, and it would say what the run was started with; name the folder that"
+                    " `tightfit train` has left, or give MODEL, --data and the other options again"
+                ) from error
+            raise
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {
+            heading: [] for heading in ("Arguments", *(heading for heading, _ in STAGES), OTHERS)
+        }
+        for parameter in self.get_params(ctx):
+            named = getattr(parameter, "rich_help_panel", None) or OTHERS
+            heading = "Arguments" if parameter.param_type_name == "argument" else named
+            if record := parameter.get_help_record(ctx):
+                rows[heading].append(record)
+        for heading, records in rows.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def _with_options_of_stages(own: Callable[..., None]) -> Callable[..., None]:
+    """`own`, whose last parameter takes any keywords, with the model and the options of the three stages for it.
+
+    Parameters of its own go before those of a stage that have the same name.
+    """
+    declared = inspect.signature(own, eval_str=True).parameters
+    taken: dict[str, inspect.Parameter] = {}
+    stages = [(heading, inspect.signature(command, eval_str=True).parameters) for heading, command in STAGES]
+    for heading, parameters in stages:
+        for name, parameter in parameters.items():
+            kind, info = (*get_args(parameter.annotation), None, None)[:2]
+            option = isinstance(info, OptionInfo) and not info.hidden
+            if not option and not (isinstance(info, ArgumentInfo) and name == "model"):
+                continue
+            info = copy.copy(info)
+            everywhere = all(name in others for _, others in stages)
+            info.rich_help_panel = OTHERS if everywhere else heading if option else None
+            annotated: Any = Annotated
+            taken[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotated[kind, info])
+    mine = {name: one for name, one in declared.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    own.__signature__ = inspect.Signature(list((taken | mine).values()))  # type: ignore[attr-defined]
+    return own
+
+
+@_with_options_of_stages
+def train(
+    *,
+    context: typer.Context,
+    seq: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per sample; default: as many as the longest sample of the data needs.",
+            rich_help_panel=MODEL_AND_STEP,
+        ),
+    ] = None,
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE|auto",
+            help="Budget of the whole run, its supervisor included: 600MiB, 600MB or plain bytes; auto: what this machine can spare now.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = AUTO,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Start from this adapter of PEFT, with all its LoRA settings, instead of a new one.",
+            rich_help_panel=MODEL_AND_STEP,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take options from this YAML or TOML file; the command line goes before it.",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Train MODEL: measure one step of it, plan that step for a budget of memory, and run the plan under this cap.
+
+    These are `tightfit profile`, `tightfit plan` and `tightfit run`, whose options it takes. With --resume and the
+    output folder alone, it goes on from what an earlier call has left there.
+    """
+    given = options | {"seq": seq, "memory": memory, "adapter": adapter}
+    _check(given)
+    from tightfit.runtime.cli.terminal import messages
+    from tightfit.runtime.session.output import locked
+
+    output = given["output"].absolute()
+    with locked(output):
+        how = _prepare(context, given | {"output": output}, messages())
+    _go_on(context, given | how | {"output": output, "plan": output / PLAN})
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Raise InputError for options of the later stages that cannot be used, before the first stage takes its time."""
+    training_options(**_part(training_options, given))
+    if given["memory"] != AUTO:
+        parse_size(given["memory"])
+
+
+def _part(of: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the given options that a function takes."""
+    return {name: given[name] for name in inspect.signature(of).parameters if name in given}
+
+
+def _prepare(context: typer.Context, given: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Leave profile.json, plan.json and config.toml in the output folder, which is locked; returns how `run` is to be
+    called: `resume`, `overwrite` and, for its answer, what the stages have found (`stages`).
+
+    Raises what the stages raise, and typer.Exit if no plan fits.
+    """
+    output: Path = given["output"]
+    how = _beginning(output, resume=given["resume"], overwrite=given["overwrite"])
+    budget = _budget(given["memory"], console, resume=given["resume"])
+    seq = _sequence(given, budget, console)
+    given |= {"seq": seq, "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget)}
+    settings = _settings(context, given)
+    earlier = read_file(output / CONFIG) if given["resume"] and (output / CONFIG).exists() else {}
+    measured, planned = (None, None) if given["force"] else _earlier(context, output, settings, earlier)
+    for left, name in ((planned, PLAN), (measured, PROFILE)):
+        if left is None:
+            (output / name).unlink(missing_ok=True)
+    write_options(
+        output / CONFIG,
+        settings,
+        "`tightfit train --resume -o FOLDER` goes on from it, `tightfit train --config FILE -o OTHER` begins with it.",
+    )
+    try:
+        measured = measured or _profile(given)
+        console.print(f"profile: {answers.profile_sentence(measured)}")
+        if planned is None:
+            planned = _plan(given, measured)
+        for sentence in answers.verdict(planned):
+            console.print(f"plan: {sentence}")
+    except KeyboardInterrupt as stop:
+        # The results that were to be overwritten are still there, and not what a resumption may go on from.
+        anew = f"--config {shlex.quote(str(output / CONFIG))} --overwrite"
+        words = anew if given["overwrite"] else f"--resume -o {shlex.quote(str(output))}"
+        raise RunError(f"interrupted; go on with: tightfit train {words}") from stop
+    told = {"profile": _told(measured, output), "plan": answers.facts(planned) | {"plan": str(output / PLAN)}}
+    return how | {"stages": answers.to_json(told) if given["as_json"] else None}
+
+
+def _beginning(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """How `run` is to begin: from a checkpoint, if there is one and it is to be resumed, or from nothing.
+
+    Raises InputError if the folder holds what the run may not replace.
+    """
+    from tightfit.runtime.session.output import RESULTS, to_be_replaced
+
+    going_on = resume and bool(find_checkpoints(str(output)))
+    if resume and not going_on:
+        overwrite = [name for name in RESULTS if (output / name).exists()] == UNFINISHED
+    to_be_replaced(output, None, resume=going_on, overwrite=overwrite)
+    return {"resume": going_on, "overwrite": overwrite}
+
+
+def _budget(memory: str, console: Console, *, resume: bool) -> int:
+    """The budget in bytes; says how it came about."""
+    from tightfit.runtime.session.spare_memory import spare_memory
+
+    if memory == AUTO:
+        budget, why = spare_memory()
+        console.print(f"memory: {format_size(budget)}; {why}")
+        return budget
+    budget = parse_size(memory)
+    if resume:
+        with contextlib.suppress(InputError):  # nothing can be spared: the run may find out
+            spare, why = spare_memory()
+            if budget > spare:
+                console.print(
+                    f"memory: {format_size(budget)}, more than can be spared now: {why}; --memory auto plans anew"
+                )
+    return budget
+
+
+def _sequence(given: Mapping[str, Any], budget: int, console: Console) -> int | None:
+    """Tokens of a sequence: those asked for, or what the data need; None for a module, whose batches have their shape.
+
+    Raises InputError if there are no such data.
+    """
+    from tightfit.profiles.sources.lookup import names_module
+    from tightfit.runtime.cli.terminal import Stages
+    from tightfit.runtime.data.sequence import check_files, choose_seq
+
+    if names_module(given["model"]):
+        return None
+    check_files(given["data"], given["evaluate"])
+    if given["seq"] is not None:
+        return int(given["seq"])
+    with Stages(console) as stages:
+        seq, why = choose_seq(
+            given["model"],
+            given["data"],
+            given["evaluate"],
+            truncate=given["truncate"],
+            budget=budget,
+            columns=named_columns(given["columns"]),
+            stages=stages,
+        )
+    console.print(f"sequence: {seq} tokens; {why}")
+    return seq
+
+
+def _settings(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as they are used, by their keys in a file; without those that have no value."""
+    settings: dict[str, Any] = {}
+    for parameter in context.command.params:
+        key, value = key_of(parameter), given.get(str(parameter.name))
+        if key in FOR_ONE_CALL or value is None:
+            continue
+        if isinstance(value, Path) or (parameter.name in PATHS and value != RANDOM and Path(value).exists()):
+            value = str(Path(value).absolute())
+        settings[key] = value
+    return settings
+
+
+def _earlier(
+    context: typer.Context, output: Path, settings: Mapping[str, Any], earlier: Mapping[str, Any]
+) -> tuple[Profile | None, Plan | None]:
+    """Profile and plan that an `earlier` call left in the output folder, as far as they are those of these settings."""
+    if not earlier:
+        return None, None
+    from tightfit.planner.io import load_plan
+    from tightfit.profiles.io import load_profile
+    from tightfit.runtime.session.admission import check_machine
+
+    def same(command: Callable[..., None]) -> bool:
+        names = set(inspect.signature(command).parameters) - {"output"}
+        keys = [key_of(parameter) for parameter in context.command.params if parameter.name in names]
+        return all(settings.get(key) == earlier.get(key) for key in keys)
+
+    try:
+        if not same(profile):
+            return None, None
+        measured = load_profile(output / PROFILE)
+        check_machine(measured)
+        if measured.model.store is not None and not Path(measured.model.store).exists():
+            return None, None
+    except InputError:
+        return None, None
+    try:
+        planned = load_plan(output / PLAN) if same(plan) else None
+    except InputError:
+        return measured, None
+    return measured, planned if planned and planned.profile_fingerprint == measured.fingerprint else None
+
+
+def _profile(given: Mapping[str, Any]) -> Profile:
+    """The first stage: measures a step."""
+    path = given["output"] / PROFILE
+    usual = inspect.signature(profile).parameters["seq"].default
+    seq = usual if given["seq"] is None else given["seq"]
+    with stage():
+        profile(**_part(profile, given) | {"seq": seq, "output": path, "as_json": True})
+    from tightfit.profiles.io import load_profile
+
+    return load_profile(path)
+
+
+def _plan(given: Mapping[str, Any], measured: Profile) -> Plan:
+    """The second stage: plans the step. Raises KeyboardInterrupt if it was interrupted; the best plan found is kept."""
+    output, failed = given["output"], None
+    path = output / PLAN
+    with stage() as said:
+        try:
+            plan(**_part(plan, given) | {"profile": output / PROFILE, "output": path, "as_json": True})
+        except typer.Exit as error:
+            failed = error
+    told = json.loads(said.getvalue())
+    if failed:
+        if given["as_json"]:
+            sys.stdout.write(answers.to_json({"profile": _told(measured, output), "plan": told}) + "\n")
+        raise failed
+    if told["interrupted"]:
+        raise KeyboardInterrupt
+    from tightfit.planner.io import load_plan
+
+    return load_plan(path)
+
+
+def _told(measured: Profile, output: Path) -> dict[str, Any]:
+    return answers.profile_summary(measured) | {"profile": str(output / PROFILE)}
+
+
+def _go_on(context: typer.Context, given: Mapping[str, Any]) -> None:
+    """The last stage: replaces this process by `tightfit run`, or runs the plan here if a program has called."""
+    if not context.obj:
+        run(context, **_part(run, given))
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    words = words_of(context.command.params, _part(run, given))
+    if given["stages"] is not None:
+        words.append(f"--stages={given['stages']}")
+    run_command = command("tightfit.runtime.cli.main", "run", str(given["plan"]), *words)
+    os.execve(run_command[0], run_command, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line

@@ -1,0 +1,88 @@
+"""Chooses the length of a run's sequences so that every sample of the data has room.
+
+Samples are tokenised one by one and forgotten again; PyTorch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tightfit.profiles.sources.lookup import longest_sequence, vocabulary
+from tightfit.runtime.data.preparation import Preparation
+from tightfit.runtime.data.samples import data_files
+from tightfit.runtime.data.tokenization import PREPARED, RANDOM, Purpose, longest_sample
+from tightfit.runtime.engine.training.records import RecordFile
+
+STEP = 32
+"""The length is a multiple of this: kernels work on blocks of 16 or 32 rows, and a profile in the cache then serves data
+that are a little longer or shorter as well."""
+MOST = 2048
+"""The longest that is chosen unasked: every row takes as much memory and time as the longest sample."""
+MADE_UP = 256
+"""for made-up tokens, which have no length of their own"""
+LOOKED_AT = 256
+"""samples between two reports of the progress"""
+ROOM = "--seq {longest} has room for every sample; or shorten them, or cut them with --truncate"
+NO_ROOM = "the model was made for {most} positions; shorten the samples, or cut them with --truncate"
+
+
+def check_files(*data: str | None) -> None:
+    """Raise InputError for data that are no file of samples, nor a folder of them; None is no data."""
+    for name in data:
+        if name is not None and name != RANDOM and not name.endswith(PREPARED):
+            data_files(name)
+
+
+def choose_seq(
+    model: str,
+    data: str,
+    evaluation: str | None = None,
+    *,
+    truncate: bool,
+    budget: int,
+    columns: Mapping[str, str] | None = None,
+    stages: Callable[[str, int, int], None] | None = None,
+) -> tuple[int, str]:
+    """(tokens of a sequence, in words why) for a language model, its training data and its held-out data.
+
+    That is the longest sample, rounded up to a multiple of `STEP`, and at most `MOST` and what the model was made for.
+    Longer samples are cut if `truncate`, and otherwise an error that says how to go on; a line that could not be
+    tokenised within the run's `budget` in bytes is refused. `columns` is as for `tightfit.runtime.data.tokenization.prepare`. `stages(what, done, total)` is called now and then. Raises
+    InputError and CapError as `tightfit.runtime.data.tokenization.prepare` does.
+    """
+    own = longest_sequence(model)
+    most = min(MOST, own or MOST)
+    if data == RANDOM:
+        return min(MADE_UP, most), "its tokens are made up"
+    if data.endswith(PREPARED):
+        with RecordFile.open(Path(data)) as records:
+            return records.seq, "the data were prepared so"
+    preparation = Preparation(budget)
+    words = vocabulary(model)
+    preparation.check("loading the tokenizer")
+    purposes: dict[Purpose, str | None] = {"train": data, "evaluate": evaluation}
+    longest = 0
+    for purpose, path in purposes.items():
+        if path is None or path == RANDOM or path.endswith(PREPARED):
+            continue
+
+        def progress(done: int, what: str = f"measuring the samples of {path}") -> None:
+            if stages and done % LOOKED_AT == 1:
+                stages(what, done, done)
+
+        found = longest_sample(
+            path,
+            words,
+            most=most,
+            purpose=purpose,
+            too_long="truncate" if truncate else "refuse",
+            way_on=NO_ROOM.replace("{most}", str(most)) if own == most else ROOM,
+            columns=columns,
+            progress=progress,
+            preparation=preparation,
+        )
+        longest = max(longest, found)
+    seq = min(most, -(-longest // STEP) * STEP)
+    rest = "; samples are cut there, and texts go on in the next row" if longest > seq else ""
+    return seq, f"the longest sample of the data has {longest} positions{rest}"

@@ -1,0 +1,112 @@
+"""How much memory the machine can spare now for a run: what is available, limits of cgroups and of the shell, a margin.
+
+Memory that is swapped out makes a step many times slower than one that was planned for less memory. Therefore swap
+does not count, and a margin stays free for what other programs, and the kernel's cache of the weights' file, need while
+the run goes on.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.limits import LIMITS
+from tightfit.runtime.common.units import MIB, format_size
+from tightfit.runtime.supervision.cgroup import MOUNT, own_cgroups
+
+MARGIN = 8
+"""the part of the available memory that stays free is one in this many"""
+LEAST_MARGIN = 128 * MIB
+
+
+def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, str]:
+    """(bytes that a run may have now, whole MiB, and in words how they come about).
+
+    The smallest counts of the kernel's estimate of what programs can get without swapping (MemAvailable), what is left
+    of the limit of this process's cgroup or one above it, and the limits on what a process may reserve (`ulimit -v`,
+    `ulimit -d`). Raises InputError where that leaves nothing.
+    """
+    available, what = min([_available(proc), *_left_in_cgroups(proc, mount), *_ulimits()])
+    margin = max(available // MARGIN, LEAST_MARGIN)
+    spare = (available - margin) // MIB * MIB
+    if spare <= 0:
+        raise InputError(
+            f"--memory auto: {what}, and {format_size(margin)} of that stay free; end other programs, or name a size"
+        )
+    return spare, f"{what}, less {format_size(margin)} that stay free"
+
+
+def _available(proc: Path) -> tuple[int, str]:
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+        size = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError) as error:
+        raise InputError(
+            "--memory auto: the kernel does not say what is available (MemAvailable); name a size"
+        ) from error
+    return size, f"{format_size(size)} are available on this machine"
+
+
+def _left_in_cgroups(proc: Path, mount: Path) -> Iterator[tuple[int, str]]:
+    """What is left of each limit on this process's cgroup and those above it.
+
+    Page cache that was not used lately counts as left: the kernel takes it back before it kills.
+    """
+    own = own_cgroups(proc)
+    for path in _upwards(mount / "memory", own.get(1)):
+        limit, used = _number(path / "memory.limit_in_bytes"), _number(path / "memory.usage_in_bytes")
+        if limit is not None and used is not None:
+            yield _left(path, limit, used - _cache(path, "total_inactive_file"))
+    for root in (mount, mount / "unified"):
+        for path in _upwards(root, own.get(2)):
+            limits = [_number(path / name) for name in ("memory.max", "memory.high")]
+            limit, used = (
+                min((one for one in limits if one is not None), default=None),
+                _number(path / "memory.current"),
+            )
+            if limit is not None and used is not None:
+                yield _left(path, limit, used - _cache(path, "inactive_file"))
+
+
+def _upwards(mount: Path, own: str | None) -> Iterator[Path]:
+    """The directories of the cgroup `own` and of all above it, up to `mount`.
+
+    In a container the path may be that of the host, whose upper parts are not there.
+    """
+    if own is not None:
+        path = mount / own.lstrip("/")
+        yield path
+        while path != mount:
+            path = path.parent
+            yield path
+
+
+def _left(cgroup: Path, limit: int, used: int) -> tuple[int, str]:
+    left = max(0, limit - used)
+    return left, f"{format_size(left)} are left of the {format_size(limit)} of the cgroup {cgroup}"
+
+
+def _cache(cgroup: Path, name: str) -> int:
+    """Bytes of page cache in a cgroup that the kernel would take back first."""
+    try:
+        lines = (cgroup / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+
+
+def _ulimits() -> Iterator[tuple[int, str]]:
+    for number, what, letter, _ in LIMITS:
+        limit = resource.getrlimit(number)[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit, f"{format_size(limit)} are the {what} that a process may have (ulimit -{letter})"
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None for "max", and if there is no such file."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,71 @@
+"""Profiles a model, plans its step and runs the plan, for programs: `tightfit train` without its files."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tightfit.planner.plan import plan
+from tightfit.profiles.api import profile
+from tightfit.profiles.sources.lookup import names_module
+from tightfit.runtime.common.units import parse_size
+from tightfit.runtime.data.sequence import check_files, choose_seq
+from tightfit.runtime.session.launch import Data, run
+from tightfit.runtime.session.spare_memory import spare_memory
+
+STAGES: tuple[Callable[..., Any], ...] = (profile, plan, run)
+
+
+def train(
+    model: str,
+    data: Data,
+    out: str | os.PathLike[str],
+    *,
+    memory: int | str = "auto",
+    seq: int | None = None,
+    eval_data: Data | None = None,
+    truncate: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train `model` on `data` in a budget, and return the report, which is also written to ``out/report.json``.
+
+    `memory` is the budget: bytes, a size such as "600MiB", or "auto", what the machine can spare now (it does not count
+    what this program holds already: `tightfit.runtime.session.spare_memory`). `seq` is by default as long as the longest
+    sample needs (`tightfit.runtime.data.sequence`). `options` are those of `profile`, `plan` and `run`, each of which
+    gets what it takes: `steps` or `epochs` has to be there, `adapter` goes to both that have it.
+
+    Raises TypeError for an option that none of them takes, and what they raise; InfeasibleError, with the smallest
+    budget, if no plan fits. This program stays alive beside the run, and its memory is its own, as with `run`.
+    """
+    options |= {"eval_data": eval_data, "truncate": truncate}
+    known = {name for stage in STAGES for name in inspect.signature(stage).parameters}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"train() has no option {unknown[0]!r}; its options are those of profile, plan and run")
+    inspect.signature(run).bind(None, data, out=out, **_part(run, options))  # a missing one is told before measuring
+    budget = spare_memory()[0] if memory == "auto" else parse_size(str(memory))
+    if not names_module(model):
+        files = [os.fspath(one) if isinstance(one, str | os.PathLike) else None for one in (data, eval_data)]
+        check_files(*files)
+        if seq is None and files[0] is not None:
+            seq, _ = choose_seq(
+                model,
+                files[0],
+                files[1],
+                truncate=truncate,
+                budget=budget,
+                columns=options.get("columns"),
+                stages=options.get("stages"),
+            )
+    if seq is not None:
+        options["seq"] = seq
+    measured = profile(model, **_part(profile, options))
+    planned = plan(measured, budget, **_part(plan, options))
+    return run(planned, data, out=out, **_part(run, options))
+
+
+def _part(stage: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that a stage takes. Progress is told by the run alone."""
+    names = set(inspect.signature(stage).parameters) - ({"progress"} if stage is not run else set())
+    return {name: value for name, value in options.items() if name in names}
