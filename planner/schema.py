@@ -29,7 +29,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from tightfit.planner.instructions import Instruction, read_all, write_all
 from tightfit.profiles.schema import MOBILLM, Device, Layer, Model, Optimizer, Program, Tensor
 
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
-PROFILE_VERSION = 7
+PROFILE_VERSION = 8
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 
@@ -28,6 +28,9 @@ after its last micro-batch, so that no state is part of the plan"""
 MOBILLM = "mobillm"
 """the optimizer's name in the plan of a device that trains nothing: a server trains a side network from what its forward
 sends"""
+POSITIONS = "positions"
+"""name of a decoder's input that says which samples share a row: the position of each token in its sample; profiles of models
+whose samples cannot share rows have none"""
 NOT_COMPARED = "not compared with autograd"
 """How `Model.compared` begins if the gradients were not compared."""
 
@@ -277,6 +280,9 @@ class Model(Record):
         None, description="path of the packed weight store; None: random weights, made at run time"
     )
     store_fingerprint: str | None = None
+    rows_apart: str | None = Field(
+        None, description="decoders: in words, why samples cannot share a row of a batch; None: they can"
+    )
     compared: str | None = Field(
         None,
         description="modules: in words, how loss and gradients of the programs on the sample batch came out beside autograd's, or why they were not compared",

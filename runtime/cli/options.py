@@ -49,6 +49,15 @@ Server = Annotated[
 ]
 
 
+Packing = Annotated[
+    bool,
+    typer.Option(
+        "--packing/--no-packing",
+        help="Let short samples share the rows of training batches, each attending to itself alone; without, each has a row of its own, filled up with padding.",
+    ),
+]
+
+
 def at_least(least: float, **options: float) -> None:
     """Raise InputError for options below `least`; keywords are the options' Python names."""
     for name, value in options.items():
@@ -138,6 +147,7 @@ def training_options(
     checkpoint_every: int,
     resume: bool,
     overwrite: bool,
+    packing: bool,
 ) -> RunOptions:
     """The options with which a command trains. Raises InputError, which names the option, where one cannot be used."""
     at_least(1, steps=steps)
@@ -155,4 +165,5 @@ def training_options(
         weight_decay=weight_decay,
         seed=seed,
         checkpoint_every=checkpoint_every,
+        packing=packing,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, training_options
+from tightfit.runtime.cli.options import Debug, Json, Packing, training_options
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer
 from tightfit.runtime.supervision.report_text import report_text
@@ -57,6 +57,7 @@ def run(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
     ] = False,
+    packing: Packing = True,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -88,6 +89,7 @@ def run(
         checkpoint_every=checkpoint_every,
         resume=resume,
         overwrite=overwrite,
+        packing=packing,
     )
     from tightfit.planner.io import load_plan
 

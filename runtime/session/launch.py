@@ -29,7 +29,7 @@ from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import finished_report, locked, remove, staged, to_be_replaced
-from tightfit.runtime.session.settings import order_of, receives_batches, settings_of
+from tightfit.runtime.session.settings import order_of, packing_told, receives_batches, settings_of
 from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -56,6 +56,7 @@ def run(
     keep_checkpoints: int = 2,
     eval_data: Data | None = None,
     truncate: bool = False,
+    packing: bool = True,
     cgroup: bool = True,
     profile_step: bool = False,
     progress: Progress | None = None,
@@ -68,7 +69,9 @@ def run(
     `steps` must be a multiple of the steps of an update. `data` is a JSON-lines file, a directory of them, ``random``,
     or, for a module, an iterable of batches (tuples of tensors); a server that trains a side network has no use for it. Batches are written to disk before training: all of an
     iterable that has a length, the first `steps` of one that has none. Each step takes the next batch, starting again
-    after the last. With `eval_data`, which must end, the model is evaluated before and after training. `cgroup=False`
+    after the last. With `eval_data`, which must end, the model is evaluated before and after training. With `packing`, samples
+    of a language model share the rows of training batches, and positions and attention stay inside each; models that do not
+    allow it say why in the report, and train on a row for each sample. `cgroup=False`
     leaves enforcing the cap to the training process's own meter. With `resume`, a run that has taken all `steps`
     already returns its report and changes nothing, except that it evaluates on other `eval_data`. `profile_step` adds
     to the report, operator by operator, where the seconds of the third step went (or of the next one that ends an
@@ -94,6 +97,7 @@ def run(
         seed=seed,
         checkpoint_every=checkpoint_every,
         keep_checkpoints=keep_checkpoints,
+        packing=packing,
     )
     with prepared(
         plan,
@@ -191,7 +195,8 @@ def prepared(
                 file.replace(directory / "data" / file.name)
             staging.rmdir()  # already here, so that a run that is killed later does not leave the empty folder behind
         figures = member.figures if member else None
-        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished, fleet=figures)
+        told = packing_told(plan, settings)
+        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished, fleet=figures, packing=told)
 
 
 def _prepare(

@@ -34,6 +34,8 @@ class RunOptions:
     checkpoint_every: int = 50
     """steps between checkpoints; 0: only at the end"""
     keep_checkpoints: int = 2
+    packing: bool = True
+    """whether samples of a language model share the rows of a training batch, where the model allows it"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -54,6 +56,10 @@ def finite(name: str, value: Any) -> float:
 
 
 def _checked(name: str, value: Any) -> Any:
+    if name == "packing":
+        if not isinstance(value, bool):
+            raise InputError(f"packing {value!r}: give True or False")
+        return value
     if name == "schedule":
         if not isinstance(value, str) or value not in SCHEDULES:
             raise InputError(f"schedule {value!r} is not known; choose one of {', '.join(SCHEDULES)}")

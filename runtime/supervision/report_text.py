@@ -35,6 +35,8 @@ def report_text(report: dict[str, Any]) -> RenderableType:
     if tokens := report.get("tokens"):
         rate = f"{tokens['per_second']:,.0f}"
         table.add_row(f"tokens/s ({padding_text(tokens['padding_share'])})", "–", rate, "–")
+        if tokens.get("samples_per_second"):
+            table.add_row("samples/s", "–", f"{tokens['samples_per_second']:,.2f}", "–")
     cap = "the kernel (memory cgroup)" if report["enforced_by"] == "cgroup" else "the process's own meter"
     counted = report.get("cgroup_peak_bytes")
     rows = [
@@ -55,6 +57,8 @@ def report_text(report: dict[str, Any]) -> RenderableType:
             else "–",
         ),
     ]
+    if refused := (report.get("packing") or {}).get("refused"):
+        rows.append(("rows", f"one sample each: {refused}"))
     if report["adapter"]:
         rows.append((Path(report["adapter"]).name, str(report["adapter"])))
     if result := report.get("fleet", {}).get("result"):

@@ -108,6 +108,8 @@ class Forms:
     """Where queries and keys are rotated."""
     attention: str = "operator"
     """What runs as our operator and what as traced."""
+    rows_apart: str | None = None
+    """Why samples cannot share rows."""
 
 
 WINDOWS = "operator, sliding windows"

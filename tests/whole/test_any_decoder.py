@@ -18,7 +18,7 @@ from places import SOURCES
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level_tokenizer
 from torch._subclasses import FakeTensorMode
-from traced import interpret, random_batch, trace_decoder
+from traced import interpret, random_batch, samples_of, shared_batch, trace_decoder
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
@@ -98,7 +98,9 @@ class Case:
         self.source = any_directory_source(folder)
         self.body = self.source.config.get("adapter_body", BODY)
         lora = LoraConfig(rank=RANK, alpha=ALPHA)
-        self.traced: Trace = _trace_any_decoder(self.source, BATCH, SEQ, lora, dtype, lambda *_: None)[0]
+        self.traced: Trace
+        self.traced, decoder = _trace_any_decoder(self.source, BATCH, SEQ, lora, dtype, lambda *_: None)
+        self.rows_apart = decoder.rows_apart
         self.weights = opened(folder, self.source)
         generator = torch.Generator().manual_seed(1)
         self.trained = {
@@ -138,6 +140,16 @@ class Case:
         self.logits = logits.detach()
         flat = self.batch["labels"].flatten()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-100)
+        return self.gradients(model, loss)
+
+    def theirs_apart(self) -> tuple[float, dict[str, torch.Tensor]]:
+        """The same with each sample of a row by itself, without padding."""
+        model = self.adapted()
+        made = [(model(input_ids=tokens[None]).logits[0], labels) for tokens, labels in samples_of(self.batch)]
+        logits, labels = (torch.cat(parts) for parts in zip(*made))
+        return self.gradients(model, torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100))
+
+    def gradients(self, model: Any, loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
         loss.backward()
         held = {name.replace(".default.", "."): p.grad for name, p in model.named_parameters() if ".lora_" in name}
         gradients = {name: held[adapter_key(name, self.body)].float() for name in self.trained}
@@ -242,6 +254,20 @@ def test_logits_loss_gradients_and_adapter_are_those_of_transformers_and_peft(fa
     blocks = [layer.name for layer in case.traced.layers if layer.name.split("#")[0][-1].isdigit()]
     assert len(blocks) == case.source.config["num_hidden_layers"]
     assert case.forms() == FORMS.get(family, Forms())
+    check_rows(case, family)
+
+
+def check_rows(case: Case, family: str) -> None:
+    """Samples that share rows have the loss and the gradients of rows of their own, or the family says why they cannot."""
+    shared = any(tensor.name == "positions" for tensor in case.traced.tensors)
+    assert case.rows_apart == FORMS.get(family, Forms()).rows_apart
+    assert shared == (case.rows_apart is None)
+    if shared:
+        case.batch = shared_batch({"vocab_size": VOCABULARY}, BATCH, SEQ)
+        (loss, gradients), (own_loss, own) = case.theirs_apart(), case.ours()
+        assert own_loss == pytest.approx(loss, rel=1e-5)
+        wrong = {name: error(own[name], exact) for name, exact in gradients.items()}
+        assert {name: found for name, found in wrong.items() if found > 1e-4} == {}
 
 
 @pytest.mark.parametrize("family", HALVES)
@@ -281,7 +307,7 @@ def test_a_run_trains_and_saves_what_peft_loads(family: str, tmp_path: Path, cac
     made = profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=RANK, lora_alpha=ALPHA, dtype="float32")
     assert (made.model.kind, made.model.config["vocab_size"]) == ("decoder", 320)
     smallest = plan(made, ModelPlanner(made).minimum().peak_bytes)
-    report = run(smallest, data, steps=STEPS, out=tmp_path / "out", lr=LR, eval_data=data)
+    report = run(smallest, data, steps=STEPS, out=tmp_path / "out", lr=LR, eval_data=data, packing=False)
     assert report["peak_bytes"]["measured"] <= smallest.peak_bytes
 
     body = made.model.config.get("adapter_body", BODY)

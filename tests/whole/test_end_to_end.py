@@ -19,6 +19,7 @@ from places import SOURCES
 from reference import CONFIGS, peft_model, peft_name, starting_weights
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
+from traced import samples_of
 
 from examples.vision import residual_cnn, vision_transformer
 from tightfit.planner.model_planner import ModelPlanner
@@ -88,18 +89,23 @@ def losses_and_moments(
     parameters = dict(model.named_parameters())
     trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}
     optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0)
-    batches = open_batches(str(next((out / "data").glob("train*"))), 0)
-    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
-    losses = []
+    batches = open_batches(str(next((out / "data").glob("train*"))), 0, packing=True)
+    inputs = {name: torch.empty(BATCH, SEQ, dtype=torch.int64) for name in ("input_ids", "labels", "positions")}
+    losses, together = [], 0
     for step in range(STEPS):
-        batches.training(step, inputs)
-        logits = model(input_ids=inputs[0]).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
+        batches.training(step, list(inputs.values()))
+        samples = [(ids, labels) for ids, labels in samples_of(inputs) if bool((labels >= 0).any())]
+        together += len(samples) - int((inputs["labels"] >= 0).any(1).sum())
+        # Each sample by itself, without padding.
+        logits = torch.cat([model(input_ids=ids[None]).logits[0].float() for ids, _ in samples])
+        labels = torch.cat([labels for _, labels in samples])
+        loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100)
         loss.backward()
         losses.append(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad()
     batches.close()
+    assert together  # some share a row
     moments = {n: optimizer.state[p]["exp_avg"] for n, p in trained.items()}
     return losses, moments, {n: p.detach() for n, p in trained.items()}
 

@@ -306,7 +306,7 @@ def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
     assert moved(small)["values"]
     assert len(moved(small)["states"]) > 6
     assert large.peak_bytes - small.peak_bytes > 40 << 20
-    settings: dict[str, Any] = {"lr": LR, "weight_decay": 0.0}
+    settings: dict[str, Any] = {"lr": LR, "weight_decay": 0.0, "packing": False}
     whole = run(large, base[1], steps=STEPS, out=tmp_path / "large", eval_data=base[1], **settings)
     run(small, base[1], steps=2, out=tmp_path / "small", **settings)
     parts = run(small, base[1], steps=STEPS, out=tmp_path / "small", resume=True, **settings)

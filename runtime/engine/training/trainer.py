@@ -118,7 +118,7 @@ class Training:
         if self.header["data"] is None:
             assert self.stage
             return ReceivedBatches(self.stage)
-        return open_batches(self.header["data"], self.header["seed"])
+        return open_batches(self.header["data"], self.header["seed"], packing=self.header.get("packing", False))
 
     def _in_pipeline(self, seat: Seat, stopping: Callable[[], bool]) -> Stage:
         """Meet the other members of a pipeline."""
