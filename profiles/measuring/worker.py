@@ -334,7 +334,9 @@ def _make_tensors(
     gathered = {name for operator in operators for name in operator["gathers"]}
     rows = GATHERED_ROWS if gathered else 2  # 0 and 1 are valid labels and indices everywhere
     read = {name for operator in operators for name in operator["inputs"]}
-    places = [(operator["args"], POSITIONS[operator["target"]]) for operator in operators if operator["target"] in POSITIONS]
+    places = [
+        (operator["args"], POSITIONS[operator["target"]]) for operator in operators if operator["target"] in POSITIONS
+    ]
     positions = {arguments[place]["operand"]["value"] for arguments, place in places if arguments[place] is not None}
     unread = {
         name: place

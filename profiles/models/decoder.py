@@ -249,9 +249,7 @@ class Decoder(nn.Module):
         self.rows_apart = None
         """Why samples cannot share rows; None: they can."""
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shape, seq = self.shape, input_ids.shape[1]
         x = self._embedded(input_ids)
         tables = {key: rotary_table(shape, seq, *key) for key in sorted(set(self._rope_keys()))}

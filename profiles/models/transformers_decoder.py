@@ -198,7 +198,7 @@ class AnyDecoder(nn.Module):
         elif not takes:
             self.rows_apart = "its code takes no positions"
         elif self.context.attended != layers:
-            self.rows_apart = f"only {self.context.attended} of its {layers} layers have attention that is recognised"
+            self.rows_apart = f"attention is recognised in {self.context.attended} of its {layers} layers"
 
     def _save(self, name: str, *, is_head: bool, vocabulary: int, padding: int | None) -> None:
         """Put a trained copy into the embedding or the head."""
@@ -212,9 +212,7 @@ class AnyDecoder(nn.Module):
             self.add_module(name, nn.Module())
         attach(getattr(self, name), TrainedHead(vocabulary, width, self.cap))
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         told = {} if positions is None else {"position_ids": positions}
         with self.recognition.active(positions):
             made = self.model(input_ids=input_ids, use_cache=False, **told)

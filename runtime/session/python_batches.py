@@ -73,7 +73,9 @@ def _tokens(plan: Plan, batch: Sequence[Tensor], name: str) -> list[Tensor]:
         )
     if not shared and bool(begun[:, 1:].any()):
         why = plan.model.rows_apart or "it has no attention"
-        raise InputError(f"{name} has rows of several samples, which this model does not allow: {why}; give each its own")
+        raise InputError(
+            f"{name} has rows of several samples, which this model does not allow: {why}; give each its own"
+        )
     for what, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
         if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < words:
             other = int(values.min()) if int(values.min()) < 0 else int(values.max())

@@ -139,9 +139,10 @@ FORMS: dict[str, Forms] = {
 
 def table() -> list[str]:
     """The table of docs/models.md."""
-    lines = ["| family | `model_type` | code | rotation | attention |", "|---|---|---|---|---|"]
+    lines = ["| family | `model_type` | code | rotation | attention | samples |", "|---|---|---|---|---|---|"]
     for family, config in FAMILIES.items():
         forms = FORMS.get(family, Forms())
+        rows = "share rows" if forms.rows_apart is None else "have rows of their own"
         code = "tightfit" if handwritten(config) else "transformers"
-        lines.append(f"| {family} | `{config['model_type']}` | {code} | {forms.rotation} | {forms.attention} |")
+        lines.append(f"| {family} | `{config['model_type']}` | {code} | {forms.rotation} | {forms.attention} | {rows} |")
     return lines

@@ -143,9 +143,12 @@ class Case:
         return self.gradients(model, loss)
 
     def theirs_apart(self) -> tuple[float, dict[str, torch.Tensor]]:
-        """The same with each sample of a row by itself, without padding."""
+        """The same with each sample of a row in a row of its own, whose length decides about frequencies (longrope)."""
         model = self.adapted()
-        made = [(model(input_ids=tokens[None]).logits[0], labels) for tokens, labels in samples_of(self.batch)]
+        made = []
+        for tokens, labels in samples_of(self.batch):
+            row = torch.nn.functional.pad(tokens, (0, SEQ - len(tokens)))
+            made.append((model(input_ids=row[None]).logits[0, : len(tokens)], labels))
         logits, labels = (torch.cat(parts) for parts in zip(*made))
         return self.gradients(model, torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100))
 

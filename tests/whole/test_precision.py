@@ -55,7 +55,9 @@ def test_a_run_computes_with_the_values_that_the_file_means(case: str, tmp_path:
     data.write_text(
         "".join(json.dumps({"text": "The quick brown fox jumps over the lazy dog."}) + "\n" for _ in range(3))
     )
-    report = run(plan(made, ModelPlanner(made).minimum().peak_bytes), data, steps=2, out=tmp_path / "out", packing=False)
+    report = run(
+        plan(made, ModelPlanner(made).minimum().peak_bytes), data, steps=2, out=tmp_path / "out", packing=False
+    )
     reference = peft_model(config, starting_weights(made, torch.float32), RANK, 8.0, torch.float32)
     batches = open_batches(str(next((tmp_path / "out" / "data").glob("train*"))), 0)
     inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]

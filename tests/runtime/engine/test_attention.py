@@ -127,9 +127,7 @@ PARTITIONS = [  # rows of samples, tokens, heads of queries, of keys, columns
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize(("lengths", "seq", "heads", "kv_heads", "width"), PARTITIONS)
-def test_samples_that_share_a_row_do_not_see_each_other(
-    lengths, seq, heads, kv_heads, width, dtype, tolerance, masked
-):
+def test_samples_that_share_a_row_do_not_see_each_other(lengths, seq, heads, kv_heads, width, dtype, tolerance, masked):
     positions = positions_of(lengths, seq)
     compared(len(lengths), seq, heads, kv_heads, width, dtype, tolerance, masked=masked, positions=positions)
 
