@@ -236,8 +236,8 @@ class _Run:
         told = {"loss": loss, "seconds": seconds, "resident_bytes": memory().resident, "peak_bytes": peak}
         if training.tokens is not None:
             told["tokens"] = training.tokens
-        if training.batches.samples is not None:
-            told["samples"] = training.batches.samples
+        if training.samples is not None:
+            told["samples"] = training.samples
         return {**told, "spent": dict(training.executor.seconds)}
 
     def _tell(self, step: int, told: dict[str, Any]) -> None:

@@ -104,6 +104,8 @@ class Training:
         self.batches: TrainingBatches = self._batches(header["requests"])
         self.tokens: int | None = None
         """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
+        self.samples: int | None = None
+        """samples in it; None if unknown"""
 
     def _seat(self) -> Seat | None:
         if not self.header.get("fleet"):
@@ -198,6 +200,7 @@ class Training:
 
     def _train(self, number: int) -> float:
         self.tokens = self.batches.training(number - 1, self.inputs)
+        self.samples = self.batches.samples
         self._deliver()
 
         def seed() -> None:

@@ -64,6 +64,7 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
     training: Any = SimpleNamespace(
         step=lambda number: loss,
         tokens=None,
+        samples=None,
         executor=SimpleNamespace(seconds={}),
         meter=SimpleNamespace(check_peak=lambda: 1),
         rate=0.5,
@@ -80,6 +81,7 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
         training: Any = SimpleNamespace(
             step=lambda number: 1.5,
             tokens=tokens,
+            samples=None if tokens is None else 3,
             executor=SimpleNamespace(seconds={}),
             meter=SimpleNamespace(check_peak=lambda: 1),
         )
@@ -90,6 +92,7 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
         return told[0]
 
     assert told_of(78)["tokens"] == 78
+    assert told_of(78)["samples"] == 3
     assert "tokens" not in told_of(None)
 
 
