@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
 from tightfit.profiles.schema import (
     MOST_ACCUMULATED,
+    POSITIONS,
     PROFILE_VERSION,
     Channel,
     Device,
@@ -68,6 +69,8 @@ Progress = Callable[[str, int, int], None]
 MOST_ELEMENTS = 1 << 60
 """Largest number of elements accepted for one tensor: PyTorch counts its bytes in 63 bits, and an element has up to 8
 bytes."""
+DECODER_INPUTS = ("input_ids", "labels", POSITIONS)
+"""the tensors of a decoder's batch, int64 [batch, seq], in the order of every plan"""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CHOSEN_CODE_BYTES = 1 << 20
 """Allowance for the code of operators that only some runs have (dropout, DoRA, tables, batch norm), which is mapped when
@@ -249,6 +252,7 @@ def profile(
             config=found.config | ({CONFIG_KEY: side.as_json()} if side else {}),
             lora=decoder and decoder.lora,
             tables=decoder.tables if decoder else {},
+            rows_apart=decoder.rows_apart if decoder else None,
             store=store,
             store_fingerprint=store_fingerprint,
             compared=measured["compared"],
@@ -366,9 +370,22 @@ def _trace_decoder(
     with FakeTensorMode():
         body = source.config.get("adapter_body", BODY)
         module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body)
-        sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
+        sample = _sample(batch, seq, rows_apart=None)
+    return _traced(module, sample, report), module
+
+
+def _sample(batch: int, seq: int, rows_apart: str | None) -> dict[str, torch.Tensor]:
+    """The batch that a decoder is traced on; without positions where samples cannot share rows."""
+    names = DECODER_INPUTS[:2] if rows_apart else DECODER_INPUTS
+    return {name: torch.zeros(batch, seq, dtype=torch.int64) for name in names}
+
+
+def _traced(module: torch.nn.Module, sample: dict[str, torch.Tensor], report: Progress) -> Trace:
+    """The step of a decoder; the tensors of its batch are listed in the order of `sample`, and not in that of their use."""
     traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
-    return traced, module
+    batch = {tensor.name: tensor for tensor in traced.tensors if tensor.kind == "batch"}
+    inputs = (batch[name] for name in sample if name in batch)
+    return replace(traced, tensors=[next(inputs) if one.kind == "batch" else one for one in traced.tensors])
 
 
 def _check_rank(lora: LoraConfig, hidden: int) -> None:
@@ -391,8 +408,9 @@ def _trace_any_decoder(
     module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, lora=lora)
     with FakeTensorMode():
         without_values(module)
-        sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
+        module.learn_rows(_sample(batch, seq, rows_apart=None))
+        sample = _sample(batch, seq, module.rows_apart)
+    traced = _traced(module, sample, report)
     for tensor in traced.tensors:
         if tensor.kind in ("weight", "constant") and tensor.name.split("[")[0] not in source.entries:
             raise InputError(

@@ -37,6 +37,9 @@ OPTIMIZER_STATES: dict[str, tuple[str, ...]] = {
     "lion": ("lion_m",),
 }
 """optimizer -> what its float32 states of a trainable are called, each as large as that"""
+POSITIONS = "positions"
+"""name of a decoder's input that says which samples share a row: the position of each token in its sample; profiles of models
+whose samples cannot share rows have none"""
 NOT_COMPARED = "not compared with autograd"
 """How `Model.compared` begins if the gradients were not compared."""
 
@@ -301,6 +304,9 @@ class Model(Record):
         None, description="path of the packed weight store; None: random weights, made at run time"
     )
     store_fingerprint: str | None = None
+    rows_apart: str | None = Field(
+        None, description="decoders: in words, why samples cannot share a row of a batch; None: they can"
+    )
     compared: str | None = Field(
         None,
         description="modules: in words, how loss and gradients of the programs on the sample batch came out beside autograd's, or why they were not compared",

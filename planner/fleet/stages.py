@@ -6,8 +6,8 @@ gradients down, and behind them a layer `SEND_LAYER`, whose forward sends and wh
 receiving are operators (`tightfit.send`, `tightfit.receive`), so that tensors that pass over a cut are kept, spilled and
 freed like all others. They take no time here but that of a copy; the fleet's clock says how long a stage waits.
 
-What layers below the cut make of constants alone (angles of rotary embeddings, masks) does not pass: the stage makes it
-again.
+What layers below the cut make of constants and positions alone (angles of rotary embeddings, masks) does not pass: the
+stage makes it again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from tightfit.planner.fleet.member_profiles import COPY_BYTES_PER_SECOND, HAND_OVER_SECONDS, alone_profile, raised
 from tightfit.planner.problem.step_graph import StepGraph, step_graph
-from tightfit.profiles.schema import Layer, Operator, Profile, Program, Tensor, Value
+from tightfit.profiles.schema import POSITIONS, Layer, Operator, Profile, Program, Tensor, Value
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.fleet.message import ITEM_BYTES, Passing
 from tightfit.runtime.engine.training.job import RECEIVE, SEND
@@ -144,12 +144,14 @@ class _Makers:
         self.constant: dict[str, bool] = {}
 
     def made_of_constants(self, name: str) -> bool:
-        """Whether an activation follows from constants alone, without the batch, weights and what is trained."""
+        """Whether an activation follows from constants and the tokens' positions, without tokens, weights and what is
+        trained.
+        """
         if name not in self.constant:
             step = self.by_output.get(name)
             operator = None if step is None else self._operator(step)
             self.constant[name] = (
-                self.graph.storages[name].kind == "constant"
+                self.graph.storages[name].kind == "constant" or name == POSITIONS
                 if step is None
                 else operator is not None
                 and operator.recomputable

@@ -289,7 +289,7 @@ def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int
     tokens, queries = values[made].shape
     keys = math.prod(values[operator.inputs[2 if backward else 1]].shape) // tokens
     seq = values[operator.inputs[6 if backward else 3]].shape[0]
-    return tokens, seq, operator.args[9 if backward else 6], queries, keys
+    return tokens, seq, operator.args[10 if backward else 7], queries, keys
 
 
 def _touched(operator: Operator, values: Mapping[str, Value]) -> int:

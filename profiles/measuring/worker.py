@@ -331,10 +331,16 @@ def _make_tensors(
     """The tensors of a program by name, filled so that no operator meets denormals, NaN or an index out of range."""
     import torch
 
+    from tightfit.runtime.engine.cpu.attention import POSITIONS
+
     generator = torch.Generator().manual_seed(0)
     gathered = {name for operator in operators for name in operator["gathers"]}
     rows = GATHERED_ROWS if gathered else 2  # 0 and 1 are valid labels and indices everywhere
     read = {name for operator in operators for name in operator["inputs"]}
+    places = [
+        (operator["args"], POSITIONS[operator["target"]]) for operator in operators if operator["target"] in POSITIONS
+    ]
+    positions = {arguments[place]["operand"]["value"] for arguments, place in places if arguments[place] is not None}
     unread = {
         name: place
         for operator in operators
@@ -364,6 +370,8 @@ def _make_tensors(
             tensor.uniform_(0.05, 0.95, generator=generator)
         elif dtype is torch.bool:
             tensor.fill_(True)
+        elif name in positions:
+            tensor.copy_(torch.arange(shape[-1]))  # rows of one sample each, which take longest
         else:
             tensor.random_(0, rows, generator=generator)
         if common:

@@ -164,13 +164,15 @@ class Attention(nn.Module):
         if shape.head_norm:
             self.q_norm, self.k_norm = Norm(shape.head_dim, shape), Norm(shape.head_dim, shape)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
         shape = self.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if shape.head_norm:
             q = self.q_norm(q.view(-1, shape.head_dim)).view(q.shape)
             k = self.k_norm(k.view(-1, shape.head_dim)).view(k.shape)
-        y, *_ = attention(q, k, v, cos, sin, mask, shape.heads, shape.kv_heads, shape.attention_scale)
+        y, *_ = attention(q, k, v, cos, sin, mask, positions, shape.heads, shape.kv_heads, shape.attention_scale)
         return self.o_proj(y)  # type: ignore[no-any-return]
 
 
@@ -198,8 +200,10 @@ class DecoderLayer(nn.Module):
             self.pre_feedforward_layernorm = Norm(shape.hidden, shape)
             self.post_feedforward_layernorm = Norm(shape.hidden, shape)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, positions)
         if not self.post_norms:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
@@ -222,10 +226,12 @@ class Body(nn.Module):
 
 
 class Decoder(nn.Module):
-    """forward(input_ids [batch, seq], labels [batch, seq]) -> (loss float32 [], token losses float32 [batch * seq]).
+    """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses float32
+    [batch * seq]).
 
-    labels[b, t] is the token that position t has to predict, or -100 for none. Right padding needs no mask:
-    attention is causal and padded positions carry no label.
+    labels[b, t] is the token that place t of a row has to predict, or -100 for none. positions[b, t], counted from 0, is that
+    of the token in its sample, of which a row may hold several, one after the other; without it every row is one sample.
+    Padding needs no mask: attention is causal and padded places carry no label.
     """
 
     def __init__(self, shape: DecoderShape, *, dtype: torch.dtype, lora: LoraConfig, body: str = BODY) -> None:
@@ -240,14 +246,16 @@ class Decoder(nn.Module):
         self.tables = self._save(lora.modules_to_save, body)
         """Modules that are trained in full, and the tensors in the store that they start from."""
         self.slice_rows = slice_rows(shape.vocab, shape.hidden, dtype.itemsize)
+        self.rows_apart = None
+        """Why samples cannot share rows; None: they can."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shape, seq = self.shape, input_ids.shape[1]
         x = self._embedded(input_ids)
         tables = {key: rotary_table(shape, seq, *key) for key in sorted(set(self._rope_keys()))}
         masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < seq})}
         for layer, window, key in zip(self.model.layers, shape.windows, self._rope_keys(), strict=True):
-            x = layer(x, *tables[key], masks.get(window) if window is not None else None)
+            x = layer(x, *tables[key], masks.get(window) if window is not None else None, positions)
         trained = trained_copy(self.lm_head) if HEAD in self._modules else None
         if trained is not None:
             return trained(self.model.norm(x), labels)  # type: ignore[no-any-return]

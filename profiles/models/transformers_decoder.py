@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import logging
 import os
@@ -65,6 +66,7 @@ from tightfit.profiles.models.transformers_kernels import (
     replace_embedding,
     replace_norm,
 )
+from tightfit.profiles.schema import POSITIONS
 from tightfit.profiles.tracing.torch_ops import MOST_CAP, capped_head_loss, head_loss
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, peft_name
@@ -75,6 +77,9 @@ MOST_BUFFER_BYTES = 1 << 20
 """Larger buffers are masks and tables that transformers keeps from earlier versions, and are not stored."""
 CAPPED_SLICES = 4
 """How many times larger the slices of a head are whose logits are capped."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+RECURRENT = "DeltaNet|Mamba|ShortConv|Recurrent|Retention|Rwkv"
+"""What is in the names of transformers' classes that carry a state from token to token."""
 LONG = "long_inv_freq"
 """Name of the buffer with the frequencies that longrope uses for sequences longer than the model was first trained
 for."""
@@ -121,10 +126,11 @@ class Facts:
 
 
 class AnyDecoder(nn.Module):
-    """forward(input_ids [batch, seq], labels [batch, seq]) -> (loss float32 [], token losses float32 [batch * seq]).
+    """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses float32
+    [batch * seq]).
 
-    labels[b, t] is the token that position t has to predict, or -100 for none, as in
-    `tightfit.profiles.models.decoder.Decoder`. Dropout of the base model is off. The parameters have no values: use it
+    labels and positions are as in `tightfit.profiles.models.decoder.Decoder`; a model whose samples cannot share rows takes no
+    positions (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it
     under `torch._subclasses.FakeTensorMode`, after `without_values`.
 
     Raises InputError for a config that transformers does not take, and for models that are refused.
@@ -172,9 +178,31 @@ class AnyDecoder(nn.Module):
         self.slice_rows = slice_rows(head.weight.shape[0], head.weight.shape[1], dtype.itemsize)
         if self.cap is not None:  # each slice takes a dozen operators, not one
             self.slice_rows = min(head.weight.shape[0], CAPPED_SLICES * self.slice_rows)
+        self.mixing = _mixing(body)
+        self.rows_apart: str | None = None
+        """Why samples cannot share rows; None: they can. It is found out by `learn_rows`."""
         self.eval()
         for parameter_name, parameter in self.named_parameters():
             parameter.requires_grad_(".lora_" in parameter_name or f".{PART}." in parameter_name)
+
+    def learn_rows(self, sample: Mapping[str, Tensor]) -> None:
+        """Find out whether samples can share rows, from a forward on `sample`, under a FakeTensorMode."""
+        takes = "position_ids" in inspect.signature(self.model.forward).parameters
+        try:
+            with torch.no_grad():
+                self(sample["input_ids"], sample["labels"], sample[POSITIONS] if takes else None)
+        except Exception as error:
+            self.rows_apart = f"its code fails when it is given positions ({(str(error).splitlines() or [''])[0]})"
+            return
+        layers = self.model.config.num_hidden_layers
+        if self.mixing:
+            self.rows_apart = f"its {self.mixing} mixes neighbouring tokens"
+        elif self.context.others:
+            self.rows_apart = f"its {self.context.others[0]} computes more than tightfit's attention"
+        elif not takes:
+            self.rows_apart = "its code takes no positions"
+        elif self.context.attended != layers:
+            self.rows_apart = f"attention is recognised in {self.context.attended} of its {layers} layers"
 
     def _save(self, name: str, *, is_head: bool, vocabulary: int, padding: int | None) -> None:
         """Put a trained copy into the embedding or the head."""
@@ -188,9 +216,10 @@ class AnyDecoder(nn.Module):
             self.add_module(name, nn.Module())
         attach(getattr(self, name), TrainedHead(vocabulary, width, self.cap))
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with self.recognition.active():
-            made = self.model(input_ids=input_ids, use_cache=False)
+    def forward(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        told = {} if positions is None else {"position_ids": positions}
+        with self.recognition.active(positions):
+            made = self.model(input_ids=input_ids, use_cache=False, **told)
         hidden = made[0].reshape(-1, made[0].shape[-1])
         if self.scale != 1.0:
             hidden = hidden * self.scale
@@ -209,6 +238,15 @@ class AnyDecoder(nn.Module):
         flat = labels.reshape(-1)
         token_losses = F.cross_entropy(logits, flat, ignore_index=-100, reduction="none")
         return token_losses.sum() / (flat >= 0).sum().clamp(min=1), token_losses
+
+
+def _mixing(body: nn.Module) -> str:
+    """The class of a module that mixes neighbouring tokens in another way than attention; "" if there is none."""
+    for child in body.modules():
+        name = type(child).__name__
+        if isinstance(child, CONVOLUTIONS) or re.search(RECURRENT, name):
+            return name
+    return ""
 
 
 def without_values(module: nn.Module) -> nn.Module:

@@ -107,11 +107,19 @@ class Context:
     """Storage of a rotated tensor -> (it, the tensor before, cosines, sines)."""
     masks: dict[int, Tensor] = field(default_factory=dict)
     """Sliding window in tokens -> its mask float32 [1, 1, seq, seq]."""
+    positions: Tensor | None = None
+    """Of each token in its sample, int64 [batch, seq]; None: every row is one sample."""
+    attended: int = 0
+    """How often our attention was called."""
+    others: list[str] = field(default_factory=list)
+    """Attention that is not our operator, in words."""
     still: tuple[Tensor, Tensor] | None = None
     """Tables of no rotation, [seq, widest / 2]."""
 
-    def begin(self) -> None:
+    def begin(self, positions: Tensor | None) -> None:
         """Forget an earlier forward, and make what all layers share before the first of them."""
+        self.positions, self.attended = positions, 0
+        self.others.clear()
         self.tables.clear()
         self.rotated.clear()
         self.masks.clear()
@@ -151,7 +159,7 @@ class Recognition:
         """(modelling file, name of its function, "pair" if it rotates queries and keys or "one" if one tensor)."""
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self, positions: Tensor | None = None) -> Iterator[None]:
         import transformers.masking_utils as masking
 
         with contextlib.ExitStack() as patches:
@@ -164,7 +172,7 @@ class Recognition:
                     patches.enter_context(mock.patch.object(file, EXPORTING, return_value=False))
             _active.append(self.context)
             try:
-                self.context.begin()
+                self.context.begin(positions)
                 yield
             finally:
                 _active.pop()
@@ -226,9 +234,11 @@ def _attend(
     """
     batch, heads, seq, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
-    if softcap or s_aux is not None or width % 2 or value.shape[-1] != width or key.shape[2] != seq:
-        return _plain_attention(query, key, value, attention_mask, scale, softcap, s_aux), None
     context = _active[-1]
+    context.attended += 1
+    if softcap or s_aux is not None or width % 2 or value.shape[-1] != width or key.shape[2] != seq:
+        context.others.append(type(module).__name__)
+        return _plain_attention(query, key, value, attention_mask, scale, softcap, s_aux), None
     first, second = context.before(query), context.before(key)
     cos, sin = context.unturned(width)
     if first is not None and second is not None and first[1] is second[1]:
@@ -238,7 +248,9 @@ def _attend(
         return x.transpose(1, 2).reshape(batch * seq, -1)
 
     mask = None if attention_mask is None else attention_mask[0, 0]
-    y, *_rest = attention(flat(query), flat(key), flat(value), cos, sin, mask, heads, key.shape[1], scale)
+    y, *_rest = attention(
+        flat(query), flat(key), flat(value), cos, sin, mask, context.positions, heads, key.shape[1], scale
+    )
     return y.view(batch, seq, heads, width), None
 
 
@@ -371,7 +383,10 @@ def _gated_forward(mlp: nn.Module, names: tuple[str, ...], first: int, activatio
 
 
 def remember_tables(rotary: nn.Module, context: Context) -> None:
-    """Let a module that makes (cosines, sines) compute them in float32, and remember halves of them for attention."""
+    """Let a module that makes (cosines, sines) compute them in float32, and remember halves of them for attention.
+
+    Those for attention are of the positions from 0 on, from which it takes each token's; nothing else reads them.
+    """
     original = rotary.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -382,6 +397,11 @@ def remember_tables(rotary: nn.Module, context: Context) -> None:
         if cos is made[0]:  # a storage of its own, so that tables are told apart
             cos, sin = cos.clone(), sin.clone()
         half = made[0].shape[-1] // 2
+        if context.positions is not None:
+            named = inspect.signature(original).bind(x.float(), *args, **kwargs)
+            if isinstance(told := named.arguments.get("position_ids"), Tensor):
+                named.arguments["position_ids"] = torch.arange(context.seq).expand(*told.shape[:-2], 1, context.seq)
+            made = original(*named.args, **named.kwargs)
         context.tables[_storage(cos)] = cos, *(table[0, :, :half].contiguous() for table in made)
         return cos, sin
 

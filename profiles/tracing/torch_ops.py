@@ -78,8 +78,9 @@ projection_backward = _define(
 )
 attention = _define(
     "attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? mask, int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor)",
-    lambda q, k, v, cos, sin, mask, heads, kv, scale: (
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? mask, Tensor? positions, int heads, int kv_heads, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda q, k, v, cos, sin, mask, positions, heads, kv, scale: (
         _same(q),
         q.new_empty((q.shape[0] // cos.shape[0], heads, cos.shape[0]), dtype=torch.float32),
         _attention_scratch(q, k, cos, heads, backward=False),
@@ -88,8 +89,8 @@ attention = _define(
 attention_backward = _define(
     "attention_backward",
     "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor cos, Tensor sin, Tensor? mask,"
-    " int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda dy, q, k, v, y, lse, cos, sin, mask, heads, kv, scale: (
+    " Tensor? positions, int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, q, k, v, y, lse, cos, sin, mask, positions, heads, kv, scale: (
         *map(_same, (q, k, v)),
         _attention_scratch(q, k, cos, heads, backward=True),
     ),
@@ -176,14 +177,14 @@ def _rms_grad(ctx: Any, dy: Tensor, _: Any) -> Any:
 
 
 def _attention_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, cos, sin, mask, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output[:2], cos, sin, mask)
+    q, k, v, cos, sin, mask, positions, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output[:2], cos, sin, mask, positions)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _attention_grad(ctx: Any, dy: Tensor, _: Any, __: Any) -> Any:
     dq, dk, dv, _ = attention_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.rest)
-    return dq, dk, dv, None, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None, None
 
 
 def _gated_setup(ctx: Any, inputs: Any, output: Any) -> None:

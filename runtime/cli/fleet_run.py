@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, training_options, words_of
+from tightfit.runtime.cli.options import Debug, Json, Packing, training_options, words_of
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
@@ -96,6 +96,7 @@ def run(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
     ] = False,
+    packing: Packing = True,
     cgroup: Annotated[
         bool, typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce each member's cap where it can.")
     ] = True,
@@ -117,6 +118,7 @@ def run(
         checkpoint_every=checkpoint_every,
         resume=resume,
         overwrite=overwrite,
+        packing=packing,
     )
     if timeout is not None and not timeout > 0:
         raise InputError(f"--timeout {timeout}: give a number of seconds above 0")

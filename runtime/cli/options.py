@@ -51,6 +51,15 @@ Server = Annotated[
 ]
 
 
+Packing = Annotated[
+    bool,
+    typer.Option(
+        "--packing/--no-packing",
+        help="Let short samples share the rows of training batches, each attending to itself alone; without, each has a row of its own, filled up with padding.",
+    ),
+]
+
+
 def at_least(least: float, **options: float) -> None:
     """Raise InputError for options below `least`; keywords are the options' Python names."""
     for name, value in options.items():
@@ -190,6 +199,7 @@ def training_options(
     checkpoint_every: int,
     resume: bool,
     overwrite: bool,
+    packing: bool,
     epochs: float | None = None,
     warmup_ratio: float | None = None,
     min_lr_ratio: float = 0.0,
@@ -222,4 +232,5 @@ def training_options(
         eval_every=eval_every,
         keep_best=keep_best,
         early_stopping=early_stopping,
+        packing=packing,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, named_columns, training_options
+from tightfit.runtime.cli.options import Debug, Json, Packing, named_columns, training_options
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer, beside
 from tightfit.runtime.supervision.report_text import report_text
@@ -86,6 +86,7 @@ def run(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
     ] = False,
+    packing: Packing = True,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -127,6 +128,7 @@ def run(
         early_stopping=early_stopping,
         resume=resume,
         overwrite=overwrite,
+        packing=packing,
     )
     from tightfit.planner.io import load_plan
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zlib
 from dataclasses import asdict, replace
@@ -94,19 +95,18 @@ def labels_alone(records: Path, target: Path) -> None:
     """Write a copy of a record file in which all tokens but the labels are padding: what the upper layers need. Its
     fingerprint stays that of the original, since the two are the same samples.
     """
-    with RecordFile.open(records) as opened:
-        seq, pad, count, size = opened.seq, opened.pad_token, opened.count, opened.record_bytes
-    blank = struct.pack(f"<{seq}i", *[pad] * seq)
-    labels = 4 * (PREFIX_WORDS + seq)
     try:
-        with records.open("rb") as source, target.open("wb") as written:
+        with RecordFile.open(records) as opened, records.open("rb") as source, target.open("wb") as written:
+            pad = struct.pack("<i", opened.pad_token)
             written.write(source.read(HEADER_BYTES))
-            for _ in range(count):
-                one = bytearray(source.read(size))
-                one[4 * PREFIX_WORDS : labels] = blank
+            for index in range(len(opened)):
+                length = opened.length(index)
+                one = bytearray(source.read(4 * (PREFIX_WORDS + 2 * length)))
+                one[4 * PREFIX_WORDS : 4 * (PREFIX_WORDS + length)] = pad * length
                 checksum = zlib.crc32(memoryview(one)[20:], zlib.crc32(memoryview(one)[:16]))
                 struct.pack_into("<I", one, 16, checksum)
                 written.write(one)
+            shutil.copyfileobj(source, written)  # the index
     except OSError as error:
         raise RunError(f"{target}: {error.strerror}; free some space and start again") from error
 
@@ -142,11 +142,18 @@ def check_labels(content: bytes, plan: Plan, place: str) -> None:
     try:
         header = json.loads(content[:HEADER_BYTES])
         shape = header["seq"], header["vocab_size"], 0 <= header["pad_token"] < vocabulary
-        words = np.frombuffer(content, "<i4", offset=HEADER_BYTES).reshape(header["count"], PREFIX_WORDS + 2 * seq)
+        end, count = header["index"], header["count"]
+        places = np.frombuffer(content, "<u8", count + 1, offset=end).astype(np.int64)
+        words = np.frombuffer(content[:end], "<i4", offset=HEADER_BYTES)
+        sizes = np.diff(places)
+        whole = len(content) == end + places.nbytes and (places[0], places[-1]) == (HEADER_BYTES, end)
+        if not whole or ((sizes < 4 * PREFIX_WORDS) | (sizes > 4 * (PREFIX_WORDS + 2 * seq)) | (sizes % 8 != 4)).any():
+            raise ValueError("its index is of other records")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{place}: no record file, or a damaged one ({error})") from error
     if shape != (seq, vocabulary, True):
         raise InputError(f"{place}: for sequences and a vocabulary of {shape[:2]}, the plan is for {(seq, vocabulary)}")
-    tokens = words[:, PREFIX_WORDS:]
+    told = ((places[:-1] - HEADER_BYTES) // 4)[:, None] + np.arange(PREFIX_WORDS)
+    tokens = np.delete(words, told.reshape(-1))
     if not len(tokens) or tokens.max() >= vocabulary or ((tokens < 0) & (tokens != IGNORED)).any():
         raise InputError(f"{place}: no labels, or tokens that the model does not have")

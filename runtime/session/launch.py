@@ -31,7 +31,7 @@ from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import check_reached, finished_report, locked, remove, staged, to_be_replaced
-from tightfit.runtime.session.settings import order_of, receives_batches, settings_of
+from tightfit.runtime.session.settings import order_of, packing_told, receives_batches, settings_of
 from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -65,6 +65,7 @@ def run(
     early_stopping: int | None = None,
     truncate: bool = False,
     columns: Mapping[str, str] | None = None,
+    packing: bool = True,
     cgroup: bool = True,
     profile_step: bool = False,
     progress: Progress | None = None,
@@ -79,7 +80,9 @@ def run(
     directory of samples (`tightfit.runtime.data.samples`), ``random``,
     or, for a module, an iterable of batches (tuples of tensors); a server that trains a side network has no use for it. Batches are written to disk before training: all of an
     iterable that has a length, the first `steps` of one that has none. Each step takes the next batch, starting again
-    after the last. `columns` says what the data call a sample's parts: ``{"prompt": "question"}``. With `eval_data`, which
+    after the last. `columns` says what the data call a sample's parts: ``{"prompt": "question"}``. With `packing`, samples
+    of a language model share the rows of training batches, and positions and attention stay inside each; models that do not
+    allow it say why in the report, and train on a row for each sample. With `eval_data`, which
     must end, the model is evaluated before and after training, and with `eval_every` also after every so many steps, or
     epochs (``"1 epoch"``); `keep_best` then keeps the result of the best evaluation in ``out/best``, and `early_stopping`
     ends the run after so many evaluations in a row that were no better than the best. `cgroup=False`
@@ -114,6 +117,7 @@ def run(
         eval_every=eval_every,
         keep_best=keep_best,
         early_stopping=early_stopping,
+        packing=packing,
     )
     with prepared(
         plan,
@@ -237,7 +241,8 @@ def prepared(
                 file.replace(directory / "data" / file.name)
             staging.rmdir()  # already here, so that a run that is killed later does not leave the empty folder behind
         figures = member.figures if member else None
-        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished, fleet=figures)
+        told = packing_told(plan, settings)
+        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished, fleet=figures, packing=told)
 
 
 def prepare_data(

@@ -61,6 +61,8 @@ class RunOptions:
     """whether the result of the best evaluation so far is kept in ``best``"""
     early_stopping: int | None = None
     """evaluations in a row that are no better than the best, after which the run ends; None: it takes all steps"""
+    packing: bool = True
+    """whether samples of a language model share the rows of a training batch, where the model allows it"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -120,6 +122,10 @@ def _number(value: Any) -> float:
 
 
 def _checked(name: str, value: Any) -> Any:
+    if name == "packing":
+        if not isinstance(value, bool):
+            raise InputError(f"packing {value!r}: give True or False")
+        return value
     if name == "schedule":
         if not isinstance(value, str) or value not in SCHEDULES:
             raise InputError(f"schedule {value!r} is not known; choose one of {', '.join(SCHEDULES)}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.planner.schema import Plan
+from tightfit.profiles.schema import POSITIONS
 from tightfit.profiles.sources.factory import INPUTS, as_trained, flat_batch
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.records import IGNORED
@@ -22,9 +23,10 @@ def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Ten
     For a module, `batch` has the shapes and dtypes that it was profiled with; tensors that it does not use are left
     out. Where its factory gave a loss_fn, `batch` is (inputs, targets), either of them a tensor or a tuple of tensors. For
     a language model, `batch` is (input_ids, labels) or input_ids alone, as transformers takes them: integers
-    [rows, tokens] of at most the planned shape, padded on the right; labels[t] is the token at position t, or -100 to
-    predict nothing there. The result is int64 [batch, seq], and its labels are shifted to the position that predicts
-    them.
+    [rows, tokens] of at most the planned shape, padded on the right; labels[t] is the token at place t, or -100 to
+    predict nothing there. Each row is one sample, unless the batch is (input_ids, labels, positions), whose positions begin
+    again from 0 with each sample of a row. The result is int64 [batch, seq], and its labels are shifted to the place that
+    predicts them.
 
     Raises InputError for other tensors.
     """
@@ -62,25 +64,43 @@ def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Ten
 def _tokens(plan: Plan, batch: Sequence[Tensor], name: str) -> list[Tensor]:
     assert plan.seq is not None
     rows, seq, words = plan.batch, plan.seq, plan.model.config["vocab_size"]
-    if not 1 <= len(batch) <= 2:
+    if not 1 <= len(batch) <= 3:
         raise InputError(f"{name} has {len(batch)} tensors; give input_ids and labels, or input_ids alone")
-    ids, labels = batch[0], batch[-1]
+    ids, labels = batch[0], batch[min(1, len(batch) - 1)]
     found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in batch]
     if any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in batch) or ids.ndim != 2:
         raise InputError(f"{name} has tensors {found}; give integers of shape [rows, tokens]")
-    if ids.shape != labels.shape or ids.shape[0] > rows or not 1 <= ids.shape[1] <= seq:
+    positions = batch[2] if len(batch) == 3 else torch.arange(ids.shape[1]).expand(ids.shape)
+    if ids.shape != labels.shape or ids.shape != positions.shape or ids.shape[0] > rows or not 1 <= ids.shape[1] <= seq:
         raise InputError(
             f"{name} has tensors {found}, the plan was made for at most {rows} rows of {seq} tokens, labels like input_ids;"
             " cut the batch, or profile with another --batch and --seq"
         )
-    ids, labels = ids.long(), labels.long()
+    ids, labels, positions = ids.long(), labels.long(), positions.long()
+    shared = any(tensor.kind == "batch" and tensor.name == POSITIONS for tensor in plan.tensors)
+    begun = positions == 0
+    if not bool(begun[:, 0].all() and (begun[:, 1:] | (positions[:, 1:] == positions[:, :-1] + 1)).all()):
+        raise InputError(
+            f"{name} has 3 tensors, and the third are no positions: they are counted from 0 in each sample of a row, one sample"
+            " after the other"
+        )
+    if not shared and bool(begun[:, 1:].any()):
+        why = plan.model.rows_apart or "it has no attention"
+        raise InputError(
+            f"{name} has rows of several samples, which this model does not allow: {why}; give each its own"
+        )
     for what, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
         if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < words:
             other = int(values.min()) if int(values.min()) < 0 else int(values.max())
             raise InputError(f"{name}: {what} has the token {other}; the model has tokens 0 to {words - 1}")
-    # Position t predicts the token at position t + 1.
-    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    # Place t predicts the token at place t + 1, if that is of the same sample.
+    labels = F.pad(labels[:, 1:].masked_fill(begun[:, 1:], IGNORED), (0, 1), value=IGNORED)
     if not bool((labels >= 0).any()):
         raise InputError(f"{name} has no label after the first token; give at least one token to predict")
     beyond = (0, seq - ids.shape[1], 0, rows - ids.shape[0])
-    return [F.pad(ids, beyond).contiguous(), F.pad(labels, beyond, value=IGNORED).contiguous()]
+    counted = torch.arange(seq).repeat(rows, 1)
+    if len(batch) == 3:
+        counted[: ids.shape[0], ids.shape[1] :] -= ids.shape[1]  # padding is a sample of its own
+        counted[: ids.shape[0], : ids.shape[1]] = positions
+    made = [F.pad(ids, beyond).contiguous(), F.pad(labels, beyond, value=IGNORED).contiguous()]
+    return [*made, counted] if shared else made

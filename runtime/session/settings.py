@@ -10,13 +10,14 @@ from typing import Any
 from tightfit.planner.problem.device_forward import sent_tensors
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.models.side_shape import CONFIG_KEY
-from tightfit.profiles.schema import EXCHANGE, MOBILLM
+from tightfit.profiles.schema import EXCHANGE, MOBILLM, POSITIONS
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.process import child_environment
 from tightfit.runtime.engine.training import adapter
+from tightfit.runtime.engine.training.checkpoint import PACKING
 from tightfit.runtime.engine.training.job import RECEIVE, Job
 from tightfit.runtime.session.admission import conditions
 from tightfit.runtime.session.given_adapter import GivenAdapter
@@ -61,6 +62,7 @@ def settings_of(
         "store": str(store) if store else None,
         "data": str(directory / "data" / data) if data else None,
         "evaluation": str(directory / "data" / evaluation) if evaluation else None,
+        "packing": bool(data) and packs(plan, options),
         "requests": requests,
         "out": str(directory),
         "steps": options.steps,
@@ -82,8 +84,19 @@ def settings_of(
         "fleet": asdict(seat) if seat else None,
         "adapter": [str(adapter_given.directory), adapter_given.checksum] if adapter_given else None,
         "conditions": conditions(plan, optimizer, options.seed)
-        | {"adapter": adapter_given.fingerprint if adapter_given else None},
+        | {"adapter": adapter_given.fingerprint if adapter_given else None}
+        | {PACKING: _asks_for_packing(plan, options)},
     }
+
+
+def packs(plan: Plan, options: RunOptions) -> bool:
+    """Whether samples share the rows of training batches."""
+    return options.packing and any(t.kind == "batch" and t.name == POSITIONS for t in plan.tensors)
+
+
+def _asks_for_packing(plan: Plan, options: RunOptions) -> bool:
+    """The same of all members of a fleet, some of which may have no use for positions."""
+    return options.packing and plan.model.kind == "decoder" and plan.model.rows_apart is None
 
 
 def receives_batches(plan: Plan) -> bool:
@@ -116,16 +129,17 @@ def order_of(
     finished: dict[str, Any] | None = None,
     fleet: dict[str, Any] | None = None,
     evaluates: bool = False,
+    packing: dict[str, Any] | None = None,
 ) -> RunOrder:
     """Write the job into `directory` and return the order to start its training process, which with `evaluates` takes no step.
 
     `lock` is the descriptor that locks `directory`; `fleet` what the report says of the fleet that the run is part of
-    (`tightfit.runtime.session.fleet.figures_of`). Raises RunError if the disk refuses.
+    (`tightfit.runtime.session.fleet.figures_of`), and `packing` of rows (`packing_told`). Raises RunError if the disk refuses.
     """
     floor = plan.device.floor
     uncounted = {} if floor.tables_on_disk else {page_out.VARIABLE: ""}
     uncounted |= {} if floor.cuda_stubs else {cuda_stubs.VARIABLE: ""}
-    planned = {**planned_figures(plan), "fleet": fleet}
+    planned = {**planned_figures(plan), "fleet": fleet, "packing": packing}
     if evaluates and plan.evaluate:
         planned["peak_bytes"] = plan.evaluate.peak_bytes
     order = RunOrder(
@@ -142,6 +156,13 @@ def order_of(
     with writing_to(directory):
         job.write(order.job)
     return order
+
+
+def packing_told(plan: Plan, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Whether samples share rows, and where the model does not allow it, why; None where no records are trained on."""
+    if plan.seq is None or not settings["data"]:
+        return None
+    return {"on": settings["packing"], "refused": plan.model.rows_apart}
 
 
 def planned_figures(plan: Plan) -> dict[str, Any]:

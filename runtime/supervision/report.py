@@ -149,6 +149,7 @@ def build_report(
         "preparation_bytes": preparation_bytes,
         "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
         "tokens": tokens_told(planned["places_per_step"], lines),
+        "packing": planned.get("packing"),
         "loss": [line["loss"] for line in lines],
         "epochs": next((line["epoch"] for line in reversed(lines) if "epoch" in line), None),
         "adapter": observed.trained,
@@ -273,7 +274,8 @@ def write_report(directory: str, report: dict[str, Any]) -> None:
 
 
 def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Token figures from the metrics' `lines`: `per_step` and `per_second` without padding, and `padding_share`.
+    """Token figures from the metrics' `lines`: `per_step` and `per_second` without padding, `padding_share`, and
+    `samples_per_second` if the lines tell.
 
     `places` is the number of positions in a step's rows, padding included. None if tokens are unknown, as for a module.
     The first step, which is slower, is left out of the rate if there are others.
@@ -284,10 +286,12 @@ def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str
     steady = known[1:] or known
     per_step = sum(line["tokens"] for line in known) / len(known)
     seconds = sum(line["seconds"] for line in steady)
+    counted = all("samples" in line for line in steady)
     return {
         "per_step": per_step,
         "per_second": sum(line["tokens"] for line in steady) / seconds if seconds else 0.0,
         "padding_share": 1 - per_step / places,
+        **({"samples_per_second": sum(line["samples"] for line in steady) / seconds} if counted and seconds else {}),
     }
 
 

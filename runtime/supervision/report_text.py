@@ -25,6 +25,8 @@ def report_text(report: dict[str, Any]) -> RenderableType:
     if tokens := report.get("tokens"):
         rate = f"{tokens['per_second']:,.0f}"
         table.add_row(f"tokens/s ({padding_text(tokens['padding_share'])})", "–", rate, "–")
+        if tokens.get("samples_per_second"):
+            table.add_row("samples/s", "–", f"{tokens['samples_per_second']:,.2f}", "–")
     rows = [
         *_cap_rows(report, "training"),
         (
@@ -44,6 +46,8 @@ def report_text(report: dict[str, Any]) -> RenderableType:
                 f"norm {norms[0]:.3g} → {norms[-1]:.3g}, clipped to {limit:g} in {over} of {len(norms)} updates",
             )
         )
+    if refused := (report.get("packing") or {}).get("refused"):
+        rows.append(("rows", f"one sample each: {refused}"))
     if report["adapter"]:
         rows.append((Path(report["adapter"]).name, str(report["adapter"])))
     if result := report.get("fleet", {}).get("result"):

@@ -231,7 +231,16 @@ def measure() -> int:
     messages.
     """
     words = json.dumps({"event": "timeline", "which": "first", "samples": [[i, i / 7e3, i << 20] for i in range(2048)]})
-    step = {"event": "step", "step": 1, "loss": 1.0, "seconds": 0.5, "resident_bytes": 1, "peak_bytes": 1, "tokens": 1}
+    step = {
+        "event": "step",
+        "step": 1,
+        "loss": 1.0,
+        "seconds": 0.5,
+        "resident_bytes": 1,
+        "peak_bytes": 1,
+        "tokens": 1,
+        "samples": 1,
+    }
     step["spent"] = dict.fromkeys(("run", "unpack", "perturb", "update", "stall"), 0.1)
     observed = Observed()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:

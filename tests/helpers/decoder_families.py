@@ -108,6 +108,8 @@ class Forms:
     """Where queries and keys are rotated."""
     attention: str = "operator"
     """What runs as our operator and what as traced."""
+    rows_apart: str | None = None
+    """Why samples cannot share rows."""
 
 
 WINDOWS = "operator, sliding windows"
@@ -121,25 +123,38 @@ FORMS: dict[str, Forms] = {
         ("GLM-4 (glm)", "GLM-4-0414 (glm4)", "Command R", "Phi-1, Phi-2", "Helium"), Forms(rotation=BEFORE)
     ),
     **dict.fromkeys(("Nemotron", "ERNIE 4.5", "Hunyuan, dense", "GPT-J"), Forms(rotation=BEFORE)),
+    "Gemma 2": Forms(
+        rotation=BEFORE, attention="as traced", rows_apart="its Gemma2Attention computes more than tightfit's attention"
+    ),
     **dict.fromkeys(
-        ("Gemma 2", "Falcon, multi-query", "Falcon, grouped"), Forms(rotation=BEFORE, attention="as traced")
+        ("Falcon, multi-query", "Falcon, grouped"),
+        Forms(rotation=BEFORE, attention="as traced", rows_apart="attention is recognised in 0 of its 2 layers"),
     ),
     **dict.fromkeys(("GPT-2", "OPT"), Forms(rotation=NOWHERE)),
-    "Qwen3.5 (text)": Forms(rotation=BEFORE, attention="operator, gated DeltaNet as traced"),
-    "LFM2": Forms(attention="operator, convolutions as traced"),
+    "Qwen3.5 (text)": Forms(
+        rotation=BEFORE,
+        attention="operator, gated DeltaNet as traced",
+        rows_apart="its Qwen3_5GatedDeltaNet mixes neighbouring tokens",
+    ),
+    "LFM2": Forms(
+        attention="operator, convolutions as traced", rows_apart="its Lfm2ShortConv mixes neighbouring tokens"
+    ),
     "SmolLM3": Forms(rotation=PARTLY),
     "EXAONE 4": Forms(rotation=PARTLY, attention=WINDOWS),
     "Command R7B": Forms(rotation=BEFORE, attention=WINDOWS),
-    "BLOOM": Forms(rotation=NOWHERE, attention="as traced"),
+    "BLOOM": Forms(rotation=NOWHERE, attention="as traced", rows_apart="its code takes no positions"),
 }
 """Families whose forms are not the usual ones."""
 
 
 def table() -> list[str]:
     """The table of docs/models.md."""
-    lines = ["| family | `model_type` | code | rotation | attention |", "|---|---|---|---|---|"]
+    lines = ["| family | `model_type` | code | rotation | attention | samples |", "|---|---|---|---|---|---|"]
     for family, config in FAMILIES.items():
         forms = FORMS.get(family, Forms())
+        rows = "share rows" if forms.rows_apart is None else "have rows of their own"
         code = "tightfit" if handwritten(config) else "transformers"
-        lines.append(f"| {family} | `{config['model_type']}` | {code} | {forms.rotation} | {forms.attention} |")
+        lines.append(
+            f"| {family} | `{config['model_type']}` | {code} | {forms.rotation} | {forms.attention} | {rows} |"
+        )
     return lines

@@ -144,9 +144,10 @@ def adapter_hash(out: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     options = json.loads(arguments[-1])
+    data = options.pop("data", "random")
     try:
         if len(arguments) == 3:
-            run(load_plan(Path(arguments[0])), "random", out=arguments[1], **options)
+            run(load_plan(Path(arguments[0])), data, out=arguments[1], **options)
         else:
             path, name, port, out = arguments[:4]
             text = Path(path).read_text()
@@ -154,7 +155,7 @@ def main(arguments: list[str]) -> int:
             fleet = kind.model_validate_json(text)
             seat = membership(fleet, name, "127.0.0.1", int(port), TIMEOUT)
             file = next(member.plan for member in fleet.members if member.name == name)
-            run(load_plan(Path(path).parent / file), "random", out=out, member=seat, **options)
+            run(load_plan(Path(path).parent / file), data, out=out, member=seat, **options)
     except TightfitError as error:
         sys.stdout.write(f"{error}\n")
         return error.exit_code

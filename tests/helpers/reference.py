@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from traced import samples_of
 
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.engine.cpu.operators import OPERATORS
@@ -243,18 +244,29 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
-def loss_of(model: torch.nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """That of a language model of transformers or peft on a batch."""
-    return mean_loss(model(input_ids=ids).logits, labels)
+def loss_of(model: torch.nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
+    """That of a language model of transformers or peft on a batch; with `positions` each sample of a row by itself, without
+    padding.
+    """
+    if positions is None:
+        return mean_loss(model(input_ids=ids).logits, labels)
+    samples = samples_of({"input_ids": ids, "labels": labels, "positions": positions})
+    labelled = [(tokens, own) for tokens, own in samples if bool((own >= 0).any())]
+    logits = torch.cat([model(input_ids=tokens[None]).logits[0] for tokens, _ in labelled])
+    return mean_loss(logits, torch.cat([own for _, own in labelled]))
 
 
-def training_batches(records: str | Path, count: int, batch: int, seq: int, seed: int = 0) -> list[list[Tensor]]:
-    """[ids, labels] of the first `count` training steps on prepared data; `records` is its file or the folder of a run."""
+def training_batches(
+    records: str | Path, count: int, batch: int, seq: int, seed: int = 0, *, packing: bool = False
+) -> list[list[Tensor]]:
+    """[ids, labels] of the first `count` training steps on prepared data, and with `packing`, where samples share rows, also
+    [positions]; `records` is its file or the folder of a run.
+    """
     if Path(records).is_dir():
         records = next((Path(records) / "data").glob("train*"))
-    opened, found = open_batches(str(records), seed), []
+    opened, found = open_batches(str(records), seed, packing=packing), []
     for number in range(count):
-        found.append([torch.empty(batch, seq, dtype=torch.int64) for _ in range(2)])
+        found.append([torch.empty(batch, seq, dtype=torch.int64) for _ in range(3 if packing else 2)])
         opened.training(number, found[-1])
     opened.close()
     return found

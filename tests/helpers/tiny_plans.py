@@ -65,7 +65,7 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     model = Model(
         name="tiny", source=str(path), kind="decoder", config=source.config,
         lora=decoder.lora if lora else {"rank": rank, "alpha": 2.0 * rank}, store=str(store), store_fingerprint=fingerprint,
-        tables=decoder.tables,
+        tables=decoder.tables, rows_apart=decoder.rows_apart,
     )  # fmt: skip
     return _profile(traced, source, model, batch, seq, dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def fake_decoder(config: dict[str, Any], dtype: torch.dtype, lora: LoraConfig | 
 def trace_step(module: torch.nn.Module, batch: int, seq: int) -> Trace:
     """The step of a decoder without values on a batch of tokens."""
     with FakeTensorMode():
-        sample = {n: torch.zeros(batch, seq, dtype=torch.int64) for n in ("input_ids", "labels")}
+        names = ("input_ids", "labels") if module.rows_apart else ("input_ids", "labels", "positions")
+        sample = {n: torch.zeros(batch, seq, dtype=torch.int64) for n in names}
     return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
 
 
@@ -57,7 +59,32 @@ def random_batch(config: dict[str, Any], batch: int, seq: int) -> dict[str, torc
         length = seq - 5 * (row % 5)
         labels[row, length // 3 : length - 1] = tokens[row, length // 3 + 1 : length]
         tokens[row, length:] = 0
-    return {"input_ids": tokens, "labels": labels}
+    return {"input_ids": tokens, "labels": labels, "positions": torch.arange(seq).repeat(batch, 1)}
+
+
+def shared_batch(config: dict[str, Any], batch: int, seq: int) -> dict[str, torch.Tensor]:
+    """Rows of several samples of different lengths, each as in `random_batch`, with padding behind them."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, config["vocab_size"], (batch, seq), generator=generator)
+    labels, positions = torch.full((batch, seq), -100), torch.arange(seq).repeat(batch, 1)
+    for row in range(batch):
+        begin = 0
+        while (length := min(3 + (7 * row + 5 * begin) % 11, seq - 1 - begin)) > 1:
+            end = begin + length
+            labels[row, begin + length // 3 : end - 1] = tokens[row, begin + length // 3 + 1 : end]
+            positions[row, begin:end] = torch.arange(length)
+            begin = end
+        positions[row, begin:] = torch.arange(seq - begin)
+    return {"input_ids": tokens, "labels": labels, "positions": positions}
+
+
+def samples_of(batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, labels) of each sample of a batch, by its positions."""
+    found = []
+    for tokens, labels, positions in zip(batch["input_ids"], batch["labels"], batch["positions"]):
+        ends = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
+        found += [(tokens[begin:end], labels[begin:end]) for begin, end in pairwise(ends)]
+    return found
 
 
 def interpret(

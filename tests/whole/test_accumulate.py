@@ -63,7 +63,15 @@ def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("whole")
     smallest = plan(decoder, ModelPlanner(decoder).minimum().peak_bytes)
     report = run(
-        smallest, data, steps=STEPS, out=out, lr=LR, schedule="linear", checkpoint_every=2, keep_checkpoints=STEPS
+        smallest,
+        data,
+        steps=STEPS,
+        out=out,
+        lr=LR,
+        schedule="linear",
+        packing=False,
+        checkpoint_every=2,
+        keep_checkpoints=STEPS,
     )
     assert report["peak_bytes"]["measured"] <= smallest.peak_bytes
     return out, report
@@ -124,7 +132,9 @@ def test_the_sums_of_an_update_that_is_under_way_outlast_an_interruption(
         for later in range(step + 2, STEPS + 1, 2):
             shutil.rmtree(part / f"checkpoint-{later}")
         assert any(tensor.any() for name, tensor in saved(part, step).items() if "grad_sum:" in name) == (step != 6)
-        report = run(roomy, data, steps=STEPS, out=part, lr=LR, schedule="linear", checkpoint_every=2, resume=True)
+        report = run(
+            roomy, data, steps=STEPS, out=part, lr=LR, schedule="linear", packing=False, checkpoint_every=2, resume=True
+        )
         assert report["resumed_step"] == step
         assert report["loss"] == whole[1]["loss"]
         mine, theirs = saved(part), saved(whole[0])
@@ -139,7 +149,7 @@ def test_a_run_does_not_go_on_with_another_number_of_steps_an_update(
     shutil.copytree(whole[0], part)
     other = plan(decoder.model_copy(update={"optimizer": {**decoder.optimizer, "accumulate": 2}}), 1 << 40)
     with pytest.raises(InputError, match="made with 3 steps to an update, this run has 2"):
-        run(other, data, steps=STEPS, out=part, lr=LR, schedule="linear", resume=True)
+        run(other, data, steps=STEPS, out=part, lr=LR, schedule="linear", packing=False, resume=True)
 
 
 def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:

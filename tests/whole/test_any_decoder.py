@@ -35,7 +35,7 @@ from reference import (
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level_tokenizer
 from torch._subclasses import FakeTensorMode
-from traced import interpret, loss_and_gradients, random_batch, trace_decoder, trace_step
+from traced import interpret, loss_and_gradients, random_batch, samples_of, shared_batch, trace_decoder, trace_step
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
@@ -70,7 +70,9 @@ class Case:
         self.source = any_directory_source(folder)
         self.body = self.source.config.get("adapter_body", BODY)
         lora = LoraConfig(rank=RANK, alpha=ALPHA)
-        self.traced: Trace = _trace_any_decoder(self.source, BATCH, SEQ, lora, dtype, lambda *_: None)[0]
+        self.traced: Trace
+        self.traced, decoder = _trace_any_decoder(self.source, BATCH, SEQ, lora, dtype, lambda *_: None)
+        self.rows_apart = decoder.rows_apart
         self.weights = stored_weights(build_store(self.source, folder / "stores"))
         generator = torch.Generator().manual_seed(1)
         self.trained = {
@@ -95,7 +97,19 @@ class Case:
         model = adapted_by_peft(self.model.to(dtype), self.place)
         logits = model(input_ids=self.batch["input_ids"]).logits.float()
         self.logits = logits.detach()
-        loss = mean_loss(logits, self.batch["labels"])
+        return self.gradients(model, mean_loss(logits, self.batch["labels"]))
+
+    def theirs_apart(self) -> tuple[float, dict[str, torch.Tensor]]:
+        """The same with each sample of a row in a row of its own, whose length decides about frequencies (longrope)."""
+        model = adapted_by_peft(self.model.to(torch.float32), self.place)
+        made = []
+        for tokens, labels in samples_of(self.batch):
+            row = torch.nn.functional.pad(tokens, (0, SEQ - len(tokens)))
+            made.append((model(input_ids=row[None]).logits[0, : len(tokens)], labels))
+        logits, labels = (torch.cat(parts) for parts in zip(*made))
+        return self.gradients(model, mean_loss(logits, labels))
+
+    def gradients(self, model: Any, loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
         loss.backward()
         gradients = gradients_of(model)
         assert gradients.keys() == {adapter_key(name, self.body) for name in self.trained}
@@ -187,6 +201,20 @@ def test_logits_loss_gradients_and_adapter_are_those_of_transformers_and_peft(fa
     blocks = [layer.name for layer in case.traced.layers if layer.name.split("#")[0][-1].isdigit()]
     assert len(blocks) == case.source.config["num_hidden_layers"]
     assert case.forms() == FORMS.get(family, Forms())
+    check_rows(case, family)
+
+
+def check_rows(case: Case, family: str) -> None:
+    """Samples that share rows have the loss and the gradients of rows of their own, or the family says why they cannot."""
+    shared = any(tensor.name == "positions" for tensor in case.traced.tensors)
+    assert case.rows_apart == FORMS.get(family, Forms()).rows_apart
+    assert shared == (case.rows_apart is None)
+    if shared:
+        case.batch = shared_batch({"vocab_size": VOCABULARY}, BATCH, SEQ)
+        (loss, gradients), (own_loss, own) = case.theirs_apart(), case.ours()
+        assert own_loss == pytest.approx(loss, rel=1e-5)
+        wrong = {name: error(own[name], exact) for name, exact in gradients.items()}
+        assert {name: found for name, found in wrong.items() if found > 1e-4} == {}
 
 
 @pytest.mark.parametrize("family", HALVES)
@@ -226,7 +254,7 @@ def test_a_run_trains_and_saves_what_peft_loads(family: str, tmp_path: Path, cac
     made = profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=RANK, lora_alpha=ALPHA, dtype="float32")
     assert (made.model.kind, made.model.config["vocab_size"]) == ("decoder", 320)
     smallest = plan(made, ModelPlanner(made).minimum().peak_bytes)
-    report = run(smallest, data, steps=STEPS, out=tmp_path / "out", lr=LR, eval_data=data)
+    report = run(smallest, data, steps=STEPS, out=tmp_path / "out", lr=LR, eval_data=data, packing=False)
     assert report["peak_bytes"]["measured"] <= smallest.peak_bytes
 
     body = made.model.config.get("adapter_body", BODY)

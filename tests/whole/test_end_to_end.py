@@ -34,6 +34,7 @@ from reference import (
 )
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
+from traced import samples_of
 
 from examples.vision import residual_cnn, vision_transformer
 from tightfit.planner.model_planner import ModelPlanner
@@ -98,7 +99,9 @@ def losses_and_moments(
     """The same steps by transformers + peft + torch.optim.AdamW on the dequantised weights, on the very batches of the run."""
     model = peft_model(config, starting_weights(made, dtype), all_layers(RANK, 8.0), dtype)
     trained = trained_by_peft(model)
-    batches = training_batches(out, STEPS, BATCH, SEQ)
+    batches = training_batches(out, STEPS, BATCH, SEQ, packing=True)
+    samples = [samples_of(dict(zip(("input_ids", "labels", "positions"), batch))) for batch in batches]
+    assert any(sum(bool((labels >= 0).any()) for _, labels in made) > BATCH for made in samples)  # some share a row
     losses, optimizer = trained_by_adamw(trained.values(), partial(loss_of, model), batches, lr=LR)
     moments = {n: optimizer.state[p]["exp_avg"] for n, p in trained.items()}
     return losses, moments, {n: p.detach() for n, p in trained.items()}

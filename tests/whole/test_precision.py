@@ -54,7 +54,9 @@ def test_a_run_computes_with_the_values_that_the_file_means(case: str, tmp_path:
     data.write_text(
         "".join(json.dumps({"text": "The quick brown fox jumps over the lazy dog."}) + "\n" for _ in range(3))
     )
-    report = run(plan(made, ModelPlanner(made).minimum().peak_bytes), data, steps=2, out=tmp_path / "out")
+    report = run(
+        plan(made, ModelPlanner(made).minimum().peak_bytes), data, steps=2, out=tmp_path / "out", packing=False
+    )
     reference = peft_model(config, starting_weights(made), all_layers(RANK, 8.0), torch.float32)
     (inputs,) = training_batches(tmp_path / "out", 1, BATCH, SEQ)
     loss = loss_of(reference, *inputs)

@@ -1,4 +1,4 @@
-"""Rotary embedding and causal attention, in float32 whatever the inputs' type, and their gradients.
+"""Rotary embedding and causal attention inside each sample, in float32 whatever the inputs' type, and their gradients.
 
 A block of queries is multiplied with all the keys that it attends to at once. The matrices are as large as the cache
 allows, softmax needs no running maximum, and most keys that are in the future of every query of the block are left out.
@@ -8,12 +8,17 @@ this takes 1.9 and 4.3, and with MKL's products, which float32 tensors use, 3.3 
 of two: PyTorch's `exp` is MKL's, which took 4 times as long there as its `exp2`, and 19 times for masked scores. All
 copies and scores lie in a scratch tensor that the plan places.
 
-Shapes: n samples of T tokens, H query heads and K key heads of D columns each, H / K query heads to each key head.
+A row may hold several samples, one after the other. A block of queries is then multiplied with the keys from about the
+first that any of its samples has, and what lies before each sample is masked: rows of short samples take less than a row
+of one. A row of one sample is computed as if rows of several did not exist, to the bit.
+
+Shapes: n rows of T tokens, H query heads and K key heads of D columns each, H / K query heads to each key head.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,9 +28,9 @@ from tightfit.runtime.engine.cpu.products import blocks, onednn
 
 LOG2_E = math.log2(math.e)
 TOKENS = 256
-"""so many tokens are worked on together, in whole samples; at least one sample"""
+"""so many tokens are worked on together, in whole rows; at least one row"""
 QUERIES, LEAST_QUERIES = 128, 64
-"""tokens of each sample that make a block of queries; the smaller number where the larger makes more than `SCORES`
+"""tokens of each row that make a block of queries; the smaller number where the larger makes more than `SCORES`
 scores"""
 SCORES = 1 << 20
 """most float32 scores for which blocks have `QUERIES` tokens"""
@@ -33,8 +38,13 @@ SHARES, LEAST_KEYS = 4, 128
 """Keys are divided into at most `SHARES` shares of at least `LEAST_KEYS`, and a block of queries is multiplied with
 every share that has a key it may see. Shares keep the number of different products small: each costs some 0.3 MB of
 machine code."""
+FEW_KEYS = 2 * QUERIES
+"""of a row of several samples, the keys that a block of queries is multiplied with if that is enough and shares are larger:
+one more product"""
 TURNED_ELEMENTS = 1 << 17
 """float32 elements that are rotated at a time"""
+POSITIONS = {"tightfit.attention": 6, "tightfit.attention_backward": 9}
+"""operators -> the place of their argument `positions`"""
 
 
 def attention(
@@ -44,32 +54,35 @@ def attention(
     cos: Tensor,
     sin: Tensor,
     mask: Tensor | None,
+    positions: Tensor | None,
     heads: int,
     kv_heads: int,
     scale: float,
     *,
     out: Sequence[Tensor],
 ) -> None:
-    """Rotary embedding (half-split pairs) and causal attention.
+    """Rotary embedding (half-split pairs) and causal attention inside each sample.
 
-    q [n * T, H * D], k and v [n * T, K * D]; cos, sin float32 [T, D / 2]; mask float32 [T, T] is added to the scores
-    instead of the causal mask. out: y like q; float32 [n, H, T], the base-2 logarithms of the softmax's sums, which the
+    q [n * T, H * D], k and v [n * T, K * D]; cos, sin float32 [T, D / 2] by position; mask float32 [T, T] by places in a
+    row is added to the scores instead of the causal mask. positions int64 [n, T]: of each token in its sample, which
+    begins where it is 0; None: each row is one sample. out: y like q; float32 [n, H, T], the base-2 logarithms of the softmax's sums, which the
     backward needs; and scratch of the shape `attention_scratch`, an output only so that the plan places it. The
     backward rotates q and k again, so that the rotated ones need not be saved.
     """
     y, lse, scratch = out
-    for step in _steps(scratch, q, cos.shape[0], heads, kv_heads):
+    for step in _steps(scratch, q, (cos, sin), positions, heads, kv_heads):
         rows = step.tokens
-        keys, values = step.whole(k[rows], (cos, sin)), step.whole(v[rows])
+        keys, values = step.whole(k[rows], turned=True), step.whole(v[rows])
         queries, attended = step.block(), step.block()
         scores = step.scores()
         for part in step.parts():
-            own = step.copied(q[rows], queries, part, (cos, sin)).mul_(scale * LOG2_E)
-            made = step.scored(own, keys, scores, mask, part)
+            own = step.copied(q[rows], queries, part, turned=True).mul_(scale * LOG2_E)
+            seen = step.seen(part, mask)
+            made = step.scored(own, keys, scores, mask, part, seen)
             maximum = made.amax(-1, keepdim=True)
             total = made.sub_(maximum).exp2_().sum(-1, keepdim=True)
             result = step.of(attended, part)
-            torch.bmm(made, values[:, : made.shape[2]], out=result)
+            torch.bmm(made, values[:, seen], out=result)
             step.grouped(y[rows], part).copy_(step.apart(result.div_(total)))
             sums = step.sums(lse, part)
             sums.copy_(maximum.add_(total.log2_()).view_as(sums))
@@ -77,7 +90,7 @@ def attention(
 
 def attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
-    heads: int, kv_heads: int, scale: float, *, out: Sequence[Tensor],
+    positions: Tensor | None, heads: int, kv_heads: int, scale: float, *, out: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """Gradients of `attention`. dy and y are like q, lse is its second output.
 
@@ -85,78 +98,107 @@ def attention_backward(
     """
     dq, dk, dv, scratch = out
     seq = cos.shape[0]
-    for step in _steps(scratch, q, seq, heads, kv_heads):
+    for step in _steps(scratch, q, (cos, sin), positions, heads, kv_heads):
         rows = step.tokens
-        keys, values = step.whole(k[rows], (cos, sin)), step.whole(v[rows])
+        keys, values = step.whole(k[rows], turned=True), step.whole(v[rows])
         key_gradients, value_gradients = step.whole(), step.whole()
         buffers = [step.block() for _ in range(3)]
         first, second = step.scores(), step.scores()
         for part in step.parts():
-            own = step.copied(q[rows], buffers[0], part, (cos, sin)).mul_(scale * LOG2_E)
+            own = step.copied(q[rows], buffers[0], part, turned=True).mul_(scale * LOG2_E)
             upstream = step.copied(dy[rows], buffers[1], part)
             result = step.copied(y[rows], buffers[2], part)
             # Softmax's backward subtracts from each row its mean weighted by the attention, which is the sum of y * dy:
             # Dao et al. 2022, "FlashAttention".
             mean = result.mul_(upstream).sum(-1, keepdim=True)
-            made = step.scored(own, keys, first, mask, part)
+            seen = step.seen(part, mask)
+            made = step.scored(own, keys, first, mask, part, seen)
             made.sub_(step.sums(lse, part).reshape(mean.shape)).exp2_()
-            seen = made.shape[2]
-            value_gradients[:, :seen].baddbmm_(made.transpose(1, 2), upstream)
+            value_gradients[:, seen].baddbmm_(made.transpose(1, 2), upstream)
             weight = second[: made.numel()].view(made.shape)
-            torch.bmm(upstream, values[:, :seen].transpose(1, 2), out=weight)
+            torch.bmm(upstream, values[:, seen].transpose(1, 2), out=weight)
             weight.sub_(mean).mul_(made)
-            key_gradients[:, :seen].baddbmm_(weight.transpose(1, 2), own)
-            torch.bmm(weight, keys[:, :seen], out=result)
+            key_gradients[:, seen].baddbmm_(weight.transpose(1, 2), own)
+            torch.bmm(weight, keys[:, seen], out=result)
             turned = step.apart(result.mul_(scale))
-            _rotate(turned, cos[part], -sin[part])
+            step.turn(turned, part, back=True)
             step.grouped(dq[rows], part).copy_(turned)
         key_gradients.mul_(1 / LOG2_E)  # `own` has the factor LOG2_E, which belongs to exp2 and not to the scores
         every = slice(0, seq)
         for target, gradient, turns in ((dk, key_gradients, True), (dv, value_gradients, False)):
             wide = gradient.view(-1, kv_heads, 1, seq, gradient.shape[-1])
             if turns:
-                _rotate(wide, cos, -sin)
+                step.turn(wide, every, back=True)
             step.grouped(target[rows], every, kv_heads).copy_(wide)
 
 
 def attention_scratch(
     tokens: int, seq: int, heads: int, queries: int, keys: int, *, backward: bool = False
 ) -> tuple[int, int]:
-    """Shape of the scratch of `attention`, or of its backward: float32, a row for each sample that is worked on at a
-    time.
+    """Shape of the scratch of `attention`, or of its backward: float32, a row for each row of tokens that is worked on at
+    a time.
 
-    `tokens` are all rows of q, `seq` those of a sample; `queries` and `keys` are the columns of q and of k.
+    `tokens` are all rows of q, `seq` those of one row of tokens; `queries` and `keys` are the columns of q and of k.
     """
     part = _queries(seq, heads)
     whole, block, scores = (4, 3, 2) if backward else (2, 2, 1)
-    columns = whole * seq * keys + block * part * queries + scores * heads * part * seq
+    angles = seq * (queries // heads)
+    columns = angles + whole * seq * keys + block * part * queries + scores * heads * part * seq
     return min(tokens // seq, _together(seq)), columns
 
 
 def _together(seq: int) -> int:
-    """Samples worked on at a time; few, so that their float32 copies stay small."""
+    """Rows of tokens worked on at a time; few, so that their float32 copies stay small."""
     return max(1, TOKENS // seq)
 
 
 def _queries(seq: int, heads: int) -> int:
-    """Tokens of each sample that make a block of queries."""
+    """Tokens of each row that make a block of queries."""
     fits = QUERIES * heads * seq * _together(seq) <= SCORES
     return min(seq, QUERIES if fits else LEAST_QUERIES)
 
 
-def _steps(scratch: Tensor, q: Tensor, seq: int, heads: int, kv_heads: int) -> Iterator[_Step]:
-    """Go through the samples, a few at a time; where q is bfloat16, with oneDNN's products if they are faster
+def _steps(
+    scratch: Tensor,
+    q: Tensor,
+    tables: tuple[Tensor, Tensor],
+    positions: Tensor | None,
+    heads: int,
+    kv_heads: int,
+) -> Iterator[_Step]:
+    """Go through the rows of tokens, a few at a time; where q is bfloat16, with oneDNN's products if they are faster
     (`onednn`).
     """
+    seq = tables[0].shape[0]
+    count = q.shape[0] // seq
+    begins: list[list[int]] = [[] for _ in range(count)]
+    if positions is not None:
+        positions = positions.view(count, seq)
+        for row, place in (positions == 0).nonzero().tolist():
+            begins[row].append(place)
     with onednn(q.dtype):
-        for samples in blocks(q.shape[0] // seq, _together(seq)):
-            yield _Step(scratch, samples, seq, heads, kv_heads, q.shape[1] // heads)
+        for rows in blocks(count, _together(seq)):
+            several = positions is not None and any(len(begun) > 1 for begun in begins[rows])
+            own = begins[rows] if several else []
+            yield _Step(scratch, rows, tables, positions, own, heads, kv_heads, q.shape[1] // heads)
 
 
 class _Step:
-    """The samples of one pass: copies their tensors into the scratch, grouped by head."""
+    """The rows of tokens of one pass: copies their tensors into the scratch, grouped by head."""
 
-    def __init__(self, scratch: Tensor, samples: slice, seq: int, heads: int, kv_heads: int, width: int) -> None:
+    def __init__(
+        self,
+        scratch: Tensor,
+        samples: slice,
+        tables: tuple[Tensor, Tensor],
+        positions: Tensor | None,
+        begins: list[list[int]],
+        heads: int,
+        kv_heads: int,
+        width: int,
+    ) -> None:
+        """`begins`: of each row the places at which its samples begin; empty if every row is one sample."""
+        seq = tables[0].shape[0]
         self.rest = scratch.view(-1)
         self.samples = samples
         self.tokens = slice(samples.start * seq, samples.stop * seq)
@@ -164,28 +206,36 @@ class _Step:
         self.heads, self.kv_heads = heads, kv_heads
         self.rows = _queries(seq, heads)
         self.future = torch.full((self.rows, self.rows), -math.inf).triu_(1)
+        self.begins = begins
+        self.tables = tables
+        """of each token, or of those of each row where rows hold several samples: [n, 1, 1, T, D / 2]"""
+        if begins and positions is not None:
+            flat, half = positions[samples].reshape(-1), tables[0].shape[1]
+            rooms = [self._room(flat.numel() * half).view(-1, half) for _ in tables]
+            for table, room in zip(tables, rooms):
+                torch.index_select(table, 0, flat, out=room)
+            cos, sin = (room.view(self.count, 1, 1, seq, half) for room in rooms)
+            self.tables = cos, sin
 
     def parts(self) -> Iterator[slice]:
-        """The ranges of tokens, the same in each sample, that make the blocks of queries."""
+        """The ranges of tokens, the same in each row, that make the blocks of queries."""
         return blocks(self.seq, self.rows)
 
     def _room(self, elements: int) -> Tensor:
         own, self.rest = self.rest[:elements], self.rest[elements:]
         return own
 
-    def whole(self, x: Tensor | None = None, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """A float32 copy [n * K, T, D] of keys or values [n * T, K * D]; zeros if `x` is None.
-
-        Rotated if `tables` (cos, sin) are given.
-        """
+    def whole(self, x: Tensor | None = None, *, turned: bool = False) -> Tensor:
+        """A float32 copy [n * K, T, D] of keys or values [n * T, K * D], rotated if `turned`; zeros if `x` is None."""
         shape = self.count * self.kv_heads, self.seq, self.width
         own = self._room(math.prod(shape)).view(shape)
         if x is None:
             return own.zero_()
         wide = own.view(self.count, self.kv_heads, 1, self.seq, self.width)
-        wide.copy_(self.grouped(x, slice(0, self.seq), self.kv_heads))
-        if tables is not None:
-            _rotate(wide, *tables)
+        every = slice(0, self.seq)
+        wide.copy_(self.grouped(x, every, self.kv_heads))
+        if turned:
+            self.turn(wide, every)
         return own
 
     def block(self) -> Tensor:
@@ -207,16 +257,18 @@ class _Step:
         group = self.heads // self.kv_heads
         return x.view(self.count, self.kv_heads, group, x.shape[1] // group, self.width)
 
-    def copied(self, x: Tensor, room: Tensor, part: slice, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Copy the tokens `part` of `x` [n * T, H * D] into `room`, as float32 [n * K, H / K * part, D].
-
-        Rotated if `tables` (cos, sin) are given.
-        """
+    def copied(self, x: Tensor, room: Tensor, part: slice, *, turned: bool = False) -> Tensor:
+        """Copy the tokens `part` of `x` [n * T, H * D] into `room`, as float32 [n * K, H / K * part, D], rotated if `turned`."""
         own = self.of(room, part)
         wide = self.apart(own).copy_(self.grouped(x, part))
-        if tables is not None:
-            _rotate(wide, tables[0][part], tables[1][part])
+        if turned:
+            self.turn(wide, part)
         return own
+
+    def turn(self, x: Tensor, part: slice, *, back: bool = False) -> None:
+        """Rotate the tokens `part`, float32 [n, K, H / K, part, D], by the angles of their positions, in place."""
+        cos, sin = (table[..., part, :] for table in self.tables)
+        _rotate(x, cos, -sin if back else sin)
 
     def grouped(self, x: Tensor, part: slice, heads: int | None = None) -> Tensor:
         """View the tokens `part` of `x` [n * T, heads * D] as [n, K, heads / K, part, D]."""
@@ -228,33 +280,58 @@ class _Step:
         grouped = lse[self.samples].view(self.count, self.kv_heads, self.heads // self.kv_heads, self.seq)
         return grouped[..., part]
 
-    def scored(self, queries: Tensor, keys: Tensor, room: Tensor, mask: Tensor | None, part: slice) -> Tensor:
-        """Compute masked scores [n * K, H / K * part, seen] into `room`.
+    def seen(self, part: slice, mask: Tensor | None) -> slice:
+        """The keys that a block of queries is multiplied with.
 
-        With the causal mask only the shares of keys are multiplied that the block may see (`SHARES`): `seen` keys.
+        Of rows that are one sample each: with the causal mask the shares that the block may see (`SHARES`), else all.
         """
         step = max(LEAST_KEYS, -(-self.seq // SHARES)) if mask is None else self.seq
-        seen = min(self.seq, -(-part.stop // step) * step)
-        shape = *queries.shape[:2], seen
+        if not self.begins:
+            return slice(0, min(self.seq, -(-part.stop // step) * step))
+        earliest = min(begun[max(0, bisect_right(begun, part.start) - 1)] for begun in self.begins)
+        needed = part.stop - earliest
+        count = FEW_KEYS if needed <= FEW_KEYS < step else min(self.seq, -(-needed // step) * step)
+        low = max(0, part.stop - count)
+        return slice(low, low + count)
+
+    def scored(
+        self, queries: Tensor, keys: Tensor, room: Tensor, mask: Tensor | None, part: slice, seen: slice
+    ) -> Tensor:
+        """Compute masked scores [n * K, H / K * part, seen] of the keys `seen` into `room`."""
+        shape = *queries.shape[:2], seen.stop - seen.start
         scores = room[: math.prod(shape)].view(shape)
-        torch.bmm(queries, keys[:, :seen].transpose(1, 2), out=scores)
+        torch.bmm(queries, keys[:, seen].transpose(1, 2), out=scores)
         count = part.stop - part.start
-        heads = scores.view(-1, count, seen)
+        heads = scores.view(-1, count, shape[2])
         if mask is None:
-            heads[:, :, part].add_(self.future[:count, :count])
-            heads[:, :, part.stop :].fill_(-math.inf)
+            here = slice(part.start - seen.start, part.stop - seen.start)
+            heads[:, :, here].add_(self.future[:count, :count])
+            heads[:, :, here.stop :].fill_(-math.inf)
         else:
-            heads.add_(mask[part], alpha=LOG2_E)
+            heads.add_(mask[part, seen], alpha=LOG2_E)
+        self._hide_others(heads.view(self.count, -1, count, shape[2]), part, seen.start)
         return scores
+
+    def _hide_others(self, scores: Tensor, part: slice, first: int) -> None:
+        """Mask the scores [n, H, part, seen] of keys, from key `first` on, that lie before the sample of a query."""
+        for row, begun in zip(scores, self.begins):
+            for number in range(max(0, bisect_right(begun, part.start) - 1), len(begun)):
+                begin, end = begun[number], begun[number + 1] if number + 1 < len(begun) else self.seq
+                if begin >= part.stop:
+                    break
+                if begin > first:
+                    row[:, max(begin - part.start, 0) : end - part.start, : begin - first].fill_(-math.inf)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn the half-split pairs of float32 [n, K, H / K, t, D] by the tables' angles [t, D / 2], in place."""
-    half = cos.shape[1]
+    """Turn the half-split pairs of float32 [n, K, H / K, t, D] by the tables' angles [t, D / 2] or [n, 1, 1, t, D / 2], in
+    place.
+    """
+    half = cos.shape[-1]
     step = max(1, TURNED_ELEMENTS // max(1, x[..., :1, :].numel()))
     for rows in blocks(x.shape[3], step):
         first, second = x[..., rows, :half], x[..., rows, half:]
-        c, s = cos[rows], sin[rows]
+        c, s = cos[..., rows, :], sin[..., rows, :]
         before = first.clone()
         first.mul_(c).addcmul_(second, s, value=-1.0)
         second.mul_(c).addcmul_(before, s)

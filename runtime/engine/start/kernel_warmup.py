@@ -116,7 +116,7 @@ def _forward(size: int, dtype: torch.dtype) -> None:
     OPERATORS["tightfit.rms_norm"](x, torch.ones(size), 1e-5, False, out=(y, torch.empty(size, 1)))
     heads, turn, sums = size // 64, torch.ones(64, 32), torch.empty(size // 64, size // 64, 64)
     scratch = torch.empty(attention_scratch(size, 64, heads, size, size))
-    OPERATORS["tightfit.attention"](x, x, x, turn, turn, None, heads, heads, 0.125, out=(y, sums, scratch))
+    OPERATORS["tightfit.attention"](x, x, x, turn, turn, None, None, heads, heads, 0.125, out=(y, sums, scratch))
     OPERATORS["tightfit.gated"](x, w, "silu", out=(y,))
     aten.add.out(x, w, out=y)
     aten.mul.Scalar(x, 2.0)
@@ -138,7 +138,7 @@ def _backward(size: int, dtype: torch.dtype) -> None:
     heads, turn, sums = size // 64, torch.ones(64, 32), torch.zeros(size // 64, size // 64, 64)
     scratch = torch.empty(attention_scratch(size, 64, heads, size, size, backward=True))
     OPERATORS["tightfit.attention_backward"](
-        x, x, x, x, x, sums, turn, turn, None, heads, heads, 0.125, out=(y2, y2, y2, scratch)
+        x, x, x, x, x, sums, turn, turn, None, None, heads, heads, 0.125, out=(y2, y2, y2, scratch)
     )
     OPERATORS["tightfit.gated_backward"](x, x, w, "silu", out=(y2, torch.empty_like(x)))
     _head(x, w, gradient=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.engine.training.packing import SharedRows
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class TrainingBatches(Protocol):
     """A source of training batches."""
 
     fingerprint: str
+    samples: int | None
+    """samples in the latest training batch; None if that is unknown"""
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> int | None:
         """Fill `inputs` with the batch of training step `step`, counted from 0.
@@ -62,16 +65,27 @@ class Batches(TrainingBatches, Protocol):
 class TokenBatches:
     """Batches from a record file of `tightfit.runtime.engine.training.records`.
 
-    `inputs` are input_ids and labels, int64 [batch, seq].
+    `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [batch, seq]. With `packing` they do in
+    training (`tightfit.runtime.engine.training.packing`); otherwise each sample has a row of its own.
     """
 
-    def __init__(self, path: str, seed: int) -> None:
+    def __init__(self, path: str, seed: int, *, packing: bool = False) -> None:
         self._records = RecordFile.open(path)
         self._seed = seed
+        self._packing = packing
+        self._rows: SharedRows | None = None
         self.fingerprint = self._records.fingerprint
+        self.samples: int | None = None
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> int:
-        return sum(record.length for record in self._records.training_batch(step, self._seed, inputs[0], inputs[1]))
+        if self._packing:
+            if self._rows is None:
+                self._rows = SharedRows(self._records, batch=inputs[0].shape[0], seed=self._seed)
+            found = self._records.fill_rows(self._rows.step(step), *inputs)
+        else:
+            found = self._records.training_batch(step, self._seed, *inputs)
+        self.samples = len(found)
+        return sum(record.length for record in found)
 
     def epoch_steps(self, batch: int) -> float:
         return len(self._records) / batch
@@ -80,7 +94,7 @@ class TokenBatches:
         return -(-len(self._records) // inputs[0].shape[0])
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
-        return self._records.evaluation_batch(number, inputs[0], inputs[1])
+        return self._records.evaluation_batch(number, *inputs)
 
     def close(self) -> None:
         self._records.close()
@@ -88,6 +102,8 @@ class TokenBatches:
 
 class TensorBatches:
     """Batches from a batch file; training takes them in file order and starts again after the last."""
+
+    samples = None
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -144,6 +160,7 @@ class ReceivedBatches:
 
     fingerprint = ""
     """the device's data have one, which it tells (`Stage.data`)"""
+    samples = None
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -155,14 +172,16 @@ class ReceivedBatches:
         """Nothing is open."""
 
 
-def open_batches(path: str, seed: int) -> Batches:
-    """Open a record file or a batch file; `seed` shuffles records. Raises InputError if it is neither."""
+def open_batches(path: str, seed: int, *, packing: bool = False) -> Batches:
+    """Open a record file or a batch file; `seed` shuffles records, and with `packing` they share rows in training. Raises
+    InputError if it is neither.
+    """
     try:
         with open(path, "rb") as file:
             tensors = FORMAT.encode() in file.read(256)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; prepare the data again") from error
-    return TensorBatches(path) if tensors else TokenBatches(path, seed)
+    return TensorBatches(path) if tensors else TokenBatches(path, seed, packing=packing)
 
 
 def write_batches(path: str, batches: Iterable[Sequence[Tensor]]) -> str:

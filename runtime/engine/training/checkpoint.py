@@ -27,6 +27,8 @@ VERSION = 1
 OPERATORS = "operators"
 """key of the condition that holds the version of tightfit's operators: another version may round differently, so that
 results differ in their last bits even for equal shapes"""
+PACKING = "samples share rows"
+"""key of the condition that holds whether they do"""
 UNSAID_OPERATORS = 6
 """the operators' version of checkpoints that state none: the last one before it was recorded"""
 
@@ -76,6 +78,8 @@ def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this r
 def _difference(key: str, was: Any, now: Any) -> str:
     if key == OPERATORS:
         return f"by another version of tightfit's operators ({was}, this one has {now}), which may round otherwise"
+    if key == PACKING:
+        return f"with{'' if was else 'out'} samples that share rows (--{'' if was else 'no-'}packing)"
     if key == "graph":  # a hash
         return "by another version of tightfit or for another model: the operators of its steps differ"
     if key == "weights":  # hashes

@@ -263,6 +263,8 @@ class _Run:
         told |= {"resident_bytes": memory().resident, "peak_bytes": peak}
         if training.tokens is not None:
             told["tokens"] = training.tokens
+        if training.samples is not None:
+            told["samples"] = training.samples
         if training.grad_norm is not None:
             told |= {"grad_norm": training.grad_norm, "update_seconds": training.update_seconds}
             self.peaks["update"] = peak

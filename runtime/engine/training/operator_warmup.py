@@ -8,11 +8,18 @@ step needs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.cpu.attention import POSITIONS
 from tightfit.runtime.engine.device.device import ALIGNMENT, Device
 from tightfit.runtime.engine.start.process import apart, trim_heap
 from tightfit.runtime.engine.training.executor import BoundOperator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_LASTING = 320 << 10
 """bytes: heap blocks that oneDNN keeps with a kernel are smaller (the largest has 252 KiB), most buffers of operators
@@ -60,6 +67,8 @@ def _run(operator: BoundOperator, device: Device) -> None:
     ]
     try:
         operator.call(outputs)
+        if operator.name in POSITIONS:
+            _attend_in_long_rows(operator, outputs, device)
     except (RuntimeError, TypeError) as error:
         if "alloc" in str(error):  # torch has no MemoryError
             raise
@@ -67,6 +76,17 @@ def _run(operator: BoundOperator, device: Device) -> None:
         raise InputError(
             f"operator {operator.name} is not supported ({first}); use other layers in the model"
         ) from error
+
+
+def _attend_in_long_rows(operator: BoundOperator, outputs: list[Tensor | None], device: Device) -> None:
+    """Run attention on rows of one sample too. As positions, zeros are rows of samples of one token, whose products are the
+    smallest.
+    """
+    arguments = operator.reads[0][0]
+    positions = arguments[POSITIONS[operator.name]]
+    if positions is not None:
+        positions.copy_(torch.arange(positions.shape[-1]))
+        device.kernels.fused[operator.name](*arguments, out=outputs)
 
 
 def _elements(size: Sequence[int], stride: Sequence[int]) -> int:

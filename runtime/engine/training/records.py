@@ -1,25 +1,27 @@
-"""Record files: tokenised samples of one fixed shape, which the training process reads one by one.
+"""Record files: tokenised samples without padding, which the training process reads one by one.
 
 Layout, little-endian::
 
-    [0, 4096)                 one JSON object padded with spaces, last byte a newline (`HEADER_BYTES`)
-    4096 + i * record_bytes   record i: 5 + 2 * seq int32 words
+    [0, 4096)          one JSON object padded with spaces, last byte a newline (`HEADER_BYTES`)
+    then               the records, one after the other: 5 + 2 * length int32 words each
+    `index` ..         count + 1 uint64: where each record begins, and where the last one ends
 
     word 0             example: index of the sample in the source data (the choices of one question share it)
     word 1             choice: 0, 1, ... for the candidate answers of a question, -1 for a plain sample
     word 2             answer: 1 where this choice is the right one, else 0
-    word 3             length: input positions before padding
+    word 3             length: input positions, at most `seq`
     word 4             crc32 of words 0-3 and of the two blocks below
-    words 5 ..         input_ids [seq], right-padded with `pad_token`
-    words 5 + seq ..   labels [seq]: the token that position t must predict, -100 where nothing is asked
+    words 5 ..         input_ids [length]
+    then               labels [length]: the token that position t must predict, -100 where nothing is asked
 
 Header keys: `format` ("tightfit-records"), `version`, `seq`, `count` (records), `examples`, `pad_token`, `vocab_size`
-(every token is below it), `tokens` (input positions before padding, summed), `labelled` (positions with a label,
-summed), `fingerprint` (sha256 of all records) and `source` (what the data was made from, in words).
+(every token is below it), `tokens` (input positions, summed), `labelled` (positions with a label, summed), `index` (its
+offset in bytes), `fingerprint` (sha256 of all records) and `source` (what the data was made from, in words).
 
 Training order needs no state: sample number ``step * batch + i`` falls in epoch ``n // count`` at place ``n % count``,
 and a keyed permutation (`shuffled`) maps the place to a record in constant memory. A run that resumes at step N
-therefore sees exactly what it would have seen.
+therefore sees exactly what it would have seen. Where samples share rows, `tightfit.runtime.engine.training.packing` says
+which samples a step has.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -42,9 +45,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "tightfit-records"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 4096
 PREFIX_WORDS = 5
+PLACE_BYTES = 8
+"""of the index, for each record"""
 IGNORED = -100
 SOURCE_CHARACTERS = 256
 """kept of `source`; JSON may escape a character with twelve bytes, and the header has room for so many"""
@@ -52,7 +57,7 @@ SOURCE_CHARACTERS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRecord:
-    """One sample. `input_ids` and `labels` are int32 [seq]."""
+    """One sample. `input_ids` and `labels` are int32 [length]."""
 
     example: int
     choice: int
@@ -85,7 +90,7 @@ def shuffled(place: int, count: int, seed: int, epoch: int) -> int:
 
 
 class RecordFile:
-    """Reader of a record file: one `pread` per record, nothing kept in memory."""
+    """Reader of a record file: two `pread`s per record, nothing kept in memory."""
 
     def __init__(self, path: Path, header: dict[str, Any], descriptor: int) -> None:
         self.path = path
@@ -98,9 +103,9 @@ class RecordFile:
         self.tokens: int = header["tokens"]
         self.labelled: int = header["labelled"]
         self.fingerprint: str = header["fingerprint"]
-        self.record_bytes = 4 * (PREFIX_WORDS + 2 * self.seq)
+        self._index: int = header["index"]
         self._descriptor = descriptor
-        self._buffer = bytearray(self.record_bytes)
+        self._buffer = bytearray(4 * (PREFIX_WORDS + 2 * self.seq))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RecordFile:
@@ -112,7 +117,7 @@ class RecordFile:
             raise InputError(f"{path}: {error.strerror}; prepare the data again") from error
         try:
             header = _header(path, os.pread(descriptor, HEADER_BYTES, 0))
-            expected = HEADER_BYTES + header["count"] * 4 * (PREFIX_WORDS + 2 * header["seq"])
+            expected = header["index"] + PLACE_BYTES * (header["count"] + 1)
             found = os.fstat(descriptor).st_size
             if found != expected:
                 raise InputError(
@@ -146,64 +151,112 @@ class RecordFile:
         """Record `index`. Its tensors are views of one buffer that the next `read` overwrites."""
         import torch
 
-        if not 0 <= index < self.count:
-            raise ValueError(f"record {index} is outside [0, {self.count})")
-        read = os.preadv(self._descriptor, [self._buffer], HEADER_BYTES + index * self.record_bytes)
-        example, choice, answer, length, checksum = struct.unpack_from("<iiiiI", self._buffer)
-        if read != self.record_bytes or checksum != _checksum(self._buffer):
-            raise InputError(f"{self.path}: record {index} is damaged (checksum differs); prepare the data again")
+        begin, size = self._place(index)
+        record = memoryview(self._buffer)[:size]
+        read = os.preadv(self._descriptor, [record], begin)
+        example, choice, answer, length, checksum = struct.unpack_from("<iiiiI", record)
+        if read != size or size != _bytes(length) or checksum != _checksum(record):
+            raise self._damaged(index)
         words = torch.frombuffer(self._buffer, dtype=torch.int32)[PREFIX_WORDS:]
         return TokenRecord(
             example=example,
             choice=choice,
             answer=bool(answer),
             length=length,
-            input_ids=words[: self.seq],
-            labels=words[self.seq :],
+            input_ids=words[:length],
+            labels=words[length : 2 * length],
         )
+
+    def length(self, index: int) -> int:
+        """Input positions of record `index`, found without reading it."""
+        return (self._place(index)[1] // 4 - PREFIX_WORDS) // 2
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Where record `index` begins, and its bytes."""
+        if not 0 <= index < self.count:
+            raise ValueError(f"record {index} is outside [0, {self.count})")
+        places = os.pread(self._descriptor, 2 * PLACE_BYTES, self._index + PLACE_BYTES * index)
+        if len(places) != 2 * PLACE_BYTES:
+            raise self._damaged(index)
+        begin, end = struct.unpack("<QQ", places)
+        if not HEADER_BYTES <= begin < end <= self._index or not _bytes(0) <= end - begin <= len(self._buffer):
+            raise self._damaged(index)
+        return begin, end - begin
+
+    def _damaged(self, index: int) -> InputError:
+        return InputError(f"{self.path}: record {index} is damaged (checksum differs); prepare the data again")
 
     def index(self, step: int, row: int, batch: int, seed: int) -> int:
         """The record that stands in `row` of the batch of training step `step` (from 0)."""
         epoch, place = divmod(step * batch + row, self.count)
         return shuffled(place, self.count, seed, epoch)
 
-    def fill(self, indices: Sequence[int], input_ids: Tensor, labels: Tensor) -> list[TokenRecord]:
-        """Write records into `input_ids` and `labels` (integer [batch, seq]); rows beyond `indices` are all padding.
+    def fill(
+        self, indices: Sequence[int], input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
+    ) -> list[TokenRecord]:
+        """Write records into `input_ids` and `labels` (integer [batch, seq]), one a row, from its beginning; rows beyond
+        `indices` are all padding. `positions`, of the same shape, is counted from 0 in each row.
 
-        The returned records carry the prefix words only; their tensors are rows of the two arguments.
+        The returned records carry the prefix words only; their tensors are in rows of the two arguments.
         """
         if len(indices) > input_ids.shape[0] or input_ids.shape[1] != self.seq:
             raise ValueError(
                 f"{len(indices)} records of length {self.seq} do not fit a batch of shape {list(input_ids.shape)}"
             )
+        self._clear(input_ids, labels, positions)
+        return [self._put(index, row, 0, input_ids, labels) for row, index in enumerate(indices)]
+
+    def fill_rows(
+        self, rows: Sequence[Sequence[int]], input_ids: Tensor, labels: Tensor, positions: Tensor
+    ) -> list[TokenRecord]:
+        """The same with several records a row, one after the other: `rows` has the indices of each.
+
+        `positions` is counted from 0 in each record, and in the padding behind them.
+        """
+        import torch
+
+        self._clear(input_ids, labels, positions)
         records = []
-        for row, index in enumerate(indices):
-            record = self.read(index)
-            input_ids[row].copy_(record.input_ids)
-            labels[row].copy_(record.labels)
-            records.append(
-                TokenRecord(
-                    example=record.example,
-                    choice=record.choice,
-                    answer=record.answer,
-                    length=record.length,
-                    input_ids=input_ids[row],
-                    labels=labels[row],
-                )
-            )
-        input_ids[len(indices) :].fill_(self.pad_token)
-        labels[len(indices) :].fill_(IGNORED)
+        for row, indices in enumerate(rows):
+            end = 0
+            for index in indices:
+                record = self._put(index, row, end, input_ids, labels)
+                torch.arange(record.length, out=positions[row, end : end + record.length])
+                records.append(record)
+                end += record.length
+            torch.arange(self.seq - end, out=positions[row, end:])
         return records
 
-    def training_batch(self, step: int, seed: int, input_ids: Tensor, labels: Tensor) -> list[TokenRecord]:
+    def _clear(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None) -> None:
+        """Make all of a batch padding."""
+        import torch
+
+        input_ids.fill_(self.pad_token)
+        labels.fill_(IGNORED)
+        if positions is not None:
+            positions.copy_(torch.arange(self.seq))
+
+    def _put(self, index: int, row: int, begin: int, input_ids: Tensor, labels: Tensor) -> TokenRecord:
+        record = self.read(index)
+        place = slice(begin, begin + record.length)
+        input_ids[row, place].copy_(record.input_ids)
+        labels[row, place].copy_(record.labels)
+        return replace(record, input_ids=input_ids[row, place], labels=labels[row, place])
+
+    def training_batch(
+        self, step: int, seed: int, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
+    ) -> list[TokenRecord]:
         """Fill the batch of training step `step` (from 0): the same for every process that asks with the same seed."""
         batch = input_ids.shape[0]
-        return self.fill([self.index(step, row, batch, seed) for row in range(batch)], input_ids, labels)
+        return self.fill([self.index(step, row, batch, seed) for row in range(batch)], input_ids, labels, positions)
 
-    def evaluation_batch(self, number: int, input_ids: Tensor, labels: Tensor) -> list[TokenRecord]:
+    def evaluation_batch(
+        self, number: int, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
+    ) -> list[TokenRecord]:
         """Fill batch `number` (from 0) in file order; the last one may hold fewer records than rows."""
         batch = input_ids.shape[0]
-        return self.fill(range(number * batch, min((number + 1) * batch, self.count)), input_ids, labels)
+        indices = range(number * batch, min((number + 1) * batch, self.count))
+        return self.fill(indices, input_ids, labels, positions)
 
 
 class RecordWriter:
@@ -220,9 +273,13 @@ class RecordWriter:
         self._tokens = 0
         self._labelled = 0
         self._digest = hashlib.sha256()
+        self._end = HEADER_BYTES
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        places = self.path.with_name(f".{self.path.name}.index.{os.getpid()}")
         try:
             self._file = self._temporary.open("wb")
+            self._places = places.open("w+b")  # on disk meanwhile: it grows with the data
+            places.unlink()
         except OSError as error:
             raise self._refused(error) from error
         self._file.write(b" " * HEADER_BYTES)
@@ -234,21 +291,12 @@ class RecordWriter:
         length = len(input_ids)
         if length != len(labels) or length > self.seq:
             raise ValueError(f"{length} tokens and {len(labels)} labels do not fit a record of {self.seq}")
-        padding = self.seq - length
-        words = [
-            example,
-            choice,
-            int(answer),
-            length,
-            0,
-            *input_ids,
-            *[self.pad_token] * padding,
-            *labels,
-            *[IGNORED] * padding,
-        ]
+        words = [example, choice, int(answer), length, 0, *input_ids, *labels]
         data = bytearray(struct.pack(f"<{len(words)}i", *words))
         struct.pack_into("<I", data, 16, _checksum(data))
         self._file.write(data)
+        self._places.write(struct.pack("<Q", self._end))
+        self._end += len(data)
         self._digest.update(data)
         self._examples = max(self._examples, example + 1)
         self._tokens += length
@@ -256,6 +304,10 @@ class RecordWriter:
         self.count += 1
 
     def finish(self) -> Path:
+        self._places.write(struct.pack("<Q", self._end))
+        self._places.seek(0)
+        shutil.copyfileobj(self._places, self._file)
+        self._places.close()
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -266,6 +318,7 @@ class RecordWriter:
             "vocab_size": self.vocab_size,
             "tokens": self._tokens,
             "labelled": self._labelled,
+            "index": self._end,
             "fingerprint": self._digest.hexdigest(),
             "source": self.source[:SOURCE_CHARACTERS],
         }
@@ -280,6 +333,8 @@ class RecordWriter:
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # the buffered rest finds no space on a full disk either
             self._file.close()
+        with contextlib.suppress(OSError):
+            self._places.close()
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -303,7 +358,12 @@ class RecordWriter:
         return RunError(f"{self.path}: {error.strerror}; free some space and start again")
 
 
-def _checksum(data: bytearray) -> int:
+def _bytes(length: int) -> int:
+    """Bytes of a record of `length` positions."""
+    return 4 * (PREFIX_WORDS + 2 * length)
+
+
+def _checksum(data: bytearray | memoryview) -> int:
     view = memoryview(data)
     return zlib.crc32(view[20:], zlib.crc32(view[:16]))
 

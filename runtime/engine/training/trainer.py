@@ -118,6 +118,8 @@ class Training:
         self.batches: TrainingBatches = self._batches(header["requests"])
         self.tokens: int | None = None
         """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
+        self.samples: int | None = None
+        """samples in it; None if unknown"""
         self.grad_norm: float | None = None
         """of the update that the latest step made, before it was clipped; None: it made none, or gradients are not clipped"""
         self.update_seconds = 0.0
@@ -136,7 +138,7 @@ class Training:
         if self.header["data"] is None:
             assert self.stage
             return ReceivedBatches(self.stage)
-        return open_batches(self.header["data"], self.header["seed"])
+        return open_batches(self.header["data"], self.header["seed"], packing=self.header.get("packing", False))
 
     def _in_pipeline(self, seat: Seat, stopping: Callable[[], bool]) -> Stage:
         """Meet the other members of a pipeline."""
@@ -223,6 +225,7 @@ class Training:
 
     def _train(self, number: int) -> float:
         self.tokens = self.batches.training(number - 1, self.inputs)
+        self.samples = self.batches.samples
         self._deliver()
 
         def seed() -> None:

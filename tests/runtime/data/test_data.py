@@ -65,10 +65,12 @@ def made(data: str, vocabulary: Vocabulary | None, tmp_path: Path, *, seq: int =
 
 
 def record(file: RecordFile, index: int) -> tuple[list[int], list[int]]:
-    found = file.read(index)
-    assert found.input_ids[found.length :].tolist() == [file.pad_token] * (file.seq - found.length)
-    assert found.labels[found.length :].tolist() == [IGNORED] * (file.seq - found.length)
-    return found.input_ids[: found.length].tolist(), found.labels[: found.length].tolist()
+    ids, labels = (torch.zeros(1, file.seq, dtype=torch.int64) for _ in range(2))
+    (found,) = file.fill([index], ids, labels)
+    assert found.length == file.length(index)
+    assert ids[0, found.length :].tolist() == [file.pad_token] * (file.seq - found.length)
+    assert labels[0, found.length :].tolist() == [IGNORED] * (file.seq - found.length)
+    return found.input_ids.tolist(), found.labels.tolist()
 
 
 def answered(labels: list[int], vocabulary: Vocabulary) -> str:
@@ -205,7 +207,9 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
         writer.add([1, 2], [2, 3], example=0)
         writer.add([1, 2], [2, 3], example=1)
     data = path.read_bytes()
-    for bit in (0, 17, len(data) - HEADER_BYTES - 1):
+    with RecordFile.open(path) as file:
+        end = file.header["index"]
+    for bit in (0, 17, end - HEADER_BYTES - 1):
         broken = bytearray(data)
         broken[HEADER_BYTES + bit] ^= 1
         path.write_bytes(broken)
@@ -223,15 +227,15 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with RecordFile.open(path) as file:
         file.read(0)
-        os.truncate(path, HEADER_BYTES + file.record_bytes)
+        os.truncate(path, HEADER_BYTES + (file.header["index"] - HEADER_BYTES) // 2)
         with pytest.raises(InputError, match="record 1 is damaged"):
             file.read(1)
     for head in (b"", b"{}", b"[1]", b"\xff"):
         path.write_bytes(head + data[5:])
         with pytest.raises(InputError, match="not a record file"):
             RecordFile.open(path)
-    path.write_bytes(data.replace(b'"version": 1', b'"version": 9'))
-    with pytest.raises(InputError, match="record file of version 9, this tightfit reads version 1"):
+    path.write_bytes(data.replace(b'"version": 2', b'"version": 9'))
+    with pytest.raises(InputError, match="record file of version 9, this tightfit reads version 2"):
         RecordFile.open(path)
     path.unlink()
     with pytest.raises(InputError, match=r"x\.records: No such file or directory") as caught:

@@ -65,6 +65,7 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
         step=lambda number: loss,
         tokens=None,
         grad_norm=None,
+        samples=None,
         executor=SimpleNamespace(seconds={}),
         meter=SimpleNamespace(check_peak=lambda: 1),
         rate=0.5,
@@ -83,6 +84,7 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
             step=lambda number: 1.5,
             tokens=tokens,
             grad_norm=None,
+            samples=None if tokens is None else 3,
             executor=SimpleNamespace(seconds={}),
             meter=SimpleNamespace(check_peak=lambda: 1),
             rate_of=lambda _: 0.5,
@@ -94,6 +96,7 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
         return told[0]
 
     assert told_of(78)["tokens"] == 78
+    assert told_of(78)["samples"] == 3
     assert "tokens" not in told_of(None)
 
 

@@ -224,10 +224,12 @@ def test_labels_that_do_not_fit_are_not_taken(planned, labels, world, tmp_path):
 def test_what_is_wrong_with_labels_is_told(planned, labels):
     plan, content = planned[1]["a"], labels.read_bytes()
     check_labels(content, plan, "they")
+    with RecordFile.open(labels) as opened:
+        last = slice(opened.header["index"] - 4, opened.header["index"])  # the last label of the last record
     beyond = bytearray(content)
-    beyond[-4:] = (512).to_bytes(4, "little")
+    beyond[last] = (512).to_bytes(4, "little")
     before = bytearray(content)
-    before[-4:] = (-7).to_bytes(4, "little", signed=True)
+    before[last] = (-7).to_bytes(4, "little", signed=True)
     for sent, message in (
         (b"nothing", "they: no record file, or a damaged one"),
         (content[:-4], "they: no record file, or a damaged one"),

@@ -196,6 +196,8 @@ def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) ->
     refused = [
         ((), "has 0 tensors; give input_ids and labels, or input_ids alone"),
         ((ids, labels, ids), "has 3 tensors"),
+        ((ids, labels, ids), "the third are no positions: they are counted from 0 in each sample of a row"),
+        ((ids, labels, ids, ids), "has 4 tensors"),
         (([1, 2],), "item 0 is of type list"),
         ((ids.float(), labels), "give integers of shape"),
         ((ids[0], labels[0]), "give integers of shape"),
@@ -222,6 +224,10 @@ def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) ->
                 session.step(*good, lr=lr)  # type: ignore[arg-type]
         alone = session.loss(ids)
         assert alone == session.loss(ids, ids)
+        both, half = ids[:2, : SEQ // 2], torch.arange(SEQ // 2)
+        apart, shared = session.loss(both), session.loss(*(x.reshape(1, -1) for x in (both, both, half.repeat(2, 1))))
+        assert shared == pytest.approx(apart, rel=1e-6)
+        assert shared != session.loss(both.reshape(1, -1))
         session.step(*good)
         assert session.taken == 1
     assert session.report is not None

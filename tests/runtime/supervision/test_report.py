@@ -79,6 +79,8 @@ def test_tokens_a_second_leave_padding_out() -> None:
     assert tokens_told(places, lines[:2]) == {"per_step": 4.0, "per_second": 4 / 7, "padding_share": 1 - 4 / places}
     assert tokens_told(places, lines[:1]) is None
     assert tokens_told(None, lines) is None
+    counted = [{**line, "samples": 3} for line in lines]
+    assert tokens_told(places, counted) == {**(tokens_told(places, lines) or {}), "samples_per_second": 6.0}
 
 
 def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
