@@ -75,7 +75,6 @@ def evaluate(
     ):
         group = MemoryCgroup.create(loaded.budget_bytes) if cgroup else None
         show = Show(
-            steps=0,
             tokens_per_step=tokens,
             as_json=as_json,
             debug=debug,

@@ -31,7 +31,7 @@ from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import check_reached, finished_report, locked, remove, staged, to_be_replaced
-from tightfit.runtime.session.settings import order_of, packing_told, receives_batches, settings_of
+from tightfit.runtime.session.settings import order_of, packing_told, packs, receives_batches, settings_of
 from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -208,7 +208,7 @@ def prepared(
         )
         train = None if receives_batches(plan) else written(data, staging, "train")
         evaluation = None if eval_data is None or train is None else written(eval_data, staging, "evaluate")
-        epoch_steps = _epoch_steps(plan, train) if train else None
+        epoch_steps = _epoch_steps(plan, train, options) if train else None
         settled = options.over(epoch_steps, of_update=plan.accumulate)
         if resume and steps is None and settled.steps is not None:
             check_reached(directory, settled.steps)
@@ -288,11 +288,13 @@ def prepare_data(
     return records.path
 
 
-def _epoch_steps(plan: Plan, prepared: Path) -> float:
+def _epoch_steps(plan: Plan, prepared: Path, options: RunOptions) -> float:
     """Steps that go once through the prepared data."""
-    batches = open_batches(str(prepared), seed=0)  # an epoch has as many steps in any order
-    batches.close()
-    return batches.epoch_steps(plan.batch)
+    batches = open_batches(str(prepared), options.seed, packing=packs(plan, options))
+    try:
+        return batches.epoch_steps(plan.batch, options.epochs or 1.0)
+    finally:
+        batches.close()
 
 
 def _length(batches: Iterable[object]) -> int | None:

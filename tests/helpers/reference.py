@@ -241,7 +241,7 @@ def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Of all labelled tokens."""
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100)
 
 
 def loss_of(model: torch.nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:

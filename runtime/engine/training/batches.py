@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.engine.training.packing import SharedRows
+from tightfit.runtime.engine.training.packing import SharedRows, batches_of_epoch
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ FORMAT = "tightfit-batches"
 VERSION = 2
 HEADER_BYTES = 1 << 16
 CHECKSUM_BYTES = 4
+EPOCHS_COUNTED = 16
+"""epochs whose packed batches are counted, at most, to say how many steps an epoch has"""
 
 
 class TrainingBatches(Protocol):
@@ -49,8 +52,8 @@ class TrainingBatches(Protocol):
 class Batches(TrainingBatches, Protocol):
     """A data file, of whose batches one can train or evaluate."""
 
-    def epoch_steps(self, batch: int) -> float:
-        """Steps with `batch` rows that go once through the data."""
+    def epoch_steps(self, batch: int, epochs: float = 1.0) -> float:
+        """Steps with `batch` rows that go once through the data; where epochs differ, the mean of the first `epochs`."""
         ...
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
@@ -87,8 +90,12 @@ class TokenBatches:
         self.samples = len(found)
         return sum(record.length for record in found)
 
-    def epoch_steps(self, batch: int) -> float:
-        return len(self._records) / batch
+    def epoch_steps(self, batch: int, epochs: float = 1.0) -> float:
+        if not self._packing:
+            return len(self._records) / batch
+        counted = range(max(1, min(EPOCHS_COUNTED, math.ceil(epochs))))
+        made = (batches_of_epoch(self._records, batch=batch, seed=self._seed, epoch=epoch) for epoch in counted)
+        return sum(1 for epoch in made for _ in epoch) / len(counted)
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return -(-len(self._records) // inputs[0].shape[0])
@@ -103,7 +110,7 @@ class TokenBatches:
 class TensorBatches:
     """Batches from a batch file; training takes them in file order and starts again after the last."""
 
-    samples = None
+    samples: int | None = None
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -123,7 +130,7 @@ class TensorBatches:
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         self._fill(step % self.count, inputs)
 
-    def epoch_steps(self, batch: int) -> float:
+    def epoch_steps(self, batch: int, epochs: float = 1.0) -> float:
         return float(self.count)
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
@@ -160,7 +167,7 @@ class ReceivedBatches:
 
     fingerprint = ""
     """the device's data have one, which it tells (`Stage.data`)"""
-    samples = None
+    samples: int | None = None
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
