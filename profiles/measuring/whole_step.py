@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.engine.cpu.cpu import KERNELS
+from tightfit.runtime.engine.device.draws import Draws
 from tightfit.runtime.engine.kernels.compiled import compile_operator
+from tightfit.runtime.engine.training.job import DROPOUT
 
 
 def run_step(
@@ -21,9 +23,12 @@ def run_step(
     """Run forward and backward once; returns the tensors among `wanted` (global names) that the step makes.
 
     `layers` and `programs` are a profile's, as dicts; `tensors` holds parameters, buffers and the batch by name. Each
-    tensor that the step makes is freed after its last reader. PyTorch's generator is seeded with 0.
+    tensor that the step makes is freed after its last reader. Nothing is left out by dropout, and PyTorch's generator is
+    seeded with 0.
     """
     torch.manual_seed(0)
+    nothing = Draws()
+    nothing.step = None
     steps = [
         (layer, operator)
         for phase, order in (("forward", layers), ("backward", layers[::-1]))
@@ -55,7 +60,10 @@ def run_step(
                 )
                 tensors[bound(layer, name)] = made
             outputs.append(made)
-        compile_operator(operator, own, KERNELS).run({n: tensors[bound(layer, n)] for n in operator["inputs"]}, outputs)
+        compiled = compile_operator(operator, own, KERNELS)
+        if compiled.name.startswith(DROPOUT):
+            compiled.kwargs["draws"] = nothing
+        compiled.run({n: tensors[bound(layer, n)] for n in operator["inputs"]}, outputs)
         for name in ending.get(index, ()):
             del tensors[name]
     return {name: tensors[name] for name in wanted if name in tensors}

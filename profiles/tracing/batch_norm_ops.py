@@ -91,7 +91,7 @@ def keep_statistics(module: nn.Module, program: ExportedProgram) -> None:
     if not changed:
         return
     output = graph.output_node()
-    results = list(output.args[0])
+    results: list[Any] = list(output.args[0])
     buffers = program.graph_signature.inputs_to_buffers
     placed = {buffers[node.name]: node for node in graph.find_nodes(op="placeholder") if node.name in buffers}
     last = {node.name: node for node in results if isinstance(node, fx.Node)}

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tightfit.profiles.schema import NOT_COMPARED, Layer, Program
 from tightfit.profiles.tracing.own_code import own_traceback
+from tightfit.profiles.tracing.own_dropout import dropout_off
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.job import KEEP_STATE
@@ -119,13 +120,13 @@ class GradientComparison:
 
 
 def autograd_step(module: nn.Module, batch: Iterable[Tensor]) -> Step:
-    """Loss and gradients of one step of the module under autograd, with torch's generator seeded with 0.
+    """Loss and gradients of one step of the module under autograd, without dropout and with torch's generator seeded with 0.
 
     Raises InputError, with the user's own traceback, if the module fails.
     """
     module.zero_grad(set_to_none=True)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad(), dropout_off():
             warnings.simplefilter("ignore")  # warnings of the user's own code are shown when they train
             torch.manual_seed(0)
             results = pytree.tree_leaves(module(*(tensor.clone() for tensor in batch)))

@@ -36,6 +36,7 @@ from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
 from tightfit.profiles.tracing.loss_function import called
 from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, own_traceback, quiet_torch
+from tightfit.profiles.tracing.own_dropout import dropout_placed, place
 from tightfit.profiles.tracing.own_gradients import CustomFunctions, Detaching, hooks_refused, refuse_hooks
 from tightfit.profiles.tracing.unchecked import unchecked
 from tightfit.runtime.common.errors import InputError, TightfitError
@@ -98,6 +99,7 @@ def trace(
     _check_results(graph, called(module))
     _widen_loss(graph)
     segments = _segments(graph)
+    place(segment.nodes for segment in segments)
 
     def traced(parts: list[Segment], reached: Callable[[Segment], None]) -> _Tracer:
         """Trace the segments `parts`, calling `reached` with each one before its forward and before its backward is
@@ -164,7 +166,7 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     with warnings.catch_warnings(), quiet_torch():
         warnings.simplefilter("ignore")  # deprecation warnings of torch about its own export
         try:
-            with functions.recorded(), hooks_refused(), unchecked(), Detaching():
+            with functions.recorded(), hooks_refused(), unchecked(), dropout_placed(), Detaching():
                 program = torch.export.export(module, tuple(batch.values()), strict=False)
             program = program.run_decompositions({})
         except TightfitError:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_plans import module_profile, naive_plan
 from torch import Tensor, nn
 
-from tightfit import plan, profile, run
+from tightfit import Session, plan, profile, run
 from tightfit.planner.fleet.member_profiles import check_one_model
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.schema import Plan
@@ -184,7 +184,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(made: Profile, data: str, tmp_path: P
     second.close()
 
 
-def test_a_run_under_the_smallest_cap_that_is_resumed(tmp_path: Path) -> None:
+def test_a_run_under_the_smallest_cap_that_is_resumed(tmp_path: Path, cache: Path) -> None:
     expected, before, after, module = in_eager()
     measured = profile(f"{__name__}:resnet")
     assert measured.model.compared is not None
@@ -193,6 +193,10 @@ def test_a_run_under_the_smallest_cap_that_is_resumed(tmp_path: Path) -> None:
     batches = [batch(seed) for seed in range(STEPS)]
     run(planned, batches, steps=2, out=tmp_path, lr=LR, eval_data=batches)
     report = run(planned, batches, steps=STEPS, out=tmp_path, lr=LR, eval_data=batches, resume=True)
+    with Session(planned, out=tmp_path / "session", lr=LR) as session:
+        first = session.loss(*batches[0])
+        assert [session.step(*one) for one in batches] == report["loss"]
+        assert session.loss(*batches[0]) != first
     assert report["loss"] == pytest.approx(expected, rel=2e-4)
     found = [report["evaluation"][when]["loss"] for when in ("before", "after")]
     assert found == pytest.approx([before, after], rel=2e-4)

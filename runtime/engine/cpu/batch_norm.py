@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-native_batch_norm = torch.ops.aten.native_batch_norm
+aten = torch.ops.aten
 
 
 def batch_norm(
@@ -34,7 +34,7 @@ def batch_norm(
     y, mean, rstd, next_mean, next_var = out
     next_mean.copy_(running_mean)
     next_var.copy_(running_var)
-    native_batch_norm.out(
+    aten.native_batch_norm.out(
         x, weight, bias, next_mean, next_var, True, momentum, eps, out=y, save_mean=mean, save_invstd=rstd
     )
 
@@ -51,7 +51,7 @@ def batch_norm_inference(
 ) -> None:
     """y as of `batch_norm`, with the running statistics in the place of the batch's."""
     empty = [x.new_empty(0, dtype=torch.float32) for _ in range(2)]
-    native_batch_norm.out(
+    aten.native_batch_norm.out(
         x,
         weight,
         bias,

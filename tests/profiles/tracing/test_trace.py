@@ -177,12 +177,11 @@ def test_dropout_inside_attention_has_the_gradient_of_what_was_drawn() -> None:
     module, batch = Encoder(), {"x": torch.randn(4, 5, 16)}
     traced = trace(module, batch)
     programs = {p.name: p for p in traced.programs}
-    drawn = [op for p in traced.programs for op in p.operators if op.target == "aten.bernoulli.p"]
-    assert drawn
-    assert not any(op.recomputable for op in drawn)
+    drawn = [op for p in traced.programs for op in p.operators if op.target == "tightfit.dropout"]
+    assert [op.args[1:] for op in drawn if op.phase == "forward"] == [[0.5, site] for site in range(4)]
+    assert all(op.recomputable for op in drawn)
 
     def step(shift: float) -> dict[str, torch.Tensor]:
-        torch.manual_seed(1)
         moved = {n: p.detach() + shift * gradients.get(n, 0.0) for n, p in module.named_parameters()}
         return run_step(traced.layers, programs, moved | batch)
 
@@ -191,6 +190,21 @@ def test_dropout_inside_attention_has_the_gradient_of_what_was_drawn() -> None:
     gradients = {n: made[f"grad:{n}"] for n, _ in module.named_parameters()}
     slope = (step(1e-2)[traced.loss] - step(-1e-2)[traced.loss]) / 2e-2
     assert float(slope) == pytest.approx(sum(float(g.square().sum()) for g in gradients.values()), rel=1e-2)
+
+
+class Noisy(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x) * torch.randn_like(x)).square().mean()
+
+
+def test_what_else_is_drawn_is_never_drawn_again() -> None:
+    traced = trace(Noisy(), {"x": torch.randn(6, 4)})
+    (drawn,) = [op for p in traced.programs for op in p.operators if op.target == "aten.randn_like.default"]
+    assert not drawn.recomputable
 
 
 class Counting(torch.nn.Module):
