@@ -260,6 +260,8 @@ def prepare_data(
     """Write the data as a record or batch file in `folder`; returns its path. `purpose` is "train" or "evaluate"."""
     from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare
 
+    if columns and purpose == "train" and (plan.model.kind == "module" or (isinstance(data, str) and data == RANDOM)):
+        raise InputError(f"columns {', '.join(columns.values())}: the data given have none; leave them out")
     if plan.model.kind == "module":
         return _prepare_module(plan, data, folder, purpose, stages)
     if not isinstance(data, str | os.PathLike):

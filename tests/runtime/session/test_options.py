@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.session.admission import check_fleet_options
 from tightfit.runtime.session.options import RunOptions
 
 
@@ -41,6 +42,20 @@ def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], message: str
     with pytest.raises(InputError) as caught:
         RunOptions(**options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 1.5}, "epochs 1.5: the members of a fleet train a number of steps and evaluate before and after; leave it"),
+        ({"steps": 2, "eval_every": "1 epoch"}, "eval_every 1 epoch: the members of a fleet"),
+    ],
+)
+def test_what_a_fleet_cannot_do_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_fleet_options(RunOptions(**options))
+    assert str(caught.value).startswith(message)
+    check_fleet_options(RunOptions(steps=2, warmup_ratio=0.5, schedule="cosine", min_lr_ratio=0.1))
 
 
 @given(

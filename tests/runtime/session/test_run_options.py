@@ -238,6 +238,12 @@ def test_what_is_missing_is_said_before_anything_is_made(plans, data, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_columns_of_data_that_have_none_are_refused(plans, tmp_path):
+    with pytest.raises(InputError, match=r"^columns question: the data given have none; leave them out$"):
+        run(plans[0], "random", steps=1, out=tmp_path, columns={"prompt": "question"})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_steps_than_the_epochs_are_cannot_be_taken_back(whole, plans, data, asked):
     _, out = whole
     with pytest.raises(InputError, match=r"steps 8: the run in .* has reached step 15; give at least 15"):
