@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from places import ROOT
 from sample_plans import infeasible_plan, sample_plan, sample_plans
+from synthetic import SLICE, tables
 
+from tightfit.planner.io import load_plan
+from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import answers, main
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
 from tightfit.runtime.common.units import MIB
@@ -207,6 +210,22 @@ def test_what_memory_is_worth_can_be_planned(tightfit, planned, tmp_path):
     code, out, _ = tightfit(*words, "--what-if", "--json")
     assert code == 0
     assert [worth["step_seconds"] for worth in json.loads(out)["explanation"]["neighbours"]] == [1.25, 1.25]
+
+
+def test_the_optimizer_and_the_largest_norm_are_asked_for_on_the_command_line(tightfit, tmp_path):
+    made = tmp_path / "profile.json"
+    save_profile(tables(2), made)
+    said = ("plan", str(made), "--memory", "1GiB", "-o", str(tmp_path / "plan.json"), "--json")
+    code, out, _ = tightfit(*said, "--optimizer", "lion", "--max-grad-norm", "0.5")
+    told = json.loads(out)
+    assert code == 0
+    assert (told["optimizer"], told["max_grad_norm"]) == ("lion", 0.5)
+    assert told["explanation"]["clipping"]["sum_bytes"] == 2 * SLICE
+    assert load_plan(tmp_path / "plan.json").update is not None
+    code, out, _ = tightfit(*said, "--max-grad-norm", "-1")
+    assert code == 2
+    assert json.loads(out)["error"]["message"] == "max-grad-norm -1.0: give a finite number above 0"
+    assert tightfit(*said, "--optimizer", "adagrad")[0] == 2
 
 
 def test_an_infeasible_budget(tightfit, planned, tmp_path):
