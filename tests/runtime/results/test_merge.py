@@ -122,6 +122,23 @@ def test_modules_that_were_trained_in_full_come_apart_where_they_were_tied(
     assert told["adapted"] == pairs + len(names)
 
 
+def test_a_base_that_was_saved_without_its_head(tmp_path: Path) -> None:
+    """As GPT-2 is published: names without the prefix of the body, and a head that is the embedding."""
+    config = MODELS["gpt2"]
+    base = save_model(tmp_path / "base", config)
+    tensors = load_file(base / "model.safetensors")
+    save_file(
+        {key.removeprefix("transformer."): value for key, value in tensors.items()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    adapter = save_adapter(tiny_model(config), tmp_path / "adapter", str(base), **PLAIN, modules_to_save=["wte"])
+    merge(adapter, tmp_path / "merged")
+    assert near(logits(merged(tmp_path / "merged")), logits(merged_by_peft(tiny_model(config), adapter)))
+    own = load_file(tmp_path / "merged" / "model.safetensors")
+    assert own.keys() == {*load_file(base / "model.safetensors"), "lm_head.weight"}
+
+
 @pytest.mark.parametrize("model", ["qwen2", "gpt2"])
 def test_bfloat16_is_rounded_once(model: str, tmp_path: Path) -> None:
     config = MODELS[model]
@@ -320,6 +337,21 @@ def test_what_is_there_is_replaced_only_if_asked_for_and_a_model(small: tuple[Pa
         merge(small[1], tmp_path / "home", overwrite=True)
     with pytest.raises(InputError, match="cannot replace what is read"):
         merge(small[1], small[0], overwrite=True)
+
+
+def test_the_command_line(small: tuple[Path, Path], tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tightfit.runtime.cli.main", "merge", str(small[1]), "-o", str(tmp_path / "merged")]
+    environment = os.environ | {"PYTHONPATH": str(SOURCES)}
+    answer = subprocess.run([*words, "--json"], env=environment, capture_output=True, text=True, check=True)
+    told = json.loads(answer.stdout)
+    assert (told["adapted"], told["format"], told["base"]) == (21, "safetensors", str(small[0]))
+    assert "merging …" in answer.stderr
+    again = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.endswith("is there already; give --overwrite to replace it, or name another place with -o\n")
+    text = subprocess.run([*words, "--overwrite"], env=environment, capture_output=True, text=True, check=True).stdout
+    assert "changed  21 tensors" in text
+    assert "note     where training saw the base rounded (4 bits by default)" in text
 
 
 def test_an_interrupted_merge_leaves_nothing(small: tuple[Path, Path], tmp_path: Path) -> None:
