@@ -106,7 +106,7 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
     save_plan(plan, OUT / "plan.json")
     console.print(plan_text(plan, why))
 
-    console.print(Rule(f"4 · run: {steps} steps of {BATCH} sentences under the cap", align="left"))
+    console.print(Rule(f"4 · run: {steps} steps of {BATCH} rows of sentences under the cap", align="left"))
     tightfit = command("tightfit.runtime.cli.main", "run", str(OUT / "plan.json"), "--data", str(reviews.train))
     tightfit += ["--eval", str(reviews.held_out), "--steps", str(steps), "--lr", str(LEARNING_RATE)]
     tightfit += ["--output", str(OUT / "run"), "--overwrite"]

@@ -96,7 +96,7 @@ class TokenBatches:
 class TensorBatches:
     """Batches from a batch file; training takes them in file order and starts again after the last."""
 
-    samples = None
+    samples: int | None = None
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -150,7 +150,7 @@ class ReceivedBatches:
 
     fingerprint = ""
     """the device's data have one, which it tells (`Stage.data`)"""
-    samples = None
+    samples: int | None = None
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage

@@ -25,6 +25,8 @@ READ, UNPACK, RUN, FREE, SPILL, FETCH, UPDATE, PERTURB, PASS, LOSS, TOKEN_LOSSES
 CODES = ("read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass", "loss", "token_losses")
 SEND, RECEIVE = PASSING = ("tightfit.send", "tightfit.receive")
 """operators that hand tensors to, or get them from, another member of a fleet"""
+POSITIONS_AT = {"tightfit.attention": 6, "tightfit.attention_backward": 9}
+"""operators -> the place of their argument that says which samples share a row"""
 DROPOUT = "tightfit.dropout"
 """prefix of the operators that draw random numbers of a step and a layer (`tightfit.runtime.engine.device.draws`)"""
 UNIT = 64

@@ -44,7 +44,7 @@ class Requests:
     """The training process's end of the pipe. Also the source of training batches: each comes with its request."""
 
     fingerprint = STEP_BY_STEP
-    samples = None
+    samples: int | None = None
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
