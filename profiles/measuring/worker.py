@@ -331,14 +331,16 @@ def _make_tensors(
     """The tensors of a program by name, filled so that no operator meets denormals, NaN or an index out of range."""
     import torch
 
-    from tightfit.runtime.engine.cpu.attention import POSITIONS
+    from tightfit.runtime.engine.training.job import POSITIONS_AT
 
     generator = torch.Generator().manual_seed(0)
     gathered = {name for operator in operators for name in operator["gathers"]}
     rows = GATHERED_ROWS if gathered else 2  # 0 and 1 are valid labels and indices everywhere
     read = {name for operator in operators for name in operator["inputs"]}
     places = [
-        (operator["args"], POSITIONS[operator["target"]]) for operator in operators if operator["target"] in POSITIONS
+        (operator["args"], POSITIONS_AT[operator["target"]])
+        for operator in operators
+        if operator["target"] in POSITIONS_AT
     ]
     positions = {arguments[place]["operand"]["value"] for arguments, place in places if arguments[place] is not None}
     unread = {

@@ -18,7 +18,6 @@ Shapes: n rows of T tokens, H query heads and K key heads of D columns each, H /
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -41,10 +40,10 @@ machine code."""
 FEW_KEYS = 2 * QUERIES
 """of a row of several samples, the keys that a block of queries is multiplied with if that is enough and shares are larger:
 one more product"""
+HIDDEN = 1e38
+"""what is taken from masked scores: softmax makes 0 of it, and differences of such scores are finite"""
 TURNED_ELEMENTS = 1 << 17
 """float32 elements that are rotated at a time"""
-POSITIONS = {"tightfit.attention": 6, "tightfit.attention_backward": 9}
-"""operators -> the place of their argument `positions`"""
 
 
 def attention(
@@ -142,8 +141,8 @@ def attention_scratch(
     """
     part = _queries(seq, heads)
     whole, block, scores = (4, 3, 2) if backward else (2, 2, 1)
-    angles = seq * (queries // heads)
-    columns = angles + whole * seq * keys + block * part * queries + scores * heads * part * seq
+    several = seq * (queries // heads) + part * seq  # angles and masks of rows that hold several samples
+    columns = several + whole * seq * keys + block * part * queries + scores * heads * part * seq
     return min(tokens // seq, _together(seq)), columns
 
 
@@ -171,16 +170,15 @@ def _steps(
     """
     seq = tables[0].shape[0]
     count = q.shape[0] // seq
-    begins: list[list[int]] = [[] for _ in range(count)]
+    last: list[int] = []
     if positions is not None:
         positions = positions.view(count, seq)
-        for row, place in (positions == 0).nonzero().tolist():
-            begins[row].append(place)
+        last = positions[:, -1].tolist()
     with onednn(q.dtype):
         for rows in blocks(count, _together(seq)):
-            several = positions is not None and any(len(begun) > 1 for begun in begins[rows])
-            own = begins[rows] if several else []
-            yield _Step(scratch, rows, tables, positions, own, heads, kv_heads, q.shape[1] // heads)
+            several = any(position != seq - 1 for position in last[rows])
+            own = positions[rows] if positions is not None and several else None
+            yield _Step(scratch, rows, tables, own, heads, kv_heads, q.shape[1] // heads)
 
 
 class _Step:
@@ -192,12 +190,11 @@ class _Step:
         samples: slice,
         tables: tuple[Tensor, Tensor],
         positions: Tensor | None,
-        begins: list[list[int]],
         heads: int,
         kv_heads: int,
         width: int,
     ) -> None:
-        """`begins`: of each row the places at which its samples begin; empty if every row is one sample."""
+        """`positions` of the tokens of these rows; None if every row is one sample."""
         seq = tables[0].shape[0]
         self.rest = scratch.view(-1)
         self.samples = samples
@@ -206,11 +203,15 @@ class _Step:
         self.heads, self.kv_heads = heads, kv_heads
         self.rows = _queries(seq, heads)
         self.future = torch.full((self.rows, self.rows), -math.inf).triu_(1)
-        self.begins = begins
+        self.begun: Tensor | None = None
+        """place in the row at which each token's sample begins, float32 [n, T]; None: every row is one sample"""
         self.tables = tables
         """of each token, or of those of each row where rows hold several samples: [n, 1, 1, T, D / 2]"""
-        if begins and positions is not None:
-            flat, half = positions[samples].reshape(-1), tables[0].shape[1]
+        if positions is not None:
+            self.places = torch.arange(seq, dtype=torch.float32)
+            self.begun = self.places - positions
+            self.hidden = self._room(self.count * self.rows * seq)
+            flat, half = positions.reshape(-1), tables[0].shape[1]
             rooms = [self._room(flat.numel() * half).view(-1, half) for _ in tables]
             for table, room in zip(tables, rooms):
                 torch.index_select(table, 0, flat, out=room)
@@ -286,10 +287,9 @@ class _Step:
         Of rows that are one sample each: with the causal mask the shares that the block may see (`SHARES`), else all.
         """
         step = max(LEAST_KEYS, -(-self.seq // SHARES)) if mask is None else self.seq
-        if not self.begins:
+        if self.begun is None:
             return slice(0, min(self.seq, -(-part.stop // step) * step))
-        earliest = min(begun[max(0, bisect_right(begun, part.start) - 1)] for begun in self.begins)
-        needed = part.stop - earliest
+        needed = part.stop - int(self.begun[:, part.start].min())
         count = FEW_KEYS if needed <= FEW_KEYS < step else min(self.seq, -(-needed // step) * step)
         low = max(0, part.stop - count)
         return slice(low, low + count)
@@ -309,18 +309,12 @@ class _Step:
             heads[:, :, here.stop :].fill_(-math.inf)
         else:
             heads.add_(mask[part, seen], alpha=LOG2_E)
-        self._hide_others(heads.view(self.count, -1, count, shape[2]), part, seen.start)
+        if self.begun is not None:
+            # -1 for keys that lie before the query's sample, else 0.
+            hidden = self.hidden[: self.count * count * shape[2]].view(self.count, 1, count, shape[2])
+            torch.sub(self.places[seen], self.begun[:, None, part, None], out=hidden).clamp_(-1.0, 0.0)
+            heads.view(self.count, -1, count, shape[2]).add_(hidden, alpha=HIDDEN)
         return scores
-
-    def _hide_others(self, scores: Tensor, part: slice, first: int) -> None:
-        """Mask the scores [n, H, part, seen] of keys, from key `first` on, that lie before the sample of a query."""
-        for row, begun in zip(scores, self.begins):
-            for number in range(max(0, bisect_right(begun, part.start) - 1), len(begun)):
-                begin, end = begun[number], begun[number + 1] if number + 1 < len(begun) else self.seq
-                if begin >= part.stop:
-                    break
-                if begin > first:
-                    row[:, max(begin - part.start, 0) : end - part.start, : begin - first].fill_(-math.inf)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -39,6 +39,8 @@ CODES = (
 )
 SEND, RECEIVE = PASSING = ("tightfit.send", "tightfit.receive")
 """operators that hand tensors to, or get them from, another member of a fleet"""
+POSITIONS_AT = {"tightfit.attention": 6, "tightfit.attention_backward": 9}
+"""operators -> the place of their argument that says which samples share a row"""
 DROPOUT = "tightfit.dropout"
 """prefix of the operators that draw random numbers of a step and a layer (`tightfit.runtime.engine.device.draws`)"""
 KEEP_STATE = "tightfit.keep_state"

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.cpu.attention import POSITIONS
 from tightfit.runtime.engine.device.device import ALIGNMENT, Device
 from tightfit.runtime.engine.start.process import apart, trim_heap
 from tightfit.runtime.engine.training.executor import BoundOperator
+from tightfit.runtime.engine.training.job import POSITIONS_AT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def _run(operator: BoundOperator, device: Device) -> None:
     ]
     try:
         operator.call(outputs)
-        if operator.name in POSITIONS:
+        if operator.name in POSITIONS_AT:
             _attend_in_long_rows(operator, outputs, device)
     except (RuntimeError, TypeError) as error:
         if "alloc" in str(error):  # torch has no MemoryError
@@ -83,7 +83,7 @@ def _attend_in_long_rows(operator: BoundOperator, outputs: list[Tensor | None], 
     smallest.
     """
     arguments = operator.reads[0][0]
-    positions = arguments[POSITIONS[operator.name]]
+    positions = arguments[POSITIONS_AT[operator.name]]
     if positions is not None:
         positions.copy_(torch.arange(positions.shape[-1]))
         device.kernels.fused[operator.name](*arguments, out=outputs)

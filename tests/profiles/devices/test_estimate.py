@@ -355,8 +355,8 @@ def test_attention_has_scratch_where_the_device_needs_it(tmp_path):
     width = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
     heads, q, k = CONFIG["num_attention_heads"], CONFIG["hidden_size"], width * CONFIG["num_key_value_heads"]
     assert due == {
-        ("attention", 2, 4 * (width + 2 * k + 2 * q + 4 * heads), 4),
-        ("attention_backward", 2, 4 * (width + 4 * k + 3 * q + 8 * heads), 4),
+        ("attention", 2, 4 * (width + 4 + 2 * k + 2 * q + 4 * heads), 4),
+        ("attention_backward", 2, 4 * (width + 4 + 4 * k + 3 * q + 8 * heads), 4),
     }
     assert attention_scratches(on_card) == {("attention", 1, 1, 4), ("attention_backward", 1, 1, 4)}
     assert attention_scratches(retarget(on_card, find_device("zen4-2core"))) == due

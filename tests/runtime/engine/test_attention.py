@@ -191,7 +191,7 @@ def test_few_queries_attend_together_where_more_would_make_too_many_scores(monke
         monkeypatch.setattr("tightfit.runtime.engine.cpu.attention.SCORES", scores)
         rooms.append(attention_scratch(seq, seq, heads, heads * 8, heads * 8)[1])
         test_attention_and_its_gradients(1, seq, heads, heads, 8, torch.float32, 2e-6, masked=False)
-    assert rooms[0] - rooms[1] == (QUERIES - LEAST_QUERIES) * (heads * seq + 2 * heads * 8)
+    assert rooms[0] - rooms[1] == (QUERIES - LEAST_QUERIES) * ((heads + 1) * seq + 2 * heads * 8)
 
 
 def test_what_is_turned_a_few_tokens_at_a_time_is_turned_by_their_own_angles(monkeypatch):
