@@ -184,7 +184,7 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     signature = program.graph_signature
     # What the forward changes of its buffers and of its batch comes before what it returns.
     output = program.graph.output_node()
-    made = zip(signature.output_specs, output.args[0], strict=True)  # type: ignore[arg-type]
+    made = zip(signature.output_specs, output.args[0], strict=True)
     output.args = (tuple(node for spec, node in made if spec.kind is OutputKind.USER_OUTPUT),)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     held = parameters | dict(module.named_buffers(remove_duplicate=False))
