@@ -7,8 +7,9 @@ lifetimes only.
 
 Forward runs the layers in order; backward runs them in reverse. Where no backward follows, a layer with operators of
 phase `inference` runs those instead of its forward: they give the same results to the bit, without the tensors that
-only a backward reads. A layer's local values become global tensors through its `bindings`; a value without a binding is
-private to its layer and is called ``layer_name/value_name``.
+only a backward reads. (Batch normalisation alone computes something else there: it takes its running statistics.) A
+layer's local values become global tensors through its `bindings`; a value without a binding is private to its layer and
+is called ``layer_name/value_name``.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Record(BaseModel):
 
 TensorKind = Literal[
     "weight",  # frozen, lies packed in the weight store
-    "constant",  # frozen and small (norm weights, biases, cos/sin tables): always resident
+    "constant",  # small and no parameter that is trained (norm weights, biases, running statistics): always resident
     "trainable",  # float32 parameter with a gradient and optimizer state
     "batch",  # input of the step: tokens, labels, images
     "activation",  # made by a forward operator

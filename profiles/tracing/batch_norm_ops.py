@@ -83,7 +83,7 @@ def refuse_averages(module: nn.Module) -> None:
 
 def keep_statistics(module: nn.Module, program: ExportedProgram) -> None:
     """Replace the batch norms of an exported module that change running statistics by `batch_norm`, each followed by
-    `keep_state` of its statistics, likewise what counts their batches, and take the buffers' new values out of the results.
+    `keep_state` of its statistics, likewise what counts their batches.
 
     Raises InputError for a buffer that is changed otherwise, or of which something else reads the values.
     """
@@ -107,7 +107,6 @@ def keep_statistics(module: nn.Module, program: ExportedProgram) -> None:
             with graph.inserting_after(node):
                 kept = graph.call_function(keep_state, (placed[buffer], node))
             kept.meta.update(node.meta, val=None)
-    output.args = (tuple(node for node in results if not (isinstance(node, fx.Node) and node.name in changed)),)
     for node in graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_functional.default):
         x, weight, bias, mean, var, training, momentum, eps = node.args
         assert training

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -181,6 +182,10 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     _open_constants(program)
     keep_statistics(module, program)
     signature = program.graph_signature
+    # What the forward changes of its buffers and of its batch comes before what it returns.
+    output = program.graph.output_node()
+    made = zip(signature.output_specs, output.args[0], strict=True)
+    output.args = (tuple(node for spec, node in made if spec.kind is OutputKind.USER_OUTPUT),)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     held = parameters | dict(module.named_buffers(remove_duplicate=False))
     shared: dict[int, fx.Node] = {}

@@ -192,6 +192,27 @@ def test_dropout_inside_attention_has_the_gradient_of_what_was_drawn() -> None:
     assert float(slope) == pytest.approx(sum(float(g.square().sum()) for g in gradients.values()), rel=1e-2)
 
 
+class Changing(torch.nn.Module):
+    """Its forward changes the batch that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.nn.functional.dropout(x.relu_(), 0.5, inplace=True) + x).square().mean()
+
+
+def test_a_batch_that_is_changed_in_place_is_no_result() -> None:
+    module, batch = Changing(), {"x": torch.randn(6, 4)}
+    traced = trace(module, batch)
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, dict(module.named_parameters()) | batch)
+    (drop,) = [op for p in traced.programs for op in p.operators if op.target == "tightfit.dropout"]
+    (left,) = [made[name] for name in made if name.endswith(f"/{drop.outputs[0]}")]
+    assert torch.equal((left == 0) | (left == 2 * batch["x"].relu()), torch.ones(6, 4, dtype=torch.bool))
+    torch.testing.assert_close(made[traced.loss], module.linear(2 * left).square().mean().detach())
+
+
 class Noisy(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
