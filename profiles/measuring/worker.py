@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 ROUNDS = (4, 40)
 WEIGHT_BUFFERS = 4  # buffers that all weights of one shape share
 UNPACKED_BYTES = 192 << 20  # total size of the outputs that unpacking is timed on in turn: larger than most caches
+UPDATED_BYTES = 64 << 20  # the same of parameters and states that are updated in turn
+CLIPPED_SECONDS = 0.1  # spent on each of the figures of clipping
 MOST_CALLS = 200  # calls timed for one figure, at most
 PASSES = 2  # over all programs; the lower figure counts, since disturbances by other work come in bursts of seconds
 WORKSPACE_CALLS = 4  # calls per operator and pass of which the lowest workspace counts
@@ -438,23 +440,29 @@ def measure_update(elements: int, accumulate: int) -> float:
 def measure_clipped(elements: int, accumulate: int) -> tuple[float, float]:
     """Seconds, for a trainable of `elements` whose gradients are clipped, to add one to their sum, averaged over the
     `accumulate` steps of an update, and of the update from the sum.
+
+    The updates of all trainables follow one another, so that none finds its tensors in a cache; sums are not there either, but
+    the gradient that is added has just been made.
     """
     import torch
 
     from tightfit.runtime.engine.kernels.optimizer import AdamW, ClippedUpdate
 
     update = ClippedUpdate(AdamW(), 1e-6, accumulate)
-    parameter, gradient, first, second, total = (torch.full((elements,), 1e-3) for _ in range(5))
+    copies = max(1, min(MOST_CALLS, UPDATED_BYTES // (4 * 4 * elements)))
+    gradient, sets = torch.full((elements,), 1e-3), torch.full((copies, 4, elements), 1e-3)
 
     def adding(step: int) -> float:
         update.begin(step)
-        return _median(lambda turn: update.add(gradient, total))
+        return _median(lambda turn: update.add(gradient, sets[turn % copies, 3]), CLIPPED_SECONDS)
 
     steps = {step: adding(step) for step in dict.fromkeys((1, min(2, accumulate), accumulate))}
     between = steps[min(2, accumulate)]
     whole = steps[1] + (accumulate - 2) * between + steps[accumulate] if accumulate > 1 else steps[1]
     update.norm()
-    return whole / accumulate, _median(lambda turn: update.apply_sum(accumulate, parameter, first, second, total))
+    return whole / accumulate, _median(
+        lambda turn: update.apply_sum(accumulate, *sets[turn % copies].unbind()), CLIPPED_SECONDS
+    )
 
 
 def measure_perturb(elements: int) -> float:
