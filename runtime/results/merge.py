@@ -80,8 +80,11 @@ def merge(
     _check_options(format, dtype, adapter_only=adapter_only)
     folder, place = adapter_folder(Path(adapter).absolute()), Path(out).absolute()
     check(place, folder=format == "safetensors", overwrite=overwrite)
-    if format == "gguf" and place.suffix != ".gguf":
-        raise InputError(f"{out}: a GGUF model is one file; name it with -o NAME.gguf")
+    if (format == "gguf") != (place.suffix == ".gguf"):
+        way = (
+            "name it with -o NAME.gguf" if format == "gguf" else "give --format gguf as well, or name a folder with -o"
+        )
+        raise InputError(f"{out}: a GGUF model is one file; {way}")
     found = opened_base(folder, base)
     source = found.source
     if place.resolve() in (folder.resolve(), Path(source.path).resolve()):
