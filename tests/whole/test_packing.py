@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from decoder_families import FAMILIES
 from fleets import Workshop, adapter_hash, ended
 from rich.console import Console
+from tiny_plans import decoder_profile
 
+from tightfit.planner.fleet.stages import cuts
 from tightfit.planner.io import load_plan
 from tightfit.planner.plan import planner_of
 from tightfit.runtime.common.errors import InputError
@@ -90,6 +93,15 @@ def test_a_fleet_ends_with_the_adapter_of_one_process(
     told = ended(workshop.start(fleet, tmp_path, data=str(data), **TRAINING))
     assert {name: code for name, (code, _) in told.items()} == {"m0": 0, "m1": 0}, told
     assert adapter_hash(tmp_path / "m0") == alone[0]
+
+
+@pytest.mark.parametrize("family", ["Phi-1, Phi-2", "GPT-2"])
+def test_what_follows_from_positions_does_not_pass_between_the_stages_of_a_pipeline(
+    family: str, tmp_path: Path
+) -> None:
+    """Angles before attention, and learned positions: each stage has the positions."""
+    found = cuts(decoder_profile(tmp_path, config=FAMILIES[family], seq=16))
+    assert [len(cut.up) for cut in found] == [1]
 
 
 def test_packing_is_on_or_off() -> None:
