@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import CONFIGS, peft_model, peft_name, starting_weights
+from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
@@ -23,7 +23,6 @@ from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile, adamw
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.kernels.optimizer import AdamW, ClippedUpdate, Update
-from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.session.launch import run
 from tightfit.runtime.session.session import Session
 
@@ -68,7 +67,7 @@ def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory
     """A run at the smallest budget, with every checkpoint."""
     out = tmp_path_factory.mktemp("whole")
     made = smallest(decoder, LIMITS[decoder.accumulate])
-    report = run(made, data, steps=STEPS, out=out, lr=LR, checkpoint_every=2, keep_checkpoints=STEPS)
+    report = run(made, data, steps=STEPS, out=out, lr=LR, packing=False, checkpoint_every=2, keep_checkpoints=STEPS)
     assert report["peak_bytes"]["measured"] <= made.peak_bytes
     return out, report
 
@@ -80,18 +79,14 @@ def saved(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 def by_peft(made: Profile, out: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """The same updates by transformers + peft, `clip_grad_norm_` and AdamW: losses of the steps, norms, the adapter."""
-    weights = starting_weights(made)
-    model = peft_model(CONFIG, weights, RANK, 8.0, torch.float32)
-    parameters = dict(model.named_parameters())
-    trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}
+    model = peft_model(CONFIG, starting_weights(made), all_layers(RANK, 8.0), torch.float32)
+    trained = trained_by_peft(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0)
-    batches = open_batches(str(next((out / "data").glob("train*"))), 0)
     together = made.accumulate
+    batches = training_batches(out, STEPS, 1, SEQ)
     losses, norms = [], []
     for step in range(0, STEPS, together):
-        inputs = [torch.empty(together, SEQ, dtype=torch.int64) for _ in range(2)]
-        for row in range(together):
-            batches.training(step + row, [part[row : row + 1] for part in inputs])
+        inputs = [torch.cat(parts) for parts in zip(*batches[step : step + together])]
         logits = model(input_ids=inputs[0]).logits
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), inputs[1], reduction="none")
         counts = (inputs[1] >= 0).sum(1)
@@ -100,7 +95,6 @@ def by_peft(made: Profile, out: Path) -> tuple[list[float], list[float], dict[st
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), LIMITS[together])))
         optimizer.step()
         optimizer.zero_grad()
-    batches.close()
     return losses, norms, {n: p.detach() for n, p in trained.items()}
 
 
@@ -145,7 +139,7 @@ def test_a_run_goes_on_with_the_same_bits_and_with_more_memory(
             shutil.rmtree(part / f"checkpoint-{later}")
         sums = [tensor for name, tensor in saved(part, step).items() if "grad_sum:" in name]
         assert any(tensor.any() for tensor in sums) == bool(sums) == bool(step % decoder.accumulate)
-        report = run(roomy, data, steps=STEPS, out=part, lr=LR, checkpoint_every=2, resume=True)
+        report = run(roomy, data, steps=STEPS, out=part, lr=LR, packing=False, checkpoint_every=2, resume=True)
         assert report["resumed_step"] == step
         assert (report["loss"], report["grad_norm"]) == (whole[1]["loss"], whole[1]["grad_norm"])
         mine, theirs = saved(part), saved(whole[0])
@@ -166,7 +160,15 @@ def test_a_run_does_not_go_on_with_another_limit(
             InputError,
             match=f"was made with gradients clipped to {LIMITS[decoder.accumulate]:g}, {words}; resume with the same",
         ):
-            run(plan(decoder, 1 << 40, max_grad_norm=limit), data, steps=STEPS, out=part, lr=LR, resume=True)
+            run(
+                plan(decoder, 1 << 40, max_grad_norm=limit),
+                data,
+                steps=STEPS,
+                out=part,
+                lr=LR,
+                packing=False,
+                resume=True,
+            )
 
 
 def test_a_limit_that_no_norm_reaches_changes_no_bit(decoder: Profile, data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from tightfit.runtime.session.launch import run
 
 SEQ, BATCH = 24, 2
 TRAINED = 5
-"""training records: an epoch has 2.5 steps"""
+"""training records: an epoch has 2.5 steps, of rows of one sample"""
+APART = {"packing": False}
 
 
 def records(path: Path, count: int, seed: int, *, questions: bool = False) -> str:
@@ -60,7 +61,7 @@ def data(folder):
 def asked(folder):
     """A run that learns its few records by heart, and is the best on others after eight of its steps."""
     held_out = records(folder / "held_out.records", 3, 2)
-    return {"epochs": 6.0, "lr": 5e-2, "seed": 5, "eval_data": held_out, "eval_every": 2, "keep_best": True}
+    return {"epochs": 6.0, "lr": 5e-2, "seed": 5, "eval_data": held_out, "eval_every": 2, "keep_best": True} | APART
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_evaluations_between_the_steps_are_those_of_runs_that_end_there(whole, p
     best = min(losses, key=losses.__getitem__)
     assert best < 10  # it is neither the last, or this shows nothing, nor too late to end early
     assert report["best"] == {"step": best, "loss": losses[best], "accuracy": None, "path": str(out / "best")}
-    short = {"lr": asked["lr"], "seed": asked["seed"], "eval_data": asked["eval_data"]}
+    short = {"lr": asked["lr"], "seed": asked["seed"], "eval_data": asked["eval_data"]} | APART
     ended = run(plans[0], data, steps=best, out=tmp_path / "short", **short)
     assert ended["evaluation"]["after"]["loss"] == losses[best]
     assert adapter(tmp_path / "short") == adapter(out, "best") != adapter(out)
@@ -249,3 +250,10 @@ def test_more_steps_than_the_epochs_are_cannot_be_taken_back(whole, plans, data,
     with pytest.raises(InputError, match=r"steps 8: the run in .* has reached step 15; give at least 15"):
         run(plans[0], data, out=out, resume=True, **asked | {"epochs": 3.0})
     assert adapter(out)
+
+
+def test_an_epoch_of_samples_that_share_rows_has_as_many_steps_as_their_batches(plans, data, tmp_path):
+    """No two of these samples fit into a row, and the last batch of an epoch has one row less."""
+    report = run(plans[0], data, out=tmp_path, epochs=2.0, seed=5)
+    assert len(report["loss"]) == 2 * 3
+    assert report["epochs"] == 2.0
