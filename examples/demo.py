@@ -90,7 +90,7 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
         if why_more:
             console.print(why_more)
 
-    console.print(Rule(f"{steps} steps of {BATCH} rows of sentences in {format_size(memory)}", align="left"))
+    console.print(Rule(f"{steps} steps of {BATCH} sentences in {format_size(memory)}", align="left"))
     tightfit = command("tightfit.runtime.cli.main", "train", str(reviews.model), "--data", str(reviews.train))
     tightfit += ["--eval", str(reviews.held_out), "--batch", str(BATCH), "--seq", str(SEQ), "--memory", str(memory)]
     tightfit += ["--steps", str(steps), "--lr", str(LEARNING_RATE), "--output", str(RUN), "--overwrite"]

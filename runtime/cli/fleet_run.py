@@ -96,7 +96,7 @@ def run(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
     ] = False,
-    packing: Packing = True,
+    packing: Packing = False,
     cgroup: Annotated[
         bool, typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce each member's cap where it can.")
     ] = True,

@@ -55,7 +55,7 @@ Packing = Annotated[
     bool,
     typer.Option(
         "--packing/--no-packing",
-        help="Let short samples share the rows of training batches, each attending to itself alone; without, each has a row of its own, filled up with padding.",
+        help="Let short samples share the rows of training batches, each attending to itself alone.",
     ),
 ]
 

@@ -86,7 +86,7 @@ def run(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
     ] = False,
-    packing: Packing = True,
+    packing: Packing = False,
     adapter: Annotated[
         Path | None,
         typer.Option(

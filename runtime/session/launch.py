@@ -65,7 +65,7 @@ def run(
     early_stopping: int | None = None,
     truncate: bool = False,
     columns: Mapping[str, str] | None = None,
-    packing: bool = True,
+    packing: bool = False,
     cgroup: bool = True,
     profile_step: bool = False,
     progress: Progress | None = None,

@@ -61,7 +61,7 @@ class RunOptions:
     """whether the result of the best evaluation so far is kept in ``best``"""
     early_stopping: int | None = None
     """evaluations in a row that are no better than the best, after which the run ends; None: it takes all steps"""
-    packing: bool = True
+    packing: bool = False
     """whether samples of a language model share the rows of a training batch, where the model allows it"""
 
     def __post_init__(self) -> None:

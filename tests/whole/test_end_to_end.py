@@ -119,7 +119,7 @@ def test_steps_match_peft_and_autograd(family: str, profiled: Any, data: Path, t
     made = profiled(family, "float32")
     config = {**CONFIGS[family], "vocab_size": made.model.config["vocab_size"]}
     smallest = plan(made, ModelPlanner(made).minimum().peak_bytes)
-    report = run(smallest, data, steps=STEPS, out=tmp_path, lr=LR)
+    report = run(smallest, data, steps=STEPS, out=tmp_path, lr=LR, packing=True)
     losses, moments, trained = losses_and_moments(made, tmp_path, config, torch.float32)
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
     adapter, optimizer = state(tmp_path)
@@ -134,7 +134,7 @@ def test_steps_match_peft_and_autograd(family: str, profiled: Any, data: Path, t
 
 def test_bfloat16_losses_match_peft(profiled: Any, data: Path, tmp_path: Path) -> None:
     made = profiled("llama", "bfloat16")
-    report = run(plan(made, 1 << 40), data, steps=STEPS, out=tmp_path, lr=LR)
+    report = run(plan(made, 1 << 40), data, steps=STEPS, out=tmp_path, lr=LR, packing=True)
     losses, _, _ = losses_and_moments(made, tmp_path, CONFIGS["llama"], torch.bfloat16)
     assert report["loss"] == pytest.approx(losses, rel=5e-3)
 

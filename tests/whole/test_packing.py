@@ -24,7 +24,7 @@ from tightfit.runtime.supervision.report_text import report_text
 
 SHELVES = [("memory", "memory")]
 MICRO_BATCHES, STEPS = 3, 9
-TRAINING = {"steps": STEPS, "lr": 1e-2, "seed": 7, "cgroup": False}
+TRAINING = {"steps": STEPS, "lr": 1e-2, "seed": 7, "cgroup": False, "packing": True}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_little_of_the_rows_is_padding_and_the_report_says_so(
     workshop: Workshop, data: Path, alone: tuple[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     _, packed = alone
-    apart = run(load_plan(workshop.folder / "alone.json"), str(data), out=tmp_path, packing=False, **TRAINING)
+    apart = run(load_plan(workshop.folder / "alone.json"), str(data), out=tmp_path, **{**TRAINING, "packing": False})
     assert packed["packing"] == {"on": True, "refused": None}
     assert apart["packing"] == {"on": False, "refused": None}
     assert packed["tokens"]["padding_share"] < 0.2

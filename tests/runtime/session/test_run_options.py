@@ -254,6 +254,6 @@ def test_more_steps_than_the_epochs_are_cannot_be_taken_back(whole, plans, data,
 
 def test_an_epoch_of_samples_that_share_rows_has_as_many_steps_as_their_batches(plans, data, tmp_path):
     """No two of these samples fit into a row, and the last batch of an epoch has one row less."""
-    report = run(plans[0], data, out=tmp_path, epochs=2.0, seed=5)
+    report = run(plans[0], data, out=tmp_path, epochs=2.0, seed=5, packing=True)
     assert len(report["loss"]) == 2 * 3
     assert report["epochs"] == 2.0
