@@ -171,10 +171,7 @@ def prepared(
     preparation = Preparation(plan.budget_bytes) if counted else None
     directory = Path(out).absolute()
     steps = options.steps
-    if steps is None and options.epochs is None:
-        raise InputError(
-            "a run needs its number of steps, or of epochs; only a Session goes on until its program ends it"
-        )
+    options.check_end()
     if seat:
         check_fleet_options(options)
     if options.eval_every is not None and eval_data is None:

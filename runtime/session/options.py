@@ -85,6 +85,13 @@ class RunOptions:
                     f"{name}: there is one evaluation, after the last step; give eval_every, the steps between evaluations"
                 )
 
+    def check_end(self) -> None:
+        """Raise InputError where nothing says when the run ends."""
+        if self.steps is None and self.epochs is None:
+            raise InputError(
+                "a run needs its number of steps, or of epochs; only a Session goes on until its program ends it"
+            )
+
     def over(self, epoch_steps: float | None, *, of_update: int) -> RunOptions:
         """These options with everything in steps, for data of which `epoch_steps` steps are an epoch.
 

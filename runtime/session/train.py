@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from tightfit.planner.plan import plan
@@ -13,6 +14,7 @@ from tightfit.profiles.sources.lookup import names_module
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.data.sequence import check_files, choose_seq
 from tightfit.runtime.session.launch import Data, run
+from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.spare_memory import spare_memory
 
 STAGES: tuple[Callable[..., Any], ...] = (profile, plan, run)
@@ -43,7 +45,8 @@ def train(
     known = {name for stage in STAGES for name in inspect.signature(stage).parameters}
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"train() has no option {unknown[0]!r}; its options are those of profile, plan and run")
-    inspect.signature(run).bind(None, data, out=out, **_part(run, options))  # a missing one is told before measuring
+    # What the run would refuse is told before measuring.
+    RunOptions(**{field.name: options[field.name] for field in fields(RunOptions) if field.name in options}).check_end()
     budget = spare_memory()[0] if memory == "auto" else parse_size(str(memory))
     if not names_module(model):
         files = [os.fspath(one) if isinstance(one, str | os.PathLike) else None for one in (data, eval_data)]

@@ -177,7 +177,8 @@ def test_bad_data_names_every_line(refused, tightfit, work, tmp_path):
     data, out = tmp_path / "d.jsonl", tmp_path / "out"
     run = ("run", work / "plan.json", "--data", data, "--steps", 1, "-o", out)
     assert refused(2, *run).startswith(
-        f"{data}: no such file; data are a .jsonl or .jsonl.gz file, a directory of them"
+        f"{data}: no such file; data are a .jsonl or .jsonl.gz file, a table (.csv, .tsv, .parquet, .arrow), a directory of"
+        " such files or of the library datasets"
     )
     long = {"prompt": "over", "completion": "1234567890" * 4}
     broken = [b"[1, 2]", b'"text"', b"7", b"null", b'{"prompt": "cut o', b'{"text": "\xff"}', b'{"txt": "a"}']

@@ -17,6 +17,7 @@ from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 import tightfit
 from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.run_folder import find_checkpoints
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -119,5 +120,7 @@ def test_a_program_trains_with_the_same_result(trained: Any, folder: Path, tmp_p
     assert adapter(tmp_path) == adapter(trained[0])
     with pytest.raises(TypeError, match=r"train\(\) has no option 'stepz'"):
         tightfit.train(str(folder / "model"), "random", tmp_path, stepz=3)
-    with pytest.raises(TypeError, match="missing a required argument: 'steps'"):
+    with pytest.raises(InputError, match="a run needs its number of steps, or of epochs"):
         tightfit.train(str(folder / "model"), "random", tmp_path)
+    with pytest.raises(InputError, match="lr -1: give a finite number of at least 0"):
+        tightfit.train(str(folder / "model"), "random", tmp_path, steps=1, lr=-1)
