@@ -185,7 +185,7 @@ class Case:
         rotation = "before attention" if rotates else "none"
         if any(turned):
             rotation = "in attention" if all(turned) else "in attention, not in all layers"
-        return Forms(rotation=rotation, attention=", ".join(parts))
+        return Forms(rotation=rotation, attention=", ".join(parts), rows_apart=self.rows_apart)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -35,12 +35,13 @@ def test_every_token_and_every_integer_will_do(decoder: Plan) -> None:
     """The last token of the vocabulary, a label that is token 0, one row of two tokens."""
     ids = torch.tensor([[WORDS - 1, 0]])
     for kind in (torch.int16, torch.int32, torch.int64):
-        inputs, labels = as_planned(decoder, (ids.to(kind),), "it")
-        assert inputs.dtype == labels.dtype == torch.int64
+        inputs, labels, positions = as_planned(decoder, (ids.to(kind),), "it")
+        assert inputs.dtype == labels.dtype == positions.dtype == torch.int64
+        assert positions.tolist() == [list(range(SEQ))] * ROWS
         assert inputs.tolist() == [[WORDS - 1] + [0] * (SEQ - 1), [0] * SEQ]
         assert labels.tolist() == [[0] + [-100] * (SEQ - 1), [-100] * SEQ]
     full = torch.arange(ROWS * SEQ).view(ROWS, SEQ)
-    inputs, labels = as_planned(decoder, (full, full), "it")
+    inputs, labels, _ = as_planned(decoder, (full, full), "it")
     assert torch.equal(inputs, full)
     assert labels.tolist() == [[*row[1:], -100] for row in full.tolist()]
 
