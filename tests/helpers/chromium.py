@@ -16,7 +16,7 @@ OPTIONS = (
     "-o=DPkg::Lock::Timeout=60",
     "-o=APT::Update::Error-Mode=any",
 )
-PATIENCE = 90_000
+PATIENCE = 240_000
 """Milliseconds that a test waits for what a page shows; the machine may be busy."""
 SECONDS = 180
 """Time limit for apt-get; with a working network an installation takes 15 s."""

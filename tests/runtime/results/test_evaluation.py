@@ -117,7 +117,7 @@ def test_the_command_line(planned: Plan, data: Path, ran: tuple[Path, dict[str, 
     assert json.loads((tmp_path / "found.json").read_text()) == told
     assert "evaluating …" in answer.stderr
     text = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
-    assert re.search(rf"^perplexity +{told['perplexity']:.3f}$", text, re.MULTILINE)
+    assert re.search(rf"^perplexity +{told['perplexity']:.3f} *$", text, re.MULTILINE)
     assert f"{told['accuracy']:.3f} on 2 questions" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "plan.json"]
     assert left() == []
