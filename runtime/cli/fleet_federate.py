@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, answering, at_least, at_most
+from tightfit.runtime.cli.options import Cgroup, Debug, Json, Truncate, answering, at_least, at_most
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
@@ -52,12 +52,6 @@ federate = typer.Typer(
 Root = Annotated[
     str | None,
     typer.Option("--root-certificates", metavar="FILE", help="Certificates of the authority that signed the server's."),
-]
-Truncate = Annotated[
-    bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
-]
-Cgroup = Annotated[
-    bool, typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce each run's cap where it can.")
 ]
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet federate plan` put the fleet's plan.")

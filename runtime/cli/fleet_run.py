@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, Packing, training_options, words_of
+from tightfit.runtime.cli.options import Debug, Json, Packing, Truncate, training_options, words_of
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
@@ -93,9 +93,7 @@ def run(
             help="Held-out data, evaluated before and after: by the first member, or in a pipeline by all together.",
         ),
     ] = None,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
-    ] = False,
+    truncate: Truncate = False,
     packing: Packing = False,
     cgroup: Annotated[
         bool, typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce each member's cap where it can.")

@@ -51,6 +51,20 @@ Server = Annotated[
 ]
 
 
+Truncate = Annotated[
+    bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=COLUMN,...",
+        help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
+    ),
+]
+Cgroup = Annotated[
+    bool,
+    typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
+]
 Packing = Annotated[
     bool,
     typer.Option(

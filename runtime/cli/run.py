@@ -5,11 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, Packing, named_columns, training_options
+from tightfit.runtime.cli.options import (
+    Cgroup,
+    Columns,
+    Debug,
+    Json,
+    Packing,
+    Truncate,
+    named_columns,
+    training_options,
+)
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer, beside
 from tightfit.runtime.supervision.report_text import report_text
@@ -17,6 +26,7 @@ from tightfit.runtime.supervision.report_text import report_text
 if TYPE_CHECKING:
     from tightfit.planner.schema import Plan
     from tightfit.runtime.session.fleet import Membership
+    from tightfit.runtime.supervision.training_process import RunOrder
 
 FLEET = b'"kind": "data parallel"'
 """stands near the start of a fleet's plan"""
@@ -48,7 +58,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder.")
     ] = False,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW, or of a mezo plan's SGD.")] = 2e-4,
+    lr: Annotated[float, typer.Option(help="Learning rate of the plan's optimizer.")] = 2e-4,
     seed: Annotated[int, typer.Option(help="Seed of the adapter's start and the order of the data.")] = 0,
     schedule: Annotated[
         str, typer.Option(help="Course of the learning rate: constant, linear or cosine.")
@@ -76,16 +86,8 @@ def run(
         int | None,
         typer.Option(metavar="K", help="End after K evaluations in a row that were no better than the best."),
     ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME=COLUMN,...",
-            help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
-        ),
-    ] = None,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
-    ] = False,
+    columns: Columns = None,
+    truncate: Truncate = False,
     packing: Packing = False,
     adapter: Annotated[
         Path | None,
@@ -93,10 +95,7 @@ def run(
             metavar="DIR", help="Start from the adapter in this folder, as a run leaves it, instead of a new one."
         ),
     ] = None,
-    cgroup: Annotated[
-        bool,
-        typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
-    ] = True,
+    cgroup: Cgroup = True,
     profile_step: Annotated[
         bool,
         typer.Option(
@@ -201,12 +200,9 @@ def carry_out(
     With `replace` this process may become the run's supervisor. With `as_json` the report is printed beside what
     `stages` says, JSON of what was done before.
     """
-    from tightfit.runtime.engine.device.resident import memory
     from tightfit.runtime.session.launch import prepared
-    from tightfit.runtime.supervision.cgroup import MemoryCgroup
     from tightfit.runtime.supervision.progress import TrainingProgress
     from tightfit.runtime.supervision.report import already_done
-    from tightfit.runtime.supervision.supervisor import Show, hand_over
     from tightfit.runtime.supervision.training_process import RunOrder
 
     tokens = loaded.batch * loaded.seq if loaded.seq else None
@@ -231,16 +227,38 @@ def carry_out(
         ) as ready,
     ):
         if isinstance(ready, RunOrder):
-            group = MemoryCgroup.create(loaded.budget_bytes) if cgroup else None
-            show = Show(
-                tokens_per_step=tokens,
-                as_json=as_json,
-                debug=debug,
-                preparation_bytes=memory().peak,
-                group=(str(group.path), group.version) if group else None,
-                home=MemoryCgroup.home() if group else None,
-                stages=stages,
-            )
-            raise typer.Exit(hand_over(ready, show, group, replace=replace))
+            hand_on(ready, loaded, cgroup=cgroup, as_json=as_json, debug=debug, replace=replace, stages=stages)
     sys.stderr.write(already_done(ready, str(output), len(ready["loss"])))
     answer(beside(stages, ready), report_text(ready), as_json=as_json)
+
+
+def hand_on(
+    order: RunOrder,
+    loaded: Plan,
+    *,
+    cgroup: bool,
+    as_json: bool,
+    debug: bool,
+    replace: bool,
+    output: Path | None = None,
+    stages: str | None = None,
+) -> NoReturn:
+    """Start the supervisor of an order that is prepared, in the place of this process with `replace`; raises typer.Exit with
+    its code. `output` is where the result of an evaluation goes besides, `stages` as in `carry_out`.
+    """
+    from tightfit.runtime.engine.device.resident import memory
+    from tightfit.runtime.supervision.cgroup import MemoryCgroup
+    from tightfit.runtime.supervision.supervisor import Show, hand_over
+
+    group = MemoryCgroup.create(loaded.budget_bytes) if cgroup else None
+    show = Show(
+        tokens_per_step=order.planned["places_per_step"],
+        as_json=as_json,
+        debug=debug,
+        preparation_bytes=memory().peak,
+        group=(str(group.path), group.version) if group else None,
+        home=MemoryCgroup.home() if group else None,
+        output=str(output.absolute()) if output else None,
+        stages=stages,
+    )
+    raise typer.Exit(hand_over(order, show, group, replace=replace))

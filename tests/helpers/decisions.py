@@ -7,9 +7,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
+from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.layer_constraints import LayerProgram
+from tightfit.planner.formulation.step_constraints import live_bytes
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.schedule.layer_schedule import Decision, expand, measure
+from tightfit.planner.schedule.lowering import draft, live_profile
+from tightfit.planner.schedule.realize import realize
 from tightfit.planner.solvers.lp import Linear, Program
 
 INSTANT = {"read": 1e12, "write": 1e12, "latency": 0.0, "per_byte": 2e-8}
@@ -58,3 +64,28 @@ def figures_of_decisions(
         assert result.optimal
         told = {name: getattr(block.figures(), name).value(result.values) for name in FIELDS}
         yield decision, told, dict(zip(FIELDS, measure(kind, decision).row))
+
+
+def bounds_of_schedules(rng: Random, profile, count: int) -> list[float]:
+    """Seconds that the planner proves for the memory of each schedule that was carried out of `count` random decisions.
+
+    Asserts that the windows add up to what is live, and that no schedule is faster than its bounds.
+    """
+    problem, planner = layered(profile), ModelPlanner(profile)
+    any_schedule, found = AnyScheduleBound(problem), []
+    for _ in range(count):
+        by_type = [[measure(kind, random_decision(rng, kind)) for _ in range(2)] for kind in problem.types]
+        columns = tuple(rng.choice(by_type[kind]) for kind in problem.layer_type)
+        joined = draft(problem, columns)
+        schedules = joined.train, joined.evaluate, joined.update
+        live = max(max(live_profile(entries, joined.resident, joined.sizes), default=0) for entries in schedules)
+        assert live == live_bytes(problem, columns)
+        schedule, _ = realize(problem, columns, 2 * live)
+        if schedule is None:
+            continue
+        assert any_schedule.step_seconds(schedule.peak_bytes) <= schedule.seconds * (1 + 1e-9)
+        bound = planner.bound(schedule.peak_bytes)
+        assert bound is not None
+        assert bound <= schedule.seconds * (1 + 1e-9)
+        found.append(bound)
+    return found

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from reference import CONFIGS, all_layers, peft_model, relative_error, starting_weights, trained_by_peft
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
+from wide_regression import FACTORY, regression
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
@@ -152,23 +153,9 @@ def test_a_run_does_not_go_on_with_another_number_of_steps_an_update(
         run(other, data, steps=STEPS, out=part, lr=LR, schedule="linear", packing=False, resume=True)
 
 
-def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    torch.manual_seed(0)
-
-    class Regression(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.Sequential(torch.nn.Linear(256, 8192), torch.nn.GELU(), torch.nn.Linear(8192, 256))
-
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return (self.layers(x) - y).square().mean()
-
-    return Regression(), (torch.randn(4, 256), torch.randn(4, 256))
-
-
 def test_batches_of_a_module_count_alike(tmp_path: Path) -> None:
     """At the smallest budget, where sums go to disk and come back like any other state."""
-    made = profile(f"{__name__}:regression", accumulate=2)
+    made = profile(FACTORY, accumulate=2)
     batches = [(torch.randn(4, 256), torch.randn(4, 256)) for _ in range(6)]
     smallest = plan(made, ModelPlanner(made).minimum().peak_bytes)
     assert "offloaded" in {place for name, place in smallest.decisions.items() if name.startswith("grad_sum:")}
@@ -240,7 +227,7 @@ def test_an_optimizer_that_is_none_is_refused_by_name(optimizer: dict[str, Any],
 
 def test_more_steps_than_anyone_sums_are_refused() -> None:
     with pytest.raises(InputError, match="accumulate 1000000000000: an update takes at most 65536 steps"):
-        profile(f"{__name__}:regression", accumulate=10**12)
+        profile(FACTORY, accumulate=10**12)
 
 
 def test_what_is_labelled_nowhere_has_no_gradient() -> None:
@@ -263,7 +250,7 @@ class Loader:
 
 
 def test_what_has_no_length_is_cut_to_the_steps_and_says_so(tmp_path: Path) -> None:
-    planned = plan(profile(f"{__name__}:regression", accumulate=2), 1 << 40)
+    planned = plan(profile(FACTORY, accumulate=2), 1 << 40)
     told: list[str] = []
     run(
         planned,

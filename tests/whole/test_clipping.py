@@ -14,6 +14,7 @@ import torch
 from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
+from wide_regression import FACTORY, regression
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
@@ -183,22 +184,8 @@ def test_a_limit_that_no_norm_reaches_changes_no_bit(decoder: Profile, data: Pat
     assert "update" not in reports[None]["phases"]
 
 
-def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    torch.manual_seed(0)
-
-    class Regression(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.Sequential(torch.nn.Linear(256, 8192), torch.nn.GELU(), torch.nn.Linear(8192, 256))
-
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return (self.layers(x) - y).square().mean()
-
-    return Regression(), (torch.randn(4, 256), torch.randn(4, 256))
-
-
 def test_a_module_in_full_with_its_sums_on_disk(tmp_path: Path) -> None:
-    made = profile(f"{__name__}:regression")
+    made = profile(FACTORY)
     batches = [(torch.randn(4, 256), torch.randn(4, 256)) for _ in range(6)]
     limit = 0.05
     small = smallest(made, limit)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from wide_regression import FACTORY, regression
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
@@ -24,23 +25,9 @@ STEPS, LR = 6, 1e-3
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    torch.manual_seed(0)
-
-    class Regression(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.Sequential(torch.nn.Linear(256, 8192), torch.nn.GELU(), torch.nn.Linear(8192, 256))
-
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return (self.layers(x) - y).square().mean()
-
-    return Regression(), (torch.randn(4, 256), torch.randn(4, 256))
-
-
 @pytest.fixture(scope="module")
 def measured() -> Profile:
-    return profile(f"{__name__}:regression")
+    return profile(FACTORY)
 
 
 @pytest.fixture(scope="module")
