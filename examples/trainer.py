@@ -34,8 +34,8 @@ class PlannedTrainer(transformers.Trainer):
 
     The Trainer does data, learning rates, logging, callbacks and the schedule of evaluations; the session does forward,
     backward, AdamW, weight decay and checkpoints. The Trainer must take each batch for an update, so leave
-    `gradient_accumulation_steps` at 1 and profile with `accumulate` instead. `max_grad_norm` has no effect: gradients
-    are not clipped.
+    `gradient_accumulation_steps` at 1 and profile with `accumulate` instead. Gradients are clipped where the plan says
+    so (`plan(..., max_grad_norm=1.0)`), and their norm is logged then; the Trainer's own `max_grad_norm` has no effect.
     """
 
     def __init__(self, session: Session, **options: Any) -> None:
@@ -48,6 +48,12 @@ class PlannedTrainer(transformers.Trainer):
         assert self.optimizer is not None
         rate = self.optimizer.param_groups[0]["lr"]
         return torch.tensor(self.session.step(inputs["input_ids"], inputs["labels"], lr=rate))
+
+    def log(self, logs: dict[str, float], *others: Any) -> None:
+        logs.pop("grad_norm", None)  # the dummy module's
+        if "loss" in logs and self.session.grad_norm is not None:
+            logs["grad_norm"] = self.session.grad_norm
+        super().log(logs, *others)
 
     def prediction_step(
         self,
@@ -67,12 +73,17 @@ def counting(count: int, seed: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": text, "labels": text} for text in texts]
 
 
-def train(out: Path, steps: int = 200) -> tuple[float, float]:
-    """Train for `steps` steps; returns the held-out loss before and after."""
+def train(
+    out: Path, steps: int = 200, max_grad_norm: float | None = 1.0
+) -> tuple[float, float, list[dict[str, float]]]:
+    """Train for `steps` steps with gradients clipped to a norm, or not; returns the held-out loss before and after, and what
+    was logged.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(CONFIG))
     measured = profile(str(out / "config.json"), batch=ROWS, seq=TOKENS)
-    planned = plan(measured, minimum_budget(measured) + (10 << 20))
+    least = minimum_budget(measured, max_grad_norm=max_grad_norm)
+    planned = plan(measured, least + (10 << 20), max_grad_norm=max_grad_norm)
     with Session(planned, out=out / "session", overwrite=True) as session:
         options = transformers.TrainingArguments(
             output_dir=str(out / "trainer"), per_device_train_batch_size=ROWS, per_device_eval_batch_size=ROWS, max_steps=steps,
@@ -82,13 +93,13 @@ def train(out: Path, steps: int = 200) -> tuple[float, float]:
         trainer = PlannedTrainer(session, args=options, train_dataset=counting(400, 1), eval_dataset=counting(32, 2))
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
-        return before, trainer.evaluate()["eval_loss"]
+        return before, trainer.evaluate()["eval_loss"], trainer.state.log_history
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train by Hugging Face's Trainer, under a cap.")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "out" / "trainer")
-    before, after = train(parser.parse_args().out)
+    before, after, _ = train(parser.parse_args().out)
     print(f"held-out loss: {before:.3f} → {after:.3f}")
 
 

@@ -41,9 +41,17 @@ def plan(
     return planner_of(made).plan(budget_bytes, policy=policy, time_limit=time_limit, gap=gap, progress=progress)
 
 
-def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: float = 30.0) -> int:
-    """The smallest budget, in bytes, for which `plan` finds a plan. Raises InputError as `plan`."""
-    return planner_of(profile).minimum_bytes(policy=policy, time_limit=time_limit)
+def minimum_budget(
+    profile: Profile,
+    *,
+    policy: str | None = None,
+    time_limit: float = 30.0,
+    optimizer: str | None = None,
+    max_grad_norm: float | None = None,
+) -> int:
+    """The smallest budget, in bytes, for which `plan` finds a plan with these options. Raises InputError as `plan`."""
+    made = chosen(profile, optimizer, max_grad_norm)
+    return planner_of(made).minimum_bytes(policy=policy, time_limit=time_limit)
 
 
 def planner_of(profile: Profile, options: SearchOptions = ALL) -> Planner:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import rebudgeted, sealed
+from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_budget, checked_gap, checked_limit
@@ -63,12 +64,15 @@ def compare(
     devices: Sequence[DeviceDescription | str | None] = (None,),
     time_limit: float = 30.0,
     gap: float = 0.0,
+    optimizer: str | None = None,
+    max_grad_norm: float | None = None,
     progress: Stage | None = None,
     solving: Progress | None = None,
     planned: Callable[[Plan], None] | None = None,
 ) -> Comparison:
     """Plan every policy at every budget, in bytes, on every device; `time_limit` seconds each, a search
-    ends at `gap` as `tightfit.planner.plan.plan`'s.
+    ends at `gap` as `tightfit.planner.plan.plan`'s. All of them, fixed rules too, are plans of the step with the same
+    `optimizer` and `max_grad_norm`, which are as there.
 
     A device is None, the profile's own, or a description, or the name or file that
     `tightfit.profiles.devices.data_sheets.find_device` finds one by.
@@ -89,11 +93,12 @@ def compare(
     budgets, time_limit = [checked_budget(budget) for budget in budgets], checked_limit(time_limit)
     gap = checked_gap(gap)
     described = [find_device(device) if isinstance(device, str) else device for device in devices]
-    profiles = [profile if device is None else retarget(profile, device) for device in described]
+    here = [profile if device is None else retarget(profile, device) for device in described]
+    profiles = [chosen(one, optimizer, max_grad_norm) for one in here]
     planners = [planner_of(one) for one in profiles]
     known = (SOLVER, *planners[0].policies())
-    nameable = (*known, *approximate_of(profile))
-    refused = refused_of(profile)
+    nameable = (*known, *approximate_of(profiles[0]))
+    refused = refused_of(profiles[0])
     for policy in policies or ():
         if policy in refused:
             raise InputError(refused[policy])

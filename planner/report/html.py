@@ -24,7 +24,7 @@ from tightfit.planner.report.memory_categories import (
     peak_parts,
     policies_of,
 )
-from tightfit.planner.report.summary import adapter_words
+from tightfit.planner.report.summary import adapter_words, update_words
 from tightfit.planner.report.templates import filled
 from tightfit.planner.schema import Plan
 from tightfit.planner.solve.policies import APPROXIMATE
@@ -103,14 +103,15 @@ def _device(plan: Plan) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """What is trained, in a line: shapes, number type, LoRA rank."""
+    """What is trained, in a line: shapes, number type, LoRA rank, what updates where it is not AdamW alone."""
     if plan.model.kind == "graph":
         return f"a bare graph of {len(plan.programs[0].operators)} operators; budgets are on the bytes that are live"
     shape = f"batch {plan.batch}" + (f", sequence {plan.seq}" if plan.seq else "")
     adapted = adapter_words(plan.model.lora) if plan.model.lora and "rank" in plan.model.lora else "all parameters"
     if plan.policy == MOBILLM:
         adapted = "nothing trained here"
-    return f"{adapted}, {shape}, {plan.compute_dtype}"
+    updates = update_words(plan)
+    return f"{adapted}, {shape}, {plan.compute_dtype}{f', {updates}' if updates else ''}"
 
 
 def verdicts(plans: Sequence[Plan]) -> list[str]:

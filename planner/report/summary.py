@@ -115,6 +115,15 @@ def adapter_words(lora: Mapping[str, Any]) -> str:
     return words + (f", {' and '.join(saved)} in full" if saved else "")
 
 
+def update_words(plan: Plan) -> str:
+    """What updates, where it is not AdamW, and how far gradients are clipped, if they are; in a few words, or none."""
+    from tightfit.profiles.schema import OPTIMIZER_STATES
+
+    name, limit = plan.optimizer.get("name", "adamw"), plan.max_grad_norm
+    words = [str(name)] if name in OPTIMIZER_STATES and name != "adamw" else []
+    return ", ".join(words if limit is None else [*words, f"gradients clipped to a norm of {limit:g}"])
+
+
 def fleet_summary(fleet: FleetPlan | PipelinePlan) -> dict[str, Any]:
     """A fleet's plan without its timeline, which has an entry for each piece that is sent."""
     return fleet.model_dump(mode="json", exclude={"timeline"})

@@ -135,9 +135,8 @@ class Client:
             "policy": policy or "solver",
             "time_limit": time_limit,
             "gap": gap,
+            **_step(optimizer, max_grad_norm),
         }
-        chosen = {"optimizer": optimizer, "max_grad_norm": max_grad_norm}
-        request |= {name: value for name, value in chosen.items() if value is not None}
         job = self.finish(self.post("/v1/plans", request), progress)
         return self.stored_plan(job["result"]["plan"])
 
@@ -157,6 +156,8 @@ class Client:
         devices: Sequence[str] = ("own",),
         time_limit: float = 30.0,
         gap: float = 0.0,
+        optimizer: str | None = None,
+        max_grad_norm: float | None = None,
         progress: Progress | None = None,
     ) -> Comparison:
         """`tightfit.planner.report.compare.compare`, solved by the service."""
@@ -169,6 +170,7 @@ class Client:
             "policies": list(policies),
             "time_limit": time_limit,
             "gap": gap,
+            **_step(optimizer, max_grad_norm),
         }
         job = self.finish(self.post("/v1/comparisons", request), progress)
         cells = job["result"]["cells"]
@@ -341,6 +343,12 @@ class Client:
                     _raise(answer)
                 return answer
         raise AssertionError
+
+
+def _step(optimizer: str | None, max_grad_norm: float | None) -> dict[str, Any]:
+    """What of a step's optimizer is asked for, as part of a request."""
+    asked = {"optimizer": optimizer, "max_grad_norm": max_grad_norm}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _raise(answer: httpx.Response) -> None:

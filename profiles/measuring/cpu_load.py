@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from tightfit.runtime.common.cores import busy_seconds
+
 BUSY_SHARE = 1 / 8
 """Share of the cores of our threads; if other programs take more, times are not those of an idle machine."""
 LOOK_SECONDS = 0.3
@@ -54,14 +56,5 @@ def _used_by_others() -> float | None:
     """CPU seconds that other programs have used on our cores since boot, time stolen by a host included; None if
     unknown.
     """
-    try:
-        lines = STAT.read_text().splitlines()
-        own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    except (OSError, AttributeError):
-        return None
-    ticks = 0
-    for name, *fields in map(str.split, lines):
-        if name in own:
-            user, nice, system, _idle, _waiting, interrupts, soft, stolen = map(int, fields[:8])
-            ticks += user + nice + system + interrupts + soft + stolen
-    return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+    busy = busy_seconds(os.sched_getaffinity(0), STAT) if hasattr(os, "sched_getaffinity") else None
+    return None if busy is None else busy - sum(os.times()[:4])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tightfit.planner.report.summary import adapter_words, plan_summary, profile_summary
+from tightfit.planner.report.summary import adapter_words, plan_summary, profile_summary, update_words
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution, marks
 from tightfit.runtime.common.strict_json import to_json
@@ -181,7 +181,8 @@ def comparison_text(plans: Sequence[Plan]) -> RenderableType:
     from tightfit.planner.report.memory_categories import devices_of
     from tightfit.planner.report.render import comparison_table
 
-    parts: list[RenderableType] = []
+    updates = update_words(plans[0]) if plans else ""
+    parts: list[RenderableType] = [Text(f"all plans with {updates}")] if updates else []
     for device in devices_of(plans):
         here = [plan for plan in plans if plan.device.name == device]
         parts += [*map(Text, caution(here[0].device)), comparison_table(here), *map(Text, verdicts(here)), ""]

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Debug, Gap, Json, Server, TimeLimit, answering, at_least, service
+from tightfit.runtime.cli.options import (
+    Debug,
+    Gap,
+    Json,
+    MaxGradNorm,
+    Optimizer,
+    Server,
+    TimeLimit,
+    answering,
+    at_least,
+    service,
+)
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import parse_size
@@ -35,6 +46,8 @@ def compare(
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg.")] = None,
     time_limit: TimeLimit = 30.0,
     gap: Gap = 0.0,
+    optimizer: Optimizer = None,
+    max_grad_norm: MaxGradNorm = None,
     server: Server = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -71,6 +84,8 @@ def compare(
                     devices=names,
                     time_limit=time_limit,
                     gap=gap,
+                    optimizer=optimizer,
+                    max_grad_norm=max_grad_norm,
                     progress=comparing.elsewhere,
                 ).plans
         else:
@@ -81,6 +96,8 @@ def compare(
                 devices=[None if name == "own" else find_device(name) for name in names],
                 time_limit=time_limit,
                 gap=gap,
+                optimizer=optimizer,
+                max_grad_norm=max_grad_norm,
                 progress=comparing,
                 solving=comparing.solving,
             ).plans

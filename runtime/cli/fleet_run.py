@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, Packing, Truncate, training_options, words_of
+from tightfit.runtime.cli.options import (
+    Columns,
+    Debug,
+    Json,
+    Truncate,
+    named_columns,
+    training_options,
+    with_run_options,
+    words_of,
+)
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
     from tightfit.planner.fleet.pipeline_schema import PipelinePlan, Stage
     from tightfit.planner.fleet.schema import FleetPlan, Member
     from tightfit.planner.fleet.side_schema import SideMember, SidePlan
+    from tightfit.runtime.session.options import RunOptions
 
 FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
 """parameters that a member does not get from the command that starts all of them"""
@@ -33,10 +43,10 @@ UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
 """in a member's folder: a line for each update, its report; beside it, with this ending: what it printed"""
 
 
+@with_run_options("eval_every", "keep_best", "early_stopping")
 def run(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet plan` put the fleet's plan.")],
-    steps: Annotated[int, typer.Option(help="Micro-batches in all, of all members together; a multiple of a step's.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder in which every member gets one of its own name.")
     ],
@@ -71,20 +81,6 @@ def run(
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
-    seed: Annotated[int, typer.Option(help="Seed of the adapter's start and the order of the data.")] = 0,
-    schedule: Annotated[
-        str, typer.Option(help="Course of the learning rate: constant, linear or cosine.")
-    ] = "constant",
-    warmup_steps: Annotated[int, typer.Option(help="Micro-batches over which the learning rate rises.")] = 0,
-    warmup_ratio: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="The same as a share of all micro-batches, for example 0.03.")
-    ] = None,
-    min_lr_ratio: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of --lr at which a linear or cosine schedule ends.")
-    ] = 0.0,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
-    checkpoint_every: Annotated[int, typer.Option(help="Micro-batches between checkpoints; 0: only at the end.")] = 50,
     evaluate: Annotated[
         str | None,
         typer.Option(
@@ -93,31 +89,19 @@ def run(
             help="Held-out data, evaluated before and after: by the first member, or in a pipeline by all together.",
         ),
     ] = None,
+    columns: Columns = None,
     truncate: Truncate = False,
-    packing: Packing = False,
     cgroup: Annotated[
         bool, typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce each member's cap where it can.")
     ] = True,
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Train as a fleet's plan says: the result is that of one process, to the bit, whoever computes what (unless a pipeline's
     messages are rounded).
     """
-    options = training_options(
-        steps=steps,
-        lr=lr,
-        seed=seed,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        warmup_ratio=warmup_ratio,
-        min_lr_ratio=min_lr_ratio,
-        weight_decay=weight_decay,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        overwrite=overwrite,
-        packing=packing,
-    )
+    trained = training_options(options | {"resume": resume, "overwrite": overwrite})
     if timeout is not None and not timeout > 0:
         raise InputError(f"--timeout {timeout}: give a number of seconds above 0")
     if (member is None) != (at is None):
@@ -128,7 +112,7 @@ def run(
     from tightfit.planner.fleet.io import load_any, load_member_plan
 
     fleet = load_any(plan)
-    _check_steps(fleet, steps)
+    _check_length(fleet, trained)
     if data is None and (fleet.kind != MOBILLM or member != fleet.chain[-1].name):
         raise InputError("--data is missing; give the training data, the same for every member")
     if member is None:
@@ -144,13 +128,14 @@ def run(
     carry_out(
         load_member_plan(plan, fleet, member),
         data or "",
-        options,
+        trained,
         member=seat,
         output=output / member,
         resume=resume,
         overwrite=overwrite,
         evaluate=evaluate if evaluates(fleet, member) else None,
         truncate=truncate,
+        columns=named_columns(columns),
         cgroup=cgroup,
         profile_step=False,
         as_json=as_json,
@@ -164,10 +149,16 @@ def evaluates(fleet: FleetPlan | PipelinePlan | SidePlan, member: str) -> bool:
     return fleet.kind == "pipeline" or member == fleet.chain[0].name
 
 
-def _check_steps(fleet: FleetPlan | PipelinePlan | SidePlan, steps: int) -> None:
-    if steps % fleet.micro_batches:
+def _check_length(fleet: FleetPlan | PipelinePlan | SidePlan, options: RunOptions) -> None:
+    """Raise InputError where the fleet cannot train as long as it is asked to."""
+    if options.steps is not None and options.steps % fleet.micro_batches:
         raise InputError(
-            f"--steps {steps}: a step of this fleet has {fleet.micro_batches} micro-batches, give a multiple of that"
+            f"--steps {options.steps}: a step of this fleet has {fleet.micro_batches} micro-batches, give a multiple of that"
+        )
+    if options.epochs is not None and fleet.kind == MOBILLM:
+        raise InputError(
+            f"--epochs {options.epochs:g}: the server of a mobillm fleet has no data, and does not know how long an epoch is;"
+            " give --steps"
         )
 
 

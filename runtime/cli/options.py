@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
+from tightfit.runtime.session.options import LARGEST_SEED, RunOptions, Said, default_of, said, types_of
 from tightfit.runtime.supervision.failure import failure_of
 from tightfit.runtime.supervision.printing import answer
 
@@ -45,6 +46,24 @@ Gap = Annotated[
 ]
 
 
+Optimizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="adamw (unless another is named), adam, sgd, momentum or lion: what it keeps of each trained tensor is in the plan.",
+    ),
+]
+
+
+MaxGradNorm = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Clip gradients: scale all of an update down together to a norm of at most X, as torch.nn.utils.clip_grad_norm_ does.",
+    ),
+]
+
+
 Server = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Let a `tightfit serve` elsewhere solve; its token in TIGHTFIT_TOKEN."),
@@ -52,7 +71,10 @@ Server = Annotated[
 
 
 Truncate = Annotated[
-    bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
+    bool,
+    typer.Option(
+        "--truncate/--no-truncate", help="Cut samples longer than the planned sequence instead of refusing them."
+    ),
 ]
 Columns = Annotated[
     str | None,
@@ -64,13 +86,6 @@ Columns = Annotated[
 Cgroup = Annotated[
     bool,
     typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
-]
-Packing = Annotated[
-    bool,
-    typer.Option(
-        "--packing/--no-packing",
-        help="Let short samples share the rows of training batches, each attending to itself alone.",
-    ),
 ]
 
 
@@ -202,49 +217,51 @@ def words_of(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def training_options(
-    *,
-    steps: int | None,
-    lr: float,
-    seed: int,
-    schedule: str,
-    warmup_steps: int,
-    weight_decay: float,
-    checkpoint_every: int,
-    resume: bool,
-    overwrite: bool,
-    packing: bool,
-    epochs: float | None = None,
-    warmup_ratio: float | None = None,
-    min_lr_ratio: float = 0.0,
-    eval_every: str | None = None,
-    keep_best: bool = False,
-    early_stopping: int | None = None,
-) -> RunOptions:
-    """The options with which a command trains. Raises InputError, which names the option, where one cannot be used."""
-    if steps is None and epochs is None:
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def with_run_options(*leaving_out: str) -> Callable[[Command], Command]:
+    """Gives a command, whose last parameter takes any keywords, the options of a run (`RunOptions`) for it, after the
+    parameters that it must be given; without those of the names given here. Parameters of its own go before those.
+    """
+
+    def decorate(command: Command) -> Command:
+        declared = list(inspect.signature(command, eval_str=True).parameters.values())
+        mine = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in declared if one.kind is not one.VAR_KEYWORD]
+        names = {one.name for one in mine} | set(leaving_out)
+        taken = [_parameter(name, one) for name, one in said().items() if name not in names]
+        needed = [one for one in mine if one.default is one.empty]
+        others = [one for one in mine if one.default is not one.empty]
+        command.__signature__ = inspect.Signature([*needed, *taken, *others])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, told: Said) -> inspect.Parameter:
+    """The option of a run, as a parameter of a command."""
+    types, default, annotated = types_of(name), default_of(name), cast("Any", Annotated)
+    kind: Any = str if str in types else types[0]
+    words = [f"--{name.replace('_', '-')}"]
+    if kind is bool:
+        words = [f"{words[0]}/--no-{words[0][2:]}"]
+    info = typer.Option(*words, help=told.help, metavar=told.metavar)
+    kind = kind | None if default is None else kind
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated[kind, info])
+
+
+def training_options(given: Mapping[str, Any]) -> RunOptions:
+    """The options with which a command trains, of all that it was given. Raises InputError, which names the option, where
+    one cannot be used.
+    """
+    options = {name: given[name] for name in said() if name in given}
+    if options.get("steps") is None and options.get("epochs") is None:
         raise InputError("--steps is missing: give the number of steps, or --epochs")
-    if steps is not None:
-        at_least(1, steps=steps)
-    at_least(
-        0, checkpoint_every=checkpoint_every, lr=lr, seed=seed, warmup_steps=warmup_steps, weight_decay=weight_decay
-    )
-    at_most(LARGEST_SEED, seed=seed)
-    if resume and overwrite:
+    for name in ("steps", "checkpoint_every", "lr", "seed", "warmup_steps", "weight_decay"):
+        if options.get(name) is not None:
+            at_least(said()[name].least or 0, **{name: options[name]})
+    if options.get("seed") is not None:
+        at_most(LARGEST_SEED, seed=options["seed"])
+    if given["resume"] and given["overwrite"]:
         raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
-    return RunOptions(
-        steps=steps,
-        epochs=epochs,
-        lr=lr,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        warmup_ratio=warmup_ratio,
-        min_lr_ratio=min_lr_ratio,
-        weight_decay=weight_decay,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-        eval_every=eval_every,
-        keep_best=keep_best,
-        early_stopping=early_stopping,
-        packing=packing,
-    )
+    return RunOptions(**options)

@@ -15,6 +15,8 @@ from tightfit.runtime.cli.options import (
     Debug,
     Gap,
     Json,
+    MaxGradNorm,
+    Optimizer,
     Server,
     TimeLimit,
     answering,
@@ -51,24 +53,12 @@ def plan(
     ] = None,
     time_limit: TimeLimit = 30.0,
     gap: Gap = 0.0,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="adamw (unless another is named), adam, sgd, momentum or lion: what it keeps of each trained tensor is in the plan.",
-        ),
-    ] = None,
-    max_grad_norm: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Clip gradients: scale all of an update down together to a norm of at most X, as torch.nn.utils.clip_grad_norm_ does.",
-        ),
-    ] = None,
+    optimizer: Optimizer = None,
+    max_grad_norm: MaxGradNorm = None,
     what_if: Annotated[
         bool,
         typer.Option(
-            "--what-if",
+            "--what-if/--no-what-if",
             help="Also plan 50 MiB less and 50 MiB more, of a small bare graph a tenth of the budget, to see what memory is worth.",
         ),
     ] = False,

@@ -53,8 +53,8 @@ def profile(
         float | None,
         typer.Option(metavar="P", help="Share of a pair's input that is left out in training, anew in each step."),
     ] = None,
-    rslora: Annotated[bool, typer.Option("--rslora", help="LoRA scale is alpha / sqrt(rank).")] = False,
-    dora: Annotated[bool, typer.Option("--dora", help="Train a magnitude beside each pair (DoRA).")] = False,
+    rslora: Annotated[bool, typer.Option("--rslora/--no-rslora", help="LoRA scale is alpha / sqrt(rank).")] = False,
+    dora: Annotated[bool, typer.Option("--dora/--no-dora", help="Train a magnitude beside each pair (DoRA).")] = False,
     modules_to_save: Annotated[
         str | None,
         typer.Option(metavar="NAMES", help="Modules that are trained in full: embed_tokens, lm_head, or both."),

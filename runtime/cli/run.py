@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -14,10 +15,10 @@ from tightfit.runtime.cli.options import (
     Columns,
     Debug,
     Json,
-    Packing,
     Truncate,
     named_columns,
     training_options,
+    with_run_options,
 )
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer, beside
@@ -32,6 +33,7 @@ FLEET = b'"kind": "data parallel"'
 """stands near the start of a fleet's plan"""
 
 
+@with_run_options()
 def run(
     context: typer.Context,
     plan: Annotated[
@@ -47,48 +49,15 @@ def run(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for adapter, report, metrics and checkpoints.")
     ],
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Steps in all, each of one batch; of a fleet, micro-batches of all members together."),
-    ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="How often to go through the data, instead of --steps; may be a fraction.")
-    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder.")
     ] = False,
-    lr: Annotated[float, typer.Option(help="Learning rate of the plan's optimizer.")] = 2e-4,
-    seed: Annotated[int, typer.Option(help="Seed of the adapter's start and the order of the data.")] = 0,
-    schedule: Annotated[
-        str, typer.Option(help="Course of the learning rate: constant, linear or cosine.")
-    ] = "constant",
-    warmup_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises from zero.")] = 0,
-    warmup_ratio: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="The same as a share of all steps, for example 0.03.")
-    ] = None,
-    min_lr_ratio: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of --lr at which a linear or cosine schedule ends.")
-    ] = 0.0,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only at the end.")] = 50,
     evaluate: Annotated[
         str | None, typer.Option("--eval", metavar="DIR|FILE", help="Held-out data, evaluated before and after.")
     ] = None,
-    eval_every: Annotated[
-        str | None,
-        typer.Option(metavar="STEPS|'N epochs'", help="Evaluate on --eval after every so many steps or epochs, too."),
-    ] = None,
-    keep_best: Annotated[
-        bool, typer.Option("--keep-best", help="Keep the adapter of the best evaluation in the folder best/.")
-    ] = False,
-    early_stopping: Annotated[
-        int | None,
-        typer.Option(metavar="K", help="End after K evaluations in a row that were no better than the best."),
-    ] = None,
     columns: Columns = None,
     truncate: Truncate = False,
-    packing: Packing = False,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -99,7 +68,7 @@ def run(
     profile_step: Annotated[
         bool,
         typer.Option(
-            "--profile-step",
+            "--profile-step/--no-profile-step",
             help="Report where the seconds of the third step went (where several make an update, of the next that ends one), or of the last of fewer.",
         ),
     ] = False,
@@ -107,28 +76,16 @@ def run(
         str | None,
         typer.Option("--stages", hidden=True, help="JSON of what `tightfit train` did before, for its answer."),
     ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option("--tokens", hidden=True, help="Folder in which `tightfit train` has kept the data as tokens."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Train under the cap as planned; leaves an adapter that PEFT loads and a report of predicted beside measured."""
-    options = training_options(
-        steps=steps,
-        epochs=epochs,
-        lr=lr,
-        seed=seed,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        warmup_ratio=warmup_ratio,
-        min_lr_ratio=min_lr_ratio,
-        weight_decay=weight_decay,
-        checkpoint_every=checkpoint_every,
-        eval_every=eval_every,
-        keep_best=keep_best,
-        early_stopping=early_stopping,
-        resume=resume,
-        overwrite=overwrite,
-        packing=packing,
-    )
+    trained = training_options(options | {"resume": resume, "overwrite": overwrite})
     from tightfit.planner.io import load_plan
 
     member = None
@@ -146,7 +103,7 @@ def run(
     carry_out(
         loaded,
         data,
-        options,
+        trained,
         member=member,
         output=output,
         resume=resume,
@@ -161,6 +118,7 @@ def run(
         replace=bool(context.obj),
         adapter=adapter,
         stages=stages,
+        tokens=tokens,
     )
 
 
@@ -194,10 +152,12 @@ def carry_out(
     adapter: Path | None = None,
     columns: Mapping[str, str] | None = None,
     stages: str | None = None,
+    tokens: Path | None = None,
 ) -> None:
     """Run a plan, or the plan of one `member` of a fleet, and print its report; raises typer.Exit with the run's code.
 
-    With `replace` this process may become the run's supervisor. With `as_json` the report is printed beside what
+    With `replace` this process may become the run's supervisor. The folder `tokens`, in which these data may lie as tokens, is
+    removed once they are prepared. With `as_json` the report is printed beside what
     `stages` says, JSON of what was done before.
     """
     from tightfit.runtime.session.launch import prepared
@@ -205,9 +165,9 @@ def carry_out(
     from tightfit.runtime.supervision.report import already_done
     from tightfit.runtime.supervision.training_process import RunOrder
 
-    tokens = loaded.batch * loaded.seq if loaded.seq else None
+    places = loaded.batch * loaded.seq if loaded.seq else None
     with (
-        TrainingProgress(steps=0, tokens_per_step=tokens, budget=loaded.budget_bytes) as training,
+        TrainingProgress(steps=0, tokens_per_step=places, budget=loaded.budget_bytes) as training,
         prepared(
             loaded,
             data,
@@ -224,8 +184,11 @@ def carry_out(
             counted=replace,
             member=member,
             adapter=adapter,
+            tokens=tokens,
         ) as ready,
     ):
+        if tokens is not None:
+            shutil.rmtree(tokens, ignore_errors=True)
         if isinstance(ready, RunOrder):
             hand_on(ready, loaded, cgroup=cgroup, as_json=as_json, debug=debug, replace=replace, stages=stages)
     sys.stderr.write(already_done(ready, str(output), len(ready["loss"])))

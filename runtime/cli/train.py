@@ -13,8 +13,9 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -43,6 +44,9 @@ MODEL_AND_STEP, MEMORY, TRAINING, OTHERS = "Model and step", "Memory", "Training
 STAGES = ((MODEL_AND_STEP, profile), (MEMORY, plan), (TRAINING, run))
 """(heading in the help, command): options that several of them have are the last one's"""
 AUTO = "auto"
+TOKENS = ".tokens"
+"""in the output folder, until the run has prepared its data: the data as tokens, where they were counted to choose the length
+of a sequence"""
 PROFILE, PLAN, CONFIG = "profile.json", "plan.json", "config.toml"
 """what this command leaves in the output folder beside what a run leaves"""
 RANDOM = "random"
@@ -158,14 +162,24 @@ def train(
     from tightfit.runtime.session.output import locked
 
     output = given["output"].absolute()
-    with locked(output):
+    with locked(output), _removed_after_errors(output / TOKENS):
         how = _prepare(context, given | {"output": output}, messages())
     _go_on(context, given | how | {"output": output, "plan": output / PLAN})
 
 
+@contextlib.contextmanager
+def _removed_after_errors(folder: Path) -> Iterator[None]:
+    """Remove a folder, if it is there, where the block ends with an exception."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def _check(given: Mapping[str, Any]) -> None:
     """Raise InputError for options of the later stages that cannot be used, before the first stage takes its time."""
-    training_options(**_part(training_options, given))
+    training_options(given)
     if given["memory"] != AUTO:
         parse_size(given["memory"])
 
@@ -183,6 +197,7 @@ def _prepare(context: typer.Context, given: dict[str, Any], console: Console) ->
     """
     output: Path = given["output"]
     how = _beginning(output, resume=given["resume"], overwrite=given["overwrite"])
+    shutil.rmtree(output / TOKENS, ignore_errors=True)  # of a call that was killed
     budget = _budget(given["memory"], console, resume=given["resume"])
     seq = _sequence(given, budget, console)
     given |= {"seq": seq, "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget)}
@@ -210,7 +225,9 @@ def _prepare(context: typer.Context, given: dict[str, Any], console: Console) ->
         words = anew if given["overwrite"] else f"--resume -o {shlex.quote(str(output))}"
         raise RunError(f"interrupted; go on with: tightfit train {words}") from stop
     told = {"profile": _told(measured, output), "plan": answers.facts(planned) | {"plan": str(output / PLAN)}}
-    return how | {"stages": answers.to_json(told) if given["as_json"] else None}
+    tokens = output / TOKENS
+    kept = {"tokens": tokens if tokens.exists() else None}
+    return how | kept | {"stages": answers.to_json(told) if given["as_json"] else None}
 
 
 def _beginning(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
@@ -268,6 +285,7 @@ def _sequence(given: Mapping[str, Any], budget: int, console: Console) -> int | 
             truncate=given["truncate"],
             budget=budget,
             columns=named_columns(given["columns"]),
+            keep=given["output"] / TOKENS,
             stages=stages,
         )
     console.print(f"sequence: {seq} tokens; {why}")
@@ -363,7 +381,6 @@ def _go_on(context: typer.Context, given: Mapping[str, Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     words = words_of(context.command.params, _part(run, given))
-    if given["stages"] is not None:
-        words.append(f"--stages={given['stages']}")
+    words += [f"--{name}={given[name]}" for name in ("stages", "tokens") if given[name] is not None]
     run_command = command("tightfit.runtime.cli.main", "run", str(given["plan"]), *words)
     os.execve(run_command[0], run_command, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line

@@ -1,6 +1,6 @@
 """Chooses the length of a run's sequences so that every sample of the data has room.
 
-Samples are tokenised one by one and forgotten again; PyTorch is not imported.
+Samples are tokenised one by one, and kept in a file where the run is to use them; PyTorch is not imported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from tightfit.profiles.sources.lookup import longest_sequence, vocabulary
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.data.samples import data_files
-from tightfit.runtime.data.tokenization import PREPARED, RANDOM, Purpose, longest_sample
+from tightfit.runtime.data.tokenization import PREPARED, RANDOM, Purpose, longest_sample, tokens_in
 from tightfit.runtime.engine.training.records import RecordFile
 
 STEP = 32
@@ -42,13 +42,15 @@ def choose_seq(
     truncate: bool,
     budget: int,
     columns: Mapping[str, str] | None = None,
+    keep: Path | None = None,
     stages: Callable[[str, int, int], None] | None = None,
 ) -> tuple[int, str]:
     """(tokens of a sequence, in words why) for a language model, its training data and its held-out data.
 
     That is the longest sample, rounded up to a multiple of `STEP`, and at most `MOST` and what the model was made for.
     Longer samples are cut if `truncate`, and otherwise an error that says how to go on; a line that could not be
-    tokenised within the run's `budget` in bytes is refused. `columns` is as for `tightfit.runtime.data.tokenization.prepare`. `stages(what, done, total)` is called now and then. Raises
+    tokenised within the run's `budget` in bytes is refused. `columns` is as for `tightfit.runtime.data.tokenization.prepare`. `stages(what, done, total)` is called now and then. `keep` is a folder
+    in which the samples are kept as tokens (`tokens_in`), so that the run need not tokenise them again. Raises
     InputError and CapError as `tightfit.runtime.data.tokenization.prepare` does.
     """
     own = longest_sequence(model)
@@ -81,6 +83,7 @@ def choose_seq(
             columns=columns,
             progress=progress,
             preparation=preparation,
+            keep=None if keep is None else tokens_in(keep, purpose),
         )
         longest = max(longest, found)
     seq = min(most, -(-longest // STEP) * STEP)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.data import kept_tokens
+from tightfit.runtime.data.kept_tokens import Encoded
 from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
 from tightfit.runtime.data.samples import (
     Completion,
@@ -61,6 +64,7 @@ def prepare(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     preparation: Preparation | None = None,
+    kept: Path | None = None,
 ) -> RecordFile:
     """Tokenise `data` into ``directory/<purpose>.records`` and open it.
 
@@ -70,7 +74,8 @@ def prepare(
     With the purpose "train" a question becomes one record with its right answer, with "evaluate" a record for each
     choice. A sample of more than `seq` positions is refused or, if `too_long` is "truncate", cut: first at the front,
     as far as nothing there is predicted, then at the end. `progress(samples)` is called after each sample with their
-    number so far. `preparation` limits the length of lines and checks this process's memory.
+    number so far. `preparation` limits the length of lines and checks this process's memory. `kept` is a file of these data
+    as tokens (`tightfit.runtime.data.kept_tokens`), which is read in their stead.
 
     Raises InputError, which names the bad lines (at most `REPORTED_LINES`) and counts the rest, RunError if the disk is
     full, and CapError if `preparation` does.
@@ -85,7 +90,10 @@ def prepare(
             _write_random(writer, seed)
         else:
             samples = _Samples(writer, _encoder(data, vocabulary, vocab_size), purpose, too_long)
-            samples.run(data_files(data), progress, preparation, checked_columns(columns))
+            if kept is not None:
+                samples.replay(kept, progress, preparation)
+            else:
+                samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return RecordFile.open(path)
 
 
@@ -100,16 +108,35 @@ def longest_sample(
     columns: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
     preparation: Preparation | None = None,
+    keep: Path | None = None,
 ) -> int:
-    """Positions of the longest sample of `data`, which are files of samples as for `prepare`; nothing is kept of them.
+    """Positions of the longest sample of `data`, which are files of samples as for `prepare`; the samples as tokens are
+    written to the file `keep`, for `prepare`.
 
     Samples of more than `most` positions are refused or, if `too_long` is "truncate", counted in full; texts always
     are, since they are packed into windows. `way_on` ends the message about samples that are refused; ``{longest}`` in
     it becomes their greatest length. The rest is as in `prepare`, errors too.
     """
-    samples = _Samples(_Counting(most), _encoder(data, vocabulary), purpose, too_long, way_on)
-    samples.run(data_files(data), progress, preparation, checked_columns(columns))
+    with writing(keep) if keep is not None else nullcontext() as file:
+        samples = _Samples(_Counting(most), _encoder(data, vocabulary), purpose, too_long, way_on, file)
+        samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return max(samples.longest, samples.longest_text)
+
+
+def tokens_in(folder: Path, purpose: Purpose) -> Path:
+    """The file in a folder in which data for a purpose are kept as tokens."""
+    return folder / f"{purpose}.tokens"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file in which tokens are kept. Raises RunError where the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            yield file
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; free some space and start again") from error
 
 
 def _encoder(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = None) -> Encoder:
@@ -176,11 +203,15 @@ class Encoder:
                 whole = ids + list(self.vocabulary.tokenizer.encode(part, add_special_tokens=False).ids)
             wanted += [predicted] * (len(whole) - len(wanted))
             ids = whole
+        self.check(ids)
+        return ids, wanted
+
+    def check(self, ids: list[int]) -> None:
+        """Raise InputError for a token outside the model's vocabulary."""
         if ids and max(ids) >= self.vocab_size:
             raise InputError(
                 f"token {max(ids)} is outside the model's vocabulary of {self.vocab_size}; the tokenizer belongs to another model"
             )
-        return ids, wanted
 
     def completion(
         self, prompt: Prompt, completion: str | Message, *, ended: bool, tools: Tools | None = None
@@ -220,8 +251,9 @@ class _Samples:
         purpose: Purpose,
         too_long: TooLong,
         way_on: str = PLAN_AGAIN,
+        keep: IO[bytes] | None = None,
     ) -> None:
-        self.writer, self.encoder = writer, encoder
+        self.writer, self.encoder, self.keep = writer, encoder, keep
         self.purpose, self.too_long, self.way_on = purpose, too_long, way_on
         self.stream: list[int] = []
         self.labels: list[int] = []
@@ -246,7 +278,10 @@ class _Samples:
                 try:
                     if isinstance(sample, InputError):
                         raise sample
-                    self.add(sample)
+                    encoded = self.encoded(sample)
+                    if self.keep:
+                        kept_tokens.write(self.keep, encoded)
+                    self.place(encoded)
                 except InputError as error:
                     self.count_bad += 1
                     if len(self.bad) < REPORTED_LINES:
@@ -266,36 +301,56 @@ class _Samples:
         if not self.writer.count:
             raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: no samples; the data are empty")
 
-    def add(self, sample: Sample) -> None:
-        """Write the records of one sample. Raises InputError, which says what is wrong with it."""
+    def replay(self, kept: Path, progress: Callable[[int], None] | None, preparation: Preparation | None) -> None:
+        """The same for samples that were kept as tokens; they were good when they were kept."""
+        for done, sample in enumerate(kept_tokens.read(kept), start=1):
+            for one in sample:
+                self.encoder.check(one.ids)
+            self.place(sample)
+            if progress:
+                progress(done)
+            if preparation and done % LOOKED_AT == 0:
+                preparation.check("reading the tokens of the data")
+        self.flush(everything=True)
+
+    def encoded(self, sample: Sample) -> list[Encoded]:
+        """A sample as tokens: several sequences for the choices of a question. Raises InputError, which says what is wrong
+        with it.
+        """
         encoder = self.encoder
         if isinstance(sample, Text):
             ids, _ = encoder.segments([(sample.text, True)])
             self.longest_text = max(self.longest_text, len(ids))
-            self.stream += ids if encoder.end is None else [*ids, encoder.end]
+            return [Encoded(ids=ids if encoder.end is None else [*ids, encoder.end], wanted=None)]
+        if isinstance(sample, Question) and self.purpose == "evaluate":
+            choices = (
+                encoder.completion(sample.prompt, one, ended=False, tools=sample.tools) for one in sample.choices
+            )
+            return [
+                Encoded(ids=ids, wanted=wanted, choice=choice, answer=choice == sample.answer)
+                for choice, (ids, wanted) in enumerate(choices)
+            ]
+        if isinstance(sample, Question):
+            tokens = encoder.completion(sample.prompt, sample.choices[sample.answer], ended=True, tools=sample.tools)
+        elif isinstance(sample, Completion):
+            tokens = encoder.completion(sample.prompt, sample.completion, ended=True, tools=sample.tools)
+        else:
+            assert isinstance(sample, Conversation)
+            tokens = encoder.segments(encoder.chat.conversation(sample.messages, tools=sample.tools))
+        return [Encoded(ids=tokens[0], wanted=tokens[1])]
+
+    def place(self, sample: Sequence[Encoded]) -> None:
+        """Write the records of one sample. Raises InputError, which says what is wrong with it."""
+        text = sample[0]
+        if text.wanted is None:
+            self.stream += text.ids
             self.labels += [*self.stream[len(self.labels) + 1 :], IGNORED]
             self.flush(everything=False)
             return
-        if isinstance(sample, Question) and self.purpose == "evaluate":
-            records = [
-                encoder.completion(sample.prompt, choice, ended=False, tools=sample.tools) for choice in sample.choices
-            ]
-            self.longest = max(self.longest, *(len(ids) - 1 for ids, _ in records))
-            shifted = [self.shift(tokens) for tokens in records]
-            for choice, (inputs, labels) in enumerate(shifted):
-                self.writer.add(inputs, labels, example=self.example, choice=choice, answer=choice == sample.answer)
-        else:
-            if isinstance(sample, Question):
-                tokens = encoder.completion(
-                    sample.prompt, sample.choices[sample.answer], ended=True, tools=sample.tools
-                )
-            elif isinstance(sample, Completion):
-                tokens = encoder.completion(sample.prompt, sample.completion, ended=True, tools=sample.tools)
-            else:
-                assert isinstance(sample, Conversation)
-                tokens = encoder.segments(encoder.chat.conversation(sample.messages, tools=sample.tools))
-            inputs, labels = self.shift(tokens)
-            self.writer.add(inputs, labels, example=self.example)
+        tokens = [(one.ids, one.wanted) for one in sample if one.wanted is not None]
+        self.longest = max(self.longest, *(len(ids) - 1 for ids, _ in tokens))
+        for one, (inputs, labels) in zip(sample, [self.shift(each) for each in tokens], strict=True):
+            self.writer.add(inputs, labels, example=self.example, choice=one.choice, answer=one.answer)
         self.example += 1
 
     def shift(self, tokens: Tokens) -> tuple[list[int], list[int]]:

@@ -72,11 +72,10 @@ def check_steps(plan: Plan, steps: int) -> None:
 
 def check_fleet_options(options: RunOptions) -> None:
     """Raise InputError for an option that the members of a fleet cannot follow."""
-    for name in ("epochs", "eval_every", "keep_best", "early_stopping"):
+    for name in ("eval_every", "keep_best", "early_stopping"):
         if getattr(options, name):
             raise InputError(
-                f"{name} {getattr(options, name)}: the members of a fleet train a number of steps and evaluate before and after;"
-                f" leave it out{', and give steps' if name == 'epochs' else ''}"
+                f"{name} {getattr(options, name)}: the members of a fleet evaluate before and after; leave it out"
             )
 
 

@@ -156,6 +156,7 @@ def prepared(
     counted: bool = False,
     member: Membership | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    tokens: Path | None = None,
 ) -> Iterator[RunOrder | dict[str, Any]]:
     """Prepare a run (see `run`) up to starting its training process: check plan and machine, write data and job to
     `out`.
@@ -163,7 +164,8 @@ def prepared(
     Yields the order to carry out, or the report of a run that has taken all its steps already. `out` is locked while
     the block runs. With `counted`, the memory of this process must fit the plan's budget too; otherwise CapError is
     raised before anything of an earlier run is replaced. `member`: which one of a fleet runs `plan`. `adapter`: the
-    folder of the adapter that training starts from.
+    folder of the adapter that training starts from. `tokens`: a folder in which `tightfit.runtime.data.sequence` has kept
+    these data as tokens.
     """
     check_kind(plan)
     seat = member.seat if member else None
@@ -202,11 +204,14 @@ def prepared(
             seed=options.seed,
             stages=stages,
             preparation=preparation,
+            tokens=tokens,
         )
         train = None if receives_batches(plan) else written(data, staging, "train")
         evaluation = None if eval_data is None or train is None else written(eval_data, staging, "evaluate")
         epoch_steps = _epoch_steps(plan, train, options) if train else None
-        settled = options.over(epoch_steps, of_update=plan.accumulate)
+        if train is None and options.epochs is not None:
+            raise InputError(f"epochs {options.epochs:g}: a server has no data, of which an epoch would be; give steps")
+        settled = options.over(epoch_steps, of_update=seat.micro_batches if seat else plan.accumulate)
         if resume and steps is None and settled.steps is not None:
             check_reached(directory, settled.steps)
         settings = settings_of(
@@ -253,9 +258,10 @@ def prepare_data(
     seed: int,
     stages: Stages | None,
     preparation: Preparation | None,
+    tokens: Path | None = None,
 ) -> Path:
     """Write the data as a record or batch file in `folder`; returns its path. `purpose` is "train" or "evaluate"."""
-    from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare
+    from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare, tokens_in
 
     if columns and purpose == "train" and (plan.model.kind == "module" or (isinstance(data, str) and data == RANDOM)):
         raise InputError(f"columns {', '.join(columns.values())}: the data given have none; leave them out")
@@ -270,6 +276,10 @@ def prepare_data(
     vocabulary = None if text == RANDOM or text.endswith(PREPARED) else lookup.vocabulary(plan.model.source)
     if preparation:
         preparation.check("loading the tokenizer")
+    kept = None if tokens is None else tokens_in(tokens, purpose)
+    if kept is not None and not kept.exists():
+        kept = None
+    what = f"tokenising {text}" if kept is None else f"taking the tokens of {text}"
     records = prepare(
         text,
         vocabulary,
@@ -280,8 +290,9 @@ def prepare_data(
         columns=columns,
         too_long="truncate" if truncate else "refuse",
         seed=seed,
-        progress=(lambda done: stages(f"tokenising {text}", done, done)) if stages else None,
+        progress=(lambda done: stages(what, done, done)) if stages else None,
         preparation=preparation,
+        kept=kept,
     )
     records.close()
     return records.path

@@ -5,70 +5,104 @@ from __future__ import annotations
 import math
 import operator
 import re
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from tightfit.runtime.common.errors import InputError
 
 SCHEDULES = ("constant", "linear", "cosine")
 LARGEST_SEED = 10**12
 """a step's own seed is about a million times as large, which must fit into 64 bits"""
-LEAST = {
-    "steps": 1,
-    "warmup_steps": 0,
-    "seed": 0,
-    "checkpoint_every": 0,
-    "keep_checkpoints": 1,
-    "eval_every": 1,
-    "early_stopping": 1,
-}
-"""smallest value of each option that is a whole number"""
-SHARES = ("warmup_ratio", "min_lr_ratio")
-"""options from 0 to 1"""
 EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?epochs?")
 """an interval in epochs, as in `1 epoch` and `0.5epochs`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What the command line, the HTTP service and its page say of an option, and the values that it takes."""
+
+    help: str
+    """a sentence or two for a list of options"""
+    label: str | None = None
+    """what a form calls it; None: its name"""
+    metavar: str | None = None
+    """what stands for the value in the command line's help; None: its type"""
+    least: int | None = None
+    """the smallest value"""
+    most: int | None = None
+    """the largest value"""
+    choices: tuple[str, ...] = ()
+    """the only values, if there are any here"""
+
+
+def option(default: Any, help_: str, **said: Any) -> Any:
+    """A field of `RunOptions` that commands and requests have as an option; keywords are fields of `Said`."""
+    return field(default=default, metadata={"said": Said(help=help_, **said)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What decides how a run trains and saves; numbers of numpy and torch become Python's own, since they are written as JSON.
 
-    Raises InputError, which names the option, its value and what it may be, for a value that is not allowed, and for
-    options that exclude or need each other.
+    `tightfit run`, `tightfit fleet run`, the service's `/v1/runs` and the form on its page have the fields that are made
+    by `option`, and take from there what they say of each (`said`). Raises InputError, which names the option, its value
+    and what it may be, for a value that is not allowed, and for options that exclude or need each other.
     """
 
-    steps: int | None = None
-    """steps in all; None: they follow from `epochs`, or in a Session, its program says when to end"""
-    epochs: float | None = None
-    """how often to go through the data; None: `steps` says when to end"""
-    lr: float = 2e-4
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    """steps over which the learning rate rises from zero"""
-    warmup_ratio: float | None = None
-    """the same as a share of all steps, rounded up"""
-    min_lr_ratio: float = 0.0
-    """share of `lr` at which a linear or cosine schedule ends"""
-    seed: int = 0
-    """of the adapter's start and the order of the data"""
-    checkpoint_every: int = 50
-    """steps between checkpoints; 0: only at the end"""
+    steps: int | None = option(
+        None, "Steps in all, each of one batch; of a fleet, micro-batches of all members together.", least=1
+    )
+    """None: they follow from `epochs`, or in a Session, its program says when to end"""
+    epochs: float | None = option(None, "How often to go through the data, instead of --steps; may be a fraction.")
+    """None: `steps` says when to end"""
+    lr: float = option(2e-4, "Learning rate of the plan's optimizer.", label="Learning rate", least=0)
+    schedule: str = option("constant", "Course of the learning rate: constant, linear or cosine.", choices=SCHEDULES)
+    warmup_steps: int = option(0, "Steps over which the learning rate rises from zero.", label="Warm-up steps", least=0)
+    warmup_ratio: float | None = option(
+        None,
+        "The same as a share of all steps, for example 0.03.",
+        label="Warm-up ratio",
+        metavar="SHARE",
+        least=0,
+        most=1,
+    )
+    """rounded up to whole steps"""
+    min_lr_ratio: float = option(
+        0.0,
+        "Share of --lr at which a linear or cosine schedule ends.",
+        label="Last share of the rate",
+        metavar="SHARE",
+        least=0,
+        most=1,
+    )
+    weight_decay: float = option(0.0, "Decoupled weight decay.", least=0)
+    seed: int = option(0, "Seed of the adapter's start, the order of the data and dropout.", least=0, most=LARGEST_SEED)
+    checkpoint_every: int = option(50, "Steps between checkpoints; 0: only at the end.", least=0)
     keep_checkpoints: int = 2
-    eval_every: int | str | None = None
+    eval_every: int | str | None = option(
+        None,
+        "Evaluate on --eval after every so many steps or epochs, too.",
+        label="Evaluate every",
+        metavar="STEPS|'N epochs'",
+    )
     """steps between evaluations, or epochs (``"1 epoch"``); None: only before the first step and after the last"""
-    keep_best: bool = False
-    """whether the result of the best evaluation so far is kept in ``best``"""
-    early_stopping: int | None = None
-    """evaluations in a row that are no better than the best, after which the run ends; None: it takes all steps"""
-    packing: bool = False
-    """whether samples of a language model share the rows of a training batch, where the model allows it"""
+    keep_best: bool = option(False, "Keep the adapter of the best evaluation in the folder best/.")
+    early_stopping: int | None = option(
+        None, "End after K evaluations in a row that were no better than the best.", metavar="K", least=1
+    )
+    """None: the run takes all steps"""
+    packing: bool = option(
+        False, "Let short samples share the rows of training batches, each attending to itself alone."
+    )
+    """where the model allows it"""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None or field.default is not None:
-                object.__setattr__(self, field.name, _checked(field.name, value))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:
+                object.__setattr__(self, one.name, _checked(one.name, value))
         if self.steps is not None and self.epochs is not None:
             raise InputError(f"steps {self.steps} and epochs {self.epochs:g}: give one of them")
         if self.warmup_steps and self.warmup_ratio is not None:
@@ -110,6 +144,31 @@ class RunOptions:
             assert steps is not None
             warmup = math.ceil(steps * self.warmup_ratio)  # as transformers has it
         return replace(self, steps=steps, epochs=None, warmup_steps=warmup, warmup_ratio=None, eval_every=every)
+
+
+def said() -> Mapping[str, Said]:
+    """What is said of every option that commands and requests have, by its name."""
+    return {one.name: one.metadata["said"] for one in fields(RunOptions) if "said" in one.metadata}
+
+
+def default_of(name: str) -> Any:
+    """The value of an option that is not given."""
+    return next(one.default for one in fields(RunOptions) if one.name == name)
+
+
+def types_of(name: str) -> tuple[type, ...]:
+    """The types of an option's values, without None."""
+    kind = get_type_hints(RunOptions)[name]
+    return tuple(one for one in get_args(kind) or (kind,) if one is not NoneType)
+
+
+LEAST = {name: one.least or 0 for name, one in said().items() if int in types_of(name)} | {
+    "eval_every": 1,
+    "keep_checkpoints": 1,
+}
+"""smallest value of each option that is a whole number"""
+SHARES = [name for name, one in said().items() if float in types_of(name) and one.most == 1]
+"""options from 0 to 1"""
 
 
 def finite(name: str, value: Any) -> float:

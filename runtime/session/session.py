@@ -82,6 +82,9 @@ class Session:
         self.directory = Path(out).absolute()
         self.taken = 0
         """number of steps taken so far, including those of the run that is resumed"""
+        self.grad_norm: float | None = None
+        """norm of the gradients of the latest update, all of them together, before they were clipped; None: the plan does not
+        clip, or the latest step has made no update"""
         self.report: dict[str, Any] | None = None
         """predicted and measured figures, once the session has ended without an error"""
         self._options = RunOptions(
@@ -133,8 +136,10 @@ class Session:
         InputError for a batch or rate that is not allowed, after which the session can go on, and for a loss that is
         not finite, which ends it.
         """
-        loss: float = self._answer(STEP, batch, None if lr is None else finite("lr", lr))["loss"]
+        told = self._answer(STEP, batch, None if lr is None else finite("lr", lr))
         self.taken += 1
+        self.grad_norm = told.get("grad_norm")
+        loss: float = told["loss"]
         return loss
 
     def loss(self, *batch: Tensor | Sequence[Tensor]) -> float:

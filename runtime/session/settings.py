@@ -173,6 +173,7 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "supervisor_bytes": plan.device.floor.supervisor_bytes,
         "step_seconds": plan.step_seconds,
+        "threads": plan.device.threads,
         "places_per_step": plan.batch * plan.seq if plan.seq else None,
         "sorts": _sorts(plan),
         "train": _phase(plan.steps, plan.device.floor.supervisor_bytes),

@@ -112,8 +112,12 @@ class TrainingProgress:
         accuracy = f", accuracy {result['eval_accuracy']:.3f}" if "eval_accuracy" in result else ""
         best = ", the best so far" if result["best"] else ""
         over = "; the run ends, since none was better for as long as it was to wait" if result["over"] else ""
-        told = f"evaluated after step {result['step']}: loss {result['eval_loss']:.4f}{accuracy}{best}{over}\n"
-        self._write(f"{ERASE_LINE}{told}" if self.live else told)
+        told = f"evaluated after step {result['step']}: loss {result['eval_loss']:.4f}{accuracy}{best}{over}"
+        self.note(told)
+
+    def note(self, text: str) -> None:
+        """Say what people should know about how the run goes; it stays on a terminal."""
+        self._write(f"{ERASE_LINE}{text}\n" if self.live else f"{text}\n")
 
     @property
     def stepped(self) -> bool:

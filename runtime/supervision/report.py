@@ -107,6 +107,7 @@ def build_report(
     supervisor_bytes: int | None = None,
     program_bytes: int | None = None,
     preparation_bytes: int | None = None,
+    contention: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report: bytes and seconds as `planned` (by `planned_figures`) and as measured in the run.
 
@@ -115,7 +116,8 @@ def build_report(
     (`supervisor_bytes`, its VmHWM). If a program of the user's runs the plan itself, there is no supervisor; the
     program's memory does not count against the budget and is reported as `program_bytes`. `cgroup_peak_bytes` is the
     cgroup's own counter, which includes kernel tables and reclaimable page cache. `preparation_bytes` is the peak of
-    the process that read plan and data before the training process was started.
+    the process that read plan and data before the training process was started. `contention` says how long steps waited
+    for cores that other programs held (`tightfit.runtime.supervision.contention`); None: there was nothing to notice.
 
     `evaluations` are those of a run that evaluates between its steps, each with `step`, `epoch`, `loss`, `accuracy`
     (None without questions) and `seconds`; `best` is the best of them, with the `path` where its result is kept;
@@ -148,6 +150,7 @@ def build_report(
         "program_bytes": program_bytes,
         "preparation_bytes": preparation_bytes,
         "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
+        "contention": contention,
         "tokens": tokens_told(planned["places_per_step"], lines),
         "packing": planned.get("packing"),
         "loss": [line["loss"] for line in lines],

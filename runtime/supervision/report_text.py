@@ -37,6 +37,10 @@ def report_text(report: dict[str, Any]) -> RenderableType:
             else "–",
         ),
     ]
+    if held := report.get("contention"):
+        during = f"used {held['others_cores']:.1f} of the cores during {held['steps']} steps"
+        waited = f"took {held['step_seconds']:.3f} s each and waited {held['waited_seconds']:.3f} s of it for a core"
+        rows.append(("other programs", f"{during}, which {waited}"))
     if norms := report.get("grad_norm"):
         limit = report["max_grad_norm"]
         over = sum(norm > limit for norm in norms)

@@ -12,6 +12,7 @@ memory does not count.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.interrupts import GivenUp, passed_on
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
+from tightfit.runtime.supervision.contention import Contention, usage_of
 from tightfit.runtime.supervision.failure import fail
 from tightfit.runtime.supervision.progress import TrainingProgress
 from tightfit.runtime.supervision.report import (
@@ -44,6 +46,8 @@ Progress = Callable[[int, float, float, int, int, int | None], None]
 resident and peak bytes are the training process's; tokens are those of the step without padding, None for a module."""
 Stages = Callable[[str, int, int], None]
 """stages(what, done, total), called while something is prepared or evaluated."""
+Noted = Callable[[str], None]
+"""noted(text), called with what people should know about how the run goes."""
 Evaluated = Callable[[dict[str, Any]], None]
 """evaluated(message), called with the result of each evaluation between the steps, as the training process tells it."""
 
@@ -73,6 +77,7 @@ def supervise(
     stages: Stages | None = None,
     *,
     evaluated: Evaluated | None = None,
+    noted: Noted | None = None,
     group: MemoryCgroup | None = None,
     counted: bool = False,
     preparation_bytes: int | None = None,
@@ -85,8 +90,13 @@ def supervise(
     """
     with passed_on() as passing, started(order, group=group) as child:
         passing.to(child.process)
+        contention = Contention(
+            threads=order.planned["threads"],
+            step_seconds=order.planned["step_seconds"],
+            usage=lambda: usage_of(child.process.pid),
+        )
         try:
-            _follow(child, progress, stages, evaluated)
+            _follow(child, contention, progress, stages, evaluated, noted)
         except GivenUp:
             raise
         except BaseException:
@@ -106,6 +116,7 @@ def supervise(
         supervisor_bytes=own_bytes if counted else None,
         program_bytes=None if counted else own_bytes,
         preparation_bytes=preparation_bytes,
+        contention=contention.told,
     )
     if order.evaluates:
         return evaluation_report(report, by_token=order.planned["places_per_step"] is not None)
@@ -117,9 +128,18 @@ def supervise(
 
 
 def _follow(
-    child: TrainingProcess, progress: Progress | None, stages: Stages | None, evaluated: Evaluated | None
+    child: TrainingProcess,
+    contention: Contention,
+    progress: Progress | None,
+    stages: Stages | None,
+    evaluated: Evaluated | None,
+    noted: Noted | None,
 ) -> None:
     for message in child.messages():
+        if message["event"] == "step":
+            notice = contention.step(message["seconds"])
+            if notice and noted:
+                noted(notice)
         if message["event"] == "step" and progress:
             progress(
                 message["step"],
@@ -189,6 +209,7 @@ def main(arguments: Sequence[str]) -> int:
                 training,
                 training.stage,
                 evaluated=training.evaluated,
+                noted=training.note,
                 group=group,
                 counted=True,
                 preparation_bytes=show.preparation_bytes,
@@ -245,11 +266,16 @@ def measure() -> int:
     observed = Observed()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         training = TrainingProgress(steps=2, tokens_per_step=1, budget=1, file=nowhere)
+        looks = itertools.count()
+        contention = Contention(
+            threads=2, step_seconds=1.0, usage=lambda: usage_of(os.getpid()), clock=lambda: float(next(looks))
+        )
         for line in [words] * 2 + [json.dumps(step)] * LATEST_STEPS:
             message = json.loads(line)
             observed.take(message)
             if message["event"] == "step":
                 training(1, 1.0, 0.5, 1, 1, 1)
+                contention.step(0.5)
         with passed_on():
             subprocess.run(["/bin/true"], check=False)
     return memory().peak

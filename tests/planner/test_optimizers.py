@@ -13,18 +13,19 @@ from synthetic import SLICE, decoder_like, tables
 
 from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.model_planner import ModelPlanner
-from tightfit.planner.plan import plan
+from tightfit.planner.plan import minimum_budget, plan, policies_of
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.clipping import clipped
 from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.problem.optimizers import with_optimizer
 from tightfit.planner.problem.step_graph import STATE_PREFIXES
+from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
-from tightfit.planner.report.summary import plan_summary
+from tightfit.planner.report.summary import plan_summary, update_words
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.planner.solvers.lp import Linear, Program
-from tightfit.profiles.schema import EXCHANGE, OPTIMIZER_STATES, Tensor, adamw
+from tightfit.profiles.schema import EXCHANGE, OPTIMIZER_STATES, Profile, Tensor, adamw
 from tightfit.runtime.common.errors import InputError
 
 PASSES = {"adamw": 7, "adam": 7, "sgd": 3, "momentum": 5, "lion": 5}
@@ -105,6 +106,54 @@ def test_a_plan_says_which_optimizer_updates() -> None:
     made = plan(tables(2), 1 << 40, optimizer="lion")
     assert any("updates by lion, which has one state of each trained tensor" in sentence for sentence in explain(made))
     assert not any("updates by" in sentence for sentence in explain(plan(tables(2), 1 << 40)))
+
+
+@pytest.mark.parametrize(("name", "limit"), [("lion", None), ("sgd", 1.0), (None, 1.0)])
+def test_comparisons_and_the_smallest_budget_are_of_the_same_step_as_plans(
+    name: str | None, limit: float | None
+) -> None:
+    """Every rule, too, has the states, the seconds and the smallest budget of a plan with this optimizer and clipping."""
+    profile = tables(3)
+    chosen: dict[str, Any] = {"optimizer": name, "max_grad_norm": limit}
+    least = minimum_budget(profile, **chosen)
+    assert plan(profile, least, **chosen).status != "infeasible"
+    assert plan(profile, least - 1, **chosen).status == "infeasible"
+    rules = policies_of(profile)
+    found = compare(profile, [least, 1 << 40], **chosen)
+    assert found.policies == ["solver", *rules]
+    for policy in rules:
+        mine = plan(profile, 1 << 40, policy=policy, **chosen)
+        theirs = found.plan(1 << 40, policy)
+        assert theirs.optimizer == mine.optimizer == with_choice(profile, name, limit).optimizer
+        assert (theirs.step_seconds, theirs.peak_bytes) == (mine.step_seconds, mine.peak_bytes)
+        assert theirs.max_grad_norm == limit
+        needs = minimum_budget(profile, policy=policy, **chosen)
+        assert plan(profile, needs, policy=policy, **chosen).status != "infeasible"
+        assert needs >= least
+        usual = plan(profile, 1 << 40, policy=policy)
+        assert theirs.step_seconds != usual.step_seconds
+    assert (
+        update_words(found.plans[0])
+        == {
+            ("lion", None): "lion",
+            ("sgd", 1.0): "sgd, gradients clipped to a norm of 1",
+            (None, 1.0): "gradients clipped to a norm of 1",
+        }[name, limit]
+    )
+
+
+def with_choice(profile: Profile, name: str | None, limit: float | None) -> Profile:
+    made = profile if name is None else with_optimizer(profile, name)
+    return made if limit is None else clipped(made, limit)
+
+
+def test_a_comparison_refuses_rules_with_another_optimizer() -> None:
+    with pytest.raises(
+        InputError, match="max-grad-norm 1 needs the gradients of all that is trained, which mezo never has"
+    ):
+        compare(tables(1, movable=False), [1 << 40], ["mezo"], max_grad_norm=1.0)
+    with pytest.raises(InputError, match="optimizer sgd: mezo moves along a random direction"):
+        compare(tables(1, movable=False), [1 << 40], ["mezo"], optimizer="sgd")
 
 
 def test_what_is_no_optimizer_or_has_another_is_refused() -> None:

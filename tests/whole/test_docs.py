@@ -64,6 +64,43 @@ def test_links_lead_somewhere():
     assert not broken
 
 
+def rows(page):
+    """(heading, cells) of every row in the tables of a page, but for their own headings."""
+    heading, found = "", []
+    for line in page.splitlines():
+        if line.startswith("## "):
+            heading = line[3:]
+        elif line.startswith("| ") and not line.startswith("| expected"):
+            found.append((heading, [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]))
+    return found
+
+
+def test_what_people_expect_is_shown_by_tests_and_options_that_there_are():
+    import typer
+
+    from tightfit.runtime.cli.main import app
+
+    def options(command):
+        for other in getattr(command, "commands", {}).values():
+            yield from options(other)
+        yield from (word for parameter in command.params for word in (*parameter.opts, *parameter.secondary_opts))
+
+    known, told = set(options(typer.main.get_command(app))), rows((ROOT / "docs" / "expectations.md").read_text())
+    assert len(told) > 40
+    for heading, cells in told:
+        here = cells[2]
+        assert set(re.findall(r"`[^`]*?(--[a-z-]+)", here)) <= known, here
+        if heading == "What is not here":
+            continue
+        tests = re.findall(r"`(tests/[a-z_/]+\.py)::([a-z_]+)`", cells[3])
+        assert tests, cells
+        for file, name in tests:
+            functions = [
+                one.name for one in ast.parse((ROOT / file).read_text()).body if isinstance(one, ast.FunctionDef)
+            ]
+            assert name in functions, f"{file}::{name}"
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from documented_tables import TABLES, with_table

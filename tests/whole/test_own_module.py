@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from examples import own_loop, own_module, trainer
@@ -36,7 +39,22 @@ def test_a_loop_of_one_s_own_keeps_its_best(tmp_path: Path) -> None:
 
 
 def test_the_trainer_takes_the_steps_of_a_plan(tmp_path: Path) -> None:
-    before, after = trainer.train(tmp_path, steps=100)
+    before, after, logged = trainer.train(tmp_path, steps=100)
     assert before == pytest.approx(5.545, abs=0.2)  # of 256 words, none is known yet
     assert after < before - 0.3
-    assert len((tmp_path / "session" / "metrics.jsonl").read_text().splitlines()) == 100
+    told = [json.loads(line) for line in (tmp_path / "session" / "metrics.jsonl").read_text().splitlines()]
+    assert len(told) == 100
+    # The norms that the Trainer logs are those of the plan's gradients, before they were clipped.
+    norms = {line["step"]: line["grad_norm"] for line in logged if "grad_norm" in line}
+    assert norms == {step: told[step - 1]["grad_norm"] for step in (50, 100)}
+    assert all(norm > 0 for norm in norms.values())
+
+
+def test_the_trainer_logs_no_norm_that_nobody_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr(transformers.Trainer, "log", lambda self, logs: logged.append(dict(logs)))
+    mine = trainer.PlannedTrainer.__new__(trainer.PlannedTrainer)
+    for norm in (None, 0.5):
+        mine.session = SimpleNamespace(grad_norm=norm)  # type: ignore[assignment]
+        mine.log({"loss": 2.0, "grad_norm": 0.0})
+    assert logged == [{"loss": 2.0}, {"loss": 2.0, "grad_norm": 0.5}]

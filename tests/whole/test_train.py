@@ -75,6 +75,13 @@ def test_it_does_what_the_three_commands_do(trained: Any, folder: Path, tmp_path
     words = ("--data", folder / "data.jsonl", "--steps", STEPS, "--lr", 5e-3, "-o", tmp_path / "out")
     ended(started("run", plan, *words))
     assert adapter(out) == adapter(tmp_path / "out")
+    # The data were tokenised once, to choose the length; the run took the tokens.
+    assert "taking the tokens of data.jsonl" in said
+    assert "tokenising" not in said
+    assert not (out / ".tokens").exists()
+    records = [(where / "data" / "train.records").read_bytes() for where in (out, tmp_path / "out")]
+    # The header says where the data came from, in the words of the command.
+    assert records[0][4096:] == records[1][4096:]
     assert json.loads((out / "report.json").read_text()) == told["report"]
     assert told["report"]["loss"] == json.loads((tmp_path / "out" / "report.json").read_text())["loss"]
     assert told["profile"]["fingerprint"] == tightfit.load_profile(out / "profile.json").fingerprint

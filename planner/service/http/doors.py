@@ -24,6 +24,7 @@ from tightfit.planner.service.wire.schema import (
     StoredProfile,
 )
 from tightfit.planner.service.wire.settings import Settings
+from tightfit.profiles.devices.data_sheets import known_devices
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
 
@@ -203,6 +204,13 @@ def check_time(seconds: float, settings: Settings) -> None:
     if seconds > settings.time_limit_seconds:
         limit = settings.time_limit_seconds
         raise invalid("time_limit", f"{seconds} s for one plan; this service allows at most {limit:g} s")
+
+
+def check_device(name: str, own: Sequence[str], field: str) -> None:
+    """Raises ServiceError 422 for a device that is neither one of `own` nor one with a data sheet."""
+    known = [*own, *(device.name for device in known_devices())]
+    if name not in known:
+        raise invalid(field, f"no device is called {name!r}; choose from {', '.join(known)}")
 
 
 def stored(request: Request, kind: str, identity: str, field: str | None = None) -> Row:

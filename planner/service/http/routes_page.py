@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -11,9 +12,12 @@ from fastapi.responses import RedirectResponse
 
 from tightfit.planner.report.chart_data import chart_files
 from tightfit.planner.service.wire.errors import not_found
+from tightfit.planner.service.wire.forms import forms
 
 router = APIRouter(include_in_schema=False)
-TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+FORMS = "forms.json"
+"""what the forms are made of"""
+TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "json": "application/json"}
 
 
 @router.get("/")
@@ -43,4 +47,4 @@ def _file(name: str) -> Response:
 def _files() -> dict[str, str]:
     folder: Any = files("tightfit.planner.service") / "page"
     found = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name.rsplit(".", 1)[-1] in TYPES}
-    return found | chart_files()
+    return found | chart_files() | {FORMS: json.dumps(forms())}

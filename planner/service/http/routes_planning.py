@@ -15,6 +15,7 @@ from tightfit.planner.service.http.doors import (
     IdempotencyKey,
     ask,
     budget,
+    check_device,
     check_time,
     errors,
     file_answer,
@@ -40,7 +41,6 @@ from tightfit.planner.service.wire.schema import (
     StoredPlan,
 )
 from tightfit.planner.service.wire.shown import Difference, PlanView
-from tightfit.profiles.devices.data_sheets import known_devices
 from tightfit.runtime.common.strict_json import to_json
 
 router = APIRouter(prefix="/v1", tags=["planning"])
@@ -111,10 +111,8 @@ async def make_comparison(
     """Budgets × policies × devices. Every cell's plan is kept under its fingerprint."""
     settings = service_of(request).settings
     check_time(asked.time_limit, settings)
-    known = [OWN, *(device.name for device in known_devices())]
     for index, device in enumerate(asked.devices):
-        if device not in known:
-            raise invalid(f"devices.{index}", f"no device is called {device!r}; choose from {', '.join(known)}")
+        check_device(device, [OWN], f"devices.{index}")
     row = stored(request, "profile", asked.profile, "profile")
     for index, policy in enumerate(asked.policies):
         _check_policy(policy, row, f"policies.{index}")

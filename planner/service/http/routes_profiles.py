@@ -11,6 +11,7 @@ from tightfit.planner.service.http.doors import (
     JOB_ANSWERS,
     IdempotencyKey,
     ask,
+    check_device,
     errors,
     file_answer,
     file_responses,
@@ -30,13 +31,14 @@ from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import InputError
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
+HERE = "cpu"
+"""the device that is this machine"""
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
 FILE = file_responses("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
-CHOICES = {
-    *("base", "embeddings", "lora_targets", "lora_layers", "rank_pattern", "alpha_pattern", "lora_dropout", "rslora"),
-    *("dora", "modules_to_save"),
-}
-"""Fields of a request that a worker is told of only if they are not at their defaults."""
+ALWAYS = {"seq", "batch", "lora_alpha", "accumulate", "dtype"}
+"""Fields of a request that a worker is always told of; of the others only if they are not at their defaults."""
+RANK = 8
+"""of the pairs, where a request names neither a rank nor an adapter"""
 UPLOAD: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -59,8 +61,13 @@ async def make_profile(request: Request, asked: ProfileRequest, client: Asker, k
     What was measured before is answered at once; `force` measures anew, and the new profile answers from then on.
     """
     settings = service_of(request).settings
-    options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "accumulate", "dtype"})
-    options |= asked.model_dump(include=CHOICES, exclude_defaults=True)
+    check_device(asked.device, [HERE], "device")
+    options = asked.model_dump(include=ALWAYS)
+    options |= asked.model_dump(exclude={"path", "hub", "config", "force"}, exclude_defaults=True)
+    if asked.adapter is not None:
+        options["adapter"] = await asyncio.to_thread(confined, asked.adapter, settings.roots, "adapter")
+    else:
+        options["lora_rank"] = asked.lora_rank or RANK
     words = options | await asyncio.to_thread(_source, settings, asked)
     if not asked.force:
         return ask(request, "profile", words, client, key=key)

@@ -22,13 +22,12 @@ from tightfit.planner.service.http.doors import (
     stored,
 )
 from tightfit.planner.service.http.paths import confined
-from tightfit.planner.service.jobs.running import OPTIONS
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.schema import Job, JobId, RunMetrics, RunRequest
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import RunOptions, said
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 Identity = Annotated[JobId, Path(description="the run's job")]
@@ -90,9 +89,16 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
             if live.exists()
             else []
         )
-    plan = json.loads(stored(request, "plan", job.request["plan"])["summary"])
-    steps = [told for line in lines if "loss" in (told := json.loads(line))]  # the others are evaluations
-    return RunMetrics(budget_bytes=plan["budget_bytes"], steps=steps)
+    row = stored(request, "plan", job.request["plan"])
+    profile = service.store.file("profile", row["origin"])
+    shape = {} if profile is None else json.loads(profile["summary"])
+    told = [json.loads(line) for line in lines]
+    return RunMetrics(
+        budget_bytes=json.loads(row["summary"])["budget_bytes"],
+        places_per_step=shape["batch"] * shape["seq"] if shape.get("seq") else None,
+        steps=[line for line in told if "loss" in line],
+        evaluations=[line for line in told if "eval_loss" in line],
+    )
 
 
 @router.get("/{identity}/report", responses=REPORT, summary="Predicted beside measured", response_class=Response)
@@ -120,14 +126,14 @@ async def _allowed(request: Request, asked: RunRequest) -> Row:
         if unfinished is not None:
             raise invalid("steps", unfinished)
     try:
-        RunOptions(**{name: getattr(asked, name) for name in OPTIONS})
+        RunOptions(**{name: getattr(asked, name) for name in said()})
     except InputError as error:
         raise invalid(str(error).split()[0].rstrip(":"), str(error)) from error  # it begins with the option's name
     if asked.eval_every is not None and asked.eval_data is None:
         raise invalid("eval_every", "there is nothing to evaluate on; give eval_data")
     roots = service_of(request).settings.roots
-    real: Row = {"data": RANDOM, "eval_data": None}
-    for field, text in (("data", asked.data), ("eval_data", asked.eval_data)):
+    real: Row = {"data": RANDOM, "eval_data": None, "adapter": None}
+    for field, text in (("data", asked.data), ("eval_data", asked.eval_data), ("adapter", asked.adapter)):
         if text is not None and text != real[field]:
             real[field] = await asyncio.to_thread(confined, text, roots, field)
     return real

@@ -19,31 +19,21 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import CHUNK, Objects
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
 from tightfit.runtime.common.new_lines import NewLines
 from tightfit.runtime.common.parent import end_with_parent
+from tightfit.runtime.session.options import said
 
 if TYPE_CHECKING:
     from tightfit.planner.service.jobs.worker import JobOrder, Tell
 
 LOOK_SECONDS = 0.2
-OPTIONS = (
-    "steps",
-    "epochs",
-    "lr",
-    "schedule",
-    "warmup_ratio",
-    "min_lr_ratio",
-    "seed",
-    "checkpoint_every",
-    "eval_every",
-    "early_stopping",
-)
-"""of a request that are options of `tightfit run`"""
+NAMES = {"eval_data": "eval"}
+"""fields of a request that `tightfit run` calls something else"""
 ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
 
 
@@ -100,15 +90,21 @@ def _wait_for_orphan(out: Path, asked: int) -> None:
 def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     request = order.request
     words = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
-    for name in OPTIONS:
-        if (value := request.get(name)) is not None:  # jobs that were stored before an option was known lack it
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    if request["eval_data"] is not None:
-        words += ["--eval", request["eval_data"]]
-    if request["truncate"]:
-        words.append("--truncate")
+    for name in (*said(), "eval_data", "columns", "truncate", "adapter", "profile_step"):
+        value = request.get(name)  # jobs that were stored before an option was known lack it
+        if value is not None:
+            words += _words(NAMES.get(name, name).replace("_", "-"), value)
     words.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
     return words
+
+
+def _words(option: str, value: Any) -> list[str]:
+    """The words that give `tightfit run` an option."""
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    if isinstance(value, dict):
+        value = ",".join(f"{name}={one}" for name, one in value.items())
+    return [f"--{option}={value}"]
 
 
 def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, bytes, str]:

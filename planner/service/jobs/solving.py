@@ -87,6 +87,8 @@ def comparison(order: JobOrder, tell: Tell) -> Row:
         devices=[None if name == OWN else name for name in request["devices"]],
         time_limit=request["time_limit"],
         gap=request.get("gap", 0.0),
+        optimizer=request.get("optimizer"),
+        max_grad_norm=request.get("max_grad_norm"),
         planned=planned,
         solving=lambda told: tell.progress(**_finite(told), done=done, total=total),
     )

@@ -5,6 +5,7 @@ import { atLeast, curveLegend, html, MIB, place, places, seconds } from "./chart
 import { showDifference } from "./compare.js";
 import { budgetCurve } from "./curve.js";
 import { listFleets, setUpFleets } from "./fleet.js";
+import { asked, beside, complete, forget } from "./forms.js";
 import { showPlan } from "./plan.js";
 import { listRuns, offerRun, setUpRun } from "./run.js";
 import { mib, percent, table } from "./tables.js";
@@ -12,7 +13,7 @@ import { mib, percent, table } from "./tables.js";
 const $ = (id) => document.getElementById(id);
 const POINTS = 7, TIME_LIMIT = 15, SLIDER_STEPS = 200, MOST = Number.MAX_SAFE_INTEGER;
 let POLICIES = [];
-const state = { profile: null, least: 0, most: 0, budget: 0, cells: [], chart: null, plan: null, chosen: 0, asked: 0, views: new Map(), dragging: false };
+const state = { profile: null, least: 0, most: 0, budget: 0, cells: [], chart: null, plan: null, chosen: 0, asked: 0, views: new Map(), dragging: false, step: {} };
 
 function complain(error) {
   if (error instanceof Refused && error.status === 401) {
@@ -59,8 +60,8 @@ async function listProfiles(chosen, kept) {
 
 // The address says what is looked at, so that it can be loaded anew, kept and sent.
 function remember() {
-  const { profile, budget } = state;
-  history.replaceState(null, "", profile ? `#${new URLSearchParams({ profile, budget, policy: $("policy").value })}` : "#");
+  const { profile, budget, step } = state;
+  history.replaceState(null, "", profile ? `#${new URLSearchParams({ profile, budget, policy: $("policy").value, ...step })}` : "#");
 }
 
 // Measuring takes minutes, and others may be looked at meanwhile: it has a line of its own, which the latest one owns.
@@ -77,13 +78,16 @@ async function measured(request) {
 
 async function recall() {
   const { profile, ...kept } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  await Promise.all([listRuns(), listFleets()]);
+  await Promise.all([listRuns(), listFleets(), formed]);
+  $("step-form").reset();
+  for (const [name, value] of Object.entries(kept)) if ($("step-form").elements[name]) $("step-form").elements[name].value = value;
+  state.step = await asked($("step-form"), "step");
   await listProfiles(profile, kept);
   if (!profile && state.profile) await choose("");
 }
 
 async function configOf(file) {
-  if (!file.size) throw new Error("choose a config.json first");
+  if (!file?.size) throw new Error("choose a config.json first");
   try { return JSON.parse(await file.text()); } catch (error) { throw new Error(`${file.name} is no JSON (${error.message}); choose a model's config.json`); }
 }
 
@@ -138,7 +142,7 @@ async function explore(identity, kept, old) {
   $("curve").setAttribute("aria-busy", "true");
   working("finding the smallest and the largest budget that make sense …");
   // One byte never fits: the answers say what would.
-  const ask = (policy) => work("/v1/plans", { profile: identity, memory: 1, policy, time_limit: TIME_LIMIT }, (progress) => { if (!old()) told(`smallest budget, ${policy}`)(progress); });
+  const ask = (policy) => work("/v1/plans", { profile: identity, memory: 1, policy, time_limit: TIME_LIMIT, ...state.step }, (progress) => { if (!old()) told(`smallest budget, ${policy}`)(progress); });
   const [least, most] = await Promise.all([ask("solver"), ask("keep-all")]);
   if (old()) return;
   state.least = Math.max(1, least.result.summary.minimum_budget_bytes);
@@ -160,7 +164,7 @@ async function explore(identity, kept, old) {
       told(what, "curving")(progress);
       if (progress.cell) keep([{ ...progress.cell, summary: progress.cell }]);
     };
-    const done = await work("/v1/comparisons", { profile: identity, memory: budgets, policies, time_limit: TIME_LIMIT }, live);
+    const done = await work("/v1/comparisons", { profile: identity, memory: budgets, policies, time_limit: TIME_LIMIT, ...state.step }, live);
     if (!old()) keep(done.result.cells);
   };
   const first = solve();
@@ -307,7 +311,7 @@ async function solve() {
   $("solve").disabled = true;
   working(`${what} …`);
   try {
-    const request = { profile: state.profile, memory: budget, policy, time_limit: TIME_LIMIT };
+    const request = { profile: state.profile, memory: budget, policy, time_limit: TIME_LIMIT, ...state.step };
     const done = await work("/v1/plans", request, (progress) => { if (current()) tell(progress); });
     if (chosen !== state.chosen) return;
     keep([{ budget_bytes: budget, policy, plan: done.result.plan, summary: done.result.summary }]);
@@ -360,13 +364,27 @@ $("source").addEventListener("change", () => {
   for (const name of ["path", "config"]) $(`${name}-label`).hidden = $("source").value !== name;
 });
 $("measure").addEventListener("submit", action(async (event) => {
-  const form = new FormData(event.target), request = { force: form.has("force") };
-  if (form.get("source") === "path") request.path = form.get("path");
-  else request.config = await configOf(form.get("config"));
-  for (const name of ["seq", "batch", "lora_rank", "accumulate"]) request[name] = Number(form.get(name));
-  for (const name of ["lora_targets", "base"]) if (form.get(name)) request[name] = form.get(name);
-  const { chosen } = state, done = await measured(request);
-  await arrived(done.result.profile, chosen);
+  const form = event.target, { source, config } = form.elements, { path, ...request } = await asked(form, "profile");
+  if (source.value === "path") request.path = path ?? "";
+  else request.config = await configOf(config.files[0]);
+  forget(form);
+  try {
+    const { chosen } = state, done = await measured(request);
+    await arrived(done.result.profile, chosen);
+  } catch (error) {
+    if (!beside(form, error)) throw error;
+  }
+}));
+// Another optimizer or clipping makes other plans: the curve is drawn anew.
+$("step-form").addEventListener("submit", action(async (event) => {
+  const form = event.target, { profile, budget } = state;
+  forget(form);
+  state.step = await asked(form, "step");
+  try {
+    await choose(profile, { budget, policy: $("policy").value });
+  } catch (error) {
+    if (!beside(form, error)) throw error;
+  }
 }));
 $("slider").addEventListener("input", () => { state.budget = Number($("slider").value) * 1024; glide(); });
 $("slider").addEventListener("change", action(moved));
@@ -402,6 +420,8 @@ $("theme").addEventListener("click", () => {
   nameTheme();
 });
 nameTheme();
+const formed = Promise.all([complete($("measure"), "profile", ["hub"]), complete($("step-form"), "step", ["time_limit"]), complete($("run-form"), "run", ["plan"])]);
+formed.catch(complain);
 setUpRun(() => state.plan, action);
 setUpFleets(action);
 addEventListener("hashchange", action(recall));

@@ -2,6 +2,7 @@
 
 import { download, finish, get, post } from "./api.js";
 import { amount, capLine, frame, html, MIB, path, place, seconds, svg } from "./charts.js";
+import { asked, beside, forget } from "./forms.js";
 import { mib, percent, table } from "./tables.js";
 
 const $ = (id) => document.getElementById(id);
@@ -32,14 +33,16 @@ export function setUpRun(plan, action) {
     }
   });
   $("run-form").addEventListener("submit", guarded(async (event) => {
-    const form = new FormData(event.target), start = event.submitter;
+    const form = event.target, start = event.submitter;
     start.disabled = true;
+    forget(form);
     try {
-      const request = { plan: plan(), data: form.get("data"), steps: Number(form.get("steps")), lr: Number(form.get("lr")), truncate: form.has("truncate") };
-      if (form.get("eval_data")) request.eval_data = form.get("eval_data");
+      const request = { plan: plan(), ...(await asked(form, "run")) };
       const job = await post("/v1/runs", request, { "Idempotency-Key": crypto.randomUUID?.() || String(Math.random()) });
       await listRuns(job.id);
       await follow(job);
+    } catch (error) {
+      if (!beside(form, error)) throw error;
     } finally {
       start.disabled = false;
     }
@@ -95,7 +98,7 @@ async function shown(job, left) {
   offerEnd(job.state);
   for (const id of ["live", "report", "adapter"]) $(id).hidden = true;
   $("run-state").textContent = job.state === "queued" ? "waiting for the device …" : job.state;
-  const { budget_bytes: cap, steps: known } = await get(`/v1/runs/${job.id}/metrics`);
+  const { budget_bytes: cap, places_per_step: places, steps: known } = await get(`/v1/runs/${job.id}/metrics`);
   const seen = new Map(known.map((step) => [step.step, step]));
   let drawn = 0;
   try {
@@ -106,16 +109,18 @@ async function shown(job, left) {
         return;
       }
       seen.set(told.step, told);
-      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step}${job.request.steps ? ` of ${job.request.steps}` : told.epoch === undefined ? "" : ` (epoch ${told.epoch.toFixed(1)} of ${job.request.epochs})`}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s${told.tokens === undefined ? "" : `, ${rate(told)} tokens/s without padding`}, peak of the training process ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
+      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step}${job.request.steps ? ` of ${job.request.steps}` : told.epoch === undefined ? "" : ` (epoch ${told.epoch.toFixed(1)} of ${job.request.epochs})`}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s${told.tokens === undefined ? "" : `, ${rate(told)} tokens/s without padding${padding(told, places)}`}, peak of the training process ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
       if (performance.now() - drawn > REDRAW) {
         drawn = performance.now();
-        draw([...seen.values()], cap);
+        draw([...seen.values()], cap, places);
       }
     });
   } finally {
-    const all = (await get(`/v1/runs/${job.id}/metrics`)).steps;
+    const { steps: all, evaluations } = await get(`/v1/runs/${job.id}/metrics`);
     if (!left()) {
-      if (all.length) draw(all, cap);
+      if (all.length) draw(all, cap, places);
+      $("evaluations").hidden = !evaluations?.length;
+      $("evaluations").replaceChildren(...(evaluations?.length ? [evaluated(evaluations)] : []));
       offerEnd((await get(`/v1/jobs/${job.id}`)).state);
       await listRuns(job.id);
     }
@@ -127,6 +132,7 @@ async function shown(job, left) {
     ["peak of its processes, MiB", mib(peak.predicted), mib(peak.measured)],
     ...Object.entries(report.processes ?? {}).map(([name, one]) => [`– ${name}, MiB`, mib(one.predicted), mib(one.measured)]),
     ["step, s", seconds(step.predicted), seconds(step.measured)],
+    ...(report.contention ? [[`step, s, in the ${report.contention.steps} steps during which other programs used cores`, "–", seconds(report.contention.step_seconds)]] : []),
     ...(report.tokens ? [[`tokens/s (rows ${percent(report.tokens.padding_share, 0)} padding)`, "–", Math.round(report.tokens.per_second).toLocaleString("en")]] : []),
     ...Object.entries(report.evaluation).map(([when, found]) => [`held-out loss ${when}${found.accuracy == null ? "" : ", accuracy"}`, "–", `${found.loss.toFixed(4)}${found.accuracy == null ? "" : `, ${found.accuracy.toFixed(3)}`}`]),
   ]));
@@ -139,6 +145,12 @@ const length = ({ steps, epochs }) => steps ? `${steps} steps` : `${epochs} epoc
 
 // Tokens per second of a step, padding left out.
 const rate = (step) => Math.round(step.tokens / step.seconds).toLocaleString("en");
+
+// The share of a step's rows that is padding, where it is known.
+const shareOf = (step, places) => (step.tokens === undefined || !places ? null : percent(1 - step.tokens / places, 0));
+const padding = (step, places) => (shareOf(step, places) === null ? "" : ` (${shareOf(step, places)} of the rows)`);
+
+const evaluated = (list) => table("Evaluations on the held-out data", ["step", "loss", "accuracy", ""], list.map((one) => [String(one.step), one.eval_loss.toFixed(4), one.eval_accuracy === undefined ? "–" : one.eval_accuracy.toFixed(3), one.best ? "the best so far" : ""]));
 
 // One line over steps, with an optional cap.
 function steps(label, points, { yLabel, width, cap = null, colour = "var(--policy-0)", zero = false }) {
@@ -155,10 +167,10 @@ function steps(label, points, { yLabel, width, cap = null, colour = "var(--polic
   return picture;
 }
 
-function draw(list, cap) {
+function draw(list, cap, room) {
   const ordered = list.sort((a, b) => a.step - b.step);
   $("live").hidden = false;
   place($("loss"), (width) => steps("Loss by step; the table below has the numbers", ordered.map((s) => [s.step, s.loss]), { yLabel: "loss", width }));
   place($("memory"), (width) => steps("Peak memory by step, under the cap; the table below has the numbers", ordered.map((s) => [s.step, s.peak_bytes / MIB]), { yLabel: "MiB, peak so far", cap: cap / MIB, colour: "var(--policy-2)", zero: true, width }));
-  $("steps-table").replaceChildren(table("Every step", ["step", "loss", "seconds", "tokens/s", "resident, MiB", "peak, MiB"], ordered.map((s) => [String(s.step), s.loss.toFixed(4), seconds(s.seconds), s.tokens === undefined ? "–" : rate(s), mib(s.resident_bytes), mib(s.peak_bytes)])));
+  $("steps-table").replaceChildren(table("Every step", ["step", "loss", "seconds", "tokens/s", "padding", "resident, MiB", "peak, MiB"], ordered.map((s) => [String(s.step), s.loss.toFixed(4), seconds(s.seconds), s.tokens === undefined ? "–" : rate(s), shareOf(s, room) ?? "–", mib(s.resident_bytes), mib(s.peak_bytes)])));
 }

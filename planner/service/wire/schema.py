@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.schema import MOST_ACCUMULATED
+from tightfit.runtime.session.options import Said, default_of, said, types_of
 
 JobKind = Literal["profile", "plan", "comparison", "fleet", "run"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
@@ -62,6 +63,10 @@ CPU = {
     "running": JOB,
     "waiting": 0,
 }
+LARGEST_NUMBER = 10_000_000
+"""of steps and the like, where an option has no limit of its own"""
+MOST_LETTERS = 64
+"""of an option that is a number with its unit"""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
 JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
 
@@ -115,6 +120,23 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class StepRequest(Request):
+    """What plans and comparisons are asked of a step."""
+
+    time_limit: Seconds = 30.0
+    gap: Gap = 0.0
+    optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion"] | None = Field(
+        None, description="what it keeps of each trained tensor is in the plan; default: adamw"
+    )
+    max_grad_norm: float | None = Field(
+        None,
+        title="Largest gradient norm",
+        gt=0,
+        allow_inf_nan=False,
+        description="gradients of an update are scaled down together to this norm; default: not clipped",
+    )
+
+
 class ProfileRequest(Request):
     """Make a profile on this machine. Exactly one of `path`, `hub` and `config` names the model."""
 
@@ -135,12 +157,15 @@ class ProfileRequest(Request):
     config: dict[str, Any] | None = Field(
         None, description="a config.json as it is, of any dense decoder of transformers; the weights are random then"
     )
-    seq: int = Field(256, ge=1, le=1 << 20)
-    batch: int = Field(1, ge=1, le=1 << 16)
-    lora_rank: int = Field(8, ge=1, le=1 << 14)
-    lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
+    seq: int = Field(256, ge=1, le=1 << 20, title="Sequence", description="tokens per sample")
+    batch: int = Field(1, ge=1, le=1 << 16, description="samples per step")
+    lora_rank: int | None = Field(None, ge=1, le=1 << 14, title="LoRA rank", description="default: 8")
+    lora_alpha: float | None = Field(
+        None, gt=0, le=1e9, allow_inf_nan=False, title="LoRA alpha", description="default: twice the rank"
+    )
     lora_targets: str | None = Field(
         None,
+        title="LoRA on",
         min_length=1,
         max_length=4096,
         description="linear layers that get pairs: all-linear (the default), attention, names separated by commas, or a"
@@ -148,6 +173,7 @@ class ProfileRequest(Request):
     )
     lora_layers: str | None = Field(
         None,
+        title="LoRA in layers",
         max_length=2560,
         pattern=r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$",
         description="only in these layers: 0-3,8",
@@ -158,23 +184,56 @@ class ProfileRequest(Request):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]] | None = Field(
         None, max_length=256, description="other alphas there"
     )
-    lora_dropout: float | None = Field(None, ge=0, lt=1, description="share of a pair's input left out in training")
-    rslora: bool = Field(False, description="scale is alpha / sqrt(rank)")
-    dora: bool = Field(False, description="a trained magnitude beside each pair")
+    lora_dropout: float | None = Field(
+        None, title="LoRA dropout", ge=0, lt=1, description="share of a pair's input left out in training"
+    )
+    rslora: bool = Field(False, title="rsLoRA", description="scale is alpha / sqrt(rank)")
+    dora: bool = Field(False, title="DoRA", description="a trained magnitude beside each pair")
     modules_to_save: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
         None, max_length=2, description="trained in full: embed_tokens, lm_head"
     )
-    accumulate: int = Field(1, ge=1, le=MOST_ACCUMULATED, description="steps whose gradients make one update")
-    dtype: Literal["bfloat16", "float32"] | None = None
+    accumulate: int = Field(
+        1, ge=1, le=MOST_ACCUMULATED, title="Steps per update", description="steps whose gradients make one update"
+    )
+    dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, title="Number type", description="of the arithmetic; default: bfloat16"
+    )
     base: Literal["4bit", "8bit", "16bit"] | None = Field(
         None,
+        title="Frozen weights",
         description="precision of matrices that are not quantised; by default 4bit, or what a quantised file holds",
     )
     embeddings: Literal["4bit", "8bit", "16bit"] | None = Field(
-        None, description="the same for the embedding and the head; by default as `base`"
+        None, title="Embedding and head", description="the same for the embedding and the head; by default as `base`"
+    )
+    adapter: str | None = Field(
+        None,
+        title="Settings of an adapter",
+        min_length=1,
+        max_length=4096,
+        description="all LoRA settings are those of this adapter of PEFT, a folder under an allowed root, so that a run can start from it",
+    )
+    device: str = Field(
+        "cpu",
+        max_length=64,
+        description="cpu: this machine, measured; a name listed at /v1/devices: estimated for that one, to be planned and not run",
+    )
+    threads: int | None = Field(None, ge=1, le=1 << 12, description="compute threads; default: every core")
+    side_rank: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 14,
+        description="measure the step of a side network beside the model instead (mobillm's server), with adapters of this rank",
+    )
+    side_blocks: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 12,
+        description="blocks of the model whose outputs the side network reads; default: 8, or all",
     )
     force: bool = Field(
         False,
+        title="Measure anew",
         description="measure anew where a profile is there already, for example one measured while the machine was busy",
     )
 
@@ -185,24 +244,15 @@ class ProfileRequest(Request):
         return self
 
 
-class PlanRequest(Request):
+class PlanRequest(StepRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [{"profile": DIGEST, "memory": "600MiB"}]})
 
     profile: Digest
     memory: Memory
     policy: str = Field("solver", max_length=64, description="solver, or a fixed rule", examples=["solver", "mebp"])
-    time_limit: Seconds = 30.0
-    gap: Gap = 0.0
-    optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion"] | None = Field(None, description="null: adamw")
-    max_grad_norm: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        description="gradients are clipped to this norm of all of them together; null: not clipped",
-    )
 
 
-class ComparisonRequest(Request):
+class ComparisonRequest(StepRequest):
     """Every policy at every budget on every device."""
 
     model_config = ConfigDict(
@@ -220,8 +270,6 @@ class ComparisonRequest(Request):
         max_length=8,
         description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
     )
-    time_limit: Seconds = 30.0
-    gap: Gap = 0.0
 
 
 class FleetMember(Request):
@@ -274,7 +322,34 @@ class FleetRequest(Request):
     prices: bool = Field(True, description="also say what more memory or a faster link of each device would be worth")
 
 
-class RunRequest(Request):
+def _of_a_run() -> dict[str, Any]:
+    """The options of a run (`RunOptions`) as fields of a request."""
+    return {name: (_type(name, told), _field(name, told)) for name, told in said().items()}
+
+
+def _type(name: str, told: Said) -> Any:
+    if told.choices:
+        return Literal.__getitem__(told.choices)
+    kinds: Any = types_of(name)
+    kind = kinds[0]
+    for other in kinds[1:]:
+        kind |= Annotated[other, Field(max_length=MOST_LETTERS)]
+    return kind | None if default_of(name) is None else kind
+
+
+def _field(name: str, told: Said) -> Any:
+    limits: dict[str, Any] = {}
+    if types_of(name) in ((int,), (float,)):
+        limits = {"ge": told.least, "le": LARGEST_NUMBER if told.most is None else told.most, "allow_inf_nan": False}
+    title = told.label or name.replace("_", " ").capitalize()
+    return Field(default_of(name), title=title, description=told.help, **limits)
+
+
+RunFields = cast("type[Request]", create_model("RunFields", __base__=Request, **_of_a_run()))
+ColumnName = Annotated[str, Field(pattern=r"^[^,=]{1,256}$")]
+
+
+class RunRequest(RunFields):  # type: ignore[misc, valid-type]  # its fields are those of RunOptions
     """Train on this machine as planned."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"plan": DIGEST, "data": "random", "steps": 20}]})
@@ -283,25 +358,27 @@ class RunRequest(Request):
     data: str = Field(
         min_length=1, max_length=4096, description="random, or a file or folder of samples under an allowed root"
     )
-    steps: int | None = Field(None, ge=1, le=10_000_000, description="of one batch each; or else epochs")
-    epochs: float | None = Field(
-        None, gt=0, le=1e6, allow_inf_nan=False, description="how often to go through the data"
-    )
-    lr: float = Field(2e-4, ge=0, le=1e3, allow_inf_nan=False)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_ratio: float | None = Field(None, ge=0, le=1, description="share of the steps over which lr rises from zero")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of lr at which a linear or cosine schedule ends")
-    seed: int = Field(0, ge=0, le=(1 << 31) - 1)
-    checkpoint_every: int = Field(50, ge=0, le=10_000_000)
-    eval_data: str | None = Field(None, min_length=1, max_length=4096)
-    eval_every: int | None = Field(None, ge=1, le=10_000_000, description="steps between evaluations on eval_data")
-    early_stopping: int | None = Field(
+    eval_data: str | None = Field(
         None,
-        ge=1,
-        le=10_000_000,
-        description="evaluations in a row that are no better than the best, after which it ends",
+        title="Held-out data",
+        min_length=1,
+        max_length=4096,
+        description="evaluated before the first step and after the last, and every eval_every steps",
     )
-    truncate: bool = False
+    columns: dict[ColumnName, ColumnName] | None = Field(
+        None,
+        max_length=16,
+        description="what the data call the parts of a sample, for example prompt=question, completion=answer",
+    )
+    truncate: bool = Field(False, description="cut samples that are longer than the planned sequence")
+    adapter: str | None = Field(
+        None,
+        title="Start from an adapter",
+        min_length=1,
+        max_length=4096,
+        description="a folder under an allowed root, with an adapter of the plan's settings",
+    )
+    profile_step: bool = Field(False, description="report where the seconds of one step went")
 
 
 class FieldError(Answer):
@@ -418,14 +495,22 @@ class DeviceList(Answer):
 
 
 class RunMetrics(Answer):
-    """Every step so far."""
+    """Every step so far, and where it evaluates between its steps every evaluation; the one before the first step has step 0."""
 
     model_config = example_of(
         budget_bytes=367001600,
+        places_per_step=1024,
+        evaluations=[{"step": 1, "eval_loss": 3.1, "eval_seconds": 4.2, "best": True}],
         steps=[{"step": 1, "loss": 3.2, "seconds": 2.89, "resident_bytes": 363000000, "peak_bytes": 363646976}],
     )
 
     budget_bytes: int
+    places_per_step: int | None = Field(
+        None, description="tokens for which a step's rows have room, padding included; null: not a language model's"
+    )
+    evaluations: list[dict[str, float | bool]] = Field(
+        [], description="step, epoch, time, eval_loss, eval_accuracy where the data are questions, eval_seconds, best"
+    )
     steps: list[dict[str, float]] = Field(
         description="step, loss, lr, epoch, time, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out"
     )

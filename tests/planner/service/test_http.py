@@ -217,6 +217,10 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
         ("profiles", {"config": {"a": 1}}, "body.config", "no 'model_type'"),
         ("profiles", {"config": CONFIG | {"hidden_size": 10**12}}, "body.config", "'hidden_size' is 1000000000000; at most"),
         ("profiles", {"config": CONFIG | {"initializer_range": "x"}}, "body.config", "'initializer_range' must be a positive number"),
+        ("profiles", {"path": "a", "device": "/etc/passwd"}, "body.device", "no device is called '/etc/passwd'"),
+        ("profiles", {"path": "a", "adapter": "../a"}, "body.adapter", "is no file or folder"),
+        ("comparisons", {"memory": ["1GB"], "optimizer": "adagrad"}, "body.optimizer", "'lion'"),
+        ("comparisons", {"memory": ["1GB"], "max_grad_norm": 0}, "body.max_grad_norm", "greater than 0"),
         ("profiles", {"path": "a", "hub": "a/b"}, "body", "exactly one of path, hub and config"),
         ("profiles", {"path": "os:system"}, "body.path", "is no file or folder"),
     ],
@@ -430,6 +434,24 @@ def test_the_command_line_can_let_a_service_compare(served, profile, minimum, tm
     here, there = told
     assert len(here) > 2
     assert here == there
+
+
+def test_a_service_compares_with_the_same_optimizer(served, profile, minimum, tmp_path, capfd):
+    from tightfit.profiles.io import save_profile
+
+    save_profile(profile, tmp_path / "profile.json")
+    words = ["compare", str(tmp_path / "profile.json"), "--memory", str(4 * minimum), "--policy", "keep-all"]
+    words += ["--optimizer", "sgd", "--max-grad-norm", "1", "--json"]
+    told = []
+    for where in ([], ["--server", served.url]):
+        capfd.readouterr()
+        with pytest.raises(SystemExit):
+            main.main([*words, *where])
+        told.append(json.loads(capfd.readouterr().out)["plans"])
+    (here,), (there,) = told
+    for name in ("status", "peak_bytes", "step_seconds", "bound_seconds", "optimizer", "max_grad_norm"):
+        assert here[name] == there[name], name
+    assert (here["optimizer"], here["max_grad_norm"]) == ("sgd", 1.0)
 
 
 def test_a_plan_of_the_service_tells_what_the_command_line_tells(served, profile, minimum):

@@ -343,7 +343,7 @@ def test_the_address_brings_back_what_is_looked_at(browser, page, served):
     job = {"id": "job-0123456789abcdef", "kind": "profile", "state": "queued"}
     again.route("**/v1/profiles", lambda route: route.fulfill(json=job))
     again.route("**/events", lambda route: route.abort())
-    again.locator("#measure-box summary").click()
+    again.locator("#measure-box > summary").click()
     again.fill("#measure [name=path]", "model")
     again.locator("#measure button").click()
     about, measuring = again.locator("#about"), again.locator("#measuring")
@@ -529,27 +529,61 @@ def test_run(browser, served, pictures, work):
     page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
     page.set_default_timeout(PATIENCE)
     page.goto(served.url)
-    page.locator("#measure-box summary").click()
+    page.locator("#measure-box > summary").click()
     assert page.locator("#start").is_visible()
     for name, value in (("path", "model"), ("seq", str(SEQ)), ("batch", "2"), ("lora_rank", "4")):
         page.fill(f"#measure [name={name}]", value)
     page.fill("#measure [name=lora_targets]", "q_proj,down_proj")
     page.select_option("#measure [name=base]", "8bit")
+    # What the form asks for besides is folded away; what is wrong with a field is told beside it.
+    page.locator("#measure .more > summary").click()
+    page.fill("#measure [name=rank_pattern]", "q_proj=2")
+    page.fill("#measure [name=lora_dropout]", "0.1")
+    page.fill("#measure [name=lora_layers]", "none")
     page.locator("#measure button").click()
+    wrong = page.locator("#measure .wrong")
+    expect(wrong).to_contain_text("String should match pattern")
+    assert page.locator("#measure [name=lora_layers]").get_attribute("aria-errormessage") == wrong.get_attribute("id")
+    page.fill("#measure [name=lora_layers]", "0")
+    page.locator("#measure button").click()
+    expect(wrong).to_have_count(0)
     expect(page.locator("#run")).to_be_visible()
     identity = httpx.get(f"{served.url}/v1/profiles").json()["profiles"][0]["id"]
     model = httpx.get(f"{served.url}/v1/profiles/{identity}/file").json()["model"]
     assert model["lora"]["target_modules"] == ["down_proj", "q_proj"]
     assert model["base"] == "8bit"
+    assert (model["lora"]["rank_pattern"], model["lora"]["lora_dropout"]) == ({"q_proj": 2}, 0.1)
+    # Plans with another optimizer: the curve is drawn anew, and the address brings them back.
+    page.locator("#step-form summary").click()
+    page.select_option("#step-form [name=optimizer]", "sgd")
+    page.fill("#step-form [name=max_grad_norm]", "1")
+    page.locator("#step-form button").click()
+    expect(page.locator("#sentences")).to_contain_text("updates by sgd")
+    assert "optimizer=sgd&max_grad_norm=1" in page.url
+    expect(page.locator("#curve")).not_to_have_attribute("aria-busy", "true")
     page.locator("#slider").focus()
     page.keyboard.press("End")
     page.fill("#run-form [name=data]", "data.jsonl")
     page.fill("#run-form [name=steps]", "12")
+    page.fill("#run-form [name=eval_data]", "data.jsonl")
+    page.locator("#run-form .more > summary").click()
+    page.fill("#run-form [name=eval_every]", "6")
+    page.check("#run-form [name=keep_best]")
+    page.check("#run-form [name=packing]")
+    page.fill("#run-form [name=min_lr_ratio]", "0.5")
+    page.locator("#run-form button").click()
+    expect(page.locator("#run-form label:has([name=min_lr_ratio])")).to_contain_text("the constant schedule does not")
+    page.select_option("#run-form [name=schedule]", "linear")
     page.locator("#run-form button").click()
     expect(page.locator("#run-state")).to_have_text(re.compile(r"done: 12 steps, peak [\d.]+ of [\d.]+ MiB"))
     steps = rows(page, "#steps-table")
     assert [int(row[0]) for row in steps] == list(range(1, 13))
+    assert all(re.fullmatch(r"\d+ %", row[4]) for row in steps)
+    assert [row[0] for row in rows(page, "#evaluations")] == ["0", "6", "12"]
+    job = httpx.get(f"{served.url}/v1/jobs?kind=run&limit=1").json()["jobs"][0]["request"]
+    assert (job["schedule"], job["keep_best"], job["packing"]) == ("linear", True, True)
     report = {row[0]: row[1:] for row in rows(page, "#report")}
+    assert any(re.fullmatch(r"tokens/s \(rows \d+ % padding\)", name) for name in report)
     training = number(report["– training, MiB"][1])
     assert training == pytest.approx(max(number(row[-1]) for row in steps), abs=1)
     whole = number(report["peak of its processes, MiB"][1])
@@ -567,8 +601,11 @@ def test_run(browser, served, pictures, work):
     # What is refused is told, and not beside the next run.
     page.fill("#run-form [name=data]", "none.jsonl")
     page.locator("#run-form button").click()
-    expect(page.locator("#problem")).to_contain_text("'none.jsonl' is no file or folder")
+    expect(page.locator("#run-form .wrong")).to_contain_text("'none.jsonl' is no file or folder")
     page.fill("#run-form [name=data]", "data.jsonl")
+    for name in ("eval_data", "eval_every"):
+        page.fill(f"#run-form [name={name}]", "")
+    page.uncheck("#run-form [name=keep_best]")
     # Cancelled, a run saves and ends; whoever comes back to the page finds it.
     page.fill("#run-form [name=steps]", "1000000")
     page.locator("#run-form button").click()

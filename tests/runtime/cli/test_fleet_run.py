@@ -67,7 +67,10 @@ def folder(tmp_path_factory):
 
 
 def test_all_members_run_here_and_their_status_is_told(folder, tmp_path):
-    found = tightfit("fleet", "run", folder / "plan", *TRAINING, "-o", tmp_path / "out", "--json")
+    # The length is told as epochs: the made-up data are 256 samples, two of which are a micro-batch.
+    length = ("--epochs", str(7.5 / 128))  # rounded up to whole steps of the fleet
+    words = [word for word in TRAINING if word not in ("--steps", "8")]
+    found = tightfit("fleet", "run", folder / "plan", *words, *length, "-o", tmp_path / "out", "--json")
     told = json.loads(found.stdout)
     assert set(told["members"]) == {"a", "b"}
     assert "step 2: loss" in found.stderr
@@ -83,6 +86,12 @@ def test_all_members_run_here_and_their_status_is_told(folder, tmp_path):
     assert "exists" not in found.stderr
     again = tightfit("fleet", "run", folder / "plan", *TRAINING, "-o", tmp_path / "out", code=4)
     assert "holds an earlier run" in again.stderr
+
+
+def test_members_get_the_columns_of_the_data(folder, tmp_path):
+    words = (*TRAINING, "--columns", "prompt=question", "-o", tmp_path / "out", "--json")
+    found = json.loads(tightfit("fleet", "run", folder / "plan", *words, code=4).stdout)
+    assert "columns question: the data given have none; leave them out" in found["error"]["message"]
 
 
 def test_a_pipeline_is_planned_and_run_with_its_evaluation(folder, tmp_path):

@@ -67,6 +67,8 @@ def test_what_there_is_not_is_refused(tightfit, described, tmp_path, words, said
 
 def test_the_device_needs_data(tightfit, described, tmp_path):
     tightfit("fleet", "plan", described, "--kind", "mobillm", "-o", tmp_path, "--time-limit", 5)
+    code, _, err = tightfit("fleet", "run", tmp_path, "--data", "random", "--epochs", 1, "-o", tmp_path / "out")
+    assert (code, "--epochs 1: the server of a mobillm fleet has no data" in err) == (2, True)
     code, _, err = tightfit("fleet", "run", tmp_path, "--steps", 2, "-o", tmp_path / "out")
     assert code == 2
     assert "--data is missing" in err

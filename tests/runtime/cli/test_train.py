@@ -18,7 +18,7 @@ from tightfit.planner.io import load_plan
 from tightfit.profiles.api import load_profile
 from tightfit.runtime.cli import main
 from tightfit.runtime.cli import train as stages
-from tightfit.runtime.cli.config_file import key_of, read_file, write_options
+from tightfit.runtime.cli.config_file import FOR_ONE_CALL, key_of, read_file, write_options
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.engine.start.lean_torch import installed_version
 
@@ -168,13 +168,26 @@ def test_a_file_says_what_words_say(file):
 
 
 def test_the_command_line_goes_before_a_file(file):
-    words = ("other", "--steps", 9, "--no-dora", "--config", file, "--rank-pattern", "k_proj=3")
-    with pytest.raises(Exception, match="No such option"):  # a switch that is on in the file stays on
-        context(*words)
-    found = context(*(word for word in words if word != "--no-dora"), "--cgroup").params
+    words = ("other", "--steps", 9, "--config", file, "--rank-pattern", "k_proj=3")
+    found = context(*words, "--cgroup").params
     assert (found["model"], found["steps"], found["cgroup"]) == ("other", 9, True)
     assert [*found["rank_pattern"]] == ["k_proj=3"]
     assert (found["lora_rank"], found["dora"]) == (4, True)
+    assert context(*words, "--no-dora").params["dora"] is False
+
+
+def test_every_switch_in_a_file_can_be_turned_on_the_command_line(tmp_path):
+    switches = {key_of(one): one for one in TRAIN.params if getattr(one, "is_flag", False)}
+    switches = {key: one for key, one in switches.items() if key not in FOR_ONE_CALL}
+    assert {"packing", "truncate", "keep_best", "rslora", "what_if", "profile_step", "cgroup"} <= switches.keys()
+    path = tmp_path / "a.yaml"
+    words = ("m", "--data", "random", "--steps", 1, "-o", "o", "--config", path)
+    for on in (True, False):
+        path.write_text("".join(f"{key}: {'true' if on else 'false'}\n" for key in switches))
+        told = [(one.secondary_opts if on else one.opts)[0] for one in switches.values()]
+        for given, expected in (((), on), (told, not on)):
+            found = context(*words, *given).params
+            assert {found[one.name] for one in switches.values()} == {expected}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tiny_plans import CONFIG
 from tightfit.profiles.sources.lookup import longest_sequence, vocabulary
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.sequence import MOST, STEP, choose_seq
-from tightfit.runtime.data.tokenization import prepare
+from tightfit.runtime.data.tokenization import prepare, tokens_in
 
 BUDGET = 1 << 40
 WORDS = " The quick brown fox jumps over the lazy dog."
@@ -125,6 +125,44 @@ def test_what_models_say_that_they_were_made_for(model, tmp_path):
     config = tmp_path / "gpt2.json"
     config.write_text(json.dumps({"model_type": "gpt2", "n_positions": 1024}))
     assert longest_sequence(str(config)) == 1024
+
+
+SAMPLES = [
+    {"prompt": WORDS, "completion": " yes"},
+    {"text": WORDS * 30},
+    {"prompt": WORDS * 2, "choices": [" no", " yes", WORDS], "answer": 1},
+    {"text": "a"},
+    {"messages": [{"role": "user", "content": WORDS}, {"role": "assistant", "content": WORDS * 9}]},
+]
+
+
+@pytest.mark.parametrize("positions", [1000, 64], ids=["all have room", "some are cut"])
+def test_data_that_were_kept_as_tokens_become_the_same_records(model, tmp_path, positions, monkeypatch):
+    made_for(model, positions)
+    data = {"train": lines(tmp_path / "a.jsonl", *SAMPLES), "evaluate": lines(tmp_path / "b.jsonl", *SAMPLES[::-1])}
+    words = vocabulary(model)
+    seq, _ = choose_seq(model, *data.values(), truncate=True, budget=BUDGET, keep=tmp_path / "kept")
+    shape = {"seq": seq, "vocab_size": 512, "too_long": "truncate"}
+    for purpose, file in data.items():
+        prepare(file, words, tmp_path / "fresh", purpose=purpose, **shape).close()
+    monkeypatch.setattr("tightfit.runtime.data.tokenization.read_samples", None)
+    for purpose, file in data.items():
+        seen = []
+        kept = tokens_in(tmp_path / "kept", purpose)
+        prepare(file, words, tmp_path / "again", purpose=purpose, kept=kept, progress=seen.append, **shape).close()
+        assert seen == [1, 2, 3, 4, 5]
+        name = f"{purpose}.records"
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_kept_tokens_that_cannot_be_used_are_refused(model, tmp_path):
+    data, kept = lines(tmp_path / "a.jsonl", *SAMPLES), tokens_in(tmp_path / "kept", "train")
+    choose_seq(model, data, truncate=True, budget=BUDGET, keep=tmp_path / "kept")
+    with pytest.raises(InputError, match="outside the model's vocabulary of 5"):
+        prepare(data, vocabulary(model), tmp_path / "out", seq=64, vocab_size=5, kept=kept)
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(InputError, match="cut off; tokenise the data again"):
+        prepare(data, vocabulary(model), tmp_path / "out", seq=64, vocab_size=512, too_long="truncate", kept=kept)
 
 
 MEASURED = """

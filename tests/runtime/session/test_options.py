@@ -47,11 +47,8 @@ def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"epochs": 1.5},
-            "epochs 1.5: the members of a fleet train a number of steps and evaluate before and after; leave it",
-        ),
-        ({"steps": 2, "eval_every": "1 epoch"}, "eval_every 1 epoch: the members of a fleet"),
+        ({"steps": 2, "eval_every": "1 epoch"}, "eval_every 1 epoch: the members of a fleet evaluate before and after"),
+        ({"epochs": 2, "eval_every": 3, "keep_best": True}, "eval_every 3: the members of a fleet"),
     ],
 )
 def test_what_a_fleet_cannot_do_is_refused_by_name(options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,53 @@
+"""What the page's forms are made of: the fields of the requests that they send, as the API's description has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from tightfit.planner.service.wire.schema import ProfileRequest, RunRequest, StepRequest
+
+REQUESTS: dict[str, type[BaseModel]] = {"profile": ProfileRequest, "step": StepRequest, "run": RunRequest}
+"""form -> the request that it sends, or the part of it that the form asks for"""
+KINDS = {"boolean": "switch", "integer": "whole", "number": "number", "array": "list", "object": "map"}
+"""type in a JSON schema -> kind of a field; any other is text"""
+
+
+def forms() -> dict[str, list[dict[str, Any]]]:
+    """The fields of each form, in order: `name`, `title`, `description`, `kind` and `default`; with `choices`, the only
+    values there are; with `least`, `most` and `above`, the limits of a number; with `of`, the kind of a map's values.
+    """
+    return {
+        form: [_field(name, told) for name, told in request.model_json_schema()["properties"].items()]
+        for form, request in REQUESTS.items()
+    }
+
+
+def _field(name: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    types = [one for one in told.get("anyOf", [told]) if one.get("type") != "null"]
+    only: Mapping[str, Any] = types[0] if len(types) == 1 else {"type": "string"}  # a number or its words: words
+    field: dict[str, Any] = {
+        "name": name,
+        "title": _title(name, told["title"]),
+        "description": told.get("description", ""),
+        "kind": "choice" if "enum" in only else KINDS.get(only["type"], "text"),
+        "default": told.get("default"),
+    }
+    if "enum" in only:
+        field["choices"] = only["enum"]
+    for key, limit in (("minimum", "least"), ("maximum", "most"), ("exclusiveMinimum", "above")):
+        if key in only:
+            field[limit] = only[key]
+    if field["kind"] == "map":
+        values: Any = only.get("additionalProperties") or next(iter(only["patternProperties"].values()))
+        # Values that may be anything are described by `true`.
+        field["of"] = "text" if values is True else KINDS.get(values["type"], "text")
+    return field
+
+
+def _title(name: str, title: str) -> str:
+    """A field's name for people: the one that was given to it, or its own name in words."""
+    own = name.replace("_", " ")
+    return own.capitalize() if title == own.title() else title

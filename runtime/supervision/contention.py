@@ -1,0 +1,149 @@
+"""Notices that other programs hold the cores of a training process, so that its steps take longer than planned.
+
+Linux counts for each thread how long it ran, and how long it was ready to run and waited for a core
+(``/proc/PID/task/TID/schedstat``, nanoseconds). A thread may wait for others of its own process, too; so the cores also
+have to be at work for somebody else (``/proc/stat``).
+
+A run does not go on with fewer threads of itself: PyTorch divides sums among its threads, so that their last bits, and with
+them the results, may depend on the number of threads. The standard library only: the process that does this counts against the budget.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tightfit.runtime.common.cores import busy_seconds
+
+LOOK_SECONDS = 2.0
+"""least time between two looks"""
+LEAST_STEPS = 2
+"""between two looks"""
+SLOWER = 1.2
+"""a step is slow from so many times the planned seconds on"""
+CROWDED, FREE = 1 / 8, 1 / 16
+"""Cores for which the threads wait and which others use: from the first on others are in the way, below the second no
+longer."""
+QUIET_SECONDS = 60.0
+"""least time between two notices of the same kind"""
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Seconds since the start of a process, or since boot."""
+
+    ran: float
+    """of the process's threads on a core"""
+    waited: float
+    """of its threads, ready and without a core"""
+    busy: float
+    """of all cores that it may use"""
+
+
+def usage_of(process: int) -> Usage | None:
+    """The present usage of a process; None where it has ended, or the system does not tell."""
+    ran = waited = 0
+    try:
+        for thread in os.listdir(PROC / str(process) / "task"):
+            one, other, *_ = (PROC / str(process) / "task" / thread / "schedstat").read_text().split()
+            ran += int(one)
+            waited += int(other)
+        busy = busy_seconds(os.sched_getaffinity(process))
+    except (OSError, ValueError, AttributeError):  # a thread that has just ended too: the next look will do
+        return None
+    return None if busy is None else Usage(ran=ran / 1e9, waited=waited / 1e9, busy=busy)
+
+
+class Contention:
+    """Follows the steps of a training process (`step`); `told` is what its report says."""
+
+    def __init__(
+        self,
+        *,
+        threads: int,
+        step_seconds: float,
+        usage: Callable[[], Usage | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`step_seconds` are those of a step as planned, for `threads` compute threads; `usage` reads the present usage of
+        the process, as `usage_of` does.
+        """
+        self._threads, self._planned, self._usage, self._clock = threads, step_seconds, usage, clock
+        self._crowded = False
+        self._said = {True: -QUIET_SECONDS, False: -QUIET_SECONDS}
+        self._steps, self._seconds, self._waited, self._others = 0, 0.0, 0.0, 0.0
+        """of all steps during which others were in the way: their number, and sums over them"""
+        self._at = 0.0
+        self._before: Usage | None = None
+        self._taken: list[float] | None = None
+        """since the last look; None: there was no step yet"""
+
+    def _begin(self) -> None:
+        self._at, self._before, self._taken = self._clock(), self._usage(), []
+
+    def step(self, seconds: float) -> str | None:
+        """Note a step, which took so many seconds; returns what is to be said now, if anything is. The first step, which
+        builds kernels, is passed over.
+        """
+        if self._taken is None:
+            self._begin()
+            return None
+        self._taken.append(seconds)
+        elapsed = self._clock() - self._at
+        if elapsed < LOOK_SECONDS or len(self._taken) < LEAST_STEPS:
+            return None
+        before, now, taken = self._before, self._usage(), self._taken
+        self._begin()
+        if before is None or now is None:
+            return None
+        ran, waited = now.ran - before.ran, now.waited - before.waited
+        others = max(0.0, now.busy - before.busy - ran)
+        mean = sum(taken) / len(taken)
+        least = min(waited, others) / elapsed
+        was, limit = self._crowded, FREE if self._crowded else CROWDED
+        self._crowded = least > limit and mean > SLOWER * self._planned
+        if self._crowded:
+            self._steps += len(taken)
+            self._seconds += sum(taken)
+            self._waited += waited * sum(taken) / elapsed
+            self._others += others * sum(taken) / elapsed
+        if self._crowded == was or self._clock() - self._said[self._crowded] < QUIET_SECONDS:
+            return None
+        self._said[self._crowded] = self._clock()
+        if not self._crowded:
+            return f"the cores are free again: a step takes {mean:.3f} s"
+        return (
+            f"other programs use {others / elapsed:.1f} of the cores: the last {len(taken)} steps took {mean:.3f} s each where"
+            f" {self._planned:.3f} s are planned, and the run's threads waited {waited / elapsed * mean:.3f} s of each for a"
+            f" core; {self._advice}"
+        )
+
+    @property
+    def _advice(self) -> str:
+        if self._threads == 1:
+            return "end the other program, or let it wait; results stay the same to the bit"
+        return (
+            f"end the other program, or let it wait; results stay the same to the bit. Where it has to go on, leave it a core:"
+            f" `tightfit profile --threads {self._threads - 1}`, plan that and start anew (fewer threads sum in another order,"
+            " so that a run cannot go over to them)"
+        )
+
+    @property
+    def told(self) -> dict[str, Any] | None:
+        """What the report says: of the steps during which others were in the way their number, and the mean of their
+        seconds, of those for which the run's threads waited for a core, and of the cores that others used; None if there
+        were none.
+        """
+        if not self._steps:
+            return None
+        return {
+            "steps": self._steps,
+            "step_seconds": self._seconds / self._steps,
+            "waited_seconds": self._waited / self._steps,
+            "others_cores": self._others / self._seconds,
+        }

@@ -1,0 +1,166 @@
+"""The service's requests have what the commands have: every option as a field, checked alike, handed on as it is."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from typer.main import get_command
+
+from tightfit.planner.service.http.routes_page import FORMS, _files
+from tightfit.planner.service.jobs.running import _command
+from tightfit.planner.service.jobs.worker import JobOrder
+from tightfit.planner.service.wire.forms import forms
+from tightfit.planner.service.wire.schema import (
+    DIGEST,
+    ComparisonRequest,
+    PlanRequest,
+    ProfileRequest,
+    RunRequest,
+)
+from tightfit.profiles.schema import OPTIMIZER_STATES
+from tightfit.runtime.cli.compare import compare
+from tightfit.runtime.cli.main import app
+from tightfit.runtime.cli.plan import plan
+from tightfit.runtime.cli.profile import profile
+from tightfit.runtime.cli.run import run
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.session.options import RunOptions, said
+
+OF_THE_COMMAND = {"context", "output", "as_json", "debug", "server", "html", "picture", "stages", "tokens"}
+"""parameters about a command's own files and messages"""
+OF_THE_SERVICE = {
+    "resume": "POST /v1/runs/{id}/resume",
+    "overwrite": "each run has a folder of its own",
+    "cgroup": "whoever started the service decides what enforces caps",
+    "what_if": "every plan's explanation has it",
+}
+"""parameters that a request does not have, and why"""
+CALLED = {"evaluate": "eval_data", "policy": "policies", "device": "devices", "model": "path"}
+"""a parameter's name in a request, where it is another one"""
+
+
+@pytest.mark.parametrize(
+    ("command", "request_"),
+    [(profile, ProfileRequest), (plan, PlanRequest), (compare, ComparisonRequest), (run, RunRequest)],
+)
+def test_every_option_of_a_command_is_a_field_of_its_request(command: Any, request_: Any) -> None:
+    fields = set(request_.model_fields)
+    options = set(inspect.signature(command).parameters) - OF_THE_COMMAND - set(OF_THE_SERVICE)
+    missing = {name for name in options if name not in fields and CALLED.get(name) not in fields}
+    assert missing == set()
+
+
+def test_optimizers_are_those_that_there_are() -> None:
+    choices = next(one for one in forms()["step"] if one["name"] == "optimizer")["choices"]
+    assert choices == list(OPTIMIZER_STATES)
+
+
+ALL: dict[str, Any] = {
+    "plan": DIGEST,
+    "data": "train.csv",
+    "epochs": 1.5,
+    "lr": 0.001,
+    "schedule": "cosine",
+    "warmup_ratio": 0.1,
+    "min_lr_ratio": 0.2,
+    "weight_decay": 0.01,
+    "seed": 7,
+    "checkpoint_every": 3,
+    "eval_every": "0.5 epochs",
+    "keep_best": True,
+    "early_stopping": 2,
+    "packing": True,
+    "eval_data": "held-out.csv",
+    "columns": {"prompt": "question", "completion": "the answer"},
+    "truncate": True,
+    "adapter": "earlier/adapter",
+    "profile_step": True,
+}
+"""a value for every field but for those that exclude each other"""
+
+
+@pytest.mark.parametrize("request_", [ALL, {"plan": DIGEST, "data": "random", "steps": 4, "warmup_steps": 2}])
+def test_a_run_is_started_with_what_its_request_says(request_: dict[str, Any], tmp_path: Path) -> None:
+    """The words of the command line that the service makes, read by the command line itself."""
+    asked = RunRequest(**request_).model_dump()
+    order = JobOrder(
+        kind="run",
+        request=asked,
+        objects="",
+        digests={},
+        folder="",
+        lock=None,
+        command=["tightfit"],
+        memory_bytes=None,
+    )
+    words = _command(order, tmp_path / "plan.json", tmp_path / "out")
+    assert words[:2] == ["tightfit", "run"]
+    command: Any = get_command(app)
+    read = command.commands["run"].make_context("run", words[2:]).params
+    own = RunOptions(**{name: asked[name] for name in said()})
+    assert RunOptions(**{name: read[name] for name in said()}) == own
+    assert set(asked) - {"plan", "data"} <= {CALLED.get(name, name) for name in read}
+    columns = asked["columns"] and ",".join(f"{name}={column}" for name, column in asked["columns"].items())
+    assert (read["data"], read["evaluate"], read["columns"]) == (asked["data"], asked["eval_data"], columns)
+    assert (read["truncate"], read["profile_step"]) == (asked["truncate"], asked["profile_step"])
+    assert read["adapter"] == (asked["adapter"] and Path(asked["adapter"]))
+    assert (read["resume"], read["overwrite"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("lr", -1.0),
+        ("lr", float("nan")),
+        ("warmup_ratio", 1.5),
+        ("min_lr_ratio", -0.1),
+        ("seed", 10**12 + 1),
+        ("schedule", "sometimes"),
+        ("early_stopping", 0),
+        ("checkpoint_every", "often"),
+    ],
+)
+def test_what_a_run_refuses_its_request_refuses(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=name):
+        RunOptions(**{"eval_every": 1, name: value})
+    with pytest.raises(ValidationError) as caught:
+        RunRequest(plan=DIGEST, data="random", **{name: value})
+    assert caught.value.errors()[0]["loc"][0] == name
+
+
+@pytest.mark.parametrize("column", ["a,b", "a=b", ""])
+def test_columns_that_the_command_line_cannot_name_are_refused(column: str) -> None:
+    with pytest.raises(ValidationError, match="columns"):
+        RunRequest(plan=DIGEST, data="data.csv", steps=1, columns={"prompt": column})
+
+
+def test_the_page_s_forms_are_made_of_the_requests() -> None:
+    told = json.loads(_files()[FORMS])
+    assert told == forms()
+    fields = {form: {one["name"]: one for one in fields} for form, fields in told.items()}
+    assert set(fields["run"]) == set(RunRequest.model_fields)
+    assert set(fields["profile"]) == set(ProfileRequest.model_fields)
+    run = fields["run"]
+    assert run["schedule"] == {
+        "name": "schedule",
+        "title": "Schedule",
+        "description": "Course of the learning rate: constant, linear or cosine.",
+        "kind": "choice",
+        "default": "constant",
+        "choices": ["constant", "linear", "cosine"],
+    }
+    assert (run["steps"]["kind"], run["steps"]["least"]) == ("whole", 1)
+    assert (run["warmup_ratio"]["kind"], run["warmup_ratio"]["most"]) == ("number", 1)
+    assert (run["eval_every"]["kind"], run["packing"]["kind"]) == ("text", "switch")
+    assert (run["columns"]["kind"], run["columns"]["of"]) == ("map", "text")
+    assert fields["step"]["max_grad_norm"]["above"] == 0
+    assert fields["profile"]["rank_pattern"]["of"] == "whole"
+    assert fields["profile"]["alpha_pattern"]["of"] == "number"
+    assert fields["profile"]["modules_to_save"]["kind"] == "list"
+    assert fields["profile"]["lora_layers"]["title"] == "LoRA in layers"
