@@ -268,6 +268,7 @@ def _sequence(given: Mapping[str, Any], budget: int, console: Console) -> int | 
             truncate=given["truncate"],
             budget=budget,
             columns=named_columns(given["columns"]),
+            pairs=given["loss"] is not None,
             stages=stages,
         )
     console.print(f"sequence: {seq} tokens; {why}")

@@ -18,9 +18,11 @@ from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
 from tightfit.runtime.data.samples import (
+    PAIR_FORM,
     Completion,
     Conversation,
     Message,
+    Pair,
     Prompt,
     Question,
     Sample,
@@ -59,6 +61,8 @@ def prepare(
     purpose: Purpose = "train",
     too_long: TooLong = "refuse",
     seed: int = 0,
+    pairs: bool = False,
+    warn: Callable[[str], None] | None = None,
     progress: Callable[[int], None] | None = None,
     preparation: Preparation | None = None,
 ) -> RecordFile:
@@ -69,7 +73,8 @@ def prepare(
     those in the data.
     With the purpose "train" a question becomes one record with its right answer, with "evaluate" a record for each
     choice. A sample of more than `seq` positions is refused or, if `too_long` is "truncate", cut: first at the front,
-    as far as nothing there is predicted, then at the end. `progress(samples)` is called after each sample with their
+    as far as nothing there is predicted, then at the end. With `pairs` the samples have to be pairs of answers, and become two
+    records each; `warn` is called with what is odd about them all, in words. `progress(samples)` is called after each sample with their
     number so far. `preparation` limits the length of lines and checks this process's memory.
 
     Raises InputError, which names the bad lines (at most `REPORTED_LINES`) and counts the rest, RunError if the disk is
@@ -78,14 +83,19 @@ def prepare(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{purpose}.records"
     if data.endswith(PREPARED):
-        return _copied(Path(data), path, seq=seq, vocab_size=vocab_size)
+        return _copied(Path(data), path, seq=seq, vocab_size=vocab_size, pairs=pairs)
     pad = _pad_token(vocabulary, vocab_size)
-    with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data) as writer:
+    with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data, pairs=pairs) as writer:
         if data == RANDOM:
             _write_random(writer, seed)
         else:
-            samples = _Samples(writer, _encoder(data, vocabulary, vocab_size), purpose, too_long)
+            samples = _Samples(writer, _encoder(data, vocabulary, vocab_size), purpose, too_long, pairs=pairs)
             samples.run(data_files(data), progress, preparation, checked_columns(columns))
+            if samples.equal and warn:
+                warn(
+                    f"in {samples.equal} of {samples.example} pairs of {data} the chosen answer and the rejected one are equal: nothing"
+                    " is learned from comparing them"
+                )
     return RecordFile.open(path)
 
 
@@ -98,6 +108,7 @@ def longest_sample(
     too_long: TooLong = "refuse",
     way_on: str = PLAN_AGAIN,
     columns: Mapping[str, str] | None = None,
+    pairs: bool = False,
     progress: Callable[[int], None] | None = None,
     preparation: Preparation | None = None,
 ) -> int:
@@ -107,7 +118,7 @@ def longest_sample(
     are, since they are packed into windows. `way_on` ends the message about samples that are refused; ``{longest}`` in
     it becomes their greatest length. The rest is as in `prepare`, errors too.
     """
-    samples = _Samples(_Counting(most), _encoder(data, vocabulary), purpose, too_long, way_on)
+    samples = _Samples(_Counting(most), _encoder(data, vocabulary), purpose, too_long, way_on, pairs=pairs)
     samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return max(samples.longest, samples.longest_text)
 
@@ -121,7 +132,7 @@ def _encoder(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = 
     return Encoder(vocabulary, vocabulary.tokenizer.get_vocab_size() if vocab_size is None else vocab_size)
 
 
-def _copied(source: Path, path: Path, *, seq: int, vocab_size: int) -> RecordFile:
+def _copied(source: Path, path: Path, *, seq: int, vocab_size: int, pairs: bool) -> RecordFile:
     """A copy of a record file, which has to be of the same shape."""
     with RecordFile.open(source) as records:
         if (records.seq, records.vocab_size) != (seq, vocab_size):
@@ -129,6 +140,9 @@ def _copied(source: Path, path: Path, *, seq: int, vocab_size: int) -> RecordFil
                 f"{source}: prepared for sequences of {records.seq} and a vocabulary of {records.vocab_size}, and the plan is for"
                 f" {seq} and {vocab_size}; prepare the data again"
             )
+        if records.pairs != pairs:
+            held, due = ("pairs of answers", "none") if records.pairs else ("no pairs of answers", "such")
+            raise InputError(f"{source}: holds {held}, and the plan is for {due}; prepare the data again")
     try:
         shutil.copyfile(source, path)
     except OSError as error:
@@ -220,9 +234,14 @@ class _Samples:
         purpose: Purpose,
         too_long: TooLong,
         way_on: str = PLAN_AGAIN,
+        *,
+        pairs: bool = False,
     ) -> None:
         self.writer, self.encoder = writer, encoder
         self.purpose, self.too_long, self.way_on = purpose, too_long, way_on
+        self.pairs = pairs
+        self.equal = 0
+        """pairs whose two answers are equal"""
         self.stream: list[int] = []
         self.labels: list[int] = []
         self.example = 0
@@ -269,6 +288,15 @@ class _Samples:
     def add(self, sample: Sample) -> None:
         """Write the records of one sample. Raises InputError, which says what is wrong with it."""
         encoder = self.encoder
+        if self.pairs != isinstance(sample, Pair):
+            raise InputError(
+                f"no pair of answers, and the plan's loss is of such; write {PAIR_FORM}"
+                if self.pairs
+                else "a pair of answers, and the plan's loss is not of such; profile with --loss dpo or --loss orpo"
+            )
+        if isinstance(sample, Pair):
+            self.add_pair(sample)
+            return
         if isinstance(sample, Text):
             ids, _ = encoder.segments([(sample.text, True)])
             self.longest_text = max(self.longest_text, len(ids))
@@ -296,6 +324,20 @@ class _Samples:
                 tokens = encoder.segments(encoder.chat.conversation(sample.messages, tools=sample.tools))
             inputs, labels = self.shift(tokens)
             self.writer.add(inputs, labels, example=self.example)
+        self.example += 1
+
+    def add_pair(self, sample: Pair) -> None:
+        """Write the two records of a pair, the chosen answer's first."""
+        shifted = []
+        for name, answer in (("chosen", sample.chosen), ("rejected", sample.rejected)):
+            tokens = self.encoder.completion(sample.prompt, answer, ended=True, tools=sample.tools)
+            try:
+                shifted.append(self.shift(tokens))
+            except InputError as error:
+                raise InputError(f'prompt and "{name}": {error}') from error
+        self.equal += shifted[0] == shifted[1]
+        for choice, (inputs, labels) in enumerate(shifted):
+            self.writer.add(inputs, labels, example=self.example, choice=choice, answer=choice == 0)
         self.example += 1
 
     def shift(self, tokens: Tokens) -> tuple[list[int], list[int]]:
@@ -331,7 +373,15 @@ def _write_random(writer: RecordWriter, seed: int) -> None:
     generator = random.Random(seed)
     for example in range(RANDOM_RECORDS):
         tokens = [generator.randrange(writer.vocab_size) for _ in range(writer.seq + 1)]
-        writer.add(tokens[:-1], tokens[1:], example=example)
+        if not writer.pairs:
+            writer.add(tokens[:-1], tokens[1:], example=example)
+            continue
+        prompt = writer.seq // 2  # places without a label, the same in both rows
+        for choice in (0, 1):
+            answer = [generator.randrange(writer.vocab_size) for _ in range(writer.seq + 1 - prompt)]
+            whole = [*tokens[:prompt], *answer]
+            labels = [*[IGNORED] * prompt, *whole[prompt + 1 :]]
+            writer.add(whole[:-1], labels, example=example, choice=choice, answer=choice == 0)
 
 
 def _pad_token(vocabulary: Vocabulary | None, vocab_size: int) -> int:

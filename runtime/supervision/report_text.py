@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +50,21 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         rows.append(("rows", f"one sample each: {refused}"))
     if report["adapter"]:
         rows.append((Path(report["adapter"]).name, str(report["adapter"])))
+    if referred := report.get("references"):
+        seconds = referred["seconds"]
+        rows.append(
+            (
+                "adapter off",
+                f"log-probabilities of {referred['pairs']} pairs in {seconds['measured']:.1f} s, predicted {seconds['predicted']:.1f} s",
+            )
+        )
     if result := report.get("fleet", {}).get("result"):
         rows.append(("result", result))
     for when, found in report.get("evaluation", {}).items():
         accuracy = (
             f", accuracy {found['accuracy']:.3f} on {found['questions']} questions"
             if found.get("accuracy") is not None
-            else ""
+            else _pairs(found)
         )
         rows.append((f"evaluated {when}", f"loss {found['loss']:.4f}{accuracy}"))
     if best := report.get("best"):
@@ -78,8 +86,18 @@ def evaluation_text(report: dict[str, Any]) -> RenderableType:
         rows.append(("perplexity", f"{report['perplexity']:.3f}"))
     if report["accuracy"] is not None:
         rows.append(("accuracy", f"{report['accuracy']:.3f} on {report['questions']} questions"))
+    if report.get("pairs"):
+        rows.append(("chosen answer wins", f"in {report['reward_accuracy']:.1%} of {report['pairs']} pairs"))
+        rows.append(("margin", f"{report['reward_margin']:.4f}, mean difference of the rewards"))
     rows += [("evaluated", f"in {report['seconds']:.1f} s"), *_cap_rows(report, "it")]
     return Group(_memory_table(report), facts_table(rows))
+
+
+def _pairs(found: Mapping[str, Any]) -> str:
+    """What an evaluation on pairs of answers found beside the loss; "" of any other."""
+    if "reward_accuracy" not in found:
+        return ""
+    return f", chosen answer wins in {found['reward_accuracy']:.1%}, margin {found['reward_margin']:.4f}"
 
 
 def _memory_table(report: dict[str, Any]) -> Table:

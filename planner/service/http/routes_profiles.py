@@ -34,7 +34,7 @@ Identity = Annotated[Digest, Path(description="sha256 of the profile's content")
 FILE = file_responses("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
 CHOICES = {
     *("base", "embeddings", "lora_targets", "lora_layers", "rank_pattern", "alpha_pattern", "lora_dropout", "rslora"),
-    *("dora", "modules_to_save"),
+    *("dora", "modules_to_save", "loss", "beta"),
 }
 """Fields of a request that a worker is told of only if they are not at their defaults."""
 UPLOAD: dict[str, Any] = {

@@ -164,6 +164,16 @@ class ProfileRequest(Request):
     modules_to_save: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
         None, max_length=2, description="trained in full: embed_tokens, lm_head"
     )
+    loss: Literal["dpo", "orpo"] | None = Field(
+        None,
+        description="learn from pairs of a chosen and a rejected answer, `batch` of them, instead of predicting tokens",
+    )
+    beta: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="how much the comparison weighs in the loss of pairs; by default 0.1",
+    )
     accumulate: int = Field(1, ge=1, le=MOST_ACCUMULATED, description="steps whose gradients make one update")
     dtype: Literal["bfloat16", "float32"] | None = None
     base: Literal["4bit", "8bit", "16bit"] | None = Field(
