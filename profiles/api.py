@@ -390,7 +390,7 @@ def _preference(source: Source, side: SideShape | None, loss: str | None, beta: 
     beta = BETA if beta is None else float(beta)
     if not 0 < beta < math.inf:
         raise InputError(f"beta {beta:g}: give a finite number above 0")
-    return Preference(loss=loss, beta=beta)  # type: ignore[arg-type]
+    return Preference(loss=loss, beta=beta)
 
 
 def _trace_decoder(

@@ -129,7 +129,9 @@ def _references(plan: Plan) -> list[str]:
         return []
     pairs = "pair" if plan.batch == 1 else f"{plan.batch} pairs"
     seconds = format_seconds(plan.evaluate.seconds)
-    return [f"before the first step the adapter is off once for all answers' log-probabilities: {seconds} for each {pairs}"]
+    return [
+        f"before the first step the adapter is off once for all answers' log-probabilities: {seconds} for each {pairs}"
+    ]
 
 
 def _clipping(plan: Plan, clipping: Clipping | None) -> list[str]:

@@ -327,12 +327,19 @@ class _Samples:
         self.example += 1
 
     def add_pair(self, sample: Pair) -> None:
-        """Write the two records of a pair, the chosen answer's first."""
-        shifted = []
-        for name, answer in (("chosen", sample.chosen), ("rejected", sample.rejected)):
-            tokens = self.encoder.completion(sample.prompt, answer, ended=True, tools=sample.tools)
+        """Write the two records of a pair, the chosen answer's first. What is cut at the front is the same of both."""
+        answers = {"chosen": sample.chosen, "rejected": sample.rejected}
+        made, front = {}, 0
+        for name, answer in answers.items():
+            tokens = made[name] = self.encoder.completion(sample.prompt, answer, ended=True, tools=sample.tools)
             try:
-                shifted.append(self.shift(tokens))
+                front = max(front, self.front(tokens))
+            except InputError as error:
+                raise InputError(f'prompt and "{name}": {error}') from error
+        shifted = []
+        for name, tokens in made.items():
+            try:
+                shifted.append(self.shift(tokens, front))
             except InputError as error:
                 raise InputError(f'prompt and "{name}": {error}') from error
         self.equal += shifted[0] == shifted[1]
@@ -340,19 +347,28 @@ class _Samples:
             self.writer.add(inputs, labels, example=self.example, choice=choice, answer=choice == 0)
         self.example += 1
 
-    def shift(self, tokens: Tokens) -> tuple[list[int], list[int]]:
-        """(inputs, shifted labels) of at most `seq` positions.
+    def front(self, tokens: Tokens) -> int:
+        """Tokens at the front, none of which is predicted, that are cut off a sample of more than `seq` positions.
+
+        Raises InputError if it is not to be cut.
+        """
+        ids, wanted = tokens
+        beyond = len(ids) - 1 - self.writer.seq
+        self.longest = max(self.longest, len(ids) - 1)
+        if beyond <= 0:
+            return 0
+        if self.too_long == "refuse":
+            raise InputError(f"{len(ids) - 1} positions where the plan has {self.writer.seq}")
+        return min(beyond, max(0, wanted.index(True) - 1) if True in wanted else 0)
+
+    def shift(self, tokens: Tokens, front: int | None = None) -> tuple[list[int], list[int]]:
+        """(inputs, shifted labels) of at most `seq` positions, without the first `front` tokens; None: as many as `front` says.
 
         Raises InputError if there are more and they are not to be cut, or if no label is left.
         """
-        ids, wanted = tokens
-        seq = self.writer.seq
-        self.longest = max(self.longest, len(ids) - 1)
-        if len(ids) - 1 > seq:
-            if self.too_long == "refuse":
-                raise InputError(f"{len(ids) - 1} positions where the plan has {seq}")
-            front = min(len(ids) - 1 - seq, max(0, wanted.index(True) - 1) if True in wanted else 0)
-            ids, wanted = ids[front : front + seq + 1], wanted[front : front + seq + 1]
+        front = self.front(tokens) if front is None else front
+        end = front + self.writer.seq + 1
+        ids, wanted = tokens[0][front:end], tokens[1][front:end]
         labels = [token if predicted else IGNORED for token, predicted in zip(ids[1:], wanted[1:], strict=True)]
         if all(label == IGNORED for label in labels):
             raise InputError("nothing is left to predict; the sample is empty or cut before its completion")

@@ -29,7 +29,7 @@ from tightfit.runtime.engine.cpu.dropout import (
     dropout_lora_down,
     dropout_projection_backward,
 )
-from tightfit.runtime.engine.cpu.preference import preference_loss
+from tightfit.runtime.engine.cpu.preference import preference_loss, preference_scores
 from tightfit.runtime.engine.cpu.products import blocks, multiply
 from tightfit.runtime.engine.cpu.tables import (
     HEAD_ROWS,
@@ -359,6 +359,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.head_mean": head_mean,
     "tightfit.head_weighted": head_weighted,
     "tightfit.preference_loss": preference_loss,
+    "tightfit.preference_scores": preference_scores,
     "tightfit.table_rows": table_rows,
     "tightfit.table_rows_backward": table_rows_backward,
     "tightfit.table_head": table_head,

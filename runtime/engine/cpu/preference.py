@@ -100,25 +100,22 @@ def rewards(sums: Tensor, counts: Tensor, known: Tensor, loss: str, beta: float)
     return (sums / counts.clamp(min=1)).mul_(beta)
 
 
-def pair_scores(
-    token_losses: Tensor, labels: Tensor, known: Tensor, loss: str, beta: float, pairs: int
-) -> dict[str, float]:
-    """What the first `pairs` pairs of a batch add to an evaluation, as sums: `terms` of the loss that are means over pairs,
-    `right` pairs in which the chosen answer has the higher reward, `margin` between the rewards; with ORPO `likely`, the
-    negative log-likelihood of the chosen rows, and `tokens`, the number of their labels.
+def preference_scores(
+    token_losses: Tensor, labels: Tensor, known: Tensor, loss: str, beta: float, *, out: Sequence[Tensor]
+) -> None:
+    """What an evaluation counts up, of the arguments of `preference_loss`.
+
+    out: float64 [2P] the log-probability of each answer; float64 [P] each: the part of the loss that is a mean over pairs, the
+    difference of the rewards (of the chosen answer less that of the rejected one), the negative log-likelihood of the chosen row,
+    and the number of its labels, of which ORPO's likelihood is the mean.
     """
-    answered = answer_places(labels, known if loss == ORPO else None)
-    sums, counts = log_probabilities(token_losses, answered)
-    scores = rewards(sums, counts, known, loss, beta)[: 2 * pairs]
-    margins = scores[0::2] - scores[1::2]
-    compared, _ = _compared(sums, counts, known, loss, beta)
-    told = {
-        "terms": float(_terms(compared[:pairs], loss, beta).sum()),
-        "right": float((margins > 0).sum()),
-        "margin": float(margins.sum()),
-    }
-    if loss == ORPO:
-        likely = labels[0 : 2 * pairs : 2] >= 0
-        losses = torch.where(likely, token_losses.view(labels.shape)[0 : 2 * pairs : 2], 0.0)
-        told |= {"likely": float(losses.double().sum()), "tokens": float(likely.sum())}
-    return told
+    sums, terms, margins, unlikely, tokens = out
+    found, counts = log_probabilities(token_losses, answer_places(labels, known if loss == ORPO else None))
+    sums.copy_(found)
+    compared, _ = _compared(found, counts, known, loss, beta)
+    terms.copy_(_terms(compared, loss, beta))
+    scores = rewards(found, counts, known, loss, beta)
+    margins.copy_(scores[0::2] - scores[1::2])
+    likely = labels[0::2] >= 0
+    unlikely.copy_(torch.where(likely, token_losses.view(labels.shape)[0::2], 0.0).double().sum(1))
+    tokens.copy_(likely.sum(1))

@@ -177,6 +177,7 @@ class _Run:
         training, header, before = self.training, self.header, time.perf_counter()
         own, asked = training.batches, []
         assert isinstance(own, PairBatches)
+        assert training.loss_of_pairs is not None
         if not self.alone:
             asked.append((own, header["steps"]))
         if self.held_out is not None:

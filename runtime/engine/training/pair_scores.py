@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tightfit.runtime.engine.cpu.preference import answer_places, log_probabilities, pair_scores
+import torch
+
+from tightfit.runtime.engine.training.pairs import DPO, ORPO
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tightfit.runtime.engine.training.records import TokenRecord
+
+SCORES = "tightfit.preference_scores"
 
 
 def averaged(labels: Tensor) -> int:
@@ -18,41 +22,56 @@ def averaged(labels: Tensor) -> int:
     return int((labels >= 0).any(1).sum()) // 2
 
 
-def answers_of(losses: Tensor, labels: Tensor) -> list[float]:
+def scores_of(
+    kernel: Callable[..., None], losses: Tensor, labels: Tensor, known: Tensor, loss: str, beta: float
+) -> list[Tensor]:
+    """The results of `tightfit.runtime.engine.cpu.preference.preference_scores`, which is `kernel`, for a batch in host memory."""
+    pairs = labels.shape[0] // 2
+    made = [torch.empty(size, dtype=torch.float64) for size in (2 * pairs, pairs, pairs, pairs, pairs)]
+    kernel(losses, labels, known, loss, beta, out=made)
+    return made
+
+
+def answers_of(kernel: Callable[..., None], losses: Tensor, labels: Tensor) -> list[float]:
     """The log-probability of the answer in each row, from token losses and labels, which are of answers alone."""
-    sums, _ = log_probabilities(losses, answer_places(labels, None))
-    found: list[float] = sums.tolist()
+    known = torch.zeros(labels.shape[0], dtype=torch.float64)
+    found: list[float] = scores_of(kernel, losses, labels, known, DPO, 1.0)[0].tolist()
     return found
 
 
 class PairScores:
-    """The scores of an evaluation on pairs, counted up batch by batch: so that they do not depend on the size of a batch."""
+    """The scores of an evaluation on pairs, counted up batch by batch, so that they do not depend on the size of a batch."""
 
-    def __init__(self, loss: str, beta: float) -> None:
-        self._loss, self._beta = loss, beta
-        self._sums: dict[str, float] = {}
-        self._pairs = 0
+    def __init__(self, kernel: Callable[..., None], loss: str, beta: float) -> None:
+        """`kernel` is the device's `SCORES`."""
+        self._kernel, self._loss, self._beta = kernel, loss, beta
+        self._pairs = self._right = 0
+        self._terms = self._margins = self._unlikely = self._tokens = 0.0
 
     def add(self, loss: float, losses: Tensor | None, inputs: list[Tensor], found: Sequence[TokenRecord]) -> None:
         """Add a batch: the losses of its tokens, those of the records `found`."""
         assert losses is not None
-        _, labels, known = inputs
         pairs = len(found) // 2
+        made = scores_of(self._kernel, losses, inputs[1], inputs[2], self._loss, self._beta)
+        terms, margins, unlikely, tokens = (one[:pairs] for one in made[1:])
         self._pairs += pairs
-        for name, value in pair_scores(losses, labels, known, self._loss, self._beta, pairs).items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._right += int((margins > 0).sum())
+        self._terms += float(terms.sum())
+        self._margins += float(margins.sum())
+        self._unlikely += float(unlikely.sum())
+        self._tokens += float(tokens.sum())
 
     def result(self, seconds: float) -> dict[str, Any]:
         """As `tightfit.runtime.engine.training.trainer.Training.evaluate` returns it."""
-        sums, pairs = self._sums, max(1, self._pairs)
-        likely = sums.get("likely", 0.0) / max(1.0, sums.get("tokens", 0.0))
+        pairs = max(1, self._pairs)
+        likelihood = self._unlikely / max(1.0, self._tokens) if self._loss == ORPO else 0.0
         return {
-            "loss": sums.get("terms", 0.0) / pairs + likely,
+            "loss": self._terms / pairs + likelihood,
             "accuracy": None,
             "questions": 0,
             "records": 2 * self._pairs,
             "pairs": self._pairs,
-            "reward_accuracy": sums.get("right", 0.0) / pairs,
-            "reward_margin": sums.get("margin", 0.0) / pairs,
+            "reward_accuracy": self._right / pairs,
+            "reward_margin": self._margins / pairs,
             "seconds": seconds,
         }

@@ -16,6 +16,9 @@ from tightfit.runtime.engine.training.references import References, references_p
 if TYPE_CHECKING:
     from torch import Tensor
 
+DPO, ORPO = "dpo", "orpo"
+"""losses of pairs"""
+
 
 class PairBatches:
     """Batches from a record file of pairs, for a decoder's loss of pairs.
@@ -79,8 +82,6 @@ class PairBatches:
     def fill(self, pairs: Sequence[int], inputs: Sequence[Tensor]) -> list[TokenRecord]:
         """Write pairs into a batch, from its first row on; rows behind them are padding. Returns the records of their rows."""
         input_ids, labels, known = inputs
-        from tightfit.runtime.engine.cpu.preference import ORPO
-
         known.zero_()
         records = self._records.fill([2 * pair + answer for pair in pairs for answer in (0, 1)], input_ids, labels)
         if self._loss == ORPO:

@@ -336,9 +336,9 @@ class Training:
         preference = self.header.get("preference")
         if not preference:
             return Scores()
-        from tightfit.runtime.engine.training.pair_scores import PairScores
+        from tightfit.runtime.engine.training.pair_scores import SCORES, PairScores
 
-        return PairScores(preference["loss"], preference["beta"])
+        return PairScores(self.device.kernels.fused[SCORES], preference["loss"], preference["beta"])
 
     @property
     def refers(self) -> bool:
@@ -349,7 +349,7 @@ class Training:
         """Write the references of a batch of pairs: the log-probabilities of their answers with what is trained now, which is to
         be what `initialise` makes without a given adapter.
         """
-        from tightfit.runtime.engine.training.pair_scores import answers_of
+        from tightfit.runtime.engine.training.pair_scores import SCORES, answers_of
 
         assert batches.references is not None
         references, batches.references = batches.references, None
@@ -359,7 +359,7 @@ class Training:
         self.executor.draws.step = None
         self.executor.execute(self.job.evaluate)
         assert self.executor.losses is not None
-        found = answers_of(self.executor.losses, self.inputs[1])
+        found = answers_of(self.device.kernels.fused[SCORES], self.executor.losses, self.inputs[1])
         for place, pair in enumerate(pairs):
             references.put(pair, found[2 * place], found[2 * place + 1])
 

@@ -55,7 +55,7 @@ def test_loss_weights_and_scores_are_those_of_trl(loss: str) -> None:
     assert made == pytest.approx(float(trl["loss"].detach()), rel=1e-6)
     token_losses.backward(weights)
     torch.testing.assert_close(again.grad, logits.grad, rtol=1e-5, atol=1e-7)
-    scores = PairScores(loss, BETA)
+    scores = PairScores(OPERATORS["tightfit.preference_scores"], loss, BETA)
     found = [_record()] * (2 * PAIRS)
     scores.add(0.0, token_losses.detach(), [labels, labels, known], found)
     told = scores.result(0.0)
