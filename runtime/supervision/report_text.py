@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tightfit.runtime.common.units import format_size, padding_text
+from tightfit.runtime.common.units import format_seconds, format_size, padding_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,12 +52,9 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         rows.append((Path(report["adapter"]).name, str(report["adapter"])))
     if referred := report.get("references"):
         seconds = referred["seconds"]
-        rows.append(
-            (
-                "adapter off",
-                f"log-probabilities of {referred['pairs']} pairs in {seconds['measured']:.1f} s, predicted {seconds['predicted']:.1f} s",
-            )
-        )
+        taken, expected = format_seconds(seconds["measured"]), format_seconds(seconds["predicted"])
+        told = f"log-probabilities of {referred['pairs']} pairs in {taken}, predicted {expected}"
+        rows.append(("adapter off", told))
     if result := report.get("fleet", {}).get("result"):
         rows.append(("result", result))
     for when, found in report.get("evaluation", {}).items():
