@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,19 +24,22 @@ from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.measuring.marks import marks
 from tightfit.profiles.measuring.measure import measure
-from tightfit.profiles.models.decoder import Decoder
+from tightfit.profiles.models.decoder import PAIRS_APART, Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
 from tightfit.profiles.models.lora import LoraConfig, given, layer_numbers
 from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
 from tightfit.profiles.schema import (
+    KNOWN,
     MOST_ACCUMULATED,
     POSITIONS,
+    PREFERENCE,
     PROFILE_VERSION,
     Channel,
     Device,
     Floor,
     Model,
+    Preference,
     Profile,
     Program,
     Tensor,
@@ -71,12 +75,14 @@ MOST_ELEMENTS = 1 << 60
 bytes."""
 DECODER_INPUTS = ("input_ids", "labels", POSITIONS)
 """the tensors of a decoder's batch, int64 [batch, seq], in the order of every plan"""
+BETA = 0.1
+"""of DPO and ORPO unless another is asked for, as with TRL"""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CHOSEN_CODE_BYTES = 1 << 20
-"""Allowance for the code of operators that only some runs have (dropout, DoRA, tables, batch norm), which is mapped when
+"""Allowance for the code of operators that only some runs have (dropout, DoRA, tables, batch norm, losses of pairs), which is mapped when
 they first run: the process that measures the floor does not run them. A run of a tiny model with DoRA held 0.1 MiB more than
 its plan said without it."""
-CHOSEN = ("tightfit.dropout", "tightfit.dora_", "tightfit.table_", "tightfit.batch_norm")
+CHOSEN = ("tightfit.dropout", "tightfit.dora_", "tightfit.table_", "tightfit.batch_norm", "tightfit.preference")
 """Prefixes of the names of these operators."""
 CODE = (
     "runtime/common",
@@ -109,6 +115,8 @@ def profile(
     dora: bool = False,
     modules_to_save: Sequence[str] = (),
     adapter: str | Path | None = None,
+    loss: str | None = None,
+    beta: float | None = None,
     accumulate: int = 1,
     dtype: str | None = None,
     device: str = "cpu",
@@ -138,6 +146,9 @@ def profile(
     `lora_rank` (default 8) and `lora_alpha` (default: twice the rank) on the linear layers that `lora_targets` and
     `lora_layers` ("0-3,8") choose, by default all of them; or what the settings of the adapter in the folder `adapter` say,
     so that a run can start from it.
+
+    With a `loss` of "dpo" or "orpo" the step learns from pairs of answers (`tightfit.runtime.engine.cpu.preference`): `batch` of
+    them, each in two rows. `beta` (default 0.1) is how much the comparison of the two weighs.
 
     `base` and `embeddings` are the precision, 4bit, 8bit or 16bit, of matrices and of the embedding and the head that
     the source does not hold quantised; what it holds quantised is kept, code for code. By default matrices are rounded to
@@ -187,12 +198,15 @@ def profile(
             "a side network has no adapter" if side is not None else f"{found.name} is a module, trained in full itself"
         )
         raise InputError(f"modules-to-save {', '.join(lora.modules_to_save)}: {what}; leave the option out")
+    preference = _preference(found, side, loss, beta)
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = progress or (lambda stage, done, total: None)
     # A module is traced first: its code, and that of a loss_fn, is part of what the profile depends on.
     own = _trace_module(found, dtype, report) if found.kind == "module" else None
     code = None if own is None else _operators(own[0])
-    key = _fingerprint(found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side, code)
+    key = _fingerprint(
+        found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side, code, preference
+    )
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = None
     if elsewhere is None and cached.exists() and not force:
@@ -220,7 +234,7 @@ def profile(
     elif side is not None:
         traced = _trace_side(found, side, batch, seq, dtype, report)
     else:
-        traced, decoder = _trace_decoder(found, batch, seq, lora, dtype, report)
+        traced, decoder = _trace_decoder(found, batch, seq, lora, dtype, report, preference)
     if found.kind == "module":
         batch, seq_or_none, kind = _first_dimension(traced), None, "module"
     else:
@@ -249,7 +263,9 @@ def profile(
             name=found.name,
             source=found.path,
             kind=kind,
-            config=found.config | ({CONFIG_KEY: side.as_json()} if side else {}),
+            config=found.config
+            | ({CONFIG_KEY: side.as_json()} if side else {})
+            | ({PREFERENCE: preference.model_dump()} if preference else {}),
             lora=decoder and decoder.lora,
             tables=decoder.tables if decoder else {},
             rows_apart=decoder.rows_apart if decoder else None,
@@ -354,12 +370,41 @@ def _code() -> Iterator[Path]:
         yield from [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in (".py", ".c"))
 
 
+def _preference(source: Source, side: SideShape | None, loss: str | None, beta: float | None) -> Preference | None:
+    """The loss of a step that learns from pairs of answers; None: another loss. Raises InputError for one that is not known, a
+    model that cannot have it, and a `beta` that is not above 0, or of no loss.
+    """
+    if loss is None:
+        if beta is not None:
+            raise InputError(f"beta {beta:g} is of a loss of pairs; name one too: --loss {' or --loss '.join(KNOWN)}")
+        return None
+    if loss not in KNOWN:
+        raise InputError(f"loss {loss!r} is not known; choose {' or '.join(KNOWN)}, or leave it out to predict tokens")
+    if source.kind == "module":
+        raise InputError(
+            f"loss {loss}: {source.name} is a module with a loss of its own, and only a language model learns from pairs of answers;"
+            " leave the option out"
+        )
+    if side is not None:
+        raise InputError(f"loss {loss}: a side network predicts tokens and nothing else; leave the option out")
+    beta = BETA if beta is None else float(beta)
+    if not 0 < beta < math.inf:
+        raise InputError(f"beta {beta:g}: give a finite number above 0")
+    return Preference(loss=loss, beta=beta)
+
+
 def _trace_decoder(
-    source: Source, batch: int, seq: int, lora: LoraConfig, dtype: str, report: Progress
+    source: Source,
+    batch: int,
+    seq: int,
+    lora: LoraConfig,
+    dtype: str,
+    report: Progress,
+    preference: Preference | None = None,
 ) -> tuple[Trace, Decoder | AnyDecoder]:
     """The step of a decoder, and the decoder, which says what is trained."""
     if not handwritten(source.config):
-        return _trace_any_decoder(source, batch, seq, lora, dtype, report)
+        return _trace_any_decoder(source, batch, seq, lora, dtype, report, preference)
     shape = decoder_shape(source.config)
     _check_rank(lora, shape.hidden)
     widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
@@ -369,13 +414,18 @@ def _trace_decoder(
         )
     with FakeTensorMode():
         body = source.config.get("adapter_body", BODY)
-        module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body)
-        sample = _sample(batch, seq, rows_apart=None)
+        module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body, preference=preference)
+        sample = _sample(batch, seq, rows_apart=None, preference=preference)
     return _traced(module, sample, report), module
 
 
-def _sample(batch: int, seq: int, rows_apart: str | None) -> dict[str, torch.Tensor]:
+def _sample(
+    batch: int, seq: int, rows_apart: str | None, preference: Preference | None = None
+) -> dict[str, torch.Tensor]:
     """The batch that a decoder is traced on; without positions where samples cannot share rows."""
+    if preference:
+        name, kind = KNOWN[preference.loss]
+        return _sample(2 * batch, seq, PAIRS_APART) | {name: torch.zeros(2 * batch, dtype=getattr(torch, kind))}
     names = DECODER_INPUTS[:2] if rows_apart else DECODER_INPUTS
     return {name: torch.zeros(batch, seq, dtype=torch.int64) for name in names}
 
@@ -395,7 +445,13 @@ def _check_rank(lora: LoraConfig, hidden: int) -> None:
 
 
 def _trace_any_decoder(
-    source: Source, batch: int, seq: int, lora: LoraConfig, dtype: str, report: Progress
+    source: Source,
+    batch: int,
+    seq: int,
+    lora: LoraConfig,
+    dtype: str,
+    report: Progress,
+    preference: Preference | None = None,
 ) -> tuple[Trace, AnyDecoder]:
     from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 
@@ -405,11 +461,12 @@ def _trace_any_decoder(
         raise InputError(
             f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
         )
-    module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, lora=lora)
+    module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, lora=lora, preference=preference)
     with FakeTensorMode():
         without_values(module)
-        module.learn_rows(_sample(batch, seq, rows_apart=None))
-        sample = _sample(batch, seq, module.rows_apart)
+        if preference is None:
+            module.learn_rows(_sample(batch, seq, rows_apart=None))
+        sample = _sample(batch, seq, module.rows_apart, preference)
     traced = _traced(module, sample, report)
     for tensor in traced.tensors:
         if tensor.kind in ("weight", "constant") and tensor.name.split("[")[0] not in source.entries:

@@ -41,6 +41,11 @@ OPTIMIZER_STATES: dict[str, tuple[str, ...]] = {
 POSITIONS = "positions"
 """name of a decoder's input that says which samples share a row: the position of each token in its sample; profiles of models
 whose samples cannot share rows have none"""
+PREFERENCE = "preference"
+"""key in a model's config of what its loss is where it learns from pairs of answers (`Preference`)"""
+KNOWN = {"dpo": ("references", "float64"), "orpo": ("starts", "int64")}
+"""loss of pairs -> (name, type) of the decoder's input [rows] that says what its operator has to know of each answer: its
+log-probability in the reference model, or the place from which on a row's labels are the answer's"""
 NOT_COMPARED = "not compared with autograd"
 """How `Model.compared` begins if the gradients were not compared."""
 
@@ -289,6 +294,15 @@ class Device(Record):
     torch_version: str | None = Field(None, description="the torch that was measured; the runtime refuses another")
 
 
+class Preference(Record):
+    """The loss of a step whose samples are pairs of answers, one of them chosen, the other rejected. A batch has two rows for each
+    pair (`tightfit.runtime.engine.cpu.preference`).
+    """
+
+    loss: Literal["dpo", "orpo"]
+    beta: float = Field(gt=0, allow_inf_nan=False, description="how much the comparison of the two weighs")
+
+
 class Model(Record):
     name: str
     source: str = Field(description="what the user named: a directory, GGUF file, config.json or module:factory")
@@ -315,6 +329,17 @@ class Model(Record):
     base: str | None = Field(None, description="precision asked for matrices: 4bit, 8bit or 16bit; None: the default")
     embeddings: str | None = Field(None, description="the same for the embedding and the head; None: as `base`")
     rounding: str | None = Field(None, description="in words: what packing did to the values of the frozen weights")
+
+    @property
+    def preference(self) -> Preference | None:
+        """The loss where samples are pairs of answers; None: the mean over the labelled tokens, or a module's own."""
+        told = self.config.get(PREFERENCE) if self.kind == "decoder" else None
+        return None if told is None else Preference.model_validate(told)
+
+    @property
+    def rows_of_sample(self) -> int:
+        """Rows of a batch that a sample takes."""
+        return 1 if self.preference is None else 2
 
 
 class Profile(Record):

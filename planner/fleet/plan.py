@@ -24,6 +24,7 @@ from tightfit.planner.fleet.search import Candidate, ChainSearch
 from tightfit.planner.fleet.simulate import replayed, simulate_fleet
 from tightfit.planner.fleet.worth import baselines, prices
 from tightfit.planner.plan_result import gap_to
+from tightfit.planner.problem.gradients import refuse_preference
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_budget, checked_gap, checked_limit
 from tightfit.profiles.schema import MOST_ACCUMULATED, Profile
@@ -47,6 +48,9 @@ class MemberSpec:
     profile: Profile
     budget_bytes: int
     link: Link
+
+    def __post_init__(self) -> None:
+        refuse_preference(self.profile, "a fleet")
 
 
 def plan_fleet(

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from tightfit.planner.problem.gradients import refuse_tables, resting
+from tightfit.planner.problem.gradients import refuse_preference, refuse_tables, resting
 from tightfit.planner.schema import Plan
 from tightfit.profiles.models.side_shape import check_blocks, chosen_blocks
 from tightfit.profiles.schema import MOBILLM, Layer, Operator, Profile, Program, Tensor, Value
@@ -117,6 +117,7 @@ def check_side(profile: Profile) -> None:
             f" {profile.model.name} is a {profile.model.kind}; choose another policy"
         )
     refuse_tables(profile, MOBILLM)
+    refuse_preference(profile, MOBILLM)
     dropout = (profile.model.lora or {}).get("lora_dropout")
     if dropout:
         raise InputError(

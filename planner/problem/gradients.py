@@ -138,6 +138,14 @@ def refuse_tables(profile: Profile, who: str) -> None:
         )
 
 
+def refuse_preference(profile: Profile, who: str) -> None:
+    """Raises InputError where `profile` learns from pairs of answers, which `who` cannot."""
+    if preference := profile.model.preference:
+        raise InputError(
+            f"{who} predicts tokens, and this profile learns from pairs of answers ({preference.loss}); profile without --loss"
+        )
+
+
 def refuse_statistics(profile: Profile, who: str) -> None:
     """Raises InputError where a step of `profile` changes running statistics, which `who` cannot."""
     if kept := kept_buffers(profile.layers, profile.programs):

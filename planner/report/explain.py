@@ -48,6 +48,7 @@ def _sentences(plan: Plan, told: Explanation) -> list[str]:
         return _infeasible(plan, told.shortfall)
     return [
         *_verdict(plan),
+        *_references(plan),
         *_clipping(plan, told.clipping),
         *_decisions(plan),
         *_peak(plan, told.peak),
@@ -120,6 +121,17 @@ def _optimizer(plan: Plan) -> list[str]:
     states = "no state" if not count else "one state" if count == 1 else f"{count} states"
     seconds = "their seconds are AdamW's as profiled, by the bytes that are touched"
     return [f"updates by {name}, which has {states} of each trained tensor; {seconds}"]
+
+
+def _references(plan: Plan) -> list[str]:
+    preference = plan.model.preference
+    if preference is None or preference.loss != "dpo" or plan.evaluate is None:
+        return []
+    pairs = "pair" if plan.batch == 1 else f"{plan.batch} pairs"
+    seconds = format_seconds(plan.evaluate.seconds)
+    return [
+        f"before the first step the adapter is off once for all answers' log-probabilities: {seconds} for each {pairs}"
+    ]
 
 
 def _clipping(plan: Plan, clipping: Clipping | None) -> list[str]:

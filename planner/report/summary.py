@@ -69,6 +69,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "weight_bytes": sum(weight.bytes for weight in weights),
         "packed_bytes": sum(weight.packed_bytes for weight in weights),
         "lora": profile.model.lora,
+        "preference": profile.model.preference.model_dump() if profile.model.preference else None,
         "trainable_bytes": trainable,
         "state_bytes": trainable * int(profile.optimizer.get("state_tensors", 2)),
         "forward_seconds": seconds["forward"],

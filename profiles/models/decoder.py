@@ -28,6 +28,7 @@ from tightfit.profiles.models.saved_modules import (
     stored,
     trained_copy,
 )
+from tightfit.profiles.schema import Preference
 from tightfit.profiles.tracing.dora_ops import dora_norm, dora_scale
 from tightfit.profiles.tracing.dropout_ops import dropout, dropout_lora_linear
 from tightfit.profiles.tracing.torch_ops import (
@@ -42,6 +43,21 @@ from tightfit.profiles.tracing.torch_ops import (
 from tightfit.runtime.engine.training.adapter import BODY, peft_name
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+PAIRS_APART = "each answer of a pair has a row of its own"
+
+
+def third_input(
+    preference: Preference | None, given: Tensor | None
+) -> tuple[Tensor | None, tuple[()] | tuple[Tensor, str, float]]:
+    """(positions, what a loss of pairs takes beside token losses and labels) of a decoder's third input: with a loss of pairs,
+    of which each answer has a row of its own, it is what that loss knows of them.
+    """
+    if preference is None:
+        return given, ()
+    assert given is not None
+    return None, (given, preference.loss, preference.beta)
 
 
 class Norm(nn.Module):
@@ -227,14 +243,23 @@ class Body(nn.Module):
 
 class Decoder(nn.Module):
     """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses float32
-    [batch * seq]).
+    [batch * seq]); with a `preference` forward(input_ids, labels, known [batch]), with a batch of two rows for each pair.
 
     labels[b, t] is the token that place t of a row has to predict, or -100 for none. positions[b, t], counted from 0, is that
     of the token in its sample, of which a row may hold several, one after the other; without it every row is one sample.
-    Padding needs no mask: attention is causal and padded places carry no label.
+    Padding needs no mask: attention is causal and padded places carry no label. `known` is what the loss of pairs has to know
+    of each answer (`tightfit.runtime.engine.cpu.preference.preference_loss`).
     """
 
-    def __init__(self, shape: DecoderShape, *, dtype: torch.dtype, lora: LoraConfig, body: str = BODY) -> None:
+    def __init__(
+        self,
+        shape: DecoderShape,
+        *,
+        dtype: torch.dtype,
+        lora: LoraConfig,
+        body: str = BODY,
+        preference: Preference | None = None,
+    ) -> None:
         super().__init__()
         self.shape = shape
         self.dtype = dtype
@@ -246,11 +271,13 @@ class Decoder(nn.Module):
         self.tables = self._save(lora.modules_to_save, body)
         """Modules that are trained in full, and the tensors in the store that they start from."""
         self.slice_rows = slice_rows(shape.vocab, shape.hidden, dtype.itemsize)
-        self.rows_apart = None
+        self.preference = preference
+        self.rows_apart = None if preference is None else PAIRS_APART
         """Why samples cannot share rows; None: they can."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shape, seq = self.shape, input_ids.shape[1]
+        positions, pairs = third_input(self.preference, third)
         x = self._embedded(input_ids)
         tables = {key: rotary_table(shape, seq, *key) for key in sorted(set(self._rope_keys()))}
         masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < seq})}
@@ -258,9 +285,9 @@ class Decoder(nn.Module):
             x = layer(x, *tables[key], masks.get(window) if window is not None else None, positions)
         trained = trained_copy(self.lm_head) if HEAD in self._modules else None
         if trained is not None:
-            return trained(self.model.norm(x), labels)  # type: ignore[no-any-return]
+            return trained(self.model.norm(x), labels, *pairs)  # type: ignore[no-any-return]
         head = self.model.embed_tokens if shape.tied else self.lm_head
-        loss, token_losses, _ = head_loss(self.model.norm(x), head.weight, labels, self.slice_rows)
+        loss, token_losses, _ = head_loss(self.model.norm(x), head.weight, labels, self.slice_rows, *pairs)
         return loss, token_losses
 
     def _embedded(self, ids: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tightfit.profiles.tracing.table_ops import rounds, table_head, table_rows
+from tightfit.profiles.tracing.torch_ops import loss_of_tokens
 from tightfit.runtime.common.errors import InputError
 
 PART = "modules_to_save"
@@ -144,7 +146,8 @@ class _Logits(Slices):
 
 
 class TrainedHead(nn.ModuleList):
-    """hidden states [T, width], labels -> (mean loss float32 [], token losses float32 [T]), as `Decoder.forward` returns them.
+    """hidden states [T, width], labels and what a loss of pairs takes -> (loss float32 [], token losses float32 [T]), as
+    `Decoder.forward` returns them.
 
     With a `cap` a logit is cap * tanh(logit / cap).
     """
@@ -153,7 +156,7 @@ class TrainedHead(nn.ModuleList):
         super().__init__(_Logits(*group, width) for group in _groups(rows, width))
         self.cap = cap or 0.0
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, labels: Tensor, *pairs: Any) -> tuple[Tensor, Tensor]:
         # In float32 the gradients of hidden states, one from each layer, are added up without rounding.
         wide, bases = hidden.float(), _bases(self)
         flat = labels.reshape(-1)
@@ -162,7 +165,7 @@ class TrainedHead(nn.ModuleList):
             lse, own = part(lse, own, wide, labels, base, self.cap, hidden.dtype)
         labelled = flat >= 0
         token_losses = torch.where(labelled, lse - own, 0.0)
-        return token_losses.sum() / labelled.sum().clamp(min=1), token_losses
+        return loss_of_tokens(token_losses, labels, *pairs), token_losses
 
 
 def _bases(parts: nn.ModuleList) -> list[Tensor]:

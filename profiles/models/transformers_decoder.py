@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tightfit.profiles.models.decoder import adapt
+from tightfit.profiles.models.decoder import PAIRS_APART, adapt, third_input
 from tightfit.profiles.models.family import families
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.saved_modules import (
@@ -66,8 +66,8 @@ from tightfit.profiles.models.transformers_kernels import (
     replace_embedding,
     replace_norm,
 )
-from tightfit.profiles.schema import POSITIONS
-from tightfit.profiles.tracing.torch_ops import MOST_CAP, capped_head_loss, head_loss
+from tightfit.profiles.schema import POSITIONS, Preference
+from tightfit.profiles.tracing.torch_ops import MOST_CAP, capped_head_loss, head_loss, loss_of_tokens
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, peft_name
 
@@ -129,14 +129,22 @@ class AnyDecoder(nn.Module):
     """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses float32
     [batch * seq]).
 
-    labels and positions are as in `tightfit.profiles.models.decoder.Decoder`; a model whose samples cannot share rows takes no
-    positions (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it
+    labels, positions and the third input with a `preference` are as in `tightfit.profiles.models.decoder.Decoder`; a model whose
+    samples cannot share rows takes no positions (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it
     under `torch._subclasses.FakeTensorMode`, after `without_values`.
 
     Raises InputError for a config that transformers does not take, and for models that are refused.
     """
 
-    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, seq: int, lora: LoraConfig) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype,
+        seq: int,
+        lora: LoraConfig,
+        preference: Preference | None = None,
+    ) -> None:
         super().__init__()
         made = _built(config, dtype)
         self.cap, self.scale = _head(made)
@@ -179,7 +187,8 @@ class AnyDecoder(nn.Module):
         if self.cap is not None:  # each slice takes a dozen operators, not one
             self.slice_rows = min(head.weight.shape[0], CAPPED_SLICES * self.slice_rows)
         self.mixing = _mixing(body)
-        self.rows_apart: str | None = None
+        self.preference = preference
+        self.rows_apart: str | None = None if preference is None else PAIRS_APART
         """Why samples cannot share rows; None: they can. It is found out by `learn_rows`."""
         self.eval()
         for parameter_name, parameter in self.named_parameters():
@@ -216,7 +225,8 @@ class AnyDecoder(nn.Module):
             self.add_module(name, nn.Module())
         attach(getattr(self, name), TrainedHead(vocabulary, width, self.cap))
 
-    def forward(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        positions, pairs = third_input(self.preference, third)
         told = {} if positions is None else {"position_ids": positions}
         with self.recognition.active(positions):
             made = self.model(input_ids=input_ids, use_cache=False, **told)
@@ -224,20 +234,20 @@ class AnyDecoder(nn.Module):
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if self.trained_head:
-            return trained_copy(getattr(self, self.trained_head))(hidden, labels)  # type: ignore[misc, no-any-return]
+            return trained_copy(getattr(self, self.trained_head))(hidden, labels, *pairs)  # type: ignore[misc, no-any-return]
         head = getattr(self, self.head_name) if self.head_name else self.model.get_input_embeddings()
         if not self.whole_head and self.cap is not None:
-            loss, token_losses, _ = capped_head_loss(hidden, head.weight, labels, self.slice_rows, self.cap)
+            loss, token_losses, _ = capped_head_loss(hidden, head.weight, labels, self.slice_rows, self.cap, *pairs)
             return loss, token_losses
         if not self.whole_head:
-            loss, token_losses, _ = head_loss(hidden, head.weight, labels, self.slice_rows)
+            loss, token_losses, _ = head_loss(hidden, head.weight, labels, self.slice_rows, *pairs)
             return loss, token_losses
         logits = (head(hidden) if self.head_name else F.linear(hidden, head.weight)).float()
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
         flat = labels.reshape(-1)
         token_losses = F.cross_entropy(logits, flat, ignore_index=-100, reduction="none")
-        return token_losses.sum() / (flat >= 0).sum().clamp(min=1), token_losses
+        return loss_of_tokens(token_losses, labels, *pairs), token_losses
 
 
 def _mixing(body: nn.Module) -> str:

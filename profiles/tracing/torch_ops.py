@@ -137,6 +137,16 @@ head_mean = _define(
     "(Tensor state, Tensor labels) -> (Tensor, Tensor)",
     lambda s, y: (s.new_empty(()), s.new_empty((s.shape[0],))),
 )
+head_weighted = _define(
+    "head_weighted",
+    "(Tensor state, Tensor rows, Tensor weights) -> Tensor",
+    lambda s, rows, w: (_same(rows),),
+)
+preference_loss = _define(
+    "preference_loss",
+    "(Tensor token_losses, Tensor labels, Tensor known, str loss, float beta) -> (Tensor, Tensor)",
+    lambda losses, labels, known, loss, beta: (losses.new_empty(()), _same(losses)),
+)
 
 
 Shape = Sequence[int]
@@ -187,6 +197,15 @@ def _attention_grad(ctx: Any, dy: Tensor, _: Any, __: Any) -> Any:
     return dq, dk, dv, None, None, None, None, None, None, None
 
 
+def _preference_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _preference_grad(ctx: Any, dloss: Tensor, _: Any) -> Any:
+    return ctx.saved_tensors[0], None, None, None, None  # dloss is 1, as in `_head_grad`
+
+
 def _gated_setup(ctx: Any, inputs: Any, output: Any) -> None:
     gate, up, ctx.activation = inputs
     ctx.save_for_backward(gate, up)
@@ -200,6 +219,19 @@ def _gated_grad(ctx: Any, dy: Tensor) -> Any:
 torch.library.register_autograd("tightfit::rms_norm", _rms_grad, setup_context=_rms_setup, lib=_library)
 torch.library.register_autograd("tightfit::attention", _attention_grad, setup_context=_attention_setup, lib=_library)
 torch.library.register_autograd("tightfit::gated", _gated_grad, setup_context=_gated_setup, lib=_library)
+torch.library.register_autograd(
+    "tightfit::preference_loss", _preference_grad, setup_context=_preference_setup, lib=_library
+)
+
+
+def loss_of_tokens(
+    token_losses: Tensor, labels: Tensor, known: Tensor | None = None, loss: str = "", beta: float = 0.0
+) -> Tensor:
+    """The loss of a batch as a function of its token losses: their mean over the labelled tokens, or the loss of pairs."""
+    if known is None:
+        return token_losses.sum() / (labels.reshape(-1) >= 0).sum().clamp(min=1)
+    return preference_loss(token_losses, labels, known, loss, beta)[0]  # type: ignore[no-any-return]
+
 
 # A projection with its LoRA pair is one differentiable operator for torch. A trace decomposes it, so that the narrow
 # LoRA product can be recomputed without the wide one, and a layer whose input needs no gradient skips
@@ -269,21 +301,47 @@ frozen_linear = torch.ops.tightfit.frozen_linear.default
 # The whole loss head is one differentiable operator for torch. A trace decomposes it into begin, one chunk per
 # vocabulary slice, and finish (`open_head`), so that the planner sees each slice as a weight of its own. The weight
 # rows of the labels are gathered like an embedding's: if every slice passed them on, they would be half of the state.
-_library.define("head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows) -> (Tensor, Tensor, Tensor)")
+# With a `loss` it is that of pairs (`preference_loss`): what each token weighs in it is known once the state is complete.
+PAIRS = 'Tensor? known=None, str loss="", float beta=0.0'
+_library.define(
+    f"head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows, {PAIRS}) -> (Tensor, Tensor, Tensor)"
+)
 
 
-def open_head(hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def open_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    slice_rows: int,
+    known: Tensor | None = None,
+    loss: str = "",
+    beta: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     state = _fold_slices(head_begin(hidden), hidden, weight, labels, slice_rows)
-    return head_finish(state, head_rows(weight, labels), labels)  # type: ignore[no-any-return]
+    rows = head_rows(weight, labels)
+    if known is None:
+        return head_finish(state, rows, labels)  # type: ignore[no-any-return]
+    _, token_losses = head_mean(state, labels)
+    made, weights = preference_loss(token_losses, labels, known, loss, beta)
+    return made, token_losses, head_weighted(state, rows, weights)
 
 
 def open_head_without_gradient(
-    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    slice_rows: int,
+    known: Tensor | None = None,
+    loss: str = "",
+    beta: float = 0.0,
 ) -> tuple[Tensor, Tensor, None]:
     """The same losses as `open_head`, to the bit, with half the arithmetic, since no gradient is computed along with
     them.
     """
-    return *head_mean(_fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows), labels), None
+    made, token_losses = head_mean(_fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows), labels)
+    if known is not None:
+        made, _ = preference_loss(token_losses, labels, known, loss, beta)
+    return made, token_losses, None
 
 
 def _fold_slices(state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> Tensor:
@@ -293,7 +351,7 @@ def _fold_slices(state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, 
     return state
 
 
-def _head_fake(hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _head_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty((hidden.shape[0],), dtype=torch.float32),
@@ -308,7 +366,7 @@ def _head_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _head_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:
     # Backward starts at the loss, so dloss is 1, and multiplying by it would be a useless pass over memory.
-    return ctx.saved_tensors[0], None, None, None
+    return ctx.saved_tensors[0], *[None] * 6
 
 
 _library.impl("head_loss", open_head, "CPU")
@@ -321,25 +379,35 @@ head_loss = torch.ops.tightfit.head_loss.default
 MOST_CAP = 40.0
 """Largest cap at which exp(-2 * cap), the smallest term of softmax's sum, is a float32."""
 _library.define(
-    "capped_head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows, float cap) -> (Tensor, Tensor, Tensor)"
+    f"capped_head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows, float cap, {PAIRS})"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
 def open_capped_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float
+    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float, *pairs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _capped_head(hidden, weight, labels, slice_rows, cap, gradient=True)  # type: ignore[return-value]
+    return _capped_head(hidden, weight, labels, slice_rows, cap, *pairs, gradient=True)  # type: ignore[return-value]
 
 
 def open_capped_head_without_gradient(
-    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float
+    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float, *pairs: Any
 ) -> tuple[Tensor, Tensor, None]:
     """The same losses as `open_capped_head`, with half the arithmetic."""
-    return *_capped_head(hidden, weight, labels, slice_rows, cap, gradient=False)[:2], None
+    return *_capped_head(hidden, weight, labels, slice_rows, cap, *pairs, gradient=False)[:2], None
 
 
 def _capped_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float, *, gradient: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    slice_rows: int,
+    cap: float,
+    known: Tensor | None = None,
+    loss: str = "",
+    beta: float = 0.0,
+    *,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """loss float32 [], token losses float32 [T], d loss / d hidden [T, H] of cap * tanh(hidden @ weight.T / cap)."""
     rows = head_rows(weight, labels)
@@ -358,26 +426,25 @@ def _capped_head(
     count = labelled.sum().clamp(min=1)
     assert total is not None
     token_losses = torch.where(labelled, total.log() + (1.0 - own) * cap, 0.0)
-    loss = token_losses.sum() / count
+    weights = None
+    if known is None:
+        made = token_losses.sum() / count
+    else:
+        made, weights = preference_loss(token_losses, labels, known, loss, beta)
     if slopes is None:
-        return loss, token_losses, None
+        return made, token_losses, None
+    weights = labelled.float() / count if weights is None else weights
     toward = (1.0 - own * own)[:, None] * rows.float()
-    made = (slopes / total[:, None] - toward) * (labelled.float() / count)[:, None]
-    return loss, token_losses, made.to(hidden.dtype)
-
-
-def _capped_fake(
-    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _head_fake(hidden, weight, labels, slice_rows)
+    gradients = (slopes / total[:, None] - toward) * weights[:, None]
+    return made, token_losses, gradients.to(hidden.dtype)
 
 
 def _capped_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:
-    return ctx.saved_tensors[0], None, None, None, None
+    return ctx.saved_tensors[0], *[None] * 7
 
 
 _library.impl("capped_head_loss", open_capped_head, "CPU")
-torch.library.register_fake("tightfit::capped_head_loss", _capped_fake, lib=_library)
+torch.library.register_fake("tightfit::capped_head_loss", _head_fake, lib=_library)
 torch.library.register_autograd("tightfit::capped_head_loss", _capped_grad, setup_context=_head_setup, lib=_library)
 capped_head_loss = torch.ops.tightfit.capped_head_loss.default
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tightfit.planner.report.explanation import Explanation
     from tightfit.planner.schema import Plan
     from tightfit.profiles.devices.data_sheets import DeviceDescription
-    from tightfit.profiles.schema import Profile
+    from tightfit.profiles.schema import Preference, Profile
 
 __all__ = [
     "comparison_text",
@@ -45,6 +45,7 @@ def profile_text(profile: Profile) -> RenderableType:
     how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
     if facts["quota_cores"] is not None:
         how += f" under a CPU quota of {facts['quota_cores']:g} cores"
+    preference = profile.model.preference
     rows = [
         ("device", f"{facts['device']}, {profile.device.threads} threads, {how}"),
         ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),
@@ -57,6 +58,7 @@ def profile_text(profile: Profile) -> RenderableType:
             "frozen weights",
             f"{format_size(facts['packed_bytes'])} packed, {format_size(facts['weight_bytes'])} unpacked",
         ),
+        *([("loss", preference_words(preference))] if preference else []),
         *([("base", facts["base"])] if facts["base"] else []),
         *([("adapter", adapter_words(facts["lora"]))] if "rank" in (facts["lora"] or {}) else []),
         (
@@ -80,6 +82,11 @@ def profile_text(profile: Profile) -> RenderableType:
     return facts_table([*(("caution", "; ".join(said)) for said in [marks(profile.device)] if said), *rows])
 
 
+def preference_words(preference: Preference) -> str:
+    """A loss of pairs in words."""
+    return f"{preference.loss.upper()} on pairs of answers, two rows each, beta {preference.beta:g}"
+
+
 def profile_sentence(profile: Profile) -> str:
     """What a profile is of, and what it found, in a sentence."""
     facts = profile_summary(profile)
@@ -89,6 +96,8 @@ def profile_sentence(profile: Profile) -> str:
         f"forward {format_seconds(facts['forward_seconds'])}, backward {format_seconds(facts['backward_seconds'])}"
     )
     how = "measured" if facts["measured"] else "estimated"
+    if profile.model.preference:
+        adapter += f", {preference_words(profile.model.preference)}"
     return (
         f"{facts['model']}, {shape} in {facts['compute_dtype']}{adapter}: {seconds}, {how} on"
         f" {facts['device']} with {profile.device.threads} threads"

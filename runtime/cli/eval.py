@@ -46,7 +46,7 @@ def evaluate(
         check_place(output)
     replace = bool(context.obj)
     loaded = load_plan(plan)
-    tokens = loaded.batch * loaded.seq if loaded.seq else None
+    tokens = loaded.batch * loaded.model.rows_of_sample * loaded.seq if loaded.seq else None
     with (
         TrainingProgress(steps=0, tokens_per_step=tokens, budget=loaded.budget_bytes) as progress,
         prepared(

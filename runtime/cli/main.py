@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -29,6 +31,7 @@ from tightfit.runtime.cli.run import run
 from tightfit.runtime.cli.serve import serve
 from tightfit.runtime.cli.train import TrainCommand, train
 from tightfit.runtime.common.errors import TightfitError
+from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import limited
 from tightfit.runtime.supervision.failure import told
@@ -86,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("TIGHTFIT_DEBUG", "") not in ("", "0")
     interrupts = Interrupts()
+    if arguments is None:
+        warnings.formatwarning = _plain_warning
     try:
         with interrupts:
             # `obj` tells `tightfit run` whether it may replace this process: not if a program calls with `arguments`.
@@ -121,6 +126,18 @@ def _open_what_is_closed() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  for good
+
+
+def _plain_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What tightfit warns of in a line for people; warnings of libraries as Python has them."""
+    if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+        return f"tightfit: {message}\n"
+    return _usual_warning(message, category, filename, lineno, line)
+
+
+_usual_warning = warnings.formatwarning
 
 
 def _expected(error: BaseException) -> bool:

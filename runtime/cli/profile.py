@@ -65,6 +65,16 @@ def profile(
             metavar="DIR", help="Take all LoRA settings from this adapter of PEFT, so that a run can start from it."
         ),
     ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="dpo|orpo",
+            help="Learn from pairs of a chosen and a rejected answer, --batch of them per step, instead of predicting tokens.",
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="How much the comparison weighs in the loss of pairs; default: 0.1.")
+    ] = None,
     accumulate: Annotated[
         int,
         typer.Option(
@@ -150,6 +160,8 @@ def profile(
             dora=dora,
             modules_to_save=tuple(name.strip() for name in (modules_to_save or "").split(",") if name.strip()),
             adapter=adapter,
+            loss=loss,
+            beta=beta,
             accumulate=accumulate,
             dtype=dtype,
             device=device,

@@ -286,6 +286,7 @@ def _sequence(given: Mapping[str, Any], budget: int, console: Console) -> int | 
             budget=budget,
             columns=named_columns(given["columns"]),
             keep=given["output"] / TOKENS,
+            pairs=given["loss"] is not None,
             stages=stages,
         )
     console.print(f"sequence: {seq} tokens; {why}")

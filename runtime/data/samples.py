@@ -8,6 +8,10 @@
 | {"conversations": [{"from": ..., "value": ...}, ...]} | the same as ShareGPT has it: turns of human, gpt and system |
 | {"instruction": "...", "input": "...", "output": "..."} | as Alpaca has it: a user's turn, the first two a line apart, and the assistant's |
 | {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is the right choice or its index |
+| {"prompt": ..., "chosen": ..., "rejected": ...} | a pair of answers, for the losses DPO and ORPO; each answer is a string or a list with one message |
+
+Pairs may also be two conversations {"chosen": [...], "rejected": [...]} that differ in their last message alone: what comes
+before is the prompt, beside which a `prompt` is not read.
 
 Beside messages, `tools` are what the chat template shows the assistant as functions to call; a message with
 `tool_calls` needs no `content`. A content may be a list of parts, all of them {"type": "text", "text": ...}: they are
@@ -39,6 +43,7 @@ FORMS = (
     '{"text"}, {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "input", "output"}'
     ' or {"prompt", "choices", "answer"}'
 )
+PAIR_FORM = '{"prompt", "chosen", "rejected"}'
 LINES = ("*.jsonl", "*.jsonl.gz")
 CHUNK = 1 << 16
 BEGINNING = 4096
@@ -81,7 +86,17 @@ class Question:
     tools: Tools | None = None
 
 
-Sample = Text | Completion | Conversation | Question
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to a prompt; messages only after a prompt of messages."""
+
+    prompt: Prompt
+    chosen: str | Message
+    rejected: str | Message
+    tools: Tools | None = None
+
+
+Sample = Text | Completion | Conversation | Question | Pair
 
 
 def data_files(data: str) -> list[Path]:
@@ -257,6 +272,8 @@ def _sample(value: dict[str, Any]) -> Sample:
     named = [key for key in ("messages", "conversations") if key in value]
     if named:
         return _conversation(value, next((key for key in named if value[key] is not None), named[0]))
+    if "chosen" in value or "rejected" in value:
+        return _pair(value)
     if "choices" in value:
         return _question(value)
     if "completion" in value:
@@ -316,6 +333,40 @@ def _question(value: dict[str, Any]) -> Question:
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
         return Question(_prompt(value), texts, answer, tools=_tools(value))
     raise InputError(f'"answer" is {answer!r}; write one of the choices or its index from 0 to {len(texts) - 1}')
+
+
+def _pair(value: dict[str, Any]) -> Pair:
+    for key in ("chosen", "rejected"):
+        if value.get(key) is None:
+            raise InputError(f'"{key}" is missing or null; a pair of answers is {PAIR_FORM}')
+    (before, chosen), (other, rejected) = (_answer(value[key], key) for key in ("chosen", "rejected"))
+    if before != other:
+        raise InputError(
+            '"chosen" and "rejected" differ before their last message; what comes before it is the prompt of both'
+        )
+    tools = _tools(value)
+    if before:
+        return Pair(before, chosen, rejected, tools)
+    prompt = _prompt(value)
+    if isinstance(prompt, str) and not (isinstance(chosen, str) and isinstance(rejected, str)):
+        if any(not isinstance(one, str) and one.get("tool_calls") for one in (chosen, rejected)):
+            raise InputError('"tool_calls" are shown by the chat template; write "prompt" as a list of messages')
+        chosen, rejected = (one if isinstance(one, str) else one["content"] for one in (chosen, rejected))
+    return Pair(prompt, chosen, rejected, tools)
+
+
+def _answer(value: Any, key: str) -> tuple[tuple[Message, ...], str | Message]:
+    """(the messages before an answer, if it stands at the end of a conversation; the answer)."""
+    if not isinstance(value, list):
+        return (), _string(value, key)
+    *before, last = _messages(value, key)
+    if last["role"] != "assistant":
+        raise InputError(
+            f'"{key}" ends with a message of role {last["role"]!r}; its last message is the answer, of role "assistant"'
+        )
+    if not last.get("tool_calls"):
+        _string(last["content"], key)
+    return tuple(before), last
 
 
 def _prompt(value: dict[str, Any]) -> Prompt:

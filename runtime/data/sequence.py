@@ -43,13 +43,14 @@ def choose_seq(
     budget: int,
     columns: Mapping[str, str] | None = None,
     keep: Path | None = None,
+    pairs: bool = False,
     stages: Callable[[str, int, int], None] | None = None,
 ) -> tuple[int, str]:
     """(tokens of a sequence, in words why) for a language model, its training data and its held-out data.
 
     That is the longest sample, rounded up to a multiple of `STEP`, and at most `MOST` and what the model was made for.
     Longer samples are cut if `truncate`, and otherwise an error that says how to go on; a line that could not be
-    tokenised within the run's `budget` in bytes is refused. `columns` is as for `tightfit.runtime.data.tokenization.prepare`. `stages(what, done, total)` is called now and then. `keep` is a folder
+    tokenised within the run's `budget` in bytes is refused. `columns` and `pairs` are as for `tightfit.runtime.data.tokenization.prepare`. `stages(what, done, total)` is called now and then. `keep` is a folder
     in which the samples are kept as tokens (`tokens_in`), so that the run need not tokenise them again. Raises
     InputError and CapError as `tightfit.runtime.data.tokenization.prepare` does.
     """
@@ -81,6 +82,7 @@ def choose_seq(
             too_long="truncate" if truncate else "refuse",
             way_on=NO_ROOM.replace("{most}", str(most)) if own == most else ROOM,
             columns=columns,
+            pairs=pairs,
             progress=progress,
             preparation=preparation,
             keep=None if keep is None else tokens_in(keep, purpose),

@@ -44,6 +44,8 @@ PARTS = (
     "system",
     "choices",
     "answer",
+    "chosen",
+    "rejected",
     "tools",
 )
 """names of a sample's parts"""

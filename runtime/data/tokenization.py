@@ -21,9 +21,11 @@ from tightfit.runtime.data import kept_tokens
 from tightfit.runtime.data.kept_tokens import Encoded
 from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
 from tightfit.runtime.data.samples import (
+    PAIR_FORM,
     Completion,
     Conversation,
     Message,
+    Pair,
     Prompt,
     Question,
     Sample,
@@ -62,6 +64,8 @@ def prepare(
     purpose: Purpose = "train",
     too_long: TooLong = "refuse",
     seed: int = 0,
+    pairs: bool = False,
+    warn: Callable[[str], None] | None = None,
     progress: Callable[[int], None] | None = None,
     preparation: Preparation | None = None,
     kept: Path | None = None,
@@ -73,7 +77,8 @@ def prepare(
     those in the data.
     With the purpose "train" a question becomes one record with its right answer, with "evaluate" a record for each
     choice. A sample of more than `seq` positions is refused or, if `too_long` is "truncate", cut: first at the front,
-    as far as nothing there is predicted, then at the end. `progress(samples)` is called after each sample with their
+    as far as nothing there is predicted, then at the end. With `pairs` the samples have to be pairs of answers, and become two
+    records each; `warn` is called with what is odd about them all, in words. `progress(samples)` is called after each sample with their
     number so far. `preparation` limits the length of lines and checks this process's memory. `kept` is a file of these data
     as tokens (`tightfit.runtime.data.kept_tokens`), which is read in their stead.
 
@@ -83,17 +88,22 @@ def prepare(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{purpose}.records"
     if data.endswith(PREPARED):
-        return _copied(Path(data), path, seq=seq, vocab_size=vocab_size)
+        return _copied(Path(data), path, seq=seq, vocab_size=vocab_size, pairs=pairs)
     pad = _pad_token(vocabulary, vocab_size)
-    with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data) as writer:
+    with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data, pairs=pairs) as writer:
         if data == RANDOM:
             _write_random(writer, seed)
         else:
-            samples = _Samples(writer, _encoder(data, vocabulary, vocab_size), purpose, too_long)
+            samples = _Samples(writer, _encoder(data, vocabulary, vocab_size), purpose, too_long, pairs=pairs)
             if kept is not None:
                 samples.replay(kept, progress, preparation)
             else:
                 samples.run(data_files(data), progress, preparation, checked_columns(columns))
+            if samples.equal and warn:
+                warn(
+                    f"in {samples.equal} of {samples.example} pairs of {data} the chosen answer and the rejected one are equal: nothing"
+                    " is learned from comparing them"
+                )
     return RecordFile.open(path)
 
 
@@ -106,6 +116,7 @@ def longest_sample(
     too_long: TooLong = "refuse",
     way_on: str = PLAN_AGAIN,
     columns: Mapping[str, str] | None = None,
+    pairs: bool = False,
     progress: Callable[[int], None] | None = None,
     preparation: Preparation | None = None,
     keep: Path | None = None,
@@ -118,7 +129,8 @@ def longest_sample(
     it becomes their greatest length. The rest is as in `prepare`, errors too.
     """
     with writing(keep) if keep is not None else nullcontext() as file:
-        samples = _Samples(_Counting(most), _encoder(data, vocabulary), purpose, too_long, way_on, file)
+        encoder = _encoder(data, vocabulary)
+        samples = _Samples(_Counting(most), encoder, purpose, too_long, way_on, pairs=pairs, keep=file)
         samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return max(samples.longest, samples.longest_text)
 
@@ -148,7 +160,7 @@ def _encoder(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = 
     return Encoder(vocabulary, vocabulary.tokenizer.get_vocab_size() if vocab_size is None else vocab_size)
 
 
-def _copied(source: Path, path: Path, *, seq: int, vocab_size: int) -> RecordFile:
+def _copied(source: Path, path: Path, *, seq: int, vocab_size: int, pairs: bool) -> RecordFile:
     """A copy of a record file, which has to be of the same shape."""
     with RecordFile.open(source) as records:
         if (records.seq, records.vocab_size) != (seq, vocab_size):
@@ -156,6 +168,9 @@ def _copied(source: Path, path: Path, *, seq: int, vocab_size: int) -> RecordFil
                 f"{source}: prepared for sequences of {records.seq} and a vocabulary of {records.vocab_size}, and the plan is for"
                 f" {seq} and {vocab_size}; prepare the data again"
             )
+        if records.pairs != pairs:
+            held, due = ("pairs of answers", "none") if records.pairs else ("no pairs of answers", "such")
+            raise InputError(f"{source}: holds {held}, and the plan is for {due}; prepare the data again")
     try:
         shutil.copyfile(source, path)
     except OSError as error:
@@ -230,6 +245,15 @@ class Encoder:
         return self.segments([(asked, False), (completion, True)])
 
 
+@contextmanager
+def _named(answer: str) -> Iterator[None]:
+    """Say of which answer of a pair an InputError is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f'prompt and "{answer}": {error}') from error
+
+
 class _Counting:
     """Stands in for a `RecordWriter` where nothing is to be written."""
 
@@ -251,10 +275,15 @@ class _Samples:
         purpose: Purpose,
         too_long: TooLong,
         way_on: str = PLAN_AGAIN,
+        *,
+        pairs: bool = False,
         keep: IO[bytes] | None = None,
     ) -> None:
         self.writer, self.encoder, self.keep = writer, encoder, keep
         self.purpose, self.too_long, self.way_on = purpose, too_long, way_on
+        self.pairs = pairs
+        self.equal = 0
+        """pairs whose two answers are equal"""
         self.stream: list[int] = []
         self.labels: list[int] = []
         self.example = 0
@@ -318,6 +347,19 @@ class _Samples:
         with it.
         """
         encoder = self.encoder
+        if self.pairs != isinstance(sample, Pair):
+            raise InputError(
+                f"no pair of answers, and the plan's loss is of such; write {PAIR_FORM}"
+                if self.pairs
+                else "a pair of answers, and the plan's loss is not of such; profile with --loss dpo or --loss orpo"
+            )
+        if isinstance(sample, Pair):
+            answers = (sample.chosen, sample.rejected)
+            pair = (encoder.completion(sample.prompt, one, ended=True, tools=sample.tools) for one in answers)
+            return [
+                Encoded(ids=ids, wanted=wanted, choice=choice, answer=choice == 0)
+                for choice, (ids, wanted) in enumerate(pair)
+            ]
         if isinstance(sample, Text):
             ids, _ = encoder.segments([(sample.text, True)])
             self.longest_text = max(self.longest_text, len(ids))
@@ -349,23 +391,45 @@ class _Samples:
             return
         tokens = [(one.ids, one.wanted) for one in sample if one.wanted is not None]
         self.longest = max(self.longest, *(len(ids) - 1 for ids, _ in tokens))
-        for one, (inputs, labels) in zip(sample, [self.shift(each) for each in tokens], strict=True):
+        shifted = self.shifted_pair(tokens) if self.pairs else [self.shift(each) for each in tokens]
+        for one, (inputs, labels) in zip(sample, shifted, strict=True):
             self.writer.add(inputs, labels, example=self.example, choice=one.choice, answer=one.answer)
         self.example += 1
 
-    def shift(self, tokens: Tokens) -> tuple[list[int], list[int]]:
-        """(inputs, shifted labels) of at most `seq` positions.
+    def shifted_pair(self, tokens: Sequence[Tokens]) -> list[tuple[list[int], list[int]]]:
+        """The inputs and labels of a pair, the chosen answer's first. What is cut at the front is the same of both."""
+        with _named("chosen"):
+            front = self.front(tokens[0])
+        with _named("rejected"):
+            front = max(front, self.front(tokens[1]))
+        with _named("chosen"):
+            chosen = self.shift(tokens[0], front)
+        with _named("rejected"):
+            rejected = self.shift(tokens[1], front)
+        self.equal += chosen == rejected
+        return [chosen, rejected]
+
+    def front(self, tokens: Tokens) -> int:
+        """Tokens at the front, none of which is predicted, that are cut off a sample of more than `seq` positions.
+
+        Raises InputError if it is not to be cut.
+        """
+        ids, wanted = tokens
+        beyond = len(ids) - 1 - self.writer.seq
+        if beyond <= 0:
+            return 0
+        if self.too_long == "refuse":
+            raise InputError(f"{len(ids) - 1} positions where the plan has {self.writer.seq}")
+        return min(beyond, max(0, wanted.index(True) - 1) if True in wanted else 0)
+
+    def shift(self, tokens: Tokens, front: int | None = None) -> tuple[list[int], list[int]]:
+        """(inputs, shifted labels) of at most `seq` positions, without the first `front` tokens; None: as many as `front` says.
 
         Raises InputError if there are more and they are not to be cut, or if no label is left.
         """
-        ids, wanted = tokens
-        seq = self.writer.seq
-        self.longest = max(self.longest, len(ids) - 1)
-        if len(ids) - 1 > seq:
-            if self.too_long == "refuse":
-                raise InputError(f"{len(ids) - 1} positions where the plan has {seq}")
-            front = min(len(ids) - 1 - seq, max(0, wanted.index(True) - 1) if True in wanted else 0)
-            ids, wanted = ids[front : front + seq + 1], wanted[front : front + seq + 1]
+        front = self.front(tokens) if front is None else front
+        end = front + self.writer.seq + 1
+        ids, wanted = tokens[0][front:end], tokens[1][front:end]
         labels = [token if predicted else IGNORED for token, predicted in zip(ids[1:], wanted[1:], strict=True)]
         if all(label == IGNORED for label in labels):
             raise InputError("nothing is left to predict; the sample is empty or cut before its completion")
@@ -386,7 +450,15 @@ def _write_random(writer: RecordWriter, seed: int) -> None:
     generator = random.Random(seed)
     for example in range(RANDOM_RECORDS):
         tokens = [generator.randrange(writer.vocab_size) for _ in range(writer.seq + 1)]
-        writer.add(tokens[:-1], tokens[1:], example=example)
+        if not writer.pairs:
+            writer.add(tokens[:-1], tokens[1:], example=example)
+            continue
+        prompt = writer.seq // 2  # places without a label, the same in both rows
+        for choice in (0, 1):
+            answer = [generator.randrange(writer.vocab_size) for _ in range(writer.seq + 1 - prompt)]
+            whole = [*tokens[:prompt], *answer]
+            labels = [*[IGNORED] * prompt, *whole[prompt + 1 :]]
+            writer.add(whole[:-1], labels, example=example, choice=choice, answer=choice == 0)
 
 
 def _pad_token(vocabulary: Vocabulary | None, vocab_size: int) -> int:

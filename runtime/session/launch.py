@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -168,6 +169,11 @@ def prepared(
     these data as tokens.
     """
     check_kind(plan)
+    if options.packing and plan.model.preference:
+        raise InputError(
+            f"packing: the plan learns from pairs of answers ({plan.model.preference.loss}), each of which has a row of its own;"
+            " leave the option out"
+        )
     seat = member.seat if member else None
     check_seat(plan, seat)
     preparation = Preparation(plan.budget_bytes) if counted else None
@@ -290,6 +296,8 @@ def prepare_data(
         columns=columns,
         too_long="truncate" if truncate else "refuse",
         seed=seed,
+        pairs=plan.model.preference is not None,
+        warn=lambda told: warnings.warn(told, UserWarning, stacklevel=2),
         progress=(lambda done: stages(what, done, done)) if stages else None,
         preparation=preparation,
         kept=kept,
@@ -300,7 +308,8 @@ def prepare_data(
 
 def _epoch_steps(plan: Plan, prepared: Path, options: RunOptions) -> float:
     """Steps that go once through the prepared data."""
-    batches = open_batches(str(prepared), options.seed, packing=packs(plan, options))
+    loss = plan.model.preference.loss if plan.model.preference else None
+    batches = open_batches(str(prepared), options.seed, packing=packs(plan, options), loss=loss)
     try:
         return batches.epoch_steps(plan.batch, options.epochs or 1.0)
     finally:

@@ -105,7 +105,7 @@ def remove_prepared(directory: Path) -> None:
     if folder.is_symlink():
         return
     for purpose in ("train", "evaluate"):
-        for kind in ("records", "batches"):
+        for kind in ("records", "batches", "references"):
             (folder / f"{purpose}.{kind}").unlink(missing_ok=True)
     with suppress(OSError):  # it is not there, or not empty
         folder.rmdir()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tightfit.planner.report.summary import unfinished_update
 from tightfit.planner.schema import Plan
-from tightfit.runtime.common.errors import RunError, TightfitError
+from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.session_protocol import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
@@ -101,6 +101,11 @@ class Session:
 
     def __enter__(self) -> Self:
         plan, directory = self.plan, self.directory
+        if plan.model.preference:
+            raise InputError(
+                f"the plan learns from pairs of answers ({plan.model.preference.loss}), which a Session does not take; run it on a file"
+                " of pairs, or profile without a loss"
+            )
         check_machine(plan)
         check_schedule(plan)
         store = find_store(plan, self._stages)

@@ -59,6 +59,7 @@ def train(
                 truncate=truncate,
                 budget=budget,
                 columns=options.get("columns"),
+                pairs=options.get("loss") is not None,
                 stages=options.get("stages"),
             )
     if seq is not None:

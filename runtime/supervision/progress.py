@@ -110,6 +110,8 @@ class TrainingProgress:
     def evaluated(self, result: Mapping[str, Any]) -> None:
         """Show the result of an evaluation between the steps, as the training process tells it; it stays on a terminal."""
         accuracy = f", accuracy {result['eval_accuracy']:.3f}" if "eval_accuracy" in result else ""
+        if "eval_reward_accuracy" in result:
+            accuracy = f", chosen answer wins in {result['eval_reward_accuracy']:.1%}"
         best = ", the best so far" if result["best"] else ""
         over = "; the run ends, since none was better for as long as it was to wait" if result["over"] else ""
         told = f"evaluated after step {result['step']}: loss {result['eval_loss']:.4f}{accuracy}{best}{over}"

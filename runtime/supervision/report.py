@@ -30,6 +30,8 @@ EVALUATION_KEYS = {
     "seconds": "eval_seconds",
 }
 """of an evaluation: name in the report -> name in the metrics"""
+OF_PAIRS = ("pairs", "reward_accuracy", "reward_margin")
+"""what an evaluation on pairs of answers has besides; its metrics have the last two, as ``eval_reward_accuracy`` ..."""
 FLEET_SECONDS = ("seconds", "exchange_seconds", "update_seconds")
 """of an update of a fleet: from the update before, and its last parts"""
 
@@ -59,6 +61,8 @@ class Observed:
     spill_bytes: int = 0
     checkpoint: str | None = None
     trained: str | None = None
+    referred: dict[str, Any] | None = None
+    """pairs and seconds of the reference log-probabilities that were computed before the steps, if any were"""
     resumed_step: int = 0
     cgroup_peak_bytes: int | None = None
     interrupted: dict[str, Any] | None = None
@@ -85,6 +89,11 @@ class Observed:
             self.timelines[message["which"]] = message["samples"]
         elif event == "profiled":
             self.profiled = message
+        elif event == "referred":
+            self.referred = {
+                "pairs": message["pairs"],
+                "seconds": {"predicted": message["expected"], "measured": message["seconds"]},
+            }
         elif event == "checkpoint":
             self.checkpoint = message["path"]
         elif event == "saved":
@@ -125,6 +134,9 @@ def build_report(
 
     Step times are medians over the latest `LATEST_STEPS` steps, without the first one, which touches memory and builds
     kernels for the first time. If steps are of different sorts, the time is the mean of each sort's median.
+
+    Where a loss compares with the model without its adapter, `references` has the pairs for which that was computed before the
+    first step of this start, and its seconds.
 
     Where gradients are clipped, `grad_norm` has the norm before that of every update, and `phases` their update.
     """
@@ -187,6 +199,8 @@ def build_report(
         "base": planned.get("base"),
         "timeline": observed.timelines,
     }
+    if observed.referred:
+        report["references"] = observed.referred
     if planned.get("max_grad_norm") is not None:
         steady = list(observed.updates)[1:] or list(observed.updates)
         report["max_grad_norm"] = planned["max_grad_norm"]
@@ -212,6 +226,8 @@ def evaluation_report(report: dict[str, Any], *, by_token: bool) -> dict[str, An
     kept = (*memory, "preparation_bytes", "cgroup_peak_bytes", "base", "plan_fingerprint")
     (found,) = report["evaluation"].values()
     told = {name: found[name] for name in ("loss", "accuracy", "questions", "records", "seconds")}
+    told |= {name: found[name] for name in OF_PAIRS if name in found}
+    by_token = by_token and "pairs" not in found
     likely = by_token and told["loss"] < LARGEST_EXPONENT
     return {
         "loss": told["loss"],
@@ -249,6 +265,7 @@ def evaluations_told(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = {line["step"]: line for line in metrics if "eval_loss" in line}
     return [
         {name: line.get(key) for name, key in EVALUATION_KEYS.items()}
+        | {name: line[f"eval_{name}"] for name in OF_PAIRS if f"eval_{name}" in line}
         for line in (found[step] for step in sorted(found))
     ]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tightfit.runtime.common.units import format_size, padding_text
+from tightfit.runtime.common.units import format_seconds, format_size, padding_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,13 +54,18 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         rows.append(("rows", f"one sample each: {refused}"))
     if report["adapter"]:
         rows.append((Path(report["adapter"]).name, str(report["adapter"])))
+    if referred := report.get("references"):
+        seconds = referred["seconds"]
+        taken, expected = format_seconds(seconds["measured"]), format_seconds(seconds["predicted"])
+        told = f"log-probabilities of {referred['pairs']} pairs in {taken}, predicted {expected}"
+        rows.append(("adapter off", told))
     if result := report.get("fleet", {}).get("result"):
         rows.append(("result", result))
     for when, found in report.get("evaluation", {}).items():
         accuracy = (
             f", accuracy {found['accuracy']:.3f} on {found['questions']} questions"
             if found.get("accuracy") is not None
-            else ""
+            else _pairs(found)
         )
         rows.append((f"evaluated {when}", f"loss {found['loss']:.4f}{accuracy}"))
     if best := report.get("best"):
@@ -82,8 +87,18 @@ def evaluation_text(report: dict[str, Any]) -> RenderableType:
         rows.append(("perplexity", f"{report['perplexity']:.3f}"))
     if report["accuracy"] is not None:
         rows.append(("accuracy", f"{report['accuracy']:.3f} on {report['questions']} questions"))
+    if report.get("pairs"):
+        rows.append(("chosen answer wins", f"in {report['reward_accuracy']:.1%} of {report['pairs']} pairs"))
+        rows.append(("margin", f"{report['reward_margin']:.4f}, mean difference of the rewards"))
     rows += [("evaluated", f"in {report['seconds']:.1f} s"), *_cap_rows(report, "it")]
     return Group(_memory_table(report), facts_table(rows))
+
+
+def _pairs(found: Mapping[str, Any]) -> str:
+    """What an evaluation on pairs of answers found beside the loss; "" of any other."""
+    if "reward_accuracy" not in found:
+        return ""
+    return f", chosen answer wins in {found['reward_accuracy']:.1%}, margin {found['reward_margin']:.4f}"
 
 
 def _memory_table(report: dict[str, Any]) -> Table:

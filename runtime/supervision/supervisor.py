@@ -152,6 +152,9 @@ def _follow(
         elif message["event"] == "evaluating" and stages:
             what = "evaluating" if message["when"] == ALONE else f"evaluating {message['when']}"
             stages(what, message["done"], message["total"])
+        elif message["event"] == "referring" and stages:
+            about = f"about {message['expected']:.0f} s" if message["expected"] >= 1 else "less than a second"
+            stages(f"log-probabilities with the adapter off, {about} in all", message["done"], message["total"])
         elif message["event"] == "evaluated" and message["when"] == "between" and evaluated:
             evaluated(message)
 

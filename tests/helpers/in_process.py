@@ -69,6 +69,7 @@ def make_training(
         "seed": seed,
         "base_model": "tiny",
         "optimizer": dataclasses.asdict(optimizer),
+        "preference": plan.model.preference.model_dump() if plan.model.preference else None,
     }
     return Training(compile_job(plan, settings), channel or Channel(), str(directory), device)
 

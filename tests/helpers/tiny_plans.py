@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tightfit.planner.schema import Peak, Phase, Plan
-from tightfit.profiles.schema import Channel, Device, Floor, Model, Profile
+from tightfit.profiles.schema import PREFERENCE, Channel, Device, Floor, Model, Profile
 from tightfit.runtime.engine.weights.store import find_extent
 
 CONFIG = {
@@ -43,10 +43,12 @@ def device(threads=2):
     )
 
 
-def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dtype="bfloat16", lora=None):
+def decoder_profile(
+    directory: Path, *, config=None, batch=2, seq=24, rank=4, dtype="bfloat16", lora=None, preference=None
+):
     """A profile, without measured times, of a small decoder of any family with random weights packed in `directory`.
 
-    `lora`: a LoraConfig; by default pairs of `rank` everywhere.
+    `lora`: a LoraConfig; by default pairs of `rank` everywhere. `preference`: a loss of pairs, if it learns from such.
     """
     from tightfit.profiles.api import _trace_decoder
     from tightfit.profiles.models.lora import LoraConfig
@@ -61,9 +63,11 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     store = build_store(source, directory)
     with Store.open(store) as opened:
         fingerprint = opened.fingerprint
-    traced, decoder = _trace_decoder(source, batch, seq, lora or LoraConfig(rank=rank), dtype, lambda *_: None)
+    pairs = lora or LoraConfig(rank=rank)
+    traced, decoder = _trace_decoder(source, batch, seq, pairs, dtype, lambda *_: None, preference)
+    told = {PREFERENCE: preference.model_dump()} if preference else {}
     model = Model(
-        name="tiny", source=str(path), kind="decoder", config=source.config,
+        name="tiny", source=str(path), kind="decoder", config=source.config | told,
         lora=decoder.lora if lora else {"rank": rank, "alpha": 2.0 * rank}, store=str(store), store_fingerprint=fingerprint,
         tables=decoder.tables, rows_apart=decoder.rows_apart,
     )  # fmt: skip

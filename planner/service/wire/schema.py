@@ -192,6 +192,18 @@ class ProfileRequest(Request):
     modules_to_save: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
         None, max_length=2, description="trained in full: embed_tokens, lm_head"
     )
+    loss: Literal["dpo", "orpo"] | None = Field(
+        None,
+        title="Loss of pairs",
+        description="learn from pairs of a chosen and a rejected answer, `batch` of them, instead of predicting tokens",
+    )
+    beta: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        title="Beta",
+        description="how much the comparison weighs in the loss of pairs; by default 0.1",
+    )
     accumulate: int = Field(
         1, ge=1, le=MOST_ACCUMULATED, title="Steps per update", description="steps whose gradients make one update"
     )

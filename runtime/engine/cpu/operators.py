@@ -29,6 +29,7 @@ from tightfit.runtime.engine.cpu.dropout import (
     dropout_lora_down,
     dropout_projection_backward,
 )
+from tightfit.runtime.engine.cpu.preference import preference_loss, preference_scores
 from tightfit.runtime.engine.cpu.products import blocks, multiply
 from tightfit.runtime.engine.cpu.tables import (
     HEAD_ROWS,
@@ -281,10 +282,18 @@ def head_finish(state: Tensor, rows: Tensor, labels: Tensor, *, out: Sequence[Te
     """
     loss, token_losses, dhidden = out
     labelled, count = _mean_loss(state, labels, loss, token_losses)
-    weight = labelled.float().div_(count)
+    head_weighted(state, rows, labelled.float().div_(count), out=(dhidden,))
+
+
+def head_weighted(state: Tensor, rows: Tensor, weights: Tensor, *, out: Sequence[Tensor]) -> None:
+    """The gradient of a loss whose derivative by the negative log-likelihood of each token is `weights`, float32 [T].
+
+    out: d loss / d hidden [T, H]; state and rows as in `head_finish`.
+    """
+    (dhidden,) = out
     for part, (block,) in _buffered(1, *dhidden.shape):
         torch.div(state[part, STATE_COLUMNS:], state[part, 1, None], out=block)
-        dhidden[part].copy_(block.sub_(rows[part]).mul_(weight[part, None]))
+        dhidden[part].copy_(block.sub_(rows[part]).mul_(weights[part, None]))
 
 
 def head_mean(state: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:
@@ -348,6 +357,9 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.head_chunk": head_chunk,
     "tightfit.head_finish": head_finish,
     "tightfit.head_mean": head_mean,
+    "tightfit.head_weighted": head_weighted,
+    "tightfit.preference_loss": preference_loss,
+    "tightfit.preference_scores": preference_scores,
     "tightfit.table_rows": table_rows,
     "tightfit.table_rows_backward": table_rows_backward,
     "tightfit.table_head": table_head,

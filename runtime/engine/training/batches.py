@@ -179,10 +179,14 @@ class ReceivedBatches:
         """Nothing is open."""
 
 
-def open_batches(path: str, seed: int, *, packing: bool = False) -> Batches:
-    """Open a record file or a batch file; `seed` shuffles records, and with `packing` they share rows in training. Raises
-    InputError if it is neither.
+def open_batches(path: str, seed: int, *, packing: bool = False, loss: str | None = None) -> Batches:
+    """Open a record file or a batch file; `seed` shuffles records, and with `packing` they share rows in training. `loss` is the
+    decoder's loss of pairs, if it has one. Raises InputError if it is neither, or without the pairs that the loss is of.
     """
+    if loss is not None:
+        from tightfit.runtime.engine.training.pairs import PairBatches
+
+        return PairBatches(path, seed, loss)
     try:
         with open(path, "rb") as file:
             tensors = FORMAT.encode() in file.read(256)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Send = Callable[..., None]
 INTERRUPTED = 4
+OF_PAIRS = ("reward_accuracy", "reward_margin")
+"""what an evaluation on pairs of answers has besides"""
 OWN = ("graph", "adapter")
 """conditions of a run in which the members of a pipeline differ, since each has layers of its own"""
 
@@ -127,6 +129,8 @@ class _Run:
         # state again, evaluates that, and loads the checkpoint afterwards.
         begun = self.done > 0 and (self.held_out is None or self.before.get("data") == self.held_out)
         self._make_room()
+        if training.refers:
+            self._refer()
         if found:
             send("resumed", step=self.done, checkpoint=found.path)
         if found and begun:
@@ -163,6 +167,50 @@ class _Run:
             self.watched = {own[0]: "first", own[-1]: "later"} if len(own) > 1 else {own[0]: "later"}
         self.updated = time.perf_counter()
         """when the latest update of a fleet ended"""
+
+    def _refer(self) -> None:
+        """Compute what DPO compares with, for all pairs that the run sees and whose references are not there yet: the
+        log-probabilities of their answers with the adapter switched off. Raises _Stopped on a signal.
+        """
+        from tightfit.runtime.engine.training.pairs import PairBatches
+
+        training, header, before = self.training, self.header, time.perf_counter()
+        own, asked = training.batches, []
+        assert isinstance(own, PairBatches)
+        assert training.loss_of_pairs is not None
+        if not self.alone:
+            asked.append((own, header["steps"]))
+        if self.held_out is not None:
+            asked.append((PairBatches(header["evaluation"], header["seed"], training.loss_of_pairs), None))
+        rows = training.inputs[0].shape[0] // 2
+        for batches, _ in asked:
+            batches.open_references(header["conditions"])
+        due = [sum(1 for _ in batches.without_references(steps, rows)) for batches, steps in asked]
+        done, pairs = 0, 0
+        if sum(due):
+            training.initialise(switched_off=True)
+            expected = sum(due) * header["expected_evaluation_seconds"]
+            self.send("referring", done=0, total=sum(due), expected=expected)
+            for batches, steps in asked:
+                for batch in batches.without_references(steps, rows):
+                    training.refer(batches, batch)
+                    done, pairs = done + 1, pairs + len(batch)
+                    self.send("referring", done=done, total=sum(due), expected=expected)
+                    if self.stopping():
+                        if self.found is None:  # the checkpoint that is made now has the state before step 1
+                            self._make_room()
+                            training.initialise()
+                        raise _Stopped
+                assert batches.references is not None
+                batches.references.sync()
+            self.peaks["evaluate references"] = training.meter.check_peak()
+            seconds = time.perf_counter() - before
+            self.send("referred", pairs=pairs, expected=expected, seconds=seconds)
+            settle()
+            self._make_room()
+        for batches, _ in asked:
+            if batches is not own:
+                batches.close()
 
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to take, from 1; in a Session as the caller asks for them."""
@@ -374,7 +422,9 @@ class _Run:
             "eval_loss": result["loss"],
             "eval_seconds": result["seconds"],
         }
-        return told if result["accuracy"] is None else told | {"eval_accuracy": result["accuracy"]}
+        if result["accuracy"] is not None:
+            told["eval_accuracy"] = result["accuracy"]
+        return told | {f"eval_{name}": result[name] for name in OF_PAIRS if name in result}
 
     @property
     def _best(self) -> str:
@@ -470,7 +520,9 @@ def _fingerprint(header: dict[str, Any]) -> str | None:
     """Fingerprint of the held-out data; None if there are none."""
     if not header["evaluation"]:
         return None
-    batches = open_batches(header["evaluation"], header["seed"])
+    preference = header.get("preference")
+    loss = preference["loss"] if preference else None
+    batches = open_batches(header["evaluation"], header["seed"], loss=loss)
     batches.close()
     return batches.fingerprint
 

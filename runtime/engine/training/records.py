@@ -16,7 +16,8 @@ Layout, little-endian::
 
 Header keys: `format` ("tightfit-records"), `version`, `seq`, `count` (records), `examples`, `pad_token`, `vocab_size`
 (every token is below it), `tokens` (input positions, summed), `labelled` (positions with a label, summed), `index` (its
-offset in bytes), `fingerprint` (sha256 of all records) and `source` (what the data was made from, in words).
+offset in bytes), `fingerprint` (sha256 of all records), `source` (what the data was made from, in words) and, where each example
+is a pair of answers, `pairs`: record 2n is the chosen answer of pair n, record 2n + 1 the rejected one.
 
 Training order needs no state: sample number ``step * batch + i`` falls in epoch ``n // count`` at place ``n % count``,
 and a keyed permutation (`shuffled`) maps the place to a record in constant memory. A run that resumes at step N
@@ -103,6 +104,7 @@ class RecordFile:
         self.tokens: int = header["tokens"]
         self.labelled: int = header["labelled"]
         self.fingerprint: str = header["fingerprint"]
+        self.pairs: bool = header.get("pairs", False)
         self._index: int = header["index"]
         self._descriptor = descriptor
         self._buffer = bytearray(4 * (PREFIX_WORDS + 2 * self.seq))
@@ -262,8 +264,18 @@ class RecordFile:
 class RecordWriter:
     """Writes a record file under a temporary name and gives it its own name in `finish`."""
 
-    def __init__(self, path: str | os.PathLike[str], *, seq: int, pad_token: int, vocab_size: int, source: str) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        seq: int,
+        pad_token: int,
+        vocab_size: int,
+        source: str,
+        pairs: bool = False,
+    ) -> None:
         self.path = Path(path)
+        self.pairs = pairs
         self.seq = seq
         self.pad_token = pad_token
         self.vocab_size = vocab_size
@@ -321,6 +333,7 @@ class RecordWriter:
             "index": self._end,
             "fingerprint": self._digest.hexdigest(),
             "source": self.source[:SOURCE_CHARACTERS],
+            **({"pairs": True} if self.pairs else {}),
         }
         self._file.seek(0)
         self._file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")

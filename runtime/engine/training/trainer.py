@@ -7,7 +7,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.exchange import Exchange
     from tightfit.runtime.engine.fleet.seat import Seat
     from tightfit.runtime.engine.fleet.stage import Stage
+    from tightfit.runtime.engine.training.pair_scores import PairScores
+    from tightfit.runtime.engine.training.pairs import PairBatches
 
 CHUNK = 1 << 20
 BUFFER = "buffer"
@@ -138,7 +140,14 @@ class Training:
         if self.header["data"] is None:
             assert self.stage
             return ReceivedBatches(self.stage)
-        return open_batches(self.header["data"], self.header["seed"], packing=self.header.get("packing", False))
+        packing = self.header.get("packing", False)
+        return open_batches(self.header["data"], self.header["seed"], packing=packing, loss=self.loss_of_pairs)
+
+    @property
+    def loss_of_pairs(self) -> str | None:
+        """The loss of a model that learns from pairs of answers; None: it has another."""
+        preference = self.header.get("preference")
+        return preference["loss"] if preference else None
 
     def _in_pipeline(self, seat: Seat, stopping: Callable[[], bool]) -> Stage:
         """Meet the other members of a pipeline."""
@@ -268,8 +277,13 @@ class Training:
         """How many terms the loss of the batch is a mean over: the weight of its gradient in an update of several
         steps.
 
-        For a decoder the labelled tokens. For a module it is unknown, so each batch has weight 1.
+        For a decoder the labelled tokens, or where it learns from pairs of answers these. For a module it is unknown, so each
+        batch has weight 1.
         """
+        if self.loss_of_pairs:
+            from tightfit.runtime.engine.training.pair_scores import averaged
+
+            return averaged(self.inputs[1])
         return int((self.inputs[1] >= 0).sum()) if self.header["kind"] == "decoder" else 1
 
     def loss(self) -> float:
@@ -286,12 +300,16 @@ class Training:
         The loss is a decoder's mean over labelled tokens, a module's mean over batches. Wrong choices do not count in
         it, so that it is comparable with the training loss. A question counts as right if its right choice has the
         highest summed log-likelihood. `progress(done, batches)` is called after every batch. Returns `loss`, `accuracy`
-        (None without questions), `questions`, `records` and `seconds`. A server that trains a side network has no file: a
+        (None without questions), `questions`, `records` and `seconds`. On pairs of answers the loss is that of all pairs as if
+        they were one batch, and there are `pairs`, `reward_accuracy`, the share of them in which the chosen answer has the higher
+        reward, and `reward_margin`, the mean difference of the rewards, as TRL counts them. A server that trains a side network has no file: a
         device sends it the batches, and counts the losses that it sends back.
         """
-        scores, before = Scores(), time.perf_counter()
+        scores, before = self._scores(), time.perf_counter()
         self.executor.draws.step = None
-        with_records = None if path is None else open_batches(path, self.header["seed"])
+        with_records = None if path is None else open_batches(path, self.header["seed"], loss=self.loss_of_pairs)
+        if with_records is not None and self.refers:
+            with_records.open_references(self.header["conditions"])  # type: ignore[attr-defined]
         batches = 0 if with_records is None else with_records.evaluation_count(self.inputs)
         served = self.stage if self.stage and self.stage.one_way else None
         if served:
@@ -314,13 +332,45 @@ class Training:
         result = scores.result(time.perf_counter() - before)
         return self.stage.agreed(result) if self.stage else result
 
-    def initialise(self) -> None:
+    def _scores(self) -> Scores | PairScores:
+        preference = self.header.get("preference")
+        if not preference:
+            return Scores()
+        from tightfit.runtime.engine.training.pair_scores import SCORES, PairScores
+
+        return PairScores(self.device.kernels.fused[SCORES], preference["loss"], preference["beta"])
+
+    @property
+    def refers(self) -> bool:
+        """Whether the loss compares with what the model with its adapter switched off says of the same answers (DPO)."""
+        return self.loss_of_pairs == "dpo"
+
+    def refer(self, batches: PairBatches, pairs: Sequence[int]) -> None:
+        """Write the references of a batch of pairs: the log-probabilities of their answers with what is trained now, which is to
+        be what `initialise` makes without a given adapter.
+        """
+        from tightfit.runtime.engine.training.pair_scores import SCORES, answers_of
+
+        assert batches.references is not None
+        references, batches.references = batches.references, None
+        batches.fill(pairs, self.inputs)
+        batches.references = references
+        self._deliver()
+        self.executor.draws.step = None
+        self.executor.execute(self.job.evaluate)
+        assert self.executor.losses is not None
+        found = answers_of(self.device.kernels.fused[SCORES], self.executor.losses, self.inputs[1])
+        for place, pair in enumerate(pairs):
+            references.put(pair, found[2 * place], found[2 * place + 1])
+
+    def initialise(self, *, switched_off: bool = False) -> None:
         """Make the state before step 1: initial values of the trainables, those of an adapter if one is given, of the
-        buffers that a step changes, and zeros in the optimizer's states.
+        buffers that a step changes, and zeros in the optimizer's states. With `switched_off` the adapter is one that changes
+        nothing, whether one is given or not: a new one, whose pairs add zero.
         """
         for name, (dtype, shape, at) in self.buffers.items():
             self._load(name, at, shape, dtype)
-        given = self._given_adapter()
+        given = None if switched_off else self._given_adapter()
         for trainable in self.trainables:
             value = self._temporary(trainable)
             if given:

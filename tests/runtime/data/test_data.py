@@ -28,6 +28,7 @@ from tightfit.runtime.data.chat import ChatTemplate
 from tightfit.runtime.data.samples import CONVERSION, FORMS, data_files, parse_sample
 from tightfit.runtime.data.tokenization import RANDOM_RECORDS, Encoder, _pad_token, _Samples, prepare
 from tightfit.runtime.engine.training.batches import TokenBatches
+from tightfit.runtime.engine.training.pairs import PairBatches
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
 
 TALK = [
@@ -330,6 +331,21 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
             'message 0 of "conversations" must be an object with the strings "from" and "value"',
         ),
         ('{"messages": null, "conversations": null}', '"messages" must be a list of'),
+        (
+            '{"prompt": "a", "chosen": "b"}',
+            '"rejected" is missing or null; a pair of answers is {"prompt", "chosen", "rejected"}',
+        ),
+        ('{"prompt": "a", "chosen": null, "rejected": "b"}', '"chosen" is missing or null'),
+        ('{"prompt": "a", "chosen": "", "rejected": "b"}', '"chosen" is empty'),
+        ('{"chosen": "a", "rejected": "b"}', '"prompt" is missing or null; write a string or a list of messages'),
+        (
+            '{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}',
+            """"chosen" ends with a message of role 'user'; its last message is the answer, of role "assistant\"""",
+        ),
+        (
+            '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}]}',
+            '"chosen" and "rejected" differ before their last message; what comes before it is the prompt of both',
+        ),
         ('{"system": 3, "conversations": [{"from": "gpt", "value": "a"}]}', '"system" is number'),
         ('{"conversations": [{"from": "human", "value": "a"}]}', '"conversations" has no turn of role "assistant"'),
     ],
@@ -789,6 +805,67 @@ def test_a_question_is_one_record_per_choice_to_evaluate_and_its_answer_to_train
         "yes<|im_end|>",
         " positive<|im_end|>",
     ]
+
+
+def test_a_pair_is_two_records_in_whatever_form_it_is_written(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    asked, (good, bad) = TALK[:1], ({"role": "assistant", "content": words} for words in ("yes", "negative"))
+    forms = [
+        {"prompt": asked, "chosen": "yes", "rejected": "negative"},
+        {"prompt": asked, "chosen": [good], "rejected": [bad]},
+        {"chosen": [*asked, good], "rejected": [*asked, bad]},
+        {"prompt": "not read", "chosen": [*asked, good], "rejected": [*asked, bad]},
+    ]
+    file = made(lines(tmp_path / "a.jsonl", *forms), vocabulary, tmp_path, pairs=True)
+    assert file.pairs
+    found = [(r.example, r.choice, r.answer) for r in map(file.read, range(file.count))]
+    assert found == [(pair, choice, not choice) for pair in range(4) for choice in (0, 1)]
+    assert [answered(record(file, i)[1], vocabulary) for i in (0, 1)] == ["yes<|im_end|>", "negative<|im_end|>"]
+    for row in range(2, 8):
+        assert record(file, row) == record(file, row % 2)
+    plain = lines(tmp_path / "b.jsonl", {"prompt": "Good? ", "chosen": [good], "rejected": "negative"})
+    file = made(plain, vocabulary, tmp_path, pairs=True)
+    assert [answered(record(file, i)[1], vocabulary) for i in (0, 1)] == ["yes<|im_end|>", "negative<|im_end|>"]
+
+
+def test_pairs_that_are_too_long_lose_the_same_part_of_their_prompt(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    pair = {"prompt": "The quick brown fox " * 3, "chosen": "positive", "rejected": "positive negative positive"}
+    data = lines(tmp_path / "a.jsonl", pair)
+    with pytest.raises(
+        InputError, match=r'a\.jsonl:1: prompt and "chosen": \d+ positions where the plan has 8\n.*--seq'
+    ):
+        made(data, vocabulary, tmp_path, seq=8, pairs=True)
+    ids, _ = Encoder(vocabulary, 420).completion(pair["prompt"], pair["rejected"], ended=True)
+    file = made(data, vocabulary, tmp_path, seq=len(ids) - 3, too_long="truncate", pairs=True)
+    (chosen, _), (rejected, labels) = record(file, 0), record(file, 1)
+    assert rejected == ids[2:-1]
+    assert chosen[: len(chosen) - 2] == rejected[: len(chosen) - 2]
+    assert answered(labels, vocabulary) == "positive negative positive<|im_end|>"
+
+
+def test_pairs_and_other_samples_are_not_taken_for_each_other(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    pair = {"prompt": "Good? ", "chosen": "yes", "rejected": "yes"}
+    data, text = lines(tmp_path / "a.jsonl", pair), lines(tmp_path / "b.jsonl", {"text": "no"})
+    with pytest.raises(
+        InputError, match="a pair of answers, and the plan's loss is not of such; profile with --loss dpo or"
+    ):
+        made(data, vocabulary, tmp_path)
+    with pytest.raises(InputError, match="no pair of answers, and the plan's loss is of such"):
+        made(text, vocabulary, tmp_path, pairs=True)
+    told: list[str] = []
+    file = made(data, vocabulary, tmp_path, pairs=True, warn=told.append)
+    assert told == [
+        f"in 1 of 1 pairs of {data} the chosen answer and the rejected one are equal: nothing is learned from comparing them"
+    ]
+    with pytest.raises(InputError, match=r"holds pairs of answers, and the plan is for none; prepare the data again"):
+        made(str(file.path), vocabulary, tmp_path / "other")
+    with pytest.raises(InputError, match=r"its samples are no pairs of answers; prepare the data again"):
+        PairBatches(str(made(text, vocabulary, tmp_path / "text").path), 0, "dpo")
+    random = made("random", None, tmp_path / "random", seq=9, pairs=True)
+    (first, labels), (second, _) = record(random, 0), record(random, 1)
+    assert first[:4] == second[:4]
+    assert first[4:] != second[4:]
+    assert labels == [*[IGNORED] * 4, *labels[4:]]
+    assert labels[4:-1] == first[5:]
 
 
 def test_a_sample_that_is_too_long_is_refused_with_its_lengths(vocabulary: Vocabulary, tmp_path: Path) -> None:

@@ -1,0 +1,446 @@
+"""Learning from pairs of answers: losses, gradients and steps against TRL's formulas on transformers + peft; the same bits at every
+budget and after kill -9; references that are computed once; what is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoder_families import FAMILIES
+from fleets import adapter_hash
+from in_process import make_training
+from places import SOURCES
+from reference import (
+    CONFIGS,
+    adapted_by_peft,
+    gradients_of,
+    held_by_peft,
+    relative_error,
+    stored_weights,
+    take,
+    trained_by_adamw,
+)
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_models import byte_level_tokenizer, random_weights, write_directory
+from tiny_plans import decoder_profile, naive_plan
+from trl_losses import answers, loss_of_pairs, rows_of
+
+from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.schema import Link
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
+from tightfit.planner.report.explain import explain
+from tightfit.profiles.api import profile
+from tightfit.profiles.models.lora import LoraConfig
+from tightfit.profiles.schema import Preference, Profile, adamw
+from tightfit.profiles.sources.lookup import vocabulary
+from tightfit.runtime.cli.answers import profile_text
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.run_folder import find_checkpoints
+from tightfit.runtime.data.tokenization import prepare
+from tightfit.runtime.engine.training.adapter import adapter_key, table_slice
+from tightfit.runtime.engine.training.pairs import PairBatches
+from tightfit.runtime.engine.training.references import ENTRY, HEADER_BYTES
+from tightfit.runtime.engine.training.trainer import Training
+from tightfit.runtime.results.evaluation import evaluate
+from tightfit.runtime.session.launch import run
+from tightfit.runtime.session.session import Session
+from tightfit.runtime.supervision.report_text import evaluation_text, report_text
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+# peft warns of tied models that come apart
+pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")]
+
+BETA, PAIRS, SEQ, RANK = 0.3, 2, 30, 4
+SMALL = CONFIGS["llama"] | {"num_hidden_layers": 2}
+KINDS = {
+    "tied": SMALL,
+    "untied": CONFIGS["qwen2"] | {"num_hidden_layers": 1},
+    "traced": FAMILIES["Phi-3"],
+    "capped logits": FAMILIES["Gemma 2"],
+    "head with a bias": FAMILIES["Phi-1, Phi-2"],
+}
+
+
+def base_of(made: Profile, dtype: torch.dtype = torch.float32) -> Any:
+    """The base of a profile in transformers, with the values of the store."""
+    config = {name: value for name, value in made.model.config.items() if name not in ("adapter_base", "preference")}
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config), attn_implementation="eager"
+    )
+    take(model.eval(), stored_weights(made.model.store), config)
+    return model.to(dtype)
+
+
+def reference_of(model: Any, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Log-probabilities of the answers with the adapter off."""
+    with torch.no_grad(), model.disable_adapter():
+        return answers(model(input_ids=rows[0]).logits.float(), rows[1])[0]
+
+
+def theirs_of(loss: str, model: Any, rows: tuple[torch.Tensor, ...], beta: float = BETA) -> dict[str, torch.Tensor]:
+    reference = reference_of(model, rows) if loss == "dpo" else None
+    return loss_of_pairs(loss, lambda ids: model(input_ids=ids).logits, rows, reference, beta)
+
+
+def moments(folder: Path, training: Training) -> dict[str, torch.Tensor]:
+    """The first moments of what is trained, by the keys of an adapter: of slices of a table one after the other."""
+    states, found = load_file(folder / "optimizer.safetensors"), {}
+    slices = [(own.start if (own := table_slice(one.name)) else 0, one.name) for one in training.trainables]
+    for _, name in sorted(slices):
+        key, moment = adapter_key(name), states[f"adam_m:{name}"]
+        found[key] = torch.cat([found[key], moment]) if key in found else moment
+    return found
+
+
+def one_step(
+    folder: Path, config: dict[str, Any], loss: str, dtype: str, tables: tuple[str, ...] = ()
+) -> tuple[Profile, float, dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
+    """The loss and the gradients of a step whose adapter, left in `folder`, is no new one; and the rows of its batch."""
+    lora = LoraConfig(rank=RANK, alpha=8.0, modules_to_save=tables)
+    preference = Preference(loss=loss, beta=BETA)  # type: ignore[arg-type]
+    made = decoder_profile(folder, config=config, batch=PAIRS, seq=SEQ, dtype=dtype, lora=lora, preference=preference)
+    words = made.model.config["vocab_size"]
+    records = prepare("random", None, folder, seq=SEQ, vocab_size=words, seed=3, pairs=True)
+    records.close()
+    training = make_training(naive_plan(made), str(records.path), folder, lr=0.0)
+    batches = training.batches
+    assert isinstance(batches, PairBatches)
+    if loss == "dpo":
+        training.initialise(switched_off=True)
+        batches.open_references({})
+        (first,) = batches.without_references(1, PAIRS)
+        training.refer(batches, first)
+        assert not list(batches.without_references(1, PAIRS))
+    training.initialise()
+    generator = torch.Generator().manual_seed(0)
+    for one in training.trainables:
+        if ".lora_" in one.name:  # no B is zero
+            value = torch.randn(one.shape, generator=generator) * 0.1
+            training.device.tensor(one.value.at, one.shape, "float32").copy_(value)
+    made_loss = training.step(1)
+    training.save_state(str(folder))
+    # The weights stay as they are, and Adam's first moment tells the gradient.
+    gradients = {key: moment / 0.1 for key, moment in moments(folder, training).items()}
+    rows = rows_of(records.path, batches.of_step(0, PAIRS), SEQ)
+    training.close()
+    return made, made_loss, gradients, rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "tables"),
+    [
+        ("tied", "dpo", ()),
+        ("tied", "orpo", ()),
+        ("untied", "dpo", ("lm_head",)),
+        ("traced", "orpo", ()),
+        ("capped logits", "dpo", ()),
+        ("head with a bias", "orpo", ()),
+    ],
+)
+def test_losses_and_gradients_are_those_of_trl(kind: str, loss: str, tables: tuple[str, ...], tmp_path: Path) -> None:
+    made, own_loss, own, rows = one_step(tmp_path, KINDS[kind], loss, "float32", tables)
+    model = adapted_by_peft(base_of(made), tmp_path)
+    theirs = theirs_of(loss, model, rows)["loss"]
+    theirs.backward()
+    assert own_loss == pytest.approx(float(theirs.detach()), rel=5e-6)
+    exact = gradients_of(model)
+    assert own.keys() == exact.keys()
+    assert {key for key, value in exact.items() if not relative_error(own[key], value) < 1e-4} == set()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(loss: str, tmp_path: Path) -> None:
+    made, own_loss, own, rows = one_step(tmp_path, SMALL | {"num_hidden_layers": 1}, loss, "bfloat16")
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = adapted_by_peft(base_of(made, dtype), tmp_path)
+        theirs = theirs_of(loss, model, rows)["loss"]
+        theirs.backward()
+        found.append((float(theirs.detach()), gradients_of(model)))
+    (exact_loss, exact), (their_loss, theirs_half) = found
+    assert abs(own_loss - exact_loss) < max(1e-2 * exact_loss, 2 * abs(their_loss - exact_loss))
+    own_errors = sorted(relative_error(own[key], value) for key, value in exact.items())
+    their_errors = sorted(relative_error(theirs_half[key], value) for key, value in exact.items())
+    assert own_errors[len(exact) // 2] < 1.5 * their_errors[len(exact) // 2]
+    assert own_errors[-1] < 2 * their_errors[-1]
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+LR, STEPS = 5e-3, 5
+ROWS = [
+    {"prompt": "Is the fox quick? ", "chosen": "positive", "rejected": "negative"},
+    {"prompt": "lazy dog? ", "chosen": "negative, it is", "rejected": "pos"},
+    {"prompt": "over ", "chosen": "the moon", "rejected": "12"},
+    {"prompt": "user said: ", "chosen": "we're 345", "rejected": "I'd say; she'll"},
+    {"prompt": "they've ", "chosen": "ps", "rejected": "jumps over"},
+]
+SHORT_SEQ = 24
+Made = tuple[Profile, ModelPlanner]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    return write_directory(folder, SMALL, random_weights(SMALL), tokenizer=byte_level_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def dpo(model_folder: Path, cache: Path) -> Made:
+    made = profile(
+        str(model_folder), batch=PAIRS, seq=SHORT_SEQ, lora_rank=RANK, dtype="float32", loss="dpo", beta=BETA
+    )
+    return made, ModelPlanner(made)
+
+
+@pytest.fixture(scope="module")
+def trained(dpo: Made, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run at the smallest budget, and its report."""
+    out = tmp_path_factory.mktemp("trained")
+    smallest = dpo[1].plan(dpo[1].minimum().peak_bytes)
+    report = run(smallest, data, steps=STEPS, out=out, lr=LR, eval_data=data)
+    assert report["peak_bytes"]["measured"] <= smallest.peak_bytes
+    return out, report
+
+
+def pairs_of_steps(out: Path, steps: int, pairs: int, loss: str) -> list[list[int]]:
+    opened = PairBatches(str(out / "data" / "train.records"), 0, loss)
+    found = [opened.of_step(step, pairs) for step in range(steps)]
+    opened.close()
+    return found
+
+
+def new_adapter(made: Profile, plan_: Any, data: Path, folder: Path) -> Any:
+    """The model in transformers + peft as a run of no progress leaves it: the adapter before the first step."""
+    run(plan_, data, steps=made.accumulate, out=folder, lr=0.0)
+    return adapted_by_peft(base_of(made), folder / "adapter")
+
+
+def test_steps_are_those_of_trl_with_adamw(
+    dpo: Made, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, report = trained
+    made, planner = dpo
+    model = new_adapter(made, planner.plan(1 << 40), data, tmp_path / "new")
+    records = out / "data" / "train.records"
+    batches = [(rows_of(records, pairs, SHORT_SEQ),) for pairs in pairs_of_steps(out, STEPS, PAIRS, "dpo")]
+    every = rows_of(records, list(range(len(ROWS))), SHORT_SEQ)
+    losses, _ = trained_by_adamw(
+        held_by_peft(model).values(), lambda rows: theirs_of("dpo", model, rows)["loss"], batches, lr=LR
+    )
+    assert report["loss"] == pytest.approx(losses, rel=2e-5)
+    assert report["loss"][0] == float(torch.tensor(2.0).log())  # what is compared is the same to the bit
+    theirs = held_by_peft(model)
+    for key, value in load_file(out / "adapter" / "adapter_model.safetensors").items():
+        assert relative_error(value, theirs[key].detach()) < 2e-4, key
+    found = {name: float(value.detach()) for name, value in theirs_of("dpo", model, every).items()}
+    told = report["evaluation"]["after"]
+    assert {name: told[name] for name in found} == pytest.approx(found, rel=1e-4)
+    assert told["pairs"] == len(ROWS)
+    assert told["reward_accuracy"] > 0.5
+    assert report["evaluation"]["before"]["reward_margin"] == 0.0
+    assert report["references"]["pairs"] == 2 * len(ROWS)
+    assert report["tokens"]["samples_per_second"] > 0
+    console = Console(file=io.StringIO(), width=200)
+    for text in (report_text(report), profile_text(made), *explain(planner.plan(1 << 40))):
+        console.print(text)
+    words = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in (
+        "chosen answer wins in",
+        "log-probabilities of 10 pairs",
+        "DPO on pairs of answers",
+        "the adapter is off once",
+    ):
+        assert part in words
+    alone = evaluate(planner.plan(1 << 40), data, adapter=out)
+    assert {name: alone[name] for name in found} == {name: told[name] for name in found}
+    assert alone["perplexity"] is None
+    console.print(evaluation_text(alone))
+    assert "of 5 pairs" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_another_schedule_that_stops_and_goes_on_leaves_the_same_adapter(
+    dpo: Made, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """References, too, are the same, and those that are there are not computed again."""
+    out, report = trained
+    planner = dpo[1]
+    large, mebp = planner.plan(1 << 40), planner.plan(1 << 40, policy="mebp")
+    first = run(mebp, data, steps=2, out=tmp_path, lr=LR)
+    assert first["references"]["pairs"] == 2 * PAIRS  # what two steps see
+    again = run(large, data, steps=STEPS, out=tmp_path, lr=LR, resume=True)
+    assert (again["resumed_step"], again["references"]["pairs"]) == (2, len(ROWS) - 2 * PAIRS)
+    assert again["loss"] == report["loss"]
+    assert adapter_hash(tmp_path) == adapter_hash(out)
+    values = [(folder / "data" / "train.references").read_bytes()[HEADER_BYTES:] for folder in (out, tmp_path)]
+    assert values[0] == values[1]
+    assert len(values[0]) == len(ROWS) * ENTRY.size
+
+
+def test_a_pass_for_references_that_was_killed_goes_on(
+    dpo: Made, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, report = trained
+    broken = bytearray((out / "data" / "train.references").read_bytes())
+    lost = pairs_of_steps(out, 2, PAIRS, "dpo")[1]
+    for pair in lost:
+        begin = HEADER_BYTES + pair * ENTRY.size
+        broken[begin : begin + ENTRY.size] = bytes(ENTRY.size)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.references").write_bytes(broken)
+    again = run(dpo[1].plan(1 << 40), data, steps=STEPS, out=tmp_path, lr=LR)
+    assert again["references"]["pairs"] == PAIRS
+    assert adapter_hash(tmp_path) == adapter_hash(out)
+    assert again["loss"] == report["loss"]
+
+
+def test_a_run_that_starts_from_an_adapter_compares_with_the_base(
+    dpo: Made, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, report = trained
+    again = run(dpo[1].plan(1 << 40), data, steps=1, out=tmp_path, adapter=out / "adapter", lr=LR, eval_data=data)
+    told, before = again["evaluation"]["before"], report["evaluation"]["after"]
+    assert (told["loss"], told["reward_margin"]) == (before["loss"], before["reward_margin"])
+    values = [(folder / "data" / "evaluate.references").read_bytes()[HEADER_BYTES:] for folder in (out, tmp_path)]
+    assert values[0] == values[1]
+
+
+def test_accumulated_steps_are_those_of_trl_with_adamw(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Two micro-batches of one pair make an update; ORPO."""
+    lora, preference = LoraConfig(rank=RANK, alpha=8.0), Preference(loss="orpo", beta=BETA)
+    made = decoder_profile(
+        tmp_path, config=SMALL, batch=1, seq=SHORT_SEQ, dtype="float32", lora=lora, preference=preference
+    )
+    words = vocabulary(str(model_folder))
+    prepared = prepare(str(data), words, tmp_path / "ahead", seq=SHORT_SEQ, vocab_size=SMALL["vocab_size"], pairs=True)
+    prepared.close()
+    made = made.model_copy(update={"optimizer": adamw(2)})
+    planner = ModelPlanner(made)
+    planned = planner.plan(400 << 20, policy="mebp")
+    files = {"data": prepared.path, "eval_data": prepared.path}
+    report = run(planned, **files, epochs=1.2, out=tmp_path / "out", lr=LR, cgroup=False)
+    assert len(report["loss"]) == 6
+    assert "references" not in report
+    model = new_adapter(made, planned, prepared.path, tmp_path / "new")
+    records = tmp_path / "out" / "data" / "train.records"
+    rows = [rows_of(records, pairs, SHORT_SEQ) for pairs in pairs_of_steps(tmp_path / "out", 6, 1, "orpo")]
+    losses: list[float] = []
+
+    def of_update(*together: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        found = [theirs_of("orpo", model, one)["loss"] for one in together]
+        losses.extend(float(one.detach()) for one in found)
+        return torch.stack(found).mean()
+
+    trained_by_adamw(held_by_peft(model).values(), of_update, zip(rows[0::2], rows[1::2]), lr=LR)
+    assert report["loss"] == pytest.approx(losses, rel=2e-5)
+    every = rows_of(records, list(range(len(ROWS))), SHORT_SEQ)
+    found = {name: float(value.detach()) for name, value in theirs_of("orpo", model, every).items()}
+    told = report["evaluation"]["after"]
+    assert {name: told[name] for name in found} == pytest.approx(found, rel=1e-4)
+
+
+def test_a_killed_run_continues_bit_identically(dpo: Made, data: Path, tmp_path: Path) -> None:
+    planner = dpo[1]
+    planned = planner.plan(planner.minimum().peak_bytes)
+    part = tmp_path / "part"
+    (tmp_path / "plan.json").write_text(planned.model_dump_json())
+    script = (
+        "import sys; from tightfit.planner.io import load_plan; from tightfit.runtime.session.launch import run\n"
+        f"run(load_plan({str(tmp_path / 'plan.json')!r}), {str(data)!r}, steps=1_000_000, out={str(part)!r}, lr={LR}, checkpoint_every=4)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], start_new_session=True, env={**os.environ, "PYTHONPATH": str(SOURCES)}
+    )
+    while not any(step >= 4 for step, _ in find_checkpoints(str(part))):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    for child in [*map(int, found.split()), process.pid]:
+        os.kill(child, signal.SIGKILL)
+    process.wait()
+    lock = os.open(part, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # which the child has until the kernel has buried it
+    os.close(lock)
+    reached = find_checkpoints(str(part))[-1][0]
+    steps = reached + 4
+    resumed = run(planner.plan(1 << 40), data, steps=steps, out=part, lr=LR, checkpoint_every=4, resume=True)
+    assert resumed["resumed_step"] == reached
+    whole = run(planned, data, steps=steps, out=tmp_path / "whole", lr=LR, checkpoint_every=4)
+    assert resumed["loss"] == whole["loss"]
+    assert adapter_hash(part) == adapter_hash(tmp_path / "whole")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_losses_that_cannot_be_had_are_refused(model_folder: Path) -> None:
+    for options, told in (
+        ({"loss": "ppo"}, r"loss 'ppo' is not known; choose dpo or orpo"),
+        ({"beta": 0.2}, r"beta 0\.2 is of a loss of pairs; name one too: --loss dpo or --loss orpo"),
+        ({"loss": "dpo", "beta": 0.0}, r"beta 0: give a finite number above 0"),
+        ({"loss": "dpo", "beta": float("inf")}, r"beta inf: give a finite number above 0"),
+        ({"loss": "dpo", "side_rank": 8}, r"loss dpo: a side network predicts tokens and nothing else"),
+    ):
+        with pytest.raises(InputError, match=told):
+            profile(str(model_folder), seq=SHORT_SEQ, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"loss orpo: .* is a module with a loss of its own"):
+        profile("examples.own_module:cnn", loss="orpo")
+
+
+def test_what_does_not_take_pairs_says_so(dpo: Made, data: Path, tmp_path: Path) -> None:
+    made, planner = dpo
+    planned = planner.plan(1 << 40)
+    with pytest.raises(
+        InputError, match=r"packing: the plan learns from pairs of answers \(dpo\), each of which has a row"
+    ):
+        run(planned, data, steps=1, out=tmp_path / "a", packing=True)
+    with (
+        pytest.raises(
+            InputError, match=r"the plan learns from pairs of answers \(dpo\), which a Session does not take"
+        ),
+        Session(planned, out=tmp_path / "b"),
+    ):
+        pass
+    with pytest.raises(
+        InputError, match=r"a fleet predicts tokens, and this profile learns from pairs of answers \(dpo\)"
+    ):
+        MemberSpec(name="a", profile=made, budget_bytes=1 << 30, link=Link(up_bytes_per_second=1e8, down_bytes_per_second=1e8))  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"mobillm predicts tokens, and this profile learns from pairs of answers \(dpo\)"
+    ):
+        planner.plan(1 << 40, policy="mobillm")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"prompt": "over ", "completion": "the moon"}) + "\n")
+    with pytest.raises(
+        InputError, match=r"no pair of answers, and the plan's loss is of such; write \{\"prompt\", \"chosen\""
+    ):
+        run(planned, texts, steps=1, out=tmp_path / "c")
+
+
+def test_another_beta_is_another_run(dpo: Made, data: Path, trained: tuple[Path, dict[str, Any]]) -> None:
+    made = dpo[0]
+    config = made.model.config | {"preference": {"loss": "dpo", "beta": 0.5}}
+    other = made.model_copy(update={"model": made.model.model_copy(update={"config": config})})
+    with pytest.raises(InputError, match=r"resume with the same"):
+        run(plan(other, 1 << 40), data, steps=STEPS + 1, out=trained[0], lr=LR, resume=True)
