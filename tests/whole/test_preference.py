@@ -246,10 +246,19 @@ def test_steps_are_those_of_trl_with_adamw(
     records = out / "data" / "train.records"
     batches = [(rows_of(records, pairs, SHORT_SEQ),) for pairs in pairs_of_steps(out, STEPS, PAIRS, "dpo")]
     every = rows_of(records, list(range(len(ROWS))), SHORT_SEQ)
-    losses, _ = trained_by_adamw(
-        held_by_peft(model).values(), lambda rows: theirs_of("dpo", model, rows)["loss"], batches, lr=LR
-    )
+    margins: list[float] = []
+
+    def of_step(rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        theirs = theirs_of("dpo", model, rows)
+        margins.append(float(theirs["reward_margin"]))
+        return theirs["loss"]
+
+    losses, _ = trained_by_adamw(held_by_peft(model).values(), of_step, batches, lr=LR)
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["reward_margin"] for line in steps] == pytest.approx(margins, rel=1e-3, abs=1e-6)
+    assert (steps[0]["reward_accuracy"], steps[0]["samples"]) == (0.0, PAIRS)
     assert report["loss"][0] == float(torch.tensor(2.0).log())  # what is compared is the same to the bit
     theirs = held_by_peft(model)
     for key, value in load_file(out / "adapter" / "adapter_model.safetensors").items():

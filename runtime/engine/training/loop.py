@@ -313,6 +313,7 @@ class _Run:
             told["tokens"] = training.tokens
         if training.samples is not None:
             told["samples"] = training.samples
+        told |= training.of_pairs
         if training.grad_norm is not None:
             told |= {"grad_norm": training.grad_norm, "update_seconds": training.update_seconds}
             self.peaks["update"] = peak

@@ -12,8 +12,6 @@ from tightfit.runtime.engine.training.pairs import DPO, ORPO
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tightfit.runtime.engine.training.records import TokenRecord
-
 SCORES = "tightfit.preference_scores"
 
 
@@ -48,10 +46,10 @@ class PairScores:
         self._pairs = self._right = 0
         self._terms = self._margins = self._unlikely = self._tokens = 0.0
 
-    def add(self, loss: float, losses: Tensor | None, inputs: list[Tensor], found: Sequence[TokenRecord]) -> None:
-        """Add a batch: the losses of its tokens, those of the records `found`."""
+    def add(self, losses: Tensor | None, inputs: Sequence[Tensor], rows: int) -> None:
+        """Add a batch, whose first `rows` rows are pairs: the losses of its tokens, and its tensors."""
         assert losses is not None
-        pairs = len(found) // 2
+        pairs = rows // 2
         made = scores_of(self._kernel, losses, inputs[1], inputs[2], self._loss, self._beta)
         terms, margins, unlikely, tokens = (one[:pairs] for one in made[1:])
         self._pairs += pairs

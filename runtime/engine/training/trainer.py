@@ -122,6 +122,8 @@ class Training:
         """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
         self.samples: int | None = None
         """samples in it; None if unknown"""
+        self.of_pairs: dict[str, float] = {}
+        """of the latest step on pairs of answers: the share in which the chosen one has the higher reward, and the margin"""
         self.grad_norm: float | None = None
         """of the update that the latest step made, before it was clipped; None: it made none, or gradients are not clipped"""
         self.update_seconds = 0.0
@@ -253,6 +255,11 @@ class Training:
         begin, end = self.header["cycle"][position]
         self.executor.execute(self.job.train, begin, end, cycles)
         loss = self.executor.loss
+        if self.loss_of_pairs and self.samples:
+            scores = self._pair_scores()
+            scores.add(self.executor.losses, self.inputs, 2 * self.samples)
+            told = scores.result(0.0)
+            self.of_pairs = {name: told[name] for name in ("reward_accuracy", "reward_margin")}
         self.grad_norm = None
         if isinstance(self.update, ClippedUpdate) and self.update.due:
             self.grad_norm = self._update_all(self.update, number)
@@ -305,7 +312,8 @@ class Training:
         reward, and `reward_margin`, the mean difference of the rewards, as TRL counts them. A server that trains a side network has no file: a
         device sends it the batches, and counts the losses that it sends back.
         """
-        scores, before = self._scores(), time.perf_counter()
+        scores = self._pair_scores() if self.loss_of_pairs else Scores()
+        before = time.perf_counter()
         self.executor.draws.step = None
         with_records = None if path is None else open_batches(path, self.header["seed"], loss=self.loss_of_pairs)
         if with_records is not None and self.refers:
@@ -326,19 +334,19 @@ class Training:
             losses = self.executor.losses
             if served:
                 losses = served.losses(losses, self.inputs[1].numel())
-            scores.add(self.executor.loss, losses, self.inputs, found)
+            if isinstance(scores, Scores):
+                scores.add(self.executor.loss, losses, self.inputs, found)
+            else:
+                scores.add(losses, self.inputs, len(found))
         if with_records is not None:
             with_records.close()
         result = scores.result(time.perf_counter() - before)
         return self.stage.agreed(result) if self.stage else result
 
-    def _scores(self) -> Scores | PairScores:
-        preference = self.header.get("preference")
-        if not preference:
-            return Scores()
+    def _pair_scores(self) -> PairScores:
         from tightfit.runtime.engine.training.pair_scores import SCORES, PairScores
 
-        return PairScores(self.device.kernels.fused[SCORES], preference["loss"], preference["beta"])
+        return PairScores(self.device.kernels.fused[SCORES], **self.header["preference"])
 
     @property
     def refers(self) -> bool:

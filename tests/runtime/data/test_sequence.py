@@ -64,6 +64,13 @@ def test_held_out_samples_have_room_too(model, tmp_path):
     assert seq == -(-(len(ids) - 1) // STEP) * STEP > choose_seq(model, data, truncate=False, budget=BUDGET)[0]
 
 
+def test_both_answers_of_a_pair_have_room(model, tmp_path):
+    pair = {"prompt": WORDS, "chosen": "yes", "rejected": WORDS * 4}
+    data = lines(tmp_path / "a.jsonl", pair)
+    ids = vocabulary(model).tokenizer.encode(WORDS + WORDS * 4).ids
+    assert choose_seq(model, data, truncate=False, budget=BUDGET, pairs=True)[0] == -(-len(ids) // STEP) * STEP
+
+
 def test_texts_are_never_too_long(model, tmp_path):
     made_for(model, 100)
     seq, why = choose_seq(model, lines(tmp_path / "a.jsonl", {"text": WORDS * 50}), truncate=False, budget=BUDGET)

@@ -10,7 +10,6 @@ from trl_losses import dpo, orpo
 
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.training.pair_scores import PairScores
-from tightfit.runtime.engine.training.records import TokenRecord
 from tightfit.runtime.engine.training.references import HEADER_BYTES, References
 
 PAIRS, SEQ, WORDS, BETA = 3, 11, 17, 0.3
@@ -56,8 +55,7 @@ def test_loss_weights_and_scores_are_those_of_trl(loss: str) -> None:
     token_losses.backward(weights)
     torch.testing.assert_close(again.grad, logits.grad, rtol=1e-5, atol=1e-7)
     scores = PairScores(OPERATORS["tightfit.preference_scores"], loss, BETA)
-    found = [_record()] * (2 * PAIRS)
-    scores.add(0.0, token_losses.detach(), [labels, labels, known], found)
+    scores.add(token_losses.detach(), [labels, labels, known], 2 * PAIRS)
     told = scores.result(0.0)
     for name, value in trl.items():
         assert told[name] == pytest.approx(float(value.detach()), rel=1e-6), name
@@ -83,11 +81,6 @@ def test_answers_that_are_certain_have_a_finite_loss() -> None:
     made, weights = own("orpo", torch.zeros(4), labels, torch.zeros(2, dtype=torch.int64))
     assert made == pytest.approx(BETA * 0.6931472, rel=1e-5)
     assert weights.isfinite().all()
-
-
-def _record() -> TokenRecord:
-    empty = torch.empty(0, dtype=torch.int32)
-    return TokenRecord(example=0, choice=0, answer=True, length=0, input_ids=empty, labels=empty)
 
 
 def test_references_are_kept_one_by_one_and_begin_anew_for_another_model(tmp_path: Path) -> None:
