@@ -140,26 +140,62 @@ def test_a_tensor_that_modules_share_has_one_gradient() -> None:
 
 
 class Recurrent(torch.nn.Module):
-    def __init__(self, kind: type[torch.nn.RNNBase]) -> None:
+    def __init__(self, kind: type[torch.nn.RNNBase], **settings: Any) -> None:
         super().__init__()
-        self.recurrent, self.head = kind(6, 8, 2, batch_first=True), torch.nn.Linear(8, 4)
+        self.recurrent = kind(6, 8, 2, **settings)
+        self.head = torch.nn.Linear(8 * (1 + self.recurrent.bidirectional), 4)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self.head(self.recurrent(x)[0][:, -1]), y)
+        made, _ = self.recurrent(x)
+        return torch.nn.functional.cross_entropy(self.head(made[:, -1]), y)
 
 
-@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
-def test_gradients_through_recurrent_layers_match_autograd(kind: type[torch.nn.RNNBase]) -> None:
+class Stateful(torch.nn.Module):
+    """An LSTM that begins with trained states, of which the last states are read too."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.recurrent, self.head = torch.nn.LSTM(6, 8, **settings), torch.nn.Linear(8, 4)
+        ways = 1 + self.recurrent.bidirectional
+        self.first = torch.nn.ParameterList(torch.randn(ways, 5, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        _, (hidden, cell) = self.recurrent(x, tuple(self.first))
+        return torch.nn.functional.cross_entropy(self.head(hidden.sum(0) + cell.mean(0)), y)
+
+
+RECURRENT = {
+    "lstm": lambda: Recurrent(torch.nn.LSTM, batch_first=True),
+    "lstm of two ways": lambda: Recurrent(torch.nn.LSTM, bidirectional=True, bias=False),
+    "states of an lstm": lambda: Stateful(bidirectional=True),
+    "gru": lambda: Recurrent(torch.nn.GRU, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_gradients_through_recurrent_layers_match_autograd(name: str) -> None:
     torch.manual_seed(0)
-    module, batch = Recurrent(kind), {"x": torch.randn(3, 5, 6), "y": torch.randint(0, 4, (3,))}
+    module = RECURRENT[name]()
+    rows = 3 if name in ("lstm", "gru", "lstm of two ways") else 5
+    batch = {"x": torch.randn(3, 5, 6), "y": torch.randint(0, 4, (rows,))}
     traced = trace(module, batch)
     parameters = dict(module.named_parameters())
-    made = run_step(traced.layers, {p.name: p for p in traced.programs}, parameters | batch)
+    given = {name: parameter.detach() for name, parameter in parameters.items()}
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, given | batch)
     loss = module(**batch)
     loss.backward()
     torch.testing.assert_close(made[traced.loss], loss.detach())
     for name, parameter in parameters.items():
         torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_lstm_takes_as_many_operators_for_long_sequences_as_for_short_ones() -> None:
+    def operators(length: int) -> list[str]:
+        traced = trace(Recurrent(torch.nn.LSTM), {"x": torch.randn(length, 5, 6), "y": torch.randint(0, 4, (length,))})
+        return [operator.target for program in traced.programs for operator in program.operators]
+
+    assert operators(20) == operators(3)
+    assert operators(3).count("tightfit.lstm") == operators(3).count("tightfit.lstm_backward") == 2
 
 
 class Encoder(torch.nn.Module):
