@@ -100,8 +100,8 @@ def measured(name: str, steps: int, rounds: int, time_limit: float) -> dict[str,
     say(name, f"eager: {turns[0]['peak'] / MIB:,.0f} MiB, {statistics.median(turns[0]['seconds'][FIRST:]):.2f} s")
     planner = tightfit.planner_of(profile)
     plans: dict[str, Plan] = {}
-    for share, part in SHARES.items():
-        begin = time.perf_counter()
+    for called, part in SHARES.items():
+        begin, share = time.perf_counter(), called
         plan = planner.plan(int(part * turns[0]["peak"]), time_limit=time_limit)
         if plan.minimum_budget_bytes is not None:
             share, plan = "the smallest", planner.plan(plan.minimum_budget_bytes, time_limit=time_limit)

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tightfit.runtime.engine.cpu.products import onednn
+
 aten = torch.ops.aten
 
 
@@ -32,7 +34,25 @@ def lstm(
     """out: y [T, N, H], the hidden state at each time; [N, H], the cell state at the last one; the gates [T, N, 4 H] and the cell
     states [T, N, H], which the gradient needs. `hidden` and `cell` are the states before the first time.
     """
-    y, ends, gates, cells = out
+    with onednn(x.dtype):
+        _forward(x, hidden, cell, w_ih, w_hh, b_ih, b_hh, *out, reverse=reverse)
+
+
+def _forward(
+    x: Tensor,
+    hidden: Tensor,
+    cell: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    y: Tensor,
+    ends: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    *,
+    reverse: bool,
+) -> None:
     flat = gates.view(-1, gates.shape[-1])
     inputs = x.view(-1, x.shape[-1])
     if b_ih is None or b_hh is None:
@@ -77,10 +97,36 @@ def lstm_backward(
     the plan places it.
     """
     dx, dhidden, dcell, dw_ih, dw_hh, dbias, slopes = out
+    with onednn(x.dtype):
+        _slopes(dy, dends, cell, w_hh, gates, cells, dhidden, dcell, slopes, reverse=reverse)
+        flat, inputs = slopes.view(-1, slopes.shape[-1]), x.view(-1, x.shape[-1])
+        torch.mm(flat, w_ih, out=dx.view(inputs.shape))
+        torch.mm(flat.t(), inputs, out=dw_ih)
+        torch.mm(slopes[-1 if reverse else 0].t(), hidden, out=dw_hh)
+        if len(x) > 1:
+            later, earlier = (slopes[:-1], y[1:]) if reverse else (slopes[1:], y[:-1])
+            dw_hh.addmm_(later.view(-1, flat.shape[1]).t(), earlier.view(-1, y.shape[-1]))
+    torch.sum(flat, 0, out=dbias)
+
+
+def _slopes(
+    dy: Tensor | None,
+    dends: Tensor | None,
+    cell: Tensor,
+    w_hh: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    dhidden: Tensor,
+    dcell: Tensor,
+    slopes: Tensor,
+    *,
+    reverse: bool,
+) -> None:
+    """Fill `slopes` [T, N, 4 H], the gradient of the gates before their activations, and `dhidden` and `dcell`."""
     dcell.zero_() if dends is None else dcell.copy_(dends)
     dhidden.zero_()
-    squashed, slope = torch.empty_like(hidden), torch.empty_like(hidden)
-    for time, before in reversed(list(_times(len(x), reverse=reverse))):
+    squashed, slope = torch.empty_like(cell), torch.empty_like(cell)
+    for time, before in reversed(list(_times(len(gates), reverse=reverse))):
         enter, forget, new, leave = gates[time].chunk(4, 1)
         denter, dforget, dnew, dleave = slopes[time].chunk(4, 1)
         if dy is not None:
@@ -97,14 +143,6 @@ def lstm_backward(
             aten.sigmoid_backward.grad_input(gradient, made, grad_input=gradient)
         aten.tanh_backward.grad_input(dnew, new, grad_input=dnew)
         torch.mm(slopes[time], w_hh, out=dhidden)
-    flat = slopes.view(-1, slopes.shape[-1])
-    torch.mm(flat, w_ih, out=dx.view(-1, dx.shape[-1]))
-    torch.mm(flat.t(), x.view(-1, x.shape[-1]), out=dw_ih)
-    torch.mm(slopes[-1 if reverse else 0].t(), hidden, out=dw_hh)
-    if len(x) > 1:
-        later, earlier = (slopes[:-1], y[1:]) if reverse else (slopes[1:], y[:-1])
-        dw_hh.addmm_(later.view(-1, flat.shape[1]).t(), earlier.view(-1, y.shape[-1]))
-    torch.sum(flat, 0, out=dbias)
 
 
 def _times(count: int, *, reverse: bool) -> Iterator[tuple[int, int | None]]:

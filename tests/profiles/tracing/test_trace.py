@@ -180,13 +180,13 @@ def test_gradients_through_recurrent_layers_match_autograd(name: str) -> None:
     batch = {"x": torch.randn(3, 5, 6), "y": torch.randint(0, 4, (rows,))}
     traced = trace(module, batch)
     parameters = dict(module.named_parameters())
-    given = {name: parameter.detach() for name, parameter in parameters.items()}
+    given = {key: parameter.detach() for key, parameter in parameters.items()}
     made = run_step(traced.layers, {p.name: p for p in traced.programs}, given | batch)
     loss = module(**batch)
     loss.backward()
     torch.testing.assert_close(made[traced.loss], loss.detach())
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+    for key, parameter in parameters.items():
+        torch.testing.assert_close(made[f"grad:{key}"], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_an_lstm_takes_as_many_operators_for_long_sequences_as_for_short_ones() -> None:
