@@ -68,8 +68,8 @@ NETWORKS = {
         title="U-Net",
         make=lambda: architectures.UNet(act=_relu),
         parameters=31_031_810,
-        batch=partial(_images, 2, 160, 2, (2, 160, 160)),
-        size="2 × 3 × 160 × 160",
+        batch=partial(_images, 1, 320, 2, (1, 320, 320)),
+        size="1 × 3 × 320 × 320",
     ),
     "lstm": Network(
         title="LSTM",
