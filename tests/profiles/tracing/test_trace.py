@@ -13,6 +13,7 @@ from reference import CONFIGS, VARIANTS, all_layers, gradients_of, loss_of, peft
 from traced import ALPHA, RANK, interpret, random_batch, random_weights, trace_decoder
 
 from examples.vision import residual_cnn, vision_transformer
+from tightfit.profiles.schema import Layer
 from tightfit.profiles.tracing.trace import trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import trained_name
@@ -196,6 +197,52 @@ def test_an_lstm_takes_as_many_operators_for_long_sequences_as_for_short_ones() 
 
     assert operators(20) == operators(3)
     assert operators(3).count("tightfit.lstm") == operators(3).count("tightfit.lstm_backward") == 2
+
+
+class Residual(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, width))
+        self.act = torch.nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.body(x) + x)
+
+
+class Pooled(torch.nn.Sequential):
+    """A sequence of blocks that are sequences themselves, the first of which pools."""
+
+    def __init__(self) -> None:
+        first = torch.nn.Sequential(
+            torch.nn.Conv2d(2, 4, 1), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten()
+        )
+        super().__init__(first, Residual(16), Residual(16), torch.nn.Linear(16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).square().mean()
+
+
+def test_blocks_of_a_sequence_are_layers_whose_backward_reads_no_more_than_it_needs() -> None:
+    """The output of a block is read by the next one's backward alone, and what is pooled by none."""
+    torch.manual_seed(0)
+    module, x = Pooled(), torch.randn(3, 2, 4, 4)
+    traced = trace(module, {"x": x})
+    assert [layer.name for layer in traced.layers] == ["0", "1", "2", "3", "head"]
+    programs = {program.name: program for program in traced.programs}
+
+    def read(layer: Layer) -> set[str]:
+        backward = [op for op in programs[layer.program].operators if op.phase == "backward"]
+        return {layer.bindings.get(name, name) for op in backward for name in op.inputs}
+
+    readers = {layer.name: read(layer) for layer in traced.layers}
+    assert [name for name, names in readers.items() if "1/out0" in names] == ["2"]
+    pooling = [op for op in programs[traced.layers[0].program].operators if "max_pool2d" in op.target]
+    assert pooling[0].inputs[0] not in pooling[1].inputs
+    parameters = dict(module.named_parameters())
+    made = run_step(traced.layers, programs, {key: value.detach() for key, value in parameters.items()} | {"x": x})
+    module(x).backward()
+    for key, parameter in parameters.items():
+        torch.testing.assert_close(made[f"grad:{key}"], parameter.grad)
 
 
 class Encoder(torch.nn.Module):

@@ -31,7 +31,8 @@ def images(
 CASES = {
     "of points": {"side": 16},
     "of few points": {"side": 3},
-    "of every second point": {"side": 16, "stride": 2},
+    "of every second point": {"side": 33, "stride": 2},
+    "of every second of few points": {"side": 8, "stride": 2},
     "of three by three": {"side": 16, "kernel": 3},
     "with channels last": {"side": 16, "memory_format": torch.channels_last},
 }
@@ -39,7 +40,8 @@ CASES = {
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_convolutions_and_their_gradients(case: str, biased: bool) -> None:
+def test_convolutions_and_their_gradients(case: str, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "PART_BYTES", 2 * 4 * 16 * 16 * 16)  # two of three samples of 16 x 16
     arguments, dy = images(**CASES[case])
     if not biased:
         arguments[2] = None
@@ -69,6 +71,12 @@ def test_a_convolution_of_points_makes_nothing_beside_its_results(monkeypatch: p
         direct.convolution_backward(dy, arguments[0], arguments[1], None, *ONE, [True, True, False], out=out)
     torch.testing.assert_close(dx, due[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dweight, due[1], rtol=1e-5, atol=1e-4)
+
+
+def test_convolutions_take_a_few_samples_at_a_time_where_the_weights_are_small() -> None:
+    x, small, large = torch.empty(9, 64, 56, 56), torch.empty(64, 64, 3, 3), torch.empty(4096, 64, 3, 3)
+    assert [part.stop - part.start for part in direct._parts(x, small, x)] == [5, 4]
+    assert [part.stop for part in direct._parts(x, large, x)] == [9]
 
 
 def test_relu_is_pytorchs_to_the_bit() -> None:
