@@ -42,6 +42,7 @@ def main(
     steps: Annotated[int, typer.Option(help="steps of each turn")] = 4,
     rounds: Annotated[int, typer.Option(help="how often each of them runs, by turns")] = 3,
     time_limit: Annotated[float, typer.Option(help="seconds for each plan")] = 10.0,
+    threads: Annotated[int | None, typer.Option(help="of all of them; default: one for each core")] = None,
     output: Annotated[Path | None, typer.Option(help="folder for the figures as JSON")] = None,
     *,
     write: Annotated[bool, typer.Option(help="write docs/benchmarks/modules.md")] = False,
@@ -54,7 +55,7 @@ def main(
     )
     figures = {}
     for name in networks.split(","):
-        figures[name] = found = measured(name, steps, rounds, time_limit)
+        figures[name] = found = measured(name, steps, rounds, time_limit, threads)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             (output / "modules.json").write_text(json.dumps(figures, indent=1))
@@ -84,7 +85,7 @@ def main(
         )
 
 
-def measured(name: str, steps: int, rounds: int, time_limit: float) -> dict[str, Any]:
+def measured(name: str, steps: int, rounds: int, time_limit: float, threads: int | None) -> dict[str, Any]:
     """Figures of a network under eager PyTorch and of its plans."""
     network = eager.NETWORKS[name]
     count = sum(parameter.numel() for parameter in network.make().parameters())
@@ -93,7 +94,7 @@ def measured(name: str, steps: int, rounds: int, time_limit: float) -> dict[str,
             f"{network.title} has {count:,} parameters, and not the {network.parameters:,} that were published"
         )
     begin = time.perf_counter()
-    profile = tightfit.profile(f"eager:{name}")
+    profile = tightfit.profile(f"eager:{name}", threads=threads)
     say(name, f"profiled in {time.perf_counter() - begin:.0f} s; {profile.model.compared}")
     threads = profile.device.threads
     turns = [eager_turn(name, steps, threads)]
@@ -107,7 +108,7 @@ def measured(name: str, steps: int, rounds: int, time_limit: float) -> dict[str,
             share, plan = "the smallest", planner.plan(plan.minimum_budget_bytes, time_limit=time_limit)
         plans[share] = plan
         say(
-            name, f"{share}: {plan.peak_bytes / MIB:,.0f} MiB, {plan.step_seconds:.2f} s, gap {plan.proof.gap},"
+            name, f"{share}: {plan.peak_bytes / MIB:,.0f} MiB, {plan.step_seconds:.2f} s, gap {100 * plan.gap:.1f} %,"
             f" planned in {time.perf_counter() - begin:.0f} s",
         )  # fmt: skip
     given = eager.batches(name, steps)

@@ -94,6 +94,7 @@ def convolution_backward(
             for total, part in ((dweight, made[1]), (dbias, made[2])):
                 if total is not None:
                     total.add_(part) if rows.start else total.copy_(part)
+            del made, part  # before the next ones are made
         return
     kernel = weight.view(weight.shape[:2])
     with onednn(x.dtype):
