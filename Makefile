@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet
+.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -45,6 +45,10 @@ bench-convergence: $(VENV)/.installed-test
 # Four devices on this machine, with shares of a core, limited links and memory caps; needs root. ARGS='--rates 100,10'.
 bench-fleet: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/fleet.py $(ARGS)
+
+# Four networks in plain PyTorch beside eager PyTorch, at all of its memory, half and a quarter; ARGS='--networks vit' for one.
+bench-modules: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/modules.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

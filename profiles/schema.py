@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
-PROFILE_VERSION = 8
+PROFILE_VERSION = 9
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 

@@ -49,7 +49,7 @@ class OutputGuard:
         key = _key(operator, values)
         direct = compile_operator(operator, values, KERNELS)
         own = operator["target"] in OPERATORS
-        if key in self._known or direct.partial:
+        if key in self._known or direct.functional:
             copied = self._known.get(key, False)
             compile_operator({**operator, "copied": copied}, values, KERNELS).run(tensors, outputs, store)
             return copied

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from tightfit.profiles.tracing.dropout_ops import dropout
+from tightfit.profiles.tracing.lstm_ops import lstm_of, lstm_without_dropout
 
 UNPLACED = -1
 """site of a dropout that has not got its number in its layer yet"""
@@ -32,7 +33,7 @@ def dropout_placed() -> contextlib.AbstractContextManager[None]:
 
 def dropout_off() -> contextlib.AbstractContextManager[None]:
     """Within this context a module's dropout leaves nothing out."""
-    return _replaced(lambda x, p: x, lambda x, p: x)
+    return _replaced(lambda x, p: x, lambda x, p: x, placed=False)
 
 
 def place(layers: Iterable[Iterable[fx.Node]]) -> None:
@@ -56,7 +57,9 @@ def _channels(x: Tensor, p: float) -> Tensor:
 
 
 @contextlib.contextmanager
-def _replaced(elements: Replaced, channels: Replaced) -> Iterator[None]:
+def _replaced(elements: Replaced, channels: Replaced, *, placed: bool = True) -> Iterator[None]:
+    """With `placed`, `nn.LSTM` is made of tightfit's operators too."""
+
     def of(leave_out: Replaced, *, within: bool) -> Callable[[Tensor, float, bool], Tensor]:
         def call(x: Tensor, p: float, train: bool) -> Tensor:
             if not train or p == 0:
@@ -89,11 +92,13 @@ def _replaced(elements: Replaced, channels: Replaced) -> Iterator[None]:
         "feature_dropout": of(channels, within=False),
         "feature_dropout_": of(channels, within=True),
     }
+    recurrence = lstm_of(calls["dropout"]) if placed else lstm_without_dropout
     with contextlib.ExitStack() as stack:
         for name, call in calls.items():
             # torch.nn.functional calls those of torch._VF, which looks them up in torch's C code if it has none itself.
             stack.enter_context(mock.patch.object(torch._VF, name, call, create=True))
             stack.enter_context(mock.patch.object(torch, name, call))
+        stack.enter_context(mock.patch.object(torch._VF, "lstm", recurrence, create=True))
         stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", attention))
         yield
 

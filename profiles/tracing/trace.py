@@ -32,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tightfit.profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
 from tightfit.profiles.tracing.batch_norm_ops import EVALUATED, keep_statistics, refuse_averages
+from tightfit.profiles.tracing.fewer_saved import save_less
 from tightfit.profiles.tracing.fold import ONCE, Role, fold
 from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
@@ -325,7 +326,7 @@ def _layer_key(node: fx.Node) -> str | None:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return None
-    found = re.match(r"((?:.*?\.)?\d+)(?:\.|$)", stack[-1][0])
+    found = re.match(r"((?:.*?\.)??\d+)(?:\.|$)", stack[-1][0])
     return found.group(1) if found else None
 
 
@@ -503,6 +504,7 @@ class _Tracer:
 
         traced = self._traced(joint, self.decompositions, [*inputs, *seeds_in])
         fuse_products(traced)
+        save_less(traced, len(segment.outputs), self.fake_mode)
         outputs = [(f"out{i}", node.meta["val"].stride()) for i, node in enumerate(segment.outputs)]
         results = list(outputs)
         if any(incoming) and wanted:  # a gradient has the layout of its tensor

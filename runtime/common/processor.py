@@ -38,3 +38,6 @@ NARROW = not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(features(
 BFLOAT16_PRODUCTS = "bfloat16" if NARROW else "float32"
 """the type in which bfloat16 tensors are multiplied here (`tightfit.runtime.engine.cpu.products`); results depend on
 it"""
+UNUSED_BY_MKL = "avx512f" in features() and "GenuineIntel" not in _told("vendor_id") and "amx_bf16" not in features()
+"""whether MKL, which multiplies float32 tensors for PyTorch, leaves this processor's AVX-512 unused, as it does on other makers'
+processors than Intel's"""

@@ -1,4 +1,4 @@
-"""The networks of the rematerialisation papers as bare training graphs: defined here, traced without weights or data.
+"""The networks of the rematerialisation papers as bare training graphs, traced without weights or data.
 
 Batch sizes are those of Checkmate (Jain et al. 2020) where it has them. Seconds are estimated for an NVIDIA V100 in float32 from
 operations and bytes moved: 15.7 TFLOP/s and 900 GB/s by its data sheet, of which 60 % and 80 % are taken to be reached, and
@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 
 import torch
+from architectures import UNet, mobilenet_v2, resnet50, vgg16
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,107 +21,6 @@ from tightfit.profiles.graph_input import BareGraph, BareOperator
 
 FLOPS, BANDWIDTH, LAUNCH = 0.6 * 15.7e12, 0.8 * 900e9, 5e-6
 VIEWS = {"t", "view", "_unsafe_view", "detach", "transpose", "permute", "expand", "unsqueeze", "squeeze", "alias"}
-
-
-def conv(inputs, outputs, kernel=3, stride=1, groups=1):
-    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-
-
-def block(inputs, outputs, kernel=3, stride=1, groups=1, act=nn.ReLU):
-    return [conv(inputs, outputs, kernel, stride, groups), nn.BatchNorm2d(outputs), act()]
-
-
-def vgg16(classes=1000):
-    layers, width = [], 3
-    for item in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
-        if item == "M":
-            layers.append(nn.MaxPool2d(2))
-        else:
-            layers += [nn.Conv2d(width, item, 3, padding=1), nn.ReLU()]
-            width = item
-    head = [nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, classes)]
-    return nn.Sequential(*layers, nn.Flatten(), *head)
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, inputs, width, stride):
-        super().__init__()
-        outputs = 4 * width
-        parts = [*block(inputs, width, 1), *block(width, width, 3, stride), conv(width, outputs, 1)]
-        self.body = nn.Sequential(*parts, nn.BatchNorm2d(outputs))
-        same = stride == 1 and inputs == outputs
-        self.short = nn.Identity() if same else nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
-        self.act = nn.ReLU()
-
-    def forward(self, x):
-        return self.act(self.body(x) + self.short(x))
-
-
-def resnet50(classes=1000):
-    layers = [*block(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)]
-    inputs = 64
-    for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-        for index in range(count):
-            layers.append(Bottleneck(inputs, width, stride if index == 0 else 1))
-            inputs = 4 * width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, classes))
-
-
-class Inverted(nn.Module):
-    def __init__(self, inputs, outputs, stride, expand):
-        super().__init__()
-        hidden = inputs * expand
-        parts = block(inputs, hidden, 1, act=nn.ReLU6) if expand != 1 else []
-        parts += [*block(hidden, hidden, 3, stride, hidden, act=nn.ReLU6), conv(hidden, outputs, 1)]
-        self.body = nn.Sequential(*parts, nn.BatchNorm2d(outputs))
-        self.skip = stride == 1 and inputs == outputs
-
-    def forward(self, x):
-        return x + self.body(x) if self.skip else self.body(x)
-
-
-def mobilenet_v2(classes=1000):
-    layers = block(3, 32, 3, 2, act=nn.ReLU6)
-    inputs = 32
-    stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-    for expand, outputs, count, stride in stages:
-        for index in range(count):
-            layers.append(Inverted(inputs, outputs, stride if index == 0 else 1, expand))
-            inputs = outputs
-    layers += [*block(320, 1280, 1, act=nn.ReLU6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, classes)]
-    return nn.Sequential(*layers)
-
-
-class UNet(nn.Module):
-    """Ronneberger et al. 2015, padded convolutions, four levels."""
-
-    def __init__(self, classes=2, width=64):
-        super().__init__()
-        widths = [width << level for level in range(5)]
-
-        def double(inputs, outputs):
-            return nn.Sequential(
-                nn.Conv2d(inputs, outputs, 3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(outputs, outputs, 3, padding=1),
-                nn.ReLU(),
-            )
-
-        self.down = nn.ModuleList([double(i, o) for i, o in zip([3, *widths], widths)])
-        self.up = nn.ModuleList([nn.ConvTranspose2d(2 * w, w, 2, 2) for w in reversed(widths[:-1])])
-        self.merge = nn.ModuleList([double(2 * w, w) for w in reversed(widths[:-1])])
-        self.pool = nn.MaxPool2d(2)
-        self.last = nn.Conv2d(width, classes, 1)
-
-    def forward(self, x):
-        kept = []
-        for level, down in enumerate(self.down):
-            x = down(x if level == 0 else self.pool(x))
-            kept.append(x)
-        for up, merge, skip in zip(self.up, self.merge, reversed(kept[:-1])):
-            x = merge(torch.cat([skip, up(x)], 1))
-        return self.last(x)
-
 
 NETWORKS = {
     "VGG-16": (vgg16, (256, 3, 224, 224), (256,), 1000),

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from tightfit.runtime.engine.cpu.arena import Arena
+from tightfit.runtime.engine.cpu.direct import DIRECT
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.device.device import Kernels
 from tightfit.runtime.engine.device.meter import Meter
 
-KERNELS = Kernels(fused=OPERATORS, dispatch_key="CPU")
+KERNELS = Kernels(fused=OPERATORS, direct=DIRECT, dispatch_key="CPU")
 
 
 class Cpu(Arena):

@@ -29,6 +29,7 @@ from tightfit.runtime.engine.cpu.dropout import (
     dropout_lora_down,
     dropout_projection_backward,
 )
+from tightfit.runtime.engine.cpu.lstm import lstm, lstm_backward
 from tightfit.runtime.engine.cpu.preference import preference_loss, preference_scores
 from tightfit.runtime.engine.cpu.products import blocks, multiply
 from tightfit.runtime.engine.cpu.tables import (
@@ -344,6 +345,8 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.batch_norm": batch_norm,
     "tightfit.batch_norm_inference": batch_norm_inference,
     "tightfit.keep_state": keep_state,
+    "tightfit.lstm": lstm,
+    "tightfit.lstm_backward": lstm_backward,
     "tightfit.dora_norm": dora_norm,
     "tightfit.dora_scale": dora_scale,
     "tightfit.dora_scale_backward": dora_scale_backward,

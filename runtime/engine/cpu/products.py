@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tightfit.runtime.common.processor import NARROW
+from tightfit.runtime.common.processor import NARROW, UNUSED_BY_MKL
 from tightfit.runtime.engine.cpu.pages import make_pages
 
 aten = torch.ops.aten
@@ -85,15 +85,15 @@ def _rounded(term: Term) -> Term:
 
 @contextlib.contextmanager
 def onednn(dtype: torch.dtype) -> Iterator[None]:
-    """While entered, oneDNN makes PyTorch's float32 products, if `dtype` is bfloat16 and this processor multiplies
-    that.
+    """While entered, oneDNN makes PyTorch's float32 products, if that is faster and as exact as `dtype` asks for.
 
-    `dtype` is the type of the tensors that the float32 operands were converted from. oneDNN may then round the operands
-    to bfloat16, which it does where that is faster: with AMX, not without. (On Zen 5 errors are 1e-6, at twice the
-    speed of MKL, which does not use AVX-512 on other makers' processors.) The setting is global to the process, so only
-    one thread may be in such a block at a time.
+    `dtype` is the type of the tensors that the float32 operands were converted from. oneDNN may then round operands to
+    bfloat16, which it does where that is faster: with AMX, not without. So for bfloat16 it is used wherever this processor
+    multiplies that, for float32 only without AMX, and where MKL leaves AVX-512 unused. (On Zen 5 errors are 1e-6, at twice the
+    speed of MKL; on Zen 4, which takes AVX-512 in two halves, products of transposed operands take a quarter less.) The
+    setting is global to the process, so only one thread may be in such a block at a time.
     """
-    if dtype is not torch.bfloat16 or not NARROW:
+    if not (NARROW if dtype is torch.bfloat16 else UNUSED_BY_MKL and dtype is torch.float32):
         yield
         return
     before = torch._C._get_fp32_precision_getter("mkldnn", "matmul")

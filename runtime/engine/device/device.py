@@ -24,6 +24,9 @@ class Kernels:
 
     fused: Mapping[str, Callable[..., Any]]
     """fused operators by target, called as ``fused(*args, out=[...], **kwargs)``; unused outputs are None"""
+    direct: Mapping[str, Callable[..., Any]]
+    """those of PyTorch's operators by target that have a better form here than the one that PyTorch's out variants give, called in
+    the same way; not used for operators that a profile marks as `copied`"""
     dispatch_key: str
     """PyTorch's dispatch key of its own kernels for the device"""
 

@@ -1,10 +1,10 @@
 """Compiles the operators of a program into calls with slots for their tensors.
 
-A tensor argument is a strided view of a storage. An aten operator writes straight into its output's storage if it has
-an out variant with a kernel of the device's own, and if that kernel writes nowhere else;
-`tightfit.profiles.measuring.guard` tests that, and the profile marks operators that fail (`copied`). Otherwise the
-result is copied into the output, and the transient result counts as workspace: the profile times and measures operators
-through this very module.
+A tensor argument is a strided view of a storage. An aten operator writes straight into its output's storage if the device has
+a form of it that does (`Kernels.direct`), or if it has an out variant with a kernel of the device's own, and if that kernel
+writes nowhere else; `tightfit.profiles.measuring.guard` tests that, and the profile marks operators that fail (`copied`).
+Otherwise the result is copied into the output, and the transient result counts as workspace: the profile times and measures
+operators through this very module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Outputs = list[Tensor | None]
 class CompiledOperator:
     """One operator; `call(outputs)` runs it on the tensors that were put into its slots."""
 
-    __slots__ = ("args", "call", "gathers", "kwargs", "name", "outputs", "partial", "slots")
+    __slots__ = ("args", "call", "functional", "gathers", "kwargs", "name", "outputs", "partial", "slots")
 
     def __init__(self, operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], kernels: Kernels) -> None:
         self.name: str = operator["target"]
@@ -46,6 +46,8 @@ class CompiledOperator:
         ]
         self.partial = False
         """Whether `call` takes None for an output that is not used."""
+        self.functional = False
+        """Whether `call` has PyTorch make new tensors and copies them."""
         self.call = self._resolve(kernels, copied=bool(operator.get("copied")))
 
     def __repr__(self) -> str:
@@ -88,6 +90,10 @@ class CompiledOperator:
         if self.name in kernels.fused:
             fused = kernels.fused[self.name]
             return lambda outputs: fused(*args, out=outputs, **kwargs)
+        if self.name in kernels.direct and not copied:
+            direct = kernels.direct[self.name]
+            self.partial = True
+            return lambda outputs: direct(*args, out=outputs, **kwargs)
         namespace, operator, overload = self.name.split(".")
         qualified, overload = f"{namespace}::{operator}", "" if overload == "default" else overload
         if qualified in COPIES:
@@ -114,7 +120,7 @@ class CompiledOperator:
 
             return call_several
         functional = _native(qualified, overload)
-        self.partial = True
+        self.partial = self.functional = True
 
         def call_and_copy(outputs: Outputs) -> None:
             results = functional(*args, **kwargs)

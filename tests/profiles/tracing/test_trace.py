@@ -13,6 +13,7 @@ from reference import CONFIGS, VARIANTS, all_layers, gradients_of, loss_of, peft
 from traced import ALPHA, RANK, interpret, random_batch, random_weights, trace_decoder
 
 from examples.vision import residual_cnn, vision_transformer
+from tightfit.profiles.schema import Layer
 from tightfit.profiles.tracing.trace import trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import trained_name
@@ -140,26 +141,108 @@ def test_a_tensor_that_modules_share_has_one_gradient() -> None:
 
 
 class Recurrent(torch.nn.Module):
-    def __init__(self, kind: type[torch.nn.RNNBase]) -> None:
+    def __init__(self, kind: type[torch.nn.RNNBase], **settings: Any) -> None:
         super().__init__()
-        self.recurrent, self.head = kind(6, 8, 2, batch_first=True), torch.nn.Linear(8, 4)
+        self.recurrent = kind(6, 8, 2, **settings)
+        self.head = torch.nn.Linear(8 * (1 + self.recurrent.bidirectional), 4)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self.head(self.recurrent(x)[0][:, -1]), y)
+        made, _ = self.recurrent(x)
+        return torch.nn.functional.cross_entropy(self.head(made[:, -1]), y)
 
 
-@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
-def test_gradients_through_recurrent_layers_match_autograd(kind: type[torch.nn.RNNBase]) -> None:
+class Stateful(torch.nn.Module):
+    """An LSTM that begins with trained states, of which the last states are read too."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.recurrent, self.head = torch.nn.LSTM(6, 8, **settings), torch.nn.Linear(8, 4)
+        ways = 1 + self.recurrent.bidirectional
+        self.first = torch.nn.ParameterList(torch.randn(ways, 5, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        _, (hidden, cell) = self.recurrent(x, tuple(self.first))
+        return torch.nn.functional.cross_entropy(self.head(hidden.sum(0) + cell.mean(0)), y)
+
+
+RECURRENT = {
+    "lstm": lambda: Recurrent(torch.nn.LSTM, batch_first=True),
+    "lstm of two ways": lambda: Recurrent(torch.nn.LSTM, bidirectional=True, bias=False),
+    "states of an lstm": lambda: Stateful(bidirectional=True),
+    "gru": lambda: Recurrent(torch.nn.GRU, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_gradients_through_recurrent_layers_match_autograd(name: str) -> None:
     torch.manual_seed(0)
-    module, batch = Recurrent(kind), {"x": torch.randn(3, 5, 6), "y": torch.randint(0, 4, (3,))}
+    module = RECURRENT[name]()
+    rows = 3 if name in ("lstm", "gru", "lstm of two ways") else 5
+    batch = {"x": torch.randn(3, 5, 6), "y": torch.randint(0, 4, (rows,))}
     traced = trace(module, batch)
     parameters = dict(module.named_parameters())
-    made = run_step(traced.layers, {p.name: p for p in traced.programs}, parameters | batch)
+    given = {key: parameter.detach() for key, parameter in parameters.items()}
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, given | batch)
     loss = module(**batch)
     loss.backward()
     torch.testing.assert_close(made[traced.loss], loss.detach())
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+    for key, parameter in parameters.items():
+        torch.testing.assert_close(made[f"grad:{key}"], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_lstm_takes_as_many_operators_for_long_sequences_as_for_short_ones() -> None:
+    def operators(length: int) -> list[str]:
+        traced = trace(Recurrent(torch.nn.LSTM), {"x": torch.randn(length, 5, 6), "y": torch.randint(0, 4, (length,))})
+        return [operator.target for program in traced.programs for operator in program.operators]
+
+    assert operators(20) == operators(3)
+    assert operators(3).count("tightfit.lstm") == operators(3).count("tightfit.lstm_backward") == 2
+
+
+class Residual(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, width))
+        self.act = torch.nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.body(x) + x)
+
+
+class Pooled(torch.nn.Sequential):
+    """A sequence of blocks that are sequences themselves, the first of which pools."""
+
+    def __init__(self) -> None:
+        first = torch.nn.Sequential(
+            torch.nn.Conv2d(2, 4, 1), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten()
+        )
+        super().__init__(first, Residual(16), Residual(16), torch.nn.Linear(16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).square().mean()
+
+
+def test_blocks_of_a_sequence_are_layers_whose_backward_reads_no_more_than_it_needs() -> None:
+    """The output of a block is read by the next one's backward alone, and what is pooled by none."""
+    torch.manual_seed(0)
+    module, x = Pooled(), torch.randn(3, 2, 4, 4)
+    traced = trace(module, {"x": x})
+    assert [layer.name for layer in traced.layers] == ["0", "1", "2", "3", "head"]
+    programs = {program.name: program for program in traced.programs}
+
+    def read(layer: Layer) -> set[str]:
+        backward = [op for op in programs[layer.program].operators if op.phase == "backward"]
+        return {layer.bindings.get(name, name) for op in backward for name in op.inputs}
+
+    readers = {layer.name: read(layer) for layer in traced.layers}
+    assert [name for name, names in readers.items() if "1/out0" in names] == ["2"]
+    pooling = [op for op in programs[traced.layers[0].program].operators if "max_pool2d" in op.target]
+    assert pooling[0].inputs[0] not in pooling[1].inputs
+    parameters = dict(module.named_parameters())
+    made = run_step(traced.layers, programs, {key: value.detach() for key, value in parameters.items()} | {"x": x})
+    module(x).backward()
+    for key, parameter in parameters.items():
+        torch.testing.assert_close(made[f"grad:{key}"], parameter.grad)
 
 
 class Encoder(torch.nn.Module):

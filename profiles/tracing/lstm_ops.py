@@ -1,0 +1,117 @@
+"""Registers the operators of `tightfit.runtime.engine.cpu.lstm` with torch for tracing, as `tightfit.profiles.tracing.torch_ops`
+does the others, and has `nn.LSTM` use them.
+
+PyTorch's own layers are traced as they run without oneDNN: some thirty operators for every time of every layer, for a sequence of
+100 some ten thousand, and the products with the inputs and for the weights' gradients as many small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tightfit.profiles.tracing.torch_ops import Shape, _define, _library
+
+lstm = _define(
+    "lstm",
+    "(Tensor x, Tensor hidden, Tensor cell, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool reverse)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda x, hidden, *_: (
+        x.new_empty((*x.shape[:2], hidden.shape[1])),
+        x.new_empty(hidden.shape),
+        x.new_empty((*x.shape[:2], 4 * hidden.shape[1])),
+        x.new_empty((*x.shape[:2], hidden.shape[1])),
+    ),
+)
+lstm_backward = _define(
+    "lstm_backward",
+    "(Tensor? dy, Tensor? dends, Tensor x, Tensor hidden, Tensor cell, Tensor w_ih, Tensor w_hh, Tensor y, Tensor gates,"
+    " Tensor cells, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, dends, x, hidden, cell, w_ih, w_hh, y, gates, cells, reverse: (
+        *(like.new_empty(like.shape) for like in (x, hidden, cell, w_ih, w_hh)),
+        gates.new_empty(gates.shape[-1]),
+        gates.new_empty(gates.shape),
+    ),
+)
+
+
+@register_flop_formula([torch.ops.tightfit.lstm])
+def _lstm_flops(x: Shape, hidden: Shape, cell: Shape, w_ih: Shape, w_hh: Shape, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * w_ih[0] * (w_ih[1] + w_hh[1])
+
+
+@register_flop_formula([torch.ops.tightfit.lstm_backward])
+def _lstm_backward_flops(
+    dy: Shape, dends: Shape, x: Shape, hidden: Shape, cell: Shape, w_ih: Shape, w_hh: Shape, *_: Any, **__: Any
+) -> int:
+    return 2 * _lstm_flops(x, hidden, cell, w_ih, w_hh)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, hidden, cell, w_ih, w_hh, ctx.biased, _, ctx.reverse = (*inputs[:5], inputs[5] is not None, *inputs[6:])
+    y, _, gates, cells = output
+    ctx.save_for_backward(x, hidden, cell, w_ih, w_hh, y, gates, cells)
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx: Any, dy: Tensor | None, dends: Tensor | None, *_: Any) -> Any:
+    if dy is None and dends is None:
+        return (None,) * 8
+    *made, dbias, _ = lstm_backward(dy, dends, *ctx.saved_tensors, ctx.reverse)
+    return *made, *((dbias, dbias) if ctx.biased else (None, None)), None
+
+
+torch.library.register_autograd("tightfit::lstm", _grad, setup_context=_setup, lib=_library)
+
+_own = torch._VF.lstm  # type: ignore[attr-defined]
+LeaveOut = Callable[[Tensor, float, bool], Tensor]
+
+
+def lstm_of(leave_out: LeaveOut) -> Callable[..., Any]:
+    """What takes the place of ``torch._VF.lstm``, which `nn.LSTM` calls: the operators above for sequences of equal length in
+    float32 without projections, with dropout between layers by `leave_out` (x, p, whether in training); otherwise PyTorch's own.
+    """
+
+    def call(*arguments: Any) -> Any:
+        if not _supported(arguments):
+            return _own(*arguments)
+        x, states, weights, biased, layers, p, train, two_ways, rows_first = arguments
+        x = x.transpose(0, 1) if rows_first else x
+        ways, each = (2 if two_ways else 1), (4 if biased else 2)
+        hidden, cells = [], []
+        for layer in range(layers):
+            made = []
+            for way in range(ways):
+                place = layer * ways + way
+                own = weights[each * place : each * (place + 1)]
+                parts = (*own, None, None)[:4]
+                y, end, _, _ = lstm(x.contiguous(), *(state[place].contiguous() for state in states), *parts, way == 1)
+                made.append(y)
+                hidden.append(y[0] if way else y[-1])
+                cells.append(end)
+            x = torch.cat(made, -1) if two_ways else made[0]
+            if layer < layers - 1:
+                x = leave_out(x, p, train)
+        return x.transpose(0, 1) if rows_first else x, torch.stack(hidden), torch.stack(cells)
+
+    return call
+
+
+def lstm_without_dropout(*arguments: Any) -> Any:
+    """PyTorch's own layers with nothing left out between them, where `lstm_of` would replace them."""
+    return _own(*arguments[:5], 0.0, *arguments[6:]) if _supported(arguments) else _own(*arguments)
+
+
+def _supported(arguments: Sequence[Any]) -> bool:
+    if len(arguments) != 9 or isinstance(arguments[1], Tensor):
+        return False  # a packed sequence
+    x, states, weights, biased, layers, _, _, two_ways, _ = arguments
+    each = 4 if biased else 2
+    return len(weights) == layers * (2 if two_ways else 1) * each and all(
+        tensor.dtype is torch.float32 for tensor in (x, *states, *weights)
+    )
