@@ -16,9 +16,6 @@ from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.generation.job import DEPTH, STREAMED, Piece
 from tightfit.runtime.engine.generation.sizes import MEASURED_CONTEXT, TAIL, TOKENS
 
-START_BYTES = 10 << 20
-"""allowance for the peak of the start, which varies with how files lie in the page cache"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationPlan:
@@ -64,7 +61,7 @@ def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationP
     """
     pieces = problem.pieces()
     beside = figures.front_bytes + figures.base_bytes + problem.heap_bytes()
-    start = figures.front_bytes + figures.start_bytes + START_BYTES
+    start = figures.front_bytes + figures.start_bytes
     sizes = _pass_sizes(problem.prompt_tokens)
     least = max(start, beside + _in_pages(problem.other_bytes(sizes[0])) + least_room(pieces))
     if budget < least:
@@ -89,7 +86,7 @@ def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationP
             best = choice.seconds, size, spread(pieces, choice)
     assert best is not None
     _, size, states = best
-    return _laid_out(problem, figures, pieces, states, size, budget=budget)
+    return laid_out(problem, figures, pieces, states, size, budget=budget)
 
 
 def plan_measuring(problem: Problem) -> GenerationPlan:
@@ -97,7 +94,7 @@ def plan_measuring(problem: Problem) -> GenerationPlan:
     pieces = problem.pieces()
     states = [STREAMED] * len(pieces)
     nothing = Simulated(first_seconds=0.0, token_seconds=0.0, stall_seconds=0.0, unpack_seconds=0.0, read_bytes=0)
-    return _laid_out(problem, None, pieces, states, GROUP, budget=1 << 62, times=nothing)
+    return laid_out(problem, None, pieces, states, GROUP, budget=1 << 62, times=nothing)
 
 
 MEASURED = {"prompt_tokens": GROUP + TAIL, "answer_tokens": MEASURED_CONTEXT - GROUP - TAIL}
@@ -114,7 +111,7 @@ def _pass_sizes(prompt: int) -> list[int]:
     return [*sizes, prompt] if sizes else [prompt]
 
 
-def _laid_out(
+def laid_out(
     problem: Problem,
     figures: Figures | None,
     pieces: Sequence[Rows],
@@ -124,6 +121,9 @@ def _laid_out(
     budget: int,
     times: Simulated | None = None,
 ) -> GenerationPlan:
+    """The plan with these states of the pieces: a place for every tensor, and the simulator's figures, or `times` where nothing
+    is measured yet.
+    """
     at, placed = 0, []
     for piece, state in zip(pieces, states, strict=True):
         size = piece.bytes(state)

@@ -38,6 +38,7 @@ class Figures:
     """What was measured: see `tightfit.runtime.engine.generation.measuring.measure`. Bytes and seconds."""
 
     start_bytes: int
+    """the peak of its start, with an allowance"""
     base_bytes: int
     rates: Mapping[str, float]
     group_seconds: float

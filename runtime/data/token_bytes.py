@@ -8,12 +8,13 @@ from typing import Any
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.supervision.token_text import NO_SPACE, ONE_SPACE, SPACES_OF_FIRST
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], bytes]:
-    """(bytes of every token by its id, what a text does not begin with: one space or nothing).
+def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], int]:
+    """(bytes of every token by its id, what a text does not begin with: `NO_SPACE`, `ONE_SPACE` or `SPACES_OF_FIRST`).
 
     Special tokens have none, as where they are skipped in decoding. Raises InputError for a tokenizer whose decoder is neither byte-level nor that of
     SentencePiece.
@@ -21,7 +22,7 @@ def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], bytes]:
     told = json.loads(vocabulary.tokenizer.to_str())
     steps = _steps(told.get("decoder"))
     kinds = [step["type"] for step in steps]
-    leading = b""
+    left_out = NO_SPACE
     if kinds == ["ByteLevel"]:
         known = _byte_level()
 
@@ -32,8 +33,7 @@ def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], bytes]:
 
     elif kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
         marks = [_mark(step) for step in steps if step["type"] in ("Replace", "Metaspace")]
-        if any(_leading(step) for step in steps):
-            leading = b" "
+        left_out = max(map(_left_out, steps))
 
         def piece(token: str) -> bytes:
             if "ByteFallback" in kinds and (found := _BYTE.fullmatch(token)):
@@ -54,7 +54,7 @@ def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], bytes]:
             pieces[number] = piece(token)
         elif not added[number]["special"]:
             pieces[number] = token.encode()
-    return pieces, leading
+    return pieces, left_out
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -69,11 +69,11 @@ def _mark(step: dict[str, Any]) -> tuple[str, str]:
     return step["pattern"].get("String", ""), step["content"]
 
 
-def _leading(step: dict[str, Any]) -> bool:
-    """Whether a decoder's step leaves out a space at the start of a text."""
-    if step["type"] == "Strip":
-        return bool(step.get("content") == " " and step.get("start", 0))
-    return bool(step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+def _left_out(step: dict[str, Any]) -> int:
+    """What a decoder's step leaves out at the start of a text."""
+    if step["type"] == "Metaspace" and step.get("prepend_scheme") != "never":
+        return SPACES_OF_FIRST
+    return ONE_SPACE if step["type"] == "Strip" and step["content"] == " " and step["start"] else NO_SPACE
 
 
 def _byte_level() -> dict[str, int]:

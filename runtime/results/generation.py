@@ -138,8 +138,7 @@ def prepared(
     problem = _problem(ready, options, encoded)
     with temporary_folder() as directory, locked(directory) as lock:
         with writing_to(directory):
-            pieces, leading = token_bytes(ready.vocabulary)
-            write_table(str(directory / "table"), pieces, leading)
+            write_table(str(directory / "table"), *token_bytes(ready.vocabulary))
             if encoded is None:
                 from tightfit.runtime.results import chat
 

@@ -22,6 +22,7 @@ from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.generation.job import GenerationJob, Sampling
 from tightfit.runtime.engine.generation.sizes import BLOCK_ELEMENTS
+from tightfit.runtime.engine.start.floor import IMPORT_SLACK_BYTES
 from tightfit.runtime.engine.start.process import child_environment
 
 CHILD = "tightfit.runtime.engine.generation.child"
@@ -117,6 +118,7 @@ def _of_decoder(problem: Problem, store: Path, threads: int) -> dict[str, Any]:
     if last["event"] != "measured":
         kind = InputError if last.get("kind") == "InputError" else RunError
         raise kind(f"measuring stopped: {last.get('message', last['event'])}")
+    last["start_bytes"] += IMPORT_SLACK_BYTES
     return {name: last[name] for name in Figures.__dataclass_fields__ if name in last}
 
 

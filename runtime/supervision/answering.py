@@ -30,7 +30,7 @@ from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
 from tightfit.runtime.supervision.failure import fail
-from tightfit.runtime.supervision.token_text import TokenText, write_table
+from tightfit.runtime.supervision.token_text import NO_SPACE, TokenText, write_table
 from tightfit.runtime.supervision.training_process import RunOrder, TrainingProcess, started
 
 MODULE = "tightfit.runtime.supervision.answering"
@@ -243,7 +243,7 @@ def measure() -> int:
     """Peak bytes of this process, which plays an answer of `PLAYED` tokens."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "table")
-        write_table(path, [b"token"] * PLAYED, b"")
+        write_table(path, [b"token"] * PLAYED, NO_SPACE)
         text = TokenText(path)
         for token in range(PLAYED):
             line = json.dumps({"event": "token", "id": token, "peak_bytes": 1 << 30})

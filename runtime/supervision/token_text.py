@@ -1,6 +1,6 @@
 """The text of tokens, one after the other as they come, from a table on disk: a few bytes of memory instead of a tokenizer.
 
-The table begins with the number of tokens and of the bytes to be left out at the start of a text (uint32 each), then has
+The table begins with the number of tokens and with which spaces are left out at the start of a text (uint32 each), then has
 the end of each token's bytes (uint32) and the bytes themselves. The standard library only.
 """
 
@@ -14,18 +14,18 @@ from collections.abc import Sequence
 
 HEAD = struct.Struct("<II")
 WIDTH = 4
+NO_SPACE, ONE_SPACE, SPACES_OF_FIRST = 0, 1, 2
+"""What is left out at the start of a text: nothing, one space, or every space of its first token."""
 
 
-def write_table(path: str, pieces: Sequence[bytes], leading: bytes) -> None:
-    """Write the table of tokens whose bytes are `pieces`; a text does not begin with `leading`, which is one space or
-    nothing.
-    """
+def write_table(path: str, pieces: Sequence[bytes], left_out: int) -> None:
+    """Write the table of tokens whose bytes are `pieces`; `left_out` is what a text does not begin with."""
     ends, end = array("I"), 0
     for piece in pieces:
         end += len(piece)
         ends.append(end)
     with open(path, "wb") as file:
-        file.write(HEAD.pack(len(pieces), len(leading)))
+        file.write(HEAD.pack(len(pieces), left_out))
         ends.tofile(file)
         file.writelines(pieces)
 
@@ -35,20 +35,23 @@ class TokenText:
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.count, self._leading = HEAD.unpack(os.pread(self._descriptor, HEAD.size, 0))
+        self.count, self._left_out = HEAD.unpack(os.pread(self._descriptor, HEAD.size, 0))
         self.begin()
 
     def begin(self) -> None:
         """Start a new text."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._fresh = bool(self._leading)
+        self._fresh = True
 
     def add(self, token: int) -> str:
         """The text that a token completes; a character may take several."""
         data = self.bytes_of(token)
         if self._fresh and data:
             self._fresh = False
-            data = data.removeprefix(b" ")
+            if self._left_out == ONE_SPACE:
+                data = data.removeprefix(b" ")
+            elif self._left_out == SPACES_OF_FIRST:
+                data = data.replace(b" ", b"")
         return self._decoder.decode(data)
 
     def end(self) -> str:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.token_bytes import token_bytes
-from tightfit.runtime.supervision.token_text import TokenText, write_table
+from tightfit.runtime.supervision.token_text import NO_SPACE, TokenText, write_table
 
 
 def metaspace_tokenizer() -> Tokenizer:
@@ -38,7 +38,7 @@ def test_tokens_one_by_one_are_the_text_of_all(made, tmp_path: Path) -> None:
 
 
 def test_letters_of_several_tokens_come_when_they_are_complete(tmp_path: Path) -> None:
-    write_table(str(tmp_path / "table"), [b"a", "é".encode()[:1], "é".encode()[1:]], b"")
+    write_table(str(tmp_path / "table"), [b"a", "é".encode()[:1], "é".encode()[1:]], NO_SPACE)
     shown = TokenText(str(tmp_path / "table"))
     assert [shown.add(token) for token in (0, 1, 2, 1, 7)] == ["a", "", "é", "", ""]
     assert shown.end() == "\N{REPLACEMENT CHARACTER}"

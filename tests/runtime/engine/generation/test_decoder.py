@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from answering import BESIDE, answered_by_transformers, greedy, opened, packed, planned, problem_of
+from answering import answered_by_transformers, figures, greedy, opened, packed, planned, problem_of
 from peft_adapters import merged_by_peft, save_adapter, save_model
 from reference import CONFIGS, VARIANTS, stored_weights, take
 
-from tightfit.planner.generation.plan import plan_measuring
+from tightfit.planner.generation.plan import GenerationPlan, laid_out
 from tightfit.planner.generation.problem import Problem
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.generation.job import PACKED, STREAMED, UNPACKED
+from tightfit.runtime.engine.generation.job import STATES, STREAMED
 from tightfit.runtime.engine.generation.sizes import SLACK
 from tightfit.runtime.engine.weights.layout import read_header
 
@@ -81,11 +82,17 @@ def test_with_an_adapter_they_are_those_of_the_model_that_peft_merges(
     store = packed(save_model(tmp_path / "model", config))
     targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
     adapter = save_adapter(
-        exact(config, store), tmp_path / "adapter", "base", r=4, lora_alpha=12, target_modules=targets, **more
+        exact(config, store),
+        tmp_path / "adapter",
+        str(tmp_path / "model"),
+        r=4,
+        lora_alpha=12,
+        target_modules=targets,
+        **more,
     )
     model, ids = merged_by_peft(exact(config, store), adapter), prompt_of(config)
     problem = problem_of(config, store, PROMPT, 8, adapter=adapter)
-    for plan in (planned(problem, BUDGET), plan_of_states(problem, STREAMED)):
+    for plan in (planned(problem, BUDGET), plan_of(problem, [STREAMED])):
         with opened(problem, plan, store, adapter) as decoder:
             answer, logits = greedy(decoder, ids, 8)
         with torch.no_grad():
@@ -94,39 +101,23 @@ def test_with_an_adapter_they_are_those_of_the_model_that_peft_merges(
         assert answer == answered_by_transformers(model, ids, 8)
 
 
-def plan_of_states(problem: Problem, *wanted: str) -> Any:
-    """A plan in which matrices are in the wanted states, found by its budget."""
-    least = planned_least(problem)
-    for step in range(400):
-        plan = planned(problem, least + step * (16 << 10))
-        if {piece.state for piece in plan.pieces} == set(wanted):
-            return plan
-    raise AssertionError(f"no plan has {wanted}")
-
-
-def planned_least(problem: Problem) -> int:
-    from tightfit.runtime.common.errors import InfeasibleError
-
-    with pytest.raises(InfeasibleError) as caught:
-        planned(problem, BESIDE)
-    assert caught.value.minimum_budget_bytes is not None
-    return caught.value.minimum_budget_bytes
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_the_bits_do_not_depend_on_what_stays_in_memory_or_on_the_passes(name: str, tmp_path: Path) -> None:
     config = FORMS[name]
     store = packed(save_model(tmp_path / "model", config))
     problem = problem_of(config, store, PROMPT, 12)
-    ids, found, passes = prompt_of(config), [], set()
-    mixed = plan_of_states(problem, STREAMED, PACKED), plan_of_states(problem, STREAMED, PACKED, UNPACKED)
-    for plan in (planned(problem, BUDGET), plan_of_states(problem, STREAMED), *mixed, plan_measuring(problem)):
-        passes.add(plan.pass_tokens)
-        with opened(problem, plan, store) as decoder:
+    ids, found = prompt_of(config), []
+    for states, size in ((STATES, 32), (STATES[::-1], 64), *(((state,), PROMPT) for state in STATES)):
+        with opened(problem, plan_of(problem, states, size), store) as decoder:
             found.append(greedy(decoder, ids, 12)[1])
-    assert {piece.state for piece in planned(problem, BUDGET).pieces} == {UNPACKED}
-    assert len(passes) > 1
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+def plan_of(problem: Problem, states: Sequence[str], pass_tokens: int = PROMPT) -> GenerationPlan:
+    """A plan whose matrices are in these states in turn."""
+    pieces = problem.pieces()
+    turns = [states[number % len(states)] for number in range(len(pieces))]
+    return laid_out(problem, figures(pieces), pieces, turns, pass_tokens, budget=BUDGET)
 
 
 def test_a_narrow_cache_differs_by_its_rounding_alone(tmp_path: Path) -> None:
@@ -161,7 +152,12 @@ def test_an_adapter_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
     store = packed(save_model(tmp_path / "model", config))
     entries = read_header(store).entries
     saved = save_adapter(
-        exact(config, store), tmp_path / "saved", "base", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]
+        exact(config, store),
+        tmp_path / "saved",
+        str(tmp_path / "model"),
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head"],
     )
     with pytest.raises(InputError, match="trained in full \\(modules_to_save\\), which tightfit cannot generate with"):
         problem_of(config, store, 4, 4, adapter=saved)
@@ -169,7 +165,7 @@ def test_an_adapter_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
     more = save_adapter(
         exact(other, packed(save_model(tmp_path / "other", other))),
         tmp_path / "more",
-        "base",
+        str(tmp_path / "other"),
         r=2,
         target_modules=["q_proj"],
     )
