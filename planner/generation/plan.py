@@ -48,7 +48,7 @@ class GenerationPlan:
             "pieces": dict(sorted(states.items())),
             "first_seconds": self.times.first_seconds,
             "token_seconds": self.times.token_seconds,
-            "unpack_seconds": self.times.unpack_seconds,
+            "weight_seconds": self.times.weight_seconds,
             "stall_seconds": self.times.stall_seconds,
             "read_bytes_per_token": self.times.read_bytes,
         }
@@ -93,7 +93,7 @@ def plan_measuring(problem: Problem) -> GenerationPlan:
     """The plan with which figures are measured: every matrix is streamed, and one group of tokens passes at a time."""
     pieces = problem.pieces()
     states = [STREAMED] * len(pieces)
-    nothing = Simulated(first_seconds=0.0, token_seconds=0.0, stall_seconds=0.0, unpack_seconds=0.0, read_bytes=0)
+    nothing = Simulated(first_seconds=0.0, token_seconds=0.0, stall_seconds=0.0, weight_seconds=0.0, read_bytes=0)
     return laid_out(problem, None, pieces, states, GROUP, budget=1 << 62, times=nothing)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tightfit.profiles.models.decoder_config import DecoderShape
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP, attention_cache_scratch, cache_scratch
-from tightfit.runtime.engine.generation.job import PACKED, STREAMED, UNPACKED, Sampling
+from tightfit.runtime.engine.generation.job import PACKED, STATES, STREAMED, UNPACKED, Sampling
 from tightfit.runtime.engine.generation.names import (
     HEAD,
     LORA_A,
@@ -16,6 +16,7 @@ from tightfit.runtime.engine.generation.names import (
     MAGNITUDE,
     PRODUCT,
     ROOM,
+    dot_key,
     multiply_key,
     unpack_key,
     unpacked_key,
@@ -45,6 +46,8 @@ class Figures:
     token_seconds: float
     key_seconds: float
     read_seconds_per_byte: float
+    read_core_seconds_per_byte: float
+    """of a core, while the disk reads"""
     front_bytes: int
     """of the process that shows the answers"""
 
@@ -86,18 +89,27 @@ class Rows:
         """Bytes that stay in memory."""
         return {PACKED: self.packed_bytes, UNPACKED: self.unpacked_bytes, STREAMED: 0}[state]
 
+    def states(self, figures: Figures) -> tuple[str, ...]:
+        """The states that it may be in: not unpacked where one row of activations is multiplied with packed rows, since answers
+        would have other bits then.
+        """
+        return (PACKED, STREAMED) if self._dot_key in figures.rates else STATES
+
     def seconds(self, figures: Figures, state: str, tokens: int) -> float:
-        """Seconds of the cores in a pass of so many tokens."""
+        """Seconds of the cores in a pass of so many tokens, those that reading takes of them included."""
+        reading = self.packed_bytes * figures.read_core_seconds_per_byte if state == STREAMED else 0.0
+        columns, rates = self.entry.columns, figures.rates
+        if tokens == 1 and state != UNPACKED and self._dot_key in rates:
+            return reading + self.elements * rates[self._dot_key]
         key = unpacked_key if state == UNPACKED else multiply_key
         rows = 1 if tokens == 1 else GROUP
-        each = figures.rates[key(rows, self.entry.columns)] * tokens / rows
-        return self.elements * each + self.unpack_seconds(figures, state)
+        each = rates[key(rows, columns)] * tokens / rows
+        unpacking = 0.0 if state == UNPACKED else rates[unpack_key(self.entry.format, self.entry.group, columns)]
+        return reading + self.elements * (each + unpacking)
 
-    def unpack_seconds(self, figures: Figures, state: str) -> float:
-        """Seconds of unpacking it, once in a pass."""
-        if state == UNPACKED:
-            return 0.0
-        return self.elements * figures.rates[unpack_key(self.entry.format, self.entry.group, self.entry.columns)]
+    @property
+    def _dot_key(self) -> str:
+        return dot_key(self.entry.format, self.entry.group, self.entry.columns)
 
 
 @dataclass(frozen=True, kw_only=True)

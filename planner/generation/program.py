@@ -55,7 +55,11 @@ def choose(
     numbers = Counter(map(kind_of, pieces))
     program = Program()
     counts = {
-        kind: {state: program.variable(0, number, whole=True) for state in STATES} for kind, number in numbers.items()
+        kind: {
+            state: program.variable(0, number if state in examples[kind].states(figures) else 0, whole=True)
+            for state in STATES
+        }
+        for kind, number in numbers.items()
     }
     staging = program.variable(0)  # pages of the room of one streamed piece
     held = Linear(0.0).add(staging, float(DEPTH))

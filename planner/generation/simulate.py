@@ -20,7 +20,8 @@ class Simulated:
     """of each further token, on average"""
     stall_seconds: float
     """of a token's seconds, those spent waiting for the disk"""
-    unpack_seconds: float
+    weight_seconds: float
+    """of a token's seconds, those of the products with the weights, unpacking and what reading takes of the cores included"""
     read_bytes: int
     """per token"""
 
@@ -68,6 +69,6 @@ def simulate(
         first_seconds=first,
         token_seconds=clock.now - begun,
         stall_seconds=clock.stalled - stalled,
-        unpack_seconds=sum(piece.unpack_seconds(figures, state) for piece, state in zip(pieces, states, strict=True)),
+        weight_seconds=sum(piece.seconds(figures, state, 1) for piece, state in zip(pieces, states, strict=True)),
         read_bytes=sum(piece.packed_bytes for piece, state in zip(pieces, states, strict=True) if state == STREAMED),
     )

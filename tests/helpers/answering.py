@@ -29,7 +29,7 @@ BESIDE = 3 << 20
 """bytes that the processes of `figures` hold beside the arena, without the allowance for the heap"""
 
 
-def figures(pieces: Sequence[Rows], *, unpacked: float = 0.5, read: float = 1e-9) -> Figures:
+def figures(pieces: Sequence[Rows], *, unpacked: float = 0.5, read: float = 1e-9, core: float = 1e-10) -> Figures:
     """Figures with which a matrix that stays unpacked takes `unpacked` of the seconds of one that is unpacked every time."""
     rates: dict[str, float] = {}
     for piece in pieces:
@@ -46,6 +46,7 @@ def figures(pieces: Sequence[Rows], *, unpacked: float = 0.5, read: float = 1e-9
         token_seconds=1e-5,
         key_seconds=1e-8,
         read_seconds_per_byte=read,
+        read_core_seconds_per_byte=core,
         front_bytes=1 << 20,
     )
 

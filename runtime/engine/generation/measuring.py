@@ -6,6 +6,7 @@ the arena, and the seconds of unpacking, products and all else are those of thes
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -37,7 +38,7 @@ def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
     `base_bytes`: resident beside the arena at most. `rates`: seconds per element of a matrix, by the keys of `Products`, and
     for one row and a group of rows of activations also by `unpacked_key`. `token_seconds`, `group_seconds`: of all else in
     a pass of one token, and in that of a group. `key_seconds`: what a key in the cache adds to a token, in all layers.
-    `read_seconds_per_byte`: of the disk.
+    `read_seconds_per_byte`: of the disk; `read_core_seconds_per_byte`: of a core meanwhile.
     """
     every = decoder.device.raw(0, decoder.device.size)[::4096]
     every.copy_(every.clone())
@@ -61,7 +62,7 @@ def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
     apart.close()
     trim_heap()
     found["key_seconds"] = _key_seconds(decoder)
-    found["read_seconds_per_byte"] = _read_rate(decoder)
+    found["read_seconds_per_byte"], found["read_core_seconds_per_byte"] = _read_rates(decoder)
     return found
 
 
@@ -125,18 +126,20 @@ def _key_seconds(decoder: CachedDecoder) -> float:
     return max(0.0, seconds[1] - seconds[0]) / (SEEN - SEEN // 4) * shape["layers"]
 
 
-def _read_rate(decoder: CachedDecoder) -> float:
-    """Seconds per byte of reading streamed pieces one after the other: the median of those that were read."""
+def _read_rates(decoder: CachedDecoder) -> tuple[float, float]:
+    """Seconds per byte of reading pieces one after the other, and those of a core: the medians of the pieces that were read."""
     store, device = decoder.store, decoder.device
     at, _ = decoder.job.staging
-    rates, read = [], 0
+    rates: list[float] = []
+    cores: list[float] = []
+    read = 0
     for piece in decoder.job.pieces:
         size = store.packed_bytes(piece.name)
         if read + size > MOST_READ_BYTES:
             break
         read += size
-        begun = time.perf_counter()
+        begun, own = time.perf_counter(), time.thread_time()
         store.read_into(piece.name, device.host(at, (size,), "uint8"))
         rates.append((time.perf_counter() - begun) / size)
-    rates.sort()
-    return rates[len(rates) // 2]
+        cores.append((time.thread_time() - own) / size)
+    return statistics.median(rates), statistics.median(cores)

@@ -22,6 +22,11 @@ def multiply_key(rows: int, columns: int) -> str:
     return f"multiply {rows} {columns}"
 
 
+def dot_key(kind: str, group: int, columns: int) -> str:
+    """Key of multiplying one row of activations with the packed rows of a matrix, in compiled C."""
+    return f"dot {kind} {group} {columns}"
+
+
 def unpacked_key(rows: int, columns: int) -> str:
     """Key of multiplying `rows` rows of activations with a matrix that stays unpacked."""
     return f"unpacked {rows} {columns}"

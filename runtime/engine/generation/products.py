@@ -23,13 +23,14 @@ from tightfit.runtime.engine.generation.names import (
     PRODUCT,
     ROOM,
     STALL,
+    dot_key,
     multiply_key,
     unpack_key,
 )
 from tightfit.runtime.engine.generation.sizes import block_rows
 from tightfit.runtime.engine.generation.stream import Stream
 from tightfit.runtime.engine.weights.layout import Extent
-from tightfit.runtime.engine.weights.store import Store, unpack
+from tightfit.runtime.engine.weights.store import Store, multiplies, multiply_row, unpack
 
 
 class Products:
@@ -68,7 +69,7 @@ class Products:
     def _load_unpacked(self, piece: Piece, extent: Extent) -> None:
         """Unpack some rows at a time: the packed bytes of all would be needed beside the unpacked ones."""
         entry = extent.entry
-        held = self.device.tensor(piece.at, (piece.stop - piece.start, entry.columns), "float32")
+        held = self._unpacked(piece, extent)
         for rows in blocks(held.shape[0], self.rows_of_block(entry.columns)):
             name = f"{piece.matrix}[{piece.start + rows.start}:{piece.start + rows.stop}]"
             self.store.load(name, held[rows])
@@ -79,19 +80,39 @@ class Products:
         for matrix in self.pieces:
             if matrix in HEAD:
                 continue
-            a, b, scale = self.pairs.get(matrix, (None, None, 0.0))
-            for start, weight in self._blocks(matrix):
-                if matrix not in magnitudes or a is None or b is None:
-                    continue
-                rows = slice(start, start + weight.shape[0])
-                changed = torch.addmm(weight, b[rows], a, alpha=scale)
-                magnitudes[matrix][rows].div_(torch.sqrt(torch.square(changed).sum(1)))
+            for piece, extent in self.pieces[matrix]:
+                packed = self._packed(piece, extent)
+                if matrix in magnitudes:
+                    a, b, scale = self.pairs[matrix]
+                    for start, weight in self._blocks(piece, extent, packed):
+                        rows = slice(start, start + weight.shape[0])
+                        changed = torch.addmm(weight, b[rows], a, alpha=scale)
+                        magnitudes[matrix][rows].div_(torch.sqrt(torch.square(changed).sum(1)))
+                self._done(piece)
         self.ratios = magnitudes
 
     def multiply(self, matrix: str, x: Tensor, groups: Sequence[slice], bias: Tensor | None, *, out: Tensor) -> None:
-        """out [t, O] = x [t, I] @ W.T with the adapter's part and the bias; rows are multiplied in `groups`."""
-        for start, weight in self._blocks(matrix):
-            self._times(weight, x, groups, out, start)
+        """out [t, O] = x [t, I] @ W.T with the adapter's part and the bias; rows are multiplied in `groups`.
+
+        A row by itself is multiplied with the packed rows where there is compiled code for their format. Plans keep no such
+        matrix unpacked, since the sums would be made in another order.
+        """
+        alone = [rows for rows in groups if rows.stop - rows.start == 1]
+        for piece, extent in self.pieces[matrix]:
+            packed = self._packed(piece, extent)
+            fused = packed is not None and multiplies(extent.entry)
+            if fused and alone:
+                begun = time.perf_counter()
+                for rows in alone:
+                    multiply_row(extent.entry, packed, x[rows], out[rows, piece.start : piece.stop])  # type: ignore[arg-type]
+                entry = extent.entry
+                count = piece.stop - piece.start
+                self._note(dot_key(entry.format, entry.group, entry.columns), count * entry.columns, begun)
+            rest = [rows for rows in groups if rows not in alone] if fused else groups
+            if rest:
+                for start, weight in self._blocks(piece, extent, packed):
+                    self._times(weight, x, rest, out, start)
+            self._done(piece)
         if matrix in self.pairs:
             a, b, scale = self.pairs[matrix]
             for rows in groups:
@@ -116,29 +137,35 @@ class Products:
         if self.spent is not None:
             self._note(multiply_key(x.shape[0], weight.shape[1]), weight.numel(), begun)
 
-    def _blocks(self, matrix: str) -> Iterable[tuple[int, Tensor]]:
-        """(first row, float32 [rows, columns]) of each block of a matrix, which is valid until the next one is asked for."""
-        for piece, extent in self.pieces[matrix]:
-            entry = extent.entry
-            step = self.rows_of_block(entry.columns)
-            if piece.state == UNPACKED:
-                whole = self.device.tensor(piece.at, (piece.stop - piece.start, entry.columns), "float32")
-                for rows in blocks(piece.stop - piece.start, step):
-                    yield piece.start + rows.start, whole[rows]
+    def _packed(self, piece: Piece, extent: Extent) -> Tensor | None:
+        """The packed rows of a piece, once they are there; None: it stays unpacked."""
+        if piece.state == UNPACKED:
+            return None
+        begun = time.perf_counter()
+        staged = self.stream.take() if piece.state == STREAMED else self.device.raw(piece.at, extent.bytes)
+        self._note(STALL, 0, begun)
+        return staged.narrow(0, extent.skip, extent.row_bytes)
+
+    def _done(self, piece: Piece) -> None:
+        if piece.state == STREAMED:
+            self.stream.release()
+
+    def _blocks(self, piece: Piece, extent: Extent, packed: Tensor | None) -> Iterable[tuple[int, Tensor]]:
+        """(row of the matrix, float32 [rows, columns]) of each block of a piece, which is valid until the next one is asked for."""
+        entry, count = extent.entry, piece.stop - piece.start
+        for rows in blocks(count, self.rows_of_block(entry.columns)):
+            if packed is None:
+                yield piece.start + rows.start, self._unpacked(piece, extent)[rows]
                 continue
             begun = time.perf_counter()
-            staged = self.stream.take() if piece.state == STREAMED else self.device.raw(piece.at, extent.bytes)
-            self._note(STALL, 0, begun)
-            packed = staged.narrow(0, extent.skip, extent.row_bytes)
-            for rows in blocks(piece.stop - piece.start, step):
-                begun = time.perf_counter()
-                count = rows.stop - rows.start
-                weight = self.room[: count * entry.columns].view(count, entry.columns)
-                unpack(entry, packed.narrow(0, rows.start * entry.row_bytes, count * entry.row_bytes), weight)
-                self._note(unpack_key(entry.format, entry.group, entry.columns), weight.numel(), begun)
-                yield piece.start + rows.start, weight
-            if piece.state == STREAMED:
-                self.stream.release()
+            size = rows.stop - rows.start
+            weight = self.room[: size * entry.columns].view(size, entry.columns)
+            unpack(entry, packed.narrow(0, rows.start * entry.row_bytes, size * entry.row_bytes), weight)
+            self._note(unpack_key(entry.format, entry.group, entry.columns), weight.numel(), begun)
+            yield piece.start + rows.start, weight
+
+    def _unpacked(self, piece: Piece, extent: Extent) -> Tensor:
+        return self.device.tensor(piece.at, (piece.stop - piece.start, extent.entry.columns), "float32")
 
     def _note(self, what: str, elements: int, begun: float) -> None:
         if self.spent is not None:

@@ -49,6 +49,13 @@ Unpack = Callable[[int, int, int, int, int], None]
 """(address of packed groups, address of the output, groups, elements per group, bytes per group)"""
 PREFIX = "tightfit_"
 ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
+Dot = Callable[[int, int, int, int, int, int, int], None]
+"""(address of packed rows, of float32 x, of float32 y, rows, groups per row, elements per group, bytes per group): y = W x"""
+DOT_ARGUMENTS = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, *(ctypes.c_int,) * 3)
+DOT = "dot_"
+DOTS = tuple(f"{DOT}{kind}" for kind in QUANTISED)
+LARGEST_GROUP = 256
+"""elements of a group with which `Dot` works"""
 
 
 def functions(path: str | None = None) -> dict[str, Unpack]:
@@ -56,7 +63,15 @@ def functions(path: str | None = None) -> dict[str, Unpack]:
 
     `path` is the library; by default the one in the environment.
     """
-    return machine_code.functions(os.environ.get(VARIABLE, "") if path is None else path, PREFIX, ARGUMENTS)
+    return machine_code.functions(os.environ.get(VARIABLE, "") if path is None else path, PREFIX, ARGUMENTS, FORMATS)
+
+
+def dots(path: str | None = None) -> dict[str, Dot]:
+    """The products with packed rows that were found right, by ``format``; `path` as in `functions`."""
+    found: dict[str, Dot] = machine_code.functions(
+        os.environ.get(VARIABLE, "") if path is None else path, PREFIX, DOT_ARGUMENTS, DOTS
+    )
+    return {name.removeprefix(DOT): function for name, function in found.items()}
 
 
 def library(cache: Path) -> str:
@@ -124,7 +139,31 @@ def judge(path: str) -> list[str]:
                 )
         if equal and gained:
             chosen.append(name)
-    return chosen
+    return [
+        *chosen,
+        *(name for name, dot in machine_code.loaded(path, PREFIX, DOTS, DOT_ARGUMENTS).items() if _right(name, dot)),
+    ]
+
+
+def _right(name: str, dot: Dot) -> bool:
+    """Whether products with packed rows are those of PyTorch with the rows unpacked."""
+    import torch
+
+    from tightfit.runtime.engine.weights.layout import Entry
+    from tightfit.runtime.engine.weights.store import unpack
+
+    kind = name.removeprefix(DOT)
+    for rows, columns, size in ((3, 36, 18), (5, 64, 32), (600, 96, 16)):
+        group = BLOCKS[kind][0] if kind in BLOCKS else size
+        entry = Entry(name="w", shape=(rows, -(-columns // group) * group), format=kind, group=group)
+        packed = random_groups(kind, group, entry.rows * entry.columns // group)
+        weight, x, y = torch.empty(entry.shape), torch.linspace(-1, 1, entry.columns), torch.empty(rows)
+        unpack(entry, packed.view(-1), weight)
+        dot(packed.data_ptr(), x.data_ptr(), y.data_ptr(), rows, entry.columns // group, group, packed.shape[1])
+        exact, most = weight.double() @ x.double(), weight.double().abs() @ x.double().abs()
+        if not ((y.double() - exact).abs() <= 1e-5 * most).all():
+            return False
+    return True
 
 
 if __name__ == "__main__":
