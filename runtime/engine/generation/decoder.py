@@ -34,8 +34,9 @@ class CachedDecoder:
 
     def __init__(self, job: GenerationJob, device: Device, store: Store, stream: Stream) -> None:
         self.job, self.shape, self.device, self.store, self.stream = job, job.shape, device, store, stream
+        self._tensors: dict[str, Tensor] = {}
         self.products = Products(job, device, store, stream)
-        self.head = next(name for name in HEAD if name in self.products.pieces)
+        self.head = next(name for name in HEAD if name in self.products.parts)
         self.operators = device.kernels.fused
         rope = {
             key: rotary_frequencies(self.shape["head_dim"], key[0], dict(self.shape["rope_scaling"]) if key[1] else {})
@@ -100,10 +101,8 @@ class CachedDecoder:
         shape, count = self.shape, len(ids)
         groups = list(blocks(count, GROUP))
         hidden, normed, rstd = (self._place(name)[:count] for name in ("hidden", "normed", "rstd"))
-        scale = self._scale
         for rows in groups:
-            wanted = torch.tensor(ids[rows], dtype=torch.int64)
-            self.operators["tightfit.embed_rows"](EMBEDDING, wanted, scale, out=(hidden[rows],), store=self.store)
+            self._embed(ids[rows], hidden[rows])
         positions = torch.arange(self.length, self.length + count, dtype=torch.float32)
         angles: dict[int, tuple[Tensor, Tensor]] = {}
         for number in range(shape["layers"]):
@@ -114,6 +113,16 @@ class CachedDecoder:
             self._layer(number, hidden, normed, rstd, groups, *angles[id(frequencies)])
             between()
         return hidden
+
+    def _embed(self, ids: Sequence[int], out: Tensor) -> None:
+        """Embeddings of tokens: rows of the head, if both are one and it is in memory, else read from disk."""
+        scale = self._scale
+        if all(self.products.row(EMBEDDING, token, out[place]) for place, token in enumerate(ids)):
+            if scale != 1.0:
+                out.mul_(scale)
+            return
+        wanted = torch.tensor(ids, dtype=torch.int64)
+        self.operators["tightfit.embed_rows"](EMBEDDING, wanted, scale, out=(out,), store=self.store)
 
     def _layer(
         self, number: int, hidden: Tensor, normed: Tensor, rstd: Tensor, groups: list[slice], cos: Tensor, sin: Tensor
@@ -192,7 +201,9 @@ class CachedDecoder:
         return list(zip(self.shape["thetas"], self.shape["scaled"], strict=True))
 
     def _place(self, name: str) -> Tensor:
-        return self.device.tensor(*self.job.places[name])
+        if name not in self._tensors:
+            self._tensors[name] = self.device.tensor(*self.job.places[name])
+        return self._tensors[name]
 
 
 def open_decoder(job: GenerationJob, device: Device, store: Store, channel: Channel) -> CachedDecoder:

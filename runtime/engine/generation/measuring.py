@@ -93,7 +93,7 @@ def _unpacked_rates(decoder: CachedDecoder, room: torch.Tensor) -> dict[str, flo
     """Seconds per element of products with matrices in `room`, by `unpacked_key`."""
     rates: dict[str, float] = {}
     products = decoder.products
-    for columns in sorted({extent.entry.columns for one in products.pieces.values() for _, extent in one}):
+    for columns in sorted({part.entry.columns for parts in products.parts.values() for part in parts}):
         matrix = room[: room.numel() // columns * columns].view(-1, columns)
         rows = products.rows_of_block(columns)
         for count in (1, GROUP):
