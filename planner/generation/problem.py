@@ -27,7 +27,7 @@ from tightfit.runtime.engine.weights.layout import Entry, find_extent
 PIECE_ELEMENTS = 1 << 22
 """of a matrix at most in one piece, so that the rooms for what is read stay small: 2.3 MiB at 4 bits"""
 ALIGNMENT, PAGE = 64, 4096
-SLACK_BYTES = 1 << 20
+SLACK_BYTES = 3 << 18
 """allowance for small holes in the heap of a process that runs for long"""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 Places = dict[str, tuple[tuple[int, ...], str]]

@@ -15,6 +15,8 @@ from typing import Any
 
 from tightfit.planner.generation.plan import MEASURED, GenerationPlan, plan_measuring
 from tightfit.planner.generation.problem import Figures, Problem
+from tightfit.profiles.measuring.cpu_load import Others, crowded, taken_now
+from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import cache_directory, write_whole
@@ -40,24 +42,37 @@ VERSION = 1
 def measured(
     problem: Problem, store: Path, fingerprint: str, front: list[str], *, called: str, threads: int, force: bool = False
 ) -> Figures:
-    """The figures of a problem's decoder, whose packed weights lie in `store`: cached ones, unless `force`, or measured now.
+    """The figures of a problem's decoder, whose packed weights lie in `store`: cached ones, or with `force`, and where other
+    programs kept the cores busy then and do not now, measured now.
 
     `front` is the command line that prints the bytes which the process that shows answers takes, which is `called` so. Raises RunError if a process
     does not start or fails, InputError for a damaged store.
     """
-    told = [VERSION, fingerprint, problem.cache_dtype, threads, called, *_machine()]
+    told = [VERSION, fingerprint, problem.cache_dtype, threads, quota_cores(), called, *_machine()]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     place = cache_directory() / "generation" / f"{key}.json"
-    if place.exists() and not force:
-        try:
-            return Figures(**json.loads(place.read_bytes()))
-        except (ValueError, TypeError):
-            place.unlink(missing_ok=True)
-    found = _of_decoder(problem, store, threads)
-    figures = Figures(**found, front_bytes=_of_front(front))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(place, json.dumps(asdict(figures)))
+    earlier = None if force else _earlier(place)
+    if earlier is not None and (not crowded(earlier[1], threads) or crowded(taken_now(threads), threads)):
+        return earlier[0]
+    others = Others()
+    figures = Figures(**_of_decoder(problem, store, threads), front_bytes=_of_front(front))
+    busy = others.taken(threads)
+    if earlier is not None and earlier[1] <= busy:
+        return earlier[0]
+    write_whole(place, json.dumps({"figures": asdict(figures), "busy_cores": busy}))
     return figures
+
+
+def _earlier(place: Path) -> tuple[Figures, float] | None:
+    """Figures that were measured before, and the cores that other programs took meanwhile; None where there are none."""
+    try:
+        read = json.loads(place.read_bytes())
+        return Figures(**read["figures"]), read["busy_cores"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        place.unlink(missing_ok=True)
+        return None
 
 
 def job_of(
@@ -119,6 +134,10 @@ def _of_decoder(problem: Problem, store: Path, threads: int) -> dict[str, Any]:
         kind = InputError if last.get("kind") == "InputError" else RunError
         raise kind(f"measuring stopped: {last.get('message', last['event'])}")
     last["start_bytes"] += IMPORT_SLACK_BYTES
+    longer = slowdown(threads, quota_cores())
+    last["rates"] = {key: seconds * longer for key, seconds in last["rates"].items()}
+    for name in ("group_seconds", "token_seconds", "key_seconds", "read_core_seconds_per_byte"):
+        last[name] *= longer
     return {name: last[name] for name in Figures.__dataclass_fields__ if name in last}
 
 

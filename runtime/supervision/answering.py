@@ -34,7 +34,7 @@ from tightfit.runtime.supervision.token_text import NO_SPACE, TokenText, write_t
 from tightfit.runtime.supervision.training_process import RunOrder, TrainingProcess, started
 
 MODULE = "tightfit.runtime.supervision.answering"
-SLACK_BYTES = 512 << 10
+SLACK_BYTES = 256 << 10
 """allowance for what this process takes beyond what was measured"""
 PLAYED = 512
 """messages with which its memory is measured"""
@@ -139,7 +139,8 @@ class Answers:
 
 def _told(message: dict[str, Any], text: str, order: AnswerOrder) -> dict[str, Any]:
     """What is said of an answer: bytes and seconds, predicted beside measured."""
-    rest = message["tokens"] - 1
+    rest, own = message["tokens"] - 1, memory().peak
+    predicted, front = order.plan["peak_bytes"], order.run.planned["supervisor_bytes"]
     each = (message["seconds"] - message["first_seconds"]) / rest if rest else None
     return {
         "text": text,
@@ -150,9 +151,10 @@ def _told(message: dict[str, Any], text: str, order: AnswerOrder) -> dict[str, A
         "seconds": message["seconds"],
         "first_seconds": message["first_seconds"],
         "token_seconds": {"predicted": order.plan["token_seconds"], "measured": each},
-        "peak_bytes": {
-            "predicted": order.plan["peak_bytes"],
-            "measured": message["peak_bytes"] + memory().peak,
+        "peak_bytes": {"predicted": predicted, "measured": message["peak_bytes"] + own},
+        "processes": {
+            "computing": {"predicted": predicted - front, "measured": message["peak_bytes"]},
+            "showing": {"predicted": front, "measured": own},
         },
         "budget_bytes": order.plan["budget_bytes"],
     }

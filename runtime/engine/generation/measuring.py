@@ -1,12 +1,13 @@
 """Measures what a plan for answers has to know: the memory that the process holds beside its arena, and seconds.
 
+It imports nothing that answering does not, since that would count as memory which answers need.
+
 The process answers, for a while, with a plan that streams every matrix: the memory is what remains of its peak without
 the arena, and the seconds of unpacking, products and all else are those of these passes.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import Any
 
@@ -142,4 +143,4 @@ def _read_rates(decoder: CachedDecoder) -> tuple[float, float]:
         store.read_into(piece.name, device.host(at, (size,), "uint8"))
         rates.append((time.perf_counter() - begun) / size)
         cores.append((time.thread_time() - own) / size)
-    return statistics.median(rates), statistics.median(cores)
+    return sorted(rates)[len(rates) // 2], sorted(cores)[len(cores) // 2]
