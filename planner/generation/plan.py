@@ -14,7 +14,6 @@ from tightfit.runtime.common.errors import InfeasibleError
 from tightfit.runtime.common.units import MIB, format_size
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.generation.job import DEPTH, STREAMED, Piece
-from tightfit.runtime.engine.generation.sizes import MEASURED_CONTEXT, TAIL, TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +94,6 @@ def plan_measuring(problem: Problem) -> GenerationPlan:
     states = [STREAMED] * len(pieces)
     nothing = Simulated(first_seconds=0.0, token_seconds=0.0, stall_seconds=0.0, weight_seconds=0.0, read_bytes=0)
     return laid_out(problem, None, pieces, states, GROUP, budget=1 << 62, times=nothing)
-
-
-MEASURED = {"prompt_tokens": GROUP + TAIL, "answer_tokens": MEASURED_CONTEXT - GROUP - TAIL}
-"""of the problem whose figures are measured"""
-assert MEASURED["answer_tokens"] == TOKENS
 
 
 def _pass_sizes(prompt: int) -> list[int]:

@@ -54,11 +54,10 @@ def simulate(
 ) -> Simulated:
     """Play the passes of the longest prompt, and of two tokens in the middle of the longest answer."""
     clock = _Clock(figures)
-    body = [(piece, state) for piece, state in zip(pieces, states, strict=True) if not piece.in_head]
-    head = [(piece, state) for piece, state in zip(pieces, states, strict=True) if piece.in_head]
+    body = sum(not piece.in_head for piece in pieces)  # those of the head are last
     for tokens in problem.passes(pass_tokens):
-        clock.play(*zip(*body, strict=True), tokens, figures.group_seconds * -(-tokens // GROUP))  # type: ignore[arg-type]
-    clock.play(*zip(*head, strict=True), 1, 0.0)  # type: ignore[arg-type]
+        clock.play(pieces[:body], states[:body], tokens, figures.group_seconds * -(-tokens // GROUP))
+    clock.play(pieces[body:], states[body:], 1, 0.0)
     first = clock.now
     keys = problem.prompt_tokens + problem.answer_tokens / 2
     others = figures.token_seconds + figures.key_seconds * keys

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.vocabulary import Vocabulary
@@ -136,8 +136,8 @@ def end_tokens(source: str) -> list[int]:
         from tightfit.profiles.sources.gguf_metadata import read_metadata
 
         metadata = read_metadata(path)
-        found = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-        return [token for token in dict.fromkeys(found) if isinstance(token, int)]
+        told = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+        return [token for token in dict.fromkeys(told) if isinstance(token, int)]
     folder = hub_directory(source) if kind == "hub" else path
     for file in (path,) if kind == "config" else (folder / "generation_config.json", folder / "config.json"):
         if file.exists():
@@ -145,9 +145,10 @@ def end_tokens(source: str) -> list[int]:
                 read = json.loads(file.read_bytes())
             except ValueError as error:
                 raise InputError(f"{file}: not JSON ({error}); download the file again") from error
-            found = read.get("eos_token_id") if isinstance(read, dict) else None
+            found: Any = read.get("eos_token_id") if isinstance(read, dict) else None
             tokens = found if isinstance(found, list) else [found]
-            if ends := [token for token in tokens if isinstance(token, int)]:
+            ends = [token for token in tokens if isinstance(token, int)]
+            if ends:
                 return ends
     return []
 

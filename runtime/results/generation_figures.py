@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.generation.plan import MEASURED, GenerationPlan, plan_measuring
+from tightfit.planner.generation.plan import GenerationPlan, plan_measuring
 from tightfit.planner.generation.problem import Figures, Problem
 from tightfit.profiles.measuring.cpu_load import Others, crowded, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
@@ -22,8 +22,9 @@ from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import cache_directory, write_whole
 from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.processor import cpu_name, features
+from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.generation.job import GenerationJob, Sampling
-from tightfit.runtime.engine.generation.sizes import BLOCK_ELEMENTS
+from tightfit.runtime.engine.generation.sizes import BLOCK_ELEMENTS, TAIL, TOKENS
 from tightfit.runtime.engine.start.floor import IMPORT_SLACK_BYTES
 from tightfit.runtime.engine.start.process import child_environment
 
@@ -107,7 +108,13 @@ def job_of(
 
 
 def _of_decoder(problem: Problem, store: Path, threads: int) -> dict[str, Any]:
-    small = replace(problem, pairs={}, sampling=Sampling(), **MEASURED)
+    small = replace(
+        problem,
+        pairs={},
+        sampling=Sampling(),
+        prompt_tokens=GROUP + TAIL,
+        answer_tokens=TOKENS,
+    )
     plan = plan_measuring(small)
     os.sync()  # pages of freshly installed libraries cannot be released until they are written to disk
     with tempfile.TemporaryDirectory(dir=_folder()) as folder:

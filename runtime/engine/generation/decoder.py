@@ -85,12 +85,12 @@ class CachedDecoder:
 
         They are overwritten by the next call. `between` is called after every layer.
         """
-        passes = list(blocks(len(ids), self.job.pass_tokens))
+        *passes, last = blocks(len(ids), self.job.pass_tokens)
         for rows in passes:
-            last = rows is passes[-1]
-            self.stream.begin(with_head=last)
-            hidden = self._layers(ids[rows], between)
-        logits = self._place("logits")
+            self.stream.begin(with_head=False)
+            self._layers(ids[rows], between)
+        self.stream.begin(with_head=True)
+        hidden, logits = self._layers(ids[last], between), self._place("logits")
         normed, rstd = self._place("normed")[:1], self._place("rstd")[:1]
         self._norm("model.norm.weight", hidden[-1:], normed, rstd)
         self.products.multiply(self.head, normed, [slice(0, 1)], None, out=logits)

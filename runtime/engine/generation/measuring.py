@@ -124,7 +124,8 @@ def _key_seconds(decoder: CachedDecoder) -> float:
             decoder.operators["tightfit.cached_attention"](q, keys, values, angles, angles, None, 0, 1.0, out=out)
             times.append(time.perf_counter() - begun)
         seconds.append(min(times))
-    return max(0.0, seconds[1] - seconds[0]) / (SEEN - SEEN // 4) * shape["layers"]
+    each: float = max(0.0, seconds[1] - seconds[0]) / (SEEN - SEEN // 4)
+    return each * len(decoder.caches)
 
 
 def _read_rates(decoder: CachedDecoder) -> tuple[float, float]:

@@ -13,7 +13,6 @@ TAIL = 8
 """tokens, beyond the first group, of the prompt with which a plan's figures are measured"""
 TOKENS = 6
 """tokens of the answer to it"""
-MEASURED_CONTEXT = GROUP + TAIL + TOKENS
 
 
 def block_rows(columns: int, elements: int) -> int:
