@@ -45,7 +45,7 @@ BUDGET = 350 << 20
 FLOOR, FLOOR_IN_MEMORY = 64 << 20, 120 << 20
 """Bytes that Python and PyTorch hold at most in a training process with a lean start: with the tables that PyTorch's
 start leaves moved to a file of the cache, and where no such file can be made."""
-PROMPT = f"A warm, funny and beautifully acted film that I will watch again.{QUESTION}"
+PROMPT = f"It is hard to believe how boring this film is.{QUESTION}"
 BATCH = 16
 LEARNING_RATE = 5e-4
 

@@ -117,26 +117,28 @@ def _of_decoder(problem: Problem, store: Path, threads: int) -> dict[str, Any]:
     )
     plan = plan_measuring(small)
     os.sync()  # pages of freshly installed libraries cannot be released until they are written to disk
-    with tempfile.TemporaryDirectory(dir=_folder()) as folder:
+    # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for ever.
+    with tempfile.TemporaryDirectory(dir=_folder()) as folder, tempfile.TemporaryFile() as words:
         path = os.path.join(folder, "job")
         job_of(small, plan, store, cap_bytes=plan.budget_bytes, measure=True).write(path)
         read, write = os.pipe()
         with os.fdopen(read, "rb") as messages:
             try:
-                done = subprocess.Popen(
+                process = subprocess.Popen(
                     interpreter.command(CHILD, path, "--messages", str(write)),
                     stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
+                    stderr=words,
                     pass_fds=(write,),
                     env=child_environment(threads),
                 )
             finally:
                 os.close(write)
-            lines = [json.loads(line) for line in messages]
-            words = done.communicate()[1].decode(errors="replace").strip().splitlines()
-    last = (
-        lines[-1] if lines else {"event": "error", "kind": "RunError", "message": words[-1] if words else "no answer"}
-    )
+            lines: list[dict[str, Any]] = [json.loads(line) for line in messages]
+        status = process.wait()
+        words.seek(0)
+        spoken = words.read().decode(errors="replace").strip().splitlines()
+    nothing = {"event": "error", "kind": "RunError", "message": spoken[-1] if spoken else f"exit status {status}"}
+    last = [nothing, *lines][-1]
     if last["event"] != "measured":
         kind = InputError if last.get("kind") == "InputError" else RunError
         raise kind(f"measuring stopped: {last.get('message', last['event'])}")

@@ -1,4 +1,5 @@
-"""Unpacks weights in compiled C (``unpack.c``) where there is a C compiler, for the formats in which that pays.
+"""Unpacks weights in compiled C (``unpack.c``) where there is a C compiler, for the formats in which that pays, and multiplies
+one row of activations with packed rows.
 
 A format is used only if its results equal PyTorch's bit for bit and come faster. Lean processes find the library
 through the environment variable `VARIABLE` (`tightfit.runtime.engine.start.process.child_environment` sets it) and
@@ -98,7 +99,8 @@ def random_groups(kind: str, group: int, count: int, seed: int = 0) -> Tensor:
 
 
 def judge(path: str) -> list[str]:
-    """The names in `FORMATS` for which the library equals PyTorch's results bit for bit and is faster.
+    """The names in `FORMATS` for which the library equals PyTorch's results bit for bit and is faster, and those in `DOTS` for
+    which it unpacks equally and the products are right.
 
     PyTorch's way takes at least ten times as long for all formats but q4 and q8, which are therefore the only ones timed.
     """
@@ -117,7 +119,7 @@ def judge(path: str) -> list[str]:
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    chosen = []
+    chosen, right = [], set()
     for name, native in machine_code.loaded(path, PREFIX, list(FORMATS), ARGUMENTS).items():
         kind, dtype = name.rsplit("_", 1)
         equal, gained = True, kind not in ("q4", "q8")
@@ -137,12 +139,14 @@ def judge(path: str) -> list[str]:
                     seconds(lambda: native(*arguments)) < seconds(lambda: unpack(entry, packed.view(-1), expected))  # noqa: B023  called here
                     for _ in range(TRIES)
                 )
+        if equal:
+            right.add(name)
         if equal and gained:
             chosen.append(name)
-    return [
-        *chosen,
-        *(name for name, dot in machine_code.loaded(path, PREFIX, DOTS, DOT_ARGUMENTS).items() if _right(name, dot)),
-    ]
+    for name, dot in machine_code.loaded(path, PREFIX, DOTS, DOT_ARGUMENTS).items():
+        if f"{name.removeprefix(DOT)}_float32" in right and _right(name, dot):
+            chosen.append(name)
+    return chosen
 
 
 def _right(name: str, dot: Dot) -> bool:

@@ -16,8 +16,10 @@ from reference import CONFIGS, VARIANTS, stored_weights, take
 from tightfit.planner.generation.plan import GenerationPlan, laid_out
 from tightfit.planner.generation.problem import Problem
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.generation.job import STATES, STREAMED
+from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.engine.generation.job import PACKED, STATES, STREAMED
 from tightfit.runtime.engine.generation.sizes import SLACK
+from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.layout import read_header
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*tie:UserWarning")]
@@ -111,6 +113,26 @@ def test_the_bits_do_not_depend_on_what_stays_in_memory_or_on_the_passes(name: s
         with opened(problem, plan_of(problem, states, size), store) as decoder:
             found.append(greedy(decoder, ids, 12)[1])
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_products_with_packed_rows_keep_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """One row of activations is multiplied with packed rows where there is a compiler: a token's, and that of a group of one."""
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    dots = native.dots(native.library(cache_directory()))
+    if not dots:
+        pytest.skip("no C compiler here")
+    config = FORMS["qwen2"]
+    store = packed(save_model(tmp_path / "model", config))
+    problem, ids, found = problem_of(config, store, 65, 6), prompt_of(config, 65), []
+    with opened(problem, plan_of(problem, [PACKED], 65), store) as decoder:
+        due = greedy(decoder, ids, 6)[1]
+    monkeypatch.setattr("tightfit.runtime.engine.weights.store._dots", dots)
+    for states, size in (([PACKED], 65), ([STREAMED], 32), ([STREAMED, PACKED], 64)):
+        with opened(problem, plan_of(problem, states, size), store) as decoder:
+            found.append(greedy(decoder, ids, 6)[1])
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert not torch.equal(found[0], due)
+    torch.testing.assert_close(found[0], due, rtol=1e-4, atol=1e-4)
 
 
 def plan_of(problem: Problem, states: Sequence[str], pass_tokens: int = PROMPT) -> GenerationPlan:
