@@ -61,7 +61,7 @@ def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationP
     pieces = problem.pieces()
     beside = figures.front_bytes + figures.base_bytes + problem.heap_bytes()
     start = figures.front_bytes + figures.start_bytes
-    sizes = _pass_sizes(problem.prompt_tokens)
+    sizes = _pass_sizes(problem.asked)
     least = max(start, beside + _in_pages(problem.other_bytes(sizes[0])) + least_room(pieces))
     if budget < least:
         what = (
@@ -71,7 +71,7 @@ def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationP
         )
         raise InfeasibleError(
             f"the budget of {format_size(budget)} is too small: {what} take {format_size(least)}; give --memory"
-            f" {-(-least // MIB)}MiB or more, or fewer tokens (--max-tokens)",
+            f" {-(-least // MIB)}MiB or more, or fewer tokens (--max-tokens, --context)",
             least,
         )
     best: tuple[float, int, list[str]] | None = None

@@ -121,6 +121,8 @@ class Problem:
     """of the packed store"""
     prompt_tokens: int
     answer_tokens: int
+    new_tokens: int | None = None
+    """of a prompt, those for which a plan is to be fast: in a conversation most of a prompt is in the cache already; None: all"""
     sampling: Sampling = field(default_factory=Sampling)
     pairs: Mapping[str, Pair] = field(default_factory=dict)
     """the adapter, by the matrix that a pair is added to"""
@@ -219,8 +221,13 @@ class Problem:
         return sum(aligned_bytes(*place) for place in self.places(pass_tokens).values())
 
     def passes(self, pass_tokens: int) -> list[int]:
-        """Tokens of each pass of the prompt."""
-        return [min(pass_tokens, self.prompt_tokens - start) for start in range(0, self.prompt_tokens, pass_tokens)]
+        """Tokens of each pass of a prompt."""
+        return [min(pass_tokens, self.asked - start) for start in range(0, self.asked, pass_tokens)]
+
+    @property
+    def asked(self) -> int:
+        """Tokens of a prompt that go through the layers."""
+        return self.prompt_tokens if self.new_tokens is None else min(self.new_tokens, self.prompt_tokens)
 
     def heap_bytes(self) -> int:
         return SLACK_BYTES + sampling_bytes(self.shape.vocab, self.sampling)

@@ -12,10 +12,10 @@ from tightfit.runtime.engine.generation.job import DEPTH, STREAMED
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """Seconds of an answer whose prompt and length are the longest that the plan allows."""
+    """Seconds of an answer of the longest prompt and length that the plan allows."""
 
     first_seconds: float
-    """until the first token"""
+    """until the first token, where as many tokens of the prompt are new as the plan was asked to be fast for"""
     token_seconds: float
     """of each further token, on average"""
     stall_seconds: float

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tightfit.planner.generation.plan import GenerationPlan, plan_answers
 from tightfit.planner.generation.problem import Pair, Problem
@@ -39,7 +40,7 @@ from tightfit.runtime.results.generation_figures import CHILD, job_of, measured
 from tightfit.runtime.results.place import adapter_folder
 from tightfit.runtime.session.output import locked
 from tightfit.runtime.supervision import answering
-from tightfit.runtime.supervision.answering import AnswerOrder
+from tightfit.runtime.supervision.answering import AnswerOrder, answers
 from tightfit.runtime.supervision.token_text import write_table
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -47,6 +48,8 @@ Stages = Callable[[str, int, int], None]
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eom_id|>")
 """tokens with which chat templates of published models end a turn"""
 CACHES = ("float32", "bfloat16")
+QUESTION = 128
+"""tokens of a question in a conversation, for which the plan is to be fast"""
 CONTEXT = 2048
 """tokens of a conversation that are remembered, by default"""
 INSTEAD = (
@@ -112,6 +115,61 @@ class Model:
     body: str
 
 
+def generate(
+    model: str,
+    prompts: Prompt | Sequence[Prompt],
+    budget: int,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    system: str | None = None,
+    template: bool = True,
+    cache: str = "float32",
+    base: str | None = None,
+    embeddings: str | None = None,
+    threads: int | None = None,
+    cgroup: bool = True,
+    stages: Stages | None = None,
+    shown: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """The answers of a model to one prompt (a string, or a tuple of messages) or a list of them, within `budget` bytes.
+
+    The options are those of `tightfit generate`. The memory of this program does not count, and of the budget as much is left
+    unused as the command's own process would take. `shown` is called with the text as it comes. Returns for each prompt `text`,
+    `end` ("end", "length"), `tokens`, `seconds`, `token_seconds` and `peak_bytes` as predicted and as measured, and more. Raises
+    what `prepared` raises, CapError and RunError.
+    """
+    single = isinstance(prompts, str) or (isinstance(prompts, tuple) and all(isinstance(one, dict) for one in prompts))
+    asked: list[Any] = [prompts] if single else list(prompts)
+    if not asked:
+        return []
+    options = AnswerOptions(
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        system=system,
+        template=template,
+        cache=cache,
+        base=base,
+        embeddings=embeddings,
+        threads=threads,
+    )
+    found = []
+    with prepared(
+        model, budget, options, prompts=asked, adapter=adapter, cgroup=cgroup, counted=False, stages=stages
+    ) as order:
+        assert order.prompts is not None
+        with answers(order) as asking, open(order.prompts, encoding="utf-8") as lines:
+            for prompt, line in zip(asked, lines, strict=True):
+                for text in asking.ask(json.loads(line)["ids"]):
+                    shown(text)
+                found.append({"prompt": prompt, **asking.answered})
+    return found
+
+
 @contextmanager
 def prepared(
     model: str,
@@ -123,17 +181,20 @@ def prepared(
     cgroup: bool = True,
     as_json: bool = False,
     debug: bool = False,
+    counted: bool = True,
     stages: Stages | None = None,
     told: Callable[[GenerationPlan], None] = lambda plan: None,
 ) -> Iterator[AnswerOrder]:
     """Prepare answers to `prompts`, or with None a conversation, within `budget` bytes of all processes that then live.
 
     `adapter` is the folder of an adapter, or of the run that left it; `told` is called with the plan. Yields the order to
-    carry out; its files lie in a temporary folder, which is removed when the block ends. Raises InputError for a model,
+    carry out, by a process whose memory counts if that is `counted`; its files lie in a temporary folder, which is removed when the block ends. Raises InputError for a model,
     adapter or prompt that cannot be used, InfeasibleError where the budget is too small, RunError if measuring fails.
     """
     ready = open_model(model, options, adapter, stages)
     encoder = Encoder(ready.vocabulary, ready.source.config["vocab_size"])
+    if prompts is None:
+        encoder.chat  # noqa: B018  raises where the model has no chat template
     encoded = None if prompts is None else [_encoded(encoder, prompt, options) for prompt in prompts]
     problem = _problem(ready, options, encoded)
     with temporary_folder() as directory, locked(directory) as lock:
@@ -202,6 +263,7 @@ def prepared(
             plan=summary,
             as_json=as_json,
             debug=debug,
+            counted=counted,
             preparation_bytes=memory().peak,
             group=None,
             home=None,
@@ -317,6 +379,7 @@ def _problem(ready: Model, options: AnswerOptions, encoded: Sequence[Sequence[in
         entries=ready.entries,
         prompt_tokens=prompt,
         answer_tokens=options.max_tokens,
+        new_tokens=None if encoded else QUESTION,
         sampling=options.sampling,
         pairs=ready.pairs,
         cache_dtype=options.cache,

@@ -63,6 +63,8 @@ class AnswerOrder:
     """summary of the plan"""
     as_json: bool
     debug: bool
+    counted: bool
+    """whether the memory of the process that shows the answers counts; not if a program asks"""
     preparation_bytes: int
     """VmHWM of the process that prepared this"""
     group: tuple[str, int] | None
@@ -139,8 +141,11 @@ class Answers:
 
 def _told(message: dict[str, Any], text: str, order: AnswerOrder) -> dict[str, Any]:
     """What is said of an answer: bytes and seconds, predicted beside measured."""
-    rest, own = message["tokens"] - 1, memory().peak
-    predicted, front = order.plan["peak_bytes"], order.run.planned["supervisor_bytes"]
+    rest, predicted = message["tokens"] - 1, order.plan["peak_bytes"]
+    front, own = order.run.planned["supervisor_bytes"], memory().peak
+    processes = {"computing": {"predicted": predicted - front, "measured": message["peak_bytes"]}}
+    if order.counted:
+        processes["showing"] = {"predicted": front, "measured": own}
     each = (message["seconds"] - message["first_seconds"]) / rest if rest else None
     return {
         "text": text,
@@ -151,11 +156,10 @@ def _told(message: dict[str, Any], text: str, order: AnswerOrder) -> dict[str, A
         "seconds": message["seconds"],
         "first_seconds": message["first_seconds"],
         "token_seconds": {"predicted": order.plan["token_seconds"], "measured": each},
-        "peak_bytes": {"predicted": predicted, "measured": message["peak_bytes"] + own},
-        "processes": {
-            "computing": {"predicted": predicted - front, "measured": message["peak_bytes"]},
-            "showing": {"predicted": front, "measured": own},
+        "peak_bytes": {
+            when: sum(process[when] for process in processes.values()) for when in ("predicted", "measured")
         },
+        "processes": processes,
         "budget_bytes": order.plan["budget_bytes"],
     }
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from answering import answered_by_transformers
-from peft_adapters import merged_by_peft, save_adapter, with_values
+from decoder_families import FAMILIES
+from peft_adapters import merged_by_peft, save_adapter, save_model, with_values
 from places import SOURCES
 from reference import CONFIGS, stored_weights
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from tokenizers import Tokenizer
 
+import tightfit
 from tightfit.profiles.sources.lookup import resolve, vocabulary
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.common.files import cache_directory
@@ -139,6 +140,18 @@ def test_text_is_printed_as_it_comes(model: Path, exact: Any) -> None:
     assert "(" in told
 
 
+def test_a_program_asks(model: Path, exact: Any, adapter: Path) -> None:
+    shown: list[str] = []
+    found = tightfit.generate(str(model), QUESTION, 300 * MIB, adapter=adapter, max_tokens=6, shown=shown.append)
+    assert len(found) == 1
+    assert found[0]["text"] == "".join(shown)
+    merged = merged_by_peft(copy.deepcopy(exact), adapter)
+    assert found[0]["text"] == text_of(model, merged, tokens_of(model, QUESTION), 6)[0]
+    assert set(found[0]["processes"]) == {"computing"}
+    assert found[0]["peak_bytes"]["measured"] <= found[0]["peak_bytes"]["predicted"]
+    assert tightfit.generate(str(model), [], 300 * MIB) == []
+
+
 def test_a_conversation(model: Path, exact: Any) -> None:
     questions = ["The quick brown fox?", QUESTION]
     done = called(
@@ -180,8 +193,14 @@ def test_what_cannot_be_is_refused(model: Path, adapter: Path, refused: Any, tmp
     assert "give --temperature too" in refused(2, *ask, "--top-p", 0.5)
     assert "--cache int3: give float32 or bfloat16" in refused(2, *ask, "--cache", "int3")
     assert "no such file or directory; give the folder of an adapter" in refused(2, *ask, "--adapter", tmp_path, "--memory", "300MiB").lower()  # fmt: skip
-    other = write_directory(tmp_path / "phi", CONFIGS["llama"] | {"model_type": "phi3", "pad_token_id": 0}, {"x": torch.zeros(1)})  # fmt: skip
-    assert "phi3" in refused(2, "generate", other, "--prompt", "So?", "--memory", "300MiB")
+    other = refused(
+        2, "generate", save_model(tmp_path / "phi", FAMILIES["Phi-3"]), "--prompt", "So?", "--memory", "300MiB"
+    )
+    assert "a phi3 decoder is built by transformers" in other
+    assert (
+        "merge the adapter into a model of its own (tightfit merge) and generate with transformers, or with llama.cpp"
+        in other
+    )
     (tmp_path / "empty").write_text("\n")
     assert "no prompt; write one a line" in refused(2, "generate", model, "--prompts", tmp_path / "empty")
     (tmp_path / "bad.jsonl").write_text('{"question": 1}\n')
