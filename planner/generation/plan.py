@@ -34,6 +34,8 @@ class GenerationPlan:
     places: dict[str, tuple[int, tuple[int, ...], str]]
     staging: tuple[int, int]
     times: Simulated
+    busy_cores: float = 0.0
+    """cores that other programs took while the figures were measured"""
 
     def summary(self) -> dict[str, Any]:
         """What is said of the plan, in the form of JSON."""
@@ -50,6 +52,7 @@ class GenerationPlan:
             "weight_seconds": self.times.weight_seconds,
             "stall_seconds": self.times.stall_seconds,
             "read_bytes_per_token": self.times.read_bytes,
+            "busy_cores": self.busy_cores,
         }
 
 
@@ -152,6 +155,7 @@ def laid_out(
         places=places,
         staging=staging,
         times=times,
+        busy_cores=0.0 if figures is None else figures.busy_cores,
     )
 
 

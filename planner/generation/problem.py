@@ -50,6 +50,8 @@ class Figures:
     """of a core, while the disk reads"""
     front_bytes: int
     """of the process that shows the answers"""
+    busy_cores: float = 0.0
+    """cores that other programs took meanwhile"""
 
 
 @dataclass(frozen=True, kw_only=True)

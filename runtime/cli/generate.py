@@ -241,12 +241,17 @@ def _sentence(plan: GenerationPlan) -> str:
     told = plan.summary()
     pieces = told["pieces"]
     number = sum(pieces.values())
+    busy = ""
+    if plan.busy_cores >= BUSY_CORES:
+        busy = f" (measured while other programs took {plan.busy_cores:.1f} cores)"
     held = ", ".join(f"{count} of {number} parts of the weights {WHERE[state]}" for state, count in pieces.items())
     return (
         f"peak {format_size(plan.peak_bytes)} of {format_size(plan.budget_bytes)}; {held};"
         f" {format_size(plan.cache_bytes)} for {plan.context} tokens; {plan.times.token_seconds:.3f} s a token,"
-        f" the first after {plan.times.first_seconds:.1f} s"
+        f" the first after {plan.times.first_seconds:.1f} s{busy}"
     )
 
 
+BUSY_CORES = 0.25
+"""cores of which it is said that other programs took them"""
 WHERE = {"packed": "in memory", "unpacked": "in memory, unpacked", "streamed": "read for every token"}

@@ -53,25 +53,24 @@ def measured(
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     place = cache_directory() / "generation" / f"{key}.json"
     earlier = None if force else _earlier(place)
-    if earlier is not None and (not crowded(earlier[1], threads) or crowded(taken_now(threads), threads)):
-        return earlier[0]
+    if earlier and (not crowded(earlier.busy_cores, threads) or crowded(taken_now(threads), threads)):
+        return earlier
     others = Others()
-    figures = Figures(**_of_decoder(problem, store, threads), front_bytes=_of_front(front))
-    busy = others.taken(threads)
-    if earlier is not None and earlier[1] <= busy:
-        return earlier[0]
-    write_whole(place, json.dumps({"figures": asdict(figures), "busy_cores": busy}))
+    found, front_bytes = _of_decoder(problem, store, threads), _of_front(front)
+    figures = Figures(**found, front_bytes=front_bytes, busy_cores=others.taken(threads))
+    if earlier and earlier.busy_cores <= figures.busy_cores:
+        return earlier
+    write_whole(place, json.dumps(asdict(figures)))
     return figures
 
 
-def _earlier(place: Path) -> tuple[Figures, float] | None:
-    """Figures that were measured before, and the cores that other programs took meanwhile; None where there are none."""
+def _earlier(place: Path) -> Figures | None:
+    """Figures that were measured before; None where there are none."""
     try:
-        read = json.loads(place.read_bytes())
-        return Figures(**read["figures"]), read["busy_cores"]
+        return Figures(**json.loads(place.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError):
         place.unlink(missing_ok=True)
         return None
 

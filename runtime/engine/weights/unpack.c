@@ -193,27 +193,27 @@ static inline void group_q8_bfloat16(const uint8_t *packed, uint16_t *out, int g
 }
 
 /* Sixteen signed bytes as numbers. */
-static inline floats numbers(const uint8_t *at) {
-    floats value;
+static inline void numbers(const uint8_t *at, floats *to) {
 #if defined(__AVX512F__)
-    value = (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+    *to = (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
 #elif defined(__AVX2__)
     for (int part = 0; part < 2; part++) {
         const __m128i eight = _mm_loadl_epi64((const __m128i *)(at + 8 * part));
-        _mm256_storeu_ps((float *)&value + 8 * part, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)));
+        _mm256_storeu_ps((float *)to + 8 * part, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)));
     }
 #else
     for (int e = 0; e < 16; e++)
-        value[e] = (float)(int8_t)at[e];
+        (*to)[e] = (float)(int8_t)at[e];
 #endif
-    return value;
 }
 
 static inline void group_q8_float32(const uint8_t *packed, float *out, int group) {
     const float scale = half(packed);
     int e = 0;
     for (; e + 16 <= group; e += 16) {
-        const floats value = numbers(packed + 2 + e) * scale;
+        floats value;
+        numbers(packed + 2 + e, &value);
+        value *= scale;
         memcpy(out + e, &value, sizeof value);
     }
     for (; e < group; e++)
@@ -234,7 +234,9 @@ static inline void group_int8_float32(const uint8_t *packed, float *out, int gro
     memcpy(&scale, packed, 4);
     int e = 0;
     for (; e + 16 <= group; e += 16) {
-        const floats value = numbers(packed + 4 + e) * scale * INT8_STEP;
+        floats value;
+        numbers(packed + 4 + e, &value);
+        value = value * scale * INT8_STEP;
         memcpy(out + e, &value, sizeof value);
     }
     for (; e < group; e++)

@@ -204,7 +204,7 @@ def test_what_cannot_be_is_refused(model: Path, adapter: Path, refused: Any, tmp
     (tmp_path / "empty").write_text("\n")
     assert "no prompt; write one a line" in refused(2, "generate", model, "--prompts", tmp_path / "empty")
     (tmp_path / "bad.jsonl").write_text('{"question": 1}\n')
-    assert '"prompt" is null' in refused(2, "generate", model, "--prompts", tmp_path / "bad.jsonl")
+    assert '"prompt" is missing or null' in refused(2, "generate", model, "--prompts", tmp_path / "bad.jsonl")
 
 
 def test_an_interrupted_answer_leaves_nothing(model: Path) -> None:
