@@ -15,6 +15,8 @@ from tightfit.runtime.common.errors import InputError
 SCHEDULES = ("constant", "linear", "cosine")
 LARGEST_SEED = 10**12
 """a step's own seed is about a million times as large, which must fit into 64 bits"""
+KEPT_SHARES = ("beta1", "beta2", "momentum")
+"""options that say what share of a state an update keeps"""
 EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?epochs?")
 """an interval in epochs, as in `1 epoch` and `0.5epochs`"""
 
@@ -78,6 +80,18 @@ class RunOptions:
         most=1,
     )
     weight_decay: float = option(0.0, "Decoupled weight decay.", least=0)
+    beta1: float | None = option(
+        None, "Share that the first moment keeps at an update: 0.9 unless given (adamw, adam, lion).", least=0, most=1
+    )
+    beta2: float | None = option(
+        None, "Share that the second moment keeps: 0.999 unless given; of lion's momentum 0.99.", least=0, most=1
+    )
+    eps: float | None = option(
+        None, "Added to the root of the second moment: 1e-8 unless given (adamw, adam).", least=0
+    )
+    momentum: float | None = option(
+        None, "Share that the momentum keeps at an update: 0.9 unless given (momentum).", least=0, most=1
+    )
     seed: int = option(0, "Seed of the adapter's start, the order of the data and dropout.", least=0, most=LARGEST_SEED)
     checkpoint_every: int = option(50, "Steps between checkpoints; 0: only at the end.", least=0)
     keep_checkpoints: int = 2
@@ -109,6 +123,9 @@ class RunOptions:
             raise InputError(
                 f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}: give one of them"
             )
+        for name in KEPT_SHARES:
+            if getattr(self, name) == 1:
+                raise InputError(f"{name} 1: nothing would be learned; give a number from 0 to below 1")
         if self.min_lr_ratio and self.schedule == "constant":
             raise InputError(
                 f"min_lr_ratio {self.min_lr_ratio:g}: the constant schedule does not fall; choose linear or cosine"

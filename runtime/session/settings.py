@@ -11,6 +11,7 @@ from tightfit.planner.problem.device_forward import sent_tensors
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.models.side_shape import CONFIG_KEY
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, POSITIONS
+from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
@@ -46,14 +47,16 @@ def settings_of(
     A run takes `options.steps` steps over the file `data` in the folder's ``data``, and evaluates on `evaluation` there; a
     Session has neither, but a descriptor `requests` from which the training process reads.
     """
+    name = "adamw" if seat else plan.optimizer.get("name", "adamw")
     optimizer = asdict(
-        OPTIMIZERS["adamw" if seat else plan.optimizer.get("name", "adamw")](
+        OPTIMIZERS[name](
             lr=options.lr,
             weight_decay=options.weight_decay,
             schedule=options.schedule,
             warmup_steps=options.warmup_steps,
             total_steps=0 if options.schedule == "constant" or options.steps is None else options.steps,
             min_lr_ratio=options.min_lr_ratio,
+            **_own_settings(name, options),
         )
     )
     if not options.min_lr_ratio:
@@ -89,6 +92,28 @@ def settings_of(
         | {"adapter": adapter_given.fingerprint if adapter_given else None}
         | {PACKING: _asks_for_packing(plan, options)},
     }
+
+
+def _own_settings(name: str, options: RunOptions) -> dict[str, Any]:
+    """What `options` say of the settings that only some optimizers have. Raises InputError for one that the optimizer `name`
+    does not have.
+    """
+    kind = OPTIMIZERS[name]
+    betas: tuple[float, float] | None = getattr(kind, "betas", None)
+    known = {"beta1": betas is not None, "beta2": betas is not None, "eps": hasattr(kind, "eps")}
+    for option in ("beta1", "beta2", "eps", "momentum"):
+        value = getattr(options, option)
+        if value is not None and not known.get(option, name == option):
+            raise InputError(
+                f"{option} {value:g}: the plan's optimizer, {name}, has none; leave it out, or plan with another optimizer"
+            )
+    own: dict[str, Any] = {
+        one: getattr(options, one) for one in ("eps", "momentum") if getattr(options, one) is not None
+    }
+    if betas is not None:
+        given = (options.beta1, options.beta2)
+        own["betas"] = tuple(old if new is None else new for old, new in zip(betas, given, strict=True))
+    return own
 
 
 def packs(plan: Plan, options: RunOptions) -> bool:

@@ -37,12 +37,12 @@ def batches() -> list[Batch]:
 
 
 @torch.no_grad()
-def lion(parameters: list[torch.Tensor], means: list[torch.Tensor]) -> None:
+def lion(parameters: list[torch.Tensor], means: list[torch.Tensor], betas: tuple[float, float] = (0.9, 0.99)) -> None:
     """Algorithm 2 of arXiv 2302.06675, without weight decay."""
     for parameter, mean in zip(parameters, means, strict=True):
         assert parameter.grad is not None
-        parameter.sub_(LR * (0.9 * mean + 0.1 * parameter.grad).sign())
-        mean.copy_(0.99 * mean + 0.01 * parameter.grad)
+        parameter.sub_(LR * (betas[0] * mean + (1 - betas[0]) * parameter.grad).sign())
+        mean.copy_(betas[1] * mean + (1 - betas[1]) * parameter.grad)
 
 
 def reference(name: str, module: torch.nn.Module) -> Callable[[], Any]:
@@ -89,6 +89,44 @@ def test_runs_at_two_budgets_give_what_torch_does(
         # Where a gradient is all but zero, its sign and Adam's quotient are of any size.
         apart = (value - module.state_dict()[key]).abs() > LR / 20
         assert float(apart.float().mean()) < 2e-3, key
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("adamw", {"beta1": 0.8, "beta2": 0.95, "eps": 1e-3}), ("lion", {"beta2": 0.5}), ("momentum", {"momentum": 0.5})],
+)
+def test_settings_of_an_optimizer_are_those_of_torch(
+    name: str, settings: dict[str, float], measured: Profile, batches: list[Batch], tmp_path: Path
+) -> None:
+    made = plan(measured, 1 << 40, optimizer=name)
+    found = run(made, batches, steps=STEPS, out=tmp_path / "out", lr=LR, **settings)
+    module, _ = regression()
+    parameters = list(module.parameters())
+    means = [torch.zeros_like(one) for one in parameters]
+    update: dict[str, Callable[[], Any]] = {
+        "adamw": torch.optim.AdamW(parameters, lr=LR, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.0).step,
+        "lion": lambda: lion(parameters, means, (0.9, 0.5)),
+        "momentum": torch.optim.SGD(parameters, lr=LR, momentum=0.5).step,
+    }
+    for batch in batches:
+        module.zero_grad()
+        module(*batch).backward()
+        update[name]()
+    for key, value in load_file(tmp_path / "out" / "model" / "model.safetensors").items():
+        apart = (value - module.state_dict()[key]).abs() > LR / 20
+        assert float(apart.float().mean()) < 2e-3, key
+    again = run(made, batches, steps=STEPS, out=tmp_path / "again", lr=LR)
+    assert again["loss"][0] == found["loss"][0]
+    assert again["loss"][2:] != found["loss"][2:]
+
+
+def test_settings_that_an_optimizer_does_not_have_are_refused(
+    measured: Profile, batches: list[Batch], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"beta2 0\.9: the plan's optimizer, momentum, has none"):
+        run(plan(measured, 1 << 40, optimizer="momentum"), batches, steps=1, out=tmp_path / "out", beta2=0.9)
+    with pytest.raises(InputError, match=r"momentum 0\.9: the plan's optimizer, sgd, has none"):
+        run(plan(measured, 1 << 40, optimizer="sgd"), batches, steps=1, out=tmp_path / "out", momentum=0.9)
 
 
 def test_a_run_goes_on_with_its_own_optimizer_alone(measured: Profile, batches: list[Batch], tmp_path: Path) -> None:

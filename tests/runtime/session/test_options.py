@@ -24,6 +24,9 @@ from tightfit.runtime.session.options import RunOptions
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_steps 5 and warmup_ratio 0.1: give one of them"),
         ({"warmup_ratio": 1.5}, "warmup_ratio 1.5: give a number from 0 to 1"),
         ({"min_lr_ratio": -0.1, "schedule": "linear"}, "min_lr_ratio -0.1: give a number from 0 to 1"),
+        ({"beta1": 1.5}, "beta1 1.5: give a number from 0 to 1"),
+        ({"beta2": 1}, "beta2 1: nothing would be learned; give a number from 0 to below 1"),
+        ({"eps": -1.0}, "eps -1.0: give a finite number of at least 0"),
         ({"min_lr_ratio": 0.1}, "min_lr_ratio 0.1: the constant schedule does not fall; choose linear or cosine"),
         (
             {"eval_every": "often"},
