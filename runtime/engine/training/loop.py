@@ -189,6 +189,7 @@ class _Run:
         done, pairs = 0, 0
         if sum(due):
             training.initialise(switched_off=True)
+            settle()
             expected = sum(due) * header["expected_evaluation_seconds"]
             self.send("referring", done=0, total=sum(due), expected=expected)
             for batches, steps in asked:
@@ -198,7 +199,7 @@ class _Run:
                     self.send("referring", done=done, total=sum(due), expected=expected)
                     if self.stopping():
                         if self.found is None:  # the checkpoint that is made now has the state before step 1
-                            self._make_room()
+                            settle()
                             training.initialise()
                         raise _Stopped
                 assert batches.references is not None
@@ -207,7 +208,6 @@ class _Run:
             seconds = time.perf_counter() - before
             self.send("referred", pairs=pairs, expected=expected, seconds=seconds)
             settle()
-            self._make_room()
         for batches, _ in asked:
             if batches is not own:
                 batches.close()
