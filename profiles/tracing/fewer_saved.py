@@ -25,7 +25,9 @@ SHAPES: dict[Any, int] = {
 
 def save_less(graph: fx.Graph, forward: int, mode: FakeTensorMode) -> None:
     """Rewrite a joint graph, whose first `forward` results are the forward's, in which tensors have fake values of `mode`."""
-    outputs = {_itself(node) for node in graph.output_node().args[0][:forward]}  # type: ignore[index, union-attr]
+    results: Any = graph.output_node().args[0]
+    outputs = {_itself(node) for node in results[:forward]}
+    node: Any
     for node in list(graph.nodes):
         if node.target in SHAPES:
             _read_a_stand_in(graph, node, SHAPES[node.target], mode)
@@ -36,14 +38,14 @@ def save_less(graph: fx.Graph, forward: int, mode: FakeTensorMode) -> None:
                 node.args = (node.args[0], made.args[0], 0)
 
 
-def _itself(node: fx.Node) -> fx.Node:
+def _itself(node: Any) -> Any:
     """The node that `node` is a detached form of, as autograd saves results."""
     while node.target is aten.detach.default:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
-def _read_a_stand_in(graph: fx.Graph, node: fx.Node, place: int, mode: FakeTensorMode) -> None:
+def _read_a_stand_in(graph: fx.Graph, node: Any, place: int, mode: FakeTensorMode) -> None:
     """Have a node read a tensor of one element, expanded, for one of which it needs the shape."""
     like = node.args[place].meta["val"]
     with graph.inserting_before(node):

@@ -31,16 +31,17 @@ lstm_backward = _define(
     "lstm_backward",
     "(Tensor? dy, Tensor? dends, Tensor x, Tensor hidden, Tensor cell, Tensor w_ih, Tensor w_hh, Tensor y, Tensor gates,"
     " Tensor cells, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda dy, dends, x, hidden, cell, w_ih, w_hh, y, gates, cells, reverse: (
-        *(like.new_empty(like.shape) for like in (x, hidden, cell, w_ih, w_hh)),
-        gates.new_empty(gates.shape[-1]),
-        gates.new_empty(gates.shape),
+    lambda dy, dends, *tensors: (
+        *(like.new_empty(like.shape) for like in tensors[:5]),
+        tensors[6].new_empty(tensors[6].shape[-1]),
+        tensors[6].new_empty(tensors[6].shape),
     ),
 )
 
 
 @register_flop_formula([torch.ops.tightfit.lstm])
 def _lstm_flops(x: Shape, hidden: Shape, cell: Shape, w_ih: Shape, w_hh: Shape, *_: Any, **__: Any) -> int:
+    """For all times, the products with inputs and states."""
     return 2 * x[0] * x[1] * w_ih[0] * (w_ih[1] + w_hh[1])
 
 
@@ -52,7 +53,8 @@ def _lstm_backward_flops(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, hidden, cell, w_ih, w_hh, ctx.biased, _, ctx.reverse = (*inputs[:5], inputs[5] is not None, *inputs[6:])
+    x, hidden, cell, w_ih, w_hh, b_ih, _, ctx.reverse = inputs
+    ctx.biased = b_ih is not None
     y, _, gates, cells = output
     ctx.save_for_backward(x, hidden, cell, w_ih, w_hh, y, gates, cells)
     ctx.mark_non_differentiable(gates, cells)
@@ -68,7 +70,7 @@ def _grad(ctx: Any, dy: Tensor | None, dends: Tensor | None, *_: Any) -> Any:
 
 torch.library.register_autograd("tightfit::lstm", _grad, setup_context=_setup, lib=_library)
 
-_own = torch._VF.lstm  # type: ignore[attr-defined]
+_own: Callable[..., Any] = torch._VF.lstm
 LeaveOut = Callable[[Tensor, float, bool], Tensor]
 
 

@@ -3,7 +3,8 @@ and its products of float32 by oneDNN where that is faster: `DIRECT[target](*arg
 
 Many of PyTorch's kernels only make new tensors: the result then lies in memory twice until it is copied. Here a convolution of one
 point is the matrix product that it is, of each sample: a fifth faster on a core of Zen 4, and 2.5 times as fast for the gradient
-with a stride. Other convolutions have PyTorch make the results of a few samples at a time, and copy them.
+with a stride. Other convolutions have PyTorch make the results of a few samples at a time, and copy them. Buffers stay small, so
+that those of the next operator fit into the place that they leave.
 
 Outputs that nothing reads are None.
 """
@@ -25,6 +26,8 @@ PART_BYTES = 8 << 20
 """of samples that are convolved together: oneDNN takes up to three times these as workspace"""
 WEIGHT_SHARE = 4
 """times that a part is larger than the weights, at least"""
+NORM_ELEMENTS = 1 << 20
+"""of a sample that a batch norm's gradient is made of at a time"""
 Outputs = Sequence[Tensor | None]
 
 
@@ -151,6 +154,53 @@ def _parts(x: Tensor, weight: Tensor, y: Tensor) -> Iterator[slice]:
     return blocks(len(x), count if count * sample >= WEIGHT_SHARE * weight.nbytes else max(1, len(x)))
 
 
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor | None,
+    rstd: Tensor | None, train: bool, eps: float, wanted: Sequence[bool], *, out: Outputs,
+) -> None:  # fmt: skip
+    """out: d x, d weight [C], d bias [C] of a batch norm whose batch x [N, C, ...] had this mean and 1 / standard deviation.
+
+    With n = (x - mean) * rstd: d bias = sum dy, d weight = sum dy * n, d x = weight * rstd * (dy - mean of dy - n * mean of dy * n).
+    """
+    dx, dweight, dbias = out
+    tensors = [tensor for tensor in (x, dy, dx) if tensor is not None and tensor.is_contiguous()]
+    if (
+        (dx is None or dweight is None or dbias is None or mean is None or rstd is None)
+        or not train
+        or len(tensors) < 3
+        or x.dtype is not torch.float32
+        or x.nbytes < PART_BYTES
+    ):
+        made = aten.native_batch_norm_backward.default(
+            dy, x, weight, running_mean, running_var, mean, rstd, train, eps, wanted
+        )
+        for output, one in zip(out, made, strict=True):
+            if output is not None:
+                output.copy_(one)
+        return
+    images, slopes, results = (tensor.flatten(2) for tensor in tensors)
+    points = images.shape[2]
+    parts = list(blocks(x.shape[1], max(1, NORM_ELEMENTS // points)))
+    room = torch.empty(parts[0].stop, points)
+    center = mean.unsqueeze(1)
+    dweight.zero_()
+    dbias.zero_()
+    for part in parts:
+        for image, slope in zip(images[:, part], slopes[:, part], strict=True):
+            product = torch.sub(image, center[part], out=room[: len(image)]).mul_(slope)
+            dweight[part].add_(product.sum(1))
+            dbias[part].add_(slope.sum(1))
+    dweight.mul_(rstd)
+    scale = rstd if weight is None else rstd * weight
+    count = -1 / (len(x) * points)
+    scales, along, shift = (
+        each.unsqueeze(1) for each in (scale, dweight * rstd * scale * count, dbias * scale * count)
+    )
+    for part in parts:
+        for image, slope, result in zip(images[:, part], slopes[:, part], results[:, part], strict=True):
+            torch.sub(image, center[part], out=result).mul_(along[part]).addcmul_(slope, scales[part]).add_(shift[part])
+
+
 DIRECT: dict[str, Callable[..., None]] = {
     "aten.relu.default": relu,
     "aten.mm.default": mm,
@@ -159,5 +209,6 @@ DIRECT: dict[str, Callable[..., None]] = {
     "aten.baddbmm.default": baddbmm,
     "aten.convolution.default": convolution,
     "aten.convolution_backward.default": convolution_backward,
+    "aten.native_batch_norm_backward.default": batch_norm_backward,
 }
 """by target; `Kernels.direct`"""

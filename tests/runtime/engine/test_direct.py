@@ -79,6 +79,30 @@ def test_convolutions_take_a_few_samples_at_a_time_where_the_weights_are_small()
     assert [part.stop for part in direct._parts(x, large, x)] == [9]
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_gradient_of_batch_norm(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch far from zero, in parts of two of three channels, beside autograd in double precision."""
+    monkeypatch.setattr(direct, "PART_BYTES", 0)
+    monkeypatch.setattr(direct, "NORM_ELEMENTS", 2 * 30)
+    torch.manual_seed(0)
+    x, dy, weight = 100 + torch.randn(4, 3, 5, 6), torch.randn(4, 3, 5, 6), torch.rand(3)
+    exact = [one.double().requires_grad_() for one in (x, weight if weighted else torch.ones(3), torch.zeros(3))]
+    y = torch.nn.functional.batch_norm(exact[0], None, None, exact[1], exact[2], training=True)
+    due = torch.autograd.grad(y, exact, dy.double())
+    mean, rstd = x.mean((0, 2, 3)), (x.var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()
+    made = [torch.full_like(one, torch.nan, dtype=torch.float32) for one in due]
+    arguments = [dy, x, weight if weighted else None, None, None, mean, rstd, True, 1e-5, [True, True, True]]
+    monkeypatch.setattr(direct, "aten", SimpleNamespace())
+    direct.batch_norm_backward(*arguments, out=made)
+    for one, other in zip(made, due, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
+    monkeypatch.undo()
+    monkeypatch.setattr(direct, "PART_BYTES", 1 << 20)
+    again = [torch.empty_like(made[0]), None, None]
+    direct.batch_norm_backward(*arguments, out=again)
+    torch.testing.assert_close(again[0], made[0], rtol=1e-4, atol=1e-4)
+
+
 def test_relu_is_pytorchs_to_the_bit() -> None:
     x = torch.tensor([-1.5, -0.0, 0.0, 2.0, torch.nan, torch.inf, -torch.inf])
     made = torch.empty_like(x)
