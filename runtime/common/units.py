@@ -141,5 +141,5 @@ def format_size(size: int, *, round_up: bool = False) -> str:
 
 
 def padding_text(share: float) -> str:
-    """How much of the rows of a batch is padding, in words."""
-    return f"rows {share:.0%} padding"
+    """How much of the rows of a batch is padding, in words; a share that is negative by rounding is none."""
+    return f"rows {max(share, 0.0):.0%} padding"

@@ -57,14 +57,16 @@ class RunOptions:
         None, "Steps in all, each of one batch; of a fleet, micro-batches of all members together.", least=1
     )
     """None: they follow from `epochs`, or in a Session, its program says when to end"""
-    epochs: float | None = option(None, "How often to go through the data, instead of --steps; may be a fraction.")
+    epochs: float | None = option(
+        None, "How often to go through the data, in place of a number of steps; may be a fraction."
+    )
     """None: `steps` says when to end"""
     lr: float = option(2e-4, "Learning rate of the plan's optimizer.", label="Learning rate", least=0)
     schedule: str = option("constant", "Course of the learning rate: constant, linear or cosine.", choices=SCHEDULES)
     warmup_steps: int = option(0, "Steps over which the learning rate rises from zero.", label="Warm-up steps", least=0)
     warmup_ratio: float | None = option(
         None,
-        "The same as a share of all steps, for example 0.03.",
+        "Warm-up as a share of all steps, for example 0.03.",
         label="Warm-up ratio",
         metavar="SHARE",
         least=0,
@@ -73,7 +75,7 @@ class RunOptions:
     """rounded up to whole steps"""
     min_lr_ratio: float = option(
         0.0,
-        "Share of --lr at which a linear or cosine schedule ends.",
+        "Share of the learning rate at which a linear or cosine schedule ends.",
         label="Last share of the rate",
         metavar="SHARE",
         least=0,
@@ -97,14 +99,14 @@ class RunOptions:
     keep_checkpoints: int = 2
     eval_every: int | str | None = option(
         None,
-        "Evaluate on --eval after every so many steps or epochs, too.",
+        "Evaluate on the held-out data after every so many steps or epochs, too.",
         label="Evaluate every",
         metavar="STEPS|'N epochs'",
     )
     """steps between evaluations, or epochs (``"1 epoch"``); None: only before the first step and after the last"""
     keep_best: bool = option(False, "Keep the adapter of the best evaluation in the folder best/.")
     early_stopping: int | None = option(
-        None, "End after K evaluations in a row that were no better than the best.", metavar="K", least=1
+        None, "End after so many evaluations in a row that were no better than the best.", metavar="COUNT", least=1
     )
     """None: the run takes all steps"""
     packing: bool = option(

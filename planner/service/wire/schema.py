@@ -216,7 +216,9 @@ class ProfileRequest(Request):
         description="precision of matrices that are not quantised; by default 4bit, or what a quantised file holds",
     )
     embeddings: Literal["4bit", "8bit", "16bit"] | None = Field(
-        None, title="Embedding and head", description="the same for the embedding and the head; by default as `base`"
+        None,
+        title="Embedding and head",
+        description="the same for the embedding and the head; default: as the other weights",
     )
     adapter: str | None = Field(
         None,
