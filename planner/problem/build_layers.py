@@ -180,9 +180,7 @@ class _Splitter:
                 self.last[gradient] = window
 
     def _updated(self) -> dict[str, int]:
-        """Trainable -> the backward window in which it is updated: the last one that reads it or
-        adds to its gradient.
-        """
+        """Trainable -> the backward window in which it is updated: the last one that reads it, or makes or reads its gradient."""
         result = {}
         for name, storage in self.graph.storages.items():
             gradient = self.graph.storages.get(f"grad:{name}")
@@ -192,7 +190,7 @@ class _Splitter:
                 raise InputError(
                     f"trainable {name} has no gradient: no operator makes 'grad:{name}'; mark it constant or trace it again"
                 )
-            layers = {self.graph.steps[i].layer for i in [*gradient.producers, *storage.consumers]}
+            layers = {self.graph.steps[i].layer for i in (*gradient.producers, *gradient.consumers, *storage.consumers)}
             result[name] = 2 * self.count - 1 - min(layers)
         return result
 
@@ -437,7 +435,7 @@ class _Splitter:
         for name in names:
             after = 0
             for step in self.own[layer]["backward"]:
-                if name in step.inputs or f"grad:{name}" in step.outputs:
+                if name in step.inputs or f"grad:{name}" in (*step.inputs, *step.outputs):
                     after = max(after, positions[step.operator])
             for step in self.again[layer].values():
                 if name in step.inputs:

@@ -219,7 +219,7 @@ class _Naive:
                 offsets.append(None if n is None else self._take(names[n], sizes[n]))
             out.append(["run", layer.name, index, offsets])
             due += [names[n] for n in op.outputs if n and self._trainable(names[n])]
-            for gradient in [g for g in due if last[g.removeprefix("grad:")] <= place]:
+            for gradient in [g for g in due if max(last[g], last[g.removeprefix("grad:")]) <= place]:
                 self._update(out, gradient.removeprefix("grad:"))
                 self._free(out, gradient)
                 due.remove(gradient)
