@@ -47,6 +47,8 @@ MOST_CALLS = 200  # calls timed for one figure, at most
 PASSES = 2  # over all programs; the lower figure counts, since disturbances by other work come in bursts of seconds
 WORKSPACE_CALLS = 4  # calls per operator and pass of which the lowest workspace counts
 PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
+SLOW_SECONDS = 0.05  # of a call that is long enough for fewer calls to be as steady
+SLOW_PROGRAM_SECONDS = 1.5  # the same of the first rounds of a program
 GATHERED_ROWS = 8192
 CONTENTS = ("normal", "probabilities")
 """Contents of floating-point tensors while operators are measured, tried in this order. Some operators, such as binary
@@ -320,9 +322,13 @@ def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: An
             begin = clock()
             call()
             taken.append(clock() - begin)
-        if turn >= ROUNDS[0] and time.perf_counter() - started > PROGRAM_SECONDS:
+        spent = time.perf_counter() - started
+        if (turn >= ROUNDS[0] and spent > PROGRAM_SECONDS) or (turn == ROUNDS[0] - 1 and spent > SLOW_PROGRAM_SECONDS):
             break
-    workspaces = [_workspace(call) for call in calls]
+    workspaces = [
+        _workspace(call, WORKSPACE_CALLS // (2 if min(taken) > SLOW_SECONDS else 1))
+        for call, taken in zip(calls, times, strict=True)
+    ]
     # The first two rounds are left out: they fault pages in and build kernels.
     return [[statistics.median(taken[2:]), workspace] for taken, workspace in zip(times, workspaces, strict=True)]
 
@@ -384,16 +390,16 @@ def _make_tensors(
     return tensors
 
 
-def _workspace(call: Callable[[], None]) -> int:
+def _workspace(call: Callable[[], None], calls: int) -> int:
     """Heap bytes that a call takes beyond its inputs and outputs: the rise of VmHWM above the resident set of a trimmed
     heap.
 
-    Of `WORKSPACE_CALLS` calls the lowest counts: in some, a buffer does not fit into the heap hole of the call before,
+    Of so many calls the lowest counts: in some, a buffer does not fit into the heap hole of the call before,
     which adds as much as 40 %. The floor accounts for such holes
     (`tightfit.runtime.engine.start.floor.HEAP_SLACK_BYTES`, `HOLES_PER_WORKSPACE`).
     """
     rises = []
-    for _ in range(WORKSPACE_CALLS):
+    for _ in range(calls):
         trim_heap()
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
         before = memory().resident

@@ -1,8 +1,9 @@
-"""Makes the backward of a layer's joint graph read fewer tensors of its forward, with the same results to the bit.
+"""Makes the backward of a layer's joint graph keep fewer tensors, with the same results.
 
-What autograd saves suits a process that keeps all of it. A tensor that a backward reads only the shape of need not be kept at all;
-and a layer's output, which the next layer's backward often needs as well, has to be kept until both have run, where a tensor of
-the layer's own may be kept, moved to disk or made again.
+What autograd saves suits a process that keeps all of it. A tensor that a backward reads only the shape of need not be kept at all.
+A layer's output, which the next layer's backward often needs as well, has to be kept until both have run, where a tensor of the
+layer's own may be kept, moved to disk or made again. And the gradient of a cross entropy needs no tensor for that of its second
+half, which is zero but for one element in each row.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tightfit.profiles.tracing.torch_ops import _define
+
 aten = torch.ops.aten
 
 SHAPES: dict[Any, int] = {
@@ -21,6 +24,15 @@ SHAPES: dict[Any, int] = {
     aten._adaptive_avg_pool2d_backward.default: 1,
 }
 """Operators -> place of an argument of which they read only the shape."""
+MEAN = 1
+"""PyTorch's number of the reduction to a mean"""
+
+
+cross_entropy_backward = _define(
+    "cross_entropy_backward",
+    "(Tensor dloss, Tensor log_shares, Tensor labels, Tensor total, int ignored, bool mean) -> Tensor",
+    lambda dloss, log_shares, *_: (log_shares.new_empty(log_shares.shape),),
+)
 
 
 def save_less(graph: fx.Graph, forward: int, mode: FakeTensorMode) -> None:
@@ -36,6 +48,29 @@ def save_less(graph: fx.Graph, forward: int, mode: FakeTensorMode) -> None:
             # relu(x) is above the threshold 0 where x is.
             if made in outputs and made.target is aten.relu.default and node.args[2] == 0:
                 node.args = (node.args[0], made.args[0], 0)
+        elif node.target is aten._log_softmax_backward_data.default:
+            _join_with_loss(graph, node)
+
+
+def _join_with_loss(graph: fx.Graph, node: Any) -> None:
+    """Replace the gradient of a log softmax over rows, where it follows that of `nll_loss` without weights, by that of both."""
+    slope, made, dim, dtype = node.args
+    if slope.target is not aten.nll_loss_backward.default or len(slope.users) > 1:
+        return
+    dloss, shares, labels, weight, reduction, ignored, total = slope.args
+    value = made.meta["val"]
+    if (
+        (weight is not None or reduction == 0 or value.dim() != 2 or dim % 2 != 1)
+        or (value.dtype is not torch.float32 or dtype is not torch.float32)
+        or _itself(shares) is not _itself(made)
+    ):
+        return
+    with graph.inserting_before(node):
+        joined = graph.call_function(cross_entropy_backward, (dloss, made, labels, total, ignored, reduction == MEAN))
+    joined.meta.update(node.meta)
+    node.replace_all_uses_with(joined)
+    graph.erase_node(node)
+    graph.erase_node(slope)
 
 
 def _itself(node: Any) -> Any:

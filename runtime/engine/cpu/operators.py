@@ -23,6 +23,7 @@ from tightfit.runtime.engine.cpu import products
 from tightfit.runtime.engine.cpu.attention import LOG2_E, attention, attention_backward
 from tightfit.runtime.engine.cpu.batch_norm import batch_norm, batch_norm_inference, keep_state
 from tightfit.runtime.engine.cpu.cached_attention import cache_tokens, cached_attention
+from tightfit.runtime.engine.cpu.cross_entropy import cross_entropy_backward
 from tightfit.runtime.engine.cpu.dora import dora_norm, dora_scale, dora_scale_backward
 from tightfit.runtime.engine.cpu.dropout import (
     dropout,
@@ -348,6 +349,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.batch_norm": batch_norm,
     "tightfit.batch_norm_inference": batch_norm_inference,
     "tightfit.keep_state": keep_state,
+    "tightfit.cross_entropy_backward": cross_entropy_backward,
     "tightfit.lstm": lstm,
     "tightfit.lstm_backward": lstm_backward,
     "tightfit.dora_norm": dora_norm,

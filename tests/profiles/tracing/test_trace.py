@@ -245,6 +245,40 @@ def test_blocks_of_a_sequence_are_layers_whose_backward_reads_no_more_than_it_ne
         torch.testing.assert_close(made[f"grad:{key}"], parameter.grad)
 
 
+class Classifier(torch.nn.Module):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.head, self.loss = torch.nn.Linear(6, 5), torch.nn.CrossEntropyLoss(**settings)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.head(x), y)
+
+
+@pytest.mark.parametrize(
+    ("settings", "joined"),
+    [
+        ({}, True),
+        ({"reduction": "sum", "ignore_index": 2}, True),
+        ({"label_smoothing": 0.1}, False),
+        ({"weight": torch.arange(1.0, 6)}, False),
+    ],
+)
+def test_the_gradient_of_a_cross_entropy_is_one_operator(settings: dict[str, Any], joined: bool) -> None:
+    torch.manual_seed(0)
+    module, ignored = Classifier(**settings), settings.get("ignore_index", -100)
+    batch = {"x": torch.randn(7, 6), "y": torch.tensor([0, ignored, 1, 4, ignored, 3, 3])}
+    traced = trace(module, batch)
+    targets = [operator.target for program in traced.programs for operator in program.operators]
+    assert ("tightfit.cross_entropy_backward" in targets) == joined == ("aten.nll_loss_backward.default" not in targets)
+    held = {key: value.detach() for key, value in (*module.named_parameters(), *module.named_buffers())}
+    made = run_step(traced.layers, {program.name: program for program in traced.programs}, held | batch)
+    loss = module(**batch)
+    loss.backward()
+    torch.testing.assert_close(made[traced.loss], loss.detach())
+    for key, parameter in module.named_parameters():
+        torch.testing.assert_close(made[f"grad:{key}"], parameter.grad)
+
+
 class Encoder(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
