@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,16 @@ def chosen(path: str) -> list[str]:
     return found
 
 
-def functions(path: str, prefix: str, arguments: Sequence[Any]) -> dict[str, Any]:
-    """Those functions of the library at `path` that its test found good, by their names without `prefix`; none if `path`
-    is empty or the file is gone. Each takes `arguments`, types of ctypes, and returns nothing.
+def functions(path: str, prefix: str, arguments: Sequence[Any], among: Collection[str] | None = None) -> dict[str, Any]:
+    """Those functions of the library at `path` that its test found good, by their names without `prefix`, of which they have
+    to be `among` these if that is given; none if `path` is empty or the file is gone. Each takes `arguments`, types of
+    ctypes, and returns nothing.
     """
     if not path:
         return {}
     try:
-        return loaded(path, prefix, chosen(path), arguments)
+        good = [name for name in chosen(path) if among is None or name in among]
+        return loaded(path, prefix, good, arguments)
     except (OSError, ValueError, AttributeError):
         return {}  # the cache was cleaned meanwhile
 

@@ -1,4 +1,5 @@
-"""Unpacks weights in compiled C (``unpack.c``) where there is a C compiler, for the formats in which that pays.
+"""Unpacks weights in compiled C (``unpack.c``) where there is a C compiler, for the formats in which that pays, and multiplies
+one row of activations with packed rows.
 
 A format is used only if its results equal PyTorch's bit for bit and come faster. Lean processes find the library
 through the environment variable `VARIABLE` (`tightfit.runtime.engine.start.process.child_environment` sets it) and
@@ -49,6 +50,13 @@ Unpack = Callable[[int, int, int, int, int], None]
 """(address of packed groups, address of the output, groups, elements per group, bytes per group)"""
 PREFIX = "tightfit_"
 ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
+Dot = Callable[[int, int, int, int, int, int, int], None]
+"""(address of packed rows, of float32 x, of float32 y, rows, groups per row, elements per group, bytes per group): y = W x"""
+DOT_ARGUMENTS = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, *(ctypes.c_int,) * 3)
+DOT = "dot_"
+DOTS = tuple(f"{DOT}{kind}" for kind in QUANTISED)
+LARGEST_GROUP = 256
+"""elements of a group with which `Dot` works"""
 
 
 def functions(path: str | None = None) -> dict[str, Unpack]:
@@ -56,7 +64,15 @@ def functions(path: str | None = None) -> dict[str, Unpack]:
 
     `path` is the library; by default the one in the environment.
     """
-    return machine_code.functions(os.environ.get(VARIABLE, "") if path is None else path, PREFIX, ARGUMENTS)
+    return machine_code.functions(os.environ.get(VARIABLE, "") if path is None else path, PREFIX, ARGUMENTS, FORMATS)
+
+
+def dots(path: str | None = None) -> dict[str, Dot]:
+    """The products with packed rows that were found right, by ``format``; `path` as in `functions`."""
+    found: dict[str, Dot] = machine_code.functions(
+        os.environ.get(VARIABLE, "") if path is None else path, PREFIX, DOT_ARGUMENTS, DOTS
+    )
+    return {name.removeprefix(DOT): function for name, function in found.items()}
 
 
 def library(cache: Path) -> str:
@@ -83,7 +99,8 @@ def random_groups(kind: str, group: int, count: int, seed: int = 0) -> Tensor:
 
 
 def judge(path: str) -> list[str]:
-    """The names in `FORMATS` for which the library equals PyTorch's results bit for bit and is faster.
+    """The names in `FORMATS` for which the library equals PyTorch's results bit for bit and is faster, and those in `DOTS` for
+    which it unpacks equally and the products are right.
 
     PyTorch's way takes at least ten times as long for all formats but q4 and q8, which are therefore the only ones timed.
     """
@@ -102,7 +119,7 @@ def judge(path: str) -> list[str]:
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    chosen = []
+    chosen, right = [], set()
     for name, native in machine_code.loaded(path, PREFIX, list(FORMATS), ARGUMENTS).items():
         kind, dtype = name.rsplit("_", 1)
         equal, gained = True, kind not in ("q4", "q8")
@@ -122,9 +139,35 @@ def judge(path: str) -> list[str]:
                     seconds(lambda: native(*arguments)) < seconds(lambda: unpack(entry, packed.view(-1), expected))  # noqa: B023  called here
                     for _ in range(TRIES)
                 )
+        if equal:
+            right.add(name)
         if equal and gained:
             chosen.append(name)
+    for name, dot in machine_code.loaded(path, PREFIX, DOTS, DOT_ARGUMENTS).items():
+        if f"{name.removeprefix(DOT)}_float32" in right and _right(name, dot):
+            chosen.append(name)
     return chosen
+
+
+def _right(name: str, dot: Dot) -> bool:
+    """Whether products with packed rows are those of PyTorch with the rows unpacked."""
+    import torch
+
+    from tightfit.runtime.engine.weights.layout import Entry
+    from tightfit.runtime.engine.weights.store import unpack
+
+    kind = name.removeprefix(DOT)
+    for rows, columns, size in ((3, 36, 18), (5, 64, 32), (600, 96, 16)):
+        group = BLOCKS[kind][0] if kind in BLOCKS else size
+        entry = Entry(name="w", shape=(rows, -(-columns // group) * group), format=kind, group=group)
+        packed = random_groups(kind, group, entry.rows * entry.columns // group)
+        weight, x, y = torch.empty(entry.shape), torch.linspace(-1, 1, entry.columns), torch.empty(rows)
+        unpack(entry, packed.view(-1), weight)
+        dot(packed.data_ptr(), x.data_ptr(), y.data_ptr(), rows, entry.columns // group, group, packed.shape[1])
+        exact, most = weight.double() @ x.double(), weight.double().abs() @ x.double().abs()
+        if not ((y.double() - exact).abs() <= 1e-5 * most).all():
+            return False
+    return True
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ WORKSPACE_BYTES = CHUNK_ELEMENTS * 4 + (CHUNK_ELEMENTS // 8) * 4
 SCRATCH_BYTES = 64 * 1024
 _unpack_q4 = torch.ops.quantized.embedding_bag_4bit_unpack.default
 _native = native.functions()
+_dots = native.dots()
 RAW: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
 """torch's dtypes of the unquantised formats, by name."""
 
@@ -285,6 +286,21 @@ def unpack(entry: Entry, packed: Tensor, out: Tensor) -> None:
         value.copy_(source.narrow(1, 2, entry.group).view(torch.int8))
         value.mul_(source.narrow(1, 0, 2).view(torch.float16).float())
         target.copy_(value)
+
+
+def multiplies(entry: Entry) -> bool:
+    """Whether `multiply_row` can multiply with this tensor."""
+    return entry.format in _dots and entry.group <= native.LARGEST_GROUP
+
+
+def multiply_row(entry: Entry, packed: Tensor, x: Tensor, out: Tensor) -> None:
+    """out float32 [n] = W x for n whole rows of W, `packed` uint8 [n * row_bytes], and x, contiguous float32 [columns]: in
+    compiled C, without the unpacked rows in memory.
+    """
+    dot = _dots[entry.format]
+    size = group_bytes(entry.format, entry.group)
+    addresses = packed.data_ptr(), x.data_ptr(), out.data_ptr()
+    dot(*addresses, out.numel(), entry.columns // entry.group, entry.group, size)
 
 
 def _open_direct(path: Path) -> int:

@@ -1,4 +1,5 @@
-/* Unpacking of quantised groups (layout.py), compiled once per machine by native.py.
+/* Unpacking of quantised groups (layout.py), and their products with one row of activations, compiled once per machine by
+   native.py.
 
    A group with 4-bit codes has sixteen possible values: they are computed and rounded once, and every nibble picks one.
    Products of a code and a float16 scale are exact in float32, so each value is rounded exactly where PyTorch's path
@@ -12,6 +13,7 @@
 #endif
 
 enum { PARALLEL = 1 << 15 }; /* elements below which a second core does not pay */
+enum { LARGEST_GROUP = 256 }; /* elements of a group of which products can be made */
 
 static uint32_t to_bits(float value) {
     uint32_t bits;
@@ -132,6 +134,38 @@ static inline void pick(const uint8_t *packed, const shorts *values, uint16_t *o
 
 #endif
 
+/* The same for values that are not rounded. */
+static inline void pick_wide(const uint8_t *packed, const floats *values, float *out, int group) {
+    const floats value = *values;
+    int j = 0;
+#ifdef __AVX512F__
+    const __m512i shifts = _mm512_set_epi32(4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0);
+    for (; 2 * j + 16 <= group; j += 8) {
+        /* Each byte twice, shifted to its lower and to its upper nibble; of an index only the low four bits count. */
+        const __m128i bytes8 = _mm_loadl_epi64((const __m128i *)(packed + j));
+        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes8, bytes8));
+        _mm512_storeu_ps(out + 2 * j, _mm512_permutexvar_ps(_mm512_srlv_epi32(pairs, shifts), (__m512)value));
+    }
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_loadu_ps((const float *)&value), high = _mm256_loadu_ps((const float *)&value + 8);
+    const __m256i shifts = _mm256_set_epi32(4, 0, 4, 0, 4, 0, 4, 0);
+    for (; 2 * j + 8 <= group; j += 4) {
+        int32_t four;
+        memcpy(&four, packed + j, 4);
+        const __m128i bytes4 = _mm_cvtsi32_si128(four);
+        const __m256i pairs = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(bytes4, bytes4));
+        const __m256i index = _mm256_srlv_epi32(pairs, shifts); /* of which a lookup counts three bits */
+        const __m256 first = _mm256_permutevar8x32_ps(low, index), second = _mm256_permutevar8x32_ps(high, index);
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)); /* the sign is the fourth bit */
+        _mm256_storeu_ps(out + 2 * j, _mm256_blendv_ps(first, second, upper));
+    }
+#endif
+    for (; 2 * j < group; j++) {
+        out[2 * j] = value[packed[j] & 15];
+        out[2 * j + 1] = value[packed[j] >> 4];
+    }
+}
+
 #define NIBBLES(name)                                                                                                  \
     static inline void group_##name##_bfloat16(const uint8_t *packed, uint16_t *out, int group) {                      \
         floats value;                                                                                                  \
@@ -143,12 +177,7 @@ static inline void pick(const uint8_t *packed, const shorts *values, uint16_t *o
     static inline void group_##name##_float32(const uint8_t *packed, float *out, int group) {                          \
         floats value;                                                                                                  \
         values_##name(packed + group / 2, &value);                                                                     \
-        float table[16];                                                                                               \
-        memcpy(table, &value, sizeof table);                                                                           \
-        for (int j = 0; 2 * j < group; j++) {                                                                          \
-            out[2 * j] = table[packed[j] & 15];                                                                        \
-            out[2 * j + 1] = table[packed[j] >> 4];                                                                    \
-        }                                                                                                              \
+        pick_wide(packed, &value, out, group);                                                                         \
     }
 
 NIBBLES(q4)
@@ -163,9 +192,31 @@ static inline void group_q8_bfloat16(const uint8_t *packed, uint16_t *out, int g
         out[e] = bfloat16((float)(int8_t)packed[2 + e] * scale);
 }
 
+/* Sixteen signed bytes as numbers. */
+static inline void numbers(const uint8_t *at, floats *to) {
+#if defined(__AVX512F__)
+    *to = (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
+#elif defined(__AVX2__)
+    for (int part = 0; part < 2; part++) {
+        const __m128i eight = _mm_loadl_epi64((const __m128i *)(at + 8 * part));
+        _mm256_storeu_ps((float *)to + 8 * part, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)));
+    }
+#else
+    for (int e = 0; e < 16; e++)
+        (*to)[e] = (float)(int8_t)at[e];
+#endif
+}
+
 static inline void group_q8_float32(const uint8_t *packed, float *out, int group) {
     const float scale = half(packed);
-    for (int e = 0; e < group; e++)
+    int e = 0;
+    for (; e + 16 <= group; e += 16) {
+        floats value;
+        numbers(packed + 2 + e, &value);
+        value *= scale;
+        memcpy(out + e, &value, sizeof value);
+    }
+    for (; e < group; e++)
         out[e] = (float)(int8_t)packed[2 + e] * scale;
 }
 
@@ -181,7 +232,14 @@ static inline void group_int8_bfloat16(const uint8_t *packed, uint16_t *out, int
 static inline void group_int8_float32(const uint8_t *packed, float *out, int group) {
     float scale;
     memcpy(&scale, packed, 4);
-    for (int e = 0; e < group; e++)
+    int e = 0;
+    for (; e + 16 <= group; e += 16) {
+        floats value;
+        numbers(packed + 4 + e, &value);
+        value = value * scale * INT8_STEP;
+        memcpy(out + e, &value, sizeof value);
+    }
+    for (; e < group; e++)
         out[e] = (float)(int8_t)packed[4 + e] * scale * INT8_STEP;
 }
 
@@ -318,9 +376,47 @@ BLOCK(q6_k, 256, 16)
                                                                                          g++)                          \
             group_##name(packed + g * stride, out + g * group, group);                                                 \
     }
+
+/* y[r] = the sum of x[e] times row r, which has `groups` groups: a group at a time is unpacked, and stays in registers or in
+   the first cache. Sums are made in the same order whatever the number of threads. `group` is a constant where it is called,
+   for the usual sizes. */
+#define DOT(name)                                                                                                      \
+    static inline __attribute__((always_inline)) float dot_##name(const uint8_t *row, const float *x, int groups,      \
+                                                                  int group, int stride) {                             \
+        floats first = {0}, second = {0};                                                                              \
+        float wide[LARGEST_GROUP] __attribute__((aligned(64))), rest = 0;                                              \
+        for (int g = 0; g < groups; g++, row += stride, x += group) {                                                  \
+            floats of_x, of_row;                                                                                       \
+            group_##name##_float32(row, wide, group);                                                                  \
+            int e = 0;                                                                                                 \
+            for (; e + 32 <= group; e += 32) {                                                                         \
+                memcpy(&of_x, x + e, sizeof of_x);                                                                     \
+                memcpy(&of_row, wide + e, sizeof of_row);                                                              \
+                first += of_x * of_row;                                                                                \
+                memcpy(&of_x, x + e + 16, sizeof of_x);                                                                \
+                memcpy(&of_row, wide + e + 16, sizeof of_row);                                                         \
+                second += of_x * of_row;                                                                               \
+            }                                                                                                          \
+            for (; e < group; e++)                                                                                     \
+                rest += x[e] * wide[e];                                                                                \
+        }                                                                                                              \
+        first += second;                                                                                               \
+        for (int lane = 0; lane < 16; lane++)                                                                          \
+            rest += first[lane];                                                                                       \
+        return rest;                                                                                                   \
+    }                                                                                                                  \
+    void tightfit_dot_##name(const uint8_t *packed, const float *x, float *y, int64_t rows, int groups, int group,     \
+                             int stride) {                                                                             \
+        const int64_t step = (int64_t)groups * stride;                                                                 \
+        _Pragma("omp parallel for schedule(static) if (rows * groups * group > PARALLEL)") for (int64_t r = 0;         \
+                                                                                                r < rows; r++)         \
+            y[r] = group == 32 ? dot_##name(packed + r * step, x, groups, 32, stride)                                  \
+                               : dot_##name(packed + r * step, x, groups, group, stride);                              \
+    }
 #define BOTH(name)                                                                                                     \
     UNPACK(name##_bfloat16, uint16_t)                                                                                  \
-    UNPACK(name##_float32, float)
+    UNPACK(name##_float32, float)                                                                                      \
+    DOT(name)
 
 BOTH(q4)
 BOTH(q4_zero)

@@ -19,12 +19,17 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C com
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("native") / "unpack.so"
     subprocess.run(
         ["cc", *native.FLAGS, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", path, native.SOURCE], check=True
     )
-    return machine_code.loaded(str(path), native.PREFIX, native.FORMATS, native.ARGUMENTS)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def built(library):
+    return machine_code.loaded(library, native.PREFIX, native.FORMATS, native.ARGUMENTS)
 
 
 @needs_compiler
@@ -52,6 +57,29 @@ def test_the_same_bits_as_pytorch(built, name, numbers, rows, groups, half):
     unpack(entry, packed.view(-1), expected)
     built[name](packed.data_ptr(), out.data_ptr(), rows * groups, group, size)
     assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", native.DOTS)
+@settings(max_examples=8)
+@given(rows=st.integers(1, 600), groups=st.integers(1, 5), half=st.integers(1, 40))
+def test_products_with_packed_rows_are_those_with_the_rows_unpacked(library, name, rows, groups, half):
+    dot = machine_code.loaded(library, native.PREFIX, [name], native.DOT_ARGUMENTS)[name]
+    kind = name.removeprefix(native.DOT)
+    group = BLOCKS[kind][0] if kind in BLOCKS else 2 * half
+    packed = native.random_groups(kind, group, rows * groups, seed=rows)
+    entry = Entry(name="w", shape=(rows, groups * group), format=kind, group=group)
+    weight, out = torch.empty(entry.shape), torch.full((rows + 1,), 7.0)
+    unpack(entry, packed.view(-1), weight)
+    x = torch.randn(groups * group, generator=torch.Generator().manual_seed(half))
+    arguments = (packed.data_ptr(), x.data_ptr(), out.data_ptr(), rows, groups, group, packed.shape[1])
+    dot(*arguments)
+    exact, most = weight.double() @ x.double(), weight.double().abs() @ x.double().abs()
+    assert ((out[:rows].double() - exact).abs() <= 1e-6 * most + 1e-30).all()
+    assert out[rows] == 7.0
+    again = out.clone()
+    dot(*arguments)
+    assert torch.equal(out, again)
 
 
 @needs_compiler
