@@ -238,9 +238,10 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     70 % above what was measured for Qwen2.5-0.5B (1 × 256 and 1 × 1024 tokens), Qwen2.5-3B and SmolLM2-135M (16 × 64),
     and 2 to 50 % for those of a residual CNN. Attention's backward took 0.35 to 2.0 MiB there.
     """
-    from tightfit.runtime.engine.cpu.attention import TURNED_ELEMENTS, attention_scratch
+    from tightfit.runtime.engine.cpu.attention import attention_scratch
     from tightfit.runtime.engine.cpu.dropout import ROOM_BYTES
     from tightfit.runtime.engine.cpu.operators import BLOCK_ELEMENTS, STATE_COLUMNS
+    from tightfit.runtime.engine.cpu.rotary import TURNED_ELEMENTS
     from tightfit.runtime.engine.cpu.tables import HEAD_ROWS
 
     target, touched = operator.target, _touched(operator, values)

@@ -39,6 +39,7 @@ from tightfit.profiles.tracing.torch_ops import (
     lora_linear,
     rms_norm,
 )
+from tightfit.runtime.engine.cpu.rotary import rotary_frequencies
 from tightfit.runtime.engine.training.adapter import BODY, peft_name
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -299,25 +300,8 @@ class Decoder(nn.Module):
 
 
 def rotary_table(shape: DecoderShape, seq: int, theta: float, scaled: bool) -> tuple[Tensor, Tensor]:
-    """cos, sin float32 [seq, head_dim / 2]. Scaling as in transformers' modeling_rope_utils (linear, llama3)."""
-    steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    frequencies = 1.0 / (theta**steps)
-    scaling = dict(shape.rope_scaling) if scaled else {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "linear":
-        frequencies = frequencies / scaling["factor"]
-    elif kind == "llama3":
-        low, high, original = (
-            scaling["low_freq_factor"],
-            scaling["high_freq_factor"],
-            scaling["original_max_position_embeddings"],
-        )
-        wavelength = 2 * math.pi / frequencies
-        smooth = (original / wavelength - low) / (high - low)
-        blended = (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
-        far = torch.where(wavelength > original / low, frequencies / scaling["factor"], frequencies)
-        middle = (wavelength <= original / low) & (wavelength >= original / high)
-        frequencies = torch.where(middle, blended, far)
+    """cos, sin float32 [seq, head_dim / 2] of the positions from 0 on."""
+    frequencies = rotary_frequencies(shape.head_dim, theta, dict(shape.rope_scaling) if scaled else {})
     angles = torch.arange(seq, dtype=torch.float32)[:, None] * frequencies[None, :]
     return angles.cos(), angles.sin()
 

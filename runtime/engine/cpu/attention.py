@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.engine.cpu.products import blocks, onednn
+from tightfit.runtime.engine.cpu.rotary import rotate
 
 LOG2_E = math.log2(math.e)
 TOKENS = 256
@@ -42,8 +43,6 @@ FEW_KEYS = 2 * QUERIES
 one more product"""
 HIDDEN = 1e38
 """what is taken from masked scores: softmax makes 0 of it, and differences of such scores are finite"""
-TURNED_ELEMENTS = 1 << 17
-"""float32 elements that are rotated at a time"""
 
 
 def attention(
@@ -269,7 +268,7 @@ class _Step:
     def turn(self, x: Tensor, part: slice, *, back: bool = False) -> None:
         """Rotate the tokens `part`, float32 [n, K, H / K, part, D], by the angles of their positions, in place."""
         cos, sin = (table[..., part, :] for table in self.tables)
-        _rotate(x, cos, -sin if back else sin)
+        rotate(x, cos, -sin if back else sin)
 
     def grouped(self, x: Tensor, part: slice, heads: int | None = None) -> Tensor:
         """View the tokens `part` of `x` [n * T, heads * D] as [n, K, heads / K, part, D]."""
@@ -315,17 +314,3 @@ class _Step:
             torch.sub(self.places[seen], self.begun[:, None, part, None], out=hidden).clamp_(-1.0, 0.0)
             heads.view(self.count, -1, count, shape[2]).add_(hidden, alpha=HIDDEN)
         return scores
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn the half-split pairs of float32 [n, K, H / K, t, D] by the tables' angles [t, D / 2] or [n, 1, 1, t, D / 2], in
-    place.
-    """
-    half = cos.shape[-1]
-    step = max(1, TURNED_ELEMENTS // max(1, x[..., :1, :].numel()))
-    for rows in blocks(x.shape[3], step):
-        first, second = x[..., rows, :half], x[..., rows, half:]
-        c, s = cos[..., rows, :], sin[..., rows, :]
-        before = first.clone()
-        first.mul_(c).addcmul_(second, s, value=-1.0)
-        second.mul_(c).addcmul_(before, s)

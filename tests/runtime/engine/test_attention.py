@@ -20,11 +20,11 @@ from tightfit.runtime.engine.cpu.attention import (
     QUERIES,
     SHARES,
     TOKENS,
-    _rotate,
     attention,
     attention_backward,
     attention_scratch,
 )
+from tightfit.runtime.engine.cpu.rotary import rotate
 
 SHAPES = [  # samples, tokens, heads of queries, of keys, columns
     (1, 1, 2, 1, 4),
@@ -197,8 +197,8 @@ def test_few_queries_attend_together_where_more_would_make_too_many_scores(monke
 def test_what_is_turned_a_few_tokens_at_a_time_is_turned_by_their_own_angles(monkeypatch):
     x, angles = torch.randn(2, 3, 2, 37, 8), torch.rand(37, 4) * 6
     due = rotated(x, angles.cos(), angles.sin())
-    monkeypatch.setattr("tightfit.runtime.engine.cpu.attention.TURNED_ELEMENTS", 5 * x[..., 0, :].numel())
-    _rotate(x, angles.cos(), angles.sin())
+    monkeypatch.setattr("tightfit.runtime.engine.cpu.rotary.TURNED_ELEMENTS", 5 * x[..., 0, :].numel())
+    rotate(x, angles.cos(), angles.sin())
     torch.testing.assert_close(x, due)
 
 
