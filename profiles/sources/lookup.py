@@ -7,9 +7,10 @@ PyTorch is imported only by functions that read or make tensors: the process tha
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.vocabulary import Vocabulary
@@ -120,6 +121,36 @@ def longest_sequence(source: str) -> int | None:
         config = read_config(folder if kind == "config" else folder / "config.json")
         found = next((config[name] for name in POSITIONS if config.get(name)), None)
     return found if isinstance(found, int) and found > 0 else None
+
+
+def end_tokens(source: str) -> list[int]:
+    """The tokens that end an answer of the model named by `source`, as its generation_config.json, else its config.json says,
+    or its GGUF file. Imports no PyTorch.
+
+    Raises InputError if `source` names nothing or is damaged.
+    """
+    kind, path = _named(source)
+    if kind == "factory":
+        return []
+    if kind == "gguf":
+        from tightfit.profiles.sources.gguf_metadata import read_metadata
+
+        metadata = read_metadata(path)
+        told = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+        return [token for token in dict.fromkeys(told) if isinstance(token, int)]
+    folder = hub_directory(source) if kind == "hub" else path
+    for file in (path,) if kind == "config" else (folder / "generation_config.json", folder / "config.json"):
+        if file.exists():
+            try:
+                read = json.loads(file.read_bytes())
+            except ValueError as error:
+                raise InputError(f"{file}: not JSON ({error}); download the file again") from error
+            found: Any = read.get("eos_token_id") if isinstance(read, dict) else None
+            tokens = found if isinstance(found, list) else [found]
+            ends = [token for token in tokens if isinstance(token, int)]
+            if ends:
+                return ends
+    return []
 
 
 def hub_directory(name: str) -> Path:

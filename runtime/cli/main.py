@@ -20,6 +20,7 @@ from tightfit.runtime.cli.compare import compare
 from tightfit.runtime.cli.devices import devices
 from tightfit.runtime.cli.eval import evaluate
 from tightfit.runtime.cli.fleet import fleet
+from tightfit.runtime.cli.generate import chat, generate
 from tightfit.runtime.cli.merge import merge
 from tightfit.runtime.cli.options import failure, usage
 from tightfit.runtime.cli.plan import plan
@@ -71,7 +72,7 @@ def _tightfit(
 
 
 app.command(cls=TrainCommand)(train)
-for command in (profile, devices, plan, compare, run, report, merge, serve):
+for command in (profile, devices, plan, compare, run, report, generate, chat, merge, serve):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.add_typer(fleet, name="fleet")

@@ -248,6 +248,20 @@ def parse_sample(line: bytes, columns: Mapping[str, str] | None = None) -> Sampl
     return _sample(value)
 
 
+def parse_prompt(line: bytes) -> Prompt:
+    """Parse one JSON line with a "prompt", a string or a list of messages; what else it has is not looked at.
+
+    Raises InputError, which says what is wrong with it.
+    """
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f'a JSON {_kind(value)} where an object with a "prompt" is due')
+    return _prompt(value)
+
+
 def _keys(value: dict[str, Any]) -> str:
     return ", ".join(sorted(map(str, value))[:6]) or "none"
 

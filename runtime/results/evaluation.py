@@ -81,7 +81,7 @@ def prepared(
     store = find_store(plan, stages)
     if preparation:
         preparation.check("reading the plan")
-    with _temporary() as directory, locked(directory) as lock:
+    with temporary_folder() as directory, locked(directory) as lock:
         folder = directory / "data"
         folder.mkdir()
         written = prepare_data(
@@ -112,7 +112,7 @@ def prepared(
 
 
 @contextmanager
-def _temporary() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     """A folder in the cache, which is on a disk: files in memory would count as the run's. What killed evaluations left there is
     removed.
     """

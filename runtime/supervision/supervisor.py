@@ -143,12 +143,18 @@ def hand_over(order: RunOrder, show: Show, group: MemoryCgroup | None, *, replac
     freed; process id, terminal and lock stay. Otherwise the supervisor is a child process, and signals that ask to end
     are passed on to it.
     """
-    os.set_inheritable(order.lock, True)
     paths = [os.path.join(order.directory, name) for name in ("order", "show")]
     order.write(paths[0])
     with open(paths[1], "w", encoding="utf-8") as file:
         json.dump(asdict(show), file)
-    arguments = command(*paths)
+    return become(command(*paths), order.lock, group, replace=replace)
+
+
+def become(arguments: list[str], lock: int, group: MemoryCgroup | None, *, replace: bool) -> int:
+    """Carry out a command line in a cgroup, in the place of this process with `replace`, else in a child process; `lock` is a
+    descriptor that it inherits. Returns the exit code.
+    """
+    os.set_inheritable(lock, True)
     arguments = group.enter(arguments) if group else arguments
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     sys.stdout.flush()
@@ -156,7 +162,7 @@ def hand_over(order: RunOrder, show: Show, group: MemoryCgroup | None, *, replac
     if replace:
         os.execve(arguments[0], arguments, environment)  # noqa: S606  our own command line
     with passed_on() as passing:
-        child = subprocess.Popen(arguments, env=environment, pass_fds=(order.lock,), start_new_session=True)
+        child = subprocess.Popen(arguments, env=environment, pass_fds=(lock,), start_new_session=True)
         passing.to(child)
         return child.wait()
 

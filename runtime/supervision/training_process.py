@@ -51,7 +51,12 @@ class RunOrder:
     finished: dict[str, Any] | None = None
     """the earlier report, if all steps were taken by an earlier run and only an evaluation is missing"""
     evaluates: bool = False
-    """whether it evaluates once and takes no step; its directory is then a temporary one"""
+    """whether it takes no step, but evaluates once or answers; its directory is then a temporary one"""
+    module: str = "tightfit.runtime.engine.training.child"
+    """what the process runs that is held to the cap"""
+    called: str = "training process"
+    anew: str = "profile again on this machine and plan anew"
+    """what to do if it takes more memory than predicted"""
 
     @property
     def job(self) -> str:
@@ -76,7 +81,7 @@ class RunOrder:
 
 def command(*arguments: str) -> list[str]:
     """The command line of a training process."""
-    return interpreter.command("tightfit.runtime.engine.training.child", *arguments)
+    return interpreter.command(RunOrder.module, *arguments)
 
 
 class TrainingProcess:
@@ -158,7 +163,7 @@ class TrainingProcess:
         if self.order.evaluates:
             saved = "start again"
         if code == -signal.SIGKILL and self.group and self.group.oom_kills():
-            way = "profile again on this machine and plan anew"
+            way = self.order.anew
             if in_memory(Path(self.order.directory)):
                 way = f"{self.order.directory} lies in memory (tmpfs), where all that a run writes counts against the cap: choose an output directory on a disk; or else {way}"
             planned = self.order.planned
@@ -169,7 +174,7 @@ class TrainingProcess:
             )
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         words = f": {last[-1]}" if last else ""
-        raise RunError(f"the training process {how}{words}; {saved}")
+        raise RunError(f"the {self.order.called} {how}{words}; {saved}")
 
 
 @contextmanager
@@ -191,7 +196,9 @@ def started(
             with writing_to(order.directory):
                 words = os.fdopen(nameless_file(order.directory), "w+b")
             with words:
-                arguments = command(order.job, "--messages", str(write))
+                arguments = interpreter.command(order.module, order.job, "--messages", str(write))
+                if requests is not None and order.module != RunOrder.module:
+                    arguments += ["--requests", str(requests)]
                 try:
                     process = subprocess.Popen(
                         own.enter(arguments) if own else arguments,

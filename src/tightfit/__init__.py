@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
     from tightfit.runtime.common.units import parse_size
     from tightfit.runtime.results.evaluation import evaluate
+    from tightfit.runtime.results.generation import generate
     from tightfit.runtime.results.merge import merge
     from tightfit.runtime.session.launch import run
     from tightfit.runtime.session.session import Session
@@ -47,6 +48,7 @@ __all__ = [
     "evaluate",
     "explain",
     "find_device",
+    "generate",
     "known_devices",
     "load_plan",
     "load_profile",
@@ -77,6 +79,7 @@ _PLACES = {
     "runtime.common.errors": ("CapError", "InfeasibleError", "InputError", "RunError", "TightfitError"),
     "runtime.common.units": ("parse_size",),
     "runtime.results.evaluation": ("evaluate",),
+    "runtime.results.generation": ("generate",),
     "runtime.results.merge": ("merge",),
     "runtime.session.launch": ("run",),
     "runtime.session.session": ("Session",),

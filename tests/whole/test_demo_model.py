@@ -1,4 +1,4 @@
-"""The plan does not lie: SmolLM2-135M at five budgets, predicted against the kernel's peak counter."""
+"""The plan does not lie: SmolLM2-135M at five budgets, predicted against the kernel's peak counter; answers at two."""
 
 from __future__ import annotations
 
@@ -84,3 +84,21 @@ def test_training_learns_and_keeps_the_cap(planner: ModelPlanner, reviews: Any, 
     assert report["evaluation"]["after"]["loss"] < report["evaluation"]["before"]["loss"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 7))
+
+
+def test_answers_are_the_same_at_every_budget_and_within_the_prediction(reviews: Any) -> None:
+    told = []
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    for budget in (125 << 20, 350 << 20):
+        words = ("generate", str(reviews.model), "--prompt", "What is the capital of France?", "--max-tokens", "16")
+        command = interpreter.command("tightfit.runtime.cli.main", *words, "--memory", str(budget), "--json")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(done.stdout))
+        peak = told[-1]["peak_bytes"]
+        assert peak["measured"] <= peak["predicted"] <= budget
+        assert peak["measured"] >= peak["predicted"] - (5 << 19)
+    assert "Paris" in told[0]["text"]
+    assert told[0]["text"] == told[1]["text"]
+    assert "streamed" in told[0]["plan"]["pieces"]
+    assert "streamed" not in told[1]["plan"]["pieces"]

@@ -22,6 +22,7 @@ from torch import Tensor
 from tightfit.runtime.engine.cpu import products
 from tightfit.runtime.engine.cpu.attention import LOG2_E, attention, attention_backward
 from tightfit.runtime.engine.cpu.batch_norm import batch_norm, batch_norm_inference, keep_state
+from tightfit.runtime.engine.cpu.cached_attention import cache_tokens, cached_attention
 from tightfit.runtime.engine.cpu.dora import dora_norm, dora_scale, dora_scale_backward
 from tightfit.runtime.engine.cpu.dropout import (
     dropout,
@@ -322,6 +323,8 @@ def receive(direction: str, number: int, bits: int, *, out: Sequence[Tensor], st
 
 OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.copy": copy,
+    "tightfit.cache_tokens": cache_tokens,
+    "tightfit.cached_attention": cached_attention,
     "tightfit.rms_norm": rms_norm,
     "tightfit.rms_norm_backward": rms_norm_backward,
     "tightfit.lora_down": lora_down,

@@ -140,10 +140,7 @@ class Reader:
         """The bytes of a tensor, or `count` of them from `begin` on, at most `size` at a time. Raises InputError if it is not
         there or truncated.
         """
-        at = self._find(name)
-        if at < 0:
-            raise InputError(f"{self.path}: no tensor {name!r}; the checkpoint belongs to another model")
-        first, end = json.loads(self._header[at : self._header.index(b"}", at) + 1])["data_offsets"]
+        first, end = self._entry(name)["data_offsets"]
         place = first + begin
         end = end if count is None else min(end, place + count)
         while place < end:
@@ -152,6 +149,18 @@ class Reader:
                 raise InputError(f"{self.path}: truncated in tensor {name!r}; {self.advice}")
             yield data
             place += len(data)
+
+    def described(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The type of a tensor, such as "F32", and its shape. Raises InputError if it is not there."""
+        entry = self._entry(name)
+        return entry["dtype"], tuple(entry["shape"])
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        at = self._find(name)
+        if at < 0:
+            raise InputError(f"{self.path}: no tensor {name!r}; the checkpoint belongs to another model")
+        entry: dict[str, Any] = json.loads(self._header[at : self._header.index(b"}", at) + 1])
+        return entry
 
     def verify(self, crc: int) -> None:
         found, place = 0, 0

@@ -1,0 +1,83 @@
+"""The bytes of each token of a vocabulary, from what its tokenizer says of decoding."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.supervision.token_text import NO_SPACE, ONE_SPACE, SPACES_OF_FIRST
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], int]:
+    """(bytes of every token by its id, what a text does not begin with: `NO_SPACE`, `ONE_SPACE` or `SPACES_OF_FIRST`).
+
+    Special tokens have none, as where they are skipped in decoding. Raises InputError for a tokenizer whose decoder is neither byte-level nor that of
+    SentencePiece.
+    """
+    told = json.loads(vocabulary.tokenizer.to_str())
+    steps = _steps(told.get("decoder"))
+    kinds = [step["type"] for step in steps]
+    left_out = NO_SPACE
+    if kinds == ["ByteLevel"]:
+        known = _byte_level()
+
+        def piece(token: str) -> bytes:
+            return (
+                bytes(known[letter] for letter in token) if all(letter in known for letter in token) else token.encode()
+            )
+
+    elif kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        marks = [_mark(step) for step in steps if step["type"] in ("Replace", "Metaspace")]
+        left_out = max(map(_left_out, steps))
+
+        def piece(token: str) -> bytes:
+            if "ByteFallback" in kinds and (found := _BYTE.fullmatch(token)):
+                return bytes([int(found[1], 16)])
+            for mark, instead in marks:
+                token = token.replace(mark, instead)
+            return token.encode()
+
+    else:
+        raise InputError(
+            f"the tokenizer decodes with {', '.join(kinds) or 'nothing'}, which tightfit cannot show token by token; merge the"
+            " adapter and generate with llama.cpp or transformers"
+        )
+    added = {one["id"]: one for one in told.get("added_tokens", [])}
+    pieces = [b""] * (max(vocabulary.tokenizer.get_vocab().values(), default=-1) + 1)
+    for token, number in vocabulary.tokenizer.get_vocab().items():
+        if number not in added:
+            pieces[number] = piece(token)
+        elif not added[number]["special"]:
+            pieces[number] = token.encode()
+    return pieces, left_out
+
+
+def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    return decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+
+
+def _mark(step: dict[str, Any]) -> tuple[str, str]:
+    if step["type"] == "Metaspace":
+        return step["replacement"], " "
+    return step["pattern"].get("String", ""), step["content"]
+
+
+def _left_out(step: dict[str, Any]) -> int:
+    """What a decoder's step leaves out at the start of a text."""
+    if step["type"] == "Metaspace" and step.get("prepend_scheme") != "never":
+        return SPACES_OF_FIRST
+    return ONE_SPACE if step["type"] == "Strip" and step["content"] == " " and step["start"] else NO_SPACE
+
+
+def _byte_level() -> dict[str, int]:
+    """The letters by which byte-level tokenizers write bytes, as GPT-2 does: the byte of each."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -1,0 +1,184 @@
+"""The process of a conversation: reads what a person writes, puts it into the chat template, and shows the answers.
+
+    python -m tightfit.runtime.results.chat ORDER    holds the conversation of an `AnswerOrder`
+    python -m tightfit.runtime.results.chat --measure FOLDER TOKENS    prints the bytes that this takes
+
+Its memory counts against the budget: it imports the tokenizer's library and Jinja beside the standard library, and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import to_json
+from tightfit.runtime.data.samples import Message
+from tightfit.runtime.data.tokenization import Encoder
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.supervision import answering
+from tightfit.runtime.supervision.answering import AnswerOrder, Answers, answers, carried_out, sentence
+
+MODULE = "tightfit.runtime.results.chat"
+TOKENIZER, WORDS = "tokenizer.json", "vocabulary.json"
+BYTES_PER_TOKEN = 8
+"""A message may have so many bytes for each token that a conversation may have."""
+ANEW = "/new"
+SAMPLE = "So it is: 12 of 345, naïve café. "
+SLACK_BYTES = 1 << 20
+
+
+def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    """Leave a model's tokenizer and template in a folder, in a form that takes little memory to read."""
+    vocabulary.tokenizer.save(str(folder / TOKENIZER), pretty=False)
+    words = {name: value for name, value in vars(vocabulary).items() if name != "tokenizer"}
+    (folder / WORDS).write_text(json.dumps(words), encoding="utf-8")
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    words = json.loads((folder / WORDS).read_text(encoding="utf-8"))
+    return Vocabulary(tokenizer=Tokenizer.from_file(str(folder / TOKENIZER)), **words)
+
+
+class Conversation:
+    """The turns so far, and how they become a prompt of at most `longest` tokens. Raises InputError without a chat template."""
+
+    def __init__(self, encoder: Encoder, system: str | None, longest: int) -> None:
+        self._encoder, self._longest = encoder, longest
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._turns: list[Message] = []
+        self.forgotten = 0
+        """turns that were left out because there was no room"""
+        encoder.chat  # noqa: B018  raises where there is none
+
+    def anew(self) -> None:
+        self._turns.clear()
+        self.forgotten = 0
+
+    def ask(self, text: str) -> list[int]:
+        """The tokens of the conversation with this question; the oldest questions are forgotten, with their answers, where there
+        is no room for them. Raises InputError where there is none for the question itself, which is then not asked.
+        """
+        if len(text.encode()) > BYTES_PER_TOKEN * self._longest:
+            raise InputError(f"{len(text.encode())} bytes are more than a conversation can have here; write less")
+        self._turns.append({"role": "user", "content": text})
+        try:
+            while len(ids := self._tokens()) > self._longest:
+                if len(self._turns) < 3:
+                    raise InputError(
+                        f"{len(ids)} tokens, and there is room for {self._longest}; write less, or give a larger --context"
+                    )
+                del self._turns[:2]
+                self.forgotten += 2
+        except InputError:
+            self._turns.pop()
+            raise
+        return ids
+
+    def answered(self, text: str) -> None:
+        self._turns.append({"role": "assistant", "content": text})
+
+    def _tokens(self) -> list[int]:
+        text = self._encoder.chat.render([*self._system, *self._turns], generation_prompt=True)
+        return self._encoder.segments([(text, False)])[0]
+
+
+def converse(order: AnswerOrder) -> None:
+    """Hold a conversation until its end: of the input, or Ctrl-C while nothing is answered."""
+    encoder = Encoder(read_vocabulary(Path(order.run.directory)), order.vocabulary)
+    talk = Conversation(encoder, order.system, order.plan["context"] - order.max_tokens)
+    with answers(order) as asking, _interrupts(asking):
+        if sys.stdin.isatty():
+            sys.stderr.write(f"{ANEW} begins anew, Ctrl-C ends an answer, Ctrl-D the conversation\n")
+        for text in _written():
+            if text.strip() == ANEW:
+                talk.anew()
+                continue
+            forgotten = talk.forgotten
+            try:
+                ids = talk.ask(text)
+            except InputError as error:
+                sys.stderr.write(f"tightfit: {error}\n")
+                continue
+            if talk.forgotten > forgotten:
+                sys.stderr.write("(the oldest turns are forgotten: there is no room for them)\n")
+            for part in asking.ask(ids, keep=True):
+                if not order.as_json:
+                    sys.stdout.write(part)
+                    sys.stdout.flush()
+            talk.answered(asking.answered["text"])
+            if order.as_json:
+                sys.stdout.write(to_json({"prompt": text, **asking.answered}) + "\n")
+            else:
+                sys.stdout.write("\n")
+                sys.stderr.write(f"{sentence(asking.answered)}\n")
+            sys.stdout.flush()
+
+
+def _written() -> Iterator[str]:
+    """The lines that a person writes, without empty ones."""
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            return
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+@contextmanager
+def _interrupts(asking: Answers) -> Iterator[None]:
+    """While entered, Ctrl-C ends the present answer, and the conversation where nothing is answered."""
+
+    def take(number: int, frame: Any) -> None:
+        if not asking.answering:
+            raise KeyboardInterrupt
+        asking.child.process.send_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, take)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def measure(folder: str, tokens: int) -> int:
+    """Peak bytes of this process in conversations of so many tokens at most, by the vocabulary in `folder`."""
+    encoder = Encoder(read_vocabulary(Path(folder)), 1 << 62)
+    longest = BYTES_PER_TOKEN * tokens
+    for text in (SAMPLE * (longest // len(SAMPLE.encode()) + 1), "7" * tokens):
+        talk = Conversation(encoder, None, tokens * longest)
+        talk.ask(text[:longest])
+    return max(answering.measure(), memory().peak + SLACK_BYTES)
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of this process."""
+    return interpreter.command(MODULE, *arguments)
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[0] == "--measure":
+        sys.stdout.write(f"{measure(arguments[1], int(arguments[2]))}\n")
+        return 0
+    return carried_out(arguments[0], converse)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main(sys.argv[1:]))

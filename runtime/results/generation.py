@@ -1,0 +1,417 @@
+"""Prepares answers of a model, with an adapter or without, under a budget: weights packed, prompts tokenised, a plan made.
+
+`tightfit generate` and `tightfit chat` hand what is prepared here to the process that shows answers
+(`tightfit.runtime.supervision.answering`, `tightfit.runtime.results.chat`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tightfit.planner.generation.plan import GenerationPlan, plan_answers
+from tightfit.planner.generation.problem import Pair, Problem
+from tightfit.profiles.measuring.cpu_load import our_cores
+from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
+from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
+from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve, vocabulary
+from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.source import Source
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.run_folder import writing_to
+from tightfit.runtime.data.samples import Prompt, parse_prompt
+from tightfit.runtime.data.token_bytes import token_bytes
+from tightfit.runtime.data.tokenization import Encoder
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.engine.generation.job import Sampling
+from tightfit.runtime.engine.start.process import child_environment
+from tightfit.runtime.engine.training.adapter import BODY, WEIGHTS
+from tightfit.runtime.engine.weights.layout import Entry, read_header
+from tightfit.runtime.results.adapter_changes import Adapter
+from tightfit.runtime.results.evaluation import temporary_folder
+from tightfit.runtime.results.generation_figures import CHILD, job_of, measured
+from tightfit.runtime.results.place import adapter_folder
+from tightfit.runtime.session.output import locked
+from tightfit.runtime.supervision import answering
+from tightfit.runtime.supervision.answering import AnswerOrder, answers
+from tightfit.runtime.supervision.token_text import write_table
+from tightfit.runtime.supervision.training_process import RunOrder
+
+Stages = Callable[[str, int, int], None]
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eom_id|>")
+"""tokens with which chat templates of published models end a turn"""
+CACHES = ("float32", "bfloat16")
+QUESTION = 128
+"""tokens of a question in a conversation, for which the plan is to be fast"""
+CONTEXT = 2048
+"""tokens of a conversation that are remembered, by default"""
+INSTEAD = (
+    "merge the adapter into a model of its own (tightfit merge) and generate with transformers, or with llama.cpp where it has"
+    " the family"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """How to answer. Raises InputError for values that cannot be used."""
+
+    max_tokens: int = 256
+    """of an answer"""
+    sampling: Sampling = field(default_factory=Sampling)
+    system: str | None = None
+    """what the system turn says, which a chat template puts before the prompt"""
+    template: bool = True
+    """whether prompts are put into the model's chat template, if it has one"""
+    cache: str = "float32"
+    """type of the keys and values in the cache"""
+    context: int | None = None
+    """tokens of a conversation and its next answer; None: `CONTEXT`, or as many as the model was made for"""
+    base: str | None = None
+    embeddings: str | None = None
+    threads: int | None = None
+    force: bool = False
+    """whether to measure again"""
+
+    def __post_init__(self) -> None:
+        sampling = self.sampling
+        for name, value, least in (
+            ("max-tokens", self.max_tokens, 1),
+            ("temperature", sampling.temperature, 0),
+            ("top-k", sampling.top_k, 0),
+            ("seed", sampling.seed, 0),
+            ("context", self.context, 2),
+        ):
+            if value is not None and not least <= value < 1 << 32:
+                raise InputError(f"--{name} {value}: give a number of at least {least}")
+        if not 0 < sampling.top_p <= 1:
+            raise InputError(f"--top-p {sampling.top_p}: give a number above 0, at most 1")
+        if not sampling.temperature and (sampling.top_k or sampling.top_p < 1):
+            raise InputError("--top-k and --top-p choose among tokens that are drawn at random; give --temperature too")
+        if self.cache not in CACHES:
+            raise InputError(f"--cache {self.cache}: give {' or '.join(CACHES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model that is ready to answer, but for a plan."""
+
+    source: Source
+    vocabulary: Vocabulary
+    store: Path
+    fingerprint: str
+    entries: dict[str, Entry]
+    ends: list[int]
+    longest: int | None
+    """tokens that the model was made for"""
+    pairs: dict[str, Pair]
+    adapter: Path | None
+    body: str
+
+
+def generate(
+    model: str,
+    prompts: Prompt | Sequence[Prompt],
+    budget: int,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    system: str | None = None,
+    template: bool = True,
+    cache: str = "float32",
+    base: str | None = None,
+    embeddings: str | None = None,
+    threads: int | None = None,
+    cgroup: bool = True,
+    stages: Stages | None = None,
+    shown: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """The answers of a model to one prompt (a string, or a tuple of messages) or a list of them, within `budget` bytes.
+
+    The options are those of `tightfit generate`. The memory of this program does not count, and of the budget as much is left
+    unused as the command's own process would take. `shown` is called with the text as it comes. Returns for each prompt `text`,
+    `end` ("end", "length"), `tokens`, `seconds`, `token_seconds` and `peak_bytes` as predicted and as measured, and more. Raises
+    what `prepared` raises, CapError and RunError.
+    """
+    single = isinstance(prompts, str) or (isinstance(prompts, tuple) and all(isinstance(one, dict) for one in prompts))
+    asked: list[Any] = [prompts] if single else list(prompts)
+    if not asked:
+        return []
+    options = AnswerOptions(
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        system=system,
+        template=template,
+        cache=cache,
+        base=base,
+        embeddings=embeddings,
+        threads=threads,
+    )
+    found = []
+    with prepared(
+        model, budget, options, prompts=asked, adapter=adapter, cgroup=cgroup, counted=False, stages=stages
+    ) as order:
+        assert order.prompts is not None
+        with answers(order) as asking, open(order.prompts, encoding="utf-8") as lines:
+            for prompt, line in zip(asked, lines, strict=True):
+                for text in asking.ask(json.loads(line)["ids"]):
+                    shown(text)
+                found.append({"prompt": prompt, **asking.answered})
+    return found
+
+
+@contextmanager
+def prepared(
+    model: str,
+    budget: int,
+    options: AnswerOptions,
+    *,
+    prompts: Sequence[Prompt] | None,
+    adapter: str | os.PathLike[str] | None = None,
+    cgroup: bool = True,
+    as_json: bool = False,
+    debug: bool = False,
+    counted: bool = True,
+    stages: Stages | None = None,
+    told: Callable[[GenerationPlan], None] = lambda plan: None,
+) -> Iterator[AnswerOrder]:
+    """Prepare answers to `prompts`, or with None a conversation, within `budget` bytes of all processes that then live.
+
+    `adapter` is the folder of an adapter, or of the run that left it; `told` is called with the plan. Yields the order to
+    carry out, by a process whose memory counts if that is `counted`; its files lie in a temporary folder, which is removed when the block ends. Raises InputError for a model,
+    adapter or prompt that cannot be used, InfeasibleError where the budget is too small, RunError if measuring fails.
+    """
+    ready = open_model(model, options, adapter, stages)
+    encoder = Encoder(ready.vocabulary, ready.source.config["vocab_size"])
+    if prompts is None:
+        encoder.chat  # noqa: B018  raises where the model has no chat template
+    encoded = None if prompts is None else [_encoded(encoder, prompt, options) for prompt in prompts]
+    problem = _problem(ready, options, encoded)
+    with temporary_folder() as directory, locked(directory) as lock:
+        with writing_to(directory):
+            write_table(str(directory / "table"), *token_bytes(ready.vocabulary))
+            if encoded is None:
+                from tightfit.runtime.results import chat
+
+                chat.write_vocabulary(directory, ready.vocabulary)
+                front, called = chat.command("--measure", str(directory), str(problem.context)), "chat"
+            else:
+                _write_prompts(directory / "prompts", prompts or (), encoded)
+                front, called = answering.command("--measure"), "generate"
+        threads = options.threads or useful_threads(our_cores(), quota_cores())
+        if stages:
+            stages("measuring", 0, 1)
+        figures = measured(
+            problem,
+            ready.store,
+            ready.fingerprint,
+            front,
+            called=f"{called} {problem.context if encoded is None else ''}",
+            threads=threads,
+            force=options.force,
+        )
+        if stages:
+            stages("measuring", 1, 1)
+        plan = plan_answers(problem, figures, budget)
+        told(plan)
+        job = job_of(
+            problem,
+            plan,
+            ready.store,
+            cap_bytes=budget - plan.front_bytes,
+            adapter=None if ready.adapter is None else str(ready.adapter),
+            body=ready.body,
+        )
+        summary = plan.summary()
+        run = RunOrder(
+            directory=str(directory),
+            lock=lock,
+            environment=child_environment(threads),
+            planned={
+                "budget_bytes": budget,
+                "supervisor_bytes": plan.front_bytes,
+                "peak_bytes": plan.peak_bytes,
+            },
+            cgroup=cgroup,
+            evaluates=True,
+            module=CHILD,
+            called="process that computes answers",
+            anew="measure again with --force",
+        )
+        with writing_to(directory):
+            job.write(run.job)
+        yield AnswerOrder(
+            run=run,
+            table=str(directory / "table"),
+            prompts=None if encoded is None else str(directory / "prompts"),
+            several=encoded is not None and len(encoded) > 1,
+            ends=ready.ends,
+            max_tokens=options.max_tokens,
+            sampling=asdict(options.sampling),
+            system=options.system,
+            vocabulary=ready.source.config["vocab_size"],
+            plan=summary,
+            as_json=as_json,
+            debug=debug,
+            counted=counted,
+            preparation_bytes=memory().peak,
+            group=None,
+            home=None,
+        )
+
+
+def open_model(
+    model: str,
+    options: AnswerOptions,
+    adapter: str | os.PathLike[str] | None = None,
+    stages: Stages | None = None,
+) -> Model:
+    """Open a model, pack its weights into the cache unless they are there, and check the adapter.
+
+    Raises InputError for what cannot answer, by name, with what to do.
+    """
+    source = resolve(model, base=options.base, embeddings=options.embeddings)
+    if source.kind == "module":
+        raise InputError(f"{source.name} is a module of your own and no language model; call it yourself")
+    if not handwritten(source.config):
+        raise InputError(
+            f"{source.name}: a {source.config['model_type']} decoder is built by transformers, and tightfit has no cache of keys"
+            f" and values for what it builds; {INSTEAD}"
+        )
+    words = vocabulary(model)
+    if words is None:
+        raise InputError(f"{source.name} has no tokenizer; put tokenizer.json beside its config.json")
+    pack = (lambda done, total, name: stages("packing the weights", done, total)) if stages else None
+    store = build_store(source, cache_directory() / "stores", pack)
+    header = read_header(store)
+    body = source.config.get("adapter_body", BODY)
+    folder = None if adapter is None else adapter_folder(Path(adapter).absolute())
+    return Model(
+        source=source,
+        vocabulary=words,
+        store=store,
+        fingerprint=header.fingerprint,
+        entries=header.entries,
+        ends=_ends(model, words),
+        longest=longest_sequence(model),
+        pairs={} if folder is None else pairs_of(folder, body, header.entries, source.name),
+        adapter=None if folder is None else folder / WEIGHTS,
+        body=body,
+    )
+
+
+def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> dict[str, Pair]:
+    """The pairs of an adapter. Raises InputError for one that is not of this model or holds more than pairs."""
+    given = Adapter(folder, body)
+    if given.tables:
+        raise InputError(
+            f"{folder}: the adapter holds {', '.join(sorted(given.tables))}, trained in full (modules_to_save), which tightfit"
+            f" cannot generate with beside a packed base; {INSTEAD}"
+        )
+    pairs = {}
+    for weight in given.weights:
+        entry = entries.get(weight)
+        if entry is None or len(entry.shape) != 2 or not weight.startswith("model.layers."):
+            raise InputError(f"{folder}: holds a pair for {weight}, which {name} lacks; give an adapter of this model")
+        pair = given.pair(weight, entry.shape)
+        assert pair is not None
+        pairs[weight] = Pair(rank=pair.rank, scale=pair.scale, dora=pair.dora)
+    return pairs
+
+
+def _ends(model: str, vocabulary: Vocabulary) -> list[int]:
+    """The tokens that end an answer: what the model's files say, and the ends of turns that its chat template writes."""
+    found = end_tokens(model) or [token for token in [vocabulary.token_id(vocabulary.eos_token)] if token is not None]
+    for token in TURN_ENDS:
+        number = vocabulary.tokenizer.token_to_id(token)
+        if number is not None and token in (vocabulary.chat_template or ""):
+            found.append(number)
+    return list(dict.fromkeys(found))
+
+
+def _encoded(encoder: Encoder, prompt: Prompt, options: AnswerOptions) -> list[int]:
+    """Tokens of a prompt. Raises InputError where there are none, or for tokens that the model lacks."""
+    if isinstance(prompt, str) and not (options.template and encoder.vocabulary.chat_template):
+        if options.system is not None:
+            raise InputError("--system needs a chat template, and the model has none or it is not used; leave it out")
+        text = prompt
+    else:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if options.system is not None:
+            turns.insert(0, {"role": "system", "content": options.system})
+        text = encoder.chat.render(turns, generation_prompt=True)
+    ids = encoder.segments([(text, False)])[0] if text else []
+    if not ids:
+        raise InputError("the prompt is empty; write something to go on from")
+    return ids
+
+
+def _problem(ready: Model, options: AnswerOptions, encoded: Sequence[Sequence[int]] | None) -> Problem:
+    """What is to be planned. Raises InputError where the model was not made for so many tokens."""
+    if encoded is None:
+        context = options.context or min(CONTEXT, ready.longest or CONTEXT)
+        if context <= options.max_tokens:
+            raise InputError(
+                f"--context {context} leaves no room for a question beside an answer of {options.max_tokens} tokens; give more,"
+                " or a smaller --max-tokens"
+            )
+        prompt = context - options.max_tokens
+    else:
+        prompt = max(map(len, encoded))
+        context = prompt + options.max_tokens
+    if ready.longest is not None and context > ready.longest:
+        raise InputError(
+            f"{prompt} tokens of a prompt and {options.max_tokens} of its answer are more than the {ready.longest} positions that"
+            f" {ready.source.name} was made for; give a smaller --max-tokens"
+        )
+    return Problem(
+        shape=decoder_shape(ready.source.config),
+        entries=ready.entries,
+        prompt_tokens=prompt,
+        answer_tokens=options.max_tokens,
+        new_tokens=None if encoded else QUESTION,
+        sampling=options.sampling,
+        pairs=ready.pairs,
+        cache_dtype=options.cache,
+    )
+
+
+def _write_prompts(path: Path, prompts: Sequence[Prompt], encoded: Sequence[list[int]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            file.write(json.dumps({"prompt": prompt, "ids": ids}) + "\n")
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts in a file: of JSON lines ("prompt": a string or a list of messages) where its name ends with .jsonl, else one
+    a line.
+
+    Raises InputError for a file that cannot be read, or holds none.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file of prompts, one a line") from error
+    found: list[Prompt] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(parse_prompt(line) if path.suffix == ".jsonl" else line.decode())
+        except InputError as error:
+            raise InputError(f"{path}: line {number}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: line {number} is not UTF-8 (byte {error.start} of it)") from error
+    if not found:
+        raise InputError(f"{path}: no prompt; write one a line")
+    return found

@@ -1,0 +1,176 @@
+"""Measures what plans for answers need, in a process like the one that will answer, and keeps the figures in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tightfit.planner.generation.plan import GenerationPlan, plan_measuring
+from tightfit.planner.generation.problem import Figures, Problem
+from tightfit.profiles.measuring.cpu_load import Others, crowded, taken_now
+from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.files import cache_directory, write_whole
+from tightfit.runtime.common.interpreter import PACKAGE
+from tightfit.runtime.common.processor import cpu_name, features
+from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
+from tightfit.runtime.engine.generation.job import GenerationJob
+from tightfit.runtime.engine.generation.sizes import BLOCK_ELEMENTS, TAIL, TOKENS
+from tightfit.runtime.engine.start.floor import IMPORT_SLACK_BYTES
+from tightfit.runtime.engine.start.process import child_environment
+
+CHILD = "tightfit.runtime.engine.generation.child"
+CODE = (
+    "runtime/common",
+    "runtime/engine",
+    "runtime/supervision",
+    "planner/generation",
+    "runtime/results/generation_figures.py",
+)
+"""Source files that determine the figures: a change in any of them invalidates the cached ones."""
+VERSION = 1
+
+
+def measured(
+    problem: Problem, store: Path, fingerprint: str, front: list[str], *, called: str, threads: int, force: bool = False
+) -> Figures:
+    """The figures of a problem's decoder, whose packed weights lie in `store`: cached ones, or with `force`, and where other
+    programs kept the cores busy then and do not now, measured now.
+
+    `front` is the command line that prints the bytes which the process that shows answers takes, which is `called` so. Raises RunError if a process
+    does not start or fails, InputError for a damaged store.
+    """
+    sampled = problem.sampling.temperature > 0
+    told = [VERSION, fingerprint, problem.cache_dtype, sampled, threads, quota_cores(), called, *_machine()]
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    place = cache_directory() / "generation" / f"{key}.json"
+    earlier = None if force else _earlier(place)
+    if earlier and (not crowded(earlier.busy_cores, threads) or crowded(taken_now(threads), threads)):
+        return earlier
+    others = Others()
+    found, front_bytes = _of_decoder(problem, store, threads), _of_front(front)
+    figures = Figures(**found, front_bytes=front_bytes, busy_cores=others.taken(threads))
+    if earlier and earlier.busy_cores <= figures.busy_cores:
+        return earlier
+    write_whole(place, json.dumps(asdict(figures)))
+    return figures
+
+
+def _earlier(place: Path) -> Figures | None:
+    """Figures that were measured before; None where there are none."""
+    try:
+        return Figures(**json.loads(place.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        place.unlink(missing_ok=True)
+        return None
+
+
+def job_of(
+    problem: Problem,
+    plan: GenerationPlan,
+    store: Path,
+    *,
+    cap_bytes: int,
+    adapter: str | None = None,
+    body: str = "model.",
+    measure: bool = False,
+) -> GenerationJob:
+    """The job of the process that keeps to a plan; `adapter` is the path of the adapter's tensors."""
+    return GenerationJob(
+        store=str(store),
+        device="cpu",
+        shape=asdict(problem.shape),
+        context=plan.context,
+        pass_tokens=plan.pass_tokens,
+        block_elements=BLOCK_ELEMENTS,
+        pieces=plan.pieces,
+        places=plan.places,
+        staging=plan.staging,
+        arena_bytes=plan.arena_bytes,
+        cap_bytes=cap_bytes,
+        budget_bytes=plan.budget_bytes,
+        adapter=adapter,
+        adapter_body=body,
+        scales={matrix: pair.scale for matrix, pair in problem.pairs.items()},
+        measure=measure,
+        sampled=problem.sampling.temperature > 0,
+    )
+
+
+def _of_decoder(problem: Problem, store: Path, threads: int) -> dict[str, Any]:
+    small = replace(
+        problem,
+        pairs={},
+        prompt_tokens=GROUP + TAIL,
+        answer_tokens=TOKENS,
+    )
+    plan = plan_measuring(small)
+    os.sync()  # pages of freshly installed libraries cannot be released until they are written to disk
+    # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for ever.
+    with tempfile.TemporaryDirectory(dir=_folder()) as folder, tempfile.TemporaryFile() as words:
+        path = os.path.join(folder, "job")
+        job_of(small, plan, store, cap_bytes=plan.budget_bytes, measure=True).write(path)
+        read, write = os.pipe()
+        with os.fdopen(read, "rb") as messages:
+            try:
+                process = subprocess.Popen(
+                    interpreter.command(CHILD, path, "--messages", str(write)),
+                    stdout=subprocess.DEVNULL,
+                    stderr=words,
+                    pass_fds=(write,),
+                    env=child_environment(threads),
+                )
+            finally:
+                os.close(write)
+            lines: list[dict[str, Any]] = [json.loads(line) for line in messages]
+        status = process.wait()
+        words.seek(0)
+        spoken = words.read().decode(errors="replace").strip().splitlines()
+    nothing = {"event": "error", "kind": "RunError", "message": spoken[-1] if spoken else f"exit status {status}"}
+    last = [nothing, *lines][-1]
+    if last["event"] != "measured":
+        kind = InputError if last.get("kind") == "InputError" else RunError
+        raise kind(f"measuring stopped: {last.get('message', last['event'])}")
+    last["start_bytes"] += IMPORT_SLACK_BYTES
+    longer = slowdown(threads, quota_cores())
+    last["rates"] = {key: seconds * longer for key, seconds in last["rates"].items()}
+    for name in ("group_seconds", "token_seconds", "key_seconds", "read_core_seconds_per_byte"):
+        last[name] *= longer
+    return {name: last[name] for name in Figures.__dataclass_fields__ if name in last}
+
+
+def _of_front(command: list[str]) -> int:
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise RunError(f"the process that shows the answers does not start: {last}")
+    return int(done.stdout)
+
+
+def _folder() -> Path:
+    folder = cache_directory() / "generation"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _machine() -> Iterator[Any]:
+    """What the figures depend on beside the model: machine, PyTorch, and the code that computes and measures."""
+    yield from (version("torch"), cpu_name(), sorted(features()), os.environ.get("TIGHTFIT_TORCH"))
+    environment = child_environment(1)
+    yield sorted((name, Path(path).name) for name, path in environment.items() if name.startswith("TIGHTFIT"))
+    for name in CODE:
+        place = PACKAGE / name
+        for path in [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in (".py", ".c")):
+            yield hashlib.sha256(path.read_bytes()).hexdigest()
