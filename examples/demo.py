@@ -2,8 +2,9 @@
 
     python examples/demo.py [--memory SIZE] [--steps 48] [--picture FILE.png]
 
-Downloads the model and the sentences once, has `tightfit train` measure, plan, train and evaluate before and after, and
-draws the memory of one step, predicted and measured. Everything is left in examples/out/.
+Downloads the model and the sentences once, has `tightfit train` measure, plan, train and evaluate before and after, draws
+the memory of one step, predicted and measured, and asks the model one question before and after (`tightfit generate`), in
+the same memory. Everything is left in examples/out/.
 
 The budget covers every process that is alive while the model trains. Therefore this program replaces itself by a shell
 that runs `tightfit train` and then this program again with --finish.
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,14 +28,14 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console
 from rich.rule import Rule
 
-from examples.reviews import HELD_OUT, SEQ, fetch
+from examples.reviews import HELD_OUT, QUESTION, SEQ, fetch
 from tightfit.planner.io import load_plan
 from tightfit.planner.report.figures import draw_timeline
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Device
 from tightfit.runtime.cli.terminal import Stages, messages
-from tightfit.runtime.common.errors import TightfitError
+from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.interpreter import command, python_path
 from tightfit.runtime.common.units import format_size, parse_size
 
@@ -43,6 +45,7 @@ BUDGET = 350 << 20
 FLOOR, FLOOR_IN_MEMORY = 64 << 20, 120 << 20
 """Bytes that Python and PyTorch hold at most in a training process with a lean start: with the tables that PyTorch's
 start leaves moved to a file of the cache, and where no such file can be made."""
+PROMPT = f"It is hard to believe how boring this film is.{QUESTION}"
 BATCH = 16
 LEARNING_RATE = 5e-4
 
@@ -61,7 +64,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.finish is not None:
-            finish(options.steps, options.picture, options.finish)
+            finish(parse_size(options.memory), options.steps, options.picture, options.finish)
         else:
             begin(parse_size(options.memory) if options.memory else None, options.steps, options.picture)
     except TightfitError as error:
@@ -95,13 +98,16 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
     tightfit += ["--eval", str(reviews.held_out), "--batch", str(BATCH), "--seq", str(SEQ), "--memory", str(memory)]
     tightfit += ["--steps", str(steps), "--lr", str(LEARNING_RATE), "--output", str(RUN), "--overwrite"]
     rest = [sys.executable, __file__, "--finish", str(begun), "--steps", str(steps), "--picture", str(picture)]
+    rest += ["--memory", str(memory)]
     environment = os.environ | {"PYTHONPATH": python_path()}
     sys.stdout.flush()
     os.execve("/bin/sh", ["sh", "-c", f"{shlex.join(tightfit)} && exec {shlex.join(rest)}"], environment)  # noqa: S606
 
 
-def finish(steps: int, picture: Path, begun: float) -> None:
-    """Evaluate and draw what the run has reached; `begun` is when the demo began (seconds since 1970)."""
+def finish(memory: int, steps: int, picture: Path, begun: float) -> None:
+    """Evaluate and draw what the run has reached, and let the model answer in the same memory; `begun` is when the demo began
+    (seconds since 1970).
+    """
     console = Console(highlight=False)
     plan, report = load_plan(RUN / "plan.json"), json.loads((RUN / "report.json").read_text())
     before, after = (report["evaluation"][when]["accuracy"] for when in ("before", "after"))
@@ -110,7 +116,26 @@ def finish(steps: int, picture: Path, begun: float) -> None:
         "(of the 4-bit-rounded copy, not of the published model; guessing gives 0.5)"
     )
     console.print(f"report: {RUN / 'report.json'}\npicture: {draw(plan, report, picture)}")
+    console.print(Rule(f"asked before and after, in {format_size(memory)}", align="left"))
+    console.print(PROMPT)
+    for when, adapter in (("before", None), ("after", RUN)):
+        told = ask(memory, adapter)
+        peak, seconds = format_size(told["peak_bytes"]["measured"]), told["seconds"]
+        console.print(f"[bold]{when}:[/]{told['text']!r} ({told['tokens']} tokens in {seconds:.1f} s, peak {peak})")
     console.print(f"all of it took {(time.time() - begun) / 60:.1f} minutes")
+
+
+def ask(memory: int, adapter: Path | None) -> dict[str, Any]:
+    """What `tightfit generate` says of the model's answer to `PROMPT`. Raises RunError if it fails."""
+    told = [*command("tightfit.runtime.cli.main", "generate", str(fetch(OUT / "data").model), "--prompt", PROMPT)]
+    told += ["--no-template", "--max-tokens", "8", "--memory", str(memory), "--json"]
+    told += [] if adapter is None else ["--adapter", str(adapter)]
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    done = subprocess.run(told, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunError(done.stderr.strip().splitlines()[-1])
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def choose_budget(device: Device) -> tuple[int, str]:
