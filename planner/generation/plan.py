@@ -25,6 +25,8 @@ class GenerationPlan:
     """of all processes together"""
     process_bytes: int
     """of the process that computes"""
+    front_bytes: int
+    """of the process that shows the answers"""
     arena_bytes: int
     cache_bytes: int
     """of keys and values"""
@@ -62,8 +64,9 @@ def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationP
     Raises InfeasibleError, with the smallest budget that fits, where none does.
     """
     pieces = problem.pieces()
-    beside = figures.front_bytes + figures.base_bytes + problem.heap_bytes()
-    start = figures.front_bytes + figures.start_bytes
+    front = problem.front_bytes(figures)
+    beside = front + figures.base(problem.context) + problem.heap_bytes()
+    start = front + figures.start_bytes
     sizes = _pass_sizes(problem.asked)
     least = max(start, beside + _in_pages(problem.other_bytes(sizes[0])) + least_room(pieces))
     if budget < least:
@@ -139,14 +142,15 @@ def laid_out(
     process = front = 0
     if figures is not None:
         times = simulate(problem, figures, pieces, states, pass_tokens)
-        process = max(figures.start_bytes, figures.base_bytes + problem.heap_bytes() + arena)
-        front = figures.front_bytes
+        process = max(figures.start_bytes, figures.base(problem.context) + problem.heap_bytes() + arena)
+        front = problem.front_bytes(figures)
     assert times is not None
     cache = sum(aligned_bytes(*others[name]) for name in others if name.startswith(("keys.", "values.")))
     return GenerationPlan(
         budget_bytes=budget,
         peak_bytes=process + front,
         process_bytes=process,
+        front_bytes=front,
         arena_bytes=arena,
         cache_bytes=cache,
         pass_tokens=pass_tokens,

@@ -21,7 +21,7 @@ from tightfit.runtime.engine.generation.names import (
     unpack_key,
     unpacked_key,
 )
-from tightfit.runtime.engine.generation.sizes import BLOCK_ELEMENTS, block_rows, cache_places, sampling_bytes
+from tightfit.runtime.engine.generation.sizes import BLOCK_ELEMENTS, block_rows, cache_places
 from tightfit.runtime.engine.weights.layout import Entry, find_extent
 
 PIECE_ELEMENTS = 1 << 22
@@ -29,6 +29,8 @@ PIECE_ELEMENTS = 1 << 22
 ALIGNMENT, PAGE = 64, 4096
 SLACK_BYTES = 3 << 18
 """allowance for small holes in the heap of a process that runs for long"""
+TOKEN_BYTES = 192
+"""of the heap for each token of a prompt or its answer, as a number in lists and in messages"""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 Places = dict[str, tuple[tuple[int, ...], str]]
 """(shape, dtype) of tensors by name"""
@@ -40,7 +42,8 @@ class Figures:
 
     start_bytes: int
     """the peak of its start, with an allowance"""
-    base_bytes: int
+    base_bytes: Mapping[str, int]
+    """by a number of keys that attention sees at most"""
     rates: Mapping[str, float]
     group_seconds: float
     token_seconds: float
@@ -52,6 +55,13 @@ class Figures:
     """of the process that shows the answers"""
     busy_cores: float = 0.0
     """cores that other programs took meanwhile"""
+
+    def base(self, context: int) -> int:
+        """Bytes of the process that computes beside its arena, where attention sees so many keys; for more than were measured,
+        those of the most: the buffers that grow with them have a largest size.
+        """
+        measured = sorted((int(seen), size) for seen, size in self.base_bytes.items())
+        return next((size for seen, size in measured if seen >= context), measured[-1][1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +223,12 @@ class Problem:
             "up": (tokens, shape.intermediate),
             "attention": (max(scratch, cache_scratch(kv)),),
             "logits": (1, shape.vocab),
+            "positions": (tokens, 1),
+            **{
+                f"{what}.{key}": (tokens, shape.head_dim // 2)
+                for key in range(self.rotations)
+                for what in ("cos", "sin")
+            },
             ROOM: (max(rows * columns for rows, columns in blocks),),
             PRODUCT: (group * max(rows for rows, _ in blocks),),
         }
@@ -231,8 +247,18 @@ class Problem:
         """Tokens of a prompt that go through the layers."""
         return self.prompt_tokens if self.new_tokens is None else min(self.new_tokens, self.prompt_tokens)
 
+    @property
+    def rotations(self) -> int:
+        """Different rotary frequencies among the layers."""
+        return len(set(zip(self.shape.thetas, self.shape.scaled, strict=True)))
+
     def heap_bytes(self) -> int:
-        return SLACK_BYTES + sampling_bytes(self.shape.vocab, self.sampling)
+        """Bytes of the process that computes beside the arena and what was measured."""
+        return SLACK_BYTES + TOKEN_BYTES * self.context
+
+    def front_bytes(self, figures: Figures) -> int:
+        """Bytes of the process that shows the answers."""
+        return figures.front_bytes + TOKEN_BYTES * self.context
 
 
 def aligned_bytes(shape: tuple[int, ...], dtype: str) -> int:

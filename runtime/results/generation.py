@@ -228,7 +228,7 @@ def prepared(
             problem,
             plan,
             ready.store,
-            cap_bytes=budget - figures.front_bytes,
+            cap_bytes=budget - plan.front_bytes,
             adapter=None if ready.adapter is None else str(ready.adapter),
             body=ready.body,
         )
@@ -239,7 +239,7 @@ def prepared(
             environment=child_environment(threads),
             planned={
                 "budget_bytes": budget,
-                "supervisor_bytes": figures.front_bytes,
+                "supervisor_bytes": plan.front_bytes,
                 "peak_bytes": plan.peak_bytes,
             },
             cgroup=cgroup,

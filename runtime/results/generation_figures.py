@@ -23,7 +23,7 @@ from tightfit.runtime.common.files import cache_directory, write_whole
 from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
-from tightfit.runtime.engine.generation.job import GenerationJob, Sampling
+from tightfit.runtime.engine.generation.job import GenerationJob
 from tightfit.runtime.engine.generation.sizes import BLOCK_ELEMENTS, TAIL, TOKENS
 from tightfit.runtime.engine.start.floor import IMPORT_SLACK_BYTES
 from tightfit.runtime.engine.start.process import child_environment
@@ -49,7 +49,8 @@ def measured(
     `front` is the command line that prints the bytes which the process that shows answers takes, which is `called` so. Raises RunError if a process
     does not start or fails, InputError for a damaged store.
     """
-    told = [VERSION, fingerprint, problem.cache_dtype, threads, quota_cores(), called, *_machine()]
+    sampled = problem.sampling.temperature > 0
+    told = [VERSION, fingerprint, problem.cache_dtype, sampled, threads, quota_cores(), called, *_machine()]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     place = cache_directory() / "generation" / f"{key}.json"
     earlier = None if force else _earlier(place)
@@ -103,6 +104,7 @@ def job_of(
         adapter_body=body,
         scales={matrix: pair.scale for matrix, pair in problem.pairs.items()},
         measure=measure,
+        sampled=problem.sampling.temperature > 0,
     )
 
 
@@ -110,7 +112,6 @@ def _of_decoder(problem: Problem, store: Path, threads: int) -> dict[str, Any]:
     small = replace(
         problem,
         pairs={},
-        sampling=Sampling(),
         prompt_tokens=GROUP + TAIL,
         answer_tokens=TOKENS,
     )

@@ -40,7 +40,7 @@ def figures(pieces: Sequence[Rows], *, unpacked: float = 0.5, read: float = 1e-9
             rates[unpacked_key(rows, entry.columns)] = rows * 1e-9 * unpacked * 2
     return Figures(
         start_bytes=0,
-        base_bytes=BESIDE - (7 << 18),
+        base_bytes={"0": BESIDE - (7 << 18)},
         rates=rates,
         group_seconds=1e-4,
         token_seconds=1e-5,

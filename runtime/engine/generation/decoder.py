@@ -38,11 +38,14 @@ class CachedDecoder:
         self.products = Products(job, device, store, stream)
         self.head = next(name for name in HEAD if name in self.products.parts)
         self.operators = device.kernels.fused
-        rope = {
-            key: rotary_frequencies(self.shape["head_dim"], key[0], dict(self.shape["rope_scaling"]) if key[1] else {})
-            for key in set(self._rope_keys())
-        }
-        self.frequencies = [rope[key] for key in self._rope_keys()]
+        keys = list(zip(self.shape["thetas"], self.shape["scaled"], strict=True))
+        different = sorted(set(keys))
+        self.frequencies = [
+            rotary_frequencies(self.shape["head_dim"], theta, dict(self.shape["rope_scaling"]) if scaled else {})
+            for theta, scaled in different
+        ]
+        self.rotations = [different.index(key) for key in keys]
+        """of each layer, which of the frequencies are its own"""
         self.caches = [
             LayerCache(self._place(f"keys.{layer}"), self._place(f"values.{layer}"), window)
             for layer, window in enumerate(self.shape["windows"])
@@ -98,21 +101,26 @@ class CachedDecoder:
         return logits[0]
 
     def _layers(self, ids: Sequence[int], between: Callable[[], None]) -> Tensor:
-        shape, count = self.shape, len(ids)
+        count = len(ids)
         groups = list(blocks(count, GROUP))
         hidden, normed, rstd = (self._place(name)[:count] for name in ("hidden", "normed", "rstd"))
         for rows in groups:
             self._embed(ids[rows], hidden[rows])
-        positions = torch.arange(self.length, self.length + count, dtype=torch.float32)
-        angles: dict[int, tuple[Tensor, Tensor]] = {}
-        for number in range(shape["layers"]):
-            frequencies = self.frequencies[number]
-            if id(frequencies) not in angles:
-                turned = positions[:, None] * frequencies[None, :]
-                angles[id(frequencies)] = turned.cos(), turned.sin()
-            self._layer(number, hidden, normed, rstd, groups, *angles[id(frequencies)])
+        positions = self._place("positions")[:count]
+        torch.arange(self.length, self.length + count, out=positions.view(-1))
+        for key, frequencies in enumerate(self.frequencies):
+            cos, sin = self._angles(key, count)
+            torch.mul(positions, frequencies, out=cos)
+            torch.sin(cos, out=sin)
+            cos.cos_()
+        for number, key in enumerate(self.rotations):
+            self._layer(number, hidden, normed, rstd, groups, *self._angles(key, count))
             between()
         return hidden
+
+    def _angles(self, key: int, count: int) -> tuple[Tensor, Tensor]:
+        """cos, sin float32 [count, D / 2] of the new tokens' positions."""
+        return self._place(f"cos.{key}")[:count], self._place(f"sin.{key}")[:count]
 
     def _embed(self, ids: Sequence[int], out: Tensor) -> None:
         """Embeddings of tokens: rows of the head, if both are one and it is in memory, else read from disk."""
@@ -196,9 +204,6 @@ class CachedDecoder:
     def _scale(self) -> float:
         """What embeddings are multiplied by, in float32."""
         return float(torch.tensor(self.shape["embed_scale"], dtype=torch.float32))
-
-    def _rope_keys(self) -> list[tuple[float, bool]]:
-        return list(zip(self.shape["thetas"], self.shape["scaled"], strict=True))
 
     def _place(self, name: str) -> Tensor:
         if name not in self._tensors:

@@ -81,6 +81,8 @@ class GenerationJob:
     """scale of the adapter's pair, by the matrix that it is added to"""
     measure: bool = False
     """whether to measure what a plan needs to know, instead of answering"""
+    sampled: bool = False
+    """whether tokens are drawn then, which takes memory and code of its own"""
 
     def write(self, path: str) -> None:
         with open(path, "w", encoding="utf-8") as file:

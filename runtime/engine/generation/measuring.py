@@ -13,19 +13,25 @@ from typing import Any
 
 import torch
 
-from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
+from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP, attention_cache_scratch
 from tightfit.runtime.engine.cpu.pages import make_pages
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.generation.decoder import CachedDecoder
+from tightfit.runtime.engine.generation.job import Sampling
 from tightfit.runtime.engine.generation.names import STALL, unpacked_key
+from tightfit.runtime.engine.generation.sampling import Sampler
 from tightfit.runtime.engine.generation.sizes import TAIL, TOKENS
 from tightfit.runtime.engine.start.process import trim_heap
 
+SMALL_BYTES = 1 << 30
+"""of packed matrices, which are read for every pass; those of a larger model are passed over five times and not ten"""
 WARM = 2
 """tokens of the answer that are not timed"""
 APART_BYTES = 64 << 20
 """of memory in which matrices that stay unpacked are looked for, so that no cache holds them"""
 REPEATS = 3
+LENGTHS = (256, 1024, 2048, 4096, 8192, 16384)
+"""keys with which the memory of attention is measured"""
 SEEN = 1024
 """keys with which attention is timed"""
 MOST_READ_BYTES = 256 << 20
@@ -36,7 +42,8 @@ PRESSED_BYTES = 8 << 20
 def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
     """Figures of the decoder's process, which has answered nothing yet; `start_bytes` was its peak when it had started.
 
-    `base_bytes`: resident beside the arena at most. `rates`: seconds per element of a matrix, by the keys of `Products`, and
+    `base_bytes`: resident beside the arena at most, by the number of keys that attention has seen: the buffers in which matrix
+    products arrange their operands grow with that. `rates`: seconds per element of a matrix, by the keys of `Products`, and
     for one row and a group of rows of activations also by `unpacked_key`. `token_seconds`, `group_seconds`: of all else in
     a pass of one token, and in that of a group. `key_seconds`: what a key in the cache adds to a token, in all layers.
     `read_seconds_per_byte`: of the disk; `read_core_seconds_per_byte`: of a core meanwhile.
@@ -47,15 +54,18 @@ def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
     pressed = torch.frombuffer(apart, dtype=torch.float32)
     pressed.fill_(0.5)
     passes = _answer(decoder)
-    peak = memory().peak
-    base = peak - decoder.device.size - pressed.numel() * 4
+    held = decoder.device.size + pressed.numel() * 4
+    bases = {0: memory().peak - held}
+    for seen in LENGTHS:
+        if _attend(decoder, seen, pressed):
+            bases[seen] = memory().peak - held
     rates = {
         key: seconds / elements
         for spent, _ in passes
         for key, (elements, seconds) in spent.items()
         if elements and key != STALL
     }
-    found: dict[str, Any] = {"base_bytes": base, "rates": rates | _unpacked_rates(decoder, pressed)}
+    found: dict[str, Any] = {"base_bytes": bases, "rates": rates | _unpacked_rates(decoder, pressed)}
     prompt, *tokens = passes
     found["group_seconds"] = _others(*prompt)
     found["token_seconds"] = min(_others(*one) for one in tokens[WARM:])
@@ -68,18 +78,23 @@ def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
 
 
 def _answer(decoder: CachedDecoder) -> list[tuple[dict[str, list[float]], float]]:
-    """What the passes of an answer spent, and their seconds: of the first group of the prompt, which is run a second time, and of
-    each token.
+    """What the passes of an answer spent, and their seconds: of the first group of the prompt and of each token. A small model is
+    warmed up with the prompt before, and answers with more tokens.
     """
     vocabulary = decoder.shape["vocab"]
     ids = [token % vocabulary for token in range(GROUP + TAIL)]
     passes: list[tuple[dict[str, list[float]], float]] = []
-    decoder.run(ids, lambda: None)
-    decoder.return_to(0)
-    for new in (ids[:GROUP], ids[GROUP:], *[[token % vocabulary] for token in range(TOKENS)]):
+    drawn = Sampling(temperature=1.0, top_k=vocabulary // 2, top_p=0.9) if decoder.job.sampled else Sampling()
+    sampler = Sampler(drawn)
+    small = sum(decoder.store.packed_bytes(piece.name) for piece in decoder.job.pieces) <= SMALL_BYTES
+    if small:
+        sampler.choose(decoder.run(ids, lambda: None))
+        decoder.return_to(0)
+    tokens = TOKENS if small else WARM + 1
+    for new in (ids[:GROUP], ids[GROUP:], *[[token % vocabulary] for token in range(tokens)]):
         decoder.products.spent = {}
         begun = time.perf_counter()
-        decoder.run(new, lambda: None)
+        sampler.choose(decoder.run(new, lambda: None))
         passes.append((decoder.products.spent, time.perf_counter() - begun))
         decoder.products.spent = None
     del passes[1]
@@ -106,6 +121,22 @@ def _unpacked_rates(decoder: CachedDecoder, room: torch.Tensor) -> dict[str, flo
                 matrix.shape[0] // rows * rows * columns
             )
     return rates
+
+
+def _attend(decoder: CachedDecoder, seen: int, room: torch.Tensor) -> bool:
+    """Let a group of tokens attend to so many keys, in tensors that lie in `room`; False: there is no room for them."""
+    shape, narrow = decoder.shape, decoder.cache_dtype is not torch.float32
+    heads, kv_heads, width = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    sizes = [kv_heads * (seen + 1) * width] * 2 + [GROUP * heads * width] * 2 + [GROUP * width // 2]
+    sizes.append(attention_cache_scratch(heads, kv_heads, width, seen, narrow=narrow))
+    if sum(sizes) > room.numel():
+        return False
+    keys, values, q, y, angles, scratch = room[: sum(sizes)].split(sizes)
+    cache = [x.view(decoder.cache_dtype)[: x.numel()].view(kv_heads, seen + 1, width)[:, :seen] for x in (keys, values)]
+    turned = angles.view(GROUP, width // 2)
+    out = y.view(GROUP, -1), scratch
+    decoder.operators["tightfit.cached_attention"](q.view(GROUP, -1), *cache, turned, turned, None, 0, 0.01, out=out)
+    return True
 
 
 def _key_seconds(decoder: CachedDecoder) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
-from tightfit.runtime.engine.generation.job import Sampling
 
 BLOCK_ELEMENTS = 1 << 19
 """of a matrix that are unpacked at a time: 2 MiB in float32"""
@@ -25,8 +24,3 @@ def block_rows(columns: int, elements: int) -> int:
 def cache_places(context: int, window: int | None) -> int:
     """Tokens for which the cache of a layer has places."""
     return context if window is None else min(context, window - 1 + SLACK)
-
-
-def sampling_bytes(vocabulary: int, sampling: Sampling) -> int:
-    """Most bytes of heap that choosing a token takes: sorted logits, their places, probabilities, masks, each once or twice."""
-    return 0 if not sampling.temperature else 48 * vocabulary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -105,6 +106,11 @@ def problem(**more: Any) -> Problem:
     config = CONFIGS["llama"]
     sizes = {"prompt_tokens": 70, "answer_tokens": 10} | more
     return Problem(shape=decoder_shape(config), entries=describe(config), **sizes)
+
+
+def test_the_memory_of_the_next_longer_context_counts() -> None:
+    told = dataclasses.replace(figures([]), base_bytes={"1024": 30, "0": 10, "256": 20})
+    assert [told.base(context) for context in (1, 256, 257, 1024, 5000)] == [20, 20, 30, 30, 30]
 
 
 def test_the_clock_by_hand() -> None:

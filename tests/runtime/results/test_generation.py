@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tightfit.profiles.sources.lookup import resolve, vocabulary
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.data.chat import ChatTemplate
+from tightfit.runtime.results.evaluation import temporary_folder
 
 pytestmark = pytest.mark.usefixtures("cache")
 CONFIG = CONFIGS["llama"] | {"max_position_embeddings": 512}
@@ -171,13 +173,13 @@ def test_a_conversation(model: Path, exact: Any) -> None:
     assert left() == []
 
 
-def test_a_seed_says_what_is_drawn(model: Path, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("The quick\nThe quick\n")
+def test_a_seed_says_what_is_drawn(model: Path) -> None:
     drawn = []
-    for seed in (1, 1):
-        done = called("generate", model, "--prompts", file, "--max-tokens", 8, "--temperature", 2, "--seed", seed, "--memory", "300MiB", "--json")  # fmt: skip
-        drawn.append([json.loads(line)["text"] for line in done.stdout.splitlines()])
+    for _ in range(2):
+        found = tightfit.generate(
+            str(model), ["The quick"] * 2, 300 * MIB, max_tokens=8, temperature=2.0, top_k=200, seed=1
+        )
+        drawn.append([one["text"] for one in found])
     assert drawn[0] == drawn[1]
     assert drawn[0][0] != drawn[0][1]
 
@@ -219,3 +221,40 @@ def test_an_interrupted_answer_leaves_nothing(model: Path) -> None:
     assert child.returncode == 4
     assert "interrupted; start again" in told
     assert left() == []
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_conversation(model: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(SOURCES)}
+    words = command("chat", model, "--memory", "320MiB", "--max-tokens", 300, "--context", 500)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, env=environment, **pipes) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b"The quick brown fox?\n")
+        child.stdin.flush()
+        os.read(child.stdout.fileno(), 1)
+        child.send_signal(signal.SIGINT)
+        out, told = child.communicate(f"{QUESTION}\n".encode())
+    assert child.returncode == 0
+    answered = [int(line.split()[0]) for line in told.decode().splitlines() if " tokens in " in line]
+    assert len(answered) == 2
+    assert answered[0] < 300
+    assert out.count(b"\n") >= 2
+    assert left() == []
+
+
+def test_nothing_outlives_a_killed_command(model: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(SOURCES)}
+    words = command("generate", model, "--prompt", "The", "--no-template", "--max-tokens", 500, "--memory", "300MiB")
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        assert child.stdout is not None
+        os.read(child.stdout.fileno(), 1)
+        others = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        assert len(others) == 1
+        child.kill()
+    waited = time.monotonic()
+    while Path(f"/proc/{others[0]}").exists() and time.monotonic() < waited + 60:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{others[0]}").exists()
+    with temporary_folder() as other:  # removes what was left there
+        assert left() == [other]
