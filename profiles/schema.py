@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
 PROFILE_VERSION = 9
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
@@ -329,6 +329,12 @@ class Model(Record):
     base: str | None = Field(None, description="precision asked for matrices: 4bit, 8bit or 16bit; None: the default")
     embeddings: str | None = Field(None, description="the same for the embedding and the head; None: as `base`")
     rounding: str | None = Field(None, description="in words: what packing did to the values of the frozen weights")
+
+    @model_validator(mode="after")
+    def _knows_its_loss(self) -> Model:
+        if self.config.get(PREFERENCE) is not None:
+            Preference.model_validate(self.config[PREFERENCE])
+        return self
 
     @property
     def preference(self) -> Preference | None:
