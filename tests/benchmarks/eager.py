@@ -68,8 +68,8 @@ NETWORKS = {
         title="U-Net",
         make=lambda: architectures.UNet(act=_relu),
         parameters=31_031_810,
-        batch=partial(_images, 1, 320, 2, (1, 320, 320)),
-        size="1 × 3 × 320 × 320",
+        batch=partial(_images, 2, 224, 2, (2, 224, 224)),
+        size="2 × 3 × 224 × 224",
     ),
     "lstm": Network(
         title="LSTM",

@@ -40,7 +40,7 @@ def main(
         str, typer.Option(help="which of resnet50, vit, unet, lstm, separated by commas")
     ] = "resnet50,vit,unet,lstm",
     steps: Annotated[int, typer.Option(help="steps of each turn")] = 4,
-    rounds: Annotated[int, typer.Option(help="how often each of them runs, by turns")] = 3,
+    rounds: Annotated[int, typer.Option(help="how often each of them runs, by turns")] = 2,
     time_limit: Annotated[float, typer.Option(help="seconds for each plan")] = 10.0,
     threads: Annotated[int | None, typer.Option(help="of all of them; default: one for each core")] = None,
     output: Annotated[Path | None, typer.Option(help="folder for the figures as JSON")] = None,

@@ -36,6 +36,7 @@ def run_inference(
     return env
 
 
+@torch.no_grad()
 def _run(layer: Layer, programs: Mapping[str, Program], env: dict[str, Tensor], operators: list[Operator]) -> None:
     values = {v.name: v for v in programs[layer.program].values}
     for operator in operators:
