@@ -46,7 +46,8 @@ FLOOR, FLOOR_IN_MEMORY = 64 << 20, 120 << 20
 """Bytes that Python and PyTorch hold at most in a training process with a lean start: with the tables that PyTorch's
 start leaves moved to a file of the cache, and where no such file can be made."""
 PROMPT = f"It is hard to believe how boring this film is.{QUESTION}"
-BATCH = 16
+BATCH = 8
+"""rows of a step; packed, they hold some 15 sentences"""
 LEARNING_RATE = 5e-4
 
 
@@ -93,10 +94,10 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
         if why_more:
             console.print(why_more)
 
-    console.print(Rule(f"{steps} steps of {BATCH} sentences in {format_size(memory)}", align="left"))
+    console.print(Rule(f"{steps} steps of {BATCH} packed rows in {format_size(memory)}", align="left"))
     tightfit = command("tightfit.runtime.cli.main", "train", str(reviews.model), "--data", str(reviews.train))
     tightfit += ["--eval", str(reviews.held_out), "--batch", str(BATCH), "--seq", str(SEQ), "--memory", str(memory)]
-    tightfit += ["--steps", str(steps), "--lr", str(LEARNING_RATE), "--output", str(RUN), "--overwrite"]
+    tightfit += ["--steps", str(steps), "--lr", str(LEARNING_RATE), "--output", str(RUN), "--overwrite", "--packing"]
     rest = [sys.executable, __file__, "--finish", str(begun), "--steps", str(steps), "--picture", str(picture)]
     rest += ["--memory", str(memory)]
     environment = os.environ | {"PYTHONPATH": python_path()}
