@@ -79,9 +79,9 @@ class RunOrder:
             return cls(**json.load(file))
 
 
-def command(*arguments: str) -> list[str]:
-    """The command line of a training process."""
-    return interpreter.command(RunOrder.module, *arguments)
+def command(*arguments: str, module: str = RunOrder.module) -> list[str]:
+    """The command line of a process that is held to the cap; `module` is what it runs, by default a training process."""
+    return interpreter.command(module, *arguments)
 
 
 class TrainingProcess:
@@ -196,7 +196,7 @@ def started(
             with writing_to(order.directory):
                 words = os.fdopen(nameless_file(order.directory), "w+b")
             with words:
-                arguments = interpreter.command(order.module, order.job, "--messages", str(write))
+                arguments = command(order.job, "--messages", str(write), module=order.module)
                 if requests is not None and order.module != RunOrder.module:
                     arguments += ["--requests", str(requests)]
                 try:

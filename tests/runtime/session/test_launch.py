@@ -266,7 +266,7 @@ def dying(monkeypatch, tmp_path):
 
     def launch(plan, script, **options):
         monkeypatch.setattr(
-            "tightfit.runtime.supervision.training_process.command", lambda *_: ["/bin/sh", "-c", script]
+            "tightfit.runtime.supervision.training_process.command", lambda *_, **__: ["/bin/sh", "-c", script]
         )
         with pytest.raises((RunError, KeyboardInterrupt)) as caught:
             run(plan, "random", steps=1, out=tmp_path / "run", cgroup=False, **options)
@@ -315,7 +315,8 @@ def test_what_a_child_still_tells_is_taken_where_progress_fails(plan, monkeypatc
         "tell(1, event='step', step=1, loss=1.0, seconds=1.0, resident_bytes=1, peak_bytes=1, spent={})\ntime.sleep(60)\n"
     )
     monkeypatch.setattr(
-        "tightfit.runtime.supervision.training_process.command", lambda *words: [sys.executable, "-c", code, words[2]]
+        "tightfit.runtime.supervision.training_process.command",
+        lambda *words, **_: [sys.executable, "-c", code, words[2]],
     )
     with pytest.raises(ZeroDivisionError):
         run(plan, "random", steps=1, out=tmp_path / "run", cgroup=False, progress=lambda *_: 1 // 0)
@@ -455,7 +456,7 @@ def test_progress_that_cannot_be_shown_costs_no_step(plan, tmp_path):
 def test_a_child_that_dies_at_once_does_not_deny_the_checkpoints_there(plan, tmp_path, monkeypatch):
     run(plan, "random", steps=1, out=tmp_path, **SETTINGS)
     monkeypatch.setattr(
-        "tightfit.runtime.supervision.training_process.command", lambda *_: ["/bin/sh", "-c", "kill -9 $$"]
+        "tightfit.runtime.supervision.training_process.command", lambda *_, **__: ["/bin/sh", "-c", "kill -9 $$"]
     )
     with pytest.raises(RunError, match=r"SIGKILL; the last checkpoint is .*checkpoint-1, continue with --resume"):
         run(plan, "random", steps=2, out=tmp_path, resume=True, **SETTINGS)
