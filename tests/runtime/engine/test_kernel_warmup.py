@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from tightfit.profiles.devices.estimate import PRODUCTS
-from tightfit.runtime.engine.cpu import batch_norm, dora, dropout, products, tables
+from tightfit.runtime.engine.cpu import (
+    batch_norm,
+    cached_attention,
+    cross_entropy,
+    dora,
+    dropout,
+    lstm,
+    preference,
+    products,
+    tables,
+)
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.start.kernel_warmup import warm_up
@@ -14,12 +24,12 @@ from tightfit.runtime.engine.training.job import PASSING
 
 GATHERING = {"tightfit.embed_rows", "tightfit.head_rows"}
 """they read rows and copy them"""
-CHOSEN = {
-    name
-    for name, call in OPERATORS.items()
-    if call.__module__ in (batch_norm.__name__, dora.__name__, dropout.__name__, tables.__name__)
+MODULES = (batch_norm, cached_attention, cross_entropy, dora, dropout, lstm, preference, tables)
+CHOSEN = {name for name, call in OPERATORS.items() if call.__module__ in {module.__name__ for module in MODULES}} | {
+    "tightfit.head_weighted"
 }
-"""of settings of LoRA that few choose, and of modules: a run that has them warms them itself, with its own shapes"""
+"""of settings of LoRA that few choose, of pairs of answers, and of modules: a run that has them warms them itself, with its own
+shapes; and of answers, which no training process computes"""
 
 
 @pytest.mark.parametrize("narrow", [True, False])
