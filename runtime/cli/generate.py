@@ -66,6 +66,10 @@ Embeddings = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="Cores to compute with; default: all.")]
 
+AnswersAsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object for each answer, on a line of its own.")
+]
+
 
 def generate(
     context: typer.Context,
@@ -95,9 +99,7 @@ def generate(
     threads: Threads = None,
     force: Force = False,
     cgroup: Cgroup = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each answer, on a line of its own.")
-    ] = False,
+    as_json: AnswersAsJson = False,
     debug: Debug = False,
 ) -> None:
     """Answer prompts with MODEL, and an adapter if there is one, within a budget of memory; tokens are printed as they come."""
@@ -149,9 +151,7 @@ def chat(
     threads: Threads = None,
     force: Force = False,
     cgroup: Cgroup = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each answer, on a line of its own.")
-    ] = False,
+    as_json: AnswersAsJson = False,
     debug: Debug = False,
 ) -> None:
     """Talk with MODEL, and an adapter if there is one, within a budget of memory: one question a line."""
