@@ -94,9 +94,12 @@ class TrainingProcess:
         process: subprocess.Popen[bytes],
         read: int,
         words: IO[bytes],
+        others_bytes: int = 0,
     ) -> None:
+        """`others_bytes`: what of the budget is left to processes outside `group`"""
         self.order = order
         self.group = group
+        self.others_bytes = others_bytes
         self.process = process
         self.observed = Observed()
         self._read = read
@@ -168,9 +171,10 @@ class TrainingProcess:
                 way = f"{self.order.directory} lies in memory (tmpfs), where all that a run writes counts against the cap: choose an output directory on a disk; or else {way}"
             planned = self.order.planned
             peak = max((observed.peak_bytes, observed.cgroup_peak_bytes or 0))
+            limit, predicted = (planned[name] - self.others_bytes for name in ("budget_bytes", "peak_bytes"))
             raise CapError(
-                f"the kernel ended the run at its cap of {format_size(planned['budget_bytes'])}: the process had reached {format_size(peak)}, "
-                f"predicted were {format_size(planned['peak_bytes'])}; {way}; {saved}"
+                f"the kernel ended the run at its cap of {format_size(limit)}: it had reached {format_size(peak)}, the {self.order.called} by itself "
+                f"{format_size(observed.peak_bytes)} when it last told, predicted were {format_size(predicted)}; {way}; {saved}"
             )
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         words = f": {last[-1]}" if last else ""
@@ -213,7 +217,8 @@ def started(
                     )
                 finally:
                     os.close(write)
-                yield TrainingProcess(order, own or group, process, read, words)
+                others = order.planned["supervisor_bytes"] if own else 0
+                yield TrainingProcess(order, own or group, process, read, words, others)
         finally:
             os.close(read)
     finally:

@@ -21,12 +21,14 @@
 #define MADV_PAGEOUT 21
 #endif
 
-enum { PAGES = 512, TEXT = 3 * 4096, STEP = 8 << 20 };
+enum { PAGES = 512, TEXT = 3 * 4096, STEP = 8 << 20, PIECE = 4 << 20 };
+enum { WAIT = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER };
 
 static char *heap, *end;  /* what the file is mapped over */
 static uintptr_t page;    /* bytes */
 static int file, failure; /* an errno */
 static long most, next;   /* resident bytes: wanted, and from which on the heap is moved again */
+static long waiting;      /* bytes written that the disk may not have yet */
 static struct sigaction before;
 
 /* The start of a file of /proc, as text. */
@@ -54,12 +56,18 @@ static int alone(void) {
     return at && strtol(at, 0, 10) == 1;
 }
 
+/* What the disk does not have yet counts against the limit of a cgroup, whose processes the kernel kills rather than wait for a slow disk:
+   so it never is more than a piece. */
 static int write_out(const char *from, const char *to) {
     while (from < to) {
-        long count = pwrite(file, from, to - from, from - heap);
+        long count = pwrite(file, from, to - from < PIECE - waiting ? to - from : PIECE - waiting, from - heap);
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) return failure = count ? errno : ENOSPC;
         from += count;
+        if ((waiting += count) < PIECE) continue;
+        if (sync_file_range(file, 0, 0, WAIT) && errno != ENOSYS && errno != EINVAL && errno != ESPIPE)
+            return failure = errno; /* not that the system or the file system has no such call */
+        waiting = 0;
     }
     return 0;
 }
@@ -171,6 +179,7 @@ int tightfit_cold_begin(char *start, int descriptor, long bytes, long microsecon
     heap = end = start;
     file = descriptor;
     most = next = bytes;
+    waiting = 0;
     failure = 0;
     sigfillset(&action.sa_mask);
     if (sigaction(SIGALRM, &action, &before)) return errno;

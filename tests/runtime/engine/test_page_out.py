@@ -18,6 +18,31 @@ from tightfit.runtime.engine.start import page_out, process
 from tightfit.runtime.supervision import training_process
 
 MIB = 1 << 20
+WATCHED = """
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static long waits;
+ssize_t pwrite(int file, const void *from, size_t count, off_t offset) {
+    long done = syscall(SYS_pwrite64, file, from, count, offset);
+    return waits += done > 0 ? done : 0, done;
+}
+static void tell(void) {
+    char line[32];
+    int told = open(getenv("WATCHED"), O_WRONLY | O_CREAT | O_APPEND, 0600);
+    if (told < 0 || write(told, line, snprintf(line, sizeof line, "%ld\\n", waits)) < 0) abort();
+    close(told), waits = 0;
+}
+int sync_file_range(int file, off64_t offset, off64_t count, unsigned how) {
+    if (how == (SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER) && !offset && !count) tell();
+    return syscall(SYS_sync_file_range, file, offset, count, how);
+}
+int fdatasync(int file) { return tell(), syscall(SYS_fdatasync, file); }
+"""
+"""Tells how many bytes were written until the disk had been waited for."""
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 needs_disk = pytest.mark.skipif(
@@ -80,7 +105,7 @@ def test_the_heap_is_the_same_while_it_moves_and_afterwards(tmp_path):
     ("right", "wrong"),
     [
         ("if (write_out(low, high)) return;", ""),  # given back without being written
-        ("pwrite(file, from, to - from, from - heap)", "pwrite(file, from, to - from, from - heap + 64)"),
+        ("from - heap);\n        if (count < 0", "from - heap + 64);\n        if (count < 0"),
         ("if (kind != WRITTEN) continue;", "continue;"),  # what is written again stays
         ("if (write_out(end, now)) return;", ""),
         ("MAP_PRIVATE | MAP_FIXED, file, from - heap)", "MAP_PRIVATE | MAP_FIXED, file, 0)"),
@@ -96,6 +121,30 @@ def test_a_library_that_does_otherwise_is_not_used(tmp_path, monkeypatch, right,
     monkeypatch.setattr(page_out, "SOURCE", changed)
     monkeypatch.setattr(page_out, "takes_files", lambda _: True)
     assert page_out.library(tmp_path / "cache") == ""
+
+
+@needs_compiler
+def test_no_more_than_a_piece_waits_for_the_disk(tmp_path):
+    """A slow disk's pages count against the cgroup until it has them, and too many end the run."""
+    watched = tmp_path / "watched.c"
+    watched.write_text(WATCHED)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "watched.so", watched], check=True)
+    path = build(tmp_path, page_out.SOURCE.read_text())
+    subprocess.run(
+        [sys.executable, "-m", "tightfit.runtime.engine.start.page_out", path],
+        env={
+            **os.environ,
+            page_out.VARIABLE: "",
+            "PYTHONPATH": str(SOURCES),
+            "LD_PRELOAD": str(tmp_path / "watched.so"),
+            "WATCHED": str(tmp_path / "waits"),
+        },
+        capture_output=True,
+        check=True,
+    )
+    waits = [int(line) for line in (tmp_path / "waits").read_text().split()]
+    assert sum(waits) > 8 * MIB
+    assert max(waits) <= 4 * MIB
 
 
 @needs_disk

@@ -97,8 +97,15 @@ def test_what_the_kernel_ends_at_the_cap_is_told_with_the_most_that_was_seen(
     told = [line("loaded", spill_bytes=0, peak_bytes=own * MIB)]
     capped = error(ended(plan, tmp_path, told, -9, group=cgroup(1, kernels * MIB)))
     assert isinstance(capped, CapError)
-    assert "at its cap of 8192.0 MiB: the process had reached 90.0 MiB, predicted were " in str(capped)
+    assert "at its cap of 8192.0 MiB: it had reached 90.0 MiB" in str(capped)
+    assert f"by itself {own}.0 MiB when it last told, predicted were " in str(capped)
     assert ("lies in memory (tmpfs)" in str(capped)) == memory
+
+
+def test_a_cgroup_around_the_training_process_alone_is_told_with_its_own_limit(plan: Plan, tmp_path: Path) -> None:
+    child = ended(plan, tmp_path, [], -9, group=cgroup(1, 0))
+    child.others_bytes = 92 * MIB
+    assert "at its cap of 8100.0 MiB: " in str(error(child))
 
 
 def test_what_it_says_of_itself_is_said(plan: Plan, tmp_path: Path) -> None:
