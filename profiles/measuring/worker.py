@@ -43,12 +43,17 @@ WEIGHT_BUFFERS = 4  # buffers that all weights of one shape share
 UNPACKED_BYTES = 192 << 20  # total size of the outputs that unpacking is timed on in turn: larger than most caches
 UPDATED_BYTES = 64 << 20  # the same of parameters and states that are updated in turn
 CLIPPED_SECONDS = 0.1  # spent on each of the figures of clipping
+BETWEEN_BYTES = (
+    4 << 20
+)  # of each of the three tensors of an addition between calls: larger than what a core caches by itself
 MOST_CALLS = 200  # calls timed for one figure, at most
-PASSES = 2  # over all programs; the lower figure counts, since disturbances by other work come in bursts of seconds
+PASSES = 3  # over all programs; of seconds the middle figure counts: disturbances by other work come in bursts, and the lowest
+# figure is that of a moment in which the machine was faster than it is on the whole
 WORKSPACE_CALLS = 4  # calls per operator and pass of which the lowest workspace counts
-PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
+PROGRAM_SECONDS = 0.7  # time spent on a program in a pass, beyond the first rounds
 SLOW_SECONDS = 0.05  # of a call that is long enough for fewer calls to be as steady
 SLOW_PROGRAM_SECONDS = 1.5  # the same of the first rounds of a program
+DISTURBED = 1.5  # times the median: what took longer was interrupted
 GATHERED_ROWS = 8192
 CONTENTS = ("normal", "probabilities")
 """Contents of floating-point tensors while operators are measured, tried in this order. Some operators, such as binary
@@ -157,16 +162,19 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     step()
     result["floor"]["inference_resident_bytes"] += kernel_bytes(forwards, request["threads"], backward=False)
     step()
-    result["operators"] = {}
+    passes: dict[str, list[list[list[float]]]] = {}
     for program in programs * PASSES:
-        measured = measure_program(program, scratch, contents[program["name"]])
-        before = result["operators"].get(program["name"], measured)
-        result["operators"][program["name"]] = [
-            [min(old[0], new[0]), min(old[1], new[1])] for old, new in zip(before, measured, strict=True)
-        ]
+        passes.setdefault(program["name"], []).append(measure_program(program, scratch, contents[program["name"]]))
         gc.collect()
         trim_heap()
         step()
+    result["operators"] = {
+        name: [
+            [statistics.median(seconds for seconds, _ in figures), min(workspace for _, workspace in figures)]
+            for figures in zip(*taken, strict=True)
+        ]
+        for name, taken in passes.items()
+    }
     least: dict[str, float] = {}
     for program in programs:
         for operator, (_, workspace) in zip(program["operators"], result["operators"][program["name"]], strict=True):
@@ -313,7 +321,7 @@ def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: An
     calls: list[Callable[[], None]] = []
     for operator in program["operators"]:
         outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
-        calls.append(partial(compile_operator(operator, values, KERNELS).run, tensors, outputs, store))
+        calls.append(partial(_run, compile_operator(operator, values, KERNELS), tensors, outputs, store))
     times: list[list[float]] = [[] for _ in calls]
     clock = Clock(torch_threads())
     started = time.perf_counter()
@@ -330,7 +338,20 @@ def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: An
         for call, taken in zip(calls, times, strict=True)
     ]
     # The first two rounds are left out: they fault pages in and build kernels.
-    return [[statistics.median(taken[2:]), workspace] for taken, workspace in zip(times, workspaces, strict=True)]
+    return [[_typical(taken[2:]), workspace] for taken, workspace in zip(times, workspaces, strict=True)]
+
+
+def _typical(taken: Sequence[float]) -> float:
+    """The mean of the seconds of calls that were not interrupted. A step is a sum of calls, so their mean tells its time; the
+    median is below, since times are not symmetric.
+    """
+    most = DISTURBED * statistics.median(taken)
+    return statistics.fmean(seconds for seconds in taken if seconds <= most)
+
+
+def _run(operator: Any, tensors: Mapping[str, Any], outputs: Sequence[Any], store: Any) -> None:
+    """Run an operator (`CompiledOperator`) on views of its outputs that are made for this call, as in a run."""
+    operator.run(tensors, [None if one is None else one.as_strided(one.shape, one.stride()) for one in outputs], store)
 
 
 def _make_tensors(
@@ -419,28 +440,26 @@ def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -
     copies = max(1, min(MOST_CALLS, UNPACKED_BYTES // (rows * columns * element.itemsize)))
     packed = torch.randint(0, 64, (entry.bytes,), dtype=torch.uint8).repeat(copies, 1)
     outs = torch.zeros(copies, rows, columns, dtype=element)
-    return _median(lambda turn: unpack(entry, packed[turn % copies], outs[turn % copies]))
+    return _seconds_of(lambda turn: unpack(entry, packed[turn % copies], outs[turn % copies]), between=other_work())
 
 
 def measure_update(elements: int, accumulate: int) -> float:
     """Seconds per step for a trainable of `elements`: those of one optimizer update, averaged over its `accumulate`
-    steps.
+    steps. Its tensors are in no cache, as in a step.
     """
     import torch
 
     from tightfit.runtime.engine.kernels.optimizer import AdamW, Update
 
-    update = Update(AdamW(), accumulate)
-    tensors = [torch.full((elements,), 1e-3) for _ in range(4 + (accumulate > 1))]
+    update, count = Update(AdamW(), accumulate), 4 + (accumulate > 1)
+    copies = max(1, min(MOST_CALLS, UPDATED_BYTES // (4 * count * elements)))
+    sets, between = torch.full((copies, count, elements), 1e-3), other_work()
 
-    def last() -> float:
-        update.begin(accumulate)
-        return _median(lambda turn: update.apply(accumulate, *tensors))
+    def at(step: int) -> float:
+        update.begin(step)
+        return _seconds_of(lambda turn: update.apply(step, *sets[turn % copies].unbind()), between=between)
 
-    if accumulate == 1:
-        return last()
-    update.begin(1)
-    return (last() + (accumulate - 1) * _median(lambda turn: update.apply(1, *tensors))) / accumulate
+    return (at(accumulate) + ((accumulate - 1) * at(1) if accumulate > 1 else 0.0)) / accumulate
 
 
 def measure_clipped(elements: int, accumulate: int) -> tuple[float, float]:
@@ -460,13 +479,13 @@ def measure_clipped(elements: int, accumulate: int) -> tuple[float, float]:
 
     def adding(step: int) -> float:
         update.begin(step)
-        return _median(lambda turn: update.add(gradient, sets[turn % copies, 3]), CLIPPED_SECONDS)
+        return _seconds_of(lambda turn: update.add(gradient, sets[turn % copies, 3]), CLIPPED_SECONDS, other_work())
 
     steps = {step: adding(step) for step in dict.fromkeys((1, min(2, accumulate), accumulate))}
     between = steps[min(2, accumulate)]
     whole = steps[1] + (accumulate - 2) * between + steps[accumulate] if accumulate > 1 else steps[1]
     update.norm()
-    return whole / accumulate, _median(
+    return whole / accumulate, _seconds_of(
         lambda turn: update.apply_sum(accumulate, *sets[turn % copies].unbind()), CLIPPED_SECONDS
     )
 
@@ -478,7 +497,21 @@ def measure_perturb(elements: int) -> float:
 
     perturbation = Perturbation(MeZO(), 0)
     parameter = torch.full((elements,), 1e-3)
-    return _median(lambda turn: perturbation.shift("p", parameter, 1))
+    return _seconds_of(lambda turn: perturbation.shift("p", parameter, 1), between=other_work())
+
+
+def other_work() -> Callable[[], None]:
+    """A call that computes something, as a step does between the calls that are timed: meanwhile caches fill with other data and
+    code, and threads without work may fall asleep.
+    """
+    import torch
+
+    left, right, made = torch.ones(3, BETWEEN_BYTES // 4)
+
+    def add() -> None:
+        torch.add(left, right, out=made)
+
+    return add
 
 
 def torch_threads() -> int:
@@ -487,17 +520,22 @@ def torch_threads() -> int:
     return torch.get_num_threads()
 
 
-def _median(call: Callable[[int], None], seconds: float = 0.2) -> float:
+def _seconds_of(call: Callable[[int], None], seconds: float = 0.2, between: Callable[[], None] | None = None) -> float:
+    """Seconds that `call` takes, which is given the number of the call, measured for about `seconds`. `between` is called before
+    each call and not timed.
+    """
     clock = Clock(torch_threads())
     times: list[float] = []
     started = time.perf_counter()
     turn = 0
     while turn < 5 or (turn < MOST_CALLS and time.perf_counter() - started < seconds):
+        if between:
+            between()
         begin = clock()
         call(turn)
         times.append(clock() - begin)
         turn += 1
-    return statistics.median(times[1:])
+    return _typical(times[1:])
 
 
 if __name__ == "__main__":
