@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tightfit.planner.fleet.federated_schema import LARGEST_STEPS
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.io import load_profile
-from tightfit.profiles.schema import MOST_ACCUMULATED, Profile
+from tightfit.profiles.options import MOST_ACCUMULATED
+from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import parse_rate, parse_seconds, parse_size
 

@@ -28,11 +28,13 @@ from tightfit.planner.io import parse_plan
 from tightfit.planner.report.compare import Comparison
 from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
+from tightfit.planner.search_options import TIME_LIMIT, PlanOptions
 from tightfit.planner.service.wire.errors import JOB_ERRORS
 from tightfit.planner.service.wire.settings import check_token
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.options import keywords_of, said
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.kinds import Kind
@@ -116,28 +118,16 @@ class Client:
         identity = job["result"]["profile"]
         return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")
 
-    def plan(
-        self,
-        profile: Profile,
-        budget_bytes: int,
-        *,
-        policy: str | None = None,
-        time_limit: float = 30.0,
-        gap: float = 0.0,
-        optimizer: str | None = None,
-        max_grad_norm: float | None = None,
-        progress: Progress | None = None,
-    ) -> Plan:
+    @keywords_of(PlanOptions)
+    def plan(self, profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
         """`tightfit.planner.plan.plan`, solved by the service."""
+        asked = {name: getattr(options, name) for name in said(PlanOptions)}
         request = {
             "profile": self.upload(profile),
             "memory": budget_bytes,
-            "policy": policy or "solver",
-            "time_limit": time_limit,
-            "gap": gap,
-            **_step(optimizer, max_grad_norm),
+            **{name: value for name, value in asked.items() if value is not None},
         }
-        job = self.finish(self.post("/v1/plans", request), progress)
+        job = self.finish(self.post("/v1/plans", request), options.progress)
         return self.stored_plan(job["result"]["plan"])
 
     def explanation(self, plan: Plan) -> Explanation:
@@ -154,7 +144,7 @@ class Client:
         policies: Sequence[str] | None = ("solver",),
         *,
         devices: Sequence[str] = ("own",),
-        time_limit: float = 30.0,
+        time_limit: float = TIME_LIMIT,
         gap: float = 0.0,
         optimizer: str | None = None,
         max_grad_norm: float | None = None,

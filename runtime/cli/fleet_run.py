@@ -21,19 +21,19 @@ from tightfit.runtime.cli.options import (
     Truncate,
     named_columns,
     training_options,
-    with_run_options,
+    with_options,
     words_of,
 )
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
+from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.pipeline_schema import PipelinePlan, Stage
     from tightfit.planner.fleet.schema import FleetPlan, Member
     from tightfit.planner.fleet.side_schema import SideMember, SidePlan
-    from tightfit.runtime.session.options import RunOptions
 
 FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
 """parameters that a member does not get from the command that starts all of them"""
@@ -43,7 +43,7 @@ UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
 """in a member's folder: a line for each update, its report; beside it, with this ending: what it printed"""
 
 
-@with_run_options("eval_every", "keep_best", "early_stopping")
+@with_options(RunOptions, "eval_every", "keep_best", "early_stopping")
 def run(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet plan` put the fleet's plan.")],

@@ -18,7 +18,7 @@ from tightfit.runtime.cli.options import (
     Truncate,
     named_columns,
     training_options,
-    with_run_options,
+    with_options,
 )
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer, beside
@@ -33,7 +33,7 @@ FLEET = b'"kind": "data parallel"'
 """stands near the start of a fleet's plan"""
 
 
-@with_run_options()
+@with_options(RunOptions)
 def run(
     context: typer.Context,
     plan: Annotated[
