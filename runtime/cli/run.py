@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,9 +155,8 @@ def carry_out(
 ) -> None:
     """Run a plan, or the plan of one `member` of a fleet, and print its report; raises typer.Exit with the run's code.
 
-    With `replace` this process may become the run's supervisor. The folder `tokens`, in which these data may lie as tokens, is
-    removed once they are prepared. With `as_json` the report is printed beside what
-    `stages` says, JSON of what was done before.
+    With `replace` this process may become the run's supervisor. `tokens` is as for `prepared`. With `as_json` the report is
+    printed beside what `stages` says, JSON of what was done before.
     """
     from tightfit.runtime.session.launch import prepared
     from tightfit.runtime.supervision.progress import TrainingProgress
@@ -187,8 +185,6 @@ def carry_out(
             tokens=tokens,
         ) as ready,
     ):
-        if tokens is not None:
-            shutil.rmtree(tokens, ignore_errors=True)
         if isinstance(ready, RunOrder):
             hand_on(ready, loaded, cgroup=cgroup, as_json=as_json, debug=debug, replace=replace, stages=stages)
     sys.stderr.write(already_done(ready, str(output), len(ready["loss"])))
