@@ -388,10 +388,7 @@ def _trace_decoder(
     shape = decoder_shape(source.config)
     _check_rank(lora, shape.hidden)
     widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
-    if batch * seq * widest > MOST_ELEMENTS:
-        raise InputError(
-            f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
-        )
+    _check_elements(batch, seq, widest)
     with FakeTensorMode():
         body = source.config.get("adapter_body", BODY)
         module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body, preference=preference)
@@ -424,6 +421,13 @@ def _check_rank(lora: LoraConfig, hidden: int) -> None:
             raise InputError(f"--lora-rank {rank}: the model is {hidden} wide, and a rank above that gains nothing")
 
 
+def _check_elements(batch: int, seq: int, widest: int) -> None:
+    if batch * seq * widest > MOST_ELEMENTS:
+        raise InputError(
+            f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
+        )
+
+
 def _trace_any_decoder(
     source: Source,
     batch: int,
@@ -437,10 +441,7 @@ def _trace_any_decoder(
 
     _check_rank(lora, source.config["hidden_size"])
     widest = max(max(entry.shape, default=1) for entry in source.entries.values())
-    if batch * seq * widest > MOST_ELEMENTS:
-        raise InputError(
-            f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
-        )
+    _check_elements(batch, seq, widest)
     module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, lora=lora, preference=preference)
     with FakeTensorMode():
         without_values(module)

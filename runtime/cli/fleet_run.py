@@ -28,6 +28,7 @@ from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
 from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.supervision.failure import last_words
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
@@ -204,7 +205,8 @@ def _all_members(fleet: FleetPlan | PipelinePlan | SidePlan, output: Path, words
     if failed:
         raise RunError(
             "; ".join(
-                f"member {name!r} ended with code {code}: {_last_words(output, name)}" for name, code in failed.items()
+                f"member {name!r} ended with code {code}: {last_words(output / f'{name}.{LOG}')}"
+                for name, code in failed.items()
             )
         )
     reports = {name: json.loads((output / name / REPORT).read_text()) for name in codes}
@@ -236,17 +238,6 @@ def _updates(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     except FileNotFoundError:
         return []
-
-
-def _last_words(output: Path, name: str) -> str:
-    """The last thing that a member said before it ended: the message of its error, where it is JSON."""
-    lines = (output / f"{name}.{LOG}").read_text(errors="replace").strip().splitlines()
-    for line in reversed(lines):
-        try:
-            return str(json.loads(line)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return lines[-1] if lines else "it said nothing"
 
 
 def _report_table(fleet: FleetPlan | PipelinePlan | SidePlan, reports: Mapping[str, dict[str, Any]]) -> Any:
