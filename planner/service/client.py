@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 
 from tightfit.planner.fleet.io import parse_any
+from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.io import parse_plan
@@ -37,7 +38,6 @@ from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.options import keywords_of, said
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.kinds import Kind
     from tightfit.planner.fleet.plan import MemberSpec
 
 Progress = Callable[[dict[str, Any]], None]
@@ -171,17 +171,9 @@ class Client:
             plans=[self.stored_plan(cell["plan"]) for cell in cells],
         )
 
+    @keywords_of(FleetOptions)
     def fleet(
-        self,
-        members: Sequence[MemberSpec],
-        micro_batches: int,
-        *,
-        kind: Kind = "auto",
-        bits: int = 0,
-        time_limit: float = 120.0,
-        gap: float | None = None,
-        prices: bool = True,
-        progress: Progress | None = None,
+        self, members: Sequence[MemberSpec], micro_batches: int, options: FleetOptions
     ) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
         """`tightfit.planner.fleet.kinds.plan_kind`, solved by the service: the fleet's plan, each member's by name, and
         why it is of its kind.
@@ -192,8 +184,8 @@ class Client:
                 stored[id(member.profile)] = self.upload(member.profile)
         request = {
             "micro_batches": micro_batches,
-            "kind": kind,
-            "bits": bits,
+            "kind": options.kind,
+            "bits": options.bits,
             "members": [
                 {
                     "name": member.name,
@@ -205,11 +197,11 @@ class Client:
                 }
                 for member in members
             ],
-            "time_limit": time_limit,
-            "gap": gap,
-            "prices": prices,
+            "time_limit": options.time_limit,
+            "gap": options.gap,
+            "prices": options.prices,
         }
-        result = self.finish(self.post("/v1/fleets", request), progress)["result"]
+        result = self.finish(self.post("/v1/fleets", request), options.progress)["result"]
         plans = {name: self.stored_plan(identity) for name, identity in result["plans"].items()}
         return self.stored_fleet(result["fleet"]), plans, result["why"]
 

@@ -9,7 +9,17 @@ import typer
 
 from tightfit.planner.search_options import PlanOptions
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Debug, Json, Server, answering, at_least, service, values_of, with_options
+from tightfit.runtime.cli.options import (
+    Debug,
+    Html,
+    Json,
+    Server,
+    answering,
+    at_least,
+    service,
+    values_of,
+    with_options,
+)
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import parse_size
@@ -33,7 +43,7 @@ def compare(
             help="own: the profile's own device. Names of devices (see `tightfit devices`) or JSON files that describe them: times estimated from the profile's FLOPs and bytes.",
         ),
     ] = "own",
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")] = None,
+    html: Html = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg.")] = None,
     server: Server = None,
     as_json: Json = False,

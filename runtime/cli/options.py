@@ -54,6 +54,21 @@ Columns = Annotated[
         help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
     ),
 ]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")]
+FleetDescription = Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")]
+FleetFolder = Annotated[
+    Path,
+    typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the fleet's plan and its members' plans."),
+]
+PlanningTime = Annotated[
+    float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds that all of the planning may take.")
+]
+Prices = Annotated[
+    bool,
+    typer.Option(
+        "--prices/--no-prices", help="Also say what more memory or a faster link of each device would be worth."
+    ),
+]
 Cgroup = Annotated[
     bool,
     typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
