@@ -163,9 +163,8 @@ def carry_out(
     from tightfit.runtime.supervision.report import already_done
     from tightfit.runtime.supervision.training_process import RunOrder
 
-    places = loaded.batch * loaded.model.rows_of_sample * loaded.seq if loaded.seq else None
     with (
-        TrainingProgress(steps=0, tokens_per_step=places, budget=loaded.budget_bytes) as training,
+        TrainingProgress(steps=0, tokens_per_step=loaded.places_per_step, budget=loaded.budget_bytes) as training,
         prepared(
             loaded,
             data,
