@@ -24,6 +24,7 @@ from tightfit.planner.search_options import (
     ANY_SHARE,
     LEAST_SHARE,
     NEIGHBOUR_BYTES,
+    TIME_LIMIT,
     Progress,
     SearchOptions,
     checked_budget,
@@ -59,7 +60,7 @@ class ModelPlanner:
         budget_bytes: int,
         *,
         policy: str | None = None,
-        time_limit: float = 30.0,
+        time_limit: float = TIME_LIMIT,
         gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
@@ -149,7 +150,7 @@ class ModelPlanner:
 
     # --- beside the budget -----------------------------------------------------------------------------------------
 
-    def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
+    def bound(self, budget_bytes: int, *, time_limit: float = TIME_LIMIT) -> float | None:
         """A lower bound on the seconds per step of every plan of the class within `budget_bytes`; None: the MILP has no
         solution there.
 
@@ -157,7 +158,7 @@ class ModelPlanner:
         """
         return self.solver.bound(budget_bytes, time.monotonic() + checked_limit(time_limit))
 
-    def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
+    def smallest_plan(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> Plan:
         """The plan at the smallest budget found, with its bounds."""
         if policy == MOBILLM:
             return self._served(self._device.smallest_plan(time_limit=time_limit))
@@ -172,7 +173,7 @@ class ModelPlanner:
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
-    def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
+    def minimum_bytes(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> int:
         """The smallest budget, in bytes, for which `plan` finds a plan."""
         return self.minimum(policy=policy, time_limit=time_limit).peak_bytes
 
@@ -188,7 +189,7 @@ class ModelPlanner:
         """
         return NEIGHBOUR_BYTES
 
-    def minimum(self, *, policy: str | None = None, time_limit: float = 30.0) -> Schedule:
+    def minimum(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> Schedule:
         """The schedule with the lowest peak that `plan` can find. Unless time ran out, it finds
         none for one byte less.
         """

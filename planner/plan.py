@@ -11,22 +11,14 @@ from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import ALL, Progress, SearchOptions
+from tightfit.planner.search_options import ALL, TIME_LIMIT, PlanOptions, SearchOptions
 from tightfit.planner.solve.policies import POLICIES
 from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.options import keywords_of
 
 
-def plan(
-    profile: Profile,
-    budget_bytes: int,
-    *,
-    policy: str | None = None,
-    time_limit: float = 30.0,
-    gap: float = 0.0,
-    optimizer: str | None = None,
-    max_grad_norm: float | None = None,
-    progress: Progress | None = None,
-) -> Plan:
+@keywords_of(PlanOptions)
+def plan(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
     """The fastest step found whose peak stays within `budget_bytes` (all processes of the run), with its proof.
 
     `policy` names a fixed rule to use instead of the solver. The search ends once the plan's gap, (step - bound) /
@@ -37,15 +29,17 @@ def plan(
     budget found and what sets it. `progress` is called with stage, incumbent, bound, gap and seconds. Raises InputError
     for a profile, a policy or a number that cannot be used.
     """
-    made = chosen(profile, optimizer, max_grad_norm)
-    return planner_of(made).plan(budget_bytes, policy=policy, time_limit=time_limit, gap=gap, progress=progress)
+    made = chosen(profile, options.optimizer, options.max_grad_norm)
+    return planner_of(made).plan(
+        budget_bytes, policy=options.policy, time_limit=options.time_limit, gap=options.gap, progress=options.progress
+    )
 
 
 def minimum_budget(
     profile: Profile,
     *,
     policy: str | None = None,
-    time_limit: float = 30.0,
+    time_limit: float = TIME_LIMIT,
     optimizer: str | None = None,
     max_grad_norm: float | None = None,
 ) -> int:

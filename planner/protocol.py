@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import Progress
+from tightfit.planner.search_options import TIME_LIMIT, Progress
 from tightfit.profiles.schema import Profile
 
 
@@ -23,22 +23,22 @@ class Planner(Protocol):
         budget_bytes: int,
         *,
         policy: str | None = None,
-        time_limit: float = 30.0,
+        time_limit: float = TIME_LIMIT,
         gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
         """As `tightfit.planner.plan.plan`."""
         ...
 
-    def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
+    def smallest_plan(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> Plan:
         """The plan at the smallest budget found, with its bounds."""
         ...
 
-    def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
+    def minimum_bytes(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> int:
         """The smallest budget, in bytes, for which `plan` finds a plan."""
         ...
 
-    def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
+    def bound(self, budget_bytes: int, *, time_limit: float = TIME_LIMIT) -> float | None:
         """A lower bound on the seconds per step of every plan of the class within `budget_bytes`; None: none fits.
 
         `time_limit` is in seconds; a planner may raise TimeoutError where it is over before there is a bound.

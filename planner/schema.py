@@ -164,6 +164,11 @@ class Plan(Record):
         return self.optimizer.get("max_grad_norm")
 
     @property
+    def places_per_step(self) -> int | None:
+        """Tokens for which a step's rows have room, padding included; None: not a language model's."""
+        return self.batch * self.model.rows_of_sample * self.seq if self.seq else None
+
+    @property
     def beside(self) -> list[Phase]:
         """The schedules that run beside the training steps: of an evaluation, and of the update where it is apart."""
         return [phase for phase in (self.evaluate, self.update) if phase is not None]

@@ -1,7 +1,8 @@
-"""The options of a search: checks of budget, time limit and gap, and the shares into which a time limit is divided."""
+"""The options of a search in one record, checks of budget, time limit and gap, and the shares into which a time limit is divided."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from numbers import Real
 from typing import SupportsIndex
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.options import option
 
+TIME_LIMIT = 30.0
+"""seconds for one plan, unless others are asked for"""
 ANY_SHARE = 0.1
 """share of the time limit for the bound that holds for any schedule"""
 LEAST_SHARE = 0.7
@@ -31,6 +35,46 @@ time limit
 NEIGHBOUR_BYTES = 50 << 20
 """distance in bytes between the budgets whose bounds are compared to value memory"""
 Progress = Callable[[dict[str, float | str]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """How one budget is planned for (`tightfit.planner.plan.plan` says more of each).
+
+    `tightfit plan` and `compare`, the service's `/v1/plans` and `/v1/comparisons` and the forms on its page have the fields that
+    are made by `option`, and take from there what they say of each (`tightfit.runtime.common.options`); where several policies
+    are compared, they have a list of their own.
+    """
+
+    policy: str | None = option(
+        None,
+        "A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; mobillm, the part of a device whose side network a server trains; for a bare graph one of the first three.",
+    )
+    time_limit: float = option(
+        TIME_LIMIT, "Seconds the solver may take for one plan.", metavar="SECONDS", above=0, most=86400
+    )
+    gap: float = option(
+        0.0,
+        "End a search once its plan is proven to be slower than the best of its kind by at most this share, for example 0.001 for 0.1 %; 0: go on to the proof, as long as that gains anything within the time limit.",
+        metavar="SHARE",
+        least=0,
+        below=1,
+    )
+    optimizer: str | None = option(
+        None,
+        "adamw (unless another is named), adam, sgd, momentum or lion: what it keeps of each trained tensor is in the plan.",
+        metavar="NAME",
+        choices=("adamw", "adam", "sgd", "momentum", "lion"),
+    )
+    max_grad_norm: float | None = option(
+        None,
+        "Clip gradients: scale all of an update down together to a norm of at most X, as torch.nn.utils.clip_grad_norm_ does.",
+        label="Largest gradient norm",
+        metavar="X",
+        above=0,
+        most=math.inf,
+    )
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

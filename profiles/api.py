@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,9 @@ from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
 from tightfit.profiles.models.lora import LoraConfig, given, layer_numbers
 from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
+from tightfit.profiles.options import MOST_ACCUMULATED, ProfileOptions, Progress
 from tightfit.profiles.schema import (
     KNOWN,
-    MOST_ACCUMULATED,
     POSITIONS,
     PREFERENCE,
     PROFILE_VERSION,
@@ -55,6 +55,7 @@ from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import PACKAGE, python_path
+from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu import native_dropout
 from tightfit.runtime.engine.start import cuda_stubs, page_out
@@ -66,9 +67,6 @@ __all__ = ["Progress", "load_profile", "profile", "save_profile"]
 
 if TYPE_CHECKING:
     from tightfit.profiles.models.transformers_decoder import AnyDecoder
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total), where stage is one of pack, export, programs and measure."""
 
 MOST_ELEMENTS = 1 << 60
 """Largest number of elements accepted for one tensor: PyTorch counts its bytes in 63 bits, and an element has up to 8
@@ -99,35 +97,8 @@ CODE = (
 """Source files that determine a profile's figures: a change in any of them invalidates the cached profiles."""
 
 
-def profile(
-    source: str,
-    *,
-    batch: int = 1,
-    seq: int = 256,
-    lora_rank: int | None = None,
-    lora_alpha: float | None = None,
-    lora_targets: str | None = None,
-    lora_layers: str | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    lora_dropout: float | None = None,
-    rslora: bool = False,
-    dora: bool = False,
-    modules_to_save: Sequence[str] = (),
-    adapter: str | Path | None = None,
-    loss: str | None = None,
-    beta: float | None = None,
-    accumulate: int = 1,
-    dtype: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    side_rank: int | None = None,
-    side_blocks: int | None = None,
-    base: str | None = None,
-    embeddings: str | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Profile:
+@keywords_of(ProfileOptions)
+def profile(source: str, options: ProfileOptions) -> Profile:
     """Trace and measure one training step of `source` on this machine, or trace it and estimate its times for another
     `device`.
 
@@ -158,9 +129,18 @@ def profile(
     with the same fingerprint is returned at once, except with `force`, or if it was measured while other programs kept
     the cores busy and the cores are idle now. An estimate touches no weights, measures nothing and is not cached.
 
+    `progress` is called now and then.
+
     Raises InputError for a source, shape or device that cannot be used, RunError if packing or measuring fails.
     """
-    elsewhere = None if device == "cpu" else find_device(device)
+    batch, seq, accumulate, dtype, threads = (
+        options.batch,
+        options.seq,
+        options.accumulate,
+        options.dtype,
+        options.threads,
+    )
+    elsewhere = None if options.device == "cpu" else find_device(options.device)
     if elsewhere is not None and threads is not None:
         raise InputError(
             f"threads {threads}: the figures of {elsewhere.name} are for {elsewhere.threads}; leave it out"
@@ -177,30 +157,30 @@ def profile(
     if not 1 <= threads <= cores:
         raise InputError(f"threads {threads}: this process may use 1 to {cores} of the machine's cores")
     lora = given(
-        adapter,
+        options.adapter,
         {
-            "rank": lora_rank,
-            "alpha": lora_alpha,
-            "targets": lora_targets,
-            "layers": None if lora_layers is None else layer_numbers(lora_layers),
-            "rank_pattern": rank_pattern,
-            "alpha_pattern": alpha_pattern,
-            "dropout": lora_dropout,
-            "rslora": rslora,
-            "dora": dora,
-            "modules_to_save": tuple(modules_to_save),
+            "rank": options.lora_rank,
+            "alpha": options.lora_alpha,
+            "targets": options.lora_targets,
+            "layers": None if options.lora_layers is None else layer_numbers(options.lora_layers),
+            "rank_pattern": options.rank_pattern,
+            "alpha_pattern": options.alpha_pattern,
+            "dropout": options.lora_dropout,
+            "rslora": options.rslora,
+            "dora": options.dora,
+            "modules_to_save": tuple(options.modules_to_save or ()),
         },
     )
-    found = resolve(source, base=base, embeddings=embeddings)
-    side = _side_shape(found, side_rank, side_blocks)
+    found = resolve(source, base=options.base, embeddings=options.embeddings)
+    side = _side_shape(found, options.side_rank, options.side_blocks)
     if lora.modules_to_save and (side is not None or found.kind == "module"):
         what = (
             "a side network has no adapter" if side is not None else f"{found.name} is a module, trained in full itself"
         )
         raise InputError(f"modules-to-save {', '.join(lora.modules_to_save)}: {what}; leave the option out")
-    preference = _preference(found, side, loss, beta)
+    preference = _preference(found, side, options.loss, options.beta)
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
-    report = progress or (lambda stage, done, total: None)
+    report = options.progress or (lambda stage, done, total: None)
     # A module is traced first: its code, and that of a loss_fn, is part of what the profile depends on.
     own = _trace_module(found, dtype, report) if found.kind == "module" else None
     code = None if own is None else _operators(own[0])
@@ -209,7 +189,7 @@ def profile(
     )
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = None
-    if elsewhere is None and cached.exists() and not force:
+    if elsewhere is None and cached.exists() and not options.force:
         try:
             loaded = load_profile(cached)
             store = _present(loaded.model.store)
@@ -253,7 +233,7 @@ def profile(
             threads=threads,
             scratch=cache_directory(),
             environment=dict(os.environ) | {"PYTHONPATH": python_path()},
-            progress=progress,
+            progress=options.progress,
             comparison=comparison,
         )
     )
@@ -408,10 +388,7 @@ def _trace_decoder(
     shape = decoder_shape(source.config)
     _check_rank(lora, shape.hidden)
     widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
-    if batch * seq * widest > MOST_ELEMENTS:
-        raise InputError(
-            f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
-        )
+    _check_elements(batch, seq, widest)
     with FakeTensorMode():
         body = source.config.get("adapter_body", BODY)
         module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body, preference=preference)
@@ -444,6 +421,13 @@ def _check_rank(lora: LoraConfig, hidden: int) -> None:
             raise InputError(f"--lora-rank {rank}: the model is {hidden} wide, and a rank above that gains nothing")
 
 
+def _check_elements(batch: int, seq: int, widest: int) -> None:
+    if batch * seq * widest > MOST_ELEMENTS:
+        raise InputError(
+            f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
+        )
+
+
 def _trace_any_decoder(
     source: Source,
     batch: int,
@@ -457,10 +441,7 @@ def _trace_any_decoder(
 
     _check_rank(lora, source.config["hidden_size"])
     widest = max(max(entry.shape, default=1) for entry in source.entries.values())
-    if batch * seq * widest > MOST_ELEMENTS:
-        raise InputError(
-            f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
-        )
+    _check_elements(batch, seq, widest)
     module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, lora=lora, preference=preference)
     with FakeTensorMode():
         without_values(module)

@@ -19,11 +19,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
+from tightfit.profiles.options import MOST_ACCUMULATED
+
 PROFILE_VERSION = 9
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 
-MOST_ACCUMULATED = 1 << 16
 EXCHANGE = "exchange"
 """the optimizer's name in a member's plan of a fleet: an update hands the gradient over, and the fleet makes the update
 after its last micro-batch, so that no state is part of the plan"""

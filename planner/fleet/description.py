@@ -25,8 +25,7 @@ from __future__ import annotations
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,8 +33,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tightfit.planner.fleet.federated_schema import LARGEST_STEPS
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.io import load_profile
-from tightfit.profiles.schema import MOST_ACCUMULATED, Profile
-from tightfit.runtime.common.errors import InputError
+from tightfit.profiles.options import MOST_ACCUMULATED
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.errors import InputError, named
 from tightfit.runtime.common.units import parse_rate, parse_seconds, parse_size
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def read_description(
     if count is not None:
         _checked_count(count, key)
     path = Path(path)
-    with _named(path):
+    with named(path):
         content = _content(path)
         members, tables, count = _read(path, content, count, key)
         if "server" in content or any("weight" in table for table in tables):
@@ -92,17 +92,17 @@ def read_rounds(path: str | os.PathLike[str], steps: int | None = None) -> Round
     if steps is not None:
         _checked_count(steps, "steps")
     path = Path(path)
-    with _named(path):
+    with named(path):
         content = _content(path)
         members, tables, count = _read(path, content, steps, "steps")
         server = None
         if "server" in content:
-            with _named("[server]"):
+            with named("[server]"):
                 server = _server(content["server"], path.parent)
         weights: dict[str, float] = {}
         for member, table in zip(members, tables):
             if "weight" in table:
-                with _named(f"member {member.name!r}"):
+                with named(f"member {member.name!r}"):
                     weights[member.name] = _weight(table["weight"], split=server is not None)
         return RoundsDescription(members=members, steps=count, server=server, weights=weights)
 
@@ -166,7 +166,7 @@ def _members(tables: list[dict[str, Any]], folder: Path) -> list[MemberSpec]:
     members: list[MemberSpec] = []
     for number, table in enumerate(tables, 1):
         name = table.get("name")
-        with _named(f"member {name!r}" if isinstance(name, str) else f"member {number}"):
+        with named(f"member {name!r}" if isinstance(name, str) else f"member {number}"):
             _known_keys(table, MEMBER_KEYS)
             members.append(_member(table, folder, profiles))
             if name in [member.name for member in members[:-1]]:
@@ -186,7 +186,7 @@ def _member(table: Mapping[str, Any], folder: Path, profiles: dict[Path, Profile
     budget = _value(table, "memory", parse_size, 'the budget of its processes: memory = "320MiB"')
     link = _link(table)
     if file not in profiles:
-        with _named("'profile'"):
+        with named("'profile'"):
             profiles[file] = load_profile(file)
     return MemberSpec(name=name, profile=profiles[file], budget_bytes=budget, link=link)
 
@@ -217,7 +217,7 @@ def _value(table: Mapping[str, Any], key: str, parse: Callable[[str], T], what: 
         raise InputError(f"'{key}' is missing; give {what}")
     if not isinstance(table[key], str):
         raise InputError(f"'{key}' is {table[key]!r}, not a text in quotes; give {what}")
-    with _named(f"'{key}'"):
+    with named(f"'{key}'"):
         return parse(table[key])
 
 
@@ -225,12 +225,3 @@ def _known_keys(table: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in table:
         if key not in known:
             raise InputError(f"no key is called {key!r}; there are {', '.join(known)}")
-
-
-@contextmanager
-def _named(place: object) -> Iterator[None]:
-    """Put `place` before the message of an InputError raised inside."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error

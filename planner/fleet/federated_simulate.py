@@ -12,28 +12,39 @@ from collections.abc import Mapping
 from tightfit.planner.fleet.federated_schema import FederatedMember, FederatedPlan
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.round_times import transfer_seconds
-from tightfit.planner.fleet.simulate import ROUNDING, InvalidFleet, check_link
+from tightfit.planner.fleet.simulate import ROUNDING, InvalidFleet, check_link, same
+from tightfit.planner.fleet.split_schema import SplitPlan
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import simulate
 
 
 def simulate_federated(fleet: FederatedPlan, plans: Mapping[str, Plan]) -> float:
     """Seconds of a round of `fleet` with the plans of its members, by name. Raises InvalidFleet where an invariant breaks."""
+    check_members(fleet)
+    for member in fleet.members:
+        _check(fleet, member, plans.get(member.name))
+    makespan = max(member.round_seconds for member in fleet.members)
+    check_makespan(fleet, makespan)
+    return makespan
+
+
+def check_members(fleet: FederatedPlan | SplitPlan) -> None:
+    """Members have names of their own and take the steps of the round together. Raises InvalidFleet otherwise."""
     names = [member.name for member in fleet.members]
     if len(set(names)) < len(names):
         raise InvalidFleet("names", "the fleet", "two members have the same name")
     if sum(member.steps for member in fleet.members) != fleet.steps:
         raise InvalidFleet("steps", "the fleet", f"its members do not take {fleet.steps} steps in all")
-    for member in fleet.members:
-        _check(fleet, member, plans.get(member.name))
-    makespan = max(member.round_seconds for member in fleet.members)
-    if not _same(fleet.makespan_seconds, makespan):
+
+
+def check_makespan(fleet: FederatedPlan | SplitPlan, makespan: float) -> None:
+    """The makespan that is stated is the one that was counted, and the bound is none above it. Raises InvalidFleet otherwise."""
+    if not same_seconds(fleet.makespan_seconds, makespan):
         raise InvalidFleet("makespan", "the fleet", f"{fleet.makespan_seconds} s are stated, members take {makespan} s")
     if not 0 <= fleet.bound_seconds <= makespan * (1 + ROUNDING):
         raise InvalidFleet(
             "bound", "the fleet", f"{fleet.bound_seconds} s are said to be a lower bound, a round takes {makespan} s"
         )
-    return makespan
 
 
 def _check(fleet: FederatedPlan, member: FederatedMember, plan: Plan | None) -> None:
@@ -64,15 +75,16 @@ def _check(fleet: FederatedPlan, member: FederatedMember, plan: Plan | None) -> 
     if member.flower_bytes < 0 or member.peak_bytes > member.budget_bytes:
         raise fail("budget", f"it peaks at {member.peak_bytes} bytes and may take {member.budget_bytes}")
     step = member.step_seconds
-    if step is None or not _same(step, found.step_seconds) or member.start_seconds < 0:
+    if step is None or not same_seconds(step, found.step_seconds) or member.start_seconds < 0:
         raise fail("seconds", f"{step} s are stated for a step, the replay takes {found.step_seconds} s")
     if member.bound_seconds is None or not 0 <= member.bound_seconds <= step * (1 + ROUNDING):
         raise fail("bound", f"{member.bound_seconds} s are said to be a lower bound, a step takes {step} s")
     moved = transfer_seconds(link, fleet.adapter_bytes, own)
     seconds = moved + member.start_seconds + member.steps * step
-    if not _same(member.round_seconds, seconds):
+    if not same_seconds(member.round_seconds, seconds):
         raise fail("seconds", f"{member.round_seconds} s are stated for a round, the count is {seconds} s")
 
 
-def _same(one: float, other: float) -> bool:
-    return abs(one - other) <= ROUNDING * max(abs(one), abs(other))
+def same_seconds(one: float, other: float) -> bool:
+    """Whether two times are the same but for rounding."""
+    return same(one, other, max(abs(one), abs(other), 1e-9))

@@ -25,6 +25,7 @@ from tightfit.runtime.common.files import of_another_version, write_whole
 
 AnyFleet = FleetPlan | FederatedPlan | PipelinePlan | SplitPlan | SidePlan
 F = TypeVar("F", FleetPlan, FederatedPlan, PipelinePlan, SplitPlan, SidePlan)
+K = TypeVar("K", bound=AnyFleet)
 FILE, SERVER_FOLDER = "fleet.json", "server"
 AGAIN = "make it again with `tightfit fleet plan`"
 
@@ -78,30 +79,22 @@ def load_fleet(path: str | os.PathLike[str]) -> FleetPlan:
 
     Raises InputError for a file that is missing, cut off, changed, of another version or no fleet's plan at all.
     """
-    found = _loaded(path, FleetPlan)
-    assert isinstance(found, FleetPlan)
-    return found
+    return _loaded(path, FleetPlan)
 
 
 def load_federated(path: str | os.PathLike[str]) -> FederatedPlan:
     """The federated plan in `path`, its file or the folder that holds it; as `load_fleet`."""
-    found = _loaded(path, FederatedPlan)
-    assert isinstance(found, FederatedPlan)
-    return found
+    return _loaded(path, FederatedPlan)
 
 
 def load_pipeline(path: str | os.PathLike[str]) -> PipelinePlan:
     """The plan of a pipeline in `path`, its file or the folder that holds it; as `load_fleet`."""
-    found = _loaded(path, PipelinePlan)
-    assert isinstance(found, PipelinePlan)
-    return found
+    return _loaded(path, PipelinePlan)
 
 
 def load_side(path: str | os.PathLike[str]) -> SidePlan:
     """The plan in `path` of a device and a server that train a side network; as `load_fleet`."""
-    found = _loaded(path, SidePlan)
-    assert isinstance(found, SidePlan)
-    return found
+    return _loaded(path, SidePlan)
 
 
 def load_any(path: str | os.PathLike[str]) -> FleetPlan | PipelinePlan | SidePlan:
@@ -120,7 +113,7 @@ def load_rounds(path: str | os.PathLike[str]) -> FederatedPlan | SplitPlan:
     return found
 
 
-def _loaded(path: str | os.PathLike[str], *schemas: type[AnyFleet]) -> AnyFleet:
+def _loaded(path: str | os.PathLike[str], *schemas: type[K]) -> K:
     path = fleet_path(path)
     return _parsed(_content(path), str(path), *schemas)
 
@@ -145,7 +138,7 @@ def parse_any(data: bytes, place: str) -> FleetPlan | PipelinePlan:
     return found
 
 
-def _parsed(data: bytes, place: str, *schemas: type[AnyFleet]) -> AnyFleet:
+def _parsed(data: bytes, place: str, *schemas: type[K]) -> K:
     """The plan that `data` hold, which is of one of these kinds; of the first where it does not say."""
     content = whole_json(data, place, AGAIN)
     if not isinstance(content, dict) or "version" not in content or "members" not in content:

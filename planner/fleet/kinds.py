@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
+from tightfit.planner.fleet.options import KINDS, FleetOptions, Kind
 from tightfit.planner.fleet.pipeline import checked_bits, least_seconds, plan_pipeline
 from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import Progress, checked_limit
+from tightfit.planner.search_options import checked_limit
 from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.units import format_seconds
 
-Kind = Literal["auto", "data", "pipeline"]
-KINDS: tuple[Kind, ...] = ("auto", "data", "pipeline")
 FIRST_SHARE = 0.5
 """of the time limit: for the data-parallel plan, where a pipeline may have to be planned too"""
 
@@ -31,27 +31,19 @@ def checked_kind(kind: str, bits: int) -> Kind:
     return kind
 
 
+@keywords_of(FleetOptions)
 def plan_kind(
-    members: Sequence[MemberSpec],
-    micro_batches: int,
-    *,
-    kind: Kind = "auto",
-    bits: int = 0,
-    time_limit: float = 120.0,
-    gap: float | None = None,
-    prices: bool = True,
-    progress: Progress | None = None,
+    members: Sequence[MemberSpec], micro_batches: int, asked: FleetOptions
 ) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
     """The plan of a fleet and those of its members, as `plan_fleet` or `plan_pipeline` make them, and why it is of this
     kind where that was left open.
 
-    With `auto` it is data parallel, unless no device can hold a micro-batch or a pipeline is shorter. `bits` is for
-    pipelines. `gap`: None for what each kind of plan stops at by itself. Raises as these do, and InputError for a kind
-    that is none, and for `bits` where nothing passes over a cut.
+    Raises as these do, and InputError for a kind that is none, and for `bits` where nothing passes over a cut.
     """
-    kind = checked_kind(kind, bits)
-    options: dict[str, Any] = {"prices": prices, "progress": progress} | ({} if gap is None else {"gap": gap})
-    limit = checked_limit(time_limit)
+    kind, bits = checked_kind(asked.kind, asked.bits), asked.bits
+    options: dict[str, Any] = {"prices": asked.prices, "progress": asked.progress}
+    options |= {} if asked.gap is None else {"gap": asked.gap}
+    limit = checked_limit(asked.time_limit)
     if kind == "data":
         return *plan_fleet(members, micro_batches, time_limit=limit, **options), None
     if kind == "pipeline":

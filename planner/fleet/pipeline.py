@@ -22,7 +22,7 @@ from tightfit.planner.fleet.pipeline_simulate import own_layers, passing_of, rep
 from tightfit.planner.fleet.plan import MemberSpec, checked_count, checked_members, lacking, report, shared
 from tightfit.planner.fleet.schema import Price
 from tightfit.planner.fleet.stage_plans import StagePlans, message_bytes
-from tightfit.planner.fleet.worth import TENTH, faster
+from tightfit.planner.fleet.worth import TENTH, faster, price
 from tightfit.planner.plan_result import gap_to
 from tightfit.planner.problem.gradients import refuse_tables
 from tightfit.planner.schema import Plan
@@ -332,14 +332,7 @@ class _PipelinePlanner:
             more = min(one.plans.neighbour_bytes(one.budget_bytes), one.budget_bytes // TENTH)
             roomier = self._with(at, replace(one, budget_bytes=one.budget_bytes + more), plans=True)
             faster_link = self._with(at, replace(one, link=faster(one.link)), plans=False)
-            result.append(
-                Price(
-                    member=one.name,
-                    memory_bytes=more,
-                    memory_gain_seconds=max(0.0, fleet.makespan_seconds - roomier),
-                    link_gain_seconds=max(0.0, fleet.makespan_seconds - faster_link),
-                )
-            )
+            result.append(price(one.name, more, fleet.makespan_seconds, with_memory=roomier, with_link=faster_link))
         return result
 
     def _with(self, at: int, changed: Candidate, *, plans: bool) -> float:

@@ -39,6 +39,7 @@ from tightfit.planner.fleet.simulate import (
     check_bound,
     check_link,
     check_names,
+    checked_replay,
     lane_of,
     merged_spans,
     same,
@@ -46,7 +47,6 @@ from tightfit.planner.fleet.simulate import (
 from tightfit.planner.fleet.stage_plans import message_bytes, messages_bytes
 from tightfit.planner.fleet.stages import LOSS, RECEIVE_LAYER, SEND_LAYER
 from tightfit.planner.schema import Plan
-from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.schema import Layer, adamw
 from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.training.job import RECEIVE, SEND
@@ -281,17 +281,7 @@ def _check_memory(fleet: PipelinePlan, at: int, member: Stage, plan: Plan) -> No
         raise fail("exchange", f"{member.exchange_bytes} bytes are set aside for messages, which take {needed}")
     if plan.floor_bytes != floor.held_bytes or floor.resident_bytes < needed:
         raise fail("exchange", f"its plan's floor of {floor.held_bytes} bytes does not hold the messages' {needed}")
-    found = simulate(plan)
-    if plan.peak_bytes > member.budget_bytes or plan.budget_bytes > member.budget_bytes:
-        raise fail(
-            "budget",
-            f"its plan is for {plan.budget_bytes} bytes and peaks at {plan.peak_bytes}, {member.budget_bytes} are allowed",
-        )
-    if not member.peak_bytes == plan.peak_bytes == found.peak_bytes:
-        raise fail(
-            "peak",
-            f"the fleet states {member.peak_bytes} bytes, its plan {plan.peak_bytes}, the replay {found.peak_bytes}",
-        )
+    found = checked_replay(plan, member.budget_bytes, member.peak_bytes, fail)
     assert found.evaluate is not None
     for stated, seconds in (
         (member.micro_batch_seconds, found.step_seconds),

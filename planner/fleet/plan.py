@@ -27,7 +27,8 @@ from tightfit.planner.plan_result import gap_to
 from tightfit.planner.problem.gradients import refuse_preference
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_budget, checked_gap, checked_limit
-from tightfit.profiles.schema import MOST_ACCUMULATED, Profile
+from tightfit.profiles.options import MOST_ACCUMULATED
+from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.units import format_size
 

@@ -291,17 +291,7 @@ def _check_memory(
         raise fail("exchange", f"{member.exchange_bytes} bytes are set aside for the exchange, which takes {needed}")
     if plan.floor_bytes != floor.held_bytes or floor.resident_bytes < needed:
         raise fail("exchange", f"its plan's floor of {floor.held_bytes} bytes does not hold the exchange's {needed}")
-    simulation: Simulation = simulate(plan)
-    if plan.peak_bytes > member.budget_bytes or plan.budget_bytes > member.budget_bytes:
-        raise fail(
-            "budget",
-            f"its plan is for {plan.budget_bytes} bytes and peaks at {plan.peak_bytes}, {member.budget_bytes} are allowed",
-        )
-    if not member.peak_bytes == plan.peak_bytes == simulation.peak_bytes:
-        raise fail(
-            "peak",
-            f"the fleet states {member.peak_bytes} bytes, its plan {plan.peak_bytes}, the replay {simulation.peak_bytes}",
-        )
+    simulation = checked_replay(plan, member.budget_bytes, member.peak_bytes, fail)
     seconds = micro_batch_seconds(plan, member.gradients, first=first)
     told = member.micro_batch_seconds
     if not same(plan.step_seconds, simulation.step_seconds, plan.step_seconds) or not (
@@ -314,6 +304,24 @@ def _check_memory(
         )
     if member.bound_seconds is None or not 0 <= member.bound_seconds <= seconds * (1 + ROUNDING):
         raise fail("bound", f"{member.bound_seconds} s are said to be a lower bound, a micro-batch takes {seconds} s")
+
+
+def checked_replay(
+    plan: Plan, budget_bytes: int, stated_bytes: int | None, fail: Callable[[str, str], InvalidFleet]
+) -> Simulation:
+    """The replay of a member's plan, whose peak has to be the one that the fleet states, and within the member's budget."""
+    simulation = simulate(plan)
+    if plan.peak_bytes > budget_bytes or plan.budget_bytes > budget_bytes:
+        raise fail(
+            "budget",
+            f"its plan is for {plan.budget_bytes} bytes and peaks at {plan.peak_bytes}, {budget_bytes} are allowed",
+        )
+    if not stated_bytes == plan.peak_bytes == simulation.peak_bytes:
+        raise fail(
+            "peak",
+            f"the fleet states {stated_bytes} bytes, its plan {plan.peak_bytes}, the replay {simulation.peak_bytes}",
+        )
+    return simulation
 
 
 def same(one: float, other: float, scale: float) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from tightfit.planner.fleet.federated_simulate import check_makespan, check_members, same_seconds
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.pipeline_clock import Station, play
 from tightfit.planner.fleet.pipeline_marks import marks_of
@@ -29,11 +30,7 @@ def simulate_split(fleet: SplitPlan, plans: Mapping[str, Plan], server_plans: Ma
     """Seconds of a round of `fleet` with the plans of its devices, and the server's for each, by name. Raises InvalidFleet
     where an invariant breaks.
     """
-    names = [member.name for member in fleet.members]
-    if len(set(names)) < len(names):
-        raise InvalidFleet("names", "the fleet", "two members have the same name")
-    if sum(member.steps for member in fleet.members) != fleet.steps:
-        raise InvalidFleet("steps", "the fleet", f"its members do not take {fleet.steps} steps in all")
+    check_members(fleet)
     check_link("the server", fleet.server.link)
     free = last = 0.0
     for member in fleet.members:
@@ -42,21 +39,16 @@ def simulate_split(fleet: SplitPlan, plans: Mapping[str, Plan], server_plans: Ma
             continue
         _Judged(fleet, member, plans[member.name], server_plans[member.name]).check()
         begin = max(free, member.head_seconds)
-        if not _same(member.begin_seconds, begin):
+        if not same_seconds(member.begin_seconds, begin):
             raise InvalidFleet(
                 "order", member.name, f"it is served after {member.begin_seconds} s, and both are free after {begin} s"
             )
         free = begin + member.service_seconds
         answered = free + member.tail_seconds
-        if not _same(member.round_seconds, answered):
+        if not same_seconds(member.round_seconds, answered):
             raise InvalidFleet("seconds", member.name, f"it answers after {member.round_seconds} s, not {answered} s")
         last = max(last, answered)
-    if not _same(fleet.makespan_seconds, last):
-        raise InvalidFleet("makespan", "the fleet", f"{fleet.makespan_seconds} s are stated, members take {last} s")
-    if not 0 <= fleet.bound_seconds <= last * (1 + ROUNDING):
-        raise InvalidFleet(
-            "bound", "the fleet", f"{fleet.bound_seconds} s are said to be a lower bound, a round takes {last} s"
-        )
+    check_makespan(fleet, last)
     return last
 
 
@@ -154,7 +146,7 @@ class _Judged:
         ]
         update = play(stations, self.fleet.accumulate).makespan
         step = member.step_seconds
-        if step is None or not _same(step, update / self.fleet.accumulate):
+        if step is None or not same_seconds(step, update / self.fleet.accumulate):
             raise self.fail("seconds", f"{step} s are stated for a step, the clock takes {update} s for an update")
         if member.bound_seconds is None or not 0 <= member.bound_seconds <= step * (1 + ROUNDING):
             raise self.fail("bound", f"{member.bound_seconds} s are said to be a lower bound, a step takes {step} s")
@@ -169,7 +161,7 @@ class _Judged:
             ("service", member.service_seconds, service),
             ("tail", member.tail_seconds, tail),
         ):
-            if not _same(said, counted):
+            if not same_seconds(said, counted):
                 raise self.fail("seconds", f"{said} s are stated for its {name}, the count is {counted} s")
 
     def _message(self, passed: Sequence[Passed]) -> int:
@@ -191,7 +183,3 @@ def _passing(plan: Plan, target: str, direction: str) -> list[tuple[list[int], s
 
 def _plain(passed: Passed) -> tuple[list[int], str]:
     return list(passed.shape), passed.dtype
-
-
-def _same(one: float, other: float) -> bool:
-    return abs(one - other) <= ROUNDING * max(abs(one), abs(other), 1e-9)

@@ -69,15 +69,18 @@ def prices(fleet: FleetPlan, search: ChainSearch, alone: AloneSearch, names: lis
         if len(fleet.chain) == 1:
             alone.plans[at].plan(member.budget_bytes + more, until - time.monotonic())
             with_memory = min(with_memory, alone.plans[at].makespan(member.budget_bytes + more))
-        result.append(
-            Price(
-                member=member.name,
-                memory_bytes=more,
-                memory_gain_seconds=max(0.0, fleet.makespan_seconds - with_memory),
-                link_gain_seconds=max(0.0, fleet.makespan_seconds - with_link),
-            )
-        )
+        result.append(price(member.name, more, fleet.makespan_seconds, with_memory=with_memory, with_link=with_link))
     return result
+
+
+def price(member: str, memory_bytes: int, makespan: float, *, with_memory: float, with_link: float) -> Price:
+    """What a step of `makespan` seconds gains by more memory of a member and by a faster link, with which it takes as long."""
+    return Price(
+        member=member,
+        memory_bytes=memory_bytes,
+        memory_gain_seconds=max(0.0, makespan - with_memory),
+        link_gain_seconds=max(0.0, makespan - with_link),
+    )
 
 
 def faster(link: Link) -> Link:

@@ -29,6 +29,7 @@ from tightfit.planner.search_options import (
     ALL,
     ANY_SHARE,
     NEIGHBOUR_BYTES,
+    TIME_LIMIT,
     Progress,
     SearchOptions,
     checked_budget,
@@ -143,7 +144,7 @@ class GraphPlanner:
         budget_bytes: int,
         *,
         policy: str | None = None,
-        time_limit: float = 30.0,
+        time_limit: float = TIME_LIMIT,
         gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
@@ -220,7 +221,7 @@ class GraphPlanner:
             interrupted=self.interrupted,
         )
 
-    def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
+    def bound(self, budget_bytes: int, *, time_limit: float = TIME_LIMIT) -> float | None:
         """A lower bound on the seconds of every schedule of the class within `budget_bytes`; None: none fits.
 
         It is exact for up to `PRICED_OPERATORS` operators without a disk, where the solver finishes. Otherwise it comes
@@ -239,7 +240,7 @@ class GraphPlanner:
         found = class_bound(self.dag, budget_bytes, known, deadline=deadline, options=self.options)
         return None if found.seconds == float("inf") else found.seconds
 
-    def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
+    def smallest_plan(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> Plan:
         """The plan at the smallest budget found, with its bounds."""
         time_limit = checked_limit(time_limit)
         started = time.monotonic()
@@ -251,7 +252,7 @@ class GraphPlanner:
         outcome = GraphOutcome(carried=least.carried, bound_seconds=any_bound.seconds, timely=least.timely)
         return finished(self.profile, self.dag, budget, policy or "solver", outcome, any_bound, started)
 
-    def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
+    def minimum_bytes(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> int:
         """The smallest budget, in bytes, for which `plan` finds a plan."""
         time_limit = checked_limit(time_limit)
         self._exact_left = EXACT_SECONDS

@@ -15,7 +15,7 @@ from tightfit.planner.plan_result import rebudgeted, sealed
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import Progress, checked_budget, checked_gap, checked_limit
+from tightfit.planner.search_options import TIME_LIMIT, Progress, checked_budget, checked_gap, checked_limit
 from tightfit.planner.solve.policies import approximate_of, refused_of
 from tightfit.profiles.devices.data_sheets import DeviceDescription, find_device
 from tightfit.profiles.devices.estimate import retarget
@@ -62,7 +62,7 @@ def compare(
     policies: Sequence[str] | None = None,
     *,
     devices: Sequence[DeviceDescription | str | None] = (None,),
-    time_limit: float = 30.0,
+    time_limit: float = TIME_LIMIT,
     gap: float = 0.0,
     optimizer: str | None = None,
     max_grad_norm: float | None = None,

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tightfit.planner.fleet.federated_schema import FederatedPlan
 from tightfit.planner.report.explain import percent_within
+from tightfit.planner.report.render import bulleted, captioned
 from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
 
 
 def federated_text(fleet: FederatedPlan) -> RenderableType:
     """A round for the terminal: what each device does in it, and how it compares."""
-    sentences = Table.grid(padding=(0, 1))
-    for sentence in federated_sentences(fleet):
-        sentences.add_row("•", Text(sentence))
-    return Group(_table(fleet), sentences)
+    return Group(_table(fleet), bulleted(federated_sentences(fleet)))
 
 
 def _table(fleet: FederatedPlan) -> Table:
     caption = f"A round of {fleet.steps} local steps of {printable(fleet.model)}"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(caption))
-    table.title_justify = "left"
+    table = captioned(caption)
     unit = unit_of(min(member.budget_bytes for member in fleet.members))
     for heading in (
         "member",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +11,7 @@ from rich.text import Text
 from tightfit.planner.fleet.pipeline_schema import PipelineBaseline, PipelinePlan
 from tightfit.planner.fleet.schema import Baseline, FleetPlan
 from tightfit.planner.report.explain import LEAST_SHARE, percent_within
+from tightfit.planner.report.render import bulleted, captioned
 from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
 
 AnyPlan = FleetPlan | PipelinePlan
@@ -46,17 +46,14 @@ def fleet_title(fleet: AnyPlan) -> str:
 
 def fleet_text(fleet: AnyPlan) -> RenderableType:
     """A fleet's plan for the terminal: its chain, sentences about the step, and what memory and links are worth."""
-    sentences = Table.grid(padding=(0, 1))
-    for sentence in fleet_sentences(fleet):
-        sentences.add_row("•", Text(sentence))
+    sentences = bulleted(fleet_sentences(fleet))
     priced = price_sheet(fleet)
     return Group(_table(chain_sheet(fleet)), sentences, *([] if priced is None else [_table(priced)]))
 
 
 def _table(sheet: Sheet) -> Table:
     """In a narrow terminal headings and names take several lines; figures are never cut."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(sheet.caption))
-    table.title_justify = "left"
+    table = captioned(sheet.caption)
     for number, heading in enumerate(sheet.headings):
         longest = max((len(row[number]) for row in sheet.rows), default=0)
         table.add_column(

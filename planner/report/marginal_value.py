@@ -8,7 +8,7 @@ from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.protocol import Planner
 from tightfit.planner.report.explanation import Explanation, MarginalValue, explanation_of
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import Progress
+from tightfit.planner.search_options import TIME_LIMIT, Progress
 
 
 def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -> Explanation:
@@ -22,7 +22,7 @@ def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -
 
 
 def neighbours(
-    planner: Planner, plan: Plan, *, step_bytes: int | None = None, time_limit: float = 30.0
+    planner: Planner, plan: Plan, *, step_bytes: int | None = None, time_limit: float = TIME_LIMIT
 ) -> list[MarginalValue]:
     """The class's lower bounds at the budgets `step_bytes` (by default the planner's `neighbour_bytes`) below and above
     that of `plan`, a solver's plan of the planner's profile, and how much they differ from the bound at its own.
@@ -54,7 +54,7 @@ def what_if(
     plan: Plan,
     *,
     step_bytes: int | None = None,
-    time_limit: float = 30.0,
+    time_limit: float = TIME_LIMIT,
     gap: float = 0.0,
     progress: Progress | None = None,
 ) -> tuple[Plan, list[MarginalValue]]:

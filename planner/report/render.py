@@ -1,9 +1,9 @@
-"""A comparison and a plan as tables for the terminal."""
+"""A comparison and a plan as tables for the terminal; what other tables there begin with."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -17,6 +17,21 @@ from tightfit.runtime.common.units import format_seconds, format_size, unit_of
 
 UNLIMITED = 1 << 16
 """characters of a line that nothing cuts"""
+
+
+def bulleted(sentences: Iterable[str]) -> Table:
+    """Sentences, each on a line of its own."""
+    table = Table.grid(padding=(0, 1))
+    for sentence in sentences:
+        table.add_row("•", Text(sentence))
+    return table
+
+
+def captioned(caption: str) -> Table:
+    """A table of a fleet, still without columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(caption))
+    table.title_justify = "left"
+    return table
 
 
 class _Comparison:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tightfit.planner.fleet.side_schema import SidePlan
 from tightfit.planner.report.explain import percent_within
+from tightfit.planner.report.render import bulleted, captioned
 from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
 
 
 def side_text(fleet: SidePlan) -> RenderableType:
     """A step for the terminal: what both members do, what passes between them, and what comes of it."""
-    sentences = Table.grid(padding=(0, 1))
-    for sentence in side_sentences(fleet):
-        sentences.add_row("•", Text(sentence))
-    return Group(_table(fleet), sentences)
+    return Group(_table(fleet), bulleted(side_sentences(fleet)))
 
 
 def _table(fleet: SidePlan) -> Table:
     caption = f"A step of {fleet.micro_batches} micro-batches of {fleet.batch} rows of {printable(fleet.model)}"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(caption))
-    table.title_justify = "left"
+    table = captioned(caption)
     unit = unit_of(min(member.budget_bytes for member in fleet.members))
     for heading in ("member", "does", "micro-batch", f"peak of budget, {unit.name}", "of it messages", "device"):
         table.add_column(

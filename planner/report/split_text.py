@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tightfit.planner.fleet.split_schema import SplitPlan
 from tightfit.planner.report.explain import percent_within
+from tightfit.planner.report.render import bulleted, captioned
 from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
 
 SLACK = 1e-5
@@ -17,16 +17,12 @@ SLACK = 1e-5
 
 def split_text(fleet: SplitPlan) -> RenderableType:
     """A round for the terminal: what each device holds, when it is served, and how the round compares."""
-    sentences = Table.grid(padding=(0, 1))
-    for sentence in split_sentences(fleet):
-        sentences.add_row("•", Text(sentence))
-    return Group(_table(fleet), sentences)
+    return Group(_table(fleet), bulleted(split_sentences(fleet)))
 
 
 def _table(fleet: SplitPlan) -> Table:
     caption = f"A round of {fleet.steps} steps of {printable(fleet.model)}, in the order in which devices are served"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(caption))
-    table.title_justify = "left"
+    table = captioned(caption)
     unit = unit_of(min(member.budget_bytes for member in fleet.members))
     headings = ("member", "layers", "steps", "each", "served from", "to", "answers after")
     for heading in (*headings, f"peak of budget, {unit.name}", "of the server's", "device"):

@@ -22,20 +22,22 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 
 from tightfit.planner.fleet.io import parse_any
+from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.io import parse_plan
 from tightfit.planner.report.compare import Comparison
 from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
+from tightfit.planner.search_options import TIME_LIMIT, PlanOptions
 from tightfit.planner.service.wire.errors import JOB_ERRORS
 from tightfit.planner.service.wire.settings import check_token
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.options import keywords_of, said
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.kinds import Kind
     from tightfit.planner.fleet.plan import MemberSpec
 
 Progress = Callable[[dict[str, Any]], None]
@@ -116,28 +118,16 @@ class Client:
         identity = job["result"]["profile"]
         return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")
 
-    def plan(
-        self,
-        profile: Profile,
-        budget_bytes: int,
-        *,
-        policy: str | None = None,
-        time_limit: float = 30.0,
-        gap: float = 0.0,
-        optimizer: str | None = None,
-        max_grad_norm: float | None = None,
-        progress: Progress | None = None,
-    ) -> Plan:
+    @keywords_of(PlanOptions)
+    def plan(self, profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
         """`tightfit.planner.plan.plan`, solved by the service."""
+        asked = {name: getattr(options, name) for name in said(PlanOptions)}
         request = {
             "profile": self.upload(profile),
             "memory": budget_bytes,
-            "policy": policy or "solver",
-            "time_limit": time_limit,
-            "gap": gap,
-            **_step(optimizer, max_grad_norm),
+            **{name: value for name, value in asked.items() if value is not None},
         }
-        job = self.finish(self.post("/v1/plans", request), progress)
+        job = self.finish(self.post("/v1/plans", request), options.progress)
         return self.stored_plan(job["result"]["plan"])
 
     def explanation(self, plan: Plan) -> Explanation:
@@ -154,7 +144,7 @@ class Client:
         policies: Sequence[str] | None = ("solver",),
         *,
         devices: Sequence[str] = ("own",),
-        time_limit: float = 30.0,
+        time_limit: float = TIME_LIMIT,
         gap: float = 0.0,
         optimizer: str | None = None,
         max_grad_norm: float | None = None,
@@ -181,17 +171,9 @@ class Client:
             plans=[self.stored_plan(cell["plan"]) for cell in cells],
         )
 
+    @keywords_of(FleetOptions)
     def fleet(
-        self,
-        members: Sequence[MemberSpec],
-        micro_batches: int,
-        *,
-        kind: Kind = "auto",
-        bits: int = 0,
-        time_limit: float = 120.0,
-        gap: float | None = None,
-        prices: bool = True,
-        progress: Progress | None = None,
+        self, members: Sequence[MemberSpec], micro_batches: int, options: FleetOptions
     ) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
         """`tightfit.planner.fleet.kinds.plan_kind`, solved by the service: the fleet's plan, each member's by name, and
         why it is of its kind.
@@ -202,8 +184,8 @@ class Client:
                 stored[id(member.profile)] = self.upload(member.profile)
         request = {
             "micro_batches": micro_batches,
-            "kind": kind,
-            "bits": bits,
+            "kind": options.kind,
+            "bits": options.bits,
             "members": [
                 {
                     "name": member.name,
@@ -215,11 +197,11 @@ class Client:
                 }
                 for member in members
             ],
-            "time_limit": time_limit,
-            "gap": gap,
-            "prices": prices,
+            "time_limit": options.time_limit,
+            "gap": options.gap,
+            "prices": options.prices,
         }
-        result = self.finish(self.post("/v1/fleets", request), progress)["result"]
+        result = self.finish(self.post("/v1/fleets", request), options.progress)["result"]
         plans = {name: self.stored_plan(identity) for name, identity in result["plans"].items()}
         return self.stored_fleet(result["fleet"]), plans, result["why"]
 

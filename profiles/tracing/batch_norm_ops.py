@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _NormBase
 
 from tightfit.profiles.tracing.own_code import line_of_node
-from tightfit.profiles.tracing.torch_ops import _define, _library
+from tightfit.profiles.tracing.torch_ops import _define, _library, _registered
 from tightfit.runtime.common.errors import InputError
 
 aten = torch.ops.aten
@@ -33,9 +33,7 @@ batch_norm_inference = _define(
     lambda x, w, b, mean, var, eps: (torch.empty_like(x),),
 )
 _library.define("keep_state(Tensor state, Tensor value) -> ()")
-_library.impl("keep_state", lambda state, value: None, "CPU")
-torch.library.register_fake("tightfit::keep_state", lambda state, value: None, lib=_library)
-keep_state = torch.ops.tightfit.keep_state.default
+keep_state = _registered("keep_state", lambda state, value: None, lambda state, value: None)
 fx.node.has_side_effect(keep_state)
 
 

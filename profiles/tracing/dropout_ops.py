@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, Shape, _define, _library, projection
+from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, Shape, _define, _differentiable, _library, projection
 
 dropout = _define("dropout", "(Tensor x, float p, int site) -> Tensor", lambda x, p, site: (x.new_empty(x.shape),))
 dropout_lora_down = _define(
@@ -99,8 +99,5 @@ def _grad(ctx: Any, dy: Tensor, _: Any) -> Any:
     return dx, None, None, da, db, None, None, None
 
 
-_library.impl("dropout_lora_linear", open_dropout_lora, "CPU")
-torch.library.register_fake("tightfit::dropout_lora_linear", _fake, lib=_library)
-torch.library.register_autograd("tightfit::dropout_lora_linear", _grad, setup_context=_setup, lib=_library)
-dropout_lora_linear = torch.ops.tightfit.dropout_lora_linear.default
+dropout_lora_linear = _differentiable("dropout_lora_linear", open_dropout_lora, _fake, _grad, _setup)
 DECOMPOSITIONS[dropout_lora_linear] = open_dropout_lora

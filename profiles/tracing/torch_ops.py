@@ -34,9 +34,27 @@ def _define(name: str, schema: str, shapes: Callable[..., Sequence[Tensor]]) -> 
         OPERATORS[f"tightfit.{name}"](*args, out=outputs)
         return outputs[0] if single else tuple(outputs)
 
+    return _registered(name, kernel, fake)
+
+
+def _registered(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register the kernel of an operator that is defined, and how fake tensors take it; returns the operator."""
     _library.impl(name, kernel, "CPU")
     torch.library.register_fake(f"tightfit::{name}", fake, lib=_library)
     return getattr(torch.ops.tightfit, name).default
+
+
+def _differentiable(
+    name: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradient: Callable[..., Any],
+    setup: Callable[..., None],
+) -> Any:
+    """`_registered`, with the gradient that autograd takes."""
+    operator = _registered(name, kernel, fake)
+    torch.library.register_autograd(f"tightfit::{name}", gradient, setup_context=setup, lib=_library)
+    return operator
 
 
 def _same(x: Tensor) -> Tensor:
@@ -267,10 +285,7 @@ def _lora_grad(ctx: Any, dy: Tensor, _: Any) -> Any:
     return dx, None, None, da, db, None
 
 
-_library.impl("lora_linear", open_lora, "CPU")
-torch.library.register_fake("tightfit::lora_linear", _lora_fake, lib=_library)
-torch.library.register_autograd("tightfit::lora_linear", _lora_grad, setup_context=_lora_setup, lib=_library)
-lora_linear = torch.ops.tightfit.lora_linear.default
+lora_linear = _differentiable("lora_linear", open_lora, _lora_fake, _lora_grad, _lora_setup)
 
 # The same without a pair.
 _library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -293,10 +308,7 @@ def _frozen_grad(ctx: Any, dy: Tensor) -> Any:
     return projection_backward(dy, weight, None, None, None), None, None
 
 
-_library.impl("frozen_linear", open_frozen, "CPU")
-torch.library.register_fake("tightfit::frozen_linear", _frozen_fake, lib=_library)
-torch.library.register_autograd("tightfit::frozen_linear", _frozen_grad, setup_context=_frozen_setup, lib=_library)
-frozen_linear = torch.ops.tightfit.frozen_linear.default
+frozen_linear = _differentiable("frozen_linear", open_frozen, _frozen_fake, _frozen_grad, _frozen_setup)
 
 # The whole loss head is one differentiable operator for torch. A trace decomposes it into begin, one chunk per
 # vocabulary slice, and finish (`open_head`), so that the planner sees each slice as a weight of its own. The weight
@@ -369,10 +381,7 @@ def _head_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:
     return ctx.saved_tensors[0], *[None] * 6
 
 
-_library.impl("head_loss", open_head, "CPU")
-torch.library.register_fake("tightfit::head_loss", _head_fake, lib=_library)
-torch.library.register_autograd("tightfit::head_loss", _head_grad, setup_context=_head_setup, lib=_library)
-head_loss = torch.ops.tightfit.head_loss.default
+head_loss = _differentiable("head_loss", open_head, _head_fake, _head_grad, _head_setup)
 
 # The same head with capped logits, cap * tanh(logit / cap). It is decomposed into PyTorch's operators. The largest logit
 # is known to be below the cap, so that softmax needs no running maximum.
@@ -443,10 +452,7 @@ def _capped_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:
     return ctx.saved_tensors[0], *[None] * 7
 
 
-_library.impl("capped_head_loss", open_capped_head, "CPU")
-torch.library.register_fake("tightfit::capped_head_loss", _head_fake, lib=_library)
-torch.library.register_autograd("tightfit::capped_head_loss", _capped_grad, setup_context=_head_setup, lib=_library)
-capped_head_loss = torch.ops.tightfit.capped_head_loss.default
+capped_head_loss = _differentiable("capped_head_loss", open_capped_head, _head_fake, _capped_grad, _head_setup)
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     head_loss: open_head,
     capped_head_loss: open_capped_head,

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
+from tightfit.profiles.options import Bits
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import ELEMENT_BYTES, Entry
 
-Bits = Literal["4bit", "8bit", "16bit"]
 FORMATS = {"4bit": "q4", "8bit": "q8", "16bit": "bfloat16"}
 """Store formats of the choices. Matrices that the file holds in float16 stay float16 under 16bit."""
 CHANGES = {"q4": "about 7 %", "q8": "about 0.6 %"}

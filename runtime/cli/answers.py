@@ -160,16 +160,11 @@ def device_text(device: DeviceDescription) -> RenderableType:
 def plan_text(plan: Plan, explanation: Explanation) -> RenderableType:
     """A plan in words, and a table of what fills the memory at its peak."""
     from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
     from tightfit.planner.report.explain import explain
-    from tightfit.planner.report.render import peak_table
+    from tightfit.planner.report.render import bulleted, peak_table
 
-    sentences = Table.grid(padding=(0, 1))
-    for sentence in explain(plan, explanation):
-        sentences.add_row("•", Text(sentence))
-    return Group(sentences, peak_table(plan))
+    return Group(bulleted(explain(plan, explanation)), peak_table(plan))
 
 
 def infeasible_text(plan: Plan, explanation: Explanation) -> str:

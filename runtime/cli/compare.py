@@ -7,24 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
+from tightfit.planner.search_options import PlanOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
     Debug,
-    Gap,
+    Html,
     Json,
-    MaxGradNorm,
-    Optimizer,
     Server,
-    TimeLimit,
     answering,
     at_least,
     service,
+    values_of,
+    with_options,
 )
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import parse_size
 
 
+@with_options(PlanOptions, after="picture")
 def compare(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, or a bare graph of operators.")],
     memory: Annotated[str, typer.Option(metavar="SIZE,...", help="Budgets, for example 400MiB,600MiB,1GiB.")],
@@ -42,20 +43,18 @@ def compare(
             help="own: the profile's own device. Names of devices (see `tightfit devices`) or JSON files that describe them: times estimated from the profile's FLOPs and bytes.",
         ),
     ] = "own",
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")] = None,
+    html: Html = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg.")] = None,
-    time_limit: TimeLimit = 30.0,
-    gap: Gap = 0.0,
-    optimizer: Optimizer = None,
-    max_grad_norm: MaxGradNorm = None,
     server: Server = None,
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Compare policies over budgets and devices: seconds per step, or the smallest budget that would be enough."""
     budgets = [parse_size(part) for part in memory.split(",")]
     policies = None if policy is None else [part.strip() for part in policy.split(",")]
-    at_least(0, time_limit=time_limit, gap=gap)
+    asked = values_of(PlanOptions, options)
+    at_least(0, time_limit=asked["time_limit"], gap=asked["gap"])
     enough_for_a_solver()
     from tightfit.planner.report.compare import compare as compare_plans
     from tightfit.profiles.api import load_profile
@@ -82,10 +81,7 @@ def compare(
                     budgets,
                     policies,
                     devices=names,
-                    time_limit=time_limit,
-                    gap=gap,
-                    optimizer=optimizer,
-                    max_grad_norm=max_grad_norm,
+                    **asked,
                     progress=comparing.elsewhere,
                 ).plans
         else:
@@ -94,10 +90,7 @@ def compare(
                 budgets,
                 policies,
                 devices=[None if name == "own" else find_device(name) for name in names],
-                time_limit=time_limit,
-                gap=gap,
-                optimizer=optimizer,
-                max_grad_norm=max_grad_norm,
+                **asked,
                 progress=comparing,
                 solving=comparing.solving,
             ).plans

@@ -46,9 +46,8 @@ def evaluate(
         check_place(output)
     replace = bool(context.obj)
     loaded = load_plan(plan)
-    tokens = loaded.batch * loaded.model.rows_of_sample * loaded.seq if loaded.seq else None
     with (
-        TrainingProgress(steps=0, tokens_per_step=tokens, budget=loaded.budget_bytes) as progress,
+        TrainingProgress(steps=0, tokens_per_step=loaded.places_per_step, budget=loaded.budget_bytes) as progress,
         prepared(
             loaded,
             data,

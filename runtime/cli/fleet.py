@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,19 @@ import typer
 from tightfit.runtime.cli.fleet_federate import federate
 from tightfit.runtime.cli.fleet_run import run, status
 from tightfit.runtime.cli.fleet_side import plan_with_server
-from tightfit.runtime.cli.options import Debug, Json, Server, answering, at_least, service
+from tightfit.runtime.cli.options import (
+    Debug,
+    FleetDescription,
+    FleetFolder,
+    Html,
+    Json,
+    PlanningTime,
+    Prices,
+    Server,
+    answering,
+    at_least,
+    service,
+)
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
 
@@ -38,18 +49,13 @@ fleet = typer.Typer(
 
 @fleet.command(epilog=DESCRIPTION)
 def plan(
-    description: Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")],
-    output: Annotated[
-        Path,
-        typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the fleet's plan and its members' plans."),
-    ],
+    description: FleetDescription,
+    output: FleetFolder,
     micro_batches: Annotated[
         int | None,
         typer.Option(metavar="N", help="Micro-batches of a step, instead of those that the description names."),
     ] = None,
-    time_limit: Annotated[
-        float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds that all of the planning may take.")
-    ] = 120.0,
+    time_limit: PlanningTime = 120.0,
     kind: Annotated[
         str,
         typer.Option(
@@ -66,13 +72,8 @@ def plan(
             help="Of a number in messages: in a pipeline 8, or 0 for numbers as they are (default); for mobillm 8 (default), 4 or 0.",
         ),
     ] = None,
-    prices: Annotated[
-        bool,
-        typer.Option(
-            "--prices/--no-prices", help="Also say what more memory or a faster link of each device would be worth."
-        ),
-    ] = True,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")] = None,
+    prices: Prices = True,
+    html: Html = None,
     server: Server = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Cgroup, Debug, Json, Truncate, answering, at_least, at_most
+from tightfit.runtime.cli.options import (
+    Cgroup,
+    Debug,
+    FleetDescription,
+    FleetFolder,
+    Json,
+    PlanningTime,
+    Prices,
+    Truncate,
+    answering,
+    at_least,
+    at_most,
+)
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
@@ -60,11 +72,8 @@ Folder = Annotated[
 
 @federate.command(epilog=DESCRIPTION)
 def plan(
-    description: Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")],
-    output: Annotated[
-        Path,
-        typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the fleet's plan and its members' plans."),
-    ],
+    description: FleetDescription,
+    output: FleetFolder,
     steps: Annotated[
         int | None,
         typer.Option(metavar="N", help="Local steps of a round, instead of those that the description names."),
@@ -82,15 +91,8 @@ def plan(
     supernode: Annotated[
         bool, typer.Option("--supernode", help="Devices run Flower's own SuperNode, which takes more of their memory.")
     ] = False,
-    time_limit: Annotated[
-        float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds that all of the planning may take.")
-    ] = 120.0,
-    prices: Annotated[
-        bool,
-        typer.Option(
-            "--prices/--no-prices", help="Also say what more memory or a faster link of each device would be worth."
-        ),
-    ] = True,
+    time_limit: PlanningTime = 120.0,
+    prices: Prices = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -21,19 +21,20 @@ from tightfit.runtime.cli.options import (
     Truncate,
     named_columns,
     training_options,
-    with_run_options,
+    with_options,
     words_of,
 )
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
+from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.supervision.failure import last_words
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.pipeline_schema import PipelinePlan, Stage
     from tightfit.planner.fleet.schema import FleetPlan, Member
     from tightfit.planner.fleet.side_schema import SideMember, SidePlan
-    from tightfit.runtime.session.options import RunOptions
 
 FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
 """parameters that a member does not get from the command that starts all of them"""
@@ -43,7 +44,7 @@ UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
 """in a member's folder: a line for each update, its report; beside it, with this ending: what it printed"""
 
 
-@with_run_options("eval_every", "keep_best", "early_stopping")
+@with_options(RunOptions, "eval_every", "keep_best", "early_stopping")
 def run(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet plan` put the fleet's plan.")],
@@ -204,7 +205,8 @@ def _all_members(fleet: FleetPlan | PipelinePlan | SidePlan, output: Path, words
     if failed:
         raise RunError(
             "; ".join(
-                f"member {name!r} ended with code {code}: {_last_words(output, name)}" for name, code in failed.items()
+                f"member {name!r} ended with code {code}: {last_words(output / f'{name}.{LOG}')}"
+                for name, code in failed.items()
             )
         )
     reports = {name: json.loads((output / name / REPORT).read_text()) for name in codes}
@@ -236,17 +238,6 @@ def _updates(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     except FileNotFoundError:
         return []
-
-
-def _last_words(output: Path, name: str) -> str:
-    """The last thing that a member said before it ended: the message of its error, where it is JSON."""
-    lines = (output / f"{name}.{LOG}").read_text(errors="replace").strip().splitlines()
-    for line in reversed(lines):
-        try:
-            return str(json.loads(line)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return lines[-1] if lines else "it said nothing"
 
 
 def _report_table(fleet: FleetPlan | PipelinePlan | SidePlan, reports: Mapping[str, dict[str, Any]]) -> Any:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tightfit.runtime.cli.options import Cgroup, Debug, Force
+from tightfit.runtime.cli.options import Cgroup, Debug, Force, values_of, with_options
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.results.answer_options import AnswerOptions
 
 if TYPE_CHECKING:
     from tightfit.planner.generation.plan import GenerationPlan
     from tightfit.runtime.data.samples import Prompt
-    from tightfit.runtime.results.generation import AnswerOptions
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or hub id, or a GGUF file.")]
 AdapterFolder = Annotated[
@@ -34,45 +34,14 @@ Memory = Annotated[
         help="Budget of all processes that live while answers are made: 600MiB, 600MB or plain bytes; auto: what this machine can spare now.",
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="What the system turn says.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens of an answer.")]
-Temperature = Annotated[
-    float, typer.Option("--temperature", help="0: take the likeliest token; else draw, the more evenly the higher.")
-]
-TopP = Annotated[
-    float, typer.Option("--top-p", metavar="SHARE", help="Draw from the likeliest tokens that make up this share.")
-]
-TopK = Annotated[int, typer.Option("--top-k", help="Draw from so many of the likeliest tokens; 0: from all.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the tokens that are drawn.")]
-Cache = Annotated[
-    str,
-    typer.Option(
-        "--cache",
-        metavar="TYPE",
-        help="Type of the cache of keys and values: float32, or bfloat16 for half of its bytes.",
-    ),
-]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        "--base",
-        metavar="PRECISION",
-        help="Of matrices that MODEL does not hold quantised: 4bit (default), 8bit or 16bit.",
-    ),
-]
-Embeddings = Annotated[
-    str | None,
-    typer.Option("--embeddings", metavar="PRECISION", help="The same for embedding and head; default: as --base."),
-]
-Threads = Annotated[int | None, typer.Option("--threads", help="Cores to compute with; default: all.")]
-
 AnswersAsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object for each answer, on a line of its own.")
 ]
 
 
+@with_options(AnswerOptions, "context", after="memory")
 def generate(
-    context: typer.Context,
+    invoked: typer.Context,
     model: Model,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to answer.")] = None,
     prompts: Annotated[
@@ -83,27 +52,14 @@ def generate(
     ] = None,
     adapter: AdapterFolder = None,
     memory: Memory = "auto",
-    system: System = None,
-    template: Annotated[
-        bool,
-        typer.Option("--template/--no-template", help="Put prompts into the model's chat template, if it has one."),
-    ] = True,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
-    cache: Cache = "float32",
-    base: Base = None,
-    embeddings: Embeddings = None,
-    threads: Threads = None,
     force: Force = False,
     cgroup: Cgroup = True,
     as_json: AnswersAsJson = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Answer prompts with MODEL, and an adapter if there is one, within a budget of memory; tokens are printed as they come."""
-    from tightfit.runtime.results.generation import AnswerOptions, read_prompts
+    from tightfit.runtime.results.generation import read_prompts
 
     if (prompt is None) == (prompts is None):
         raise InputError(
@@ -112,73 +68,29 @@ def generate(
             else "--prompt TEXT or --prompts FILE is missing"
         )
     asked: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts or Path())
-    options = AnswerOptions(
-        max_tokens=max_tokens,
-        sampling=_sampling(temperature, top_p, top_k, seed),
-        system=system,
-        template=template,
-        cache=cache,
-        base=base,
-        embeddings=embeddings,
-        threads=threads,
-        force=force,
-    )
-    _hand_on(context, model, memory, options, asked, adapter, cgroup=cgroup, as_json=as_json, debug=debug)
+    wanted = AnswerOptions(**values_of(AnswerOptions, options), force=force)
+    _hand_on(invoked, model, memory, wanted, asked, adapter, cgroup=cgroup, as_json=as_json, debug=debug)
 
 
+@with_options(AnswerOptions, "template", after="memory", max_tokens=512)
 def chat(
-    context: typer.Context,
+    invoked: typer.Context,
     model: Model,
     adapter: AdapterFolder = None,
     memory: Memory = "auto",
-    system: System = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            metavar="TOKENS",
-            help="Tokens of the conversation that are remembered, the next answer included; default: 2048.",
-        ),
-    ] = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
-    cache: Cache = "float32",
-    base: Base = None,
-    embeddings: Embeddings = None,
-    threads: Threads = None,
     force: Force = False,
     cgroup: Cgroup = True,
     as_json: AnswersAsJson = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Talk with MODEL, and an adapter if there is one, within a budget of memory: one question a line."""
-    from tightfit.runtime.results.generation import AnswerOptions
-
-    options = AnswerOptions(
-        max_tokens=max_tokens,
-        sampling=_sampling(temperature, top_p, top_k, seed),
-        system=system,
-        cache=cache,
-        context=tokens,
-        base=base,
-        embeddings=embeddings,
-        threads=threads,
-        force=force,
-    )
-    _hand_on(context, model, memory, options, None, adapter, cgroup=cgroup, as_json=as_json, debug=debug)
-
-
-def _sampling(temperature: float, top_p: float, top_k: int, seed: int) -> Any:
-    from tightfit.runtime.engine.generation.job import Sampling
-
-    return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    wanted = AnswerOptions(**values_of(AnswerOptions, options), force=force)
+    _hand_on(invoked, model, memory, wanted, None, adapter, cgroup=cgroup, as_json=as_json, debug=debug)
 
 
 def _hand_on(
-    context: typer.Context,
+    invoked: typer.Context,
     model: str,
     size: str,
     options: AnswerOptions,
@@ -231,7 +143,7 @@ def _hand_on(
         path = os.path.join(order.run.directory, "order")
         order.write(path)
         command = (conversation if prompts is None else answering).command(path)
-        raise typer.Exit(become(command, order.run.lock, group, replace=bool(context.obj)))
+        raise typer.Exit(become(command, order.run.lock, group, replace=bool(invoked.obj)))
 
 
 def _sentence(plan: GenerationPlan) -> str:

@@ -6,14 +6,17 @@ import contextlib
 import inspect
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin
 
 import typer
 
+from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.session.options import LARGEST_SEED, RunOptions, Said, default_of, said, types_of
+from tightfit.runtime.common.options import Said, default_of, said, types_of
+from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
 from tightfit.runtime.supervision.failure import failure_of
 from tightfit.runtime.supervision.printing import answer
 
@@ -29,39 +32,7 @@ Debug = Annotated[
 ]
 
 
-Force = Annotated[bool, typer.Option("--force", help="Measure again even where a fitting result lies in the cache.")]
-
-
-TimeLimit = Annotated[
-    float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds the solver may take for one plan.")
-]
-
-
-Gap = Annotated[
-    float,
-    typer.Option(
-        metavar="SHARE",
-        help="End a search once its plan is proven to be slower than the best of its kind by at most this share, for example 0.001 for 0.1 %; 0: go on to the proof, as long as that gains anything within the time limit.",
-    ),
-]
-
-
-Optimizer = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="adamw (unless another is named), adam, sgd, momentum or lion: what it keeps of each trained tensor is in the plan.",
-    ),
-]
-
-
-MaxGradNorm = Annotated[
-    float | None,
-    typer.Option(
-        metavar="X",
-        help="Clip gradients: scale all of an update down together to a norm of at most X, as torch.nn.utils.clip_grad_norm_ does.",
-    ),
-]
+Force = Annotated[bool, typer.Option("--force", help=said(ProfileOptions)["force"].help)]
 
 
 Server = Annotated[
@@ -81,6 +52,21 @@ Columns = Annotated[
     typer.Option(
         metavar="NAME=COLUMN,...",
         help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
+    ),
+]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")]
+FleetDescription = Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")]
+FleetFolder = Annotated[
+    Path,
+    typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the fleet's plan and its members' plans."),
+]
+PlanningTime = Annotated[
+    float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds that all of the planning may take.")
+]
+Prices = Annotated[
+    bool,
+    typer.Option(
+        "--prices/--no-prices", help="Also say what more memory or a faster link of each device would be worth."
     ),
 ]
 Cgroup = Annotated[
@@ -220,28 +206,39 @@ def words_of(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[str]:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def with_run_options(*leaving_out: str) -> Callable[[Command], Command]:
-    """Gives a command, whose last parameter takes any keywords, the options of a run (`RunOptions`) for it, after the
-    parameters that it must be given; without those of the names given here. Parameters of its own go before those.
+def with_options(
+    record: type, *leaving_out: str, after: str | None = None, **defaults: Any
+) -> Callable[[Command], Command]:
+    """Gives a command, whose last parameter takes any keywords, the options of a record (`tightfit.runtime.common.options`) for
+    it, behind the parameter `after`, or else behind those that it must be given; without those of the names given here.
+    Parameters of its own go before those, and `defaults` before the record's.
     """
 
     def decorate(command: Command) -> Command:
         declared = list(inspect.signature(command, eval_str=True).parameters.values())
         mine = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in declared if one.kind is not one.VAR_KEYWORD]
-        names = {one.name for one in mine} | set(leaving_out)
-        taken = [_parameter(name, one) for name, one in said().items() if name not in names]
-        needed = [one for one in mine if one.default is one.empty]
-        others = [one for one in mine if one.default is not one.empty]
-        command.__signature__ = inspect.Signature([*needed, *taken, *others])  # type: ignore[attr-defined]
+        names = [one.name for one in mine]
+        taken = [
+            _parameter(record, name, one, defaults.get(name, default_of(record, name)))
+            for name, one in said(record).items()
+            if name not in {*names, *leaving_out}
+        ]
+        needed = sum(one.default is one.empty for one in mine)
+        place = needed if after is None else names.index(after) + 1
+        command.__signature__ = inspect.Signature([*mine[:place], *taken, *mine[place:]])  # type: ignore[attr-defined]
         return command
 
     return decorate
 
 
-def _parameter(name: str, told: Said) -> inspect.Parameter:
-    """The option of a run, as a parameter of a command."""
-    types, default, annotated = types_of(name), default_of(name), cast("Any", Annotated)
-    kind: Any = str if str in types else types[0]
+def _parameter(record: type, name: str, told: Said, default: Any) -> inspect.Parameter:
+    """An option of a record, as a parameter of a command: one that is given several times for a map, names with commas
+    between them for a list (`values_of` reads both).
+    """
+    types, annotated = types_of(record, name), cast("Any", Annotated)
+    kind: Any = next((one for one in (Path, str) if one in types), types[0])
+    if get_origin(kind):
+        kind = list[str] if get_origin(kind) is Mapping else str
     words = [f"--{name.replace('_', '-')}"]
     if kind is bool:
         words = [f"{words[0]}/--no-{words[0][2:]}"]
@@ -250,16 +247,49 @@ def _parameter(name: str, told: Said) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated[kind, info])
 
 
+def values_of(record: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a record, of all that a command was given. Raises InputError for a whole number below its least, and
+    for words that are no entry of a map.
+    """
+    values: dict[str, Any] = {}
+    for name, told in said(record).items():
+        if name not in given:
+            continue
+        value, kind = given[name], types_of(record, name)[0]
+        if get_origin(kind) is Mapping:
+            value = _entries(f"--{name.replace('_', '-')}", value, get_args(kind)[1])
+        elif get_origin(kind):
+            value = tuple(one.strip() for one in (value or "").split(",") if one.strip())
+        elif kind is int and told.least is not None and value is not None:
+            at_least(told.least, **{name: value})
+        values[name] = value
+    return values
+
+
+def _entries(option: str, words: Sequence[str] | None, number: Callable[[str], Any]) -> dict[str, Any]:
+    """What ``PATTERN=NUMBER`` says, once or often. Raises InputError for anything else."""
+    found: dict[str, Any] = {}
+    for word in words or ():
+        pattern, equals, value = word.rpartition("=")
+        try:
+            found[pattern] = number(value)
+        except ValueError:
+            equals = ""
+        if not equals or not pattern:
+            raise InputError(f"{option} {word!r}: give a pattern of names and a number, such as q_proj=16")
+    return found
+
+
 def training_options(given: Mapping[str, Any]) -> RunOptions:
     """The options with which a command trains, of all that it was given. Raises InputError, which names the option, where
     one cannot be used.
     """
-    options = {name: given[name] for name in said() if name in given}
+    options = {name: given[name] for name in said(RunOptions) if name in given}
     if options.get("steps") is None and options.get("epochs") is None:
         raise InputError("--steps is missing: give the number of steps, or --epochs")
     for name in ("steps", "checkpoint_every", "lr", "seed", "warmup_steps", "weight_decay"):
         if options.get(name) is not None:
-            at_least(said()[name].least or 0, **{name: options[name]})
+            at_least(said(RunOptions)[name].least or 0, **{name: options[name]})
     if options.get("seed") is not None:
         at_most(LARGEST_SEED, seed=options["seed"])
     if given["resume"] and given["overwrite"]:

@@ -6,23 +6,22 @@ import contextlib
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tightfit.planner.search_options import PlanOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
     Debug,
-    Gap,
     Json,
-    MaxGradNorm,
-    Optimizer,
     Server,
-    TimeLimit,
     answering,
     at_least,
     next_command,
     service,
+    values_of,
+    with_options,
 )
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from tightfit.runtime.cli.terminal import Solving
 
 
+@with_options(PlanOptions)
 def plan(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, or a bare graph of operators.")],
     memory: Annotated[
@@ -45,16 +45,6 @@ def plan(
             metavar="SIZE", help="Budget of the whole run, its supervisor included: 600MiB, 600MB or plain bytes."
         ),
     ],
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; mobillm, the part of a device whose side network a server trains; for a bare graph one of the first three."
-        ),
-    ] = None,
-    time_limit: TimeLimit = 30.0,
-    gap: Gap = 0.0,
-    optimizer: Optimizer = None,
-    max_grad_norm: MaxGradNorm = None,
     what_if: Annotated[
         bool,
         typer.Option(
@@ -66,10 +56,12 @@ def plan(
     server: Server = None,
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Find the fastest training step whose peak never exceeds the budget, and prove how near it is to the best."""
     budget = parse_size(memory)
-    at_least(0, time_limit=time_limit, gap=gap)
+    asked = values_of(PlanOptions, options)
+    at_least(0, time_limit=asked["time_limit"], gap=asked["gap"])
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
     from tightfit.planner.problem.optimizers import chosen
@@ -80,25 +72,16 @@ def plan(
     check_place(output)
     console = messages()
     loaded = load_profile(profile)
-    wanted = chosen(loaded, optimizer, max_grad_norm)
+    wanted = chosen(loaded, asked["optimizer"], asked["max_grad_norm"])
     if server is not None and what_if:
         raise InputError("--what-if plans on this machine: leave out either it or --server")
-    with Interrupts() as interrupts, Solving(console, time_limit) as solving:
+    with Interrupts() as interrupts, Solving(console, asked["time_limit"]) as solving:
         if server is not None:
             with service(server) as elsewhere:
-                planned = elsewhere.plan(
-                    loaded,
-                    budget,
-                    policy=policy,
-                    time_limit=time_limit,
-                    gap=gap,
-                    optimizer=optimizer,
-                    max_grad_norm=max_grad_norm,
-                    progress=solving,
-                )
+                planned = elsewhere.plan(loaded, budget, **asked, progress=solving)
                 why = elsewhere.explanation(planned)
         else:
-            planned, why = _plan_here(wanted, budget, policy, time_limit, gap, solving, interrupts, what_if=what_if)
+            planned, why = _plan_here(wanted, budget, PlanOptions(**asked), solving, interrupts, what_if=what_if)
     if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
         # After its first answer the search went on and found that a smaller budget is enough: take that figure.
         smallest = why.shortfall.minimum_budget_bytes
@@ -128,9 +111,7 @@ def _run_next(plan: Plan, path: Path) -> str:
 def _plan_here(
     profile: Profile,
     budget: int,
-    policy: str | None,
-    time_limit: float,
-    gap: float,
+    options: PlanOptions,
     solving: Solving,
     interrupts: Interrupts,
     *,
@@ -142,9 +123,9 @@ def _plan_here(
     from tightfit.planner.report.marginal_value import explained
     from tightfit.planner.report.marginal_value import what_if as check
 
-    planner = planner_of(profile)
+    planner, time_limit, gap = planner_of(profile), options.time_limit, options.gap
     started = time.monotonic()
-    planned = planner.plan(budget, policy=policy, time_limit=time_limit, gap=gap, progress=solving)
+    planned = planner.plan(budget, policy=options.policy, time_limit=time_limit, gap=gap, progress=solving)
     # The plan is there already: a Ctrl-C from here on only leaves out what would be added to its explanation.
     with contextlib.suppress(KeyboardInterrupt):
         if what_if and planned.status != "infeasible" and planned.policy == "solver" and not interrupts.seen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from tightfit.runtime.cli.options import (
     Truncate,
     named_columns,
     training_options,
-    with_run_options,
+    with_options,
 )
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer, beside
@@ -33,7 +32,7 @@ FLEET = b'"kind": "data parallel"'
 """stands near the start of a fleet's plan"""
 
 
-@with_run_options()
+@with_options(RunOptions)
 def run(
     context: typer.Context,
     plan: Annotated[
@@ -156,18 +155,16 @@ def carry_out(
 ) -> None:
     """Run a plan, or the plan of one `member` of a fleet, and print its report; raises typer.Exit with the run's code.
 
-    With `replace` this process may become the run's supervisor. The folder `tokens`, in which these data may lie as tokens, is
-    removed once they are prepared. With `as_json` the report is printed beside what
-    `stages` says, JSON of what was done before.
+    With `replace` this process may become the run's supervisor. `tokens` is as for `prepared`. With `as_json` the report is
+    printed beside what `stages` says, JSON of what was done before.
     """
     from tightfit.runtime.session.launch import prepared
     from tightfit.runtime.supervision.progress import TrainingProgress
     from tightfit.runtime.supervision.report import already_done
     from tightfit.runtime.supervision.training_process import RunOrder
 
-    places = loaded.batch * loaded.model.rows_of_sample * loaded.seq if loaded.seq else None
     with (
-        TrainingProgress(steps=0, tokens_per_step=places, budget=loaded.budget_bytes) as training,
+        TrainingProgress(steps=0, tokens_per_step=loaded.places_per_step, budget=loaded.budget_bytes) as training,
         prepared(
             loaded,
             data,
@@ -187,8 +184,6 @@ def carry_out(
             tokens=tokens,
         ) as ready,
     ):
-        if tokens is not None:
-            shutil.rmtree(tokens, ignore_errors=True)
         if isinstance(ready, RunOrder):
             hand_on(ready, loaded, cgroup=cgroup, as_json=as_json, debug=debug, replace=replace, stages=stages)
     sys.stderr.write(already_done(ready, str(output), len(ready["loss"])))

@@ -13,9 +13,8 @@ import inspect
 import json
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -44,9 +43,6 @@ MODEL_AND_STEP, MEMORY, TRAINING, OTHERS = "Model and step", "Memory", "Training
 STAGES = ((MODEL_AND_STEP, profile), (MEMORY, plan), (TRAINING, run))
 """(heading in the help, command): options that several of them have are the last one's"""
 AUTO = "auto"
-TOKENS = ".tokens"
-"""in the output folder, until the run has prepared its data: the data as tokens, where they were counted to choose the length
-of a sequence"""
 PROFILE, PLAN, CONFIG = "profile.json", "plan.json", "config.toml"
 """what this command leaves in the output folder beside what a run leaves"""
 RANDOM = "random"
@@ -159,22 +155,12 @@ def train(
     given = options | {"seq": seq, "memory": memory, "adapter": adapter}
     _check(given)
     from tightfit.runtime.cli.terminal import messages
-    from tightfit.runtime.session.output import locked
+    from tightfit.runtime.session.output import locked, tokens_kept
 
     output = given["output"].absolute()
-    with locked(output), _removed_after_errors(output / TOKENS):
-        how = _prepare(context, given | {"output": output}, messages())
+    with locked(output), tokens_kept(output) as tokens:
+        how = _prepare(context, given | {"output": output}, tokens, messages())
     _go_on(context, given | how | {"output": output, "plan": output / PLAN})
-
-
-@contextlib.contextmanager
-def _removed_after_errors(folder: Path) -> Iterator[None]:
-    """Remove a folder, if it is there, where the block ends with an exception."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _check(given: Mapping[str, Any]) -> None:
@@ -189,17 +175,17 @@ def _part(of: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in inspect.signature(of).parameters if name in given}
 
 
-def _prepare(context: typer.Context, given: dict[str, Any], console: Console) -> dict[str, Any]:
+def _prepare(context: typer.Context, given: dict[str, Any], tokens: Path, console: Console) -> dict[str, Any]:
     """Leave profile.json, plan.json and config.toml in the output folder, which is locked; returns how `run` is to be
-    called: `resume`, `overwrite` and, for its answer, what the stages have found (`stages`).
+    called: `resume`, `overwrite`, `tokens` where the data were kept in that folder as tokens and, for its answer, what the
+    stages have found (`stages`).
 
     Raises what the stages raise, and typer.Exit if no plan fits.
     """
     output: Path = given["output"]
     how = _beginning(output, resume=given["resume"], overwrite=given["overwrite"])
-    shutil.rmtree(output / TOKENS, ignore_errors=True)  # of a call that was killed
     budget = _budget(given["memory"], console, resume=given["resume"])
-    seq = _sequence(given, budget, console)
+    seq = _sequence(given, budget, tokens, console)
     given |= {"seq": seq, "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget)}
     settings = _settings(context, given)
     earlier = read_file(output / CONFIG) if given["resume"] and (output / CONFIG).exists() else {}
@@ -225,7 +211,6 @@ def _prepare(context: typer.Context, given: dict[str, Any], console: Console) ->
         words = anew if given["overwrite"] else f"--resume -o {shlex.quote(str(output))}"
         raise RunError(f"interrupted; go on with: tightfit train {words}") from stop
     told = {"profile": _told(measured, output), "plan": answers.facts(planned) | {"plan": str(output / PLAN)}}
-    tokens = output / TOKENS
     kept = {"tokens": tokens if tokens.exists() else None}
     return how | kept | {"stages": answers.to_json(told) if given["as_json"] else None}
 
@@ -263,8 +248,9 @@ def _budget(memory: str, console: Console, *, resume: bool) -> int:
     return budget
 
 
-def _sequence(given: Mapping[str, Any], budget: int, console: Console) -> int | None:
-    """Tokens of a sequence: those asked for, or what the data need; None for a module, whose batches have their shape.
+def _sequence(given: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> int | None:
+    """Tokens of a sequence: those asked for, or what the data need, which are then kept in the folder `tokens`; None for a module,
+    whose batches have their shape.
 
     Raises InputError if there are no such data.
     """
@@ -285,7 +271,7 @@ def _sequence(given: Mapping[str, Any], budget: int, console: Console) -> int | 
             truncate=given["truncate"],
             budget=budget,
             columns=named_columns(given["columns"]),
-            keep=given["output"] / TOKENS,
+            keep=tokens,
             pairs=given["loss"] is not None,
             stages=stages,
         )

@@ -10,6 +10,9 @@ TightfitError            exit code 2: bad input, unless a subclass says otherwis
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TightfitError(Exception):
     """Its message says what was wrong, with the value, and what to do. `exit_code` is the command line's."""
@@ -45,3 +48,12 @@ class MemberGoneError(RunError):
 
 class CapError(TightfitError):
     exit_code = 5
+
+
+@contextmanager
+def named(place: object) -> Iterator[None]:
+    """Put `place` before the message of an InputError raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error

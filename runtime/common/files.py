@@ -101,6 +101,17 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def read_all(descriptor: int, memory: memoryview, offset: int) -> int:
+    """Fill `memory` from the file at `offset`; the number of bytes read, fewer than it holds only where the file ends.
+
+    A single read may take less: Linux reads at most 2 GiB at a time.
+    """
+    done = 0
+    while done < len(memory) and (read := os.preadv(descriptor, [memory[done:]], offset + done)):
+        done += read
+    return done
+
+
 def sync_directory(directory: str | os.PathLike[str]) -> None:
     """Flush a directory's list of files to disk, so that a rename in it survives a crash."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

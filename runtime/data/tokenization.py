@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.errors import InputError, RunError, named
 from tightfit.runtime.data import kept_tokens
 from tightfit.runtime.data.kept_tokens import Encoded
 from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
@@ -245,15 +245,6 @@ class Encoder:
         return self.segments([(asked, False), (completion, True)])
 
 
-@contextmanager
-def _named(answer: str) -> Iterator[None]:
-    """Say of which answer of a pair an InputError is."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f'prompt and "{answer}": {error}') from error
-
-
 class _Counting:
     """Stands in for a `RecordWriter` where nothing is to be written."""
 
@@ -398,13 +389,13 @@ class _Samples:
 
     def shifted_pair(self, tokens: Sequence[Tokens]) -> list[tuple[list[int], list[int]]]:
         """The inputs and labels of a pair, the chosen answer's first. What is cut at the front is the same of both."""
-        with _named("chosen"):
+        with named('prompt and "chosen"'):
             front = self.front(tokens[0])
-        with _named("rejected"):
+        with named('prompt and "rejected"'):
             front = max(front, self.front(tokens[1]))
-        with _named("chosen"):
+        with named('prompt and "chosen"'):
             chosen = self.shift(tokens[0], front)
-        with _named("rejected"):
+        with named('prompt and "rejected"'):
             rejected = self.shift(tokens[1], front)
         self.equal += chosen == rejected
         return [chosen, rejected]

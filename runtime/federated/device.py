@@ -24,6 +24,7 @@ from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.federated.adapter_file import AdapterFile
 from tightfit.runtime.federated.messages import Answer, Order
+from tightfit.runtime.supervision.failure import last_words
 
 SETTINGS = "device.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -187,15 +188,3 @@ def report_of(out: str) -> dict[str, Any]:
 def _tokens(metrics: str) -> int:
     with open(metrics, encoding="utf-8") as file:
         return sum(json.loads(line)["tokens"] for line in file)
-
-
-def last_words(log: str) -> str:
-    """The message of the error that a run ended with, or the last line that it printed."""
-    with open(log, encoding="utf-8", errors="replace") as file:
-        lines = file.read().strip().splitlines()
-    for line in reversed(lines):
-        try:
-            return str(json.loads(line)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return lines[-1] if lines else "it said nothing"

@@ -25,12 +25,13 @@ from tightfit.runtime.common.errors import InputError, TightfitError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.engine.training.adapter import WEIGHTS
 from tightfit.runtime.federated import aggregate
-from tightfit.runtime.federated.device import end, last_words, report_of, start
+from tightfit.runtime.federated.device import end, report_of, start
 from tightfit.runtime.federated.messages import Answer, SplitOrder
 from tightfit.runtime.federated.rounds import MOST_ASKED, Gathering, Network, Reply, RoundOptions, Rounds
 from tightfit.runtime.federated.server import free_port
 from tightfit.runtime.federated.split_device import HELLO, stage_arguments
 from tightfit.runtime.federated.split_stage import check_labels
+from tightfit.runtime.supervision.failure import last_words
 
 LOOK_SECONDS = 0.5
 """between two looks at devices and the run of the upper layers"""
@@ -295,7 +296,7 @@ class SplitRounds(Rounds):
         one.service, turn = None, one.turns[service.member]
         try:
             if code:
-                said = last_words(str(self._stage(service.member) / "log"))
+                said = last_words(self._stage(service.member) / "log")
                 raise InputError(f"the server's run for it ended with code {code}: {said}")
             run = self._stage(service.member) / "run"
             report = report_of(str(run)) | {"server_seconds": self.clock() - service.began}

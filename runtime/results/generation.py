@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ from tightfit.runtime.data.samples import Prompt, parse_prompt
 from tightfit.runtime.data.token_bytes import token_bytes
 from tightfit.runtime.data.tokenization import Encoder
 from tightfit.runtime.engine.device.resident import memory
-from tightfit.runtime.engine.generation.job import Sampling
 from tightfit.runtime.engine.start.process import child_environment
 from tightfit.runtime.engine.training.adapter import BODY, WEIGHTS
 from tightfit.runtime.engine.weights.layout import Entry, read_header
 from tightfit.runtime.results.adapter_changes import Adapter
+from tightfit.runtime.results.answer_options import CONTEXT, AnswerOptions
 from tightfit.runtime.results.evaluation import temporary_folder
 from tightfit.runtime.results.generation_figures import CHILD, job_of, measured
 from tightfit.runtime.results.place import adapter_folder
@@ -47,55 +47,12 @@ from tightfit.runtime.supervision.training_process import RunOrder
 Stages = Callable[[str, int, int], None]
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eom_id|>")
 """tokens with which chat templates of published models end a turn"""
-CACHES = ("float32", "bfloat16")
 QUESTION = 128
 """tokens of a question in a conversation, for which the plan is to be fast"""
-CONTEXT = 2048
-"""tokens of a conversation that are remembered, by default"""
 INSTEAD = (
     "merge the adapter into a model of its own (tightfit merge) and generate with transformers, or with llama.cpp where it has"
     " the family"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerOptions:
-    """How to answer. Raises InputError for values that cannot be used."""
-
-    max_tokens: int = 256
-    """of an answer"""
-    sampling: Sampling = field(default_factory=Sampling)
-    system: str | None = None
-    """what the system turn says, which a chat template puts before the prompt"""
-    template: bool = True
-    """whether prompts are put into the model's chat template, if it has one"""
-    cache: str = "float32"
-    """type of the keys and values in the cache"""
-    context: int | None = None
-    """tokens of a conversation and its next answer; None: `CONTEXT`, or as many as the model was made for"""
-    base: str | None = None
-    embeddings: str | None = None
-    threads: int | None = None
-    force: bool = False
-    """whether to measure again"""
-
-    def __post_init__(self) -> None:
-        sampling = self.sampling
-        for name, value, least in (
-            ("max-tokens", self.max_tokens, 1),
-            ("temperature", sampling.temperature, 0),
-            ("top-k", sampling.top_k, 0),
-            ("seed", sampling.seed, 0),
-            ("context", self.context, 2),
-        ):
-            if value is not None and not least <= value < 1 << 32:
-                raise InputError(f"--{name} {value}: give a number of at least {least}")
-        if not 0 < sampling.top_p <= 1:
-            raise InputError(f"--top-p {sampling.top_p}: give a number above 0, at most 1")
-        if not sampling.temperature and (sampling.top_k or sampling.top_p < 1):
-            raise InputError("--top-k and --top-p choose among tokens that are drawn at random; give --temperature too")
-        if self.cache not in CACHES:
-            raise InputError(f"--cache {self.cache}: give {' or '.join(CACHES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +106,10 @@ def generate(
         return []
     options = AnswerOptions(
         max_tokens=max_tokens,
-        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
         system=system,
         template=template,
         cache=cache,

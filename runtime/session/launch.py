@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ def run(
     stages: Stages | None = None,
     member: Membership | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    tokens: Path | None = None,
 ) -> dict[str, Any]:
     """Train `steps` steps, or `epochs` times the data, as planned, under the plan's budget; returns the report, also written
     to ``out/report.json``.
@@ -96,7 +98,9 @@ def run(
     to the report, operator by operator, where the seconds of the third step went (or of the next one that ends an
     update). `member` (`tightfit.runtime.session.fleet.membership`) says which member of a fleet runs its plan here;
     `steps` then counts the micro-batches of all members. `adapter` is a folder with the adapter that training starts
-    from, as PEFT has it, with the optimizer's states at zero; without it, training starts from PEFT's initial values.
+    from, as PEFT has it, with the optimizer's states at zero; without it, training starts from PEFT's initial values. `tokens`
+    is for `tightfit.runtime.session.train`: a folder in which it may have kept these data as tokens, removed once they are
+    prepared.
 
     Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a
     schedule, CapError if the measured memory is above the budget, RunError if the disk fills up, the training process
@@ -143,6 +147,7 @@ def run(
         stages=stages,
         member=member,
         adapter=adapter,
+        tokens=tokens,
     ) as ready:
         return supervise(ready, progress, stages) if isinstance(ready, RunOrder) else ready
 
@@ -173,8 +178,8 @@ def prepared(
     Yields the order to carry out, or the report of a run that has taken all its steps already. `out` is locked while
     the block runs. With `counted`, the memory of this process must fit the plan's budget too; otherwise CapError is
     raised before anything of an earlier run is replaced. `member`: which one of a fleet runs `plan`. `adapter`: the
-    folder of the adapter that training starts from. `tokens`: a folder in which `tightfit.runtime.data.sequence` has kept
-    these data as tokens.
+    folder of the adapter that training starts from. `tokens`: a folder in which `tightfit.runtime.data.sequence` may have kept
+    these data as tokens; it is removed once they are prepared.
     """
     check_kind(plan)
     if options.packing and plan.model.preference:
@@ -222,6 +227,8 @@ def prepared(
         )
         train = None if receives_batches(plan) else written(data, staging, "train")
         evaluation = None if eval_data is None or train is None else written(eval_data, staging, "evaluate")
+        if tokens is not None:
+            shutil.rmtree(tokens, ignore_errors=True)
         epoch_steps = _epoch_steps(plan, train, options) if train else None
         if train is None and options.epochs is not None:
             raise InputError(f"epochs {options.epochs:g}: a server has no data, of which an epoch would be; give steps")

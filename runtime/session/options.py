@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.options import option, said, types_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 LARGEST_SEED = 10**12
@@ -22,34 +21,11 @@ EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?epochs?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
-    """What the command line, the HTTP service and its page say of an option, and the values that it takes."""
-
-    help: str
-    """a sentence or two for a list of options"""
-    label: str | None = None
-    """what a form calls it; None: its name"""
-    metavar: str | None = None
-    """what stands for the value in the command line's help; None: its type"""
-    least: int | None = None
-    """the smallest value"""
-    most: int | None = None
-    """the largest value"""
-    choices: tuple[str, ...] = ()
-    """the only values, if there are any here"""
-
-
-def option(default: Any, help_: str, **said: Any) -> Any:
-    """A field of `RunOptions` that commands and requests have as an option; keywords are fields of `Said`."""
-    return field(default=default, metadata={"said": Said(help=help_, **said)})
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What decides how a run trains and saves; numbers of numpy and torch become Python's own, since they are written as JSON.
 
     `tightfit run`, `tightfit fleet run`, the service's `/v1/runs` and the form on its page have the fields that are made
-    by `option`, and take from there what they say of each (`said`). Raises InputError, which names the option, its value
+    by `option`, and take from there what they say of each (`tightfit.runtime.common.options`). Raises InputError, which names the option, its value
     and what it may be, for a value that is not allowed, and for options that exclude or need each other.
     """
 
@@ -165,28 +141,12 @@ class RunOptions:
         return replace(self, steps=steps, epochs=None, warmup_steps=warmup, warmup_ratio=None, eval_every=every)
 
 
-def said() -> Mapping[str, Said]:
-    """What is said of every option that commands and requests have, by its name."""
-    return {one.name: one.metadata["said"] for one in fields(RunOptions) if "said" in one.metadata}
-
-
-def default_of(name: str) -> Any:
-    """The value of an option that is not given."""
-    return next(one.default for one in fields(RunOptions) if one.name == name)
-
-
-def types_of(name: str) -> tuple[type, ...]:
-    """The types of an option's values, without None."""
-    kind = get_type_hints(RunOptions)[name]
-    return tuple(one for one in get_args(kind) or (kind,) if one is not NoneType)
-
-
-LEAST = {name: one.least or 0 for name, one in said().items() if int in types_of(name)} | {
+LEAST = {name: int(one.least or 0) for name, one in said(RunOptions).items() if int in types_of(RunOptions, name)} | {
     "eval_every": 1,
     "keep_checkpoints": 1,
 }
 """smallest value of each option that is a whole number"""
-SHARES = [name for name, one in said().items() if float in types_of(name) and one.most == 1]
+SHARES = [name for name, one in said(RunOptions).items() if float in types_of(RunOptions, name) and one.most == 1]
 """options from 0 to 1"""
 
 

@@ -29,6 +29,10 @@ OURS = {
 """folder of a name that others give to theirs too -> the only files that a run leaves in it"""
 
 
+TOKENS = ".tokens"
+"""folder in the output directory that `tokens_kept` makes way for"""
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[int]:
     """Make the output directory and lock it against other runs; yields the descriptor that holds the lock.
@@ -81,6 +85,22 @@ def is_locked(directory: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+@contextmanager
+def tokens_kept(directory: Path) -> Iterator[Path]:
+    """A folder in which data may be kept as tokens from when the length of a sequence is chosen until the run has prepared
+    its data (`tightfit.runtime.session.launch.prepared` then removes it).
+
+    What a call that was killed has left there is removed, and the folder where the block ends with an exception.
+    """
+    folder = directory / TOKENS
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

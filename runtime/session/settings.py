@@ -201,7 +201,7 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
         "supervisor_bytes": plan.device.floor.supervisor_bytes,
         "step_seconds": plan.step_seconds,
         "threads": plan.device.threads,
-        "places_per_step": plan.batch * plan.model.rows_of_sample * plan.seq if plan.seq else None,
+        "places_per_step": plan.places_per_step,
         "sorts": _sorts(plan),
         "train": _phase(plan.steps, plan.device.floor.supervisor_bytes),
         "evaluate": _phase([plan.evaluate] if plan.evaluate else [], plan.device.floor.supervisor_bytes),

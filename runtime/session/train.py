@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from tightfit.planner.plan import plan
@@ -15,6 +16,7 @@ from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.data.sequence import check_files, choose_seq
 from tightfit.runtime.session.launch import Data, run
 from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.output import locked, tokens_kept
 from tightfit.runtime.session.spare_memory import spare_memory
 
 STAGES: tuple[Callable[..., Any], ...] = (profile, plan, run)
@@ -42,31 +44,35 @@ def train(
     budget, if no plan fits. This program stays alive beside the run, and its memory is its own, as with `run`.
     """
     options |= {"eval_data": eval_data, "truncate": truncate}
-    known = {name for stage in STAGES for name in inspect.signature(stage).parameters}
+    known = {name for stage in STAGES for name in inspect.signature(stage).parameters} - {"tokens"}
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"train() has no option {unknown[0]!r}; its options are those of profile, plan and run")
     # What the run would refuse is told before measuring.
     RunOptions(**{field.name: options[field.name] for field in fields(RunOptions) if field.name in options}).check_end()
     budget = spare_memory()[0] if memory == "auto" else parse_size(str(memory))
-    if not names_module(model):
-        files = [os.fspath(one) if isinstance(one, str | os.PathLike) else None for one in (data, eval_data)]
-        check_files(*files)
-        if seq is None and files[0] is not None:
-            seq, _ = choose_seq(
-                model,
-                files[0],
-                files[1],
-                truncate=truncate,
-                budget=budget,
-                columns=options.get("columns"),
-                pairs=options.get("loss") is not None,
-                stages=options.get("stages"),
-            )
-    if seq is not None:
-        options["seq"] = seq
-    measured = profile(model, **_part(profile, options))
-    planned = plan(measured, budget, **_part(plan, options))
-    return run(planned, data, out=out, **_part(run, options))
+    directory = Path(out).absolute()
+    with tokens_kept(directory) as tokens:
+        with locked(directory):
+            if not names_module(model):
+                files = [os.fspath(one) if isinstance(one, str | os.PathLike) else None for one in (data, eval_data)]
+                check_files(*files)
+                if seq is None and files[0] is not None:
+                    seq, _ = choose_seq(
+                        model,
+                        files[0],
+                        files[1],
+                        truncate=truncate,
+                        budget=budget,
+                        columns=options.get("columns"),
+                        keep=tokens,
+                        pairs=options.get("loss") is not None,
+                        stages=options.get("stages"),
+                    )
+            if seq is not None:
+                options["seq"] = seq
+            measured = profile(model, **_part(profile, options))
+            planned = plan(measured, budget, **_part(plan, options))
+        return run(planned, data, out=out, **_part(run, options), tokens=tokens)
 
 
 def _part(stage: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

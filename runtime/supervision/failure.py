@@ -6,6 +6,7 @@ The standard library only.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -54,3 +55,15 @@ def told(failure: dict[str, Any], *, as_json: bool) -> int:
         sys.stdout.write(json.dumps({"error": failure}, ensure_ascii=False) + "\n")
     code: int = failure["exit_code"]
     return code
+
+
+def last_words(log: str | os.PathLike[str]) -> str:
+    """The message of the error with which a command ended whose output is in the file `log`, or else its last line."""
+    with open(log, encoding="utf-8", errors="replace") as file:
+        lines = file.read().strip().splitlines()
+    for line in reversed(lines):
+        try:
+            return str(json.loads(line)["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines[-1] if lines else "it said nothing"

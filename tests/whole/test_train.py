@@ -122,9 +122,23 @@ def test_interrupted_it_goes_on_with_the_folder_alone(trained: Any, folder: Path
 
 def test_a_program_trains_with_the_same_result(trained: Any, folder: Path, tmp_path: Path) -> None:
     options = {"batch": 2, "lora_rank": 4, "lora_dropout": 0.1, "steps": STEPS, "lr": 5e-3}
-    report = tightfit.train(str(folder / "model"), folder / "data.jsonl", tmp_path, memory="1GiB", **options)
+    said: set[str] = set()
+    report = tightfit.train(
+        str(folder / "model"),
+        folder / "data.jsonl",
+        tmp_path,
+        memory="1GiB",
+        stages=lambda what, done, total: said.add(what),
+        **options,
+    )
     assert report["budget_bytes"] == 1 << 30
+    # The data were tokenised once here as well.
+    assert f"taking the tokens of {folder / 'data.jsonl'}" in said
+    assert not any("tokenising" in what for what in said)
+    assert not (tmp_path / ".tokens").exists()
     assert adapter(tmp_path) == adapter(trained[0])
+    with pytest.raises(TypeError, match=r"train\(\) has no option 'tokens'"):
+        tightfit.train(str(folder / "model"), "random", tmp_path, steps=3, tokens=tmp_path)
     with pytest.raises(TypeError, match=r"train\(\) has no option 'stepz'"):
         tightfit.train(str(folder / "model"), "random", tmp_path, stepz=3)
     with pytest.raises(InputError, match="a run needs its number of steps, or of epochs"):

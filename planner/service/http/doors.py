@@ -256,25 +256,17 @@ def not_runnable(request: Request, plan: Row) -> str | None:
 
 
 def stored_profile(row: Row) -> StoredProfile:
-    return StoredProfile(
-        id=row["id"],
-        created=row["created"],
-        bytes=row["bytes"],
-        summary=json.loads(row["summary"]),
-        name=row["name"],
-        origin=row["origin"],
-    )
+    return StoredProfile(**_figures(row), name=row["name"], origin=row["origin"])
 
 
 def stored_plan(row: Row) -> StoredPlan:
-    return StoredPlan(
-        id=row["id"],
-        created=row["created"],
-        bytes=row["bytes"],
-        summary=json.loads(row["summary"]),
-        profile=row["origin"],
-    )
+    return StoredPlan(**_figures(row), profile=row["origin"])
 
 
 def stored_fleet(row: Row) -> StoredFleet:
-    return StoredFleet(id=row["id"], created=row["created"], bytes=row["bytes"], summary=json.loads(row["summary"]))
+    return StoredFleet(**_figures(row))
+
+
+def _figures(row: Row) -> dict[str, Any]:
+    """What is said of everything that is stored."""
+    return {"id": row["id"], "created": row["created"], "bytes": row["bytes"], "summary": json.loads(row["summary"])}

@@ -27,7 +27,8 @@ from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.schema import Job, JobId, RunMetrics, RunRequest
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.session.options import RunOptions, said
+from tightfit.runtime.common.options import said
+from tightfit.runtime.session.options import RunOptions
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 Identity = Annotated[JobId, Path(description="the run's job")]
@@ -126,7 +127,7 @@ async def _allowed(request: Request, asked: RunRequest) -> Row:
         if unfinished is not None:
             raise invalid("steps", unfinished)
     try:
-        RunOptions(**{name: getattr(asked, name) for name in said()})
+        RunOptions(**{name: getattr(asked, name) for name in said(RunOptions)})
     except InputError as error:
         raise invalid(str(error).split()[0].rstrip(":"), str(error)) from error  # it begins with the option's name
     if asked.eval_every is not None and asked.eval_data is None:

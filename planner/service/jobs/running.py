@@ -25,8 +25,9 @@ from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import CHUNK, Objects
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
 from tightfit.runtime.common.new_lines import NewLines
+from tightfit.runtime.common.options import said
 from tightfit.runtime.common.parent import end_with_parent
-from tightfit.runtime.session.options import said
+from tightfit.runtime.session.options import RunOptions
 
 if TYPE_CHECKING:
     from tightfit.planner.service.jobs.worker import JobOrder, Tell
@@ -90,7 +91,7 @@ def _wait_for_orphan(out: Path, asked: int) -> None:
 def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     request = order.request
     words = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
-    for name in (*said(), "eval_data", "columns", "truncate", "adapter", "profile_step"):
+    for name in (*said(RunOptions), "eval_data", "columns", "truncate", "adapter", "profile_step"):
         value = request.get(name)  # jobs that were stored before an option was known lack it
         if value is not None:
             words += _words(NAMES.get(name, name).replace("_", "-"), value)

@@ -162,11 +162,12 @@ def profile(order: JobOrder, tell: Tell) -> Row:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if "config" in request:
             request["source"] = str(cache.keep_config(request.pop("config")))
+        named = request.pop("source")
         found = measure(
-            **request, progress=lambda stage, done, total: tell.progress(stage=stage, done=done, total=total)
+            named, **request, progress=lambda stage, done, total: tell.progress(stage=stage, done=done, total=total)
         )
     # A model without weights has a store as soon as one of its plans runs.
-    source = resolve(request["source"], base=found.model.base, embeddings=found.model.embeddings)
+    source = resolve(named, base=found.model.base, embeddings=found.model.embeddings)
     store = found.model.store or str(store_path(cache.folder / STORES, source.name, source.fingerprint))
     cached = [name for name in map(cache.name, (store, found.model.source)) if name is not None]
     file = keep_profile(objects, found, origin="made", cached=cached)

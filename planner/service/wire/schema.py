@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, cast
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from tightfit.planner.fleet.schema import NAME
+from tightfit.planner.search_options import PlanOptions
 from tightfit.planner.service.wire.errors import Code
-from tightfit.profiles.schema import MOST_ACCUMULATED
-from tightfit.runtime.session.options import Said, default_of, said, types_of
+from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
+from tightfit.runtime.common.options import Said, default_of, said, types_of
+from tightfit.runtime.session.options import RunOptions
 
 JobKind = Literal["profile", "plan", "comparison", "fleet", "run"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
@@ -100,16 +104,6 @@ Latency = Annotated[
     BeforeValidator(_no_flag("time; write seconds, or a time such as 2ms")),
     Field(description="seconds, or a time such as 2ms, one way", examples=["2ms", 0.002]),
 ]
-Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
-Gap = Annotated[
-    float,
-    Field(
-        ge=0,
-        lt=1,
-        allow_inf_nan=False,
-        description="a search ends once its plan is proven to be slower than the best by at most this share; 0: it goes on to the proof",
-    ),
-]
 
 
 class Request(BaseModel):
@@ -120,34 +114,56 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class StepRequest(Request):
+def _with_options(record: type, *leaving_out: str, base: type[Request] = Request) -> Any:
+    """A request with the fields of `base` and, after them, the options of a record; without those of the names given here."""
+    fields = {name: _field(record, name, told) for name, told in said(record).items() if name not in leaving_out}
+    return create_model(f"{base.__name__}With{record.__name__}", __base__=base, **cast("Any", fields))
+
+
+def _field(record: type, name: str, told: Said) -> tuple[Any, Any]:
+    """The type of an option, and what else is said of it, as a field of a request."""
+    kind, *others = [one for one in types_of(record, name) if one is not Path]
+    inside, limits = get_args(kind)[-1:], _limits(kind, told)
+    if told.choices:
+        kind, limits = Literal.__getitem__(told.choices), {}
+    elif inside:  # a map or a list
+        held: Any = Annotated[inside[0], Field(**_limits(inside[0], told))]
+        kind, limits = dict[str, held] if get_origin(kind) is Mapping else list[held], {"max_length": told.entries}
+    elif others:  # a number, or words that mean one
+        kind, limits = kind | Annotated[str, Field(max_length=MOST_LETTERS)], {}
+    default = default_of(record, name)
+    title = told.label or name.replace("_", " ").capitalize()
+    return (
+        kind | None if default is None else kind,
+        Field(default, title=title, description=told.over_http or told.help, **limits),
+    )
+
+
+def _limits(kind: Any, told: Said) -> dict[str, Any]:
+    """The limits of a text or a number, as pydantic has them."""
+    if kind is str:
+        return {"min_length": told.shortest, "max_length": told.longest, "pattern": told.pattern}
+    if kind not in (int, float):
+        return {}
+    most = LARGEST_NUMBER if told.most is None and told.below is None else told.most
+    return {
+        "ge": told.least,
+        "gt": told.above,
+        "le": None if most == math.inf else most,
+        "lt": told.below,
+        "allow_inf_nan": False,
+    }
+
+
+class StepRequest(_with_options(PlanOptions, "policy")):  # type: ignore[misc]
     """What plans and comparisons are asked of a step."""
 
-    time_limit: Seconds = 30.0
-    gap: Gap = 0.0
-    optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion"] | None = Field(
-        None, description="what it keeps of each trained tensor is in the plan; default: adamw"
-    )
-    max_grad_norm: float | None = Field(
-        None,
-        title="Largest gradient norm",
-        gt=0,
-        allow_inf_nan=False,
-        description="gradients of an update are scaled down together to this norm; default: not clipped",
-    )
 
-
-class ProfileRequest(Request):
-    """Make a profile on this machine. Exactly one of `path`, `hub` and `config` names the model."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"path": "SmolLM2-135M-Instruct.Q4_1.gguf", "seq": 64, "batch": 16}],
-        }
-    )
-
+class ModelRequest(Request):
     path: str | None = Field(
-        None, max_length=4096, description="a Hugging Face folder, GGUF file or config.json under an allowed root"
+        None,
+        max_length=LONGEST_PATH,
+        description="a Hugging Face folder, GGUF file or config.json under an allowed root",
     )
     hub: str | None = Field(
         None,
@@ -157,105 +173,22 @@ class ProfileRequest(Request):
     config: dict[str, Any] | None = Field(
         None, description="a config.json as it is, of any dense decoder of transformers; the weights are random then"
     )
-    seq: int = Field(256, ge=1, le=1 << 20, title="Sequence", description="tokens per sample")
-    batch: int = Field(1, ge=1, le=1 << 16, description="samples per step")
-    lora_rank: int | None = Field(None, ge=1, le=1 << 14, title="LoRA rank", description="default: 8")
-    lora_alpha: float | None = Field(
-        None, gt=0, le=1e9, allow_inf_nan=False, title="LoRA alpha", description="default: twice the rank"
-    )
-    lora_targets: str | None = Field(
-        None,
-        title="LoRA on",
-        min_length=1,
-        max_length=4096,
-        description="linear layers that get pairs: all-linear (the default), attention, names separated by commas, or a"
-        " regular expression for whole names",
-    )
-    lora_layers: str | None = Field(
-        None,
-        title="LoRA in layers",
-        max_length=2560,
-        pattern=r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$",
-        description="only in these layers: 0-3,8",
-    )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1 << 14)]] | None = Field(
-        None, max_length=256, description="other ranks where a layer's name matches a pattern"
-    )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]] | None = Field(
-        None, max_length=256, description="other alphas there"
-    )
-    lora_dropout: float | None = Field(
-        None, title="LoRA dropout", ge=0, lt=1, description="share of a pair's input left out in training"
-    )
-    rslora: bool = Field(False, title="rsLoRA", description="scale is alpha / sqrt(rank)")
-    dora: bool = Field(False, title="DoRA", description="a trained magnitude beside each pair")
-    modules_to_save: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
-        None, max_length=2, description="trained in full: embed_tokens, lm_head"
-    )
-    loss: Literal["dpo", "orpo"] | None = Field(
-        None,
-        title="Loss of pairs",
-        description="learn from pairs of a chosen and a rejected answer, `batch` of them, instead of predicting tokens",
-    )
-    beta: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        title="Beta",
-        description="how much the comparison weighs in the loss of pairs; by default 0.1",
-    )
-    accumulate: int = Field(
-        1, ge=1, le=MOST_ACCUMULATED, title="Steps per update", description="steps whose gradients make one update"
-    )
-    dtype: Literal["bfloat16", "float32"] | None = Field(
-        None, title="Number type", description="of the arithmetic; default: bfloat16"
-    )
-    base: Literal["4bit", "8bit", "16bit"] | None = Field(
-        None,
-        title="Frozen weights",
-        description="precision of matrices that are not quantised; by default 4bit, or what a quantised file holds",
-    )
-    embeddings: Literal["4bit", "8bit", "16bit"] | None = Field(
-        None,
-        title="Embedding and head",
-        description="the same for the embedding and the head; default: as the other weights",
-    )
-    adapter: str | None = Field(
-        None,
-        title="Settings of an adapter",
-        min_length=1,
-        max_length=4096,
-        description="all LoRA settings are those of this adapter of PEFT, a folder under an allowed root, so that a run can start from it",
-    )
-    device: str = Field(
-        "cpu",
-        max_length=64,
-        description="cpu: this machine, measured; a name listed at /v1/devices: estimated for that one, to be planned and not run",
-    )
-    threads: int | None = Field(None, ge=1, le=1 << 12, description="compute threads; default: every core")
-    side_rank: int | None = Field(
-        None,
-        ge=1,
-        le=1 << 14,
-        description="measure the step of a side network beside the model instead (mobillm's server), with adapters of this rank",
-    )
-    side_blocks: int | None = Field(
-        None,
-        ge=1,
-        le=1 << 12,
-        description="blocks of the model whose outputs the side network reads; default: 8, or all",
-    )
-    force: bool = Field(
-        False,
-        title="Measure anew",
-        description="measure anew where a profile is there already, for example one measured while the machine was busy",
-    )
 
     @model_validator(mode="after")
-    def one_source(self) -> ProfileRequest:
+    def one_source(self) -> Self:
         if sum(value is not None for value in (self.path, self.hub, self.config)) != 1:
             raise ValueError("give exactly one of path, hub and config")
         return self
+
+
+class ProfileRequest(_with_options(ProfileOptions, base=ModelRequest)):  # type: ignore[misc]
+    """Make a profile on this machine. Exactly one of `path`, `hub` and `config` names the model."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"path": "SmolLM2-135M-Instruct.Q4_1.gguf", "seq": 64, "batch": 16}],
+        }
+    )
 
 
 class PlanRequest(StepRequest):
@@ -329,54 +262,36 @@ class FleetRequest(Request):
         " micro-batches; auto: data, unless no device can hold a micro-batch or a pipeline is shorter",
     )
     bits: Literal[0, 8] = Field(0, description="of a number in a pipeline's messages; 0: as it is")
-    time_limit: Annotated[Seconds, Field(description="for all of the planning")] = 120.0
-    gap: Gap | None = Field(
-        None, description="relative gap at which the search may stop; null: 0.001 for data, 0.01 for a pipeline"
+    time_limit: float = Field(
+        120.0, description="for all of the planning", **_limits(float, said(PlanOptions)["time_limit"])
+    )
+    gap: float | None = Field(
+        None,
+        description="relative gap at which the search may stop; null: 0.001 for data, 0.01 for a pipeline",
+        **_limits(float, said(PlanOptions)["gap"]),
     )
     prices: bool = Field(True, description="also say what more memory or a faster link of each device would be worth")
 
 
-def _of_a_run() -> dict[str, Any]:
-    """The options of a run (`RunOptions`) as fields of a request."""
-    return {name: (_type(name, told), _field(name, told)) for name, told in said().items()}
-
-
-def _type(name: str, told: Said) -> Any:
-    if told.choices:
-        return Literal.__getitem__(told.choices)
-    kinds: Any = types_of(name)
-    kind = kinds[0]
-    for other in kinds[1:]:
-        kind |= Annotated[other, Field(max_length=MOST_LETTERS)]
-    return kind | None if default_of(name) is None else kind
-
-
-def _field(name: str, told: Said) -> Any:
-    limits: dict[str, Any] = {}
-    if types_of(name) in ((int,), (float,)):
-        limits = {"ge": told.least, "le": LARGEST_NUMBER if told.most is None else told.most, "allow_inf_nan": False}
-    title = told.label or name.replace("_", " ").capitalize()
-    return Field(default_of(name), title=title, description=told.help, **limits)
-
-
-RunFields = cast("type[Request]", create_model("RunFields", __base__=Request, **_of_a_run()))
 ColumnName = Annotated[str, Field(pattern=r"^[^,=]{1,256}$")]
 
 
-class RunRequest(RunFields):  # type: ignore[misc, valid-type]  # its fields are those of RunOptions
+class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]
     """Train on this machine as planned."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"plan": DIGEST, "data": "random", "steps": 20}]})
 
     plan: Digest
     data: str = Field(
-        min_length=1, max_length=4096, description="random, or a file or folder of samples under an allowed root"
+        min_length=1,
+        max_length=LONGEST_PATH,
+        description="random, or a file or folder of samples under an allowed root",
     )
     eval_data: str | None = Field(
         None,
         title="Held-out data",
         min_length=1,
-        max_length=4096,
+        max_length=LONGEST_PATH,
         description="evaluated before the first step and after the last, and every eval_every steps",
     )
     columns: dict[ColumnName, ColumnName] | None = Field(
@@ -389,7 +304,7 @@ class RunRequest(RunFields):  # type: ignore[misc, valid-type]  # its fields are
         None,
         title="Start from an adapter",
         min_length=1,
-        max_length=4096,
+        max_length=LONGEST_PATH,
         description="a folder under an allowed root, with an adapter of the plan's settings",
     )
     profile_step: bool = Field(False, description="report where the seconds of one step went")

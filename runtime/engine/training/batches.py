@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.files import read_all
 from tightfit.runtime.engine.training.packing import SharedRows, batches_of_epoch
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
 
@@ -152,7 +153,7 @@ class TensorBatches:
             if not size:
                 continue  # an empty tensor's data is a null pointer, for which zlib's crc32 starts over
             view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-            if os.preadv(self._descriptor, [view], offset) != size:
+            if read_all(self._descriptor, view, offset) != size:
                 raise InputError(f"{self.path}: truncated in batch {number}; prepare the data again")
             checksum = zlib.crc32(view, checksum)
             offset += size

@@ -41,6 +41,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.files import read_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,7 +156,7 @@ class RecordFile:
 
         begin, size = self._place(index)
         record = memoryview(self._buffer)[:size]
-        read = os.preadv(self._descriptor, [record], begin)
+        read = read_all(self._descriptor, record, begin)
         example, choice, answer, length, checksum = struct.unpack_from("<iiiiI", record)
         if read != size or size != _bytes(length) or checksum != _checksum(record):
             raise self._damaged(index)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import read_all
 from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.layout import (
     ALIGNMENT,
@@ -173,7 +174,7 @@ class Store:
                         ctypes.memmove(target, target - entry.row_bytes, entry.row_bytes)
                     else:
                         self._check_row(entry, row)
-                        _read_all(
+                        _filled(
                             self._buffered,
                             target,
                             entry.row_bytes,
@@ -210,10 +211,10 @@ class Store:
     def _read(self, entry: Entry, address: int, offset: int, size: int) -> memoryview:
         if self._direct >= 0 and address % ALIGNMENT == 0:
             try:
-                return _read_all(self._direct, address, size, offset, self.path, entry.name)
+                return _filled(self._direct, address, size, offset, self.path, entry.name)
             except OSError:
                 pass  # some file systems open files with O_DIRECT and then refuse to read them
-        view = _read_all(self._buffered, address, size, offset, self.path, entry.name)
+        view = _filled(self._buffered, address, size, offset, self.path, entry.name)
         _advise(self._buffered, offset, size, "DONTNEED")
         return view
 
@@ -315,15 +316,12 @@ def _advise(descriptor: int, offset: int, size: int, advice: str) -> None:
         os.posix_fadvise(descriptor, offset, size, getattr(os, f"POSIX_FADV_{advice}"))
 
 
-def _read_all(descriptor: int, address: int, size: int, offset: int, path: Path, name: str) -> memoryview:
+def _filled(descriptor: int, address: int, size: int, offset: int, path: Path, name: str) -> memoryview:
     """Fill `size` bytes at `address` and return them as a view. Raises InputError at the end of the file."""
     view = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
-    done = 0
-    while done < size:
-        read = os.preadv(descriptor, [view[done:]], offset + done)
-        if read == 0:
-            raise InputError(
-                f"{path}: truncated while reading tensor {name!r} at byte {offset + done}; delete the file and profile the model again"
-            )
-        done += read
+    done = read_all(descriptor, view, offset)
+    if done < size:
+        raise InputError(
+            f"{path}: truncated while reading tensor {name!r} at byte {offset + done}; delete the file and profile the model again"
+        )
     return view

@@ -6,7 +6,7 @@ from synthetic import small_chain
 from tightfit.planner.fleet.description import read_description
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.io import save_profile
-from tightfit.profiles.schema import MOST_ACCUMULATED
+from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import MIB
 

@@ -22,14 +22,16 @@ from tightfit.planner.service.wire.schema import (
     ProfileRequest,
     RunRequest,
 )
-from tightfit.profiles.schema import OPTIMIZER_STATES
+from tightfit.profiles.api import DTYPES
+from tightfit.profiles.schema import KNOWN, OPTIMIZER_STATES
 from tightfit.runtime.cli.compare import compare
 from tightfit.runtime.cli.main import app
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.session.options import RunOptions, said
+from tightfit.runtime.common.options import said
+from tightfit.runtime.session.options import RunOptions
 
 OF_THE_COMMAND = {"context", "output", "as_json", "debug", "server", "html", "picture", "stages", "tokens"}
 """parameters about a command's own files and messages"""
@@ -55,9 +57,52 @@ def test_every_option_of_a_command_is_a_field_of_its_request(command: Any, reque
     assert missing == set()
 
 
-def test_optimizers_are_those_that_there_are() -> None:
-    choices = next(one for one in forms()["step"] if one["name"] == "optimizer")["choices"]
-    assert choices == list(OPTIMIZER_STATES)
+@pytest.mark.parametrize(
+    ("form", "name", "known"),
+    [("step", "optimizer", OPTIMIZER_STATES), ("profile", "loss", KNOWN), ("profile", "dtype", DTYPES)],
+)
+def test_choices_are_those_that_there_are(form: str, name: str, known: Any) -> None:
+    choices = next(one for one in forms()[form] if one["name"] == name)["choices"]
+    assert choices == list(known)
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "value", "taken"),
+    [
+        (ProfileRequest, "seq", 0, 1 << 20),
+        (ProfileRequest, "batch", (1 << 16) + 1, 1),
+        (ProfileRequest, "accumulate", (1 << 16) + 1, 1 << 16),
+        (ProfileRequest, "lora_alpha", 0, 1e9),
+        (ProfileRequest, "lora_alpha", float("inf"), 0.5),
+        (ProfileRequest, "lora_dropout", 1, 0),
+        (ProfileRequest, "lora_layers", "0-", "0-3,8"),
+        (ProfileRequest, "lora_targets", "", "attention"),
+        (ProfileRequest, "rank_pattern", {"q_proj": 0}, {"q_proj": 1}),
+        (
+            ProfileRequest,
+            "rank_pattern",
+            dict.fromkeys(map(str, range(257)), 1),
+            dict.fromkeys(map(str, range(256)), 1),
+        ),
+        (ProfileRequest, "alpha_pattern", {"q_proj": 0}, {"q_proj": 0.1}),
+        (ProfileRequest, "modules_to_save", ["", "lm_head"], ["embed_tokens", "lm_head"]),
+        (ProfileRequest, "modules_to_save", ["a", "b", "c"], None),
+        (ProfileRequest, "adapter", "a" * 4097, "a" * 4096),
+        (ProfileRequest, "base", "2bit", "16bit"),
+        (ProfileRequest, "beta", 0, 1e12),
+        (PlanRequest, "time_limit", 0, 86400),
+        (PlanRequest, "time_limit", 86401, 0.1),
+        (PlanRequest, "gap", 1, 0),
+        (PlanRequest, "max_grad_norm", 0, 1e12),
+        (PlanRequest, "optimizer", "adagrad", "lion"),
+    ],
+)
+def test_limits_of_a_request(request_: Any, field: str, value: Any, taken: Any) -> None:
+    needed = {"path": "model"} if request_ is ProfileRequest else {"profile": DIGEST, "memory": 1 << 30}
+    assert getattr(request_(**needed, **{field: taken}), field) == taken
+    with pytest.raises(ValidationError) as caught:
+        request_(**needed, **{field: value})
+    assert caught.value.errors()[0]["loc"][0] == field
 
 
 ALL: dict[str, Any] = {
@@ -102,8 +147,8 @@ def test_a_run_is_started_with_what_its_request_says(request_: dict[str, Any], t
     assert words[:2] == ["tightfit", "run"]
     command: Any = get_command(app)
     read = command.commands["run"].make_context("run", words[2:]).params
-    own = RunOptions(**{name: asked[name] for name in said()})
-    assert RunOptions(**{name: read[name] for name in said()}) == own
+    own = RunOptions(**{name: asked[name] for name in said(RunOptions)})
+    assert RunOptions(**{name: read[name] for name in said(RunOptions)}) == own
     assert set(asked) - {"plan", "data"} <= {CALLED.get(name, name) for name in read}
     columns = asked["columns"] and ",".join(f"{name}={column}" for name, column in asked["columns"].items())
     assert (read["data"], read["evaluate"], read["columns"]) == (asked["data"], asked["eval_data"], columns)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.files import write_whole
+from tightfit.runtime.common.files import read_all, write_whole
 
 
 def test_writes_text_and_bytes_and_makes_folders(tmp_path):
@@ -34,3 +34,17 @@ def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
     assert caught.value.exit_code == 4
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_reads_that_take_less_are_gone_on_with_up_to_the_end_of_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "bytes"
+    path.write_bytes(content := os.urandom(100))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, views, offset: preadv(descriptor, [views[0][:7]], offset))
+    with path.open("rb") as file:
+        whole, beyond = bytearray(60), bytearray(60)
+        assert read_all(file.fileno(), memoryview(whole), 20) == 60
+        assert whole == content[20:80]
+        assert read_all(file.fileno(), memoryview(beyond), 70) == 30
+        assert beyond == content[70:] + bytes(30)
+        assert read_all(file.fileno(), memoryview(beyond), 100) == 0
