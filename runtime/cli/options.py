@@ -83,6 +83,7 @@ Columns = Annotated[
         help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
     ),
 ]
+Packing = Annotated[bool, typer.Option("--packing/--no-packing", help=said()["packing"].help)]
 Cgroup = Annotated[
     bool,
     typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
