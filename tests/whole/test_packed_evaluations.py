@@ -1,5 +1,5 @@
 """Evaluations in which samples share rows against those with a row for each sample, and against transformers and peft on one
-sample at a time: the same loss, accuracy and counts, at every budget and after a resume.
+sample at a time: the same loss, accuracy and counts, by every schedule and after a resume.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ from tightfit.runtime.engine.training.records import RecordFile
 from tightfit.runtime.results.evaluation import evaluate
 from tightfit.runtime.session.launch import run
 
-pytestmark = pytest.mark.usefixtures("cache")
-BATCH, SEQ, STEPS = 3, 48, 4
+pytestmark = [
+    pytest.mark.usefixtures("cache"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),  # peft, of GPT-2
+]
+BATCH, SEQ, STEPS = 3, 44, 4
 COUNTS = ("accuracy", "questions", "records")
 TRAINING: dict[str, Any] = {"lr": 5e-3, "eval_every": 2, "checkpoint_every": 2, "keep_best": True}
 WORDS = ("positive", "negative", "they've 12", "the moon", "no")
@@ -62,7 +65,8 @@ class Case:
     model: Any
     config: dict[str, Any]
     planned: Plan
-    smallest: Plan
+    streaming: Plan
+    """which reads weights again and again"""
     data: Path
     out: Path
     report: dict[str, Any]
@@ -79,11 +83,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     data = folder / "held-out.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in held_out()))
     made = profile(str(folder / "model"), batch=BATCH, seq=SEQ, lora_rank=4, dtype="float32")
-    planned, smallest = plan(made, 1 << 40), plan(made, ModelPlanner(made).minimum().peak_bytes)
-    assert planned.evaluate != smallest.evaluate
+    planned = plan(made, 1 << 40)
+    streaming = ModelPlanner(made).plan(planned.peak_bytes, policy="mebp")
+    assert planned.evaluate and not planned.evaluate.read_bytes
+    assert streaming.evaluate and streaming.evaluate.read_bytes
     out = folder / "out"
     report = run(planned, data, steps=STEPS, out=out, eval_data=data, packing=True, **TRAINING)
-    return Case(model, config, planned, smallest, data, out, report)
+    return Case(model, config, planned, streaming, data, out, report)
 
 
 def records_of(case: Case) -> Path:
@@ -100,12 +106,13 @@ def test_the_result_is_that_of_rows_of_their_own(case: Case) -> None:
     assert {name: packed[name] for name in COUNTS} == {name: apart[name] for name in COUNTS}
     assert (packed["questions"], packed["records"]) == (11, sum(len(row.get("choices", "1")) for row in held_out()))
     assert 0 < packed["accuracy"] < 1
-    # As the run with packing says, to the bit, and at every budget.
+    # As the run with packing says, to the bit, and by another schedule.
     after = case.report["evaluation"]["after"]
-    smallest = evaluate(case.smallest, case.data, adapter=case.out, packing=True)
-    for other in (after, smallest):
+    streaming = evaluate(case.streaming, case.data, adapter=case.out, packing=True)
+    for other in (after, streaming):
         assert {name: other[name] for name in ("loss", *COUNTS)} == {name: packed[name] for name in ("loss", *COUNTS)}
-    assert smallest["peak_bytes"]["measured"] <= smallest["peak_bytes"]["predicted"]
+    for one in (packed, streaming):
+        assert one["peak_bytes"]["measured"] <= one["peak_bytes"]["predicted"]
 
 
 def test_rows_are_shared_and_the_last_batch_is_short(case: Case) -> None:
