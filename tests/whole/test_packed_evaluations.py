@@ -85,8 +85,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     made = profile(str(folder / "model"), batch=BATCH, seq=SEQ, lora_rank=4, dtype="float32")
     planned = plan(made, 1 << 40)
     streaming = ModelPlanner(made).plan(planned.peak_bytes, policy="mebp")
-    assert planned.evaluate and not planned.evaluate.read_bytes
-    assert streaming.evaluate and streaming.evaluate.read_bytes
+    assert planned.evaluate
+    assert streaming.evaluate
+    assert not planned.evaluate.read_bytes
+    assert streaming.evaluate.read_bytes
     out = folder / "out"
     report = run(planned, data, steps=STEPS, out=out, eval_data=data, packing=True, **TRAINING)
     return Case(model, config, planned, streaming, data, out, report)
