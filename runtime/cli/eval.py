@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tightfit.runtime.cli.options import Cgroup, Columns, Debug, Json, Truncate, named_columns
+from tightfit.runtime.cli.options import Cgroup, Columns, Debug, Json, Packing, Truncate, named_columns
 from tightfit.runtime.cli.run import hand_on
 
 
@@ -32,6 +32,7 @@ def evaluate(
     ] = None,
     truncate: Truncate = False,
     columns: Columns = None,
+    packing: Packing = False,
     cgroup: Cgroup = True,
     as_json: Json = False,
     debug: Debug = False,
@@ -54,6 +55,7 @@ def evaluate(
             adapter=adapter,
             truncate=truncate,
             columns=named_columns(columns),
+            packing=packing,
             cgroup=cgroup,
             stages=progress.stage,
             counted=replace,

@@ -54,6 +54,7 @@ Columns = Annotated[
         help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
     ),
 ]
+Packing = Annotated[bool, typer.Option("--packing/--no-packing", help=said(RunOptions)["packing"].help)]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")]
 FleetDescription = Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")]
 FleetFolder = Annotated[

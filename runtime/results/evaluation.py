@@ -1,7 +1,7 @@
 """Evaluates a plan's model, with an adapter or as training would begin, in the capped process of a run.
 
 It is a run of no steps: the same schedule, kernels and data files, and so the same figures to the bit as `tightfit run
---eval` reports for the same adapter. Imports no PyTorch, as the process that prepares a run.
+--eval` reports for the same adapter, where samples share rows in both or in neither. Imports no PyTorch, as the process that prepares a run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.launch import Data, prepare_data
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import locked
-from tightfit.runtime.session.settings import order_of, settings_of
+from tightfit.runtime.session.settings import check_packing, order_of, packing_told, settings_of
 from tightfit.runtime.supervision.supervisor import Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -37,6 +37,7 @@ def evaluate(
     adapter: str | os.PathLike[str] | None = None,
     truncate: bool = False,
     columns: Mapping[str, str] | None = None,
+    packing: bool = False,
     cgroup: bool = True,
     stages: Stages | None = None,
 ) -> dict[str, Any]:
@@ -45,10 +46,10 @@ def evaluate(
     `adapter` is the folder of an adapter, or of the run that left it; without it the model is as training would begin, which is
     the base. `data` and the other arguments are as of `tightfit.run`. Returns `loss` (of a decoder the mean over labelled tokens, of a
     module that over batches), `perplexity` (None for a module), `accuracy` (None without questions), `questions`, `records`,
-    `seconds`, and the memory as a run reports it. Raises what `tightfit.run` raises.
+    `seconds`, the memory as a run reports it, and `packing`, whether samples share rows. Raises what `tightfit.run` raises.
     """
     with prepared(
-        plan, data, adapter=adapter, truncate=truncate, columns=columns, cgroup=cgroup, stages=stages
+        plan, data, adapter=adapter, truncate=truncate, columns=columns, packing=packing, cgroup=cgroup, stages=stages
     ) as order:
         return supervise(order, None, stages)
 
@@ -61,6 +62,7 @@ def prepared(
     adapter: str | os.PathLike[str] | None = None,
     truncate: bool = False,
     columns: Mapping[str, str] | None = None,
+    packing: bool = False,
     cgroup: bool = True,
     stages: Stages | None = None,
     counted: bool = False,
@@ -70,7 +72,9 @@ def prepared(
     Its files lie in a temporary folder, which is removed when the block ends. With `counted`, the memory of this process must fit
     the plan's budget too; otherwise CapError is raised.
     """
+    options = RunOptions(packing=packing)
     check_kind(plan)
+    check_packing(plan, options)
     check_seat(plan, None)
     preparation = Preparation(plan.budget_bytes) if counted else None
     check_machine(plan)
@@ -99,7 +103,7 @@ def prepared(
             plan,
             directory,
             store,
-            RunOptions(),
+            options,
             data=written.name,
             evaluation=written.name,
             resume=False,
@@ -108,7 +112,8 @@ def prepared(
         compiled = compile_job(plan, settings | {"steps": 0})
         if preparation:
             preparation.check("preparing the data")
-        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, evaluates=True)
+        told = packing_told(plan, settings)
+        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, evaluates=True, packing=told)
 
 
 @contextmanager

@@ -33,7 +33,14 @@ from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import check_reached, finished_report, locked, remove, staged, to_be_replaced
-from tightfit.runtime.session.settings import order_of, packing_told, packs, receives_batches, settings_of
+from tightfit.runtime.session.settings import (
+    check_packing,
+    order_of,
+    packing_told,
+    packs,
+    receives_batches,
+    settings_of,
+)
 from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -88,8 +95,8 @@ def run(
     or, for a module, an iterable of batches (tuples of tensors); a server that trains a side network has no use for it. Batches are written to disk before training: all of an
     iterable that has a length, the first `steps` of one that has none. Each step takes the next batch, starting again
     after the last. `columns` says what the data call a sample's parts: ``{"prompt": "question"}``. With `packing`, samples
-    of a language model share the rows of training batches, and positions and attention stay inside each; models that do not
-    allow it say why in the report, and train on a row for each sample. With `eval_data`, which
+    of a language model share the rows of batches, in training and evaluations, and positions and attention stay inside each;
+    models that do not allow it say why in the report, and have a row for each sample. With `eval_data`, which
     must end, the model is evaluated before and after training, and with `eval_every` also after every so many steps, or
     epochs (``"1 epoch"``); `keep_best` then keeps the result of the best evaluation in ``out/best``, and `early_stopping`
     ends the run after so many evaluations in a row that were no better than the best. `cgroup=False`
@@ -182,11 +189,7 @@ def prepared(
     these data as tokens; it is removed once they are prepared.
     """
     check_kind(plan)
-    if options.packing and plan.model.preference:
-        raise InputError(
-            f"packing: the plan learns from pairs of answers ({plan.model.preference.loss}), each of which has a row of its own;"
-            " leave the option out"
-        )
+    check_packing(plan, options)
     seat = member.seat if member else None
     check_seat(plan, seat)
     preparation = Preparation(plan.budget_bytes) if counted else None

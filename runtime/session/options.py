@@ -86,7 +86,8 @@ class RunOptions:
     )
     """None: the run takes all steps"""
     packing: bool = option(
-        False, "Let short samples share the rows of training batches, each attending to itself alone."
+        False,
+        "Let short samples share the rows of batches, in training and evaluations, each attending to itself alone.",
     )
     """where the model allows it"""
 

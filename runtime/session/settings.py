@@ -116,8 +116,17 @@ def _own_settings(name: str, options: RunOptions) -> dict[str, Any]:
     return own
 
 
+def check_packing(plan: Plan, options: RunOptions) -> None:
+    """Raise InputError where samples are to share rows and each has to have one."""
+    if options.packing and plan.model.preference:
+        raise InputError(
+            f"packing: the plan learns from pairs of answers ({plan.model.preference.loss}), each of which has a row of its own;"
+            " leave the option out"
+        )
+
+
 def packs(plan: Plan, options: RunOptions) -> bool:
-    """Whether samples share the rows of training batches."""
+    """Whether samples share the rows of batches."""
     return options.packing and any(t.kind == "batch" and t.name == POSITIONS for t in plan.tensors)
 
 
@@ -186,7 +195,7 @@ def order_of(
 
 
 def packing_told(plan: Plan, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Whether samples share rows, and where the model does not allow it, why; None where no records are trained on."""
+    """Whether samples share rows, and where the model does not allow it, why; None where the data are no samples."""
     if plan.seq is None or not settings["data"]:
         return None
     return {"on": settings["packing"], "refused": plan.model.rows_apart}

@@ -223,7 +223,7 @@ def evaluation_report(report: dict[str, Any], *, by_token: bool) -> dict[str, An
     import math  # as `statistics` below: once the training process has ended
 
     memory = ("budget_bytes", "enforced_by", "floor_bytes", "peak_bytes", "processes", "program_bytes")
-    kept = (*memory, "preparation_bytes", "cgroup_peak_bytes", "base", "plan_fingerprint")
+    kept = (*memory, "preparation_bytes", "cgroup_peak_bytes", "packing", "base", "plan_fingerprint")
     (found,) = report["evaluation"].values()
     told = {name: found[name] for name in ("loss", "accuracy", "questions", "records", "seconds")}
     told |= {name: found[name] for name in OF_PAIRS if name in found}

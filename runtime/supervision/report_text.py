@@ -50,8 +50,7 @@ def report_text(report: dict[str, Any]) -> RenderableType:
                 f"norm {norms[0]:.3g} → {norms[-1]:.3g}, clipped to {limit:g} in {over} of {len(norms)} updates",
             )
         )
-    if refused := (report.get("packing") or {}).get("refused"):
-        rows.append(("rows", f"one sample each: {refused}"))
+    rows += _packing_rows(report)
     if report["adapter"]:
         rows.append((Path(report["adapter"]).name, str(report["adapter"])))
     if referred := report.get("references"):
@@ -90,7 +89,7 @@ def evaluation_text(report: dict[str, Any]) -> RenderableType:
     if report.get("pairs"):
         rows.append(("chosen answer wins", f"in {report['reward_accuracy']:.1%} of {report['pairs']} pairs"))
         rows.append(("margin", f"{report['reward_margin']:.4f}, mean difference of the rewards"))
-    rows += [("evaluated", f"in {report['seconds']:.1f} s"), *_cap_rows(report, "it")]
+    rows += [("evaluated", f"in {report['seconds']:.1f} s"), *_packing_rows(report), *_cap_rows(report, "it")]
     return Group(_memory_table(report), facts_table(rows))
 
 
@@ -116,6 +115,12 @@ def _memory_table(report: dict[str, Any]) -> Table:
         ratio = f"{one['measured'] / one['predicted']:.4f}"
         table.add_row(name, format_size(one["predicted"]), format_size(one["measured"]), ratio)
     return table
+
+
+def _packing_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Why samples do not share rows, where the model does not allow it."""
+    refused = (report.get("packing") or {}).get("refused")
+    return [("rows", f"one sample each: {refused}")] if refused else []
 
 
 def _cap_rows(report: dict[str, Any], what: str) -> list[tuple[str, str]]:

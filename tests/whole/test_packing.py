@@ -25,6 +25,7 @@ from tightfit.runtime.supervision.report_text import report_text
 SHELVES = [("memory", "memory")]
 MICRO_BATCHES, STEPS = 3, 9
 TRAINING = {"steps": STEPS, "lr": 1e-2, "seed": 7, "cgroup": False, "packing": True}
+RESULT = ("loss", "records")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,10 @@ def data(workshop: Workshop) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(workshop: Workshop, data: Path) -> tuple[str, dict[str, Any]]:
-    """The adapter of one process, and its report."""
+    """The adapter of one process, and its report; it evaluates on what it trains on."""
     out = workshop.folder / "alone"
-    return workshop.alone(out, data=str(data), **TRAINING), json.loads((out / "report.json").read_text())
+    made = workshop.alone(out, data=str(data), eval_data=str(data), **TRAINING)
+    return made, json.loads((out / "report.json").read_text())
 
 
 def test_a_run_by_another_schedule_that_stops_and_goes_on_ends_with_the_same_adapter(
@@ -90,9 +92,16 @@ def test_a_fleet_ends_with_the_adapter_of_one_process(
     kind: str, workshop: Workshop, data: Path, alone: tuple[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     fleet = workshop.fleet([2, 1], SHELVES) if kind == "data parallel" else workshop.pipeline((2,), (1, 0))
-    told = ended(workshop.start(fleet, tmp_path, data=str(data), **TRAINING))
+    evaluation = {"eval_data": str(data)}  # the first member alone evaluates, or all of a pipeline together
+    options = {"m0": evaluation, **({"m1": evaluation} if kind == "pipeline" else {})}
+    told = ended(workshop.start(fleet, tmp_path, data=str(data), **options, **TRAINING))
     assert {name: code for name, (code, _) in told.items()} == {"m0": 0, "m1": 0}, told
     assert adapter_hash(tmp_path / "m0") == alone[0]
+    report = json.loads((tmp_path / "m0" / "report.json").read_text())
+    for when in ("before", "after"):
+        found, due = report["evaluation"][when], alone[1]["evaluation"][when]
+        assert {name: found[name] for name in RESULT} == {name: due[name] for name in RESULT}
+        assert found["records"] == 40
 
 
 @pytest.mark.parametrize("family", ["Phi-1, Phi-2", "GPT-2"])

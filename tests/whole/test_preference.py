@@ -422,6 +422,8 @@ def test_what_does_not_take_pairs_says_so(dpo: Made, data: Path, tmp_path: Path)
         InputError, match=r"packing: the plan learns from pairs of answers \(dpo\), each of which has a row"
     ):
         run(planned, data, steps=1, out=tmp_path / "a", packing=True)
+    with pytest.raises(InputError, match=r"packing: the plan learns from pairs of answers \(dpo\)"):
+        evaluate(planned, data, packing=True)
     with (
         pytest.raises(
             InputError, match=r"the plan learns from pairs of answers \(dpo\), which a Session does not take"

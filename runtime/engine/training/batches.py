@@ -14,11 +14,17 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import read_all
-from tightfit.runtime.engine.training.packing import SharedRows, batches_of_epoch
+from tightfit.runtime.engine.training.packing import (
+    SharedRows,
+    batches_of_epoch,
+    batches_of_evaluation,
+    batches_of_steps,
+)
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
 
 if TYPE_CHECKING:
@@ -69,23 +75,25 @@ class Batches(TrainingBatches, Protocol):
 class TokenBatches:
     """Batches from a record file of `tightfit.runtime.engine.training.records`.
 
-    `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [batch, seq]. With `packing` they do in
-    training (`tightfit.runtime.engine.training.packing`); otherwise each sample has a row of its own.
+    `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [batch, seq]. With `packing` they do
+    (`tightfit.runtime.engine.training.packing`); otherwise each sample has a row of its own.
     """
 
     def __init__(self, path: str, seed: int, *, packing: bool = False) -> None:
         self._records = RecordFile.open(path)
         self._seed = seed
         self._packing = packing
-        self._rows: SharedRows | None = None
+        self._of_steps: SharedRows | None = None
+        self._of_evaluation: SharedRows | None = None
         self.fingerprint = self._records.fingerprint
         self.samples: int | None = None
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> int:
         if self._packing:
-            if self._rows is None:
-                self._rows = SharedRows(self._records, batch=inputs[0].shape[0], seed=self._seed)
-            found = self._records.fill_rows(self._rows.step(step), *inputs)
+            if self._of_steps is None:
+                begin = partial(batches_of_steps, self._records, batch=inputs[0].shape[0], seed=self._seed)
+                self._of_steps = SharedRows(begin)
+            found = self._records.fill_rows(self._of_steps.batch(step), *inputs)
         else:
             found = self._records.training_batch(step, self._seed, *inputs)
         self.samples = len(found)
@@ -99,10 +107,17 @@ class TokenBatches:
         return sum(1 for epoch in made for _ in epoch) / len(counted)
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
-        return -(-len(self._records) // inputs[0].shape[0])
+        if not self._packing:
+            return -(-len(self._records) // inputs[0].shape[0])
+        return sum(1 for _ in batches_of_evaluation(self._records, batch=inputs[0].shape[0]))
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
-        return self._records.evaluation_batch(number, *inputs)
+        if not self._packing:
+            return self._records.evaluation_batch(number, *inputs)
+        if self._of_evaluation is None:
+            begin = partial(batches_of_evaluation, self._records, batch=inputs[0].shape[0])
+            self._of_evaluation = SharedRows(begin)
+        return self._records.fill_rows(self._of_evaluation.batch(number), *inputs)
 
     def close(self) -> None:
         self._records.close()
@@ -181,7 +196,7 @@ class ReceivedBatches:
 
 
 def open_batches(path: str, seed: int, *, packing: bool = False, loss: str | None = None) -> Batches:
-    """Open a record file or a batch file; `seed` shuffles records, and with `packing` they share rows in training. `loss` is the
+    """Open a record file or a batch file; `seed` shuffles records, and with `packing` they share rows. `loss` is the
     decoder's loss of pairs, if it has one. Raises InputError if it is neither, or without the pairs that the loss is of.
     """
     if loss is not None:

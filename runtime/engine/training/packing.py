@@ -1,33 +1,33 @@
-"""Puts several samples into each row of a training batch.
+"""Puts several samples into each row of a batch.
 
-The samples of an epoch come in their shuffled order (`tightfit.runtime.engine.training.records.shuffled`), and `WAITING` of them
-wait for a row. A row begins with the one that has waited longest, and is filled with the longest that fits, again and again.
-So each sample comes once in an epoch, and waits for at most `WAITING` rows; the last batch of an epoch may have empty rows.
-Which samples a step has depends on the samples' lengths, the batch's shape, the seed and the step alone.
+The samples of an epoch come in their shuffled order (`tightfit.runtime.engine.training.records.shuffled`), those of an evaluation
+in the order of the file, and `WAITING` of them wait for a row. A row begins with the one that has waited longest, and is filled
+with the longest that fits, again and again. So each sample comes once in an epoch or an evaluation, and waits for at most
+`WAITING` rows; the last batch may have empty rows. Which samples a step has depends on the samples' lengths, the batch's shape,
+the seed and the step alone; which an evaluation batch has, on lengths, shape and the batch's number.
 
-A step's rows follow from those before it, which a run that resumes therefore makes again, without reading the samples.
+The rows of a batch follow from those before it, which a run that resumes therefore makes again, without reading the samples.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator
-from itertools import chain, count, islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
 
 from tightfit.runtime.engine.training.records import RecordFile, shuffled
 
 WAITING = 64
 REMEMBERED = 64
-"""latest steps whose rows are kept: the stages of a pipeline take a step's batch twice"""
+"""latest batches whose rows are kept: the stages of a pipeline take a step's batch twice"""
 Rows = list[list[int]]
 """of each row the indices of its samples"""
 
 
-def rows_of_epoch(records: RecordFile, *, seed: int, epoch: int) -> Iterator[list[int]]:
-    """The rows of an epoch. Only the samples that wait are in memory, by their indices and lengths."""
-    samples = len(records)
-    coming = ((turn, shuffled(turn, samples, seed, epoch)) for turn in range(samples))
+def rows_of(records: RecordFile, order: Iterable[int]) -> Iterator[list[int]]:
+    """The rows of the samples whose indices come in `order`. Only those that wait are in memory, by their indices and lengths."""
+    coming = enumerate(order)
     waiting: list[tuple[int, int, int]] = []
     """(length, turn, index), the shortest first"""
 
@@ -50,30 +50,43 @@ def rows_of_epoch(records: RecordFile, *, seed: int, epoch: int) -> Iterator[lis
 
 def batches_of_epoch(records: RecordFile, *, batch: int, seed: int, epoch: int) -> Iterator[Rows]:
     """The rows of an epoch, `batch` at a time; the last batch may have fewer."""
-    rows = rows_of_epoch(records, seed=seed, epoch=epoch)
+    samples = len(records)
+    return _batches(rows_of(records, (shuffled(turn, samples, seed, epoch) for turn in range(samples))), batch)
+
+
+def batches_of_steps(records: RecordFile, *, batch: int, seed: int) -> Iterator[Rows]:
+    """Those of all epochs, without end."""
+    for epoch in count():
+        yield from batches_of_epoch(records, batch=batch, seed=seed, epoch=epoch)
+
+
+def batches_of_evaluation(records: RecordFile, *, batch: int) -> Iterator[Rows]:
+    """The rows of an evaluation, `batch` at a time; the last batch may have fewer."""
+    return _batches(rows_of(records, range(len(records))), batch)
+
+
+def _batches(rows: Iterator[list[int]], batch: int) -> Iterator[Rows]:
     while made := list(islice(rows, batch)):
         yield made
 
 
 class SharedRows:
-    """The rows of any step of a run."""
+    """The rows of any of the batches that `begin` makes, from the first on."""
 
-    def __init__(self, records: RecordFile, *, batch: int, seed: int) -> None:
-        self._records, self._batch, self._seed = records, batch, seed
+    def __init__(self, begin: Callable[[], Iterator[Rows]]) -> None:
+        self._from_first = begin
         self._begin()
 
-    def step(self, number: int) -> Rows:
-        """The rows of step `number`, counted from 0. Steps are asked for in about their order."""
+    def batch(self, number: int) -> Rows:
+        """The rows of batch `number`, counted from 0. Batches are asked for in about their order."""
         if number < self._next - len(self._latest):
             self._begin()
         while self._next <= number:
-            self._latest.append(next(self._steps))
+            self._latest.append(next(self._batches))
             self._next += 1
         return self._latest[number - self._next]
 
     def _begin(self) -> None:
         self._latest: deque[Rows] = deque(maxlen=REMEMBERED)
         self._next = 0
-        self._steps = chain.from_iterable(
-            batches_of_epoch(self._records, batch=self._batch, seed=self._seed, epoch=epoch) for epoch in count()
-        )
+        self._batches = self._from_first()

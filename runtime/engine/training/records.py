@@ -22,7 +22,7 @@ is a pair of answers, `pairs`: record 2n is the chosen answer of pair n, record 
 Training order needs no state: sample number ``step * batch + i`` falls in epoch ``n // count`` at place ``n % count``,
 and a keyed permutation (`shuffled`) maps the place to a record in constant memory. A run that resumes at step N
 therefore sees exactly what it would have seen. Where samples share rows, `tightfit.runtime.engine.training.packing` says
-which samples a step has.
+which samples a step or an evaluation batch has.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class TokenRecord:
     length: int
     input_ids: Tensor
     labels: Tensor
+    begin: int = 0
+    """place in a batch at which it begins, all of whose rows are counted through"""
 
 
 def shuffled(place: int, count: int, seed: int, epoch: int) -> int:
@@ -200,7 +202,7 @@ class RecordFile:
         """Write records into `input_ids` and `labels` (integer [batch, seq]), one a row, from its beginning; rows beyond
         `indices` are all padding. `positions`, of the same shape, is counted from 0 in each row.
 
-        The returned records carry the prefix words only; their tensors are in rows of the two arguments.
+        The returned records say where they begin; their tensors are in rows of the two arguments.
         """
         if len(indices) > input_ids.shape[0] or input_ids.shape[1] != self.seq:
             raise ValueError(
@@ -244,7 +246,7 @@ class RecordFile:
         place = slice(begin, begin + record.length)
         input_ids[row, place].copy_(record.input_ids)
         labels[row, place].copy_(record.labels)
-        return replace(record, input_ids=input_ids[row, place], labels=labels[row, place])
+        return replace(record, input_ids=input_ids[row, place], labels=labels[row, place], begin=row * self.seq + begin)
 
     def training_batch(
         self, step: int, seed: int, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None

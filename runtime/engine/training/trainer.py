@@ -29,7 +29,7 @@ from tightfit.runtime.engine.kernels.optimizer import (
     optimizer_of,
 )
 from tightfit.runtime.engine.training import adapter
-from tightfit.runtime.engine.training.batches import ReceivedBatches, TrainingBatches, open_batches
+from tightfit.runtime.engine.training.batches import Batches, ReceivedBatches, TrainingBatches, open_batches
 from tightfit.runtime.engine.training.checkpoint import write_json
 from tightfit.runtime.engine.training.devices import open_device
 from tightfit.runtime.engine.training.executor import Executor
@@ -142,8 +142,12 @@ class Training:
         if self.header["data"] is None:
             assert self.stage
             return ReceivedBatches(self.stage)
+        return self._opened(self.header["data"])
+
+    def _opened(self, path: str) -> Batches:
+        """A data file, for training or evaluating: the samples of both share rows, or those of neither do."""
         packing = self.header.get("packing", False)
-        return open_batches(self.header["data"], self.header["seed"], packing=packing, loss=self.loss_of_pairs)
+        return open_batches(path, self.header["seed"], packing=packing, loss=self.loss_of_pairs)
 
     @property
     def loss_of_pairs(self) -> str | None:
@@ -306,7 +310,7 @@ class Training:
 
         The loss is a decoder's mean over labelled tokens, a module's mean over batches. Wrong choices do not count in
         it, so that it is comparable with the training loss. A question counts as right if its right choice has the
-        highest summed log-likelihood. `progress(done, batches)` is called after every batch. Returns `loss`, `accuracy`
+        highest summed log-likelihood, the first of them where several have. `progress(done, batches)` is called after every batch. Returns `loss`, `accuracy`
         (None without questions), `questions`, `records` and `seconds`. On pairs of answers the loss is that of all pairs as if
         they were one batch, and there are `pairs`, `reward_accuracy`, the share of them in which the chosen answer has the higher
         reward, and `reward_margin`, the mean difference of the rewards, as TRL counts them. A server that trains a side network has no file: a
@@ -315,7 +319,7 @@ class Training:
         scores = self._pair_scores() if self.loss_of_pairs else Scores()
         before = time.perf_counter()
         self.executor.draws.step = None
-        with_records = None if path is None else open_batches(path, self.header["seed"], loss=self.loss_of_pairs)
+        with_records = None if path is None else self._opened(path)
         if with_records is not None and self.refers:
             with_records.open_references(self.header["conditions"])  # type: ignore[attr-defined]
         batches = 0 if with_records is None else with_records.evaluation_count(self.inputs)
@@ -335,7 +339,7 @@ class Training:
             if served:
                 losses = served.losses(losses, self.inputs[1].numel())
             if isinstance(scores, Scores):
-                scores.add(self.executor.loss, losses, self.inputs, found)
+                scores.add(self.executor.loss, losses, found)
             else:
                 scores.add(losses, self.inputs, len(found))
         if with_records is not None:
@@ -708,30 +712,31 @@ class Scores:
     """The losses of an evaluation, counted up batch by batch."""
 
     def __init__(self) -> None:
-        self._best: dict[int, tuple[float, bool]] = {}
+        self._best: dict[int, tuple[float, int, bool]] = {}
+        """of each question, by its example: (summed loss, number, whether it is right) of the likeliest choice; of equal ones the
+        first, in whatever order they come"""
         self._total, self._labelled, self._records = 0.0, 0, 0
 
-    def add(self, loss: float, losses: Tensor | None, inputs: list[Tensor], found: Iterable[TokenRecord]) -> None:
+    def add(self, loss: float, losses: Tensor | None, found: Iterable[TokenRecord]) -> None:
         """Add a batch: its mean loss, or where there are `losses` of each token, those of the records `found`."""
         if losses is None:
             self._total, self._labelled = self._total + loss, self._labelled + 1
             return
-        labels = inputs[1]
-        sums = losses.view(labels.shape).sum(1).tolist()
-        counts = (labels >= 0).sum(1).tolist()
-        for row, record in enumerate(found):
+        for record in found:
+            own = float(losses.view(-1)[record.begin : record.begin + record.length].sum())
             self._records += 1
             if record.choice < 0 or record.answer:
-                self._total, self._labelled = self._total + sums[row], self._labelled + counts[row]
-            if record.choice >= 0 and (record.example not in self._best or sums[row] < self._best[record.example][0]):
-                self._best[record.example] = (sums[row], record.answer)
+                self._total, self._labelled = self._total + own, self._labelled + int((record.labels >= 0).sum())
+            if record.choice >= 0:
+                choice = (own, record.choice, record.answer)
+                self._best[record.example] = min(self._best.get(record.example, choice), choice)
 
     def result(self, seconds: float) -> dict[str, Any]:
         """As `Training.evaluate` returns it."""
         best = self._best
         return {
             "loss": self._total / max(1, self._labelled),
-            "accuracy": sum(answer for _, answer in best.values()) / len(best) if best else None,
+            "accuracy": sum(answer for *_, answer in best.values()) / len(best) if best else None,
             "questions": len(best),
             "records": self._records,
             "seconds": seconds,
