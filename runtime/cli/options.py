@@ -50,7 +50,7 @@ Optimizer = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="adamw (unless another is named), adam, sgd, momentum or lion: what it keeps of each trained tensor is in the plan.",
+        help="adamw (unless another is named), adam, sgd, momentum, lion or adafactor: what it keeps of each trained tensor is in the plan.",
     ),
 ]
 

@@ -125,7 +125,7 @@ class StepRequest(Request):
 
     time_limit: Seconds = 30.0
     gap: Gap = 0.0
-    optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion"] | None = Field(
+    optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion", "adafactor"] | None = Field(
         None, description="what it keeps of each trained tensor is in the plan; default: adamw"
     )
     max_grad_norm: float | None = Field(
