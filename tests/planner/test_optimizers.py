@@ -123,7 +123,7 @@ def states_moved(made: Plan, phase: Phase) -> tuple[int, int]:
     values = {value.name: value.bytes for program in made.programs for value in program.values}
     values |= {tensor.name: tensor.bytes for tensor in made.tensors}
 
-    def others(verb: type[Fetch] | type[Spill]) -> int:
+    def others(verb: type[Fetch | Spill]) -> int:
         names = [one.tensor for one in phase.instructions if isinstance(one, verb)]
         return sum(values[name.rpartition("/")[2]] for name in names if not name.startswith(STATE_PREFIXES))
 
@@ -133,7 +133,9 @@ def states_moved(made: Plan, phase: Phase) -> tuple[int, int]:
 def test_a_table_that_is_trained_in_slices_is_refused() -> None:
     profile = matrices(1)
     model = profile.model.model_copy(update={"tables": {"lm_head": "lm_head.weight"}})
-    with pytest.raises(InputError, match="optimizer adafactor: lm_head is trained in slices, and its step needs means over"):
+    with pytest.raises(
+        InputError, match="optimizer adafactor: lm_head is trained in slices, and its step needs means over"
+    ):
         plan(profile.model_copy(update={"model": model}), 1 << 40, optimizer="adafactor")
 
 
