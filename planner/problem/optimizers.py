@@ -65,11 +65,8 @@ def _scaled(tensor: Tensor, name: str, steps: int) -> Tensor:
     added = 0 if steps == 1 else SUM_PASSES + 3 / steps
     if name == "adafactor" and (measured := tensor.adafactor_seconds):
         one = tensor.update_seconds / (added + UPDATE_PASSES / steps)
-        scaling = tensor.clipped_seconds * SCALE_PASSES / (UPDATE_PASSES + SCALE_PASSES)
-        clipped_seconds = measured + scaling if tensor.clipped_seconds else 0.0
-        return tensor.model_copy(
-            update={"update_seconds": added * one + measured / steps, "clipped_seconds": clipped_seconds}
-        )
+        seconds = {"update_seconds": added * one + measured / steps, "clipped_seconds": measured + SCALE_PASSES * one}
+        return tensor.model_copy(update=seconds)
     share = (added + passes / steps) / (added + UPDATE_PASSES / steps)
     return tensor.model_copy(
         update={

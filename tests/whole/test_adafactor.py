@@ -12,15 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from mixed_parameters import FACTORY, batch
 from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from torch import Tensor, nn
-from wide_regression import FACTORY
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan
@@ -32,53 +31,38 @@ from tightfit.profiles.sources.factory import build_module, narrowed
 from tightfit.runtime.engine.training.checkpoint import find_checkpoints
 from tightfit.runtime.session.launch import run
 
-STEPS, LR, SEQ, RANK, WIDTH = 6, 1e-2, 29, 4, 1024
-SOURCES = Path(__file__).parents[2] / "src"
+STEPS, LR, SEQ, RANK = 6, 1e-2, 29, 4
+ROOT = Path(__file__).parents[2]
 ROWS = [
     {"prompt": "Is the fox quick? ", "completion": "positive"},
     {"prompt": "lazy dog? ", "completion": "negative, it is not"},
     {"text": "The quick brown fox jumps over the lazy dog."},
 ]
 CHECKPOINT = ("model.safetensors", "optimizer.safetensors")
-Batch = tuple[Tensor, Tensor]
 
 
-class Mixed(nn.Module):
-    """Kernels of convolutions, long vectors, a number, matrices and their biases."""
+class Wide(nn.Module):
+    """Two matrices of 16 MiB."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 1, stride=4)
-        self.scale = nn.Parameter(torch.tensor(1.0))
-        self.flat = nn.ParameterList(nn.Parameter(torch.randn(WIDTH * WIDTH) / WIDTH**0.5) for _ in range(3))
-        self.body = nn.Sequential(
-            nn.Linear(64 * 8 * 8, 256), nn.GELU(), nn.LayerNorm(256), nn.Linear(256, WIDTH), nn.GELU()
-        )
-        self.last = nn.Linear(WIDTH, 10)
+        self.first, self.second = nn.Linear(512, 8192, bias=False), nn.Linear(8192, 512, bias=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.body(self.second(torch.relu(self.first(images)) * self.scale).flatten(1))
-        for flat in self.flat:
-            x = torch.tanh(x @ flat.view(WIDTH, WIDTH))
-        made: Tensor = self.last(x)
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.second(torch.relu(self.first(x))).square().mean()
         return made
 
 
-def batch(seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(4, 3, 32, 32, generator=generator), torch.randint(0, 10, (4,), generator=generator)
-
-
-def mixed() -> Any:
+def wide() -> tuple[nn.Module, tuple[Tensor]]:
     torch.manual_seed(0)
-    return Mixed(), batch(0), nn.CrossEntropyLoss()
+    return Wide(), (torch.randn(4, 512),)
 
 
 def in_pytorch(dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Losses, parameters and states, both in float32: the module is PyTorch's in `dtype`, its update that of float32 copies."""
-    wide = build_module(f"{__name__}:mixed")[0]
-    module = wide if dtype == torch.float32 else narrowed(*build_module(f"{__name__}:mixed"), dtype)[0]
-    masters = dict(wide.named_parameters())
+    in_full = build_module(FACTORY)[0]
+    module = in_full if dtype == torch.float32 else narrowed(*build_module(FACTORY), dtype)[0]
+    masters = dict(in_full.named_parameters())
     optimizer = torch.optim.Adafactor(masters.values(), lr=LR)
     losses = []
     for step in range(STEPS):
@@ -103,7 +87,7 @@ def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
 ) -> None:
     """At the smaller budget states are on disk; in bfloat16 parameters and states are float32."""
     losses, parameters, states = in_pytorch(getattr(torch, dtype))
-    planner = ModelPlanner(chosen(profile(f"{__name__}:mixed", dtype=dtype), "adafactor", None))
+    planner = ModelPlanner(chosen(profile(FACTORY, dtype=dtype), "adafactor", None))
     small, roomy = planner.plan(planner.minimum().peak_bytes), planner.plan(1 << 40)
     away = [name for name, place in small.decisions.items() if place == "offloaded" and name.startswith("adafactor_v:")]
     assert away
@@ -118,7 +102,7 @@ def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
     values, kept = (load_file(tmp_path / "small" / f"checkpoint-{STEPS}" / file) for file in CHECKPOINT)
     assert values.keys() == parameters.keys() == {name.partition(":")[2] for name in kept}
     for name, expected in parameters.items():
-        start = dict(build_module(f"{__name__}:mixed")[0].named_parameters())[name].detach()
+        start = dict(build_module(FACTORY)[0].named_parameters())[name].detach()
         # Compared with how far training has moved it. A kernel of one element moves by a gradient's sign, however small it is.
         assert float((values[name] - expected).norm()) <= near * float((expected - start).norm()) + 1e-7, name
         parts = ("variance",) if expected.dim() < 2 else ("row_var", "col_var")
@@ -127,18 +111,18 @@ def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
         torch.testing.assert_close(kept[f"adafactor_v:{name}"], theirs, rtol=near, atol=float(theirs.max()) * near / 10)
 
 
-def test_the_smallest_budget_is_below_adamws() -> None:
-    """A module of two matrices with 8 MiB of parameters each is trained in 14 MiB less than with AdamW: of AdamW's states both of
-    the one that is updated are in memory, 16 MiB.
+def test_the_smallest_budget_is_below_adamws(cache: Path) -> None:
+    """A module of two matrices of 16 MiB is trained in 30 MiB less than with AdamW, which has two moments of a matrix in memory
+    while it is updated.
     """
-    measured = profile(FACTORY)
+    measured = profile(f"{__name__}:wide")
     least = {name: minimum_budget(measured, optimizer=name) for name in ("adamw", "lion", "sgd", "adafactor")}
-    assert least["adamw"] - least["adafactor"] > 14 << 20
-    assert least["lion"] - least["adafactor"] > 6 << 20
+    assert least["adamw"] - least["adafactor"] > 30 << 20
+    assert least["lion"] - least["adafactor"] > 14 << 20
     assert least["adafactor"] - least["sgd"] < 2 << 20
     # Where all states stay in memory, AdamW's are as large as the parameters twice over.
     roomy = {name: plan(measured, 1 << 40, optimizer=name).peak_bytes for name in ("adamw", "adafactor")}
-    assert roomy["adamw"] - roomy["adafactor"] > 30 << 20
+    assert roomy["adamw"] - roomy["adafactor"] > 62 << 20
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +164,12 @@ def test_pairs_are_trained_as_by_peft(decoder: Profile, together: int, limit: fl
         optimizer.zero_grad()
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
     for name, expected in trained.items():
-        own = saved[0][f"base_model.model.{name}"]
-        assert float((own - expected).norm() / expected.norm()) < 1e-3, name
+        own, wanted = saved[0][f"base_model.model.{name}"], expected.detach()
+        assert float((own - wanted).norm() / wanted.norm()) < 1e-3, name
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, cache: Path) -> None:
-    planner = ModelPlanner(chosen(profile(f"{__name__}:mixed"), "adafactor", None))
+    planner = ModelPlanner(chosen(profile(FACTORY), "adafactor", None))
     planned: Plan = planner.plan(planner.minimum().peak_bytes)
     (tmp_path / "plan.json").write_text(planned.model_dump_json())
     part = tmp_path / "part"
@@ -194,7 +178,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, cache: Path) ->
         f"run(load_plan({str(tmp_path / 'plan.json')!r}), 'random', steps=1_000_000, out={str(part)!r}, lr={LR}, checkpoint_every=2)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script], start_new_session=True, env={**os.environ, "PYTHONPATH": str(SOURCES)}
+        [sys.executable, "-c", script],
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'helpers'}"},
     )
     while not any(step >= 4 for step, _ in find_checkpoints(str(part))):
         assert process.poll() is None, "the run ended before it could be killed"
