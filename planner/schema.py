@@ -6,8 +6,9 @@ each tensor it allocates, so that nothing is left to decide at run time. The pla
 replays it and alone states peak and seconds, the runtime executes it.
 
 Tensor names: a weight ``w`` is resident as ``w`` (unpacked) and/or ``packed:w``; a trainable ``p`` has ``p``,
-``grad:p`` (as bound by its layer), its optimizer's states (``adam_m:p``, ``adam_v:p``; ``momentum:p``; ``lion_m:p``) and, where
-an update takes several steps or gradients are clipped, ``grad_sum:p``; anything else is a global tensor or ``layer/value``.
+``grad:p`` (as bound by its layer), its optimizer's states (``adam_m:p``, ``adam_v:p``; ``momentum:p``; ``lion_m:p``;
+``adafactor_v:p``) and, where an update takes several steps or gradients are clipped, ``grad_sum:p``; anything else is a
+global tensor or ``layer/value``.
 
 `tightfit.planner.instructions` says what each instruction does. Where several steps make one update (gradient
 accumulation), the steps before the last add their gradients to ``grad_sum:p`` instead of updating.

@@ -62,9 +62,9 @@ class PlanOptions:
     )
     optimizer: str | None = option(
         None,
-        "adamw (unless another is named), adam, sgd, momentum or lion: what it keeps of each trained tensor is in the plan.",
+        "adamw (unless another is named), adam, sgd, momentum, lion or adafactor: what it keeps of each trained tensor is in the plan.",
         metavar="NAME",
-        choices=("adamw", "adam", "sgd", "momentum", "lion"),
+        choices=("adamw", "adam", "sgd", "momentum", "lion", "adafactor"),
     )
     max_grad_norm: float | None = option(
         None,

@@ -547,7 +547,7 @@ def _unmeasured(traced: Trace, device: Device) -> dict[str, Any]:
     } | channels
 
 
-UPDATED = ("update", "accumulate", "clipped", "perturb")
+UPDATED = ("update", "accumulate", "clipped", "perturb", "adafactor")
 """what takes time for a trainable"""
 
 

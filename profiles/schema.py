@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from tightfit.profiles.options import MOST_ACCUMULATED
+from tightfit.runtime.engine.kernels.optimizer import FACTORED
 
 PROFILE_VERSION = 9
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
@@ -37,8 +38,9 @@ OPTIMIZER_STATES: dict[str, tuple[str, ...]] = {
     "sgd": (),
     "momentum": ("momentum",),
     "lion": ("lion_m",),
+    "adafactor": (FACTORED,),
 }
-"""optimizer -> what its float32 states of a trainable are called, each as large as that"""
+"""optimizer -> what its float32 states of a trainable are called; `state_shape` says how large each is"""
 POSITIONS = "positions"
 """name of a decoder's input that says which samples share a row: the position of each token in its sample; profiles of models
 whose samples cannot share rows have none"""
@@ -135,6 +137,11 @@ class Tensor(Record):
     )
     clipped_seconds: float = Field(
         0.0, ge=0, description="trainables: seconds of one update from a sum that is scaled down; 0: not measured"
+    )
+    adafactor_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="trainables: seconds of one update by Adafactor, which depend on the shape; 0: not measured",
     )
     movable: bool = Field(
         False, description="trainables: whether the plan may keep its values on disk while no operator reads them"

@@ -21,7 +21,7 @@ from collections import Counter
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.layer_figures import KIB, MS
 from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
-from tightfit.planner.problem.step_graph import StepGraph, state_count
+from tightfit.planner.problem.step_graph import StepGraph, state_bytes, state_roles
 from tightfit.planner.solvers.highs import MARGIN
 from tightfit.planner.solvers.lp import INFINITY, Growing, Linear
 from tightfit.profiles.schema import Profile, Tensor
@@ -177,20 +177,21 @@ class AnyScheduleBound:
     def _states(self) -> None:
         """(27) Optimizer states whose update comes after the loss, at both moments."""
         device = self.profile.device
+        roles, steps = state_roles(self.profile.optimizer), self.profile.accumulate
         # Of the steps that make one update only the last needs the moments; a fleet's member has no states in its plan.
-        count: float = state_count(self.profile.optimizer)
-        count = count if self.profile.accumulate == 1 else min(1, count)
+        counts = dict.fromkeys(roles if steps == 1 else roles[-1:], 1.0)
         if self.profile.max_grad_norm is not None:
             # The first step of an update needs no sum, and after the last one there is none.
-            steps = self.profile.accumulate
-            count = count - 1 if steps == 1 else (steps - 1) / steps
+            counts[roles[-1]] = (steps - 1) / steps
         alike: dict[int, float] = {}
         for tensor in self.profile.tensors:
             if tensor.kind != "trainable":
                 continue
             gradient = self.graph.storages.get(f"grad:{tensor.name}")
             if gradient is not None and all(index in self.later for index in gradient.producers):
-                alike[tensor.bytes] = alike.get(tensor.bytes, 0) + count
+                for role, count in counts.items():
+                    size = state_bytes(role, tensor)
+                    alike[size] = alike.get(size, 0.0) + count
         for size, states in alike.items():
             for held, channel in ((self.at_pivot, device.read), (self.at_boundary, device.write)):
                 kept, moved = self._share(), self._share()

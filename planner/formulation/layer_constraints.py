@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tightfit.planner.formulation.layer_variables import LAST, MINOR, LayerVariables, Slot
 from tightfit.planner.problem.layer_figures import KIB, MS, LayerFigures
 from tightfit.planner.problem.layer_types import LayerType, Weight, compute_seconds, transfer_seconds, weight_uses
+from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.schedule.layer_schedule import Decision, measure, state_names_of
 from tightfit.planner.solvers.lp import Linear, Program
 
@@ -63,7 +64,7 @@ class LayerProgram(LayerVariables):
         result = Linear()
         for update in self.kind.updates:
             if update.states:
-                size = update.states * update.state_bytes / KIB
+                size = update.state_bytes / KIB
                 result.constant += size
                 result.add(self.away[MINOR if update.minor else update.trainable], -size)
         return result
@@ -157,7 +158,7 @@ class LayerProgram(LayerVariables):
         kind = self.kind
         for update in kind.updates if kind.apart else ():
             row = Linear(-kind.across_evaluate / KIB).plus(self.outside)
-            row.add(self.away[MINOR if update.minor else update.trainable], update.states * update.state_bytes / KIB)
+            row.add(self.away[MINOR if update.minor else update.trainable], update.state_bytes / KIB)
             if update.trainable in kind.weights:
                 size = kind.weights[update.trainable].bytes / KIB
                 row.plus(self._in_mode(update.trainable, ahead="disk"), size)
@@ -367,7 +368,7 @@ class LayerProgram(LayerVariables):
             if update.states:
                 away = self.away[MINOR if update.minor else update.trainable]
                 # (49) where updates are apart, only the sum is there
-                row.add(away, (1 if kind.apart else update.states) * update.state_bytes / KIB)
+                row.add(away, (update.role_bytes[-1] if kind.apart else update.state_bytes) / KIB)
             for other in due if not kind.apart else ():
                 # Values that are to go to disk are there until their own update.
                 if other.trainable in kind.weights and other.gradient not in gone:
@@ -436,23 +437,27 @@ class LayerProgram(LayerVariables):
         for update in kind.updates:
             if update.states:
                 states_away = self.away[MINOR if update.minor else update.trainable]
-                size = kind.raw_bytes[state_names_of(update)[0]]
-                # (49) fetched and written in the step, and in the update where it is apart; there the sum is not written
-                fetched, written, later_fetched, later_written = float(update.states), float(update.states), 0.0, 0.0
-                if kind.apart:
-                    fetched, written = float(kind.apart > 1), 1.0
-                    later_fetched, later_written = share * update.states, share * (update.states - 1)
-                self.arriving_backward.add(
-                    states_away, MS * (fetched + later_fetched) * compute_seconds(kind.read, size)
-                )
-                self.leaving.add(states_away, MS * (written + later_written) * compute_seconds(kind.write, size))
-                self.states_fetched.add(
-                    states_away,
-                    MS * (fetched + later_fetched) * transfer_seconds(kind.read, size)
-                    + MS * later_written * transfer_seconds(kind.write, size),
-                )
-                self.states_spilled.add(states_away, MS * written * transfer_seconds(kind.write, size))
-                count.add(states_away, fetched + 2.0 + 3.0 * update.states - 1.0 if kind.apart else 3.0 * update.states)
+                for name in state_names_of(update):
+                    size = kind.raw_bytes[name]
+                    # (49) fetched and written in the step, and in the update where it is apart; in the step there is only the
+                    # sum, which is not written in the update
+                    fetched, written, later_fetched, later_written = 1.0, 1.0, 0.0, 0.0
+                    if kind.apart:
+                        summed = float(name.startswith(SUM))
+                        fetched, written = summed * (kind.apart > 1), summed
+                        later_fetched, later_written = share, share * (1 - summed)
+                    self.arriving_backward.add(
+                        states_away, MS * (fetched + later_fetched) * compute_seconds(kind.read, size)
+                    )
+                    self.leaving.add(states_away, MS * (written + later_written) * compute_seconds(kind.write, size))
+                    self.states_fetched.add(
+                        states_away,
+                        MS * (fetched + later_fetched) * transfer_seconds(kind.read, size)
+                        + MS * later_written * transfer_seconds(kind.write, size),
+                    )
+                    self.states_spilled.add(states_away, MS * written * transfer_seconds(kind.write, size))
+                fetches = float(kind.apart > 1)
+                count.add(states_away, fetches + 2.0 + 3.0 * update.states - 1.0 if kind.apart else 3.0 * update.states)
         self.instructions = count
 
     def _instructions(self) -> None:

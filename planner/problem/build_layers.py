@@ -26,6 +26,7 @@ from tightfit.planner.problem.step_graph import (
     Step,
     StepGraph,
     aligned,
+    state_bytes,
     state_names,
     state_roles,
     step_graph,
@@ -55,6 +56,7 @@ class _Splitter:
         self.profile = profile
         self.graph = graph
         self.roles = state_roles(profile.optimizer)
+        self.facts = {tensor.name: tensor for tensor in profile.tensors}
         self.apart = profile.accumulate if profile.max_grad_norm is not None else 0
         self.count = len(graph.layers)
         self.own: list[dict[str, list[Step]]] = [
@@ -353,9 +355,16 @@ class _Splitter:
         for name, at in self.updated.items():
             if at == window:
                 own = local.get(name, name)
-                moved = (own, *state_names(own, self.roles)) if name in self.moving else state_names(own, self.roles)
-                result.update(dict.fromkeys(moved, self.graph.storages[name].bytes))
+                if name in self.moving:
+                    result[own] = self.graph.storages[name].bytes
+                result.update(zip(state_names(own, self.roles), self._state_bytes(name), strict=True))
         return dict(sorted(result.items()))
+
+    def _state_bytes(self, trainable: str) -> list[int]:
+        """Bytes of each of a trainable's optimizer states."""
+        if trainable not in self.facts:
+            return [self.graph.storages[trainable].bytes for _ in self.roles]
+        return [state_bytes(role, self.facts[trainable]) for role in self.roles]
 
     def _operation(self, layer: int, step: Step, local: dict[str, str]) -> Operation:
         return Operation(
@@ -374,8 +383,7 @@ class _Splitter:
         backward: tuple[Operation, ...],
         events: dict[int, tuple[int, ...]],
     ) -> dict[str, Weight]:
-        result = {}
-        facts = {tensor.name: tensor for tensor in self.profile.tensors}
+        result, facts = {}, self.facts
         for value in sorted({w for op in [*forward, *backward] for w in op.weights}):
             name = self.graph.names[layer][value]
             tensor = facts.get(name)
@@ -426,8 +434,7 @@ class _Splitter:
         )
 
     def _updates(self, layer: int, local: dict[str, str], events: dict[int, tuple[int, ...]]) -> tuple[Update, ...]:
-        window = 2 * self.count - 1 - layer
-        facts = {tensor.name: tensor for tensor in self.profile.tensors}
+        window, facts = 2 * self.count - 1 - layer, self.facts
         names = [name for name, at in self.updated.items() if at == window]
         sizes = {name: aligned(self.graph.storages[name].bytes) for name in names}
         positions = {step.operator: t for t, step in enumerate(self.own[layer]["backward"])}
@@ -450,8 +457,8 @@ class _Splitter:
                     trainable=local.get(name, name),
                     gradient=local.get(f"grad:{name}", f"grad:{name}"),
                     after=after,
-                    state_bytes=sizes[name],
                     roles=self.roles,
+                    role_bytes=tuple(map(aligned, self._state_bytes(name))),
                     seconds=seconds,
                     minor=sizes[name] < sum(sizes.values()) / 4,
                     apart_seconds=apart,

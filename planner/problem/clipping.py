@@ -18,6 +18,8 @@ UPDATE_PASSES, SUM_PASSES, COPY_PASSES, NORM_PASSES, SCALE_PASSES = 7, 3, 2, 2, 
 """over the bytes of a tensor: an update by AdamW, adding to a sum, copying into one, squaring one, scaling one down"""
 STATELESS_PASSES = 3
 """of an update without states: it reads gradient and parameter, and writes the parameter; each state is read and written"""
+ADAFACTOR_PASSES = 24
+"""the time of an update by Adafactor in passes, where it was not measured: it goes over gradient and parameter in small windows"""
 
 CLIPPING_BYTES = 256 << 10
 """of a process that clips, beyond one that does not: the code of adding up and squaring, and room in which squares are made"""
@@ -74,6 +76,8 @@ def clipped_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
 
 def update_passes(optimizer: Mapping[str, Any]) -> int:
     """How often an update goes over the bytes of a trainable."""
+    if optimizer.get("name") == "adafactor":
+        return ADAFACTOR_PASSES
     return STATELESS_PASSES + 2 * len(OPTIMIZER_STATES.get(optimizer.get("name", ""), OPTIMIZER_STATES["adamw"]))
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tightfit.planner.problem.optimizers import refuse_other_optimizers
-from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_names, state_roles
+from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_bytes, state_names, state_roles
 from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.schema import Layer, Operator, Profile, Program, Tensor
 from tightfit.profiles.tracing.inference import inference_only
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.kernels.optimizer import state_shape
 from tightfit.runtime.engine.training.job import kept_buffers
 
 POSITIONS = 4
@@ -303,12 +304,19 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
             tensors.append(tensor)
             continue
         still = tensor.model_copy(update={"kind": "constant"})
-        tensors += [still, *(still.model_copy(update={"name": name}) for name in state_names(tensor.name, states))]
+        tensors += [still, *(_resting_state(still, role) for role in states)]
     used = {layer.program for layer in bound}
     every = [*profile.programs, *stripped.values()]
     return profile.model_copy(
         update={"layers": bound, "tensors": tensors, "programs": [p for p in every if p.name in used]}
     )
+
+
+def _resting_state(still: Tensor, role: str) -> Tensor:
+    """An optimizer state of a trainable that is at rest, which is a constant as that is."""
+    size, shape = state_bytes(role, still), list(state_shape(role, still.shape))
+    (name,) = state_names(still.name, [role])
+    return still.model_copy(update={"name": name, "shape": shape, "bytes": size})
 
 
 def _forward(program: Program) -> Program:

@@ -87,10 +87,10 @@ class Update:
     gradient: str
     after: int
     """position of the backward operation after which it takes place"""
-    state_bytes: int
-    """bytes of one optimizer state"""
     roles: tuple[str, ...]
     """names of the optimizer states, the sum of gradients last"""
+    role_bytes: tuple[int, ...]
+    """bytes of each of them in the arena"""
     seconds: float
     """where the update is apart: of adding the gradient to the sum, for which it waits"""
     minor: bool
@@ -102,6 +102,11 @@ class Update:
     def states(self) -> int:
         """Number of optimizer states."""
         return len(self.roles)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all optimizer states in the arena."""
+        return sum(self.role_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.job import passes_messages
 
 DEFAULT = "adamw"
+ADAFACTOR_BYTES = 640 << 10
+"""of a process that updates by Adafactor, beyond one that does by AdamW: its code, and room for a window"""
 
 
 def chosen(profile: Profile, optimizer: str | None, max_grad_norm: float | None) -> Profile:
@@ -22,8 +24,10 @@ def chosen(profile: Profile, optimizer: str | None, max_grad_norm: float | None)
 
 
 def with_optimizer(profile: Profile, name: str) -> Profile:
-    """The profile of the same step with another optimizer. Its updates were measured with AdamW's; their seconds are
-    scaled by the bytes that they touch.
+    """The profile of the same step with another optimizer. Adafactor's updates are measured in a profile; the seconds of others
+    are AdamW's, scaled by the bytes that they touch.
+
+    Raises InputError for what is no optimizer, or not of this profile.
     """
     if name not in OPTIMIZER_STATES:
         raise InputError(f"no optimizer is called {name!r}; choose one of {', '.join(OPTIMIZER_STATES)}")
@@ -33,11 +37,20 @@ def with_optimizer(profile: Profile, name: str) -> Profile:
     if profile.model.kind == "graph" or of_a_fleet:
         who = "members of fleets train with AdamW" if of_a_fleet else "a bare graph has no updates"
         raise InputError(f"optimizer {name}: {who}; leave it out")
+    if name == "adafactor" and (tables := profile.model.tables):
+        raise InputError(
+            f"optimizer {name}: {' and '.join(tables)} is trained in slices, and its step needs means over the whole of it; choose"
+            " another optimizer, or profile without --modules-to-save"
+        )
     steps = profile.accumulate
     states = len(OPTIMIZER_STATES[name]) + (steps > 1)
     own = {"name": name, "state_tensors": states, **({"accumulate": steps} if steps > 1 else {})}
     tensors = [_scaled(tensor, name, steps) if tensor.kind == "trainable" else tensor for tensor in profile.tensors]
-    return profile.model_copy(update={"optimizer": own, "tensors": tensors})
+    floor = profile.device.floor
+    if name == "adafactor":
+        floor = floor.model_copy(update={"resident_bytes": floor.resident_bytes + ADAFACTOR_BYTES})
+    device = profile.device.model_copy(update={"floor": floor})
+    return profile.model_copy(update={"optimizer": own, "tensors": tensors, "device": device})
 
 
 def refuse_other_optimizers(optimizer: Mapping[str, Any], policy: str, why: str) -> None:
@@ -50,6 +63,10 @@ def refuse_other_optimizers(optimizer: Mapping[str, Any], policy: str, why: str)
 def _scaled(tensor: Tensor, name: str, steps: int) -> Tensor:
     passes = update_passes({"name": name})
     added = 0 if steps == 1 else SUM_PASSES + 3 / steps
+    if name == "adafactor" and (measured := tensor.adafactor_seconds):
+        one = tensor.update_seconds / (added + UPDATE_PASSES / steps)
+        seconds = {"update_seconds": added * one + measured / steps, "clipped_seconds": measured + SCALE_PASSES * one}
+        return tensor.model_copy(update=seconds)
     share = (added + passes / steps) / (added + UPDATE_PASSES / steps)
     return tensor.model_copy(
         update={

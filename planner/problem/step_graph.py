@@ -8,6 +8,7 @@ DiGraph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import OPTIMIZER_STATES, Layer, Profile, Program, Tensor
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.kernels.optimizer import FACTORED, state_shape
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -27,6 +29,8 @@ STATES = (*dict.fromkeys(state for states in OPTIMIZER_STATES.values() for state
 """optimizer states of a trainable ``p`` are called ``adam_m:p`` and the like after its optimizer's own and, where an update
 takes several steps or gradients are clipped, ``grad_sum:p``
 """
+FLOAT_BYTES = 4
+"""of an element of a state"""
 SUM = "grad_sum:"
 """prefix of the last of them"""
 STATE_PREFIXES = tuple(f"{state}:" for state in STATES)
@@ -185,6 +189,11 @@ def state_roles(optimizer: Mapping[str, Any]) -> tuple[str, ...]:
     own = OPTIMIZER_STATES.get(optimizer.get("name", "adamw"), OPTIMIZER_STATES["adamw"])
     summed = optimizer.get("accumulate", 1) > 1 or optimizer.get("max_grad_norm") is not None
     return (*own, *STATES[-1:])[: state_count(optimizer)] if summed else own[: state_count(optimizer)]
+
+
+def state_bytes(state: str, tensor: Tensor) -> int:
+    """Bytes of the optimizer state `state` of a trainable."""
+    return FLOAT_BYTES * math.prod(state_shape(state, tensor.shape)) if state == FACTORED else tensor.bytes
 
 
 def state_names(trainable: str, roles: Iterable[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tightfit.planner.problem.step_graph import state_names, state_roles
+from tightfit.planner.problem.step_graph import state_bytes, state_names, state_roles
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Operator, Profile
 from tightfit.runtime.common.errors import InputError
@@ -62,9 +62,11 @@ class TensorIndex:
             name: state_names(name, state_roles(source.optimizer)) for name in self.of_kind("trainable")
         }
         """trainable -> names of its optimizer states"""
+        declared = {tensor.name: tensor for tensor in source.tensors}
         for name, states in self.states.items():
-            for state in states:
-                self.tensors[state] = IndexedTensor(kind="optimizer", bytes=self.tensors[name].bytes)
+            for role, state in zip(state_roles(source.optimizer), states, strict=True):
+                size = state_bytes(role, declared[name]) if name in declared else self.tensors[name].bytes
+                self.tensors[state] = IndexedTensor(kind="optimizer", bytes=size)
         for name in self.of_kind("weight"):
             if packed := self.tensors[name].packed_bytes:
                 self.tensors[f"packed:{name}"] = IndexedTensor(kind="packed", bytes=packed)

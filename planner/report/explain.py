@@ -117,6 +117,8 @@ def _optimizer(plan: Plan) -> list[str]:
     name = plan.optimizer.get("name", "adamw")
     if name == "adamw" or name not in OPTIMIZER_STATES:
         return []
+    if name == "adafactor":
+        return ["updates by adafactor, which has a mean for each row and each column of a trained matrix"]
     count = len(OPTIMIZER_STATES[name])
     states = "no state" if not count else "one state" if count == 1 else f"{count} states"
     seconds = "their seconds are AdamW's as profiled, by the bytes that are touched"

@@ -50,9 +50,11 @@ PHASE_FIELDS = (
 
 def profile_summary(profile: Profile) -> dict[str, Any]:
     """The profile in figures: bytes by kind of tensor, seconds of compute, floor and disk."""
+    from tightfit.planner.problem.step_graph import state_bytes, state_roles
+
     programs = {program.name: program for program in profile.programs}
     weights = _weights(profile)
-    trainable = sum(tensor.bytes for tensor in profile.tensors if tensor.kind == "trainable")
+    trained = [tensor for tensor in profile.tensors if tensor.kind == "trainable"]
     seconds = {"forward": 0.0, "inference": 0.0, "backward": 0.0}
     for layer in profile.layers:
         for operator in programs[layer.program].operators:
@@ -70,8 +72,8 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "packed_bytes": sum(weight.packed_bytes for weight in weights),
         "lora": profile.model.lora,
         "preference": profile.model.preference.model_dump() if profile.model.preference else None,
-        "trainable_bytes": trainable,
-        "state_bytes": trainable * int(profile.optimizer.get("state_tensors", 2)),
+        "trainable_bytes": sum(tensor.bytes for tensor in trained),
+        "state_bytes": sum(state_bytes(role, tensor) for tensor in trained for role in state_roles(profile.optimizer)),
         "forward_seconds": seconds["forward"],
         "backward_seconds": seconds["backward"],
         "floor_bytes": max(profile.device.floor.start_peak_bytes, profile.device.floor.held_bytes),

@@ -138,8 +138,9 @@ def size_of(kind: LayerType, name: str) -> int:
     if name in kind.weights:
         return kind.weights[name].bytes
     if name.startswith(STATE_PREFIXES):
-        trainable = name.partition(":")[2]
-        return next(update.state_bytes for update in kind.updates if update.trainable == trainable)
+        role, _, trainable = name.partition(":")
+        update = next(update for update in kind.updates if update.trainable == trainable)
+        return update.role_bytes[update.roles.index(role)]
     return kind.bytes[name]
 
 

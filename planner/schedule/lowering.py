@@ -28,7 +28,15 @@ from tightfit.planner.instructions import (
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.gradients import Passages
 from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
-from tightfit.planner.problem.step_graph import PACKED_ALIGNMENT, STATE_PREFIXES, STATES, SUM, aligned, state_names
+from tightfit.planner.problem.step_graph import (
+    PACKED_ALIGNMENT,
+    STATE_PREFIXES,
+    STATES,
+    SUM,
+    aligned,
+    state_bytes,
+    state_names,
+)
 from tightfit.planner.schedule.layer_schedule import Action, Column, Script, expand, resident_between_steps
 from tightfit.planner.schedule.multi_layer_recompute import Passes, Segments
 
@@ -128,9 +136,10 @@ class _Joiner:
             if storage.kind == "weight" and name in self.tensors:
                 self.sizes[f"packed:{name}"] = aligned(self.tensors[name].packed_bytes, PACKED_ALIGNMENT)
             if storage.kind == "trainable":
-                for state in state_names(name, STATES):
-                    self.sizes[state] = self.sizes[name]
-                    self.raw[state] = storage.bytes
+                for role, state in zip(STATES, state_names(name, STATES), strict=True):
+                    tensor = self.tensors.get(name)
+                    self.raw[state] = storage.bytes if tensor is None else state_bytes(role, tensor)
+                    self.sizes[state] = aligned(self.raw[state])
 
     def join(self, passages: Passages, perturbed: tuple[str, ...]) -> Draft:
         count = len(self.columns)

@@ -208,7 +208,7 @@ def estimate_tensor(tensor: Tensor, on: DeviceDescription, accumulate: int = 1) 
             passes, calls = SUM_PASSES + (UPDATE_PASSES + 3) / accumulate, 1 + 3 / accumulate
         seconds = passes * tensor.bytes / on.bytes_per_second + calls * on.call_seconds
         # What clipping takes follows from it, by the bytes that are touched.
-        unknown = dict.fromkeys(("perturb_seconds", "accumulate_seconds", "clipped_seconds"), 0.0)
+        unknown = dict.fromkeys(("perturb_seconds", "accumulate_seconds", "clipped_seconds", "adafactor_seconds"), 0.0)
         return tensor.model_copy(update={"update_seconds": seconds, **unknown})
     return tensor
 

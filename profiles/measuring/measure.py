@@ -46,7 +46,7 @@ def measure(
 
     - `operators`: {program: [[seconds, workspace bytes], ...]}
     - `copied`: {program: [whether an operator has to be run by its functional form, ...]}
-    - `unpack`, `update`, `accumulate`, `clipped`, `perturb`: {tensor: seconds}
+    - `unpack`, `update`, `accumulate`, `clipped`, `perturb`, `adafactor`: {tensor: seconds}
     - `read`, `write`: fields of a `Channel`; `floor`: fields of a `Floor`
     - `busy_cores`: cores that other programs took meanwhile
     - `quota_cores`: cores that a CPU quota allows, by which all seconds of the cores are lengthened; None without one
@@ -71,15 +71,18 @@ def measure(
             )
             weights.setdefault(key, []).append(tensor.name)
     updates: dict[int, list[str]] = {}
+    shapes: dict[tuple[int, ...], list[str]] = {}
     for tensor in tensors:
         if tensor.kind == "trainable":
             updates.setdefault(tensor.bytes // 4, []).append(tensor.name)
+            shapes.setdefault(tuple(tensor.shape), []).append(tensor.name)
     request = {
         "programs": [p.model_dump() for p in programs],
         "inference": [p.inference for p in programs],
         "weights": [list(key) for key in weights],
         "tables": [[list(e.shape), e.format, e.group] for e in entries.values() if len(e.shape) == 2],
         "updates": list(updates),
+        "shapes": list(shapes),
         "compute_dtype": compute_dtype,
         "accumulate": accumulate,
         "scratch": str(scratch),
@@ -102,9 +105,10 @@ def measure(
     found["unpack"] = {
         name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names
     }
-    for kind in ("update", "accumulate", "clipped", "perturb"):
+    for kind in ("update", "accumulate", "clipped", "perturb", "adafactor"):
+        alike = shapes if kind == "adafactor" else updates
         found[kind] = {
-            name: seconds for seconds, names in zip(found[kind], updates.values(), strict=True) for name in names
+            name: seconds for seconds, names in zip(found[kind], alike.values(), strict=True) for name in names
         }
     return found
 
@@ -114,7 +118,7 @@ def _lengthen(found: dict[str, Any], factor: float) -> None:
     for figures in found["operators"].values():
         for one in figures:
             one[0] *= factor
-    for kind in ("unpack", "update", "accumulate", "clipped", "perturb"):
+    for kind in ("unpack", "update", "accumulate", "clipped", "perturb", "adafactor"):
         found[kind] = [seconds * factor for seconds in found[kind]]
     for way in ("read", "write"):
         for name in ("compute_seconds_per_byte", "compute_seconds_per_transfer"):

@@ -43,9 +43,8 @@ WEIGHT_BUFFERS = 4  # buffers that all weights of one shape share
 UNPACKED_BYTES = 192 << 20  # total size of the outputs that unpacking is timed on in turn: larger than most caches
 UPDATED_BYTES = 64 << 20  # the same of parameters and states that are updated in turn
 CLIPPED_SECONDS = 0.1  # spent on each of the figures of clipping
-BETWEEN_BYTES = (
-    4 << 20
-)  # of each of the three tensors of an addition between calls: larger than what a core caches by itself
+BETWEEN_BYTES = 4 << 20  # of each of three tensors that are added between calls: more than a core caches by itself
+ADAFACTOR_SECONDS = 0.1  # spent on an update by Adafactor of each shape
 MOST_CALLS = 200  # calls timed for one figure, at most
 PASSES = 3  # over all programs; of seconds the middle figure counts: disturbances by other work come in bursts, and the lowest
 # figure is that of a moment in which the machine was faster than it is on the whole
@@ -134,7 +133,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     others = Others()
     programs = request["programs"]
-    total = (PASSES + 1) * len(programs) + len(request["weights"]) + 2 * len(request["updates"]) + 3
+    total = (PASSES + 1) * len(programs) + len(request["weights"]) + 2 * len(request["updates"])
+    total += len(request["shapes"]) + 3
     done = 0
 
     def step() -> None:
@@ -205,6 +205,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         result["clipped"].append(updating)
         step()
         result["perturb"].append(measure_perturb(elements))
+        step()
+    result["adafactor"] = []
+    for shape in request["shapes"]:
+        result["adafactor"].append(measure_adafactor(shape))
         step()
     result |= measure_channels(scratch.folder, request["compute_dtype"])
     step()
@@ -487,6 +491,21 @@ def measure_clipped(elements: int, accumulate: int) -> tuple[float, float]:
     update.norm()
     return whole / accumulate, _seconds_of(
         lambda turn: update.apply_sum(accumulate, *sets[turn % copies].unbind()), CLIPPED_SECONDS
+    )
+
+
+def measure_adafactor(shape: Sequence[int]) -> float:
+    """Seconds of one update by Adafactor of a trainable of this shape."""
+    import torch
+
+    from tightfit.runtime.engine.kernels.optimizer import FACTORED, Adafactor, Update, state_shape
+
+    update = Update(Adafactor())
+    update.begin(1)
+    parameter, gradient = (torch.full(tuple(shape), 1e-3) for _ in range(2))
+    state = torch.full(state_shape(FACTORED, shape), 1e-6)
+    return _seconds_of(
+        lambda turn: update.apply(1, parameter, gradient, state), ADAFACTOR_SECONDS, other_work()
     )
 
 

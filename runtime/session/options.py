@@ -65,7 +65,22 @@ class RunOptions:
         None, "Share that the second moment keeps: 0.999 unless given; of lion's momentum 0.99.", least=0, most=1
     )
     eps: float | None = option(
-        None, "Added to the root of the second moment: 1e-8 unless given (adamw, adam).", least=0
+        None,
+        "Added to the root of the second moment: 1e-8 unless given (adamw, adam); of adafactor its smallest root, 1.2e-7.",
+        least=0,
+    )
+    eps2: float | None = option(
+        None,
+        "Smallest root mean square of a tensor that its steps are scaled by: 0.001 unless given (adafactor).",
+        least=0,
+    )
+    beta2_decay: float | None = option(
+        None,
+        "Exponent of an update's number that is the share of its gradient in the second moment: -0.8 unless given (adafactor).",
+        most=0,
+    )
+    clip_threshold: float | None = option(
+        None, "Largest root mean square of a step, before the learning rate: 1 unless given (adafactor).", least=1
     )
     momentum: float | None = option(
         None, "Share that the momentum keeps at an update: 0.9 unless given (momentum).", least=0, most=1
@@ -188,6 +203,12 @@ def _checked(name: str, value: Any) -> Any:
         return number
     if name == "eval_every" and isinstance(value, str):
         return _interval(value)
+    if name == "beta2_decay":
+        if not -math.inf < (number := _number(value)) <= 0:
+            raise InputError(f"beta2_decay {value}: give a finite number of at most 0")
+        return number
+    if name == "clip_threshold" and not 1 <= (number := _number(value)) < math.inf:
+        raise InputError(f"clip_threshold {value}: give a finite number of at least 1")
     return whole(name, value) if name in LEAST else finite(name, value)
 
 

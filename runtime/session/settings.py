@@ -25,6 +25,9 @@ from tightfit.runtime.session.given_adapter import GivenAdapter
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.training_process import RunOrder
 
+SINGLE = ("eps", "eps2", "beta2_decay", "clip_threshold", "momentum")
+"""options that are fields of the optimizers that have them, by the same names"""
+
 
 def settings_of(
     plan: Plan,
@@ -100,16 +103,14 @@ def _own_settings(name: str, options: RunOptions) -> dict[str, Any]:
     """
     kind = OPTIMIZERS[name]
     betas: tuple[float, float] | None = getattr(kind, "betas", None)
-    known = {"beta1": betas is not None, "beta2": betas is not None, "eps": hasattr(kind, "eps")}
-    for option in ("beta1", "beta2", "eps", "momentum"):
+    known = {"beta1": betas is not None, "beta2": betas is not None, "momentum": name == "momentum"}
+    for option in ("beta1", "beta2", *SINGLE):
         value = getattr(options, option)
-        if value is not None and not known.get(option, name == option):
+        if value is not None and not known.get(option, hasattr(kind, option)):
             raise InputError(
                 f"{option} {value:g}: the plan's optimizer, {name}, has none; leave it out, or plan with another optimizer"
             )
-    own: dict[str, Any] = {
-        one: getattr(options, one) for one in ("eps", "momentum") if getattr(options, one) is not None
-    }
+    own: dict[str, Any] = {one: getattr(options, one) for one in SINGLE if getattr(options, one) is not None}
     if betas is not None:
         given = (options.beta1, options.beta2)
         own["betas"] = tuple(old if new is None else new for old, new in zip(betas, given, strict=True))

@@ -6,30 +6,44 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from decisions import random_decision
 from pydantic import ValidationError
 from sample_plans import sample_plan
 from synthetic import SLICE, decoder_like, tables
 
 from tightfit.planner.formulation.layer_constraints import LayerProgram
+from tightfit.planner.instructions import Fetch, Spill
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan, policies_of
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.clipping import clipped
 from tightfit.planner.problem.layer_figures import FIELDS
-from tightfit.planner.problem.optimizers import with_optimizer
-from tightfit.planner.problem.step_graph import STATE_PREFIXES
+from tightfit.planner.problem.optimizers import ADAFACTOR_BYTES, with_optimizer
+from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_bytes
+from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.summary import plan_summary, update_words
 from tightfit.planner.schedule.layer_schedule import measure
+from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.planner.solvers.lp import Linear, Program
 from tightfit.profiles.schema import EXCHANGE, OPTIMIZER_STATES, Profile, Tensor, adamw
 from tightfit.runtime.common.errors import InputError
 
-PASSES = {"adamw": 7, "adam": 7, "sgd": 3, "momentum": 5, "lion": 5}
-"""gradient and parameter are read, the parameter is written, each state is read and written"""
+PASSES = {"adamw": 7, "adam": 7, "sgd": 3, "momentum": 5, "lion": 5, "adafactor": 24}
+"""gradient and parameter are read, the parameter is written, each state is read and written; Adafactor takes as long as so many"""
+ROWS = 1024
+"""of a slice, where it is a matrix"""
+
+
+def matrices(count: int, **said: Any) -> Profile:
+    """A step that trains matrices as large as slices of tables."""
+    profile = tables(count, **said)
+    shape = [ROWS, SLICE // 4 // ROWS]
+    tensors = [t.model_copy(update={"shape": shape}) if t.kind == "trainable" else t for t in profile.tensors]
+    return profile.model_copy(update={"tensors": tensors})
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_STATES)
@@ -55,11 +69,101 @@ def test_fewer_states_fit_less_memory() -> None:
     assert least["sgd"] < least["lion"]
 
 
-@pytest.mark.parametrize("name", ["sgd", "lion"])
+def test_means_of_rows_and_columns_fit_less_memory_than_adamws_moments() -> None:
+    """Where matrices are trained, one mean for each row and column is all that is left of two moments; of vectors, one state is."""
+    factored = (ROWS + SLICE // 4 // ROWS) * 4
+    usual, made = ModelPlanner(matrices(3)), ModelPlanner(with_optimizer(matrices(3), "adafactor"))
+    saved = usual.minimum().peak_bytes - made.minimum().peak_bytes
+    assert saved == pytest.approx(2 * SLICE - factored - ADAFACTOR_BYTES, abs=SLICE // 8)
+    vectors = ModelPlanner(with_optimizer(tables(3), "adafactor")).minimum().peak_bytes
+    assert vectors > made.minimum().peak_bytes + SLICE // 2
+    # With ample memory all states stay there.
+    roomy = [planner.plan(1 << 40) for planner in (usual, made)]
+    assert roomy[0].arena_bytes - roomy[1].arena_bytes == pytest.approx(3 * (2 * SLICE - factored), abs=SLICE // 8)
+    index = TensorIndex(roomy[1])
+    assert {index.tensors[f"adafactor_v:table[{at}.0]"].bytes for at in range(3)} == {factored}
+
+
+@pytest.mark.parametrize("shape", [[], [7], [6, 5], [4, 6, 5], [3, 2, 5, 4], [9, 8, 1, 1]])
+def test_the_bytes_of_a_state_are_those_of_torchs(shape: list[int]) -> None:
+    parameter = torch.nn.Parameter(torch.ones(shape))
+    parameter.grad = torch.ones(shape)
+    optimizer = torch.optim.Adafactor([parameter])
+    optimizer.step()
+    kept = [one for name, one in optimizer.state[parameter].items() if name != "step"]
+    tensor = Tensor(name="p", kind="trainable", shape=shape, dtype="float32", bytes=parameter.numel() * 4)
+    assert state_bytes("adafactor_v", tensor) == sum(one.nbytes for one in kept if one is not None)
+    assert state_bytes("adam_m", tensor) == tensor.bytes
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_states_of_several_sizes_are_moved_by_their_own_bytes(steps: int, limit: float | None) -> None:
+    """At the smallest budget all states are on disk; a step moves each of them once in both directions, counted by hand."""
+    profile = matrices(3, movable=False).model_copy(update={"optimizer": adamw(steps)})
+    wanted = with_optimizer(profile, "adafactor")
+    planner = ModelPlanner(wanted if limit is None else clipped(wanted, limit))
+    made = planner.plan(planner.minimum().peak_bytes)
+    simulate(made)
+    assert not [one for one in made.resident if one.startswith(STATE_PREFIXES)]
+    factored = (ROWS + SLICE // 4 // ROWS) * 4
+    assert made.train is not None
+    moved = states_moved(made, made.train)
+    if limit is None:
+        whole = 3 * (factored + (SLICE if steps > 1 else 0))
+        assert moved == (whole, whole)
+        return
+    assert made.update is not None
+    assert moved == (3 * SLICE if steps > 1 else 0, 3 * SLICE)
+    assert states_moved(made, made.update) == (3 * (SLICE + factored), 3 * factored)
+
+
+def states_moved(made: Plan, phase: Phase) -> tuple[int, int]:
+    """Bytes that a schedule reads and writes as its plan says, less those of activations that it moves."""
+    values = {value.name: value.bytes for program in made.programs for value in program.values}
+    values |= {tensor.name: tensor.bytes for tensor in made.tensors}
+
+    def others(verb: type[Fetch | Spill]) -> int:
+        names = [one.tensor for one in phase.instructions if isinstance(one, verb)]
+        return sum(values[name.rpartition("/")[2]] for name in names if not name.startswith(STATE_PREFIXES))
+
+    return phase.read_bytes - others(Fetch), phase.write_bytes - others(Spill)
+
+
+def test_a_table_that_is_trained_in_slices_is_refused() -> None:
+    profile = matrices(1)
+    model = profile.model.model_copy(update={"tables": {"lm_head": "lm_head.weight"}})
+    with pytest.raises(
+        InputError, match="optimizer adafactor: lm_head is trained in slices, and its step needs means over"
+    ):
+        plan(profile.model_copy(update={"model": model}), 1 << 40, optimizer="adafactor")
+
+
+def test_measured_seconds_of_adafactor_are_those_of_its_plans() -> None:
+    tensor = Tensor(
+        name="table[0.0]",
+        kind="trainable",
+        shape=[1],
+        dtype="float32",
+        bytes=4,
+        update_seconds=7.0,
+        clipped_seconds=9.0,
+        adafactor_seconds=40.0,
+    )
+    profile = tables(1).model_copy(update={"tensors": [tensor]})
+    found = with_optimizer(profile, "adafactor").tensors[0]
+    assert (found.update_seconds, found.clipped_seconds) == (40.0, 42.0)
+    shared = tensor.model_copy(update={"update_seconds": 3 + (7 + 3) / 4})
+    several = profile.model_copy(update={"optimizer": adamw(4), "tensors": [shared]})
+    assert with_optimizer(several, "adafactor").tensors[0].update_seconds == pytest.approx(3 + (40 + 3) / 4)
+    assert with_optimizer(profile, "lion").tensors[0].update_seconds == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lion", "adafactor"])
 @pytest.mark.parametrize("limit", [None, 1.0])
 def test_the_layer_model_says_what_the_layers_schedule_does(name: str, limit: float | None) -> None:
     rng = random.Random(0)
-    made = with_optimizer(tables(2, in_layer=2), name)
+    made = with_optimizer(matrices(2, in_layer=2), name)
     for kind in layered(made if limit is None else clipped(made, limit)).types:
         block = LayerProgram(Program(), kind)
         goal = Linear()
@@ -106,14 +210,16 @@ def test_a_plan_says_which_optimizer_updates() -> None:
     made = plan(tables(2), 1 << 40, optimizer="lion")
     assert any("updates by lion, which has one state of each trained tensor" in sentence for sentence in explain(made))
     assert not any("updates by" in sentence for sentence in explain(plan(tables(2), 1 << 40)))
+    made = plan(matrices(2), 1 << 40, optimizer="adafactor")
+    assert any("updates by adafactor, which has a mean for each row and each column" in one for one in explain(made))
 
 
-@pytest.mark.parametrize(("name", "limit"), [("lion", None), ("sgd", 1.0), (None, 1.0)])
+@pytest.mark.parametrize(("name", "limit"), [("lion", None), ("adafactor", None), ("sgd", 1.0), (None, 1.0)])
 def test_comparisons_and_the_smallest_budget_are_of_the_same_step_as_plans(
     name: str | None, limit: float | None
 ) -> None:
     """Every rule, too, has the states, the seconds and the smallest budget of a plan with this optimizer and clipping."""
-    profile = tables(3)
+    profile = matrices(3)
     chosen: dict[str, Any] = {"optimizer": name, "max_grad_norm": limit}
     least = minimum_budget(profile, **chosen)
     assert plan(profile, least, **chosen).status != "infeasible"
@@ -136,6 +242,7 @@ def test_comparisons_and_the_smallest_budget_are_of_the_same_step_as_plans(
         update_words(found.plans[0])
         == {
             ("lion", None): "lion",
+            ("adafactor", None): "adafactor",
             ("sgd", 1.0): "sgd, gradients clipped to a norm of 1",
             (None, 1.0): "gradients clipped to a norm of 1",
         }[name, limit]
@@ -158,7 +265,7 @@ def test_a_comparison_refuses_rules_with_another_optimizer() -> None:
 
 def test_what_is_no_optimizer_or_has_another_is_refused() -> None:
     with pytest.raises(
-        InputError, match="no optimizer is called 'adagrad'; choose one of adamw, adam, sgd, momentum, lion"
+        InputError, match="no optimizer is called 'adagrad'; choose one of adamw, adam, sgd, momentum, lion, adafactor"
     ):
         plan(tables(1), 1 << 40, optimizer="adagrad")
     with pytest.raises(InputError, match="optimizer sgd: mezo moves along a random direction, by an update of its own"):

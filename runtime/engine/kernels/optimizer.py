@@ -1,11 +1,12 @@
-"""Optimizers that update one trainable at a time, in place: from its gradient (AdamW, Adam, SGD, Lion), also clipped, or
-from two losses (MeZO).
+"""Optimizers that update one trainable at a time, in place: from its gradient (AdamW, Adam, SGD, Lion, Adafactor), also
+clipped, or from two losses (MeZO).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,19 @@ LION_ELEMENTS = 1 << 16
 """of a trainable that are updated at a time"""
 NORM_EPSILON = 1e-6
 """added to the norm by which gradients are scaled down, as in PyTorch"""
+FACTORED = "adafactor_v"
+"""Adafactor's state, which is smaller than a large trainable"""
+
+
+def state_shape(state: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of an optimizer's state `state` of a trainable of shape `shape`: the same, or for Adafactor's one flat tensor
+    of a mean for each row and each column of every matrix; of vectors, for each element.
+    """
+    if state != FACTORED:
+        return tuple(shape)
+    if len(shape) < 2:
+        return (math.prod(shape),)
+    return (math.prod(shape[:-2]) * (shape[-2] + shape[-1]),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +54,6 @@ class Rates:
 
         Warmup and decay count steps, not updates.
         """
-        import math
-
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         after = max(0, step - steps - self.warmup_steps)
@@ -93,6 +105,23 @@ class Lion(Rates):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adafactor(Rates):
+    """Shazeer and Stern 2018, with the defaults of `torch.optim.Adafactor` but for the learning rate; weight decay is
+    decoupled. The rate is relative to the root mean square of the parameter.
+    """
+
+    name: str = "adafactor"
+    beta2_decay: float = -0.8
+    """Exponent of an update's number: the share that it has in the second moment."""
+    eps: float = 2.0**-23
+    """Its square is the smallest second moment: PyTorch's first `eps`, of float32."""
+    eps2: float = 1e-3
+    """The smallest root mean square of a parameter: PyTorch's second `eps`."""
+    clip_threshold: float = 1.0
+    """The largest root mean square of a step before it is scaled by the rate: PyTorch's `d`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeZO(Rates):
     """Malladi et al. 2023, "Fine-tuning language models with just forward passes", with their epsilon."""
 
@@ -100,7 +129,7 @@ class MeZO(Rates):
     epsilon: float = 1e-3
 
 
-Exact = AdamW | SGD | Lion
+Exact = AdamW | SGD | Lion | Adafactor
 """an optimizer that takes a gradient"""
 OPTIMIZERS: dict[str, type[Exact | MeZO]] = {
     "adamw": AdamW,
@@ -108,6 +137,7 @@ OPTIMIZERS: dict[str, type[Exact | MeZO]] = {
     "sgd": SGD,
     "momentum": Momentum,
     "lion": Lion,
+    "adafactor": Adafactor,
     "mezo": MeZO,
 }
 
@@ -134,7 +164,11 @@ class Update:
         """sum of the weights of the steps whose gradients are accumulated so far"""
         self._weight = 1.0
         self._due = True
-        if not isinstance(optimizer, Lion):
+        if isinstance(optimizer, Adafactor):
+            from tightfit.runtime.engine.kernels.adafactor import AdafactorUpdate
+
+            self._adafactor = AdafactorUpdate()
+        elif not isinstance(optimizer, Lion):
             kernel = "adam" if isinstance(optimizer, Adam) else "adamw" if isinstance(optimizer, AdamW) else "sgd"
             self._kernel = torch._C._get_operation_overload(f"aten::_fused_{kernel}_", "")[0]
         self._step = torch.zeros((), dtype=torch.float32)
@@ -154,8 +188,8 @@ class Update:
     def apply(self, count: int, parameter: Tensor, gradient: Tensor, *states: Tensor) -> None:
         """Apply gradient number `count` of a parameter, counted from 1.
 
-        All tensors are float32, contiguous and of one shape; all but `gradient` change in place. `states` are the
-        optimizer's own and, where several steps make an update, the weighted sum of the gradients so far: the parameter
+        All tensors are float32 and contiguous; all but `gradient` change in place. `states` are of the shapes that
+        `state_shape` says: the optimizer's own and, where several steps make an update, the weighted sum of the gradients so far: the parameter
         changes only in the last of those steps.
         """
         if self.accumulate == 1:
@@ -174,6 +208,9 @@ class Update:
         optimizer = self.optimizer
         if isinstance(optimizer, Lion):
             self._lion(optimizer, parameter, gradient, *states)
+            return
+        if isinstance(optimizer, Adafactor):
+            self._adafactor.make(optimizer, self._rate, number, parameter, gradient, *states)
             return
         if isinstance(optimizer, SGD):
             self._kernel(
@@ -253,8 +290,6 @@ class ClippedUpdate(Update):
 
         Squares are added up exactly, so that the result does not depend on the order in which gradients were complete.
         """
-        import math
-
         mean = max(1.0, self.summed) if self.accumulate > 1 else 1.0
         squared = math.fsum(self._squares) if all(map(math.isfinite, self._squares)) else math.nan
         norm = math.sqrt(squared) / mean

@@ -19,7 +19,7 @@ from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.draws import Draws
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
-from tightfit.runtime.engine.kernels.optimizer import ClippedUpdate, Perturbation, Update
+from tightfit.runtime.engine.kernels.optimizer import ClippedUpdate, Perturbation, Update, state_shape
 from tightfit.runtime.engine.training.job import (
     ACCUMULATE,
     CODES,
@@ -158,6 +158,8 @@ class Executor:
         """empty where no operator draws random numbers"""
         self.gathered = dict(header["gathered"])
         self.weights, self.trainables = weights, trainables
+        self.states: list[str] = header["states"]
+        """what the optimizer's states of a trainable are called"""
         self.loss_number, self.token_losses = header["loss"], header["token_losses"]
         self.arriving: dict[int, int] = {}
         self.leaving: dict[int, int] = {}
@@ -338,14 +340,17 @@ class Executor:
             gradient = self.device.tensor(self.where[one.gradient], one.shape, "float32")
             self._call("update", self.exchange.apply, trainable, gradient)
             return
+        parameter = self.device.tensor(self.where[one.value.number], one.shape, "float32")
+        states = [
+            self.device.tensor(self.where[place.number], state_shape(state, one.shape), "float32")
+            for state, place in zip(self.states, one.states, strict=True)
+        ]
         if isinstance(self.update, ClippedUpdate):
-            places = (one.value, *one.states)
-            held = (self.device.tensor(self.where[place.number], one.shape, "float32") for place in places)
-            self._call("update", self.update.apply_sum, count, *held)
+            self._call("update", self.update.apply_sum, count, parameter, *states)
             return
         assert self.update is not None
-        tensors = (self.device.tensor(self.where[number], one.shape, "float32") for number in one.numbers)
-        self._call("update", self.update.apply, count, *tensors)
+        gradient = self.device.tensor(self.where[one.gradient], one.shape, "float32")
+        self._call("update", self.update.apply, count, parameter, gradient, *states)
 
     def _accumulate(self, trainable: int, at: int) -> None:
         """Add the gradient of a trainable to its sum, at offset `at`; waits until that was fetched."""

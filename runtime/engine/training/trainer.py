@@ -27,6 +27,7 @@ from tightfit.runtime.engine.kernels.optimizer import (
     Perturbation,
     Update,
     optimizer_of,
+    state_shape,
 )
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.batches import Batches, ReceivedBatches, TrainingBatches, open_batches
@@ -384,7 +385,7 @@ class Training:
             self._load(name, at, shape, dtype)
         given = None if switched_off else self._given_adapter()
         for trainable in self.trainables:
-            value = self._temporary(trainable)
+            value = self._temporary(trainable.value, trainable.shape)
             if given:
                 _fill(value, given, self._key(trainable.name), _skipped(trainable))
             elif own := adapter.table_slice(trainable.name):
@@ -456,7 +457,7 @@ class Training:
             if own := adapter.table_slice(trainable.name):
                 tables.setdefault(key, []).append((own.start, number))
             else:
-                yield self._item(key, trainable, trainable.value)
+                yield self._item(key, trainable.value, trainable.shape)
         for key, slices in tables.items():
             yield self._table_item(key, [self.trainables[number] for _, number in sorted(slices)])
         state_dict = self.header.get("state_dict") or {}
@@ -468,7 +469,7 @@ class Training:
                 yield self._stored_item(key, name)
             elif key != name:  # another state_dict key of a parameter that several modules share
                 trainable = self.trainables[places[name]]
-                yield self._item(key, trainable, trainable.value)
+                yield self._item(key, trainable.value, trainable.shape)
 
     def _state_items(self) -> Iterator[Item]:
         if self.exchange:
@@ -478,7 +479,7 @@ class Training:
             yield self._buffer_item(f"{BUFFER}:{name}", name)
         for trainable in self.trainables:
             for role, place in zip(self._saved_states, trainable.states):
-                yield self._item(f"{role}:{trainable.name}", trainable, place)
+                yield self._item(f"{role}:{trainable.name}", place, state_shape(role, trainable.shape))
 
     def _fleet_state_items(self, exchange: Exchange) -> Iterator[Item]:
         """The same items as those of a process that accumulates gradients, whose sum is zero after an update."""
@@ -517,12 +518,12 @@ class Training:
         if isinstance(self.update, ClippedUpdate):
             self.update.sums = state["sums"]
         file = adapter.WEIGHTS if self.header["lora"] else "model.safetensors"
-        with_adapter = ((self._key(t.name), t, partial(self._keep, t.value)) for t in self.trainables)
+        with_adapter = ((self._key(t.name), t, t.value, t.shape, partial(self._keep, t.value)) for t in self.trainables)
         for name, wanted in ((file, with_adapter), ("optimizer.safetensors", self._states_wanted())):
             reader = safetensors_file.Reader(os.path.join(directory, name))
             reader.verify(checksums[name])
-            for key, trainable, keep in wanted:
-                value = self._temporary(trainable)
+            for key, trainable, place, shape, keep in wanted:
+                value = self._temporary(place, shape)
                 plain = adapter.adapter_key(trainable.name)  # the key in checkpoints of plans without `adapter_body`
                 skipped = _skipped(trainable) if name == file else 0
                 _fill(value, reader, plain if plain in reader else key, skipped)
@@ -534,15 +535,17 @@ class Training:
                     self.device.put(at, host)
             reader.close()
 
-    def _states_wanted(self) -> Iterator[tuple[str, Trainable, Callable[[Tensor], None]]]:
-        """(key in a checkpoint, trainable, what puts it in its place) of every state of the optimizer."""
+    def _states_wanted(self) -> Iterator[tuple[str, Trainable, Place, tuple[int, ...], Callable[[Tensor], None]]]:
+        """(key in a checkpoint, trainable, a place of its size, its shape, what puts it in its place) of every state of the
+        optimizer.
+        """
         for number, t in enumerate(self.trainables):
             if self.exchange:
                 for row, role in enumerate(STATES[:2]):
-                    yield f"{role}:{t.name}", t, partial(self.exchange.set_state, row, number)
+                    yield f"{role}:{t.name}", t, t.value, t.shape, partial(self.exchange.set_state, row, number)
             else:
                 for role, place in zip(self._saved_states, t.states):
-                    yield f"{role}:{t.name}", t, partial(self._keep, place)
+                    yield f"{role}:{t.name}", t, place, state_shape(role, t.shape), partial(self._keep, place)
 
     @property
     def _saved_states(self) -> tuple[str, ...]:
@@ -632,17 +635,17 @@ class Training:
             self.device.host(start, (size,), "uint8") if end - start >= size else torch.empty(size, dtype=torch.uint8)
         )
 
-    def _temporary(self, trainable: Trainable) -> Tensor:
-        """A float32 tensor in the trainable's shape, to prepare a value in.
+    def _temporary(self, place: Place, shape: Sequence[int]) -> Tensor:
+        """A float32 tensor of this shape, which has the bytes of the tensor `place`, to prepare a value in.
 
         It lies at the end of the arena's hole, where it does not overlap the packed bytes that `_room` has at the
         start, or on the heap if the hole is too small.
         """
-        size = self.job.sizes[trainable.value.number]
+        size = self.job.sizes[place.number]
         start, end = self._hole
         if end - start >= 2 * size + 3 * BLOCK:
-            return self.device.host((end - size) // BLOCK * BLOCK, trainable.shape, "float32")
-        return torch.empty(trainable.shape)
+            return self.device.host((end - size) // BLOCK * BLOCK, shape, "float32")
+        return torch.empty(tuple(shape))
 
     def _keep(self, place: Place, value: Tensor) -> None:
         size = self.job.sizes[place.number]
@@ -651,8 +654,8 @@ class Training:
         else:
             self.spill.write(value.data_ptr(), size, self.job.extents[place.number])
 
-    def _item(self, name: str, trainable: Trainable, place: Place) -> Item:
-        return Item(name=name, dtype="float32", shape=list(trainable.shape), chunks=lambda: self._chunks(place))
+    def _item(self, name: str, place: Place, shape: Sequence[int]) -> Item:
+        return Item(name=name, dtype="float32", shape=list(shape), chunks=lambda: self._chunks(place))
 
     def _buffer_item(self, key: str, name: str) -> Item:
         """The present values of a buffer that a step changes."""

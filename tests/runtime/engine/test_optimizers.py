@@ -15,7 +15,7 @@ from tightfit.runtime.engine.kernels.optimizer import (
 )
 
 LR, DECAY, STEPS = 3e-3, 0.1, 6
-STATES = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1, "lion": 1}
+STATES = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1, "lion": 1, "adafactor": 1}
 SIZE = LION_ELEMENTS + 77
 """more than one piece"""
 
@@ -42,6 +42,10 @@ REFERENCES = {
     "sgd": lambda parameters, decay: torch.optim.SGD(parameters, lr=LR, weight_decay=decay),
     "momentum": lambda parameters, decay: torch.optim.SGD(parameters, lr=LR, weight_decay=decay, momentum=0.9),
     "lion": LionInFull,
+    # In float32 its eps is another than in float64.
+    "adafactor": lambda parameters, decay: torch.optim.Adafactor(
+        parameters, lr=LR, weight_decay=decay, eps=(torch.finfo(torch.float32).eps, 1e-3)
+    ),
 }
 
 

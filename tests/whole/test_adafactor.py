@@ -1,0 +1,205 @@
+"""Runs with Adafactor: against torch.optim.Adafactor on matrices, vectors, kernels of convolutions, bfloat16 and LoRA pairs, at
+two budgets, after the run was killed; smallest budgets beside AdamW's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mixed_parameters import FACTORY, batch
+from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
+from safetensors.torch import load_file
+from tiny_models import byte_level_tokenizer, random_weights, write_directory
+from torch import Tensor, nn
+
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import minimum_budget, plan
+from tightfit.planner.problem.optimizers import chosen
+from tightfit.planner.schema import Plan
+from tightfit.profiles.api import profile
+from tightfit.profiles.schema import Profile, adamw
+from tightfit.profiles.sources.factory import build_module, narrowed
+from tightfit.runtime.engine.training.checkpoint import find_checkpoints
+from tightfit.runtime.session.launch import run
+
+STEPS, LR, SEQ, RANK = 6, 1e-2, 29, 4
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    {"prompt": "Is the fox quick? ", "completion": "positive"},
+    {"prompt": "lazy dog? ", "completion": "negative, it is not"},
+    {"text": "The quick brown fox jumps over the lazy dog."},
+]
+CHECKPOINT = ("model.safetensors", "optimizer.safetensors")
+
+
+class Wide(nn.Module):
+    """Two matrices of 16 MiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(512, 8192, bias=False), nn.Linear(8192, 512, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.second(torch.relu(self.first(x))).square().mean()
+        return made
+
+
+def wide() -> tuple[nn.Module, tuple[Tensor]]:
+    torch.manual_seed(0)
+    return Wide(), (torch.randn(4, 512),)
+
+
+def in_pytorch(dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Losses, parameters and states, both in float32: the module is PyTorch's in `dtype`, its update that of float32 copies."""
+    in_full = build_module(FACTORY)[0]
+    module = in_full if dtype == torch.float32 else narrowed(*build_module(FACTORY), dtype)[0]
+    masters = dict(in_full.named_parameters())
+    optimizer = torch.optim.Adafactor(masters.values(), lr=LR)
+    losses = []
+    for step in range(STEPS):
+        images, labels = batch(step)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(masters[name])
+        loss = module(images.to(dtype), labels)
+        module.zero_grad()
+        loss.backward()
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None
+            masters[name].grad = parameter.grad.float()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {n: p.detach() for n, p in masters.items()}, {n: optimizer.state[p] for n, p in masters.items()}
+
+
+@pytest.mark.parametrize(("dtype", "loss", "near"), [("float32", 1e-4, 1e-2), ("bfloat16", 2e-2, 0.3)])
+def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
+    dtype: str, loss: float, near: float, tmp_path: Path, cache: Path
+) -> None:
+    """At the smaller budget states are on disk; in bfloat16 parameters and states are float32."""
+    losses, parameters, states = in_pytorch(getattr(torch, dtype))
+    planner = ModelPlanner(chosen(profile(FACTORY, dtype=dtype), "adafactor", None))
+    small, roomy = planner.plan(planner.minimum().peak_bytes), planner.plan(1 << 40)
+    away = [name for name, place in small.decisions.items() if place == "offloaded" and name.startswith("adafactor_v:")]
+    assert away
+    batches = [batch(seed) for seed in range(STEPS)]
+    files = []
+    for made, name in ((roomy, "roomy"), (small, "small")):
+        report = run(made, batches, steps=STEPS, out=tmp_path / name, lr=LR)
+        assert report["peak_bytes"]["measured"] <= made.peak_bytes
+        assert report["loss"] == pytest.approx(losses, rel=loss)
+        files.append([(tmp_path / name / f"checkpoint-{STEPS}" / file).read_bytes() for file in CHECKPOINT])
+    assert files[0] == files[1]
+    values, kept = (load_file(tmp_path / "small" / f"checkpoint-{STEPS}" / file) for file in CHECKPOINT)
+    assert values.keys() == parameters.keys() == {name.partition(":")[2] for name in kept}
+    for name, expected in parameters.items():
+        start = dict(build_module(FACTORY)[0].named_parameters())[name].detach()
+        # Compared with how far training has moved it. A kernel of one element moves by a gradient's sign, however small it is.
+        assert float((values[name] - expected).norm()) <= near * float((expected - start).norm()) + 1e-7, name
+        parts = ("variance",) if expected.dim() < 2 else ("row_var", "col_var")
+        theirs = torch.cat([states[name][part].flatten() for part in parts])
+        assert kept[f"adafactor_v:{name}"].shape == theirs.shape
+        torch.testing.assert_close(kept[f"adafactor_v:{name}"], theirs, rtol=near, atol=float(theirs.max()) * near / 10)
+
+
+def test_the_smallest_budget_is_below_adamws(cache: Path) -> None:
+    """A module of two matrices of 16 MiB is trained in 30 MiB less than with AdamW, which has two moments of a matrix in memory
+    while it is updated.
+    """
+    measured = profile(f"{__name__}:wide")
+    least = {name: minimum_budget(measured, optimizer=name) for name in ("adamw", "lion", "sgd", "adafactor")}
+    assert least["adamw"] - least["adafactor"] > 30 << 20
+    assert least["lion"] - least["adafactor"] > 14 << 20
+    assert least["adafactor"] - least["sgd"] < 2 << 20
+    # Where all states stay in memory, AdamW's are as large as the parameters twice over.
+    roomy = {name: plan(measured, 1 << 40, optimizer=name).peak_bytes for name in ("adamw", "adafactor")}
+    assert roomy["adamw"] - roomy["adafactor"] > 62 << 20
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    folder = tmp_path_factory.mktemp("llama")
+    write_directory(folder, CONFIGS["llama"], random_weights(CONFIGS["llama"]), tokenizer=byte_level_tokenizer())
+    return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32")
+
+
+@pytest.mark.parametrize(("together", "limit"), [(1, None), (3, None), (3, 0.4)])
+def test_pairs_are_trained_as_by_peft(decoder: Profile, together: int, limit: float | None, tmp_path: Path) -> None:
+    """With the gradients of several steps to an update, and clipped ones; at the smallest budget and with ample memory."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    profiled = decoder.model_copy(update={"optimizer": adamw(together)})
+    planner = ModelPlanner(chosen(profiled, "adafactor", limit))
+    saved = []
+    for made in (planner.plan(planner.minimum().peak_bytes), planner.plan(1 << 40)):
+        out = tmp_path / str(made.budget_bytes)
+        report = run(made, data, steps=STEPS, out=out, lr=LR, packing=False)
+        assert report["peak_bytes"]["measured"] <= made.peak_bytes
+        saved.append(load_file(out / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+    model = peft_model(CONFIGS["llama"], starting_weights(profiled), all_layers(RANK, 8.0), torch.float32)
+    trained = trained_by_peft(model)
+    optimizer = torch.optim.Adafactor(trained.values(), lr=LR)
+    batches = training_batches(out, STEPS, 1, SEQ)
+    losses = []
+    for step in range(0, STEPS, together):
+        ids, labels = (torch.cat(parts) for parts in zip(*batches[step : step + together]))
+        each = nn.functional.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none")
+        counts = (labels >= 0).sum(1)
+        losses += (each.sum(1) / counts).tolist()
+        (each.sum() / counts.sum()).backward()
+        if limit is not None:
+            torch.nn.utils.clip_grad_norm_(trained.values(), limit)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert report["loss"] == pytest.approx(losses, rel=2e-5)
+    for name, expected in trained.items():
+        own, wanted = saved[0][f"base_model.model.{name}"], expected.detach()
+        assert float((own - wanted).norm() / wanted.norm()) < 1e-3, name
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, cache: Path) -> None:
+    planner = ModelPlanner(chosen(profile(FACTORY), "adafactor", None))
+    planned: Plan = planner.plan(planner.minimum().peak_bytes)
+    (tmp_path / "plan.json").write_text(planned.model_dump_json())
+    part = tmp_path / "part"
+    script = (
+        "from tightfit.planner.io import load_plan; from tightfit.runtime.session.launch import run\n"
+        f"run(load_plan({str(tmp_path / 'plan.json')!r}), 'random', steps=1_000_000, out={str(part)!r}, lr={LR}, checkpoint_every=2)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'helpers'}"},
+    )
+    while not any(step >= 4 for step, _ in find_checkpoints(str(part))):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    for child in [*map(int, children), process.pid]:
+        os.kill(child, signal.SIGKILL)
+    process.wait()
+    lock = os.open(part, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # which the child has until the kernel has buried it
+    os.close(lock)
+    reached = find_checkpoints(str(part))[-1][0]
+    roomy = planner.plan(1 << 40)
+    resumed = run(roomy, "random", steps=reached + 4, out=part, lr=LR, checkpoint_every=2, resume=True)
+    assert resumed["resumed_step"] == reached
+    whole = run(planned, "random", steps=reached + 4, out=tmp_path / "whole", lr=LR, checkpoint_every=2)
+    assert resumed["loss"] == whole["loss"]
+    for file in CHECKPOINT:
+        ends = [folder / f"checkpoint-{reached + 4}" / file for folder in (part, tmp_path / "whole")]
+        assert ends[0].read_bytes() == ends[1].read_bytes()
