@@ -288,7 +288,8 @@ def _attend(
         return x.transpose(1, 2).reshape(batch * seq, -1)
 
     if context.answering:
-        window = next((each for each, mask in context.masks.items() if mask is attention_mask), None)
+        own = None if attention_mask is None else _storage(attention_mask)
+        window = next((each for each, mask in context.masks.items() if _storage(mask) == own), None)
         if attention_mask is not None and window is None:
             raise InputError("this model changes its attention masks; it is not supported")
         number = context.attended - 1
