@@ -29,9 +29,7 @@ class Kind:
 
 def kind_of(piece: Rows) -> Kind:
     entry = piece.entry
-    return Kind(
-        entry.format, entry.group, entry.columns, piece.stop - piece.start, piece.packed_bytes, piece.in_head
-    )
+    return Kind(entry.format, entry.group, entry.columns, piece.stop - piece.start, piece.packed_bytes, piece.in_head)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def layout(step: Step) -> Layout:
     for program in step.programs:
         spans: dict[str, list[int]] = {}
         for place, operator in enumerate(program.operators):
-            for name in (*operator.inputs, *filter(None, operator.outputs)):
+            for name in (*operator.inputs, *(made for made in operator.outputs if made is not None)):
                 spans.setdefault(name, []).append(place)
         sizes = {value.name: aligned(value.bytes) for value in program.values}
         own[program.name] = [
@@ -68,18 +68,18 @@ def layout(step: Step) -> Layout:
     passed: dict[str, Life] = {}
     for place, layer in enumerate(step.layers):
         for value in programs[layer.program].values:
-            name = layer.bindings.get(value.name)
-            if name is None or value.kind in HELD:
+            bound = layer.bindings.get(value.name)
+            if bound is None or value.kind in HELD:
                 continue
-            first = passed[name].first if name in passed else 0 if value.kind == "batch" else place
-            passed[name] = Life(name=name, bytes=aligned(value.bytes), first=first, last=place)
+            first = passed[bound].first if bound in passed else 0 if value.kind == "batch" else place
+            passed[bound] = Life(name=bound, bytes=aligned(value.bytes), first=first, last=place)
     last = passed[step.result]
     passed[step.result] = Life(name=last.name, bytes=last.bytes, first=last.first, last=len(step.layers))
     between, start = packed(passed.values())
-    bound = {layer.program: layer.bindings for layer in step.layers}
+    bindings = {layer.program: layer.bindings for layer in step.layers}
     places, end = {}, start
     for name, lives in own.items():
-        places[name], stop = packed([life for life in lives if life.name not in bound[name]], start)
+        places[name], stop = packed([life for life in lives if life.name not in bindings[name]], start)
         end = max(end, stop)
     return Layout(bytes=end, passed=between, own=places)
 
@@ -101,9 +101,9 @@ class TracedForm:
     @cached_property
     def seen(self) -> tuple[Seen, ...]:
         found = []
-        for layer, call in self.steps.one.calls:
+        for _, call in self.steps.one.calls:
             if call.target == ATTEND:
-                _number, kv_heads, width, window, _scale = call.args[5:]
+                kv_heads, width, window, _ = call.args[5:]
                 columns = operand_of(call.args[0])["size"][1]
                 found.append(Seen(heads=columns // width, kv_heads=kv_heads, width=width, window=window))
         return tuple(found)

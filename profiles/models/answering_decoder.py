@@ -62,7 +62,7 @@ def answer_steps(
     def refused(why: str) -> InputError:
         return InputError(f"a {name} decoder cannot answer token by token here: {why}; {instead}")
 
-    steps = []
+    steps, cap = [], None
     for tokens in (1, group):
         module = AnsweringDecoder(config, tokens=tokens, longest=longest)
         if "position_ids" not in inspect.signature(module.model.forward).parameters:
@@ -72,6 +72,7 @@ def answer_steps(
         with FakeTensorMode():
             without_values(module)
             sample = {part: torch.zeros(1, tokens, dtype=torch.int64) for part in (IDS, POSITIONS)}
+        cap = module.cap
         made = trace_forward(module, sample, DECOMPOSITIONS)
         why = module.refuse()
         if why is not None:
@@ -86,13 +87,12 @@ def answer_steps(
     if one != several or len(set(one)) != len(one):
         raise refused("it multiplies with a matrix more than once in a step")
     found = facts(config)
-    head = getattr(module, module.head_name) if module.head_name else None
-    biased = head is not None and head.bias is not None
+    bias = found.head.removesuffix("weight") + "bias"
     return AnswerSteps(
         steps=steps,
         head=found.head if found.head in stored else found.embedding,
-        bias=f"{module.head_name}.bias" if biased else None,
-        cap=module.cap,
+        bias=bias if bias in stored else None,
+        cap=cap,
         vocab=found.config["vocab_size"],
     )
 

@@ -292,8 +292,7 @@ def _attend(
         window = next((each for each, mask in context.masks.items() if _storage(mask) == own), None)
         if attention_mask is not None and window is None:
             raise InputError("this model changes its attention masks; it is not supported")
-        number = context.attended - 1
-        made = attend(flat(query), flat(key), flat(value), cos, sin, number, key.shape[1], width, window, scale)
+        made = attend(flat(query), flat(key), flat(value), cos, sin, key.shape[1], width, window, scale)
         return made.view(batch, seq, heads, width), None
     mask = None if attention_mask is None else attention_mask[0, 0]
     y, *_rest = attention(

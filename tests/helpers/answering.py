@@ -67,7 +67,12 @@ def problem_of(
     body = BODY if handwritten(config) else facts(config).config.get("adapter_body", BODY)
     pairs = {} if adapter is None else pairs_of(adapter, body, entries, "the model")
     return Problem(
-        shape=shape_of(config, entries, prompt + answer), entries=entries, prompt_tokens=prompt, answer_tokens=answer, pairs=pairs, **more
+        shape=shape_of(config, entries, prompt + answer),
+        entries=entries,
+        prompt_tokens=prompt,
+        answer_tokens=answer,
+        pairs=pairs,
+        **more,
     )
 
 

@@ -83,15 +83,20 @@ class TracedDecoder(CachedDecoder):
         begin = self.length
         self._give(step, IDS, list(ids), groups)
         self._give(step, POSITIONS, list(range(begin, begin + len(ids))), groups)
-        for program, bindings in step["layers"]:
-            frame = Frame(tokens, programs[program], bindings, step["passed"], groups)
+        frames = [
+            Frame(tokens, programs[program], bindings, step["passed"], groups) for program, bindings in step["layers"]
+        ]
+        attended = 0
+        for frame in frames:
             for operator, compiled in frame.program.operators:
-                self._call(frame, operator, compiled)
+                if operator["target"] == ATTEND:
+                    self._call_attention(frame, operator, attended)
+                    attended += 1
+                else:
+                    self._call(frame, operator, compiled)
             between()
-        name = next(local for local, bound in bindings.items() if bound == step["result"])
-        (shape,) = [value["shape"] for local, value in frame.program.values.items() if local == name]
-        operand = {"value": name, "size": shape, "stride": [shape[1], 1], "offset": 0}
-        return self._rows(frame, operand)
+        last = frames[-1]
+        return self._made_rows(last, next(name for name, bound in last.bindings.items() if bound == step["result"]))
 
     def _last(self, hidden: Tensor) -> Tensor:
         return hidden[-1:]
@@ -116,23 +121,26 @@ class TracedDecoder(CachedDecoder):
             held = None if bias is None else self._place(frame.bindings[bias["operand"]["value"]])
             matrix = frame.bindings[weight["operand"]["value"]]
             (made,) = operator["outputs"]
-            shape = frame.program.values[made]["shape"]
-            out = self._rows(frame, {"value": made, "size": shape, "stride": [shape[1], 1], "offset": 0})
+            out = self._made_rows(frame, made)
             self.products.multiply(matrix, self._rows(frame, x["operand"]), frame.groups, held, out=out)
-        elif target == GATHER:
+        else:
             table, ids, scale = arguments
             for number, rows in enumerate(frame.groups):
                 count = rows.stop - rows.start
                 wanted = self._window(frame, ids["operand"], number).reshape(-1)[:count].tolist()
                 self._embed(
-                    frame.bindings[table["operand"]["value"]], wanted, scale, self._made(frame, operator, number)[:count]
+                    frame.bindings[table["operand"]["value"]],
+                    wanted,
+                    scale,
+                    self._made(frame, operator, number)[:count],
                 )
-        else:
-            number_of_layer, _, _, _, scale = arguments[5:]
-            for number, rows in enumerate(frame.groups):
-                count = rows.stop - rows.start
-                read = [self._window(frame, argument["operand"], number)[:count] for argument in arguments[:5]]
-                self._attend(number_of_layer, *read, scale, self._made(frame, operator, number)[:count])
+
+    def _call_attention(self, frame: Frame, operator: Mapping[str, Any], layer: int) -> None:
+        *tensors, _, _, _, scale = operator["args"]
+        for number, rows in enumerate(frame.groups):
+            count = rows.stop - rows.start
+            q, k, v, cos, sin = (self._window(frame, tensor["operand"], number)[:count] for tensor in tensors)
+            self._attend(layer, q, k, v, cos, sin, scale, self._made(frame, operator, number)[:count])
 
     def _run(self, frame: Frame, operator: Mapping[str, Any], compiled: CompiledOperator) -> None:
         names = {operand["value"] for _, _, operand in compiled.slots}
@@ -157,9 +165,12 @@ class TracedDecoder(CachedDecoder):
         """The rows [t, columns] of all groups of a pass, which lie one after the other."""
         base = self._storage(frame, operand["value"], 0)
         count, columns = frame.groups[-1].stop, operand["size"][1]
-        return base.as_strided(
-            (count, columns), (operand["stride"][0], 1), base.storage_offset() + operand.get("offset", 0)
-        )
+        return base.as_strided((count, columns), (operand["stride"][0], 1), base.storage_offset() + operand["offset"])
+
+    def _made_rows(self, frame: Frame, name: str) -> Tensor:
+        """The rows of all groups of a matrix that an operator makes."""
+        shape = frame.program.values[name]["shape"]
+        return self._rows(frame, {"value": name, "size": shape, "stride": [shape[1], 1], "offset": 0})
 
     def _storage(self, frame: Frame, name: str, group: int) -> Tensor:
         """The elements of a value, for a group."""

@@ -33,9 +33,7 @@ def matrices(sizes: Sequence[tuple[int, int]], head: tuple[int, int]) -> list[Ro
         name = f"model.layers.{number}.w.weight" if number < len(sizes) else "lm_head.weight"
         entry = Entry(name=name, shape=(rows, columns), format="q4", group=32)
         size = -(-entry.bytes // 4096) * 4096
-        made.append(
-            Rows(matrix=name, start=0, stop=rows, entry=entry, packed_bytes=size, in_head=number == len(sizes))
-        )
+        made.append(Rows(matrix=name, start=0, stop=rows, entry=entry, packed_bytes=size, in_head=number == len(sizes)))
     return made
 
 

@@ -13,16 +13,18 @@ import pytest
 import torch
 import transformers
 from answering import answered_by_transformers, figures, greedy, opened, packed, planned, problem_of, shape_of
-from decoder_families import FAMILIES
+from decoder_families import FAMILIES, NO_ANSWERS
 from peft_adapters import merged_by_peft, save_adapter, save_model
 from reference import stored_weights, take
 
 from tightfit.planner.generation.plan import GenerationPlan, laid_out
 from tightfit.planner.generation.problem import Problem
+from tightfit.planner.generation.traced_form import Layout, layout
 from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.answering_decoder import answer_steps
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.transformers_decoder import facts
+from tightfit.profiles.schema import Layer, Value
 from tightfit.profiles.sources.transformers_source import any_directory_source
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.common.errors import InputError
@@ -35,15 +37,7 @@ from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.layout import read_header
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
-REFUSED = {
-    "Qwen3.5 (text)": "its Qwen3_5GatedDeltaNet mixes neighbouring tokens",
-    "Gemma 2": "its Gemma2Attention computes more than tightfit's attention",
-    "Falcon, multi-query": "attention is recognised in 0 of its 2 layers",
-    "Falcon, grouped": "attention is recognised in 0 of its 2 layers",
-    "LFM2": "its Lfm2ShortConv mixes neighbouring tokens",
-    "BLOOM": "its code takes no positions",
-}
-TRACED = [name for name, config in FAMILIES.items() if not handwritten(config) and name not in REFUSED]
+TRACED = [name for name, config in FAMILIES.items() if not handwritten(config) and name not in NO_ANSWERS]
 PROMPT, ANSWER = 45, 12
 """tokens: a group and a part of one, and fewer in all than the 64 positions that the models have"""
 BUDGET = 1 << 40
@@ -171,10 +165,63 @@ def test_tokens_that_two_prompts_share_need_not_be_computed_again(tmp_path: Path
         torch.testing.assert_close(decoder.run([7], lambda: None), whole)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", NO_ANSWERS)
 def test_what_has_no_cache_is_refused_by_name(name: str) -> None:
     config = FAMILIES[name]
     with pytest.raises(InputError, match=re.escape(f"a {config['model_type']} decoder")) as error:
         shape_of(config, (), 60)
-    assert REFUSED[name] in str(error.value)
+    assert NO_ANSWERS[name] in str(error.value)
     assert str(error.value).endswith("do something else")
+
+
+def place_of(found: Layout, layer: Layer, value: Value) -> tuple[int, int] | None:
+    """The bytes of a value that a step makes; None: it is given."""
+    if value.kind in ("weight", "constant", "batch"):
+        return None
+    bound = layer.bindings.get(value.name)
+    at = found.own[layer.program][value.name] if bound is None else found.passed[bound]
+    return at, at + value.bytes
+
+
+def test_layers_that_are_alike_share_a_program_and_values_that_live_at_once_share_no_bytes() -> None:
+    config = FAMILIES["OLMo 3"] | {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
+    stored = [tensor.name for tensor in facts(config).tensors]
+    steps = answer_steps(config, stored, group=GROUP, longest=60, instead="")
+    for step in steps.steps:
+        assert len(step.layers) == 8
+        assert (
+            len(step.programs) == 5
+        )  # two kinds of layers, the first, whose input is shaped otherwise, before and after them
+        found = layout(step)
+        programs = {program.name: program for program in step.programs}
+        written: dict[
+            tuple[int, int], tuple[int, str]
+        ] = {}  # bytes of the memory -> (layer or -1, value) that they hold
+        for number, layer in enumerate(step.layers):
+            values = {value.name: value for value in programs[layer.program].values}
+
+            for operator in programs[layer.program].operators:
+                for name in operator.inputs:
+                    span = place_of(found, layer, values[name])
+                    if span is not None:
+                        bound = layer.bindings.get(name)
+                        assert written[span] == ((number, name) if bound is None else (-1, bound))
+                for name in filter(None, operator.outputs):
+                    span = place_of(found, layer, values[name])
+                    assert span is not None
+                    assert span[1] <= found.bytes
+                    written = {at: held for at, held in written.items() if at[1] <= span[0] or span[1] <= at[0]}
+                    bound = layer.bindings.get(name)
+                    written[span] = (number, name) if bound is None else (-1, bound)
+
+
+def test_short_answers_with_longrope_have_the_short_frequencies(tmp_path: Path) -> None:
+    config = FAMILIES["Phi-4-mini"]
+    store = packed(save_model(tmp_path / "model", config))
+    problem, ids = problem_of(config, store, 20, 8), prompt_of(config, 20)
+    with opened(problem, planned(problem, BUDGET), store) as decoder:
+        answer, logits = greedy(decoder, ids, 8)
+    assert answer == answered_by_transformers(exact(config, store), ids, 8)
+    longer = problem_of(config, store, 20, 20)
+    with opened(longer, planned(longer, BUDGET), store) as decoder:
+        assert not torch.allclose(greedy(decoder, ids, 8)[1], logits)
