@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tightfit.planner.generation.problem import PAGE, Figures, Places, Problem, Rows, aligned_bytes
+from tightfit.planner.generation.places import Places, aligned_bytes
+from tightfit.planner.generation.problem import PAGE, Figures, Problem, Rows
 from tightfit.planner.generation.program import choose, least_room, spread
 from tightfit.planner.generation.simulate import Simulated, simulate
 from tightfit.runtime.common.errors import InfeasibleError

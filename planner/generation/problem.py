@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
 
+from tightfit.planner.generation.places import Places, aligned_bytes
+from tightfit.planner.generation.traced_form import TracedForm
+from tightfit.planner.generation.written_form import WrittenForm
+from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.decoder_config import DecoderShape
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP, attention_cache_scratch, cache_scratch
-from tightfit.runtime.engine.generation.job import PACKED, STATES, STREAMED, UNPACKED, Sampling
+from tightfit.runtime.engine.generation.job import PACKED, STATES, STREAMED, UNPACKED, Sampling, Seen
 from tightfit.runtime.engine.generation.names import (
-    HEAD,
     LORA_A,
     LORA_B,
     MAGNITUDE,
@@ -26,14 +30,11 @@ from tightfit.runtime.engine.weights.layout import Entry, find_extent
 
 PIECE_ELEMENTS = 1 << 22
 """of a matrix at most in one piece, so that the rooms for what is read stay small: 2.3 MiB at 4 bits"""
-ALIGNMENT, PAGE = 64, 4096
+PAGE = 4096
 SLACK_BYTES = 3 << 18
 """allowance for small holes in the heap of a process that runs for long"""
 TOKEN_BYTES = 192
 """of the heap for each token of a prompt or its answer, as a number in lists and in messages"""
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-Places = dict[str, tuple[tuple[int, ...], str]]
-"""(shape, dtype) of tensors by name"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ class Rows:
     entry: Entry
     packed_bytes: int
     """of the aligned extent in the store"""
+    in_head: bool = False
+    """whether only the last pass of a prompt needs it"""
 
     @property
     def elements(self) -> int:
@@ -91,11 +94,6 @@ class Rows:
     @property
     def unpacked_bytes(self) -> int:
         return -(-4 * self.elements // PAGE) * PAGE
-
-    @property
-    def in_head(self) -> bool:
-        """Whether only the last pass of a prompt needs it."""
-        return self.matrix in HEAD
 
     def bytes(self, state: str) -> int:
         """Bytes that stay in memory."""
@@ -124,11 +122,40 @@ class Rows:
         return dot_key(self.entry.format, self.entry.group, self.entry.columns)
 
 
+class Form(Protocol):
+    """A decoder as a plan for answers sees it."""
+
+    @property
+    def head(self) -> str:
+        """Name of the matrix that makes logits."""
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that there are."""
+
+    @property
+    def seen(self) -> tuple[Seen, ...]:
+        """What each layer's attention sees."""
+
+    def matrices(self) -> Iterator[str]:
+        """All other matrices, in the order in which a pass needs them."""
+
+    def constants(self, entries: Mapping[str, Entry]) -> Places:
+        """What else of the store stays in memory, unpacked."""
+
+    def activations(self, tokens: int, group: int) -> Places:
+        """Tensors of a pass of so many tokens, in groups of at most `group`, beside those of all decoders."""
+
+    def job(self) -> dict[str, Any]:
+        """Fields of a `GenerationJob` that say how to compute."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """A decoder that is to answer prompts of up to `prompt_tokens` with up to `answer_tokens`."""
 
-    shape: DecoderShape
+    shape: DecoderShape | AnswerSteps
+    """of a hand-written decoder; the steps of one that transformers builds"""
     entries: Mapping[str, Entry]
     """of the packed store"""
     prompt_tokens: int
@@ -144,18 +171,13 @@ class Problem:
     def context(self) -> int:
         return self.prompt_tokens + self.answer_tokens
 
+    @cached_property
+    def form(self) -> Form:
+        return WrittenForm(self.shape) if isinstance(self.shape, DecoderShape) else TracedForm(self.shape)
+
     def pieces(self) -> list[Rows]:
         """All matrices in the order in which a pass needs them, in pieces of at most `PIECE_ELEMENTS`."""
-        return [piece for name in self._matrices() for piece in self._divided(name)]
-
-    def _matrices(self) -> Iterator[str]:
-        for layer in range(self.shape.layers):
-            prefix = f"model.layers.{layer}."
-            for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
-                yield f"{prefix}{name}.weight"
-            for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-                yield f"{prefix}{name}.weight"
-        yield HEAD[1] if self.shape.tied else HEAD[0]
+        return [piece for name in (*self.form.matrices(), self.form.head) for piece in self._divided(name)]
 
     def _divided(self, name: str) -> Iterator[Rows]:
         """Pieces of about equal size that begin where a checksum's rows begin."""
@@ -166,17 +188,21 @@ class Problem:
         for start in range(0, entry.rows, step):
             stop = min(start + step, entry.rows)
             packed = find_extent(self.entries, f"{name}[{start}:{stop}]").bytes
-            yield Rows(matrix=name, start=start, stop=stop, entry=entry, packed_bytes=packed)
+            yield Rows(
+                matrix=name,
+                start=start,
+                stop=stop,
+                entry=entry,
+                packed_bytes=packed,
+                in_head=name == self.form.head,
+            )
 
     # --- what is needed in any case ------------------------------------------------------------------------------------
 
     def places(self, pass_tokens: int) -> Places:
         """Every tensor beside the matrices, where passes take so many tokens."""
-        return {**self._constants(), **self._adapter(), **self._cache(), **self._activations(pass_tokens)}
-
-    def _constants(self) -> Places:
-        """Norms and biases."""
-        return {name: (entry.shape, "float32") for name, entry in self.entries.items() if len(entry.shape) == 1}
+        constants = self.form.constants(self.entries)
+        return {**constants, **self._adapter(), **self._cache(), **self._activations(pass_tokens)}
 
     def _adapter(self) -> Places:
         places: Places = {}
@@ -189,50 +215,33 @@ class Problem:
         return places
 
     def _cache(self) -> Places:
-        shape = self.shape
         return {
-            f"{what}.{layer}": (
-                (shape.kv_heads, cache_places(self.context, window), shape.head_dim),
-                self.cache_dtype,
-            )
-            for layer, window in enumerate(shape.windows)
+            f"{what}.{layer}": ((seen.kv_heads, cache_places(self.context, seen.window), seen.width), self.cache_dtype)
+            for layer, seen in enumerate(self.form.seen)
             for what in ("keys", "values")
         }
 
     def _activations(self, tokens: int) -> Places:
-        shape, group = self.shape, min(GROUP, self.context)
-        query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        scratch = attention_cache_scratch(
-            shape.heads, shape.kv_heads, shape.head_dim, self.context, narrow=self.cache_dtype != "float32"
-        )
+        group, narrow = min(GROUP, self.context), self.cache_dtype != "float32"
+        scratch = [
+            size
+            for seen in set(self.form.seen)
+            for size in (
+                attention_cache_scratch(seen.heads, seen.kv_heads, seen.width, self.context, narrow=narrow),
+                cache_scratch(seen.kv_heads * seen.width),
+            )
+        ]
         blocks = [
             (min(block_rows(piece.entry.columns, BLOCK_ELEMENTS), piece.stop - piece.start), piece.entry.columns)
             for piece in self.pieces()
         ]
         sizes: dict[str, tuple[int, ...]] = {
-            "hidden": (tokens, shape.hidden),
-            "normed": (tokens, shape.hidden),
-            "made": (tokens, shape.hidden),
-            "rstd": (tokens, 1),
-            "head_rstd": (group * shape.heads, 1),
-            "q": (tokens, query),
-            "k": (tokens, kv),
-            "v": (tokens, kv),
-            "attended": (tokens, query),
-            "gate": (tokens, shape.intermediate),
-            "up": (tokens, shape.intermediate),
-            "attention": (max(scratch, cache_scratch(kv)),),
-            "logits": (1, shape.vocab),
-            "positions": (tokens, 1),
-            **{
-                f"{what}.{key}": (tokens, shape.head_dim // 2)
-                for key in range(self.rotations)
-                for what in ("cos", "sin")
-            },
+            "attention": (max(scratch),),
+            "logits": (1, self.form.vocab),
             ROOM: (max(rows * columns for rows, columns in blocks),),
             PRODUCT: (group * max(rows for rows, _ in blocks),),
         }
-        return {name: (size, "float32") for name, size in sizes.items()}
+        return {**self.form.activations(tokens, group), **{name: (size, "float32") for name, size in sizes.items()}}
 
     def other_bytes(self, pass_tokens: int) -> int:
         """Bytes of the arena beside the matrices and the rooms of what is read."""
@@ -247,11 +256,6 @@ class Problem:
         """Tokens of a prompt that go through the layers."""
         return self.prompt_tokens if self.new_tokens is None else min(self.new_tokens, self.prompt_tokens)
 
-    @property
-    def rotations(self) -> int:
-        """Different rotary frequencies among the layers."""
-        return len(set(zip(self.shape.thetas, self.shape.scaled, strict=True)))
-
     def heap_bytes(self) -> int:
         """Bytes of the process that computes beside the arena and what was measured."""
         return SLACK_BYTES + TOKEN_BYTES * self.context
@@ -259,8 +263,3 @@ class Problem:
     def front_bytes(self, figures: Figures) -> int:
         """Bytes of the process that shows the answers."""
         return figures.front_bytes + TOKEN_BYTES * self.context
-
-
-def aligned_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of a tensor, rounded up to `ALIGNMENT`."""
-    return -(-math.prod(shape) * ITEM_BYTES[dtype] // ALIGNMENT) * ALIGNMENT

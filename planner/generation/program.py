@@ -10,7 +10,6 @@ from tightfit.planner.generation.problem import PAGE, Figures, Rows
 from tightfit.planner.solvers.lp import Linear, Program
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.generation.job import DEPTH, PACKED, STATES, STREAMED, UNPACKED
-from tightfit.runtime.engine.generation.names import HEAD
 
 GAP = 1e-6
 MILLISECONDS = 1e3
@@ -30,9 +29,7 @@ class Kind:
 
 def kind_of(piece: Rows) -> Kind:
     entry = piece.entry
-    return Kind(
-        entry.format, entry.group, entry.columns, piece.stop - piece.start, piece.packed_bytes, piece.matrix in HEAD
-    )
+    return Kind(entry.format, entry.group, entry.columns, piece.stop - piece.start, piece.packed_bytes, piece.in_head)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,8 @@ class AnyDecoder(nn.Module):
 
     labels, positions and the third input with a `preference` are as in `tightfit.profiles.models.decoder.Decoder`; a model whose
     samples cannot share rows takes no positions (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it
-    under `torch._subclasses.FakeTensorMode`, after `without_values`.
+    under `torch._subclasses.FakeTensorMode`, after `without_values`. Without `lora` nothing is trained. `longest` is the length of
+    sequences for which rotary frequencies are chosen, where it is not `seq`.
 
     Raises InputError for a config that transformers does not take, and for models that are refused.
     """
@@ -142,13 +143,14 @@ class AnyDecoder(nn.Module):
         *,
         dtype: torch.dtype,
         seq: int,
-        lora: LoraConfig,
+        lora: LoraConfig | None,
         preference: Preference | None = None,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         made = _built(config, dtype)
         self.cap, self.scale = _head(made)
-        _choose_frequencies(made, seq)
+        _choose_frequencies(made, longest or seq)
         body = getattr(made, made.base_model_prefix)
         self.model = body
         head = made.get_output_embeddings()
@@ -174,11 +176,11 @@ class AnyDecoder(nn.Module):
             setattr(self, self.head_name, ours)
         name = str(config.get("model_type"))
         with torch.device("meta"):
-            self.lora = adapt(self, lora, f"the {name} model", told_body)
+            self.lora = {} if lora is None else adapt(self, lora, f"the {name} model", told_body)
             """What a profile says of the adapter."""
             self.trained_head = ""
             """Name of the head if it is trained in full."""
-            found = chosen(lora.modules_to_save, savable, f"the {name} model", names)
+            found = chosen(() if lora is None else lora.modules_to_save, savable, f"the {name} model", names)
             self.tables = stored(found)
             """Modules that are trained in full, and the tensors in the store that they start from."""
             for table in found:

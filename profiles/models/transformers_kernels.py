@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from tightfit.profiles.models.decoder import Projection, window_mask
 from tightfit.profiles.models.saved_modules import trained_copy
+from tightfit.profiles.tracing.answer_ops import attend
 from tightfit.profiles.tracing.torch_ops import attention, embed_rows, gated, rms_norm
 from tightfit.runtime.common.errors import InputError
 
@@ -46,6 +47,8 @@ ROTATIONS = ("apply_rotary_pos_emb",)
 """What transformers' modelling files call the function that rotates queries and keys."""
 EXPORTING = "is_torchdynamo_exporting"
 """By this function modelling files choose, for targets other than PyTorch, loops over tokens in place of an operator."""
+ROWS = 64
+"""Rows of a mask, about, that are looked at where there are too many to look at all."""
 PROBE = (8, 16)
 """Width and inner width of the small copy of an MLP that is compared."""
 
@@ -115,6 +118,8 @@ class Context:
     """Attention that is not our operator, in words."""
     still: tuple[Tensor, Tensor] | None = None
     """Tables of no rotation, [seq, widest / 2]."""
+    answering: int = 0
+    """Most tokens of an answer and what came before, where the forward is a step of one, with a cache; 0: it is not."""
 
     def begin(self, positions: Tensor | None) -> None:
         """Forget an earlier forward, and make what all layers share before the first of them."""
@@ -191,6 +196,8 @@ def _mask(batch_size: int, q_length: int, kv_length: int, mask_function: Callabl
 
     Raises InputError for a mask that is neither causal nor causal with a sliding window.
     """
+    if _active[-1].answering:
+        return _mask_of_answer(mask_function, q_length)
     with disable_proxy_modes_tracing(), unset_fake_temporarily():
         place, zero = torch.arange(q_length), torch.zeros(1, 1, 1, 1, dtype=torch.int64)
         try:
@@ -213,6 +220,39 @@ def _mask(batch_size: int, q_length: int, kv_length: int, mask_function: Callabl
     if window not in made:
         made[window] = window_mask(q_length, window)[None, None]
     return made[window]
+
+
+def _mask_of_answer(mask_function: Callable[..., Any], count: int) -> Tensor | None:
+    """In place of the mask, for a step of an answer: None if it is the causal one, else a tensor that stands for its window.
+
+    Raises InputError as `_mask` does.
+    """
+    context = _active[-1]
+    most = context.answering
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        place, zero = torch.arange(most), torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+
+        def seen(row: int) -> Tensor:
+            made = mask_function(zero, zero, torch.full((1, 1, 1, 1), row), place.view(1, 1, 1, -1))
+            return torch.as_tensor(made).expand(1, 1, 1, most).reshape(-1)
+
+        try:
+            window = int(seen(most - 1).sum())
+            rows = {*range(0, most, max(1, most // ROWS)), window - 1, min(window, most - 1), most - 1}
+            alike = all(bool((seen(row) == ((place <= row) & (place > row - window))).all()) for row in rows)
+        except Exception as error:
+            raise InputError(
+                f"an attention mask of this model is not a function of two positions ({error}); it is not supported"
+            ) from error
+        if not alike:
+            raise InputError(
+                "an attention mask of this model is neither causal nor a sliding window; it is not supported"
+            )
+    if window == most:
+        return None
+    if window not in context.masks:
+        context.masks[window] = torch.zeros(1, 1, count, count)
+    return context.masks[window]
 
 
 def _attend(
@@ -247,6 +287,13 @@ def _attend(
     def flat(x: Tensor) -> Tensor:
         return x.transpose(1, 2).reshape(batch * seq, -1)
 
+    if context.answering:
+        own = None if attention_mask is None else _storage(attention_mask)
+        window = next((each for each, mask in context.masks.items() if _storage(mask) == own), None)
+        if attention_mask is not None and window is None:
+            raise InputError("this model changes its attention masks; it is not supported")
+        made = attend(flat(query), flat(key), flat(value), cos, sin, key.shape[1], width, window, scale)
+        return made.view(batch, seq, heads, width), None
     mask = None if attention_mask is None else attention_mask[0, 0]
     y, *_rest = attention(
         flat(query), flat(key), flat(value), cos, sin, mask, context.positions, heads, key.shape[1], scale

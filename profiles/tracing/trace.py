@@ -144,6 +144,29 @@ def trace(
     return tracer.finish(graph, segments)
 
 
+def trace_forward(
+    module: torch.nn.Module, batch: Mapping[str, torch.Tensor], decompositions: dict[Any, Callable[..., Any]]
+) -> Trace:
+    """Trace the forward alone of a module that trains nothing and whose first result is a tensor of its own, no view; `loss` is
+    the name of that. Raises InputError if it cannot be traced.
+    """
+    graph, roles = _export(module, batch)
+    segments = _segments(graph)
+    _connect(graph, segments)
+    tracer = _Tracer(
+        roles=roles,
+        fake_mode=FakeTensorMode(),
+        decompositions=decompositions,
+        inference={},
+        requires=dict.fromkeys(roles, False),
+    )
+    for segment in segments:
+        tracer.forward(segment)
+    for segment in reversed(segments):
+        tracer.backward(segment, graph)
+    return tracer.finish(graph, segments)
+
+
 def _at(line: str | None) -> str:
     return f" at {line}" if line else ""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +19,8 @@ from tightfit.planner.generation.plan import GenerationPlan, plan_answers
 from tightfit.planner.generation.problem import Pair, Problem
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
-from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
+from tightfit.profiles.models.answer_steps import AnswerSteps
+from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape, handwritten
 from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve, vocabulary
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.pack import build_store
@@ -37,6 +39,7 @@ from tightfit.runtime.results.adapter_changes import Adapter
 from tightfit.runtime.results.answer_options import CONTEXT, AnswerOptions
 from tightfit.runtime.results.evaluation import temporary_folder
 from tightfit.runtime.results.generation_figures import CHILD, job_of, measured
+from tightfit.runtime.results.generation_steps import traced_steps
 from tightfit.runtime.results.place import adapter_folder
 from tightfit.runtime.session.output import locked
 from tightfit.runtime.supervision import answering
@@ -53,6 +56,7 @@ INSTEAD = (
     "merge the adapter into a model of its own (tightfit merge) and generate with transformers, or with llama.cpp where it has"
     " the family"
 )
+"""what to do with a model that cannot answer here"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,11 +247,10 @@ def open_model(
     source = resolve(model, base=options.base, embeddings=options.embeddings)
     if source.kind == "module":
         raise InputError(f"{source.name} is a module of your own and no language model; call it yourself")
-    if not handwritten(source.config):
-        raise InputError(
-            f"{source.name}: a {source.config['model_type']} decoder is built by transformers, and tightfit has no cache of keys"
-            f" and values for what it builds; {INSTEAD}"
-        )
+    longest = longest_sequence(model)
+    if stages and not handwritten(source.config):
+        stages("tracing", 0, 1)
+    _shape(source, longest or CONTEXT)  # refuses what cannot answer, before its weights are packed
     words = vocabulary(model)
     if words is None:
         raise InputError(f"{source.name} has no tokenizer; put tokenizer.json beside its config.json")
@@ -263,11 +266,18 @@ def open_model(
         fingerprint=header.fingerprint,
         entries=header.entries,
         ends=_ends(model, words),
-        longest=longest_sequence(model),
+        longest=longest,
         pairs={} if folder is None else pairs_of(folder, body, header.entries, source.name),
         adapter=None if folder is None else folder / WEIGHTS,
         body=body,
     )
+
+
+def _shape(source: Source, longest: int) -> DecoderShape | AnswerSteps:
+    """What a plan has to know of a model's decoder, where it answers in up to `longest` tokens with what was asked."""
+    if handwritten(source.config):
+        return decoder_shape(source.config)
+    return traced_steps(source, longest, INSTEAD)
 
 
 def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> dict[str, Pair]:
@@ -281,7 +291,7 @@ def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> d
     pairs = {}
     for weight in given.weights:
         entry = entries.get(weight)
-        if entry is None or len(entry.shape) != 2 or not weight.startswith("model.layers."):
+        if entry is None or len(entry.shape) != 2 or not re.search(r"\.\d+\.", weight):
             raise InputError(f"{folder}: holds a pair for {weight}, which {name} lacks; give an adapter of this model")
         pair = given.pair(weight, entry.shape)
         assert pair is not None
@@ -334,8 +344,8 @@ def _problem(ready: Model, options: AnswerOptions, encoded: Sequence[Sequence[in
             f"{prompt} tokens of a prompt and {options.max_tokens} of its answer are more than the {ready.longest} positions that"
             f" {ready.source.name} was made for; give a smaller --max-tokens"
         )
-    return Problem(
-        shape=decoder_shape(ready.source.config),
+    problem = Problem(
+        shape=_shape(ready.source, context),
         entries=ready.entries,
         prompt_tokens=prompt,
         answer_tokens=options.max_tokens,
@@ -344,6 +354,10 @@ def _problem(ready: Model, options: AnswerOptions, encoded: Sequence[Sequence[in
         pairs=ready.pairs,
         cache_dtype=options.cache,
     )
+    apart = sorted(ready.pairs.keys() - set(problem.form.matrices()))
+    if apart:
+        raise InputError(f"the adapter holds a pair for {apart[0]}, with which nothing is multiplied; {INSTEAD}")
+    return problem
 
 
 def _write_prompts(path: Path, prompts: Sequence[Prompt], encoded: Sequence[list[int]]) -> None:

@@ -50,7 +50,8 @@ def measured(
     does not start or fails, InputError for a damaged store.
     """
     sampled = problem.sampling.temperature > 0
-    told = [VERSION, fingerprint, problem.cache_dtype, sampled, threads, quota_cores(), called, *_machine()]
+    form = hashlib.sha256(json.dumps(problem.form.job(), sort_keys=True).encode()).hexdigest()
+    told = [VERSION, fingerprint, form, problem.cache_dtype, sampled, threads, quota_cores(), called, *_machine()]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     place = cache_directory() / "generation" / f"{key}.json"
     earlier = None if force else _earlier(place)
@@ -90,7 +91,10 @@ def job_of(
     return GenerationJob(
         store=str(store),
         device="cpu",
-        shape=asdict(problem.shape),
+        vocab=problem.form.vocab,
+        head=problem.form.head,
+        seen=problem.form.seen,
+        **problem.form.job(),
         context=plan.context,
         pass_tokens=plan.pass_tokens,
         block_elements=BLOCK_ELEMENTS,

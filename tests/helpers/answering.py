@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,16 @@ import torch
 
 from tightfit.planner.generation.plan import GenerationPlan, plan_answers
 from tightfit.planner.generation.problem import Figures, Problem, Rows
-from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.models.answer_steps import AnswerSteps
+from tightfit.profiles.models.answering_decoder import answer_steps
+from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape, handwritten
+from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.device.channels import Channel
-from tightfit.runtime.engine.generation.decoder import CachedDecoder, open_decoder
+from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
+from tightfit.runtime.engine.generation.decoder import open_decoder
 from tightfit.runtime.engine.generation.names import multiply_key, unpack_key, unpacked_key
 from tightfit.runtime.engine.training.adapter import BODY, WEIGHTS
 from tightfit.runtime.engine.training.devices import open_device
@@ -60,17 +64,32 @@ def problem_of(
     config: dict[str, Any], store: Path, prompt: int, answer: int, *, adapter: Path | None = None, **more: Any
 ) -> Problem:
     entries = read_header(store).entries
-    pairs = {} if adapter is None else pairs_of(adapter, BODY, entries, "the model")
+    body = BODY if handwritten(config) else facts(config).config.get("adapter_body", BODY)
+    pairs = {} if adapter is None else pairs_of(adapter, body, entries, "the model")
     return Problem(
-        shape=decoder_shape(config), entries=entries, prompt_tokens=prompt, answer_tokens=answer, pairs=pairs, **more
+        shape=shape_of(config, entries, prompt + answer),
+        entries=entries,
+        prompt_tokens=prompt,
+        answer_tokens=answer,
+        pairs=pairs,
+        **more,
     )
 
 
+def shape_of(config: dict[str, Any], stored: Collection[str], longest: int) -> DecoderShape | AnswerSteps:
+    """A hand-written decoder's shape, or the steps of one that transformers builds."""
+    if handwritten(config):
+        return decoder_shape(config)
+    return answer_steps(config, stored, group=GROUP, longest=longest, instead="do something else")
+
+
 @contextmanager
-def opened(problem: Problem, plan: GenerationPlan, store: Path, adapter: Path | None = None) -> Iterator[CachedDecoder]:
-    """The decoder of a plan, in this process."""
+def opened(
+    problem: Problem, plan: GenerationPlan, store: Path, adapter: Path | None = None, body: str = BODY
+) -> Iterator[CachedDecoder]:
+    """The decoder of a plan, in this process; `body` is what the adapter calls the model's."""
     file = None if adapter is None else str(adapter / WEIGHTS)
-    job = job_of(problem, plan, store, cap_bytes=1 << 62, adapter=file)
+    job = job_of(problem, plan, store, cap_bytes=1 << 62, adapter=file, body=body)
     channel = Channel()
     with Store.open(store) as weights, torch.no_grad():
         yield open_decoder(job, open_device(vars(job)), weights, channel)

@@ -146,15 +146,27 @@ FORMS: dict[str, Forms] = {
 }
 """Families whose forms are not the usual ones."""
 
+NO_ANSWERS = {
+    "Qwen3.5 (text)": "its Qwen3_5GatedDeltaNet mixes neighbouring tokens",
+    "Gemma 2": "its Gemma2Attention computes more than tightfit's attention",
+    "Falcon, multi-query": "attention is recognised in 0 of its 2 layers",
+    "Falcon, grouped": "attention is recognised in 0 of its 2 layers",
+    "LFM2": "its Lfm2ShortConv mixes neighbouring tokens",
+    "BLOOM": "its code takes no positions",
+}
+"""Families that `tightfit generate` refuses, and the reason that it gives."""
+
 
 def table() -> list[str]:
     """The table of docs/models.md."""
-    lines = ["| family | `model_type` | code | rotation | attention | samples |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| family | `model_type` | code | rotation | attention | samples | answers |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for family, config in FAMILIES.items():
         forms = FORMS.get(family, Forms())
         rows = "share rows" if forms.rows_apart is None else "have rows of their own"
         code = "tightfit" if handwritten(config) else "transformers"
-        lines.append(
-            f"| {family} | `{config['model_type']}` | {code} | {forms.rotation} | {forms.attention} | {rows} |"
-        )
+        cells = f"{forms.rotation} | {forms.attention} | {rows} | {'no' if family in NO_ANSWERS else 'yes'}"
+        lines.append(f"| {family} | `{config['model_type']}` | {code} | {cells} |")
     return lines

@@ -28,7 +28,7 @@ from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import leave
 
 if TYPE_CHECKING:
-    from tightfit.runtime.engine.generation.decoder import CachedDecoder
+    from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
 
 Send = Callable[..., None]
 LINE_BYTES = 1 << 16

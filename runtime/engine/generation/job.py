@@ -30,6 +30,18 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a layer's attention sees."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    """of a head"""
+    window: int | None
+    """tokens, its own included, that a token attends to; None: all"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Piece:
     """Some rows of a matrix, of which each is read and unpacked as a whole."""
 
@@ -55,8 +67,11 @@ class GenerationJob:
     store: str
     """path of the packed store"""
     device: str
-    shape: dict[str, Any]
-    """fields of `tightfit.profiles.models.decoder_config.DecoderShape`"""
+    vocab: int
+    head: str
+    """name of the matrix that makes logits"""
+    seen: tuple[Seen, ...]
+    """what each layer's attention sees"""
     context: int
     """most tokens of a prompt and its answer together"""
     pass_tokens: int
@@ -74,6 +89,14 @@ class GenerationJob:
     """that this process may hold"""
     budget_bytes: int
     """of all processes"""
+    shape: dict[str, Any] | None = None
+    """of a hand-written decoder: fields of `tightfit.profiles.models.decoder_config.DecoderShape`"""
+    steps: list[dict[str, Any]] | None = None
+    """of a decoder that transformers builds: `tightfit.runtime.engine.generation.traced`"""
+    bias: str | None = None
+    """name of the logits' bias"""
+    cap: float | None = None
+    """soft cap of the logits"""
     adapter: str | None = None
     """path of the adapter's tensors"""
     adapter_body: str = "model."
@@ -95,5 +118,6 @@ class GenerationJob:
         os.unlink(path)
         read["pieces"] = tuple(Piece(**piece) for piece in read["pieces"])
         read["places"] = {name: (at, tuple(shape), dtype) for name, (at, shape, dtype) in read["places"].items()}
+        read["seen"] = tuple(Seen(**seen) for seen in read["seen"])
         read["staging"] = tuple(read["staging"])
         return cls(**read)

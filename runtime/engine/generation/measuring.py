@@ -9,6 +9,7 @@ the arena, and the seconds of unpacking, products and all else are those of thes
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP, attention_cache_scratch
 from tightfit.runtime.engine.cpu.pages import make_pages
 from tightfit.runtime.engine.device.resident import memory
-from tightfit.runtime.engine.generation.decoder import CachedDecoder
+from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
 from tightfit.runtime.engine.generation.job import Sampling
 from tightfit.runtime.engine.generation.names import STALL, unpacked_key
 from tightfit.runtime.engine.generation.sampling import Sampler
@@ -81,7 +82,7 @@ def _answer(decoder: CachedDecoder) -> list[tuple[dict[str, list[float]], float]
     """What the passes of an answer spent, and their seconds: of the first group of the prompt and of each token. A small model is
     warmed up with the prompt before, and answers with more tokens.
     """
-    vocabulary = decoder.shape["vocab"]
+    vocabulary = decoder.job.vocab
     ids = [token % vocabulary for token in range(GROUP + TAIL)]
     passes: list[tuple[dict[str, list[float]], float]] = []
     drawn = Sampling(temperature=1.0, top_k=vocabulary // 2, top_p=0.9) if decoder.job.sampled else Sampling()
@@ -125,8 +126,9 @@ def _unpacked_rates(decoder: CachedDecoder, room: torch.Tensor) -> dict[str, flo
 
 def _attend(decoder: CachedDecoder, seen: int, room: torch.Tensor) -> bool:
     """Let a group of tokens attend to so many keys, in tensors that lie in `room`; False: there is no room for them."""
-    shape, narrow = decoder.shape, decoder.cache_dtype is not torch.float32
-    heads, kv_heads, width = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    narrow = decoder.cache_dtype is not torch.float32
+    widest = max(decoder.job.seen, key=lambda layer: (layer.heads * layer.width, layer.kv_heads))
+    heads, kv_heads, width = widest.heads, widest.kv_heads, widest.width
     sizes = [kv_heads * (seen + 1) * width] * 2 + [GROUP * heads * width] * 2 + [GROUP * width // 2]
     sizes.append(attention_cache_scratch(heads, kv_heads, width, seen, narrow=narrow))
     if sum(sizes) > room.numel():
@@ -141,8 +143,12 @@ def _attend(decoder: CachedDecoder, seen: int, room: torch.Tensor) -> bool:
 
 def _key_seconds(decoder: CachedDecoder) -> float:
     """What each key adds to a token's attention in all layers."""
-    shape = decoder.shape
-    heads, kv_heads, width = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    kinds = Counter((layer.heads, layer.kv_heads, layer.width) for layer in decoder.job.seen)
+    return sum(count * _key_seconds_of(decoder, *kind) for kind, count in kinds.items())
+
+
+def _key_seconds_of(decoder: CachedDecoder, heads: int, kv_heads: int, width: int) -> float:
+    """The same of one layer."""
     seconds = []
     for seen in (SEEN // 4, SEEN):
         keys, values = (torch.full((kv_heads, seen, width), 0.5).to(decoder.cache_dtype) for _ in range(2))
@@ -155,8 +161,7 @@ def _key_seconds(decoder: CachedDecoder) -> float:
             decoder.operators["tightfit.cached_attention"](q, keys, values, angles, angles, None, 0, 1.0, out=out)
             times.append(time.perf_counter() - begun)
         seconds.append(min(times))
-    each: float = max(0.0, seconds[1] - seconds[0]) / (SEEN - SEEN // 4)
-    return each * len(decoder.caches)
+    return max(0.0, seconds[1] - seconds[0]) / (SEEN - SEEN // 4)
 
 
 def _read_rates(decoder: CachedDecoder) -> tuple[float, float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = ("lm_head.weight", EMBEDDING)
-"""the matrix that makes logits: the first of these that a job has"""
+"""the matrix that makes logits in hand-written decoders: one of its own, or the embedding"""
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 ROOM, PRODUCT = "block", "product"
 """names of the buffers, in a job's places, of an unpacked block and of its product with a group of rows"""
+VALUES = "values"
+"""name of the stretch of memory with the values of a traced decoder's programs"""
 STALL = "stall"
 """key of the seconds spent waiting for the disk"""
 

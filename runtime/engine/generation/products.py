@@ -17,7 +17,6 @@ from tightfit.runtime.engine.cpu.products import blocks
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.generation.job import PACKED, STREAMED, UNPACKED, GenerationJob, Piece
 from tightfit.runtime.engine.generation.names import (
-    HEAD,
     LORA_A,
     LORA_B,
     PRODUCT,
@@ -60,7 +59,7 @@ class Products:
 
     def __init__(self, job: GenerationJob, device: Device, store: Store, stream: Stream) -> None:
         self.device, self.store, self.stream = device, store, stream
-        self.elements = job.block_elements
+        self.elements, self.head = job.block_elements, job.head
         self.parts: dict[str, list[Part]] = {}
         """of every matrix"""
         for piece in job.pieces:
@@ -98,7 +97,7 @@ class Products:
         """Make DoRA's factors of rows out of the trained lengths, in place: by those of W + scale * B A."""
         self.stream.begin(with_head=False)
         for matrix, parts in self.parts.items():
-            if matrix in HEAD:
+            if matrix == self.head:
                 continue
             for part in parts:
                 packed = self._packed(part)

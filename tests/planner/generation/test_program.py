@@ -32,7 +32,8 @@ def matrices(sizes: Sequence[tuple[int, int]], head: tuple[int, int]) -> list[Ro
     for number, (rows, columns) in enumerate([*sizes, head]):
         name = f"model.layers.{number}.w.weight" if number < len(sizes) else "lm_head.weight"
         entry = Entry(name=name, shape=(rows, columns), format="q4", group=32)
-        made.append(Rows(matrix=name, start=0, stop=rows, entry=entry, packed_bytes=-(-entry.bytes // 4096) * 4096))
+        size = -(-entry.bytes // 4096) * 4096
+        made.append(Rows(matrix=name, start=0, stop=rows, entry=entry, packed_bytes=size, in_head=number == len(sizes)))
     return made
 
 

@@ -1,0 +1,54 @@
+"""What a step of an answer consists of, for a decoder that transformers builds: programs of a few tokens, without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tightfit.profiles.schema import Layer, Operator, Program, Record
+
+ATTEND, PROJECTION, GATHER = "tightfit.attend", "tightfit.projection", "tightfit.embed_rows"
+"""operators that the process that answers carries out with its cache, its packed matrices, and the store"""
+HELD = ("weight", "constant")
+"""kinds of values that come from the store"""
+IDS, POSITIONS = "input_ids", "positions"
+"""inputs of a step, int64 [1, tokens]: the new tokens, and their positions"""
+
+
+class Step(Record):
+    """The forward of so many new tokens, whose attention is `ATTEND`; the result is the hidden states, float32 [tokens, H]."""
+
+    tokens: int
+    programs: list[Program]
+    layers: list[Layer]
+    result: str
+
+    @property
+    def calls(self) -> Iterator[tuple[Layer, Operator]]:
+        """All operators, in order."""
+        programs = {program.name: program for program in self.programs}
+        for layer in self.layers:
+            for operator in programs[layer.program].operators:
+                yield layer, operator
+
+
+class AnswerSteps(Record):
+    """A step of one token and one of a group, and the head."""
+
+    steps: list[Step]
+    head: str
+    """name of its matrix in the store"""
+    bias: str | None
+    cap: float | None
+    """soft cap of the logits"""
+    vocab: int
+
+    @property
+    def one(self) -> Step:
+        return self.steps[0]
+
+
+def operand_of(argument: Any) -> Mapping[str, Any]:
+    """The operand that a tensor argument is."""
+    found: Mapping[str, Any] = argument["operand"]
+    return found
