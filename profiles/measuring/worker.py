@@ -504,9 +504,7 @@ def measure_adafactor(shape: Sequence[int]) -> float:
     update.begin(1)
     parameter, gradient = (torch.full(tuple(shape), 1e-3) for _ in range(2))
     state = torch.full(state_shape(FACTORED, shape), 1e-6)
-    return _seconds_of(
-        lambda turn: update.apply(1, parameter, gradient, state), ADAFACTOR_SECONDS, other_work()
-    )
+    return _seconds_of(lambda turn: update.apply(1, parameter, gradient, state), ADAFACTOR_SECONDS, other_work())
 
 
 def measure_perturb(elements: int) -> float:
