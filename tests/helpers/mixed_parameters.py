@@ -8,22 +8,28 @@ import torch
 from torch import Tensor, nn
 
 FACTORY = f"{__name__}:mixed"
+NO_KERNELS = f"{__name__}:without_kernels"
 WIDTH = 1024
 
 
 class Mixed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, kernels: bool) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 1, stride=4)
+        first, second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 1, stride=4)
+        self.images = nn.Sequential(first, nn.ReLU(), second) if kernels else nn.Identity()
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.flat = nn.ParameterList(nn.Parameter(torch.randn(WIDTH * WIDTH) / WIDTH**0.5) for _ in range(3))
         self.body = nn.Sequential(
-            nn.Linear(64 * 8 * 8, 256), nn.GELU(), nn.LayerNorm(256), nn.Linear(256, WIDTH), nn.GELU()
+            nn.Linear((64 * 8 * 8) if kernels else (3 * 32 * 32), 256),
+            nn.GELU(),
+            nn.LayerNorm(256),
+            nn.Linear(256, WIDTH),
+            nn.GELU(),
         )
         self.last = nn.Linear(WIDTH, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.body(self.second(torch.relu(self.first(images)) * self.scale).flatten(1))
+        x = self.body((self.images(images) * self.scale).flatten(1))
         for flat in self.flat:
             x = torch.tanh(x @ flat.view(WIDTH, WIDTH))
         made: Tensor = self.last(x)
@@ -38,4 +44,9 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 def mixed() -> Any:
     torch.manual_seed(0)
-    return Mixed(), batch(0), nn.CrossEntropyLoss()
+    return Mixed(kernels=True), batch(0), nn.CrossEntropyLoss()
+
+
+def without_kernels() -> Any:
+    torch.manual_seed(0)
+    return Mixed(kernels=False), batch(0), nn.CrossEntropyLoss()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixed_parameters import FACTORY, batch
+from mixed_parameters import FACTORY, NO_KERNELS, batch
 from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
@@ -58,10 +58,10 @@ def wide() -> tuple[nn.Module, tuple[Tensor]]:
     return Wide(), (torch.randn(4, 512),)
 
 
-def in_pytorch(dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+def in_pytorch(factory: str, dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Losses, parameters and states, both in float32: the module is PyTorch's in `dtype`, its update that of float32 copies."""
-    in_full = build_module(FACTORY)[0]
-    module = in_full if dtype == torch.float32 else narrowed(*build_module(FACTORY), dtype)[0]
+    in_full = build_module(factory)[0]
+    module = in_full if dtype == torch.float32 else narrowed(*build_module(factory), dtype)[0]
     masters = dict(in_full.named_parameters())
     optimizer = torch.optim.Adafactor(masters.values(), lr=LR)
     losses = []
@@ -81,13 +81,15 @@ def in_pytorch(dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor], dict
     return losses, {n: p.detach() for n, p in masters.items()}, {n: optimizer.state[p] for n, p in masters.items()}
 
 
-@pytest.mark.parametrize(("dtype", "loss", "near"), [("float32", 1e-4, 1e-2), ("bfloat16", 2e-2, 0.3)])
+@pytest.mark.parametrize(
+    ("factory", "dtype", "loss", "near"), [(FACTORY, "float32", 1e-4, 1e-2), (NO_KERNELS, "bfloat16", 2e-2, 0.3)]
+)
 def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
-    dtype: str, loss: float, near: float, tmp_path: Path, cache: Path
+    factory: str, dtype: str, loss: float, near: float, tmp_path: Path, cache: Path
 ) -> None:
     """At the smaller budget states are on disk; in bfloat16 parameters and states are float32."""
-    losses, parameters, states = in_pytorch(getattr(torch, dtype))
-    planner = ModelPlanner(chosen(profile(FACTORY, dtype=dtype), "adafactor", None))
+    losses, parameters, states = in_pytorch(factory, getattr(torch, dtype))
+    planner = ModelPlanner(chosen(profile(factory, dtype=dtype), "adafactor", None))
     small, roomy = planner.plan(planner.minimum().peak_bytes), planner.plan(1 << 40)
     away = [name for name, place in small.decisions.items() if place == "offloaded" and name.startswith("adafactor_v:")]
     assert away
@@ -102,7 +104,7 @@ def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
     values, kept = (load_file(tmp_path / "small" / f"checkpoint-{STEPS}" / file) for file in CHECKPOINT)
     assert values.keys() == parameters.keys() == {name.partition(":")[2] for name in kept}
     for name, expected in parameters.items():
-        start = dict(build_module(FACTORY)[0].named_parameters())[name].detach()
+        start = dict(build_module(factory)[0].named_parameters())[name].detach()
         # Compared with how far training has moved it. A kernel of one element moves by a gradient's sign, however small it is.
         assert float((values[name] - expected).norm()) <= near * float((expected - start).norm()) + 1e-7, name
         parts = ("variance",) if expected.dim() < 2 else ("row_var", "col_var")

@@ -27,6 +27,11 @@ from tightfit.runtime.session.options import RunOptions
         ({"beta1": 1.5}, "beta1 1.5: give a number from 0 to 1"),
         ({"beta2": 1}, "beta2 1: nothing would be learned; give a number from 0 to below 1"),
         ({"eps": -1.0}, "eps -1.0: give a finite number of at least 0"),
+        ({"eps2": -1.0}, "eps2 -1.0: give a finite number of at least 0"),
+        ({"beta2_decay": 0.5}, "beta2_decay 0.5: give a finite number of at most 0"),
+        ({"beta2_decay": float("-inf")}, "beta2_decay -inf: give a finite number of at most 0"),
+        ({"clip_threshold": 0.5}, "clip_threshold 0.5: give a finite number of at least 1"),
+        ({"clip_threshold": "1"}, "clip_threshold 1: give a finite number of at least 1"),
         ({"min_lr_ratio": 0.1}, "min_lr_ratio 0.1: the constant schedule does not fall; choose linear or cosine"),
         (
             {"eval_every": "often"},
