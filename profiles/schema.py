@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, mod
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.runtime.engine.kernels.optimizer import FACTORED
 
-PROFILE_VERSION = 9
+PROFILE_VERSION = 10
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 
