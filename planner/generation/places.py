@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 
-ALIGNMENT = 64
-"""bytes; every tensor's offset in the arena is a multiple of it"""
+from tightfit.runtime.engine.generation.sizes import aligned
+
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "bool": 1}
 Places = dict[str, tuple[tuple[int, ...], str]]
 """(shape, dtype) of tensors by name"""
 
 
 def aligned_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of a tensor, rounded up to `ALIGNMENT`."""
+    """Bytes of a tensor, rounded up so that the next one is aligned."""
     return aligned(math.prod(shape) * ITEM_BYTES[dtype])
-
-
-def aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

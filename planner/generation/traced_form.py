@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tightfit.planner.generation.places import Places, aligned
-from tightfit.profiles.models.answer_steps import ATTEND, GATHER, HELD, PROJECTION, AnswerSteps, Step, operand_of
+from tightfit.planner.generation.places import Places
+from tightfit.profiles.models.answer_steps import AnswerSteps, Step, operand_of
 from tightfit.runtime.engine.generation.job import Seen
-from tightfit.runtime.engine.generation.names import VALUES
+from tightfit.runtime.engine.generation.names import ATTEND, GATHER, HELD, PROJECTION, VALUES
+from tightfit.runtime.engine.generation.sizes import aligned
 from tightfit.runtime.engine.weights.layout import Entry
 
 

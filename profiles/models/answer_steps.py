@@ -7,16 +7,9 @@ from typing import Any
 
 from tightfit.profiles.schema import Layer, Operator, Program, Record
 
-ATTEND, PROJECTION, GATHER = "tightfit.attend", "tightfit.projection", "tightfit.embed_rows"
-"""operators that the process that answers carries out with its cache, its packed matrices, and the store"""
-HELD = ("weight", "constant")
-"""kinds of values that come from the store"""
-IDS, POSITIONS = "input_ids", "positions"
-"""inputs of a step, int64 [1, tokens]: the new tokens, and their positions"""
-
 
 class Step(Record):
-    """The forward of so many new tokens, whose attention is `ATTEND`; the result is the hidden states, float32 [tokens, H]."""
+    """The forward of so many new tokens, whose attention is `runtime.engine.generation.names.ATTEND`; the result is the hidden states, float32 [tokens, H]."""
 
     tokens: int
     programs: list[Program]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from tightfit.profiles.models.answer_steps import HELD, IDS, POSITIONS, PROJECTION, AnswerSteps, Step, operand_of
+from tightfit.profiles.models.answer_steps import AnswerSteps, Step, operand_of
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS
 from tightfit.profiles.tracing.trace import trace_forward
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.generation.names import HELD, IDS, POSITIONS, PROJECTION
 
 MOST_SEEN = 1 << 17
 """tokens up to which a model's attention masks are looked at, where its config names no length"""

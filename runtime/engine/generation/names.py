@@ -10,6 +10,12 @@ ROOM, PRODUCT = "block", "product"
 """names of the buffers, in a job's places, of an unpacked block and of its product with a group of rows"""
 VALUES = "values"
 """name of the stretch of memory with the values of a traced decoder's programs"""
+ATTEND, PROJECTION, GATHER = "tightfit.attend", "tightfit.projection", "tightfit.embed_rows"
+"""operators of a traced step that are carried out with the cache, the packed matrices, and the store"""
+HELD = ("weight", "constant")
+"""kinds of values that come from the store"""
+IDS, POSITIONS = "input_ids", "positions"
+"""inputs of a traced step, int64 [1, tokens]: the new tokens, and their positions"""
 STALL = "stall"
 """key of the seconds spent waiting for the disk"""
 

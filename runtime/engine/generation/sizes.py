@@ -13,6 +13,14 @@ TAIL = 8
 TOKENS = 6
 """tokens of the answer to it"""
 
+ALIGNMENT = 64
+"""bytes; every tensor's offset in the arena is a multiple of it"""
+
+
+def aligned(size: int) -> int:
+    """Bytes, rounded up to `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
 
 def block_rows(columns: int, elements: int) -> int:
     """Rows of a block of about `elements` elements: a multiple of 16, so that blocks of any matrix begin where vector

@@ -17,17 +17,14 @@ from torch import Tensor
 
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.cpu.products import blocks
-from tightfit.runtime.engine.device.device import ALIGNMENT, Device
+from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
 from tightfit.runtime.engine.generation.job import GenerationJob
-from tightfit.runtime.engine.generation.names import VALUES
+from tightfit.runtime.engine.generation.names import ATTEND, GATHER, HELD, IDS, POSITIONS, PROJECTION, VALUES
+from tightfit.runtime.engine.generation.sizes import aligned
 from tightfit.runtime.engine.generation.stream import Stream
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator
 from tightfit.runtime.engine.weights.store import Store
-
-ATTEND, PROJECTION, GATHER = "tightfit.attend", "tightfit.projection", "tightfit.embed_rows"
-IDS, POSITIONS = "input_ids", "positions"
-HELD = ("weight", "constant")
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ class TracedDecoder(CachedDecoder):
         for number, rows in enumerate(groups):
             own = numbers[rows]
             own += own[-1:] * (tokens - len(own))
-            at = self._start + step["passed"][name] * len(groups) + number * _aligned(8 * tokens)
+            at = self._start + step["passed"][name] * len(groups) + number * aligned(8 * tokens)
             self._view(at, 8 * tokens, "int64").copy_(torch.tensor(own, dtype=torch.int64))
 
     def _call(self, frame: Frame, operator: Mapping[str, Any], compiled: CompiledOperator | None) -> None:
@@ -178,7 +175,7 @@ class TracedDecoder(CachedDecoder):
         if bound is not None and value["kind"] in HELD:
             return self._place(bound)
         at = frame.program.own[name] if bound is None else frame.passed[bound]
-        place = self._start + at * len(frame.groups) + group * _aligned(value["bytes"])
+        place = self._start + at * len(frame.groups) + group * aligned(value["bytes"])
         if frame.tokens > 1:
             return self._view(place, value["bytes"], value["dtype"])
         key = place, value["bytes"], value["dtype"]
@@ -188,7 +185,3 @@ class TracedDecoder(CachedDecoder):
 
     def _view(self, at: int, size: int, dtype: str) -> Tensor:
         return self.device.tensor(at, (size // getattr(torch, dtype).itemsize,), dtype)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
