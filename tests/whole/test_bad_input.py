@@ -453,7 +453,15 @@ def test_an_absurdly_large_budget_is_as_fast_as_keeping_all(tightfit, work, plan
 
 def test_a_disk_that_cannot_be_measured_is_named_and_nothing_else_blamed(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    request = {"programs": [], "inference": [], "weights": [], "updates": [], "tables": [], "compute_dtype": "float32"}
+    request = {
+        "programs": [],
+        "inference": [],
+        "weights": [],
+        "updates": [],
+        "shapes": [],
+        "tables": [],
+        "compute_dtype": "float32",
+    }
     with pytest.raises(RunError) as caught:
         _run(request | {"threads": 1, "scratch": str(tmp_path / "file" / "scratch")}, dict(os.environ), None)
     assert str(caught.value).startswith(f"{tmp_path / 'file' / 'scratch'}")
