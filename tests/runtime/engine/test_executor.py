@@ -217,7 +217,10 @@ def test_what_is_read_and_what_it_becomes_lie_apart_in_a_hole_or_on_the_heap(pro
         training._hole = (start, end)
         places = [
             (tensor.data_ptr() - training.device.address, bytes_)
-            for tensor, bytes_ in ((training._room(packed), packed), (training._temporary(trainable), size))
+            for tensor, bytes_ in (
+                (training._room(packed), packed),
+                (training._temporary(trainable.value, trainable.shape), size),
+            )
         ]
         inside = [(at, at + bytes_) for at, bytes_ in places if 0 <= at < training.header["arena_bytes"]]
         assert all(start <= at and stop <= end for at, stop in inside)
