@@ -8,19 +8,18 @@ import torch
 from torch import Tensor, nn
 
 FACTORY = f"{__name__}:mixed"
-NO_KERNELS = f"{__name__}:without_kernels"
 WIDTH = 1024
 
 
 class Mixed(nn.Module):
-    def __init__(self, *, kernels: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         first, second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 1, stride=4)
-        self.images = nn.Sequential(first, nn.ReLU(), second) if kernels else nn.Identity()
+        self.images = nn.Sequential(first, nn.ReLU(), second)
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.flat = nn.ParameterList(nn.Parameter(torch.randn(WIDTH * WIDTH) / WIDTH**0.5) for _ in range(3))
         self.body = nn.Sequential(
-            nn.Linear((64 * 8 * 8) if kernels else (3 * 32 * 32), 256),
+            nn.Linear(64 * 8 * 8, 256),
             nn.GELU(),
             nn.LayerNorm(256),
             nn.Linear(256, WIDTH),
@@ -44,9 +43,4 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 def mixed() -> Any:
     torch.manual_seed(0)
-    return Mixed(kernels=True), batch(0), nn.CrossEntropyLoss()
-
-
-def without_kernels() -> Any:
-    torch.manual_seed(0)
-    return Mixed(kernels=False), batch(0), nn.CrossEntropyLoss()
+    return Mixed(), batch(0), nn.CrossEntropyLoss()

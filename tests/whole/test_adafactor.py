@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixed_parameters import FACTORY, NO_KERNELS, batch
+from mixed_parameters import FACTORY, batch
 from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
@@ -82,7 +82,7 @@ def in_pytorch(factory: str, dtype: torch.dtype) -> tuple[list[float], dict[str,
 
 
 @pytest.mark.parametrize(
-    ("factory", "dtype", "loss", "near"), [(FACTORY, "float32", 1e-4, 1e-2), (NO_KERNELS, "bfloat16", 2e-2, 0.3)]
+    ("factory", "dtype", "loss", "near"), [(FACTORY, "float32", 1e-4, 1e-2), (FACTORY, "bfloat16", 2e-2, 0.3)]
 )
 def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
     factory: str, dtype: str, loss: float, near: float, tmp_path: Path, cache: Path

@@ -453,10 +453,11 @@ class _Run:
         return result
 
     def _make_room(self) -> None:
-        """Before initial values are loaded or a checkpoint is saved, where modules are trained in full: their values and states
-        may fill the arena, and what building kernels or a step left beside it would come on top.
+        """Before initial values are loaded or a checkpoint is saved, where a module is trained, or modules of a decoder in full: their
+        values and states may fill the arena, and what building kernels or a step left beside it would come on top (7 MiB with
+        convolutions in bfloat16).
         """
-        if self.header.get("tables"):
+        if self.header.get("tables") or self.header["kind"] != "decoder":
             settle()
 
     def _save(self) -> None:
