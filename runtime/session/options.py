@@ -162,16 +162,19 @@ LEAST = {name: int(one.least or 0) for name, one in said(RunOptions).items() if 
     "keep_checkpoints": 1,
 }
 """smallest value of each option that is a whole number"""
-SHARES = [name for name, one in said(RunOptions).items() if float in types_of(RunOptions, name) and one.most == 1]
-"""options from 0 to 1"""
 
 
 def finite(name: str, value: Any) -> float:
-    """`value` as a float, for a learning rate or weight decay. Raises InputError unless it is finite and at least 0."""
+    """`value` as a float. Raises InputError unless it is finite and in the range that is said of the option `name`."""
+    least, most = said(RunOptions)[name].least, said(RunOptions)[name].most
     number = _number(value)
-    if not 0 <= number < float("inf"):
-        raise InputError(f"{name} {value}: give a finite number of at least 0")
-    return number
+    if math.isfinite(number) and (least is None or least <= number) and (most is None or number <= most):
+        return number
+    if least is not None and most is not None:
+        raise InputError(f"{name} {value}: give a number from {least:g} to {most:g}")
+    raise InputError(
+        f"{name} {value}: give a finite number of at " + (f"least {least:g}" if least is not None else f"most {most:g}")
+    )
 
 
 def _number(value: Any) -> float:
@@ -197,18 +200,8 @@ def _checked(name: str, value: Any) -> Any:
         if not 0 < (number := _number(value)) < float("inf"):
             raise InputError(f"epochs {value}: give a finite number above 0")
         return number
-    if name in SHARES:
-        if not 0 <= (number := _number(value)) <= 1:
-            raise InputError(f"{name} {value}: give a number from 0 to 1")
-        return number
     if name == "eval_every" and isinstance(value, str):
         return _interval(value)
-    if name == "beta2_decay":
-        if not -math.inf < (number := _number(value)) <= 0:
-            raise InputError(f"beta2_decay {value}: give a finite number of at most 0")
-        return number
-    if name == "clip_threshold" and not 1 <= (number := _number(value)) < math.inf:
-        raise InputError(f"clip_threshold {value}: give a finite number of at least 1")
     return whole(name, value) if name in LEAST else finite(name, value)
 
 
