@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tightfit.planner.generation.plan import GenerationPlan, plan_answers
+from tightfit.planner.generation.plan import GenerationPlan, laid_out, plan_answers
 from tightfit.planner.generation.problem import Figures, Problem, Rows
 from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.answering_decoder import answer_steps
@@ -53,6 +53,13 @@ def figures(pieces: Sequence[Rows], *, unpacked: float = 0.5, read: float = 1e-9
         read_core_seconds_per_byte=core,
         front_bytes=1 << 20,
     )
+
+
+def plan_of(problem: Problem, states: Sequence[str], pass_tokens: int) -> GenerationPlan:
+    """A plan whose matrices are in these states in turn, and whose passes take up to so many tokens of the prompt."""
+    pieces = problem.pieces()
+    turns = [states[number % len(states)] for number in range(len(pieces))]
+    return laid_out(problem, figures(pieces), pieces, turns, pass_tokens, budget=1 << 40)
 
 
 def packed(folder: Path, **precision: Any) -> Path:

@@ -4,17 +4,12 @@ two budgets, after the run was killed; smallest budgets beside AdamW's.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from killed_runs import kill_run
 from mixed_parameters import FACTORY, batch
 from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
 from safetensors.torch import load_file
@@ -28,11 +23,9 @@ from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile, adamw
 from tightfit.profiles.sources.factory import build_module, narrowed
-from tightfit.runtime.engine.training.checkpoint import find_checkpoints
 from tightfit.runtime.session.launch import run
 
 STEPS, LR, SEQ, RANK = 6, 1e-2, 29, 4
-ROOT = Path(__file__).parents[2]
 ROWS = [
     {"prompt": "Is the fox quick? ", "completion": "positive"},
     {"prompt": "lazy dog? ", "completion": "negative, it is not"},
@@ -175,28 +168,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, cache: Path) ->
     planned: Plan = planner.plan(planner.minimum().peak_bytes)
     (tmp_path / "plan.json").write_text(planned.model_dump_json())
     part = tmp_path / "part"
-    script = (
-        "from tightfit.planner.io import load_plan; from tightfit.runtime.session.launch import run\n"
-        f"run(load_plan({str(tmp_path / 'plan.json')!r}), 'random', steps=1_000_000, out={str(part)!r}, lr={LR}, checkpoint_every=2)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'helpers'}"},
-    )
-    while not any(step >= 4 for step, _ in find_checkpoints(str(part))):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    for child in [*map(int, children), process.pid]:
-        os.kill(child, signal.SIGKILL)
-    process.wait()
-    lock = os.open(part, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # which the child has until the kernel has buried it
-    os.close(lock)
-    reached = find_checkpoints(str(part))[-1][0]
+    reached = kill_run(tmp_path / "plan.json", "random", part, after=4, lr=LR, checkpoint_every=2)
     roomy = planner.plan(1 << 40)
     resumed = run(roomy, "random", steps=reached + 4, out=part, lr=LR, checkpoint_every=2, resume=True)
     assert resumed["resumed_step"] == reached

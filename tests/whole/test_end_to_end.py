@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import SOURCES
+from killed_runs import kill_run
 from reference import (
     CONFIGS,
     adapted_by_peft,
@@ -44,7 +38,6 @@ from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.session.launch import run
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -197,27 +190,7 @@ def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_p
     planned = plan(made, ModelPlanner(made).minimum().peak_bytes + (4 << 20))
     part = tmp_path / "part"
     (tmp_path / "plan.json").write_text(planned.model_dump_json())
-    script = (
-        "import sys; from tightfit.planner.io import load_plan; from tightfit.runtime.session.launch import run\n"
-        f"run(load_plan({str(tmp_path / 'plan.json')!r}), {str(data)!r}, steps=1_000_000, out={str(part)!r}, lr={LR}, checkpoint_every=4)\n"
-    )
-    root = str(SOURCES)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], start_new_session=True, env={**os.environ, "PYTHONPATH": root}
-    )
-    while not any(step >= 8 for step, _ in find_checkpoints(str(part))):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    for child in [*map(int, children), process.pid]:
-        os.kill(child, signal.SIGKILL)
-    process.wait()
-    lock = os.open(part, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # which the child has until the kernel has buried it
-    os.close(lock)
-    reached = find_checkpoints(str(part))[-1][0]
+    reached = kill_run(tmp_path / "plan.json", data, part, after=8, lr=LR, checkpoint_every=4)
     steps = reached + 12
     resumed = run(planned, data, steps=steps, out=part, lr=LR, checkpoint_every=4, resume=True)
     assert resumed["resumed_step"] == reached

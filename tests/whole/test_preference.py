@@ -4,14 +4,8 @@ budget and after kill -9; references that are computed once; what is refused.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +14,7 @@ import torch
 from decoder_families import FAMILIES
 from fleets import adapter_hash
 from in_process import make_training
-from places import SOURCES
+from killed_runs import kill_run
 from reference import (
     CONFIGS,
     adapted_by_peft,
@@ -48,7 +42,6 @@ from tightfit.profiles.schema import Preference, Profile, adamw
 from tightfit.profiles.sources.lookup import vocabulary
 from tightfit.runtime.cli.answers import profile_text
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.training.adapter import adapter_key, table_slice
 from tightfit.runtime.engine.training.pairs import PairBatches
@@ -372,24 +365,7 @@ def test_a_killed_run_continues_bit_identically(dpo: Made, data: Path, tmp_path:
     planned = planner.plan(planner.minimum().peak_bytes)
     part = tmp_path / "part"
     (tmp_path / "plan.json").write_text(planned.model_dump_json())
-    script = (
-        "import sys; from tightfit.planner.io import load_plan; from tightfit.runtime.session.launch import run\n"
-        f"run(load_plan({str(tmp_path / 'plan.json')!r}), {str(data)!r}, steps=1_000_000, out={str(part)!r}, lr={LR}, checkpoint_every=4)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], start_new_session=True, env={**os.environ, "PYTHONPATH": str(SOURCES)}
-    )
-    while not any(step >= 4 for step, _ in find_checkpoints(str(part))):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    for child in [*map(int, found.split()), process.pid]:
-        os.kill(child, signal.SIGKILL)
-    process.wait()
-    lock = os.open(part, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # which the child has until the kernel has buried it
-    os.close(lock)
-    reached = find_checkpoints(str(part))[-1][0]
+    reached = kill_run(tmp_path / "plan.json", data, part, after=4, lr=LR, checkpoint_every=4)
     steps = reached + 4
     resumed = run(planner.plan(1 << 40), data, steps=steps, out=part, lr=LR, checkpoint_every=4, resume=True)
     assert resumed["resumed_step"] == reached

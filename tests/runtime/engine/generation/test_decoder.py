@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from answering import answered_by_transformers, figures, greedy, opened, packed, planned, problem_of
+from answering import answered_by_transformers, greedy, opened, packed, plan_of, planned, problem_of
 from peft_adapters import merged_by_peft, save_adapter, save_model
 from reference import CONFIGS, VARIANTS, stored_weights, take
 
-from tightfit.planner.generation.plan import GenerationPlan, laid_out
-from tightfit.planner.generation.problem import Problem
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.engine.generation.job import PACKED, STATES, STREAMED
@@ -94,7 +91,7 @@ def test_with_an_adapter_they_are_those_of_the_model_that_peft_merges(
     )
     model, ids = merged_by_peft(exact(config, store), adapter), prompt_of(config)
     problem = problem_of(config, store, PROMPT, 8, adapter=adapter)
-    for plan in (planned(problem, BUDGET), plan_of(problem, [STREAMED])):
+    for plan in (planned(problem, BUDGET), plan_of(problem, [STREAMED], PROMPT)):
         with opened(problem, plan, store, adapter) as decoder:
             answer, logits = greedy(decoder, ids, 8)
         with torch.no_grad():
@@ -133,13 +130,6 @@ def test_products_with_packed_rows_keep_that(tmp_path: Path, monkeypatch: pytest
     assert all(torch.equal(one, found[0]) for one in found)
     assert not torch.equal(found[0], due)
     torch.testing.assert_close(found[0], due, rtol=1e-4, atol=1e-4)
-
-
-def plan_of(problem: Problem, states: Sequence[str], pass_tokens: int = PROMPT) -> GenerationPlan:
-    """A plan whose matrices are in these states in turn."""
-    pieces = problem.pieces()
-    turns = [states[number % len(states)] for number in range(len(pieces))]
-    return laid_out(problem, figures(pieces), pieces, turns, pass_tokens, budget=BUDGET)
 
 
 def test_a_narrow_cache_differs_by_its_rounding_alone(tmp_path: Path) -> None:

@@ -5,19 +5,17 @@ memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from answering import answered_by_transformers, figures, greedy, opened, packed, planned, problem_of, shape_of
+from answering import answered_by_transformers, greedy, opened, packed, plan_of, planned, problem_of, shape_of
 from decoder_families import FAMILIES, NO_ANSWERS
 from peft_adapters import merged_by_peft, save_adapter, save_model
 from reference import stored_weights, take
 
-from tightfit.planner.generation.plan import GenerationPlan, laid_out
 from tightfit.planner.generation.problem import Problem
 from tightfit.planner.generation.traced_form import Layout, layout
 from tightfit.profiles.models.answer_steps import AnswerSteps
@@ -106,20 +104,13 @@ def test_with_an_adapter_they_are_those_of_the_model_that_peft_merges(
     model, ids = merged_by_peft(exact(config, store), adapter), prompt_of(config)
     problem = problem_of(config, store, PROMPT, 8, adapter=adapter)
     body = facts(config).config.get("adapter_body", BODY)
-    for plan in (planned(problem, BUDGET), plan_of(problem, [STREAMED])):
+    for plan in (planned(problem, BUDGET), plan_of(problem, [STREAMED], PROMPT)):
         with opened(problem, plan, store, adapter, body) as decoder:
             answer, logits = greedy(decoder, ids, 8)
         with torch.no_grad():
             whole = model(torch.tensor([ids + answer])).logits[0]
         torch.testing.assert_close(logits, whole[PROMPT - 1 : -1], rtol=1e-3, atol=1e-3)
         assert answer == answered_by_transformers(model, ids, 8)
-
-
-def plan_of(problem: Problem, states: Sequence[str], pass_tokens: int = PROMPT) -> GenerationPlan:
-    """A plan whose matrices are in these states in turn."""
-    pieces = problem.pieces()
-    turns = [states[number % len(states)] for number in range(len(pieces))]
-    return laid_out(problem, figures(pieces), pieces, turns, pass_tokens, budget=BUDGET)
 
 
 @pytest.mark.parametrize("name", ["Phi-4-mini", "OLMo 3", "GPT-J"])
