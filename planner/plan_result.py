@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tightfit.planner.instructions import Instruction
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
-from tightfit.planner.schema import Peak, Phase, Plan
+from tightfit.planner.schema import Peak, Phase, Plan, ShorterPlan
 from tightfit.profiles.schema import Profile
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def drafted(
         layers=ran.layers,
         loss=profile.loss,
         token_losses=profile.token_losses,
+        shorter=[ShorterPlan(seq=one.seq, tensors=one.tensors, programs=one.programs) for one in ran.shorter],
         decisions=decisions,
         resident=resident,
         arena_bytes=arena_bytes,
@@ -166,6 +167,10 @@ def answered(
                 "evaluate": simulation.evaluate,
                 "update": simulation.update,
                 "timeline": simulation.timeline,
+                "shorter": [
+                    one.model_copy(update={"step_seconds": took.step, "evaluation_seconds": took.evaluation})
+                    for one, took in zip(raw.shorter, simulation.shorter, strict=True)
+                ],
             }
         )
     )

@@ -32,9 +32,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
 from tightfit.planner.instructions import Instruction, read_all, write_all
-from tightfit.profiles.schema import MOBILLM, Device, Layer, Model, Optimizer, Program, Tensor
+from tightfit.profiles.schema import MOBILLM, Device, Layer, Model, Optimizer, Program, ShorterStep, Tensor
 
-PLAN_VERSION = 7
+PLAN_VERSION = 8
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
 
@@ -93,6 +93,13 @@ class Phase(Record):
     write_bytes: int = 0
 
 
+class ShorterPlan(ShorterStep):
+    """A shorter step of a plan: it runs the same instructions at the same offsets on its smaller tensors."""
+
+    step_seconds: float = Field(0.0, description="as of the plan")
+    evaluation_seconds: float = Field(0.0, description="of a batch of an evaluation")
+
+
 class Plan(Record):
     version: int = PLAN_VERSION
     fingerprint: str
@@ -132,6 +139,9 @@ class Plan(Record):
     layers: list[Layer]
     loss: str
     token_losses: str | None
+    shorter: list[ShorterPlan] = Field(
+        [], description="the same step for batches of samples that are at most so long, the shortest first"
+    )
     decisions: dict[str, str] = Field(description="tensor -> kept, recomputed, offloaded, streamed, packed, unpacked")
     resident: dict[str, int] = Field(
         description="tensors resident across steps -> arena offset (trainables, states, kept weights, constants, batch)"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,13 @@ from tightfit.profiles.schema import (
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.loss_function import called
+from tightfit.profiles.tracing.shorter_steps import (
+    apart,
+    bucket_lengths,
+    name_apart,
+    shorter_step,
+    with_largest_workspace,
+)
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.pack import build_store
@@ -121,6 +128,9 @@ def profile(source: str, options: ProfileOptions) -> Profile:
     With a `loss` of "dpo" or "orpo" the step learns from pairs of answers (`tightfit.runtime.engine.cpu.preference`): `batch` of
     them, each in two rows. `beta` (default 0.1) is how much the comparison of the two weighs.
 
+    `buckets` ("64,128") are shorter lengths at which the step is traced and measured as well: its batches are padded only to the
+    shortest of them that holds their samples, and follow the same schedule in the same places.
+
     `base` and `embeddings` are the precision, 4bit, 8bit or 16bit, of matrices and of the embedding and the head that
     the source does not hold quantised; what it holds quantised is kept, code for code. By default matrices are rounded to
     4 bits, and embeddings are treated as matrices are (`tightfit.profiles.weights.precision`).
@@ -179,13 +189,21 @@ def profile(source: str, options: ProfileOptions) -> Profile:
         )
         raise InputError(f"modules-to-save {', '.join(lora.modules_to_save)}: {what}; leave the option out")
     preference = _preference(found, side, options.loss, options.beta)
+    lengths = bucket_lengths(options.buckets, seq)
+    if lengths and (side is not None or found.kind == "module"):
+        what = (
+            "a side network takes whole batches"
+            if side is not None
+            else f"{found.name} is a module, with batches of one shape"
+        )
+        raise InputError(f"buckets {options.buckets}: {what}; leave the option out")
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = options.progress or (lambda stage, done, total: None)
     # A module is traced first: its code, and that of a loss_fn, is part of what the profile depends on.
     own = _trace_module(found, dtype, report) if found.kind == "module" else None
     code = None if own is None else _operators(own[0])
     key = _fingerprint(
-        found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side, code, preference
+        found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side, code, preference, lengths
     )
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = None
@@ -215,6 +233,13 @@ def profile(source: str, options: ProfileOptions) -> Profile:
         traced = _trace_side(found, side, batch, seq, dtype, report)
     else:
         traced, decoder = _trace_decoder(found, batch, seq, lora, dtype, report, preference)
+    shorter = [
+        shorter_step(
+            traced, _trace_decoder(found, batch, length, lora, dtype, report, preference, longest=seq)[0], length
+        )
+        for length in lengths
+    ]
+    beside = [program for step in shorter for program in apart(step)]
     if found.kind == "module":
         batch, seq_or_none, kind = _first_dimension(traced), None, "module"
     else:
@@ -222,7 +247,7 @@ def profile(source: str, options: ProfileOptions) -> Profile:
         _check_lengths(found, seq)
     tensors = [_packed(t, found.entries) for t in traced.tensors]
     measured: Mapping[str, Any] = (
-        _unmeasured(traced, elsewhere.device())
+        _unmeasured([*traced.programs, *beside], elsewhere.device())
         if elsewhere is not None
         else measure(
             traced.programs,
@@ -233,10 +258,19 @@ def profile(source: str, options: ProfileOptions) -> Profile:
             threads=threads,
             scratch=cache_directory(),
             environment=dict(os.environ) | {"PYTHONPATH": python_path()},
+            shorter=beside,
             progress=options.progress,
             comparison=comparison,
         )
     )
+
+    def timed(program: Program, name: str) -> Program:
+        return _timed_program(program, measured["operators"][name], measured["copied"][name])
+
+    shorter = [
+        step.model_copy(update={"programs": [timed(p, name_apart(p.name, step)) for p in step.programs]})
+        for step in shorter
+    ]
     result = Profile(
         fingerprint=key,
         model=Model(
@@ -272,12 +306,11 @@ def profile(source: str, options: ProfileOptions) -> Profile:
             write=Channel.model_validate(measured["write"]),
         ),
         tensors=[_timed_tensor(t, measured) for t in tensors],
-        programs=[
-            _timed_program(p, measured["operators"][p.name], measured["copied"][p.name]) for p in traced.programs
-        ],
+        programs=with_largest_workspace([timed(p, p.name) for p in traced.programs], shorter),
         layers=traced.layers,
         loss=traced.loss,
         token_losses=traced.token_losses,
+        shorter=shorter,
     )
     if elsewhere is not None:
         return estimate_profile(result, elsewhere)
@@ -381,17 +414,20 @@ def _trace_decoder(
     dtype: str,
     report: Progress,
     preference: Preference | None = None,
+    longest: int | None = None,
 ) -> tuple[Trace, Decoder | AnyDecoder]:
-    """The step of a decoder, and the decoder, which says what is trained."""
+    """The step of a decoder, and the decoder, which says what is trained. `longest`: the length of the step of which this is a shorter
+    one.
+    """
     if not handwritten(source.config):
-        return _trace_any_decoder(source, batch, seq, lora, dtype, report, preference)
+        return _trace_any_decoder(source, batch, seq, lora, dtype, report, preference, longest)
     shape = decoder_shape(source.config)
     _check_rank(lora, shape.hidden)
     widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
     _check_elements(batch, seq, widest)
     with FakeTensorMode():
         body = source.config.get("adapter_body", BODY)
-        module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body, preference=preference)
+        module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body, preference=preference, longest=longest)
         sample = _sample(batch, seq, rows_apart=None, preference=preference)
     return _traced(module, sample, report), module
 
@@ -436,13 +472,14 @@ def _trace_any_decoder(
     dtype: str,
     report: Progress,
     preference: Preference | None = None,
+    longest: int | None = None,
 ) -> tuple[Trace, AnyDecoder]:
     from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 
     _check_rank(lora, source.config["hidden_size"])
     widest = max(max(entry.shape, default=1) for entry in source.entries.values())
     _check_elements(batch, seq, widest)
-    module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, lora=lora, preference=preference)
+    module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, lora=lora, preference=preference, longest=longest)
     with FakeTensorMode():
         without_values(module)
         if preference is None:
@@ -531,11 +568,11 @@ def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:
     return tensor.model_copy(update={"packed_bytes": extent.bytes, "packed_format": extent.entry.format})
 
 
-def _unmeasured(traced: Trace, device: Device) -> dict[str, Any]:
+def _unmeasured(programs: Sequence[Program], device: Device) -> dict[str, Any]:
     """A stand-in for the result of `measure`, with all times 0 and the floor and channels of the described device."""
-    operators = {program.name: [[0.0, 0.0]] * len(program.operators) for program in traced.programs}
+    operators = {program.name: [[0.0, 0.0]] * len(program.operators) for program in programs}
     channels = {"floor": device.floor.model_dump(), "read": device.read, "write": device.write}
-    copied = {program.name: [False] * len(program.operators) for program in traced.programs}
+    copied = {program.name: [False] * len(program.operators) for program in programs}
     return {
         "operators": operators,
         "copied": copied,

@@ -32,6 +32,14 @@ class ProfileOptions:
     """
 
     seq: int = option(256, "Tokens per sample.", label="Sequence", least=1, most=1 << 20)
+    buckets: str | None = option(
+        None,
+        "Shorter lengths, such as 64,128: a batch is padded only to the shortest of them that holds its samples, which a run puts together by length.",
+        label="Shorter lengths",
+        metavar="LENGTHS",
+        longest=256,
+        pattern=r"^[0-9]{1,7}(,[0-9]{1,7})*$",
+    )
     batch: int = option(1, "Samples per step.", least=1, most=1 << 16)
     lora_rank: int | None = option(
         None, "Rank of the LoRA pairs; default: 8.", label="LoRA rank", least=1, most=LARGEST_RANK

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, mod
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.runtime.engine.kernels.optimizer import FACTORED
 
-PROFILE_VERSION = 10
+PROFILE_VERSION = 11
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 
@@ -251,6 +251,9 @@ class Floor(Record):
     inference_resident_bytes: int | None = Field(
         None, description="`resident_bytes` of a process that runs no backward; None: not measured"
     )
+    shorter_bytes: int = Field(
+        0, description="part of `resident_bytes` that the kernels of shorter steps take, as far as it was measured"
+    )
     exchange_bytes: int | None = Field(
         None, description="resident bytes that gloo adds, through which a fleet's members talk; None: not measured"
     )
@@ -356,6 +359,16 @@ class Model(Record):
         return 1 if self.preference is None else 2
 
 
+class ShorterStep(Record):
+    """A language model's step for batches whose samples all have at most `seq` positions: the same layers, operators and names as
+    the step that it belongs to, on tensors that are smaller. It can therefore follow that step's schedule, in its places.
+    """
+
+    seq: int = Field(ge=1)
+    tensors: Many[Tensor] = Field(description="those of the tensors that are smaller, in their order")
+    programs: Many[Program] = Field(description="one for each program, of the same name, in their order")
+
+
 class Profile(Record):
     version: int = PROFILE_VERSION
     fingerprint: str = Field(description="sha256 of model, shapes, programs, torch version and device")
@@ -372,6 +385,9 @@ class Profile(Record):
     token_losses: str | None = Field(
         None, description="decoders: float32 [tokens] negative log-likelihoods, 0 where unlabelled"
     )
+    shorter: list[ShorterStep] = Field(
+        [], description="the same step at shorter lengths, the shortest first, for batches of short samples"
+    )
 
     @property
     def accumulate(self) -> int:
@@ -382,3 +398,27 @@ class Profile(Record):
     def max_grad_norm(self) -> float | None:
         """The norm to which all gradients of an update together are scaled down; None: they are not clipped."""
         return self.optimizer.get("max_grad_norm")
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def without_shorter(profile: Profile) -> Profile:
+    """The profile of the whole step alone."""
+    floor = profile.device.floor
+    left = floor.model_copy(update={"resident_bytes": floor.resident_bytes - floor.shorter_bytes, "shorter_bytes": 0})
+    device = profile.device.model_copy(update={"floor": left})
+    return profile.model_copy(update={"device": device, "shorter": []})
+
+
+def shortened(source: S, step: ShorterStep) -> S:
+    """A profile or plan with the tensors and programs of one of its shorter steps in the place of its own."""
+    smaller = {tensor.name: tensor for tensor in step.tensors}
+    return source.model_copy(
+        update={
+            "seq": step.seq,
+            "tensors": [smaller.get(tensor.name, tensor) for tensor in source.tensors],  # type: ignore[attr-defined]
+            "programs": step.programs,
+            "shorter": [],
+        }
+    )

@@ -8,7 +8,7 @@ are constants of that profile.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -284,15 +284,14 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
 
     `forward` makes the layers' new programs of their old ones. Raises InputError as `resting`.
     """
+    idle = {layer.program for layer in profile.layers if layer.name in layers}
     programs = {program.name: program for program in profile.programs}
-    stripped: dict[str, Program] = {}
+    left = {name: made for name in idle if (made := forward(programs[name])).operators != programs[name].operators}
     bound: list[Layer] = []
     for layer in profile.layers:
         program = programs[layer.program]
         if layer.name in layers:
-            left = forward(program)
-            if left.operators != program.operators:
-                program = stripped.setdefault(left.name, left)
+            program = left.get(layer.program, program)
         values = {value.name for value in program.values}
         bindings = {value: name for value, name in layer.bindings.items() if value in values}
         bound.append(layer.model_copy(update={"program": program.name, "bindings": bindings}))
@@ -306,9 +305,14 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
         still = tensor.model_copy(update={"kind": "constant"})
         tensors += [still, *(_resting_state(still, role) for role in states)]
     used = {layer.program for layer in bound}
-    every = [*profile.programs, *stripped.values()]
+
+    def run(whole: Sequence[Program]) -> list[Program]:
+        every = [*whole, *(forward(program) for program in whole if program.name in left)]
+        return [program for program in every if program.name in used]
+
+    shorter = [step.model_copy(update={"programs": run(step.programs)}) for step in profile.shorter]
     return profile.model_copy(
-        update={"layers": bound, "tensors": tensors, "programs": [p for p in every if p.name in used]}
+        update={"layers": bound, "tensors": tensors, "programs": run(profile.programs), "shorter": shorter}
     )
 
 

@@ -23,6 +23,8 @@ raises `InvalidSchedule` with the invariant's name, the instruction and the tens
 | budget | the peak is within the budget |
 | claims | the plan's own figures are those found here |
 
+The instructions of a plan with shorter steps (`Plan.shorter`) are replayed on the tensors of each of them as well.
+
 Time: one sequential compute timeline; one disk that serves requests in the order of issue (latency + bytes / bandwidth
 each); an instruction waits for the transfers it depends on; each byte moved costs the cores what the profile says.
 """
@@ -30,14 +32,23 @@ each); an instruction waits for the transfers it depends on; each byte moved cos
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from tightfit.planner.schema import Phase, Plan, TimelinePoint
+from tightfit.planner.schema import Phase, Plan, ShorterPlan, TimelinePoint
 from tightfit.planner.simulation.plan_index import InvalidSchedule, PlanIndex
 from tightfit.planner.simulation.replay import LARGEST, LINE, Replay
 from tightfit.planner.simulation.timeline import POINTS
+from tightfit.profiles.schema import shortened
 from tightfit.runtime.common.errors import InputError
 
 __all__ = ["LARGEST", "POINTS", "InvalidSchedule", "Simulation", "simulate"]
+
+
+class ShorterSeconds(NamedTuple):
+    """What a plan takes for batches of a shorter length."""
+
+    step: float
+    evaluation: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,8 @@ class Simulation:
     """where gradients are clipped: the update of all trainables"""
     accumulate: int = 1
     """steps that share an update"""
+    shorter: list[ShorterSeconds] = field(default_factory=list)
+    """of each shorter step of the plan"""
 
     @property
     def step_seconds(self) -> float:
@@ -112,6 +125,7 @@ def simulate(plan: Plan) -> Simulation:
         if stated and stated < found:
             raise InvalidSchedule("claims", "plan", -1, claim, f"the plan states {stated}, the replay finds {found}")
     train, *cycle = (step.told() for step in steps)
+    shorter = [_at_length(plan, step, peak) for step in plan.shorter]
     return Simulation(
         train=train,
         cycle=cycle,
@@ -123,4 +137,20 @@ def simulate(plan: Plan) -> Simulation:
         arena_bytes=arena,
         workspace_bytes=workspace,
         live_bytes=max(one.most_live for one in replays),
+        shorter=shorter,
     )
+
+
+def _at_length(plan: Plan, step: ShorterPlan, peak: int) -> ShorterSeconds:
+    """Replay `plan` on the tensors of a shorter step, which may not have another peak than `peak`."""
+    found = simulate(shortened(plan, step))
+    if found.peak_bytes > peak:
+        raise InvalidSchedule(
+            "claims",
+            "plan",
+            -1,
+            f"its step of {step.seq} tokens",
+            f"{found.peak_bytes} bytes at the peak, {peak} at full length",
+        )
+    assert found.evaluate is not None
+    return ShorterSeconds(found.step_seconds, found.evaluate.seconds)

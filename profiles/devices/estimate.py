@@ -124,6 +124,12 @@ def estimate_profile(profile: Profile, on: DeviceDescription) -> Profile:
             "device": on.device(),
             "tensors": [estimate_tensor(tensor, on, profile.accumulate) for tensor in profile.tensors],
             "programs": [estimate_program(program, on, keep_workspace=known) for program in profile.programs],
+            "shorter": [
+                step.model_copy(
+                    update={"programs": [estimate_program(one, on, keep_workspace=known) for one in step.programs]}
+                )
+                for step in profile.shorter
+            ],
         }
     )
 

@@ -39,6 +39,7 @@ def measure(
     threads: int,
     scratch: Path,
     environment: dict[str, str],
+    shorter: Iterable[Program] = (),
     progress: Progress | None = None,
     comparison: GradientComparison | None = None,
 ) -> dict[str, Any]:
@@ -52,12 +53,16 @@ def measure(
     - `quota_cores`: cores that a CPU quota allows, by which all seconds of the cores are lengthened; None without one
     - `compared`: what the `comparison` concluded, or why it was not made; None without one
 
+    `shorter` are the programs of shorter steps, which are measured like the others; the floor's `shorter_bytes` are what they add.
+
     Tensors of equal shape and format are measured once. Needs memory for one layer's tensors, unpacked, or for the
     400 MiB that unpacking is timed on, and 64 MiB of disk in `scratch`, which must lie on the disk that will hold the
     weights. Raises RunError with the last line of the process's stderr if it fails, and whatever the comparison raises,
     before anything is timed.
     """
     programs, tensors = list(programs), list(tensors)
+    whole = len(programs)
+    programs += shorter
     weights: dict[tuple[Any, ...], list[str]] = {}
     for tensor in tensors:
         if tensor.kind == "weight" and tensor.packed_bytes:
@@ -78,6 +83,7 @@ def measure(
             shapes.setdefault(tuple(tensor.shape), []).append(tensor.name)
     request = {
         "programs": [p.model_dump() for p in programs],
+        "whole": whole,
         "inference": [p.inference for p in programs],
         "weights": [list(key) for key in weights],
         "tables": [[list(e.shape), e.format, e.group] for e in entries.values() if len(e.shape) == 2],

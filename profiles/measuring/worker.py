@@ -158,7 +158,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         for program, positions in zip(programs, request["inference"], strict=True)
     ]
     result: dict[str, Any] = {"copied": copied, "floor": floor(request["threads"])}
-    result["floor"]["resident_bytes"] += kernel_bytes(programs, request["threads"])
+    kernels = kernel_bytes(programs, request["threads"])
+    result["floor"]["resident_bytes"] += kernels
+    if len(programs) > request["whole"]:
+        kernels_of_whole = kernel_bytes(programs[: request["whole"]], request["threads"])
+        result["floor"]["shorter_bytes"] = max(0, kernels - kernels_of_whole)
     step()
     result["floor"]["inference_resident_bytes"] += kernel_bytes(forwards, request["threads"], backward=False)
     step()

@@ -249,7 +249,8 @@ class Decoder(nn.Module):
     labels[b, t] is the token that place t of a row has to predict, or -100 for none. positions[b, t], counted from 0, is that
     of the token in its sample, of which a row may hold several, one after the other; without it every row is one sample.
     Padding needs no mask: attention is causal and padded places carry no label. `known` is what the loss of pairs has to know
-    of each answer (`tightfit.runtime.engine.cpu.preference.preference_loss`).
+    of each answer (`tightfit.runtime.engine.cpu.preference.preference_loss`). `longest` is the longest sequence of a step of which
+    this is a shorter one: sliding windows that matter there have masks here too, so that both have the same operators.
     """
 
     def __init__(
@@ -260,9 +261,11 @@ class Decoder(nn.Module):
         lora: LoraConfig,
         body: str = BODY,
         preference: Preference | None = None,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.longest = longest
         self.dtype = dtype
         self.model = Body(shape, dtype)
         if not shape.tied:
@@ -281,7 +284,8 @@ class Decoder(nn.Module):
         positions, pairs = third_input(self.preference, third)
         x = self._embedded(input_ids)
         tables = {key: rotary_table(shape, seq, *key) for key in sorted(set(self._rope_keys()))}
-        masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < seq})}
+        longest = self.longest or seq
+        masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < longest})}
         for layer, window, key in zip(self.model.layers, shape.windows, self._rope_keys(), strict=True):
             x = layer(x, *tables[key], masks.get(window) if window is not None else None, positions)
         trained = trained_copy(self.lm_head) if HEAD in self._modules else None

@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -22,6 +23,7 @@ import typer
 from typer.core import TyperCommand
 from typer.models import ArgumentInfo, OptionInfo
 
+from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, key_of, read_file, read_options, write_options
 from tightfit.runtime.cli.options import named_columns, stage, training_options, usage, words_of
@@ -30,6 +32,7 @@ from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.options import said
 from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.common.units import MIB, format_size, parse_size
 
@@ -121,6 +124,14 @@ def train(
             rich_help_panel=MODEL_AND_STEP,
         ),
     ] = None,
+    buckets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTHS|auto",
+            help=said(ProfileOptions)["buckets"].help + " auto: two lengths that the data suggest, or fewer.",
+            rich_help_panel=MODEL_AND_STEP,
+        ),
+    ] = None,
     memory: Annotated[
         str,
         typer.Option(
@@ -152,7 +163,7 @@ def train(
     These are `tightfit profile`, `tightfit plan` and `tightfit run`, whose options it takes. With --resume and the
     output folder alone, it goes on from what an earlier call has left there.
     """
-    given = options | {"seq": seq, "memory": memory, "adapter": adapter}
+    given = options | {"seq": seq, "buckets": buckets, "memory": memory, "adapter": adapter}
     _check(given)
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.session.output import locked, tokens_kept
@@ -185,8 +196,8 @@ def _prepare(context: typer.Context, given: dict[str, Any], tokens: Path, consol
     output: Path = given["output"]
     how = _beginning(output, resume=given["resume"], overwrite=given["overwrite"])
     budget = _budget(given["memory"], console, resume=given["resume"])
-    seq = _sequence(given, budget, tokens, console)
-    given |= {"seq": seq, "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget)}
+    seq, buckets = _lengths(given, budget, tokens, console)
+    given |= {"seq": seq, "buckets": buckets, "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget)}
     settings = _settings(context, given)
     earlier = read_file(output / CONFIG) if given["resume"] and (output / CONFIG).exists() else {}
     measured, planned = (None, None) if given["force"] else _earlier(context, output, settings, earlier)
@@ -248,21 +259,23 @@ def _budget(memory: str, console: Console, *, resume: bool) -> int:
     return budget
 
 
-def _sequence(given: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> int | None:
-    """Tokens of a sequence: those asked for, or what the data need, which are then kept in the folder `tokens`; None for a module,
-    whose batches have their shape.
+def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> tuple[int | None, str | None]:
+    """Tokens of a sequence, and shorter lengths: those asked for, or what the data need, which are then kept in the folder `tokens`.
+    A module, whose batches have their shape, has no sequence.
 
     Raises InputError if there are no such data.
     """
     from tightfit.profiles.sources.lookup import names_module
     from tightfit.runtime.cli.terminal import Stages
-    from tightfit.runtime.data.sequence import check_files, choose_seq
+    from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
 
+    asked, buckets = given["seq"], given["buckets"]
     if names_module(given["model"]):
-        return None
+        return None, buckets
     check_files(given["data"], given["evaluate"])
-    if given["seq"] is not None:
-        return int(given["seq"])
+    if asked is not None and buckets != AUTO:
+        return int(asked), buckets
+    lengths: Counter[int] = Counter()
     with Stages(console) as stages:
         seq, why = choose_seq(
             given["model"],
@@ -273,10 +286,17 @@ def _sequence(given: Mapping[str, Any], budget: int, tokens: Path, console: Cons
             columns=named_columns(given["columns"]),
             keep=tokens,
             pairs=given["loss"] is not None,
+            seq=asked,
+            lengths=lengths if buckets == AUTO else None,
             stages=stages,
         )
-    console.print(f"sequence: {seq} tokens; {why}")
-    return seq
+    if asked is None:
+        console.print(f"sequence: {seq} tokens; {why}")
+    if buckets == AUTO:
+        chosen, why = choose_buckets(lengths, seq)
+        buckets = ",".join(map(str, chosen)) or None
+        console.print(f"shorter lengths: {buckets or 'none'}; {why}")
+    return seq, buckets
 
 
 def _settings(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:

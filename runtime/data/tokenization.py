@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -120,9 +121,10 @@ def longest_sample(
     progress: Callable[[int], None] | None = None,
     preparation: Preparation | None = None,
     keep: Path | None = None,
+    lengths: Counter[int] | None = None,
 ) -> int:
     """Positions of the longest sample of `data`, which are files of samples as for `prepare`; the samples as tokens are
-    written to the file `keep`, for `prepare`.
+    written to the file `keep`, for `prepare`. `lengths` takes how many rows of which length there would be with `most` positions.
 
     Samples of more than `most` positions are refused or, if `too_long` is "truncate", counted in full; texts always
     are, since they are packed into windows. `way_on` ends the message about samples that are refused; ``{longest}`` in
@@ -130,7 +132,7 @@ def longest_sample(
     """
     with writing(keep) if keep is not None else nullcontext() as file:
         encoder = _encoder(data, vocabulary)
-        samples = _Samples(_Counting(most), encoder, purpose, too_long, way_on, pairs=pairs, keep=file)
+        samples = _Samples(_Counting(most, lengths), encoder, purpose, too_long, way_on, pairs=pairs, keep=file)
         samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return max(samples.longest, samples.longest_text)
 
@@ -248,12 +250,14 @@ class Encoder:
 class _Counting:
     """Stands in for a `RecordWriter` where nothing is to be written."""
 
-    def __init__(self, seq: int) -> None:
+    def __init__(self, seq: int, lengths: Counter[int] | None = None) -> None:
         self.seq = seq
         self.count = 0
+        self.lengths: Counter[int] = Counter() if lengths is None else lengths
 
     def add(self, input_ids: list[int], labels: list[int], **told: int) -> None:
         self.count += 1
+        self.lengths[len(input_ids)] += 1
 
 
 class _Samples:

@@ -7,6 +7,7 @@ become numbers, the lowest ones those of tensors that stay between steps or are 
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from tightfit.planner.instructions import (
 from tightfit.planner.problem.step_graph import state_roles
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.schema import Phase, Plan
-from tightfit.profiles.schema import Layer, Program, Tensor
+from tightfit.profiles.schema import Layer, Program, Tensor, shortened
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.job import (
     ACCUMULATE,
@@ -61,6 +62,7 @@ def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
     """
     index = TensorIndex(plan)
     numbers, sizes = _numbered(plan, index)
+    shorter = [shortened(plan, step) for step in plan.shorter]
     tables, starts = _tables(plan, index, numbers)
     writer = _Writer(plan, numbers)
     train, cycle = array("i"), []
@@ -82,8 +84,15 @@ def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
             **_header(plan, index, numbers, sizes, spill_bytes=spill_bytes, cycle=cycle),
             "update": update if plan.update else None,
             "max_grad_norm": plan.max_grad_norm,
+            "shorter": [
+                {"seq": step.seq, "expected_seconds": step.step_seconds, **_of_length(short, numbers)}
+                for step, short in zip(plan.shorter, shorter, strict=True)
+            ],
         },
         sizes=sizes,
+        shorter_sizes=array(
+            "q", (size for short in shorter for size in _sizes(TensorIndex(short), numbers, len(sizes)))
+        ),
         extents=extents,
         where=where,
         tables=tables,
@@ -115,7 +124,12 @@ def _numbered(plan: Plan, index: TensorIndex) -> tuple[dict[str, int], array[int
     moved = {one.tensor for phase in phases for one in phase.instructions if isinstance(one, Spill | Fetch)}
     lasting = [name for name in index.tensors if name in moved or name in plan.resident]
     numbers = {name: number for number, name in enumerate(dict.fromkeys((*lasting, *index.tensors)))}
-    return numbers, array("q", [index.tensors[name].bytes for name in lasting])
+    return numbers, _sizes(index, numbers, len(lasting))
+
+
+def _sizes(index: TensorIndex, numbers: Mapping[str, int], count: int) -> array[int]:
+    """The bytes of the tensors with the numbers below `count`."""
+    return array("q", [index.tensors[name].bytes for name in itertools.islice(numbers, count)])
 
 
 def _tables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> tuple[array[int], array[int]]:
@@ -282,9 +296,6 @@ def _header(
     """The job's header but for the settings; `cycle` has the word range [begin, end) of each training schedule."""
     programs = _places(plan.programs)
 
-    def placed(kind: str) -> list[list[Any]]:
-        return [[t.name, t.dtype, t.shape, plan.resident.get(t.name, -1)] for t in _of_kind(plan, kind)]
-
     gathered = {
         numbers[name]: name
         for layer, operators in index.operators.items()
@@ -308,17 +319,29 @@ def _header(
         "kind": plan.model.kind,
         "lora": plan.model.lora,
         "tables": plan.model.tables,
-        "programs": [program_header(program.model_dump()) for program in plan.programs],
+        **_of_length(plan, numbers),
         "layer_programs": [programs[layer.program] for layer in plan.layers],
         # By its name a layer draws the same random numbers in every plan.
         "layer_names": SEPARATOR.join(layer.name for layer in plan.layers) if draws_numbers(plan.programs) else "",
         "weights": _said(_of_kind(plan, "weight")),
         "cycle": cycle,
         "trainables": _said(_of_kind(plan, "trainable")),
-        "constants": placed("constant"),
+        "constants": _placed(plan, "constant"),
         "buffers": [[name, tensors[name].dtype, tensors[name].shape, plan.resident[name]] for name in kept],
-        "inputs": placed("batch"),
         "gathered": list(gathered.items()),
         "loss": numbers[plan.loss],
-        "token_losses": [numbers[plan.token_losses], tensors[plan.token_losses].shape] if plan.token_losses else None,
     }
+
+
+def _of_length(plan: Plan, numbers: Mapping[str, int]) -> dict[str, Any]:
+    """What depends on the length of a step."""
+    losses = next((tensor for tensor in plan.tensors if tensor.name == plan.token_losses), None)
+    return {
+        "programs": [program_header(program.model_dump()) for program in plan.programs],
+        "inputs": _placed(plan, "batch"),
+        "token_losses": [numbers[losses.name], losses.shape] if losses else None,
+    }
+
+
+def _placed(plan: Plan, kind: str) -> list[list[Any]]:
+    return [[t.name, t.dtype, t.shape, plan.resident.get(t.name, -1)] for t in _of_kind(plan, kind)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from tightfit.planner.plan import plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.sources.lookup import names_module
 from tightfit.runtime.common.units import parse_size
-from tightfit.runtime.data.sequence import check_files, choose_seq
+from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
 from tightfit.runtime.session.launch import Data, run
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import locked, tokens_kept
@@ -29,6 +30,7 @@ def train(
     *,
     memory: int | str = "auto",
     seq: int | None = None,
+    buckets: str | None = None,
     eval_data: Data | None = None,
     truncate: bool = False,
     **options: Any,
@@ -37,7 +39,7 @@ def train(
 
     `memory` is the budget: bytes, a size such as "600MiB", or "auto", what the machine can spare now (it does not count
     what this program holds already: `tightfit.runtime.session.spare_memory`). `seq` is by default as long as the longest
-    sample needs (`tightfit.runtime.data.sequence`). `options` are those of `profile`, `plan` and `run`, each of which
+    sample needs (`tightfit.runtime.data.sequence`), and with `buckets` "auto" shorter lengths are those that the data suggest. `options` are those of `profile`, `plan` and `run`, each of which
     gets what it takes: `steps` or `epochs` has to be there, `adapter` goes to both that have it.
 
     Raises TypeError for an option that none of them takes, and what they raise; InfeasibleError, with the smallest
@@ -56,7 +58,8 @@ def train(
             if not names_module(model):
                 files = [os.fspath(one) if isinstance(one, str | os.PathLike) else None for one in (data, eval_data)]
                 check_files(*files)
-                if seq is None and files[0] is not None:
+                lengths: Counter[int] = Counter()
+                if (seq is None or buckets == "auto") and files[0] is not None:
                     seq, _ = choose_seq(
                         model,
                         files[0],
@@ -66,10 +69,15 @@ def train(
                         columns=options.get("columns"),
                         keep=tokens,
                         pairs=options.get("loss") is not None,
+                        seq=seq,
+                        lengths=lengths if buckets == "auto" else None,
                         stages=options.get("stages"),
                     )
+                if seq is not None and buckets == "auto":
+                    buckets = ",".join(map(str, choose_buckets(lengths, seq)[0])) or None
             if seq is not None:
                 options["seq"] = seq
+            options["buckets"] = buckets
             measured = profile(model, **_part(profile, options))
             planned = plan(measured, budget, **_part(plan, options))
         return run(planned, data, out=out, **_part(run, options), tokens=tokens)

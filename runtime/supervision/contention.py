@@ -82,22 +82,25 @@ class Contention:
         self._before: Usage | None = None
         self._taken: list[float] | None = None
         """since the last look; None: there was no step yet"""
+        self._expected = 0.0
+        """seconds that were planned for those steps"""
 
     def _begin(self) -> None:
-        self._at, self._before, self._taken = self._clock(), self._usage(), []
+        self._at, self._before, self._taken, self._expected = self._clock(), self._usage(), [], 0.0
 
-    def step(self, seconds: float) -> str | None:
-        """Note a step, which took so many seconds; returns what is to be said now, if anything is. The first step, which
-        builds kernels, is passed over.
+    def step(self, seconds: float, planned: float | None = None) -> str | None:
+        """Note a step, which took so many seconds, of which so many were planned where steps have different lengths; returns what is
+        to be said now, if anything is. The first step, which builds kernels, is passed over.
         """
         if self._taken is None:
             self._begin()
             return None
         self._taken.append(seconds)
+        self._expected += self._planned if planned is None else planned
         elapsed = self._clock() - self._at
         if elapsed < LOOK_SECONDS or len(self._taken) < LEAST_STEPS:
             return None
-        before, now, taken = self._before, self._usage(), self._taken
+        before, now, taken, expected = self._before, self._usage(), self._taken, self._expected / len(self._taken)
         self._begin()
         if before is None or now is None:
             return None
@@ -106,7 +109,7 @@ class Contention:
         mean = sum(taken) / len(taken)
         least = min(waited, others) / elapsed
         was, limit = self._crowded, FREE if self._crowded else CROWDED
-        self._crowded = least > limit and mean > SLOWER * self._planned
+        self._crowded = least > limit and mean > SLOWER * expected
         if self._crowded:
             self._steps += len(taken)
             self._seconds += sum(taken)
@@ -119,7 +122,7 @@ class Contention:
             return f"the cores are free again: a step takes {mean:.3f} s"
         return (
             f"other programs use {others / elapsed:.1f} of the cores: the last {len(taken)} steps took {mean:.3f} s each where"
-            f" {self._planned:.3f} s are planned, and the run's threads waited {waited / elapsed * mean:.3f} s of each for a"
+            f" {expected:.3f} s are planned, and the run's threads waited {waited / elapsed * mean:.3f} s of each for a"
             f" core; {self._advice}"
         )
 

@@ -54,6 +54,8 @@ class TrainingProgress:
         self._pace: float | None = None
         self._real: float | None = None
         """moving mean of a step's tokens without padding"""
+        self._room: float | None = None
+        """the same with padding"""
         self._said = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -64,6 +66,10 @@ class TrainingProgress:
     ) -> None:
         if self.live:
             self._write(ERASE_LINE)
+
+    def placed(self, places: int) -> None:
+        """Note the positions in the rows of the step that is shown next, where steps differ in it."""
+        self._tokens = places
 
     def stage(self, what: str, done: int, total: int) -> None:
         """Show that `done` of `total` are done of something beside the steps: preparing, evaluating."""
@@ -90,7 +96,8 @@ class TrainingProgress:
         if tokens is not None:
             self._real = _moved(self._real, tokens)
             rate = f"{self._real / self._pace:,.0f} tokens/s"
-            padding = f" ({padding_text(1 - self._real / self._tokens)})" if self._tokens else ""
+            self._room = _moved(self._room, self._tokens) if self._tokens else None
+            padding = f" ({padding_text(1 - self._real / self._room)})" if self._room else ""
         left = round(self._pace * (self._steps - step))
         loss_text, left_text = f"loss {loss:.4f}", f"{left // 60}:{left % 60:02d} left"
         resident, peak = resident + self._other, peak + self._other

@@ -44,6 +44,8 @@ class Observed:
     """number of steps taken so far, without those of a run that was resumed"""
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     spent: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    lengths: deque[tuple[int, float] | None] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    """positions in a step's rows and the seconds planned for them; None where all steps have the same"""
     updates: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     """seconds of the latest updates, where gradients are clipped"""
     peaks: dict[str, int] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class Observed:
             self.steps += 1
             self.seconds.append(message["seconds"])
             self.spent.append(message["spent"])
+            self.lengths.append(_length_of(message))
             if "update_seconds" in message:
                 self.updates.append(message["update_seconds"])
         elif event == "exchanged":
@@ -141,14 +144,22 @@ def build_report(
     Where gradients are clipped, `grad_norm` has the norm before that of every update, and `phases` their update.
     """
     sorts = planned["sorts"]
+    lengths: Sequence[tuple[int, float] | None] = list(observed.lengths)
     metrics = read_metrics(os.path.join(directory, "metrics.jsonl"))
     lines = [line for line in metrics if "loss" in line]
     seconds: Sequence[float] = list(observed.seconds)
     first = observed.resumed_step + observed.steps - len(seconds)
+    whole = [
+        spent if length is None or length[0] == planned["places_per_step"] else None
+        for spent, length in zip(observed.spent, lengths, strict=True)
+    ]
     names = observed.spent[0] if observed.spent else ()
-    measured = {name: _typical([s[name] for s in observed.spent], first, sorts) for name in names}
+    measured = {
+        name: _typical([None if spent is None else spent[name] for spent in whole], first, sorts) for name in names
+    }
     if not seconds:  # an earlier run took all the steps
         seconds, first = [line["seconds"] for line in lines], 0
+        lengths = [_length_of(line) for line in lines]
     training = {"predicted": planned["peak_bytes"] - planned["supervisor_bytes"], "measured": observed.peak_bytes}
     processes = {"training": training}
     if supervisor_bytes is not None:
@@ -161,7 +172,7 @@ def build_report(
         "processes": processes,
         "program_bytes": program_bytes,
         "preparation_bytes": preparation_bytes,
-        "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
+        "step_seconds": _step_seconds(seconds, first, sorts, lengths, planned["step_seconds"]),
         "contention": contention,
         "tokens": tokens_told(planned["places_per_step"], lines),
         "packing": planned.get("packing"),
@@ -297,7 +308,8 @@ def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str
     """Token figures from the metrics' `lines`: `per_step` and `per_second` without padding, `padding_share`, and
     `samples_per_second` if the lines tell.
 
-    `places` is the number of positions in a step's rows, padding included. None if tokens are unknown, as for a module.
+    `places` is the number of positions in a step's rows, padding included, where the lines do not tell it. None if tokens are
+    unknown, as for a module.
     The first step, which is slower, is left out of the rate if there are others.
     """
     known = [line for line in lines if "tokens" in line]
@@ -310,23 +322,56 @@ def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str
     return {
         "per_step": per_step,
         "per_second": sum(line["tokens"] for line in steady) / seconds if seconds else 0.0,
-        "padding_share": 1 - per_step / places,
+        "padding_share": 1 - per_step * len(known) / sum(line.get("places", places) for line in known),
         **({"samples_per_second": sum(line["samples"] for line in steady) / seconds} if counted and seconds else {}),
     }
 
 
-def _typical(taken: Sequence[float], first: int, sorts: Sequence[int]) -> float | None:
+def _length_of(told: dict[str, Any]) -> tuple[int, float] | None:
+    """Positions in the rows of a step and the seconds planned for it, as a message or a line of the metrics tells them."""
+    return (told["places"], told["expected"]) if "places" in told else None
+
+
+def _step_seconds(
+    taken: Sequence[float],
+    first: int,
+    sorts: Sequence[int],
+    lengths: Sequence[tuple[int, float] | None],
+    whole: float,
+) -> dict[str, float | None]:
+    """Predicted and measured seconds of a step, as `build_report` tells them; `whole` are those planned for a whole step."""
+    if not any(lengths):
+        return {"predicted": whole, "measured": _typical(taken, first, sorts)}
+    import statistics  # as in `_typical`
+
+    steady = len(taken) - 1 or 1
+    by_form: dict[tuple[int, int], list[float]] = {}
+    forms = []
+    for place in range(len(taken) - steady, len(taken)):
+        length = lengths[place]
+        assert length is not None
+        forms.append((sorts[(first + place) % len(sorts)], length[0]))
+        by_form.setdefault(forms[-1], []).append(taken[place])
+    medians = {form: statistics.median(own) for form, own in by_form.items()}
+    return {
+        "predicted": statistics.fmean(length[1] for length in lengths[-steady:] if length),
+        "measured": statistics.fmean(medians[form] for form in forms),
+    }
+
+
+def _typical(taken: Sequence[float | None], first: int, sorts: Sequence[int]) -> float | None:
     """The mean of the median seconds of each sort of step; None if no step was taken.
 
-    `taken` are the seconds of consecutive steps from step `first` on, counted from 0; `sorts` gives the sort of each
-    step of a cycle.
+    `taken` are the seconds of consecutive steps from step `first` on, counted from 0, with None for those that do not count; `sorts`
+    gives the sort of each step of a cycle.
     """
     import statistics  # imported here: it takes 2 MiB, which are needed only once the training process has ended
 
     steady = taken[1:] or taken
     by_sort: dict[int, list[float]] = {}
     for step, seconds in enumerate(steady, first + len(taken) - len(steady)):
-        by_sort.setdefault(sorts[step % len(sorts)], []).append(seconds)
+        if seconds is not None:
+            by_sort.setdefault(sorts[step % len(sorts)], []).append(seconds)
     medians = {sort: statistics.median(own) for sort, own in by_sort.items()}
     return statistics.fmean(medians[sort] for sort in sorts if sort in medians) if medians else None
 

@@ -48,6 +48,8 @@ Stages = Callable[[str, int, int], None]
 """stages(what, done, total), called while something is prepared or evaluated."""
 Noted = Callable[[str], None]
 """noted(text), called with what people should know about how the run goes."""
+Placed = Callable[[int], None]
+"""placed(positions), called before the progress of a step with those of its rows, padding included, where steps differ in it."""
 Evaluated = Callable[[dict[str, Any]], None]
 """evaluated(message), called with the result of each evaluation between the steps, as the training process tells it."""
 
@@ -78,6 +80,7 @@ def supervise(
     *,
     evaluated: Evaluated | None = None,
     noted: Noted | None = None,
+    placed: Placed | None = None,
     group: MemoryCgroup | None = None,
     counted: bool = False,
     preparation_bytes: int | None = None,
@@ -96,7 +99,7 @@ def supervise(
             usage=lambda: usage_of(child.process.pid),
         )
         try:
-            _follow(child, contention, progress, stages, evaluated, noted)
+            _follow(child, contention, progress, stages, evaluated, noted, placed)
         except GivenUp:
             raise
         except BaseException:
@@ -134,12 +137,15 @@ def _follow(
     stages: Stages | None,
     evaluated: Evaluated | None,
     noted: Noted | None,
+    placed: Placed | None,
 ) -> None:
     for message in child.messages():
         if message["event"] == "step":
-            notice = contention.step(message["seconds"])
+            notice = contention.step(message["seconds"], message.get("expected"))
             if notice and noted:
                 noted(notice)
+        if message["event"] == "step" and placed and "places" in message:
+            placed(message["places"])
         if message["event"] == "step" and progress:
             progress(
                 message["step"],
@@ -219,6 +225,7 @@ def main(arguments: Sequence[str]) -> int:
                 training.stage,
                 evaluated=training.evaluated,
                 noted=training.note,
+                placed=training.placed,
                 group=group,
                 counted=True,
                 preparation_bytes=show.preparation_bytes,

@@ -146,8 +146,8 @@ const length = ({ steps, epochs }) => steps ? `${steps} steps` : `${epochs} epoc
 // Tokens per second of a step, padding left out.
 const rate = (step) => Math.round(step.tokens / step.seconds).toLocaleString("en");
 
-// The share of a step's rows that is padding, where it is known.
-const shareOf = (step, places) => (step.tokens === undefined || !places ? null : percent(1 - step.tokens / places, 0));
+// The share of a step's rows that is padding, where it is known; where steps differ in length, each says how many places its rows have.
+const shareOf = (step, places) => (step.tokens === undefined || !places ? null : percent(1 - step.tokens / (step.places ?? places), 0));
 const padding = (step, places) => (shareOf(step, places) === null ? "" : ` (${shareOf(step, places)} of the rows)`);
 
 const evaluated = (list) => table("Evaluations on the held-out data", ["step", "loss", "accuracy", ""], list.map((one) => [String(one.step), one.eval_loss.toFixed(4), one.eval_accuracy === undefined ? "–" : one.eval_accuracy.toFixed(3), one.best ? "the best so far" : ""]));

@@ -441,7 +441,7 @@ class RunMetrics(Answer):
         [], description="step, epoch, time, eval_loss, eval_accuracy where the data are questions, eval_seconds, best"
     )
     steps: list[dict[str, float]] = Field(
-        description="step, loss, lr, epoch, time, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out"
+        description="step, loss, lr, epoch, time, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out; where the plan has shorter steps also places, padding included, and expected, the seconds planned for that length"
     )
 
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import read_all
+from tightfit.runtime.engine.training.by_length import SortedBatches
 from tightfit.runtime.engine.training.packing import (
+    Rows,
     SharedRows,
     batches_of_epoch,
     batches_of_evaluation,
@@ -47,6 +49,12 @@ class TrainingBatches(Protocol):
     samples: int | None
     """samples in the latest training batch; None if that is unknown"""
 
+    def longest(self, step: int, rows: int) -> int | None:
+        """Positions of the longest row of the batch of training step `step`, counted from 0, which has `rows`; None if that is
+        unknown.
+        """
+        ...
+
     def training(self, step: int, inputs: Sequence[Tensor]) -> int | None:
         """Fill `inputs` with the batch of training step `step`, counted from 0.
 
@@ -67,6 +75,10 @@ class Batches(TrainingBatches, Protocol):
         """Number of evaluation batches."""
         ...
 
+    def longest_in_evaluation(self, number: int, rows: int) -> int | None:
+        """As `longest`, of evaluation batch `number`, from 0."""
+        ...
+
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         """Fill `inputs` with evaluation batch `number`, from 0; returns its token records, none for a module."""
         ...
@@ -75,33 +87,33 @@ class Batches(TrainingBatches, Protocol):
 class TokenBatches:
     """Batches from a record file of `tightfit.runtime.engine.training.records`.
 
-    `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [batch, seq]. With `packing` they do
-    (`tightfit.runtime.engine.training.packing`); otherwise each sample has a row of its own.
+    `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [batch, length], with room for the longest row
+    of the batch. With `packing` samples share rows (`tightfit.runtime.engine.training.packing`); otherwise each has a row of its own,
+    and `by_length` puts samples of like lengths into one batch (`tightfit.runtime.engine.training.by_length`).
     """
 
-    def __init__(self, path: str, seed: int, *, packing: bool = False) -> None:
+    def __init__(self, path: str, seed: int, *, packing: bool = False, by_length: bool = False) -> None:
         self._records = RecordFile.open(path)
         self._seed = seed
         self._packing = packing
+        self._by_length = by_length
+        self._sorted: SortedBatches | None = None
         self._of_steps: SharedRows | None = None
         self._of_evaluation: SharedRows | None = None
         self.fingerprint = self._records.fingerprint
         self.samples: int | None = None
 
+    def longest(self, step: int, rows: int) -> int:
+        return self._longest(self._rows(step, rows))
+
     def training(self, step: int, inputs: Sequence[Tensor]) -> int:
-        if self._packing:
-            if self._of_steps is None:
-                begin = partial(batches_of_steps, self._records, batch=inputs[0].shape[0], seed=self._seed)
-                self._of_steps = SharedRows(begin)
-            found = self._records.fill_rows(self._of_steps.batch(step), *inputs)
-        else:
-            found = self._records.training_batch(step, self._seed, *inputs)
+        found = self._fill(self._rows(step, inputs[0].shape[0]), inputs)
         self.samples = len(found)
         return sum(record.length for record in found)
 
     def epoch_steps(self, batch: int, epochs: float = 1.0) -> float:
         if not self._packing:
-            return len(self._records) / batch
+            return self._batches(batch).in_epoch if self._by_length else len(self._records) / batch
         counted = range(max(1, min(EPOCHS_COUNTED, math.ceil(epochs))))
         made = (batches_of_epoch(self._records, batch=batch, seed=self._seed, epoch=epoch) for epoch in counted)
         return sum(1 for epoch in made for _ in epoch) / len(counted)
@@ -111,16 +123,45 @@ class TokenBatches:
             return -(-len(self._records) // inputs[0].shape[0])
         return sum(1 for _ in batches_of_evaluation(self._records, batch=inputs[0].shape[0]))
 
+    def longest_in_evaluation(self, number: int, rows: int) -> int:
+        return self._longest(self._rows_of_evaluation(number, rows))
+
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
-        if not self._packing:
-            return self._records.evaluation_batch(number, *inputs)
-        if self._of_evaluation is None:
-            begin = partial(batches_of_evaluation, self._records, batch=inputs[0].shape[0])
-            self._of_evaluation = SharedRows(begin)
-        return self._records.fill_rows(self._of_evaluation.batch(number), *inputs)
+        return self._fill(self._rows_of_evaluation(number, inputs[0].shape[0]), inputs)
 
     def close(self) -> None:
         self._records.close()
+
+    def _rows(self, step: int, batch: int) -> Rows:
+        if self._packing:
+            if self._of_steps is None:
+                self._of_steps = SharedRows(partial(batches_of_steps, self._records, batch=batch, seed=self._seed))
+            return self._of_steps.batch(step)
+        if self._by_length:
+            return [[index] for index in self._batches(batch).of_step(step, self._seed)]
+        return [[self._records.index(step, row, batch, self._seed)] for row in range(batch)]
+
+    def _rows_of_evaluation(self, number: int, batch: int) -> Rows:
+        if self._packing:
+            if self._of_evaluation is None:
+                self._of_evaluation = SharedRows(partial(batches_of_evaluation, self._records, batch=batch))
+            return self._of_evaluation.batch(number)
+        if self._by_length:
+            return [[index] for index in self._batches(batch).of_evaluation(number)]
+        return [[index] for index in range(number * batch, min((number + 1) * batch, len(self._records)))]
+
+    def _batches(self, batch: int) -> SortedBatches:
+        if self._sorted is None:
+            self._sorted = SortedBatches(len(self._records), batch, self._records.length)
+        return self._sorted
+
+    def _longest(self, rows: Rows) -> int:
+        return max((sum(map(self._records.length, row)) for row in rows), default=0)
+
+    def _fill(self, rows: Rows, inputs: Sequence[Tensor]) -> list[TokenRecord]:
+        if self._packing:
+            return self._records.fill_rows(rows, *inputs)
+        return self._records.fill([index for (index,) in rows], *inputs)
 
 
 class TensorBatches:
@@ -143,6 +184,9 @@ class TensorBatches:
                 f"{path}: {os.fstat(self._descriptor).st_size} bytes where {expected} are expected; prepare the data again"
             )
 
+    def longest(self, step: int, rows: int) -> None:
+        """Batches of a module have one shape."""
+
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         self._fill(step % self.count, inputs)
 
@@ -151,6 +195,9 @@ class TensorBatches:
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return self.count
+
+    def longest_in_evaluation(self, number: int, rows: int) -> None:
+        """As `longest`."""
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         self._fill(number, inputs)
@@ -188,6 +235,9 @@ class ReceivedBatches:
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
+    def longest(self, step: int, rows: int) -> None:
+        """A server takes whole batches."""
+
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         self._stage.labels(inputs[1])
 
@@ -195,20 +245,23 @@ class ReceivedBatches:
         """Nothing is open."""
 
 
-def open_batches(path: str, seed: int, *, packing: bool = False, loss: str | None = None) -> Batches:
-    """Open a record file or a batch file; `seed` shuffles records, and with `packing` they share rows. `loss` is the
-    decoder's loss of pairs, if it has one. Raises InputError if it is neither, or without the pairs that the loss is of.
+def open_batches(
+    path: str, seed: int, *, packing: bool = False, by_length: bool = False, loss: str | None = None
+) -> Batches:
+    """Open a record file or a batch file; `seed` shuffles records, with `packing` they share rows, and otherwise `by_length` puts
+    those of like lengths into one batch. `loss` is the decoder's loss of pairs, if it has one. Raises InputError if it is neither,
+    or without the pairs that the loss is of.
     """
     if loss is not None:
         from tightfit.runtime.engine.training.pairs import PairBatches
 
-        return PairBatches(path, seed, loss)
+        return PairBatches(path, seed, loss, by_length=by_length)
     try:
         with open(path, "rb") as file:
             tensors = FORMAT.encode() in file.read(256)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; prepare the data again") from error
-    return TensorBatches(path) if tensors else TokenBatches(path, seed, packing=packing)
+    return TensorBatches(path) if tensors else TokenBatches(path, seed, packing=packing, by_length=by_length)
 
 
 def write_batches(path: str, batches: Iterable[Sequence[Tensor]]) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,8 +117,17 @@ def bind(program: dict[str, Any], device: Device, store: Store | None) -> list[B
     return [BoundOperator(operator, values, local, device, store) for operator in program["operators"]]
 
 
+class Form(NamedTuple):
+    """What the instructions run on at one length of the batch."""
+
+    layers: list[list[BoundOperator]]
+    sizes: array[int]
+    token_losses: tuple[int, list[int]] | None
+    """number and shape of their tensor"""
+
+
 class Executor:
-    """`execute` runs one step or one evaluation batch.
+    """`execute` runs one step or one evaluation batch, of the length that `take` has chosen.
 
     `seconds` then holds its wall time by kind of instruction, and as "stall" the part of it spent waiting for the disk.
     """
@@ -139,28 +148,38 @@ class Executor:
         header = job.header
         self.device, self.store, self.spill, self.channel, self.update = device, store, spill, channel, update
         self.exchange = exchange
-        self.sizes, self.extents = job.sizes, job.extents
+        self.extents = job.extents
         self.where = job.where
         """Byte offset of every tensor in the arena; means nothing while the tensor is not resident."""
         ends = [*job.starts[1:], len(job.tables)]
         self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
         del job.tables[:]
         # Once bound, the JSON form is dropped from the header: it is as large as the bound operators.
-        self.programs = [bind(program, device, store) for program in header.pop("programs")]
-        self.layers = [self.programs[index] for index in header["layer_programs"]]
+        self.programs: dict[int | None, list[list[BoundOperator]]] = {}
+        """The programs of the step by its length, the shortest first and the whole step, None, last."""
+        self._forms: dict[int | None, Form] = {}
+        for number, step in enumerate([*header["shorter"], header]):
+            length = step["seq"] if step is not header else None
+            programs = self.programs[length] = [bind(program, device, store) for program in step.pop("programs")]
+            self._forms[length] = Form(
+                [programs[index] for index in header["layer_programs"]],
+                job.sizes if step is header else job.sizes_of(number),
+                step["token_losses"],
+            )
+        del job.shorter_sizes[:]
+        self._form = self._forms[None]
         self.draws = Draws(header["seed"])
         """what operators draw random numbers of; the trainer sets the step"""
-        for program in self.programs:
-            for operator in program:
-                if operator.draws:
-                    operator.keywords["draws"] = self.draws
+        for operator in self.operators():
+            if operator.draws:
+                operator.keywords["draws"] = self.draws
         self.layer_names = Names(header["layer_names"])
         """empty where no operator draws random numbers"""
         self.gathered = dict(header["gathered"])
         self.weights, self.trainables = weights, trainables
         self.states: list[str] = header["states"]
         """what the optimizer's states of a trainable are called"""
-        self.loss_number, self.token_losses = header["loss"], header["token_losses"]
+        self.loss_number = header["loss"]
         self.arriving: dict[int, int] = {}
         self.leaving: dict[int, int] = {}
         """By tensor number, the channel's tickets of unfinished transfers: `arriving` reads and fetches, `leaving`
@@ -183,10 +202,17 @@ class Executor:
 
     def join(self, stage: Stage) -> None:
         """Let the operators that send and receive do so as a member of a pipeline."""
-        for program in self.programs:
-            for operator in program:
-                if operator.name in PASSING:
-                    operator.keywords["stage"] = stage
+        for operator in self.operators():
+            if operator.name in PASSING:
+                operator.keywords["stage"] = stage
+
+    def operators(self) -> Iterator[BoundOperator]:
+        """All operators of all lengths."""
+        return (operator for programs in self.programs.values() for program in programs for operator in program)
+
+    def take(self, length: int | None) -> None:
+        """Run the shorter step of this length from now on, or the whole step (None)."""
+        self._form = self._forms[length]
 
     def execute(self, words: array[int], begin: int = 0, end: int | None = None, cycles: int = 0) -> None:
         """Run the step or evaluation batch in words [begin, end) of the job.
@@ -196,7 +222,8 @@ class Executor:
         the token losses. Raises what a transfer raised (RunError, InputError), and CapError if the resident set is
         above the cap.
         """
-        where, sizes, arriving, leaving = self.where, self.sizes, self.arriving, self.leaving
+        where, arriving, leaving = self.where, self.arriving, self.leaving
+        layers, sizes, token_losses = self._form
         spent = [0.0] * len(CODES)
         device, clock, check = self.device, time.perf_counter, self.device.meter.check
         self.seconds["stall"] = 0.0
@@ -207,7 +234,7 @@ class Executor:
             code = words[place]
             if code == RUN:
                 layer = words[place + 1]
-                operator, table = self.layers[layer][words[place + 2]], self.tables[layer]
+                operator, table = layers[layer][words[place + 2]], self.tables[layer]
                 if arriving:
                     for local in operator.inputs:
                         if table[local] in arriving:
@@ -296,7 +323,8 @@ class Executor:
                 self.between_forwards()
                 place += 1
             else:
-                number, shape = self.token_losses
+                assert token_losses is not None
+                number, shape = token_losses
                 self.losses = device.tensor(where[number], shape, "float32").to("cpu", copy=True)
                 place += 1
             after = clock()

@@ -181,7 +181,9 @@ class _Run:
         if not self.alone:
             asked.append((own, header["steps"]))
         if self.held_out is not None:
-            asked.append((PairBatches(header["evaluation"], header["seed"], training.loss_of_pairs), None))
+            by_length = bool(header["shorter"])
+            held_out = PairBatches(header["evaluation"], header["seed"], training.loss_of_pairs, by_length=by_length)
+            asked.append((held_out, None))
         rows = training.inputs[0].shape[0] // 2
         for batches, _ in asked:
             batches.open_references(header["conditions"])
@@ -313,7 +315,7 @@ class _Run:
             told["tokens"] = training.tokens
         if training.samples is not None:
             told["samples"] = training.samples
-        told |= training.of_pairs
+        told |= training.of_length | training.of_pairs
         if training.grad_norm is not None:
             told |= {"grad_norm": training.grad_norm, "update_seconds": training.update_seconds}
             self.peaks["update"] = peak

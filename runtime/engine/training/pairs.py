@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.engine.training.by_length import SortedBatches
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord, shuffled
 from tightfit.runtime.engine.training.references import References, references_path
 
@@ -28,11 +29,14 @@ class PairBatches:
     likelihood is of prompt and answer, chosen rows have labels for the prompt too.
     """
 
-    def __init__(self, path: str, seed: int, loss: str) -> None:
+    def __init__(self, path: str, seed: int, loss: str, *, by_length: bool = False) -> None:
+        """`by_length`: pairs of like lengths, the longer answer's, share a batch (`tightfit.runtime.engine.training.by_length`)."""
         self._records = RecordFile.open(path)
         if not self._records.pairs:
             raise InputError(f"{path}: its samples are no pairs of answers; prepare the data again")
         self._seed, self._loss = seed, loss
+        self._by_length = by_length
+        self._sorted: SortedBatches | None = None
         self.path = path
         self.pairs = len(self._records) // 2
         self.fingerprint = self._records.fingerprint
@@ -41,13 +45,30 @@ class PairBatches:
         """open once they are known; until then their places in a batch are 0"""
 
     def of_step(self, step: int, pairs: int) -> list[int]:
-        """The pairs in the batch of training step `step` (from 0), which has `pairs`."""
+        """The pairs in the batch of training step `step` (from 0), which has `pairs`; sorted by length, the last batch of an epoch may
+        have fewer.
+        """
+        if self._by_length:
+            return self._batches(pairs).of_step(step, self._seed)
         places = (divmod(step * pairs + row, self.pairs) for row in range(pairs))
         return [shuffled(place, self.pairs, self._seed, epoch) for epoch, place in places]
 
     def of_evaluation(self, number: int, pairs: int) -> list[int]:
-        """The pairs in evaluation batch `number` (from 0): in file order; the last one may have fewer than `pairs`."""
+        """The pairs in evaluation batch `number` (from 0): in file order, or sorted by length; the last one may have fewer than
+        `pairs`.
+        """
+        if self._by_length:
+            return self._batches(pairs).of_evaluation(number)
         return list(range(number * pairs, min((number + 1) * pairs, self.pairs)))
+
+    def _batches(self, pairs: int) -> SortedBatches:
+        if self._sorted is None:
+            self._sorted = SortedBatches(self.pairs, pairs, self._length)
+        return self._sorted
+
+    def _length(self, pair: int) -> int:
+        """Positions of the longer answer of a pair."""
+        return max(self._records.length(2 * pair), self._records.length(2 * pair + 1))
 
     def of_references(self, steps: int | None, pairs: int) -> Iterator[list[int]]:
         """Batches of the pairs that so many steps see, each pair once and as the first epoch has them; with None those of an
@@ -65,16 +86,26 @@ class PairBatches:
             if any(self.references.get(pair) is None for pair in batch):
                 yield batch
 
+    def longest_of(self, pairs: Sequence[int]) -> int:
+        """Positions of the longest answer of these pairs."""
+        return max(map(self._length, pairs), default=0)
+
+    def longest(self, step: int, rows: int) -> int:
+        return self.longest_of(self.of_step(step, rows // 2))
+
     def training(self, step: int, inputs: Sequence[Tensor]) -> int:
         found = self.fill(self.of_step(step, inputs[0].shape[0] // 2), inputs)
         self.samples = len(found) // 2
         return sum(record.length for record in found)
 
     def epoch_steps(self, batch: int, epochs: float = 1.0) -> float:
-        return self.pairs / batch
+        return self._batches(batch).in_epoch if self._by_length else self.pairs / batch
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return -(-self.pairs // (inputs[0].shape[0] // 2))
+
+    def longest_in_evaluation(self, number: int, rows: int) -> int:
+        return self.longest_of(self.of_evaluation(number, rows // 2))
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         return self.fill(self.of_evaluation(number, inputs[0].shape[0] // 2), inputs)

@@ -199,15 +199,13 @@ class RecordFile:
     def fill(
         self, indices: Sequence[int], input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
     ) -> list[TokenRecord]:
-        """Write records into `input_ids` and `labels` (integer [batch, seq]), one a row, from its beginning; rows beyond
-        `indices` are all padding. `positions`, of the same shape, is counted from 0 in each row.
+        """Write records into `input_ids` and `labels` (integer [batch, length], with room for each), one a row, from its beginning;
+        rows beyond `indices` are all padding. `positions`, of the same shape, is counted from 0 in each row.
 
         The returned records say where they begin; their tensors are in rows of the two arguments.
         """
-        if len(indices) > input_ids.shape[0] or input_ids.shape[1] != self.seq:
-            raise ValueError(
-                f"{len(indices)} records of length {self.seq} do not fit a batch of shape {list(input_ids.shape)}"
-            )
+        if len(indices) > input_ids.shape[0]:
+            raise ValueError(f"{len(indices)} records do not fit a batch of shape {list(input_ids.shape)}")
         self._clear(input_ids, labels, positions)
         return [self._put(index, row, 0, input_ids, labels) for row, index in enumerate(indices)]
 
@@ -229,7 +227,7 @@ class RecordFile:
                 torch.arange(record.length, out=positions[row, end : end + record.length])
                 records.append(record)
                 end += record.length
-            torch.arange(self.seq - end, out=positions[row, end:])
+            torch.arange(positions.shape[1] - end, out=positions[row, end:])
         return records
 
     def _clear(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None) -> None:
@@ -239,29 +237,20 @@ class RecordFile:
         input_ids.fill_(self.pad_token)
         labels.fill_(IGNORED)
         if positions is not None:
-            positions.copy_(torch.arange(self.seq))
+            positions.copy_(torch.arange(positions.shape[1]))
 
     def _put(self, index: int, row: int, begin: int, input_ids: Tensor, labels: Tensor) -> TokenRecord:
         record = self.read(index)
+        if begin + record.length > input_ids.shape[1]:
+            raise ValueError(
+                f"record {index}, of {record.length} positions, does not fit a batch of shape {list(input_ids.shape)} from place {begin} on"
+            )
         place = slice(begin, begin + record.length)
         input_ids[row, place].copy_(record.input_ids)
         labels[row, place].copy_(record.labels)
-        return replace(record, input_ids=input_ids[row, place], labels=labels[row, place], begin=row * self.seq + begin)
-
-    def training_batch(
-        self, step: int, seed: int, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
-    ) -> list[TokenRecord]:
-        """Fill the batch of training step `step` (from 0): the same for every process that asks with the same seed."""
-        batch = input_ids.shape[0]
-        return self.fill([self.index(step, row, batch, seed) for row in range(batch)], input_ids, labels, positions)
-
-    def evaluation_batch(
-        self, number: int, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
-    ) -> list[TokenRecord]:
-        """Fill batch `number` (from 0) in file order; the last one may hold fewer records than rows."""
-        batch = input_ids.shape[0]
-        indices = range(number * batch, min((number + 1) * batch, self.count))
-        return self.fill(indices, input_ids, labels, positions)
+        return replace(
+            record, input_ids=input_ids[row, place], labels=labels[row, place], begin=row * input_ids.shape[1] + begin
+        )
 
 
 class RecordWriter:

@@ -106,9 +106,10 @@ class Training:
             self.trainables,
             self.exchange,
         )
-        programs = self.executor.programs
+        ran = sorted(operators_run(job))
         warm_up_operators(
-            (programs[program][operator] for program, operator in sorted(operators_run(job))), self.device
+            (programs[program][operator] for programs in self.executor.programs.values() for program, operator in ran),
+            self.device,
         )
         self.stage = self._in_pipeline(seat, stopping) if seat is not None and seat.in_turn else None
         """this member's place in a pipeline, whose members each compute some of the layers"""
@@ -116,8 +117,18 @@ class Training:
         """name -> [dtype, shape, byte offset in the arena] of the buffers that a step changes: running statistics"""
         self._load_frozen()
         self._input_places = [at for _, _, _, at in header["inputs"]]
-        self.inputs = [self.device.host(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
-        """the tensors of the batch in host memory, in the plan's order"""
+        self._expected = {step["seq"]: step["expected_seconds"] for step in header["shorter"]}
+        """seconds of the shorter steps as planned, by their length, the shortest first"""
+        self._inputs: dict[int | None, list[Tensor]] = {
+            length: [self.device.host(at, shape, dtype) for _, dtype, shape, at in step["inputs"]]
+            for length, step in (
+                (None if step is header else step["seq"], step) for step in (*header["shorter"], header)
+            )
+        }
+        self._length: int | None = None
+        """of the shorter step that is taken; None: it is the whole one"""
+        self.inputs = self._inputs[None]
+        """the tensors of the batch in host memory, in the plan's order and of the length that the batch has"""
         self.batches: TrainingBatches = self._batches(header["requests"])
         self.tokens: int | None = None
         """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
@@ -147,8 +158,8 @@ class Training:
 
     def _opened(self, path: str) -> Batches:
         """A data file, for training or evaluating: the samples of both share rows, or those of neither do."""
-        packing = self.header.get("packing", False)
-        return open_batches(path, self.header["seed"], packing=packing, loss=self.loss_of_pairs)
+        packing, by_length = self.header.get("packing", False), bool(self._expected)
+        return open_batches(path, self.header["seed"], packing=packing, by_length=by_length, loss=self.loss_of_pairs)
 
     @property
     def loss_of_pairs(self) -> str | None:
@@ -216,6 +227,23 @@ class Training:
         steps = self.exchange.share.micro_batches if self.exchange else self.header["accumulate"]
         return taker.optimizer.rate(-(-step // steps) * steps, steps)
 
+    def _take_length(self, longest: int | None) -> None:
+        """Take the shortest step whose rows have `longest` positions, from now on; None: the whole one."""
+        length = None if longest is None else next((one for one in self._expected if one >= longest), None)
+        self.inputs = self._inputs[length]
+        self.executor.take(length)
+        self._length = length
+
+    @property
+    def of_length(self) -> dict[str, float]:
+        """Of the latest step, where the plan has shorter ones: the positions of its rows, padding included, and the seconds that
+        were planned for it.
+        """
+        if not self._expected:
+            return {}
+        seconds = self.header["expected_seconds"] if self._length is None else self._expected[self._length]
+        return {"places": self.inputs[0].numel(), "expected": seconds}
+
     def step(self, number: int) -> float:
         """Take training step `number`, counted from 1; returns its loss, with MeZO the mean of its two.
 
@@ -240,6 +268,8 @@ class Training:
         self.executor.execute(self.job.evaluate)
 
     def _train(self, number: int) -> float:
+        if self._expected:
+            self._take_length(self.batches.longest(number - 1, self.inputs[0].shape[0]))
         self.tokens = self.batches.training(number - 1, self.inputs)
         self.samples = self.batches.samples
         self._deliver()
@@ -300,6 +330,8 @@ class Training:
 
     def loss(self) -> float:
         """The loss of the next training batch, without a step or dropout; for a decoder the mean over labelled tokens."""
+        if self._expected:
+            self._take_length(self.batches.longest(0, self.inputs[0].shape[0]))
         self.batches.training(0, self.inputs)
         self._deliver()
         self.executor.draws.step = None
@@ -328,6 +360,8 @@ class Training:
         if served:
             batches = served.count(batches)
         for number in range(batches):
+            if self._expected and with_records is not None:
+                self._take_length(with_records.longest_in_evaluation(number, self.inputs[0].shape[0]))
             found = [] if with_records is None else with_records.evaluation(number, self.inputs)
             if self.stage:
                 self.stage.begin_evaluation()
@@ -366,6 +400,8 @@ class Training:
 
         assert batches.references is not None
         references, batches.references = batches.references, None
+        if self._expected:
+            self._take_length(batches.longest_of(pairs))
         batches.fill(pairs, self.inputs)
         batches.references = references
         self._deliver()

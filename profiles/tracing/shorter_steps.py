@@ -1,0 +1,111 @@
+"""The same step at shorter lengths: which ones are asked for, and what a trace at such a length has to have in common with the
+trace of the whole step, whose schedule it follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tightfit.profiles.schema import Operator, Program, ShorterStep
+from tightfit.profiles.tracing.trace import Trace
+from tightfit.runtime.common.errors import InputError
+
+SHORTENED = ("batch", "activation", "gradient")
+"""kinds of tensors whose size depends on the length"""
+MOST_LENGTHS = 8
+"""every length is traced and measured, and its kernels take memory in a run"""
+
+
+def bucket_lengths(text: str | None, seq: int) -> tuple[int, ...]:
+    """The lengths that "64,128" stands for, the shortest first, all below `seq`. Raises InputError for anything else."""
+    if text is None:
+        return ()
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise InputError(f"buckets {text}: give lengths in tokens, separated by commas, such as 64,128")
+    lengths = sorted({int(part) for part in parts})
+    if lengths[-1] >= seq:
+        raise InputError(
+            f"buckets {text}: {lengths[-1]} is not shorter than the sequence of {seq}; give lengths below it, or a longer --seq"
+        )
+    if len(lengths) > MOST_LENGTHS:
+        raise InputError(f"buckets {text}: {len(lengths)} lengths; give at most {MOST_LENGTHS}")
+    return tuple(lengths)
+
+
+def shorter_step(whole: Trace, short: Trace, seq: int) -> ShorterStep:
+    """What differs in `short`, the trace of the step of `whole` at the shorter length `seq`.
+
+    Raises InputError where that step has other operators, or tensors that are larger.
+    """
+    if (what := _difference(whole, short)) is not None:
+        raise InputError(
+            f"buckets {seq}: at {seq} tokens the model's step is not the same as at its whole length ({what}), as where a sliding"
+            " window holds all of the shorter one; leave this length out"
+        )
+    smaller = [made for like, made in zip(whole.tensors, short.tensors, strict=True) if made != like]
+    return ShorterStep(seq=seq, tensors=smaller, programs=short.programs)
+
+
+def _difference(whole: Trace, short: Trace) -> str | None:
+    """In words, in what else than sizes two traces differ; None: in nothing."""
+    if _form_of_layers(whole) != _form_of_layers(short):
+        return "its layers differ"
+    for like, made in zip(whole.tensors, short.tensors, strict=True):
+        if made.bytes > like.bytes or (made != like and like.kind not in SHORTENED):
+            return f"{like.name} has shape {made.shape} in the place of {like.shape}"
+    for program, shorter in zip(whole.programs, short.programs, strict=True):
+        if _form(program) != _form(shorter):
+            return f"the operators of {program.name} differ"
+        for value, own in zip(program.values, shorter.values, strict=True):
+            if own.bytes > value.bytes:
+                return f"{value.name} of {program.name} has shape {own.shape} in the place of {value.shape}"
+    return None
+
+
+def _form_of_layers(traced: Trace) -> list[Any]:
+    tensors = [(tensor.name, tensor.kind, tensor.dtype) for tensor in traced.tensors]
+    return [tensors, traced.layers, [program.name for program in traced.programs], traced.loss, traced.token_losses]
+
+
+def _form(program: Program) -> list[Any]:
+    values = [(value.name, value.kind, value.dtype) for value in program.values]
+    return [values, [_form_of_operator(operator) for operator in program.operators]]
+
+
+def _form_of_operator(operator: Operator) -> tuple[Any, ...]:
+    return (
+        operator.target,
+        operator.phase,
+        operator.inputs,
+        operator.outputs,
+        operator.gathers,
+        operator.recomputable,
+    )
+
+
+def apart(step: ShorterStep) -> Iterator[Program]:
+    """The programs of a shorter step under names of their own, beside which those of the whole step can be measured."""
+    return (program.model_copy(update={"name": name_apart(program.name, step)}) for program in step.programs)
+
+
+def name_apart(name: str, step: ShorterStep) -> str:
+    """What `apart` calls a program."""
+    return f"{name} of {step.seq}"
+
+
+def with_largest_workspace(programs: Sequence[Program], steps: Sequence[ShorterStep]) -> list[Program]:
+    """The programs of a whole step with the workspace that their operators need at any length, which a plan counts: a smaller product
+    may take a kernel that needs more.
+    """
+
+    def largest(index: int, place: int) -> Operator:
+        own = programs[index].operators[place]
+        needed = [own, *(step.programs[index].operators[place] for step in steps)]
+        return own.model_copy(update={"workspace_bytes": max(operator.workspace_bytes for operator in needed)})
+
+    return [
+        program.model_copy(update={"operators": [largest(index, place) for place in range(len(program.operators))]})
+        for index, program in enumerate(programs)
+    ]
