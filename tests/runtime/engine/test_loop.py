@@ -65,6 +65,7 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
         step=lambda number: loss,
         tokens=None,
         grad_norm=None,
+        of_length={},
         of_pairs={},
         samples=None,
         executor=SimpleNamespace(seconds={}),
@@ -85,6 +86,7 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
             step=lambda number: 1.5,
             tokens=tokens,
             grad_norm=None,
+            of_length={} if tokens is None else {"places": 96, "expected": 0.5},
             of_pairs={},
             samples=None if tokens is None else 3,
             executor=SimpleNamespace(seconds={}),
@@ -99,7 +101,8 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
 
     assert told_of(78)["tokens"] == 78
     assert told_of(78)["samples"] == 3
-    assert "tokens" not in told_of(None)
+    assert (told_of(78)["places"], told_of(78)["expected"]) == (96, 0.5)
+    assert not {"tokens", "places", "expected"} & told_of(None).keys()
 
 
 def written(events: list[str], *, full: bool = False) -> Any:

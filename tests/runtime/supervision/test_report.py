@@ -120,7 +120,7 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
         "checkpoint": {"peak_bytes": {"measured": 3}},
     }
     # All steps were taken before: those that the metrics have.
-    observed.seconds, observed.spent = [], []
+    observed.seconds, observed.spent, observed.lengths = [], [], []
     report = build_report(planned_figures(plan), observed, str(tmp_path), enforced_by="cgroup")
     assert report["step_seconds"]["measured"] == 3.0
     assert (report["enforced_by"], report["phases"]["train"]["measured_seconds"]["compute"]) == ("cgroup", None)
