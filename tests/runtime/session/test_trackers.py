@@ -1,12 +1,14 @@
-"""What TensorBoard and Weights & Biases are told of a run; with stand-ins for as much of them as is called."""
+"""What TensorBoard and Weights & Biases are told of a run; with stand-ins for as much of them as is called, and themselves where they are installed."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import struct
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -178,3 +180,70 @@ def test_where_no_run_is_nothing_is_told(tmp_path: Path) -> None:
             track(folder, "tensorboard", follow=True)
     with pytest.raises(InputError, match="tracker 'mlflow' is not known; choose one of tensorboard, wandb"):
         track(tmp_path, "mlflow", follow=False)
+
+
+def test_tensorboard_itself_reads_every_figure(out: Path) -> None:
+    """Where the extra `tensorboard` is installed."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):  # once more takes the place of the first
+        assert track(out, "tensorboard", follow=False) == {"steps": 2, "evaluations": 2}
+    found = EventAccumulator(str(out / "tensorboard")).Reload()
+    read = {
+        (name, event.step, event.wall_time): event.value
+        for name in found.Tags()["scalars"]
+        for event in found.Scalars(name)
+    }
+    told = {
+        (
+            f"{'eval' if 'eval_loss' in line else 'train'}/{name.removeprefix('eval_')}",
+            line["step"],
+            line["time"],
+        ): figure
+        for line in LINES
+        for name, figure in line.items()
+        if name not in ("step", "time")
+    }
+    told = {place: float(figure) for place, figure in told.items()}
+    assert read == pytest.approx(told)
+
+
+def offline_records(path: Path) -> Iterator[bytes]:
+    """The records of what W&B writes offline: LevelDB's log format behind 7 bytes, in blocks of 32 KiB."""
+    data, place, parts = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def test_wandb_itself_takes_every_figure_offline(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the extra `wandb` is installed."""
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    try:
+        assert track(out, "wandb", follow=False) == {"steps": 2, "evaluations": 2}
+    finally:
+        wandb.teardown()
+    (written,) = out.glob("wandb/offline-run-*/run-*.wandb")
+    read: dict[int, dict[str, Any]] = {}
+    for data in offline_records(written):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        if values:
+            read.setdefault(values["_step"], {}).update(values)
+    assert {step: values.get("train/loss") for step, values in read.items()} == {0: None, 1: 2.5, 2: 2.0}
+    assert {step: values.get("eval/loss") for step, values in read.items()} == {0: 3.0, 1: None, 2: 2.5}
+    assert read[2]["eval/accuracy"] == 0.5
