@@ -17,14 +17,16 @@ SHORTENED = ("batch", "activation", "gradient")
 """kinds of tensors whose size depends on the length"""
 MOST_LENGTHS = 8
 """every length is traced and measured, and its kernels take memory in a run"""
+MOST_DIGITS = 7
+"""of a length: no sequence has more"""
 
 
 def bucket_lengths(text: str | None, seq: int) -> tuple[int, ...]:
     """The lengths that "64,128" stands for, the shortest first, all below `seq`. Raises InputError for anything else."""
     if text is None:
         return ()
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) <= MOST_DIGITS and int(part) for part in parts):
         raise InputError(f"buckets {text}: give lengths in tokens, separated by commas, such as 64,128")
     lengths = sorted({int(part) for part in parts})
     if lengths[-1] >= seq:

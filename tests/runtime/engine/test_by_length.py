@@ -136,6 +136,19 @@ def test_epochs_differ_in_the_order_and_in_who_shares_a_batch():
             assert {frozenset(batch) for batch in one} != {frozenset(batch) for batch in other}
 
 
+def test_each_window_of_each_epoch_has_an_order_of_its_own():
+    """By which of its batches has the longest samples, the second longest and so on."""
+    lengths = list(range(1, 401))
+    batches = made(lengths, 4)
+    orders = set()
+    for epoch in range(3):
+        found = epoch_of(batches, 0, epoch)
+        for begin in range(0, 100, 25):
+            longest = [max(lengths[one] for one in batch) for batch in found[begin : begin + 25]]
+            orders.add(tuple(sorted(range(25), key=longest.__getitem__)))
+    assert len(orders) == 3 * WINDOWS_IN_EPOCH
+
+
 def test_the_batches_of_a_window_come_in_no_order_of_length():
     """Else a model would see the short samples of each window first."""
     lengths = [1 + number % 97 for number in range(4000)]
