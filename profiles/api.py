@@ -53,7 +53,7 @@ from tightfit.profiles.tracing.shorter_steps import (
     bucket_lengths,
     name_apart,
     shorter_step,
-    with_largest_workspace,
+    with_room,
 )
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
@@ -306,7 +306,7 @@ def profile(source: str, options: ProfileOptions) -> Profile:
             write=Channel.model_validate(measured["write"]),
         ),
         tensors=[_timed_tensor(t, measured) for t in tensors],
-        programs=with_largest_workspace([timed(p, p.name) for p in traced.programs], shorter),
+        programs=with_room([timed(p, p.name) for p in traced.programs], shorter),
         layers=traced.layers,
         loss=traced.loss,
         token_losses=traced.token_losses,

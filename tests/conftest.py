@@ -37,6 +37,7 @@ LONGEST = (
     "runtime/session/test_launch",
     "planner/solve/test_reuse",
     "whole/test_bad_input",
+    "profiles/tracing/test_shorter_steps",
     "whole/test_own_module",
     "whole/test_accumulate",
     "planner/graphs/test_graphs",

@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tightfit.profiles.devices.data_sheets import DeviceDescription
 from tightfit.profiles.schema import Operator, Profile, Program, Tensor, Value
+from tightfit.profiles.tracing.shorter_steps import with_room
 from tightfit.runtime.common.errors import InputError
 
 PASSES = {
@@ -118,18 +119,18 @@ def estimate_profile(profile: Profile, on: DeviceDescription) -> Profile:
     """
     known = profile.device.kind == "cpu" and any(o.workspace_bytes for p in profile.programs for o in p.operators)
     digest = json.dumps([profile.fingerprint, on.model_dump(mode="json")], sort_keys=True)
+
+    def estimated(programs: Sequence[Program]) -> list[Program]:
+        return [estimate_program(program, on, keep_workspace=known) for program in programs]
+
+    shorter = [step.model_copy(update={"programs": estimated(step.programs)}) for step in profile.shorter]
     return profile.model_copy(
         update={
             "fingerprint": hashlib.sha256(digest.encode()).hexdigest(),
             "device": on.device(),
             "tensors": [estimate_tensor(tensor, on, profile.accumulate) for tensor in profile.tensors],
-            "programs": [estimate_program(program, on, keep_workspace=known) for program in profile.programs],
-            "shorter": [
-                step.model_copy(
-                    update={"programs": [estimate_program(one, on, keep_workspace=known) for one in step.programs]}
-                )
-                for step in profile.shorter
-            ],
+            "programs": with_room(estimated(profile.programs), shorter),
+            "shorter": shorter,
         }
     )
 

@@ -5,24 +5,28 @@ trace of the whole step, whose schedule it follows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.schema import Operator, Program, ShorterStep
-from tightfit.profiles.tracing.trace import Trace
 from tightfit.runtime.common.errors import InputError
+
+if TYPE_CHECKING:
+    from tightfit.profiles.tracing.trace import Trace  # imports PyTorch, which an estimate does without
 
 SHORTENED = ("batch", "activation", "gradient")
 """kinds of tensors whose size depends on the length"""
 MOST_LENGTHS = 8
 """every length is traced and measured, and its kernels take memory in a run"""
+MOST_DIGITS = 7
+"""of a length: no sequence has more"""
 
 
 def bucket_lengths(text: str | None, seq: int) -> tuple[int, ...]:
     """The lengths that "64,128" stands for, the shortest first, all below `seq`. Raises InputError for anything else."""
     if text is None:
         return ()
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) <= MOST_DIGITS and int(part) for part in parts):
         raise InputError(f"buckets {text}: give lengths in tokens, separated by commas, such as 64,128")
     lengths = sorted({int(part) for part in parts})
     if lengths[-1] >= seq:
@@ -37,7 +41,8 @@ def bucket_lengths(text: str | None, seq: int) -> tuple[int, ...]:
 def shorter_step(whole: Trace, short: Trace, seq: int) -> ShorterStep:
     """What differs in `short`, the trace of the step of `whole` at the shorter length `seq`.
 
-    Raises InputError where that step has other operators, or tensors that are larger.
+    Raises InputError where that step has other operators, or tensors that are larger. Storage that an operator works in may be larger
+    (`with_room`).
     """
     if (what := _difference(whole, short)) is not None:
         raise InputError(
@@ -55,11 +60,12 @@ def _difference(whole: Trace, short: Trace) -> str | None:
     for like, made in zip(whole.tensors, short.tensors, strict=True):
         if made.bytes > like.bytes or (made != like and like.kind not in SHORTENED):
             return f"{like.name} has shape {made.shape} in the place of {like.shape}"
+    bound = {(layer.program, value) for layer in whole.layers for value in layer.bindings}
     for program, shorter in zip(whole.programs, short.programs, strict=True):
         if _form(program) != _form(shorter):
             return f"the operators of {program.name} differ"
         for value, own in zip(program.values, shorter.values, strict=True):
-            if own.bytes > value.bytes:
+            if own.bytes > value.bytes and (program.name, value.name) in bound:
                 return f"{value.name} of {program.name} has shape {own.shape} in the place of {value.shape}"
     return None
 
@@ -95,17 +101,20 @@ def name_apart(name: str, step: ShorterStep) -> str:
     return f"{name} of {step.seq}"
 
 
-def with_largest_workspace(programs: Sequence[Program], steps: Sequence[ShorterStep]) -> list[Program]:
-    """The programs of a whole step with the workspace that their operators need at any length, which a plan counts: a smaller product
-    may take a kernel that needs more.
+def with_room(programs: Sequence[Program], steps: Sequence[ShorterStep]) -> list[Program]:
+    """The programs of a whole step with the bytes that their values and the workspace of their operators take at any length, which a
+    plan counts: attention works on more rows at a time where they are short, and a smaller product may take a kernel that needs more.
     """
 
-    def largest(index: int, place: int) -> Operator:
-        own = programs[index].operators[place]
-        needed = [own, *(step.programs[index].operators[place] for step in steps)]
-        return own.model_copy(update={"workspace_bytes": max(operator.workspace_bytes for operator in needed)})
+    def roomy(number: int) -> Program:
+        program, *others = (programs[number], *(step.programs[number] for step in steps))
+        operators, values = [], []
+        for place, operator in enumerate(program.operators):
+            most = max((other.operators[place].workspace_bytes for other in others), default=0)
+            operators.append(operator.model_copy(update={"workspace_bytes": max(operator.workspace_bytes, most)}))
+        for place, value in enumerate(program.values):
+            most = max((other.values[place].bytes for other in others), default=0)
+            values.append(value.model_copy(update={"bytes": max(value.bytes, most)}))
+        return program.model_copy(update={"operators": operators, "values": values})
 
-    return [
-        program.model_copy(update={"operators": [largest(index, place) for place in range(len(program.operators))]})
-        for index, program in enumerate(programs)
-    ]
+    return [roomy(number) for number in range(len(programs))] if steps else list(programs)

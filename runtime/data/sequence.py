@@ -67,13 +67,14 @@ def choose_seq(
     """
     own = longest_sequence(model)
     most = min(MOST, own or MOST) if seq is None else seq
+    asked = "as it was asked for"
     if data == RANDOM:
-        return min(MADE_UP, most), "its tokens are made up"
+        return (min(MADE_UP, most), "its tokens are made up") if seq is None else (seq, asked)
     if data.endswith(PREPARED):
         with RecordFile.open(Path(data)) as records:
             if lengths is not None:
                 lengths.update(map(records.length, range(len(records))))
-            return records.seq, "the data were prepared so"
+            return (records.seq, "the data were prepared so") if seq is None else (seq, asked)
     preparation = Preparation(budget)
     words = vocabulary(model)
     preparation.check("loading the tokenizer")
@@ -103,7 +104,7 @@ def choose_seq(
         )
         longest = max(longest, found)
     if seq is not None:
-        return seq, "as it was asked for"
+        return seq, asked
     seq = min(most, -(-longest // STEP) * STEP)
     rest = "; samples are cut there, and texts go on in the next row" if longest > seq else ""
     return seq, f"the longest sample of the data has {longest} positions{rest}"

@@ -125,22 +125,24 @@ def test_records_come_back_and_any_step_can_be_asked_for(
             found = file.read(index)
             assert (found.example, found.choice, found.answer) == (index, index % 3, index % 3 == 1)
         ids, labels = torch.zeros(batch, 9, dtype=torch.int64), torch.zeros(batch, 9, dtype=torch.int64)
+        batches = TokenBatches(str(path), seed)
         seen = []
         for step in range(start, start + 5):
-            rows = file.training_batch(step, seed, ids, labels)
-            assert len(rows) == batch
-            for row in range(batch):
-                tokens = samples[rows[row].example]
+            due = [file.read(file.index(step, row, batch, seed)).example for row in range(batch)]
+            assert batches.training(step, (ids, labels)) == sum(len(samples[example]) for example in due)
+            assert batches.samples == batch
+            for row, example in enumerate(due):
+                tokens = samples[example]
                 assert ids[row].tolist() == tokens + [7] * (9 - len(tokens))
-                seen.append((step * batch + row, rows[row].example))
+                seen.append((step * batch + row, example))
         for epoch in {place // len(samples) for place, _ in seen}:
             within = [example for place, example in seen if place // len(samples) == epoch]
             assert len(within) == len(set(within))
-        batches = TokenBatches(str(path), seed)
-        assert batches.training(start + 4, (ids, labels)) == sum(len(samples[example]) for _, example in seen[-batch:])
         batches.close()
-        again = [file.read(file.index(start + 4, row, batch, seed)).example for row in range(batch)]
-        assert again == [example for _, example in seen[-batch:]]
+        last, again = ids.clone(), TokenBatches(str(path), seed)
+        again.training(start + 4, (ids, labels))
+        assert torch.equal(ids, last)
+        again.close()
 
 
 def test_an_order_is_that_of_every_version() -> None:
@@ -186,11 +188,13 @@ def test_the_last_evaluation_batch_is_filled_up_with_padding(tmp_path: Path) -> 
             writer.add([example], [8], example=example)
     with RecordFile.open(tmp_path / "x") as file:
         ids, labels = torch.ones(3, 4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.int64)
-        assert [row.example for row in file.evaluation_batch(0, ids, labels)] == [0, 1, 2]
-        assert [row.example for row in file.evaluation_batch(1, ids, labels)] == [3, 4]
+        batches = TokenBatches(str(tmp_path / "x"), 0)
+        assert [row.example for row in batches.evaluation(0, (ids, labels))] == [0, 1, 2]
+        assert [row.example for row in batches.evaluation(1, (ids, labels))] == [3, 4]
+        batches.close()
         assert ids.tolist() == [[3, 3, 3, 3], [4, 3, 3, 3], [3, 3, 3, 3]]
         assert labels[2].tolist() == [IGNORED] * 4
-        with pytest.raises(ValueError, match=r"4 records of length 4 do not fit a batch of shape \[3, 4\]"):
+        with pytest.raises(ValueError, match=r"4 records do not fit a batch of shape \[3, 4\]"):
             file.fill([0, 1, 2, 3], ids, labels)
 
 
@@ -1012,11 +1016,14 @@ def test_reading_records_keeps_nothing_in_memory(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "x", seq=4096, pad_token=0, vocab_size=9, source="") as writer:
         for example in range(600):
             writer.add([1] * 4096, [2] * 4096, example=example)
-    with RecordFile.open(tmp_path / "x") as file:
-        assert (tmp_path / "x").stat().st_size > 18 << 20
-        ids, labels = torch.zeros(2, 4096, dtype=torch.int64), torch.zeros(2, 4096, dtype=torch.int64)
-        file.training_batch(0, 0, ids, labels)
+    assert (tmp_path / "x").stat().st_size > 18 << 20
+    inputs = torch.zeros(2, 4096, dtype=torch.int64), torch.zeros(2, 4096, dtype=torch.int64)
+    for by_length in (False, True):
+        batches = TokenBatches(str(tmp_path / "x"), 0, by_length=by_length)
+        batches.training(0, inputs)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for step in range(300):
-            file.training_batch(step, 0, ids, labels)
+            assert batches.longest(step, 2) == 4096
+            batches.training(step, inputs)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
+        batches.close()

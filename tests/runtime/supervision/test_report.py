@@ -156,13 +156,96 @@ def test_a_long_run_is_remembered_in_the_memory_of_a_short_one(tmp_path: Path) -
     for step in range(3 * LATEST_STEPS):
         seconds = 1.0 if step < LATEST_STEPS else 2.0 + step % 2
         observed.take({"event": "step", "seconds": seconds, "spent": {"run": seconds}})
-    assert (observed.steps, len(observed.seconds), len(observed.spent)) == (
-        3 * LATEST_STEPS,
-        LATEST_STEPS,
-        LATEST_STEPS,
-    )
+    assert observed.steps == 3 * LATEST_STEPS
+    assert {len(kept) for kept in (observed.seconds, observed.spent, observed.lengths)} == {LATEST_STEPS}
     plan = naive_plan(decoder_profile(tmp_path / "store"))
     (tmp_path / "metrics.jsonl").write_text("")
     summing = plan.model_copy(update={"optimizer": plan.optimizer | {"accumulate": 2, "state_tensors": 3}})
     report = build_report(planned_figures(summing), observed, str(tmp_path), enforced_by="meter")
     assert report["step_seconds"]["measured"] == 2.5  # each sort by its place in the whole run
+
+
+# --- steps of several lengths -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a plan whose whole step has 48 places and takes a second."""
+    return planned_figures(naive_plan(decoder_profile(tmp_path_factory.mktemp("store"))))
+
+
+SHORT, WHOLE = {"places": 16, "expected": 0.3}, {"places": 48, "expected": 1.0}
+MIXED = [(9.0, WHOLE), (0.4, SHORT), (0.6, SHORT), (1.1, WHOLE), (0.5, SHORT), (1.3, WHOLE)]
+"""seconds of steps, and what the training process tells of their lengths; the first one builds kernels"""
+
+
+def told_of(figures: dict[str, Any], folder: Path, steps: list[tuple[float, dict[str, float]]]) -> dict[str, Any]:
+    """The report of these steps, of each of which computing takes half."""
+    observed = Observed()
+    lines = []
+    for number, (seconds, length) in enumerate(steps, 1):
+        message = {"step": number, "loss": 1.0, "seconds": seconds, "tokens": 12, "samples": 2, **length}
+        observed.take({"event": "step", **message, "spent": {"run": seconds / 2}})
+        lines.append(message)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return build_report(figures, observed, str(folder), enforced_by="meter")
+
+
+def test_steps_of_several_lengths_are_compared_with_what_was_planned_for_theirs(
+    figures: dict[str, Any], tmp_path: Path
+) -> None:
+    assert (figures["places_per_step"], figures["step_seconds"]) == (48, 1.0)
+    report = told_of(figures, tmp_path, MIXED)
+    # Three short steps, of 0.5 s in the median, and two whole ones of 1.2 s.
+    assert report["step_seconds"] == {
+        "predicted": pytest.approx((3 * 0.3 + 2 * 1.0) / 5),
+        "measured": pytest.approx((3 * 0.5 + 2 * 1.2) / 5),
+    }
+    # The plan's phases are those of whole steps, of which the first does not count.
+    assert report["phases"]["train"]["measured_seconds"]["compute"] == pytest.approx(0.6)
+    assert report["tokens"] == pytest.approx(
+        {
+            "per_step": 12,
+            "per_second": 5 * 12 / (0.4 + 0.6 + 1.1 + 0.5 + 1.3),
+            "padding_share": 1 - 6 * 12 / (3 * 16 + 3 * 48),
+            "samples_per_second": 5 * 2 / (0.4 + 0.6 + 1.1 + 0.5 + 1.3),
+        }
+    )
+
+
+def test_a_run_of_short_steps_alone_measures_no_phases(figures: dict[str, Any], tmp_path: Path) -> None:
+    report = told_of(figures, tmp_path, [(9.0, WHOLE), (0.4, SHORT), (0.6, SHORT)])
+    assert report["step_seconds"] == pytest.approx({"predicted": 0.3, "measured": 0.5})
+    assert report["phases"]["train"]["measured_seconds"]["compute"] is None
+    # The first step counts where there is no other.
+    report = told_of(figures, tmp_path, [(0.7, SHORT)])
+    assert report["step_seconds"] == pytest.approx({"predicted": 0.3, "measured": 0.7})
+
+
+def test_steps_that_make_an_update_are_a_sort_of_their_own_at_each_length(
+    figures: dict[str, Any], tmp_path: Path
+) -> None:
+    steps = [(9.0, WHOLE), (2.0, SHORT), (1.0, SHORT), (4.0, WHOLE), (1.4, SHORT), (2.6, SHORT), (3.0, WHOLE)]
+    report = told_of(figures | {"sorts": [0, 1]}, tmp_path, steps)
+    # Without an update: 1.0, 1.4 and 3.0 s at two lengths; with one, every second step: 2.0, 4.0 and 2.6 s.
+    without, with_update = (2 * 1.2 + 3.0), (2 * 2.3 + 4.0)
+    assert report["step_seconds"] == {
+        "predicted": pytest.approx((4 * 0.3 + 2 * 1.0) / 6),
+        "measured": pytest.approx((without + with_update) / 6),
+    }
+
+
+def test_a_run_that_an_earlier_one_finished_has_the_lengths_of_its_metrics(
+    figures: dict[str, Any], tmp_path: Path
+) -> None:
+    due = told_of(figures, tmp_path, MIXED)
+    report = build_report(figures, Observed(), str(tmp_path), enforced_by="meter")
+    assert report["step_seconds"] == due["step_seconds"]
+    assert report["tokens"] == due["tokens"]
+    assert report["phases"]["train"]["measured_seconds"]["compute"] is None
+
+
+def test_no_more_lengths_are_remembered_than_steps(figures: dict[str, Any], tmp_path: Path) -> None:
+    early, late = (1.0, WHOLE), (0.25, SHORT)
+    report = told_of(figures, tmp_path, [early] * LATEST_STEPS + [late] * LATEST_STEPS)
+    assert report["step_seconds"] == pytest.approx({"predicted": 0.3, "measured": 0.25})
