@@ -189,14 +189,12 @@ def profile(source: str, options: ProfileOptions) -> Profile:
         )
         raise InputError(f"modules-to-save {', '.join(lora.modules_to_save)}: {what}; leave the option out")
     preference = _preference(found, side, options.loss, options.beta)
-    lengths = bucket_lengths(options.buckets, seq)
-    if lengths and (side is not None or found.kind == "module"):
-        what = (
-            "a side network takes whole batches"
-            if side is not None
-            else f"{found.name} is a module, with batches of one shape"
-        )
+    if options.buckets is not None and (side is not None or found.kind == "module"):
+        what = "a side network takes whole batches"
+        if side is None:
+            what = f"{found.name} is a module, with batches of one shape"
         raise InputError(f"buckets {options.buckets}: {what}; leave the option out")
+    lengths = bucket_lengths(options.buckets, seq)
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = options.progress or (lambda stage, done, total: None)
     # A module is traced first: its code, and that of a loss_fn, is part of what the profile depends on.

@@ -56,7 +56,8 @@ class SortedBatches:
         size = self._batch * self._in_window(seed)
         places = range(window * size, min((window + 1) * size, self._count))
         found = places if seed is None else (shuffled(place, self._count, seed, epoch) for place in places)
-        ordered = sorted(found, key=self._length)  # of equal lengths in the order in which they came
+        # The longest first, so that the shortest are left for an incomplete batch; of equal lengths in the order in which they came.
+        ordered = sorted(found, key=self._length, reverse=True)
         made = [ordered[begin : begin + self._batch] for begin in range(0, len(ordered), self._batch)]
         if seed is None:
             return made

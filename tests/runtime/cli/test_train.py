@@ -24,7 +24,7 @@ from tightfit.runtime.engine.start.lean_torch import installed_version
 
 COMMANDS = typer.main.get_command(main.app).commands
 TRAIN = COMMANDS["train"]
-OWN = {"--seq", "--memory", "--adapter", "--output"}
+OWN = {"--buckets", "--seq", "--memory", "--adapter", "--output"}
 """options that several stages have, or that mean more here"""
 
 
