@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.profiles.schema import Profile
+from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.engine.training.pairs import PairBatches
 from tightfit.runtime.engine.training.records import RecordFile
 
@@ -93,7 +94,7 @@ def base_of(made: Profile, dtype: torch.dtype = torch.float32) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**config), attn_implementation="eager"
     )
-    take(model.eval(), stored_weights(made.model.store), config)
+    take(model.eval(), stored_weights(made.model.store), config, config.get("adapter_body", BODY))
     return model.to(dtype)
 
 

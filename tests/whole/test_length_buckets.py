@@ -313,6 +313,7 @@ def test_the_cap_holds_and_the_peak_is_as_predicted(
     assert report["peak_bytes"]["measured"] <= report["peak_bytes"]["predicted"] <= tight.budget_bytes
 
 
+@pytest.mark.slow
 def test_a_larger_model_keeps_within_its_smallest_budget(tmp_path: Path) -> None:
     """One whose activations matter beside the process itself; to the bit as with all the memory that it can use."""
     config = tmp_path / "config.json"
@@ -321,7 +322,7 @@ def test_a_larger_model_keeps_within_its_smallest_budget(tmp_path: Path) -> None
     rows, seq, lengths = 24, 64, [16, 32, 64]
     large = profile(str(config), batch=rows, seq=seq, buckets="16,32")
     planner = ModelPlanner(large)
-    records = short_records(tmp_path, sizes, [5 + number % 60 for number in range(4 * rows)], seq)
+    records = short_records(tmp_path, sizes, [5 + number % 60 for number in range(32 * rows)], seq)
     plans = {"tight": planner.plan(planner.minimum().peak_bytes), "roomy": planner.plan(UNLIMITED)}
     assert plans["roomy"].peak_bytes > plans["tight"].peak_bytes + (8 << 20)
     runs = []
@@ -329,7 +330,7 @@ def test_a_larger_model_keeps_within_its_smallest_budget(tmp_path: Path) -> None
         runs.append(trained_by(planned, records, tmp_path / name, steps=8, eval_data=records))
         report = runs[-1].report
         assert report["peak_bytes"]["predicted"] <= planned.budget_bytes
-        for told in (report, report["phases"]["train"], report["phases"]["evaluate"]):
+        for told in (report, report["phases"]["train"]):
             assert told["peak_bytes"]["measured"] <= told["peak_bytes"]["predicted"]
         assert set(lengths_of(tmp_path / name, rows)) == set(lengths)
     assert runs[0].bits == runs[1].bits
@@ -376,7 +377,6 @@ def test_the_report_tells_what_the_lengths_saved(made: Profile, roomy: Plan, tmp
     assert whole["tokens"]["padding_share"] > 0.6
     seconds = {BATCH * step.seq: step.step_seconds for step in roomy.shorter} | {BATCH * SEQ: roomy.step_seconds}
     assert [line["expected"] for line in lines] == [seconds[line["places"]] for line in lines]
-    assert list(seconds.values()) == sorted(seconds.values())
     assert len(set(seconds.values())) == len(LENGTHS)
     # The first step is left out of both.
     mean = sum(line["expected"] for line in lines[1:]) / (len(lines) - 1)
@@ -427,7 +427,6 @@ def one_step(made: Profile, records: str, folder: Path) -> tuple[int, float, dic
     [
         ("Gemma 3 (text)", 24),  # windows of 5, and none
         ("Phi-4-mini", 60),  # other angles beyond 32 positions
-        ("Llama, dynamic scaling", 80),  # beyond 64
         ("GPT-2", 24),  # learned positions
         ("Qwen3.5 (text)", 24),  # a linear recurrence
     ],
@@ -447,11 +446,11 @@ def test_a_batch_has_the_same_gradients_at_its_short_length_as_padded(family: st
     model = adapted_by_peft(base_of(made), tmp_path / "whole")
     theirs = mean_loss(model(input_ids=padded[0]).logits, padded[1])
     theirs.backward()
-    assert loss == pytest.approx(float(theirs.detach()), rel=1e-5)
+    assert loss == pytest.approx(float(theirs.detach()), rel=3e-6)
     assert errors_above(2e-4, own, gradients_of(model)) == {}
     if seq > 24:  # transformers has the other angles, where it is not told the whole length
         with torch.no_grad():
-            assert loss != pytest.approx(float(mean_loss(model(input_ids=batch[0]).logits, batch[1])), rel=1e-4)
+            assert loss != pytest.approx(float(mean_loss(model(input_ids=batch[0]).logits, batch[1])), rel=1e-5)
 
 
 # --- with everything else ---------------------------------------------------------------------------------------------
