@@ -284,14 +284,17 @@ def test_a_run_that_stops_in_an_epoch_goes_on_with_the_same_bits(
     assert again.bits == trained.bits
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(roomy: Plan, tight: Plan, data: Path, tmp_path: Path) -> None:
-    save_plan(tight, tmp_path / "plan.json")
+def test_a_killed_run_goes_on_with_the_same_bits(
+    planner: ModelPlanner, roomy: Plan, data: Path, tmp_path: Path
+) -> None:
+    mebp = planner.plan(UNLIMITED, policy="mebp")
+    save_plan(mebp, tmp_path / "plan.json")
     part = tmp_path / "part"
     reached = kill_run(tmp_path / "plan.json", data, part, after=6, lr=LR, checkpoint_every=3)
     steps = reached + 9
     again = trained_by(roomy, data, part, steps=steps, resume=True)
     assert again.report["resumed_step"] == reached
-    assert again.bits == trained_by(tight, data, tmp_path / "whole", steps=steps).bits
+    assert again.bits == trained_by(mebp, data, tmp_path / "whole", steps=steps).bits
 
 
 def test_a_run_does_not_go_on_with_other_lengths(roomy: Plan, made: Profile, data: Path, tmp_path: Path) -> None:
