@@ -29,6 +29,7 @@ settings.load_profile("tightfit")
 
 
 LONGEST = (
+    "whole/test_length_buckets",
     "whole/test_end_to_end",
     "planner/service/test_page",
     "whole/test_demo_model",

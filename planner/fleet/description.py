@@ -34,7 +34,7 @@ from tightfit.planner.fleet.federated_schema import LARGEST_STEPS
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.io import load_profile
 from tightfit.profiles.options import MOST_ACCUMULATED
-from tightfit.profiles.schema import Profile, without_shorter
+from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, named
 from tightfit.runtime.common.units import parse_rate, parse_seconds, parse_size
 
@@ -187,8 +187,7 @@ def _member(table: Mapping[str, Any], folder: Path, profiles: dict[Path, Profile
     link = _link(table)
     if file not in profiles:
         with named("'profile'"):
-            # Its members exchange tensors of one shape, so that all batches are whole.
-            profiles[file] = without_shorter(load_profile(file))
+            profiles[file] = load_profile(file)
     return MemberSpec(name=name, profile=profiles[file], budget_bytes=budget, link=link)
 
 

@@ -28,7 +28,7 @@ from tightfit.planner.problem.gradients import refuse_preference
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_budget, checked_gap, checked_limit
 from tightfit.profiles.options import MOST_ACCUMULATED
-from tightfit.profiles.schema import Profile
+from tightfit.profiles.schema import Profile, without_shorter
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.units import format_size
 
@@ -43,7 +43,10 @@ LEAST_SHARE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class MemberSpec:
-    """A device that may take part: its profile of the model, its budget, and its connection to the others."""
+    """A device that may take part: its profile of the model, its budget, and its connection to the others.
+
+    The members of a fleet exchange tensors of one shape, so that all batches are whole, and shorter steps are left out.
+    """
 
     name: str
     profile: Profile
@@ -52,6 +55,8 @@ class MemberSpec:
 
     def __post_init__(self) -> None:
         refuse_preference(self.profile, "a fleet")
+        if self.profile.shorter:
+            object.__setattr__(self, "profile", without_shorter(self.profile))
 
 
 def plan_fleet(

@@ -15,6 +15,7 @@ from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
+from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.engine.training.trainer import Training
 from tightfit.runtime.session.job_compiler import compile_job
 
@@ -68,6 +69,7 @@ def make_training(
         "steps": 1,
         "seed": seed,
         "base_model": "tiny",
+        "adapter_body": plan.model.config.get("adapter_body", BODY),
         "optimizer": dataclasses.asdict(optimizer),
         "preference": plan.model.preference.model_dump() if plan.model.preference else None,
     }

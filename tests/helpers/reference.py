@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tightfit.runtime.engine.training.adapter import (
     trained_name,
 )
 from tightfit.runtime.engine.training.batches import open_batches
+from tightfit.runtime.engine.training.records import RecordFile
 from tightfit.runtime.engine.weights.store import Store
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -257,14 +259,21 @@ def loss_of(model: torch.nn.Module, ids: Tensor, labels: Tensor, positions: Tens
 
 
 def training_batches(
-    records: str | Path, count: int, batch: int, seq: int, seed: int = 0, *, packing: bool = False
+    records: str | Path,
+    count: int,
+    batch: int,
+    seq: int,
+    seed: int = 0,
+    *,
+    packing: bool = False,
+    by_length: bool = False,
 ) -> list[list[Tensor]]:
     """[ids, labels] of the first `count` training steps on prepared data, and with `packing`, where samples share rows, also
-    [positions]; `records` is its file or the folder of a run.
+    [positions]; all padded to `seq`. `records` is its file or the folder of a run; `by_length`: the run's plan has shorter steps.
     """
     if Path(records).is_dir():
         records = next((Path(records) / "data").glob("train*"))
-    opened, found = open_batches(str(records), seed, packing=packing), []
+    opened, found = open_batches(str(records), seed, packing=packing, by_length=by_length), []
     for number in range(count):
         found.append([torch.empty(batch, seq, dtype=torch.int64) for _ in range(3 if packing else 2)])
         opened.training(number, found[-1])
@@ -285,6 +294,26 @@ def evaluated(model: torch.nn.Module, out: Path, batch: int, seq: int) -> float:
         count += labelled
     opened.close()
     return total / count
+
+
+def evaluated_apart(model: torch.nn.Module, records: Path) -> tuple[float, float, int]:
+    """What an evaluation on prepared data has to find, of one sample at a time and without padding: the mean loss of all labelled
+    tokens but those of wrong choices, the share of questions whose right choice is the likeliest, and their number.
+    """
+    total, labelled = 0.0, 0
+    choices: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    with RecordFile.open(records) as opened:
+        for number in range(len(opened)):
+            record = opened.read(number)
+            with torch.no_grad():
+                logits = model(input_ids=record.input_ids[None].long()).logits[0]
+            loss = float(torch.nn.functional.cross_entropy(logits, record.labels.long(), reduction="sum"))
+            if record.choice < 0 or record.answer:
+                total, labelled = total + loss, labelled + int((record.labels >= 0).sum())
+            if record.choice >= 0:
+                choices[record.example].append((loss, record.answer))
+    right = sum(min(one)[1] for one in choices.values())
+    return total / labelled, right / len(choices), len(choices)
 
 
 def trained_by_adamw(

@@ -44,17 +44,26 @@ def device(threads=2):
 
 
 def decoder_profile(
-    directory: Path, *, config=None, batch=2, seq=24, rank=4, dtype="bfloat16", lora=None, preference=None, buckets=()
+    directory: Path,
+    *,
+    config=None,
+    batch=2,
+    seq=24,
+    rank=4,
+    dtype="bfloat16",
+    lora=None,
+    preference=None,
+    buckets=None,
 ):
     """A profile, without measured times, of a small decoder of any family with random weights packed in `directory`.
 
     `lora`: a LoraConfig; by default pairs of `rank` everywhere. `preference`: a loss of pairs, if it learns from such. `buckets`:
-    lengths of its shorter steps, the shortest first.
+    lengths of shorter steps, as `tightfit profile` takes them.
     """
     from tightfit.profiles.api import _trace_decoder
     from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve
-    from tightfit.profiles.tracing.shorter_steps import shorter_step, with_room
+    from tightfit.profiles.tracing.shorter_steps import bucket_lengths, shorter_step, with_room
     from tightfit.profiles.weights.pack import build_store
     from tightfit.runtime.engine.weights.store import Store
 
@@ -66,11 +75,12 @@ def decoder_profile(
     with Store.open(store) as opened:
         fingerprint = opened.fingerprint
     pairs = lora or LoraConfig(rank=rank)
-    traced, decoder = _trace_decoder(source, batch, seq, pairs, dtype, lambda *_: None, preference)
-    shorter = []
-    for length in buckets:
-        short, _ = _trace_decoder(source, batch, length, pairs, dtype, lambda *_: None, preference, longest=seq)
-        shorter.append(shorter_step(traced, short, length))
+
+    def trace_at(length):
+        return _trace_decoder(source, batch, length, pairs, dtype, lambda *_: None, preference, longest=seq)
+
+    traced, decoder = trace_at(seq)
+    shorter = [shorter_step(traced, trace_at(length)[0], length) for length in bucket_lengths(buckets, seq)]
     told = {PREFERENCE: preference.model_dump()} if preference else {}
     model = Model(
         name="tiny", source=str(path), kind="decoder", config=source.config | told,
@@ -78,7 +88,8 @@ def decoder_profile(
         tables=decoder.tables, rows_apart=decoder.rows_apart,
     )  # fmt: skip
     made = _profile(traced, source, model, batch, seq, dtype)
-    return made.model_copy(update={"programs": with_room(made.programs, shorter), "shorter": shorter})
+    programs = with_room(made.programs, shorter)
+    return made.model_copy(update={"programs": programs, "shorter": shorter})
 
 
 def module_profile(directory: Path, factory: str):
@@ -302,11 +313,5 @@ class _Naive:
             seq=p.seq, compute_dtype=p.compute_dtype, optimizer=p.optimizer, device=p.device, tensors=p.tensors,
             programs=p.programs, layers=p.layers, loss=p.loss, token_losses=p.token_losses, decisions={},
             resident=self.resident, arena_bytes=self.end, workspace_bytes=workspace, train=train, evaluate=evaluate,
-            shorter=[
-                ShorterPlan(
-                    seq=one.seq, tensors=one.tensors, programs=one.programs, step_seconds=one.seq / p.seq,
-                    evaluation_seconds=one.seq / p.seq / 2,
-                )
-                for one in p.shorter
-            ],
+            shorter=[ShorterPlan(seq=one.seq, tensors=one.tensors, programs=one.programs) for one in p.shorter],
         )  # fmt: skip

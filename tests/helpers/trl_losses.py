@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from reference import stored_weights, take
 from torch import Tensor
 from torch.nn import functional as F
 
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.engine.training.adapter import BODY
+from tightfit.runtime.engine.training.pairs import PairBatches
 from tightfit.runtime.engine.training.records import RecordFile
 
 
@@ -76,3 +81,38 @@ def loss_of_pairs(
         return orpo(logits, labels, whole, beta)
     assert reference is not None
     return dpo(logits, labels, reference, beta)
+
+
+# --- of tightfit's profiles and runs ----------------------------------------------------------------------------------
+
+
+def base_of(made: Profile, dtype: torch.dtype = torch.float32) -> Any:
+    """The base of a profile in transformers, with the values of the store."""
+    import transformers
+
+    config = {name: value for name, value in made.model.config.items() if name not in ("adapter_base", "preference")}
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config), attn_implementation="eager"
+    )
+    take(model.eval(), stored_weights(made.model.store), config, config.get("adapter_body", BODY))
+    return model.to(dtype)
+
+
+def reference_of(model: Any, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Log-probabilities of the answers with the adapter off."""
+    with torch.no_grad(), model.disable_adapter():
+        return answers(model(input_ids=rows[0]).logits.float(), rows[1])[0]
+
+
+def theirs_of(loss: str, model: Any, rows: tuple[Tensor, Tensor, Tensor], beta: float) -> dict[str, Tensor]:
+    """The loss of a batch `rows` by a model of peft, which is its own reference with the adapter off."""
+    reference = reference_of(model, rows) if loss == "dpo" else None
+    return loss_of_pairs(loss, lambda ids: model(input_ids=ids).logits, rows, reference, beta)
+
+
+def pairs_of_steps(out: Path, steps: int, pairs: int, loss: str, *, by_length: bool = False) -> list[list[int]]:
+    """The pairs in the batches of the first steps of a run in `out`; `by_length`: its plan has shorter steps."""
+    opened = PairBatches(str(out / "data" / "train.records"), 0, loss, by_length=by_length)
+    found = [opened.of_step(step, pairs) for step in range(steps)]
+    opened.close()
+    return found

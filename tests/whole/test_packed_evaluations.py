@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 import torch
 from decoder_families import FAMILIES
 from places import SOURCES
-from reference import adapted_by_peft, checkpoint, stored_weights, take
+from reference import adapted_by_peft, checkpoint, evaluated_apart, stored_weights, take
 from tiny_models import byte_level_tokenizer
 
 from tightfit.planner.io import save_plan
@@ -30,7 +29,6 @@ from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.engine.training.batches import TokenBatches
-from tightfit.runtime.engine.training.records import RecordFile
 from tightfit.runtime.results.evaluation import evaluate
 from tightfit.runtime.session.launch import run
 
@@ -137,21 +135,10 @@ def test_transformers_says_the_same_of_one_sample_at_a_time(case: Case) -> None:
         case.planned.model.config.get("adapter_body", BODY),
     )
     adapted = adapted_by_peft(case.model, case.out / "adapter")
-    total, labelled, choices = 0.0, 0, defaultdict(list)
-    with RecordFile.open(records_of(case)) as records:
-        for number in range(len(records)):
-            record = records.read(number)
-            with torch.no_grad():
-                logits = adapted(input_ids=record.input_ids[None].long()).logits[0]
-            loss = float(torch.nn.functional.cross_entropy(logits, record.labels.long(), reduction="sum"))
-            if record.choice < 0 or record.answer:
-                total, labelled = total + loss, labelled + int((record.labels >= 0).sum())
-            if record.choice >= 0:
-                choices[record.example].append((loss, record.answer))
+    loss, accuracy, questions = evaluated_apart(adapted, records_of(case))
     after = case.report["evaluation"]["after"]
-    assert after["loss"] == pytest.approx(total / labelled, rel=1e-5)
-    assert after["accuracy"] == sum(min(one)[1] for one in choices.values()) / len(choices)
-    assert after["questions"] == len(choices)
+    assert after["loss"] == pytest.approx(loss, rel=1e-5)
+    assert (after["accuracy"], after["questions"]) == (accuracy, questions)
 
 
 def test_metrics_and_report_tell_it(case: Case) -> None:

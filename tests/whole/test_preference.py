@@ -21,15 +21,13 @@ from reference import (
     gradients_of,
     held_by_peft,
     relative_error,
-    stored_weights,
-    take,
     trained_by_adamw,
 )
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from tiny_plans import decoder_profile, naive_plan
-from trl_losses import answers, loss_of_pairs, rows_of
+from trl_losses import base_of, pairs_of_steps, rows_of, theirs_of
 
 from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.schema import Link
@@ -65,27 +63,6 @@ KINDS = {
     "traced": FAMILIES["Phi-3"],
     "capped logits": FAMILIES["Gemma 2"],
 }
-
-
-def base_of(made: Profile, dtype: torch.dtype = torch.float32) -> Any:
-    """The base of a profile in transformers, with the values of the store."""
-    config = {name: value for name, value in made.model.config.items() if name not in ("adapter_base", "preference")}
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**config), attn_implementation="eager"
-    )
-    take(model.eval(), stored_weights(made.model.store), config)
-    return model.to(dtype)
-
-
-def reference_of(model: Any, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Log-probabilities of the answers with the adapter off."""
-    with torch.no_grad(), model.disable_adapter():
-        return answers(model(input_ids=rows[0]).logits.float(), rows[1])[0]
-
-
-def theirs_of(loss: str, model: Any, rows: tuple[torch.Tensor, ...], beta: float = BETA) -> dict[str, torch.Tensor]:
-    reference = reference_of(model, rows) if loss == "dpo" else None
-    return loss_of_pairs(loss, lambda ids: model(input_ids=ids).logits, rows, reference, beta)
 
 
 def moments(folder: Path, training: Training) -> dict[str, torch.Tensor]:
@@ -145,7 +122,7 @@ def one_step(
 def test_losses_and_gradients_are_those_of_trl(kind: str, loss: str, tables: tuple[str, ...], tmp_path: Path) -> None:
     made, own_loss, own, rows = one_step(tmp_path, KINDS[kind], loss, "float32", tables)
     model = adapted_by_peft(base_of(made), tmp_path)
-    theirs = theirs_of(loss, model, rows)["loss"]
+    theirs = theirs_of(loss, model, rows, BETA)["loss"]
     theirs.backward()
     assert own_loss == pytest.approx(float(theirs.detach()), rel=5e-6)
     exact = gradients_of(model)
@@ -159,7 +136,7 @@ def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(loss: str
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         model = adapted_by_peft(base_of(made, dtype), tmp_path)
-        theirs = theirs_of(loss, model, rows)["loss"]
+        theirs = theirs_of(loss, model, rows, BETA)["loss"]
         theirs.backward()
         found.append((float(theirs.detach()), gradients_of(model)))
     (exact_loss, exact), (their_loss, theirs_half) = found
@@ -215,13 +192,6 @@ def trained(dpo: Made, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return out, report
 
 
-def pairs_of_steps(out: Path, steps: int, pairs: int, loss: str) -> list[list[int]]:
-    opened = PairBatches(str(out / "data" / "train.records"), 0, loss)
-    found = [opened.of_step(step, pairs) for step in range(steps)]
-    opened.close()
-    return found
-
-
 def new_adapter(made: Profile, plan_: Any, data: Path, folder: Path) -> Any:
     """The model in transformers + peft as a run of no progress leaves it: the adapter before the first step."""
     run(plan_, data, steps=made.accumulate, out=folder, lr=0.0)
@@ -240,7 +210,7 @@ def test_steps_are_those_of_trl_with_adamw(
     margins: list[float] = []
 
     def of_step(rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        theirs = theirs_of("dpo", model, rows)
+        theirs = theirs_of("dpo", model, rows, BETA)
         margins.append(float(theirs["reward_margin"]))
         return theirs["loss"]
 
@@ -254,7 +224,7 @@ def test_steps_are_those_of_trl_with_adamw(
     theirs = held_by_peft(model)
     for key, value in load_file(out / "adapter" / "adapter_model.safetensors").items():
         assert relative_error(value, theirs[key].detach()) < 2e-4, key
-    found = {name: float(value.detach()) for name, value in theirs_of("dpo", model, every).items()}
+    found = {name: float(value.detach()) for name, value in theirs_of("dpo", model, every, BETA).items()}
     told = report["evaluation"]["after"]
     assert {name: told[name] for name in found} == pytest.approx(found, rel=1e-4)
     assert told["pairs"] == len(ROWS)
@@ -348,14 +318,14 @@ def test_accumulated_steps_are_those_of_trl_with_adamw(model_folder: Path, data:
     losses: list[float] = []
 
     def of_update(*together: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        found = [theirs_of("orpo", model, one)["loss"] for one in together]
+        found = [theirs_of("orpo", model, one, BETA)["loss"] for one in together]
         losses.extend(float(one.detach()) for one in found)
         return torch.stack(found).mean()
 
     trained_by_adamw(held_by_peft(model).values(), of_update, zip(rows[0::2], rows[1::2]), lr=LR)
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
     every = rows_of(records, list(range(len(ROWS))), SHORT_SEQ)
-    found = {name: float(value.detach()) for name, value in theirs_of("orpo", model, every).items()}
+    found = {name: float(value.detach()) for name, value in theirs_of("orpo", model, every, BETA).items()}
     told = report["evaluation"]["after"]
     assert {name: told[name] for name in found} == pytest.approx(found, rel=1e-4)
 

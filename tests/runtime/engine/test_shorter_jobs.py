@@ -12,13 +12,13 @@ from tightfit.runtime.engine.training.job import Job
 from tightfit.runtime.engine.training.records import IGNORED, RecordWriter
 from tightfit.runtime.session.job_compiler import compile_job
 
-LENGTHS, SEQ, BATCH = [8, 16], 24, 2
+LENGTHS, BUCKETS, SEQ, BATCH = [8, 16], "8,16", 24, 2
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory):
-    return decoder_profile(tmp_path_factory.mktemp("store"), seq=SEQ, batch=BATCH, dtype="float32", buckets=LENGTHS)
+    return decoder_profile(tmp_path_factory.mktemp("store"), seq=SEQ, batch=BATCH, dtype="float32", buckets=BUCKETS)
 
 
 def moving(profile):
@@ -70,7 +70,7 @@ def test_inputs_and_token_losses_of_each_length(plan):
 
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_inputs_of_pairs_have_two_rows_of_each_length(tmp_path, loss):
-    made = decoder_profile(tmp_path, seq=SEQ, batch=BATCH, buckets=LENGTHS, preference=Preference(loss=loss, beta=0.1))
+    made = decoder_profile(tmp_path, seq=SEQ, batch=BATCH, buckets=BUCKETS, preference=Preference(loss=loss, beta=0.1))
     header = compile_job(naive_plan(made), {}).header
     for told, length in zip([*header["shorter"], header], [*LENGTHS, SEQ], strict=True):
         shapes = {name: shape for name, _, shape, _ in told["inputs"]}
@@ -122,7 +122,7 @@ def test_a_short_batch_trains_as_in_the_whole_step(plan, tmp_path, length):
 @pytest.mark.parametrize("number", range(len(LENGTHS)))
 def test_a_step_of_a_length_gives_the_bits_of_a_plan_of_that_length(tmp_path, number):
     """Of one sample, which all steps see."""
-    profile = decoder_profile(tmp_path / "store", seq=SEQ, batch=1, buckets=LENGTHS)
+    profile = decoder_profile(tmp_path / "store", seq=SEQ, batch=1, buckets=BUCKETS)
     plan = moving(profile)
     path = records(tmp_path / "data", [LENGTHS[number] - 1])
     alone = shortened(plan, plan.shorter[number])
