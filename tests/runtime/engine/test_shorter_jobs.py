@@ -173,4 +173,4 @@ def test_an_evaluation_over_all_lengths_is_that_of_the_whole_step(plan, tmp_path
         training.close()
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
     assert found[0]["records"] == found[1]["records"] == len(SPREAD)
-    assert batches == [[8, 8, 16, 16, 24, 24], [SEQ] * 6]
+    assert batches == [[24, 24, 16, 8, 8, 8], [SEQ] * 6]  # the longest first
