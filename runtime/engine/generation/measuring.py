@@ -3,13 +3,15 @@
 It imports nothing that answering does not, since that would count as memory which answers need.
 
 The process answers, for a while, with a plan that streams every matrix: the memory is what remains of its peak without
-the arena, and the seconds of unpacking, products and all else are those of these passes.
+the arena. Then it answers with matrices that stand in for others of their shape and lie in memory, more of them than a cache holds,
+so that nothing is read meanwhile: the seconds of unpacking, products and all else are those of these passes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,22 +56,27 @@ def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
     apart = make_pages(max(APART_BYTES, start_bytes - memory().resident + PRESSED_BYTES))
     pressed = torch.frombuffer(apart, dtype=torch.float32)
     pressed.fill_(0.5)
-    passes = _answer(decoder)
+    _answer(decoder, 1)
     held = decoder.device.size + pressed.numel() * 4
     bases = {0: memory().peak - held}
     for seen in LENGTHS:
         if _attend(decoder, seen, pressed):
             bases[seen] = memory().peak - held
-    rates = {
-        key: seconds / elements
-        for spent, _ in passes
-        for key, (elements, seconds) in spent.items()
-        if elements and key != STALL
-    }
-    found: dict[str, Any] = {"base_bytes": bases, "rates": rates | _unpacked_rates(decoder, pressed)}
+    rates = _unpacked_rates(decoder, pressed)
+    decoder.return_to(0)
+    decoder.stream.stand_ins = _stand_ins(decoder, pressed.view(torch.uint8))
+    passes = _answer(decoder, TOKENS if _is_small(decoder) else WARM + 1)
+    decoder.stream.stand_ins = None
+    taken: dict[str, list[float]] = {}
+    for spent, _ in passes:
+        for key, (elements, seconds) in spent.items():
+            if elements and key != STALL:
+                taken.setdefault(key, []).append(seconds / elements)
+    rates |= {key: _median(each) for key, each in taken.items()}
+    found: dict[str, Any] = {"base_bytes": bases, "rates": rates}
     prompt, *tokens = passes
     found["group_seconds"] = _others(*prompt)
-    found["token_seconds"] = min(_others(*one) for one in tokens[WARM:])
+    found["token_seconds"] = _median([_others(*one) for one in tokens[WARM:]])
     del pressed
     apart.close()
     trim_heap()
@@ -78,20 +85,49 @@ def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
     return found
 
 
-def _answer(decoder: CachedDecoder) -> list[tuple[dict[str, list[float]], float]]:
-    """What the passes of an answer spent, and their seconds: of the first group of the prompt and of each token. A small model is
-    warmed up with the prompt before, and answers with more tokens.
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _is_small(decoder: CachedDecoder) -> bool:
+    return sum(decoder.store.packed_bytes(piece.name) for piece in decoder.job.pieces) <= SMALL_BYTES
+
+
+def _stand_ins(decoder: CachedDecoder, room: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By the name of every piece the bytes of one of its format and shape, all of which lie in `room`, as many as fit and each shape
+    at least once.
+    """
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for piece in decoder.job.pieces:
+        extent = decoder.store.extent(piece.name)
+        entry = extent.entry
+        kind = (entry.format, entry.group, entry.columns, extent.bytes, extent.skip, extent.row_bytes)
+        kinds.setdefault(kind, []).append(piece.name)
+    held: dict[tuple[Any, ...], list[torch.Tensor]] = {kind: [] for kind in kinds}
+    end = 0
+    for turn in range(max(map(len, kinds.values()))):  # one of each kind, then the next
+        for kind, names in kinds.items():
+            size = decoder.store.packed_bytes(names[0])
+            if turn < len(names) and (not turn or end + size <= room.numel()):
+                made = room[end : end + size] if end + size <= room.numel() else torch.empty(size, dtype=torch.uint8)
+                decoder.store.read_into(names[turn], made)
+                held[kind].append(made)
+                end += size
+    return {name: held[kind][at % len(held[kind])] for kind, names in kinds.items() for at, name in enumerate(names)}
+
+
+def _answer(decoder: CachedDecoder, tokens: int) -> list[tuple[dict[str, list[float]], float]]:
+    """What the passes of an answer of so many tokens spent, and their seconds: of the first group of the prompt and of each token. A
+    small model is warmed up with the prompt before.
     """
     vocabulary = decoder.job.vocab
     ids = [token % vocabulary for token in range(GROUP + TAIL)]
     passes: list[tuple[dict[str, list[float]], float]] = []
     drawn = Sampling(temperature=1.0, top_k=vocabulary // 2, top_p=0.9) if decoder.job.sampled else Sampling()
     sampler = Sampler(drawn)
-    small = sum(decoder.store.packed_bytes(piece.name) for piece in decoder.job.pieces) <= SMALL_BYTES
-    if small:
+    if _is_small(decoder):
         sampler.choose(decoder.run(ids, lambda: None))
         decoder.return_to(0)
-    tokens = TOKENS if small else WARM + 1
     for new in (ids[:GROUP], ids[GROUP:], *[[token % vocabulary] for token in range(tokens)]):
         decoder.products.spent = {}
         begun = time.perf_counter()
@@ -180,4 +216,4 @@ def _read_rates(decoder: CachedDecoder) -> tuple[float, float]:
         store.read_into(piece.name, device.host(at, (size,), "uint8"))
         rates.append((time.perf_counter() - begun) / size)
         cores.append((time.thread_time() - own) / size)
-    return sorted(rates)[len(rates) // 2], sorted(cores)[len(cores) // 2]
+    return _median(rates), _median(cores)
