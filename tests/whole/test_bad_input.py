@@ -455,6 +455,7 @@ def test_a_disk_that_cannot_be_measured_is_named_and_nothing_else_blamed(tmp_pat
     (tmp_path / "file").write_text("no folder")
     request = {
         "programs": [],
+        "whole": 0,
         "inference": [],
         "weights": [],
         "updates": [],
