@@ -50,7 +50,7 @@ def test_the_longest_answer_of_a_batch_is_known_before_it_is_made(folder, length
         assert batches.longest_in_evaluation(number, 2 * batch) == longest_of(lengths, pairs)
     # Windows of an evaluation are sorted: none of these pairs is longer than one of the next batch.
     tops = [max(max(lengths[pair]) for pair in one) for one in found]
-    assert tops == sorted(tops)
+    assert tops == sorted(tops, reverse=True)
     assert batches.longest_of([]) == 0
     batches.close()
 
