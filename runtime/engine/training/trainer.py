@@ -228,7 +228,7 @@ class Training:
         return taker.optimizer.rate(-(-step // steps) * steps, steps)
 
     def _take_length(self, longest: int | None) -> None:
-        """Take the shortest step whose rows have `longest` positions, from now on; None: the whole one."""
+        """Run the shortest step whose rows have room for `longest` positions, from now on; None: the whole one."""
         length = None if longest is None else next((one for one in self._expected if one >= longest), None)
         self.inputs = self._inputs[length]
         self.executor.take(length)
