@@ -18,14 +18,14 @@ from tightfit.runtime.engine.generation.cache import LayerCache
 from tightfit.runtime.engine.generation.job import GenerationJob
 from tightfit.runtime.engine.generation.names import MAGNITUDE
 from tightfit.runtime.engine.generation.products import Products
-from tightfit.runtime.engine.generation.stream import Stream
+from tightfit.runtime.engine.generation.stream import StreamedPieces
 from tightfit.runtime.engine.weights.store import Store
 
 
 class CachedDecoder(ABC):
     """`run` takes new tokens through the model and returns the logits after the last one."""
 
-    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: Stream) -> None:
+    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: StreamedPieces) -> None:
         self.job, self.device, self.store, self.stream = job, device, store, stream
         self._tensors: dict[str, Tensor] = {}
         self.products = Products(job, device, store, stream)
@@ -34,6 +34,10 @@ class CachedDecoder(ABC):
             LayerCache(self._place(f"keys.{layer}"), self._place(f"values.{layer}"), seen.window)
             for layer, seen in enumerate(job.seen)
         ]
+
+    def take_from(self, stream: StreamedPieces) -> None:
+        """Take the streamed pieces from another source from the next pass on."""
+        self.stream = self.products.stream = stream
 
     @property
     def cache_dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP, attention_
 from tightfit.runtime.engine.cpu.pages import make_pages
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
-from tightfit.runtime.engine.generation.job import Sampling
+from tightfit.runtime.engine.generation.job import Piece, Sampling
 from tightfit.runtime.engine.generation.names import STALL, unpacked_key
 from tightfit.runtime.engine.generation.sampling import Sampler
 from tightfit.runtime.engine.generation.sizes import TAIL, TOKENS
@@ -64,9 +64,10 @@ def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
             bases[seen] = memory().peak - held
     rates = _unpacked_rates(decoder, pressed)
     decoder.return_to(0)
-    decoder.stream.stand_ins = _stand_ins(decoder, pressed.view(torch.uint8))
+    read_ahead = decoder.stream
+    decoder.take_from(StandIns(decoder, pressed.view(torch.uint8)))
     passes = _answer(decoder, TOKENS if _is_small(decoder) else WARM + 1)
-    decoder.stream.stand_ins = None
+    decoder.take_from(read_ahead)
     taken: dict[str, list[float]] = {}
     for spent, _ in passes:
         for key, (elements, seconds) in spent.items():
@@ -83,6 +84,25 @@ def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
     found["key_seconds"] = _key_seconds(decoder)
     found["read_seconds_per_byte"], found["read_core_seconds_per_byte"] = _read_rates(decoder)
     return found
+
+
+class StandIns:
+    """In the place of a decoder's stream: pieces that stand in for those of each pass and lie in memory, so that nothing is read."""
+
+    def __init__(self, decoder: CachedDecoder, room: torch.Tensor) -> None:
+        """All pieces of the decoder are streamed; `room` are bytes for those that stand in."""
+        self._pieces, self._head = decoder.job.pieces, decoder.job.head
+        self._bytes = _stand_ins(decoder, room)
+        self._coming: Iterator[Piece] = iter(())
+
+    def begin(self, *, with_head: bool) -> None:
+        self._coming = (piece for piece in self._pieces if with_head or piece.matrix != self._head)
+
+    def take(self) -> torch.Tensor:
+        return self._bytes[next(self._coming).name]
+
+    def release(self) -> None:
+        """They stay where they are."""
 
 
 def _median(values: Sequence[float]) -> float:

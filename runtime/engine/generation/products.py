@@ -27,7 +27,7 @@ from tightfit.runtime.engine.generation.names import (
     unpack_key,
 )
 from tightfit.runtime.engine.generation.sizes import block_rows
-from tightfit.runtime.engine.generation.stream import Stream
+from tightfit.runtime.engine.generation.stream import StreamedPieces
 from tightfit.runtime.engine.weights.layout import Extent
 from tightfit.runtime.engine.weights.store import Store, multiplies, multiply_row, unpack
 
@@ -57,7 +57,7 @@ class Products:
     through, and the seconds that this took; the keys are those of `unpack_key` and `multiply_key`, and `STALL`.
     """
 
-    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: Stream) -> None:
+    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: StreamedPieces) -> None:
         self.device, self.store, self.stream = device, store, stream
         self.elements, self.head = job.block_elements, job.head
         self.parts: dict[str, list[Part]] = {}

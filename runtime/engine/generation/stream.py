@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -10,6 +11,18 @@ from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.generation.job import DEPTH, Piece
 from tightfit.runtime.engine.weights.store import Store
+
+
+class StreamedPieces(Protocol):
+    """What gives a decoder the pieces that are not in its arena: `begin` is called before a pass, then `take` and `release` for each of
+    the pass's pieces in order.
+    """
+
+    def begin(self, *, with_head: bool) -> None: ...
+
+    def take(self) -> Tensor: ...
+
+    def release(self) -> None: ...
 
 
 class Stream:
@@ -41,27 +54,15 @@ class Stream:
         self._issued = self._taken = self._released = 0
         """since the start"""
         self._tickets: dict[int, int] = {}
-        self.stand_ins: Mapping[str, Tensor] | None = None
-        """by the names of pieces, what `take` gives instead of reading them, while it is not None: the seconds of the cores are
-        measured so
-        """
-        self._stood_in = 0
-        """pieces of this pass that were taken so"""
 
     def begin(self, *, with_head: bool) -> None:
         """Start a pass."""
         self._order = self._body + (self._head if with_head else ())
-        self._stood_in = 0
-        if self.stand_ins is not None:
-            return
         self._asked, self._ahead = self._ahead, 0
         self._fill()
 
     def take(self) -> Tensor:
         """The bytes of the next piece, as `Store.read_into` leaves them; waits until they are there."""
-        if self.stand_ins is not None:
-            self._stood_in += 1
-            return self.stand_ins[self._order[self._stood_in - 1].name]
         number = self._taken
         self._channel.wait(self._tickets.pop(number))
         self._taken += 1
@@ -69,9 +70,8 @@ class Stream:
 
     def release(self) -> None:
         """The piece that was taken is not needed any more."""
-        if self.stand_ins is None:
-            self._released += 1
-            self._fill()
+        self._released += 1
+        self._fill()
 
     def _fill(self) -> None:
         while self._issued - self._released < DEPTH:

@@ -16,14 +16,14 @@ from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
 from tightfit.runtime.engine.generation.job import GenerationJob
 from tightfit.runtime.engine.generation.names import EMBEDDING
-from tightfit.runtime.engine.generation.stream import Stream
+from tightfit.runtime.engine.generation.stream import StreamedPieces
 from tightfit.runtime.engine.weights.store import Store
 
 
 class WrittenDecoder(CachedDecoder):
     """A decoder of which the job says the shape."""
 
-    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: Stream) -> None:
+    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: StreamedPieces) -> None:
         super().__init__(job, device, store, stream)
         assert job.shape is not None
         self.shape = job.shape

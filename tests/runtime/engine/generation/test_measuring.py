@@ -10,7 +10,7 @@ from answering import greedy, opened, packed, plan_of, problem_of
 from reference import CONFIGS, checkpoint
 
 from tightfit.runtime.engine.generation.job import STREAMED
-from tightfit.runtime.engine.generation.measuring import _stand_ins
+from tightfit.runtime.engine.generation.measuring import StandIns, _stand_ins
 
 PROMPT, COUNT = [5, 6, 7, 8, 9], 4
 
@@ -26,7 +26,8 @@ def test_pieces_that_stand_in_for_themselves_give_the_same_answer_and_nothing_is
         due = greedy(decoder, PROMPT, COUNT)
         decoder.return_to(0)
         room = torch.empty(1 << 20, dtype=torch.uint8)
-        decoder.stream.stand_ins = _stand_ins(decoder, room)
+        read_ahead = decoder.stream
+        decoder.take_from(StandIns(decoder, room))
         reads: list[str] = []
         monkeypatch.setattr(type(decoder.store), "read_into", lambda _, piece, host: reads.append(piece))
         found = greedy(decoder, PROMPT, COUNT)
@@ -35,7 +36,7 @@ def test_pieces_that_stand_in_for_themselves_give_the_same_answer_and_nothing_is
         monkeypatch.undo()
         assert reads == []
         # Afterwards pieces are read again, in their order.
-        decoder.stream.stand_ins = None
+        decoder.take_from(read_ahead)
         decoder.return_to(0)
         assert torch.equal(greedy(decoder, PROMPT, COUNT)[1], due[1])
 
