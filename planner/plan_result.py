@@ -219,8 +219,8 @@ def gap_to(step: float, bound: float) -> float:
 
 
 def fingerprint(plan_: Plan) -> str:
-    """sha256 of a plan's content, without its own fingerprint and the seconds that it took to make."""
-    content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds"})
+    """sha256 of a plan's content, without its own fingerprint, the seconds that it took to make and its rehearsal."""
+    content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds", "rehearsal"})
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

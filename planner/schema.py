@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
 from tightfit.planner.instructions import Instruction, read_all, write_all
+from tightfit.profiles.learned import Rehearsal
 from tightfit.profiles.schema import MOBILLM, Device, Layer, Model, Optimizer, Program, ShorterStep, Tensor
 
 PLAN_VERSION = 8
@@ -156,6 +157,10 @@ class Plan(Record):
         description="where gradients are clipped: the update of all trainables, after the last step that adds to it",
     )
     timeline: list[TimelinePoint] = Field([], description="of `train`")
+    rehearsal: Rehearsal | None = Field(
+        None,
+        description="what a few steps of the plan took and held on the machine that it is for; None: not rehearsed",
+    )
 
     @property
     def steps(self) -> list[Phase]:

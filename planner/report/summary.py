@@ -108,6 +108,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         for step in plan.shorter
     ]
     summary["optimizer"] = plan.optimizer.get("name", "adamw")
+    summary["rehearsal"] = plan.rehearsal and plan.rehearsal.model_dump(mode="json")
     summary["marks"] = marks(plan.device)
     summary["decisions"] = decision_counts(plan)
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)

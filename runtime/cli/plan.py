@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,14 @@ def plan(
             help="Also plan 50 MiB less and 50 MiB more, of a small bare graph a tenth of the budget, to see what memory is worth.",
         ),
     ] = False,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse/--no-rehearse",
+            help="Carry the plan out for a few steps on made-up data, where its device is this machine, and plan anew with what that"
+            " teaches.",
+        ),
+    ] = True,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written.")] = Path("plan.json"),
     server: Server = None,
     as_json: Json = False,
@@ -66,32 +75,55 @@ def plan(
     from tightfit.planner.io import save_plan
     from tightfit.planner.problem.optimizers import chosen
     from tightfit.profiles.api import load_profile
-    from tightfit.runtime.cli.terminal import Solving, messages
+    from tightfit.runtime.cli.terminal import Solving, Stages, messages
     from tightfit.runtime.common.files import check_place
+    from tightfit.runtime.session.rehearsal import rehearsed
 
     check_place(output)
     console = messages()
     loaded = load_profile(profile)
-    wanted = chosen(loaded, asked["optimizer"], asked["max_grad_norm"])
     if server is not None and what_if:
         raise InputError("--what-if plans on this machine: leave out either it or --server")
-    with Interrupts() as interrupts, Solving(console, asked["time_limit"]) as solving:
-        if server is not None:
-            with service(server) as elsewhere:
-                planned = elsewhere.plan(loaded, budget, **asked, progress=solving)
-                why = elsewhere.explanation(planned)
-        else:
-            planned, why = _plan_here(wanted, budget, PlanOptions(**asked), solving, interrupts, what_if=what_if)
+    explanations: list[Explanation] = []
+    interrupted = False
+
+    def make(profile: Profile) -> Plan:
+        nonlocal interrupted
+        with Interrupts() as interrupts, Solving(console, asked["time_limit"]) as solving:
+            if server is None:
+                made, why = _plan_here(profile, budget, PlanOptions(**asked), solving, interrupts, what_if=what_if)
+            else:
+                with service(server) as elsewhere:
+                    made = elsewhere.plan(profile, budget, **asked, progress=solving)
+                    why = elsewhere.explanation(made)
+        interrupted = interrupts.seen
+        explanations.append(why)
+        return made
+
+    def step(profile: Profile) -> Profile:
+        """The step that is planned. The service chooses its optimizer itself."""
+        return chosen(profile, asked["optimizer"], asked["max_grad_norm"]) if server is None else profile
+
+    rehearsal = rehearsed(
+        loaded,
+        step,
+        make,
+        go_on=lambda: rehearse and not interrupted,
+        tell=console.print,
+        showing=partial(Stages, console),
+    )
+    planned, why = rehearsal.plan, explanations[-1]
+    interrupted = interrupted or rehearsal.interrupted
     if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
         # After its first answer the search went on and found that a smaller budget is enough: take that figure.
         smallest = why.shortfall.minimum_budget_bytes
         planned = planned.model_copy(update={"minimum_budget_bytes": smallest, "minimum_budget_reason": None})
-    summary = answers.facts(planned) | {"interrupted": interrupts.seen, "explanation": why.model_dump(mode="json")}
+    summary = answers.facts(planned) | {"interrupted": interrupted, "explanation": why.model_dump(mode="json")}
     if planned.status == "infeasible":
         answer(summary, None, as_json=as_json)
         console.print(f"tightfit: {answers.infeasible_text(planned, why)}")
         raise typer.Exit(3)
-    if interrupts.seen:
+    if interrupted:
         console.print(
             f"interrupted: this is the best plan found so far, at most {planned.gap:.2%} from the best of its kind"
         )

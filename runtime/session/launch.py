@@ -185,6 +185,7 @@ def prepared(
     member: Membership | None = None,
     adapter: str | os.PathLike[str] | None = None,
     tokens: Path | None = None,
+    traced_steps: Sequence[int] = (),
 ) -> Iterator[RunOrder | dict[str, Any]]:
     """Prepare a run (see `run`) up to starting its training process: check plan and machine, write data and job to
     `out`.
@@ -193,7 +194,7 @@ def prepared(
     the block runs. With `counted`, the memory of this process must fit the plan's budget too; otherwise CapError is
     raised before anything of an earlier run is replaced. `member`: which one of a fleet runs `plan`. `adapter`: the
     folder of the adapter that training starts from. `tokens`: a folder in which `tightfit.runtime.data.sequence` may have kept
-    these data as tokens; it is removed once they are prepared.
+    these data as tokens; it is removed once they are prepared. `traced_steps`: as of `settings_of`.
     """
     check_kind(plan)
     check_packing(plan, options)
@@ -255,6 +256,7 @@ def prepared(
             evaluation=evaluation.name if evaluation else None,
             resume=resume,
             profile_step=profile_step,
+            traced_steps=traced_steps,
             seat=seat,
             adapter_given=given,
         )

@@ -40,6 +40,7 @@ def settings_of(
     evaluation: str | None = None,
     requests: int | None = None,
     profile_step: bool = False,
+    traced_steps: Sequence[int] = (),
     seat: Seat | None = None,
     adapter_given: GivenAdapter | None = None,
     epoch_steps: float | None = None,
@@ -48,7 +49,8 @@ def settings_of(
     `adapter_given`: the adapter that training starts from; `epoch_steps`: the steps of an epoch, None where the data have no end.
 
     A run takes `options.steps` steps over the file `data` in the folder's ``data``, and evaluates on `evaluation` there; a
-    Session has neither, but a descriptor `requests` from which the training process reads.
+    Session has neither, but a descriptor `requests` from which the training process reads. `traced_steps`: numbers, from 1 for the
+    first of this start, of the steps whose instructions are timed one by one (`tightfit.runtime.engine.training.step_trace`).
     """
     name = "adamw" if seat else plan.optimizer.get("name", "adamw")
     optimizer = asdict(
@@ -89,6 +91,7 @@ def settings_of(
         "expected_evaluation_seconds": plan.evaluate.seconds if plan.evaluate else 0.0,
         "preference": plan.model.preference.model_dump() if plan.model.preference else None,
         "profile_step": profile_step,
+        "traced_steps": list(traced_steps),
         "fleet": asdict(seat) if seat else None,
         "adapter": [str(adapter_given.directory), adapter_given.checksum] if adapter_given else None,
         "conditions": conditions(plan, optimizer, options.seed)

@@ -40,6 +40,7 @@ from tightfit.runtime.engine.training.job import (
     program_values,
 )
 from tightfit.runtime.engine.training.job_tables import Names, StoredWeight, Trainable
+from tightfit.runtime.engine.training.step_trace import StepTrace
 from tightfit.runtime.engine.weights.store import Store
 
 if TYPE_CHECKING:
@@ -190,6 +191,8 @@ class Executor:
         """[calls, seconds] by operator name, "unpack", "update", "accumulate" and "perturb"; collected only while this is a
         dict.
         """
+        self.trace: StepTrace | None = None
+        """where the seconds of every instruction are recorded while this is one"""
         self.forwards: list[float] = []
         self.losses: Tensor | None = None
         self.between_forwards: Callable[[], object] = lambda: None
@@ -229,6 +232,9 @@ class Executor:
         self.seconds["stall"] = 0.0
         self.forwards.clear()
         place, index, length = begin, 0, len(words) if end is None else end
+        trace = self.trace
+        if trace is not None:
+            trace.begin()
         before = clock()
         while place < length:
             code = words[place]
@@ -278,7 +284,7 @@ class Executor:
                 where[number] = at
                 device.fence()  # an operator may still read the freed tensor that this overwrites
                 host = device.host(at, (weight.packed_bytes,), "uint8")
-                arriving[number] = self.channel.submit(self._read, weight.name, at, host)
+                arriving[number] = self._submit(self._read, weight.name, at, host)
                 place += 4
             elif code == UNPACK:
                 weight = self.weights[words[place + 1]]
@@ -309,14 +315,14 @@ class Executor:
                 number = words[place + 1]
                 device.fence()  # the operator that makes the tensor may still be running
                 host = device.host(where[number], (sizes[number],), "uint8")
-                leaving[number] = self.channel.submit(self._spill, where[number], host, self.extents[number])
+                leaving[number] = self._submit(self._spill, where[number], host, self.extents[number])
                 place += 2
             elif code == FETCH:
                 number, at = words[place + 1], words[place + 2] * UNIT
                 where[number] = at
                 device.fence()
                 host = device.host(at, (sizes[number],), "uint8")
-                arriving[number] = self.channel.submit(self._fetch, at, host, self.extents[number])
+                arriving[number] = self._submit(self._fetch, at, host, self.extents[number])
                 place += 3
             elif code == LOSS:
                 self.forwards.append(device.tensor(where[self.loss_number], (), "float32").item())
@@ -328,13 +334,25 @@ class Executor:
                 self.losses = device.tensor(where[number], shape, "float32").to("cpu", copy=True)
                 place += 1
             after = clock()
-            spent[code] += after - before
+            taken = after - before
+            spent[code] += taken
             before = after
             check(index)
             if code < LOSS:
                 index += 1
+                if trace is not None:
+                    trace.instruction(taken, self.seconds["stall"])
         for name, value in zip(CODES, spent):
             self.seconds[name] = value
+        if trace is not None:
+            self.channel.drain()
+            trace.end()
+
+    def _submit(self, transfer: Callable[..., None], *arguments: Any) -> int:
+        """Have the channel make a transfer; its ticket."""
+        if self.trace is None:
+            return self.channel.submit(transfer, *arguments)
+        return self.channel.submit(self.trace.transfer, transfer, *arguments)
 
     # --- transfers, in the channel's thread ------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from tightfit.runtime.engine.training import checkpoint
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.job import Job
 from tightfit.runtime.engine.training.session_protocol import EVALUATE, FINISH, STEP, Gone, Requests
+from tightfit.runtime.engine.training.step_trace import StepTrace
 from tightfit.runtime.engine.training.trainer import Training
 
 if TYPE_CHECKING:
@@ -117,6 +118,9 @@ class _Run:
         """those between the steps; None: there are none"""
         self.peaks: dict[str, int] = {}
         """VmHWM in bytes at the end of each part of the run"""
+        self.begun = 0
+        """the step after which this start goes on"""
+        self.trace: StepTrace | None = None
         self.narrowed = False
         """whether only those pages of code are mapped that an exchange runs"""
 
@@ -140,6 +144,7 @@ class _Run:
         else:
             training.initialise()
         known = self.evaluations.step if self.evaluations else None
+        self.begun = self.done
         self.metrics = Metrics(os.path.join(self.out, "metrics.jsonl"), self.done, known)
         if self.fleet:
             self.updates = Metrics(os.path.join(self.out, "fleet.jsonl"), self.done)
@@ -287,10 +292,15 @@ class _Run:
             training.meter.watch(self.header["expected_seconds"])
         if detailed:
             training.executor.detail = {}
+        traced = step - self.begun in self.header["traced_steps"]
+        if traced and self.trace is None:
+            self.trace = StepTrace(self.out)
+        training.executor.trace = self.trace if traced else None
         before = time.perf_counter()
         loss = training.step(step)
         seconds = time.perf_counter() - before
         tidy()
+        training.executor.trace = None
         if watched:
             self.send("timeline", which=watched, samples=training.meter.stop())
         if detailed:
