@@ -22,7 +22,6 @@ from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.profiles.io import load_profile, save_profile
 from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
-from tightfit.profiles.measuring.marks import marks
 from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.models.decoder import PAIRS_APART, Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
@@ -214,7 +213,7 @@ def profile(source: str, options: ProfileOptions) -> Profile:
                 moved = {"name": found.name, "source": found.path, "store": store}
                 here = loaded.model.model_copy(update=moved | {"base": found.base, "embeddings": found.embeddings})
                 earlier = loaded.model_copy(update={"model": here})
-                if not marks(earlier.device) or crowded(taken_now(threads), threads):
+                if not crowded(earlier.device.busy_cores, threads) or crowded(taken_now(threads), threads):
                     return earlier
         except InputError:
             cached.unlink(missing_ok=True)
@@ -312,7 +311,7 @@ def profile(source: str, options: ProfileOptions) -> Profile:
     )
     if elsewhere is not None:
         return estimate_profile(result, elsewhere)
-    if earlier is not None and _marked(earlier) <= _marked(result):
+    if earlier is not None and earlier.device.busy_cores <= result.device.busy_cores:
         return earlier
     save_profile(result, cached)
     return result
@@ -340,13 +339,6 @@ def _present(store: str | None) -> str | None:
     """Present path of a cached weight store, which may have moved with the cache; None if there is none."""
     places = () if store is None else (cache_directory() / "stores" / Path(store).name, Path(store))
     return next((str(place) for place in places if place.exists()), None)
-
-
-def _marked(profile: Profile) -> tuple[int, float]:
-    """Sort key for how doubtful a profile's figures are, smallest first: (number of marks, cores that other programs
-    took).
-    """
-    return len(marks(profile.device)), profile.device.busy_cores
 
 
 def _fingerprint(source: Source, *settings: Any) -> str:

@@ -231,7 +231,7 @@ class Channel(Record):
     )
     doubt: str | None = Field(
         None,
-        description="why the bandwidth is not the measured one, in words: what was measured, again and again, is not possible; None: it is",
+        description="in files of older versions: why the bandwidth is not the measured one, in words; None: it is",
     )
 
 

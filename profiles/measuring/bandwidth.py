@@ -32,8 +32,8 @@ all alike."""
 MOST_SECONDS = 4.0
 """Time for all turns together; `LEAST_TURNS` are made even if they take longer."""
 GROUP_SECONDS = 4e-3
-ATTEMPTS = 3
-"""Times that a measurement is made before an impossible result is given up on."""
+QUEUED = 4
+"""transfers that are requested at once"""
 FASTER = 1.5
 """A bandwidth above this many times that of the fastest such transfers alone cannot be right."""
 Transfer = Callable[[int, int, int], None]
@@ -68,40 +68,18 @@ def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, Any]]:
 def measure_transfers(
     channel: Channel, transfers: Mapping[str, Transfer], address: int, group: Group
 ) -> dict[str, dict[str, Any]]:
-    """`Channel` fields for each kind of transfer, measured while `group` computes.
+    """`Channel` fields for each kind of transfer, measured while `group` computes and `QUEUED` transfers wait in the queue, as in a
+    run.
 
-    Latency and seconds per byte are those of the line through the median times of small and of large transfers. A
+    Latency and seconds per byte are those of the line through the mean times of small and of large transfers. A
     transfer takes longer during a computation than alone, because its thread waits for a core and for Python's lock. It
     also slows the computation down: system calls and copies need a core, and an operator waits for its slowest thread.
-    The compute time lost is the time of the groups that run during the transfer minus that of as many groups at the
+    The compute time lost is the time of the groups that run during the transfers minus that of as many groups at the
     speed of one that ran alone just before.
 
-    On a busy machine the medians of small and large transfers may be so close that the line between them gives more
-    bytes per second than any disk moves. No transfer is faster during a computation than alone, so such a result is
-    measured again; if it persists, the figure of the transfers alone replaces it and `doubt` says so.
-    """
-    figures: dict[str, dict[str, Any]] = {}
-    fastest: dict[str, float] = {}
-    impossible, attempts = list(transfers), 0
-    while impossible and attempts < ATTEMPTS:
-        figures, fastest = _measured(channel, transfers, address, group)
-        impossible = [name for name in transfers if figures[name]["bytes_per_second"] > FASTER * fastest[name]]
-        attempts += 1
-    for name in impossible:
-        found, alone = figures[name]["bytes_per_second"], fastest[name]
-        figures[name]["bytes_per_second"] = alone
-        figures[name]["doubt"] = (
-            f"{name}s came out at {found / 1e6:,.0f} MB/s beside a computation, which is not possible, in each of {ATTEMPTS} attempts:"
-            f" the {alone / 1e6:,.0f} MB/s of transfers alone are taken; profile again"
-        )
-    return figures
-
-
-def _measured(
-    channel: Channel, transfers: Mapping[str, Transfer], address: int, group: Group
-) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """One attempt at `measure_transfers`: its result, and for each kind the bytes per second of the fastest transfers
-    alone.
+    Waiting for a core may take small transfers as long as large ones, so that the line between them gives more bytes per second than
+    any disk moves. No transfer is faster during a computation than alone; where the line says so, the bandwidth is that of transfers
+    alone, and the latency what large transfers took beside it.
     """
     kinds = list(itertools.product(transfers, SIZES))
     taken: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
@@ -115,30 +93,38 @@ def _measured(
             break
         for name, size in kinds:
             # Kinds use distant parts of the file: a disk may still hold in its own memory what was written last.
-            place = turn * size + apart[name]
-            offset = place % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0]
-            least[name, size] = min(least[name, size], _alone(channel, transfers[name], address, size, offset))
+            places = (apart[name] + (QUEUED * turn + number) * size for number in range(QUEUED))
+            offsets = [place % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0] for place in places]
+            least[name, size] = min(least[name, size], _alone(channel, transfers[name], address, size, offsets[0]))
             begin = time.perf_counter()
             group.run()
             alone = time.perf_counter() - begin
-            seconds, beside, groups = _beside(channel, group, transfers[name], address, size, offset)
-            taken[name, size].append(seconds)
-            lost[name, size].append(beside - groups * alone)
+            seconds, beside, groups = _beside(channel, group, transfers[name], address, size, offsets)
+            taken[name, size] += seconds
+            lost[name, size].append((beside - groups * alone) / QUEUED)
     figures: dict[str, dict[str, Any]] = {}
-    fastest = {}
     for name in transfers:
-        latency, per_byte = _line([statistics.median(taken[name, size]) for size in SIZES])
+        latency, per_byte = _line([_mean(taken[name, size]) for size in SIZES])
+        # Disturbances only ever lengthen a transfer, so the shortest ones tell most about the disk.
+        _, least_per_byte = _line([least[name, size] for size in SIZES])
+        least_per_byte = least_per_byte or least[name, SIZES[-1]] / SIZES[-1]
+        if per_byte * FASTER < least_per_byte:
+            per_byte = least_per_byte
+            latency = max(0.0, _mean(taken[name, SIZES[-1]]) - per_byte * SIZES[-1])
         lost_per_transfer, lost_per_byte = _line([statistics.median(lost[name, size]) for size in SIZES])
         figures[name] = {
-            "bytes_per_second": 1.0 / max(per_byte, 1e-12),
+            "bytes_per_second": 1.0 / per_byte,
             "latency_seconds": latency,
             "compute_seconds_per_byte": lost_per_byte,
             "compute_seconds_per_transfer": lost_per_transfer,
         }
-        # Disturbances only ever lengthen a transfer, so the shortest ones tell most about the disk.
-        _, least_per_byte = _line([least[name, size] for size in SIZES])
-        fastest[name] = 1.0 / (least_per_byte or least[name, SIZES[-1]] / SIZES[-1])
-    return figures, fastest
+    return figures
+
+
+def _mean(seconds: Sequence[float]) -> float:
+    """The mean without the tenth that took longest: the queue's time is a sum, but not of what the machine did otherwise."""
+    kept = sorted(seconds)[: max(1, len(seconds) - len(seconds) // 10)]
+    return statistics.fmean(kept)
 
 
 def _line(seconds: Sequence[float]) -> tuple[float, float]:
@@ -156,26 +142,28 @@ def _alone(channel: Channel, transfer: Transfer, address: int, size: int, offset
 
 
 def _beside(
-    channel: Channel, group: Group, transfer: Transfer, address: int, size: int, offset: int
-) -> tuple[float, float, int]:
-    """(seconds from request to end of a transfer, seconds of the groups that ran meanwhile, number of those groups)."""
+    channel: Channel, group: Group, transfer: Transfer, address: int, size: int, offsets: Sequence[int]
+) -> tuple[list[float], float, int]:
+    """(seconds of each transfer, seconds of the groups that ran meanwhile, number of those groups)."""
     done: list[float] = []
 
-    def timed() -> None:
+    def timed(offset: int) -> None:
+        begin = time.perf_counter()
         try:
             transfer(address, size, offset)
         finally:
-            done.append(time.perf_counter())
+            done.append(time.perf_counter() - begin)
 
-    groups = 0
+    groups, ticket = 0, 0
     begin = time.perf_counter()
-    ticket = channel.submit(timed)
-    while not groups or not done:
+    for offset in offsets:
+        ticket = channel.submit(timed, offset)
+    while not groups or len(done) < len(offsets):
         group.run()
         groups += 1
     beside = time.perf_counter() - begin
     channel.wait(ticket)
-    return done[0] - begin, beside, groups
+    return done, beside, groups
 
 
 class Group:

@@ -13,7 +13,6 @@ from tightfit.planner.report.html import comparison_page
 from tightfit.planner.report.summary import plan_summary, profile_summary
 from tightfit.profiles.measuring import bandwidth
 from tightfit.profiles.measuring.bandwidth import Group, measure_channels, measure_transfers
-from tightfit.profiles.schema import Channel as Channel_
 from tightfit.runtime.cli.answers import comparison_text, profile_text
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.engine.device.channels import Channel
@@ -64,17 +63,27 @@ def test_figures_are_those_of_a_transfer_beside_a_computation(channel):
     assert group.beside, "groups end while a transfer is under way"
 
 
-def test_the_time_of_a_transfer_counts_from_its_request(channel):
-    """What is queued ahead of it, or keeps its thread from starting, is part of it."""
+def test_transfers_are_measured_one_behind_the_other_and_each_counts_its_own_time(channel):
+    """As in a run, whose plan has several under way: what a transfer waits for those before it is the queue's time, not its own."""
+    waiting, most = 0, 0
     submit = channel.submit
 
-    def behind_another(transfer):
-        submit(time.sleep, 5e-3)
-        return submit(transfer)
+    def counted(transfer, *arguments):
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
 
-    channel.submit = behind_another
-    figures = measure_transfers(channel, {"write": sleep}, 0, Group(torch.float32))["write"]
-    assert figures["latency_seconds"] >= (LATENCY + 5e-3) * 0.95
+        def made(*given):
+            nonlocal waiting
+            transfer(*given)
+            waiting -= 1
+
+        return submit(made, *arguments)
+
+    channel.submit = counted
+    figures = measure_transfers(channel, {"write": sleep}, 0, Products())["write"]
+    assert most == bandwidth.QUEUED
+    assert LATENCY * 0.7 < figures["latency_seconds"] < LATENCY * 2
 
 
 def test_what_computing_loses_is_told_by_transfer_and_by_byte(channel):
@@ -96,15 +105,11 @@ def test_what_computing_loses_is_told_by_transfer_and_by_byte(channel):
 
 
 class Crossed:
-    """A computation beside which large transfers end as soon as small ones in the first `turns` attempts: two medians that cross."""
+    """A computation beside which small transfers take as long as large ones, as where each waits for a core."""
 
-    def __init__(self, monkeypatch, attempts):
-        self.attempts, self.beside = attempts, False
-        measured, beside = bandwidth._measured, bandwidth._beside
-
-        def attempt(*args):
-            self.attempts -= 1
-            return measured(*args)
+    def __init__(self, monkeypatch):
+        self.beside = False
+        beside = bandwidth._beside
 
         def one(*args):
             self.beside = True
@@ -113,33 +118,29 @@ class Crossed:
             finally:
                 self.beside = False
 
-        monkeypatch.setattr(bandwidth, "_measured", attempt)
         monkeypatch.setattr(bandwidth, "_beside", one)
 
     def transfer(self, address, size, offset):
-        crossed = self.beside and self.attempts >= 0
-        time.sleep(LATENCY if crossed else LATENCY + size / BANDWIDTH)
+        time.sleep(LATENCY + (max(bandwidth.SIZES) if self.beside else size) / BANDWIDTH)
 
     def run(self):
         time.sleep(LATENCY / 10)
 
 
-@pytest.mark.parametrize("attempts", [1, 99])
-def test_what_is_not_possible_is_measured_again_and_marked_where_it_stays_so(channel, monkeypatch, attempts):
-    group = Crossed(monkeypatch, attempts)
-    figures = measure_transfers(channel, {"read": group.transfer}, 0, group)["read"]
+def test_no_bandwidth_is_above_that_of_transfers_alone(channel, monkeypatch):
+    """The bandwidth of transfers alone is taken, and large transfers still take what they took."""
+    figures = measure_transfers(channel, {"read": Crossed(monkeypatch).transfer}, 0, Products())["read"]
     assert BANDWIDTH / 2.5 < figures["bytes_per_second"] < BANDWIDTH * 1.5
-    assert attempts - group.attempts == (2 if attempts == 1 else bandwidth.ATTEMPTS)
-    read = Channel_.model_validate(figures)
-    if attempts == 1:
-        assert read.doubt is None
-        return
-    assert read.doubt.startswith("reads came out at ")
-    assert "in each of 3 attempts: the " in read.doubt
-    # The profile and each of its plans say it first, in one line.
+    size = max(bandwidth.SIZES)
+    taken = figures["latency_seconds"] + size / figures["bytes_per_second"]
+    assert LATENCY * 0.7 < taken - size / BANDWIDTH < LATENCY * 2
+
+
+def test_a_doubt_that_an_older_version_wrote_is_still_told():
+    """The profile and each of its plans say it first, in one line."""
     on = device()
-    on = on.model_copy(update={"read": read})
-    planner = ModelPlanner(small_chain(1, on=on))
+    read = on.read.model_copy(update={"doubt": "reads came out at 9 MB/s"})
+    planner = ModelPlanner(small_chain(1, on=on.model_copy(update={"read": read})))
     assert profile_summary(planner.profile)["marks"] == [read.doubt]
     made = planner.plan(1 << 40)
     assert explain(made)[0] == f"caution: {read.doubt}"

@@ -87,13 +87,9 @@ def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, m
     calls = []
 
     def measured(*args, **options):
-        """The figures of the first call, which is made in earnest; no doubt about the disk is among them."""
+        """The figures of the first call, which is made in earnest."""
         calls.append((args, options))
-        return (
-            measure()
-            | {"busy_cores": next(told_busy)}
-            | {way: measure()[way] | {"doubt": None} for way in ("read", "write")}
-        )
+        return measure() | {"busy_cores": next(told_busy)}
 
     monkeypatch.setattr(api, "measure", measured)
     first = profile(str(here), seq=16, threads=1)
