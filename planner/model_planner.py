@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import cached_property
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
-from tightfit.planner.plan_result import answered, drafted, drafted_phase, sealed, too_small
+from tightfit.planner.known_plans import remember_smallest, smallest_known
+from tightfit.planner.plan_result import answered, drafted, drafted_phase, rebudgeted, sealed, too_small
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.clipping import refuse_clipping
 from tightfit.planner.problem.device_forward import device_forward
@@ -49,6 +50,8 @@ class ModelPlanner:
         self.solver = Solver(self.problem, options)
         self._minimum: dict[str, tuple[Schedule, bool]] = {}
         """policy -> (schedule of the lowest peak found, whether the search for a lower one has ended)"""
+        self._known: dict[str, Plan | None] = {}
+        """policy -> the plan of the lowest peak that an earlier call, perhaps in another process, has found"""
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._relaxed: dict[str, tuple[AnyScheduleBound, ...]] = {}
         """policy with steps of its own (MeZO, LCSB) -> programs of the bound for any schedule of each of these steps"""
@@ -86,7 +89,10 @@ class ModelPlanner:
         if outcome.schedule is None:
             least, timely = self._least(name, deadline)
             if least.peak_bytes > budget_bytes:
-                return self._infeasible(budget_bytes, name, least, any_bound, started, timely=timely)
+                smallest = self._smallest(name, least)
+                if smallest.peak_bytes <= budget_bytes:
+                    return rebudgeted(smallest, budget_bytes=budget_bytes, bound_seconds=any_bound, any_bound=any_bound)
+                return self._infeasible(budget_bytes, smallest, any_bound, started, timely=timely)
             outcome = replace(outcome, schedule=least, fallback=False, deterministic=timely and outcome.deterministic)
         return self._finish(budget_bytes, name, outcome, started, asked=gap)
 
@@ -165,17 +171,30 @@ class ModelPlanner:
         time_limit = checked_limit(time_limit)
         started = time.monotonic()
         least, timely = self._least(policy or "solver", started + time_limit)
-        any_bound = self._any_bound(least.peak_bytes, policy or "solver", ANY_SHARE * time_limit)
-        outcome = SearchResult(
-            schedule=least, bound_seconds=any_bound, any_bound_seconds=any_bound, deterministic=timely
-        )
-        return self._finish(least.peak_bytes, policy or "solver", outcome, started)
+        smallest = self._smallest(policy or "solver", least)
+        any_bound = self._any_bound(smallest.peak_bytes, smallest.policy, ANY_SHARE * time_limit)
+        found = rebudgeted(smallest, bound_seconds=any_bound, any_bound=any_bound)
+        return found.model_copy(update={"deterministic": timely, "solve_seconds": time.monotonic() - started})
+
+    def _smallest(self, policy: str, least: Schedule) -> Plan:
+        """The plan of the lowest peak: of `least`, or one that an earlier call has found, with no bounds proven."""
+        if policy not in self._known:
+            self._known[policy] = smallest_known(self.profile, policy)
+        known = self._known[policy]
+        if known is not None and known.peak_bytes <= least.peak_bytes:
+            return known
+        found = SearchResult(schedule=least, bound_seconds=0.0, any_bound_seconds=0.0)
+        made = self._known[policy] = self._finish(least.peak_bytes, policy, found, time.monotonic())
+        remember_smallest(self.profile, made)
+        return made
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> int:
         """The smallest budget, in bytes, for which `plan` finds a plan."""
-        return self.minimum(policy=policy, time_limit=time_limit).peak_bytes
+        if policy == MOBILLM:
+            return self._device.minimum_bytes(time_limit=time_limit)
+        return self._smallest(policy or "solver", self.minimum(policy=policy, time_limit=time_limit)).peak_bytes
 
     @staticmethod
     def policies() -> tuple[str, ...]:
@@ -215,19 +234,18 @@ class ModelPlanner:
             self._minimum[policy] = least, ended
         return least, ended
 
-    def _infeasible(
-        self, budget: int, policy: str, least: Schedule, any_bound: float, started: float, *, timely: bool
-    ) -> Plan:
-        told = self._assemble(least.peak_bytes, policy, least)
+    def _infeasible(self, budget: int, told: Plan, any_bound: float, started: float, *, timely: bool) -> Plan:
+        """The answer where nothing fits the budget; `told` is the plan of the lowest peak that is known."""
         floor = told.device.floor
         simulation = simulate(told)
+        smallest = simulation.peak_bytes
         phases = (simulation.train, *simulation.cycle, simulation.evaluate, simulation.update)
         worst = max((phase for phase in phases if phase is not None), key=lambda phase: phase.peak_bytes)
         largest = ", ".join(list(worst.peak.tensors)[:3])
         if budget < floor.start_peak_bytes:
             reason = (
                 f"importing Python and PyTorch alone reaches {floor.start_peak_bytes} bytes; the smallest plan needs"
-                f" {least.peak_bytes}"
+                f" {smallest}"
             )
             if "+cu" in (told.device.torch_version or "") and not floor.cuda_stubs:
                 reason += (
@@ -238,13 +256,13 @@ class ModelPlanner:
             reason = (
                 f"the smallest plan peaks at {worst.peak.text} with {largest} resident: {floor.held_bytes} bytes of"
                 f" Python and PyTorch, {simulation.arena_bytes} of tensors, {simulation.workspace_bytes} of workspace"
-                f" and {least.peak_bytes - floor.held_bytes - simulation.arena_bytes - simulation.workspace_bytes}"
+                f" and {smallest - floor.held_bytes - simulation.arena_bytes - simulation.workspace_bytes}"
                 " of schedule; a shorter sequence, a smaller batch or smaller head chunks lower it"
             )
         return too_small(
             told,
             budget,
-            minimum_bytes=least.peak_bytes,
+            minimum_bytes=smallest,
             reason=reason,
             any_bound=any_bound,
             started=started,

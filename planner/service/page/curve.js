@@ -7,7 +7,7 @@ export function budgetCurve(series, { least, most, width }) {
   const { picture, x, y, at, unit, height } = made, foot = height - BOTTOM, edge = x(least / unit.size);
   picture.prepend(svg("rect", { class: "beyond", x: LEFT, width: Math.max(0, edge - LEFT), y: TOP, height: foot - TOP }));
   picture.append(svg("line", { class: "cap", x1: edge, x2: edge, y1: TOP, y2: foot }));
-  picture.append(svg("text", { class: "cap-label", x: edge + 6, y: TOP + 10 }, `nothing fits below ${atLeast(least, unit)} ${unit.name}`));
+  picture.append(svg("text", { class: "cap-label", x: edge + 6, y: TOP + 10 }, `no plan found below ${atLeast(least, unit)} ${unit.name}`));
   const line = svg("line", { class: "here", y1: TOP, y2: foot }), dot = svg("circle", { class: "here-dot", r: 7 });
   const here = svg("g", { visibility: "hidden" }, line, dot);
   picture.append(here);

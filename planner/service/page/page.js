@@ -259,7 +259,7 @@ function mark() {
 // The smallest budget that is enough for a policy's plans, as far as it is known.
 function needs(policy) {
   const known = misfits(policy).map((one) => one.needs).filter(Boolean);
-  return Math.min(...known, policy === "solver" ? state.least : Infinity);
+  return Math.min(...known, policy === "solver" ? state.least : Infinity, ...points(policy).map((one) => one.budget));
 }
 
 // What is known of the budget and the policy that are chosen, and of nothing else: said anew whenever they or it change.
@@ -279,8 +279,8 @@ function judge() {
   const here = state.cells.find((one) => one.budget_bytes === budget && one.policy === policy);
   const least = here?.summary.minimum_budget_bytes || needs(policy), enough = needs("solver");
   if (!here && (budget >= least || least === Infinity)) return say(`${asked}: no plan made yet`, false);
-  if (policy === "solver") return say(`Does not fit ${asked}: the smallest budget that is enough is ${atLeast(least)} MiB`, false);
-  const others = budget >= enough ? `plans of the solver fit from ${atLeast(enough)} MiB on` : `nor does any other plan: the smallest budget that is enough is ${atLeast(enough)} MiB`;
+  if (policy === "solver") return say(`Does not fit ${asked}: the smallest budget found to be enough is ${atLeast(least)} MiB`, false);
+  const others = budget >= enough ? `plans of the solver fit from ${atLeast(enough)} MiB on` : `nor does any other plan found: the smallest budget found to be enough is ${atLeast(enough)} MiB`;
   say(`The rule ${policy} does not fit ${asked}, it needs ${atLeast(least)} MiB; ${others}`, false);
 }
 

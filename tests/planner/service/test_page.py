@@ -184,7 +184,7 @@ def test_why_nothing_fits(page, served, pictures):
     set_budget(page, round(smallest - 1, 1))
     verdict = page.locator("#verdict")
     expect(verdict).to_contain_text("Does not fit")
-    expect(verdict).to_contain_text("the smallest budget that is enough is")
+    expect(verdict).to_contain_text("the smallest budget found to be enough is")
     expect(page.locator("#plan-title")).to_have_text("3. Why nothing fits")
     told = page.locator("#sentences").inner_text()
     assert "smallest" in told
@@ -289,7 +289,7 @@ def test_the_verdict_is_of_the_budget_and_the_policy_that_are_chosen(browser, pa
         late[0].continue_()
     own.wait_for_timeout(300)
     expect(verdict).to_have_text(
-        re.compile(rf"^Does not fit {smallest - 3:,.1f} MiB: the smallest budget that is enough is")
+        re.compile(rf"^Does not fit {smallest - 3:,.1f} MiB: the smallest budget found to be enough is")
     )
     assert verdict.get_attribute("class") == "verdict not"
     own.unroute("**/view")
@@ -308,7 +308,7 @@ def test_the_verdict_is_of_the_budget_and_the_policy_that_are_chosen(browser, pa
     assert "the rule keep-all does not fit" in told
     assert "no plan fits" not in told
     set_budget(own, round(smallest - 3, 1))
-    expect(verdict).to_contain_text("nor does any other plan: the smallest budget that is enough is")
+    expect(verdict).to_contain_text("nor does any other plan found: the smallest budget found to be enough is")
     own.close()
 
 
