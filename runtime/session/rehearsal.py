@@ -112,10 +112,8 @@ def rehearsed(
         tell(words)
 
     reason = why_not(plan)
-    if reason is not None and plan.train is not None:
-        told(f"not rehearsed: {reason}")
-    if reason is not None:
-        return Made(plan=plan, said=said)
+    if reason is not None:  # which a plan tells itself: `tightfit.planner.report.explain`
+        return Made(plan=plan, said=[f"not rehearsed: {reason}"])
     for turn in range(ROUNDS):
         if not go_on():
             break

@@ -1,4 +1,5 @@
-"""Notices that other programs hold the cores of a training process, so that its steps take longer than planned.
+"""Notices that steps take longer than planned since other programs hold the cores of a training process, or otherwise than planned
+although none does.
 
 Linux counts for each thread how long it ran, and how long it was ready to run and waited for a core
 (``/proc/PID/task/TID/schedstat``, nanoseconds). A thread may wait for others of its own process, too; so the cores also
@@ -25,6 +26,8 @@ LEAST_STEPS = 2
 """between two looks"""
 SLOWER = 1.2
 """a step is slow from so many times the planned seconds on"""
+OFF, FEWEST = 0.15, 3
+"""share of the planned seconds by which so many steps have to differ to be told of where nothing is in the way"""
 CROWDED, FREE = 1 / 8, 1 / 16
 """Cores for which the threads wait and which others use: from the first on others are in the way, below the second no
 longer."""
@@ -74,7 +77,7 @@ class Contention:
         the process, as `usage_of` does.
         """
         self._threads, self._planned, self._usage, self._clock = threads, step_seconds, usage, clock
-        self._crowded = False
+        self._crowded = self._differed = False
         self._said = {True: -QUIET_SECONDS, False: -QUIET_SECONDS}
         self._steps, self._seconds, self._waited, self._others = 0, 0.0, 0.0, 0.0
         """of all steps during which others were in the way: their number, and sums over them"""
@@ -115,6 +118,12 @@ class Contention:
             self._seconds += sum(taken)
             self._waited += waited * sum(taken) / elapsed
             self._others += others * sum(taken) / elapsed
+        if least <= FREE and not self._differed and len(taken) >= FEWEST and abs(mean / expected - 1) > OFF:
+            self._differed = True
+            return (
+                f"the last {len(taken)} steps took {mean:.3f} s each where {expected:.3f} s are planned, and no other program is in the"
+                " way: the run goes on; `tightfit plan` rehearses and would plan for what happens"
+            )
         if self._crowded == was or self._clock() - self._said[self._crowded] < QUIET_SECONDS:
             return None
         self._said[self._crowded] = self._clock()

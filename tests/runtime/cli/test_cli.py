@@ -28,9 +28,10 @@ FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB,
 
 @pytest.fixture
 def planned(monkeypatch):
-    """Let `plan` load any profile and answer with a given plan; the solver itself has its own tests."""
+    """Let `plan` load any profile and answer with a given plan; the solver itself, and rehearsals, have their own tests."""
     from tightfit.planner import plan as planner_plan
     from tightfit.profiles import api as profiles_api
+    from tightfit.runtime.session import rehearsal
 
     def answer(plan, smallest=None):
         class Planner:
@@ -54,6 +55,8 @@ def planned(monkeypatch):
 
         monkeypatch.setattr(profiles_api, "load_profile", lambda path: None)
         monkeypatch.setattr(planner_plan, "planner_of", Planner)
+        monkeypatch.setattr(rehearsal, "figures_id", lambda profile: "none")
+        monkeypatch.setattr(rehearsal, "why_not", lambda plan: "it has tests of its own")
 
     return answer
 

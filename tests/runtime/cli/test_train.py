@@ -314,7 +314,9 @@ def test_the_stages_are_called_with_their_options(made, tightfit):
         "profile",
         "plan",
         "plan",
+        "plan",
     ]
+    assert "not rehearsed" in err.splitlines()[-1]
     assert "next:" not in err
 
 

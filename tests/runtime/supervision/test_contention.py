@@ -105,8 +105,16 @@ def test_steps_of_several_lengths_are_slow_by_what_was_planned_for_theirs() -> N
 )
 def test_what_is_not_the_fault_of_others_is_not_said(way: dict[str, float]) -> None:
     machine = Machine()
-    assert machine.steps(100, **way) == []
+    said = machine.steps(100, **way)
+    assert not [line for line in said if line.startswith("other programs")]
     assert machine.contention.told is None
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.2, 1), (0.08, 1), (0.13, 0)])
+def test_steps_that_differ_though_nothing_is_in_the_way_are_told_of_once(seconds: float, count: int) -> None:
+    said = Machine().steps(100, seconds)
+    assert len(said) == count
+    assert all(f"took {seconds:.3f} s each where 0.125 s are planned, and no other program" in line for line in said)
 
 
 def test_one_thread_is_not_told_to_be_fewer() -> None:
