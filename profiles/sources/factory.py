@@ -112,11 +112,10 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
         raise InputError(f"{source}: the module has no parameters; there is nothing to train")
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise InputError(f"{source}: no parameter of the module requires a gradient; there is nothing to train")
-    if inputs is not None:
-        try:
-            with_loss(module, loss_fn[0], inputs)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
+    try:
+        with_loss(module, loss_fn[0] if loss_fn else None, inputs)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     module.float()
     for held in (*module.parameters(), *module.buffers()):
         held.data = held.data.contiguous()  # the layout in which it is stored
