@@ -346,10 +346,8 @@ def _earlier(
 def _profile(given: Mapping[str, Any]) -> Profile:
     """The first stage: measures a step."""
     path = given["output"] / PROFILE
-    usual = inspect.signature(profile).parameters["seq"].default
-    seq = usual if given["seq"] is None else given["seq"]
     with stage():
-        profile(**_part(profile, given) | {"seq": seq, "output": path, "as_json": True})
+        profile(**_part(profile, given) | {"output": path, "as_json": True})
     from tightfit.profiles.io import load_profile
 
     return load_profile(path)
