@@ -204,7 +204,7 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     functions.restore(program.graph)
     _open_copies(program.graph)
     _open_constants(program)
-    _leave_out_nothing(program.graph)
+    _drop_empty_parts(program.graph)
     _free_layouts(program.graph)
     keep_statistics(module, program)
     signature = program.graph_signature
@@ -316,7 +316,7 @@ def _open_constants(program: torch.export.ExportedProgram) -> None:
             user.replace_input_with(node, made)
 
 
-def _leave_out_nothing(graph: fx.Graph) -> None:
+def _drop_empty_parts(graph: fx.Graph) -> None:
     """Replace what one tensor appended to an empty one makes, as caches begin, by that tensor."""
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
         empty = [part for part in node.args[0] if part.meta["val"].shape == (0,)]

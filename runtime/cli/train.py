@@ -261,7 +261,7 @@ def _budget(memory: str, console: Console, *, resume: bool) -> int:
 
 def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> tuple[int | None, str | None]:
     """Tokens of a sequence, and shorter lengths: those asked for, or what the data need, which are then kept in the folder `tokens`.
-    A module, whose batches have their shape, has no sequence.
+    A module, whose batches have their shape, has no sequence, and profiling refuses one that is asked for.
 
     Raises InputError if there are no such data.
     """
@@ -271,7 +271,7 @@ def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Conso
 
     asked, buckets = given["seq"], given["buckets"]
     if names_module(given["model"]):
-        return None, buckets
+        return asked, buckets
     check_files(given["data"], given["evaluate"])
     if asked is not None and buckets != AUTO:
         return int(asked), buckets

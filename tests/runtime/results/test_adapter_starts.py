@@ -84,3 +84,13 @@ def test_another_is_refused_by_everything_that_takes_an_adapter(start: str, base
     ):
         with pytest.raises(InputError, match=f"init_lora_weights is '{start}', a start that "):
             door()
+
+
+def test_a_base_at_a_revision_of_the_hub_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = started(tmp_path / "adapter", base, True)
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    changed = told | {"base_model_name_or_path": "some/model", "revision": "v2"}
+    (adapter / "adapter_config.json").write_text(json.dumps(changed))
+    with pytest.raises(InputError, match=r"its base is some/model at the revision 'v2', .* name its folder with --base"):
+        merge(adapter, tmp_path / "merged")
+    merge(adapter, tmp_path / "merged", base=str(base))
