@@ -28,7 +28,7 @@ from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
 from tightfit.profiles.models.lora import LoraConfig, given, layer_numbers
 from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
-from tightfit.profiles.options import MOST_ACCUMULATED, ProfileOptions, Progress
+from tightfit.profiles.options import BATCH, MOST_ACCUMULATED, SEQ, ProfileOptions, Progress
 from tightfit.profiles.schema import (
     KNOWN,
     POSITIONS,
@@ -104,13 +104,13 @@ CODE = (
 
 
 @keywords_of(ProfileOptions)
-def profile(source: str, options: ProfileOptions) -> Profile:
+def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     """Trace and measure one training step of `source` on this machine, or trace it and estimate its times for another
     `device`.
 
     `source` is anything that `tightfit.profiles.sources.lookup.resolve` takes; `device` is "cpu" (this machine) or
-    anything that `tightfit.profiles.devices.data_sheets.find_device` takes. The step has `batch` samples of `seq`
-    tokens; a module:factory brings its own sample batch instead. The gradients of `accumulate` steps make one optimizer
+    anything that `tightfit.profiles.devices.data_sheets.find_device` takes. The step has `batch` samples (default: 1) of
+    `seq` tokens (default: 256); a module:factory brings its own sample batch instead. The gradients of `accumulate` steps make one optimizer
     update. `dtype` is the type of activations and unpacked weights (default: bfloat16 for language models, float32 for a
     module of your own). `threads` defaults to all cores that this process may use, or to what a CPU quota (a container's
     `--cpus`) leaves of them.
@@ -143,8 +143,8 @@ def profile(source: str, options: ProfileOptions) -> Profile:
     Raises InputError for a source, shape or device that cannot be used, RunError if packing or measuring fails.
     """
     batch, seq, accumulate, dtype, threads = (
-        options.batch,
-        options.seq,
+        BATCH if options.batch is None else options.batch,
+        SEQ if options.seq is None else options.seq,
         options.accumulate,
         options.dtype,
         options.threads,
@@ -187,6 +187,12 @@ def profile(source: str, options: ProfileOptions) -> Profile:
             "a side network has no adapter" if side is not None else f"{found.name} is a module, trained in full itself"
         )
         raise InputError(f"modules-to-save {', '.join(lora.modules_to_save)}: {what}; leave the option out")
+    if found.kind == "module":
+        for name, given_size in (("batch", options.batch), ("seq", options.seq)):
+            if given_size is not None:
+                raise InputError(
+                    f"{name} {given_size}: {found.name} is a module, whose factory gives the sample batch; give it there"
+                )
     preference = _preference(found, side, options.loss, options.beta)
     if options.buckets is not None and (side is not None or found.kind == "module"):
         what = "a side network takes whole batches"

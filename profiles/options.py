@@ -16,6 +16,8 @@ Progress = Callable[[str, int, int], None]
 Bits = Literal["4bit", "8bit", "16bit"]
 MOST_ACCUMULATED = 1 << 16
 """most steps whose gradients make one update"""
+SEQ, BATCH = 256, 1
+"""tokens and samples of a language model's step, unless others are asked for"""
 LARGEST_RANK = 1 << 14
 """of what the service is asked for, as are the other largest numbers here"""
 LARGEST_ALPHA = 1e9
@@ -31,7 +33,9 @@ class ProfileOptions:
     from there what they say of each (`tightfit.runtime.common.options`).
     """
 
-    seq: int = option(256, "Tokens per sample.", label="Sequence", least=1, most=1 << 20)
+    seq: int | None = option(
+        None, f"Tokens per sample; default: {SEQ}.", label="Sequence", metavar="TOKENS", least=1, most=1 << 20
+    )
     buckets: str | None = option(
         None,
         "Shorter lengths, such as 64,128: a batch is padded only to the shortest of them that holds its samples, which a run puts together by length.",
@@ -40,7 +44,7 @@ class ProfileOptions:
         longest=256,
         pattern=r"^[0-9]{1,7}(,[0-9]{1,7})*$",
     )
-    batch: int = option(1, "Samples per step.", least=1, most=1 << 16)
+    batch: int | None = option(None, f"Samples per step; default: {BATCH}.", metavar="SAMPLES", least=1, most=1 << 16)
     lora_rank: int | None = option(
         None, "Rank of the LoRA pairs; default: 8.", label="LoRA rank", least=1, most=LARGEST_RANK
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.measuring.marks import marks
+from tightfit.profiles.models.decoder_config import long_positions
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.pipeline_schema import PipelinePlan
@@ -87,6 +88,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "quota_cores": profile.device.quota_cores,
         "compared": profile.model.compared,
         "base": profile.model.rounding,
+        "positions": long_positions(profile.model.config, profile.seq or 0),
         "adapter_base": profile.model.config.get("adapter_base", profile.model.source),
         "marks": marks(profile.device),
     }

@@ -123,6 +123,24 @@ def handwritten(config: dict[str, Any]) -> bool:
     return not isinstance(kind, str) or kind not in ("dynamic", "yarn", "longrope")
 
 
+def long_positions(config: Mapping[str, Any], seq: int) -> str | None:
+    """What becomes of short samples in a step of `seq` tokens where longrope turns positions otherwise in long sequences, in words;
+    None: nothing.
+    """
+    told = config.get("rope_scaling") or config.get("rope_parameters")
+    told = told if isinstance(told, Mapping) else {}
+    for rope in (told, *told.values()):
+        if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
+            continue
+        short = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+        if isinstance(short, int) and short < seq:
+            return (
+                f"the long factors of longrope in every sample, as transformers has them in rows of more than {short} tokens; a sample"
+                f" of at most {short} tokens, given to it alone, has the short ones: where most are, profile with --seq {short}"
+            )
+    return None
+
+
 def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     """Read a Hugging Face config. Raises InputError naming the field that is missing or not supported."""
     family = family_of(config)

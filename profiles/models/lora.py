@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,23 @@ NEUTRAL: Mapping[str, Any] = {
     "monteclora_config": None,
     "velora_config": None,
 }
-"""Fields of PEFT's adapter_config.json that change what is computed, and the values at which they do not. `fan_in_fan_out` is
-not among them: PEFT sets it as the kind of layer needs it."""
+"""Fields of PEFT's adapter_config.json that change what is computed, and the values at which they do not."""
+STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of PEFT's `init_lora_weights` at which the base stays as it is, so that the adapter's tensors are all of it."""
+BASE_CHANGED = re.compile(r"pissa.*|olora|corda.*|loftq|lora_ga")
+"""Values at which the first pairs are taken out of the base's weights, whose values then differ from those of its files."""
+READ = (
+    *("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "lora_dropout", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights"),
+)
+"""Fields that `from_peft` reads."""
+WITHOUT_EFFECT = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+)
+"""Fields that change nothing by themselves: names, `fan_in_fan_out`, which PEFT sets as the kind of layer needs it, and the
+settings of what other fields turn on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +78,8 @@ class LoraConfig:
     is to match a layer's whole name."""
     layers: tuple[int, ...] | None = None
     """Numbers of the layers of the model whose linear layers may get pairs; None: all."""
+    layers_pattern: tuple[str, ...] = ()
+    """What the list of layers that are numbered is called, as a regular expression; none: the first numbers in a name count."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Ranks of layers whose name ends with, or matches, a regular expression; the first that does counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -87,7 +104,8 @@ class LoraConfig:
             raise InputError(
                 f"lora-targets is empty: give {ALL_LINEAR}, {ATTENTION}, names of linear layers, or a pattern"
             )
-        for pattern in (*([self.targets] if self.is_pattern else []), *self.rank_pattern, *self.alpha_pattern):
+        targets = [self.targets] if self.is_pattern else []
+        for pattern in (*targets, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -129,12 +147,11 @@ class LoraConfig:
                     f"lora-targets {wanted!r}: no linear layer in the layers of {model} is called so{_nearest(wanted, short)};"
                     f" there are {', '.join(short)}"
                 )
-        numbers = sorted({number for name in layers if (number := layer_number(name)) is not None})
+        numbers = sorted({number for name in layers if (number := self._number(name)) is not None})
         for number in self.layers or ():
             if number not in numbers:
-                raise InputError(
-                    f"lora-layers {number}: {model} has layers {numbers[0]} to {numbers[-1]}; give numbers among these"
-                )
+                there = f"layers {numbers[0]} to {numbers[-1]}" if numbers else f"none in {self.layers_pattern}"
+                raise InputError(f"lora-layers {number}: {model} has {there}; give numbers among these")
         found = [name for name in layers if self._selects(name)]
         if not found:
             raise InputError(
@@ -150,8 +167,11 @@ class LoraConfig:
                     )
         return {name: self.pair(name) for name in found}
 
+    def _number(self, name: str) -> int | None:
+        return layer_number(name, self.layers_pattern)
+
     def _selects(self, name: str) -> bool:
-        if self.layers is not None and layer_number(name) not in self.layers:
+        if self.layers is not None and self._number(name) not in self.layers:
             return False
         if self.targets == ALL_LINEAR:
             return True
@@ -195,10 +215,11 @@ def _peft_targets(config: LoraConfig, layers: Sequence[str], chosen: Sequence[st
     return {"target_modules": sorted(chosen)}
 
 
-def layer_number(name: str) -> int | None:
-    """The number of the layer that a name is in, as PEFT reads it; None: in none."""
-    found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-    return int(found[1]) if found else None
+def layer_number(name: str, lists: Sequence[str] = ()) -> int | None:
+    """The number of the layer that a name is in, as PEFT reads it, in one of `lists` of layers if they are named; None: in none."""
+    patterns = [rf"(?:^|.*?\.)(?:{one})\.(?P<number>\d+)\." for one in lists] or [r".*?\.[^.]*\.(?P<number>\d+)\."]
+    found = next(filter(None, (re.match(pattern, name) for pattern in patterns)), None)
+    return int(found["number"]) if found else None
 
 
 def _last(name: str) -> str:
@@ -237,9 +258,10 @@ def layer_numbers(text: str) -> tuple[int, ...]:
 
 
 def from_peft(place: Path) -> LoraConfig:
-    """The settings of the adapter in a folder, or of its adapter_config.json.
+    """The settings of the adapter in a folder, or of its adapter_config.json: what every command that takes an adapter reads.
 
-    Raises InputError for a file that is missing or no such file, and for settings that tightfit does not have.
+    Raises InputError for a file that is missing or no such file, and for settings that tightfit does not have: an adapter whose
+    tensors alone do not say what it adds to its base.
     """
     path = place / CONFIG if place.is_dir() else place
     try:
@@ -251,27 +273,71 @@ def from_peft(place: Path) -> LoraConfig:
     if not isinstance(said, dict) or said.get("peft_type") != "LORA":
         kind = said.get("peft_type") if isinstance(said, dict) else None
         raise InputError(f"{path}: peft_type is {kind!r} and not 'LORA'; tightfit trains LoRA adapters")
-    for name, neutral in NEUTRAL.items():
-        if said.get(name, neutral) not in (neutral, None, False, [], {}):
-            raise InputError(f"{path}: {name} is {said[name]!r}, which tightfit does not have; train without it")
-    targets, layers = said.get("target_modules"), said.get("layers_to_transform")
+    _refuse_unlike(path, said)
     try:
-        return LoraConfig(
-            rank=said.get("r", 8),
-            alpha=float(said.get("lora_alpha", 8)),
-            targets=targets if isinstance(targets, str) else ",".join(targets or ()),
-            layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
-            rank_pattern=said.get("rank_pattern") or {},
-            alpha_pattern=said.get("alpha_pattern") or {},
-            dropout=said.get("lora_dropout", 0.0),
-            rslora=bool(said.get("use_rslora")),
-            dora=bool(said.get("use_dora")),
-            modules_to_save=tuple(said.get("modules_to_save") or ()),
-        )
+        return _settings(said)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path}: damaged, or no adapter_config.json of PEFT ({error}); copy the adapter again"
         ) from error
+
+
+def _refuse_unlike(path: Path, said: Mapping[str, Any]) -> None:
+    """Raise InputError for a setting of PEFT's that tightfit does not have, or does not know."""
+    for name, value in said.items():
+        if name in (*READ, *WITHOUT_EFFECT) or value in (NEUTRAL.get(name), None, False, [], {}):
+            continue
+        raise InputError(f"{path}: {name} is {value!r}, which tightfit does not have; train without it")
+    start = said.get("init_lora_weights", True)
+    named = start.lower() if isinstance(start, str) else start
+    if named is None or named in STARTS:
+        return
+    if isinstance(named, str) and BASE_CHANGED.fullmatch(named):
+        raise InputError(
+            f"{path}: init_lora_weights is {start!r}, a start that changes the base's weights, and the adapter fits no other values."
+            " Have PEFT write it as an ordinary one: save_pretrained(..., path_initial_model_for_weight_conversion=...). Or save"
+            " the changed base as a model of its own, name that as the base, and set init_lora_weights to true"
+        )
+    raise InputError(f"{path}: init_lora_weights is {start!r}, a start that tightfit does not have; train with another")
+
+
+def _settings(said: Mapping[str, Any]) -> LoraConfig:
+    """The settings that the fields of an adapter_config.json stand for."""
+    targets, layers = said.get("target_modules"), said.get("layers_to_transform")
+    lists = said.get("layers_pattern") or ()
+    return LoraConfig(
+        rank=said.get("r", 8),
+        alpha=float(said.get("lora_alpha", 8)),
+        targets=targets if isinstance(targets, str) else ",".join(targets or ()),
+        layers=None if layers in (None, []) else tuple([layers] if isinstance(layers, int) else layers),
+        layers_pattern=(lists,) if isinstance(lists, str) else tuple(lists),
+        rank_pattern=said.get("rank_pattern") or {},
+        alpha_pattern=said.get("alpha_pattern") or {},
+        dropout=said.get("lora_dropout", 0.0),
+        rslora=bool(said.get("use_rslora")),
+        dora=bool(said.get("use_dora")),
+        modules_to_save=tuple(said.get("modules_to_save") or ()),
+    )
+
+
+def check_planned(place: Path, planned: Mapping[str, Any], layers: Iterable[str]) -> None:
+    """Raise InputError unless the adapter in the folder `place` is one that tightfit has, whose pairs in `layers`, by PEFT's names,
+    are what `planned`, a profile's `Model.lora`, says. A folder without adapter_config.json, as the rounds of a fleet hand it
+    on, says nothing against it.
+    """
+    if not (place / CONFIG).exists():
+        return
+    theirs = from_peft(place)
+    usual = {"target_modules": ALL_LINEAR, "r": planned["rank"], "lora_alpha": planned["alpha"]}
+    ours = _settings({**usual, **planned})
+    for layer in layers:
+        one, other = theirs.pair(layer), ours.pair(layer)
+        for what, value, wanted in (("scale", one.scale, other.scale), ("use_dora", one.dora, other.dora)):
+            if not math.isclose(value, wanted, rel_tol=1e-6):
+                raise InputError(
+                    f"{place / CONFIG}: the {what} of the pair of {layer} is {value:g} and the plan's is {wanted:g}; profile with"
+                    f" --adapter {place}, which takes its settings"
+                )
 
 
 def given(place: str | Path | None, options: Mapping[str, Any]) -> LoraConfig:

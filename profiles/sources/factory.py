@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from tightfit.profiles.tracing.loss_function import outside, with_loss
 from tightfit.profiles.tracing.own_code import own_traceback
@@ -50,7 +51,12 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
 
     names = {id(tensor): name for name, tensor in held.items()}
     state = module.state_dict(keep_vars=True)
-    keys = {key: names[id(tensor)] for key, tensor in state.items() if id(tensor) in names}
+    if lost := [key for key, value in state.items() if id(value) not in names]:
+        raise InputError(
+            f"{source}: the module's state_dict holds {', '.join(lost)}, no parameter or buffer (of get_extra_state, for example), and"
+            " a trained model is saved without such things; keep them in buffers, or leave them out"
+        )
+    keys = {key: names[id(tensor)] for key, tensor in state.items()}
 
     def tensors() -> Iterable[SourceTensor]:
         for name, entry in entries.items():
@@ -108,20 +114,34 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
             raise InputError(
                 f"{source}: item {index} of the sample batch is of type {type(tensor).__name__}; a batch is a tuple of tensors"
             )
+    _check_types(module, source)
     if not any(True for _ in module.parameters()):
         raise InputError(f"{source}: the module has no parameters; there is nothing to train")
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise InputError(f"{source}: no parameter of the module requires a gradient; there is nothing to train")
-    if inputs is not None:
-        try:
-            with_loss(module, loss_fn[0], inputs)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
+    try:
+        with_loss(module, loss_fn[0] if loss_fn else None, inputs)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     module.float()
     for held in (*module.parameters(), *module.buffers()):
         held.data = held.data.contiguous()  # the layout in which it is stored
     # Copies, since torch.export does not take views of one tensor, such as those of `x, y = pair`.
     return module, tuple(tensor.clone() for tensor in as_trained(batch)), inputs
+
+
+def _check_types(module: nn.Module, source: str) -> None:
+    """Raise InputError for parameters and buffers without a shape, or of which float32 would be a part only."""
+    held = [*module.named_parameters(), *module.named_buffers()]
+    if lazy := [name for name, tensor in held if is_lazy(tensor)]:
+        raise InputError(
+            f"{source}: {', '.join(lazy)} have no shape before the module has seen a batch (LazyLinear and the like); call it in the"
+            " factory once, on the sample batch"
+        )
+    if wide := [name for name, tensor in held if tensor.dtype is torch.float64]:
+        raise InputError(
+            f"{source}: {', '.join(wide)} are float64, and a step computes in float32; where that will do, return module.float()"
+        )
 
 
 def flat_batch(batch: Sequence[Any], name: str) -> tuple[list[Any], int]:

@@ -8,6 +8,7 @@ PyTorch is imported only by functions that read or make tensors: the process tha
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +29,9 @@ _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve(source: str, *, base: str | None = None, embeddings: str | None = None, seed: int = 0) -> Source:
+def resolve(
+    source: str | os.PathLike[str], *, base: str | None = None, embeddings: str | None = None, seed: int = 0
+) -> Source:
     """Find out what `source` names and read its headers. Raises InputError if it names nothing usable.
 
     `base` and `embeddings` are 4bit, 8bit or 16bit, for matrices that are not quantised yet and for the embedding and
@@ -42,7 +45,7 @@ def resolve(source: str, *, base: str | None = None, embeddings: str | None = No
     if kind == "directory":
         return _directory(path, chosen, None)
     if kind == "hub":
-        return _directory(hub_directory(source), chosen, source)
+        return _directory(hub_directory(source), chosen, os.fspath(source))
     if kind == "gguf":
         from tightfit.profiles.sources.gguf_source import gguf_source
 
@@ -58,8 +61,8 @@ def resolve(source: str, *, base: str | None = None, embeddings: str | None = No
         return random_source(config, path, precision=chosen, seed=seed)
     from tightfit.profiles.sources.factory import factory_source
 
-    _refuse_choice(source, chosen)
-    return factory_source(source)
+    _refuse_choice(os.fspath(source), chosen)
+    return factory_source(os.fspath(source))
 
 
 def _directory(path: Path, precision: Precision, name: str | None) -> Source:
@@ -80,7 +83,7 @@ def _refuse_choice(source: str, chosen: Precision) -> None:
             raise InputError(f"{option} {value}: {source} is a module, whose parameters stay float32; leave it out")
 
 
-def vocabulary(source: str) -> Vocabulary | None:
+def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
     """The tokenizer of what `source` names; None if it has none.
 
     Raises InputError if it names nothing or is damaged.
@@ -97,12 +100,12 @@ def vocabulary(source: str) -> Vocabulary | None:
     return None
 
 
-def names_module(source: str) -> bool:
+def names_module(source: str | os.PathLike[str]) -> bool:
     """Whether `source` names a module of the user's own. Raises InputError if it names nothing usable."""
     return _named(source)[0] == "factory"
 
 
-def longest_sequence(source: str) -> int | None:
+def longest_sequence(source: str | os.PathLike[str]) -> int | None:
     """The number of positions that the model named by `source` was made for; None if its file does not say, and for a
     module. Imports no PyTorch.
 
@@ -123,7 +126,7 @@ def longest_sequence(source: str) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def end_tokens(source: str) -> list[int]:
+def end_tokens(source: str | os.PathLike[str]) -> list[int]:
     """The tokens that end an answer of the model named by `source`, as its generation_config.json, else its config.json says,
     or its GGUF file. Imports no PyTorch.
 
@@ -153,7 +156,7 @@ def end_tokens(source: str) -> list[int]:
     return []
 
 
-def hub_directory(name: str) -> Path:
+def hub_directory(name: str | os.PathLike[str]) -> Path:
     """Download a model into huggingface_hub's own cache and return its directory.
 
     Raises InputError if huggingface_hub is not installed or the model cannot be downloaded.
@@ -165,7 +168,7 @@ def hub_directory(name: str) -> Path:
             f"{name}: no such directory; for a Hugging Face hub id run pip install 'tightfit[hub]'"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(os.fspath(name), allow_patterns=HUB_FILES))
     except Exception as error:  # network, authorisation, unknown name: the classes vary by version
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -173,11 +176,14 @@ def hub_directory(name: str) -> Path:
         ) from error
 
 
-def _named(source: str) -> tuple[Kind, Path]:
+def _named(source: str | os.PathLike[str]) -> tuple[Kind, Path]:
     """(kind of model that `source` names, its path if it is a local file).
 
-    Raises InputError if it names nothing usable.
+    Raises InputError if it names nothing usable, or is no name but a module or a function.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"{_no_name(source)}; a model is {FORMS}")
+    source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return "directory", path.resolve()
@@ -192,6 +198,22 @@ def _named(source: str) -> tuple[Kind, Path]:
     if _HUB.fullmatch(source) and path.suffix != ".gguf":
         return "hub", path
     raise InputError(f"{source}: no such file or directory; a model is {FORMS}")
+
+
+def _no_name(given: Any) -> str:
+    """What was given in the place of a model's name, and what to give instead."""
+    kind, place = type(given), getattr(given, "__module__", "")
+    if isinstance(given, type) or any(one.__name__ == "Module" for one in kind.__mro__):
+        what = given.__qualname__ if isinstance(given, type) else f"a {kind.__qualname__}"
+        return (
+            f"{what} itself was given, and other processes have to make it: write a function without arguments that returns the module"
+            " and a sample batch, and give its name, such as 'my_file:factory'"
+        )
+    if callable(given):
+        name = f"{place}:{getattr(given, '__qualname__', '')}"
+        name = name if _FACTORY.fullmatch(name) and place != "__main__" else "my_file:factory"
+        return f"{given!r} itself was given, and other processes have to import it: give its name, such as {name!r}"
+    return f"{given!r} is of type {kind.__name__}; give a name or a path"
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

@@ -1,9 +1,11 @@
-"""Makes a module return its loss where a factory gives the loss as a function of its own: `loss_fn(module(*inputs), *targets)`."""
+"""Makes a module return its loss alone: the loss that stands among other results, or a function that a factory gives beside the
+module, `loss_fn(module(*inputs), *targets)`.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,18 +14,20 @@ from torch.utils import _pytree as pytree
 from tightfit.runtime.common.errors import InputError
 
 Loss = Callable[..., Any]
+LOSS = "loss"
+"""the key of the loss in a dict of results, as the models of transformers return it"""
 
 
 class WithLoss(nn.Module):
     """Base of the classes that `with_loss` makes."""
 
-    _loss_fn: tuple[Loss, int]
-    """(loss_fn, number of tensors of the batch that are the module's inputs)."""
+    _loss_fn: tuple[Loss | None, int | None]
+    """(loss_fn, number of tensors of the batch that are the module's inputs); (None, None): the module has its loss itself."""
 
 
 def called(module: nn.Module) -> str:
     """What returns the loss, in a word."""
-    return "loss_fn" if isinstance(module, WithLoss) else "forward"
+    return "loss_fn" if isinstance(module, WithLoss) and module._loss_fn[0] else "forward"
 
 
 def outside(module: nn.Module) -> list[nn.Module]:
@@ -33,8 +37,8 @@ def outside(module: nn.Module) -> list[nn.Module]:
     return [loss_fn] if adopted else []  # type: ignore[list-item]
 
 
-def with_loss(module: nn.Module, loss_fn: Loss, inputs: int) -> None:
-    """Have `module(*batch)` return `loss_fn(module(*batch[:inputs]), *batch[inputs:])`.
+def with_loss(module: nn.Module, loss_fn: Loss | None, inputs: int | None) -> None:
+    """Have `module(*batch)` return `loss_fn(module(*batch[:inputs]), *batch[inputs:])`, or without a `loss_fn` its own loss.
 
     The module stays the same object, of a class derived from its own, so that its parameters and layers keep their names
     and its hooks see its own inputs and output. Buffers of a `loss_fn` that is a module, such as the weights of
@@ -42,7 +46,7 @@ def with_loss(module: nn.Module, loss_fn: Loss, inputs: int) -> None:
 
     Raises InputError if `loss_fn` cannot be called, or has parameters that are not the module's.
     """
-    if not callable(loss_fn):
+    if loss_fn is not None and not callable(loss_fn):
         raise InputError(
             f"loss_fn is of type {type(loss_fn).__name__}; give a function or a module such as nn.MSELoss()"
         )
@@ -55,8 +59,10 @@ def with_loss(module: nn.Module, loss_fn: Loss, inputs: int) -> None:
     def call(self: Any, *batch: Tensor) -> Any:
         loss_fn, inputs = self._loss_fn
         made = super(own, self).__call__(*batch[:inputs])
+        if loss_fn is None:
+            return _loss_of(made)
         try:
-            return loss_fn(made, *batch[inputs:])
+            return _loss_of(loss_fn(made, *batch[inputs:]))
         except Exception as error:
             error.add_note(
                 f"loss_fn was given the module's output, {_described(made)}, and {_described(batch[inputs:])}"
@@ -72,6 +78,13 @@ def with_loss(module: nn.Module, loss_fn: Loss, inputs: int) -> None:
     module.__class__ = own
     # Past nn.Module's own __setattr__, which would make a loss function that is a module a part of it under another name.
     object.__setattr__(module, "_loss_fn", (loss_fn, inputs))
+
+
+def _loss_of(made: Any) -> Any:
+    """The loss in a dict of results; of other results the tensors, without what lies beside them, such as a cache."""
+    if isinstance(made, Mapping) and isinstance(made.get(LOSS), Tensor):
+        return made[LOSS]
+    return made if isinstance(made, Tensor) else [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
 
 
 def _check_parameters(module: nn.Module, loss_fn: nn.Module) -> None:

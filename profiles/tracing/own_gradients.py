@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
@@ -155,7 +156,8 @@ class Detaching(TorchFunctionMode):
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         made = function(*args, **(kwargs or {}))
-        if torch.is_grad_enabled():
+        # Before it traces, torch.export makes fake tensors of parameters and buffers, and of a view it wants a view.
+        if torch.is_grad_enabled() or get_proxy_mode() is None:
             return made
         given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
 

@@ -204,6 +204,8 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     functions.restore(program.graph)
     _open_copies(program.graph)
     _open_constants(program)
+    _drop_empty_parts(program.graph)
+    _free_layouts(program.graph)
     keep_statistics(module, program)
     signature = program.graph_signature
     # What the forward changes of its buffers and of its batch comes before what it returns.
@@ -312,6 +314,34 @@ def _open_constants(program: torch.export.ExportedProgram) -> None:
                 )
             made.meta.update(user.meta, val=node.meta["val"])
             user.replace_input_with(node, made)
+
+
+def _drop_empty_parts(graph: fx.Graph) -> None:
+    """Replace what one tensor appended to an empty one makes, as caches begin, by that tensor."""
+    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+        empty = [part for part in node.args[0] if part.meta["val"].shape == (0,)]
+        others = [part for part in node.args[0] if part not in empty]
+        if not empty or len(others) != 1 or others[0].meta["val"].dtype != node.meta["val"].dtype:
+            continue
+        node.replace_all_uses_with(others[0])
+        _erase_unused(node)
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erase a node that nothing uses, and what nothing else uses of what it was made of."""
+    if node.op == "call_function" and not node.users:
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in sources:
+            _erase_unused(source)
+
+
+def _free_layouts(graph: fx.Graph) -> None:
+    """Have views copy where they must: torch.export traces without gradients, and an operator that needs them may have another
+    kernel, whose results lie otherwise in memory (attention whose bias is trained).
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
 
 
 def _raise_their_own(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> None:

@@ -61,6 +61,7 @@ def profile_text(profile: Profile) -> RenderableType:
         ),
         *([("loss", preference_words(preference))] if preference else []),
         *([("base", facts["base"])] if facts["base"] else []),
+        *([("positions", facts["positions"])] if facts["positions"] else []),
         *([("adapter", adapter_words(facts["lora"]))] if "rank" in (facts["lora"] or {}) else []),
         (
             "trainables",
@@ -110,6 +111,7 @@ def profile_sentence(profile: Profile) -> str:
     return (
         f"{facts['model']}, {shape} in {facts['compute_dtype']}{adapter}: {seconds}, {how} on"
         f" {facts['device']} with {profile.device.threads} threads"
+        + (f"; positions have {facts['positions']}" if facts["positions"] else "")
     )
 
 

@@ -261,7 +261,7 @@ def _budget(memory: str, console: Console, *, resume: bool) -> int:
 
 def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> tuple[int | None, str | None]:
     """Tokens of a sequence, and shorter lengths: those asked for, or what the data need, which are then kept in the folder `tokens`.
-    A module, whose batches have their shape, has no sequence.
+    A module, whose batches have their shape, has no sequence, and profiling refuses one that is asked for.
 
     Raises InputError if there are no such data.
     """
@@ -271,7 +271,7 @@ def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Conso
 
     asked, buckets = given["seq"], given["buckets"]
     if names_module(given["model"]):
-        return None, buckets
+        return asked, buckets
     check_files(given["data"], given["evaluate"])
     if asked is not None and buckets != AUTO:
         return int(asked), buckets
@@ -346,10 +346,8 @@ def _earlier(
 def _profile(given: Mapping[str, Any]) -> Profile:
     """The first stage: measures a step."""
     path = given["output"] / PROFILE
-    usual = inspect.signature(profile).parameters["seq"].default
-    seq = usual if given["seq"] is None else given["seq"]
     with stage():
-        profile(**_part(profile, given) | {"seq": seq, "output": path, "as_json": True})
+        profile(**_part(profile, given) | {"output": path, "as_json": True})
     from tightfit.profiles.io import load_profile
 
     return load_profile(path)

@@ -13,16 +13,19 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 from tightfit.planner.fleet.federated_schema import FederatedMember, FederatedPlan
 from tightfit.planner.fleet.split_schema import SplitMember, SplitPlan
 from tightfit.planner.schema import Plan
+from tightfit.profiles.models.lora import check_planned
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, adapter_config
 from tightfit.runtime.federated import aggregate
 from tightfit.runtime.federated.messages import Answer, Order
 from tightfit.runtime.federated.rounds_folder import RoundsFolder, Saved
+from tightfit.runtime.session.given_adapter import layers_with_pairs
 
 POLL_SECONDS = 1.0
 MOST_ASKED = 5
@@ -133,6 +136,8 @@ class Rounds:
         assert plan.model.lora is not None
         base = plan.model.config.get("adapter_base", plan.model.source)
         self.config = adapter_config(plan.model.lora, names, base, body)
+        if options.adapter:
+            check_planned(Path(options.adapter), plan.model.lora, layers_with_pairs(plan))
         self.conditions = {
             "model": fleet.model,
             "weights": plan.model.store_fingerprint,

@@ -147,7 +147,15 @@ class Adapter:
 
 
 def named_base(folder: Path) -> str | None:
-    """The base that the adapter_config.json in `folder` names. Raises InputError as `Adapter` does."""
+    """The base that the adapter_config.json in `folder` names. Raises InputError as `Adapter` does, and where it names a revision
+    of a model on the hub.
+    """
     from_peft(folder)
     said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return said.get("base_model_name_or_path") or None
+    named, revision = said.get("base_model_name_or_path"), said.get("revision")
+    if named and revision not in (None, "main") and not Path(named).exists():
+        raise InputError(
+            f"{folder}: its base is {named} at the revision {revision!r}, and models of the hub are taken at their newest; download"
+            " that revision and name its folder with --base"
+        )
+    return named or None

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tightfit.planner.schema import Plan
+from tightfit.profiles.models.lora import check_planned
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training import adapter
 
 FLOAT32 = "F32"
 """as safetensors calls it: what trained tensors are computed and saved in"""
+FIRST = ".lora_A."
+"""in the name of the first tensor of a pair"""
 CHUNK = 1 << 20
 """bytes of a file in memory at a time: an embedding that is trained in full can be as large as a budget"""
 
@@ -35,14 +38,16 @@ class GivenAdapter:
 def given_adapter(plan: Plan, directory: Path) -> GivenAdapter:
     """The adapter in the folder `directory`, which has to hold what `plan` trains and nothing else.
 
-    Raises InputError for a plan that trains no adapter, a file that is missing, damaged or no safetensors file, for
-    tensors of other names, shapes or types than the plan's, and for values that are no finite numbers.
+    Raises InputError for a plan that trains no adapter, settings that tightfit does not have or the plan has otherwise, a file that
+    is missing, damaged or no safetensors file, for tensors of other names, shapes or types than the plan's, and for values that
+    are no finite numbers.
     """
     if not plan.model.lora:
         raise InputError(
             f"adapter {directory}: the plan trains {plan.model.name} itself and no adapter of it; leave out the adapter,"
             " or profile with --lora-rank"
         )
+    check_planned(directory, plan.model.lora, layers_with_pairs(plan))
     path = directory / adapter.WEIGHTS
     checksum, digest = 0, hashlib.sha256()
     try:
@@ -56,6 +61,13 @@ def given_adapter(plan: Plan, directory: Path) -> GivenAdapter:
             f"{path}: {error.strerror}; give the folder of an adapter, such as a run's OUT/adapter"
         ) from error
     return GivenAdapter(directory=directory, checksum=checksum, fingerprint=digest.hexdigest())
+
+
+def layers_with_pairs(plan: Plan) -> list[str]:
+    """The layers of `plan` that have pairs, by PEFT's names."""
+    body = plan.model.config.get("adapter_body", adapter.BODY)
+    names = [tensor.name for tensor in plan.tensors if tensor.kind == "trainable" and FIRST in tensor.name]
+    return [adapter.peft_name(name.partition(FIRST)[0], body) for name in names]
 
 
 def saved_shapes(plan: Plan) -> dict[str, list[int]]:

@@ -1,7 +1,9 @@
 """Which linear layers get LoRA pairs, and of what rank and scale, against what PEFT makes of the adapter_config.json."""
 
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,7 +12,17 @@ from torch._subclasses import FakeTensorMode
 
 from tightfit.profiles.models.decoder import Decoder, Projection
 from tightfit.profiles.models.decoder_config import WRAPPED_BODY, decoder_shape
-from tightfit.profiles.models.lora import LoraConfig, from_peft, given, layer_number, layer_numbers
+from tightfit.profiles.models.lora import (
+    NEUTRAL,
+    READ,
+    STARTS,
+    WITHOUT_EFFECT,
+    LoraConfig,
+    from_peft,
+    given,
+    layer_number,
+    layer_numbers,
+)
 from tightfit.profiles.models.transformers_decoder import AnyDecoder
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG, adapter_config
@@ -171,6 +183,138 @@ def test_settings_of_pefts_own_file_are_read(tmp_path):
     assert sorted(read.names) == ["q_proj", "v_proj"]
     assert (read.rank, read.alpha, read.layers, read.rank_pattern) == (6, 11.0, (1,), {"q_proj": 3})
     assert (read.dropout, read.rslora, read.dora, read.modules_to_save) == (0.25, True, True, ("lm_head",))
+
+
+OTHER_VALUES = {
+    "task_type": "SEQ_2_SEQ_LM",
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"},
+    "peft_version": "0.1.0",
+    "base_model_name_or_path": "some/where",
+    "revision": "main",
+    "inference_mode": True,
+    "r": 3,
+    "target_modules": ["v_proj", "down_proj"],
+    "exclude_modules": ["v_proj"],
+    "lora_alpha": 5,
+    "lora_dropout": 0.25,
+    "fan_in_fan_out": True,
+    "bias": "lora_only",
+    "use_rslora": True,
+    "modules_to_save": ["lm_head"],
+    "init_lora_weights": "gaussian",
+    "layers_to_transform": 1,
+    "layers_pattern": "layers",
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 2},
+    "megatron_config": {"tensor_model_parallel_size": 1},
+    "megatron_core": "megatron.other",
+    "trainable_token_indices": [1, 2],
+    "loftq_config": {"loftq_bits": 4, "loftq_iter": 1},
+    "eva_config": {"rho": 1.5},
+    "corda_config": {"corda_method": "kpm"},
+    "lora_ga_config": {"direction": "ArBr"},
+    "use_dora": True,
+    "velora_config": {"num_groups": 2},
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "qalora_group_size": 8,
+    "monteclora_config": {"use_entropy": True},
+    "layer_replication": [[0, 2], [1, 3]],
+    "lora_bias": True,
+    "target_parameters": ["gate_proj.weight"],
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {"beta": 0.1},
+    "ensure_weight_tying": True,
+}
+"""A value other than PEFT's own for each field of its LoraConfig"""
+
+
+def fields_of_peft():
+    peft = pytest.importorskip("peft")
+    return [one.name for one in dataclasses.fields(peft.LoraConfig) if one.name != "runtime_config"]  # never saved
+
+
+def test_every_field_of_peft_s_is_known():
+    """A field that a new PEFT brings has to be read, refused, or known to change nothing; and have a value below."""
+    assert sorted(fields_of_peft()) == sorted({*READ, *NEUTRAL, *WITHOUT_EFFECT, *OTHER_VALUES} - {"runtime_config"})
+    assert len({*READ, *NEUTRAL, *WITHOUT_EFFECT}) == len(READ) + len(NEUTRAL) + len(WITHOUT_EFFECT)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT says of some that they do nothing here
+@pytest.mark.parametrize("field", OTHER_VALUES)
+def test_a_field_is_honoured_as_by_peft_or_refused_by_name(field, tmp_path):
+    usual = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    changed = usual | {field: OTHER_VALUES[field]}
+    if field == "layers_pattern":
+        changed["layers_to_transform"] = [1]
+    (tmp_path / CONFIG).write_text(json.dumps(changed))
+    if field in NEUTRAL:
+        with pytest.raises(
+            InputError, match=rf"{field} is .*{re.escape(repr(OTHER_VALUES[field]))}, which tightfit does not have"
+        ):
+            from_peft(tmp_path)
+        return
+    with FakeTensorMode():
+        made = Decoder(decoder_shape(CONFIGS["llama"]), dtype=torch.float32, lora=from_peft(tmp_path))
+    assert ours(made) == theirs(CONFIGS["llama"], changed)
+    assert field in WITHOUT_EFFECT or field == "init_lora_weights" or from_peft(tmp_path) != made_of(usual, tmp_path)
+
+
+def made_of(told, folder):
+    (folder / CONFIG).write_text(json.dumps(told))
+    return from_peft(folder)
+
+
+@pytest.mark.parametrize("pattern", ["layers", ["blocks", "layers"], "h"])
+def test_layers_are_numbered_in_the_list_that_is_named(pattern, tmp_path):
+    told = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [0, 2],
+        "layers_pattern": pattern,
+    }
+    read = made_of({"peft_type": "LORA"} | told, tmp_path)
+    layers = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qkv"]
+    if pattern == "h":  # PEFT finds no module for it either
+        with pytest.raises(InputError, match=r"lora-layers 0: it has none in \('h',\)"):
+            read.chosen(layers, "it")
+        return
+    assert {name: (pair.rank, pair.scale) for name, pair in read.chosen(layers, "it").items()} == theirs(
+        CONFIGS["llama"], told
+    )
+
+
+@pytest.mark.parametrize("start", [*STARTS, "Gaussian", None])
+def test_starts_that_leave_the_base_alone_are_read(start, tmp_path):
+    assert made_of({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": start}, tmp_path).rank == 8
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        *((start, "changes the base's weights") for start in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga")),
+        ("mica", "a start that tightfit does not have"),
+        ("novel", "a start that tightfit does not have"),
+    ],
+)  # fmt: skip
+def test_starts_that_do_not_are_refused_by_name(start, said, tmp_path):
+    with pytest.raises(InputError, match=f"init_lora_weights is '{start}', .*{said}"):
+        made_of({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": start}, tmp_path)
+
+
+def test_a_field_that_no_one_knows_is_refused_unless_it_says_nothing(tmp_path):
+    told = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    made_of(told | {"use_novelty": False, "novel_config": None}, tmp_path)
+    with pytest.raises(InputError, match="use_novelty is True, which tightfit does not have"):
+        made_of(told | {"use_novelty": True}, tmp_path)
 
 
 @pytest.mark.parametrize(

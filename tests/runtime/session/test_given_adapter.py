@@ -1,5 +1,6 @@
 """Runs that start from an adapter: its values, zero states, what is refused, and resuming."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.results.evaluation import evaluate
 from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.launch import run
 
@@ -110,6 +112,34 @@ def test_another_adapter_is_refused(plan, first, tmp_path, change, message):
     folder = changed(first / "adapter", tmp_path / "changed", change)
     with pytest.raises(InputError, match=message):
         given_adapter(plan, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', a start that changes the base's weights"),
+        ({"bias": "all"}, "bias is 'all', which tightfit does not have"),
+        (
+            {"lora_alpha": 5},
+            r"the scale of the pair of model\.layers\.0\.\S+ is 1\.25 and the plan's is 2; profile with",
+        ),
+        ({"rank_pattern": {"v_proj": 2}}, r"the scale of the pair of model\.layers\.0\.self_attn\.v_proj is 4"),
+        ({"use_rslora": True}, "the scale of the pair of .* is 4 and the plan's is 2"),
+        ({"use_dora": True}, "the use_dora of the pair of .* is 1 and the plan's is 0"),
+    ],
+)
+def test_an_adapter_with_other_settings_is_refused(plan, first, tmp_path, change, message):
+    """In runs and evaluations alike, though its tensors are those of the plan."""
+    folder = changed(first / "adapter", tmp_path / "changed", lambda tensors: None)
+    told = json.loads((folder / "adapter_config.json").read_text())
+    given_adapter(plan, folder)
+    (folder / "adapter_config.json").write_text(json.dumps(told | change))
+    with pytest.raises(InputError, match=message):
+        given_adapter(plan, folder)
+    with pytest.raises(InputError, match=message):
+        run(plan, "random", steps=1, out=tmp_path / "out", adapter=folder, **SETTINGS)
+    with pytest.raises(InputError, match=message):
+        evaluate(plan, "random", adapter=folder)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 7, 100, -1])
