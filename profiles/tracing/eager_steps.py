@@ -29,7 +29,7 @@ from tightfit.runtime.common.errors import InputError
 
 Batch = tuple[Tensor, ...]
 STEPS = 3
-APART = 1e-5
+APART = 1e-6
 """Largest difference, relative to the size of a result, between two calls of a module in PyTorch that ought to be equal: some of its
 kernels sum in an order that changes."""
 NOISE = 1e-6
@@ -257,9 +257,9 @@ class EagerSteps:
             counted = state_copy(module)
             if differing is None and counted is not None and advance_counters(pristine, counted, times):
                 with contextlib.suppress(StepError):
-                    differing = self._difference(
-                        self._step(counted, batch, number, given), fresh, pristine, batch, number
-                    )
+                    aged = self._step(counted, batch, number, given)
+                    differing = self._difference(aged, fresh, pristine, batch, number)
+                    differing = differing and f"{differing}, with its counters as after {times} times as many steps"
                 load(module, given)
         load(module, left)
         if differing is None:
@@ -268,8 +268,8 @@ class EagerSteps:
         if number or names:
             kept = f" (its forward changes {', '.join(names[:5])})" if names else ""
             raise InputError(
-                f"{self.name}: what a step computes depends on the steps before it{kept}, of which a traced step knows nothing: beside"
-                f" a copy that took none of them, in step {number + 1} {differing}. Hand what changes from step to step (a factor, the"
+                f"{self.name}: what a step computes depends on the steps before it{kept}, of which a traced step knows nothing: in step"
+                f" {number + 1}, beside a copy that took none of them, {differing}. Hand what changes from step to step (a factor, the"
                 " number of the step) over as a tensor of the batch, and begin every step without what the one before left"
             )
         raise InputError(

@@ -103,7 +103,7 @@ def counted_globally(module, x):
 
 @functools.lru_cache(maxsize=2)
 def remembered(number: int) -> float:
-    return time.perf_counter()
+    return time.perf_counter() % 1
 
 
 def looked_up(module, x):
@@ -168,7 +168,7 @@ def drawn_from_torchs(module, x):
 
 
 def timed(module, x):
-    return module.loss(module.a(x)) * (1 + time.perf_counter())
+    return module.loss(module.a(x)) * (1 + time.perf_counter() % 1)
 
 
 def made_once(module, x):

@@ -35,9 +35,7 @@ def test_a_state_is_refused_by_name_or_kept(kind, tmp_path):
 
 
 def test_a_profile_names_what_the_teacher_of_a_frozen_module_is(cache):
-    with pytest.raises(
-        InputError, match=r"changes the parameter teacher\.weight and 1 more in its forward at .*stateful_modules"
-    ):
+    with pytest.raises(InputError, match=r"changes the parameter teacher\.weight and 1 more in its forward, which"):
         api.profile(f"{__name__}:factory")
 
 
@@ -63,12 +61,12 @@ def test_a_real_constant_is_told_from_what_changes(tmp_path):
         compared(Keeping(changing, attribute()), (torch.randn(16, 8),), tmp_path)
 
 
-def test_a_module_has_its_values_and_attributes_again(tmp_path):
+def test_a_module_has_its_values_and_attributes_again():
     module, batch = stateful("running statistics of batch normalisation")
     module.step = 0
     module.call = lambda m, x: m.loss(m.norm(m.a(x)) + 0 * setattr_step(m))
     before, drawn = {name: value.clone() for name, value in module.state_dict().items()}, torch.get_rng_state()
-    assert compared(module, batch, tmp_path).startswith(AS_PYTORCH)
+    assert EagerSteps("own.module", module, batch).take() == 3
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert module.step == 0
     assert all(parameter.grad is None for parameter in module.parameters())
