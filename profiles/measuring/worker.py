@@ -233,7 +233,9 @@ def compute(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
         tensors = first | torch.load(folder / f"given{number}", weights_only=True)
         made = run_step(step["layers"], by_name, tensors, step["wanted"], seed=number)
         torch.save(made, folder / f"traced{number}")
-    del first, tensors, made
+        tensors.clear()
+        made.clear()
+    first.clear()
     gc.collect()
     trim_heap()
 

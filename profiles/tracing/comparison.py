@@ -150,7 +150,7 @@ class GradientComparison:
         if not self._beyond(apart) or self.random:
             return apart
         given = [torch.load(folder / f"given{at}", weights_only=True) for at in dict.fromkeys((0, number))]
-        batch = [given[-1][f"batch{index}"] for index in range(len(self.steps.sample))]
+        batch = tuple(given[-1][f"batch{index}"] for index in range(len(self.steps.sample)))
         for values in given:
             load(self.module, values)
         for otherwise in (shaken, _in_double_precision):  # the second takes twice the memory of training

@@ -39,7 +39,7 @@ UNSTEADY = 10.0
 """A difference of up to this many times what rounding moves a result by is accepted."""
 PERTURBED = 0.1
 """Largest change of a floating-point value of a batch, relative to it."""
-MOST_UNSTEADY = 0.01
+MOST_UNSTEADY = 1e-3
 """Largest difference that is accepted so between two calls that ought to be equal: what is drawn anew moves results further."""
 COUNTED_ON = (1_000, 100_000)
 """How many times as far a module's counters are set as they came in the steps that it took, to see whether results depend on them."""
@@ -188,7 +188,7 @@ class EagerSteps:
             drawn = [_other(self.sample, number, values=True) for number in range(len(given), STEPS)]
             rows = [_other(self.sample, number, values=False) for number in range(STEPS)]
             kinds = [("different batches", [*given, *drawn]), ("the sample's rows in other orders", rows), *kinds]
-        start = held(self.module)
+        start, count = held(self.module), 0
         for self.batches, batches in kinds:
             try:
                 count = self._take(batches, taken, strict=self.batches == kinds[-1][0])
@@ -265,17 +265,18 @@ class EagerSteps:
         if differing is None:
             return
         names = changed_attributes(pristine, module)
-        if number or names:
-            kept = f" (its forward changes {', '.join(names[:5])})" if names else ""
+        if names:
+            kept = ", ".join(names[:5])
             raise InputError(
-                f"{self.name}: what a step computes depends on the steps before it{kept}, of which a traced step knows nothing: in step"
+                f"{self.name}: what a step computes depends on the steps before it (its forward changes {kept}), of which a traced step knows nothing: in step"
                 f" {number + 1}, beside a copy that took none of them, {differing}. Hand what changes from step to step (a factor, the"
                 " number of the step) over as a tensor of the batch, and begin every step without what the one before left"
             )
         raise InputError(
-            f"{self.name}: the same step gives other results when it is taken again: {differing}. Its forward reads something that"
-            " changes outside of it, such as a global variable, a clock or random numbers that are not PyTorch's; a traced step would"
-            " keep what was read when it was traced. Hand it over as a tensor of the batch, or draw with PyTorch"
+            f"{self.name}: the same step gives other results when it is taken again: in step {number + 1} {differing}. Its forward"
+            " reads something that changes and is no attribute of it, such as a global variable, a clock or random numbers that are"
+            " not PyTorch's; a traced step would keep what was read when it was traced. Hand it over as a tensor of the batch, or draw"
+            " with PyTorch"
         )
 
     def _difference(self, own: Step, fresh: Step, pristine: nn.Module, batch: Batch, number: int) -> str | None:

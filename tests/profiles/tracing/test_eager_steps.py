@@ -13,6 +13,8 @@ from stateful_modules import AS_PYTORCH, COUNT, KINDS, Keeping, annealed, attrib
 from torch import nn
 
 from tightfit.profiles import api
+from tightfit.profiles.sources.factory import build_with_batches
+from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.eager_steps import EagerSteps, StepError, eager_step
 from tightfit.runtime.common.errors import InputError
 
@@ -166,3 +168,37 @@ def test_a_step_without_gradients_is_a_forward():
     module, batch = stateful("dropout, `torch.rand`")
     assert eager_step(module, batch, gradients=False).gradients == {}
     assert eager_step(module, batch, gradients=False).loss == eager_step(module, batch).loss
+
+
+def loaded():
+    data = torch.utils.data.TensorDataset(torch.arange(20.0).view(10, 2), torch.arange(10))
+    return nn.Linear(2, 10), torch.utils.data.DataLoader(data, batch_size=4), nn.CrossEntropyLoss()
+
+
+def iterated():
+    return stateful("weight norm")[0], (stateful("weight norm")[1] for _ in range(9))
+
+
+@pytest.mark.parametrize(
+    ("factory", "labels"), [(loaded, [list(range(4)), list(range(4, 8))]), (iterated, None)], ids=["loader", "iterator"]
+)
+def test_a_factory_may_give_several_batches(factory, labels):
+    module, batches, inputs = build_with_batches(f"{__name__}:{factory.__name__}")
+    assert inputs == (1 if labels else None)
+    assert len(batches) == (2 if labels else 3)  # the last one of the loader has other shapes
+    if labels:
+        assert [batch[1].tolist() for batch in batches] == labels
+    said, taken_on = taken(module, batches[0], batches[1:])
+    assert said == "different batches"
+    assert all(map(torch.equal, taken_on[1], batches[1]))
+    assert len(taken_on) == 3
+
+
+def test_a_profile_compares_on_what_the_factory_gives(cache, monkeypatch):
+    seen = []
+    monkeypatch.setattr(api, "GradientComparison", lambda *given: seen.append(given) or GradientComparison(*given))
+    measured = api.profile(f"{__name__}:loaded", force=True)
+    assert measured.model.compared.startswith(
+        "loss and gradients are PyTorch's in 3 steps of AdamW on different batches, "
+    )
+    assert [other[1].tolist() for other in seen[0][4]] == [list(range(4, 8))]
