@@ -46,6 +46,7 @@ from tightfit.profiles.schema import (
 )
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.tracing.comparison import GradientComparison
+from tightfit.profiles.tracing.fold import constant_made
 from tightfit.profiles.tracing.loss_function import called
 from tightfit.profiles.tracing.shorter_steps import (
     apart,
@@ -230,8 +231,8 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
             store, store_fingerprint = str(path), opened.fingerprint
     comparison, decoder = None, None
     if own is not None:
-        traced, module, sample = own
-        comparison = GradientComparison(found.name, module, sample, traced)
+        traced, module, batches = own
+        comparison = GradientComparison(found.name, module, batches[0], traced, batches[1:])
     elif side is not None:
         traced = _trace_side(found, side, batch, seq, dtype, report)
     else:
@@ -527,22 +528,21 @@ def _trace_side(source: Source, side: SideShape, batch: int, seq: int, dtype: st
 
 def _trace_module(
     source: Source, dtype: str, report: Progress
-) -> tuple[Trace, torch.nn.Module, tuple[torch.Tensor, ...]]:
-    from tightfit.profiles.sources.factory import build_module, narrowed
+) -> tuple[Trace, torch.nn.Module, list[tuple[torch.Tensor, ...]]]:
+    """The step of a module, the module, and the batches that its factory gives, first the sample."""
+    from tightfit.profiles.sources.factory import build_with_batches, narrowed
 
-    module, sample, inputs = build_module(source.path)
+    module, batches, inputs = build_with_batches(source.path)
     if dtype != "float32":
-        module, sample = narrowed(module, sample, inputs, DTYPES[dtype])
-    names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(sample)}
+        batches = [narrowed(module, batch, inputs, DTYPES[dtype])[1] for batch in batches]
+    names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(batches[0])}
     traced = trace(module, names, progress=report)
     if traced.token_losses is not None:
         raise InputError(f"{source.name}: {called(module)} must return one scalar loss, not 2 results")
     for tensor in traced.tensors:
         if tensor.kind in ("trainable", "weight", "constant") and tensor.name not in source.entries:
-            raise InputError(
-                f"{source.name}: forward makes a constant of shape {tensor.shape} ({tensor.name}); register it as a buffer"
-            )
-    return traced, module, sample
+            raise InputError(f"{source.name}: {constant_made(tensor.shape, tensor.name)}")
+    return traced, module, batches
 
 
 def _first_dimension(traced: Trace) -> int:

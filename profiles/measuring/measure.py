@@ -94,8 +94,8 @@ def measure(
         "scratch": str(scratch),
         "threads": threads,
     }
-    compared = [None if comparison is None else comparison.why_not()]
     scratch.mkdir(parents=True, exist_ok=True)
+    compared = [None if comparison is None else comparison.why_not(scratch)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         if comparison is not None and compared[0] is None:
             request["step"] = comparison.request(Path(folder))

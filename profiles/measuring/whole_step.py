@@ -1,4 +1,4 @@
-"""Runs a module's whole step through the operators that a run calls, without a plan, for comparison with autograd."""
+"""Runs a module's whole step through the operators that a run calls, without a plan, for comparison with PyTorch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ def run_step(
     programs: Mapping[str, Mapping[str, Any]],
     tensors: dict[str, Tensor],
     wanted: Sequence[str],
+    *,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Run forward and backward once; returns the tensors among `wanted` (global names) that the step makes.
+    """Run forward and backward once; returns the tensors among `wanted` (global names) that the step makes or keeps.
 
     `layers` and `programs` are a profile's, as dicts; `tensors` holds parameters, buffers and the batch by name. Each
     tensor that the step makes is freed after its last reader. Nothing is left out by dropout, and PyTorch's generator is
-    seeded with 0.
+    seeded with `seed`.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     nothing = Draws()
     nothing.step = None
     steps = [

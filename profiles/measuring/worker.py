@@ -220,15 +220,22 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def compute(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
-    """Run a whole step on the tensors in the file `step["given"]` and save loss and gradients to `step["made"]`."""
+    """Take whole steps: each on the tensors in the folder's file `given` with the step's number, where those in the first are what
+    others leave out; loss, gradients and statistics go to the file `traced` with its number.
+    """
     import torch
 
     from tightfit.profiles.measuring.whole_step import run_step
 
-    tensors = torch.load(step["given"], weights_only=True)
-    made = run_step(step["layers"], {program["name"]: program for program in programs}, tensors, step["wanted"])
-    torch.save(made, step["made"])
-    del tensors, made
+    folder, by_name = Path(step["folder"]), {program["name"]: program for program in programs}
+    first = torch.load(folder / "given0", weights_only=True)
+    for number in range(step["steps"]):
+        tensors = first | torch.load(folder / f"given{number}", weights_only=True)
+        made = run_step(step["layers"], by_name, tensors, step["wanted"], seed=number)
+        torch.save(made, folder / f"traced{number}")
+        tensors.clear()
+        made.clear()
+    first.clear()
     gc.collect()
     trim_heap()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from tightfit.profiles.tracing.eager_steps import STEPS
 from tightfit.profiles.tracing.loss_function import outside, with_loss
 from tightfit.profiles.tracing.own_code import own_traceback
 from tightfit.profiles.weights.source import Source, SourceTensor
@@ -77,10 +79,17 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
 
 
 def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...], int | None]:
-    """(module, sample batch, inputs) of a factory, in float32, with the same initial parameters for the same seed.
+    """(module, sample batch, inputs) of a factory, as `build_with_batches` makes them."""
+    module, batches, inputs = build_with_batches(source, seed)
+    return module, batches[0], inputs
 
-    The module returns the loss of the batch's tensors, one after the other. Where the factory gives a loss_fn, the first
-    `inputs` of them are the module's own and the others the loss_fn's targets; otherwise `inputs` is None.
+
+def build_with_batches(source: str, seed: int = 0) -> tuple[nn.Module, list[tuple[Tensor, ...]], int | None]:
+    """(module, batches, inputs) of a factory, in float32, with the same initial parameters for the same seed.
+
+    The first of the batches is the sample; there are more, at most `STEPS`, where the factory gives an iterator of batches or a
+    DataLoader in its place. The module returns the loss of a batch's tensors, one after the other. Where the factory gives a loss_fn,
+    the first `inputs` of them are the module's own and the others the loss_fn's targets; otherwise `inputs` is None.
 
     Raises InputError if the factory cannot be imported, fails, or returns something else.
     """
@@ -88,7 +97,7 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            made = factory()
+            made, others = _first_batch(factory())
         except Exception as error:
             raise InputError(
                 f"{source} raised {type(error).__name__}: {error}; correct the factory\n{own_traceback(error)}"
@@ -109,6 +118,8 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
     inputs: int | None = None
     if loss_fn:
         batch, inputs = flat_batch(batch, f"{source}: the sample batch")
+        others = [flat_batch(other, f"{source}: a further batch")[0] for other in others]
+    others = [other for other in others if all(isinstance(tensor, Tensor) for tensor in other)]
     for index, tensor in enumerate(batch):
         if not isinstance(tensor, Tensor):
             raise InputError(
@@ -127,7 +138,17 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
     for held in (*module.parameters(), *module.buffers()):
         held.data = held.data.contiguous()  # the layout in which it is stored
     # Copies, since torch.export does not take views of one tensor, such as those of `x, y = pair`.
-    return module, tuple(tensor.clone() for tensor in as_trained(batch)), inputs
+    batches = [tuple(tensor.clone() for tensor in as_trained(one)) for one in (batch, *others)]
+    kinds = [[(tensor.shape, tensor.dtype) for tensor in one] for one in batches]
+    return module, [one for one, kind in zip(batches, kinds, strict=True) if kind == kinds[0]], inputs
+
+
+def _first_batch(made: Any) -> tuple[Any, list[Any]]:
+    """(what a factory returns with one sample batch, further batches), where it gives an iterable of batches."""
+    if not isinstance(made, tuple) or len(made) < 2 or isinstance(made[1], tuple | list | Tensor):
+        return made, []
+    batches = list(itertools.islice(made[1], STEPS)) if isinstance(made[1], Iterable) else []
+    return ((made[0], batches[0], *made[2:]), batches[1:]) if batches else (made, [])
 
 
 def _check_types(module: nn.Module, source: str) -> None:

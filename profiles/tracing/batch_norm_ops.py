@@ -98,7 +98,8 @@ def keep_statistics(module: nn.Module, program: ExportedProgram) -> None:
         if chain is None:
             raise InputError(
                 f"{type(module).__name__} changes the buffer {buffer} in its forward{_line(last[made])}; of buffers that a step"
-                " changes only the running statistics of batch normalisation are kept, and only where nothing else reads them"
+                " changes only the running statistics of batch normalisation are kept, and only where nothing else reads them."
+                " Leave the buffer as it is, or train this module with PyTorch"
             )
         for node in chain:
             node.replace_all_uses_with(placed[buffer], delete_user_cb=lambda user: user is not output)

@@ -104,9 +104,8 @@ class _Folder:
                 given, kind = next(placeholders)
                 self._bind(node, node.meta["val"], given, kind)
             elif node.op == "get_attr":
-                raise InputError(
-                    f"the model makes a tensor constant ({node.target}) while it runs; register it as a buffer"
-                )
+                made = getattr(self.graph.owning_module, str(node.target), None)
+                raise InputError(constant_made(list(getattr(made, "shape", [])), str(node.target)))
             elif node.target is operator.getitem:
                 items = self.windows[node.args[0]]
                 assert isinstance(items, list)
@@ -315,6 +314,14 @@ class _Folder:
         self.values = {rename(v.name): v.model_copy(update={"name": rename(v.name)}) for v in self.values.values()}
         for group in (self.operators, backward):
             group[:] = [renamed(op, taken) for op in group]
+
+
+def constant_made(shape: Sequence[int], name: str) -> str:
+    """What is wrong with a tensor that a forward makes of values that are none of its operators' results, and what to do."""
+    return (
+        f"forward makes a tensor of shape {list(shape)} ({name}) of numbers of its own. If they are the same in every step, make it in"
+        " __init__ and register it as a buffer; if not, hand it over as a tensor of the batch"
+    )
 
 
 def _same_bytes(window: Window, value: Value, stride: Sequence[int]) -> bool:

@@ -24,7 +24,7 @@ _OTHERS = (str(Path(torch.__file__).parent), str(PACKAGE))
 _RECORDED = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s+(?P<code>.+)')
 
 
-def _own(file: str) -> bool:
+def own(file: str) -> bool:
     """Whether a file is the user's: not PyTorch's, not tightfit's, and not generated at run time."""
     return not file.startswith(("<", *(f"{folder}/" for folder in _OTHERS)))
 
@@ -63,7 +63,7 @@ class _WithoutExport:
 
 def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames of an error's traceback that lie in the user's own code, outermost first."""
-    return [frame for frame in traceback.extract_tb(error.__traceback__) if _own(frame.filename)]
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if own(frame.filename)]
 
 
 def own_traceback(error: BaseException) -> str:
@@ -81,7 +81,7 @@ def line_of_error(error: BaseException) -> str | None:
 
 def line_of_node(node: fx.Node) -> str | None:
     """Like `line_of_error`, for a node of a graph that torch.export traced."""
-    found = [match for match in _RECORDED.finditer(node.meta.get("stack_trace") or "") if _own(match["file"])]
+    found = [match for match in _RECORDED.finditer(node.meta.get("stack_trace") or "") if own(match["file"])]
     return _line(found[-1]["file"], int(found[-1]["line"]), found[-1]["code"]) if found else None
 
 

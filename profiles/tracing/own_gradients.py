@@ -18,13 +18,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import eager_transforms
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
-from tightfit.profiles.tracing.own_code import line_of_function
+from tightfit.profiles.tracing.own_code import line_of_function, own
 from tightfit.runtime.common.errors import InputError
 
 _NAMESPACE = "tightfit_functions"
@@ -189,22 +190,44 @@ def refuse_hooks(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def hooks_refused() -> Iterator[None]:
-    """Within this context, registering a hook on a tensor's gradient raises InputError."""
+def gradients_refused() -> Iterator[None]:
+    """Within this context, registering a hook on a tensor's gradient and computing a gradient raise InputError."""
 
-    def refusing(kind: str) -> Callable[..., None]:
+    def refusing_hook(kind: str) -> Callable[..., None]:
         def register(tensor: Tensor, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-            caller = sys._getframe(1)
-            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
-            raise _hook_error(f"at {place} a tensor of shape {list(tensor.shape)}", kind, hook)
+            raise _hook_error(f"{_calling()} a tensor of shape {list(tensor.shape)}", kind, hook)
 
         return register
 
-    kinds = ("register_hook", "register_post_accumulate_grad_hook")
+    def refusing(kind: str) -> Callable[..., None]:
+        def compute(*args: Any, **kwargs: Any) -> None:
+            raise InputError(
+                f"{_calling()} forward computes a gradient ({kind}), which is not supported: a trace of a forward has operators and no"
+                " gradients, and those of its results would be gradients of gradients. Write the gradient out in operators of the"
+                " forward, or train this module with PyTorch"
+            )
+
+        return compute
+
     with contextlib.ExitStack() as stack:
-        for kind in kinds:
-            stack.enter_context(mock.patch.object(Tensor, kind, refusing(kind)))
+        for name in ("register_hook", "register_post_accumulate_grad_hook"):
+            stack.enter_context(mock.patch.object(Tensor, name, refusing_hook(name)))
+        for owner, name, kind in (
+            (torch.autograd, "grad", "torch.autograd.grad"),
+            (torch.autograd, "backward", "torch.autograd.backward"),
+            (Tensor, "backward", "Tensor.backward"),
+            (eager_transforms, "_autograd_grad", "torch.func"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, refusing(kind)))
         yield
+
+
+def _calling() -> str:
+    """``at file:12`` of the innermost of the user's own frames."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and not own(frame.f_code.co_filename):
+        frame = frame.f_back
+    return f"at {frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _hook_error(where: str, kind: str, hook: Callable[..., Any]) -> InputError:

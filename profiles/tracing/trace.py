@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -32,14 +32,16 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tightfit.profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
 from tightfit.profiles.tracing.batch_norm_ops import EVALUATED, keep_statistics, refuse_averages
+from tightfit.profiles.tracing.eager_steps import EagerSteps, StepError, refuse_changed
 from tightfit.profiles.tracing.fewer_saved import save_less
-from tightfit.profiles.tracing.fold import ONCE, Role, fold
+from tightfit.profiles.tracing.fold import ONCE, Role, constant_made, fold
 from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
 from tightfit.profiles.tracing.loss_function import called
-from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, own_traceback, quiet_torch
+from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, quiet_torch
 from tightfit.profiles.tracing.own_dropout import dropout_placed, place
-from tightfit.profiles.tracing.own_gradients import CustomFunctions, Detaching, hooks_refused, refuse_hooks
+from tightfit.profiles.tracing.own_gradients import CustomFunctions, Detaching, gradients_refused, refuse_hooks
+from tightfit.profiles.tracing.own_state import draws_watched, seeding_refused
 from tightfit.profiles.tracing.unchecked import unchecked
 from tightfit.runtime.common.errors import InputError, TightfitError
 
@@ -80,7 +82,7 @@ class Segment:
 
 
 def trace(
-    module: torch.nn.Module,
+    module: nn.Module,
     batch: Mapping[str, torch.Tensor],
     *,
     decompositions: dict[Any, Callable[..., Any]] | None = None,
@@ -145,7 +147,7 @@ def trace(
 
 
 def trace_forward(
-    module: torch.nn.Module, batch: Mapping[str, torch.Tensor], decompositions: dict[Any, Callable[..., Any]]
+    module: nn.Module, batch: Mapping[str, torch.Tensor], decompositions: dict[Any, Callable[..., Any]]
 ) -> Trace:
     """Trace the forward alone of a module that trains nothing and whose first result is a tensor of its own, no view; `loss` is
     the name of that. Raises InputError if it cannot be traced.
@@ -184,23 +186,36 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Graph, dict[fx.Node, Role]]:
+def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Graph, dict[fx.Node, Role]]:
     refuse_hooks(module)
     refuse_averages(module)
     functions = CustomFunctions()
     with warnings.catch_warnings(), quiet_torch():
         warnings.simplefilter("ignore")  # deprecation warnings of torch about its own export
         try:
-            with functions.recorded(), hooks_refused(), unchecked(), dropout_placed(), Detaching():
+            with (
+                functions.recorded(),
+                gradients_refused(),
+                seeding_refused(),
+                unchecked(),
+                dropout_placed(),
+                Detaching(),
+                draws_watched() as drawn,
+            ):
                 program = torch.export.export(module, tuple(batch.values()), strict=False)
             program = program.run_decompositions({})
         except TightfitError:
             raise
         except Exception as error:
-            _raise_their_own(module, batch)
+            _refuse_unfollowed(module, batch)
             raise InputError(
                 f"{type(module).__name__} cannot be traced by torch.export{_at(line_of_error(error))}: {_reason(error)}"
             ) from error
+    changed = program.graph_signature.parameters_to_mutate
+    line = next((_at(line_of_node(node)) for node in program.graph.nodes if node.name in changed), "")
+    refuse_changed(module, list(dict.fromkeys(changed.values())), line)
+    if drawn:  # torch.export may have drawn numbers itself
+        _refuse_unfollowed(module, batch)
     functions.restore(program.graph)
     _open_copies(program.graph)
     _open_constants(program)
@@ -231,13 +246,18 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
         elif node.name in constants:
             name, kind = constants[node.name], "constant"
             if name not in held and node.users:
-                shape = list(node.meta["val"].shape)
+                _refuse_unfollowed(module, batch)
                 raise InputError(
                     f"{type(module).__name__} cannot be traced{_at(line_of_node(next(iter(node.users))))}:"
-                    f" forward makes a constant of shape {shape} ({name}); register it as a buffer"
+                    f" {constant_made(list(node.meta['val'].shape), name)}"
                 )
         else:
-            name, kind = next(names_of_batch), "batch"
+            name, kind = next(names_of_batch, node.name), "batch"
+            if not isinstance(node.meta["val"], torch.Tensor):
+                raise InputError(
+                    f"{type(module).__name__} uses an object in its forward that a trace cannot hold ({node.name}), such as a"
+                    " torch.Generator of its own; draw from PyTorch's, without the argument generator"
+                )
         if kind != "batch" and name in held:
             first = shared.setdefault(id(held[name]), node)
             if first is not node:  # a tensor that several modules share keeps its first name and has one gradient
@@ -344,17 +364,15 @@ def _free_layouts(graph: fx.Graph) -> None:
         node.target = aten.reshape.default
 
 
-def _raise_their_own(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
-    """Run the module untraced; raises InputError with the user's own traceback if it fails that way too."""
+def _refuse_unfollowed(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+    """Raise InputError if the module fails untraced, or is one that no traced step can follow."""
     if any(isinstance(parameter, FakeTensor) for parameter in module.parameters()):
         return
+    name, sample = type(module).__name__, tuple(batch.values())
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            module(*(tensor.clone() for tensor in batch.values()))
-    except Exception as error:
-        raise InputError(
-            f"{type(module).__name__} fails on the sample batch; correct its {called(module)}\n{own_traceback(error)}"
-        ) from error
+        EagerSteps(name, module, sample, gradients=False).take()
+    except StepError:  # some forwards need a gradient to be recorded
+        EagerSteps(name, module, sample).take()
 
 
 def _check_results(graph: fx.Graph, maker: str) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import checkpoint_formats
 import decoder_families
+import stateful_modules
 
 TABLES: dict[tuple[str, str], Callable[[], list[str]]] = {
     ("models.md", "families"): decoder_families.table,
     ("checkpoints.md", "formats"): checkpoint_formats.table,
+    ("python.md", "stateful kinds"): stateful_modules.table,
 }
 """(page in docs/, name of the table) -> its lines. The page has the table between ``<!-- NAME, by make docs -->`` and
 ``<!-- end of NAME -->``. Tables of other lists that tests go through, such as one of LoRA options, are added here."""

@@ -373,7 +373,7 @@ def both() -> Any:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (making, r"forward makes a constant of shape \[1\] \(lifted_tensor_0\); register it as a buffer"),
+        (making, r"forward makes a tensor of shape \[1\] \(lifted_tensor_0\) of numbers of its own"),
         (both, "forward must return one scalar loss, not 2 results"),
     ],
 )

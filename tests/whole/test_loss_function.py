@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tightfit.planner.schema import Plan
 from tightfit.profiles.sources.factory import build_module
-from tightfit.profiles.tracing.comparison import autograd_step
+from tightfit.profiles.tracing.eager_steps import eager_step
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.batches import write_batches
 from tightfit.runtime.session.python_batches import as_planned
@@ -141,9 +141,9 @@ def test_hooks_see_the_module_s_own_inputs_and_output() -> None:
     loss = module(*sample)
     assert inputs == 1
     assert seen == [[8, 6], [8, 3]]
-    again = copy.deepcopy(module).double()  # as the comparison with autograd does
+    again = copy.deepcopy(module).double()  # as the comparison with PyTorch does
     assert again(sample[0].double(), sample[1]).item() == pytest.approx(loss.item(), rel=1e-5)
-    assert autograd_step(module, sample)[0] == loss.item()
+    assert eager_step(module, sample).loss == loss.item()
 
 
 def test_a_batch_has_inputs_and_targets(tmp_path: Path) -> None:

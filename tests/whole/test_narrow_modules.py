@@ -77,7 +77,9 @@ def test_a_run_is_the_loop_written_out(tmp_path: Path, cache: Path) -> None:
     losses, expected = written_out()
     measured = profile(f"{__name__}:net", dtype="bfloat16")
     assert measured.model.compared is not None
-    assert measured.model.compared.startswith("loss and gradients are autograd's on the sample batch, ")
+    assert measured.model.compared.startswith(
+        "loss and gradients are PyTorch's in 3 steps of AdamW on different batches, "
+    )
     kinds = {t.name: (t.kind, t.dtype) for t in measured.tensors}
     assert kinds["embed.weight"] == ("trainable", "float32")
     assert kinds["frozen.weight"] == ("weight", "bfloat16")

@@ -1,24 +1,28 @@
-"""A module's programs beside autograd on its sample batch: equal ones pass, others are refused, and what is not compared is said."""
+"""A module's programs beside PyTorch in several steps: equal ones pass, others are refused, and what is not compared is said."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
+from beside_pytorch import compared, traced_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.vision import residual_cnn
 from tightfit.profiles import api
-from tightfit.profiles.measuring.worker import compute
 from tightfit.profiles.schema import NOT_COMPARED
 from tightfit.profiles.tracing import comparison
 from tightfit.profiles.tracing.comparison import TOLERANCE, GradientComparison, distances, step_bytes
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.eager_steps import Step
+from tightfit.profiles.tracing.trace import Trace
 from tightfit.runtime.common.errors import InputError
+
+ALIKE = "loss and gradients are PyTorch's in 3 steps of AdamW on different batches, "
 
 
 class Pair(nn.Module):
@@ -43,28 +47,18 @@ def doubled_behind_the_trace(module, x):
     return module.b(hidden).square().mean()
 
 
-def compared(module: nn.Module, batch: tuple[Tensor, ...], folder, change: Callable[[Trace], Any] = lambda _: None):
-    traced = trace(module, {f"batch{index}": tensor for index, tensor in enumerate(batch)})
-    change(traced)
-    beside = GradientComparison("own.module", module, batch, traced)
-    assert beside.why_not() is None
-    with torch.no_grad():
-        compute(beside.request(folder), [program.model_dump() for program in traced.programs])
-    return beside.conclude(folder)
-
-
 def test_equal_gradients_pass(tmp_path):
     torch.manual_seed(0)
-    assert compared(*residual_cnn(), tmp_path).startswith("loss and gradients are autograd's on the sample batch, ")
+    assert compared(*residual_cnn(), tmp_path).startswith(ALIKE)
 
 
 def test_what_is_drawn_at_random_is_drawn_alike(tmp_path):
     told = compared(Pair(dropped), (torch.randn(16, 8),), tmp_path)
-    assert told == "loss and gradients are autograd's on the sample batch, exactly"
+    assert told == f"{ALIKE}exactly"
 
 
 def test_another_gradient_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"own\.module: the traced step does not compute what autograd does .*: the gradient of a\.(weight|bias) differs by 0\.5 times its size \(2 of 5 results differ\)"):  # fmt: skip
+    with pytest.raises(InputError, match=r"own\.module: the traced step does not compute what PyTorch does .*: the gradient of a\.(weight|bias) differs by 0\.5 times its size \(2 of 5 results differ\)"):  # fmt: skip
         compared(Pair(doubled_behind_the_trace), (torch.randn(16, 8),), tmp_path)
 
 
@@ -82,7 +76,7 @@ def test_gradients_may_differ_as_far_as_rounding_moves_them(tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"the gradient of a\.\w+ differs"):
         compared(module, (x,), tmp_path)
     monkeypatch.setattr(comparison, "_in_double_precision", None)
-    assert compared(module, (1000 + x / 100,), tmp_path).startswith("loss and gradients are autograd's")
+    assert compared(module, (1000 + x / 100,), tmp_path).startswith(ALIKE)
 
 
 def test_another_loss_is_refused(tmp_path):
@@ -105,32 +99,44 @@ def test_a_module_that_fails_by_itself_is_shown_with_its_own_traceback(tmp_path)
             raise KeyError("scale")
         return module.b(module.a(x)).mean()
 
-    with pytest.raises(InputError, match=r"Pair fails on the sample batch; correct it\nTraceback .*\n(.*\n)*.*, in picky\n(.*\n)*KeyError: 'scale'$"):  # fmt: skip
+    with pytest.raises(InputError, match=r"Pair fails on the sample batch; correct its forward\nTraceback .*\n(.*\n)*.*, in picky\n(.*\n)*KeyError: 'scale'$"):  # fmt: skip
         compared(Pair(picky), (torch.randn(16, 8),), tmp_path)
 
 
-def test_what_does_not_fit_is_said(monkeypatch):
+def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     module, batch = residual_cnn()
-    traced = trace(module, {f"batch{index}": tensor for index, tensor in enumerate(batch)})
-    needed = step_bytes(traced.layers, traced.programs, module)
-    assert needed > 2 * sum(parameter.nbytes for parameter in module.parameters())
-    for free, told in ((2 * needed, None), (2 * needed - 1, f"{NOT_COMPARED}: a step without a plan takes ")):
+    beside = GradientComparison("own.module", module, batch, traced_of(module, batch))
+    needed = step_bytes(beside.traced.layers, beside.traced.programs, module)
+    assert needed > 3 * sum(parameter.nbytes for parameter in module.parameters())
+    for free, told in ((2 * needed, None), (2 * needed - 1, f"{NOT_COMPARED}: it takes .* beside what is held")):
         monkeypatch.setattr(comparison, "free_bytes", lambda free=free: free)
-        why = GradientComparison("own.module", module, batch, traced).why_not()
-        assert why is None if told is None else why.startswith(told)
+        why = beside.why_not(tmp_path)
+        assert why is None if told is None else re.match(told, why)
+    monkeypatch.setattr(comparison, "free_bytes", lambda: 2 * needed)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Namespace(free=2**10))
+    assert f"of the disk of {tmp_path}, and 1.0 KiB are free" in beside.why_not(tmp_path)
 
 
 def test_distances_are_parts_of_what_is_due():
     one, other = torch.ones(4), torch.zeros(4)
-    due = 2.0, {"w": one, "noise": 1e-9 * one, "b": one}
-    own = 2.2, {"w": 1.01 * one, "noise": other}
+    due = Step(
+        loss=2.0,
+        gradients={"w": one, "noise": 1e-9 * one, "b": one},
+        statistics={"var": 10 * one, "mean": 1e-6 * one, "count": torch.tensor(2)},
+    )
+    own = Step(
+        loss=2.2,
+        gradients={"w": 1.01 * one, "noise": other},
+        statistics={"var": 10 * one, "mean": -1e-6 * one, "count": torch.tensor(1)},
+    )
     apart = distances(own, due)
     assert apart["loss"] == pytest.approx(0.1)
     assert apart["w"] == pytest.approx(0.01, rel=1e-2)
     assert apart["w"] > TOLERANCE
-    assert apart["noise"] == 0  # sums that cancel leave no more
+    assert apart["noise"] == apart["mean"] == apart["var"] == 0  # sums that cancel leave no more
     assert apart["b"] == pytest.approx(1, rel=1e-4)  # missing is nothing
-    assert distances((2.0, {"w": one}), (2.0, {"w": other}))["w"] == math.inf
+    assert apart["count"] == pytest.approx(0.5, rel=1e-4)
+    assert distances(Step(loss=2.0, gradients={"w": one}), Step(loss=2.0, gradients={"w": other}))["w"] == math.inf
 
 
 def behind_the_trace():
@@ -139,7 +145,7 @@ def behind_the_trace():
 
 def test_a_profile_is_refused_before_anything_is_timed(cache):
     stages = []
-    with pytest.raises(InputError, match="does not compute what autograd does"):
+    with pytest.raises(InputError, match="does not compute what PyTorch does"):
         api.profile(f"{__name__}:behind_the_trace", progress=lambda stage, done, total: stages.append((stage, done)))
     assert max(done for stage, done in stages if stage == "measure") == 1  # the one program was watched
     assert not [path for path in cache.iterdir() if path.is_dir() and path.name.startswith("tmp")]

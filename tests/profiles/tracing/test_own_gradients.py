@@ -244,6 +244,13 @@ class Looking(nn.Module):
         return self.head(self.embedding((x > 0).long())).mean()
 
 
+def penalised(module, x):
+    x = x.requires_grad_()
+    made = module.a(x).tanh()
+    (slope,) = torch.autograd.grad(made.sum(), x, create_graph=True)
+    return module.b(made).mean() + (slope.norm(2, 1) - 1).square().mean()
+
+
 def missing(module, x):
     return module.a(x) * {}["scale"]
 
@@ -251,13 +258,15 @@ def missing(module, x):
 @pytest.mark.parametrize(
     ("module", "told"),
     [
+        (Pair(penalised), r"at .*test_own_gradients\.py:\d+ forward computes a gradient \(torch\.autograd\.grad\), which is not supported"),
+        (Pair(lambda m, x: m.a(x).mean() + torch.func.grad(lambda x: m.b(x).tanh().sum())(x).norm()), r"at .*test_own_gradients\.py:\d+ forward computes a gradient \(torch\.func\)"),
         (Pair(missing), r"Pair fails on the sample batch; correct its forward\nTraceback .*\n(.*\n)*.*, in missing\n(.*\n)*KeyError: 'scale'$"),
         (Pair(lambda m, x: m.a(x).view(3)), r"Pair fails on the sample batch; .*\n(.*\n)*RuntimeError: shape '\[3\]' is invalid"),
         (Pair(lambda m, x: m.a(x)[(x > 0).nonzero()[:, 0]].mean()), r"Pair cannot be traced at .*test_own_gradients\.py:\d+ \(`.*\): what follows depends on the values of tensors \(aten\.nonzero"),
         (Pair(lambda m, x: m.a(x).mean() * x.sum().item()), r"Pair cannot be traced at .*test_own_gradients\.py:\d+ \(`.*\): what follows depends on the values of tensors"),
         (Pair(lambda m, x: m.a(x).mean() if x.sum() > 0 else m.b(x).mean()), r"Pair cannot be traced by torch\.export at .*test_own_gradients\.py:\d+ \(`.*\): what follows depends on the values"),
         (Pair(lambda m, x: torch.ops.tightfit_test.twice(m.a(x)).mean()), r"Pair cannot be traced at .*test_own_gradients\.py:\d+ \(`.*\): operator tightfit_test\.twice\.default is not one of PyTorch"),
-        (Pair(lambda m, x: (m.a(x) * torch.tensor([1.0] * 8)).mean()), r"Pair cannot be traced at .*test_own_gradients\.py:\d+ \(`.*\): forward makes a constant of shape \[8\]"),
+        (Pair(lambda m, x: (m.a(x) * torch.tensor([1.0] * 8)).mean()), r"Pair cannot be traced at .*test_own_gradients\.py:\d+ \(`.*\): forward makes a tensor of shape \[8\]"),
         (Looking(), r"Looking cannot be traced at .*test_own_gradients\.py:\d+ \(`return self\.head.*\): aten\.\S+ makes a sparse_coo tensor"),
     ],
 )  # fmt: skip
