@@ -31,6 +31,23 @@ NORM_ELEMENTS = 1 << 20
 Outputs = Sequence[Tensor | None]
 
 
+def new_zeros(like: Tensor, size: Sequence[int], *, out: Sequence[Tensor], **_: object) -> None:
+    out[0].zero_()
+
+
+def copy(like: Tensor, x: Tensor, *, out: Sequence[Tensor], **_: object) -> None:
+    """x in the shape, type and strides of `like`, which are those of out."""
+    out[0].copy_(x)
+
+
+def as_strided_scatter(
+    x: Tensor, part: Tensor, size: Sequence[int], stride: Sequence[int], offset: int, *, out: Sequence[Tensor]
+) -> None:
+    """x with `part` in the place of the elements that size, stride and offset choose from its storage."""
+    out[0].copy_(x)
+    out[0].as_strided(size, stride, offset - x.storage_offset()).copy_(part)
+
+
 def relu(x: Tensor, *, out: Sequence[Tensor]) -> None:
     """PyTorch's kernel of relu, under the name under which it writes into a given tensor."""
     aten.clamp_min.out(x, 0, out=out[0])
@@ -202,6 +219,9 @@ def batch_norm_backward(
 
 
 DIRECT: dict[str, Callable[..., None]] = {
+    "aten.new_zeros.default": new_zeros,
+    "aten.copy.default": copy,
+    "aten.as_strided_scatter.default": as_strided_scatter,
     "aten.relu.default": relu,
     "aten.mm.default": mm,
     "aten.addmm.default": addmm,
