@@ -12,6 +12,7 @@ Outputs that nothing reads are None.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -234,6 +235,22 @@ def batch_norm_backward(
         torch.addcmul(shift, torch.sub(image, center, out=result), along, out=result).addcmul_(slope, scales)
 
 
+def max_pool2d_backward(
+    dy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    ceil_mode: bool, indices: Tensor, *, out: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Of x PyTorch reads the shape, and the order in memory, which is that of the result whatever stands in for x."""
+    (dx,) = out
+    aten.max_pool2d_with_indices_backward.grad_input(
+        dy, dx, kernel, stride, padding, dilation, ceil_mode, indices, grad_input=dx
+    )
+
+
+def avg_pool2d_backward(dy: Tensor, x: Tensor, *settings: Any, out: Sequence[Tensor]) -> None:
+    """As `max_pool2d_backward`."""
+    aten.avg_pool2d_backward.grad_input(dy, out[0], *settings, grad_input=out[0])
+
+
 DIRECT: dict[str, Callable[..., None]] = {
     "aten.new_zeros.default": new_zeros,
     "aten.copy.default": copy,
@@ -246,5 +263,7 @@ DIRECT: dict[str, Callable[..., None]] = {
     "aten.convolution.default": convolution,
     "aten.convolution_backward.default": convolution_backward,
     "aten.native_batch_norm_backward.default": batch_norm_backward,
+    "aten.max_pool2d_with_indices_backward.default": max_pool2d_backward,
+    "aten.avg_pool2d_backward.default": avg_pool2d_backward,
 }
 """by target; `Kernels.direct`"""

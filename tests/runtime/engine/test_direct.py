@@ -115,6 +115,26 @@ def test_the_gradient_of_batch_norm(
     torch.testing.assert_close(again[0], made[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+def test_gradients_of_pooling_read_no_more_of_the_images_than_their_shape(
+    kind: str, order: torch.memory_format
+) -> None:
+    x = torch.randn(2, 3, 6, 8).contiguous(memory_format=order).requires_grad_()
+    if kind == "max":
+        y, *indices = torch.nn.functional.max_pool2d_with_indices(x, 2)
+        settings: list[Any] = [[2, 2], [2, 2], [0, 0], [1, 1], False, *indices]
+    else:
+        y = torch.nn.functional.avg_pool2d(x, 2)
+        settings = [[2, 2], [2, 2], [0, 0], False, True, None]
+    dy = torch.randn_like(y)
+    (due,) = torch.autograd.grad(y, x, dy)
+    made = torch.full_like(x, torch.nan).detach()
+    name = {"max": "max_pool2d_with_indices", "avg": "avg_pool2d"}[kind]
+    direct.DIRECT[f"aten.{name}_backward.default"](dy, torch.zeros(()).expand(x.shape), *settings, out=[made])
+    assert torch.equal(made, due)
+
+
 def test_relu_is_pytorchs_to_the_bit() -> None:
     x = torch.tensor([-1.5, -0.0, 0.0, 2.0, torch.nan, torch.inf, -torch.inf])
     made = torch.empty_like(x)
