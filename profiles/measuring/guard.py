@@ -7,7 +7,6 @@ those of reducing losses, use the output as scratch space of the size of their i
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.engine.cpu.arena import Arena
 from tightfit.runtime.engine.cpu.cpu import KERNELS
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
@@ -105,15 +105,12 @@ def _faithful(
             outputs.append(None)
             continue
         end = GUARD_BYTES + _span(tensor)
-        # The storage ends with the output, and the mapping goes on behind it for whatever a kernel may write there;
-        # pages that are never touched take no memory.
-        pages = mmap.mmap(-1, end + GUARD_BYTES + room)
-        storage = torch.frombuffer(pages, dtype=torch.uint8, count=end)
-        behind = torch.frombuffer(pages, dtype=torch.uint8, offset=end, count=GUARD_BYTES)
-        for part in (storage[:GUARD_BYTES], behind):
-            guards.append(part.fill_(PATTERN))
-        flat = storage[GUARD_BYTES:].fill_(UNWRITTEN).view(tensor.dtype)
-        outputs.append(flat.as_strided(tensor.size(), tensor.stride(), flat.storage_offset()))
+        # The arena goes on behind the output for whatever a kernel may write there; pages that are never touched take no
+        # memory.
+        arena = Arena(end + GUARD_BYTES + room)
+        guards.extend(arena.raw(at, GUARD_BYTES).fill_(PATTERN) for at in (0, end))
+        flat = arena.raw(GUARD_BYTES, _span(tensor)).fill_(UNWRITTEN).view(tensor.dtype)
+        outputs.append(flat.as_strided(tensor.size(), tensor.stride()))
     torch.manual_seed(0)
     try:
         operator.run(tensors, outputs, store)

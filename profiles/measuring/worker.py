@@ -375,8 +375,11 @@ def _make_tensors(
     """The tensors of a program by name, filled so that no operator meets denormals, NaN or an index out of range."""
     import torch
 
+    from tightfit.runtime.engine.cpu.arena import Arena
+    from tightfit.runtime.engine.device.device import aligned
     from tightfit.runtime.engine.training.job import POSITIONS_AT
 
+    arena, end = Arena(sum(aligned(value["bytes"]) for value in values.values())), 0
     generator = torch.Generator().manual_seed(0)
     gathered = {name for operator in operators for name in operator["gathers"]}
     rows = GATHERED_ROWS if gathered else 2  # 0 and 1 are valid labels and indices everywhere
@@ -409,7 +412,8 @@ def _make_tensors(
         if common and met[key] > turns:
             tensors[name] = shared[key][met[key] % turns]
             continue
-        tensor = torch.empty_strided(shape, stride, dtype=dtype)
+        tensor = arena.window(value["dtype"])(end, value["bytes"] // dtype.itemsize).as_strided(shape, stride)
+        end += aligned(value["bytes"])
         if dtype.is_floating_point and contents == "normal":
             tensor.normal_(0.0, 0.05, generator=generator)
         elif dtype.is_floating_point:

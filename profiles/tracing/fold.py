@@ -24,6 +24,7 @@ aten = torch.ops.aten
 
 HEAD_CHUNK = "tightfit.head_chunk"
 ATTENTION = {"tightfit.attention": 2, "tightfit.attention_backward": 5}  # products of seq x seq x head_dim each
+SCATTER = "aten.as_strided_scatter.default"
 GATHERS = ("tightfit.embed_rows", "tightfit.head_rows")
 ONCE = ("tightfit.table_rows", "tightfit.table_head")
 """operators that run once in a step: what they read is trained and may lie on disk between their forward and its update, so
@@ -89,6 +90,8 @@ class _Folder:
         self.values: dict[str, Value] = {}
         self.windows: dict[fx.Node, Window | list[Window | None]] = {}
         self.by_storage: dict[int, str] = {}
+        self.starts: dict[str, int] = {}
+        """Elements of a traced storage before the tensor that an operator made there: in a run it begins with the tensor."""
         self.gathered: set[str] = set()
         """Weights that rows are gathered from: of a head's, the slices are weights of their own."""
         self.operators: list[Operator] = []
@@ -123,19 +126,17 @@ class _Folder:
         return Program(name=name, values=[v for v in self.values.values() if v.name in used], operators=operators)
 
     def _bind(self, node: fx.Node, tensor: torch.Tensor, name: str, kind: TensorKind) -> Window:
-        storage = tensor.untyped_storage()
-        self.by_storage[storage._cdata] = name
+        storage, start = tensor.untyped_storage(), int(tensor.storage_offset())
+        self.by_storage[storage._cdata], self.starts[name] = name, start
         self.values[name] = Value(
             name=name,
             shape=list(tensor.shape),
             stride=list(tensor.stride()),
             dtype=str(tensor.dtype).removeprefix("torch."),
-            bytes=storage.nbytes(),
+            bytes=storage.nbytes() - start * tensor.element_size(),
             kind=kind,
         )
-        window = Window(
-            storage=name, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=int(tensor.storage_offset())
-        )
+        window = Window(storage=name, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=0)
         self.windows[node] = window
         return window
 
@@ -191,6 +192,10 @@ class _Folder:
         name = str(target).removesuffix(".default") if fused else str(target)
         gathers = self._gathered(node, inputs) if name in GATHERS else []
         args = [*gathers, *(self._argument(a, inputs) for a in node.args[len(gathers) :])]
+        if name == SCATTER:
+            whole = self.windows[node.args[0]]  # type: ignore[index]
+            assert isinstance(whole, Window)
+            args[4:] = [whole.offset if len(args) < 5 or args[4] is None else args[4] - self.starts[whole.storage]]
         if name == HEAD_CHUNK:
             args[2] = self._slice(node.args[2], inputs)  # type: ignore[arg-type]
         return Operator(
@@ -214,12 +219,10 @@ class _Folder:
             raise InputError(
                 f"{node.target} views {self.values[storage].dtype} as {tensor.dtype}; convert instead of reinterpreting"
             )
-        return Window(
-            storage=storage,
-            size=tuple(tensor.shape),
-            stride=tuple(tensor.stride()),
-            offset=int(tensor.storage_offset()),
-        )
+        offset = int(tensor.storage_offset()) - self.starts[storage]
+        if offset < 0:
+            raise InputError(f"{node.target} looks at what lies before a tensor in its storage; index the whole tensor")
+        return Window(storage=storage, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=offset)
 
     def _slice(self, node: fx.Node, inputs: dict[str, None]) -> dict[str, Any]:
         """The operand for a row slice of the head's weight, which becomes a weight of its own, ``name[a:b]``."""

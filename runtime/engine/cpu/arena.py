@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterable
 
@@ -22,33 +23,34 @@ class Arena:
         self._map = make_pages(size, used=True)
         self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.bytes.data_ptr()
-        self._flat: dict[str, tuple[Tensor, int]] = {}
+        self._windows: dict[str, Callable[[int, int], Tensor]] = {}
 
-    def window(self, dtype: str) -> tuple[Callable[..., Tensor], int]:
-        """The function that makes views of `dtype`, and log2 of an element's bytes.
+    def window(self, dtype: str) -> Callable[[int, int], Tensor]:
+        """The function that makes a flat tensor of `dtype` from a byte offset and a number of elements.
 
-        The function is `as_strided(size, stride, offset)` of the whole arena; its offset is in elements.
+        The tensor's storage begins at that offset and ends with the tensor. Some of PyTorch's kernels copy the storage of an
+        operand from its beginning on: in a storage of the whole arena that would be all that lies before it.
         """
-        if dtype not in self._flat:
+        if dtype not in self._windows:
             kind: torch.dtype = getattr(torch, dtype)
-            whole = self.bytes[: self.size // kind.itemsize * kind.itemsize]
-            self._flat[dtype] = (whole.view(kind), kind.itemsize.bit_length() - 1)
-        flat, shift = self._flat[dtype]
-        return flat.as_strided, shift
+            pages = self._map
+
+            def window(at: int, elements: int) -> Tensor:
+                if not elements:
+                    return torch.empty(0, dtype=kind)
+                return torch.frombuffer(pages, dtype=kind, count=elements, offset=at)
+
+            self._windows[dtype] = window
+        return self._windows[dtype]
 
     def tensor(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
         """A contiguous view of the arena at byte offset `at`."""
-        window, shift = self.window(dtype)
         size = tuple(shape)
-        stride, step = [], 1
-        for length in reversed(size):
-            stride.append(step)
-            step *= max(1, length)
-        return window(size, tuple(reversed(stride)), at >> shift)
+        return self.window(dtype)(at, math.prod(size)).view(size)
 
     def raw(self, at: int, size: int) -> Tensor:
         """`size` bytes at offset `at`, uint8."""
-        return self.bytes.narrow(0, at, size)
+        return self.window("uint8")(at, size)
 
     def release(self) -> None:
         """Give all pages back to the kernel; their contents are zero afterwards."""

@@ -18,6 +18,11 @@ ALIGNMENT = 64
 """bytes; every tensor's offset in the arena is a multiple of it"""
 
 
+def aligned(size: int) -> int:
+    """Bytes, rounded up to `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The operators of a device."""
@@ -32,8 +37,8 @@ class Kernels:
 
 
 class Device(Protocol):
-    """One arena on one device. Offsets and sizes are bytes; a tensor at an offset is a view of the arena, not a
-    copy.
+    """One arena on one device. Offsets and sizes are bytes; a tensor at an offset lies in the arena and is no copy. Its
+    storage begins and ends with it, as that of a tensor outside of an arena.
     """
 
     size: int
@@ -41,11 +46,8 @@ class Device(Protocol):
     kernels: Kernels
     meter: Meter
 
-    def window(self, dtype: str) -> tuple[Callable[..., Tensor], int]:
-        """The function that makes views of `dtype`, and log2 of an element's bytes.
-
-        The function is `as_strided(size, stride, offset)` of the whole arena; its offset is in elements.
-        """
+    def window(self, dtype: str) -> Callable[[int, int], Tensor]:
+        """The function that makes a flat tensor of `dtype` of the arena, from an offset and a number of elements."""
         ...
 
     def tensor(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:

@@ -50,6 +50,53 @@ if TYPE_CHECKING:
 __all__ = ["CompiledOperator", "Executor", "compile_operator"]
 
 
+class View:
+    """A strided view of a tensor, made again only where the tensor lies elsewhere than before: a plan's offsets are the same in
+    every step.
+    """
+
+    __slots__ = ("at", "container", "dtype", "elements", "key", "local", "offset", "size", "stride", "tensor", "window")
+
+    def __init__(
+        self,
+        local: int,
+        value: dict[str, Any],
+        operand: dict[str, Any],
+        device: Device,
+        container: Any = None,
+        key: Any = None,
+    ) -> None:
+        """`operand` has size, stride and offset in the tensor `value`, number `local` of a layer's table. The view is kept in
+        `container[key]` too, if there is one.
+        """
+        self.local, self.container, self.key = local, container, key
+        self.size, self.stride, self.offset = tuple(operand["size"]), tuple(operand["stride"]), operand.get("offset", 0)
+        self.elements = max(_elements(value["shape"], value["stride"]), self.offset + _elements(self.size, self.stride))
+        """of the tensor"""
+        self.window = device.window(value["dtype"])
+        self.dtype: torch.dtype = getattr(torch, value["dtype"])
+        self.at = -1
+        self.tensor: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """of the tensor"""
+        return self.elements * self.dtype.itemsize
+
+    def move(self, at: int) -> Tensor:
+        """The view, with the tensor at offset `at` of the arena."""
+        self.at = at
+        self.tensor = self.window(at, self.elements).as_strided(self.size, self.stride, self.offset)
+        if self.container is not None:
+            self.container[self.key] = self.tensor
+        return self.tensor
+
+
+def _elements(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements that a strided tensor spans, from its first to its last."""
+    return 0 if 0 in size else 1 + sum((length - 1) * step for length, step in zip(size, stride))
+
+
 class BoundOperator:
     """A compiled operator whose views of the arena are prepared but for their offsets.
 
@@ -70,42 +117,23 @@ class BoundOperator:
         compiled = compile_operator(operator, values, device.kernels)
         self.call = compiled.call
         self.name = compiled.name
-        self.reads = []
-        for container, key, operand in compiled.slots:
-            window, shift = device.window(values[operand["value"]]["dtype"])
-            where = (
-                local[operand["value"]],
-                window,
-                shift,
-                tuple(operand["size"]),
-                tuple(operand["stride"]),
-                operand.get("offset", 0),
-            )
-            self.reads.append((container, key, *where))
+        self.reads = [
+            View(local[operand["value"]], values[operand["value"]], operand, device, container, key)
+            for container, key, operand in compiled.slots
+        ]
         self.partial = compiled.partial
         self.keywords = compiled.kwargs
         self.draws = compiled.name.startswith(DROPOUT)
         """whether it draws random numbers, which depend on the layer"""
-        self.inputs = tuple(dict.fromkeys(read[2] for read in self.reads))
-        self.writes: list[
-            tuple[int, Callable[..., Tensor], int, tuple[int, ...], tuple[int, ...], torch.dtype] | None
-        ] = []
-        for name in operator["outputs"]:
-            if name is not None:
-                value = values[name]
-                window, shift = device.window(value["dtype"])
-                self.writes.append(
-                    (
-                        local[name],
-                        window,
-                        shift,
-                        tuple(value["shape"]),
-                        tuple(value["stride"]),
-                        getattr(torch, value["dtype"]),
-                    )
-                )
-            else:
-                self.writes.append(None)
+        self.inputs = tuple(dict.fromkeys(read.local for read in self.reads))
+        self.writes = [
+            None
+            if name is None
+            else View(
+                local[name], values[name], {"size": values[name]["shape"], "stride": values[name]["stride"]}, device
+            )
+            for name in operator["outputs"]
+        ]
         self.gathers = [(container, key, local[operand["value"]]) for container, key, operand in compiled.gathers]
         if self.gathers:
             compiled.kwargs["store"] = store
@@ -245,8 +273,10 @@ class Executor:
                     for local in operator.inputs:
                         if table[local] in arriving:
                             self._arrive(table[local])
-                for container, key, local, window, shift, size, stride, offset in operator.reads:
-                    container[key] = window(size, stride, (where[table[local]] >> shift) + offset)
+                for read in operator.reads:
+                    at = where[table[read.local]]
+                    if at != read.at:
+                        read.move(at)
                 for container, key, local in operator.gathers:
                     container[key] = self.gathered[table[local]]
                 if operator.draws:
@@ -260,12 +290,13 @@ class Executor:
                         outputs.append(None)
                     elif at < 0:  # unused, so the plan gives it no place; some kernels write it all the same
                         outputs.append(
-                            None if operator.partial else torch.empty_strided(write[3], write[4], dtype=write[5])
+                            None
+                            if operator.partial
+                            else torch.empty_strided(write.size, write.stride, dtype=write.dtype)
                         )
                     else:
-                        local, window, shift, size, stride, _ = write
-                        where[table[local]] = at
-                        outputs.append(window(size, stride, at >> shift))
+                        where[table[write.local]] = at
+                        outputs.append(write.tensor if at == write.at else write.move(at))
                 if self.detail is None:
                     operator.call(outputs)
                 else:

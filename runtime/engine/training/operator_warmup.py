@@ -7,13 +7,13 @@ step needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.device.device import ALIGNMENT, Device
+from tightfit.runtime.engine.device.device import Device, aligned
 from tightfit.runtime.engine.start.process import apart, trim_heap
 from tightfit.runtime.engine.training.executor import BoundOperator
 from tightfit.runtime.engine.training.job import POSITIONS_AT
@@ -45,26 +45,19 @@ def _run(operator: BoundOperator, device: Device) -> None:
 
     A schedule has them all in the arena at once; should they not fit side by side, the operator is skipped.
     """
-    needed = {
-        local: (offset + _elements(size, stride)) << shift
-        for _, _, local, _, shift, size, stride, offset in operator.reads
-    }
-    for write in operator.writes:
-        if write is not None:
-            local, _, shift, size, stride, _ = write
-            needed[local] = max(needed.get(local, 0), _elements(size, stride) << shift)
+    views = [*operator.reads, *(write for write in operator.writes if write is not None)]
+    needed: dict[int, int] = {}
+    for view in views:
+        needed[view.local] = max(needed.get(view.local, 0), aligned(view.bytes))
     where, end = {}, 0
-    for local, size_bytes in needed.items():
+    for local, size in needed.items():
         where[local] = end
-        end += -(-size_bytes // ALIGNMENT) * ALIGNMENT
+        end += size
     if end > device.size:
         return
-    for container, key, local, window, shift, size, stride, offset in operator.reads:
-        container[key] = window(size, stride, (where[local] >> shift) + offset)
-    outputs = [
-        None if write is None else write[1](write[3], write[4], where[write[0]] >> write[2])
-        for write in operator.writes
-    ]
+    for view in views:
+        view.move(where[view.local])
+    outputs = [None if write is None else write.tensor for write in operator.writes]
     try:
         operator.call(outputs)
         if operator.name in POSITIONS_AT:
@@ -82,13 +75,8 @@ def _attend_in_long_rows(operator: BoundOperator, outputs: list[Tensor | None], 
     """Run attention on rows of one sample too. As positions, zeros are rows of samples of one token, whose products are the
     smallest.
     """
-    arguments = operator.reads[0][0]
+    arguments = operator.reads[0].container
     positions = arguments[POSITIONS_AT[operator.name]]
     if positions is not None:
         positions.copy_(torch.arange(positions.shape[-1]))
         device.kernels.fused[operator.name](*arguments, out=outputs)
-
-
-def _elements(size: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements that a strided tensor spans, from its first to its last."""
-    return 0 if 0 in size else 1 + sum((length - 1) * step for length, step in zip(size, stride))

@@ -113,8 +113,10 @@ def run_in_an_arena(
             place = {name: index for index, name in enumerate(values)}
             slots = {}
             for name, value in values.items():
-                window, shift = arena.window(value["dtype"])
-                slots[place[name]] = window(tuple(value["shape"]), tuple(value["stride"]), where[name] >> shift)
+                whole = arena.window(value["dtype"])(
+                    where[name], value["bytes"] // getattr(torch, value["dtype"]).itemsize
+                )
+                slots[place[name]] = whole.as_strided(value["shape"], value["stride"])
                 known = names.get(layer.bindings.get(name, f"{layer.name}/{name}"))
                 if known is not None:
                     slots[place[name]].copy_(known)
@@ -123,8 +125,8 @@ def run_in_an_arena(
             ):
                 if operator["phase"] != phase:
                     continue
-                for container, key, local, window, _, size, stride, offset in bound.reads:
-                    container[key] = window(size, stride, slots[local].storage_offset() + offset)
+                for read in bound.reads:
+                    read.move(slots[read.local].data_ptr() - arena.address)
                 bound.call([None if name is None else slots[place[name]] for name in operator["outputs"]])
                 for name in filter(None, operator["outputs"]):
                     names[layer.bindings.get(name, f"{layer.name}/{name}")] = slots[place[name]].clone()
@@ -227,6 +229,7 @@ def test_an_operator_of_ours_that_writes_beside_its_output_stops(offset, monkeyp
 
 def test_an_operator_that_takes_no_contents_is_named(tmp_path):
     values = {"x": value("x", 4, 4), "y": value("y", 3), "out": value("out", 4)}
-    program = {"name": "p", "values": [*values.values()], "operators": [operator("aten.mv.default", values, "x", "y")]}
+    described = [{**one, "bytes": 64} for one in values.values()]
+    program = {"name": "p", "values": described, "operators": [operator("aten.mv.default", values, "x", "y")]}
     with pytest.raises(InputError, match=r"operator aten\.mv\.default is not supported \(size mismatch"):
         watch(program, OutputGuard(), Scratch(tmp_path))

@@ -424,3 +424,59 @@ def test_any_module_trains_in_full(factory: Any) -> None:
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
         assert made[f"grad:{name}"].stride() == parameter.stride()
+
+
+class Images(torch.nn.Module):
+    """A small U-Net; `flat` makes rows of what it computes, of all of an image's values in their order."""
+
+    def __init__(self, flat: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.down = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.nn.GroupNorm(2, 8))
+        self.deep = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.up, self.norm = torch.nn.ConvTranspose2d(8, 3, 2, stride=2), torch.nn.BatchNorm2d(6)
+        self.mix, self.head, self.flat = torch.nn.Conv2d(6, 2, 1), torch.nn.Linear(128, 1), flat
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = self.down(x)
+        low = low + torch.nn.functional.silu(self.deep(torch.nn.functional.interpolate(low, scale_factor=1.0)))
+        wide = self.norm(torch.cat([x, self.up(low)], 1))
+        return self.head(self.flat(self.mix(wide))).square().mean()
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("flat", "last"),
+    [
+        (lambda y: y.flatten(1), True),
+        (lambda y: y.reshape(len(y), -1), True),
+        (lambda y: y.view(len(y), -1), False),  # which planes alone take
+    ],
+)
+def test_images_of_a_module_that_convolves_have_their_channels_last(
+    flat: Callable[[torch.Tensor], torch.Tensor], last: bool, order: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    module, x = Images(flat), torch.randn(2, 3, 8, 8)
+    traced = trace(module, {"x": x.contiguous(memory_format=order)})
+    values = {value.name: value for program in traced.programs for value in program.values}
+    convolved = [
+        values[operator.outputs[0] or ""]
+        for program in traced.programs
+        for operator in program.operators
+        if operator.target == "aten.convolution.default" and operator.phase == "forward"
+    ]
+    assert len(convolved) == 4
+    assert all((value.stride[1] == 1) == last for value in convolved)
+    (given,) = (tensor for tensor in traced.tensors if tensor.kind == "batch")
+    assert given.shape == [2, 3, 8, 8]
+    read = [value for program in traced.programs for value in program.values if value.kind == "batch"]
+    assert read
+    assert all(value.stride == [192, 64, 8, 1] for value in read)  # as a batch is written
+    held = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, held | {"x": x})
+    loss = module(x)
+    loss.backward()
+    torch.testing.assert_close(made[traced.loss], loss.detach())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+        assert made[f"grad:{name}"].stride() == parameter.stride()

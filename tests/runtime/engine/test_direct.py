@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,6 +36,9 @@ CASES = {
     "of every second of few points": {"side": 8, "stride": 2},
     "of three by three": {"side": 16, "kernel": 3},
     "with channels last": {"side": 16, "memory_format": torch.channels_last},
+    "of every second point with channels last": {"side": 9, "stride": 2, "memory_format": torch.channels_last},
+    "of one channel last": {"side": 16, "inputs": 1, "memory_format": torch.channels_last},
+    "of three by three with channels last": {"side": 16, "kernel": 3, "memory_format": torch.channels_last},
 }
 
 
@@ -60,9 +64,12 @@ def test_convolutions_and_their_gradients(case: str, biased: bool, monkeypatch: 
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
-def test_a_convolution_of_points_makes_nothing_beside_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_points_makes_nothing_beside_its_results(
+    order: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PyTorch's own, which makes a tensor, is not called; gradients that are not wanted are left out."""
-    arguments, dy = images(16)
+    arguments, dy = images(16, memory_format=order)
     due = aten.convolution_backward.default(dy, arguments[0], arguments[1], None, *ONE, [True, True, False])
     monkeypatch.setattr(direct, "aten", SimpleNamespace())
     y, dx, dweight = torch.empty_like(dy), torch.empty_like(due[0]), torch.empty_like(due[1])
@@ -79,21 +86,26 @@ def test_convolutions_take_a_few_samples_at_a_time_where_the_weights_are_small()
     assert [part.stop for part in direct._parts(x, large, x)] == [9]
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_the_gradient_of_batch_norm(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a batch far from zero, in parts of two of three channels, beside autograd in double precision."""
+def test_the_gradient_of_batch_norm(
+    weighted: bool, order: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch far from zero, with no tensor beside its results, beside autograd in double precision."""
     monkeypatch.setattr(direct, "PART_BYTES", 0)
-    monkeypatch.setattr(direct, "NORM_ELEMENTS", 2 * 30)
     torch.manual_seed(0)
-    x, dy, weight = 100 + torch.randn(4, 3, 5, 6), torch.randn(4, 3, 5, 6), torch.rand(3)
+    x, dy = (one.contiguous(memory_format=order) for one in (100 + torch.randn(4, 3, 5, 6), torch.randn(4, 3, 5, 6)))
+    weight = torch.rand(3)
     exact = [one.double().requires_grad_() for one in (x, weight if weighted else torch.ones(3), torch.zeros(3))]
     y = torch.nn.functional.batch_norm(exact[0], None, None, exact[1], exact[2], training=True)
     due = torch.autograd.grad(y, exact, dy.double())
     mean, rstd = x.mean((0, 2, 3)), (x.var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()
     made = [torch.full_like(one, torch.nan, dtype=torch.float32) for one in due]
     arguments = [dy, x, weight if weighted else None, None, None, mean, rstd, True, 1e-5, [True, True, True]]
-    monkeypatch.setattr(direct, "aten", SimpleNamespace())
+    sums = Mock(wraps=aten.native_batch_norm_backward.default)
+    monkeypatch.setattr(direct, "aten", SimpleNamespace(native_batch_norm_backward=SimpleNamespace(default=sums)))
     direct.batch_norm_backward(*arguments, out=made)
+    assert [call.args[-1] for call in sums.call_args_list] == [[False, True, True]]
     for one, other in zip(made, due, strict=True):
         torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
     monkeypatch.undo()
@@ -101,6 +113,26 @@ def test_the_gradient_of_batch_norm(weighted: bool, monkeypatch: pytest.MonkeyPa
     again = [torch.empty_like(made[0]), None, None]
     direct.batch_norm_backward(*arguments, out=again)
     torch.testing.assert_close(again[0], made[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+def test_gradients_of_pooling_read_no_more_of_the_images_than_their_shape(
+    kind: str, order: torch.memory_format
+) -> None:
+    x = torch.randn(2, 3, 6, 8).contiguous(memory_format=order).requires_grad_()
+    if kind == "max":
+        y, *indices = torch.nn.functional.max_pool2d_with_indices(x, 2)
+        settings: list[Any] = [[2, 2], [2, 2], [0, 0], [1, 1], False, *indices]
+    else:
+        y = torch.nn.functional.avg_pool2d(x, 2)
+        settings = [[2, 2], [2, 2], [0, 0], False, True, None]
+    dy = torch.randn_like(y)
+    (due,) = torch.autograd.grad(y, x, dy)
+    made = torch.full_like(x, torch.nan).detach()
+    name = {"max": "max_pool2d_with_indices", "avg": "avg_pool2d"}[kind]
+    direct.DIRECT[f"aten.{name}_backward.default"](dy, torch.zeros(()).expand(x.shape), *settings, out=[made])
+    assert torch.equal(made, due)
 
 
 def test_relu_is_pytorchs_to_the_bit() -> None:

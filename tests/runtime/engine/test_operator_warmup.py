@@ -73,7 +73,7 @@ def test_every_operator_of_the_schedules_runs_once_on_zeros(profile, prepared):
     for operator in operators:
         call = operator.call
         operator.call = lambda outputs, call=call, operator=operator: (
-            reads.extend(bool(container[key].any()) for container, key, *_ in operator.reads),
+            reads.extend(bool(read.tensor.any()) for read in operator.reads),
             call(outputs),
         )
     arena.release()
