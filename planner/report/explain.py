@@ -59,7 +59,15 @@ def _sentences(plan: Plan, told: Explanation) -> list[str]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    return [_headline(plan), *_shorter(plan), *_gradient(plan), *_optimizer(plan), *_comparison(plan), _proof(plan), *_rehearsal(plan)]
+    return [
+        _headline(plan),
+        *_shorter(plan),
+        *_gradient(plan),
+        *_optimizer(plan),
+        *_comparison(plan),
+        _proof(plan),
+        *_rehearsal(plan),
+    ]
 
 
 def _rehearsal(plan: Plan) -> list[str]:
@@ -71,10 +79,8 @@ def _rehearsal(plan: Plan) -> list[str]:
         where = "" if plan.device.measured else f", since it is for {plan.device.name}"
         return [f"not rehearsed{where}: prediction and run were not yet brought together"]
     beside = "" if found.judged else " beside other programs"
-    return [
-        f"rehearsed: a step took {format_seconds(found.seconds)}{beside}, and {format_size(found.held_bytes)} were held of"
-        f" {format_size(found.predicted_bytes)} predicted"
-    ]
+    held = f"{format_size(found.held_bytes)} were held of {format_size(found.predicted_bytes)} predicted"
+    return [f"rehearsed: a step took {format_seconds(found.seconds)}{beside}, and {held}"]
 
 
 def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
