@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules
+.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -49,6 +49,12 @@ bench-fleet: $(VENV)/.installed-test
 # Four networks in plain PyTorch beside eager PyTorch, at all of its memory, half and a quarter; ARGS='--networks vit' for one.
 bench-modules: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/modules.py $(ARGS)
+
+# Predicted beside measured, peak and seconds: decoders and ten networks of timm (`pip install timm`) at four budgets, each plan run
+# five times in its exact budget; two hours. ARGS='--models qwen2.5-0.5b,convnext_pico --runs 2' for two.
+bench-truth: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check timm
+	$(BIN)/python tests/benchmarks/truth.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

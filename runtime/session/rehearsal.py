@@ -18,8 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tightfit.planner.instructions import Accumulate, Fetch, Instruction, Read, Run, Spill, Unpack, Update
+from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import sealed
+from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.schema import MEZO, Phase, Plan
+from tightfit.planner.search_options import PlanOptions
 from tightfit.planner.simulation.plan_index import PlanIndex
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.learned import (
@@ -37,6 +40,7 @@ from tightfit.profiles.measuring.cpu_load import Others, crowded
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, Channel, Profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.units import format_seconds, format_size
 from tightfit.runtime.engine.training.job import passes_messages
 from tightfit.runtime.engine.training.step_trace import INSTRUCTIONS, TRANSFERS
@@ -71,6 +75,8 @@ class Made:
     said: list[str]
     interrupted: bool = False
     """whether Ctrl-C ended a rehearsal, without which the plan is as it was made"""
+    first: Rehearsal | None = None
+    """of the plan that was made before this call learned anything"""
 
 
 def why_not(plan: Plan) -> str | None:
@@ -86,9 +92,27 @@ def why_not(plan: Plan) -> str | None:
     return None
 
 
+@keywords_of(PlanOptions)
+def rehearse(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
+    """As `tightfit.planner.plan.plan`, on the machine that the profile was measured on: the plan is carried out for a few steps on
+    made-up data, and made anew with what that teaches. Its `rehearsal` says what was found; None: it could not be rehearsed.
+    """
+    return rehearsed(
+        profile,
+        lambda step: chosen(step, options.optimizer, options.max_grad_norm),
+        lambda step: planner_of(step).plan(
+            budget_bytes,
+            policy=options.policy,
+            time_limit=options.time_limit,
+            gap=options.gap,
+            progress=options.progress,
+        ),
+    ).plan
+
+
 def rehearsed(
     profile: Profile,
-    chosen: Callable[[Profile], Profile],
+    step_of: Callable[[Profile], Profile],
     make: Callable[[Profile], Plan],
     *,
     go_on: Callable[[], bool] = lambda: True,
@@ -97,14 +121,14 @@ def rehearsed(
 ) -> Made:
     """The plan that `make` finds for the profile with all that rehearsals have taught, rehearsed.
 
-    `chosen` gives the profile of the step that is planned, with another optimizer for example. `tell` is called with each line as
+    `step_of` gives the profile of the step that is planned, with another optimizer for example. `tell` is called with each line as
     it is found, and the stages of a rehearsal are told to what `showing` opens. Where `go_on` says no after a plan was made, that plan is not rehearsed, but profits from earlier rehearsals.
 
     Raises what `make` raises. A rehearsal that fails leaves the plan as it is and says why.
     """
     identity = figures_id(profile)
-    learned, said = load_learned(identity), []
-    step = chosen(profile)
+    learned, said, first = load_learned(identity), [], None
+    step = step_of(profile)
     plan = make(corrected(step, learned))
 
     def told(words: str) -> None:
@@ -125,6 +149,7 @@ def rehearsed(
         except TightfitError as error:
             told(f"not rehearsed: {error}")
             return Made(plan=plan, said=said, interrupted=isinstance(error, RunError) and error.interrupted)
+        first = first or taken.rehearsal
         learned = _with(learned, step, plan, taken)
         save_learned(identity, learned)
         plan = plan.model_copy(update={"rehearsal": taken.rehearsal})
@@ -140,7 +165,7 @@ def rehearsed(
         plan = anew
         if plan.train is None:
             break
-    return Made(plan=plan, said=said)
+    return Made(plan=plan, said=said, first=first)
 
 
 def _agrees(plan: Plan, rehearsal: Rehearsal) -> bool:

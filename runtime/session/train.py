@@ -10,9 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.plan import plan, planner_of
-from tightfit.planner.problem.optimizers import chosen
-from tightfit.planner.search_options import PlanOptions
+from tightfit.planner.plan import plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.sources.lookup import names_module
 from tightfit.runtime.common.units import parse_size
@@ -20,7 +18,7 @@ from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_s
 from tightfit.runtime.session.launch import Data, run
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import locked, tokens_kept
-from tightfit.runtime.session.rehearsal import rehearsed
+from tightfit.runtime.session.rehearsal import rehearse
 from tightfit.runtime.session.spare_memory import spare_memory
 
 STAGES: tuple[Callable[..., Any], ...] = (profile, plan, run)
@@ -82,12 +80,7 @@ def train(
                 options["seq"] = seq
             options["buckets"] = buckets
             measured = profile(model, **_part(profile, options))
-            asked = PlanOptions(**{name: value for name, value in _part(plan, options).items() if name != "progress"})
-            planned = rehearsed(
-                measured,
-                lambda of: chosen(of, asked.optimizer, asked.max_grad_norm),
-                lambda of: planner_of(of).plan(budget, policy=asked.policy, time_limit=asked.time_limit, gap=asked.gap),
-            ).plan
+            planned = rehearse(measured, budget, **_part(plan, options))
         return run(planned, data, out=out, **_part(run, options), tokens=tokens)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tightfit.runtime.results.generation import generate
     from tightfit.runtime.results.merge import merge
     from tightfit.runtime.session.launch import run
+    from tightfit.runtime.session.rehearsal import rehearse
     from tightfit.runtime.session.session import Session
     from tightfit.runtime.session.train import train
 
@@ -58,6 +59,7 @@ __all__ = [
     "plan",
     "planner_of",
     "profile",
+    "rehearse",
     "run",
     "save_plan",
     "save_profile",
@@ -82,6 +84,7 @@ _PLACES = {
     "runtime.results.generation": ("generate",),
     "runtime.results.merge": ("merge",),
     "runtime.session.launch": ("run",),
+    "runtime.session.rehearsal": ("rehearse",),
     "runtime.session.session": ("Session",),
     "runtime.session.train": ("train",),
 }
