@@ -169,11 +169,6 @@ def gpt2() -> Any:
     return Language(transformers.GPT2LMHeadModel(config)), tokens()
 
 
-def windowed() -> Any:
-    config = transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)
-    return Language(transformers.MistralForCausalLM(config)), tokens()
-
-
 def loss_apart() -> Any:
     (ids,) = tokens()
 
@@ -183,7 +178,7 @@ def loss_apart() -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)), (ids, ids), loss
 
 
-FACTORIES = [shared_table, table_of_each, slopes, continuous, t5, beit, gpt2, windowed, loss_apart]
+FACTORIES = [shared_table, table_of_each, slopes, continuous, t5, beit, gpt2, loss_apart]
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
