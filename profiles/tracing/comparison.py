@@ -136,9 +136,11 @@ class GradientComparison:
         steps = f"{self.count} steps of AdamW on {self.steps.batches}"
         told = [f"loss and gradients are PyTorch's in {steps}, {f'to {far:.0e} of their size' if far else 'exactly'}"]
         if self.twice:
+            norms = sorted({name.rpartition(".")[0] for name in self.twice})
+            more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
             told.append(
-                f"PyTorch changes {min(self.twice)} twice in a step, since torch.utils.checkpoint runs its layer again; here it is"
-                " changed once"
+                f"under torch.utils.checkpoint PyTorch changes the running statistics of {norms[0]}{more} twice in a step; here they"
+                " change once"
             )
         if not self.steps.copied:
             told.append("the module cannot be copied, so that no step was taken by one without a history")
