@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from tightfit.runtime.common.options import option
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total), where stage is one of pack, export, programs and measure."""
+"""Called as progress(stage, done, total), where stage is one of pack, export, programs, compare and measure."""
 
 Bits = Literal["4bit", "8bit", "16bit"]
 MOST_ACCUMULATED = 1 << 16

@@ -98,7 +98,7 @@ def measure(
     compared = [None if comparison is None else comparison.why_not(scratch)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         if comparison is not None and compared[0] is None:
-            request["step"] = comparison.request(Path(folder))
+            request["step"] = comparison.request(Path(folder), progress)
 
         def computed() -> None:
             assert comparison is not None

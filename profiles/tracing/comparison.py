@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +73,13 @@ class GradientComparison:
             return f"{NOT_COMPARED}: it takes {format_size(written)} of the disk of {folder}, and {format_size(free)} are free"
         return None
 
-    def request(self, folder: Path) -> dict[str, Any]:
+    def request(self, folder: Path, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
         """Take the steps in PyTorch and return the request to the measuring process.
 
         Raises InputError if the module fails, or cannot be followed by a traced step.
         """
+        report = progress or (lambda stage, done, total: None)
+        report("compare", 0, STEPS)
         types = {tensor.name: getattr(torch, tensor.dtype) for tensor in self.traced.tensors}
 
         def taken(number: int, batch: Batch, given: Mapping[str, Tensor], theirs: Step) -> None:
@@ -94,6 +96,7 @@ class GradientComparison:
             )
             statistics = {name: theirs.statistics.get(name, given[name]) for name in self.kept}
             torch.save([theirs.loss, theirs.gradients, statistics], folder / f"eager{number}")
+            report("compare", number + 1, STEPS)
 
         self.count = self.steps.take(taken)
         return {
@@ -136,9 +139,11 @@ class GradientComparison:
         steps = f"{self.count} steps of AdamW on {self.steps.batches}"
         told = [f"loss and gradients are PyTorch's in {steps}, {f'to {far:.0e} of their size' if far else 'exactly'}"]
         if self.twice:
+            norms = sorted({name.rpartition(".")[0] for name in self.twice})
+            more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
             told.append(
-                f"PyTorch changes {min(self.twice)} twice in a step, since torch.utils.checkpoint runs its layer again; here it is"
-                " changed once"
+                f"under torch.utils.checkpoint PyTorch changes the running statistics of {norms[0]}{more} twice in a step; here they"
+                " change once"
             )
         if not self.steps.copied:
             told.append("the module cannot be copied, so that no step was taken by one without a history")

@@ -328,7 +328,12 @@ def described(apart: Mapping[str, float], own: Step, theirs: Step) -> str:
     if worst == "loss":
         return f"the loss is {own.loss:g} for {theirs.loss:g}"
     kind = "gradient" if worst in {*own.gradients, *theirs.gradients} else "statistic"
-    return f"the {kind} {'of ' * (kind == 'gradient')}{worst} differs by {apart[worst]:.2g} times its size"
+    result = f"the {kind} {'of ' * (kind == 'gradient')}{worst}"
+    return (
+        f"{result} is not zero"
+        if apart[worst] == math.inf
+        else f"{result} differs by {apart[worst]:.2g} times its size"
+    )
 
 
 def shaken(module: nn.Module, batch: Batch, *, seed: int = 0) -> Step | None:

@@ -24,6 +24,8 @@ from tightfit.runtime.common.errors import InputError
 
 _STANDARD = frozenset(vars(nn.Module()))
 _NOTHING = object()
+DEEPEST = 5
+"""How deep attributes of attributes are compared."""
 
 
 def state_copy(module: nn.Module) -> nn.Module | None:
@@ -61,19 +63,23 @@ def advance_counters(before: nn.Module, after: nn.Module, times: int) -> bool:
     return bool(counters)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, as far as can be seen: objects of unknown classes are taken to be."""
+def _same(one: Any, other: Any, depth: int = 0) -> bool:
+    """Whether two values are equal, as far as can be seen: objects that hold nothing, or lie `DEEPEST` in others, are taken to be."""
+    if one is other or depth == DEEPEST:
+        return True
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
         return one.shape == other.shape and bool(torch.equal(one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple, deque)):
-        return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, (bool, int, float, complex, str, bytes, set)):
         return bool(one == other)
-    return True
+    if hasattr(one, "tobytes"):  # an array of NumPy
+        return bool(one.tobytes() == other.tobytes())
+    if isinstance(one, (list, tuple, deque)):
+        return len(one) == len(other) and all(_same(*pair, depth + 1) for pair in zip(one, other, strict=True))
+    if not isinstance(one, dict):
+        one, other = getattr(one, "__dict__", {}), getattr(other, "__dict__", {})
+    return one.keys() == other.keys() and all(_same(one[key], other[key], depth + 1) for key in one)
 
 
 @contextlib.contextmanager

@@ -96,6 +96,15 @@ def averaged(module, x):
 COUNT = {"calls": 0}
 
 
+class Schedule:
+    temperature = 5.0
+
+
+def cooled(module, x):
+    module.schedule.temperature *= 0.9
+    return module.loss((module.a(x) / module.schedule.temperature).softmax(-1))
+
+
 def counted_globally(module, x):
     COUNT["calls"] += 1
     return module.loss(module.a(x)) * COUNT["calls"]
@@ -210,6 +219,7 @@ KINDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any], st
     "a counter in Python that anneals a loss": (annealed, attribute(step=0), STEPS_BEFORE + "step)"),
     "a curriculum that changes after a thousand steps": (switched, attribute(step=0), "with its counters as after 1000 times as many steps"),
     "a loss divided by its running mean, an attribute": (averaged, attribute(mean=torch.ones(())), STEPS_BEFORE + "mean)"),
+    "a temperature in an object of one's own": (cooled, lambda m: setattr(m, "schedule", Schedule()), STEPS_BEFORE + "schedule)"),
     "global variables": (counted_globally, attribute(), AGAIN),
     "`functools.lru_cache` of what changes": (looked_up, attribute(), AGAIN),
     "a clock": (timed, attribute(), AGAIN),
@@ -227,7 +237,7 @@ KINDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any], st
     "dropout, `torch.rand`": (drawn_by_torch, attribute(), AS_PYTORCH),
     "weight norm": (lambda m, x: m.loss(m.a(x)), lambda m: nn.utils.parametrizations.weight_norm(m.a), AS_PYTORCH),
     "running statistics of batch normalisation": (lambda m, x: m.loss(m.norm(m.a(x))), lambda m: m.add_module("norm", nn.BatchNorm1d(8)), AS_PYTORCH),
-    "the same under `torch.utils.checkpoint`": (normalised_again, lambda m: m.add_module("norm", nn.BatchNorm1d(8)), "PyTorch changes norm.num_batches_tracked twice in a step"),
+    "the same under `torch.utils.checkpoint`": (normalised_again, lambda m: m.add_module("norm", nn.BatchNorm1d(8)), "under torch.utils.checkpoint PyTorch changes the running statistics of norm twice in a step"),
     "a table made in the first call and kept": (made_once, attribute(mask=None), AS_PYTORCH),
     "counters and losses kept for a log": (logged, attribute(step=0, last=None), AS_PYTORCH),
     "a batch changed in place": (changing_its_batch, attribute(), AS_PYTORCH),
@@ -243,7 +253,7 @@ def stateful(kind: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def refused(words: str) -> bool:
-    return words != AS_PYTORCH and not words.startswith("PyTorch changes")
+    return words != AS_PYTORCH and not words.startswith("under torch.utils.checkpoint")
 
 
 def table() -> list[str]:

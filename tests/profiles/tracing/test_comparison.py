@@ -148,4 +148,5 @@ def test_a_profile_is_refused_before_anything_is_timed(cache):
     with pytest.raises(InputError, match="does not compute what PyTorch does"):
         api.profile(f"{__name__}:behind_the_trace", progress=lambda stage, done, total: stages.append((stage, done)))
     assert max(done for stage, done in stages if stage == "measure") == 1  # the one program was watched
+    assert [done for stage, done in stages if stage == "compare"] == [0, 1, 2, 3]
     assert not [path for path in cache.iterdir() if path.is_dir() and path.name.startswith("tmp")]
