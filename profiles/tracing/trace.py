@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import operator
@@ -97,36 +96,8 @@ def trace(
     that require no gradient are frozen: matrices become weights, vectors constants. Raises InputError if the module
     cannot be traced, or changes a buffer that is no running statistic.
     """
-    batch = {name: tensor.contiguous() for name, tensor in batch.items()}
-    settings = decompositions or {}, inference or {}, progress or (lambda stage, done, total: None)
-    images = _channels_last(module, batch)
-    if images:
-        # A forward that looks at strides, as `view` does, may not take them.
-        with contextlib.suppress(TightfitError):
-            return _trace(module, {**batch, **images}, *settings)
-    return _trace(module, batch, *settings)
-
-
-def _channels_last(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The images of a batch with their channels last in memory, if the module convolves: results of its operators then lie so
-    too, which oneDNN's convolutions take and give as they are. Of planes they make copies in an order of their own.
-    """
-    if not any(isinstance(part, torch.nn.Conv2d | torch.nn.ConvTranspose2d) for part in module.modules()):
-        return {}
-    return {
-        name: tensor.contiguous(memory_format=torch.channels_last)
-        for name, tensor in batch.items()
-        if tensor.dim() == len("NCHW") and tensor.is_floating_point()
-    }
-
-
-def _trace(
-    module: torch.nn.Module,
-    batch: Mapping[str, torch.Tensor],
-    decompositions: dict[Any, Callable[..., Any]],
-    inference: dict[Any, Callable[..., Any]],
-    report: Callable[[str, int, int], None],
-) -> Trace:
+    batch = {name: tensor.contiguous() for name, tensor in batch.items()}  # as a run writes it
+    report = progress or (lambda stage, done, total: None)
     report("export", 0, 1)
     graph, roles = _export(module, batch)
     report("export", 1, 1)
@@ -143,8 +114,8 @@ def _trace(
         tracer = _Tracer(
             roles=roles,
             fake_mode=FakeTensorMode(),
-            decompositions=decompositions,
-            inference=inference | EVALUATED,
+            decompositions=decompositions or {},
+            inference=(inference or {}) | EVALUATED,
             requires={node: role.kind == "trainable" for node, role in roles.items()},
         )
         for part in parts:
@@ -297,20 +268,7 @@ def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Gr
     for node, role in roles.items():
         if role.kind == "trainable":
             _keep_wide(program.graph, node)
-        elif role.kind == "batch" and node.users and not node.meta["val"].is_contiguous():
-            _bring_channels_last(program.graph, node)
     return program.graph, roles
-
-
-def _bring_channels_last(graph: fx.Graph, images: fx.Node) -> None:
-    """Make images of the batch, which are given in planes, a copy with their channels last."""
-    last, first = images.meta["val"], next(iter(images.users))
-    with graph.inserting_before(first):
-        made = graph.call_function(aten.clone.default, (images,), {"memory_format": torch.channels_last})
-    images.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
-    made.meta.update(first.meta, val=last)
-    with last.fake_mode:
-        images.meta["val"] = last.contiguous()
 
 
 def _keep_wide(graph: fx.Graph, parameter: fx.Node) -> None:

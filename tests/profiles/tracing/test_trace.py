@@ -444,34 +444,18 @@ class Images(torch.nn.Module):
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    ("flat", "last"),
-    [
-        (lambda y: y.flatten(1), True),
-        (lambda y: y.reshape(len(y), -1), True),
-        (lambda y: y.view(len(y), -1), False),  # which planes alone take
-    ],
-)
-def test_images_of_a_module_that_convolves_have_their_channels_last(
-    flat: Callable[[torch.Tensor], torch.Tensor], last: bool, order: torch.memory_format
+@pytest.mark.parametrize("flat", [lambda y: y.flatten(1), lambda y: y.view(len(y), -1)])
+def test_a_sample_of_images_is_read_as_a_batch_is_written_whatever_its_order_in_memory(
+    flat: Callable[[torch.Tensor], torch.Tensor], order: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
     module, x = Images(flat), torch.randn(2, 3, 8, 8)
     traced = trace(module, {"x": x.contiguous(memory_format=order)})
-    values = {value.name: value for program in traced.programs for value in program.values}
-    convolved = [
-        values[operator.outputs[0] or ""]
-        for program in traced.programs
-        for operator in program.operators
-        if operator.target == "aten.convolution.default" and operator.phase == "forward"
-    ]
-    assert len(convolved) == 4
-    assert all((value.stride[1] == 1) == last for value in convolved)
     (given,) = (tensor for tensor in traced.tensors if tensor.kind == "batch")
     assert given.shape == [2, 3, 8, 8]
     read = [value for program in traced.programs for value in program.values if value.kind == "batch"]
     assert read
-    assert all(value.stride == [192, 64, 8, 1] for value in read)  # as a batch is written
+    assert all(value.stride == [192, 64, 8, 1] for value in read)
     held = {name: value.detach().clone() for name, value in module.state_dict().items()}
     made = run_step(traced.layers, {p.name: p for p in traced.programs}, held | {"x": x})
     loss = module(x)
