@@ -174,7 +174,8 @@ class ModelPlanner:
         smallest = self._smallest(policy or "solver", least)
         any_bound = self._any_bound(smallest.peak_bytes, smallest.policy, ANY_SHARE * time_limit)
         found = rebudgeted(smallest, bound_seconds=any_bound, any_bound=any_bound)
-        return found.model_copy(update={"deterministic": timely, "solve_seconds": time.monotonic() - started})
+        told = {"deterministic": timely, "solve_seconds": time.monotonic() - started}
+        return sealed(found.model_copy(update=told))
 
     def _smallest(self, policy: str, least: Schedule) -> Plan:
         """The plan of the lowest peak: of `least`, or one that an earlier call has found, with no bounds proven."""
