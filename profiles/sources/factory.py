@@ -148,7 +148,9 @@ def _first_batch(made: Any) -> tuple[Any, list[Any]]:
     if not isinstance(made, tuple) or len(made) < 2 or isinstance(made[1], tuple | list | Tensor):
         return made, []
     batches = list(itertools.islice(made[1], STEPS)) if isinstance(made[1], Iterable) else []
-    return ((made[0], batches[0], *made[2:]), batches[1:]) if batches else (made, [])
+    if not batches or not isinstance(batches[0], tuple | list):
+        return made, []
+    return (made[0], batches[0], *made[2:]), batches[1:]
 
 
 def _check_types(module: nn.Module, source: str) -> None:

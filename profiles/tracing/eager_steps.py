@@ -202,7 +202,8 @@ class EagerSteps:
         pristine = state_copy(self.module)
         self.copied = pristine is not None
         module = self.module if pristine is None else _copied(pristine)
-        optimizer = torch.optim.AdamW([parameter for parameter in module.parameters() if parameter.requires_grad])
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained) if trained else None
         for number, batch in enumerate(batches):
             given = held(module)
             try:
@@ -226,10 +227,11 @@ class EagerSteps:
                 last = number == len(batches) - 1
                 self._refuse_history(number, batch, given, pristine, module, (own, fresh), last=last)
             taken(number, batch, given, own)
-            for name, parameter in module.named_parameters():
-                parameter.grad = own.gradients.get(name)
-            optimizer.step()
-            optimizer.zero_grad()
+            if optimizer is not None:
+                for name, parameter in module.named_parameters():
+                    parameter.grad = own.gradients.get(name)
+                optimizer.step()
+                optimizer.zero_grad()
         return len(batches)
 
     def _step(self, module: nn.Module, batch: Batch, number: int, given: Mapping[str, Tensor]) -> Step:
