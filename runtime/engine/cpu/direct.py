@@ -92,12 +92,10 @@ def convolution(
     kernel = weight.view(weight.shape[:2])
     with onednn(x.dtype):
         if not (x.is_contiguous() and y.is_contiguous()):
-            rows = _rows(x, stride)
-            made = _rows(y)
             if bias is None:
-                torch.mm(rows, kernel.t(), out=made)
+                torch.mm(_rows(x, stride), kernel.t(), out=_rows(y))
             else:
-                torch.addmm(bias, rows, kernel.t(), out=made)
+                torch.addmm(bias, _rows(x, stride), kernel.t(), out=_rows(y))
             return
         for image, made in zip(x, y.flatten(2), strict=True):
             points = _points(image, stride)

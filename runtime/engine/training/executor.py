@@ -81,7 +81,7 @@ class View:
     @property
     def bytes(self) -> int:
         """of the tensor"""
-        return self.elements * self.dtype.itemsize
+        return self.elements * int(self.dtype.itemsize)
 
     def move(self, at: int) -> Tensor:
         """The view, with the tensor at offset `at` of the arena."""
