@@ -26,6 +26,9 @@ PROFILE_VERSION = 11
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 
+MODULE_OPERATORS = 1
+"""Raised, in place of the above, with every change of what operators compute that only modules have."""
+
 EXCHANGE = "exchange"
 """the optimizer's name in a member's plan of a fleet: an update hands the gradient over, and the fleet makes the update
 after its last micro-batch, so that no state is part of the plan"""

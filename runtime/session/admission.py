@@ -13,7 +13,7 @@ from tightfit.planner.report.summary import unfinished_update
 from tightfit.planner.schema import Plan
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.models.side_shape import CONFIG_KEY
-from tightfit.profiles.schema import EXCHANGE, MOBILLM, PROFILE_VERSION, Profile
+from tightfit.profiles.schema import EXCHANGE, MOBILLM, MODULE_OPERATORS, PROFILE_VERSION, Profile
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.processor import BFLOAT16_PRODUCTS
@@ -205,6 +205,6 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
         "layers without a backward": [phase.skipped for phase in plan.steps] if plan.cycle else None,
         # The first difference is reported. The operators' version stands before the graph, which may differ along with
         # it and whose hash would tell a reader nothing.
-        OPERATORS: PROFILE_VERSION,
+        OPERATORS: f"{PROFILE_VERSION}.{MODULE_OPERATORS}" if plan.model.kind == "module" else PROFILE_VERSION,
         "graph": hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest(),
     }
