@@ -71,7 +71,9 @@ class View:
         """
         self.local, self.container, self.key = local, container, key
         self.size, self.stride, self.offset = tuple(operand["size"]), tuple(operand["stride"]), operand.get("offset", 0)
-        self.elements = max(_elements(value["shape"], value["stride"]), self.offset + _elements(self.size, self.stride))
+        self.elements: int = max(
+            _elements(value["shape"], value["stride"]), self.offset + _elements(self.size, self.stride)
+        )
         """of the tensor"""
         self.window = device.window(value["dtype"])
         self.dtype: torch.dtype = getattr(torch, value["dtype"])
@@ -81,7 +83,7 @@ class View:
     @property
     def bytes(self) -> int:
         """of the tensor"""
-        return self.elements * int(self.dtype.itemsize)
+        return self.elements * self.dtype.itemsize
 
     def move(self, at: int) -> Tensor:
         """The view, with the tensor at offset `at` of the arena."""
