@@ -47,6 +47,7 @@ from tightfit.runtime.engine.training.step_trace import INSTRUCTIONS, TRANSFERS
 from tightfit.runtime.session.admission import check_machine
 from tightfit.runtime.session.launch import prepared
 from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.spare_memory import free_memory
 from tightfit.runtime.supervision.supervisor import Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -207,8 +208,12 @@ def _carried_out(plan: Plan, stages: Stages | None) -> Taken:
     phases_of = {number: plan.steps[(number - 1) % len(plan.steps)] for number in range(1, TRACED + 2)}
     steps = -(-(TRACED + 1) // plan.accumulate) * plan.accumulate
     traced = [number for number in phases_of if 1 < number <= steps]
+    free, what = free_memory()
+    if free < plan.peak_bytes:
+        raise RunError(f"{what}, beside which the {format_size(plan.peak_bytes)} of a run have no place")
     room = max(int(ROOM[0] * plan.budget_bytes), ROOM[1])
-    roomy = sealed(plan.model_copy(update={"budget_bytes": plan.budget_bytes + room}))
+    budget = min(plan.budget_bytes + room, max(plan.peak_bytes, free))
+    roomy = sealed(plan.model_copy(update={"budget_bytes": budget}))
     options = RunOptions(steps=steps, lr=0.0, checkpoint_every=0, keep_checkpoints=1)
     cache_directory().mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-", dir=cache_directory()))

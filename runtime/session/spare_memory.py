@@ -28,7 +28,7 @@ def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, 
     of the limit of this process's cgroup or one above it, and the limits on what a process may reserve (`ulimit -v`,
     `ulimit -d`). Raises InputError where that leaves nothing.
     """
-    available, what = min([_available(proc), *_left_in_cgroups(proc, mount), *_ulimits()])
+    available, what = free_memory(proc, mount)
     margin = max(available // MARGIN, LEAST_MARGIN)
     spare = (available - margin) // MIB * MIB
     if spare <= 0:
@@ -36,6 +36,11 @@ def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, 
             f"--memory auto: {what}, and {format_size(margin)} of that stay free; end other programs, or name a size"
         )
     return spare, f"{what}, less {format_size(margin)} that stay free"
+
+
+def free_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, str]:
+    """As `spare_memory`, without a margin."""
+    return min([_available(proc), *_left_in_cgroups(proc, mount), *_ulimits()])
 
 
 def _available(proc: Path) -> tuple[int, str]:

@@ -271,6 +271,14 @@ def test_a_rehearsal_that_fails_leaves_the_plan_and_says_why(measured, monkeypat
     assert not learned_place(figures_id(measured)).exists()
 
 
+def test_where_memory_is_short_nothing_is_started(measured, monkeypatch):
+    monkeypatch.setattr(rehearsal, "free_memory", lambda: (30 * MIB, "30.0 MiB are left of the cgroup's 400.0"))
+    monkeypatch.setattr(rehearsal, "supervise", lambda *given, **options: pytest.fail("no process is started"))
+    made = rehearsed(measured, lambda step: step, planned)
+    (said,) = made.said
+    assert said.startswith("not rehearsed: 30.0 MiB are left of the cgroup's 400.0, beside which the ")
+
+
 def test_ctrl_c_in_a_rehearsal_keeps_the_plan(measured, monkeypatch):
     def pressed(*given, **options):
         raise KeyboardInterrupt
