@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tightfit.planner.problem.clipping import SCALE_PASSES, SUM_PASSES, UPDATE_PASSES, clipped, update_passes
+from tightfit.profiles.learned import Learned, corrected, figures_id, load_learned
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, OPTIMIZER_STATES, Profile, Tensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.job import passes_messages
@@ -17,12 +18,18 @@ the predicted peak of `tests/helpers/mixed_parameters.py` is as far above the me
 """
 
 
-def chosen(profile: Profile, optimizer: str | None, max_grad_norm: float | None) -> Profile:
+def chosen(
+    profile: Profile, optimizer: str | None, max_grad_norm: float | None, learned: Learned | None = None
+) -> Profile:
     """The profile of the same step with the optimizer of this name, and with gradients clipped to this norm; None: with
-    AdamW, and not clipped. Raises InputError for what is none, or not of this profile.
+    AdamW, and not clipped. Its figures are corrected by what was learned, by default what rehearsals of this profile have taught on
+    this machine. Raises InputError for what is none, or not of this profile.
     """
     made = profile if optimizer is None else with_optimizer(profile, optimizer)
-    return made if max_grad_norm is None else clipped(made, max_grad_norm)
+    made = made if max_grad_norm is None else clipped(made, max_grad_norm)
+    if learned is None and profile.model.kind != "graph" and profile.device.measured:
+        learned = load_learned(figures_id(profile))
+    return made if learned is None else corrected(made, learned)
 
 
 def with_optimizer(profile: Profile, name: str) -> Profile:

@@ -75,6 +75,7 @@ def plan(
     from tightfit.planner.io import save_plan
     from tightfit.planner.problem.optimizers import chosen
     from tightfit.profiles.api import load_profile
+    from tightfit.profiles.learned import Learned
     from tightfit.runtime.cli.terminal import Solving, Stages, messages
     from tightfit.runtime.common.files import check_place
     from tightfit.runtime.session.rehearsal import rehearsed
@@ -102,7 +103,7 @@ def plan(
 
     def step(profile: Profile) -> Profile:
         """The step that is planned. The service chooses its optimizer itself."""
-        return chosen(profile, asked["optimizer"], asked["max_grad_norm"]) if server is None else profile
+        return chosen(profile, asked["optimizer"], asked["max_grad_norm"], Learned()) if server is None else profile
 
     rehearsal = rehearsed(
         loaded,

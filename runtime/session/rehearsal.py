@@ -100,7 +100,7 @@ def rehearse(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
     """
     return rehearsed(
         profile,
-        lambda step: chosen(step, options.optimizer, options.max_grad_norm),
+        lambda step: chosen(step, options.optimizer, options.max_grad_norm, Learned()),
         lambda step: planner_of(step).plan(
             budget_bytes,
             policy=options.policy,

@@ -10,6 +10,7 @@ from tiny_plans import CONFIG, decoder_profile, naive_plan
 from tightfit.planner.instructions import Read, Run
 from tightfit.planner.io import load_plan
 from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.simulation.plan_index import PlanIndex
 from tightfit.planner.simulation.replay import Replay
 from tightfit.planner.simulation.simulate import simulate
@@ -240,6 +241,8 @@ def test_a_plan_whose_process_holds_more_than_was_predicted_is_made_anew_and_run
     # Another budget of the same profile knows it before anything runs.
     known = corrected(wrong, load_learned(figures_id(wrong)))
     assert known.device.floor.resident_bytes >= low.resident_bytes + 5 * MIB
+    assert chosen(wrong, None, None) == known
+    assert chosen(wrong, "sgd", None).device.floor == known.device.floor
     assert not list((tmp_path / "cache").glob("rehearsal-*")), "nothing is left behind"
 
 
