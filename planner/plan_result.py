@@ -203,11 +203,21 @@ def too_small(
                 "minimum_budget_reason": reason,
                 "decisions": {},
                 "resident": {},
+                "shorter": [
+                    step.model_copy(update={"step_seconds": 0.0, "evaluation_seconds": 0.0})
+                    for step in smallest.shorter
+                ],
+                "peak_bytes": 0,
+                "step_seconds": 0.0,
+                "gap": 0.0,
+                "any_schedule_gap": 0.0,
                 "arena_bytes": 0,
+                "workspace_bytes": 0,
                 "train": None,
                 "cycle": [],
                 "evaluate": None,
                 "update": None,
+                "timeline": [],
             }
         )
     )
@@ -219,8 +229,10 @@ def gap_to(step: float, bound: float) -> float:
 
 
 def fingerprint(plan_: Plan) -> str:
-    """sha256 of a plan's content, without its own fingerprint, the seconds that it took to make and its rehearsal."""
-    content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds", "rehearsal"})
+    """sha256 of a plan's content, without its own fingerprint and the seconds that it took to make."""
+    content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds"})
+    if plan_.rehearsal is None:  # as plans of versions are that knew none
+        del content["rehearsal"]
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -153,7 +153,7 @@ def rehearsed(
         first = first or taken.rehearsal
         learned = _with(learned, step, plan, taken)
         save_learned(identity, learned)
-        plan = plan.model_copy(update={"rehearsal": taken.rehearsal})
+        plan = sealed(plan.model_copy(update={"rehearsal": taken.rehearsal}))
         agrees = _agrees(plan, taken.rehearsal)
         told(_words(taken.rehearsal))
         if agrees or turn + 1 == ROUNDS:

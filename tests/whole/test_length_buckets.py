@@ -784,8 +784,8 @@ def test_made_up_tokens_have_one_length(shallow: Path, tmp_path: Path) -> None:
 def test_lengths_that_cannot_be_had_are_refused(
     source: str, words: tuple[str, ...], told: str, refused: Any, shallow: Path, data: Path, tmp_path: Path
 ) -> None:
-    where = str(shallow) if source == "model" else source
-    assert told in refused(2, "profile", where, "--seq", 32, *words, "-o", tmp_path / "profile.json")
+    where, length = (str(shallow), ("--seq", 32)) if source == "model" else (source, ())
+    assert told in refused(2, "profile", where, *length, *words, "-o", tmp_path / "profile.json")
     of_data = ("--data", data if source == "model" else "random", "--steps", 1)
     length = ("--seq", 32) if source == "model" else ()
     _, said = called("train", where, *of_data, *length, *words, "-o", tmp_path / "out", code=2)

@@ -160,25 +160,27 @@ class TracedDecoder(CachedDecoder):
 
     def _rows(self, frame: Frame, operand: Mapping[str, Any]) -> Tensor:
         """The rows [t, columns] of all groups of a pass, which lie one after the other."""
-        base = self._storage(frame, operand["value"], 0)
         count, columns = frame.groups[-1].stop, operand["size"][1]
-        return base.as_strided((count, columns), (operand["stride"][0], 1), base.storage_offset() + operand["offset"])
+        (stride, _), offset = operand["stride"], operand["offset"]
+        base = self._storage(frame, operand["value"], 0, offset + (count - 1) * stride + columns)
+        return base.as_strided((count, columns), (stride, 1), base.storage_offset() + offset)
 
     def _made_rows(self, frame: Frame, name: str) -> Tensor:
         """The rows of all groups of a matrix that an operator makes."""
         shape = frame.program.values[name]["shape"]
         return self._rows(frame, {"value": name, "size": shape, "stride": [shape[1], 1], "offset": 0})
 
-    def _storage(self, frame: Frame, name: str, group: int) -> Tensor:
-        """The elements of a value, for a group."""
+    def _storage(self, frame: Frame, name: str, group: int, elements: int = 0) -> Tensor:
+        """The elements of a value, for a group; with `elements`, at least so many from there on, those of later groups."""
         value, bound = frame.program.values[name], frame.bindings.get(name)
         if bound is not None and value["kind"] in HELD:
             return self._place(bound)
         at = frame.program.own[name] if bound is None else frame.passed[bound]
         place = self._start + at * len(frame.groups) + group * aligned(value["bytes"])
+        size = max(value["bytes"], elements * getattr(torch, value["dtype"]).itemsize)
         if frame.tokens > 1:
-            return self._view(place, value["bytes"], value["dtype"])
-        key = place, value["bytes"], value["dtype"]
+            return self._view(place, size, value["dtype"])
+        key = place, size, value["dtype"]
         if key not in self._views:
             self._views[key] = self._view(*key)
         return self._views[key]

@@ -40,6 +40,7 @@ OF_THE_SERVICE = {
     "overwrite": "each run has a folder of its own",
     "cgroup": "whoever started the service decides what enforces caps",
     "what_if": "every plan's explanation has it",
+    "rehearse": "the service plans; whoever starts runs rehearses",
 }
 """parameters that a request does not have, and why"""
 CALLED = {"evaluate": "eval_data", "policy": "policies", "device": "devices", "model": "path"}
