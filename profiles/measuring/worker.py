@@ -353,10 +353,10 @@ def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: An
         for call, taken in zip(calls, times, strict=True)
     ]
     # The first two rounds are left out: they fault pages in and build kernels.
-    return [[_typical(taken[2:]), workspace] for taken, workspace in zip(times, workspaces, strict=True)]
+    return [[typical(taken[2:]), workspace] for taken, workspace in zip(times, workspaces, strict=True)]
 
 
-def _typical(taken: Sequence[float]) -> float:
+def typical(taken: Sequence[float]) -> float:
     """The mean of the seconds of calls that were not interrupted. A step is a sum of calls, so their mean tells its time; the
     median is below, since times are not symmetric.
     """
@@ -567,7 +567,7 @@ def _seconds_of(call: Callable[[int], None], seconds: float = 0.2, between: Call
         call(turn)
         times.append(clock() - begin)
         turn += 1
-    return _typical(times[1:])
+    return typical(times[1:])
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from tightfit.profiles.learned import (
     update_kind,
 )
 from tightfit.profiles.measuring.cpu_load import Others, crowded
+from tightfit.profiles.measuring.worker import typical
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, Channel, Profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.files import cache_directory
@@ -61,8 +62,6 @@ ROOM = (0.25, 64 << 20)
 """Share and bytes by which the cap of a rehearsal is above the budget, so that it tells how much a plan holds that holds too much."""
 FEWEST_TRANSFERS = 8
 """of a direction, below which its figures stay as they were measured"""
-DISTURBED = 1.5
-"""times the median of an operator's seconds: what took longer was interrupted"""
 SCALES = (0.1, 10.0)
 """smallest and largest factor of a figure that one rehearsal teaches"""
 Seconds = npt.NDArray[np.float64]
@@ -154,16 +153,14 @@ def rehearsed(
         learned = _with(learned, step, plan, taken)
         save_learned(identity, learned)
         plan = sealed(plan.model_copy(update={"rehearsal": taken.rehearsal}))
-        agrees = _agrees(plan, taken.rehearsal)
         told(_words(taken.rehearsal))
-        if agrees or turn + 1 == ROUNDS:
+        if _agrees(plan, taken.rehearsal) or turn + 1 == ROUNDS:
             break
         told("planned anew with what that taught")
         try:
-            anew = make(corrected(step, learned))
+            plan = make(corrected(step, learned))
         except KeyboardInterrupt:
             return Made(plan=plan, said=said, interrupted=True)
-        plan = anew
         if plan.train is None:
             break
     return Made(plan=plan, said=said, first=first)
@@ -357,7 +354,7 @@ def _timed(learned: Learned, step: Profile, plan: Plan, taken: Taken) -> Learned
     for key in {**alone, **beside}:
         name, position = key
         known = operators.setdefault(name, [None] * len(seconds_of[name]))
-        clean = _typical(alone[key]) if key in alone else scale * seconds_of[name][position]
+        clean = typical(alone[key]) if key in alone else scale * seconds_of[name][position]
         if key in alone:
             known[position] = _pooled(known[position], clean, len(alone[key]))
         elif not any(learned.operators.get(name, ())):
@@ -455,15 +452,9 @@ def _overlap(begins: Seconds, ends: Seconds, transfers: Seconds) -> Seconds:
     return until(ends) - until(begins)
 
 
-def _typical(taken: Sequence[float]) -> float:
-    """Mean seconds of the calls that were not interrupted."""
-    array = np.asarray(taken)
-    return float(array[array <= DISTURBED * np.median(array)].mean())
-
-
 def _scale(alone: dict[tuple[str, int], list[float]], seconds_of: dict[str, list[float]]) -> float:
     """By how much operators took longer than predicted where no transfer was under way."""
-    taken = sum(_typical(calls) * len(calls) for calls in alone.values())
+    taken = sum(typical(calls) * len(calls) for calls in alone.values())
     return _factor(taken, sum(seconds_of[name][at] * len(calls) for (name, at), calls in alone.items()))
 
 
