@@ -15,6 +15,7 @@ from tightfit.planner.io import save_plan
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
+from tightfit.profiles.learned import SPREAD_BYTES
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError
@@ -69,7 +70,7 @@ def test_measured_peak_is_the_predicted_one_at_five_budgets(
         assert set(report["processes"]) == {"training", "supervisor"}
         assert report["cgroup_peak_bytes"] is None or report["cgroup_peak_bytes"] <= budget
         assert measured <= planned.peak_bytes <= budget
-        assert measured >= 0.98 * planned.peak_bytes, (index, measured)
+        assert measured >= 0.98 * planned.peak_bytes - SPREAD_BYTES, (index, measured)
         losses.append(report["loss"])
     assert all(other == losses[0] for other in losses[1:])
 

@@ -240,7 +240,9 @@ def test_a_plan_whose_process_holds_more_than_was_predicted_is_made_anew_and_run
     assert report["processes"]["training"]["measured"] <= report["processes"]["training"]["predicted"]
     # Another budget of the same profile knows it before anything runs.
     known = corrected(wrong, load_learned(figures_id(wrong)))
-    assert known.device.floor.resident_bytes >= low.resident_bytes + 5 * MIB
+    lacked = made.plan.rehearsal.held_bytes - kept.peak_bytes
+    assert lacked > 2 * MIB, "what is missing is more than the allowance for the heap"
+    assert known.device.floor.resident_bytes >= low.resident_bytes + lacked
     assert chosen(wrong, None, None) == known
     assert chosen(wrong, "sgd", None).device.floor == known.device.floor
     assert not list((tmp_path / "cache").glob("rehearsal-*")), "nothing is left behind"
