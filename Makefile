@@ -46,8 +46,9 @@ bench-convergence: $(VENV)/.installed-test
 bench-fleet: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/fleet.py $(ARGS)
 
-# Four networks in plain PyTorch beside eager PyTorch, at all of its memory, half and a quarter; ARGS='--networks vit' for one.
+# Networks in plain PyTorch and of timm beside eager PyTorch, at all of its memory, half and a quarter; ARGS='--networks vit' for one.
 bench-modules: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check timm
 	$(BIN)/python tests/benchmarks/modules.py $(ARGS)
 
 # Predicted beside measured, peak and seconds: decoders and ten networks of timm (`pip install timm`) at four budgets, each plan run

@@ -111,9 +111,9 @@ class UNet(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, causal=False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -121,7 +121,8 @@ class EncoderBlock(nn.Module):
     def forward(self, x):
         batch, tokens, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        attended = attended.transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.out(attended)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -144,6 +145,25 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.classify(self.norm(x[:, 0]))
+
+
+class Gpt(nn.Module):
+    """Radford et al. 2019: the smallest GPT-2, whose head is its embedding; dropout is left out."""
+
+    def __init__(self, words=50_257, width=768, depth=12, heads=12, tokens=1024):
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(words, width), nn.Embedding(tokens, width)
+        for table in (self.embed, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, causal=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, ids):
+        """ids [rows, tokens] -> logits [rows * tokens, words]."""
+        x = self.embed(ids) + self.positions.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embed.weight).flatten(0, 1)
 
 
 class LstmLanguageModel(nn.Module):

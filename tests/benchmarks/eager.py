@@ -1,8 +1,8 @@
-"""Four networks with batches and losses as a training script has them, and that script in eager PyTorch, for `modules.py`.
+"""Networks with batches and losses as a training script has them, and that script in eager PyTorch, for `modules.py` and `truth.py`.
 
 ``python eager.py NAME STEPS THREADS`` trains one of them and prints a JSON line: the loss and seconds of every step, and the
-process's peak in bytes (VmHWM). It imports PyTorch and nothing of tightfit. The functions `resnet50`, `vit`, `unet` and `lstm`
-are factories for tightfit: of the same initial values, since both call them with PyTorch's generator seeded with 0.
+process's peak in bytes (VmHWM). It imports PyTorch, and timm for networks of timm, and nothing of tightfit. Each name of `NETWORKS` is
+also a function: the factory for tightfit, of the same initial values, since both call it with PyTorch's generator seeded with 0.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Network:
 
     title: str
     make: Callable[[], nn.Module]
-    parameters: int
-    """as published, or counted by those who published it"""
+    parameters: int | None = None
+    """as published, or counted by those who published it; None: a library makes the network"""
     batch: Callable[[torch.Generator], Batch]
     size: str
     """of a batch, in words"""
@@ -46,6 +46,18 @@ def _images(rows: int, side: int, classes: int, targets: tuple[int, ...], genera
 def _words(tokens: int, rows: int, generator: torch.Generator) -> Batch:
     ids = torch.randint(0, 10_000, (tokens + 1, rows), generator=generator)
     return ids[:-1].clone(), ids[1:].flatten()
+
+
+def _rows_of_words(rows: int, tokens: int, generator: torch.Generator) -> Batch:
+    inputs, targets = _words(tokens, rows, generator)
+    return inputs.T.contiguous(), targets.view(tokens, rows).T.flatten()
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    made: nn.Module = timm.create_model(name)
+    return made
 
 
 _relu = partial(nn.ReLU, inplace=True)
@@ -78,6 +90,35 @@ NETWORKS = {
         batch=partial(_words, 70, 40),
         size="70 × 40 words",
     ),
+    "gpt": Network(
+        title="GPT-2, 124M",
+        make=architectures.Gpt,
+        parameters=124_439_808,
+        batch=partial(_rows_of_words, 4, 128),
+        size="4 × 128 tokens",
+    ),
+}
+TIMM = {
+    "convnext_pico": 160,
+    "mobilenetv3_large_100": 160,
+    "efficientnet_b0": 160,
+    "densenet121": 160,
+    "resnext50_32x4d": 160,
+    "regnety_016": 160,
+    "swin_tiny_patch4_window7_224": 224,
+    "mixer_s16_224": 224,
+    "xcit_nano_12_p16_224": 224,
+    "poolformer_s12": 160,
+}
+"""networks of timm of families that no test has -> pixels of a side of their images"""
+NETWORKS |= {
+    name: Network(
+        title=name,
+        make=partial(_timm, name),
+        batch=partial(_images, 8, side, 1000, (8,)),
+        size=f"8 × 3 × {side} × {side}",
+    )
+    for name, side in TIMM.items()
 }
 
 
@@ -93,7 +134,7 @@ def factory(name: str) -> tuple[nn.Module, Batch, nn.Module]:
     return module, batches(name, 1)[0], nn.CrossEntropyLoss()
 
 
-resnet50, vit, unet, lstm = (partial(factory, name) for name in NETWORKS)
+globals().update({name: partial(factory, name) for name in NETWORKS})
 
 
 def train(name: str, steps: int, threads: int) -> dict[str, Any]:

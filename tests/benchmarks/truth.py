@@ -21,6 +21,7 @@ from rich.table import Table
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER)]
 
+import eager
 import tables
 
 import tightfit
@@ -50,16 +51,14 @@ def main(
     write: Annotated[bool, typer.Option(help="Write docs/benchmarks/truth.md.")] = False,
 ) -> None:
     """Plan, rehearse and run every model, and print one table."""
-    from foreign import NETWORKS
-
     report = tables.Report(width=170)
     table = Table(
         *("model", "budget", "MiB", "peak: predicted", "held, at most", "ratio"),
         *("step: predicted, s", "measured", "ratio", "unrehearsed", "ended early"),
     )
     ended, made = 0, 0
-    for name in models.split(",") if models else (*DECODERS, *NETWORKS):
-        source = str(MODELS / name / "config.json") if name in DECODERS else f"foreign:{name}"
+    for name in models.split(",") if models else (*DECODERS, *eager.TIMM):
+        source = str(MODELS / name / "config.json") if name in DECODERS else f"eager:{name}"
         for row, early, count in measured(name, source, runs, steps, time_limit):
             table.add_row(*row)
             ended, made = ended + early, made + count
