@@ -16,6 +16,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ RESHAPES = {
     aten.unflatten.int,
     operator.getitem,
 }
+LARGEST_SEGMENT = 80
+"""nodes of a forward above which a segment is cut further: what a layer's backward may recompute is decided layer by layer"""
 IGNORED = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten._assert_scalar.default}
 
 
@@ -393,13 +396,33 @@ def _check_results(graph: fx.Graph, maker: str) -> None:
         )
 
 
+def _module_path(node: fx.Node) -> str:
+    """Where the module that calls a node stands in the model: ``model.layers.3.mlp``."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0] if stack else ""
+
+
 def _layer_key(node: fx.Node) -> str | None:
     """The shortest module path that ends in an index: ``model.layers.3`` for anything inside that block."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if not stack:
-        return None
-    found = re.match(r"((?:.*?\.)??\d+)(?:\.|$)", stack[-1][0])
+    found = re.match(r"((?:.*?\.)??\d+)(?:\.|$)", _module_path(node))
     return found.group(1) if found else None
+
+
+def _cut(name: str | None, nodes: list[fx.Node], depth: int = 1) -> list[tuple[str | None, list[fx.Node]]]:
+    """A segment as it is, or, of more nodes than `LARGEST_SEGMENT`, cut where the first `depth` names of their module paths change,
+    and deeper where a piece is still larger; small pieces that follow each other stay together.
+    """
+    paths = [_module_path(node).split(".") for node in nodes]
+    if len(nodes) <= LARGEST_SEGMENT or depth > max(map(len, paths)):
+        return [(name, nodes)]
+    pieces: list[tuple[str | None, list[fx.Node]]] = []
+    for path, run in groupby(zip(paths, nodes), lambda one: ".".join(one[0][:depth])):
+        for inner, members in _cut(path or None, [node for _, node in run], depth + 1):
+            if pieces and len(pieces[-1][1]) + len(members) <= LARGEST_SEGMENT:
+                pieces[-1][1].extend(members)
+            else:
+                pieces.append((inner, members))
+    return pieces
 
 
 def _writes_in_place(node: fx.Node) -> bool:
@@ -411,15 +434,17 @@ def _repeated_here(node: fx.Node) -> bool:
 
 
 def _segments(graph: fx.Graph) -> list[Segment]:
-    """The graph cut into segments wherever `_layer_key` changes from one node to the next."""
-    segments: list[Segment] = []
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target in IGNORED or _repeated_here(node):
-            continue
-        key = _layer_key(node)
-        if not segments or segments[-1].key != key:
-            segments.append(Segment(name="", key=key, nodes=[]))
-        segments[-1].nodes.append(node)
+    """The graph cut into segments wherever `_layer_key` changes from one node to the next; large ones are cut further."""
+    called = [
+        node
+        for node in graph.nodes
+        if node.op == "call_function" and node.target not in IGNORED and not _repeated_here(node)
+    ]
+    segments = [
+        Segment(name="", key=name, nodes=nodes)
+        for key, run in groupby(called, _layer_key)
+        for name, nodes in _cut(key, list(run))
+    ]
     used: dict[str, int] = {}
     for index, segment in enumerate(segments):
         first, last = index == 0, index == len(segments) - 1

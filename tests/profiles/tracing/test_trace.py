@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from traced import ALPHA, RANK, interpret, random_batch, random_weights, trace_d
 
 from examples.vision import residual_cnn, vision_transformer
 from tightfit.profiles.schema import Layer
-from tightfit.profiles.tracing.trace import trace
+from tightfit.profiles.tracing.trace import LARGEST_SEGMENT, trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import trained_name
 
@@ -243,6 +244,47 @@ def test_blocks_of_a_sequence_are_layers_whose_backward_reads_no_more_than_it_ne
     module(x).backward()
     for key, parameter in parameters.items():
         torch.testing.assert_close(made[f"grad:{key}"], parameter.grad)
+
+
+class Dense(torch.nn.Module):
+    """A DenseNet as timm and torchvision name its layers, without an index: each reads what all before it made."""
+
+    def __init__(self, layers: int, width: int = 4) -> None:
+        super().__init__()
+        self.features = torch.nn.ModuleDict({"conv0": torch.nn.Conv2d(3, width, 3, padding=1)})
+        for index in range(layers):
+            self.features[f"denselayer{index + 1}"] = torch.nn.Sequential(
+                OrderedDict(
+                    norm=torch.nn.BatchNorm2d((index + 1) * width),
+                    act=torch.nn.ReLU(),
+                    conv=torch.nn.Conv2d((index + 1) * width, width, 3, padding=1),
+                )
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, *layers = self.features.values()
+        made = [first(x)]
+        for layer in layers:
+            made.append(layer(torch.cat(made, 1)))
+        return torch.cat(made, 1).square().mean()
+
+
+def test_a_network_whose_modules_have_no_index_is_cut_at_its_modules_into_layers_of_a_bounded_size() -> None:
+    torch.manual_seed(0)
+    module, x = Dense(40), torch.randn(2, 3, 8, 8)
+    traced = trace(module, {"x": x})
+    programs = {program.name: program for program in traced.programs}
+    layers = [layer for layer in traced.layers if not layer.name.startswith("sum(")]
+    assert len(layers) >= 3
+    for layer in layers:
+        forward = [one for one in programs[layer.program].operators if one.phase == "forward"]
+        assert len(forward) <= LARGEST_SEGMENT
+    made = run_step(traced.layers, programs, dict(module.named_parameters()) | dict(module.named_buffers()) | {"x": x})
+    loss = module(x)
+    loss.backward()
+    torch.testing.assert_close(made[traced.loss], loss.detach())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 class Classifier(torch.nn.Module):
