@@ -150,7 +150,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self._spend(1 + len(one))
                 rest += [*one, *one.values()] if isinstance(one, dict) else one
             elif isinstance(one, Namespace):
-                rest.append(one._Namespace__attrs)  # type: ignore[attr-defined]
+                rest.append(one._Namespace__attrs)
             else:
                 self._spend(1 + (len(one) if isinstance(one, range) else 0))
         return value
