@@ -169,7 +169,18 @@ def _encoder(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = 
 
 def _copied(source: Path, path: Path, *, seq: int, vocab_size: int, pairs: bool) -> RecordFile:
     """A copy of a record file, which has to be of the same shape."""
+    check_prepared(source, seq=seq, vocab_size=vocab_size, pairs=pairs)
+    try:
+        shutil.copyfile(source, path)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; free some space and start again") from error
+    return RecordFile.open(path)
+
+
+def check_prepared(source: Path, *, seq: int, vocab_size: int | None, pairs: bool) -> None:
+    """Raise InputError for a record file that is of another shape; without a `vocab_size`, that is not looked at."""
     with RecordFile.open(source) as records:
+        vocab_size = records.vocab_size if vocab_size is None else vocab_size
         if (records.seq, records.vocab_size) != (seq, vocab_size):
             raise InputError(
                 f"{source}: prepared for sequences of {records.seq} and a vocabulary of {records.vocab_size}, and the plan is for"
@@ -178,11 +189,6 @@ def _copied(source: Path, path: Path, *, seq: int, vocab_size: int, pairs: bool)
         if records.pairs != pairs:
             held, due = ("pairs of answers", "none") if records.pairs else ("no pairs of answers", "such")
             raise InputError(f"{source}: holds {held}, and the plan is for {due}; prepare the data again")
-    try:
-        shutil.copyfile(source, path)
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; free some space and start again") from error
-    return RecordFile.open(path)
 
 
 class Encoder:
