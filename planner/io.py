@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from tightfit.planner.plan_result import fingerprint
 from tightfit.planner.schema import PLAN_VERSION, Plan
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import of_another_version, write_whole
+from tightfit.runtime.common.files import of_another_version, read_whole, write_whole
+from tightfit.runtime.common.strict_json import JsonError, from_json
 
 AGAIN = "make it again with `tightfit plan`"
 M = TypeVar("M", bound=BaseModel)
@@ -30,7 +30,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = read_whole(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such plan; make one with `tightfit plan profile.json --memory SIZE`") from error
     except OSError as error:
@@ -58,8 +58,8 @@ def parse_plan(data: bytes, place: str) -> Plan:
 def whole_json(data: bytes, place: str, again: str) -> Any:
     """What the JSON in `data` says. Raises InputError, which ends with the advice `again`, where it is not whole."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return from_json(data)
+    except JsonError as error:
         raise InputError(f"{place}: not whole JSON ({error}), perhaps cut off or damaged; {again}") from error
 
 

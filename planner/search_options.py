@@ -10,7 +10,7 @@ from numbers import Real
 from typing import SupportsIndex
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.options import option
+from tightfit.runtime.common.options import option, said
 
 TIME_LIMIT = 30.0
 """seconds for one plan, unless others are asked for"""
@@ -34,6 +34,10 @@ time limit
 """
 NEIGHBOUR_BYTES = 50 << 20
 """distance in bytes between the budgets whose bounds are compared to value memory"""
+POLICY_NAMES = (
+    "solver", "keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "mezo", "lcsb", "mobillm",
+)  # fmt: skip
+"""the solver, and the rules in `planner/solve/policies.py`, which this file does not import: it takes little memory"""
 Progress = Callable[[dict[str, float | str]], None]
 
 
@@ -75,6 +79,19 @@ class PlanOptions:
         most=math.inf,
     )
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse, by InputError, what no plan of any profile can have."""
+        checked_limit(self.time_limit)
+        checked_gap(self.gap)
+        names = said(PlanOptions)["optimizer"].choices
+        if self.optimizer is not None and self.optimizer not in names:
+            raise InputError(f"no optimizer is called {self.optimizer!r}; choose one of {', '.join(names)}")
+        norm: object = self.max_grad_norm
+        if norm is not None and (
+            isinstance(norm, bool) or not isinstance(norm, Real) or not 0 < float(norm) < math.inf
+        ):
+            raise InputError(f"max-grad-norm {norm}: give a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +168,12 @@ class SearchOptions:
 
 ALL = SearchOptions()
 """every part is on"""
+
+
+def check_policy(policy: str) -> None:
+    """Raise InputError for a name that is no policy for any model."""
+    if policy not in POLICY_NAMES:
+        raise InputError(f"no policy is called {policy!r}; choose one of {', '.join(POLICY_NAMES)}")
 
 
 def checked_budget(budget_bytes: object) -> int:

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from tightfit.profiles.graph_input import is_bare, parse_graph, refuse_repeated
 from tightfit.profiles.schema import PROFILE_VERSION, Profile
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import of_another_version, write_whole
+from tightfit.runtime.common.files import of_another_version, read_whole, write_whole
+from tightfit.runtime.common.strict_json import JsonError, from_json
 
 PROFILE_BEGINS = (b'{\n "checksum"', b'{"checksum"', b'{\n "version"', b'{"version"')
 WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
@@ -31,7 +32,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = read_whole(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; make a profile with `tightfit profile MODEL -o {path}`") from error
     return parse_profile(content, str(path))
@@ -44,13 +45,13 @@ def parse_profile(content: bytes, name: str, check: Callable[[Any], None] | None
     InputError if `content` is not a complete profile.
     """
     try:
-        data = json.loads(content)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not a profile (byte {error.start} is not text); {_again(content)}") from error
-    except (ValueError, RecursionError) as error:
+        data = from_json(content)
+    except JsonError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise InputError(f"{name}: not a profile ({error}); {_again(content)}") from error
         if not content.strip():
             raise InputError(f"{name}: empty; {_again(content)}") from error
-        where = f"cut at byte {len(content)}: {error}" if _ends_early(error) else str(error)
+        where = f"cut at byte {len(content)}: {error}" if _ends_early(error.__cause__) else str(error)
         raise InputError(f"{name}: not JSON, perhaps truncated ({where}); {_again(content)}") from error
     if check is not None:
         check(data)
@@ -92,7 +93,7 @@ def _again(content: bytes) -> str:
     return "make a profile again with `tightfit profile`, a graph with the tool that writes it"
 
 
-def _ends_early(error: Exception) -> bool:
+def _ends_early(error: BaseException | None) -> bool:
     """Whether a JSON error means that the text is valid up to its end but truncated."""
     if not isinstance(error, json.JSONDecodeError):
         return False

@@ -36,6 +36,7 @@ from tightfit.profiles.io import load_profile
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, named
+from tightfit.runtime.common.files import read_whole
 from tightfit.runtime.common.units import parse_rate, parse_seconds, parse_size
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _checked_count(count: object, key: str) -> int:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_bytes().decode())
+        return tomllib.loads(read_whole(path).decode())
     except OSError as error:
         raise InputError(
             f"{error.strerror}; `tightfit fleet plan --help` says what a description of a fleet holds"

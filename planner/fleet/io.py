@@ -21,7 +21,7 @@ from tightfit.planner.fleet.split_schema import SplitPlan
 from tightfit.planner.io import check_unchanged, load_plan, save_plan, validated, whole_json
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import of_another_version, write_whole
+from tightfit.runtime.common.files import of_another_version, read_whole, write_whole
 
 AnyFleet = FleetPlan | FederatedPlan | PipelinePlan | SplitPlan | SidePlan
 F = TypeVar("F", FleetPlan, FederatedPlan, PipelinePlan, SplitPlan, SidePlan)
@@ -120,7 +120,7 @@ def _loaded(path: str | os.PathLike[str], *schemas: type[K]) -> K:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_whole(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such plan of a fleet; make one with `tightfit fleet plan`") from error
     except OSError as error:

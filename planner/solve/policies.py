@@ -26,6 +26,7 @@ from tightfit.planner.problem.layer_types import Layered, LayerType, Mode
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.schedule.multi_layer_recompute import Segments, sqrt_segments
 from tightfit.planner.schedule.realize import Part
+from tightfit.planner.search_options import check_policy
 from tightfit.profiles.schema import MOBILLM, Profile
 from tightfit.runtime.common.errors import InputError
 
@@ -127,13 +128,10 @@ def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:
 
     Raises InputError for a name that is no policy, and where the policy means nothing for the model.
     """
+    check_policy(policy)
     if policy in APPROXIMATE:
         refuse_clipping(problem.profile, policy)
         return tuple(_part(step) for step in APPROXIMATE[policy](problem.profile))
-    if policy not in POLICIES:
-        raise InputError(
-            f"no policy is called {policy!r}; choose one of solver, {', '.join([*POLICIES, *APPROXIMATE, MOBILLM])}"
-        )
     return (rule_part(problem, policy),)
 
 

@@ -7,7 +7,6 @@ it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal, Self
 
@@ -15,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from tightfit.profiles.schema import Channel, Device, Floor, Record
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import JsonError, read_json
 
 FOLDER = Path(__file__).parent
 FIGURES = ("memory_bytes", "flops_per_second", "bytes_per_second", "call_seconds", "floor", "read", "write")
@@ -105,12 +105,12 @@ def find_device(name: str) -> DeviceDescription:
 
 def _load(path: Path) -> DeviceDescription:
     try:
-        return DeviceDescription.model_validate(json.loads(path.read_text()))
+        return DeviceDescription.model_validate(read_json(path))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a file that describes a device, or a known device") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {f'field {place}: ' if place else ''}{first['msg']}; correct it") from error
-    except ValueError as error:
+    except JsonError as error:
         raise InputError(f"{path}: not JSON ({error}); write it like those in {FOLDER}") from error

@@ -7,7 +7,6 @@ Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with Lo
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import JsonError, read_json
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG
 
 ALL_LINEAR, ATTENTION = "all-linear", "attention"
@@ -265,10 +265,10 @@ def from_peft(place: Path) -> LoraConfig:
     """
     path = place / CONFIG if place.is_dir() else place
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = read_json(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give the folder of an adapter") from error
-    except ValueError as error:
+    except JsonError as error:
         raise InputError(f"{path}: no JSON ({error}); copy the adapter again") from error
     if not isinstance(said, dict) or said.get("peft_type") != "LORA":
         kind = said.get("peft_type") if isinstance(said, dict) else None

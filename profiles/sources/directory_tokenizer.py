@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ from tokenizers import Tokenizer
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import check_regular, read_whole
+from tightfit.runtime.common.strict_json import JsonError, read_json
 
 
 def directory_vocabulary(path: Path) -> Vocabulary | None:
@@ -21,6 +22,7 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
     if not file.exists():
         return None
     try:
+        check_regular(file)
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"{file}: unreadable tokenizer ({error}); download the file again") from error
@@ -47,13 +49,20 @@ def _chat_templates(path: Path, options: dict[str, Any]) -> dict[str, str]:
     """Jinja sources by name, found as transformers does: in files of their own, else in tokenizer_config.json."""
     told = options.get("chat_template") or {}
     if isinstance(told, list):
-        told = {item["name"]: item["template"] for item in told}
+        told = {str(item.get("name")): item.get("template") for item in told if isinstance(item, dict)}
     elif isinstance(told, str):
         told = {"default": told}
     files = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
     if (path / "chat_template.jinja").exists():
         files["default"] = path / "chat_template.jinja"
-    return told | {name: file.read_text() for name, file in files.items()}
+    for name, file in files.items():
+        try:
+            told[name] = read_whole(file).decode()
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror}; download the file again") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: not UTF-8 (byte {error.start}); download the file again") from error
+    return told
 
 
 def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
@@ -84,8 +93,8 @@ def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -
 def _json(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no file. Raises InputError, naming the file, if it is damaged."""
     try:
-        read = json.loads(file.read_bytes()) if file.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
+        read = read_json(file) if file.exists() else {}
+    except (OSError, JsonError) as error:
         raise InputError(f"{file}: damaged ({error}); download the file again") from error
     if not isinstance(read, dict):
         raise InputError(f"{file}: damaged (no JSON object); download the file again")

@@ -8,14 +8,14 @@ a run reads tokenizers with it.
 from __future__ import annotations
 
 import array
-import io
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -45,7 +45,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def read_typed(path: Path) -> dict[str, Value]:
     """The same with the types of the values."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _Pairs(file).read()
     except (OSError, ValueError, struct.error) as error:
         raise InputError(
@@ -54,7 +54,7 @@ def read_typed(path: Path) -> dict[str, Value]:
 
 
 class _Pairs:
-    def __init__(self, file: io.BufferedReader) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
 

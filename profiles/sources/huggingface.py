@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +26,10 @@ from tightfit.profiles.weights.describe import EMBEDDINGS, describe
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
 from tightfit.profiles.weights.source import Held, Source, SourceTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import open_regular
+from tightfit.runtime.common.strict_json import from_json, read_json
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
+from tightfit.runtime.engine.weights.safetensors_file import header_in
 
 QUANTIZATION = "quantization_config"
 CONVERSION = (
@@ -170,8 +174,8 @@ def checkpoint_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index}: damaged ({error!r}); download the file again") from error
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
@@ -204,15 +208,13 @@ def checkpoint_keys(file: Path, digest: Any) -> dict[str, str]:
     Adds its header, size and modification time to the fingerprint `digest`.
     """
     try:
-        with file.open("rb") as raw:
-            (length,) = struct.unpack("<Q", raw.read(8))
-            stat = file.stat()
-            header = raw.read(min(length, stat.st_size))
+        with open_regular(file) as raw:
+            stat, header = os.fstat(raw.fileno()), header_in(raw.fileno())
         digest.update(header + struct.pack("<qq", stat.st_size, stat.st_mtime_ns))
         with safe_open(file, framework="pt"):  # checks what the header says against the file
-            described: dict[str, Any] = json.loads(header)
+            described: dict[str, Any] = from_json(header)
         return {key: found["dtype"] for key, found in described.items() if key != "__metadata__"}
-    except (OSError, struct.error, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"{file}: not a readable safetensors file ({error}); it is truncated or damaged, download it again"
         ) from error

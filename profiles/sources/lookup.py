@@ -7,7 +7,6 @@ PyTorch is imported only by functions that read or make tensors: the process tha
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import FORMS, Source, read_config
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import JsonError, read_json
 
 if TYPE_CHECKING:
     from tightfit.profiles.weights.precision import Precision
@@ -145,8 +145,10 @@ def end_tokens(source: str | os.PathLike[str]) -> list[int]:
     for file in (path,) if kind == "config" else (folder / "generation_config.json", folder / "config.json"):
         if file.exists():
             try:
-                read = json.loads(file.read_bytes())
-            except ValueError as error:
+                read = read_json(file)
+            except OSError as error:
+                raise InputError(f"{file}: {error.strerror}; download the file again") from error
+            except JsonError as error:
                 raise InputError(f"{file}: not JSON ({error}); download the file again") from error
             found: Any = read.get("eos_token_id") if isinstance(read, dict) else None
             tokens = found if isinstance(found, list) else [found]

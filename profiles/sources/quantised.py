@@ -8,7 +8,6 @@ act-order, FP4) is unpacked to bfloat16 when it is packed: the same values in a 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.engine.weights.layout import NF4, Entry
 
 NAMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes"}
@@ -110,7 +110,7 @@ def _check(name: str, what: str, found: Any, due: Any) -> None:
 def _four_bit(held: Container[str], load: Load, name: str, kind: str, shape: tuple[int, ...]) -> QuantisedMatrix:
     state_name = f"{name}.{QUANT_STATE}{kind}"
     try:
-        state = json.loads(bytes(load(state_name)[:].tolist()))
+        state = from_json(bytes(load(state_name)[:].tolist()))
         block, double = int(state["blocksize"]), f"{name}.nested_absmax" in held
         inner, mean = (int(state["nested_blocksize"]), float(state["nested_offset"])) if double else (0, 0.0)
         stored = tuple(state["shape"])

@@ -299,16 +299,22 @@ def _blocks(tensor: SourceTensor) -> Iterable[Tensor]:
         block = tensor.rows(start, stop)
         packed = block.dtype == torch.uint8 and entry.format != "uint8"
         where = tensor.place or f"tensor {entry.name!r}"
-        finite = finite_groups(entry, block) if packed else bool(torch.isfinite(block).all())
-        if not finite:
+        if not _finite(entry, block, packed=packed):
+            row = start + next(
+                row for row, values in enumerate(block) if not _finite(entry, values[None], packed=packed)
+            )
             raise InputError(
-                f"{where} holds NaN or infinity, in rows {start} to {stop - 1}; the file is damaged or its training"
+                f"{where} holds NaN or infinity, first in row {row}; the file is damaged or its training"
                 " diverged: download it again, or use another checkpoint"
             )
         made = block if packed else pack_rows(entry, block.reshape(stop - start, entry.columns))
         if not packed and not finite_groups(entry, made):
             raise InputError(f"{where} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use --base 16bit")
         yield made
+
+
+def _finite(entry: Entry, block: Tensor, *, packed: bool) -> bool:
+    return finite_groups(entry, block) if packed else bool(torch.isfinite(block).all())
 
 
 def finite_groups(entry: Entry, packed: Tensor) -> bool:

@@ -4,7 +4,6 @@ demand.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.decoder_config import text_config
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import JsonError, read_json
 from tightfit.runtime.engine.weights.layout import Entry
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or pack
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config.json; a multimodal wrapper gives the text model's config."""
     try:
-        read: Any = json.loads(path.read_bytes())
+        read: Any = read_json(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; a model directory needs a config.json") from error
-    except (ValueError, RecursionError) as error:
+    except JsonError as error:
         raise InputError(f"{path}: not JSON ({error}); download the file again") from error
     config = text_config(read)
     if config is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tightfit.runtime.cli.options import usage
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import write_whole
+from tightfit.runtime.common.files import read_whole, write_whole
 
 FOR_ONE_CALL = ("config", "resume", "overwrite", "force", "json", "debug", "help")
 """options that say what one call of the command does, and not how it trains: they stand in no file"""
@@ -79,7 +79,7 @@ def read_options(path: Path, context: Any) -> dict[str, Any]:
 def read_file(path: Path) -> dict[Any, Any]:
     """The map that a .yaml, .yml or .toml file holds. Raises InputError where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_whole(path).decode()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a YAML or TOML file") from error
     except UnicodeDecodeError as error:
@@ -89,7 +89,7 @@ def read_file(path: Path) -> dict[Any, Any]:
 
         try:
             return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"{path}: not TOML ({error})") from error
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"{path}: options are read from YAML or TOML; name the file .yaml, .yml or .toml")
@@ -99,7 +99,7 @@ def read_file(path: Path) -> dict[Any, Any]:
         raise InputError(f"{path}: YAML needs PyYAML (pip install pyyaml); or write the options as TOML") from error
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: no map of options; write a line such as 'batch: 4' for each")

@@ -71,6 +71,7 @@ def plan(
     budget = parse_size(memory)
     asked = values_of(PlanOptions, options)
     at_least(0, time_limit=asked["time_limit"], gap=asked["gap"])
+    options_of_plan = PlanOptions(**asked)
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
     from tightfit.planner.problem.optimizers import chosen
@@ -92,7 +93,7 @@ def plan(
         nonlocal interrupted
         with Interrupts() as interrupts, Solving(console, asked["time_limit"]) as solving:
             if server is None:
-                made, why = _plan_here(profile, budget, PlanOptions(**asked), solving, interrupts, what_if=what_if)
+                made, why = _plan_here(profile, budget, options_of_plan, solving, interrupts, what_if=what_if)
             else:
                 with service(server) as elsewhere:
                     made = elsewhere.plan(profile, budget, **asked, progress=solving)

@@ -23,10 +23,11 @@ import typer
 from typer.core import TyperCommand
 from typer.models import ArgumentInfo, OptionInfo
 
+from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, key_of, read_file, read_options, write_options
-from tightfit.runtime.cli.options import named_columns, stage, training_options, usage, words_of
+from tightfit.runtime.cli.options import named_columns, stage, training_options, usage, values_of, words_of
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
@@ -176,9 +177,18 @@ def train(
 
 def _check(given: Mapping[str, Any]) -> None:
     """Raise InputError for options of the later stages that cannot be used, before the first stage takes its time."""
-    training_options(given)
     if given["memory"] != AUTO:
         parse_size(given["memory"])
+    from tightfit.runtime.session.beforehand import check_beforehand
+
+    check_beforehand(
+        given["model"],
+        given["data"],
+        given["evaluate"],
+        planning=PlanOptions(**values_of(PlanOptions, given)),
+        training=training_options(given),
+        columns=named_columns(given["columns"]),
+    )
 
 
 def _part(of: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,7 +270,8 @@ def _budget(memory: str, console: Console, *, resume: bool) -> int:
 
 
 def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> tuple[int | None, str | None]:
-    """Tokens of a sequence, and shorter lengths: those asked for, or what the data need, which are then kept in the folder `tokens`.
+    """Tokens of a sequence, and shorter lengths: those asked for, or what the data need. The data are read and checked either way, and
+    kept in the folder `tokens`.
     A module, whose batches have their shape, has no sequence, and profiling refuses one that is asked for.
 
     Raises InputError if there are no such data.
@@ -273,8 +284,6 @@ def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Conso
     if names_module(given["model"]):
         return asked, buckets
     check_files(given["data"], given["evaluate"])
-    if asked is not None and buckets != AUTO:
-        return int(asked), buckets
     lengths: Counter[int] = Counter()
     with Stages(console) as stages:
         seq, why = choose_seq(
@@ -362,7 +371,7 @@ def _plan(given: Mapping[str, Any], measured: Profile) -> Plan:
             plan(**_part(plan, given) | {"profile": output / PROFILE, "output": path, "as_json": True})
         except typer.Exit as error:
             failed = error
-    told = json.loads(said.getvalue())
+    told = json.loads(said.getvalue())  # noqa: TID251  written by the stage
     if failed:
         if given["as_json"]:
             sys.stdout.write(answers.to_json({"profile": _told(measured, output), "plan": told}) + "\n")

@@ -1,22 +1,59 @@
-"""Helpers for files: the cache folder, atomic and complete writes, unnamed files, and messages about file versions."""
+"""Helpers for files: the cache folder, reading of regular files alone, atomic and complete writes, unnamed files, and messages about
+file versions.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tightfit.runtime.common.errors import InputError, RunError
 
 IN_MEMORY = ("tmpfs", "ramfs")
 """file systems that keep files in memory"""
+LARGEST_DOCUMENT = 256 << 20
+"""bytes of a file that is read as a whole: a profile, a plan, a config, a list of prompts"""
+_OTHERS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def cache_directory() -> Path:
     """$TIGHTFIT_CACHE, or ~/.cache/tightfit."""
     return Path(os.environ.get("TIGHTFIT_CACHE") or Path.home() / ".cache" / "tightfit")
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise OSError, whose `strerror` says what it is, for a path that is no regular file: opening a pipe would wait for ever."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    kind = next((kind for holds, kind in _OTHERS if holds(mode)), None)
+    if kind is not None:
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file", os.fspath(path))
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """The regular file `path`, open for reading. Raises OSError, for anything else too."""
+    check_regular(path)
+    return open(path, "rb")
+
+
+def read_whole(path: str | os.PathLike[str], *, most: int = LARGEST_DOCUMENT) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises OSError, for a larger one too, of which nothing is read."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most else file.read(most + 1)
+    if max(size, len(content)) > most:
+        raise OSError(errno.EFBIG, f"larger than the {most >> 20} MiB that such a file may have", os.fspath(path))
+    return content
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:

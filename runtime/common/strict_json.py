@@ -1,10 +1,92 @@
-"""Writes strict JSON, which every parser accepts: no NaN and no infinity."""
+"""Reads JSON from outside, and writes strict JSON, which every parser accepts: no NaN and no infinity.
+
+`from_json` and `read_json` are the one way in for JSON that tightfit has not just written itself; the linter refuses `json.loads`
+elsewhere.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
+import os
+from typing import Any, NoReturn
+
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import LARGEST_DOCUMENT, read_whole
+
+DEEPEST = 100
+"""lists and objects within one another; what walks through a value calls itself for each"""
+
+
+class JsonError(InputError, ValueError):
+    """Its message says why a text is not JSON that is read; callers put before it which text that is."""
+
+
+def read_json(path: str | os.PathLike[str], *, most: int = LARGEST_DOCUMENT) -> Any:
+    """What the JSON in the file `path` says. Raises OSError as `read_whole` does, and JsonError."""
+    return from_json(read_whole(path, most=most))
+
+
+def from_json(text: str | bytes | bytearray, *, strict: bool = False) -> Any:
+    """What the JSON in `text` says, in any of JSON's encodings.
+
+    With `strict`, no key may stand twice in an object and no number may be NaN or infinite: of other programs' files these are
+    read as Python reads them. Raises JsonError for what is not JSON, or nested more than `DEEPEST` deep.
+    """
+    strictly: dict[str, Any] = (
+        {"object_pairs_hook": _once, "parse_constant": _no_number, "parse_float": _finite_number} if strict else {}
+    )
+    try:
+        value = json.loads(text, **strictly)  # noqa: TID251  the one place
+    except JsonError:
+        raise
+    except UnicodeDecodeError as error:
+        raise JsonError(f"byte {error.start} is not UTF-8") from error
+    except RecursionError as error:
+        raise JsonError(_TOO_DEEP) from error
+    except ValueError as error:
+        raise JsonError(str(error)) from error
+    if _brackets(text) > DEEPEST and _is_deeper(value, DEEPEST):
+        raise JsonError(_TOO_DEEP)
+    return value
+
+
+_TOO_DEEP = f"lists or objects nested more than {DEEPEST} deep"
+
+
+def _brackets(text: str | bytes | bytearray) -> int:
+    return text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested more than `levels` deep."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        inner = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise JsonError(f"the key {twice[:60]!r} stands twice in one object; leave one of them out")
+    return made
+
+
+def _no_number(word: str) -> NoReturn:
+    raise JsonError(f"{word} is no number in JSON; write null, or leave it out")
+
+
+def _finite_number(word: str) -> float:
+    number = float(word)
+    if not math.isfinite(number):
+        raise JsonError(f"{word[:40]} is too large for a number; write it as a text, or leave it out")
+    return number
 
 
 def to_json(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from os.path import commonprefix
@@ -13,17 +14,16 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.samples import Message, Tools
+from tightfit.runtime.data.bounded_template import BoundedEnvironment
+from tightfit.runtime.data.samples import SPOKEN, Message, Tools, texts_in
 
 DAY = dt.date(2024, 7, 26)
 """The date that templates get as today, always the same (the one Llama's templates default to), so that a run that is
 resumed on another day sees the same data."""
-SPOKEN = ("reasoning_content", "reasoning", "thinking", "tool_calls")
-"""keys under which templates of published models find what an assistant's message says beside its content"""
+ROLES = ("system", "developer", "user", "assistant", "tool")
 Segment = tuple[str, bool]
 """A piece of text, and whether it is to be predicted."""
 
@@ -37,10 +37,11 @@ class ChatTemplate:
     def __init__(self, vocabulary: Vocabulary) -> None:
         if not vocabulary.chat_template:
             raise InputError("the model has no chat template; write prompts as strings instead of messages")
-        extensions: list[str | type[Extension]] = [loopcontrols, _Generation]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(raise_exception=_refuse, strftime_now=DAY.strftime)
+        environment = BoundedEnvironment(
+            [loopcontrols, _Generation], {"raise_exception": _refuse, "strftime_now": DAY.strftime}
+        )
+        environment.replaced("tojson", _to_json)
+        self._environment = environment
         self._plain = _compiled(environment, vocabulary.chat_template)
         own = vocabulary.tool_template
         self._with_tools = _compiled(environment, own) if own else self._plain
@@ -57,11 +58,13 @@ class ChatTemplate:
         Raises InputError if the template does not show tools that are given, or refuses the messages.
         """
         source, template = self._plain if tools is None else self._with_tools
+        self._check_roles(messages, source)
         for key, given in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
             if given and key not in source:
                 raise InputError(
                     f'the model\'s chat template does not show "{key}"; leave them out, or write them as text'
                 )
+        self._environment.allow(sum(map(len, texts_in([messages, tools]))))
         try:
             return template.render(
                 messages=list(messages),
@@ -70,8 +73,17 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 **self._tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"the model's chat template refuses these messages ({error})") from error
+        except Exception as error:  # a stranger's program
+            raise InputError(f"the model's chat template refuses these messages {_said(error)}") from error
+
+    def _check_roles(self, messages: Sequence[Message], source: str) -> None:
+        for index, message in enumerate(messages):
+            role = message["role"]
+            if role not in ROLES and not any(f"{quote}{role}{quote}" in source for quote in "'\""):
+                raise InputError(
+                    f"message {index} has the role {role[:60]!r}; the roles are {', '.join(ROLES)}, and those that the model's chat"
+                    " template names"
+                )
 
     def completion(
         self, prompt: Sequence[Message], completion: str | Message, tools: Tools | None = None
@@ -90,6 +102,7 @@ class ChatTemplate:
         removes thoughts): a turn whose own rendering is not in the whole text is not predicted. Raises InputError if
         that happens to the last turn, or the template refuses the messages.
         """
+        self._check_roles(messages, (self._plain if tools is None else self._with_tools)[0])
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
         messages = messages[: last + 1]
         render = partial(self.render, tools=tools)
@@ -117,13 +130,21 @@ class ChatTemplate:
         return [(part, wanted) for part, wanted in segments if part]
 
 
-def _compiled(environment: jinja2.Environment, source: str) -> tuple[str, jinja2.Template]:
+def _compiled(environment: BoundedEnvironment, source: str) -> tuple[str, jinja2.Template]:
     try:
-        return source, environment.from_string(source)
-    except jinja2.TemplateError as error:
+        return source, environment.compiled(source)
+    except Exception as error:
         raise InputError(
-            f"the model's chat template is not valid Jinja ({error}); write prompts as strings instead of messages"
+            f"the model's chat template is not valid Jinja {_said(error)}; write prompts as strings instead of messages"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """What went wrong in a template, in brackets, and the line where that is known."""
+    text = f"({error})" if isinstance(error, jinja2.TemplateError) else f"({type(error).__name__}: {error})"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+    return text if line is None else f"{text} in its line {line}"
 
 
 def _saying(words: str, message: Message) -> Message:

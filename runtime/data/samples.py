@@ -23,18 +23,19 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import json
+import re
 import shlex
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.tables import PARTS, kind_of, rows_of, table_files
+from tightfit.runtime.common.files import check_regular
+from tightfit.runtime.common.strict_json import JsonError, from_json
+from tightfit.runtime.data.tables import LONGEST, PARTS, Lines, kind_of, opened, rows_of, table_files
 
 Message = dict[str, Any]
 Tools = tuple[dict[str, Any], ...]
@@ -44,7 +45,22 @@ FORMS = (
     ' or {"prompt", "choices", "answer"}'
 )
 PAIR_FORM = '{"prompt", "chosen", "rejected"}'
-LINES = ("*.jsonl", "*.jsonl.gz")
+READ_WITH = {
+    "messages": ("tools",),
+    "conversations": ("system", "tools"),
+    "chosen": ("rejected", "prompt", "tools"),
+    "choices": ("prompt", "answer", "tools"),
+    "completion": ("prompt", "tools"),
+    "instruction": ("input", "output", "system"),
+    "text": (),
+}
+"""the part by which the form of a sample is known -> the other parts that it has"""
+SPOKEN = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+"""keys under which templates of published models find what an assistant's message says beside its content"""
+LINES = (".jsonl", ".jsonl.gz")
+"""how the name of a file of JSON lines ends"""
+UNREAD = re.compile(r"\.(jsonl|ndjson|csv|tsv|parquet|arrow)(\.(gz|bz2|xz|zst|lz4|zip|7z))?$", re.IGNORECASE)
+"""the end of a file's name that says that it holds data, in a form that may not be read"""
 CHUNK = 1 << 16
 BEGINNING = 4096
 """bytes of a .json file in which its first bracket lies"""
@@ -100,23 +116,36 @@ Sample = Text | Completion | Conversation | Question | Pair
 
 
 def data_files(data: str) -> list[Path]:
-    """The file `data` itself, or if it is a directory its files that match `LINES` in order of name, or without any its
-    tables.
+    """The file `data` itself, or if it is a directory its files of JSON lines in order of name, or its tables.
 
-    Raises InputError if there are none.
+    Raises InputError if there are none, and where one of several kinds would be left out.
     """
     if not data:
         raise InputError(f"'' names no data; {DUE}")
     path = Path(data)
     if path.is_dir():
-        files = sorted(file for pattern in LINES for file in path.glob(pattern))
         try:
-            files = files or table_files(path)
+            there = sorted(path.iterdir())
+            lines = [file for file in there if file.name.lower().endswith(LINES)]
+            tables = table_files(path)
+            for file in filter(Path.exists, (*lines, *tables)):
+                check_regular(file)
+            if not lines and not tables:
+                raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this directory, {_lies_there(path)}")
+            if lines and tables:
+                raise InputError(
+                    f"{path}: holds JSON lines ({lines[0].name}) and tables ({tables[0].name}); name the file that is meant, or a"
+                    " folder with one of the two"
+                )
+            for file in there:
+                if not kind_of(file) and file not in lines and (UNREAD.search(file.name) or _list(file)):
+                    raise InputError(
+                        f"{path}: {file.name} would not be read beside {(*lines, *tables)[0].name}; take it out of the folder,"
+                        f" or name the file that is meant: {DUE}"
+                    )
         except OSError as error:
-            raise InputError(_unread(Path(error.filename or path), error)) from error
-        if not files:
-            raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this directory, {_lies_there(path)}")
-        return files
+            raise InputError(_unreadable(Path(error.filename or path), error)) from error
+        return lines or tables
     if path.is_file():
         return [path]
     if path.exists():
@@ -146,7 +175,8 @@ def read_samples(
         if kind_of(file):
             yield from _row_samples(file, longest, columns)
             return
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        longest = LONGEST if longest is None else longest
+        with opened(file) as lines:
             first = True
             for number, (line, size) in enumerate(_lines(lines, longest), 1):
                 if size == len(line) and not line.strip():
@@ -171,7 +201,7 @@ def read_samples(
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{file}: not a whole gzip file ({error}); copy or download it again") from error
     except OSError as error:
-        raise InputError(_unread(file, error)) from error
+        raise InputError(_unreadable(file, error)) from error
 
 
 def _row_samples(
@@ -184,11 +214,11 @@ def _row_samples(
             yield place, error
 
 
-def _lines(file: gzip.GzipFile | BufferedReader, longest: int | None) -> Iterator[tuple[bytes, int]]:
+def _lines(file: Lines, longest: int) -> Iterator[tuple[bytes, int]]:
     """Yield each line with its length in bytes; of a line longer than `longest` bytes only the beginning."""
-    while line := file.readline(-1 if longest is None else longest):
+    while line := file.readline(longest):
         size, rest = len(line), line
-        while longest is not None and not rest.endswith(b"\n") and (rest := file.readline(CHUNK)):
+        while not rest.endswith(b"\n") and (rest := file.readline(CHUNK)):
             size += len(rest)
         yield line, size
 
@@ -200,7 +230,7 @@ def _lies_there(directory: Path) -> str:
         found = sorted(directory.iterdir())
         told = next((f"{it.name}: {told}" for it in found if it.is_file() and (told := _list(it))), due)
     except OSError as error:
-        raise InputError(_unread(Path(error.filename or directory), error)) from error
+        raise InputError(_unreadable(Path(error.filename or directory), error)) from error
     if not found:
         return f"which is empty; {due}"
     counts = Counter("folder" if it.is_dir() else f"{it.suffix} file".lstrip() for it in found)
@@ -210,7 +240,7 @@ def _lies_there(directory: Path) -> str:
 
 def _list(file: Path) -> str | None:
     """For a .json file that begins with a list: that it is one, and how to convert it; None for other files."""
-    if file.suffix.lower() != ".json":
+    if file.suffix.lower() != ".json" or not file.is_file():
         return None
     with file.open("rb") as content:
         return _no_lines(file) if _begins_a_list(content.read(BEGINNING)) else None
@@ -224,7 +254,7 @@ def _no_lines(file: Path) -> str:
     return f"a JSON list where JSON lines are due; {_converted(file)}"
 
 
-def _unread(path: Path, error: OSError) -> str:
+def _unreadable(path: Path, error: OSError) -> str:
     return f"{path}: {error.strerror}; check the path and its permissions"
 
 
@@ -245,14 +275,7 @@ def parse_sample(line: bytes, columns: Mapping[str, str] | None = None) -> Sampl
 
     Raises InputError, which says what is wrong with it.
     """
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 (byte {error.start} of the line)") from error
-    except ValueError as error:
-        raise InputError(f"not JSON ({error})") from error
-    except RecursionError as error:
-        raise InputError(f"lists or objects nested too deeply; write {FORMS}") from error
+    value = _parsed(line)
     if not isinstance(value, dict):
         raise InputError(f"a JSON {_kind(value)} where an object is due; write {FORMS}")
     if columns:
@@ -263,15 +286,21 @@ def parse_sample(line: bytes, columns: Mapping[str, str] | None = None) -> Sampl
     return _sample(value)
 
 
+def _parsed(line: bytes) -> Any:
+    try:
+        return from_json(line, strict=True)
+    except JsonError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise InputError(f"not UTF-8 (byte {error.__cause__.start} of the line)") from error
+        raise InputError(f"not JSON ({error})" if isinstance(error.__cause__, ValueError) else str(error)) from error
+
+
 def parse_prompt(line: bytes) -> Prompt:
     """Parse one JSON line with a "prompt", a string or a list of messages; what else it has is not looked at.
 
     Raises InputError, which says what is wrong with it.
     """
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})") from error
+    value = _parsed(line)
     if not isinstance(value, dict):
         raise InputError(f'a JSON {_kind(value)} where an object with a "prompt" is due')
     return _prompt(value)
@@ -283,14 +312,15 @@ def _keys(value: dict[str, Any]) -> str:
 
 def _sample(value: dict[str, Any]) -> Sample:
     """The sample that an object or a row describes. Raises InputError, which says what is wrong with it."""
-    named = [key for key in ("messages", "conversations") if key in value]
-    if named:
-        return _conversation(value, next((key for key in named if value[key] is not None), named[0]))
-    if "chosen" in value or "rejected" in value:
+    form = _form(value)
+    value = {name: one for name, one in value.items() if name not in PARTS or name in (form, *READ_WITH[form])}
+    if form in ("messages", "conversations"):
+        return _conversation(value, form)
+    if form == "chosen":
         return _pair(value)
-    if "choices" in value:
+    if form == "choices":
         return _question(value)
-    if "completion" in value:
+    if form == "completion":
         completion = value["completion"]
         if isinstance(completion, list):
             turns = _messages(completion, "completion")
@@ -304,15 +334,74 @@ def _sample(value: dict[str, Any]) -> Sample:
                 return Completion(_prompt(value), turns[0], tools=_tools(value))
             completion = turns[0]["content"]
         return Completion(_prompt(value), _string(completion, "completion"), tools=_tools(value))
-    if "instruction" in value:
+    if form == "instruction":
         return _instruction(value)
-    if "text" in value:
-        return Text(_string(value["text"], "text"))
-    raise InputError(f"unknown keys ({_keys(value)}); write {FORMS}")
+    return Text(_string(value["text"], "text", blank=True))
+
+
+def _form(value: dict[str, Any]) -> str:
+    """The key of `READ_WITH` whose form a row has: the first that leaves no part out. Raises InputError where there is none.
+
+    A part of another form is no loss where it repeats what is read, as in data sets with a column for each form. Nor is the "text"
+    in which Alpaca writes a sample out.
+    """
+    forms = [form for form in READ_WITH if form in value or (form == "chosen" and "rejected" in value)]
+    if not forms:
+        raise InputError(f"unknown keys ({_keys(value)}); write {FORMS}")
+    given = [name for name in PARTS if not _left_out(value.get(name))]
+    forms = [form for form in forms if form in given] or forms[:1]
+    unread = [next(_unread_parts(value, form, given), None) for form in forms]
+    if None not in unread:
+        raise InputError(
+            f'"{forms[0]}" and "{unread[0]}" in one row, of which only the first would be read; leave one out, or say which parts are'
+            f" meant: --columns {forms[0]}={forms[0]},..."
+        )
+    return forms[unread.index(None)]
+
+
+def _unread_parts(value: dict[str, Any], form: str, given: list[str]) -> Iterator[str]:
+    """Those of the given parts of a row that say what its `form` does not read."""
+    parts = (form, *READ_WITH[form])
+    beside = [name for name in given if name not in parts]
+    read = set(_leaves([value.get(part) for part in parts])) if beside else set()
+    for name in beside:
+        text = value[name]
+        written_out = name == "text" and form == "instruction" and isinstance(text, str)
+        written_out = written_out and all(one in text for one in read if isinstance(one, str))
+        if not written_out and not read.issuperset(_leaves(text)):
+            yield name
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in lists and objects, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from texts_in(inner)
+
+
+def _left_out(value: Any) -> bool:
+    return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The texts and numbers in lists and objects."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value
 
 
 def _conversation(value: dict[str, Any], key: str) -> Conversation:
     messages = _messages(value[key], key)
+    for index, message in enumerate(messages):
+        said = ((message.get("content") or "").strip(), *map(message.get, SPOKEN))
+        if message["role"] == "assistant" and not any(said):
+            raise InputError(
+                f'message {index} of "{key}", what the assistant says, is blank; write it, or leave it out'
+            )
     if key == "conversations":
         messages = (*_system(value), *messages)
     if not any(message["role"] == "assistant" for message in messages):
@@ -324,14 +413,18 @@ def _instruction(value: dict[str, Any]) -> Completion:
     if value.get("history"):
         raise InputError('"history" is not read; write the turns as {"messages"}')
     asked = _string(value["instruction"], "instruction")
-    if value.get("input"):
+    if not _left_out(value.get("input")):
         asked += "\n" + _string(value["input"], "input")
     return Completion((*_system(value), {"role": "user", "content": asked}), _string(value.get("output"), "output"))
 
 
 def _system(value: dict[str, Any]) -> tuple[Message, ...]:
     """The system turn of a sample that has it under a key of its own; () if there is none."""
-    return ({"role": "system", "content": _string(value["system"], "system")},) if value.get("system") else ()
+    return (
+        ({"role": "system", "content": _string(value["system"], "system")},)
+        if not _left_out(value.get("system"))
+        else ()
+    )
 
 
 def _question(value: dict[str, Any]) -> Question:
@@ -448,9 +541,10 @@ def _part(part: Any, place: str) -> str:
     return words
 
 
-def _string(value: Any, key: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise InputError(f'"{key}" is {"empty" if value == "" else _kind(value)}; write a string with something in it')
+def _string(value: Any, key: str, *, blank: bool = False) -> str:
+    if not isinstance(value, str) or not (value if blank else value.strip()):
+        found = _kind(value) if not isinstance(value, str) else "empty" if not value else "blank"
+        raise InputError(f'"{key}" is {found}; write a string with something in it')
     return _whole(value, key)
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tightfit.profiles.sources.lookup import longest_sequence, vocabulary
+from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.data.samples import data_files
-from tightfit.runtime.data.tokenization import PREPARED, RANDOM, Purpose, longest_sample, tokens_in
+from tightfit.runtime.data.tokenization import PREPARED, RANDOM, Purpose, check_prepared, longest_sample, tokens_in
 from tightfit.runtime.engine.training.records import RecordFile
 
 STEP = 32
@@ -68,21 +69,26 @@ def choose_seq(
     own = longest_sequence(model)
     most = min(MOST, own or MOST) if seq is None else seq
     asked = "as it was asked for"
+    settled: tuple[int, str] | None = None
     if data == RANDOM:
-        return (min(MADE_UP, most), "its tokens are made up") if seq is None else (seq, asked)
-    if data.endswith(PREPARED):
+        settled = (min(MADE_UP, most), "its tokens are made up") if seq is None else (seq, asked)
+    elif data.endswith(PREPARED):
         with RecordFile.open(Path(data)) as records:
             if lengths is not None:
                 lengths.update(map(records.length, range(len(records))))
-            return (records.seq, "the data were prepared so") if seq is None else (seq, asked)
-    preparation = Preparation(budget)
-    words = vocabulary(model)
-    preparation.check("loading the tokenizer")
+            settled = (records.seq, "the data were prepared so") if seq is None else (seq, asked)
+    most = most if settled is None else settled[0]
+    preparation: Preparation | None = None
+    words: Vocabulary | None = None
     purposes: dict[Purpose, str | None] = {"train": data, "evaluate": evaluation}
     longest = 0
     for purpose, path in purposes.items():
         if path is None or path == RANDOM or path.endswith(PREPARED):
             continue
+        if preparation is None:
+            preparation = Preparation(budget)
+            words = vocabulary(model)
+            preparation.check("loading the tokenizer")
 
         def progress(done: int, what: str = f"measuring the samples of {path}") -> None:
             if stages and done % LOOKED_AT == 1:
@@ -103,11 +109,16 @@ def choose_seq(
             lengths=lengths if purpose == "train" else None,
         )
         longest = max(longest, found)
-    if seq is not None:
-        return seq, asked
-    seq = min(most, -(-longest // STEP) * STEP)
-    rest = "; samples are cut there, and texts go on in the next row" if longest > seq else ""
-    return seq, f"the longest sample of the data has {longest} positions{rest}"
+    if settled is None and seq is not None:
+        settled = seq, asked
+    if settled is None:
+        chosen = min(most, -(-longest // STEP) * STEP)
+        rest = "; samples are cut there, and texts go on in the next row" if longest > chosen else ""
+        settled = chosen, f"the longest sample of the data has {longest} positions{rest}"
+    for path in (data, evaluation):
+        if path is not None and path.endswith(PREPARED):
+            check_prepared(Path(path), seq=settled[0], vocab_size=None, pairs=pairs)
+    return settled
 
 
 def choose_buckets(lengths: Mapping[int, int], seq: int) -> tuple[tuple[int, ...], str]:

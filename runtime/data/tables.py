@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import check_regular, open_regular
+from tightfit.runtime.common.strict_json import JsonError, from_json, read_json
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -59,6 +59,18 @@ STREAM_BYTES = 1 << 16
 """of a Parquet file's columns that are read at a time"""
 
 Row = dict[str, Any]
+Lines = gzip.GzipFile | BinaryIO
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[Lines]:
+    """A file of data for reading, unpacked where its name ends with .gz."""
+    with open_regular(file) as raw:
+        if file.name.lower().endswith(".gz"):
+            with gzip.open(raw) as content:
+                yield content
+        else:
+            yield raw
 
 
 def kind_of(file: Path) -> str | None:
@@ -72,13 +84,14 @@ def table_files(folder: Path) -> list[Path]:
     Raises InputError where it is not clear which ones are meant.
     """
     if (splits := folder / SPLITS).is_file():
-        names = _json(splits).get("splits") or ["train"]
+        told = _json(splits).get("splits")
+        names = [str(name) for name in told] if isinstance(told, list) and told else ["train"]
         raise InputError(
-            f"{folder}: holds {len(names)} data sets ({', '.join(map(str, names))}); name the folder of one: {folder / str(names[0])}"
+            f"{folder}: holds {len(names)} data sets ({', '.join(names)}); name the folder of one: {folder / names[0]}"
         )
     if (state := folder / DATASET).is_file():
         try:
-            return [folder / one["filename"] for one in _json(state)["_data_files"]]
+            return [folder / Path(one["filename"]).name for one in _json(state)["_data_files"]]
         except (KeyError, TypeError) as error:
             raise InputError(f"{state}: not written by the library datasets; name the files in the folder") from error
     found = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path))
@@ -90,8 +103,8 @@ def table_files(folder: Path) -> list[Path]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        content = read_json(file)
+    except (OSError, JsonError) as error:
         raise InputError(f"{file}: cannot be read ({error}); copy or download it again") from error
     return content if isinstance(content, dict) else {}
 
@@ -115,6 +128,8 @@ def rows_of(
 
 def _chosen(file: Path, header: Sequence[str], columns: Mapping[str, str] | None) -> dict[str, str]:
     """Part -> column of the table. Raises InputError where columns are missing."""
+    if twice := next((name for name in header if header.count(name) > 1), None):
+        raise InputError(f"{file}: two columns are called {twice!r}; rename one of them")
     there = ", ".join(header[:12]) + (", …" if len(header) > 12 else "")
     chosen = {name: name for name in PARTS if name in header} if columns is None else dict(columns)
     if not chosen:
@@ -133,8 +148,8 @@ def _parts(row: Row) -> Row:
     for name in LISTS:
         if isinstance(text := row.get(name), str):
             try:
-                row[name] = json.loads(text)
-            except ValueError as error:
+                row[name] = from_json(text, strict=True)
+            except JsonError as error:
                 raise InputError(f'"{name}" is not JSON ({error}); write a list as JSON does') from error
     answer, choices = row.get("answer"), row.get("choices")
     if isinstance(answer, str) and isinstance(choices, list) and answer not in choices and answer.isdecimal():
@@ -157,14 +172,12 @@ def _csv_rows(
 ) -> Iterator[tuple[int, Row | InputError]]:
     limit = LONGEST if longest is None else longest
     delimiter = "\t" if ".tsv" in file.name.lower() else ","
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as content, _field_limit(limit):
+    with opened(file) as content, _field_limit(limit):
         reader = csv.reader(_text_lines(file, content, limit), delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
             if len(header) == 1 and ";" in header[0]:
                 raise InputError(f"{file}: its fields are separated by semicolons; save it with commas")
-            if twice := next((name for name in header if header.count(name) > 1), None):
-                raise InputError(f"{file}: two columns are called {twice!r}; rename one of them")
             chosen = _chosen(file, header, columns) if header else {}
             places = {name: header.index(column) for name, column in chosen.items()}
             line = reader.line_num + 1
@@ -185,7 +198,7 @@ def _csv_rows(
             ) from error
 
 
-def _text_lines(file: Path, content: gzip.GzipFile | BufferedReader, limit: int) -> Iterator[str]:
+def _text_lines(file: Path, content: Lines, limit: int) -> Iterator[str]:
     """The lines of a CSV file as text. Raises InputError for one that is too long or not UTF-8."""
     number = 0
     while line := content.readline(limit + 1):
@@ -218,6 +231,7 @@ def _arrow_rows(
     file: Path, kind: str, longest: int | None, columns: Mapping[str, str] | None
 ) -> Iterator[tuple[str, Row | InputError]]:
     arrow = _pyarrow(file, kind)
+    check_regular(file)
     number = 0
     try:
         batches = _parquet_batches(file, columns) if kind == "Parquet" else _arrow_batches(arrow, file, columns)

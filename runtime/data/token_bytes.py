@@ -19,7 +19,7 @@ def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], int]:
     Special tokens have none, as where they are skipped in decoding. Raises InputError for a tokenizer whose decoder is neither byte-level nor that of
     SentencePiece.
     """
-    told = json.loads(vocabulary.tokenizer.to_str())
+    told = json.loads(vocabulary.tokenizer.to_str())  # noqa: TID251  written by the library
     steps = _steps(told.get("decoder"))
     kinds = [step["type"] for step in steps]
     left_out = NO_SPACE

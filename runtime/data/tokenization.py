@@ -9,12 +9,13 @@ such an end, so that choices differ in nothing but their words.
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError, RunError, named
@@ -35,6 +36,7 @@ from tightfit.runtime.data.samples import (
     checked_columns,
     data_files,
     read_samples,
+    texts_in,
 )
 from tightfit.runtime.engine.training.records import IGNORED, RecordFile, RecordWriter
 
@@ -50,6 +52,9 @@ REPORTED_LINES = 20
 PLAN_AGAIN = "`tightfit profile --seq {longest}`, and a plan of that profile, has room for every sample; or shorten them, or run with --truncate"
 """how to go on where samples are refused because they are too long for a plan"""
 
+PRIVATE = range(0xE000, 0xF900)
+"""characters to which Unicode gives no meaning"""
+Words = TypeVar("Words")
 Tokens = tuple[list[int], list[bool]]
 """Token ids and, for each, whether it is to be predicted."""
 
@@ -164,7 +169,18 @@ def _encoder(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = 
 
 def _copied(source: Path, path: Path, *, seq: int, vocab_size: int, pairs: bool) -> RecordFile:
     """A copy of a record file, which has to be of the same shape."""
+    check_prepared(source, seq=seq, vocab_size=vocab_size, pairs=pairs)
+    try:
+        shutil.copyfile(source, path)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; free some space and start again") from error
+    return RecordFile.open(path)
+
+
+def check_prepared(source: Path, *, seq: int, vocab_size: int | None, pairs: bool) -> None:
+    """Raise InputError for a record file that is of another shape; without a `vocab_size`, that is not looked at."""
     with RecordFile.open(source) as records:
+        vocab_size = records.vocab_size if vocab_size is None else vocab_size
         if (records.seq, records.vocab_size) != (seq, vocab_size):
             raise InputError(
                 f"{source}: prepared for sequences of {records.seq} and a vocabulary of {records.vocab_size}, and the plan is for"
@@ -173,11 +189,6 @@ def _copied(source: Path, path: Path, *, seq: int, vocab_size: int, pairs: bool)
         if records.pairs != pairs:
             held, due = ("pairs of answers", "none") if records.pairs else ("no pairs of answers", "such")
             raise InputError(f"{source}: holds {held}, and the plan is for {due}; prepare the data again")
-    try:
-        shutil.copyfile(source, path)
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; free some space and start again") from error
-    return RecordFile.open(path)
 
 
 class Encoder:
@@ -189,6 +200,12 @@ class Encoder:
         self.begin = vocabulary.token_id(vocabulary.bos_token) if vocabulary.add_bos else None
         self.end = vocabulary.token_id(vocabulary.eos_token)
         self._chat: ChatTemplate | None = None
+        named = (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token)
+        added = vocabulary.tokenizer.get_added_tokens_decoder().values()
+        control = sorted(
+            (one.content for one in added if len(one.content) > 1 and (one.special or one.content in named)), key=len
+        )
+        self._control = re.compile("|".join(map(re.escape, reversed(control)))) if control else None
 
     @property
     def chat(self) -> ChatTemplate:
@@ -198,26 +215,49 @@ class Encoder:
             self._chat = ChatTemplate(self.vocabulary)
         return self._chat
 
-    def tokens(self, text: str) -> list[int]:
+    def as_text(self, value: Words) -> tuple[Words, str | None]:
+        """(`value`, in whose texts no special token stands any more, but the characters that it is written with; the mark with
+        which they are kept apart, None if there is nothing to keep apart).
+
+        What people write must not become control tokens: only a chat template, and a text that may have been rendered by one,
+        say where a turn ends. The mark is a character that no text here has; it has no tokens (`segments`).
+        """
+        texts = list(texts_in(value))
+        if self._control is None or not any(map(self._control.search, texts)):
+            return value, None
+        texts += [self.vocabulary.chat_template or "", self.vocabulary.tool_template or ""]
+        mark = next((mark for mark in map(chr, PRIVATE) if not any(mark in text for text in texts)), None)
+        if mark is None:
+            raise InputError("every character for private use stands in it; leave some of them out")
+        return _with_marks(value, self._control, mark), mark
+
+    def tokens(self, text: str, mark: str | None = None) -> list[int]:
         """Tokens of a whole text, which begin with the beginning-of-text token if the model has one."""
-        ids: list[int] = self.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._encoded(text, mark)
         if self.begin is not None and ids[:1] != [self.begin]:
             ids.insert(0, self.begin)
         return ids
 
-    def segments(self, segments: Iterable[Segment]) -> Tokens:
+    def _encoded(self, text: str, mark: str | None) -> list[int]:
+        found = self.vocabulary.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = found.ids
+        if mark is None or mark not in text:
+            return ids
+        return [token for token, (begin, end) in zip(ids, found.offsets, strict=True) if text[begin:end] != mark]
+
+    def segments(self, segments: Iterable[Segment], mark: str | None = None) -> Tokens:
         """Tokens of consecutive segments. None spans two, so that a prompt has the tokens that it has when generating.
 
-        Raises InputError for a token outside the model's vocabulary.
+        `mark` is a character that keeps texts apart and has no tokens (`as_text`). Raises InputError for a token outside the model's vocabulary.
         """
         text = ""
         ids: list[int] = []
         wanted: list[bool] = []
         for part, predicted in segments:
             text += part
-            whole = self.tokens(text)
+            whole = self.tokens(text, mark)
             if whole[: len(ids)] != ids:
-                whole = ids + list(self.vocabulary.tokenizer.encode(part, add_special_tokens=False).ids)
+                whole = ids + self._encoded(part, mark)
             wanted += [predicted] * (len(whole) - len(wanted))
             ids = whole
         self.check(ids)
@@ -233,18 +273,42 @@ class Encoder:
     def completion(
         self, prompt: Prompt, completion: str | Message, *, ended: bool, tools: Tools | None = None
     ) -> Tokens:
-        """Tokens of a prompt and its completion; with `ended`, an end-of-text or end-of-turn token follows."""
+        """Tokens of a prompt and its completion, in which special tokens are text; with `ended`, an end-of-text or end-of-turn
+        token follows.
+        """
+        (prompt, completion, tools), mark = self.as_text((prompt, completion, tools))
         if isinstance(prompt, str):
             assert isinstance(completion, str)
-            ids, wanted = self.segments([(prompt, False), (completion, True)] if prompt else [(completion, True)])
-            if ended and self.end is not None and ids[-1:] != [self.end]:
+            ids, wanted = self.segments([(prompt, False), (completion, True)] if prompt else [(completion, True)], mark)
+            if ended and self.end is not None:
                 return [*ids, self.end], [*wanted, True]
             return ids, wanted
         if ended:
-            return self.segments(self.chat.completion(prompt, completion, tools))
+            return self.segments(self.chat.completion(prompt, completion, tools), mark)
         assert isinstance(completion, str)
         asked = self.chat.render(prompt, generation_prompt=True, tools=tools)
-        return self.segments([(asked, False), (completion, True)])
+        return self.segments([(asked, False), (completion, True)], mark)
+
+    def conversation(self, messages: Sequence[Message], tools: Tools | None = None) -> Tokens:
+        """Tokens of a conversation, in whose messages special tokens are text."""
+        (messages, tools), mark = self.as_text((tuple(messages), tools))
+        return self.segments(self.chat.conversation(messages, tools=tools), mark)
+
+    def asked(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of messages, in which special tokens are text, and of what precedes the assistant's answer."""
+        messages, mark = self.as_text(tuple(messages))
+        return self.segments([(self.chat.render(messages, generation_prompt=True), False)], mark)[0]
+
+
+def _with_marks(value: Any, control: re.Pattern[str], mark: str) -> Any:
+    """The same lists and objects, with `mark` behind the first character of whatever `control` finds in their texts."""
+    if isinstance(value, str):
+        while control.search(value):  # once more where tokens overlap
+            value = control.sub(lambda found: found[0][0] + mark + found[0][1:], value)
+        return value
+    if isinstance(value, dict):
+        return {_with_marks(key, control, mark): _with_marks(one, control, mark) for key, one in value.items()}
+    return type(value)(_with_marks(one, control, mark) for one in value) if isinstance(value, list | tuple) else value
 
 
 class _Counting:
@@ -373,7 +437,7 @@ class _Samples:
             tokens = encoder.completion(sample.prompt, sample.completion, ended=True, tools=sample.tools)
         else:
             assert isinstance(sample, Conversation)
-            tokens = encoder.segments(encoder.chat.conversation(sample.messages, tools=sample.tools))
+            tokens = encoder.conversation(sample.messages, sample.tools)
         return [Encoded(ids=tokens[0], wanted=tokens[1])]
 
     def place(self, sample: Sequence[Encoded]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import from_json
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 """ends of the keys of a pair of factors: [rank, columns] and [rows, rank]"""
@@ -30,7 +31,7 @@ class AdapterFile:
         """Raises InputError, naming `place`, for what is no such file."""
         start = 8 + int.from_bytes(content[:8], "little")
         try:
-            header = json.loads(content[8:start])
+            header = from_json(content[8:start])
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             ends = [entry["data_offsets"][1] for entry in entries.values()]
             whole = start + max(ends, default=0) == len(content)

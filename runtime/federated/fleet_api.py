@@ -28,6 +28,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.federated.messages import ADAPTER, STYPE, Word
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ class Incoming:
         self.run = metadata.run_id
         self.came = time.time()
         _, body = api.pull(self.run, self._only(tree).object_id)
-        self.records: dict[str, str] = json.loads(body)
+        self.records: dict[str, str] = from_json(body)
         """ids of the content's records by name"""
 
     @staticmethod
@@ -259,9 +260,9 @@ class Incoming:
     def adapter(self) -> bytes:
         """The file of the adapter; afterwards the SuperLink may forget the message."""
         _, body = self.api.pull(self.run, self.records[ADAPTER])
-        children, body = self.api.pull(self.run, json.loads(body)[ADAPTER])
+        children, body = self.api.pull(self.run, from_json(body)[ADAPTER])
         content = bytearray()
-        for number in json.loads(body)["arraychunk_ids"]:
+        for number in from_json(body)["arraychunk_ids"]:
             content += self.api.pull(self.run, children[number])[1]
         self.confirm()
         return bytes(content)

@@ -160,7 +160,7 @@ class Rounds:
         if found is None:
             found = Saved(number=0, record={"round": 0, "conditions": self.conditions}, adapter=self._first())
             self.folder.save(found, self.config)
-        elif (made := found.record["conditions"]) != json.loads(json.dumps(self.conditions)):
+        elif (made := found.record["conditions"]) != json.loads(json.dumps(self.conditions)):  # noqa: TID251  written by `json.dumps`
             told = "; ".join(
                 f"{name} {made.get(name)}, now {now}" for name, now in self.conditions.items() if made.get(name) != now
             )

@@ -18,6 +18,7 @@ from typing import Any
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import sync_directory, write_whole
 from tightfit.runtime.common.run_folder import writing_to
+from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.engine.training.adapter import CONFIG, WEIGHTS
 
 LINES, REPORT, FAILED, SERVER, PID = "rounds.jsonl", "report.json", "failed.json", "server.json", "server.pid"
@@ -46,7 +47,7 @@ class RoundsFolder:
             return None
         folder = self._of(numbers[-1])
         try:
-            record = json.loads((folder / "round.json").read_bytes())
+            record = from_json((folder / "round.json").read_bytes())
             adapter = (folder / WEIGHTS).read_bytes()
             if record["round"] != numbers[-1]:
                 raise ValueError(f"it is of round {record['round']}")
@@ -85,7 +86,7 @@ class RoundsFolder:
             text = (self.out / LINES).read_text()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines()]
+        return [from_json(line) for line in text.splitlines()]
 
     def finish(self, saved: Saved) -> Path:
         """Copy the last round's adapter to ``adapter``; returns the path."""

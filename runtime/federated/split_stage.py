@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import struct
 import zlib
@@ -16,6 +15,7 @@ from tightfit.planner.fleet.pipeline_schema import PipelinePlan, Stage
 from tightfit.planner.fleet.split_schema import SERVER, SplitMember, SplitPlan
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare
 from tightfit.runtime.engine.fleet.seat import StagePart
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, PREFIX_WORDS, RecordFile
@@ -140,7 +140,7 @@ def check_labels(content: bytes, plan: Plan, place: str) -> None:
     assert plan.seq is not None
     seq, vocabulary = plan.seq, plan.model.config["vocab_size"]
     try:
-        header = json.loads(content[:HEADER_BYTES])
+        header = from_json(content[:HEADER_BYTES])
         shape = header["seq"], header["vocab_size"], 0 <= header["pad_token"] < vocabulary
         end, count = header["index"], header["count"]
         places = np.frombuffer(content, "<u8", count + 1, offset=end).astype(np.int64)

@@ -4,7 +4,6 @@ were trained in full.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor
 from tightfit.profiles.models.lora import LoraConfig, Pair, from_peft
 from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG, MAGNITUDE, PREFIX, WEIGHTS
 from tightfit.runtime.results.tensor_file import TensorFile
 
@@ -151,7 +151,7 @@ def named_base(folder: Path) -> str | None:
     of a model on the hub.
     """
     from_peft(folder)
-    said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    said = read_json(folder / CONFIG)
     named, revision = said.get("base_model_name_or_path"), said.get("revision")
     if named and revision not in (None, "main") and not Path(named).exists():
         raise InputError(

@@ -89,8 +89,7 @@ class Conversation:
         self._turns.append({"role": "assistant", "content": text})
 
     def _tokens(self) -> list[int]:
-        text = self._encoder.chat.render([*self._system, *self._turns], generation_prompt=True)
-        return self._encoder.segments([(text, False)])[0]
+        return self._encoder.asked([*self._system, *self._turns])
 
 
 def converse(order: AnswerOrder) -> None:

@@ -26,7 +26,7 @@ from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.files import cache_directory, read_whole
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.samples import Prompt, parse_prompt
 from tightfit.runtime.data.token_bytes import token_bytes
@@ -310,17 +310,16 @@ def _ends(model: str, vocabulary: Vocabulary) -> list[int]:
 
 
 def _encoded(encoder: Encoder, prompt: Prompt, options: AnswerOptions) -> list[int]:
-    """Tokens of a prompt. Raises InputError where there are none, or for tokens that the model lacks."""
+    """Tokens of a prompt. Special tokens stay such only in one that no template is applied to: it may be rendered already. Raises InputError where there are none, or for tokens that the model lacks."""
     if isinstance(prompt, str) and not (options.template and encoder.vocabulary.chat_template):
         if options.system is not None:
             raise InputError("--system needs a chat template, and the model has none or it is not used; leave it out")
-        text = prompt
+        ids = encoder.segments([(prompt, False)])[0] if prompt else []
     else:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if options.system is not None:
             turns.insert(0, {"role": "system", "content": options.system})
-        text = encoder.chat.render(turns, generation_prompt=True)
-    ids = encoder.segments([(text, False)])[0] if text else []
+        ids = encoder.asked(turns)
     if not ids:
         raise InputError("the prompt is empty; write something to go on from")
     return ids
@@ -373,7 +372,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises InputError for a file that cannot be read, or holds none.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_whole(path).splitlines()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a file of prompts, one a line") from error
     found: list[Prompt] = []

@@ -23,6 +23,7 @@ from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import write_whole
+from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.engine.weights.safetensors_file import Item, write
@@ -164,7 +165,7 @@ def opened_base(folder: Path, given: str | None) -> Base:
 def _reported(folder: Path) -> dict[str, Any]:
     """What the report of the run that left the adapter in `folder` says of its base; {} if there is no report."""
     try:
-        told = json.loads((folder.parent / "report.json").read_bytes())
+        told = read_json(folder.parent / "report.json")
         base = told["base"] if Path(told["adapter"]).name == folder.name else {}
     except (OSError, ValueError, LookupError, TypeError):
         return {}

@@ -6,7 +6,6 @@ another number type is asked for. Of a GGUF file the tensors get Hugging Face's 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tightfit.profiles.sources.huggingface import checkpoint_files, text_name
 from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.weights.safetensors_file import DTYPES, Item
 from tightfit.runtime.results.adapter_changes import Adapter, Change
 from tightfit.runtime.results.base_values import blocks, float_rows, mapped_files, merged_rows, rounded, table_blocks
@@ -238,7 +238,7 @@ def merged_config(source: Source, *, untied: bool, dtype: str | None) -> dict[st
     """The config.json of a merged model: the base's, without its quantisation."""
     if source.kind == "gguf":
         return _config_of_gguf(source, dtype or DEFAULT_DTYPE)
-    config: dict[str, Any] = json.loads((Path(source.path) / "config.json").read_bytes())
+    config: dict[str, Any] = read_json(Path(source.path) / "config.json")
     quantised = False
     parts = [config, *([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])]
     for part in parts:

@@ -30,6 +30,8 @@ class TensorFile:
         self.path = path
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         """name -> (type under the format's own name, shape)"""
+        self._reader = Reader(str(path), advice)
+        weakref.finalize(self, self._reader.close)
         try:
             with safe_open(path, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  no dict
@@ -37,8 +39,6 @@ class TensorFile:
                     self.tensors[name] = part.get_dtype(), tuple(part.get_shape())
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a readable safetensors file ({error}); {advice}") from error
-        self._reader = Reader(str(path), advice)
-        weakref.finalize(self, self._reader.close)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor, a few MiB at a time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import zlib
 from collections.abc import Iterator
@@ -14,7 +13,10 @@ from typing import BinaryIO
 from tightfit.planner.schema import Plan
 from tightfit.profiles.models.lora import check_planned
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import open_regular
+from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.engine.training import adapter
+from tightfit.runtime.engine.weights.safetensors_file import header_in
 
 FLOAT32 = "F32"
 """as safetensors calls it: what trained tensors are computed and saved in"""
@@ -51,7 +53,7 @@ def given_adapter(plan: Plan, directory: Path) -> GivenAdapter:
     path = directory / adapter.WEIGHTS
     checksum, digest = 0, hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for chunk in _chunks(file):
                 checksum = zlib.crc32(chunk, checksum)
                 digest.update(chunk)
@@ -92,16 +94,16 @@ def _check_tensors(path: Path, file: BinaryIO, wanted: dict[str, list[int]]) -> 
 
     end = file.seek(0, 2)
     file.seek(0)
-    start = 8 + int.from_bytes(file.read(8), "little")
     try:
-        header = json.loads(file.read(start - 8)) if start <= end else None
+        text = header_in(file.fileno())
         found = {
             name: (entry["dtype"], entry["shape"], entry["data_offsets"])
-            for name, entry in header.items()  # type: ignore[union-attr]
+            for name, entry in from_json(text).items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged, or no safetensors file; copy the adapter again") from error
+    start = 8 + len(text)
     for name in wanted:
         if name not in found:
             raise InputError(

@@ -28,6 +28,7 @@ from tightfit.runtime.session.admission import (
     check_steps,
     find_store,
 )
+from tightfit.runtime.session.beforehand import check_data, check_held_out
 from tightfit.runtime.session.fleet import Membership
 from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
@@ -206,8 +207,7 @@ def prepared(
     options.check_end()
     if seat:
         check_fleet_options(options)
-    if options.eval_every is not None and eval_data is None:
-        raise InputError(f"eval_every {options.eval_every}: there is nothing to evaluate on; give held-out data")
+    check_held_out(options, eval_data)
     if steps is not None:
         check_steps(plan, steps)
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
@@ -296,12 +296,10 @@ def prepare_data(
     """Write the data as a record or batch file in `folder`; returns its path. `purpose` is "train" or "evaluate"."""
     from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare, tokens_in
 
-    if columns and purpose == "train" and (plan.model.kind == "module" or (isinstance(data, str) and data == RANDOM)):
-        raise InputError(f"columns {', '.join(columns.values())}: the data given have none; leave them out")
+    check_data(data, columns if purpose == "train" else None, module=plan.model.kind == "module")
     if plan.model.kind == "module":
         return _prepare_module(plan, data, folder, purpose, stages)
-    if not isinstance(data, str | os.PathLike):
-        raise InputError("a language model trains on a file of samples, a directory of them, or 'random'")
+    assert isinstance(data, str | os.PathLike)
     from tightfit.profiles.sources import lookup
 
     assert plan.seq is not None
@@ -362,10 +360,6 @@ def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: 
     from tightfit.runtime.session.python_batches import as_planned
 
     if isinstance(data, str | os.PathLike):
-        if os.fspath(data) != "random":
-            raise InputError(
-                f"a module trains on batches of tensors (from Python) or on 'random', its sample batch; got {os.fspath(data)!r}"
-            )
         _, sample, inputs = build_module(plan.model.source)
         data = [sample if inputs is None else (sample[:inputs], sample[inputs:])]
     length = _length(data)

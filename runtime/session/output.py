@@ -15,6 +15,7 @@ from typing import Any
 
 from tightfit.runtime.common.errors import InputError, TightfitError
 from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
+from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.checkpoint import load_latest, partial_directories
 from tightfit.runtime.engine.training.evaluations import Evaluations
@@ -210,10 +211,10 @@ def finished_report(
     other data.
     """
     expected = {**settings["conditions"], "data": _fingerprint(train)}
-    found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # as JSON, to compare equal
+    found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # noqa: TID251  as JSON, to compare equal
     held_out = _fingerprint(evaluation) if evaluation else None
     try:
-        report = json.loads((directory / "report.json").read_text())
+        report = read_json(directory / "report.json")
         made = Evaluations.of(settings, held_out, found.state)
         ended = found.step == settings["steps"] or (made is not None and made.over)
         done = ended and found.step == len(report["loss"])

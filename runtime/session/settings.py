@@ -21,12 +21,10 @@ from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.checkpoint import PACKING
 from tightfit.runtime.engine.training.job import RECEIVE, Job
 from tightfit.runtime.session.admission import conditions
+from tightfit.runtime.session.beforehand import own_settings
 from tightfit.runtime.session.given_adapter import GivenAdapter
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.training_process import RunOrder
-
-SINGLE = ("eps", "eps2", "beta2_decay", "clip_threshold", "momentum")
-"""options that are fields of the optimizers that have them, by the same names"""
 
 
 def settings_of(
@@ -61,7 +59,7 @@ def settings_of(
             warmup_steps=options.warmup_steps,
             total_steps=0 if options.schedule == "constant" or options.steps is None else options.steps,
             min_lr_ratio=options.min_lr_ratio,
-            **_own_settings(name, options),
+            **own_settings(name, options),
         )
     )
     if not options.min_lr_ratio:
@@ -98,26 +96,6 @@ def settings_of(
         | {"adapter": adapter_given.fingerprint if adapter_given else None}
         | {PACKING: _asks_for_packing(plan, options)},
     }
-
-
-def _own_settings(name: str, options: RunOptions) -> dict[str, Any]:
-    """What `options` say of the settings that only some optimizers have. Raises InputError for one that the optimizer `name`
-    does not have.
-    """
-    kind = OPTIMIZERS[name]
-    betas: tuple[float, float] | None = getattr(kind, "betas", None)
-    known = {"beta1": betas is not None, "beta2": betas is not None, "momentum": name == "momentum"}
-    for option in ("beta1", "beta2", *SINGLE):
-        value = getattr(options, option)
-        if value is not None and not known.get(option, hasattr(kind, option)):
-            raise InputError(
-                f"{option} {value:g}: the plan's optimizer, {name}, has none; leave it out, or plan with another optimizer"
-            )
-    own: dict[str, Any] = {one: getattr(options, one) for one in SINGLE if getattr(options, one) is not None}
-    if betas is not None:
-        given = (options.beta1, options.beta2)
-        own["betas"] = tuple(old if new is None else new for old, new in zip(betas, given, strict=True))
-    return own
 
 
 def check_packing(plan: Plan, options: RunOptions) -> None:

@@ -8,19 +8,22 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from tightfit.planner.plan import plan
+from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.api import profile
 from tightfit.profiles.sources.lookup import names_module
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
+from tightfit.runtime.session.beforehand import check_beforehand
 from tightfit.runtime.session.launch import Data, run
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import locked, tokens_kept
 from tightfit.runtime.session.rehearsal import rehearse
 from tightfit.runtime.session.spare_memory import spare_memory
 
+Record = TypeVar("Record")
 STAGES: tuple[Callable[..., Any], ...] = (profile, plan, run)
 
 
@@ -50,31 +53,37 @@ def train(
     known = {name for stage in STAGES for name in inspect.signature(stage).parameters} - {"tokens"}
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"train() has no option {unknown[0]!r}; its options are those of profile, plan and run")
-    # What the run would refuse is told before measuring.
-    RunOptions(**{field.name: options[field.name] for field in fields(RunOptions) if field.name in options}).check_end()
+    check_beforehand(
+        model,
+        data,
+        eval_data,
+        planning=_record(PlanOptions, options),
+        training=_record(RunOptions, options),
+        columns=options.get("columns"),
+    )
     budget = spare_memory()[0] if memory == "auto" else parse_size(str(memory))
     directory = Path(out).absolute()
     with tokens_kept(directory) as tokens:
         with locked(directory):
             if not names_module(model):
-                files = [os.fspath(one) if isinstance(one, str | os.PathLike) else None for one in (data, eval_data)]
-                check_files(*files)
+                train_files = os.fspath(cast("str", data))
+                held_out = None if eval_data is None else os.fspath(cast("str", eval_data))
+                check_files(train_files, held_out)
                 lengths: Counter[int] = Counter()
-                if (seq is None or buckets == "auto") and files[0] is not None:
-                    seq, _ = choose_seq(
-                        model,
-                        files[0],
-                        files[1],
-                        truncate=truncate,
-                        budget=budget,
-                        columns=options.get("columns"),
-                        keep=tokens,
-                        pairs=options.get("loss") is not None,
-                        seq=seq,
-                        lengths=lengths if buckets == "auto" else None,
-                        stages=options.get("stages"),
-                    )
-                if seq is not None and buckets == "auto":
+                seq, _ = choose_seq(
+                    model,
+                    train_files,
+                    held_out,
+                    truncate=truncate,
+                    budget=budget,
+                    columns=options.get("columns"),
+                    keep=tokens,
+                    pairs=options.get("loss") is not None,
+                    seq=seq,
+                    lengths=lengths if buckets == "auto" else None,
+                    stages=options.get("stages"),
+                )
+                if buckets == "auto":
                     buckets = ",".join(map(str, choose_buckets(lengths, seq)[0])) or None
             if seq is not None:
                 options["seq"] = seq
@@ -82,6 +91,10 @@ def train(
             measured = profile(model, **_part(profile, options))
             planned = rehearse(measured, budget, **_part(plan, options))
         return run(planned, data, out=out, **_part(run, options), tokens=tokens)
+
+
+def _record(record: type[Record], options: dict[str, Any]) -> Record:
+    return record(**{one.name: options[one.name] for one in fields(cast("Any", record)) if one.name in options})
 
 
 def _part(stage: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import read_all
+from tightfit.runtime.common.strict_json import JsonError, from_json
 from tightfit.runtime.engine.training.by_length import SortedBatches
 from tightfit.runtime.engine.training.packing import (
     Rows,
@@ -331,8 +332,8 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def _header(path: str, data: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(data)
-    except ValueError as error:
+        header = from_json(data)
+    except JsonError as error:
         raise InputError(f"{path}: damaged header; prepare the data again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise InputError(f"{path}: not a batch file of this version; prepare the data again")

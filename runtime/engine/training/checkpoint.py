@@ -19,6 +19,7 @@ from typing import Any
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory
 from tightfit.runtime.common.run_folder import find_checkpoints, way_on
+from tightfit.runtime.common.strict_json import read_json
 
 STEP_BY_STEP = "given step by step"
 """stands in the place of the data's fingerprint in checkpoints of a Session, whose batches come from the user's loop"""
@@ -55,8 +56,7 @@ def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this r
         )
     step, path = found[-1]
     try:
-        with open(os.path.join(path, STATE), encoding="utf-8") as file:
-            state = json.load(file)
+        state = read_json(os.path.join(path, STATE))
         if not isinstance(state, dict) or state["version"] != VERSION or state["step"] != step:
             raise ValueError
     except (OSError, ValueError, KeyError) as error:

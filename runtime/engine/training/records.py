@@ -41,7 +41,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.files import read_all
+from tightfit.runtime.common.files import check_regular, read_all
+from tightfit.runtime.common.strict_json import JsonError, from_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,6 +118,7 @@ class RecordFile:
         """Open and check `path`. Raises InputError where it is missing, truncated or not a record file."""
         path = Path(path)
         try:
+            check_regular(path)
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; prepare the data again") from error
@@ -375,8 +377,8 @@ def _checksum(data: bytearray | memoryview) -> int:
 
 def _header(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(data)
-    except ValueError:
+        header = from_json(data)
+    except JsonError:
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise InputError(f"{path}: not a record file (no {FORMAT!r} header); prepare the data again")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import write_all
+from tightfit.runtime.common.files import check_regular, write_all
+from tightfit.runtime.common.strict_json import from_json
 
 DTYPES = {
     "float32": "F32",
@@ -26,8 +27,8 @@ DTYPES = {
     "bool": "BOOL",
 }
 WRITE_BEHIND_BYTES = 4 << 20
-LARGEST_HEADER = 1 << 26
-"""bytes; a longer header is not read: it is damaged, and `Reader.verify` reports that"""
+LARGEST_HEADER = 100_000_000
+"""bytes, the format's own limit; of a longer header, or one that ends behind its file, nothing is read"""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 
@@ -97,6 +98,22 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
+def header_in(descriptor: int) -> bytes:
+    """The header of an open safetensors file, as text: what every reader of such files asks for first, before a library does.
+
+    Raises ValueError, which says what is wrong, for one that is too long, ends behind the file or is no JSON object.
+    """
+    size, length = os.fstat(descriptor).st_size, int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if 8 + length > size or length > LARGEST_HEADER:
+        raise ValueError(
+            f"its header would have {length} bytes, the file has {size}, and {LARGEST_HEADER} are the most"
+        )
+    text = os.pread(descriptor, length, 8)
+    if text[:1] != b"{" or text.rstrip()[-1:] != b"}":
+        raise ValueError("its header is no JSON object")
+    return text
+
+
 class Reader:
     """Reads a file that `write` made. Raises InputError if it is missing or its header is damaged; `verify` checks the
     rest. `advice` ends the messages: what to do about a file that is missing or damaged.
@@ -107,15 +124,16 @@ class Reader:
     def __init__(self, path: str, advice: str = "remove this checkpoint and resume from the one before") -> None:
         self.path, self.advice = path, advice
         try:
+            check_regular(path)
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; {advice}") from error
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-        self._header = text = os.pread(self._descriptor, length, 8) if length < LARGEST_HEADER else b""
-        if length < LARGEST_HEADER and not (len(text) == length and text[:1] == b"{" and text.rstrip()[-1:] == b"}"):
+        try:
+            self._header = header_in(self._descriptor)
+        except ValueError as error:
             os.close(self._descriptor)
-            raise InputError(f"{path}: damaged header; {advice}")
-        self._start = 8 + length
+            raise InputError(f"{path}: damaged header ({error}); {advice}") from error
+        self._start = 8 + len(self._header)
         self._last = 0
 
     def __contains__(self, name: str) -> bool:
@@ -159,7 +177,7 @@ class Reader:
         at = self._find(name)
         if at < 0:
             raise InputError(f"{self.path}: no tensor {name!r}; the checkpoint belongs to another model")
-        entry: dict[str, Any] = json.loads(self._header[at : self._header.index(b"}", at) + 1])
+        entry: dict[str, Any] = from_json(self._header[at : self._header.index(b"}", at) + 1])
         return entry
 
     def verify(self, crc: int) -> None:

@@ -162,7 +162,7 @@ def test_a_scale_that_became_infinite_is_refused(tmp_path: Path) -> None:
     data[tensor.data_offset : tensor.data_offset + 2] = np.float16(np.inf).tobytes()
     path.write_bytes(data)
     with pytest.raises(
-        InputError, match=r"m\.gguf: tensor 'blk\.1\.ffn_up\.weight' holds NaN or infinity, in rows 0 to 95"
+        InputError, match=r"m\.gguf: tensor 'blk\.1\.ffn_up\.weight' holds NaN or infinity, first in row 0"
     ):
         build_store(resolve(str(path)), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

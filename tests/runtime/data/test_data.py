@@ -260,7 +260,7 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
         ('"text"', "a JSON string where an object is due"),
         ("3", "a JSON number where an object is due"),
         ("null", "a JSON missing or null where an object is due"),
-        pytest.param("[" * 100_000, "lists or objects nested too deeply; write", id="deep"),
+        pytest.param("[" * 100_000, "lists or objects nested more than 100 deep", id="deep"),
         (
             r'{"text": "bad \ud83d half"}',
             r""""text" has half a character ('\ud83d', a lone surrogate); write the whole one""",
@@ -421,8 +421,6 @@ def test_a_completion_is_predicted_and_its_prompt_is_not(vocabulary: Vocabulary,
     assert inputs == whole[:-1]
     assert labels == [IGNORED] * (len(prompt) - 1) + whole[len(prompt) :]
     assert file.pad_token == vocabulary.token_id("<|endoftext|>")
-    ended = Encoder(vocabulary, 420).completion("Is this good? Answer:", " positive<|im_end|>", ended=True)
-    assert ended[0] == whole
 
 
 def test_an_empty_prompt_predicts_all_but_the_first_token(
@@ -638,11 +636,13 @@ def test_a_system_beside_conversations_is_their_first_turn() -> None:
 
 @pytest.mark.parametrize("given", [{"input": "12"}, {"input": ""}, {"input": None}, {}])
 def test_an_instruction_is_a_turn_of_the_user(given: dict[str, Any]) -> None:
-    """As Alpaca has it; the prompt that some write out as "text" beside is not trained on."""
+    """As Alpaca has it; the sample that it writes out as "text" beside is not trained on."""
     asked = {"role": "user", "content": "Double it.\n12" if given.get("input") else "Double it."}
-    sample = {"instruction": "Double it.", "output": "24", "text": "### Instruction: ..."} | given
+    sample = {"instruction": "Double it.", "output": "24"} | given
+    sample["text"] = f"Below ...\n{asked['content']}\n### Response: 24"
     for system in ((), ({"role": "system", "content": "Be brief."},)):
         beside = {"system": system[0]["content"]} if system else {"history": [], "system": ""}
+        sample["text"] = "".join(turn["content"] for turn in system) + sample["text"]
         due = {"prompt": [*system, asked], "completion": "24"}
         assert parse_sample(json.dumps(sample | beside).encode()) == parse_sample(json.dumps(due).encode())
 

@@ -300,7 +300,9 @@ def test_a_length_that_is_given_is_that_of_made_up_and_of_prepared_data_too(mode
     assert choose_seq(model, "random", truncate=False, budget=BUDGET, seq=seq) == (seq, "as it was asked for")
     prepared = prepare("random", None, tmp_path, seq=40, vocab_size=512)
     prepared.close()
+    with pytest.raises(InputError, match=r"prepared for sequences of 40 .*, and the plan is for"):
+        choose_seq(model, str(prepared.path), truncate=False, budget=BUDGET, seq=seq)
     counted = Counter()
-    found = choose_seq(model, str(prepared.path), truncate=False, budget=BUDGET, seq=seq, lengths=counted)
-    assert found == (seq, "as it was asked for")
+    found = choose_seq(model, str(prepared.path), truncate=False, budget=BUDGET, seq=40, lengths=counted)
+    assert found == (40, "as it was asked for")
     assert counted.keys() == {40}

@@ -166,7 +166,7 @@ def test_a_million_rows_take_no_more_memory_than_a_few(tmp_path: Path) -> None:
 # Folders
 
 
-def test_a_folder_is_read_by_its_lines_or_else_by_its_tables(tmp_path: Path) -> None:
+def test_a_folder_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
     for name in ("b.csv", "a.csv", "c.tsv.gz", "note.txt"):
         (tmp_path / name).touch()
     assert [path.name for path in data_files(str(tmp_path))] == ["a.csv", "b.csv", "c.tsv.gz"]
@@ -175,8 +175,6 @@ def test_a_folder_is_read_by_its_lines_or_else_by_its_tables(tmp_path: Path) -> 
         InputError, match=r"holds tables of several kinds \(CSV, Parquet\); name the file that is meant"
     ):
         data_files(str(tmp_path))
-    (tmp_path / "e.jsonl").touch()
-    assert [path.name for path in data_files(str(tmp_path))] == ["e.jsonl"]
 
 
 def test_a_folder_of_datasets_is_read_in_its_own_order(tmp_path: Path) -> None:

@@ -206,10 +206,8 @@ def test_damage_is_found(tmp_path):
         reader.verify(checksum)
     reader.close()
     path.write_bytes(b"\xff" * 8 + data[8:])
-    reader = Reader(str(path))
-    with pytest.raises(InputError, match="damaged"):
-        reader.verify(checksum)
-    reader.close()
+    with pytest.raises(InputError, match="damaged header"):
+        Reader(str(path))
     path.write_bytes(data[:-200])
     reader = Reader(str(path))
     with pytest.raises(InputError, match="truncated in tensor 'a'"):

@@ -1,0 +1,84 @@
+"""What can be refused before anything is measured, for whatever profiles, plans and runs in one go: options that the plan or the run
+would refuse later, and data of a kind that the model does not take. What is in the data, `tightfit.runtime.data.sequence` reads first.
+
+Imports neither PyTorch nor NumPy: the memory of reading data, which comes next, counts against the budget.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tightfit.planner.search_options import PlanOptions, check_policy
+from tightfit.profiles.sources.lookup import names_module
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.data.samples import checked_columns
+from tightfit.runtime.data.tokenization import RANDOM
+from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
+from tightfit.runtime.session.options import RunOptions
+
+SINGLE = ("eps", "eps2", "beta2_decay", "clip_threshold", "momentum")
+"""options that are fields of the optimizers that have them, by the same names"""
+Data = str | os.PathLike[str] | Iterable[Any]
+
+
+def check_beforehand(
+    model: str | os.PathLike[str],
+    data: Data,
+    eval_data: Data | None,
+    *,
+    planning: PlanOptions,
+    training: RunOptions,
+    columns: Mapping[str, str] | None,
+) -> None:
+    """Raise InputError for what the plan or the run of `model` would refuse, as far as that can be told without a profile."""
+    check_policy(planning.policy or "solver")
+    training.check_end()
+    check_held_out(training, eval_data)
+    own = planning.policy if planning.policy in OPTIMIZERS else planning.optimizer
+    own_settings(own or "adamw", training)
+    checked_columns(columns)
+    module = names_module(model)
+    check_data(data, columns, module=module)
+    if eval_data is not None:
+        check_data(eval_data, None, module=module)
+
+
+def check_held_out(options: RunOptions, eval_data: Data | None) -> None:
+    """Raise InputError where evaluations are asked for and there is nothing to evaluate on."""
+    if options.eval_every is not None and eval_data is None:
+        raise InputError(f"eval_every {options.eval_every}: there is nothing to evaluate on; give held-out data")
+
+
+def check_data(data: Data, columns: Mapping[str, str] | None, *, module: bool) -> None:
+    """Raise InputError for data of a kind that a language model, or a module, is not trained on."""
+    name = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+    if columns and (module or name == RANDOM):
+        raise InputError(f"columns {', '.join(columns.values())}: the data given have none; leave them out")
+    if module and name not in (None, RANDOM):
+        raise InputError(
+            f"a module trains on batches of tensors (from Python) or on 'random', its sample batch; got {name!r}"
+        )
+    if not module and name is None:
+        raise InputError("a language model trains on a file of samples, a directory of them, or 'random'")
+
+
+def own_settings(name: str, options: RunOptions) -> dict[str, Any]:
+    """What `options` say of the settings that only some optimizers have. Raises InputError for one that the optimizer `name`
+    does not have.
+    """
+    kind = OPTIMIZERS[name]
+    betas: tuple[float, float] | None = getattr(kind, "betas", None)
+    known = {"beta1": betas is not None, "beta2": betas is not None, "momentum": name == "momentum"}
+    for option in ("beta1", "beta2", *SINGLE):
+        value = getattr(options, option)
+        if value is not None and not known.get(option, hasattr(kind, option)):
+            raise InputError(
+                f"{option} {value:g}: the plan's optimizer, {name}, has none; leave it out, or plan with another optimizer"
+            )
+    own: dict[str, Any] = {one: getattr(options, one) for one in SINGLE if getattr(options, one) is not None}
+    if betas is not None:
+        given = (options.beta1, options.beta2)
+        own["betas"] = tuple(old if new is None else new for old, new in zip(betas, given, strict=True))
+    return own
