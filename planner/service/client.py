@@ -53,13 +53,12 @@ GONE = frozenset({502, 503, 504})
 KINDS = {code: kind for kind, code in JOB_ERRORS.items()}
 
 
-def connect(url: str, *, token: str | None = None, timeout: float = 60.0, name: str | None = None) -> Client:
+def connect(url: str, *, token: str | None = None, timeout: float = 60.0) -> Client:
     """A client of the service at `url`; `token` defaults to the environment variable TIGHTFIT_TOKEN.
 
-    A `name` tells it apart from others at its address: a job ends when the last who asked for it cancels. Raises
-    InputError where nothing answers there, or what answers is no tightfit.
+    Raises InputError where nothing answers there, or what answers is no tightfit.
     """
-    client = Client(url, token=token or os.environ.get("TIGHTFIT_TOKEN") or None, timeout=timeout, name=name)
+    client = Client(url, token=token or os.environ.get("TIGHTFIT_TOKEN") or None, timeout=timeout)
     with contextlib.ExitStack() as stack:
         stack.enter_context(client)
         if client.get("/healthz").get("status") != "ok":
@@ -75,14 +74,12 @@ class Client:
     A request that is cut off is sent again with the same idempotency key, so that nothing is done twice.
     """
 
-    def __init__(self, url: str, *, token: str | None, timeout: float, name: str | None = None) -> None:
+    def __init__(self, url: str, *, token: str | None, timeout: float) -> None:
         address = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
         self.url = address.rstrip("/").removesuffix("/page")
         if token is not None:
             check_token(token)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        if name is not None:
-            headers["Client-Id"] = name
         try:
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
         except (httpx.InvalidURL, ValueError) as error:
@@ -290,7 +287,7 @@ class Client:
                     yield name, json.loads(line.removeprefix("data: "))
 
     def cancel(self, identity: str) -> dict[str, Any]:
-        """Let a job go: it ends unless others, `wanted_by` in what is returned, have asked for it too."""
+        """End a job, a run with a checkpoint."""
         answer: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
         return answer
 

@@ -25,7 +25,6 @@ from tightfit.planner.service.http.doors import (
 )
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.jobs.view import fleet_view
-from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.schema import Digest, FleetList, FleetMember, FleetRequest, StoredFleet
 from tightfit.planner.service.wire.shown import FleetView
@@ -39,7 +38,7 @@ FILE = file_responses(
 
 
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Plan a step of several devices")
-async def make_fleet(request: Request, asked: FleetRequest, client: Asker, key: IdempotencyKey = None) -> Response:
+async def make_fleet(request: Request, asked: FleetRequest, key: IdempotencyKey = None) -> Response:
     """Every member's plan is kept under its fingerprint, as those of `/v1/plans` are."""
     check_time(asked.time_limit, service_of(request).settings)
     names = [member.name for member in asked.members]
@@ -48,7 +47,7 @@ async def make_fleet(request: Request, asked: FleetRequest, client: Asker, key: 
             raise invalid(f"members.{index}.name", f"another member is called {name!r}; give each a name of its own")
     members = [_member(request, member, f"members.{index}") for index, member in enumerate(asked.members)]
     uses = [("profile", member.profile) for member in asked.members]
-    return ask(request, "fleet", asked.model_dump() | {"members": members}, client, key=key, uses=uses)
+    return ask(request, "fleet", asked.model_dump() | {"members": members}, key=key, uses=uses)
 
 
 def _member(request: Request, member: FleetMember, field: str) -> Row:

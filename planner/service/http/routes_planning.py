@@ -28,7 +28,6 @@ from tightfit.planner.service.http.doors import (
 from tightfit.planner.service.jobs.solving import OWN
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.jobs.view import difference, plan_view
-from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.objects import Objects
 from tightfit.planner.service.wire.schema import (
@@ -49,13 +48,13 @@ FILE = file_responses("plan.json as `tightfit plan` writes it", {"status": "opti
 
 
 @router.post("/plans", status_code=202, responses=JOB_ANSWERS, summary="Plan a profile at a budget")
-async def make_plan(request: Request, asked: PlanRequest, client: Asker, key: IdempotencyKey = None) -> Response:
+async def make_plan(request: Request, asked: PlanRequest, key: IdempotencyKey = None) -> Response:
     """A budget that is too small is a result with status infeasible and the smallest budget that is enough."""
     settings = service_of(request).settings
     check_time(asked.time_limit, settings)
     _check_policy(asked.policy, stored(request, "profile", asked.profile, "profile"), "policy")
     words = asked.model_dump() | {"memory": budget(asked.memory, "memory")}
-    return ask(request, "plan", words, client, key=key, uses=[("profile", asked.profile)])
+    return ask(request, "plan", words, key=key, uses=[("profile", asked.profile)])
 
 
 @router.get("/plans", response_model=PlanList, summary="Plans, newest first")
@@ -105,9 +104,7 @@ async def get_changes(request: Request, identity: Identity, other: Digest) -> Re
 
 
 @router.post("/comparisons", status_code=202, responses=JOB_ANSWERS, summary="Compare budgets, policies, devices")
-async def make_comparison(
-    request: Request, asked: ComparisonRequest, client: Asker, key: IdempotencyKey = None
-) -> Response:
+async def make_comparison(request: Request, asked: ComparisonRequest, key: IdempotencyKey = None) -> Response:
     """Budgets × policies × devices. Every cell's plan is kept under its fingerprint."""
     settings = service_of(request).settings
     check_time(asked.time_limit, settings)
@@ -122,7 +119,7 @@ async def make_comparison(
         "policies": list(dict.fromkeys(asked.policies)),
         "devices": list(dict.fromkeys(asked.devices)),
     }
-    return ask(request, "comparison", words, client, key=key, uses=[("profile", asked.profile)])
+    return ask(request, "comparison", words, key=key, uses=[("profile", asked.profile)])
 
 
 @router.get("/comparisons/{identity}", response_model=Job, responses=errors(404, 409), summary="A comparison's cells")

@@ -53,17 +53,8 @@ STEPS = (
         job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE
     ) WITHOUT ROWID;
     """,
-    """
-    CREATE TABLE askers (                           -- the clients that have asked for a job
-        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
-        network TEXT NOT NULL,                      -- what one party is counted by
-        address TEXT NOT NULL,
-        name TEXT NOT NULL,                         -- what the client calls itself; empty: nothing
-        let_go INTEGER NOT NULL DEFAULT 0,          -- 1: it has cancelled, and others may still want the job
-        PRIMARY KEY (job, address, name)
-    ) WITHOUT ROWID;
-    CREATE INDEX asked_from ON askers (network);
-    """,
+    "",  # once a table of the clients that have asked for a job
+    "DROP TABLE IF EXISTS askers;",
 )
 LATEST = len(STEPS)
 

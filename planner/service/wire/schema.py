@@ -37,7 +37,6 @@ PLAN_JOB = {
     "started": 1790000000.1,
     "finished": 1790000004.2,
     "attempts": 1,
-    "wanted_by": 1,
     "request": {"profile": DIGEST, "memory": 629145600, "policy": "solver", "time_limit": 30.0},
     "progress": None,
     "result": {"plan": DIGEST, "summary": {"status": "optimal", "step_seconds": 2.65, "peak_bytes": 628097024}},
@@ -69,6 +68,8 @@ CPU = {
 }
 LARGEST_NUMBER = 10_000_000
 """of steps and the like, where an option has no limit of its own"""
+DEEPEST = 64
+"""levels of JSON objects and lists nested in one another, in what is sent"""
 MOST_LETTERS = 64
 """of an option that is a number with its unit"""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
@@ -106,8 +107,26 @@ Latency = Annotated[
 ]
 
 
+def nested_deeper(data: Any, most: int) -> bool:
+    """Whether JSON has objects and lists nested in one another in more than `most` levels."""
+    level = [data]
+    for _ in range(most + 1):
+        level = [one for one in level if isinstance(one, (dict, list))]
+        if not level:
+            return False
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+    return True
+
+
 class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, data: object) -> object:
+        if nested_deeper(data, DEEPEST):
+            raise ValueError(f"objects and lists more than {DEEPEST} deep in each other; send them flatter")
+        return data
 
 
 class Answer(BaseModel):
@@ -339,7 +358,6 @@ class Job(Answer):
     started: float | None = None
     finished: float | None = None
     attempts: int
-    wanted_by: int = Field(0, description="clients that have asked for it and have not let go by cancelling")
     request: dict[str, Any]
     progress: dict[str, Any] | None = Field(
         None,
@@ -353,10 +371,17 @@ class Job(Answer):
     error: Error | None = None
 
 
+SetAside = Annotated[
+    list[str],
+    Field(description="stored jobs that could not be read: files of the folder set-aside/ of the service's data"),
+]
+
+
 class JobList(Answer):
     model_config = example_of(jobs=[PLAN_JOB])
 
     jobs: list[Job]
+    set_aside: SetAside = []
 
 
 class Stored(Answer):
@@ -451,3 +476,4 @@ class Health(Answer):
     status: Literal["ok"]
     version: str
     schema_version: int
+    set_aside: SetAside = []

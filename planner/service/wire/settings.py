@@ -44,7 +44,7 @@ class Settings:
     tensors: int = 1_000_000
     """tensors and values of a profile, counted the same way"""
     waiting: int = 1000
-    """jobs that may be queued; half of them by one network, a fifth by one client"""
+    """jobs that may be queued"""
     keep_days: float = 30.0
     """finished jobs and what nobody has asked for are removed after that"""
     keep_bytes: int = 20 << 30
