@@ -79,6 +79,7 @@ class Client:
         self.url = address.rstrip("/").removesuffix("/page")
         if token is not None:
             check_token(token)
+        self._ids: dict[str, str] = {}
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         try:
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
@@ -131,7 +132,7 @@ class Client:
         """Why a plan that the service has made is as it is; with what memory is worth beside it, but for a
         comparison's.
         """
-        known = self.get(f"/v1/plans/{plan.fingerprint}")["summary"]["explanation"]
+        known = self.get(f"/v1/plans/{self._id(plan.fingerprint)}")["summary"]["explanation"]
         return account(plan) if known is None else Explanation.model_validate(known)
 
     def compare(
@@ -203,12 +204,13 @@ class Client:
         return self.stored_fleet(result["fleet"]), plans, result["why"]
 
     def run(
-        self, plan: str, data: str, *, steps: int | None = None, progress: Progress | None = None, **options: Any
+        self, plan: str | Plan, data: str, *, steps: int | None = None, progress: Progress | None = None, **options: Any
     ) -> dict[str, Any]:
-        """Carry out the stored plan of that id on the service's machine, `steps` steps or else `epochs` times the data;
-        returns the report.
+        """Carry out a plan that the service has made, or the stored one of that id, on the service's machine, `steps`
+        steps or else `epochs` times the data; returns the report.
         """
-        return self._report("/v1/runs", {"plan": plan, "data": data, "steps": steps, **options}, progress)
+        identity = self._id(plan if isinstance(plan, str) else plan.fingerprint)
+        return self._report("/v1/runs", {"plan": identity, "data": data, "steps": steps, **options}, progress)
 
     def resume(self, run: str, *, progress: Progress | None = None) -> dict[str, Any]:
         """Go on with a run that was cancelled, failed or interrupted, from its checkpoint; returns the report."""
@@ -220,7 +222,13 @@ class Client:
         return self.get(f"/v1/runs/{job['id']}/report")
 
     def stored_plan(self, identity: str) -> Plan:
-        return parse_plan(self._send("GET", f"/v1/plans/{identity}/file").content, f"{self.url}: {identity}")
+        plan = parse_plan(self._send("GET", f"/v1/plans/{identity}/file").content, f"{self.url}: {identity}")
+        self._ids[plan.fingerprint] = identity
+        return plan
+
+    def _id(self, plan: str) -> str:
+        """The id of the stored plan with that fingerprint, where this client has it from the service; else `plan`."""
+        return self._ids.get(plan, plan)
 
     def stored_fleet(self, identity: str) -> FleetPlan | PipelinePlan:
         return parse_any(self._send("GET", f"/v1/fleets/{identity}/file").content, f"{self.url}: {identity}")

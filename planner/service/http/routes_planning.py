@@ -43,7 +43,7 @@ from tightfit.planner.service.wire.shown import Difference, PlanView
 from tightfit.runtime.common.strict_json import to_json
 
 router = APIRouter(prefix="/v1", tags=["planning"])
-Identity = Annotated[Digest, Path(description="the plan's fingerprint")]
+Identity = Annotated[Digest, Path(description="of what the plan was made of")]
 FILE = file_responses("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
 
 
@@ -82,7 +82,7 @@ async def get_plan_view(request: Request, identity: Identity) -> Response:
     """Sentences, memory over the step, what fills the peak, layers with their decisions, channels: what the page shows."""
     row = stored(request, "plan", identity)
     content = await asyncio.to_thread(
-        _view, service_of(request).objects, row["digest"], row["summary"], not_runnable(request, row)
+        _view, service_of(request).objects, identity, row["digest"], row["summary"], not_runnable(request, row)
     )
     return Response(content, media_type="application/json")
 
@@ -105,7 +105,7 @@ async def get_changes(request: Request, identity: Identity, other: Digest) -> Re
 
 @router.post("/comparisons", status_code=202, responses=JOB_ANSWERS, summary="Compare budgets, policies, devices")
 async def make_comparison(request: Request, asked: ComparisonRequest, key: IdempotencyKey = None) -> Response:
-    """Budgets × policies × devices. Every cell's plan is kept under its fingerprint."""
+    """Budgets × policies × devices. Every cell's plan is kept."""
     settings = service_of(request).settings
     check_time(asked.time_limit, settings)
     for index, device in enumerate(asked.devices):
@@ -151,6 +151,6 @@ def _plan(objects: Objects, digest: str) -> Plan:
 
 
 @lru_cache(maxsize=128)
-def _view(objects: Objects, digest: str, summary: str, refusal: str | None) -> str:
-    view = plan_view(_plan(objects, digest), json.loads(summary)["explanation"], not_runnable=refusal)
+def _view(objects: Objects, identity: str, digest: str, summary: str, refusal: str | None) -> str:
+    view = plan_view(_plan(objects, digest), identity, json.loads(summary)["explanation"], not_runnable=refusal)
     return to_json(view.model_dump())

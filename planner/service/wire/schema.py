@@ -54,6 +54,7 @@ STORED_FLEET = KEPT | {
         "micro_batches": 16,
         "makespan_seconds": 12.3,
         "members": [{"name": "laptop", "micro_batches": 10, "plan_fingerprint": DIGEST}],
+        "plans": {"laptop": DIGEST},
     }
 }
 STORED_PLAN = KEPT | {"summary": {"status": "optimal", "step_seconds": 2.65}, "profile": DIGEST}
@@ -385,7 +386,7 @@ class JobList(Answer):
 
 
 class Stored(Answer):
-    """A profile, plan or fleet that the service keeps. The id is the content's."""
+    """A profile, plan or fleet that the service keeps. The id is of what it was made of."""
 
     id: Digest
     created: float

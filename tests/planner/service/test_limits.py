@@ -20,6 +20,7 @@ from served import service
 from synthetic import decoder_like, small_chain
 
 from tightfit.planner.plan import minimum_budget
+from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.service.jobs.solving import keep_profile
 from tightfit.planner.service.jobs.store import ATTEMPTS, Store
 from tightfit.planner.service.jobs.supervisor import Supervisor
@@ -116,6 +117,31 @@ def test_a_profile_that_was_uploaded_can_be_run_once_it_is_measured_here(tmp_pat
         assert http.get(f"/v1/profiles/{identity}").json()["origin"] == "made"
         assert upload(http, measured) == identity  # which takes nothing away
         assert http.post("/v1/runs", json=run).status_code == 202
+
+
+def test_an_upload_does_not_block_the_run_of_what_was_measured(tmp_path, profile):
+    """Copies of a measured profile that lead to the same plan, planned before it and with other options."""
+    measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
+    changed = chosen(measured, None, 3.0)
+    with service(tmp_path) as http:
+        own = http.app.state.service
+
+        def planned(identity, **options):
+            asked = {"profile": identity, "memory": "1GiB", "policy": "keep-all", "max_grad_norm": 1.0} | options
+            result = wait(http, http.post("/v1/plans", json=asked).json())["result"]
+            return result["plan"], result["summary"]["fingerprint"]
+
+        copy = upload(http, changed)
+        made = own.store.add(keep_profile(own.objects, measured, origin="made"))["id"]
+        assert copy != made
+        plans = [planned(one, **options) for one in (copy, made) for options in ({}, {"gap": 0.1})]
+        assert len({fingerprint for _, fingerprint in plans}) == 1
+        assert len({plan for plan, _ in plans}) == 4
+        for plan, _ in plans:
+            run = http.post("/v1/runs", json={"plan": plan, "data": "random", "steps": 1})
+            assert run.status_code == (422 if http.get(f"/v1/plans/{plan}").json()["profile"] == copy else 202)
+            if run.status_code == 202:
+                http.post(f"/v1/jobs/{run.json()['id']}/cancel")
 
 
 def test_jobs_end_one_after_the_other_when_their_time_is_over(tmp_path):
