@@ -122,12 +122,19 @@ def test_a_profile_that_was_uploaded_can_be_run_once_it_is_measured_here(tmp_pat
 def test_an_upload_does_not_block_the_run_of_what_was_measured(tmp_path, profile):
     """Copies of a measured profile that lead to the same plan, planned before it and with other options."""
     measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
-    changed = chosen(measured, None, 3.0)
+    clipping = chosen(profile, None, 3.0)
+    changed = measured.model_copy(update={"optimizer": clipping.optimizer, "tensors": clipping.tensors})
     with service(tmp_path) as http:
         own = http.app.state.service
 
         def planned(identity, **options):
-            asked = {"profile": identity, "memory": "1GiB", "policy": "keep-all", "max_grad_norm": 1.0} | options
+            asked = {
+                "profile": identity,
+                "memory": "1GiB",
+                "policy": "keep-all",
+                "optimizer": "adamw",
+                "max_grad_norm": 1.0,
+            } | options
             result = wait(http, http.post("/v1/plans", json=asked).json())["result"]
             return result["plan"], result["summary"]["fingerprint"]
 
