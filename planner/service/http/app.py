@@ -27,7 +27,6 @@ from tightfit.planner.service.http import (
 )
 from tightfit.planner.service.http.doors import EVERYWHERE
 from tightfit.planner.service.http.guard import OPEN, Guard
-from tightfit.planner.service.http.redaction import Redaction
 from tightfit.planner.service.http.uploads import Uploads
 from tightfit.planner.service.jobs.store import Store
 from tightfit.planner.service.jobs.supervisor import Supervisor
@@ -35,6 +34,7 @@ from tightfit.planner.service.wire.errors import Code, ServiceError
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import Error, ErrorAnswer, FieldError
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
@@ -82,7 +82,7 @@ def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
 
     Raises InputError where another service has it, or where it cannot be read, and StorageError where its disk is full.
     """
-    redaction = Redaction([settings.data_dir / "cache", settings.data_dir, *settings.roots])
+    redaction = Redaction(settings.folders)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_lock(settings.data_dir))
         store = Store(settings.data_dir / "service.sqlite")

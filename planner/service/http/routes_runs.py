@@ -50,7 +50,8 @@ RANDOM = "random"
 async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = None) -> Response:
     """Every request is a run of its own, unless an idempotency key says that it is the same one."""
     words = asked.model_dump() | await _allowed(request, asked)
-    uses = [("plan", asked.plan), *(("cache", name) for name in _cached(request, asked.plan))]
+    profile = stored(request, "plan", asked.plan)["origin"]
+    uses = [("plan", asked.plan), ("profile", profile), *(("cache", name) for name in _cached(request, profile))]
     return ask(request, "run", words, key=key, uses=uses, repeatable=True)
 
 
@@ -139,10 +140,10 @@ async def _allowed(request: Request, asked: RunRequest) -> Row:
     return real
 
 
-def _cached(request: Request, plan: str) -> list[str]:
-    """Files of the cache that a run of the plan reads: packed weights, a config that was sent. They are in use now."""
+def _cached(request: Request, identity: str) -> list[str]:
+    """Files of the cache that a run of a plan of that profile reads: packed weights, a config that was sent. They are in use now."""
     store = service_of(request).store
-    profile = store.file("profile", stored(request, "plan", plan)["origin"])
+    profile = store.file("profile", identity)
     names: list[str] = [] if profile is None else json.loads(profile["summary"]).get("cached", [])
     for name in names:
         store.touch("cache", name)

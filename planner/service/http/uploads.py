@@ -116,6 +116,8 @@ class Uploads:
             lock=None,
             command=[],
             memory_bytes=settings.check_bytes,
+            folders=[],
+            paths={},
         )
         began = time.monotonic()
         worker, end = await self._processes.take(UPLOAD), None

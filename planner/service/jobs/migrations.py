@@ -54,7 +54,10 @@ STEPS = (
     ) WITHOUT ROWID;
     """,
     "",  # once a table of the clients that have asked for a job
-    "DROP TABLE IF EXISTS askers;",
+    """
+    DROP TABLE IF EXISTS askers;
+    ALTER TABLE files ADD COLUMN paths TEXT;        -- of a profile that was made here: what is redacted in it, as JSON
+    """,
 )
 LATEST = len(STEPS)
 

@@ -172,7 +172,9 @@ def profile(order: JobOrder, tell: Tell) -> Row:
     source = resolve(named, base=found.model.base, embeddings=found.model.embeddings)
     store = found.model.store or str(store_path(cache.folder / STORES, source.name, source.fingerprint))
     cached = [name for name in map(cache.name, (store, found.model.source)) if name is not None]
-    file = keep_profile(objects, found, origin="made", cached=cached)
+    model, paths = order.redaction().model(found.model)
+    found = found.model_copy(update={"model": model})
+    file = keep_profile(objects, found, origin="made", cached=cached, paths=paths)
     return {
         "result": {"profile": file["id"], "summary": profile_summary(found)},
         "files": [file, *cache.rows(cached)],
@@ -188,16 +190,20 @@ def _profile(objects: Objects, order: JobOrder, identity: str) -> Profile:
     return parse_profile(objects.read(order.digests[identity]), "the stored profile")
 
 
-def keep_profile(objects: Objects, found: Profile, *, origin: str, cached: Sequence[str] = ()) -> Row:
+def keep_profile(
+    objects: Objects, found: Profile, *, origin: str, cached: Sequence[str] = (), paths: Row | None = None
+) -> Row:
     """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded; `cached` are
-    the files of the cache that a run of its plans reads.
+    the files of the cache that a run of its plans reads, `paths` what `Redaction.model` took out of it.
     """
     written = objects.put(canonical_json(found).encode())
     # Policies that follow another gradient are planned only where a request names them, and not compared with the
     # others by default.
     policies = {"policies": [SOLVER, *policies_of(found)], "approximate": list(approximate_of(found))}
     summary = profile_summary(found) | policies | {"refused": refused_of(found), "cached": list(cached)}
-    return file_row("profile", written.digest, written, name=found.model.name, origin=origin, summary=summary)
+    return file_row(
+        "profile", written.digest, written, name=found.model.name, origin=origin, summary=summary, paths=paths
+    )
 
 
 def _identity(order: JobOrder, fingerprint: str) -> str:

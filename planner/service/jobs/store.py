@@ -331,9 +331,9 @@ class Store:
 
     def _add(self, file: Row, now: float) -> None:
         self._database.execute(
-            "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, created, used)"
-            " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :now, :now)"
-            " ON CONFLICT DO UPDATE SET used = excluded.used,"
+            "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, paths, created, used)"
+            " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :paths, :now, :now)"
+            " ON CONFLICT DO UPDATE SET used = excluded.used, paths = coalesce(excluded.paths, paths),"
             " origin = CASE WHEN kind = 'profile' AND excluded.origin = 'made' THEN 'made' ELSE origin END, summary = CASE"
             " WHEN json_extract(excluded.summary, '$.explanation') IS NULL"
             " AND json_extract(summary, '$.explanation') IS NOT NULL THEN summary"
@@ -436,10 +436,11 @@ class Store:
                     break
             for row in removed:
                 place = (row["kind"], row["id"])
-                # A job whose answer is gone can no longer answer; of what lies in the cache a run's answer has no need.
+                # A job whose answer is gone can no longer answer; of a profile and of what lies in the cache a run's answer
+                # has no need.
                 database.execute(
                     "DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE kind = ?1 AND file = ?2)"
-                    " AND NOT (kind = 'run' AND ?1 = 'cache')",
+                    " AND NOT (kind = 'run' AND ?1 IN ('cache', 'profile'))",
                     place,
                 )
                 database.execute("DELETE FROM files WHERE kind = ? AND id = ?", place)
@@ -460,7 +461,16 @@ class Store:
         return self._database.execute(statement, values).fetchall()
 
 
-def file_row(kind: str, identity: str, written: Written, *, name: str, summary: Row, origin: str | None = None) -> Row:
+def file_row(
+    kind: str,
+    identity: str,
+    written: Written,
+    *,
+    name: str,
+    summary: Row,
+    origin: str | None = None,
+    paths: Row | None = None,
+) -> Row:
     """The row of a stored object for `Store.add`."""
     return {
         "kind": kind,
@@ -471,19 +481,23 @@ def file_row(kind: str, identity: str, written: Written, *, name: str, summary: 
         "name": name,
         "origin": origin,
         "summary": json.dumps(summary),
+        "paths": paths and json.dumps(paths),
     }
 
 
 def folder_row(identity: str, size: int) -> Row:
     """The row of a run's folder for `Store.add`; it has no object, as the folder lies beside the objects."""
-    sizes = {"digest": None, "bytes": size, "stored_bytes": size}
-    return {"kind": "folder", "id": identity, "name": f"folder of {identity}", "origin": None, "summary": "{}", **sizes}
+    return _without_object("folder", identity, f"folder of {identity}", size)
 
 
 def cache_row(name: str, size: int) -> Row:
     """The row of a file of the service's cache for `Store.add`; it has no object either."""
+    return _without_object("cache", name, name, size)
+
+
+def _without_object(kind: str, identity: str, name: str, size: int) -> Row:
     sizes = {"digest": None, "bytes": size, "stored_bytes": size}
-    return {"kind": "cache", "id": name, "name": name, "origin": None, "summary": "{}", **sizes}
+    return {"kind": kind, "id": identity, "name": name, "origin": None, "summary": "{}", "paths": None, **sizes}
 
 
 def content_key(kind: str, request: Row) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import shutil
 import signal
@@ -168,15 +169,18 @@ class Supervisor:
 
     def _order(self, job: Job) -> JobOrder:
         alone = lane_of(job.kind) == LOCAL
+        rows = self.store.files_of(job.id)
         return JobOrder(
             kind=job.kind,
             request=job.request,
             objects=str(self.objects.folder),
-            digests={row["id"]: row["digest"] for row in self.store.files_of(job.id) if row["digest"] is not None},
+            digests={row["id"]: row["digest"] for row in rows if row["digest"] is not None},
             folder=str(self.runs / job.id),
             lock=str(self.settings.data_dir / f"{LOCAL}.lock") if alone else None,
             command=list(self.settings.command),
             memory_bytes=None if alone else self.settings.solve_bytes,
+            folders=[str(folder) for folder in self.settings.folders],
+            paths=next((json.loads(row["paths"]) for row in rows if row["paths"] is not None), {}),
         )
 
     async def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> None:

@@ -50,6 +50,11 @@ class Settings:
     keep_bytes: int = 20 << 30
     """of stored profiles, plans and results, packed weights among them; the longest unused go first"""
 
+    @property
+    def folders(self) -> list[Path]:
+        """those whose files are named relative to them in what leaves the service"""
+        return [self.data_dir / "cache", self.data_dir, *self.roots]
+
     def __post_init__(self) -> None:
         if self.token is None and not loopback(self.host):
             raise InputError(
