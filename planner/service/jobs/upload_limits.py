@@ -15,8 +15,8 @@ from tightfit.planner.problem.step_graph import step_graph
 from tightfit.planner.service.jobs.solving import keep_profile
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid
+from tightfit.planner.service.wire.nesting import DEEPEST, too_deep
 from tightfit.planner.service.wire.objects import Objects, unpacked
-from tightfit.planner.service.wire.schema import DEEPEST, nested_deeper
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
@@ -59,7 +59,7 @@ def check_size(data: Any, *, steps: int, tensors: int) -> None:
     planner unrolls it to. JSON that does not have a profile's form passes here and is refused where it is read as a
     profile.
     """
-    if nested_deeper(data, DEEPEST):
+    if too_deep(data):
         raise invalid("", f"the upload has objects and lists more than {DEEPEST} deep in each other")
     layers, programs = _records(data, "layers"), _records(data, "programs")
     if len(layers) > steps:

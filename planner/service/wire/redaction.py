@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tightfit.planner.service.wire.schema import Job
-from tightfit.profiles.schema import Model
+if TYPE_CHECKING:
+    from tightfit.planner.service.wire.schema import Job
+    from tightfit.profiles.schema import Model
 
 PATH = re.compile(r"(?<![\w./:~-])/(?:[\w.,@+~=-]+/)*([\w.@+~=-]*[\w@+~=-])")
 """an absolute path in a sentence, whose last full stop is the sentence's; its name is the group"""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.search_options import PlanOptions
 from tightfit.planner.service.wire.errors import Code
+from tightfit.planner.service.wire.nesting import DEEPEST, too_deep
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
 from tightfit.runtime.common.options import Said, default_of, said, types_of
 from tightfit.runtime.session.options import RunOptions
@@ -69,8 +70,6 @@ CPU = {
 }
 LARGEST_NUMBER = 10_000_000
 """of steps and the like, where an option has no limit of its own"""
-DEEPEST = 64
-"""levels of JSON objects and lists nested in one another, in what is sent"""
 MOST_LETTERS = 64
 """of an option that is a number with its unit"""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
@@ -108,24 +107,13 @@ Latency = Annotated[
 ]
 
 
-def nested_deeper(data: Any, most: int) -> bool:
-    """Whether JSON has objects and lists nested in one another in more than `most` levels."""
-    level = [data]
-    for _ in range(most + 1):
-        level = [one for one in level if isinstance(one, (dict, list))]
-        if not level:
-            return False
-        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
-    return True
-
-
 class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="before")
     @classmethod
     def _nested(cls, data: object) -> object:
-        if nested_deeper(data, DEEPEST):
+        if too_deep(data):
             raise ValueError(f"objects and lists more than {DEEPEST} deep in each other; send them flatter")
         return data
 
