@@ -53,13 +53,12 @@ GONE = frozenset({502, 503, 504})
 KINDS = {code: kind for kind, code in JOB_ERRORS.items()}
 
 
-def connect(url: str, *, token: str | None = None, timeout: float = 60.0, name: str | None = None) -> Client:
+def connect(url: str, *, token: str | None = None, timeout: float = 60.0) -> Client:
     """A client of the service at `url`; `token` defaults to the environment variable TIGHTFIT_TOKEN.
 
-    A `name` tells it apart from others at its address: a job ends when the last who asked for it cancels. Raises
-    InputError where nothing answers there, or what answers is no tightfit.
+    Raises InputError where nothing answers there, or what answers is no tightfit.
     """
-    client = Client(url, token=token or os.environ.get("TIGHTFIT_TOKEN") or None, timeout=timeout, name=name)
+    client = Client(url, token=token or os.environ.get("TIGHTFIT_TOKEN") or None, timeout=timeout)
     with contextlib.ExitStack() as stack:
         stack.enter_context(client)
         if client.get("/healthz").get("status") != "ok":
@@ -75,14 +74,13 @@ class Client:
     A request that is cut off is sent again with the same idempotency key, so that nothing is done twice.
     """
 
-    def __init__(self, url: str, *, token: str | None, timeout: float, name: str | None = None) -> None:
+    def __init__(self, url: str, *, token: str | None, timeout: float) -> None:
         address = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
         self.url = address.rstrip("/").removesuffix("/page")
         if token is not None:
             check_token(token)
+        self._ids: dict[str, str] = {}
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        if name is not None:
-            headers["Client-Id"] = name
         try:
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
         except (httpx.InvalidURL, ValueError) as error:
@@ -134,7 +132,7 @@ class Client:
         """Why a plan that the service has made is as it is; with what memory is worth beside it, but for a
         comparison's.
         """
-        known = self.get(f"/v1/plans/{plan.fingerprint}")["summary"]["explanation"]
+        known = self.get(f"/v1/plans/{self._id(plan.fingerprint)}")["summary"]["explanation"]
         return account(plan) if known is None else Explanation.model_validate(known)
 
     def compare(
@@ -206,12 +204,13 @@ class Client:
         return self.stored_fleet(result["fleet"]), plans, result["why"]
 
     def run(
-        self, plan: str, data: str, *, steps: int | None = None, progress: Progress | None = None, **options: Any
+        self, plan: str | Plan, data: str, *, steps: int | None = None, progress: Progress | None = None, **options: Any
     ) -> dict[str, Any]:
-        """Carry out the stored plan of that id on the service's machine, `steps` steps or else `epochs` times the data;
-        returns the report.
+        """Carry out a plan that the service has made, or the stored one of that id, on the service's machine, `steps`
+        steps or else `epochs` times the data; returns the report.
         """
-        return self._report("/v1/runs", {"plan": plan, "data": data, "steps": steps, **options}, progress)
+        identity = self._id(plan if isinstance(plan, str) else plan.fingerprint)
+        return self._report("/v1/runs", {"plan": identity, "data": data, "steps": steps, **options}, progress)
 
     def resume(self, run: str, *, progress: Progress | None = None) -> dict[str, Any]:
         """Go on with a run that was cancelled, failed or interrupted, from its checkpoint; returns the report."""
@@ -223,7 +222,13 @@ class Client:
         return self.get(f"/v1/runs/{job['id']}/report")
 
     def stored_plan(self, identity: str) -> Plan:
-        return parse_plan(self._send("GET", f"/v1/plans/{identity}/file").content, f"{self.url}: {identity}")
+        plan = parse_plan(self._send("GET", f"/v1/plans/{identity}/file").content, f"{self.url}: {identity}")
+        self._ids[plan.fingerprint] = identity
+        return plan
+
+    def _id(self, plan: str) -> str:
+        """The id of the stored plan with that fingerprint, where this client has it from the service; else `plan`."""
+        return self._ids.get(plan, plan)
 
     def stored_fleet(self, identity: str) -> FleetPlan | PipelinePlan:
         return parse_any(self._send("GET", f"/v1/fleets/{identity}/file").content, f"{self.url}: {identity}")
@@ -290,7 +295,7 @@ class Client:
                     yield name, json.loads(line.removeprefix("data: "))
 
     def cancel(self, identity: str) -> dict[str, Any]:
-        """Let a job go: it ends unless others, `wanted_by` in what is returned, have asked for it too."""
+        """End a job, a run with a checkpoint."""
         answer: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
         return answer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,13 +13,24 @@ from pathlib import Path
 
 import httpx
 import psutil
+from starlette.testclient import TestClient
 from working_folder import working_folder
 
+from tightfit.planner.service.http.app import create_app
+from tightfit.planner.service.wire.settings import Settings
 from tightfit.runtime.common.interpreter import command, python_path
 from tightfit.runtime.common.parent import end_with_parent
 
 PATIENCE = 120.0
 """Seconds to wait for an answer or a job; long, because machines that run tests are busy."""
+
+
+@contextlib.contextmanager
+def service(tmp_path, **limits):
+    """A client of a service in this process; `limits` are fields of its settings."""
+    settings = Settings(data_dir=tmp_path / "data", command=tuple(command("tightfit.runtime.cli.main")), **limits)
+    with TestClient(create_app(settings), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as http:
+        yield http
 
 
 class Served:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +27,6 @@ from tightfit.planner.service.http import (
 )
 from tightfit.planner.service.http.doors import EVERYWHERE
 from tightfit.planner.service.http.guard import OPEN, Guard
-from tightfit.planner.service.http.redaction import Redaction
 from tightfit.planner.service.http.uploads import Uploads
 from tightfit.planner.service.jobs.store import Store
 from tightfit.planner.service.jobs.supervisor import Supervisor
@@ -36,6 +34,7 @@ from tightfit.planner.service.wire.errors import Code, ServiceError
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import Error, ErrorAnswer, FieldError
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
@@ -45,16 +44,13 @@ DESCRIPTION = """Fit training into the memory you have: profiles in, plans out, 
 Long work answers 202 with a job; its events are at `/v1/jobs/{id}/events`. A repeated request is the same job. A budget that is too
 small is a result (`status: infeasible`, with the smallest budget that is enough), not an error. Every error has one form.
 
-**Who asks.** A client is the address that it asks from, and the name that it gives itself in the header `Client-Id`, if any; the
-token is the same for all and tells nobody apart. A job that several clients asked for ends when the last of them cancels it. Jobs are
-taken from the queue by turns: of the networks, and of each network's clients. At most half of the queue's places, and of the
-connections, are one network's, a fifth of the places is one client's; what is more is answered by 429 (503 for connections). A
-network is an IPv4 address, 64 bits of an IPv6 address, or this machine. Behind a proxy all have its address, unless the service is
-started with the proxy's in the environment variable FORWARDED_ALLOW_IPS.
+**Who asks.** Whoever has the token is one user: jobs, idempotency keys and the queue are shared. Without a token there is one user, at
+this machine.
 
 **In time.** A request's headers must come within 10 s and its body within 60 s, else the answer is 408. A body has at most 256 KiB,
 an uploaded profile 64 MiB unpacked, with at most 250,000 operators and 1,000,000 tensors in all of its layers, else the answer is 413
-or 422."""
+or 422. Where too many connections are open, those that have waited for
+their client for longest give way to new ones."""
 CODES: dict[int, Code] = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 WAITING_CONNECTIONS = 1024
 """that the kernel holds for us"""
@@ -86,7 +82,7 @@ def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
 
     Raises InputError where another service has it, or where it cannot be read, and StorageError where its disk is full.
     """
-    redaction = Redaction([settings.data_dir / "cache", settings.data_dir, *settings.roots])
+    redaction = Redaction(settings.folders)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_lock(settings.data_dir))
         store = Store(settings.data_dir / "service.sqlite")
@@ -213,8 +209,7 @@ def _answer(settings: Settings, service: Service) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
         backlog=ACCEPTED_AT_ONCE,
-        # Else whoever asks from this machine could call itself by any address: a proxy in front must be named.
-        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+        proxy_headers=False,  # else who asks could call itself by any address
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn ends on them, and raises them once more at the end

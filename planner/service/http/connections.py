@@ -1,9 +1,9 @@
-"""Limits on connections: how many one network may have, how long a request may take to arrive, how long an answer to be
-read.
+"""Limits on connections: how many may be open, how long a request may take to arrive, how long an answer to be read.
 
 uvicorn only limits the total and waits for a request for ever, so a client that opens a thousand connections and sends
-nothing would keep out everybody else. Here, where too many are open, the oldest connection without a request is closed,
-and each is closed if its request does not arrive in time. `Guard` limits the time that a request's body takes.
+nothing, or a byte now and then, would keep out everybody else. Here each is closed if its request does not arrive in
+time, and where too many are open a new one takes the place of one that waits for its client. `Guard` limits the time
+that a request's body takes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+from collections import Counter
 from typing import ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tightfit.planner.service.wire.clients import network_of
 from tightfit.planner.service.wire.errors import Code
 
 HEAD_SECONDS = 10.0
@@ -25,8 +25,6 @@ headers
 READ_SECONDS = 60.0
 """in which a client must take some of an answer that does not fit into the kernel's buffer"""
 MOST = 1024
-NETWORK_SHARE = 2
-"""of all connections, half may be one network's"""
 
 
 def most_connections() -> int:
@@ -36,56 +34,45 @@ def most_connections() -> int:
 
 
 class Connections:
-    """All that are open, by network."""
+    """All that are open."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.share = most, -(-most // NETWORK_SHARE)
-        self._open: dict[str, set[Connection]] = {}
+        self.most = most
+        self._open: set[Connection] = set()
 
     def __len__(self) -> int:
-        return sum(map(len, self._open.values()))
+        return len(self._open)
 
     def enter(self, new: Connection) -> bool:
-        """Whether there is room for a new connection, perhaps in the place of one that has no request."""
-        own = self._open.get(new.network, set())
-        if len(own) >= self.share and not self._end_one(own):
-            return False
-        if len(self) >= self.most and not self._end_one(max(self._open.values(), key=len)):
-            return False
-        self._open.setdefault(new.network, set()).add(new)
+        """Whether there is room for a new connection, perhaps in the place of one that waits for its client.
+
+        Of the address with most of these, the one whose request began first gives way, or that has had none for longest.
+        """
+        if len(self) >= self.most:
+            waiting = [one for one in self._open if one.waits]
+            if not waiting:
+                return False
+            of_address = Counter(one.address for one in waiting)
+            slowest = min(waiting, key=lambda one: (-of_address[one.address], one.since))
+            self.leave(slowest)
+            slowest.transport.abort()
+        self._open.add(new)
         return True
 
     def leave(self, gone: Connection) -> None:
-        own = self._open.get(gone.network, set())
-        own.discard(gone)
-        if not own:
-            self._open.pop(gone.network, None)
-
-    def _end_one(self, candidates: set[Connection]) -> bool:
-        """End the one that has been without a request for longest, of those that have never had one
-        if there are any.
-        """
-        idle = [one for one in candidates if not one.busy]
-        if not idle:
-            return False
-        oldest = min(idle, key=lambda one: (one.served > 0, one.idle_since))
-        self.leave(oldest)
-        oldest.transport.abort()
-        return True
+        self._open.discard(gone)
 
 
 class Connection(H11Protocol):
     """One connection; `protocol_of` makes the class that knows the others."""
 
     others: ClassVar[Connections]
-    network = ""
-    served = 0
-    """requests answered"""
-    idle_since = 0.0
-    """loop time at which the connection began, or its latest answer ended"""
+    address = ""
+    since = 0.0
+    """loop time at which the latest request's first byte came, the latest answer ended, or the connection began"""
     _refused = False
     _heard = False
-    """whether some of a request has come"""
+    """whether some of a request has come that is not answered"""
     _late: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
 
@@ -94,15 +81,22 @@ class Connection(H11Protocol):
         """Whether a request has come whose answer is not complete."""
         return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]  # None at first
 
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for its client: to send a request, the rest of one, or to take an answer, such as a job's
+        events.
+        """
+        return not self.busy or self.cycle.more_body or self.cycle.response_started
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        self.network = network_of(self.client[0] if self.client else "")
-        self.idle_since = self.loop.time()
+        self.address = self.client[0] if self.client else ""
+        self.since = self.loop.time()
         if self.others.enter(self):
             self._expect()
         else:
             self._refused = True
-            self._end(503, "busy", f"{len(self.others)} connections are open already; try again in a minute")
+            self._end(503, "busy", f"{len(self.others)} requests are at work already; try again in a minute")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.others.leave(self)
@@ -114,7 +108,8 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self._heard = True
+        if not self._heard:
+            self.since, self._heard = self.loop.time(), True
         super().data_received(data)
         if not self.busy:
             self._expect()
@@ -123,8 +118,7 @@ class Connection(H11Protocol):
             self._late = None
 
     def on_response_complete(self) -> None:
-        self.idle_since, self._heard = self.loop.time(), False
-        self.served += 1
+        self.since, self._heard = self.loop.time(), False
         super().on_response_complete()
 
     def pause_writing(self) -> None:

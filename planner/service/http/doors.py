@@ -11,7 +11,6 @@ from starlette.responses import StreamingResponse
 
 from tightfit.planner.service.jobs.store import Row, content_key
 from tightfit.planner.service.jobs.supervisor import lane_of
-from tightfit.planner.service.wire.clients import Requester
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid, not_found
 from tightfit.planner.service.wire.schema import (
     FINISHED,
@@ -46,12 +45,6 @@ IdempotencyKey = Annotated[
 ERRORS: dict[int, tuple[str, Code, str, str | None]] = {
     400: ("The body is no JSON", "invalid_request", "body.11: JSON decode error", "body.11"),
     401: ("No token, or a wrong one", "unauthorized", "send the service's token", "header.Authorization"),
-    403: (
-        "Others have asked for it",
-        "forbidden",
-        f"the job {JOB} was asked for by others; only who has asked for a job can cancel it",
-        None,
-    ),
     404: ("There is none", "not_found", "there is no plan '3f1c0e9d'; it may have been removed by retention", None),
     408: (
         "The headers or the body did not come in time",
@@ -74,7 +67,7 @@ ERRORS: dict[int, tuple[str, Code, str, str | None]] = {
         "body.memory",
     ),
     429: (
-        "Too many jobs are waiting, of all or of this client",
+        "Too many jobs are waiting",
         "busy",
         "1000 jobs are waiting already; ask again in a minute",
         None,
@@ -125,7 +118,6 @@ def ask(
     request: Request,
     kind: JobKind,
     asked: Row,
-    client: Requester,
     *,
     key: str | None,
     uses: Sequence[tuple[str, str]] = (),
@@ -145,7 +137,6 @@ def ask(
         content=None if repeatable else content_key(kind, asked),
         key=key,
         waiting=service.settings.waiting,
-        client=client,
         uses=uses,
         renews=None if renews is None else content_key(kind, renews),
     )

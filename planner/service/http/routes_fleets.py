@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -25,22 +26,21 @@ from tightfit.planner.service.http.doors import (
 )
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.jobs.view import fleet_view
-from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.schema import Digest, FleetList, FleetMember, FleetRequest, StoredFleet
 from tightfit.planner.service.wire.shown import FleetView
 from tightfit.runtime.common.strict_json import to_json
 
 router = APIRouter(prefix="/v1/fleets", tags=["planning"])
-Identity = Annotated[Digest, Path(description="the fleet plan's fingerprint")]
+Identity = Annotated[Digest, Path(description="of what the fleet's plan was made of")]
 FILE = file_responses(
     "The fleet's plan as `tightfit fleet plan` writes it", {"model": "SmolLM2-135M", "micro_batches": 16, "members": []}
 )
 
 
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Plan a step of several devices")
-async def make_fleet(request: Request, asked: FleetRequest, client: Asker, key: IdempotencyKey = None) -> Response:
-    """Every member's plan is kept under its fingerprint, as those of `/v1/plans` are."""
+async def make_fleet(request: Request, asked: FleetRequest, key: IdempotencyKey = None) -> Response:
+    """Every member's plan is kept, as those of `/v1/plans` are."""
     check_time(asked.time_limit, service_of(request).settings)
     names = [member.name for member in asked.members]
     for index, name in enumerate(names):
@@ -48,7 +48,7 @@ async def make_fleet(request: Request, asked: FleetRequest, client: Asker, key: 
             raise invalid(f"members.{index}.name", f"another member is called {name!r}; give each a name of its own")
     members = [_member(request, member, f"members.{index}") for index, member in enumerate(asked.members)]
     uses = [("profile", member.profile) for member in asked.members]
-    return ask(request, "fleet", asked.model_dump() | {"members": members}, client, key=key, uses=uses)
+    return ask(request, "fleet", asked.model_dump() | {"members": members}, key=key, uses=uses)
 
 
 def _member(request: Request, member: FleetMember, field: str) -> Row:
@@ -78,7 +78,7 @@ async def get_fleet(request: Request, identity: Identity) -> StoredFleet:
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole plan of a fleet", response_class=Response)
 async def get_fleet_file(request: Request, identity: Identity) -> Response:
-    """Its members' plans are at `/v1/plans/{plan_fingerprint}/file`."""
+    """Its members' plans are at `/v1/plans/{id}/file`, by the ids in `plans` of its summary."""
     return file_answer(request, stored(request, "fleet", identity))
 
 
@@ -90,6 +90,7 @@ async def get_fleet_view(request: Request, identity: Identity) -> Response:
     row, objects = stored(request, "fleet", identity), service_of(request).objects
 
     def view() -> str:
-        return to_json(fleet_view(parse_any(objects.read(row["digest"]), identity)).model_dump())
+        fleet = parse_any(objects.read(row["digest"]), identity)
+        return to_json(fleet_view(fleet, identity, json.loads(row["summary"])["plans"]).model_dump())
 
     return Response(await asyncio.to_thread(view), media_type="application/json")

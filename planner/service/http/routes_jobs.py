@@ -10,7 +10,6 @@ from starlette.responses import StreamingResponse
 from tightfit.planner.service.http.doors import errors, service_of
 from tightfit.planner.service.jobs.migrations import LATEST
 from tightfit.planner.service.jobs.supervisor import LOCAL
-from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import ServiceError
 from tightfit.planner.service.wire.schema import (
     FINISHED,
@@ -62,7 +61,8 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> JobList:
     service = service_of(request)
-    return JobList(jobs=[service.events.told(job) for job in service.store.jobs(kind=kind, state=state, limit=limit)])
+    jobs = [service.events.told(job) for job in service.store.jobs(kind=kind, state=state, limit=limit)]
+    return JobList(jobs=jobs, set_aside=service.store.set_aside())
 
 
 @router.get("/v1/jobs/{identity}", response_model=Job, responses=errors(404), tags=["jobs"], summary="A job")
@@ -92,20 +92,17 @@ async def get_events(request: Request, identity: Identity) -> StreamingResponse:
 @router.post(
     "/v1/jobs/{identity}/cancel",
     response_model=Job,
-    responses=errors(403, 404, 409),
+    responses=errors(404, 409),
     tags=["jobs"],
-    summary="Let a job go",
+    summary="End a job",
 )
-async def cancel_job(request: Request, identity: Identity, client: Asker) -> Job:
-    """The job ends when the last client that has asked for it lets go, a run with a checkpoint; `wanted_by` tells how many
-    still want it. Without a Client-Id you let go for all at your address who have asked, unless you have asked so yourself.
-    403 where only others have asked for it, 409 where it has ended already.
-    """
+async def cancel_job(request: Request, identity: Identity) -> Job:
+    """A run ends with a checkpoint. 409 where the job has ended already."""
     service = service_of(request)
     job = service.store.job(identity)
     if job.state in FINISHED:
         raise ServiceError(409, "conflict", f"the job {identity} is {job.state} already")
-    return service.supervisor.cancel(identity, client)
+    return service.supervisor.cancel(identity)
 
 
 @router.get("/v1/devices", response_model=DeviceList, tags=["service"], summary="Devices")
@@ -134,8 +131,9 @@ async def list_devices(request: Request) -> DeviceList:
 @router.get("/healthz", response_model=Health, tags=["service"], summary="Whether the service answers")
 async def health(request: Request) -> Health:
     """Needs no token."""
-    service_of(request).store.lane(LOCAL)
-    return Health(status="ok", version=request.app.version, schema_version=LATEST)
+    store = service_of(request).store
+    store.lane(LOCAL)
+    return Health(status="ok", version=request.app.version, schema_version=LATEST, set_aside=store.set_aside())
 
 
 @router.get("/metrics", tags=["service"], summary="Figures for Prometheus", response_class=Response, responses=METRICS)

@@ -28,7 +28,6 @@ from tightfit.planner.service.http.doors import (
 from tightfit.planner.service.jobs.solving import OWN
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.jobs.view import difference, plan_view
-from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.objects import Objects
 from tightfit.planner.service.wire.schema import (
@@ -44,18 +43,18 @@ from tightfit.planner.service.wire.shown import Difference, PlanView
 from tightfit.runtime.common.strict_json import to_json
 
 router = APIRouter(prefix="/v1", tags=["planning"])
-Identity = Annotated[Digest, Path(description="the plan's fingerprint")]
+Identity = Annotated[Digest, Path(description="of what the plan was made of")]
 FILE = file_responses("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
 
 
 @router.post("/plans", status_code=202, responses=JOB_ANSWERS, summary="Plan a profile at a budget")
-async def make_plan(request: Request, asked: PlanRequest, client: Asker, key: IdempotencyKey = None) -> Response:
+async def make_plan(request: Request, asked: PlanRequest, key: IdempotencyKey = None) -> Response:
     """A budget that is too small is a result with status infeasible and the smallest budget that is enough."""
     settings = service_of(request).settings
     check_time(asked.time_limit, settings)
     _check_policy(asked.policy, stored(request, "profile", asked.profile, "profile"), "policy")
     words = asked.model_dump() | {"memory": budget(asked.memory, "memory")}
-    return ask(request, "plan", words, client, key=key, uses=[("profile", asked.profile)])
+    return ask(request, "plan", words, key=key, uses=[("profile", asked.profile)])
 
 
 @router.get("/plans", response_model=PlanList, summary="Plans, newest first")
@@ -83,7 +82,7 @@ async def get_plan_view(request: Request, identity: Identity) -> Response:
     """Sentences, memory over the step, what fills the peak, layers with their decisions, channels: what the page shows."""
     row = stored(request, "plan", identity)
     content = await asyncio.to_thread(
-        _view, service_of(request).objects, row["digest"], row["summary"], not_runnable(request, row)
+        _view, service_of(request).objects, identity, row["digest"], row["summary"], not_runnable(request, row)
     )
     return Response(content, media_type="application/json")
 
@@ -105,10 +104,8 @@ async def get_changes(request: Request, identity: Identity, other: Digest) -> Re
 
 
 @router.post("/comparisons", status_code=202, responses=JOB_ANSWERS, summary="Compare budgets, policies, devices")
-async def make_comparison(
-    request: Request, asked: ComparisonRequest, client: Asker, key: IdempotencyKey = None
-) -> Response:
-    """Budgets × policies × devices. Every cell's plan is kept under its fingerprint."""
+async def make_comparison(request: Request, asked: ComparisonRequest, key: IdempotencyKey = None) -> Response:
+    """Budgets × policies × devices. Every cell's plan is kept."""
     settings = service_of(request).settings
     check_time(asked.time_limit, settings)
     for index, device in enumerate(asked.devices):
@@ -122,7 +119,7 @@ async def make_comparison(
         "policies": list(dict.fromkeys(asked.policies)),
         "devices": list(dict.fromkeys(asked.devices)),
     }
-    return ask(request, "comparison", words, client, key=key, uses=[("profile", asked.profile)])
+    return ask(request, "comparison", words, key=key, uses=[("profile", asked.profile)])
 
 
 @router.get("/comparisons/{identity}", response_model=Job, responses=errors(404, 409), summary="A comparison's cells")
@@ -154,6 +151,6 @@ def _plan(objects: Objects, digest: str) -> Plan:
 
 
 @lru_cache(maxsize=128)
-def _view(objects: Objects, digest: str, summary: str, refusal: str | None) -> str:
-    view = plan_view(_plan(objects, digest), json.loads(summary)["explanation"], not_runnable=refusal)
+def _view(objects: Objects, identity: str, digest: str, summary: str, refusal: str | None) -> str:
+    view = plan_view(_plan(objects, digest), identity, json.loads(summary)["explanation"], not_runnable=refusal)
     return to_json(view.model_dump())

@@ -21,7 +21,6 @@ from tightfit.planner.service.http.doors import (
 )
 from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.jobs.store import Row
-from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.schema import Digest, ProfileList, ProfileRequest, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
@@ -55,7 +54,7 @@ UPLOAD: dict[str, Any] = {
 
 
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Measure a model on this machine")
-async def make_profile(request: Request, asked: ProfileRequest, client: Asker, key: IdempotencyKey = None) -> Response:
+async def make_profile(request: Request, asked: ProfileRequest, key: IdempotencyKey = None) -> Response:
     """Waits for this machine's device: measurements and runs follow each other.
 
     What was measured before is answered at once; `force` measures anew, and the new profile answers from then on.
@@ -70,8 +69,8 @@ async def make_profile(request: Request, asked: ProfileRequest, client: Asker, k
         options["lora_rank"] = asked.lora_rank or RANK
     words = options | await asyncio.to_thread(_source, settings, asked)
     if not asked.force:
-        return ask(request, "profile", words, client, key=key)
-    return ask(request, "profile", words | {"force": True}, client, key=key, renews=words)
+        return ask(request, "profile", words, key=key)
+    return ask(request, "profile", words | {"force": True}, key=key, renews=words)
 
 
 def _source(settings: Settings, asked: ProfileRequest) -> Row:

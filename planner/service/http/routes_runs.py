@@ -23,7 +23,6 @@ from tightfit.planner.service.http.doors import (
 )
 from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.jobs.store import Row
-from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.schema import Job, JobId, RunMetrics, RunRequest
 from tightfit.runtime.common.errors import InputError
@@ -48,11 +47,12 @@ RANDOM = "random"
 
 
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Carry out a plan")
-async def make_run(request: Request, asked: RunRequest, client: Asker, key: IdempotencyKey = None) -> Response:
+async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = None) -> Response:
     """Every request is a run of its own, unless an idempotency key says that it is the same one."""
     words = asked.model_dump() | await _allowed(request, asked)
-    uses = [("plan", asked.plan), *(("cache", name) for name in _cached(request, asked.plan))]
-    return ask(request, "run", words, client, key=key, uses=uses, repeatable=True)
+    profile = stored(request, "plan", asked.plan)["origin"]
+    uses = [("plan", asked.plan), ("profile", profile), *(("cache", name) for name in _cached(request, profile))]
+    return ask(request, "run", words, key=key, uses=uses, repeatable=True)
 
 
 @router.get("/{identity}", response_model=Job, responses=errors(404), summary="A run")
@@ -67,13 +67,13 @@ async def get_run(request: Request, identity: Identity) -> Job:
     responses=errors(404, 409, 429),
     summary="Go on with a run",
 )
-async def resume_run(request: Request, identity: Identity, client: Asker, key: IdempotencyKey = None) -> Response:
+async def resume_run(request: Request, identity: Identity, key: IdempotencyKey = None) -> Response:
     """A run that was cancelled, failed or interrupted goes on from its checkpoint. 409 where it has not ended so.
 
     What it reads is allowed or refused as for a new run: the service may have been started with other roots since.
     """
     await _allowed(request, RunRequest(**_run(request, identity).request))
-    return job_answer(service_of(request).supervisor.resume(identity, client, key))
+    return job_answer(service_of(request).supervisor.resume(identity, key))
 
 
 @router.get("/{identity}/metrics", response_model=RunMetrics, responses=errors(404), summary="Every step so far")
@@ -140,10 +140,10 @@ async def _allowed(request: Request, asked: RunRequest) -> Row:
     return real
 
 
-def _cached(request: Request, plan: str) -> list[str]:
-    """Files of the cache that a run of the plan reads: packed weights, a config that was sent. They are in use now."""
+def _cached(request: Request, identity: str) -> list[str]:
+    """Files of the cache that a run of a plan of that profile reads: packed weights, a config that was sent. They are in use now."""
     store = service_of(request).store
-    profile = store.file("profile", stored(request, "plan", plan)["origin"])
+    profile = store.file("profile", identity)
     names: list[str] = [] if profile is None else json.loads(profile["summary"]).get("cached", [])
     for name in names:
         store.touch("cache", name)

@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -24,18 +23,17 @@ from starlette.requests import ClientDisconnect
 from tightfit.planner.service.jobs.processes import UPLOAD, Processes
 from tightfit.planner.service.jobs.store import Row, Store
 from tightfit.planner.service.jobs.worker import JobOrder
-from tightfit.planner.service.wire.clients import address_of, network_of
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import Objects, unpacked
 from tightfit.planner.service.wire.settings import Settings
 
-OF_A_NETWORK = 4
-"""uploads that one network may have under way, from the first byte of the body; further ones wait before their body is
-read
-"""
+BYTES_UNDER_WAY = 1 << 30
+"""of bodies that have come and are not read yet, all together"""
 READ_AT_ONCE = 2
 """processes that parse uploads"""
+MOST_UNREAD = 64
+"""whole bodies that may wait for one"""
 log = logging.getLogger("tightfit.service")
 
 
@@ -45,42 +43,53 @@ class Uploads:
     ) -> None:
         self._settings, self._store, self._objects = settings, store, objects
         self._metrics, self._processes = metrics, processes
-        self._networks: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._readers = asyncio.Semaphore(READ_AT_ONCE)
+        self._bytes = self._unread = 0
 
     async def receive(self, request: Request) -> tuple[Row, bool]:
         """The stored profile that the request's body holds, and whether it is new.
 
-        Raises ServiceError for a body that is none, contradicts itself or is too large, StorageError where the disk is
-        full.
+        Raises ServiceError for a body that is none, contradicts itself or is too large, and where too much is uploaded
+        already; StorageError where the disk is full.
         """
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding not in {"identity", "gzip"}:
             told = f"the content encoding {encoding!r} is not understood; send gzip or none"
             raise ServiceError(415, "unsupported_media_type", told, "header.Content-Encoding")
-        async with self._turn(network_of(address_of(request))), self._body(request) as path:
+        async with self._body(request) as path:
             # What is here already, as `canonical_json` has it, is known by its checksum alone.
             checksum = await asyncio.to_thread(_checksum, path, encoding, self._settings.upload_bytes)
             known = self._store.file("profile", checksum)
             if known is not None:
                 return known, False
-            async with self._readers:
-                file = await self._read(path, encoding)
+            file = await self._turn(path, encoding)
         new = self._store.file("profile", file["id"]) is None
         return self._store.add(file), new
 
-    def _turn(self, network: str) -> asyncio.Semaphore:
-        """Forgotten as soon as nobody of the network waits for it or has it."""
-        return self._networks.setdefault(network, asyncio.Semaphore(OF_A_NETWORK))
+    async def _turn(self, path: Path, encoding: str) -> Row:
+        """`_read`, when one of the processes has time for it."""
+        if self._unread >= MOST_UNREAD:
+            raise _busy(f"{self._unread} uploads wait to be read")
+        self._unread += 1
+        try:
+            async with self._readers:
+                return await self._read(path, encoding)
+        finally:
+            self._unread -= 1
 
     @contextlib.asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[Path]:
         """The request's body in a file, which is gone afterwards."""
         path = self._objects.temporary / f"upload-{os.urandom(6).hex()}"
+        size = 0
         try:
             try:
                 with path.open("wb") as file:
                     async for chunk in request.stream():
+                        if self._bytes + len(chunk) > BYTES_UNDER_WAY:
+                            raise _busy(f"{self._bytes >> 20} MiB are being uploaded")
+                        size += len(chunk)
+                        self._bytes += len(chunk)
                         file.write(chunk)
             except OSError as error:
                 told = f"{self._objects.folder}: {error.strerror}; free disk space and ask again"
@@ -91,6 +100,7 @@ class Uploads:
                 ) from error
             yield path
         finally:
+            self._bytes -= size
             path.unlink(missing_ok=True)
 
     async def _read(self, path: Path, encoding: str) -> Row:
@@ -106,6 +116,8 @@ class Uploads:
             lock=None,
             command=[],
             memory_bytes=settings.check_bytes,
+            folders=[],
+            paths={},
         )
         began = time.monotonic()
         worker, end = await self._processes.take(UPLOAD), None
@@ -140,6 +152,10 @@ class Uploads:
             end["message"],
             end.get("field") or "body",
         )
+
+
+def _busy(what: str) -> ServiceError:
+    return ServiceError(429, "busy", f"{what} already; ask again in a minute")
 
 
 def _checksum(path: Path, encoding: str, limit: int) -> str:

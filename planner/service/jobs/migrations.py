@@ -53,16 +53,10 @@ STEPS = (
         job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE
     ) WITHOUT ROWID;
     """,
+    "",  # once a table of the clients that have asked for a job
     """
-    CREATE TABLE askers (                           -- the clients that have asked for a job
-        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
-        network TEXT NOT NULL,                      -- what one party is counted by
-        address TEXT NOT NULL,
-        name TEXT NOT NULL,                         -- what the client calls itself; empty: nothing
-        let_go INTEGER NOT NULL DEFAULT 0,          -- 1: it has cancelled, and others may still want the job
-        PRIMARY KEY (job, address, name)
-    ) WITHOUT ROWID;
-    CREATE INDEX asked_from ON askers (network);
+    DROP TABLE IF EXISTS askers;
+    ALTER TABLE files ADD COLUMN paths TEXT;        -- of a profile that was made here: what is redacted in it, as JSON
     """,
 )
 LATEST = len(STEPS)

@@ -21,8 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tightfit.planner.io import parse_plan
+from tightfit.planner.plan_result import sealed
 from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import CHUNK, Objects
+from tightfit.planner.service.wire.redaction import with_paths
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
 from tightfit.runtime.common.new_lines import NewLines
 from tightfit.runtime.common.options import said
@@ -49,7 +52,9 @@ def run(order: JobOrder, tell: Tell) -> Row:
     tell.progress(always=True, stage="waiting for the device")
     with Path(order.lock).open("w") as lock:
         _wait_for(lock.fileno(), sys.stdin.fileno())
-        plan.write_bytes(objects.read(order.digests[order.request["plan"]]))
+        stored = parse_plan(objects.read(order.digests[order.request["plan"]]), "the stored plan")
+        placed = sealed(stored.model_copy(update={"model": with_paths(stored.model, order.paths)}))
+        plan.write_text(placed.model_dump_json())
         if out.exists():
             tell.progress(always=True, stage="waiting for what an earlier attempt still saves")
         _wait_for_orphan(out, sys.stdin.fileno())
@@ -63,6 +68,7 @@ def run(order: JobOrder, tell: Tell) -> Row:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         message = answer.get("error", {}).get("message") or f"the run {how}: {last}"
         raise ERRORS.get(code, RunError)(message)
+    answer["plan_fingerprint"] = stored.fingerprint
     return _keep(objects, order, out, answer)
 
 
@@ -147,7 +153,8 @@ def _pass_on(child: subprocess.Popen[bytes]) -> None:
 
 
 def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:
-    identity = Path(order.folder).name
+    identity, redaction = Path(order.folder).name, order.redaction()
+    report = redaction.value(report)
     told = {
         name: report.get(name)
         for name in ("budget_bytes", "enforced_by", "peak_bytes", "step_seconds", "tokens", "evaluation")
@@ -165,6 +172,8 @@ def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:
         with tempfile.TemporaryFile(dir=objects.temporary) as packed:
             with tarfile.open(fileobj=packed, mode="w") as archive:
                 for path in sorted(trained.iterdir()):
+                    if path.suffix == ".json":
+                        path.write_text(json.dumps(redaction.value(json.loads(path.read_bytes())), indent=2))
                     archive.add(path, arcname=f"adapter/{path.name}")
             packed.seek(0)
             written = objects.put_chunks(iter(lambda: packed.read(CHUNK), b""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.report.summary import fleet_summary, plan_summary, profile_summary
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.jobs.cache import STORES, Cache
-from tightfit.planner.service.jobs.store import Row, file_row
+from tightfit.planner.service.jobs.store import Row, content_key, file_row
 from tightfit.planner.service.wire.objects import Objects
 from tightfit.planner.solve.policies import approximate_of, refused_of
 from tightfit.profiles.io import canonical_json, parse_profile
@@ -50,9 +51,9 @@ def plan(order: JobOrder, tell: Tell) -> Row:
     )
     left = limit - (time.monotonic() - began)
     explanation = explained(planner, found, time_limit=limit, left=left).model_dump(mode="json")
-    file = keep_plan(objects, found, request["profile"], explanation=explanation)
+    file = keep_plan(objects, order, found, request["profile"], explanation=explanation)
     summary = plan_summary(found) | {"explanation": explanation}
-    return {"result": {"plan": found.fingerprint, "summary": summary}, "files": [file]}
+    return {"result": {"plan": file["id"], "summary": summary}, "files": [file]}
 
 
 def comparison(order: JobOrder, tell: Tell) -> Row:
@@ -92,18 +93,18 @@ def comparison(order: JobOrder, tell: Tell) -> Row:
         planned=planned,
         solving=lambda told: tell.progress(**_finite(told), done=done, total=total),
     )
-    files = {one.fingerprint: keep_plan(objects, one, request["profile"]) for one in found.plans}
+    files = [keep_plan(objects, order, one, request["profile"]) for one in found.plans]
     cells = [
         {
             "device": one.device.name,
             "budget_bytes": one.budget_bytes,
             "policy": one.policy,
-            "plan": one.fingerprint,
+            "plan": file["id"],
             "summary": plan_summary(one),
         }
-        for one in found.plans
+        for one, file in zip(found.plans, files, strict=True)
     ]
-    return {"result": {"cells": cells}, "files": list(files.values())}
+    return {"result": {"cells": cells}, "files": files}
 
 
 def fleet(order: JobOrder, tell: Tell) -> Row:
@@ -141,10 +142,11 @@ def fleet(order: JobOrder, tell: Tell) -> Row:
     )
     written = objects.put(found.model_dump_json().encode())
     summary = fleet_summary(found)
-    files = [keep_plan(objects, made, origins[name]) for name, made in plans.items()]
-    files.append(file_row("fleet", found.fingerprint, written, name=found.model, summary=summary))
-    ids = {name: made.fingerprint for name, made in plans.items()}
-    return {"result": {"fleet": found.fingerprint, "plans": ids, "why": why, "summary": summary}, "files": files}
+    files = [keep_plan(objects, order, made, origins[name]) for name, made in plans.items()]
+    ids = {name: file["id"] for name, file in zip(plans, files, strict=True)}
+    identity = _identity(order, found.fingerprint)
+    files.append(file_row("fleet", identity, written, name=found.model, summary=summary | {"plans": ids}))
+    return {"result": {"fleet": identity, "plans": ids, "why": why, "summary": summary}, "files": files}
 
 
 def profile(order: JobOrder, tell: Tell) -> Row:
@@ -170,7 +172,9 @@ def profile(order: JobOrder, tell: Tell) -> Row:
     source = resolve(named, base=found.model.base, embeddings=found.model.embeddings)
     store = found.model.store or str(store_path(cache.folder / STORES, source.name, source.fingerprint))
     cached = [name for name in map(cache.name, (store, found.model.source)) if name is not None]
-    file = keep_profile(objects, found, origin="made", cached=cached)
+    model, paths = order.redaction().model(found.model)
+    found = found.model_copy(update={"model": model})
+    file = keep_profile(objects, found, origin="made", cached=cached, paths=paths)
     return {
         "result": {"profile": file["id"], "summary": profile_summary(found)},
         "files": [file, *cache.rows(cached)],
@@ -186,16 +190,27 @@ def _profile(objects: Objects, order: JobOrder, identity: str) -> Profile:
     return parse_profile(objects.read(order.digests[identity]), "the stored profile")
 
 
-def keep_profile(objects: Objects, found: Profile, *, origin: str, cached: Sequence[str] = ()) -> Row:
+def keep_profile(
+    objects: Objects, found: Profile, *, origin: str, cached: Sequence[str] = (), paths: Row | None = None
+) -> Row:
     """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded; `cached` are
-    the files of the cache that a run of its plans reads.
+    the files of the cache that a run of its plans reads, `paths` what `Redaction.model` took out of it.
     """
     written = objects.put(canonical_json(found).encode())
     # Policies that follow another gradient are planned only where a request names them, and not compared with the
     # others by default.
     policies = {"policies": [SOLVER, *policies_of(found)], "approximate": list(approximate_of(found))}
     summary = profile_summary(found) | policies | {"refused": refused_of(found), "cached": list(cached)}
-    return file_row("profile", written.digest, written, name=found.model.name, origin=origin, summary=summary)
+    return file_row(
+        "profile", written.digest, written, name=found.model.name, origin=origin, summary=summary, paths=paths
+    )
+
+
+def _identity(order: JobOrder, fingerprint: str) -> str:
+    """What a plan of that fingerprint was made of: the contents of its profiles, which are their ids, and all that was
+    asked. Another profile may lead to the same plan, and only what was measured here is run.
+    """
+    return hashlib.sha256(f"{content_key(order.kind, order.request)} {fingerprint}".encode()).hexdigest()
 
 
 def _elsewhere(plan: Plan) -> str | None:
@@ -203,8 +218,8 @@ def _elsewhere(plan: Plan) -> str | None:
     return None if plan.device.measured and plan.device.kind == "cpu" else plan.device.name
 
 
-def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | None = None) -> Row:
-    """Store a plan under its fingerprint."""
+def keep_plan(objects: Objects, order: JobOrder, found: Plan, origin: str, explanation: Row | None = None) -> Row:
+    """Store a plan of the profile `origin` under what it was made of."""
     written = objects.put(found.model_dump_json().encode())
     name = f"{found.model.name}, {found.policy}"
     marks = {
@@ -212,4 +227,4 @@ def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | Non
         "of_a_fleet": found.optimizer.get("name") == EXCHANGE or passes_messages(found.programs),
     }
     summary: Row = plan_summary(found) | {"explanation": explanation} | marks
-    return file_row("plan", found.fingerprint, written, name=name, origin=origin, summary=summary)
+    return file_row("plan", _identity(order, found.fingerprint), written, name=name, origin=origin, summary=summary)

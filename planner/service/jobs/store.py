@@ -1,14 +1,17 @@
 """The database of jobs, profiles and plans in SQLite; what was acknowledged is on disk (write-ahead log, synced at
 every commit).
 
-One connection, used by one thread. The files themselves are `Objects`.
+One connection, used by one thread. The files themselves are `Objects`. A job that could not be shown is not stored, and
+one that cannot be read or shown any more is set aside: it is moved out of the database into a file of its name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -19,25 +22,22 @@ from typing import Any
 from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.schema import PLAN_VERSION
 from tightfit.planner.service.jobs.migrations import migrate
-from tightfit.planner.service.wire.clients import Requester
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk
 from tightfit.planner.service.wire.objects import Written
-from tightfit.planner.service.wire.schema import FINISHED, Error, Job, JobKind
+from tightfit.planner.service.wire.schema import FINISHED, Error, Job, JobKind, JobList
 from tightfit.profiles.schema import PROFILE_VERSION
-from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.errors import InputError, TightfitError
+from tightfit.runtime.common.files import write_whole
 
 ATTEMPTS = 5
 """a job is not tried again once it was running this many times when the service died"""
 SOLVE = "solve"
-MOST_ASKERS = 100
-"""number of clients remembered per job: a job that is cancelled goes on until all of them have cancelled it"""
-NETWORK_SHARE, CLIENT_SHARE = 2, 5
-"""divisors: of the jobs that may wait, one network may have half and one client a fifth"""
-MOST_SERVED = 10_000
-"""number of networks and clients whose last turn is remembered"""
-JOBS = "SELECT jobs.*, (SELECT count(*) FROM askers WHERE job = jobs.id AND NOT let_go) AS wanted_by FROM jobs"
+SET_ASIDE = "set-aside"
+"""folder beside the database, with a file for each job that could not be read"""
+JOB_ID = re.compile("job-[0-9a-f]{16}")
 LIVE = frozenset({"queued", "running"})
 Row = dict[str, Any]
+log = logging.getLogger("tightfit.service")
 
 
 class Store:
@@ -58,9 +58,8 @@ class Store:
                     raise InputError(f"{path}: damaged ({error}); restore it, or name another --data-dir") from error
                 raise
         self._database.row_factory = _row
+        self._database.text_factory = lambda data: data.decode(errors="surrogateescape")
         self._touched: dict[tuple[str, str], float] = {}
-        self._served: dict[tuple[str, ...], int] = {}
-        self._turns = 0
 
     def close(self) -> None:
         with suppress(StorageError):  # that something was used is all that is lost
@@ -91,35 +90,38 @@ class Store:
         content: str | None,
         key: str | None,
         waiting: int,
-        client: Requester,
         uses: Sequence[tuple[str, str]] = (),
         renews: str | None = None,
     ) -> tuple[Job, bool]:
         """The job of a request, and whether it is new.
 
-        A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made; a
-        live one goes on for `client` too then. Raises ServiceError where the key was used for another request, where
-        `waiting` jobs are queued already, or where the client has its share of them.
+        A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made.
+        Raises ServiceError where the key was used for another request, or where `waiting` jobs are queued already.
 
         Where the answer is to be made anew, `renews` is the content of the request for the answer that is there: a live
         job of `content` answers, a succeeded one does not, and no job that has succeeded answers a request for either
         afterwards.
         """
+        now = time.time()
+        identity = f"job-{os.urandom(8).hex()}"
+        try:
+            _shown(Job(id=identity, kind=kind, state="queued", created=now, attempts=0, request=request))
+        except Exception as error:
+            told = f"the request cannot be repeated as JSON ({error}); leave out what is no text or nested without end"
+            raise ServiceError(422, "invalid_request", told, "body") from error
         asked = _hash(kind, request)
         known = self._known(key, asked)
         if known is not None:
-            return self._wanted(known, client), False
+            return known, False
         found = self._same(content)
         if renews is not None and found is not None and found.state not in LIVE:
             found = None
         if found is not None and key is None:
             self.touch("job", found.id)
-            return self._wanted(found, client), False
-        now = time.time()
-        identity = f"job-{os.urandom(8).hex()}"
+            return found, False
         with self._transaction() as database:
             if found is None:
-                self._room(waiting, client)
+                self._room(waiting)
                 if renews is not None:
                     database.execute(
                         "UPDATE jobs SET content = NULL WHERE content IN (?, ?) AND state = 'succeeded'",
@@ -130,50 +132,11 @@ class Store:
                     (identity, kind, lane, content, json.dumps(request), now, now),
                 )
                 database.executemany("INSERT INTO uses VALUES (?, ?, ?)", [(identity, *use) for use in set(uses)])
-                self._want(identity, client)
             if key is not None:
                 database.execute(
                     "INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, found.id if found else identity)
                 )
-        return (self._wanted(found, client), False) if found else (self.job(identity), True)
-
-    def _wanted(self, job: Job, client: Requester) -> Job:
-        """The job, with `client` recorded as wanting it too, unless it has ended."""
-        mine = "SELECT 1 FROM askers WHERE job = ? AND address = ? AND name = ? AND NOT let_go"
-        if job.state not in LIVE or self._one(mine, job.id, client.address, client.name):
-            return job
-        with self._transaction():
-            self._want(job.id, client)
-        return self.job(job.id)
-
-    def _want(self, job: str, client: Requester) -> None:
-        self._database.execute(
-            "INSERT INTO askers (job, network, address, name) SELECT ?1, ?2, ?3, ?4"
-            " WHERE (SELECT count(*) FROM askers WHERE job = ?1 AND NOT (address = ?3 AND name = ?4)) < ?5"
-            " ON CONFLICT DO UPDATE SET let_go = 0",
-            (job, client.network, client.address, client.name, MOST_ASKERS),
-        )
-
-    def let_go(self, job: str, client: Requester) -> int:
-        """Record that `client` no longer wants a job; returns how many others still do.
-
-        A client that has not asked for the job under its name lets go for those at its address that gave no name; one
-        that gives no name, for all at its address. Raises ServiceError where none of these has asked for the job
-        either.
-        """
-        rows = self._all("SELECT * FROM askers WHERE job = ?", job)
-        here = [row for row in rows if row["address"] == client.address]
-        own = [row for row in here if row["name"] == client.name]
-        meant = own or [row for row in here if not client.name or not row["name"]]
-        if rows and not meant:
-            told = f"the job {job} was asked for by others; only who has asked for a job can cancel it"
-            raise ServiceError(403, "forbidden", told)
-        with self._transaction() as database:
-            database.executemany(
-                "UPDATE askers SET let_go = 1 WHERE job = ? AND address = ? AND name = ?",
-                [(job, row["address"], row["name"]) for row in meant],
-            )
-        return self._figure("SELECT count(*) AS n FROM askers WHERE job = ? AND NOT let_go", job)
+        return (found, False) if found else (self.job(identity), True)
 
     def _known(self, key: str | None, asked: str) -> Job | None:
         """The job that the idempotency key stands for. Raises ServiceError where it was used for another request."""
@@ -192,52 +155,61 @@ class Store:
     def _same(self, content: str | None) -> Job | None:
         if content is None:
             return None
-        row = self._one(f"{JOBS} WHERE content = ? AND state IN ('queued', 'running', 'succeeded')", content)
-        return None if row is None else _job(row)
+        row = self._one("SELECT * FROM jobs WHERE content = ? AND state IN ('queued', 'running', 'succeeded')", content)
+        return None if row is None else self._read(row)
 
     def job(self, identity: str) -> Job:
         """Raises ServiceError 404."""
-        row = self._one(f"{JOBS} WHERE id = ?", identity)
-        if row is None:
-            raise ServiceError(
-                404, "not_found", f"there is no job {identity!r}; finished jobs are removed after a while"
-            )
-        return _job(row)
+        row = self._one("SELECT * FROM jobs WHERE id = ?", identity)
+        job = None if row is None else self._read(row)
+        if job is None:
+            why = "finished jobs are removed after a while"
+            if identity in self.set_aside():
+                why = f"it could not be read and was set aside as {SET_ASIDE}/{identity}.json in the service's data folder"
+            raise ServiceError(404, "not_found", f"there is no job {identity!r}; {why}")
+        return job
 
     def jobs(self, *, kind: str | None = None, state: str | None = None, limit: int = 100) -> list[Job]:
         """Newest first."""
         rows = self._all(
-            f"{JOBS} WHERE (?1 IS NULL OR kind = ?1) AND (?2 IS NULL OR state = ?2) ORDER BY number DESC LIMIT ?3",
+            "SELECT * FROM jobs WHERE (?1 IS NULL OR kind = ?1) AND (?2 IS NULL OR state = ?2) ORDER BY number DESC LIMIT ?3",
             kind,
             state,
             limit,
         )
-        return [_job(row) for row in rows]
+        return [job for job in map(self._read, rows) if job is not None]
+
+    def _read(self, row: Row) -> Job | None:
+        """The job of a row; None where it cannot be read or shown, whatever is in it: it is set aside then."""
+        try:
+            return _shown(_job(row))
+        except Exception as error:
+            name = f"{row['id']}" if JOB_ID.fullmatch(f"{row['id']}") else f"number-{row['number']}"
+            try:
+                place = write_whole(self._path.parent / SET_ASIDE / f"{name}.json", json.dumps(row, default=repr))
+            except TightfitError as refusal:
+                raise StorageError(str(refusal)) from error
+            with self._transaction() as database:
+                database.execute("DELETE FROM jobs WHERE number = ?", (row["number"],))
+            log.error("a job cannot be read: set aside", extra={"job": name, "file": str(place), "why": str(error)})  # noqa: TRY400  no traceback
+            return None
+
+    def set_aside(self) -> list[str]:
+        """The jobs that could not be read, by the names of their files."""
+        return sorted(path.stem for path in (self._path.parent / SET_ASIDE).glob("*.json"))
 
     def next(self, lane: str) -> Job | None:
-        """Take a job that waits in `lane`: it is running from now on.
-
-        Networks take turns, so do the clients of one network, and a client's jobs keep their order.
-        """
-        rows = self._all(
-            "SELECT id, number, network, address, name FROM jobs LEFT JOIN askers ON job = id AND NOT let_go"
-            " WHERE state = 'queued' AND lane = ?",
-            lane,
-        )
-        if not rows:
-            return None
-        row = min(rows, key=lambda row: (*(self._served.get(who, 0) for who in _takers(lane, row)), row["number"]))
-        with self._transaction() as database:
-            database.execute(
-                "UPDATE jobs SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
-                (time.time(), row["id"]),
-            )
-        self._turns += 1
-        self._served |= dict.fromkeys(_takers(lane, row), self._turns)
-        if len(self._served) > MOST_SERVED:
-            latest = sorted(self._served.items(), key=lambda served: served[1])[MOST_SERVED // 2 :]
-            self._served = dict(latest)
-        return self.job(row["id"])
+        """Take the job that has waited longest in `lane`: it is running from now on."""
+        waiting = "SELECT * FROM jobs WHERE state = 'queued' AND lane = ? ORDER BY number LIMIT 1"
+        while (row := self._one(waiting, lane)) is not None:
+            if self._read(row) is not None:
+                with self._transaction() as database:
+                    database.execute(
+                        "UPDATE jobs SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
+                        (time.time(), row["id"]),
+                    )
+                return self.job(row["id"])
+        return None
 
     def finish(
         self,
@@ -248,7 +220,11 @@ class Store:
         error: Error | None = None,
         files: Sequence[Row] = (),
     ) -> Job:
-        """End a job that is queued or running, together with the files it made; one that has ended stays as it is."""
+        """End a job that is queued or running, together with the files it made; one that has ended stays as it is.
+
+        Raises ValueError for a result that could not be shown.
+        """
+        _shown(self.job(identity).model_copy(update={"result": result, "error": error}))
         now = time.time()
         with self._transaction() as database:
             ended = database.execute(
@@ -279,25 +255,21 @@ class Store:
             )
         return self.job(identity)
 
-    def resume(self, identity: str, *, key: str | None = None, waiting: int, client: Requester) -> tuple[Job, bool]:
-        """Put a run that ended before its last step back into the queue, for `client`; what it has saved is its own
-        again.
+    def resume(self, identity: str, *, key: str | None = None, waiting: int) -> tuple[Job, bool]:
+        """Put a run that ended before its last step back into the queue; what it has saved is its own again.
 
         Returns it, and whether it goes on only now: not where `key` has asked for that already. Raises ServiceError
-        where the run has not ended so, where `waiting` jobs are queued already, or where the client has its share of
-        them.
+        where the run has not ended so, or where `waiting` jobs are queued already.
         """
         asked = _hash("resume", {"run": identity})
         known = self._known(key, asked)
         if known is not None:
-            return self._wanted(known, client), False
+            return known, False
         job = self.job(identity)
         if job.state not in FINISHED - {"succeeded"}:
             raise ServiceError(409, "conflict", f"the run {identity} is {job.state}: there is nothing to go on with")
         with self._transaction() as database:
-            self._room(waiting, client)
-            database.execute("DELETE FROM askers WHERE job = ?", (identity,))
-            self._want(identity, client)
+            self._room(waiting)
             database.execute(
                 "UPDATE jobs SET state = 'queued', started = NULL, finished = NULL, error = NULL, attempts = 0"
                 " WHERE id = ?",
@@ -308,23 +280,18 @@ class Store:
                 database.execute("INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, identity))
         return self.job(identity), True
 
-    def _room(self, waiting: int, client: Requester) -> None:
-        """Raises ServiceError where too many jobs wait: at all, for the client's network, or for the client."""
+    def _room(self, waiting: int) -> None:
+        """Raises ServiceError where `waiting` jobs are queued already."""
         queued = self._figure("SELECT count(*) AS n FROM jobs WHERE state = 'queued'")
         if queued >= waiting:
             raise ServiceError(429, "busy", f"{queued} jobs are waiting already; ask again in a minute")
-        mine = "SELECT count(DISTINCT job) AS n FROM askers JOIN jobs ON jobs.id = job WHERE state = 'queued' AND network = ?"
-        queued = self._figure(mine, client.network)
-        if queued >= -(-waiting // NETWORK_SHARE):
-            told = f"{queued} jobs from your address are waiting already, which is all that one address may have"
-            raise ServiceError(429, "busy", f"{told}; ask again once some of them are done")
-        queued = self._figure(f"{mine} AND address = ? AND name = ?", client.network, client.address, client.name)
-        if queued >= -(-waiting // CLIENT_SHARE):
-            told = f"{queued} jobs that you asked for are waiting already, which is all that one client may have"
-            raise ServiceError(429, "busy", f"{told}; ask again once some of them are done")
 
     def recover(self) -> tuple[int, int]:
-        """After a start: jobs that were running wait again, or are interrupted where that happened too often."""
+        """After a start: what cannot be read is set aside; jobs that were running wait again, or are interrupted where
+        that happened too often.
+        """
+        for row in self._all("SELECT * FROM jobs"):
+            self._read(row)
         requeued = interrupted = 0
         for row in self._all("SELECT id, attempts FROM jobs WHERE state = 'running'"):
             if row["attempts"] < ATTEMPTS:
@@ -364,9 +331,9 @@ class Store:
 
     def _add(self, file: Row, now: float) -> None:
         self._database.execute(
-            "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, created, used)"
-            " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :now, :now)"
-            " ON CONFLICT DO UPDATE SET used = excluded.used,"
+            "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, paths, created, used)"
+            " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :paths, :now, :now)"
+            " ON CONFLICT DO UPDATE SET used = excluded.used, paths = coalesce(excluded.paths, paths),"
             " origin = CASE WHEN kind = 'profile' AND excluded.origin = 'made' THEN 'made' ELSE origin END, summary = CASE"
             " WHEN json_extract(excluded.summary, '$.explanation') IS NULL"
             " AND json_extract(summary, '$.explanation') IS NOT NULL THEN summary"
@@ -469,10 +436,11 @@ class Store:
                     break
             for row in removed:
                 place = (row["kind"], row["id"])
-                # A job whose answer is gone can no longer answer; of what lies in the cache a run's answer has no need.
+                # A job whose answer is gone can no longer answer; of a profile and of what lies in the cache a run's answer
+                # has no need.
                 database.execute(
                     "DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE kind = ?1 AND file = ?2)"
-                    " AND NOT (kind = 'run' AND ?1 = 'cache')",
+                    " AND NOT (kind = 'run' AND ?1 IN ('cache', 'profile'))",
                     place,
                 )
                 database.execute("DELETE FROM files WHERE kind = ? AND id = ?", place)
@@ -493,7 +461,16 @@ class Store:
         return self._database.execute(statement, values).fetchall()
 
 
-def file_row(kind: str, identity: str, written: Written, *, name: str, summary: Row, origin: str | None = None) -> Row:
+def file_row(
+    kind: str,
+    identity: str,
+    written: Written,
+    *,
+    name: str,
+    summary: Row,
+    origin: str | None = None,
+    paths: Row | None = None,
+) -> Row:
     """The row of a stored object for `Store.add`."""
     return {
         "kind": kind,
@@ -504,19 +481,23 @@ def file_row(kind: str, identity: str, written: Written, *, name: str, summary: 
         "name": name,
         "origin": origin,
         "summary": json.dumps(summary),
+        "paths": paths and json.dumps(paths),
     }
 
 
 def folder_row(identity: str, size: int) -> Row:
     """The row of a run's folder for `Store.add`; it has no object, as the folder lies beside the objects."""
-    sizes = {"digest": None, "bytes": size, "stored_bytes": size}
-    return {"kind": "folder", "id": identity, "name": f"folder of {identity}", "origin": None, "summary": "{}", **sizes}
+    return _without_object("folder", identity, f"folder of {identity}", size)
 
 
 def cache_row(name: str, size: int) -> Row:
     """The row of a file of the service's cache for `Store.add`; it has no object either."""
+    return _without_object("cache", name, name, size)
+
+
+def _without_object(kind: str, identity: str, name: str, size: int) -> Row:
     sizes = {"digest": None, "bytes": size, "stored_bytes": size}
-    return {"kind": "cache", "id": name, "name": name, "origin": None, "summary": "{}", **sizes}
+    return {"kind": kind, "id": identity, "name": name, "origin": None, "summary": "{}", "paths": None, **sizes}
 
 
 def content_key(kind: str, request: Row) -> str:
@@ -531,14 +512,8 @@ def _hash(kind: str, request: Row) -> str:
     return hashlib.sha256(json.dumps([kind, request], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _takers(lane: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Whose turn it is when the job of `row` is taken: a network's, and one of its clients'."""
-    network = row["network"] or ""
-    return (lane, network), (lane, network, row["address"] or "", row["name"] or "")
-
-
 def _job(row: Row) -> Job:
-    figures = ("id", "kind", "state", "created", "started", "finished", "attempts", "wanted_by")
+    figures = ("id", "kind", "state", "created", "started", "finished", "attempts")
     return Job(
         **{name: row[name] for name in figures},
         request=json.loads(row["request"]),
@@ -546,6 +521,12 @@ def _job(row: Row) -> Job:
         result=None if row["result"] is None else json.loads(row["result"]),
         error=None if row["error"] is None else Error.model_validate_json(row["error"]),
     )
+
+
+def _shown(job: Job) -> Job:
+    """The job, which can be shown wherever jobs are. Raises what serialising it raises."""
+    JobList(jobs=[job]).model_dump_json()
+    return job
 
 
 def _row(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> Row:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import shutil
 import signal
@@ -19,8 +20,7 @@ from tightfit.planner.service.jobs.cache import Cache
 from tightfit.planner.service.jobs.processes import Processes, Worker
 from tightfit.planner.service.jobs.store import ATTEMPTS, SOLVE, Store, folder_row
 from tightfit.planner.service.jobs.worker import JobOrder
-from tightfit.planner.service.wire.clients import Requester
-from tightfit.planner.service.wire.errors import StorageError, failing_disk
+from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import Objects
@@ -86,14 +86,9 @@ class Supervisor:
         """Tell a lane that it has a new job."""
         self._wake[lane].set()
 
-    def cancel(self, identity: str, client: Requester) -> Job:
-        """`client` lets a job go; who was the last to want it ends it: at once where it waits or solves, with a
-        checkpoint where it trains. Raises ServiceError where others have asked for it.
-        """
-        wanted = self.store.let_go(identity, client)
+    def cancel(self, identity: str) -> Job:
+        """End a job: at once where it waits or solves, with a checkpoint where it trains."""
         job = self.store.job(identity)
-        if wanted:
-            return self.events.told(job)
         if job.state == "queued":
             job = self.store.finish(identity, "cancelled", files=self._left(job))
             self._ended(job)
@@ -103,9 +98,9 @@ class Supervisor:
                 self._end(job, self._workers[identity])
         return self.events.told(job)
 
-    def resume(self, identity: str, client: Requester, key: str | None = None) -> Job:
+    def resume(self, identity: str, key: str | None = None) -> Job:
         """A run that ended before its last step goes on from its checkpoint, or from the start where it has none."""
-        job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting, client=client)
+        job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting)
         if new:
             self._ended(job)
             self.wake(LOCAL)
@@ -133,8 +128,8 @@ class Supervisor:
             task = asyncio.current_task()
             assert task is not None
             task.set_name(job.id)
-            self.events.changed(job)
             try:
+                self.events.changed(job)
                 await self._carry_out(job, lane)
             except asyncio.CancelledError:
                 if self.store.job(job.id).state == "running":  # about to start when the service stops
@@ -146,7 +141,8 @@ class Supervisor:
                 log.exception("job failed inside the service", extra={"job": job.id})
                 message = "internal error; the service's log tells more"
                 error = Error(code="internal", message=message)
-                self._ended(await self._stored(partial(self.store.finish, job.id, "failed", error=error)))
+                with contextlib.suppress(ServiceError):  # set aside meanwhile
+                    self._ended(await self._stored(partial(self.store.finish, job.id, "failed", error=error)))
             finally:
                 task.set_name(lane)
 
@@ -173,15 +169,18 @@ class Supervisor:
 
     def _order(self, job: Job) -> JobOrder:
         alone = lane_of(job.kind) == LOCAL
+        rows = self.store.files_of(job.id)
         return JobOrder(
             kind=job.kind,
             request=job.request,
             objects=str(self.objects.folder),
-            digests={row["id"]: row["digest"] for row in self.store.files_of(job.id) if row["digest"] is not None},
+            digests={row["id"]: row["digest"] for row in rows if row["digest"] is not None},
             folder=str(self.runs / job.id),
             lock=str(self.settings.data_dir / f"{LOCAL}.lock") if alone else None,
             command=list(self.settings.command),
             memory_bytes=None if alone else self.settings.solve_bytes,
+            folders=[str(folder) for folder in self.settings.folders],
+            paths=next((json.loads(row["paths"]) for row in rows if row["paths"] is not None), {}),
         )
 
     async def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> None:
@@ -264,7 +263,7 @@ class Supervisor:
                 self.cache.remove(row["id"])
             if row["digest"] is not None and row["digest"] not in wanted:
                 self.objects.remove(row["digest"])
-        known = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)}
+        known = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)} | set(self.store.set_aside())
         for folder in self.runs.iterdir():
             if folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)

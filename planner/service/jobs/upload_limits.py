@@ -15,6 +15,7 @@ from tightfit.planner.problem.step_graph import step_graph
 from tightfit.planner.service.jobs.solving import keep_profile
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid
+from tightfit.planner.service.wire.nesting import DEEPEST, too_deep
 from tightfit.planner.service.wire.objects import Objects, unpacked
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 MOST_CONTAINERS = 3_000_000
 """objects and lists of JSON in one upload"""
-DEEPEST = 64
-"""levels of JSON objects and lists nested in one another"""
 
 
 def upload(order: JobOrder, tell: Tell) -> Row:
@@ -60,12 +59,8 @@ def check_size(data: Any, *, steps: int, tensors: int) -> None:
     planner unrolls it to. JSON that does not have a profile's form passes here and is refused where it is read as a
     profile.
     """
-    level, depth = [data], 0
-    while level := [one for one in level if isinstance(one, (dict, list))]:
-        depth += 1
-        if depth > DEEPEST:
-            raise invalid("", f"the upload has objects and lists more than {DEEPEST} deep in each other")
-        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+    if too_deep(data):
+        raise invalid("", f"the upload has objects and lists more than {DEEPEST} deep in each other")
     layers, programs = _records(data, "layers"), _records(data, "programs")
     if len(layers) > steps:
         raise invalid("layers", f"the profile has {len(layers)} layers; this service plans at most {steps} operators")

@@ -48,11 +48,13 @@ CHANGES = 2000
 """tensors listed in a difference"""
 
 
-def plan_view(plan: Plan, known: dict[str, Any] | None = None, *, not_runnable: str | None = None) -> PlanView:
-    """`known` is the explanation that was made with the plan, where there is one."""
+def plan_view(
+    plan: Plan, identity: str, known: dict[str, Any] | None = None, *, not_runnable: str | None = None
+) -> PlanView:
+    """`identity` is the stored plan's, `known` the explanation that was made with it, where there is one."""
     told = account(plan) if known is None else Explanation.model_validate(known)
     view = PlanView(
-        plan=plan.fingerprint,
+        plan=identity,
         model=plan.model.name,
         about=describe(plan),
         summary=plan_summary(plan),
@@ -177,20 +179,18 @@ def difference(one: Plan, other: Plan) -> Difference:
     )
 
 
-def fleet_view(fleet: AnyPlan) -> FleetView:
-    """A fleet's plan in sentences, tables and the lanes of its picture."""
+def fleet_view(fleet: AnyPlan, identity: str, plans: dict[str, str]) -> FleetView:
+    """A fleet's plan in sentences, tables and the lanes of its picture; `plans` are the stored plans by member."""
     prices = price_sheet(fleet)
     return FleetView(
-        fleet=fleet.fingerprint,
+        fleet=identity,
         title=fleet_title(fleet),
         sentences=fleet_sentences(fleet),
         chain=_shown(chain_sheet(fleet)),
         prices=None if prices is None else _shown(prices),
         activity=_shown(activity_sheet(fleet)),
         lanes=Lanes.model_validate(lanes_of(fleet)),
-        plans={
-            member.plan: member.plan_fingerprint for member in fleet.chain if member.plan and member.plan_fingerprint
-        },
+        plans={member.plan: plans[member.name] for member in fleet.chain if member.plan},
     )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.planner.service.wire.errors import JOB_ERRORS, ServiceError
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.common.parent import end_with_parent
 
@@ -50,6 +51,13 @@ class JobOrder:
     command: list[str]
     """tightfit's command line"""
     memory_bytes: int | None
+    folders: list[str]
+    """whose files are named relative to them in what leaves the service"""
+    paths: dict[str, str]
+    """of a run's model, which its plan has without them"""
+
+    def redaction(self) -> Redaction:
+        return Redaction(map(Path, self.folders))
 
 
 class Tell:
@@ -147,7 +155,7 @@ def _carry_out(order: JobOrder, tell: Tell) -> None:
         traceback.print_exc()
         tell(event="error", code="internal", message=f"internal error, {type(error).__name__}: {error}")
     else:
-        tell(event="done", **answer)
+        tell(event="done", result=order.redaction().value(answer["result"]), files=answer["files"])
 
 
 def _to_the_background() -> None:

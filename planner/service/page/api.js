@@ -13,10 +13,6 @@ const SILENCE = 60000, AGAIN = 1000; // ms: a service that is started again take
 const GONE = [0, 502, 503, 504]; // no answer, or a proxy's in its stead
 const KEY = "tightfit-token";
 let token = sessionStorage.getItem(KEY);
-// What tells this browser apart from others at its address: a job ends when the last who asked for it lets go.
-const CLIENT = "tightfit-client";
-const client = localStorage.getItem(CLIENT) ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
-localStorage.setItem(CLIENT, client);
 
 export function setToken(value) {
   token = value;
@@ -24,7 +20,7 @@ export function setToken(value) {
 }
 
 async function send(path, options = {}) {
-  const headers = { "Client-Id": client, ...(options.headers || {}) };
+  const headers = { ...(options.headers || {}) };
   if (token) headers.Authorization = `Bearer ${token}`;
   const answer = await fetch(path, { ...options, headers }).catch(() => {
     throw new Refused(0, { code: "gone", message: "the service does not answer; ask again once tightfit serve runs" });

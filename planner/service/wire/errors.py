@@ -23,7 +23,7 @@ Code = Literal[
     "too_large",  # 413
     "unsupported_media_type",  # 415
     "misdirected",  # 421: a Host that is not ours
-    "busy",  # 429: too many jobs wait, of all or of one client; 503: too many connections are open
+    "busy",  # 429: too many jobs wait, or uploads are under way; 503: too many connections are at work
     "internal",  # 500
     "storage",  # 507: the data folder's disk is full, or cannot be written; a job waits for room instead
     # Of jobs, not of requests:

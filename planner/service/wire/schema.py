@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.search_options import PlanOptions
 from tightfit.planner.service.wire.errors import Code
+from tightfit.planner.service.wire.nesting import DEEPEST, too_deep
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
 from tightfit.runtime.common.options import Said, default_of, said, types_of
 from tightfit.runtime.session.options import RunOptions
@@ -37,7 +38,6 @@ PLAN_JOB = {
     "started": 1790000000.1,
     "finished": 1790000004.2,
     "attempts": 1,
-    "wanted_by": 1,
     "request": {"profile": DIGEST, "memory": 629145600, "policy": "solver", "time_limit": 30.0},
     "progress": None,
     "result": {"plan": DIGEST, "summary": {"status": "optimal", "step_seconds": 2.65, "peak_bytes": 628097024}},
@@ -55,6 +55,7 @@ STORED_FLEET = KEPT | {
         "micro_batches": 16,
         "makespan_seconds": 12.3,
         "members": [{"name": "laptop", "micro_batches": 10, "plan_fingerprint": DIGEST}],
+        "plans": {"laptop": DIGEST},
     }
 }
 STORED_PLAN = KEPT | {"summary": {"status": "optimal", "step_seconds": 2.65}, "profile": DIGEST}
@@ -108,6 +109,13 @@ Latency = Annotated[
 
 class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, data: object) -> object:
+        if too_deep(data):
+            raise ValueError(f"objects and lists more than {DEEPEST} deep in each other; send them flatter")
+        return data
 
 
 class Answer(BaseModel):
@@ -339,7 +347,6 @@ class Job(Answer):
     started: float | None = None
     finished: float | None = None
     attempts: int
-    wanted_by: int = Field(0, description="clients that have asked for it and have not let go by cancelling")
     request: dict[str, Any]
     progress: dict[str, Any] | None = Field(
         None,
@@ -353,14 +360,21 @@ class Job(Answer):
     error: Error | None = None
 
 
+SetAside = Annotated[
+    list[str],
+    Field(description="stored jobs that could not be read: files of the folder set-aside/ of the service's data"),
+]
+
+
 class JobList(Answer):
     model_config = example_of(jobs=[PLAN_JOB])
 
     jobs: list[Job]
+    set_aside: SetAside = []
 
 
 class Stored(Answer):
-    """A profile, plan or fleet that the service keeps. The id is the content's."""
+    """A profile, plan or fleet that the service keeps. The id is of what it was made of."""
 
     id: Digest
     created: float
@@ -451,3 +465,4 @@ class Health(Answer):
     status: Literal["ok"]
     version: str
     schema_version: int
+    set_aside: SetAside = []

@@ -44,11 +44,16 @@ class Settings:
     tensors: int = 1_000_000
     """tensors and values of a profile, counted the same way"""
     waiting: int = 1000
-    """jobs that may be queued; half of them by one network, a fifth by one client"""
+    """jobs that may be queued"""
     keep_days: float = 30.0
     """finished jobs and what nobody has asked for are removed after that"""
     keep_bytes: int = 20 << 30
     """of stored profiles, plans and results, packed weights among them; the longest unused go first"""
+
+    @property
+    def folders(self) -> list[Path]:
+        """those whose files are named relative to them in what leaves the service"""
+        return [self.data_dir / "cache", self.data_dir, *self.roots]
 
     def __post_init__(self) -> None:
         if self.token is None and not loopback(self.host):

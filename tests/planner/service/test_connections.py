@@ -11,9 +11,14 @@ import threading
 import time
 
 import httpx
+import pytest
 import uvicorn
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from served import Served
+from synthetic import decoder_like
 
+from tightfit.planner.service.client import connect
 from tightfit.planner.service.http import connections, guard
 from tightfit.planner.service.http.connections import Connections, most_connections, protocol_of
 from tightfit.planner.service.http.guard import Guard
@@ -28,7 +33,9 @@ LARGE = 64 << 20
 
 
 async def answer(scope, receive, send):
-    """Tells how long the body was; a large body under /large, and one that waits under /wait."""
+    """Tells how long the body was; a large body under /large, one that waits under /wait, and one that has begun and waits
+    for its end under /stream.
+    """
     assert scope["type"] == "http"
     size, more = 0, True
     while more:
@@ -40,6 +47,9 @@ async def answer(scope, receive, send):
     await send(
         {"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(body)).encode())]}
     )
+    if scope["path"] == "/stream":
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+        await asyncio.to_thread(scope["state"]["waiting"].wait, PATIENCE)
     for start in range(0, len(body), 1 << 20):
         part = body[start : start + (1 << 20)]
         await send({"type": "http.response.body", "body": part, "more_body": start + len(part) < len(body)})
@@ -93,7 +103,7 @@ def until(condition):
 
 
 def at_work(open_now):
-    return sum(one.busy for own in list(open_now._open.values()) for one in list(own))
+    return sum(not one.waits for one in list(open_now._open))
 
 
 def test_headers_that_do_not_come_end_the_connection(tmp_path, monkeypatch):
@@ -151,70 +161,102 @@ def test_an_answer_that_nobody_reads_ends_the_connection(tmp_path, monkeypatch):
             assert len(http.get("/large").content) == LARGE
 
 
-def test_who_has_too_many_connections_loses_those_without_a_request(tmp_path):
-    """A network has half of them; one whose request is there keeps its place, the others give theirs to a new one."""
-    with listening(tmp_path, most=8) as (address, open_now, waiting), contextlib.ExitStack() as stack:
-        busy = [stack.enter_context(socket.create_connection(address)) for _ in range(2)]
+SENT = {
+    "nothing": b"",
+    "half of the headers": HALF,
+    "a slow body": HALF + b"Content-Length: 100\r\n\r\n{",
+    "a stream": b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "an answer that is not read": b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "one answer": HALF + b"Content-Length: 2\r\n\r\n{}",
+}
+"""what a client has sent that lets the service wait"""
+
+
+@settings(max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(kinds=st.lists(st.sampled_from(sorted(SENT)), min_size=8, max_size=24))
+@example(kinds=["a stream"] * 24)
+@example(kinds=["a slow body"] * 24)
+def test_idle_and_slow_connections_give_way_to_new_ones(tmp_path_factory, kinds):
+    """512 event streams, or bodies that came slowly, kept everybody at their address out."""
+    with (
+        listening(tmp_path_factory.mktemp("s"), most=8) as (address, open_now, waiting),
+        contextlib.ExitStack() as stack,
+    ):
+        working = stack.enter_context(socket.create_connection(address))
+        working.sendall(b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        until(lambda: at_work(open_now) == 1)
+        for kind in kinds:
+            slow = stack.enter_context(socket.create_connection(address))
+            with contextlib.suppress(ConnectionError):
+                slow.sendall(SENT[kind])
+        until(lambda: len(open_now) == 8)
+        until(lambda: at_work(open_now) == 1)
+        base = "http://{}:{}".format(*address)
+        for _ in range(10):
+            with httpx.Client(base_url=base, trust_env=False, timeout=PATIENCE) as http:
+                assert http.post("/echo", json={}).text == "2"
+        assert len(open_now) <= 8
+        waiting.set()  # what the service was at has kept its place
+        working.settimeout(PATIENCE)
+        assert working.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+def test_where_all_are_at_work_a_new_one_is_told_to_come_later(tmp_path):
+    with listening(tmp_path, most=4) as (address, open_now, waiting), contextlib.ExitStack() as stack:
+        busy = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
         for connection in busy:
             connection.sendall(b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        until(lambda: at_work(open_now) == 2)
-        half = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]
-        for connection in half:
-            with contextlib.suppress(ConnectionError):
-                connection.sendall(HALF)
-        http = stack.enter_context(
-            httpx.Client(base_url="http://{}:{}".format(*address), trust_env=False, timeout=PATIENCE)
-        )
-        for _ in range(3):
-            assert http.get("/echo", headers={"Connection": "close"}).status_code == 200
-        assert len(open_now) <= 4
-        # With all of them at work a new one is told to come later.
-        more = [stack.enter_context(socket.create_connection(address)) for _ in range(2)]
-        for connection in more:
-            connection.sendall(b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n")
         until(lambda: at_work(open_now) == 4)
-        refused = http.get("/echo")
+        refused = httpx.get("http://{}:{}/echo".format(*address), trust_env=False, timeout=PATIENCE)
         assert (refused.status_code, refused.json()["error"]["code"], refused.headers["retry-after"]) == (
             503,
             "busy",
             "30",
         )
         waiting.set()
-        for connection in (*busy, *more):
+        for connection in busy:
             connection.settimeout(PATIENCE)
             assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 class Standing:
-    """Stands for a connection of a network."""
+    """Stands for a connection."""
 
-    def __init__(self, network, *, busy=False, served=0, idle_since=0.0):
-        self.network, self.busy, self.served, self.idle_since = network, busy, served, idle_since
+    def __init__(self, address, since, *, waits=True):
+        self.address, self.since, self.waits = address, since, waits
         self.transport, self.ended = self, False
 
     def abort(self):
         self.ended = True
 
 
-def test_where_all_places_are_taken_the_largest_network_gives_one():
-    every = Connections(4)
-    assert every.share == 2
-    large = [Standing("a", served=1), Standing("a", idle_since=1.0)]
-    small = [Standing("b"), Standing("c", busy=True)]
-    assert all(map(every.enter, (*large, *small)))
-    new = Standing("d", busy=True)
-    assert every.enter(new)
-    assert [one.ended for one in (*large, *small)] == [False, True, False, False]  # it had never had a request
-    for one in (*large, *small):
-        one.busy = True
-    assert not every.enter(Standing("e"))
-    every.leave(new)
-    every.leave(new)
-    assert len(every) == 3
-    assert every.enter(Standing("e"))
-    for one in (*large, *small):
-        every.leave(one)
-    assert list(every._open) == ["e"]
+def test_of_the_address_with_most_that_wait_the_longest_waiting_gives_way():
+    every = Connections(5)
+    first = [
+        Standing("b", 0.0),
+        Standing("a", 1.0, waits=False),
+        Standing("a", 3.0),
+        Standing("a", 2.0),
+        Standing("c", 4.0, waits=False),
+    ]
+    assert all(map(every.enter, first))
+    for number, (new, ends) in enumerate(
+        [(Standing("d", 5.0), 3), (Standing("d", 6.0), 0), (Standing("e", 7.0), None)]
+    ):
+        assert every.enter(new)
+        if ends is None:
+            assert new.ended is False
+        else:
+            assert [one.ended for one in first].count(True) == number + 1
+            assert first[ends].ended
+    assert len(every) == 5
+    for one in list(every._open):
+        one.waits = False
+    assert not every.enter(Standing("f", 8.0))
+    every.leave(first[0])  # twice is once
+    every.leave(first[1])
+    assert len(every) == 4
+    assert every.enter(Standing("f", 9.0))
 
 
 def test_connections_fit_into_the_files_that_may_be_open(monkeypatch):
@@ -227,19 +269,31 @@ def test_connections_fit_into_the_files_that_may_be_open(monkeypatch):
         assert most_connections() == most
 
 
-def test_a_thousand_half_open_connections_keep_nobody_out(tmp_path):
+@pytest.mark.parametrize("what", ["half of the headers", "a slow body", "events"])
+def test_a_thousand_connections_that_wait_keep_nobody_out(tmp_path, what):
     service = Served(tmp_path / "data").start()
     try:
         address = service.http.base_url.host, service.http.base_url.port
+        budgets = [f"{1000 + 8 * step}MiB" for step in range(40)]
+        job = service.ask("/v1/comparisons", profile=service.upload(decoder_like(24)), memory=budgets)["id"]
+        sent = {
+            "half of the headers": b"GET /healthz HTTP/1.1\r\n",
+            "a slow body": b"POST /v1/plans HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{",
+            "events": f"GET /v1/jobs/{job}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(),
+        }[what]
         with contextlib.ExitStack() as stack:
             for _ in range(1100):
-                half = stack.enter_context(socket.create_connection(address))
+                slow = stack.enter_context(socket.create_connection(address))
                 with contextlib.suppress(ConnectionError):
-                    half.sendall(b"GET /healthz HTTP/1.1\r\n")
+                    slow.sendall(sent)
             for _ in range(3):
-                assert service.http.get("/healthz").status_code == 200
-        # Who asks from this machine cannot call itself by another address.
+                assert httpx.get(f"{service.url}/healthz", trust_env=False, timeout=PATIENCE).status_code == 200
+            with connect(service.url) as client:
+                assert next(client.events(job))[0] == "job"
+        # Who asks cannot call itself by another address.
         service.http.get("/healthz", headers={"X-Forwarded-For": "192.0.2.1"})
+        service.http.post(f"/v1/jobs/{job}/cancel")
     finally:
         assert service.stop() == 0
     assert {line["client"] for line in service.lines() if line["message"] == "request"} == {"127.0.0.1"}
+    assert not [line for line in service.lines() if line["level"] == "error"]

@@ -84,11 +84,10 @@ def test_a_fleet_is_the_library_s(served, job, here):
     assert result["summary"] == json.loads(json.dumps(fleet_summary(told)))
     assert sorted(result["plans"]) == sorted(plans) == ["laptop", "phone"]
     for member in told.chain:
-        assert result["plans"][member.name] == member.plan_fingerprint
-        plan = Plan.model_validate_json(served.http.get(f"/v1/plans/{member.plan_fingerprint}/file").content)
+        plan = Plan.model_validate_json(served.http.get(f"/v1/plans/{result['plans'][member.name]}/file").content)
         assert plan.fingerprint == member.plan_fingerprint == plans[member.name].fingerprint
     kept = served.http.get(f"/v1/fleets/{result['fleet']}").json()
-    assert (kept["id"], kept["summary"]) == (result["fleet"], result["summary"])
+    assert (kept["id"], kept["summary"]) == (result["fleet"], result["summary"] | {"plans": result["plans"]})
     assert kept in served.http.get("/v1/fleets").json()["fleets"]
 
 
@@ -119,7 +118,7 @@ def test_a_fleet_to_look_at(served, job):
     assert view["activity"]["rows"] == activity_sheet(fleet).rows
     lanes = {lane["name"] for lane in view["lanes"]["lanes"]}
     assert lanes == {span.lane for span in fleet.timeline}
-    assert view["plans"] == {member.plan: member.plan_fingerprint for member in fleet.chain}
+    assert view["plans"] == {member.plan: job["result"]["plans"][member.name] for member in fleet.chain}
 
 
 def test_a_pipeline_is_planned_over_http(served, body, tmp_path):
@@ -214,7 +213,8 @@ def test_the_command_line_can_let_a_service_plan(served, profile, job, tmp_path,
         main.main(words)
     assert ended.value.code == 0
     told = json.loads(capfd.readouterr().out)
-    assert told["fingerprint"] == job["result"]["fleet"]  # the same request, so the same job
+    file = served.http.get(f"/v1/fleets/{job['result']['fleet']}/file")
+    assert told["fingerprint"] == file.json()["fingerprint"]  # the same request, so the same job
     from tightfit.planner.fleet.io import load_fleet, load_member_plan
 
     fleet = load_fleet(told["fleet"])

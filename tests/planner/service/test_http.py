@@ -129,27 +129,30 @@ def test_a_plan_is_the_library_s(served, profile, uploaded, minimum):
     assert (events[0], last["state"]) == ("event: job", "succeeded")
     here = solve_here(profile, minimum + 4096)
     told = job["result"]["summary"]
-    assert (told["step_seconds"], told["peak_bytes"], job["result"]["plan"]) == (
+    assert (told["step_seconds"], told["peak_bytes"], told["fingerprint"]) == (
         here.step_seconds, here.peak_bytes, here.fingerprint,
     )  # fmt: skip
-    file = Plan.model_validate_json(served.http.get(f"/v1/plans/{here.fingerprint}/file").content)
+    plan = job["result"]["plan"]
+    file = Plan.model_validate_json(served.http.get(f"/v1/plans/{plan}/file").content)
     assert simulate(file).peak_bytes == here.peak_bytes
     # The same question, however it is put, has its answer already.
     again = served.http.post("/v1/plans", json=asked | {"memory": str(minimum + 4096)})
     assert (again.status_code, again.json()["id"]) == (200, job["id"])
-    assert served.http.get(f"/v1/plans/{here.fingerprint}").json()["profile"] == uploaded
-    assert here.fingerprint in [one["id"] for one in served.http.get(f"/v1/plans?profile={uploaded}").json()["plans"]]
+    assert served.http.get(f"/v1/plans/{plan}").json()["profile"] == uploaded
+    assert plan in [one["id"] for one in served.http.get(f"/v1/plans?profile={uploaded}").json()["plans"]]
 
 
 def test_a_budget_that_is_too_small_is_a_result(served, uploaded, minimum):
-    told = served.result("/v1/plans", profile=uploaded, memory=1)["summary"]
+    result = served.result("/v1/plans", profile=uploaded, memory=1)
+    told = result["summary"]
     assert (told["status"], told["minimum_budget_bytes"]) == ("infeasible", minimum)
     assert told["minimum_budget_reason"]
-    view = served.http.get(f"/v1/plans/{told['fingerprint']}/view").json()
+    view = served.http.get(f"/v1/plans/{result['plan']}/view").json()
+    assert view["plan"] == result["plan"]
     assert (view["timeline"], view["layers"]) == (None, [])
     assert "its budget is too small" in view["not_runnable"]
     assert any("smallest" in sentence for sentence in view["sentences"])
-    run = served.http.post("/v1/runs", json={"plan": told["fingerprint"], "data": "random", "steps": 1})
+    run = served.http.post("/v1/runs", json={"plan": result["plan"], "data": "random", "steps": 1})
     assert "its budget is too small" in refused(run, 422, "invalid_request", "body.plan")
 
 
@@ -393,7 +396,7 @@ def test_the_client_does_the_same_work(served, profile, minimum, release, monkey
         with pytest.raises(InputError, match="no policy is called 'x'"):
             service.plan(profile, minimum, policy="x")
         with pytest.raises(InputError, match="was not made by this service"):
-            service.run(plan.fingerprint, "random", steps=1)
+            service.run(plan, "random", steps=1)
     with pytest.raises(RunError, match=r"no answer .*is `tightfit serve` running there\?"):
         connect("http://127.0.0.1:9")
     with pytest.raises(InputError, match="is no address"):
@@ -460,11 +463,12 @@ def test_a_plan_of_the_service_tells_what_the_command_line_tells(served, profile
     with connect(served.url) as service:
         there = service.plan(profile, minimum + 20480)
         told = service.explanation(there)
+        identity = service._id(there.fingerprint)
     assert there.peak_bytes == here.peak_bytes
     planner = planner_of(profile)
     assert told == explained(planner, planner.plan(minimum + 20480), time_limit=30.0, left=30.0)
     assert [worth.change_bytes for worth in told.neighbours] == [-NEIGHBOUR_BYTES, NEIGHBOUR_BYTES]
-    view = served.http.get(f"/v1/plans/{there.fingerprint}/view").json()
+    view = served.http.get(f"/v1/plans/{identity}/view").json()
     assert any("MiB more" in sentence for sentence in view["sentences"])
     assert view["peak"]["bytes"] == sum(part["bytes"] for part in view["peak"]["parts"]) == there.peak_bytes
 
@@ -681,12 +685,13 @@ def test_a_bare_graph_from_elsewhere(served):
         "invalid_request",
         "body.policy",
     )
-    told = served.result("/v1/plans", profile=identity, memory=1)["summary"]
+    result = served.result("/v1/plans", profile=identity, memory=1)
+    told, unfit = result["summary"], result["plan"]
     assert told["status"] == "infeasible"
     # Nothing fits, so no bound is finite: JSON says null, the client says infinity.
     with connect(served.url) as service:
-        assert service.stored_plan(told["fingerprint"]).minimum_budget_bytes == told["minimum_budget_bytes"]
-    assert served.http.get(f"/v1/plans/{told['fingerprint']}/view").json()["sentences"]
+        assert service.stored_plan(unfit).minimum_budget_bytes == told["minimum_budget_bytes"]
+    assert served.http.get(f"/v1/plans/{unfit}/view").json()["sentences"]
     plan = served.result("/v1/plans", profile=identity, memory=told["minimum_budget_bytes"])["plan"]
     view = served.http.get(f"/v1/plans/{plan}/view").json()
     operators = [one["name"] for one in json.loads(graph)["operators"]]

@@ -16,16 +16,15 @@ import pytest
 from damage import CONFIG, fill, small_disk
 from places import ROOT
 from pydantic import ValidationError
-from starlette.testclient import TestClient
+from served import service
 from synthetic import decoder_like, small_chain
 
 from tightfit.planner.plan import minimum_budget
-from tightfit.planner.service.http.app import create_app
+from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.service.jobs.solving import keep_profile
 from tightfit.planner.service.jobs.store import ATTEMPTS, Store
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.jobs.upload_limits import check_size
-from tightfit.planner.service.wire.clients import Requester
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
@@ -34,11 +33,9 @@ from tightfit.planner.service.wire.schema import PLAN_JOB, Job
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.io import canonical_json
 from tightfit.profiles.schema import Profile
-from tightfit.runtime.common.interpreter import command
 
 PATIENCE = 60.0
 """seconds"""
-HERE = Requester(address="127.0.0.1")
 PLANNED = ("tightfit_worker_seconds_count", {"kind": "plan"})
 """how many plans workers have come to the end of, well or not"""
 
@@ -51,20 +48,6 @@ def profile():
 @pytest.fixture(scope="module")
 def minimum(profile):
     return minimum_budget(profile)
-
-
-@contextlib.contextmanager
-def service(tmp_path, **limits):
-    settings = Settings(data_dir=tmp_path / "data", command=tuple(command("tightfit.runtime.cli.main")), **limits)
-    with TestClient(create_app(settings), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as http:
-        yield http
-
-
-def elsewhere(http, address):
-    """The same service, asked from another address."""
-    other = TestClient(http.app, base_url="http://127.0.0.1", client=(address, 1))
-    other.portal = http.portal  # the event loop that the service is in
-    return other
 
 
 def upload(http, profile):
@@ -81,10 +64,11 @@ def wait(http, job, until=("succeeded", "failed")):
     return told
 
 
-def endless(http, number):
+def endless(http, number, headers=None):
     """A comparison that takes minutes, another for each number."""
     budgets = [f"{1000 + 8 * step + number}MiB" for step in range(64)]
-    return http.post("/v1/comparisons", json={"profile": upload(http, decoder_like(24)), "memory": budgets})
+    asked = {"profile": upload(http, decoder_like(24)), "memory": budgets}
+    return http.post("/v1/comparisons", json=asked, headers=headers)
 
 
 def test_jobs_wait_for_a_worker_and_as_many_as_may(tmp_path):
@@ -99,39 +83,24 @@ def test_jobs_wait_for_a_worker_and_as_many_as_may(tmp_path):
         wait(http, second, until=("running",))
 
 
-def test_one_client_leaves_places_in_the_queue_to_others(tmp_path):
-    with service(tmp_path, workers=1, waiting=5) as http:
-        running = endless(http, 0).json()
-        wait(http, running, until=("running",))
-        assert endless(http, 1).status_code == 202
-        full = endless(http, 2)
-        assert (full.status_code, full.headers["retry-after"]) == (429, "30")
-        assert "1 jobs that you asked for are waiting already" in full.json()["error"]["message"]
-        assert endless(elsewhere(http, "10.0.0.2"), 2).status_code == 202
-
-
-def test_a_job_ends_only_when_the_last_who_asked_for_it_lets_go(tmp_path):
-    with service(tmp_path, workers=1) as a:
-        b = elsewhere(a, "10.0.0.2")
-        job = endless(a, 0).json()
-        assert endless(b, 0).json()["id"] == job["id"]
-        wait(a, job, until=("running",))
-        cancel = f"/v1/jobs/{job['id']}/cancel"
-        stranger = elsewhere(a, "10.0.0.3").post(cancel)
-        assert (stranger.status_code, stranger.json()["error"]["code"]) == (403, "forbidden")
-        for _ in range(2):
-            told = a.post(cancel)
-            assert (told.status_code, told.json()["state"], told.json()["wanted_by"]) == (200, "running", 1)
-        # Two at one address tell themselves apart by their names.
-        names = [{"Client-Id": name} for name in ("first", "second")]
-        for headers in names:
-            assert a.post("/v1/comparisons", json=job["request"], headers=headers).json()["id"] == job["id"]
-        assert b.post(cancel).json()["wanted_by"] == 2
-        assert a.post(cancel, headers=names[0]).json()["wanted_by"] == 1
-        a.post(cancel, headers=names[1])
-        assert wait(a, job, until=("cancelled",))["wanted_by"] == 0
-        refused = a.post(cancel, headers={"Client-Id": "x" * 101})
-        assert (refused.status_code, refused.json()["error"]["fields"][0]["field"]) == (422, "header.Client-Id")
+def test_what_a_client_says_of_itself_changes_nothing(tmp_path):
+    """Three names filled the queue of all, and the key of one blocked that of another: there is one user."""
+    with service(tmp_path, workers=1, waiting=2) as http:
+        wait(http, endless(http, 0).json(), until=("running",))
+        names = [{"Client-Id": name, "X-Forwarded-For": f"10.0.0.{len(name)}"} for name in ("a", "bb", "ccc")]
+        first, second = (endless(http, number, names[number]).json() for number in (1, 2))
+        full = endless(http, 3)
+        assert (full.status_code, full.json()["error"]["message"]) == (
+            429,
+            "2 jobs are waiting already; ask again in a minute",
+        )
+        assert "wanted_by" not in first
+        # Whoever asked for it, a job ends when it is ended, and asking for the same joined it until then.
+        assert endless(http, 1, names[2]).json()["id"] == first["id"]
+        cancel = f"/v1/jobs/{first['id']}/cancel"
+        assert http.post(cancel, headers=names[0]).json()["state"] == "cancelled"
+        assert http.post(cancel).status_code == 409
+        assert http.get(f"/v1/jobs/{second['id']}").json()["state"] == "queued"
 
 
 def test_a_profile_that_was_uploaded_can_be_run_once_it_is_measured_here(tmp_path, profile, minimum):
@@ -142,12 +111,44 @@ def test_a_profile_that_was_uploaded_can_be_run_once_it_is_measured_here(tmp_pat
         run = {"plan": plan, "data": "random", "steps": 1}
         assert "was not made by this service" in http.post("/v1/runs", json=run).json()["error"]["message"]
         own = http.app.state.service
-        job = own.store.ask("profile", "cpu", {}, content=None, key=None, waiting=9, client=HERE)[0]
+        job = own.store.ask("profile", "cpu", {}, content=None, key=None, waiting=9)[0]
         made = keep_profile(own.objects, measured, origin="made")
         own.store.finish(job.id, "succeeded", result={"profile": made["id"]}, files=[made])
         assert http.get(f"/v1/profiles/{identity}").json()["origin"] == "made"
         assert upload(http, measured) == identity  # which takes nothing away
         assert http.post("/v1/runs", json=run).status_code == 202
+
+
+def test_an_upload_does_not_block_the_run_of_what_was_measured(tmp_path, profile):
+    """Copies of a measured profile that lead to the same plan, planned before it and with other options."""
+    measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
+    clipping = chosen(profile, None, 3.0)
+    changed = measured.model_copy(update={"optimizer": clipping.optimizer, "tensors": clipping.tensors})
+    with service(tmp_path) as http:
+        own = http.app.state.service
+
+        def planned(identity, **options):
+            asked = {
+                "profile": identity,
+                "memory": "1GiB",
+                "policy": "keep-all",
+                "optimizer": "adamw",
+                "max_grad_norm": 1.0,
+            } | options
+            result = wait(http, http.post("/v1/plans", json=asked).json())["result"]
+            return result["plan"], result["summary"]["fingerprint"]
+
+        copy = upload(http, changed)
+        made = own.store.add(keep_profile(own.objects, measured, origin="made"))["id"]
+        assert copy != made
+        plans = [planned(one, **options) for one in (copy, made) for options in ({}, {"gap": 0.1})]
+        assert len({fingerprint for _, fingerprint in plans}) == 1
+        assert len({plan for plan, _ in plans}) == 4
+        for plan, _ in plans:
+            run = http.post("/v1/runs", json={"plan": plan, "data": "random", "steps": 1})
+            assert run.status_code == (422 if http.get(f"/v1/plans/{plan}").json()["profile"] == copy else 202)
+            if run.status_code == 202:
+                http.post(f"/v1/jobs/{run.json()['id']}/cancel")
 
 
 def test_jobs_end_one_after_the_other_when_their_time_is_over(tmp_path):
@@ -277,7 +278,7 @@ def test_packed_weights_and_configs_are_kept_no_longer_than_the_rest(tmp_path):
         later = cache / "stores" / "d.store"
         later.write_bytes(bytes(1000))
         store = http.app.state.service.store
-        run, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9, client=HERE)
+        run, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9)
         store.next("cpu")
         assert counted(http) == "tightfit_stored_bytes 2000.0"  # it may be at it
         store.finish(run.id, "cancelled")
@@ -462,7 +463,7 @@ def full(tmp_path, monkeypatch):
         return finish(*words, **more)
 
     monkeypatch.setattr(store, "finish", finish_with_room)
-    job, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9, client=HERE)
+    job, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9)
     yield supervisor, store, job
     store.close()
 
@@ -477,13 +478,13 @@ def test_a_run_that_is_cancelled_while_its_end_waits_for_room_can_go_on(full):
         store.next("cpu")
         ending = asyncio.create_task(supervisor._conclude(job, FAILED, 1, None))
         await asyncio.sleep(0.05)
-        supervisor.cancel(job.id, HERE)
+        supervisor.cancel(job.id)
         supervisor.room = True
         await ending
 
     asyncio.run(end())
     assert store.job(job.id).state == "cancelled"
-    assert supervisor.resume(job.id, HERE).state == "queued"
+    assert supervisor.resume(job.id).state == "queued"
     assert supervisor._cancelled == set()  # else it would be ended as soon as it starts
 
 

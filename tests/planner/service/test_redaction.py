@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tightfit.planner.service.http.redaction import Redaction
+from tightfit.planner.service.wire.redaction import Redaction, with_paths
 from tightfit.planner.service.wire.schema import Error, Job
+from tightfit.profiles.schema import Model
 
 
 @pytest.mark.parametrize(
@@ -43,11 +47,43 @@ def test_a_link_s_target_is_an_open_folder_too(tmp_path):
 
 
 def test_a_job_tells_its_request_and_its_error_so():
-    request = {"source": "/srv/models/llama", "data": "random", "seq": 16, "eval_data": None}
+    request = {
+        "source": "/srv/models/llama",
+        "data": "random",
+        "seq": 16,
+        "eval_data": None,
+        "adapter": "/srv/models/a",
+    }
     error = Error(code="input", message="/srv/models/llama/config.json: not JSON")
     job = Job(
         id="job-0123456789abcdef", kind="profile", state="failed", created=0.0, attempts=1, request=request, error=error
     )
     told = Redaction([Path("/srv/models")]).job(job)
-    assert told.request == request | {"source": "llama"}
+    assert told.request == request | {"source": "llama", "adapter": "a"}
     assert told.error.message == "llama/config.json: not JSON"
+
+
+FOLDERS = [Path("/srv/my models"), Path("/var/lib/data/cache"), Path("/var/lib/data")]
+INSIDE = st.lists(st.from_regex(r"[A-Za-z0-9][\w-]{0,8}", fullmatch=True), min_size=1, max_size=3).map("/".join)
+PATHS = st.builds(lambda folder, inside: f"{folder}/{inside}", st.sampled_from([*FOLDERS, Path("/home/me")]), INSIDE)
+WORDS = st.sampled_from(["org/model", "samples/s", "", "random"])
+DATA = st.recursive(
+    PATHS | WORDS | st.none() | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from("abc"), inner),
+)
+
+
+@given(DATA)
+def test_no_path_is_left_in_json(data):
+    told = json.dumps(Redaction(FOLDERS).value(data))
+    assert not any(root in told for root in ("/srv", "/var", "/home"))
+    assert told.count("org/model") == json.dumps(data).count("org/model")
+
+
+@given(PATHS | WORDS, st.none() | PATHS, st.none() | PATHS | WORDS)
+def test_a_model_is_told_without_paths_and_finds_them_again(source, store, base):
+    config = {"layers": 2} | ({} if base is None else {"adapter_base": base})
+    model = Model(name="m", source=source, kind="decoder", store=store, config=config)
+    told, paths = Redaction(FOLDERS).model(model)
+    assert not any(root in told.model_dump_json() for root in ("/srv", "/var", "/home"))
+    assert with_paths(told, json.loads(json.dumps(paths))) == model

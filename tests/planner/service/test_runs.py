@@ -44,8 +44,7 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, measured):
         made = service.result("/v1/profiles", **MEASURED)["profile"]
         # What a run reads lies in the service's own cache, where it is counted.
         (cached,) = service.http.get(f"/v1/profiles/{made}").json()["summary"]["cached"]
-        store = service.http.get(f"/v1/profiles/{made}/file").json()["model"]["store"]
-        assert store.endswith(f"/data/cache/{cached}")
+        assert service.http.get(f"/v1/profiles/{made}/file").json()["model"]["store"] == cached
         plan = service.result("/v1/plans", profile=made, memory="1GiB", policy="keep-all")["plan"]
         answer = service.http.post("/v1/runs", json={"plan": plan, "data": str(tmp_path), "steps": 1})
         assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, "body.data")
@@ -97,7 +96,26 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, measured):
         assert len(report["loss"]) == len(steps_of(service, second)) == 8
         adapter = service.http.get(f"/v1/runs/{second}/adapter").content
         with tarfile.open(fileobj=io.BytesIO(adapter)) as archive:
-            assert json.load(archive.extractfile("adapter/adapter_config.json"))["r"] == 4
+            config = json.load(archive.extractfile("adapter/adapter_config.json"))
+        assert (config["r"], config["base_model_name_or_path"]) == (4, "model")
+        # Nothing that leaves the service tells where things lie on its machine; a client may upload a profile again.
+        told = service.http.get(f"/v1/plans/{plan}/file")
+        assert report["plan_fingerprint"] == told.json()["fingerprint"]
+        with connect(service.url) as client:
+            assert client.upload(client.profile(**MEASURED)) == made
+            assert client.stored_plan(plan).model.source == "model"
+        for path in (
+            "jobs",
+            f"jobs/{second}",
+            f"profiles/{made}",
+            f"profiles/{made}/file",
+            f"plans/{plan}",
+            f"plans/{plan}/view",
+        ):
+            told_there = service.http.get(f"/v1/{path}").text
+            assert str(tmp_path.parent.parent) not in told_there, path
+        for text in (told.text, json.dumps(report), adapter.decode(errors="replace")):
+            assert str(tmp_path.parent.parent) not in text
         assert not (service.data / "runs" / second / "out").exists()
 
         # What was cancelled goes on from what it has saved; what is done has nothing to go on with.

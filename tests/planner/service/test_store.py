@@ -13,15 +13,12 @@ from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.jobs.migrations import LATEST, STEPS
 from tightfit.planner.service.jobs.store import (
     ATTEMPTS,
-    MOST_ASKERS,
-    MOST_SERVED,
     Store,
     cache_row,
     content_key,
     file_row,
     folder_row,
 )
-from tightfit.planner.service.wire.clients import Requester, network_of
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.objects import Objects, unpacked
 from tightfit.planner.service.wire.schema import Error
@@ -43,18 +40,11 @@ def objects(tmp_path):
     return Objects(tmp_path / "objects")
 
 
-HERE = Requester(address="127.0.0.1")
-A, B, C = (Requester(address="10.0.0.1", name=name) for name in ("a", "b", "c"))
-NEAR, FAR = Requester(address="10.0.0.1"), Requester(address="10.0.0.2")
-
-
-def ask(store, number=1, *, key=None, repeatable=False, waiting=100, client=HERE, uses=(), anew=False):
+def ask(store, number=1, *, key=None, repeatable=False, waiting=100, uses=(), anew=False):
     request = {"number": number}
     content = None if repeatable else content_key("plan", request | ({"force": True} if anew else {}))
     renews = content_key("plan", request) if anew else None
-    return store.ask(
-        "plan", LANE, request, content=content, key=key, waiting=waiting, client=client, uses=uses, renews=renews
-    )
+    return store.ask("plan", LANE, request, content=content, key=key, waiting=waiting, uses=uses, renews=renews)
 
 
 def keep(store, objects, identity, size=100, **more):
@@ -148,86 +138,6 @@ def test_a_full_queue_refuses(store):
         ask(store, 2, waiting=1)
     assert caught.value.status == 429
     assert ask(store, 1, waiting=1)[1] is False
-
-
-def test_what_one_party_may_have_waiting_is_bounded(store):
-    """A fifth of the queue for a client, half of it for all at one address; asking again for the same costs nothing."""
-    for number in range(2):
-        ask(store, number, waiting=10, client=A)
-    with pytest.raises(ServiceError, match="2 jobs that you asked for are waiting already, which is all") as caught:
-        ask(store, 2, waiting=10, client=A)
-    assert (caught.value.status, caught.value.code) == (429, "busy")
-    assert ask(store, 1, waiting=10, client=A)[1] is False
-    # Names are free to choose, addresses are not.
-    for number in range(2, 5):
-        ask(store, number, waiting=10, client=Requester(address="10.0.0.1", name=f"n{number}"))
-    with pytest.raises(ServiceError, match="5 jobs from your address are waiting already") as caught:
-        ask(store, 5, waiting=10, client=B)
-    assert caught.value.status == 429
-    ended = store.job(ask(store, 0, client=A)[0].id)
-    store.finish(ended.id, "failed", error=Error(code="input", message="no"))
-    assert store.resume(ended.id, waiting=10, client=FAR)[1]
-    ask(store, 5, waiting=10, client=FAR)
-    with pytest.raises(ServiceError, match="2 jobs that you asked for are waiting already"):
-        store.resume(ask(store, 6, waiting=10, client=FAR)[0].id, waiting=10, client=FAR)
-    assert store.next(LANE) is not None  # what runs no longer waits
-    ask(store, 6, waiting=10, client=FAR)
-
-
-def test_an_address_counts_with_those_that_its_owner_may_choose_from():
-    assert network_of("127.0.0.1") == network_of("127.9.0.2") == network_of("::1") == network_of("::ffff:127.0.0.1")
-    assert network_of("2001:db8:0:1::5") == network_of("2001:db8:0:1:ffff::6%eth0") != network_of("2001:db8:0:2::5")
-    assert network_of("10.0.0.1") == network_of("::ffff:10.0.0.1") != network_of("10.0.0.2")
-    assert network_of("a proxy's socket") == "a proxy's socket"
-
-
-def test_networks_and_their_clients_take_turns(store):
-    asked = [(A, 1), (A, 2), (A, 3), (B, 4), (FAR, 5), (FAR, 6)]
-    ids = {ask(store, number, client=client)[0].id: number for client, number in asked}
-    assert [ids[store.next(LANE).id] for _ in asked] == [1, 5, 4, 6, 2, 3]
-    # Of what is remembered only the latest counts.
-    assert store.next(LANE) is None
-    store._served = {(LANE, str(number)): number for number in range(MOST_SERVED)}
-    ask(store, 7, client=A)
-    assert store.next(LANE) is not None
-    assert len(store._served) <= MOST_SERVED
-
-
-def test_a_job_is_wanted_until_the_last_who_asked_lets_go(store):
-    job, _ = ask(store, client=A)
-    assert ask(store, client=B)[0].wanted_by == 2
-    written = store._database.total_changes
-    assert ask(store, client=B)[0].wanted_by == 2
-    assert store._database.total_changes == written  # whoever asks every second costs the disk nothing
-    assert store.let_go(job.id, A) == 1
-    assert store.let_go(job.id, A) == 1  # twice is once
-    for stranger in (C, FAR):
-        with pytest.raises(ServiceError, match="was asked for by others; only who has asked") as caught:
-            store.let_go(job.id, stranger)
-        assert (caught.value.status, caught.value.code) == (403, "forbidden")
-    assert ask(store, client=A, key="again")[0].wanted_by == 2
-    assert [store.let_go(job.id, client) for client in (B, A)] == [1, 0]
-    assert ask(store, client=A, key="again")[0].wanted_by == 1  # the key stands for the job, which is wanted again
-    # Who gives no name speaks for the address, unless that has asked so itself.
-    ask(store, client=B)
-    assert store.let_go(job.id, NEAR) == 0
-    ask(store, client=NEAR)
-    ask(store, client=B)
-    assert store.let_go(job.id, NEAR) == 1
-    assert store.let_go(job.id, NEAR) == 1
-    # Who has asked under no name can be spoken for by a name at that address.
-    other, _ = ask(store, 2, client=NEAR)
-    assert store.let_go(other.id, C) == 0
-    # Nobody is remembered to have asked for what an earlier version began.
-    store._database.execute("DELETE FROM askers")
-    assert store.let_go(job.id, FAR) == 0
-    # However many ask, so many are remembered; what has ended is wanted by nobody.
-    for number in range(MOST_ASKERS + 1):
-        wanted = ask(store, client=Requester(address="10.0.0.1", name=str(number)))[0].wanted_by
-    assert wanted == MOST_ASKERS
-    store.finish(job.id, "succeeded", result={})
-    store._database.execute("DELETE FROM askers")
-    assert ask(store, client=A)[0].wanted_by == 0
 
 
 def test_what_is_measured_here_counts_as_made_whoever_uploaded_it_before(store, objects):
@@ -423,27 +333,27 @@ def test_a_run_that_ended_early_goes_on_and_its_checkpoints_are_its_own_again(st
     store.next(LANE)
     store.finish(run.id, "cancelled", files=[folder_row(run.id, 5000)])
     assert store.stored_bytes() == 5000
-    resumed, new = store.resume(run.id, key="k", waiting=1, client=HERE)
+    resumed, new = store.resume(run.id, key="k", waiting=1)
     assert new
     assert (resumed.state, resumed.finished, resumed.attempts, store.stored_bytes()) == ("queued", None, 0, 0)
     # Asked twice under one key, it goes on once; a key is for one request.
-    assert store.resume(run.id, key="k", waiting=1, client=HERE) == (resumed, False)
+    assert store.resume(run.id, key="k", waiting=1) == (resumed, False)
     with pytest.raises(ServiceError, match="the idempotency key 'k' was used for another request"):
         ask(store, key="k", repeatable=True)
     # What cannot go on is told so, with a full queue too.
     for waiting in (1, 2):
         with pytest.raises(ServiceError, match="is queued: there is nothing to go on with") as refusal:
-            store.resume(run.id, waiting=waiting, client=HERE)
+            store.resume(run.id, waiting=waiting)
         assert refusal.value.status == 409
     other, _ = ask(store, 2, repeatable=True)
     store.finish(other.id, "cancelled")
     with pytest.raises(ServiceError, match="1 jobs are waiting already"):
-        store.resume(other.id, waiting=1, client=HERE)
+        store.resume(other.id, waiting=1)
     assert store.job(other.id).state == "cancelled"
     assert store.next(LANE).id == run.id
     store.finish(run.id, "succeeded", result={})
     with pytest.raises(ServiceError, match="is succeeded: there is nothing to go on with"):
-        store.resume(run.id, waiting=9, client=HERE)
+        store.resume(run.id, waiting=9)
 
 
 def test_what_lies_in_the_cache_counts_and_goes_first_of_what_was_used_last_at_once(store, objects):
@@ -456,7 +366,7 @@ def test_what_lies_in_the_cache_counts_and_goes_first_of_what_was_used_last_at_o
     assert 0 < small < 1000
     # What a run needs that waits is spared.
     uses = [("cache", "stores/b.store")]
-    run, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9, client=HERE, uses=uses)
+    run, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9, uses=uses)
     store._touched = {("cache", "stores/b.store"): 1.0}
     removed = store.expire(before=0, keep_bytes=3000 + small)
     assert [row["id"] for row in removed] == ["stores/a.store"]

@@ -1,0 +1,189 @@
+"""Whatever a request or a stored job holds, no lane stops and every list is answered: what could not be shown is not stored,
+and what cannot be read any more is set aside by name.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from damage import CONFIG
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from served import service
+
+from tightfit.planner.service.jobs.store import Store
+from tightfit.planner.service.jobs.supervisor import Supervisor
+from tightfit.planner.service.wire.errors import ServiceError
+from tightfit.planner.service.wire.schema import Error
+
+PATIENCE = 30.0
+"""seconds"""
+ROUTES = ("profiles", "plans", "comparisons", "fleets", "runs", "profiles/upload")
+TEXT = st.text(st.characters(exclude_categories=())) | st.sampled_from(["\ud800", "\0", "", "a" * 5000])
+LEAVES = TEXT | st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from([10**400, -0.0, 1e308])
+TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4))
+
+
+def nested(depth, inner, kind):
+    for _ in range(depth):
+        inner = [inner] if kind == "list" else {"a": inner}
+    return inner
+
+
+ANYTHING = st.builds(nested, st.integers(0, 400), TREES, st.sampled_from(["list", "object"]))
+GENERATED = settings(
+    max_examples=40, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory):
+    """A service whose jobs end as soon as they are taken."""
+
+    async def carry_out(self, job, lane):
+        self._ended(self.store.finish(job.id, "failed", error=Error(code="input", message="not tried")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Supervisor, "_carry_out", carry_out)
+        with service(tmp_path_factory.mktemp("any")) as opened:
+            yield opened
+
+
+def ended(http, job):
+    until = time.monotonic() + PATIENCE
+    while http.get(f"/v1/jobs/{job}").json()["state"] in {"queued", "running"}:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def send(http, route, body):
+    """The answer to a body as Python writes it: NaN and halves of characters too."""
+    return http.post(f"/v1/{route}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+
+def check_it_goes_on(http, answer):
+    assert answer.status_code < 500, answer.text
+    if answer.status_code == 202:
+        ended(http, answer.json()["id"])
+    else:
+        assert answer.json()["error"]["message"]
+    assert http.get("/v1/jobs?limit=1000").status_code == 200
+
+
+@GENERATED
+@given(route=st.sampled_from(ROUTES), body=ANYTHING)
+def test_any_body_is_answered(http, route, body):
+    check_it_goes_on(http, send(http, route, body))
+
+
+@GENERATED
+@given(inside=ANYTHING, name=TEXT)
+def test_any_config_is_refused_or_becomes_a_job_that_ends(http, inside, name):
+    check_it_goes_on(http, send(http, "profiles", {"config": CONFIG | {"extra": inside, name: 1}}))
+
+
+@pytest.mark.parametrize(
+    "extra", [nested(300, 1, "list"), nested(61, 1, "list"), "\ud800", {"\udfff": 1}, float("nan")]
+)
+def test_what_cannot_be_repeated_as_json_is_no_job(http, extra):
+    """One such request stopped every list and the device's lane, over restarts too."""
+    answer = send(http, "profiles", {"config": CONFIG | {"extra": extra}})
+    fine = isinstance(extra, float) or extra == nested(61, 1, "list")
+    assert answer.status_code == (202 if fine else 422), answer.text
+    check_it_goes_on(http, answer)
+
+
+def test_a_request_may_be_64_levels_deep(http):
+    """The body, the config and what is in it."""
+    for depth, status in ((62, 202), (63, 422)):
+        assert send(http, "profiles", {"config": CONFIG | {"x": nested(depth, 1, "object")}}).status_code == status
+
+
+@GENERATED
+@given(value=ANYTHING)
+def test_what_is_stored_can_be_shown(tmp_path_factory, value):
+    """Whoever asks the store, by whichever door: requests and results."""
+    store = Store(tmp_path_factory.mktemp("store") / "s.sqlite")
+    try:
+        job, _ = store.ask("plan", "solve", {"value": value}, content=None, key=None, waiting=9)
+    except ServiceError as refusal:
+        assert (refusal.status, refusal.field) == (422, "body")
+        job, _ = store.ask("plan", "solve", {}, content=None, key=None, waiting=9)
+    store.next("solve")
+    try:
+        store.finish(job.id, "succeeded", result={"value": value})
+    except ValueError:
+        store.finish(job.id, "failed", error=Error(code="internal", message="not shown"))
+    assert store.jobs()[0].model_dump_json()
+    assert store.set_aside() == []
+    store.close()
+
+
+COLUMNS = ("kind", "state", "request", "result", "error", "created", "started", "attempts", "id")
+VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.binary() | st.text() | ANYTHING.map(json.dumps)
+
+
+@GENERATED
+@given(column=st.sampled_from(COLUMNS), value=VALUES, blob=st.booleans())
+def test_a_stored_job_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory, column, value, blob):
+    folder = tmp_path_factory.mktemp("store")
+    store = Store(folder / "s.sqlite")
+    first, second = (
+        store.ask("plan", "solve", {"n": number}, content=None, key=None, waiting=9)[0].id for number in range(2)
+    )
+    if isinstance(value, bytes) and not blob:
+        statement = f"UPDATE jobs SET {column} = CAST(? AS TEXT) WHERE id = ?"
+    else:
+        statement = f"UPDATE jobs SET {column} = ? WHERE id = ?"
+    try:
+        store._database.execute(statement, (value, first))
+    except Exception:  # what the database itself refuses
+        store.close()
+        return
+    for _ in range(2):
+        listed = [job.id for job in store.jobs()]
+        assert second in listed
+        if first not in listed and column != "id":
+            assert store.set_aside() == [first]
+            with pytest.raises(ServiceError, match="could not be read and was set aside as set-aside/job-"):
+                store.job(first)
+        store.close()
+        store = Store(folder / "s.sqlite")
+        store.recover()
+    taken = []
+    while (job := store.next("solve")) is not None:
+        taken.append(job.id)
+    assert taken[-1] == second
+    assert len(taken) + len(store.set_aside()) <= 2
+    store.close()
+
+
+def test_what_is_set_aside_is_told_and_stops_nothing_over_restarts(tmp_path, caplog):
+    with service(tmp_path) as http:
+        store = http.app.state.service.store
+        bad, _ = store.ask("run", "cpu", {}, content=None, key="k", waiting=9)
+        request = json.dumps({"config": nested(300, 1, "list")})
+        store._database.execute("UPDATE jobs SET request = ? WHERE id = ?", (request, bad.id))
+    folder = tmp_path / "data" / "runs" / bad.id
+    folder.mkdir()
+    for _ in range(2):
+        with service(tmp_path) as http:
+            told = http.get("/v1/jobs").json()
+            assert (told["jobs"], told["set_aside"]) == ([], [bad.id])
+            assert http.get("/healthz").json()["set_aside"] == [bad.id]
+            answer = http.get(f"/v1/jobs/{bad.id}")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+            http.app.state.service.supervisor.retain()
+            job, _ = http.app.state.service.store.ask(
+                "run", "cpu", {"plan": "0" * 64}, content=None, key=None, waiting=9
+            )
+            http.app.state.service.supervisor.wake("cpu")
+            ended(http, job.id)
+            http.app.state.service.store._database.execute("DELETE FROM jobs")
+    kept = json.loads((tmp_path / "data" / "set-aside" / f"{bad.id}.json").read_text())
+    assert kept["request"] == request
+    assert folder.is_dir()  # what it had saved
+    (line,) = [record for record in caplog.records if record.message == "a job cannot be read: set aside"]
+    assert line.job == bad.id
