@@ -42,7 +42,7 @@ def default(model_type: str, small: bool = True) -> dict[str, Any] | None:
     """The config.json that transformers writes for a type by default, with `small` sizes; None if it has none."""
     try:
         written = json.loads(transformers.CONFIG_MAPPING[model_type]().to_json_string(use_diff=False))
-    except Exception:  # noqa: BLE001  some configs have no defaults
+    except Exception:
         return None
     return shrunk(written) if small else written  # type: ignore[no-any-return]
 
@@ -51,7 +51,10 @@ def shrunk(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     layers = config.get("num_hidden_layers")
-    made = {key: min(value, SMALL[key]) if key in SMALL and type(value) is int else shrunk(value) for key, value in config.items()}
+    made = {
+        key: min(value, SMALL[key]) if key in SMALL and type(value) is int else shrunk(value)
+        for key, value in config.items()
+    }
     if isinstance(kinds := made.get("layer_types"), list) and isinstance(layers, int) and len(kinds) == layers:
         made["layer_types"] = kinds[-2:]
     return made
@@ -124,9 +127,18 @@ def test_text_models_of_qwen_vl_are_qwen(kind: str, tied: bool, flat: bool, tmp_
     """What is read of a checkpoint, put into transformers' Qwen2 or Qwen3, gives the logits of the whole model."""
     text = {key: value for key, value in sized("").items() if key not in ("model_type", "tie_word_embeddings")}
     sections = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 5e4}
-    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64, "embed_dim": 32}
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "out_hidden_size": 64,
+        "embed_dim": 32,
+    }
     config = getattr(transformers, f"{kind}Config")(
-        text_config=text | {"head_dim": 16, "initializer_range": 0.3, "rope_parameters": sections}, vision_config=vision, tie_word_embeddings=tied
+        text_config=text | {"head_dim": 16, "initializer_range": 0.3, "rope_parameters": sections},
+        vision_config=vision,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
     whole = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
@@ -135,7 +147,10 @@ def test_text_models_of_qwen_vl_are_qwen(kind: str, tied: bool, flat: bool, tmp_
     whole.save_pretrained(tmp_path)
     if flat:  # as the first releases were published
         written = json.loads((tmp_path / "config.json").read_text())
-        inner = written.pop("text_config") | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "rope_theta": 5e4}
+        inner = written.pop("text_config") | {
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "rope_theta": 5e4,
+        }
         del inner["rope_parameters"]
         (tmp_path / "config.json").write_text(json.dumps(inner | written))
     source = resolve(str(tmp_path), base="16bit")
