@@ -205,7 +205,9 @@ def _peft_targets(config: LoraConfig, layers: Sequence[str], chosen: Sequence[st
     short = sorted({_last(name) for name in chosen})
     numbers = None if config.layers is None else sorted(config.layers)
     by_short = [name for name in layers if _last(name) in short and (numbers is None or layer_number(name) in numbers)]
-    if sorted(by_short) != sorted(chosen):
+    if sorted(by_short) != sorted(chosen) or any(
+        name.isdigit() for name in short
+    ):  # a number is a whole layer's name as well
         return {"target_modules": sorted(chosen)}
     if body == BODY:
         return {"target_modules": short} | ({} if numbers is None else {"layers_to_transform": numbers})

@@ -53,9 +53,11 @@ def refuse_by_config(config: Mapping[str, Any]) -> None:
     name = config.get("model_type")
     if config.get("is_encoder_decoder"):
         raise encoder_decoder(name)
+    kinds = config.get("layers_block_type") or config.get("hybrid_override_pattern")  # Nemotron-H: MLPs are layers
+    listed_without = isinstance(kinds, list | str) and not any(kind in ("moe", "E") for kind in kinds)
     for key in EXPERTS:
         value = config.get(key)
-        if isinstance(value, int) and value > 1 and config.get("enable_moe_block", True):
+        if isinstance(value, int) and value > 1 and config.get("enable_moe_block", True) and not listed_without:
             raise experts(name, f"{key} = {value}")
     check_sizes(config)
 

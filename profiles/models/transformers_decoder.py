@@ -533,7 +533,10 @@ def _head(made: Any) -> tuple[float | None, float]:
         hidden, small = torch.randn(1, 3, width), nn.Linear(width, 5, bias=head.bias is not None)
     probe = copy.copy(made)
     probe.__dict__ = dict(made.__dict__)
-    probe._modules = dict(made._modules) | {made.base_model_prefix: _Given(hidden), name: small}
+    probe._modules = dict(made._modules) | {
+        made.base_model_prefix: _Given(hidden, getattr(made, made.base_model_prefix)),
+        name: small,
+    }
     try:
         with torch.no_grad(), _quietly():
             logits = probe(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False).logits
@@ -555,12 +558,16 @@ def _head(made: Any) -> tuple[float | None, float]:
 
 
 class _Given(nn.Module):
-    """Stands for a decoder's body and returns given hidden states."""
+    """Stands for a decoder's body, whose other attributes it has, and returns given hidden states."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, body: nn.Module) -> None:
         super().__init__()
         self.hidden = hidden
+        self.__dict__["body"] = body
         self.__dict__["decoder"] = self  # OPT calls its body by this name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["body"], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return _Hidden((self.hidden,))

@@ -39,6 +39,23 @@ FALCON = {
     "bias": False,
     "alibi": False,
 }
+GEMMA3N = {
+    "model_type": "gemma3n_text",
+    "vocab_size": 96,
+    "vocab_size_per_layer_input": 96,
+    "hidden_size": 64,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "activation_sparsity_pattern": [0.0, 0.0],
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+}
 SETTINGS = {
     "all": LoraConfig(rank=4),
     "attention": LoraConfig(rank=4, targets="attention"),
@@ -89,7 +106,11 @@ def test_peft_chooses_the_same_layers_ranks_and_scales(setting):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT sets it itself for GPT-2
-@pytest.mark.parametrize("config", [GPT2, FALCON], ids=["gpt2", "falcon"])
+@pytest.mark.parametrize(
+    ("config", "body"),
+    [(GPT2, "transformer."), (FALCON, "transformer."), (GEMMA3N, "model.")],
+    ids=["gpt2", "falcon", "gemma3n"],
+)
 @pytest.mark.parametrize(
     "lora",
     [
@@ -100,13 +121,12 @@ def test_peft_chooses_the_same_layers_ranks_and_scales(setting):
     ],
     ids=["attention", "one layer", "all", "attention in one layer"],
 )
-def test_other_families_are_chosen_by_the_same_words(config, lora):
+def test_other_families_are_chosen_by_the_same_words(config, body, lora):
     pytest.importorskip("transformers")
-    body = "transformer."
     made = AnyDecoder(config | {"adapter_body": body}, dtype=torch.float32, seq=8, lora=lora)
     assert ours(made, body) == theirs(config, adapter_config(made.lora, [], "base", body))
     part = {name.split(".")[-2] for name in ours(made, body)}
-    assert lora.targets != "attention" or part <= {"attn", "self_attention"}
+    assert lora.targets != "attention" or part <= {"attn", "self_attention", "self_attn"}
 
 
 def test_a_wrapped_body_is_told_by_whole_names():
