@@ -14,6 +14,7 @@ from typing import Any
 
 from tightfit.profiles.models.family import FULL, SLIDING, Family, families, family_of
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ATTENTION = (FULL, SLIDING)
@@ -139,7 +140,7 @@ def long_positions(config: Mapping[str, Any], seq: int) -> str | None:
         if isinstance(short, int) and short < seq:
             return (
                 f"the long factors of longrope in every sample, as transformers has them in rows of more than {short} tokens; a sample"
-                f" of at most {short} tokens, given to it alone, has the short ones: where most are, profile with --seq {short}"
+                f" of at most {short} tokens, given to it alone, has the short ones: where most are, profile with {spelled('seq', short)}"
             )
     return None
 

@@ -424,7 +424,8 @@ def _refuse_by_modules(made: Any, name: Any) -> None:
     for child in made.modules():
         if "Experts" in type(child).__name__ or (hasattr(child, "experts") and hasattr(child, "gate")):
             raise experts(name, type(child).__name__)
-    if not any("attention" in type(child).__name__.lower() for child in made.modules()):
+    kinds = {type(child).__name__ for child in made.modules()}
+    if not any("attention" in kind.lower() and not re.search(RECURRENT, kind) for kind in kinds):
         raise InputError(
             f"model_type {name!r} is not supported; supported: {', '.join(families())}, and decoders of transformers that have"
             " attention layers"

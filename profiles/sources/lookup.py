@@ -17,6 +17,7 @@ from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import FORMS, Source, read_config
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 
 if TYPE_CHECKING:
     from tightfit.profiles.weights.precision import Precision
@@ -80,7 +81,9 @@ def _refuse_choice(source: str, chosen: Precision) -> None:
     """Raise InputError if a precision is named for a module of the user's own."""
     for option, value in vars(chosen).items():
         if value is not None:
-            raise InputError(f"{option} {value}: {source} is a module, whose parameters stay float32; leave it out")
+            raise InputError(
+                f"{spelled(option)} {value}: {source} is a module, whose parameters stay float32; leave it out"
+            )
 
 
 def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:

@@ -10,7 +10,7 @@ import typer
 
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Debug, Force, Json, next_command, values_of, with_options
+from tightfit.runtime.cli.options import PRIMARY, Debug, Force, Json, next_command, values_of, with_options
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.supervision.printing import answer
 
@@ -24,7 +24,7 @@ def profile(
             help="A Hugging Face directory or hub id, a GGUF file, a bare config.json (random weights, for sizing) or package.module:factory.",
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written."), PRIMARY] = Path(
         "profile.json"
     ),
     force: Force = False,

@@ -357,8 +357,8 @@ def test_a_config_that_cannot_be_used(refused, tmp_path, case):
         (["MODEL", "--threads", "4097"], "threads 4097: this process may use 1 to "),
         (["MODEL", "--lora-rank", "-8"], "--lora-rank -8: give a number of at least 1"),
         (["MODEL", "--lora-rank", "100000"], "--lora-rank 100000: the model is "),
-        (["MODEL", "--lora-alpha", "nan"], "lora-alpha nan: give a finite number above 0"),
-        (["MODEL", "--lora-alpha", "-2"], "lora-alpha -2.0: give a finite number above 0"),
+        (["MODEL", "--lora-alpha", "nan"], "--lora-alpha nan: give a finite number above 0"),
+        (["MODEL", "--lora-alpha", "-2"], "--lora-alpha -2.0: give a finite number above 0"),
         (
             ["MODEL", "--seq", "4000"],
             "seq 4000 is longer than the 256 positions that model was trained for; use --seq 256",

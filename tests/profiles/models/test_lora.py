@@ -148,13 +148,13 @@ def test_a_wrapped_body_is_told_by_whole_names():
         ({"targets": "(q_proj"}, "no regular expression"),
         ({"targets": " "}, "is empty"),
         ({"layers": (3,)}, "has layers 0 to 2"),
-        ({"rank_pattern": {"c_attn": 4}}, "rank-pattern 'c_attn' matches none"),
-        ({"targets": "q_proj", "alpha_pattern": {"v_proj": 4}}, "alpha-pattern 'v_proj' matches none"),
-        ({"rank": 0}, "lora-rank must be at least 1"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank-pattern q_proj must be at least 1"),
-        ({"alpha": 0.0}, "lora-alpha 0.0"),
-        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha-pattern q_proj inf"),
-        ({"dropout": 1.0}, "lora-dropout 1.0"),
+        ({"rank_pattern": {"c_attn": 4}}, "rank_pattern 'c_attn' matches none"),
+        ({"targets": "q_proj", "alpha_pattern": {"v_proj": 4}}, "alpha_pattern 'v_proj' matches none"),
+        ({"rank": 0}, "lora_rank must be at least 1"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern q_proj must be at least 1"),
+        ({"alpha": 0.0}, "lora_alpha 0.0"),
+        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha_pattern q_proj inf"),
+        ({"dropout": 1.0}, "lora_dropout 1.0"),
     ],
 )
 def test_what_chooses_nothing_is_refused(options, said):
@@ -169,7 +169,7 @@ def test_numbers_of_layers():
     assert layer_number("transformer.h.2.attn.c_attn") == 2
     assert layer_number("lm_head") is None
     for text in ("3-1", "", "a", "1,,2", "-1", "1-"):
-        with pytest.raises(InputError, match="lora-layers"):
+        with pytest.raises(InputError, match="lora_layers"):
             layer_numbers(text)
 
 
@@ -304,7 +304,7 @@ def test_layers_are_numbered_in_the_list_that_is_named(pattern, tmp_path):
     read = made_of({"peft_type": "LORA"} | told, tmp_path)
     layers = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qkv"]
     if pattern == "h":  # PEFT finds no module for it either
-        with pytest.raises(InputError, match=r"lora-layers 0: it has none in \('h',\)"):
+        with pytest.raises(InputError, match=r"lora_layers 0: it has none in \('h',\)"):
             read.chosen(layers, "it")
         return
     assert {name: (pair.rank, pair.scale) for name, pair in read.chosen(layers, "it").items()} == theirs(
@@ -363,7 +363,7 @@ def test_settings_come_from_one_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "words"), [("rank", "lora-rank must be at least 1, not 0"), ("alpha", "lora-alpha 0.0")]
+    ("option", "words"), [("rank", "lora_rank must be at least 1, not 0"), ("alpha", "lora_alpha 0.0")]
 )
 def test_a_value_of_zero_is_no_default(option: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
