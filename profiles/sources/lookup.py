@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -125,7 +126,13 @@ def longest_sequence(source: str | os.PathLike[str]) -> int | None:
     else:
         folder = hub_directory(source) if kind == "hub" else path
         config = read_config(folder if kind == "config" else folder / "config.json")
-        found = next((config[name] for name in POSITIONS if config.get(name)), None)
+        found = positions_of(config)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """The number of positions that a decoder was made for, as its config says; None if it does not."""
+    found = next((config[name] for name in POSITIONS if config.get(name)), None)
     return found if isinstance(found, int) and found > 0 else None
 
 

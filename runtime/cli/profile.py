@@ -37,14 +37,16 @@ def profile(
     """
     asked = values_of(ProfileOptions, options)
     enough_for_a_solver()
-    from tightfit.profiles.api import profile as measure
-    from tightfit.profiles.api import save_profile
     from tightfit.runtime.cli.terminal import Stages, messages
     from tightfit.runtime.common.files import check_place
 
     check_place(output)
     console = messages()
     with Stages(console) as stages:
+        stages(f"opening {model}", 0, 1)  # on a busy machine, loading PyTorch takes a while
+        from tightfit.profiles.api import profile as measure
+        from tightfit.profiles.api import save_profile
+
         measured = measure(model, **asked, force=force, progress=stages)
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}

@@ -16,8 +16,10 @@ def in_python(name: str, value: Any = None) -> str:
 
 
 def on_command_line(name: str, value: Any = None) -> str:
-    """The same as words of a command line: ``--eval-every``, ``--seq 64``, ``--resume``."""
+    """The same as words of a command line: ``--eval-every``, ``--seq 64``, ``--resume``, ``--columns a=b``."""
     word = f"--{name.replace('_', '-')}"
+    if isinstance(value, dict):
+        value = ",".join(f"{one}={other}" for one, other in value.items())
     return word if value is None or value is True else f"{word} {value}"
 
 
@@ -32,6 +34,11 @@ def named_as(naming: Naming) -> Iterator[None]:
         yield
     finally:
         _naming.reset(token)
+
+
+def on_the_command_line() -> bool:
+    """Whether messages are for somebody at the command line; other processes have to be told."""
+    return spelled("x", True) == on_command_line("x", True)
 
 
 def spelled(name: str, value: Any = None) -> str:

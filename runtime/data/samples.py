@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.tables import PARTS, kind_of, rows_of, table_files
+from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.data.tables import EXAMPLE, PARTS, kind_of, rows_of, table_files
 
 Message = dict[str, Any]
 Tools = tuple[dict[str, Any], ...]
@@ -128,7 +129,7 @@ def checked_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
     """What the data call the parts of a sample. Raises InputError for a part that samples do not have."""
     for name in columns or ():
         if name not in PARTS:
-            raise InputError(f"columns: a sample has no part {name!r}; it has {', '.join(PARTS)}")
+            raise InputError(f"{spelled('columns')}: a sample has no part {name!r}; it has {', '.join(PARTS)}")
     return dict(columns) if columns else None
 
 
@@ -258,7 +259,7 @@ def parse_sample(line: bytes, columns: Mapping[str, str] | None = None) -> Sampl
     if columns:
         missing = next((column for column in columns.values() if column not in value), None)
         if missing is not None:
-            raise InputError(f"no key {missing!r}; there are {_keys(value)}")
+            raise InputError(f"no key {missing!r}, which {spelled('columns')} names; there are {_keys(value)}")
         value = {name: value[column] for name, column in columns.items()}
     return _sample(value)
 
@@ -308,7 +309,9 @@ def _sample(value: dict[str, Any]) -> Sample:
         return _instruction(value)
     if "text" in value:
         return Text(_string(value["text"], "text"))
-    raise InputError(f"unknown keys ({_keys(value)}); write {FORMS}")
+    raise InputError(
+        f"unknown keys ({_keys(value)}); write {FORMS}, or say which keys are the parts: {spelled('columns', EXAMPLE)}"
+    )
 
 
 def _conversation(value: dict[str, Any], key: str) -> Conversation:

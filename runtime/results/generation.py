@@ -286,7 +286,7 @@ def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> d
     given = Adapter(folder, body)
     if given.tables:
         raise InputError(
-            f"{folder}: the adapter holds {', '.join(sorted(given.tables))}, trained in full (modules_to_save), which tightfit"
+            f"{folder}: the adapter holds {', '.join(sorted(given.tables))}, trained in full, which tightfit"
             f" cannot generate with beside a packed base; {INSTEAD}"
         )
     pairs = {}

@@ -68,7 +68,7 @@ def check_seat(plan: Plan, seat: Seat | None) -> None:
 def check_steps(plan: Plan, steps: int) -> None:
     """Raise InputError if so many steps would end in the middle of an update."""
     if unfinished := unfinished_update(steps, plan.accumulate):
-        raise InputError(f"steps {steps}: {unfinished}")
+        raise InputError(f"{spelled('steps')} {steps}: {unfinished}")
 
 
 def check_fleet_options(options: RunOptions) -> None:

@@ -45,7 +45,7 @@ def given_adapter(plan: Plan, directory: Path) -> GivenAdapter:
     """
     if not plan.model.lora:
         raise InputError(
-            f"adapter {directory}: the plan trains {plan.model.name} itself and no adapter of it; leave out the adapter,"
+            f"{spelled('adapter')} {directory}: the plan trains {plan.model.name} itself and no adapter of it; leave out the adapter,"
             f" or profile with {spelled('lora_rank')}"
         )
     check_planned(directory, plan.model.lora, layers_with_pairs(plan))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.engine.training.batches import open_batches
@@ -207,7 +208,9 @@ def prepared(
     if seat:
         check_fleet_options(options)
     if options.eval_every is not None and eval_data is None:
-        raise InputError(f"eval_every {options.eval_every}: there is nothing to evaluate on; give held-out data")
+        raise InputError(
+            f"{spelled('eval_every')} {options.eval_every}: there is nothing to evaluate on; give held-out data"
+        )
     if steps is not None:
         check_steps(plan, steps)
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
@@ -242,7 +245,9 @@ def prepared(
             shutil.rmtree(tokens, ignore_errors=True)
         epoch_steps = _epoch_steps(plan, train, options) if train else None
         if train is None and options.epochs is not None:
-            raise InputError(f"epochs {options.epochs:g}: a server has no data, of which an epoch would be; give steps")
+            raise InputError(
+                f"{spelled('epochs')} {options.epochs:g}: a server has no data, of which an epoch would be; give {spelled('steps')}"
+            )
         settled = options.over(epoch_steps, of_update=seat.micro_batches if seat else plan.accumulate)
         if resume and steps is None and settled.steps is not None:
             check_reached(directory, settled.steps)
@@ -297,7 +302,9 @@ def prepare_data(
     from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare, tokens_in
 
     if columns and purpose == "train" and (plan.model.kind == "module" or (isinstance(data, str) and data == RANDOM)):
-        raise InputError(f"columns {', '.join(columns.values())}: the data given have none; leave them out")
+        raise InputError(
+            f"{spelled('columns')} {', '.join(columns.values())}: the data given have none; leave them out"
+        )
     if plan.model.kind == "module":
         return _prepare_module(plan, data, folder, purpose, stages)
     if not isinstance(data, str | os.PathLike):
@@ -328,6 +335,7 @@ def prepare_data(
         progress=(lambda done: stages(what, done, done)) if stages else None,
         preparation=preparation,
         kept=kept,
+        positions=lookup.positions_of(plan.model.config),
     )
     records.close()
     return records.path

@@ -183,7 +183,7 @@ def check_reached(directory: Path, steps: int) -> None:
     checkpoints = find_checkpoints(str(directory))
     if checkpoints and (reached := checkpoints[-1][0]) > steps:
         raise InputError(
-            f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
+            f"{spelled('steps')} {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
         )
 
 

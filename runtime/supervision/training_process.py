@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.files import in_memory, nameless_file
-from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.option_names import on_the_command_line, spelled
 from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
@@ -204,6 +204,8 @@ def started(
                 arguments = command(order.job, "--messages", str(write), module=order.module)
                 if requests is not None and order.module != RunOrder.module:
                     arguments += ["--requests", str(requests)]
+                if on_the_command_line() and order.module == RunOrder.module:
+                    arguments.append("--on-command-line")
                 try:
                     process = subprocess.Popen(
                         own.enter(arguments) if own else arguments,

@@ -215,7 +215,7 @@ def test_a_sequence_longer_than_planned(refused, tightfit, work, tmp_path):
     needed = int(bad.removeprefix(f"{data}:2: ").split()[0])
     assert needed > SEQ
     assert bad == f"{data}:2: {needed} positions where the plan has {SEQ}"
-    assert f"`tightfit profile --seq {needed}`" in said.splitlines()[2]
+    assert f"a profile with --seq {needed}" in said.splitlines()[2]
     assert files(out) == {}
     assert tightfit(*run, "--truncate")[0] == 0
 
