@@ -55,7 +55,7 @@ class PlanOptions:
         "A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; mobillm, the part of a device whose side network a server trains; for a bare graph one of the first three.",
     )
     time_limit: float = option(
-        TIME_LIMIT, "Seconds the solver may take for one plan.", metavar="SECONDS", above=0, most=86400
+        TIME_LIMIT, "Seconds the solver may take for one plan.", metavar="SECONDS", above=0, most=86400, primary=True
     )
     gap: float = option(
         0.0,
@@ -69,6 +69,7 @@ class PlanOptions:
         "adamw (unless another is named), adam, sgd, momentum, lion or adafactor: what it keeps of each trained tensor is in the plan.",
         metavar="NAME",
         choices=("adamw", "adam", "sgd", "momentum", "lion", "adafactor"),
+        primary=True,
     )
     max_grad_norm: float | None = option(
         None,

@@ -62,6 +62,7 @@ from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import PACKAGE, python_path
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu import native_dropout
@@ -153,19 +154,19 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     elsewhere = None if options.device == "cpu" else find_device(options.device)
     if elsewhere is not None and threads is not None:
         raise InputError(
-            f"threads {threads}: the figures of {elsewhere.name} are for {elsewhere.threads}; leave it out"
+            f"{spelled('threads')} {threads}: the figures of {elsewhere.name} are for {elsewhere.threads}; leave it out"
         )
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+        raise InputError(f"{spelled('dtype')} {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     for name, value in (("batch", batch), ("seq", seq), ("accumulate", accumulate)):
         if value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
+            raise InputError(f"{spelled(name)} must be at least 1, not {value}")
     if accumulate > MOST_ACCUMULATED:
-        raise InputError(f"accumulate {accumulate}: an update takes at most {MOST_ACCUMULATED} steps")
+        raise InputError(f"{spelled('accumulate')} {accumulate}: an update takes at most {MOST_ACCUMULATED} steps")
     cores = our_cores()
     threads = useful_threads(cores, quota_cores()) if threads is None else threads
     if not 1 <= threads <= cores:
-        raise InputError(f"threads {threads}: this process may use 1 to {cores} of the machine's cores")
+        raise InputError(f"{spelled('threads')} {threads}: this process may use 1 to {cores} of the machine's cores")
     lora = given(
         options.adapter,
         {
@@ -187,19 +188,21 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         what = (
             "a side network has no adapter" if side is not None else f"{found.name} is a module, trained in full itself"
         )
-        raise InputError(f"modules-to-save {', '.join(lora.modules_to_save)}: {what}; leave the option out")
+        raise InputError(
+            f"{spelled('modules_to_save')} {', '.join(lora.modules_to_save)}: {what}; leave the option out"
+        )
     if found.kind == "module":
         for name, given_size in (("batch", options.batch), ("seq", options.seq)):
             if given_size is not None:
                 raise InputError(
-                    f"{name} {given_size}: {found.name} is a module, whose factory gives the sample batch; give it there"
+                    f"{spelled(name)} {given_size}: {found.name} is a module, whose factory gives the sample batch; give it there"
                 )
     preference = _preference(found, side, options.loss, options.beta)
     if options.buckets is not None and (side is not None or found.kind == "module"):
         what = "a side network takes whole batches"
         if side is None:
             what = f"{found.name} is a module, with batches of one shape"
-        raise InputError(f"buckets {options.buckets}: {what}; leave the option out")
+        raise InputError(f"{spelled('buckets')} {options.buckets}: {what}; leave the option out")
     lengths = bucket_lengths(options.buckets, seq)
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = options.progress or (lambda stage, done, total: None)
@@ -386,20 +389,26 @@ def _preference(source: Source, side: SideShape | None, loss: str | None, beta: 
     """
     if loss is None:
         if beta is not None:
-            raise InputError(f"beta {beta:g} is of a loss of pairs; name one too: --loss {' or --loss '.join(KNOWN)}")
+            raise InputError(
+                f"{spelled('beta')} {beta:g} is of a loss of pairs; name one too: {' or '.join(spelled('loss', one) for one in KNOWN)}"
+            )
         return None
     if loss not in KNOWN:
-        raise InputError(f"loss {loss!r} is not known; choose {' or '.join(KNOWN)}, or leave it out to predict tokens")
+        raise InputError(
+            f"{spelled('loss')} {loss!r} is not known; choose {' or '.join(KNOWN)}, or leave it out to predict tokens"
+        )
     if source.kind == "module":
         raise InputError(
-            f"loss {loss}: {source.name} is a module with a loss of its own, and only a language model learns from pairs of answers;"
+            f"{spelled('loss')} {loss}: {source.name} is a module with a loss of its own, and only a language model learns from pairs of answers;"
             " leave the option out"
         )
     if side is not None:
-        raise InputError(f"loss {loss}: a side network predicts tokens and nothing else; leave the option out")
+        raise InputError(
+            f"{spelled('loss')} {loss}: a side network predicts tokens and nothing else; leave the option out"
+        )
     beta = BETA if beta is None else float(beta)
     if not 0 < beta < math.inf:
-        raise InputError(f"beta {beta:g}: give a finite number above 0")
+        raise InputError(f"{spelled('beta')} {beta:g}: give a finite number above 0")
     return Preference(loss=loss, beta=beta)
 
 
@@ -451,13 +460,15 @@ def _traced(module: torch.nn.Module, sample: dict[str, torch.Tensor], report: Pr
 def _check_rank(lora: LoraConfig, hidden: int) -> None:
     for rank in (lora.rank, *lora.rank_pattern.values()):
         if rank > hidden:
-            raise InputError(f"--lora-rank {rank}: the model is {hidden} wide, and a rank above that gains nothing")
+            raise InputError(
+                f"{spelled('lora_rank')} {rank}: the model is {hidden} wide, and a rank above that gains nothing"
+            )
 
 
 def _check_elements(batch: int, seq: int, widest: int) -> None:
     if batch * seq * widest > MOST_ELEMENTS:
         raise InputError(
-            f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
+            f"{spelled('batch')} {batch} x {spelled('seq')} {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller {spelled('batch')} or {spelled('seq')}"
         )
 
 
@@ -497,16 +508,16 @@ def _side_shape(source: Source, rank: int | None, blocks: int | None) -> SideSha
     if rank is None:
         if blocks is not None:
             raise InputError(
-                f"side-blocks {blocks} is of a side network; name its rank too, for example --side-rank 64"
+                f"{spelled('side_blocks')} {blocks} is of a side network; name its rank too, for example {spelled('side_rank', 64)}"
             )
         return None
     if source.kind == "module":
         raise InputError(
-            f"side-rank {rank}: a side network is trained beside a language model, {source.name} is a module"
+            f"{spelled('side_rank')} {rank}: a side network is trained beside a language model, {source.name} is a module"
         )
     shape = decoder_shape(source.config)
     if not 1 <= rank <= shape.hidden:
-        raise InputError(f"side-rank {rank}: give a width from 1 to {shape.hidden}, the model's own")
+        raise InputError(f"{spelled('side_rank')} {rank}: give a width from 1 to {shape.hidden}, the model's own")
     chosen = chosen_blocks(shape.layers) if blocks is None else chosen_blocks(shape.layers, blocks)
     return SideShape(blocks=chosen, rank=rank)
 
@@ -515,8 +526,8 @@ def _trace_side(source: Source, side: SideShape, batch: int, seq: int, dtype: st
     shape = decoder_shape(source.config)
     if batch * seq * shape.hidden * len(side.blocks) > MOST_ELEMENTS:
         raise InputError(
-            f"batch {batch} x seq {seq} x {shape.hidden}, the activations of {len(side.blocks)} blocks, are more elements than a"
-            " tensor can have; use a smaller batch or seq"
+            f"{spelled('batch')} {batch} x {spelled('seq')} {seq} x {shape.hidden}, the activations of {len(side.blocks)} blocks, are more elements than a"
+            f" tensor can have; use a smaller {spelled('batch')} or {spelled('seq')}"
         )
     with FakeTensorMode():
         module = SideNetwork(shape, side, dtype=DTYPES[dtype])
@@ -553,7 +564,7 @@ def _check_lengths(source: Source, seq: int) -> None:
     longest = source.config.get("max_position_embeddings")
     if isinstance(longest, int) and seq > longest:
         raise InputError(
-            f"seq {seq} is longer than the {longest} positions that {source.name} was trained for; use --seq {longest} or less"
+            f"{spelled('seq')} {seq} is longer than the {longest} positions that {source.name} was trained for; use {spelled('seq', longest)} or less"
         )
 
 

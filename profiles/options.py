@@ -34,7 +34,13 @@ class ProfileOptions:
     """
 
     seq: int | None = option(
-        None, f"Tokens per sample; default: {SEQ}.", label="Sequence", metavar="TOKENS", least=1, most=1 << 20
+        None,
+        f"Tokens per sample; default: {SEQ}.",
+        label="Sequence",
+        metavar="TOKENS",
+        least=1,
+        most=1 << 20,
+        primary=True,
     )
     buckets: str | None = option(
         None,
@@ -44,9 +50,11 @@ class ProfileOptions:
         longest=256,
         pattern=r"^[0-9]{1,7}(,[0-9]{1,7})*$",
     )
-    batch: int | None = option(None, f"Samples per step; default: {BATCH}.", metavar="SAMPLES", least=1, most=1 << 16)
+    batch: int | None = option(
+        None, f"Samples per step; default: {BATCH}.", metavar="SAMPLES", least=1, most=1 << 16, primary=True
+    )
     lora_rank: int | None = option(
-        None, "Rank of the LoRA pairs; default: 8.", label="LoRA rank", least=1, most=LARGEST_RANK
+        None, "Rank of the LoRA pairs; default: 8.", label="LoRA rank", least=1, most=LARGEST_RANK, primary=True
     )
     lora_alpha: float | None = option(
         None,
@@ -54,6 +62,7 @@ class ProfileOptions:
         label="LoRA alpha",
         above=0,
         most=LARGEST_ALPHA,
+        primary=True,
     )
     lora_targets: str | None = option(
         None,
@@ -62,6 +71,7 @@ class ProfileOptions:
         metavar="WHICH",
         shortest=1,
         longest=4096,
+        primary=True,
     )
     lora_layers: str | None = option(
         None,
@@ -121,6 +131,7 @@ class ProfileOptions:
         label="Loss of pairs",
         metavar="dpo|orpo",
         choices=("dpo", "orpo"),
+        primary=True,
     )
     beta: float | None = option(
         None, "How much the comparison weighs in the loss of pairs; default: 0.1.", above=0, most=math.inf
@@ -132,6 +143,7 @@ class ProfileOptions:
         metavar="STEPS",
         least=1,
         most=MOST_ACCUMULATED,
+        primary=True,
     )
     dtype: str | None = option(
         None,
@@ -171,6 +183,7 @@ class ProfileOptions:
         label="Frozen weights",
         metavar="BITS",
         choices=get_args(Bits),
+        primary=True,
     )
     embeddings: str | None = option(
         None,

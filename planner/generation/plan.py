@@ -12,6 +12,7 @@ from tightfit.planner.generation.problem import PAGE, Figures, Problem, Rows
 from tightfit.planner.generation.program import choose, least_room, spread
 from tightfit.planner.generation.simulate import Simulated, simulate
 from tightfit.runtime.common.errors import InfeasibleError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import MIB, format_size
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.generation.job import DEPTH, STREAMED, Piece
@@ -77,8 +78,8 @@ def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationP
             else "what a pass needs, the cache and the processes"
         )
         raise InfeasibleError(
-            f"the budget of {format_size(budget)} is too small: {what} take {format_size(least)}; give --memory"
-            f" {-(-least // MIB)}MiB or more, or fewer tokens (--max-tokens, --context)",
+            f"the budget of {format_size(budget)} is too small: {what} take {format_size(least)}; give {spelled('memory')}"
+            f" {-(-least // MIB)}MiB or more, or fewer tokens ({spelled('max_tokens')}, {spelled('context')})",
             least,
         )
     best: tuple[float, int, list[str]] | None = None

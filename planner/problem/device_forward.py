@@ -20,6 +20,7 @@ from tightfit.profiles.models.side_shape import check_blocks, chosen_blocks
 from tightfit.profiles.schema import MOBILLM, Layer, Operator, Profile, Program, Tensor, Value
 from tightfit.profiles.tracing.inference import inference_only
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.fleet.message import ALIGNMENT, BITS, SENDING, Passing, offsets, paged
 from tightfit.runtime.engine.training.job import SEND
 
@@ -122,7 +123,7 @@ def check_side(profile: Profile) -> None:
     dropout = (profile.model.lora or {}).get("lora_dropout")
     if dropout:
         raise InputError(
-            f"{MOBILLM} trains a side network and no LoRA pairs, so that --lora-dropout {dropout:g} would do nothing; profile"
+            f"{MOBILLM} trains a side network and no LoRA pairs, so that {spelled('lora_dropout')} {dropout:g} would do nothing; profile"
             " without it, or choose another policy"
         )
 

@@ -18,6 +18,7 @@ from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.schema import Layer, Operator, Profile, Program, Tensor
 from tightfit.profiles.tracing.inference import inference_only
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.kernels.optimizer import state_shape
 from tightfit.runtime.engine.training.job import kept_buffers
 
@@ -126,7 +127,7 @@ def refuse_accumulation(profile: Profile, policy: str) -> None:
     if profile.accumulate > 1:
         raise InputError(
             f"{policy} moves trained tensors after every step, and this profile sums the gradients of {profile.accumulate};"
-            " profile without --accumulate, or choose another policy"
+            f" profile without {spelled('accumulate')}, or choose another policy"
         )
 
 
@@ -135,7 +136,7 @@ def refuse_tables(profile: Profile, who: str) -> None:
     if profile.model.tables:
         raise InputError(
             f"{who} trains LoRA pairs alone, and this profile trains {' and '.join(profile.model.tables)} in full as well; profile"
-            " without --modules-to-save, or choose another way to train"
+            f" without {spelled('modules_to_save')}, or choose another way to train"
         )
 
 
@@ -143,7 +144,7 @@ def refuse_preference(profile: Profile, who: str) -> None:
     """Raises InputError where `profile` learns from pairs of answers, which `who` cannot."""
     if preference := profile.model.preference:
         raise InputError(
-            f"{who} predicts tokens, and this profile learns from pairs of answers ({preference.loss}); profile without --loss"
+            f"{who} predicts tokens, and this profile learns from pairs of answers ({preference.loss}); profile without {spelled('loss')}"
         )
 
 

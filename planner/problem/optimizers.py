@@ -9,6 +9,7 @@ from tightfit.planner.problem.clipping import SCALE_PASSES, SUM_PASSES, UPDATE_P
 from tightfit.profiles.learned import Learned, corrected, figures_id, load_learned
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, OPTIMIZER_STATES, Profile, Tensor
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.training.job import passes_messages
 
 DEFAULT = "adamw"
@@ -45,11 +46,11 @@ def with_optimizer(profile: Profile, name: str) -> Profile:
     of_a_fleet = profile.optimizer.get("name") in {EXCHANGE, MOBILLM} or passes_messages(profile.programs)
     if profile.model.kind == "graph" or of_a_fleet:
         who = "members of fleets train with AdamW" if of_a_fleet else "a bare graph has no updates"
-        raise InputError(f"optimizer {name}: {who}; leave it out")
+        raise InputError(f"{spelled('optimizer')} {name}: {who}; leave it out")
     if name == "adafactor" and (tables := profile.model.tables):
         raise InputError(
-            f"optimizer {name}: {' and '.join(tables)} is trained in slices, and its step needs means over the whole of it; choose"
-            " another optimizer, or profile without --modules-to-save"
+            f"{spelled('optimizer')} {name}: {' and '.join(tables)} is trained in slices, and its step needs means over the whole of it; choose"
+            f" another optimizer, or profile without {spelled('modules_to_save')}"
         )
     steps = profile.accumulate
     states = len(OPTIMIZER_STATES[name]) + (steps > 1)
@@ -66,7 +67,7 @@ def refuse_other_optimizers(optimizer: Mapping[str, Any], policy: str, why: str)
     """Raises InputError where a profile's `optimizer` is not AdamW and the rule `policy` has one of its own."""
     name = optimizer.get("name", DEFAULT)
     if name != DEFAULT:
-        raise InputError(f"optimizer {name}: {policy} {why}; leave it out, or choose another policy")
+        raise InputError(f"{spelled('optimizer')} {name}: {policy} {why}; leave it out, or choose another policy")
 
 
 def _scaled(tensor: Tensor, name: str, steps: int) -> Tensor:

@@ -23,6 +23,7 @@ from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution
 from tightfit.profiles.schema import MOBILLM, NOT_COMPARED, OPTIMIZER_STATES
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_seconds, format_size, printable
 
 LEAST_SHARE = 5e-4
@@ -384,7 +385,7 @@ def _worth(plan: Plan, neighbours: list[MarginalValue]) -> list[str]:
             alone = f", {words_of(plan.device).floor} alone take {format_size(floor)}" if floor else ""
             said.append(f"{change}: no plan fits{alone}")
         elif worth.status is None:
-            said.append(f"{change}: {priced}, by the model's prices (--what-if plans it)")
+            said.append(f"{change}: {priced}, by the model's prices ({spelled('what_if', True)} plans it)")
         elif worth.step_seconds is None:
             said.append(f"{change}: no plan fits, as planning again shows")
         else:

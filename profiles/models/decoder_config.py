@@ -14,6 +14,7 @@ from typing import Any
 
 from tightfit.profiles.models.family import FULL, SLIDING, Family, families, family_of
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ATTENTION = (FULL, SLIDING)
@@ -97,15 +98,18 @@ def text_config(read: Any) -> dict[str, Any] | None:
     if isinstance(text, dict):
         outer: dict[str, Any] = {
             key: config[key]
-            for key in ("tie_word_embeddings", "torch_dtype", "dtype", "quantization_config")
+            for key in ("model_type", "tie_word_embeddings", "torch_dtype", "dtype", "quantization_config")
             if key in config
         }
         config = outer | text | {"adapter_body": WRAPPED_BODY}
         if text.get("model_type") not in families():
             config["wrapper_type"] = read.get("model_type")
+    elif "vision_config" in config:
+        config["adapter_body"] = WRAPPED_BODY
     for family in families().values():
-        if config.get("model_type") in family.wrapped_as:
-            config["model_type"] = family.model_type
+        name = config.get("model_type")
+        if isinstance(name, str) and name in family.wrapped_as:
+            config = dict(family.wrapped_as[name]) | config | {"model_type": family.model_type}
     return config
 
 
@@ -119,7 +123,7 @@ def handwritten(config: dict[str, Any]) -> bool:
     if not isinstance(name, str) or name not in families():
         return not isinstance(name, str)
     rope, _ = _rope(config, families()[name])
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope_kind(rope)
     return not isinstance(kind, str) or kind not in ("dynamic", "yarn", "longrope")
 
 
@@ -136,7 +140,7 @@ def long_positions(config: Mapping[str, Any], seq: int) -> str | None:
         if isinstance(short, int) and short < seq:
             return (
                 f"the long factors of longrope in every sample, as transformers has them in rows of more than {short} tokens; a sample"
-                f" of at most {short} tokens, given to it alone, has the short ones: where most are, profile with --seq {short}"
+                f" of at most {short} tokens, given to it alone, has the short ones: where most are, profile with {spelled('seq', short)}"
             )
     return None
 
@@ -161,7 +165,7 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
             raise InputError(f"config field {key!r} = {config[key]!r} is not supported; supported: {plain!r}")
     full, local = _rope(config, family)
     scaling = {k: v for k, v in full.items() if k != "rope_theta"}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = rope_kind(scaling)
     if not isinstance(kind, str) or kind not in ROPE_NUMBERS or scaling.get("partial_rotary_factor") not in (None, 1):
         raise InputError(f"rope scaling {scaling!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
     for key in ROPE_NUMBERS[kind]:
@@ -198,6 +202,14 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
         scaled=tuple(not (family.local_theta and w is not None) for w in windows),
         padding=_padding(config, family, _whole(config, "vocab_size")),
     )
+
+
+def rope_kind(rope: Mapping[str, Any]) -> Any:
+    """How positions turn by a config's parameters of it. Of Qwen-VL's three positions of a token ("mrope"), which are equal in
+    a text, one is left.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return "default" if kind == "mrope" else kind
 
 
 def _padding(config: Mapping[str, Any], family: Family, vocabulary: int) -> int | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, read_json
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG
 
@@ -91,18 +92,21 @@ class LoraConfig:
     """Last names of modules that are trained in full: the embedding, the head."""
 
     def __post_init__(self) -> None:
-        for name, rank in (("lora-rank", self.rank), *((f"rank-pattern {p}", r) for p, r in self.rank_pattern.items())):
+        for name, rank in (
+            (spelled("lora_rank"), self.rank),
+            *((f"{spelled('rank_pattern')} {p}", r) for p, r in self.rank_pattern.items()),
+        ):
             if rank < 1:
                 raise InputError(f"{name} must be at least 1, not {rank}")
-        alphas = [("lora-alpha", self.scaled_alpha)]
-        for name, alpha in (*alphas, *((f"alpha-pattern {p}", a) for p, a in self.alpha_pattern.items())):
+        alphas = [(spelled("lora_alpha"), self.scaled_alpha)]
+        for name, alpha in (*alphas, *((f"{spelled('alpha_pattern')} {p}", a) for p, a in self.alpha_pattern.items())):
             if not 0 < alpha < math.inf:
                 raise InputError(f"{name} {alpha}: give a finite number above 0")
         if not 0 <= self.dropout < 1:
-            raise InputError(f"lora-dropout {self.dropout}: give a number from 0 to below 1")
+            raise InputError(f"{spelled('lora_dropout')} {self.dropout}: give a number from 0 to below 1")
         if not self.targets.strip():
             raise InputError(
-                f"lora-targets is empty: give {ALL_LINEAR}, {ATTENTION}, names of linear layers, or a pattern"
+                f"{spelled('lora_targets')} is empty: give {ALL_LINEAR}, {ATTENTION}, names of linear layers, or a pattern"
             )
         targets = [self.targets] if self.is_pattern else []
         for pattern in (*targets, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
@@ -144,25 +148,25 @@ class LoraConfig:
         for wanted in self.names:
             if not any(_called(name, wanted) for name in layers):
                 raise InputError(
-                    f"lora-targets {wanted!r}: no linear layer in the layers of {model} is called so{_nearest(wanted, short)};"
+                    f"{spelled('lora_targets')} {wanted!r}: no linear layer in the layers of {model} is called so{_nearest(wanted, short)};"
                     f" there are {', '.join(short)}"
                 )
         numbers = sorted({number for name in layers if (number := self._number(name)) is not None})
         for number in self.layers or ():
             if number not in numbers:
                 there = f"layers {numbers[0]} to {numbers[-1]}" if numbers else f"none in {self.layers_pattern}"
-                raise InputError(f"lora-layers {number}: {model} has {there}; give numbers among these")
+                raise InputError(f"{spelled('lora_layers')} {number}: {model} has {there}; give numbers among these")
         found = [name for name in layers if self._selects(name)]
         if not found:
             raise InputError(
-                f"lora-targets {self.targets!r} match no linear layer of {model}; a pattern has to match a whole name such as"
+                f"{spelled('lora_targets')} {self.targets!r} match no linear layer of {model}; a pattern has to match a whole name such as"
                 f" {layers[0]}"
             )
-        for option, patterns in (("rank-pattern", self.rank_pattern), ("alpha-pattern", self.alpha_pattern)):
+        for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
                 if not any(_matches(pattern, name) for name in found):
                     raise InputError(
-                        f"{option} {pattern!r} matches none of the chosen layers of {model}; they are called"
+                        f"{spelled(option)} {pattern!r} matches none of the chosen layers of {model}; they are called"
                         f" {', '.join(sorted({_last(name) for name in found}))}"
                     )
         return {name: self.pair(name) for name in found}
@@ -205,7 +209,9 @@ def _peft_targets(config: LoraConfig, layers: Sequence[str], chosen: Sequence[st
     short = sorted({_last(name) for name in chosen})
     numbers = None if config.layers is None else sorted(config.layers)
     by_short = [name for name in layers if _last(name) in short and (numbers is None or layer_number(name) in numbers)]
-    if sorted(by_short) != sorted(chosen):
+    if sorted(by_short) != sorted(chosen) or any(
+        name.isdigit() for name in short
+    ):  # a number is a whole layer's name as well
         return {"target_modules": sorted(chosen)}
     if body == BODY:
         return {"target_modules": short} | ({} if numbers is None else {"layers_to_transform": numbers})
@@ -252,7 +258,9 @@ def layer_numbers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])) or len(part) > 16:
-            raise InputError(f"lora-layers {text!r}: give numbers and ranges from low to high, such as 0-3,8")
+            raise InputError(
+                f"{spelled('lora_layers')} {text!r}: give numbers and ranges from low to high, such as 0-3,8"
+            )
         found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(sorted(found))
 
@@ -336,8 +344,12 @@ def check_planned(place: Path, planned: Mapping[str, Any], layers: Iterable[str]
             if not math.isclose(value, wanted, rel_tol=1e-6):
                 raise InputError(
                     f"{place / CONFIG}: the {what} of the pair of {layer} is {value:g} and the plan's is {wanted:g}; profile with"
-                    f" --adapter {place}, which takes its settings"
+                    f" {spelled('adapter', str(place))}, which takes its settings"
                 )
+
+
+OF_LORA = ("rank", "alpha", "targets", "layers", "dropout")
+"""fields of `LoraConfig` whose options' names say that they are of LoRA"""
 
 
 def given(place: str | Path | None, options: Mapping[str, Any]) -> LoraConfig:
@@ -352,7 +364,8 @@ def given(place: str | Path | None, options: Mapping[str, Any]) -> LoraConfig:
     if place is None:
         return LoraConfig(**said)
     if said:
+        named = [spelled(f"lora_{name}" if name in OF_LORA else name) for name in said]
         raise InputError(
-            f"adapter {place}: its settings count, and {', '.join(said)} cannot be given as well; leave one of them out"
+            f"{spelled('adapter')} {place}: its settings count, and {', '.join(named)} cannot be given as well; leave one of them out"
         )
     return from_peft(Path(place))

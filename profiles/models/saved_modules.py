@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tightfit.profiles.tracing.table_ops import rounds, table_head, table_rows
 from tightfit.profiles.tracing.torch_ops import loss_of_tokens
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 
 PART = "modules_to_save"
 """what PEFT calls the trained copy inside a module"""
@@ -56,16 +57,16 @@ def chosen(wanted: Sequence[str], there: Sequence[Saved], model: str, modules: S
         known = [one for one in there if f".{one.called}".endswith(f".{name}")]
         if not known:
             raise InputError(
-                f"modules-to-save {name!r}: {can}; others (norms, linear layers of blocks, embeddings of positions) stay as they"
+                f"{spelled('modules_to_save')} {name!r}: {can}; others (norms, linear layers of blocks, embeddings of positions) stay as they"
                 " are: give one of these, or leave the option out"
             )
         for one in known:
             if one.refusal:
-                raise InputError(f"modules-to-save {name!r}: {one.refusal}; {can}")
+                raise InputError(f"{spelled('modules_to_save')} {name!r}: {one.refusal}; {can}")
         others = [module for module in modules if module.endswith(name) and module not in {one.called for one in known}]
         if others:
             raise InputError(
-                f"modules-to-save {name!r}: PEFT would take {', '.join(others)} for it as well; give the module's whole name,"
+                f"{spelled('modules_to_save')} {name!r}: PEFT would take {', '.join(others)} for it as well; give the module's whole name,"
                 f" {known[0].called}"
             )
         found += known

@@ -10,14 +10,16 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tightfit.profiles.models.decoder_config import check_sizes
 from tightfit.profiles.models.family import families
-from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.errors import InputError, TightfitError
 
 INSTALL = "pip install 'tightfit[hf]'"
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
@@ -26,6 +28,10 @@ NAMES = Path("models") / "auto" / "modeling_auto.py"
 """The file of transformers that lists its models by ``model_type``."""
 DECODERS, TWO_SEQUENCES = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
 """Its lists of decoders and of encoder-decoder models."""
+FLOAT, FLOATS = "__float__", {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+"""How transformers writes numbers that JSON does not have: an object with this one key."""
+MOST_WORDS = 600
+"""letters of an error of transformers that are repeated"""
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -47,9 +53,11 @@ def refuse_by_config(config: Mapping[str, Any]) -> None:
     name = config.get("model_type")
     if config.get("is_encoder_decoder"):
         raise encoder_decoder(name)
+    kinds = config.get("layers_block_type") or config.get("hybrid_override_pattern")  # Nemotron-H: MLPs are layers
+    listed_without = isinstance(kinds, list | str) and not any(kind in ("moe", "E") for kind in kinds)
     for key in EXPERTS:
         value = config.get(key)
-        if isinstance(value, int) and value > 1 and config.get("enable_moe_block", True):
+        if isinstance(value, int) and value > 1 and config.get("enable_moe_block", True) and not listed_without:
             raise experts(name, f"{key} = {value}")
     check_sizes(config)
 
@@ -66,6 +74,33 @@ def refuse_by_name(name: Any, decoders: Mapping[str, Any], two_sequences: Mappin
         f"model_type {name!r} is no decoder of transformers {release} (AutoModelForCausalLM);"
         " check the config.json, or install a newer transformers"
     )
+
+
+def settings_of(config: Any) -> Any:
+    """A parsed config with the floats that transformers writes as objects in their places."""
+    if isinstance(config, Mapping):
+        written = config.get(FLOAT) if len(config) == 1 else None
+        if isinstance(written, str) and written in FLOATS:
+            return FLOATS[written]
+        return {key: settings_of(value) for key, value in config.items()}
+    return [settings_of(value) for value in config] if isinstance(config, list) else config
+
+
+@contextmanager
+def refused_in_its_words(name: Any) -> Iterator[None]:
+    """While entered, whatever transformers raises on the config of a model is an InputError with its words, in one line."""
+    try:
+        yield
+    except TightfitError:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())
+        if len(words) > MOST_WORDS:
+            words = f"{words[:MOST_WORDS]} …"
+        said = words if words and isinstance(error, ValueError) else f"{type(error).__name__}: {words}".rstrip(": ")
+        raise InputError(
+            f"transformers cannot build the {name!r} model of this config: {said}; check the config.json"
+        ) from error
 
 
 def encoder_decoder(name: Any) -> InputError:

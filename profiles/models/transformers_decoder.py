@@ -51,6 +51,8 @@ from tightfit.profiles.models.transformers_config import (
     not_installed,
     refuse_by_config,
     refuse_by_name,
+    refused_in_its_words,
+    settings_of,
 )
 from tightfit.profiles.models.transformers_kernels import (
     NAME,
@@ -148,9 +150,10 @@ class AnyDecoder(nn.Module):
         longest: int | None = None,
     ) -> None:
         super().__init__()
-        made = _built(config, dtype)
-        self.cap, self.scale = _head(made)
-        _choose_frequencies(made, longest or seq)
+        with refused_in_its_words(config.get("model_type")):
+            made = _built(config, dtype)
+            self.cap, self.scale = _head(made)
+            _choose_frequencies(made, longest or seq)
         body = getattr(made, made.base_model_prefix)
         self.model = body
         head = made.get_output_embeddings()
@@ -365,7 +368,8 @@ def _causal_class(model_type: Any) -> str:
 
 def facts(config: Mapping[str, Any]) -> Facts:
     """What a config's decoder consists of. Raises InputError as `AnyDecoder` does."""
-    return _facts(json.dumps(dict(config), sort_keys=True))
+    with refused_in_its_words(config.get("model_type")):
+        return _facts(json.dumps(dict(config), sort_keys=True))
 
 
 def _built(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -381,19 +385,18 @@ def _built(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         raise not_installed(name) from error
     refuse_by_name(name, KNOWN, TWO_SEQUENCES, transformers.__version__)
     register()
-    settings = {key: value for key, value in config.items() if key not in NOT_OURS}
+    settings = settings_of({key: value for key, value in config.items() if key not in NOT_OURS})
     with _quietly():
-        try:
-            theirs = transformers.AutoConfig.for_model(str(name), **settings)
-            if getattr(theirs, "is_encoder_decoder", False):
-                raise encoder_decoder(name)
-            with _weightless():
-                made = _from_config(transformers, theirs, dtype)
-        except InputError:
-            raise
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"transformers cannot build the {name!r} model of this config: {first}") from error
+        theirs = transformers.AutoConfig.for_model(str(name), **settings)
+        if getattr(theirs, "is_encoder_decoder", False):
+            raise encoder_decoder(name)
+        if (text := theirs.get_text_config()) is not theirs and "text_config" not in config:
+            raise InputError(
+                f"model_type {name!r} is a wrapper around a {text.model_type!r} model, and the config has no 'text_config' that"
+                " describes it; download the config.json again"
+            )
+        with _weightless():
+            made = _from_config(transformers, theirs, dtype)
     made.eval()
     made.tie_weights()
     _refuse_by_modules(made, name)
@@ -421,7 +424,8 @@ def _refuse_by_modules(made: Any, name: Any) -> None:
     for child in made.modules():
         if "Experts" in type(child).__name__ or (hasattr(child, "experts") and hasattr(child, "gate")):
             raise experts(name, type(child).__name__)
-    if not any("attention" in type(child).__name__.lower() for child in made.modules()):
+    kinds = {type(child).__name__ for child in made.modules()}
+    if not any("attention" in kind.lower() and not re.search(RECURRENT, kind) for kind in kinds):
         raise InputError(
             f"model_type {name!r} is not supported; supported: {', '.join(families())}, and decoders of transformers that have"
             " attention layers"
@@ -530,7 +534,10 @@ def _head(made: Any) -> tuple[float | None, float]:
         hidden, small = torch.randn(1, 3, width), nn.Linear(width, 5, bias=head.bias is not None)
     probe = copy.copy(made)
     probe.__dict__ = dict(made.__dict__)
-    probe._modules = dict(made._modules) | {made.base_model_prefix: _Given(hidden), name: small}
+    probe._modules = dict(made._modules) | {
+        made.base_model_prefix: _Given(hidden, getattr(made, made.base_model_prefix)),
+        name: small,
+    }
     try:
         with torch.no_grad(), _quietly():
             logits = probe(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False).logits
@@ -552,12 +559,16 @@ def _head(made: Any) -> tuple[float | None, float]:
 
 
 class _Given(nn.Module):
-    """Stands for a decoder's body and returns given hidden states."""
+    """Stands for a decoder's body, whose other attributes it has, and returns given hidden states."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, body: nn.Module) -> None:
         super().__init__()
         self.hidden = hidden
+        self.__dict__["body"] = body
         self.__dict__["decoder"] = self  # OPT calls its body by this name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["body"], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return _Hidden((self.hidden,))

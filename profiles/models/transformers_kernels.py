@@ -337,6 +337,8 @@ def replace_norm(norm: nn.Module) -> FlatNorm | None:
     eps = next((getattr(norm, key) for key in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, key)), None)
     if "norm" not in type(norm).__name__.lower() or own.keys() != {"weight"} or own["weight"].dim() != 1 or eps is None:
         return None
+    if len(inspect.signature(norm.forward).parameters) != 1:  # gated norms of Mamba take a gate as well
+        return None
     width = own["weight"].shape[0]
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 3, width), (width,)))

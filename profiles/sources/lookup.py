@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import FORMS, Source, read_config
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, read_json
 
 if TYPE_CHECKING:
@@ -80,7 +82,9 @@ def _refuse_choice(source: str, chosen: Precision) -> None:
     """Raise InputError if a precision is named for a module of the user's own."""
     for option, value in vars(chosen).items():
         if value is not None:
-            raise InputError(f"{option} {value}: {source} is a module, whose parameters stay float32; leave it out")
+            raise InputError(
+                f"{spelled(option)} {value}: {source} is a module, whose parameters stay float32; leave it out"
+            )
 
 
 def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
@@ -122,7 +126,13 @@ def longest_sequence(source: str | os.PathLike[str]) -> int | None:
     else:
         folder = hub_directory(source) if kind == "hub" else path
         config = read_config(folder if kind == "config" else folder / "config.json")
-        found = next((config[name] for name in POSITIONS if config.get(name)), None)
+        found = positions_of(config)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """The number of positions that a decoder was made for, as its config says; None if it does not."""
+    found = next((config[name] for name in POSITIONS if config.get(name)), None)
     return found if isinstance(found, int) and found > 0 else None
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.schema import Operator, Program, ShorterStep
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 
 if TYPE_CHECKING:
     from tightfit.profiles.tracing.trace import Trace  # imports PyTorch, which an estimate does without
@@ -27,14 +28,14 @@ def bucket_lengths(text: str | None, seq: int) -> tuple[int, ...]:
         return ()
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) <= MOST_DIGITS and int(part) for part in parts):
-        raise InputError(f"buckets {text}: give lengths in tokens, separated by commas, such as 64,128")
+        raise InputError(f"{spelled('buckets')} {text}: give lengths in tokens, separated by commas, such as 64,128")
     lengths = sorted({int(part) for part in parts})
     if lengths[-1] >= seq:
         raise InputError(
-            f"buckets {text}: {lengths[-1]} is not shorter than the sequence of {seq}; give lengths below it, or a longer --seq"
+            f"{spelled('buckets')} {text}: {lengths[-1]} is not shorter than the sequence of {seq}; give lengths below it, or a longer {spelled('seq')}"
         )
     if len(lengths) > MOST_LENGTHS:
-        raise InputError(f"buckets {text}: {len(lengths)} lengths; give at most {MOST_LENGTHS}")
+        raise InputError(f"{spelled('buckets')} {text}: {len(lengths)} lengths; give at most {MOST_LENGTHS}")
     return tuple(lengths)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tightfit.profiles.weights.source import Source, SourceTensor, without_names
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.weights.layout import (
     ALIGNMENT,
     MAGIC,
@@ -309,7 +310,9 @@ def _blocks(tensor: SourceTensor) -> Iterable[Tensor]:
             )
         made = block if packed else pack_rows(entry, block.reshape(stop - start, entry.columns))
         if not packed and not finite_groups(entry, made):
-            raise InputError(f"{where} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use --base 16bit")
+            raise InputError(
+                f"{where} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use {spelled('base', '16bit')}"
+            )
         yield made
 
 

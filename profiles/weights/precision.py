@@ -10,6 +10,7 @@ from typing import NamedTuple, get_args
 
 from tightfit.profiles.options import Bits
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.weights.layout import ELEMENT_BYTES, Entry
 
 FORMATS = {"4bit": "q4", "8bit": "q8", "16bit": "bfloat16"}
@@ -46,7 +47,7 @@ def precision(base: str | None, embeddings: str | None) -> Precision:
     """The precision that a user names. Raises InputError for a name that is none of `Bits`."""
     for option, value in (("base", base), ("embeddings", embeddings)):
         if value is not None and value not in get_args(Bits):
-            raise InputError(f"{option} {value!r} is not supported; supported: {', '.join(get_args(Bits))}")
+            raise InputError(f"{spelled(option)} {value!r} is not supported; supported: {', '.join(get_args(Bits))}")
     return Precision(base=base, embeddings=embeddings)  # type: ignore[arg-type]
 
 
@@ -72,7 +73,7 @@ def check_choice(path: Path, chosen: Precision, matrices: Sequence[Matrix]) -> N
         if not any(bits(matrix.entry) == value for matrix in part):
             kinds = ", ".join(dict.fromkeys(matrix.held for matrix in part))
             raise InputError(
-                f"{path}: {option} {value}: it holds these weights quantised ({kinds}), and rounding twice loses more than"
+                f"{path}: {spelled(option)} {value}: it holds these weights quantised ({kinds}), and rounding twice loses more than"
                 " once; leave it out to keep their codes, or use the model's 16-bit weights"
             )
 

@@ -10,6 +10,7 @@ import typer
 from tightfit.planner.search_options import PlanOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
+    PRIMARY,
     Debug,
     Html,
     Json,
@@ -35,6 +36,7 @@ def compare(
             metavar="NAME,...",
             help="solver and fixed rules to compare; default: the solver and every exact rule that applies to the profile.",
         ),
+        PRIMARY,
     ] = None,
     device: Annotated[
         str,
@@ -42,9 +44,12 @@ def compare(
             metavar="NAME,...",
             help="own: the profile's own device. Names of devices (see `tightfit devices`) or JSON files that describe them: times estimated from the profile's FLOPs and bytes.",
         ),
+        PRIMARY,
     ] = "own",
     html: Html = None,
-    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg."), PRIMARY
+    ] = None,
     server: Server = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -6,43 +6,20 @@ be given several times takes a list, or a map where it has the form NAME=VALUE.
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tightfit.runtime.cli.options import usage
+from tightfit.runtime.cli.options import key_of, usage
+from tightfit.runtime.cli.other_tools import hint
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import read_whole, write_whole
 
-FOR_ONE_CALL = ("config", "resume", "overwrite", "force", "json", "debug", "help")
+FOR_ONE_CALL = ("config", "resume", "overwrite", "force", "json", "debug", "help", "help_all")
 """options that say what one call of the command does, and not how it trains: they stand in no file"""
-ELSEWHERE = {
-    "base_model": "model",
-    "batch_size": "batch",
-    "datasets": "data",
-    "gradient_accumulation_steps": "accumulate",
-    "iters": "steps",
-    "learning_rate": "lr",
-    "lora_r": "lora_rank",
-    "lora_target_modules": "lora_targets",
-    "lr_scheduler": "schedule",
-    "max_seq_length": "seq",
-    "max_steps": "steps",
-    "micro_batch_size": "batch",
-    "num_epochs": "epochs",
-    "output_dir": "output",
-    "save_steps": "checkpoint_every",
-    "sequence_len": "seq",
-}
-"""what other trainers (axolotl, mlx-lm, transformers) call an option"""
 WRITTEN = "# The options of a run of `tightfit train`, as they were used.\n"
 """the first line of a file that `write_options` has written"""
-
-
-CUTOFF = 0.4
-"""likeness, from 0 to 1, from which on a name is worth mentioning in the place of an unknown one"""
 
 
 def read_options(path: Path, context: Any) -> dict[str, Any]:
@@ -59,7 +36,9 @@ def read_options(path: Path, context: Any) -> dict[str, Any]:
         if key in FOR_ONE_CALL:
             raise InputError(f"{path}: {written}: this is said on the command line, not in a file; leave it out")
         if key not in known:
-            raise InputError(f"{path}: {written}: no option of `{context.command_path}`{_nearest(key, known)}")
+            raise InputError(
+                f"{path}: {written}: no option of `{context.command_path}`{hint(key, {name: name for name in known if name not in FOR_ONE_CALL}, near=True)}"
+            )
         parameter = known[key]
         if parameter.name in found:
             raise InputError(f"{path}: {written}: given twice")
@@ -117,18 +96,6 @@ def write_options(path: Path, options: Mapping[str, Any], said: str) -> None:
         )
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in options.items()]
     write_whole(path, WRITTEN + f"# {said}\n\n" + "".join(lines))
-
-
-def key_of(parameter: Any) -> str:
-    """The key of an option or argument in a file."""
-    long = [name for name in parameter.opts if name.startswith("--")]
-    return (long[0].removeprefix("--") if long else str(parameter.name)).replace("-", "_")
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    names = [one for one in known if one not in FOR_ONE_CALL]
-    near = [ELSEWHERE[key]] if ELSEWHERE.get(key) in names else difflib.get_close_matches(key, names, 1, CUTOFF)
-    return f"; the nearest is {near[0]}" if near else ""
 
 
 def _words(where: str, parameter: Any, value: Any) -> str | bool | list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tightfit.runtime.cli.options import Cgroup, Debug, Force, values_of, with_options
+from tightfit.runtime.cli.options import PRIMARY, Cgroup, Debug, Force, values_of, with_options
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.results.answer_options import AnswerOptions
 
@@ -25,6 +25,7 @@ AdapterFolder = Annotated[
     typer.Option(
         "--adapter", metavar="DIR", help="Folder of an adapter of PEFT, or of the run that left it; applied unmerged."
     ),
+    PRIMARY,
 ]
 Memory = Annotated[
     str,
@@ -33,9 +34,10 @@ Memory = Annotated[
         metavar="SIZE|auto",
         help="Budget of all processes that live while answers are made: 600MiB, 600MB or plain bytes; auto: what this machine can spare now.",
     ),
+    PRIMARY,
 ]
 AnswersAsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object for each answer, on a line of its own.")
+    bool, typer.Option("--json", help="Print one JSON object for each answer, on a line of its own."), PRIMARY
 ]
 
 
@@ -43,12 +45,13 @@ AnswersAsJson = Annotated[
 def generate(
     invoked: typer.Context,
     model: Model,
-    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to answer.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to answer."), PRIMARY] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             "--prompts", metavar="FILE", help='Several prompts: one a line, or JSON lines with "prompt" (.jsonl).'
         ),
+        PRIMARY,
     ] = None,
     adapter: AdapterFolder = None,
     memory: Memory = "auto",

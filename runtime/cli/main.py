@@ -18,6 +18,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from tightfit.planner.solvers.solver_interrupts import left_alone
+from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.compare import compare
 from tightfit.runtime.cli.devices import devices
 from tightfit.runtime.cli.eval import evaluate
@@ -76,8 +77,8 @@ def _tightfit(
 
 app.command(cls=TrainCommand)(train)
 for command in (profile, devices, plan, compare, run, report, generate, chat, merge, serve):
-    app.command()(command)
-app.command(name="eval")(evaluate)
+    app.command(cls=Command)(command)
+app.command(cls=Command, name="eval")(evaluate)
 app.add_typer(fleet, name="fleet")
 
 

@@ -15,6 +15,7 @@ import typer
 
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.options import Said, default_of, said, types_of
 from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
 from tightfit.runtime.supervision.failure import failure_of
@@ -22,6 +23,10 @@ from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
     from tightfit.planner.service.client import Client
+
+
+PRIMARY = "primary"
+"""beside an option in the annotation of a command's parameter: most people need it (as `Said.primary`)"""
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -46,6 +51,7 @@ Truncate = Annotated[
     typer.Option(
         "--truncate/--no-truncate", help="Cut samples longer than the planned sequence instead of refusing them."
     ),
+    PRIMARY,
 ]
 Columns = Annotated[
     str | None,
@@ -53,9 +59,10 @@ Columns = Annotated[
         metavar="NAME=COLUMN,...",
         help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
     ),
+    PRIMARY,
 ]
 Packing = Annotated[bool, typer.Option("--packing/--no-packing", help=said(RunOptions)["packing"].help)]
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page."), PRIMARY]
 FleetDescription = Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")]
 FleetFolder = Annotated[
     Path,
@@ -80,14 +87,14 @@ def at_least(least: float, **options: float) -> None:
     """Raise InputError for options below `least`; keywords are the options' Python names."""
     for name, value in options.items():
         if not value >= least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at least {least}")
+            raise InputError(f"{spelled(name)} {value}: give a number of at least {least}")
 
 
 def at_most(most: int, **options: int) -> None:
     """Raise InputError for options above `most`; keywords are the options' Python names."""
     for name, value in options.items():
         if value > most:
-            raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at most {most}")
+            raise InputError(f"{spelled(name)} {value}: give a number of at most {most}")
 
 
 _following: ContextVar[bool] = ContextVar("following", default=True)
@@ -181,8 +188,16 @@ def named_columns(text: str | None) -> dict[str, str] | None:
         return None
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name.strip() and column.strip() for name, _, column in pairs):
-        raise InputError(f"--columns {text}: give NAME=COLUMN,..., for example prompt=question,completion=answer")
+        raise InputError(
+            f"{spelled('columns')} {text}: give NAME=COLUMN,..., for example prompt=question,completion=answer"
+        )
     return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def key_of(parameter: Any) -> str:
+    """The key of an option or argument in a file."""
+    long = [name for name in parameter.opts if name.startswith("--")]
+    return (long[0].removeprefix("--") if long else str(parameter.name)).replace("-", "_")
 
 
 def words_of(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[str]:
@@ -244,8 +259,10 @@ def _parameter(record: type, name: str, told: Said, default: Any) -> inspect.Par
     if kind is bool:
         words = [f"{words[0]}/--no-{words[0][2:]}"]
     info = typer.Option(*words, help=told.help, metavar=told.metavar)
-    kind = kind | None if default is None else kind
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated[kind, info])
+    kind, mark = (kind | None if default is None else kind), ([PRIMARY] if told.primary else [])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated[(kind, info, *mark)]
+    )
 
 
 def values_of(record: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +275,7 @@ def values_of(record: type, given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         value, kind = given[name], types_of(record, name)[0]
         if get_origin(kind) is Mapping:
-            value = _entries(f"--{name.replace('_', '-')}", value, get_args(kind)[1])
+            value = _entries(spelled(name), value, get_args(kind)[1])
         elif get_origin(kind):
             value = tuple(one.strip() for one in (value or "").split(",") if one.strip())
         elif kind is int and told.least is not None and value is not None:
@@ -287,12 +304,14 @@ def training_options(given: Mapping[str, Any]) -> RunOptions:
     """
     options = {name: given[name] for name in said(RunOptions) if name in given}
     if options.get("steps") is None and options.get("epochs") is None:
-        raise InputError("--steps is missing: give the number of steps, or --epochs")
+        raise InputError(f"{spelled('steps')} is missing: give the number of steps, or {spelled('epochs')}")
     for name in ("steps", "checkpoint_every", "lr", "seed", "warmup_steps", "weight_decay"):
         if options.get(name) is not None:
             at_least(said(RunOptions)[name].least or 0, **{name: options[name]})
     if options.get("seed") is not None:
         at_most(LARGEST_SEED, seed=options["seed"])
     if given["resume"] and given["overwrite"]:
-        raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
+        raise InputError(
+            f"{spelled('resume')} goes on from what lies in the folder, {spelled('overwrite')} replaces it: give one of them"
+        )
     return RunOptions(**options)

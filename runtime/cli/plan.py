@@ -14,6 +14,7 @@ import typer
 from tightfit.planner.search_options import PlanOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
+    PRIMARY,
     Debug,
     Json,
     Server,
@@ -61,7 +62,9 @@ def plan(
             " teaches.",
         ),
     ] = True,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written.")] = Path("plan.json"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written."), PRIMARY] = Path(
+        "plan.json"
+    ),
     server: Server = None,
     as_json: Json = False,
     debug: Debug = False,

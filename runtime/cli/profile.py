@@ -10,7 +10,7 @@ import typer
 
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Debug, Force, Json, next_command, values_of, with_options
+from tightfit.runtime.cli.options import PRIMARY, Debug, Force, Json, next_command, values_of, with_options
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.supervision.printing import answer
 
@@ -24,7 +24,7 @@ def profile(
             help="A Hugging Face directory or hub id, a GGUF file, a bare config.json (random weights, for sizing) or package.module:factory.",
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written."), PRIMARY] = Path(
         "profile.json"
     ),
     force: Force = False,
@@ -37,14 +37,16 @@ def profile(
     """
     asked = values_of(ProfileOptions, options)
     enough_for_a_solver()
-    from tightfit.profiles.api import profile as measure
-    from tightfit.profiles.api import save_profile
     from tightfit.runtime.cli.terminal import Stages, messages
     from tightfit.runtime.common.files import check_place
 
     check_place(output)
     console = messages()
     with Stages(console) as stages:
+        stages(f"opening {model}", 0, 1)  # on a busy machine, loading PyTorch takes a while
+        from tightfit.profiles.api import profile as measure
+        from tightfit.profiles.api import save_profile
+
         measured = measure(model, **asked, force=force, progress=stages)
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}

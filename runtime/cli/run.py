@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from tightfit.runtime.cli.options import (
+    PRIMARY,
     Cgroup,
     Columns,
     Debug,
@@ -48,12 +49,16 @@ def run(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for adapter, report, metrics and checkpoints.")
     ],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder."), PRIMARY
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder.")
+        bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder."), PRIMARY
     ] = False,
     evaluate: Annotated[
-        str | None, typer.Option("--eval", metavar="DIR|FILE", help="Held-out data, evaluated before and after.")
+        str | None,
+        typer.Option("--eval", metavar="DIR|FILE", help="Held-out data, evaluated before and after."),
+        PRIMARY,
     ] = None,
     columns: Columns = None,
     truncate: Truncate = False,
@@ -62,6 +67,7 @@ def run(
         typer.Option(
             metavar="DIR", help="Start from the adapter in this folder, as a run leaves it, instead of a new one."
         ),
+        PRIMARY,
     ] = None,
     cgroup: Cgroup = True,
     profile_step: Annotated[

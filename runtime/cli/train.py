@@ -20,14 +20,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from typer.core import TyperCommand
 from typer.models import ArgumentInfo, OptionInfo
 
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.config_file import FOR_ONE_CALL, key_of, read_file, read_options, write_options
-from tightfit.runtime.cli.options import named_columns, stage, training_options, usage, values_of, words_of
+from tightfit.runtime.cli.command import EVERYTHING, Command
+from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, read_options, write_options
+from tightfit.runtime.cli.options import (
+    PRIMARY,
+    key_of,
+    named_columns,
+    stage,
+    training_options,
+    usage,
+    values_of,
+    words_of,
+)
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
@@ -57,14 +66,15 @@ UNFINISHED = ["metrics.jsonl"]
 """the only result of a run that was killed before its first checkpoint"""
 
 
-class TrainCommand(TyperCommand):
+class TrainCommand(Command):
     """Takes options from the command line, then from a file; shows them under headings in its help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        with self.hinting():
+            given, *_ = self.make_parser(ctx).parse_args(args=list(args))
         resumed = Path(given["output"]) / CONFIG if given.get("resume") and given.get("output") else None
         path = Path(given["config"]) if given.get("config") else resumed
-        if path and not given.get("help") and (given.get("config") or path.exists()):
+        if path and not (given.get("help") or given.get(EVERYTHING)) and (given.get("config") or path.exists()):
             ctx.default_map = read_options(path, ctx)
         try:
             return super().parse_args(ctx, args)
@@ -76,7 +86,7 @@ class TrainCommand(TyperCommand):
                 ) from error
             raise
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
+    def format_all(self, ctx: Any, formatter: Any) -> None:
         rows: dict[str, list[tuple[str, str]]] = {
             heading: [] for heading in ("Arguments", *(heading for heading, _ in STAGES), OTHERS)
         }
@@ -100,7 +110,7 @@ def _with_options_of_stages(own: Callable[..., None]) -> Callable[..., None]:
     stages = [(heading, inspect.signature(command, eval_str=True).parameters) for heading, command in STAGES]
     for heading, parameters in stages:
         for name, parameter in parameters.items():
-            kind, info = (*get_args(parameter.annotation), None, None)[:2]
+            kind, info, *marks = get_args(parameter.annotation) or (None, None)
             option = isinstance(info, OptionInfo) and not info.hidden
             if not option and not (isinstance(info, ArgumentInfo) and name == "model"):
                 continue
@@ -108,7 +118,9 @@ def _with_options_of_stages(own: Callable[..., None]) -> Callable[..., None]:
             everywhere = all(name in others for _, others in stages)
             info.rich_help_panel = OTHERS if everywhere else heading if option else None
             annotated: Any = Annotated
-            taken[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotated[kind, info])
+            taken[name] = parameter.replace(
+                kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotated[(kind, info, *marks)]
+            )
     mine = {name: one for name, one in declared.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
     own.__signature__ = inspect.Signature(list((taken | mine).values()))  # type: ignore[attr-defined]
     return own
@@ -124,6 +136,7 @@ def train(
             help="Tokens per sample; default: as many as the longest sample of the data needs.",
             rich_help_panel=MODEL_AND_STEP,
         ),
+        PRIMARY,
     ] = None,
     buckets: Annotated[
         str | None,
@@ -140,6 +153,7 @@ def train(
             help="Budget of the whole run, its supervisor included: 600MiB, 600MB or plain bytes; auto: what this machine can spare now.",
             rich_help_panel=MEMORY,
         ),
+        PRIMARY,
     ] = AUTO,
     adapter: Annotated[
         Path | None,
@@ -148,6 +162,7 @@ def train(
             help="Start from this adapter of PEFT, with all its LoRA settings, instead of a new one.",
             rich_help_panel=MODEL_AND_STEP,
         ),
+        PRIMARY,
     ] = None,
     config: Annotated[
         Path | None,
@@ -156,6 +171,7 @@ def train(
             help="Take options from this YAML or TOML file; the command line goes before it.",
             rich_help_panel=OTHERS,
         ),
+        PRIMARY,
     ] = None,
     **options: Any,
 ) -> None:

@@ -64,6 +64,8 @@ class Said:
     """letters of the longest"""
     entries: int | None = None
     """most entries of a map or list"""
+    primary: bool = False
+    """whether most people need it, so that short lists of options have it"""
 
 
 def option(default: Any, help_: str, **said: Any) -> Any:

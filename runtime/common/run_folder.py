@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tightfit.runtime.common.errors import RunError
+from tightfit.runtime.common.option_names import spelled
 
 
 def find_checkpoints(directory: str) -> list[tuple[int, str]]:
@@ -20,7 +21,11 @@ def find_checkpoints(directory: str) -> list[tuple[int, str]]:
 
 def way_on(directory: str) -> str:
     """Advice after a failure: resume if there is a checkpoint, else start again."""
-    return "continue with --resume" if find_checkpoints(directory) else "start again with --overwrite"
+    return (
+        f"continue with {spelled('resume', True)}"
+        if find_checkpoints(directory)
+        else f"start again with {spelled('overwrite', True)}"
+    )
 
 
 @contextmanager

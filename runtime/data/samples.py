@@ -34,8 +34,9 @@ from typing import Any
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import check_regular
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, from_json
-from tightfit.runtime.data.tables import LONGEST, PARTS, Lines, kind_of, opened, rows_of, table_files
+from tightfit.runtime.data.tables import EXAMPLE, LONGEST, PARTS, Lines, kind_of, opened, rows_of, table_files
 
 Message = dict[str, Any]
 Tools = tuple[dict[str, Any], ...]
@@ -157,7 +158,7 @@ def checked_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
     """What the data call the parts of a sample. Raises InputError for a part that samples do not have."""
     for name in columns or ():
         if name not in PARTS:
-            raise InputError(f"columns: a sample has no part {name!r}; it has {', '.join(PARTS)}")
+            raise InputError(f"{spelled('columns')}: a sample has no part {name!r}; it has {', '.join(PARTS)}")
     return dict(columns) if columns else None
 
 
@@ -281,7 +282,7 @@ def parse_sample(line: bytes, columns: Mapping[str, str] | None = None) -> Sampl
     if columns:
         missing = next((column for column in columns.values() if column not in value), None)
         if missing is not None:
-            raise InputError(f"no key {missing!r}; there are {_keys(value)}")
+            raise InputError(f"no key {missing!r}, which {spelled('columns')} names; there are {_keys(value)}")
         value = {name: value[column] for name, column in columns.items()}
     return _sample(value)
 
@@ -347,14 +348,16 @@ def _form(value: dict[str, Any]) -> str:
     """
     forms = [form for form in READ_WITH if form in value or (form == "chosen" and "rejected" in value)]
     if not forms:
-        raise InputError(f"unknown keys ({_keys(value)}); write {FORMS}")
+        raise InputError(
+            f"unknown keys ({_keys(value)}); write {FORMS}, or say which keys are the parts: {spelled('columns', EXAMPLE)}"
+        )
     given = [name for name in PARTS if not _left_out(value.get(name))]
     forms = [form for form in forms if form in given] or forms[:1]
     unread = [next(_unread_parts(value, form, given), None) for form in forms]
     if None not in unread:
         raise InputError(
             f'"{forms[0]}" and "{unread[0]}" in one row, of which only the first would be read; leave one out, or say which parts are'
-            f" meant: --columns {forms[0]}={forms[0]},..."
+            f" meant: {spelled('columns', {forms[0]: forms[0]})}"
         )
     return forms[unread.index(None)]
 

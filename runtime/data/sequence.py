@@ -12,9 +12,18 @@ from pathlib import Path
 
 from tightfit.profiles.sources.lookup import longest_sequence, vocabulary
 from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.data.samples import data_files
-from tightfit.runtime.data.tokenization import PREPARED, RANDOM, Purpose, check_prepared, longest_sample, tokens_in
+from tightfit.runtime.data.tokenization import (
+    PREPARED,
+    RANDOM,
+    Purpose,
+    check_prepared,
+    longest_sample,
+    tokens_in,
+    way_on,
+)
 from tightfit.runtime.engine.training.records import RecordFile
 
 STEP = 32
@@ -32,8 +41,6 @@ WORTH = 0.05
 """share of the places in all rows that one more length has to save"""
 LOOKED_AT = 256
 """samples between two reports of the progress"""
-ROOM = "--seq {longest} has room for every sample; or shorten them, or cut them with --truncate"
-NO_ROOM = "the model was made for {most} positions; shorten the samples, or cut them with --truncate"
 
 
 def check_files(*data: str | None) -> None:
@@ -100,7 +107,7 @@ def choose_seq(
             most=most,
             purpose=purpose,
             too_long="truncate" if truncate else "refuse",
-            way_on=NO_ROOM.replace("{most}", str(most)) if own == most else ROOM,
+            way_on=way_on(lambda longest: spelled("seq", longest), own),
             columns=columns,
             pairs=pairs,
             progress=progress,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import check_regular, open_regular
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, from_json, read_json
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ KINDS = {
 """how the name of a table ends -> its kind"""
 DATASET, SPLITS = "state.json", "dataset_dict.json"
 """in a folder that the library datasets has saved: its files in order; in one of several such folders: their names"""
+EXAMPLE = {"prompt": "question", "completion": "answer"}
+"""parts of a sample and columns that have them"""
 PARTS = (
     "text",
     "prompt",
@@ -134,12 +137,14 @@ def _chosen(file: Path, header: Sequence[str], columns: Mapping[str, str] | None
     chosen = {name: name for name in PARTS if name in header} if columns is None else dict(columns)
     if not chosen:
         raise InputError(
-            f"{file}: its columns are {there}; say which ones are the parts of a sample, for example with --columns"
-            " prompt=question,completion=answer"
+            f"{file}: its columns are {there}; say which ones are the parts of a sample, for example"
+            f" {spelled('columns', EXAMPLE)}"
         )
     for column in chosen.values():
         if column not in header:
-            raise InputError(f"{file}: has no column {column!r}; its columns are {there}")
+            raise InputError(
+                f"{file}: has no column {column!r}, which {spelled('columns')} names; its columns are {there}"
+            )
     return chosen
 
 

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError, RunError, named
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.data import kept_tokens
 from tightfit.runtime.data.kept_tokens import Encoded
 from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
@@ -49,8 +50,8 @@ RANDOM, PREPARED = "random", ".records"
 """data that need no tokenizer: made-up tokens, and how the name of a file ends that was prepared before"""
 RANDOM_RECORDS = 256
 REPORTED_LINES = 20
-PLAN_AGAIN = "`tightfit profile --seq {longest}`, and a plan of that profile, has room for every sample; or shorten them, or run with --truncate"
-"""how to go on where samples are refused because they are too long for a plan"""
+WayOn = Callable[[int], str]
+"""how to go on where samples are refused because they are too long, by the positions of the longest"""
 
 PRIVATE = range(0xE000, 0xF900)
 """characters to which Unicode gives no meaning"""
@@ -75,6 +76,7 @@ def prepare(
     progress: Callable[[int], None] | None = None,
     preparation: Preparation | None = None,
     kept: Path | None = None,
+    positions: int | None = None,
 ) -> RecordFile:
     """Tokenise `data` into ``directory/<purpose>.records`` and open it.
 
@@ -86,7 +88,8 @@ def prepare(
     as far as nothing there is predicted, then at the end. With `pairs` the samples have to be pairs of answers, and become two
     records each; `warn` is called with what is odd about them all, in words. `progress(samples)` is called after each sample with their
     number so far. `preparation` limits the length of lines and checks this process's memory. `kept` is a file of these data
-    as tokens (`tightfit.runtime.data.kept_tokens`), which is read in their stead.
+    as tokens (`tightfit.runtime.data.kept_tokens`), which is read in their stead. `positions` are those that the model was made
+    for, None if that is unknown.
 
     Raises InputError, which names the bad lines (at most `REPORTED_LINES`) and counts the rest, RunError if the disk is
     full, and CapError if `preparation` does.
@@ -100,7 +103,8 @@ def prepare(
         if data == RANDOM:
             _write_random(writer, seed)
         else:
-            samples = _Samples(writer, _encoder(data, vocabulary, vocab_size), purpose, too_long, pairs=pairs)
+            encoder = _encoder(data, vocabulary, vocab_size)
+            samples = _Samples(writer, encoder, purpose, too_long, plan_again(positions), pairs=pairs)
             if kept is not None:
                 samples.replay(kept, progress, preparation)
             else:
@@ -113,6 +117,25 @@ def prepare(
     return RecordFile.open(path)
 
 
+def way_on(room: Callable[[int], str], positions: int | None) -> WayOn:
+    """`room(longest)` says how there is room for the longest sample; no sequence is longer than the `positions` that the model was
+    made for.
+    """
+
+    def words(longest: int) -> str:
+        cut = f"cut them with {spelled('truncate', True)}"
+        if positions is not None and longest > positions:
+            return f"the model was made for {positions} positions, and the longest sample has {longest}; shorten the samples, or {cut}"
+        return f"{room(longest)} has room for every sample; or shorten them, or {cut}"
+
+    return words
+
+
+def plan_again(positions: int | None) -> WayOn:
+    """How to go on where samples are too long for a plan."""
+    return way_on(lambda longest: f"a profile with {spelled('seq', longest)}, and a plan of it,", positions)
+
+
 def longest_sample(
     data: str,
     vocabulary: Vocabulary | None,
@@ -120,7 +143,7 @@ def longest_sample(
     most: int,
     purpose: Purpose = "train",
     too_long: TooLong = "refuse",
-    way_on: str = PLAN_AGAIN,
+    way_on: WayOn,
     columns: Mapping[str, str] | None = None,
     pairs: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -132,8 +155,8 @@ def longest_sample(
     written to the file `keep`, for `prepare`. `lengths` takes how many rows of which length there would be with `most` positions.
 
     Samples of more than `most` positions are refused or, if `too_long` is "truncate", counted in full; texts always
-    are, since they are packed into windows. `way_on` ends the message about samples that are refused; ``{longest}`` in
-    it becomes their greatest length. The rest is as in `prepare`, errors too.
+    are, since they are packed into windows. `way_on` ends the message about samples that are refused. The rest is as in
+    `prepare`, errors too.
     """
     with writing(keep) if keep is not None else nullcontext() as file:
         encoder = _encoder(data, vocabulary)
@@ -162,7 +185,7 @@ def _encoder(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = 
     """An encoder for a model of `vocab_size` tokens, by default those of its tokenizer."""
     if vocabulary is None:
         raise InputError(
-            f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use --data random"
+            f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use {spelled('data', 'random')}"
         )
     return Encoder(vocabulary, vocabulary.tokenizer.get_vocab_size() if vocab_size is None else vocab_size)
 
@@ -333,7 +356,7 @@ class _Samples:
         encoder: Encoder,
         purpose: Purpose,
         too_long: TooLong,
-        way_on: str = PLAN_AGAIN,
+        way_on: WayOn,
         *,
         pairs: bool = False,
         keep: IO[bytes] | None = None,
@@ -384,7 +407,7 @@ class _Samples:
             more = f"\nand {self.count_bad - len(self.bad)} more" if self.count_bad > len(self.bad) else ""
             plural = "line" if self.count_bad == 1 else "lines"
             if self.too_long == "refuse" and self.longest > self.writer.seq:
-                more += "\n" + self.way_on.format(longest=self.longest)
+                more += "\n" + self.way_on(self.longest)
             raise InputError(f"{self.count_bad} bad {plural} of {done} in the data:\n" + "\n".join(self.bad) + more)
         if not self.writer.count:
             raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: no samples; the data are empty")
@@ -410,7 +433,7 @@ class _Samples:
             raise InputError(
                 f"no pair of answers, and the plan's loss is of such; write {PAIR_FORM}"
                 if self.pairs
-                else "a pair of answers, and the plan's loss is not of such; profile with --loss dpo or --loss orpo"
+                else f"a pair of answers, and the plan's loss is not of such; profile with {spelled('loss', 'dpo')} or {spelled('loss', 'orpo')}"
             )
         if isinstance(sample, Pair):
             answers = (sample.chosen, sample.rejected)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tightfit.profiles.models.lora import LoraConfig, Pair, from_peft
 from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG, MAGNITUDE, PREFIX, WEIGHTS
 from tightfit.runtime.results.tensor_file import TensorFile
@@ -134,7 +135,7 @@ class Adapter:
         if found != shape:
             raise InputError(
                 f"{self._file.path}: {key} is {list(found)} and the base wants {list(shape)}; give the base that the adapter was"
-                " trained on with --base"
+                f" trained on with {spelled('base')}"
             )
 
     def _rows(self, key: str, start: int, stop: int) -> Tensor:
@@ -156,6 +157,6 @@ def named_base(folder: Path) -> str | None:
     if named and revision not in (None, "main") and not Path(named).exists():
         raise InputError(
             f"{folder}: its base is {named} at the revision {revision!r}, and models of the hub are taken at their newest; download"
-            " that revision and name its folder with --base"
+            f" that revision and name its folder with {spelled('base')}"
         )
     return named or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.options import option, said
 from tightfit.runtime.engine.generation.job import Sampling
 
@@ -20,7 +21,7 @@ class AnswerOptions:
     Raises InputError for values that cannot be used.
     """
 
-    system: str | None = option(None, "What the system turn says.", metavar="TEXT")
+    system: str | None = option(None, "What the system turn says.", metavar="TEXT", primary=True)
     """which a chat template puts before the prompt"""
     template: bool = option(True, "Put prompts into the model's chat template, if it has one.")
     context: int | None = option(
@@ -30,8 +31,10 @@ class AnswerOptions:
         least=2,
     )
     """None: `CONTEXT`, or as many as the model was made for"""
-    max_tokens: int = option(256, "Most tokens of an answer.", least=1)
-    temperature: float = option(0.0, "0: take the likeliest token; else draw, the more evenly the higher.", least=0)
+    max_tokens: int = option(256, "Most tokens of an answer.", least=1, primary=True)
+    temperature: float = option(
+        0.0, "0: take the likeliest token; else draw, the more evenly the higher.", least=0, primary=True
+    )
     top_p: float = option(
         1.0, "Draw from the likeliest tokens that make up this share.", metavar="SHARE", above=0, most=1
     )
@@ -55,13 +58,15 @@ class AnswerOptions:
         for name, told in said(AnswerOptions).items():
             value = getattr(self, name)
             if told.least is not None and value is not None and not told.least <= value < 1 << 32:
-                raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at least {told.least}")
+                raise InputError(f"{spelled(name)} {value}: give a number of at least {told.least}")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: give a number above 0, at most 1")
+            raise InputError(f"{spelled('top_p')} {self.top_p}: give a number above 0, at most 1")
         if not self.temperature and (self.top_k or self.top_p < 1):
-            raise InputError("--top-k and --top-p choose among tokens that are drawn at random; give --temperature too")
+            raise InputError(
+                f"{spelled('top_k')} and {spelled('top_p')} choose among tokens that are drawn at random; give {spelled('temperature')} too"
+            )
         if self.cache not in CACHES:
-            raise InputError(f"--cache {self.cache}: give {' or '.join(CACHES)}")
+            raise InputError(f"{spelled('cache')} {self.cache}: give {' or '.join(CACHES)}")
 
     @property
     def sampling(self) -> Sampling:

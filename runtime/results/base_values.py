@@ -11,6 +11,7 @@ from torch import Tensor
 from tightfit.profiles.sources.huggingface import checkpoint_files
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.weights.store import unpack
 from tightfit.runtime.results.adapter_changes import Change
 from tightfit.runtime.results.tensor_file import PIECE, forget_mapped
@@ -68,5 +69,5 @@ def rounded(name: str, values: Tensor, dtype: str) -> Tensor:
     """float32 values in another type. Raises InputError for those that are too large for it."""
     made = values.to(getattr(torch, dtype))
     if dtype == "float16" and not torch.isfinite(made).all():
-        raise InputError(f"{name} holds values above 65504, too large for float16; give --dtype bfloat16")
+        raise InputError(f"{name} holds values above 65504, too large for float16; give {spelled('dtype', 'bfloat16')}")
     return made

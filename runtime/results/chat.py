@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import to_json
 from tightfit.runtime.data.samples import Message
 from tightfit.runtime.data.tokenization import Encoder
@@ -76,7 +77,7 @@ class Conversation:
             while len(ids := self._tokens()) > self._longest:
                 if len(self._turns) < 3:
                     raise InputError(
-                        f"{len(ids)} tokens, and there is room for {self._longest}; write less, or give a larger --context"
+                        f"{len(ids)} tokens, and there is room for {self._longest}; write less, or give a larger {spelled('context')}"
                     )
                 del self._turns[:2]
                 self.forgotten += 2

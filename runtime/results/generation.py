@@ -27,6 +27,7 @@ from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory, read_whole
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.samples import Prompt, parse_prompt
 from tightfit.runtime.data.token_bytes import token_bytes
@@ -210,7 +211,7 @@ def prepared(
             evaluates=True,
             module=CHILD,
             called="process that computes answers",
-            anew="measure again with --force",
+            anew=f"measure again with {spelled('force', True)}",
         )
         with writing_to(directory):
             job.write(run.job)
@@ -285,7 +286,7 @@ def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> d
     given = Adapter(folder, body)
     if given.tables:
         raise InputError(
-            f"{folder}: the adapter holds {', '.join(sorted(given.tables))}, trained in full (modules_to_save), which tightfit"
+            f"{folder}: the adapter holds {', '.join(sorted(given.tables))}, trained in full, which tightfit"
             f" cannot generate with beside a packed base; {INSTEAD}"
         )
     pairs = {}
@@ -313,7 +314,9 @@ def _encoded(encoder: Encoder, prompt: Prompt, options: AnswerOptions) -> list[i
     """Tokens of a prompt. Special tokens stay such only in one that no template is applied to: it may be rendered already. Raises InputError where there are none, or for tokens that the model lacks."""
     if isinstance(prompt, str) and not (options.template and encoder.vocabulary.chat_template):
         if options.system is not None:
-            raise InputError("--system needs a chat template, and the model has none or it is not used; leave it out")
+            raise InputError(
+                f"{spelled('system')} needs a chat template, and the model has none or it is not used; leave it out"
+            )
         ids = encoder.segments([(prompt, False)])[0] if prompt else []
     else:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -331,8 +334,8 @@ def _problem(ready: Model, options: AnswerOptions, encoded: Sequence[Sequence[in
         context = options.context or min(CONTEXT, ready.longest or CONTEXT)
         if context <= options.max_tokens:
             raise InputError(
-                f"--context {context} leaves no room for a question beside an answer of {options.max_tokens} tokens; give more,"
-                " or a smaller --max-tokens"
+                f"{spelled('context')} {context} leaves no room for a question beside an answer of {options.max_tokens} tokens; give more,"
+                f" or a smaller {spelled('max_tokens')}"
             )
         prompt = context - options.max_tokens
     else:
@@ -341,7 +344,7 @@ def _problem(ready: Model, options: AnswerOptions, encoded: Sequence[Sequence[in
     if ready.longest is not None and context > ready.longest:
         raise InputError(
             f"{prompt} tokens of a prompt and {options.max_tokens} of its answer are more than the {ready.longest} positions that"
-            f" {ready.source.name} was made for; give a smaller --max-tokens"
+            f" {ready.source.name} was made for; give a smaller {spelled('max_tokens')}"
         )
     problem = Problem(
         shape=_shape(ready.source, context),

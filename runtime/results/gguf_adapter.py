@@ -18,6 +18,7 @@ from torch import Tensor
 from tightfit.profiles.sources.gguf_metadata import Value
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.results.adapter_changes import Adapter
 from tightfit.runtime.results.counting import Counted, Progress
 from tightfit.runtime.results.gguf_file import TYPES, GgufTensor, encoded, write
@@ -38,7 +39,7 @@ def write_gguf(
     if adapter.settings.dora or adapter.tables:
         what = "DoRA's magnitudes" if adapter.settings.dora else "modules that were trained in full"
         raise InputError(
-            f"{adapter.folder} has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without --adapter-only"
+            f"{adapter.folder} has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without {spelled('adapter_only')}"
         )
     form = LlamaCpp(source, WAY)
     shapes = {tensor.entry.name: tensor.entry.shape for tensor in source.tensors()}

@@ -23,6 +23,7 @@ from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import write_whole
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.adapter import BODY
@@ -125,14 +126,16 @@ def _one_thread() -> Iterator[None]:
 
 def _check_options(form: str, dtype: str | None, *, adapter_only: bool) -> None:
     if form not in FORMATS:
-        raise InputError(f"format {form!r} is not known; choose one of {', '.join(FORMATS)}")
+        raise InputError(f"{spelled('format')} {form!r} is not known; choose one of {', '.join(FORMATS)}")
     if adapter_only and form != "gguf":
         raise InputError(
-            "adapter-only: the folder of the adapter is in safetensors already; give --format gguf as well"
+            f"{spelled('adapter_only')}: the folder of the adapter is in safetensors already; give {spelled('format', 'gguf')} as well"
         )
     allowed = ("float32", "float16") if adapter_only else DTYPES[form]
     if dtype is not None and dtype not in allowed:
-        raise InputError(f"dtype {dtype!r} cannot be written in this form; choose one of {', '.join(allowed)}")
+        raise InputError(
+            f"{spelled('dtype')} {dtype!r} cannot be written in this form; choose one of {', '.join(allowed)}"
+        )
 
 
 def opened_base(folder: Path, given: str | None) -> Base:
@@ -143,18 +146,18 @@ def opened_base(folder: Path, given: str | None) -> Base:
     reported = _reported(folder)
     named = given or reported.get("source") or named_base(folder)
     if not named:
-        raise InputError(f"{folder}: its adapter_config.json names no base model; give --base MODEL")
+        raise InputError(f"{folder}: its adapter_config.json names no base model; give its {spelled('base')}")
     try:
         source = resolve(str(named))
     except InputError as error:
         if given:
             raise
         raise InputError(
-            f"the base of the adapter, {named}, cannot be opened: {error}; or name it with --base MODEL"
+            f"the base of the adapter, {named}, cannot be opened: {error}; or name it with {spelled('base')}"
         ) from error
     if not source.has_weights:
         raise InputError(
-            f"{named} is a bare config, whose weights are random: there is nothing to merge; give --base MODEL"
+            f"{named} is a bare config, whose weights are random: there is nothing to merge; give its {spelled('base')}"
         )
     if source.kind not in ("huggingface", "gguf"):
         raise InputError(f"{named} is a module of your own, which is trained in full: a run's OUT/model holds it whole")

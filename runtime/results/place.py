@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.adapter import WEIGHTS
 
@@ -33,14 +34,16 @@ def check(place: Path, *, folder: bool, overwrite: bool) -> None:
     if not os.path.lexists(place) or (folder and place.is_dir() and not any(place.iterdir())):
         return
     if not overwrite:
-        raise InputError(f"{place} is there already; give --overwrite to replace it, or name another place with -o")
+        raise InputError(
+            f"{place} is there already; give {spelled('overwrite', True)} to replace it, or name another place"
+        )
     if folder and (place.is_symlink() or not place.is_dir()):
         raise InputError(f"{place} is no folder, and a model in safetensors is one; name another place with -o")
     if not folder and not place.is_file():
         raise InputError(f"{place} is no file, and a GGUF model is one; name another place with -o")
     if folder and (strange := _strange(place)):
         raise InputError(
-            f"{place} holds {strange}, which no merge leaves there and --overwrite would remove; name another place with -o"
+            f"{place} holds {strange}, which no merge leaves there and {spelled('overwrite', True)} would remove; name another place"
         )
 
 

@@ -18,6 +18,7 @@ from tightfit.profiles.sources.huggingface import checkpoint_files, text_name
 from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.weights.safetensors_file import DTYPES, Item
 from tightfit.runtime.results.adapter_changes import Adapter, Change
@@ -160,7 +161,7 @@ def check_weights(adapter: Adapter, tensors: Iterable[str]) -> None:
         if name not in known:
             raise InputError(
                 f"{adapter.folder}: the base has no {name}, which the adapter changes; give the base that the adapter was trained"
-                " on with --base"
+                f" on with {spelled('base')}"
             )
 
 

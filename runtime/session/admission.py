@@ -16,6 +16,7 @@ from tightfit.profiles.models.side_shape import CONFIG_KEY
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, MODULE_OPERATORS, PROFILE_VERSION, Profile
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.processor import BFLOAT16_PRODUCTS
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.fleet.seat import Seat
@@ -67,7 +68,7 @@ def check_seat(plan: Plan, seat: Seat | None) -> None:
 def check_steps(plan: Plan, steps: int) -> None:
     """Raise InputError if so many steps would end in the middle of an update."""
     if unfinished := unfinished_update(steps, plan.accumulate):
-        raise InputError(f"steps {steps}: {unfinished}")
+        raise InputError(f"{spelled('steps')} {steps}: {unfinished}")
 
 
 def check_fleet_options(options: RunOptions) -> None:
@@ -95,7 +96,7 @@ def check_machine(plan: Plan | Profile) -> None:
         )
     if not device.measured:
         raise InputError(
-            f"the plan's times and floor are estimated for {device.name}, not measured on this machine; run `tightfit profile` without --device here and plan again"
+            f"the plan's times and floor are estimated for {device.name}, not measured on this machine; profile without {spelled('device')} here and plan again"
         )
     present = our_cores()
     if device.threads > present:

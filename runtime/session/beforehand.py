@@ -13,6 +13,7 @@ from typing import Any
 from tightfit.planner.search_options import PlanOptions, check_policy
 from tightfit.profiles.sources.lookup import names_module
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.data.samples import checked_columns
 from tightfit.runtime.data.tokenization import RANDOM
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
@@ -48,14 +49,18 @@ def check_beforehand(
 def check_held_out(options: RunOptions, eval_data: Data | None) -> None:
     """Raise InputError where evaluations are asked for and there is nothing to evaluate on."""
     if options.eval_every is not None and eval_data is None:
-        raise InputError(f"eval_every {options.eval_every}: there is nothing to evaluate on; give held-out data")
+        raise InputError(
+            f"{spelled('eval_every')} {options.eval_every}: there is nothing to evaluate on; give held-out data"
+        )
 
 
 def check_data(data: Data, columns: Mapping[str, str] | None, *, module: bool) -> None:
     """Raise InputError for data of a kind that a language model, or a module, is not trained on."""
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else None
     if columns and (module or name == RANDOM):
-        raise InputError(f"columns {', '.join(columns.values())}: the data given have none; leave them out")
+        raise InputError(
+            f"{spelled('columns')} {', '.join(columns.values())}: the data given have none; leave them out"
+        )
     if module and name not in (None, RANDOM):
         raise InputError(
             f"a module trains on batches of tensors (from Python) or on 'random', its sample batch; got {name!r}"
@@ -75,7 +80,7 @@ def own_settings(name: str, options: RunOptions) -> dict[str, Any]:
         value = getattr(options, option)
         if value is not None and not known.get(option, hasattr(kind, option)):
             raise InputError(
-                f"{option} {value:g}: the plan's optimizer, {name}, has none; leave it out, or plan with another optimizer"
+                f"{spelled(option)} {value:g}: the plan's optimizer, {name}, has none; leave it out, or plan with another optimizer"
             )
     own: dict[str, Any] = {one: getattr(options, one) for one in SINGLE if getattr(options, one) is not None}
     if betas is not None:

@@ -151,7 +151,7 @@ def from_torchrun(
     count = len(names)
     if "RANK" not in environment:
         raise InputError(
-            "this is the plan of a fleet: start all members here with `tightfit fleet run`, one of them with its --member,"
+            "this is the plan of a fleet: start all members here with `tightfit fleet run`, one of them with its `--member`,"
             f" or all with `torchrun --nproc-per-node {count} --no-python tightfit run ...`"
         )
     rank, size = int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1"))

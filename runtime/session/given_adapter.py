@@ -14,6 +14,7 @@ from tightfit.planner.schema import Plan
 from tightfit.profiles.models.lora import check_planned
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import open_regular
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.weights.safetensors_file import header_in
@@ -46,8 +47,8 @@ def given_adapter(plan: Plan, directory: Path) -> GivenAdapter:
     """
     if not plan.model.lora:
         raise InputError(
-            f"adapter {directory}: the plan trains {plan.model.name} itself and no adapter of it; leave out the adapter,"
-            " or profile with --lora-rank"
+            f"{spelled('adapter')} {directory}: the plan trains {plan.model.name} itself and no adapter of it; leave out the adapter,"
+            f" or profile with {spelled('lora_rank')}"
         )
     check_planned(directory, plan.model.lora, layers_with_pairs(plan))
     path = directory / adapter.WEIGHTS

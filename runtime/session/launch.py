@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.engine.training.batches import open_batches
@@ -242,7 +243,9 @@ def prepared(
             shutil.rmtree(tokens, ignore_errors=True)
         epoch_steps = _epoch_steps(plan, train, options) if train else None
         if train is None and options.epochs is not None:
-            raise InputError(f"epochs {options.epochs:g}: a server has no data, of which an epoch would be; give steps")
+            raise InputError(
+                f"{spelled('epochs')} {options.epochs:g}: a server has no data, of which an epoch would be; give {spelled('steps')}"
+            )
         settled = options.over(epoch_steps, of_update=seat.micro_batches if seat else plan.accumulate)
         if resume and steps is None and settled.steps is not None:
             check_reached(directory, settled.steps)
@@ -326,6 +329,7 @@ def prepare_data(
         progress=(lambda done: stages(what, done, done)) if stages else None,
         preparation=preparation,
         kept=kept,
+        positions=lookup.positions_of(plan.model.config),
     )
     records.close()
     return records.path

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.options import option, said, types_of
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -30,15 +31,20 @@ class RunOptions:
     """
 
     steps: int | None = option(
-        None, "Steps in all, each of one batch; of a fleet, micro-batches of all members together.", least=1
+        None,
+        "Steps in all, each of one batch; of a fleet, micro-batches of all members together.",
+        least=1,
+        primary=True,
     )
     """None: they follow from `epochs`, or in a Session, its program says when to end"""
     epochs: float | None = option(
-        None, "How often to go through the data, in place of a number of steps; may be a fraction."
+        None, "How often to go through the data, in place of a number of steps; may be a fraction.", primary=True
     )
     """None: `steps` says when to end"""
-    lr: float = option(2e-4, "Learning rate of the plan's optimizer.", label="Learning rate", least=0)
-    schedule: str = option("constant", "Course of the learning rate: constant, linear or cosine.", choices=SCHEDULES)
+    lr: float = option(2e-4, "Learning rate of the plan's optimizer.", label="Learning rate", least=0, primary=True)
+    schedule: str = option(
+        "constant", "Course of the learning rate: constant, linear or cosine.", choices=SCHEDULES, primary=True
+    )
     warmup_steps: int = option(0, "Steps over which the learning rate rises from zero.", label="Warm-up steps", least=0)
     warmup_ratio: float | None = option(
         None,
@@ -47,6 +53,7 @@ class RunOptions:
         metavar="SHARE",
         least=0,
         most=1,
+        primary=True,
     )
     """rounded up to whole steps"""
     min_lr_ratio: float = option(
@@ -93,6 +100,7 @@ class RunOptions:
         "Evaluate on the held-out data after every so many steps or epochs, too.",
         label="Evaluate every",
         metavar="STEPS|'N epochs'",
+        primary=True,
     )
     """steps between evaluations, or epochs (``"1 epoch"``); None: only before the first step and after the last"""
     keep_best: bool = option(False, "Keep the adapter of the best evaluation in the folder best/.")
@@ -112,22 +120,22 @@ class RunOptions:
             if value is not None or one.default is not None:
                 object.__setattr__(self, one.name, _checked(one.name, value))
         if self.steps is not None and self.epochs is not None:
-            raise InputError(f"steps {self.steps} and epochs {self.epochs:g}: give one of them")
+            raise InputError(f"{spelled('steps', self.steps)} and {spelled('epochs', self.epochs)}: give one of them")
         if self.warmup_steps and self.warmup_ratio is not None:
             raise InputError(
-                f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}: give one of them"
+                f"{spelled('warmup_steps', self.warmup_steps)} and {spelled('warmup_ratio', self.warmup_ratio)}: give one of them"
             )
         for name in KEPT_SHARES:
             if getattr(self, name) == 1:
-                raise InputError(f"{name} 1: nothing would be learned; give a number from 0 to below 1")
+                raise InputError(f"{spelled(name)} 1: nothing would be learned; give a number from 0 to below 1")
         if self.min_lr_ratio and self.schedule == "constant":
             raise InputError(
-                f"min_lr_ratio {self.min_lr_ratio:g}: the constant schedule does not fall; choose linear or cosine"
+                f"{spelled('min_lr_ratio')} {self.min_lr_ratio:g}: the constant schedule does not fall; choose linear or cosine"
             )
         for name in ("keep_best", "early_stopping"):
             if getattr(self, name) and self.eval_every is None:
                 raise InputError(
-                    f"{name}: there is one evaluation, after the last step; give eval_every, the steps between evaluations"
+                    f"{spelled(name)}: there is one evaluation, after the last step; give {spelled('eval_every')}, the steps between evaluations"
                 )
 
     def check_end(self) -> None:
@@ -171,9 +179,10 @@ def finite(name: str, value: Any) -> float:
     if math.isfinite(number) and (least is None or least <= number) and (most is None or number <= most):
         return number
     if least is not None and most is not None:
-        raise InputError(f"{name} {value}: give a number from {least:g} to {most:g}")
+        raise InputError(f"{spelled(name)} {value}: give a number from {least:g} to {most:g}")
     raise InputError(
-        f"{name} {value}: give a finite number of at " + (f"least {least:g}" if least is not None else f"most {most:g}")
+        f"{spelled(name)} {value}: give a finite number of at "
+        + (f"least {least:g}" if least is not None else f"most {most:g}")
     )
 
 
@@ -188,17 +197,17 @@ def _number(value: Any) -> float:
 def _checked(name: str, value: Any) -> Any:
     if name == "packing":
         if not isinstance(value, bool):
-            raise InputError(f"packing {value!r}: give True or False")
+            raise InputError(f"{spelled('packing')} {value!r}: give True or False")
         return value
     if name == "schedule":
         if not isinstance(value, str) or value not in SCHEDULES:
-            raise InputError(f"schedule {value!r} is not known; choose one of {', '.join(SCHEDULES)}")
+            raise InputError(f"{spelled('schedule')} {value!r} is not known; choose one of {', '.join(SCHEDULES)}")
         return value
     if name == "keep_best":
         return bool(value)
     if name == "epochs":
         if not 0 < (number := _number(value)) < float("inf"):
-            raise InputError(f"epochs {value}: give a finite number above 0")
+            raise InputError(f"{spelled('epochs')} {value}: give a finite number above 0")
         return number
     if name == "eval_every" and isinstance(value, str):
         return _interval(value)
@@ -211,7 +220,7 @@ def _interval(text: str) -> int | str:
         return whole("eval_every", int(text))
     if _epochs(text) > 0:
         return text
-    raise InputError(f"eval_every {text!r}: give a number of steps, or of epochs as in '0.5 epochs'")
+    raise InputError(f"{spelled('eval_every')} {text!r}: give a number of steps, or of epochs as in '0.5 epochs'")
 
 
 def _epochs(text: str) -> float:
@@ -225,9 +234,9 @@ def whole(name: str, value: Any) -> int:
     try:
         number = int(operator.index(value))
     except TypeError as error:
-        raise InputError(f"{name} {value!r}: give a whole number") from error
+        raise InputError(f"{spelled(name)} {value!r}: give a whole number") from error
     if number < LEAST[name]:
-        raise InputError(f"{name} {number}: give at least {LEAST[name]}")
+        raise InputError(f"{spelled(name)} {number}: give at least {LEAST[name]}")
     if name == "seed" and number > LARGEST_SEED:
-        raise InputError(f"seed {number}: give at most {LARGEST_SEED}")
+        raise InputError(f"{spelled('seed')} {number}: give at most {LARGEST_SEED}")
     return number

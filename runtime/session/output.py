@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError, TightfitError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
 from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.training.batches import open_batches
@@ -150,20 +151,24 @@ def to_be_replaced(
         for folder in (directory / name for name in OURS):
             if not resume and folder.is_dir() and (strange := _strange(folder)):
                 raise InputError(
-                    f"{folder} holds {strange}, which no run leaves there and --overwrite would remove; move it away, or choose another output directory"
+                    f"{folder} holds {strange}, which no run leaves there and {spelled('overwrite', True)} would remove; move it away, or choose another output directory"
                 )
         found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
         checkpoints = find_checkpoints(str(directory))
         found += [Path(path) for _, path in checkpoints]
         if found and not resume and not overwrite:
-            way = "continue it with --resume, " if checkpoints else "it has no checkpoint to go on from, "
+            way = (
+                f"continue it with {spelled('resume', True)}, "
+                if checkpoints
+                else "it has no checkpoint to go on from, "
+            )
             raise InputError(
-                f"{directory} holds an earlier run ({found[0].name}); {way}replace it with --overwrite, or choose another directory"
+                f"{directory} holds an earlier run ({found[0].name}); {way}replace it with {spelled('overwrite', True)}, or choose another directory"
             )
         if resume and not checkpoints and not elsewhere:
-            way = "give --overwrite in place of" if found else "leave out"
+            way = f"give {spelled('overwrite', True)} in place of" if found else "leave out"
             raise InputError(
-                f"{directory} holds no checkpoint to resume from; {way} --resume to start from the beginning"
+                f"{directory} holds no checkpoint to resume from; {way} {spelled('resume', True)} to start from the beginning"
             )
         if resume and steps is not None:
             check_reached(directory, steps)
@@ -179,7 +184,7 @@ def check_reached(directory: Path, steps: int) -> None:
     checkpoints = find_checkpoints(str(directory))
     if checkpoints and (reached := checkpoints[-1][0]) > steps:
         raise InputError(
-            f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
+            f"{spelled('steps')} {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
         )
 
 

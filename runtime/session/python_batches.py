@@ -13,6 +13,7 @@ from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import POSITIONS
 from tightfit.profiles.sources.factory import INPUTS, as_trained, flat_batch
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.training.records import IGNORED
 
 
@@ -74,7 +75,7 @@ def _tokens(plan: Plan, batch: Sequence[Tensor], name: str) -> list[Tensor]:
     if ids.shape != labels.shape or ids.shape != positions.shape or ids.shape[0] > rows or not 1 <= ids.shape[1] <= seq:
         raise InputError(
             f"{name} has tensors {found}, the plan was made for at most {rows} rows of {seq} tokens, labels like input_ids;"
-            " cut the batch, or profile with another --batch and --seq"
+            f" cut the batch, or profile with another {spelled('batch')} and {spelled('seq')}"
         )
     ids, labels, positions = ids.long(), labels.long(), positions.long()
     shared = any(tensor.kind == "batch" and tensor.name == POSITIONS for tensor in plan.tensors)

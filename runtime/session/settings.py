@@ -12,6 +12,7 @@ from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.models.side_shape import CONFIG_KEY
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, POSITIONS
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
@@ -102,7 +103,7 @@ def check_packing(plan: Plan, options: RunOptions) -> None:
     """Raise InputError where samples are to share rows and each has to have one."""
     if options.packing and plan.model.preference:
         raise InputError(
-            f"packing: the plan learns from pairs of answers ({plan.model.preference.loss}), each of which has a row of its own;"
+            f"{spelled('packing')}: the plan learns from pairs of answers ({plan.model.preference.loss}), each of which has a row of its own;"
             " leave the option out"
         )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.limits import LIMITS
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import MIB, format_size
 from tightfit.runtime.supervision.cgroup import MOUNT, own_cgroups
 
@@ -33,7 +34,7 @@ def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, 
     spare = (available - margin) // MIB * MIB
     if spare <= 0:
         raise InputError(
-            f"--memory auto: {what}, and {format_size(margin)} of that stay free; end other programs, or name a size"
+            f"{spelled('memory', 'auto')}: {what}, and {format_size(margin)} of that stay free; end other programs, or name a size"
         )
     return spare, f"{what}, less {format_size(margin)} that stay free"
 
@@ -49,7 +50,7 @@ def _available(proc: Path) -> tuple[int, str]:
         size = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError, IndexError) as error:
         raise InputError(
-            "--memory auto: the kernel does not say what is available (MemAvailable); name a size"
+            f"{spelled('memory', 'auto')}: the kernel does not say what is available (MemAvailable); name a size"
         ) from error
     return size, f"{format_size(size)} are available on this machine"
 

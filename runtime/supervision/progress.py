@@ -102,7 +102,7 @@ class TrainingProgress:
         loss_text, left_text = f"loss {loss:.4f}", f"{left // 60}:{left % 60:02d} left"
         resident, peak = resident + self._other, peak + self._other
         memory = f"memory {format_size(resident)}, peak {format_size(peak)} of {format_size(self._budget)}"
-        epoch = f"epoch {step / self._epoch_steps:.1f}" if self._epoch_steps else ""
+        epoch = f"epoch {step / self._epoch_steps:.2f}" if self._epoch_steps else ""
         among = f" ({epoch})" if epoch else ""
         told = f"step {step}/{self._steps}{among}: {loss_text}, {rate}{padding}, {left_text}, {memory}"
         self._line(told, now=step == self._steps)

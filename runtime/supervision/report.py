@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
 
 LATEST_STEPS = 500
@@ -294,9 +295,9 @@ def already_done(report: dict[str, Any], directory: str, steps: int | None) -> s
         waited = sum(one["step"] > best for one in report["evaluations"])
         return (
             f"already done: {directory} ended early after step {early}, since {waited} evaluations in a row were no better than"
-            f" that after step {best}; give a larger --early-stopping, or none, to go on\n"
+            f" that after step {best}; give a larger {spelled('early_stopping')}, or none, to go on\n"
         )
-    return f"already done: {directory} has all {steps} steps; give more --steps to go on\n"
+    return f"already done: {directory} has all {steps} steps; give more {spelled('steps')} to go on\n"
 
 
 def write_report(directory: str, report: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.interrupts import GivenUp, passed_on
+from tightfit.runtime.common.option_names import named_as, on_command_line
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
 from tightfit.runtime.supervision.contention import Contention, usage_of
@@ -212,13 +213,16 @@ def main(arguments: Sequence[str]) -> int:
         os.unlink(path)
     group = MemoryCgroup(Path(show.group[0]), show.group[1]) if show.group else None
     try:
-        with TrainingProgress(
-            steps=order.steps or 0,
-            tokens_per_step=show.tokens_per_step,
-            budget=order.planned["budget_bytes"],
-            other_bytes=order.planned["supervisor_bytes"],
-            epoch_steps=order.epoch_steps,
-        ) as training:
+        with (
+            named_as(on_command_line),
+            TrainingProgress(
+                steps=order.steps or 0,
+                tokens_per_step=show.tokens_per_step,
+                budget=order.planned["budget_bytes"],
+                other_bytes=order.planned["supervisor_bytes"],
+                epoch_steps=order.epoch_steps,
+            ) as training,
+        ):
             report = supervise(
                 order,
                 training,

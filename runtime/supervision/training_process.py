@@ -20,6 +20,7 @@ from typing import IO, Any, Self
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.files import in_memory, nameless_file
+from tightfit.runtime.common.option_names import on_the_command_line, spelled
 from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
@@ -153,15 +154,15 @@ class TrainingProcess:
             raise RunError(f"interrupted{'' if self.order.evaluates else ' before the first step'}; start again")
         if observed.interrupted:
             raise RunError(
-                f"interrupted after step {observed.interrupted['step']}; everything is saved in {observed.interrupted['checkpoint']}, continue with --resume"
+                f"interrupted after step {observed.interrupted['step']}; everything is saved in {observed.interrupted['checkpoint']}, continue with {spelled('resume', True)}"
             )
         if code == 0:
             return
         checkpoints = find_checkpoints(self.order.directory)
         saved = (
-            f"the last checkpoint is {checkpoints[-1][1]}, continue with --resume"
+            f"the last checkpoint is {checkpoints[-1][1]}, continue with {spelled('resume', True)}"
             if checkpoints
-            else "no checkpoint was saved yet, start again with --overwrite"
+            else f"no checkpoint was saved yet, start again with {spelled('overwrite', True)}"
         )
         if self.order.evaluates:
             saved = "start again"
@@ -203,6 +204,8 @@ def started(
                 arguments = command(order.job, "--messages", str(write), module=order.module)
                 if requests is not None and order.module != RunOrder.module:
                     arguments += ["--requests", str(requests)]
+                if on_the_command_line() and order.module == RunOrder.module:
+                    arguments.append("--on-command-line")
                 try:
                     process = subprocess.Popen(
                         own.enter(arguments) if own else arguments,

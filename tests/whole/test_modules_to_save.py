@@ -407,7 +407,7 @@ def test_pipelines_and_side_networks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a pipeline trains LoRA pairs alone, .*profile without --modules-to-save"):
         plan_pipeline(members, 4)
     with pytest.raises(
-        InputError, match="modules-to-save lm_head: a side network has no adapter; leave the option out"
+        InputError, match="modules_to_save lm_head: a side network has no adapter; leave the option out"
     ):
         estimated(tmp_path, CONFIGS["llama"], "lm_head", side_rank=8)
 
@@ -425,7 +425,7 @@ def test_pipelines_and_side_networks_are_refused(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_other_modules_are_refused(config: dict[str, Any], name: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"modules-to-save '{name}': .*{message}"):
+    with pytest.raises(InputError, match=f"modules_to_save '{name}': .*{message}"):
         estimated(tmp_path, config, name)
 
 

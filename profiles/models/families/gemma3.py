@@ -35,7 +35,7 @@ def _gguf_settings(have: Callable[..., Any], layers: int, width: int, head_dim: 
 
 FAMILY = Family(
     model_type="gemma3_text",
-    wrapped_as=("gemma3",),
+    wrapped_as={"gemma3": {}},
     head_dim=256,
     activation="gelu_pytorch_tanh",
     tied=True,

@@ -22,6 +22,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import RunError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.fleet.pieces import ITEM, Pieces
 from tightfit.runtime.engine.fleet.shelf import Buffers, Shelf
@@ -208,7 +209,7 @@ class Exchange:
         first = self.transport.members[0]
         if header["step"] != step:
             raise RunError(
-                f"{first!r} is at step {header['step']} and this member at {step}; start the fleet again with --resume"
+                f"{first!r} is at step {header['step']} and this member at {step}; start the fleet again with {spelled('resume', True)}"
             )
         if header["checksum"] != self._checksum:
             raise RunError(

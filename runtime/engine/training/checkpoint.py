@@ -18,6 +18,7 @@ from typing import Any
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import find_checkpoints, way_on
 from tightfit.runtime.common.strict_json import read_json
 
@@ -52,7 +53,7 @@ def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this r
     found = find_checkpoints(directory)
     if not found:
         raise InputError(
-            f"{directory} holds no checkpoint to resume from; give --overwrite in place of --resume to start from the beginning"
+            f"{directory} holds no checkpoint to resume from; give {spelled('overwrite', True)} in place of {spelled('resume', True)} to start from the beginning"
         )
     step, path = found[-1]
     try:

@@ -19,6 +19,7 @@ from typing import Any
 
 from tightfit.runtime.common.errors import CapError, TightfitError
 from tightfit.runtime.common.files import write_all
+from tightfit.runtime.common.option_names import in_python, named_as, on_command_line
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start import lean_torch
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("job", nargs="?")
     parser.add_argument("--messages", type=int, default=1)
     parser.add_argument("--floor", action="store_true")
+    parser.add_argument("--on-command-line", action="store_true", help="messages are for somebody there")
     options = parser.parse_args(arguments)
     if options.floor:
         return _tell_floor()
@@ -43,7 +45,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         lean_torch.load()
-        return run_job(options.job, send, stop)
+        with named_as(on_command_line if options.on_command_line else in_python):
+            return run_job(options.job, send, stop)
     except TightfitError as error:
         code, kind, text = error.exit_code, type(error).__name__, str(error)
     except MemoryError as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tightfit.runtime.common.errors import InputError, MemberGoneError, RunError
 from tightfit.runtime.common.files import sync_directory, write_all
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import way_on
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.resident import memory
@@ -564,7 +565,7 @@ def _save_trained(training: Training, path: str) -> str:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
-            f"saving {path} failed: {error.strerror}; the last checkpoint holds the same tensors; free disk space and continue with --resume"
+            f"saving {path} failed: {error.strerror}; the last checkpoint holds the same tensors; free disk space and continue with {spelled('resume', True)}"
         ) from error
     return path
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.training.by_length import SortedBatches
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord, shuffled
 from tightfit.runtime.engine.training.references import References, references_path
@@ -126,7 +127,7 @@ class PairBatches:
                 found = self.references.get(pair)
                 if found is None:
                     raise RunError(
-                        f"{self.references.path}: the references of pair {pair + 1} are damaged; continue with --resume, which computes"
+                        f"{self.references.path}: the references of pair {pair + 1} are damaged; continue with {spelled('resume', True)}, which computes"
                         " them again"
                     )
                 known[2 * place], known[2 * place + 1] = found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.spill import SpillFile
@@ -658,8 +659,8 @@ class Training:
             length(part, a, b[: len(part)], 1.0, out=(out[start:stop], scratch))
         if not out.all():
             raise InputError(
-                f"row {int(out.argmin())} of {name} is zero, and DoRA divides by its length; profile without --dora, or leave the"
-                " layer out with --lora-targets"
+                f"row {int(out.argmin())} of {name} is zero, and DoRA divides by its length; profile without {spelled('dora')}, or leave the"
+                f" layer out with {spelled('lora_targets')}"
             )
 
     def _room(self, size: int) -> Tensor:

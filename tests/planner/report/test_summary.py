@@ -70,4 +70,4 @@ def test_it_is_said_where_short_samples_get_the_factors_of_long_ones(config, sai
         assert bool(fixed) == bool(profile_summary(made)["positions"]) == (said and seq > 9)
         Console(width=500).print(answers.profile_text(made))
         told = " ".join([capsys.readouterr().out, answers.profile_sentence(made)])
-        assert told.count("profile with --seq 9") == 2 * (said and seq > 9)
+        assert told.count("profile with seq=9") == 2 * (said and seq > 9)

@@ -39,6 +39,23 @@ FALCON = {
     "bias": False,
     "alibi": False,
 }
+GEMMA3N = {
+    "model_type": "gemma3n_text",
+    "vocab_size": 96,
+    "vocab_size_per_layer_input": 96,
+    "hidden_size": 64,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "activation_sparsity_pattern": [0.0, 0.0],
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+}
 SETTINGS = {
     "all": LoraConfig(rank=4),
     "attention": LoraConfig(rank=4, targets="attention"),
@@ -89,7 +106,11 @@ def test_peft_chooses_the_same_layers_ranks_and_scales(setting):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT sets it itself for GPT-2
-@pytest.mark.parametrize("config", [GPT2, FALCON], ids=["gpt2", "falcon"])
+@pytest.mark.parametrize(
+    ("config", "body"),
+    [(GPT2, "transformer."), (FALCON, "transformer."), (GEMMA3N, "model.")],
+    ids=["gpt2", "falcon", "gemma3n"],
+)
 @pytest.mark.parametrize(
     "lora",
     [
@@ -100,13 +121,12 @@ def test_peft_chooses_the_same_layers_ranks_and_scales(setting):
     ],
     ids=["attention", "one layer", "all", "attention in one layer"],
 )
-def test_other_families_are_chosen_by_the_same_words(config, lora):
+def test_other_families_are_chosen_by_the_same_words(config, body, lora):
     pytest.importorskip("transformers")
-    body = "transformer."
     made = AnyDecoder(config | {"adapter_body": body}, dtype=torch.float32, seq=8, lora=lora)
     assert ours(made, body) == theirs(config, adapter_config(made.lora, [], "base", body))
     part = {name.split(".")[-2] for name in ours(made, body)}
-    assert lora.targets != "attention" or part <= {"attn", "self_attention"}
+    assert lora.targets != "attention" or part <= {"attn", "self_attention", "self_attn"}
 
 
 def test_a_wrapped_body_is_told_by_whole_names():
@@ -128,13 +148,13 @@ def test_a_wrapped_body_is_told_by_whole_names():
         ({"targets": "(q_proj"}, "no regular expression"),
         ({"targets": " "}, "is empty"),
         ({"layers": (3,)}, "has layers 0 to 2"),
-        ({"rank_pattern": {"c_attn": 4}}, "rank-pattern 'c_attn' matches none"),
-        ({"targets": "q_proj", "alpha_pattern": {"v_proj": 4}}, "alpha-pattern 'v_proj' matches none"),
-        ({"rank": 0}, "lora-rank must be at least 1"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank-pattern q_proj must be at least 1"),
-        ({"alpha": 0.0}, "lora-alpha 0.0"),
-        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha-pattern q_proj inf"),
-        ({"dropout": 1.0}, "lora-dropout 1.0"),
+        ({"rank_pattern": {"c_attn": 4}}, "rank_pattern 'c_attn' matches none"),
+        ({"targets": "q_proj", "alpha_pattern": {"v_proj": 4}}, "alpha_pattern 'v_proj' matches none"),
+        ({"rank": 0}, "lora_rank must be at least 1"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern q_proj must be at least 1"),
+        ({"alpha": 0.0}, "lora_alpha 0.0"),
+        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha_pattern q_proj inf"),
+        ({"dropout": 1.0}, "lora_dropout 1.0"),
     ],
 )
 def test_what_chooses_nothing_is_refused(options, said):
@@ -149,7 +169,7 @@ def test_numbers_of_layers():
     assert layer_number("transformer.h.2.attn.c_attn") == 2
     assert layer_number("lm_head") is None
     for text in ("3-1", "", "a", "1,,2", "-1", "1-"):
-        with pytest.raises(InputError, match="lora-layers"):
+        with pytest.raises(InputError, match="lora_layers"):
             layer_numbers(text)
 
 
@@ -284,7 +304,7 @@ def test_layers_are_numbered_in_the_list_that_is_named(pattern, tmp_path):
     read = made_of({"peft_type": "LORA"} | told, tmp_path)
     layers = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qkv"]
     if pattern == "h":  # PEFT finds no module for it either
-        with pytest.raises(InputError, match=r"lora-layers 0: it has none in \('h',\)"):
+        with pytest.raises(InputError, match=r"lora_layers 0: it has none in \('h',\)"):
             read.chosen(layers, "it")
         return
     assert {name: (pair.rank, pair.scale) for name, pair in read.chosen(layers, "it").items()} == theirs(
@@ -343,7 +363,7 @@ def test_settings_come_from_one_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "words"), [("rank", "lora-rank must be at least 1, not 0"), ("alpha", "lora-alpha 0.0")]
+    ("option", "words"), [("rank", "lora_rank must be at least 1, not 0"), ("alpha", "lora_alpha 0.0")]
 )
 def test_a_value_of_zero_is_no_default(option: str, words: str) -> None:
     with pytest.raises(InputError, match=words):

@@ -28,13 +28,13 @@ def test_modules_are_found_by_the_ends_of_the_names_that_peft_has() -> None:
 @pytest.mark.parametrize(
     ("name", "there", "modules", "message"),
     [
-        ("wpe", [EMBEDDING, HEAD], [], r"modules-to-save 'wpe': of it these modules can be trained in full: wte, lm_head; others"),
-        ("norm", [EMBEDDING, HEAD], [], r"modules-to-save 'norm': .* stay as they are: give one of these, or leave the option out"),
+        ("wpe", [EMBEDDING, HEAD], [], r"modules_to_save 'wpe': of it these modules can be trained in full: wte, lm_head; others"),
+        ("norm", [EMBEDDING, HEAD], [], r"modules_to_save 'norm': .* stay as they are: give one of these, or leave the option out"),
         (
             "lm_head",
             [EMBEDDING, Saved(name="lm_head", called="lm_head", weight="w", refusal="it has a bias")],
             [],
-            r"modules-to-save 'lm_head': it has a bias; of it these modules can be trained in full: wte$",
+            r"modules_to_save 'lm_head': it has a bias; of it these modules can be trained in full: wte$",
         ),
         (
             "wte",

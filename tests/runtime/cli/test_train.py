@@ -15,17 +15,24 @@ from synthetic import decoder_like, device
 from tiny_plans import CONFIG
 
 from tightfit.planner.io import load_plan
+from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.api import load_profile
+from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import main
 from tightfit.runtime.cli import train as stages
-from tightfit.runtime.cli.config_file import FOR_ONE_CALL, key_of, read_file, write_options
+from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, write_options
+from tightfit.runtime.cli.options import key_of
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.options import said
 from tightfit.runtime.engine.start.lean_torch import installed_version
+from tightfit.runtime.session.options import RunOptions
 
 COMMANDS = typer.main.get_command(main.app).commands
 TRAIN = COMMANDS["train"]
 OWN = {"--buckets", "--seq", "--memory", "--adapter", "--output"}
 """options that several stages have, or that mean more here"""
+DECLARED_ANEW = {("train", "adapter"), ("compare", "policy")}
+"""(command, option of a record that it declares itself)"""
 
 
 def context(*words):
@@ -61,13 +68,13 @@ def test_every_option_of_a_stage_is_one_of_train(name):
 
 @pytest.mark.parametrize("name", ["profile", "plan", "run"])
 def test_every_option_in_the_help_of_a_stage_is_in_that_of_train(tightfit, name):
-    shown = set(re.findall(r"^  .*?(--[a-z-]+)", tightfit("train", "--help")[1], re.MULTILINE))
+    shown = set(re.findall(r"^  .*?(--[a-z-]+)", tightfit("train", "--help-all")[1], re.MULTILINE))
     assert len(shown) > 40
-    assert set(re.findall(r"^  .*?(--[a-z-]+)", tightfit(name, "--help")[1], re.MULTILINE)) <= shown
+    assert set(re.findall(r"^  .*?(--[a-z-]+)", tightfit(name, "--help-all")[1], re.MULTILINE)) <= shown
 
 
 def test_the_help_has_headings(tightfit):
-    code, said, err = tightfit("train", "--help")
+    code, said, err = tightfit("train", "--help-all")
     assert (code, err) == (0, "")
     parts = re.split(r"^(\S.*):$", said, flags=re.MULTILINE)
     under = dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -81,6 +88,29 @@ def test_the_help_has_headings(tightfit):
     ):
         assert [one for one, text in under.items() if re.search(rf"^  {option} ", text, re.MULTILINE)] == [heading]
     assert "--stages" not in said
+
+
+@pytest.mark.parametrize("name", ["train", "profile", "plan", "compare", "run", "generate", "chat", "eval"])
+def test_the_help_shows_first_what_people_need_and_the_rest_on_request(tightfit, name):
+    def options(words):
+        return re.findall(r"^  (?:-\w, )?(--[a-z0-9-]+)", tightfit(name, words)[1], re.MULTILINE)
+
+    primary, every = options("--help"), options("--help-all")
+    assert len(every) == len({*every})
+    assert {*primary} <= {*every}
+    needed = [one.opts[-1] for one in COMMANDS[name].params if one.required and one.param_type_name == "option"]
+    assert sorted(primary[: len(needed)]) == sorted(needed)
+    declared = [
+        record
+        for record in (ProfileOptions, PlanOptions, RunOptions)
+        if {*said(record)} <= {one.name for one in COMMANDS[name].params}
+    ]
+    for record in declared:
+        for option, told in said(record).items():
+            shown = f"--{option.replace('_', '-')}" in primary
+            assert shown == (told.primary or f"--{option}" in needed or (name, option) in DECLARED_ANEW), option
+    assert len(primary) < 0.75 * len(every)
+    assert tightfit(name, "--help")[1].count("\n") < 85
 
 
 def test_stages_share_no_other_options():
@@ -194,7 +224,7 @@ def test_every_switch_in_a_file_can_be_turned_on_the_command_line(tmp_path):
     ("text", "message"),
     [
         ("lora_rnk: 4", "lora_rnk: no option of `train`; the nearest is lora_rank"),
-        ("learning_rate: 1", "learning_rate: no option of `train`; the nearest is lr"),
+        ("learning_rate: 1", "learning_rate: no option of `train`; it is lr here"),
         ("xyzzy: 1", "xyzzy: no option of `train`"),
         ("lora_rank: four", "lora_rank: 'four' is no value for it ("),
         ("steps: 2.5", "steps: 2.5 is no value for it ("),
@@ -388,7 +418,7 @@ def test_resuming_what_train_did_not_begin(refused, tmp_path):
     [
         (("--lr", "nan"), "--lr nan: give a number of at least 0"),
         (("--memory", "350M"), "'350M' is not a size; "),
-        (("--schedule", "steep"), "schedule 'steep' is not known; choose one of constant, linear, cosine"),
+        (("--schedule", "steep"), "--schedule 'steep' is not known; choose one of constant, linear, cosine"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file; "),
         (("--eval", "nowhere.jsonl", "--seq", 8), "nowhere.jsonl: no such file; "),
         (("--batch", 0), "--batch 0: give a number of at least 1"),

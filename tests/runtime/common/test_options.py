@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.options import values_of, with_options
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.options import default_of, keywords_of, option, said, types_of
@@ -54,7 +55,7 @@ def command(*words: str, **decoration: object) -> dict[str, object]:
     found: list[dict[str, object]] = []
     app = typer.Typer(rich_markup_mode=None)
 
-    @app.command()
+    @app.command(cls=Command)
     @with_options(Cake, **decoration)
     def main(name: str, oven: str = "hot", **options: object) -> None:
         found.append({"name": name, "oven": oven} | values_of(Cake, options))

@@ -26,7 +26,7 @@ from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.chat import ChatTemplate
 from tightfit.runtime.data.samples import CONVERSION, FORMS, data_files, parse_sample
-from tightfit.runtime.data.tokenization import RANDOM_RECORDS, Encoder, _pad_token, _Samples, prepare
+from tightfit.runtime.data.tokenization import RANDOM_RECORDS, Encoder, _pad_token, _Samples, plan_again, prepare
 from tightfit.runtime.engine.training.batches import TokenBatches
 from tightfit.runtime.engine.training.pairs import PairBatches
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
@@ -400,7 +400,7 @@ def test_no_data_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
         made(lines(tmp_path / "a.jsonl", "", " "), vocabulary, tmp_path)
     with pytest.raises(
         InputError,
-        match=r"the model has no tokenizer; put tokenizer\.json beside its config\.json, or use --data random",
+        match=r"the model has no tokenizer; put tokenizer\.json beside its config\.json, or use data='random'",
     ):
         made(lines(tmp_path / "b.jsonl", {"text": "a"}), None, tmp_path)
 
@@ -835,7 +835,7 @@ def test_pairs_that_are_too_long_lose_the_same_part_of_their_prompt(vocabulary: 
     pair = {"prompt": "The quick brown fox " * 3, "chosen": "positive", "rejected": "positive negative positive"}
     data = lines(tmp_path / "a.jsonl", pair)
     with pytest.raises(
-        InputError, match=r'a\.jsonl:1: prompt and "chosen": \d+ positions where the plan has 8\n.*--seq'
+        InputError, match=r'a\.jsonl:1: prompt and "chosen": \d+ positions where the plan has 8\n.*seq='
     ):
         made(data, vocabulary, tmp_path, seq=8, pairs=True)
     ids, _ = Encoder(vocabulary, 420).completion(pair["prompt"], pair["rejected"], ended=True)
@@ -850,7 +850,7 @@ def test_pairs_and_other_samples_are_not_taken_for_each_other(vocabulary: Vocabu
     pair = {"prompt": "Good? ", "chosen": "yes", "rejected": "yes"}
     data, text = lines(tmp_path / "a.jsonl", pair), lines(tmp_path / "b.jsonl", {"text": "no"})
     with pytest.raises(
-        InputError, match="a pair of answers, and the plan's loss is not of such; profile with --loss dpo or"
+        InputError, match="a pair of answers, and the plan's loss is not of such; profile with loss='dpo' or"
     ):
         made(data, vocabulary, tmp_path)
     with pytest.raises(InputError, match="no pair of answers, and the plan's loss is of such"):
@@ -878,7 +878,7 @@ def test_a_sample_that_is_too_long_is_refused_with_its_lengths(vocabulary: Vocab
     data = lines(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, long)
     with pytest.raises(
         InputError,
-        match=rf"1 bad line of 2 in the data:\n.*a\.jsonl:2: {len(ids) - 1} positions where the plan has 16\n`tightfit profile --seq {len(ids) - 1}`, and a plan of that profile, has room for every sample; or shorten them, or run with --truncate",
+        match=rf"1 bad line of 2 in the data:\n.*a\.jsonl:2: {len(ids) - 1} positions where the plan has 16\na profile with seq={len(ids) - 1}, and a plan of it, has room for every sample; or shorten them, or cut them with truncate=True",
     ):
         made(data, vocabulary, tmp_path, seq=16)
     assert made(data, vocabulary, tmp_path, seq=len(ids) - 1).count == 2
@@ -893,8 +893,8 @@ def test_one_length_is_told_that_is_enough_for_every_sample(vocabulary: Vocabula
     data = lines(tmp_path / "a.jsonl", {"prompt": "quick " * 20, "completion": "fox"}, question, "bad")
     with pytest.raises(InputError) as caught:
         made(data, vocabulary, tmp_path, seq=16, purpose="evaluate")
-    assert str(caught.value).count("--seq") == 1
-    length = int(str(caught.value).partition("profile --seq ")[2].partition("`")[0])
+    assert str(caught.value).count("seq=") == 1
+    length = int(str(caught.value).partition("seq=")[2].partition(",")[0])
     lines(tmp_path / "a.jsonl", question)
     assert made(data, vocabulary, tmp_path, seq=length, purpose="evaluate").count == 2
     with pytest.raises(InputError, match=f"{length} positions where the plan has {length - 1}"):
@@ -963,7 +963,7 @@ def test_a_text_that_brings_its_first_token_gets_no_second_one(beginning: Vocabu
 def test_a_sample_without_a_token_to_predict_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
     """As of a choice that a tokenizer makes nothing of."""
     with RecordWriter(tmp_path / "x", seq=4, pad_token=0, vocab_size=9, source="") as writer:
-        samples = _Samples(writer, Encoder(vocabulary, 420), "train", "refuse")
+        samples = _Samples(writer, Encoder(vocabulary, 420), "train", "refuse", plan_again(None))
         for ids in ([1, 2, 3], [1], []):
             with pytest.raises(InputError, match="nothing is left to predict"):
                 samples.shift((ids, [False] * len(ids)))
@@ -1027,3 +1027,12 @@ def test_reading_records_keeps_nothing_in_memory(tmp_path: Path) -> None:
             batches.training(step, inputs)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
         batches.close()
+
+
+@pytest.mark.parametrize("longest", [17, 64, 65, 20_002])
+@pytest.mark.parametrize("positions", [None, 64, 8192])
+def test_no_length_is_advised_that_the_model_was_not_made_for(longest: int, positions: int | None) -> None:
+    said = plan_again(positions)(longest)
+    assert (f"seq={longest}" in said) == (positions is None or longest <= positions)
+    assert "truncate=True" in said
+    assert (f"made for {positions} positions" in said) == (positions is not None and longest > positions)

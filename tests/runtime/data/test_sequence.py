@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -88,8 +89,10 @@ def test_a_sample_longer_than_the_model_is_refused(model, tmp_path):
     with pytest.raises(InputError) as caught:
         choose_seq(model, data, truncate=False, budget=BUDGET)
     assert str(caught.value).startswith(f"1 bad line of 1 in the data:\n{data}:1: ")
-    assert str(caught.value).endswith(
-        "\nthe model was made for 48 positions; shorten the samples, or cut them with --truncate"
+    assert re.search(
+        r"\nthe model was made for 48 positions, and the longest sample has \d+; shorten the samples, or cut them with"
+        " truncate=True$",
+        str(caught.value),
     )
     assert choose_seq(model, data, truncate=True, budget=BUDGET)[0] == 48
 
@@ -102,7 +105,7 @@ def test_a_sample_longer_than_is_chosen_unasked_is_refused_with_the_option(model
     with pytest.raises(InputError) as caught:
         choose_seq(model, data, truncate=False, budget=BUDGET)
     assert str(caught.value).endswith(
-        f"\n--seq {positions} has room for every sample; or shorten them, or cut them with --truncate"
+        f"\nseq={positions} has room for every sample; or shorten them, or cut them with truncate=True"
     )
     assert choose_seq(model, data, truncate=True, budget=BUDGET)[0] == MOST
 

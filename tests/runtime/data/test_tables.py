@@ -65,7 +65,7 @@ def test_columns_are_parts_by_their_names_or_those_given(tmp_path: Path) -> None
     assert [one.prompt[-1]["content"] for one in (first, second)] == ["Say", "Say\nit"]
     # JSON lines have columns too.
     assert parse_sample(b'{"question": "Good?", "answer": "yes", "text": 3}', columns) == Completion("Good?", "yes")
-    with pytest.raises(InputError, match=r"^no key 'answer'; there are question$"):
+    with pytest.raises(InputError, match=r"^no key 'answer', which columns names; there are question$"):
         parse_sample(b'{"question": "Good?"}', columns)
 
 
@@ -123,7 +123,9 @@ def test_a_file_that_is_no_table_of_samples_is_refused(tmp_path: Path, content: 
 
 def test_columns_that_are_not_there_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "a.csv", ["id", "body"], ["1", "a"])
-    with pytest.raises(InputError, match=r"a\.csv: has no column 'Body'; its columns are id, body$"):
+    with pytest.raises(
+        InputError, match=r"a\.csv: has no column 'Body', which columns names; its columns are id, body$"
+    ):
         read(path, {"text": "Body"})
     with pytest.raises(
         InputError, match=r"^columns: a sample has no part 'question'; it has text, prompt, completion,"

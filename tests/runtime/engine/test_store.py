@@ -528,7 +528,7 @@ def test_nan_and_infinity_are_refused_by_file_and_tensor(kind: str, bad: float, 
 
 def test_values_beyond_float16_are_refused_where_scales_are_float16(tmp_path: Path) -> None:
     rows = torch.full((2, 32), -1e6)
-    with pytest.raises(InputError, match=r"'k' holds values above 65504, too large for 4 or 8 bit; use --base 16bit"):
+    with pytest.raises(InputError, match=r"'k' holds values above 65504, too large for 4 or 8 bit; use base='16bit'"):
         build_store(one_tensor(packed_entry("w", (2, 32), "q4"), rows), tmp_path)
     assert build_store(one_tensor(packed_entry("w", (2, 32), "bfloat16"), rows), tmp_path).exists()
 

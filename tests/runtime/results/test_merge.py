@@ -321,7 +321,7 @@ def test_what_is_there_is_replaced_only_if_asked_for_and_a_model(small: tuple[Pa
     out = tmp_path / "merged"
     merge(small[1], out)
     with pytest.raises(
-        InputError, match=f"{out} is there already; give --overwrite to replace it, or name another place with -o"
+        InputError, match=f"{out} is there already; give overwrite=True to replace it, or name another place"
     ):
         merge(small[1], out)
     (out / "model-00002-of-00002.safetensors").write_bytes(b"of an earlier merge")
@@ -348,7 +348,7 @@ def test_the_command_line(small: tuple[Path, Path], tmp_path: Path) -> None:
     assert "merging …" in answer.stderr
     again = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr.endswith("is there already; give --overwrite to replace it, or name another place with -o\n")
+    assert again.stderr.endswith("is there already; give --overwrite to replace it, or name another place\n")
     text = subprocess.run([*words, "--overwrite"], env=environment, capture_output=True, text=True, check=True).stdout
     assert "changed  21 tensors" in text
     assert "note     where training saw the base rounded (4 bits by default)" in text

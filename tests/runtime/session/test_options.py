@@ -18,10 +18,10 @@ from tightfit.runtime.session.options import RunOptions
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 3, "epochs": 1.0}, "steps 3 and epochs 1: give one of them"),
+        ({"steps": 3, "epochs": 1.0}, "steps=3 and epochs=1.0: give one of them"),
         ({"epochs": 0}, "epochs 0: give a finite number above 0"),
         ({"epochs": "2"}, "epochs 2: give a finite number above 0"),
-        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_steps 5 and warmup_ratio 0.1: give one of them"),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_steps=5 and warmup_ratio=0.1: give one of them"),
         ({"warmup_ratio": 1.5}, "warmup_ratio 1.5: give a number from 0 to 1"),
         ({"min_lr_ratio": -0.1, "schedule": "linear"}, "min_lr_ratio -0.1: give a number from 0 to 1"),
         ({"beta1": 1.5}, "beta1 1.5: give a number from 0 to 1"),

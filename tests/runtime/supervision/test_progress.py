@@ -79,7 +79,7 @@ def test_an_epoch_is_told_where_it_is_known(clock):
         between = {"step": 20, "eval_loss": 1.25, "best": True, "over": False}
         training.evaluated(between)
         training.evaluated(between | {"eval_accuracy": 0.5, "best": False, "over": True})
-    assert file.getvalue().splitlines()[0].startswith("step 30/30 (epoch 3.0): loss 0.5000, ")
+    assert file.getvalue().splitlines()[0].startswith("step 30/30 (epoch 3.00): loss 0.5000, ")
     assert file.getvalue().splitlines()[1:] == [
         "evaluated after step 20: loss 1.2500, the best so far",
         "evaluated after step 20: loss 1.2500, accuracy 0.500; the run ends, since none was better for as long as it was to wait",
@@ -130,7 +130,7 @@ def test_a_terminal_shows_the_epoch_where_it_is_wide_enough(monkeypatch):
         written += os.read(parent, 1 << 16)
     os.close(parent)
     shown = written.decode()
-    assert "━━━━━┄┄┄┄┄ 1/2 epoch 0.5 loss 0.7000, 16 tokens/s, 0:01 left, 301.0 of 350.0 MiB" in shown
+    assert "━━━━━┄┄┄┄┄ 1/2 epoch 0.50 loss 0.7000, 16 tokens/s, 0:01 left, 301.0 of 350.0 MiB" in shown
     assert "━━━━━┄┄┄┄┄ 1/2 loss 0.7000, 16 tokens/s, 0:01 left, 301.0 of 350.0 MiB" in shown
     assert f"{progress.ERASE_LINE}evaluated after step 1: loss 1.2500\r\n" in shown
 
