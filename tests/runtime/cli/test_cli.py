@@ -564,8 +564,8 @@ def test_help_is_the_same_with_the_typer_that_flower_asks_for():
     def helps(command, name, parent=None):
         context = typer.Context(command, info_name=name, parent=parent)
         yield command.get_help(context)
-        for name, other in getattr(command, "commands", {}).items():
-            yield from helps(other, name, context)
+        for word, other in getattr(command, "commands", {}).items():
+            yield from helps(other, word, context)
 
     told = list(helps(typer.main.get_command(main.app), "tightfit"))
     assert len(told) > 15
