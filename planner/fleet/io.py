@@ -1,7 +1,8 @@
 """Reads and writes a fleet's files: its plan, `fleet.json`, and beside it the plan of each member that takes part.
 
 The plan is of one of four kinds: data parallel (`FleetPlan`), a pipeline (`PipelinePlan`), federated (`FederatedPlan`) or
-split federated (`SplitPlan`). A member needs the fleet's plan and its own.
+split federated (`SplitPlan`). A member needs the
+fleet's plan, its own and the key, `fleet.key`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +29,8 @@ AnyFleet = FleetPlan | FederatedPlan | PipelinePlan | SplitPlan | SidePlan
 F = TypeVar("F", FleetPlan, FederatedPlan, PipelinePlan, SplitPlan, SidePlan)
 K = TypeVar("K", bound=AnyFleet)
 FILE, SERVER_FOLDER = "fleet.json", "server"
+KEY, KEY_BYTES = "fleet.key", 32
+"""the file of the key by which members know each other, in hexadecimal digits; for its owner alone"""
 AGAIN = "make it again with `tightfit fleet plan`"
 
 
@@ -71,6 +75,8 @@ def save_fleet(fleet: AnyFleet, plans: Mapping[str, Plan], folder: str | os.Path
     for member in fleet.members:
         if member.plan is not None:
             save_plan(plans[member.name], folder / plan_file(member.name))
+    if not isinstance(fleet, FederatedPlan):  # whose devices meet at Flower's server
+        write_whole(folder / KEY, f"{secrets.token_hex(KEY_BYTES)}\n", mode=0o600)
     return write_whole(folder / FILE, fleet.model_dump_json())
 
 
@@ -195,6 +201,17 @@ def _beside(file: Path, what: str, fingerprint: str | None) -> Plan:
             f" {str(fingerprint)[:12]}…); copy the fleet's folder again, or {AGAIN}"
         )
     return plan
+
+
+def key_path(path: str | os.PathLike[str]) -> Path:
+    """The file of the key beside the fleet's plan in `path`. Raises InputError where it is missing."""
+    key = fleet_path(path).parent / KEY
+    if not key.is_file():
+        raise InputError(
+            f"{key}: the key by which the members know each other is not beside the fleet's plan; copy the whole folder, or"
+            f" {AGAIN}"
+        )
+    return key
 
 
 def fleet_path(path: str | os.PathLike[str]) -> Path:

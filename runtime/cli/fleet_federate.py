@@ -451,7 +451,7 @@ def stage(
 ) -> None:
     """Run one side of a device's service in a split round, as its node and the server do."""
     from tightfit.planner.fleet.federated_schema import FederatedPlan
-    from tightfit.planner.fleet.io import load_member_plan, load_rounds, load_server_plan
+    from tightfit.planner.fleet.io import key_path, load_member_plan, load_rounds, load_server_plan
     from tightfit.runtime.cli.run import carry_out
     from tightfit.runtime.federated.split_stage import stage_membership
     from tightfit.runtime.session.fleet import PORT
@@ -469,7 +469,7 @@ def stage(
         plan,
         data,
         options,
-        member=stage_membership(fleet, found, plan, host, port, timeout, server=server),
+        member=stage_membership(fleet, found, plan, host, port, key_path(folder), timeout, server=server),
         output=output,
         resume=False,
         overwrite=True,

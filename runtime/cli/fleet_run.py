@@ -110,7 +110,7 @@ def run(
             "--member and --at belong together: which member this is, and where all of them meet; without both, all"
             " members run on this machine"
         )
-    from tightfit.planner.fleet.io import load_any, load_member_plan
+    from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
 
     fleet = load_any(plan)
     _check_length(fleet, trained)
@@ -125,7 +125,7 @@ def run(
     from tightfit.runtime.session.fleet import membership
 
     assert at is not None
-    seat = membership(fleet, member, *_address(at), timeout)
+    seat = membership(fleet, member, *_address(at), key_path(plan), timeout)
     carry_out(
         load_member_plan(plan, fleet, member),
         data or "",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin
 
 import typer
+import typer.core
 
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.common.errors import InputError, RunError
@@ -23,6 +24,10 @@ from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
     from tightfit.planner.service.client import Client
+
+# Help is plain text (`rich_markup_mode=None`). Where typer finds rich, versions before 0.21, which Flower asks for, escape it for
+# rich all the same: `\[default: 1]`.
+typer.core.HAS_RICH = False
 
 
 PRIMARY = "primary"

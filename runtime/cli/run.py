@@ -95,12 +95,12 @@ def run(
 
     member = None
     if of_fleet(plan):
-        from tightfit.planner.fleet.io import load_any, load_member_plan
+        from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
         from tightfit.runtime.cli.fleet_run import evaluates
         from tightfit.runtime.session.fleet import from_torchrun
 
         fleet = load_any(plan)
-        member = from_torchrun(fleet)
+        member = from_torchrun(fleet, key_path(plan))
         loaded, output = load_member_plan(plan, fleet, member.name), output / member.name
         evaluate = evaluate if evaluates(fleet, member.name) else None
     else:

@@ -56,10 +56,10 @@ def read_whole(path: str | os.PathLike[str], *, most: int = LARGEST_DOCUMENT) ->
     return content
 
 
-def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
+def write_whole(path: str | os.PathLike[str], content: str | bytes, *, mode: int = 0o666) -> Path:
     """Write `content` atomically: a reader of `path` finds the old file or the new one, never a part. Returns `path`.
 
-    It is written beside `path`, flushed to disk and renamed. Raises InputError if the place cannot be written, RunError
+    `mode`: of the file, less what the umask takes. It is written beside `path`, flushed to disk and renamed. Raises InputError if the place cannot be written, RunError
     if the disk is full; nothing is left behind then.
     """
     path = Path(path)
@@ -67,7 +67,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

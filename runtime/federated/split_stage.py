@@ -28,13 +28,21 @@ SERVERS_PLACE = 1
 
 
 def stage_membership(
-    fleet: SplitPlan, member: SplitMember, plan: Plan, address: str, port: int, timeout: float, *, server: bool
+    fleet: SplitPlan,
+    member: SplitMember,
+    plan: Plan,
+    address: str,
+    port: int,
+    key: Path,
+    timeout: float,
+    *,
+    server: bool,
 ) -> Membership:
     """The membership of the run of `plan`: of a device's layers, or with `server` of the layers above. The server listens
     at `address` and `port`, and each saves its own part of the adapter.
     """
     name = SERVER if server else member.name
-    made = membership(pipeline_of(fleet, member, plan), name, address, port, timeout)
+    made = membership(pipeline_of(fleet, member, plan), name, address, port, key, timeout)
     assert made.seat is not None
     assert isinstance(made.seat.part, StagePart)
     part = replace(made.seat.part, gathers=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tightfit.planner.fleet.pipeline_schema import Passed, PipelinePlan
@@ -34,11 +35,16 @@ class Membership:
 
 
 def membership(
-    fleet: FleetPlan | PipelinePlan | SidePlan, name: str, address: str, port: int, timeout: float | None = None
+    fleet: FleetPlan | PipelinePlan | SidePlan,
+    name: str,
+    address: str,
+    port: int,
+    key: Path,
+    timeout: float | None = None,
 ) -> Membership:
     """The membership of the member called `name`, which meets the others at `address` and `port`.
 
-    `timeout`: seconds to wait for the others, by default ten steps and at least ten minutes. Raises InputError for a
+    `key`: the file with the fleet's key, beside its plan; `timeout`: seconds to wait for the others, by default ten steps and at least ten minutes. Raises InputError for a
     name that the fleet lacks, and for a member that takes no part.
     """
     chain = fleet.chain
@@ -91,7 +97,7 @@ def membership(
         part=part,
         exact=fleet.bit_identical,
         plan=fleet.fingerprint,
-        interface=os.environ.get("GLOO_SOCKET_IFNAME", ""),  # as for `torch.distributed`
+        key=str(key.absolute()),
         listens=1 if isinstance(fleet, SidePlan) else 0,  # devices reach a server, and seldom the other way round
     )
     return Membership(name=name, seat=seat, figures=figures)
@@ -141,7 +147,7 @@ def _busy(fleet: PipelinePlan, rank: int) -> float:
 
 
 def from_torchrun(
-    fleet: FleetPlan | PipelinePlan | SidePlan, environment: Mapping[str, str] = os.environ
+    fleet: FleetPlan | PipelinePlan | SidePlan, key: Path, environment: Mapping[str, str] = os.environ
 ) -> Membership:
     """The membership of the process that ``torchrun`` has started: its rank is the place in the chain.
 
@@ -159,7 +165,7 @@ def from_torchrun(
         raise InputError(
             f"torchrun starts {size} processes and {count} members of the fleet compute: {', '.join(names)}"
         )
-    made = membership(fleet, names[rank], environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    made = membership(fleet, names[rank], environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), key)
     if made.seat is None:
         return made
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -156,6 +156,8 @@ def _follow(
                 message["peak_bytes"],
                 message.get("tokens"),
             )
+        elif message["event"] == "note" and noted:
+            noted(message["text"])
         elif message["event"] == "evaluating" and stages:
             what = "evaluating" if message["when"] == ALONE else f"evaluating {message['when']}"
             stages(what, message["done"], message["total"])

@@ -45,6 +45,7 @@ class Workshop:
         self.trained_bytes = sum(tensor.bytes for tensor in profile.tensors if tensor.kind == "trainable")
         alone = profile.model_copy(update={"optimizer": adamw(micro_batches)})
         save_plan(planner_of(alone).plan(BUDGET), folder / "alone.json")
+        (folder / "fleet.key").write_text("ab" * 32)
         exchanges = {"name": EXCHANGE, "state_tensors": 0, "accumulate": micro_batches}
         save_plan(planner_of(profile.model_copy(update={"optimizer": exchanges})).plan(BUDGET), folder / "member.json")
 
@@ -153,7 +154,7 @@ def main(arguments: list[str]) -> int:
             text = Path(path).read_text()
             kind = PipelinePlan if json.loads(text)["kind"] == "pipeline" else FleetPlan
             fleet = kind.model_validate_json(text)
-            seat = membership(fleet, name, "127.0.0.1", int(port), TIMEOUT)
+            seat = membership(fleet, name, "127.0.0.1", int(port), Path(path).parent / "fleet.key", TIMEOUT)
             file = next(member.plan for member in fleet.members if member.name == name)
             run(load_plan(Path(path).parent / file), data, out=out, member=seat, **options)
     except TightfitError as error:

@@ -79,7 +79,7 @@ def as_process(folder: Path, name: str, port: int, out: Path, options: dict) -> 
         "from tightfit.runtime.session.fleet import membership\nfrom tightfit.runtime.session.launch import run\n"
         "folder, name, port, out, options = sys.argv[1:]\nfolder = Path(folder)\n"
         "fleet = load_side(folder)\n"
-        "member = membership(fleet, name, '127.0.0.1', int(port), 60.0)\n"
+        "member = membership(fleet, name, '127.0.0.1', int(port), folder / 'fleet.key', 60.0)\n"
         "options = {'data': 'random'} | json.loads(options)\n"
         "if name != fleet.chain[0].name:\n    options['data'] = '/does/not/exist'\n"
         "report = run(load_member_plan(folder, fleet, name), out=out, member=member, **options)\n"

@@ -291,6 +291,7 @@ class Exchange:
         self._buffers.give_back(buffer)
 
     def close(self) -> None:
+        self.transport.close()
         self.gradients.close()
         self.states.close()
 

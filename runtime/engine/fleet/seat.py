@@ -11,7 +11,7 @@ from tightfit.runtime.engine.fleet.exchange import Exchange, Share, pieces_of
 from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.fleet.shelf import Buffers, DiskShelf, MemoryShelf, Shelf
 from tightfit.runtime.engine.fleet.stage import Boundary, Stage
-from tightfit.runtime.engine.fleet.transport import Transport
+from tightfit.runtime.engine.fleet.transport import Transport, read_key
 from tightfit.runtime.engine.kernels.optimizer import AdamW
 
 if TYPE_CHECKING:
@@ -64,14 +64,14 @@ class Seat:
     part: ExchangePart | StagePart
     exact: bool
     """whether all members must round alike, so that results are those of one process to the bit"""
+    key: str
+    """path of the file with the key by which the members know each other"""
     plan: str = ""
     """fingerprint of the fleet's plan"""
     agent: bool = False
     """whether ``torchrun`` has opened the store at which the members meet"""
     attempt: int = 0
     """how often it has started the members again"""
-    interface: str = ""
-    """network device to use; "": the one that leads to `address`"""
     listens: int = 0
     """place in the chain of the member that listens where they meet"""
 
@@ -80,19 +80,23 @@ class Seat:
         """Whether the members compute layers of one model, one after the other."""
         return isinstance(self.part, StagePart)
 
-    def transport(self, stopping: Callable[[], bool]) -> Transport:
-        """Meet the other members. Raises RunError where they do not meet, or `stopping` says so meanwhile."""
+    def transport(self, stopping: Callable[[], bool], say: Callable[[str], None]) -> Transport:
+        """Meet the other members. Raises RunError where they do not meet, or `stopping` says so meanwhile; `say` is told who
+        is waited for.
+        """
         return Transport(
             self.members,
             self.rank,
             self.address,
             self.port,
+            key=read_key(self.key),
             timeout=self.timeout,
+            plan=self.plan,
             agent=self.agent,
             attempt=self.attempt,
-            interface=self.interface,
             listens=self.listens,
             stopping=stopping,
+            say=say,
         )
 
 
@@ -117,12 +121,12 @@ def _boundary(said: Mapping[str, Any] | None) -> Boundary | None:
     return Boundary(up=passing(said["up"]), down=passing(said["down"]))
 
 
-def join_pipeline(seat: Seat, stopping: Callable[[], bool]) -> Stage:
+def join_pipeline(seat: Seat, stopping: Callable[[], bool], say: Callable[[str], None]) -> Stage:
     """Meet the other members of a pipeline, and make room for messages. Raises RunError as `Seat.transport`."""
     part = seat.part
     assert isinstance(part, StagePart)
     return Stage(
-        seat.transport(stopping),
+        seat.transport(stopping, say),
         seat.micro_batches,
         part.below,
         part.above,
@@ -143,6 +147,7 @@ def join(
     parameter: Callable[[int], Tensor],
     keep: Callable[[int, Tensor], None],
     stopping: Callable[[], bool],
+    say: Callable[[str], None],
 ) -> Exchange:
     """Reserve what an exchange needs, files in `directory`, and meet the other members. `shapes`: of the trained
     tensors, in order.
@@ -159,7 +164,7 @@ def join(
     return Exchange(
         optimizer,
         Share(first=part.first, count=part.count, micro_batches=seat.micro_batches),
-        seat.transport(stopping),
+        seat.transport(stopping, say),
         pieces,
         Buffers(pieces.largest, part.buffers),
         gradients=shelf(part.gradients, Exchange.rows(seat.rank, part.count)),

@@ -360,4 +360,4 @@ class Stage:
         return result
 
     def close(self) -> None:
-        """Nothing is held beside memory."""
+        self.transport.close()

@@ -1,49 +1,138 @@
-"""Messages between the training processes of a fleet: gloo, reached without the Python of `torch.distributed`.
+"""Messages between the training processes of a fleet, over the connections that they made when they met.
 
-gloo and its rendezvous store come with PyTorch's native libraries. Reached through `torch._C` they add 7 MiB to a
-training process, 1 MiB of them for good; the process with all of `torch.distributed` holds more than 60 MiB more
-(`tests/runtime/engine/fleet/test_transport.py` measures both). Messages are not encrypted: the members trust each
-other and the network between them.
+Messages to a peer, and from it, pass in order, each with its tag and its length; what comes has to be what is waited for.
+Threads send and receive them while the process computes. Beside the messages every member tells the others that it lives
+and whom it waits for, and says so when it ends or finds another one gone. So whoever waits in vain knows who is at fault: not
+the neighbour that waits itself, but the member at the end of the chain of those that wait, or the network between.
+
+Members prove to each other that they have the fleet's key (`tightfit.runtime.engine.fleet.meeting`). Messages are not encrypted.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
-import os
+import queue
+import select
 import socket
+import struct
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from tightfit.runtime.common.errors import MemberGoneError, RunError
+from tightfit.runtime.common.errors import InputError, MemberGoneError, RunError
+from tightfit.runtime.engine.fleet.meeting import CONTROL, DATA, LOOK_SECONDS, Links, Meeting, receive_frame, send_frame
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HERE, GONE, HEARD = "here", "gone", "heard"
-"""keys of the store: how many members have come; the first that stops says which one is gone, and why; how many know"""
-LOOK_SECONDS = 0.1
-"""between two looks whether the others have come"""
-STORE_SECONDS = 10.0
-"""seconds within which the store answers; where it does not, the member that holds it is taken for gone"""
-DATA, HEADER = 0, 1
+BEAT_SECONDS = 2.0
+"""between two signs of life, at most; a fifth of the fleet's timeout where that is less"""
+CONTROL_SECONDS = 5.0
+"""for a frame of a few bytes that is under way; after that its connection is taken for ended"""
+CHUNK = 1 << 20
+"""bytes that are sent or received at once; each is a sign of life"""
+JSON_BYTES = 1 << 24
+"""of what JSON holds in a message, at most"""
+ENDING_SECONDS, ENDING_SHARE = 30.0, 0.1
+"""that a member which is asked to end still waits for the others to end the step with it: seconds, and of the fleet's timeout"""
+FRAME = struct.Struct("<IQ")
+"""before each message: its tag, and its bytes"""
+MESSAGE, HEADER = 0, 1
 """tags of messages"""
 
 
 class Pending:
     """A message under way. `wait` returns once it has been received, or sent."""
 
-    def __init__(self, transport: Transport, work: Any, peer: int) -> None:
-        self._transport, self._work, self._peer = transport, work, peer
+    def __init__(self, transport: Transport, peer: int, tag: int, room: Any, size: int | None) -> None:
+        """`room`: the bytes to send, or to fill; None: as many as come, `size` at most."""
+        self._transport, self.peer, self.tag, self.room, self.size = transport, peer, tag, room, size
+        self.done = threading.Event()
+        self.error: OSError | RunError | None = None
 
     def wait(self) -> None:
-        """Raises MemberGoneError where the peer has ended or takes longer than the fleet waits."""
-        try:
-            self._work.wait()
-        except RuntimeError as error:
-            raise self._transport.lost(self._peer, str(error)) from None
+        """Raises MemberGoneError where a member has ended or takes longer than the fleet waits."""
+        if not self.done.is_set():
+            self._transport.wait(self)
+        if isinstance(self.error, OSError):
+            raise self._transport.lost(self.peer)
+        if self.error:
+            raise self.error
+
+
+class _Peer:
+    """Another member: its connections, and what is known of it."""
+
+    def __init__(self, name: str, links: Links) -> None:
+        self.name = name
+        self.control, self.data = links.sockets[CONTROL], links.sockets[DATA]
+        for one, seconds in ((self.control, CONTROL_SECONDS), (self.data, None)):
+            one.settimeout(seconds)
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.heard = time.monotonic()
+        """when the latest byte came"""
+        self.moved = self.heard
+        """when a message to it or from it got on"""
+        self.ended = False
+        """whether it has closed its connections"""
+        self.left = False
+        """whether it has said that its run is over"""
+        self.waits: list[int] = []
+        """whom it waits for"""
+        self.lanes: dict[str, queue.SimpleQueue[Pending | None]] = {}
+
+    def submit(self, direction: str, pending: Pending) -> None:
+        """Have a message sent or received after those that were submitted before it."""
+        if direction not in self.lanes:
+            self.lanes[direction] = queue.SimpleQueue()
+            work = self._send if direction == "send" else self._receive
+            lane = (self.lanes[direction], work)
+            threading.Thread(target=self._carry_out, args=lane, name=f"tightfit-{direction}", daemon=True).start()
+        self.lanes[direction].put(pending)
+
+    def _carry_out(self, lane: queue.SimpleQueue[Pending | None], work: Callable[[Pending], None]) -> None:
+        failed: OSError | RunError | None = None
+        while (pending := lane.get()) is not None:
+            try:
+                if failed is None:
+                    work(pending)
+            except (OSError, RunError) as error:
+                failed = error
+            pending.error = failed
+            pending.done.set()
+            del pending
+
+    def _send(self, pending: Pending) -> None:
+        room = memoryview(pending.room)
+        self.data.sendall(FRAME.pack(pending.tag, len(room)), socket.MSG_MORE)
+        while room:
+            room = room[self.data.send(room[:CHUNK]) :]
+            self.moved = time.monotonic()
+
+    def _receive(self, pending: Pending) -> None:
+        head = bytearray(FRAME.size)
+        self._fill(memoryview(head))
+        tag, size = FRAME.unpack(head)
+        fits = size <= JSON_BYTES if pending.size is None else size == pending.size
+        if tag != pending.tag or not fits:
+            raise RunError(
+                f"member {self.name!r} has sent {size} bytes of kind {tag} where {pending.size} of kind {pending.tag} are due:"
+                " the members are out of step; start all with the same tightfit"
+            )
+        if pending.room is None:
+            pending.room = bytearray(size)
+        self._fill(memoryview(pending.room))
+
+    def _fill(self, room: memoryview) -> None:
+        while room:
+            count = self.data.recv_into(room, min(CHUNK, len(room)))
+            if not count:
+                raise ConnectionResetError("it closed the connection")
+            room = room[count:]
+            self.heard = self.moved = time.monotonic()
 
 
 class Transport:
@@ -56,178 +145,265 @@ class Transport:
         address: str,
         port: int,
         *,
+        key: bytes,
         timeout: float,
+        plan: str = "",
         agent: bool = False,
         attempt: int = 0,
-        interface: str = "",
         listens: int = 0,
         stopping: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Meet the other members at the store at `address`; the member `listens` opens it, unless an `agent` has.
+        """Meet the other members at `address`, where the member `listens` does; or with `agent` where that one tells the
+        store of ``torchrun``'s agent, which is at `address`. `attempt` counts the starts by that agent.
 
-        `timeout` is in seconds: how long to wait for the others to appear, and later for one message. `attempt` counts
-        the starts by that agent, whose store outlives them. `interface` names the network device; "": the one that
-        leads to `address`. Raises RunError where they do not meet, and where `stopping` says so while it waits.
+        `key` and `plan` have to be the same for all. `timeout` is in seconds: how long to wait for the others to appear, and
+        later for a sign of life and for a message to get on. Raises RunError where they do not meet, and where `stopping` says
+        so while it waits; `say` is told who is waited for.
         """
-        import torch
+        self.members, self.rank, self.timeout, self._stopping = members, rank, timeout, stopping
+        self._beat = min(BEAT_SECONDS, timeout / 5)
+        self._verdict: tuple[int, str] | None = None
+        """who is gone, and what is said of it"""
+        self._waits: list[int] = []
+        self._asked: float | None = None
+        """when this process was first found to be asked to end"""
+        self._lock, self._speaking = threading.Lock(), threading.Lock()
+        meeting = Meeting(
+            members, rank, listens, key, timeout=timeout, plan=f"{plan}/{attempt}", stopping=stopping, say=say
+        )
+        found = None
+        if agent and len(members) > 1:
+            found = _agent(address, port, attempt, meeting if rank == listens else None)
+            address, port = (_own_address(address, port), 0) if rank == listens else (address, port)
+        links = meeting.meet(address, port, found)
+        self._peers = {other: _Peer(members[other], links[other]) for other in sorted(links)}
+        self._living = threading.Thread(target=self._live, name="tightfit-fleet", daemon=True)
+        self._living.start()
 
-        self.members, self.rank, self.timeout = members, rank, timeout
-        self._holds_store = rank == listens and not agent
-        self._listens = listens
-        self._knows = False
-        """whether this member has heard of one that is gone, and has said so"""
-        if not hasattr(torch._C, "_distributed_c10d"):
-            torch._C._c10d_init()
-        c10d: Any = torch._C._distributed_c10d
-        wait = timedelta(seconds=timeout)
-        meeting = _Meeting(members, rank, f"{address}:{port}", timeout, stopping)
-        try:
-            if not self._holds_store:
-                meeting.until(lambda: _listens(address, port))
-            store = c10d.TCPStore(address, port, len(members), self._holds_store, wait, wait_for_workers=False)
-            self._store = c10d.PrefixStore(f"tightfit/{attempt}", store)
-            self._store.add(HERE, 1)
-            meeting.until(lambda: self._store.add(HERE, 0) >= len(members))
-            options = c10d.ProcessGroupGloo._Options()
-            options._devices = [c10d.ProcessGroupGloo.create_device(**_device(interface, address, port))]
-            options._timeout = wait
-            options._threads = 1
-            before = _sockets()
-            self._group = c10d.ProcessGroupGloo(self._store, rank, len(members), options)
-            self._connections = _sockets() - before
-        except RuntimeError as error:
-            raise meeting.failed(_first_line(error)) from None
-        self._store.set_timeout(timedelta(seconds=STORE_SECONDS))
-
-    def send(self, tensor: Tensor, peer: int, tag: int = DATA) -> Pending:
+    def send(self, tensor: Tensor, peer: int, tag: int = MESSAGE) -> Pending:
         """Begin sending a contiguous tensor, which must not change until the message is sent."""
-        return self._begun(self._group.send, tensor, peer, tag)
+        return self._submit("send", peer, tag, _bytes(tensor))
 
-    def receive(self, tensor: Tensor, peer: int, tag: int = DATA) -> Pending:
+    def receive(self, tensor: Tensor, peer: int, tag: int = MESSAGE) -> Pending:
         """Begin receiving the next message of a peer into a contiguous tensor of its size."""
-        return self._begun(self._group.recv, tensor, peer, tag)
+        return self._submit("receive", peer, tag, _bytes(tensor))
 
     def send_json(self, content: Any, peer: int) -> None:
         """Send what JSON can hold; returns once it is sent."""
-        import torch
-
         text = json.dumps(content).encode()
-        self.send(torch.tensor([len(text)], dtype=torch.int64), peer, HEADER).wait()
-        self.send(torch.frombuffer(bytearray(text), dtype=torch.uint8), peer, HEADER).wait()
+        assert len(text) <= JSON_BYTES
+        self._submit("send", peer, HEADER, text).wait()
 
     def receive_json(self, peer: int) -> Any:
         """Wait for what a peer sends by `send_json`."""
-        import torch
+        pending = self._submit("receive", peer, HEADER, None)
+        pending.wait()
+        return json.loads(pending.room)
 
-        length = torch.zeros(1, dtype=torch.int64)
-        self.receive(length, peer, HEADER).wait()
-        text = torch.empty(int(length), dtype=torch.uint8)
-        self.receive(text, peer, HEADER).wait()
-        return json.loads(bytes(text.tolist()))
+    def _submit(self, direction: str, peer: int, tag: int, room: Any) -> Pending:
+        pending = Pending(self, peer, tag, room, None if room is None else len(room))
+        self._peers[peer].submit(direction, pending)
+        return pending
+
+    # --- waiting, and who is at fault -------------------------------------------------------------------------------
+
+    def wait(self, pending: Pending) -> None:
+        """Wait until a message is through. Raises MemberGoneError where that cannot be expected any more."""
+        begun, peer = time.monotonic(), self._peers[pending.peer]
+        self._waits.append(pending.peer)
+        try:
+            while not pending.done.wait(LOOK_SECONDS):
+                if self._verdict is None:
+                    self._judge(pending.peer, time.monotonic() - max(begun, peer.moved))
+                if self._verdict is not None:
+                    raise self._gone()
+        finally:
+            self._waits.remove(pending.peer)
+
+    def _judge(self, awaited: int, waited: float) -> None:
+        """Find out whether a member is gone: one that has closed its connections, or of which nothing has come for too long;
+        or which nobody hears anything of but signs of life.
+        """
+        now = time.monotonic()
+        for rank, peer in self._peers.items():
+            if peer.ended and (rank == awaited or not peer.left):
+                self._tell(rank, "has ended without a word")
+                return
+        silent = [rank for rank, peer in self._peers.items() if now - peer.heard > self.timeout and not peer.left]
+        if silent:  # the latest word of others may have come a little later over a network that was cut for all
+            late = self.timeout - 2 * self._beat
+            silent += [rank for rank, peer in self._peers.items() if rank not in silent and now - peer.heard > late]
+            self._tell(silent[0], self._silence(silent))
+        elif waited > self.timeout + 2 * self._beat:  # by then others have told what they hear nothing of
+            culprit = self._last_in_chain(awaited)
+            self._tell(culprit, f"did not answer for {waited:.0f} s, though it gives signs of life")
+        elif self._stopping():
+            self._asked = self._asked or now
+            mute = now - self._peers[awaited].heard > max(3 * self._beat, LOOK_SECONDS)
+            if mute or now - self._asked > max(ENDING_SECONDS, ENDING_SHARE * self.timeout):
+                self._tell(self.rank, f"was asked to end, and did not wait any longer for {self.members[awaited]!r}")
+
+    def _silence(self, silent: Sequence[int]) -> str:
+        """What is said of members of which nothing has come for too long; the first is the one that is named."""
+        if len(silent) == len(self._peers) > 1:
+            return (
+                f"does not answer, nor does any other: nothing has come for {self.timeout:.0f} s, so that it is"
+                f" {self.members[self.rank]!r}, this one, that is cut off"
+            )
+        return (
+            f"is out of reach of {self.members[self.rank]!r}: nothing has come for {self.timeout:.0f} s; it stands still, or the"
+            " network between them is cut"
+        )
+
+    def _last_in_chain(self, peer: int) -> int:
+        """The member that all others wait for, from one that this member waits for."""
+        seen = {self.rank}
+        while peer not in seen and peer in self._peers:
+            seen.add(peer)
+            further = [rank for rank in self._peers[peer].waits if rank not in seen]
+            if not further:
+                break
+            peer = further[0]
+        return peer
+
+    def lost(self, peer: int) -> MemberGoneError:
+        """The error for a peer whose connection has ended: it names the member that was the first to end."""
+        end = time.monotonic() + max(1.0, 2 * LOOK_SECONDS)
+        while self._verdict is None and not self._peers[peer].ended and time.monotonic() < end:
+            time.sleep(LOOK_SECONDS / 10)  # a word about it may be under way
+        if self._verdict is None:
+            self._tell(peer, "has ended without a word")
+        return self._gone()
+
+    def _gone(self) -> MemberGoneError:
+        assert self._verdict
+        rank, why = self._verdict
+        return MemberGoneError(f"member {self.members[rank]!r} of the fleet {why}", self.members[rank])
+
+    def _tell(self, rank: int, why: str) -> None:
+        """Settle who is gone, unless that is settled, and say so to all others."""
+        with self._lock:
+            if self._verdict is not None:
+                return
+            self._verdict = rank, why
+        self._say_to_all({"gone": rank, "why": why})
+
+    def _say_to_all(self, frame: dict[str, Any]) -> None:
+        with self._speaking:
+            for peer in self._peers.values():
+                with suppress(OSError):
+                    send_frame(peer.control, frame)
+
+    def _live(self) -> None:
+        """Give signs of life and hear those of the others, until all others have ended."""
+        beat = 0.0
+        while living := {peer.control: peer for peer in self._peers.values() if not peer.ended}:
+            now = time.monotonic()
+            if now >= beat:
+                beat = now + self._beat
+                self._say_to_all({"waits": list(self._waits)})
+            ready, _, _ = select.select(list(living), [], [], max(0.0, beat - time.monotonic()))
+            for one in ready:
+                self._hear(living[one], receive_frame(one))
+        for peer in self._peers.values():
+            peer.control.close()
+            peer.data.close()
+
+    def _hear(self, peer: _Peer, frame: dict[str, Any] | None) -> None:
+        peer.heard = time.monotonic()
+        if frame is None:
+            peer.ended = True
+        elif "waits" in frame:
+            peer.waits = frame["waits"]
+        elif "left" in frame:
+            peer.left = True
+        elif "gone" in frame:
+            rank, why = int(frame["gone"]), str(frame["why"])
+            other = self._peers.get(rank)
+            if other and other is not peer and peer.heard - other.heard < 2 * self._beat and "out of reach" in why:
+                why += f"; {self.members[self.rank]!r} hears both, so that it is the network"
+            with self._lock:
+                self._verdict = self._verdict or (rank, why)
+
+    # --- ending -----------------------------------------------------------------------------------------------------
 
     def leave(self, why: str) -> None:
         """Tell the others that this member ends, and why, unless one has ended already."""
         self._tell(self.rank, why)
 
     def hang_up(self) -> None:
-        """Close the connections to the other members, so that those who wait for this one hear of it at once; gloo
-        closes none before the process ends.
-        """
-        for descriptor in self._connections:
-            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                connection.shutdown(socket.SHUT_RDWR)
+        """Close the connections to the other members, so that those who wait for this one hear of it at once."""
+        for peer in self._peers.values():
+            for lane in peer.lanes.values():
+                lane.put(None)
+            for one, how in ((peer.data, socket.SHUT_RDWR), (peer.control, socket.SHUT_WR)):
+                with suppress(OSError):
+                    one.shutdown(how)
 
-    def linger(self) -> None:
-        """Before this member ends: where it holds the store and one is gone, wait until the others have heard of it, at
-        most `STORE_SECONDS`.
-        """
-        end = time.monotonic() + STORE_SECONDS
-        while self._holds_store and self._knows and time.monotonic() < end:
-            if self._store.add(HEARD, 0) >= len(self.members) - 1:  # all but the one that is gone
-                return
-            time.sleep(0.05)
-
-    def lost(self, peer: int, reason: str) -> MemberGoneError:
-        """The error for a peer that no longer answers: it names the member that was the first to end."""
-        slow = "imed out" in reason
-        why = f"did not answer for {self.timeout:.0f} s" if slow else "has ended without a word"
-        try:
-            told = self._tell(peer, why)
-        except RuntimeError:  # the store has gone with the member that holds it
-            told = {"rank": self._listens, "why": "has ended without a word"}
-        name = self.members[told["rank"]]
-        return MemberGoneError(f"member {name!r} of the fleet {told['why']}", name)
-
-    def _tell(self, rank: int, why: str) -> dict[str, Any]:
-        """Write down who is gone unless somebody has already; returns what is written there then."""
-        mine = json.dumps({"rank": rank, "why": why})
-        told: dict[str, Any] = json.loads(self._store.compare_set(GONE, "", mine))
-        if not self._knows:
-            self._store.add(HEARD, 1)
-            self._knows = True
-        return told
-
-    def _begun(self, call: Any, tensor: Tensor, peer: int, tag: int) -> Pending:
-        try:
-            return Pending(self, call([tensor], peer, tag), peer)
-        except RuntimeError as error:
-            raise self.lost(peer, str(error)) from None
+    def close(self) -> None:
+        """This member's run is over, as planned."""
+        self._say_to_all({"left": True})
 
 
-class _Meeting:
-    """Waits for the other members in short sleeps, so that signals are seen."""
-
-    def __init__(
-        self, members: Sequence[str], rank: int, place: str, timeout: float, stopping: Callable[[], bool]
-    ) -> None:
-        self._members, self._rank, self._place = members, rank, place
-        self._timeout, self._stopping = timeout, stopping
-        self._end = time.monotonic() + timeout
-
-    def until(self, come: Callable[[], bool]) -> None:
-        """Wait until `come` is true. Raises RunError where that takes too long, or the process is asked to end."""
-        while not come():
-            if self._stopping():
-                raise RunError("interrupted while waiting for the other members; start again")
-            if time.monotonic() > self._end:
-                raise self.failed("some member has not come")
-            time.sleep(LOOK_SECONDS)
-
-    def failed(self, why: str) -> RunError:
-        names = ", ".join(self._members)
-        return RunError(
-            f"member {self._members[self._rank]!r} did not meet the others at {self._place} within {self._timeout:.0f} s:"
-            f" {why}; start all {len(self._members)} members ({names}), with an address that each of them reaches"
+def read_key(path: str) -> bytes:
+    """The key of a fleet's plan. Raises InputError where there is none."""
+    try:
+        with open(path, encoding="ascii") as file:
+            key = bytes.fromhex(file.read(256))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: no key of the fleet ({error}); it lies in the folder of the fleet's plan: give every member all of it, or"
+            " make it again with `tightfit fleet plan`"
+        ) from error
+    if len(key) < 32:
+        raise InputError(
+            f"{path}: a key of {len(key)} bytes, which is too short; make it again with `tightfit fleet plan`"
         )
+    return key
 
 
-def _listens(address: str, port: int) -> bool:
-    with suppress(OSError), socket.create_connection((address, port), timeout=STORE_SECONDS):
-        return True
-    return False
+def _bytes(tensor: Tensor) -> memoryview:
+    size = tensor.numel() * tensor.element_size()
+    view = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    view.tensor = tensor  # type: ignore[attr-defined]  kept as long as the view
+    return memoryview(view).cast("B")
 
 
-def _device(interface: str, address: str, port: int) -> dict[str, str]:
-    """The network device for gloo: the one named, or the one that leads to `address`."""
-    if interface:
-        return {"interface": interface}
+def _own_address(address: str, port: int) -> str:
+    """This machine's address on the way to another."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, port))  # sends nothing: it looks up the route
-            return {"hostname": str(probe.getsockname()[0])}
+            return str(probe.getsockname()[0])
         except OSError as error:
             raise RunError(f"there is no way from here to {address}: {error.strerror}; give another address") from error
 
 
-def _sockets() -> set[int]:
-    """Descriptors of this process's sockets."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                found.add(int(name))
+def _agent(address: str, port: int, attempt: int, meeting: Meeting | None) -> Callable[[], tuple[str, int] | None]:
+    """Where the members meet that ``torchrun`` has started: the first of them says it in the store of its agent, where the
+    others look. `meeting`: of the first one, which listens from now on.
+    """
+    from datetime import timedelta
+
+    import torch
+
+    if not hasattr(torch._C, "_distributed_c10d"):
+        torch._C._c10d_init()
+    c10d: Any = torch._C._distributed_c10d
+    try:
+        store = c10d.TCPStore(address, port, 1, False, timedelta(seconds=30), wait_for_workers=False)
+    except RuntimeError as error:
+        raise RunError(f"torchrun's store at {address}:{port} does not answer: {str(error)[:200]}") from None
+    name = f"tightfit/{attempt}/place"
+    if meeting:
+        own = _own_address(address, port)
+        store.set(name, f"{own} {meeting.listen(own, 0)}")
+
+    def found() -> tuple[str, int] | None:
+        if not store.check([name]):
+            return None
+        host, _, number = store.get(name).decode().rpartition(" ")
+        return host, int(number)
+
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -34,7 +34,7 @@ freed buffers leave is not always where the next operator's buffers need it. tig
 all of their workspace at once."""
 EXCHANGE_SLACK_BYTES = 2 << 20
 """Allowance for the code that exchanging gradients maps, and for messages that are not pieces of gradients."""
-EXCHANGE_SECONDS = 30.0
+LOCAL, EXCHANGE_SECONDS = "127.0.0.1", 30.0
 """how long a process may take to meet itself"""
 IMPORT_SLACK_BYTES = 10 << 20
 """By how much the peak of the start varies, depending on how files lie in the page cache: libraries are loaded before
@@ -44,25 +44,40 @@ a run of all tests 8.0."""
 
 def exchange_bytes(channel: Channel) -> int:
     """Resident bytes that talking to the other members of a fleet adds to this process, whose kernels are warm;
-    measured with a fleet of one, the allowance for messages included.
+    measured with two members that are both in this process, as many as a member has on its two sides, the allowance for
+    messages included.
     """
     before = memory().resident
-    import socket
+    import threading
 
+    from tightfit.runtime.engine.fleet.meeting import listening
     from tightfit.runtime.engine.fleet.transport import Transport
     from tightfit.runtime.engine.start.kernel_warmup import SIZE, settle, warm_up
 
     for name in ("agreement", "seat"):  # everything that the member of a fleet imports on top
         importlib.import_module(f"tightfit.runtime.engine.fleet.{name}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    transport = Transport(["this"], 0, "127.0.0.1", port, timeout=EXCHANGE_SECONDS)
+    with listening(LOCAL, 0) as free:
+        port = free.getsockname()[1]
+    met: list[Transport] = []
+
+    def meet(rank: int) -> None:
+        met.append(Transport(["one", "other"], rank, LOCAL, port, key=bytes(32), timeout=EXCHANGE_SECONDS))
+
+    other = threading.Thread(target=meet, args=(1,))
+    other.start()
+    meet(0)
+    other.join()
+    one, two = sorted(met, key=lambda transport: transport.rank)
+    for sender, receiver in ((one, two), (two, one)):
+        sender.send_json("this is said", receiver.rank)
+        receiver.receive_json(sender.rank)
     settle()  # as a run does once it is loaded: most of the code that meeting the others takes is not needed again
     warm_up(channel, SIZE)
     trim_heap()
     added = memory().resident - before
-    del transport
+    for transport in met:
+        transport.close()
+        transport.hang_up()
     return max(0, added) + EXCHANGE_SLACK_BYTES
 
 

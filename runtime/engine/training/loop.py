@@ -73,7 +73,7 @@ class _Run:
         header = job.header
         self.header, self.send, self.stopping = header, send, stopping
         self.out: str = header["out"]
-        self.training = Training(job, channel, self.out, stopping=stopping)
+        self.training = Training(job, channel, self.out, stopping=stopping, say=lambda text: send("note", text=text))
         batches = self.training.batches
         self.alone = header["steps"] == 0
         """whether the run evaluates once, takes no step and leaves nothing"""
@@ -498,8 +498,6 @@ class _Run:
             self.fleet.transport.hang_up()
         if self.done and self.saved != self.done:
             self._save()
-        if self.fleet:
-            self.fleet.transport.linger()
         saved = f"everything up to step {self.done} is saved in {self.path}" if self.path else "nothing is trained yet"
         again = "start the fleet again with --resume" if self.path else "start the fleet again"
         raise RunError(f"{error}; {saved}, {again}") from error
@@ -507,10 +505,8 @@ class _Run:
     def leave(self, why: str) -> None:
         """Tell the other members of a fleet, if there is one, why this one ends."""
         if self.fleet:
-            with suppress(RuntimeError):  # the store has gone with the member that holds it
-                self.fleet.transport.leave(why)
-                self.fleet.transport.hang_up()
-                self.fleet.transport.linger()
+            self.fleet.transport.leave(why)
+            self.fleet.transport.hang_up()
 
     def finish(self) -> None:
         name = "side" if self.header.get("side") else "adapter" if self.header["lora"] else "model"

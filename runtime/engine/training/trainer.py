@@ -70,9 +70,10 @@ class Training:
         directory: str,
         device: Device | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Load what stays resident. `directory` takes the spill file; `device` defaults to the one named in the job;
-        `stopping` is asked while a fleet's member waits for the others.
+        `stopping` is asked while a fleet's member waits for the others, and `say` told for whom.
         """
         header = job.header
         self.job, self.header = job, header
@@ -87,7 +88,9 @@ class Training:
         self._hole: tuple[int, int] = tuple(header["hole"])
         optimizer = optimizer_of(header["optimizer"])
         seat = self._seat()
-        self.exchange = None if seat is None or seat.in_turn else self._joined(seat, optimizer, directory, stopping)
+        self.exchange = (
+            None if seat is None or seat.in_turn else self._joined(seat, optimizer, directory, stopping, say)
+        )
         """with the other members of a fleet, which makes the updates"""
         self.update: Update | Perturbation | None = None
         if isinstance(optimizer, MeZO):
@@ -112,7 +115,7 @@ class Training:
             (programs[program][operator] for programs in self.executor.programs.values() for program, operator in ran),
             self.device,
         )
-        self.stage = self._in_pipeline(seat, stopping) if seat is not None and seat.in_turn else None
+        self.stage = self._in_pipeline(seat, stopping, say) if seat is not None and seat.in_turn else None
         """this member's place in a pipeline, whose members each compute some of the layers"""
         self.buffers: dict[str, list[Any]] = {name: place for name, *place in header["buffers"]}
         """name -> [dtype, shape, byte offset in the arena] of the buffers that a step changes: running statistics"""
@@ -168,11 +171,11 @@ class Training:
         preference = self.header.get("preference")
         return preference["loss"] if preference else None
 
-    def _in_pipeline(self, seat: Seat, stopping: Callable[[], bool]) -> Stage:
+    def _in_pipeline(self, seat: Seat, stopping: Callable[[], bool], say: Callable[[str], None]) -> Stage:
         """Meet the other members of a pipeline."""
         from tightfit.runtime.engine.fleet.seat import join_pipeline
 
-        stage = join_pipeline(seat, stopping)
+        stage = join_pipeline(seat, stopping, say)
         self.executor.join(stage)
         return stage
 
@@ -181,7 +184,14 @@ class Training:
         """What a run has to do with the other members of its fleet; None: it is one of its own."""
         return self.exchange or self.stage
 
-    def _joined(self, seat: Seat, optimizer: Exact | MeZO, directory: str, stopping: Callable[[], bool]) -> Exchange:
+    def _joined(
+        self,
+        seat: Seat,
+        optimizer: Exact | MeZO,
+        directory: str,
+        stopping: Callable[[], bool],
+        say: Callable[[str], None],
+    ) -> Exchange:
         """Meet the other members of a fleet that exchanges gradients."""
         from tightfit.runtime.engine.fleet.seat import join
 
@@ -195,6 +205,7 @@ class Training:
             parameter=self._value,
             keep=lambda tensor, values: self._keep(self.trainables[tensor].value, values),
             stopping=stopping,
+            say=say,
         )
 
     def _value(self, tensor: int) -> Tensor:

@@ -382,7 +382,7 @@ def test_both_sides_have_a_seat(planned):
     member = fleet.taking[0]
     plans = planned[1][member.name], planned[2][member.name]
     sides = [
-        stage_membership(fleet, member, plan, "here", 5, 9.0, server=server)
+        stage_membership(fleet, member, plan, "here", 5, Path("fleet.key"), 9.0, server=server)
         for plan, server in zip(plans, (False, True))
     ]
     assert [one.seat.rank for one in sides] == [0, 1]

@@ -1,44 +1,51 @@
-"""gloo in the training process: what it takes, and what members are told of one that ends."""
+"""Messages between training processes: what they take, who may send any, and what members are told of one that ends."""
 
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import torch
 
+from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.interpreter import python_path
+from tightfit.runtime.engine.fleet import meeting as meetings
+from tightfit.runtime.engine.fleet.meeting import listening
+from tightfit.runtime.engine.fleet.transport import Transport, read_key
 from tightfit.runtime.engine.start.process import child_environment
 
+KEY = bytes(range(32))
 MEET = """
-import json, os, sys
+import hashlib, json, os, signal, sys, time
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start import lean_torch
 lean_torch.load()
 import torch
 from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.engine.fleet.transport import Transport
-rank, port, names = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
-before = memory().resident
+rank, port, names, key = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(","), bytes.fromhex(sys.argv[6])
+asked = []
+torch.ones(1 << 16)
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+open("/proc/self/clear_refs", "w").write("5")
+begun, before, said = time.monotonic(), memory().resident, []
 try:
-    meeting = Transport(names, rank, "127.0.0.1", port, timeout=float(sys.argv[4]))
+    meeting = Transport(
+        names, rank, "127.0.0.1", port, key=key, timeout=float(sys.argv[4]), stopping=lambda: bool(asked), say=said.append
+    )
     added = memory().resident - before
     exec(sys.argv[5])
 except TightfitError as error:
-    print(json.dumps({"error": str(error)}), flush=True)
+    told = {"error": str(error), "seconds": time.monotonic() - begun, "peak": memory().peak - before, "said": said}
+    print(json.dumps(told), flush=True)
     if "meeting" in globals():
         meeting.hang_up()
-        meeting.linger()
-"""
-FULL = """
-import json, sys
-import torch, torch.distributed as dist
-from tightfit.runtime.engine.device.resident import memory
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=0, world_size=1)
-print(json.dumps({"resident": memory().resident}))
 """
 
 
@@ -48,62 +55,306 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def started(program, *arguments):
+def started(rank, port, names, timeout, part, key=KEY):
+    """A member in a process of its own, as a training process is one."""
     environment = child_environment(1) | {"PYTHONPATH": python_path()}
-    words = [sys.executable, "-P", "-c", program, *map(str, arguments)]
+    words = [sys.executable, "-P", "-c", MEET, *map(str, (rank, port, names, timeout, part, key.hex()))]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def meeting(names: str, does: dict[int, str], timeout: float = 20.0):
-    """What each member says that does its part once they have met; a member without a part never comes."""
-    port = free_port()
-    members = {rank: started(MEET, rank, port, names, timeout, part) for rank, part in does.items()}
+def answers(members):
+    """What each member's process says in the end."""
     said = {rank: member.communicate(timeout=60) for rank, member in members.items()}
     assert all(not errors or "Traceback" not in errors for _, errors in said.values()), said
     return {rank: json.loads(words) if words.strip() else None for rank, (words, _) in said.items()}
 
 
-def test_it_takes_a_fraction_of_what_torch_distributed_takes():
-    told = meeting("a", {0: "print(json.dumps({'added': added, 'resident': memory().resident}))"})[0]
-    assert told["added"] < 12 << 20
-    words, errors = started(FULL, free_port()).communicate(timeout=120)
-    assert json.loads(words)["resident"] > told["resident"] + (60 << 20), errors
+def in_threads(does):
+    """What each of these returns, or the error that it raises and after how long, by rank; all at once."""
+    told = {}
+
+    def one(rank, work):
+        begun = time.monotonic()
+        try:
+            told[rank] = work(rank)
+        except TightfitError as error:
+            told[rank] = {"error": str(error), "seconds": time.monotonic() - begun}
+
+    members = [threading.Thread(target=one, args=item) for item in does.items()]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join()
+    return told
+
+
+def met(names="abc", timeout=3.0, ranks=None, keys=None, port=None):
+    """Members of a fleet that have met, by rank, or what the error says; `ranks`: those that come at all."""
+    port = port or free_port()
+    return in_threads(
+        {
+            rank: lambda rank: Transport(
+                list(names), rank, "127.0.0.1", port, key=(keys or {}).get(rank, KEY), timeout=timeout
+            )
+            for rank in (range(len(names)) if ranks is None else ranks)
+        }
+    )
+
+
+def waiting(members, does=None):
+    """What each member is told that waits for its neighbour, or does something else."""
+    count = len(members)
+    waits = {rank: lambda rank: members[rank].receive_json((rank + 1) % count) for rank in members}
+    told = in_threads(waits | (does or {}))
+    for member in members.values():
+        member.hang_up()
+    return told
+
+
+def test_it_takes_little_memory():
+    """gloo took 7 MiB, and 3 of them for good; a process with all of `torch.distributed` held more than 60 MiB more."""
+    port, end = free_port(), "print(json.dumps({'added': memory().resident - before}))"
+    does = ("meeting.send(torch.ones(1 << 16), 1).wait()", "meeting.receive(torch.empty(1 << 16), 0).wait()")
+    told = answers({rank: started(rank, port, "a,b", 20, f"{one}; {end}") for rank, one in enumerate(does)})
+    assert all(one["added"] < 3 << 20 for one in told.values()), told
 
 
 def test_members_exchange_tensors_and_what_json_holds():
-    sends = "meeting.send_json({'from': rank}, 1); meeting.send(torch.arange(5.0), 1).wait()"
-    takes = (
-        "told = meeting.receive_json(0); room = torch.empty(5); meeting.receive(room, 0).wait();"
-        "print(json.dumps({'told': told, 'room': room.tolist()}))"
-    )
-    assert meeting("a,b", {0: sends, 1: takes})[1] == {"told": {"from": 0}, "room": [0, 1, 2, 3, 4]}
+    """All with each other, messages that are larger than what the system keeps under way, in both directions at once."""
+    members, size = met("abcd", 20.0), 1 << 20
+
+    def talk(rank):
+        others = [one for one in members if one != rank]
+        rooms = {one: torch.empty(size) for one in others}
+        coming = [members[rank].receive(room, one) for one, room in rooms.items()]
+        going = [members[rank].send(torch.full((size,), 10.0 * rank + one), one) for one in others]
+        for one in coming + going:
+            one.wait()
+        for one in others:
+            members[rank].send_json({"from": rank}, one)
+        told = [members[rank].receive_json(one) for one in others]
+        members[rank].close()
+        return others, [[room[0].item(), room.mean().item()] for room in rooms.values()], told
+
+    for rank, (others, values, told) in waiting(members, dict.fromkeys(range(4), talk)).items():
+        assert values == [[10.0 * one + rank] * 2 for one in others]
+        assert told == [{"from": one} for one in others]
 
 
-@pytest.mark.parametrize("dies", [0, 1, 2])
-def test_a_member_that_dies_is_named_by_all_the_others(dies):
-    """Each waits for its neighbour; only a neighbour of the dead member sees it end, the others hear of it."""
-    waits = "meeting.receive(torch.empty(1), (rank + 1) % 3).wait()"
-    names = "first,second,third"
-    does = dict.fromkeys(range(3), waits) | {dies: "import time; time.sleep(0.5); os._exit(9)"}
-    told = meeting(names, does)
-    for rank in {0, 1, 2} - {dies}:
-        assert told[rank]["error"].startswith(f"member '{names.split(',')[dies]}' of the fleet has ended"), told
+def test_members_that_are_out_of_step_are_told():
+    members = met("ab")
+    told = waiting(members, {0: lambda _: members[0].send(torch.ones(3), 1).wait()})
+    assert "member 'a' has sent 12 bytes of kind 0 where None of kind 1 are due" in told[1]["error"]
 
 
-def test_why_a_member_leaves_is_said_by_it():
-    told = meeting("a,b", {0: "meeting.receive(torch.empty(1), 1).wait()", 1: "meeting.leave('has ended: no disk')"})
-    assert told[0]["error"] == "member 'b' of the fleet has ended: no disk"
+# --- who ends, and who is told what -----------------------------------------------------------------------------------
 
 
-def test_a_member_that_is_silent_is_not_waited_for_forever():
-    slow = "import time; time.sleep(4); os._exit(0)"
-    begun = time.monotonic()
-    told = meeting("a,b", {0: "meeting.receive(torch.empty(1), 1).wait()", 1: slow}, timeout=1.5)
-    assert "member 'b' of the fleet did not answer for 2 s" in told[0]["error"]
-    assert time.monotonic() - begun < 60
+def test_a_member_that_dies_is_named_by_all_the_others():
+    """Only a neighbour of the dead member waits for it."""
+    port, names = free_port(), "first,second,third"
+    does = dict.fromkeys(range(3), "meeting.receive(torch.empty(1), (rank + 1) % 3).wait()")
+    does[1] = "time.sleep(0.5); os._exit(9)"
+    told = answers({rank: started(rank, port, names, 20, part) for rank, part in does.items()})
+    for rank in (0, 2):
+        assert told[rank]["error"].startswith("member 'second' of the fleet has ended"), told
 
 
-def test_a_member_that_never_comes_is_an_error_with_advice():
-    told = meeting("a,b", {0: "pass"}, timeout=2.0)[0]
-    assert "member 'a' did not meet the others at 127.0.0.1:" in told["error"]
-    assert "start all 2 members (a, b)" in told["error"]
+@pytest.mark.parametrize("leaves", [0, 1, 2])
+def test_why_a_member_leaves_is_said_by_it(leaves):
+    members = met()
+    told = waiting(members, {leaves: lambda _: members[leaves].leave("has ended: no disk")})
+    for rank in {0, 1, 2} - {leaves}:
+        assert told[rank]["error"] == f"member '{'abc'[leaves]}' of the fleet has ended: no disk"
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_a_member_that_is_silent_is_named_by_those_that_wait_for_one_that_waits_for_it(slow):
+    """It gives signs of life, and sends nothing: a neighbour that waits for it is well."""
+    told = waiting(met(timeout=1.5), {slow: lambda _: time.sleep(5)})
+    for rank in {0, 1, 2} - {slow}:
+        assert told[rank]["error"].startswith(f"member '{'abc'[slow]}' of the fleet did not answer for 2 s"), told
+        assert told[rank]["seconds"] < 5
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_where_the_network_is_cut_members_that_are_well_are_not_blamed(cut):
+    members = met()
+    lose(members, [(cut, other) for other in range(3) if other != cut])
+    told = waiting(members)
+    for rank in {0, 1, 2} - {cut}:
+        assert told[rank]["error"].startswith(f"member '{'abc'[cut]}' of the fleet is out of reach of "), told
+    assert f"it is '{'abc'[cut]}', this one, that is cut off" in told[cut]["error"]
+    # Each ends within its timeout, and two signs of life more.
+    assert all(one["seconds"] < 3 + 3 for one in told.values()), told
+
+
+def test_where_one_link_is_cut_the_third_member_says_so():
+    members = met()
+    lose(members, [(0, 1)])
+    told = waiting(members)
+    assert "'c' hears both, so that it is the network" in told[2]["error"], told
+    assert all("cut off" not in one["error"] for one in told.values()), told
+
+
+def lose(members, pairs):
+    """Lose what passes between some members from now on; their connections stay."""
+    for pair in pairs:
+        for rank, other in (pair, pair[::-1]):
+            peer = members[rank]._peers[other]
+            peer.control = Lossy(peer.control)
+
+
+class Lossy:
+    """A connection over a network that is cut: what is sent is lost."""
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def sendall(self, data):
+        pass
+
+    def __getattr__(self, name):
+        return getattr(self.connection, name)
+
+
+@pytest.mark.parametrize("when", ["met", "waiting"])
+def test_a_member_that_waits_ends_on_sigterm(when):
+    """Also where the other one stands still, or has never come."""
+    port, rank = free_port(), int(when == "met")
+    one = started(rank, port, "a,b", 600, "print('here', flush=True); meeting.receive_json(1 - rank)")
+    other = None
+    if when == "met":
+        other = started(1 - rank, port, "a,b", 600, "os.kill(os.getpid(), signal.SIGSTOP)")
+        assert one.stdout.readline() == "here\n"
+        time.sleep(7)  # three signs of life are missing
+    else:
+        time.sleep(4)
+    one.send_signal(signal.SIGTERM)
+    told = answers({rank: one})[rank]
+    assert ("was asked to end" if when == "met" else "interrupted while waiting") in told["error"]
+    if other:
+        other.kill()
+        other.communicate()
+
+
+# --- the meeting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2])
+def test_who_does_not_come_is_named_by_all_the_others(absent):
+    told = met(timeout=2.0, ranks={0, 1, 2} - {absent})
+    for one in told.values():
+        others = one["error"].replace("(a, b, c)", "").replace("with an address of 'a'", "")
+        assert f"'{'abc'[absent]}'" in others, told
+        assert "start all 3 members (a, b, c)" in one["error"]
+
+
+@pytest.mark.parametrize(("rank", "awaited"), [(0, "waiting for 'b', "), (1, "waiting for 'a', ")])
+def test_who_is_waited_for_is_said_while_it_is(monkeypatch, rank, awaited):
+    monkeypatch.setattr(meetings, "SAY_SECONDS", 0.3)
+    said = []
+    with pytest.raises(RunError):
+        Transport(["a", "b"], rank, "127.0.0.1", free_port(), key=KEY, timeout=1.0, say=said.append)
+    assert len(said) >= 2
+    assert all(one.startswith(awaited) for one in said)
+
+
+def test_the_member_that_listens_needs_an_address_of_its_own():
+    with pytest.raises(
+        InputError, match=r"203\.0\.113\.7 is no address of this machine: member 'a', this one, listens"
+    ):
+        Transport(["a", "b"], 0, "203.0.113.7", 29400, key=KEY, timeout=60.0)
+    with listening("127.0.0.1", 0) as taken, pytest.raises(InputError, match="give another port"):
+        Transport(["a", "b"], 0, "127.0.0.1", taken.getsockname()[1], key=KEY, timeout=60.0)
+    with pytest.raises(InputError, match="no such host"):
+        Transport(["a", "b"], 0, "nobody.invalid", 29400, key=KEY, timeout=60.0)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_who_lacks_the_key_is_told_and_does_not_come_in(which):
+    told = met("ab", timeout=2.0, keys={which: bytes(32)})
+    assert "has another key of the fleet than 'b'" in told[1]["error"]
+    assert told[1]["seconds"] < 2
+    assert "for 'b', who did not come" in told[0]["error"]
+
+
+def test_a_member_is_there_once_and_of_the_same_plan():
+    port = free_port()
+
+    def late(plan):
+        def come(rank):
+            time.sleep(0.5)
+            return Transport(["a", "b", "c"], 1, "127.0.0.1", port, key=KEY, timeout=3.0, plan=plan)
+
+        return come
+
+    def first(rank):
+        return Transport(["a", "b", "c"], rank, "127.0.0.1", port, key=KEY, timeout=3.0)
+
+    told = in_threads({0: first, 1: first, 2: late(""), 3: late("another")})
+    assert "it is there already, from 127.0.0.1" in told[2]["error"]
+    assert "it runs another plan of the fleet" in told[3]["error"]
+
+
+@pytest.mark.parametrize("does", ["writes", "is silent", "comes often", "repeats"])
+def test_a_stranger_takes_no_memory_and_keeps_nobody_out(does):
+    """200 MiB written into the meeting once counted against a member's cap."""
+    port, stop = free_port(), threading.Event()
+
+    def stranger():
+        held = []
+        while not stop.is_set():
+            try:
+                one = socket.create_connection(("127.0.0.1", port), timeout=5)
+                held.append(one)
+                if len(held) > 100:
+                    held.pop(0).close()
+                if does == "writes":
+                    for _ in range(200):
+                        one.sendall(bytes(1 << 20))
+                elif does == "repeats":  # says back what it is sent
+                    one.sendall((one.recv(48) * 7)[:320])
+                    one.recv(320)
+                elif does == "is silent" and len(held) == 100:
+                    stop.wait()
+            except OSError:
+                time.sleep(0.01)
+        for one in held:
+            one.close()
+
+    told = "print(json.dumps({'told': meeting.receive_json(1), 'peak': memory().peak - before}))"
+    one = started(0, port, "a,b", 40, told)
+    strangers = [threading.Thread(target=stranger) for _ in range(3)]
+    for each in strangers:
+        each.start()
+    time.sleep(3)
+    try:
+        other = Transport(["a", "b"], 1, "127.0.0.1", port, key=KEY, timeout=40.0)
+        other.send_json("hello", 0)
+        found = answers({0: one})[0]
+        other.hang_up()
+    finally:
+        stop.set()
+        for each in strangers:
+            each.join()
+    assert found["told"] == "hello"
+    assert found["peak"] < 8 << 20
+
+
+def test_once_all_have_met_nobody_listens():
+    port = free_port()
+    members = met("ab", port=port)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    for member in members.values():
+        member.hang_up()
+
+
+@pytest.mark.parametrize("text", ["", "ab", "zz" * 32, "ab" * 16 + "\n"])
+def test_a_key_is_a_key(tmp_path, text):
+    with pytest.raises(InputError, match="make it again with `tightfit fleet plan`"):
+        read_key(str(tmp_path / "fleet.key"))
+    (tmp_path / "fleet.key").write_text(text)
+    with pytest.raises(InputError, match="make it again with `tightfit fleet plan`"):
+        read_key(str(tmp_path / "fleet.key"))
