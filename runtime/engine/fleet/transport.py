@@ -366,7 +366,7 @@ def read_key(path: str) -> bytes:
 def _bytes(tensor: Tensor) -> memoryview:
     size = tensor.numel() * tensor.element_size()
     view = (ctypes.c_char * size).from_address(tensor.data_ptr())
-    view.tensor = tensor  # type: ignore[attr-defined]  kept as long as the view
+    view.tensor = tensor  # type: ignore[attr-defined] # kept as long as the view
     return memoryview(view).cast("B")
 
 
