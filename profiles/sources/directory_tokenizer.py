@@ -50,8 +50,11 @@ def _chat_templates(path: Path, options: dict[str, Any]) -> dict[str, str]:
     told = options.get("chat_template") or {}
     if isinstance(told, list):
         told = {str(item.get("name")): item.get("template") for item in told if isinstance(item, dict)}
-    elif isinstance(told, str):
+    elif not isinstance(told, dict):
         told = {"default": told}
+    if wrong := next((name for name, source in told.items() if not isinstance(source, str)), None):
+        file = path / "tokenizer_config.json"
+        raise InputError(f"{file}: damaged (its chat template {wrong!r} is no text); download the file again")
     files = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
     if (path / "chat_template.jinja").exists():
         files["default"] = path / "chat_template.jinja"

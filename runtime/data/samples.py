@@ -521,6 +521,10 @@ def _message(message: Any, place: str) -> Message:
                 f'{place} is from {message["from"]!r}; write {", ".join(SHAREGPT)}, or "role" and "content"'
             )
         message, due = {"role": role, "content": message.get("value")}, '"from" and "value"'
+    elif isinstance(message, dict) and not (_left_out(message.get("from")) and _left_out(message.get("value"))):
+        raise InputError(
+            f'{place} has "role" and "content", and "from" and "value" beside; leave out one of the two pairs'
+        )
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):
         content = "".join(_part(part, place) for part in content)

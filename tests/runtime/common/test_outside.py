@@ -234,3 +234,10 @@ def test_a_header_is_read_only_as_far_as_it_can_be_one(name, claimed, beside, si
     finally:
         tracemalloc.stop()
         path.unlink()
+
+
+@pytest.mark.parametrize("template", [3, True, {"a": 1}, [{"name": "default", "template": {}}], {"default": ["x"]}])
+def test_a_chat_template_that_is_no_text_is_refused(template, tmp_path):
+    (with_tokenizer(tmp_path) / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: damaged \(its chat template"):
+        directory_vocabulary(tmp_path)

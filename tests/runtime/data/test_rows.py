@@ -80,6 +80,16 @@ def test_a_part_that_repeats_what_is_read_is_let_be() -> None:
         parsed({"prompt": "Is it good? Really?", "messages": TALK})
 
 
+@pytest.mark.parametrize("beside", [{"from": "gpt"}, {"value": "b"}, {"from": "gpt", "value": "b"}])
+def test_a_message_has_one_form_too(beside: dict[str, str]) -> None:
+    with pytest.raises(
+        InputError, match=r'^message 1 of "messages" has "role" and "content", and "from" and "value" beside'
+    ):
+        parsed({"messages": [TALK[0], TALK[1] | beside]})
+    nothing = dict.fromkeys(beside, None)
+    assert parsed({"messages": [TALK[0], TALK[1] | nothing]}).messages[0] == TALK[0]
+
+
 def test_the_parts_that_are_named_are_the_ones_that_count() -> None:
     row = json.dumps({"messages": TALK, "text": "x"}).encode()
     assert parse_sample(row, {"text": "text"}) == parsed({"text": "x"})
