@@ -82,6 +82,8 @@ CAPPED_SLICES = 4
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = "DeltaNet|Mamba|ShortConv|Recurrent|Retention|Rwkv"
 """What is in the names of transformers' classes that carry a state from token to token."""
+NO_PAIRS = (("falcon_h1", "out_proj"), ("nemotron_h", "out_proj"))
+"""(model_type, name of linear layers) that PEFT takes no pairs for: a kernel of Mamba reads their weights beside it"""
 LONG = "long_inv_freq"
 """Name of the buffer with the frequencies that longrope uses for sequences longer than the model was first trained
 for."""
@@ -473,6 +475,7 @@ def _replace(body: nn.Module, dtype: torch.dtype, context: Context) -> None:
     """Put our projections, embeddings, norms and gates in place of transformers' in a decoder's body."""
     names = dict(body.named_modules())
     inside = {name for name in names if re.search(r"\.\d+\.", f".{name}.")}
+    kind = getattr(body.config, "model_type", None)
     outside = {name.rpartition(".")[2] for name, child in names.items() if name not in inside and _is_linear(child)}
     for child in names.values():
         fuse_gate(child)
@@ -488,7 +491,7 @@ def _replace(body: nn.Module, dtype: torch.dtype, context: Context) -> None:
             outputs, inputs = weight.shape if isinstance(child, nn.Linear) else weight.t().shape
             with torch.device("meta"):
                 projection = FlatProjection(inputs, outputs, child.bias is not None, dtype)
-            projection.adaptable = name in inside and last not in outside
+            projection.adaptable = name in inside and last not in outside and (kind, last) not in NO_PAIRS
             ours = projection
         elif isinstance(child, nn.Embedding):
             ours = replace_embedding(child)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.cli.options import key_of, usage
-from tightfit.runtime.cli.other_tools import hint
+from tightfit.runtime.cli.other_tools import ELSEWHERE, hint
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import read_whole, write_whole
 
@@ -33,7 +33,7 @@ def read_options(path: Path, context: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for written, value in read_file(path).items():
         key = str(written).replace("-", "_")
-        if key in FOR_ONE_CALL:
+        if ELSEWHERE.get(key, key) in FOR_ONE_CALL:
             raise InputError(f"{path}: {written}: this is said on the command line, not in a file; leave it out")
         if key not in known:
             raise InputError(

@@ -188,6 +188,32 @@ class Case:
         return Forms(rotation=rotation, attention=", ".join(parts), rows_apart=self.rows_apart)
 
 
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+HYBRIDS = {
+    "Granite 4": sized(
+        "granitemoehybrid", num_local_experts=0, num_experts_per_tok=0, layer_types=["mamba", "attention"], shared_intermediate_size=96,
+        **MAMBA,
+    ),
+    "Bamba": sized("bamba", attn_layer_indices=[1], **MAMBA),
+    "Falcon-H1": sized("falcon_h1", mamba_d_ssm=128, lm_head_multiplier=0.5, **MAMBA),
+    "Nemotron-H": sized(
+        "nemotron_h", num_hidden_layers=3, layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=8, mamba_head_dim=16,
+        ssm_state_size=8, n_groups=1,
+    ),
+}  # fmt: skip
+"""of Mamba and attention, whose configs transformers writes with infinite floats"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrids_of_mamba_and_attention_train_as_by_transformers_and_peft(family: str, tmp_path: Path) -> None:
+    case = Case(HYBRIDS[family], tmp_path, "float32")
+    assert '"__float__": "Infinity"' in (tmp_path / "config.json").read_text()
+    (loss, gradients), (own_loss, own) = case.theirs(), case.ours()
+    assert own_loss == pytest.approx(loss, rel=1e-5)
+    assert errors_above(1e-4, own, gradients) == {}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_loss_gradients_and_adapter_are_those_of_transformers_and_peft(family: str, tmp_path: Path) -> None:
     case = Case(FAMILIES[family], tmp_path, "float32")

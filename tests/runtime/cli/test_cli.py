@@ -90,11 +90,11 @@ def planned(monkeypatch):
         ),
         (
             ["run", "p.json", "--data", "random", "-o", "o", "--steps", "2", "--epochs", "1"],
-            "steps 2 and epochs 1: give one of them",
+            "--steps 2 and --epochs 1.0: give one of them",
         ),
         (
             ["run", "p.json", "--data", "random", "-o", "o", "--steps", "2", "--eval-every", "half"],
-            "eval_every 'half': give a number of steps, or of epochs as in '0.5 epochs'",
+            "--eval-every 'half': give a number of steps, or of epochs as in '0.5 epochs'",
         ),
         (["report", "o", "--to", "mlflow"], "tracker 'mlflow' is not known; choose one of tensorboard, wandb"),
         (["serve", "--port", "99999"], "--port 99999: give a number of at most 65535"),
