@@ -70,7 +70,7 @@ class Redaction:
 
 def with_paths(model: Model, paths: Mapping[str, str]) -> Model:
     """The model with these paths of its source, its store and the base of its adapters, where they are given."""
-    own = {name: path for name, path in paths.items() if name != ADAPTER_BASE}
+    own: dict[str, Any] = {name: path for name, path in paths.items() if name != ADAPTER_BASE}
     if ADAPTER_BASE in paths:
         own |= {"config": model.config | {ADAPTER_BASE: paths[ADAPTER_BASE]}}
     return model.model_copy(update=own)
