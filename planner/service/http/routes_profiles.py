@@ -103,7 +103,7 @@ def _source(settings: Settings, asked: ProfileRequest) -> Row:
     "/upload",
     status_code=201,
     response_model=StoredProfile,
-    responses={200: {"model": StoredProfile, "description": "It was here already"}, **errors(400, 408, 413, 415)},
+    responses={200: {"model": StoredProfile, "description": "It was here already"}, **errors(400, 408, 413, 415, 429)},
     openapi_extra=UPLOAD,
     summary="Upload a profile",
 )

@@ -61,12 +61,15 @@ class JobOrder:
 
 
 class Tell:
-    """Writes events where the service reads them; progress at most every tenth of a second."""
+    """Writes events where the service reads them, without paths but in the rows of files; progress at most every tenth of
+    a second.
+    """
 
     def __init__(self) -> None:
         # Libraries print; standard output is the service's.
         self._file = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
+        self.redaction = Redaction([])
         self._last = 0.0
         self._lock = threading.Lock()
 
@@ -76,9 +79,12 @@ class Tell:
             self._last = now
             self(event="progress", **what)
 
-    def __call__(self, **event: Any) -> None:
+    def __call__(self, *, files: list[dict[str, Any]] | None = None, **event: Any) -> None:
         from tightfit.runtime.common.strict_json import to_json
 
+        event = self.redaction.value(event)
+        if files is not None:
+            event["files"] = files
         with self._lock:
             self._file.write(to_json(event) + "\n")
 
@@ -124,6 +130,7 @@ def _each_in_a_child(tell: Tell) -> int:
 
 def _carry_out(order: JobOrder, tell: Tell) -> None:
     """Carry out an order and report its result or error."""
+    tell.redaction = order.redaction()
     carry_out: Callable[[JobOrder, Tell], dict[str, Any]]
     if order.kind == "run":
         from tightfit.planner.service.jobs.running import run as carry_out
@@ -155,7 +162,7 @@ def _carry_out(order: JobOrder, tell: Tell) -> None:
         traceback.print_exc()
         tell(event="error", code="internal", message=f"internal error, {type(error).__name__}: {error}")
     else:
-        tell(event="done", result=order.redaction().value(answer["result"]), files=answer["files"])
+        tell(event="done", **answer)
 
 
 def _to_the_background() -> None:

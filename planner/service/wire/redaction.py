@@ -49,7 +49,7 @@ class Redaction:
         """JSON with all its strings as clients are told them."""
         if isinstance(data, str):
             return self.text(data)
-        if isinstance(data, list):
+        if isinstance(data, list | tuple):
             return [self.value(one) for one in data]
         if isinstance(data, dict):
             return {name: self.value(one) for name, one in data.items()}

@@ -9,9 +9,10 @@ import time
 
 import pytest
 from damage import CONFIG
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from served import service
+from synthetic import small_chain
 
 from tightfit.planner.service.jobs.store import Store
 from tightfit.planner.service.jobs.supervisor import Supervisor
@@ -187,3 +188,40 @@ def test_what_is_set_aside_is_told_and_stops_nothing_over_restarts(tmp_path, cap
     assert folder.is_dir()  # what it had saved
     (line,) = [record for record in caplog.records if record.message == "a job cannot be read: set aside"]
     assert line.job == bad.id
+
+
+PLACES = [
+    ("model", "name"),
+    ("model", "config", "x"),
+    ("model", "lora"),
+    ("model", "rounding"),
+    ("model", "source"),
+    ("device", "name"),
+    ("device", "label"),
+    ("optimizer", "x"),
+    ("fingerprint",),
+    ("batch",),
+    ("x",),
+]
+
+
+@settings(GENERATED, max_examples=10)
+@given(place=st.sampled_from(PLACES), value=ANYTHING)
+@example(place=("model", "name"), value="\ud800")
+@example(place=("model", "config", "x"), value="\ud800")
+@example(place=("model", "lora"), value={"rank": 8, "x": float("nan")})
+@example(place=("model", "lora"), value=nested(61, 1, "object"))
+def test_any_profile_is_refused_or_listed(http, place, value):
+    body = small_chain(3, layers=2).model_dump(mode="json")
+    inside = body
+    for name in place[:-1]:
+        inside = inside[name]
+    inside[place[-1]] = value
+    answer = send(http, "profiles/upload", body)
+    assert answer.status_code < 500, answer.text
+    assert http.get("/v1/profiles").status_code == 200
+    if answer.status_code in {200, 201}:
+        identity = answer.json()["id"]
+        for path in (identity, f"{identity}/file"):
+            assert http.get(f"/v1/profiles/{path}").status_code == 200
+        check_it_goes_on(http, send(http, "plans", {"profile": identity, "memory": "1GiB"}))

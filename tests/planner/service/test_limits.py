@@ -188,6 +188,23 @@ def test_an_upload_over_its_memory_or_its_time_fails_alone(tmp_path, profile):
             assert [path.name for path in (tmp_path / "data" / "objects" / "tmp").glob("upload-*")] == []
 
 
+def test_more_uploads_than_can_be_read_are_told_to_come_later(tmp_path, profile, monkeypatch):
+    """Slow bodies hold no place that others wait for; whole ones that wait, and their bytes, are bounded."""
+    with service(tmp_path) as http:
+        for limit, told in (
+            ("MOST_UNREAD", "0 uploads wait to be read"),
+            ("BYTES_UNDER_WAY", "0 MiB are being uploaded"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"tightfit.planner.service.http.uploads.{limit}", 0)
+                answer = http.post("/v1/profiles/upload", json=profile.model_dump(mode="json"))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "busy")
+            assert answer.json()["error"]["message"] == f"{told} already; ask again in a minute"
+        upload(http, profile)
+        uploads = http.app.state.service.uploads
+        assert (uploads._bytes, uploads._unread) == (0, 0)
+
+
 def test_what_is_here_already_is_known_without_being_read_again(tmp_path, profile, monkeypatch):
     with service(tmp_path) as http:
         identity = upload(http, profile)
