@@ -46,6 +46,11 @@ def parse_plan(data: bytes, place: str) -> Plan:
     content = whole_json(data, place, AGAIN)
     if not isinstance(content, dict) or "version" not in content or "budget_bytes" not in content:
         kind = "a profile" if isinstance(content, dict) and "programs" in content else "something else"
+        if isinstance(content, dict) and "members" in content:
+            found = str(content.get("kind"))
+            raise InputError(
+                f"{place}: the plan of a fleet ({found}), not of one device; `{fleet_command(found)} {place} ...` runs it"
+            )
         raise InputError(f"{place}: {kind}, not a plan; {AGAIN}")
     if content["version"] != PLAN_VERSION:
         raise InputError(f"{place}: {of_another_version('plan', content['version'], PLAN_VERSION)}; {AGAIN}")
@@ -53,6 +58,11 @@ def parse_plan(data: bytes, place: str) -> Plan:
     plan = validated(Plan, data, place, AGAIN)
     check_unchanged(fingerprint(plan), plan.fingerprint, place, AGAIN)
     return plan
+
+
+def fleet_command(kind: str) -> str:
+    """The command that runs the plan of a fleet of this kind."""
+    return "tightfit fleet federate run" if kind.endswith("federated") else "tightfit fleet run"
 
 
 def whole_json(data: bytes, place: str, again: str) -> Any:

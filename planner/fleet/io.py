@@ -20,7 +20,7 @@ from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.schema import FLEET_VERSION, FleetPlan
 from tightfit.planner.fleet.side_schema import SidePlan
 from tightfit.planner.fleet.split_schema import SplitPlan
-from tightfit.planner.io import check_unchanged, load_plan, save_plan, validated, whole_json
+from tightfit.planner.io import check_unchanged, fleet_command, load_plan, save_plan, validated, whole_json
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import of_another_version, read_whole, write_whole
@@ -156,9 +156,8 @@ def _parsed(data: bytes, place: str, *schemas: type[K]) -> K:
     kinds = {str(schema.model_fields["kind"].default): schema for schema in schemas}
     found = str(content.get("kind", next(iter(kinds))))
     if found not in kinds:
-        way = "`tightfit fleet federate`" if found.endswith("federated") else "`tightfit fleet run`"
         raise InputError(
-            f"{place}: the plan of a fleet of another kind ({found}, not {' or '.join(kinds)}); use {way} with it"
+            f"{place}: the plan of a fleet of another kind ({found}, not {' or '.join(kinds)}); `{fleet_command(found)}` runs it"
         )
     fleet = validated(kinds[found], data, place, AGAIN)
     check_unchanged(fleet_fingerprint(fleet), fleet.fingerprint, place, AGAIN)

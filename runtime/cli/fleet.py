@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tightfit.runtime.cli.fleet_federate import federate
-from tightfit.runtime.cli.fleet_run import run, status
+from tightfit.runtime.cli.fleet_run import member_commands, run, status
 from tightfit.runtime.cli.fleet_side import plan_with_server
 from tightfit.runtime.cli.options import (
     Debug,
@@ -136,6 +136,8 @@ def plan(
 
             summary["html"] = str(write_whole(html, fleet_page(planned)))
     console.print(f"plan written to {summary['fleet']}")
+    if commands := member_commands(planned, output):
+        console.print(commands)
     if html is not None:
         console.print(f"html written to {summary['html']}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import time
@@ -122,9 +123,10 @@ def run(
         _all_members(fleet, output, ["fleet", "run", *words_of(context.command.params, given)], as_json=as_json)
         return
     from tightfit.runtime.cli.run import carry_out
-    from tightfit.runtime.session.fleet import membership
+    from tightfit.runtime.session.fleet import check_listens, membership
 
     assert at is not None
+    check_listens(fleet, member, *_address(at))
     seat = membership(fleet, member, *_address(at), key_path(plan), timeout)
     carry_out(
         load_member_plan(plan, fleet, member),
@@ -148,6 +150,25 @@ def run(
 def evaluates(fleet: FleetPlan | PipelinePlan | SidePlan, member: str) -> bool:
     """Whether a member takes part in evaluations: the first one alone has the whole model, or all have parts of it."""
     return fleet.kind == "pipeline" or member == fleet.chain[0].name
+
+
+def member_commands(fleet: FleetPlan | PipelinePlan | SidePlan, folder: Path) -> str:
+    """The commands that run the members on devices of their own, and whose address they need; "" for one member alone."""
+    from tightfit.runtime.session.fleet import PORT, listener
+
+    if len(fleet.chain) == 1:
+        return ""
+    meets = fleet.chain[listener(fleet)].name
+    lines = [
+        f"on each device, with all of {folder}; they meet at {meets!r}: HOST is an address of that one, which the others reach"
+    ]
+    for member in fleet.chain:
+        data = "" if fleet.kind == MOBILLM and member is fleet.chain[-1] else " --data DATA"
+        name, place = shlex.quote(member.name), shlex.quote(str(folder))
+        lines.append(
+            f"  tightfit fleet run {place} --member {name} --at HOST:{PORT}{data} --steps {fleet.micro_batches} -o OUT"
+        )
+    return "\n".join(lines)
 
 
 def _check_length(fleet: FleetPlan | PipelinePlan | SidePlan, options: RunOptions) -> None:

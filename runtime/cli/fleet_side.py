@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tightfit.runtime.cli.fleet_run import member_commands
 from tightfit.runtime.cli.options import answering
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
@@ -47,3 +48,5 @@ def plan_with_server(
     with answering(summary, side_text(planned), as_json):
         summary["fleet"] = str(save_fleet(planned, plans, output))
     console.print(f"plan written to {summary['fleet']}")
+    if commands := member_commands(planned, output):
+        console.print(commands)

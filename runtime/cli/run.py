@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from tightfit.runtime.session.fleet import Membership
     from tightfit.runtime.supervision.training_process import RunOrder
 
-FLEET = b'"kind": "data parallel"'
+FLEET = re.compile(rb'"kind": ?"(data parallel|pipeline|mobillm|(split )?federated)"')
 """stands near the start of a fleet's plan"""
 
 
@@ -133,7 +134,7 @@ def of_fleet(plan: Path) -> bool:
         return True
     try:
         with plan.open("rb") as file:
-            return FLEET in file.read(1 << 10)
+            return FLEET.search(file.read(1 << 10)) is not None
     except OSError:
         return False
 

@@ -23,7 +23,7 @@ from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.federated.adapter_file import AdapterFile
-from tightfit.runtime.federated.messages import Answer, Order
+from tightfit.runtime.federated.messages import OVER, Answer, Order
 from tightfit.runtime.supervision.failure import last_words
 
 SETTINGS = "device.json"
@@ -86,6 +86,8 @@ def carried_out(
     """As `take_part`, with the command line that `command` makes of device, order, steps, the folder of the adapter to
     start from and the folder for the run.
     """
+    if order.round == OVER:
+        return Answer(round=OVER, member=device.member), b""
     began = time.monotonic()
     steps = order.steps_of(device.member)
     try:

@@ -14,6 +14,8 @@ from typing import Self
 Word = str | int | float | bool
 ORDER, ANSWER, ADAPTER = "order", "answer", "adapter"
 """names of the records in a message"""
+HELLO, OVER = 0, -1
+"""numbers of orders that are of no round: say who you are; the rounds are over"""
 STYPE = "safetensors"
 """how the adapter's bytes are said to be serialised"""
 

@@ -3,7 +3,8 @@
     python -m tightfit.runtime.federated.node DEVICE.json --superlink HOST:PORT [--insecure | --root-certificates FILE]
 
 It stands in for Flower's SuperNode, SuperExec and ClientApp. Between rounds and while a run trains it gives signs of life;
-a SuperLink that is gone, or has forgotten the node, is looked for until it is there again. It runs the code of the
+a SuperLink that is gone, or has forgotten the node, is looked for until it is there again; one that does not know its key
+ends it after a minute, and so does the word that the rounds are over. It runs the code of the
 installed tightfit and nothing that the server sends. SIGTERM and SIGINT end it, and a run that is under way.
 """
 
@@ -17,7 +18,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from tightfit.runtime.common.errors import RunError, TightfitError
+from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.federated.device import Device
 from tightfit.runtime.federated.fleet_api import (
     HEARTBEAT_SECONDS,
@@ -28,14 +29,16 @@ from tightfit.runtime.federated.fleet_api import (
     UnreachableError,
     private_key,
 )
-from tightfit.runtime.federated.messages import ANSWER, ORDER, Answer
+from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer
 from tightfit.runtime.federated.split_device import device_of, order_of, part_of
 
 POLL_SECONDS = 2.0
 AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 30.0
 """between two looks for a SuperLink that is gone: at first, and later"""
-FORGOTTEN = (401, 403, 404)
+FORGOTTEN = (401, 403, 404, 412)
 """what a SuperLink says that does not know the node"""
+STRANGE_SECONDS = 60.0
+"""for which a server that has just started may not have learned the devices' keys yet"""
 
 
 class Node:
@@ -43,6 +46,8 @@ class Node:
         self.device, self.api = device, api
         self.joined = threading.Event()
         self.waits = AGAIN_SECONDS
+        self.strange_since: float | None = None
+        """when the server first refused to let this device join, since it was last joined"""
         threading.Thread(target=self._live, daemon=True).start()
 
     def serve(self) -> None:
@@ -60,7 +65,7 @@ class Node:
             if not self.joined.is_set():
                 self.api.join()
                 self.joined.set()
-                self.waits = AGAIN_SECONDS
+                self.waits, self.strange_since = AGAIN_SECONDS, None
                 _say(f"{self.device.member}: ready at {self.api.endpoint.host}:{self.api.endpoint.port}")
             incoming = self.api.message()
             if incoming is None:
@@ -71,14 +76,30 @@ class Node:
             _say(f"{error}; looking again in {self.waits:.0f} s")
             self._later()
         except RefusedError as error:
-            unknown = self.api.registered and not self.joined.is_set()
-            _say(f"{error}{'; it may not know the key of this device' if unknown else ''}")
+            if error.status in FORGOTTEN and not self.joined.is_set():
+                self._unknown()
+            else:
+                _say(str(error))
             if error.status in FORGOTTEN:
                 self.joined.clear()
             self._later()
         except RunError as error:
             _say(str(error))
             self._later()
+
+    def _unknown(self) -> None:
+        """The server does not let this device join. Raises InputError where it has had time to learn its key."""
+        place = f"the server at {self.api.endpoint.host}:{self.api.endpoint.port}"
+        what = f"{place} does not know the key of this device; start it with --device-key and this one's public key"
+        if not self.api.registered:
+            what = f"{place} lets in devices whose keys it knows alone; give --private-key"
+        now = time.monotonic()
+        self.strange_since = self.strange_since or now
+        if now - self.strange_since > STRANGE_SECONDS:
+            raise InputError(what)
+        _say(
+            f"{what}; asking for {STRANGE_SECONDS - now + self.strange_since:.0f} s more, since it may have just started"
+        )
 
     def _later(self) -> None:
         time.sleep(self.waits)
@@ -92,6 +113,12 @@ class Node:
             refused = Answer(round=0, member=self.device.member, error=f"no order that is known here ({error!r})")
             self.api.push(incoming, ANSWER, refused.words(), b"")
             return
+        if order.round == OVER:
+            incoming.confirm()
+            with suppress(RunError):  # nobody waits for the answer any longer
+                self.api.push(incoming, ANSWER, Answer(round=OVER, member=self.device.member).words(), b"")
+            _say(f"{self.device.member}: the rounds are over")
+            raise SystemExit(0)
         _say(f"{self.device.member}: round {order.round}, {order.steps_of(self.device.member)} steps")
         until = time.monotonic() + order.seconds
         answer, trained = part_of(self.device, order, incoming.adapter)

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -23,11 +23,13 @@ from tightfit.planner.fleet.split_schema import SplitPlan
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.federated.flower_records import packed, unpacked
-from tightfit.runtime.federated.messages import ANSWER, ORDER, Answer, Order
-from tightfit.runtime.federated.rounds import Reply, RoundOptions, Rounds
+from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer, Order, SplitOrder
+from tightfit.runtime.federated.rounds import Network, Reply, RoundOptions, Rounds
 from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, RoundsFolder
 from tightfit.runtime.federated.split_rounds import SplitOptions, SplitRounds
 
+OVER_SECONDS, LOOK_SECONDS = 10.0, 0.5
+"""for devices to hear that the rounds are over, at most, and between two looks at their answers"""
 LATE_SECONDS = 60.0
 """after a round's time is up: until a message is forgotten; and for what an earlier server has left, until it has ended"""
 
@@ -70,7 +72,9 @@ def main(grid: Grid, context: Context) -> None:
     try:
         _alone(folder.out / "flower")
         fleet = load_rounds(options.fleet)
-        saved = _rounds(fleet, options, GridNetwork(grid)).run()
+        network = GridNetwork(grid)
+        saved = _rounds(fleet, options, network).run()
+        tell_over(network)
     except Exception as error:
         if not isinstance(error, TightfitError):
             traceback.print_exc()
@@ -85,6 +89,18 @@ def main(grid: Grid, context: Context) -> None:
         "round": saved.number,
     }
     write_whole(folder.out / REPORT, json.dumps(report, indent=1) + "\n")
+
+
+def tell_over(network: Network, wait: Callable[[float], None] = time.sleep) -> None:
+    """Tell the devices that are there that the rounds are over, and wait a little until they have heard of it."""
+    order = SplitOrder(
+        round=OVER, steps="{}", lr=0.0, weight_decay=0.0, seed=0, seconds=OVER_SECONDS, port=0, labels="{}"
+    )
+    told = {network.send(node, order, b"") for node in sorted(network.nodes())}
+    until = time.monotonic() + OVER_SECONDS
+    while told and time.monotonic() < until:
+        told -= {reply.message for reply in network.replies(sorted(told))}
+        wait(LOOK_SECONDS)
 
 
 def _rounds(fleet: FederatedPlan | SplitPlan, options: RoundOptions, network: GridNetwork) -> Rounds:

@@ -15,10 +15,7 @@ from dataclasses import dataclass
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated.device import Device, carried_out, give_back, take_part
-from tightfit.runtime.federated.messages import Answer, Order, SplitOrder
-
-HELLO = 0
-"""number of the round in which a device says who it is"""
+from tightfit.runtime.federated.messages import HELLO, Answer, Order, SplitOrder
 
 
 @dataclass(frozen=True, kw_only=True)

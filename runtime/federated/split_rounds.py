@@ -26,10 +26,10 @@ from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.engine.training.adapter import WEIGHTS
 from tightfit.runtime.federated import aggregate
 from tightfit.runtime.federated.device import end, report_of, start
-from tightfit.runtime.federated.messages import Answer, SplitOrder
+from tightfit.runtime.federated.messages import HELLO, Answer, SplitOrder
 from tightfit.runtime.federated.rounds import MOST_ASKED, Gathering, Network, Reply, RoundOptions, Rounds
 from tightfit.runtime.federated.server import free_port
-from tightfit.runtime.federated.split_device import HELLO, stage_arguments
+from tightfit.runtime.federated.split_device import stage_arguments
 from tightfit.runtime.federated.split_stage import check_labels
 from tightfit.runtime.supervision.failure import last_words
 

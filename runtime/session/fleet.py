@@ -13,6 +13,7 @@ from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES, FleetPlan
 from tightfit.planner.fleet.side import RINGS
 from tightfit.planner.fleet.side_schema import SidePlan
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.fleet.meeting import listening
 from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.fleet.seat import ExchangePart, Seat, StagePart
 from tightfit.runtime.engine.fleet.stage import Boundary
@@ -98,9 +99,21 @@ def membership(
         exact=fleet.bit_identical,
         plan=fleet.fingerprint,
         key=str(key.absolute()),
-        listens=1 if isinstance(fleet, SidePlan) else 0,  # devices reach a server, and seldom the other way round
+        listens=listener(fleet),
     )
     return Membership(name=name, seat=seat, figures=figures)
+
+
+def listener(fleet: FleetPlan | PipelinePlan | SidePlan) -> int:
+    """The place in the chain of the member that the others meet at: devices reach a server, and seldom the other way round."""
+    return 1 if isinstance(fleet, SidePlan) else 0
+
+
+def check_listens(fleet: FleetPlan | PipelinePlan | SidePlan, name: str, address: str, port: int) -> None:
+    """Raise InputError where `name` is the member that the others meet at, and cannot listen at the address given."""
+    chain = fleet.chain
+    if len(chain) > 1 and chain[listener(fleet)].name == name:
+        listening(address, port, f"member {name!r}, this one,").close()
 
 
 def _stage_part(fleet: PipelinePlan, rank: int) -> StagePart:

@@ -47,9 +47,10 @@ MESSAGE, HEADER = 0, 1
 class Pending:
     """A message under way. `wait` returns once it has been received, or sent."""
 
-    def __init__(self, transport: Transport, peer: int, tag: int, room: Any, size: int | None) -> None:
-        """`room`: the bytes to send, or to fill; None: as many as come, `size` at most."""
+    def __init__(self, transport: Transport, peer: int, tag: int, room: Any, size: int | None, held: Any) -> None:
+        """`room`: the bytes to send, or to fill, `size` of them; None: as many as come. `held`: what has to outlive them."""
         self._transport, self.peer, self.tag, self.room, self.size = transport, peer, tag, room, size
+        self._held = held
         self.done = threading.Event()
         self.error: OSError | RunError | None = None
 
@@ -183,11 +184,11 @@ class Transport:
 
     def send(self, tensor: Tensor, peer: int, tag: int = MESSAGE) -> Pending:
         """Begin sending a contiguous tensor, which must not change until the message is sent."""
-        return self._submit("send", peer, tag, _bytes(tensor))
+        return self._submit("send", peer, tag, _bytes(tensor), tensor)
 
     def receive(self, tensor: Tensor, peer: int, tag: int = MESSAGE) -> Pending:
         """Begin receiving the next message of a peer into a contiguous tensor of its size."""
-        return self._submit("receive", peer, tag, _bytes(tensor))
+        return self._submit("receive", peer, tag, _bytes(tensor), tensor)
 
     def send_json(self, content: Any, peer: int) -> None:
         """Send what JSON can hold; returns once it is sent."""
@@ -201,8 +202,8 @@ class Transport:
         pending.wait()
         return json.loads(pending.room)
 
-    def _submit(self, direction: str, peer: int, tag: int, room: Any) -> Pending:
-        pending = Pending(self, peer, tag, room, None if room is None else len(room))
+    def _submit(self, direction: str, peer: int, tag: int, room: Any, held: Any = None) -> Pending:
+        pending = Pending(self, peer, tag, room, None if room is None else len(room), held)
         self._peers[peer].submit(direction, pending)
         return pending
 
@@ -364,10 +365,9 @@ def read_key(path: str) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, which has to outlive them."""
     size = tensor.numel() * tensor.element_size()
-    view = (ctypes.c_char * size).from_address(tensor.data_ptr())
-    view.tensor = tensor  # type: ignore[attr-defined] # kept as long as the view
-    return memoryview(view).cast("B")
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
 
 
 def _own_address(address: str, port: int) -> str:

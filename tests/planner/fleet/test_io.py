@@ -8,10 +8,13 @@ import sys
 
 import pytest
 
-from tightfit.planner.fleet.io import load_fleet, load_member_plan, save_fleet
+from tightfit.planner.fleet.io import key_path, load_fleet, load_member_plan, save_fleet
 from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.fleet.simulate import simulate_fleet
+from tightfit.planner.io import load_plan
+from tightfit.runtime.cli.run import of_fleet
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.fleet.transport import read_key
 
 
 @pytest.fixture
@@ -24,7 +27,11 @@ def test_there_and_back(planned, tmp_path):
     fleet, plans = planned
     path = save_fleet(fleet, plans, tmp_path / "new" / "fleet")
     assert path == tmp_path / "new" / "fleet" / "fleet.json"
-    assert {file.name for file in path.parent.iterdir()} == {"fleet.json", *(f"{name}.plan.json" for name in plans)}
+    assert {file.name for file in path.parent.iterdir()} == {
+        "fleet.json",
+        "fleet.key",
+        *(f"{name}.plan.json" for name in plans),
+    }
     for place in (path, path.parent, str(path.parent)):
         found = load_fleet(place)
         assert found == fleet
@@ -42,6 +49,34 @@ def test_a_member_needs_its_own_files_only(planned, folder):
     missing = fleet.chain[1].name
     with pytest.raises(InputError, match=f"the plan of member '{missing}' is not beside the fleet's"):
         load_member_plan(folder, fleet, missing)
+
+
+def test_the_key_lies_beside_the_plan_for_its_owner_alone(planned, tmp_path):
+    keys = [key_path(save_fleet(*planned, tmp_path / name)) for name in ("one", "other", "one")]
+    assert [path.stat().st_mode & 0o777 for path in keys] == [0o600] * 3
+    assert len({read_key(str(path)) for path in keys[:2]}) == 2
+    keys[1].unlink()
+    with pytest.raises(
+        InputError, match=r"fleet\.key: the key .* is not beside the fleet's plan; copy the whole folder"
+    ):
+        key_path(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        *((kind, "tightfit fleet run") for kind in ("data parallel", "pipeline", "mobillm")),
+        *((kind, "tightfit fleet federate run") for kind in ("federated", "split federated")),
+    ],
+)
+def test_where_one_devices_plan_is_wanted_a_fleets_is_called_what_it_is(folder, kind, command):
+    path = folder / "fleet.json"
+    path.write_bytes(rewritten(lambda content: content.update(kind=kind))(path.read_bytes()))
+    with pytest.raises(InputError, match=rf"the plan of a fleet \({kind}\), not of one device; `{command} "):
+        load_plan(path)
+    for separators in ((",", ":"), (", ", ": ")):
+        path.write_text(json.dumps(json.loads(path.read_text()), separators=separators))
+        assert of_fleet(path)
 
 
 def test_files_are_read_without_the_solver():

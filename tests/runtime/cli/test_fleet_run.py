@@ -59,7 +59,10 @@ def folder(tmp_path_factory):
     profile = traced.model_copy(update={"device": device})
     save_profile(profile, made / "profile.json")
     (made / "fleet.toml").write_text(DESCRIPTION)
-    tightfit("fleet", "plan", made / "fleet.toml", "-o", made / "plan", "--no-prices")
+    planned = tightfit("fleet", "plan", made / "fleet.toml", "-o", made / "plan", "--no-prices")
+    first = json.loads((made / "plan" / "fleet.json").read_text())["members"][0]["name"]
+    assert f"they meet at '{first}': HOST is an address of that one" in planned.stderr
+    assert all(f"--member {name} --at HOST:29400 --data DATA" in planned.stderr for name in "ab")
     alone = profile.model_copy(update={"optimizer": adamw(MICRO_BATCHES)})
     save_plan(planner_of(alone).plan(400 << 20), made / "alone.json")
     tightfit("run", made / "alone.json", *TRAINING, "-o", made / "alone")
@@ -132,11 +135,18 @@ def test_torchrun_starts_a_fleet(folder, tmp_path):
         (("fleet", "run", "plan", *TRAINING, "-o", "out", "--member", "a", "--at", "x:y"), "give HOST:PORT"),
         (("fleet", "run", "plan", "--data", "random", "--steps", "6", "-o", "out"), "give a multiple of that"),
         (("run", "plan", *TRAINING, "-o", "out"), "tightfit fleet run"),
+        (("run", "plan/fleet.json", *TRAINING, "-o", "out"), "tightfit fleet run"),
+        (
+            ("fleet", "run", "plan", *TRAINING, "-o", "out", "--member", "FIRST", "--at", "203.0.113.7"),
+            "203.0.113.7 is no address of this machine: member 'FIRST', this one, listens there",
+        ),
         (("run", "plan/a.plan.json", *TRAINING, "-o", "out"), "makes no update by itself"),
         (("fleet", "status", "nowhere"), "is no folder"),
     ],
 )
 def test_what_cannot_be_run_is_told(folder, tmp_path, words, said):
+    first = json.loads((folder / "plan" / "fleet.json").read_text())["members"][0]["name"]
+    words, said = [word.replace("FIRST", first) for word in words], said.replace("FIRST", first)
     placed = [str(folder / word) if word.startswith("plan") else word for word in words]
     placed = [str(tmp_path / word) if word in ("out", "nowhere") else word for word in placed]
     assert said in tightfit(*placed, code=2).stderr
