@@ -433,7 +433,7 @@ def test_what_does_not_fit_together_is_refused(small: tuple[Path, Path], tmp_pat
     for options, message in (
         ({"format": "onnx"}, "format 'onnx' is not known; choose one of safetensors, gguf"),
         ({"dtype": "int4"}, "dtype 'int4' cannot be written in this form; choose one of float32, bfloat16, float16"),
-        ({"adapter_only": True}, "adapter-only: the folder of the adapter is in safetensors already"),
+        ({"adapter_only": True}, "adapter_only: the folder of the adapter is in safetensors already"),
         ({"format": "gguf"}, "a GGUF model is one file; name it with -o NAME.gguf"),
     ):
         with pytest.raises(InputError, match=message):
