@@ -36,6 +36,7 @@ from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import limited
+from tightfit.runtime.common.option_names import named_as, on_command_line
 from tightfit.runtime.supervision.failure import told
 
 app = typer.Typer(
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if arguments is None:
         warnings.formatwarning = _plain_warning
     try:
-        with interrupts:
+        with interrupts, named_as(on_command_line):
             # `obj` tells `tightfit run` whether it may replace this process: not if a program calls with `arguments`.
             code = app(args=words, prog_name="tightfit", standalone_mode=False, obj=arguments is None)
         if code == INTERRUPTED:

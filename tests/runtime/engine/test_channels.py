@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_is_an_error_not_a_short_write(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "pwritev", full)
     buffer = ctypes.create_string_buffer(100)
-    with pytest.raises(RunError, match=r"No space left on device.*start again with --overwrite"):
+    with pytest.raises(RunError, match=r"No space left on device.*start again with overwrite=True"):
         spill.write(ctypes.addressof(buffer), 100, 0)
     spill.close()
 

@@ -76,7 +76,7 @@ def test_a_save_that_fails_leaves_the_one_before_intact(tmp_path):
         checkpoint.save(str(tmp_path), 2, CONDITIONS, full, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert checkpoint.load_latest(str(tmp_path), CONDITIONS).step == 1
-    with pytest.raises(RunError, match="no earlier checkpoint; free disk space and start again with --overwrite"):
+    with pytest.raises(RunError, match="no earlier checkpoint; free disk space and start again with overwrite=True"):
         checkpoint.save(str(tmp_path / "first"), 2, CONDITIONS, full, keep=1)
 
 

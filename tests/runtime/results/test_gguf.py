@@ -281,7 +281,7 @@ def test_adapters_that_are_more_than_pairs_are_refused(case: tuple[dict[str, Any
         adapter = save_adapter(model, tmp_path / what, str(base), **PLAIN, **settings)
         with pytest.raises(
             InputError,
-            match=f"has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without --adapter-only",
+            match=f"has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without adapter_only",
         ):
             merge(adapter, tmp_path / "lora.gguf", format="gguf", adapter_only=True)
 

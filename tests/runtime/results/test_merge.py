@@ -329,7 +329,9 @@ def test_what_is_there_is_replaced_only_if_asked_for_and_a_model(small: tuple[Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
     assert not (out / "model-00002-of-00002.safetensors").exists()
     (out / "notes.md").write_text("mine")
-    with pytest.raises(InputError, match=r"holds notes\.md, which no merge leaves there and --overwrite would remove"):
+    with pytest.raises(
+        InputError, match=r"holds notes\.md, which no merge leaves there and overwrite=True would remove"
+    ):
         merge(small[1], out, overwrite=True)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("mine")
@@ -388,7 +390,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
 def test_what_does_not_fit_together_is_refused(small: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = small
     other = save_model(tmp_path / "other", CONFIGS["llama"] | {"hidden_size": 32})
-    with pytest.raises(InputError, match=r"is \[64, 4\] and the base wants \[32, 4\]; give the base .* with --base"):
+    with pytest.raises(InputError, match=r"is \[64, 4\] and the base wants \[32, 4\]; give the base .* with base"):
         merge(adapter, tmp_path / "merged", base=str(other))
     shallow = save_model(tmp_path / "shallow", CONFIGS["llama"] | {"num_hidden_layers": 2})
     with pytest.raises(InputError, match=r"the base has no model\.layers\.2\.\S+, which the adapter changes"):
@@ -400,9 +402,9 @@ def test_what_does_not_fit_together_is_refused(small: tuple[Path, Path], tmp_pat
         (
             "moved",
             {"base_model_name_or_path": str(tmp_path / "gone")},
-            "the base of the adapter, .*gone, cannot be opened: .*; or name it with --base MODEL",
+            "the base of the adapter, .*gone, cannot be opened: .*; or name it with base",
         ),
-        ("nameless", {"base_model_name_or_path": None}, "names no base model; give --base MODEL"),
+        ("nameless", {"base_model_name_or_path": None}, "names no base model; give its base"),
         ("biased", {"bias": "all"}, "bias is 'all', which tightfit does not have"),
     ):
         shutil.copytree(adapter, tmp_path / name)
@@ -431,7 +433,7 @@ def test_what_does_not_fit_together_is_refused(small: tuple[Path, Path], tmp_pat
     for options, message in (
         ({"format": "onnx"}, "format 'onnx' is not known; choose one of safetensors, gguf"),
         ({"dtype": "int4"}, "dtype 'int4' cannot be written in this form; choose one of float32, bfloat16, float16"),
-        ({"adapter_only": True}, "adapter-only: the folder of the adapter is in safetensors already"),
+        ({"adapter_only": True}, "adapter_only: the folder of the adapter is in safetensors already"),
         ({"format": "gguf"}, "a GGUF model is one file; name it with -o NAME.gguf"),
     ):
         with pytest.raises(InputError, match=message):
@@ -450,7 +452,7 @@ def test_values_too_large_for_float16(tmp_path: Path) -> None:
     adapter = save_adapter(merged(base), tmp_path / "adapter", str(base), **PLAIN)
     with pytest.raises(
         InputError,
-        match=r"model\.embed_tokens\.weight holds values above 65504, too large for float16; give --dtype bfloat16",
+        match=r"model\.embed_tokens\.weight holds values above 65504, too large for float16; give dtype='bfloat16'",
     ):
         merge(adapter, tmp_path / "merged", dtype="float16")
 

@@ -73,7 +73,7 @@ def test_when_a_member_is_killed_the_others_save_and_name_it_and_another_fleet_g
     for name, (code, said) in others.items():
         assert code == 4, found
         assert f"member '{victim}' of the fleet has ended" in said, found
-        assert "start the fleet again with --resume" in said
+        assert "start the fleet again with resume=True" in said
         steps.add(max(int(path.name.split("-")[1]) for path in (tmp_path / name).glob("checkpoint-*")))
     reached = max(steps)
     assert reached % MICRO_BATCHES == 0
@@ -100,7 +100,7 @@ def test_a_signal_to_one_member_ends_all_after_the_same_step_and_they_can_go_on(
         time.sleep(0.02)
     members["m1"].send_signal(signal.SIGTERM)
     found = ended(members)
-    assert all(code == 4 and "continue with --resume" in said for code, said in found.values()), found
+    assert all(code == 4 and "continue with resume=True" in said for code, said in found.values()), found
     reached = {path.name for name in found for path in (tmp_path / name).glob("checkpoint-*")}
     assert len(reached) == 1
     steps = int(reached.pop().split("-")[1]) + MICRO_BATCHES

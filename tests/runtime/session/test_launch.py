@@ -458,7 +458,7 @@ def test_a_child_that_dies_at_once_does_not_deny_the_checkpoints_there(plan, tmp
     monkeypatch.setattr(
         "tightfit.runtime.supervision.training_process.command", lambda *_, **__: ["/bin/sh", "-c", "kill -9 $$"]
     )
-    with pytest.raises(RunError, match=r"SIGKILL; the last checkpoint is .*checkpoint-1, continue with --resume"):
+    with pytest.raises(RunError, match=r"SIGKILL; the last checkpoint is .*checkpoint-1, continue with resume=True"):
         run(plan, "random", steps=2, out=tmp_path, resume=True, **SETTINGS)
 
 
@@ -607,7 +607,7 @@ def test_a_damaged_plan_costs_no_earlier_run(plan, tmp_path, monkeypatch):
 
 def test_an_earlier_run_is_not_overwritten_by_accident(plan, whole, tmp_path):
     _, out = whole
-    with pytest.raises(InputError, match=r"holds an earlier run.*--resume.*--overwrite"):
+    with pytest.raises(InputError, match=r"holds an earlier run.*resume=True.*overwrite=True"):
         run(plan, "random", steps=1, out=out)
     (tmp_path / "metrics.jsonl").write_text("old\n")
     for folder in ("checkpoint-9", "adapter"):
@@ -628,7 +628,7 @@ def test_somebody_s_model_in_the_output_folder_is_no_earlier_result(plan, tmp_pa
     with pytest.raises(InputError) as caught:
         run(plan, "random", steps=1, out=tmp_path, overwrite=overwrite)
     assert str(caught.value) == (
-        f"{tmp_path / 'model'} holds config.json, which no run leaves there and --overwrite would remove;"
+        f"{tmp_path / 'model'} holds config.json, which no run leaves there and overwrite=True would remove;"
         " move it away, or choose another output directory"
     )
     assert len(list(tmp_path.glob("model/*"))) == 2

@@ -95,7 +95,7 @@ def test_a_signal_to_one_member_ends_all_after_the_same_step(workshop, tmp_path)
         time.sleep(0.02)
     members["m1"].send_signal(signal.SIGTERM)
     found = ended(members)
-    assert all(code == 4 and "continue with --resume" in said for code, said in found.values()), found
+    assert all(code == 4 and "continue with resume=True" in said for code, said in found.values()), found
     assert len({path.name for name in found for path in (tmp_path / name).glob("checkpoint-*")}) == 1
 
 

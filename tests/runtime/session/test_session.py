@@ -174,7 +174,7 @@ def test_an_error_in_the_loop_keeps_its_steps(
         losses = [session.step(*batch) for batch in batches[:4]]
         raise error
     assert caught.value.__notes__ == [
-        f"interrupted after step 4; everything is saved in {part / 'checkpoint-4'}, continue with --resume"
+        f"interrupted after step 4; everything is saved in {part / 'checkpoint-4'}, continue with resume=True"
     ]
     assert session.report is None
     assert not (part / "adapter").exists()
@@ -203,7 +203,7 @@ def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) ->
         ((ids[0], labels[0]), "give integers of shape"),
         ((ids, labels[:, 1:]), rf"the plan was made for at most {ROWS} rows of {SEQ} tokens, labels like input_ids"),
         ((ids.repeat(2, 1), labels.repeat(2, 1)), "at most 3 rows"),
-        ((ids.repeat(1, 2), labels.repeat(1, 2)), "cut the batch, or profile with another --batch and --seq"),
+        ((ids.repeat(1, 2), labels.repeat(1, 2)), "cut the batch, or profile with another batch and seq"),
         ((ids[:, :0], labels[:, :0]), "at most 3 rows"),
         ((ids + words, labels), rf"input_ids has the token {int(ids.max()) + words}; the model has tokens 0 to {words - 1}"),
         ((ids - words, labels), rf"input_ids has the token {int(ids.min()) - words};"),

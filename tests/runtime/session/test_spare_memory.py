@@ -49,7 +49,7 @@ def test_nothing_is_left(machine):
     with pytest.raises(InputError) as caught:
         machine(128 * 1024)
     assert str(caught.value) == (
-        "--memory auto: 128.0 MiB are available on this machine, and 128.0 MiB of that stay free; end other programs, or"
+        "memory='auto': 128.0 MiB are available on this machine, and 128.0 MiB of that stay free; end other programs, or"
         " name a size"
     )
 

@@ -73,7 +73,7 @@ def test_messages_come_in_pieces_and_a_last_one_without_its_end_is_none(
 
 
 def test_an_end_without_a_word_is_told_with_the_newest_checkpoint(plan: Plan, tmp_path: Path) -> None:
-    lost = "no checkpoint was saved yet, start again with --overwrite"
+    lost = "no checkpoint was saved yet, start again with overwrite=True"
     for group in (None, cgroup(0, 0)):
         killed = error(ended(plan, tmp_path, [], -9, group=group))
         assert isinstance(killed, RunError)
@@ -84,7 +84,7 @@ def test_an_end_without_a_word_is_told_with_the_newest_checkpoint(plan: Plan, tm
     assert isinstance(failed, RunError)
     assert str(failed) == (
         "the training process ended with status 1: ImportError: torch; "
-        f"the last checkpoint is {tmp_path / 'checkpoint-10'}, continue with --resume"
+        f"the last checkpoint is {tmp_path / 'checkpoint-10'}, continue with resume=True"
     )
 
 
@@ -115,7 +115,7 @@ def test_what_it_says_of_itself_is_said(plan: Plan, tmp_path: Path) -> None:
     start = error(ended(plan, tmp_path, [line("interrupted", step=0, checkpoint="")], 4))
     assert str(start) == "interrupted before the first step; start again"
     saved = error(ended(plan, tmp_path, [line("interrupted", step=3, checkpoint="c-3")], 4))
-    assert str(saved) == "interrupted after step 3; everything is saved in c-3, continue with --resume"
+    assert str(saved) == "interrupted after step 3; everything is saved in c-3, continue with resume=True"
     done = ended(plan, tmp_path, [line("saved", path="adapter")], 0, group=cgroup(0, 5 * MIB))
     observed = done.end()
     os.close(done._read)
