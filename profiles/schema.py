@@ -258,7 +258,7 @@ class Floor(Record):
         0, description="part of `resident_bytes` that the kernels of shorter steps take, as far as it was measured"
     )
     exchange_bytes: int | None = Field(
-        None, description="resident bytes that gloo adds, through which a fleet's members talk; None: not measured"
+        None, description="resident bytes that talking to a fleet's other members adds; None: not measured"
     )
     tables_on_disk: bool = Field(
         False, description="whether what PyTorch's start leaves lies in a file of the cache while the process runs"
@@ -268,8 +268,8 @@ class Floor(Record):
     )
 
     @property
-    def gloo_bytes(self) -> int:
-        """`exchange_bytes`, or 4 MiB where it was not measured: 3.3 MiB with torch 2.13 on x86-64, rounded up."""
+    def transport_bytes(self) -> int:
+        """`exchange_bytes`, or 4 MiB where it was not measured: what gloo took, through which members talked before."""
         return (4 << 20) if self.exchange_bytes is None else self.exchange_bytes
 
     @property

@@ -100,8 +100,10 @@ def allot(ways: Sequence[Way], micro_batches: int, *, time_limit: float, gap: fl
                 round_trip.add(count, MS * way.terms.there.each)
         program.at_least(Linear().add(makespan), Linear().add(computed), turning)
         program.at_least(Linear().add(makespan), first, round_trip)
-    for member in members:
-        own = [number for number, way in enumerate(ways) if way.member == member]
+    ways_of: dict[int, list[int]] = {member: [] for member in members}
+    for number, way in enumerate(ways):
+        ways_of[way.member].append(number)
+    for own in ways_of.values():
         program.at_least(Linear(1.0), Linear.sum(taken[number] for number in own))
         computing = Linear()
         for number in own:

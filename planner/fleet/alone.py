@@ -90,6 +90,8 @@ class AloneSearch:
             larger = any(self.plans[other] is plans and self.budgets[other] >= budget for other in self._tried)
             if plans.bound(budget) < self.makespan and not larger:
                 left = deadline - time.monotonic()
+                if left <= 0 and self.best is not None:
+                    break
                 plans.plan(budget, left if len(order) == 1 else SHARE * left)
                 self._tried.add(at)
                 if plans.makespan(budget) < self.makespan:

@@ -39,6 +39,6 @@ def slots_of(micro_batches: int, *, first: bool) -> int:
 def exchange_bytes(floor: Floor, pieces: Sequence[int], *, slots: int, gradients: Shelf, states: Shelf) -> int:
     """Bytes that a member holds for the exchange alone, on top of what its plan's schedule needs."""
     total = paged(sum(pieces))
-    held = floor.gloo_bytes + BUFFERS * paged(max(pieces, default=0)) + 2 * FILE_BYTES
+    held = floor.transport_bytes + BUFFERS * paged(max(pieces, default=0)) + 2 * FILE_BYTES
     held += slots * total if gradients == "memory" else 0
     return held + (2 * total if states == "memory" else 0)

@@ -296,6 +296,11 @@ class _FleetPlanner:
 
     def _reason(self, at: int) -> str:
         """Why a member takes no part."""
+        if time.monotonic() > self._until(1.0) and self.search.candidates:
+            planned = self.speeds[at].planned(self.search.lean(at))
+            return (
+                "a step is not shorter with it" if planned else "there was no time to plan it; give --time-limit more"
+            )
         needed, allowed = self._needed(at), self.specs[at].budget_bytes
         if needed <= allowed:
             return "a step is not shorter with it"

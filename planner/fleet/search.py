@@ -38,6 +38,8 @@ PLAN_SHARE = 0.25
 """of what is left: for one further plan"""
 PROGRAM_SHARE, PROGRAM_SECONDS = 0.2, 10.0
 """of what is left, and seconds at most: for one integer program"""
+PAIRED = 16
+"""fastest members of which each two are a start of their own, and up to which each number of them is"""
 STARTS = 4
 """chains that are changed a little at a time before the integer program proposes others, at most"""
 NEAR = 1.1
@@ -142,6 +144,8 @@ class ChainSearch:
         open_ = [number for number in able if not self.candidates[number].speed.planned(self.lean(number))]
         for done, number in enumerate(open_ if self.plans else ()):
             share = (until - time.monotonic()) / (len(open_) - done)
+            if share <= 0 and done >= PAIRED:  # the others are hoped for, as long as nobody plans them
+                break
             self.candidates[number].speed.plan(self.lean(number), share)
         return [number for number in able if self._holds(number)]
 
@@ -198,8 +202,14 @@ class ChainSearch:
         computed = [station.computed_seconds for station in stations]
         return least_seconds(computed, [place.micro_batches for place in chain], told)
 
+    @cached_property
+    def _latencies(self) -> list[tuple[float, int]]:
+        """The two smallest latencies, with their candidates."""
+        return heapq.nsmallest(2, ((one.link.latency_seconds, at) for at, one in enumerate(self.candidates)))
+
     def _terms(self, candidate: int, station: Station, role: Role, most: int) -> Terms:
-        latency = min(one.link.latency_seconds for at, one in enumerate(self.candidates) if at != candidate)
+        quickest, second = self._latencies
+        latency = second[0] if quickest[1] == candidate else quickest[0]
         return terms(station, role, Surroundings(pieces=self.pieces, most=most, latency_seconds=latency))
 
     def _judge(self, chain: Chain, below: float) -> float:
@@ -279,14 +289,23 @@ class ChainSearch:
 
     def _begin(self, members: Sequence[int]) -> None:
         """Climb from the best of chains in which each micro-batch goes to the member that would be the first to have
-        computed it: of two members, in either order, and of the fastest three, four and so on.
+        computed it: of two members, in either order, and of the fastest three, four and so on, of many in larger strides.
         """
         seconds = {at: self._seconds(Place(at, 1, "disk", "disk"), "known", first=False) for at in members}
         fastest = sorted(members, key=seconds.__getitem__)
-        starts = [self._shared_out(pair, seconds) for pair in itertools.combinations(fastest, 2)]
+        starts = [self._shared_out(pair, seconds) for pair in itertools.combinations(fastest[:PAIRED], 2)]
         starts += [(last, first) for first, last in starts]
-        starts += [self._shared_out(fastest[:count], seconds) for count in range(3, len(fastest) + 1)]
-        starts.sort(key=self.makespan)
+        count = 3
+        while count <= min(len(fastest), self.micro_batches):
+            starts.append(self._shared_out(fastest[:count], seconds))
+            count += max(1, count // PAIRED)
+        until = time.monotonic() + LEAN_SHARE * self._left()
+        judged: list[tuple[float, int]] = []
+        for number, start in enumerate(starts):
+            if judged and time.monotonic() > until:
+                break
+            judged.append((self.makespan(start), number))
+        starts = [starts[number] for _, number in sorted(judged)]
         near = NEAR * self.makespan(starts[0])
         for chain in starts[:STARTS]:
             if self.makespan(chain) <= near:
@@ -361,7 +380,8 @@ class ChainSearch:
         found = self._terms(place.candidate, self.station(place, sight, first=first), role, members)
         worth = self.makespan(self.best) * (1 + GAIN)
         rows = (*found.own, *found.common)
-        most = min(most, *(int((worth - row.fixed) // (seconds + row.each)) for row in rows))
+        rates = [(row.fixed, seconds + row.each) for row in rows if seconds + row.each > 0]
+        most = min([most, *(int((worth - fixed) // each) for fixed, each in rates)])
         if most < least:
             return None
         return Way(
@@ -384,6 +404,8 @@ class ChainSearch:
         while better is not None and self._left() > 0:
             chain, better = better, None
             for other in self._neighbours(chain, members):
+                if self._left() <= 0:
+                    return
                 found = self._judge(other, here * (1 - GAIN))
                 if found < here * (1 - GAIN):
                     here, better = found, other

@@ -49,7 +49,7 @@ def device_profile(profile: Profile, side: SideShape, *, micro_batches: int, bit
 
 def server_profile(profile: Profile, *, micro_batches: int, bits: int = DEFAULT_BITS) -> Profile:
     """The server's profile, of its measured `profile` of the side network; its updates are AdamW's of `micro_batches`
-    accumulated micro-batches, and its floor has room for gloo and the messages.
+    accumulated micro-batches, and its floor has room for the connections and the messages.
 
     Raises InputError for a profile of something else than a side network.
     """
@@ -92,7 +92,7 @@ def server_profile(profile: Profile, *, micro_batches: int, bits: int = DEFAULT_
     ]
     batch = [labels.model_copy(update={"name": "input_ids"}), labels]  # as all batches are; the first is never filled
     passing = received_tensors(own)
-    extra = profile.device.floor.gloo_bytes + RINGS * paged(offsets(passing, bits)[1])
+    extra = profile.device.floor.transport_bytes + RINGS * paged(offsets(passing, bits)[1])
     return own.model_copy(
         update={
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),

@@ -178,8 +178,8 @@ def device_optimizer(micro_batches: int) -> dict[str, Any]:
 
 
 def exchange_bytes(floor: Floor, passing: Sequence[Passing], bits: int) -> int:
-    """Bytes that either member holds for messages: gloo, and two of them."""
-    return floor.gloo_bytes + RINGS * paged(offsets(passing, bits)[1])
+    """Bytes that either member holds for messages: the connections, and two of them."""
+    return floor.transport_bytes + RINGS * paged(offsets(passing, bits)[1])
 
 
 def _member(

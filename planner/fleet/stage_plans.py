@@ -48,7 +48,7 @@ def messages_bytes(
     if not from_below + to_above:
         return 0
     return (
-        floor.gloo_bytes
+        floor.transport_bytes
         + ring(ahead_below) * paged(from_below)
         + SENDING * (paged(to_below) + paged(to_above))
         + RECEIVING_DOWN * paged(from_above)

@@ -27,7 +27,7 @@ def baselines(search: ChainSearch, alone: AloneSearch, names: list[str], deadlin
         makespan = alone.plans[parts[0]].makespan(alone.budgets[parts[0]])
         unfit = parts
     else:
-        makespan = _best_shelves(search, tuple(Place(at, shares[at], "disk", "disk") for at in parts))
+        makespan = _best_shelves(search, deadline, tuple(Place(at, shares[at], "disk", "disk") for at in parts))
         fitting = search.fitting()
         unfit = [at for at in parts if at not in fitting]
     if makespan < math.inf:
@@ -44,12 +44,18 @@ def baselines(search: ChainSearch, alone: AloneSearch, names: list[str], deadlin
     return [equal, fastest.model_copy(update={"makespan_seconds": alone.makespan, "micro_batches": working})]
 
 
-def _best_shelves(search: ChainSearch, chain: Chain) -> float:
-    """The makespan of a chain with the best shelves among those that are known to fit."""
+def _best_shelves(search: ChainSearch, deadline: float, chain: Chain) -> float:
+    """The makespan of a chain with the best shelves among those that are known to fit, as far as there is time to look."""
+    best = search.makespan(chain)
     while True:
-        better = min(search.shelves(chain), key=search.makespan)
-        if search.makespan(better) >= search.makespan(chain):
-            return search.makespan(chain)
+        better = chain
+        for other in search.shelves(chain):
+            if time.monotonic() > deadline:
+                return best
+            if (found := search.makespan(other, best)) < best:
+                best, better = found, other
+        if better is chain:
+            return best
         chain = better
 
 

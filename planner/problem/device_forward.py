@@ -46,7 +46,7 @@ def device_forward(
     """The profile of the device's step. `blocks`: indices of the blocks whose outputs are sent, by default those of
     `chosen_blocks`; `bits`: 8 or 4 to round each row of a message, 0 to send it as it is; `micro_batches` of a step of both.
 
-    Its floor is that of a process without a backward, and has room for gloo and for two messages. Raises InputError for a
+    Its floor is that of a process without a backward, and has room for the connections and for two messages. Raises InputError for a
     model that is no decoder, for blocks that the model lacks, and for other bits.
     """
     check_side(profile)
@@ -101,7 +101,7 @@ def device_forward(
         }
     )
     floor = profile.device.floor.inference
-    extra = floor.gloo_bytes + SENDING * paged(message_bytes(result))
+    extra = floor.transport_bytes + SENDING * paged(message_bytes(result))
     floor = floor.model_copy(
         update={
             "resident_bytes": floor.resident_bytes + extra,

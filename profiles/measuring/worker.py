@@ -257,7 +257,7 @@ def floor(threads: int) -> dict[str, Any]:
     if not lines:
         raise SystemExit(f"the runtime process does not start: {done.stderr.strip() or done.returncode}")
     measured: dict[str, Any] = {}
-    for line in lines:  # the second one, `exchange_bytes`, is missing where gloo could not be loaded
+    for line in lines:  # the second one, `exchange_bytes`, is missing where a process cannot meet another
         measured |= json.loads(line)
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     supervisor = subprocess.run(

@@ -83,8 +83,7 @@ def exchange_bytes(channel: Channel) -> int:
 
 def measure_floor(tell: Callable[[dict[str, Any]], None]) -> None:
     """Measure the floor in this process, which must be a fresh lean process, and `tell` its figures; all sizes are in
-    bytes. Then `tell` `exchange_bytes` too: that comes last, so that a PyTorch whose gloo cannot be loaded, which ends the
-    process, can still train on one device.
+    bytes. Then `tell` `exchange_bytes` too: that comes last, so that where the members of a fleet cannot meet one device still trains.
 
     `import_peak_bytes` is VmHWM after the start. `resident_bytes` is the resident set once kernels are warm, clean file
     pages are released, and the pages that a step needs are mapped again; `inference_resident_bytes` the same with the

@@ -50,11 +50,11 @@ def test_memory_for_the_exchange():
         return exchange_bytes(floor, pieces, **{"slots": 3, "gradients": "disk", "states": "disk"} | changes)
 
     lean = extra()
-    assert lean >= FLOOR.gloo_bytes + BUFFERS * MIB
+    assert lean >= FLOOR.transport_bytes + BUFFERS * MIB
     assert extra(gradients="memory") == lean + 3 * 2 * MIB
     assert extra(gradients="memory", slots=1) == lean + 2 * MIB
     assert extra(states="memory") == lean + 2 * 2 * MIB
-    measured = FLOOR.model_copy(update={"exchange_bytes": FLOOR.gloo_bytes - 5})
+    measured = FLOOR.model_copy(update={"exchange_bytes": FLOOR.transport_bytes - 5})
     assert extra(measured) == lean - 5
     assert extra(pieces=(2 * MIB, 4)) == lean + BUFFERS * MIB  # the largest piece counts
 

@@ -379,8 +379,7 @@ def test_the_meter_keeps_a_timeline_of_the_step_that_is_watched():
         assert len(meter.stop()) == kept
 
 
-def test_a_floor_is_told_though_gloo_cannot_be_loaded(monkeypatch):
-    """PyTorch 2.14 for CUDA ends the process there, where stubs stand in the place of CUDA's libraries."""
+def test_a_floor_is_told_though_members_of_a_fleet_cannot_meet(monkeypatch):
     from tightfit.profiles.measuring import worker
 
     dies = "import os, signal\nprint('{\"resident_bytes\": 7}', flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)"
