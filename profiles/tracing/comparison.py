@@ -31,6 +31,7 @@ from tightfit.profiles.tracing.eager_steps import (
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.job import KEEP_STATE, kept_buffers
+from tightfit.runtime.supervision.spare_memory import free_memory
 
 if TYPE_CHECKING:
     from tightfit.profiles.tracing.trace import Trace
@@ -65,7 +66,7 @@ class GradientComparison:
 
     def why_not(self, folder: Path) -> str | None:
         """Why there is no comparison, in words, if memory or the disk of `folder` is too short for it; else None."""
-        needed, free = ROOM * step_bytes(self.traced.layers, self.traced.programs, self.module), free_bytes()
+        needed, free = ROOM * step_bytes(self.traced.layers, self.traced.programs, self.module), free_memory()[0]
         written = 3 * STEPS * held_bytes(self.module)
         if needed > free:
             return f"{NOT_COMPARED}: it takes {format_size(int(needed))} beside what is held, and {format_size(free)} are free"
@@ -191,22 +192,3 @@ def step_bytes(layers: Iterable[Layer], programs: Iterable[Program], module: nn.
 def held_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def free_bytes() -> int:
-    """Bytes of memory that this process may still take: the machine's available memory, or what its cgroup leaves if
-    less.
-    """
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    for folder, most, now in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            limit, taken = (int((Path(folder) / name).read_text()) for name in (most, now))
-        except (OSError, ValueError):  # no such cgroup, or no limit ("max")
-            continue
-        free = min(free, max(0, limit - taken))
-    return free

@@ -109,9 +109,9 @@ def _hand_on(
     from tightfit.runtime.common.units import format_size, parse_size
     from tightfit.runtime.results import chat as conversation
     from tightfit.runtime.results.generation import prepared
-    from tightfit.runtime.session.spare_memory import spare_memory
     from tightfit.runtime.supervision import answering
     from tightfit.runtime.supervision.cgroup import MemoryCgroup
+    from tightfit.runtime.supervision.spare_memory import spare_memory
     from tightfit.runtime.supervision.supervisor import become
 
     console = messages()

@@ -268,7 +268,7 @@ def _beginning(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]
 
 def _budget(memory: str, console: Console, *, resume: bool) -> int:
     """The budget in bytes; says how it came about."""
-    from tightfit.runtime.session.spare_memory import spare_memory
+    from tightfit.runtime.supervision.spare_memory import spare_memory
 
     if memory == AUTO:
         budget, why = spare_memory()

@@ -48,7 +48,7 @@ from tightfit.runtime.engine.training.step_trace import INSTRUCTIONS, TRANSFERS
 from tightfit.runtime.session.admission import check_machine
 from tightfit.runtime.session.launch import prepared
 from tightfit.runtime.session.options import RunOptions
-from tightfit.runtime.session.spare_memory import free_memory
+from tightfit.runtime.supervision.spare_memory import free_memory
 from tightfit.runtime.supervision.supervisor import Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 

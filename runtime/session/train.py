@@ -21,7 +21,7 @@ from tightfit.runtime.session.launch import Data, run
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import locked, tokens_kept
 from tightfit.runtime.session.rehearsal import rehearse
-from tightfit.runtime.session.spare_memory import spare_memory
+from tightfit.runtime.supervision.spare_memory import spare_memory
 
 Record = TypeVar("Record")
 STAGES: tuple[Callable[..., Any], ...] = (profile, plan, run)
@@ -42,7 +42,7 @@ def train(
     """Train `model` on `data` in a budget, and return the report, which is also written to ``out/report.json``.
 
     `memory` is the budget: bytes, a size such as "600MiB", or "auto", what the machine can spare now (it does not count
-    what this program holds already: `tightfit.runtime.session.spare_memory`). `seq` is by default as long as the longest
+    what this program holds already: `tightfit.runtime.supervision.spare_memory`). `seq` is by default as long as the longest
     sample needs (`tightfit.runtime.data.sequence`), and with `buckets` "auto" shorter lengths are those that the data suggest. `options` are those of `profile`, `plan` and `run`, each of which
     gets what it takes: `steps` or `epochs` has to be there, `adapter` goes to both that have it.
 

@@ -109,10 +109,10 @@ def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     needed = step_bytes(beside.traced.layers, beside.traced.programs, module)
     assert needed > 3 * sum(parameter.nbytes for parameter in module.parameters())
     for free, told in ((2 * needed, None), (2 * needed - 1, f"{NOT_COMPARED}: it takes .* beside what is held")):
-        monkeypatch.setattr(comparison, "free_bytes", lambda free=free: free)
+        monkeypatch.setattr(comparison, "free_memory", lambda free=free: (free, "what there is"))
         why = beside.why_not(tmp_path)
         assert why is None if told is None else re.match(told, why)
-    monkeypatch.setattr(comparison, "free_bytes", lambda: 2 * needed)
+    monkeypatch.setattr(comparison, "free_memory", lambda: (2 * needed, "what there is"))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Namespace(free=2**10))
     assert f"of the disk of {tmp_path}, and 1.0 KiB are free" in beside.why_not(tmp_path)
 

@@ -351,7 +351,7 @@ def test_the_stages_are_called_with_their_options(made, tightfit):
 
 
 def test_auto_memory_is_said_and_written_down(made, tightfit, monkeypatch):
-    from tightfit.runtime.session import spare_memory
+    from tightfit.runtime.supervision import spare_memory
 
     monkeypatch.setattr(spare_memory, "spare_memory", lambda: (700 << 20, "what there is"))
     _, _, err = tightfit("train", *made.words)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.session.spare_memory import spare_memory
+from tightfit.runtime.supervision.spare_memory import spare_memory
 
 MIB = 1 << 20
 UNLIMITED = 9223372036854771712
