@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -17,5 +18,5 @@ def packed(name: str, words: Mapping[str, Word], adapter: bytes) -> RecordDict:
 
 def unpacked(name: str, content: RecordDict) -> tuple[dict[str, Word], bytes]:
     """The words under `name` and the adapter's file. Raises KeyError where they are not there."""
-    adapter: bytes = content[ADAPTER][ADAPTER].data
-    return dict(content[name]), adapter
+    records: Any = content  # whose type names every kind of record, whichever a name holds
+    return dict(records[name]), records[ADAPTER][ADAPTER].data
