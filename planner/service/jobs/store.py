@@ -102,13 +102,6 @@ class Store:
         job of `content` answers, a succeeded one does not, and no job that has succeeded answers a request for either
         afterwards.
         """
-        now = time.time()
-        identity = f"job-{os.urandom(8).hex()}"
-        try:
-            _shown(Job(id=identity, kind=kind, state="queued", created=now, attempts=0, request=request))
-        except Exception as error:
-            told = f"the request cannot be repeated as JSON ({error}); leave out what is no text or nested without end"
-            raise ServiceError(422, "invalid_request", told, "body") from error
         asked = _hash(kind, request)
         known = self._known(key, asked)
         if known is not None:
@@ -119,6 +112,13 @@ class Store:
         if found is not None and key is None:
             self.touch("job", found.id)
             return found, False
+        now = time.time()
+        identity = f"job-{os.urandom(8).hex()}"
+        try:
+            _shown(Job(id=identity, kind=kind, state="queued", created=now, attempts=0, request=request))
+        except Exception as error:
+            told = f"the request cannot be repeated as JSON ({error}); leave out what is no text or nested without end"
+            raise ServiceError(422, "invalid_request", told, "body") from error
         with self._transaction() as database:
             if found is None:
                 self._room(waiting)
