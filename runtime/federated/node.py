@@ -35,8 +35,10 @@ from tightfit.runtime.federated.split_device import device_of, order_of, part_of
 POLL_SECONDS = 2.0
 AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 30.0
 """between two looks for a SuperLink that is gone: at first, and later"""
-FORGOTTEN = (401, 403, 404, 412)
+FORGOTTEN = (401, 403, 404)
 """what a SuperLink says that does not know the node"""
+STRANGE = (*FORGOTTEN, 412)
+"""what it says to a node that wants to join with a key that it does not know"""
 STRANGE_SECONDS = 60.0
 """for which a server that has just started may not have learned the devices' keys yet"""
 
@@ -73,10 +75,13 @@ class Node:
                 return
             self._carry_out(incoming)
         except UnreachableError as error:
-            _say(f"{error}; looking again in {self.waits:.0f} s")
+            if self.strange_since is not None:  # it was there, and did not know this device
+                self._unknown()
+            else:
+                _say(f"{error}; looking again in {self.waits:.0f} s")
             self._later()
         except RefusedError as error:
-            if error.status in FORGOTTEN and not self.joined.is_set():
+            if error.status in STRANGE and not self.joined.is_set():
                 self._unknown()
             else:
                 _say(str(error))

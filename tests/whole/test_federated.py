@@ -184,9 +184,7 @@ def test_tls_and_keys_are_passed_through(fleet, start, join, expected, tmp_path)
     stranger, one, other = joined("a", "kc"), joined("a", "ka"), joined("b", "kb")
     ended(server, one, other)
     assert adapter(tmp_path / "out") == expected
-    until(lambda: stranger.process.poll() is not None, stranger)
-    assert stranger.process.returncode == 2
-    assert "does not know the key of this device; start it with --device-key" in stranger.said().splitlines()[-1]
+    assert "does not know the key of this device; start it with --device-key" in stranger.said()
     for device in (one, other):
         assert device.process.wait(30) == 0
         assert "the rounds are over" in device.said()

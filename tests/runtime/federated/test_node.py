@@ -55,7 +55,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(node, "STRANGE_SECONDS", 0.2)
 
 
-@pytest.mark.parametrize("status", node.FORGOTTEN)
+@pytest.mark.parametrize("status", node.STRANGE)
 @pytest.mark.parametrize("registered", [True, False])
 def test_a_device_whose_key_the_server_does_not_know_ends_and_says_so(capsys, status, registered):
     server = Server([RefusedError("activate-node", status, "raw")], registered=registered)
@@ -65,6 +65,12 @@ def test_a_device_whose_key_the_server_does_not_know_ends_and_says_so(capsys, st
     said = capsys.readouterr().err
     assert "the server at server:9092" in said
     assert "raw" not in said
+
+
+def test_a_device_that_was_not_let_in_does_not_look_for_a_server_that_has_gone_for_ever():
+    refused, gone = RefusedError("activate-node", 412, "raw"), UnreachableError("server:9092: no SuperLink answers")
+    with pytest.raises(InputError, match="--device-key"):
+        node.Node(DEVICE, Server([gone, refused, gone])).serve()
 
 
 def test_a_server_may_learn_the_key_after_it_has_started(capsys):
