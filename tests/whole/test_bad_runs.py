@@ -99,7 +99,7 @@ def test_a_finished_run_that_is_resumed_answers_with_its_report(refused, tightfi
     assert said.endswith(f"already done: {out} has all 3 steps; give more --steps to go on\n")
     assert tightfit(*run, 3, "--resume")[0] == 0
     said = refused(2, *run, 2, "--resume")
-    assert said.startswith(f"steps 2: the run in {out} has reached step 3; give at least 3, or ")
+    assert said.startswith(f"--steps 2: the run in {out} has reached step 3; give at least 3, or ")
     assert "made with another optimizer: lr 0.0002, now 0.5; " in refused(2, *run, 3, "--resume", "--lr", 0.5)
     assert files(out) == before
     other = tmp_path / "other.jsonl"
