@@ -63,7 +63,9 @@ def test_a_fleet_is_planned_written_and_told(tightfit, planned, described, tmp_p
     assert any(line.split()[:3] == ["laptop", "5", "1.000"] for line in out.splitlines())
     assert "one step of 8 micro-batches takes 7.250 s" in out
     assert "a link twice as fast" in out
-    assert err.splitlines()[-1] == f"plan written to {tmp_path / 'out' / 'fleet.json'}"
+    written = err.splitlines().index(f"plan written to {tmp_path / 'out' / 'fleet.json'}")
+    commands = [line.split() for line in err.splitlines()[written:] if line.startswith("  tightfit fleet run")]
+    assert [words[words.index("--member") + 1] for words in commands] == ["laptop", "phone"]
     names = [(name, budget // MIB, link.latency_seconds) for name, budget, link in planned["members"]]
     assert names == [("laptop", 320, 0.0), ("phone", 250, 0.002)]
     assert {link.up_bytes_per_second for _, _, link in planned["members"]} == {12.5e6}

@@ -45,7 +45,8 @@ def test_the_plan_says_what_passes_and_what_comes_of_it(tightfit, described, tmp
         "The result is a side network with adapters of rank 4, in server's folder side/: no adapter of the model" in out
     )
     assert "the outputs of the model's blocks 0, 1 (counted from 0), rounded to 8 bits" in out
-    assert err.splitlines()[-1] == f"plan written to {tmp_path / 'fleet.json'}"
+    written = err.splitlines().index(f"plan written to {tmp_path / 'fleet.json'}")
+    assert sum(line.startswith("  tightfit fleet run") for line in err.splitlines()[written:]) == 2
     code, out, _ = tightfit("fleet", "plan", described, "--kind", "mobillm", "--bits", 4, "-o", tmp_path, "--json")
     told = json.loads(out)
     assert (code, told["kind"], told["bits"], told["blocks"]) == (0, "mobillm", 4, [0, 1])
