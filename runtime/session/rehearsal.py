@@ -168,12 +168,13 @@ def rehearsed(
 
 def _agrees(plan: Plan, rehearsal: Rehearsal) -> bool:
     """Whether a plan may be trusted: its seconds are those of the run, its peak holds the run with the spread of starts and
-    is not far above.
+    is not far above, unless the start sets it, whose allowance no plan changes.
     """
     apart = abs(rehearsal.seconds / rehearsal.predicted_seconds - 1.0)
     timely = not rehearsal.judged or apart <= TOLERANCE[plan.model.kind]
     left = rehearsal.predicted_bytes - rehearsal.held_bytes
-    return timely and SPREAD_BYTES <= left <= max(SPREAD_BYTES, 2 * ABOVE * rehearsal.predicted_bytes)
+    near = plan.start_bytes > 0 or left <= max(SPREAD_BYTES, 2 * ABOVE * rehearsal.predicted_bytes)
+    return timely and left >= SPREAD_BYTES and near
 
 
 def _words(rehearsal: Rehearsal) -> str:

@@ -178,7 +178,12 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
     learned = rehearsal._with(Learned(), measured, plan, Taken(**{**vars(taken), "rehearsal": told}))
     expected = -200 * MIB + SPREAD_BYTES + int(ABOVE * 400 * MIB) if added is None else added
     assert learned.added_bytes == expected
-    assert not rehearsal._agrees(plan, told) or held == -SPREAD_BYTES or held == -2 * SPREAD_BYTES
+    unjudged = told.model_copy(update={"judged": False})
+    assert rehearsal._agrees(plan, unjudged) == (held in {-SPREAD_BYTES, -2 * SPREAD_BYTES})
+    floor = plan.device.floor.model_copy(update={"import_peak_bytes": 400 * MIB})
+    starting = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
+    assert starting.start_bytes, "the start sets the peak"
+    assert rehearsal._agrees(starting, unjudged) == (held <= -SPREAD_BYTES)
     # A later rehearsal that holds less does not take back what an earlier one needed.
     later = rehearsal._with(
         learned,
