@@ -291,7 +291,7 @@ def test_a_row_of_zeros_is_refused(small: Profile, records: str, tmp_path: Path,
             out[2].zero_()
 
     monkeypatch.setattr(training.store, "load", loaded)
-    with pytest.raises(InputError, match=f"row 2 of {name} is zero, and DoRA divides by its length; .* without --dora"):
+    with pytest.raises(InputError, match=f"row 2 of {name} is zero, and DoRA divides by its length; .* without dora"):
         training.initialise()
     training.close()
 

@@ -252,7 +252,7 @@ def runs(made: Profile, phase: Phase) -> list[tuple[str, bool]]:
 
 def test_a_side_network_is_refused_with_dropout(small: Profile) -> None:
     with pytest.raises(
-        InputError, match=r"no LoRA pairs, so that --lora-dropout 0\.2 would do nothing; profile without it"
+        InputError, match=r"no LoRA pairs, so that lora_dropout 0\.2 would do nothing; profile without it"
     ):
         ModelPlanner(small).plan(1 << 40, policy="mobillm")
     assert set(refused_of(small)) == {"mobillm"}

@@ -404,7 +404,7 @@ def test_pipelines_and_side_networks_are_refused(tmp_path: Path) -> None:
     made = estimated(tmp_path, CONFIGS["llama"], "embed_tokens")
     link = Link(up_bytes_per_second=1e7, down_bytes_per_second=1e7)
     members = [MemberSpec(name=name, profile=made, budget_bytes=1 << 34, link=link) for name in "ab"]
-    with pytest.raises(InputError, match=r"a pipeline trains LoRA pairs alone, .*profile without --modules-to-save"):
+    with pytest.raises(InputError, match=r"a pipeline trains LoRA pairs alone, .*profile without modules_to_save"):
         plan_pipeline(members, 4)
     with pytest.raises(
         InputError, match="modules_to_save lm_head: a side network has no adapter; leave the option out"

@@ -70,7 +70,7 @@ def test_a_length_that_is_not_shorter_is_refused_with_both_lengths(text, longest
     with pytest.raises(InputError) as caught:
         bucket_lengths(text, 256)
     assert str(caught.value) == (
-        f"buckets {text}: {longest} is not shorter than the sequence of 256; give lengths below it, or a longer --seq"
+        f"buckets {text}: {longest} is not shorter than the sequence of 256; give lengths below it, or a longer seq"
     )
 
 
