@@ -38,6 +38,7 @@ from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import Error, ErrorAnswer, FieldError
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
+from tightfit.runtime.common.option_names import in_python, named_as
 
 DESCRIPTION = """Fit training into the memory you have: profiles in, plans out, with a proven gap.
 
@@ -153,14 +154,14 @@ def _with_token(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(settings: Settings) -> None:
-    """Answer until interrupted.
+    """Answer until interrupted. Errors name options as requests do.
 
     Raises InputError where the data folder or the port cannot be had, and StorageError where the folder's disk is full.
     """
     from tightfit.planner.service.http.logs import log_to_stderr
 
     log_to_stderr()
-    with opened(settings, Metrics()) as service:
+    with opened(settings, Metrics()) as service, named_as(in_python):
         _answer(settings, service)
 
 
