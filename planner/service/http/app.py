@@ -204,6 +204,7 @@ def _answer(settings: Settings, service: Service) -> None:
     config = uvicorn.Config(
         app,
         http=protocol_of(Connections(most_connections())),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

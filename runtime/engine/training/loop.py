@@ -499,7 +499,7 @@ class _Run:
         if self.done and self.saved != self.done:
             self._save()
         saved = f"everything up to step {self.done} is saved in {self.path}" if self.path else "nothing is trained yet"
-        again = "start the fleet again with --resume" if self.path else "start the fleet again"
+        again = f"start the fleet again with {spelled('resume', True)}" if self.path else "start the fleet again"
         raise RunError(f"{error}; {saved}, {again}") from error
 
     def leave(self, why: str) -> None:

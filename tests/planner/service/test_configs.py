@@ -142,6 +142,8 @@ def test_a_worker_makes_a_profile_of_it_that_can_be_planned(tmp_path, cache, mon
         lock=str(tmp_path / "lock"),
         command=[],
         memory_bytes=None,
+        folders=[],
+        paths={},
     )
     objects = Objects(tmp_path / "objects")
     told = []

@@ -64,7 +64,9 @@ def listening(tmp_path, most=8):
         await guarded({**scope, "state": {"waiting": waiting}}, receive, send)
 
     guarded = Guard(answer, Settings(data_dir=tmp_path, command=(sys.executable,)), Metrics())
-    config = uvicorn.Config(app, http=protocol_of(open_now), lifespan="off", log_config=None, access_log=False)
+    config = uvicorn.Config(
+        app, http=protocol_of(open_now), ws="none", lifespan="off", log_config=None, access_log=False
+    )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -146,6 +146,8 @@ def test_a_run_is_started_with_what_its_request_says(request_: dict[str, Any], t
         lock=None,
         command=["tightfit"],
         memory_bytes=None,
+        folders=[],
+        paths={},
     )
     words = _command(order, tmp_path / "plan.json", tmp_path / "out")
     assert words[:2] == ["tightfit", "run"]
