@@ -41,7 +41,11 @@ class Preparation:
                 f" {format_size(self.budget_bytes)}; plan with at least {enough}"
             )
 
-    def longest_line(self) -> int:
-        """Length in bytes of the longest line that can be tokenised in what is left of the budget now."""
+    def longest_line(self) -> int | None:
+        """Length in bytes, at least 1, of the longest line that can be tokenised in what is left of the budget now; None
+        once PyTorch is imported.
+        """
+        if "torch" in sys.modules:
+            return None
         trim_heap()
-        return max(0, self.budget_bytes - memory().resident) // BYTES_PER_BYTE
+        return max(1, (self.budget_bytes - memory().resident) // BYTES_PER_BYTE)

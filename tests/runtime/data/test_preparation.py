@@ -20,6 +20,7 @@ from tightfit.planner.io import save_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Floor
+from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.data.samples import Text, read_samples
 from tightfit.runtime.engine.start import page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
@@ -171,3 +172,11 @@ def test_more_than_the_budget_ends_it_before_an_earlier_run_is_touched(
 
 def test_the_version_of_torch_is_told_without_importing_it() -> None:
     assert installed_version() == torch.__version__
+
+
+def test_a_process_that_holds_more_than_the_budget_still_reads_its_data(monkeypatch):
+    """With PyTorch it is not held to the budget; without, a line is refused, and none is taken for the end of the file."""
+    assert "torch" in sys.modules
+    assert Preparation(1).longest_line() is None
+    monkeypatch.setattr(sys, "modules", {name: one for name, one in sys.modules.items() if name != "torch"})
+    assert Preparation(1).longest_line() == 1
