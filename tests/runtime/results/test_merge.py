@@ -525,5 +525,5 @@ def test_rows_of_a_tensor_file_are_those_of_the_tensor(tmp_path: Path) -> None:
     assert torch.equal(file.rows("b", 1, 9), values["b"][1:])
     assert b"".join(file.chunks("c")) == values["c"].numpy().tobytes()
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="not a readable safetensors file"):
+    with pytest.raises(InputError, match="damaged header"):
         TensorFile(tmp_path / "x.safetensors")
