@@ -46,7 +46,7 @@ def from_json(text: str | bytes | bytearray, *, strict: bool = False) -> Any:
         raise JsonError(_TOO_DEEP) from error
     except ValueError as error:
         raise JsonError(str(error)) from error
-    if _brackets(text) > DEEPEST and _is_deeper(value, DEEPEST):
+    if _brackets(text) > DEEPEST and is_deeper(value, DEEPEST):
         raise JsonError(_TOO_DEEP)
     return value
 
@@ -58,7 +58,7 @@ def _brackets(text: str | bytes | bytearray) -> int:
     return text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
+def is_deeper(value: Any, levels: int) -> bool:
     """Whether lists and objects are nested more than `levels` deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
