@@ -84,6 +84,7 @@ class _Peer:
         self.waits: list[int] = []
         """whom it waits for"""
         self.lanes: dict[str, queue.SimpleQueue[Pending | None]] = {}
+        self.threads: list[threading.Thread] = []
 
     def submit(self, direction: str, pending: Pending) -> None:
         """Have a message sent or received after those that were submitted before it."""
@@ -91,7 +92,9 @@ class _Peer:
             self.lanes[direction] = queue.SimpleQueue()
             work = self._send if direction == "send" else self._receive
             lane = (self.lanes[direction], work)
-            threading.Thread(target=self._carry_out, args=lane, name=f"tightfit-{direction}", daemon=True).start()
+            thread = threading.Thread(target=self._carry_out, args=lane, name=f"tightfit-{direction}", daemon=True)
+            thread.start()
+            self.threads.append(thread)
         self.lanes[direction].put(pending)
 
     def _carry_out(self, lane: queue.SimpleQueue[Pending | None], work: Callable[[Pending], None]) -> None:
@@ -169,7 +172,7 @@ class Transport:
         self._waits: list[int] = []
         self._asked: float | None = None
         """when this process was first found to be asked to end"""
-        self._lock, self._speaking = threading.Lock(), threading.Lock()
+        self._lock, self._speaking, self._hung_up = threading.Lock(), threading.Lock(), threading.Event()
         meeting = Meeting(
             members, rank, listens, key, timeout=timeout, plan=f"{plan}/{attempt}", stopping=stopping, say=say
         )
@@ -225,10 +228,13 @@ class Transport:
     def _judge(self, awaited: int, waited: float) -> None:
         """Find out whether a member is gone: one that has closed its connections, or of which nothing has come for too long;
         or which nobody hears anything of but signs of life.
+
+        Whether the awaited one has closed its connections is left to the thread that moves the message: what it sent before it
+        ended may not all have been read.
         """
         now = time.monotonic()
         for rank, peer in self._peers.items():
-            if peer.ended and (rank == awaited or not peer.left):
+            if peer.ended and rank != awaited and not peer.left:
                 self._tell(rank, "has ended without a word")
                 return
         silent = [rank for rank, peer in self._peers.items() if now - peer.heard > self.timeout and not peer.left]
@@ -297,7 +303,9 @@ class Transport:
                     send_frame(peer.control, frame)
 
     def _live(self) -> None:
-        """Give signs of life and hear those of the others, until all others have ended."""
+        """Give signs of life and hear those of the others, until all others have ended; what they sent before can still be
+        received, until this member hangs up.
+        """
         beat = 0.0
         while living := {peer.control: peer for peer in self._peers.values() if not peer.ended}:
             now = time.monotonic()
@@ -307,7 +315,10 @@ class Transport:
             ready, _, _ = select.select(list(living), [], [], max(0.0, beat - time.monotonic()))
             for one in ready:
                 self._hear(living[one], receive_frame(one))
+        self._hung_up.wait()
         for peer in self._peers.values():
+            for thread in peer.threads:
+                thread.join()
             peer.control.close()
             peer.data.close()
 
@@ -341,6 +352,7 @@ class Transport:
             for one, how in ((peer.data, socket.SHUT_RDWR), (peer.control, socket.SHUT_WR)):
                 with suppress(OSError):
                     one.shutdown(how)
+        self._hung_up.set()
 
     def close(self) -> None:
         """This member's run is over, as planned."""

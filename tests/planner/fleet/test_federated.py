@@ -231,7 +231,7 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     for member in fleet.taking:
         assert load_member_plan(tmp_path, fleet, member.name) == plans[member.name]
     with pytest.raises(
-        InputError, match=r"of another kind \(federated, not data parallel\); use `tightfit fleet federate`"
+        InputError, match=r"of another kind \(federated, not data parallel\); `tightfit fleet federate run` runs it"
     ):
         load_fleet(tmp_path)
 

@@ -156,7 +156,7 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
         assert load_member_plan(tmp_path, fleet, member.name) == plans[member.name]
         assert load_server_plan(tmp_path, fleet, member.name) == server_plans[member.name]
     with pytest.raises(
-        InputError, match=r"another kind \(split federated, not federated\); use `tightfit fleet federate`"
+        InputError, match=r"another kind \(split federated, not federated\); `tightfit fleet federate run` runs it"
     ):
         load_federated(tmp_path)
     (tmp_path / "server" / "fast.plan.json").unlink()

@@ -125,7 +125,8 @@ def test_a_model_without_a_tokenizer(tmp_path):
         choose_seq(str(tmp_path / "config.json"), data, truncate=False, budget=BUDGET)
 
 
-def test_a_line_that_the_budget_cannot_tokenise_is_refused_without_tokenising_it(model, tmp_path):
+def test_a_line_that_the_budget_cannot_tokenise_is_refused_without_tokenising_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "modules", {name: one for name, one in sys.modules.items() if name != "torch"})
     data = lines(tmp_path / "a.jsonl", {"text": WORDS * 200_000})
     with pytest.raises(InputError, match=r"a line of 9000013 bytes, and what the run's budget leaves is enough"):
         choose_seq(model, data, truncate=False, budget=3 << 30)

@@ -141,6 +141,28 @@ def test_members_exchange_tensors_and_what_json_holds():
         assert told == [{"from": one} for one in others]
 
 
+def test_what_a_member_sent_before_its_run_was_over_is_received_after_it_has_gone():
+    members = met("abc")
+    for one in (0, 2):
+        for value in range(3):
+            members[one].send(torch.full((4,), float(value)), 1).wait()
+        members[one].close()
+        members[one].hang_up()
+    members[1]._living.join(1.0)  # time enough to hear that both have ended
+    for one in (0, 2):
+        assert all(members[1]._peers[other].ended for other in (0, 2))
+        for value in range(3):
+            room = torch.empty(4)
+            members[1].receive(room, one).wait()
+            assert room.tolist() == [value] * 4
+        with pytest.raises(RunError, match=rf"member '{'abc'[one]}' of the fleet has ended without a word"):
+            members[1].receive(torch.empty(1), one).wait()
+        members[1]._verdict = None
+    members[1].hang_up()
+    members[1]._living.join(5.0)
+    assert not members[1]._living.is_alive()
+
+
 def test_members_that_are_out_of_step_are_told():
     members = met("ab")
     told = waiting(members, {0: lambda _: members[0].send(torch.ones(3), 1).wait()})
