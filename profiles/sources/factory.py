@@ -138,7 +138,8 @@ def build_with_batches(source: str, seed: int = 0) -> tuple[nn.Module, list[tupl
     for held in (*module.parameters(), *module.buffers()):
         held.data = held.data.contiguous()  # the layout in which it is stored
     # Copies, since torch.export does not take views of one tensor, such as those of `x, y = pair`.
-    batches = [tuple(tensor.clone() for tensor in as_trained(one)) for one in (batch, *others)]
+    named = f"{source}: the sample batch"
+    batches = [tuple(tensor.clone() for tensor in as_trained(one, named)) for one in (batch, *others)]
     kinds = [[(tensor.shape, tensor.dtype) for tensor in one] for one in batches]
     return module, [one for one, kind in zip(batches, kinds, strict=True) if kind == kinds[0]], inputs
 
@@ -199,8 +200,15 @@ def narrowed(
     return module, tuple(narrow)
 
 
-def as_trained(batch: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """A batch's tensors as a run reads them: contiguous, floating-point ones in float32."""
+def as_trained(batch: Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
+    """A batch's tensors as a run reads them: contiguous, floating-point ones in float32.
+
+    Raises InputError, which calls the batch `name`, for tensors of which float32 would be a part only.
+    """
+    if wide := [str(index) for index, tensor in enumerate(batch) if tensor.dtype is torch.float64]:
+        raise InputError(
+            f"{name}: item {', '.join(wide)} is float64, and a step computes in float32; where that will do, give tensor.float()"
+        )
     return tuple((tensor.float() if tensor.is_floating_point() else tensor).contiguous() for tensor in batch)
 
 

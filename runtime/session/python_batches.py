@@ -22,7 +22,7 @@ def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Ten
     `name`.
 
     For a module, `batch` has the shapes and dtypes that it was profiled with; tensors that it does not use are left
-    out. Where its factory gave a loss_fn, `batch` is (inputs, targets), either of them a tensor or a tuple of tensors. For
+    out; float16 and bfloat16 stand for float32, float64 is refused. Where its factory gave a loss_fn, `batch` is (inputs, targets), either of them a tensor or a tuple of tensors. For
     a language model, `batch` is (input_ids, labels) or input_ids alone, as transformers takes them: integers
     [rows, tokens] of at most the planned shape, padded on the right; labels[t] is the token at place t, or -100 to
     predict nothing there. Each row is one sample, unless the batch is (input_ids, labels, positions), whose positions begin
@@ -48,7 +48,7 @@ def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Ten
         return _tokens(plan, batch, name)
     # The plan lists the tensors that the module uses, in the order of their first use.
     planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
-    tensors = list(as_trained(batch))
+    tensors = list(as_trained(batch, name))
     for at, (kind, _) in planned.items():
         dtype = getattr(torch, kind)
         if at < len(tensors) and tensors[at].is_floating_point() and dtype.is_floating_point:

@@ -56,6 +56,10 @@ def wide_buffer() -> Any:
     return module, (torch.ones(2, 4),)
 
 
+def wide_batch() -> Any:
+    return Net(), (torch.ones(2, 4, dtype=torch.float64),)
+
+
 def lazy() -> Any:
     return nn.Sequential(nn.LazyLinear(4), Net()), (torch.ones(2, 3),)
 
@@ -125,6 +129,7 @@ def test_a_module_s_batch_is_the_factory_s(size: dict[str, int]) -> None:
         (counting, r"state_dict holds 0\._extra_state, no parameter or buffer \(of get_extra_state, for example\)"),
         (wide, r"layer\.weight, layer\.bias are float64, and a step computes in float32; .* return module\.float\(\)"),
         (wide_buffer, "scale are float64"),
+        (wide_batch, r"the sample batch: item 0 is float64, .* give tensor\.float\(\)"),
         (lazy, r"0\.weight, 0\.bias have no shape before the module has seen a batch .* call it in the factory once"),
     ],
 )

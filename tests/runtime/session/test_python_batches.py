@@ -65,12 +65,20 @@ def test_one_more_is_too_much(decoder: Plan) -> None:
 
 
 def test_a_module_gets_what_it_uses_in_the_order_of_its_use(module: Plan) -> None:
-    """Contiguous and in float32; what it does not use may be anything."""
-    first, third = torch.arange(6.0, dtype=torch.float64).view(3, 2).t().requires_grad_(), torch.tensor([4, 5])
+    """Contiguous and in float32; what it does not use may be of any shape."""
+    first, third = torch.arange(6.0, dtype=torch.bfloat16).view(3, 2).t().requires_grad_(), torch.tensor([4, 5])
     got = as_planned(module, (first, torch.zeros(7), third, torch.zeros(9)), "it")
     assert [tensor.tolist() for tensor in got] == [[4, 5], [[0, 2, 4], [1, 3, 5]]]
     assert [tensor.dtype for tensor in got] == [torch.int64, torch.float32]
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in got)
+
+
+def test_a_batch_in_float64_is_refused_by_its_item(module: Plan) -> None:
+    batch = (torch.zeros(2, 3), torch.zeros(7), torch.tensor([4, 5]))
+    for item in range(3):
+        wide = [tensor.double() if at == item else tensor for at, tensor in enumerate(batch)]
+        with pytest.raises(InputError, match=rf"^it: item {item} is float64, .* give tensor\.float\(\)"):
+            as_planned(module, wide, "it")
 
 
 def test_a_module_that_lacks_a_tensor_says_what_it_was_made_for(module: Plan) -> None:
