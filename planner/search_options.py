@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.options import option, said
+from tightfit.runtime.common.options import Options, option
 
 TIME_LIMIT = 30.0
 """seconds for one plan, unless others are asked for"""
@@ -20,8 +18,8 @@ LEAST_SHARE = 0.7
 """share of the time limit for the smallest budget, where the requested budget may be below it: finding a plan that fits
 comes before finding a fast one
 """
-LONGEST_LIMIT = 1e9
-"""largest time limit in seconds: thirty years, which every solver can represent"""
+LONGEST_LIMIT = 86400.0
+"""largest time limit in seconds: a day"""
 FINISH_SECONDS = 6e-5
 """seconds per operator of the step for writing a plan down and replaying it; the search leaves them free"""
 HELD_SHARE = 0.05
@@ -41,8 +39,7 @@ POLICY_NAMES = (
 Progress = Callable[[dict[str, float | str]], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(Options):
     """How one budget is planned for (`tightfit.planner.plan.plan` says more of each).
 
     `tightfit plan` and `compare`, the service's `/v1/plans` and `/v1/comparisons` and the forms on its page have the fields that
@@ -55,20 +52,19 @@ class PlanOptions:
         "A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; mobillm, the part of a device whose side network a server trains; for a bare graph one of the first three.",
     )
     time_limit: float = option(
-        TIME_LIMIT, "Seconds the solver may take for one plan.", metavar="SECONDS", above=0, most=86400, primary=True
+        TIME_LIMIT, "Seconds the solver may take for one plan.", metavar="SECONDS", gt=0, le=LONGEST_LIMIT, primary=True
     )
     gap: float = option(
         0.0,
         "End a search once its plan is proven to be slower than the best of its kind by at most this share, for example 0.001 for 0.1 %; 0: go on to the proof, as long as that gains anything within the time limit.",
         metavar="SHARE",
-        least=0,
-        below=1,
+        ge=0,
+        lt=1,
     )
-    optimizer: str | None = option(
+    optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion", "adafactor"] | None = option(
         None,
         "adamw (unless another is named), adam, sgd, momentum, lion or adafactor: what it keeps of each trained tensor is in the plan.",
         metavar="NAME",
-        choices=("adamw", "adam", "sgd", "momentum", "lion", "adafactor"),
         primary=True,
     )
     max_grad_norm: float | None = option(
@@ -76,23 +72,9 @@ class PlanOptions:
         "Clip gradients: scale all of an update down together to a norm of at most X, as torch.nn.utils.clip_grad_norm_ does.",
         label="Largest gradient norm",
         metavar="X",
-        above=0,
-        most=math.inf,
+        gt=0,
     )
     progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse, by InputError, what no plan of any profile can have."""
-        checked_limit(self.time_limit)
-        checked_gap(self.gap)
-        names = said(PlanOptions)["optimizer"].choices
-        if self.optimizer is not None and self.optimizer not in names:
-            raise InputError(f"no optimizer is called {self.optimizer!r}; choose one of {', '.join(names)}")
-        norm: object = self.max_grad_norm
-        if norm is not None and (
-            isinstance(norm, bool) or not isinstance(norm, Real) or not 0 < float(norm) < math.inf
-        ):
-            raise InputError(f"max-grad-norm {norm}: give a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,26 +171,14 @@ def checked_budget(budget_bytes: object) -> int:
     return size
 
 
-def checked_limit(time_limit: object) -> float:
-    """A time limit in seconds as a plain float. Raises InputError where it is not a number above 0, or above
-    `LONGEST_LIMIT`.
-    """
-    if not isinstance(time_limit, Real) or not 0 < float(time_limit) <= LONGEST_LIMIT:
-        raise InputError(
-            f"a time limit of {time_limit!r} s is none; name a number of seconds above 0, at most {LONGEST_LIMIT:.0e}"
-        )
-    return float(time_limit)
+def checked_limit(time_limit: float) -> float:
+    """A time limit in seconds. Raises InputError where no plan can be given it (`PlanOptions`)."""
+    return PlanOptions(time_limit=time_limit).time_limit
 
 
-def checked_gap(gap: object) -> float:
-    """The gap at which a search may stop, as a plain float. Raises InputError where it is not a number from 0 to below
-    1.
-    """
-    if isinstance(gap, bool) or not isinstance(gap, Real) or not 0 <= float(gap) < 1:
-        raise InputError(
-            f"a gap of {gap!r} is none; name a share of the step's time from 0 to below 1, such as 0.001 for 0.1 %"
-        )
-    return float(gap)
+def checked_gap(gap: float) -> float:
+    """The gap at which a search may stop. Raises InputError where no plan can be given it (`PlanOptions`)."""
+    return PlanOptions(gap=gap).gap
 
 
 def finish_seconds(operators: int, time_limit: float) -> float:

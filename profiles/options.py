@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from tightfit.runtime.common.options import option
+from pydantic import Field
+
+from tightfit.runtime.common.options import Options, option
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total), where stage is one of pack, export, programs, compare and measure."""
@@ -19,14 +19,13 @@ MOST_ACCUMULATED = 1 << 16
 SEQ, BATCH = 256, 1
 """tokens and samples of a language model's step, unless others are asked for"""
 LARGEST_RANK = 1 << 14
-"""of what the service is asked for, as are the other largest numbers here"""
 LARGEST_ALPHA = 1e9
 LONGEST_PATH = 4096
 """letters"""
+PathText = Annotated[str, Field(min_length=1, max_length=LONGEST_PATH)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
+class ProfileOptions(Options):
     """Which step of a model is profiled, and for what device (`tightfit.profiles.api.profile` says more of each).
 
     `tightfit profile`, the service's `/v1/profiles` and the form on its page have the fields that are made by `option`, and take
@@ -38,8 +37,8 @@ class ProfileOptions:
         f"Tokens per sample; default: {SEQ}.",
         label="Sequence",
         metavar="TOKENS",
-        least=1,
-        most=1 << 20,
+        ge=1,
+        le=1 << 20,
         primary=True,
     )
     buckets: str | None = option(
@@ -47,21 +46,21 @@ class ProfileOptions:
         "Shorter lengths, such as 64,128: a batch is padded only to the shortest of them that holds its samples, which a run puts together by length.",
         label="Shorter lengths",
         metavar="LENGTHS",
-        longest=256,
+        max_length=256,
         pattern=r"^[0-9]{1,7}(,[0-9]{1,7})*$",
     )
     batch: int | None = option(
-        None, f"Samples per step; default: {BATCH}.", metavar="SAMPLES", least=1, most=1 << 16, primary=True
+        None, f"Samples per step; default: {BATCH}.", metavar="SAMPLES", ge=1, le=1 << 16, primary=True
     )
     lora_rank: int | None = option(
-        None, "Rank of the LoRA pairs; default: 8.", label="LoRA rank", least=1, most=LARGEST_RANK, primary=True
+        None, "Rank of the LoRA pairs; default: 8.", label="LoRA rank", ge=1, le=LARGEST_RANK, primary=True
     )
     lora_alpha: float | None = option(
         None,
         "LoRA scale is alpha / rank; default: twice the rank.",
         label="LoRA alpha",
-        above=0,
-        most=LARGEST_ALPHA,
+        gt=0,
+        le=LARGEST_ALPHA,
         primary=True,
     )
     lora_targets: str | None = option(
@@ -69,8 +68,8 @@ class ProfileOptions:
         "Linear layers that get pairs: all-linear (the default), attention, names such as q_proj,v_proj, or a regular expression for whole names.",
         label="LoRA on",
         metavar="WHICH",
-        shortest=1,
-        longest=4096,
+        min_length=1,
+        max_length=4096,
         primary=True,
     )
     lora_layers: str | None = option(
@@ -78,119 +77,105 @@ class ProfileOptions:
         "Only in these layers of the model, such as 8-15,20.",
         label="LoRA in layers",
         metavar="NUMBERS",
-        longest=2560,
+        max_length=2560,
         pattern=r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$",
     )
-    rank_pattern: Mapping[str, int] | None = option(
+    rank_pattern: Mapping[str, Annotated[int, Field(ge=1, le=LARGEST_RANK)]] | None = option(
         None,
         "Another rank where a layer's name ends so, such as q_proj=16.",
         metavar="PATTERN=RANK",
-        least=1,
-        most=LARGEST_RANK,
-        entries=256,
+        max_length=256,
     )
-    alpha_pattern: Mapping[str, float] | None = option(
+    alpha_pattern: Mapping[str, Annotated[float, Field(gt=0, le=LARGEST_ALPHA)]] | None = option(
         None,
         "Another alpha there, such as q_proj=32.",
         metavar="PATTERN=ALPHA",
-        above=0,
-        most=LARGEST_ALPHA,
-        entries=256,
+        max_length=256,
     )
     lora_dropout: float | None = option(
         None,
         "Share of a pair's input that is left out in training, anew in each step.",
         label="LoRA dropout",
         metavar="P",
-        least=0,
-        below=1,
+        ge=0,
+        lt=1,
     )
     rslora: bool = option(False, "LoRA scale is alpha / sqrt(rank).", label="rsLoRA")
     dora: bool = option(False, "Train a magnitude beside each pair (DoRA).", label="DoRA")
-    modules_to_save: Sequence[str] | None = option(
+    modules_to_save: Sequence[Annotated[str, Field(min_length=1, max_length=64)]] | None = option(
         None,
         "Modules that are trained in full: embed_tokens, lm_head, or both.",
         metavar="NAMES",
-        shortest=1,
-        longest=64,
-        entries=2,
+        max_length=2,
     )
-    adapter: str | Path | None = option(  # noqa: RUF009  paths are immutable
+    adapter: PathText | Path | None = option(
         None,
         "Take all LoRA settings from this adapter of PEFT, so that a run can start from it.",
         over_http="Take all LoRA settings from this adapter of PEFT, a folder under an allowed root, so that a run can start from it.",
         label="Settings of an adapter",
         metavar="DIR",
-        shortest=1,
-        longest=LONGEST_PATH,
     )
-    loss: str | None = option(
+    loss: Literal["dpo", "orpo"] | None = option(
         None,
         "Learn from pairs of a chosen and a rejected answer, --batch of them per step, instead of predicting tokens.",
         over_http="Learn from pairs of a chosen and a rejected answer, `batch` of them per step, instead of predicting tokens.",
         label="Loss of pairs",
         metavar="dpo|orpo",
-        choices=("dpo", "orpo"),
         primary=True,
     )
-    beta: float | None = option(
-        None, "How much the comparison weighs in the loss of pairs; default: 0.1.", above=0, most=math.inf
-    )
+    beta: float | None = option(None, "How much the comparison weighs in the loss of pairs; default: 0.1.", gt=0)
     accumulate: int = option(
         1,
         "Steps whose gradients make one update: a larger batch in the memory of a small one.",
         label="Steps per update",
         metavar="STEPS",
-        least=1,
-        most=MOST_ACCUMULATED,
+        ge=1,
+        le=MOST_ACCUMULATED,
         primary=True,
     )
-    dtype: str | None = option(
+    dtype: Literal["bfloat16", "float32"] | None = option(
         None,
         "Number type of the arithmetic, bfloat16 or float32; default: bfloat16, float32 for a module.",
         label="Number type",
-        choices=("bfloat16", "float32"),
     )
     device: str = option(
         "cpu",
         "cpu: this machine, measured. The name of a device (see `tightfit devices`) or a JSON file that describes one: its times are estimated.",
         over_http="cpu: this machine, measured. A name listed at /v1/devices: estimated for that one, to be planned and not run.",
         metavar="NAME",
-        longest=64,
+        max_length=LONGEST_PATH,
     )
     threads: int | None = option(
-        None, "Compute threads; default: every core that this process may use.", least=1, most=1 << 12
+        None, "Compute threads; default: every core that this process may use.", ge=1, le=1 << 12
     )
     side_rank: int | None = option(
         None,
         "Measure the step of a side network beside MODEL instead, with adapters of this rank: the server's part of `mobillm`.",
         over_http="Measure the step of a side network beside the model instead, with adapters of this rank: the server's part of `mobillm`.",
         metavar="RANK",
-        least=1,
-        most=LARGEST_RANK,
+        ge=1,
+        le=LARGEST_RANK,
     )
     side_blocks: int | None = option(
         None,
         "Blocks of MODEL whose outputs a side network reads; default: 8, or all.",
         over_http="Blocks of the model whose outputs a side network reads; default: 8, or all.",
-        least=1,
-        most=1 << 12,
+        ge=1,
+        le=1 << 12,
     )
-    base: str | None = option(
+    base: Bits | None = option(
         None,
         "4bit, 8bit or 16bit: precision of the frozen weights, where MODEL leaves a choice; default: what the file holds, 4bit for files in 16 or 32 bits.",
         over_http="Precision of the frozen weights, where the model leaves a choice; default: what the file holds, 4bit for files in 16 or 32 bits.",
         label="Frozen weights",
         metavar="BITS",
-        choices=get_args(Bits),
         primary=True,
     )
-    embeddings: str | None = option(
+    embeddings: Bits | None = option(
         None,
         "The same for the embedding and the head; default: as the other weights.",
         label="Embedding and head",
         metavar="BITS",
-        choices=get_args(Bits),
     )
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.", label="Measure anew")
     progress: Progress | None = None

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tightfit.planner.search_options import Progress
+from tightfit.planner.search_options import LONGEST_LIMIT, Progress
+from tightfit.runtime.common.options import Options, option
 
 Kind = Literal["auto", "data", "pipeline"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FleetOptions:
+class FleetOptions(Options):
     """How a fleet is planned for (`tightfit.planner.fleet.kinds.plan_kind`)."""
 
-    kind: Kind = "auto"
-    """auto: data parallel, unless no device can hold a micro-batch or a pipeline is shorter"""
-    bits: int = 0
-    """of a number in a pipeline's messages, 8; 0: as it is"""
-    time_limit: float = 120.0
-    """seconds for all of the planning"""
-    gap: float | None = None
-    """at which a search may stop; None: what each kind of plan stops at by itself"""
-    prices: bool = True
-    """whether to say what more memory or a faster link of each device would be worth"""
+    kind: Kind = option(
+        "auto",
+        "data: every device has the whole model and some of the micro-batches; pipeline: some of the layers and all micro-batches;"
+        " auto: data, unless no device can hold a micro-batch or a pipeline is shorter.",
+    )
+    bits: Literal[0, 8] = option(0, "Of a number in a pipeline's messages; 0: as it is.")
+    time_limit: float = option(
+        120.0, "Seconds that all of the planning may take.", metavar="SECONDS", gt=0, le=LONGEST_LIMIT
+    )
+    gap: float | None = option(
+        None,
+        "Relative gap at which a search may stop; null: 0.001 for data, 0.01 for a pipeline.",
+        metavar="SHARE",
+        ge=0,
+        lt=1,
+    )
+    prices: bool = option(True, "Also say what more memory or a faster link of each device would be worth.")
     progress: Progress | None = None

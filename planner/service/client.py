@@ -35,7 +35,7 @@ from tightfit.planner.service.wire.settings import check_token
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.options import keywords_of, said
+from tightfit.runtime.common.options import keywords_of
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.plan import MemberSpec
@@ -119,7 +119,7 @@ class Client:
     @keywords_of(PlanOptions)
     def plan(self, profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
         """`tightfit.planner.plan.plan`, solved by the service."""
-        asked = {name: getattr(options, name) for name in said(PlanOptions)}
+        asked = options.model_dump(exclude={"progress"})
         request = {
             "profile": self.upload(profile),
             "memory": budget_bytes,

@@ -10,11 +10,12 @@ from typing import Any, get_args
 
 from typer.core import TyperCommand
 
-from tightfit.runtime.cli.options import PRIMARY, key_of
+from tightfit.runtime.cli.options import key_of
 from tightfit.runtime.cli.other_tools import hint
 from tightfit.runtime.common.option_names import named_as, on_command_line
+from tightfit.runtime.common.options import PRIMARY
 
-LIBRARY_NAMES = {"eval_data": "evaluate", "out": "output"}
+LIBRARY_NAMES = {"out": "output"}
 """what functions call an option: the name of the command's parameter"""
 EVERYTHING = "help_all"
 """in a context's `meta`, where all options are to be shown"""
@@ -23,7 +24,7 @@ EVERYTHING = "help_all"
 class Command(TyperCommand):
     """A command whose help shows the options that most people need, and all of them with ``--help-all``.
 
-    Those are the ones that have to be given and those that say so where they are declared (`Said.primary`, `PRIMARY`); a command
+    Those are the ones that have to be given and those that say so where they are declared (`PRIMARY`); a command
     none of whose options says so shows all.
     """
 

@@ -10,19 +10,18 @@ import typer
 from tightfit.planner.search_options import PlanOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
-    PRIMARY,
     Debug,
     Html,
     Json,
     Server,
     answering,
-    at_least,
+    read,
     service,
-    values_of,
     with_options,
 )
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
+from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.common.units import parse_size
 
 
@@ -36,7 +35,6 @@ def compare(
             metavar="NAME,...",
             help="solver and fixed rules to compare; default: the solver and every exact rule that applies to the profile.",
         ),
-        PRIMARY,
     ] = None,
     device: Annotated[
         str,
@@ -44,7 +42,6 @@ def compare(
             metavar="NAME,...",
             help="own: the profile's own device. Names of devices (see `tightfit devices`) or JSON files that describe them: times estimated from the profile's FLOPs and bytes.",
         ),
-        PRIMARY,
     ] = "own",
     html: Html = None,
     picture: Annotated[
@@ -58,8 +55,7 @@ def compare(
     """Compare policies over budgets and devices: seconds per step, or the smallest budget that would be enough."""
     budgets = [parse_size(part) for part in memory.split(",")]
     policies = None if policy is None else [part.strip() for part in policy.split(",")]
-    asked = values_of(PlanOptions, options)
-    at_least(0, time_limit=asked["time_limit"], gap=asked["gap"])
+    asked = read(PlanOptions, options).model_dump(exclude={"policy", "progress"})
     enough_for_a_solver()
     from tightfit.planner.report.compare import compare as compare_plans
     from tightfit.profiles.api import load_profile

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Cgroup, Columns, Debug, Json, Packing, Truncate, named_columns
+from tightfit.runtime.cli.options import Cgroup, Debug, Json, read, with_options
 from tightfit.runtime.cli.run import hand_on
+from tightfit.runtime.session.options import EvaluationOptions
 
 
+@with_options(EvaluationOptions)
 def evaluate(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
@@ -20,22 +22,13 @@ def evaluate(
             metavar="DIR|FILE|random", help="Held-out data, in the files that `run` takes; random: made-up tokens."
         ),
     ],
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of the adapter, or of the run that left it; default: none, the model as training would begin.",
-        ),
-    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to write the result as JSON as well.")
     ] = None,
-    truncate: Truncate = False,
-    columns: Columns = None,
-    packing: Packing = False,
     cgroup: Cgroup = True,
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Evaluate a plan's model under its cap: loss, perplexity, and accuracy where the data have choices."""
     from tightfit.planner.io import load_plan
@@ -52,12 +45,7 @@ def evaluate(
         prepared(
             loaded,
             data,
-            adapter=adapter,
-            truncate=truncate,
-            columns=named_columns(columns),
-            packing=packing,
-            cgroup=cgroup,
-            stages=progress.stage,
+            read(EvaluationOptions, options, cgroup=cgroup, stages=progress.stage),
             counted=replace,
         ) as order,
     ):

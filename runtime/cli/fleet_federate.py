@@ -455,7 +455,7 @@ def stage(
     from tightfit.runtime.cli.run import carry_out
     from tightfit.runtime.federated.split_stage import stage_membership
     from tightfit.runtime.session.fleet import PORT
-    from tightfit.runtime.session.options import RunOptions
+    from tightfit.runtime.session.options import TrainingOptions
 
     fleet = load_rounds(folder)
     if isinstance(fleet, FederatedPlan):
@@ -463,7 +463,7 @@ def stage(
     plan = load_member_plan(folder, fleet, member)
     plan = load_server_plan(folder, fleet, member) if server else plan
     found = next(one for one in fleet.taking if one.name == member)
-    options = RunOptions(steps=steps, lr=lr, weight_decay=weight_decay, seed=seed, checkpoint_every=0)
+    options = TrainingOptions(steps=steps, lr=lr, weight_decay=weight_decay, seed=seed, checkpoint_every=0)
     host, port = _address(at, PORT)
     carry_out(
         plan,

@@ -15,16 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import (
-    Columns,
-    Debug,
-    Json,
-    Truncate,
-    named_columns,
-    training_options,
-    with_options,
-    words_of,
-)
+from tightfit.runtime.cli.options import Debug, Json, read, with_options, words_of
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
@@ -45,7 +36,7 @@ UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
 """in a member's folder: a line for each update, its report; beside it, with this ending: what it printed"""
 
 
-@with_options(RunOptions, "eval_every", "keep_best", "early_stopping")
+@with_options(RunOptions, "eval_every", "keep_best", "early_stopping", "adapter", "profile_step")
 def run(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet plan` put the fleet's plan.")],
@@ -83,16 +74,6 @@ def run(
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--eval",
-            metavar="FILE.jsonl",
-            help="Held-out data, evaluated before and after: by the first member, or in a pipeline by all together.",
-        ),
-    ] = None,
-    columns: Columns = None,
-    truncate: Truncate = False,
     cgroup: Annotated[
         bool, typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce each member's cap where it can.")
     ] = True,
@@ -103,7 +84,8 @@ def run(
     """Train as a fleet's plan says: the result is that of one process, to the bit, whoever computes what (unless a pipeline's
     messages are rounded).
     """
-    trained = training_options(options | {"resume": resume, "overwrite": overwrite})
+    trained = read(RunOptions, options, out=output, resume=resume, overwrite=overwrite, cgroup=cgroup)
+    trained.check_end()
     if timeout is not None and not timeout > 0:
         raise InputError(f"--timeout {timeout}: give a number of seconds above 0")
     if (member is None) != (at is None):
@@ -123,7 +105,7 @@ def run(
         _all_members(fleet, output, ["fleet", "run", *words_of(context.command.params, given)], as_json=as_json)
         return
     from tightfit.runtime.cli.run import carry_out
-    from tightfit.runtime.session.fleet import check_listens, membership
+    from tightfit.runtime.session.fleet import check_listens, membership, of_member
 
     assert at is not None
     check_listens(fleet, member, *_address(at))
@@ -131,25 +113,11 @@ def run(
     carry_out(
         load_member_plan(plan, fleet, member),
         data or "",
-        trained,
-        member=seat,
-        output=output / member,
-        resume=resume,
-        overwrite=overwrite,
-        evaluate=evaluate if evaluates(fleet, member) else None,
-        truncate=truncate,
-        columns=named_columns(columns),
-        cgroup=cgroup,
-        profile_step=False,
+        of_member(trained, fleet, seat),
         as_json=as_json,
         debug=debug,
         replace=bool(context.obj),
     )
-
-
-def evaluates(fleet: FleetPlan | PipelinePlan | SidePlan, member: str) -> bool:
-    """Whether a member takes part in evaluations: the first one alone has the whole model, or all have parts of it."""
-    return fleet.kind == "pipeline" or member == fleet.chain[0].name
 
 
 def member_commands(fleet: FleetPlan | PipelinePlan | SidePlan, folder: Path) -> str:

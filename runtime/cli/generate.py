@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tightfit.runtime.cli.options import PRIMARY, Cgroup, Debug, Force, values_of, with_options
+from tightfit.runtime.cli.options import Cgroup, Debug, read, with_options
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.results.answer_options import AnswerOptions
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ def generate(
     ] = None,
     adapter: AdapterFolder = None,
     memory: Memory = "auto",
-    force: Force = False,
     cgroup: Cgroup = True,
     as_json: AnswersAsJson = False,
     debug: Debug = False,
@@ -71,7 +71,7 @@ def generate(
             else "--prompt TEXT or --prompts FILE is missing"
         )
     asked: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts or Path())
-    wanted = AnswerOptions(**values_of(AnswerOptions, options), force=force)
+    wanted = read(AnswerOptions, options)
     _hand_on(invoked, model, memory, wanted, asked, adapter, cgroup=cgroup, as_json=as_json, debug=debug)
 
 
@@ -81,14 +81,13 @@ def chat(
     model: Model,
     adapter: AdapterFolder = None,
     memory: Memory = "auto",
-    force: Force = False,
     cgroup: Cgroup = True,
     as_json: AnswersAsJson = False,
     debug: Debug = False,
     **options: Any,
 ) -> None:
     """Talk with MODEL, and an adapter if there is one, within a budget of memory: one question a line."""
-    wanted = AnswerOptions(**values_of(AnswerOptions, options), force=force)
+    wanted = read(AnswerOptions, options)
     _hand_on(invoked, model, memory, wanted, None, adapter, cgroup=cgroup, as_json=as_json, debug=debug)
 
 

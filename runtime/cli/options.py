@@ -6,19 +6,19 @@ import contextlib
 import inspect
 import io
 import sys
+from collections import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import typer
 import typer.core
+from pydantic.fields import FieldInfo
 
-from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.options import Said, default_of, said, types_of
-from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
+from tightfit.runtime.common.options import METAVAR, PRIMARY, WORD, Options, beside, options_of, types_of
 from tightfit.runtime.supervision.failure import failure_of
 from tightfit.runtime.supervision.printing import answer
 
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 typer.core.HAS_RICH = False
 
 
-PRIMARY = "primary"
-"""beside an option in the annotation of a command's parameter: most people need it (as `Said.primary`)"""
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -42,31 +38,12 @@ Debug = Annotated[
 ]
 
 
-Force = Annotated[bool, typer.Option("--force", help=said(ProfileOptions)["force"].help)]
-
-
 Server = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Let a `tightfit serve` elsewhere solve; its token in TIGHTFIT_TOKEN."),
 ]
 
 
-Truncate = Annotated[
-    bool,
-    typer.Option(
-        "--truncate/--no-truncate", help="Cut samples longer than the planned sequence instead of refusing them."
-    ),
-    PRIMARY,
-]
-Columns = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME=COLUMN,...",
-        help="What the data call the parts of a sample, for example prompt=question,completion=answer.",
-    ),
-    PRIMARY,
-]
-Packing = Annotated[bool, typer.Option("--packing/--no-packing", help=said(RunOptions)["packing"].help)]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page."), PRIMARY]
 FleetDescription = Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")]
 FleetFolder = Annotated[
@@ -86,20 +63,6 @@ Cgroup = Annotated[
     bool,
     typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
 ]
-
-
-def at_least(least: float, **options: float) -> None:
-    """Raise InputError for options below `least`; keywords are the options' Python names."""
-    for name, value in options.items():
-        if not value >= least:
-            raise InputError(f"{spelled(name)} {value}: give a number of at least {least}")
-
-
-def at_most(most: int, **options: int) -> None:
-    """Raise InputError for options above `most`; keywords are the options' Python names."""
-    for name, value in options.items():
-        if value > most:
-            raise InputError(f"{spelled(name)} {value}: give a number of at most {most}")
 
 
 _following: ContextVar[bool] = ContextVar("following", default=True)
@@ -187,18 +150,6 @@ def usage(error: BaseException) -> bool:
     return hasattr(error, "format_message")
 
 
-def named_columns(text: str | None) -> dict[str, str] | None:
-    """What the data call the parts of a sample, from `prompt=question,completion=answer`. Raises InputError for other words."""
-    if text is None:
-        return None
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(name.strip() and column.strip() for name, _, column in pairs):
-        raise InputError(
-            f"{spelled('columns')} {text}: give NAME=COLUMN,..., for example prompt=question,completion=answer"
-        )
-    return {name.strip(): column.strip() for name, _, column in pairs}
-
-
 def key_of(parameter: Any) -> str:
     """The key of an option or argument in a file."""
     long = [name for name in parameter.opts if name.startswith("--")]
@@ -225,10 +176,11 @@ def words_of(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[str]:
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Record = TypeVar("Record", bound=Options)
 
 
 def with_options(
-    record: type, *leaving_out: str, after: str | None = None, **defaults: Any
+    record: type[Options], *leaving_out: str, after: str | None = None, **defaults: Any
 ) -> Callable[[Command], Command]:
     """Gives a command, whose last parameter takes any keywords, the options of a record (`tightfit.runtime.common.options`) for
     it, behind the parameter `after`, or else behind those that it must be given; without those of the names given here.
@@ -240,8 +192,8 @@ def with_options(
         mine = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in declared if one.kind is not one.VAR_KEYWORD]
         names = [one.name for one in mine]
         taken = [
-            _parameter(record, name, one, defaults.get(name, default_of(record, name)))
-            for name, one in said(record).items()
+            _parameter(name, field, defaults.get(name, field.default))
+            for name, field in options_of(record).items()
             if name not in {*names, *leaving_out}
         ]
         needed = sum(one.default is one.empty for one in mine)
@@ -252,71 +204,53 @@ def with_options(
     return decorate
 
 
-def _parameter(record: type, name: str, told: Said, default: Any) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
     """An option of a record, as a parameter of a command: one that is given several times for a map, names with commas
-    between them for a list (`values_of` reads both).
+    between them for a list (`read` reads both).
     """
-    types, annotated = types_of(record, name), cast("Any", Annotated)
-    kind: Any = next((one for one in (Path, str) if one in types), types[0])
-    if get_origin(kind):
-        kind = list[str] if get_origin(kind) is Mapping else str
-    words = [f"--{name.replace('_', '-')}"]
-    if kind is bool:
-        words = [f"{words[0]}/--no-{words[0][2:]}"]
-    info = typer.Option(*words, help=told.help, metavar=told.metavar)
-    kind, mark = (kind | None if default is None else kind), ([PRIMARY] if told.primary else [])
+    kinds, told, annotated = types_of(field.annotation), beside(field), cast("Any", Annotated)
+    kind: Any = next((one for one in (Path, str) if one in kinds), kinds[0])
+    if origin := get_origin(kind):
+        kind = type(get_args(kind)[0]) if origin is Literal else list[str] if origin is abc.Mapping else str
+    word = told[WORD] or f"--{name.replace('_', '-')}"
+    info = typer.Option(
+        f"{word}/--no-{word[2:]}" if kind is bool else word, help=field.description, metavar=told[METAVAR]
+    )
+    kind, mark = (kind | None if default is None else kind), ([PRIMARY] if told[PRIMARY] else [])
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated[(kind, info, *mark)]
     )
 
 
-def values_of(record: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a record, of all that a command was given. Raises InputError for a whole number below its least, and
-    for words that are no entry of a map.
-    """
+def read(record: type[Record], given: Mapping[str, Any], **others: Any) -> Record:
+    """A record with its options, of all that a command was given, and `others`. Raises InputError for one that cannot be used."""
     values: dict[str, Any] = {}
-    for name, told in said(record).items():
+    for name, field in options_of(record).items():
         if name not in given:
             continue
-        value, kind = given[name], types_of(record, name)[0]
-        if get_origin(kind) is Mapping:
-            value = _entries(spelled(name), value, get_args(kind)[1])
-        elif get_origin(kind):
-            value = tuple(one.strip() for one in (value or "").split(",") if one.strip())
-        elif kind is int and told.least is not None and value is not None:
-            at_least(told.least, **{name: value})
+        value, kind = given[name], types_of(field.annotation)[0]
+        if get_origin(kind) is abc.Mapping and value is not None:
+            value = _entries(spelled(name), value, types_of(get_args(kind)[1])[0]) or None
+        elif get_origin(kind) is abc.Sequence and value is not None:
+            value = tuple(one.strip() for one in value.split(",") if one.strip())
         values[name] = value
-    return values
+    return record(**values | others)
 
 
-def _entries(option: str, words: Sequence[str] | None, number: Callable[[str], Any]) -> dict[str, Any]:
-    """What ``PATTERN=NUMBER`` says, once or often. Raises InputError for anything else."""
-    found: dict[str, Any] = {}
-    for word in words or ():
-        pattern, equals, value = word.rpartition("=")
+def _entries(option: str, words: Sequence[str], kind: Callable[[str], Any]) -> dict[str, Any]:
+    """What ``PATTERN=NUMBER`` says, once or often, or ``NAME=TEXT,NAME=TEXT``. Raises InputError for anything else."""
+    entries: dict[str, Any] = {}
+    for word in (one for given in words for one in (given.split(",") if kind is str else [given])):
+        name, equals, value = word.rpartition("=")
         try:
-            found[pattern] = number(value)
+            entries[name.strip()] = kind(value.strip())
         except ValueError:
             equals = ""
-        if not equals or not pattern:
-            raise InputError(f"{option} {word!r}: give a pattern of names and a number, such as q_proj=16")
-    return found
-
-
-def training_options(given: Mapping[str, Any]) -> RunOptions:
-    """The options with which a command trains, of all that it was given. Raises InputError, which names the option, where
-    one cannot be used.
-    """
-    options = {name: given[name] for name in said(RunOptions) if name in given}
-    if options.get("steps") is None and options.get("epochs") is None:
-        raise InputError(f"{spelled('steps')} is missing: give the number of steps, or {spelled('epochs')}")
-    for name in ("steps", "checkpoint_every", "lr", "seed", "warmup_steps", "weight_decay"):
-        if options.get(name) is not None:
-            at_least(said(RunOptions)[name].least or 0, **{name: options[name]})
-    if options.get("seed") is not None:
-        at_most(LARGEST_SEED, seed=options["seed"])
-    if given["resume"] and given["overwrite"]:
-        raise InputError(
-            f"{spelled('resume')} goes on from what lies in the folder, {spelled('overwrite')} replaces it: give one of them"
-        )
-    return RunOptions(**options)
+        if not equals or not name.strip() or not value.strip():
+            form = (
+                "NAME=COLUMN,..., for example prompt=question"
+                if kind is str
+                else "a pattern of names and a number, such as q_proj=16"
+            )
+            raise InputError(f"{option} {word!r}: give {form}")
+    return entries

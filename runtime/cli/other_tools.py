@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.common.option_names import on_command_line
-from tightfit.runtime.common.options import said
+from tightfit.runtime.common.options import options_of
 from tightfit.runtime.session.options import RunOptions
 
 CUTOFF = 0.4
@@ -123,7 +123,7 @@ def hint(name: str, written: Mapping[str, str], *, near: bool) -> str:
     if ours in written:
         return f"; it is {written[ours]} here"
     for command, record in STAGES.items():
-        if ours in said(record):
+        if ours in options_of(record):
             return f"; `tightfit {command}` and `tightfit train` have it: {on_command_line(ours)}"
     close = difflib.get_close_matches(key, written, 1, CUTOFF) if near else []
     return f"; the nearest is {written[close[0]]}" if close else ""

@@ -14,20 +14,19 @@ import typer
 from tightfit.planner.search_options import PlanOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
-    PRIMARY,
     Debug,
     Json,
     Server,
     answering,
-    at_least,
     next_command,
+    read,
     service,
-    values_of,
     with_options,
 )
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
+from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.supervision.printing import answer
 
@@ -72,9 +71,7 @@ def plan(
 ) -> None:
     """Find the fastest training step whose peak never exceeds the budget, and prove how near it is to the best."""
     budget = parse_size(memory)
-    asked = values_of(PlanOptions, options)
-    at_least(0, time_limit=asked["time_limit"], gap=asked["gap"])
-    options_of_plan = PlanOptions(**asked)
+    asked = read(PlanOptions, options)
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
     from tightfit.planner.problem.optimizers import chosen
@@ -94,12 +91,12 @@ def plan(
 
     def make(profile: Profile) -> Plan:
         nonlocal interrupted
-        with Interrupts() as interrupts, Solving(console, asked["time_limit"]) as solving:
+        with Interrupts() as interrupts, Solving(console, asked.time_limit) as solving:
             if server is None:
-                made, why = _plan_here(profile, budget, options_of_plan, solving, interrupts, what_if=what_if)
+                made, why = _plan_here(profile, budget, asked, solving, interrupts, what_if=what_if)
             else:
                 with service(server) as elsewhere:
-                    made = elsewhere.plan(profile, budget, **asked, progress=solving)
+                    made = elsewhere.plan(profile, budget, **dict(asked.but(progress=solving)))
                     why = elsewhere.explanation(made)
         interrupted = interrupts.seen
         explanations.append(why)
@@ -107,7 +104,7 @@ def plan(
 
     def step(profile: Profile) -> Profile:
         """The step that is planned. The service chooses its optimizer itself."""
-        return chosen(profile, asked["optimizer"], asked["max_grad_norm"], Learned()) if server is None else profile
+        return chosen(profile, asked.optimizer, asked.max_grad_norm, Learned()) if server is None else profile
 
     rehearsal = rehearsed(
         loaded,

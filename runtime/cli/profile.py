@@ -10,8 +10,9 @@ import typer
 
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import PRIMARY, Debug, Force, Json, next_command, values_of, with_options
+from tightfit.runtime.cli.options import Debug, Json, next_command, read, with_options
 from tightfit.runtime.common.limits import enough_for_a_solver
+from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.supervision.printing import answer
 
 
@@ -27,7 +28,6 @@ def profile(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written."), PRIMARY] = Path(
         "profile.json"
     ),
-    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -35,7 +35,7 @@ def profile(
     """Measure one training step of MODEL (or estimate it, on a device that is not here): its tensors, operators, disk
     and process floor. The weights need not fit in memory.
     """
-    asked = values_of(ProfileOptions, options)
+    asked = read(ProfileOptions, options)
     enough_for_a_solver()
     from tightfit.runtime.cli.terminal import Stages, messages
     from tightfit.runtime.common.files import check_place
@@ -47,7 +47,7 @@ def profile(
         from tightfit.profiles.api import profile as measure
         from tightfit.profiles.api import save_profile
 
-        measured = measure(model, **asked, force=force, progress=stages)
+        measured = measure(model, **dict(asked.but(progress=stages)))
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}
     answer(summary, answers.profile_text(measured), as_json=as_json)

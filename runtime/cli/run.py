@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from tightfit.runtime.cli.options import (
-    PRIMARY,
-    Cgroup,
-    Columns,
-    Debug,
-    Json,
-    Truncate,
-    named_columns,
-    training_options,
-    with_options,
-)
+from tightfit.runtime.cli.options import Cgroup, Debug, Json, read, with_options
+from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer, beside
 from tightfit.runtime.supervision.report_text import report_text
 
 if TYPE_CHECKING:
     from tightfit.planner.schema import Plan
-    from tightfit.runtime.session.fleet import Membership
     from tightfit.runtime.supervision.training_process import RunOrder
 
 FLEET = re.compile(rb'"kind": ?"(data parallel|pipeline|mobillm|(split )?federated)"')
@@ -56,28 +45,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder."), PRIMARY
     ] = False,
-    evaluate: Annotated[
-        str | None,
-        typer.Option("--eval", metavar="DIR|FILE", help="Held-out data, evaluated before and after."),
-        PRIMARY,
-    ] = None,
-    columns: Columns = None,
-    truncate: Truncate = False,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Start from the adapter in this folder, as a run leaves it, instead of a new one."
-        ),
-        PRIMARY,
-    ] = None,
     cgroup: Cgroup = True,
-    profile_step: Annotated[
-        bool,
-        typer.Option(
-            "--profile-step/--no-profile-step",
-            help="Report where the seconds of the third step went (where several make an update, of the next that ends one), or of the last of fewer.",
-        ),
-    ] = False,
     stages: Annotated[
         str | None,
         typer.Option("--stages", hidden=True, help="JSON of what `tightfit train` did before, for its answer."),
@@ -91,41 +59,20 @@ def run(
     **options: Any,
 ) -> None:
     """Train under the cap as planned; leaves an adapter that PEFT loads and a report of predicted beside measured."""
-    trained = training_options(options | {"resume": resume, "overwrite": overwrite})
+    trained = read(RunOptions, options, out=output, resume=resume, overwrite=overwrite, cgroup=cgroup, tokens=tokens)
+    trained.check_end()
     from tightfit.planner.io import load_plan
 
-    member = None
     if of_fleet(plan):
         from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
-        from tightfit.runtime.cli.fleet_run import evaluates
-        from tightfit.runtime.session.fleet import from_torchrun
+        from tightfit.runtime.session.fleet import from_torchrun, of_member
 
         fleet = load_any(plan)
         member = from_torchrun(fleet, key_path(plan))
-        loaded, output = load_member_plan(plan, fleet, member.name), output / member.name
-        evaluate = evaluate if evaluates(fleet, member.name) else None
+        loaded, trained = load_member_plan(plan, fleet, member.name), of_member(trained, fleet, member)
     else:
         loaded = load_plan(plan)
-    carry_out(
-        loaded,
-        data,
-        trained,
-        member=member,
-        output=output,
-        resume=resume,
-        overwrite=overwrite,
-        evaluate=evaluate,
-        truncate=truncate,
-        columns=named_columns(columns),
-        cgroup=cgroup,
-        profile_step=profile_step,
-        as_json=as_json,
-        debug=debug,
-        replace=bool(context.obj),
-        adapter=adapter,
-        stages=stages,
-        tokens=tokens,
-    )
+    carry_out(loaded, data, trained, as_json=as_json, debug=debug, replace=bool(context.obj), stages=stages)
 
 
 def of_fleet(plan: Path) -> bool:
@@ -144,26 +91,15 @@ def carry_out(
     data: str,
     options: RunOptions,
     *,
-    member: Membership | None,
-    output: Path,
-    resume: bool,
-    overwrite: bool,
-    evaluate: str | None,
-    truncate: bool,
-    cgroup: bool,
-    profile_step: bool,
     as_json: bool,
     debug: bool,
     replace: bool,
-    adapter: Path | None = None,
-    columns: Mapping[str, str] | None = None,
     stages: str | None = None,
-    tokens: Path | None = None,
 ) -> None:
-    """Run a plan, or the plan of one `member` of a fleet, and print its report; raises typer.Exit with the run's code.
+    """Run a plan, or the plan of one member of a fleet, and print its report; raises typer.Exit with the run's code.
 
-    With `replace` this process may become the run's supervisor. `tokens` is as for `prepared`. With `as_json` the report is
-    printed beside what `stages` says, JSON of what was done before.
+    With `replace` this process may become the run's supervisor. With `as_json` the report is printed beside what `stages` says, JSON
+    of what was done before.
     """
     from tightfit.runtime.session.launch import prepared
     from tightfit.runtime.supervision.progress import TrainingProgress
@@ -172,28 +108,11 @@ def carry_out(
 
     with (
         TrainingProgress(steps=0, tokens_per_step=loaded.places_per_step, budget=loaded.budget_bytes) as training,
-        prepared(
-            loaded,
-            data,
-            options,
-            out=output,
-            resume=resume,
-            overwrite=overwrite,
-            eval_data=evaluate,
-            truncate=truncate,
-            columns=columns,
-            cgroup=cgroup,
-            profile_step=profile_step,
-            stages=training.stage,
-            counted=replace,
-            member=member,
-            adapter=adapter,
-            tokens=tokens,
-        ) as ready,
+        prepared(loaded, data, options.but(stages=training.stage), counted=replace) as ready,
     ):
         if isinstance(ready, RunOrder):
-            hand_on(ready, loaded, cgroup=cgroup, as_json=as_json, debug=debug, replace=replace, stages=stages)
-    sys.stderr.write(already_done(ready, str(output), len(ready["loss"])))
+            hand_on(ready, loaded, cgroup=options.cgroup, as_json=as_json, debug=debug, replace=replace, stages=stages)
+    sys.stderr.write(already_done(ready, str(options.out), len(ready["loss"])))
     answer(beside(stages, ready), report_text(ready), as_json=as_json)
 
 

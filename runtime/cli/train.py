@@ -27,24 +27,16 @@ from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.command import EVERYTHING, Command
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, read_options, write_options
-from tightfit.runtime.cli.options import (
-    PRIMARY,
-    key_of,
-    named_columns,
-    stage,
-    training_options,
-    usage,
-    values_of,
-    words_of,
-)
+from tightfit.runtime.cli.options import key_of, read, stage, usage, words_of
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interpreter import command, python_path
-from tightfit.runtime.common.options import said
+from tightfit.runtime.common.options import PRIMARY, options_of
 from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.common.units import MIB, format_size, parse_size
+from tightfit.runtime.session.options import DataOptions, RunOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +52,7 @@ PROFILE, PLAN, CONFIG = "profile.json", "plan.json", "config.toml"
 """what this command leaves in the output folder beside what a run leaves"""
 RANDOM = "random"
 """data that are made up, and no file"""
-PATHS = ("model", "data", "evaluate")
+PATHS = ("model", "data", "eval_data")
 """options that may name a file, and so are written down with its absolute path"""
 UNFINISHED = ["metrics.jsonl"]
 """the only result of a run that was killed before its first checkpoint"""
@@ -142,7 +134,7 @@ def train(
         str | None,
         typer.Option(
             metavar="LENGTHS|auto",
-            help=said(ProfileOptions)["buckets"].help + " auto: two lengths that the data suggest, or fewer.",
+            help=f"{options_of(ProfileOptions)['buckets'].description} auto: two lengths that the data suggest, or fewer.",
             rich_help_panel=MODEL_AND_STEP,
         ),
     ] = None,
@@ -197,14 +189,8 @@ def _check(given: Mapping[str, Any]) -> None:
         parse_size(given["memory"])
     from tightfit.runtime.session.beforehand import check_beforehand
 
-    check_beforehand(
-        given["model"],
-        given["data"],
-        given["evaluate"],
-        planning=PlanOptions(**values_of(PlanOptions, given)),
-        training=training_options(given),
-        columns=named_columns(given["columns"]),
-    )
+    training = read(RunOptions, given, out=given["output"], resume=given["resume"], overwrite=given["overwrite"])
+    check_beforehand(given["model"], given["data"], planning=read(PlanOptions, given), training=training)
 
 
 def _part(of: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,16 +285,16 @@ def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Conso
     asked, buckets = given["seq"], given["buckets"]
     if names_module(given["model"]):
         return asked, buckets
-    check_files(given["data"], given["evaluate"])
+    check_files(given["data"], given["eval_data"])
     lengths: Counter[int] = Counter()
     with Stages(console) as stages:
         seq, why = choose_seq(
             given["model"],
             given["data"],
-            given["evaluate"],
+            given["eval_data"],
             truncate=given["truncate"],
             budget=budget,
-            columns=named_columns(given["columns"]),
+            columns=read(DataOptions, given).columns,
             keep=tokens,
             pairs=given["loss"] is not None,
             seq=asked,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal, Self
 
+from pydantic import model_validator
+
+from tightfit.profiles.options import Bits
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.options import option, said
+from tightfit.runtime.common.options import Options, option
 from tightfit.runtime.engine.generation.job import Sampling
 
-CACHES = ("float32", "bfloat16")
 CONTEXT = 2048
 """tokens of a conversation that are remembered, by default"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnswerOptions:
+class AnswerOptions(Options):
     """How to answer. `tightfit generate` and `tightfit chat` have the fields that are made by `option`.
 
     Raises InputError for values that cannot be used.
@@ -28,45 +29,36 @@ class AnswerOptions:
         None,
         f"Tokens of the conversation that are remembered, the next answer included; default: {CONTEXT}.",
         metavar="TOKENS",
-        least=2,
+        ge=2,
+        lt=1 << 32,
     )
     """None: `CONTEXT`, or as many as the model was made for"""
-    max_tokens: int = option(256, "Most tokens of an answer.", least=1, primary=True)
+    max_tokens: int = option(256, "Most tokens of an answer.", ge=1, lt=1 << 32, primary=True)
     temperature: float = option(
-        0.0, "0: take the likeliest token; else draw, the more evenly the higher.", least=0, primary=True
+        0.0, "0: take the likeliest token; else draw, the more evenly the higher.", ge=0, primary=True
     )
-    top_p: float = option(
-        1.0, "Draw from the likeliest tokens that make up this share.", metavar="SHARE", above=0, most=1
-    )
-    top_k: int = option(0, "Draw from so many of the likeliest tokens; 0: from all.", least=0)
-    seed: int = option(0, "Seed of the tokens that are drawn.", least=0)
-    cache: str = option(
+    top_p: float = option(1.0, "Draw from the likeliest tokens that make up this share.", metavar="SHARE", gt=0, le=1)
+    top_k: int = option(0, "Draw from so many of the likeliest tokens; 0: from all.", ge=0, lt=1 << 32)
+    seed: int = option(0, "Seed of the tokens that are drawn.", ge=0, lt=1 << 32)
+    cache: Literal["float32", "bfloat16"] = option(
         "float32",
         "Type of the cache of keys and values: float32, or bfloat16 for half of its bytes.",
         metavar="TYPE",
-        choices=CACHES,
     )
-    base: str | None = option(
+    base: Bits | None = option(
         None, "Of matrices that MODEL does not hold quantised: 4bit (default), 8bit or 16bit.", metavar="PRECISION"
     )
-    embeddings: str | None = option(None, "The same for embedding and head; default: as --base.", metavar="PRECISION")
-    threads: int | None = option(None, "Cores to compute with; default: all.")
-    force: bool = False
-    """whether to measure again"""
+    embeddings: Bits | None = option(None, "The same for embedding and head; default: as --base.", metavar="PRECISION")
+    threads: int | None = option(None, "Cores to compute with; default: all.", ge=1, le=1 << 12)
+    force: bool = option(False, "Measure again even where a fitting result lies in the cache.")
 
-    def __post_init__(self) -> None:
-        for name, told in said(AnswerOptions).items():
-            value = getattr(self, name)
-            if told.least is not None and value is not None and not told.least <= value < 1 << 32:
-                raise InputError(f"{spelled(name)} {value}: give a number of at least {told.least}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"{spelled('top_p')} {self.top_p}: give a number above 0, at most 1")
+    @model_validator(mode="after")
+    def _drawn(self) -> Self:
         if not self.temperature and (self.top_k or self.top_p < 1):
             raise InputError(
                 f"{spelled('top_k')} and {spelled('top_p')} choose among tokens that are drawn at random; give {spelled('temperature')} too"
             )
-        if self.cache not in CACHES:
-            raise InputError(f"{spelled('cache')} {self.cache}: give {' or '.join(CACHES)}")
+        return self
 
     @property
     def sampling(self) -> Sampling:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,22 @@ from typing import Any
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.results.place import adapter_folder
 from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, check_seat, find_store
 from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.launch import Data, prepare_data
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import EvaluationOptions, TrainingOptions
 from tightfit.runtime.session.output import locked
 from tightfit.runtime.session.settings import check_packing, order_of, packing_told, settings_of
-from tightfit.runtime.supervision.supervisor import Stages, supervise
+from tightfit.runtime.supervision.supervisor import supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
 
-def evaluate(
-    plan: Plan,
-    data: Data,
-    *,
-    adapter: str | os.PathLike[str] | None = None,
-    truncate: bool = False,
-    columns: Mapping[str, str] | None = None,
-    packing: bool = False,
-    cgroup: bool = True,
-    stages: Stages | None = None,
-) -> dict[str, Any]:
+@keywords_of(EvaluationOptions)
+def evaluate(plan: Plan, data: Data, options: EvaluationOptions) -> dict[str, Any]:
     """The loss on `data` of a plan's model under the plan's budget, without a step; nothing is left on disk.
 
     `adapter` is the folder of an adapter, or of the run that left it; without it the model is as training would begin, which is
@@ -48,31 +40,17 @@ def evaluate(
     module that over batches), `perplexity` (None for a module), `accuracy` (None without questions), `questions`, `records`,
     `seconds`, the memory as a run reports it, and `packing`, whether samples share rows. Raises what `tightfit.run` raises.
     """
-    with prepared(
-        plan, data, adapter=adapter, truncate=truncate, columns=columns, packing=packing, cgroup=cgroup, stages=stages
-    ) as order:
-        return supervise(order, None, stages)
+    with prepared(plan, data, options) as order:
+        return supervise(order, None, options.stages)
 
 
 @contextmanager
-def prepared(
-    plan: Plan,
-    data: Data,
-    *,
-    adapter: str | os.PathLike[str] | None = None,
-    truncate: bool = False,
-    columns: Mapping[str, str] | None = None,
-    packing: bool = False,
-    cgroup: bool = True,
-    stages: Stages | None = None,
-    counted: bool = False,
-) -> Iterator[RunOrder]:
+def prepared(plan: Plan, data: Data, options: EvaluationOptions, *, counted: bool = False) -> Iterator[RunOrder]:
     """Prepare an evaluation (see `evaluate`) up to starting its training process; yields the order to carry out.
 
     Its files lie in a temporary folder, which is removed when the block ends. With `counted`, the memory of this process must fit
     the plan's budget too; otherwise CapError is raised.
     """
-    options = RunOptions(packing=packing)
     check_kind(plan)
     check_packing(plan, options)
     check_seat(plan, None)
@@ -81,8 +59,8 @@ def prepared(
     check_schedule(plan)
     if plan.evaluate is None:
         raise InputError("the plan has no evaluation; plan the profile again")
-    given = None if adapter is None else given_adapter(plan, adapter_folder(Path(adapter).absolute()))
-    store = find_store(plan, stages)
+    given = None if options.adapter is None else given_adapter(plan, adapter_folder(Path(options.adapter).absolute()))
+    store = find_store(plan, options.stages)
     if preparation:
         preparation.check("reading the plan")
     with temporary_folder() as directory, locked(directory) as lock:
@@ -93,17 +71,16 @@ def prepared(
             data,
             folder,
             "evaluate",
-            truncate=truncate,
-            columns=columns,
+            options=options,
             seed=0,
-            stages=stages,
+            stages=options.stages,
             preparation=preparation,
         )
         settings = settings_of(
             plan,
             directory,
             store,
-            options,
+            TrainingOptions(packing=options.packing),
             data=written.name,
             evaluation=written.name,
             resume=False,
@@ -113,7 +90,7 @@ def prepared(
         if preparation:
             preparation.check("preparing the data")
         told = packing_told(plan, settings)
-        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, evaluates=True, packing=told)
+        yield order_of(plan, compiled, directory, lock, cgroup=options.cgroup, evaluates=True, packing=told)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.training.checkpoint import OPERATORS, SHORTER
 from tightfit.runtime.engine.training.job import passes_messages
 from tightfit.runtime.engine.weights.layout import holds, packed_bytes, read_header, store_path
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import TrainingOptions
 from tightfit.runtime.supervision.supervisor import Stages
 
 
@@ -71,7 +71,7 @@ def check_steps(plan: Plan, steps: int) -> None:
         raise InputError(f"{spelled('steps')} {steps}: {unfinished}")
 
 
-def check_fleet_options(options: RunOptions) -> None:
+def check_fleet_options(options: TrainingOptions) -> None:
     """Raise InputError for an option that the members of a fleet cannot follow."""
     for name in ("eval_every", "keep_best", "early_stopping"):
         if getattr(options, name):

@@ -17,7 +17,7 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.data.samples import checked_columns
 from tightfit.runtime.data.tokenization import RANDOM
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import RunOptions, TrainingOptions
 
 SINGLE = ("eps", "eps2", "beta2_decay", "clip_threshold", "momentum")
 """options that are fields of the optimizers that have them, by the same names"""
@@ -27,28 +27,26 @@ Data = str | os.PathLike[str] | Iterable[Any]
 def check_beforehand(
     model: str | os.PathLike[str],
     data: Data,
-    eval_data: Data | None,
     *,
     planning: PlanOptions,
     training: RunOptions,
-    columns: Mapping[str, str] | None,
 ) -> None:
     """Raise InputError for what the plan or the run of `model` would refuse, as far as that can be told without a profile."""
     check_policy(planning.policy or "solver")
     training.check_end()
-    check_held_out(training, eval_data)
+    check_held_out(training)
     own = planning.policy if planning.policy in OPTIMIZERS else planning.optimizer
     own_settings(own or "adamw", training)
-    checked_columns(columns)
+    checked_columns(training.columns)
     module = names_module(model)
-    check_data(data, columns, module=module)
-    if eval_data is not None:
-        check_data(eval_data, None, module=module)
+    check_data(data, training.columns, module=module)
+    if training.eval_data is not None:
+        check_data(training.eval_data, None, module=module)
 
 
-def check_held_out(options: RunOptions, eval_data: Data | None) -> None:
+def check_held_out(options: RunOptions) -> None:
     """Raise InputError where evaluations are asked for and there is nothing to evaluate on."""
-    if options.eval_every is not None and eval_data is None:
+    if options.eval_every is not None and options.eval_data is None:
         raise InputError(
             f"{spelled('eval_every')} {options.eval_every}: there is nothing to evaluate on; give held-out data"
         )
@@ -69,7 +67,7 @@ def check_data(data: Data, columns: Mapping[str, str] | None, *, module: bool) -
         raise InputError("a language model trains on a file of samples, a directory of them, or 'random'")
 
 
-def own_settings(name: str, options: RunOptions) -> dict[str, Any]:
+def own_settings(name: str, options: TrainingOptions) -> dict[str, Any]:
     """What `options` say of the settings that only some optimizers have. Raises InputError for one that the optimizer `name`
     does not have.
     """

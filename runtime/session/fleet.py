@@ -17,6 +17,7 @@ from tightfit.runtime.engine.fleet.meeting import listening
 from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.fleet.seat import ExchangePart, Seat, StagePart
 from tightfit.runtime.engine.fleet.stage import Boundary
+from tightfit.runtime.session.options import RunOptions
 
 PORT = 29400
 """where the members meet unless told otherwise: the port that ``torchrun`` uses too"""
@@ -33,6 +34,15 @@ class Membership:
     seat: Seat | None
     """None for the only member, which runs its plan by itself"""
     figures: dict[str, Any] | None
+
+
+def of_member(options: RunOptions, fleet: FleetPlan | PipelinePlan | SidePlan, member: Membership) -> RunOptions:
+    """The options of a fleet's run for one member: it has a folder of its own in theirs, and evaluates where the first one alone has
+    the whole model and it is the first, or where all have parts of it.
+    """
+    evaluates = fleet.kind == "pipeline" or member.name == fleet.chain[0].name
+    held_out = options.eval_data if evaluates else None
+    return options.but(member=member, out=Path(options.out) / member.name, eval_data=held_out)
 
 
 def membership(

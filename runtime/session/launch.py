@@ -8,7 +8,7 @@ import itertools
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.engine.training.batches import open_batches
@@ -33,7 +34,7 @@ from tightfit.runtime.session.beforehand import check_data, check_held_out
 from tightfit.runtime.session.fleet import Membership
 from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import DataOptions, RunOptions, TrainingOptions
 from tightfit.runtime.session.output import check_reached, finished_report, locked, remove, staged, to_be_replaced
 from tightfit.runtime.session.settings import (
     check_packing,
@@ -43,7 +44,7 @@ from tightfit.runtime.session.settings import (
     receives_batches,
     settings_of,
 )
-from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
+from tightfit.runtime.supervision.supervisor import Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
 if TYPE_CHECKING:
@@ -52,46 +53,8 @@ if TYPE_CHECKING:
 Data: TypeAlias = "str | os.PathLike[str] | Iterable[Sequence[torch.Tensor | Sequence[torch.Tensor]]]"
 
 
-def run(
-    plan: Plan,
-    data: Data,
-    *,
-    out: str | os.PathLike[str],
-    steps: int | None = None,
-    epochs: float | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    lr: float = 2e-4,
-    weight_decay: float = 0.0,
-    beta1: float | None = None,
-    beta2: float | None = None,
-    eps: float | None = None,
-    eps2: float | None = None,
-    beta2_decay: float | None = None,
-    clip_threshold: float | None = None,
-    momentum: float | None = None,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
-    warmup_ratio: float | None = None,
-    min_lr_ratio: float = 0.0,
-    seed: int = 0,
-    checkpoint_every: int = 50,
-    keep_checkpoints: int = 2,
-    eval_data: Data | None = None,
-    eval_every: int | str | None = None,
-    keep_best: bool = False,
-    early_stopping: int | None = None,
-    truncate: bool = False,
-    columns: Mapping[str, str] | None = None,
-    packing: bool = False,
-    cgroup: bool = True,
-    profile_step: bool = False,
-    progress: Progress | None = None,
-    stages: Stages | None = None,
-    member: Membership | None = None,
-    adapter: str | os.PathLike[str] | None = None,
-    tokens: Path | None = None,
-) -> dict[str, Any]:
+@keywords_of(RunOptions)
+def run(plan: Plan, data: Data, options: RunOptions) -> dict[str, Any]:
     """Train `steps` steps, or `epochs` times the data, as planned, under the plan's budget; returns the report, also written
     to ``out/report.json``.
 
@@ -124,91 +87,33 @@ def run(
     sees the signal. A signal handler of the program's own stays in place; if it, `progress` or `stages` raises, the run
     saves and ends.
     """
-    options = RunOptions(
-        steps=steps,
-        epochs=epochs,
-        lr=lr,
-        weight_decay=weight_decay,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        eps2=eps2,
-        beta2_decay=beta2_decay,
-        clip_threshold=clip_threshold,
-        momentum=momentum,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        warmup_ratio=warmup_ratio,
-        min_lr_ratio=min_lr_ratio,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-        keep_checkpoints=keep_checkpoints,
-        eval_every=eval_every,
-        keep_best=keep_best,
-        early_stopping=early_stopping,
-        packing=packing,
-    )
-    with prepared(
-        plan,
-        data,
-        options,
-        out=out,
-        resume=resume,
-        overwrite=overwrite,
-        eval_data=eval_data,
-        truncate=truncate,
-        columns=columns,
-        cgroup=cgroup,
-        profile_step=profile_step,
-        stages=stages,
-        member=member,
-        adapter=adapter,
-        tokens=tokens,
-    ) as ready:
-        return supervise(ready, progress, stages) if isinstance(ready, RunOrder) else ready
+    with prepared(plan, data, options) as ready:
+        return supervise(ready, options.progress, options.stages) if isinstance(ready, RunOrder) else ready
 
 
 @contextmanager
 def prepared(
-    plan: Plan,
-    data: Data,
-    options: RunOptions,
-    *,
-    out: str | os.PathLike[str],
-    resume: bool = False,
-    overwrite: bool = False,
-    eval_data: Data | None = None,
-    truncate: bool = False,
-    columns: Mapping[str, str] | None = None,
-    cgroup: bool = True,
-    profile_step: bool = False,
-    stages: Stages | None = None,
-    counted: bool = False,
-    member: Membership | None = None,
-    adapter: str | os.PathLike[str] | None = None,
-    tokens: Path | None = None,
-    traced_steps: Sequence[int] = (),
+    plan: Plan, data: Data, options: RunOptions, *, counted: bool = False, traced_steps: Sequence[int] = ()
 ) -> Iterator[RunOrder | dict[str, Any]]:
     """Prepare a run (see `run`) up to starting its training process: check plan and machine, write data and job to
     `out`.
 
     Yields the order to carry out, or the report of a run that has taken all its steps already. `out` is locked while
     the block runs. With `counted`, the memory of this process must fit the plan's budget too; otherwise CapError is
-    raised before anything of an earlier run is replaced. `member`: which one of a fleet runs `plan`. `adapter`: the
-    folder of the adapter that training starts from. `tokens`: a folder in which `tightfit.runtime.data.sequence` may have kept
-    these data as tokens; it is removed once they are prepared. `traced_steps`: as of `settings_of`.
+    raised before anything of an earlier run is replaced. `traced_steps`: as of `settings_of`.
     """
     check_kind(plan)
     check_packing(plan, options)
+    member: Membership | None = options.member
     seat = member.seat if member else None
     check_seat(plan, seat)
     preparation = Preparation(plan.budget_bytes) if counted else None
-    directory = Path(out).absolute()
+    directory = Path(options.out).absolute()
     steps = options.steps
     options.check_end()
     if seat:
         check_fleet_options(options)
-    check_held_out(options, eval_data)
+    check_held_out(options)
     if steps is not None:
         check_steps(plan, steps)
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
@@ -221,33 +126,36 @@ def prepared(
         data = itertools.islice(data, steps)
     check_machine(plan)
     check_schedule(plan)
-    given = None if adapter is None else given_adapter(plan, Path(adapter).absolute())
-    store = find_store(plan, stages)
+    given = None if options.adapter is None else given_adapter(plan, Path(options.adapter).absolute())
+    store = find_store(plan, options.stages)
     if preparation:
         preparation.check("reading the plan")
     with locked(directory) as lock, staged(directory) as staging:
-        replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite, elsewhere=seat is not None)
+        replaced = to_be_replaced(
+            directory, steps, resume=options.resume, overwrite=options.overwrite, elsewhere=seat is not None
+        )
         written = partial(
             prepare_data,
             plan,
-            truncate=truncate,
-            columns=columns,
+            options=options,
             seed=options.seed,
-            stages=stages,
+            stages=options.stages,
             preparation=preparation,
-            tokens=tokens,
+            tokens=options.tokens,
         )
         train = None if receives_batches(plan) else written(data, staging, "train")
-        evaluation = None if eval_data is None or train is None else written(eval_data, staging, "evaluate")
-        if tokens is not None:
-            shutil.rmtree(tokens, ignore_errors=True)
+        evaluation = (
+            None if options.eval_data is None or train is None else written(options.eval_data, staging, "evaluate")
+        )
+        if options.tokens is not None:
+            shutil.rmtree(options.tokens, ignore_errors=True)
         epoch_steps = _epoch_steps(plan, train, options) if train else None
         if train is None and options.epochs is not None:
             raise InputError(
                 f"{spelled('epochs')} {options.epochs:g}: a server has no data, of which an epoch would be; give {spelled('steps')}"
             )
         settled = options.over(epoch_steps, of_update=seat.micro_batches if seat else plan.accumulate)
-        if resume and steps is None and settled.steps is not None:
+        if options.resume and steps is None and settled.steps is not None:
             check_reached(directory, settled.steps)
         settings = settings_of(
             plan,
@@ -257,14 +165,14 @@ def prepared(
             epoch_steps=epoch_steps,
             data=train.name if train else None,
             evaluation=evaluation.name if evaluation else None,
-            resume=resume,
-            profile_step=profile_step,
+            resume=options.resume,
+            profile_step=options.profile_step,
             traced_steps=traced_steps,
             seat=seat,
             adapter_given=given,
         )
         finished, evaluated = None, False
-        if resume and seat is None and train:  # the members of a fleet first find out together what is done
+        if options.resume and seat is None and train:  # the members of a fleet first find out together what is done
             finished, evaluated = finished_report(directory, settings, train, evaluation, name)
         if finished and evaluated:
             yield finished
@@ -280,7 +188,9 @@ def prepared(
             staging.rmdir()  # already here, so that a run that is killed later does not leave the empty folder behind
         figures = member.figures if member else None
         told = packing_told(plan, settings)
-        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished, fleet=figures, packing=told)
+        yield order_of(
+            plan, compiled, directory, lock, cgroup=options.cgroup, finished=finished, fleet=figures, packing=told
+        )
 
 
 def prepare_data(
@@ -288,9 +198,8 @@ def prepare_data(
     data: Data,
     folder: Path,
     purpose: Any,
+    options: DataOptions,
     *,
-    truncate: bool,
-    columns: Mapping[str, str] | None,
     seed: int,
     stages: Stages | None,
     preparation: Preparation | None,
@@ -299,7 +208,7 @@ def prepare_data(
     """Write the data as a record or batch file in `folder`; returns its path. `purpose` is "train" or "evaluate"."""
     from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare, tokens_in
 
-    check_data(data, columns if purpose == "train" else None, module=plan.model.kind == "module")
+    check_data(data, options.columns if purpose == "train" else None, module=plan.model.kind == "module")
     if plan.model.kind == "module":
         return _prepare_module(plan, data, folder, purpose, stages)
     assert isinstance(data, str | os.PathLike)
@@ -321,8 +230,8 @@ def prepare_data(
         seq=plan.seq,
         vocab_size=plan.model.config["vocab_size"],
         purpose=purpose,
-        columns=columns,
-        too_long="truncate" if truncate else "refuse",
+        columns=options.columns,
+        too_long="truncate" if options.truncate else "refuse",
         seed=seed,
         pairs=plan.model.preference is not None,
         warn=lambda told: warnings.warn(told, UserWarning, stacklevel=2),
@@ -335,7 +244,7 @@ def prepare_data(
     return records.path
 
 
-def _epoch_steps(plan: Plan, prepared: Path, options: RunOptions) -> float:
+def _epoch_steps(plan: Plan, prepared: Path, options: TrainingOptions) -> float:
     """Steps that go once through the prepared data."""
     loss = plan.model.preference.loss if plan.model.preference else None
     batches = open_batches(

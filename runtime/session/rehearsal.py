@@ -212,12 +212,14 @@ def _carried_out(plan: Plan, stages: Stages | None) -> Taken:
     room = max(int(ROOM[0] * plan.budget_bytes), ROOM[1])
     budget = min(plan.budget_bytes + room, max(plan.peak_bytes, free))
     roomy = sealed(plan.model_copy(update={"budget_bytes": budget}))
-    options = RunOptions(steps=steps, lr=0.0, checkpoint_every=0, keep_checkpoints=1)
     cache_directory().mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-", dir=cache_directory()))
     try:
         others = Others()
-        with prepared(roomy, "random", options, out=folder / "out", traced_steps=traced, stages=stages) as ready:
+        options = RunOptions(
+            steps=steps, lr=0.0, checkpoint_every=0, keep_checkpoints=1, out=folder / "out", stages=stages
+        )
+        with prepared(roomy, "random", options, traced_steps=traced) as ready:
             assert isinstance(ready, RunOrder)
             try:
                 report = supervise(ready, None, stages)

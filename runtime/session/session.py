@@ -18,17 +18,17 @@ from torch import Tensor
 from tightfit.planner.report.summary import unfinished_update
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
+from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.session_protocol import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
 from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, find_store
 from tightfit.runtime.session.job_compiler import compile_job
-from tightfit.runtime.session.options import RunOptions, finite
+from tightfit.runtime.session.options import SessionOptions, TrainingOptions, UpdateOptions
 from tightfit.runtime.session.output import locked, remove, remove_prepared, to_be_replaced
 from tightfit.runtime.session.python_batches import as_planned
 from tightfit.runtime.session.settings import order_of, settings_of
 from tightfit.runtime.supervision.report import build_report, write_report
-from tightfit.runtime.supervision.supervisor import Stages
 from tightfit.runtime.supervision.training_process import started
 
 OVER = "is over; go on with another one that resumes"
@@ -61,32 +61,12 @@ class Session:
     _asking = -1
     """descriptor of the pipe for requests to the training process; -1: closed"""
 
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        out: str | os.PathLike[str],
-        resume: bool = False,
-        overwrite: bool = False,
-        lr: float = 2e-4,
-        weight_decay: float = 0.0,
-        beta1: float | None = None,
-        beta2: float | None = None,
-        eps: float | None = None,
-        eps2: float | None = None,
-        beta2_decay: float | None = None,
-        clip_threshold: float | None = None,
-        momentum: float | None = None,
-        seed: int = 0,
-        checkpoint_every: int = 50,
-        keep_checkpoints: int = 2,
-        cgroup: bool = True,
-        stages: Stages | None = None,
-    ) -> None:
+    @keywords_of(SessionOptions)
+    def __init__(self, plan: Plan, options: SessionOptions) -> None:
         """Options as of `run`; `lr` is the learning rate of steps that are given none."""
         check_kind(plan)
         self.plan = plan
-        self.directory = Path(out).absolute()
+        self.directory = Path(options.out).absolute()
         self.taken = 0
         """number of steps taken so far, including those of the run that is resumed"""
         self.grad_norm: float | None = None
@@ -94,21 +74,7 @@ class Session:
         clip, or the latest step has made no update"""
         self.report: dict[str, Any] | None = None
         """predicted and measured figures, once the session has ended without an error"""
-        self._options = RunOptions(
-            seed=seed,
-            lr=lr,
-            weight_decay=weight_decay,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            eps2=eps2,
-            beta2_decay=beta2_decay,
-            clip_threshold=clip_threshold,
-            momentum=momentum,
-            checkpoint_every=checkpoint_every,
-            keep_checkpoints=keep_checkpoints,
-        )
-        self._resume, self._overwrite, self._cgroup, self._stages = resume, overwrite, cgroup, stages
+        self._options = options
         self._stack = ExitStack()
         self._closed: str | None = "is not open; use it in a `with` block"
         """why no request can be made now, for messages; None: one can"""
@@ -122,22 +88,29 @@ class Session:
             )
         check_machine(plan)
         check_schedule(plan)
-        store = find_store(plan, self._stages)
+        store = find_store(plan, self._options.stages)
         with ExitStack() as stack:
             lock = stack.enter_context(locked(directory))
-            replaced = to_be_replaced(directory, None, resume=self._resume, overwrite=self._overwrite)
+            replaced = to_be_replaced(directory, None, resume=self._options.resume, overwrite=self._options.overwrite)
             read, self._asking = os.pipe()
             stack.callback(self._hang_up)
             with os.fdopen(read, "rb"):
                 compiled = compile_job(
                     plan,
-                    settings_of(plan, directory, store, self._options, requests=read, resume=self._resume),
+                    settings_of(
+                        plan,
+                        directory,
+                        store,
+                        TrainingOptions.of(dict(self._options)),
+                        requests=read,
+                        resume=self._options.resume,
+                    ),
                 )
                 with writing_to(directory):
                     remove(replaced)
-                    if not self._resume:
+                    if not self._options.resume:
                         remove_prepared(directory)
-                self._order = order_of(plan, compiled, directory, lock, cgroup=self._cgroup)
+                self._order = order_of(plan, compiled, directory, lock, cgroup=self._options.cgroup)
                 self._child = stack.enter_context(started(self._order, requests=read))
             try:
                 self.taken = self._told("loaded")["step"]
@@ -155,7 +128,7 @@ class Session:
         InputError for a batch or rate that is not allowed, after which the session can go on, and for a loss that is
         not finite, which ends it.
         """
-        told = self._answer(STEP, batch, None if lr is None else finite("lr", lr))
+        told = self._answer(STEP, batch, None if lr is None else UpdateOptions(lr=lr).lr)
         self.taken += 1
         self.grad_norm = told.get("grad_norm")
         loss: float = told["loss"]

@@ -24,7 +24,7 @@ from tightfit.runtime.engine.training.job import RECEIVE, Job
 from tightfit.runtime.session.admission import conditions
 from tightfit.runtime.session.beforehand import own_settings
 from tightfit.runtime.session.given_adapter import GivenAdapter
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import DataOptions, TrainingOptions
 from tightfit.runtime.supervision.training_process import RunOrder
 
 
@@ -32,7 +32,7 @@ def settings_of(
     plan: Plan,
     directory: Path,
     store: Path | None,
-    options: RunOptions,
+    options: TrainingOptions,
     *,
     resume: bool,
     data: str | None = None,
@@ -99,7 +99,7 @@ def settings_of(
     }
 
 
-def check_packing(plan: Plan, options: RunOptions) -> None:
+def check_packing(plan: Plan, options: DataOptions) -> None:
     """Raise InputError where samples are to share rows and each has to have one."""
     if options.packing and plan.model.preference:
         raise InputError(
@@ -108,12 +108,12 @@ def check_packing(plan: Plan, options: RunOptions) -> None:
         )
 
 
-def packs(plan: Plan, options: RunOptions) -> bool:
+def packs(plan: Plan, options: DataOptions) -> bool:
     """Whether samples share the rows of batches."""
     return options.packing and any(t.kind == "batch" and t.name == POSITIONS for t in plan.tensors)
 
 
-def _asks_for_packing(plan: Plan, options: RunOptions) -> bool:
+def _asks_for_packing(plan: Plan, options: DataOptions) -> bool:
     """The same of all members of a fleet, some of which may have no use for positions."""
     return options.packing and plan.model.kind == "decoder" and plan.model.rows_apart is None
 

@@ -6,9 +6,8 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from tightfit.planner.plan import plan
 from tightfit.planner.search_options import PlanOptions
@@ -23,7 +22,6 @@ from tightfit.runtime.session.output import locked, tokens_kept
 from tightfit.runtime.session.rehearsal import rehearse
 from tightfit.runtime.supervision.spare_memory import spare_memory
 
-Record = TypeVar("Record")
 STAGES: tuple[Callable[..., Any], ...] = (profile, plan, run)
 
 
@@ -53,14 +51,7 @@ def train(
     known = {name for stage in STAGES for name in inspect.signature(stage).parameters} - {"tokens"}
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"train() has no option {unknown[0]!r}; its options are those of profile, plan and run")
-    check_beforehand(
-        model,
-        data,
-        eval_data,
-        planning=_record(PlanOptions, options),
-        training=_record(RunOptions, options),
-        columns=options.get("columns"),
-    )
+    check_beforehand(model, data, planning=PlanOptions.of(options), training=RunOptions.of(options | {"out": out}))
     budget = spare_memory()[0] if memory == "auto" else parse_size(str(memory))
     directory = Path(out).absolute()
     with tokens_kept(directory) as tokens:
@@ -91,10 +82,6 @@ def train(
             measured = profile(model, **_part(profile, options))
             planned = rehearse(measured, budget, **_part(plan, options))
         return run(planned, data, out=out, **_part(run, options), tokens=tokens)
-
-
-def _record(record: type[Record], options: dict[str, Any]) -> Record:
-    return record(**{one.name: options[one.name] for one in fields(cast("Any", record)) if one.name in options})
 
 
 def _part(stage: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

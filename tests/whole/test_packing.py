@@ -19,7 +19,7 @@ from tightfit.planner.plan import planner_of
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.records import RecordWriter
 from tightfit.runtime.session.launch import run
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import TrainingOptions
 from tightfit.runtime.supervision.report_text import report_text
 
 SHELVES = [("memory", "memory")]
@@ -115,4 +115,4 @@ def test_what_follows_from_positions_does_not_pass_between_the_stages_of_a_pipel
 
 def test_packing_is_on_or_off() -> None:
     with pytest.raises(InputError, match="packing 'no': give True or False"):
-        RunOptions(packing="no")  # type: ignore[arg-type]
+        TrainingOptions(packing="no")  # type: ignore[arg-type]

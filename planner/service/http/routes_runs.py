@@ -26,8 +26,7 @@ from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.schema import Job, JobId, RunMetrics, RunRequest
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.options import said
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import TrainingOptions
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 Identity = Annotated[JobId, Path(description="the run's job")]
@@ -127,7 +126,7 @@ async def _allowed(request: Request, asked: RunRequest) -> Row:
         if unfinished is not None:
             raise invalid("steps", unfinished)
     try:
-        RunOptions(**{name: getattr(asked, name) for name in said(RunOptions)})
+        TrainingOptions.of(asked.model_dump())
     except InputError as error:
         raise invalid(str(error).split()[0].rstrip(":"), str(error)) from error  # it begins with the option's name
     if asked.eval_every is not None and asked.eval_data is None:

@@ -28,7 +28,7 @@ from tightfit.planner.service.wire.objects import CHUNK, Objects
 from tightfit.planner.service.wire.redaction import with_paths
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
 from tightfit.runtime.common.new_lines import NewLines
-from tightfit.runtime.common.options import said
+from tightfit.runtime.common.options import WORD, beside, options_of
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.session.options import RunOptions
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from tightfit.planner.service.jobs.worker import JobOrder, Tell
 
 LOOK_SECONDS = 0.2
-NAMES = {"eval_data": "eval"}
-"""fields of a request that `tightfit run` calls something else"""
 ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
 
 
@@ -97,10 +95,10 @@ def _wait_for_orphan(out: Path, asked: int) -> None:
 def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     request = order.request
     words = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
-    for name in (*said(RunOptions), "eval_data", "columns", "truncate", "adapter", "profile_step"):
+    for name, option in options_of(RunOptions).items():
         value = request.get(name)  # jobs that were stored before an option was known lack it
         if value is not None:
-            words += _words(NAMES.get(name, name).replace("_", "-"), value)
+            words += _words((beside(option)[WORD] or f"--{name.replace('_', '-')}").removeprefix("--"), value)
     words.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
     return words
 

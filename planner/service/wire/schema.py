@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic.fields import FieldInfo
 
+from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.search_options import PlanOptions
 from tightfit.planner.service.wire.errors import Code
 from tightfit.planner.service.wire.nesting import DEEPEST, too_deep
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
-from tightfit.runtime.common.options import Said, default_of, said, types_of
+from tightfit.runtime.common.options import OVER_HTTP, Options, beside, options_of, types_of
 from tightfit.runtime.session.options import RunOptions
 
 JobKind = Literal["profile", "plan", "comparison", "fleet", "run"]
@@ -68,10 +70,6 @@ CPU = {
     "running": JOB,
     "waiting": 0,
 }
-LARGEST_NUMBER = 10_000_000
-"""of steps and the like, where an option has no limit of its own"""
-MOST_LETTERS = 64
-"""of an option that is a number with its unit"""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
 JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
 
@@ -108,7 +106,7 @@ Latency = Annotated[
 
 
 class Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -122,45 +120,22 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _with_options(record: type, *leaving_out: str, base: type[Request] = Request) -> Any:
+def _with_options(record: type[Options], *leaving_out: str, base: type[Request] = Request) -> Any:
     """A request with the fields of `base` and, after them, the options of a record; without those of the names given here."""
-    fields = {name: _field(record, name, told) for name, told in said(record).items() if name not in leaving_out}
+    fields = {name: _field(name, field) for name, field in options_of(record).items() if name not in leaving_out}
     return create_model(f"{base.__name__}With{record.__name__}", __base__=base, **cast("Any", fields))
 
 
-def _field(record: type, name: str, told: Said) -> tuple[Any, Any]:
-    """The type of an option, and what else is said of it, as a field of a request."""
-    kind, *others = [one for one in types_of(record, name) if one is not Path]
-    inside, limits = get_args(kind)[-1:], _limits(kind, told)
-    if told.choices:
-        kind, limits = Literal.__getitem__(told.choices), {}
-    elif inside:  # a map or a list
-        held: Any = Annotated[inside[0], Field(**_limits(inside[0], told))]
-        kind, limits = dict[str, held] if get_origin(kind) is Mapping else list[held], {"max_length": told.entries}
-    elif others:  # a number, or words that mean one
-        kind, limits = kind | Annotated[str, Field(max_length=MOST_LETTERS)], {}
-    default = default_of(record, name)
-    title = told.label or name.replace("_", " ").capitalize()
-    return (
-        kind | None if default is None else kind,
-        Field(default, title=title, description=told.over_http or told.help, **limits),
+def _field(name: str, option: FieldInfo) -> tuple[Any, Any]:
+    """The type of an option, and what else is said of it, as a field of a request: what no JSON can be is left out."""
+    kinds = get_args(option.annotation) if get_origin(option.annotation) in (Union, UnionType) else (option.annotation,)
+    sent = Union[tuple(kind for kind in kinds if types_of(kind) not in ((Path,), (Iterable[Any],)))]  # noqa: UP007
+    told = Field(
+        title=option.title or name.replace("_", " ").capitalize(),
+        description=beside(option)[OVER_HTTP],
+        json_schema_extra=None,
     )
-
-
-def _limits(kind: Any, told: Said) -> dict[str, Any]:
-    """The limits of a text or a number, as pydantic has them."""
-    if kind is str:
-        return {"min_length": told.shortest, "max_length": told.longest, "pattern": told.pattern}
-    if kind not in (int, float):
-        return {}
-    most = LARGEST_NUMBER if told.most is None and told.below is None else told.most
-    return {
-        "ge": told.least,
-        "gt": told.above,
-        "le": None if most == math.inf else most,
-        "lt": told.below,
-        "allow_inf_nan": False,
-    }
+    return Annotated[(sent, *option.metadata, told)], option.default
 
 
 class StepRequest(_with_options(PlanOptions, "policy")):  # type: ignore[misc]
@@ -245,7 +220,7 @@ class FleetMember(Request):
         return self
 
 
-class FleetRequest(Request):
+class FleetRequest(_with_options(FleetOptions)):  # type: ignore[misc]
     """Plan one training step of several devices together: who computes how many micro-batches, or which layers, each by what plan."""
 
     model_config = ConfigDict(
@@ -264,24 +239,6 @@ class FleetRequest(Request):
 
     micro_batches: int = Field(ge=1, le=MOST_ACCUMULATED, description="of a step, all devices together")
     members: list[FleetMember] = Field(min_length=1, max_length=32)
-    kind: Literal["auto", "data", "pipeline"] = Field(
-        "auto",
-        description="data: every device has the whole model and some of the micro-batches; pipeline: some of the layers and all"
-        " micro-batches; auto: data, unless no device can hold a micro-batch or a pipeline is shorter",
-    )
-    bits: Literal[0, 8] = Field(0, description="of a number in a pipeline's messages; 0: as it is")
-    time_limit: float = Field(
-        120.0, description="for all of the planning", **_limits(float, said(PlanOptions)["time_limit"])
-    )
-    gap: float | None = Field(
-        None,
-        description="relative gap at which the search may stop; null: 0.001 for data, 0.01 for a pipeline",
-        **_limits(float, said(PlanOptions)["gap"]),
-    )
-    prices: bool = Field(True, description="also say what more memory or a faster link of each device would be worth")
-
-
-ColumnName = Annotated[str, Field(pattern=r"^[^,=]{1,256}$")]
 
 
 class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]
@@ -295,27 +252,6 @@ class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]
         max_length=LONGEST_PATH,
         description="random, or a file or folder of samples under an allowed root",
     )
-    eval_data: str | None = Field(
-        None,
-        title="Held-out data",
-        min_length=1,
-        max_length=LONGEST_PATH,
-        description="evaluated before the first step and after the last, and every eval_every steps",
-    )
-    columns: dict[ColumnName, ColumnName] | None = Field(
-        None,
-        max_length=16,
-        description="what the data call the parts of a sample, for example prompt=question, completion=answer",
-    )
-    truncate: bool = Field(False, description="cut samples that are longer than the planned sequence")
-    adapter: str | None = Field(
-        None,
-        title="Start from an adapter",
-        min_length=1,
-        max_length=LONGEST_PATH,
-        description="a folder under an allowed root, with an adapter of the plan's settings",
-    )
-    profile_step: bool = Field(False, description="report where the seconds of one step went")
 
 
 class FieldError(Answer):

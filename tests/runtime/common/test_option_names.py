@@ -23,9 +23,9 @@ from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.option_names import named_as, on_command_line
 from tightfit.runtime.common.options import said
 from tightfit.runtime.results.answer_options import AnswerOptions
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import TrainingOptions
 
-RECORDS: tuple[Any, ...] = (ProfileOptions, PlanOptions, RunOptions, AnswerOptions)
+RECORDS: tuple[Any, ...] = (ProfileOptions, PlanOptions, TrainingOptions, AnswerOptions)
 NAMES = {name for record in RECORDS for name in said(record)}
 UNDERSCORED = re.compile(rf"\b({'|'.join(sorted(name for name in NAMES if '_' in name))})\b")
 VALUES: tuple[Any, ...] = (-3, 0, 1.5, math.nan, math.inf, 10**13, "zzz")
@@ -45,7 +45,7 @@ def refusals(record: Any, **beside: Any) -> Iterator[tuple[str, str]]:
                 continue
 
 
-@pytest.mark.parametrize("record", [RunOptions, AnswerOptions])
+@pytest.mark.parametrize("record", [TrainingOptions, AnswerOptions])
 def test_a_record_names_its_options_as_the_door_does(record: Any) -> None:
     in_python = list(refusals(record))
     with named_as(on_command_line):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.session.admission import check_fleet_options
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import TrainingOptions
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ from tightfit.runtime.session.options import RunOptions
 )
 def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        RunOptions(**options)
+        TrainingOptions(**options)
     assert message in str(caught.value)
 
 
@@ -61,9 +61,9 @@ def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], message: str
 )
 def test_what_a_fleet_cannot_do_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        check_fleet_options(RunOptions(**options))
+        check_fleet_options(TrainingOptions(**options))
     assert str(caught.value).startswith(message)
-    check_fleet_options(RunOptions(steps=2, warmup_ratio=0.5, schedule="cosine", min_lr_ratio=0.1))
+    check_fleet_options(TrainingOptions(steps=2, warmup_ratio=0.5, schedule="cosine", min_lr_ratio=0.1))
 
 
 @given(
@@ -74,7 +74,7 @@ def test_what_a_fleet_cannot_do_is_refused_by_name(options: dict[str, Any], mess
 )
 def test_epochs_are_enough_steps_and_no_update_more(records: int, batch: int, hundredths: int, of_update: int) -> None:
     """Counted in whole records: all of them are seen, and with one update less they would not be."""
-    steps = RunOptions(epochs=hundredths / 100).over(records / batch, of_update=of_update).steps
+    steps = TrainingOptions(epochs=hundredths / 100).over(records / batch, of_update=of_update).steps
     assert steps is not None
     assert steps % of_update == 0
     due = Fraction(hundredths, 100) * records
@@ -86,14 +86,14 @@ def test_epochs_are_enough_steps_and_no_update_more(records: int, batch: int, hu
     ("asked", "every"), [(7, 7), ("7", 7), ("1 epoch", 12), ("0.5 epochs", 6), (".25epochs", 3), ("0.001 epochs", 1)]
 )
 def test_an_interval_is_in_steps_or_epochs(asked: int | str, every: int) -> None:
-    assert RunOptions(steps=40, eval_every=asked).over(12.4, of_update=1).eval_every == every
+    assert TrainingOptions(steps=40, eval_every=asked).over(12.4, of_update=1).eval_every == every
 
 
 def test_a_ratio_of_warm_up_is_rounded_as_transformers_rounds_it() -> None:
     theirs = pytest.importorskip("transformers").TrainingArguments.get_warmup_steps
     for steps in range(1, 400, 7):
         for ratio in (0.0, 0.03, 0.1, 0.999):
-            options = RunOptions(steps=steps, warmup_ratio=ratio).over(None, of_update=1)
+            options = TrainingOptions(steps=steps, warmup_ratio=ratio).over(None, of_update=1)
             # It calls a share what is below 1.
             assert options.warmup_steps == theirs(SimpleNamespace(warmup_steps=ratio), steps)
             assert options.warmup_ratio is None
