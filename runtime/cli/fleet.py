@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.fleet_federate import federate
 from tightfit.runtime.cli.fleet_run import member_commands, run, status
 from tightfit.runtime.cli.fleet_side import plan_with_server
 from tightfit.runtime.cli.options import (
+    PRIMARY,
     Debug,
     FleetDescription,
     FleetFolder,
@@ -47,13 +49,14 @@ fleet = typer.Typer(
 )
 
 
-@fleet.command(epilog=DESCRIPTION)
+@fleet.command(cls=Command, epilog=DESCRIPTION)
 def plan(
     description: FleetDescription,
     output: FleetFolder,
     micro_batches: Annotated[
         int | None,
         typer.Option(metavar="N", help="Micro-batches of a step, instead of those that the description names."),
+        PRIMARY,
     ] = None,
     time_limit: PlanningTime = 120.0,
     kind: Annotated[
@@ -64,6 +67,7 @@ def plan(
             " micro-batches. auto: data, unless no device can hold a micro-batch or a pipeline is shorter. mobillm: a device and"
             " a server after it, which trains a side network from what the device's forward sends.",
         ),
+        PRIMARY,
     ] = "auto",
     bits: Annotated[
         int | None,
@@ -143,5 +147,5 @@ def plan(
 
 
 for command in (run, status):
-    fleet.command()(command)
+    fleet.command(cls=Command)(command)
 fleet.add_typer(federate, name="federate")

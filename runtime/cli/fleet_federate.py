@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.options import (
+    PRIMARY,
     Cgroup,
     Debug,
     FleetDescription,
@@ -49,6 +51,7 @@ memory = "320MiB"   # for all that runs there, Flower's part included
 link = "100Mbit/s"  # both ways, or: up = "40Mbit/s", down = "250Mbit/s"
 latency = "2ms"     # one way, 0 if left out
 
+\b
 [server]            # only if it computes the upper layers, so that devices hold the lower ones alone
 profile = "server.json"
 memory = "4GiB"
@@ -64,19 +67,21 @@ federate = typer.Typer(
 Root = Annotated[
     str | None,
     typer.Option("--root-certificates", metavar="FILE", help="Certificates of the authority that signed the server's."),
+    PRIMARY,
 ]
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet federate plan` put the fleet's plan.")
 ]
 
 
-@federate.command(epilog=DESCRIPTION)
+@federate.command(cls=Command, epilog=DESCRIPTION)
 def plan(
     description: FleetDescription,
     output: FleetFolder,
     steps: Annotated[
         int | None,
         typer.Option(metavar="N", help="Local steps of a round, instead of those that the description names."),
+        PRIMARY,
     ] = None,
     start: Annotated[
         float | None,
@@ -146,7 +151,7 @@ def plan(
     console.print(f"plan written to {summary['fleet']}")
 
 
-@federate.command()
+@federate.command(cls=Command)
 def run(
     folder: Folder,
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds in all.")],
@@ -158,21 +163,25 @@ def run(
             help="Run all devices on this machine too, to try it out, on these data; {member} in the path stands for"
             " each one's name. Without it, devices join from elsewhere.",
         ),
+        PRIMARY,
     ] = None,
-    host: Annotated[str, typer.Option(help="Address at which devices reach the server.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address at which devices reach the server."), PRIMARY] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port of the server; 9092, or any that is free with --data.")] = None,
     certificate: Annotated[
-        str | None, typer.Option("--ssl-certfile", metavar="FILE", help="The server's certificate, for TLS.")
+        str | None, typer.Option("--ssl-certfile", metavar="FILE", help="The server's certificate, for TLS."), PRIMARY
     ] = None,
     certificate_key: Annotated[
-        str | None, typer.Option("--ssl-keyfile", metavar="FILE", help="The private key of that certificate.")
+        str | None,
+        typer.Option("--ssl-keyfile", metavar="FILE", help="The private key of that certificate."),
+        PRIMARY,
     ] = None,
     authority: Annotated[
         str | None,
         typer.Option("--ssl-ca-certfile", metavar="FILE", help="Certificates of the authority that signed it."),
+        PRIMARY,
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Serve other machines in the clear, without a certificate.")
+        bool, typer.Option("--insecure", help="Serve other machines in the clear, without a certificate."), PRIMARY
     ] = False,
     meet: Annotated[
         str | None,
@@ -187,6 +196,7 @@ def run(
         typer.Option(
             "--device-key", metavar="FILE.pub", help="Public key of a device that may join; once for each. Needs TLS."
         ),
+        PRIMARY,
     ] = None,
     least: Annotated[int, typer.Option("--min", metavar="N", help="Devices that have to answer in a round.")] = 1,
     timeout: Annotated[
@@ -198,12 +208,14 @@ def run(
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", help="Of a round in which devices that are not there may still come.")
     ] = 30.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last round in the folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last round in the folder."), PRIMARY
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left."), PRIMARY] = False,
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Start from the adapter in this folder instead of a new one.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of the devices' AdamW.")] = 2e-4,
+    lr: Annotated[float, typer.Option(help="Learning rate of the devices' AdamW."), PRIMARY] = 2e-4,
     schedule: Annotated[
         str, typer.Option(help="Course of the learning rate over the rounds: constant, linear or cosine.")
     ] = "constant",
@@ -380,7 +392,7 @@ def _joining(names: list[str], port: int, tls: bool) -> str:
     )
 
 
-@federate.command()
+@federate.command(cls=Command)
 def join(
     context: typer.Context,
     folder: Folder,
@@ -388,7 +400,7 @@ def join(
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server is.")],
     data: Annotated[str, typer.Option(metavar="DIR|FILE.jsonl|random", help="This device's own training data.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="WORK", help="Folder for this device's runs.")],
-    insecure: Annotated[bool, typer.Option("--insecure", help="The server has no certificate.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="The server has no certificate."), PRIMARY] = False,
     root_certificates: Root = None,
     private_key: Annotated[
         str | None,
@@ -397,6 +409,7 @@ def join(
             metavar="FILE",
             help="Key that the server knows this device by (ssh-keygen -t ecdsa -b 384).",
         ),
+        PRIMARY,
     ] = None,
     supernode: Annotated[
         bool, typer.Option("--supernode", help="Run Flower's own SuperNode, as planned with --supernode.")
@@ -429,7 +442,7 @@ def join(
     os.execvpe(command[0], command, environment)  # noqa: S606  our own command line, or Flower's
 
 
-@federate.command(hidden=True)
+@federate.command(cls=Command, hidden=True)
 def stage(
     context: typer.Context,
     folder: Folder,
@@ -484,7 +497,7 @@ def stage(
     )
 
 
-@federate.command()
+@federate.command(cls=Command)
 def status(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `tightfit fleet federate run`.")],
     as_json: Json = False,

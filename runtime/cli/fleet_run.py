@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tightfit.runtime.cli.options import (
+    PRIMARY,
     Columns,
     Debug,
     Json,
@@ -58,12 +59,14 @@ def run(
             metavar="DIR|FILE.jsonl|random",
             help="Training data, the same for every member; the server of a mobillm fleet needs none.",
         ),
+        PRIMARY,
     ] = None,
     member: Annotated[
         str | None,
         typer.Option(
             metavar="NAME", help="Be this member. Without it, all members run on this machine, to try it out."
         ),
+        PRIMARY,
     ] = None,
     at: Annotated[
         str | None,
@@ -71,18 +74,21 @@ def run(
             metavar="HOST:PORT",
             help="Where the members meet: an address of the first of them, of mobillm's server. With --member.",
         ),
+        PRIMARY,
     ] = None,
     timeout: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="How long to wait for other members; at least ten minutes if left out."),
+        PRIMARY,
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume", help="Go on from the newest checkpoint that any member has, or in a pipeline all have."
         ),
+        PRIMARY,
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left."), PRIMARY] = False,
     evaluate: Annotated[
         str | None,
         typer.Option(
@@ -90,6 +96,7 @@ def run(
             metavar="FILE.jsonl",
             help="Held-out data, evaluated before and after: by the first member, or in a pipeline by all together.",
         ),
+        PRIMARY,
     ] = None,
     columns: Columns = None,
     truncate: Truncate = False,
