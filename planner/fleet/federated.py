@@ -29,6 +29,7 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_gap, checked_limit
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
 
 NODE_BYTES = 42 << 20
@@ -43,7 +44,7 @@ START_SECONDS = 6.0
 answer is looked for. Measured with a model of two layers on two busy cores: 5 to 7 s"""
 PRICE_SHARE = 0.3
 """of the time limit: for what more memory would be worth, if that is asked for"""
-NOT_ADDED = {"rank_pattern": "--rank-pattern", "use_dora": "--dora", "modules_to_save": "--modules-to-save"}
+NOT_ADDED = {"rank_pattern": "rank_pattern", "use_dora": "dora", "modules_to_save": "modules_to_save"}
 """settings of an adapter that rounds cannot add up, and the option that makes each"""
 
 
@@ -289,13 +290,13 @@ def check_alike(profiles: dict[str, Profile]) -> None:
         if not profile.model.lora or not trained_tensors(profile):
             raise InputError(
                 f"member {name}: its profile of {profile.model.name} trains no adapter, and adapters are what federated"
-                " rounds add up; profile with --lora-rank"
+                f" rounds add up; profile with {spelled('lora_rank')}"
             )
         check_plain(name, profile)
     check_equal(
         {name: _facts(profile) for name, profile in profiles.items()},
         lambda one, other: f" ({one} and {other})" if isinstance(other, str | int | float) else "",
-        " (--lora-rank alone may differ, with --lora-alpha in proportion)",
+        f" ({spelled('lora_rank')} alone may differ, with {spelled('lora_alpha')} in proportion)",
     )
 
 
@@ -306,8 +307,8 @@ def check_plain(name: str, profile: Profile) -> None:
     for setting, option in NOT_ADDED.items():
         if (profile.model.lora or {}).get(setting):
             raise InputError(
-                f"member {name}: its adapter was profiled with {option}, and rounds add up LoRA pairs of one rank and nothing"
-                f" else; profile without {option}"
+                f"member {name}: its adapter was profiled with {spelled(option)}, and rounds add up LoRA pairs of one rank and nothing"
+                f" else; profile without {spelled(option)}"
             )
 
 

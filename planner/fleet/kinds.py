@@ -6,29 +6,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tightfit.planner.fleet.options import KINDS, FleetOptions, Kind
-from tightfit.planner.fleet.pipeline import checked_bits, least_seconds, plan_pipeline
+from tightfit.planner.fleet.options import FleetOptions
+from tightfit.planner.fleet.pipeline import least_seconds, plan_pipeline
 from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import checked_limit
 from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.units import format_seconds
 
 FIRST_SHARE = 0.5
 """of the time limit: for the data-parallel plan, where a pipeline may have to be planned too"""
-
-
-def checked_kind(kind: str, bits: int) -> Kind:
-    """A kind of fleet. Raises InputError for a kind that is none, and for `bits` that it cannot have."""
-    if kind not in KINDS:
-        raise InputError(f"a fleet of kind {kind!r}: give one of {', '.join(KINDS)}")
-    checked_bits(bits)
-    if kind == "data" and bits:
-        raise InputError(f"messages of {bits} bits: only a pipeline has any; leave bits out, or ask for kind pipeline")
-    return kind
 
 
 @keywords_of(FleetOptions)
@@ -40,10 +30,13 @@ def plan_kind(
 
     Raises as these do, and InputError for a kind that is none, and for `bits` where nothing passes over a cut.
     """
-    kind, bits = checked_kind(asked.kind, asked.bits), asked.bits
+    kind, bits, limit = asked.kind, asked.bits, asked.time_limit
+    if kind == "data" and bits:
+        raise InputError(
+            f"{spelled('bits')} {bits}: only a pipeline has messages of numbers; leave it out, or ask for kind pipeline"
+        )
     options: dict[str, Any] = {"prices": asked.prices, "progress": asked.progress}
     options |= {} if asked.gap is None else {"gap": asked.gap}
-    limit = checked_limit(asked.time_limit)
     if kind == "data":
         return *plan_fleet(members, micro_batches, time_limit=limit, **options), None
     if kind == "pipeline":

@@ -15,6 +15,7 @@ from tightfit.planner.problem.gradients import refuse_statistics
 from tightfit.profiles.devices.estimate import SUM_PASSES, UPDATE_PASSES
 from tightfit.profiles.schema import EXCHANGE, Device, Profile, Program, adamw
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 
 HAND_OVER_SECONDS = 20e-6
 """to hand one gradient over, beside its bytes: a call of a copying kernel and the bookkeeping around it"""
@@ -105,7 +106,7 @@ def check_one_model(profiles: Mapping[str, Profile]) -> None:
         if not trained_tensors(profile):
             raise InputError(
                 f"member {name}: nothing of {profile.model.name} is trained, so that there are no gradients to add;"
-                " profile it with --lora-rank"
+                f" profile it with {spelled('lora_rank')}"
             )
         refuse_statistics(profile, "a fleet")
     check_equal(

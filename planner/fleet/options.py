@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from tightfit.planner.search_options import LONGEST_LIMIT, Progress
 from tightfit.runtime.common.options import Options, option
 
 Kind = Literal["auto", "data", "pipeline"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class FleetOptions(Options):

@@ -28,6 +28,7 @@ from tightfit.planner.problem.gradients import refuse_tables
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_gap, checked_limit
 from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.fleet.message import Passing
 
@@ -120,7 +121,7 @@ class _PipelinePlanner:
         if not self.candidates[0].plans.cuts:
             raise InputError(
                 f"{specs[0].profile.model.name} cannot be cut: there is no place between its layers with something trained on"
-                " both sides; profile it with an adapter in more layers, or plan the fleet with --kind data"
+                f" both sides; profile it with an adapter in more layers, or plan the fleet with {spelled('kind', 'data')}"
             )
         self.search = self._search(self.candidates, self.started)
 

@@ -30,6 +30,7 @@ from tightfit.planner.search_options import Progress, checked_budget, checked_ga
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.profiles.schema import Profile, without_shorter
 from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
 
 __all__ = ["MemberSpec", "plan_fleet"]
@@ -299,7 +300,9 @@ class _FleetPlanner:
         if time.monotonic() > self._until(1.0) and self.search.candidates:
             planned = self.speeds[at].planned(self.search.lean(at))
             return (
-                "a step is not shorter with it" if planned else "there was no time to plan it; give --time-limit more"
+                "a step is not shorter with it"
+                if planned
+                else f"there was no time to plan it; give {spelled('time_limit')} more"
             )
         needed, allowed = self._needed(at), self.specs[at].budget_bytes
         if needed <= allowed:

@@ -27,6 +27,7 @@ from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.models.side_shape import CONFIG_KEY
 from tightfit.profiles.schema import MOBILLM, Floor, Profile, adamw
 from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.fleet.message import Passing, offsets, paged
 from tightfit.runtime.engine.training.job import RECEIVE, SEND
@@ -233,5 +234,5 @@ def _check_one_model(device: MemberSpec, server: MemberSpec) -> None:
     check_equal(
         {spec.name: facts(spec.profile) for spec in (device, server)},
         lambda one, other: "" if isinstance(other, dict) else f" ({one} and {other})",
-        " but for --side-rank",
+        f" but for {spelled('side_rank')}",
     )

@@ -36,6 +36,7 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_gap, checked_limit
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
 
 SERVER_START_SECONDS = 4.0
@@ -78,12 +79,14 @@ def plan_split(
     if not lora:
         raise InputError(
             f"the profiles of {server.profile.model.name} train no adapter, and adapters are what federated rounds add up;"
-            " profile with --lora-rank"
+            f" profile with {spelled('lora_rank')}"
         )
     for name, profile in profiles.items():
         check_plain(name, profile)
     if any(profile.accumulate != unit for profile in profiles.values()):
-        raise InputError("the profiles differ in the steps of an update; profile all with the same --accumulate")
+        raise InputError(
+            f"the profiles differ in the steps of an update; profile all with the same {spelled('accumulate')}"
+        )
     if not 1 <= steps <= LARGEST_STEPS:
         raise InputError(f"{steps} steps cannot make a round; give a whole number from 1 to {LARGEST_STEPS}")
     if steps % unit:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from tightfit.planner.fleet.options import FleetOptions
+from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.fleet_federate import federate
 from tightfit.runtime.cli.fleet_run import member_commands, run, status
 from tightfit.runtime.cli.fleet_side import plan_with_server
@@ -15,15 +17,15 @@ from tightfit.runtime.cli.options import (
     FleetFolder,
     Html,
     Json,
-    PlanningTime,
-    Prices,
     Server,
     answering,
-    at_least,
+    read,
     service,
+    with_options,
 )
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
+from tightfit.runtime.common.options import PRIMARY
 
 DESCRIPTION = """FLEET.toml describes the fleet, paths relative to it:
 
@@ -47,15 +49,16 @@ fleet = typer.Typer(
 )
 
 
-@fleet.command(epilog=DESCRIPTION)
+@fleet.command(cls=Command, epilog=DESCRIPTION)
+@with_options(FleetOptions, "kind", "bits", after="bits")
 def plan(
     description: FleetDescription,
     output: FleetFolder,
     micro_batches: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Micro-batches of a step, instead of those that the description names."),
+        typer.Option(metavar="N", min=1, help="Micro-batches of a step, instead of those that the description names."),
+        PRIMARY,
     ] = None,
-    time_limit: PlanningTime = 120.0,
     kind: Annotated[
         str,
         typer.Option(
@@ -64,6 +67,7 @@ def plan(
             " micro-batches. auto: data, unless no device can hold a micro-batch or a pipeline is shorter. mobillm: a device and"
             " a server after it, which trains a side network from what the device's forward sends.",
         ),
+        PRIMARY,
     ] = "auto",
     bits: Annotated[
         int | None,
@@ -72,18 +76,16 @@ def plan(
             help="Of a number in messages: in a pipeline 8, or 0 for numbers as they are (default); for mobillm 8 (default), 4 or 0.",
         ),
     ] = None,
-    prices: Prices = True,
     html: Html = None,
     server: Server = None,
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Share the micro-batches of a step, or the layers of the model, among devices, and plan each one's part, so that a step
     is as short as can be.
     """
-    at_least(0, time_limit=time_limit)
-    if micro_batches is not None:
-        at_least(1, micro_batches=micro_batches)
+    asked = read(FleetOptions, options)
     enough_for_a_solver()
     if kind == MOBILLM:
         plan_with_server(
@@ -91,16 +93,15 @@ def plan(
             output,
             micro_batches=micro_batches,
             bits=bits,
-            time_limit=time_limit,
+            time_limit=asked.time_limit,
             elsewhere=server is not None,
             html=html is not None,
             as_json=as_json,
         )
         return
-    bits = bits or 0
     from tightfit.planner.fleet.description import read_description
     from tightfit.planner.fleet.io import FILE, save_fleet
-    from tightfit.planner.fleet.kinds import checked_kind, plan_kind
+    from tightfit.planner.fleet.kinds import plan_kind
     from tightfit.planner.report.fleet_text import fleet_text
     from tightfit.planner.report.summary import fleet_summary
     from tightfit.runtime.cli.terminal import Solving, messages
@@ -111,17 +112,13 @@ def plan(
         check_place(html)
     console = messages()
     members, wanted = read_description(description, micro_batches)
-    asked = checked_kind(kind, bits)
-    with Interrupts() as interrupts, Solving(console, time_limit) as solving:
+    asked = FleetOptions(**dict(asked) | {"kind": kind, "bits": bits or 0})
+    with Interrupts() as interrupts, Solving(console, asked.time_limit) as solving:
         if server is not None:
             with service(server) as elsewhere:
-                planned, plans, why = elsewhere.fleet(
-                    members, wanted, kind=asked, bits=bits, time_limit=time_limit, prices=prices, progress=solving
-                )
+                planned, plans, why = elsewhere.fleet(members, wanted, **dict(asked.but(progress=solving)))
         else:
-            planned, plans, why = plan_kind(
-                members, wanted, kind=asked, bits=bits, time_limit=time_limit, prices=prices, progress=solving
-            )
+            planned, plans, why = plan_kind(members, wanted, **dict(asked.but(progress=solving)))
     if why is not None:
         console.print(why)
     if interrupts.seen:
@@ -143,5 +140,5 @@ def plan(
 
 
 for command in (run, status):
-    fleet.command()(command)
+    fleet.command(cls=Command)(command)
 fleet.add_typer(federate, name="federate")

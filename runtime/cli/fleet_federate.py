@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tightfit.planner.fleet.options import FleetOptions
+from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.options import (
     Cgroup,
     Debug,
     FleetDescription,
     FleetFolder,
     Json,
-    PlanningTime,
-    Prices,
-    Truncate,
     answering,
-    at_least,
-    at_most,
+    read,
+    with_options,
 )
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
-from tightfit.runtime.session.options import LARGEST_SEED, SCHEDULES
+from tightfit.runtime.common.options import PRIMARY
+from tightfit.runtime.federated.options import RoundOptions
+from tightfit.runtime.session.options import DataOptions, RateOptions
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from tightfit.planner.fleet.split_schema import SplitPlan
     from tightfit.planner.schema import Plan
     from tightfit.runtime.federated.device import Device
-    from tightfit.runtime.federated.rounds import RoundOptions
     from tightfit.runtime.federated.split_rounds import SplitOptions
 
 DESCRIPTION = """FLEET.toml describes the devices, paths relative to it:
@@ -49,6 +48,7 @@ memory = "320MiB"   # for all that runs there, Flower's part included
 link = "100Mbit/s"  # both ways, or: up = "40Mbit/s", down = "250Mbit/s"
 latency = "2ms"     # one way, 0 if left out
 
+\b
 [server]            # only if it computes the upper layers, so that devices hold the lower ones alone
 profile = "server.json"
 memory = "4GiB"
@@ -64,44 +64,49 @@ federate = typer.Typer(
 Root = Annotated[
     str | None,
     typer.Option("--root-certificates", metavar="FILE", help="Certificates of the authority that signed the server's."),
+    PRIMARY,
 ]
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet federate plan` put the fleet's plan.")
 ]
 
 
-@federate.command(epilog=DESCRIPTION)
+@federate.command(cls=Command, epilog=DESCRIPTION)
+@with_options(FleetOptions, "kind", "bits", "gap", after="supernode")
 def plan(
     description: FleetDescription,
     output: FleetFolder,
     steps: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Local steps of a round, instead of those that the description names."),
+        typer.Option(metavar="N", min=1, help="Local steps of a round, instead of those that the description names."),
+        PRIMARY,
     ] = None,
     start: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Of a round on a device, beside transfers and steps, as you measured it."),
+        typer.Option(
+            metavar="SECONDS", min=0, help="Of a round on a device, beside transfers and steps, as you measured it."
+        ),
     ] = None,
     server_start: Annotated[
         float | None,
         typer.Option(
-            "--server-start", metavar="SECONDS", help="Of the service of a device, beside its steps; with a [server]."
+            "--server-start",
+            metavar="SECONDS",
+            min=0,
+            help="Of the service of a device, beside its steps; with a [server].",
         ),
     ] = None,
     supernode: Annotated[
         bool, typer.Option("--supernode", help="Devices run Flower's own SuperNode, which takes more of their memory.")
     ] = False,
-    time_limit: PlanningTime = 120.0,
-    prices: Prices = True,
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Plan each device's run, and how many local steps it takes in a round, so that nobody waits for anybody; with a
     [server], which lower layers each device holds, and in which order the server serves them.
     """
-    at_least(0, time_limit=time_limit, start=start or 0.0, server_start=server_start or 0.0)
-    if steps is not None:
-        at_least(1, steps=steps)
+    asked = read(FleetOptions, options)
     enough_for_a_solver()
     from tightfit.planner.fleet.description import read_rounds
     from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, SUPERNODE_BYTES, plan_federated
@@ -118,14 +123,14 @@ def plan(
     common: dict[str, Any] = {
         "flower_bytes": SUPERNODE_BYTES if supernode else NODE_BYTES,
         "start_seconds": START_SECONDS if start is None else start,
-        "time_limit": time_limit,
+        "time_limit": asked.time_limit,
     }
     server_plans: dict[str, Plan] = {}
     planned: FederatedPlan | SplitPlan
-    with Interrupts(), Solving(console, time_limit) as solving:
+    with Interrupts(), Solving(console, asked.time_limit) as solving:
         common["progress"] = solving
         if described.server is None:
-            planned, plans = plan_federated(described.members, described.steps, prices=prices, **common)
+            planned, plans = plan_federated(described.members, described.steps, prices=asked.prices, **common)
             text = federated_text(planned)
         else:
             planned, plans, server_plans = plan_split(
@@ -146,7 +151,9 @@ def plan(
     console.print(f"plan written to {summary['fleet']}")
 
 
-@federate.command()
+@federate.command(cls=Command)
+@with_options(RoundOptions)
+@with_options(DataOptions, "columns", "packing")
 def run(
     folder: Folder,
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds in all.")],
@@ -158,21 +165,25 @@ def run(
             help="Run all devices on this machine too, to try it out, on these data; {member} in the path stands for"
             " each one's name. Without it, devices join from elsewhere.",
         ),
+        PRIMARY,
     ] = None,
-    host: Annotated[str, typer.Option(help="Address at which devices reach the server.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address at which devices reach the server."), PRIMARY] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port of the server; 9092, or any that is free with --data.")] = None,
     certificate: Annotated[
-        str | None, typer.Option("--ssl-certfile", metavar="FILE", help="The server's certificate, for TLS.")
+        str | None, typer.Option("--ssl-certfile", metavar="FILE", help="The server's certificate, for TLS."), PRIMARY
     ] = None,
     certificate_key: Annotated[
-        str | None, typer.Option("--ssl-keyfile", metavar="FILE", help="The private key of that certificate.")
+        str | None,
+        typer.Option("--ssl-keyfile", metavar="FILE", help="The private key of that certificate."),
+        PRIMARY,
     ] = None,
     authority: Annotated[
         str | None,
         typer.Option("--ssl-ca-certfile", metavar="FILE", help="Certificates of the authority that signed it."),
+        PRIMARY,
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Serve other machines in the clear, without a certificate.")
+        bool, typer.Option("--insecure", help="Serve other machines in the clear, without a certificate."), PRIMARY
     ] = False,
     meet: Annotated[
         str | None,
@@ -187,41 +198,21 @@ def run(
         typer.Option(
             "--device-key", metavar="FILE.pub", help="Public key of a device that may join; once for each. Needs TLS."
         ),
+        PRIMARY,
     ] = None,
-    least: Annotated[int, typer.Option("--min", metavar="N", help="Devices that have to answer in a round.")] = 1,
-    timeout: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS", help="Of a round at most; three times what is planned and a minute if left out."
-        ),
-    ] = None,
-    grace: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Of a round in which devices that are not there may still come.")
-    ] = 30.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last round in the folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last round in the folder."), PRIMARY
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left."), PRIMARY] = False,
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Start from the adapter in this folder instead of a new one.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of the devices' AdamW.")] = 2e-4,
-    schedule: Annotated[
-        str, typer.Option(help="Course of the learning rate over the rounds: constant, linear or cosine.")
-    ] = "constant",
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the adapter's start and the order of the data.")] = 0,
-    truncate: Truncate = False,
     cgroup: Cgroup = True,
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Serve rounds to the devices of a plan: send the adapter out, add the answers up by tokens, and so on."""
-    at_least(1, rounds=rounds, min=least)
-    at_least(0, lr=lr, weight_decay=weight_decay, seed=seed, grace=grace)
-    at_most(LARGEST_SEED - rounds, seed=seed)
-    if timeout is not None and not timeout > 0:
-        raise InputError(f"--timeout {timeout}: give a number of seconds above 0")
-    if schedule not in SCHEDULES:
-        raise InputError(f"--schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
     if resume and overwrite:
         raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
     given = [certificate, certificate_key, authority]
@@ -235,38 +226,34 @@ def run(
     from tightfit.planner.fleet.io import load_rounds
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.federated import flower
-    from tightfit.runtime.federated.rounds import RoundOptions
     from tightfit.runtime.federated.server import Serving, Tls, serve
 
     flower.check_installed()
     fleet = load_rounds(folder)
     names = [member.name for member in fleet.taking]
-    at_most(len(names), min=least)
     console = messages()
     tls = None
     if certificate and certificate_key and authority:
         tls = Tls(certificate=_there(certificate), key=_there(certificate_key), authority=_there(authority))
-    options = RoundOptions(
+    asked = read(
+        RoundOptions,
+        options,
         rounds=rounds,
         fleet=str(folder.absolute()),
         out=str(output.absolute()),
-        least=least,
-        timeout=timeout or 0.0,
-        grace=grace,
-        lr=lr,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        seed=seed,
         adapter=str(adapter.absolute()) if adapter else "",
     )
+    if asked.least > len(names):
+        raise InputError(f"--min {asked.least}: {len(names)} devices take part in this plan; give at most that")
     place = host
     if isinstance(fleet, FederatedPlan):
         if meet is not None:
             raise InputError(f"--meet {meet}: the devices of this plan hold all layers and meet nobody; leave it out")
     else:
-        split = _split_options(options, fleet, meet, host, local=data is not None, cgroup=cgroup)
-        options, place = split, split.meet
+        split = _split_options(asked, fleet, meet, host, local=data is not None, cgroup=cgroup)
+        asked, place = split, split.meet
     devices: list[Device] = []
+    truncate = read(DataOptions, options).truncate
     if data is not None:
         devices = [
             _device(folder, fleet, name, data, output / "devices" / name, place, truncate=truncate, cgroup=cgroup)
@@ -291,7 +278,7 @@ def run(
             f" {record['seconds']:.1f} s (planned {fleet.makespan_seconds:.1f}){late}"
         )
 
-    report = serve(options, serving, resume=resume, overwrite=overwrite, told=told)
+    report = serve(asked, serving, resume=resume, overwrite=overwrite, told=told)
     answer(report, _rounds_table(report["rounds"]), as_json=as_json)
 
 
@@ -317,7 +304,7 @@ def _split_options(
     if meet is None and host in ("0.0.0.0", "::"):  # noqa: S104  compared, not bound
         raise InputError(f"--host {host} is no address that devices reach; give the server's own with --meet HOST")
     address, port = _address(meet or host, 0 if local else PORT)
-    return SplitOptions(**asdict(options), meet=address, port=port, cgroup=cgroup)
+    return SplitOptions(**dict(options), meet=address, port=port, cgroup=cgroup)
 
 
 def _address(text: str, port: int) -> tuple[str, int]:
@@ -380,7 +367,8 @@ def _joining(names: list[str], port: int, tls: bool) -> str:
     )
 
 
-@federate.command()
+@federate.command(cls=Command)
+@with_options(DataOptions, "columns", "packing")
 def join(
     context: typer.Context,
     folder: Folder,
@@ -388,7 +376,7 @@ def join(
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server is.")],
     data: Annotated[str, typer.Option(metavar="DIR|FILE.jsonl|random", help="This device's own training data.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="WORK", help="Folder for this device's runs.")],
-    insecure: Annotated[bool, typer.Option("--insecure", help="The server has no certificate.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="The server has no certificate."), PRIMARY] = False,
     root_certificates: Root = None,
     private_key: Annotated[
         str | None,
@@ -397,14 +385,15 @@ def join(
             metavar="FILE",
             help="Key that the server knows this device by (ssh-keygen -t ecdsa -b 384).",
         ),
+        PRIMARY,
     ] = None,
     supernode: Annotated[
         bool, typer.Option("--supernode", help="Run Flower's own SuperNode, as planned with --supernode.")
     ] = False,
     port: Annotated[int, typer.Option(help="With --supernode: a port of this device for Flower's processes.")] = 9094,
-    truncate: Truncate = False,
     cgroup: Cgroup = True,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Take part as a device: wait for rounds, train in each under the cap, and answer, until Ctrl-C."""
     if insecure and (root_certificates or private_key):
@@ -417,6 +406,7 @@ def join(
     flower.check_installed()
     server = Endpoint.of(superlink, tls=not insecure, root_certificates=root_certificates).host
     fleet = load_rounds(folder)
+    truncate = read(DataOptions, options).truncate
     device = _device(folder, fleet, member, data, output, server, truncate=truncate, cgroup=cgroup)
     authority = _there(root_certificates) if root_certificates else None
     key = _there(private_key) if private_key else None
@@ -429,7 +419,9 @@ def join(
     os.execvpe(command[0], command, environment)  # noqa: S606  our own command line, or Flower's
 
 
-@federate.command(hidden=True)
+@federate.command(cls=Command, hidden=True)
+@with_options(RateOptions)
+@with_options(DataOptions, "columns", "packing")
 def stage(
     context: typer.Context,
     folder: Folder,
@@ -441,13 +433,10 @@ def stage(
     adapter: Annotated[Path, typer.Option(metavar="DIR", help="The part of the adapter that training starts from.")],
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for the other stage.")],
     server: Annotated[bool, typer.Option("--server", help="Run the server's side.")] = False,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
-    truncate: Truncate = False,
     cgroup: Cgroup = True,
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Run one side of a device's service in a split round, as its node and the server do."""
     from tightfit.planner.fleet.federated_schema import FederatedPlan
@@ -455,7 +444,7 @@ def stage(
     from tightfit.runtime.cli.run import carry_out
     from tightfit.runtime.federated.split_stage import stage_membership
     from tightfit.runtime.session.fleet import PORT
-    from tightfit.runtime.session.options import TrainingOptions
+    from tightfit.runtime.session.options import RunOptions
 
     fleet = load_rounds(folder)
     if isinstance(fleet, FederatedPlan):
@@ -463,28 +452,23 @@ def stage(
     plan = load_member_plan(folder, fleet, member)
     plan = load_server_plan(folder, fleet, member) if server else plan
     found = next(one for one in fleet.taking if one.name == member)
-    options = TrainingOptions(steps=steps, lr=lr, weight_decay=weight_decay, seed=seed, checkpoint_every=0)
     host, port = _address(at, PORT)
-    carry_out(
-        plan,
-        data,
-        options,
-        member=stage_membership(fleet, found, plan, host, port, key_path(folder), timeout, server=server),
-        output=output,
-        resume=False,
-        overwrite=True,
-        evaluate=None,
-        truncate=truncate,
-        cgroup=cgroup,
-        profile_step=False,
-        as_json=as_json,
-        debug=debug,
-        replace=bool(context.obj),
+    seat = stage_membership(fleet, found, plan, host, port, key_path(folder), timeout, server=server)
+    training = RunOptions(
+        **dict(read(RateOptions, options)),
+        steps=steps,
+        checkpoint_every=0,
+        truncate=read(DataOptions, options).truncate,
         adapter=adapter,
+        member=seat,
+        out=output,
+        overwrite=True,
+        cgroup=cgroup,
     )
+    carry_out(plan, data, training, as_json=as_json, debug=debug, replace=bool(context.obj))
 
 
-@federate.command()
+@federate.command(cls=Command)
 def status(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `tightfit fleet federate run`.")],
     as_json: Json = False,

@@ -19,6 +19,7 @@ from tightfit.runtime.cli.options import Debug, Json, read, with_options, words_
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
+from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.failure import last_words
 from tightfit.runtime.supervision.printing import answer
@@ -49,12 +50,14 @@ def run(
             metavar="DIR|FILE.jsonl|random",
             help="Training data, the same for every member; the server of a mobillm fleet needs none.",
         ),
+        PRIMARY,
     ] = None,
     member: Annotated[
         str | None,
         typer.Option(
             metavar="NAME", help="Be this member. Without it, all members run on this machine, to try it out."
         ),
+        PRIMARY,
     ] = None,
     at: Annotated[
         str | None,
@@ -62,18 +65,23 @@ def run(
             metavar="HOST:PORT",
             help="Where the members meet: an address of the first of them, of mobillm's server. With --member.",
         ),
+        PRIMARY,
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="How long to wait for other members; at least ten minutes if left out."),
+        typer.Option(
+            metavar="SECONDS", min=0.1, help="How long to wait for other members; at least ten minutes if left out."
+        ),
+        PRIMARY,
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume", help="Go on from the newest checkpoint that any member has, or in a pipeline all have."
         ),
+        PRIMARY,
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left."), PRIMARY] = False,
     cgroup: Annotated[
         bool, typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce each member's cap where it can.")
     ] = True,
@@ -86,8 +94,6 @@ def run(
     """
     trained = read(RunOptions, options, out=output, resume=resume, overwrite=overwrite, cgroup=cgroup)
     trained.check_end()
-    if timeout is not None and not timeout > 0:
-        raise InputError(f"--timeout {timeout}: give a number of seconds above 0")
     if (member is None) != (at is None):
         raise InputError(
             "--member and --at belong together: which member this is, and where all of them meet; without both, all"

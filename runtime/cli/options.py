@@ -50,15 +50,6 @@ FleetFolder = Annotated[
     Path,
     typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the fleet's plan and its members' plans."),
 ]
-PlanningTime = Annotated[
-    float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds that all of the planning may take.")
-]
-Prices = Annotated[
-    bool,
-    typer.Option(
-        "--prices/--no-prices", help="Also say what more memory or a faster link of each device would be worth."
-    ),
-]
 Cgroup = Annotated[
     bool,
     typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, at_least, at_most, served
+from tightfit.runtime.cli.options import Debug, served
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.common.limits import LEAST_BYTES
@@ -19,7 +19,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to answer at; anything but this machine's own needs a token in TIGHTFIT_TOKEN.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to answer at; 0: a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to answer at; 0: a free one.")] = 8000,
     data_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="What the service keeps; default: service in tightfit's cache folder."),
@@ -29,18 +29,15 @@ def serve(
         typer.Option(metavar="DIR", help="Folder from which requests may name models and data; may be repeated."),
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Let requests name models on the hub, to be downloaded.")] = False,
-    workers: Annotated[int, typer.Option(help="Plans solved at once.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Plans solved at once.")] = 2,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory that one solving process may take; a comparison has two.")
     ] = "4GiB",
-    keep_days: Annotated[float, typer.Option(help="Days after which unused results are removed.")] = 30.0,
+    keep_days: Annotated[float, typer.Option(min=0, help="Days after which unused results are removed.")] = 30.0,
     keep: Annotated[str, typer.Option(metavar="SIZE", help="Disk that results and packed weights may take.")] = "20GiB",
     debug: Debug = False,
 ) -> None:
     """Serve plans, comparisons and runs over HTTP, with a page at the same address."""
-    at_least(0, port=port, keep_days=keep_days)
-    at_most((1 << 16) - 1, port=port)
-    at_least(1, workers=workers)
     solve_bytes = parse_size(memory)
     if solve_bytes < LEAST_BYTES:
         raise InputError(f"--memory {memory}: no plan is solved in less than {format_size(LEAST_BYTES)}; give as much")

@@ -9,12 +9,11 @@ time the round goes on: their answers stay good, and all others are asked once m
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tightfit.planner.fleet.federated_schema import FederatedMember, FederatedPlan
 from tightfit.planner.fleet.split_schema import SplitMember, SplitPlan
@@ -24,46 +23,13 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, adapter_config
 from tightfit.runtime.federated import aggregate
 from tightfit.runtime.federated.messages import Answer, Order
+from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds_folder import RoundsFolder, Saved
 from tightfit.runtime.session.given_adapter import layers_with_pairs
 
 POLL_SECONDS = 1.0
 MOST_ASKED = 5
 """times that one node is asked in a round, whatever becomes of its answers"""
-SCHEDULES = ("constant", "linear", "cosine")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundOptions:
-    """How a federated run goes, as its settings file has it."""
-
-    rounds: int
-    fleet: str
-    """path of the folder with the fleet's plan"""
-    out: str
-    least: int = 1
-    """devices that have to answer for a round to count"""
-    timeout: float = 0.0
-    """seconds of a round, at most; 0: three times what is planned, and a minute more"""
-    grace: float = 30.0
-    """seconds of a round in which devices that are not there may come"""
-    lr: float = 2e-4
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    """of the learning rate, over the rounds"""
-    seed: int = 0
-    adapter: str = ""
-    """folder of the adapter that the first round starts from; empty: a new one"""
-
-    @classmethod
-    def of(cls, words: Mapping[str, Any]) -> RoundOptions:
-        return cls(**{one.name: words[one.name] for one in fields(cls)})
-
-    def rate(self, number: int) -> float:
-        """The learning rate of round `number`, counted from 1."""
-        done = (number - 1) / self.rounds
-        factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-        return self.lr * factor[self.schedule]
 
 
 @dataclass(frozen=True, kw_only=True)

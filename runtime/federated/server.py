@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from typing import Any
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import write_whole
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.federated import flower
 from tightfit.runtime.federated.device import Device
-from tightfit.runtime.federated.rounds import RoundOptions
+from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, SERVER, RoundsFolder
 from tightfit.runtime.session.output import locked
 
@@ -87,11 +88,13 @@ def _ready(folder: RoundsFolder, *, resume: bool, overwrite: bool) -> None:
     found = folder.rounds.exists() or (folder.out / REPORT).exists()
     if found and not resume and not overwrite:
         raise InputError(
-            f"{folder.out} holds an earlier run; continue it with --resume, replace it with --overwrite, or choose another"
+            f"{folder.out} holds an earlier run; continue it with {spelled('resume', True)}, replace it with {spelled('overwrite', True)}, or choose another"
             " folder"
         )
     if resume and not found:
-        raise InputError(f"{folder.out} holds no rounds to go on from; leave out --resume to start from the beginning")
+        raise InputError(
+            f"{folder.out} holds no rounds to go on from; leave out {spelled('resume', True)} to start from the beginning"
+        )
     if not resume:
         folder.clear()
     for name in (REPORT, FAILED, PID):
@@ -120,7 +123,7 @@ def _served(
     app = flower.write_app(home, f"{local}:{port}", authority)
     for key in serving.keys:
         processes.run("register", flower.register_command(key), environment)
-    settings = write_whole(folder.out / SERVER, json.dumps(asdict(options), indent=1) + "\n")
+    settings = write_whole(folder.out / SERVER, options.model_dump_json(indent=1) + "\n")
     for device in serving.devices:
         command = node_command(device.write(), f"{local}:{port}", authority, insecure=not serving.tls)
         processes.start(f"device-{device.member}", command, environment)
@@ -223,7 +226,7 @@ class _Processes:
                     return
                 raise RunError(
                     f"the {name} has ended with code {code}: {self.said(name)}; rounds that are acknowledged are kept, go on"
-                    " with --resume"
+                    f" with {spelled('resume', True)}"
                 )
             self._server_lives()
             if time.monotonic() > limit:
@@ -238,7 +241,7 @@ class _Processes:
             return
         if not _lives(number) and not any((self.out / name).exists() for name in (REPORT, FAILED)):
             raise RunError(
-                "the process of the rounds has ended; rounds that are acknowledged are kept, go on with --resume"
+                f"the process of the rounds has ended; rounds that are acknowledged are kept, go on with {spelled('resume', True)}"
             )
 
     def said(self, name: str) -> str:
@@ -278,7 +281,7 @@ def _ended_by_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        error = RunError("interrupted; rounds that are acknowledged are kept, go on with --resume")
+        error = RunError(f"interrupted; rounds that are acknowledged are kept, go on with {spelled('resume', True)}")
         error.interrupted = True
         raise error from stop
     finally:

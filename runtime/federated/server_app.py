@@ -24,7 +24,8 @@ from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.federated.flower_records import packed, unpacked
 from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer, Order, SplitOrder
-from tightfit.runtime.federated.rounds import Network, Reply, RoundOptions, Rounds
+from tightfit.runtime.federated.options import RoundOptions
+from tightfit.runtime.federated.rounds import Network, Reply, Rounds
 from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, RoundsFolder
 from tightfit.runtime.federated.split_rounds import SplitOptions, SplitRounds
 

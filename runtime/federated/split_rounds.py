@@ -27,7 +27,8 @@ from tightfit.runtime.engine.training.adapter import WEIGHTS
 from tightfit.runtime.federated import aggregate
 from tightfit.runtime.federated.device import end, report_of, start
 from tightfit.runtime.federated.messages import HELLO, Answer, SplitOrder
-from tightfit.runtime.federated.rounds import MOST_ASKED, Gathering, Network, Reply, RoundOptions, Rounds
+from tightfit.runtime.federated.options import RoundOptions
+from tightfit.runtime.federated.rounds import MOST_ASKED, Gathering, Network, Reply, Rounds
 from tightfit.runtime.federated.server import free_port
 from tightfit.runtime.federated.split_device import stage_arguments
 from tightfit.runtime.federated.split_stage import check_labels
@@ -41,7 +42,6 @@ STAGES, LABELS = "stages", "labels"
 """folders in the output: of the server's runs, of the labels that devices have sent; by device"""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SplitOptions(RoundOptions):
     """How split federated rounds go."""
 

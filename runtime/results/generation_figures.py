@@ -21,6 +21,7 @@ from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import cache_directory, write_whole
 from tightfit.runtime.common.interpreter import PACKAGE
+from tightfit.runtime.common.option_names import on_the_command_line
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.generation.job import GenerationJob
@@ -129,7 +130,9 @@ def _of_decoder(problem: Problem, store: Path, threads: int) -> dict[str, Any]:
         with os.fdopen(read, "rb") as messages:
             try:
                 process = subprocess.Popen(
-                    interpreter.command(CHILD, path, "--messages", str(write)),
+                    interpreter.command(
+                        CHILD, path, "--messages", str(write), *["--on-command-line"] * on_the_command_line()
+                    ),
                     stdout=subprocess.DEVNULL,
                     stderr=words,
                     pass_fds=(write,),

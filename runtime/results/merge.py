@@ -84,7 +84,9 @@ def merge(
     check(place, folder=format == "safetensors", overwrite=overwrite)
     if (format == "gguf") != (place.suffix == ".gguf"):
         way = (
-            "name it with -o NAME.gguf" if format == "gguf" else "give --format gguf as well, or name a folder with -o"
+            "name it with -o NAME.gguf"
+            if format == "gguf"
+            else f"give {spelled('format', 'gguf')} as well, or name a folder with -o"
         )
         raise InputError(f"{out}: a GGUF model is one file; {way}")
     found = opened_base(folder, base)

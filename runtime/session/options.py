@@ -37,6 +37,7 @@ def _epochs(text: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+Schedule = Literal["constant", "linear", "cosine"]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Interval = Annotated[str, Field(max_length=64), AfterValidator(_interval)]
 ColumnName = Annotated[str, Field(pattern=r"^[^,=]{1,256}$")]
@@ -65,11 +66,17 @@ class LengthOptions(Options):
     """None: `steps` says when to end"""
 
 
-class UpdateOptions(Options):
-    """How the optimizer updates, what is drawn, and when checkpoints are written."""
+class RateOptions(Options):
+    """How far an update goes, and what is drawn."""
 
     lr: float = option(2e-4, "Learning rate of the plan's optimizer.", label="Learning rate", ge=0, primary=True)
     weight_decay: float = option(0.0, "Decoupled weight decay.", ge=0)
+    seed: int = option(0, "Seed of the adapter's start, the order of the data and dropout.", ge=0, le=LARGEST_SEED)
+
+
+class UpdateOptions(RateOptions):
+    """How the optimizer updates, what is drawn, and when checkpoints are written."""
+
     beta1: float | None = option(
         None, "Share that the first moment keeps at an update: 0.9 unless given (adamw, adam, lion).", ge=0, lt=1
     )
@@ -97,7 +104,6 @@ class UpdateOptions(Options):
     momentum: float | None = option(
         None, "Share that the momentum keeps at an update: 0.9 unless given (momentum).", ge=0, lt=1
     )
-    seed: int = option(0, "Seed of the adapter's start, the order of the data and dropout.", ge=0, le=LARGEST_SEED)
     checkpoint_every: int = option(50, "Steps between checkpoints; 0: only at the end.", ge=0, le=MOST_STEPS)
     keep_checkpoints: int = Field(2, ge=1)
 
@@ -129,9 +135,7 @@ class TrainingOptions(DataOptions, UpdateOptions, LengthOptions):
     by `option`. Raises InputError for options that exclude or need each other, too.
     """
 
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "Course of the learning rate: constant, linear or cosine.", primary=True
-    )
+    schedule: Schedule = option("constant", "Course of the learning rate: constant, linear or cosine.", primary=True)
     warmup_steps: int = option(
         0, "Steps over which the learning rate rises from zero.", label="Warm-up steps", ge=0, le=MOST_STEPS
     )

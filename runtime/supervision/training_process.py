@@ -204,7 +204,7 @@ def started(
                 arguments = command(order.job, "--messages", str(write), module=order.module)
                 if requests is not None and order.module != RunOrder.module:
                     arguments += ["--requests", str(requests)]
-                if on_the_command_line() and order.module == RunOrder.module:
+                if on_the_command_line():
                     arguments.append("--on-command-line")
                 try:
                     process = subprocess.Popen(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory, write_all
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import find_checkpoints, way_on
 from tightfit.runtime.engine.fleet.transport import Transport
 
@@ -42,7 +43,7 @@ def agree(
         told = _compared(transport, mine, exact=exact, apart=apart)
         if resume and told["step"] < 0:
             who = "no checkpoint is there that all members hold" if apart else "no member holds a checkpoint"
-            told["error"] = f"{who} to resume from; start the fleet again without --resume"
+            told["error"] = f"{who} to resume from; start the fleet again without {spelled('resume', True)}"
         for rank in range(1, len(transport.members)):
             transport.send_json(told, rank)
         if told["error"]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import CapError, TightfitError
 from tightfit.runtime.common.files import write_all
+from tightfit.runtime.common.option_names import in_python, named_as, on_command_line
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start import lean_torch
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("job")
     parser.add_argument("--messages", type=int, required=True)
     parser.add_argument("--requests", type=int)
+    parser.add_argument("--on-command-line", action="store_true", help="messages are for somebody there")
     options = parser.parse_args(arguments)
     signals = Signals()
 
@@ -63,16 +65,18 @@ def main(arguments: list[str]) -> int:
         except BrokenPipeError:
             signals.take(signal.SIGTERM)
 
+    naming = on_command_line if options.on_command_line else in_python
     try:
         lean_torch.load()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signals.take)
         end_with_parent(signal.SIGTERM)
-        return run_job(options.job, options.requests, send, signals)
+        with named_as(naming):
+            return run_job(options.job, options.requests, send, signals)
     except TightfitError as error:
         code, kind, text = error.exit_code, type(error).__name__, str(error)
         if isinstance(error, CapError):  # the meter's advice is for training
-            text = f"{text.partition(';')[0]}; measure again with --force"
+            text = f"{text.partition(';')[0]}; measure again with {naming('force', True)}"
     except MemoryError as error:
         code, kind, text = CapError.exit_code, "CapError", f"memory could not be had: {error}"
     except Exception as error:

@@ -188,7 +188,7 @@ def test_devices_have_to_train_one_model(devices, members):
 
 @pytest.mark.parametrize(
     ("setting", "option"),
-    [({"rank_pattern": {"q_proj": 4}}, "--rank-pattern"), ({"use_dora": True}, "--dora")],
+    [({"rank_pattern": {"q_proj": 4}}, "rank_pattern"), ({"use_dora": True}, "dora")],
 )
 def test_what_rounds_cannot_add_up_is_refused(devices, setting, option):
     lora = {"rank": 2, "alpha": 4.0} | setting

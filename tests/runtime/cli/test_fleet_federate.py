@@ -10,7 +10,7 @@ from tightfit.planner.fleet.io import load_federated
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import main as command_line
 from tightfit.runtime.federated import flower, server
-from tightfit.runtime.federated.rounds import RoundOptions
+from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds_folder import RoundsFolder, Saved
 
 DESCRIPTION = """steps = 12

@@ -90,27 +90,46 @@ def test_the_help_has_headings(tightfit):
     assert "--stages" not in said
 
 
-@pytest.mark.parametrize("name", ["train", "profile", "plan", "compare", "run", "generate", "chat", "eval"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("train", "profile", "plan", "compare", "run", "generate", "chat", "eval", "fleet plan", "fleet run"),
+        *("fleet federate plan", "fleet federate run", "fleet federate join"),
+    ],
+)
 def test_the_help_shows_first_what_people_need_and_the_rest_on_request(tightfit, name):
     def options(words):
-        return re.findall(r"^  (?:-\w, )?(--[a-z0-9-]+)", tightfit(name, words)[1], re.MULTILINE)
+        return re.findall(r"^  (?:-\w, )?(--[a-z0-9-]+)", tightfit(*name.split(), words)[1], re.MULTILINE)
 
+    command = functools.reduce(lambda group, word: group.commands[word], name.split(), typer.main.get_command(main.app))
     primary, every = options("--help"), options("--help-all")
     assert len(every) == len({*every})
     assert {*primary} <= {*every}
-    needed = [one.opts[-1] for one in COMMANDS[name].params if one.required and one.param_type_name == "option"]
+    needed = [one.opts[-1] for one in command.params if one.required and one.param_type_name == "option"]
     assert sorted(primary[: len(needed)]) == sorted(needed)
     declared = [
         record
         for record in (ProfileOptions, PlanOptions, RunOptions)
-        if {*said(record)} <= {one.name for one in COMMANDS[name].params}
+        if {*said(record)} <= {one.name for one in command.params}
     ]
     for record in declared:
         for option, told in said(record).items():
             shown = f"--{option.replace('_', '-')}" in primary
             assert shown == (told.primary or f"--{option}" in needed or (name, option) in DECLARED_ANEW), option
     assert len(primary) < 0.75 * len(every)
-    assert tightfit(name, "--help")[1].count("\n") < 85
+    assert tightfit(*name.split(), "--help")[1].count("\n") < 85
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("fleet", "run", "--num-train-epochs=3"), "--num-train-epochs; it is --epochs here"),
+        (("fleet", "federate", "run", "--learning-rate=1e-4"), "--learning-rate; it is --lr here"),
+        (("fleet", "plan", "--lora-r=8"), "--lora-r; `tightfit profile` and `tightfit train` have it: --lora-rank"),
+    ],
+)
+def test_fleets_know_what_other_trainers_call_an_option(refused, words, hint):
+    assert hint in refused(2, *words)
 
 
 def test_stages_share_no_other_options():

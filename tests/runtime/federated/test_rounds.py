@@ -14,7 +14,8 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated.adapter_file import AdapterFile
 from tightfit.runtime.federated.aggregate import Part, averaged, closed, opened, singular_form
 from tightfit.runtime.federated.messages import Answer, Order
-from tightfit.runtime.federated.rounds import Reply, RoundOptions, Rounds
+from tightfit.runtime.federated.options import RoundOptions
+from tightfit.runtime.federated.rounds import Reply, Rounds
 from tightfit.runtime.federated.rounds_folder import RoundsFolder
 
 

@@ -439,7 +439,7 @@ def test_what_does_not_fit_together_is_refused(small: tuple[Path, Path], tmp_pat
         with pytest.raises(InputError, match=message):
             merge(adapter, tmp_path / "merged", **options)
     with pytest.raises(
-        InputError, match="a GGUF model is one file; give --format gguf as well, or name a folder with -o"
+        InputError, match="a GGUF model is one file; give format='gguf' as well, or name a folder with -o"
     ):
         merge(adapter, tmp_path / "merged.gguf")
     assert not (tmp_path / "merged").exists()
