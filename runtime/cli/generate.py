@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from tightfit.runtime.data.samples import Prompt
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or hub id, or a GGUF file.")]
-AdapterFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--adapter", metavar="DIR", help="Folder of an adapter of PEFT, or of the run that left it; applied unmerged."
-    ),
-    PRIMARY,
-]
 Memory = Annotated[
     str,
     typer.Option(
@@ -54,7 +47,6 @@ def generate(
         ),
         PRIMARY,
     ] = None,
-    adapter: AdapterFolder = None,
     memory: Memory = "auto",
     cgroup: Cgroup = True,
     as_json: AnswersAsJson = False,
@@ -71,15 +63,14 @@ def generate(
             else "--prompt TEXT or --prompts FILE is missing"
         )
     asked: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts or Path())
-    wanted = read(AnswerOptions, options)
-    _hand_on(invoked, model, memory, wanted, asked, adapter, cgroup=cgroup, as_json=as_json, debug=debug)
+    wanted = read(AnswerOptions, options, cgroup=cgroup)
+    _hand_on(invoked, model, memory, wanted, asked, as_json=as_json, debug=debug)
 
 
 @with_options(AnswerOptions, "template", after="memory", max_tokens=512)
 def chat(
     invoked: typer.Context,
     model: Model,
-    adapter: AdapterFolder = None,
     memory: Memory = "auto",
     cgroup: Cgroup = True,
     as_json: AnswersAsJson = False,
@@ -87,8 +78,8 @@ def chat(
     **options: Any,
 ) -> None:
     """Talk with MODEL, and an adapter if there is one, within a budget of memory: one question a line."""
-    wanted = read(AnswerOptions, options)
-    _hand_on(invoked, model, memory, wanted, None, adapter, cgroup=cgroup, as_json=as_json, debug=debug)
+    wanted = read(AnswerOptions, options, cgroup=cgroup)
+    _hand_on(invoked, model, memory, wanted, None, as_json=as_json, debug=debug)
 
 
 def _hand_on(
@@ -97,9 +88,7 @@ def _hand_on(
     size: str,
     options: AnswerOptions,
     prompts: Sequence[Prompt] | None,
-    adapter: Path | None,
     *,
-    cgroup: bool,
     as_json: bool,
     debug: bool,
 ) -> NoReturn:
@@ -128,18 +117,15 @@ def _hand_on(
             prepared(
                 model,
                 budget,
-                options,
+                options.but(stages=shown.enter_context(Stages(console))),
                 prompts=prompts,
-                adapter=adapter,
-                cgroup=cgroup,
                 as_json=as_json,
                 debug=debug,
-                stages=shown.enter_context(Stages(console)),
                 told=told,
             )
         )
         shown.close()
-        group = MemoryCgroup.create(budget) if cgroup else None
+        group = MemoryCgroup.create(budget) if options.cgroup else None
         if group is not None:
             order = replace(order, group=(str(group.path), group.version), home=MemoryCgroup.home())
         path = os.path.join(order.run.directory, "order")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.common.option_names import on_command_line
-from tightfit.runtime.common.options import options_of
+from tightfit.runtime.common.options import Options, options_of
 from tightfit.runtime.session.options import RunOptions
 
 CUTOFF = 0.4
@@ -106,7 +106,7 @@ NEEDLESS = {
     "use_peft": "LoRA pairs are what is trained; leave it out",
 }
 """what other trainers have to be told, and what to do here; options of tightfit in backquotes, by their keys"""
-STAGES = {"profile": ProfileOptions, "plan": PlanOptions, "run": RunOptions}
+STAGES: Mapping[str, type[Options]] = {"profile": ProfileOptions, "plan": PlanOptions, "run": RunOptions}
 """command: the record whose options it takes"""
 
 

@@ -52,9 +52,7 @@ class Options(BaseModel):
     Raises InputError, which names the option, its value and what it may be, for a value that is not allowed.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
     def __init__(self, **values: Any) -> None:
         given = {name: _plain(value) for name, value in values.items()}
@@ -91,7 +89,7 @@ def option(
     and `word` what it is called there, where that is another name.
     `primary`: most people need it, so that short lists of options have it. `limits` are those of pydantic's `Field`.
     """
-    beside = {METAVAR: metavar, WORD: word, OVER_HTTP: over_http or help_, PRIMARY: primary}
+    beside: dict[str, Any] = {METAVAR: metavar, WORD: word, OVER_HTTP: over_http or help_, PRIMARY: primary}
     return Field(default, description=help_, title=label, json_schema_extra=beside, **limits)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from tightfit.profiles.options import Bits
+from tightfit.profiles.options import Bits, PathText
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.options import Options, option
@@ -22,6 +23,12 @@ class AnswerOptions(Options):
     Raises InputError for values that cannot be used.
     """
 
+    adapter: PathText | Path | None = option(
+        None,
+        "Folder of an adapter of PEFT, or of the run that left it; applied unmerged.",
+        metavar="DIR",
+        primary=True,
+    )
     system: str | None = option(None, "What the system turn says.", metavar="TEXT", primary=True)
     """which a chat template puts before the prompt"""
     template: bool = option(True, "Put prompts into the model's chat template, if it has one.")
@@ -51,6 +58,13 @@ class AnswerOptions(Options):
     embeddings: Bits | None = option(None, "The same for embedding and head; default: as --base.", metavar="PRECISION")
     threads: int | None = option(None, "Cores to compute with; default: all.", ge=1, le=1 << 12)
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.")
+
+    cgroup: bool = True
+    """whether the kernel enforces the budget where it can"""
+    stages: Any = None
+    """is called with a stage, and how much of it is done"""
+    shown: Any = None
+    """is called with the text as it comes"""
 
     @model_validator(mode="after")
     def _drawn(self) -> Self:

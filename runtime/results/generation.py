@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory, read_whole
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.samples import Prompt, parse_prompt
 from tightfit.runtime.data.token_bytes import token_bytes
@@ -77,26 +77,9 @@ class Model:
     body: str
 
 
+@keywords_of(AnswerOptions)
 def generate(
-    model: str,
-    prompts: Prompt | Sequence[Prompt],
-    budget: int,
-    *,
-    adapter: str | os.PathLike[str] | None = None,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-    system: str | None = None,
-    template: bool = True,
-    cache: str = "float32",
-    base: str | None = None,
-    embeddings: str | None = None,
-    threads: int | None = None,
-    cgroup: bool = True,
-    stages: Stages | None = None,
-    shown: Callable[[str], None] = lambda text: None,
+    model: str, prompts: Prompt | Sequence[Prompt], budget: int, options: AnswerOptions
 ) -> list[dict[str, Any]]:
     """The answers of a model to one prompt (a string, or a tuple of messages) or a list of them, within `budget` bytes.
 
@@ -109,28 +92,14 @@ def generate(
     asked: list[Any] = [prompts] if single else list(prompts)
     if not asked:
         return []
-    options = AnswerOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        system=system,
-        template=template,
-        cache=cache,
-        base=base,
-        embeddings=embeddings,
-        threads=threads,
-    )
     found = []
-    with prepared(
-        model, budget, options, prompts=asked, adapter=adapter, cgroup=cgroup, counted=False, stages=stages
-    ) as order:
+    with prepared(model, budget, options, prompts=asked, counted=False) as order:
         assert order.prompts is not None
         with answers(order) as asking, open(order.prompts, encoding="utf-8") as lines:
             for prompt, line in zip(asked, lines, strict=True):
                 for text in asking.ask(json.loads(line)["ids"]):
-                    shown(text)
+                    if options.shown:
+                        options.shown(text)
                 found.append({"prompt": prompt, **asking.answered})
     return found
 
@@ -142,21 +111,18 @@ def prepared(
     options: AnswerOptions,
     *,
     prompts: Sequence[Prompt] | None,
-    adapter: str | os.PathLike[str] | None = None,
-    cgroup: bool = True,
     as_json: bool = False,
     debug: bool = False,
     counted: bool = True,
-    stages: Stages | None = None,
     told: Callable[[GenerationPlan], None] = lambda plan: None,
 ) -> Iterator[AnswerOrder]:
     """Prepare answers to `prompts`, or with None a conversation, within `budget` bytes of all processes that then live.
 
-    `adapter` is the folder of an adapter, or of the run that left it; `told` is called with the plan. Yields the order to
+    `told` is called with the plan. Yields the order to
     carry out, by a process whose memory counts if that is `counted`; its files lie in a temporary folder, which is removed when the block ends. Raises InputError for a model,
     adapter or prompt that cannot be used, InfeasibleError where the budget is too small, RunError if measuring fails.
     """
-    ready = open_model(model, options, adapter, stages)
+    ready = open_model(model, options)
     encoder = Encoder(ready.vocabulary, ready.source.config["vocab_size"])
     if prompts is None:
         encoder.chat  # noqa: B018  raises where the model has no chat template
@@ -174,8 +140,8 @@ def prepared(
                 _write_prompts(directory / "prompts", prompts or (), encoded)
                 front, called = answering.command("--measure"), "generate"
         threads = options.threads or useful_threads(our_cores(), quota_cores())
-        if stages:
-            stages("measuring", 0, 1)
+        if options.stages:
+            options.stages("measuring", 0, 1)
         figures = measured(
             problem,
             ready.store,
@@ -185,8 +151,8 @@ def prepared(
             threads=threads,
             force=options.force,
         )
-        if stages:
-            stages("measuring", 1, 1)
+        if options.stages:
+            options.stages("measuring", 1, 1)
         plan = plan_answers(problem, figures, budget)
         told(plan)
         job = job_of(
@@ -207,7 +173,7 @@ def prepared(
                 "supervisor_bytes": plan.front_bytes,
                 "peak_bytes": plan.peak_bytes,
             },
-            cgroup=cgroup,
+            cgroup=options.cgroup,
             evaluates=True,
             module=CHILD,
             called="process that computes answers",
@@ -235,16 +201,12 @@ def prepared(
         )
 
 
-def open_model(
-    model: str,
-    options: AnswerOptions,
-    adapter: str | os.PathLike[str] | None = None,
-    stages: Stages | None = None,
-) -> Model:
+def open_model(model: str, options: AnswerOptions) -> Model:
     """Open a model, pack its weights into the cache unless they are there, and check the adapter.
 
     Raises InputError for what cannot answer, by name, with what to do.
     """
+    adapter, stages = options.adapter, options.stages
     source = resolve(model, base=options.base, embeddings=options.embeddings)
     if source.kind == "module":
         raise InputError(f"{source.name} is a module of your own and no language model; call it yourself")

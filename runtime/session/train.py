@@ -81,7 +81,7 @@ def train(
             options["buckets"] = buckets
             measured = profile(model, **_part(profile, options))
             planned = rehearse(measured, budget, **_part(plan, options))
-        return run(planned, data, out=out, **_part(run, options), tokens=tokens)
+        return run(planned, data, out=directory, **_part(run, options), tokens=tokens)
 
 
 def _part(stage: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

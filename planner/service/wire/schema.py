@@ -129,13 +129,14 @@ def _with_options(record: type[Options], *leaving_out: str, base: type[Request] 
 def _field(name: str, option: FieldInfo) -> tuple[Any, Any]:
     """The type of an option, and what else is said of it, as a field of a request: what no JSON can be is left out."""
     kinds = get_args(option.annotation) if get_origin(option.annotation) in (Union, UnionType) else (option.annotation,)
-    sent = Union[tuple(kind for kind in kinds if types_of(kind) not in ((Path,), (Iterable[Any],)))]  # noqa: UP007
+    sent: Any = Union.__getitem__(tuple(kind for kind in kinds if types_of(kind) not in ((Path,), (Iterable[Any],))))
     told = Field(
         title=option.title or name.replace("_", " ").capitalize(),
         description=beside(option)[OVER_HTTP],
         json_schema_extra=None,
     )
-    return Annotated[(sent, *option.metadata, told)], option.default
+    annotated: Any = Annotated
+    return annotated[(sent, *option.metadata, told)], option.default
 
 
 class StepRequest(_with_options(PlanOptions, "policy")):  # type: ignore[misc]
