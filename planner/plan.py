@@ -13,8 +13,8 @@ from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import ALL, TIME_LIMIT, PlanOptions, SearchOptions
 from tightfit.planner.solve.policies import POLICIES
+from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.schema import Profile
-from tightfit.runtime.common.options import keywords_of
 
 
 @keywords_of(PlanOptions)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, SupportsIndex
 
+from tightfit.profiles.option_fields import Options, option
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.options import Options, option
 
 TIME_LIMIT = 30.0
 """seconds for one plan, unless others are asked for"""
@@ -43,7 +43,7 @@ class PlanOptions(Options):
     """How one budget is planned for (`tightfit.planner.plan.plan` says more of each).
 
     `tightfit plan` and `compare`, the service's `/v1/plans` and `/v1/comparisons` and the forms on its page have the fields that
-    are made by `option`, and take from there what they say of each (`tightfit.runtime.common.options`); where several policies
+    are made by `option`, and take from there what they say of each (`tightfit.profiles.option_fields`); where several policies
     are compared, they have a list of their own.
     """
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -28,7 +27,8 @@ from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
 from tightfit.profiles.models.lora import LoraConfig, given, layer_numbers
 from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
-from tightfit.profiles.options import BATCH, MOST_ACCUMULATED, SEQ, ProfileOptions, Progress
+from tightfit.profiles.option_fields import keywords_of
+from tightfit.profiles.options import BATCH, SEQ, ProfileOptions, Progress
 from tightfit.profiles.schema import (
     KNOWN,
     POSITIONS,
@@ -63,7 +63,6 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import PACKAGE, python_path
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu import native_dropout
 from tightfit.runtime.engine.start import cuda_stubs, page_out
@@ -76,9 +75,6 @@ __all__ = ["Progress", "load_profile", "profile", "save_profile"]
 if TYPE_CHECKING:
     from tightfit.profiles.models.transformers_decoder import AnyDecoder
 
-MOST_ELEMENTS = 1 << 60
-"""Largest number of elements accepted for one tensor: PyTorch counts its bytes in 63 bits, and an element has up to 8
-bytes."""
 DECODER_INPUTS = ("input_ids", "labels", POSITIONS)
 """the tensors of a decoder's batch, int64 [batch, seq], in the order of every plan"""
 BETA = 0.1
@@ -156,16 +152,9 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         raise InputError(
             f"{spelled('threads')} {threads}: the figures of {elsewhere.name} are for {elsewhere.threads}; leave it out"
         )
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"{spelled('dtype')} {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    for name, value in (("batch", batch), ("seq", seq), ("accumulate", accumulate)):
-        if value < 1:
-            raise InputError(f"{spelled(name)} must be at least 1, not {value}")
-    if accumulate > MOST_ACCUMULATED:
-        raise InputError(f"{spelled('accumulate')} {accumulate}: an update takes at most {MOST_ACCUMULATED} steps")
     cores = our_cores()
     threads = useful_threads(cores, quota_cores()) if threads is None else threads
-    if not 1 <= threads <= cores:
+    if threads > cores:
         raise InputError(f"{spelled('threads')} {threads}: this process may use 1 to {cores} of the machine's cores")
     lora = given(
         options.adapter,
@@ -393,10 +382,6 @@ def _preference(source: Source, side: SideShape | None, loss: str | None, beta: 
                 f"{spelled('beta')} {beta:g} is of a loss of pairs; name one too: {' or '.join(spelled('loss', one) for one in KNOWN)}"
             )
         return None
-    if loss not in KNOWN:
-        raise InputError(
-            f"{spelled('loss')} {loss!r} is not known; choose {' or '.join(KNOWN)}, or leave it out to predict tokens"
-        )
     if source.kind == "module":
         raise InputError(
             f"{spelled('loss')} {loss}: {source.name} is a module with a loss of its own, and only a language model learns from pairs of answers;"
@@ -407,8 +392,6 @@ def _preference(source: Source, side: SideShape | None, loss: str | None, beta: 
             f"{spelled('loss')} {loss}: a side network predicts tokens and nothing else; leave the option out"
         )
     beta = BETA if beta is None else float(beta)
-    if not 0 < beta < math.inf:
-        raise InputError(f"{spelled('beta')} {beta:g}: give a finite number above 0")
     return Preference(loss=loss, beta=beta)
 
 
@@ -429,8 +412,6 @@ def _trace_decoder(
         return _trace_any_decoder(source, batch, seq, lora, dtype, report, preference, longest)
     shape = decoder_shape(source.config)
     _check_rank(lora, shape.hidden)
-    widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
-    _check_elements(batch, seq, widest)
     with FakeTensorMode():
         body = source.config.get("adapter_body", BODY)
         module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body, preference=preference, longest=longest)
@@ -465,13 +446,6 @@ def _check_rank(lora: LoraConfig, hidden: int) -> None:
             )
 
 
-def _check_elements(batch: int, seq: int, widest: int) -> None:
-    if batch * seq * widest > MOST_ELEMENTS:
-        raise InputError(
-            f"{spelled('batch')} {batch} x {spelled('seq')} {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller {spelled('batch')} or {spelled('seq')}"
-        )
-
-
 def _trace_any_decoder(
     source: Source,
     batch: int,
@@ -485,8 +459,6 @@ def _trace_any_decoder(
     from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 
     _check_rank(lora, source.config["hidden_size"])
-    widest = max(max(entry.shape, default=1) for entry in source.entries.values())
-    _check_elements(batch, seq, widest)
     module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, lora=lora, preference=preference, longest=longest)
     with FakeTensorMode():
         without_values(module)
@@ -524,11 +496,6 @@ def _side_shape(source: Source, rank: int | None, blocks: int | None) -> SideSha
 
 def _trace_side(source: Source, side: SideShape, batch: int, seq: int, dtype: str, report: Progress) -> Trace:
     shape = decoder_shape(source.config)
-    if batch * seq * shape.hidden * len(side.blocks) > MOST_ELEMENTS:
-        raise InputError(
-            f"{spelled('batch')} {batch} x {spelled('seq')} {seq} x {shape.hidden}, the activations of {len(side.blocks)} blocks, are more elements than a"
-            f" tensor can have; use a smaller {spelled('batch')} or {spelled('seq')}"
-        )
     with FakeTensorMode():
         module = SideNetwork(shape, side, dtype=DTYPES[dtype])
         sample = {"labels": torch.zeros(batch, seq, dtype=torch.int64)}

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tightfit.runtime.common.options import Options, option
+from tightfit.profiles.option_fields import Options, option
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total), where stage is one of pack, export, programs, compare and measure."""
@@ -29,7 +29,7 @@ class ProfileOptions(Options):
     """Which step of a model is profiled, and for what device (`tightfit.profiles.api.profile` says more of each).
 
     `tightfit profile`, the service's `/v1/profiles` and the form on its page have the fields that are made by `option`, and take
-    from there what they say of each (`tightfit.runtime.common.options`).
+    from there what they say of each (`tightfit.profiles.option_fields`).
     """
 
     seq: int | None = option(

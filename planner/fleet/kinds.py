@@ -12,9 +12,9 @@ from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.schema import Plan
+from tightfit.profiles.option_fields import keywords_of
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.units import format_seconds
 
 FIRST_SHARE = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from tightfit.planner.search_options import LONGEST_LIMIT, Progress
-from tightfit.runtime.common.options import Options, option
+from tightfit.profiles.option_fields import Options, option
 
 Kind = Literal["auto", "data", "pipeline"]
 

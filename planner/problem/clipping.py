@@ -6,12 +6,13 @@ state of the optimizer, and after the last step of an update a schedule of its o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, OPTIMIZER_STATES, Profile, Tensor
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.training.job import passes_messages
 
 UPDATE_PASSES, SUM_PASSES, COPY_PASSES, NORM_PASSES, SCALE_PASSES = 7, 3, 2, 2, 2
@@ -30,15 +31,14 @@ def clipped(profile: Profile, max_grad_norm: float) -> Profile:
 
     Raises InputError for a number that is none, and for a profile whose gradients are not all known in one process.
     """
-    if isinstance(max_grad_norm, bool) or not 0 < max_grad_norm < math.inf:
-        raise InputError(f"max-grad-norm {max_grad_norm}: give a finite number above 0")
+    PlanOptions(max_grad_norm=max_grad_norm)
     why = None
     if profile.model.kind == "graph":
         why = "a bare graph has no gradients by name"
     elif profile.optimizer.get("name") in {EXCHANGE, MOBILLM} or passes_messages(profile.programs):
         why = "a member of a fleet does not know the gradients of the others"
     if why is not None:
-        raise InputError(f"max-grad-norm {max_grad_norm}: {why}; leave it out")
+        raise InputError(f"{spelled('max_grad_norm')} {max_grad_norm}: {why}; leave it out")
     states = len(OPTIMIZER_STATES[profile.optimizer.get("name", "adamw")]) + 1
     optimizer = {**profile.optimizer, "state_tensors": states, "max_grad_norm": float(max_grad_norm)}
     floor = profile.device.floor
@@ -51,7 +51,7 @@ def refuse_clipping(profile: Profile, policy: str) -> None:
     """Raises InputError where `profile` clips gradients, and the rule `policy` never knows all of them."""
     if profile.max_grad_norm is not None:
         raise InputError(
-            f"max-grad-norm {profile.max_grad_norm:g} needs the gradients of all that is trained, which {policy} never has; leave"
+            f"{spelled('max_grad_norm')} {profile.max_grad_norm:g} needs the gradients of all that is trained, which {policy} never has; leave"
             " it out, or choose another policy"
         )
 

@@ -33,9 +33,9 @@ from tightfit.planner.search_options import TIME_LIMIT, PlanOptions
 from tightfit.planner.service.wire.errors import JOB_ERRORS
 from tightfit.planner.service.wire.settings import check_token
 from tightfit.profiles.io import canonical_json, parse_profile
+from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.options import keywords_of
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.plan import MemberSpec

@@ -10,10 +10,10 @@ from typing import Any, get_args
 
 from typer.core import TyperCommand
 
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.options import key_of
 from tightfit.runtime.cli.other_tools import hint
 from tightfit.runtime.common.option_names import named_as, on_command_line
-from tightfit.runtime.common.options import PRIMARY
 
 LIBRARY_NAMES = {"out": "output"}
 """what functions call an option: the name of the command's parameter"""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tightfit.planner.search_options import PlanOptions
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
     Debug,
@@ -21,7 +22,6 @@ from tightfit.runtime.cli.options import (
 )
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
-from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.common.units import parse_size
 
 

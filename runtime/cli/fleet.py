@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tightfit.planner.fleet.options import FleetOptions
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.fleet_federate import federate
 from tightfit.runtime.cli.fleet_run import member_commands, run, status
@@ -25,7 +26,6 @@ from tightfit.runtime.cli.options import (
 )
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
-from tightfit.runtime.common.options import PRIMARY
 
 DESCRIPTION = """FLEET.toml describes the fleet, paths relative to it:
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tightfit.planner.fleet.options import FleetOptions
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.options import (
     Cgroup,
@@ -25,7 +26,6 @@ from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
-from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.session.options import DataOptions, RateOptions
 from tightfit.runtime.supervision.printing import answer

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.options import Debug, Json, read, with_options, words_of
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
-from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.failure import last_words
 from tightfit.runtime.supervision.printing import answer

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.options import Cgroup, Debug, read, with_options
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.results.answer_options import AnswerOptions
 
 if TYPE_CHECKING:

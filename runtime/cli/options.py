@@ -16,9 +16,9 @@ import typer
 import typer.core
 from pydantic.fields import FieldInfo
 
+from tightfit.profiles.option_fields import METAVAR, PRIMARY, WORD, Options, beside, options_of, types_of
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.options import METAVAR, PRIMARY, WORD, Options, beside, options_of, types_of
 from tightfit.runtime.supervision.failure import failure_of
 from tightfit.runtime.supervision.printing import answer
 
@@ -173,7 +173,7 @@ Record = TypeVar("Record", bound=Options)
 def with_options(
     record: type[Options], *leaving_out: str, after: str | None = None, **defaults: Any
 ) -> Callable[[Command], Command]:
-    """Gives a command, whose last parameter takes any keywords, the options of a record (`tightfit.runtime.common.options`) for
+    """Gives a command, whose last parameter takes any keywords, the options of a record (`tightfit.profiles.option_fields`) for
     it, behind the parameter `after`, or else behind those that it must be given; without those of the names given here.
     Parameters of its own go before those, and `defaults` before the record's.
     """

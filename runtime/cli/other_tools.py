@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 
 from tightfit.planner.search_options import PlanOptions
+from tightfit.profiles.option_fields import Options, options_of
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.common.option_names import on_command_line
-from tightfit.runtime.common.options import Options, options_of
 from tightfit.runtime.session.options import RunOptions
 
 CUTOFF = 0.4

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tightfit.planner.search_options import PlanOptions
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
     Debug,
@@ -26,7 +27,6 @@ from tightfit.runtime.cli.options import (
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
-from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.supervision.printing import answer
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import Debug, Json, next_command, read, with_options
 from tightfit.runtime.common.limits import enough_for_a_solver
-from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.supervision.printing import answer
 
 

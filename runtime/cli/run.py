@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.options import Cgroup, Debug, Json, read, with_options
-from tightfit.runtime.common.options import PRIMARY
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer, beside
 from tightfit.runtime.supervision.report_text import report_text

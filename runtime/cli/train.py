@@ -23,6 +23,7 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from tightfit.planner.search_options import PlanOptions
+from tightfit.profiles.option_fields import PRIMARY, options_of
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.command import EVERYTHING, Command
@@ -33,7 +34,6 @@ from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interpreter import command, python_path
-from tightfit.runtime.common.options import PRIMARY, options_of
 from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.common.units import MIB, format_size, parse_size
 from tightfit.runtime.session.options import DataOptions, RunOptions

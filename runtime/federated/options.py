@@ -7,9 +7,9 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from tightfit.profiles.option_fields import option
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.options import option
 from tightfit.runtime.session.options import LARGEST_SEED, RateOptions, Schedule
 
 LARGEST_ROUNDS = 1_000_000

@@ -7,10 +7,10 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
+from tightfit.profiles.option_fields import Options, option
 from tightfit.profiles.options import Bits, PathText
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.options import Options, option
 from tightfit.runtime.engine.generation.job import Sampling
 
 CONTEXT = 2048

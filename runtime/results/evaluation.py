@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.planner.schema import Plan
+from tightfit.profiles.option_fields import keywords_of
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import cache_directory
-from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.results.place import adapter_folder
 from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, check_seat, find_store

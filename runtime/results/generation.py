@@ -20,6 +20,7 @@ from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape, handwritten
+from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve, vocabulary
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.pack import build_store
@@ -27,7 +28,6 @@ from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory, read_whole
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.samples import Prompt, parse_prompt
 from tightfit.runtime.data.token_bytes import token_bytes

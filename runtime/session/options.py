@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, SkipValidation, model_validator
 
+from tightfit.profiles.option_fields import Options, option
 from tightfit.profiles.options import PathText
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.options import Options, option
 
 LARGEST_SEED = 10**12
 """a step's own seed is about a million times as large, which must fit into 64 bits"""

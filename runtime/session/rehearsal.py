@@ -38,10 +38,10 @@ from tightfit.profiles.learned import (
 )
 from tightfit.profiles.measuring.cpu_load import Others, crowded
 from tightfit.profiles.measuring.worker import typical
+from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, Channel, Profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.files import cache_directory
-from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.units import format_seconds, format_size
 from tightfit.runtime.engine.training.job import passes_messages
 from tightfit.runtime.engine.training.step_trace import INSTRUCTIONS, TRANSFERS

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tightfit.planner.report.summary import unfinished_update
 from tightfit.planner.schema import Plan
+from tightfit.profiles.option_fields import keywords_of
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
-from tightfit.runtime.common.options import keywords_of
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.session_protocol import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask

@@ -343,9 +343,9 @@ RUNS = {
     "nothing to resume": (["--resume"], "FOLDER/out holds no checkpoint to resume from; leave out --resume to start"),
     "no such schedule": (
         ["--schedule", "step"],
-        "--schedule 'step' is not known; choose one of constant, linear, cosine",
+        "--schedule 'step': it should be 'constant', 'linear' or 'cosine'",
     ),
-    "endless rate": (["--lr", "inf"], "--lr inf: give a finite number of at least 0"),
+    "endless rate": (["--lr", "inf"], "--lr inf: it should be a finite number"),
     "losses explode": (["--lr", "1e30"], "the loss of step 2 is not a number; lower the learning rate (lr 1e+30) or "),
     "output is a file": (["-o", "FOLDER/file"], "FOLDER/file: File exists; choose another output directory"),
 }

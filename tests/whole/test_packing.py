@@ -114,5 +114,5 @@ def test_what_follows_from_positions_does_not_pass_between_the_stages_of_a_pipel
 
 
 def test_packing_is_on_or_off() -> None:
-    with pytest.raises(InputError, match="packing 'no': give True or False"):
+    with pytest.raises(InputError, match="packing 'no': it should be a valid boolean"):
         TrainingOptions(packing="no")  # type: ignore[arg-type]

@@ -349,10 +349,10 @@ def test_a_killed_run_continues_bit_identically(dpo: Made, data: Path, tmp_path:
 
 def test_losses_that_cannot_be_had_are_refused(model_folder: Path) -> None:
     for options, told in (
-        ({"loss": "ppo"}, r"loss 'ppo' is not known; choose dpo or orpo"),
+        ({"loss": "ppo"}, r"loss 'ppo': it should be 'dpo' or 'orpo'"),
         ({"beta": 0.2}, r"beta 0\.2 is of a loss of pairs; name one too: loss='dpo' or loss='orpo'"),
-        ({"loss": "dpo", "beta": 0.0}, r"beta 0: give a finite number above 0"),
-        ({"loss": "dpo", "beta": float("inf")}, r"beta inf: give a finite number above 0"),
+        ({"loss": "dpo", "beta": 0.0}, r"beta 0.0: it should be greater than 0"),
+        ({"loss": "dpo", "beta": float("inf")}, r"beta inf: it should be a finite number"),
         ({"loss": "dpo", "side_rank": 8}, r"loss dpo: a side network predicts tokens and nothing else"),
     ):
         with pytest.raises(InputError, match=told):

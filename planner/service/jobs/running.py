@@ -26,9 +26,9 @@ from tightfit.planner.plan_result import sealed
 from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import CHUNK, Objects
 from tightfit.planner.service.wire.redaction import with_paths
+from tightfit.profiles.option_fields import WORD, beside, options_of
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
 from tightfit.runtime.common.new_lines import NewLines
-from tightfit.runtime.common.options import WORD, beside, options_of
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.session.options import RunOptions
 

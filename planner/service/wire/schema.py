@@ -15,8 +15,8 @@ from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.search_options import PlanOptions
 from tightfit.planner.service.wire.errors import Code
 from tightfit.planner.service.wire.nesting import DEEPEST, too_deep
+from tightfit.profiles.option_fields import OVER_HTTP, Options, beside, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
-from tightfit.runtime.common.options import OVER_HTTP, Options, beside, options_of, types_of
 from tightfit.runtime.session.options import RunOptions
 
 JobKind = Literal["profile", "plan", "comparison", "fleet", "run"]

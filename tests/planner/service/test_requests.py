@@ -26,12 +26,12 @@ from tightfit.profiles.api import DTYPES
 from tightfit.profiles.schema import KNOWN, OPTIMIZER_STATES
 from tightfit.runtime.cli.compare import compare
 from tightfit.runtime.cli.main import app
+from tightfit.runtime.cli.options import read as read_options
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.options import said
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import TrainingOptions
 
 OF_THE_COMMAND = {"context", "output", "as_json", "debug", "server", "html", "picture", "stages", "tokens"}
 """parameters about a command's own files and messages"""
@@ -43,7 +43,7 @@ OF_THE_SERVICE = {
     "rehearse": "the service plans; whoever starts runs rehearses",
 }
 """parameters that a request does not have, and why"""
-CALLED = {"evaluate": "eval_data", "policy": "policies", "device": "devices", "model": "path"}
+CALLED = {"policy": "policies", "device": "devices", "model": "path"}
 """a parameter's name in a request, where it is another one"""
 
 
@@ -153,12 +153,10 @@ def test_a_run_is_started_with_what_its_request_says(request_: dict[str, Any], t
     assert words[:2] == ["tightfit", "run"]
     command: Any = get_command(app)
     read = command.commands["run"].make_context("run", words[2:]).params
-    own = RunOptions(**{name: asked[name] for name in said(RunOptions)})
-    assert RunOptions(**{name: read[name] for name in said(RunOptions)}) == own
+    assert read_options(TrainingOptions, read) == TrainingOptions.of(asked)
     assert set(asked) - {"plan", "data"} <= {CALLED.get(name, name) for name in read}
-    columns = asked["columns"] and ",".join(f"{name}={column}" for name, column in asked["columns"].items())
-    assert (read["data"], read["evaluate"], read["columns"]) == (asked["data"], asked["eval_data"], columns)
-    assert (read["truncate"], read["profile_step"]) == (asked["truncate"], asked["profile_step"])
+    assert (read["data"], read["eval_data"]) == (asked["data"], asked["eval_data"])
+    assert read["profile_step"] == asked["profile_step"]
     assert (read["adapter"] and str(read["adapter"])) == asked["adapter"]
     assert (read["resume"], read["overwrite"]) == (False, True)
 
@@ -179,7 +177,7 @@ def test_a_run_is_started_with_what_its_request_says(request_: dict[str, Any], t
 )
 def test_what_a_run_refuses_its_request_refuses(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=name):
-        RunOptions(**{"eval_every": 1, name: value})
+        TrainingOptions(**{"eval_every": 1, name: value})
     with pytest.raises(ValidationError) as caught:
         RunRequest(plan=DIGEST, data="random", **{name: value})
     assert caught.value.errors()[0]["loc"][0] == name

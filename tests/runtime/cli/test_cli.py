@@ -70,15 +70,21 @@ def planned(monkeypatch):
         (["plan", "p.json", "--memory", "350M"], f"'350M' is not a size; {FORMS}"),
         (["plan", "p.json", "--memory", "0"], f"'0' is no memory at all; {FORMS}"),
         (["compare", "p.json", "--memory", "1GB,,2GB"], f"'' is not a size; {FORMS}"),
-        (["plan", "p.json", "--memory", "1GB", "--time-limit", "-1"], "--time-limit -1.0: give a number of at least 0"),
-        (["compare", "p.json", "--memory", "1GB", "--gap", "-1"], "--gap -1.0: give a number of at least 0"),
-        (["profile", "m", "--seq", "0"], "--seq 0: give a number of at least 1"),
-        (["profile", "m", "--batch", "-3"], "--batch -3: give a number of at least 1"),
-        (["profile", "m", "--lora-rank", "0"], "--lora-rank 0: give a number of at least 1"),
-        (["run", "p.json", "--data", "random", "--steps", "0", "-o", "o"], "--steps 0: give a number of at least 1"),
+        (["plan", "p.json", "--memory", "1GB", "--time-limit", "-1"], "--time-limit -1.0: it should be greater than 0"),
+        (
+            ["compare", "p.json", "--memory", "1GB", "--gap", "-1"],
+            "--gap -1.0: it should be greater than or equal to 0",
+        ),
+        (["profile", "m", "--seq", "0"], "--seq 0: it should be greater than or equal to 1"),
+        (["profile", "m", "--batch", "-3"], "--batch -3: it should be greater than or equal to 1"),
+        (["profile", "m", "--lora-rank", "0"], "--lora-rank 0: it should be greater than or equal to 1"),
+        (
+            ["run", "p.json", "--data", "random", "--steps", "0", "-o", "o"],
+            "--steps 0: it should be greater than or equal to 1",
+        ),
         (
             ["run", "p.json", "--data", "random", "--steps", "1", "-o", "o", "--lr", "nan"],
-            "--lr nan: give a number of at least 0",
+            "--lr nan: it should be a finite number",
         ),
         (
             ["run", "p.json", "--data", "random", "--steps", "1", "-o", "o", "--seed", "9" * 20],
@@ -235,7 +241,7 @@ def test_the_optimizer_and_the_largest_norm_are_asked_for_on_the_command_line(ti
     assert load_plan(tmp_path / "plan.json").update is not None
     code, out, _ = tightfit(*said, "--max-grad-norm", "-1")
     assert code == 2
-    assert json.loads(out)["error"]["message"] == "max-grad-norm -1.0: give a finite number above 0"
+    assert json.loads(out)["error"]["message"] == "--max-grad-norm -1.0: it should be greater than 0"
     assert tightfit(*said, "--optimizer", "adagrad")[0] == 2
 
 

@@ -144,8 +144,8 @@ def test_a_fleet_that_nobody_can_hold_says_so(tightfit, described, tmp_path, mon
     ("words", "message"),
     [
         (["fleet", "plan"], "Missing argument 'FLEET.toml'; try 'tightfit fleet plan --help'"),
-        (["fleet", "plan", "f.toml", "-o", "o", "--time-limit", "-1"], "--time-limit -1.0: give a number of at least 0"),
-        (["fleet", "plan", "f.toml", "-o", "o", "--micro-batches", "0"], "--micro-batches 0: give a number of at least 1"),
+        (["fleet", "plan", "f.toml", "-o", "o", "--time-limit", "-1"], "--time-limit -1.0: it should be greater than 0"),
+        (["fleet", "plan", "f.toml", "-o", "o", "--micro-batches", "0"], "Invalid value for '--micro-batches': 0 is not in the range x>=1"),
         (
             ["fleet", "plan", "f.toml", "-o", "o"],
             "f.toml: No such file or directory; `tightfit fleet plan --help` says what a description of a fleet holds",

@@ -92,10 +92,10 @@ def test_flowers_own_processes_take_more(described, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--min", "3"], "--min 3: give a number of at most 2"),
-        (["--min", "0"], "--min 0: give a number of at least 1"),
-        (["--timeout", "0"], "--timeout 0.0: give a number of seconds above 0"),
-        (["--schedule", "steep"], "--schedule 'steep' is not known; choose one of constant, linear, cosine"),
+        (["--min", "3"], "--min 3: 2 devices take part in this plan; give at most that"),
+        (["--min", "0"], "--min 0: it should be greater than or equal to 1"),
+        (["--timeout", "0"], "--timeout 0.0: it should be greater than 0"),
+        (["--schedule", "steep"], "--schedule 'steep': it should be 'constant', 'linear' or 'cosine'"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--ssl-certfile", "x"], "belong together"),
         (["--ssl-certfile", "x", "--ssl-keyfile", "y", "--ssl-ca-certfile", "z"], "x: no such file"),

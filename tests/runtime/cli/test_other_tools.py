@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import typer
 
+from tightfit.profiles.option_fields import options_of
 from tightfit.runtime.cli import main
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL
 from tightfit.runtime.cli.options import key_of
 from tightfit.runtime.cli.other_tools import ELSEWHERE, NEEDLESS, STAGES, hint
-from tightfit.runtime.common.options import said
 
 COMMANDS: Any = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
 KEYS = {name: {key_of(one) for one in command.params} for name, command in COMMANDS.items() if name != "fleet"}
@@ -22,7 +22,7 @@ def test_what_is_named_is_an_option_and_what_it_is_named_for_is_none() -> None:
     assert {*ELSEWHERE.values()} <= KEYS["train"]
     assert not {*ELSEWHERE, *NEEDLESS} & KEYS["train"]
     assert not {*ELSEWHERE} & {*NEEDLESS}
-    assert all({*said(record)} <= KEYS["train"] for record in STAGES.values())
+    assert all({*options_of(record)} <= KEYS["train"] for record in STAGES.values())
 
 
 @pytest.mark.parametrize("name", [*ELSEWHERE, *NEEDLESS])
@@ -51,7 +51,7 @@ def test_a_name_of_another_trainer_is_understood_at_every_door(name: str, tightf
 def test_another_command_that_has_it_is_named(command: str, tightfit: Any) -> None:
     argument = {"profile": [], "plan": ["--memory", "1GB"], "run": ["--data", "d", "-o", "out"]}[command]
     for other, record in STAGES.items():
-        for option in sorted({*said(record)} - KEYS[command]):
+        for option in sorted({*options_of(record)} - KEYS[command]):
             word = f"--{option.replace('_', '-')}"
             _, _, err = tightfit(command, "x", *argument, word, "1")
             assert f"No such option: {word}; `tightfit {other}` and `tightfit train` have it: {word}; " in err

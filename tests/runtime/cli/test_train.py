@@ -17,13 +17,14 @@ from tiny_plans import CONFIG
 from tightfit.planner.io import load_plan
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.api import load_profile
+from tightfit.profiles.option_fields import PRIMARY, beside
+from tightfit.profiles.option_fields import options_of as fields_of
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import main
 from tightfit.runtime.cli import train as stages
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, write_options
 from tightfit.runtime.cli.options import key_of
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.options import said
 from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.session.options import RunOptions
 
@@ -110,12 +111,14 @@ def test_the_help_shows_first_what_people_need_and_the_rest_on_request(tightfit,
     declared = [
         record
         for record in (ProfileOptions, PlanOptions, RunOptions)
-        if {*said(record)} <= {one.name for one in command.params}
+        if {*fields_of(record)} <= {one.name for one in command.params}
     ]
     for record in declared:
-        for option, told in said(record).items():
+        for option, told in fields_of(record).items():
             shown = f"--{option.replace('_', '-')}" in primary
-            assert shown == (told.primary or f"--{option}" in needed or (name, option) in DECLARED_ANEW), option
+            assert shown == (beside(told)[PRIMARY] or f"--{option}" in needed or (name, option) in DECLARED_ANEW), (
+                option
+            )
     assert len(primary) < 0.75 * len(every)
     assert tightfit(*name.split(), "--help")[1].count("\n") < 85
 
@@ -435,12 +438,12 @@ def test_resuming_what_train_did_not_begin(refused, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--lr", "nan"), "--lr nan: give a number of at least 0"),
+        (("--lr", "nan"), "--lr nan: it should be a finite number"),
         (("--memory", "350M"), "'350M' is not a size; "),
-        (("--schedule", "steep"), "--schedule 'steep' is not known; choose one of constant, linear, cosine"),
+        (("--schedule", "steep"), "--schedule 'steep': it should be 'constant', 'linear' or 'cosine'"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file; "),
         (("--eval", "nowhere.jsonl", "--seq", 8), "nowhere.jsonl: no such file; "),
-        (("--batch", 0), "--batch 0: give a number of at least 1"),
+        (("--batch", 0), "--batch 0: it should be greater than or equal to 1"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_once(made, refused, words, message):

@@ -17,16 +17,16 @@ from reference import CONFIGS
 
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.api import profile
+from tightfit.profiles.option_fields import options_of
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.option_names import named_as, on_command_line
-from tightfit.runtime.common.options import said
 from tightfit.runtime.results.answer_options import AnswerOptions
 from tightfit.runtime.session.options import TrainingOptions
 
 RECORDS: tuple[Any, ...] = (ProfileOptions, PlanOptions, TrainingOptions, AnswerOptions)
-NAMES = {name for record in RECORDS for name in said(record)}
+NAMES = {name for record in RECORDS for name in options_of(record)}
 UNDERSCORED = re.compile(rf"\b({'|'.join(sorted(name for name in NAMES if '_' in name))})\b")
 VALUES: tuple[Any, ...] = (-3, 0, 1.5, math.nan, math.inf, 10**13, "zzz")
 DOORS = (
@@ -42,7 +42,7 @@ DOORS = (
 
 def refusals(record: Any, **beside: Any) -> Iterator[tuple[str, str]]:
     """(option, what is said of it) for every option and value that a record refuses."""
-    for name in said(record):
+    for name in options_of(record):
         for value in VALUES:
             try:
                 record(**beside | {name: value})

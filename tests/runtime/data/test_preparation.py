@@ -54,7 +54,7 @@ lookup.vocabulary = vocabulary
 if holding != "plan":
     loaded = loaded.model_copy(update={"budget_bytes": budget})
 try:
-    with prepared(loaded, data, RunOptions(steps=2), out=out, overwrite=True, stages=stages, counted=True):
+    with prepared(loaded, data, RunOptions(steps=2, out=out, overwrite=True, stages=stages), counted=True):
         pass
 except TightfitError as failure:
     error = [type(failure).__name__, str(failure)]

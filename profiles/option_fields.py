@@ -163,7 +163,15 @@ class keywords_of(Generic[Keywords, Record]):  # noqa: N801  a decorator
 
     def __call__(self, function: Callable[..., Result], /) -> Callable[..., Result]:
         record = cast("Any", self._record)
-        of_record = inspect.signature(record).parameters
+        of_record = {
+            name: inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.is_required() else field.default,
+                annotation=field.annotation,
+            )
+            for name, field in record.model_fields.items()
+        }
         *own, last = inspect.signature(function).parameters.values()
 
         @wraps(function)
