@@ -104,6 +104,11 @@ def beside(field: FieldInfo) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", field.json_schema_extra)
 
 
+def word_of(name: str, field: FieldInfo) -> str:
+    """What the command line calls an option: ``--lora-rank``."""
+    return str(beside(field)[WORD] or f"--{name.replace('_', '-')}")
+
+
 def types_of(annotation: Any) -> tuple[Any, ...]:
     """The types of a value, without None and without what annotates them."""
     while get_origin(annotation) is Annotated:

@@ -13,8 +13,7 @@ from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.schema import Plan
 from tightfit.profiles.option_fields import keywords_of
-from tightfit.runtime.common.errors import InfeasibleError, InputError
-from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.errors import InfeasibleError
 from tightfit.runtime.common.units import format_seconds
 
 FIRST_SHARE = 0.5
@@ -31,10 +30,6 @@ def plan_kind(
     Raises as these do, and InputError for a kind that is none, and for `bits` where nothing passes over a cut.
     """
     kind, bits, limit = asked.kind, asked.bits, asked.time_limit
-    if kind == "data" and bits:
-        raise InputError(
-            f"{spelled('bits')} {bits}: only a pipeline has messages of numbers; leave it out, or ask for kind pipeline"
-        )
     options: dict[str, Any] = {"prices": asked.prices, "progress": asked.progress}
     options |= {} if asked.gap is None else {"gap": asked.gap}
     if kind == "data":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from tightfit.planner.search_options import LONGEST_LIMIT, Progress
 from tightfit.profiles.option_fields import Options, option
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 
 Kind = Literal["auto", "data", "pipeline"]
 
@@ -31,3 +35,11 @@ class FleetOptions(Options):
     )
     prices: bool = option(True, "Also say what more memory or a faster link of each device would be worth.")
     progress: Progress | None = None
+
+    @model_validator(mode="after")
+    def _messages(self) -> Self:
+        if self.kind == "data" and self.bits:
+            raise InputError(
+                f"{spelled('bits')} {self.bits}: only a pipeline has messages of numbers; leave it out, or ask for kind pipeline"
+            )
+        return self

@@ -35,6 +35,7 @@ def compare(
             metavar="NAME,...",
             help="solver and fixed rules to compare; default: the solver and every exact rule that applies to the profile.",
         ),
+        PRIMARY,
     ] = None,
     device: Annotated[
         str,
@@ -42,6 +43,7 @@ def compare(
             metavar="NAME,...",
             help="own: the profile's own device. Names of devices (see `tightfit devices`) or JSON files that describe them: times estimated from the profile's FLOPs and bytes.",
         ),
+        PRIMARY,
     ] = "own",
     html: Html = None,
     picture: Annotated[

@@ -16,7 +16,7 @@ import typer
 import typer.core
 from pydantic.fields import FieldInfo
 
-from tightfit.profiles.option_fields import METAVAR, PRIMARY, WORD, Options, beside, options_of, types_of
+from tightfit.profiles.option_fields import METAVAR, PRIMARY, Options, beside, options_of, types_of, word_of
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.supervision.failure import failure_of
@@ -200,10 +200,10 @@ def _parameter(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
     between them for a list (`read` reads both).
     """
     kinds, told, annotated = types_of(field.annotation), beside(field), cast("Any", Annotated)
-    kind: Any = next((one for one in (Path, str) if one in kinds), kinds[0])
+    kind: Any = next((one for one in (str, Path) if one in kinds), kinds[0])
     if origin := get_origin(kind):
         kind = type(get_args(kind)[0]) if origin is Literal else list[str] if origin is abc.Mapping else str
-    word = told[WORD] or f"--{name.replace('_', '-')}"
+    word = word_of(name, field)
     info = typer.Option(
         f"{word}/--no-{word[2:]}" if kind is bool else word, help=field.description, metavar=told[METAVAR]
     )
@@ -239,7 +239,7 @@ def _entries(option: str, words: Sequence[str], kind: Callable[[str], Any]) -> d
             equals = ""
         if not equals or not name.strip() or not value.strip():
             form = (
-                "NAME=COLUMN,..., for example prompt=question"
+                "NAME=COLUMN,..., for example prompt=question,completion=answer"
                 if kind is str
                 else "a pattern of names and a number, such as q_proj=16"
             )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from tightfit.planner.search_options import PlanOptions
-from tightfit.profiles.option_fields import Options, options_of
+from tightfit.profiles.option_fields import Options, options_of, word_of
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.common.option_names import on_command_line
 from tightfit.runtime.session.options import RunOptions
@@ -122,8 +122,11 @@ def hint(name: str, written: Mapping[str, str], *, near: bool) -> str:
     ours = ELSEWHERE.get(key, key)
     if ours in written:
         return f"; it is {written[ours]} here"
-    for command, record in STAGES.items():
-        if ours in options_of(record):
-            return f"; `tightfit {command}` and `tightfit train` have it: {on_command_line(ours)}"
+    word = on_command_line(ours)
+    commands = [
+        command for command, record in STAGES.items() if word in (word_of(*item) for item in options_of(record).items())
+    ]
+    if commands:
+        return f"; {', '.join(f'`tightfit {command}`' for command in commands)} and `tightfit train` have it: {word}"
     close = difflib.get_close_matches(key, written, 1, CUTOFF) if near else []
     return f"; the nearest is {written[close[0]]}" if close else ""

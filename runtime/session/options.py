@@ -195,11 +195,9 @@ class TrainingOptions(DataOptions, UpdateOptions, LengthOptions):
         return self
 
     def check_end(self) -> None:
-        """Raise InputError where nothing says when the run ends."""
+        """Raise InputError where nothing says when the run ends, as only the program of a Session does."""
         if self.steps is None and self.epochs is None:
-            raise InputError(
-                "a run needs its number of steps, or of epochs; only a Session goes on until its program ends it"
-            )
+            raise InputError(f"{spelled('steps')} is missing: give the number of steps, or {spelled('epochs')}")
 
     def over(self, epoch_steps: float | None, *, of_update: int) -> TrainingOptions:
         """These options with everything in steps, for data of which `epoch_steps` steps are an epoch.

@@ -141,7 +141,7 @@ def test_a_program_trains_with_the_same_result(trained: Any, folder: Path, tmp_p
         tightfit.train(str(folder / "model"), "random", tmp_path, steps=3, tokens=tmp_path)
     with pytest.raises(TypeError, match=r"train\(\) has no option 'stepz'"):
         tightfit.train(str(folder / "model"), "random", tmp_path, stepz=3)
-    with pytest.raises(InputError, match="a run needs its number of steps, or of epochs"):
+    with pytest.raises(InputError, match="steps is missing: give the number of steps, or epochs"):
         tightfit.train(str(folder / "model"), "random", tmp_path)
     with pytest.raises(InputError, match="lr -1: it should be greater than or equal to 0"):
         tightfit.train(str(folder / "model"), "random", tmp_path, steps=1, lr=-1)

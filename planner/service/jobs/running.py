@@ -26,7 +26,7 @@ from tightfit.planner.plan_result import sealed
 from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import CHUNK, Objects
 from tightfit.planner.service.wire.redaction import with_paths
-from tightfit.profiles.option_fields import WORD, beside, options_of
+from tightfit.profiles.option_fields import options_of, word_of
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
 from tightfit.runtime.common.new_lines import NewLines
 from tightfit.runtime.common.parent import end_with_parent
@@ -98,7 +98,7 @@ def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     for name, option in options_of(RunOptions).items():
         value = request.get(name)  # jobs that were stored before an option was known lack it
         if value is not None:
-            words += _words((beside(option)[WORD] or f"--{name.replace('_', '-')}").removeprefix("--"), value)
+            words += _words(word_of(name, option).removeprefix("--"), value)
     words.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
     return words
 

@@ -56,8 +56,8 @@ def test_kinds_and_bits_that_are_none(stages):
     specs = stages((1.0, 1.0))
     for options, message in (
         ({"kind": "tensor"}, "a fleet of kind 'tensor': give one of auto, data, pipeline"),
-        ({"bits": 3}, "messages of 3 bits"),
-        ({"kind": "data", "bits": 8}, "only a pipeline has any"),
+        ({"bits": 3}, "bits 3: it should be 0 or 8"),
+        ({"kind": "data", "bits": 8}, "bits 8: only a pipeline has messages of numbers"),
     ):
         with pytest.raises(InputError, match=message):
             plan_kind(specs, 2, **options)

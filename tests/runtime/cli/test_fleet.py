@@ -87,11 +87,11 @@ def test_options_reach_the_planner(tightfit, planned, described, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--kind", "tensor"), "a fleet of kind 'tensor': give one of auto, data, pipeline"),
-        (("--bits", 5), "messages of 5 bits: give 8, or 0 to send numbers as they are"),
+        (("--kind", "tensor"), "--kind 'tensor': it should be 'auto', 'data' or 'pipeline'"),
+        (("--bits", 5), "--bits 5: it should be 0 or 8"),
         (
             ("--kind", "data", "--bits", 8),
-            "messages of 8 bits: only a pipeline has any; leave bits out, or ask for kind pipeline",
+            "--bits 8: only a pipeline has messages of numbers; leave it out, or ask for kind pipeline",
         ),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_fleet_that_nobody_can_hold_says_so(tightfit, described, tmp_path, mon
     [
         (["fleet", "plan"], "Missing argument 'FLEET.toml'; try 'tightfit fleet plan --help'"),
         (["fleet", "plan", "f.toml", "-o", "o", "--time-limit", "-1"], "--time-limit -1.0: it should be greater than 0"),
-        (["fleet", "plan", "f.toml", "-o", "o", "--micro-batches", "0"], "Invalid value for '--micro-batches': 0 is not in the range x>=1"),
+        (["fleet", "plan", "f.toml", "-o", "o", "--micro-batches", "0"], "Invalid value for '--micro-batches': 0 is not in the range x>=1; try 'tightfit fleet plan --help'"),
         (
             ["fleet", "plan", "f.toml", "-o", "o"],
             "f.toml: No such file or directory; `tightfit fleet plan --help` says what a description of a fleet holds",

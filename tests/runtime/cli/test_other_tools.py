@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from tightfit.profiles.option_fields import options_of
+from tightfit.profiles.option_fields import options_of, word_of
 from tightfit.runtime.cli import main
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL
 from tightfit.runtime.cli.options import key_of
@@ -22,7 +22,12 @@ def test_what_is_named_is_an_option_and_what_it_is_named_for_is_none() -> None:
     assert {*ELSEWHERE.values()} <= KEYS["train"]
     assert not {*ELSEWHERE, *NEEDLESS} & KEYS["train"]
     assert not {*ELSEWHERE} & {*NEEDLESS}
-    assert all({*options_of(record)} <= KEYS["train"] for record in STAGES.values())
+    assert all({*words(record)} <= KEYS["train"] for record in STAGES.values())
+
+
+def words(record: Any) -> list[str]:
+    """The keys of a record's options in a file."""
+    return [word_of(*item).removeprefix("--").replace("-", "_") for item in options_of(record).items()]
 
 
 @pytest.mark.parametrize("name", [*ELSEWHERE, *NEEDLESS])
@@ -50,11 +55,13 @@ def test_a_name_of_another_trainer_is_understood_at_every_door(name: str, tightf
 @pytest.mark.parametrize("command", ["profile", "plan", "run"])
 def test_another_command_that_has_it_is_named(command: str, tightfit: Any) -> None:
     argument = {"profile": [], "plan": ["--memory", "1GB"], "run": ["--data", "d", "-o", "out"]}[command]
+    having: dict[str, list[str]] = {}
     for other, record in STAGES.items():
-        for option in sorted({*options_of(record)} - KEYS[command]):
-            word = f"--{option.replace('_', '-')}"
-            _, _, err = tightfit(command, "x", *argument, word, "1")
-            assert f"No such option: {word}; `tightfit {other}` and `tightfit train` have it: {word}; " in err
+        for option in {*words(record)} - KEYS[command]:
+            having.setdefault(f"--{option.replace('_', '-')}", []).append(f"`tightfit {other}`")
+    for word, others in having.items():
+        _, _, err = tightfit(command, "x", *argument, word, "1")
+        assert f"No such option: {word}; {', '.join(others)} and `tightfit train` have it: {word}; " in err
 
 
 def test_of_a_name_that_nobody_has_there_is_nothing_to_say() -> None:

@@ -227,7 +227,7 @@ def test_peft_loads_what_is_kept_of_the_best(whole, plans):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "a run needs its number of steps, or of epochs"),
+        ({}, "steps is missing: give the number of steps, or epochs"),
         ({"steps": 2, "eval_every": 1}, "eval_every 1: there is nothing to evaluate on; give held-out data"),
         ({"epochs": 1, "eval_every": "1 epoch"}, "eval_every 1 epoch: there is nothing to evaluate on"),
     ],
