@@ -68,7 +68,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# docs/files.md: a line for every file, out of its docstring.
+# Tables of what is tested, out of the tests.
 docs: $(VENV)/.installed
 	$(BIN)/python tests/whole/test_docs.py
 

@@ -1,7 +1,6 @@
-"""docs/files.md has a line for every file, which is the first of its docstring; tables of what is tested are those of the
-tests; links in the documentation lead somewhere.
+"""Tables in the documentation of what is tested are those of the tests; its links lead somewhere; files say what they are.
 
-``python tests/whole/test_docs.py`` (``make docs``) writes the page and the tables anew.
+``python tests/whole/test_docs.py`` (``make docs``) writes the tables anew.
 """
 
 from __future__ import annotations
@@ -13,33 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("profiles", "planner", "runtime")
-PAGE = ROOT / "docs" / "files.md"
 
 
 def first_sentence(path):
     """The first paragraph of a file's docstring, on one line."""
     doc = ast.get_docstring(ast.parse(path.read_text()), clean=True) or ""
     return " ".join(doc.split("\n\n")[0].split())
-
-
-def page():
-    lines = [
-        "# Every file, one line",
-        "",
-        "The first lines of the docstrings, written by `make docs`. [architecture.md](architecture.md) has the rooms' order.",
-    ]
-    for top in FOLDERS:
-        for folder in sorted(path.parent for path in (ROOT / top).rglob("__init__.py")):
-            lines += ["", f"## {folder.relative_to(ROOT).as_posix()}/", "", first_sentence(folder / "__init__.py"), ""]
-            files = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
-            if files:
-                lines += ["| file | what it is |", "|---|---|"]
-                lines += [f"| `{path.name}` | {first_sentence(path).replace('|', chr(92) + '|')} |" for path in files]
-    return "\n".join(lines) + "\n"
-
-
-def test_the_page_of_files_is_what_the_files_say():
-    assert PAGE.read_text() == page(), "run `make docs`"
 
 
 def test_tables_of_what_is_tested_are_those_of_the_tests():
@@ -105,8 +83,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from documented_tables import TABLES, with_table
 
-    PAGE.write_text(page())
     for (name, table), lines in TABLES.items():
         path = ROOT / "docs" / name
         path.write_text(with_table(path.read_text(), table, lines()))
-    sys.stdout.write("".join(f"{path}\n" for path in [PAGE, *(ROOT / "docs" / name for name, _ in TABLES)]))
+    sys.stdout.write("".join(f"{path}\n" for path in (ROOT / "docs" / name for name, _ in TABLES)))

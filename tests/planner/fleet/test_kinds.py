@@ -55,7 +55,7 @@ def test_the_kind_that_was_asked_for(stages):
 def test_kinds_and_bits_that_are_none(stages):
     specs = stages((1.0, 1.0))
     for options, message in (
-        ({"kind": "tensor"}, "a fleet of kind 'tensor': give one of auto, data, pipeline"),
+        ({"kind": "tensor"}, "kind 'tensor': it should be 'auto', 'data' or 'pipeline'"),
         ({"bits": 3}, "bits 3: it should be 0 or 8"),
         ({"kind": "data", "bits": 8}, "bits 8: only a pipeline has messages of numbers"),
     ):
