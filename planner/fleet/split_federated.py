@@ -45,7 +45,7 @@ SERVER_START_SECONDS = 4.0
 busy cores: 3.2 to 5.8 s"""
 CUT_SHARE, ORDER_SHARE = 0.6, 0.1
 """of the time limit: for plans of all cuts, and for the order; the rest is for what the plan is compared with"""
-Baseline = Literal["order as described", "one cut for all"]
+Baseline = Literal["order as described", "one cut for all", "without a device"]
 NO_CUT = "none of the model's cuts leaves it and the server parts that they can hold"
 
 
@@ -252,7 +252,12 @@ class _SplitPlanner:
             solve_seconds=0.0,
             bit_identical=not unlike,
             differences=unlike,
-            baselines=[self._as_described(found, serving), self._one_cut(found), self._whole(found)],
+            baselines=[
+                self._as_described(found, serving),
+                self._one_cut(found),
+                self._whole(found),
+                *self._without(found, serving),
+            ],
         )
         fleet = sealed_fleet(fleet.model_copy(update={"solve_seconds": time.monotonic() - self.started}))
         simulate_split(fleet, plans, server_plans)
@@ -309,12 +314,13 @@ class _SplitPlanner:
         assert size is not None
         return size
 
-    def _way(self, at: int, cut: int, update_seconds: float) -> Way:
+    def _way(self, at: int, cut: int, update_seconds: float, units: int | None = None) -> Way:
+        """How a device is served that takes its share, or so many updates."""
         device, link = self.devices[at], self.specs[at].link
         size = self._lower(device, cut)
         return Way(
             head=head_seconds(link, size, self.start_seconds),
-            service=self.server_start_seconds + self.shares[at] * update_seconds,
+            service=self.server_start_seconds + (self.shares[at] if units is None else units) * update_seconds,
             tail=tail_seconds(link, size),
         )
 
@@ -473,6 +479,26 @@ class _SplitPlanner:
             makespan_seconds=max(one.answered for one in order),
             layers=layers,
         )
+
+    def _without(self, found: _Choices, serving: Serving) -> list[SplitBaseline]:
+        """Rounds without one of the devices, where they are shorter by more than its part: others take its steps, with the cuts
+        that were chosen.
+        """
+        chosen = {one.device: found.cuts[one.device][one.way] for one in serving.served}
+        result = []
+        for number, _ in while_there_is_time(range(len(chosen) if len(chosen) > 1 else 0), self.started + self.limit):
+            others = {at: chosen[place] for place, at in enumerate(found.devices) if place != number}
+            units = shared_by_weight([self.weights[at] for at in others], self.steps // self.unit)
+            ways = [
+                [self._way(at, cut, self._made(at, cut).makespan, count)]
+                for (at, cut), count in zip(others.items(), units)
+                if count
+            ]
+            makespan = best_order(ways, 1.0).makespan
+            if makespan < serving.makespan * (1 - 1 / len(chosen)):
+                layers = {self.specs[at].name: cut for at, cut in others.items()}
+                result.append(SplitBaseline(name="without a device", makespan_seconds=makespan, layers=layers))
+        return result
 
     def _whole(self, found: _Choices) -> SplitBaseline:
         """Every device holds all layers, takes as many steps, and waits for nobody."""
