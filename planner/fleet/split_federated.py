@@ -355,7 +355,7 @@ class _SplitPlanner:
             pipeline, spec = self._made(at, cut), self.specs[at]
             below, above = self.devices[at].search.candidates
             lower, upper = (held.layers for held in pipeline.division)
-            budget = below.plans.least_budget(lower, below.budget_bytes, 0)
+            budget = below.plans.common_budget(lower, below.budget_bytes, 0)
             plans[spec.name] = below.plans.member_plan(lower, budget, 0)
             server_plans[spec.name] = above.plans.member_plan(upper, above.budget_bytes, pipeline.aheads[0])
         return plans, server_plans

@@ -190,11 +190,16 @@ class StagePlans:
         """Distance to the budgets with which memory is valued."""
         return next(iter(self._stages.values())).planner.neighbour_bytes(budget_bytes)
 
-    def least_budget(self, layers: Layers, budget_bytes: int, ahead_below: int) -> int:
-        """The budget for which the fastest known plan within this one was made, so that many members can have one plan."""
+    def common_budget(self, layers: Layers, budget_bytes: int, ahead_below: int) -> int:
+        """A budget up to this one within which the fastest plan is the same, so that many members can have one plan: the largest
+        that was planned for, or that a plan takes.
+        """
         room, known = self.room(layers, budget_bytes, ahead_below), self._stages[layers].known
         best = self.best(layers, room)
-        return budget_bytes - max(0, room - next(asked for asked, one in known.items() if one is best))
+        assert best is not None
+        sizes = {size for asked, one in known.items() for size in (asked, one.plan.peak_bytes)}
+        common = budget_bytes - room + max(size for size in sizes if best.plan.peak_bytes <= size <= room)
+        return max(common, self.profile.device.floor.start_peak_bytes)
 
     def member_plan(self, layers: Layers, budget_bytes: int, ahead_below: int) -> Plan:
         """The fastest known plan as that of a member whose messages take their part of the budget."""

@@ -28,6 +28,8 @@ from tightfit.runtime.common.errors import InfeasibleError
 FLOWER = 2 * MIB
 LORA = {"rank": 4, "alpha": 8.0}
 SPEEDS = (1.0, 0.6, 0.3)
+NONE = 1e-3
+"""seconds that are over at once"""
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_of_equal_members_the_ends_are_first_and_every_budget_has_its_turn(count
 def test_rounds(crowd, solves, count):
     """Those that were not planned have the plans of others."""
     devices = crowd(count)
-    fleet, plans = plan_federated(devices, 4 * count, flower_bytes=FLOWER, start_seconds=0.1, time_limit=0.0)
+    fleet, plans = plan_federated(devices, 4 * count, flower_bytes=FLOWER, start_seconds=0.1, time_limit=NONE)
     assert solves == {"AlonePlans": ALWAYS}
     taking = [member.name for member in fleet.taking]
     assert taking == [*plans]
@@ -119,20 +121,20 @@ def test_rounds_of_devices_that_nobody_could_plan(crowd, solves):
         )
         for number in range(100)
     ]
-    fleet, _ = plan_federated(devices, 400, flower_bytes=FLOWER, time_limit=0.0)
+    fleet, _ = plan_federated(devices, 400, flower_bytes=FLOWER, time_limit=NONE)
     assert solves["AlonePlans"] == len(fleet.taking) == ALWAYS
     assert {member.reason for member in fleet.members[ALWAYS:]} == {
         "there was no time to plan it; give time_limit more"
     }
     small = [replace(device, budget_bytes=FLOWER + MIB) for device in devices]
     with pytest.raises(InfeasibleError, match="of 84 others none was planned: there was no time to plan it"):
-        plan_federated(small, 400, flower_bytes=FLOWER, time_limit=0.0)
+        plan_federated(small, 400, flower_bytes=FLOWER, time_limit=NONE)
 
 
 @pytest.mark.parametrize("count", [100, 1000])
 def test_split_rounds(crowd, solves, count):
     server = replace(crowd(1)[0], name="server", budget_bytes=60 * MIB)
-    options = {"flower_bytes": FLOWER, "start_seconds": 0.1, "server_start_seconds": 0.1, "time_limit": 0.0}
+    options = {"flower_bytes": FLOWER, "start_seconds": 0.1, "server_start_seconds": 0.1, "time_limit": NONE}
     fleet, plans, server_plans = plan_split(server, crowd(count), 2 * count, **options)
     assert solves["AlonePlans"] <= ALWAYS
     assert solves["StagePlans"] <= 4 * ALWAYS
@@ -144,7 +146,7 @@ def test_split_rounds(crowd, solves, count):
 @pytest.mark.parametrize("count", [100, 1000])
 @pytest.mark.parametrize("least", [14.0, 30.0])
 def test_pipelines(crowd, solves, count, least):
-    fleet, _ = plan_pipeline(crowd(count, least, least + 8), 4, time_limit=0.0)
+    fleet, _ = plan_pipeline(crowd(count, least, least + 8), 4, time_limit=NONE)
     assert solves["StagePlans"] <= 6 * ALWAYS
     assert 0 < fleet.bound_seconds <= fleet.makespan_seconds < math.inf
     assert fleet.prices == []
@@ -165,12 +167,12 @@ def test_a_pipeline_of_many_is_no_worse_than_one_of_its_best(crowd, count):
 def test_where_there_was_no_time_to_find_a_pipeline(crowd):
     """Devices have room for no stage, of which none is known before it is planned."""
     with pytest.raises(InfeasibleError, match="so that its parts fit on devices of the fleet; give time_limit more"):
-        plan_pipeline(crowd(300, 9.0, 10.0), 4, time_limit=0.0)
+        plan_pipeline(crowd(300, 9.0, 10.0), 4, time_limit=NONE)
 
 
 @pytest.mark.parametrize("count", [100, 1000])
 def test_the_kind_may_be_open(crowd, solves, count):
-    fleet, _, why = plan_kind(crowd(count), 8, time_limit=0.0, prices=False)
+    fleet, _, why = plan_kind(crowd(count), 8, time_limit=NONE, prices=False)
     assert fleet.makespan_seconds < math.inf
     assert why
     assert sum(solves.values()) < 10 * ALWAYS
