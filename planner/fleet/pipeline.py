@@ -246,10 +246,7 @@ class _PipelinePlanner:
         start = one.plans.profile.device.floor.start_peak_bytes
         if one.budget_bytes < start:
             return f"it cannot hold a stage: it {lacking(start, one.budget_bytes)}"
-        fits = any(
-            one.plans.bound(layers, one.plans.room(layers, one.budget_bytes, 0)) < math.inf
-            for layers in one.plans.smallest()
-        )
+        fits = any(self._may_hold(Held(at, *layers)) for layers in one.plans.smallest())
         return "a step is not shorter with it" if fits else "it cannot hold any of the stages"
 
     def _nothing_fits(self) -> InfeasibleError:
@@ -302,7 +299,7 @@ class _PipelinePlanner:
         search = self._search(self.candidates, self._until(SEARCH_SHARE + BASELINE_SHARE))
         late = len(division) > ALWAYS and time.monotonic() > search.deadline
         found = None if late else search.attempt(division)
-        unfit = [names[held.candidate] for held in division if not self._holds(held)]
+        unfit = [names[held.candidate] for held in division if not self._may_hold(held)]
         layers = dict.fromkeys(names, 0) | {names[held.candidate]: held.last - held.first for held in division}
         equal = PipelineBaseline(
             name="equal layers",
@@ -330,9 +327,9 @@ class _PipelinePlanner:
         )
         return [equal, fastest]
 
-    def _holds(self, held: Held) -> bool:
+    def _may_hold(self, held: Held) -> bool:
         one = self.candidates[held.candidate]
-        return one.plans.best(held.layers, one.plans.room(held.layers, one.budget_bytes, 0)) is not None
+        return one.plans.bound(held.layers, one.plans.room(held.layers, one.budget_bytes, 0)) < math.inf
 
     def _prices(self, fleet: PipelinePlan) -> list[Price]:
         """By how much a step gets shorter if one of the members has more memory, or a faster link: with the same cuts, or

@@ -142,8 +142,9 @@ class ChainSearch:
         ]
         until = time.monotonic() + LEAN_SHARE * self._left()
         open_ = [number for number in able if not self.candidates[number].speed.planned(self.lean(number))]
+        # Those for which there is no time are hoped for, as long as nobody plans them.
         for number, share in while_there_is_time(open_ if self.plans else (), until):
-            self.candidates[number].speed.plan(self.lean(number), share)  # the others are hoped for
+            self.candidates[number].speed.plan(self.lean(number), share)
         return [number for number in able if self._holds(number)]
 
     def _holds(self, candidate: int) -> bool:

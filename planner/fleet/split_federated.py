@@ -458,7 +458,8 @@ class _SplitPlanner:
             for at in found.devices:
                 late = late or time.monotonic() > self.started + self.limit
                 if not late:
-                    self.devices[at].search.deadline = self.started + self.limit
+                    search = self.devices[at].search
+                    search.deadline, search.plans = self.started + self.limit, True
                     self.devices[at].attempt(cut)
             if any(not self.devices[at].made.get(cut) for at in found.devices):
                 continue
@@ -486,7 +487,8 @@ class _SplitPlanner:
         """
         chosen = {one.device: found.cuts[one.device][one.way] for one in serving.served}
         result = []
-        for number, _ in while_there_is_time(range(len(chosen) if len(chosen) > 1 else 0), self.started + self.limit):
+        several = range(len(chosen) if len(chosen) > 1 else 0)
+        for number, share in while_there_is_time(several, self.started + self.limit):
             others = {at: chosen[place] for place, at in enumerate(found.devices) if place != number}
             units = shared_by_weight([self.weights[at] for at in others], self.steps // self.unit)
             ways = [
@@ -494,7 +496,7 @@ class _SplitPlanner:
                 for (at, cut), count in zip(others.items(), units)
                 if count
             ]
-            makespan = best_order(ways, 1.0).makespan
+            makespan = best_order(ways, min(1.0, share)).makespan
             if makespan < serving.makespan * (1 - 1 / len(chosen)):
                 layers = {self.specs[at].name: cut for at, cut in others.items()}
                 result.append(SplitBaseline(name="without a device", makespan_seconds=makespan, layers=layers))
