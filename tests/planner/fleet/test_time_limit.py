@@ -175,12 +175,12 @@ def test_where_there_was_no_time_to_find_a_pipeline(crowd, unlike, solves):
     assert solves["StagePlans"] <= 2 * ALWAYS
 
 
-@pytest.mark.parametrize("count", [100, 1000])
-def test_the_kind_may_be_open(crowd, solves, count):
-    fleet, _, why = plan_kind(crowd(count), 8, time_limit=NONE, prices=False)
+def test_the_kind_may_be_open(crowd, solves):
+    fleet, _, why = plan_kind(crowd(1000), 8, time_limit=NONE, prices=False)
     assert fleet.makespan_seconds < math.inf
     assert why
-    assert sum(solves.values()) < 10 * ALWAYS
+    assert solves["MemberPlans"] <= ALWAYS + 4
+    assert sum(solves.values()) < 8 * ALWAYS
 
 
 @pytest.mark.parametrize("count", [5, 12])
