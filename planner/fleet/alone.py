@@ -1,4 +1,6 @@
-"""Members that take part alone: each with an ordinary plan that accumulates a whole step and makes the update itself."""
+"""Members that hold the whole model, each with an ordinary plan: those that take part in a step alone, which accumulate all of
+it and make the update themselves, and the devices of federated rounds.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tightfit.planner.fleet.member_plans import LEAST_SECONDS
-from tightfit.planner.fleet.member_profiles import alone_profile
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.plan import planner_of
 from tightfit.planner.protocol import Planner
@@ -20,12 +22,12 @@ SHARE = 0.5
 
 
 class AlonePlans:
-    """A device's plans for all micro-batches of a step."""
+    """The plans of a device's profile, by budgets; seconds are those of all `micro_batches` of a step."""
 
     def __init__(self, profile: Profile, micro_batches: int, gap: float) -> None:
         self.micro_batches = micro_batches
         self.gap = gap
-        self.planner: Planner = planner_of(alone_profile(profile, micro_batches))
+        self.planner: Planner = planner_of(profile)
         self._made: dict[int, Plan] = {}
 
     def plan(self, budget_bytes: int, time_limit: float) -> Plan:
@@ -36,6 +38,16 @@ class AlonePlans:
             if self.planner.interrupted:
                 raise KeyboardInterrupt
         return self._made[budget_bytes]
+
+    def known(self, budget_bytes: int) -> Plan | None:
+        """The plan at a budget; where there was no time for one the fastest other one that fits, or one that says that nothing
+        does. None: nothing is known.
+        """
+        if budget_bytes in self._made:
+            return self._made[budget_bytes]
+        fitting = [plan for plan in self._made.values() if plan.train is not None and plan.peak_bytes <= budget_bytes]
+        larger = (plan for asked, plan in self._made.items() if plan.train is None and asked >= budget_bytes)
+        return min(fitting, key=lambda plan: plan.step_seconds) if fitting else next(larger, None)
 
     def makespan(self, budget_bytes: int) -> float:
         """Seconds of a step, as planned so far; infinite where nothing fits, or nothing was planned."""
@@ -58,6 +70,28 @@ class AlonePlans:
         return sum(one.seconds for one in operators if one.phase != "inference") + sum(
             tensor.update_seconds for tensor in trained_tensors(profile)
         )
+
+
+def in_turn(plans: Sequence[object], budgets: Sequence[Any]) -> list[int]:
+    """A member for each budget of each of `plans`, which are those of equal members, in an order in which the first few are of use
+    to all: of equal members those with the smallest and the largest budget, then those in the middle between two. Budgets may have
+    more with them in which members differ, as tuples.
+    """
+    first: dict[tuple[int, Any], int] = {}
+    for at, (own, budget) in enumerate(zip(plans, budgets)):
+        first.setdefault((id(own), budget), at)
+    equal: dict[int, list[int]] = {}
+    for own, budget in sorted(first):
+        equal.setdefault(own, []).append(first[own, budget])
+    ranked: list[tuple[int, int]] = []
+    for members in equal.values():
+        order, gaps = [0, len(members) - 1][: len(members)], [(0, len(members) - 1)]
+        for low, high in gaps:
+            if high - low > 1:
+                order.append((low + high) // 2)
+                gaps += [(low, order[-1]), (order[-1], high)]
+        ranked += [(rank, members[place]) for rank, place in enumerate(order)]
+    return [at for _, at in sorted(ranked)]
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """Plans federated rounds: each device's own plan within its budget, and local steps by its speed, so that nobody waits.
 
 Devices' plans do not depend on how many steps they take, so each device is planned once, for the fastest step that its
-budget holds beside Flower's processes; `round_times` then shares the steps out. With the plans' proven bounds in the
+budget holds beside Flower's processes, and of many equal ones as many as there is time for; `round_times` then shares the steps out. With the plans' proven bounds in the
 place of their seconds, the same sharing-out gives the bound on the makespan.
 """
 
@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tightfit.planner.fleet.alone import AlonePlans, in_turn
 from tightfit.planner.fleet.federated_schema import LARGEST_STEPS, FederatedBaseline, FederatedMember, FederatedPlan
 from tightfit.planner.fleet.federated_simulate import simulate_federated
 from tightfit.planner.fleet.io import plan_file, sealed_fleet
+from tightfit.planner.fleet.member_plans import no_time, while_there_is_time
 from tightfit.planner.fleet.member_profiles import check_equal
 from tightfit.planner.fleet.pieces import trained_tensors
-from tightfit.planner.fleet.plan import MemberSpec, checked_members, report
+from tightfit.planner.fleet.plan import MemberSpec, checked_members, report, shared
 from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, transfer_seconds
 from tightfit.planner.fleet.schema import Link, Price
 from tightfit.planner.fleet.worth import TENTH, faster
-from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import gap_to
-from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_gap, checked_limit
 from tightfit.profiles.schema import Profile
@@ -103,59 +103,31 @@ class _Rounds:
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
-        self.planners: list[tuple[Profile, Planner]] = []
-        self.made: dict[tuple[int, int], Plan] = {}
-        """by a number for the profile, and the budget for the run"""
+        self.plans = shared([spec.profile for spec in self.specs], lambda one: AlonePlans(one, 1, self.gap))
+        self.rooms = [max(1, spec.budget_bytes - self.flower_bytes) for spec in self.specs]
+        """bytes of each device's run"""
         self.own_bytes = [sum(tensor.bytes for tensor in trained_tensors(spec.profile)) for spec in self.specs]
 
-    # --- plans of devices -------------------------------------------------------------------------------------------
-
-    def device_plan(self, at: int, budget_bytes: int, seconds: float) -> Plan:
-        """The plan of a device's run within `budget_bytes`, Flower's processes included; equal devices share theirs."""
-        profile = self.specs[at].profile
-        number = next(
-            (n for n, (known, _) in enumerate(self.planners) if known is profile or known == profile),
-            len(self.planners),
-        )
-        if number == len(self.planners):
-            self.planners.append((profile, planner_of(profile)))
-        room = max(1, budget_bytes - self.flower_bytes)
-        if (number, room) not in self.made:
-            planner = self.planners[number][1]
-            self.made[number, room] = planner.plan(room, time_limit=max(0.5, seconds), gap=self.gap)
-            if planner.interrupted:
-                raise KeyboardInterrupt
-        return self.made[number, room]
-
-    def pace(self, at: int, plan: Plan, *, bound: bool = False, link: Link | None = None) -> Pace:
-        """How fast a device answers by a plan; with `bound` how fast at best by any."""
-        if plan.train is None:
-            return Pace(fixed_seconds=math.inf, step_seconds=math.inf)
+    def pace(self, at: int, step_seconds: float, link: Link | None = None) -> Pace:
+        """How fast a device answers by a plan with such steps."""
         seconds = transfer_seconds(link or self.specs[at].link, self.down_bytes, self.own_bytes[at])
-        return Pace(
-            fixed_seconds=seconds + self.start_seconds,
-            step_seconds=plan.bound_seconds if bound else plan.step_seconds,
-        )
-
-    @property
-    def down_bytes(self) -> int:
-        """Of the fleet's adapter. It has the largest rank of the members that hold a step."""
-        return max(size for at, size in enumerate(self.own_bytes) if at in self.able)
+        return Pace(fixed_seconds=seconds + self.start_seconds, step_seconds=step_seconds)
 
     # --- the round --------------------------------------------------------------------------------------------------
 
     def plan(self, *, priced: bool) -> tuple[FederatedPlan, dict[str, Plan]]:
         until = self.started + (self.deadline - self.started) * (1 - PRICE_SHARE if priced else 1.0)
-        plans: list[Plan] = []
-        for at, spec in enumerate(self.specs):
-            left = (until - time.monotonic()) / (len(self.specs) - at)
-            plans.append(self.device_plan(at, spec.budget_bytes, left))
-            self._report(at + 1)
-        self.able = {at for at, plan in enumerate(plans) if plan.train is not None}
-        if not self.able:
+        order = in_turn(self.plans, self.rooms)
+        for number, (at, share) in enumerate(while_there_is_time(order, until), 1):
+            self.plans[at].plan(self.rooms[at], share)
+            report(self.progress, f"planning devices ({number} of {len(order)})", self.started, math.inf, 0.0)
+        plans = [own.known(room) for own, room in zip(self.plans, self.rooms)]
+        able = {at for at, plan in enumerate(plans) if plan is not None and plan.train is not None}
+        if not able:
             raise self._nothing_fits(plans)
-        paces = [self.pace(at, plan) for at, plan in enumerate(plans)]
-        hoped = [self.pace(at, plan, bound=True) for at, plan in enumerate(plans)]
+        self.down_bytes = max(self.own_bytes[at] for at in able)  # the fleet's adapter has the largest rank
+        paces = [self.pace(at, plan.step_seconds if plan and plan.train else math.inf) for at, plan in enumerate(plans)]
+        hoped = [self.pace(at, self._bound(at, plan)) for at, plan in enumerate(plans)]
         taken = shared_out(paces, self.steps, self.unit)
         makespan = makespan_of(paces, taken)
         bound = min(makespan, makespan_of(hoped, shared_out(hoped, self.steps, self.unit)))
@@ -167,7 +139,7 @@ class _Rounds:
             steps=self.steps,
             accumulate=self.unit,
             batch=profile.batch,
-            rank=max(rank_of(self.specs[at].profile) for at in self.able),
+            rank=max(rank_of(self.specs[at].profile) for at in able),
             adapter_bytes=self.down_bytes,
             members=members,
             makespan_seconds=makespan,
@@ -176,19 +148,20 @@ class _Rounds:
             solve_seconds=0.0,
             baselines=self._baselines(paces),
         )
-        worth = self._prices(fleet, plans, paces) if priced else []
+        worth = self._prices(fleet, paces) if priced else []
         fleet = sealed_fleet(
             fleet.model_copy(update={"prices": worth, "solve_seconds": time.monotonic() - self.started})
         )
-        chosen = {spec.name: plan for spec, plan, count in zip(self.specs, plans, taken) if count}
+        chosen = {spec.name: plan for spec, plan, count in zip(self.specs, plans, taken) if plan and count}
         simulate_federated(fleet, chosen)
         return fleet, chosen
 
-    def _report(self, planned: int) -> None:
-        told = f"planning devices ({planned} of {len(self.specs)})"
-        report(self.progress, told, self.started, math.inf, 0.0)
+    def _bound(self, at: int, plan: Plan | None) -> float:
+        """Seconds of a step that no plan of the device undercuts."""
+        bound = self.plans[at].bound(self.rooms[at])
+        return bound if plan is None or plan.train is None else min(bound, plan.step_seconds)
 
-    def _member(self, at: int, plan: Plan, pace: Pace, count: int) -> FederatedMember:
+    def _member(self, at: int, plan: Plan | None, pace: Pace, count: int) -> FederatedMember:
         spec = self.specs[at]
         member = FederatedMember(
             name=spec.name,
@@ -202,20 +175,22 @@ class _Rounds:
             start_seconds=self.start_seconds,
             plan=plan_file(spec.name) if count else None,
         )
-        if not count:
+        if plan is None or not count:
             return member.model_copy(update={"reason": self._reason(at, plan)})
         return member.model_copy(
             update={
                 "plan_fingerprint": plan.fingerprint,
                 "steps": count,
                 "step_seconds": plan.step_seconds,
-                "bound_seconds": plan.bound_seconds,
+                "bound_seconds": self._bound(at, plan),
                 "peak_bytes": plan.peak_bytes + self.flower_bytes,
                 "round_seconds": pace.answered(count),
             }
         )
 
-    def _reason(self, at: int, plan: Plan) -> str:
+    def _reason(self, at: int, plan: Plan | None) -> str:
+        if plan is None:
+            return no_time()
         if plan.train is not None:
             return "a round would only wait for it"
         return f"it cannot hold a step: it {self._lacking(at, plan)}"
@@ -227,9 +202,12 @@ class _Rounds:
             f" {format_size(self.specs[at].budget_bytes)}"
         )
 
-    def _nothing_fits(self, plans: Sequence[Plan]) -> InfeasibleError:
-        told = "; ".join(f"{spec.name} {self._lacking(at, plans[at])}" for at, spec in enumerate(self.specs))
-        least = min((plan.minimum_budget_bytes or plan.peak_bytes) + self.flower_bytes for plan in plans)
+    def _nothing_fits(self, plans: Sequence[Plan | None]) -> InfeasibleError:
+        planned = [(at, plan) for at, plan in enumerate(plans) if plan is not None]
+        told = "; ".join(f"{self.specs[at].name} {self._lacking(at, plan)}" for at, plan in planned)
+        if others := len(plans) - len(planned):
+            told += f"; of {others} others none was planned: {no_time()}"
+        least = min((plan.minimum_budget_bytes or plan.peak_bytes) + self.flower_bytes for _, plan in planned)
         return InfeasibleError(
             f"no device can hold a step: {told}; give one of them more memory, or profile with a smaller batch or a"
             " shorter sequence",
@@ -253,20 +231,18 @@ class _Rounds:
         alone = paces[fastest].answered(self.steps)
         return [equal, FederatedBaseline(name="fastest alone", makespan_seconds=alone, steps=steps)]
 
-    def _prices(self, fleet: FederatedPlan, plans: Sequence[Plan], paces: Sequence[Pace]) -> list[Price]:
-        """By how much a round gets shorter if one of the members has more memory, or a faster link."""
+    def _prices(self, fleet: FederatedPlan, paces: Sequence[Pace]) -> list[Price]:
+        """By how much a round gets shorter if one of the members has more memory, or a faster link, as far as there is time."""
         result: list[Price] = []
         taking = [at for at, member in enumerate(fleet.members) if member.steps]
-        for number, at in enumerate(taking):
-            spec = self.specs[at]
-            planner = next(one for known, one in self.planners if known == spec.profile)
-            more = min(planner.neighbour_bytes(spec.budget_bytes), spec.budget_bytes // TENTH)
-            left = (self.deadline - time.monotonic()) / (len(taking) - number)
-            roomier = self.pace(at, self.device_plan(at, spec.budget_bytes + more, left))
+        for at, share in while_there_is_time(taking, self.deadline, always=0):
+            spec, step = self.specs[at], paces[at].step_seconds
+            more = min(self.plans[at].planner.neighbour_bytes(spec.budget_bytes), spec.budget_bytes // TENTH)
+            roomier = self.plans[at].plan(self.rooms[at] + more, share)
             gains: dict[str, Any] = {}
             for name, pace in (
-                ("memory_gain_seconds", min(roomier, paces[at], key=lambda one: one.step_seconds)),
-                ("link_gain_seconds", self.pace(at, plans[at], link=faster(spec.link))),
+                ("memory_gain_seconds", self.pace(at, min(step, roomier.step_seconds) if roomier.train else step)),
+                ("link_gain_seconds", self.pace(at, step, faster(spec.link))),
             ):
                 changed = [*paces[:at], pace, *paces[at + 1 :]]
                 makespan = makespan_of(changed, shared_out(changed, self.steps, self.unit))

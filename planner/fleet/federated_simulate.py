@@ -15,14 +15,17 @@ from tightfit.planner.fleet.round_times import transfer_seconds
 from tightfit.planner.fleet.simulate import ROUNDING, InvalidFleet, check_link, same
 from tightfit.planner.fleet.split_schema import SplitPlan
 from tightfit.planner.schema import Plan
-from tightfit.planner.simulation.simulate import simulate
+from tightfit.planner.simulation.simulate import Simulation, simulate
 
 
 def simulate_federated(fleet: FederatedPlan, plans: Mapping[str, Plan]) -> float:
     """Seconds of a round of `fleet` with the plans of its members, by name. Raises InvalidFleet where an invariant breaks."""
     check_members(fleet)
+    distinct = {id(plan): plan for plan in plans.values()}  # many may have one
+    found = {key: simulate(plan) for key, plan in distinct.items()}
     for member in fleet.members:
-        _check(fleet, member, plans.get(member.name))
+        plan = plans.get(member.name)
+        _check(fleet, member, plan, found.get(id(plan)))
     makespan = max(member.round_seconds for member in fleet.members)
     check_makespan(fleet, makespan)
     return makespan
@@ -47,7 +50,7 @@ def check_makespan(fleet: FederatedPlan | SplitPlan, makespan: float) -> None:
         )
 
 
-def _check(fleet: FederatedPlan, member: FederatedMember, plan: Plan | None) -> None:
+def _check(fleet: FederatedPlan, member: FederatedMember, plan: Plan | None, found: Simulation | None) -> None:
     def fail(invariant: str, text: str) -> InvalidFleet:
         return InvalidFleet(invariant, member.name, text)
 
@@ -59,7 +62,7 @@ def _check(fleet: FederatedPlan, member: FederatedMember, plan: Plan | None) -> 
         if plan is not None or member.plan is not None or member.round_seconds:
             raise fail("plan", "it takes no steps and has a plan")
         return
-    if plan is None or member.plan is None or plan.fingerprint != member.plan_fingerprint:
+    if plan is None or found is None or member.plan is None or plan.fingerprint != member.plan_fingerprint:
         raise fail("plan", "it takes steps, and its plan is missing or another one")
     if plan.accumulate != fleet.accumulate or plan.optimizer.get("name", "adamw") != "adamw":
         raise fail("optimizer", f"its plan is for {plan.optimizer}")
@@ -69,7 +72,6 @@ def _check(fleet: FederatedPlan, member: FederatedMember, plan: Plan | None) -> 
         raise fail("model", f"its plan trains {own} bytes of {plan.model.name} in batches of {plan.batch}")
     if lora["rank"] != member.rank or member.rank > fleet.rank or own > fleet.adapter_bytes:
         raise fail("model", f"its adapter has rank {lora['rank']}, the fleet's {fleet.rank}")
-    found = simulate(plan)
     if member.peak_bytes != found.peak_bytes + member.flower_bytes or plan.peak_bytes != found.peak_bytes:
         raise fail("peak", f"{member.peak_bytes} bytes are stated, the replay of its plan holds {found.peak_bytes}")
     if member.flower_bytes < 0 or member.peak_bytes > member.budget_bytes:

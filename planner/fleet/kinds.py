@@ -56,7 +56,7 @@ def plan_kind(
         left = max(1.0, limit - (time.monotonic() - started))
         pipeline, stages = plan_pipeline(members, micro_batches, bits=bits, time_limit=left, **options)
     except InfeasibleError:
-        return data, plans, f"data parallel ({alone}): the devices cannot hold a pipeline"
+        return data, plans, f"data parallel ({alone}): no pipeline was found that the devices can hold"
     found = format_seconds(pipeline.makespan_seconds)
     if pipeline.makespan_seconds < data.makespan_seconds and len(pipeline.chain) > 1:
         return pipeline, stages, f"a pipeline ({found}): shorter than data parallel ({alone})"

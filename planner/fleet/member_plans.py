@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tightfit.planner.fleet.member_profiles import member_profile
 from tightfit.planner.fleet.member_times import micro_batch_seconds, shelf_seconds
@@ -22,9 +23,30 @@ from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.option_names import spelled
 
 LEAST_SECONDS = 0.5
 """time limit of a plan, at least: a search that has no time finds nothing"""
+ALWAYS = 16
+"""of what is to be planned for one fleet: so much is, however short the time"""
+
+T = TypeVar("T")
+
+
+def no_time() -> str:
+    """Why something was not planned."""
+    return f"there was no time to plan it; give {spelled('time_limit')} more"
+
+
+def while_there_is_time(things: Sequence[T], until: float, always: int = ALWAYS) -> Iterator[tuple[T, float]]:
+    """Each of the things to plan for with its share of the seconds that are left until `until`, on the monotonic clock; once
+    that is over, of the first `always` alone. So one time limit holds for a fleet of any size.
+    """
+    for done, thing in enumerate(things):
+        share = (until - time.monotonic()) / (len(things) - done)
+        if share <= 0 and done >= always:
+            return
+        yield thing, share
 
 
 class Speed(Protocol):

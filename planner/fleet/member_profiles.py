@@ -7,7 +7,7 @@ over to the shelf. Memory that the exchange takes is part of the plan's floor, s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.schema import Shelf
@@ -17,6 +17,7 @@ from tightfit.profiles.schema import EXCHANGE, Device, Profile, Program, adamw
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 
+T = TypeVar("T")
 HAND_OVER_SECONDS = 20e-6
 """to hand one gradient over, beside its bytes: a call of a copying kernel and the bookkeeping around it"""
 CLOSING_PASSES = 3
@@ -110,7 +111,7 @@ def check_one_model(profiles: Mapping[str, Profile]) -> None:
             )
         refuse_statistics(profile, "a fleet")
     check_equal(
-        {name: _facts(profile) for name, profile in profiles.items()},
+        _each(profiles, _facts),
         lambda one, other: "" if isinstance(other, list) else f" ({_shown(one)} and {_shown(other)})",
     )
 
@@ -141,14 +142,19 @@ def differences(profiles: Mapping[str, Profile]) -> list[str]:
     ):
         if len(set(values.values())) > 1:
             result.append(f"{what}: " + ", ".join(f"{name} {_shown(value)}" for name, value in values.items()))
-    (one, first), *others = profiles.items()
-    programs = _untimed(first.programs)
-    unlike = [name for name, profile in others if _untimed(profile.programs) != programs]
+    (one, programs), *others = _each(profiles, lambda profile: _untimed(profile.programs)).items()
+    unlike = [name for name, own in others if own != programs]
     if unlike:
         result.append(
             f"how operators compute (what they round, and their scratch memory): {', '.join(unlike)} not as {one}"
         )
     return result
+
+
+def _each(profiles: Mapping[str, Profile], make: Callable[[Profile], T]) -> dict[str, T]:
+    """What `make` makes of each member's profile; of one that many members have, once."""
+    made = {id(profile): make(profile) for profile in {id(one): one for one in profiles.values()}.values()}
+    return {name: made[id(profile)] for name, profile in profiles.items()}
 
 
 def _facts(profile: Profile) -> dict[str, Any]:

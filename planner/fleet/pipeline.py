@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from tightfit.planner.fleet.io import plan_file, sealed_fleet
+from tightfit.planner.fleet.member_plans import ALWAYS, no_time, while_there_is_time
 from tightfit.planner.fleet.member_profiles import check_one_model, differences
 from tightfit.planner.fleet.pipeline_bounds import Candidate, Division, DivisionBounds, Held
 from tightfit.planner.fleet.pipeline_schema import Passed, PipelineBaseline, PipelinePlan, Stage
@@ -29,7 +30,7 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_gap, checked_limit
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.units import format_size
+from tightfit.runtime.common.units import format_seconds, format_size
 from tightfit.runtime.engine.fleet.message import Passing
 
 __all__ = ["plan_pipeline"]
@@ -245,14 +246,17 @@ class _PipelinePlanner:
         start = one.plans.profile.device.floor.start_peak_bytes
         if one.budget_bytes < start:
             return f"it cannot hold a stage: it {lacking(start, one.budget_bytes)}"
-        fits = any(
-            one.plans.bound(layers, one.plans.room(layers, one.budget_bytes, 0)) < math.inf
-            for layers in one.plans.smallest()
-        )
+        fits = any(self._may_hold(Held(at, *layers)) for layers in one.plans.smallest())
         return "a step is not shorter with it" if fits else "it cannot hold any of the stages"
 
     def _nothing_fits(self) -> InfeasibleError:
         """What equal parts of the model would need."""
+        if self.search.stopped:
+            limit = format_seconds(self.time_limit)
+            return InfeasibleError(
+                f"no way to cut the model was found in {limit} so that its parts fit on devices of the fleet; give"
+                f" {spelled('time_limit')} more, or the devices more memory"
+            )
         division = self._equal()
         needed = []
         for held in division:
@@ -293,18 +297,20 @@ class _PipelinePlanner:
         names = [spec.name for spec in self.specs]
         division = self._equal()
         search = self._search(self.candidates, self._until(SEARCH_SHARE + BASELINE_SHARE))
-        found = search.attempt(division)
-        unfit = [names[held.candidate] for held in division if not self._holds(held)]
+        late = len(division) > ALWAYS and time.monotonic() > search.deadline
+        found = None if late else search.attempt(division)
+        unfit = [names[held.candidate] for held in division if not self._may_hold(held)]
         layers = dict.fromkeys(names, 0) | {names[held.candidate]: held.last - held.first for held in division}
         equal = PipelineBaseline(
             name="equal layers",
             makespan_seconds=None if found is None else found.makespan,
             layers=layers,
-            reason=None if found else f"{', '.join(unfit)} cannot hold its layers",
+            reason=None if found else no_time() if late else f"{', '.join(unfit)} cannot hold its layers",
         )
         search = self._search(self.candidates, self._until(1.0))
-        for at in range(len(names)):
-            search.attempt((Held(at, 0, self.candidates[at].plans.layers),))
+        bounds = DivisionBounds(self.candidates, self.micro_batches)
+        whole = sorted(((Held(at, 0, self.candidates[at].plans.layers),) for at in range(len(names))), key=bounds.bound)
+        tried = [search.attempt(one) for one, _ in while_there_is_time(whole, search.deadline)]
         alone = search.best
         working = dict.fromkeys(names, 0)
         if alone is not None:
@@ -313,21 +319,25 @@ class _PipelinePlanner:
             name="fastest alone",
             makespan_seconds=None if alone is None else alone.makespan,
             layers=working,
-            reason=None if alone else "no device can hold a micro-batch alone",
+            reason=None
+            if alone
+            else no_time()
+            if len(tried) < len(whole)
+            else "no device can hold a micro-batch alone",
         )
         return [equal, fastest]
 
-    def _holds(self, held: Held) -> bool:
+    def _may_hold(self, held: Held) -> bool:
         one = self.candidates[held.candidate]
-        return one.plans.best(held.layers, one.plans.room(held.layers, one.budget_bytes, 0)) is not None
+        return one.plans.bound(held.layers, one.plans.room(held.layers, one.budget_bytes, 0)) < math.inf
 
     def _prices(self, fleet: PipelinePlan) -> list[Price]:
         """By how much a step gets shorter if one of the members has more memory, or a faster link: with the same cuts, or
         with others that were tried.
         """
         assert self.search.best is not None
-        result = []
-        for held in self.search.best.division:
+        result: list[Price] = []
+        for held, _ in while_there_is_time(self.search.best.division, self._until(1.0), always=0):
             at = held.candidate
             one = self.candidates[at]
             more = min(one.plans.neighbour_bytes(one.budget_bytes), one.budget_bytes // TENTH)
@@ -343,8 +353,11 @@ class _PipelinePlanner:
         assert self.search.best is not None
         candidates = [*self.candidates[:at], changed, *self.candidates[at + 1 :]]
         search = self._search(candidates, self._until(1.0), plans=plans)
-        tried = [self.search.best.division] if plans else sorted(self.search.tried)
-        return min(search.choose(division).makespan for division in tried)
+        found = search.choose(self.search.best.division).makespan
+        for division in () if plans else sorted(self.search.tried):
+            if time.monotonic() < search.deadline:
+                found = min(found, search.choose(division).makespan)
+        return found
 
 
 def _member(spec: MemberSpec) -> Stage:

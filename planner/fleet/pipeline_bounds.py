@@ -15,6 +15,10 @@ itself is at work: in turns each micro-batch takes `seconds`, which no plan unde
 and the pass above it; ahead each takes `seconds` and those of a forward alone. Of the first and the last micro-batch
 only the operators count that run after activations have arrived, and before gradients are handed over.
 
+Where there are too many sets of members to look at, the bounds forget who holds the layers above (state-space relaxation):
+whoever does has the most memory that any device of a profile has, and the best link of all. Divisions are then some of them, by
+a beam search among the fastest members and the ones with most memory.
+
 docs/formulation.md has the same in symbols, (42) to (45).
 """
 
@@ -22,14 +26,21 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
+from itertools import count, islice
 from typing import NamedTuple
 
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.stage_plans import Layers, StagePlans
+
+MOST_SETS = 500_000
+"""sets of members, times kinds of members, times the square of the places of cuts: with more, bounds forget who holds the layers
+above. Each takes some microseconds"""
+REACH, BEAM = 3, 8
+"""then: so many of the fastest members, and of those with most memory, may hold the next stage; so many beginnings go on"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +53,10 @@ class Candidate:
     budget_bytes: int
     link: Link
 
-    def alike(self, other: Candidate) -> bool:
-        """Whether the two can change places without changing anything."""
-        return self.plans is other.plans and (self.budget_bytes, self.link) == (other.budget_bytes, other.link)
+    @property
+    def kind(self) -> tuple[int, int, Link]:
+        """Two of one kind can change places without changing anything."""
+        return id(self.plans), self.budget_bytes, self.link
 
 
 class Held(NamedTuple):
@@ -127,16 +139,15 @@ class DivisionBounds:
         ahead = many * (figures.micro_batch + figures.ahead)
         if not whole:
             ahead += figures.alone + operators - figures.micro_batch - figures.ahead
-        latency = [one.link.latency_seconds for one in self.candidates]
-        told = 2 * (latency[held.candidate] + latency[following])
+        told = 2 * (self._latency(held.candidate) + self._latency(following))
         path = least_forward + there + above.step + back + figures.backward + told
         # Each member tells one other at least.
-        at_work = min(in_turns, ahead) + 2 * sum(latency[one] for one in taken)
+        at_work = min(in_turns, ahead) + 2 * sum(map(self._latency, taken))
         return Least(least_forward + beyond + figures.backward, max(path, at_work))
 
     def _of(self, held: Held) -> _Figures:
         if held not in self._figures:
-            one = self.candidates[held.candidate]
+            one = self._members[held.candidate]
             room = one.plans.room(held.layers, one.budget_bytes, 0)
             alone, forward, backward = one.plans.operators(held.layers)
             self._figures[held] = _Figures(
@@ -149,13 +160,16 @@ class DivisionBounds:
         return self._figures[held]
 
     def _up(self, held: Held) -> int:
-        return self.candidates[held.candidate].plans.up_bytes[held.last]
+        return self._members[held.candidate].plans.up_bytes[held.last]
 
     def _down(self, held: Held) -> int:
-        return self.candidates[held.candidate].plans.down_bytes[held.last]
+        return self._members[held.candidate].plans.down_bytes[held.last]
+
+    def _latency(self, member: int) -> float:
+        return self._members[member].link.latency_seconds
 
     def _message(self, source: int, target: int, size: int) -> float:
-        one, other = self.candidates[source].link, self.candidates[target].link
+        one, other = self._members[source].link, self._members[target].link
         rate = min(one.up_bytes_per_second, other.down_bytes_per_second)
         return size / rate + one.latency_seconds + other.latency_seconds
 
@@ -167,7 +181,10 @@ class DivisionBounds:
         return min((one.step for one in self._above[0].values()), default=math.inf)
 
     def divisions(self) -> Iterator[tuple[float, Division]]:
-        """All divisions that may fit, with their bounds, which do not fall."""
+        """All divisions that may fit, or some where there are too many, with their bounds, which do not fall."""
+        if not self.exact:
+            yield from self._beam()
+            return
         numbers = count()
         heap: list[tuple[float, int, Division]] = [(0.0, next(numbers), ())]
         while heap:
@@ -180,20 +197,91 @@ class DivisionBounds:
                 if least < math.inf:
                     heapq.heappush(heap, (least, next(numbers), longer))
 
+    def _beam(self) -> Iterator[tuple[float, Division]]:
+        """Of the divisions that have begun with equally many stages, those with the lowest bounds go on."""
+        begun: list[Division] = [()]
+        whole: list[tuple[float, Division]] = []
+        while begun:
+            bounds = ((self._completed(longer), longer) for one in begun for longer in self._longer(one))
+            listed = sorted((least, longer) for least, longer in bounds if least < math.inf)
+            whole += [(least, one) for least, one in listed if one[-1].last == self.layers]
+            begun = [one for _, one in listed if one[-1].last < self.layers][:BEAM]
+        yield from sorted(whole)
+
     def _longer(self, begun: Division) -> Iterator[Division]:
         first = begun[-1].last if begun else 0
-        taken = {held.candidate for held in begun}
-        for candidate in self._next(taken, range(len(self.candidates))):
-            for last in (*self.places, self.layers):
-                if last > first:
-                    yield (*begun, Held(candidate, first, last))
+        later = [last for last in (*self.places, self.layers) if last > first]
+        for candidate in self._within_reach({held.candidate for held in begun}, Held(0, first, later[0])):
+            for last in later:
+                yield (*begun, Held(candidate, first, last))
+
+    def _within_reach(self, taken: set[int], least: Held) -> Iterator[int]:
+        """The candidates that may hold the next stage, which has the layers of `least` or more."""
+        if self.exact:
+            yield from self._next(taken, range(len(self.candidates)))
+            return
+        found: set[int] = set()
+        for order in self._orders:
+            holding = (
+                one
+                for one in self._next(taken, order)
+                if self._of(least._replace(candidate=one)).micro_batch < math.inf
+            )
+            found.update(islice(holding, REACH))
+        yield from sorted(found)
+
+    @cached_property
+    def _orders(self) -> tuple[list[int], list[int]]:
+        """The candidates from the fastest on, a message counted in, and from the one with most memory on."""
+
+        def seconds(at: int) -> float:
+            plans, link = self.candidates[at].plans, self.candidates[at].link
+            sent = max(plans.up_bytes.values()) / link.up_bytes_per_second
+            received = max(plans.down_bytes.values()) / link.down_bytes_per_second
+            return sum(plans.operators((0, self.layers))) + sent + received + 2 * link.latency_seconds
+
+        numbers = range(len(self.candidates))
+        return sorted(numbers, key=seconds), sorted(numbers, key=lambda at: -self.candidates[at].budget_bytes)
 
     def _next(self, taken: set[int], order: Sequence[int]) -> Iterator[int]:
-        """The candidates that are left; of those that are alike, the first in `order`."""
-        left = [one for one in order if one not in taken]
-        for place, one in enumerate(left):
-            if not any(self.candidates[one].alike(self.candidates[other]) for other in left[:place]):
+        """The members that are left; of those of one kind, the first in `order`."""
+        seen = set()
+        for one in order:
+            if one not in taken and (kind := self._kinds[one]) not in seen:
+                seen.add(kind)
                 yield one
+
+    @cached_property
+    def _kinds(self) -> list[tuple[int, int, Link]]:
+        return [one.kind for one in self._members]
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether the candidates are few enough for bounds that know which of them hold the layers above."""
+        stages = len(self.places)
+        kinds = Counter(one.kind for one in self.candidates)
+        sets = [1] + [0] * stages  # by their size
+        for many in kinds.values():
+            sets = [sum(sets[max(0, size - many) : size + 1]) for size in range(stages + 1)]
+            if sum(sets) * len(kinds) * stages**2 > MOST_SETS:
+                return False
+        return True
+
+    @cached_property
+    def _members(self) -> Sequence[Candidate]:
+        """The candidates, and where these are too many, behind them for each profile one that none of them surpasses."""
+        if self.exact:
+            return self.candidates
+        links = [one.link for one in self.candidates]
+        link = Link(
+            up_bytes_per_second=max(one.up_bytes_per_second for one in links),
+            down_bytes_per_second=max(one.down_bytes_per_second for one in links),
+            latency_seconds=min(one.latency_seconds for one in links),
+        )
+        most: dict[int, Candidate] = {}
+        for one in sorted(self.candidates, key=lambda one: one.budget_bytes):
+            most[id(one.plans)] = replace(one, link=link)
+        return [*self.candidates, *most.values()]
 
     def _completed(self, begun: Division) -> float:
         """The bound of the best division that begins like this."""
@@ -215,31 +303,32 @@ class DivisionBounds:
     @cached_property
     def _above(self) -> dict[int, _Table]:
         """By a stage's first layer, then by the members that hold it and all above, and by the one that holds it, what
-        they take at least: each time on its own, as it may be of other cuts.
+        they take at least: each time on its own, as it may be of other cuts. Where members are too many, whoever they are.
         """
         result: dict[int, _Table] = {}
-        order = range(len(self.candidates))[::-1]
+        many = len(self.candidates)
+        order = range(many)[::-1] if self.exact else range(many, len(self._members))
         for first in reversed(self.places):
             table: _Table = {}
             for candidate in self._next(set(), order):
                 found = self._least(Held(candidate, first, self.layers), None, None, {candidate})
-                _note(table, frozenset({candidate}), candidate, found)
+                self._note(table, frozenset({candidate}), candidate, found)
             for last in (place for place in self.places if place > first):
                 for (members, following), above in result[last].items():
                     for candidate in self._next(set(members), order):
                         taken = members | {candidate}
                         found = self._least(Held(candidate, first, last), following, above, set(taken))
-                        _note(table, taken, candidate, found)
+                        self._note(table, taken, candidate, found)
             result[first] = table
         return result
 
-
-def _note(table: _Table, members: frozenset[int], candidate: int, found: Least) -> None:
-    """Keep the least of each time."""
-    known = table.get((members, candidate), Least(math.inf, math.inf))
-    least = Least(min(found.one_pass, known.one_pass), min(found.step, known.step))
-    if least.step < math.inf:
-        table[members, candidate] = least
+    def _note(self, table: _Table, members: frozenset[int], candidate: int, found: Least) -> None:
+        """Keep the least of each time."""
+        key = (members, candidate) if self.exact else (frozenset(), len(self.candidates))
+        known = table.get(key, Least(math.inf, math.inf))
+        least = Least(min(found.one_pass, known.one_pass), min(found.step, known.step))
+        if least.step < math.inf:
+            table[key] = least
 
 
 def _repeated(seconds: float, least: float, times: int, *, whole: bool) -> float:

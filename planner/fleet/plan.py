@@ -15,8 +15,8 @@ from typing import Any, SupportsIndex, TypeVar
 
 from tightfit.planner.fleet.alone import AlonePlans, AloneSearch
 from tightfit.planner.fleet.io import plan_file, sealed_fleet
-from tightfit.planner.fleet.member_plans import MemberPlans
-from tightfit.planner.fleet.member_profiles import check_one_model, differences, update_seconds
+from tightfit.planner.fleet.member_plans import MemberPlans, no_time
+from tightfit.planner.fleet.member_profiles import alone_profile, check_one_model, differences, update_seconds
 from tightfit.planner.fleet.member_times import micro_batch_seconds, shelf_seconds
 from tightfit.planner.fleet.pieces import pieces_of
 from tightfit.planner.fleet.schema import NAME, FleetPlan, Link, Member
@@ -30,7 +30,6 @@ from tightfit.planner.search_options import Progress, checked_budget, checked_ga
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.profiles.schema import Profile, without_shorter
 from tightfit.runtime.common.errors import InfeasibleError, InputError
-from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
 
 __all__ = ["MemberSpec", "plan_fleet"]
@@ -169,7 +168,7 @@ class _FleetPlanner:
             report=self._report,
         )
         self.alone = AloneSearch(
-            plans=shared(profiles, lambda one: AlonePlans(one, micro_batches, gap / 2)),
+            plans=shared(profiles, lambda one: AlonePlans(alone_profile(one, micro_batches), micro_batches, gap / 2)),
             budgets=[spec.budget_bytes for spec in specs],
         )
 
@@ -299,11 +298,7 @@ class _FleetPlanner:
         """Why a member takes no part."""
         if time.monotonic() > self._until(1.0) and self.search.candidates:
             planned = self.speeds[at].planned(self.search.lean(at))
-            return (
-                "a step is not shorter with it"
-                if planned
-                else f"there was no time to plan it; give {spelled('time_limit')} more"
-            )
+            return "a step is not shorter with it" if planned else no_time()
         needed, allowed = self._needed(at), self.specs[at].budget_bytes
         if needed <= allowed:
             return "a step is not shorter with it"

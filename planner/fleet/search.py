@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from tightfit.planner.fleet.allotment import Allotment, Taken, Way, allot
 from tightfit.planner.fleet.exchange import Station, play
 from tightfit.planner.fleet.exchange_bounds import Role, Surroundings, Terms, least_seconds, role_of, terms
-from tightfit.planner.fleet.member_plans import Speed
+from tightfit.planner.fleet.member_plans import ALWAYS, Speed, while_there_is_time
 from tightfit.planner.fleet.pieces import exchange_bytes, slots_of
 from tightfit.planner.fleet.schema import Link, Shelf
 from tightfit.profiles.schema import Device
@@ -142,10 +142,9 @@ class ChainSearch:
         ]
         until = time.monotonic() + LEAN_SHARE * self._left()
         open_ = [number for number in able if not self.candidates[number].speed.planned(self.lean(number))]
-        for done, number in enumerate(open_ if self.plans else ()):
-            share = (until - time.monotonic()) / (len(open_) - done)
-            if share <= 0 and done >= PAIRED:  # the others are hoped for, as long as nobody plans them
-                break
+        # Those for which there is no time are hoped for, as long as nobody plans them.
+        always = ALWAYS - len(able) + len(open_)
+        for number, share in while_there_is_time(open_ if self.plans else (), until, always):
             self.candidates[number].speed.plan(self.lean(number), share)
         return [number for number in able if self._holds(number)]
 

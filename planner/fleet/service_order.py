@@ -19,6 +19,8 @@ from ortools.sat.python import cp_model
 
 from tightfit.planner.solvers.cp_sat import single_worker, solved
 
+MOST_WAYS = 2000
+"""of all devices together: with more, the order is by tails and the bound is Jackson's, without a search"""
 TICKS = 10_000_000
 """CP-SAT counts in whole numbers: so many make up the makespan of the first order. Seconds are rounded down, so that what
 it proves holds"""
@@ -110,7 +112,7 @@ def best_order(ways: Sequence[Sequence[Way]], time_limit: float) -> Serving:
     known = _by_tails(ways)
     makespan = max(one.answered for one in known)
     bound = min(makespan, jackson_bound(least))
-    if bound < makespan:
+    if bound < makespan and sum(map(len, ways)) <= MOST_WAYS:
         found, proven = _searched(ways, known, makespan, time_limit)
         known = min(known, found, key=lambda all_served: max(one.answered for one in all_served))
         bound = max(bound, proven)
@@ -120,14 +122,19 @@ def best_order(ways: Sequence[Sequence[Way]], time_limit: float) -> Serving:
 def _by_tails(ways: Sequence[Sequence[Way]]) -> list[Served]:
     """Each device in its shortest way; of those that are ready, the one with the longest tail first."""
     quickest = [min(range(len(own)), key=lambda way: (own[way].service, own[way].tail, own[way].head)) for own in ways]
-    left, order, now = set(range(len(ways))), [], 0.0
-    while left:
-        now = max(now, min(ways[one][quickest[one]].head for one in left))
-        ready = [one for one in left if ways[one][quickest[one]].head <= now]
-        chosen = max(ready, key=lambda one: (ways[one][quickest[one]].tail, -one))
-        left.remove(chosen)
-        order.append((chosen, quickest[chosen]))
-        now += ways[chosen][quickest[chosen]].service
+    chosen = [own[way] for own, way in zip(ways, quickest)]
+    coming = sorted(range(len(ways)), key=lambda one: chosen[one].head, reverse=True)
+    ready: list[tuple[float, int]] = []
+    order, now = [], 0.0
+    while coming or ready:
+        if not ready:
+            now = max(now, chosen[coming[-1]].head)
+        while coming and chosen[coming[-1]].head <= now:
+            one = coming.pop()
+            heapq.heappush(ready, (-chosen[one].tail, one))
+        _, one = heapq.heappop(ready)
+        order.append((one, quickest[one]))
+        now += chosen[one].service
     return served(ways, order)
 
 

@@ -4,7 +4,8 @@ For every device and every cut of the model, device and server are a pipeline of
 budget (`stage_plans`, `pipeline_search`); so many updates of it, after the start of the server's run, are the service. Cuts
 are tried by their bounds. One is left out where another is known that is no worse in all: its head, its service and its
 tail. Then `service_order` chooses a cut for every device and the order at once. With the bounds of all cuts that might be
-better in the place of the services found, the same program bounds the round.
+better in the place of the services found, the same program bounds the round. Of many devices, those for which there was no time
+have plans that were made for others.
 """
 
 from __future__ import annotations
@@ -12,29 +13,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from tightfit.planner.fleet.alone import AlonePlans, in_turn
 from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, check_plain, rank_of
 from tightfit.planner.fleet.federated_schema import LARGEST_STEPS
 from tightfit.planner.fleet.io import plan_file, sealed_fleet, server_plan_file
+from tightfit.planner.fleet.member_plans import no_time, while_there_is_time
 from tightfit.planner.fleet.member_profiles import check_one_model, differences
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.pipeline_bounds import Candidate, Division, DivisionBounds, Held
 from tightfit.planner.fleet.pipeline_schema import Passed
 from tightfit.planner.fleet.pipeline_search import Pipeline, PipelineSearch
-from tightfit.planner.fleet.plan import MemberSpec, checked_members, report
+from tightfit.planner.fleet.plan import MemberSpec, checked_members, report, shared
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.service_order import Served, Serving, Way, best_order, served
 from tightfit.planner.fleet.split_schema import SERVER, SplitBaseline, SplitMember, SplitPlan, SplitServer
 from tightfit.planner.fleet.split_simulate import simulate_split
 from tightfit.planner.fleet.stage_plans import StagePlans
-from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import gap_to
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_gap, checked_limit
-from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
@@ -44,7 +45,7 @@ SERVER_START_SECONDS = 4.0
 busy cores: 3.2 to 5.8 s"""
 CUT_SHARE, ORDER_SHARE = 0.6, 0.1
 """of the time limit: for plans of all cuts, and for the order; the rest is for what the plan is compared with"""
-Baseline = Literal["order as described", "one cut for all"]
+Baseline = Literal["order as described", "one cut for all", "without a device"]
 NO_CUT = "none of the model's cuts leaves it and the server parts that they can hold"
 
 
@@ -161,14 +162,11 @@ class _Device:
         if cut in self.made:
             return
         search, division = self.search, self.division(cut)
-        for held in division:
-            candidate = search.candidates[held.candidate]
-            room = candidate.plans.room(held.layers, candidate.budget_bytes, 0)
-            if candidate.plans.plan(held.layers, room, search.deadline - time.monotonic()) is None:
-                self.made[cut] = None
-                return
-        found = search.choose(division)
-        self.made[cut] = found if found.makespan < math.inf else None
+        if all(search.known(division, at, 0) for at in range(len(division))):
+            found = search.choose(division)
+            self.made[cut] = found if found.makespan < math.inf else None
+        elif search.plans:
+            self.made[cut] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,33 +194,25 @@ class _SplitPlanner:
     def __post_init__(self) -> None:
         self.started = time.monotonic()
         self.unit = self.server.profile.accumulate
-        self.known: list[tuple[Profile, StagePlans]] = []
-        self.server_plans = self._stage_plans(self.server.profile)
-        self.devices = [self._device(spec) for spec in self.specs]
-
-    def _stage_plans(self, profile: Profile) -> StagePlans:
-        """The plans of a device's stages, which devices of the same profile share."""
-        for known, plans in self.known:
-            if known == profile:
-                return plans
-        self.known.append((profile, StagePlans(profile, self.unit, 0, self.gap)))
-        return self.known[-1][1]
-
-    def _device(self, spec: MemberSpec) -> _Device:
-        budget = max(1, spec.budget_bytes - self.flower_bytes)
-        plans, link = self._stage_plans(spec.profile), self.server.link
-        above = Candidate(name=SERVER, plans=self.server_plans, budget_bytes=self.server.budget_bytes, link=link)
-        below = Candidate(name=spec.name, plans=plans, budget_bytes=budget, link=spec.link)
-        search = PipelineSearch(
-            candidates=[below, above], micro_batches=self.unit, gap=self.gap, deadline=self.started + self.limit
-        )
-        return _Device(spec=spec, search=search)
+        profiles = [self.server.profile, *(spec.profile for spec in self.specs)]
+        above, *below = shared(profiles, lambda one: StagePlans(one, self.unit, 0, self.gap))
+        server = Candidate(name=SERVER, plans=above, budget_bytes=self.server.budget_bytes, link=self.server.link)
+        self.rooms = [max(1, spec.budget_bytes - self.flower_bytes) for spec in self.specs]
+        """bytes of each device's run"""
+        equal: dict[tuple[int, int, Link], _Device] = {}
+        self.devices: list[_Device] = []
+        for spec, plans, room in zip(self.specs, below, self.rooms):
+            one = Candidate(name=spec.name, plans=plans, budget_bytes=room, link=spec.link)
+            search = PipelineSearch(
+                candidates=[one, server], micro_batches=self.unit, gap=self.gap, deadline=self.started + self.limit
+            )
+            known = equal.setdefault(one.kind, _Device(spec=spec, search=search))
+            self.devices.append(replace(known, spec=spec))
 
     # --- the round --------------------------------------------------------------------------------------------------
 
     def plan(self) -> tuple[SplitPlan, dict[str, Plan], dict[str, Plan]]:
-        for number, device in enumerate(self.devices):
-            self._explore(device, number)
+        self._explore()
         able = [at for at, device in enumerate(self.devices) if any(device.made.values())]
         if not able:
             raise self._nothing_fits()
@@ -262,7 +252,12 @@ class _SplitPlanner:
             solve_seconds=0.0,
             bit_identical=not unlike,
             differences=unlike,
-            baselines=[self._as_described(found, serving), self._one_cut(found), self._whole(found)],
+            baselines=[
+                self._as_described(found, serving),
+                self._one_cut(found),
+                self._whole(found),
+                *self._without(found, serving),
+            ],
         )
         fleet = sealed_fleet(fleet.model_copy(update={"solve_seconds": time.monotonic() - self.started}))
         simulate_split(fleet, plans, server_plans)
@@ -276,16 +271,27 @@ class _SplitPlanner:
 
     # --- cuts -------------------------------------------------------------------------------------------------------
 
-    def _explore(self, device: _Device, number: int) -> None:
-        """Plan the cuts of a device that may be of use, those first whose bounds are the lowest."""
-        until = self.started + CUT_SHARE * self.limit * (number + 1) / len(self.devices)
-        device.search.deadline = until
-        while True:
-            self._report(f"planning cuts of {device.spec.name} ({number + 1} of {len(self.devices)})")
-            left = [at for at in self._useful(device) if at not in device.made]
-            if not left or (any(device.made.values()) and time.monotonic() > until):
-                return
-            device.attempt(min(left, key=lambda at: (device.bound(at), at)))
+    def _explore(self) -> None:
+        """Plan the cuts of the devices that may be of use, those first whose bounds are the lowest; for devices for which there is
+        no time, look for one cut for which others' plans can be used.
+        """
+        links = [tuple(spec.link.model_dump().values()) for spec in self.specs]
+        order = in_turn([device.search.candidates[0].plans for device in self.devices], [*zip(self.rooms, links)])
+        waiting = {id(device.search): device for device in self.devices}
+        for number, (at, share) in enumerate(while_there_is_time(order, self.started + CUT_SHARE * self.limit), 1):
+            device = waiting.pop(id(self.devices[at].search))
+            device.search.deadline = time.monotonic() + share
+            while left := [cut for cut in self._useful(device) if cut not in device.made]:
+                self._report(f"planning cuts of {device.spec.name} ({number} of {len(order)})")
+                device.attempt(min(left, key=lambda cut: (device.bound(cut), cut)))
+                if any(device.made.values()) and time.monotonic() > device.search.deadline:
+                    break
+        for device in waiting.values():
+            device.search.plans = False
+            for cut in sorted(self._useful(device), key=lambda cut: (device.bound(cut), cut)):
+                device.attempt(cut)
+                if device.made.get(cut):
+                    break
 
     def _useful(self, device: _Device) -> list[int]:
         """The cuts that have been planned, or may be better than each of these in its head, its service or its tail. Head
@@ -308,12 +314,13 @@ class _SplitPlanner:
         assert size is not None
         return size
 
-    def _way(self, at: int, cut: int, update_seconds: float) -> Way:
+    def _way(self, at: int, cut: int, update_seconds: float, units: int | None = None) -> Way:
+        """How a device is served that takes its share, or so many updates."""
         device, link = self.devices[at], self.specs[at].link
         size = self._lower(device, cut)
         return Way(
             head=head_seconds(link, size, self.start_seconds),
-            service=self.server_start_seconds + self.shares[at] * update_seconds,
+            service=self.server_start_seconds + (self.shares[at] if units is None else units) * update_seconds,
             tail=tail_seconds(link, size),
         )
 
@@ -348,7 +355,8 @@ class _SplitPlanner:
             pipeline, spec = self._made(at, cut), self.specs[at]
             below, above = self.devices[at].search.candidates
             lower, upper = (held.layers for held in pipeline.division)
-            plans[spec.name] = below.plans.member_plan(lower, below.budget_bytes, 0)
+            budget = below.plans.common_budget(lower, below.budget_bytes, 0)
+            plans[spec.name] = below.plans.member_plan(lower, budget, 0)
             server_plans[spec.name] = above.plans.member_plan(upper, above.budget_bytes, pipeline.aheads[0])
         return plans, server_plans
 
@@ -409,6 +417,9 @@ class _SplitPlanner:
         )
 
     def _lacking(self, at: int) -> str:
+        device = self.devices[at]
+        if not device.search.plans and any(device.bound(cut) < math.inf for cut in device.cuts):
+            return no_time()
         return (
             f"{NO_CUT}, within {format_size(self.specs[at].budget_bytes)}, of which {format_size(self.flower_bytes)} are for"
             f" Flower, and {format_size(self.server.budget_bytes)}"
@@ -442,23 +453,25 @@ class _SplitPlanner:
     def _one_cut(self, found: _Choices) -> SplitBaseline:
         """The best cut that is the same for all, in its best order."""
         best: SplitBaseline | None = None
+        late = False
         for cut in self.devices[found.devices[0]].cuts:
             for at in found.devices:
-                if time.monotonic() < self.started + self.limit:
-                    self.devices[at].search.deadline = self.started + self.limit
+                late = late or time.monotonic() > self.started + self.limit
+                if not late:
+                    search = self.devices[at].search
+                    search.deadline, search.plans = self.started + self.limit, True
                     self.devices[at].attempt(cut)
             if any(not self.devices[at].made.get(cut) for at in found.devices):
                 continue
             ways = [[self._way(at, cut, self._made(at, cut).makespan)] for at in found.devices]
             one = _Choices(devices=found.devices, cuts=[[cut] for _ in found.devices], ways=ways)
-            made = self._baseline("one cut for all", one, best_order(ways, 1.0).served)
+            made = self._baseline("one cut for all", one, best_order(ways, 0.0 if late else 1.0).served)
             if best is None or (made.makespan_seconds or 0.0) < (best.makespan_seconds or 0.0):
                 best = made
         if best is not None:
             return best
-        return SplitBaseline(
-            name="one cut for all", makespan_seconds=None, layers={}, reason="there is none that all can hold"
-        )
+        reason = no_time() if late else "there is none that all can hold"
+        return SplitBaseline(name="one cut for all", makespan_seconds=None, layers={}, reason=reason)
 
     def _baseline(self, name: Baseline, choices: _Choices, order: Sequence[Served]) -> SplitBaseline:
         layers = {self.specs[choices.devices[one.device]].name: choices.cuts[one.device][one.way] for one in order}
@@ -468,21 +481,41 @@ class _SplitPlanner:
             layers=layers,
         )
 
+    def _without(self, found: _Choices, serving: Serving) -> list[SplitBaseline]:
+        """Rounds without one of the devices, where they are shorter by more than its part: others take its steps, with the cuts
+        that were chosen.
+        """
+        chosen = {one.device: found.cuts[one.device][one.way] for one in serving.served}
+        result = []
+        several = range(len(chosen) if len(chosen) > 1 else 0)
+        for number, share in while_there_is_time(several, self.started + self.limit):
+            others = {at: chosen[place] for place, at in enumerate(found.devices) if place != number}
+            units = shared_by_weight([self.weights[at] for at in others], self.steps // self.unit)
+            ways = [
+                [self._way(at, cut, self._made(at, cut).makespan, count)]
+                for (at, cut), count in zip(others.items(), units)
+                if count
+            ]
+            makespan = best_order(ways, min(1.0, share)).makespan
+            if makespan < serving.makespan * (1 - 1 / len(chosen)):
+                layers = {self.specs[at].name: cut for at, cut in others.items()}
+                result.append(SplitBaseline(name="without a device", makespan_seconds=makespan, layers=layers))
+        return result
+
     def _whole(self, found: _Choices) -> SplitBaseline:
         """Every device holds all layers, takes as many steps, and waits for nobody."""
         layers = {self.specs[at].name: len(self.server.profile.layers) for at in found.devices}
         size = sum(tensor.bytes for tensor in trained_tensors(self.server.profile))
-        longest, made = 0.0, {}
-        for number, at in enumerate(found.devices):
-            spec = self.specs[at]
-            left = max(0.5, self.started + self.limit - time.monotonic()) / (len(found.devices) - number)
-            key = self.known.index(next(one for one in self.known if one[0] == spec.profile)), spec.budget_bytes
-            if key not in made:
-                budget = max(1, spec.budget_bytes - self.flower_bytes)
-                made[key] = planner_of(spec.profile).plan(budget, time_limit=left, gap=self.gap)
-            plan = made[key]
-            if plan.train is None:
-                reason = f"{spec.name} cannot hold all layers"
+        plans = shared([self.specs[at].profile for at in found.devices], lambda one: AlonePlans(one, 1, self.gap))
+        rooms = [self.rooms[at] for at in found.devices]
+        for number, share in while_there_is_time(in_turn(plans, rooms), self.started + self.limit):
+            if plans[number].plan(rooms[number], share).train is None:
+                break
+        longest = 0.0
+        for at, own, room in zip(found.devices, plans, rooms):
+            spec, plan = self.specs[at], own.known(room)
+            if plan is None or plan.train is None:
+                reason = f"{spec.name} cannot hold all layers" if plan else no_time()
                 return SplitBaseline(name="whole models", makespan_seconds=None, layers=layers, reason=reason)
             head, tail = head_seconds(spec.link, size, self.start_seconds), tail_seconds(spec.link, size)
             longest = max(longest, head + self.shares[at] * self.unit * plan.step_seconds + tail)

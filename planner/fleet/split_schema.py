@@ -66,9 +66,9 @@ class SplitMember(Participant):
 class SplitBaseline(Record):
     """A fixed way to make a round, judged in the same terms."""
 
-    name: Literal["order as described", "one cut for all", "whole models"]
+    name: Literal["order as described", "one cut for all", "whole models", "without a device"]
     makespan_seconds: float | None = Field(description="None: some device cannot hold its part")
-    layers: dict[str, int] = Field(description="number of layers by member")
+    layers: dict[str, int] = Field(description="number of layers by member; without a device by all others")
     reason: str | None = Field(None, description="why there is no makespan")
 
 

@@ -11,11 +11,12 @@ are ready), makespan, bound.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from tightfit.planner.fleet.federated_simulate import check_makespan, check_members, same_seconds
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.pipeline_clock import Station, play
-from tightfit.planner.fleet.pipeline_marks import marks_of
+from tightfit.planner.fleet.pipeline_marks import Marks, marks_of
 from tightfit.planner.fleet.pipeline_schema import Passed
 from tightfit.planner.fleet.simulate import ROUNDING, InvalidFleet, check_link
 from tightfit.planner.fleet.split_schema import SplitMember, SplitPlan
@@ -32,12 +33,16 @@ def simulate_split(fleet: SplitPlan, plans: Mapping[str, Plan], server_plans: Ma
     """
     check_members(fleet)
     check_link("the server", fleet.server.link)
+    distinct = {id(plan): plan for plan in (*plans.values(), *server_plans.values())}  # many may have one
+    replays = {
+        key: _Replay(peak_bytes=simulate(plan).peak_bytes, marks=marks_of(plan)) for key, plan in distinct.items()
+    }
     free = last = 0.0
     for member in fleet.members:
         check_link(member.name, member.link)
         if not _takes_part(fleet, member, plans, server_plans):
             continue
-        _Judged(fleet, member, plans[member.name], server_plans[member.name]).check()
+        _Judged(fleet, member, plans[member.name], server_plans[member.name], replays).check()
         begin = max(free, member.head_seconds)
         if not same_seconds(member.begin_seconds, begin):
             raise InvalidFleet(
@@ -65,11 +70,22 @@ def _takes_part(
     return bool(member.steps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Replay:
+    """What the replay of a plan finds."""
+
+    peak_bytes: int
+    marks: tuple[Marks, Marks]
+
+
 class _Judged:
     """A device with the server."""
 
-    def __init__(self, fleet: SplitPlan, member: SplitMember, plan: Plan, server_plan: Plan) -> None:
+    def __init__(
+        self, fleet: SplitPlan, member: SplitMember, plan: Plan, server_plan: Plan, replays: Mapping[int, _Replay]
+    ) -> None:
         self.fleet, self.member, self.plan, self.server_plan = fleet, member, plan, server_plan
+        self.below, self.above = replays[id(plan)], replays[id(server_plan)]
 
     def fail(self, invariant: str, text: str) -> InvalidFleet:
         return InvalidFleet(invariant, self.member.name, text)
@@ -114,7 +130,7 @@ class _Judged:
 
     def _check_memory(self) -> None:
         member, server = self.member, self.fleet.server
-        found, above = simulate(self.plan).peak_bytes, simulate(self.server_plan).peak_bytes
+        found, above = self.below.peak_bytes, self.above.peak_bytes
         if member.peak_bytes != found + member.flower_bytes or self.plan.peak_bytes != found:
             raise self.fail("peak", f"{member.peak_bytes} bytes are stated, the replay of its plan holds {found}")
         if member.server_peak_bytes != above or self.server_plan.peak_bytes != above:
@@ -137,8 +153,7 @@ class _Judged:
 
     def _check_seconds(self) -> None:
         member, server = self.member, self.fleet.server
-        train, forward = marks_of(self.plan)
-        above, above_forward = marks_of(self.server_plan)
+        (train, forward), (above, above_forward) = self.below.marks, self.above.marks
         up, down = self._message(member.up), self._message(member.down)
         stations = [
             Station(train=train, forward=forward, ahead=member.ahead, link=member.link, up_bytes=up),

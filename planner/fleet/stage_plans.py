@@ -91,6 +91,7 @@ class StagePlans:
         """of a message, by cut"""
         self.down_bytes = {at: message_bytes(cut.down_passing, bits) for at, cut in self.cuts.items()}
         self._stages: dict[Layers, _Planned] = {}
+        self._restated: dict[tuple[Layers, int, int], Plan] = {}
         self._sums = _Sums(alone_profile(profile, micro_batches))
 
     # --- memory ----------------------------------------------------------------------------------------------------
@@ -189,8 +190,24 @@ class StagePlans:
         """Distance to the budgets with which memory is valued."""
         return next(iter(self._stages.values())).planner.neighbour_bytes(budget_bytes)
 
+    def common_budget(self, layers: Layers, budget_bytes: int, ahead_below: int) -> int:
+        """A budget up to this one within which the fastest plan is the same, so that many members can have one plan: the largest
+        that was planned for, or that a plan takes.
+        """
+        room, known = self.room(layers, budget_bytes, ahead_below), self._stages[layers].known
+        best = self.best(layers, room)
+        assert best is not None
+        sizes = {size for asked, one in known.items() for size in (asked, one.plan.peak_bytes)}
+        common = budget_bytes - room + max(size for size in sizes if best.plan.peak_bytes <= size <= room)
+        return max(common, self.profile.device.floor.start_peak_bytes)
+
     def member_plan(self, layers: Layers, budget_bytes: int, ahead_below: int) -> Plan:
         """The fastest known plan as that of a member whose messages take their part of the budget."""
+        if (layers, budget_bytes, ahead_below) not in self._restated:
+            self._restated[layers, budget_bytes, ahead_below] = self._member_plan(layers, budget_bytes, ahead_below)
+        return self._restated[layers, budget_bytes, ahead_below]
+
+    def _member_plan(self, layers: Layers, budget_bytes: int, ahead_below: int) -> Plan:
         room, stage = self.room(layers, budget_bytes, ahead_below), self._stages[layers]
         known = self.best(layers, room)
         assert known is not None

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tightfit.planner.fleet.split_schema import SplitPlan
+from tightfit.planner.fleet.split_schema import SplitBaseline, SplitPlan
 from tightfit.planner.report.explain import percent_within
 from tightfit.planner.report.render import bulleted, captioned
 from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
@@ -47,6 +47,18 @@ def _table(fleet: SplitPlan) -> Table:
     return table
 
 
+def _advice(fleet: SplitPlan, baseline: SplitBaseline) -> str:
+    """What to leave out for shorter rounds: a device, or the split; "" where that is not what a way to make a round says."""
+    seconds = baseline.makespan_seconds or 0.0
+    shorter, longer = format_seconds(seconds), format_seconds(fleet.makespan_seconds)
+    if baseline.name == "without a device":
+        (name,) = (member.name for member in fleet.taking if member.name not in baseline.layers)
+        return f"Leave out {name}, unless its data are needed: without it a round takes {shorter}, with it {longer}."
+    if baseline.name == "whole models" and seconds < fleet.makespan_seconds:
+        return f"Leave out the server: where every device holds all layers a round takes {shorter}, with the split {longer}."
+    return ""
+
+
 def split_sentences(fleet: SplitPlan) -> list[str]:
     """What is to be said of a round."""
     order = "no order of services is shorter"
@@ -66,6 +78,8 @@ def split_sentences(fleet: SplitPlan) -> list[str]:
     for baseline in fleet.baselines:
         if baseline.makespan_seconds is None:
             result.append(f"With {baseline.name} there would be no round: {baseline.reason}.")
+        elif advice := _advice(fleet, baseline):
+            result.insert(1, advice)
         else:
             times = baseline.makespan_seconds / fleet.makespan_seconds
             result.append(

@@ -25,6 +25,7 @@ from tightfit.planner.report.split_text import split_sentences
 from tightfit.profiles.io import save_profile
 from tightfit.profiles.schema import adamw
 from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.units import format_seconds
 
 FLOWER = 2 * MIB
 OPTIONS = {"flower_bytes": FLOWER, "start_seconds": 1.0, "server_start_seconds": 0.5, "time_limit": 20.0}
@@ -94,7 +95,7 @@ def test_less_memory_means_fewer_layers(spec, server):
 
 def test_it_is_compared_with_other_ways(planned):
     fleet, _, _ = planned
-    described, one_cut, whole = fleet.baselines
+    described, one_cut, whole, *_ = fleet.baselines
     assert described.name == "order as described"
     assert list(described.layers) == ["slow", "far", "fast"]
     assert described.makespan_seconds >= fleet.makespan_seconds
@@ -105,6 +106,32 @@ def test_it_is_compared_with_other_ways(planned):
     sentences = split_sentences(fleet)
     assert any(sentence.startswith("With order as described it would take ") for sentence in sentences)
     assert any(sentence.startswith("Devices send the labels of their data") for sentence in sentences)
+
+
+def test_a_split_that_makes_rounds_longer_says_so(spec, server):
+    fleet, _, _ = plan_split(server, [spec(name, 4.0, 60 * MIB) for name in "abc"], 6, **OPTIONS)
+    whole = next(one for one in fleet.baselines if one.name == "whole models")
+    assert whole.makespan_seconds < fleet.makespan_seconds
+    shorter, longer = format_seconds(whole.makespan_seconds), format_seconds(fleet.makespan_seconds)
+    said = split_sentences(fleet)
+    assert said[1] == (
+        f"Leave out the server: where every device holds all layers a round takes {shorter}, with the split {longer}."
+    )
+    assert not any(one.startswith("With whole models") for one in said)
+    assert not any(one.name == "without a device" for one in fleet.baselines)  # each takes its part of the time
+
+
+def test_a_device_that_makes_rounds_longer_is_named(spec, server):
+    devices = {name: spec(name, speed, 30 * MIB) for name, speed in (("a", 4.0), ("snail", 0.02), ("c", 4.0))}
+    fleet, _, _ = plan_split(server, [*devices.values()], 6, **OPTIONS)
+    (without,) = (one for one in fleet.baselines if one.name == "without a device")
+    assert {*without.layers} == {"a", "c"}
+    others, _, _ = plan_split(server, [devices["a"], devices["c"]], 6, **OPTIONS)
+    assert without.makespan_seconds == pytest.approx(others.makespan_seconds, rel=0.05)
+    shorter, longer = format_seconds(without.makespan_seconds), format_seconds(fleet.makespan_seconds)
+    assert split_sentences(fleet)[1] == (
+        f"Leave out snail, unless its data are needed: without it a round takes {shorter}, with it {longer}."
+    )
 
 
 def test_shares_and_devices_without_room(spec, server):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from changed_operators import with_operators
@@ -18,6 +22,7 @@ from tightfit.profiles.io import save_profile
 from tightfit.profiles.schema import adamw
 from tightfit.runtime.cli import main
 from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.session.output import is_locked
 
 MICRO_BATCHES = 4
 TRAINING = ("--data", "random", "--steps", "8", "--lr", "1e-2", "--seed", "5", "--checkpoint-every", "0")
@@ -47,6 +52,12 @@ def tightfit(*words, code=0):
     )
     assert found.returncode == code, found.stderr
     return found
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +133,36 @@ def test_torchrun_starts_a_fleet(folder, tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert {adapter_hash(tmp_path / "out" / name) for name in "ab"} == {adapter_hash(folder / "alone")}
+
+
+@pytest.mark.parametrize(
+    "who", ["the first, for whom nobody comes", "another, who finds nobody", "all, while they train"]
+)
+def test_after_sigterm_the_next_try_in_the_same_folder_begins(folder, tmp_path, who):
+    """It meets no run that is under way, however the first one was ended."""
+    chain = [member["name"] for member in json.loads((folder / "plan" / "fleet.json").read_text())["members"]]
+    words = ["fleet", "run", folder / "plan", "--data", "random", "--lr", "1e-2", "--seed", "5", "-o", tmp_path / "out"]
+    here = chain if who.startswith("all") else chain[who.startswith("another") :][:1]
+    alone = [] if here == chain else ["--member", *here, "--at", f"127.0.0.1:{free_port()}", "--timeout", "600"]
+    begun = subprocess.Popen(
+        command("tightfit.runtime.cli.main", *map(str, words), "--steps", "8000", *alone),
+        env=os.environ | {"PYTHONPATH": python_path()},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    seen = [tmp_path / "out" / name / ("fleet.jsonl" if here == chain else "job") for name in here]
+    until = time.monotonic() + 60
+    while not all(map(Path.exists, seen)) and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(2.0)
+    assert all(is_locked(tmp_path / "out" / name) for name in here)
+    begun.send_signal(signal.SIGTERM)
+    _, said = begun.communicate(timeout=60)
+    assert begun.returncode == 4, said
+    assert not any(is_locked(tmp_path / "out" / name) for name in here)
+    again = ["--steps", "8", "--checkpoint-every", "0", "--overwrite"]
+    tightfit(*words, *again)
+    assert {adapter_hash(tmp_path / "out" / name) for name in chain} == {adapter_hash(folder / "alone")}
 
 
 @pytest.mark.parametrize(

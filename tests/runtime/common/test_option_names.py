@@ -115,9 +115,8 @@ def raised_words(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def sentences(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, words) of a file's texts of several words, whoever says them later, but for docstrings and what is said of options."""
     silent = [node for node in ast.walk(tree) if isinstance(node, ast.Expr)]
-    silent += [
-        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in ("option", "Field")
-    ]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    silent += [node for node in calls if node.func.id in ("option", "Field")]
     left_out = {id(one) for node in silent for one in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) not in left_out and isinstance(node, ast.JoinedStr | ast.Constant):
