@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -11,16 +12,13 @@ from starlette.responses import StreamingResponse
 
 from tightfit.planner.service.jobs.store import Row, content_key
 from tightfit.planner.service.jobs.supervisor import lane_of
-from tightfit.planner.service.wire.errors import Code, ServiceError, invalid, not_found
+from tightfit.planner.service.wire.errors import Code, ServiceError, invalid
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     JOB,
     ErrorAnswer,
     Job,
     JobKind,
-    StoredFleet,
-    StoredPlan,
-    StoredProfile,
 )
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.devices.data_sheets import known_devices
@@ -206,23 +204,25 @@ def check_device(name: str, own: Sequence[str], field: str) -> None:
 
 def stored(request: Request, kind: str, identity: str, field: str | None = None) -> Row:
     """A stored file's row. Raises ServiceError 404, naming the field that asked for it."""
-    row = service_of(request).store.file(kind, identity)
+    store = service_of(request).store
+    row = store.file(kind, identity)
     if row is None:
-        error = not_found(kind, identity)
+        error = store.missing(kind, identity)
         raise ServiceError(error.status, error.code, str(error), field and f"body.{field}")
     return row
 
 
-def file_answer(
+async def file_answer(
     request: Request, row: Row, *, media_type: str = "application/json", name: str | None = None
 ) -> Response:
-    """A stored file's content, as it lies there where the client takes gzip."""
+    """A stored file's content, as it lies there where the client takes gzip. Raises UnreadableError where it is damaged."""
     objects = service_of(request).objects
     headers = {"ETag": f'"{row["digest"]}"', "Vary": "Accept-Encoding"}
     if name is not None:
         headers["Content-Disposition"] = f'attachment; filename="{name}"'
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
+    await asyncio.to_thread(objects.check, row["digest"])
     if media_type == "application/json" and "gzip" in request.headers.get("accept-encoding", ""):
         return Response(
             objects.packed(row["digest"]), media_type=media_type, headers=headers | {"Content-Encoding": "gzip"}
@@ -244,20 +244,3 @@ def not_runnable(request: Request, plan: Row) -> str | None:
     if summary.get("elsewhere"):
         return f"the plan {plan['id']} is for {summary['elsewhere']} with estimated times; plan for this machine and run that"
     return None
-
-
-def stored_profile(row: Row) -> StoredProfile:
-    return StoredProfile(**_figures(row), name=row["name"], origin=row["origin"])
-
-
-def stored_plan(row: Row) -> StoredPlan:
-    return StoredPlan(**_figures(row), profile=row["origin"])
-
-
-def stored_fleet(row: Row) -> StoredFleet:
-    return StoredFleet(**_figures(row))
-
-
-def _figures(row: Row) -> dict[str, Any]:
-    """What is said of everything that is stored."""
-    return {"id": row["id"], "created": row["created"], "bytes": row["bytes"], "summary": json.loads(row["summary"])}

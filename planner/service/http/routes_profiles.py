@@ -17,10 +17,9 @@ from tightfit.planner.service.http.doors import (
     file_responses,
     service_of,
     stored,
-    stored_profile,
 )
 from tightfit.planner.service.http.paths import confined
-from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.schema import Digest, ProfileList, ProfileRequest, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
@@ -110,22 +109,23 @@ def _source(settings: Settings, asked: ProfileRequest) -> Row:
 async def upload_profile(request: Request) -> Response:
     """The body is a profile.json, plain or gzip. It can be planned; only profiles made here can also be run here."""
     row, new = await service_of(request).uploads.receive(request)
-    answer = stored_profile(row)
+    answer = listed(row)
     return Response(answer.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
 
 
 @router.get("", response_model=ProfileList, summary="Profiles, newest first")
 async def list_profiles(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> ProfileList:
-    return ProfileList(
-        profiles=[stored_profile(row) for row in service_of(request).store.files("profile", limit=limit)]
-    )
+    store = service_of(request).store
+    rows = store.files("profile", limit=limit)
+    return ProfileList(profiles=[listed(row) for row in rows], set_aside=store.set_aside("profile"))
 
 
 @router.get("/{identity}", response_model=StoredProfile, responses=errors(404), summary="A profile in figures")
 async def get_profile(request: Request, identity: Identity) -> StoredProfile:
-    return stored_profile(stored(request, "profile", identity))
+    found: StoredProfile = listed(stored(request, "profile", identity))
+    return found
 
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)
 async def get_profile_file(request: Request, identity: Identity) -> Response:
-    return file_answer(request, stored(request, "profile", identity))
+    return await file_answer(request, stored(request, "profile", identity))

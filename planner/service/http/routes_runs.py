@@ -104,14 +104,14 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
 
 @router.get("/{identity}/report", responses=REPORT, summary="Predicted beside measured", response_class=Response)
 async def get_report(request: Request, identity: Identity) -> Response:
-    return file_answer(request, _made(request, identity, "report"))
+    return await file_answer(request, _made(request, identity, "report"))
 
 
 @router.get("/{identity}/adapter", responses=ADAPTER, summary="The adapter as a tar file", response_class=Response)
 async def get_adapter(request: Request, identity: Identity) -> Response:
     """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
     row = _made(request, identity, "adapter")
-    return file_answer(request, row, media_type="application/x-tar", name=f"adapter-{identity}.tar")
+    return await file_answer(request, row, media_type="application/x-tar", name=f"adapter-{identity}.tar")
 
 
 async def _allowed(request: Request, asked: RunRequest) -> Row:

@@ -52,7 +52,7 @@ def run(order: JobOrder, tell: Tell) -> Row:
     tell.progress(always=True, stage="waiting for the device")
     with Path(order.lock).open("w") as lock:
         _wait_for(lock.fileno(), sys.stdin.fileno())
-        stored = parse_plan(objects.read(order.digests[order.request["plan"]]), "the stored plan")
+        stored = parse_plan(order.content(order.request["plan"]), f"the stored plan {order.request['plan']}")
         placed = sealed(stored.model_copy(update={"model": with_paths(stored.model, order.paths)}))
         plan.write_text(placed.model_dump_json())
         if out.exists():
