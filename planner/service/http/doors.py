@@ -13,6 +13,7 @@ from starlette.responses import StreamingResponse
 from tightfit.planner.service.jobs.store import Row, content_key
 from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     JOB,
@@ -213,21 +214,38 @@ def stored(request: Request, kind: str, identity: str, field: str | None = None)
 
 
 async def file_answer(
-    request: Request, row: Row, *, media_type: str = "application/json", name: str | None = None
+    request: Request,
+    row: Row,
+    *,
+    media_type: str = "application/json",
+    name: str | None = None,
+    redacted: Callable[[Redaction, bytes], str] | None = None,
 ) -> Response:
-    """A stored file's content, as it lies there where the client takes gzip. Raises UnreadableError where it is damaged."""
+    """A stored file's content, as it lies there where the client takes gzip, or what `redacted` makes of it.
+
+    Raises UnreadableError where it is damaged.
+    """
     objects = service_of(request).objects
     headers = {"ETag": f'"{row["digest"]}"', "Vary": "Accept-Encoding"}
     if name is not None:
         headers["Content-Disposition"] = f'attachment; filename="{name}"'
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
+    if redacted is not None:
+        redaction = service_of(request).redaction
+        told = await asyncio.to_thread(lambda: redacted(redaction, objects.read(row["digest"])))
+        return Response(told, media_type=media_type, headers=headers)
     await asyncio.to_thread(objects.check, row["digest"])
     if media_type == "application/json" and "gzip" in request.headers.get("accept-encoding", ""):
         return Response(
             objects.packed(row["digest"]), media_type=media_type, headers=headers | {"Content-Encoding": "gzip"}
         )
     return StreamingResponse(objects.unpack(row["digest"]), media_type=media_type, headers=headers)
+
+
+def names_paths(profile: Row | None) -> bool:
+    """Whether a profile, and plans of it, may name this machine's paths: made by a service that did not redact what it stored."""
+    return profile is None or (profile["origin"] == "made" and profile["paths"] is None)
 
 
 def not_runnable(request: Request, plan: Row) -> str | None:

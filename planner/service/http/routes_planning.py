@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from tightfit.planner.io import parse_plan
+from tightfit.planner.plan_result import sealed
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.http.doors import (
     JOB_ANSWERS,
@@ -21,6 +22,7 @@ from tightfit.planner.service.http.doors import (
     errors,
     file_answer,
     file_responses,
+    names_paths,
     not_runnable,
     service_of,
     stored,
@@ -30,6 +32,7 @@ from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import (
     ComparisonRequest,
     Digest,
@@ -75,7 +78,14 @@ async def get_plan(request: Request, identity: Identity) -> StoredPlan:
 @router.get("/plans/{identity}/file", responses=FILE, summary="The whole plan", response_class=Response)
 async def get_plan_file(request: Request, identity: Identity) -> Response:
     """What `tightfit run` takes."""
-    return await file_answer(request, stored(request, "plan", identity))
+    row = stored(request, "plan", identity)
+    old = names_paths(service_of(request).store.file("profile", row["origin"]))
+    return await file_answer(request, row, redacted=_redacted if old else None)
+
+
+def _redacted(redaction: Redaction, content: bytes) -> str:
+    found = parse_plan(content, "the stored plan")
+    return sealed(found.model_copy(update={"model": redaction.model(found.model)[0]})).model_dump_json()
 
 
 @router.get("/plans/{identity}/view", response_model=PlanView, responses=errors(404), summary="A plan to look at")

@@ -15,14 +15,17 @@ from tightfit.planner.service.http.doors import (
     errors,
     file_answer,
     file_responses,
+    names_paths,
     service_of,
     stored,
 )
 from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import Digest, ProfileList, ProfileRequest, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
+from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten, initial_deviation, text_config
 from tightfit.profiles.models.transformers_config import check
 from tightfit.profiles.schema import PROFILE_VERSION
@@ -128,4 +131,10 @@ async def get_profile(request: Request, identity: Identity) -> StoredProfile:
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)
 async def get_profile_file(request: Request, identity: Identity) -> Response:
-    return await file_answer(request, stored(request, "profile", identity))
+    row = stored(request, "profile", identity)
+    return await file_answer(request, row, redacted=_redacted if names_paths(row) else None)
+
+
+def _redacted(redaction: Redaction, content: bytes) -> str:
+    found = parse_profile(content, "the stored profile")
+    return canonical_json(found.model_copy(update={"model": redaction.model(found.model)[0]}))

@@ -27,6 +27,7 @@ from tightfit.planner.service.wire.errors import ServiceError, invalid, not_foun
 from tightfit.planner.service.wire.schema import Job, JobId, RunMetrics, RunRequest
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.options import said
+from tightfit.runtime.common.strict_json import from_json, to_json
 from tightfit.runtime.session.options import RunOptions
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
@@ -104,7 +105,11 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
 
 @router.get("/{identity}/report", responses=REPORT, summary="Predicted beside measured", response_class=Response)
 async def get_report(request: Request, identity: Identity) -> Response:
-    return await file_answer(request, _made(request, identity, "report"))
+    return await file_answer(
+        request,
+        _made(request, identity, "report"),
+        redacted=lambda redaction, content: to_json(redaction.value(from_json(content))),
+    )
 
 
 @router.get("/{identity}/adapter", responses=ADAPTER, summary="The adapter as a tar file", response_class=Response)

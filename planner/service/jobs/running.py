@@ -154,7 +154,6 @@ def _pass_on(child: subprocess.Popen[bytes]) -> None:
 
 def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:
     identity, redaction = Path(order.folder).name, order.redaction()
-    report = redaction.value(report)
     told = {
         name: report.get(name)
         for name in ("budget_bytes", "enforced_by", "peak_bytes", "step_seconds", "tokens", "evaluation")

@@ -222,6 +222,31 @@ def test_the_schema_has_a_version(tmp_path):
         Store(path)
 
 
+def test_what_was_measured_before_paths_were_redacted_is_measured_anew_and_names_none(tmp_path, objects):
+    """Summaries that were damaged meanwhile stop no start."""
+    store, path = Store(tmp_path / "s.sqlite"), tmp_path / "s.sqlite"
+    job, _ = store.ask("profile", "cpu", {}, content="c", key=None, waiting=9)
+    bases = {"1" * 64: "/srv/models/m", "2" * 64: "org/model"}
+    summaries = {identity: PROFILE | {"model": "m", "adapter_base": base} for identity, base in bases.items()}
+    files = [
+        file_row("profile", identity, objects.put(b"p"), name="m", summary=summary, origin="made")
+        for identity, summary in summaries.items()
+    ]
+    store.finish(job.id, "succeeded", result={"summary": summaries["1" * 64]}, files=files)
+    store.add(file_row("profile", "3" * 64, objects.put(b"p"), name="m", summary=PROFILE, origin="made"))
+    store._database.execute("UPDATE files SET summary = '{' WHERE id = ?", ("3" * 64,))
+    store._database.execute("PRAGMA user_version = 3")
+    store.close()
+    store = Store(path)
+    store.recover()
+    assert store.set_aside() == [f"profile-{'3' * 64}"]
+    assert store.ask("profile", "cpu", {}, content="c", key=None, waiting=9)[1]
+    told = {row["id"]: json.loads(row["summary"])["adapter_base"] for row in store.files("profile")}
+    assert told == {"1" * 64: "m", "2" * 64: "org/model"}
+    assert store.job(job.id).result["summary"] == summaries["1" * 64] | {"adapter_base": "m"}
+    store.close()
+
+
 def test_a_step_that_fails_leaves_the_schema_as_it_was(tmp_path, monkeypatch):
     from tightfit.planner.service.jobs import migrations
 
