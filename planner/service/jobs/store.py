@@ -63,7 +63,7 @@ log = logging.getLogger("tightfit.service")
 
 
 class FileRow(BaseModel, strict=True):
-    """What a file's row holds, whatever its kind, beside its summary."""
+    """What a file's row holds, whatever its kind: what is in its JSON can be shown, which json.loads does not see to."""
 
     kind: str
     id: str
@@ -72,6 +72,7 @@ class FileRow(BaseModel, strict=True):
     stored_bytes: int
     name: str
     origin: str | None
+    summary: Json[dict[str, Any]]
     paths: Json[dict[str, str]] | None
     created: float
     used: float
@@ -615,9 +616,9 @@ def listed(row: Mapping[str, Any]) -> Any:
 def _fault(row: Row) -> Exception | None:
     """Why a file's row cannot be read or shown; None where it can."""
     try:
-        if row["kind"] in LISTED:
-            listed(row).model_dump_json()
         FileRow(**row)
+        if row["kind"] in LISTED:
+            listed(row)
     except Exception as error:
         return error
     return None
