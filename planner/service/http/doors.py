@@ -219,7 +219,7 @@ async def file_answer(
     *,
     media_type: str = "application/json",
     name: str | None = None,
-    redacted: Callable[[Redaction, bytes], str] | None = None,
+    redacted: Callable[[Redaction, bytes], str | bytes] | None = None,
 ) -> Response:
     """A stored file's content, as it lies there where the client takes gzip, or what `redacted` makes of it.
 

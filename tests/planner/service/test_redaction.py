@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 import time
 from pathlib import Path
 
@@ -96,6 +98,18 @@ def test_a_model_is_told_without_paths_and_finds_them_again(source, store, base)
     assert with_paths(told, json.loads(json.dumps(paths))) == model
 
 
+def adapter(base):
+    """A tar file as a run leaves it."""
+    made = io.BytesIO()
+    config = json.dumps({"r": 4, "base_model_name_or_path": base}).encode()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        for name, content in (("adapter_config.json", config), ("adapter_model.safetensors", b"\0" * 1000)):
+            member = tarfile.TarInfo(f"adapter/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return made.getvalue()
+
+
 def test_what_older_services_stored_is_redacted_where_it_is_shown(tmp_path):
     """Profiles and plans that were stored as they were, and reports."""
     places = {
@@ -119,7 +133,9 @@ def test_what_older_services_stored_is_redacted_where_it_is_shown(tmp_path):
         plan = job["result"]["plan"]
         run, _ = own.store.ask("run", "cpu", {}, content=None, key=None, waiting=9)
         report = own.objects.put(json.dumps({"base": places["source"], "loss": [0.5]}).encode())
-        own.store.finish(run.id, "failed", files=[file_row("report", run.id, report, name="report", summary={})])
+        kept = {"report": report, "adapter": own.objects.put(adapter(places["source"]))}
+        rows = [file_row(kind, run.id, written, name=kind, summary={}) for kind, written in kept.items()]
+        own.store.finish(run.id, "failed", files=rows)
         profile_file, plan_file, report_file = (
             http.get(f"/v1/{path}") for path in (f"profiles/{made}/file", f"plans/{plan}/file", f"runs/{run.id}/report")
         )
@@ -130,6 +146,10 @@ def test_what_older_services_stored_is_redacted_where_it_is_shown(tmp_path):
         assert parse_profile(profile_file.content, "it").model.source == "m"
         assert parse_plan(plan_file.content, "it").model.store == "stores/m.store"
         assert report_file.json() == {"base": "m", "loss": [0.5]}
+        with tarfile.open(fileobj=io.BytesIO(http.get(f"/v1/runs/{run.id}/adapter").content)) as archive:
+            told = {member.name: archive.extractfile(member).read() for member in archive}
+        assert json.loads(told.pop("adapter/adapter_config.json")) == {"r": 4, "base_model_name_or_path": "m"}
+        assert told == {"adapter/adapter_model.safetensors": b"\0" * 1000}
         # Runs of the plan have the real paths.
         assert (
             parse_plan(own.objects.read(own.store.file("plan", plan)["digest"]), "it").model.source == places["source"]
