@@ -46,8 +46,7 @@ def asked(http, identity, memory):
     return job
 
 
-@pytest.mark.parametrize("damage", sorted(DAMAGES))
-def test_what_is_damaged_on_disk_is_set_aside_and_made_anew(tmp_path, damage):
+def test_what_is_damaged_on_disk_is_set_aside_and_made_anew(tmp_path):
     profile = small_chain(3, layers=2)
     least, body = minimum_budget(profile), profile.model_dump(mode="json")
     with service(tmp_path) as http:
@@ -55,33 +54,33 @@ def test_what_is_damaged_on_disk_is_set_aside_and_made_anew(tmp_path, damage):
         identity = http.post("/v1/profiles/upload", json=body).json()["id"]
         first = asked(http, identity, least)
         plan = first["result"]["plan"]
-        row = http.app.state.service.store.file("plan", plan)
-        DAMAGES[damage](objects.path(row["digest"]))
-        answer = http.get(f"/v1/plans/{plan}/file")
-        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
-        assert f"set aside as set-aside/plan-{plan}.json" in answer.json()["error"]["message"]
-        told = http.get("/v1/plans").json()
-        assert (told["plans"], told["set_aside"]) == ([], [f"plan-{plan}"])
-        for path in ("", "/file", "/view"):
-            assert "was set aside" in http.get(f"/v1/plans/{plan}{path}").json()["error"]["message"]
-        # Its job no longer answers: what is asked for again is made again.
-        again = asked(http, identity, least)
-        assert (again["state"], again["result"]["plan"]) == ("succeeded", plan)
-        assert again["id"] != first["id"]
-        assert http.get(f"/v1/plans/{plan}/file").status_code == 200
+        for number, damage in enumerate(sorted(DAMAGES)):
+            DAMAGES[damage](objects.path(http.app.state.service.store.file("plan", plan)["digest"]))
+            answer = http.get(f"/v1/plans/{plan}/{('file', 'view')[number % 2]}")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), damage
+            assert f"set aside as set-aside/plan-{plan}.json" in answer.json()["error"]["message"]
+            told = http.get("/v1/plans").json()
+            assert (told["plans"], told["set_aside"]) == ([], [f"plan-{plan}"])
+            for path in ("", "/file", "/view"):
+                assert "was set aside" in http.get(f"/v1/plans/{plan}{path}").json()["error"]["message"]
+            # Its job no longer answers: what is asked for again is made again.
+            again = asked(http, identity, least)
+            assert (again["state"], again["result"]["plan"]) == ("succeeded", plan)
+            assert again["id"] != first["id"]
+            assert http.get(f"/v1/plans/{plan}/file").status_code == 200
 
-        DAMAGES[damage](objects.path(identity))
-        failed = asked(http, identity, least + 4096)
-        assert (failed["state"], failed["error"]["code"]) == ("failed", "input")
-        assert f"set aside as set-aside/profile-{identity}.json" in failed["error"]["message"]
-        assert http.get("/v1/profiles").json()["profiles"] == []
+            DAMAGES[damage](objects.path(identity))
+            failed = asked(http, identity, least + 4096 * (1 + number))
+            assert (failed["state"], failed["error"]["code"]) == ("failed", "input"), damage
+            assert f"set aside as set-aside/profile-{identity}.json" in failed["error"]["message"]
+            assert http.get("/v1/profiles").json()["profiles"] == []
+            assert http.post("/v1/profiles/upload", json=body).json()["id"] == identity
+            DAMAGES[damage](objects.path(identity))
+            assert http.post("/v1/profiles/upload", json=body).status_code == 200  # which mends it
+            assert http.get(f"/v1/profiles/{identity}/file").json()["batch"] == body["batch"]
     with service(tmp_path) as http:
         assert http.get("/healthz").json()["set_aside"] == [f"plan-{plan}", f"profile-{identity}"]
-        assert http.post("/v1/profiles/upload", json=body).json()["id"] == identity
         assert asked(http, identity, least + 4096)["state"] == "succeeded"
-        DAMAGES[damage](http.app.state.service.objects.path(identity))
-        assert http.post("/v1/profiles/upload", json=body).status_code == 200  # which mends it
-        assert http.get(f"/v1/profiles/{identity}/file").json()["batch"] == body["batch"]
 
 
 CONTENTS = {
