@@ -1,8 +1,10 @@
-"""Explains memory errors that come of the shell's limits on what a process may reserve (`ulimit -v`, `ulimit -d`)."""
+"""Limits what a process may reserve, and explains memory errors that come of the shell's limits (`ulimit -v`, `ulimit -d`)."""
 
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tightfit.runtime.common.units import MIB, format_size
 
@@ -20,6 +22,22 @@ SIGNS = ("allocate memory", "bad_alloc", "memoryerror", "memory could not be had
 case"""
 NEARLY = 0.9
 """share of the limit from which on it counts as nearly reached"""
+
+
+@contextmanager
+def allocating(most: int) -> Iterator[None]:
+    """While entered, this process may reserve at most `most` bytes beside what it has: who asks for more gets a MemoryError, in other
+    threads too.
+    """
+    before, highest = resource.getrlimit(resource.RLIMIT_DATA)
+    with open("/proc/self/statm") as file:
+        bound = int(file.read().split()[5]) * resource.getpagesize() + most
+    bound = min([bound, *(limit for limit in (before, highest) if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, highest))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, highest))
 
 
 def limited(*, hardly_enough: bool = False) -> str | None:

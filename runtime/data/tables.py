@@ -1,7 +1,8 @@
 """Reads samples from tables: CSV, Parquet, and Arrow files such as those of a folder of the library datasets.
 
 A column has one part of every sample, under the names of `tightfit.runtime.data.samples` or those that the caller gives.
-One row is in memory at a time, of Parquet some rows, of Arrow a record batch. Where a cell has to hold a list (messages,
+One row is in memory at a time, of Parquet some rows, of Arrow a record batch, and what reading them may take is bounded: a
+small file can claim or unfold to any size. Where a cell has to hold a list (messages,
 choices, tools), it may hold its JSON.
 """
 
@@ -10,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import check_regular, open_regular
+from tightfit.runtime.common.limits import allocating
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, from_json, read_json
+from tightfit.runtime.common.units import format_size
+from tightfit.runtime.data.preparation import BYTES_PER_BYTE
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -60,6 +65,8 @@ ROWS = 64
 """of Parquet that are decoded at a time"""
 STREAM_BYTES = 1 << 16
 """of a Parquet file's columns that are read at a time"""
+READ_BYTES, LEAST_READ_BYTES = 1 << 30, 1 << 26
+"""of memory that reading some rows of Parquet or a batch of Arrow may take, where the caller sets no limit to a row; the least"""
 
 Row = dict[str, Any]
 Lines = gzip.GzipFile | BinaryIO
@@ -131,7 +138,7 @@ def rows_of(
 
 def _chosen(file: Path, header: Sequence[str], columns: Mapping[str, str] | None) -> dict[str, str]:
     """Part -> column of the table. Raises InputError where columns are missing."""
-    if twice := next((name for name in header if header.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(header).items() if count > 1), None):
         raise InputError(f"{file}: two columns are called {twice!r}; rename one of them")
     there = ", ".join(header[:12]) + (", …" if len(header) > 12 else "")
     chosen = {name: name for name in PARTS if name in header} if columns is None else dict(columns)
@@ -237,18 +244,29 @@ def _arrow_rows(
 ) -> Iterator[tuple[str, Row | InputError]]:
     arrow = _pyarrow(file, kind)
     check_regular(file)
+    most = READ_BYTES if longest is None else max(LEAST_READ_BYTES, longest * BYTES_PER_BYTE)
     number = 0
     try:
         batches = _parquet_batches(file, columns) if kind == "Parquet" else _arrow_batches(arrow, file, columns)
-        for batch, chosen in batches:
+        while True:
+            with allocating(most):
+                batch, chosen = next(batches, (None, {}))
+            if batch is None:
+                break
             for place in range(batch.num_rows):
+                with allocating(most):
+                    row = batch.slice(place, 1).to_pylist()[0]
                 number += 1
-                row = batch.slice(place, 1).to_pylist()[0]
                 size = _size(row)
                 if longest is not None and size > longest:
                     yield f"row {number}", _too_long(size, longest)
                 else:
                     yield f"row {number}", {name: row[column] for name, column in chosen.items()}
+    except MemoryError as error:
+        raise InputError(
+            f"{file}: to read on after row {number} takes more than the {format_size(most)} of memory that reading may take; write it"
+            " in shorter rows and smaller row groups or batches, or plan with a larger budget"
+        ) from error
     except (arrow.ArrowException, OSError) as error:
         after = f"after row {number}, " if number else ""
         raise InputError(f"{file}: {after}not a whole {kind} file ({error}); copy or download it again") from error

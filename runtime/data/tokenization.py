@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,6 +26,7 @@ from tightfit.runtime.data.kept_tokens import Encoded
 from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
 from tightfit.runtime.data.samples import (
     PAIR_FORM,
+    SPOKEN,
     Completion,
     Conversation,
     Message,
@@ -53,6 +55,8 @@ REPORTED_LINES = 20
 WayOn = Callable[[int], str]
 """how to go on where samples are refused because they are too long, by the positions of the longest"""
 
+SAID, NAMES = {"content", *SPOKEN}, {"type", "id", "name"}
+"""keys of a message whose values somebody says, and those of values in them which templates look at"""
 PRIVATE = range(0xE000, 0xF900)
 """characters to which Unicode gives no meaning"""
 Words = TypeVar("Words")
@@ -229,6 +233,7 @@ class Encoder:
             (one.content for one in added if len(one.content) > 1 and (one.special or one.content in named)), key=len
         )
         self._control = re.compile("|".join(map(re.escape, reversed(control)))) if control else None
+        self._known = "\0".join(["", *control, ""])
 
     @property
     def chat(self) -> ChatTemplate:
@@ -238,21 +243,50 @@ class Encoder:
             self._chat = ChatTemplate(self.vocabulary)
         return self._chat
 
-    def as_text(self, value: Words) -> tuple[Words, str | None]:
-        """(`value`, in whose texts no special token stands any more, but the characters that it is written with; the mark with
-        which they are kept apart, None if there is nothing to keep apart).
+    def written(self, value: Words, render: Callable[[Words], Sequence[Segment]]) -> Tokens:
+        """Tokens of the segments that `render` makes of what people write, in which special tokens are text.
 
-        What people write must not become control tokens: only a chat template, and a text that may have been rendered by one,
-        say where a turn ends. The mark is a character that no text here has; it has no tokens (`segments`).
+        It must not become control tokens, neither by itself nor with what it comes to stand beside: only a chat template, and a
+        text that may have been rendered by one, say where a turn ends. Where it would, a mark keeps its characters apart: a
+        character that no text here has, and that has no tokens (`segments`). Around a text there are marks only if it makes a
+        special token with others: they would part words, too.
         """
         texts = list(texts_in(value))
-        if self._control is None or not any(map(self._control.search, texts)):
-            return value, None
+        control = self._control
+        if control is None or not any(control.search(text) or self._open(text) for text in texts):
+            return self.segments(render(value))
         texts += [self.vocabulary.chat_template or "", self.vocabulary.tool_template or ""]
         mark = next((mark for mark in map(chr, PRIVATE) if not any(mark in text for text in texts)), None)
         if mark is None:
             raise InputError("every character for private use stands in it; leave some of them out")
-        return _with_marks(value, self._control, mark), mark
+        within = _each_text(value, lambda text, _: _parted(text, control, mark))
+        segments = render(within)
+        around = _each_text(within, lambda text, said: _enclosed(text, mark) if said and self._open(text) else text)
+        if around != within:
+            enclosed = render(around)
+            if self._controls(enclosed) != self._controls(segments):
+                segments = enclosed
+        return self.segments(segments, mark)
+
+    def _controls(self, segments: Sequence[Segment]) -> list[str]:
+        """The special tokens in a text."""
+        assert self._control is not None
+        return self._control.findall("".join(part for part, _ in segments))
+
+    def _open(self, text: str) -> bool:
+        """Whether a special token may begin or end in a text, or enclose it, with what it comes to stand beside."""
+        words, known = text.strip(), self._known
+        for length in range(1, len(words) + 1):
+            if words[:length] not in known:
+                break
+            if length == len(words) or f"{words[:length]}\0" in known:
+                return True
+        for length in range(1, len(words)):
+            if words[-length:] not in known:
+                break
+            if f"\0{words[-length:]}" in known:
+                return True
+        return False
 
     def tokens(self, text: str, mark: str | None = None) -> list[int]:
         """Tokens of a whole text, which begin with the beginning-of-text token if the model has one."""
@@ -299,39 +333,62 @@ class Encoder:
         """Tokens of a prompt and its completion, in which special tokens are text; with `ended`, an end-of-text or end-of-turn
         token follows.
         """
-        (prompt, completion, tools), mark = self.as_text((prompt, completion, tools))
-        if isinstance(prompt, str):
-            assert isinstance(completion, str)
-            ids, wanted = self.segments([(prompt, False), (completion, True)] if prompt else [(completion, True)], mark)
-            if ended and self.end is not None:
-                return [*ids, self.end], [*wanted, True]
-            return ids, wanted
+        if not isinstance(prompt, str):
+            return self.written((prompt, completion, tools), partial(self._shown, ended=ended))
+        said = (prompt, completion) if prompt else (completion,)
+        ids, wanted = self.written(said, lambda said: [*((one, False) for one in said[:-1]), (said[-1], True)])
+        if ended and self.end is not None:
+            return [*ids, self.end], [*wanted, True]
+        return ids, wanted
+
+    def _shown(self, said: tuple[Any, Any, Any], *, ended: bool) -> list[Segment]:
+        """Segments of a prompt of messages, of what completes it, and of tools."""
+        prompt, completion, tools = said
         if ended:
-            return self.segments(self.chat.completion(prompt, completion, tools), mark)
-        assert isinstance(completion, str)
-        asked = self.chat.render(prompt, generation_prompt=True, tools=tools)
-        return self.segments([(asked, False), (completion, True)], mark)
+            return self.chat.completion(prompt, completion, tools)
+        return [(self.chat.render(prompt, generation_prompt=True, tools=tools), False), (completion, True)]
 
     def conversation(self, messages: Sequence[Message], tools: Tools | None = None) -> Tokens:
         """Tokens of a conversation, in whose messages special tokens are text."""
-        (messages, tools), mark = self.as_text((tuple(messages), tools))
-        return self.segments(self.chat.conversation(messages, tools=tools), mark)
+        return self.written((tuple(messages), tools), lambda said: self.chat.conversation(said[0], tools=said[1]))
 
     def asked(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of messages, in which special tokens are text, and of what precedes the assistant's answer."""
-        messages, mark = self.as_text(tuple(messages))
-        return self.segments([(self.chat.render(messages, generation_prompt=True), False)], mark)[0]
+        return self.written(tuple(messages), lambda said: [(self.chat.render(said, generation_prompt=True), False)])[0]
 
 
-def _with_marks(value: Any, control: re.Pattern[str], mark: str) -> Any:
-    """The same lists and objects, with `mark` behind the first character of whatever `control` finds in their texts."""
+def _each_text(value: Any, change: Callable[[str, bool], str], *, said: bool = True, inside: bool = False) -> Any:
+    """The same lists and objects with `change(text, said)` in the place of their texts, keys too. `said` are those that somebody says:
+    prompts and answers, and of messages what is `inside` their contents and calls, but for names.
+    """
     if isinstance(value, str):
-        while control.search(value):  # once more where tokens overlap
-            value = control.sub(lambda found: found[0][0] + mark + found[0][1:], value)
-        return value
+        return change(value, said)
     if isinstance(value, dict):
-        return {_with_marks(key, control, mark): _with_marks(one, control, mark) for key, one in value.items()}
-    return type(value)(_with_marks(one, control, mark) for one in value) if isinstance(value, list | tuple) else value
+        return {
+            change(key, False): _each_text(
+                one,
+                change,
+                said=key in SAID or (inside and key not in NAMES),
+                inside=inside or key in SAID,
+            )
+            for key, one in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(_each_text(one, change, said=said, inside=inside) for one in value)
+    return value
+
+
+def _parted(text: str, control: re.Pattern[str], mark: str) -> str:
+    """The text with `mark` behind the first character of whatever `control` finds in it."""
+    while control.search(text):  # once more where tokens overlap
+        text = control.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+    return text
+
+
+def _enclosed(text: str, mark: str) -> str:
+    """The text with `mark` before its first and behind its last word: templates take blanks away."""
+    words = text.strip()
+    return text.replace(words, f"{mark}{words}{mark}", 1)
 
 
 class _Counting:

@@ -30,7 +30,7 @@ from tightfit.planner.service.http.guard import OPEN, Guard
 from tightfit.planner.service.http.uploads import Uploads
 from tightfit.planner.service.jobs.store import Store
 from tightfit.planner.service.jobs.supervisor import Supervisor
-from tightfit.planner.service.wire.errors import Code, ServiceError
+from tightfit.planner.service.wire.errors import Code, ServiceError, UnreadableError
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import Objects
@@ -131,6 +131,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     )
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(UnreadableError, _unreadable_error)
     app.add_exception_handler(TightfitError, _library_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -269,6 +270,11 @@ async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
     fields = [FieldError.model_construct(field=error.field, message=str(error))] if error.field else []
     return error_response(error.status, error.code, str(error), fields)
+
+
+async def _unreadable_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, UnreadableError)
+    return await _service_error(request, request.app.state.service.store.damaged(error.digest, str(error)))
 
 
 async def _library_error(request: Request, error: Exception) -> Response:

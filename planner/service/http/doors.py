@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -11,16 +12,14 @@ from starlette.responses import StreamingResponse
 
 from tightfit.planner.service.jobs.store import Row, content_key
 from tightfit.planner.service.jobs.supervisor import lane_of
-from tightfit.planner.service.wire.errors import Code, ServiceError, invalid, not_found
+from tightfit.planner.service.wire.errors import Code, ServiceError, invalid
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     JOB,
     ErrorAnswer,
     Job,
     JobKind,
-    StoredFleet,
-    StoredPlan,
-    StoredProfile,
 )
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.devices.data_sheets import known_devices
@@ -206,28 +205,47 @@ def check_device(name: str, own: Sequence[str], field: str) -> None:
 
 def stored(request: Request, kind: str, identity: str, field: str | None = None) -> Row:
     """A stored file's row. Raises ServiceError 404, naming the field that asked for it."""
-    row = service_of(request).store.file(kind, identity)
+    store = service_of(request).store
+    row = store.file(kind, identity)
     if row is None:
-        error = not_found(kind, identity)
+        error = store.missing(kind, identity)
         raise ServiceError(error.status, error.code, str(error), field and f"body.{field}")
     return row
 
 
-def file_answer(
-    request: Request, row: Row, *, media_type: str = "application/json", name: str | None = None
+async def file_answer(
+    request: Request,
+    row: Row,
+    *,
+    media_type: str = "application/json",
+    name: str | None = None,
+    redacted: Callable[[Redaction, bytes], str | bytes] | None = None,
 ) -> Response:
-    """A stored file's content, as it lies there where the client takes gzip."""
+    """A stored file's content, as it lies there where the client takes gzip, or what `redacted` makes of it.
+
+    Raises UnreadableError where it is damaged.
+    """
     objects = service_of(request).objects
     headers = {"ETag": f'"{row["digest"]}"', "Vary": "Accept-Encoding"}
     if name is not None:
         headers["Content-Disposition"] = f'attachment; filename="{name}"'
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
+    if redacted is not None:
+        redaction = service_of(request).redaction
+        told = await asyncio.to_thread(lambda: redacted(redaction, objects.read(row["digest"])))
+        return Response(told, media_type=media_type, headers=headers)
+    await asyncio.to_thread(objects.check, row["digest"])
     if media_type == "application/json" and "gzip" in request.headers.get("accept-encoding", ""):
         return Response(
             objects.packed(row["digest"]), media_type=media_type, headers=headers | {"Content-Encoding": "gzip"}
         )
     return StreamingResponse(objects.unpack(row["digest"]), media_type=media_type, headers=headers)
+
+
+def names_paths(profile: Row | None) -> bool:
+    """Whether a profile, and plans of it, may name this machine's paths: made by a service that did not redact what it stored."""
+    return profile is None or (profile["origin"] == "made" and profile["paths"] is None)
 
 
 def not_runnable(request: Request, plan: Row) -> str | None:
@@ -244,20 +262,3 @@ def not_runnable(request: Request, plan: Row) -> str | None:
     if summary.get("elsewhere"):
         return f"the plan {plan['id']} is for {summary['elsewhere']} with estimated times; plan for this machine and run that"
     return None
-
-
-def stored_profile(row: Row) -> StoredProfile:
-    return StoredProfile(**_figures(row), name=row["name"], origin=row["origin"])
-
-
-def stored_plan(row: Row) -> StoredPlan:
-    return StoredPlan(**_figures(row), profile=row["origin"])
-
-
-def stored_fleet(row: Row) -> StoredFleet:
-    return StoredFleet(**_figures(row))
-
-
-def _figures(row: Row) -> dict[str, Any]:
-    """What is said of everything that is stored."""
-    return {"id": row["id"], "created": row["created"], "bytes": row["bytes"], "summary": json.loads(row["summary"])}

@@ -22,9 +22,8 @@ from tightfit.planner.service.http.doors import (
     rate,
     service_of,
     stored,
-    stored_fleet,
 )
-from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.jobs.view import fleet_view
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.schema import Digest, FleetList, FleetMember, FleetRequest, StoredFleet
@@ -68,18 +67,21 @@ def _member(request: Request, member: FleetMember, field: str) -> Row:
 
 @router.get("", response_model=FleetList, summary="Fleets, newest first")
 async def list_fleets(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> FleetList:
-    return FleetList(fleets=[stored_fleet(row) for row in service_of(request).store.files("fleet", limit=limit)])
+    store = service_of(request).store
+    rows = store.files("fleet", limit=limit)
+    return FleetList(fleets=[listed(row) for row in rows], set_aside=store.set_aside("fleet"))
 
 
 @router.get("/{identity}", response_model=StoredFleet, responses=errors(404), summary="A fleet's plan in figures")
 async def get_fleet(request: Request, identity: Identity) -> StoredFleet:
-    return stored_fleet(stored(request, "fleet", identity))
+    found: StoredFleet = listed(stored(request, "fleet", identity))
+    return found
 
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole plan of a fleet", response_class=Response)
 async def get_fleet_file(request: Request, identity: Identity) -> Response:
     """Its members' plans are at `/v1/plans/{id}/file`, by the ids in `plans` of its summary."""
-    return file_answer(request, stored(request, "fleet", identity))
+    return await file_answer(request, stored(request, "fleet", identity))
 
 
 @router.get(

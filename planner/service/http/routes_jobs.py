@@ -62,7 +62,7 @@ async def list_jobs(
 ) -> JobList:
     service = service_of(request)
     jobs = [service.events.told(job) for job in service.store.jobs(kind=kind, state=state, limit=limit)]
-    return JobList(jobs=jobs, set_aside=service.store.set_aside())
+    return JobList(jobs=jobs, set_aside=service.store.set_aside("job"))
 
 
 @router.get("/v1/jobs/{identity}", response_model=Job, responses=errors(404), tags=["jobs"], summary="A job")

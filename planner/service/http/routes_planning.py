@@ -9,6 +9,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from tightfit.planner.io import parse_plan
+from tightfit.planner.plan_result import sealed
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.http.doors import (
     JOB_ANSWERS,
@@ -20,16 +22,17 @@ from tightfit.planner.service.http.doors import (
     errors,
     file_answer,
     file_responses,
+    names_paths,
     not_runnable,
     service_of,
     stored,
-    stored_plan,
 )
 from tightfit.planner.service.jobs.solving import OWN
-from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import (
     ComparisonRequest,
     Digest,
@@ -61,20 +64,28 @@ async def make_plan(request: Request, asked: PlanRequest, key: IdempotencyKey = 
 async def list_plans(
     request: Request, profile: Digest | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
 ) -> PlanList:
-    return PlanList(
-        plans=[stored_plan(row) for row in service_of(request).store.files("plan", origin=profile, limit=limit)]
-    )
+    store = service_of(request).store
+    rows = store.files("plan", origin=profile, limit=limit)
+    return PlanList(plans=[listed(row) for row in rows], set_aside=store.set_aside("plan"))
 
 
 @router.get("/plans/{identity}", response_model=StoredPlan, responses=errors(404), summary="A plan in figures")
 async def get_plan(request: Request, identity: Identity) -> StoredPlan:
-    return stored_plan(stored(request, "plan", identity))
+    found: StoredPlan = listed(stored(request, "plan", identity))
+    return found
 
 
 @router.get("/plans/{identity}/file", responses=FILE, summary="The whole plan", response_class=Response)
 async def get_plan_file(request: Request, identity: Identity) -> Response:
     """What `tightfit run` takes."""
-    return file_answer(request, stored(request, "plan", identity))
+    row = stored(request, "plan", identity)
+    old = names_paths(service_of(request).store.file("profile", row["origin"]))
+    return await file_answer(request, row, redacted=_redacted if old else None)
+
+
+def _redacted(redaction: Redaction, content: bytes) -> str:
+    found = parse_plan(content, "the stored plan")
+    return sealed(found.model_copy(update={"model": redaction.model(found.model)[0]})).model_dump_json()
 
 
 @router.get("/plans/{identity}/view", response_model=PlanView, responses=errors(404), summary="A plan to look at")
@@ -147,7 +158,7 @@ def _check_policy(policy: str, profile: Row, field: str) -> None:
 
 @lru_cache(maxsize=4)
 def _plan(objects: Objects, digest: str) -> Plan:
-    return Plan.model_validate_json(objects.read(digest))
+    return parse_plan(objects.read(digest), "the stored plan")
 
 
 @lru_cache(maxsize=128)

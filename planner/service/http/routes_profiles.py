@@ -15,15 +15,17 @@ from tightfit.planner.service.http.doors import (
     errors,
     file_answer,
     file_responses,
+    names_paths,
     service_of,
     stored,
-    stored_profile,
 )
 from tightfit.planner.service.http.paths import confined
-from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import Digest, ProfileList, ProfileRequest, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
+from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten, initial_deviation, text_config
 from tightfit.profiles.models.transformers_config import check
 from tightfit.profiles.schema import PROFILE_VERSION
@@ -110,22 +112,29 @@ def _source(settings: Settings, asked: ProfileRequest) -> Row:
 async def upload_profile(request: Request) -> Response:
     """The body is a profile.json, plain or gzip. It can be planned; only profiles made here can also be run here."""
     row, new = await service_of(request).uploads.receive(request)
-    answer = stored_profile(row)
+    answer = listed(row)
     return Response(answer.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
 
 
 @router.get("", response_model=ProfileList, summary="Profiles, newest first")
 async def list_profiles(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> ProfileList:
-    return ProfileList(
-        profiles=[stored_profile(row) for row in service_of(request).store.files("profile", limit=limit)]
-    )
+    store = service_of(request).store
+    rows = store.files("profile", limit=limit)
+    return ProfileList(profiles=[listed(row) for row in rows], set_aside=store.set_aside("profile"))
 
 
 @router.get("/{identity}", response_model=StoredProfile, responses=errors(404), summary="A profile in figures")
 async def get_profile(request: Request, identity: Identity) -> StoredProfile:
-    return stored_profile(stored(request, "profile", identity))
+    found: StoredProfile = listed(stored(request, "profile", identity))
+    return found
 
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)
 async def get_profile_file(request: Request, identity: Identity) -> Response:
-    return file_answer(request, stored(request, "profile", identity))
+    row = stored(request, "profile", identity)
+    return await file_answer(request, row, redacted=_redacted if names_paths(row) else None)
+
+
+def _redacted(redaction: Redaction, content: bytes) -> str:
+    found = parse_profile(content, "the stored profile")
+    return canonical_json(found.model_copy(update={"model": redaction.model(found.model)[0]}))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import tarfile
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
@@ -17,6 +19,7 @@ from tightfit.planner.service.http.doors import (
     file_answer,
     file_responses,
     job_answer,
+    names_paths,
     not_runnable,
     service_of,
     stored,
@@ -24,8 +27,10 @@ from tightfit.planner.service.http.doors import (
 from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
+from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import Job, JobId, RunMetrics, RunRequest
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import from_json, to_json
 from tightfit.runtime.session.options import TrainingOptions
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
@@ -103,14 +108,39 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
 
 @router.get("/{identity}/report", responses=REPORT, summary="Predicted beside measured", response_class=Response)
 async def get_report(request: Request, identity: Identity) -> Response:
-    return file_answer(request, _made(request, identity, "report"))
+    return await file_answer(
+        request,
+        _made(request, identity, "report"),
+        redacted=lambda redaction, content: to_json(redaction.value(from_json(content))),
+    )
 
 
 @router.get("/{identity}/adapter", responses=ADAPTER, summary="The adapter as a tar file", response_class=Response)
 async def get_adapter(request: Request, identity: Identity) -> Response:
     """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
-    row = _made(request, identity, "adapter")
-    return file_answer(request, row, media_type="application/x-tar", name=f"adapter-{identity}.tar")
+    row, store = _made(request, identity, "adapter"), service_of(request).store
+    plan = store.file("plan", str(_run(request, identity).request.get("plan")))
+    return await file_answer(
+        request,
+        row,
+        media_type="application/x-tar",
+        name=f"adapter-{identity}.tar",
+        redacted=_redacted if plan is None or names_paths(store.file("profile", plan["origin"])) else None,
+    )
+
+
+def _redacted(redaction: Redaction, content: bytes) -> bytes:
+    """An adapter whose configuration names no path."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive, tarfile.open(fileobj=made, mode="w") as told:
+        for member in archive:
+            file = archive.extractfile(member)
+            part = b"" if file is None else file.read()
+            if member.name.endswith(".json"):
+                part = to_json(redaction.value(from_json(part))).encode()
+                member.size = len(part)
+            told.addfile(member, io.BytesIO(part))
+    return made.getvalue()
 
 
 async def _allowed(request: Request, asked: RunRequest) -> Row:

@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from tightfit.planner.service.jobs.processes import UPLOAD, Processes
 from tightfit.planner.service.jobs.store import Row, Store
 from tightfit.planner.service.jobs.worker import JobOrder
-from tightfit.planner.service.wire.errors import ServiceError, StorageError
+from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import Objects, unpacked
 from tightfit.planner.service.wire.settings import Settings
@@ -60,8 +60,10 @@ class Uploads:
             # What is here already, as `canonical_json` has it, is known by its checksum alone.
             checksum = await asyncio.to_thread(_checksum, path, encoding, self._settings.upload_bytes)
             known = self._store.file("profile", checksum)
-            if known is not None:
-                return known, False
+            with contextlib.suppress(UnreadableError):  # then it is stored anew
+                if known is not None:
+                    await asyncio.to_thread(self._objects.check, checksum)
+                    return known, False
             file = await self._turn(path, encoding)
         new = self._store.file("profile", file["id"]) is None
         return self._store.add(file), new

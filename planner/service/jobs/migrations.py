@@ -58,6 +58,14 @@ STEPS = (
     DROP TABLE IF EXISTS askers;
     ALTER TABLE files ADD COLUMN paths TEXT;        -- of a profile that was made here: what is redacted in it, as JSON
     """,
+    """
+    -- Profiles made before name paths of this machine: asked for again they are made again, and summaries name the model.
+    UPDATE jobs SET content = NULL WHERE kind = 'profile' AND state = 'succeeded';
+    UPDATE jobs SET result = json_set(result, '$.summary.adapter_base', json_extract(result, '$.summary.model'))
+        WHERE CASE WHEN json_valid(result) THEN json_extract(result, '$.summary.adapter_base') LIKE '/%' END;
+    UPDATE files SET summary = json_set(summary, '$.adapter_base', json_extract(summary, '$.model'))
+        WHERE CASE WHEN json_valid(summary) THEN json_extract(summary, '$.adapter_base') LIKE '/%' END;
+    """,
 )
 LATEST = len(STEPS)
 

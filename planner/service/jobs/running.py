@@ -50,7 +50,7 @@ def run(order: JobOrder, tell: Tell) -> Row:
     tell.progress(always=True, stage="waiting for the device")
     with Path(order.lock).open("w") as lock:
         _wait_for(lock.fileno(), sys.stdin.fileno())
-        stored = parse_plan(objects.read(order.digests[order.request["plan"]]), "the stored plan")
+        stored = parse_plan(order.content(order.request["plan"]), f"the stored plan {order.request['plan']}")
         placed = sealed(stored.model_copy(update={"model": with_paths(stored.model, order.paths)}))
         plan.write_text(placed.model_dump_json())
         if out.exists():
@@ -152,7 +152,6 @@ def _pass_on(child: subprocess.Popen[bytes]) -> None:
 
 def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:
     identity, redaction = Path(order.folder).name, order.redaction()
-    report = redaction.value(report)
     told = {
         name: report.get(name)
         for name in ("budget_bytes", "enforced_by", "peak_bytes", "step_seconds", "tokens", "evaluation")

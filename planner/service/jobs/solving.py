@@ -39,7 +39,7 @@ def plan(order: JobOrder, tell: Tell) -> Row:
     objects = Objects(Path(order.objects))
     policy = None if request["policy"] == "solver" else request["policy"]
     limit = request["time_limit"]
-    profiled = _profile(objects, order, request["profile"])
+    profiled = _profile(order, request["profile"])
     planner = planner_of(chosen(profiled, request.get("optimizer"), request.get("max_grad_norm")))
     began = time.monotonic()
     found = planner.plan(
@@ -82,7 +82,7 @@ def comparison(order: JobOrder, tell: Tell) -> Row:
         tell.progress(always=True, stage="planning", done=done, total=total, cell=cell)
 
     found = compare(
-        _profile(objects, order, request["profile"]),
+        _profile(order, request["profile"]),
         request["memory"],
         request["policies"],
         devices=[None if name == OWN else name for name in request["devices"]],
@@ -116,7 +116,7 @@ def fleet(order: JobOrder, tell: Tell) -> Row:
     request = order.request
     objects = Objects(Path(order.objects))
     origins = {member["name"]: member["profile"] for member in request["members"]}
-    profiles = {identity: _profile(objects, order, identity) for identity in set(origins.values())}
+    profiles = {identity: _profile(order, identity) for identity in set(origins.values())}
     members = [
         MemberSpec(
             name=member["name"],
@@ -186,8 +186,8 @@ def _finite(told: Mapping[str, float | str]) -> Row:
     return {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
 
 
-def _profile(objects: Objects, order: JobOrder, identity: str) -> Profile:
-    return parse_profile(objects.read(order.digests[identity]), "the stored profile")
+def _profile(order: JobOrder, identity: str) -> Profile:
+    return parse_profile(order.content(identity), f"the stored profile {identity}")
 
 
 def keep_profile(

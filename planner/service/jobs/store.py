@@ -1,8 +1,9 @@
 """The database of jobs, profiles and plans in SQLite; what was acknowledged is on disk (write-ahead log, synced at
 every commit).
 
-One connection, used by one thread. The files themselves are `Objects`. A job that could not be shown is not stored, and
-one that cannot be read or shown any more is set aside: it is moved out of the database into a file of its name.
+One connection, used by one thread. The files themselves are `Objects`. A job that could not be shown is not stored. What
+cannot be read or shown any more, a job or a file, is set aside: it is moved out of the database into a file of its name, so
+that it stops no start and no list, and can be asked for anew.
 """
 
 from __future__ import annotations
@@ -14,30 +15,67 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Json
+
 from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.schema import PLAN_VERSION
 from tightfit.planner.service.jobs.migrations import migrate
-from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk
+from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk, not_found
 from tightfit.planner.service.wire.objects import Written
-from tightfit.planner.service.wire.schema import FINISHED, Error, Job, JobKind, JobList
+from tightfit.planner.service.wire.schema import (
+    FINISHED,
+    Digest,
+    Error,
+    Job,
+    JobKind,
+    JobList,
+    Stored,
+    StoredFleet,
+    StoredPlan,
+    StoredProfile,
+)
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import InputError, TightfitError
 from tightfit.runtime.common.files import write_whole
+from tightfit.runtime.common.strict_json import read_json
 
 ATTEMPTS = 5
 """a job is not tried again once it was running this many times when the service died"""
 SOLVE = "solve"
 SET_ASIDE = "set-aside"
-"""folder beside the database, with a file for each job that could not be read"""
+"""folder beside the database, with what could not be read: ``JOB.json`` for a job, ``KIND-ID.json`` for a file"""
 JOB_ID = re.compile("job-[0-9a-f]{16}")
+FILE = re.compile("[a-z]+-([0-9a-f]{64}|job-[0-9a-f]{16})")
+LISTED: dict[str, tuple[type[Stored], tuple[str, ...]]] = {
+    "profile": (StoredProfile, ("policies",)),
+    "plan": (StoredPlan, ("status", "budget_bytes", "explanation")),
+    "fleet": (StoredFleet, ("plans",)),
+}
+"""kind of a file that is listed -> how it is shown, and what its summary has to have"""
 LIVE = frozenset({"queued", "running"})
 Row = dict[str, Any]
 log = logging.getLogger("tightfit.service")
+
+
+class FileRow(BaseModel, strict=True):
+    """What a file's row holds, whatever its kind: what is in its JSON can be shown, which json.loads does not see to."""
+
+    kind: str
+    id: str
+    digest: Digest | None
+    bytes: int
+    stored_bytes: int
+    name: str
+    origin: str | None
+    summary: Json[dict[str, Any]]
+    paths: Json[dict[str, str]] | None
+    created: float
+    used: float
 
 
 class Store:
@@ -163,11 +201,15 @@ class Store:
         row = self._one("SELECT * FROM jobs WHERE id = ?", identity)
         job = None if row is None else self._read(row)
         if job is None:
-            why = "finished jobs are removed after a while"
-            if identity in self.set_aside():
-                why = f"it could not be read and was set aside as {SET_ASIDE}/{identity}.json in the service's data folder"
-            raise ServiceError(404, "not_found", f"there is no job {identity!r}; {why}")
+            raise self.missing("job", identity, "finished jobs are removed after a while")
         return job
+
+    def missing(self, kind: str, identity: str, *why: str) -> ServiceError:
+        """404, and `why` where it was not set aside."""
+        name = identity if kind == "job" else f"{kind}-{identity}"
+        if name in self.set_aside(kind):
+            why = (f"it could not be read and was set aside as {SET_ASIDE}/{name}.json in the service's data folder",)
+        return not_found(kind, identity, *why)
 
     def jobs(self, *, kind: str | None = None, state: str | None = None, limit: int = 100) -> list[Job]:
         """Newest first."""
@@ -184,19 +226,25 @@ class Store:
         try:
             return _shown(_job(row))
         except Exception as error:
-            name = f"{row['id']}" if JOB_ID.fullmatch(f"{row['id']}") else f"number-{row['number']}"
-            try:
-                place = write_whole(self._path.parent / SET_ASIDE / f"{name}.json", json.dumps(row, default=repr))
-            except TightfitError as refusal:
-                raise StorageError(str(refusal)) from error
-            with self._transaction() as database:
+            name = f"{row['id']}" if JOB_ID.fullmatch(f"{row['id']}") else f"job-number-{row['number']}"
+            with self._setting_aside(name, row, str(error)) as database:
                 database.execute("DELETE FROM jobs WHERE number = ?", (row["number"],))
-            log.error("a job cannot be read: set aside", extra={"job": name, "file": str(place), "why": str(error)})  # noqa: TRY400  no traceback
             return None
 
-    def set_aside(self) -> list[str]:
-        """The jobs that could not be read, by the names of their files."""
-        return sorted(path.stem for path in (self._path.parent / SET_ASIDE).glob("*.json"))
+    @contextmanager
+    def _setting_aside(self, name: str, row: Row, why: str) -> Iterator[sqlite3.Connection]:
+        """Write a row that cannot be read to a file; what is done inside removes it from the database."""
+        try:
+            place = write_whole(self._path.parent / SET_ASIDE / f"{name}.json", json.dumps(row, default=repr))
+        except TightfitError as refusal:
+            raise StorageError(str(refusal)) from refusal
+        with self._transaction() as database:
+            yield database
+        log.error("cannot be read: set aside", extra={"what": name, "file": str(place), "why": why})
+
+    def set_aside(self, kind: str = "") -> list[str]:
+        """What could not be read, of one kind or of all, by the names of the files."""
+        return sorted(path.stem for path in (self._path.parent / SET_ASIDE).glob(f"{kind}*.json"))
 
     def next(self, lane: str) -> Job | None:
         """Take the job that has waited longest in `lane`: it is running from now on."""
@@ -292,6 +340,7 @@ class Store:
         """
         for row in self._all("SELECT * FROM jobs"):
             self._read(row)
+        self._readable([row for row in self._database.execute("SELECT * FROM files") if _fault(row) is not None])
         requeued = interrupted = 0
         for row in self._all("SELECT id, attempts FROM jobs WHERE state = 'running'"):
             if row["attempts"] < ATTEMPTS:
@@ -342,29 +391,62 @@ class Store:
         )
 
     def file(self, kind: str, identity: str) -> Row | None:
-        row = self._one("SELECT * FROM files WHERE kind = ? AND id = ?", kind, identity)
-        if row is not None:
-            self.touch(kind, identity)
-        return row
+        found = self._readable(self._all("SELECT * FROM files WHERE kind = ? AND id = ?", kind, identity))
+        if not found:
+            return None
+        self.touch(kind, identity)
+        return found[0]
 
     def files(self, kind: str, *, origin: str | None = None, limit: int = 100) -> list[Row]:
         """Newest first."""
-        return self._all(
+        rows = self._all(
             "SELECT * FROM files WHERE kind = ?1 AND (?2 IS NULL OR origin = ?2) ORDER BY created DESC LIMIT ?3",
             kind,
             origin,
             limit,
         )
+        return self._readable(rows)
 
     def files_of(self, job: str) -> list[Row]:
         """The files that a job needs and those that it made."""
-        return self._all(
+        rows = self._all(
             "SELECT files.* FROM files JOIN uses ON uses.kind = files.kind AND uses.file = files.id WHERE uses.job = ?",
             job,
         )
+        return self._readable(rows)
+
+    def _readable(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of some files' rows that can be read and shown, whatever is in them; the others are set aside."""
+        faults = [_fault(row) for row in rows]
+        for row, fault in zip(rows, faults, strict=True):
+            if fault is not None:
+                self._set_aside(row, str(fault))
+        return [row for row, fault in zip(rows, faults, strict=True) if fault is None]
+
+    def _set_aside(self, row: Row, why: str) -> str:
+        """Returns the name under which a file is set aside. Jobs whose answer it was no longer answer."""
+        name = f"{row['kind']}-{row['id']}"
+        if not FILE.fullmatch(name):
+            name = f"file-{hashlib.sha256(repr(_place(row)).encode()).hexdigest()[:16]}"
+        with self._setting_aside(name, row, why) as database:
+            _forget(database, row, runs=False)
+        return name
+
+    def damaged(self, digest: str, why: str) -> ServiceError:
+        """Set aside the files whose object cannot be read; says which they are."""
+        names = [self._set_aside(row, why) for row in self._all("SELECT * FROM files WHERE digest = ?", digest)]
+        places = ", ".join(f"{SET_ASIDE}/{name}.json" for name in names) or "nothing, as it was removed meanwhile"
+        return ServiceError(
+            404, "not_found", f"{why}; set aside as {places} in the service's data folder; make it again"
+        )
 
     def digests(self) -> set[str]:
-        return {row["digest"] for row in self._all("SELECT digest FROM files WHERE digest IS NOT NULL")}
+        """Of all objects that are kept; those of files that were set aside are."""
+        rows: list[Any] = self._all("SELECT digest FROM files WHERE digest IS NOT NULL")
+        for name in self.set_aside():
+            with suppress(OSError, InputError):
+                rows.append(read_json(self._path.parent / SET_ASIDE / f"{name}.json"))
+        return {row["digest"] for row in rows if isinstance(row, dict) and isinstance(row.get("digest"), str)}
 
     def stored_bytes(self) -> int:
         return self._figure("SELECT coalesce(sum(stored_bytes), 0) AS n FROM files")
@@ -434,16 +516,8 @@ class Store:
                 excess -= row["stored_bytes"]
                 if excess <= 0:
                     break
-            for row in removed:
-                place = (row["kind"], row["id"])
-                # A job whose answer is gone can no longer answer; of a profile and of what lies in the cache a run's answer
-                # has no need.
-                database.execute(
-                    "DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE kind = ?1 AND file = ?2)"
-                    " AND NOT (kind = 'run' AND ?1 IN ('cache', 'profile'))",
-                    place,
-                )
-                database.execute("DELETE FROM files WHERE kind = ? AND id = ?", place)
+            for row in removed:  # of a profile and of what lies in the cache a run's answer has no need
+                _forget(database, row, runs=row["kind"] not in {"cache", "profile"})
         return removed
 
     # --- rows ------------------------------------------------------------------------------------------------------
@@ -481,7 +555,7 @@ def file_row(
         "name": name,
         "origin": origin,
         "summary": json.dumps(summary),
-        "paths": paths and json.dumps(paths),
+        "paths": None if paths is None else json.dumps(paths),
     }
 
 
@@ -527,6 +601,47 @@ def _shown(job: Job) -> Job:
     """The job, which can be shown wherever jobs are. Raises what serialising it raises."""
     JobList(jobs=[job]).model_dump_json()
     return job
+
+
+def listed(row: Mapping[str, Any]) -> Any:
+    """A file as it is listed. Raises whatever reading and showing it raises."""
+    form, told = LISTED[row["kind"]]
+    summary = json.loads(row["summary"])
+    for name in told:
+        summary[name]
+    figures = {**row, "summary": summary, "profile": row["origin"]}
+    return form(**{name: figures[name] for name in form.model_fields})
+
+
+def _fault(row: Row) -> Exception | None:
+    """Why a file's row cannot be read or shown; None where it can."""
+    try:
+        FileRow(**row)
+        if row["kind"] in LISTED:
+            listed(row)
+    except Exception as error:
+        return error
+    return None
+
+
+def _place(row: Row) -> tuple[bytes, bytes]:
+    """Kind and id of a file's row, whatever is in them, for statements that compare them with bytes."""
+    kind, identity = (
+        value if isinstance(value, bytes) else str(value).encode(errors="surrogateescape")
+        for value in (row["kind"], row["id"])
+    )
+    return kind, identity
+
+
+def _forget(database: sqlite3.Connection, row: Row, *, runs: bool) -> None:
+    """Remove a file's row, and the jobs that have ended and cannot answer without it: of `runs` only where that is said."""
+    place = "kind IN (?1, CAST(?1 AS TEXT)) AND {} IN (?2, CAST(?2 AS TEXT))"
+    database.execute(
+        f"DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE {place.format('file')})"  # noqa: S608  constants
+        f" AND state NOT IN ({', '.join(map(repr, sorted(LIVE)))}) AND (?3 OR kind <> 'run')",
+        (*_place(row), runs),
+    )
+    database.execute(f"DELETE FROM files WHERE {place.format('id')}", _place(row))  # noqa: S608  constants
 
 
 def _row(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> Row:

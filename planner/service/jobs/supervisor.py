@@ -203,6 +203,8 @@ class Supervisor:
             if end["code"] == "internal":
                 log.error("job failed inside", extra={"job": job.id, "said": worker.last_words()})
             error = Error(code=end["code"], message=end["message"])
+            if "unreadable" in end:
+                error = Error(code="input", message=str(self.store.damaged(end["unreadable"], end["message"])))
         elif code == -signal.SIGKILL and job.attempts < ATTEMPTS:
             # Killed from outside, perhaps by the kernel for want of memory: worth another try.
             return self.store.requeue(job.id, counted=True)

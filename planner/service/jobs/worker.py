@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.service.wire.errors import JOB_ERRORS, ServiceError
+from tightfit.planner.service.wire.errors import JOB_ERRORS, ServiceError, UnreadableError
+from tightfit.planner.service.wire.objects import Objects
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.runtime.common.errors import TightfitError
+from tightfit.runtime.common.errors import InputError, TightfitError
 from tightfit.runtime.common.parent import end_with_parent
 
 NICE = 5
@@ -58,6 +59,12 @@ class JobOrder:
 
     def redaction(self) -> Redaction:
         return Redaction(map(Path, self.folders))
+
+    def content(self, identity: str) -> bytes:
+        """Of a profile or plan that the request names. Raises InputError where it is gone, UnreadableError where it is damaged."""
+        if identity not in self.digests:
+            raise InputError(f"what was stored as {identity} is gone since this was asked for; make it again")
+        return Objects(Path(self.objects)).read(self.digests[identity])
 
 
 class Tell:
@@ -153,6 +160,8 @@ def _carry_out(order: JobOrder, tell: Tell) -> None:
         tell(
             event="error", code="input", message=str(error), status=error.status, refusal=error.code, field=error.field
         )
+    except UnreadableError as error:
+        tell(event="error", code="input", message=str(error), unreadable=error.digest)
     except TightfitError as error:
         tell(event="error", code=JOB_ERRORS.get(type(error), "input"), message=str(error))
     except Exception as error:

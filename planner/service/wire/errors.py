@@ -51,6 +51,14 @@ class ServiceError(TightfitError):
         self.field = field
 
 
+class UnreadableError(InputError):
+    """What is stored as the object `digest` is not what was written: lost, cut off or changed on disk."""
+
+    def __init__(self, digest: str, why: str) -> None:
+        super().__init__(f"what is stored as {digest[:12]}… cannot be read ({why})")
+        self.digest = digest
+
+
 class StorageError(RunError):
     """The data folder's disk is full, or cannot be written: nothing was wrong with what was asked."""
 
@@ -78,8 +86,8 @@ JOB_ERRORS: dict[type[TightfitError], Code] = {
 """what makes a job fail -> how that is told; a client raises the same again"""
 
 
-def not_found(what: str, name: str) -> ServiceError:
-    return ServiceError(404, "not_found", f"there is no {what} {name!r}; it may have been removed by retention")
+def not_found(what: str, name: str, why: str = "it may have been removed by retention") -> ServiceError:
+    return ServiceError(404, "not_found", f"there is no {what} {name!r}; {why}")
 
 
 def invalid(field: str, message: str) -> ServiceError:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tightfit.planner.service.wire.errors import ServiceError, failing_disk
+from tightfit.planner.service.wire.errors import ServiceError, UnreadableError, failing_disk
 from tightfit.runtime.common.files import sync_directory
 
 CHUNK = 1 << 18
@@ -62,11 +62,10 @@ class Objects:
                     raw.flush()
                     os.fsync(raw.fileno())
                 place = self.path(digest.hexdigest())
-                if not place.exists():
-                    place.parent.mkdir(exist_ok=True)
-                    part.rename(place)
-                    sync_directory(place.parent)
-                    sync_directory(self.folder)
+                place.parent.mkdir(exist_ok=True)
+                part.rename(place)  # over what is there, too: it may be damaged
+                sync_directory(place.parent)
+                sync_directory(self.folder)
                 stored = place.stat().st_size
             finally:
                 with suppress(OSError):
@@ -74,17 +73,30 @@ class Objects:
         return Written(digest=digest.hexdigest(), bytes=size, stored_bytes=stored)
 
     def read(self, digest: str) -> bytes:
-        """The content. Raises FileNotFoundError where there is none."""
-        return gzip.decompress(self.path(digest).read_bytes())
+        """The content. Raises UnreadableError where it is not what was written."""
+        return b"".join(self.unpack(digest))
 
     def packed(self, digest: str) -> bytes:
         """The content as it lies there: gzip."""
         return self.path(digest).read_bytes()
 
     def unpack(self, digest: str) -> Iterator[bytes]:
-        with gzip.open(self.path(digest)) as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
+        """The content, piece by piece. Raises UnreadableError, at its end at the latest, where it is not what was written."""
+        found = hashlib.sha256()
+        try:
+            with gzip.open(self.path(digest)) as file:
+                while chunk := file.read(CHUNK):
+                    found.update(chunk)
+                    yield chunk
+        except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UnreadableError(digest, str(error)) from error
+        if found.hexdigest() != digest:
+            raise UnreadableError(digest, "its checksum is another one")
+
+    def check(self, digest: str) -> None:
+        """Raises UnreadableError where the content is not what was written."""
+        for _ in self.unpack(digest):
+            pass
 
     def remove(self, digest: str) -> None:
         with suppress(FileNotFoundError):

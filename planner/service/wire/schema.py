@@ -299,7 +299,7 @@ class Job(Answer):
 
 SetAside = Annotated[
     list[str],
-    Field(description="stored jobs that could not be read: files of the folder set-aside/ of the service's data"),
+    Field(description="what is stored and could not be read: files of the folder set-aside/ of the service's data"),
 ]
 
 
@@ -344,18 +344,21 @@ class FleetList(Answer):
     model_config = example_of(fleets=[STORED_FLEET])
 
     fleets: list[StoredFleet]
+    set_aside: SetAside = []
 
 
 class ProfileList(Answer):
     model_config = example_of(profiles=[STORED_PROFILE])
 
     profiles: list[StoredProfile]
+    set_aside: SetAside = []
 
 
 class PlanList(Answer):
     model_config = example_of(plans=[STORED_PLAN])
 
     plans: list[StoredPlan]
+    set_aside: SetAside = []
 
 
 class DeviceAnswer(Answer):

@@ -1,5 +1,5 @@
-"""Whatever a request or a stored job holds, no lane stops and every list is answered: what could not be shown is not stored,
-and what cannot be read any more is set aside by name.
+"""Whatever a request holds, and whatever has become of what is stored, no lane stops and every list is answered: what could
+not be shown is not stored, and what cannot be read any more is set aside by name.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from served import service
 from synthetic import small_chain
 
-from tightfit.planner.service.jobs.store import Store
+from tightfit.planner.service.jobs.store import Store, file_row, listed
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.wire.errors import ServiceError
+from tightfit.planner.service.wire.objects import Objects
 from tightfit.planner.service.wire.schema import Error
 
 PATIENCE = 30.0
@@ -186,8 +187,64 @@ def test_what_is_set_aside_is_told_and_stops_nothing_over_restarts(tmp_path, cap
     kept = json.loads((tmp_path / "data" / "set-aside" / f"{bad.id}.json").read_text())
     assert kept["request"] == request
     assert folder.is_dir()  # what it had saved
-    (line,) = [record for record in caplog.records if record.message == "a job cannot be read: set aside"]
-    assert line.job == bad.id
+    (line,) = [record for record in caplog.records if record.message == "cannot be read: set aside"]
+    assert line.what == bad.id
+
+
+SUMMARIES = {
+    "profile": {"policies": ["solver"]},
+    "plan": {"status": "optimal", "budget_bytes": 1, "explanation": None, "step_seconds": float("inf")},
+    "fleet": {"plans": {}},
+    "report": {},
+}
+"""kind of a file -> the summary of one"""
+ORIGINS = {"profile": "made", "plan": "0" * 64}
+FILE_COLUMNS = (
+    *("kind", "id", "digest", "bytes", "stored_bytes", "name", "origin", "summary", "paths", "created", "used"),
+)
+
+
+@settings(GENERATED, max_examples=120)
+@given(kind=st.sampled_from(sorted(SUMMARIES)), column=st.sampled_from(FILE_COLUMNS), value=VALUES, blob=st.booleans())
+@example(kind="profile", column="summary", value='{"policies": ["solver"', blob=False)
+@example(kind="plan", column="summary", value='{"status": "optimal"}', blob=False)
+@example(kind="plan", column="digest", value=b"\xff", blob=False)
+@example(kind="report", column="stored_bytes", value="many", blob=False)
+@example(kind="profile", column="paths", value="[" * 300 + "]" * 300, blob=False)
+@example(kind="fleet", column="id", value=b"\xff\0", blob=False)
+@example(kind="fleet", column="kind", value=b"fleet", blob=True)
+def test_a_stored_file_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory, kind, column, value, blob):
+    folder = tmp_path_factory.mktemp("store")
+    store, objects = Store(folder / "s.sqlite"), Objects(folder / "objects")
+    first, second = "1" * 64, "2" * 64
+    for other, summary in SUMMARIES.items():
+        for identity in (first, second):
+            written = objects.put(f"{other} {identity}".encode())
+            store.add(file_row(other, identity, written, name="n", summary=summary, origin=ORIGINS.get(other)))
+    kept = store.digests()
+    placed = "CAST(? AS TEXT)" if isinstance(value, bytes) and not blob else "?"
+    try:
+        store._database.execute(f"UPDATE files SET {column} = {placed} WHERE kind = ? AND id = ?", (value, kind, first))
+    except Exception:  # what the database itself refuses
+        store.close()
+        return
+    for _ in range(2):
+        for other in ("profile", "plan", "fleet"):
+            found = [listed(row) for row in store.files(other)]
+            assert second in [one.id for one in found]
+            assert all(one.model_dump_json() for one in found)
+            if other == kind and column not in {"kind", "id"} and first not in [one.id for one in found]:
+                assert store.set_aside() == store.set_aside(kind) == [f"{kind}-{first}"]
+                assert "could not be read and was set aside as set-aside/" in str(store.missing(kind, first))
+        store.close()
+        store = Store(folder / "s.sqlite")
+        store.recover()
+        assert store.expire(before=-1e300, keep_bytes=1 << 62) == []
+        left = store._figure("SELECT count(*) AS n FROM files")
+        assert left + len(store.set_aside()) == 2 * len(SUMMARIES)
+        if column != "digest":
+            assert store.digests() == kept  # what it holds may still be of use to somebody
+    store.close()
 
 
 PLACES = [

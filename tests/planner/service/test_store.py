@@ -19,13 +19,17 @@ from tightfit.planner.service.jobs.store import (
     file_row,
     folder_row,
 )
-from tightfit.planner.service.wire.errors import ServiceError, StorageError
+from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
 from tightfit.planner.service.wire.objects import Objects, unpacked
 from tightfit.planner.service.wire.schema import Error
 from tightfit.planner.service.wire.settings import Settings, loopback
 from tightfit.runtime.common.errors import InputError
 
 LANE = "solve"
+OWN = "1" * 64
+"""id of a file"""
+PROFILE, PLAN = {"policies": []}, {"status": "optimal", "budget_bytes": 1, "explanation": None}
+"""summaries"""
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def ask(store, number=1, *, key=None, repeatable=False, waiting=100, uses=(), an
 
 def keep(store, objects, identity, size=100, **more):
     written = objects.put(identity.encode() * size)
-    return store.add(file_row("plan", identity, written, name=identity, summary={}, **more))
+    return store.add(file_row("report", identity, written, name=identity, summary={}, **more))
 
 
 def test_equal_requests_are_one_job_until_it_fails(store):
@@ -113,7 +117,7 @@ def test_what_is_asked_for_again_counts_as_used(store, objects):
     store.flush()
     moment = time.time()
     assert ask(store)[0].id == job.id
-    assert store.file("plan", "plan") is not None
+    assert store.file("report", "plan") is not None
     assert store.expire(before=moment, keep_bytes=1 << 40) == []
     assert store.job(job.id).state == "succeeded"
     assert store.expire(before=time.time(), keep_bytes=1 << 40) != []
@@ -143,12 +147,12 @@ def test_a_full_queue_refuses(store):
 def test_what_is_measured_here_counts_as_made_whoever_uploaded_it_before(store, objects):
     written = objects.put(b"a profile")
     for origin, kept in (("uploaded", "uploaded"), ("made", "made"), ("uploaded", "made")):
-        row = store.add(file_row("profile", "p", written, name="p", summary={}, origin=origin))
+        row = store.add(file_row("profile", OWN, written, name="p", summary=PROFILE, origin=origin))
         assert row["origin"] == kept
     # A plan's origin is the profile that it was made from.
-    for origin in ("p", "made"):
-        row = store.add(file_row("plan", "p", written, name="p", summary={}, origin=origin))
-        assert row["origin"] == "p"
+    for origin in (OWN, "0" * 64):
+        row = store.add(file_row("plan", OWN, written, name="p", summary=PLAN, origin=origin))
+        assert row["origin"] == OWN
 
 
 def test_what_ran_waits_again_but_not_for_ever(store):
@@ -218,6 +222,31 @@ def test_the_schema_has_a_version(tmp_path):
         Store(path)
 
 
+def test_what_was_measured_before_paths_were_redacted_is_measured_anew_and_names_none(tmp_path, objects):
+    """Summaries that were damaged meanwhile stop no start."""
+    store, path = Store(tmp_path / "s.sqlite"), tmp_path / "s.sqlite"
+    job, _ = store.ask("profile", "cpu", {}, content="c", key=None, waiting=9)
+    bases = {"1" * 64: "/srv/models/m", "2" * 64: "org/model"}
+    summaries = {identity: PROFILE | {"model": "m", "adapter_base": base} for identity, base in bases.items()}
+    files = [
+        file_row("profile", identity, objects.put(b"p"), name="m", summary=summary, origin="made")
+        for identity, summary in summaries.items()
+    ]
+    store.finish(job.id, "succeeded", result={"summary": summaries["1" * 64]}, files=files)
+    store.add(file_row("profile", "3" * 64, objects.put(b"p"), name="m", summary=PROFILE, origin="made"))
+    store._database.execute("UPDATE files SET summary = '{' WHERE id = ?", ("3" * 64,))
+    store._database.execute("PRAGMA user_version = 3")
+    store.close()
+    store = Store(path)
+    store.recover()
+    assert store.set_aside() == [f"profile-{'3' * 64}"]
+    assert store.ask("profile", "cpu", {}, content="c", key=None, waiting=9)[1]
+    told = {row["id"]: json.loads(row["summary"])["adapter_base"] for row in store.files("profile")}
+    assert told == {"1" * 64: "m", "2" * 64: "org/model"}
+    assert store.job(job.id).result["summary"] == summaries["1" * 64] | {"adapter_base": "m"}
+    store.close()
+
+
 def test_a_step_that_fails_leaves_the_schema_as_it_was(tmp_path, monkeypatch):
     from tightfit.planner.service.jobs import migrations
 
@@ -243,7 +272,7 @@ def test_objects_appear_whole_under_their_digest(objects):
     other = objects.put(b"other")
     assert objects.sweep({written.digest}) == 2
     assert objects.read(written.digest)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UnreadableError, match="No such file"):
         objects.read(other.digest)
 
 
@@ -278,13 +307,13 @@ def test_retention_by_age_spares_what_live_jobs_need(store, objects):
     done, _ = ask(store, 1)
     store.next(LANE)
     store.finish(done.id, "succeeded", result={})
-    live, _ = ask(store, 2, uses=[("plan", "needed")])
+    live, _ = ask(store, 2, uses=[("report", "needed")])
     store.flush()
     moment = time.time() + 1
-    store._touched = {("plan", "new"): moment + 1}
+    store._touched = {("report", "new"): moment + 1}
     removed = store.expire(before=moment, keep_bytes=1 << 40)
     assert [row["id"] for row in removed] == ["old"]
-    assert {row["id"] for row in store.files("plan")} == {"needed", "new"}
+    assert {row["id"] for row in store.files("report")} == {"needed", "new"}
     with pytest.raises(ServiceError):
         store.job(done.id)
     assert store.job(live.id).state == "queued"
@@ -293,10 +322,10 @@ def test_retention_by_age_spares_what_live_jobs_need(store, objects):
 def test_retention_by_bytes_takes_the_longest_unused_and_what_answers_with_it(store, objects):
     job, _ = ask(store, 1)
     store.next(LANE)
-    row = file_row("plan", "answer", objects.put(b"answer"), name="answer", summary={})
+    row = file_row("report", "answer", objects.put(b"answer"), name="answer", summary={})
     store.finish(job.id, "succeeded", result={}, files=[row])
     keep(store, objects, "other")
-    store._touched = {("plan", "answer"): time.time() - 100, ("plan", "other"): time.time()}
+    store._touched = {("report", "answer"): time.time() - 100, ("report", "other"): time.time()}
     removed = store.expire(before=0, keep_bytes=store.stored_bytes() - 1)
     assert [row["id"] for row in removed] == ["answer"]
     # Its answer gone, the request is a new job.
@@ -359,7 +388,7 @@ def test_a_run_that_ended_early_goes_on_and_its_checkpoints_are_its_own_again(st
 def test_what_lies_in_the_cache_counts_and_goes_first_of_what_was_used_last_at_once(store, objects):
     measured, _ = ask(store, 1)
     store.next(LANE)
-    made = file_row("profile", "made", objects.put(b"profile"), name="made", summary={})
+    made = file_row("profile", OWN, objects.put(b"profile"), name="made", summary=PROFILE, origin="made")
     store.finish(measured.id, "succeeded", result={}, files=[made, cache_row("stores/a.store", 5000)])
     store.count_cache([cache_row("stores/a.store", 5000), cache_row("stores/b.store", 3000)])
     small = store.stored_bytes() - 8000
@@ -370,7 +399,7 @@ def test_what_lies_in_the_cache_counts_and_goes_first_of_what_was_used_last_at_o
     store._touched = {("cache", "stores/b.store"): 1.0}
     removed = store.expire(before=0, keep_bytes=3000 + small)
     assert [row["id"] for row in removed] == ["stores/a.store"]
-    assert [row["id"] for row in store.files("profile")] == ["made"]
+    assert [row["id"] for row in store.files("profile")] == [OWN]
     # The model would have to be packed again, so the measurement no longer answers; the profile can be planned with.
     assert ask(store, 1)[1]
     # A run that has ended keeps its answer where its weights go.
@@ -386,8 +415,8 @@ def test_what_lies_in_the_cache_counts_and_goes_first_of_what_was_used_last_at_o
 def test_a_file_told_again_is_told_as_now_but_keeps_its_explanation(store, objects):
     written = objects.put(b"a plan")
     for told, kept in (({"a": 1}, {"a": 1}), ({"a": 2, "explanation": {}}, {"a": 2, "explanation": {}}), ({"a": 3, "explanation": None}, {"a": 2, "explanation": {}})):  # fmt: skip
-        row = store.add(file_row("plan", "p", written, name="p", summary=told))
-        assert json.loads(row["summary"]) == kept
+        row = store.add(file_row("plan", OWN, written, name="p", summary=PLAN | told))
+        assert json.loads(row["summary"]) == PLAN | kept
 
 
 def test_paths_stay_under_the_roots(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from places import ROOT
 
 from tightfit.runtime.common import limits
-from tightfit.runtime.common.limits import limited, way_out
+from tightfit.runtime.common.limits import allocating, limited, way_out
 from tightfit.runtime.common.units import MIB
 
 TOLD = "the address space of this process is limited to {} (ulimit -v {})"
@@ -108,3 +108,15 @@ def test_an_error_of_another_kind_is_no_lack_of_memory_unless_the_limit_was_near
     limit(space=1 * MIB)  # far below what this process holds
     assert way_out("SystemError: error return without exception set", unexpected=True) == f"{limited()}{WAY}"
     assert way_out("InputError: no such file", unexpected=False) is None
+
+
+def test_who_asks_for_more_than_is_allowed_gets_no_memory():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with allocating(64 * MIB):
+        bytearray(32 * MIB)
+        with allocating(1 << 40), pytest.raises(MemoryError):
+            bytearray(128 * MIB)
+        with pytest.raises(MemoryError):
+            bytearray(128 * MIB)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    bytearray(128 * MIB)

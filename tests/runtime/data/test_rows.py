@@ -4,12 +4,13 @@ is refused by name, with its line.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_models import CHAT, SPECIAL, byte_level_tokenizer, sentence_piece_tokenizer
 
@@ -273,6 +274,45 @@ def test_messages_have_the_control_tokens_of_their_template_alone(
     ]
     assert control(vocabulary, pair[0]) == control(vocabulary, pair[1])
     assert control(vocabulary, pair[0])[-1] == vocabulary.token_id(vocabulary.eos_token)
+
+
+GLUE = st.sampled_from(["", "<|im_", "<|", "<", "[a", "end|>", "|>", ">", "b]", " ", "x"])
+"""what a template may have beside the words of a message, which makes a special token with some"""
+HALVES = st.sampled_from(
+    ["<|im_", "<|", "<", "end|>", "|>", ">", "im_end", "im_start", "[a", "[", "b]", "]", "b", "s", "/s"]
+)
+BESIDE = st.builds(lambda blank, half, word: blank + half + word, st.sampled_from(["", " "]), HALVES, st.sampled_from(["", "é", " a"])) | WORDS  # fmt: skip
+
+
+@given(before=GLUE, after=GLUE, trim=st.booleans(), words=st.lists(BESIDE.filter(str.strip), min_size=6, max_size=6))
+@example(before="x", after="end|>", trim=False, words=["<|im_"] * 6)
+@example(before="<|im_", after="x", trim=False, words=["end|>"] * 6)
+@example(before="<|", after="|>", trim=True, words=[" im_end "] * 6)
+@example(before="", after="b]", trim=False, words=["[a", "é", "[a", "[", "[a", "[a"])
+def test_no_control_token_comes_of_words_and_what_stands_beside_them(
+    vocabulary: Vocabulary, before: str, after: str, trim: bool, words: list[str]
+) -> None:
+    shown = "message['content']" + (" | trim" if trim else "")
+    template = (vocabulary.chat_template or "").replace("message['content']", f"'{before}' + ({shown}) + '{after}'")
+    template = template.replace("assistant\n", f"assistant\n{before}")
+    glued = dataclasses.replace(vocabulary, chat_template=template)
+    encoder, roles = Encoder(glued, 1000), ("system", "user", "assistant", "tool", "user", "assistant")
+    turns = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    harmless = [turn | {"content": "é"} for turn in turns]
+    ids = encoder.conversation(turns)[0]
+    assert control(glued, ids) == control(glued, encoder.conversation(harmless)[0])
+    assert control(glued, encoder.asked(turns[:2])) == control(glued, encoder.asked(harmless[:2]))
+    if not vocabulary.add_bos:
+        assert spelled(glued, ids) == encoder.chat.render(turns, generation_prompt=False).rstrip()
+
+
+def test_words_that_could_begin_a_control_token_have_their_usual_tokens() -> None:
+    """Nothing parts them where none comes of them: an answer that is a word in the name of a special token, a quotation."""
+    encoder = Encoder(VOCABULARY, 420)
+    for words in ("end", "im", "start", "<", "> a", "a <", "|"):
+        turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+        text = encoder.chat.render(turns, generation_prompt=False).rstrip()
+        assert encoder.conversation(turns)[0] == VOCABULARY.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_texts_keep_their_control_tokens(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import resource
 import sys
 import tracemalloc
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.units import format_size
 from tightfit.runtime.data.samples import (
     Completion,
     Conversation,
@@ -26,6 +28,7 @@ from tightfit.runtime.data.samples import (
     parse_sample,
     read_samples,
 )
+from tightfit.runtime.data.tables import LEAST_READ_BYTES, READ_BYTES, rows_of
 
 TURNS = [{"role": "user", "content": "Good?"}, {"role": "assistant", "content": "Yes."}]
 
@@ -203,6 +206,8 @@ class Batch:
         return Batch(self.rows[start : start + count])
 
     def to_pylist(self) -> list[dict[str, Any]]:
+        for row in self.rows:
+            bytearray(row.get("unfolds", 0))
         return self.rows
 
 
@@ -236,6 +241,8 @@ class Opened:
         for start in range(0, len(self.rows), batch_size):
             if any("broken" in row for row in self.rows[start : start + batch_size]):
                 raise Broken("Corrupt snappy compressed data")
+            for row in self.rows[start : start + batch_size]:
+                bytearray(row.get("claims", 0))
             yield Batch([{name: row[name] for name in columns} for row in self.rows[start : start + batch_size]])
 
 
@@ -302,6 +309,61 @@ def test_a_damaged_table_is_told_with_how_far_it_was_read(tmp_path: Path) -> Non
         read(path)
 
 
+@pytest.mark.parametrize(("name", "key"), [("a.parquet", "claims"), ("a.parquet", "unfolds"), ("a.arrow", "unfolds")])
+@pytest.mark.parametrize(("longest", "most"), [(None, READ_BYTES), (1, LEAST_READ_BYTES), (1 << 20, 448 << 20)])
+@pytest.mark.usefixtures("pyarrow")
+def test_what_a_table_unfolds_to_is_bounded(
+    tmp_path: Path, name: str, key: str, longest: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may claim any size: memory ends before it does, and the limit is gone again."""
+    path, limit = tmp_path / name, resource.getrlimit(resource.RLIMIT_DATA)
+    monkeypatch.setattr("tightfit.runtime.data.tables.PARTS", ("text", key))
+    for size, fits in ((most // 2, True), (2 * most, False)):
+        path.write_text("\n".join(json.dumps(row) for row in [*[{"text": "a"}] * 64, {"text": "b", key: size}]))
+        path.write_text(path.read_text().replace('{"text": "a"}', json.dumps({"text": "a", key: 0})))
+        if fits:
+            assert len(list(rows_of(path, longest, None))) == 65
+            continue
+        with pytest.raises(InputError) as caught:
+            list(rows_of(path, longest, None))
+        assert f"{path}: to read on after row 64 takes more than the {format_size(most)}" in str(caught.value)
+        assert resource.getrlimit(resource.RLIMIT_DATA) == limit
+
+
+def test_tables_of_pyarrow_that_unfold_are_bounded(tmp_path: Path) -> None:
+    """Where it is installed: files of some KiB that claim gigabytes, or have as much in a row, a page, a dictionary."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet, ipc = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow.ipc")
+    large = 4 * LEAST_READ_BYTES
+    one = arrow.table({"text": ["a" * large]})
+    parquet.write_table(one, tmp_path / "page.parquet", compression="zstd", use_dictionary=False)
+    packed = ipc.IpcWriteOptions(compression="zstd")
+    with ipc.new_file(str(tmp_path / "row.arrow"), one.schema, options=packed) as writer:
+        writer.write_table(one)
+    repeated = arrow.DictionaryArray.from_arrays(arrow.array([0] * 100_000, arrow.int32()), ["a" * (large // 32)])
+    parquet.write_table(
+        arrow.table({"text": repeated}),
+        tmp_path / "repeated.parquet",
+        compression="zstd",
+        dictionary_pagesize_limit=1 << 30,
+        store_schema=False,
+    )
+    nulls = arrow.ListArray.from_arrays(arrow.array([0, 2_000_000_000], arrow.int32()), arrow.nulls(2_000_000_000))
+    with ipc.new_file(str(tmp_path / "nulls.arrow"), arrow.schema([("messages", nulls.type)])) as writer:
+        writer.write_batch(arrow.record_batch([nulls], names=["messages"]))
+    small = arrow.table({"text": ["a" * 1000]})
+    with ipc.new_file(str(tmp_path / "claim.arrow"), small.schema, options=packed) as writer:
+        writer.write_table(small)
+    content, length = (tmp_path / "claim.arrow").read_bytes(), (1000).to_bytes(8, "little")
+    (tmp_path / "claim.arrow").write_bytes(
+        content.replace(length + b"\x28\xb5\x2f\xfd", (1 << 40).to_bytes(8, "little") + b"\x28\xb5\x2f\xfd")
+    )
+    for file in sorted(tmp_path.iterdir()):
+        assert file.stat().st_size < 1 << 20
+        with pytest.raises(InputError, match=r"to read on after row 0 takes more than the 64\.0 MiB of memory"):
+            list(rows_of(file, 1000, None))
+
+
 def test_what_reads_them_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").touch()
@@ -325,7 +387,7 @@ def test_files_of_pyarrow_itself_are_read(tmp_path: Path) -> None:
     with ipc.new_file(str(tmp_path / "c.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=70)
     for name in ("a.parquet", "b.arrow", "c.arrow"):
-        assert read(tmp_path / name) == [Conversation(tuple(TURNS))] * 300
+        assert read(tmp_path / name, {"messages": "messages", "tools": "tools"}) == [Conversation(tuple(TURNS))] * 300
         assert read(tmp_path / name, {"text": "text"}) == [Text("no")] * 300
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
