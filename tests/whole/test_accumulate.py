@@ -229,7 +229,7 @@ def test_an_optimizer_that_is_none_is_refused_by_name(optimizer: dict[str, Any],
 
 
 def test_more_steps_than_anyone_sums_are_refused() -> None:
-    with pytest.raises(InputError, match="accumulate 1000000000000: an update takes at most 65536 steps"):
+    with pytest.raises(InputError, match="accumulate 1000000000000: it should be less than or equal to 65536"):
         profile(FACTORY, accumulate=10**12)
 
 

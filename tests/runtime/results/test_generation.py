@@ -219,7 +219,7 @@ def test_what_cannot_be_is_refused(model: Path, adapter: Path, refused: Any, tmp
     assert "give a smaller --max-tokens" in refused(2, *ask, "--max-tokens", 600, "--memory", "300MiB")
     assert "--prompt TEXT or --prompts FILE is missing" in refused(2, "generate", model)
     assert "give --temperature too" in refused(2, *ask, "--top-p", 0.5)
-    assert "--cache int3: give float32 or bfloat16" in refused(2, *ask, "--cache", "int3")
+    assert "--cache 'int3': it should be 'float32' or 'bfloat16'" in refused(2, *ask, "--cache", "int3")
     assert "no such file or directory; give the folder of an adapter" in refused(2, *ask, "--adapter", tmp_path, "--memory", "300MiB").lower()  # fmt: skip
     other = refused(
         2, "generate", save_model(tmp_path / "gemma2", FAMILIES["Gemma 2"]), "--prompt", "So?", "--memory", "300MiB"
