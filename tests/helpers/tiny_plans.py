@@ -60,9 +60,9 @@ def decoder_profile(
     `lora`: a LoraConfig; by default pairs of `rank` everywhere. `preference`: a loss of pairs, if it learns from such. `buckets`:
     lengths of shorter steps, as `tightfit profile` takes them.
     """
-    from tightfit.profiles.api import _trace_decoder
     from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve
+    from tightfit.profiles.steps.decoder_step import trace_decoder
     from tightfit.profiles.tracing.shorter_steps import bucket_lengths, shorter_step, with_room
     from tightfit.profiles.weights.pack import build_store
     from tightfit.runtime.engine.weights.store import Store
@@ -77,7 +77,7 @@ def decoder_profile(
     pairs = lora or LoraConfig(rank=rank)
 
     def trace_at(length):
-        return _trace_decoder(source, batch, length, pairs, dtype, lambda *_: None, preference, longest=seq)
+        return trace_decoder(source, batch, length, pairs, dtype, lambda *_: None, preference, longest=seq)
 
     traced, decoder = trace_at(seq)
     shorter = [shorter_step(traced, trace_at(length)[0], length) for length in bucket_lengths(buckets, seq)]

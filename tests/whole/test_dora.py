@@ -42,12 +42,13 @@ from tightfit.planner.instructions import Run
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.device_forward import SENT, device_forward
 from tightfit.planner.report.html import describe
-from tightfit.profiles.api import _trace_decoder, profile
+from tightfit.profiles.api import profile
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile, operator_workspace
 from tightfit.profiles.models.lora import LoraConfig, from_peft
 from tightfit.profiles.schema import Profile
 from tightfit.profiles.sources.lookup import resolve
+from tightfit.profiles.steps.decoder_step import trace_decoder
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG, WEIGHTS, adapter_key, initialise, scaled_weight
@@ -79,7 +80,7 @@ class Case:
         source = resolve(str(folder))
         self.body = source.config.get("adapter_body", BODY)
         kind = str(dtype).removeprefix("torch.")
-        self.traced, decoder = _trace_decoder(source, BATCH, SEQ, lora, kind, lambda *_: None)
+        self.traced, decoder = trace_decoder(source, BATCH, SEQ, lora, kind, lambda *_: None)
         self.lora = decoder.lora
         self.weights = stored_weights(build_store(source, folder / "stores"))
         for name, weight in self.weights.items():

@@ -22,8 +22,8 @@ from tightfit.planner.service.wire.schema import (
     ProfileRequest,
     RunRequest,
 )
-from tightfit.profiles.api import DTYPES
 from tightfit.profiles.schema import KNOWN, OPTIMIZER_STATES
+from tightfit.profiles.steps.step import DTYPES
 from tightfit.runtime.cli.compare import compare
 from tightfit.runtime.cli.main import app
 from tightfit.runtime.cli.options import read as read_options

@@ -15,10 +15,11 @@ from traced import loss_and_gradients, random_batch
 from wide_regression import FACTORY
 
 from tightfit.planner.plan import plan
-from tightfit.profiles.api import _trace_decoder, profile
+from tightfit.profiles.api import profile
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.schema import Preference, shortened
 from tightfit.profiles.sources.lookup import resolve
+from tightfit.profiles.steps.decoder_step import trace_decoder
 from tightfit.profiles.tracing.shorter_steps import MOST_LENGTHS, bucket_lengths, shorter_step, with_room
 from tightfit.runtime.common.errors import InputError
 
@@ -88,7 +89,7 @@ def test_too_many_lengths_are_refused():
 def traced_at(config, folder, seq, *, longest=None, dtype="float32", batch=BATCH, preference=None):
     source = resolve(written(folder, config))
     lora = LoraConfig(rank=4, alpha=8.0)
-    return _trace_decoder(source, batch, seq, lora, dtype, lambda *_: None, preference, longest=longest)[0]
+    return trace_decoder(source, batch, seq, lora, dtype, lambda *_: None, preference, longest=longest)[0]
 
 
 def values_of(traced):

@@ -1,0 +1,92 @@
+"""Puts what was measured of a step, or stands for it, into the parts of its profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tightfit.profiles.schema import Channel, Device, Floor, Program, ShorterStep, Tensor
+from tightfit.profiles.tracing.shorter_steps import name_apart
+from tightfit.profiles.tracing.trace import Trace
+from tightfit.runtime.common.processor import cpu_name
+
+CHOSEN_CODE_BYTES = 1 << 20
+"""Allowance for the code of operators that only some runs have (dropout, DoRA, tables, batch norm, LSTM, losses of pairs), which
+is mapped when they first run: the process that measures the floor does not run them. A run of a tiny model with DoRA held 0.1 MiB
+more than its plan said without it."""
+CHOSEN = tuple(f"tightfit.{name}" for name in ("dropout", "dora_", "table_", "batch_norm", "lstm", "preference"))
+"""Prefixes of the names of these operators."""
+
+
+def unmeasured(programs: Sequence[Program], device: Device) -> dict[str, Any]:
+    """A stand-in for the result of `measure`, with all times 0 and the floor and channels of the described device."""
+    operators = {program.name: [[0.0, 0.0]] * len(program.operators) for program in programs}
+    channels = {"floor": device.floor.model_dump(), "read": device.read, "write": device.write}
+    copied = {program.name: [False] * len(program.operators) for program in programs}
+    return {
+        "operators": operators,
+        "copied": copied,
+        "unpack": {},
+        "update": {},
+        "busy_cores": 0.0,
+        "quota_cores": None,
+        "compared": None,
+    } | channels
+
+
+UPDATED = ("update", "accumulate", "clipped", "perturb", "adafactor")
+"""what takes time for a trainable"""
+
+
+def timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:
+    if tensor.name in measured["unpack"]:
+        return tensor.model_copy(update={"unpack_seconds": measured["unpack"][tensor.name]})
+    if tensor.name in measured["update"]:
+        seconds = {f"{kind}_seconds": measured[kind][tensor.name] for kind in UPDATED}
+        return tensor.model_copy(update=seconds)
+    return tensor
+
+
+def timed_program(program: Program, name: str, measured: Mapping[str, Any]) -> Program:
+    """A program with what was measured of its operators under that name."""
+    figures, copied = measured["operators"][name], measured["copied"][name]
+    operators = [
+        op.model_copy(update={"seconds": seconds, "workspace_bytes": int(workspace), "copied": copies})
+        for op, (seconds, workspace), copies in zip(program.operators, figures, copied, strict=True)
+    ]
+    return program.model_copy(update={"operators": operators})
+
+
+def timed_step(step: ShorterStep, measured: Mapping[str, Any]) -> ShorterStep:
+    """A shorter step with what was measured of it."""
+    programs = [timed_program(program, name_apart(program.name, step), measured) for program in step.programs]
+    return step.model_copy(update={"programs": programs})
+
+
+def measured_device(measured: Mapping[str, Any], traced: Trace, threads: int) -> Device:
+    """This machine, as it was measured."""
+    return Device(
+        name=cpu_name(),
+        kind="cpu",
+        threads=threads,
+        busy_cores=measured["busy_cores"],
+        quota_cores=measured["quota_cores"],
+        torch_version=torch.__version__,
+        floor=_floor(measured["floor"], traced),
+        read=Channel.model_validate(measured["read"]),
+        write=Channel.model_validate(measured["write"]),
+    )
+
+
+def _floor(measured: Mapping[str, Any], traced: Trace) -> Floor:
+    """The measured floor, with room for code that the process that measured it did not run."""
+    floor = Floor.model_validate({name: measured[name] for name in Floor.model_fields if name in measured})
+    targets = [operator.target for program in traced.programs for operator in program.operators]
+    if not any(target.startswith(CHOSEN) for target in targets):
+        return floor
+    held = {"resident_bytes": floor.resident_bytes + CHOSEN_CODE_BYTES}
+    if floor.inference_resident_bytes is not None:
+        held["inference_resident_bytes"] = floor.inference_resident_bytes + CHOSEN_CODE_BYTES
+    return floor.model_copy(update=held)

@@ -1,0 +1,74 @@
+"""The step of a module of the user's own, whose parameters are trained as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tightfit.profiles.options import ProfileOptions, Progress
+from tightfit.profiles.sources.factory import build_with_batches, narrowed
+from tightfit.profiles.steps.step import DTYPES, LORA, Step
+from tightfit.profiles.tracing.comparison import GradientComparison
+from tightfit.profiles.tracing.fold import constant_made
+from tightfit.profiles.tracing.loss_function import called
+from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.weights.source import Source
+from tightfit.runtime.common.errors import InputError
+
+
+class ModuleStep(Step):
+    """Its factory gives the module, a sample batch or several, and a loss_fn where the module returns no loss."""
+
+    kind = "module"
+    dtype_by_itself = "float32"
+    called = "{name} is a module"
+    lacks = {
+        ("batch", "seq"): ", whose factory gives the sample batch; give it there",
+        ("modules_to_save", *LORA): ", trained in full itself; leave the option out",
+        ("buckets",): ", with batches of one shape; leave the option out",
+        (
+            "loss",
+            "beta",
+        ): " with a loss of its own, and only a language model learns from pairs of answers; leave the option out",
+        ("side_rank", "side_blocks"): ", and a side network is trained beside a language model; leave the option out",
+    }
+
+    def __init__(self, source: Source, options: ProfileOptions) -> None:
+        super().__init__(source, options)
+        self._traced: Trace | None = None
+
+    def settings(self, report: Progress) -> list[Any]:
+        """Its code, and that of a loss_fn, is part of what the profile depends on: what was traced tells it."""
+        traced = self.trace(report)
+        parts = [part.model_dump() for part in (*traced.tensors, *traced.programs, *traced.layers)]
+        return [hashlib.sha256(json.dumps([parts, traced.loss]).encode()).hexdigest(), self.dtype]
+
+    def trace(self, report: Progress) -> Trace:
+        if self._traced is None:
+            self._traced = self._traced_now(report)
+        return self._traced
+
+    def _traced_now(self, report: Progress) -> Trace:
+        source = self.source
+        module, batches, inputs = build_with_batches(source.path)
+        if self.dtype != "float32":
+            batches = [narrowed(module, batch, inputs, DTYPES[self.dtype])[1] for batch in batches]
+        names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(batches[0])}
+        traced = trace(module, names, progress=report)
+        if traced.token_losses is not None:
+            raise InputError(f"{source.name}: {called(module)} must return one scalar loss, not 2 results")
+        for tensor in traced.tensors:
+            if tensor.kind in ("trainable", "weight", "constant") and tensor.name not in source.entries:
+                raise InputError(f"{source.name}: {constant_made(tensor.shape, tensor.name)}")
+        self.batch = next((t.shape[0] for t in traced.tensors if t.kind == "batch" and t.shape), 1)
+        self._module, self._batches = module, batches
+        return traced
+
+    def comparison(self) -> GradientComparison:
+        assert self._traced
+        first, *others = self._batches
+        return GradientComparison(self.source.name, self._module, first, self._traced, others)

@@ -1,0 +1,65 @@
+"""What all steps that can be profiled have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from tightfit.profiles.options import ProfileOptions, Progress
+from tightfit.profiles.schema import ShorterStep
+from tightfit.profiles.tracing.comparison import GradientComparison
+from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.weights.source import Source
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+LORA = (
+    "lora_rank", "lora_alpha", "lora_targets", "lora_layers", "rank_pattern", "alpha_pattern", "lora_dropout", "rslora", "dora", "adapter",
+)  # fmt: skip
+"""options of an adapter's pairs"""
+
+
+class Step(ABC):
+    """One training step of a source, as it is asked for. Raises InputError for options that it cannot have."""
+
+    kind: ClassVar[str]
+    """of the profile's model"""
+    dtype_by_itself: ClassVar[str] = "bfloat16"
+    called: ClassVar[str]
+    """what a message calls it; ``{name}`` stands for the source's"""
+    lacks: ClassVar[Mapping[tuple[str, ...], str]] = {}
+    """options that it does not take -> why, as the end of a sentence that begins with `called`"""
+
+    def __init__(self, source: Source, options: ProfileOptions) -> None:
+        self.source, self.options = source, options
+        for names, why in self.lacks.items():
+            for name in names:
+                value = getattr(options, name)
+                if value != ProfileOptions.model_fields[name].default and value not in ((), {}):
+                    shown = ", ".join(value) if isinstance(value, list | tuple) else value
+                    raise InputError(f"{spelled(name)} {shown}: {self.called.format(name=source.name)}{why}")
+        self.dtype = options.dtype or self.dtype_by_itself
+        self.batch, self.seq = options.batch, options.seq
+
+    @abstractmethod
+    def trace(self, report: Progress) -> Trace: ...
+
+    def shorter(self, traced: Trace, report: Progress) -> list[ShorterStep]:
+        """The same step at the shorter lengths that were asked for."""
+        return []
+
+    @abstractmethod
+    def settings(self, report: Progress) -> list[Any]:
+        """What a traced step depends on beside its source and the code that traces it."""
+
+    def comparison(self) -> GradientComparison | None:
+        """What compares the traced step with the module as PyTorch trains it."""
+        return None
+
+    def of_model(self) -> dict[str, Any]:
+        """Fields of the profile's `Model` that the traced step decides."""
+        return {"config": self.source.config}
