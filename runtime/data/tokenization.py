@@ -335,6 +335,7 @@ class Encoder:
         """
         if not isinstance(prompt, str):
             return self.written((prompt, completion, tools), partial(self._shown, ended=ended))
+        assert isinstance(completion, str)
         said = (prompt, completion) if prompt else (completion,)
         ids, wanted = self.written(said, lambda said: [*((one, False) for one in said[:-1]), (said[-1], True)])
         if ended and self.end is not None:
