@@ -162,7 +162,7 @@ def words_of(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, bool):
             words += [*(parameter.opts if value else parameter.secondary_opts)[:1]]
         else:
-            words += [f"{parameter.opts[-1]}={one}" for one in (value if isinstance(value, list) else [value])]
+            words += [f"{parameter.opts[-1]}={one}" for one in (value if isinstance(value, list | tuple) else [value])]
     return words
 
 

@@ -118,7 +118,7 @@ class Contention:
             self._seconds += sum(taken)
             self._waited += waited * sum(taken) / elapsed
             self._others += others * sum(taken) / elapsed
-        if least <= FREE and not self._differed and len(taken) >= FEWEST and abs(mean / expected - 1) > OFF:
+        if least <= FREE and not self._differed and len(taken) >= FEWEST and 0 < OFF * expected < abs(mean - expected):
             self._differed = True
             return (
                 f"the last {len(taken)} steps took {mean:.3f} s each where {expected:.3f} s are planned, and no other program is in the"

@@ -79,6 +79,8 @@ class _Peer:
         """when a message to it or from it got on"""
         self.ended = False
         """whether it has closed its connections"""
+        self.quiet = 0.0
+        """then: seconds before in which nothing came"""
         self.left = False
         """whether it has said that its run is over"""
         self.waits: list[int] = []
@@ -235,7 +237,7 @@ class Transport:
         now = time.monotonic()
         for rank, peer in self._peers.items():
             if peer.ended and rank != awaited and not peer.left:
-                self._tell(rank, "has ended without a word")
+                self._tell(rank, self._ended(peer))
                 return
         silent = [rank for rank, peer in self._peers.items() if now - peer.heard > self.timeout and not peer.left]
         if silent:  # the latest word of others may have come a little later over a network that was cut for all
@@ -250,6 +252,14 @@ class Transport:
             mute = now - self._peers[awaited].heard > max(3 * self._beat, LOOK_SECONDS)
             if mute or now - self._asked > max(ENDING_SECONDS, ENDING_SHARE * self.timeout):
                 self._tell(self.rank, f"was asked to end, and did not wait any longer for {self.members[awaited]!r}")
+
+    def _ended(self, peer: _Peer) -> str:
+        """What is said of a member that has closed its connections: its last words may have been lost on the way."""
+        quiet = peer.quiet if peer.ended else time.monotonic() - peer.heard
+        told = "has ended without a word"
+        if quiet > max(1.0, 3 * self._beat):
+            told += f", after {quiet:.0f} s in which nothing came from it: it stood still, or the network between them is cut"
+        return told
 
     def _silence(self, silent: Sequence[int]) -> str:
         """What is said of members of which nothing has come for too long; the first is the one that is named."""
@@ -280,7 +290,7 @@ class Transport:
         while self._verdict is None and not self._peers[peer].ended and time.monotonic() < end:
             time.sleep(LOOK_SECONDS / 10)  # a word about it may be under way
         if self._verdict is None:
-            self._tell(peer, "has ended without a word")
+            self._tell(peer, self._ended(self._peers[peer]))
         return self._gone()
 
     def _gone(self) -> MemberGoneError:
@@ -323,9 +333,9 @@ class Transport:
             peer.data.close()
 
     def _hear(self, peer: _Peer, frame: dict[str, Any] | None) -> None:
-        peer.heard = time.monotonic()
+        quiet, peer.heard = time.monotonic() - peer.heard, time.monotonic()
         if frame is None:
-            peer.ended = True
+            peer.ended, peer.quiet = True, quiet
         elif "waits" in frame:
             peer.waits = frame["waits"]
         elif "left" in frame:
@@ -335,8 +345,7 @@ class Transport:
             other = self._peers.get(rank)
             if other and other is not peer and peer.heard - other.heard < 2 * self._beat and "out of reach" in why:
                 why += f"; {self.members[self.rank]!r} hears both, so that it is the network"
-            with self._lock:
-                self._verdict = self._verdict or (rank, why)
+            self._tell(rank, why)  # on to those whom it does not reach
 
     # --- ending -----------------------------------------------------------------------------------------------------
 

@@ -247,7 +247,7 @@ def test_options_that_no_session_can_have(naive: Plan, tmp_path: Path) -> None:
         "checkpoint_every": -1,
         "keep_checkpoints": 0,
     }.items():
-        with pytest.raises(InputError, match=f"^{name} {value}: give "):
+        with pytest.raises(InputError, match=f"^{name} {value}: it should be "):
             Session(naive, out=tmp_path, **{name: value})  # type: ignore[arg-type]
 
 
@@ -260,7 +260,9 @@ def test_a_module_gets_the_shapes_it_was_profiled_with(module: Plan, tmp_path: P
             session.step(pixels[:3], labels[:3])
         with pytest.raises(InputError, match="has tensors"):
             session.step()
-        turned = pixels.double().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+        with pytest.raises(InputError, match="the batch of step 1: item 0 is float64"):
+            session.step(pixels.double(), labels)
+        turned = pixels.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
         assert session.loss(turned, labels) == session.loss(pixels, labels)
 
 

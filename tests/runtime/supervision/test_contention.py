@@ -117,6 +117,11 @@ def test_steps_that_differ_though_nothing_is_in_the_way_are_told_of_once(seconds
     assert all(f"took {seconds:.3f} s each where 0.125 s are planned, and no other program" in line for line in said)
 
 
+def test_nothing_differs_from_steps_for_which_no_seconds_are_planned() -> None:
+    """Those of a profile without times."""
+    assert Machine().steps(100, 0.2, planned=0.0) == []
+
+
 def test_one_thread_is_not_told_to_be_fewer() -> None:
     (said,) = Machine(threads=1).steps(10, 0.5, waited=0.5, others=0.5)
     assert "--threads" not in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -219,22 +220,66 @@ def test_where_one_link_is_cut_the_third_member_says_so():
     assert all("cut off" not in one["error"] for one in told.values()), told
 
 
+@pytest.mark.parametrize("pair", [(0, 1), (1, 2), (0, 2)])
+def test_where_one_link_is_cut_nobody_blames_the_member_that_reaches_both(pair):
+    """Its verdict is passed on before it ends: who found out cannot tell the one that it does not reach."""
+    members = met()
+    members[pair[1]].timeout -= 0.8  # it finds out before the other
+    lose(members, [pair])
+
+    def ends_at_once(rank):
+        try:
+            members[rank].receive_json((rank + 1) % 3)
+        finally:
+            members[rank].hang_up()
+
+    told = in_threads(dict.fromkeys(range(3), ends_at_once))
+    lost, reached = ("abc"[rank] for rank in pair)
+    for one in told.values():
+        named = re.match(r"member '(.)' of the fleet is out of reach of '(.)': nothing has come for ", one["error"])
+        assert named, told
+        assert {*named.groups()} == {lost, reached}
+
+
+def test_who_ends_after_a_long_silence_is_not_said_to_have_ended_alone():
+    """Its last words may have been lost, though the end of the connection was not."""
+    members = met(timeout=6.0)
+    for rank in (0, 2):
+        members[rank]._peers[1].control = Lossy(members[rank]._peers[1].control, ends=True)
+
+    def ends(rank):
+        time.sleep(5.0)
+        members[rank].hang_up()
+
+    told = in_threads({0: ends, 1: lambda _: members[1].receive_json(2), 2: lambda _: time.sleep(7.0)})
+    for member in members.values():
+        member.hang_up()
+    assert re.search(
+        r"^member 'a' of the fleet has ended without a word, after [45] s in which nothing came from it",
+        told[1]["error"],
+    )
+
+
 def lose(members, pairs):
     """Lose what passes between some members from now on; their connections stay."""
     for pair in pairs:
         for rank, other in (pair, pair[::-1]):
             peer = members[rank]._peers[other]
-            peer.control = Lossy(peer.control)
+            peer.control, peer.data = Lossy(peer.control), Lossy(peer.data)
 
 
 class Lossy:
     """A connection over a network that is cut: what is sent is lost."""
 
-    def __init__(self, connection):
-        self.connection = connection
+    def __init__(self, connection, *, ends=False):
+        self.connection, self.ends = connection, ends
 
-    def sendall(self, data):
+    def sendall(self, data, flags=0):
         pass
+
+    def shutdown(self, how):
+        if self.ends:
+            self.connection.shutdown(how)
 
     def __getattr__(self, name):
         return getattr(self.connection, name)
