@@ -775,7 +775,11 @@ def test_made_up_tokens_have_one_length(shallow: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "words", "told"),
     [
-        ("model", ("--buckets", "0,x"), "buckets '0,x': it should be written otherwise: Shorter lengths, such as 64,128"),
+        (
+            "model",
+            ("--buckets", "0,x"),
+            "buckets '0,x': it should be written otherwise: Shorter lengths, such as 64,128",
+        ),
         ("model", ("--buckets", "16,32"), "buckets 16,32: 32 is not shorter than the sequence of 32; give lengths"),
         ("model", ("--buckets", "8", "--side-rank", "4"), "buckets 8: a side network takes whole batches; leave"),
         ("examples.own_module:cnn", ("--buckets", "8"), "is a module, with batches of one shape; leave the option out"),

@@ -93,6 +93,6 @@ async def get_fleet_view(request: Request, identity: Identity) -> Response:
 
     def view() -> str:
         fleet = parse_any(objects.read(row["digest"]), identity)
-        return to_json(fleet_view(fleet, identity, json.loads(row["summary"])["plans"]).model_dump())
+        return to_json(fleet_view(fleet, identity, json.loads(row["summary"]).get("plans", {})).model_dump())
 
     return Response(await asyncio.to_thread(view), media_type="application/json")

@@ -54,7 +54,7 @@ FILE = re.compile("[a-z]+-([0-9a-f]{64}|job-[0-9a-f]{16})")
 LISTED: dict[str, tuple[type[Stored], tuple[str, ...]]] = {
     "profile": (StoredProfile, ("policies",)),
     "plan": (StoredPlan, ("status", "budget_bytes", "explanation")),
-    "fleet": (StoredFleet, ("plans",)),
+    "fleet": (StoredFleet, ()),
 }
 """kind of a file that is listed -> how it is shown, and what its summary has to have"""
 LIVE = frozenset({"queued", "running"})

@@ -180,7 +180,9 @@ def difference(one: Plan, other: Plan) -> Difference:
 
 
 def fleet_view(fleet: AnyPlan, identity: str, plans: dict[str, str]) -> FleetView:
-    """A fleet's plan in sentences, tables and the lanes of its picture; `plans` are the stored plans by member."""
+    """A fleet's plan in sentences, tables and the lanes of its picture; `plans` are the stored plans by member: older services stored
+    them by fingerprint alone.
+    """
     prices = price_sheet(fleet)
     return FleetView(
         fleet=identity,
@@ -190,7 +192,9 @@ def fleet_view(fleet: AnyPlan, identity: str, plans: dict[str, str]) -> FleetVie
         prices=None if prices is None else _shown(prices),
         activity=_shown(activity_sheet(fleet)),
         lanes=Lanes.model_validate(lanes_of(fleet)),
-        plans={member.plan: plans[member.name] for member in fleet.chain if member.plan},
+        plans={
+            member.plan: plans.get(member.name, str(member.plan_fingerprint)) for member in fleet.chain if member.plan
+        },
     )
 
 

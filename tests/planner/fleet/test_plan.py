@@ -235,7 +235,7 @@ def test_numbers(members):
     for count in (True, 2.0, "4"):
         refused(specs, "are no number of them", count)
     refused([replace(specs[0], budget_bytes=0)], "a budget of 0 bytes")
-    with pytest.raises(InputError, match="time limit"):
+    with pytest.raises(InputError, match=r"time_limit 0\.0"):
         plan_fleet(specs, 4, time_limit=0.0)
     with pytest.raises(InputError, match="gap"):
         plan_fleet(specs, 4, gap=1.0)

@@ -19,7 +19,7 @@ from tightfit.profiles.schema import PROFILE_VERSION
 SUMMARIES = {
     "profile": {"policies": ["solver"]},
     "plan": {"status": "optimal", "budget_bytes": 1, "explanation": None},
-    "fleet": {"plans": {}},
+    "fleet": {},
 }
 """kind of a file -> the summary of one"""
 DAMAGES = {

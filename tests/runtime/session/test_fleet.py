@@ -119,4 +119,5 @@ def test_members_that_were_started_differently_are_told_in_what(workshop, tmp_pa
 
 def test_a_fleet_without_any_checkpoint_is_not_resumed(workshop, tmp_path):
     found = ended(workshop.start(workshop.fleet((3, 3), (MEMORY,)), tmp_path, **OPTIONS, resume=True))
-    assert all(code == 2 and "no member holds a checkpoint" in said for code, said in found.values()), found
+    words = "no member holds a checkpoint to resume from; start the fleet again without resume=True"
+    assert all(code == 2 and words in said for code, said in found.values()), found
