@@ -147,7 +147,6 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         )
     )
     shorter = [timed_step(one, measured) for one in shorter]
-    assert step.batch is not None
     result = Profile(
         fingerprint=key,
         model=Model(

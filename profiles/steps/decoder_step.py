@@ -39,8 +39,8 @@ class DecoderStep(Step):
 
     def __init__(self, source: Source, options: ProfileOptions) -> None:
         super().__init__(source, options)
-        self.batch = BATCH if options.batch is None else options.batch
-        self.seq = SEQ if options.seq is None else options.seq
+        self.batch: int = BATCH if options.batch is None else options.batch
+        self.seq: int = SEQ if options.seq is None else options.seq
         self.lora = adapter_of(options)
         self.preference = _preference(options)
         if options.side_blocks is not None:

@@ -47,8 +47,6 @@ class SideStep(Step):
         return [self.shape.as_json(), self.batch, self.seq, self.dtype]
 
     def trace(self, report: Progress) -> Trace:
-        assert self.batch is not None
-        assert self.seq is not None
         shape, dtype = decoder_shape(self.source.config), DTYPES[self.dtype]
         with FakeTensorMode():
             module = SideNetwork(shape, self.shape, dtype=dtype)

@@ -43,7 +43,10 @@ class Step(ABC):
                     shown = ", ".join(value) if isinstance(value, list | tuple) else value
                     raise InputError(f"{spelled(name)} {shown}: {self.called.format(name=source.name)}{why}")
         self.dtype = options.dtype or self.dtype_by_itself
-        self.batch, self.seq = options.batch, options.seq
+        self.batch: Any = options.batch
+        """samples of the step, once it is traced"""
+        self.seq: Any = options.seq
+        """tokens of each; None where it has no tokens"""
 
     @abstractmethod
     def trace(self, report: Progress) -> Trace: ...
