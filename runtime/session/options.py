@@ -18,8 +18,8 @@ from tightfit.runtime.common.option_names import spelled
 LARGEST_SEED = 10**12
 """a step's own seed is about a million times as large, which must fit into 64 bits"""
 MOST_STEPS = 10_000_000
-LARGEST_SETTING = 1e7
-"""of an optimizer"""
+LARGEST_SETTING = 3e38
+"""of an optimizer, which counts in float32"""
 EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?epochs?")
 """an interval in epochs, as in `1 epoch` and `0.5epochs`"""
 
