@@ -194,7 +194,12 @@ class _Processes:
                 process.wait()
 
     def start(
-        self, name: str, command: Sequence[str], environment: dict[str, str], *, orphaned: signal.Signals = signal.SIGTERM
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: dict[str, str],
+        *,
+        orphaned: signal.Signals = signal.SIGTERM,
     ) -> subprocess.Popen[bytes]:
         """Start a process, which the kernel sends the signal `orphaned` when this one ends, however it does."""
         with (self.out / f"{name}.log").open("wb") as log:
