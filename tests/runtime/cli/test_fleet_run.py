@@ -135,6 +135,7 @@ def test_torchrun_starts_a_fleet(folder, tmp_path):
     assert {adapter_hash(tmp_path / "out" / name) for name in "ab"} == {adapter_hash(folder / "alone")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "who", ["the first, for whom nobody comes", "another, who finds nobody", "all, while they train"]
 )
