@@ -4,14 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth
+.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# Two files at a time, the longest first; ARGS='-n 0' for one after the other, as a debugger wants them.
+# Two files at a time, the longest first; ARGS='-n 0' for one after the other, as a debugger wants them. `test` leaves out the
+# tests that are marked as slow, most of which repeat at other sizes or beside other features what quicker ones show.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: lint
+	$(PYTEST) $(ARGS)
 
 # Five published models under the published caps; ARGS='--model qwen2.5-0.5b --no-curve' for one in minutes.
 bench-headline: $(VENV)/.installed

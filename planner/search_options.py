@@ -5,7 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, SupportsIndex
+from typing import Annotated, Literal, SupportsIndex
+
+from pydantic import Field
 
 from tightfit.profiles.option_fields import Options, option
 from tightfit.runtime.common.errors import InputError
@@ -37,6 +39,10 @@ POLICY_NAMES = (
 )  # fmt: skip
 """the solver, and the rules in `planner/solve/policies.py`, which this file does not import: it takes little memory"""
 Progress = Callable[[dict[str, float | str]], None]
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_LIMIT)]
+"""that planning may take"""
+Gap = Annotated[float, Field(ge=0, lt=1)]
+"""share of a step's time by which a plan may be slower than the best that is proven, for its search to end"""
 
 
 class PlanOptions(Options):
@@ -51,15 +57,13 @@ class PlanOptions(Options):
         None,
         "A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; mobillm, the part of a device whose side network a server trains; for a bare graph one of the first three.",
     )
-    time_limit: float = option(
-        TIME_LIMIT, "Seconds the solver may take for one plan.", metavar="SECONDS", gt=0, le=LONGEST_LIMIT, primary=True
+    time_limit: Seconds = option(
+        TIME_LIMIT, "Seconds the solver may take for one plan.", metavar="SECONDS", primary=True
     )
-    gap: float = option(
+    gap: Gap = option(
         0.0,
         "End a search once its plan is proven to be slower than the best of its kind by at most this share, for example 0.001 for 0.1 %; 0: go on to the proof, as long as that gains anything within the time limit.",
         metavar="SHARE",
-        ge=0,
-        lt=1,
     )
     optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion", "adafactor"] | None = option(
         None,

@@ -61,8 +61,22 @@ LONGEST = (
 assert all((Path(__file__).parent / f"{name}.py").exists() for name in LONGEST)
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that were not asked for by -m are left out
 def pytest_collection_modifyitems(items):
-    """The longest files first: one that starts last would keep a core of two idle."""
+    """The longest files first: one that starts last would keep a core of two idle. Cases that `slow_but_for` does not name are slow."""
+    unknown = set()
+    for item in items:
+        if quick := item.get_closest_marker("slow_but_for"):
+            unknown |= {(item.function, case) for case in quick.args}
+    for item in items:
+        if quick := item.get_closest_marker("slow_but_for"):
+            unknown.discard((item.function, item.callspec.id))
+            if item.callspec.id not in quick.args:
+                item.add_marker(pytest.mark.slow)
+    if unknown and not any("::" in words for words in items[0].config.args):
+        raise pytest.UsageError(
+            "; ".join(f"{test.__name__} has no case {case!r}, which slow_but_for names" for test, case in unknown)
+        )
     place = {name: number for number, name in enumerate(LONGEST)}
     here = Path(__file__).parent
     items.sort(key=lambda item: place.get(item.path.relative_to(here).with_suffix("").as_posix(), len(LONGEST)))

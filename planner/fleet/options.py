@@ -1,4 +1,4 @@
-"""The options of planning for a fleet whose devices meet at every step, for the library and the client of a service alike."""
+"""The options of planning for fleets, for the library and the client of a service alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from tightfit.planner.search_options import LONGEST_LIMIT, Progress
+from tightfit.planner.search_options import Gap, Progress, Seconds
 from tightfit.profiles.option_fields import Options, option
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
@@ -14,8 +14,16 @@ from tightfit.runtime.common.option_names import spelled
 Kind = Literal["auto", "data", "pipeline"]
 
 
-class FleetOptions(Options):
-    """How a fleet is planned for (`tightfit.planner.fleet.kinds.plan_kind`)."""
+class FleetPlanOptions(Options):
+    """What the planning of a fleet of any kind may take, and whether it goes on to say what more would be worth."""
+
+    time_limit: Seconds = option(120.0, "Seconds that all of the planning may take.", metavar="SECONDS")
+    prices: bool = option(True, "Also say what more memory or a faster link of each device would be worth.")
+    progress: Progress | None = None
+
+
+class FleetOptions(FleetPlanOptions):
+    """How a fleet whose devices meet at every step is planned for (`tightfit.planner.fleet.kinds.plan_kind`)."""
 
     kind: Kind = option(
         "auto",
@@ -23,18 +31,12 @@ class FleetOptions(Options):
         " auto: data, unless no device can hold a micro-batch or a pipeline is shorter.",
     )
     bits: Literal[0, 8] = option(0, "Of a number in a pipeline's messages; 0: as it is.")
-    time_limit: float = option(
-        120.0, "Seconds that all of the planning may take.", metavar="SECONDS", gt=0, le=LONGEST_LIMIT
-    )
-    gap: float | None = option(
+    gap: Gap | None = option(
         None,
-        "Relative gap at which a search may stop; null: 0.001 for data, 0.01 for a pipeline.",
+        "Relative gap at which a search may stop; default: 0.01 for a pipeline, else 0.001.",
+        over_http="Relative gap at which a search may stop; null: 0.01 for a pipeline, else 0.001.",
         metavar="SHARE",
-        ge=0,
-        lt=1,
     )
-    prices: bool = option(True, "Also say what more memory or a faster link of each device would be worth.")
-    progress: Progress | None = None
 
     @model_validator(mode="after")
     def _messages(self) -> Self:
@@ -43,3 +45,14 @@ class FleetOptions(Options):
                 f"{spelled('bits')} {self.bits}: only a pipeline has messages of numbers; leave it out, or ask for kind pipeline"
             )
         return self
+
+
+class RoundsPlanOptions(FleetPlanOptions):
+    """How federated rounds are planned for (`tightfit.planner.fleet.federated`, `tightfit.planner.fleet.split_federated`)."""
+
+    start: float | None = option(
+        None, "Of a round on a device, beside transfers and steps, as you measured it.", metavar="SECONDS", ge=0
+    )
+    server_start: float | None = option(
+        None, "Of the service of a device, beside its steps; with a [server].", metavar="SECONDS", ge=0
+    )

@@ -31,7 +31,7 @@ def clipped(profile: Profile, max_grad_norm: float) -> Profile:
 
     Raises InputError for a number that is none, and for a profile whose gradients are not all known in one process.
     """
-    PlanOptions(max_grad_norm=max_grad_norm)
+    PlanOptions(max_grad_norm=max_grad_norm)  # refuses what is none
     why = None
     if profile.model.kind == "graph":
         why = "a bare graph has no gradients by name"

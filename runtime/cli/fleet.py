@@ -85,7 +85,7 @@ def plan(
     """Share the micro-batches of a step, or the layers of the model, among devices, and plan each one's part, so that a step
     is as short as can be.
     """
-    asked = read(FleetOptions, options)
+    asked = read(FleetOptions, options, **({} if kind == MOBILLM else {"kind": kind, "bits": bits or 0}))
     enough_for_a_solver()
     if kind == MOBILLM:
         plan_with_server(
@@ -93,7 +93,7 @@ def plan(
             output,
             micro_batches=micro_batches,
             bits=bits,
-            time_limit=asked.time_limit,
+            options=asked,
             elsewhere=server is not None,
             html=html is not None,
             as_json=as_json,
@@ -112,7 +112,6 @@ def plan(
         check_place(html)
     console = messages()
     members, wanted = read_description(description, micro_batches)
-    asked = FleetOptions(**dict(asked) | {"kind": kind, "bits": bits or 0})
     with Interrupts() as interrupts, Solving(console, asked.time_limit) as solving:
         if server is not None:
             with service(server) as elsewhere:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.planner.fleet.options import FleetOptions
+from tightfit.planner.fleet.options import RoundsPlanOptions
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.options import (
@@ -27,7 +27,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.federated.options import RoundOptions
-from tightfit.runtime.session.options import DataOptions, RateOptions
+from tightfit.runtime.session.options import Again, DataOptions, RateOptions
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ Folder = Annotated[
 
 
 @federate.command(cls=Command, epilog=DESCRIPTION)
-@with_options(FleetOptions, "kind", "bits", "gap", after="supernode")
+@with_options(RoundsPlanOptions, after="supernode")
 def plan(
     description: FleetDescription,
     output: FleetFolder,
@@ -80,21 +80,6 @@ def plan(
         int | None,
         typer.Option(metavar="N", min=1, help="Local steps of a round, instead of those that the description names."),
         PRIMARY,
-    ] = None,
-    start: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS", min=0, help="Of a round on a device, beside transfers and steps, as you measured it."
-        ),
-    ] = None,
-    server_start: Annotated[
-        float | None,
-        typer.Option(
-            "--server-start",
-            metavar="SECONDS",
-            min=0,
-            help="Of the service of a device, beside its steps; with a [server].",
-        ),
     ] = None,
     supernode: Annotated[
         bool, typer.Option("--supernode", help="Devices run Flower's own SuperNode, which takes more of their memory.")
@@ -106,7 +91,7 @@ def plan(
     """Plan each device's run, and how many local steps it takes in a round, so that nobody waits for anybody; with a
     [server], which lower layers each device holds, and in which order the server serves them.
     """
-    asked = read(FleetOptions, options)
+    asked = read(RoundsPlanOptions, options)
     enough_for_a_solver()
     from tightfit.planner.fleet.description import read_rounds
     from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, SUPERNODE_BYTES, plan_federated
@@ -122,7 +107,7 @@ def plan(
     described = read_rounds(description, steps)
     common: dict[str, Any] = {
         "flower_bytes": SUPERNODE_BYTES if supernode else NODE_BYTES,
-        "start_seconds": START_SECONDS if start is None else start,
+        "start_seconds": START_SECONDS if asked.start is None else asked.start,
         "time_limit": asked.time_limit,
     }
     server_plans: dict[str, Plan] = {}
@@ -138,7 +123,7 @@ def plan(
                 described.members,
                 described.steps,
                 weights=described.weights,
-                server_start_seconds=SERVER_START_SECONDS if server_start is None else server_start,
+                server_start_seconds=SERVER_START_SECONDS if asked.server_start is None else asked.server_start,
                 **common,
             )
             text = split_text(planned)
@@ -213,8 +198,7 @@ def run(
     **options: Any,
 ) -> None:
     """Serve rounds to the devices of a plan: send the adapter out, add the answers up by tokens, and so on."""
-    if resume and overwrite:
-        raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
+    Again(resume=resume, overwrite=overwrite)
     given = [certificate, certificate_key, authority]
     if any(given) and not all(given):
         raise InputError("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile belong together: give all of them")

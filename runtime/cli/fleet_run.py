@@ -69,9 +69,7 @@ def run(
     ] = None,
     timeout: Annotated[
         float | None,
-        typer.Option(
-            metavar="SECONDS", min=0.1, help="How long to wait for other members; at least ten minutes if left out."
-        ),
+        typer.Option(metavar="SECONDS", help="How long to wait for other members; at least ten minutes if left out."),
         PRIMARY,
     ] = None,
     resume: Annotated[
@@ -94,6 +92,8 @@ def run(
     """
     trained = read(RunOptions, options, out=output, resume=resume, overwrite=overwrite, cgroup=cgroup)
     trained.check_end()
+    if timeout is not None and not timeout > 0:
+        raise InputError(f"--timeout {timeout}: give a number of seconds above 0")
     if (member is None) != (at is None):
         raise InputError(
             "--member and --at belong together: which member this is, and where all of them meet; without both, all"

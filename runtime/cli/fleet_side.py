@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tightfit.planner.fleet.options import FleetOptions
 from tightfit.runtime.cli.fleet_run import member_commands
 from tightfit.runtime.cli.options import answering
 from tightfit.runtime.common.errors import InputError
@@ -16,7 +17,7 @@ def plan_with_server(
     *,
     micro_batches: int | None,
     bits: int | None,
-    time_limit: float,
+    options: FleetOptions,
     elsewhere: bool,
     html: bool,
     as_json: bool,
@@ -40,9 +41,10 @@ def plan_with_server(
     check_place(output / FILE)
     console = messages()
     members, wanted = read_description(description, micro_batches)
-    with Interrupts() as interrupts, Solving(console, time_limit) as solving:
+    limits = {"time_limit": options.time_limit} | ({} if options.gap is None else {"gap": options.gap})
+    with Interrupts() as interrupts, Solving(console, options.time_limit) as solving:
         planned, plans = plan_side(
-            members, wanted, bits=DEFAULT_BITS if bits is None else bits, time_limit=time_limit, progress=solving
+            members, wanted, bits=DEFAULT_BITS if bits is None else bits, progress=solving, **limits
         )
     summary = planned.model_dump(mode="json", exclude={"timeline"}) | {"interrupted": interrupts.seen}
     with answering(summary, side_text(planned), as_json):

@@ -33,7 +33,7 @@ def serve(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory that one solving process may take; a comparison has two.")
     ] = "4GiB",
-    keep_days: Annotated[float, typer.Option(min=0, help="Days after which unused results are removed.")] = 30.0,
+    keep_days: Annotated[float, typer.Option(help="Days after which unused results are removed.")] = 30.0,
     keep: Annotated[str, typer.Option(metavar="SIZE", help="Disk that results and packed weights may take.")] = "20GiB",
     debug: Debug = False,
 ) -> None:

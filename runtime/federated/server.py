@@ -116,7 +116,9 @@ def _served(
         flags = ["--ssl-certfile", serving.tls.certificate, "--ssl-keyfile", serving.tls.key]
         flags += ["--ssl-ca-certfile", serving.tls.authority]
     flags += ["--enable-supernode-auth"] if serving.keys else []
-    processes.start("superlink", flower.superlink_command(serving.host, port, *flags), environment)
+    # At SIGTERM a SuperLink waits for as long as a device has a request open; it keeps nothing that a later one needs.
+    command = flower.superlink_command(serving.host, port, *flags)
+    processes.start("superlink", command, environment, orphaned=signal.SIGKILL)
     local = LOCAL if serving.host in ("0.0.0.0", "::") else serving.host  # noqa: S104  compared, not bound
     processes.until("superlink", lambda: _answers(local, port))
     authority = serving.tls.authority if serving.tls else None
@@ -191,7 +193,15 @@ class _Processes:
                 process.kill()
                 process.wait()
 
-    def start(self, name: str, command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: dict[str, str],
+        *,
+        orphaned: signal.Signals = signal.SIGTERM,
+    ) -> subprocess.Popen[bytes]:
+        """Start a process, which the kernel sends the signal `orphaned` when this one ends, however it does."""
         with (self.out / f"{name}.log").open("wb") as log:
             self.running[name] = subprocess.Popen(
                 command,
@@ -200,7 +210,7 @@ class _Processes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509  a call of the kernel, no lock is taken
+                preexec_fn=partial(end_with_parent, orphaned),  # noqa: PLW1509  a call of the kernel, no lock is taken
             )
         return self.running[name]
 

@@ -7,17 +7,18 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from tightfit.profiles.option_fields import Options, option
+from tightfit.profiles.option_fields import option
 from tightfit.profiles.options import Bits, PathText
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.generation.job import Sampling
+from tightfit.runtime.session.options import CappedOptions
 
 CONTEXT = 2048
 """tokens of a conversation that are remembered, by default"""
 
 
-class AnswerOptions(Options):
+class AnswerOptions(CappedOptions):
     """How to answer. `tightfit generate` and `tightfit chat` have the fields that are made by `option`.
 
     Raises InputError for values that cannot be used.
@@ -42,7 +43,7 @@ class AnswerOptions(Options):
     """None: `CONTEXT`, or as many as the model was made for"""
     max_tokens: int = option(256, "Most tokens of an answer.", ge=1, lt=1 << 32, primary=True)
     temperature: float = option(
-        0.0, "0: take the likeliest token; else draw, the more evenly the higher.", ge=0, primary=True
+        0.0, "0: take the likeliest token; else draw, the more evenly the higher.", ge=0, lt=1 << 32, primary=True
     )
     top_p: float = option(1.0, "Draw from the likeliest tokens that make up this share.", metavar="SHARE", gt=0, le=1)
     top_k: int = option(0, "Draw from so many of the likeliest tokens; 0: from all.", ge=0, lt=1 << 32)
@@ -59,10 +60,6 @@ class AnswerOptions(Options):
     threads: int | None = option(None, "Cores to compute with; default: all.", ge=1, le=1 << 12)
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.")
 
-    cgroup: bool = True
-    """whether the kernel enforces the budget where it can"""
-    stages: Any = None
-    """is called with a stage, and how much of it is done"""
     shown: Any = None
     """is called with the text as it comes"""
 

@@ -18,6 +18,8 @@ from tightfit.runtime.common.option_names import spelled
 LARGEST_SEED = 10**12
 """a step's own seed is about a million times as large, which must fit into 64 bits"""
 MOST_STEPS = 10_000_000
+LARGEST_SETTING = 3e38
+"""of an optimizer, which counts in float32"""
 EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?epochs?")
 """an interval in epochs, as in `1 epoch` and `0.5epochs`"""
 
@@ -69,8 +71,10 @@ class LengthOptions(Options):
 class RateOptions(Options):
     """How far an update goes, and what is drawn."""
 
-    lr: float = option(2e-4, "Learning rate of the plan's optimizer.", label="Learning rate", ge=0, primary=True)
-    weight_decay: float = option(0.0, "Decoupled weight decay.", ge=0)
+    lr: float = option(
+        2e-4, "Learning rate of the plan's optimizer.", label="Learning rate", ge=0, le=LARGEST_SETTING, primary=True
+    )
+    weight_decay: float = option(0.0, "Decoupled weight decay.", ge=0, le=LARGEST_SETTING)
     seed: int = option(0, "Seed of the adapter's start, the order of the data and dropout.", ge=0, le=LARGEST_SEED)
 
 
@@ -87,11 +91,13 @@ class UpdateOptions(RateOptions):
         None,
         "Added to the root of the second moment: 1e-8 unless given (adamw, adam); of adafactor its smallest root, 1.2e-7.",
         ge=0,
+        le=LARGEST_SETTING,
     )
     eps2: float | None = option(
         None,
         "Smallest root mean square of a tensor that its steps are scaled by: 0.001 unless given (adafactor).",
         ge=0,
+        le=LARGEST_SETTING,
     )
     beta2_decay: float | None = option(
         None,
@@ -99,7 +105,10 @@ class UpdateOptions(RateOptions):
         le=0,
     )
     clip_threshold: float | None = option(
-        None, "Largest root mean square of a step, before the learning rate: 1 unless given (adafactor).", ge=1
+        None,
+        "Largest root mean square of a step, before the learning rate: 1 unless given (adafactor).",
+        ge=1,
+        le=LARGEST_SETTING,
     )
     momentum: float | None = option(
         None, "Share that the momentum keeps at an update: 0.9 unless given (momentum).", ge=0, lt=1
@@ -219,7 +228,16 @@ class TrainingOptions(DataOptions, UpdateOptions, LengthOptions):
         return self.but(steps=steps, epochs=None, warmup_steps=warmup, warmup_ratio=None, eval_every=every)
 
 
-class EvaluationOptions(DataOptions):
+class CappedOptions(Options):
+    """Who holds the cap of a budgeted process, and who is told how far its preparation is."""
+
+    cgroup: bool = True
+    """whether the kernel enforces the cap where it can; otherwise the process's own meter does alone"""
+    stages: Any = None
+    """is called with a stage, and how much of it is done"""
+
+
+class EvaluationOptions(CappedOptions, DataOptions):
     """What an evaluation takes beside its plan and its data (`tightfit.runtime.results.evaluation.evaluate`)."""
 
     adapter: PathText | Path | None = option(
@@ -227,20 +245,13 @@ class EvaluationOptions(DataOptions):
         "Folder of the adapter, or of the run that left it; default: none, the model as training would begin.",
         metavar="DIR",
     )
-    cgroup: bool = True
-    stages: Any = None
 
 
-class Place(Options):
-    """Where results go, what becomes of those that lie there, and who holds the cap."""
+class Again(Options):
+    """What becomes of earlier results."""
 
-    out: PathText | Path
     resume: bool = False
     overwrite: bool = False
-    cgroup: bool = True
-    """whether the kernel enforces the cap where it can; otherwise the training process's own meter does alone"""
-    stages: Any = None
-    """is called with a stage, and how much of it is done"""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
@@ -249,6 +260,12 @@ class Place(Options):
                 f"{spelled('resume')} goes on from what lies in the folder, {spelled('overwrite')} replaces it: give one of them"
             )
         return self
+
+
+class Place(CappedOptions, Again):
+    """Where results go, and what becomes of those that lie there."""
+
+    out: PathText | Path
 
 
 class SessionOptions(Place, UpdateOptions):

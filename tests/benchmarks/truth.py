@@ -51,19 +51,27 @@ def main(
     write: Annotated[bool, typer.Option(help="Write docs/benchmarks/truth.md.")] = False,
 ) -> None:
     """Plan, rehearse and run every model, and print one table."""
-    report = tables.Report(width=170)
-    table = Table(
-        *("model", "budget", "MiB", "peak: predicted", "held, at most", "ratio"),
-        *("step: predicted, s", "measured", "ratio", "unrehearsed", "ended early"),
-    )
+    rows: list[list[str]] = []
     ended, made = 0, 0
     for name in models.split(",") if models else (*DECODERS, *eager.TIMM):
         source = str(MODELS / name / "config.json") if name in DECODERS else f"eager:{name}"
         for row, early, count in measured(name, source, runs, steps, time_limit):
-            table.add_row(*row)
+            rows.append(row)
             ended, made = ended + early, made + count
+        told(rows, f"{ended} of {made} runs were ended by their own cap.", runs, steps, write=write)
+
+
+def told(rows: list[list[str]], early: str, runs: int, steps: int, *, write: bool) -> None:
+    """Print what there is so far, and write it as the page."""
+    table = Table(
+        *("model", "budget", "MiB", "peak: predicted", "held, at most", "ratio"),
+        *("step: predicted, s", "measured", "ratio", "unrehearsed", "ended early"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    report = tables.Report(width=170)
     report.table(table)
-    report.text(f"{ended} of {made} runs were ended by their own cap.")
+    report.text(early)
     if write:
         report.write(
             "truth",

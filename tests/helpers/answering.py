@@ -92,12 +92,17 @@ def shape_of(config: dict[str, Any], stored: Collection[str], longest: int) -> D
 
 @contextmanager
 def opened(
-    problem: Problem, plan: GenerationPlan, store: Path, adapter: Path | None = None, body: str = BODY
+    problem: Problem,
+    plan: GenerationPlan,
+    store: Path,
+    adapter: Path | None = None,
+    body: str = BODY,
+    channel: Channel | None = None,
 ) -> Iterator[CachedDecoder]:
-    """The decoder of a plan, in this process; `body` is what the adapter calls the model's."""
+    """The decoder of a plan, in this process; `body` is what the adapter calls the model's, `channel` what reads ahead."""
     file = None if adapter is None else str(adapter / WEIGHTS)
     job = job_of(problem, plan, store, cap_bytes=1 << 62, adapter=file, body=body)
-    channel = Channel()
+    channel = channel or Channel()
     with Store.open(store) as weights, torch.no_grad():
         yield open_decoder(job, open_device(vars(job)), weights, channel)
         channel.close()

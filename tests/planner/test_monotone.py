@@ -53,6 +53,7 @@ def test_chains_of_layers_at_larger_budgets(seed, layers, shares):
     check_larger_budgets(ModelPlanner(profile), profile, shares)
 
 
+@pytest.mark.slow
 @given(tokens=st.sampled_from([32, 64, 128]), slices=st.integers(2, 4), share=st.floats(0, 1))
 @FEW
 def test_tiny_decoders_at_larger_budgets(tokens, slices, share):

@@ -122,6 +122,7 @@ def test_updates_are_those_of_one_large_batch(decoder: Profile, whole: tuple[Pat
         assert not found[f"grad_sum:{name}"].any(), name
 
 
+@pytest.mark.slow
 def test_the_sums_of_an_update_that_is_under_way_outlast_an_interruption(
     decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_run_does_not_go_on_with_another_number_of_steps_an_update(
         run(other, data, steps=STEPS, out=part, lr=LR, schedule="linear", packing=False, resume=True)
 
 
+@pytest.mark.slow
 def test_batches_of_a_module_count_alike(tmp_path: Path) -> None:
     """At the smallest budget, where sums go to disk and come back like any other state."""
     made = profile(FACTORY, accumulate=2)

@@ -74,6 +74,7 @@ def in_pytorch(factory: str, dtype: torch.dtype) -> tuple[list[float], dict[str,
     return losses, {n: p.detach() for n, p in masters.items()}, {n: optimizer.state[p] for n, p in masters.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "dtype", "loss", "near"), [(FACTORY, "float32", 1e-4, 1e-2), (FACTORY, "bfloat16", 2e-2, 0.3)]
 )
@@ -106,6 +107,7 @@ def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
         torch.testing.assert_close(kept[f"adafactor_v:{name}"], theirs, rtol=near, atol=float(theirs.max()) * near / 10)
 
 
+@pytest.mark.slow
 def test_the_smallest_budget_is_below_adamws(cache: Path) -> None:
     """A module of two matrices of 16 MiB is trained in 29 MiB less than with AdamW, which has two moments of a matrix in memory
     while it is updated.
@@ -127,6 +129,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("together", "limit"), [(1, None), (3, None), (3, 0.4)])
 def test_pairs_are_trained_as_by_peft(decoder: Profile, together: int, limit: float | None, tmp_path: Path) -> None:
     """With the gradients of several steps to an update, and clipped ones; at the smallest budget and with ample memory."""
@@ -163,6 +166,7 @@ def test_pairs_are_trained_as_by_peft(decoder: Profile, together: int, limit: fl
         assert float((own - wanted).norm() / wanted.norm()) < 1e-3, name
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, cache: Path) -> None:
     planner = ModelPlanner(chosen(profile(FACTORY), "adafactor", None))
     planned: Plan = planner.plan(planner.minimum().peak_bytes)

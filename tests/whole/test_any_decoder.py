@@ -219,6 +219,7 @@ def test_hybrids_of_mamba_and_attention_train_as_by_transformers_and_peft(family
     assert errors_above(1e-4, own, gradients) == {}
 
 
+@pytest.mark.slow_but_for("Phi-3", "GPT-2", "LFM2", "OLMo", "Qwen3.5 (text)", "BLOOM")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_loss_gradients_and_adapter_are_those_of_transformers_and_peft(family: str, tmp_path: Path) -> None:
     case = Case(FAMILIES[family], tmp_path, "float32")
@@ -247,6 +248,7 @@ def check_rows(case: Case, family: str) -> None:
         assert errors_above(1e-4, own, gradients) == {}
 
 
+@pytest.mark.slow_but_for("GPT-2")
 @pytest.mark.parametrize("family", HALVES)
 def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str, tmp_path: Path) -> None:
     case = Case(FAMILIES[family], tmp_path, "bfloat16")
@@ -271,6 +273,7 @@ TEXTS = [
 STEPS, LR = 3, 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Llama, yarn scaling", "GPT-2"])
 def test_a_run_trains_and_saves_what_peft_loads(family: str, tmp_path: Path, cache: Path) -> None:
     """From a directory to an adapter: profile, plan at the smallest budget, steps in the capped process, evaluation."""

@@ -181,6 +181,7 @@ def loss_apart() -> Any:
 FACTORIES = [shared_table, table_of_each, slopes, continuous, t5, beit, gpt2, loss_apart]
 
 
+@pytest.mark.slow_but_for("shared_table", "continuous")
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_it_trains_as_a_loop_of_pytorch_s(factory: Callable[[], Any], tmp_path: Path) -> None:
     plan = naive_plan(module_profile(tmp_path, f"{__name__}:{factory.__name__}"))

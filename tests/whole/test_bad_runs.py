@@ -52,6 +52,7 @@ def test_a_full_disk_while_saving(refused, tightfit, work, tmp_path):
         assert tightfit(*run, "--steps", 3, "--resume")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_between_checkpoints(refused, tightfit, work, tmp_path):
     with small_disk(tmp_path / "disk", 2 * MIB) as disk:
         out = disk / "out"
@@ -108,6 +109,7 @@ def test_a_finished_run_that_is_resumed_answers_with_its_report(refused, tightfi
     assert files(out) == before  # the data of the run too
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_report_is_completed_without_a_step(tightfit, work, tmp_path):
     run = ("run", work / "plan.json", "--data", work / "data.jsonl", "-o", tmp_path, "--steps", 3)
     assert tightfit(*run)[0] == 0
@@ -131,6 +133,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(refused, ti
     assert tightfit(*run, "--overwrite")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_evaluation_before_the_first_step_is_reported_after_a_resumption(tightfit, work, tmp_path):
     data, other = work / "data.jsonl", tmp_path / "other.jsonl"
     other.write_text(data.read_text().splitlines(keepends=True)[0])
@@ -143,6 +146,7 @@ def test_the_evaluation_before_the_first_step_is_reported_after_a_resumption(tig
     assert found["after"]["loss"] != first["loss"]
 
 
+@pytest.mark.slow
 def test_other_held_out_data_are_evaluated_as_before_the_first_step_too(tightfit, work, tmp_path):
     data, other = work / "data.jsonl", tmp_path / "other.jsonl"
     other.write_text(data.read_text().splitlines(keepends=True)[0])
@@ -197,6 +201,7 @@ def test_one_run_in_a_folder(refused, tightfit, work, tmp_path):
     assert tightfit(*run, 2, "--resume")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_spilling(refused, tightfit, work, smallest, tmp_path):
     plan = tmp_path / "plan.json"
     save_plan(rebudgeted(smallest, budget_bytes=1 << 40), plan)

@@ -99,6 +99,7 @@ def by_peft(made: Profile, out: Path) -> tuple[list[float], list[float], dict[st
     return losses, norms, {n: p.detach() for n, p in trained.items()}
 
 
+@pytest.mark.slow_but_for("3")
 def test_updates_are_those_of_peft_clipped_by_pytorch(decoder: Profile, whole: tuple[Path, dict[str, Any]]) -> None:
     out, report = whole
     losses, norms, trained = by_peft(decoder, out)
@@ -127,6 +128,7 @@ def test_norms_are_in_the_metrics_of_each_update_and_the_update_in_the_report(
     assert report["phases"]["train"]["measured_seconds"]["accumulate"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_bits_and_with_more_memory(
     decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -172,6 +174,7 @@ def test_a_run_does_not_go_on_with_another_limit(
             )
 
 
+@pytest.mark.slow
 def test_a_limit_that_no_norm_reaches_changes_no_bit(decoder: Profile, data: Path, tmp_path: Path) -> None:
     reports = {}
     for limit in (None, 1e9):
@@ -184,6 +187,7 @@ def test_a_limit_that_no_norm_reaches_changes_no_bit(decoder: Profile, data: Pat
     assert "update" not in reports[None]["phases"]
 
 
+@pytest.mark.slow
 def test_a_module_in_full_with_its_sums_on_disk(tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = profile(FACTORY)

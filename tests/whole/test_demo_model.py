@@ -57,6 +57,7 @@ def run_by_command(planned: Plan, data: Path, out: Path) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_measured_peak_is_the_predicted_one_at_five_budgets(
     planner: ModelPlanner, reviews: Any, tmp_path: Path
 ) -> None:

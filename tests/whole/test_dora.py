@@ -123,6 +123,7 @@ class Case:
 CASES = [(family, setting) for family in FAMILIES for setting in SETTINGS]
 
 
+@pytest.mark.slow_but_for("llama-attention", "gpt2-attention")
 @pytest.mark.parametrize(("family", "setting"), [*CASES, ("llama", "by pattern")])
 def test_loss_and_gradients_are_those_of_peft(family: str, setting: str, tmp_path: Path) -> None:
     lora = SETTINGS.get(setting, BY_PATTERN)
@@ -213,6 +214,7 @@ def frozen_model(small: Profile) -> Any:
     return base
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_peft_which_loads_the_adapter(small: Profile, records: str, tmp_path: Path) -> None:
     start, end = tmp_path / "start", tmp_path / "end"
     start.mkdir()
@@ -324,6 +326,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Profile:
     return profile(str(path), batch=24, seq=64, lora_rank=4, dora=True)
 
 
+@pytest.mark.slow
 def test_runs_at_two_budgets_give_one_adapter_from_which_another_run_starts(made: Profile, tmp_path: Path) -> None:
     planner = ModelPlanner(made)
     small, large = (planner.plan(budget) for budget in (planner.minimum().peak_bytes, 1 << 40))
@@ -361,6 +364,7 @@ def test_a_device_that_is_not_here_is_given_what_is_measured_here(made: Profile)
     assert sum(added) < spent["tightfit.projection"] + spent["tightfit.projection_backward"]
 
 
+@pytest.mark.slow
 def test_fleets_of_two_train_what_one_process_does(tmp_path: Path) -> None:
     """Data parallel, and as a pipeline, whose members find the magnitudes of their own layers."""
     workshop = Workshop(tmp_path, 3, layers=2, lora=LoraConfig(rank=4, dora=True))

@@ -107,6 +107,7 @@ def state(out: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return load_file(checkpoint / "adapter_model.safetensors"), load_file(checkpoint / "optimizer.safetensors")
 
 
+@pytest.mark.slow_but_for("llama")
 @pytest.mark.parametrize("family", CONFIGS)
 def test_steps_match_peft_and_autograd(family: str, profiled: Any, data: Path, tmp_path: Path) -> None:
     """float32: losses, Adam's first moment (a sum of gradients) and the trained factors, at the smallest budget."""
@@ -126,6 +127,7 @@ def test_steps_match_peft_and_autograd(family: str, profiled: Any, data: Path, t
             assert adapter[f"base_model.model.{name}"].abs().max() > 0, name
 
 
+@pytest.mark.slow
 def test_bfloat16_losses_match_peft(profiled: Any, data: Path, tmp_path: Path) -> None:
     made = profiled("llama", "bfloat16")
     report = run(plan(made, 1 << 40), data, steps=STEPS, out=tmp_path, lr=LR, packing=True)
@@ -200,6 +202,7 @@ def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_p
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow_but_for("vision_transformer")
 @pytest.mark.parametrize("factory", [residual_cnn, vision_transformer])
 def test_any_module_trains_in_full_inside_its_cap(factory: Callable[[], Any], tmp_path: Path) -> None:
     """All parameters and Adam states, against the same steps by torch.optim.AdamW: the first to rounding, and after several,
@@ -336,6 +339,7 @@ def linked() -> Any:
     return Linked(), (*words, torch.randn(4, 16), torch.randn(4, 16))
 
 
+@pytest.mark.slow_but_for("unusual")
 @pytest.mark.parametrize("factory", [unusual, kept, linked])
 def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> None:
     """Losses and the saved model, against torch.optim.AdamW in float32."""

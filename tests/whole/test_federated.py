@@ -14,7 +14,7 @@ from federating import RATE, WEIGHTS, adapter, adapter_of_rounds, ended, lines, 
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.federated.server import free_port
 
-pytestmark = [needs_flower, pytest.mark.slow]
+pytestmark = needs_flower
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,7 @@ def test_two_devices_train_two_rounds(fleet, start, expected, tmp_path):
     assert "holds an earlier run; continue it with --resume" in again.said()
 
 
+@pytest.mark.slow
 def test_a_device_that_is_killed_comes_back(fleet, serve, join, expected, tmp_path):
     server = serve("--min", 2)
     one, other = join("a"), join("b")
@@ -107,6 +108,7 @@ def test_a_device_that_is_killed_comes_back(fleet, serve, join, expected, tmp_pa
     assert all(line["left_out"] == {} for line in lines(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_without_a_device_rounds_go_on(serve, join, tmp_path):
     server = serve("--min", 1, "--timeout", 40, "--grace", 5, rounds=2)
     one, other = join("a"), join("b")
@@ -117,6 +119,7 @@ def test_without_a_device_rounds_go_on(serve, join, tmp_path):
     assert set(lines(tmp_path / "out")[0]["left_out"]) == {"b"}
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_goes_on(serve, join, expected, tmp_path):
     """It is killed with everything that it started, once the first round is acknowledged; devices stay."""
     server = serve("--min", 2)
@@ -132,6 +135,7 @@ def test_a_server_that_is_killed_goes_on(serve, join, expected, tmp_path):
     assert [line["round"] for line in lines(tmp_path / "out")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_rounds_whose_process_is_killed_go_on(serve, join, expected, tmp_path):
     """The process that Flower starts for the rounds; what started it notices, ends, and can be started again."""
     server = serve("--min", 2)
@@ -146,6 +150,7 @@ def test_rounds_whose_process_is_killed_go_on(serve, join, expected, tmp_path):
     assert adapter(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_flowers_own_supernode_gives_the_same(serve, join, expected, tmp_path):
     server = serve("--min", 2)
     one, other = join("a"), join("b", "--supernode", "--port", free_port())
@@ -166,6 +171,7 @@ def runs_of(folder):
     return found
 
 
+@pytest.mark.slow
 def test_tls_and_keys_are_passed_through(fleet, start, join, expected, tmp_path):
     """Only devices whose keys the server was given may join."""
     certificates(tmp_path)

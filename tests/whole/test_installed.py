@@ -117,6 +117,7 @@ def test_one_name_is_installed(environment):
     assert Path(found).parents[1] == environment.site
 
 
+@pytest.mark.slow
 def test_a_module_of_the_working_folder_is_profiled_planned_and_run(tightfit, folder):
     measured = tightfit("profile", "nets.tiny:make", "-o", "profile.json")
     assert measured["profile"] == "profile.json"

@@ -256,6 +256,7 @@ def test_losses_and_the_adapter_are_those_of_peft(made: Profile, trained: Traine
     assert errors_above(1e-2, load_file(trained.out / "adapter" / WEIGHTS), theirs) == {}
 
 
+@pytest.mark.slow_but_for("mebp")
 @pytest.mark.parametrize("policy", [None, "mebp", "keep-all"])
 def test_another_schedule_gives_the_same_bits(
     policy: str | None,
@@ -284,6 +285,7 @@ def test_a_run_that_stops_in_an_epoch_goes_on_with_the_same_bits(
     assert again.bits == trained.bits
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bits(
     planner: ModelPlanner, roomy: Plan, data: Path, tmp_path: Path
 ) -> None:
@@ -307,6 +309,7 @@ def test_a_run_does_not_go_on_with_other_lengths(roomy: Plan, made: Profile, dat
             trained_by(other, data, tmp_path, steps=4, resume=True)
 
 
+@pytest.mark.slow_but_for("meter")
 def test_the_cap_holds_and_the_peak_is_as_predicted(
     cgroup: bool, tight: Plan, data: Path, questions: Path, tmp_path: Path
 ) -> None:
@@ -342,6 +345,7 @@ def test_a_larger_model_keeps_within_its_smallest_budget(tmp_path: Path) -> None
 # --- evaluations ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluations_are_those_without_shorter_steps_and_of_transformers(
     made: Profile, roomy: Plan, data: Path, questions: Path, trained: Trained, tmp_path: Path
 ) -> None:
@@ -366,6 +370,7 @@ def test_evaluations_are_those_without_shorter_steps_and_of_transformers(
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_the_lengths_saved(made: Profile, roomy: Plan, tmp_path: Path) -> None:
     """More samples: only those of a fourth of an epoch are sorted together."""
     many = written(itertools.chain.from_iterable(samples() for _ in range(4)), tmp_path / "many.jsonl")
@@ -425,6 +430,7 @@ def one_step(made: Profile, records: str, folder: Path) -> tuple[int, float, dic
     return inputs[0].shape[1], loss, gradients, inputs
 
 
+@pytest.mark.slow_but_for("Gemma 3 (text)-24")
 @pytest.mark.parametrize(
     ("family", "seq"),
     [
@@ -459,6 +465,7 @@ def test_a_batch_has_the_same_gradients_at_its_short_length_as_padded(family: st
 # --- with everything else ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 0.5])
 def test_updates_of_several_steps_are_those_of_peft(
     limit: float | None, made: Profile, data: Path, tmp_path: Path
@@ -479,6 +486,7 @@ def test_updates_of_several_steps_are_those_of_peft(
     assert errors_above(1e-2, load_file(tmp_path / "tight" / "adapter" / WEIGHTS), theirs) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mezo", "lcsb"])
 def test_rules_of_another_gradient_give_the_same_bits_at_two_budgets(
     policy: str, made: Profile, planner: ModelPlanner, data: Path, tmp_path: Path
@@ -497,6 +505,7 @@ def test_rules_of_another_gradient_give_the_same_bits_at_two_budgets(
     assert all(value.any() for name, value in moved.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_numbers_at_two_budgets(folder: Path, data: Path, tmp_path: Path) -> None:
     lora = LoraConfig(rank=RANK, alpha=8.0, dropout=0.3)
     dropping = decoder_profile(
@@ -527,6 +536,7 @@ def test_dropout_draws_the_same_numbers_at_two_budgets(folder: Path, data: Path,
     assert losses[3] != pytest.approx(runs[0].report["loss"][3], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_samples_that_share_rows_leave_a_short_batch_for_the_end(tight: Plan, roomy: Plan, tmp_path: Path) -> None:
     """Two of them share a row, two fill one, and the short one has the last row of an epoch to itself, if it comes last."""
     records = short_records(tmp_path, CONFIG, [20, 20, SEQ, SEQ, 6], SEQ)
@@ -544,6 +554,7 @@ def test_samples_that_share_rows_leave_a_short_batch_for_the_end(tight: Plan, ro
         assert runs[0].report["evaluation"][when]["loss"] == runs[1].report["evaluation"][when]["loss"]
 
 
+@pytest.mark.slow
 def test_an_epoch_takes_each_sample_once(made: Profile, tight: Plan, roomy: Plan, data: Path, tmp_path: Path) -> None:
     """Of 22 samples, three a batch, the last one has one sample."""
     runs = [
@@ -572,6 +583,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_steps_on_pairs_are_those_of_trl(loss: str, folder: Path, tmp_path: Path) -> None:
     preference = Preference(loss=loss, beta=BETA)  # type: ignore[arg-type]
@@ -618,6 +630,7 @@ def test_steps_on_pairs_are_those_of_trl(loss: str, folder: Path, tmp_path: Path
 # --- sessions and fleets ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_session_takes_whole_batches(made: Profile, roomy: Plan, tmp_path: Path) -> None:
     """To the bit as without shorter steps."""
     generator = torch.Generator().manual_seed(3)
@@ -649,6 +662,7 @@ link = "1Gbit/s"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["data", "pipeline"])
 def test_a_fleet_takes_whole_batches(kind: str, tmp_path: Path) -> None:
     """Its adapter is to the bit that of a fleet whose profile has no shorter steps."""
@@ -719,6 +733,7 @@ def auto(shallow: Path, data: Path, cache: Path) -> tuple[Path, dict[str, Any], 
     return out, json.loads(printed), said
 
 
+@pytest.mark.slow
 def test_lengths_are_chosen_from_the_data(auto: tuple[Path, dict[str, Any], str]) -> None:
     """Those of all pairs of multiples of eight with which rows have the fewest places."""
     out, told, said = auto
@@ -741,6 +756,7 @@ def test_lengths_are_chosen_from_the_data(auto: tuple[Path, dict[str, Any], str]
     assert len(set(lengths_of(out))) > 1
 
 
+@pytest.mark.slow
 def test_a_run_with_chosen_lengths_goes_on_as_one_by_hand(
     auto: tuple[Path, dict[str, Any], str], shallow: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -756,6 +772,7 @@ def test_a_run_with_chosen_lengths_goes_on_as_one_by_hand(
     assert adapter_hash(out) == adapter_hash(by_hand.out)
 
 
+@pytest.mark.slow
 def test_a_program_has_the_same_lengths_chosen(shallow: Path, data: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"batch": BATCH, "lora_rank": RANK, "steps": 3, "lr": LR, "memory": "1GiB"}
     auto = package.train(str(shallow), data, tmp_path / "auto", buckets="auto", **options)
@@ -764,6 +781,7 @@ def test_a_program_has_the_same_lengths_chosen(shallow: Path, data: Path, tmp_pa
     assert auto["tokens"]["padding_share"] < 0.6
 
 
+@pytest.mark.slow
 def test_made_up_tokens_have_one_length(shallow: Path, tmp_path: Path) -> None:
     words = ("train", shallow, "--data", "random", "--seq", 16, "--lora-rank", RANK, "--buckets", "auto", "--steps", 2)
     printed, said = called(*words, "-o", tmp_path / "out", "--json")
@@ -772,6 +790,7 @@ def test_made_up_tokens_have_one_length(shallow: Path, tmp_path: Path) -> None:
     assert "buckets =" not in (tmp_path / "out" / "config.toml").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "words", "told"),
     [

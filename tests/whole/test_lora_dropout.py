@@ -264,6 +264,7 @@ def test_a_side_network_is_refused_with_dropout(small: Profile) -> None:
 STEPS, LR = 4, 5e-3
 
 
+@pytest.mark.slow
 def test_runs_at_two_budgets_and_after_a_resume_give_one_adapter(tmp_path: Path, cache: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIGS["llama"]))
@@ -299,6 +300,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 FLEET: dict[str, Any] = {"steps": 6, "lr": 1e-2, "seed": 3, "checkpoint_every": 0}
 
 
+@pytest.mark.slow
 def test_fleets_of_two_train_what_one_process_does(workshop: Workshop, tmp_path: Path) -> None:
     """Data parallel, and as a pipeline whose first member takes forwards ahead."""
     expected = workshop.alone(tmp_path / "alone", **FLEET)

@@ -44,6 +44,7 @@ SETTINGS = {
 BATCH, SEQ = 3, 24
 
 
+@pytest.mark.slow_but_for("attention-llama", "one projection-gemma3_text", "ranks by pattern, rank-stabilised-llama")
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_loss_and_gradients_are_those_of_peft(setting: str, family: str) -> None:
@@ -79,6 +80,7 @@ def test_layers_below_the_first_pair_take_no_part_in_the_backward() -> None:
     assert "tightfit.lora_backward" in backward(2)
 
 
+@pytest.mark.slow
 def test_a_run_of_some_layers_and_a_second_one_that_starts_from_its_adapter(tmp_path: Path, cache: Path) -> None:
     folder, data = tmp_path / "model", tmp_path / "data.jsonl"
     model = checkpoint(CONFIGS["llama"], folder)

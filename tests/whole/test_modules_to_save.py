@@ -183,6 +183,7 @@ class Case:
         return loss, {key: torch.cat(parts) for key, parts in found.items()}
 
 
+@pytest.mark.slow_but_for("Llama, tied-both", "Qwen2, apart-head", "GPT-2, tied-both")
 @pytest.mark.parametrize(("family", "choice"), COMPARED)
 def test_loss_and_all_gradients_are_those_of_peft(family: str, choice: str, tmp_path: Path) -> None:
     case = Case(family, choice, tmp_path)
@@ -259,6 +260,7 @@ def begin_again(loaded: Any, theirs: dict[str, Tensor]) -> None:
                 value.copy_(base_rows)
 
 
+@pytest.mark.slow
 def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
     measured: Profile, plans: tuple[Plan, Plan], base: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -304,6 +306,7 @@ def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
         assert float(change.norm()) > 0
 
 
+@pytest.mark.slow
 def test_clipped_runs_at_two_budgets_give_the_same_bits_and_the_norm_of_autograd(
     measured: Profile, base: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -335,6 +338,7 @@ def test_clipped_runs_at_two_budgets_give_the_same_bits_and_the_norm_of_autograd
     assert reports["large"]["grad_norm"][0] == pytest.approx(exact, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_with_tables(
     plans: tuple[Plan, Plan], base: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -355,6 +359,7 @@ def test_a_run_starts_from_an_adapter_with_tables(
             run(small, base[1], steps=1, out=tmp_path / f"from-{name}", adapter=tmp_path / name)
 
 
+@pytest.mark.slow
 def test_the_members_of_a_fleet_train_tables_as_one_process_does(tmp_path: Path) -> None:
     """A fleet that shares out the batch, whose members have the values of all slices in memory."""
     lora = LoraConfig(rank=4, modules_to_save=("embed_tokens", "lm_head"))

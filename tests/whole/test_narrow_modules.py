@@ -72,6 +72,7 @@ def written_out() -> tuple[list[float], dict[str, Tensor]]:
     return losses, held
 
 
+@pytest.mark.slow
 def test_a_run_is_the_loop_written_out(tmp_path: Path, cache: Path) -> None:
     """In a run at the smallest budget, and in a plan with ample memory to the same bits."""
     losses, expected = written_out()

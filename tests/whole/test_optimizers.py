@@ -60,6 +60,7 @@ def reference(name: str, module: torch.nn.Module) -> Callable[[], Any]:
     return kinds[name](parameters, lr=LR, **more).step  # type: ignore[no-any-return,operator]
 
 
+@pytest.mark.slow_but_for("lion")
 @pytest.mark.parametrize("name", [name for name in OPTIMIZER_STATES if name != "adamw"])
 def test_runs_at_two_budgets_give_what_torch_does(
     name: str, measured: Profile, batches: list[Batch], tmp_path: Path
@@ -97,6 +98,7 @@ def test_runs_at_two_budgets_give_what_torch_does(
         assert float(apart.float().mean()) < 2e-3, key
 
 
+@pytest.mark.slow_but_for("momentum-settings2")
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -150,6 +152,7 @@ def test_settings_that_an_optimizer_does_not_have_are_refused(
             run(plan(measured, 1 << 40), batches, steps=1, out=tmp_path / "out", **given)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_optimizer_alone(measured: Profile, batches: list[Batch], tmp_path: Path) -> None:
     several = batches * 2
     whole = run(plan(measured, 1 << 40, optimizer="lion"), several, steps=4, out=tmp_path / "whole", lr=LR)

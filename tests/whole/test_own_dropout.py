@@ -120,6 +120,7 @@ def values(training: Training) -> dict[str, Tensor]:
     return {one.name: training._value(number).clone() for number, one in enumerate(training.trainables)}
 
 
+@pytest.mark.slow
 def test_every_plan_is_pytorch_s_loop_with_the_same_masks(made: Profile, data: str, tmp_path: Path) -> None:
     expected, after, parameters = in_eager(made)
     assert not any("aten.bernoulli" in op.target for program in made.programs for op in program.operators)

@@ -96,6 +96,7 @@ def records_of(case: Case) -> Path:
     return next((case.out / "data").glob("evaluate*.records"))
 
 
+@pytest.mark.slow
 def test_the_result_is_that_of_rows_of_their_own(case: Case) -> None:
     packed = evaluate(case.planned, case.data, adapter=case.out, packing=True)
     apart = evaluate(case.planned, case.data, adapter=case.out)
@@ -141,6 +142,7 @@ def test_transformers_says_the_same_of_one_sample_at_a_time(case: Case) -> None:
     assert (after["accuracy"], after["questions"]) == (accuracy, questions)
 
 
+@pytest.mark.slow_but_for("Llama, no scaling")
 def test_metrics_and_report_tell_it(case: Case) -> None:
     lines = [json.loads(line) for line in (case.out / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line for line in lines if "eval_loss" in line}
@@ -155,6 +157,7 @@ def test_metrics_and_report_tell_it(case: Case) -> None:
     assert apart["evaluation"]["before"]["accuracy"] == case.report["evaluation"]["before"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_before_evaluations_shared_rows_goes_on(case: Case, tmp_path: Path) -> None:
     """Its checkpoint has the results of rows of their own; what is trained does not depend on them."""
     run(case.planned, case.data, steps=2, out=tmp_path, eval_data=case.data, packing=True, **TRAINING)
@@ -176,6 +179,7 @@ def test_a_run_that_was_begun_before_evaluations_shared_rows_goes_on(case: Case,
         run(case.planned, case.data, steps=6, out=tmp_path, eval_data=case.data, resume=True, **TRAINING)
 
 
+@pytest.mark.slow_but_for("Llama, no scaling")
 def test_the_command_line(case: Case, tmp_path: Path) -> None:
     save_plan(case.planned, tmp_path / "plan.json")
     words = [

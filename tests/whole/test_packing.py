@@ -87,6 +87,7 @@ def test_little_of_the_rows_is_padding_and_the_report_says_so(
         run(load_plan(workshop.folder / "alone.json"), str(data), out=tmp_path, resume=True, **TRAINING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["data parallel", "pipeline"])
 def test_a_fleet_ends_with_the_adapter_of_one_process(
     kind: str, workshop: Workshop, data: Path, alone: tuple[str, dict[str, Any]], tmp_path: Path

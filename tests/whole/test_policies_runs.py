@@ -33,6 +33,7 @@ def planner(tmp_path_factory):
     return ModelPlanner(made.model_copy(update={"device": device(threads=1)}))
 
 
+@pytest.mark.slow_but_for("lcsb")
 @pytest.mark.parametrize("policy", ["mezo", "lcsb"])
 def test_a_resumed_run_is_the_run_that_never_stopped(planner, policy, tmp_path):
     """Stopped in the middle of a cycle; evaluated before and after; an adapter either way."""
@@ -58,6 +59,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(planner, policy, tmp_path):
         run(planner.plan(UNLIMITED, policy="mebp"), "random", steps=9, out=tmp_path / "part", resume=True, **SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mezo", "lcsb"])
 def test_memory_does_not_grow_over_200_steps(policy, tmp_path):
     """What the process holds after a step, from the tenth on."""

@@ -38,6 +38,7 @@ def model(case: str, folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]
     return folder, LLAMA, {"embeddings": "8bit"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["16bit", "Q6_K", "gptq", "nf4"])
 def test_a_run_computes_with_the_values_that_the_file_means(case: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
@@ -64,6 +65,7 @@ def test_a_run_computes_with_the_values_that_the_file_means(case: str, tmp_path:
     assert report["peak_bytes"]["measured"] <= report["budget_bytes"]
 
 
+@pytest.mark.slow
 def test_random_weights_are_made_again_in_the_precision_that_was_planned(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(LLAMA))

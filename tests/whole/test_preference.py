@@ -109,6 +109,7 @@ def one_step(
     return made, made_loss, gradients, rows
 
 
+@pytest.mark.slow_but_for("tied-orpo-tables1", "untied-dpo-tables2")
 @pytest.mark.parametrize(
     ("kind", "loss", "tables"),
     [
@@ -198,6 +199,7 @@ def new_adapter(made: Profile, plan_: Any, data: Path, folder: Path) -> Any:
     return adapted_by_peft(base_of(made), folder / "adapter")
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_trl_with_adamw(
     dpo: Made, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -330,6 +332,7 @@ def test_accumulated_steps_are_those_of_trl_with_adamw(model_folder: Path, data:
     assert {name: told[name] for name in found} == pytest.approx(found, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_identically(dpo: Made, data: Path, tmp_path: Path) -> None:
     planner = dpo[1]
     planned = planner.plan(planner.minimum().peak_bytes)

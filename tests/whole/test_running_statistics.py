@@ -184,6 +184,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(made: Profile, data: str, tmp_path: P
     second.close()
 
 
+@pytest.mark.slow
 def test_a_run_under_the_smallest_cap_that_is_resumed(tmp_path: Path, cache: Path) -> None:
     expected, before, after, module = in_eager()
     measured = profile(f"{__name__}:resnet")

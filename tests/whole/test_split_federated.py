@@ -22,8 +22,6 @@ from tightfit.runtime.federated.split_device import part_of
 from tightfit.runtime.federated.split_rounds import SplitOptions, SplitRounds
 from tightfit.runtime.federated.split_stage import prepared_device
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
@@ -77,6 +75,7 @@ class Threads:
         return [Reply(message=key, answer=answer, adapter=trained) for key, (answer, trained) in done]
 
 
+@pytest.mark.slow
 def test_rounds_are_those_of_devices_that_hold_all_layers(fleet, data, expected, tmp_path):
     folder, planned, _ = fleet
     plans, above = (
@@ -159,6 +158,7 @@ def apart(fleet, data, start, tmp_path):
     return serve, join
 
 
+@pytest.mark.slow
 @needs_flower
 def test_a_device_that_is_killed_while_it_is_served_is_left_out_and_comes_back(apart, expected, tmp_path):
     serve, join = apart
@@ -171,6 +171,7 @@ def test_a_device_that_is_killed_while_it_is_served_is_left_out_and_comes_back(a
     assert adapter(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 @needs_flower
 def test_without_a_device_rounds_go_on(apart, tmp_path):
     serve, join = apart
@@ -180,6 +181,7 @@ def test_without_a_device_rounds_go_on(apart, tmp_path):
     assert lines(tmp_path / "out")[0]["left_out"] == {"b": "it did not answer"}
 
 
+@pytest.mark.slow
 @needs_flower
 def test_a_server_that_is_killed_goes_on(apart, expected, tmp_path):
     serve, join = apart

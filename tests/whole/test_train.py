@@ -65,6 +65,7 @@ def trained(folder: Path, cache: Path) -> tuple[Path, dict[str, Any], str]:
     return folder / "out", json.loads(out), err
 
 
+@pytest.mark.slow
 def test_it_does_what_the_three_commands_do(trained: Any, folder: Path, tmp_path: Path) -> None:
     out, told, said = trained
     assert f"sequence: {SEQ} tokens; the longest sample of the data has " in said
@@ -99,6 +100,7 @@ def test_the_budget_covers_what_is_alive_while_training(trained: Any) -> None:
     assert report["peak_bytes"]["measured"] <= report["peak_bytes"]["predicted"]
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_with_the_folder_alone(trained: Any, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("train", folder / "model", "--data", folder / "data.jsonl", "--batch", 2, *LORA, "--lr", 5e-3, "-o", out)

@@ -98,18 +98,18 @@ def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     for name, option in options_of(RunOptions).items():
         value = request.get(name)  # jobs that were stored before an option was known lack it
         if value is not None:
-            words += _words(word_of(name, option).removeprefix("--"), value)
+            words += _words(word_of(name, option), value)
     words.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
     return words
 
 
-def _words(option: str, value: Any) -> list[str]:
+def _words(word: str, value: Any) -> list[str]:
     """The words that give `tightfit run` an option."""
     if isinstance(value, bool):
-        return [f"--{option}" if value else f"--no-{option}"]
+        return [word if value else f"--no-{word.removeprefix('--')}"]
     if isinstance(value, dict):
         value = ",".join(f"{name}={one}" for name, one in value.items())
-    return [f"--{option}={value}"]
+    return [f"{word}={value}"]
 
 
 def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, bytes, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class Settings:
             )
         if self.token is not None:
             check_token(self.token)
+        if not self.keep_days >= 0:
+            raise InputError(f"{spelled('keep_days')} {self.keep_days}: give a number of at least 0")
         for root in self.roots:
             if not root.is_dir():
                 raise InputError(f"--root {root}: no such folder; name folders that hold models and data")

@@ -175,6 +175,7 @@ def test_where_there_was_no_time_to_find_a_pipeline(crowd, unlike, solves):
     assert solves["StagePlans"] <= 2 * ALWAYS
 
 
+@pytest.mark.slow
 def test_the_kind_may_be_open(crowd, solves):
     fleet, _, why = plan_kind(crowd(1000), 8, time_limit=NONE, prices=False)
     assert fleet.makespan_seconds < math.inf

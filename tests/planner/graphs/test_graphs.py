@@ -398,6 +398,7 @@ def test_memory_kept_up_to_date_is_memory_counted_anew():
             assert kept.bytes.tolist() == memory(dag, runs(dag, kept.reruns)), (seed, rerun)
 
 
+@pytest.mark.slow
 def test_a_larger_graph_is_planned_within_its_bounds_and_beats_the_rules():
     profile = graph_profile(layered(120, training=True))
     dag = dag_of(profile)
@@ -425,6 +426,7 @@ def test_equal_inputs_give_equal_plans_unless_the_plan_says_otherwise():
     assert first.fingerprint == second.fingerprint
 
 
+@pytest.mark.slow
 def test_the_smallest_budget_of_a_graph_too_large_to_be_exact():
     profile = graph_profile(layered(48, seed=1))
     planner = GraphPlanner(profile)

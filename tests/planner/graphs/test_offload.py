@@ -136,6 +136,7 @@ def test_what_fits_into_less_may_be_faster_in_all(seed, budget):
     assert GraphPlanner(training_graph(seed)).plan(budget).gap <= 0.001
 
 
+@pytest.mark.slow
 def test_a_disk_makes_a_larger_graph_faster_and_smaller():
     graph = layered(40, training=True)
     quick = graph.model_copy(

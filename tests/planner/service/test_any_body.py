@@ -262,6 +262,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 @settings(GENERATED, max_examples=10)
 @given(place=st.sampled_from(PLACES), value=ANYTHING)
 @example(place=("model", "name"), value="\ud800")

@@ -100,6 +100,7 @@ def number(text):
     return float(re.search(r"[\d.]+", text.replace(",", ""))[0])
 
 
+@pytest.mark.slow
 def test_will_it_fit(page, served, pictures):
     verdict = page.locator("#verdict")
     expect(verdict).to_have_text(re.compile(r"^Fits [\d.]+ MiB: [\d.]+ s per step, within [\d.]+ % of the best plan"))
@@ -179,6 +180,7 @@ def test_compare(page, served, pictures):
     page.locator("#compare").screenshot(path=pictures / "compare.png")
 
 
+@pytest.mark.slow
 def test_why_nothing_fits(page, served, pictures):
     smallest = number(rows(page, "#curve-table")[0][0])
     set_budget(page, round(smallest - 1, 1))
@@ -197,6 +199,7 @@ def test_why_nothing_fits(page, served, pictures):
     expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
 
 
+@pytest.mark.slow
 def test_a_later_question_voids_an_earlier_one(page, served):
     """The answer for a budget that was left meanwhile stands on the curve, and takes nobody's place."""
     smallest = number(rows(page, "#curve-table")[0][0])
@@ -398,6 +401,7 @@ def test_a_run_that_fails_says_nothing_beside_another(browser, served):
     page.close()
 
 
+@pytest.mark.slow
 def test_names_of_any_length_and_with_markup_stay_text(browser, served):
     graph = json.loads((ROOT / "examples" / "bare-graph.json").read_text())
     long = {one["name"]: f"<script>{one['name']}</script>{'x' * 120}" for one in graph["operators"]}
@@ -445,6 +449,7 @@ def test_a_small_graph_is_told_in_figures(browser, served):
     page.close()
 
 
+@pytest.mark.slow
 def test_a_service_that_is_gone_is_told_of(browser, tmp_path):
     service = Served(tmp_path / "data").start()
     service.upload(decoder_like(2))
@@ -524,6 +529,7 @@ def test_a_token_is_asked_for(browser, tmp_path):
         service.stop()
 
 
+@pytest.mark.slow
 def test_run(browser, served, pictures, work):
     """Measure a model on the service's machine, plan it, train, and take the adapter: all on the page."""
     page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")

@@ -166,6 +166,7 @@ def test_a_run_is_started_with_what_its_request_says(request_: dict[str, Any], t
     [
         ("steps", 0),
         ("lr", -1.0),
+        ("lr", 1e39),
         ("lr", float("nan")),
         ("warmup_ratio", 1.5),
         ("min_lr_ratio", -0.1),

@@ -37,6 +37,7 @@ def wait_for_steps(service, run, count):
     return steps
 
 
+@pytest.mark.slow
 def test_runs_follow_each_other_survive_and_save(tmp_path, work, measured):
     shutil.copytree(measured, tmp_path / "data")
     service = Served(tmp_path / "data", "--root", str(work)).start()

@@ -76,6 +76,7 @@ def test_another_program_is_seen():
             other.kill()
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
     here, there = tmp_path / "here" / "config.json", tmp_path / "there" / "config.json"

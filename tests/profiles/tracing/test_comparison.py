@@ -69,6 +69,7 @@ def tilted_behind_the_trace(module, x):
     return module.b(functional.batch_norm(hidden, None, None, training=True)).relu().mean()
 
 
+@pytest.mark.slow
 def test_gradients_may_differ_as_far_as_rounding_moves_them(tmp_path, monkeypatch):
     """No step in double precision is needed, which takes twice the memory of training."""
     torch.manual_seed(0)

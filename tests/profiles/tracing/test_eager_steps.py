@@ -23,6 +23,22 @@ def factory():
     return stateful("a frozen teacher that follows the student (EMA, BYOL)")
 
 
+@pytest.mark.slow_but_for(
+    "a weight clamped in place under `no_grad`",
+    "the same by `weight.data`",
+    "weights clipped at the start of forward",
+    "a frozen teacher that follows the student (EMA, BYOL)",
+    "a hidden state carried from batch to batch",
+    "a queue of keys, a buffer (MoCo)",
+    "a codebook's running mean, a buffer (VQ-VAE)",
+    "spectral norm",
+    "mixup by NumPy",
+    "a mask by NumPy (SpecAugment)",
+    "the same, made anew in each call",
+    "a `torch.Generator` of its own",
+    "`torch.manual_seed` in forward",
+    "running statistics of batch normalisation",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_is_refused_by_name_or_kept(kind, tmp_path):
     module, batch = stateful(kind)
@@ -194,6 +210,7 @@ def test_a_factory_may_give_several_batches(factory, labels):
     assert len(taken_on) == 3
 
 
+@pytest.mark.slow
 def test_a_profile_compares_on_what_the_factory_gives(cache, monkeypatch):
     seen = []
     monkeypatch.setattr(api, "GradientComparison", lambda *given: seen.append(given) or GradientComparison(*given))

@@ -129,6 +129,7 @@ def assert_same_step(whole, short):
         assert error <= 1e-4 * float(gradient.norm()) + 1e-7, name
 
 
+@pytest.mark.slow_but_for("Phi-3", "GPT-2", "LFM2", "OPT")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_same_step_at_half_its_length(family, tmp_path):
     whole = traced_at(FAMILIES[family], tmp_path, SEQ)
@@ -158,6 +159,7 @@ def test_a_window_between_the_lengths_has_its_mask_in_both(tmp_path):
         shorter_step(whole, traced_at(config, tmp_path, SHORT), SHORT)
 
 
+@pytest.mark.slow
 def test_a_window_between_the_lengths_of_a_model_that_transformers_builds_is_refused(tmp_path):
     path = written(tmp_path, sized("olmo3", **LAYERS_BETWEEN))
     with pytest.raises(InputError) as caught:
@@ -195,6 +197,7 @@ def profiled(folder, **options):
     return profile(str(folder / "config.json"), device=ON, **options)
 
 
+@pytest.mark.slow_but_for("dpo")
 @pytest.mark.parametrize("loss", [None, "dpo", "orpo"])
 def test_a_shortened_profile_is_the_profile_of_that_length(folder, loss):
     whole = profiled(folder, seq=40, buckets="24,8", batch=2, loss=loss)

@@ -33,6 +33,7 @@ def reference(
     return float(loss.detach()), {trained_name(key): gradient for key, gradient in gradients_of(model).items()}
 
 
+@pytest.mark.slow_but_for("llama-1-300", "qwen2-11-29", "gemma3_text-11-29", "llama with biases-3-29")
 @pytest.mark.parametrize(
     ("family", "batch", "seq"),
     [(family, *size) for family in CONFIGS for size in SIZES] + [(variant, *SIZES[0]) for variant in VARIANTS],
@@ -48,6 +49,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(family: str, batch: int,
         assert relative_error(made[f"grad:{name}"], exact) < 1e-4, name
 
 
+@pytest.mark.slow_but_for("llama-3-29", "gemma3_text-11-29")
 @pytest.mark.parametrize(("batch", "seq"), SIZES)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str, batch: int, seq: int) -> None:
@@ -269,6 +271,7 @@ class Dense(torch.nn.Module):
         return torch.cat(made, 1).square().mean()
 
 
+@pytest.mark.slow
 def test_a_network_whose_modules_have_no_index_is_cut_at_its_modules_into_layers_of_a_bounded_size() -> None:
     torch.manual_seed(0)
     module, x = Dense(40), torch.randn(2, 3, 8, 8)

@@ -103,6 +103,15 @@ def planned(monkeypatch):
             "--eval-every 'half': give a number of steps, at least 1, or of epochs as in '0.5 epochs'",
         ),
         (["report", "o", "--to", "mlflow"], "tracker 'mlflow' is not known; choose one of tensorboard, wandb"),
+        (["serve", "--keep-days", "nan"], "--keep-days nan: give a number of at least 0"),
+        (
+            ["fleet", "federate", "plan", "f.toml", "-o", "o", "--start", "nan"],
+            "--start nan: it should be a finite number",
+        ),
+        (
+            ["generate", "m", "--prompt", "a", "--temperature", "1e300"],
+            "--temperature 1e+300: it should be less than 4294967296",
+        ),
         (
             ["serve", "--port", "99999"],
             "Invalid value for '--port': 99999 is not in the range 0<=x<=65535; try 'tightfit serve --help'",

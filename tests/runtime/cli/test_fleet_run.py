@@ -135,6 +135,7 @@ def test_torchrun_starts_a_fleet(folder, tmp_path):
     assert {adapter_hash(tmp_path / "out" / name) for name in "ab"} == {adapter_hash(folder / "alone")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "who", ["the first, for whom nobody comes", "another, who finds nobody", "all, while they train"]
 )
@@ -173,6 +174,10 @@ def test_after_sigterm_the_next_try_in_the_same_folder_begins(folder, tmp_path, 
             "those that compute are",
         ),
         (("fleet", "run", "plan", *TRAINING, "-o", "out", "--member", "a"), "--member and --at belong together"),
+        (
+            ("fleet", "run", "plan", *TRAINING, "-o", "out", "--timeout", "nan"),
+            "--timeout nan: give a number of seconds",
+        ),
         (("fleet", "run", "plan", *TRAINING, "-o", "out", "--member", "a", "--at", "x:y"), "give HOST:PORT"),
         (("fleet", "run", "plan", "--data", "random", "--steps", "6", "-o", "out"), "give a multiple of that"),
         (("run", "plan", *TRAINING, "-o", "out"), "tightfit fleet run"),

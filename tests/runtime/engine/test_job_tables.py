@@ -93,6 +93,7 @@ def _held(layers, folder):
     return loaded, saving, resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "most"), [(0, 10), (1, 6), (2, 8)], ids=["loaded", "saving", "resuming"])
 def test_a_layer_more_takes_little_memory(held, what, most):
     """With JSON's own lists and a list of a file's tensors these were 50, 50 and 20 KiB for each layer."""

@@ -69,6 +69,7 @@ def left() -> list[Path]:
     return list(folder.iterdir()) if folder.exists() else []
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_a_run(planned: Plan, data: Path, ran: tuple[Path, dict[str, Any]]) -> None:
     out, report = ran
     seen: list[tuple[str, int, int]] = []

@@ -155,6 +155,7 @@ def test_a_program_asks(model: Path, exact: Any, adapter: Path) -> None:
     assert tightfit.generate(str(model), [], 300 * MIB) == []
 
 
+@pytest.mark.slow
 def test_a_decoder_that_transformers_builds(model: Path, tmp_path: Path) -> None:
     config = FAMILIES["SmolLM3"] | {"vocab_size": CONFIG["vocab_size"], "max_position_embeddings": 512}
     folder = save_model(tmp_path / "smollm3", config)
@@ -235,6 +236,7 @@ def test_what_cannot_be_is_refused(model: Path, adapter: Path, refused: Any, tmp
     assert '"prompt" is missing or null' in refused(2, "generate", model, "--prompts", tmp_path / "bad.jsonl")
 
 
+@pytest.mark.slow
 def test_an_interrupted_answer_leaves_nothing(model: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(SOURCES)}
     words = command("generate", model, "--prompt", "The", "--no-template", "--max-tokens", 500, "--memory", "300MiB")
@@ -249,6 +251,7 @@ def test_an_interrupted_answer_leaves_nothing(model: Path) -> None:
     assert left() == []
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_an_answer_and_not_the_conversation(model: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(SOURCES)}
     words = command("chat", model, "--memory", "320MiB", "--max-tokens", 300, "--context", 500)
@@ -269,6 +272,7 @@ def test_an_interrupt_ends_an_answer_and_not_the_conversation(model: Path) -> No
     assert left() == []
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_command(model: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(SOURCES)}
     words = command("generate", model, "--prompt", "The", "--no-template", "--max-tokens", 500, "--memory", "300MiB")

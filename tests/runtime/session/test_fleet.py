@@ -25,6 +25,7 @@ def expected(workshop):
     return workshop.alone(workshop.folder / "alone", **OPTIONS)
 
 
+@pytest.mark.slow_but_for("1+2+3")
 @pytest.mark.parametrize(
     ("shares", "shelves"),
     [
@@ -56,6 +57,7 @@ def test_the_adapter_is_that_of_one_process(workshop, expected, tmp_path, shares
     assert (tmp_path / "m0" / state).read_bytes() == (workshop.folder / "alone" / state).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["m0", "m1", "m2"])
 def test_when_a_member_is_killed_the_others_save_and_name_it_and_another_fleet_goes_on(
     workshop, expected, tmp_path, victim
@@ -90,6 +92,7 @@ def test_when_a_member_is_killed_the_others_save_and_name_it_and_another_fleet_g
     assert {adapter_hash(tmp_path / "again" / name) for name in found} == {whole}
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_member_ends_all_after_the_same_step_and_they_can_go_on(workshop, tmp_path):
     options = OPTIONS | {"steps": 3000, "checkpoint_every": 0}
     fleet = workshop.fleet((3, 3), (MEMORY,))

@@ -23,6 +23,7 @@ def expected(workshop):
     return workshop.alone(workshop.folder / "alone", **OPTIONS)
 
 
+@pytest.mark.slow_but_for("two ahead")
 @pytest.mark.parametrize(
     ("at", "ahead"),
     [((2,), (0, 0)), ((3,), (2, 0)), ((2, 3), (2, 1, 0)), ((2, 4), (0, 0, 0)), ((3,), (9, 0))],
@@ -44,6 +45,7 @@ def test_the_adapter_is_that_of_one_uncut_process(workshop, expected, tmp_path, 
         assert report["peak_bytes"]["measured"] < BUDGET
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_through_all_members(workshop, tmp_path):
     options = OPTIONS | {"eval_data": "random"}
     workshop.alone(tmp_path / "alone", **options)
@@ -64,6 +66,7 @@ def test_messages_of_8_bits_are_another_result_near_the_exact_one(workshop, expe
     assert rounded == pytest.approx(exact, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["m0", "m1", "m2"])
 def test_when_a_member_is_killed_the_others_save_and_all_go_on_from_what_all_have(workshop, tmp_path, victim):
     options = OPTIONS | {"steps": 3000, "checkpoint_every": 10}

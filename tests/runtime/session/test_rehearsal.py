@@ -117,6 +117,7 @@ def seconds_of(factor):
     return lambda operator: 2e-5 * factor * (1 + 0.1 * (len(operator.target) % 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "channel"), [(1.7, CHANNEL), (0.4, CHANNEL), (1.0, SLOWER), (1.4, SLOWER)], ids=str)
 def test_a_plan_has_the_seconds_of_the_machine_after_one_rehearsal(tmp_path, factor, channel):
     """At the budget that was rehearsed, and about so at others that were not."""
@@ -225,6 +226,7 @@ def planned(profile):
     return ModelPlanner(profile).plan(1 << 40, policy="keep-all")
 
 
+@pytest.mark.slow
 def test_a_plan_whose_process_holds_more_than_was_predicted_is_made_anew_and_runs_in_its_cap(measured, tmp_path):
     """A floor that was measured 6 MiB too low, as a convolution's clones once were."""
     floor = measured.device.floor
@@ -253,6 +255,7 @@ def test_a_plan_whose_process_holds_more_than_was_predicted_is_made_anew_and_run
     assert not list((tmp_path / "cache").glob("rehearsal-*")), "nothing is left behind"
 
 
+@pytest.mark.slow
 def test_seconds_that_were_measured_wrongly_are_those_of_the_run_afterwards(measured, monkeypatch):
     """All operators twenty times too long, as beside a busy machine."""
     monkeypatch.setattr(rehearsal, "crowded", lambda taken, threads: False)
@@ -329,6 +332,7 @@ def test_the_command_says_what_the_rehearsal_found_and_the_plan_has_it(measured,
     assert load_plan(tmp_path / "plan.json").rehearsal is None
 
 
+@pytest.mark.slow
 def test_operators_are_timed_with_the_layer_that_ran_them(measured, monkeypatch):
     """Every operator of the step has a figure afterwards, in the place where the program has it."""
     monkeypatch.setattr(rehearsal, "crowded", lambda taken, threads: False)

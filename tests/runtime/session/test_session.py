@@ -574,6 +574,7 @@ def test_one_that_nobody_leaves_ends_with_its_last_reference(naive: Plan, tmp_pa
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finished_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     write_directory(folder, CONFIG, random_weights(CONFIG))

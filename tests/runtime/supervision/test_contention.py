@@ -187,6 +187,7 @@ def test_what_is_counted_is_what_a_process_beside_a_busy_loop_waits(busy: int) -
         other.stdout.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel does not count waiting threads")
 def test_a_run_beside_a_busy_loop_notices_it(busy: int, work: Path, tmp_path: Path) -> None:
     """With one thread, on the core of the loop alone, so that it waits for it whatever else the machine does."""

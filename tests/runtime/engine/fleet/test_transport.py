@@ -191,6 +191,7 @@ def test_why_a_member_leaves_is_said_by_it(leaves):
         assert told[rank]["error"] == f"member '{'abc'[leaves]}' of the fleet has ended: no disk"
 
 
+@pytest.mark.slow_but_for("1")
 @pytest.mark.parametrize("slow", [0, 1, 2])
 def test_a_member_that_is_silent_is_named_by_those_that_wait_for_one_that_waits_for_it(slow):
     """It gives signs of life, and sends nothing: a neighbour that waits for it is well."""
@@ -200,6 +201,7 @@ def test_a_member_that_is_silent_is_named_by_those_that_wait_for_one_that_waits_
         assert told[rank]["seconds"] < 5
 
 
+@pytest.mark.slow_but_for("1")
 @pytest.mark.parametrize("cut", [0, 1, 2])
 def test_where_the_network_is_cut_members_that_are_well_are_not_blamed(cut):
     members = met()
@@ -285,6 +287,7 @@ class Lossy:
         return getattr(self.connection, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["met", "waiting"])
 def test_a_member_that_waits_ends_on_sigterm(when):
     """Also where the other one stands still, or has never come."""
@@ -364,6 +367,7 @@ def test_a_member_is_there_once_and_of_the_same_plan():
     assert "it runs another plan of the fleet" in told[3]["error"]
 
 
+@pytest.mark.slow_but_for("repeats")
 @pytest.mark.parametrize("does", ["writes", "is silent", "comes often", "repeats"])
 def test_a_stranger_takes_no_memory_and_keeps_nobody_out(does):
     """200 MiB written into the meeting once counted against a member's cap."""

@@ -56,6 +56,7 @@ def prompt_of(config: dict[str, Any], count: int = PROMPT) -> list[int]:
     return made
 
 
+@pytest.mark.slow_but_for("Llama, longrope scaling, long", "SmolLM3", "GPT-2", "OPT", "Hunyuan, dense")
 @pytest.mark.parametrize("name", TRACED)
 def test_greedy_answers_are_those_of_transformers_on_the_same_weights(name: str, tmp_path: Path) -> None:
     config = FAMILIES[name]
@@ -71,6 +72,7 @@ def test_greedy_answers_are_those_of_transformers_on_the_same_weights(name: str,
     assert answer == answered_by_transformers(model, ids, ANSWER)
 
 
+@pytest.mark.slow_but_for("Mistral")
 @pytest.mark.parametrize("name", ["Qwen3", "Gemma 3 (text)", "Mistral", "OLMo 3"])
 def test_long_answers_past_what_the_cache_of_a_window_holds(name: str, tmp_path: Path) -> None:
     """Of hand-written families too, traced; and after a prompt whose last group is a single token."""
@@ -85,6 +87,7 @@ def test_long_answers_past_what_the_cache_of_a_window_holds(name: str, tmp_path:
     assert answer == answered_by_transformers(exact(config, store), ids, SLACK)
 
 
+@pytest.mark.slow_but_for("Phi-3-more0", "GPT-2-more1")
 @pytest.mark.parametrize("more", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("name", ["Phi-3", "Phi-4-mini", "SmolLM3", "OLMo 2", "GPT-2", "GPT-NeoX, Pythia"])
 def test_with_an_adapter_they_are_those_of_the_model_that_peft_merges(
@@ -113,6 +116,7 @@ def test_with_an_adapter_they_are_those_of_the_model_that_peft_merges(
         assert answer == answered_by_transformers(model, ids, 8)
 
 
+@pytest.mark.slow_but_for("45-GPT-J")
 @pytest.mark.parametrize("name", ["Phi-4-mini", "OLMo 3", "GPT-J"])
 @pytest.mark.parametrize("prompt", [PROMPT, GROUP + 1])
 def test_the_bits_do_not_depend_on_what_stays_in_memory_or_on_the_passes(
@@ -206,6 +210,7 @@ def test_layers_that_are_alike_share_a_program_and_values_that_live_at_once_shar
                     written[span] = (number, name) if bound is None else (-1, bound)
 
 
+@pytest.mark.slow
 def test_short_answers_with_longrope_have_the_short_frequencies(tmp_path: Path) -> None:
     config = FAMILIES["Phi-4-mini"]
     store = packed(save_model(tmp_path / "model", config))
