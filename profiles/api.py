@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,22 +23,13 @@ from tightfit.profiles.measuring.figures import measured_device, timed_program, 
 from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
-from tightfit.profiles.schema import (
-    PROFILE_VERSION,
-    Model,
-    Profile,
-    Tensor,
-    adamw,
-)
+from tightfit.profiles.schema import PROFILE_VERSION, Model, Profile, Tensor, adamw
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.steps.decoder_step import DecoderStep
 from tightfit.profiles.steps.module_step import ModuleStep
 from tightfit.profiles.steps.side_step import SideStep
 from tightfit.profiles.steps.step import Step
-from tightfit.profiles.tracing.shorter_steps import (
-    apart,
-    with_room,
-)
+from tightfit.profiles.tracing.shorter_steps import apart, with_room
 from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
@@ -52,9 +43,6 @@ from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.store import Entry, Store, find_extent
 
 __all__ = ["Progress", "load_profile", "profile", "save_profile"]
-
-if TYPE_CHECKING:
-    pass
 
 CODE = (
     "runtime/common",
