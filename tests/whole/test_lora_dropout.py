@@ -230,7 +230,7 @@ def test_both_forwards_of_mezo_have_the_same_masks(deep: tuple[ModelPlanner, str
     planner, data, losses = deep
     training = make_training(planner.plan(1 << 40, policy="mezo"), data, tmp_path, lr=0.0, seed=SEED)
     # So small a difference between the two forwards that only the masks could tell them apart.
-    training.update.optimizer = MeZO(lr=0.0, epsilon=1e-12)  # type: ignore[union-attr]
+    training.updates.optimizer = MeZO(lr=0.0, epsilon=1e-12)
     assert losses_of(training) == pytest.approx(losses, rel=1e-6)
     assert training.executor.forwards == pytest.approx([losses[-1]] * 2, rel=1e-6)
 

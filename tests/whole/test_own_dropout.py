@@ -117,7 +117,7 @@ def opened(plan: Plan, data: str, folder: Path, seed: int = SEED) -> Training:
 
 
 def values(training: Training) -> dict[str, Tensor]:
-    return {one.name: training._value(number).clone() for number, one in enumerate(training.trainables)}
+    return {one.name: training.storage.value(number).clone() for number, one in enumerate(training.trainables)}
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_every_plan_is_pytorch_s_own_training(tmp_path: Path) -> None:
         training = make_training(plan.model_copy(update={"budget_bytes": 1 << 33}), data, folder, lr=LR, seed=0)
         training.initialise()
         losses = [training.step(step) for step in range(1, STEPS + 1)]
-        values = {one.name: training._value(at).clone() for at, one in enumerate(training.trainables)}
+        values = {one.name: training.storage.value(at).clone() for at, one in enumerate(training.trainables)}
         found.append((losses, values))
         training.close()
     assert found[0][0] == pytest.approx(expected, rel=1e-4)

@@ -10,25 +10,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import read_all
 from tightfit.runtime.common.strict_json import JsonError, from_json
-from tightfit.runtime.engine.training.by_length import SortedBatches
-from tightfit.runtime.engine.training.packing import (
-    Rows,
-    SharedRows,
-    batches_of_epoch,
-    batches_of_evaluation,
-    batches_of_steps,
-)
+from tightfit.runtime.engine.training.by_length import ByLength
+from tightfit.runtime.engine.training.packing import Packed
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
+from tightfit.runtime.engine.training.sample_order import Apart, Rows, SampleOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +32,6 @@ FORMAT = "tightfit-batches"
 VERSION = 2
 HEADER_BYTES = 1 << 16
 CHECKSUM_BYTES = 4
-EPOCHS_COUNTED = 16
-"""epochs whose packed batches are counted, at most, to say how many steps an epoch has"""
 
 
 class TrainingBatches(Protocol):
@@ -89,80 +80,55 @@ class TokenBatches:
     """Batches from a record file of `tightfit.runtime.engine.training.records`.
 
     `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [batch, length], with room for the longest row
-    of the batch. With `packing` samples share rows (`tightfit.runtime.engine.training.packing`); otherwise each has a row of its own,
-    and `by_length` puts samples of like lengths into one batch (`tightfit.runtime.engine.training.by_length`).
+    of the batch.
     """
 
     def __init__(self, path: str, seed: int, *, packing: bool = False, by_length: bool = False) -> None:
+        """`packing` and `by_length` as of `order_of`."""
         self._records = RecordFile.open(path)
-        self._seed = seed
-        self._packing = packing
-        self._by_length = by_length
-        self._sorted: SortedBatches | None = None
-        self._of_steps: SharedRows | None = None
-        self._of_evaluation: SharedRows | None = None
+        self._order = order_of(self._records, seed, packing=packing, by_length=by_length)
         self.fingerprint = self._records.fingerprint
         self.samples: int | None = None
 
     def longest(self, step: int, rows: int) -> int:
-        return self._longest(self._rows(step, rows))
+        return self._longest(self._order.of_step(step, rows))
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> int:
-        found = self._fill(self._rows(step, inputs[0].shape[0]), inputs)
+        found = self._fill(self._order.of_step(step, inputs[0].shape[0]), inputs)
         self.samples = len(found)
         return sum(record.length for record in found)
 
     def epoch_steps(self, batch: int, epochs: float = 1.0) -> float:
-        if not self._packing:
-            return self._batches(batch).in_epoch if self._by_length else len(self._records) / batch
-        counted = range(max(1, min(EPOCHS_COUNTED, math.ceil(epochs))))
-        made = (batches_of_epoch(self._records, batch=batch, seed=self._seed, epoch=epoch) for epoch in counted)
-        return sum(1 for epoch in made for _ in epoch) / len(counted)
+        return self._order.epoch_steps(batch, epochs)
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
-        if not self._packing:
-            return -(-len(self._records) // inputs[0].shape[0])
-        return sum(1 for _ in batches_of_evaluation(self._records, batch=inputs[0].shape[0]))
+        return self._order.evaluation_count(inputs[0].shape[0])
 
     def longest_in_evaluation(self, number: int, rows: int) -> int:
-        return self._longest(self._rows_of_evaluation(number, rows))
+        return self._longest(self._order.of_evaluation(number, rows))
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
-        return self._fill(self._rows_of_evaluation(number, inputs[0].shape[0]), inputs)
+        return self._fill(self._order.of_evaluation(number, inputs[0].shape[0]), inputs)
 
     def close(self) -> None:
         self._records.close()
-
-    def _rows(self, step: int, batch: int) -> Rows:
-        if self._packing:
-            if self._of_steps is None:
-                self._of_steps = SharedRows(partial(batches_of_steps, self._records, batch=batch, seed=self._seed))
-            return self._of_steps.batch(step)
-        if self._by_length:
-            return [[index] for index in self._batches(batch).of_step(step, self._seed)]
-        return [[self._records.index(step, row, batch, self._seed)] for row in range(batch)]
-
-    def _rows_of_evaluation(self, number: int, batch: int) -> Rows:
-        if self._packing:
-            if self._of_evaluation is None:
-                self._of_evaluation = SharedRows(partial(batches_of_evaluation, self._records, batch=batch))
-            return self._of_evaluation.batch(number)
-        if self._by_length:
-            return [[index] for index in self._batches(batch).of_evaluation(number)]
-        return [[index] for index in range(number * batch, min((number + 1) * batch, len(self._records)))]
-
-    def _batches(self, batch: int) -> SortedBatches:
-        if self._sorted is None:
-            self._sorted = SortedBatches(len(self._records), batch, self._records.length)
-        return self._sorted
 
     def _longest(self, rows: Rows) -> int:
         return max((sum(map(self._records.length, row)) for row in rows), default=0)
 
     def _fill(self, rows: Rows, inputs: Sequence[Tensor]) -> list[TokenRecord]:
-        if self._packing:
+        if self._order.shared:
             return self._records.fill_rows(rows, *inputs)
         return self._records.fill([index for (index,) in rows], *inputs)
+
+
+def order_of(records: RecordFile, seed: int, *, packing: bool = False, by_length: bool = False) -> SampleOrder:
+    """How the samples of a record file become the rows of batches: with `packing` they share rows, `by_length` those of like lengths
+    are in one batch, otherwise each has a row of its own in the order that the seed shuffles.
+    """
+    if packing:
+        return Packed(records, seed)
+    return ByLength(len(records), records.length, seed) if by_length else Apart(len(records), seed)
 
 
 class TensorBatches:

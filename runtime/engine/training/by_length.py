@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tightfit.runtime.engine.training.records import shuffled
+from tightfit.runtime.engine.training.sample_order import Rows
 
 WINDOW_SAMPLES = 1024
 """most samples that are sorted together"""
@@ -64,3 +65,30 @@ class SortedBatches:
         whole = len(ordered) // self._batch
         order = [shuffled(place, whole, seed, epoch * self.in_epoch + window) for place in range(whole)]
         return [made[place] for place in order] + made[whole:]
+
+
+class ByLength:
+    """Samples of like lengths share a batch (`tightfit.runtime.engine.training.sample_order.SampleOrder`)."""
+
+    shared = False
+
+    def __init__(self, count: int, length: Callable[[int], int], seed: int) -> None:
+        self._count, self._length, self._seed = count, length, seed
+        self._latest: tuple[int, SortedBatches] | None = None
+
+    def of_step(self, step: int, batch: int) -> Rows:
+        return [[index] for index in self._batches(batch).of_step(step, self._seed)]
+
+    def of_evaluation(self, number: int, batch: int) -> Rows:
+        return [[index] for index in self._batches(batch).of_evaluation(number)]
+
+    def epoch_steps(self, batch: int, epochs: float) -> float:
+        return self._batches(batch).in_epoch
+
+    def evaluation_count(self, batch: int) -> int:
+        return self._batches(batch).in_epoch
+
+    def _batches(self, batch: int) -> SortedBatches:
+        if self._latest is None or self._latest[0] != batch:
+            self._latest = batch, SortedBatches(self._count, batch, self._length)
+        return self._latest[1]

@@ -19,7 +19,6 @@ from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.draws import Draws
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
-from tightfit.runtime.engine.kernels.optimizer import ClippedUpdate, Perturbation, Update, state_shape
 from tightfit.runtime.engine.training.job import (
     ACCUMULATE,
     CODES,
@@ -41,10 +40,10 @@ from tightfit.runtime.engine.training.job import (
 )
 from tightfit.runtime.engine.training.job_tables import Names, StoredWeight, Trainable
 from tightfit.runtime.engine.training.step_trace import StepTrace
+from tightfit.runtime.engine.training.updates import Updates
 from tightfit.runtime.engine.weights.store import Store
 
 if TYPE_CHECKING:
-    from tightfit.runtime.engine.fleet.exchange import Exchange
     from tightfit.runtime.engine.fleet.stage import Stage
 
 __all__ = ["CompiledOperator", "Executor", "compile_operator"]
@@ -170,15 +169,12 @@ class Executor:
         store: Store | None,
         spill: SpillFile,
         channel: Channel,
-        update: Update | Perturbation | None,
+        updates: Updates,
         weights: Sequence[StoredWeight],
         trainables: Sequence[Trainable],
-        exchange: Exchange | None = None,
     ) -> None:
-        """In a fleet gradients go to its `exchange`, and there is no `update`."""
         header = job.header
-        self.device, self.store, self.spill, self.channel, self.update = device, store, spill, channel, update
-        self.exchange = exchange
+        self.device, self.store, self.spill, self.channel, self.updates = device, store, spill, channel, updates
         self.extents = job.extents
         self.where = job.where
         """Byte offset of every tensor in the arena; means nothing while the tensor is not resident."""
@@ -327,19 +323,16 @@ class Executor:
                 where[number] = at
                 packed = device.raw(where[source], weight.packed_bytes)
                 made = device.tensor(at, weight.shape, weight.dtype)
-                self._call("unpack", self.store.unpack, weight.name, packed, made)  # type: ignore[union-attr]
+                self.call("unpack", self.store.unpack, weight.name, packed, made)  # type: ignore[union-attr]
                 place += 5
             elif code == UPDATE:
-                self._update(words[place + 1], cycles * words[place + 2] + words[place + 3])
+                self.updates.update(self, words[place + 1], cycles * words[place + 2] + words[place + 3])
                 place += 4
             elif code == ACCUMULATE:
-                self._accumulate(words[place + 1], words[place + 2] * UNIT)
+                self.updates.accumulate(self, words[place + 1], words[place + 2] * UNIT)
                 place += 3
             elif code == PERTURB:
-                trainable = self.trainables[words[place + 1]]
-                parameter = device.tensor(where[trainable.value.number], trainable.shape, "float32")
-                assert isinstance(self.update, Perturbation)
-                self._call("perturb", self.update.shift, trainable.name, parameter, words[place + 2])
+                self.updates.perturb(self, words[place + 1], words[place + 2])
                 place += 3
             elif code == PASS:
                 where[words[place + 2]] = where[words[place + 1]]
@@ -401,54 +394,22 @@ class Executor:
         self.device.get(at, host)
         self.spill.write(host.data_ptr(), host.numel(), extent)
 
-    # --- updates, timing, waiting ----------------------------------------------------------------------------------
+    # --- tensors of updates, timing, waiting ----------------------------------------------------------------------------------
 
-    def _update(self, trainable: int, count: int) -> None:
-        """Carry out update number `count`, from 1, of a trainable; waits for the transfers of the tensors that it
-        reads.
-        """
-        one = self.trainables[trainable]
-        if isinstance(self.update, Perturbation):
-            parameter = self.device.tensor(self.where[one.value.number], one.shape, "float32")
-            self._call("update", self.update.apply, one.name, parameter, *self.forwards)
-            return
-        for number in one.numbers:
-            if number in self.arriving:
-                self._arrive(number)
-        if self.exchange is not None:
-            gradient = self.device.tensor(self.where[one.gradient], one.shape, "float32")
-            self._call("update", self.exchange.apply, trainable, gradient)
-            return
-        parameter = self.device.tensor(self.where[one.value.number], one.shape, "float32")
-        states = [
-            self.device.tensor(self.where[place.number], state_shape(state, one.shape), "float32")
-            for state, place in zip(self.states, one.states, strict=True)
-        ]
-        if isinstance(self.update, ClippedUpdate):
-            self._call("update", self.update.apply_sum, count, parameter, *states)
-            return
-        assert self.update is not None
-        gradient = self.device.tensor(self.where[one.gradient], one.shape, "float32")
-        self._call("update", self.update.apply, count, parameter, gradient, *states)
+    def resident(self, number: int, shape: Sequence[int], at: int | None = None) -> Tensor:
+        """Tensor `number`, float32, in the arena, at offset `at` if it is new there; waits until it has arrived."""
+        if number in self.arriving:
+            self._arrive(number)
+        if at is not None:
+            self.where[number] = at
+        return self.device.tensor(self.where[number], shape, "float32")
 
-    def _accumulate(self, trainable: int, at: int) -> None:
-        """Add the gradient of a trainable to its sum, at offset `at`; waits until that was fetched."""
-        one = self.trainables[trainable]
-        total = one.states[-1].number
-        if total in self.arriving:
-            self._arrive(total)
-        self.where[total] = at
-        assert isinstance(self.update, ClippedUpdate)
-        gradient, sum_ = (
-            self.device.tensor(self.where[number], one.shape, "float32") for number in (one.gradient, total)
-        )
-        self._call("accumulate", self.update.add, gradient, sum_)
-
-    def _call(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
+    def call(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function, whose seconds count as those of `name` where they are collected."""
         if self.detail is None:
-            call(*arguments)
+            function(*arguments)
         else:
-            self._timed(name, call, *arguments)
+            self._timed(name, function, *arguments)
 
     def _timed(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
         assert self.detail is not None

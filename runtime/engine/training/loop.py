@@ -26,6 +26,7 @@ from tightfit.runtime.engine.start.process import narrow_file_mappings, release_
 from tightfit.runtime.engine.training import checkpoint
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.job import Job
+from tightfit.runtime.engine.training.losses import loss_of_pairs
 from tightfit.runtime.engine.training.session_protocol import EVALUATE, FINISH, STEP, Gone, Requests
 from tightfit.runtime.engine.training.step_trace import StepTrace
 from tightfit.runtime.engine.training.trainer import Training
@@ -134,7 +135,7 @@ class _Run:
         # state again, evaluates that, and loads the checkpoint afterwards.
         begun = self.done > 0 and (self.held_out is None or self.before.get("data") == self.held_out)
         self._make_room()
-        if training.refers:
+        if training.loss_kind.refers:
             self._refer()
         if found:
             send("resumed", step=self.done, checkpoint=found.path)
@@ -183,12 +184,11 @@ class _Run:
         training, header, before = self.training, self.header, time.perf_counter()
         own, asked = training.batches, []
         assert isinstance(own, PairBatches)
-        assert training.loss_of_pairs is not None
         if not self.alone:
             asked.append((own, header["steps"]))
         if self.held_out is not None:
-            by_length = bool(header["shorter"])
-            held_out = PairBatches(header["evaluation"], header["seed"], training.loss_of_pairs, by_length=by_length)
+            loss, by_length = header["preference"]["loss"], bool(header["shorter"])
+            held_out = PairBatches(header["evaluation"], header["seed"], loss, by_length=by_length)
             asked.append((held_out, None))
         rows = training.inputs[0].shape[0] // 2
         for batches, _ in asked:
@@ -326,7 +326,7 @@ class _Run:
             told["tokens"] = training.tokens
         if training.samples is not None:
             told["samples"] = training.samples
-        told |= training.of_length | training.of_pairs
+        told |= training.of_length | training.of_loss
         if training.grad_norm is not None:
             told |= {"grad_norm": training.grad_norm, "update_seconds": training.update_seconds}
             self.peaks["update"] = peak
@@ -531,9 +531,7 @@ def _fingerprint(header: dict[str, Any]) -> str | None:
     """Fingerprint of the held-out data; None if there are none."""
     if not header["evaluation"]:
         return None
-    preference = header.get("preference")
-    loss = preference["loss"] if preference else None
-    batches = open_batches(header["evaluation"], header["seed"], loss=loss)
+    batches = open_batches(header["evaluation"], header["seed"], loss=loss_of_pairs(header))
     batches.close()
     return batches.fingerprint
 
@@ -551,7 +549,6 @@ def _save_trained(training: Training, path: str) -> str:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
-        training.channel.drain()
         training.save_trained(partial, whole=True)
         sync_directory(partial)
         if os.path.islink(path):

@@ -11,18 +11,21 @@ The rows of a batch follow from those before it, which a run that resumes theref
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import count, islice
 
 from tightfit.runtime.engine.training.records import RecordFile, shuffled
+from tightfit.runtime.engine.training.sample_order import Rows
 
 WAITING = 64
 REMEMBERED = 64
 """latest batches whose rows are kept: the stages of a pipeline take a step's batch twice"""
-Rows = list[list[int]]
-"""of each row the indices of its samples"""
+EPOCHS_COUNTED = 16
+"""epochs whose batches are counted, at most, to say how many steps an epoch has"""
 
 
 def rows_of(records: RecordFile, order: Iterable[int]) -> Iterator[list[int]]:
@@ -90,3 +93,32 @@ class SharedRows:
         self._latest: deque[Rows] = deque(maxlen=REMEMBERED)
         self._next = 0
         self._batches = self._from_first()
+
+
+class Packed:
+    """Samples share rows (`tightfit.runtime.engine.training.sample_order.SampleOrder`)."""
+
+    shared = True
+
+    def __init__(self, records: RecordFile, seed: int) -> None:
+        self._records, self._seed = records, seed
+        self._of_steps: SharedRows | None = None
+        self._of_evaluation: SharedRows | None = None
+
+    def of_step(self, step: int, batch: int) -> Rows:
+        if self._of_steps is None:
+            self._of_steps = SharedRows(partial(batches_of_steps, self._records, batch=batch, seed=self._seed))
+        return self._of_steps.batch(step)
+
+    def of_evaluation(self, number: int, batch: int) -> Rows:
+        if self._of_evaluation is None:
+            self._of_evaluation = SharedRows(partial(batches_of_evaluation, self._records, batch=batch))
+        return self._of_evaluation.batch(number)
+
+    def epoch_steps(self, batch: int, epochs: float) -> float:
+        counted = range(max(1, min(EPOCHS_COUNTED, math.ceil(epochs))))
+        made = (batches_of_epoch(self._records, batch=batch, seed=self._seed, epoch=epoch) for epoch in counted)
+        return sum(1 for epoch in made for _ in epoch) / len(counted)
+
+    def evaluation_count(self, batch: int) -> int:
+        return sum(1 for _ in batches_of_evaluation(self._records, batch=batch))

@@ -1,4 +1,4 @@
-"""The scores of an evaluation on pairs of answers, and what else is read off their token losses."""
+"""The loss of pairs of answers as a run counts it, and what else is read off their token losses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from tightfit.runtime.engine.training.pairs import DPO, ORPO
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tightfit.runtime.engine.training.records import TokenRecord
+
 SCORES = "tightfit.preference_scores"
-
-
-def averaged(labels: Tensor) -> int:
-    """Pairs in a batch's labels [2 * pairs, seq]: rows that are not all padding, halved."""
-    return int((labels >= 0).any(1).sum()) // 2
 
 
 def scores_of(
@@ -37,6 +34,33 @@ def answers_of(kernel: Callable[..., None], losses: Tensor, labels: Tensor) -> l
     return found
 
 
+class PairLoss:
+    """Of DPO or ORPO (`tightfit.runtime.engine.training.losses.Loss`): a mean over pairs."""
+
+    def __init__(self, kernel: Callable[..., None], loss: str, beta: float) -> None:
+        """`kernel` is the device's `SCORES`."""
+        self._kernel, self._loss, self._beta = kernel, loss, beta
+        self.refers = loss == DPO
+
+    def weight(self, inputs: Sequence[Tensor]) -> int:
+        """Pairs of the batch: rows of its labels [2 * pairs, seq] that are not all padding, halved."""
+        return int((inputs[1] >= 0).any(1).sum()) // 2
+
+    def of_step(self, losses: Tensor | None, inputs: Sequence[Tensor], samples: int | None) -> dict[str, float]:
+        """The share of the pairs in which the chosen answer has the higher reward, and the margin; nothing where the number of
+        pairs is unknown.
+        """
+        if not samples:
+            return {}
+        scores = self.scores()
+        scores.add_pairs(losses, inputs, samples)
+        result = scores.result(0.0)
+        return {name: result[name] for name in ("reward_accuracy", "reward_margin")}
+
+    def scores(self) -> PairScores:
+        return PairScores(self._kernel, self._loss, self._beta)
+
+
 class PairScores:
     """The scores of an evaluation on pairs, counted up batch by batch, so that they do not depend on the size of a batch."""
 
@@ -46,10 +70,12 @@ class PairScores:
         self._pairs = self._right = 0
         self._terms = self._margins = self._unlikely = self._tokens = 0.0
 
-    def add(self, losses: Tensor | None, inputs: Sequence[Tensor], rows: int) -> None:
-        """Add a batch, whose first `rows` rows are pairs: the losses of its tokens, and its tensors."""
+    def add(self, loss: float, losses: Tensor | None, inputs: Sequence[Tensor], records: Sequence[TokenRecord]) -> None:
+        self.add_pairs(losses, inputs, len(records) // 2)
+
+    def add_pairs(self, losses: Tensor | None, inputs: Sequence[Tensor], pairs: int) -> None:
+        """Add a batch with so many pairs: the losses of its tokens, and its tensors."""
         assert losses is not None
-        pairs = rows // 2
         made = scores_of(self._kernel, losses, inputs[1], inputs[2], self._loss, self._beta)
         terms, margins, unlikely, tokens = (one[:pairs] for one in made[1:])
         self._pairs += pairs
@@ -60,7 +86,6 @@ class PairScores:
         self._tokens += float(tokens.sum())
 
     def result(self, seconds: float) -> dict[str, Any]:
-        """As `tightfit.runtime.engine.training.trainer.Training.evaluate` returns it."""
         pairs = max(1, self._pairs)
         likelihood = self._unlikely / max(1.0, self._tokens) if self._loss == ORPO else 0.0
         return {

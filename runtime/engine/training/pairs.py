@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.engine.training.by_length import SortedBatches
-from tightfit.runtime.engine.training.records import RecordFile, TokenRecord, shuffled
+from tightfit.runtime.engine.training.by_length import ByLength
+from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
 from tightfit.runtime.engine.training.references import References, references_path
+from tightfit.runtime.engine.training.sample_order import Apart, SampleOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +36,10 @@ class PairBatches:
         self._records = RecordFile.open(path)
         if not self._records.pairs:
             raise InputError(f"{path}: its samples are no pairs of answers; prepare the data again")
-        self._seed, self._loss = seed, loss
-        self._by_length = by_length
-        self._sorted: SortedBatches | None = None
+        self._loss = loss
         self.path = path
         self.pairs = len(self._records) // 2
+        self._order: SampleOrder = ByLength(self.pairs, self._length, seed) if by_length else Apart(self.pairs, seed)
         self.fingerprint = self._records.fingerprint
         self.samples: int | None = None
         self.references: References | None = None
@@ -49,23 +49,13 @@ class PairBatches:
         """The pairs in the batch of training step `step` (from 0), which has `pairs`; sorted by length, the last batch of an epoch may
         have fewer.
         """
-        if self._by_length:
-            return self._batches(pairs).of_step(step, self._seed)
-        places = (divmod(step * pairs + row, self.pairs) for row in range(pairs))
-        return [shuffled(place, self.pairs, self._seed, epoch) for epoch, place in places]
+        return [pair for (pair,) in self._order.of_step(step, pairs)]
 
     def of_evaluation(self, number: int, pairs: int) -> list[int]:
         """The pairs in evaluation batch `number` (from 0): in file order, or sorted by length; the last one may have fewer than
         `pairs`.
         """
-        if self._by_length:
-            return self._batches(pairs).of_evaluation(number)
-        return list(range(number * pairs, min((number + 1) * pairs, self.pairs)))
-
-    def _batches(self, pairs: int) -> SortedBatches:
-        if self._sorted is None:
-            self._sorted = SortedBatches(self.pairs, pairs, self._length)
-        return self._sorted
+        return [pair for (pair,) in self._order.of_evaluation(number, pairs)]
 
     def _length(self, pair: int) -> int:
         """Positions of the longer answer of a pair."""
@@ -100,10 +90,10 @@ class PairBatches:
         return sum(record.length for record in found)
 
     def epoch_steps(self, batch: int, epochs: float = 1.0) -> float:
-        return self._batches(batch).in_epoch if self._by_length else self.pairs / batch
+        return self._order.epoch_steps(batch, epochs)
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
-        return -(-self.pairs // (inputs[0].shape[0] // 2))
+        return self._order.evaluation_count(inputs[0].shape[0] // 2)
 
     def longest_in_evaluation(self, number: int, rows: int) -> int:
         return self.longest_of(self.of_evaluation(number, rows // 2))

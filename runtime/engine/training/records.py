@@ -193,11 +193,6 @@ class RecordFile:
     def _damaged(self, index: int) -> InputError:
         return InputError(f"{self.path}: record {index} is damaged (checksum differs); prepare the data again")
 
-    def index(self, step: int, row: int, batch: int, seed: int) -> int:
-        """The record that stands in `row` of the batch of training step `step` (from 0)."""
-        epoch, place = divmod(step * batch + row, self.count)
-        return shuffled(place, self.count, seed, epoch)
-
     def fill(
         self, indices: Sequence[int], input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
     ) -> list[TokenRecord]:

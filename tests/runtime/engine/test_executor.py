@@ -15,7 +15,7 @@ from tightfit.planner.instructions import read_all
 from tightfit.runtime.engine.cpu.cpu import KERNELS
 from tightfit.runtime.engine.kernels.compiled import compile_operator
 from tightfit.runtime.engine.training.job import BLOCK, RUN, width
-from tightfit.runtime.engine.training.trainer import CHUNK
+from tightfit.runtime.engine.training.storage import CHUNK
 from tightfit.runtime.engine.weights.safetensors_file import Reader
 from tightfit.runtime.session.job_compiler import compile_job, hole
 
@@ -155,7 +155,7 @@ def test_tensors_larger_than_a_chunk_are_saved_and_loaded_whole(tmp_path, monkey
     plan = naive_plan(profile, offload=names(profile, "trainable")[1::2])  # of lora_B, which moves first
     saved = []
     for chunk in (CHUNK, 3 * BLOCK):
-        monkeypatch.setattr("tightfit.runtime.engine.training.trainer.CHUNK", chunk)
+        monkeypatch.setattr("tightfit.runtime.engine.training.storage.CHUNK", chunk)
         monkeypatch.setattr(Reader, "chunks", partialmethod(Reader.chunks, size=chunk))
         folders = [tmp_path / f"{chunk} {when}" for when in ("first", "again")]
         for folder in folders:
@@ -214,12 +214,12 @@ def test_what_is_read_and_what_it_becomes_lie_apart_in_a_hole_or_on_the_heap(pro
     both = 0
     for pages in range(2 * size // BLOCK + 6):
         start, end = 2 * BLOCK, (2 + pages) * BLOCK
-        training._hole = (start, end)
+        training.storage._hole = (start, end)
         places = [
             (tensor.data_ptr() - training.device.address, bytes_)
             for tensor, bytes_ in (
-                (training._room(packed), packed),
-                (training._temporary(trainable.value, trainable.shape), size),
+                (training.storage.room(packed), packed),
+                (training.storage.temporary(trainable.value, trainable.shape), size),
             )
         ]
         inside = [(at, at + bytes_) for at, bytes_ in places if 0 <= at < training.header["arena_bytes"]]

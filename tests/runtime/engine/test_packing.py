@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightfit.runtime.engine.training.batches import TokenBatches
+from tightfit.runtime.engine.training.losses import RecordScores
 from tightfit.runtime.engine.training.packing import (
     REMEMBERED,
     WAITING,
@@ -26,7 +27,6 @@ from tightfit.runtime.engine.training.packing import (
     rows_of,
 )
 from tightfit.runtime.engine.training.records import IGNORED, RecordFile, RecordWriter, shuffled
-from tightfit.runtime.engine.training.trainer import Scores
 
 LENGTHS = st.lists(st.integers(1, 24), min_size=1, max_size=200)
 
@@ -162,7 +162,7 @@ def loss_of(token, position):
 @settings(max_examples=60, deadline=None)
 @given(samples=SAMPLES, plain=st.integers(0, 60), batch=st.integers(1, 5))
 def test_an_evaluation_counts_each_sample_once_and_by_itself(packing, samples, plain, batch):
-    """The figures of `Scores` are those that are counted here from the samples, without batches."""
+    """The figures of `RecordScores` are those that are counted here from the samples, without batches."""
     total, labelled, sums = 0, 0, {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.records"
@@ -177,7 +177,7 @@ def test_an_evaluation_counts_each_sample_once_and_by_itself(packing, samples, p
                     total, labelled = total + own, labelled + sum(label != IGNORED for label in labels)
                 if choice >= 0:
                     sums.setdefault(example, []).append(own)
-        batches, scores = TokenBatches(str(path), 0, packing=packing), Scores()
+        batches, scores = TokenBatches(str(path), 0, packing=packing), RecordScores()
         inputs = [torch.empty(batch, 13, dtype=torch.int64) for _ in range(3)]
         seen, rows = [], 0
         for number in range(batches.evaluation_count(inputs)):
@@ -187,7 +187,7 @@ def test_an_evaluation_counts_each_sample_once_and_by_itself(packing, samples, p
             seen += [record.input_ids.tolist() for record in found]
             rows += len({record.begin // 13 for record in found})
             losses = ((7 * ids + 3 * positions) % 5).where(labels >= 0, 0).float().flatten()
-            scores.add(float("nan"), losses, found)
+            scores.add(float("nan"), losses, inputs, found)
         batches.close()
     result = scores.result(0.0)
     assert sorted(seen) == sorted(samples)

@@ -55,7 +55,7 @@ def test_loss_weights_and_scores_are_those_of_trl(loss: str) -> None:
     token_losses.backward(weights)
     torch.testing.assert_close(again.grad, logits.grad, rtol=1e-5, atol=1e-7)
     scores = PairScores(OPERATORS["tightfit.preference_scores"], loss, BETA)
-    scores.add(token_losses.detach(), [labels, labels, known], 2 * PAIRS)
+    scores.add_pairs(token_losses.detach(), [labels, labels, known], PAIRS)
     told = scores.result(0.0)
     for name, value in trl.items():
         assert told[name] == pytest.approx(float(value.detach()), rel=1e-6), name
