@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from tightfit.planner.instructions import Fetch, Free, Instruction, Run, Spill, to_json
 from tightfit.planner.schema import Peak, Phase, Plan
-from tightfit.planner.simulation.simulate import LARGEST, InvalidSchedule, Simulation
+from tightfit.planner.simulation.figures import Simulation
+from tightfit.planner.simulation.plan_index import InvalidSchedule
+from tightfit.planner.simulation.replay import LARGEST
 from tightfit.planner.simulation.timeline import Timeline
 from tightfit.profiles.graph_input import FIXED, LAYER, NO_CHANNEL
 from tightfit.runtime.common.errors import InputError

@@ -31,10 +31,9 @@ each); an instruction waits for the transfers it depends on; each byte moved cos
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
-
-from tightfit.planner.schema import Phase, Plan, ShorterPlan, TimelinePoint
+from tightfit.planner.schema import Plan, ShorterPlan
+from tightfit.planner.simulation import graph_replay
+from tightfit.planner.simulation.figures import ShorterSeconds, Simulation
 from tightfit.planner.simulation.plan_index import InvalidSchedule, PlanIndex
 from tightfit.planner.simulation.replay import LARGEST, LINE, Replay
 from tightfit.planner.simulation.timeline import POINTS
@@ -44,50 +43,10 @@ from tightfit.runtime.common.errors import InputError
 __all__ = ["LARGEST", "POINTS", "InvalidSchedule", "Simulation", "simulate"]
 
 
-class ShorterSeconds(NamedTuple):
-    """What a plan takes for batches of a shorter length."""
-
-    step: float
-    evaluation: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Simulation:
-    """The figures of a plan, as its replay finds them."""
-
-    train: Phase
-    evaluate: Phase | None
-    """None for a bare graph"""
-    timeline: list[TimelinePoint]
-    """memory over the (first) training step"""
-    peak_bytes: int
-    """predicted VmHWM of the run: import peak, or floor + instructions + arena + workspace"""
-    arena_bytes: int
-    workspace_bytes: int
-    live_bytes: int
-    """most bytes of resident tensors at once, below which no arena could be"""
-    cycle: list[Phase] = field(default_factory=list)
-    """the training steps that follow `train` in a cycle"""
-    update: Phase | None = None
-    """where gradients are clipped: the update of all trainables"""
-    accumulate: int = 1
-    """steps that share an update"""
-    shorter: list[ShorterSeconds] = field(default_factory=list)
-    """of each shorter step of the plan"""
-
-    @property
-    def step_seconds(self) -> float:
-        """Seconds of a training step, with its share of an update that is apart; of a cycle, their mean."""
-        apart = 0.0 if self.update is None else self.update.seconds / self.accumulate
-        return sum(phase.seconds for phase in (self.train, *self.cycle)) / (1 + len(self.cycle)) + apart
-
-
 def simulate(plan: Plan) -> Simulation:
     """Replay `plan`. Raises InvalidSchedule where an invariant breaks, InputError where the plan has no schedule."""
     if plan.model.kind == "graph":
-        from tightfit.planner.simulation.graph_replay import replay
-
-        return replay(plan)
+        return graph_replay.replay(plan)
     if plan.train is None or plan.evaluate is None:
         raise InputError(
             f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"

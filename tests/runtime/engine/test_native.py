@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightfit.runtime.common import machine_code
-from tightfit.runtime.engine.weights import native
+from tightfit.runtime.engine.weights import native, native_judge
 from tightfit.runtime.engine.weights.layout import BLOCKS, Entry, group_bytes
 from tightfit.runtime.engine.weights.store import unpack
 
@@ -45,9 +45,9 @@ def test_the_same_bits_as_pytorch(built, name, numbers, rows, groups, half):
     kind, dtype = name.rsplit("_", 1)
     group = BLOCKS[kind][0] if kind in BLOCKS else 2 * half
     size = group_bytes(kind, group)
-    packed = native.random_groups(kind, group, rows * groups, seed=rows)
+    packed = native_judge.random_groups(kind, group, rows * groups, seed=rows)
     wide = kind in ("nf4", "int8")
-    for number, place in enumerate(native.SCALES[kind]):
+    for number, place in enumerate(native_judge.SCALES[kind]):
         values = torch.tensor([numbers[(row + number) % len(numbers)] for row in range(len(packed))])
         first = place % size - (3 if wide else 1)
         scale = values.to(torch.float32 if wide else torch.float16).view(-1, 1).view(torch.uint8)
@@ -67,7 +67,7 @@ def test_products_with_packed_rows_are_those_with_the_rows_unpacked(library, nam
     dot = machine_code.loaded(library, native.PREFIX, [name], native.DOT_ARGUMENTS)[name]
     kind = name.removeprefix(native.DOT)
     group = BLOCKS[kind][0] if kind in BLOCKS else 2 * half
-    packed = native.random_groups(kind, group, rows * groups, seed=rows)
+    packed = native_judge.random_groups(kind, group, rows * groups, seed=rows)
     entry = Entry(name="w", shape=(rows, groups * group), format=kind, group=group)
     weight, out = torch.empty(entry.shape), torch.full((rows + 1,), 7.0)
     unpack(entry, packed.view(-1), weight)

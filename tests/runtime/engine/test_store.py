@@ -39,7 +39,7 @@ from tightfit.profiles.weights.pack import (
 from tightfit.profiles.weights.precision import Precision
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.engine.weights import native
+from tightfit.runtime.engine.weights import native_judge
 from tightfit.runtime.engine.weights.layout import BLOCKS, MAGIC, PREAMBLE, VERSION
 from tightfit.runtime.engine.weights.store import CHUNK_ELEMENTS, WORKSPACE_BYTES, Entry, Store, packed_bytes, unpack
 
@@ -533,13 +533,13 @@ def test_values_beyond_float16_are_refused_where_scales_are_float16(tmp_path: Pa
     assert build_store(one_tensor(packed_entry("w", (2, 32), "bfloat16"), rows), tmp_path).exists()
 
 
-@pytest.mark.parametrize("kind", native.SCALES)
+@pytest.mark.parametrize("kind", native_judge.SCALES)
 def test_a_scale_that_is_not_finite_is_found_in_every_format(kind: str) -> None:
     group = BLOCKS[kind][0] if kind in BLOCKS else 32
     entry = Entry(name="w", shape=(3, group), format=kind, group=group)
-    packed = native.random_groups(kind, group, 3)
+    packed = native_judge.random_groups(kind, group, 3)
     assert finite_groups(entry, packed)
-    for place in native.SCALES[kind]:
+    for place in native_judge.SCALES[kind]:
         for bad in (0x7C, 0x7F, 0xFF):
             damaged = packed.clone()
             damaged[1, place], damaged[1, place - 1] = bad, 0x81
@@ -790,7 +790,7 @@ def test_unpacking_in_the_lean_process_takes_no_more_than_its_stated_workspace(t
         with StoreWriter(file, entries, name="big", config={}, source={}) as writer:
             for entry in entries:
                 if group:
-                    packed = native.random_groups(kind, group, entry.rows * entry.columns // group)
+                    packed = native_judge.random_groups(kind, group, entry.rows * entry.columns // group)
                 else:
                     packed = pack_rows(entry, torch.randn(entry.shape))
                 writer.write(entry.name, [packed])
