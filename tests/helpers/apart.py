@@ -13,6 +13,7 @@ from torch import Tensor
 from tightfit.runtime.common.errors import CapError
 from tightfit.runtime.engine.cpu.arena import Arena
 from tightfit.runtime.engine.cpu.cpu import KERNELS
+from tightfit.runtime.engine.device.device import Mark, Reached
 from tightfit.runtime.engine.device.meter import Meter
 
 GARBAGE = 0xA5
@@ -32,7 +33,7 @@ class Apart:
         self.size, self.meter = size, meter
         self._memory = Arena(size)
         self._memory.bytes.fill_(GARBAGE)
-        self.put_bytes = self.got_bytes = self.fences = 0
+        self.put_bytes = self.got_bytes = 0
 
     def window(self, dtype: str):
         return self._memory.window(dtype)
@@ -50,20 +51,25 @@ class Apart:
         skip = -heap.data_ptr() % 4096
         return heap[skip : skip + math.prod(shape) * kind.itemsize].view(kind).view(shape)
 
-    def put(self, at: int, host: Tensor) -> None:
+    def mark(self) -> Reached:
+        return Reached()
+
+    def follow(self, mark: Mark) -> None:
+        """Operators have finished when their calls return, and copies too."""
+
+    def put(self, at: int, host: Tensor, after: Mark) -> Mark:
         flat = host.reshape(-1).view(torch.uint8)
         assert not self._inside(flat)
         self._memory.raw(at, flat.numel()).copy_(flat)
         self.put_bytes += flat.numel()
+        return Reached()
 
-    def get(self, at: int, host: Tensor) -> None:
+    def get(self, at: int, host: Tensor, after: Mark) -> Mark:
         flat = host.view(-1).view(torch.uint8)
         assert not self._inside(flat)
         flat.copy_(self._memory.raw(at, flat.numel()))
         self.got_bytes += flat.numel()
-
-    def fence(self) -> None:
-        self.fences += 1
+        return Reached()
 
     def release(self) -> None:
         self._memory.bytes.fill_(GARBAGE & 0)

@@ -12,9 +12,10 @@ from torch import Tensor
 from tightfit.runtime.engine.cpu.arena import Arena
 from tightfit.runtime.engine.cpu.direct import DIRECT
 from tightfit.runtime.engine.cpu.operators import OPERATORS
-from tightfit.runtime.engine.device.device import Kernels
+from tightfit.runtime.engine.device.device import Kernels, Mark, Reached
 from tightfit.runtime.engine.device.meter import Meter
 
+REACHED = Reached()
 KERNELS = Kernels(fused=OPERATORS, direct=DIRECT, dispatch_key="CPU")
 
 
@@ -30,13 +31,19 @@ class Cpu(Arena):
     def host(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
         return self.tensor(at, shape, dtype)
 
-    def put(self, at: int, host: Tensor) -> None:
+    def mark(self) -> Mark:
+        """The CPU's operators have finished when their calls return."""
+        return REACHED
+
+    def follow(self, mark: Mark) -> None:
+        """Its copies too."""
+
+    def put(self, at: int, host: Tensor, after: Mark) -> Mark:
         if host.data_ptr() != self.address + at:
             ctypes.memmove(self.address + at, host.data_ptr(), host.numel() * host.itemsize)
+        return REACHED
 
-    def get(self, at: int, host: Tensor) -> None:
+    def get(self, at: int, host: Tensor, after: Mark) -> Mark:
         if host.data_ptr() != self.address + at:
             ctypes.memmove(host.data_ptr(), self.address + at, host.numel() * host.itemsize)
-
-    def fence(self) -> None:
-        """Does nothing: the CPU's operators have finished when their calls return."""
+        return REACHED

@@ -36,9 +36,27 @@ class Kernels:
     """PyTorch's dispatch key of its own kernels for the device"""
 
 
+class Mark(Protocol):
+    """A point in what a device was asked for, which it reaches later."""
+
+    def wait(self) -> None:
+        """Wait until it is reached."""
+        ...
+
+
+class Reached:
+    """A mark of a device that has done what it was asked for when the call returns."""
+
+    def wait(self) -> None:
+        """Nothing is to come."""
+
+
 class Device(Protocol):
     """One arena on one device. Offsets and sizes are bytes; a tensor at an offset lies in the arena and is no copy. Its
     storage begins and ends with it, as that of a tensor outside of an arena.
+
+    A device may work later than it is asked. Its operators run in the order in which they were asked for; a copy runs beside them,
+    as soon as the mark that it is given is reached. Marks are the only order between the two.
     """
 
     size: int
@@ -67,20 +85,35 @@ class Device(Protocol):
         """
         ...
 
-    def put(self, at: int, host: Tensor) -> None:
-        """Copy the contiguous tensor `host` to offset `at` of the arena; finished when it returns."""
+    def mark(self) -> Mark:
+        """The end of all operators that were asked for so far."""
         ...
 
-    def get(self, at: int, host: Tensor) -> None:
-        """Copy bytes of the arena from offset `at` on into the contiguous tensor `host`; finished when it returns."""
+    def follow(self, mark: Mark) -> None:
+        """Have operators that are asked for from now on begin once `mark` is reached."""
         ...
 
-    def fence(self) -> None:
-        """Wait until every operator that was started has finished, because a transfer in another thread must not
-        overtake it.
+    def put(self, at: int, host: Tensor, after: Mark) -> Mark:
+        """Copy the contiguous tensor `host`, which must not change meanwhile, to offset `at` of the arena once `after` is reached;
+        returns the mark of its end. May be called in another thread than the one that asks for operators.
         """
+        ...
+
+    def get(self, at: int, host: Tensor, after: Mark) -> Mark:
+        """Copy bytes of the arena from offset `at` on into the contiguous tensor `host`, otherwise as `put`."""
         ...
 
     def release(self) -> None:
         """Give the arena's memory back; its contents are zero afterwards."""
         ...
+
+
+def put_now(device: Device, at: int, host: Tensor) -> None:
+    """Copy `host` to offset `at` of the arena, after all operators that were asked for; finished when it returns."""
+    device.put(at, host, device.mark()).wait()
+
+
+def get_now(device: Device, at: int, host: Tensor) -> Tensor:
+    """Copy bytes of the arena from offset `at` on into `host`, as `put_now`; returns it."""
+    device.get(at, host, device.mark()).wait()
+    return host

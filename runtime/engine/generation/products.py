@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.engine.cpu.products import blocks
-from tightfit.runtime.engine.device.device import Device
+from tightfit.runtime.engine.device.device import Device, put_now
 from tightfit.runtime.engine.generation.job import PACKED, STREAMED, UNPACKED, GenerationJob, Piece
 from tightfit.runtime.engine.generation.names import (
     LORA_A,
@@ -83,7 +83,7 @@ class Products:
             if part.piece.state == PACKED:
                 host = self.device.host(part.piece.at, (part.extent.bytes,), "uint8")
                 self.store.read_into(part.piece.name, host)
-                self.device.put(part.piece.at, host)
+                put_now(self.device, part.piece.at, host)
             elif part.piece.state == UNPACKED:
                 self._load_unpacked(part)
 

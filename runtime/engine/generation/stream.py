@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tightfit.runtime.engine.device.channels import Channel
-from tightfit.runtime.engine.device.device import Device
+from tightfit.runtime.engine.device.device import Device, Mark
 from tightfit.runtime.engine.generation.job import DEPTH, Piece
 from tightfit.runtime.engine.weights.store import Store
 
@@ -54,6 +54,8 @@ class Stream:
         self._issued = self._taken = self._released = 0
         """since the start"""
         self._tickets: dict[int, int] = {}
+        self._landed: dict[int, Mark] = {}
+        """marks of the copies to the device, which the channel's thread asks for"""
 
     def begin(self, *, with_head: bool) -> None:
         """Start a pass."""
@@ -65,6 +67,7 @@ class Stream:
         """The bytes of the next piece, as `Store.read_into` leaves them; waits until they are there."""
         number = self._taken
         self._channel.wait(self._tickets.pop(number))
+        self._device.follow(self._landed.pop(number))
         self._taken += 1
         return self._device.raw(self._room(number), self._size)
 
@@ -84,14 +87,14 @@ class Stream:
             else:
                 return
             at = self._room(self._issued)
-            self._device.fence()
+            after = self._device.mark()  # of operators that may still read the piece that this overwrites
             host = self._device.host(at, (self._store.packed_bytes(piece.name),), "uint8")
-            self._tickets[self._issued] = self._channel.submit(self._read, piece.name, at, host)
+            self._tickets[self._issued] = self._channel.submit(self._read, self._issued, piece.name, at, host, after)
             self._issued += 1
 
     def _room(self, number: int) -> int:
         return self._at + number % DEPTH * self._size
 
-    def _read(self, name: str, at: int, host: Tensor) -> None:
+    def _read(self, number: int, name: str, at: int, host: Tensor, after: Mark) -> None:
         self._store.read_into(name, host)
-        self._device.put(at, host)
+        self._landed[number] = self._device.put(at, host, after)

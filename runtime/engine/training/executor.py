@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.engine.device.channels import Channel
-from tightfit.runtime.engine.device.device import Device
+from tightfit.runtime.engine.device.device import Device, Mark, get_now
 from tightfit.runtime.engine.device.draws import Draws
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
@@ -212,6 +212,8 @@ class Executor:
         """By tensor number, the channel's tickets of unfinished transfers: `arriving` reads and fetches, `leaving`
         spills.
         """
+        self.landed: dict[int, Mark] = {}
+        """Marks of the copies to the device that reads and fetches ended with; the channel's thread adds them."""
         self.seconds = dict.fromkeys((*CODES, "stall"), 0.0)
         self.detail: dict[str, list[float]] | None = None
         """[calls, seconds] by operator name, "unpack", "update", "accumulate" and "perturb"; collected only while this is a
@@ -311,9 +313,9 @@ class Executor:
                 weight = self.weights[words[place + 1]]
                 number, at = words[place + 2], words[place + 3] * UNIT
                 where[number] = at
-                device.fence()  # an operator may still read the freed tensor that this overwrites
+                after = device.mark()  # an operator may still read the freed tensor that this overwrites
                 host = device.host(at, (weight.packed_bytes,), "uint8")
-                arriving[number] = self._submit(self._read, weight.name, at, host)
+                arriving[number] = self._submit(self._read, number, weight.name, at, host, after)
                 place += 4
             elif code == UNPACK:
                 weight = self.weights[words[place + 1]]
@@ -339,25 +341,26 @@ class Executor:
                 place += 3
             elif code == SPILL:
                 number = words[place + 1]
-                device.fence()  # the operator that makes the tensor may still be running
+                after = device.mark()  # the operator that makes the tensor may still be running
                 host = device.host(where[number], (sizes[number],), "uint8")
-                leaving[number] = self._submit(self._spill, where[number], host, self.extents[number])
+                leaving[number] = self._submit(self._spill, where[number], host, self.extents[number], after)
                 place += 2
             elif code == FETCH:
                 number, at = words[place + 1], words[place + 2] * UNIT
                 where[number] = at
-                device.fence()
+                after = device.mark()
                 host = device.host(at, (sizes[number],), "uint8")
-                arriving[number] = self._submit(self._fetch, at, host, self.extents[number])
+                arriving[number] = self._submit(self._fetch, number, at, host, self.extents[number], after)
                 place += 3
             elif code == LOSS:
-                self.forwards.append(device.tensor(where[self.loss_number], (), "float32").item())
+                at = where[self.loss_number]
+                self.forwards.append(get_now(device, at, device.host(at, (), "float32")).item())
                 self.between_forwards()
                 place += 1
             else:
                 assert token_losses is not None
                 number, shape = token_losses
-                self.losses = device.tensor(where[number], shape, "float32").to("cpu", copy=True)
+                self.losses = get_now(device, where[number], torch.empty(tuple(shape)))
                 place += 1
             after = clock()
             taken = after - before
@@ -382,16 +385,16 @@ class Executor:
 
     # --- transfers, in the channel's thread ------------------------------------------------------------------------
 
-    def _read(self, weight: str, at: int, host: Tensor) -> None:
+    def _read(self, number: int, weight: str, at: int, host: Tensor, after: Mark) -> None:
         self.store.read_into(weight, host)  # type: ignore[union-attr]
-        self.device.put(at, host)
+        self.landed[number] = self.device.put(at, host, after)
 
-    def _fetch(self, at: int, host: Tensor, extent: int) -> None:
+    def _fetch(self, number: int, at: int, host: Tensor, extent: int, after: Mark) -> None:
         self.spill.read(host.data_ptr(), host.numel(), extent)
-        self.device.put(at, host)
+        self.landed[number] = self.device.put(at, host, after)
 
-    def _spill(self, at: int, host: Tensor, extent: int) -> None:
-        self.device.get(at, host)
+    def _spill(self, at: int, host: Tensor, extent: int, after: Mark) -> None:
+        self.device.get(at, host, after).wait()
         self.spill.write(host.data_ptr(), host.numel(), extent)
 
     # --- tensors of updates, timing, waiting ----------------------------------------------------------------------------------
@@ -421,6 +424,7 @@ class Executor:
 
     def _arrive(self, number: int) -> None:
         self._wait(self.arriving.pop(number))
+        self.device.follow(self.landed.pop(number))
 
     def _wait(self, ticket: int) -> None:
         before = time.perf_counter()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.engine.device.device import Device
+from tightfit.runtime.engine.device.device import Device, get_now, put_now
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.training.job import BLOCK, Job
 from tightfit.runtime.engine.training.job_tables import Place, Trainables, Weights
@@ -53,7 +53,7 @@ class Storage:
             if weight.packed_at >= 0:
                 host = self.device.host(weight.packed_at, (weight.packed_bytes,), "uint8")
                 self.store.read_into(weight.name, host)
-                self.device.put(weight.packed_at, host)
+                put_now(self.device, weight.packed_at, host)
             if weight.at >= 0:
                 self.load(weight.name, weight.at, weight.shape, weight.dtype)
 
@@ -61,7 +61,7 @@ class Storage:
         """Read a weight, constant or buffer and unpack it into the arena at offset `at`."""
         host = self.device.host(at, shape, dtype)
         self.unpack(name, host)
-        self.device.put(at, host)
+        put_now(self.device, at, host)
 
     def unpack(self, name: str, out: Tensor) -> None:
         staging = self.room(self.store.packed_bytes(name))
@@ -116,7 +116,7 @@ class Storage:
         """Put a tensor in its place."""
         size = self._job.sizes[place.number]
         if place.at >= 0:
-            self.device.put(place.at, value)
+            put_now(self.device, place.at, value)
         else:
             self.spill.write(value.data_ptr(), size, self._job.extents[place.number])
 
@@ -124,7 +124,7 @@ class Storage:
         """Fill a tensor with zeros."""
         size = self._job.sizes[place.number]
         if place.at >= 0:
-            self.device.raw(place.at, size).zero_()
+            put_now(self.device, place.at, self.device.host(place.at, (size,), "uint8").zero_())
         else:
             self.spill.zero(size, self._job.extents[place.number])
 
@@ -134,7 +134,7 @@ class Storage:
         """
         one = self.trainables[tensor]
         if one.value.at >= 0:
-            return self.device.host(one.value.at, one.shape, "float32")
+            return get_now(self.device, one.value.at, self.device.host(one.value.at, one.shape, "float32"))
         value = torch.empty(one.shape)
         self.spill.read(value.data_ptr(), self._job.sizes[one.value.number], self._job.extents[one.value.number])
         return value
@@ -147,7 +147,7 @@ class Storage:
             part = min(CHUNK, size - done)
             if buffer is None:
                 host = self.device.host(place.at + done, (part,), "uint8")
-                self.device.get(place.at + done, host)
+                get_now(self.device, place.at + done, host)
                 yield memoryview((ctypes.c_char * part).from_address(host.data_ptr())).cast("B")
             else:
                 address = buffer.data_ptr()
@@ -171,5 +171,5 @@ class Storage:
         """The present bytes of a buffer that a step changes."""
         dtype, shape, at = self.buffers[name]
         host = self.device.host(at, shape, dtype)
-        self.device.get(at, host)
+        get_now(self.device, at, host)
         yield memoryview((ctypes.c_char * (host.numel() * host.itemsize)).from_address(host.data_ptr())).cast("B")

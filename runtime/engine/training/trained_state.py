@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tightfit.runtime.engine.device.device import put_now
 from tightfit.runtime.engine.kernels.optimizer import state_shape
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.checkpoint import write_json
@@ -191,7 +192,7 @@ class TrainedState:
                 for buffer, (dtype, shape, at) in self.storage.buffers.items():
                     host = self.storage.device.host(at, shape, dtype)
                     _fill(host, reader, f"{BUFFER}:{buffer}")
-                    self.storage.device.put(at, host)
+                    put_now(self.storage.device, at, host)
             reader.close()
 
     def _states_wanted(self) -> Iterator[tuple[str, Trainable, Place, tuple[int, ...], Callable[[Tensor], None]]]:

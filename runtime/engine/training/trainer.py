@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.engine.device.channels import Channel
-from tightfit.runtime.engine.device.device import Device
+from tightfit.runtime.engine.device.device import Device, put_now
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.optimizer import AdamW, Exact, MeZO, optimizer_of
 from tightfit.runtime.engine.training.batches import Batches, ReceivedBatches, TrainingBatches, open_batches
@@ -264,7 +264,7 @@ class Training:
     def _deliver(self) -> None:
         """Copy the batch from `inputs` to the device."""
         for at, host in zip(self._input_places, self.inputs):
-            self.device.put(at, host)
+            put_now(self.device, at, host)
 
     def loss(self) -> float:
         """The loss of the next training batch, without a step or dropout; for a decoder the mean over labelled tokens."""
