@@ -60,8 +60,7 @@ class Late(Apart):
         self._followed.append(mark)
 
     def put(self, at: int, host: Tensor, after: Mark) -> Mark:
-        flat = host.reshape(-1).view(-1)
-        return self._add(lambda: Apart.put(self, at, flat, after), [after])
+        return self._add(lambda: Apart.put(self, at, host, after), [after])
 
     def get(self, at: int, host: Tensor, after: Mark) -> Mark:
         return self._add(lambda: Apart.get(self, at, host, after), [after])
