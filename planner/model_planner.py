@@ -17,8 +17,8 @@ from tightfit.planner.problem.device_forward import device_forward
 from tightfit.planner.problem.gradients import without_resting_states
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.problem.optimizers import refuse_other_optimizers
-from tightfit.planner.schedule.lowering import Entry, instructions, kinds
-from tightfit.planner.schedule.realize import Part, Schedule, realize_cycle, smallest_cycle
+from tightfit.planner.schedule.lowering import DraftInstruction, instructions, kinds
+from tightfit.planner.schedule.realize import CyclePart, Schedule, realize_cycle, smallest_cycle
 from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.search_options import (
     ALL,
@@ -52,7 +52,7 @@ class ModelPlanner:
         """policy -> (schedule of the lowest peak found, whether the search for a lower one has ended)"""
         self._known: dict[str, Plan | None] = {}
         """policy -> the plan of the lowest peak that an earlier call, perhaps in another process, has found"""
-        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._parts: dict[str, tuple[CyclePart, ...]] = {}
         self._relaxed: dict[str, tuple[AnyScheduleBound, ...]] = {}
         """policy with steps of its own (MeZO, LCSB) -> programs of the bound for any schedule of each of these steps"""
         self.interrupted = False
@@ -126,7 +126,7 @@ class ModelPlanner:
         room = self.solver.room(budget_bytes) + self.problem.taken_bytes - taken
         return realize_cycle(parts, room, deadline)[0]
 
-    def _policy(self, policy: str) -> tuple[Part, ...]:
+    def _policy(self, policy: str) -> tuple[CyclePart, ...]:
         if policy not in self._parts:
             self._parts[policy] = policy_parts(self.problem, policy)
         return self._parts[policy]
@@ -316,5 +316,5 @@ class ModelPlanner:
         )
 
 
-def _phase(schedule: Schedule, entries: tuple[Entry, ...], offsets: dict[tuple[int, str], int]) -> Phase:
+def _phase(schedule: Schedule, entries: tuple[DraftInstruction, ...], offsets: dict[tuple[int, str], int]) -> Phase:
     return drafted_phase(instructions(schedule.problem, entries, schedule.arena.resident, offsets))

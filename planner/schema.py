@@ -29,19 +29,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
 from tightfit.planner.instructions import Instruction, read_all, write_all
 from tightfit.profiles.learned import Rehearsal
-from tightfit.profiles.schema import MOBILLM, Device, Layer, Model, Optimizer, Program, ShorterStep, Tensor
+from tightfit.profiles.schema import MOBILLM, Device, Layer, Model, Optimizer, Program, Record, ShorterStep, Tensor
 
 PLAN_VERSION = 8
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _unbounded(value: Any) -> Any:

@@ -14,9 +14,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from tightfit.profiles.schema import Channel, Operator, Profile, Program, Tensor
+from tightfit.profiles.schema import Channel, Operator, Profile, Program, Record, Tensor
 from tightfit.runtime.common.files import cache_directory, write_whole
 
 LEARNED_VERSION = 1
@@ -27,10 +27,6 @@ ABOVE = 0.01
 """Share of a peak by which a prediction may be above what was held before it is lowered."""
 MOST_KEPT = 12
 """rehearsals that are remembered"""
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Rehearsal(Record):

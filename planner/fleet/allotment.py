@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from tightfit.planner.fleet.exchange_bounds import Role, Row, Terms
 from tightfit.planner.fleet.schema import Shelf
 from tightfit.planner.solvers.highs import MARGIN
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 
 MS = 1e3
 """the program counts in milliseconds, so that its numbers are neither huge nor tiny"""
@@ -67,7 +67,7 @@ class Allotment:
 
 def allot(ways: Sequence[Way], micro_batches: int, *, time_limit: float, gap: float) -> Allotment | None:
     """The best allotment to a chain of at least two, to a relative `gap`; None: the ways do not allow any."""
-    program = Program()
+    program = LinearProgram()
     makespan, computed = program.variable(), program.variable()
     taken = [program.choice() for _ in ways]
     counts = [program.variable(0.0, float(way.most), whole=True) for way in ways]

@@ -14,7 +14,7 @@ from tightfit.planner.problem.layer_figures import KIB, MS, LayerFigures
 from tightfit.planner.problem.layer_types import LayerType, Weight, compute_seconds, transfer_seconds, weight_uses
 from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.schedule.layer_schedule import Decision, measure, state_names_of
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Use:
 class LayerProgram(LayerVariables):
     """One layer inside `program`, with its figures: bytes at its windows' peaks and between them, seconds, instructions."""
 
-    def __init__(self, program: Program, kind: LayerType) -> None:
+    def __init__(self, program: LinearProgram, kind: LayerType) -> None:
         super().__init__(program, kind)
         self._rows: dict[tuple[int, frozenset[tuple[int, float]]], float] = {}
         self._idle_cache: dict[tuple[str, tuple[int, ...]], tuple[Linear, Linear]] = {}

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from tightfit.planner.problem.layer_types import LayerType, Operation
 from tightfit.planner.schedule.layer_schedule import Decision
-from tightfit.planner.solvers.lp import Key, Linear, Program
+from tightfit.planner.solvers.lp import Key, Linear, LinearProgram
 
 MINOR = "minor"
 """the group of trainables too small for a decision each"""
@@ -33,7 +33,7 @@ def choice_count(kind: LayerType) -> int:
 class LayerVariables:
     """The decision variables of one layer, and those that depend on them, inside `program`."""
 
-    def __init__(self, program: Program, kind: LayerType) -> None:
+    def __init__(self, program: LinearProgram, kind: LayerType) -> None:
         self.program = program
         self.kind = kind
         self.operations = {op.index: op for op in kind.forward}

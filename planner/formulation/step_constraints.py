@@ -14,7 +14,7 @@ from typing import Literal
 from tightfit.planner.problem.layer_figures import DISK, KIB, MS, LayerFigures
 from tightfit.planner.problem.layer_types import Layered, transfer_seconds
 from tightfit.planner.schedule.layer_schedule import Column
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 
 INSTANT = 1e5
 """KiB per ms above which a disk's transfers are taken to need no time of their own in a window"""
@@ -79,7 +79,7 @@ def windows(count: int) -> list[Window]:
 
 
 def add_step_constraints(
-    program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False
+    program: LinearProgram, problem: Layered, layers: list[Terms], *, careful: bool = False
 ) -> StepConstraints:
     """Post (11) to (16) over the layers' figures."""
     count = len(layers)
@@ -160,7 +160,7 @@ def add_step_constraints(
 
 
 def _add_disk(
-    program: Program,
+    program: LinearProgram,
     problem: Layered,
     layers: list[Terms],
     order: Sequence[Window],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.planner.generation.places import Places, aligned_bytes
-from tightfit.planner.generation.problem import PAGE, Figures, Problem, Rows
+from tightfit.planner.generation.problem import PAGE, Figures, Problem, RowPiece
 from tightfit.planner.generation.program import choose, least_room, spread
 from tightfit.planner.generation.simulate import Simulated, simulate
 from tightfit.runtime.common.errors import InfeasibleError
@@ -116,7 +116,7 @@ def _pass_sizes(prompt: int) -> list[int]:
 def laid_out(
     problem: Problem,
     figures: Figures | None,
-    pieces: Sequence[Rows],
+    pieces: Sequence[RowPiece],
     states: Sequence[str],
     pass_tokens: int,
     *,

@@ -66,7 +66,7 @@ class Figures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class AdapterPair:
     """The adapter's pair of a matrix."""
 
     rank: int
@@ -75,7 +75,7 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class RowPiece:
     """A piece of a matrix, and what it takes in each state."""
 
     matrix: str
@@ -122,7 +122,7 @@ class Rows:
         return dot_key(self.entry.format, self.entry.group, self.entry.columns)
 
 
-class Form(Protocol):
+class DecoderForm(Protocol):
     """A decoder as a plan for answers sees it."""
 
     @property
@@ -163,7 +163,7 @@ class Problem:
     new_tokens: int | None = None
     """of a prompt, those for which a plan is to be fast: in a conversation most of a prompt is in the cache already; None: all"""
     sampling: Sampling = field(default_factory=Sampling)
-    pairs: Mapping[str, Pair] = field(default_factory=dict)
+    pairs: Mapping[str, AdapterPair] = field(default_factory=dict)
     """the adapter, by the matrix that a pair is added to"""
     cache_dtype: str = "float32"
 
@@ -172,14 +172,14 @@ class Problem:
         return self.prompt_tokens + self.answer_tokens
 
     @cached_property
-    def form(self) -> Form:
+    def form(self) -> DecoderForm:
         return WrittenForm(self.shape) if isinstance(self.shape, DecoderShape) else TracedForm(self.shape)
 
-    def pieces(self) -> list[Rows]:
+    def pieces(self) -> list[RowPiece]:
         """All matrices in the order in which a pass needs them, in pieces of at most `PIECE_ELEMENTS`."""
         return [piece for name in (*self.form.matrices(), self.form.head) for piece in self._divided(name)]
 
-    def _divided(self, name: str) -> Iterator[Rows]:
+    def _divided(self, name: str) -> Iterator[RowPiece]:
         """Pieces of about equal size that begin where a checksum's rows begin."""
         entry = self.entries[name]
         segments = -(-entry.rows // entry.segment_rows)
@@ -188,7 +188,7 @@ class Problem:
         for start in range(0, entry.rows, step):
             stop = min(start + step, entry.rows)
             packed = find_extent(self.entries, f"{name}[{start}:{stop}]").bytes
-            yield Rows(
+            yield RowPiece(
                 matrix=name,
                 start=start,
                 stop=stop,

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tightfit.planner.generation.problem import PAGE, Figures, Rows
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.generation.problem import PAGE, Figures, RowPiece
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.generation.job import DEPTH, PACKED, STATES, STREAMED, UNPACKED
 
@@ -16,7 +16,7 @@ MILLISECONDS = 1e3
 
 
 @dataclass(frozen=True)
-class Kind:
+class PieceKind:
     """Pieces that cost the same in every state; `head` tells those that a prompt's passes before the last do not need."""
 
     format: str
@@ -27,21 +27,29 @@ class Kind:
     head: bool
 
 
-def kind_of(piece: Rows) -> Kind:
+def kind_of(piece: RowPiece) -> PieceKind:
     entry = piece.entry
-    return Kind(entry.format, entry.group, entry.columns, piece.stop - piece.start, piece.packed_bytes, piece.in_head)
+    return PieceKind(
+        entry.format, entry.group, entry.columns, piece.stop - piece.start, piece.packed_bytes, piece.in_head
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """How many pieces of each kind are in each state, with the seconds that the program counts for the whole answer."""
 
-    counts: Mapping[Kind, Mapping[str, int]]
+    counts: Mapping[PieceKind, Mapping[str, int]]
     seconds: float
 
 
 def choose(
-    pieces: Sequence[Rows], figures: Figures, room: int, passes: Sequence[int], tokens: int, *, key_seconds: float = 0.0
+    pieces: Sequence[RowPiece],
+    figures: Figures,
+    room: int,
+    passes: Sequence[int],
+    tokens: int,
+    *,
+    key_seconds: float = 0.0,
 ) -> Choice | None:
     """The states in which passes of a prompt, of so many tokens each, and `tokens` passes of one token take least, with at
     most `room` bytes for matrices; None if none fits.
@@ -50,7 +58,7 @@ def choose(
     """
     examples = {kind_of(piece): piece for piece in pieces}
     numbers = Counter(map(kind_of, pieces))
-    program = Program()
+    program = LinearProgram()
     counts = {
         kind: {
             state: program.variable(0, number if state in examples[kind].states(figures) else 0, whole=True)
@@ -96,7 +104,7 @@ def choose(
     return Choice(counts=chosen, seconds=found.objective / MILLISECONDS)
 
 
-def least_room(pieces: Sequence[Rows]) -> int:
+def least_room(pieces: Sequence[RowPiece]) -> int:
     """The fewest bytes in which matrices can be kept and read: those of the largest pieces stay, if that is less than the
     rooms to read them.
     """
@@ -108,9 +116,9 @@ def least_room(pieces: Sequence[Rows]) -> int:
     return min(*least, kept)
 
 
-def spread(pieces: Sequence[Rows], choice: Choice) -> list[str]:
+def spread(pieces: Sequence[RowPiece], choice: Choice) -> list[str]:
     """A state for each piece: those of one kind are spread evenly over the pass, so that reading goes on all the time."""
-    seen: Counter[Kind] = Counter()
+    seen: Counter[PieceKind] = Counter()
     states = []
     numbers = Counter(map(kind_of, pieces))
     for piece in pieces:

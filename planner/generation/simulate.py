@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tightfit.planner.generation.problem import Figures, Problem, Rows
+from tightfit.planner.generation.problem import Figures, Problem, RowPiece
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.generation.job import DEPTH, STREAMED
 
@@ -35,7 +35,7 @@ class _Clock:
         self.released = [0.0] * DEPTH
         """when the rooms became free, the oldest first"""
 
-    def play(self, pieces: Sequence[Rows], states: Sequence[str], tokens: int, others: float) -> None:
+    def play(self, pieces: Sequence[RowPiece], states: Sequence[str], tokens: int, others: float) -> None:
         """A pass over these pieces; `others` are the seconds of all else, spread over them."""
         each = others / len(pieces)
         for piece, state in zip(pieces, states, strict=True):
@@ -50,7 +50,7 @@ class _Clock:
 
 
 def simulate(
-    problem: Problem, figures: Figures, pieces: Sequence[Rows], states: Sequence[str], pass_tokens: int
+    problem: Problem, figures: Figures, pieces: Sequence[RowPiece], states: Sequence[str], pass_tokens: int
 ) -> Simulated:
     """Play the passes of the longest prompt, and of two tokens in the middle of the longest answer."""
     clock = _Clock(figures)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from tightfit.planner.generation.places import Places
-from tightfit.profiles.models.answer_steps import AnswerSteps, Step, operand_of
+from tightfit.profiles.models.answer_steps import AnswerStep, AnswerSteps, operand_of
 from tightfit.runtime.engine.generation.job import Seen
 from tightfit.runtime.engine.generation.names import ATTEND, GATHER, HELD, PROJECTION, VALUES
 from tightfit.runtime.engine.generation.sizes import aligned
@@ -53,7 +53,7 @@ def packed(lives: Iterable[Life], start: int = 0) -> tuple[dict[str, int], int]:
     return {life.name: at for at, life in placed}, max((at + life.bytes for at, life in placed), default=start)
 
 
-def layout(step: Step) -> Layout:
+def layout(step: AnswerStep) -> Layout:
     """Places for the values of a step of one group of tokens."""
     programs = {program.name: program for program in step.programs}
     own: dict[str, list[Life]] = {}
@@ -87,7 +87,7 @@ def layout(step: Step) -> Layout:
 
 @dataclass(frozen=True)
 class TracedForm:
-    """See `tightfit.planner.generation.problem.Form`."""
+    """See `tightfit.planner.generation.problem.DecoderForm`."""
 
     steps: AnswerSteps
 
@@ -147,7 +147,7 @@ class TracedForm:
     def _layouts(self) -> list[Layout]:
         return [layout(step) for step in self.steps.steps]
 
-    def _of_job(self, step: Step, layout: Layout) -> dict[str, Any]:
+    def _of_job(self, step: AnswerStep, layout: Layout) -> dict[str, Any]:
         return {
             "tokens": step.tokens,
             "passed": layout.passed,

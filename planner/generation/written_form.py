@@ -15,7 +15,7 @@ from tightfit.runtime.engine.weights.layout import Entry
 
 @dataclass(frozen=True)
 class WrittenForm:
-    """See `tightfit.planner.generation.problem.Form`."""
+    """See `tightfit.planner.generation.problem.DecoderForm`."""
 
     shape: DecoderShape
 

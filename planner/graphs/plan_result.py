@@ -35,7 +35,7 @@ class GraphOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Least:
+class LowestPeak:
     """The schedule with the lowest peak found: that peak is the smallest budget."""
 
     carried: Carried
@@ -52,7 +52,7 @@ def infeasible(
     dag: Dag,
     budget: int,
     policy: str,
-    least: Least,
+    least: LowestPeak,
     any_bound: Bound,
     started: float,
     *,
@@ -81,7 +81,7 @@ def infeasible(
     )
 
 
-def _known(budget: int, policy: str, least: Least, *, nothing: bool, floor: int) -> str:
+def _known(budget: int, policy: str, least: LowestPeak, *, nothing: bool, floor: int) -> str:
     """In words, what is known about peaks below the smallest plan's. `nothing`: it is proven that no schedule at all
     fits the budget.
     """

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from tightfit.planner.graphs.bounds.bound import Bound, ClassBound, any_schedule_bound, class_bound
 from tightfit.planner.graphs.incumbents import Incumbents, fastest
-from tightfit.planner.graphs.plan_result import GraphOutcome, Least, finished, infeasible
+from tightfit.planner.graphs.plan_result import GraphOutcome, LowestPeak, finished, infeasible
 from tightfit.planner.graphs.problem.actions import Carried, carry, timed, touch_and_go, worth_moving
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import Rerun, peak_bytes, pruned, seconds
@@ -113,7 +113,7 @@ class GraphPlanner:
         """whether Ctrl-C ended the search of the latest `plan`, whose plan is then the best found until then"""
         self._gap = EXACT
         """gap at which the search may stop: what the caller asked for, or `EXACT` where that is more"""
-        self._minimum: Least | None = None
+        self._minimum: LowestPeak | None = None
         self._lowest: Lowest | None = None
         self._any_bounds: dict[int, tuple[Bound, float]] = {}
         """budget -> (bound, seconds that its computation was given)"""
@@ -622,15 +622,15 @@ class GraphPlanner:
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
-    def _least(self, policy: str, deadline: float, limit: float) -> Least:
+    def _least(self, policy: str, deadline: float, limit: float) -> LowestPeak:
         """The schedule with the lowest peak that `plan` can find. It is remembered; a search that the time limit cut is
         repeated under a larger `limit`.
         """
         if policy != "solver":
             carried = carry(self.dag, rule_reruns(self.dag, policy))
-            return Least(carried=carried, lowest_bytes=carried.peak_bytes)
+            return LowestPeak(carried=carried, lowest_bytes=carried.peak_bytes)
         if self.dag.read is not None:
-            return Least(carried=self._smallest(self.floor_bytes), lowest_bytes=self.floor_bytes)
+            return LowestPeak(carried=self._smallest(self.floor_bytes), lowest_bytes=self.floor_bytes)
         least = self._minimum
         if least is None or self.found.cut_before(None, limit):
             self.found.begin(None, limit)
@@ -655,14 +655,14 @@ class GraphPlanner:
         self._minimum = least
         return least
 
-    def _find_least(self, deadline: float) -> Least:
+    def _find_least(self, deadline: float) -> LowestPeak:
         dag = self.dag
         if self._exactly:
             with self._exact_seconds(deadline) as allowed:
                 solved = exact.smallest(dag, work=EXACT_WORK, seconds=allowed)
             if solved.proven and solved.reruns is not None:
                 carried = carry(dag, solved.reruns)
-                return Least(carried=carried, lowest_bytes=carried.peak_bytes)
+                return LowestPeak(carried=carried, lowest_bytes=carried.peak_bytes)
             self._ended(solved.timely)
             self._note(solved.reruns or ())
         proving = EXACT_OPERATORS < dag.operators <= LEAST_OPERATORS
@@ -678,7 +678,7 @@ class GraphPlanner:
             self._ended(near.timely)
         if proving:
             best, low = self._proven_least(best, low, deadline)
-        return Least(carried=carry(dag, best), lowest_bytes=low, timely=self.found.timely)
+        return LowestPeak(carried=carry(dag, best), lowest_bytes=low, timely=self.found.timely)
 
     def _proven_least(self, best: frozenset[Rerun], low: int, deadline: float) -> tuple[frozenset[Rerun], int]:
         """The schedule of lowest peak and a lower bound on every peak, in bytes, by asking the exact solver again and

@@ -16,15 +16,15 @@ from tightfit.planner.problem.layer_types import (
     LayerType,
     Mode,
     Operation,
-    Update,
+    TrainableUpdate,
     Weight,
     compute_seconds,
     transfer_seconds,
 )
 from tightfit.planner.problem.step_graph import (
     PACKED_ALIGNMENT,
-    Step,
     StepGraph,
+    StepOperator,
     aligned,
     state_bytes,
     state_names,
@@ -59,7 +59,7 @@ class _Splitter:
         self.facts = {tensor.name: tensor for tensor in profile.tensors}
         self.apart = profile.accumulate if profile.max_grad_norm is not None else 0
         self.count = len(graph.layers)
-        self.own: list[dict[str, list[Step]]] = [
+        self.own: list[dict[str, list[StepOperator]]] = [
             {"forward": [], "backward": [], "inference": []} for _ in range(self.count)
         ]
         for step in (*graph.steps, *graph.inference):
@@ -113,11 +113,11 @@ class _Splitter:
             name for name in made & set(last["backward"][0].inputs) if self.graph.storages[name].kind == "activation"
         }
 
-    def _recomputable(self, layer: int) -> dict[int, Step]:
+    def _recomputable(self, layer: int) -> dict[int, StepOperator]:
         """Forward steps of the layer that may run again in its backward window: operator -> step."""
         forward = {name: step for step in self.own[layer]["forward"] for name in step.outputs if name is not None}
         wanted = [name for step in self.own[layer]["backward"] for name in step.inputs if name not in self.carried]
-        again: dict[int, Step] = {}
+        again: dict[int, StepOperator] = {}
         while wanted:
             step = forward.get(wanted.pop())
             if step is None or step.operator in again or not step.recomputable:
@@ -366,7 +366,7 @@ class _Splitter:
             return [self.graph.storages[trainable].bytes for _ in self.roles]
         return [state_bytes(role, self.facts[trainable]) for role in self.roles]
 
-    def _operation(self, layer: int, step: Step, local: dict[str, str]) -> Operation:
+    def _operation(self, layer: int, step: StepOperator, local: dict[str, str]) -> Operation:
         return Operation(
             index=step.operator,
             inputs=tuple(local[name] for name in step.inputs if self.lives(name)),
@@ -433,7 +433,9 @@ class _Splitter:
             trained=True,
         )
 
-    def _updates(self, layer: int, local: dict[str, str], events: dict[int, tuple[int, ...]]) -> tuple[Update, ...]:
+    def _updates(
+        self, layer: int, local: dict[str, str], events: dict[int, tuple[int, ...]]
+    ) -> tuple[TrainableUpdate, ...]:
         window, facts = 2 * self.count - 1 - layer, self.facts
         names = [name for name, at in self.updated.items() if at == window]
         sizes = {name: aligned(self.graph.storages[name].bytes) for name in names}
@@ -453,7 +455,7 @@ class _Splitter:
                 seconds = accumulate_seconds(facts[name], self.profile.optimizer)
                 apart = clipped_seconds(facts[name], self.profile.optimizer)
             result.append(
-                Update(
+                TrainableUpdate(
                     trainable=local.get(name, name),
                     gradient=local.get(f"grad:{name}", f"grad:{name}"),
                     after=after,

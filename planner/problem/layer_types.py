@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tightfit.planner.problem.step_graph import Step, StepGraph
+from tightfit.planner.problem.step_graph import StepGraph, StepOperator
 from tightfit.profiles.schema import Channel, Profile
 
 
@@ -78,7 +78,7 @@ class Mode:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Update:
+class TrainableUpdate:
     """The update of a trainable, which takes place once its gradient is complete and its last reader in the backward
     window has run.
     """
@@ -132,7 +132,7 @@ class LayerType:
     owned: frozenset[str]
     """inputs from other layers that this layer's decision keeps or offloads for its backward"""
     weights: dict[str, Weight]
-    updates: tuple[Update, ...]
+    updates: tuple[TrainableUpdate, ...]
     candidates: tuple[str, ...]
     """forward storages that the backward window needs, directly or to recompute others"""
     offloadable: frozenset[str]
@@ -201,7 +201,7 @@ class Layered:
         return {(step.layer, step.operator): step.inputs for step in (*self.graph.steps, *self.graph.inference)}
 
     @cached_property
-    def forward_steps(self) -> tuple[tuple[Step, ...], ...]:
+    def forward_steps(self) -> tuple[tuple[StepOperator, ...], ...]:
         """The forward steps of each layer."""
         ahead = [step for step in self.graph.steps if step.phase == "forward"]
         return tuple(tuple(step for step in ahead if step.layer == layer) for layer in range(len(self.layer_type)))

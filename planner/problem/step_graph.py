@@ -42,7 +42,7 @@ def aligned(size: int, alignment: int = ALIGNMENT) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepOperator:
     """One operator of one layer."""
 
     index: int
@@ -60,7 +60,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Storage:
+class StepTensor:
     """A tensor of the whole step."""
 
     name: str
@@ -75,12 +75,12 @@ class Storage:
 
 @dataclass(frozen=True, kw_only=True)
 class StepGraph:
-    steps: tuple[Step, ...]
-    inference: tuple[Step, ...]
+    steps: tuple[StepOperator, ...]
+    inference: tuple[StepOperator, ...]
     """operators that layers run in an evaluation instead of their forward, if they have such;
     numbered on after `steps`
     """
-    storages: dict[str, Storage]
+    storages: dict[str, StepTensor]
     layers: tuple[str, ...]
     names: tuple[dict[str, str], ...]
     """per layer: program value -> storage name"""
@@ -97,7 +97,7 @@ def step_graph(source: Profile | Plan) -> StepGraph:
     tensors = {tensor.name: tensor for tensor in source.tensors}
     _check_layers(source.layers, programs)
     names = tuple(_storage_names(layer, programs[layer.program]) for layer in source.layers)
-    steps: list[Step] = []
+    steps: list[StepOperator] = []
     count = 0
     for phase in ("forward", "backward", "inference"):
         if phase == "inference":
@@ -116,7 +116,7 @@ def step_graph(source: Profile | Plan) -> StepGraph:
                             " which the program does not declare; add it to `values`"
                         )
                 steps.append(
-                    Step(
+                    StepOperator(
                         index=len(steps),
                         layer=index,
                         operator=position,
@@ -220,8 +220,8 @@ def _storages(
     programs: dict[str, Program],
     tensors: dict[str, Tensor],
     names: tuple[dict[str, str], ...],
-    steps: list[Step],
-) -> dict[str, Storage]:
+    steps: list[StepOperator],
+) -> dict[str, StepTensor]:
     facts: dict[str, tuple[str, int, int | None]] = {
         tensor.name: (tensor.kind, tensor.bytes, None) for tensor in tensors.values()
     }
@@ -248,7 +248,7 @@ def _storages(
                 )
         made.update(filter(None, step.outputs))
     return {
-        name: Storage(
+        name: StepTensor(
             name=name,
             kind=kind,
             bytes=size,

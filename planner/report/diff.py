@@ -16,7 +16,7 @@ LEAST_SECONDS = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class PlanChange:
     """One tensor that the two plans treat differently, or at another cost."""
 
     name: str
@@ -47,7 +47,7 @@ class ChangeGroup:
     moved_bytes: int
 
 
-def diff(before: Plan, after: Plan) -> list[Change]:
+def diff(before: Plan, after: Plan) -> list[PlanChange]:
     """What changes from one plan to another, largest tensors first; sums of seconds and bytes are the plans'
     differences.
 
@@ -67,7 +67,7 @@ def diff(before: Plan, after: Plan) -> list[Change]:
         if a.decision == b.decision and max(abs(compute), abs(transfer)) < LEAST_SECONDS:
             continue
         changes.append(
-            Change(
+            PlanChange(
                 name=name,
                 kind=none.kind,
                 bytes=none.bytes,
@@ -85,9 +85,9 @@ def transfer_seconds(cost: Cost) -> float:
     return cost.read_seconds + cost.write_seconds
 
 
-def grouped(changes: Iterable[Change]) -> list[ChangeGroup]:
+def grouped(changes: Iterable[PlanChange]) -> list[ChangeGroup]:
     """Changes grouped by kind and decisions, the groups that concern most bytes first."""
-    sorts: dict[tuple[str, str | None, str | None], list[Change]] = {}
+    sorts: dict[tuple[str, str | None, str | None], list[PlanChange]] = {}
     for change in changes:
         sorts.setdefault((change.kind, change.before, change.after), []).append(change)
     groups = [

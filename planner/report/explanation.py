@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from tightfit.planner.instructions import Run
 from tightfit.planner.problem.clipping import accumulate_seconds
@@ -18,16 +18,13 @@ from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.report.costs import Cost, Ledger
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan
+from tightfit.profiles.schema import Record
 
 if TYPE_CHECKING:
     from tightfit.planner.protocol import Planner
 
 LARGEST = 8
 """tensors named at the peak"""
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class PeakAccount(Record):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.planner.report.memory_categories import (
     Bucket,
-    Kind,
+    MemoryBand,
     buckets,
     budgets_of,
     devices_of,
@@ -158,7 +158,7 @@ def draw_timeline(
     return _save(figure, path)
 
 
-def _axis_start(kinds: Sequence[Kind], shown: Sequence[Bucket], top: float) -> float:
+def _axis_start(kinds: Sequence[MemoryBand], shown: Sequence[Bucket], top: float) -> float:
     """Where the axis begins, in MiB: zero, or just inside the floor where the floor would fill half of the picture."""
     floor = min(bucket.point.by_kind.get("floor", 0) for bucket in shown) / MIB
     if floor < 0.4 * top or not kinds or kinds[0].name != "floor":
@@ -178,7 +178,7 @@ def _predicted_seconds(plan: Plan, instruction: int) -> float:
     return left.seconds + share * (right.seconds - left.seconds)
 
 
-def _stack(axes: Axes, shown: Sequence[Bucket], kinds: Sequence[Kind], top: float) -> None:
+def _stack(axes: Axes, shown: Sequence[Bucket], kinds: Sequence[MemoryBand], top: float) -> None:
     edges = [bucket.start for bucket in shown] + [shown[-1].end]
     rows = [[bucket.point.by_kind.get(kind.name, 0) / MIB for bucket in shown] for kind in kinds]
     # A band too thin to be seen needs no line in the legend: matplotlib leaves labels with an underscore out.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tightfit.planner.report.costs import Ledger
-from tightfit.planner.report.diff import Change, ChangeGroup, diff, grouped, transfer_seconds
+from tightfit.planner.report.diff import ChangeGroup, PlanChange, diff, grouped, transfer_seconds
 from tightfit.planner.report.memory_categories import feasible
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.units import Unit, format_size, unit_of
@@ -89,17 +89,17 @@ def _sum_row(group: ChangeGroup, unit: Unit) -> list[str]:
     return [_change(group), f"{group.tensors}", *_figures(group, unit)]
 
 
-def _row(change: Change, unit: Unit) -> list[str]:
+def _row(change: PlanChange, unit: Unit) -> list[str]:
     return [change.name, _change(change), *_figures(change, unit)]
 
 
-def _change(change: Change | ChangeGroup) -> str:
+def _change(change: PlanChange | ChangeGroup) -> str:
     before, after = change.before or "–", change.after or "–"
     what = before if before == after else f"{before} → {after}"
     return f"{change.kind}: {what}" if isinstance(change, ChangeGroup) else what
 
 
-def _figures(change: Change | ChangeGroup, unit: Unit) -> list[str]:
+def _figures(change: PlanChange | ChangeGroup, unit: Unit) -> list[str]:
     """As the page's script prints them: bytes in `unit`, ms of the cores, ms of the channels, bytes moved in `unit`."""
     return [
         unit.amount(change.bytes, 2),

@@ -9,7 +9,7 @@ from tightfit.planner.schema import Plan, TimelinePoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class MemoryBand:
     """One band of the stacked memory timeline, bottom first."""
 
     name: str
@@ -21,19 +21,19 @@ class Kind:
 
 
 KINDS = (
-    Kind(name="floor", label="Python and PyTorch", light="#b9bec6", dark="#59616b"),
-    Kind(name="constant", label="constants", light="#8a94a3", dark="#7d8897"),
-    Kind(name="batch", label="batch", light="#5f6b7c", dark="#a3aebd"),
-    Kind(name="trainable", label="trainables", light="#e3a008", dark="#e0a92e"),
-    Kind(name="optimizer", label="optimizer state", light="#e4692f", dark="#e57a45"),
-    Kind(name="packed", label="weights, packed", light="#2563c4", dark="#4b86e0"),
-    Kind(name="weight", label="weights, unpacked", light="#6cb2f0", dark="#8cc4f7"),
-    Kind(name="activation", label="activations", light="#5b3fb5", dark="#8f76e0"),
-    Kind(name="gradient", label="gradients", light="#d65a94", dark="#e07aa9"),
-    Kind(name="workspace", label="workspace", light="#12866b", dark="#2fa98a"),
-    Kind(name="fragmentation", label="touched, free for reuse", light="#d8d2c4", dark="#6d675b"),
-    Kind(name="start", label="start of Python and PyTorch", light="#cfd3d9", dark="#454c55"),
-    Kind(name="beyond", label="at other moments", light="#a89f92", dark="#8a8175"),
+    MemoryBand(name="floor", label="Python and PyTorch", light="#b9bec6", dark="#59616b"),
+    MemoryBand(name="constant", label="constants", light="#8a94a3", dark="#7d8897"),
+    MemoryBand(name="batch", label="batch", light="#5f6b7c", dark="#a3aebd"),
+    MemoryBand(name="trainable", label="trainables", light="#e3a008", dark="#e0a92e"),
+    MemoryBand(name="optimizer", label="optimizer state", light="#e4692f", dark="#e57a45"),
+    MemoryBand(name="packed", label="weights, packed", light="#2563c4", dark="#4b86e0"),
+    MemoryBand(name="weight", label="weights, unpacked", light="#6cb2f0", dark="#8cc4f7"),
+    MemoryBand(name="activation", label="activations", light="#5b3fb5", dark="#8f76e0"),
+    MemoryBand(name="gradient", label="gradients", light="#d65a94", dark="#e07aa9"),
+    MemoryBand(name="workspace", label="workspace", light="#12866b", dark="#2fa98a"),
+    MemoryBand(name="fragmentation", label="touched, free for reuse", light="#d8d2c4", dark="#6d675b"),
+    MemoryBand(name="start", label="start of Python and PyTorch", light="#cfd3d9", dark="#454c55"),
+    MemoryBand(name="beyond", label="at other moments", light="#a89f92", dark="#8a8175"),
 )
 UNKNOWN = ("#77706a", "#9a938c")
 
@@ -48,7 +48,7 @@ class Bucket:
     point: TimelinePoint
 
 
-def kinds_of(timeline: Iterable[TimelinePoint], on: str = "cpu") -> list[Kind]:
+def kinds_of(timeline: Iterable[TimelinePoint], on: str = "cpu") -> list[MemoryBand]:
     """The kinds that take any memory in `timeline` of a plan for a device of kind `on`, in stacking order; kinds this
     module does not know come last.
     """
@@ -58,7 +58,7 @@ def kinds_of(timeline: Iterable[TimelinePoint], on: str = "cpu") -> list[Kind]:
         card = {"floor": "CUDA context", "start": "start of the CUDA context"}
         known = [replace(kind, label=card.get(kind.name, kind.label)) for kind in known]
     names = sorted(present - {kind.name for kind in KINDS})
-    return known + [Kind(name=name, label=name, light=UNKNOWN[0], dark=UNKNOWN[1]) for name in names]
+    return known + [MemoryBand(name=name, label=name, light=UNKNOWN[0], dark=UNKNOWN[1]) for name in names]
 
 
 def buckets(timeline: Sequence[TimelinePoint], count: int) -> list[Bucket]:
@@ -105,7 +105,7 @@ def fullest(timeline: Iterable[TimelinePoint]) -> TimelinePoint | None:
     return max(timeline, key=in_use, default=None)
 
 
-def peak_parts(plan: Plan) -> list[tuple[Kind, int]]:
+def peak_parts(plan: Plan) -> list[tuple[MemoryBand, int]]:
     """Bytes of each kind at the peak of `plan`, in stacking order; together its `peak_bytes`.
 
     They are what the instruction with most bytes in use holds, what other instructions make the process hold beyond

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tightfit.planner.report.explain import percent_within
-from tightfit.planner.report.memory_categories import Kind, budgets_of, feasible, peak_parts, policies_of
+from tightfit.planner.report.memory_categories import MemoryBand, budgets_of, feasible, peak_parts, policies_of
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.units import format_seconds, format_size, unit_of
 
@@ -129,6 +129,6 @@ def _mark(plan: Plan) -> str:
     return f"gap {percent_within(plan.gap)}{cut}"
 
 
-def _bar(size: int, whole: int, kind: Kind) -> str:
+def _bar(size: int, whole: int, kind: MemoryBand) -> str:
     width = round(40 * size / whole) if whole else 0
     return f"[{kind.dark}]{'█' * max(1, width)}[/]"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
-from tightfit.planner.schedule.arena_packing import Item, live_bytes, pack
-from tightfit.planner.schedule.lowering import Entry, made_by
+from tightfit.planner.schedule.arena_packing import TensorLifetime, live_bytes, pack
+from tightfit.planner.schedule.lowering import DraftInstruction, made_by
 from tightfit.planner.search_options import ALL, SearchOptions
 
 MOVES = {"spill", "fetch"}
@@ -38,13 +38,13 @@ class ArenaLayout:
     """(index of the entry that makes it, tensor) -> offset"""
 
 
-Placed = tuple[list[Item], int]
+Placed = tuple[list[TensorLifetime], int]
 """(every tensor with its offset, bytes of arena that they take)"""
 
 
 def placed_items(
-    train: tuple[Entry, ...],
-    beside: tuple[Entry, ...],
+    train: tuple[DraftInstruction, ...],
+    beside: tuple[DraftInstruction, ...],
     resident: Iterable[str],
     sizes: dict[str, int],
     target: int = 0,
@@ -76,7 +76,7 @@ def placed_items(
     return every, aligned(height)
 
 
-def arena_of(items: Iterable[Item], height: int, split: int, evaluated: int) -> ArenaLayout:
+def arena_of(items: Iterable[TensorLifetime], height: int, split: int, evaluated: int) -> ArenaLayout:
     """The items' offsets, indexed by the entry that makes each tensor. The first `split` entries are training's, the
     `evaluated` ones that follow those of an evaluation, and the rest of the update.
     """
@@ -98,15 +98,18 @@ def arena_of(items: Iterable[Item], height: int, split: int, evaluated: int) -> 
 
 
 def _items(
-    train: tuple[Entry, ...], beside: tuple[Entry, ...], resident: tuple[str, ...], sizes: dict[str, int]
-) -> list[Item]:
+    train: tuple[DraftInstruction, ...],
+    beside: tuple[DraftInstruction, ...],
+    resident: tuple[str, ...],
+    sizes: dict[str, int],
+) -> list[TensorLifetime]:
     length = len(train) + len(beside)
     moved = {e.name for e in (*train, *beside) if e.verb in MOVES and sizes[e.name] >= DIRECT_BYTES}
 
-    def item(name: str, spans: list[tuple[int, int]], maker: int) -> Item:
+    def item(name: str, spans: list[tuple[int, int]], maker: int) -> TensorLifetime:
         paged = name in moved or name.startswith("packed:")
         alignment = PACKED_ALIGNMENT if paged else ALIGNMENT
-        return Item(name=name, size=sizes[name], alignment=alignment, spans=spans, makers=[maker])
+        return TensorLifetime(name=name, size=sizes[name], alignment=alignment, spans=spans, makers=[maker])
 
     always = {name: item(name, [], -1) for name in resident}
     items = list(always.values())

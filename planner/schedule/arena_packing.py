@@ -58,7 +58,7 @@ one layer also share a name, though they are not alike
 
 
 @dataclass(kw_only=True)
-class Item:
+class TensorLifetime:
     """A tensor with its lifetime; one that is resident across steps may have several intervals."""
 
     name: str
@@ -73,7 +73,7 @@ class Item:
     offset: int = 0
 
 
-def live_bytes(items: Iterable[Item], length: int) -> npt.NDArray[np.int64]:
+def live_bytes(items: Iterable[TensorLifetime], length: int) -> npt.NDArray[np.int64]:
     """Bytes of the items that are resident during each of `length` entries."""
     change = np.zeros(length + 1, dtype=np.int64)
     for item in items:
@@ -88,7 +88,7 @@ Packed = tuple[int, list[int]]
 
 
 def pack(
-    items: list[Item],
+    items: list[TensorLifetime],
     base: int,
     length: int,
     live: int,
@@ -129,15 +129,15 @@ def pack(
     return best
 
 
-def _height(items: list[Item], offsets: list[int], base: int) -> int:
+def _height(items: list[TensorLifetime], offsets: list[int], base: int) -> int:
     return max((offset + item.size for offset, item in zip(offsets, items)), default=base)
 
 
-def _life(item: Item) -> int:
+def _life(item: TensorLifetime) -> int:
     return sum(last - first + 1 for first, last in item.spans)
 
 
-def _orders(items: list[Item]) -> Iterable[tuple[list[int], bool]]:
+def _orders(items: list[TensorLifetime]) -> Iterable[tuple[list[int], bool]]:
     """Orders to try, each with lowest fit or (true) tightest fit: by size, by rough size and lifetime, by lifetime, by
     rough size and start, by size times the root of the lifetime.
     """
@@ -157,7 +157,7 @@ def _orders(items: list[Item]) -> Iterable[tuple[list[int], bool]]:
 
 
 def _assign(
-    items: list[Item], order: list[int], base: int, length: int, *, below: int, tight: bool
+    items: list[TensorLifetime], order: list[int], base: int, length: int, *, below: int, tight: bool
 ) -> tuple[list[int], int | None]:
     """Place the items in `order`, each in the lowest (or, if `tight`, the smallest) gap that is free over all of its
     spans. Returns the offsets, and the first item that would end at `below` or higher, at which placement stopped;
@@ -184,7 +184,7 @@ class _Ranks:
     `RESTART` tries. The random numbers are seeded, so the order is reproducible.
     """
 
-    def __init__(self, items: list[Item], *, few: bool) -> None:
+    def __init__(self, items: list[TensorLifetime], *, few: bool) -> None:
         self.few = few
         self.log_size = [math.log(item.size) for item in items]
         self.life = [_life(item) for item in items]
@@ -213,13 +213,13 @@ class _Ranks:
                 self.raised[kind] = self.raised.get(kind, 0.0) + self.chance.gauss(0.0, SPREAD)
 
 
-def _work(items: list[Item]) -> int:
+def _work(items: list[TensorLifetime]) -> int:
     least, each = WORK
     return max(least, each * len(items))
 
 
 def by_groups(
-    items: list[Item],
+    items: list[TensorLifetime],
     base: int,
     length: int,
     goal: int,
@@ -245,7 +245,7 @@ class _Groups:
     """The packing at one height, where a lifetime of `longest` entries or more counts as long."""
 
     def __init__(
-        self, items: list[Item], base: int, length: int, goal: int, longest: float, work: int, deadline: float
+        self, items: list[TensorLifetime], base: int, length: int, goal: int, longest: float, work: int, deadline: float
     ) -> None:
         self.items = items
         self.base = base

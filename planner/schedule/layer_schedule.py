@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 from tightfit.planner.instructions import Verb
 from tightfit.planner.problem.layer_figures import SCALE, LayerFigures
-from tightfit.planner.problem.layer_types import LayerType, Mode, Update, compute_seconds, transfer_seconds, weight_uses
+from tightfit.planner.problem.layer_types import (
+    LayerType,
+    Mode,
+    TrainableUpdate,
+    compute_seconds,
+    transfer_seconds,
+    weight_uses,
+)
 from tightfit.planner.problem.step_graph import STATE_PREFIXES, SUM, state_names
 
 Action = tuple[Verb, str]
@@ -123,7 +130,7 @@ def _resident_states(kind: LayerType, decision: Decision) -> set[str]:
     }
 
 
-def state_names_of(update: Update) -> tuple[str, ...]:
+def state_names_of(update: TrainableUpdate) -> tuple[str, ...]:
     return state_names(update.trainable, update.roles)
 
 
@@ -244,7 +251,7 @@ class _Expansion:
     def _backward(self) -> Iterable[Action]:
         kind = self.kind
         resident = set(self.kept) | set(kind.enters_backward)
-        updates: dict[int, list[Update]] = {}
+        updates: dict[int, list[TrainableUpdate]] = {}
         for update in kind.updates:
             updates.setdefault(update.after, []).append(update)
         unpacked = {w for w, mode in self.modes.items() if mode.backward_gap == "unpacked"}
@@ -291,7 +298,7 @@ class _Expansion:
                     yield from self._accumulate(update) if kind.apart else self._update(update)
         yield from (("free", value) for value in sorted(kind.closes_backward))
 
-    def _update(self, update: Update) -> Iterable[Action]:
+    def _update(self, update: TrainableUpdate) -> Iterable[Action]:
         """Update a trainable. Where that is apart, all that is on disk is fetched; the sum is not written, as the next step
         begins another.
         """
@@ -309,7 +316,7 @@ class _Expansion:
         if not self.kind.apart:
             yield ("free", update.gradient)
 
-    def _accumulate(self, update: Update) -> Iterable[Action]:
+    def _accumulate(self, update: TrainableUpdate) -> Iterable[Action]:
         """Add a gradient to its sum; one that stands alone is copied, over whatever was there."""
         name = f"{SUM}{update.trainable}"
         away = update.trainable in self.decision.states

@@ -1,7 +1,7 @@
 """Lowers the layers' decisions to one schedule of the step: windows joined, names made global, sizes and seconds
 attached.
 
-The result is a list of `Entry` per phase, still without arena offsets. Each transfer stands where its tensor is needed
+The result is a list of `DraftInstruction` per phase, still without arena offsets. Each transfer stands where its tensor is needed
 or made; `prefetch` moves transfers, `arena` gives every tensor its offset, and `instructions` writes the plan's
 instruction list.
 """
@@ -45,7 +45,7 @@ NAMED: dict[Verb, type[Free | Spill | Update]] = {kind.verb: kind for kind in (F
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class DraftInstruction:
     """One instruction of a schedule whose tensors have no arena offsets yet."""
 
     verb: Verb
@@ -66,9 +66,9 @@ class Entry:
 class Draft:
     """The schedules of a training step and of an evaluation, before tensors have arena offsets."""
 
-    train: tuple[Entry, ...]
-    evaluate: tuple[Entry, ...]
-    update: tuple[Entry, ...]
+    train: tuple[DraftInstruction, ...]
+    evaluate: tuple[DraftInstruction, ...]
+    update: tuple[DraftInstruction, ...]
     """where updates are apart, those of all trainables after the last step of an update"""
     resident: tuple[str, ...]
     """tensors resident across steps"""
@@ -82,7 +82,7 @@ class Draft:
     """
 
     @property
-    def beside(self) -> tuple[Entry, ...]:
+    def beside(self) -> tuple[DraftInstruction, ...]:
         """The schedules that run beside the training step, one after the other: each begins and ends with the tensors
         `resident`.
         """
@@ -102,7 +102,7 @@ def draft(
     return _Joiner(problem, columns, segments).join(passages or {}, tuple(perturbed))
 
 
-def made_by(entry: Entry) -> tuple[str, ...]:
+def made_by(entry: DraftInstruction) -> tuple[str, ...]:
     """Tensors that the entry makes resident, or writes to again if they are resident already."""
     if entry.verb == "run":
         return tuple(name for name in entry.outputs if name is not None)
@@ -175,12 +175,12 @@ class _Joiner:
             remade=self.passes.remade(train) if self.passes.layers else frozenset(),
         )
 
-    def _ahead(self, layer: int) -> Iterable[Entry]:
+    def _ahead(self, layer: int) -> Iterable[DraftInstruction]:
         """The layer's forward window; in a segment, its first pass."""
         script = self.scripts[layer]
         return self._entries(layer, self.passes.first(layer, script) if layer in self.passes.layers else script.forward)
 
-    def _second_pass(self, layer: int) -> Iterable[tuple[Entry, int]]:
+    def _second_pass(self, layer: int) -> Iterable[tuple[DraftInstruction, int]]:
         """The second pass of the segment that ends with this layer, each entry with the layer it belongs to; empty for
         other layers.
         """
@@ -190,7 +190,7 @@ class _Joiner:
                 (entry, inner) for entry in self._entries(inner, self.passes.second(inner, self.scripts[inner]))
             )
 
-    def _twice(self, forward: list[Entry], trainables: tuple[str, ...]) -> list[Entry]:
+    def _twice(self, forward: list[DraftInstruction], trainables: tuple[str, ...]) -> list[DraftInstruction]:
         """The step of MeZO: a forward with the trainables shifted by +epsilon, one by -epsilon (a shift of -2), and the
         updates, which undo the shift and move the trainables.
         """
@@ -200,7 +200,7 @@ class _Joiner:
             joined += forward
         return [*joined, *(self._entry("update", name, -1) for name in trainables)]
 
-    def _passed(self, layer: int, passages: Passages) -> Iterable[Entry]:
+    def _passed(self, layer: int, passages: Passages) -> Iterable[DraftInstruction]:
         """For a skipped layer: the gradient of its output, taken for that of its input (see
         `passage` in the glossary).
         """
@@ -208,7 +208,7 @@ class _Joiner:
         if passage is not None:
             yield replace(self._entry("pass", passage[0], layer), outputs=passage)
 
-    def _outcome(self) -> Iterable[Entry]:
+    def _outcome(self) -> Iterable[DraftInstruction]:
         profile = self.problem.profile
         for name in (profile.token_losses, profile.loss):
             if name is not None:
@@ -223,11 +223,11 @@ class _Joiner:
                 return prefix + self.problem.name(layer, name[len(prefix) :])
         return self.problem.name(layer, name)
 
-    def _entries(self, layer: int, script: Iterable[Action]) -> Iterable[Entry]:
+    def _entries(self, layer: int, script: Iterable[Action]) -> Iterable[DraftInstruction]:
         for verb, name in script:
             if verb == "run":
                 step = self.steps[layer, int(name)]
-                yield Entry(
+                yield DraftInstruction(
                     verb=verb,
                     name="",
                     layer=layer,
@@ -239,7 +239,7 @@ class _Joiner:
             else:
                 yield self._entry(verb, self._global(layer, name), layer)
 
-    def _entry(self, verb: Verb, name: str, layer: int) -> Entry:
+    def _entry(self, verb: Verb, name: str, layer: int) -> DraftInstruction:
         seconds = transfer = 0.0
         device = self.problem.profile.device
         if verb == "read":
@@ -257,11 +257,16 @@ class _Joiner:
             seconds = clipped_seconds(self.tensors[name], self.problem.profile.optimizer)
         elif verb in {"update", "perturb"}:
             seconds = self.tensors[name].update_seconds
-        return Entry(verb=verb, name=name, layer=layer, operator=-1, outputs=(), seconds=seconds, transfer=transfer)
+        return DraftInstruction(
+            verb=verb, name=name, layer=layer, operator=-1, outputs=(), seconds=seconds, transfer=transfer
+        )
 
 
 def instructions(
-    problem: Layered, entries: Iterable[Entry], resident: Mapping[str, int], offsets: Mapping[tuple[int, str], int]
+    problem: Layered,
+    entries: Iterable[DraftInstruction],
+    resident: Mapping[str, int],
+    offsets: Mapping[tuple[int, str], int],
 ) -> list[Instruction]:
     """The plan's instruction list. `resident`: tensor resident across steps -> arena offset; `offsets`: (index of the
     entry, tensor that it makes) -> arena offset.
@@ -299,7 +304,7 @@ def instructions(
     return result
 
 
-def live_profile(entries: tuple[Entry, ...], resident: Iterable[str], sizes: Mapping[str, int]) -> list[int]:
+def live_profile(entries: tuple[DraftInstruction, ...], resident: Iterable[str], sizes: Mapping[str, int]) -> list[int]:
     """Bytes resident during each entry: with the tensors that it makes and those that it frees."""
     there = set(resident)
     live = sum(sizes[name] for name in there)

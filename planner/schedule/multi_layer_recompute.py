@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from tightfit.planner.instructions import Run
 from tightfit.planner.problem.layer_types import ALWAYS, Layered
-from tightfit.planner.problem.step_graph import Step
+from tightfit.planner.problem.step_graph import StepOperator
 from tightfit.planner.schedule.layer_schedule import Action, Script
 
 if TYPE_CHECKING:
-    from tightfit.planner.schedule.lowering import Entry
+    from tightfit.planner.schedule.lowering import DraftInstruction
     from tightfit.planner.schema import Plan
 
 Segments = tuple[tuple[int, int], ...]
@@ -41,7 +41,7 @@ def repeatable(problem: Layered) -> Segments:
     count = len(problem.layer_type)
     outcome = {profile.loss, profile.token_losses}
 
-    def twice(step: Step) -> bool:
+    def twice(step: StepOperator) -> bool:
         if not step.recomputable:
             return False
         for name in filter(None, step.outputs):
@@ -170,7 +170,7 @@ class Passes:
         yield from (("fetch", value) for value in sorted(away))
         yield from (action for action in script.forward if action[0] != "spill" or action[1] not in away)
 
-    def settled(self, entries: Sequence[tuple[Entry, int]]) -> tuple[Entry, ...]:
+    def settled(self, entries: Sequence[tuple[DraftInstruction, int]]) -> tuple[DraftInstruction, ...]:
         """The step's entries with their frees placed anew, each after the tensor's last use before it is made again,
         and without operators of a second pass whose outputs nothing reads. `entries`: (entry, layer whose second pass
         it belongs to, or -1).
@@ -180,7 +180,7 @@ class Passes:
         storages, steps = self.problem.graph.storages, self.problem.graph.steps
         makers = {name: steps[storages[name].producers[0]] for name in self.names}
         live: set[str] = set()
-        kept: list[tuple[Entry, int]] = []
+        kept: list[tuple[DraftInstruction, int]] = []
         for entry, again in reversed(entries):
             if entry.verb == "free" and entry.name in self.names:
                 continue
@@ -203,7 +203,7 @@ class Passes:
         assert not live, f"{sorted(live)} are used before they are made"
         return tuple(self._without_idle_weights(kept[::-1]))
 
-    def _without_idle_weights(self, entries: Sequence[tuple[Entry, int]]) -> Iterator[Entry]:
+    def _without_idle_weights(self, entries: Sequence[tuple[DraftInstruction, int]]) -> Iterator[DraftInstruction]:
         """Leave out reads, unpackings and frees of weights in a second pass whose operators were left out."""
         busy: dict[int, set[str]] = {layer: set() for layer in self.layers}
         verbs: dict[tuple[int, str], set[str]] = {}
@@ -226,7 +226,7 @@ class Passes:
                         continue
             yield entry
 
-    def remade(self, entries: Iterable[Entry]) -> frozenset[str]:
+    def remade(self, entries: Iterable[DraftInstruction]) -> frozenset[str]:
         """Tensors that layers in segments need for their backwards and that some operator makes a second time.
 
         `entries` are those that `settled` returned.
@@ -246,5 +246,5 @@ class Passes:
         return frozenset(again & wanted)
 
 
-def _free(entry: Entry, name: str) -> Entry:
+def _free(entry: DraftInstruction, name: str) -> DraftInstruction:
     return replace(entry, verb="free", name=name, operator=-1, outputs=(), seconds=0.0, transfer=0.0)

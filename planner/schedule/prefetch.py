@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tightfit.planner.problem.step_graph import STATES, SUM, state_names
-from tightfit.planner.schedule.lowering import Entry, live_profile
+from tightfit.planner.schedule.lowering import DraftInstruction, live_profile
 
 LEADS = (1.05, 1.5, 3.0)
 """factors by which the passes, one after the other, assume transfers to take longer than measured: the larger, the
@@ -79,12 +79,12 @@ AnyRoom = TypeVar("AnyRoom", bound=Room)
 
 
 def prefetch(
-    entries: tuple[Entry, ...],
+    entries: tuple[DraftInstruction, ...],
     inputs: Inputs,
     resident: Iterable[str],
     sizes: Mapping[str, int],
     limit: int,
-) -> tuple[Entry, ...]:
+) -> tuple[DraftInstruction, ...]:
     """`entries` with transfers issued earlier and spilled tensors freed later, within `limit` bytes resident.
 
     `inputs`: tensors read by the operator (layer, operator).
@@ -95,7 +95,7 @@ def prefetch(
 
 
 def best_order(
-    facts: Facts, inputs: Inputs, room: Callable[[], AnyRoom], deadline: float = float("inf")
+    facts: ScheduleFacts, inputs: Inputs, room: Callable[[], AnyRoom], deadline: float = float("inf")
 ) -> tuple[list[int], AnyRoom] | None:
     """The fastest of a few passes, one for each of `LEADS`: positions of the entries in their new order, and the room
     as the pass left it.
@@ -124,7 +124,7 @@ def best_order(
     return best
 
 
-def clock(entries: Sequence[Entry], inputs: Inputs) -> Timing:
+def clock(entries: Sequence[DraftInstruction], inputs: Inputs) -> Timing:
     """Seconds and stalls of the entries, on one sequential compute timeline and one disk that serves requests in the
     order of issue.
     """
@@ -150,7 +150,7 @@ def clock(entries: Sequence[Entry], inputs: Inputs) -> Timing:
     return Timing(seconds=max(now, disk), stalls=stalls)
 
 
-def _read_by(entry: Entry, inputs: Inputs) -> tuple[str, ...]:
+def _read_by(entry: DraftInstruction, inputs: Inputs) -> tuple[str, ...]:
     """Tensors whose transfers must have landed before the entry begins."""
     if entry.verb == "run":
         return inputs[entry.layer, entry.operator]
@@ -163,16 +163,16 @@ def _read_by(entry: Entry, inputs: Inputs) -> tuple[str, ...]:
     return ()
 
 
-def target_of(entry: Entry) -> str:
+def target_of(entry: DraftInstruction) -> str:
     """The tensor that the transfer fills (read, fetch) or copies (spill)."""
     return f"packed:{entry.name}" if entry.verb == "read" else entry.name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ScheduleFacts:
     """Facts about the drafted schedule that all passes share."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[DraftInstruction, ...]
     sizes: Mapping[str, int]
     live: Counts
     """bytes resident during each entry: with the tensors that it makes and those that it frees"""
@@ -184,7 +184,7 @@ class Facts:
     """per read: the first position at which an earlier copy of its tensor is no longer resident"""
 
 
-def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[str, int]) -> Facts:
+def facts_of(entries: tuple[DraftInstruction, ...], start: frozenset[str], sizes: Mapping[str, int]) -> ScheduleFacts:
     """Facts of a draft that begins with the tensors `start` resident; `sizes` in bytes."""
     now = 0.0
     begins: list[float] = []
@@ -199,7 +199,7 @@ def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[s
         elif entry.verb in {"read", "fetch"}:
             reads.append(index)
             earliest.append(freed.get(target_of(entry), 0))
-    return Facts(
+    return ScheduleFacts(
         entries=entries,
         sizes=sizes,
         live=np.array(live_profile(entries, start, sizes), dtype=np.int64),
@@ -212,7 +212,7 @@ def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[s
 class Bytes:
     """`Room` by counting bytes: a tensor fits if the resident bytes stay within `limit`."""
 
-    def __init__(self, facts: Facts, limit: int) -> None:
+    def __init__(self, facts: ScheduleFacts, limit: int) -> None:
         self.facts = facts
         self.free = limit - facts.live
         self.held = 0
@@ -244,7 +244,7 @@ class Bytes:
 class _Disk:
     """One pass over the entries, which simulates computation and disk and decides when each transfer is issued."""
 
-    def __init__(self, facts: Facts, inputs: Inputs, room: Room, lead: float) -> None:
+    def __init__(self, facts: ScheduleFacts, inputs: Inputs, room: Room, lead: float) -> None:
         self.facts = facts
         self.inputs = inputs
         self.room = room
@@ -315,7 +315,7 @@ class _Disk:
         self.waited += max(0.0, until - self.now)
         self.now = max(self.now, until)
 
-    def _ready(self, entry: Entry) -> float:
+    def _ready(self, entry: DraftInstruction) -> float:
         """When all tensors that the entry reads have landed."""
         ready = self.now
         if self.landing:
@@ -323,7 +323,7 @@ class _Disk:
                 ready = max(ready, self.landing.pop(name, 0.0))
         return ready
 
-    def _make_room(self, index: int, entry: Entry) -> None:
+    def _make_room(self, index: int, entry: DraftInstruction) -> None:
         """Wait for writes, and carry out the frees that are held back, until the entry's tensors fit and no old copy of
         the tensor it fetches is left.
         """

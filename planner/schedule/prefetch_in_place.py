@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from tightfit.planner.problem.step_graph import aligned
 from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
-from tightfit.planner.schedule.arena_packing import Item
+from tightfit.planner.schedule.arena_packing import TensorLifetime
 from tightfit.planner.schedule.free_ranges import ENDLESS
-from tightfit.planner.schedule.lowering import Draft, Entry
-from tightfit.planner.schedule.prefetch import Bytes, Facts, Inputs, best_order, facts_of, target_of
+from tightfit.planner.schedule.lowering import Draft, DraftInstruction
+from tightfit.planner.schedule.prefetch import Bytes, Inputs, ScheduleFacts, best_order, facts_of, target_of
 from tightfit.planner.search_options import ALL, SearchOptions
 
 STRIDE = 8
@@ -35,7 +35,7 @@ def prefetch_in_place(
     deadline: float = float("inf"),
     placed: Placed | None = None,
     options: SearchOptions = ALL,
-) -> tuple[tuple[Entry, ...], ArenaLayout]:
+) -> tuple[tuple[DraftInstruction, ...], ArenaLayout]:
     """The draft's training schedule with transfers moved, and its layout, in an arena of `room` bytes. If the draft
     finds no layout within `room`, no transfer is moved and the layout is larger.
 
@@ -66,7 +66,7 @@ class _Places(Bytes):
     entries.
     """
 
-    def __init__(self, facts: Facts, items: Sequence[Item], room: int) -> None:
+    def __init__(self, facts: ScheduleFacts, items: Sequence[TensorLifetime], room: int) -> None:
         super().__init__(facts, room)
         self.room = room
         self.items = [copy.copy(item) for item in items]

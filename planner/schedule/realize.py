@@ -11,7 +11,7 @@ from tightfit.planner.problem.gradients import Passages
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
 from tightfit.planner.schedule.layer_schedule import Column
-from tightfit.planner.schedule.lowering import Draft, Entry, draft, live_profile
+from tightfit.planner.schedule.lowering import Draft, DraftInstruction, draft, live_profile
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.schedule.prefetch import Bytes, Inputs, best_order, clock, facts_of, prefetch
 from tightfit.planner.schedule.prefetch_in_place import prefetch_in_place
@@ -33,7 +33,7 @@ class Schedule:
     problem: Layered
     columns: tuple[Column, ...]
     draft: Draft
-    train: tuple[Entry, ...]
+    train: tuple[DraftInstruction, ...]
     arena: ArenaLayout
     seconds: float
     stalls: float
@@ -48,7 +48,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class CyclePart:
     """One step of a policy's cycle: the part of the whole step that it computes, and its layers' decisions."""
 
     problem: Layered
@@ -87,13 +87,13 @@ def realize(
 
     Past `deadline`, on the monotonic clock, the first order of transfers and the first arena that fits are taken.
     """
-    part = Part(problem=problem, columns=columns, segments=segments)
+    part = CyclePart(problem=problem, columns=columns, segments=segments)
     joined = part.draft()
     return _carry_out(part, joined, limit, _charged(problem, [joined]), deadline, options=options)
 
 
 def _carry_out(
-    part: Part,
+    part: CyclePart,
     joined: Draft,
     limit: int,
     charged: int,
@@ -152,7 +152,7 @@ def _carry_out(
     return _schedule(part, joined, train, arena, charged), arena.bytes - room
 
 
-def _ahead(joined: Draft, inputs: Inputs, room: int) -> tuple[Entry, ...]:
+def _ahead(joined: Draft, inputs: Inputs, room: int) -> tuple[DraftInstruction, ...]:
     """The updates that are apart, with the tensors of the next trainable fetched while one is updated, and those of the one
     before written.
     """
@@ -163,11 +163,13 @@ def _ahead(joined: Draft, inputs: Inputs, room: int) -> tuple[Entry, ...]:
 
 def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:
     """A schedule of the columns in the smallest arena found, with transfers moved as far as its size allows."""
-    return smallest_cycle([Part(problem=problem, columns=columns)], deadline)
+    return smallest_cycle([CyclePart(problem=problem, columns=columns)], deadline)
 
 
 @paused_collector()
-def realize_cycle(parts: Sequence[Part], limit: int, deadline: float = float("inf")) -> tuple[Schedule | None, int]:
+def realize_cycle(
+    parts: Sequence[CyclePart], limit: int, deadline: float = float("inf")
+) -> tuple[Schedule | None, int]:
     """Schedules of all steps of a policy's cycle within `limit` bytes of arena and all their instructions, or None and
     the bytes by which one of them fails. Past `deadline`, on the monotonic clock, as `realize`.
     """
@@ -183,7 +185,7 @@ def realize_cycle(parts: Sequence[Part], limit: int, deadline: float = float("in
 
 
 @paused_collector()
-def smallest_cycle(parts: Sequence[Part], deadline: float = float("inf")) -> Schedule:
+def smallest_cycle(parts: Sequence[CyclePart], deadline: float = float("inf")) -> Schedule:
     """Schedules of all steps of a policy's cycle in the smallest arena found, with transfers moved as far as its size
     allows.
     """
@@ -224,7 +226,9 @@ def _charged(problem: Layered, drafts: Sequence[Draft]) -> int:
     return problem.profile.device.floor.instruction_bytes * count
 
 
-def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: ArenaLayout, charged: int) -> Schedule:
+def _schedule(
+    part: CyclePart, joined: Draft, train: tuple[DraftInstruction, ...], arena: ArenaLayout, charged: int
+) -> Schedule:
     problem = part.problem
     timing, apart = clock(train, problem.inputs), clock(joined.update, problem.inputs)
     share = 1 / problem.profile.accumulate

@@ -26,10 +26,10 @@ def replay(plan: Plan) -> Simulation:
         raise InputError(
             f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"
         )
-    return _Replay(plan, plan.train.instructions).run()
+    return _GraphReplay(plan, plan.train.instructions).run()
 
 
-class _Replay:
+class _GraphReplay:
     def __init__(self, plan: Plan, instructions: list[Instruction]) -> None:
         self.plan = plan
         self.instructions = instructions

@@ -26,7 +26,7 @@ from tightfit.planner.solve.integer_rounding import Rounding, WindowBytes, round
 from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp, MasterLpAnswer, goal
 from tightfit.planner.solve.pricing import Pool, Prices
 from tightfit.planner.solvers.highs import MARGIN
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 
 JOINT_BINARIES = 150
 """models with at most so many integer variables are solved as one program, to optimality"""
@@ -96,7 +96,7 @@ class ColumnGeneration:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def _rows(self, program: Program, layers: list[Terms]) -> StepConstraints:
+    def _rows(self, program: LinearProgram, layers: list[Terms]) -> StepConstraints:
         return add_step_constraints(program, self.pool.problem, layers, careful=self.relaxation.careful)
 
     def report(self, stage: str, incumbent: float, bound: float) -> None:
@@ -121,7 +121,7 @@ class ColumnGeneration:
         if self.limit_bytes is not None and self.limit_bytes < 0:
             return None
         problem = self.pool.problem
-        program = Program()
+        program = LinearProgram()
         blocks = [LayerProgram(program, problem.types[kind]) for kind in problem.layer_type]
         layers = [block.figures() for block in blocks]
         rows = self._rows(program, layers)
@@ -370,7 +370,7 @@ class ColumnGeneration:
         if limit_bytes is not None and limit_bytes < 0:
             return None
         problem = self.pool.problem
-        program = Program()
+        program = LinearProgram()
         layers: list[Terms] = []
         picks: list[list[int]] = []
         for kind, allowed in zip(problem.layer_type, candidates):

@@ -25,7 +25,7 @@ from tightfit.planner.problem.gradients import (
 from tightfit.planner.problem.layer_types import Layered, LayerType, Mode
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.schedule.multi_layer_recompute import Segments, sqrt_segments
-from tightfit.planner.schedule.realize import Part
+from tightfit.planner.schedule.realize import CyclePart
 from tightfit.planner.search_options import check_policy
 from tightfit.profiles.schema import MOBILLM, Profile
 from tightfit.runtime.common.errors import InputError
@@ -123,7 +123,7 @@ def refused_of(profile: Profile) -> dict[str, str]:
     return found
 
 
-def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:
+def policy_parts(problem: Layered, policy: str) -> tuple[CyclePart, ...]:
     """The policy's steps, in turn, with its decision for every layer.
 
     Raises InputError for a name that is no policy, and where the policy means nothing for the model.
@@ -135,18 +135,18 @@ def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:
     return (rule_part(problem, policy),)
 
 
-def rule_part(problem: Layered, policy: str) -> Part:
+def rule_part(problem: Layered, policy: str) -> CyclePart:
     """The step of a policy that follows the exact gradient."""
     segments = SEGMENTED[policy](problem) if policy in SEGMENTED else ()
-    return Part(problem=problem, columns=rule_columns(problem, POLICIES[policy]), segments=segments)
+    return CyclePart(problem=problem, columns=rule_columns(problem, POLICIES[policy]), segments=segments)
 
 
-def _part(step: PartialStep) -> Part:
+def _part(step: PartialStep) -> CyclePart:
     problem = layered(step.profile)
     sizes = {tensor.name: tensor.bytes for tensor in step.profile.tensors}
     # The noise of one trainable at a time.
     noise = max((sizes[name] for name in step.perturbed), default=0)
-    return Part(
+    return CyclePart(
         problem=replace(problem, workspace_bytes=max(problem.workspace_bytes, noise)),
         columns=rule_columns(problem, mebp),
         skipped=step.skipped,

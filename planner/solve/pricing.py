@@ -21,7 +21,7 @@ from tightfit.planner.problem.layer_figures import FIELDS, MS
 from tightfit.planner.problem.layer_types import Layered, LayerType
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.search_options import ALL, SearchOptions
-from tightfit.planner.solvers.lp import INFINITY, OBJECTIVE_ONLY, Linear, Program
+from tightfit.planner.solvers.lp import INFINITY, OBJECTIVE_ONLY, Linear, LinearProgram
 from tightfit.planner.solvers.solver_interrupts import uninterrupted
 
 HELD = ("between", "outside")
@@ -140,7 +140,7 @@ class Pool:
             kind = self.problem.types[number]
             if seconds < BLOCK_SECONDS * (len(kind.forward) + len(kind.backward)) ** 2:
                 raise TimeoutError
-            self.blocks[number] = LayerProgram(Program(), kind)
+            self.blocks[number] = LayerProgram(LinearProgram(), kind)
         return self.blocks[number]
 
     def bound(self, kind: int, prices: Prices) -> float:

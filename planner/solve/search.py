@@ -11,7 +11,7 @@ from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.layer_figures import KIB
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.layer_schedule import Column
-from tightfit.planner.schedule.realize import Part, Schedule, smallest_arena
+from tightfit.planner.schedule.realize import CyclePart, Schedule, smallest_arena
 from tightfit.planner.search_options import ALL, HELD_UP, Progress, SearchOptions
 from tightfit.planner.solve.budget_search import CARRY_SECONDS, BudgetSearch
 from tightfit.planner.solve.column_generation import JOINT_BINARIES, ColumnGeneration
@@ -100,7 +100,7 @@ class Solver:
         return pool
 
     @cached_property
-    def _rules(self) -> tuple[Part, ...]:
+    def _rules(self) -> tuple[CyclePart, ...]:
         parts = [rule_part(self.problem, policy) for policy in POLICIES]
         return tuple(sorted(parts, key=lambda part: part.computing_seconds))
 
@@ -361,7 +361,7 @@ class Solver:
                     return
                 attempt.carry(columns, part.segments)
 
-    def _may_fit(self, part: Part, limit: int) -> bool:
+    def _may_fit(self, part: CyclePart, limit: int) -> bool:
         """Whether a fixed rule may fit `limit` bytes of arena and instructions."""
         # With segments a rule holds less than its columns' figures say.
         return bool(part.segments) or charged_bytes(self.problem, part.columns) <= limit

@@ -87,7 +87,7 @@ class Solution:
     infeasible: bool
 
 
-class Program:
+class LinearProgram:
     """A linear or integer program to be minimised; variables and rows can be added until it is first solved."""
 
     def __init__(self) -> None:
@@ -198,7 +198,7 @@ class Program:
         return model
 
 
-class Growing(Program):
+class Growing(LinearProgram):
     """A linear program that is solved repeatedly by Glop, each time from its last basis; columns may be added in
     between.
     """

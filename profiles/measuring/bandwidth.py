@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tightfit.runtime.engine.cpu.pages import HUGE_BYTES, make_pages
 from tightfit.runtime.engine.cpu.products import multiply
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.spill import SpillFile
 
 SIZES = (64 << 10, 2 << 20)
@@ -48,7 +48,7 @@ def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, Any]]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = SpillFile(str(folder), SCRATCH_BYTES)
-    channel = Channel()
+    channel = TransferChannel()
     try:
         buffer = make_pages(SIZES[-1] + HUGE_BYTES, used=True)
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
@@ -66,9 +66,9 @@ def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, Any]]:
 
 
 def measure_transfers(
-    channel: Channel, transfers: Mapping[str, Transfer], address: int, group: Group
+    channel: TransferChannel, transfers: Mapping[str, Transfer], address: int, group: Group
 ) -> dict[str, dict[str, Any]]:
-    """`Channel` fields for each kind of transfer, measured while `group` computes and `QUEUED` transfers wait in the queue, as in a
+    """`TransferChannel` fields for each kind of transfer, measured while `group` computes and `QUEUED` transfers wait in the queue, as in a
     run.
 
     Latency and seconds per byte are those of the line through the mean times of small and of large transfers. A
@@ -134,7 +134,7 @@ def _line(seconds: Sequence[float]) -> tuple[float, float]:
     return max(0.0, small_seconds - per_byte * small), per_byte
 
 
-def _alone(channel: Channel, transfer: Transfer, address: int, size: int, offset: int) -> float:
+def _alone(channel: TransferChannel, transfer: Transfer, address: int, size: int, offset: int) -> float:
     """Seconds from requesting a transfer until it is done, with no computation running."""
     begin = time.perf_counter()
     channel.wait(channel.submit(lambda: transfer(address, size, offset)))
@@ -142,7 +142,7 @@ def _alone(channel: Channel, transfer: Transfer, address: int, size: int, offset
 
 
 def _beside(
-    channel: Channel, group: Group, transfer: Transfer, address: int, size: int, offsets: Sequence[int]
+    channel: TransferChannel, group: Group, transfer: Transfer, address: int, size: int, offsets: Sequence[int]
 ) -> tuple[list[float], float, int]:
     """(seconds of each transfer, seconds of the groups that ran meanwhile, number of those groups)."""
     done: list[float] = []

@@ -2,7 +2,7 @@
 
 A process under a quota computes at full speed until its share of a period (mostly 0.1 s) is used up, and then stands still
 until the next one. An operator that is timed alone mostly meets none of these pauses, a training step meets all of them.
-So operators are timed by a clock that stands still with the process (`Clock`), and their seconds multiplied by what the
+So operators are timed by a clock that stands still with the process (`QuotaClock`), and their seconds multiplied by what the
 quota costs (`slowdown`).
 """
 
@@ -34,7 +34,7 @@ def slowdown(threads: int, quota: float | None) -> float:
     return 1.0 if quota is None else max(1.0, threads / quota)
 
 
-class Clock:
+class QuotaClock:
     """Seconds in which this process was not held up by a quota, for a computation with `threads` threads.
 
     The kernel counts what it held up on one processor after the other, once it goes on, so that a single difference of two

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.measuring.cpu_load import Others
-from tightfit.profiles.measuring.cpu_quota import Clock
+from tightfit.profiles.measuring.cpu_quota import QuotaClock
 from tightfit.profiles.measuring.kernels import kernel_bytes
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
@@ -338,7 +338,7 @@ def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: An
         outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
         calls.append(partial(_run, compile_operator(operator, values, KERNELS), tensors, outputs, store))
     times: list[list[float]] = [[] for _ in calls]
-    clock = Clock(torch_threads())
+    clock = QuotaClock(torch_threads())
     started = time.perf_counter()
     for turn in range(ROUNDS[1]):
         for call, taken in zip(calls, times, strict=True):
@@ -468,9 +468,9 @@ def measure_update(elements: int, accumulate: int) -> float:
     """
     import torch
 
-    from tightfit.runtime.engine.kernels.optimizer import AdamW, Update
+    from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate
 
-    update, count = Update(AdamW(), accumulate), 4 + (accumulate > 1)
+    update, count = GradientUpdate(AdamW(), accumulate), 4 + (accumulate > 1)
     copies = max(1, min(MOST_CALLS, UPDATED_BYTES // (4 * count * elements)))
     sets, between = torch.full((copies, count, elements), 1e-3), other_work()
 
@@ -513,9 +513,9 @@ def measure_adafactor(shape: Sequence[int]) -> float:
     """Seconds of one update by Adafactor of a trainable of this shape."""
     import torch
 
-    from tightfit.runtime.engine.kernels.optimizer import FACTORED, Adafactor, Update, state_shape
+    from tightfit.runtime.engine.kernels.optimizer import FACTORED, Adafactor, GradientUpdate, state_shape
 
-    update = Update(Adafactor())
+    update = GradientUpdate(Adafactor())
     update.begin(1)
     parameter, gradient = (torch.full(tuple(shape), 1e-3) for _ in range(2))
     state = torch.full(state_shape(FACTORED, shape), 1e-6)
@@ -556,7 +556,7 @@ def _seconds_of(call: Callable[[int], None], seconds: float = 0.2, between: Call
     """Seconds that `call` takes, which is given the number of the call, measured for about `seconds`. `between` is called before
     each call and not timed.
     """
-    clock = Clock(torch_threads())
+    clock = QuotaClock(torch_threads())
     times: list[float] = []
     started = time.perf_counter()
     turn = 0

@@ -8,7 +8,7 @@ from typing import Any
 from tightfit.profiles.schema import Layer, Operator, Program, Record
 
 
-class Step(Record):
+class AnswerStep(Record):
     """The forward of so many new tokens, whose attention is `runtime.engine.generation.names.ATTEND`; the result is the hidden states, float32 [tokens, H]."""
 
     tokens: int
@@ -28,7 +28,7 @@ class Step(Record):
 class AnswerSteps(Record):
     """A step of one token and one of a group, and the head."""
 
-    steps: list[Step]
+    steps: list[AnswerStep]
     head: str
     """name of its matrix in the store"""
     bias: str | None
@@ -37,7 +37,7 @@ class AnswerSteps(Record):
     vocab: int
 
     @property
-    def one(self) -> Step:
+    def one(self) -> AnswerStep:
         return self.steps[0]
 
 

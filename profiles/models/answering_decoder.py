@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from tightfit.profiles.models.answer_steps import AnswerSteps, Step, operand_of
+from tightfit.profiles.models.answer_steps import AnswerStep, AnswerSteps, operand_of
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS
 from tightfit.profiles.tracing.trace import trace_forward
@@ -78,7 +78,7 @@ def answer_steps(
         why = module.refuse()
         if why is not None:
             raise refused(why)
-        steps.append(Step(tokens=tokens, programs=made.programs, layers=made.layers, result=made.loss))
+        steps.append(AnswerStep(tokens=tokens, programs=made.programs, layers=made.layers, result=made.loss))
         missing = sorted(_held(steps[-1]).difference(stored))
         if missing:
             raise refused(f"it reads a constant ({missing[0]}) that no checkpoint holds")
@@ -98,7 +98,7 @@ def answer_steps(
     )
 
 
-def _held(step: Step) -> set[str]:
+def _held(step: AnswerStep) -> set[str]:
     """Names of what a step reads of the store."""
     programs = {program.name: program for program in step.programs}
     return {
@@ -109,7 +109,7 @@ def _held(step: Step) -> set[str]:
     }
 
 
-def _side_by_side(step: Step) -> bool:
+def _side_by_side(step: AnswerStep) -> bool:
     """Whether the rows of several groups lie one after the other, where those of each group do, in what is multiplied with matrices, what
     is made so, and the result.
     """

@@ -43,7 +43,7 @@ class FirstAdapter(nn.Module):
         return F.linear(F.silu(F.linear(x, self.down.weight)), self.up.weight)
 
 
-class Adapter(FirstAdapter):
+class SideAdapter(FirstAdapter):
     """state + up(silu(down(g a / rms(a) + (1 - g) state))) with g = sigmoid(gate)."""
 
     def __init__(self, hidden: int, rank: int, eps: float) -> None:
@@ -77,7 +77,7 @@ class SideNetwork(nn.Module):
         if not shape.tied:
             self.lm_head = Table(shape.vocab, shape.hidden, dtype)
         self.side = nn.ModuleList(
-            (Adapter if place else FirstAdapter)(shape.hidden, side.rank, shape.eps)
+            (SideAdapter if place else FirstAdapter)(shape.hidden, side.rank, shape.eps)
             for place in range(len(side.blocks))
         )
         self.shape = shape

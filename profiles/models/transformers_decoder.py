@@ -110,7 +110,7 @@ class FrozenTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class DecoderFacts:
     """What there is to know of a decoder without building its module for a step."""
 
     tensors: tuple[FrozenTensor, ...]
@@ -286,7 +286,7 @@ def without_values(module: nn.Module) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=8)
-def _facts(text: str) -> Facts:
+def _facts(text: str) -> DecoderFacts:
     config = json.loads(text)  # noqa: TID251  written by `json.dumps`
     made = _built(config, torch.float32)
     _head(made)
@@ -335,7 +335,7 @@ def _facts(text: str) -> Facts:
         known["adapter_body"] = f"{prefix}."
     unexpected = getattr(made, "_keys_to_ignore_on_load_unexpected", None) or ()
     names = {id(child): _our_name(name, prefix) for name, child in made.named_modules()}
-    return Facts(
+    return DecoderFacts(
         tensors=tuple(tensors),
         config={key: value for key, value in known.items() if value},
         prefix=prefix,
@@ -368,7 +368,7 @@ def _causal_class(model_type: Any) -> str:
     return str(KNOWN.get(model_type) or "") if isinstance(model_type, str) else ""
 
 
-def facts(config: Mapping[str, Any]) -> Facts:
+def facts(config: Mapping[str, Any]) -> DecoderFacts:
     """What a config's decoder consists of. Raises InputError as `AnyDecoder` does."""
     with refused_in_its_words(config.get("model_type")):
         return _facts(json.dumps(dict(config), sort_keys=True))

@@ -26,7 +26,7 @@ MOST_PAIRS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Value:
+class MetadataValue:
     """A value of the metadata; `kind` and `inner` (of a list's elements) are GGUF's numbers of types."""
 
     value: Any
@@ -42,7 +42,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return {key: one.value for key, one in read_typed(path).items()}
 
 
-def read_typed(path: Path) -> dict[str, Value]:
+def read_typed(path: Path) -> dict[str, MetadataValue]:
     """The same with the types of the values."""
     try:
         with open_regular(path) as file:
@@ -58,7 +58,7 @@ class _Pairs:
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
 
-    def read(self) -> dict[str, Value]:
+    def read(self) -> dict[str, MetadataValue]:
         if self._bytes(4) != MAGIC:
             raise ValueError("GGUF magic invalid")
         version = self._number("I")
@@ -69,13 +69,13 @@ class _Pairs:
             raise ValueError(f"{count} keys in its header")
         return {self._string(): self._value(self._number("I")) for _ in range(count)}
 
-    def _value(self, kind: int) -> Value:
+    def _value(self, kind: int) -> MetadataValue:
         if kind == STRING:
-            return Value(value=self._string(), kind=kind)
+            return MetadataValue(value=self._string(), kind=kind)
         if kind == ARRAY:
             inner, count = self._number("I"), self._number("Q")
-            return Value(value=self._list(inner, count), kind=kind, inner=inner)
-        return Value(value=self._number(_letter(kind)), kind=kind)
+            return MetadataValue(value=self._list(inner, count), kind=kind, inner=inner)
+        return MetadataValue(value=self._number(_letter(kind)), kind=kind)
 
     def _list(self, kind: int, count: int) -> Any:
         if count > self._size:  # an element takes at least a byte

@@ -30,7 +30,7 @@ from tightfit.profiles.sources.gguf_metadata import read_metadata
 from tightfit.profiles.weights.describe import EMBEDDINGS, decoder_tensors, packed_entry
 from tightfit.profiles.weights.pack import q4_blocks
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
-from tightfit.profiles.weights.source import Held, Source, SourceTensor
+from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import BLOCKS, VERSION, Entry
 
@@ -101,7 +101,7 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
     def tensors() -> Iterable[SourceTensor]:
         for entry, tensor in parts:
             rows = _row_reader(path, config, entry, tensor)
-            held = Held(key=tensor.name, dtype=tensor.tensor_type.name)
+            held = StoredTensor(key=tensor.name, dtype=tensor.tensor_type.name)
             yield SourceTensor(entry=entry, rows=rows, place=f"{path}: tensor {tensor.name!r}", held=held)
 
     return Source(

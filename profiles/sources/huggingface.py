@@ -24,7 +24,7 @@ from tightfit.profiles.models.family import family_of
 from tightfit.profiles.sources.quantised import QuantisedMatrix, find, method_of
 from tightfit.profiles.weights.describe import EMBEDDINGS, describe
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
-from tightfit.profiles.weights.source import Held, Source, SourceTensor, read_config, without_names
+from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import open_regular
 from tightfit.runtime.common.strict_json import from_json, read_json
@@ -102,7 +102,7 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
                 continue
             file, key = held[entry.name]
             rows = _row_reader(file, opened.slice(entry.name), key, entry)
-            plain = Held(key=key, dtype=kinds[entry.name])
+            plain = StoredTensor(key=key, dtype=kinds[entry.name])
             yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}", held=plain)
 
     return Source(
@@ -160,7 +160,7 @@ def quantised_tensor(
     """The matrix `name` of `held`, to be packed as `entry`."""
     first = min(matrix.parts)
     file, key = held[first]
-    whole = Held(
+    whole = StoredTensor(
         key=f"{key.removesuffix(first.removeprefix(name.removesuffix('weight')))}weight",
         dtype=matrix.held,
         parts=frozenset(held[part][1] for part in matrix.parts),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tightfit.profiles.models.decoder_config import initial_deviation
-from tightfit.profiles.models.transformers_decoder import Facts, FrozenTensor, facts
+from tightfit.profiles.models.transformers_decoder import DecoderFacts, FrozenTensor, facts
 from tightfit.profiles.sources.huggingface import (
     QUANTIZATION,
     OpenedFiles,
@@ -32,7 +32,7 @@ from tightfit.profiles.sources.huggingface import (
 from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
 from tightfit.profiles.weights.describe import packed_entry
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
-from tightfit.profiles.weights.source import Held, Source, SourceTensor, read_config, without_names
+from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
 
@@ -98,7 +98,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             elif tensor.name in places:
                 file, key = places[tensor.name]
                 rows = _file_rows(file, opened.slice(tensor.key), key, tensor)
-                plain = Held(key=key, dtype=kinds[tensor.key], transposed=tensor.transposed)
+                plain = StoredTensor(key=key, dtype=kinds[tensor.key], transposed=tensor.transposed)
                 yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}", held=plain)
             else:
                 yield SourceTensor(entry=entry, rows=_value_rows(tensor))
@@ -202,7 +202,7 @@ def _file_rows(file: Path, data: Any, key: str, tensor: FrozenTensor) -> Rows:
     return rows
 
 
-def _check_known(path: Path, config: Mapping[str, Any], found: Facts, left: Iterable[str]) -> None:
+def _check_known(path: Path, config: Mapping[str, Any], found: DecoderFacts, left: Iterable[str]) -> None:
     """Raise InputError for tensors of a checkpoint in layers of the model that it does not use: leaving out a bias or a
     scale changes every result.
     """

@@ -19,8 +19,8 @@ from tightfit.profiles.schema import NOT_COMPARED, Layer, Program
 from tightfit.profiles.tracing.eager_steps import (
     STEPS,
     Batch,
+    EagerResult,
     EagerSteps,
-    Step,
     beyond_rounding,
     described,
     distances,
@@ -83,7 +83,7 @@ class GradientComparison:
         report("compare", 0, STEPS)
         types = {tensor.name: getattr(torch, tensor.dtype) for tensor in self.traced.tensors}
 
-        def taken(number: int, batch: Batch, given: Mapping[str, Tensor], theirs: Step) -> None:
+        def taken(number: int, batch: Batch, given: Mapping[str, Tensor], theirs: EagerResult) -> None:
             if changed := [name for name in theirs.statistics if name not in self.kept]:
                 raise InputError(
                     f"{self.name}: its forward changes the buffer {changed[0]} unseen by the trace (.data, detach()), which a traced"
@@ -117,9 +117,9 @@ class GradientComparison:
             made = torch.load(folder / f"traced{number}", weights_only=True)
             loss, statistics = float(made.pop(self.traced.loss)), {name: made.pop(name) for name in self.kept}
             gradients = {name.removeprefix("grad:"): gradient for name, gradient in made.items()}
-            own = Step(loss=loss, gradients=gradients, statistics=statistics)
+            own = EagerResult(loss=loss, gradients=gradients, statistics=statistics)
             loss, gradients, statistics = torch.load(folder / f"eager{number}", weights_only=True)
-            theirs = Step(loss=loss, gradients=gradients, statistics=statistics)
+            theirs = EagerResult(loss=loss, gradients=gradients, statistics=statistics)
             if not theirs.finite:
                 return f"{NOT_COMPARED}: its loss on the sample batch is {theirs.loss:g}, or a gradient no number"
             apart = self._apart(own, theirs, folder, number)
@@ -150,7 +150,7 @@ class GradientComparison:
             told.append("the module cannot be copied, so that no step was taken by one without a history")
         return "; ".join(told)
 
-    def _apart(self, own: Step, theirs: Step, folder: Path, number: int) -> dict[str, float]:
+    def _apart(self, own: EagerResult, theirs: EagerResult, folder: Path, number: int) -> dict[str, float]:
         """`distances`, less what rounding explains where they are beyond the tolerances."""
         apart = distances(own, theirs)
         if not self._beyond(apart) or self.random:
@@ -171,7 +171,7 @@ class GradientComparison:
         return [name for name, far in apart.items() if not far <= (LOSS_TOLERANCE if name == "loss" else TOLERANCE)]
 
 
-def _in_double_precision(module: nn.Module, batch: Sequence[Tensor], *, seed: int) -> Step | None:
+def _in_double_precision(module: nn.Module, batch: Sequence[Tensor], *, seed: int) -> EagerResult | None:
     """`eager_step` in float64; None if the module cannot be run in it."""
     try:
         wide = copy.deepcopy(module).double()

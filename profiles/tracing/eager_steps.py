@@ -46,7 +46,7 @@ COUNTED_ON = (1_000, 100_000)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class EagerResult:
     """What a step of a module gives."""
 
     loss: float
@@ -62,7 +62,7 @@ class Step:
         return math.isfinite(self.loss) and all(bool(made.isfinite().all()) for made in self.gradients.values())
 
 
-Taken = Callable[[int, Batch, Mapping[str, Tensor], Step], None]
+Taken = Callable[[int, Batch, Mapping[str, Tensor], EagerResult], None]
 """takes a step's number from 0, its batch, the parameters and buffers before it, and what it gave"""
 
 
@@ -81,7 +81,7 @@ def eager_step(
     seed: int = 0,
     gradients: bool = True,
     given: Mapping[str, Tensor] | None = None,
-) -> Step:
+) -> EagerResult:
     """One step of the module in PyTorch, without an update and without dropout, with torch's generator seeded with `seed`.
 
     `given` are its parameters and buffers before the step (default: copies of them are made). Without `gradients` the forward alone
@@ -113,7 +113,7 @@ def eager_step(
     made = {name: p.grad.to_dense() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad(set_to_none=True)
     buffers = dict(module.named_buffers())
-    return Step(
+    return EagerResult(
         loss=float(loss.detach().double().sum()),
         gradients=made,
         statistics=changed,
@@ -234,7 +234,7 @@ class EagerSteps:
                 optimizer.zero_grad()
         return len(batches)
 
-    def _step(self, module: nn.Module, batch: Batch, number: int, given: Mapping[str, Tensor]) -> Step:
+    def _step(self, module: nn.Module, batch: Batch, number: int, given: Mapping[str, Tensor]) -> EagerResult:
         return eager_step(module, batch, seed=number, gradients=self.gradients, given=given)
 
     def _refuse_history(
@@ -244,7 +244,7 @@ class EagerSteps:
         given: Mapping[str, Tensor],
         pristine: nn.Module,
         module: nn.Module,
-        steps: tuple[Step, Step],
+        steps: tuple[EagerResult, EagerResult],
         *,
         last: bool,
     ) -> None:
@@ -281,7 +281,9 @@ class EagerSteps:
             " with PyTorch"
         )
 
-    def _difference(self, own: Step, fresh: Step, pristine: nn.Module, batch: Batch, number: int) -> str | None:
+    def _difference(
+        self, own: EagerResult, fresh: EagerResult, pristine: nn.Module, batch: Batch, number: int
+    ) -> str | None:
         """How two steps that ought to be equal differ, in words; None if they do not, or no more than rounding explains."""
         apart = distances(own, fresh)
         if all(far <= APART for far in apart.values()):
@@ -297,7 +299,7 @@ def _copied(module: nn.Module) -> nn.Module:
     return made
 
 
-def distances(own: Step, theirs: Step) -> dict[str, float]:
+def distances(own: EagerResult, theirs: EagerResult) -> dict[str, float]:
     """Relative differences of loss ("loss"), gradients (by parameter) and statistics (by buffer) from `theirs`; a missing gradient
     counts as zero.
     """
@@ -324,7 +326,7 @@ def beyond_rounding(
     return {name: 0.0 if explained[name] >= far else far - explained[name] for name, far in apart.items()}
 
 
-def described(apart: Mapping[str, float], own: Step, theirs: Step) -> str:
+def described(apart: Mapping[str, float], own: EagerResult, theirs: EagerResult) -> str:
     """The largest of `distances` in words."""
     worst = max(apart, key=lambda name: math.inf if math.isnan(apart[name]) else apart[name])
     if worst == "loss":
@@ -338,7 +340,7 @@ def described(apart: Mapping[str, float], own: Step, theirs: Step) -> str:
     )
 
 
-def shaken(module: nn.Module, batch: Batch, *, seed: int = 0) -> Step | None:
+def shaken(module: nn.Module, batch: Batch, *, seed: int = 0) -> EagerResult | None:
     """`eager_step` with every parameter changed in its last bit: how far the results then are from those before is about how
     far rounding has moved these. None if the module cannot be copied.
     """

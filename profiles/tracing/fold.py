@@ -41,7 +41,7 @@ class Role:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Window:
+class StridedWindow:
     """A tensor of the graph, described as a strided window on a storage."""
 
     storage: str
@@ -88,7 +88,7 @@ class _Folder:
         }
         """Results that only other layers read, in whatever shape they see them."""
         self.values: dict[str, Value] = {}
-        self.windows: dict[fx.Node, Window | list[Window | None]] = {}
+        self.windows: dict[fx.Node, StridedWindow | list[StridedWindow | None]] = {}
         self.by_storage: dict[int, str] = {}
         self.starts: dict[str, int] = {}
         """Elements of a traced storage before the tensor that an operator made there: in a run it begins with the tensor."""
@@ -125,7 +125,7 @@ class _Folder:
         used = {n for op in operators for n in (*op.inputs, *op.outputs) if n}
         return Program(name=name, values=[v for v in self.values.values() if v.name in used], operators=operators)
 
-    def _bind(self, node: fx.Node, tensor: torch.Tensor, name: str, kind: TensorKind) -> Window:
+    def _bind(self, node: fx.Node, tensor: torch.Tensor, name: str, kind: TensorKind) -> StridedWindow:
         storage, start = tensor.untyped_storage(), int(tensor.storage_offset())
         self.by_storage[storage._cdata], self.starts[name] = name, start
         self.values[name] = Value(
@@ -136,7 +136,7 @@ class _Folder:
             bytes=storage.nbytes() - start * tensor.element_size(),
             kind=kind,
         )
-        window = Window(storage=name, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=0)
+        window = StridedWindow(storage=name, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=0)
         self.windows[node] = window
         return window
 
@@ -178,7 +178,7 @@ class _Folder:
             else {u.args[1] for u in node.users if u.target is operator.getitem}
         )
         outputs: list[str | None] = []
-        windows: list[Window | None] = []
+        windows: list[StridedWindow | None] = []
         for index, tensor in enumerate(tensors):
             if index not in wanted or not isinstance(tensor, torch.Tensor):
                 outputs.append(None)
@@ -194,7 +194,7 @@ class _Folder:
         args = [*gathers, *(self._argument(a, inputs) for a in node.args[len(gathers) :])]
         if name == SCATTER:
             whole = self.windows[node.args[0]]  # type: ignore[index]
-            assert isinstance(whole, Window)
+            assert isinstance(whole, StridedWindow)
             args[4:] = [whole.offset if len(args) < 5 or args[4] is None else args[4] - self.starts[whole.storage]]
         if name == HEAD_CHUNK:
             args[2] = self._slice(node.args[2], inputs)  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ class _Folder:
             flops=_flops(node),
         )
 
-    def _alias(self, node: fx.Node, tensor: torch.Tensor) -> Window | None:
+    def _alias(self, node: fx.Node, tensor: torch.Tensor) -> StridedWindow | None:
         """The window on an existing storage that `tensor` is a view of; None if it has a storage of its own."""
         storage = self.by_storage.get(tensor.untyped_storage()._cdata)
         if storage is None:
@@ -222,12 +222,12 @@ class _Folder:
         offset = int(tensor.storage_offset()) - self.starts[storage]
         if offset < 0:
             raise InputError(f"{node.target} looks at what lies before a tensor in its storage; index the whole tensor")
-        return Window(storage=storage, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=offset)
+        return StridedWindow(storage=storage, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=offset)
 
     def _slice(self, node: fx.Node, inputs: dict[str, None]) -> dict[str, Any]:
         """The operand for a row slice of the head's weight, which becomes a weight of its own, ``name[a:b]``."""
         window = self.windows[node]
-        assert isinstance(window, Window)
+        assert isinstance(window, StridedWindow)
         whole = self.values[window.storage]
         width = whole.shape[1]
         start, rows = window.offset // width, math.prod(window.size) // width
@@ -237,12 +237,12 @@ class _Folder:
         order = [name if n == window.storage else n for n in inputs]
         inputs.clear()
         inputs.update(dict.fromkeys(order))
-        return Window(storage=name, size=window.size, stride=window.stride, offset=0).operand()
+        return StridedWindow(storage=name, size=window.size, stride=window.stride, offset=0).operand()
 
     def _argument(self, argument: Any, inputs: dict[str, None]) -> Any:
         if isinstance(argument, fx.Node):
             window = self.windows[argument]
-            assert isinstance(window, Window)
+            assert isinstance(window, StridedWindow)
             inputs[window.storage] = None
             if window.storage in self.gathered:
                 return self._slice(argument, inputs)
@@ -265,7 +265,7 @@ class _Folder:
     def _gathered(self, node: fx.Node, inputs: dict[str, None]) -> list[Any]:
         """The first argument of an operator that gathers rows: the whole weight, which stays in the store."""
         window = self.windows[node.args[0]]  # type: ignore[index]
-        assert isinstance(window, Window)
+        assert isinstance(window, StridedWindow)
         inputs[window.storage] = None
         self.gathered.add(window.storage)
         return [window.operand()]
@@ -281,7 +281,7 @@ class _Folder:
             if node is None:
                 continue
             window = self.windows[node]
-            assert isinstance(window, Window)
+            assert isinstance(window, StridedWindow)
             value = self.values[window.storage]
             whole = (
                 window.offset == 0
@@ -327,7 +327,7 @@ def constant_made(shape: Sequence[int], name: str) -> str:
     )
 
 
-def _same_bytes(window: Window, value: Value, stride: Sequence[int]) -> bool:
+def _same_bytes(window: StridedWindow, value: Value, stride: Sequence[int]) -> bool:
     """Whether a window is the whole of a matrix or a larger tensor, seen with another shape."""
     return (
         window.offset == 0

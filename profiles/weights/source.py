@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class StoredTensor:
     """Where a file of the source has a tensor, and how."""
 
     key: str
@@ -41,7 +41,7 @@ class SourceTensor:
     """rows(start, stop) returns floats [stop - start, ...], or uint8 [stop - start, row bytes] if already packed."""
     place: str = ""
     """In words, for errors: the file that holds it, and what it is called there."""
-    held: Held | None = None
+    held: StoredTensor | None = None
     """None: no file holds it."""
 
 

@@ -104,7 +104,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """Two answers to a prompt; messages only after a prompt of messages."""
 
     prompt: Prompt
@@ -113,7 +113,7 @@ class Pair:
     tools: Tools | None = None
 
 
-Sample = Text | Completion | Conversation | Question | Pair
+Sample = Text | Completion | Conversation | Question | AnswerPair
 
 
 def data_files(data: str) -> list[Path]:
@@ -445,7 +445,7 @@ def _question(value: dict[str, Any]) -> Question:
     raise InputError(f'"answer" is {answer!r}; write one of the choices or its index from 0 to {len(texts) - 1}')
 
 
-def _pair(value: dict[str, Any]) -> Pair:
+def _pair(value: dict[str, Any]) -> AnswerPair:
     for key in ("chosen", "rejected"):
         if value.get(key) is None:
             raise InputError(f'"{key}" is missing or null; a pair of answers is {PAIR_FORM}')
@@ -456,13 +456,13 @@ def _pair(value: dict[str, Any]) -> Pair:
         )
     tools = _tools(value)
     if before:
-        return Pair(before, chosen, rejected, tools)
+        return AnswerPair(before, chosen, rejected, tools)
     prompt = _prompt(value)
     if isinstance(prompt, str) and not (isinstance(chosen, str) and isinstance(rejected, str)):
         if any(not isinstance(one, str) and one.get("tool_calls") for one in (chosen, rejected)):
             raise InputError('"tool_calls" are shown by the chat template; write "prompt" as a list of messages')
         chosen, rejected = (one if isinstance(one, str) else one["content"] for one in (chosen, rejected))
-    return Pair(prompt, chosen, rejected, tools)
+    return AnswerPair(prompt, chosen, rejected, tools)
 
 
 def _answer(value: Any, key: str) -> tuple[tuple[Message, ...], str | Message]:

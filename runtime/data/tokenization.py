@@ -27,10 +27,10 @@ from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
 from tightfit.runtime.data.samples import (
     PAIR_FORM,
     SPOKEN,
+    AnswerPair,
     Completion,
     Conversation,
     Message,
-    Pair,
     Prompt,
     Question,
     Sample,
@@ -487,13 +487,13 @@ class _Samples:
         with it.
         """
         encoder = self.encoder
-        if self.pairs != isinstance(sample, Pair):
+        if self.pairs != isinstance(sample, AnswerPair):
             raise InputError(
                 f"no pair of answers, and the plan's loss is of such; write {PAIR_FORM}"
                 if self.pairs
                 else f"a pair of answers, and the plan's loss is not of such; profile with {spelled('loss', 'dpo')} or {spelled('loss', 'orpo')}"
             )
-        if isinstance(sample, Pair):
+        if isinstance(sample, AnswerPair):
             answers = (sample.chosen, sample.rejected)
             pair = (encoder.completion(sample.prompt, one, ended=True, tools=sample.tools) for one in answers)
             return [

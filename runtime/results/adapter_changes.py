@@ -26,7 +26,7 @@ ADVICE = "give the folder of an adapter, such as a run's OUT/adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class WeightChange:
     """W becomes W + scale * B A; with DoRA each row of that is brought to its length in `magnitude`."""
 
     a: Tensor
@@ -53,7 +53,7 @@ class Change:
         return torch.addmm(weight, self.a[:, start : start + len(weight)].t(), self.b.t(), alpha=self.scale)
 
 
-class Adapter:
+class AdapterFolder:
     """The adapter in a folder, for a base whose decoder's names begin with `body`.
 
     Raises InputError for a folder without one, and for what no LoRA adapter of tightfit's or PEFT's holds.
@@ -106,7 +106,7 @@ class Adapter:
             self._check(f"{PREFIX}{layer}{part}", size)
         return pair
 
-    def change(self, weight: str, shape: tuple[int, ...]) -> Change | None:
+    def change(self, weight: str, shape: tuple[int, ...]) -> WeightChange | None:
         """What becomes of a weight [outputs, inputs]; None: it stays. Raises InputError as `pair`, and for values that are no
         finite numbers.
         """
@@ -115,7 +115,7 @@ class Adapter:
             return None
         keys = {part: f"{PREFIX}{self._layers[weight]}{part}" for part in self._parts(pair, shape)}
         read = {part: self._rows(key, 0, self._file.tensors[key][1][0]) for part, key in keys.items()}
-        return Change(a=read[A], b=read[B], scale=pair.scale, magnitude=read.get(LENGTHS))
+        return WeightChange(a=read[A], b=read[B], scale=pair.scale, magnitude=read.get(LENGTHS))
 
     def _parts(self, pair: Pair, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shapes of a pair's tensors, by the ends of their names."""
@@ -148,7 +148,7 @@ class Adapter:
 
 
 def named_base(folder: Path) -> str | None:
-    """The base that the adapter_config.json in `folder` names. Raises InputError as `Adapter` does, and where it names a revision
+    """The base that the adapter_config.json in `folder` names. Raises InputError as `AdapterFolder` does, and where it names a revision
     of a model on the hub.
     """
     from_peft(folder)

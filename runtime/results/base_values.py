@@ -13,7 +13,7 @@ from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.weights.store import unpack
-from tightfit.runtime.results.adapter_changes import Change
+from tightfit.runtime.results.adapter_changes import WeightChange
 from tightfit.runtime.results.tensor_file import PIECE, forget_mapped
 
 
@@ -31,7 +31,7 @@ def float_rows(tensor: SourceTensor, start: int, stop: int) -> Tensor:
 def merged_rows(
     source: Source,
     tensor: SourceTensor,
-    change: Change | None,
+    change: WeightChange | None,
     step: int = 1,
 ) -> Iterator[tuple[int, Tensor]]:
     """(number of the first, rows) of a tensor with its change, block after block, float32 [n, columns]; n is a multiple of

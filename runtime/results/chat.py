@@ -51,7 +51,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     return Vocabulary(tokenizer=Tokenizer.from_file(str(folder / TOKENIZER)), **words)
 
 
-class Conversation:
+class ChatPrompt:
     """The turns so far, and how they become a prompt of at most `longest` tokens. Raises InputError without a chat template."""
 
     def __init__(self, encoder: Encoder, system: str | None, longest: int) -> None:
@@ -96,7 +96,7 @@ class Conversation:
 def converse(order: AnswerOrder) -> None:
     """Hold a conversation until its end: of the input, or Ctrl-C while nothing is answered."""
     encoder = Encoder(read_vocabulary(Path(order.run.directory)), order.vocabulary)
-    talk = Conversation(encoder, order.system, order.plan["context"] - order.max_tokens)
+    talk = ChatPrompt(encoder, order.system, order.plan["context"] - order.max_tokens)
     with answers(order) as asking, _interrupts(asking):
         if sys.stdin.isatty():
             sys.stderr.write(f"{ANEW} begins anew, Ctrl-C ends an answer, Ctrl-D the conversation\n")
@@ -162,7 +162,7 @@ def measure(folder: str, tokens: int) -> int:
     encoder = Encoder(read_vocabulary(Path(folder)), 1 << 62)
     longest = BYTES_PER_TOKEN * tokens
     for text in (SAMPLE * (longest // len(SAMPLE.encode()) + 1), "7" * tokens):
-        talk = Conversation(encoder, None, tokens * longest)
+        talk = ChatPrompt(encoder, None, tokens * longest)
         talk.ask(text[:longest])
     return max(answering.measure(), memory().peak + SLACK_BYTES)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.planner.generation.plan import GenerationPlan, plan_answers
-from tightfit.planner.generation.problem import Pair, Problem
+from tightfit.planner.generation.problem import AdapterPair, Problem
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.models.answer_steps import AnswerSteps
@@ -36,7 +36,7 @@ from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start.process import child_environment
 from tightfit.runtime.engine.training.adapter import BODY, WEIGHTS
 from tightfit.runtime.engine.weights.layout import Entry, read_header
-from tightfit.runtime.results.adapter_changes import Adapter
+from tightfit.runtime.results.adapter_changes import AdapterFolder
 from tightfit.runtime.results.answer_options import CONTEXT, AnswerOptions
 from tightfit.runtime.results.evaluation import temporary_folder
 from tightfit.runtime.results.generation_figures import CHILD, job_of, measured
@@ -61,7 +61,7 @@ INSTEAD = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class AnsweringModel:
     """A model that is ready to answer, but for a plan."""
 
     source: Source
@@ -72,7 +72,7 @@ class Model:
     ends: list[int]
     longest: int | None
     """tokens that the model was made for"""
-    pairs: dict[str, Pair]
+    pairs: dict[str, AdapterPair]
     adapter: Path | None
     body: str
 
@@ -201,7 +201,7 @@ def prepared(
         )
 
 
-def open_model(model: str, options: AnswerOptions) -> Model:
+def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
     """Open a model, pack its weights into the cache unless they are there, and check the adapter.
 
     Raises InputError for what cannot answer, by name, with what to do.
@@ -222,7 +222,7 @@ def open_model(model: str, options: AnswerOptions) -> Model:
     header = read_header(store)
     body = source.config.get("adapter_body", BODY)
     folder = None if adapter is None else adapter_folder(Path(adapter).absolute())
-    return Model(
+    return AnsweringModel(
         source=source,
         vocabulary=words,
         store=store,
@@ -243,9 +243,9 @@ def _shape(source: Source, longest: int) -> DecoderShape | AnswerSteps:
     return traced_steps(source, longest, INSTEAD)
 
 
-def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> dict[str, Pair]:
+def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> dict[str, AdapterPair]:
     """The pairs of an adapter. Raises InputError for one that is not of this model or holds more than pairs."""
-    given = Adapter(folder, body)
+    given = AdapterFolder(folder, body)
     if given.tables:
         raise InputError(
             f"{folder}: the adapter holds {', '.join(sorted(given.tables))}, trained in full, which tightfit"
@@ -258,7 +258,7 @@ def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> d
             raise InputError(f"{folder}: holds a pair for {weight}, which {name} lacks; give an adapter of this model")
         pair = given.pair(weight, entry.shape)
         assert pair is not None
-        pairs[weight] = Pair(rank=pair.rank, scale=pair.scale, dora=pair.dora)
+        pairs[weight] = AdapterPair(rank=pair.rank, scale=pair.scale, dora=pair.dora)
     return pairs
 
 
@@ -290,7 +290,7 @@ def _encoded(encoder: Encoder, prompt: Prompt, options: AnswerOptions) -> list[i
     return ids
 
 
-def _problem(ready: Model, options: AnswerOptions, encoded: Sequence[Sequence[int]] | None) -> Problem:
+def _problem(ready: AnsweringModel, options: AnswerOptions, encoded: Sequence[Sequence[int]] | None) -> Problem:
     """What is to be planned. Raises InputError where the model was not made for so many tokens."""
     if encoded is None:
         context = options.context or min(CONTEXT, ready.longest or CONTEXT)

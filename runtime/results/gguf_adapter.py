@@ -15,11 +15,11 @@ from typing import Any
 import gguf
 from torch import Tensor
 
-from tightfit.profiles.sources.gguf_metadata import Value
+from tightfit.profiles.sources.gguf_metadata import MetadataValue
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.results.adapter_changes import Adapter
+from tightfit.runtime.results.adapter_changes import AdapterFolder
 from tightfit.runtime.results.counting import Counted, Progress
 from tightfit.runtime.results.gguf_file import TYPES, GgufTensor, encoded, write
 from tightfit.runtime.results.llama_cpp import LlamaCpp
@@ -30,7 +30,7 @@ WAY = "convert the adapter with llama.cpp's convert_lora_to_gguf.py"
 
 
 def write_gguf(
-    source: Source, adapter: Adapter, place: Path, dtype: str | None, progress: Progress | None
+    source: Source, adapter: AdapterFolder, place: Path, dtype: str | None, progress: Progress | None
 ) -> dict[str, Any]:
     """Write the adapter for the base `source` to the file `place`, in float32 or `dtype`; returns `bytes` and `files`.
 
@@ -66,10 +66,10 @@ def write_gguf(
             tensors.append(GgufTensor(name=name, shape=size, kind=kind, chunks=chunks))
     text, number = int(gguf.GGUFValueType.STRING), int(gguf.GGUFValueType.FLOAT32)
     metadata = {
-        gguf.Keys.General.TYPE: Value(value=gguf.GGUFType.ADAPTER, kind=text),
-        gguf.Keys.General.NAME: Value(value=f"{source.name} adapter", kind=text),
-        gguf.Keys.Adapter.TYPE: Value(value="lora", kind=text),
-        gguf.Keys.Adapter.LORA_ALPHA: Value(value=alpha, kind=number),
+        gguf.Keys.General.TYPE: MetadataValue(value=gguf.GGUFType.ADAPTER, kind=text),
+        gguf.Keys.General.NAME: MetadataValue(value=f"{source.name} adapter", kind=text),
+        gguf.Keys.Adapter.TYPE: MetadataValue(value="lora", kind=text),
+        gguf.Keys.Adapter.LORA_ALPHA: MetadataValue(value=alpha, kind=number),
     }
     total = sum(tensor.bytes for tensor in tensors)
     with written(place, total, folder=False) as path:

@@ -15,7 +15,7 @@ import numpy as np
 from gguf.quants import quantize
 from torch import Tensor
 
-from tightfit.profiles.sources.gguf_metadata import Value
+from tightfit.profiles.sources.gguf_metadata import MetadataValue
 from tightfit.runtime.results.base_values import rounded
 from tightfit.runtime.results.counting import Chunks, Counted
 from tightfit.runtime.results.tensor_file import contents
@@ -47,7 +47,7 @@ class GgufTensor:
 def write(
     path: Path,
     architecture: str,
-    metadata: Mapping[str, Value],
+    metadata: Mapping[str, MetadataValue],
     tensors: Sequence[GgufTensor],
     counted: Counted,
 ) -> None:
@@ -100,7 +100,7 @@ def encoded(name: str, rows: Tensor, kind: str) -> memoryview:
     return contents(rounded(name, rows, dtype))
 
 
-def file_type(kinds: Sequence[str]) -> Value:
+def file_type(kinds: Sequence[str]) -> MetadataValue:
     """The metadata's word for what most of the tensors are."""
     most = max(FILE_TYPES, key=kinds.count)
-    return Value(value=int(gguf.LlamaFileType[FILE_TYPES[most]]), kind=int(gguf.GGUFValueType.UINT32))
+    return MetadataValue(value=int(gguf.LlamaFileType[FILE_TYPES[most]]), kind=int(gguf.GGUFValueType.UINT32))

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tightfit.profiles.sources.gguf_metadata import Value, read_typed
+from tightfit.profiles.sources.gguf_metadata import MetadataValue, read_typed
 from tightfit.profiles.sources.gguf_source import Reader
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.results.adapter_changes import Adapter
+from tightfit.runtime.results.adapter_changes import AdapterFolder
 from tightfit.runtime.results.base_values import merged_rows, table_blocks
 from tightfit.runtime.results.counting import Counted, Progress
 from tightfit.runtime.results.gguf_file import FILE_TYPE, TYPES, GgufTensor, encoded, file_type, fitting, write
@@ -32,13 +32,13 @@ PLAIN = tuple(TYPES.values())
 
 
 def write_gguf(
-    source: Source, adapter: Adapter, place: Path, dtype: str | None, progress: Progress | None
+    source: Source, adapter: AdapterFolder, place: Path, dtype: str | None, progress: Progress | None
 ) -> dict[str, Any]:
     """Write the merged model to the file `place`; returns `bytes`, `files` and `types`, how many of the matrices that are no
     copies have which type. Raises InputError for a base of whose form in llama.cpp tightfit knows nothing.
     """
     model = _Model(source, adapter, None if dtype is None else TYPES[dtype])
-    metadata: dict[str, Value]
+    metadata: dict[str, MetadataValue]
     if source.kind == "gguf":
         metadata, tensors = read_typed(Path(source.path)), model.of_gguf()
     else:
@@ -56,7 +56,7 @@ def write_gguf(
 
 
 class _Model:
-    def __init__(self, source: Source, adapter: Adapter, kind: str | None) -> None:
+    def __init__(self, source: Source, adapter: AdapterFolder, kind: str | None) -> None:
         self.form = LlamaCpp(source, WAY)
         self._source, self._adapter = source, adapter
         self._kind = kind

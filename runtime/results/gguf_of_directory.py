@@ -20,7 +20,7 @@ from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape
 from tightfit.profiles.models.family import family_of
 from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary
 from tightfit.profiles.sources.gguf_config import config_from_metadata
-from tightfit.profiles.sources.gguf_metadata import Value
+from tightfit.profiles.sources.gguf_metadata import MetadataValue
 from tightfit.profiles.sources.gguf_tokenizer import CONTROL, SPLITS, USER_DEFINED, implied_merges
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import Source
@@ -34,7 +34,7 @@ NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6
 FACTORS = "rope_freqs.weight"
 
 
-def metadata_of(source: Source, way: str) -> dict[str, Value]:
+def metadata_of(source: Source, way: str) -> dict[str, MetadataValue]:
     """The metadata of a directory's model. Raises InputError, which names the `way` out, for what they cannot say."""
     shape, config = decoder_shape(source.config), source.config
     facts = family_of(config).gguf
@@ -59,7 +59,7 @@ def metadata_of(source: Source, way: str) -> dict[str, Value]:
     metadata = {
         "general.type": _text(gguf.GGUFType.MODEL),
         "general.name": _text(source.name),
-        "general.quantization_version": Value(value=gguf.GGML_QUANT_VERSION, kind=int(Kind.UINT32)),
+        "general.quantization_version": MetadataValue(value=gguf.GGML_QUANT_VERSION, kind=int(Kind.UINT32)),
     }
     metadata |= {f"{facts.architecture}.{key}": _number(value) for key, value in numbers.items()}
     if scaling.get("rope_type", scaling.get("type")) == "linear":
@@ -91,7 +91,7 @@ def _factors(shape: DecoderShape) -> Tensor | None:
     return (1 / ((1 - smooth) / float(scaling["factor"]) + smooth)).float()
 
 
-def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, Value], way: str) -> None:
+def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, MetadataValue], way: str) -> None:
     """Raise InputError unless reading the metadata gives the same decoder."""
     values = {key: one.value for key, one in metadata.items()}
     try:
@@ -115,7 +115,7 @@ def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, Value], w
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> dict[str, Value]:
+def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> dict[str, MetadataValue]:
     text = json.loads(vocabulary.tokenizer.to_str())
     model = text["model"]
     known = {index: token for token, index in vocabulary.tokenizer.get_vocab().items()}
@@ -136,8 +136,8 @@ def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> d
         own = _byte_level(text, merges) if model["type"] == "BPE" else None
     if own is None:
         raise InputError(f"{source.path}: its tokenizer is of a kind that tightfit cannot write to GGUF; {way}")
-    own["tokenizer.ggml.tokens"] = Value(value=tokens, kind=int(Kind.ARRAY), inner=int(Kind.STRING))
-    own["tokenizer.ggml.token_type"] = Value(value=types, kind=int(Kind.ARRAY), inner=int(Kind.INT32))
+    own["tokenizer.ggml.tokens"] = MetadataValue(value=tokens, kind=int(Kind.ARRAY), inner=int(Kind.STRING))
+    own["tokenizer.ggml.token_type"] = MetadataValue(value=types, kind=int(Kind.ARRAY), inner=int(Kind.INT32))
     special = {
         "bos": vocabulary.bos_token,
         "eos": vocabulary.eos_token,
@@ -146,17 +146,19 @@ def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> d
     }
     for name, token in special.items():
         if (index := vocabulary.token_id(token)) is not None:
-            own[f"tokenizer.ggml.{name}_token_id"] = Value(value=index, kind=int(Kind.UINT32))
-    own["tokenizer.ggml.add_bos_token"] = Value(value=vocabulary.add_bos, kind=int(Kind.BOOL))
+            own[f"tokenizer.ggml.{name}_token_id"] = MetadataValue(value=index, kind=int(Kind.UINT32))
+    own["tokenizer.ggml.add_bos_token"] = MetadataValue(value=vocabulary.add_bos, kind=int(Kind.BOOL))
     if vocabulary.chat_template:
         own["tokenizer.chat_template"] = _text(vocabulary.chat_template)
     if vocabulary.tool_template:
         own["tokenizer.chat_template.tool_use"] = _text(vocabulary.tool_template)
-        own["tokenizer.chat_templates"] = Value(value=["tool_use"], kind=int(Kind.ARRAY), inner=int(Kind.STRING))
+        own["tokenizer.chat_templates"] = MetadataValue(
+            value=["tool_use"], kind=int(Kind.ARRAY), inner=int(Kind.STRING)
+        )
     return own
 
 
-def _byte_level(text: Mapping[str, Any], merges: list[tuple[str, ...]]) -> dict[str, Value] | None:
+def _byte_level(text: Mapping[str, Any], merges: list[tuple[str, ...]]) -> dict[str, MetadataValue] | None:
     """BPE over bytes; None: texts are split in a way of which tightfit does not know llama.cpp's name."""
     pre = text.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
@@ -176,16 +178,18 @@ def _byte_level(text: Mapping[str, Any], merges: list[tuple[str, ...]]) -> dict[
     return {
         "tokenizer.ggml.model": _text("gpt2"),
         "tokenizer.ggml.pre": _text(name),
-        "tokenizer.ggml.merges": Value(
+        "tokenizer.ggml.merges": MetadataValue(
             value=[" ".join(merge) for merge in merges], kind=int(Kind.ARRAY), inner=int(Kind.STRING)
         ),
-        "tokenizer.ggml.add_space_prefix": Value(value=bool(parts[-1]["add_prefix_space"]), kind=int(Kind.BOOL)),
+        "tokenizer.ggml.add_space_prefix": MetadataValue(
+            value=bool(parts[-1]["add_prefix_space"]), kind=int(Kind.BOOL)
+        ),
     }
 
 
 def _sentence_piece(
     text: Mapping[str, Any], tokens: list[str], types: list[int], merges: list[tuple[str, ...]]
-) -> dict[str, Value] | None:
+) -> dict[str, MetadataValue] | None:
     """BPE with byte fallback, whose merges follow from scores that fall from token to token; None: they do not."""
     scores = [-float(index) for index in range(len(tokens))]
     vocabulary: dict[str, int] = text["model"]["vocab"]
@@ -202,9 +206,9 @@ def _sentence_piece(
     types[unknown] = UNKNOWN
     return {
         "tokenizer.ggml.model": _text("llama"),
-        "tokenizer.ggml.unknown_token_id": Value(value=unknown, kind=int(Kind.UINT32)),
-        "tokenizer.ggml.scores": Value(value=scores, kind=int(Kind.ARRAY), inner=int(Kind.FLOAT32)),
-        "tokenizer.ggml.add_space_prefix": Value(value=_prefixed(text), kind=int(Kind.BOOL)),
+        "tokenizer.ggml.unknown_token_id": MetadataValue(value=unknown, kind=int(Kind.UINT32)),
+        "tokenizer.ggml.scores": MetadataValue(value=scores, kind=int(Kind.ARRAY), inner=int(Kind.FLOAT32)),
+        "tokenizer.ggml.add_space_prefix": MetadataValue(value=_prefixed(text), kind=int(Kind.BOOL)),
     }
 
 
@@ -217,9 +221,9 @@ def _prefixed(text: Mapping[str, Any]) -> bool:
     return metaspace or any(part.get("type") == "Prepend" for part in parts)
 
 
-def _text(value: str) -> Value:
-    return Value(value=value, kind=int(Kind.STRING))
+def _text(value: str) -> MetadataValue:
+    return MetadataValue(value=value, kind=int(Kind.STRING))
 
 
-def _number(value: float) -> Value:
-    return Value(value=value, kind=int(Kind.UINT32 if isinstance(value, int) else Kind.FLOAT32))
+def _number(value: float) -> MetadataValue:
+    return MetadataValue(value=value, kind=int(Kind.UINT32 if isinstance(value, int) else Kind.FLOAT32))

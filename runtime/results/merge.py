@@ -28,7 +28,7 @@ from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.engine.weights.safetensors_file import Item, write
-from tightfit.runtime.results.adapter_changes import Adapter, named_base
+from tightfit.runtime.results.adapter_changes import AdapterFolder, named_base
 from tightfit.runtime.results.counting import Counted, Progress
 from tightfit.runtime.results.place import adapter_folder, check, written
 from tightfit.runtime.results.safetensors_merge import Merged, merged_config, shards
@@ -93,7 +93,7 @@ def merge(
     source = found.source
     if place.resolve() in (folder.resolve(), Path(source.path).resolve()):
         raise InputError(f"{place}: cannot replace what is read; name another place with -o")
-    read = Adapter(folder, source.config.get("adapter_body", BODY))
+    read = AdapterFolder(folder, source.config.get("adapter_body", BODY))
     with _one_thread():
         if format == "safetensors":
             told = _write_safetensors(source, read, place, dtype, progress)
@@ -194,7 +194,7 @@ def difference(rounding: str | None) -> str | None:
 
 
 def _write_safetensors(
-    source: Source, adapter: Adapter, place: Path, dtype: str | None, progress: Progress | None
+    source: Source, adapter: AdapterFolder, place: Path, dtype: str | None, progress: Progress | None
 ) -> dict[str, Any]:
     merged = Merged(source, adapter, dtype)
     items = merged.items()

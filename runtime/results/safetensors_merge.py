@@ -21,7 +21,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.weights.safetensors_file import DTYPES, Item
-from tightfit.runtime.results.adapter_changes import Adapter, Change
+from tightfit.runtime.results.adapter_changes import AdapterFolder, WeightChange
 from tightfit.runtime.results.base_values import blocks, float_rows, mapped_files, merged_rows, rounded, table_blocks
 from tightfit.runtime.results.tensor_file import TensorFile, contents, forget_mapped
 
@@ -36,7 +36,7 @@ _OWN_NAMES = {kind: name for name, kind in DTYPES.items()}
 class Merged:
     """A merged model as safetensors items. Raises InputError where adapter and base do not fit together."""
 
-    def __init__(self, source: Source, adapter: Adapter, dtype: str | None) -> None:
+    def __init__(self, source: Source, adapter: AdapterFolder, dtype: str | None) -> None:
         self.source, self.adapter, self._dtype = source, adapter, dtype
         self._tensors = {tensor.entry.name: tensor for tensor in source.tensors()}
         check_weights(adapter, self._tensors)
@@ -154,7 +154,7 @@ class Merged:
         yield _item(self.head, dtype, shape, values)
 
 
-def check_weights(adapter: Adapter, tensors: Iterable[str]) -> None:
+def check_weights(adapter: AdapterFolder, tensors: Iterable[str]) -> None:
     """Raise InputError for a pair of a weight that is none of the base's `tensors`."""
     known = set(tensors)
     for name in adapter.weights:
@@ -191,7 +191,7 @@ def _stated_dtype(source: Source) -> str:
     return stated if stated in ("float32", "float16", "bfloat16") else DEFAULT_DTYPE
 
 
-def _transposed(file: TensorFile, key: str, shape: tuple[int, ...], change: Change) -> Iterator[Tensor]:
+def _transposed(file: TensorFile, key: str, shape: tuple[int, ...], change: WeightChange) -> Iterator[Tensor]:
     """Blocks of a changed weight whose file has rows and columns the other way round."""
     factor = None
     if change.magnitude is not None:

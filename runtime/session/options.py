@@ -262,17 +262,17 @@ class Again(Options):
         return self
 
 
-class Place(CappedOptions, Again):
+class OutputOptions(CappedOptions, Again):
     """Where results go, and what becomes of those that lie there."""
 
     out: PathText | Path
 
 
-class SessionOptions(Place, UpdateOptions):
+class SessionOptions(OutputOptions, UpdateOptions):
     """What a Session takes (`tightfit.runtime.session.session`)."""
 
 
-class RunOptions(Place, TrainingOptions):
+class RunOptions(OutputOptions, TrainingOptions):
     """What a run takes beside its plan and its data (`tightfit.runtime.session.launch.run`)."""
 
     eval_data: PathText | Path | Batches | None = option(

@@ -188,7 +188,7 @@ def _words(rehearsal: Rehearsal) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
+class TracedRehearsal:
     """A rehearsal with its trace."""
 
     rehearsal: Rehearsal
@@ -201,7 +201,7 @@ class Taken:
     """of each, [transfers, 2] begin and end, counted from the schedule's start"""
 
 
-def _carried_out(plan: Plan, stages: Stages | None) -> Taken:
+def _carried_out(plan: Plan, stages: Stages | None) -> TracedRehearsal:
     """Run a few steps of the plan on random data. Raises what a run raises."""
     phases_of = {number: plan.steps[(number - 1) % len(plan.steps)] for number in range(1, TRACED + 2)}
     steps = -(-(TRACED + 1) // plan.accumulate) * plan.accumulate
@@ -237,7 +237,7 @@ def _carried_out(plan: Plan, stages: Stages | None) -> Taken:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = sum(float(a.sum() + b.sum()) for a, b in zip(own, stalled, strict=True)) / len(traced)
     predicted = sum(phase.seconds for phase in phases) / len(traced)
-    return Taken(
+    return TracedRehearsal(
         rehearsal=Rehearsal(
             budget_bytes=plan.budget_bytes,
             policy=plan.policy,
@@ -262,7 +262,7 @@ def _held(report: dict[str, Any], plan: Plan) -> int:
     return int(report["processes"]["training"]["measured"]) + plan.device.floor.supervisor_bytes
 
 
-def _beyond(plan: Plan, roomy: Plan) -> Taken:
+def _beyond(plan: Plan, roomy: Plan) -> TracedRehearsal:
     """What is known of a plan that held even more than the cap of its rehearsal."""
     rehearsal = Rehearsal(
         budget_bytes=plan.budget_bytes,
@@ -274,7 +274,7 @@ def _beyond(plan: Plan, roomy: Plan) -> Taken:
         busy_cores=0.0,
         judged=False,
     )
-    return Taken(rehearsal=rehearsal, phases=[], own=[], stalled=[], transfers=[])
+    return TracedRehearsal(rehearsal=rehearsal, phases=[], own=[], stalled=[], transfers=[])
 
 
 def _instructions(path: Path, phases: Sequence[Phase]) -> tuple[list[Seconds], list[Seconds]]:
@@ -294,7 +294,7 @@ def _transfers(path: Path, phases: Sequence[Phase]) -> list[Seconds]:
 # --- learning from it ----------------------------------------------------------------------------------------------
 
 
-def _with(learned: Learned, step: Profile, plan: Plan, taken: Taken) -> Learned:
+def _with(learned: Learned, step: Profile, plan: Plan, taken: TracedRehearsal) -> Learned:
     """What is known after another rehearsal of a plan that was made with what was known before it. `step`: the profile as it was
     measured, of the step that is planned.
     """
@@ -315,7 +315,7 @@ def _with(learned: Learned, step: Profile, plan: Plan, taken: Taken) -> Learned:
     return _timed(learned, step, plan, taken).model_copy(update=update)
 
 
-def _timed(learned: Learned, step: Profile, plan: Plan, taken: Taken) -> Learned:
+def _timed(learned: Learned, step: Profile, plan: Plan, taken: TracedRehearsal) -> Learned:
     """`learned` with the seconds of a rehearsal."""
     index = PlanIndex(plan)
     program_of = {layer.name: layer.program for layer in plan.layers}
@@ -382,7 +382,7 @@ def _timed(learned: Learned, step: Profile, plan: Plan, taken: Taken) -> Learned
     return _closed(made, step, plan, taken)
 
 
-def _closed(made: Learned, step: Profile, plan: Plan, taken: Taken) -> Learned:
+def _closed(made: Learned, step: Profile, plan: Plan, taken: TracedRehearsal) -> Learned:
     """`made` with operators that are as much longer or shorter as the seconds of the whole step still differ: freeing, and the
     interpreter between instructions, are no operator's own.
     """

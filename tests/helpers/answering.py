@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tightfit.planner.generation.plan import GenerationPlan, laid_out, plan_answers
-from tightfit.planner.generation.problem import Figures, Problem, Rows
+from tightfit.planner.generation.problem import Figures, Problem, RowPiece
 from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.answering_decoder import answer_steps
 from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape, handwritten
@@ -18,7 +18,7 @@ from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
 from tightfit.runtime.engine.generation.decoder import open_decoder
 from tightfit.runtime.engine.generation.names import multiply_key, unpack_key, unpacked_key
@@ -33,7 +33,7 @@ BESIDE = 3 << 20
 """bytes that the processes of `figures` hold beside the arena, without the allowance for the heap"""
 
 
-def figures(pieces: Sequence[Rows], *, unpacked: float = 0.5, read: float = 1e-9, core: float = 1e-10) -> Figures:
+def figures(pieces: Sequence[RowPiece], *, unpacked: float = 0.5, read: float = 1e-9, core: float = 1e-10) -> Figures:
     """Figures with which a matrix that stays unpacked takes `unpacked` of the seconds of one that is unpacked every time."""
     rates: dict[str, float] = {}
     for piece in pieces:
@@ -97,12 +97,12 @@ def opened(
     store: Path,
     adapter: Path | None = None,
     body: str = BODY,
-    channel: Channel | None = None,
+    channel: TransferChannel | None = None,
 ) -> Iterator[CachedDecoder]:
     """The decoder of a plan, in this process; `body` is what the adapter calls the model's, `channel` what reads ahead."""
     file = None if adapter is None else str(adapter / WEIGHTS)
     job = job_of(problem, plan, store, cap_bytes=1 << 62, adapter=file, body=body)
-    channel = channel or Channel()
+    channel = channel or TransferChannel()
     with Store.open(store) as weights, torch.no_grad():
         yield open_decoder(job, open_device(vars(job)), weights, channel)
         channel.close()

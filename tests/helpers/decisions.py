@@ -16,7 +16,7 @@ from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.schedule.layer_schedule import Decision, expand, measure
 from tightfit.planner.schedule.lowering import draft, live_profile
 from tightfit.planner.schedule.realize import realize
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 
 INSTANT = {"read": 1e12, "write": 1e12, "latency": 0.0, "per_byte": 2e-8}
 
@@ -53,7 +53,7 @@ def figures_of_decisions(
     rng: Random, kind, count: int
 ) -> Iterator[tuple[Decision, dict[str, float], dict[str, float]]]:
     """(decision, figures by the layer model, figures that its schedule counts) of random decisions for a layer type."""
-    block = LayerProgram(Program(), kind)
+    block = LayerProgram(LinearProgram(), kind)
     goal = Linear()
     for figure in block.figures().values():
         goal.plus(figure)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tightfit.planner.schema import Plan
 from tightfit.runtime.data.tokenization import prepare
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
 from tightfit.runtime.engine.training.adapter import BODY
@@ -27,7 +27,7 @@ def random_records(folder: Path, *, seq: int, vocab_size: int = 512) -> str:
     return str(made.path)
 
 
-class LazyChannel(Channel):
+class LazyChannel(TransferChannel):
     """The slowest correct channel: a transfer happens only when somebody waits for it (or for a later one)."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ def make_training(
     *,
     lr: float,
     seed: int = 7,
-    channel: Channel | None = None,
+    channel: TransferChannel | None = None,
     device: Device | None = None,
 ) -> Training:
     """Compile a plan into a job and load it. `records` is a file of prepared data; `device` replaces the plan's own."""
@@ -73,11 +73,18 @@ def make_training(
         "optimizer": dataclasses.asdict(optimizer),
         "preference": plan.model.preference.model_dump() if plan.model.preference else None,
     }
-    return Training(compile_job(plan, settings), channel or Channel(), str(directory), device)
+    return Training(compile_job(plan, settings), channel or TransferChannel(), str(directory), device)
 
 
 def train(
-    plan: Plan, records: str, folder: Path, steps: int, *, lr: float, seed: int = 7, channel: Channel | None = None
+    plan: Plan,
+    records: str,
+    folder: Path,
+    steps: int,
+    *,
+    lr: float,
+    seed: int = 7,
+    channel: TransferChannel | None = None,
 ) -> tuple[list[float], bytes, bytes]:
     """The losses of some steps, and the files of the adapter and of the optimizer's state, which are left in `folder`."""
     folder.mkdir(exist_ok=True)

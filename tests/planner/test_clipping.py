@@ -32,7 +32,7 @@ from tightfit.planner.schedule.realize import realize
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
 from tightfit.planner.solve.policies import POLICIES, refused_of, rule_columns, smallest
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.profiles.schema import EXCHANGE, Profile, Tensor, adamw
 from tightfit.runtime.common.errors import InputError
 
@@ -62,7 +62,7 @@ def test_the_layer_model_says_what_the_layers_schedule_does(steps: int) -> None:
     apart = 0
     for profile in profiles(steps)[:-1]:
         for kind in layered(profile).types:
-            block = LayerProgram(Program(), kind)
+            block = LayerProgram(LinearProgram(), kind)
             goal = Linear()
             for figure in block.figures().values():
                 goal.plus(figure)

@@ -28,7 +28,7 @@ from tightfit.planner.report.summary import plan_summary, update_words
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.simulation.simulate import simulate
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.profiles.schema import EXCHANGE, OPTIMIZER_STATES, Profile, Tensor, adamw
 from tightfit.runtime.common.errors import InputError
 
@@ -165,7 +165,7 @@ def test_the_layer_model_says_what_the_layers_schedule_does(name: str, limit: fl
     rng = random.Random(0)
     made = with_optimizer(matrices(2, in_layer=2), name)
     for kind in layered(made if limit is None else clipped(made, limit)).types:
-        block = LayerProgram(Program(), kind)
+        block = LayerProgram(LinearProgram(), kind)
         goal = Linear()
         for figure in block.figures().values():
             goal.plus(figure)

@@ -28,7 +28,7 @@ from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.profiles.schema import MOBILLM, Profile, adamw
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.kernels.optimizer import AdamW, Update
+from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.session.launch import run
 from tightfit.runtime.session.settings import _sorts
@@ -236,7 +236,7 @@ def test_more_steps_than_anyone_sums_are_refused() -> None:
 
 
 def test_what_is_labelled_nowhere_has_no_gradient() -> None:
-    update = Update(AdamW(lr=LR), accumulate=2)
+    update = GradientUpdate(AdamW(lr=LR), accumulate=2)
     parameter, gradient, *states = (torch.ones(8), *(torch.zeros(8) for _ in range(4)))
     for step in (1, 2):
         update.begin(step, 0)

@@ -23,7 +23,7 @@ from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile, adamw
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.kernels.optimizer import AdamW, ClippedUpdate, Update
+from tightfit.runtime.engine.kernels.optimizer import AdamW, ClippedUpdate, GradientUpdate
 from tightfit.runtime.session.launch import run
 from tightfit.runtime.session.session import Session
 
@@ -275,7 +275,7 @@ def test_a_single_gradient_below_the_limit_updates_as_without_one() -> None:
     torch.manual_seed(0)
     start, gradient = torch.randn(77), torch.randn(77)
     plain, limited = start.clone(), start.clone()
-    update = Update(AdamW(lr=LR))
+    update = GradientUpdate(AdamW(lr=LR))
     update.begin(1, 7)
     update.apply(1, plain, gradient, torch.zeros(77), torch.zeros(77))
     clipping = ClippedUpdate(AdamW(lr=LR), 1e6)

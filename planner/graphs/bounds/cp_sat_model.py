@@ -15,7 +15,7 @@ from ortools.sat.python import cp_model
 
 from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.solvers.cp_sat import RESOLUTION, single_worker, solved
-from tightfit.planner.solvers.lp import Program
+from tightfit.planner.solvers.lp import LinearProgram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Chosen:
 class CpSatModel:
     """A program whose variables are all 0 or 1; to be minimised once, with further rows before that."""
 
-    def __init__(self, program: Program, units: Mapping[int, int], limit: Limit) -> None:
+    def __init__(self, program: LinearProgram, units: Mapping[int, int], limit: Limit) -> None:
         """`units`: row -> the factor that turns its coefficients into integers (a row in parts of the budget: the
         budget in bytes); 1 for other rows. Rows have lower bounds only. Raises TimeoutError past the limit.
         """

@@ -32,7 +32,7 @@ from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import Rerun, pruned
 from tightfit.planner.problem.layer_types import transfer_seconds
-from tightfit.planner.solvers.lp import Linear, Program, Solution
+from tightfit.planner.solvers.lp import Linear, LinearProgram, Solution
 
 ROUNDED = (0.3, 0.5, 0.7)
 """thresholds above which a fraction of a run, or of a live output, is rounded up to 1; none of them
@@ -132,7 +132,7 @@ class LpBound:
         self.limit = limit
         self.pivots = list(pivots)
         self.windows = len(pivots) + 1
-        self.program = Program()
+        self.program = LinearProgram()
         self.cost: list[float] = []
         """(34) per variable: seconds of runs"""
         self.disk: dict[int, float] = {}

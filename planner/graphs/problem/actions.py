@@ -14,7 +14,7 @@ from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, lifetimes, pruned, runs
 from tightfit.planner.instructions import Fetch, Instruction, Run, Verb
 from tightfit.planner.problem.layer_types import transfer_seconds
-from tightfit.planner.schedule.lowering import NAMED, Entry, live_profile
+from tightfit.planner.schedule.lowering import NAMED, DraftInstruction, live_profile
 from tightfit.planner.schedule.prefetch import clock, prefetch
 from tightfit.profiles.graph_input import LAYER
 
@@ -124,7 +124,7 @@ def _sizes(dag: Dag) -> dict[str, int]:
     return sizes | {WORK + name: size for name, size in zip(dag.names, dag.workspace)}
 
 
-def _entries(dag: Dag, actions: Iterable[Action]) -> list[Entry]:
+def _entries(dag: Dag, actions: Iterable[Action]) -> list[DraftInstruction]:
     """The actions as entries of `tightfit.planner.schedule`; an operator's workspace becomes an output that is freed at
     once.
     """
@@ -138,7 +138,7 @@ def _entries(dag: Dag, actions: Iterable[Action]) -> list[Entry]:
             transfer = transfer_seconds(channel, dag.bytes[i])
         outputs = () if verb != "run" else (name, WORK + name) if work else (name,)
         entries.append(
-            Entry(
+            DraftInstruction(
                 verb=verb,
                 name="" if verb == "run" else name,
                 layer=0,
@@ -150,6 +150,8 @@ def _entries(dag: Dag, actions: Iterable[Action]) -> list[Entry]:
         )
         if verb == "run" and work:
             entries.append(
-                Entry(verb="free", name=WORK + name, layer=0, operator=i, outputs=(), seconds=0.0, transfer=0.0)
+                DraftInstruction(
+                    verb="free", name=WORK + name, layer=0, operator=i, outputs=(), seconds=0.0, transfer=0.0
+                )
             )
     return entries

@@ -26,7 +26,7 @@ from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, pruned, runs
 from tightfit.planner.solvers.highs import MARGIN
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 
 SCALE = 1000.0
 """value in the objective of the seconds of one run of every operator"""
@@ -85,7 +85,7 @@ class Subproblem:
         self.budget = budget
         self.reruns = reruns
         self.first, self.last = first, last
-        self.program = Program()
+        self.program = LinearProgram()
         self.in_bytes: dict[int, int] = {}
         """rows whose coefficients are in units of the budget -> the budget in bytes"""
         self.inside = {rerun for rerun in reruns if first <= rerun[0] < last}

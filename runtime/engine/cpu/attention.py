@@ -163,7 +163,7 @@ def _steps(
     positions: Tensor | None,
     heads: int,
     kv_heads: int,
-) -> Iterator[_Step]:
+) -> Iterator[_TokenPass]:
     """Go through the rows of tokens, a few at a time; where q is bfloat16, with oneDNN's products if they are faster
     (`onednn`).
     """
@@ -177,10 +177,10 @@ def _steps(
         for rows in blocks(count, _together(seq)):
             several = any(position != seq - 1 for position in last[rows])
             own = positions[rows] if positions is not None and several else None
-            yield _Step(scratch, rows, tables, own, heads, kv_heads, q.shape[1] // heads)
+            yield _TokenPass(scratch, rows, tables, own, heads, kv_heads, q.shape[1] // heads)
 
 
-class _Step:
+class _TokenPass:
     """The rows of tokens of one pass: copies their tensors into the scratch, grouped by head."""
 
     def __init__(

@@ -22,7 +22,7 @@ SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 """number of the system call by machine; glibc has had a function of this name since 2.41 only"""
 
 
-class Channel:
+class TransferChannel:
     """A first-in, first-out queue of transfers and the thread that carries them out.
 
     Each transfer has a ticket, and tickets count up: when one is done, so are all before it. If a transfer raises,

@@ -4,7 +4,7 @@ A step of the fleet is `micro_batches` micro-batches in a global order, of which
 neighbouring ones. The members form a chain in that order. Each adds its gradients one after the other to the sum that
 comes from the member before it, the last one divides, and the mean goes back down the chain. Every addition is the one
 that a single process makes which accumulates the same micro-batches, in the same order, so that the sum is the same to
-the bit (`tightfit.runtime.engine.kernels.optimizer.Update`). Then every member makes the same update.
+the bit (`tightfit.runtime.engine.kernels.optimizer.GradientUpdate`). Then every member makes the same update.
 
 A member changes its trained tensors only once it has all of the mean. If one ends before, the others still hold the
 state after the latest update.
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.fleet.pieces import ITEM, Pieces
 from tightfit.runtime.engine.fleet.shelf import Buffers, Shelf
 from tightfit.runtime.engine.fleet.transport import Pending, Transport
-from tightfit.runtime.engine.kernels.optimizer import AdamW, Update
+from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ class Exchange:
         gradients: Shelf,
         states: Shelf,
         gradients_on_disk: bool,
-        channel: Channel,
+        channel: TransferChannel,
         parameter: Callable[[int], Tensor],
         keep: Callable[[int, Tensor], None],
     ) -> None:
@@ -101,7 +101,7 @@ class Exchange:
         """piece -> [buffer, elements that are still missing]: gradients that wait until their piece is whole"""
         self._checksum: int | None = None
         """crc32 of the trained tensors after the latest update"""
-        self._update = Update(optimizer, share.micro_batches)
+        self._update = GradientUpdate(optimizer, share.micro_batches)
 
     @staticmethod
     def rows(rank: int, count: int) -> int:

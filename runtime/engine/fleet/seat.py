@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.fleet.exchange import Exchange, Share, pieces_of
 from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.fleet.shelf import Buffers, DiskShelf, MemoryShelf, Shelf
@@ -142,7 +142,7 @@ def join(
     optimizer: AdamW,
     shapes: Sequence[Sequence[int]],
     directory: str,
-    channel: Channel,
+    channel: TransferChannel,
     *,
     parameter: Callable[[int], Tensor],
     keep: Callable[[int, Tensor], None],

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
 from tightfit.runtime.engine.generation.job import STREAMED, GenerationJob
@@ -18,7 +18,7 @@ from tightfit.runtime.engine.weights.store import Store
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def open_decoder(job: GenerationJob, device: Device, store: Store, channel: Channel) -> CachedDecoder:
+def open_decoder(job: GenerationJob, device: Device, store: Store, channel: TransferChannel) -> CachedDecoder:
     """The decoder of a job, with all that stays in memory loaded. Raises InputError for a damaged store or adapter."""
     streamed = [piece for piece in job.pieces if piece.state == STREAMED]
     body = [piece for piece in streamed if piece.matrix != job.head]

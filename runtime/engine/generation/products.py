@@ -32,7 +32,7 @@ from tightfit.runtime.engine.weights.layout import Extent
 from tightfit.runtime.engine.weights.store import Store, multiplies, multiply_row, unpack
 
 
-class Part:
+class PreparedPiece:
     """A piece, with what multiplying needs of it at hand: a token asks for hundreds of them."""
 
     __slots__ = ("columns", "entry", "extent", "fused", "packed", "piece", "rows")
@@ -60,10 +60,10 @@ class Products:
     def __init__(self, job: GenerationJob, device: Device, store: Store, stream: StreamedPieces) -> None:
         self.device, self.store, self.stream = device, store, stream
         self.elements, self.head = job.block_elements, job.head
-        self.parts: dict[str, list[Part]] = {}
+        self.parts: dict[str, list[PreparedPiece]] = {}
         """of every matrix"""
         for piece in job.pieces:
-            self.parts.setdefault(piece.matrix, []).append(Part(piece, store.extent(piece.name), device))
+            self.parts.setdefault(piece.matrix, []).append(PreparedPiece(piece, store.extent(piece.name), device))
         self.room = device.tensor(*job.places[ROOM])
         self.product = device.tensor(*job.places[PRODUCT])
         self.pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
@@ -87,7 +87,7 @@ class Products:
             elif part.piece.state == UNPACKED:
                 self._load_unpacked(part)
 
-    def _load_unpacked(self, part: Part) -> None:
+    def _load_unpacked(self, part: PreparedPiece) -> None:
         """Unpack some rows at a time: the packed bytes of all would be needed beside the unpacked ones."""
         held, first = self._unpacked(part), part.piece.start
         for rows in blocks(held.shape[0], self.rows_of_block(part.entry.columns)):
@@ -147,7 +147,7 @@ class Products:
         if bias is not None:
             out.add_(bias)
 
-    def _dot(self, part: Part, packed: Tensor, x: Tensor, out: Tensor) -> None:
+    def _dot(self, part: PreparedPiece, packed: Tensor, x: Tensor, out: Tensor) -> None:
         """Multiply one row of activations with the packed rows of a part."""
         begun = time.perf_counter()
         multiply_row(part.entry, packed, x, out)
@@ -170,7 +170,7 @@ class Products:
         if self.spent is not None:
             self._note(multiply_key(x.shape[0], weight.shape[1]), weight.numel(), begun)
 
-    def _packed(self, part: Part) -> Tensor | None:
+    def _packed(self, part: PreparedPiece) -> Tensor | None:
         """The packed rows of a part, once they are there; None: it stays unpacked."""
         if part.piece.state != STREAMED:
             return part.packed
@@ -179,11 +179,11 @@ class Products:
         self._note(STALL, 0, begun)
         return part.of(staged)
 
-    def _done(self, part: Part) -> None:
+    def _done(self, part: PreparedPiece) -> None:
         if part.piece.state == STREAMED:
             self.stream.release()
 
-    def _blocks(self, part: Part, packed: Tensor | None) -> Iterable[tuple[int, Tensor]]:
+    def _blocks(self, part: PreparedPiece, packed: Tensor | None) -> Iterable[tuple[int, Tensor]]:
         """(row of the matrix, float32 [rows, columns]) of each block of a part, which is valid until the next one is asked for."""
         entry, first = part.entry, part.rows.start
         for rows in blocks(part.rows.stop - first, self.rows_of_block(entry.columns)):
@@ -197,7 +197,7 @@ class Products:
             self._note(unpack_key(entry.format, entry.group, entry.columns), weight.numel(), begun)
             yield first + rows.start, weight
 
-    def _unpacked(self, part: Part) -> Tensor:
+    def _unpacked(self, part: PreparedPiece) -> Tensor:
         return self.device.tensor(part.piece.at, (part.rows.stop - part.rows.start, part.entry.columns), "float32")
 
     def _note(self, what: str, elements: int, begun: float) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device, Mark
 from tightfit.runtime.engine.generation.job import DEPTH, Piece
 from tightfit.runtime.engine.weights.store import Store
@@ -35,7 +35,7 @@ class Stream:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: TransferChannel,
         device: Device,
         store: Store,
         staging: tuple[int, int],

@@ -28,7 +28,7 @@ from tightfit.runtime.engine.weights.store import Store
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A layer's operators; `own` are the offsets of what it makes for itself."""
 
     values: Mapping[str, Mapping[str, Any]]
@@ -42,7 +42,7 @@ class Frame:
     """A layer of a step, in a pass of so many groups."""
 
     tokens: int
-    program: Program
+    program: CompiledProgram
     bindings: Mapping[str, str]
     passed: Mapping[str, int]
     groups: Sequence[slice]
@@ -63,7 +63,7 @@ class TracedDecoder(CachedDecoder):
         self._views: dict[tuple[int, int, str], Tensor] = {}
         """storages of the step of one token, which needs hundreds of them every time"""
 
-    def _compiled(self, program: Mapping[str, Any]) -> Program:
+    def _compiled(self, program: Mapping[str, Any]) -> CompiledProgram:
         kernels, values = self.device.kernels, program["values"]
         operators: list[tuple[Mapping[str, Any], CompiledOperator | None]] = []
         for operator in program["operators"]:
@@ -71,7 +71,7 @@ class TracedDecoder(CachedDecoder):
             # Nothing has tested which of PyTorch's out variants write beside their output: none is used.
             told = operator | {"copied": operator["target"] not in kernels.direct}
             operators.append((operator, None if own else CompiledOperator(told, values, kernels)))
-        return Program(values, program["own"], operators)
+        return CompiledProgram(values, program["own"], operators)
 
     def _layers(self, ids: Sequence[int], between: Callable[[], None], *, alone: bool) -> Tensor:
         tokens = 1 if alone else GROUP

@@ -147,7 +147,7 @@ def optimizer_of(settings: Mapping[str, Any]) -> Exact | MeZO:
     return OPTIMIZERS[settings["name"]](**settings)
 
 
-class Update:
+class GradientUpdate:
     """An optimizer that takes gradients. `apply` updates one trainable; PyTorch's fused kernels read and write each
     tensor once and need no temporary.
 
@@ -240,7 +240,7 @@ class Update:
             means.lerp_(slopes, 1 - keep)
 
 
-class ClippedUpdate(Update):
+class ClippedUpdate(GradientUpdate):
     """An optimizer with gradients scaled down, all of them together, to a norm of at most `max_norm`, as by
     `torch.nn.utils.clip_grad_norm_`.
 
@@ -261,7 +261,7 @@ class ClippedUpdate(Update):
         self._room = torch.empty(NORM_ELEMENTS, dtype=torch.float64)
 
     def begin(self, step: int, weight: float = 1.0) -> None:
-        """As of `Update`. A gradient that makes an update alone is taken as it is."""
+        """As of `GradientUpdate`. A gradient that makes an update alone is taken as it is."""
         super().begin(step, 1.0 if self.accumulate == 1 else weight)
         self._begins = step % self.accumulate == 1 % self.accumulate
         self._squares.clear()
@@ -298,7 +298,7 @@ class ClippedUpdate(Update):
 
     def apply_sum(self, count: int, parameter: Tensor, *states: Tensor) -> None:
         """Update a parameter from its sum, the last of its states, of which only the room is of use afterwards; `count` as of
-        `Update.apply`.
+        `GradientUpdate.apply`.
         """
         *own, total = states
         if self.accumulate > 1:

@@ -11,7 +11,7 @@ from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.process import trim_heap
 
 if TYPE_CHECKING:
-    from tightfit.runtime.engine.device.channels import Channel
+    from tightfit.runtime.engine.device.channels import TransferChannel
 
 INSTRUCTION_BYTES = 50
 """Bytes that a job's tables take for each instruction on average: its int32 words, and numbers and names of its
@@ -42,7 +42,7 @@ their mappings can be split. With all of PyTorch's in folios of 2 MiB it was 5.6
 a run of all tests 8.0."""
 
 
-def exchange_bytes(channel: Channel) -> int:
+def exchange_bytes(channel: TransferChannel) -> int:
     """Resident bytes that talking to the other members of a fleet adds to this process, whose kernels are warm;
     measured with two members that are both in this process, as many as a member has on its two sides, the allowance for
     messages included.

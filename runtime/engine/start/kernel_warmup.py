@@ -14,10 +14,10 @@ from tightfit.runtime.engine.cpu.attention import attention_scratch
 from tightfit.runtime.engine.cpu.cpu import KERNELS
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.cpu.products import narrow
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.compiled import compile_operator
-from tightfit.runtime.engine.kernels.optimizer import AdamW, MeZO, Perturbation, Update
+from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate, MeZO, Perturbation
 from tightfit.runtime.engine.start import lean_torch, page_out
 from tightfit.runtime.engine.start.process import (
     narrow_file_mappings,
@@ -32,7 +32,7 @@ SIZE = 256
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def prepare() -> Channel:
+def prepare() -> TransferChannel:
     """Start the threads, run the kernels, and release what only the start needed; call it before loading anything
     large.
 
@@ -40,7 +40,7 @@ def prepare() -> Channel:
     """
     torch._C._set_grad_enabled(False)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    channel = Channel()
+    channel = TransferChannel()
     try:
         split_file_mappings()
         for dtype in DTYPES:
@@ -77,7 +77,9 @@ def tidy() -> None:
     trim_heap()
 
 
-def warm_up(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES, *, backward: bool = True) -> None:
+def warm_up(
+    channel: TransferChannel, size: int, dtypes: Sequence[torch.dtype] = DTYPES, *, backward: bool = True
+) -> None:
     """Run what a step runs, on tensors of `size` (a multiple of 64) rows and columns.
 
     This maps the code, builds kernels and starts threads. Without `backward`, only what a step without a backward runs.
@@ -90,7 +92,7 @@ def warm_up(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES,
     operator = {"target": "aten.mm.default", "args": [window, window], "outputs": ["x"]}
     compile_operator(operator, {"x": {}}, KERNELS).run({"x": torch.zeros(size, size)}, [torch.empty(size, size)])
     if backward:
-        update = Update(AdamW(), accumulate=2)
+        update = GradientUpdate(AdamW(), accumulate=2)
         for step in (1, 2):
             update.begin(step)
             update.apply(step, *(torch.full((4096,), 0.1) for _ in range(5)))

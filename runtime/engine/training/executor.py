@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device, Mark, get_now
 from tightfit.runtime.engine.device.draws import Draws
 from tightfit.runtime.engine.device.spill import SpillFile
@@ -147,7 +147,7 @@ def bind(program: dict[str, Any], device: Device, store: Store | None) -> list[B
     return [BoundOperator(operator, values, local, device, store) for operator in program["operators"]]
 
 
-class Form(NamedTuple):
+class BoundStep(NamedTuple):
     """What the instructions run on at one length of the batch."""
 
     layers: list[list[BoundOperator]]
@@ -168,7 +168,7 @@ class Executor:
         device: Device,
         store: Store | None,
         spill: SpillFile,
-        channel: Channel,
+        channel: TransferChannel,
         updates: Updates,
         weights: Sequence[StoredWeight],
         trainables: Sequence[Trainable],
@@ -184,11 +184,11 @@ class Executor:
         # Once bound, the JSON form is dropped from the header: it is as large as the bound operators.
         self.programs: dict[int | None, list[list[BoundOperator]]] = {}
         """The programs of the step by its length, the shortest first and the whole step, None, last."""
-        self._forms: dict[int | None, Form] = {}
+        self._forms: dict[int | None, BoundStep] = {}
         for number, step in enumerate([*header["shorter"], header]):
             length = step["seq"] if step is not header else None
             programs = self.programs[length] = [bind(program, device, store) for program in step.pop("programs")]
-            self._forms[length] = Form(
+            self._forms[length] = BoundStep(
                 [programs[index] for index in header["layer_programs"]],
                 job.sizes if step is header else job.sizes_of(number),
                 step["token_losses"],

@@ -19,7 +19,7 @@ from tightfit.runtime.common.errors import InputError, MemberGoneError, RunError
 from tightfit.runtime.common.files import sync_directory, write_all
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import way_on
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start.kernel_warmup import settle, tidy
 from tightfit.runtime.engine.start.process import narrow_file_mappings, release_file_pages
@@ -44,7 +44,7 @@ OWN = ("graph", "adapter")
 """conditions of a run in which the members of a pipeline differ, since each has layers of its own"""
 
 
-def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) -> int:
+def run(job: Job, channel: TransferChannel, send: Send, stopping: Callable[[], bool]) -> int:
     """Carry out a job; returns the exit code: 0, or `INTERRUPTED`.
 
     `send(event, **content)` sends a message to the parent. `stopping()` is asked between steps and evaluation batches;
@@ -70,7 +70,7 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
 
 
 class _Run:
-    def __init__(self, job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) -> None:
+    def __init__(self, job: Job, channel: TransferChannel, send: Send, stopping: Callable[[], bool]) -> None:
         header = job.header
         self.header, self.send, self.stopping = header, send, stopping
         self.out: str = header["out"]
@@ -147,9 +147,9 @@ class _Run:
             training.initialise()
         known = self.evaluations.step if self.evaluations else None
         self.begun = self.done
-        self.metrics = Metrics(os.path.join(self.out, "metrics.jsonl"), self.done, known)
+        self.metrics = MetricsFile(os.path.join(self.out, "metrics.jsonl"), self.done, known)
         if self.fleet:
-            self.updates = Metrics(os.path.join(self.out, "fleet.jsonl"), self.done)
+            self.updates = MetricsFile(os.path.join(self.out, "fleet.jsonl"), self.done)
         settle()
         self.peaks["load"] = training.meter.check_peak()
         send(
@@ -563,7 +563,7 @@ def _save_trained(training: Training, path: str) -> str:
     return path
 
 
-class Metrics:
+class MetricsFile:
     """``metrics.jsonl``: one line per step or evaluation. A resumed run keeps the lines up to the step it resumes at and
     drops later ones; also evaluations after step `evaluated`, which it makes again.
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device, put_now
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.optimizer import AdamW, Exact, MeZO, optimizer_of
@@ -44,7 +44,7 @@ class Training:
     def __init__(
         self,
         job: Job,
-        channel: Channel,
+        channel: TransferChannel,
         directory: str,
         device: Device | None = None,
         stopping: Callable[[], bool] = lambda: False,

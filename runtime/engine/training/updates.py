@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tightfit.runtime.engine.kernels.optimizer import (
     ClippedUpdate,
     Exact,
+    GradientUpdate,
     MeZO,
     Perturbation,
     Rates,
-    Update,
     state_shape,
 )
 from tightfit.runtime.engine.training.job_tables import Trainable
@@ -47,7 +47,7 @@ class Tensors(Protocol):
 class Updates(ABC):
     """A way to update. A plan has instructions of its own way alone."""
 
-    def __init__(self, maker: Update | Perturbation | Exchange, steps: int) -> None:
+    def __init__(self, maker: GradientUpdate | Perturbation | Exchange, steps: int) -> None:
         self._maker: Any = maker
         self.steps = steps
         """whose gradients make one update"""
@@ -99,7 +99,7 @@ class Updates(ABC):
 class AtOnce(Updates):
     """Each trainable is updated, or its gradient added to those of earlier steps, as soon as its gradient is complete."""
 
-    def __init__(self, maker: Update) -> None:
+    def __init__(self, maker: GradientUpdate) -> None:
         super().__init__(maker, maker.accumulate)
 
     def update(self, tensors: Tensors, trainable: int, count: int) -> None:
@@ -185,7 +185,9 @@ def updates_of(header: Mapping[str, Any], optimizer: Exact | MeZO, exchange: Exc
     if exchange is not None:
         return Handed(exchange)
     steps, limit = header["accumulate"], header["max_grad_norm"]
-    return AtOnce(Update(optimizer, steps)) if limit is None else Clipped(ClippedUpdate(optimizer, limit, steps))
+    return (
+        AtOnce(GradientUpdate(optimizer, steps)) if limit is None else Clipped(ClippedUpdate(optimizer, limit, steps))
+    )
 
 
 def _states(tensors: Tensors, one: Trainable) -> list[Tensor]:

@@ -16,7 +16,7 @@ from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, tr
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet
 from tightfit.planner.report.federated_text import federated_sentences
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 
 FLOWER = 12 * MIB
@@ -71,7 +71,7 @@ def test_an_integer_program_finds_nothing_shorter(seed):
     draw, paces = drawn(seed)
     unit = draw.choice([1, 2, 5])
     steps = unit * draw.randint(1, 60)
-    program = Program()
+    program = LinearProgram()
     makespan = program.variable()
     counts = [program.variable(0.0, float(steps // unit), whole=True) for _ in paces]
     chosen = [program.choice() for _ in paces]

@@ -21,10 +21,10 @@ from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, MS, LayerFigures
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import live_profile
-from tightfit.planner.schedule.realize import Part, realize
+from tightfit.planner.schedule.realize import CyclePart, realize
 from tightfit.planner.solve.policies import mebp, rule_columns, smallest
 from tightfit.planner.solve.search import SearchResult
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.profiles.schema import EXCHANGE, Channel, Device, Floor, Layer, Tensor, adamw
 
 # --- any schedule, by hand -----------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def schedules(seed):
 def rows_of(problem, columns, *, careful=False):
     """A program of the rows over these very columns, and the rows."""
     terms = [LayerFigures(**{name: Linear(value) for name, value in zip(FIELDS, column.row)}) for column in columns]
-    program = Program()
+    program = LinearProgram()
     return program, add_step_constraints(program, problem, terms, careful=careful)
 
 
@@ -278,7 +278,7 @@ def test_the_rows_hold_what_the_schedule_holds_and_its_instructions():
             waiting = [measure(kind, between_steps_alone(kind)) for kind in problem.types]
             for by_type in (drawn, waiting):
                 columns = tuple(by_type[kind] for kind in problem.layer_type)
-                joined = Part(problem=problem, columns=columns).draft()
+                joined = CyclePart(problem=problem, columns=columns).draft()
                 count = len(joined.train) + len(joined.evaluate)
                 assert instruction_count(problem, columns) == count
                 train, evaluate = (
@@ -322,7 +322,7 @@ class Figures:
 
     def least_ms(self, limit, *layers):
         """Of the step, in `limit` KiB beside what is always there."""
-        program = Program()
+        program = LinearProgram()
         terms = [LayerFigures.made(lambda name, given=given: Linear(given.get(name, 0.0))) for given in layers]
         rows = add_step_constraints(program, self.problem, terms)
         program.bounds(rows.bytes, 0.0, limit + self.problem.constant_bytes / KIB)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reference import CONFIGS
 
 from tightfit.planner.generation.plan import plan_answers
-from tightfit.planner.generation.problem import Figures, Problem, Rows
+from tightfit.planner.generation.problem import Figures, Problem, RowPiece
 from tightfit.planner.generation.program import Choice, choose, kind_of, least_room, spread
 from tightfit.planner.generation.simulate import simulate
 from tightfit.profiles.models.decoder_config import decoder_shape
@@ -26,27 +26,31 @@ from tightfit.runtime.engine.generation.job import DEPTH, PACKED, STATES, STREAM
 from tightfit.runtime.engine.weights.layout import Entry
 
 
-def matrices(sizes: Sequence[tuple[int, int]], head: tuple[int, int]) -> list[Rows]:
+def matrices(sizes: Sequence[tuple[int, int]], head: tuple[int, int]) -> list[RowPiece]:
     """Pieces of these rows and columns, the last one of the head."""
     made = []
     for number, (rows, columns) in enumerate([*sizes, head]):
         name = f"model.layers.{number}.w.weight" if number < len(sizes) else "lm_head.weight"
         entry = Entry(name=name, shape=(rows, columns), format="q4", group=32)
         size = -(-entry.bytes // 4096) * 4096
-        made.append(Rows(matrix=name, start=0, stop=rows, entry=entry, packed_bytes=size, in_head=number == len(sizes)))
+        made.append(
+            RowPiece(matrix=name, start=0, stop=rows, entry=entry, packed_bytes=size, in_head=number == len(sizes))
+        )
     return made
 
 
-def held(pieces: Sequence[Rows], states: Sequence[str]) -> int:
+def held(pieces: Sequence[RowPiece], states: Sequence[str]) -> int:
     """Bytes of a choice of states."""
     room = max((piece.packed_bytes for piece, state in zip(pieces, states) if state == STREAMED), default=0)
     return sum(piece.bytes(state) for piece, state in zip(pieces, states, strict=True)) + DEPTH * room
 
 
-def counted(pieces: Sequence[Rows], states: Sequence[str], told: Figures, passes: Sequence[int], tokens: int) -> float:
+def counted(
+    pieces: Sequence[RowPiece], states: Sequence[str], told: Figures, passes: Sequence[int], tokens: int
+) -> float:
     """Seconds of an answer as the program counts them."""
 
-    def time(which: Sequence[tuple[Rows, str]], size: int, others: float) -> float:
+    def time(which: Sequence[tuple[RowPiece, str]], size: int, others: float) -> float:
         work = others + sum(piece.seconds(told, state, size) for piece, state in which)
         read = sum(piece.packed_bytes for piece, state in which if state == STREAMED) * told.read_seconds_per_byte
         return max(work, read)

@@ -12,7 +12,7 @@ from synthetic import PAGE, decoder_like, device
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.report.costs import Ledger
-from tightfit.planner.report.diff import Change, diff, grouped
+from tightfit.planner.report.diff import PlanChange, diff, grouped
 from tightfit.planner.report.html import comparison_page
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import MIB
@@ -83,7 +83,7 @@ def test_what_is_written_no_more_is_a_change():
 
 def test_groups_come_by_their_bytes():
     def change(name, kind, size):
-        return Change(
+        return PlanChange(
             name=name,
             kind=kind,
             bytes=size,

@@ -10,9 +10,9 @@ import pytest
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 from tightfit.planner.schedule import arena_packing
 from tightfit.planner.schedule.arena import DIRECT_BYTES, arena_of, placed_items
-from tightfit.planner.schedule.arena_packing import Item, _assign, _orders, by_groups, live_bytes, pack
+from tightfit.planner.schedule.arena_packing import TensorLifetime, _assign, _orders, by_groups, live_bytes, pack
 from tightfit.planner.schedule.free_ranges import ENDLESS, top_gap
-from tightfit.planner.schedule.lowering import Entry
+from tightfit.planner.schedule.lowering import DraftInstruction
 
 HEIGHT, LENGTH = 64 << 10, 64
 
@@ -32,7 +32,7 @@ def layers(seed, count):
     """The same tensors in `count` layers, one layer after the other; every entry is filled to HEIGHT."""
     pieces = cut(random.Random(seed), 0, HEIGHT, 0, LENGTH - 1)
     return [
-        Item(
+        TensorLifetime(
             name=f"layers.{layer}.{letter(number)}",
             size=high - low,
             alignment=64,
@@ -95,7 +95,7 @@ def training_step(count, kept, resident, each):
     items = []
 
     def add(name, size, *spans):
-        items.append(Item(name=name, size=64 * size, alignment=64, spans=list(spans), makers=[spans[0][0]]))
+        items.append(TensorLifetime(name=name, size=64 * size, alignment=64, spans=list(spans), makers=[spans[0][0]]))
 
     end = 2 * count * each - 1
     for layer in range(count):
@@ -130,7 +130,7 @@ def test_a_stack_and_its_mirror_image_leave_one_gap(count, kept, resident):
 
 
 def entry(verb, name="", *outputs):
-    return Entry(verb=verb, name=name, layer=0, operator=0, outputs=outputs, seconds=0.0, transfer=0.0)
+    return DraftInstruction(verb=verb, name=name, layer=0, operator=0, outputs=outputs, seconds=0.0, transfer=0.0)
 
 
 def test_where_tensors_lie_by_what_makes_them():
@@ -208,7 +208,9 @@ def test_what_is_there_at_one_entry_alone_does_not_overlap_either():
             first = number // 2
             last = first + chance.randrange(5)
             size = 64 * chance.randrange(1, 20)
-            items.append(Item(name=f"{number}", size=size, alignment=64, spans=[(first, last)], makers=[first]))
+            items.append(
+                TensorLifetime(name=f"{number}", size=size, alignment=64, spans=[(first, last)], makers=[first])
+            )
         goal = 3 * int(live_bytes(items, 640).max()) // 2
         offsets = by_groups(items, 0, 640, goal)
         assert offsets is not None
@@ -247,5 +249,5 @@ def test_a_search_by_groups_fails_where_one_layer_holds_more_than_is_allowed():
     items = layers(3, count)
     assert by_groups(items, 0, count * LENGTH, goal) is not None
     at = full * LENGTH + LENGTH // 2
-    more = Item(name="more", size=HEIGHT // 2, alignment=64, spans=[(at, at + 1)], makers=[at])
+    more = TensorLifetime(name="more", size=HEIGHT // 2, alignment=64, spans=[(at, at + 1)], makers=[at])
     assert by_groups([*items, more], 0, count * LENGTH, goal) is None

@@ -20,7 +20,7 @@ from tightfit.planner.schedule.multi_layer_recompute import (
     rerun_layers,
     sqrt_segments,
 )
-from tightfit.planner.schedule.realize import Part, realize
+from tightfit.planner.schedule.realize import CyclePart, realize
 from tightfit.planner.solve.policies import checkpoint_layers, keep_all, mebp, mesp, rule_columns
 from tightfit.planner.solve.search import SearchResult
 
@@ -64,7 +64,7 @@ def test_a_second_pass_makes_nothing_for_nobody():
     """Under checkpoint-layers only what makes the next layer's input runs twice before the backward's own reruns."""
     problem = layered(deep(5))
     columns = rule_columns(problem, mebp)
-    plain, twice = (Part(problem=problem, columns=columns, segments=s).draft().train for s in ((), ((1, 3),)))
+    plain, twice = (CyclePart(problem=problem, columns=columns, segments=s).draft().train for s in ((), ((1, 3),)))
     layers = [step.seconds for step in problem.forward_steps[1]]
     reads = [sum(entry.verb == "read" for entry in entries) for entries in (plain, twice)]
     runs = [sum(entry.seconds for entry in entries if entry.verb == "run") for entries in (plain, twice)]

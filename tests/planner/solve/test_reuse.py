@@ -22,13 +22,13 @@ from tightfit.planner.schedule.free_ranges import Places, gap
 from tightfit.planner.schedule.lowering import live_profile
 from tightfit.planner.schedule.prefetch import clock
 from tightfit.planner.schedule.prefetch_in_place import _tightest_gap, prefetch_in_place
-from tightfit.planner.schedule.realize import Part, realize
+from tightfit.planner.schedule.realize import CyclePart, realize
 from tightfit.planner.solve import budget_search
 from tightfit.planner.solve.budget_search import GOOD
 from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, rule_columns, smallest
 from tightfit.planner.solve.search import Solver
-from tightfit.planner.solvers.lp import Growing, Linear, Program
+from tightfit.planner.solvers.lp import Growing, Linear, LinearProgram
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_nothing_is_built_before_it_is_priced():
 
 def test_choices_are_counted_as_they_are_posted(decoder):
     for kind in decoder.problem.types:
-        assert choice_count(kind) == sum(LayerProgram(Program(), kind).program.whole)
+        assert choice_count(kind) == sum(LayerProgram(LinearProgram(), kind).program.whole)
 
 
 @given(st.integers(0, 10_000))
@@ -197,7 +197,7 @@ def test_a_growing_program_ends_where_a_fresh_one_does(seed):
         goal = Linear().add(spare, 50.0)
         for share, cost in zip(shares, costs):
             goal.add(share, float(cost))
-        fresh = Program()
+        fresh = LinearProgram()
         first = fresh.variable()
         others = [fresh.variable() for _ in range(count)]
         for row in range(3):
@@ -247,7 +247,7 @@ def test_the_tightest_gap_of_many_ranges_at_once(ranges, base, size, alignment):
 def test_transfers_move_among_tensors_in_their_places(decoder):
     """In the very bytes that the draft takes the step gets shorter, and nothing overlaps at any time."""
     problem: Layered = decoder.problem
-    draft = Part(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
+    draft = CyclePart(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
     _, still = prefetch_in_place(draft, problem.inputs, 0)
     train, arena = prefetch_in_place(draft, problem.inputs, still.bytes)
     assert arena.bytes <= still.bytes
@@ -273,7 +273,7 @@ def test_no_schedule_is_slower_than_transfers_moved_in_place(share):
     planner = ModelPlanner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
     problem = planner.problem
     columns = rule_columns(problem, smallest)
-    draft = Part(problem=problem, columns=columns).draft()
+    draft = CyclePart(problem=problem, columns=columns).draft()
     charged = REAL["per_instruction"] * (len(draft.train) + len(draft.evaluate))
     room = int(share * max(max(live_profile(e, draft.resident, draft.sizes)) for e in (draft.train, draft.evaluate)))
     train, arena = prefetch_in_place(draft, problem.inputs, room)

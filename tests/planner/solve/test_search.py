@@ -20,14 +20,14 @@ from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule import prefetch
 from tightfit.planner.schedule.prefetch import Bytes, best_order, facts_of
-from tightfit.planner.schedule.realize import Part, realize
+from tightfit.planner.schedule.realize import CyclePart, realize
 from tightfit.planner.solve.budget_search import BudgetSearch
 from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
 from tightfit.planner.solve.pricing import Pool
 from tightfit.planner.solve.search import SearchResult, Solver
 from tightfit.planner.solvers import lp
-from tightfit.planner.solvers.lp import Growing, Linear, Program, Solution
+from tightfit.planner.solvers.lp import Growing, Linear, LinearProgram, Solution
 from tightfit.runtime.common.gc_pause import paused_collector
 
 TIGHT = 5734400
@@ -75,7 +75,7 @@ def test_a_budget_below_what_is_fixed_has_no_bound_and_no_columns():
 def test_no_columns_and_no_proof_that_none_fit(chain, monkeypatch, infeasible):
     """Only a proof says that a budget is too small; the solver's silence does not."""
     told = Solution(values=None, duals=None, objective=math.inf, bound=0.0, optimal=False, infeasible=infeasible)
-    monkeypatch.setattr(Program, "solve", lambda *_: told)
+    monkeypatch.setattr(LinearProgram, "solve", lambda *_: told)
     planner, budget = chain
     if infeasible:
         assert planner.bound(budget) is None
@@ -143,7 +143,7 @@ def test_a_second_opinion_gets_what_time_is_left(monkeypatch):
     now = itertools.count(0, 1.0)
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     monkeypatch.setattr(lp.mathopt, "IncrementalSolver", lambda *_: {}.canonical)
-    monkeypatch.setattr(Program, "solve", lambda _self, _goal, seconds, *_: granted.append(seconds))
+    monkeypatch.setattr(LinearProgram, "solve", lambda _self, _goal, seconds, *_: granted.append(seconds))
     growing.solve(Linear().add(variable), 9.0)
     assert granted == [9.0 - 3.0]
 
@@ -172,7 +172,7 @@ def test_a_warm_start_that_wanders_is_broken_off(monkeypatch):
 def test_transfers_past_the_deadline_are_ordered_once(monkeypatch, deadline, passes):
     # The disk is so slow that every pass waits for it: none is the last by itself. The second gains nothing over the first.
     problem = layered(decoder_like(2, tokens=256, slices=3, on=device(read=1e6)))
-    draft = Part(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
+    draft = CyclePart(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
     facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
     made = []
     one = prefetch._Disk

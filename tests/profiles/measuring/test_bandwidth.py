@@ -15,7 +15,7 @@ from tightfit.profiles.measuring import bandwidth
 from tightfit.profiles.measuring.bandwidth import Group, measure_channels, measure_transfers
 from tightfit.runtime.cli.answers import comparison_text, profile_text
 from tightfit.runtime.common.errors import RunError
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 
 LATENCY, BANDWIDTH = 1e-2, 2e8
 
@@ -27,7 +27,7 @@ def few_turns(monkeypatch):
 
 @pytest.fixture
 def channel():
-    channel = Channel()
+    channel = TransferChannel()
     yield channel
     channel.close()
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from tiny_plans import decoder_profile
 
-from tightfit.profiles.measuring.cpu_quota import MOUNT, Clock, quota_cores, slowdown, useful_threads
+from tightfit.profiles.measuring.cpu_quota import MOUNT, QuotaClock, quota_cores, slowdown, useful_threads
 
 
 def tree(root, **files):
@@ -72,7 +72,7 @@ def test_the_clock_stands_still_while_the_group_is_held_up(tmp_path):
         tmp_path / "two",
         **{"cgroup.procs": "", "a__cpu.max": "50000 100000\n", "a__cpu.stat": "throttled_usec 1000000\n"},
     )
-    clock = Clock(2, mount, listed(tmp_path, "0::/a\n"))
+    clock = QuotaClock(2, mount, listed(tmp_path, "0::/a\n"))
     real, begun = time.perf_counter(), clock()
     (mount / "a" / "cpu.stat").write_text("nr_periods 7\nthrottled_usec 4000000\n")
     assert clock() - begun == pytest.approx(time.perf_counter() - real - 3.0 / 2, abs=0.05)

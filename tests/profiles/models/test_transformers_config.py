@@ -17,7 +17,7 @@ from reference import stored_weights
 
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten, text_config
 from tightfit.profiles.models.transformers_config import refuse_by_config, settings_of
-from tightfit.profiles.models.transformers_decoder import Facts, facts
+from tightfit.profiles.models.transformers_decoder import DecoderFacts, facts
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.common.errors import InputError
@@ -79,7 +79,7 @@ def answer(read: dict[str, Any]) -> str:
         if handwritten(config):
             decoder_shape(config)
         else:
-            assert isinstance(facts(config), Facts)
+            assert isinstance(facts(config), DecoderFacts)
     except InputError as error:
         return str(error)
     return ""

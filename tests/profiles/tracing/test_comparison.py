@@ -18,7 +18,7 @@ from tightfit.profiles import api
 from tightfit.profiles.schema import NOT_COMPARED
 from tightfit.profiles.tracing import comparison
 from tightfit.profiles.tracing.comparison import TOLERANCE, GradientComparison, distances, step_bytes
-from tightfit.profiles.tracing.eager_steps import Step
+from tightfit.profiles.tracing.eager_steps import EagerResult
 from tightfit.profiles.tracing.trace import Trace
 from tightfit.runtime.common.errors import InputError
 
@@ -120,12 +120,12 @@ def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
 
 def test_distances_are_parts_of_what_is_due():
     one, other = torch.ones(4), torch.zeros(4)
-    due = Step(
+    due = EagerResult(
         loss=2.0,
         gradients={"w": one, "noise": 1e-9 * one, "b": one},
         statistics={"var": 10 * one, "mean": 1e-6 * one, "count": torch.tensor(2)},
     )
-    own = Step(
+    own = EagerResult(
         loss=2.2,
         gradients={"w": 1.01 * one, "noise": other},
         statistics={"var": 10 * one, "mean": -1e-6 * one, "count": torch.tensor(1)},
@@ -137,7 +137,10 @@ def test_distances_are_parts_of_what_is_due():
     assert apart["noise"] == apart["mean"] == apart["var"] == 0  # sums that cancel leave no more
     assert apart["b"] == pytest.approx(1, rel=1e-4)  # missing is nothing
     assert apart["count"] == pytest.approx(0.5, rel=1e-4)
-    assert distances(Step(loss=2.0, gradients={"w": one}), Step(loss=2.0, gradients={"w": other}))["w"] == math.inf
+    assert (
+        distances(EagerResult(loss=2.0, gradients={"w": one}), EagerResult(loss=2.0, gradients={"w": other}))["w"]
+        == math.inf
+    )
 
 
 def behind_the_trace():

@@ -20,7 +20,7 @@ from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.problem.layer_types import Mode
 from tightfit.planner.schedule.layer_schedule import Decision, measure
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
-from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.runtime.common.errors import InputError
@@ -180,7 +180,7 @@ def test_the_layer_model_tells_the_peak_of_the_evaluation(profile):
     for mode in ("disk", "packed", "unpacked"):
         weights = tuple((name, Mode(mode, mode, mode)) for name in kind.weights)
         decision = Decision(keep=frozenset(kind.candidates), offload=frozenset(), weights=weights, states=frozenset())
-        block = LayerProgram(Program(), kind)
+        block = LayerProgram(LinearProgram(), kind)
         block.fix(decision)
         goal = Linear()
         for figure in block.figures().values():

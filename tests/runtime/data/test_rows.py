@@ -16,7 +16,7 @@ from tiny_models import CHAT, SPECIAL, byte_level_tokenizer, sentence_piece_toke
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.samples import Pair, data_files, parse_prompt, parse_sample, read_samples
+from tightfit.runtime.data.samples import AnswerPair, data_files, parse_prompt, parse_sample, read_samples
 from tightfit.runtime.data.tables import PARTS
 from tightfit.runtime.data.tokenization import Encoder, prepare
 
@@ -76,7 +76,7 @@ def test_a_part_that_repeats_what_is_read_is_let_be() -> None:
     """As in data sets with a column for each form: ultrachat's prompt, UltraFeedback's messages."""
     assert parsed({"prompt": "Is it good?", "messages": TALK}) == parsed({"messages": TALK})
     answers = {"chosen": TALK, "rejected": [TALK[0], {"role": "assistant", "content": "No."}]}
-    assert isinstance(parsed(answers | {"messages": TALK, "prompt": "Is it good?"}), Pair)
+    assert isinstance(parsed(answers | {"messages": TALK, "prompt": "Is it good?"}), AnswerPair)
     with pytest.raises(InputError, match=r'"messages" and "prompt" in one row'):
         parsed({"prompt": "Is it good? Really?", "messages": TALK})
 

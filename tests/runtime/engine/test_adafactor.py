@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tightfit.runtime.engine.kernels.adafactor import COLUMNS, WINDOW
-from tightfit.runtime.engine.kernels.optimizer import FACTORED, Adafactor, ClippedUpdate, Update, state_shape
+from tightfit.runtime.engine.kernels.optimizer import FACTORED, Adafactor, ClippedUpdate, GradientUpdate, state_shape
 
 STEPS, LR = 6, 1e-2
 SHAPES = {
@@ -66,7 +66,7 @@ def test_updates_are_those_of_torch(shape: str, settings: str) -> None:
     value = torch.randn(size) * 0.3
     reference = torch.nn.Parameter(value.clone())
     optimizer = theirs(reference, given)
-    update = Update(Adafactor(lr=LR, **given))
+    update = GradientUpdate(Adafactor(lr=LR, **given))
     state = torch.zeros(state_shape(FACTORED, size))
     for number, gradient in enumerate(gradients(size), 1):
         reference.grad = gradient.clone()
@@ -98,7 +98,7 @@ def test_the_learning_rate_is_bounded_by_the_updates_number() -> None:
     reference = torch.nn.Parameter(value.clone())
     optimizer = theirs(reference, {})
     ours = Adafactor(lr=3.0, schedule="linear", warmup_steps=2, total_steps=STEPS)
-    update = Update(ours)
+    update = GradientUpdate(ours)
     state = torch.zeros(50)
     for number, gradient in enumerate(gradients((20, 30)), 1):
         optimizer.param_groups[0]["lr"] = ours.rate(number)
@@ -118,7 +118,7 @@ def test_sums_of_gradients_and_clipped_ones(shape: tuple[int, ...], limit: float
     reference = torch.nn.Parameter(value.clone())
     optimizer = theirs(reference, {})
     ours = Adafactor(lr=LR)
-    update = Update(ours, 2) if limit is None else ClippedUpdate(ours, limit, 2)
+    update = GradientUpdate(ours, 2) if limit is None else ClippedUpdate(ours, limit, 2)
     state, total = torch.zeros(state_shape(FACTORED, shape)), torch.zeros(shape)
     made = list(gradients(shape))
     for step, gradient in enumerate(made, 1):
@@ -144,7 +144,7 @@ def test_gradients_of_nothing_or_of_no_number_do_as_in_torch(what: float) -> Non
     reference = torch.nn.Parameter(value.clone())
     reference.grad = torch.full((4, 6), what)
     theirs(reference, {}).step()
-    update = Update(Adafactor(lr=LR))
+    update = GradientUpdate(Adafactor(lr=LR))
     update.begin(1)
     update.apply(1, value, reference.grad, torch.zeros(10))
     assert torch.equal(torch.isnan(value), torch.isnan(reference.detach()))
@@ -161,7 +161,7 @@ def test_the_number_of_threads_changes_no_bit(shape: str) -> None:
         try:
             torch.manual_seed(3)
             value, state = torch.randn(size), torch.zeros(state_shape(FACTORED, size))
-            update = Update(Adafactor(lr=LR, weight_decay=0.1))
+            update = GradientUpdate(Adafactor(lr=LR, weight_decay=0.1))
             for number, gradient in enumerate(gradients(size), 1):
                 update.begin(number)
                 update.apply(number, value, gradient, state)
@@ -175,6 +175,6 @@ def test_the_number_of_threads_changes_no_bit(shape: str) -> None:
 def test_a_tensor_of_no_elements_has_no_update() -> None:
     for size in ((0,), (0, 4), (4, 0)):
         arguments: Any = torch.zeros(size), torch.zeros(size), torch.zeros(state_shape(FACTORED, size))
-        update = Update(Adafactor())
+        update = GradientUpdate(Adafactor())
         update.begin(1)
         update.apply(1, *arguments)

@@ -7,7 +7,7 @@ from reference import CONFIGS
 from safetensors.torch import save_file
 
 from tightfit.profiles.models.decoder_config import WRAPPED_BODY
-from tightfit.runtime.engine.kernels.optimizer import AdamW, Update
+from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate
 from tightfit.runtime.engine.training.adapter import WEIGHTS, adapter_config, adapter_key, initialise
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -55,7 +55,7 @@ def test_updates_are_those_of_torch():
     parameter = torch.nn.Parameter(start.clone())
     reference = torch.optim.AdamW([parameter], lr=3e-3, weight_decay=0.1)
     mine, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
-    update = Update(AdamW(lr=3e-3, weight_decay=0.1))
+    update = GradientUpdate(AdamW(lr=3e-3, weight_decay=0.1))
     for step, gradient in enumerate(gradients, 1):
         parameter.grad = gradient.clone()
         reference.step()

@@ -11,12 +11,12 @@ import pytest
 from damage import opened_below
 
 from tightfit.runtime.common.errors import RunError
-from tightfit.runtime.engine.device.channels import SLICE_NANOSECONDS, SWITCH_SECONDS, Channel
+from tightfit.runtime.engine.device.channels import SLICE_NANOSECONDS, SWITCH_SECONDS, TransferChannel
 from tightfit.runtime.engine.device.spill import BLOCK, STAGING_BYTES, SpillFile
 
 
 def test_transfers_run_in_order_and_tickets_imply_those_before():
-    channel, seen, gate = Channel(), [], threading.Event()
+    channel, seen, gate = TransferChannel(), [], threading.Event()
     first = channel.submit(gate.wait)
     tickets = [channel.submit(seen.append, number) for number in range(5)]
     assert seen == []
@@ -30,7 +30,7 @@ def test_transfers_run_in_order_and_tickets_imply_those_before():
 
 
 def test_an_error_surfaces_where_it_is_waited_for_and_stops_later_transfers():
-    channel, seen = Channel(), []
+    channel, seen = TransferChannel(), []
 
     def fail():
         raise RunError("disk on fire")
@@ -47,7 +47,7 @@ def test_an_error_surfaces_where_it_is_waited_for_and_stops_later_transfers():
 
 
 def test_an_idle_channel_has_taken_up_a_request_when_it_returns():
-    channel, taken_up, gate = Channel(), [], threading.Event()
+    channel, taken_up, gate = TransferChannel(), [], threading.Event()
 
     def transfer():
         taken_up.append(True)
@@ -66,7 +66,7 @@ def test_an_idle_channel_has_taken_up_a_request_when_it_returns():
 
 
 def test_a_request_behind_another_or_a_failed_one_does_not_wait():
-    channel, gate = Channel(), threading.Event()
+    channel, gate = TransferChannel(), threading.Event()
     channel.submit(gate.wait)
     second = channel.submit(int)  # would never return if it waited for its turn
     gate.set()
@@ -93,7 +93,7 @@ def test_the_thread_has_a_short_slice_and_its_callers_priority():
         _, policy, _, nice, _, slice_, *_ = struct.unpack("IIQiIQQQII", found.raw)
         return policy, nice, slice_
 
-    channel = Channel()
+    channel = TransferChannel()
     channel.wait(channel.submit(int))
     policy, nice, slice_ = attributes(channel._thread.native_id)
     own_policy, own_nice, own_slice = attributes(threading.get_native_id())
@@ -106,7 +106,7 @@ def test_the_thread_has_a_short_slice_and_its_callers_priority():
 def test_pythons_lock_is_handed_on_sooner_until_the_channel_is_closed():
     before = sys.getswitchinterval()
     sys.setswitchinterval(5e-3)
-    channel = Channel()
+    channel = TransferChannel()
     assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
     channel.close()
     assert sys.getswitchinterval() == pytest.approx(5e-3)

@@ -8,7 +8,7 @@ import torch
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.engine.training import checkpoint
-from tightfit.runtime.engine.training.loop import Metrics
+from tightfit.runtime.engine.training.loop import MetricsFile
 from tightfit.runtime.engine.weights import safetensors_file
 from tightfit.runtime.engine.weights.safetensors_file import Item, Reader
 
@@ -218,17 +218,17 @@ def test_damage_is_found(tmp_path):
 def test_metrics_keep_the_lines_before_the_resumed_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s, "loss": s / 2}) + "\n" for s in range(1, 6)) + '{"step": 6, "lo')
-    Metrics(str(path), 3).add(step=4, loss=9.0)
+    MetricsFile(str(path), 3).add(step=4, loss=9.0)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.5}, {"step": 4, "loss": 9.0},
     ]  # fmt: skip
     # What a kill cut short is no line, be it all there but for its end; nor is what is no metric.
     path.write_text('{"step": 1}\n[]\n{}\n7\n{"step"\n{"step": 2}')
-    Metrics(str(path), 9).add(step=2)
+    MetricsFile(str(path), 9).add(step=2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     path.unlink()
-    Metrics(str(path), 9).add(step=10)
+    MetricsFile(str(path), 9).add(step=10)
     assert path.read_text() == '{"step": 10}\n'
-    Metrics(str(path), 0)
+    MetricsFile(str(path), 0)
     assert path.read_text() == ""
     assert list(tmp_path.iterdir()) == [path]

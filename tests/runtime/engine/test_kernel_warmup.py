@@ -18,7 +18,7 @@ from tightfit.runtime.engine.cpu import (
     tables,
 )
 from tightfit.runtime.engine.cpu.operators import OPERATORS
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.start.kernel_warmup import warm_up
 from tightfit.runtime.engine.training.job import PASSING
 
@@ -47,7 +47,7 @@ def test_every_fused_operator_is_warmed_but_products_only_where_they_leave_nothi
     for name, call in OPERATORS.items():
         monkeypatch.setitem(OPERATORS, name, recording(name, call))
     monkeypatch.setattr(products, "NARROW", narrow)
-    channel = Channel()
+    channel = TransferChannel()
     warm_up(channel, 64, (torch.bfloat16,))
     channel.close()
     left_out = {name for name in OPERATORS if name.startswith(PRODUCTS)} if narrow else set()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.engine.training.loop import Metrics, _Run, _save_trained, _Stopped
+from tightfit.runtime.engine.training.loop import MetricsFile, _Run, _save_trained, _Stopped
 from tightfit.runtime.engine.weights import safetensors_file
 from tightfit.runtime.engine.weights.safetensors_file import Item
 
@@ -56,7 +56,7 @@ def step(training: Any, folder: Path, send: Any) -> None:
     one: Any = object.__new__(_Run)
     one.header = {"profile_step": False, "traced_steps": []}
     one.training, one.send, one.peaks, one.begun, one.trace = training, send, {}, 0, None
-    one.metrics = Metrics(str(folder / "m"), 0)
+    one.metrics = MetricsFile(str(folder / "m"), 0)
     one._tell(7, one._step(7, None))
 
 

@@ -9,8 +9,8 @@ from tightfit.runtime.engine.kernels.optimizer import (
     LION_ELEMENTS,
     OPTIMIZERS,
     ClippedUpdate,
+    GradientUpdate,
     MeZO,
-    Update,
     optimizer_of,
 )
 
@@ -60,7 +60,7 @@ def test_updates_are_those_of_the_reference(name: str, decay: float) -> None:
     value = torch.randn(SIZE)
     theirs = torch.nn.Parameter(value.double())
     reference = REFERENCES[name]([theirs], decay)
-    update = Update(optimizer_of({"name": name, "lr": LR, "weight_decay": decay}))  # type: ignore[arg-type]
+    update = GradientUpdate(optimizer_of({"name": name, "lr": LR, "weight_decay": decay}))  # type: ignore[arg-type]
     states = [torch.zeros(SIZE) for _ in range(STATES[name])]
     for number in range(1, STEPS + 1):
         gradient = torch.randn(SIZE)
@@ -78,7 +78,7 @@ def test_sums_of_several_gradients_and_clipped_ones_update_alike(name: str) -> N
     start = torch.randn(500)
     gradients = [torch.randn(500) for _ in range(3)]
     settings = {"name": name, "lr": LR}
-    updates = Update(optimizer_of(settings), 3), ClippedUpdate(optimizer_of(settings), 1e6, 3)  # type: ignore[arg-type]
+    updates = GradientUpdate(optimizer_of(settings), 3), ClippedUpdate(optimizer_of(settings), 1e6, 3)  # type: ignore[arg-type]
     made = []
     for update in updates:
         value, *states = (start.clone(), *(torch.zeros(500) for _ in range(STATES[name] + 1)))
@@ -93,7 +93,7 @@ def test_sums_of_several_gradients_and_clipped_ones_update_alike(name: str) -> N
             update.apply_sum(3, value, *states)
         made.append(value)
     alone = start.clone()
-    single = Update(optimizer_of(settings))  # type: ignore[arg-type]
+    single = GradientUpdate(optimizer_of(settings))  # type: ignore[arg-type]
     single.begin(1)
     single.apply(1, alone, torch.stack(gradients).mean(0), *(torch.zeros(500) for _ in range(STATES[name])))
     assert torch.equal(made[0], made[1])

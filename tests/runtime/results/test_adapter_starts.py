@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tightfit.profiles.api import profile
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.results.adapter_changes import Adapter
+from tightfit.runtime.results.adapter_changes import AdapterFolder
 from tightfit.runtime.results.generation import pairs_of
 from tightfit.runtime.results.merge import merge
 
@@ -79,7 +79,7 @@ def test_another_is_refused_by_everything_that_takes_an_adapter(start: str, base
         lambda: profile(str(base), seq=16, device="phone", adapter=adapter),
         lambda: merge(adapter, tmp_path / "merged"),
         lambda: merge(adapter, tmp_path / "alone.gguf", format="gguf", adapter_only=True),
-        lambda: Adapter(adapter),
+        lambda: AdapterFolder(adapter),
         lambda: pairs_of(adapter, "model.", source.entries, "it"),
     ):
         with pytest.raises(InputError, match=f"init_lora_weights is '{start}', a start that "):

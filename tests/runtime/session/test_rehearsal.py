@@ -29,7 +29,7 @@ from tightfit.profiles.learned import (
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.session import rehearsal
 from tightfit.runtime.session.launch import run
-from tightfit.runtime.session.rehearsal import Taken, rehearsed
+from tightfit.runtime.session.rehearsal import TracedRehearsal, rehearsed
 
 MIB = 1 << 20
 
@@ -90,7 +90,7 @@ def happened(plan, truth):
     replay.run()
     now, stall = np.asarray(replay.moments).T
     stalled = np.diff(stall)
-    return Taken(
+    return TracedRehearsal(
         rehearsal=Rehearsal(
             budget_bytes=plan.budget_bytes,
             policy=plan.policy,
@@ -157,7 +157,7 @@ def test_of_a_crowded_machine_only_the_peak_is_learned(tmp_path):
     plan = naive_plan(measured)
     taken = happened(plan, timed(measured, seconds_of(3.0)))
     busy = taken.rehearsal.model_copy(update={"judged": False, "held_bytes": plan.peak_bytes + 5 * MIB})
-    learned = rehearsal._with(Learned(), measured, plan, Taken(**{**vars(taken), "rehearsal": busy}))
+    learned = rehearsal._with(Learned(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": busy}))
     assert learned.added_bytes == 5 * MIB + SPREAD_BYTES
     assert corrected(measured, learned).programs == measured.programs
 
@@ -176,7 +176,7 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
     plan = naive_plan(measured).model_copy(update={"peak_bytes": 400 * MIB})
     taken = happened(plan, measured)
     told = taken.rehearsal.model_copy(update={"held_bytes": plan.peak_bytes + held})
-    learned = rehearsal._with(Learned(), measured, plan, Taken(**{**vars(taken), "rehearsal": told}))
+    learned = rehearsal._with(Learned(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": told}))
     expected = -200 * MIB + SPREAD_BYTES + int(ABOVE * 400 * MIB) if added is None else added
     assert learned.added_bytes == expected
     unjudged = told.model_copy(update={"judged": False})
@@ -190,7 +190,7 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
         learned,
         measured,
         plan.model_copy(update={"peak_bytes": plan.peak_bytes + learned.added_bytes}),
-        Taken(
+        TracedRehearsal(
             **{
                 **vars(taken),
                 "rehearsal": told.model_copy(

@@ -9,7 +9,7 @@ import torch
 from answering import greedy, opened, packed, plan_of, problem_of
 from reference import CONFIGS, checkpoint
 
-from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.generation.job import STREAMED
 from tightfit.runtime.engine.generation.measuring import StandIns, _stand_ins
 
@@ -23,7 +23,7 @@ def test_pieces_that_stand_in_for_themselves_give_the_same_answer_and_nothing_is
     checkpoint(CONFIGS[name], tmp_path)
     store = packed(tmp_path)
     problem = problem_of(CONFIGS[name], store, len(PROMPT), COUNT)
-    channel = Channel()
+    channel = TransferChannel()
     with opened(problem, plan_of(problem, [STREAMED], 4), store, channel=channel) as decoder:
         due = greedy(decoder, PROMPT, COUNT)
         decoder.return_to(0)
