@@ -34,6 +34,7 @@ from tightfit.profiles.schema import (
     Value,
 )
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.common.units import printable
 
 GRAPH_VERSION = 1
@@ -233,8 +234,6 @@ def _channel(channel: BareChannel | None) -> Channel:
 
 def save_graph(graph: BareGraph, path: str | os.PathLike[str]) -> Path:
     """Write `graph` as the JSON that `parse_graph` reads."""
-    from tightfit.runtime.common.files import write_whole
-
     return write_whole(path, json.dumps(graph.model_dump(mode="json", exclude_defaults=True), indent=1) + "\n")
 
 

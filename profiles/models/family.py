@@ -13,6 +13,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from tightfit.profiles.models import families as folder
 from tightfit.runtime.common.errors import InputError
 
 Config = Mapping[str, Any]
@@ -101,8 +102,6 @@ class Family:
 @cache
 def families() -> dict[str, Family]:
     """Every family by its ``model_type``."""
-    from tightfit.profiles.models import families as folder
-
     modules = [import_module(f"{folder.__name__}.{found.name}") for found in pkgutil.iter_modules(folder.__path__)]
     known: list[Family] = [module.FAMILY for module in modules]
     return {family.model_type: family for family in known}
