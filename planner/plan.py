@@ -52,7 +52,7 @@ def planner_of(profile: Profile, options: SearchOptions = ALL) -> Planner:
     """The planner for this kind of profile; its `plan` may be called for any number of budgets. `options` are for the
     ablation benchmark.
     """
-    if profile.model.kind == "graph":
+    if profile.model.is_bare_graph:
         from tightfit.planner.graphs.planner import GraphPlanner
 
         return GraphPlanner(profile, options)
@@ -61,7 +61,7 @@ def planner_of(profile: Profile, options: SearchOptions = ALL) -> Planner:
 
 def policies_of(profile: Profile) -> tuple[str, ...]:
     """Names of the fixed rules that apply to a profile and follow the exact gradient."""
-    if profile.model.kind != "graph":
+    if not profile.model.is_bare_graph:
         return tuple(POLICIES)
     from tightfit.planner.graphs.problem.dag import dag_of
     from tightfit.planner.graphs.search.baselines import rules_for

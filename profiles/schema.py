@@ -351,6 +351,11 @@ class Model(Record):
         return self
 
     @property
+    def is_bare_graph(self) -> bool:
+        """Whether operators say how long they take and not what they compute: it is planned and not run."""
+        return self.kind == "graph"
+
+    @property
     def preference(self) -> Preference | None:
         """The loss where samples are pairs of answers; None: the mean over the labelled tokens, or a module's own."""
         told = self.config.get(PREFERENCE) if self.kind == "decoder" else None

@@ -99,7 +99,7 @@ def raised(device: Device, extra_bytes: int) -> Device:
 def check_one_model(profiles: Mapping[str, Profile]) -> None:
     """Raise InputError unless the members' profiles, by name, are of one model that can be trained by a fleet."""
     for name, profile in profiles.items():
-        if profile.model.kind == "graph":
+        if profile.model.is_bare_graph:
             raise InputError(
                 f"member {name}: its profile is of a bare graph ({profile.model.name}), which says how long operators take"
                 " and not what they compute; profile a model on every device"

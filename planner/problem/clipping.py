@@ -33,7 +33,7 @@ def clipped(profile: Profile, max_grad_norm: float) -> Profile:
     """
     PlanOptions(max_grad_norm=max_grad_norm)  # refuses what is none
     why = None
-    if profile.model.kind == "graph":
+    if profile.model.is_bare_graph:
         why = "a bare graph has no gradients by name"
     elif profile.optimizer.get("name") in {EXCHANGE, MOBILLM} or passes_messages(profile.programs):
         why = "a member of a fleet does not know the gradients of the others"

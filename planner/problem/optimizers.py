@@ -28,7 +28,7 @@ def chosen(
     """
     made = profile if optimizer is None else with_optimizer(profile, optimizer)
     made = made if max_grad_norm is None else clipped(made, max_grad_norm)
-    if learned is None and profile.model.kind != "graph" and profile.device.measured:
+    if learned is None and not profile.model.is_bare_graph and profile.device.measured:
         learned = load_learned(figures_id(profile))
     return made if learned is None else corrected(made, learned)
 
@@ -44,7 +44,7 @@ def with_optimizer(profile: Profile, name: str) -> Profile:
     if name == profile.optimizer.get("name"):
         return profile
     of_a_fleet = profile.optimizer.get("name") in {EXCHANGE, MOBILLM} or passes_messages(profile.programs)
-    if profile.model.kind == "graph" or of_a_fleet:
+    if profile.model.is_bare_graph or of_a_fleet:
         who = "members of fleets train with AdamW" if of_a_fleet else "a bare graph has no updates"
         raise InputError(f"{spelled('optimizer')} {name}: {who}; leave it out")
     if name == "adafactor" and (tables := profile.model.tables):

@@ -74,7 +74,7 @@ def _verdict(plan: Plan) -> list[str]:
 def _rehearsal(plan: Plan) -> list[str]:
     """What carrying the plan out has shown, or that it was not; nothing of a bare graph, which cannot be carried out."""
     found = plan.rehearsal
-    if plan.model.kind == "graph":
+    if plan.model.is_bare_graph:
         return []
     if found is None:
         where = "" if plan.device.measured else f", since it is for {plan.device.name}"
@@ -352,7 +352,7 @@ def _layers(count: int, example: str) -> str:
 
 def _busy(plan: Plan, told: Explanation) -> list[str]:
     moves = plan.train is not None and plan.train.write_bytes > 0
-    if plan.model.kind == "graph" and not moves:
+    if plan.model.is_bare_graph and not moves:
         return []
     where = words_of(plan.device).elsewhere
     parts = [
@@ -364,7 +364,7 @@ def _busy(plan: Plan, told: Explanation) -> list[str]:
         if use.name == "compute" or use.bytes
     ]
     unpacking = f"{format_seconds(plan.train.unpack_seconds)} unpack weights, " if plan.train is not None else ""
-    unpacking = "" if plan.model.kind == "graph" else unpacking
+    unpacking = "" if plan.model.is_bare_graph else unpacking
     return [
         f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(told.waiting_seconds)} wait for transfers"
     ]

@@ -201,7 +201,7 @@ def shortfall(plan: Plan, smallest: Plan) -> Explanation:
 
 def has_phases(plan: Plan) -> bool:
     """Whether the plan's step has a forward and a backward; only bare graphs may have no such division."""
-    return plan.model.kind != "graph" or any(
+    return not plan.model.is_bare_graph or any(
         operator.phase == "backward" for program in plan.programs for operator in program.operators
     )
 
@@ -276,7 +276,7 @@ def _recomputation(plan: Plan, train: Phase, ledger: Ledger, costs: dict[str, Co
         operators=sorted(operators, key=lambda group: -group.seconds),
         by_layer={name: by_layer[name] for name in ledger.programs if name in by_layer},
         layer_inputs=len(shared & dropped.keys()),
-        layers_twice=0 if plan.model.kind == "graph" else len(rerun_layers(plan)),
+        layers_twice=0 if plan.model.is_bare_graph else len(rerun_layers(plan)),
     )
 
 

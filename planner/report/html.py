@@ -89,14 +89,14 @@ def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
 
 def _counted(plans: Sequence[Plan]) -> str:
     """What the budgets limit, in words."""
-    if plans[0].model.kind == "graph":
+    if plans[0].model.is_bare_graph:
         return "Budgets are on the bytes that are live; the graph's fixed bytes are inside."
     return f"Everything counts: {words_of(plans[0].device).floor} ({format_size(max(plan.floor_bytes for plan in plans))}) is inside."
 
 
 def _device(plan: Plan) -> str:
     device = plan.device
-    if plan.model.kind == "graph":
+    if plan.model.is_bare_graph:
         return f"{device.name}, times {'as given' if device.measured else 'estimated, not measured'}"
     where = f"{device.threads} threads of {device.name}" if words_of(device).threaded else device.name
     return f"{where}, times {'measured' if device.measured else 'estimated, not measured'}"
@@ -104,7 +104,7 @@ def _device(plan: Plan) -> str:
 
 def describe(plan: Plan) -> str:
     """What is trained, in a line: shapes, number type, LoRA rank, what updates where it is not AdamW alone."""
-    if plan.model.kind == "graph":
+    if plan.model.is_bare_graph:
         return f"a bare graph of {len(plan.programs[0].operators)} operators; budgets are on the bytes that are live"
     shape = f"batch {plan.batch}" + (f", sequence {plan.seq}" if plan.seq else "")
     adapted = adapter_words(plan.model.lora) if plan.model.lora and "rank" in plan.model.lora else "all parameters"

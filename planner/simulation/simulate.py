@@ -45,7 +45,7 @@ __all__ = ["LARGEST", "POINTS", "InvalidSchedule", "Simulation", "simulate"]
 
 def simulate(plan: Plan) -> Simulation:
     """Replay `plan`. Raises InvalidSchedule where an invariant breaks, InputError where the plan has no schedule."""
-    if plan.model.kind == "graph":
+    if plan.model.is_bare_graph:
         return graph_replay.replay(plan)
     if plan.train is None or plan.evaluate is None:
         raise InputError(

@@ -101,7 +101,7 @@ def approximate_of(profile: Profile) -> tuple[str, ...]:
     """
     refused = refused_of(profile)
     names = (*APPROXIMATE, MOBILLM)
-    return () if profile.model.kind == "graph" else tuple(policy for policy in names if policy not in refused)
+    return () if profile.model.is_bare_graph else tuple(policy for policy in names if policy not in refused)
 
 
 def refused_of(profile: Profile) -> dict[str, str]:

@@ -103,7 +103,7 @@ def retarget(profile: Profile, on: DeviceDescription) -> Profile:
     if not any(operator.flops for program in profile.programs for operator in program.operators):
         what, way = (
             ("bare graph", f"leave the device out, or write a graph with its operators' seconds on {on.name}")
-            if profile.model.kind == "graph"
+            if profile.model.is_bare_graph
             else ("profile of", "fill in `flops` of its operators, or profile the model with tightfit")
         )
         raise InputError(

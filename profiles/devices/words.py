@@ -47,5 +47,5 @@ LIVE_BYTES = "the bytes that are live"
 def words_of(device: Device, model: Model | None = None) -> Words:
     """The words for a plan or profile of `model` on `device`; without `model`, those for the device alone."""
     words = BY_DEVICE[device.kind]
-    graph = model is not None and model.kind == "graph"
+    graph = model is not None and model.is_bare_graph
     return replace(words, budget=LIVE_BYTES, whole=LIVE_BYTES) if graph else words

@@ -136,7 +136,7 @@ def plan(
 
 def _run_next(plan: Plan, path: Path) -> str:
     """The end of a line, which says how to run the plan; empty if this runtime cannot (bare graphs, cards, estimated times)."""
-    if plan.model.kind == "graph" or plan.device.kind != "cpu" or not plan.device.measured:
+    if plan.model.is_bare_graph or plan.device.kind != "cpu" or not plan.device.measured:
         return ""
     data = "random" if plan.model.kind == "module" else "FILE.jsonl"
     return next_command(f"tightfit run {shlex.quote(str(path))} --data {data} --steps N -o out")

@@ -84,7 +84,7 @@ def check_machine(plan: Plan | Profile) -> None:
     """Raise InputError for a plan, or a profile, of a bare graph, with estimated times, or for another device, thread count or
     PyTorch.
     """
-    if plan.model.kind == "graph":
+    if plan.model.is_bare_graph:
         raise InputError(
             f"the plan is of a bare graph ({plan.model.name}), which says how long operators take and not what they compute;"
             " it can be planned, compared and simulated, run a plan of a model that `tightfit profile` measured"

@@ -110,7 +110,7 @@ def _layers(plan: Plan) -> list[LayerShown]:
     """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its
     passes.
     """
-    if plan.model.kind == "graph":
+    if plan.model.is_bare_graph:
         return _operators(plan)
     owner = owners(plan)
     decided: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
@@ -152,7 +152,7 @@ def _operators(plan: Plan) -> list[LayerShown]:
 
 
 def _edges(plan: Plan) -> list[Edge]:
-    if plan.model.kind == "graph":
+    if plan.model.is_bare_graph:
         sizes = {value.name: value.bytes for value in plan.programs[0].values}
         return [
             Edge(source=source, target=str(operator.outputs[0]), bytes=sizes[source])
