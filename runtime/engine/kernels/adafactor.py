@@ -40,14 +40,15 @@ class AdafactorUpdate:
         self._room = torch.empty(WINDOW, dtype=torch.float32)
 
     def make(
-        self, optimizer: Adafactor, rate: float, number: int, parameter: Tensor, gradient: Tensor, variance: Tensor
+        self, optimizer: Adafactor, rate: float, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor
     ) -> None:
         """Make update `number` of a parameter, counted from 1, at the learning rate `rate`.
 
-        All tensors are float32 and contiguous; all but `gradient` change in place. `variance` is flat. For a parameter of one
+        All tensors are float32 and contiguous; all but `gradient` change in place. The state, the variance, is flat. For a parameter of one
         dimension or none it is the mean of each element's squared gradient; for one of matrices [..., rows, columns] it is
         the means over each row of every matrix, and then those over each column.
         """
+        (variance,) = states
         if not parameter.numel():
             return
         shape = _matrices(parameter.shape)

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +64,74 @@ class Rates:
         return self.lr * (left * (1.0 - self.min_lr_ratio) + self.min_lr_ratio)
 
 
+class Arithmetic(Protocol):
+    """How an optimizer changes one trainable."""
+
+    def make(
+        self, settings: Any, rate: float, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor
+    ) -> None:
+        """Make update `number` of a parameter, counted from 1, in place. All tensors are float32 and contiguous; `gradient` stays
+        as it is, and `states` are the optimizer's own.
+        """
+        ...
+
+
+class FusedAdam:
+    """PyTorch's fused kernel of Adam or AdamW; the states are the first and second moment."""
+
+    def __init__(self, kernel: str) -> None:
+        import torch
+
+        self._kernel = torch._C._get_operation_overload(f"aten::_fused_{kernel}_", "")[0]
+        self._step = torch.zeros((), dtype=torch.float32)
+
+    def make(
+        self, settings: AdamW, rate: float, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor
+    ) -> None:
+        first, second = states
+        self._step.fill_(number)
+        self._kernel(
+            [parameter], [gradient], [first], [second], [], [self._step],
+            lr=rate, beta1=settings.betas[0], beta2=settings.betas[1], weight_decay=settings.weight_decay,
+            eps=settings.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+
+class FusedSGD:
+    """PyTorch's fused kernel of SGD; the state, if there is momentum, is that."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._kernel = torch._C._get_operation_overload("aten::_fused_sgd_", "")[0]
+
+    def make(
+        self, settings: SGD, rate: float, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor
+    ) -> None:
+        self._kernel(
+            [parameter], [gradient], list(states), weight_decay=settings.weight_decay,
+            momentum=settings.momentum, lr=rate, dampening=0.0, nesterov=False, maximize=False,
+            is_first_step=False,
+        )  # fmt: skip
+
+
+class SignSteps:
+    """Lion: steps by the sign of momentum and gradient mixed, a piece at a time, for which there is room beside them."""
+
+    def make(
+        self, settings: Lion, rate: float, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor
+    ) -> None:
+        import torch
+
+        (momentum,), (mix, keep) = states, settings.betas
+        pieces = zip(*(tensor.view(-1).split(LION_ELEMENTS) for tensor in (parameter, gradient, momentum)))
+        for values, slopes, means in pieces:
+            if settings.weight_decay:
+                values.mul_(1 - rate * settings.weight_decay)
+            values.add_(torch.lerp(slopes, means, mix).sign_(), alpha=-rate)
+            means.lerp_(slopes, 1 - keep)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Rates):
     """Loshchilov and Hutter 2019, "Decoupled weight decay regularization", with PyTorch's defaults."""
@@ -71,6 +139,9 @@ class AdamW(Rates):
     name: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    def arithmetic(self) -> Arithmetic:
+        return FusedAdam(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +157,9 @@ class SGD(Rates):
 
     name: str = "sgd"
     momentum: float = 0.0
+
+    def arithmetic(self) -> Arithmetic:
+        return FusedSGD()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +177,9 @@ class Lion(Rates):
     name: str = "lion"
     betas: tuple[float, float] = (0.9, 0.99)
 
+    def arithmetic(self) -> Arithmetic:
+        return SignSteps()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adafactor(Rates):
@@ -119,6 +196,11 @@ class Adafactor(Rates):
     """The smallest root mean square of a parameter: PyTorch's second `eps`."""
     clip_threshold: float = 1.0
     """The largest root mean square of a step before it is scaled by the rate: PyTorch's `d`."""
+
+    def arithmetic(self) -> Arithmetic:
+        from tightfit.runtime.engine.kernels.adafactor import AdafactorUpdate
+
+        return AdafactorUpdate()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,22 +238,13 @@ class GradientUpdate:
     """
 
     def __init__(self, optimizer: Exact, accumulate: int = 1) -> None:
-        import torch
-
         self.optimizer: Exact = optimizer
         self.accumulate = accumulate
         self.summed = 0.0
         """sum of the weights of the steps whose gradients are accumulated so far"""
         self._weight = 1.0
         self._due = True
-        if isinstance(optimizer, Adafactor):
-            from tightfit.runtime.engine.kernels.adafactor import AdafactorUpdate
-
-            self._adafactor = AdafactorUpdate()
-        elif not isinstance(optimizer, Lion):
-            kernel = "adam" if isinstance(optimizer, Adam) else "adamw" if isinstance(optimizer, AdamW) else "sgd"
-            self._kernel = torch._C._get_operation_overload(f"aten::_fused_{kernel}_", "")[0]
-        self._step = torch.zeros((), dtype=torch.float32)
+        self._arithmetic = optimizer.arithmetic()
         self._rate = 0.0
 
     def begin(self, step: int, weight: float = 1.0) -> None:
@@ -203,41 +276,9 @@ class GradientUpdate:
 
     def make(self, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor) -> None:
         """Make update `number` of a parameter, counted from 1, with the gradient given, at the rate of the step that
-        began last. Adam's states are its first and second moment.
+        began last, as of `Arithmetic.make`.
         """
-        optimizer = self.optimizer
-        if isinstance(optimizer, Lion):
-            self._lion(optimizer, parameter, gradient, *states)
-            return
-        if isinstance(optimizer, Adafactor):
-            self._adafactor.make(optimizer, self._rate, number, parameter, gradient, *states)
-            return
-        if isinstance(optimizer, SGD):
-            self._kernel(
-                [parameter], [gradient], list(states), weight_decay=optimizer.weight_decay,
-                momentum=optimizer.momentum, lr=self._rate, dampening=0.0, nesterov=False, maximize=False,
-                is_first_step=False,
-            )  # fmt: skip
-            return
-        first, second = states
-        self._step.fill_(number)
-        self._kernel(
-            [parameter], [gradient], [first], [second], [], [self._step],
-            lr=self._rate, beta1=optimizer.betas[0], beta2=optimizer.betas[1], weight_decay=optimizer.weight_decay,
-            eps=optimizer.eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
-
-    def _lion(self, optimizer: Lion, parameter: Tensor, gradient: Tensor, momentum: Tensor) -> None:
-        """Step by the sign of momentum and gradient mixed, a piece at a time, for which there is room beside them."""
-        import torch
-
-        mix, keep = optimizer.betas
-        pieces = zip(*(tensor.view(-1).split(LION_ELEMENTS) for tensor in (parameter, gradient, momentum)))
-        for values, slopes, means in pieces:
-            if optimizer.weight_decay:
-                values.mul_(1 - self._rate * optimizer.weight_decay)
-            values.add_(torch.lerp(slopes, means, mix).sign_(), alpha=-self._rate)
-            means.lerp_(slopes, 1 - keep)
+        self._arithmetic.make(self.optimizer, self._rate, number, parameter, gradient, *states)
 
 
 class ClippedUpdate(GradientUpdate):
