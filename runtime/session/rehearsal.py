@@ -27,13 +27,13 @@ from tightfit.planner.simulation.plan_index import PlanIndex
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.learned import (
     ABOVE,
-    SPREAD_BYTES,
     Learned,
     Rehearsal,
     corrected,
     figures_id,
     load_learned,
     save_learned,
+    spread_bytes,
     update_kind,
 )
 from tightfit.profiles.measuring.cpu_load import Others, crowded
@@ -52,8 +52,8 @@ from tightfit.runtime.supervision.spare_memory import free_memory
 from tightfit.runtime.supervision.supervisor import Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
-ROUNDS = 2
-"""rehearsals of one call, at most"""
+ROUNDS, MOST_ROUNDS = 2, 6
+"""rehearsals of one call, at most: to bring the seconds together, and until a plan holds no more than it says"""
 TOLERANCE = {"decoder": 0.05, "module": 0.10}
 """share of a step by which prediction and run may differ"""
 TRACED = 3
@@ -138,7 +138,7 @@ def rehearsed(
     reason = why_not(plan)
     if reason is not None:  # which a plan tells itself: `tightfit.planner.report.explain`
         return Made(plan=plan, said=[f"not rehearsed: {reason}"])
-    for turn in range(ROUNDS):
+    for turn in range(MOST_ROUNDS):
         if not go_on():
             break
         try:
@@ -154,7 +154,7 @@ def rehearsed(
         save_learned(identity, learned)
         plan = sealed(plan.model_copy(update={"rehearsal": taken.rehearsal}))
         told(_words(taken.rehearsal))
-        if _agrees(plan, taken.rehearsal) or turn + 1 == ROUNDS:
+        if _agrees(plan, taken.rehearsal) or (turn + 1 >= ROUNDS and _left(plan, taken.rehearsal) >= 0):
             break
         told("planned anew with what that taught")
         try:
@@ -172,9 +172,16 @@ def _agrees(plan: Plan, rehearsal: Rehearsal) -> bool:
     """
     apart = abs(rehearsal.seconds / rehearsal.predicted_seconds - 1.0)
     timely = not rehearsal.judged or apart <= TOLERANCE[plan.model.kind]
-    left = rehearsal.predicted_bytes - rehearsal.held_bytes
-    near = plan.start_bytes > 0 or left <= max(SPREAD_BYTES, 2 * ABOVE * rehearsal.predicted_bytes)
-    return timely and left >= SPREAD_BYTES and near
+    left = _left(plan, rehearsal)
+    return timely and left >= 0 and (plan.start_bytes > 0 or left <= 2 * ABOVE * rehearsal.predicted_bytes)
+
+
+def _left(plan: Plan, rehearsal: Rehearsal) -> int:
+    """Bytes that the peak leaves beside what was held and the spread of starts, which a peak that the start sets has in it already;
+    below 0 the plan cannot be trusted.
+    """
+    spread = 0 if plan.start_bytes else spread_bytes(plan.model.kind, rehearsal.held_bytes)
+    return rehearsal.predicted_bytes - rehearsal.held_bytes - spread
 
 
 def _words(rehearsal: Rehearsal) -> str:
@@ -300,7 +307,8 @@ def _with(learned: Learned, step: Profile, plan: Plan, taken: TracedRehearsal) -
     """
     rehearsal = taken.rehearsal
     # What was added before is part of the prediction.
-    needed = rehearsal.held_bytes + SPREAD_BYTES - (rehearsal.predicted_bytes - learned.added_bytes)
+    spread = spread_bytes(plan.model.kind, rehearsal.held_bytes)
+    needed = rehearsal.held_bytes + spread - (rehearsal.predicted_bytes - learned.added_bytes)
     if plan.start_bytes and needed < learned.added_bytes:
         needed = learned.added_bytes  # the start sets the peak: what is held later is not known
     if needed < 0:

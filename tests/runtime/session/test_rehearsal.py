@@ -205,6 +205,32 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
     assert later.added_bytes == learned.added_bytes
 
 
+@pytest.mark.parametrize("start", [0, 400 * MIB], ids=["the step", "the start"])
+def test_a_plan_that_held_more_than_it_says_is_made_anew_until_one_holds(tmp_path, monkeypatch, start):
+    """A first rehearsal held far less than was predicted; what the second plan, with the lower prediction, holds is known then."""
+    measured = timed(decoder_profile(tmp_path), seconds_of(1.0))
+    beyond = iter([-40 * MIB, 2 * MIB, MIB, 0, -SPREAD_BYTES, -SPREAD_BYTES])
+    rehearsals = []
+
+    def carried_out(plan, stages):
+        taken = happened(plan, measured)
+        held = plan.peak_bytes + next(beyond)
+        rehearsals.append(taken.rehearsal.model_copy(update={"held_bytes": held}))
+        return Taken(**{**vars(taken), "rehearsal": rehearsals[-1]})
+
+    def make(step):
+        plan = naive_plan(step).model_copy(update={"peak_bytes": step.device.floor.resident_bytes + 400 * MIB})
+        floor = plan.device.floor.model_copy(update={"import_peak_bytes": start and plan.peak_bytes})
+        return plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})}) if start else plan
+
+    monkeypatch.setattr(rehearsal, "_carried_out", carried_out)
+    monkeypatch.setattr(rehearsal, "why_not", lambda plan: None)
+    made = rehearsed(measured, lambda step: step, make)
+    assert made.plan.rehearsal == rehearsals[-1]
+    assert rehearsals[-1].held_bytes <= rehearsals[-1].predicted_bytes == made.plan.peak_bytes
+    assert len(rehearsals) == (4 if start else 5)
+
+
 # --- real runs -----------------------------------------------------------------------------------------------------
 
 
