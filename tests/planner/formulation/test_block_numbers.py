@@ -35,10 +35,8 @@ def remarks(source):
         if token.type == tokenize.COMMENT:
             yield token.string.lstrip("# ")
     module = ast.parse(source)
-    for node in ast.walk(module):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            if node is not module.body[0]:
-                yield node.value.value
+    statements = (node.value for node in ast.walk(module) if isinstance(node, ast.Expr) and node is not module.body[0])
+    yield from (value.value for value in statements if isinstance(value, ast.Constant) and isinstance(value.value, str))
 
 
 def blocks_by_file():
