@@ -2,21 +2,8 @@
 
 It knows a member by its ways to take part: a role in the chain, shelves, and for a range of micro-batches the seconds
 of one. Those seconds are lower bounds, or those of plans; its rows are the lower bounds of `exchange_bounds`. So with
-lower bounds its optimum is one on the makespan of every allotment, order, choice of shelves and plans.
-
-The numbers are those of docs/formulation.md. Variables: T, the makespan; C, when the last has computed; for each way w
-of member i whether it is taken, y_w, and its micro-batches, k_w.
-
-    (41) minimise T
-    (36) at most one way per member; exactly one first, exactly one last; between only if there is one beside, at most one
-    the k_w add up to all micro-batches, and least_w y_w <= k_w <= most_w y_w
-    (37) C >= sum over i's ways of seconds_w k_w                             for every i
-    (38) T >= C + sum over i's ways of (fixed y_w + each k_w)                for every common row
-    (39) T >= sum over i's ways of ((seconds_w + each) k_w + fixed y_w)      for every own row
-    (40) T >= C + sum of turning_w y_w over the ways to be last + sum of back_w y_w over all others
-    T >= sum over the ways to be first of seconds_w k_w + sum of turned_w y_w over those to be last
-         + sum of (there_w y_w + each k_w + back_w y_w) over all others
-    the last two also for the ways to be beside the last, where `others` are those to be first or between
+lower bounds its optimum is one on the makespan of every allotment, order, choice of shelves and plans. Numbers in
+brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -71,6 +58,7 @@ def allot(ways: Sequence[Way], micro_batches: int, *, time_limit: float, gap: fl
     makespan, computed = program.variable(), program.variable()
     taken = [program.choice() for _ in ways]
     counts = [program.variable(0.0, float(way.most), whole=True) for way in ways]
+    # (36) micro-batches of a way that is taken, roles of the chain, all micro-batches
     for way, chosen, count in zip(ways, taken, counts):
         program.at_least(Linear().add(count), Linear().add(chosen, float(way.least)))
         program.at_least(Linear().add(chosen, float(way.most)), Linear().add(count))
@@ -84,6 +72,7 @@ def allot(ways: Sequence[Way], micro_batches: int, *, time_limit: float, gap: fl
     members = sorted({way.member for way in ways})
     program.at_least(Linear().plus(in_role["beside"], float(len(members))), in_role["between"])
     program.exactly(Linear.sum(counts), float(micro_batches))
+    # (40) the first piece travels to the last member, or the one beside it, and the last mean travels back
     first = Linear()
     for way, count in zip(ways, counts):
         if way.role == "first":
@@ -104,11 +93,15 @@ def allot(ways: Sequence[Way], micro_batches: int, *, time_limit: float, gap: fl
     for number, way in enumerate(ways):
         ways_of[way.member].append(number)
     for own in ways_of.values():
+        # (36) at most one way per member
         program.at_least(Linear(1.0), Linear.sum(taken[number] for number in own))
+        # (37) a member has computed before the last one has
         computing = Linear()
         for number in own:
             computing.add(counts[number], MS * ways[number].seconds)
         program.at_least(Linear().add(computed), computing)
+        # (38) what a member has left to do once the last has computed, its common rows
+        # (39) what it has left to do once it has computed itself, its own rows
         for kind, begin in (("common", Linear().add(computed)), ("own", computing)):
             rows: list[list[Row]] = [getattr(ways[number].terms, kind) for number in own]
             for at in range(max(map(len, rows))):
@@ -118,6 +111,7 @@ def allot(ways: Sequence[Way], micro_batches: int, *, time_limit: float, gap: fl
                         beyond.add(taken[number], MS * listed[at].fixed)
                         beyond.add(counts[number], MS * listed[at].each)
                 program.at_least(Linear().add(makespan), begin, beyond)
+    # (41) the makespan
     solution = program.solve(Linear().add(makespan), time_limit, gap)
     if solution.infeasible:
         return None

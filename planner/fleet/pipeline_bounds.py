@@ -19,7 +19,7 @@ Where there are too many sets of members to look at, the bounds forget who holds
 whoever does has the most memory that any device of a profile has, and the best link of all. Divisions are then some of them, by
 a beam search among the fastest members and the ones with most memory.
 
-docs/formulation.md has the same in symbols, (42) to (45).
+Numbers in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -129,21 +129,26 @@ class DivisionBounds:
             return Least(math.inf, math.inf)
         operators = figures.forward + figures.backward
         whole = not held.first
+        # (42) to (44) of the last stage, which waits for none above
         if above is None or following is None:
             return Least(operators, _repeated(figures.micro_batch, operators, many, whole=whole))
         there = self._message(held.candidate, following, self._up(held))
         back = self._message(following, held.candidate, self._down(held))
         least_forward = min(figures.alone, figures.forward)
+        # (42) a micro-batch passes through the stages above between the forward and the backward of this one
         beyond = there + above.one_pass + back
+        one_pass = least_forward + beyond + figures.backward
+        # (43) the stage at work, in turns or ahead
         in_turns = _repeated(max(figures.micro_batch, operators + beyond), operators + beyond, many, whole=whole)
         ahead = many * (figures.micro_batch + figures.ahead)
         if not whole:
             ahead += figures.alone + operators - figures.micro_batch - figures.ahead
+        # (44) the stages above take their step between the first forward and the last backward of this one
         told = 2 * (self._latency(held.candidate) + self._latency(following))
         path = least_forward + there + above.step + back + figures.backward + told
         # Each member tells one other at least.
         at_work = min(in_turns, ahead) + 2 * sum(map(self._latency, taken))
-        return Least(least_forward + beyond + figures.backward, max(path, at_work))
+        return Least(one_pass, max(path, at_work))
 
     def _of(self, held: Held) -> _Figures:
         if held not in self._figures:

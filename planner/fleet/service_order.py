@@ -3,9 +3,10 @@
 This is scheduling one machine with heads and tails (1 | r, q | Cmax; Carlier 1982), in which every job has ways to be
 done. Device j may begin once its head is over, h_j seconds after the round begins; the server is busy with it for p_j;
 its answer has arrived t_j after that. A way says h, p and t at once: the lower layers that the device holds. CP-SAT
-chooses the ways and the order (docs/formulation.md, (46) to (48)). Where it does not finish, the order stands beside the
-better of its bound and that of Jackson's preemptive schedule: with the smallest h, p and t of every device, the server
-always works on the device of the longest tail among those that have come, and may leave it for a longer one.
+chooses the ways and the order. Where it does not finish, the order stands beside the better of its bound and that of
+Jackson's preemptive schedule: with the smallest h, p and t of every device, the server always works on the device of the
+longest tail among those that have come, and may leave it for a longer one. Numbers in brackets are those of the blocks in
+docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def _searched(
     for device, own in enumerate(ways):
         begin = model.new_int_var(0, TICKS, f"begin {device}")
         chosen = [model.new_bool_var(f"way {device} {number}") for number in range(len(own))]
-        model.add_exactly_one(chosen)
+        model.add_exactly_one(chosen)  # (46)
         for number, way in enumerate(own):
             head, service, tail = (math.floor(one / tick) for one in (way.head, way.service, way.tail))
             present = chosen[number]
@@ -157,12 +158,12 @@ def _searched(
             intervals.append(
                 model.new_optional_interval_var(begin, service, end, present, f"service {device} {number}")
             )
-            model.add(begin >= head).only_enforce_if(present)
-            model.add(last >= end + tail).only_enforce_if(present)
+            model.add(begin >= head).only_enforce_if(present)  # (47)
+            model.add(last >= end + tail).only_enforce_if(present)  # (48)
         begins.append(begin)
         taken.append(chosen)
-    model.add_no_overlap(intervals)
-    model.minimize(last)
+    model.add_no_overlap(intervals)  # (47)
+    model.minimize(last)  # (48)
     for one in known:
         model.add_hint(begins[one.device], math.floor(one.begin / tick))
         for number, present in enumerate(taken[one.device]):

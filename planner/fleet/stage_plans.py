@@ -5,7 +5,8 @@ that plans are made by **room**, as in `member_plans`.
 
 What holds for some layers holds for more: a schedule of a stage, with all that belongs to other layers left out, is one
 of the layers inside it, but for the operators that send and receive. So the seconds that no plan of a stage undercuts,
-less those of its messages, bound every stage that contains it; where nothing fits of it, nothing fits of them.
+less those of its messages, bound every stage that contains it; where nothing fits of it, nothing fits of them. Numbers in
+brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -135,7 +136,9 @@ class StagePlans:
         return self.bound(layers, room) == math.inf or (stage is not None and room in stage.known)
 
     def bound(self, layers: Layers, room: int) -> float:
-        """Seconds of a micro-batch that no plan undercuts; infinite where none was found to fit."""
+        """(45) Seconds of a micro-batch that no plan undercuts, by what is proven of the stages inside; infinite where none was
+        found to fit.
+        """
         first, last = layers
         least = self._sums.training(layers)
         if room <= 0:
