@@ -9,14 +9,13 @@ that a request's body takes.
 from __future__ import annotations
 
 import asyncio
-import json
 import resource
 from collections import Counter
 from typing import ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tightfit.planner.service.wire.errors import Code
+from tightfit.planner.service.wire.errors import Code, error_json
 
 HEAD_SECONDS = 10.0
 """from the start of a connection, or from the first byte of a further request on it, to the end of the request's
@@ -146,7 +145,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _end(self, status: int, code: Code, message: str) -> None:
-        body = json.dumps({"error": {"code": code, "message": message, "fields": []}}).encode()
+        body = error_json(code, message)
         head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
         retry = "Retry-After: 30\r\n" if status == 503 else ""
         self.transport.write(f"{head}{retry}\r\n".encode() + body)
