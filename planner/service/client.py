@@ -40,7 +40,7 @@ from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, RunError
 
 Progress = Callable[[dict[str, Any]], None]
-"""called with each figure of a job's progress: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
+"""called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
 TRIES = 4
 RESTART_SECONDS = 60.0
 """seconds for which a broken event stream is requested again: a restarted service goes on with its jobs"""
