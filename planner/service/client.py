@@ -17,33 +17,30 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import httpx
 
 from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.pipeline_schema import PipelinePlan
+from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.io import parse_plan
-from tightfit.planner.report.compare import Comparison
+from tightfit.planner.report.compare import SOLVER, Comparison
 from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import TIME_LIMIT, PlanOptions
 from tightfit.planner.service.wire.errors import JOB_ERRORS
+from tightfit.planner.service.wire.schema import FINISHED, OWN_DEVICE
 from tightfit.planner.service.wire.settings import check_token
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, RunError
 
-if TYPE_CHECKING:
-    from tightfit.planner.fleet.plan import MemberSpec
-
 Progress = Callable[[dict[str, Any]], None]
-"""progress(what) with what the job tells: stage, incumbent, bound, gap, seconds; or step, loss,
-seconds, resident_bytes
-"""
+"""called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
 TRIES = 4
 RESTART_SECONDS = 60.0
 """seconds for which a broken event stream is requested again: a restarted service goes on with its jobs"""
@@ -119,12 +116,8 @@ class Client:
     @keywords_of(PlanOptions)
     def plan(self, profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
         """`tightfit.planner.plan.plan`, solved by the service."""
-        asked = options.model_dump(exclude={"progress"})
-        request = {
-            "profile": self.upload(profile),
-            "memory": budget_bytes,
-            **{name: value for name, value in asked.items() if value is not None},
-        }
+        asked = options.model_dump(exclude={"progress"}, exclude_none=True)
+        request = {"profile": self.upload(profile), "memory": budget_bytes, **asked}
         job = self.finish(self.post("/v1/plans", request), options.progress)
         return self.stored_plan(job["result"]["plan"])
 
@@ -132,16 +125,16 @@ class Client:
         """Why a plan that the service has made is as it is; with what memory is worth beside it, but for a
         comparison's.
         """
-        known = self.get(f"/v1/plans/{self._id(plan.fingerprint)}")["summary"]["explanation"]
-        return account(plan) if known is None else Explanation.model_validate(known)
+        stored = self.get(f"/v1/plans/{self._id(plan.fingerprint)}")["summary"]["explanation"]
+        return account(plan) if stored is None else Explanation.model_validate(stored)
 
     def compare(
         self,
         profile: Profile,
         budgets: Sequence[int],
-        policies: Sequence[str] | None = ("solver",),
+        policies: Sequence[str] | None = (SOLVER,),
         *,
-        devices: Sequence[str] = ("own",),
+        devices: Sequence[str] = (OWN_DEVICE,),
         time_limit: float = TIME_LIMIT,
         gap: float = 0.0,
         optimizer: str | None = None,
@@ -158,7 +151,8 @@ class Client:
             "policies": list(policies),
             "time_limit": time_limit,
             "gap": gap,
-            **_step(optimizer, max_grad_norm),
+            "optimizer": optimizer,
+            "max_grad_norm": max_grad_norm,
         }
         job = self.finish(self.post("/v1/comparisons", request), progress)
         cells = job["result"]["cells"]
@@ -181,9 +175,8 @@ class Client:
             if id(member.profile) not in stored:  # members may share one
                 stored[id(member.profile)] = self.upload(member.profile)
         request = {
+            **options.model_dump(exclude={"progress"}),
             "micro_batches": micro_batches,
-            "kind": options.kind,
-            "bits": options.bits,
             "members": [
                 {
                     "name": member.name,
@@ -195,9 +188,6 @@ class Client:
                 }
                 for member in members
             ],
-            "time_limit": options.time_limit,
-            "gap": options.gap,
-            "prices": options.prices,
         }
         result = self.finish(self.post("/v1/fleets", request), options.progress)["result"]
         plans = {name: self.stored_plan(identity) for name, identity in result["plans"].items()}
@@ -239,9 +229,9 @@ class Client:
         """Follow a job to its end. Raises what made it fail; on KeyboardInterrupt, whose words say
         so, the job goes on.
         """
-        told = iter(()) if job["state"] == "succeeded" else self.events(job["id"])
+        events = iter(()) if job["state"] == "succeeded" else self.events(job["id"])
         try:
-            for name, data in told:
+            for name, data in events:
                 if name == "progress" and progress is not None:
                     progress(data)
                 elif name == "job":
@@ -271,7 +261,7 @@ class Client:
                 for name, data in self._stream(identity):
                     broken = None
                     yield name, data
-                    if name == "job" and data["state"] not in {"queued", "running"}:
+                    if name == "job" and data["state"] in FINISHED:
                         return
             broken = broken or time.monotonic()
             time.sleep(AGAIN_SECONDS)
@@ -309,10 +299,10 @@ class Client:
 
     def _json(self, answer: httpx.Response) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = answer.json()
+            content: dict[str, Any] = answer.json()
         except ValueError as error:
             raise InputError(f"{answer.url}: what answers there is no tightfit service; check the address") from error
-        return found
+        return content
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         for left in reversed(range(TRIES)):
@@ -332,18 +322,12 @@ class Client:
         raise AssertionError
 
 
-def _step(optimizer: str | None, max_grad_norm: float | None) -> dict[str, Any]:
-    """What of a step's optimizer is asked for, as part of a request."""
-    asked = {"optimizer": optimizer, "max_grad_norm": max_grad_norm}
-    return {name: value for name, value in asked.items() if value is not None}
-
-
 def _raise(answer: httpx.Response) -> None:
     try:
-        told = answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        told = f"status {answer.status_code}; if no tightfit service answers there, check the address"
+        message = f"status {answer.status_code}; if no tightfit service answers there, check the address"
     if answer.status_code == 401:
-        told += "; set TIGHTFIT_TOKEN to the service's token"
+        message += "; set TIGHTFIT_TOKEN to the service's token"
     kind = RunError if answer.status_code >= 500 or answer.status_code == 429 else InputError
-    raise kind(f"{answer.url.host}: {told}")
+    raise kind(f"{answer.url.host}: {message}")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tightfit.planner.service.wire.settings import Settings
 from tightfit.runtime.cli.options import Debug, served
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import command
@@ -18,8 +19,8 @@ from tightfit.runtime.common.units import format_size, parse_size
 def serve(
     host: Annotated[
         str, typer.Option(help="Address to answer at; anything but this machine's own needs a token in TIGHTFIT_TOKEN.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to answer at; 0: a free one.")] = 8000,
+    ] = Settings.host,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to answer at; 0: a free one.")] = Settings.port,
     data_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="What the service keeps; default: service in tightfit's cache folder."),
@@ -29,12 +30,14 @@ def serve(
         typer.Option(metavar="DIR", help="Folder from which requests may name models and data; may be repeated."),
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Let requests name models on the hub, to be downloaded.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Plans solved at once.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Plans solved at once.")] = Settings.workers,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory that one solving process may take; a comparison has two.")
-    ] = "4GiB",
-    keep_days: Annotated[float, typer.Option(help="Days after which unused results are removed.")] = 30.0,
-    keep: Annotated[str, typer.Option(metavar="SIZE", help="Disk that results and packed weights may take.")] = "20GiB",
+    ] = f"{Settings.solve_bytes >> 30}GiB",
+    keep_days: Annotated[float, typer.Option(help="Days after which unused results are removed.")] = Settings.keep_days,
+    keep: Annotated[
+        str, typer.Option(metavar="SIZE", help="Disk that results and packed weights may take.")
+    ] = f"{Settings.keep_bytes >> 30}GiB",
     debug: Debug = False,
 ) -> None:
     """Serve plans, comparisons and runs over HTTP, with a page at the same address."""
@@ -43,8 +46,6 @@ def serve(
         raise InputError(f"--memory {memory}: no plan is solved in less than {format_size(LEAST_BYTES)}; give as much")
     with served():
         from tightfit.planner.service.http.app import serve as answer
-    from tightfit.planner.service.wire.settings import Settings
-
     if data_dir is None:
         from tightfit.runtime.common.files import cache_directory
 

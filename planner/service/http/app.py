@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+import signal
+import socket
+from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -25,17 +25,13 @@ from tightfit.planner.service.http import (
     routes_profiles,
     routes_runs,
 )
-from tightfit.planner.service.http.doors import EVERYWHERE
+from tightfit.planner.service.http.connections import Connections, most_connections, protocol_of
 from tightfit.planner.service.http.guard import OPEN, Guard
-from tightfit.planner.service.http.uploads import Uploads
-from tightfit.planner.service.jobs.store import Store
-from tightfit.planner.service.jobs.supervisor import Supervisor
-from tightfit.planner.service.wire.errors import Code, ServiceError, UnreadableError
-from tightfit.planner.service.wire.events import Events
+from tightfit.planner.service.http.logs import log_to_stderr
+from tightfit.planner.service.http.routes_common import EVERYWHERE
+from tightfit.planner.service.http.service import Service, opened
+from tightfit.planner.service.wire.errors import Code, ServiceError, UnreadableError, error_json
 from tightfit.planner.service.wire.metrics import Metrics
-from tightfit.planner.service.wire.objects import Objects
-from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.schema import Error, ErrorAnswer, FieldError
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.option_names import in_python, named_as
@@ -63,62 +59,19 @@ ROUTERS = tuple(
 log = logging.getLogger("tightfit.service")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """What the routes work with (``request.app.state.service``)."""
-
-    settings: Settings
-    store: Store
-    objects: Objects
-    events: Events
-    metrics: Metrics
-    redaction: Redaction
-    supervisor: Supervisor
-    uploads: Uploads
-
-
-@contextlib.contextmanager
-def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
-    """The data folder, open for this service alone, with what was left unfinished there put back into the queue.
-
-    Raises InputError where another service has it, or where it cannot be read, and StorageError where its disk is full.
-    """
-    redaction = Redaction(settings.folders)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_lock(settings.data_dir))
-        store = Store(settings.data_dir / "service.sqlite")
-        stack.callback(store.close)
-        objects = Objects(settings.data_dir / "objects")
-        events = Events(redaction.job)
-        supervisor = Supervisor(settings, store, objects, events, metrics)
-        uploads = Uploads(settings, store, objects, metrics, supervisor.processes)
-        supervisor.recover()
-        metrics.watch(lambda: _gauges(store, events))
-        yield Service(
-            settings=settings,
-            store=store,
-            objects=objects,
-            events=events,
-            metrics=metrics,
-            redaction=redaction,
-            supervisor=supervisor,
-            uploads=uploads,
-        )
-
-
 def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     """The application, over a `service` that is open, or over that of `settings`, which is opened when it starts."""
     metrics = Metrics() if service is None else service.metrics
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        with opened(settings, metrics) if service is None else contextlib.nullcontext(service) as found:
-            app.state.service = found
-            await found.supervisor.start()
+        with opened(settings, metrics) if service is None else contextlib.nullcontext(service) as ready:
+            app.state.service = ready
+            await ready.supervisor.start()
             try:
                 yield
             finally:
-                await found.supervisor.stop()
+                await ready.supervisor.stop()
 
     app = FastAPI(
         title="tightfit",
@@ -145,8 +98,8 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
 
 def _with_token(described: dict[str, Any]) -> dict[str, Any]:
     """The API's description, with the token that a service may ask for."""
-    told = "needed where the service was started with TIGHTFIT_TOKEN"
-    scheme = {"type": "http", "scheme": "bearer", "description": told}
+    words = "needed where the service was started with TIGHTFIT_TOKEN"
+    scheme = {"type": "http", "scheme": "bearer", "description": words}
     described["components"]["securitySchemes"] = {"token": scheme}
     for path, methods in described["paths"].items():
         for operation in methods.values():
@@ -159,8 +112,6 @@ def serve(settings: Settings) -> None:
 
     Raises InputError where the data folder or the port cannot be had, and StorageError where the folder's disk is full.
     """
-    from tightfit.planner.service.http.logs import log_to_stderr
-
     log_to_stderr()
     with opened(settings, Metrics()) as service, named_as(in_python):
         _answer(settings, service)
@@ -168,13 +119,6 @@ def serve(settings: Settings) -> None:
 
 def _answer(settings: Settings, service: Service) -> None:
     """Bind the port and answer there until interrupted. Raises InputError where the port cannot be had."""
-    import signal
-    import socket
-
-    import uvicorn
-
-    from tightfit.planner.service.http.connections import Connections, most_connections, protocol_of
-
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # With the protocol named, asyncio turns off Nagle's algorithm: else every answer waits 40 ms for an acknowledgement.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -226,50 +170,18 @@ def installed_version() -> str:
         return "0+checkout"
 
 
-def _lock(folder: Path) -> IO[bytes]:
-    """The data folder, for us alone while the file is open."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (folder / "lock").open("wb")
-    except OSError as error:
-        raise InputError(f"--data-dir {folder}: {error.strerror}; name a folder that can be written") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise InputError(f"--data-dir {folder}: another service is using it; end it, or name another folder") from error
-    return file
-
-
-def _gauges(store: Store, events: Events) -> Iterator[tuple[str, str, tuple[str, ...], dict[tuple[str, ...], float]]]:
-    jobs: dict[tuple[str, ...], float] = {place: float(count) for place, count in store.counts().items()}
-    yield "tightfit_jobs_now", "Jobs in the store.", ("kind", "state"), jobs
-    yield (
-        "tightfit_stored_bytes",
-        "Bytes of stored profiles, plans, results and packed weights.",
-        (),
-        {(): float(store.stored_bytes())},
-    )
-    yield "tightfit_listeners", "Open event streams.", (), {(): float(events.listeners)}
-
-
 # --- errors: one form -------------------------------------------------------------------------------------------------
 
 
-def error_response(status: int, code: Code, message: str, fields: list[FieldError] | None = None) -> Response:
-    import json
-
-    answer = ErrorAnswer(error=Error.model_construct(code=code, message=message, fields=fields or []))
-    # ASCII: what was sent may hold what cannot be encoded.
-    body = json.dumps(answer.model_dump(warnings=False), ensure_ascii=True)
+def error_response(status: int, code: Code, message: str, fields: Sequence[tuple[str, str]] = ()) -> Response:
     headers = {"Retry-After": "30"} if status == 429 else None
+    body = error_json(code, message, fields)
     return Response(body, status_code=status, media_type="application/json", headers=headers)
 
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    fields = [FieldError.model_construct(field=error.field, message=str(error))] if error.field else []
-    return error_response(error.status, error.code, str(error), fields)
+    return error_response(error.status, error.code, str(error), error.fields)
 
 
 async def _unreadable_error(request: Request, error: Exception) -> Response:
@@ -278,51 +190,53 @@ async def _unreadable_error(request: Request, error: Exception) -> Response:
 
 
 async def _library_error(request: Request, error: Exception) -> Response:
-    told = request.app.state.service.redaction.text(str(error))
+    message = request.app.state.service.redaction.text(str(error))
     if isinstance(error, RunError):  # nothing was wrong with the request
         log.error("not stored", extra={"why": str(error)})
-        return error_response(507, "storage", told)
-    return error_response(422, "invalid_request", told, [FieldError(field="body", message=told)])
+        return error_response(507, "storage", message)
+    return error_response(422, "invalid_request", message, [("body", message)])
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found: list[dict[str, Any]] = list(error.errors())
+    faults: list[dict[str, Any]] = list(error.errors())
     fields = [
-        FieldError.model_construct(
-            field=".".join(str(part) for part in one["loc"]),
-            message=f"not JSON ({one['ctx']['error']})" if one["type"] == "json_invalid" else one["msg"],
+        (
+            ".".join(str(part) for part in fault["loc"]),
+            f"not JSON ({fault['ctx']['error']})"
+            if fault["type"] == "json_invalid"
+            else str(fault["msg"]).removeprefix("Value error, "),
         )
-        for one in found[:20]
+        for fault in faults[:20]
     ]
-    malformed = any(one["type"] == "json_invalid" for one in found)
-    message = "; ".join(f"{one.field}: {one.message}" for one in fields[:3])
+    malformed = any(fault["type"] == "json_invalid" for fault in faults)
+    message = "; ".join(f"{field}: {words}" for field, words in fields[:3])
     return error_response(400 if malformed else 422, "invalid_request", message, fields)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told, headers = str(error.detail), dict(error.headers or {})
+    message, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404:
-        told = f"there is nothing at {request.url.path}; /openapi.json tells what there is"
+        message = f"there is nothing at {request.url.path}; /openapi.json tells what there is"
     elif error.status_code == 405:
         methods = _methods(request, headers.get("Allow", ""))
-        told = f"{request.method} is not for {request.url.path}; send {' or '.join(methods)}"
+        message = f"{request.method} is not for {request.url.path}; send {' or '.join(methods)}"
         headers["Allow"] = ", ".join(methods)
-    answer = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), told)
+    answer = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), message)
     answer.headers.update(headers)
     return answer
 
 
 def _methods(request: Request, first: str) -> list[str]:
-    """What may be sent to the path of a request, by all of its routes: Starlette tells the `first` one's alone."""
-    found = [
+    """The methods of all routes with the path of a request: Starlette knows those of the `first` one alone."""
+    routes = [
         route for router in ROUTERS for route in router.routes if route.matches(request.scope)[0] is not Match.NONE
     ]
     return sorted(
         {
             *filter(None, first.split(", ")),
-            *(method for route in found for method in getattr(route, "methods", None) or ()),
+            *(method for route in routes for method in getattr(route, "methods", None) or ()),
         }
     )
 

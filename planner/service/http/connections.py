@@ -9,14 +9,12 @@ that a request's body takes.
 from __future__ import annotations
 
 import asyncio
-import json
 import resource
-from collections import Counter
 from typing import ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tightfit.planner.service.wire.errors import Code
+from tightfit.planner.service.wire.errors import Code, error_json
 
 HEAD_SECONDS = 10.0
 """from the start of a connection, or from the first byte of a further request on it, to the end of the request's
@@ -44,16 +42,12 @@ class Connections:
         return len(self._open)
 
     def enter(self, new: Connection) -> bool:
-        """Whether there is room for a new connection, perhaps in the place of one that waits for its client.
-
-        Of the address with most of these, the one whose request began first gives way, or that has had none for longest.
-        """
+        """Whether there is room for a new connection, perhaps in the place of the one that has waited longest for its client."""
         if len(self) >= self.most:
-            waiting = [one for one in self._open if one.waits]
+            waiting = [connection for connection in self._open if connection.waits]
             if not waiting:
                 return False
-            of_address = Counter(one.address for one in waiting)
-            slowest = min(waiting, key=lambda one: (-of_address[one.address], one.since))
+            slowest = min(waiting, key=lambda connection: connection.since)
             self.leave(slowest)
             slowest.transport.abort()
         self._open.add(new)
@@ -67,7 +61,6 @@ class Connection(H11Protocol):
     """One connection; `protocol_of` makes the class that knows the others."""
 
     others: ClassVar[Connections]
-    address = ""
     since = 0.0
     """loop time at which the latest request's first byte came, the latest answer ended, or the connection began"""
     _refused = False
@@ -90,7 +83,6 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        self.address = self.client[0] if self.client else ""
         self.since = self.loop.time()
         if self.others.enter(self):
             self._expect()
@@ -146,7 +138,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _end(self, status: int, code: Code, message: str) -> None:
-        body = json.dumps({"error": {"code": code, "message": message, "fields": []}}).encode()
+        body = error_json(code, message)
         head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
         retry = "Retry-After: 30\r\n" if status == 503 else ""
         self.transport.write(f"{head}{retry}\r\n".encode() + body)

@@ -11,10 +11,9 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tightfit.planner.service.wire.errors import Code
+from tightfit.planner.service.wire.errors import ServiceError, error_json
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.settings import Settings, loopback
-from tightfit.runtime.common.strict_json import to_json
 
 OPEN = ("/healthz", "/page/")
 """answered without a token: nothing there belongs to anybody"""
@@ -23,7 +22,7 @@ UPLOAD = "/v1/profiles/upload"
 BODY_SECONDS = 60.0
 """that we wait for a request's body, from its headers to its end"""
 STREAMS = "/events"
-"""end of the paths whose answers last as long as their job: not told without their body"""
+"""end of the paths whose answers last as long as their job: HEAD is not answered there"""
 POLICY = (
     b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self';"
     b" base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -39,12 +38,6 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 log = logging.getLogger("tightfit.requests")
 
 
-class Refused(Exception):  # noqa: N818  an answer, not a fault
-    def __init__(self, status: int, code: Code, message: str, field: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.field = status, code, message, field
-
-
 class _Exchange:
     """A request's body as it comes and the answer as it goes: a body that is too large or too slow is answered by a
     refusal.
@@ -53,12 +46,12 @@ class _Exchange:
     def __init__(self, receive: Receive, send: Send, limit: int) -> None:
         self._receive, self._send, self._limit = receive, send, limit
         self._received, self._left, self._whole = 0, BODY_SECONDS, False
-        self._refusal: Refused | None = None
+        self._refusal: ServiceError | None = None
         self._started = False
         self.status = 500
 
     async def receive(self) -> Message:
-        """Raises Refused for a body that is too large, or that keeps us waiting for too long."""
+        """Raises ServiceError for a body that is too large, or that keeps us waiting for too long."""
         if self._whole:
             return await self._receive()
         began = time.monotonic()
@@ -66,8 +59,8 @@ class _Exchange:
             async with asyncio.timeout(self._left):
                 message = await self._receive()
         except TimeoutError:
-            told = f"the body did not come within {BODY_SECONDS:.0f} s"
-            self._refusal = Refused(408, "request_timeout", told, "body")
+            message = f"the body did not come within {BODY_SECONDS:.0f} s"
+            self._refusal = ServiceError(408, "request_timeout", message, "body")
             raise self._refusal from None
         self._left -= time.monotonic() - began
         self._received += len(message.get("body", b""))
@@ -78,7 +71,7 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        if self._refusal is not None:  # told instead of what the application makes of half a body
+        if self._refusal is not None:  # sent instead of what the application makes of half a body
             await self.refuse(self._refusal)
             return
         if message["type"] == "http.response.start":
@@ -86,23 +79,20 @@ class _Exchange:
             message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
         await self._send(message)
 
-    async def refuse(self, why: Refused) -> None:
+    async def refuse(self, error: ServiceError) -> None:
         if self._started:
             return
-        self.status, self._started = why.status, True
-        fields = [{"field": why.field, "message": why.message}]
-        body = to_json({"error": {"code": why.code, "message": why.message, "fields": fields}}).encode(
-            "utf-8", "replace"
-        )
+        self.status, self._started = error.status, True
+        body = error_json(error.code, str(error), error.fields)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
             *HEADERS,
         ]
-        if why.status == 401:
+        if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        await self._send({"type": "http.response.start", "status": why.status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
 
@@ -116,17 +106,17 @@ class Guard:
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        # What is read is also told without its body, which the server leaves out.
-        told = scope["method"] == "HEAD" and not scope["path"].endswith(STREAMS)
-        asked = {**scope, "method": "GET"} if told else scope
+        # HEAD is answered as GET; the server leaves the body out.
+        as_get = scope["method"] == "HEAD" and not scope["path"].endswith(STREAMS)
+        routed = {**scope, "method": "GET"} if as_get else scope
         exchange = _Exchange(receive, send, self._limit(scope))
         try:
             self._check(scope)
-            await self.app(asked, exchange.receive, exchange.send)
-        except Refused as why:
-            await exchange.refuse(why)
+            await self.app(routed, exchange.receive, exchange.send)
+        except ServiceError as error:
+            await exchange.refuse(error)
         finally:
-            self._note(asked, scope["method"], exchange.status, time.perf_counter() - began)
+            self._note(routed, scope["method"], exchange.status, time.perf_counter() - began)
 
     def _limit(self, scope: Scope) -> int:
         return self.settings.upload_bytes if scope["path"] == UPLOAD else self.settings.request_bytes
@@ -140,15 +130,15 @@ class Guard:
             if name is None or not loopback(name):
                 # A page elsewhere could point its own name at this machine and ask in the user's stead.
                 message = f"this service answers to localhost, not to {host[:100]!r}; a token opens it to other names"
-                raise Refused(421, "misdirected", message, "header.Host")
+                raise ServiceError(421, "misdirected", message, "header.Host")
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
-            raise Refused(403, "forbidden", "requests of other sites' pages are refused", "header.Origin")
+            raise ServiceError(403, "forbidden", "requests of other sites' pages are refused", "header.Origin")
         if self._token is not None and path != "/" and not path.startswith(OPEN):
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
                 message = "send the service's token in the header: Authorization: Bearer TOKEN"
-                raise Refused(401, "unauthorized", message, "header.Authorization")
+                raise ServiceError(401, "unauthorized", message, "header.Authorization")
         if scope["method"] in {"POST", "PUT", "PATCH"}:
             self._check_body(headers, self._limit(scope))
 
@@ -161,7 +151,7 @@ class Guard:
         if not empty and kind != b"application/json":
             shown = kind.decode("latin-1")[:100]
             message = f"the content type {shown!r} is not understood; send application/json"
-            raise Refused(415, "unsupported_media_type", message, "header.Content-Type")
+            raise ServiceError(415, "unsupported_media_type", message, "header.Content-Type")
 
     def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or ("refused" if status in {401, 403, 421} else "unmatched")
@@ -182,10 +172,9 @@ class Guard:
         )
 
 
-def _too_large(limit: int) -> Refused:
-    return Refused(
-        413, "too_large", f"the body has more than {limit} bytes, which is the most this service takes", "body"
-    )
+def _too_large(limit: int) -> ServiceError:
+    message = f"the body has more than {limit} bytes, which is the most this service takes"
+    return ServiceError(413, "too_large", message, "body")
 
 
 def _plain(host: str) -> bool:

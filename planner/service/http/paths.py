@@ -54,9 +54,9 @@ def _check_links(folder: Path, tops: Sequence[Path], text: str, field: str) -> N
             if real is None:
                 continue
             if not _within(real, tops):
-                shown = os.path.relpath(entry.path, folder)
-                told = f"{text!r} holds the link {shown!r}, which leads out of the folders that are open to requests"
-                raise invalid(field, f"{told}; put the file itself there, or open its folder with --root")
+                link = os.path.relpath(entry.path, folder)
+                message = f"{text!r} holds the link {link!r}, which leads out of the folders that are open to requests"
+                raise invalid(field, f"{message}; put the file itself there, or open its folder with --root")
             if real not in seen and real.is_dir():
                 seen.add(real)
                 left.append(real)
@@ -64,8 +64,8 @@ def _check_links(folder: Path, tops: Sequence[Path], text: str, field: str) -> N
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as found:
-            return list(found)
+        with os.scandir(folder) as entries:
+            return list(entries)
     except OSError:  # nobody reads it then
         return []
 

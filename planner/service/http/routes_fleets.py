@@ -9,24 +9,21 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from tightfit.planner.fleet.io import parse_any
-from tightfit.planner.service.http.doors import (
+from tightfit.planner.service.http.routes_common import (
     JOB_ANSWERS,
     IdempotencyKey,
     ask,
-    budget,
     check_time,
-    delay,
     errors,
     file_answer,
     file_responses,
-    rate,
     service_of,
     stored,
 )
-from tightfit.planner.service.jobs.store import Row, listed
+from tightfit.planner.service.jobs.store import listed
 from tightfit.planner.service.jobs.view import fleet_view
 from tightfit.planner.service.wire.errors import invalid
-from tightfit.planner.service.wire.schema import Digest, FleetList, FleetMember, FleetRequest, StoredFleet
+from tightfit.planner.service.wire.schema import Digest, FleetList, FleetRequest, StoredFleet
 from tightfit.planner.service.wire.shown import FleetView
 from tightfit.runtime.common.strict_json import to_json
 
@@ -42,27 +39,14 @@ async def make_fleet(request: Request, asked: FleetRequest, key: IdempotencyKey 
     """Every member's plan is kept, as those of `/v1/plans` are."""
     check_time(asked.time_limit, service_of(request).settings)
     names = [member.name for member in asked.members]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise invalid(f"members.{index}.name", f"another member is called {name!r}; give each a name of its own")
-    members = [_member(request, member, f"members.{index}") for index, member in enumerate(asked.members)]
+    for index, member in enumerate(asked.members):
+        if member.name in names[:index]:
+            message = f"another member is called {member.name!r}; give each a name of its own"
+            raise invalid(f"members.{index}.name", message)
+        stored(request, "profile", member.profile, f"members.{index}.profile")
+    members = [member.both_ways() for member in asked.members]
     uses = [("profile", member.profile) for member in asked.members]
     return ask(request, "fleet", asked.model_dump() | {"members": members}, key=key, uses=uses)
-
-
-def _member(request: Request, member: FleetMember, field: str) -> Row:
-    """A member as a worker is told of it: bytes, seconds, and both ways of its link. Raises ServiceError."""
-    stored(request, "profile", member.profile, f"{field}.profile")
-    both = {"up": member.up, "down": member.down} if member.link is None else {"link": member.link}
-    rates = [rate(given, f"{field}.{way}") for way, given in both.items() if given is not None]
-    return {
-        "name": member.name,
-        "profile": member.profile,
-        "memory": budget(member.memory, f"{field}.memory"),
-        "up": rates[0],
-        "down": rates[-1],
-        "latency": delay(member.latency, f"{field}.latency"),
-    }
 
 
 @router.get("", response_model=FleetList, summary="Fleets, newest first")
@@ -74,8 +58,8 @@ async def list_fleets(request: Request, limit: Annotated[int, Query(ge=1, le=100
 
 @router.get("/{identity}", response_model=StoredFleet, responses=errors(404), summary="A fleet's plan in figures")
 async def get_fleet(request: Request, identity: Identity) -> StoredFleet:
-    found: StoredFleet = listed(stored(request, "fleet", identity))
-    return found
+    fleet: StoredFleet = listed(stored(request, "fleet", identity))
+    return fleet
 
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole plan of a fleet", response_class=Response)

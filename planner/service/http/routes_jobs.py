@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
-from tightfit.planner.service.http.doors import errors, service_of
+from tightfit.planner.service.http.routes_common import errors, service_of
 from tightfit.planner.service.jobs.migrations import LATEST
-from tightfit.planner.service.jobs.supervisor import LOCAL
+from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.wire.errors import ServiceError
 from tightfit.planner.service.wire.schema import (
     FINISHED,
@@ -61,14 +61,14 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> JobList:
     service = service_of(request)
-    jobs = [service.events.told(job) for job in service.store.jobs(kind=kind, state=state, limit=limit)]
+    jobs = [service.events.shown(job) for job in service.store.jobs(kind=kind, state=state, limit=limit)]
     return JobList(jobs=jobs, set_aside=service.store.set_aside("job"))
 
 
 @router.get("/v1/jobs/{identity}", response_model=Job, responses=errors(404), tags=["jobs"], summary="A job")
 async def get_job(request: Request, identity: Identity) -> Job:
     service = service_of(request)
-    return service.events.told(service.store.job(identity))
+    return service.events.shown(service.store.job(identity))
 
 
 @router.get(

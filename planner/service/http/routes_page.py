@@ -36,15 +36,15 @@ async def part(name: str) -> Response:
 
 
 def _file(name: str) -> Response:
-    found = _files()
-    if name not in found:
+    texts = _files()
+    if name not in texts:
         raise not_found("page", name)
     kind = TYPES[name.rsplit(".", 1)[-1]]
-    return Response(found[name], media_type=f"{kind}; charset=utf-8", headers={"Cache-Control": "no-cache"})
+    return Response(texts[name], media_type=f"{kind}; charset=utf-8", headers={"Cache-Control": "no-cache"})
 
 
 @cache
 def _files() -> dict[str, str]:
     folder: Any = files("tightfit.planner.service") / "page"
-    found = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name.rsplit(".", 1)[-1] in TYPES}
-    return found | chart_files() | {FORMS: json.dumps(forms())}
+    texts = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name.rsplit(".", 1)[-1] in TYPES}
+    return texts | chart_files() | {FORMS: json.dumps(forms())}

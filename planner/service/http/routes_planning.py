@@ -12,11 +12,10 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.schema import Plan
-from tightfit.planner.service.http.doors import (
+from tightfit.planner.service.http.routes_common import (
     JOB_ANSWERS,
     IdempotencyKey,
     ask,
-    budget,
     check_device,
     check_time,
     errors,
@@ -27,13 +26,13 @@ from tightfit.planner.service.http.doors import (
     service_of,
     stored,
 )
-from tightfit.planner.service.jobs.solving import OWN
 from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.objects import Objects
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import (
+    OWN_DEVICE,
     ComparisonRequest,
     Digest,
     Job,
@@ -56,8 +55,7 @@ async def make_plan(request: Request, asked: PlanRequest, key: IdempotencyKey = 
     settings = service_of(request).settings
     check_time(asked.time_limit, settings)
     _check_policy(asked.policy, stored(request, "profile", asked.profile, "profile"), "policy")
-    words = asked.model_dump() | {"memory": budget(asked.memory, "memory")}
-    return ask(request, "plan", words, key=key, uses=[("profile", asked.profile)])
+    return ask(request, "plan", asked.model_dump(), key=key, uses=[("profile", asked.profile)])
 
 
 @router.get("/plans", response_model=PlanList, summary="Plans, newest first")
@@ -71,8 +69,8 @@ async def list_plans(
 
 @router.get("/plans/{identity}", response_model=StoredPlan, responses=errors(404), summary="A plan in figures")
 async def get_plan(request: Request, identity: Identity) -> StoredPlan:
-    found: StoredPlan = listed(stored(request, "plan", identity))
-    return found
+    plan: StoredPlan = listed(stored(request, "plan", identity))
+    return plan
 
 
 @router.get("/plans/{identity}/file", responses=FILE, summary="The whole plan", response_class=Response)
@@ -84,8 +82,8 @@ async def get_plan_file(request: Request, identity: Identity) -> Response:
 
 
 def _redacted(redaction: Redaction, content: bytes) -> str:
-    found = parse_plan(content, "the stored plan")
-    return sealed(found.model_copy(update={"model": redaction.model(found.model)[0]})).model_dump_json()
+    plan = parse_plan(content, "the stored plan")
+    return sealed(plan.model_copy(update={"model": redaction.model(plan.model)[0]})).model_dump_json()
 
 
 @router.get("/plans/{identity}/view", response_model=PlanView, responses=errors(404), summary="A plan to look at")
@@ -120,13 +118,12 @@ async def make_comparison(request: Request, asked: ComparisonRequest, key: Idemp
     settings = service_of(request).settings
     check_time(asked.time_limit, settings)
     for index, device in enumerate(asked.devices):
-        check_device(device, [OWN], f"devices.{index}")
+        check_device(device, [OWN_DEVICE], f"devices.{index}")
     row = stored(request, "profile", asked.profile, "profile")
     for index, policy in enumerate(asked.policies):
         _check_policy(policy, row, f"policies.{index}")
-    budgets = sorted({budget(memory, f"memory.{index}") for index, memory in enumerate(asked.memory)})
     words = asked.model_dump() | {
-        "memory": budgets,
+        "memory": sorted(set(asked.memory)),
         "policies": list(dict.fromkeys(asked.policies)),
         "devices": list(dict.fromkeys(asked.devices)),
     }
@@ -144,7 +141,7 @@ async def get_comparison(request: Request, identity: Annotated[JobId, Path()]) -
         raise ServiceError(
             409, "conflict", f"the comparison {identity} is {job.state}; follow /v1/jobs/{identity}/events"
         )
-    return service.events.told(job)
+    return service.events.shown(job)
 
 
 def _check_policy(policy: str, profile: Row, field: str) -> None:

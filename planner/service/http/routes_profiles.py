@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from tightfit.planner.service.http.doors import (
+from tightfit.planner.service.http.paths import confined
+from tightfit.planner.service.http.routes_common import (
     JOB_ANSWERS,
     IdempotencyKey,
     ask,
@@ -19,7 +20,7 @@ from tightfit.planner.service.http.doors import (
     service_of,
     stored,
 )
-from tightfit.planner.service.http.paths import confined
+from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.redaction import Redaction
@@ -32,12 +33,10 @@ from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import InputError
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
-HERE = "cpu"
-"""the device that is this machine"""
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
 FILE = file_responses("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
 ALWAYS = {"seq", "batch", "lora_alpha", "accumulate", "dtype"}
-"""Fields of a request that a worker is always told of; of the others only if they are not at their defaults."""
+"""fields of a request that always go to the worker; the others only if they are not at their defaults"""
 RANK = 8
 """of the pairs, where a request names neither a rank nor an adapter"""
 UPLOAD: dict[str, Any] = {
@@ -62,7 +61,7 @@ async def make_profile(request: Request, asked: ProfileRequest, key: Idempotency
     What was measured before is answered at once; `force` measures anew, and the new profile answers from then on.
     """
     settings = service_of(request).settings
-    check_device(asked.device, [HERE], "device")
+    check_device(asked.device, [LOCAL], "device")
     options = asked.model_dump(include=ALWAYS)
     options |= asked.model_dump(exclude={"path", "hub", "config", "force"}, exclude_defaults=True)
     if asked.adapter is not None:
@@ -76,7 +75,7 @@ async def make_profile(request: Request, asked: ProfileRequest, key: Idempotency
 
 
 def _source(settings: Settings, asked: ProfileRequest) -> Row:
-    """The model, as a worker is told of it: a path or hub id as `source`, or a `config`. Raises ServiceError 422.
+    """The model as a worker gets it: a path or hub id as `source`, or a `config`. Raises ServiceError 422.
 
     Of a config whose model transformers has to build, only what needs neither transformers nor PyTorch is checked here:
     what the built model shows is the job's error.
@@ -125,8 +124,8 @@ async def list_profiles(request: Request, limit: Annotated[int, Query(ge=1, le=1
 
 @router.get("/{identity}", response_model=StoredProfile, responses=errors(404), summary="A profile in figures")
 async def get_profile(request: Request, identity: Identity) -> StoredProfile:
-    found: StoredProfile = listed(stored(request, "profile", identity))
-    return found
+    profile: StoredProfile = listed(stored(request, "profile", identity))
+    return profile
 
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)
@@ -136,5 +135,5 @@ async def get_profile_file(request: Request, identity: Identity) -> Response:
 
 
 def _redacted(redaction: Redaction, content: bytes) -> str:
-    found = parse_profile(content, "the stored profile")
-    return canonical_json(found.model_copy(update={"model": redaction.model(found.model)[0]}))
+    profile = parse_profile(content, "the stored profile")
+    return canonical_json(profile.model_copy(update={"model": redaction.model(profile.model)[0]}))

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 
 from tightfit.planner.report.summary import unfinished_update
-from tightfit.planner.service.http.doors import (
+from tightfit.planner.service.http.paths import confined
+from tightfit.planner.service.http.routes_common import (
     JOB_ANSWERS,
     IdempotencyKey,
     ask,
@@ -24,7 +25,6 @@ from tightfit.planner.service.http.doors import (
     service_of,
     stored,
 )
-from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.redaction import Redaction
@@ -61,7 +61,7 @@ async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = No
 
 @router.get("/{identity}", response_model=Job, responses=errors(404), summary="A run")
 async def get_run(request: Request, identity: Identity) -> Job:
-    return service_of(request).events.told(_run(request, identity))
+    return service_of(request).events.shown(_run(request, identity))
 
 
 @router.post(
@@ -97,12 +97,12 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
     row = stored(request, "plan", job.request["plan"])
     profile = service.store.file("profile", row["origin"])
     shape = {} if profile is None else json.loads(profile["summary"])
-    told = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines]
     return RunMetrics(
         budget_bytes=json.loads(row["summary"])["budget_bytes"],
         places_per_step=shape["batch"] * shape["seq"] if shape.get("seq") else None,
-        steps=[line for line in told if "loss" in line],
-        evaluations=[line for line in told if "eval_loss" in line],
+        steps=[record for record in records if "loss" in record],
+        evaluations=[record for record in records if "eval_loss" in record],
     )
 
 
@@ -110,7 +110,7 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
 async def get_report(request: Request, identity: Identity) -> Response:
     return await file_answer(
         request,
-        _made(request, identity, "report"),
+        _file_of(request, identity, "report"),
         redacted=lambda redaction, content: to_json(redaction.value(from_json(content))),
     )
 
@@ -118,7 +118,7 @@ async def get_report(request: Request, identity: Identity) -> Response:
 @router.get("/{identity}/adapter", responses=ADAPTER, summary="The adapter as a tar file", response_class=Response)
 async def get_adapter(request: Request, identity: Identity) -> Response:
     """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
-    row, store = _made(request, identity, "adapter"), service_of(request).store
+    row, store = _file_of(request, identity, "adapter"), service_of(request).store
     plan = store.file("plan", str(_run(request, identity).request.get("plan")))
     return await file_answer(
         request,
@@ -131,16 +131,16 @@ async def get_adapter(request: Request, identity: Identity) -> Response:
 
 def _redacted(redaction: Redaction, content: bytes) -> bytes:
     """An adapter whose configuration names no path."""
-    made = io.BytesIO()
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive, tarfile.open(fileobj=made, mode="w") as told:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive, tarfile.open(fileobj=packed, mode="w") as redacted:
         for member in archive:
             file = archive.extractfile(member)
             part = b"" if file is None else file.read()
             if member.name.endswith(".json"):
                 part = to_json(redaction.value(from_json(part))).encode()
                 member.size = len(part)
-            told.addfile(member, io.BytesIO(part))
-    return made.getvalue()
+            redacted.addfile(member, io.BytesIO(part))
+    return packed.getvalue()
 
 
 async def _allowed(request: Request, asked: RunRequest) -> Row:
@@ -186,7 +186,7 @@ def _run(request: Request, identity: str) -> Job:
     return job
 
 
-def _made(request: Request, identity: str, kind: str) -> Row:
+def _file_of(request: Request, identity: str, kind: str) -> Row:
     job = _run(request, identity)
     row = service_of(request).store.file(kind, identity)
     if row is None:

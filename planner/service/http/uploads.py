@@ -20,9 +20,9 @@ from typing import Any
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from tightfit.planner.service.jobs.processes import UPLOAD, Processes
+from tightfit.planner.service.jobs.orders import UPLOAD, JobOrder
+from tightfit.planner.service.jobs.processes import Processes
 from tightfit.planner.service.jobs.store import Row, Store
-from tightfit.planner.service.jobs.worker import JobOrder
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import Objects, unpacked
@@ -54,8 +54,8 @@ class Uploads:
         """
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding not in {"identity", "gzip"}:
-            told = f"the content encoding {encoding!r} is not understood; send gzip or none"
-            raise ServiceError(415, "unsupported_media_type", told, "header.Content-Encoding")
+            message = f"the content encoding {encoding!r} is not understood; send gzip or none"
+            raise ServiceError(415, "unsupported_media_type", message, "header.Content-Encoding")
         async with self._body(request) as path:
             # What is here already, as `canonical_json` has it, is known by its checksum alone.
             checksum = await asyncio.to_thread(_checksum, path, encoding, self._settings.upload_bytes)
@@ -94,8 +94,8 @@ class Uploads:
                         self._bytes += len(chunk)
                         file.write(chunk)
             except OSError as error:
-                told = f"{self._objects.folder}: {error.strerror}; free disk space and ask again"
-                raise StorageError(told) from error
+                message = f"{self._objects.folder}: {error.strerror}; free disk space and ask again"
+                raise StorageError(message) from error
             except ClientDisconnect as error:
                 raise ServiceError(
                     400, "invalid_request", "the connection ended before the body did", "body"
@@ -113,13 +113,7 @@ class Uploads:
             kind="upload",
             request={"path": str(path), "encoding": encoding} | limits,
             objects=str(self._objects.folder),
-            digests={},
-            folder="",
-            lock=None,
-            command=[],
             memory_bytes=settings.check_bytes,
-            folders=[],
-            paths={},
         )
         began = time.monotonic()
         worker, end = await self._processes.take(UPLOAD), None
@@ -127,26 +121,26 @@ class Uploads:
             async with asyncio.timeout(settings.check_seconds):
                 end = await worker.carry_out(order)
         except TimeoutError:
-            told = f"the upload took longer to read than {settings.check_seconds:g} s; send a smaller profile"
-            raise ServiceError(413, "too_large", told, "body") from None
+            message = f"the upload took longer to read than {settings.check_seconds:g} s; send a smaller profile"
+            raise ServiceError(413, "too_large", message, "body") from None
         finally:
-            said = worker.last_words()
+            last_words = worker.last_words()
             await (self._processes.give_back(UPLOAD, worker) if end is not None else worker.gone())
             self._metrics.worked.labels("upload").observe(time.monotonic() - began)
-        return self._file(end, said)
+        return self._file(end, last_words)
 
-    def _file(self, end: dict[str, Any] | None, said: str) -> Row:
+    def _file(self, end: dict[str, Any] | None, last_words: str) -> Row:
         if end is not None and "result" in end:
             file: Row = end["files"][0]
             return file
         if end is None or end["code"] == "worker_died":
-            log.warning("an upload was too much for its process", extra={"said": said})
-            told = f"the upload takes more than {self._settings.check_bytes >> 20} MiB of memory to read; send a smaller profile"
-            raise ServiceError(413, "too_large", told, "body")
+            log.warning("an upload was too much for its process", extra={"said": last_words})
+            message = f"the upload takes more than {self._settings.check_bytes >> 20} MiB of memory to read; send a smaller profile"
+            raise ServiceError(413, "too_large", message, "body")
         if end["code"] == "storage":
             raise StorageError(f"{self._objects.folder}: {end['message']}; free disk space and ask again")
         if end["code"] == "internal":
-            log.error("an upload failed inside", extra={"said": said})
+            log.error("an upload failed inside", extra={"said": last_words})
             raise ServiceError(500, "internal", "internal error; the service's log tells more")
         raise ServiceError(
             end.get("status") or 422,

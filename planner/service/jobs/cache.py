@@ -12,12 +12,10 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tightfit.planner.service.jobs.store import Row, cache_row
 from tightfit.runtime.common.files import write_whole
-
-if TYPE_CHECKING:
-    from tightfit.planner.service.jobs.store import Row
 
 STORES, CONFIGS, PROFILES = "stores", "configs", "profiles"
 KEPT = (f"{STORES}/*.store", f"{CONFIGS}/*/config.json", f"{PROFILES}/*.json")
@@ -32,8 +30,6 @@ class Cache:
 
     def rows(self, names: Iterable[str] | None = None) -> list[Row]:
         """Rows for `Store.add` of the files that exist, or of those among them that `names` lists."""
-        from tightfit.planner.service.jobs.store import cache_row
-
         wanted = None if names is None else set(names)
         sizes = {name: size for name, size in self._sizes() if wanted is None or name in wanted}
         return [cache_row(name, size) for name, size in sizes.items()]
@@ -47,8 +43,8 @@ class Cache:
     def keep_config(self, config: dict[str, Any]) -> Path:
         """Write a config.json that was sent, under its checksum: a run of a plan reads it again."""
         text = json.dumps(config, sort_keys=True)
-        place = self.folder / CONFIGS / hashlib.sha256(text.encode()).hexdigest() / "config.json"
-        return place if place.exists() else write_whole(place, text)
+        path = self.folder / CONFIGS / hashlib.sha256(text.encode()).hexdigest() / "config.json"
+        return path if path.exists() else write_whole(path, text)
 
     def name(self, path: str | Path) -> str | None:
         """The name of a file in the cache; None for what lies elsewhere."""

@@ -70,12 +70,12 @@ STEPS = (
 LATEST = len(STEPS)
 
 
-def migrate(database: sqlite3.Connection, place: str) -> None:
+def migrate(database: sqlite3.Connection, path: str) -> None:
     """Bring `database` to the newest schema, each step whole or not at all. Raises InputError for one from the future."""
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version > LATEST:
         raise InputError(
-            f"{place}: written by a newer tightfit (schema {version}, this one knows {LATEST}); upgrade, or name another --data-dir"
+            f"{path}: written by a newer tightfit (schema {version}, this one knows {LATEST}); upgrade, or name another --data-dir"
         )
     for number in range(version, LATEST):
         try:

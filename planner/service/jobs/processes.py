@@ -13,11 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.service.jobs.worker import JobOrder
+from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.runtime.common.interpreter import command, python_path
 
-UPLOAD = "upload"
-"""the lane of the processes that read uploads"""
 LINE_BYTES = 64 << 20
 LAST_BYTES = 2000
 
@@ -45,13 +43,13 @@ class Worker:
         """Send it an order and pass its progress on. Returns its final message; None where the process died without
         one.
         """
-        order_to, told_by = self.process.stdin, self.process.stdout
-        assert order_to is not None
-        assert told_by is not None
+        orders, events = self.process.stdin, self.process.stdout
+        assert orders is not None
+        assert events is not None
         with contextlib.suppress(OSError):
-            order_to.write(json.dumps(asdict(order)).encode() + b"\n")
-            await order_to.drain()
-        async for line in told_by:
+            orders.write(json.dumps(asdict(order)).encode() + b"\n")
+            await orders.drain()
+        async for line in events:
             event: dict[str, Any] = json.loads(line)
             if event.pop("event") != "progress":
                 return event

@@ -19,10 +19,11 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
+from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import CHUNK, Objects
 from tightfit.planner.service.wire.redaction import with_paths
@@ -32,14 +33,11 @@ from tightfit.runtime.common.new_lines import NewLines
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.session.options import RunOptions
 
-if TYPE_CHECKING:
-    from tightfit.planner.service.jobs.worker import JobOrder, Tell
-
 LOOK_SECONDS = 0.2
 ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
 
 
-def run(order: JobOrder, tell: Tell) -> Row:
+def run(order: JobOrder, events: EventWriter) -> Row:
     """Carry out a plan and keep its report, its steps and its adapter; goes on from a checkpoint where there is one."""
     assert order.lock is not None
     objects = Objects(Path(order.objects))
@@ -47,19 +45,19 @@ def run(order: JobOrder, tell: Tell) -> Row:
     out = folder / "out"
     plan = folder / "plan.json"
     folder.mkdir(parents=True, exist_ok=True)
-    tell.progress(always=True, stage="waiting for the device")
+    events.progress(always=True, stage="waiting for the device")
     with Path(order.lock).open("w") as lock:
         _wait_for(lock.fileno(), sys.stdin.fileno())
         stored = parse_plan(order.content(order.request["plan"]), f"the stored plan {order.request['plan']}")
-        placed = sealed(stored.model_copy(update={"model": with_paths(stored.model, order.paths)}))
-        plan.write_text(placed.model_dump_json())
+        unredacted = sealed(stored.model_copy(update={"model": with_paths(stored.model, order.paths)}))
+        plan.write_text(unredacted.model_dump_json())
         if out.exists():
-            tell.progress(always=True, stage="waiting for what an earlier attempt still saves")
+            events.progress(always=True, stage="waiting for what an earlier attempt still saves")
         _wait_for_orphan(out, sys.stdin.fileno())
-        tell.progress(always=True, stage="preparing")
-        code, words, last = _follow(_command(order, plan, out), lock.fileno(), out, tell)
+        events.progress(always=True, stage="preparing")
+        code, output, last = _follow(_command(order, plan, out), lock.fileno(), out, events)
     try:
-        answer = json.loads(words)
+        answer = json.loads(output)
     except ValueError:
         answer = {}
     if code or not answer:
@@ -70,24 +68,24 @@ def run(order: JobOrder, tell: Tell) -> Row:
     return _keep(objects, order, out, answer)
 
 
-def _wait_for(lock: int, asked: int) -> None:
-    """Take a lock. Raises RunError where `asked`, standard input, closes first: cancelled, or the service has ended."""
+def _wait_for(lock: int, orders: int) -> None:
+    """Take a lock. Raises RunError where `orders`, standard input, closes first: cancelled, or the service has ended."""
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if select.select([asked], [], [], LOOK_SECONDS)[0]:
+            if select.select([orders], [], [], LOOK_SECONDS)[0]:
                 raise RunError("the run was ended while it waited for another; resume it") from None
 
 
-def _wait_for_orphan(out: Path, asked: int) -> None:
+def _wait_for_orphan(out: Path, orders: int) -> None:
     """Wait until the training process of a run that was killed has saved and ended; until then it holds the lock of its
     folder.
     """
     if out.exists():
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _wait_for(descriptor, asked)
+            _wait_for(descriptor, orders)
         finally:
             os.close(descriptor)
 
@@ -112,7 +110,7 @@ def _words(word: str, value: Any) -> list[str]:
     return [f"{word}={value}"]
 
 
-def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, bytes, str]:
+def _follow(command: list[str], lock: int, out: Path, events: EventWriter) -> tuple[int, bytes, str]:
     """Exit code, standard output and last words of the run."""
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
@@ -121,21 +119,21 @@ def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, 
             stdout=answer,
             stderr=errors,
             pass_fds=(lock,),
-            # Told to save and end when this process is killed; no thread runs yet.
+            # Asked to save and end when this process is killed; no thread runs yet.
             preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
         )
         threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
         steps = NewLines(out / "metrics.jsonl", skip=True)
 
-        def tell_steps() -> None:
+        def report_steps() -> None:
             for step in steps:
                 if "loss" in step:  # the other lines are evaluations
-                    tell.progress(always=True, stage="training", **step)
+                    events.progress(always=True, stage="training", **step)
 
         while child.poll() is None:
             time.sleep(LOOK_SECONDS)
-            tell_steps()
-        tell_steps()
+            report_steps()
+        report_steps()
         answer.seek(0)
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines()
@@ -152,12 +150,12 @@ def _pass_on(child: subprocess.Popen[bytes]) -> None:
 
 def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:
     identity, redaction = Path(order.folder).name, order.redaction()
-    told = {
+    figures = {
         name: report.get(name)
         for name in ("budget_bytes", "enforced_by", "peak_bytes", "step_seconds", "tokens", "evaluation")
     }
-    told["steps"] = len(report["loss"])
-    told["loss"] = [report["loss"][0], report["loss"][-1]] if report["loss"] else []
+    figures["steps"] = len(report["loss"])
+    figures["loss"] = [report["loss"][0], report["loss"][-1]] if report["loss"] else []
     files = []
     for kind, content in (
         ("report", json.dumps(report).encode()),
@@ -176,4 +174,4 @@ def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:
             written = objects.put_chunks(iter(lambda: packed.read(CHUNK), b""))
         files.append(file_row("adapter", identity, written, name=f"adapter of {identity}", summary={}))
     shutil.rmtree(out)
-    return {"result": {"report": told}, "files": files}
+    return {"result": {"report": figures}, "files": files}

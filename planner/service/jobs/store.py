@@ -46,7 +46,6 @@ from tightfit.runtime.common.strict_json import read_json
 
 ATTEMPTS = 5
 """a job is not tried again once it was running this many times when the service died"""
-SOLVE = "solve"
 SET_ASIDE = "set-aside"
 """folder beside the database, with what could not be read: ``JOB.json`` for a job, ``KIND-ID.json`` for a file"""
 JOB_ID = re.compile("job-[0-9a-f]{16}")
@@ -57,7 +56,6 @@ LISTED: dict[str, tuple[type[Stored], tuple[str, ...]]] = {
     "fleet": (StoredFleet, ()),
 }
 """kind of a file that is listed -> how it is shown, and what its summary has to have"""
-LIVE = frozenset({"queued", "running"})
 Row = dict[str, Any]
 log = logging.getLogger("tightfit.service")
 
@@ -144,21 +142,23 @@ class Store:
         known = self._known(key, asked)
         if known is not None:
             return known, False
-        found = self._same(content)
-        if renews is not None and found is not None and found.state not in LIVE:
-            found = None
-        if found is not None and key is None:
-            self.touch("job", found.id)
-            return found, False
+        equal = self._same(content)
+        if renews is not None and equal is not None and equal.state in FINISHED:
+            equal = None
+        if equal is not None and key is None:
+            self.touch("job", equal.id)
+            return equal, False
         now = time.time()
         identity = f"job-{os.urandom(8).hex()}"
         try:
             _shown(Job(id=identity, kind=kind, state="queued", created=now, attempts=0, request=request))
         except Exception as error:
-            told = f"the request cannot be repeated as JSON ({error}); leave out what is no text or nested without end"
-            raise ServiceError(422, "invalid_request", told, "body") from error
+            message = (
+                f"the request cannot be repeated as JSON ({error}); leave out what is no text or nested without end"
+            )
+            raise ServiceError(422, "invalid_request", message, "body") from error
         with self._transaction() as database:
-            if found is None:
+            if equal is None:
                 self._room(waiting)
                 if renews is not None:
                     database.execute(
@@ -172,9 +172,9 @@ class Store:
                 database.executemany("INSERT INTO uses VALUES (?, ?, ?)", [(identity, *use) for use in set(uses)])
             if key is not None:
                 database.execute(
-                    "INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, found.id if found else identity)
+                    "INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, equal.id if equal else identity)
                 )
-        return (found, False) if found else (self.job(identity), True)
+        return (equal, False) if equal else (self.job(identity), True)
 
     def _known(self, key: str | None, asked: str) -> Job | None:
         """The job that the idempotency key stands for. Raises ServiceError where it was used for another request."""
@@ -235,12 +235,12 @@ class Store:
     def _setting_aside(self, name: str, row: Row, why: str) -> Iterator[sqlite3.Connection]:
         """Write a row that cannot be read to a file; what is done inside removes it from the database."""
         try:
-            place = write_whole(self._path.parent / SET_ASIDE / f"{name}.json", json.dumps(row, default=repr))
+            file = write_whole(self._path.parent / SET_ASIDE / f"{name}.json", json.dumps(row, default=repr))
         except TightfitError as refusal:
             raise StorageError(str(refusal)) from refusal
         with self._transaction() as database:
             yield database
-        log.error("cannot be read: set aside", extra={"what": name, "file": str(place), "why": why})
+        log.error("cannot be read: set aside", extra={"what": name, "file": str(file), "why": why})
 
     def set_aside(self, kind: str = "") -> list[str]:
         """What could not be read, of one kind or of all, by the names of the files."""
@@ -368,15 +368,15 @@ class Store:
     # --- files -----------------------------------------------------------------------------------------------------
 
     def add(self, file: Row) -> Row:
-        """Keep a file whose object is on disk; one of the same kind and id stays, told as now, with its explanation.
+        """Keep a file whose object is on disk; one of the same kind and id stays, with the new summary and its own explanation.
 
         A profile that was uploaded and is then made here counts as made, and stays so when it is uploaded again.
         """
         with self._transaction():
             self._add(file, time.time())
-        found = self.file(file["kind"], file["id"])
-        assert found is not None
-        return found
+        row = self.file(file["kind"], file["id"])
+        assert row is not None
+        return row
 
     def _add(self, file: Row, now: float) -> None:
         self._database.execute(
@@ -391,11 +391,11 @@ class Store:
         )
 
     def file(self, kind: str, identity: str) -> Row | None:
-        found = self._readable(self._all("SELECT * FROM files WHERE kind = ? AND id = ?", kind, identity))
-        if not found:
+        rows = self._readable(self._all("SELECT * FROM files WHERE kind = ? AND id = ?", kind, identity))
+        if not rows:
             return None
         self.touch(kind, identity)
-        return found[0]
+        return rows[0]
 
     def files(self, kind: str, *, origin: str | None = None, limit: int = 100) -> list[Row]:
         """Newest first."""
@@ -427,7 +427,7 @@ class Store:
         """Returns the name under which a file is set aside. Jobs whose answer it was no longer answer."""
         name = f"{row['kind']}-{row['id']}"
         if not FILE.fullmatch(name):
-            name = f"file-{hashlib.sha256(repr(_place(row)).encode()).hexdigest()[:16]}"
+            name = f"file-{hashlib.sha256(repr(_kind_and_id(row)).encode()).hexdigest()[:16]}"
         with self._setting_aside(name, row, why) as database:
             _forget(database, row, runs=False)
         return name
@@ -435,9 +435,9 @@ class Store:
     def damaged(self, digest: str, why: str) -> ServiceError:
         """Set aside the files whose object cannot be read; says which they are."""
         names = [self._set_aside(row, why) for row in self._all("SELECT * FROM files WHERE digest = ?", digest)]
-        places = ", ".join(f"{SET_ASIDE}/{name}.json" for name in names) or "nothing, as it was removed meanwhile"
+        files = ", ".join(f"{SET_ASIDE}/{name}.json" for name in names) or "nothing, as it was removed meanwhile"
         return ServiceError(
-            404, "not_found", f"{why}; set aside as {places} in the service's data folder; make it again"
+            404, "not_found", f"{why}; set aside as {files} in the service's data folder; make it again"
         )
 
     def digests(self) -> set[str]:
@@ -496,10 +496,7 @@ class Store:
         unfinished = f"{live} AND jobs.state IN ('queued', 'running')"
         removed: list[Row] = []
         with self._transaction() as database:
-            database.execute(
-                f"DELETE FROM jobs WHERE state IN ({_marks(FINISHED)}) AND used < ?",  # noqa: S608  constants
-                (*FINISHED, before),
-            )
+            database.execute("DELETE FROM jobs WHERE state NOT IN ('queued', 'running') AND used < ?", (before,))
             removed += database.execute(
                 f"SELECT * FROM files WHERE used < ? AND NOT EXISTS ({live})",  # noqa: S608  constants
                 (before,),
@@ -523,13 +520,13 @@ class Store:
     # --- rows ------------------------------------------------------------------------------------------------------
 
     def _one(self, statement: str, *values: Any) -> Row | None:
-        found: Row | None = self._database.execute(statement, values).fetchone()
-        return found
+        row: Row | None = self._database.execute(statement, values).fetchone()
+        return row
 
     def _figure(self, statement: str, *values: Any) -> int:
         """The column `n` of a statement's single row."""
-        found: int = self._database.execute(statement, values).fetchone()["n"]
-        return found
+        figure: int = self._database.execute(statement, values).fetchone()["n"]
+        return figure
 
     def _all(self, statement: str, *values: Any) -> list[Row]:
         return self._database.execute(statement, values).fetchall()
@@ -605,9 +602,9 @@ def _shown(job: Job) -> Job:
 
 def listed(row: Mapping[str, Any]) -> Any:
     """A file as it is listed. Raises whatever reading and showing it raises."""
-    form, told = LISTED[row["kind"]]
+    form, needed = LISTED[row["kind"]]
     summary = json.loads(row["summary"])
-    for name in told:
+    for name in needed:
         summary[name]
     figures = {**row, "summary": summary, "profile": row["origin"]}
     return form(**{name: figures[name] for name in form.model_fields})
@@ -624,7 +621,7 @@ def _fault(row: Row) -> Exception | None:
     return None
 
 
-def _place(row: Row) -> tuple[bytes, bytes]:
+def _kind_and_id(row: Row) -> tuple[bytes, bytes]:
     """Kind and id of a file's row, whatever is in them, for statements that compare them with bytes."""
     kind, identity = (
         value if isinstance(value, bytes) else str(value).encode(errors="surrogateescape")
@@ -634,19 +631,15 @@ def _place(row: Row) -> tuple[bytes, bytes]:
 
 
 def _forget(database: sqlite3.Connection, row: Row, *, runs: bool) -> None:
-    """Remove a file's row, and the jobs that have ended and cannot answer without it: of `runs` only where that is said."""
-    place = "kind IN (?1, CAST(?1 AS TEXT)) AND {} IN (?2, CAST(?2 AS TEXT))"
+    """Remove a file's row, and the jobs that have ended and cannot answer without it; runs among these only if `runs`."""
+    of_file = "kind IN (?1, CAST(?1 AS TEXT)) AND {} IN (?2, CAST(?2 AS TEXT))"
     database.execute(
-        f"DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE {place.format('file')})"  # noqa: S608  constants
-        f" AND state NOT IN ({', '.join(map(repr, sorted(LIVE)))}) AND (?3 OR kind <> 'run')",
-        (*_place(row), runs),
+        f"DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE {of_file.format('file')})"  # noqa: S608  constants
+        f" AND state NOT IN ('queued', 'running') AND (?3 OR kind <> 'run')",
+        (*_kind_and_id(row), runs),
     )
-    database.execute(f"DELETE FROM files WHERE {place.format('id')}", _place(row))  # noqa: S608  constants
+    database.execute(f"DELETE FROM files WHERE {of_file.format('id')}", _kind_and_id(row))  # noqa: S608  constants
 
 
 def _row(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> Row:
     return {column[0]: value for column, value in zip(cursor.description, values)}
-
-
-def _marks(values: Sequence[str] | frozenset[str]) -> str:
-    return ", ".join("?" * len(values))

@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tightfit.planner.service.jobs.cache import Cache
+from tightfit.planner.service.jobs.orders import LOCAL, SOLVE, JobOrder
 from tightfit.planner.service.jobs.processes import Processes, Worker
-from tightfit.planner.service.jobs.store import ATTEMPTS, SOLVE, Store, folder_row
-from tightfit.planner.service.jobs.worker import JobOrder
+from tightfit.planner.service.jobs.store import ATTEMPTS, Store, folder_row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
@@ -28,8 +28,6 @@ from tightfit.planner.service.wire.schema import Error, Job, JobKind
 from tightfit.planner.service.wire.settings import Settings
 
 T = TypeVar("T")
-LOCAL = "cpu"
-"""this machine's device"""
 RETAIN_SECONDS = 60.0
 DISK_SECONDS = 5.0
 """between tries to write where the disk is full"""
@@ -96,7 +94,7 @@ class Supervisor:
             self._cancelled.add(identity)
             if identity in self._workers:  # else it is about to start, and looks
                 self._end(job, self._workers[identity])
-        return self.events.told(job)
+        return self.events.shown(job)
 
     def resume(self, identity: str, key: str | None = None) -> Job:
         """A run that ended before its last step goes on from its checkpoint, or from the start where it has none."""
@@ -104,7 +102,7 @@ class Supervisor:
         if new:
             self._ended(job)
             self.wake(LOCAL)
-        return self.events.told(job)
+        return self.events.shown(job)
 
     @staticmethod
     def _end(job: Job, worker: Worker) -> None:

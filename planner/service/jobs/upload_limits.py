@@ -9,47 +9,46 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tightfit.planner.problem.step_graph import step_graph
-from tightfit.planner.service.jobs.solving import keep_profile
+from tightfit.planner.service.jobs.keeping import keep_profile
+from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid
-from tightfit.planner.service.wire.nesting import DEEPEST, too_deep
 from tightfit.planner.service.wire.objects import Objects, unpacked
+from tightfit.planner.service.wire.schema import DEEPEST
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
-
-if TYPE_CHECKING:
-    from tightfit.planner.service.jobs.worker import JobOrder, Tell
+from tightfit.runtime.common.strict_json import is_deeper
 
 MOST_CONTAINERS = 3_000_000
 """objects and lists of JSON in one upload"""
 
 
-def upload(order: JobOrder, tell: Tell) -> Row:
+def upload(order: JobOrder, events: EventWriter) -> Row:
     """Keep the profile in the file that the order names."""
     request = order.request
     with Path(request["path"]).open("rb") as file:
         content = b"".join(unpacked(file, request["encoding"], request["bytes"]))
-    found = checked_profile(content, steps=request["steps"], tensors=request["tensors"])
-    file_row = keep_profile(Objects(Path(order.objects)), found, origin="uploaded")
-    return {"result": {"profile": file_row["id"]}, "files": [file_row]}
+    profile = checked_profile(content, steps=request["steps"], tensors=request["tensors"])
+    row = keep_profile(Objects(Path(order.objects)), profile, origin="uploaded")
+    return {"result": {"profile": row["id"]}, "files": [row]}
 
 
 def checked_profile(content: bytes, *, steps: int, tensors: int) -> Profile:
     """The profile that was uploaded. Raises ServiceError for one that is none, contradicts itself or is too large."""
     containers = content.count(b"{") + content.count(b"[")
     if containers > MOST_CONTAINERS:
-        told = f"the upload has {containers} objects and lists; this service reads at most {MOST_CONTAINERS}"
-        raise ServiceError(413, "too_large", told, "body")
+        message = f"the upload has {containers} objects and lists; this service reads at most {MOST_CONTAINERS}"
+        raise ServiceError(413, "too_large", message, "body")
     try:
-        found = parse_profile(content, "the upload", check=partial(check_size, steps=steps, tensors=tensors))
-        step_graph(found)
+        profile = parse_profile(content, "the upload", check=partial(check_size, steps=steps, tensors=tensors))
+        step_graph(profile)
     except InputError as error:
         raise ServiceError(422, "invalid_request", str(error), "body") from error
-    return found
+    return profile
 
 
 def check_size(data: Any, *, steps: int, tensors: int) -> None:
@@ -59,7 +58,7 @@ def check_size(data: Any, *, steps: int, tensors: int) -> None:
     planner unrolls it to. JSON that does not have a profile's form passes here and is refused where it is read as a
     profile.
     """
-    if too_deep(data):
+    if is_deeper(data, DEEPEST):
         raise invalid("", f"the upload has objects and lists more than {DEEPEST} deep in each other")
     layers, programs = _records(data, "layers"), _records(data, "programs")
     if len(layers) > steps:
@@ -77,10 +76,10 @@ def check_size(data: Any, *, steps: int, tensors: int) -> None:
 
 
 def _records(data: Any, field: str) -> list[dict[str, Any]]:
-    found = data.get(field) if isinstance(data, dict) else None
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    records = data.get(field) if isinstance(data, dict) else None
+    return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
 
 
 def _length(data: Any, field: str) -> int:
-    found = data.get(field) if isinstance(data, dict) else None
-    return len(found) if isinstance(found, list) else 0
+    records = data.get(field) if isinstance(data, dict) else None
+    return len(records) if isinstance(records, list) else 0

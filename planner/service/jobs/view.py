@@ -15,7 +15,6 @@ from tightfit.planner.report.explain import explain
 from tightfit.planner.report.explanation import Explanation, account, peak_text
 from tightfit.planner.report.fleet_text import (
     AnyPlan,
-    Sheet,
     activity_sheet,
     chain_sheet,
     fleet_sentences,
@@ -27,7 +26,6 @@ from tightfit.planner.report.memory_categories import buckets, feasible, peak_pa
 from tightfit.planner.report.summary import plan_summary
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.wire.shown import (
-    ChangeSort,
     ChannelShown,
     Difference,
     Edge,
@@ -38,7 +36,6 @@ from tightfit.planner.service.wire.shown import (
     PeakShown,
     PlanView,
     Series,
-    SheetShown,
     TensorChange,
 )
 
@@ -49,16 +46,16 @@ CHANGES = 2000
 
 
 def plan_view(
-    plan: Plan, identity: str, known: dict[str, Any] | None = None, *, not_runnable: str | None = None
+    plan: Plan, identity: str, stored: dict[str, Any] | None = None, *, not_runnable: str | None = None
 ) -> PlanView:
-    """`identity` is the stored plan's, `known` the explanation that was made with it, where there is one."""
-    told = account(plan) if known is None else Explanation.model_validate(known)
+    """`identity` is the stored plan's, `stored` the explanation that was made with it, where there is one."""
+    explanation = account(plan) if stored is None else Explanation.model_validate(stored)
     view = PlanView(
         plan=identity,
         model=plan.model.name,
         about=describe(plan),
         summary=plan_summary(plan),
-        sentences=explain(plan, told),
+        sentences=explain(plan, explanation),
         not_runnable=not_runnable,
     )
     shown = buckets(plan.timeline, SLICES)
@@ -70,7 +67,7 @@ def plan_view(
             "peak": _peak(plan),
             "layers": _layers(plan),
             "edges": _edges(plan),
-            "channels": _channels(plan, told),
+            "channels": _channels(plan, explanation),
         }
     )
 
@@ -87,23 +84,23 @@ def _peak(plan: Plan) -> PeakShown:
     )
 
 
-def _channels(plan: Plan, told: Explanation) -> list[ChannelShown]:
+def _channels(plan: Plan, explanation: Explanation) -> list[ChannelShown]:
     """How busy each is over the step: seconds at work, their share, bytes moved; and what the cores wait."""
-    share = told.waiting_seconds / plan.step_seconds if plan.step_seconds else 0.0
-    waiting = ChannelShown(name="waiting", seconds=told.waiting_seconds, share=share, bytes=0)
-    return [*(ChannelShown(**use.model_dump()) for use in told.channels), waiting]
+    share = explanation.waiting_seconds / plan.step_seconds if plan.step_seconds else 0.0
+    waiting = ChannelShown(name="waiting", seconds=explanation.waiting_seconds, share=share, bytes=0)
+    return [*(ChannelShown(**use.model_dump()) for use in explanation.channels), waiting]
 
 
 def owners(plan: Plan) -> dict[str, str]:
     """Tensor -> the layer that it is shown with: the first that names it."""
-    found: dict[str, str] = {}
+    layer_of: dict[str, str] = {}
     index = TensorIndex(plan)
     for layer, names in index.names.items():
         for name in names.values():
-            found.setdefault(name, layer)
+            layer_of.setdefault(name, layer)
             for state in index.states.get(name, ()):
-                found.setdefault(state, layer)
-    return found
+                layer_of.setdefault(state, layer)
+    return layer_of
 
 
 def _layers(plan: Plan) -> list[LayerShown]:
@@ -112,12 +109,12 @@ def _layers(plan: Plan) -> list[LayerShown]:
     """
     if plan.model.is_bare_graph:
         return _operators(plan)
-    owner = owners(plan)
+    layer_of = owners(plan)
     decided: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for name, cost in Ledger(plan).costs().items():
         if cost.decision is not None:
             group = {"weight": "weights", "optimizer": "states"}.get(cost.kind, "activations")
-            decided[owner.get(name, "")][group][cost.decision] += cost.bytes
+            decided[layer_of.get(name, "")][group][cost.decision] += cost.bytes
     graph = layer_graph(plan)
     return [
         LayerShown(
@@ -170,11 +167,11 @@ def _edges(plan: Plan) -> list[Edge]:
 def difference(one: Plan, other: Plan) -> Difference:
     """What `other` does otherwise: figures side by side, changes by sort, and tensor by tensor, largest first."""
     changes = diff(one, other)
-    owner = owners(one)
+    layer_of = owners(one)
     return Difference(
         plans=[plan_summary(one), plan_summary(other)],
-        groups=[ChangeSort(**asdict(group)) for group in grouped(changes)],
-        changes=[TensorChange(**asdict(change), layer=owner.get(change.name, "")) for change in changes[:CHANGES]],
+        groups=grouped(changes),
+        changes=[TensorChange(**asdict(change), layer=layer_of.get(change.name, "")) for change in changes[:CHANGES]],
         left_out=max(0, len(changes) - CHANGES),
     )
 
@@ -183,20 +180,15 @@ def fleet_view(fleet: AnyPlan, identity: str, plans: dict[str, str]) -> FleetVie
     """A fleet's plan in sentences, tables and the lanes of its picture; `plans` are the stored plans by member: older services stored
     them by fingerprint alone.
     """
-    prices = price_sheet(fleet)
     return FleetView(
         fleet=identity,
         title=fleet_title(fleet),
         sentences=fleet_sentences(fleet),
-        chain=_shown(chain_sheet(fleet)),
-        prices=None if prices is None else _shown(prices),
-        activity=_shown(activity_sheet(fleet)),
+        chain=chain_sheet(fleet),
+        prices=price_sheet(fleet),
+        activity=activity_sheet(fleet),
         lanes=Lanes.model_validate(lanes_of(fleet)),
         plans={
             member.plan: plans.get(member.name, str(member.plan_fingerprint)) for member in fleet.chain if member.plan
         },
     )
-
-
-def _shown(sheet: Sheet) -> SheetShown:
-    return SheetShown(**asdict(sheet))

@@ -3,8 +3,8 @@
 import { atLeast, BOTTOM, curve, LEFT, RIGHT, svg, TOP } from "./charts.js";
 
 export function budgetCurve(series, { least, most, width }) {
-  const made = curve(series, { width, reach: [least, most] });
-  const { picture, x, y, at, unit, height } = made, foot = height - BOTTOM, edge = x(least / unit.size);
+  const chart = curve(series, { width, reach: [least, most] });
+  const { picture, x, y, at, unit, height } = chart, foot = height - BOTTOM, edge = x(least / unit.size);
   picture.prepend(svg("rect", { class: "beyond", x: LEFT, width: Math.max(0, edge - LEFT), y: TOP, height: foot - TOP }));
   picture.append(svg("line", { class: "cap", x1: edge, x2: edge, y1: TOP, y2: foot }));
   picture.append(svg("text", { class: "cap-label", x: edge + 6, y: TOP + 10 }, `no plan found below ${atLeast(least, unit)} ${unit.name}`));

@@ -17,9 +17,9 @@ export function setUpFleets(action) {
 
 export async function listFleets() {
   const { fleets } = await get(`/v1/fleets?limit=${LISTED}`);
-  const told = ({ created, summary }) => `${new Date(1000 * created).toLocaleString()} · ${summary.model} · ${summary.micro_batches} micro-batches in ${seconds(summary.makespan_seconds)} s`;
+  const label = ({ created, summary }) => `${new Date(1000 * created).toLocaleString()} · ${summary.model} · ${summary.micro_batches} micro-batches in ${seconds(summary.makespan_seconds)} s`;
   const { value } = $("fleets");
-  $("fleets").replaceChildren(html("option", { value: "" }, "choose one"), ...fleets.map((one) => html("option", { value: one.id }, told(one))));
+  $("fleets").replaceChildren(html("option", { value: "" }, "choose one"), ...fleets.map((one) => html("option", { value: one.id }, label(one))));
   $("fleets").value = fleets.some((one) => one.id === value) ? value : "";
   $("fleet").hidden = !fleets.length;
 }

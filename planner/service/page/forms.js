@@ -11,14 +11,14 @@ const HINTS = { map: "NAME=VALUE, one a line", list: "separated by commas" };
 // Add to a form what its request takes and it does not ask for yet, but for the fields `without`: in its fold, or in a new one.
 export async function complete(form, request, without = []) {
   const fields = (await described)[request].filter(({ name }) => !form.elements[name] && !without.includes(name));
-  const made = fields.map((field) => {
+  const controls = fields.map((field) => {
     const id = `about-${form.id}-${field.name}`, input = control(field);
     input.setAttribute("aria-describedby", id);
     return html("div", {}, html("label", {}, field.title, input), html("small", { id }, field.description));
   });
   const fold = form.querySelector(".more .row");
-  if (fold) fold.prepend(...made);
-  else form.querySelector("button").before(html("details", { class: "more" }, html("summary", {}, "More options"), html("div", { class: "row" }, ...made)));
+  if (fold) fold.prepend(...controls);
+  else form.querySelector("button").before(html("details", { class: "more" }, html("summary", {}, "More options"), html("div", { class: "row" }, ...controls)));
 }
 
 function control({ name, kind, choices, default: usual, least, most, above }) {
@@ -37,14 +37,14 @@ function control({ name, kind, choices, default: usual, least, most, above }) {
 
 // What a form asks for, by the fields of its request; fields that are left empty or at their defaults are left out.
 export async function asked(form, request) {
-  const found = {};
+  const fields = {};
   for (const { name, kind, of, default: usual } of (await described)[request]) {
     const input = form.elements[name];
     if (!input || input.type === "file") continue;
     const value = kind === "switch" ? input.checked : valueOf(input.value.trim(), kind, of);
-    if (value !== null && value !== usual) found[name] = value;
+    if (value !== null && value !== usual) fields[name] = value;
   }
-  return found;
+  return fields;
 }
 
 function valueOf(text, kind, of) {
@@ -75,6 +75,6 @@ export function beside(form, error) {
 
 // Forget what was told of an earlier request.
 export function forget(form) {
-  for (const told of form.querySelectorAll(".wrong")) told.remove();
+  for (const message of form.querySelectorAll(".wrong")) message.remove();
   for (const input of form.querySelectorAll("[aria-invalid]")) for (const name of ["aria-invalid", "aria-errormessage"]) input.removeAttribute(name);
 }

@@ -24,7 +24,7 @@ export function layerGraph(layers, edges, room) {
   GROUPS.forEach((name, row) => picture.append(svg("text", { x: 0, y: tops[row] + tall[row] / 2 + 4 }, name)));
   const each_label = Math.max(1, Math.ceil(46 / each));
   shown.forEach((layer, index) => {
-    const left = at.get(layer.name), group = svg("g"), told = [layer.name];
+    const left = at.get(layer.name), group = svg("g"), lines = [layer.name];
     GROUPS.forEach((name, row) => {
       const decided = Object.entries(layer.decisions[name] || {}).filter(([, size]) => size > 0);
       const total = decided.reduce((sum, [, size]) => sum + size, 0);
@@ -34,10 +34,10 @@ export function layerGraph(layers, edges, room) {
         const part = (tall[row] - 1) * (size / total);
         group.append(svg("rect", { x: left, y: top, width: each - 2, height: part, fill: didColour(decision) }));
         top += part;
-        told.push(`${name} ${decision} ${mib(size)} MiB`);
+        lines.push(`${name} ${decision} ${mib(size)} MiB`);
       }
     });
-    group.prepend(svg("title", {}, told.join("\n")));
+    group.prepend(svg("title", {}, lines.join("\n")));
     picture.append(group);
     const short = each >= 44 ? layer.name.split(".").slice(-2).join(".").slice(0, Math.floor(each / 7)) : String(index + 1);
     if (index % each_label === 0) picture.append(svg("text", { x: left + each / 2, y: height - 14, "text-anchor": "middle" }, short));

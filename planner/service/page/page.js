@@ -40,7 +40,7 @@ const working = (text, where = "working") => {
   $(where).textContent = text;
   $(where).classList.toggle("busy", Boolean(text));
 };
-const told = (what, where) => (progress) => {
+const reporter = (what, where) => (progress) => {
   const parts = [progress.stage];
   if (progress.total) parts.push(`${progress.done} of ${progress.total}`);
   if (progress.incumbent) parts.push(`step ${seconds(progress.incumbent)} s`, `bound ${seconds(progress.bound)} s`, `gap ${percent(progress.gap, 2)}`);
@@ -142,7 +142,7 @@ async function explore(identity, kept, old) {
   $("curve").setAttribute("aria-busy", "true");
   working("finding the smallest and the largest budget that make sense …");
   // One byte never fits: the answers say what would.
-  const ask = (policy) => work("/v1/plans", { profile: identity, memory: 1, policy, time_limit: TIME_LIMIT, ...state.step }, (progress) => { if (!old()) told(`smallest budget, ${policy}`)(progress); });
+  const ask = (policy) => work("/v1/plans", { profile: identity, memory: 1, policy, time_limit: TIME_LIMIT, ...state.step }, (progress) => { if (!old()) reporter(`smallest budget, ${policy}`)(progress); });
   const [least, most] = await Promise.all([ask("solver"), ask("keep-all")]);
   if (old()) return;
   state.least = Math.max(1, least.result.summary.minimum_budget_bytes);
@@ -161,7 +161,7 @@ async function explore(identity, kept, old) {
   const compare = async (policies, what) => {
     const live = (progress) => {
       if (old()) return;
-      told(what, "curving")(progress);
+      reporter(what, "curving")(progress);
       if (progress.cell) keep([{ ...progress.cell, summary: progress.cell }]);
     };
     const done = await work("/v1/comparisons", { profile: identity, memory: budgets, policies, time_limit: TIME_LIMIT, ...state.step }, live);
@@ -218,21 +218,21 @@ function draw() {
   $("curve-legend").replaceChildren(...curveLegend(series));
   const budgets = [...new Set(state.cells.map((cell) => cell.budget_bytes))].sort((a, b) => a - b);
   const cell = (budget, policy) => {
-    const found = state.cells.find((one) => one.budget_bytes === budget && one.policy === policy);
-    if (!found) return "–";
-    const cut = policy === "solver" && found.summary.ended_by === "time limit";
-    if (found.summary.status === "infeasible") return `needs ${atLeast(found.summary.minimum_budget_bytes)}${cut ? " or less" : ""}`;
-    return `${seconds(found.summary.step_seconds)}${cut ? " (time limit)" : ""}`;
+    const planned = state.cells.find((one) => one.budget_bytes === budget && one.policy === policy);
+    if (!planned) return "–";
+    const cut = policy === "solver" && planned.summary.ended_by === "time limit";
+    if (planned.summary.status === "infeasible") return `needs ${atLeast(planned.summary.minimum_budget_bytes)}${cut ? " or less" : ""}`;
+    return `${seconds(planned.summary.step_seconds)}${cut ? " (time limit)" : ""}`;
   };
   $("curve-table").replaceChildren(table("Seconds per step, with a note where the time limit ended a search; where a budget is too small, the smallest that is enough, in MiB", ["budget, MiB", ...POLICIES], budgets.map((budget) => [mib(budget), ...POLICIES.map((policy) => cell(budget, policy))])));
-  const made = state.cells.filter((one) => one.plan && one.summary.status !== "infeasible").sort((a, b) => POLICIES.indexOf(a.policy) - POLICIES.indexOf(b.policy) || a.budget_bytes - b.budget_bytes);
+  const plans = state.cells.filter((one) => one.plan && one.summary.status !== "infeasible").sort((a, b) => POLICIES.indexOf(a.policy) - POLICIES.indexOf(b.policy) || a.budget_bytes - b.budget_bytes);
   const solved = points("solver").filter((point) => point.plan);
   for (const [id, first] of [["left", solved[0]], ["right", solved.at(-1)]]) {
     const kept = $(id).dataset.chosen;
-    $(id).replaceChildren(...made.map((one) => html("option", { value: one.plan }, `${one.policy} at ${mib(one.budget_bytes)} MiB`)));
-    $(id).value = made.some((one) => one.plan === kept) ? kept : first?.plan ?? "";
+    $(id).replaceChildren(...plans.map((one) => html("option", { value: one.plan }, `${one.policy} at ${mib(one.budget_bytes)} MiB`)));
+    $(id).value = plans.some((one) => one.plan === kept) ? kept : first?.plan ?? "";
   }
-  $("compare").hidden = made.length < 2;
+  $("compare").hidden = plans.length < 2;
 }
 
 const points = (policy) => state.cells.filter((one) => one.policy === policy && one.summary.status !== "infeasible").map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, peak: one.summary.peak_bytes, plan: one.plan, summary: one.summary })).sort((a, b) => a.budget - b.budget);
@@ -306,13 +306,13 @@ async function moved() {
 
 async function solve() {
   const { budget, chosen } = state, policy = $("policy").value, mine = ++state.asked, current = () => mine === state.asked;
-  const what = `planning at ${mib(budget)} MiB`, tell = told(what);
+  const what = `planning at ${mib(budget)} MiB`, report = reporter(what);
   remember();
   $("solve").disabled = true;
   working(`${what} …`);
   try {
     const request = { profile: state.profile, memory: budget, policy, time_limit: TIME_LIMIT, ...state.step };
-    const done = await work("/v1/plans", request, (progress) => { if (current()) tell(progress); });
+    const done = await work("/v1/plans", request, (progress) => { if (current()) report(progress); });
     if (chosen !== state.chosen) return;
     keep([{ budget_bytes: budget, policy, plan: done.result.plan, summary: done.result.summary }]);
     if (current()) await show(done.result.plan);

@@ -62,8 +62,8 @@ function showLayers(view) {
   place($("layers"), (width) => layerGraph(view.layers, view.edges, width));
   const used = new Set(view.layers.flatMap((layer) => Object.values(layer.decisions).flatMap(Object.keys)));
   $("layers-legend").replaceChildren(...legend([...DECISIONS.filter((name) => used.has(name)), ...[...used].filter((name) => !DECISIONS.includes(name))].map((name) => [name, didColour(name)])));
-  const told = (decided) => Object.entries(decided || {}).filter(([, size]) => size).map(([name, size]) => `${name} ${mib(size)}`).join(", ") || "–";
+  const bytesOf = (decided) => Object.entries(decided || {}).filter(([, size]) => size).map(([name, size]) => `${name} ${mib(size)}`).join(", ") || "–";
   $("layers-table").replaceChildren(
-    table("MiB by decision", ["layer", "forward, s", "backward, s", "activations", "weights", "optimizer states"], view.layers.map((layer) => [layer.name, seconds(layer.forward_seconds), seconds(layer.backward_seconds), told(layer.decisions.activations), told(layer.decisions.weights), told(layer.decisions.states)])),
+    table("MiB by decision", ["layer", "forward, s", "backward, s", "activations", "weights", "optimizer states"], view.layers.map((layer) => [layer.name, seconds(layer.forward_seconds), seconds(layer.backward_seconds), bytesOf(layer.decisions.activations), bytesOf(layer.decisions.weights), bytesOf(layer.decisions.states)])),
   );
 }

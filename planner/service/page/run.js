@@ -101,14 +101,14 @@ async function shown(job, left) {
   const seen = new Map(known.map((step) => [step.step, step]));
   let drawn = 0;
   try {
-    job = await finish(job, (told) => {
+    job = await finish(job, (latest) => {
       if (left()) return;
-      if (told.step === undefined) {
-        $("run-state").textContent = `${told.stage} …`;
+      if (latest.step === undefined) {
+        $("run-state").textContent = `${latest.stage} …`;
         return;
       }
-      seen.set(told.step, told);
-      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step}${job.request.steps ? ` of ${job.request.steps}` : told.epoch === undefined ? "" : ` (epoch ${told.epoch.toFixed(1)} of ${job.request.epochs})`}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s${told.tokens === undefined ? "" : `, ${rate(told)} tokens/s without padding${padding(told, places)}`}, peak of the training process ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
+      seen.set(latest.step, latest);
+      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${latest.step}${job.request.steps ? ` of ${job.request.steps}` : latest.epoch === undefined ? "" : ` (epoch ${latest.epoch.toFixed(1)} of ${job.request.epochs})`}: loss ${latest.loss.toFixed(4)}, ${seconds(latest.seconds)} s${latest.tokens === undefined ? "" : `, ${rate(latest)} tokens/s without padding${padding(latest, places)}`}, peak of the training process ${mib(latest.peak_bytes)} of ${mib(cap)} MiB`;
       if (performance.now() - drawn > REDRAW) {
         drawn = performance.now();
         draw([...seen.values()], cap, places);
@@ -133,7 +133,7 @@ async function shown(job, left) {
     ["step, s", seconds(step.predicted), seconds(step.measured)],
     ...(report.contention ? [[`step, s, in the ${report.contention.steps} steps during which other programs used cores`, "–", seconds(report.contention.step_seconds)]] : []),
     ...(report.tokens ? [[`tokens/s (rows ${percent(report.tokens.padding_share, 0)} padding)`, "–", Math.round(report.tokens.per_second).toLocaleString("en")]] : []),
-    ...Object.entries(report.evaluation).map(([when, found]) => [`held-out loss ${when}${found.accuracy == null ? "" : ", accuracy"}`, "–", `${found.loss.toFixed(4)}${found.accuracy == null ? "" : `, ${found.accuracy.toFixed(3)}`}`]),
+    ...Object.entries(report.evaluation).map(([when, evaluation]) => [`held-out loss ${when}${evaluation.accuracy == null ? "" : ", accuracy"}`, "–", `${evaluation.loss.toFixed(4)}${evaluation.accuracy == null ? "" : `, ${evaluation.accuracy.toFixed(3)}`}`]),
   ]));
   for (const id of ["report", "adapter"]) $(id).hidden = false;
   $("run-state").textContent = `done: ${report.loss.length} steps, peak ${mib(peak.measured)} of ${mib(cap)} MiB`;
@@ -158,11 +158,11 @@ function steps(label, points, { yLabel, width, cap = null, colour = "var(--polic
   const margin = (high - low) * 0.1 || Math.abs(high) * 0.05 || 1;
   low = zero ? 0 : low - margin; high += margin;
   const last = Math.max(2, points.length ? points[points.length - 1][0] : 2);
-  const made = frame(label, { x: [1, last], y: [low, high], xLabel: "step", yLabel, width, height: 260, whole: true });
-  const { picture, x, y } = made;
+  const chart = frame(label, { x: [1, last], y: [low, high], xLabel: "step", yLabel, width, height: 260, whole: true });
+  const { picture, x, y } = chart;
   if (points.length) picture.append(svg("path", { class: "line", style: `--c: ${colour}`, d: path(points, x, y) }));
   if (points.length === 1) picture.append(svg("circle", { class: "dot-mark", style: `--c: ${colour}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 4 }));
-  if (cap !== null) capLine(made, cap, `${amount(cap)} MiB`);
+  if (cap !== null) capLine(chart, cap, `${amount(cap)} MiB`);
   return picture;
 }
 

@@ -5,8 +5,9 @@ wrong.
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -42,13 +43,18 @@ DISK = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READ
 
 
 class ServiceError(TightfitError):
-    """An answer other than 2xx. `field` is the place in the request, such as ``body.memory``."""
+    """An answer other than 2xx. `field` is the part of the request that was wrong, such as ``body.memory``."""
 
     def __init__(self, status: int, code: Code, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.code: Code = code
         self.field = field
+
+    @property
+    def fields(self) -> list[tuple[str, str]]:
+        """The field that was wrong, if one was, with what was wrong with it."""
+        return [] if self.field is None else [(self.field, str(self))]
 
 
 class UnreadableError(InputError):
@@ -64,16 +70,16 @@ class StorageError(RunError):
 
 
 @contextlib.contextmanager
-def failing_disk(place: Path) -> Iterator[None]:
-    """Raises StorageError, naming `place`, where the disk or the rights there do not allow what is done inside."""
+def failing_disk(path: Path) -> Iterator[None]:
+    """Raises StorageError, naming `path`, where the disk or the rights there do not allow what is done inside."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{place}: {error.strerror or error}; free disk space and try again") from error
+        raise StorageError(f"{path}: {error.strerror or error}; free disk space and try again") from error
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DISK:
             raise
-        raise StorageError(f"{place}: {error}; free disk space and try again") from error
+        raise StorageError(f"{path}: {error}; free disk space and try again") from error
 
 
 JOB_ERRORS: dict[type[TightfitError], Code] = {
@@ -83,7 +89,15 @@ JOB_ERRORS: dict[type[TightfitError], Code] = {
     CapError: "cap_passed",
     StorageError: "storage",
 }
-"""what makes a job fail -> how that is told; a client raises the same again"""
+"""what makes a job fail -> the code of its error; a client raises the same again"""
+
+
+def error_json(code: Code, message: str, fields: Sequence[tuple[str, str]] = ()) -> bytes:
+    """An answer's body that says what was wrong (`wire.schema.ErrorAnswer`), and in which fields. ASCII: what was sent may hold
+    what cannot be encoded.
+    """
+    wrong = [{"field": field, "message": text} for field, text in fields]
+    return json.dumps({"error": {"code": code, "message": message, "fields": wrong}}).encode()
 
 
 def not_found(what: str, name: str, why: str = "it may have been removed by retention") -> ServiceError:

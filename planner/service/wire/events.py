@@ -15,9 +15,9 @@ HEARTBEAT_SECONDS = 15.0
 
 
 class Events:
-    def __init__(self, shown: Callable[[Job], Job] = lambda job: job) -> None:
-        """`shown` makes of a job what clients are told of it."""
-        self._shown = shown
+    def __init__(self, redacted: Callable[[Job], Job] = lambda job: job) -> None:
+        """`redacted` takes out of a job what clients are not to see."""
+        self._redacted = redacted
         self._progress: dict[str, dict[str, Any]] = {}
         self._listeners: dict[str, set[asyncio.Queue[tuple[str, str]]]] = {}
 
@@ -38,11 +38,11 @@ class Events:
         """Announce that the job's state has changed."""
         if job.state != "running":
             self._progress.pop(job.id, None)
-        self._send(job.id, "job", self._shown(job).model_dump_json())
+        self._send(job.id, "job", self._redacted(job).model_dump_json())
 
-    def told(self, job: Job) -> Job:
-        """The job with its latest progress, as clients are told of it."""
-        return self._shown(job).model_copy(update={"progress": self._progress.get(job.id)})
+    def shown(self, job: Job) -> Job:
+        """The job as clients see it, with its latest progress."""
+        return self._redacted(job).model_copy(update={"progress": self._progress.get(job.id)})
 
     def _send(self, job: str, name: str, data: str) -> None:
         for queue in self._listeners.get(job, ()):
@@ -59,7 +59,7 @@ class Events:
         self._listeners.setdefault(identity, set()).add(queue)
         try:
             job = read(identity)
-            yield f"event: job\ndata: {self.told(job).model_dump_json()}\n\n"
+            yield f"event: job\ndata: {self.shown(job).model_dump_json()}\n\n"
             finished = job.state in FINISHED
             while not finished:
                 try:

@@ -20,20 +20,20 @@ def forms() -> dict[str, list[dict[str, Any]]]:
     values there are; with `least`, `most` and `above`, the limits of a number; with `of`, the kind of a map's values.
     """
     return {
-        form: [_field(name, told) for name, told in request.model_json_schema()["properties"].items()]
+        form: [_field(name, described) for name, described in request.model_json_schema()["properties"].items()]
         for form, request in REQUESTS.items()
     }
 
 
-def _field(name: str, told: Mapping[str, Any]) -> dict[str, Any]:
-    types = [one for one in told.get("anyOf", [told]) if one.get("type") != "null"]
+def _field(name: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    types = [one for one in described.get("anyOf", [described]) if one.get("type") != "null"]
     only: Mapping[str, Any] = types[0] if len(types) == 1 else {"type": "string"}  # a number or its words: words
     field: dict[str, Any] = {
         "name": name,
-        "title": _title(name, told["title"]),
-        "description": told.get("description", ""),
+        "title": _title(name, described["title"]),
+        "description": described.get("description", ""),
         "kind": "choice" if "enum" in only else KINDS.get(only["type"], "text"),
-        "default": told.get("default"),
+        "default": described.get("default"),
     }
     if "enum" in only:
         field["choices"] = only["enum"]

@@ -57,8 +57,8 @@ class _Watched(Collector):
     def collect(self) -> Iterable[Metric]:
         for name, words, labels, values in self._gauges():
             family = GaugeMetricFamily(name, words, labels=labels)
-            for place, value in values.items():
-                family.add_metric(place, value)
+            for label_values, value in values.items():
+                family.add_metric(label_values, value)
             yield family
 
     def describe(self) -> Iterable[Metric]:

@@ -61,12 +61,12 @@ class Objects:
                     packed.close()
                     raw.flush()
                     os.fsync(raw.fileno())
-                place = self.path(digest.hexdigest())
-                place.parent.mkdir(exist_ok=True)
-                part.rename(place)  # over what is there, too: it may be damaged
-                sync_directory(place.parent)
+                path = self.path(digest.hexdigest())
+                path.parent.mkdir(exist_ok=True)
+                part.rename(path)  # over what is there, too: it may be damaged
+                sync_directory(path.parent)
                 sync_directory(self.folder)
-                stored = place.stat().st_size
+                stored = path.stat().st_size
             finally:
                 with suppress(OSError):
                     part.unlink()
@@ -82,15 +82,15 @@ class Objects:
 
     def unpack(self, digest: str) -> Iterator[bytes]:
         """The content, piece by piece. Raises UnreadableError, at its end at the latest, where it is not what was written."""
-        found = hashlib.sha256()
+        checksum = hashlib.sha256()
         try:
             with gzip.open(self.path(digest)) as file:
                 while chunk := file.read(CHUNK):
-                    found.update(chunk)
+                    checksum.update(chunk)
                     yield chunk
         except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UnreadableError(digest, str(error)) from error
-        if found.hexdigest() != digest:
+        if checksum.hexdigest() != digest:
             raise UnreadableError(digest, "its checksum is another one")
 
     def check(self, digest: str) -> None:

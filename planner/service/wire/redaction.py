@@ -13,17 +13,15 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tightfit.planner.service.wire.schema import Job
-    from tightfit.profiles.schema import Model
+from tightfit.planner.service.wire.schema import Job
+from tightfit.profiles.schema import Model
 
 PATH = re.compile(r"(?<![\w./:~-])/(?:[\w.,@+~=-]+/)*([\w.@+~=-]*[\w@+~=-])")
 """an absolute path in a sentence, whose last full stop is the sentence's; its name is the group"""
 PATHS = ("source", "data", "eval_data", "adapter")
 """fields of a job's request that hold a path or another word"""
-
 ADAPTER_BASE = "adapter_base"
 """field of a model's config that names the base of its adapters"""
 
@@ -47,7 +45,7 @@ class Redaction:
         return PATH.sub(r"\1", words)
 
     def value(self, data: Any) -> Any:
-        """JSON with all its strings as clients are told them."""
+        """JSON with all its strings redacted."""
         if isinstance(data, str):
             return self.text(data)
         if isinstance(data, list | tuple):
@@ -57,13 +55,13 @@ class Redaction:
         return data
 
     def model(self, model: Model) -> tuple[Model, dict[str, str]]:
-        """The model as clients are told where it lies, and what `with_paths` needs to take that back."""
+        """The model with its paths redacted, and what `with_paths` needs to take that back."""
         own = {"source": model.source, "store": model.store, ADAPTER_BASE: model.config.get(ADAPTER_BASE)}
         paths = {name: path for name, path in own.items() if path is not None and self.text(path) != path}
         return with_paths(model, {name: self.text(path) for name, path in paths.items()}), paths
 
     def job(self, job: Job) -> Job:
-        """The job with its error and its request as clients are told them."""
+        """The job with its error and its request redacted."""
         request = {k: self.text(v) if k in PATHS and isinstance(v, str) else v for k, v in job.request.items()}
         error = job.error and job.error.model_copy(update={"message": self.text(job.error.message)})
         return job.model_copy(update={"request": request, "error": error})
@@ -77,6 +75,6 @@ def with_paths(model: Model, paths: Mapping[str, str]) -> Model:
     return model.model_copy(update=own)
 
 
-def _known(name: str, found: re.Match[str]) -> str:
+def _known(name: str, match: re.Match[str]) -> str:
     """A known folder in a sentence: the folder's name, or nothing before what lies in it."""
-    return "" if found[1] else name
+    return "" if match[1] else name

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 from pydantic.fields import FieldInfo
 
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.search_options import PlanOptions
 from tightfit.planner.service.wire.errors import Code
-from tightfit.planner.service.wire.nesting import DEEPEST, too_deep
 from tightfit.profiles.option_fields import OVER_HTTP, Options, beside, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import is_deeper
+from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
 from tightfit.runtime.session.options import RunOptions
 
 JobKind = Literal["profile", "plan", "comparison", "fleet", "run"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
+DEEPEST = 64
+"""levels of objects and lists nested in one another that may be sent: what walks deeper JSON or writes it down again would not
+get to its end"""
+OWN_DEVICE = "own"
+"""in a comparison: the device that the profile was made for"""
 DIGEST = "3f1c0e9d" * 8
 JOB = "job-0123456789abcdef"
 
@@ -74,34 +82,51 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
 JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
 
 
-def _no_flag(wanted: str) -> Callable[[object], object]:
-    """A check that refuses true and false, which Python counts as whole numbers; `wanted` says what is expected."""
+def _read(parse: Callable[[str], float], allowed: Callable[[float], bool], words: str) -> BeforeValidator:
+    """Reads a number, or a text as `parse` does. Of a number that is not `allowed`, `words` say what it is not and what to send; of
+    true and false too, which Python counts as numbers.
+    """
 
-    def check(value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError(f"{str(value).lower()} is no {wanted}")  # noqa: TRY004  pydantic's
+    def read(value: object) -> object:
+        if isinstance(value, str):
+            try:
+                return parse(value)
+            except InputError as error:
+                raise ValueError(str(error)) from error
+        if isinstance(value, bool) or (isinstance(value, int | float) and not allowed(value)):
+            raise ValueError(f"{json.dumps(value)} is no {words}")
         return value
 
-    return check
+    return BeforeValidator(read)
+
+
+def _sent_as(kind: str, **described: Any) -> WithJsonSchema:
+    """How the API's description has a number that may be given as text."""
+    return WithJsonSchema({"anyOf": [{"type": kind}, {"type": "string"}], **described})
 
 
 Memory = Annotated[
-    int | str,
-    BeforeValidator(_no_flag("budget; write bytes, or a size such as 600MiB")),
-    Field(
+    int,
+    _read(parse_size, lambda size: 0 < size <= LARGEST, "budget; write bytes above 0, or a size such as 600MiB"),
+    _sent_as(
+        "integer",
         description="budget of the whole run, its supervisor included: bytes, or a size such as 600MiB or 600MB",
         examples=["600MiB", 629145600],
     ),
 ]
 Rate = Annotated[
-    float | str,
-    BeforeValidator(_no_flag("rate; write bytes per second, or a rate such as 100Mbit/s")),
-    Field(description="bytes per second, or a rate such as 100Mbit/s or 12.5MB/s", examples=["100Mbit/s", 12500000]),
+    float,
+    _read(parse_rate, lambda rate: 0 < rate <= LARGEST, "rate; write bytes per second above 0, or 100Mbit/s"),
+    _sent_as(
+        "number",
+        description="bytes per second, or a rate such as 100Mbit/s or 12.5MB/s",
+        examples=["100Mbit/s", 12500000],
+    ),
 ]
 Latency = Annotated[
-    float | str,
-    BeforeValidator(_no_flag("time; write seconds, or a time such as 2ms")),
-    Field(description="seconds, or a time such as 2ms, one way", examples=["2ms", 0.002]),
+    float,
+    _read(parse_seconds, lambda seconds: 0 <= seconds <= LARGEST, "time; write seconds from 0 on, or 2ms"),
+    _sent_as("number", description="seconds, or a time such as 2ms, one way", examples=["2ms", 0.002]),
 ]
 
 
@@ -111,7 +136,7 @@ class Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _nested(cls, data: object) -> object:
-        if too_deep(data):
+        if is_deeper(data, DEEPEST):
             raise ValueError(f"objects and lists more than {DEEPEST} deep in each other; send them flatter")
         return data
 
@@ -130,13 +155,13 @@ def _field(name: str, option: FieldInfo) -> tuple[Any, Any]:
     """The type of an option, and what else is said of it, as a field of a request: what no JSON can be is left out."""
     kinds = get_args(option.annotation) if get_origin(option.annotation) in (Union, UnionType) else (option.annotation,)
     sent: Any = Union.__getitem__(tuple(kind for kind in kinds if types_of(kind) not in ((Path,), (Iterable[Any],))))
-    told = Field(
+    described = Field(
         title=option.title or name.replace("_", " ").capitalize(),
         description=beside(option)[OVER_HTTP],
         json_schema_extra=None,
     )
     annotated: Any = Annotated
-    return annotated[(sent, *option.metadata, told)], option.default
+    return annotated[(sent, *option.metadata, described)], option.default
 
 
 class StepRequest(_with_options(PlanOptions, "policy")):  # type: ignore[misc]
@@ -196,7 +221,7 @@ class ComparisonRequest(StepRequest):
     memory: list[Memory] = Field(min_length=1, max_length=64)
     policies: list[str] = Field(["solver"], min_length=1, max_length=32)
     devices: list[str] = Field(
-        ["own"],
+        [OWN_DEVICE],
         min_length=1,
         max_length=8,
         description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
@@ -219,6 +244,11 @@ class FleetMember(Request):
         if (self.link is None) == (self.up is None and self.down is None) or (self.up is None) != (self.down is None):
             raise ValueError("give either link, or up and down")
         return self
+
+    def both_ways(self) -> dict[str, Any]:
+        """The member with its link given both ways, as a worker gets it: bytes, bytes per second, seconds."""
+        fields = self.model_dump(exclude={"link"})
+        return fields if self.link is None else fields | {"up": self.link, "down": self.link}
 
 
 class FleetRequest(_with_options(FleetOptions)):  # type: ignore[misc]

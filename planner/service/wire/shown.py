@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
 
+from tightfit.planner.report.diff import Change, ChangeGroup
+from tightfit.planner.report.fleet_text import Sheet
 from tightfit.planner.service.wire.schema import DIGEST, Answer, Digest, example_of
 
 SORT = {
@@ -103,25 +106,13 @@ class PlanView(Answer):
     channels: list[ChannelShown] = []
 
 
-class ChangeShown(Answer):
-    """Tensors that two plans treat differently; seconds are the second plan's less the first's, per step."""
+@dataclass(frozen=True, kw_only=True)
+class TensorChange(Change):
+    """A tensor that two plans treat differently, and the layer that it is shown with; seconds are the second plan's less the
+    first's, per step.
+    """
 
-    kind: str
-    before: str | None = None
-    after: str | None = None
-    bytes: int
-    compute_seconds: float
-    transfer_seconds: float
-    moved_bytes: int
-
-
-class TensorChange(ChangeShown):
-    name: str
     layer: str
-
-
-class ChangeSort(ChangeShown):
-    tensors: int
 
 
 class Difference(Answer):
@@ -135,7 +126,7 @@ class Difference(Answer):
     )
 
     plans: list[dict[str, Any]] = Field(description="both plans in figures")
-    groups: list[ChangeSort]
+    groups: list[ChangeGroup] = Field(description="changes of the same kind of tensor between the same two decisions")
     changes: list[TensorChange] = Field(description="largest first")
     left_out: int = Field(description="smaller changes that are not listed")
 
@@ -167,14 +158,6 @@ class Lanes(Answer):
     lanes: list[Lane]
 
 
-class SheetShown(Answer):
-    """A table in words."""
-
-    caption: str
-    headings: list[str]
-    rows: list[list[str]]
-
-
 class FleetView(Answer):
     """The plan of a fleet, as a person looks at it."""
 
@@ -191,8 +174,8 @@ class FleetView(Answer):
     fleet: Digest
     title: str
     sentences: list[str]
-    chain: SheetShown
-    prices: SheetShown | None = None
-    activity: SheetShown = Field(description="the picture in numbers")
+    chain: Sheet
+    prices: Sheet | None = None
+    activity: Sheet = Field(description="the picture in numbers")
     lanes: Lanes
     plans: dict[str, Digest] = Field(description="name of a member's file beside the fleet's -> its stored plan")

@@ -16,13 +16,12 @@ from served import Served
 
 from tightfit.planner.plan import plan
 from tightfit.planner.service.http.routes_profiles import _source
-from tightfit.planner.service.jobs import solving
-from tightfit.planner.service.jobs.worker import JobOrder
+from tightfit.planner.service.jobs import profiling
+from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.wire.errors import ServiceError
 from tightfit.planner.service.wire.objects import Objects
 from tightfit.planner.service.wire.schema import ProfileRequest
 from tightfit.planner.service.wire.settings import Settings
-from tightfit.profiles import api
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.models.transformers_config import DECODERS, NAMES, TWO_SEQUENCES, check, listed
 from tightfit.runtime.common.errors import InputError
@@ -87,13 +86,13 @@ def test_the_names_that_transformers_knows_are_read_without_importing_it():
     assert found[TWO_SEQUENCES] == dict(getattr(modeling_auto, TWO_SEQUENCES))
 
 
-def test_configs_are_checked_without_pytorch():
+def test_the_service_checks_configs_and_loads_neither_pytorch_nor_a_solver():
     pytest.importorskip("transformers")
     code = (
         "import sys\n"
-        "from tightfit.planner.service.http import routes_profiles\n"
+        "from tightfit.planner.service.http import app, routes_profiles\n"
         f"routes_profiles.check({OLMO!r})\n"
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'ortools') if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(SOURCES)}, capture_output=True, text=True, check=True
@@ -131,23 +130,19 @@ def test_what_only_the_built_model_shows_is_the_job_s_error(tmp_path):
 def test_a_worker_makes_a_profile_of_it_that_can_be_planned(tmp_path, cache, monkeypatch):
     """As a worker does it, but with times that are estimated: to measure takes long."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(api, "profile", functools.partial(api.profile, device="zen5-2core"))
+    monkeypatch.setattr(profiling, "measure", functools.partial(profiling.measure, device="zen5-2core"))
     request = {"seq": 16, "batch": 1, "lora_rank": 4, "lora_alpha": None, "accumulate": 1, "dtype": None}
     order = JobOrder(
         kind="profile",
         request=request | source(tmp_path, OLMO),
         objects=str(tmp_path / "objects"),
-        digests={},
         folder=str(tmp_path / "job"),
         lock=str(tmp_path / "lock"),
-        command=[],
         memory_bytes=None,
-        folders=[],
-        paths={},
     )
     objects = Objects(tmp_path / "objects")
     told = []
-    made = solving.profile(order, SimpleNamespace(progress=lambda **what: told.append(what)))
+    made = profiling.profile(order, SimpleNamespace(progress=lambda **what: told.append(what)))
     kept = {row["kind"]: row for row in made["files"]}
     assert kept["cache"]["id"].endswith("/config.json")
     found = parse_profile(objects.read(kept["profile"]["digest"]), "the stored profile")

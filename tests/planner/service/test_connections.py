@@ -224,41 +224,32 @@ def test_where_all_are_at_work_a_new_one_is_told_to_come_later(tmp_path):
 class Standing:
     """Stands for a connection."""
 
-    def __init__(self, address, since, *, waits=True):
-        self.address, self.since, self.waits = address, since, waits
+    def __init__(self, since, *, waits=True):
+        self.since, self.waits = since, waits
         self.transport, self.ended = self, False
 
     def abort(self):
         self.ended = True
 
 
-def test_of_the_address_with_most_that_wait_the_longest_waiting_gives_way():
-    every = Connections(5)
-    first = [
-        Standing("b", 0.0),
-        Standing("a", 1.0, waits=False),
-        Standing("a", 3.0),
-        Standing("a", 2.0),
-        Standing("c", 4.0, waits=False),
-    ]
+def test_the_connection_that_has_waited_longest_gives_way():
+    every = Connections(4)
+    first = [Standing(2.0), Standing(0.0, waits=False), Standing(3.0), Standing(1.0)]
     assert all(map(every.enter, first))
-    for number, (new, ends) in enumerate(
-        [(Standing("d", 5.0), 3), (Standing("d", 6.0), 0), (Standing("e", 7.0), None)]
-    ):
+    for since, ends in ((4.0, 3), (5.0, 0), (6.0, 2)):
+        new = Standing(since)
+        before = [one.ended for one in first]
         assert every.enter(new)
-        if ends is None:
-            assert new.ended is False
-        else:
-            assert [one.ended for one in first].count(True) == number + 1
-            assert first[ends].ended
-    assert len(every) == 5
+        assert [one.ended for one in first] == [now or number == ends for number, now in enumerate(before)]
+        assert not new.ended
+    assert len(every) == 4
     for one in list(every._open):
         one.waits = False
-    assert not every.enter(Standing("f", 8.0))
-    every.leave(first[0])  # twice is once
+    assert not every.enter(Standing(8.0))
+    every.leave(first[0])  # it has left already
     every.leave(first[1])
-    assert len(every) == 4
-    assert every.enter(Standing("f", 9.0))
+    assert len(every) == 3
+    assert every.enter(Standing(9.0))
 
 
 def test_connections_fit_into_the_files_that_may_be_open(monkeypatch):

@@ -203,7 +203,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
     [
         ("plans", {"memory": "10MiX"}, "body.memory", "'10MiX' is not a size"),
         ("plans", {"memory": True}, "body.memory", "true is no budget"),
-        ("plans", {"memory": 0}, "body.memory", "0 bytes are no budget"),
+        ("plans", {"memory": 0}, "body.memory", "0 is no budget"),
         ("plans", {"memory": "1GB", "policy": "best"}, "body.policy", "no policy is called 'best'"),
         ("plans", {"memory": "1GB", "time_limit": 4000}, "body.time_limit", "this service allows at most 300 s"),
         ("plans", {"memory": "1GB", "time_limit": 0}, "body.time_limit", "greater than 0"),

@@ -22,7 +22,7 @@ from synthetic import decoder_like, small_chain
 
 from tightfit.planner.plan import minimum_budget
 from tightfit.planner.problem.optimizers import chosen
-from tightfit.planner.service.jobs.solving import keep_profile
+from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.store import ATTEMPTS, Store
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.jobs.upload_limits import check_size

@@ -15,7 +15,7 @@ from served import PATIENCE, service
 from synthetic import small_chain
 
 from tightfit.planner.io import parse_plan
-from tightfit.planner.service.jobs.solving import keep_profile
+from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.store import file_row
 from tightfit.planner.service.wire.redaction import Redaction, with_paths
 from tightfit.planner.service.wire.schema import Error, Job

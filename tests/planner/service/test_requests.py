@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from typer.main import get_command
 
 from tightfit.planner.service.http.routes_page import FORMS, _files
+from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.jobs.running import _command
-from tightfit.planner.service.jobs.worker import JobOrder
 from tightfit.planner.service.wire.forms import forms
 from tightfit.planner.service.wire.schema import (
     DIGEST,
@@ -141,13 +141,8 @@ def test_a_run_is_started_with_what_its_request_says(request_: dict[str, Any], t
         kind="run",
         request=asked,
         objects="",
-        digests={},
-        folder="",
-        lock=None,
         command=["tightfit"],
         memory_bytes=None,
-        folders=[],
-        paths={},
     )
     words = _command(order, tmp_path / "plan.json", tmp_path / "out")
     assert words[:2] == ["tightfit", "run"]

@@ -21,7 +21,7 @@ from tightfit.planner.service.jobs.store import (
 )
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
 from tightfit.planner.service.wire.objects import Objects, unpacked
-from tightfit.planner.service.wire.schema import Error
+from tightfit.planner.service.wire.schema import JOB, Error
 from tightfit.planner.service.wire.settings import Settings, loopback
 from tightfit.runtime.common.errors import InputError
 
@@ -220,6 +220,40 @@ def test_the_schema_has_a_version(tmp_path):
         InputError, match=f"written by a newer tightfit \\(schema {LATEST + 1}, this one knows {LATEST}\\)"
     ):
         Store(path)
+
+
+CLIENTS = """
+    CREATE TABLE askers (
+        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        network TEXT NOT NULL,
+        address TEXT NOT NULL,
+        name TEXT NOT NULL,
+        let_go INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (job, address, name)
+    ) WITHOUT ROWID;
+    CREATE INDEX asked_from ON askers (network);
+"""
+"""the table in which older versions kept which clients had asked for a job"""
+
+
+def test_the_jobs_of_versions_that_knew_clients_by_name_go_on(tmp_path):
+    database = sqlite3.connect(tmp_path / "s.sqlite")
+    database.executescript(f"{STEPS[0]} {CLIENTS} PRAGMA user_version = 2;")
+    database.execute(
+        "INSERT INTO jobs (id, kind, lane, state, content, request, created, used) VALUES (?, 'plan', ?, 'queued', 'c', '{}', 1, 1)",
+        (JOB, LANE),
+    )
+    database.execute("INSERT INTO askers VALUES (?, '10.0.0.0/24', '10.0.0.1', 'laptop', 0)", (JOB,))
+    database.commit()
+    database.close()
+    store = Store(tmp_path / "s.sqlite")
+    assert store._database.execute("SELECT count(*) AS n FROM sqlite_master WHERE name = 'askers'").fetchone() == {
+        "n": 0
+    }
+    assert store.ask("plan", LANE, {}, content="c", key=None, waiting=1)[0].id == JOB
+    assert store.next(LANE).id == JOB
+    assert store.finish(JOB, "succeeded", result={}).state == "succeeded"
+    store.close()
 
 
 def test_what_was_measured_before_paths_were_redacted_is_measured_anew_and_names_none(tmp_path, objects):

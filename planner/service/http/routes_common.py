@@ -5,31 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import Header, Request, Response
 from starlette.responses import StreamingResponse
 
+from tightfit.planner.service.http.service import Service
 from tightfit.planner.service.jobs.store import Row, content_key
 from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.schema import (
-    FINISHED,
-    JOB,
-    ErrorAnswer,
-    Job,
-    JobKind,
-)
+from tightfit.planner.service.wire.schema import FINISHED, JOB, ErrorAnswer, Job, JobKind
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.devices.data_sheets import known_devices
-from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
 
-if TYPE_CHECKING:
-    from tightfit.planner.service.http.app import Service
-
-Number = TypeVar("Number", int, float)
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -109,8 +98,8 @@ def file_responses(what: str, example: Any, *statuses: int) -> dict[int | str, d
 
 
 def service_of(request: Request) -> Service:
-    found: Service = request.app.state.service
-    return found
+    service: Service = request.app.state.service
+    return service
 
 
 def ask(
@@ -142,7 +131,7 @@ def ask(
     service.metrics.cached.labels(kind, "new" if new else "finished" if job.state in FINISHED else "joined").inc()
     if new:
         service.supervisor.wake(lane)
-    return job_answer(service.events.told(job))
+    return job_answer(service.events.shown(job))
 
 
 def job_answer(job: Job) -> Response:
@@ -153,40 +142,6 @@ def job_answer(job: Job) -> Response:
         media_type="application/json",
         headers={"Location": f"/v1/jobs/{job.id}"} | ({} if finished else {"Retry-After": "1"}),
     )
-
-
-def budget(memory: int | str, field: str) -> int:
-    """Bytes of a request's budget. Raises ServiceError 422 naming the field."""
-    if isinstance(memory, int):
-        if not 0 < memory <= LARGEST:
-            raise invalid(field, f"{memory} bytes are no budget; write plain bytes above 0, or a size such as 600MiB")
-        return memory
-    return _parsed(parse_size, memory, field)
-
-
-def rate(given: float | str, field: str) -> float:
-    """Bytes per second of a request's link. Raises ServiceError 422 naming the field."""
-    if isinstance(given, str):
-        return _parsed(parse_rate, given, field)
-    if not 0 < given <= LARGEST:
-        raise invalid(field, f"{given:g} bytes per second is no rate; write one above 0, or one such as 100Mbit/s")
-    return given
-
-
-def delay(given: float | str, field: str) -> float:
-    """Seconds of a request's latency. Raises ServiceError 422 naming the field."""
-    if isinstance(given, str):
-        return _parsed(parse_seconds, given, field)
-    if not 0 <= given <= LARGEST:
-        raise invalid(field, f"{given:g} s is no latency; write seconds from 0 on, or a time such as 2ms")
-    return given
-
-
-def _parsed(parse: Callable[[str], Number], text: str, field: str) -> Number:
-    try:
-        return parse(text)
-    except InputError as error:
-        raise invalid(field, str(error)) from error
 
 
 def check_time(seconds: float, settings: Settings) -> None:
@@ -233,8 +188,8 @@ async def file_answer(
         return Response(status_code=304, headers=headers)
     if redacted is not None:
         redaction = service_of(request).redaction
-        told = await asyncio.to_thread(lambda: redacted(redaction, objects.read(row["digest"])))
-        return Response(told, media_type=media_type, headers=headers)
+        content = await asyncio.to_thread(lambda: redacted(redaction, objects.read(row["digest"])))
+        return Response(content, media_type=media_type, headers=headers)
     await asyncio.to_thread(objects.check, row["digest"])
     if media_type == "application/json" and "gzip" in request.headers.get("accept-encoding", ""):
         return Response(

@@ -1,0 +1,89 @@
+"""What the routes work with, opened over a data folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tightfit.planner.service.http.uploads import Uploads
+from tightfit.planner.service.jobs.store import Store
+from tightfit.planner.service.jobs.supervisor import Supervisor
+from tightfit.planner.service.wire.events import Events
+from tightfit.planner.service.wire.metrics import Metrics
+from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.redaction import Redaction
+from tightfit.planner.service.wire.settings import Settings
+from tightfit.runtime.common.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What the routes work with (``request.app.state.service``)."""
+
+    settings: Settings
+    store: Store
+    objects: Objects
+    events: Events
+    metrics: Metrics
+    redaction: Redaction
+    supervisor: Supervisor
+    uploads: Uploads
+
+
+@contextlib.contextmanager
+def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
+    """The data folder, open for this service alone, with what was left unfinished there put back into the queue.
+
+    Raises InputError where another service has it, or where it cannot be read, and StorageError where its disk is full.
+    """
+    redaction = Redaction(settings.folders)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_lock(settings.data_dir))
+        store = Store(settings.data_dir / "service.sqlite")
+        stack.callback(store.close)
+        objects = Objects(settings.data_dir / "objects")
+        events = Events(redaction.job)
+        supervisor = Supervisor(settings, store, objects, events, metrics)
+        supervisor.recover()
+        metrics.watch(lambda: _gauges(store, events))
+        yield Service(
+            settings=settings,
+            store=store,
+            objects=objects,
+            events=events,
+            metrics=metrics,
+            redaction=redaction,
+            supervisor=supervisor,
+            uploads=Uploads(settings, store, objects, metrics, supervisor.processes),
+        )
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """The data folder, for us alone while the file is open."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (folder / "lock").open("wb")
+    except OSError as error:
+        raise InputError(f"--data-dir {folder}: {error.strerror}; name a folder that can be written") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(f"--data-dir {folder}: another service is using it; end it, or name another folder") from error
+    return file
+
+
+def _gauges(store: Store, events: Events) -> Iterator[tuple[str, str, tuple[str, ...], dict[tuple[str, ...], float]]]:
+    jobs: dict[tuple[str, ...], float] = {labels: float(count) for labels, count in store.counts().items()}
+    yield "tightfit_jobs_now", "Jobs in the store.", ("kind", "state"), jobs
+    yield (
+        "tightfit_stored_bytes",
+        "Bytes of stored profiles, plans, results and packed weights.",
+        (),
+        {(): float(store.stored_bytes())},
+    )
+    yield "tightfit_listeners", "Open event streams.", (), {(): float(events.listeners)}
