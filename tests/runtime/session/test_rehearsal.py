@@ -216,7 +216,7 @@ def test_a_plan_that_held_more_than_it_says_is_made_anew_until_one_holds(tmp_pat
         taken = happened(plan, measured)
         held = plan.peak_bytes + next(beyond)
         rehearsals.append(taken.rehearsal.model_copy(update={"held_bytes": held}))
-        return Taken(**{**vars(taken), "rehearsal": rehearsals[-1]})
+        return TracedRehearsal(**{**vars(taken), "rehearsal": rehearsals[-1]})
 
     def make(step):
         plan = naive_plan(step).model_copy(update={"peak_bytes": step.device.floor.resident_bytes + 400 * MIB})
