@@ -34,7 +34,7 @@ from tightfit.runtime.engine.weights.layout import (
     holds,
     store_path,
 )
-from tightfit.runtime.engine.weights.native import SCALES
+from tightfit.runtime.engine.weights.native_judge import SCALES
 from tightfit.runtime.engine.weights.store import RAW
 
 BLOCK_BYTES = 8 << 20  # size in float32 of the rows that are converted at a time

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tightfit.planner.report.diff import Change, ChangeGroup
+from tightfit.planner.report.diff import ChangeGroup, PlanChange
 from tightfit.planner.report.fleet_text import Sheet
 from tightfit.planner.service.wire.schema import DIGEST, Answer, Digest, example_of
 
@@ -107,7 +107,7 @@ class PlanView(Answer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorChange(Change):
+class TensorChange(PlanChange):
     """A tensor that two plans treat differently, and the layer that it is shown with; seconds are the second plan's less the
     first's, per step.
     """

@@ -204,7 +204,7 @@ class Executor:
         """empty where no operator draws random numbers"""
         self.gathered = dict(header["gathered"])
         self.weights, self.trainables = weights, trainables
-        self.states: list[str] = header["states"]
+        self.states: Sequence[str] = header["states"]
         """what the optimizer's states of a trainable are called"""
         self.loss_number = header["loss"]
         self.arriving: dict[int, int] = {}
@@ -362,10 +362,10 @@ class Executor:
                 number, shape = token_losses
                 self.losses = get_now(device, where[number], torch.empty(tuple(shape)))
                 place += 1
-            after = clock()
-            taken = after - before
+            now = clock()
+            taken = now - before
             spent[code] += taken
-            before = after
+            before = now
             check(index)
             if code < LOSS:
                 index += 1
