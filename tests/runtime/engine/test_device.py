@@ -82,8 +82,8 @@ def test_what_a_step_copies_is_what_the_plan_says(plan, records, tmp_path):
     spilled = sum(tensors[one.tensor].bytes for one in moves if isinstance(one, Spill))
     assert all((read, fetched, spilled))
     assert apart.put_bytes - before[0] == batch + read + fetched
-    loss = 4
-    assert apart.got_bytes - before[1] == spilled + loss
+    losses = 4 * (1 + training.inputs[0].numel())  # the mean, and one of each token
+    assert apart.got_bytes - before[1] == spilled + losses
     training.close()
 
 
