@@ -34,8 +34,10 @@ time limit
 """
 NEIGHBOUR_BYTES = 50 << 20
 """distance in bytes between the budgets whose bounds are compared to value memory"""
+SOLVER = "solver"
+"""the policy that is no fixed rule"""
 POLICY_NAMES = (
-    "solver", "keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "mezo", "lcsb", "mobillm",
+    SOLVER, "keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "mezo", "lcsb", "mobillm",
 )  # fmt: skip
 """the solver, and the rules in `planner/solve/policies.py`, which this file does not import: it takes little memory"""
 Progress = Callable[[dict[str, float | str]], None]

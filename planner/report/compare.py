@@ -15,7 +15,7 @@ from tightfit.planner.plan_result import rebudgeted, sealed
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import TIME_LIMIT, Progress, checked_budget, checked_gap, checked_limit
+from tightfit.planner.search_options import SOLVER, TIME_LIMIT, Progress, checked_budget, checked_gap, checked_limit
 from tightfit.planner.solve.policies import approximate_of, refused_of
 from tightfit.profiles.devices.data_sheets import DeviceDescription, find_device
 from tightfit.profiles.devices.estimate import retarget
@@ -24,7 +24,6 @@ from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.forked_worker import ForkedWorker, can_be_copied
 
-SOLVER = "solver"
 TOGETHER = 2
 """number of budgets that are planned before a second process is forked: one where keep-all fits, and one at which
 columns are priced

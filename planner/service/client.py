@@ -27,10 +27,10 @@ from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.io import parse_plan
-from tightfit.planner.report.compare import SOLVER, Comparison
+from tightfit.planner.report.compare import Comparison
 from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import TIME_LIMIT, PlanOptions
+from tightfit.planner.search_options import SOLVER, TIME_LIMIT, PlanOptions
 from tightfit.planner.service.wire.errors import JOB_ERRORS
 from tightfit.planner.service.wire.schema import FINISHED, OWN_DEVICE
 from tightfit.planner.service.wire.settings import check_token

@@ -59,8 +59,8 @@ class _Exchange:
             async with asyncio.timeout(self._left):
                 message = await self._receive()
         except TimeoutError:
-            late = f"the body did not come within {BODY_SECONDS:.0f} s"
-            self._refusal = ServiceError(408, "request_timeout", late, "body")
+            words = f"the body did not come within {BODY_SECONDS:.0f} s"
+            self._refusal = ServiceError(408, "request_timeout", words, "body")
             raise self._refusal from None
         self._left -= time.monotonic() - began
         self._received += len(message.get("body", b""))

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Sequence
 
 from tightfit.planner.plan import policies_of
-from tightfit.planner.report.compare import SOLVER
 from tightfit.planner.report.summary import plan_summary, profile_summary
 from tightfit.planner.schema import Plan
+from tightfit.planner.search_options import SOLVER
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.jobs.store import Row, content_key, file_row
 from tightfit.planner.service.wire.objects import Objects

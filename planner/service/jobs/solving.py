@@ -13,11 +13,11 @@ from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.plan import planner_of
 from tightfit.planner.problem.optimizers import chosen
-from tightfit.planner.report.compare import SOLVER, compare
+from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import explained
 from tightfit.planner.report.summary import fleet_summary, plan_summary
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import PlanOptions
+from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.jobs.keeping import identity_of, keep_plan
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import NAME
-from tightfit.planner.search_options import PlanOptions
+from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.option_fields import OVER_HTTP, Options, beside, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
@@ -205,7 +205,7 @@ class PlanRequest(StepRequest):
 
     profile: Digest
     memory: Memory
-    policy: str = Field("solver", max_length=64, description="solver, or a fixed rule", examples=["solver", "mebp"])
+    policy: str = Field(SOLVER, max_length=64, description="solver, or a fixed rule", examples=["solver", "mebp"])
 
 
 class ComparisonRequest(StepRequest):
@@ -219,7 +219,7 @@ class ComparisonRequest(StepRequest):
 
     profile: Digest
     memory: list[Memory] = Field(min_length=1, max_length=64)
-    policies: list[str] = Field(["solver"], min_length=1, max_length=32)
+    policies: list[str] = Field([SOLVER], min_length=1, max_length=32)
     devices: list[str] = Field(
         [OWN_DEVICE],
         min_length=1,

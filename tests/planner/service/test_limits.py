@@ -174,7 +174,7 @@ def test_a_solve_over_its_memory_fails_alone(tmp_path):
 
 def test_an_upload_over_its_memory_or_its_time_fails_alone(tmp_path, profile):
     for limits, told in (
-        ({"check_bytes": 64 << 20}, "the upload takes more than 64 MiB of memory to read; send a smaller profile"),
+        ({"check_bytes": 128 << 20}, "the upload takes more than 128 MiB of memory to read; send a smaller profile"),
         ({"check_seconds": 0.01}, "the upload took longer to read than 0.01 s; send a smaller profile"),
     ):
         with service(tmp_path, **limits) as http:
