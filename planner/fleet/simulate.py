@@ -17,7 +17,7 @@ holds for every kind of fleet stands here once, for each part of each chain (`pa
 | model | the plans are of the fleet's model and batch, and train what is stated, each tensor in one part of a chain |
 | messages | what a part sends is what the next one receives, in the stated form, and so are the bytes of all messages |
 | exchange | `exchange_bytes` are what shelves and messages need, and the plan's floor has room for them |
-| budget | no peak is above its member's budget |
+| budget | no peak is above its member's budget, and no plan is for more than that |
 | peak | the stated peak is the plan's, which is what its replay finds, with what is set aside |
 | seconds | a micro-batch takes what the plan's replay says, and each time of a round is what it adds up to |
 | order | no message is taken before it has arrived, and none sent before it was made; a server serves one device at a time |
@@ -351,9 +351,7 @@ class _Judge:
             )
         found = self.replays.of(plan)
         peak, allowed = plan.peak_bytes + part.aside_bytes, part.budget_bytes
-        # A plan of rounds may have been made for a larger budget, and fit all the same.
-        planned = plan.budget_bytes if isinstance(self.fleet, FleetPlan | PipelinePlan) else peak
-        if part.aside_bytes < 0 or max(peak, planned) > allowed:
+        if part.aside_bytes < 0 or max(peak, plan.budget_bytes + part.aside_bytes) > allowed:
             raise InvalidFleet(
                 "budget",
                 part.name,
