@@ -13,6 +13,7 @@ from typing import Any
 from tightfit.planner.fleet.member_plans import LEAST_SECONDS
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.plan import planner_of
+from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Profile
@@ -29,6 +30,8 @@ class AlonePlans:
         self.gap = gap
         self.planner: Planner = planner_of(profile)
         self._made: dict[int, Plan] = {}
+        self._least: dict[int, Plan] = {}
+        """plans that were made for a larger budget, at the budget of their peak"""
 
     def plan(self, budget_bytes: int, time_limit: float) -> Plan:
         """The plan at a budget; its status is infeasible where nothing fits. Raises KeyboardInterrupt on Ctrl-C."""
@@ -46,8 +49,18 @@ class AlonePlans:
         if budget_bytes in self._made:
             return self._made[budget_bytes]
         fitting = [plan for plan in self._made.values() if plan.train is not None and plan.peak_bytes <= budget_bytes]
-        larger = (plan for asked, plan in self._made.items() if plan.train is None and asked >= budget_bytes)
-        return min(fitting, key=lambda plan: plan.step_seconds) if fitting else next(larger, None)
+        if not fitting:
+            return next(
+                (plan for asked, plan in self._made.items() if plan.train is None and asked >= budget_bytes), None
+            )
+        fastest = min(fitting, key=lambda plan: plan.step_seconds)
+        if fastest.budget_bytes <= budget_bytes:
+            return fastest
+        # At the budget that it takes, so that all who have room for it can have the same.
+        peak = fastest.peak_bytes
+        if peak not in self._least:
+            self._least[peak] = rebudgeted(fastest, budget_bytes=peak)
+        return self._least[peak]
 
     def makespan(self, budget_bytes: int) -> float:
         """Seconds of a step, as planned so far; infinite where nothing fits, or nothing was planned."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from tightfit.planner.fleet.schema import Link
+from tightfit.planner.fleet.schema import Does, Link
 
 
 class Signal:
@@ -90,10 +90,10 @@ class Links:
     """The uplinks and downlinks of devices, on a clock."""
 
     def __init__(
-        self, clock: Clock, links: Sequence[Link], told: Callable[[Stream, int, float, float], object]
+        self, clock: Clock, links: Sequence[Link], sends: Callable[[Stream, int, float, float], object]
     ) -> None:
-        """`told` is called with each message as it starts: its stream and number, when it starts and has left."""
-        self._clock, self._links, self._told = clock, links, told
+        """`sends` is called with each message as it starts: its stream and number, when it starts and has left."""
+        self._clock, self._links, self._sends = clock, links, sends
         self._up, self._down = [0.0] * len(links), [0.0] * len(links)
         """when each uplink and downlink is free"""
         self._waiting: list[tuple[Stream, int]] = []
@@ -128,5 +128,44 @@ class Links:
             clock.at(left, partial(clock.give, stream.sent[number]))
             clock.at(left, self._serve)
             clock.at(left + self.latency(source, target), partial(clock.give, stream.arrived[number]))
-            self._told(stream, number, clock.now, left)
+            self._sends(stream, number, clock.now, left)
         self._waiting = waiting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doing:
+    """What a device, or the link from one to another, does from `begin` to `end`."""
+
+    what: Does
+    station: int
+    to: int | None = None
+    number: int | None = None
+    """of the micro-batch, or of the piece"""
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """One step, in seconds from its beginning."""
+
+    makespan: float
+    doings: list[Doing]
+
+
+class Step:
+    """What devices do in a step, on a clock of its own with their links."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self.clock = Clock()
+        self.links = Links(self.clock, links, self._sends)
+        self.doings: list[Doing] = []
+
+    def does(self, what: Does, station: int, begun: float, end: float | None = None, number: int | None = None) -> None:
+        """A device has done something since `begun`, until now unless `end` says until when it will."""
+        until = self.clock.now if end is None else end
+        self.doings.append(Doing(what=what, station=station, number=number, begin=begun, end=until))
+
+    def _sends(self, stream: Stream, number: int, begin: float, end: float) -> None:
+        one = Doing(what="send", station=stream.source, to=stream.target, number=number, begin=begin, end=end)
+        self.doings.append(one)

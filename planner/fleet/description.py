@@ -26,17 +26,18 @@ import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tightfit.planner.fleet.federated_schema import LARGEST_STEPS
-from tightfit.planner.fleet.schema import Link
+from tightfit.planner.fleet.options import FEDERATED
+from tightfit.planner.fleet.schema import LARGEST_STEPS, Link
 from tightfit.profiles.io import load_profile
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, named
 from tightfit.runtime.common.files import read_whole
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import parse_rate, parse_seconds, parse_size
 
 if TYPE_CHECKING:
@@ -53,49 +54,55 @@ FAST = Link(up_bytes_per_second=1.25e9, down_bytes_per_second=1.25e9)
 WHOLE = "the bandwidth of its connection: link = RATE, or up = RATE and down = RATE where they differ"
 
 
-def read_description(
-    path: str | os.PathLike[str], count: int | None = None, key: str = "micro_batches"
-) -> tuple[list[MemberSpec], int]:
-    """The members that the file `path` describes, and how many micro-batches a step has, or by `key` steps a round.
-
-    `count` takes the place of the file's own figure. Raises InputError, naming the file, the member and the key, for
-    what is missing, unknown or no such value, and for a profile that cannot be read.
-    """
-    if count is not None:
-        _checked_count(count, key)
-    path = Path(path)
-    with named(path):
-        content = _content(path)
-        members, tables, count = _read(path, content, count, key)
-        if "server" in content or any("weight" in table for table in tables):
-            raise InputError(
-                "a [server] and weights are for split federated rounds: plan them by `tightfit fleet federate plan`"
-            )
-        return members, count
-
-
 @dataclass(frozen=True, kw_only=True)
-class RoundsDescription:
-    """The devices of federated rounds."""
+class DescribedFleet:
+    """The devices of a fleet, and what they do together."""
 
     members: list[MemberSpec]
-    steps: int
-    server: MemberSpec | None
-    """computes the layers that devices do not hold; None: each holds all"""
-    weights: dict[str, float]
+    of_rounds: bool
+    count: int
+    """micro-batches of a step, or local steps of a round"""
+    server: MemberSpec | None = None
+    """of rounds: computes the layers that devices do not hold; None: each holds all"""
+    weights: dict[str, float] = field(default_factory=dict)
     """of the devices' shares of the steps, where they are given"""
 
 
-def read_rounds(path: str | os.PathLike[str], steps: int | None = None) -> RoundsDescription:
-    """The devices, and the server if there is one, of the federated rounds that the file `path` describes; otherwise as
-    `read_description`.
+def read_description(
+    path: str | os.PathLike[str], kind: str = "auto", *, micro_batches: int | None = None, steps: int | None = None
+) -> DescribedFleet:
+    """The fleet of a kind that the file `path` describes; of any kind ("auto"), federated rounds where it names a server, or the
+    steps of a round and no micro-batches.
+
+    `micro_batches` of a step, or `steps` of a round, take the place of the file's own figure. Raises InputError, naming the file,
+    the member and the key, for what is missing, unknown or no such value, and for a profile that cannot be read.
     """
-    if steps is not None:
-        _checked_count(steps, "steps")
+    given = {"micro_batches": micro_batches, "steps": steps}
+    for key, count in given.items():
+        if count is not None:
+            _checked_count(count, key)
     path = Path(path)
     with named(path):
         content = _content(path)
-        members, tables, count = _read(path, content, steps, "steps")
+        _known_keys(content, KEYS)
+        tables = content.get("member")
+        if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+            raise InputError("it names no member; describe each device of the fleet under a line [[member]]")
+        names_rounds = "server" in content or ("steps" in content and "micro_batches" not in content)
+        undecided = kind == "auto" and micro_batches is None
+        of_rounds = kind == FEDERATED or (undecided and (steps is not None or names_rounds))
+        key = "steps" if of_rounds else "micro_batches"
+        if given[key] is None and key not in content:
+            what, example = COUNTS[key]
+            raise InputError(f"'{key}' is missing; say how many make a {what}, as in {key} = {example}")
+        count = _checked_count(content[key] if given[key] is None else given[key], key)
+        members = _members(tables, path.parent)
+        if not of_rounds:
+            if "server" in content or any("weight" in table for table in tables):
+                raise InputError(
+                    f"a [server] and weights are for split federated rounds: plan them with {spelled('kind', FEDERATED)}"
+                )
+            return DescribedFleet(members=members, of_rounds=False, count=count)
         server = None
         if "server" in content:
             with named("[server]"):
@@ -105,7 +112,7 @@ def read_rounds(path: str | os.PathLike[str], steps: int | None = None) -> Round
             if "weight" in table:
                 with named(f"member {member.name!r}"):
                     weights[member.name] = _weight(table["weight"], split=server is not None)
-        return RoundsDescription(members=members, steps=count, server=server, weights=weights)
+        return DescribedFleet(members=members, of_rounds=True, count=count, server=server, weights=weights)
 
 
 def _weight(weight: object, *, split: bool) -> float:
@@ -124,22 +131,6 @@ def _server(table: object, folder: Path) -> MemberSpec:
     if not {"link", "up", "down"} & set(table):
         return replace(_member({**named, "link": "1Gbit/s"}, folder, {}), link=FAST)
     return _member(named, folder, {})
-
-
-def _read(
-    path: Path, content: dict[str, Any], count: int | None, key: str
-) -> tuple[list[MemberSpec], list[dict[str, Any]], int]:
-    """The members, their tables, and how many parts a step or a round has."""
-    _known_keys(content, KEYS)
-    tables = content.get("member")
-    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        raise InputError("it names no member; describe each device of the fleet under a line [[member]]")
-    if count is None:
-        if key not in content:
-            what, example = COUNTS[key]
-            raise InputError(f"'{key}' is missing; say how many make a {what}, as in {key} = {example}")
-        count = _checked_count(content[key], key)
-    return _members(tables, path.parent), tables, count
 
 
 def _checked_count(count: object, key: str) -> int:

@@ -19,9 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from tightfit.planner.fleet.clock import Clock, Links, Signal, Stream, Thread
+from tightfit.planner.fleet.clock import Played, Signal, Step, Stream, Thread
 from tightfit.planner.fleet.member_profiles import COPY_BYTES_PER_SECOND
 from tightfit.planner.fleet.schema import Link, Shelf
 from tightfit.profiles.schema import Channel
@@ -52,33 +51,17 @@ class Station:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doing:
-    """What a station, or the link from one to another, does from `begin` to `end`."""
-
-    what: Literal["add", "send", "update"]
-    station: int
-    to: int | None
-    begin: float
-    end: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Played:
-    """When each station was done, in seconds from the beginning of the step."""
+class Exchanged(Played):
+    """One step, and when each station was done."""
 
     exchanged: list[float]
     """it had all means and had passed all pieces on"""
     updated: list[float]
-    doings: list[Doing]
-
-    @property
-    def makespan(self) -> float:
-        return max(self.updated)
 
 
-def play(stations: Sequence[Station], pieces: Sequence[int]) -> Played:
+def play(stations: Sequence[Station], pieces: Sequence[int]) -> Exchanged:
     """One step of two stations or more, in the order of the chain, with pieces of so many bytes."""
-    return _Step(stations, pieces).run()
+    return _Exchange(stations, pieces).run()
 
 
 def transfer_seconds(channel: Channel, size: float, requests: int = 1) -> float:
@@ -102,11 +85,10 @@ def whole_update_seconds(station: Station, pieces: Sequence[int]) -> float:
     return seconds
 
 
-class _Step:
+class _Exchange(Step):
     def __init__(self, stations: Sequence[Station], pieces: Sequence[int]) -> None:
+        super().__init__([station.link for station in stations])
         self.stations, self.pieces = stations, pieces
-        self.clock = Clock()
-        self._links = Links(self.clock, [station.link for station in stations], self._sends)
         count = len(stations)
         self._disk = [0.0] * count
         """when each disk has served all that it was asked for"""
@@ -121,16 +103,17 @@ class _Step:
         """by target"""
         self._threads_left = [1 if at == count - 1 else 2 for at in range(count)]
         self._exchanged, self._updated = [0.0] * count, [0.0] * count
-        self._doings: list[Doing] = []
 
-    def run(self) -> Played:
+    def run(self) -> Exchanged:
         for at, station in enumerate(self.stations):
             self.clock.start(self._pass_sums(at), station.computed_seconds)
             if at < len(self.stations) - 1:
                 self.clock.start(self._pass_means(at), station.computed_seconds)
         self.clock.run()
         assert not any(self._threads_left)
-        return Played(exchanged=self._exchanged, updated=self._updated, doings=self._doings)
+        return Exchanged(
+            makespan=max(self._updated), doings=self.doings, exchanged=self._exchanged, updated=self._updated
+        )
 
     # --- threads ---------------------------------------------------------------------------------------------------
 
@@ -143,11 +126,11 @@ class _Step:
         if at:
             yield self._told[at]
         if last:
-            yield self.clock.now + HEADER * self._links.latency(at, at - 1)
+            yield self.clock.now + HEADER * self.links.latency(at, at - 1)
             self.clock.give(self._told_back[at - 1])
         else:
             yield self._computed[at + 1]
-            yield self.clock.now + HEADER * self._links.latency(at, at + 1)
+            yield self.clock.now + HEADER * self.links.latency(at, at + 1)
             self.clock.give(self._told[at + 1])
         self._open(source)
         for piece, size in enumerate(self.pieces):
@@ -157,10 +140,10 @@ class _Step:
             if station.gradients == "disk":
                 yield self._on_disk(at, transfer_seconds(station.read, station.slots * size, station.slots))
             yield self.clock.now + copy_seconds(station.slots * size)
-            self._doings.append(Doing(what="add", station=at, to=None, begin=begun, end=self.clock.now))
+            self.does("add", at, begun)
             if last:
                 yield self._stored(at, size)
-            self._links.send(onward, piece)
+            self.links.send(onward, piece)
             if piece:
                 yield onward.sent[piece - 1]
         yield onward.sent[-1]
@@ -171,14 +154,14 @@ class _Step:
         onward = self._means[at - 1] if at else None
         yield self._told_back[at]
         if at:
-            yield self.clock.now + HEADER * self._links.latency(at, at - 1)
+            yield self.clock.now + HEADER * self.links.latency(at, at - 1)
             self.clock.give(self._told_back[at - 1])
         self._open(source)
         for piece, size in enumerate(self.pieces):
             yield from self._take(source, piece)
             yield self._stored(at, size)
             if onward is not None:
-                self._links.send(onward, piece)
+                self.links.send(onward, piece)
                 yield onward.sent[piece]
         self._thread_ends(at)
 
@@ -192,11 +175,11 @@ class _Step:
     def _take(self, source: Stream, piece: int) -> Thread:
         yield source.arrived[piece]
         if piece + UNDER_WAY < len(self.pieces):
-            self._links.open(source, slice(piece + UNDER_WAY, piece + UNDER_WAY + 1))
+            self.links.open(source, slice(piece + UNDER_WAY, piece + UNDER_WAY + 1))
 
     def _open(self, source: Stream | None) -> None:
         if source is not None:
-            self._links.open(source, slice(UNDER_WAY))
+            self.links.open(source, slice(UNDER_WAY))
 
     def _thread_ends(self, at: int) -> None:
         self._threads_left[at] -= 1
@@ -204,15 +187,12 @@ class _Step:
             return
         self._exchanged[at] = self.clock.now
         self._updated[at] = self.clock.now + whole_update_seconds(self.stations[at], self.pieces)
-        self._doings.append(Doing(what="update", station=at, to=None, begin=self.clock.now, end=self._updated[at]))
+        self.does("update", at, self.clock.now, self._updated[at])
 
     # --- links and disks -------------------------------------------------------------------------------------------
 
     def _stream(self, source: int, target: int) -> Stream:
         return Stream(source=source, target=target, sizes=self.pieces)
-
-    def _sends(self, stream: Stream, piece: int, begin: float, end: float) -> None:
-        self._doings.append(Doing(what="send", station=stream.source, to=stream.target, begin=begin, end=end))
 
     def _on_disk(self, at: int, seconds: float) -> float:
         """When a request that is made now is done."""

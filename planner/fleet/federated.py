@@ -14,17 +14,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.planner.fleet.alone import AlonePlans, in_turn
-from tightfit.planner.fleet.federated_schema import LARGEST_STEPS, FederatedBaseline, FederatedMember, FederatedPlan
-from tightfit.planner.fleet.federated_simulate import simulate_federated
-from tightfit.planner.fleet.io import plan_file, sealed_fleet
+from tightfit.planner.fleet.io import plan_file
 from tightfit.planner.fleet.member_plans import no_time, while_there_is_time
 from tightfit.planner.fleet.member_profiles import check_equal
 from tightfit.planner.fleet.pieces import trained_tensors
-from tightfit.planner.fleet.plan import MemberSpec, checked_members, report, shared
+from tightfit.planner.fleet.plan import (
+    UNJUDGED,
+    MemberSpec,
+    checked_members,
+    checked_steps,
+    described,
+    figures_of,
+    judged,
+    report,
+    shared,
+)
 from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, transfer_seconds
-from tightfit.planner.fleet.schema import Link, Price
-from tightfit.planner.fleet.worth import TENTH, faster
-from tightfit.planner.plan_result import gap_to
+from tightfit.planner.fleet.schema import FederatedBaseline, FederatedMember, FederatedPlan, Link, Price
+from tightfit.planner.fleet.worth import TENTH, faster, price
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_gap, checked_limit
 from tightfit.profiles.schema import Profile
@@ -71,15 +78,9 @@ def plan_federated(
     profiles = {spec.name: spec.profile for spec in members}
     check_alike(profiles)
     unit = next(iter(profiles.values())).accumulate
-    if not 1 <= steps <= LARGEST_STEPS:
-        raise InputError(f"{steps} steps cannot make a round; give a whole number from 1 to {LARGEST_STEPS}")
-    if steps % unit:
-        raise InputError(
-            f"{steps} steps of a round: an update takes {unit} steps, as profiled; give a multiple of that"
-        )
     rounds = _Rounds(
         specs=members,
-        steps=steps,
+        steps=checked_steps(steps, unit),
         unit=unit,
         flower_bytes=flower_bytes,
         start_seconds=start_seconds,
@@ -130,11 +131,11 @@ class _Rounds:
         hoped = [self.pace(at, self._bound(at, plan)) for at, plan in enumerate(plans)]
         taken = shared_out(paces, self.steps, self.unit)
         makespan = makespan_of(paces, taken)
-        bound = min(makespan, makespan_of(hoped, shared_out(hoped, self.steps, self.unit)))
+        bound = makespan_of(hoped, shared_out(hoped, self.steps, self.unit))
         members = [self._member(at, plans[at], paces[at], taken[at]) for at in range(len(self.specs))]
         profile = self.specs[0].profile
         fleet = FederatedPlan(
-            fingerprint="",
+            **UNJUDGED,
             model=profile.model.name,
             steps=self.steps,
             accumulate=self.unit,
@@ -142,19 +143,11 @@ class _Rounds:
             rank=max(rank_of(self.specs[at].profile) for at in able),
             adapter_bytes=self.down_bytes,
             members=members,
-            makespan_seconds=makespan,
-            bound_seconds=bound,
-            gap=gap_to(makespan, bound),
-            solve_seconds=0.0,
             baselines=self._baselines(paces),
         )
-        worth = self._prices(fleet, paces) if priced else []
-        fleet = sealed_fleet(
-            fleet.model_copy(update={"prices": worth, "solve_seconds": time.monotonic() - self.started})
-        )
+        worth = self._prices(makespan, taken, paces) if priced else []
         chosen = {spec.name: plan for spec, plan, count in zip(self.specs, plans, taken) if plan and count}
-        simulate_federated(fleet, chosen)
-        return fleet, chosen
+        return judged(fleet, chosen, self.started, prices=worth, **figures_of(makespan, bound)), chosen
 
     def _bound(self, at: int, plan: Plan | None) -> float:
         """Seconds of a step that no plan of the device undercuts."""
@@ -164,12 +157,8 @@ class _Rounds:
     def _member(self, at: int, plan: Plan | None, pace: Pace, count: int) -> FederatedMember:
         spec = self.specs[at]
         member = FederatedMember(
-            name=spec.name,
-            device=spec.profile.device.name,
-            measured=spec.profile.device.measured,
-            budget_bytes=spec.budget_bytes,
+            **described(spec),
             flower_bytes=self.flower_bytes,
-            link=spec.link,
             rank=rank_of(spec.profile),
             adapter_bytes=self.own_bytes[at],
             start_seconds=self.start_seconds,
@@ -231,23 +220,18 @@ class _Rounds:
         alone = paces[fastest].answered(self.steps)
         return [equal, FederatedBaseline(name="fastest alone", makespan_seconds=alone, steps=steps)]
 
-    def _prices(self, fleet: FederatedPlan, paces: Sequence[Pace]) -> list[Price]:
+    def _prices(self, makespan: float, taken: Sequence[int], paces: Sequence[Pace]) -> list[Price]:
         """By how much a round gets shorter if one of the members has more memory, or a faster link, as far as there is time."""
         result: list[Price] = []
-        taking = [at for at, member in enumerate(fleet.members) if member.steps]
+        taking = [at for at, count in enumerate(taken) if count]
         for at, share in while_there_is_time(taking, self.deadline, always=0):
             spec, step = self.specs[at], paces[at].step_seconds
             more = min(self.plans[at].planner.neighbour_bytes(spec.budget_bytes), spec.budget_bytes // TENTH)
             roomier = self.plans[at].plan(self.rooms[at] + more, share)
-            gains: dict[str, Any] = {}
-            for name, pace in (
-                ("memory_gain_seconds", self.pace(at, min(step, roomier.step_seconds) if roomier.train else step)),
-                ("link_gain_seconds", self.pace(at, step, faster(spec.link))),
-            ):
-                changed = [*paces[:at], pace, *paces[at + 1 :]]
-                makespan = makespan_of(changed, shared_out(changed, self.steps, self.unit))
-                gains[name] = max(0.0, fleet.makespan_seconds - makespan)
-            result.append(Price(member=spec.name, memory_bytes=more, **gains))
+            roomy = self.pace(at, min(step, roomier.step_seconds) if roomier.train else step)
+            ways = [[*paces[:at], one, *paces[at + 1 :]] for one in (roomy, self.pace(at, step, faster(spec.link)))]
+            with_memory, with_link = (makespan_of(way, shared_out(way, self.steps, self.unit)) for way in ways)
+            result.append(price(spec.name, more, makespan, with_memory=with_memory, with_link=with_link))
         return result
 
 

@@ -1,8 +1,6 @@
 """Reads and writes a fleet's files: its plan, `fleet.json`, and beside it the plan of each member that takes part.
 
-The plan is of one of four kinds: data parallel (`FleetPlan`), a pipeline (`PipelinePlan`), federated (`FederatedPlan`) or
-split federated (`SplitPlan`). A member needs the
-fleet's plan, its own and the key, `fleet.key`.
+A member needs the fleet's plan, its own and the key, `fleet.key`.
 """
 
 from __future__ import annotations
@@ -15,18 +13,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from tightfit.planner.fleet.federated_schema import FederatedPlan
-from tightfit.planner.fleet.pipeline_schema import PipelinePlan
-from tightfit.planner.fleet.schema import FLEET_VERSION, FleetPlan
-from tightfit.planner.fleet.side_schema import SidePlan
-from tightfit.planner.fleet.split_schema import SplitPlan
+from tightfit.planner.fleet.schema import (
+    FLEET_VERSION,
+    AnyFleet,
+    AnyRounds,
+    AnyStepFleet,
+    F,
+    FederatedPlan,
+    FleetPlan,
+    PipelinePlan,
+    SidePlan,
+    SplitPlan,
+)
 from tightfit.planner.io import check_unchanged, fleet_command, load_plan, save_plan, validated, whole_json
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import of_another_version, read_whole, write_whole
 
-AnyFleet = FleetPlan | FederatedPlan | PipelinePlan | SplitPlan | SidePlan
-F = TypeVar("F", FleetPlan, FederatedPlan, PipelinePlan, SplitPlan, SidePlan)
 K = TypeVar("K", bound=AnyFleet)
 FILE, SERVER_FOLDER = "fleet.json", "server"
 KEY, KEY_BYTES = "fleet.key", 32
@@ -55,23 +58,21 @@ def server_plan_file(name: str) -> str:
     return f"{SERVER_FOLDER}/{plan_file(name)}"
 
 
-def save_split(
-    fleet: SplitPlan, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan], folder: str | os.PathLike[str]
+def save_fleet(
+    fleet: AnyFleet,
+    plans: Mapping[str, Plan],
+    folder: str | os.PathLike[str],
+    server_plans: Mapping[str, Plan] | None = None,
 ) -> Path:
-    """As `save_fleet`, with the server's plan for each device, by its name."""
-    for name, plan in server_plans.items():
-        save_plan(plan, Path(folder) / server_plan_file(name))
-    return save_fleet(fleet, plans, folder)
-
-
-def save_fleet(fleet: AnyFleet, plans: Mapping[str, Plan], folder: str | os.PathLike[str]) -> Path:
-    """Write a fleet's plan and those of its members, by name, to `folder`, each whole or not at all; the path of the
-    fleet's.
+    """Write a fleet's plan, those of its members, by name, and those that the server of split rounds has for each of them to
+    `folder`, each whole or not at all; the path of the fleet's.
 
     It is written last, so that it never names plans that are not there. Raises InputError where nothing can be written
     there, RunError where the disk is full.
     """
     folder = Path(folder)
+    for name, plan in (server_plans or {}).items():
+        save_plan(plan, folder / server_plan_file(name))
     for member in fleet.members:
         if member.plan is not None:
             save_plan(plans[member.name], folder / plan_file(member.name))
@@ -80,48 +81,31 @@ def save_fleet(fleet: AnyFleet, plans: Mapping[str, Plan], folder: str | os.Path
     return write_whole(folder / FILE, fleet.model_dump_json())
 
 
-def load_fleet(path: str | os.PathLike[str]) -> FleetPlan:
-    """The fleet's plan in `path`, its file or the folder that holds it, checked against its fingerprint.
+def load_fleet(path: str | os.PathLike[str], kind: type[K]) -> K:
+    """The fleet's plan in `path`, its file or the folder that holds it, checked against its fingerprint; `kind` is its class.
 
-    Raises InputError for a file that is missing, cut off, changed, of another version or no fleet's plan at all.
+    Raises InputError for a file that is missing, cut off, changed, of another version or kind, or no fleet's plan at all.
     """
-    return _loaded(path, FleetPlan)
+    return _loaded(path, kind)
 
 
-def load_federated(path: str | os.PathLike[str]) -> FederatedPlan:
-    """The federated plan in `path`, its file or the folder that holds it; as `load_fleet`."""
-    return _loaded(path, FederatedPlan)
-
-
-def load_pipeline(path: str | os.PathLike[str]) -> PipelinePlan:
-    """The plan of a pipeline in `path`, its file or the folder that holds it; as `load_fleet`."""
-    return _loaded(path, PipelinePlan)
-
-
-def load_side(path: str | os.PathLike[str]) -> SidePlan:
-    """The plan in `path` of a device and a server that train a side network; as `load_fleet`."""
-    return _loaded(path, SidePlan)
-
-
-def load_any(path: str | os.PathLike[str]) -> FleetPlan | PipelinePlan | SidePlan:
-    """The plan in `path` of a fleet that meets at every step: data parallel, a pipeline, or a device with a server that
-    trains a side network; as `load_fleet`.
-    """
+def load_any(path: str | os.PathLike[str]) -> AnyStepFleet:
+    """The plan in `path` of a fleet that meets at every step, of any kind; as `load_fleet`."""
     found = _loaded(path, FleetPlan, PipelinePlan, SidePlan)
-    assert isinstance(found, FleetPlan | PipelinePlan | SidePlan)
+    assert isinstance(found, AnyStepFleet)
     return found
 
 
-def load_rounds(path: str | os.PathLike[str]) -> FederatedPlan | SplitPlan:
+def load_rounds(path: str | os.PathLike[str]) -> AnyRounds:
     """The plan of federated rounds in `path`, split or not; as `load_fleet`."""
     found = _loaded(path, FederatedPlan, SplitPlan)
-    assert isinstance(found, FederatedPlan | SplitPlan)
+    assert isinstance(found, AnyRounds)
     return found
 
 
-def _loaded(path: str | os.PathLike[str], *schemas: type[K]) -> K:
+def _loaded(path: str | os.PathLike[str], *kinds: type[K]) -> K:
     path = fleet_path(path)
-    return _parsed(_content(path), str(path), *schemas)
+    return _parsed(_content(path), str(path), *kinds)
 
 
 def _content(path: Path) -> bytes:

@@ -8,9 +8,8 @@ from typing import Any
 
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.pipeline import least_seconds, plan_pipeline
-from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
-from tightfit.planner.fleet.schema import FleetPlan
+from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.planner.schema import Plan
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.runtime.common.errors import InfeasibleError

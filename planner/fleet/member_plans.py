@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from tightfit.planner.fleet.member_profiles import member_profile
 from tightfit.planner.fleet.member_times import micro_batch_seconds, shelf_seconds
@@ -77,6 +78,76 @@ class Speed(Protocol):
         ...
 
 
+class Found(Protocol):
+    """What is kept of a plan that was found."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+
+K = TypeVar("K", bound=Found)
+
+
+class RoomPlans(Generic[K]):
+    """Plans of a profile by the room that was asked for, with what `kept` makes of each and its room."""
+
+    def __init__(self, profile: Profile, gap: float, kept: Callable[[Plan, int], K]) -> None:
+        self.planner: Planner = planner_of(without_start(profile))
+        self.gap = gap
+        self.found: dict[int, K] = {}
+        self.too_small = 0
+        """the largest room with which nothing was found"""
+        self._kept = kept
+        self._least: int | None = None
+        """the smallest room with which something was found, once that has been looked for"""
+
+    def planned(self, room: int) -> bool:
+        return room in self.found or room <= self.too_small
+
+    def plan(self, room: int, time_limit: float, *, bounded: bool = False) -> None:
+        """Plan with this room, if that was not done; `bounded`: unless a bound says at once that nothing fits. Raises
+        KeyboardInterrupt on Ctrl-C.
+        """
+        if self.planned(room):
+            return
+        limit, fits = max(LEAST_SECONDS, time_limit), True
+        with suppress(TimeoutError):
+            fits = not bounded or self.planner.bound(room, time_limit=limit) is not None
+        made = self.planner.plan(room, time_limit=limit, gap=self.gap) if fits else None
+        if made is not None and made.train is not None:
+            self.found[room] = self._kept(made, room)
+        if self.planner.interrupted:
+            raise KeyboardInterrupt
+        if room not in self.found:
+            self.too_small = room
+            self._least = made.minimum_budget_bytes if made else None
+
+    def fitting(self, room: int) -> list[K]:
+        """What is known of the plans that fit."""
+        return [one for one in self.found.values() if one.plan.peak_bytes <= room]
+
+    def valid(self, room: int) -> list[Plan]:
+        """The plans whose bounds hold with `room`."""
+        return [one.plan for asked, one in self.found.items() if asked >= room]
+
+    def least_room(self, time_limit: float) -> int:
+        """The smallest room with which a plan was found."""
+        if self._least is None:
+            self._least = self.planner.minimum_bytes(time_limit=max(LEAST_SECONDS, time_limit))
+        return self._least
+
+    def restated(self, made: Plan, room: int, profile: Profile, budget_bytes: int) -> Plan:
+        """A plan that fits `room` as that of a member with a profile and a budget, with the best bounds that hold."""
+        valid = self.valid(room)
+        proven = made.model_copy(
+            update={
+                "bound_seconds": max((plan.bound_seconds for plan in valid), default=0.0),
+                "any_schedule_bound_seconds": max((plan.any_schedule_bound_seconds for plan in valid), default=0.0),
+            }
+        )
+        return restated(proven, profile, budget_bytes, asked=self.gap)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Known:
     """A plan that was found, and what a micro-batch takes by it."""
@@ -86,89 +157,44 @@ class _Known:
     """by where gradients lie, and whether the member is the first of the chain"""
 
 
-class MemberPlans:
+class MemberPlans(RoomPlans[_Known]):
     """`Speed` of a device as one of several, with the plans behind it."""
 
     def __init__(self, profile: Profile, gap: float) -> None:
+        super().__init__(member_profile(profile, 1, 0, "memory"), gap, self._known)
         self.profile = profile
-        self.gap = gap
-        self.planner: Planner = planner_of(without_start(member_profile(profile, 1, 0, "memory")))
-        self._known: dict[int, _Known] = {}
-        """by the room that was asked for"""
-        self._too_small = 0
-        """the largest room with which nothing was found"""
-        self._least: int | None = None
-        """the smallest room with which something was found, once that has been looked for"""
-
-    # --- as a `Speed` ----------------------------------------------------------------------------------------------
 
     def seconds(self, room: int, gradients: Shelf, *, first: bool) -> float:
-        return min((one.seconds[gradients, first] for one in self._fitting(room)), default=math.inf)
+        return min((one.seconds[gradients, first] for one in self.fitting(room)), default=math.inf)
 
     def hoped(self, room: int, gradients: Shelf, *, first: bool) -> float:
-        if room <= self._too_small:
+        if room <= self.too_small:
             return math.inf
-        larger = [self.seconds(asked, gradients, first=first) for asked in self._known if asked >= room]
+        larger = [self.seconds(asked, gradients, first=first) for asked in self.found if asked >= room]
         return max(larger, default=0.0)
 
     def bound(self, room: int, gradients: Shelf, *, first: bool) -> float:
-        if room <= self._too_small:
+        if room <= self.too_small:
             return math.inf
-        least = max((plan.bound_seconds for plan in self._valid(room)), default=0.0)
+        least = max((plan.bound_seconds for plan in self.valid(room)), default=0.0)
         return max(least, shelf_seconds(self.profile, gradients, first=first))
 
-    def plan(self, room: int, time_limit: float) -> None:
-        if self.planned(room):
-            return
-        made = self.planner.plan(room, time_limit=max(LEAST_SECONDS, time_limit), gap=self.gap)
-        if made.train is None:
-            self._too_small, self._least = room, made.minimum_budget_bytes
-        else:
-            self._remember(room, made)
-        if self.planner.interrupted:
-            raise KeyboardInterrupt
-
-    def _remember(self, room: int, made: Plan) -> None:
+    def _known(self, made: Plan, room: int) -> _Known:
         on_disk = restated(made, member_profile(self.profile, 1, 0, "disk"), room)
         seconds: dict[tuple[Shelf, bool], float] = {}
         for first in (True, False):
             seconds["memory", first] = micro_batch_seconds(made, "memory", first=first)
             seconds["disk", first] = micro_batch_seconds(on_disk, "disk", first=first)
-        self._known[room] = _Known(plan=made, seconds=seconds)
-
-    def planned(self, room: int) -> bool:
-        return room in self._known or room <= self._too_small
-
-    def _fitting(self, room: int) -> list[_Known]:
-        return [one for one in self._known.values() if one.plan.peak_bytes <= room]
-
-    def _valid(self, room: int) -> list[Plan]:
-        """The plans whose bounds hold with `room`."""
-        return [one.plan for asked, one in self._known.items() if asked >= room]
-
-    # --- what a member needs ---------------------------------------------------------------------------------------
-
-    def least_room(self, time_limit: float) -> int:
-        """The smallest room with which a plan was found."""
-        if self._least is None:
-            self._least = self.planner.minimum_bytes(time_limit=max(LEAST_SECONDS, time_limit))
-        return self._least
+        return _Known(plan=made, seconds=seconds)
 
     def member_plan(
         self, budget_bytes: int, extra_bytes: int, *, micro_batches: int, gradients: Shelf, first: bool
     ) -> Plan:
         """The fastest known plan as that of a member whose exchange takes `extra_bytes`, in a step of `micro_batches`."""
         room = budget_bytes - extra_bytes
-        made = min(self._fitting(room), key=lambda one: one.seconds[gradients, first]).plan
-        valid = self._valid(room)
-        proven = made.model_copy(
-            update={
-                "bound_seconds": max((plan.bound_seconds for plan in valid), default=0.0),
-                "any_schedule_bound_seconds": max((plan.any_schedule_bound_seconds for plan in valid), default=0.0),
-            }
-        )
+        made = min(self.fitting(room), key=lambda one: one.seconds[gradients, first]).plan
         profile = member_profile(self.profile, micro_batches, extra_bytes, gradients)
-        return restated(proven, profile, budget_bytes, asked=self.gap)
+        return self.restated(made, room, profile, budget_bytes)
 
 
 def without_start(profile: Profile) -> Profile:

@@ -12,6 +12,8 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 
 Kind = Literal["auto", "data", "pipeline"]
+FEDERATED = "federated"
+"""the kind of fleets that meet once a round, split or not"""
 
 
 class FleetPlanOptions(Options):

@@ -1,6 +1,6 @@
 """The planner of pipelines: which devices hold which layers of a model, how far each is ahead, and the proof.
 
-`plan_pipeline` searches the divisions of the model (`pipeline_search`), lets the judge (`pipeline_simulate`) state the
+`plan_pipeline` searches the divisions of the model (`pipeline_search`), lets the judge (`simulate`) state the
 figures of the best, and adds what it is to be compared with.
 """
 
@@ -13,25 +13,35 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from tightfit.planner.fleet.io import plan_file, sealed_fleet
+from tightfit.planner.fleet.io import plan_file
 from tightfit.planner.fleet.member_plans import ALWAYS, no_time, while_there_is_time
 from tightfit.planner.fleet.member_profiles import check_one_model, differences
+from tightfit.planner.fleet.parts import message_bytes, passed_of, passing_of
 from tightfit.planner.fleet.pipeline_bounds import Candidate, Division, DivisionBounds, Held
-from tightfit.planner.fleet.pipeline_schema import Passed, PipelineBaseline, PipelinePlan, Stage
 from tightfit.planner.fleet.pipeline_search import PipelineSearch
-from tightfit.planner.fleet.pipeline_simulate import own_layers, passing_of, replayed, simulate_pipeline
-from tightfit.planner.fleet.plan import MemberSpec, checked_count, checked_members, lacking, report, shared
-from tightfit.planner.fleet.schema import Price
-from tightfit.planner.fleet.stage_plans import StagePlans, message_bytes
+from tightfit.planner.fleet.plan import (
+    UNJUDGED,
+    MemberSpec,
+    checked_count,
+    checked_members,
+    described,
+    figures_of,
+    judged,
+    lacking,
+    report,
+    shared,
+)
+from tightfit.planner.fleet.replay import replayed
+from tightfit.planner.fleet.schema import PipelineBaseline, PipelinePlan, Price, Stage
+from tightfit.planner.fleet.simulate import own_layers
+from tightfit.planner.fleet.stage_plans import StagePlans
 from tightfit.planner.fleet.worth import TENTH, faster, price
-from tightfit.planner.plan_result import gap_to
 from tightfit.planner.problem.gradients import refuse_tables
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_gap, checked_limit
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_seconds, format_size
-from tightfit.runtime.engine.fleet.message import Passing
 
 __all__ = ["plan_pipeline"]
 
@@ -155,9 +165,7 @@ class _PipelinePlanner:
                 more["prices"] = self._prices(fleet)
         except KeyboardInterrupt:
             pass  # the plan is what was asked for first
-        fleet = sealed_fleet(fleet.model_copy(update={**more, "solve_seconds": time.monotonic() - self.started}))
-        simulate_pipeline(fleet, plans)
-        return fleet, plans
+        return judged(fleet, plans, self.started, **more), plans
 
     def _until(self, share: float) -> float:
         return self.started + share * self.time_limit
@@ -180,7 +188,7 @@ class _PipelinePlanner:
             stages.append(self._stage(held, best.aheads[at], below, plans[spec.name]))
         taking = [stage.name for stage in stages]
         idle = [
-            _member(spec).model_copy(update={"reason": self._reason(at)})
+            Stage(**described(spec), reason=self._reason(at))
             for at, spec in enumerate(self.specs)
             if spec.name not in taking
         ]
@@ -193,50 +201,40 @@ class _PipelinePlanner:
             for one, other in pairwise(stages)
         ]
         fleet = PipelinePlan(
-            fingerprint="",
+            **UNJUDGED,
             model=profile.model.name,
             micro_batches=self.micro_batches,
             batch=profile.batch,
             bits=self.bits,
             members=[*stages, *idle],
-            makespan_seconds=0.0,
-            bound_seconds=0.0,
-            gap=0.0,
             link_bytes=[self.micro_batches * one for one in both],
-            solve_seconds=0.0,
             bit_identical=not unlike,
             differences=unlike,
         )
         found = replayed(fleet, plans)
-        bound = min(self.search.bound, found.makespan_seconds)
-        figures = {
-            "makespan_seconds": found.makespan_seconds,
-            "bound_seconds": bound,
-            "gap": gap_to(found.makespan_seconds, bound),
-            "timeline": found.timeline,
-        }
+        figures = figures_of(found.makespan_seconds, self.search.bound) | {"timeline": found.timeline}
         return fleet.model_copy(update=figures), plans
 
     def _stage(self, held: Held, ahead: int, ahead_below: int, plan: Plan) -> Stage:
         candidate = self.candidates[held.candidate]
         cuts, own = candidate.plans.cuts, own_layers(plan)
         assert plan.evaluate is not None
-        part = {
-            "plan": plan_file(candidate.name),
-            "plan_fingerprint": plan.fingerprint,
-            "first_layer": held.first,
-            "last_layer": held.last,
-            "layer_names": [own[0].name, own[-1].name],
-            "ahead": ahead,
-            "up": _passed(cuts[held.last].up_passing) if held.last in cuts else [],
-            "down": _passed(cuts[held.first].down_passing) if held.first in cuts else [],
-            "micro_batch_seconds": plan.step_seconds,
-            "forward_seconds": plan.evaluate.seconds,
-            "bound_seconds": plan.bound_seconds,
-            "peak_bytes": plan.peak_bytes,
-            "exchange_bytes": candidate.plans.extra_bytes(held.layers, ahead_below),
-        }
-        return _member(self.specs[held.candidate]).model_copy(update=part)
+        return Stage(
+            **described(self.specs[held.candidate]),
+            plan=plan_file(candidate.name),
+            plan_fingerprint=plan.fingerprint,
+            first_layer=held.first,
+            last_layer=held.last,
+            layer_names=[own[0].name, own[-1].name],
+            ahead=ahead,
+            up=passed_of(cuts[held.last].up_passing) if held.last in cuts else [],
+            down=passed_of(cuts[held.first].down_passing) if held.first in cuts else [],
+            micro_batch_seconds=plan.step_seconds,
+            forward_seconds=plan.evaluate.seconds,
+            bound_seconds=plan.bound_seconds,
+            peak_bytes=plan.peak_bytes,
+            exchange_bytes=candidate.plans.extra_bytes(held.layers, ahead_below),
+        )
 
     # --- members that take no part ---------------------------------------------------------------------------------
 
@@ -358,18 +356,3 @@ class _PipelinePlanner:
             if time.monotonic() < search.deadline:
                 found = min(found, search.choose(division).makespan)
         return found
-
-
-def _member(spec: MemberSpec) -> Stage:
-    return Stage(
-        name=spec.name,
-        device=spec.profile.device.name,
-        measured=spec.profile.device.measured,
-        budget_bytes=spec.budget_bytes,
-        link=spec.link,
-        plan=None,
-    )
-
-
-def _passed(passing: Sequence[Passing]) -> list[Passed]:
-    return [Passed(shape=list(one.shape), dtype=one.dtype) for one in passing]

@@ -11,6 +11,10 @@ What it assumes is what the runtime does (`tightfit.runtime.engine.fleet.stage`)
 - Activations are received into a ring of `ahead` + 1 messages, `ahead` being that of the stage below, and stay there until
   the training schedule has taken them; gradients into two buffers. Links are those of the clock (`clock`).
 - Once all are done, the members tell one another along the chain and back that they are.
+
+Where messages pass one way only (mobillm), their labels come first: the device begins a forward once there is a buffer to send
+from, and the server a micro-batch once its message is there, whose place is free again when the micro-batch has been trained.
+(The runtime waits a little later for either, so that a step takes no longer than is said here.)
 """
 
 from __future__ import annotations
@@ -20,12 +24,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from tightfit.planner.fleet.clock import Clock, Links, Stream, Thread
+from tightfit.planner.fleet.clock import Played, Step, Stream, Thread
+from tightfit.planner.fleet.parts import RINGS
 from tightfit.planner.fleet.pipeline_marks import Marks
 from tightfit.planner.fleet.schema import Link
 from tightfit.runtime.engine.fleet.message import RECEIVING_DOWN, SENDING, ring
-
-What = Literal["forward", "again", "backward", "send"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,29 +46,33 @@ class Station:
     """of a message to the stage below"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Doing:
-    """What a station, or the link from one to another, does from `begin` to `end`."""
-
-    what: What
-    station: int
-    to: int | None
-    micro_batch: int
-    begin: float
-    end: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Played:
-    """One step, in seconds from its beginning."""
-
-    makespan: float
-    doings: list[Doing]
-
-
 def play(stations: Sequence[Station], micro_batches: int) -> Played:
     """One step of the stages, in the order of the chain."""
-    return _Step(stations, micro_batches).run()
+    return _Pipeline(stations, micro_batches).run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneWay:
+    """A device and a server, to which messages pass, by the seconds that each takes for a micro-batch."""
+
+    device_seconds: float
+    server_seconds: float
+    message_bytes: int
+    device_link: Link
+    server_link: Link
+
+    def play(self, micro_batches: int) -> Played:
+        """One step of the two."""
+        return _OneWay(self, micro_batches).run()
+
+    def least_seconds(self, micro_batches: int) -> float:
+        """No order of the same parts takes less: all micro-batches on the slowest part, the first one's way there and the
+        last one's from there, and the word that the step is done, there and back.
+        """
+        link = self.message_bytes / min(self.device_link.up_bytes_per_second, self.server_link.down_bytes_per_second)
+        latency = self.device_link.latency_seconds + self.server_link.latency_seconds
+        parts = self.device_seconds, link, self.server_seconds
+        return sum(parts) + latency + (micro_batches - 1) * max(parts) + 2 * latency
 
 
 def closing_seconds(links: Sequence[Link]) -> float:
@@ -90,12 +97,10 @@ def agree(aheads: Sequence[int]) -> bool:
     return all(other <= max(1, one) for one, other in pairwise(aheads))
 
 
-class _Step:
+class _Pipeline(Step):
     def __init__(self, stations: Sequence[Station], micro_batches: int) -> None:
+        super().__init__([station.link for station in stations])
         self.stations, self.micro_batches = stations, micro_batches
-        self.clock = Clock()
-        self._links = Links(self.clock, [station.link for station in stations], self._sends)
-        self._doings: list[Doing] = []
         self._up = [
             Stream(source=at, target=at + 1, sizes=[one.up_bytes] * micro_batches)
             for at, one in enumerate(stations[:-1])
@@ -112,12 +117,12 @@ class _Step:
         for at in range(len(self.stations)):
             self.clock.start(self._stage(at), 0.0)
         for at, (up, down) in enumerate(zip(self._up, self._down)):
-            self._links.open(up, slice(ring(self.stations[at].ahead)))
-            self._links.open(down, slice(RECEIVING_DOWN))
+            self.links.open(up, slice(ring(self.stations[at].ahead)))
+            self.links.open(down, slice(RECEIVING_DOWN))
         self.clock.run()
         assert not self._left
-        done = max(one.end for one in self._doings)
-        return Played(makespan=done + closing_seconds([one.link for one in self.stations]), doings=self._doings)
+        done = max(one.end for one in self.doings)
+        return Played(makespan=done + closing_seconds([one.link for one in self.stations]), doings=self.doings)
 
     def _stage(self, at: int) -> Thread:
         station = self.stations[at]
@@ -135,7 +140,7 @@ class _Step:
         yield clock.now + marks.send_up - (marks.receive_up if at else 0.0)
         yield from self._post(self._up[at], number)
         yield clock.now + marks.seconds - marks.send_up
-        self._does("forward", at, number, begun)
+        self.does("forward", at, begun, number=number)
 
     def _train(self, at: int, number: int) -> Thread:
         station, clock = self.stations[at], self.clock
@@ -146,7 +151,7 @@ class _Step:
             yield clock.now + marks.receive_up
             yield source.arrived[number]
             following = number + ring(self.stations[at - 1].ahead)
-            self._links.open(source, slice(following, following + 1))
+            self.links.open(source, slice(following, following + 1))
             done = marks.receive_up
         if not last:
             yield clock.now + marks.send_up - done
@@ -154,31 +159,55 @@ class _Step:
                 yield from self._post(self._up[at], number)
             yield clock.now + marks.receive_down - marks.send_up
             done = marks.receive_down
-            self._does("again" if station.ahead else "forward", at, number, begun)
+            self.does("again" if station.ahead else "forward", at, begun, number=number)
             yield self._down[at].arrived[number]
-            self._links.open(self._down[at], slice(number + RECEIVING_DOWN, number + RECEIVING_DOWN + 1))
+            self.links.open(self._down[at], slice(number + RECEIVING_DOWN, number + RECEIVING_DOWN + 1))
         else:
             yield clock.now + marks.middle - done
             done = marks.middle
-            self._does("forward", at, number, begun)
+            self.does("forward", at, begun, number=number)
         begun = clock.now
         if not first:
             yield clock.now + marks.send_down - done
             yield from self._post(self._down[at - 1], number)
             done = marks.send_down
         yield clock.now + marks.seconds - done
-        self._does("backward", at, number, begun)
+        self.does("backward", at, begun, number=number)
 
     def _post(self, stream: Stream, number: int) -> Thread:
         """Send a message once there is a buffer for it."""
         if number >= SENDING:
             yield stream.sent[number - SENDING]
-        self._links.send(stream, number)
+        self.links.send(stream, number)
 
-    def _does(self, what: What, at: int, number: int, begun: float) -> None:
-        self._doings.append(Doing(what=what, station=at, to=None, micro_batch=number, begin=begun, end=self.clock.now))
 
-    def _sends(self, stream: Stream, number: int, begin: float, end: float) -> None:
-        self._doings.append(
-            Doing(what="send", station=stream.source, to=stream.target, micro_batch=number, begin=begin, end=end)
-        )
+class _OneWay(Step):
+    def __init__(self, parts: OneWay, micro_batches: int) -> None:
+        self.both = [parts.device_link, parts.server_link]
+        super().__init__(self.both)
+        self.parts = parts
+        self.messages = Stream(source=0, target=1, sizes=[parts.message_bytes] * micro_batches)
+
+    def run(self) -> Played:
+        self.clock.start(self._device(), 0.0)
+        self.clock.start(self._server(), 0.0)
+        self.links.open(self.messages, slice(RINGS))
+        self.clock.run()
+        return Played(makespan=self.clock.now + closing_seconds(self.both), doings=self.doings)
+
+    def _device(self) -> Thread:
+        for number in range(len(self.messages.sizes)):
+            if number >= SENDING:
+                yield self.messages.sent[number - SENDING]
+            begun = self.clock.now
+            yield begun + self.parts.device_seconds
+            self.does("forward", 0, begun, number=number)
+            self.links.send(self.messages, number)
+
+    def _server(self) -> Thread:
+        for number in range(len(self.messages.sizes)):
+            yield self.messages.arrived[number]
+            begun = self.clock.now
+            yield begun + self.parts.server_seconds
+            self.does("compute", 1, begun, number=number)
+            self.links.open(self.messages, slice(number + RINGS, number + RINGS + 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex, TypeVar
 
@@ -19,9 +19,10 @@ from tightfit.planner.fleet.member_plans import MemberPlans, no_time
 from tightfit.planner.fleet.member_profiles import alone_profile, check_one_model, differences, update_seconds
 from tightfit.planner.fleet.member_times import micro_batch_seconds, shelf_seconds
 from tightfit.planner.fleet.pieces import pieces_of
-from tightfit.planner.fleet.schema import NAME, FleetPlan, Link, Member
+from tightfit.planner.fleet.replay import replayed
+from tightfit.planner.fleet.schema import LARGEST_STEPS, NAME, F, FleetPlan, Link, Member
 from tightfit.planner.fleet.search import Candidate, ChainSearch
-from tightfit.planner.fleet.simulate import replayed, simulate_fleet
+from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.fleet.worth import baselines, prices
 from tightfit.planner.plan_result import gap_to
 from tightfit.planner.problem.gradients import refuse_preference
@@ -35,6 +36,14 @@ from tightfit.runtime.common.units import format_size
 __all__ = ["MemberSpec", "plan_fleet"]
 
 T = TypeVar("T")
+UNJUDGED: dict[str, Any] = {
+    "fingerprint": "",
+    "makespan_seconds": 0.0,
+    "bound_seconds": 0.0,
+    "gap": 0.0,
+    "solve_seconds": 0.0,
+}
+"""fields of a plan whose figures are not known yet"""
 CHAIN_SHARE, PRICE_SHARE = 0.6, 0.25
 """of the time limit: for the chains, and for prices; where these are not asked for, chains have their share too"""
 LEAST_SHARE = 0.05
@@ -119,6 +128,43 @@ def checked_count(micro_batches: object) -> int:
     return count
 
 
+def checked_steps(steps: int, accumulate: int) -> int:
+    """The local steps of a round, in whole updates. Raises InputError for what is no such number."""
+    if not 1 <= steps <= LARGEST_STEPS:
+        raise InputError(f"{steps} steps cannot make a round; give a whole number from 1 to {LARGEST_STEPS}")
+    if steps % accumulate:
+        raise InputError(
+            f"{steps} steps of a round: an update takes {accumulate} steps, as profiled; give a multiple of that"
+        )
+    return steps
+
+
+def described(spec: MemberSpec) -> dict[str, Any]:
+    """What plans say of a device, whatever it does."""
+    return {
+        "name": spec.name,
+        "device": spec.profile.device.name,
+        "measured": spec.profile.device.measured,
+        "budget_bytes": spec.budget_bytes,
+        "link": spec.link,
+    }
+
+
+def figures_of(makespan: float, bound: float) -> dict[str, Any]:
+    """What a plan says of the seconds of a step or a round, where nothing takes less than `bound`."""
+    bound = min(bound, makespan)
+    return {"makespan_seconds": makespan, "bound_seconds": bound, "gap": gap_to(makespan, bound)}
+
+
+def judged(
+    fleet: F, plans: Mapping[str, Plan], started: float, server_plans: Mapping[str, Plan] | None = None, **more: Any
+) -> F:
+    """The fleet's plan with `more` fields and the seconds since `started` (time.monotonic), sealed, and found to be valid."""
+    fleet = sealed_fleet(fleet.model_copy(update={**more, "solve_seconds": time.monotonic() - started}))
+    simulate_fleet(fleet, plans, server_plans)
+    return fleet
+
+
 def report(progress: Progress | None, stage: str, started: float, makespan: float, bound: float) -> None:
     """Tell `progress` how far a search is that began at `started` (time.monotonic); the makespan is infinite where there is none yet."""
     if progress is not None:
@@ -193,9 +239,7 @@ class _FleetPlanner:
                 more["prices"] = prices(fleet, search, alone, self.names, self._until(1.0))
         except KeyboardInterrupt:
             more["prices"] = []  # the plan is what was asked for first
-        fleet = sealed_fleet(fleet.model_copy(update={**more, "solve_seconds": time.monotonic() - self.started}))
-        simulate_fleet(fleet, plans)
-        return fleet, plans
+        return judged(fleet, plans, self.started, **more), plans
 
     def _until(self, share: float) -> float:
         return self.started + share * self.time_limit
@@ -218,32 +262,24 @@ class _FleetPlanner:
         unlike = differences({spec.name: spec.profile for spec in self.specs if spec.name in taking})
         profile = self.specs[0].profile
         fleet = FleetPlan(
-            fingerprint="",
+            **UNJUDGED,
             model=profile.model.name,
             micro_batches=self.micro_batches,
             batch=profile.batch,
             trained_bytes=sum(self.pieces),
             members=[*parts, *idle],
-            makespan_seconds=0.0,
-            bound_seconds=0.0,
-            gap=0.0,
             compute_seconds=0.0,
             exchange_seconds=0.0,
             update_seconds=0.0,
-            solve_seconds=0.0,
             bit_identical=not unlike,
             differences=unlike,
         )
         found = replayed(fleet, plans)
-        bound = min(self.search.bound, self.alone.bound, found.makespan_seconds)
-        figures = {
-            "makespan_seconds": found.makespan_seconds,
-            "bound_seconds": bound,
-            "gap": gap_to(found.makespan_seconds, bound),
+        figures = figures_of(found.makespan_seconds, min(self.search.bound, self.alone.bound)) | {
+            "timeline": found.timeline,
             "compute_seconds": found.compute_seconds,
             "exchange_seconds": found.exchange_seconds,
             "update_seconds": found.update_seconds,
-            "timeline": found.timeline,
         }
         return fleet.model_copy(update=figures), plans
 
@@ -337,11 +373,7 @@ def lacking(needed: int, allowed: int) -> str:
 
 def _member(spec: MemberSpec, plan: Plan | None = None) -> Member:
     return Member(
-        name=spec.name,
-        device=spec.profile.device.name,
-        measured=spec.profile.device.measured,
-        budget_bytes=spec.budget_bytes,
-        link=spec.link,
+        **described(spec),
         plan=None if plan is None else plan_file(spec.name),
         plan_fingerprint=None if plan is None else plan.fingerprint,
         peak_bytes=None if plan is None else plan.peak_bytes,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 
 from tightfit.planner.fleet.member_profiles import alone_profile, raised
+from tightfit.planner.fleet.parts import RINGS, message_bytes, messages_bytes
 from tightfit.planner.problem.device_forward import (
     BYTES_PER_SECOND,
     CALL_SECONDS,
@@ -19,16 +20,15 @@ from tightfit.planner.problem.device_forward import (
     LABELS,
     device_forward,
 )
+from tightfit.planner.problem.messages import message_operator
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape
-from tightfit.profiles.schema import Layer, Operator, Profile, Program, Tensor, Value
+from tightfit.profiles.schema import Layer, Profile, Program, Tensor, Value
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.fleet.message import Passing, offsets, paged
+from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.training.job import RECEIVE
 
 RECEIVED = "received"
 """the layers that receive are called ``received.1`` and so on, by the place in the message"""
-RINGS = 2
-"""messages that the server receives before it has used up the first of them, and one on its way"""
 
 
 def side_shape(profile: Profile) -> SideShape:
@@ -92,7 +92,7 @@ def server_profile(profile: Profile, *, micro_batches: int, bits: int = DEFAULT_
     ]
     batch = [labels.model_copy(update={"name": "input_ids"}), labels]  # as all batches are; the first is never filled
     passing = received_tensors(own)
-    extra = profile.device.floor.transport_bytes + RINGS * paged(offsets(passing, bits)[1])
+    extra = messages_bytes(profile.device.floor, from_below=message_bytes(passing, bits), buffers=RINGS)
     return own.model_copy(
         update={
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
@@ -118,15 +118,6 @@ def received_tensors(profile: Profile) -> tuple[Passing, ...]:
 def _receiver(value: Value, name: str, number: int, bits: int) -> tuple[Program, Layer]:
     """The layer that takes tensor `number` out of the message."""
     made = value.model_copy(update={"name": "output", "kind": "activation"})
-    operator = Operator(
-        target=RECEIVE,
-        phase="forward",
-        args=[],
-        kwargs={"direction": "up", "number": number, "bits": bits},
-        inputs=[],
-        outputs=["output"],
-        seconds=CALL_SECONDS + made.bytes / BYTES_PER_SECOND,
-        recomputable=False,
-    )
+    operator = message_operator(RECEIVE, made, number, bits, CALL_SECONDS + made.bytes / BYTES_PER_SECOND)
     program = Program(name=f"{RECEIVED} {number}", values=[made], operators=[operator])
     return program, Layer(name=f"{RECEIVED}.{number}", program=program.name, bindings={"output": name})

@@ -1,20 +1,26 @@
-"""The fleet's judge: replays a step of all members and links together, checks invariants, states makespan and peaks.
+"""The fleet's judge: replays what all members and links do together, checks invariants, states makespans.
 
-It reads the fleet's plan and its members' plans alone and shares nothing with the search but the clock (`exchange`).
-Every violated invariant raises `InvalidFleet` with the invariant's name and the member:
+It reads the fleet's plan and its members' plans alone and shares nothing with the searches but the clocks (`replay`). A rule that
+holds for every kind of fleet stands here once, for each part of each chain (`parts`). Every violated invariant raises
+`InvalidFleet` with the invariant's name and the member:
 
 | invariant | what must hold |
 |---|---|
-| names | every member has a name of its own, and those that compute come first |
-| micro-batches | the members' runs follow one another in the chain's order and cover every micro-batch once |
+| names | every member has a name of its own; where the order matters, those that compute come first |
+| micro-batches | data parallel: the members' runs follow one another in the chain's order and cover every micro-batch once |
+| layers | the parts of a chain follow one another, hold every layer once, and their plans are of these layers |
+| ahead | no part is ahead by less than nothing, more than a step or than the part below allows; the last one is in turns |
+| steps | rounds: members take all steps together, in whole updates |
 | link | both directions carry something, and latency is not negative |
-| plan | every member that computes has a plan, the one with the fingerprint that is stated; the others have none |
-| optimizer | that plan hands gradients over and accumulates a whole step; of a member alone it makes the update itself |
-| model | the plans are of the fleet's model, batch and trained tensors |
-| exchange | `exchange_bytes` are what shelves and buffers need, and the plan's floor has room for them |
-| budget | no peak is above its member's budget |
-| peak | the stated peak is the plan's, which is what its replay finds |
-| seconds | a micro-batch takes what the plan's replay says |
+| plan | every part has a plan, the one with the fingerprint that is stated; members that take no part have none |
+| optimizer | that plan is of the fleet's updates: it hands gradients over, sends activations, or updates by itself |
+| model | the plans are of the fleet's model and batch, and train what is stated, each tensor in one part of a chain |
+| messages | what a part sends is what the next one receives, in the stated form, and so are the bytes of all messages |
+| exchange | `exchange_bytes` are what shelves and messages need, and the plan's floor has room for them |
+| budget | no peak is above its member's budget, and no plan is for more than that |
+| peak | the stated peak is the plan's, which is what its replay finds, with what is set aside |
+| seconds | a micro-batch takes what the plan's replay says, and each time of a round is what it adds up to |
+| order | no message is taken before it has arrived, and none sent before it was made; a server serves one device at a time |
 | makespan | what is stated is what the replay finds |
 | bound | no bound is above what it bounds |
 """
@@ -22,24 +28,39 @@ Every violated invariant raises `InvalidFleet` with the invariant's name and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
-from tightfit.planner.fleet.exchange import Station, play
+from tightfit.planner.fleet import pipeline_clock
+from tightfit.planner.fleet.clock import Played
 from tightfit.planner.fleet.member_profiles import exchange_optimizer
 from tightfit.planner.fleet.member_times import micro_batch_seconds
-from tightfit.planner.fleet.pieces import exchange_bytes, pieces_of, slots_of
-from tightfit.planner.fleet.schema import FleetPlan, Link, Member, Span
+from tightfit.planner.fleet.parts import Chain, Part, bits_of, message_bytes, messages_bytes, passing_of, replicas
+from tightfit.planner.fleet.pieces import exchange_bytes, pieces_of, slots_of, trained_tensors
+from tightfit.planner.fleet.replay import FleetSimulation, Replays, drawn, replayed, stations_of
+from tightfit.planner.fleet.schema import (
+    AnyFleet,
+    FederatedMember,
+    FederatedPlan,
+    FleetPlan,
+    Passed,
+    PipelinePlan,
+    SidePlan,
+    SplitMember,
+    SplitPlan,
+)
+from tightfit.planner.fleet.stages import RECEIVE_LAYER, SEND_LAYER
+from tightfit.planner.problem.device_forward import device_optimizer
 from tightfit.planner.schema import Plan
-from tightfit.planner.simulation.simulate import Simulation, simulate
-from tightfit.profiles.schema import adamw
+from tightfit.profiles.schema import Layer, adamw
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.job import RECEIVE, SEND
 
+Messages = dict[tuple[str, str], tuple[dict[int, Passed], set[int]]]
+"""by operator and direction: tensors by their places, and the bits of their numbers"""
 ROUNDING = 1e-9
 """relative difference up to which two numbers of seconds are the same"""
-DRAWN = 1e-3
-"""share of a step: what takes less, or is done again after a shorter pause, is drawn as one span"""
 
 
 class InvalidFleet(InputError):  # noqa: N818  named by what it is about, like the rest of the tree
@@ -51,279 +72,425 @@ class InvalidFleet(InputError):  # noqa: N818  named by what it is about, like t
         self.member = member
 
 
-@dataclass(frozen=True, kw_only=True)
-class FleetSimulation:
-    """The figures of a fleet's plan, as its replay finds them."""
+def simulate_fleet(
+    fleet: AnyFleet, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan] | None = None
+) -> FleetSimulation:
+    """Replay `fleet` with the plans of its members, by name, and in split rounds those that the server has for each.
 
-    makespan_seconds: float
-    compute_seconds: float
-    """until the last member has computed"""
-    exchange_seconds: float
-    """from there until every member has the means and has passed them on"""
-    update_seconds: float
-    """from there until every member has made the update"""
-    peaks: dict[str, int]
-    """predicted peak bytes of each member that computes"""
-    timeline: list[Span]
-
-
-class Done(Protocol):
-    """What a device, or the link from one to another, did from `begin` to `end` (`exchange.Doing`,
-    `pipeline_clock.Doing`).
+    Raises InvalidFleet where an invariant breaks, and `tightfit.planner.simulation.simulate.InvalidSchedule` where one does
+    in a member's own plan.
     """
-
-    @property
-    def what(self) -> Any: ...
-    @property
-    def station(self) -> int: ...
-    @property
-    def to(self) -> int | None: ...
-    @property
-    def begin(self) -> float: ...
-    @property
-    def end(self) -> float: ...
+    return _Judge(fleet, plans, server_plans or {}).judged()
 
 
-class Replayed(Protocol):
-    """A step as a clock played it."""
+class _Judge:
+    def __init__(self, fleet: AnyFleet, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan]) -> None:
+        self.fleet, self.bits = fleet, bits_of(fleet)
+        self.by_member, self.by_device = plans, server_plans
+        self.replays = Replays()
+        self._messages: dict[int, Messages] = {}
+        """by plan: many members may have one"""
+        self.chains = replicas(fleet)
 
-    @property
-    def makespan(self) -> float: ...
-    @property
-    def doings(self) -> Sequence[Done]: ...
+    def judged(self) -> FleetSimulation:
+        fleet = self.fleet
+        self._check_members()
+        if isinstance(fleet, FleetPlan):
+            self._check_micro_batches(fleet)
+        elif isinstance(fleet, FederatedPlan | SplitPlan):
+            self._check_steps(fleet)
+        for chain in self.chains:
+            self._check_layers(chain)
+        self._check_idle()
+        for at, chain in enumerate(self.chains):
+            for part in chain:
+                self._check_plan(chain, part)
+            self._check_trained(at, chain)
+        for at, chain in enumerate(self.chains):
+            self._check_messages(chain)
+            for place, part in enumerate(chain):
+                self._check_memory(part, self._needed(at, chain, place))
+                self._check_seconds(at, part)
+        found = self._replayed()
+        self._check_makespan(found)
+        return found
 
+    def _plan(self, part: Part) -> Plan:
+        return (self.by_device if part.server else self.by_member)[part.member]
 
-def simulate_fleet(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulation:
-    """Replay `fleet` with the plans of its members, by name. Raises InvalidFleet where an invariant breaks, and
-    `tightfit.planner.simulation.simulate.InvalidSchedule` where one does in a member's own plan.
-    """
-    _check_chain(fleet)
-    for member in fleet.members:
-        _check_member(fleet, member, plans.get(member.name))
-    found = replayed(fleet, plans)
-    for claim, stated, seconds in (
-        ("makespan_seconds", fleet.makespan_seconds, found.makespan_seconds),
-        ("compute_seconds", fleet.compute_seconds, found.compute_seconds),
-        ("exchange_seconds", fleet.exchange_seconds, found.exchange_seconds),
-        ("update_seconds", fleet.update_seconds, found.update_seconds),
-    ):
-        if not same(stated, seconds, found.makespan_seconds):
-            raise InvalidFleet("makespan", claim, f"{stated} s are stated, the replay finds {seconds} s")
-    check_bound(fleet.bound_seconds, found.makespan_seconds)
-    return found
+    # --- members ---------------------------------------------------------------------------------------------------
 
+    def _check_members(self) -> None:
+        fleet = self.fleet
+        names = [member.name for member in fleet.members]
+        for at, name in enumerate(names):
+            if name in names[:at]:
+                raise InvalidFleet("names", name, "two members have this name")
+        computing = [member.takes_part for member in fleet.members]
+        if not isinstance(fleet, FederatedPlan) and computing != sorted(computing, reverse=True):
+            late = names[computing.index(False)]
+            raise InvalidFleet("names", late, "it takes no part and stands before members that do")
+        links = [(member.name, member.link) for member in fleet.members]
+        if isinstance(fleet, SplitPlan):
+            links.append(("the server", fleet.server.link))
+        for name, link in links:
+            carried = (link.up_bytes_per_second, link.down_bytes_per_second)
+            if not all(0 < rate < math.inf for rate in carried) or not 0 <= link.latency_seconds < math.inf:
+                raise InvalidFleet("link", name, f"{link} carries nothing")
 
-def check_bound(bound_seconds: float, makespan_seconds: float) -> None:
-    """Raise InvalidFleet where a bound on a step is none: negative, or above what the replay takes."""
-    if not 0 <= bound_seconds <= makespan_seconds * (1 + ROUNDING):
-        raise InvalidFleet(
-            "bound",
-            "bound_seconds",
-            f"{bound_seconds} s are said to be a lower bound, the replay takes {makespan_seconds} s",
-        )
+    def _check_idle(self) -> None:
+        """Members that take no part have no plan."""
+        for member in self.fleet.members:
+            stated: list[object] = [member.plan, member.plan_fingerprint, self.by_member.get(member.name)]
+            if isinstance(member, FederatedMember):
+                stated.append(member.round_seconds or None)
+            if isinstance(member, SplitMember):
+                stated += [member.server_plan, self.by_device.get(member.name)]
+            if not member.takes_part and any(one is not None for one in stated):
+                raise InvalidFleet("plan", member.name, "it computes nothing and has a plan")
 
-
-def replayed(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulation:
-    """The figures of a fleet's step, without a check of what the fleet states."""
-    chain = fleet.chain
-    computed = [
-        member.micro_batches * micro_batch_seconds(plans[member.name], member.gradients, first=not at)
-        for at, member in enumerate(chain)
-    ]
-    peaks = {member.name: plans[member.name].peak_bytes for member in chain}
-    latest = max(computed)
-    spans = _computing(chain, computed)
-    if len(chain) == 1:
-        return FleetSimulation(
-            makespan_seconds=latest,
-            compute_seconds=latest,
-            exchange_seconds=0.0,
-            update_seconds=0.0,
-            peaks=peaks,
-            timeline=spans,
-        )
-    stations = [
-        _station(member, plans[member.name], done, first=not at)
-        for at, (member, done) in enumerate(zip(chain, computed))
-    ]
-    told = play(stations, pieces_of(plans[chain[0].name]))
-    exchanged = max(told.exchanged)
-    return FleetSimulation(
-        makespan_seconds=told.makespan,
-        compute_seconds=latest,
-        exchange_seconds=exchanged - latest,
-        update_seconds=told.makespan - exchanged,
-        peaks=peaks,
-        timeline=spans + merged_spans(told, [member.name for member in chain]),
-    )
-
-
-def _station(member: Member, plan: Plan, computed: float, *, first: bool) -> Station:
-    return Station(
-        computed_seconds=computed,
-        link=member.link,
-        slots=slots_of(member.micro_batches, first=first),
-        gradients=member.gradients,
-        states=member.states,
-        update_seconds=member.update_seconds,
-        read=plan.device.read,
-        write=plan.device.write,
-    )
-
-
-def _computing(chain: list[Member], computed: list[float]) -> list[Span]:
-    """The micro-batches of each member; one span for all of them where single ones would be too short to be drawn."""
-    spans = []
-    for member, done in zip(chain, computed):
-        each = done / member.micro_batches
-        if each < DRAWN * max(computed):
-            spans.append(Span(lane=member.name, what="compute", begin_seconds=0.0, end_seconds=done))
-            continue
-        for number in range(member.micro_batches):
-            begin, end = number * each, (number + 1) * each
-            at = member.first + number
-            spans.append(Span(lane=member.name, what="compute", begin_seconds=begin, end_seconds=end, micro_batch=at))
-    return spans
-
-
-def merged_spans(told: Replayed, names: Sequence[str]) -> list[Span]:
-    """What stations and links did, with short pauses left out."""
-    pause = DRAWN * told.makespan
-    open_: dict[tuple[str, str], Span] = {}
-    done: list[Span] = []
-    for one in sorted(told.doings, key=lambda one: (one.begin, one.end)):
-        lane = lane_of(one, names)
-        before = open_.get((lane, one.what))
-        if before is not None and one.begin - before.end_seconds <= pause:
-            open_[lane, one.what] = before.model_copy(update={"end_seconds": max(before.end_seconds, one.end)})
-            continue
-        if before is not None:
-            done.append(before)
-        open_[lane, one.what] = Span(lane=lane, what=one.what, begin_seconds=one.begin, end_seconds=one.end)
-    return sorted([*done, *open_.values()], key=lambda span: (span.begin_seconds, span.lane))
-
-
-def lane_of(one: Done, names: Sequence[str]) -> str:
-    """The lane of what a device does, or of the link over which it sends."""
-    return names[one.station] if one.to is None else f"{names[one.station]} → {names[one.to]}"
-
-
-# --- invariants --------------------------------------------------------------------------------------------------------
-
-
-def _check_chain(fleet: FleetPlan) -> None:
-    check_names([member.name for member in fleet.members], [bool(member.micro_batches) for member in fleet.members])
-    following = 0
-    for member in fleet.chain:
-        if member.first != following:
+    def _check_micro_batches(self, fleet: FleetPlan) -> None:
+        following = 0
+        for member in fleet.chain:
+            if member.first != following:
+                raise InvalidFleet(
+                    "micro-batches",
+                    member.name,
+                    f"it begins with micro-batch {member.first} where {following} comes next",
+                )
+            following += member.micro_batches
+        if following != fleet.micro_batches:
             raise InvalidFleet(
-                "micro-batches", member.name, f"it begins with micro-batch {member.first} where {following} comes next"
+                "micro-batches",
+                "the chain",
+                f"it computes {following} micro-batches of the {fleet.micro_batches} of a step",
             )
-        following += member.micro_batches
-    if following != fleet.micro_batches:
-        raise InvalidFleet(
-            "micro-batches",
-            "the chain",
-            f"it computes {following} micro-batches of the {fleet.micro_batches} of a step",
+
+    def _check_steps(self, fleet: FederatedPlan | SplitPlan) -> None:
+        if sum(member.steps for member in fleet.members) != fleet.steps:
+            raise InvalidFleet("steps", "the fleet", f"its members do not take {fleet.steps} steps in all")
+        for member in fleet.members:
+            if member.steps % fleet.accumulate:
+                raise InvalidFleet(
+                    "steps", member.name, f"it takes {member.steps} steps, and an update takes {fleet.accumulate}"
+                )
+
+    # --- a chain ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _micro_batches(self) -> int:
+        """Of an update."""
+        fleet = self.fleet
+        return fleet.accumulate if isinstance(fleet, FederatedPlan | SplitPlan) else fleet.micro_batches
+
+    def _check_layers(self, chain: Chain) -> None:
+        """The stated layers follow one another, and no part waits for ever for another."""
+        following: int | None = 0
+        for part in chain:
+            if part.layers is None:
+                continue
+            first, last = part.layers
+            if first != following or (last is not None and last <= first):
+                raise InvalidFleet(
+                    "layers", part.name, f"it holds layers {first} to {last} where {following} comes next"
+                )
+            following = last
+        if not chain:
+            raise InvalidFleet("layers", "the chain", "nobody holds a layer")
+        if not pipeline_clock.agree([part.ahead for part in chain]):
+            raise InvalidFleet(
+                "ahead", "the chain", "a part is farther ahead than the one below, and would wait for ever"
+            )
+        for part in chain:
+            most = 0 if part is chain[-1] else self._micro_batches
+            if not 0 <= part.ahead <= most:
+                raise InvalidFleet("ahead", part.name, f"it is ahead by {part.ahead} of {self._micro_batches}")
+
+    def _check_plan(self, chain: Chain, part: Part) -> None:
+        fleet, plan = self.fleet, (self.by_device if part.server else self.by_member).get(part.member)
+        if plan is None or part.plan is None:
+            raise InvalidFleet("plan", part.name, "it computes something and has no plan")
+        if plan.fingerprint != part.plan_fingerprint:
+            raise InvalidFleet(
+                "plan",
+                part.name,
+                f"its plan is {plan.fingerprint[:12]}…, the fleet's was {str(part.plan_fingerprint)[:12]}…",
+            )
+        wanted = self._optimizer(chain, part, plan)
+        if plan.optimizer != wanted:
+            raise InvalidFleet("optimizer", part.name, f"its plan is for {plan.optimizer}, its part needs {wanted}")
+        if (plan.model.name, plan.batch) != (fleet.model, fleet.batch):
+            raise InvalidFleet(
+                "model",
+                part.name,
+                f"its plan is of {plan.model.name} in batches of {plan.batch}, the fleet of {fleet.model} in batches of"
+                f" {fleet.batch}",
+            )
+        own = [layer.name for layer in own_layers(plan)]
+        stated, ends = part.layers or (0, None), (own[0], own[-1])
+        if (stated[1] is not None and len(own) != stated[1] - stated[0]) or any(
+            said not in (None, name) for said, name in zip(part.ends, ends)
+        ):
+            raise InvalidFleet(
+                "layers", part.name, f"it holds layers {stated} ({part.ends}), its plan is of {len(own)} ({ends})"
+            )
+
+    def _optimizer(self, chain: Chain, part: Part, plan: Plan) -> dict[str, Any]:
+        """What a part's plan has to be for."""
+        fleet, count = self.fleet, self._micro_batches
+        if isinstance(fleet, FleetPlan) and len(self.chains) > 1:
+            return exchange_optimizer(count)
+        if isinstance(fleet, SidePlan) and part is chain[0]:
+            return device_optimizer(count)
+        if isinstance(fleet, FederatedPlan) and (plan.optimizer.get("name", "adamw"), plan.accumulate) == (
+            "adamw",
+            count,
+        ):
+            return plan.optimizer  # with states as profiled
+        return adamw(count)
+
+    def _check_trained(self, at: int, chain: Chain) -> None:
+        """What the plans of a chain train is what is stated, each tensor in one part."""
+        fleet, device = self.fleet, chain[0]
+        trained = [{tensor.name: tensor.bytes for tensor in trained_tensors(self._plan(part))} for part in chain]
+        lower, whole = sum(trained[0].values()), sum(sum(own.values()) for own in trained)
+        if isinstance(fleet, FleetPlan) and whole != fleet.trained_bytes:
+            raise InvalidFleet("model", device.name, f"its plan trains {whole} bytes, the fleet {fleet.trained_bytes}")
+        if not isinstance(fleet, FederatedPlan | SplitPlan):
+            return
+        member = fleet.taking[at]
+        ranks = [(self._plan(part).model.lora or {}).get("rank") for part in chain]
+        stated, most = (member.rank, whole), (fleet.rank, fleet.adapter_bytes)
+        fits = stated == most if isinstance(fleet, SplitPlan) else stated[0] <= most[0] and stated[1] <= most[1]
+        if ranks != [member.rank] * len(chain) or lower != member.adapter_bytes or not fits:
+            raise InvalidFleet(
+                "model",
+                device.name,
+                f"adapters of rank {ranks} are trained, {lower} bytes there and {whole} in all; stated are rank {member.rank} and"
+                f" {member.adapter_bytes} bytes, of the fleet {fleet.rank} and {fleet.adapter_bytes}",
+            )
+        if len(set().union(*trained)) < sum(map(len, trained)):
+            raise InvalidFleet("model", device.name, "its plan and the server's train a tensor both")
+
+    def _check_messages(self, chain: Chain) -> None:
+        seen: set[str] = set()
+        for at, part in enumerate(chain):
+            plan = self._plan(part)
+            own = {layer.name for layer in own_layers(plan)}
+            if seen & own:
+                raise InvalidFleet("layers", part.name, f"another part computes {min(seen & own)} too")
+            seen |= own
+            sent_up, sent_down = self._passed(part, SEND, "up"), self._passed(part, SEND, "down")
+            if bool(sent_up[0]) != (at < len(chain) - 1) or bool(self._passed(part, RECEIVE, "up")[0]) != bool(at):
+                raise InvalidFleet("layers", part.name, "its plan does not begin, or end, where its part does")
+            for stated, (passed, bits) in ((part.up, sent_up), (part.down, sent_down)):
+                if passed != list(stated) or bits - {self.bits}:
+                    raise InvalidFleet("messages", part.name, "its plan sends something else than is stated")
+        for below, above in pairwise(chain):
+            passed, bits = self._passed(below, SEND, "up")
+            if self._passed(above, RECEIVE, "up") != (passed[above.labels :], bits):
+                raise InvalidFleet("messages", above.name, "it does not receive what its neighbour sends")
+            if self._passed(below, RECEIVE, "down") != self._passed(above, SEND, "down"):
+                raise InvalidFleet("messages", below.name, "it does not receive what its neighbour sends")
+        fleet = self.fleet
+        if isinstance(fleet, PipelinePlan):
+            both = [self._size(below.up) + self._size(above.down) for below, above in pairwise(chain)]
+            if fleet.link_bytes != [fleet.micro_batches * one for one in both]:
+                raise InvalidFleet(
+                    "messages", "link_bytes", f"{fleet.link_bytes} bytes are stated for messages of {both}"
+                )
+        if isinstance(fleet, SidePlan) and fleet.message_bytes != self._size(fleet.message):
+            raise InvalidFleet("messages", "message_bytes", f"{fleet.message_bytes} bytes are stated")
+
+    def _passed(self, part: Part, target: str, direction: str) -> tuple[list[Passed], set[int]]:
+        """What the operators `target` of a part's plan pass in a direction, in the order of the message, and in which bits."""
+        plan = self._plan(part)
+        if id(plan) not in self._messages:
+            self._messages[id(plan)] = _messages(plan)
+        found, bits = self._messages[id(plan)].get((target, direction), ({}, set()))
+        return [found[number] for number in sorted(found)], bits
+
+    def _size(self, passed: Sequence[Passed]) -> int:
+        return message_bytes(passing_of(passed), self.bits)
+
+    def _needed(self, at: int, chain: Chain, place: int) -> int:
+        """Bytes that a part holds for what passes."""
+        fleet, part = self.fleet, chain[place]
+        plan = self._plan(part)
+        if isinstance(fleet, FleetPlan) and len(self.chains) > 1:
+            member = fleet.chain[at]
+            return exchange_bytes(
+                plan.device.floor,
+                pieces_of(plan),
+                slots=slots_of(member.micro_batches, first=not at),
+                gradients=member.gradients,
+                states=member.states,
+            )
+        return messages_bytes(
+            plan.device.floor,
+            from_below=self._size(chain[place - 1].up) if place else 0,
+            to_below=self._size(part.down),
+            to_above=self._size(part.up),
+            from_above=self._size(chain[place + 1].down) if place + 1 < len(chain) else 0,
+            buffers=part.buffers,
         )
-    for member in fleet.members:
-        check_link(member.name, member.link)
+
+    def _check_memory(self, part: Part, needed: int) -> None:
+        plan, floor = self._plan(part), self._plan(part).device.floor
+        if part.exchange_bytes != needed:
+            raise InvalidFleet(
+                "exchange",
+                part.name,
+                f"{part.exchange_bytes} bytes are set aside for what passes, which takes {needed}",
+            )
+        if plan.floor_bytes != floor.held_bytes or floor.resident_bytes < needed:
+            raise InvalidFleet(
+                "exchange",
+                part.name,
+                f"its plan's floor of {floor.held_bytes} bytes does not hold the exchange's {needed}",
+            )
+        found = self.replays.of(plan)
+        peak, allowed = plan.peak_bytes + part.aside_bytes, part.budget_bytes
+        if part.aside_bytes < 0 or max(peak, plan.budget_bytes + part.aside_bytes) > allowed:
+            raise InvalidFleet(
+                "budget",
+                part.name,
+                f"its plan is for {plan.budget_bytes} bytes and peaks at {peak}, {allowed} are allowed",
+            )
+        if not part.peak_bytes == peak == found.peak_bytes + part.aside_bytes:
+            raise InvalidFleet(
+                "peak",
+                part.name,
+                f"the fleet states {part.peak_bytes} bytes, its plan {peak}, the replay {found.peak_bytes + part.aside_bytes}",
+            )
+
+    def _check_seconds(self, at: int, part: Part) -> None:
+        fleet, plan = self.fleet, self._plan(part)
+        found = self.replays.of(plan)
+        takes = found.step_seconds
+        if isinstance(fleet, FleetPlan):
+            takes = micro_batch_seconds(plan, fleet.chain[at].gradients, first=not at)
+        stated: list[tuple[float | None, float]] = [(plan.step_seconds, found.step_seconds)]
+        if not isinstance(fleet, SplitPlan):  # which states those of both parts together
+            stated.append((part.micro_batch_seconds, takes))
+        if isinstance(fleet, PipelinePlan):
+            assert found.evaluate is not None
+            stated.append((part.forward_seconds, found.evaluate.seconds))
+        for said, seconds in stated:
+            if said is None or not _same(said, seconds, seconds):
+                raise InvalidFleet("seconds", part.name, f"{said} s are stated, the replay finds {seconds} s")
+        if not isinstance(fleet, SplitPlan):
+            _check_bound(part.name, part.bound_seconds, takes)
+
+    # --- the whole -------------------------------------------------------------------------------------------------
+
+    def _replayed(self) -> FleetSimulation:
+        fleet = self.fleet
+        if isinstance(fleet, FederatedPlan | SplitPlan):
+            return self._round(fleet)
+        if isinstance(fleet, PipelinePlan):
+            (chain,) = self.chains
+            return drawn(self._played(chain), [part.name for part in chain])
+        return replayed(fleet, self.by_member)
+
+    def _check_makespan(self, found: FleetSimulation) -> None:
+        fleet = self.fleet
+        claims = {"makespan_seconds": (fleet.makespan_seconds, found.makespan_seconds)}
+        if isinstance(fleet, FleetPlan):
+            claims["compute_seconds"] = fleet.compute_seconds, found.compute_seconds
+            claims["exchange_seconds"] = fleet.exchange_seconds, found.exchange_seconds
+            claims["update_seconds"] = fleet.update_seconds, found.update_seconds
+        for claim, (stated, seconds) in claims.items():
+            if not _same(stated, seconds, found.makespan_seconds):
+                raise InvalidFleet("makespan", claim, f"{stated} s are stated, the replay finds {seconds} s")
+        _check_bound("bound_seconds", fleet.bound_seconds, found.makespan_seconds)
+
+    def _played(self, chain: Chain) -> Played:
+        """An update of a chain on the clock, of which each message is held against what it needs."""
+        stations = stations_of(chain, [self._plan(part) for part in chain], self.bits, self.replays)
+        told = pipeline_clock.play(stations, self._micro_batches)
+        does = {(one.what, one.station, one.number): one for one in told.doings if one.to is None}
+        slack = ROUNDING * told.makespan
+        for one in told.doings:
+            if one.to is None:
+                continue
+            source, number = stations[one.station], one.number
+            arrived = one.end + source.link.latency_seconds + stations[one.to].link.latency_seconds
+            if one.to > one.station:
+                marks = source.forward if source.ahead else source.train
+                ready = does["forward", one.station, number].begin + marks.send_up
+                used = does["forward", one.to, number].end
+            else:
+                ready = does["backward", one.station, number].begin
+                used = does["backward", one.to, number].begin
+            if one.begin < ready - slack or used < arrived - slack:
+                raise InvalidFleet(
+                    "order",
+                    chain[one.to].name,
+                    f"micro-batch {number} from {chain[one.station].name} is made at {ready} s, sent at {one.begin} s, there at"
+                    f" {arrived} s and used until {used} s",
+                )
+        return told
+
+    def _round(self, fleet: FederatedPlan | SplitPlan) -> FleetSimulation:
+        """A round: each device gets the adapter, takes its steps, where there is a server in turn with it, and answers."""
+        free = 0.0
+        for member, chain in zip(fleet.taking, self.chains):
+            step, link, down_bytes, start = member.step_seconds or 0.0, member.link, fleet.adapter_bytes, 0.0
+            if isinstance(fleet, SplitPlan):
+                takes = self._played(chain).makespan / fleet.accumulate
+                self._check_same("step", member, member.step_seconds, takes)
+                _check_bound(member.name, member.bound_seconds, takes)
+                down_bytes, start = member.adapter_bytes, fleet.server.start_seconds
+            if min(member.start_seconds, start) < 0:
+                raise InvalidFleet("seconds", member.name, "a start takes less than no time")
+            head = down_bytes / link.down_bytes_per_second + link.latency_seconds + member.start_seconds
+            service = start + member.steps * step
+            tail = member.adapter_bytes / link.up_bytes_per_second + link.latency_seconds
+            begin = head
+            if isinstance(member, SplitMember):
+                self._check_same("head", member, member.head_seconds, head)
+                self._check_same("service", member, member.service_seconds, service)
+                self._check_same("tail", member, member.tail_seconds, tail)
+                begin = max(free, head)
+                self._check_same("beginning", member, member.begin_seconds, begin, "order")
+                free = begin + service
+            self._check_same("round", member, member.round_seconds, begin + service + tail)
+        return FleetSimulation(makespan_seconds=max(member.round_seconds for member in fleet.members))
+
+    def _check_same(
+        self, what: str, member: FederatedMember, said: float | None, counted: float, invariant: str = "seconds"
+    ) -> None:
+        if said is None or not _same(said, counted, counted):
+            raise InvalidFleet(invariant, member.name, f"{said} s are stated for its {what}, the count is {counted} s")
 
 
-def check_names(names: Sequence[str], computing: Sequence[bool]) -> None:
-    """Members have names of their own, and those that compute come first."""
-    for at, name in enumerate(names):
-        if name in names[:at]:
-            raise InvalidFleet("names", name, "two members have this name")
-    if list(computing) != sorted(computing, reverse=True):
-        late = names[computing.index(False)]
-        raise InvalidFleet("names", late, "it takes no part and stands before members that do")
+def own_layers(plan: Plan) -> list[Layer]:
+    """The layers of the model that the plan of a part computes."""
+    names = [layer.name for layer in plan.layers]
+    first = names.index(RECEIVE_LAYER) + 1 if RECEIVE_LAYER in names else 0
+    return plan.layers[first : names.index(SEND_LAYER) if SEND_LAYER in names else len(names)]
 
 
-def check_link(member: str, link: Link) -> None:
-    carried = (link.up_bytes_per_second, link.down_bytes_per_second)
-    if not all(0 < rate < math.inf for rate in carried) or not 0 <= link.latency_seconds < math.inf:
-        raise InvalidFleet("link", member, f"{link} carries nothing")
+def _messages(plan: Plan) -> Messages:
+    """What a plan's operators send and receive."""
+    result: Messages = {}
+    for program in plan.programs:
+        values = {value.name: value for value in program.values}
+        for operator in program.operators:
+            if operator.target in (SEND, RECEIVE):
+                found, bits = result.setdefault((operator.target, str(operator.kwargs["direction"])), ({}, set()))
+                value = values[str((operator.inputs if operator.target == SEND else operator.outputs)[0])]
+                found[int(operator.kwargs["number"])] = Passed(shape=list(value.shape), dtype=value.dtype)
+                bits.add(int(operator.kwargs["bits"]))
+    return result
 
 
-def _check_member(fleet: FleetPlan, member: Member, plan: Plan | None) -> None:
-    def fail(invariant: str, text: str) -> InvalidFleet:
-        return InvalidFleet(invariant, member.name, text)
-
-    if not member.micro_batches:
-        if member.plan is not None or member.plan_fingerprint is not None or plan is not None:
-            raise fail("plan", "it computes nothing and has a plan")
-        return
-    if plan is None or member.plan is None:
-        raise fail("plan", f"it computes {member.micro_batches} micro-batches and has no plan")
-    if plan.fingerprint != member.plan_fingerprint:
-        raise fail(
-            "plan", f"its plan is {plan.fingerprint[:12]}…, the fleet's was {str(member.plan_fingerprint)[:12]}…"
-        )
-    alone = len(fleet.chain) == 1
-    wanted = adamw(fleet.micro_batches) if alone else exchange_optimizer(fleet.micro_batches)
-    if plan.optimizer != wanted:
-        raise fail("optimizer", f"its plan is for {plan.optimizer}, a step of this fleet needs {wanted}")
-    pieces = pieces_of(plan)
-    if (plan.model.name, plan.batch, sum(pieces)) != (fleet.model, fleet.batch, fleet.trained_bytes):
-        raise fail(
-            "model",
-            f"its plan trains {sum(pieces)} bytes of {plan.model.name} in batches of {plan.batch}, the fleet"
-            f" {fleet.trained_bytes} of {fleet.model} in batches of {fleet.batch}",
-        )
-    _check_memory(fleet, member, plan, pieces, fail)
+def _check_bound(what: str, bound: float | None, seconds: float) -> None:
+    if bound is None or not 0 <= bound <= seconds * (1 + ROUNDING):
+        raise InvalidFleet("bound", what, f"{bound} s are said to be a lower bound, the replay takes {seconds} s")
 
 
-def _check_memory(
-    fleet: FleetPlan,
-    member: Member,
-    plan: Plan,
-    pieces: tuple[int, ...],
-    fail: Callable[[str, str], InvalidFleet],
-) -> None:
-    floor, chain = plan.device.floor, fleet.chain
-    first = member.name == chain[0].name
-    needed = 0
-    if len(chain) > 1:
-        slots = slots_of(member.micro_batches, first=first)
-        needed = exchange_bytes(floor, pieces, slots=slots, gradients=member.gradients, states=member.states)
-    if member.exchange_bytes != needed:
-        raise fail("exchange", f"{member.exchange_bytes} bytes are set aside for the exchange, which takes {needed}")
-    if plan.floor_bytes != floor.held_bytes or floor.resident_bytes < needed:
-        raise fail("exchange", f"its plan's floor of {floor.held_bytes} bytes does not hold the exchange's {needed}")
-    simulation = checked_replay(plan, member.budget_bytes, member.peak_bytes, fail)
-    seconds = micro_batch_seconds(plan, member.gradients, first=first)
-    told = member.micro_batch_seconds
-    if not same(plan.step_seconds, simulation.step_seconds, plan.step_seconds) or not (
-        told is not None and same(told, seconds, seconds)
-    ):
-        raise fail(
-            "seconds",
-            f"the fleet states {told} s for a micro-batch, its plan {plan.step_seconds} s, the replay"
-            f" {simulation.step_seconds} s, with gradients on their shelf {seconds} s",
-        )
-    if member.bound_seconds is None or not 0 <= member.bound_seconds <= seconds * (1 + ROUNDING):
-        raise fail("bound", f"{member.bound_seconds} s are said to be a lower bound, a micro-batch takes {seconds} s")
-
-
-def checked_replay(
-    plan: Plan, budget_bytes: int, stated_bytes: int | None, fail: Callable[[str, str], InvalidFleet]
-) -> Simulation:
-    """The replay of a member's plan, whose peak has to be the one that the fleet states, and within the member's budget."""
-    simulation = simulate(plan)
-    if plan.peak_bytes > budget_bytes or plan.budget_bytes > budget_bytes:
-        raise fail(
-            "budget",
-            f"its plan is for {plan.budget_bytes} bytes and peaks at {plan.peak_bytes}, {budget_bytes} are allowed",
-        )
-    if not stated_bytes == plan.peak_bytes == simulation.peak_bytes:
-        raise fail(
-            "peak",
-            f"the fleet states {stated_bytes} bytes, its plan {plan.peak_bytes}, the replay {simulation.peak_bytes}",
-        )
-    return simulation
-
-
-def same(one: float, other: float, scale: float) -> bool:
+def _same(one: float, other: float, scale: float) -> bool:
     """Whether two numbers of seconds are the same, beside a time of `scale`."""
     return abs(one - other) <= ROUNDING * scale

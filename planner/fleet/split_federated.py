@@ -19,19 +19,26 @@ from typing import Literal
 
 from tightfit.planner.fleet.alone import AlonePlans, in_turn
 from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, check_plain, rank_of
-from tightfit.planner.fleet.federated_schema import LARGEST_STEPS
-from tightfit.planner.fleet.io import plan_file, sealed_fleet, server_plan_file
+from tightfit.planner.fleet.io import plan_file, server_plan_file
 from tightfit.planner.fleet.member_plans import no_time, while_there_is_time
 from tightfit.planner.fleet.member_profiles import check_one_model, differences
+from tightfit.planner.fleet.parts import passed_of
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.pipeline_bounds import Candidate, Division, DivisionBounds, Held
-from tightfit.planner.fleet.pipeline_schema import Passed
 from tightfit.planner.fleet.pipeline_search import Pipeline, PipelineSearch
-from tightfit.planner.fleet.plan import MemberSpec, checked_members, report, shared
-from tightfit.planner.fleet.schema import Link
+from tightfit.planner.fleet.plan import (
+    UNJUDGED,
+    MemberSpec,
+    checked_members,
+    checked_steps,
+    described,
+    figures_of,
+    judged,
+    report,
+    shared,
+)
+from tightfit.planner.fleet.schema import SERVER, Link, SplitBaseline, SplitMember, SplitPlan, SplitServer
 from tightfit.planner.fleet.service_order import Served, Serving, Way, best_order, served
-from tightfit.planner.fleet.split_schema import SERVER, SplitBaseline, SplitMember, SplitPlan, SplitServer
-from tightfit.planner.fleet.split_simulate import simulate_split
 from tightfit.planner.fleet.stage_plans import StagePlans
 from tightfit.planner.plan_result import gap_to
 from tightfit.planner.schema import Plan
@@ -88,12 +95,7 @@ def plan_split(
         raise InputError(
             f"the profiles differ in the steps of an update; profile all with the same {spelled('accumulate')}"
         )
-    if not 1 <= steps <= LARGEST_STEPS:
-        raise InputError(f"{steps} steps cannot make a round; give a whole number from 1 to {LARGEST_STEPS}")
-    if steps % unit:
-        raise InputError(
-            f"{steps} steps of a round: an update takes {unit} steps, as profiled; give a multiple of that"
-        )
+    checked_steps(steps, unit)
     for name, weight in (weights or {}).items():
         if name not in profiles or not 0 < weight < math.inf:
             raise InputError(f"weight {weight} of member {name!r}: give a number above 0, for a member of the fleet")
@@ -226,11 +228,10 @@ class _SplitPlanner:
         members = [self._member(found, one, plans, server_plans) for one in serving.served]
         members += [self._idle(at) for at in range(len(self.specs)) if at not in found.devices]
         makespan = serving.makespan
-        bound = min(makespan, ideal.bound)
         profiles = {spec.name: spec.profile for spec in self.specs if self.shares[self._at(spec.name)]}
         unlike = differences(profiles | {SERVER: self.server.profile})
         fleet = SplitPlan(
-            fingerprint="",
+            **UNJUDGED,
             model=self.server.profile.model.name,
             steps=self.steps,
             accumulate=self.unit,
@@ -245,11 +246,7 @@ class _SplitPlanner:
                 start_seconds=self.server_start_seconds,
             ),
             members=members,
-            makespan_seconds=makespan,
-            bound_seconds=bound,
-            gap=gap_to(makespan, bound),
             order_gap=gap_to(makespan, serving.bound),
-            solve_seconds=0.0,
             bit_identical=not unlike,
             differences=unlike,
             baselines=[
@@ -259,8 +256,7 @@ class _SplitPlanner:
                 *self._without(found, serving),
             ],
         )
-        fleet = sealed_fleet(fleet.model_copy(update={"solve_seconds": time.monotonic() - self.started}))
-        simulate_split(fleet, plans, server_plans)
+        fleet = judged(fleet, plans, self.started, server_plans, **figures_of(makespan, ideal.bound))
         return fleet, plans, server_plans
 
     def _at(self, name: str) -> int:
@@ -380,8 +376,8 @@ class _SplitPlanner:
                 "layers": number,
                 "layer_names": names[number - 1 : number + 1],
                 "ahead": pipeline.aheads[0],
-                "up": [Passed(shape=list(each.shape), dtype=each.dtype) for each in cut.up_passing],
-                "down": [Passed(shape=list(each.shape), dtype=each.dtype) for each in cut.down_passing],
+                "up": passed_of(cut.up_passing),
+                "down": passed_of(cut.down_passing),
                 "adapter_bytes": self._lower(device, number),
                 "steps": self.shares[at] * self.unit,
                 "step_seconds": pipeline.makespan / self.unit,
@@ -404,12 +400,8 @@ class _SplitPlanner:
             "its share of a round is less than an update" if any(self.devices[at].made.values()) else self._lacking(at)
         )
         return SplitMember(
-            name=spec.name,
-            device=spec.profile.device.name,
-            measured=spec.profile.device.measured,
-            budget_bytes=spec.budget_bytes,
+            **described(spec),
             flower_bytes=self.flower_bytes,
-            link=spec.link,
             rank=rank_of(spec.profile),
             start_seconds=self.start_seconds,
             weight=self.weights[at],

@@ -13,47 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from tightfit.planner.fleet.member_plans import LEAST_SECONDS, restated, without_start
+from tightfit.planner.fleet.member_plans import RoomPlans
 from tightfit.planner.fleet.member_profiles import alone_profile
+from tightfit.planner.fleet.parts import message_bytes, messages_bytes
 from tightfit.planner.fleet.pipeline_marks import Marks, marks_of
 from tightfit.planner.fleet.stages import Cut, cuts, stage_profile
-from tightfit.planner.plan import planner_of
-from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
-from tightfit.profiles.schema import Floor, Profile, Program
-from tightfit.runtime.engine.fleet.message import RECEIVING_DOWN, SENDING, Passing, offsets, paged, ring
+from tightfit.profiles.schema import Profile, Program
+from tightfit.runtime.engine.fleet.message import ring
 from tightfit.runtime.engine.training.job import RECEIVE, SEND
 
 Layers = tuple[int, int]
 """a run of layers: the first one, and the one after the last"""
-
-
-def message_bytes(passing: Sequence[Passing], bits: int) -> int:
-    """Bytes of a message; of none where nothing passes."""
-    return offsets(passing, bits)[1] if passing else 0
-
-
-def messages_bytes(
-    floor: Floor,
-    *,
-    from_below: int = 0,
-    to_below: int = 0,
-    to_above: int = 0,
-    from_above: int = 0,
-    ahead_below: int = 0,
-) -> int:
-    """Bytes that a stage holds for its messages alone, by the bytes of one over each way; 0: it has no such messages."""
-    if not from_below + to_above:
-        return 0
-    return (
-        floor.transport_bytes
-        + ring(ahead_below) * paged(from_below)
-        + SENDING * (paged(to_below) + paged(to_above))
-        + RECEIVING_DOWN * paged(from_above)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +39,20 @@ class Known:
     forward: Marks
 
 
-@dataclass(kw_only=True)
-class _Planned:
-    """What is known of one stage."""
+def _known(made: Plan, room: int) -> Known:
+    train, forward = marks_of(made)
+    return Known(plan=made, train=train, forward=forward)
 
-    planner: Planner
-    messages_seconds: float
-    """of the operators that send and receive"""
-    known: dict[int, Known] = field(default_factory=dict)
-    """by the room that was asked for"""
-    bounds: dict[int, float] = field(default_factory=dict)
-    """seconds that no plan undercuts, by room"""
-    too_small: int = 0
-    """the largest room with which nothing was found"""
+
+class _Stage(RoomPlans[Known]):
+    """The plans of one stage."""
+
+    def __init__(self, profile: Profile, gap: float) -> None:
+        super().__init__(profile, gap, _known)
+        programs = {program.name: program for program in profile.programs}
+        operators = [one for layer in profile.layers for one in programs[layer.program].operators]
+        self.messages_seconds = sum(one.seconds for one in operators if one.target in (RECEIVE, SEND))
+        """of the operators that send and receive"""
 
 
 class StagePlans:
@@ -91,7 +66,7 @@ class StagePlans:
         self.up_bytes = {at: message_bytes(cut.up_passing, bits) for at, cut in self.cuts.items()}
         """of a message, by cut"""
         self.down_bytes = {at: message_bytes(cut.down_passing, bits) for at, cut in self.cuts.items()}
-        self._stages: dict[Layers, _Planned] = {}
+        self._stages: dict[Layers, _Stage] = {}
         self._restated: dict[tuple[Layers, int, int], Plan] = {}
         self._sums = _Sums(alone_profile(profile, micro_batches))
 
@@ -106,7 +81,7 @@ class StagePlans:
             to_below=self.down_bytes.get(first, 0),
             to_above=self.up_bytes.get(last, 0),
             from_above=self.down_bytes.get(last, 0),
-            ahead_below=ahead_below,
+            buffers=ring(ahead_below),
         )
 
     def room(self, layers: Layers, budget_bytes: int, ahead_below: int) -> int:
@@ -125,15 +100,13 @@ class StagePlans:
     def best(self, layers: Layers, room: int) -> Known | None:
         """The fastest known plan that fits."""
         stage = self._stages.get(layers)
-        if stage is None:
-            return None
-        fitting = [one for one in stage.known.values() if one.plan.peak_bytes <= room]
+        fitting = stage.fitting(room) if stage else []
         return min(fitting, key=lambda one: (one.train.seconds, one.forward.seconds), default=None)
 
     def planned(self, layers: Layers, room: int) -> bool:
         """Whether a plan was made with this room, or none was found."""
         stage = self._stages.get(layers)
-        return self.bound(layers, room) == math.inf or (stage is not None and room in stage.known)
+        return self.bound(layers, room) == math.inf or (stage is not None and room in stage.found)
 
     def bound(self, layers: Layers, room: int) -> float:
         """(45) Seconds of a micro-batch that no plan undercuts, by what is proven of the stages inside; infinite where none was
@@ -149,7 +122,7 @@ class StagePlans:
             if room <= stage.too_small:
                 return math.inf
             own = 0.0 if (begin, end) == layers else stage.messages_seconds
-            least = max([least, *(bound - own for asked, bound in stage.bounds.items() if asked >= room)])
+            least = max([least, *(plan.bound_seconds - own for plan in stage.valid(room))])
         return least
 
     def forward_bound(self, layers: Layers, room: int) -> float:
@@ -166,28 +139,13 @@ class StagePlans:
 
     def plan(self, layers: Layers, room: int, time_limit: float) -> Known | None:
         """The plan of a stage with this room. Raises KeyboardInterrupt on Ctrl-C."""
-        if self.planned(layers, room):
-            return self.best(layers, room)
-        limit = max(LEAST_SECONDS, time_limit)
-        stage = self._stage(layers)
-        try:
-            fits = stage.planner.bound(room, time_limit=limit) is not None
-        except TimeoutError:
-            fits = True  # not known
-        made = stage.planner.plan(room, time_limit=limit, gap=self.gap) if fits else None
-        if stage.planner.interrupted:
-            raise KeyboardInterrupt
-        if made is None or made.train is None:
-            stage.too_small = max(stage.too_small, room)
-            return None
-        train, forward = marks_of(made)
-        stage.known[room] = Known(plan=made, train=train, forward=forward)
-        stage.bounds[room] = made.bound_seconds
+        if not self.planned(layers, room):
+            self._stage(layers).plan(room, time_limit, bounded=True)
         return self.best(layers, room)
 
     def least_room(self, layers: Layers, time_limit: float) -> int:
         """The smallest room with which a plan of the stage was found."""
-        return self._stage(layers).planner.minimum_bytes(time_limit=max(LEAST_SECONDS, time_limit))
+        return self._stage(layers).least_room(time_limit)
 
     def neighbour_bytes(self, budget_bytes: int) -> int:
         """Distance to the budgets with which memory is valued."""
@@ -197,10 +155,10 @@ class StagePlans:
         """A budget up to this one within which the fastest plan is the same, so that many members can have one plan: the largest
         that was planned for, or that a plan takes.
         """
-        room, known = self.room(layers, budget_bytes, ahead_below), self._stages[layers].known
+        room, found = self.room(layers, budget_bytes, ahead_below), self._stages[layers].found
         best = self.best(layers, room)
         assert best is not None
-        sizes = {size for asked, one in known.items() for size in (asked, one.plan.peak_bytes)}
+        sizes = {size for asked, one in found.items() for size in (asked, one.plan.peak_bytes)}
         common = budget_bytes - room + max(size for size in sizes if best.plan.peak_bytes <= size <= room)
         return max(common, self.profile.device.floor.start_peak_bytes)
 
@@ -211,16 +169,11 @@ class StagePlans:
         return self._restated[layers, budget_bytes, ahead_below]
 
     def _member_plan(self, layers: Layers, budget_bytes: int, ahead_below: int) -> Plan:
-        room, stage = self.room(layers, budget_bytes, ahead_below), self._stages[layers]
+        room = self.room(layers, budget_bytes, ahead_below)
         known = self.best(layers, room)
         assert known is not None
-        bound = max((one for asked, one in stage.bounds.items() if asked >= room), default=0.0)
-        proven = [one.plan.any_schedule_bound_seconds for asked, one in stage.known.items() if asked >= room]
-        made = known.plan.model_copy(
-            update={"bound_seconds": bound, "any_schedule_bound_seconds": max(proven, default=0.0)}
-        )
         profile = self._profile(layers, self.extra_bytes(layers, ahead_below))
-        return restated(made, profile, budget_bytes, asked=self.gap)
+        return self._stages[layers].restated(known.plan, room, profile, budget_bytes)
 
     def _profile(self, layers: Layers, extra_bytes: int) -> Profile:
         first, last = layers
@@ -233,17 +186,9 @@ class StagePlans:
             bits=self.bits,
         )
 
-    def _stage(self, layers: Layers) -> _Planned:
+    def _stage(self, layers: Layers) -> _Stage:
         if layers not in self._stages:
-            profile = self._profile(layers, 0)
-            programs = {program.name: program for program in profile.programs}
-            messages = [
-                one.seconds
-                for layer in profile.layers
-                for one in programs[layer.program].operators
-                if one.target in (RECEIVE, SEND)
-            ]
-            self._stages[layers] = _Planned(planner=planner_of(without_start(profile)), messages_seconds=sum(messages))
+            self._stages[layers] = _Stage(self._profile(layers, 0), self.gap)
         return self._stages[layers]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tightfit.planner.fleet.member_profiles import COPY_BYTES_PER_SECOND, HAND_OVER_SECONDS, alone_profile, raised
+from tightfit.planner.problem.messages import Direction, message_operator
 from tightfit.planner.problem.step_graph import StepGraph, step_graph
 from tightfit.profiles.schema import POSITIONS, Layer, Operator, Profile, Program, Tensor, Value
 from tightfit.runtime.common.errors import InputError
@@ -28,7 +29,6 @@ RECEIVE_LAYER, SEND_LAYER = "received", "sent"
 """the operators' targets"""
 LOSS = "sent/loss"
 """scalar that stands for the loss where the stage does not compute it; its value means nothing"""
-Direction = Literal["up", "down"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,7 @@ def _bound(layer: Layer, part: Program) -> dict[str, str]:
 
 def _passage(maker: _Makers, name: str, cut: Cut, bits: int) -> tuple[Program, Layer]:
     """The layer at one side of a cut: of `RECEIVE_LAYER` or `SEND_LAYER`."""
-    ahead, behind = ("receive", "send") if name == RECEIVE_LAYER else ("send", "receive")
+    ahead, behind = (RECEIVE, SEND) if name == RECEIVE_LAYER else (SEND, RECEIVE)
     values: list[Value] = []
     operators: list[Operator] = []
     bindings: dict[str, str] = {}
@@ -259,39 +259,16 @@ def _passage(maker: _Makers, name: str, cut: Cut, bits: int) -> tuple[Program, L
         ("forward", ahead, "up", cut.up),
         ("backward", behind, "down", cut.down),
     )
-    for phase, what, direction, passing in phases:
+    for phase, target, direction, passing in phases:
         for number, passed in enumerate(passing):
             value = maker.value(passed, f"{direction}{number}")
             values.append(value)
             bindings[value.name] = passed
             seconds = HAND_OVER_SECONDS + value.bytes / COPY_BYTES_PER_SECOND
-            operators.append(_message(what, phase, value, direction, number, bits, seconds))
+            operators.append(message_operator(target, value, number, bits, seconds, phase=phase, direction=direction))
     if name == SEND_LAYER:
         last = max(place for place, one in enumerate(operators) if one.phase == "forward")
         operators[last] = operators[last].model_copy(update={"outputs": ["loss"]})
     return Program(name=f"{name} {cut.at}", values=values, operators=operators), Layer(
         name=name, program=f"{name} {cut.at}", bindings=bindings
-    )
-
-
-def _message(
-    what: str,
-    phase: Literal["forward", "backward"],
-    value: Value,
-    direction: Direction,
-    number: int,
-    bits: int,
-    seconds: float,
-) -> Operator:
-    operand = {"operand": {"value": value.name, "size": value.shape, "stride": value.stride, "offset": 0}}
-    sends = what == "send"
-    return Operator(
-        target=SEND if sends else RECEIVE,
-        phase=phase,
-        args=[operand] if sends else [],
-        kwargs={"direction": direction, "number": number, "bits": bits},
-        inputs=[value.name] if sends else [],
-        outputs=[] if sends else [value.name],
-        seconds=seconds,
-        recomputable=False,
     )

@@ -13,8 +13,10 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from tightfit.planner.problem.gradients import refuse_preference, refuse_tables, resting
+from tightfit.planner.problem.messages import message_operator
 from tightfit.planner.schema import Plan
 from tightfit.profiles.models.side_shape import check_blocks, chosen_blocks
 from tightfit.profiles.schema import MOBILLM, Layer, Operator, Profile, Program, Tensor, Value
@@ -85,13 +87,12 @@ def device_forward(
         if tensor.name not in away and (tensor.kind == "batch" or tensor.name in used)
     ]
     tensors.append(Tensor(name=LOSS, kind="activation", shape=[], dtype="float32", bytes=4))
-    accumulated = {"accumulate": micro_batches} if micro_batches > 1 else {}
     text = f"{profile.fingerprint} device {list(sent)} {bits} {micro_batches}"
     result = profile.model_copy(
         update={
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
             "model": profile.model.model_copy(update={"lora": None}),
-            "optimizer": {"name": MOBILLM, "state_tensors": 0, **accumulated},
+            "optimizer": device_optimizer(micro_batches),
             "tensors": tensors,
             "programs": list(made.values()),
             "layers": layers,
@@ -109,6 +110,12 @@ def device_forward(
         }
     )
     return result.model_copy(update={"device": profile.device.model_copy(update={"floor": floor})})
+
+
+def device_optimizer(micro_batches: int) -> dict[str, Any]:
+    """The `optimizer` field of the device's profile and plan."""
+    made: dict[str, Any] = {"name": MOBILLM, "state_tensors": 0}
+    return made if micro_batches == 1 else {**made, "accumulate": micro_batches}
 
 
 def check_side(profile: Profile) -> None:
@@ -188,21 +195,12 @@ def _sender(
 ) -> tuple[Program, Layer]:
     """The layer `name`, which puts a tensor into the message as number `number`; the last one sends it off."""
     made = value.model_copy(update={"name": "output"})
-    operand = {"operand": {"value": "output", "size": made.shape, "stride": made.stride, "offset": 0}}
     values, outputs, bindings = [made], [], {"output": tensor}
     if last:
         values.append(Value(name="loss", shape=[], stride=[], dtype="float32", bytes=4, kind="activation"))
         outputs, bindings = ["loss"], {**bindings, "loss": LOSS}
-    operator = Operator(
-        target=SEND,
-        phase="forward",
-        args=[operand],
-        kwargs={"direction": "up", "number": number, "bits": bits},
-        inputs=["output"],
-        outputs=[*outputs],
-        seconds=CALL_SECONDS + made.bytes / BYTES_PER_SECOND,
-        recomputable=False,
-    )
+    seconds = CALL_SECONDS + made.bytes / BYTES_PER_SECOND
+    operator = message_operator(SEND, made, number, bits, seconds, outputs=outputs)
     program = Program(name=f"{SENT} {number}", values=values, operators=[operator])
     return program, Layer(name=name, program=program.name, bindings=bindings)
 

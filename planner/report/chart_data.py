@@ -7,8 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from tightfit.planner.fleet.pipeline_schema import PipelinePlan
-from tightfit.planner.fleet.schema import Member, Span
+from tightfit.planner.fleet.schema import Member, PipelinePlan, Span
 from tightfit.planner.report.fleet_text import DOING, AnyPlan
 from tightfit.planner.report.memory_categories import KINDS, UNKNOWN, Bucket, feasible, in_use, kinds_of
 from tightfit.planner.schema import Plan

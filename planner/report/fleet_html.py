@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tightfit.planner.fleet.pipeline_schema import PipelinePlan
+from tightfit.planner.fleet.schema import PipelinePlan
 from tightfit.planner.report.chart_data import lanes_of
 from tightfit.planner.report.fleet_text import (
     AnyPlan,

@@ -8,10 +8,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tightfit.planner.fleet.pipeline_schema import PipelineBaseline, PipelinePlan
-from tightfit.planner.fleet.schema import Baseline, FleetPlan
+from tightfit.planner.fleet.schema import (
+    AnyFleet,
+    Baseline,
+    FederatedPlan,
+    FleetPlan,
+    PipelineBaseline,
+    PipelinePlan,
+    SidePlan,
+    SplitPlan,
+)
 from tightfit.planner.report.explain import LEAST_SHARE, percent_within
 from tightfit.planner.report.render import bulleted, captioned
+from tightfit.planner.report.rounds_text import rounds_text
+from tightfit.planner.report.side_text import side_text
 from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
 
 AnyPlan = FleetPlan | PipelinePlan
@@ -44,8 +54,12 @@ def fleet_title(fleet: AnyPlan) -> str:
     return printable(f"{fleet.model} on {_listed([member.name for member in fleet.chain])}")
 
 
-def fleet_text(fleet: AnyPlan) -> RenderableType:
+def fleet_text(fleet: AnyFleet) -> RenderableType:
     """A fleet's plan for the terminal: its chain, sentences about the step, and what memory and links are worth."""
+    if isinstance(fleet, SidePlan):
+        return side_text(fleet)
+    if isinstance(fleet, FederatedPlan | SplitPlan):
+        return rounds_text(fleet)
     sentences = bulleted(fleet_sentences(fleet))
     priced = price_sheet(fleet)
     return Group(_table(chain_sheet(fleet)), sentences, *([] if priced is None else [_table(priced)]))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
-from tightfit.planner.fleet.side_schema import SidePlan
+from tightfit.planner.fleet.schema import SidePlan
 from tightfit.planner.report.explain import percent_within
-from tightfit.planner.report.render import bulleted, captioned
+from tightfit.planner.report.render import bulleted, plain_table
 from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
 
 
@@ -18,23 +17,23 @@ def side_text(fleet: SidePlan) -> RenderableType:
 
 
 def _table(fleet: SidePlan) -> Table:
-    caption = f"A step of {fleet.micro_batches} micro-batches of {fleet.batch} rows of {printable(fleet.model)}"
-    table = captioned(caption)
     unit = unit_of(min(member.budget_bytes for member in fleet.members))
-    for heading in ("member", "does", "micro-batch", f"peak of budget, {unit.name}", "of it messages", "device"):
-        table.add_column(
-            heading, justify="left" if heading in ("member", "does", "device") else "right", overflow="fold"
-        )
-    for member in fleet.members:
-        table.add_row(
-            Text(member.name),
+    rows = [
+        [
+            member.name,
             "the frozen model's forward" if member.does == "forward" else "trains the side network",
             format_seconds(member.micro_batch_seconds),
             f"{unit.amount(member.peak_bytes)} of {unit.amount(member.budget_bytes)}",
             unit.amount(member.exchange_bytes),
-            Text(printable(member.device)),
-        )
-    return table
+            printable(member.device),
+        ]
+        for member in fleet.members
+    ]
+    return plain_table(
+        f"A step of {fleet.micro_batches} micro-batches of {fleet.batch} rows of {printable(fleet.model)}",
+        ["member", "does", "micro-batch", f"peak of budget, {unit.name}", "of it messages", "device"],
+        rows,
+    )
 
 
 def side_sentences(fleet: SidePlan) -> list[str]:

@@ -9,8 +9,7 @@ from tightfit.profiles.measuring.marks import marks
 from tightfit.profiles.models.decoder_config import long_positions
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.pipeline_schema import PipelinePlan
-    from tightfit.planner.fleet.schema import FleetPlan
+    from tightfit.planner.fleet.schema import AnyFleet
     from tightfit.planner.schema import Phase, Plan
     from tightfit.profiles.schema import Profile, Tensor
 
@@ -136,7 +135,7 @@ def update_words(plan: Plan) -> str:
     return ", ".join(words if limit is None else [*words, f"gradients clipped to a norm of {limit:g}"])
 
 
-def fleet_summary(fleet: FleetPlan | PipelinePlan) -> dict[str, Any]:
+def fleet_summary(fleet: AnyFleet) -> dict[str, Any]:
     """A fleet's plan without its timeline, which has an entry for each piece that is sent."""
     return fleet.model_dump(mode="json", exclude={"timeline"})
 

@@ -23,9 +23,8 @@ import httpx
 
 from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.fleet.options import FleetOptions
-from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.plan import MemberSpec
-from tightfit.planner.fleet.schema import FleetPlan
+from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.planner.io import parse_plan
 from tightfit.planner.report.compare import Comparison
 from tightfit.planner.report.explanation import Explanation, account

@@ -9,50 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.planner.fleet.options import RoundsPlanOptions
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.options import (
     Cgroup,
     Debug,
-    FleetDescription,
-    FleetFolder,
     Json,
-    answering,
     read,
     with_options,
 )
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.interrupts import Interrupts
-from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.session.options import Again, DataOptions, RateOptions
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.federated_schema import FederatedPlan
-    from tightfit.planner.fleet.split_schema import SplitPlan
-    from tightfit.planner.schema import Plan
+    from tightfit.planner.fleet.schema import AnyRounds, SplitPlan
     from tightfit.runtime.federated.device import Device
-    from tightfit.runtime.federated.split_rounds import SplitOptions
 
-DESCRIPTION = """FLEET.toml describes the devices, paths relative to it:
-
-\b
-steps = 64          # local steps of a round, of all devices together
-[[member]]
-name = "laptop"
-profile = "laptop.json"
-memory = "320MiB"   # for all that runs there, Flower's part included
-link = "100Mbit/s"  # both ways, or: up = "40Mbit/s", down = "250Mbit/s"
-latency = "2ms"     # one way, 0 if left out
-
-\b
-[server]            # only if it computes the upper layers, so that devices hold the lower ones alone
-profile = "server.json"
-memory = "4GiB"
-"""
 MEMBER = "{member}"
 """stands for the device's name in the path of its data"""
 
@@ -66,74 +41,15 @@ Root = Annotated[
     typer.Option("--root-certificates", metavar="FILE", help="Certificates of the authority that signed the server's."),
     PRIMARY,
 ]
-Folder = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet federate plan` put the fleet's plan.")
-]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet plan` put the fleet's plan.")]
 
 
-@federate.command(cls=Command, epilog=DESCRIPTION)
-@with_options(RoundsPlanOptions, after="supernode")
-def plan(
-    description: FleetDescription,
-    output: FleetFolder,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Local steps of a round, instead of those that the description names."),
-        PRIMARY,
-    ] = None,
-    supernode: Annotated[
-        bool, typer.Option("--supernode", help="Devices run Flower's own SuperNode, which takes more of their memory.")
-    ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-    **options: Any,
-) -> None:
-    """Plan each device's run, and how many local steps it takes in a round, so that nobody waits for anybody; with a
-    [server], which lower layers each device holds, and in which order the server serves them.
-    """
-    asked = read(RoundsPlanOptions, options)
-    enough_for_a_solver()
-    from tightfit.planner.fleet.description import read_rounds
-    from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, SUPERNODE_BYTES, plan_federated
-    from tightfit.planner.fleet.io import FILE, save_fleet, save_split
-    from tightfit.planner.fleet.split_federated import SERVER_START_SECONDS, plan_split
-    from tightfit.planner.report.federated_text import federated_text
-    from tightfit.planner.report.split_text import split_text
-    from tightfit.runtime.cli.terminal import Solving, messages
-    from tightfit.runtime.common.files import check_place
-
-    check_place(output / FILE)
-    console = messages()
-    described = read_rounds(description, steps)
-    common: dict[str, Any] = {
-        "flower_bytes": SUPERNODE_BYTES if supernode else NODE_BYTES,
-        "start_seconds": START_SECONDS if asked.start is None else asked.start,
-        "time_limit": asked.time_limit,
-    }
-    server_plans: dict[str, Plan] = {}
-    planned: FederatedPlan | SplitPlan
-    with Interrupts(), Solving(console, asked.time_limit) as solving:
-        common["progress"] = solving
-        if described.server is None:
-            planned, plans = plan_federated(described.members, described.steps, prices=asked.prices, **common)
-            text = federated_text(planned)
-        else:
-            planned, plans, server_plans = plan_split(
-                described.server,
-                described.members,
-                described.steps,
-                weights=described.weights,
-                server_start_seconds=SERVER_START_SECONDS if asked.server_start is None else asked.server_start,
-                **common,
-            )
-            text = split_text(planned)
-    summary: dict[str, Any] = planned.model_dump(mode="json")
-    with answering(summary, text, as_json):
-        if server_plans:
-            summary["fleet"] = str(save_split(planned, plans, server_plans, output))  # type: ignore[arg-type]
-        else:
-            summary["fleet"] = str(save_fleet(planned, plans, output))
-    console.print(f"plan written to {summary['fleet']}")
+@federate.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def plan(debug: Debug = False) -> None:
+    """What `tightfit fleet plan` does now."""
+    raise InputError(
+        "`tightfit fleet federate plan` is `tightfit fleet plan` now: it plans rounds where the description names `steps`"
+    )
 
 
 @federate.command(cls=Command)
@@ -206,8 +122,8 @@ def run(
         raise InputError(
             "devices join over TLS: give --ssl-certfile, --ssl-keyfile and --ssl-ca-certfile, or --insecure"
         )
-    from tightfit.planner.fleet.federated_schema import FederatedPlan
     from tightfit.planner.fleet.io import load_rounds
+    from tightfit.planner.fleet.schema import FederatedPlan
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.federated import flower
     from tightfit.runtime.federated.server import Serving, Tls, serve
@@ -234,8 +150,8 @@ def run(
         if meet is not None:
             raise InputError(f"--meet {meet}: the devices of this plan hold all layers and meet nobody; leave it out")
     else:
-        split = _split_options(asked, fleet, meet, host, local=data is not None, cgroup=cgroup)
-        asked, place = split, split.meet
+        place, meeting = _meeting(fleet, meet, host, local=data is not None)
+        asked = asked.but(meet=place, port=meeting, cgroup=cgroup)
     devices: list[Device] = []
     truncate = read(DataOptions, options).truncate
     if data is not None:
@@ -273,12 +189,9 @@ def _there(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _split_options(
-    options: RoundOptions, fleet: SplitPlan, meet: str | None, host: str, *, local: bool, cgroup: bool
-) -> SplitOptions:
-    """The options of split rounds. Raises InputError where devices could not reach the server's runs."""
-    from tightfit.runtime.federated.split_rounds import SplitOptions
-    from tightfit.runtime.session.fleet import PORT
+def _meeting(fleet: SplitPlan, meet: str | None, host: str, *, local: bool) -> tuple[str, int]:
+    """Address and first port of the server's runs in split rounds. Raises InputError where devices could not reach them."""
+    from tightfit.runtime.session.fleet import PORT, address_of
 
     if not fleet.server.measured:
         raise InputError(
@@ -287,23 +200,12 @@ def _split_options(
         )
     if meet is None and host in ("0.0.0.0", "::"):  # noqa: S104  compared, not bound
         raise InputError(f"--host {host} is no address that devices reach; give the server's own with --meet HOST")
-    address, port = _address(meet or host, 0 if local else PORT)
-    return SplitOptions(**dict(options), meet=address, port=port, cgroup=cgroup)
-
-
-def _address(text: str, port: int) -> tuple[str, int]:
-    """The host and port of HOST[:PORT]; `port` where it names none."""
-    host, colon, number = text.rpartition(":")
-    if not colon:
-        return text, port
-    if not host or not number.isdecimal() or not 0 < int(number) < 1 << 16:
-        raise InputError(f"{text}: give HOST or HOST:PORT, such as 192.168.0.10:29400")
-    return host, int(number)
+    return address_of("--meet" if meet else "--host", meet or host, 0 if local else PORT)
 
 
 def _device(
     folder: Path,
-    fleet: FederatedPlan | SplitPlan,
+    fleet: AnyRounds,
     name: str,
     data: str,
     work: Path,
@@ -423,11 +325,11 @@ def stage(
     **options: Any,
 ) -> None:
     """Run one side of a device's service in a split round, as its node and the server do."""
-    from tightfit.planner.fleet.federated_schema import FederatedPlan
     from tightfit.planner.fleet.io import key_path, load_member_plan, load_rounds, load_server_plan
+    from tightfit.planner.fleet.schema import FederatedPlan
     from tightfit.runtime.cli.run import carry_out
     from tightfit.runtime.federated.split_stage import stage_membership
-    from tightfit.runtime.session.fleet import PORT
+    from tightfit.runtime.session.fleet import address_of
     from tightfit.runtime.session.options import RunOptions
 
     fleet = load_rounds(folder)
@@ -436,7 +338,7 @@ def stage(
     plan = load_member_plan(folder, fleet, member)
     plan = load_server_plan(folder, fleet, member) if server else plan
     found = next(one for one in fleet.taking if one.name == member)
-    host, port = _address(at, PORT)
+    host, port = address_of("--at", at)
     seat = stage_membership(fleet, found, plan, host, port, key_path(folder), timeout, server=server)
     training = RunOptions(
         **dict(read(RateOptions, options)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -25,9 +24,7 @@ from tightfit.runtime.supervision.failure import last_words
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.pipeline_schema import PipelinePlan, Stage
-    from tightfit.planner.fleet.schema import FleetPlan, Member
-    from tightfit.planner.fleet.side_schema import SideMember, SidePlan
+    from tightfit.planner.fleet.schema import AnyStepFleet, Member, SideMember, Stage
 
 FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
 """parameters that a member does not get from the command that starts all of them"""
@@ -111,11 +108,12 @@ def run(
         _all_members(fleet, output, ["fleet", "run", *words_of(context.command.params, given)], as_json=as_json)
         return
     from tightfit.runtime.cli.run import carry_out
-    from tightfit.runtime.session.fleet import check_listens, membership, of_member
+    from tightfit.runtime.session.fleet import address_of, check_listens, membership, of_member
 
     assert at is not None
-    check_listens(fleet, member, *_address(at))
-    seat = membership(fleet, member, *_address(at), key_path(plan), timeout)
+    place = address_of("--at", at)
+    check_listens(fleet, member, *place)
+    seat = membership(fleet, member, *place, key_path(plan), timeout)
     carry_out(
         load_member_plan(plan, fleet, member),
         data or "",
@@ -126,7 +124,7 @@ def run(
     )
 
 
-def member_commands(fleet: FleetPlan | PipelinePlan | SidePlan, folder: Path) -> str:
+def member_commands(fleet: AnyStepFleet, folder: Path) -> str:
     """The commands that run the members on devices of their own, and whose address they need; "" for one member alone."""
     from tightfit.runtime.session.fleet import PORT, listener
 
@@ -145,7 +143,7 @@ def member_commands(fleet: FleetPlan | PipelinePlan | SidePlan, folder: Path) ->
     return "\n".join(lines)
 
 
-def _check_length(fleet: FleetPlan | PipelinePlan | SidePlan, options: RunOptions) -> None:
+def _check_length(fleet: AnyStepFleet, options: RunOptions) -> None:
     """Raise InputError where the fleet cannot train as long as it is asked to."""
     if options.steps is not None and options.steps % fleet.micro_batches:
         raise InputError(
@@ -158,27 +156,17 @@ def _check_length(fleet: FleetPlan | PipelinePlan | SidePlan, options: RunOption
         )
 
 
-def _address(text: str) -> tuple[str, int]:
-    from tightfit.runtime.session.fleet import PORT
-
-    host, colon, port = text.rpartition(":")
-    if not colon:
-        return text, PORT
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise InputError(f"--at {text}: give HOST:PORT, such as 192.168.0.10:{PORT}")
-    return host, int(port)
-
-
 # --- all members on this machine --------------------------------------------------------------------------------------
 
 
-def _all_members(fleet: FleetPlan | PipelinePlan | SidePlan, output: Path, words: list[str], *, as_json: bool) -> None:
+def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json: bool) -> None:
     """Start every member as a process of its own, show how they come along, and print what they report."""
     from tightfit.runtime.cli.terminal import messages
+    from tightfit.runtime.session.fleet import free_port
 
     chain = fleet.chain
     output.mkdir(parents=True, exist_ok=True)
-    at = f"127.0.0.1:{_free_port()}"
+    at = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     console = messages()
     with ExitStack() as stack:
@@ -210,13 +198,7 @@ def _all_members(fleet: FleetPlan | PipelinePlan | SidePlan, output: Path, words
     answer(summary, _report_table(fleet, reports), as_json=as_json)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _tell_updates(console: Any, path: Path, told: int, fleet: FleetPlan | PipelinePlan | SidePlan) -> int:
+def _tell_updates(console: Any, path: Path, told: int, fleet: AnyStepFleet) -> int:
     """Say a line about each update that has been made since `told`; returns how many there are now."""
     lines = _updates(path)
     for line in lines[told:]:
@@ -235,7 +217,7 @@ def _updates(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _report_table(fleet: FleetPlan | PipelinePlan | SidePlan, reports: Mapping[str, dict[str, Any]]) -> Any:
+def _report_table(fleet: AnyStepFleet, reports: Mapping[str, dict[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
 

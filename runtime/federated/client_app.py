@@ -8,16 +8,16 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from tightfit.runtime.federated.device import Device, take_part
 from tightfit.runtime.federated.flower_records import packed, unpacked
-from tightfit.runtime.federated.messages import ANSWER, ORDER
-from tightfit.runtime.federated.split_device import device_of, order_of, part_of
+from tightfit.runtime.federated.messages import ANSWER, ORDER, Order
 
 
 def train(message: Message, context: Context) -> Message:
     """Take part in a round. The SuperNode's configuration names the device's settings: `device="/path/device.json"`."""
-    device = device_of(str(context.node_config["device"]))
+    device = Device.read(str(context.node_config["device"]))
     words, adapter = unpacked(ORDER, message.content)
-    answer, trained = part_of(device, order_of(device, words), lambda: adapter)
+    answer, trained = take_part(device, Order.of(words), lambda: adapter)
     return Message(packed(ANSWER, answer.words(), trained), reply_to=message)
 
 

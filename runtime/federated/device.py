@@ -7,6 +7,7 @@ the standard library; whatever talks to Flower (`node`, or the app in `client_ap
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -16,26 +17,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.federated.adapter_file import AdapterFile
-from tightfit.runtime.federated.messages import OVER, Answer, Order
+from tightfit.runtime.federated.messages import HELLO, OVER, Answer, Order
 from tightfit.runtime.supervision.failure import last_words
 
+MODULE = "tightfit.runtime.cli.main"
 SETTINGS = "device.json"
 WEIGHTS = "adapter_model.safetensors"
 ENDING_SECONDS = 20.0
 """that a run which is asked to end has for it; then it is killed"""
 SENDING_SHARE = 0.1
 """of a round's seconds: left for sending the answer"""
-
-
-D = TypeVar("D", bound="Device")
-O = TypeVar("O", bound=Order)  # noqa: E741  an order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,12 @@ class Device:
     """folder for its runs; what a round leaves there is replaced by the next"""
     truncate: bool = False
     cgroup: bool = True
+    fleet: str = ""
+    """where a server computes the upper layers: folder of the fleet's plan"""
+    labels: str = ""
+    """then also: file of the labels of its data"""
+    server: str = ""
+    """and host at which the server's runs listen"""
 
     def write(self) -> str:
         """Write the settings into the device's folder; returns their path."""
@@ -77,17 +81,10 @@ def take_part(device: Device, order: Order, adapter: Callable[[], bytes]) -> tup
 
     `adapter` fetches the file of the fleet's adapter. Nothing of it is held in memory while the run trains.
     """
-    return carried_out(device, order, adapter, _command)
-
-
-def carried_out(
-    device: D, order: O, adapter: Callable[[], bytes], command: Callable[[D, O, int, str, str], list[str]]
-) -> tuple[Answer, bytes]:
-    """As `take_part`, with the command line that `command` makes of device, order, steps, the folder of the adapter to
-    start from and the folder for the run.
-    """
     if order.round == OVER:
         return Answer(round=OVER, member=device.member), b""
+    if order.round == HELLO:
+        return _hello(device, order)
     began = time.monotonic()
     steps = order.steps_of(device.member)
     try:
@@ -96,7 +93,7 @@ def carried_out(
         out = os.path.join(device.work, "run")
         given = os.path.join(device.work, "given")
         _write_given(given, adapter, device.rank)
-        _run(command(device, order, steps, given, out), device, order.seconds * (1 - SENDING_SHARE))
+        _run(_command(device, order, given, out), device, order.seconds * (1 - SENDING_SHARE))
         waiting_bytes = memory().resident  # what lived beside the training process
         report = report_of(out)
         with open(os.path.join(out, "adapter", WEIGHTS), "rb") as file:
@@ -133,12 +130,42 @@ def give_back() -> None:
         library.malloc_trim(0)
 
 
-def _command(device: Device, order: Order, steps: int, given: str, out: str) -> list[str]:
-    arguments = ["run", device.plan, "--data", device.data, "--steps", str(steps), "-o", out, "--overwrite"]
-    arguments += ["--adapter", given, "--lr", repr(order.lr), "--weight-decay", repr(order.weight_decay)]
-    arguments += ["--seed", str(order.seed), "--checkpoint-every", "0", "--json"]
-    arguments += ["--truncate"] * device.truncate + ["--no-cgroup"] * (not device.cgroup)
-    return interpreter.command("tightfit.runtime.cli.main", *arguments)
+def _hello(device: Device, order: Order) -> tuple[Answer, bytes]:
+    """Who this device is, and the labels of its data, unless the server has them."""
+    try:
+        with open(device.labels, "rb") as file:
+            labels = file.read()
+    except OSError as error:
+        told = f"{device.labels}: {error.strerror}; join again with --data"
+        return Answer(round=HELLO, member=device.member, error=told), b""
+    known = order.knows(device.member, hashlib.sha256(labels).hexdigest())
+    give_back()
+    return Answer(round=HELLO, member=device.member), b"" if known else labels
+
+
+def _command(device: Device, order: Order, given: str, out: str) -> list[str]:
+    """The command of a run from the adapter in the folder `given`; where a server computes the upper layers, of the first stage."""
+    own = ["--truncate"] * device.truncate + ["--no-cgroup"] * (not device.cgroup)
+    if not device.labels:
+        arguments = ["run", device.plan, "--overwrite", "--checkpoint-every", "0"]
+        arguments += _training(order, device.member, device.data, given, out)
+        return interpreter.command(MODULE, *arguments, *own)
+    if not order.port:
+        raise InputError(f"round {order.round}: the order names no port of the server")
+    arguments = stage_arguments(device.fleet, device.member, order, device.server, device.data, given, out)
+    return interpreter.command(MODULE, *arguments, *own)
+
+
+def stage_arguments(fleet: str, member: str, order: Order, host: str, data: str, given: str, out: str) -> list[str]:
+    """The arguments of the command that runs a stage of the device `member`, on whichever side."""
+    arguments = ["fleet", "federate", "stage", fleet, "--member", member, "--at", f"{host}:{order.port}"]
+    return [*arguments, "--timeout", repr(order.seconds), *_training(order, member, data, given, out)]
+
+
+def _training(order: Order, member: str, data: str, given: str, out: str) -> list[str]:
+    arguments = ["--data", data, "--steps", str(order.steps_of(member)), "-o", out, "--adapter", given]
+    arguments += ["--lr", repr(order.lr), "--weight-decay", repr(order.weight_decay), "--seed", str(order.seed)]
+    return [*arguments, "--json"]
 
 
 def _run(command: list[str], device: Device, seconds: float) -> None:

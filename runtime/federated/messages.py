@@ -37,33 +37,30 @@ class _Words:
 
 @dataclass(frozen=True, kw_only=True)
 class Order(_Words):
-    """What a device is asked to do in a round."""
+    """What a device is asked to do in a round; in round 0, to say who it is and which labels its data have."""
 
     round: int
     """counted from 1"""
-    steps: str
+    steps: str = "{}"
     """local steps by member, as JSON; a member that is not named takes no part"""
-    lr: float
-    weight_decay: float
-    seed: int
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    seed: int = 0
     """of the order of the data in this round"""
     seconds: float
     """that the device has until its answer has to be there"""
 
+    port: int = 0
+    """of the server, where it computes the upper layers: its run of these listens there for this device"""
+    labels: str = "{}"
+    """in round 0: sha256 of the labels that the server has, by member, as JSON"""
+
+    @classmethod
+    def of(cls, words: Mapping[str, object]) -> Self:
+        return super().of({"port": cls.port, "labels": cls.labels, **words})  # which older servers do not say
+
     def steps_of(self, member: str) -> int:
         return int(json.loads(self.steps).get(member, 0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitOrder(Order):
-    """What a device is asked to do in a round of which a server computes the upper layers; in round 0, to say who it is
-    and which labels its data have.
-    """
-
-    port: int
-    """of the server, where the run of the upper layers listens for this device"""
-    labels: str
-    """in round 0: sha256 of the labels that the server has, by member, as JSON"""
 
     def knows(self, member: str, digest: str) -> bool:
         return bool(json.loads(self.labels).get(member) == digest)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from types import FrameType
 
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
-from tightfit.runtime.federated.device import Device
+from tightfit.runtime.federated.device import Device, take_part
 from tightfit.runtime.federated.fleet_api import (
     HEARTBEAT_SECONDS,
     Endpoint,
@@ -29,8 +29,7 @@ from tightfit.runtime.federated.fleet_api import (
     UnreachableError,
     private_key,
 )
-from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer
-from tightfit.runtime.federated.split_device import device_of, order_of, part_of
+from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer, Order
 
 POLL_SECONDS = 2.0
 AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 30.0
@@ -112,7 +111,7 @@ class Node:
 
     def _carry_out(self, incoming: Incoming) -> None:
         try:
-            order = order_of(self.device, incoming.words(ORDER))
+            order = Order.of(incoming.words(ORDER))
         except (KeyError, ValueError, TypeError) as error:
             incoming.confirm()
             refused = Answer(round=0, member=self.device.member, error=f"no order that is known here ({error!r})")
@@ -126,7 +125,7 @@ class Node:
             raise SystemExit(0)
         _say(f"{self.device.member}: round {order.round}, {order.steps_of(self.device.member)} steps")
         until = time.monotonic() + order.seconds
-        answer, trained = part_of(self.device, order, incoming.adapter)
+        answer, trained = take_part(self.device, order, incoming.adapter)
         _say(f"{self.device.member}: {answer.error or f'loss {answer.loss:.4f}, {answer.seconds:.1f} s'}")
         while True:
             try:
@@ -165,7 +164,7 @@ def main(arguments: list[str]) -> int:
     try:
         endpoint = Endpoint.of(options.superlink, tls=not options.insecure, root_certificates=options.root_certificates)
         key = private_key(options.private_key) if options.private_key else None
-        Node(device_of(options.device), FleetApi(endpoint, key)).serve()
+        Node(Device.read(options.device), FleetApi(endpoint, key)).serve()
     except TightfitError as error:
         sys.stderr.write(f"tightfit: {error}\n")
         return error.exit_code

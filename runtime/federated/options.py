@@ -35,6 +35,12 @@ class RoundOptions(RateOptions):
     schedule: Schedule = option("constant", "Course of the learning rate over the rounds: constant, linear or cosine.")
     adapter: str = ""
     """folder of the adapter that the first round starts from; empty: a new one"""
+    meet: str = "127.0.0.1"
+    """split rounds: address of the server at which its runs listen, as devices reach it"""
+    port: int = 29400
+    """the first of the ports where they do, one for each device; 0: any that are free"""
+    cgroup: bool = True
+    """of these runs"""
 
     @model_validator(mode="after")
     def _seeds(self) -> Self:

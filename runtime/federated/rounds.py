@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from tightfit.planner.fleet.federated_schema import FederatedMember, FederatedPlan
-from tightfit.planner.fleet.split_schema import SplitMember, SplitPlan
+from tightfit.planner.fleet.schema import AnyRounds, FederatedMember
 from tightfit.planner.schema import Plan
 from tightfit.profiles.models.lora import check_planned
 from tightfit.runtime.common.errors import InputError
@@ -79,7 +78,7 @@ class Rounds:
 
     def __init__(
         self,
-        fleet: FederatedPlan | SplitPlan,
+        fleet: AnyRounds,
         plans: Mapping[str, Plan],
         options: RoundOptions,
         network: Network,
@@ -92,7 +91,7 @@ class Rounds:
         self.fleet, self.options, self.network = fleet, options, network
         self.say, self.clock, self.sleep = say, clock, sleep
         self.folder = RoundsFolder(options.out)
-        self.members: dict[str, FederatedMember | SplitMember] = {member.name: member for member in fleet.taking}
+        self.members: dict[str, FederatedMember] = {member.name: member for member in fleet.taking}
         self.largest = max(self.members.values(), key=lambda member: member.rank)
         plan = plans[self.largest.name]
         self.shapes = aggregate.shapes_of(plan)

@@ -28,6 +28,7 @@ from tightfit.runtime.federated import flower
 from tightfit.runtime.federated.device import Device
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, SERVER, RoundsFolder
+from tightfit.runtime.session.fleet import free_port
 from tightfit.runtime.session.output import locked
 
 POLL_SECONDS = 0.5
@@ -159,12 +160,6 @@ def node_command(
     trust = ["--insecure"] * insecure + ([] if authority is None else ["--root-certificates", authority])
     trust += [] if private_key is None else ["--private-key", private_key]
     return interpreter.command("tightfit.runtime.federated.node", settings, "--superlink", superlink, *trust)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(host: str, port: int) -> bool:

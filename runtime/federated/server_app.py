@@ -17,17 +17,16 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from tightfit.planner.fleet.federated_schema import FederatedPlan
 from tightfit.planner.fleet.io import load_member_plan, load_rounds, load_server_plan
-from tightfit.planner.fleet.split_schema import SplitPlan
+from tightfit.planner.fleet.schema import AnyRounds, FederatedPlan
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.federated.flower_records import packed, unpacked
-from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer, Order, SplitOrder
+from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer, Order
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds import Network, Reply, Rounds
 from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, RoundsFolder
-from tightfit.runtime.federated.split_rounds import SplitOptions, SplitRounds
+from tightfit.runtime.federated.split_rounds import SplitRounds
 
 OVER_SECONDS, LOOK_SECONDS = 10.0, 0.5
 """for devices to hear that the rounds are over, at most, and between two looks at their answers"""
@@ -67,7 +66,7 @@ class GridNetwork:
 
 def main(grid: Grid, context: Context) -> None:
     settings = json.loads(Path(str(context.run_config["settings"])).read_text())
-    options = (SplitOptions if "meet" in settings else RoundOptions).of(settings)
+    options = RoundOptions.of(settings)
     folder = RoundsFolder(options.out)
     write_whole(folder.out / PID, f"{os.getpid()}\n")
     try:
@@ -94,9 +93,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def tell_over(network: Network, wait: Callable[[float], None] = time.sleep) -> None:
     """Tell the devices that are there that the rounds are over, and wait a little until they have heard of it."""
-    order = SplitOrder(
-        round=OVER, steps="{}", lr=0.0, weight_decay=0.0, seed=0, seconds=OVER_SECONDS, port=0, labels="{}"
-    )
+    order = Order(round=OVER, seconds=OVER_SECONDS)
     told = {network.send(node, order, b"") for node in sorted(network.nodes())}
     until = time.monotonic() + OVER_SECONDS
     while told and time.monotonic() < until:
@@ -104,12 +101,11 @@ def tell_over(network: Network, wait: Callable[[float], None] = time.sleep) -> N
         wait(LOOK_SECONDS)
 
 
-def _rounds(fleet: FederatedPlan | SplitPlan, options: RoundOptions, network: GridNetwork) -> Rounds:
+def _rounds(fleet: AnyRounds, options: RoundOptions, network: GridNetwork) -> Rounds:
     folder = options.fleet
     plans = {member.name: load_member_plan(folder, fleet, member.name) for member in fleet.taking}
     if isinstance(fleet, FederatedPlan):
         return Rounds(fleet, plans, options, network, say=_say)
-    assert isinstance(options, SplitOptions)
     above = {member.name: load_server_plan(folder, fleet, member.name) for member in fleet.taking}
     return SplitRounds(fleet, plans, above, options, network, say=_say)
 

@@ -18,20 +18,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.fleet.split_schema import SplitPlan
+from tightfit.planner.fleet.schema import SplitPlan
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, TightfitError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.engine.training.adapter import WEIGHTS
 from tightfit.runtime.federated import aggregate
-from tightfit.runtime.federated.device import end, report_of, start
-from tightfit.runtime.federated.messages import HELLO, Answer, SplitOrder
+from tightfit.runtime.federated.device import MODULE, end, report_of, stage_arguments, start
+from tightfit.runtime.federated.messages import HELLO, Answer, Order
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds import MOST_ASKED, Gathering, Network, Reply, Rounds
-from tightfit.runtime.federated.server import free_port
-from tightfit.runtime.federated.split_device import stage_arguments
 from tightfit.runtime.federated.split_stage import check_labels
+from tightfit.runtime.session.fleet import free_port
 from tightfit.runtime.supervision.failure import last_words
 
 LOOK_SECONDS = 0.5
@@ -40,16 +39,6 @@ HELLO_SECONDS = 120.0
 """that a device has to say who it is"""
 STAGES, LABELS = "stages", "labels"
 """folders in the output: of the server's runs, of the labels that devices have sent; by device"""
-
-
-class SplitOptions(RoundOptions):
-    """How split federated rounds go."""
-
-    meet: str = "127.0.0.1"
-    """address of the server at which its runs listen, as devices reach it"""
-    port: int = 29400
-    """the first of the ports where they do, one for each device; 0: any that are free"""
-    cgroup: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +94,13 @@ class SplitRounds(Rounds):
         fleet: SplitPlan,
         plans: Mapping[str, Plan],
         server_plans: Mapping[str, Plan],
-        options: SplitOptions,
+        options: RoundOptions,
         network: Network,
         **said: Any,
     ) -> None:
         """`plans` and `server_plans` are those of the devices that take part, by name; for `said` see `Rounds`."""
         whole = {name: _whole(plan, server_plans[name]) for name, plan in plans.items()}
         super().__init__(fleet, whole, options, network, **said)
-        self.split, self.split_options = fleet, options
         self.lower = {name: aggregate.shapes_of(plan) for name, plan in plans.items()}
         self.upper = {name: aggregate.shapes_of(plan) for name, plan in server_plans.items()}
         self.plans = plans
@@ -172,9 +160,7 @@ class SplitRounds(Rounds):
         new -= {node for node, times in self.strange.items() if times >= MOST_ASKED}
         known = json.dumps({name: self._digest(name) for name in self.members}) if new else ""
         for node in sorted(new):
-            order = SplitOrder(
-                round=HELLO, steps="{}", lr=0.0, weight_decay=0.0, seed=0, seconds=HELLO_SECONDS, port=0, labels=known
-            )
+            order = Order(round=HELLO, seconds=HELLO_SECONDS, labels=known)
             self.greeted[self.network.send(node, order, b"")] = node
         for reply in self.network.replies(list(self.greeted)):
             node = self.greeted.pop(reply.message)
@@ -210,8 +196,8 @@ class SplitRounds(Rounds):
 
     # --- orders and answers -----------------------------------------------------------------------------------------
 
-    def _order(self, one: _State, name: str) -> SplitOrder:
-        return SplitOrder(
+    def _order(self, one: _State, name: str) -> Order:
+        return Order(
             round=one.number,
             steps=json.dumps({name: self.members[name].steps}),
             lr=self.options.rate(one.number),
@@ -219,7 +205,6 @@ class SplitRounds(Rounds):
             seed=self.options.seed + one.number,
             seconds=max(1.0, one.until - self.clock()),
             port=self.ports[name],
-            labels="{}",
         )
 
     def _ask_all(self, one: _State) -> None:
@@ -229,7 +214,7 @@ class SplitRounds(Rounds):
             if turn.message or turn.answer or turn.upper or turn.asked >= MOST_ASKED or self.clock() >= one.until:
                 continue
             lower = aggregate.closed({key: one.adapter[key] for key in self.lower[name]})
-            if not self.split_options.port:
+            if not self.options.port:
                 self.ports[name] = free_port()
             turn.message, turn.node = self.network.send(node, self._order(one, name), lower), node
             turn.asked += 1
@@ -344,12 +329,12 @@ class SplitRounds(Rounds):
             self.options.fleet,
             name,
             self._order(one, name),
-            self.split_options.meet,
+            self.options.meet,
             str(self._labels(name)),
             str(folder / "given"),
             str(folder / "run"),
         )
-        command = interpreter.command(*arguments, "--server", *["--no-cgroup"] * (not self.split_options.cgroup))
+        command = interpreter.command(MODULE, *arguments, "--server", *["--no-cgroup"] * (not self.options.cgroup))
         self.say(f"round {one.number}: serving {name}")
         return _Service(name, start(command, str(folder / "log")), self.clock())
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import shutil
 import struct
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tightfit.planner.fleet.pipeline_schema import PipelinePlan, Stage
-from tightfit.planner.fleet.split_schema import SERVER, SplitMember, SplitPlan
+from tightfit.planner.fleet.parts import bits_of, replicas
+from tightfit.planner.fleet.schema import SERVER, SplitMember, SplitPlan
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare
-from tightfit.runtime.engine.fleet.seat import StagePart
+from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, PREFIX_WORDS, RecordFile
 from tightfit.runtime.federated.device import Device
-from tightfit.runtime.federated.split_device import SplitDevice
-from tightfit.runtime.session.fleet import Membership, membership
+from tightfit.runtime.session.fleet import Membership, stage_part
 
 SERVERS_PLACE = 1
 """in the chain of two"""
@@ -41,62 +40,34 @@ def stage_membership(
     """The membership of the run of `plan`: of a device's layers, or with `server` of the layers above. The server listens
     at `address` and `port`, and each saves its own part of the adapter.
     """
-    name = SERVER if server else member.name
-    made = membership(pipeline_of(fleet, member, plan), name, address, port, key, timeout)
-    assert made.seat is not None
-    assert isinstance(made.seat.part, StagePart)
-    part = replace(made.seat.part, gathers=False)
-    return replace(made, seat=replace(made.seat, part=part, listens=SERVERS_PLACE))
-
-
-def pipeline_of(fleet: SplitPlan, member: SplitMember, plan: Plan) -> PipelinePlan:
-    """A device with the server, as the pipeline that they are while it is served; with the seconds of the one that runs
-    `plan`.
-    """
+    names, rank = [member.name, SERVER], SERVERS_PLACE if server else 0
+    chain = next(one for one in replicas(fleet) if one[0].member == member.name)
     update = fleet.accumulate * (member.step_seconds or 0.0)
-    common: dict[str, Any] = {
-        "layer_names": member.layer_names,
-        "micro_batch_seconds": plan.step_seconds,
-        "forward_seconds": plan.evaluate.seconds if plan.evaluate else None,
+    again = plan.evaluate.seconds if plan.evaluate and chain[rank].ahead else 0.0
+    figures: dict[str, Any] = {
+        "member": names[rank],
+        "members": names,
+        "micro_batches": fleet.accumulate,
+        "seconds": update,
+        "layers": member.layer_names,
+        "exchange_seconds": max(0.0, update - fleet.accumulate * (plan.step_seconds + again)),
+        "update_seconds": 0.0,
+        "share": [0, fleet.accumulate],
     }
-    lower = Stage(
-        name=member.name,
-        device=member.device,
-        measured=member.measured,
-        budget_bytes=member.budget_bytes - member.flower_bytes,
-        link=member.link,
-        plan=member.plan,
-        plan_fingerprint=member.plan_fingerprint,
-        last_layer=member.layers,
-        ahead=member.ahead,
-        up=member.up,
-        **common,
-    )
-    upper = Stage(
-        name=SERVER,
-        device=fleet.server.device,
-        measured=fleet.server.measured,
-        budget_bytes=fleet.server.budget_bytes,
-        link=fleet.server.link,
-        plan=member.server_plan,
-        plan_fingerprint=member.server_plan_fingerprint,
-        first_layer=member.layers,
-        down=member.down,
-        **common,
-    )
-    return PipelinePlan(
-        fingerprint=f"{fleet.fingerprint} {member.name}",
-        model=fleet.model,
+    seat = Seat(
+        members=names,
+        rank=rank,
+        address=address,
+        port=port,
+        timeout=timeout,
         micro_batches=fleet.accumulate,
-        batch=fleet.batch,
-        members=[lower, upper],
-        makespan_seconds=update,
-        bound_seconds=0.0,
-        gap=1.0,
-        solve_seconds=0.0,
-        bit_identical=fleet.bit_identical,
-        differences=fleet.differences,
+        part=stage_part(chain, rank, bits_of(fleet), gathers=False),
+        exact=fleet.bit_identical,
+        plan=f"{fleet.fingerprint} {member.name}",
+        key=str(key.absolute()),
+        listens=SERVERS_PLACE,
     )
+    return Membership(name=names[rank], seat=seat, figures=figures)
 
 
 def labels_alone(records: Path, target: Path) -> None:
@@ -119,7 +90,7 @@ def labels_alone(records: Path, target: Path) -> None:
         raise RunError(f"{target}: {error.strerror}; free some space and start again") from error
 
 
-def prepared_device(device: Device, plan: Plan, fleet: str, server: str) -> SplitDevice:
+def prepared_device(device: Device, plan: Plan, fleet: str, server: str) -> Device:
     """A device with its data prepared once, before its first round, for all of them: in its folder, beside the labels that
     the server gets. `fleet` is the folder of the fleet's plan, `server` the host that the server's runs listen at.
     """
@@ -139,8 +110,7 @@ def prepared_device(device: Device, plan: Plan, fleet: str, server: str) -> Spli
     records.close()
     labels = folder / f"labels{PREPARED}"
     labels_alone(records.path, labels)
-    words = {**asdict(device), "data": str(records.path)}
-    return SplitDevice(**words, fleet=fleet, labels=str(labels), server=server)
+    return replace(device, data=str(records.path), fleet=fleet, labels=str(labels), server=server)
 
 
 def check_labels(content: bytes, plan: Plan, place: str) -> None:

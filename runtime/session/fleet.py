@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.fleet.pipeline_schema import Passed, PipelinePlan
-from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES, FleetPlan
-from tightfit.planner.fleet.side import RINGS
-from tightfit.planner.fleet.side_schema import SidePlan
+from tightfit.planner.fleet.parts import Chain, passing_of, replicas
+from tightfit.planner.fleet.schema import (
+    BUFFERS,
+    PIECE_BYTES,
+    AnyStepFleet,
+    FleetPlan,
+    Member,
+    PipelinePlan,
+    SideMember,
+    SidePlan,
+    Stage,
+)
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.fleet.meeting import listening
-from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.fleet.seat import ExchangePart, Seat, StagePart
 from tightfit.runtime.engine.fleet.stage import Boundary
 from tightfit.runtime.session.options import RunOptions
@@ -36,7 +44,7 @@ class Membership:
     figures: dict[str, Any] | None
 
 
-def of_member(options: RunOptions, fleet: FleetPlan | PipelinePlan | SidePlan, member: Membership) -> RunOptions:
+def of_member(options: RunOptions, fleet: AnyStepFleet, member: Membership) -> RunOptions:
     """The options of a fleet's run for one member: it has a folder of its own in theirs, and evaluates where the first one alone has
     the whole model and it is the first, or where all have parts of it.
     """
@@ -46,7 +54,7 @@ def of_member(options: RunOptions, fleet: FleetPlan | PipelinePlan | SidePlan, m
 
 
 def membership(
-    fleet: FleetPlan | PipelinePlan | SidePlan,
+    fleet: AnyStepFleet,
     name: str,
     address: str,
     port: int,
@@ -65,25 +73,18 @@ def membership(
         why = "takes no part in this plan" if idle else "is not in this plan"
         raise InputError(f"member {name!r} {why}; those that compute are {', '.join(names)}")
     rank = names.index(name)
+    waiting = max(0.0, fleet.makespan_seconds - fleet.micro_batches * _busy(chain[rank]))
     figures: dict[str, Any] = {
         "member": name,
         "members": names,
         "micro_batches": fleet.micro_batches,
         "seconds": fleet.makespan_seconds,
+        "exchange_seconds": waiting,
+        "update_seconds": 0.0,
+        "share": [0, fleet.micro_batches],
     }
     part: ExchangePart | StagePart
-    if isinstance(fleet, PipelinePlan):
-        stage = fleet.chain[rank]
-        part = _stage_part(fleet, rank)
-        waiting = max(0.0, fleet.makespan_seconds - fleet.micro_batches * _busy(fleet, rank))
-        figures |= {"layers": stage.layer_names, "exchange_seconds": waiting, "update_seconds": 0.0}
-        figures["share"] = [0, fleet.micro_batches]
-    elif isinstance(fleet, SidePlan):
-        part = _side_part(fleet, rank)
-        waiting = max(0.0, fleet.makespan_seconds - fleet.micro_batches * fleet.chain[rank].micro_batch_seconds)
-        figures |= {"exchange_seconds": waiting, "update_seconds": 0.0, "share": [0, fleet.micro_batches]}
-        figures["result"] = SIDE_RESULT
-    else:
+    if isinstance(fleet, FleetPlan):
         member = fleet.chain[rank]
         part = ExchangePart(
             first=member.first,
@@ -95,15 +96,22 @@ def membership(
         )
         figures |= {"exchange_seconds": fleet.exchange_seconds, "update_seconds": fleet.update_seconds}
         figures["share"] = [member.first, member.micro_batches]
+    else:
+        (parts,) = replicas(fleet)
+        # Of mobillm each saves what it has trained itself.
+        part = stage_part(parts, rank, fleet.bits, gathers=isinstance(fleet, PipelinePlan))
+        if isinstance(fleet, PipelinePlan):
+            figures["layers"] = fleet.chain[rank].layer_names
+        else:
+            figures["result"] = SIDE_RESULT
     if len(chain) == 1:
         return Membership(name=name, seat=None, figures=None)
-    waited = max(LEAST_TIMEOUT, STEPS_WAITED * fleet.makespan_seconds) if timeout is None else timeout
     seat = Seat(
         members=names,
         rank=rank,
         address=address,
         port=port,
-        timeout=waited,
+        timeout=max(LEAST_TIMEOUT, STEPS_WAITED * fleet.makespan_seconds) if timeout is None else timeout,
         micro_batches=fleet.micro_batches,
         part=part,
         exact=fleet.bit_identical,
@@ -114,64 +122,61 @@ def membership(
     return Membership(name=name, seat=seat, figures=figures)
 
 
-def listener(fleet: FleetPlan | PipelinePlan | SidePlan) -> int:
+def address_of(option: str, text: str, port: int = PORT) -> tuple[str, int]:
+    """The host and port of HOST[:PORT], as `option` has it; `port` where it names none. Raises InputError for anything else."""
+    host, colon, number = text.rpartition(":")
+    if not colon:
+        return text, port
+    if not host or not number.isdecimal() or not 0 < int(number) < 1 << 16:
+        raise InputError(f"{option} {text}: give HOST or HOST:PORT, such as 192.168.0.10:{PORT}")
+    return host, int(number)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def listener(fleet: AnyStepFleet) -> int:
     """The place in the chain of the member that the others meet at: devices reach a server, and seldom the other way round."""
     return 1 if isinstance(fleet, SidePlan) else 0
 
 
-def check_listens(fleet: FleetPlan | PipelinePlan | SidePlan, name: str, address: str, port: int) -> None:
+def check_listens(fleet: AnyStepFleet, name: str, address: str, port: int) -> None:
     """Raise InputError where `name` is the member that the others meet at, and cannot listen at the address given."""
     chain = fleet.chain
     if len(chain) > 1 and chain[listener(fleet)].name == name:
         listening(address, port, f"member {name!r}, this one,").close()
 
 
-def _stage_part(fleet: PipelinePlan, rank: int) -> StagePart:
-    """What the member at `rank` of a pipeline does."""
-    chain = fleet.chain
+def stage_part(parts: Chain, rank: int, bits: int, *, gathers: bool) -> StagePart:
+    """What the member at `rank` of a chain does. `gathers`: the first one saves what all have trained."""
 
     def boundary(lower: int) -> Boundary | None:
-        """What passes between the member at `lower` and the next."""
-        if not 0 <= lower < len(chain) - 1:
+        """What passes between the part at `lower` and the next."""
+        if not 0 <= lower < len(parts) - 1:
             return None
-        return Boundary(up=_passing(chain[lower].up), down=_passing(chain[lower + 1].down))
+        return Boundary(up=passing_of(parts[lower].up), down=passing_of(parts[lower + 1].down))
 
     return StagePart(
         below=boundary(rank - 1),
         above=boundary(rank),
-        ahead=chain[rank].ahead,
-        ahead_below=chain[rank - 1].ahead if rank else 0,
-        bits=fleet.bits,
+        ahead=parts[rank].ahead,
+        ahead_below=parts[rank].buffers - 1,
+        bits=bits,
+        gathers=gathers,
     )
 
 
-def _side_part(fleet: SidePlan, rank: int) -> StagePart:
-    """What the device (0) or the server (1) does: messages pass one way, and each saves what it has trained itself."""
-    passing = Boundary(up=_passing(fleet.message), down=())
-    return StagePart(
-        below=passing if rank else None,
-        above=None if rank else passing,
-        ahead=0,
-        ahead_below=RINGS - 1,
-        bits=fleet.bits,
-        gathers=False,
-    )
-
-
-def _passing(listed: Sequence[Passed]) -> tuple[Passing, ...]:
-    return tuple(Passing(shape=tuple(one.shape), dtype=one.dtype) for one in listed)
-
-
-def _busy(fleet: PipelinePlan, rank: int) -> float:
+def _busy(member: Member | Stage | SideMember) -> float:
     """Seconds that a member computes for each micro-batch."""
-    stage = fleet.chain[rank]
-    again = (stage.forward_seconds or 0.0) if stage.ahead else 0.0
-    return (stage.micro_batch_seconds or 0.0) + again
+    again = (member.forward_seconds or 0.0) if isinstance(member, Stage) and member.ahead else 0.0
+    return (member.micro_batch_seconds or 0.0) + again
 
 
-def from_torchrun(
-    fleet: FleetPlan | PipelinePlan | SidePlan, key: Path, environment: Mapping[str, str] = os.environ
-) -> Membership:
+def from_torchrun(fleet: AnyStepFleet, key: Path, environment: Mapping[str, str] = os.environ) -> Membership:
     """The membership of the process that ``torchrun`` has started: its rank is the place in the chain.
 
     Raises InputError where ``torchrun`` did not start it, or starts another number of processes.

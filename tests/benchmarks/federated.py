@@ -104,11 +104,10 @@ class Fleet:
 
     def run(self, profile: Path, rounds: int, lr: str) -> None:
         """Plan the fleet and take the rounds."""
-        federate = ("fleet", "federate")
-        tightfit(*federate, "plan", self.place / "fleet.toml", "-o", self.place / "plan", "--time-limit", 300)
+        tightfit("fleet", "plan", self.place / "fleet.toml", "-o", self.place / "plan", "--time-limit", 300)
         data = f"{self.place}/data/{{member}}.jsonl"
         least = ["--min", len(self.budgets), "--timeout", 3600]
-        tightfit(*federate, "run", self.place / "plan", "--rounds", rounds, "--data", data, "--lr", lr, "-o", self.out, *least)  # fmt: skip
+        tightfit("fleet", "federate", "run", self.place / "plan", "--rounds", rounds, "--data", data, "--lr", lr, "-o", self.out, *least)  # fmt: skip
 
     def tell(self, report: tables.Report, rounds: int) -> dict[str, Any]:
         """Print the devices' peaks and the rounds; returns the figures."""

@@ -25,7 +25,7 @@ from federated_fleets import tiny_fleet
 
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.federated.rounds_folder import RoundsFolder
-from tightfit.runtime.federated.server import free_port
+from tightfit.runtime.session.fleet import free_port
 
 STUCK_SECONDS = 600.0
 

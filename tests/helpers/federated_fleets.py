@@ -10,7 +10,7 @@ from changed_operators import with_operators
 from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.fleet.federated import plan_federated
-from tightfit.planner.fleet.io import save_fleet, save_split
+from tightfit.planner.fleet.io import save_fleet
 from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.split_federated import plan_split
@@ -63,5 +63,5 @@ def tiny_split_fleet(folder: Path, *, steps=4, speeds=(1e-5, 1e-3), server=1e-4,
 
     members = [spec(name, seconds) for name, seconds in zip(names, speeds)]
     fleet, plans, server_plans = plan_split(spec("server", server), members, steps, time_limit=20.0, **options)
-    save_split(fleet, plans, server_plans, folder / "fleet")
+    save_fleet(fleet, plans, folder / "fleet", server_plans)
     return fleet, plans, server_plans, profile

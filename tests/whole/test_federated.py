@@ -12,7 +12,7 @@ from federated_fleets import needs_flower, tiny_fleet
 from federating import RATE, WEIGHTS, adapter, adapter_of_rounds, ended, lines, processes, until
 
 from tightfit.runtime.common import interpreter
-from tightfit.runtime.federated.server import free_port
+from tightfit.runtime.session.fleet import free_port
 
 pytestmark = needs_flower
 

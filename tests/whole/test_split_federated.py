@@ -15,12 +15,12 @@ from tightfit.planner.io import save_plan
 from tightfit.planner.plan import planner_of
 from tightfit.profiles.schema import adamw
 from tightfit.runtime.data.tokenization import prepare
-from tightfit.runtime.federated.device import Device
+from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds import Reply
-from tightfit.runtime.federated.server import free_port
-from tightfit.runtime.federated.split_device import part_of
-from tightfit.runtime.federated.split_rounds import SplitOptions, SplitRounds
+from tightfit.runtime.federated.split_rounds import SplitRounds
 from tightfit.runtime.federated.split_stage import prepared_device
+from tightfit.runtime.session.fleet import free_port
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ class Threads:
 
     def send(self, node, order, adapter):
         key = f"m{len(self.under_way)}"
-        self.under_way[key] = self.pool.submit(part_of, self.devices[node], order, lambda: adapter)
+        self.under_way[key] = self.pool.submit(take_part, self.devices[node], order, lambda: adapter)
         return key
 
     def replies(self, messages):
@@ -88,7 +88,7 @@ def test_rounds_are_those_of_devices_that_hold_all_layers(fleet, data, expected,
         path = str(folder / f"{name}.plan.json")
         device = Device(member=name, plan=path, rank=4, data=str(data / f"{name}.records"), work=work, cgroup=False)
         devices.append(prepared_device(device, plan, str(folder), "127.0.0.1"))
-    options = SplitOptions(
+    options = RoundOptions(
         rounds=2, fleet=str(folder), out=str(tmp_path / "out"), least=2, lr=RATE, port=0, cgroup=False, timeout=LIMIT
     )
     saved = SplitRounds(planned, plans, above, options, Threads(devices)).run()

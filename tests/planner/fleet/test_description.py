@@ -51,7 +51,9 @@ def read(tmp_path, profile):
 
     def call(text, micro_batches=None):
         (tmp_path / "fleet.toml").write_bytes(text.encode() if isinstance(text, str) else text)
-        return read_description(tmp_path / "fleet.toml", micro_batches)
+        found = read_description(tmp_path / "fleet.toml", micro_batches=micro_batches)
+        assert not found.of_rounds
+        return found.members, found.count
 
     return call
 

@@ -9,13 +9,12 @@ from broken_plans import member_changed
 from synthetic import MIB
 
 from tightfit.planner.fleet.federated import plan_federated
-from tightfit.planner.fleet.federated_simulate import simulate_federated
-from tightfit.planner.fleet.io import load_federated, load_fleet, load_member_plan, save_fleet, sealed_fleet
+from tightfit.planner.fleet.io import load_fleet, load_member_plan, save_fleet, sealed_fleet
 from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, transfer_seconds
-from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.simulate import InvalidFleet
-from tightfit.planner.report.federated_text import federated_sentences
+from tightfit.planner.fleet.schema import FederatedPlan, FleetPlan, Link
+from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
+from tightfit.planner.report.rounds_text import rounds_sentences
 from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 
@@ -99,7 +98,7 @@ def test_a_transfer_goes_both_ways():
 def test_a_round_ends_for_all_at_about_the_same_time(planned):
     fleet, plans = planned
     assert sum(member.steps for member in fleet.members) == 40
-    assert simulate_federated(fleet, plans) == fleet.makespan_seconds
+    assert simulate_fleet(fleet, plans).makespan_seconds == fleet.makespan_seconds
     slowest = max(member.step_seconds for member in fleet.taking)
     assert all(member.round_seconds > fleet.makespan_seconds - slowest for member in fleet.taking)
     assert fleet.bound_seconds <= fleet.makespan_seconds
@@ -138,7 +137,7 @@ def test_devices_without_room_or_use_take_no_part(devices):
     assert "12.0 MiB for Flower" in reasons["small"]
     assert reasons["far"] == "a round would only wait for it"
     assert fleet.baselines[0].reason == "small cannot hold a step"
-    sentences = federated_sentences(fleet)
+    sentences = rounds_sentences(fleet)
     assert any(sentence.startswith("far takes no part: ") for sentence in sentences)
     assert any("there would be no round" in sentence for sentence in sentences)
 
@@ -227,13 +226,13 @@ def test_settings_of_the_adapters_have_to_be_alike(devices):
 def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     fleet, plans = planned
     save_fleet(fleet, plans, tmp_path)
-    assert load_federated(tmp_path) == fleet
+    assert load_fleet(tmp_path, FederatedPlan) == fleet
     for member in fleet.taking:
         assert load_member_plan(tmp_path, fleet, member.name) == plans[member.name]
     with pytest.raises(
         InputError, match=r"of another kind \(federated, not data parallel\); `tightfit fleet federate run` runs it"
     ):
-        load_fleet(tmp_path)
+        load_fleet(tmp_path, FleetPlan)
 
 
 @pytest.mark.parametrize(
@@ -262,5 +261,5 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
 def test_the_judge_rejects_a_plan_that_was_changed(planned, change, invariant):
     fleet, plans = planned
     with pytest.raises(InvalidFleet) as told:
-        simulate_federated(sealed_fleet(fleet.model_copy(update=change(fleet))), plans)
+        simulate_fleet(sealed_fleet(fleet.model_copy(update=change(fleet))), plans)
     assert told.value.invariant == invariant

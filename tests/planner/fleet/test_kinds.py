@@ -7,8 +7,7 @@ from synthetic import MIB
 
 from tightfit.planner.fleet import kinds
 from tightfit.planner.fleet.kinds import plan_kind
-from tightfit.planner.fleet.pipeline_schema import PipelinePlan
-from tightfit.planner.fleet.schema import FleetPlan
+from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.runtime.common.errors import InputError
 
 

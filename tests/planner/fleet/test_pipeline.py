@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 from synthetic import MIB, small_chain
 
-from tightfit.planner.fleet.io import load_any, load_fleet, load_member_plan, load_pipeline, parse_any, save_fleet
+from tightfit.planner.fleet.io import load_any, load_fleet, load_member_plan, parse_any, save_fleet
 from tightfit.planner.fleet.pipeline import least_seconds, plan_pipeline
 from tightfit.planner.fleet.pipeline_search import PipelineSearch
-from tightfit.planner.fleet.pipeline_simulate import simulate_pipeline
 from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
+from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.report.fleet_html import fleet_page
 from tightfit.planner.report.fleet_text import chain_sheet, fleet_sentences
 from tightfit.runtime.common.errors import InfeasibleError, InputError
@@ -55,13 +56,13 @@ def test_the_same_pipeline_again_is_the_same(pipelined, stages):
 def test_files(pipelined, tmp_path):
     fleet, plans = pipelined
     save_fleet(fleet, plans, tmp_path)
-    found = load_pipeline(tmp_path)
+    found = load_fleet(tmp_path, PipelinePlan)
     assert found == fleet == load_any(tmp_path)
     assert parse_any((tmp_path / "fleet.json").read_bytes(), "here") == fleet
     assert {name: load_member_plan(tmp_path, found, name) for name in "ab"} == plans
-    simulate_pipeline(found, plans)
+    simulate_fleet(found, plans)
     with pytest.raises(InputError, match=r"of another kind \(pipeline, not data parallel\)"):
-        load_fleet(tmp_path)
+        load_fleet(tmp_path, FleetPlan)
     (tmp_path / "fleet.json").write_text(fleet.model_dump_json().replace('"ahead":', '"ahead":1'))
     with pytest.raises(InputError, match="changed or damaged"):
         load_any(tmp_path)
@@ -75,7 +76,7 @@ def test_rounded_messages_take_less(pipelined, stages):
     # Four numbers to a row: a byte each and a scale, for 16 bytes.
     assert rounded.link_bytes[0] < 0.51 * fleet.link_bytes[0]
     assert rounded.chain[0].exchange_bytes < fleet.chain[0].exchange_bytes
-    simulate_pipeline(rounded, plans)
+    simulate_fleet(rounded, plans)
     with pytest.raises(InputError, match="messages of 4 bits: give 8, or 0"):
         plan_pipeline(stages((1.0, 1.0)), 4, bits=4)
 
@@ -85,7 +86,7 @@ def test_members_that_take_no_part(stages, link):
     fleet, plans = plan_pipeline([replace(a, budget_bytes=5 * MIB), b, c], 2, prices=False)
     assert [one.name for one in fleet.chain] == ["b", "c"]
     assert fleet.members[-1].reason == "it cannot hold a stage: it needs 6.0 MiB and may take 5.0 MiB"
-    simulate_pipeline(fleet, plans)
+    simulate_fleet(fleet, plans)
     far = replace(a, link=link(1e4))
     fleet, _ = plan_pipeline([far, b, c], 2, prices=False)
     assert [one.name for one in fleet.chain] == ["b", "c"]
@@ -99,7 +100,7 @@ def test_one_device_that_is_faster_alone(stages):
     assert (only.name, only.first_layer, only.last_layer, only.exchange_bytes) == ("a", 0, 4, 0)
     assert fleet.makespan_seconds == pytest.approx(2 * plans["a"].step_seconds)
     assert (fleet.link_bytes, only.up, only.down) == ([], [], [])
-    simulate_pipeline(fleet, plans)
+    simulate_fleet(fleet, plans)
     assert "a does all of it alone: nothing is exchanged" in fleet_sentences(fleet)
 
 
@@ -142,7 +143,7 @@ def test_ctrl_c_keeps_the_best_so_far(stages, monkeypatch, after):
         return
     fleet, plans = plan_pipeline(specs, 4)
     assert (fleet.prices, fleet.baselines) == ([], [])
-    simulate_pipeline(fleet, plans)
+    simulate_fleet(fleet, plans)
 
 
 def test_models_without_a_cut(link):

@@ -107,7 +107,7 @@ def test_every_step_ends(aheads, seconds, rate, micro_batches):
         for at, ahead in enumerate([*aheads, 0])
     ]
     told = play(stations, micro_batches)
-    backward = {(one.station, one.micro_batch) for one in told.doings if one.what == "backward"}
+    backward = {(one.station, one.number) for one in told.doings if one.what == "backward"}
     assert backward == {(at, number) for at in range(count) for number in range(micro_batches)}
     for at, one in enumerate(stations):
         work = micro_batches * (one.train.seconds + (one.forward.seconds if one.ahead else 0.0))

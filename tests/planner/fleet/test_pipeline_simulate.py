@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tightfit.planner.fleet import pipeline_simulate
+from tightfit.planner.fleet import pipeline_clock
 from tightfit.planner.fleet.pipeline_clock import play
-from tightfit.planner.fleet.pipeline_schema import Passed
-from tightfit.planner.fleet.pipeline_simulate import simulate_pipeline
-from tightfit.planner.fleet.simulate import InvalidFleet
+from tightfit.planner.fleet.schema import Passed
+from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.simulation.simulate import InvalidSchedule
 from tightfit.profiles.schema import adamw
@@ -16,7 +15,7 @@ from tightfit.profiles.schema import adamw
 
 def rejected(fleet, plans, invariant, member=None):
     with pytest.raises(InvalidFleet) as caught:
-        simulate_pipeline(fleet, plans)
+        simulate_fleet(fleet, plans)
     assert caught.value.invariant == invariant, str(caught.value)
     if member is not None:
         assert caught.value.member == member
@@ -38,11 +37,10 @@ def with_plan(fleet, plans, at, **changes):
 
 def test_its_figures_are_the_plan_s(pipelined):
     fleet, plans = pipelined
-    found = simulate_pipeline(fleet, plans)
+    found = simulate_fleet(fleet, plans)
     assert len(fleet.chain) == 2
     assert found.makespan_seconds == fleet.makespan_seconds
     assert found.timeline == fleet.timeline
-    assert found.peaks == {member.name: member.peak_bytes for member in fleet.chain}
 
 
 def test_the_timeline_shows_everything(pipelined):
@@ -71,7 +69,7 @@ def test_names(pipelined):
     idle = fleet.members[0].model_copy(
         update={"name": "idle", "plan": None, "plan_fingerprint": None, "first_layer": 0, "last_layer": 0}
     )
-    simulate_pipeline(fleet.model_copy(update={"members": [*fleet.members, idle]}), plans)
+    simulate_fleet(fleet.model_copy(update={"members": [*fleet.members, idle]}), plans)
     rejected(fleet.model_copy(update={"members": [idle, *fleet.members]}), plans, "names", "idle")
 
 
@@ -176,7 +174,7 @@ def test_a_broken_schedule_of_a_stage_is_found(pipelined):
     train = plans[fleet.members[1].name].train
     cut = train.model_copy(update={"instructions": train.instructions[:-1]})
     with pytest.raises(InvalidSchedule):
-        simulate_pipeline(*with_plan(fleet, plans, 1, train=cut))
+        simulate_fleet(*with_plan(fleet, plans, 1, train=cut))
 
 
 @pytest.mark.parametrize("what", ["early", "late"])
@@ -186,19 +184,17 @@ def test_no_message_is_sent_before_it_is_made_or_taken_before_it_is_there(pipeli
 
     def wrong(stations, micro_batches):
         told = play(stations, micro_batches)
-        at, message = next(
-            (at, one) for at, one in enumerate(told.doings) if one.to is not None and one.micro_batch == 1
-        )
+        at, message = next((at, one) for at, one in enumerate(told.doings) if one.to is not None and one.number == 1)
         shift = -0.1 if what == "early" else 10.0
         moved = type(message)(
             what=message.what,
             station=message.station,
             to=message.to,
-            micro_batch=message.micro_batch,
+            number=message.number,
             begin=message.begin + shift,
             end=message.end + shift,
         )
         return type(told)(makespan=told.makespan, doings=[*told.doings[:at], moved, *told.doings[at + 1 :]])
 
-    monkeypatch.setattr(pipeline_simulate, "play", wrong)
+    monkeypatch.setattr(pipeline_clock, "play", wrong)
     rejected(fleet, plans, "order")

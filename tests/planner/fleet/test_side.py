@@ -12,12 +12,12 @@ from changed_operators import with_operators
 from side_networks import BUDGET, side_profile, specs_of
 from tiny_plans import CONFIG, decoder_profile
 
-from tightfit.planner.fleet.io import load_member_plan, load_side, save_fleet
-from tightfit.planner.fleet.schema import Link
+from tightfit.planner.fleet.io import load_fleet, load_member_plan, save_fleet
+from tightfit.planner.fleet.pipeline_clock import OneWay
+from tightfit.planner.fleet.schema import Link, SidePlan
 from tightfit.planner.fleet.side import server_profile, side_shape
-from tightfit.planner.fleet.side_plan import plan_side, simulate_side
-from tightfit.planner.fleet.side_times import OneWay
-from tightfit.planner.fleet.simulate import InvalidFleet
+from tightfit.planner.fleet.side_plan import plan_side
+from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan
 from tightfit.planner.problem.device_forward import device_forward, message_bytes, sent_tensors
@@ -199,22 +199,23 @@ def test_a_step_is_as_long_as_its_slowest_part_and_the_way_there():
         one = OneWay(
             device_seconds=device, server_seconds=server, message_bytes=size, device_link=link, server_link=link
         )
-        makespan, spans = one.play(5, ("a", "b"))
+        played = one.play(5)
+        makespan = played.makespan
         assert makespan == pytest.approx(device + size / 100 + 1.0 + server + 4 * 3.0 + 2.0)
         assert makespan >= one.least_seconds(5)
-        for lane in ("a", "a → b", "b"):
-            own = [span for span in spans if span.lane == lane]
-            assert [span.micro_batch for span in own] == list(range(5))
-            assert all(one.end_seconds <= other.begin_seconds for one, other in pairwise(own))
+        for station, to in ((0, None), (0, 1), (1, None)):
+            own = [doing for doing in played.doings if (doing.station, doing.to) == (station, to)]
+            assert [doing.number for doing in own] == list(range(5))
+            assert all(one.end <= other.begin for one, other in pairwise(own))
 
 
 def test_the_plan_of_both_is_what_its_judge_finds_and_is_read_back(planned, tmp_path):
     fleet, plans = planned
-    assert fleet.makespan_seconds == simulate_side(fleet, plans)
+    assert fleet.makespan_seconds == simulate_fleet(fleet, plans).makespan_seconds
     assert fleet.bound_seconds <= fleet.makespan_seconds < fleet.device_alone_seconds
     assert (fleet.blocks, fleet.rank, fleet.bits) == ([1, 3], 8, 8)
     save_fleet(fleet, plans, tmp_path)
-    assert load_side(tmp_path) == fleet
+    assert load_fleet(tmp_path, SidePlan) == fleet
     assert load_member_plan(tmp_path, fleet, "device") == plans["device"]
     told = json.loads((tmp_path / "fleet.json").read_text())
     assert told["kind"] == "mobillm"
@@ -239,7 +240,7 @@ def planned(profile):
 def test_what_does_not_hold_is_found(planned, changes, invariant):
     fleet, plans = planned
     with pytest.raises(InvalidFleet) as caught:
-        simulate_side(fleet.model_copy(update=changes), plans)
+        simulate_fleet(fleet.model_copy(update=changes), plans)
     assert caught.value.invariant == invariant
 
 
@@ -260,7 +261,7 @@ def test_what_does_not_hold_of_a_member_is_found(planned, changes, invariant, me
     members = list(fleet.members)
     members[member] = members[member].model_copy(update=changes)
     with pytest.raises(InvalidFleet) as caught:
-        simulate_side(fleet.model_copy(update={"members": members}), plans)
+        simulate_fleet(fleet.model_copy(update={"members": members}), plans)
     assert caught.value.invariant == invariant
 
 

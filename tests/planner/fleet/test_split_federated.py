@@ -7,21 +7,20 @@ import pytest
 from broken_plans import member_changed
 from synthetic import MIB
 
-from tightfit.planner.fleet.description import read_description, read_rounds
+from tightfit.planner.fleet.description import read_description
 from tightfit.planner.fleet.io import (
-    load_federated,
+    load_fleet,
     load_member_plan,
     load_rounds,
     load_server_plan,
-    save_split,
+    save_fleet,
     sealed_fleet,
 )
 from tightfit.planner.fleet.plan import MemberSpec
-from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.simulate import InvalidFleet
+from tightfit.planner.fleet.schema import FederatedPlan, Link
+from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.fleet.split_federated import plan_split
-from tightfit.planner.fleet.split_simulate import simulate_split
-from tightfit.planner.report.split_text import split_sentences
+from tightfit.planner.report.rounds_text import rounds_sentences
 from tightfit.profiles.io import save_profile
 from tightfit.profiles.schema import adamw
 from tightfit.runtime.common.errors import InfeasibleError, InputError
@@ -55,7 +54,9 @@ def planned(spec, server):
 
 def test_a_round_is_what_the_judge_finds(planned):
     fleet, plans, server_plans = planned
-    assert simulate_split(fleet, plans, server_plans) == pytest.approx(fleet.makespan_seconds, rel=1e-12)
+    assert simulate_fleet(fleet, plans, server_plans).makespan_seconds == pytest.approx(
+        fleet.makespan_seconds, rel=1e-12
+    )
     assert fleet.bound_seconds <= fleet.makespan_seconds
     assert fleet.gap < 0.05
     assert fleet.order_gap < 1e-5
@@ -103,7 +104,7 @@ def test_it_is_compared_with_other_ways(planned):
     assert len(set(one_cut.layers.values())) == 1
     assert one_cut.makespan_seconds >= fleet.makespan_seconds
     assert whole.layers == dict.fromkeys(("slow", "far", "fast"), 4)
-    sentences = split_sentences(fleet)
+    sentences = rounds_sentences(fleet)
     assert any(sentence.startswith("With order as described it would take ") for sentence in sentences)
     assert any(sentence.startswith("Devices send the labels of their data") for sentence in sentences)
 
@@ -113,7 +114,7 @@ def test_a_split_that_makes_rounds_longer_says_so(spec, server):
     whole = next(one for one in fleet.baselines if one.name == "whole models")
     assert whole.makespan_seconds < fleet.makespan_seconds
     shorter, longer = format_seconds(whole.makespan_seconds), format_seconds(fleet.makespan_seconds)
-    said = split_sentences(fleet)
+    said = rounds_sentences(fleet)
     assert said[1] == (
         f"Leave out the server: where every device holds all layers a round takes {shorter}, with the split {longer}."
     )
@@ -129,7 +130,7 @@ def test_a_device_that_makes_rounds_longer_is_named(spec, server):
     others, _, _ = plan_split(server, [devices["a"], devices["c"]], 6, **OPTIONS)
     assert without.makespan_seconds == pytest.approx(others.makespan_seconds, rel=0.05)
     shorter, longer = format_seconds(without.makespan_seconds), format_seconds(fleet.makespan_seconds)
-    assert split_sentences(fleet)[1] == (
+    assert rounds_sentences(fleet)[1] == (
         f"Leave out snail, unless its data are needed: without it a round takes {shorter}, with it {longer}."
     )
 
@@ -141,7 +142,7 @@ def test_shares_and_devices_without_room(spec, server):
     assert set(plans) == {"a", "b"}
     small = fleet.members[-1]
     assert small.reason.startswith("none of the model's cuts leaves it and the server parts that they can hold")
-    assert any(sentence.startswith("small takes no part: ") for sentence in split_sentences(fleet))
+    assert any(sentence.startswith("small takes no part: ") for sentence in rounds_sentences(fleet))
     fleet, _, _ = plan_split(server, devices[:2], 1, **OPTIONS)
     assert fleet.members[-1].reason == "its share of a round is less than an update"
     with pytest.raises(InfeasibleError, match=r"no device can take part \(small\)") as told:
@@ -177,7 +178,7 @@ def test_what_cannot_be_planned_is_refused(spec, server):
 
 def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     fleet, plans, server_plans = planned
-    save_split(fleet, plans, server_plans, tmp_path)
+    save_fleet(fleet, plans, tmp_path, server_plans)
     assert load_rounds(tmp_path) == fleet
     for member in fleet.taking:
         assert load_member_plan(tmp_path, fleet, member.name) == plans[member.name]
@@ -185,7 +186,7 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     with pytest.raises(
         InputError, match=r"another kind \(split federated, not federated\); `tightfit fleet federate run` runs it"
     ):
-        load_federated(tmp_path)
+        load_fleet(tmp_path, FederatedPlan)
     (tmp_path / "server" / "fast.plan.json").unlink()
     with pytest.raises(InputError, match="the server's plan for member 'fast' is not beside the fleet's"):
         load_server_plan(tmp_path, fleet, "fast")
@@ -206,13 +207,13 @@ def test_a_description_may_have_a_server(server, tmp_path):
     save_profile(server.profile, tmp_path / "profile.json")
     file = tmp_path / "fleet.toml"
     file.write_text(DESCRIBED + SERVER)
-    found = read_rounds(file)
-    assert (found.steps, found.weights) == (8, {"laptop": 2.0})
+    found = read_description(file)
+    assert (found.of_rounds, found.count, found.weights) == (True, 8, {"laptop": 2.0})
     assert found.server.budget_bytes == 4 << 30
     assert found.server.link.up_bytes_per_second > 1e9
-    assert read_rounds(file, 4).steps == 4
+    assert read_description(file, steps=4).count == 4
     file.write_text(DESCRIBED + SERVER + 'link = "8Mbit/s"\n')
-    assert read_rounds(file).server.link == Link(up_bytes_per_second=1e6, down_bytes_per_second=1e6)
+    assert read_description(file).server.link == Link(up_bytes_per_second=1e6, down_bytes_per_second=1e6)
     for text, message in (
         (DESCRIBED, "'weight' is for rounds with a \\[server\\]"),
         ((DESCRIBED + SERVER).replace("weight = 2", "weight = 0"), "'weight' is 0; give a number above 0"),
@@ -221,10 +222,20 @@ def test_a_description_may_have_a_server(server, tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=message):
-            read_rounds(file)
+            read_description(file)
     file.write_text((DESCRIBED + SERVER).replace("steps", "micro_batches"))
-    with pytest.raises(InputError, match="are for split federated rounds"):
+    with pytest.raises(InputError, match="'steps' is missing; say how many make a round"):
         read_description(file)
+    with pytest.raises(InputError, match="are for split federated rounds"):
+        read_description(file, "data")
+    file.write_text(DESCRIBED.replace("weight = 2", ""))
+    assert read_description(file).of_rounds
+    file.write_text(DESCRIBED.replace("weight = 2", "").replace("steps = 8", "steps = 8\nmicro_batches = 4"))
+    found = read_description(file)
+    assert (found.of_rounds, found.count) == (False, 4)
+    for found in (read_description(file, "federated"), read_description(file, steps=8)):
+        assert (found.of_rounds, found.count, found.server) == (True, 8, None)
+    assert not read_description(file, micro_batches=2).of_rounds
 
 
 def _swapped(fleet):
@@ -279,7 +290,7 @@ def _server(**changes):
 def test_the_judge_rejects_a_plan_that_was_changed(planned, change, invariant):
     fleet, plans, server_plans = planned
     with pytest.raises(InvalidFleet) as told:
-        simulate_split(sealed_fleet(fleet.model_copy(update=change(fleet))), plans, server_plans)
+        simulate_fleet(sealed_fleet(fleet.model_copy(update=change(fleet))), plans, server_plans)
     assert told.value.invariant == invariant
 
 
@@ -287,8 +298,8 @@ def test_the_judge_rejects_plans_of_other_devices(planned):
     fleet, plans, server_plans = planned
     first, second = (member.name for member in fleet.members[:2])
     with pytest.raises(InvalidFleet) as told:
-        simulate_split(fleet, plans, {**server_plans, first: server_plans[second]})
+        simulate_fleet(fleet, plans, {**server_plans, first: server_plans[second]})
     assert told.value.invariant == "plan"
     with pytest.raises(InvalidFleet) as told:
-        simulate_split(fleet, {name: plan for name, plan in plans.items() if name != first}, server_plans)
+        simulate_fleet(fleet, {name: plan for name, plan in plans.items() if name != first}, server_plans)
     assert told.value.invariant == "plan"

@@ -117,6 +117,10 @@ def test_rounds(crowd, solves, count):
     assert taking == [*plans]
     assert len(taking) > count / 4 > len({plan.fingerprint for plan in plans.values()})
     assert fleet.bound_seconds <= fleet.makespan_seconds
+    budgets = {device.name: device.budget_bytes for device in devices}
+    assert all(
+        plan.budget_bytes + FLOWER <= budgets[name] for name, plan in plans.items()
+    )  # of others, but their own cap
     reasons = {member.reason for member in fleet.members if not member.steps}
     assert any(reason.startswith("it cannot hold a step: it needs ") for reason in reasons)
     assert fleet.prices == []

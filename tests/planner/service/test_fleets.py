@@ -14,9 +14,8 @@ from served import Served
 from synthetic import small_chain
 from tiny_plans import decoder_profile
 
-from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
-from tightfit.planner.fleet.schema import FleetPlan, Link
+from tightfit.planner.fleet.schema import FleetPlan, Link, PipelinePlan
 from tightfit.planner.report.fleet_text import activity_sheet, chain_sheet, fleet_sentences
 from tightfit.planner.report.summary import fleet_summary
 from tightfit.planner.schema import Plan
@@ -217,7 +216,7 @@ def test_the_command_line_can_let_a_service_plan(served, profile, job, tmp_path,
     assert told["fingerprint"] == file.json()["fingerprint"]  # the same request, so the same job
     from tightfit.planner.fleet.io import load_fleet, load_member_plan
 
-    fleet = load_fleet(told["fleet"])
+    fleet = load_fleet(told["fleet"], FleetPlan)
     assert fleet.fingerprint == told["fingerprint"]
     for member in fleet.chain:
         assert load_member_plan(told["fleet"], fleet, member.name).fingerprint == member.plan_fingerprint

@@ -105,8 +105,12 @@ def planned(monkeypatch):
         (["report", "o", "--to", "mlflow"], "tracker 'mlflow' is not known; choose one of tensorboard, wandb"),
         (["serve", "--keep-days", "nan"], "--keep-days nan: give a number of at least 0"),
         (
-            ["fleet", "federate", "plan", "f.toml", "-o", "o", "--start", "nan"],
+            ["fleet", "plan", "f.toml", "-o", "o", "--start", "nan"],
             "--start nan: it should be a finite number",
+        ),
+        (
+            ["fleet", "federate", "plan", "f.toml", "-o", "o", "--supernode"],
+            "`tightfit fleet federate plan` is `tightfit fleet plan` now: it plans rounds where the description names `steps`",
         ),
         (
             ["generate", "m", "--prompt", "a", "--temperature", "1e300"],
@@ -588,7 +592,7 @@ def test_help_is_the_same_with_the_typer_that_flower_asks_for():
     told = list(helps(typer.main.get_command(main.app), "tightfit"))
     assert len(told) > 15
     assert not [text for text in told if "\\[" in text]
-    assert sum("Where `tightfit fleet plan` put the" in " ".join(text.split()) for text in told) == 1
+    assert sum("Where `tightfit fleet plan` put the" in " ".join(text.split()) for text in told) == 4
     assert sum("[default: " in text for text in told) > 5
 
 

@@ -46,7 +46,8 @@ def planned(monkeypatch):
         asked.update(options, members=[(m.name, m.budget_bytes, m.link) for m in members], micro_batches=micro_batches)
         return sample_fleet(), member_plans(), "data parallel: for a reason"
 
-    def save_fleet(fleet, plans, folder):
+    def save_fleet(fleet, plans, folder, server_plans):
+        assert not server_plans
         asked.update(saved=(fleet, sorted(plans)))
         folder.mkdir(parents=True)
         (folder / "fleet.json").write_text(fleet.model_dump_json())
@@ -87,8 +88,15 @@ def test_options_reach_the_planner(tightfit, planned, described, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--kind", "tensor"), "--kind 'tensor': it should be 'auto', 'data' or 'pipeline'"),
+        (("--kind", "tensor"), "--kind 'tensor': it should be 'auto', 'data', 'pipeline', 'mobillm' or 'federated'"),
         (("--bits", 5), "--bits 5: it should be 0 or 8"),
+        (("--start", 2), "--start is for fleets of another kind; plan auto without it"),
+        (("--kind", "data", "--steps", 8), "--steps is for fleets of another kind; plan data without it"),
+        (
+            ("--kind", "federated", "--steps", 4, "--bits", 8),
+            "--bits is for fleets of another kind; plan federated without it",
+        ),
+        (("--steps", 8, "--html", "p.html"), "--html is for fleets of another kind; plan federated without it"),
         (
             ("--kind", "data", "--bits", 8),
             "--bits 8: only a pipeline has messages of numbers; leave it out, or ask for kind pipeline",
@@ -175,5 +183,6 @@ def test_the_help_shows_a_description_that_is_read(tightfit, tmp_path):
     example = lines[lines.index("micro_batches = 16") :]
     save_profile(small_chain(3, layers=2), tmp_path / "laptop.json")
     (tmp_path / "fleet.toml").write_text("\n".join(example))
-    (member,), micro_batches = read_description(tmp_path / "fleet.toml")
-    assert (member.name, member.budget_bytes, micro_batches) == ("laptop", 320 * MIB, 16)
+    found = read_description(tmp_path / "fleet.toml")
+    (member,) = found.members
+    assert (member.name, member.budget_bytes, found.count) == ("laptop", 320 * MIB, 16)

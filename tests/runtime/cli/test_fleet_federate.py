@@ -6,7 +6,8 @@ import pytest
 from federated_fleets import timed, tiny_fleet
 from tiny_plans import decoder_profile
 
-from tightfit.planner.fleet.io import load_federated
+from tightfit.planner.fleet.io import load_fleet
+from tightfit.planner.fleet.schema import FederatedPlan
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import main as command_line
 from tightfit.runtime.federated import flower, server
@@ -58,11 +59,11 @@ def told(capsys):
 
 
 def test_a_plan_is_made_and_told(described, tmp_path, capsys):
-    words = ["fleet", "federate", "plan", str(described / "fleet.toml"), "-o", str(tmp_path), "--start", "0.5"]
+    words = ["fleet", "plan", str(described / "fleet.toml"), "-o", str(tmp_path), "--start", "0.5"]
     assert main([*words, "--json"]) == 0
     out, _ = told(capsys)
     summary = json.loads(out)
-    fleet = load_federated(tmp_path)
+    fleet = load_fleet(tmp_path, FederatedPlan)
     assert [member["steps"] for member in summary["members"]] == [8, 4]
     assert summary["fingerprint"] == fleet.fingerprint
     assert fleet.members[0].start_seconds == 0.5
@@ -76,7 +77,6 @@ def test_a_plan_is_made_and_told(described, tmp_path, capsys):
 def test_flowers_own_processes_take_more(described, tmp_path, capsys):
     words = [
         "fleet",
-        "federate",
         "plan",
         str(described / "fleet.toml"),
         "-o",

@@ -1,6 +1,7 @@
 """The commands `tightfit fleet federate ...` where a server computes the upper layers, without Flower's processes."""
 
 import json
+from pathlib import Path
 
 import pytest
 from federated_fleets import timed, tiny_fleet, tiny_split_fleet
@@ -10,8 +11,7 @@ from tightfit.planner.fleet.io import load_rounds, load_server_plan
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import main as command_line
 from tightfit.runtime.federated import flower, server
-from tightfit.runtime.federated.split_device import SplitDevice, device_of
-from tightfit.runtime.federated.split_rounds import SplitOptions
+from tightfit.runtime.federated.device import Device
 
 DESCRIPTION = """steps = 4
 [[member]]
@@ -49,7 +49,7 @@ def test_a_plan_is_made_and_told(tmp_path, capsys):
     for name, seconds in (("quick", 1e-5), ("slow", 1e-3), ("server", 1e-4)):
         save_profile(timed(profile, seconds), tmp_path / f"{name}.json")
     (tmp_path / "fleet.toml").write_text(DESCRIPTION)
-    words = ["fleet", "federate", "plan", tmp_path / "fleet.toml", "-o", tmp_path / "plan", "--server-start", "0.5"]
+    words = ["fleet", "plan", tmp_path / "fleet.toml", "-o", tmp_path / "plan", "--server-start", "0.5"]
     assert main([*words, "--start", "1", "--time-limit", "20", "--json"]) == 0
     said = capsys.readouterr()
     summary = json.loads(said.out)
@@ -89,7 +89,6 @@ def test_runs_of_the_server_listen_where_devices_reach_them(run, capsys):
     for given, meant in (("here", ("here", 29400)), ("here:77", ("here", 77))):
         code, (options, _) = run("--insecure", "--host", "0.0.0.0", "--meet", given)
         assert code == 0
-        assert isinstance(options, SplitOptions)
         assert (options.meet, options.port, options.cgroup) == (*meant, True)
     assert run("--insecure", "--meet", "here:x")[0] == 2
     assert "here:x: give HOST or HOST:PORT" in capsys.readouterr().err
@@ -101,11 +100,11 @@ def test_devices_on_this_machine_are_prepared(run, planned, tmp_path):
     assert (options.meet, options.port, options.cgroup) == ("127.0.0.1", 0, False)
     assert {device.member for device in serving.devices} == {"a", "b"}
     for device in serving.devices:
-        assert isinstance(device, SplitDevice)
+        assert Path(device.labels).is_file()
         assert device.data == str(tmp_path / "out" / "devices" / device.member / "data" / "train.records")
         assert device.fleet == str(planned)
         assert device.server == "127.0.0.1"
-        assert device_of(device.write()) == device
+        assert Device.read(device.write()) == device
 
 
 def test_it_is_for_split_plans(tmp_path, capsys, monkeypatch):

@@ -35,7 +35,7 @@ DOORS = (
     "planner/service",
     "runtime/federated/node.py",
     "runtime/federated/fleet_api.py",
-    "runtime/federated/split_device.py",
+    "runtime/federated/device.py",
 )
 """the command line and the service; and the process of a device of federated rounds, which its own command line starts"""
 

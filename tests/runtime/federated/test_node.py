@@ -6,15 +6,12 @@ import pytest
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated import node
-from tightfit.runtime.federated.device import Device
+from tightfit.runtime.federated.device import Device, take_part
 from tightfit.runtime.federated.fleet_api import Endpoint, RefusedError, UnreachableError
-from tightfit.runtime.federated.messages import OVER, Answer, SplitOrder
-from tightfit.runtime.federated.split_device import part_of
+from tightfit.runtime.federated.messages import OVER, Answer, Order
 
 DEVICE = Device(member="a", plan="a.plan.json", rank=4, data="random", work="work")
-OVER_ORDER = SplitOrder(
-    round=OVER, steps="{}", lr=0.0, weight_decay=0.0, seed=0, seconds=5.0, port=0, labels="{}"
-)  # fmt: skip
+OVER_ORDER = Order(round=OVER, seconds=5.0)
 
 
 class Server:
@@ -85,7 +82,7 @@ def test_a_server_may_learn_the_key_after_it_has_started(capsys):
 
 
 def test_flowers_own_node_answers_that_the_rounds_are_over():
-    answer, trained = part_of(DEVICE, OVER_ORDER, lambda: b"")
+    answer, trained = take_part(DEVICE, OVER_ORDER, lambda: b"")
     assert (answer.round, answer.error, trained) == (OVER, "", b"")
 
 

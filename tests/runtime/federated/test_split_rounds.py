@@ -14,11 +14,12 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.training.records import RecordFile
 from tightfit.runtime.federated import aggregate, split_rounds
-from tightfit.runtime.federated.messages import Answer, SplitOrder
+from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.messages import Answer, Order
+from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds import Reply
 from tightfit.runtime.federated.rounds_folder import RoundsFolder
-from tightfit.runtime.federated.split_device import SplitDevice, device_of, order_of, part_of
-from tightfit.runtime.federated.split_rounds import SplitOptions, SplitRounds
+from tightfit.runtime.federated.split_rounds import SplitRounds
 from tightfit.runtime.federated.split_stage import check_labels, labels_alone, stage_membership
 
 SERVICE, TAIL = 5.0, 2.0
@@ -163,7 +164,7 @@ def world(planned, labels, monkeypatch):
 
 def run(planned, out, world, rounds=2, **options):
     fleet, plans, server_plans, _ = planned
-    told = SplitOptions(rounds=rounds, fleet="folder", out=str(out), port=100, **options)
+    told = RoundOptions(rounds=rounds, fleet="folder", out=str(out), port=100, **options)
     said = []
     made = SplitRounds(
         fleet, plans, server_plans, told, world, say=said.append, clock=lambda: world.now, sleep=world.sleep
@@ -322,7 +323,7 @@ def test_it_goes_on_after_the_last_round(planned, world, tmp_path):
 def device(labels, tmp_path):
     sent = tmp_path / "labels.records"
     labels_alone(labels, sent)
-    return SplitDevice(
+    return Device(
         member="a",
         plan="a.plan.json",
         rank=4,
@@ -335,23 +336,23 @@ def device(labels, tmp_path):
 
 
 def hello(**known):
-    return SplitOrder(
-        round=0, steps="{}", lr=0.0, weight_decay=0.0, seed=0, seconds=9.0, port=0, labels=json.dumps(known)
-    )
+    return Order(round=0, seconds=9.0, labels=json.dumps(known))
 
 
 def test_a_device_says_who_it_is_and_sends_labels_that_are_not_known(device):
-    assert device_of(device.write()) == device
+    assert Device.read(device.write()) == device
     order = hello(a="")
-    assert order_of(device, order.words()) == order
-    answer, sent = part_of(device, order, bytes)
+    assert Order.of(order.words()) == order
+    older = {name: word for name, word in order.words().items() if name not in ("port", "labels")}
+    assert Order.of(older) == Order(round=0, seconds=9.0)
+    answer, sent = take_part(device, order, bytes)
     assert (answer.round, answer.member, answer.error) == (0, "a", "")
     assert sent == Path(device.labels).read_bytes()
 
-    answer, again = part_of(device, hello(a=hashlib.sha256(sent).hexdigest()), bytes)
+    answer, again = take_part(device, hello(a=hashlib.sha256(sent).hexdigest()), bytes)
     assert not again
     Path(device.labels).unlink()
-    assert "join again" in part_of(device, order, bytes)[0].error
+    assert "join again" in take_part(device, order, bytes)[0].error
 
 
 def test_labels_are_the_records_without_their_inputs(device, labels):

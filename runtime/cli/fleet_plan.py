@@ -1,0 +1,192 @@
+"""The command ``tightfit fleet plan``: which devices of a description do what, for a fleet of any kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tightfit.planner.fleet.options import FEDERATED, FleetOptions, RoundsPlanOptions
+from tightfit.profiles.option_fields import PRIMARY
+from tightfit.runtime.cli.fleet_run import member_commands
+from tightfit.runtime.cli.options import (
+    Debug,
+    FleetDescription,
+    FleetFolder,
+    Html,
+    Json,
+    Server,
+    answering,
+    read,
+    service,
+    with_options,
+)
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.interrupts import Interrupts
+from tightfit.runtime.common.limits import enough_for_a_solver
+
+if TYPE_CHECKING:
+    from tightfit.planner.fleet.description import DescribedFleet
+    from tightfit.planner.fleet.schema import AnyFleet, AnyRounds
+    from tightfit.planner.schema import Plan
+
+DESCRIPTION = """FLEET.toml describes the fleet, paths relative to it. For federated rounds it names `steps = 64`, the local steps of a
+round of all devices together, instead of micro_batches, and memory is for Flower's part too; with a table [server] (profile,
+memory, link) the server computes the upper layers, so that devices hold the lower ones alone, and devices may have a weight.
+
+\b
+micro_batches = 16
+[[member]]
+name = "laptop"
+profile = "laptop.json"
+memory = "320MiB"
+link = "100Mbit/s"  # both ways, or: up = "40Mbit/s", down = "250Mbit/s"
+latency = "2ms"     # one way, 0 if left out
+"""
+MOBILLM = "mobillm"
+OTHERS = (MOBILLM, FEDERATED)
+KINDS = ("auto", "data", "pipeline", *OTHERS)
+
+
+@with_options(RoundsPlanOptions, after="supernode")
+@with_options(FleetOptions, "kind", "bits", after="bits")
+def plan(
+    description: FleetDescription,
+    output: FleetFolder,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Micro-batches of a step, instead of those that the description names."),
+        PRIMARY,
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Local steps of a federated round, instead of those of the description."),
+        PRIMARY,
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="data: every device has the whole model and some of the micro-batches. pipeline: some of the layers and all"
+            " micro-batches. mobillm: a device and a server after it, which trains a side network from what the device's forward"
+            " sends. federated: rounds of devices that come and go, each with data of its own. auto: federated for a"
+            " description of rounds; else data, unless no device can hold a micro-batch or a pipeline is shorter.",
+        ),
+        PRIMARY,
+    ] = "auto",
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BITS",
+            help="Of a number in messages: in a pipeline 8, or 0 for numbers as they are (default); for mobillm 8 (default), 4 or 0.",
+        ),
+    ] = None,
+    html: Html = None,
+    server: Server = None,
+    supernode: Annotated[
+        bool,
+        typer.Option("--supernode", help="Devices of rounds run Flower's own SuperNode, which takes more memory."),
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    **options: Any,
+) -> None:
+    """Share the micro-batches of a step, the layers of the model, or the steps of a round, among devices, and plan each one's
+    part, so that a step or a round is as short as can be.
+    """
+    if kind not in KINDS:
+        raise InputError(f"--kind {kind!r}: it should be {', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}")
+    of_rounds = read(RoundsPlanOptions, options)
+    asked = read(FleetOptions, options, **({} if kind in OTHERS else {"kind": kind, "bits": bits or 0}))
+    enough_for_a_solver()
+    from tightfit.planner.fleet.description import read_description
+    from tightfit.planner.fleet.io import FILE, save_fleet
+    from tightfit.planner.fleet.kinds import plan_kind
+    from tightfit.planner.fleet.schema import AnyStepFleet, FleetPlan, PipelinePlan
+    from tightfit.planner.fleet.side_plan import plan_side
+    from tightfit.planner.problem.device_forward import DEFAULT_BITS
+    from tightfit.planner.report.fleet_text import fleet_text
+    from tightfit.planner.report.summary import fleet_summary
+    from tightfit.runtime.cli.terminal import Solving, messages
+    from tightfit.runtime.common.files import check_place, write_whole
+
+    described = read_description(description, kind, micro_batches=micro_batches, steps=steps)
+    kind = FEDERATED if described.of_rounds else kind
+    for_rounds: dict[str, Any] = {
+        "--steps": steps,
+        "--start": of_rounds.start,
+        "--server-start": of_rounds.server_start,
+        "--supernode": supernode or None,
+    }
+    for_steps: dict[str, Any] = {"--micro-batches": micro_batches, "--bits": bits}
+    foreign = for_steps if kind == FEDERATED else for_rounds
+    for option, value in {**foreign, **({"--html": html, "--server": server} if kind in OTHERS else {})}.items():
+        if value is not None:
+            raise InputError(f"{option} is for fleets of another kind; plan {kind} without it")
+    check_place(output / FILE)
+    if html is not None:
+        check_place(html)
+    console = messages()
+    planned: AnyFleet
+    server_plans: dict[str, Plan] = {}
+    why: str | None = None
+    gap: dict[str, float] = {} if asked.gap is None else {"gap": asked.gap}
+    members, count = described.members, described.count
+    with Interrupts() as interrupts, Solving(console, asked.time_limit) as solving:
+        if kind == FEDERATED:
+            asked_of_rounds = of_rounds.but(progress=solving)
+            planned, plans, server_plans = _rounds(described, asked_of_rounds, supernode=supernode, **gap)
+        elif kind == MOBILLM:
+            wanted = DEFAULT_BITS if bits is None else bits
+            planned, plans = plan_side(
+                members, count, bits=wanted, time_limit=asked.time_limit, progress=solving, **gap
+            )
+        elif server is not None:
+            with service(server) as elsewhere:
+                planned, plans, why = elsewhere.fleet(members, count, **dict(asked.but(progress=solving)))
+        else:
+            planned, plans, why = plan_kind(members, count, **dict(asked.but(progress=solving)))
+    if why is not None:
+        console.print(why)
+    if interrupts.seen:
+        console.print(
+            f"interrupted: this is the best plan found so far, at most {planned.gap:.2%} from the best of its kind"
+        )
+    summary = fleet_summary(planned) | {"interrupted": interrupts.seen}
+    with answering(summary, fleet_text(planned), as_json):
+        summary["fleet"] = str(save_fleet(planned, plans, output, server_plans))
+        if html is not None and isinstance(planned, FleetPlan | PipelinePlan):
+            from tightfit.planner.report.fleet_html import fleet_page
+
+            summary["html"] = str(write_whole(html, fleet_page(planned)))
+    console.print(f"plan written to {summary['fleet']}")
+    if isinstance(planned, AnyStepFleet) and (commands := member_commands(planned, output)):
+        console.print(commands)
+    if html is not None:
+        console.print(f"html written to {summary['html']}")
+
+
+def _rounds(
+    described: DescribedFleet, options: RoundsPlanOptions, *, supernode: bool, **more: float
+) -> tuple[AnyRounds, dict[str, Plan], dict[str, Plan]]:
+    """The plan of rounds, those of the devices, and the server's for each, if there is one."""
+    from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, SUPERNODE_BYTES, plan_federated
+    from tightfit.planner.fleet.split_federated import SERVER_START_SECONDS, plan_split
+
+    common: dict[str, Any] = {
+        "flower_bytes": SUPERNODE_BYTES if supernode else NODE_BYTES,
+        "start_seconds": START_SECONDS if options.start is None else options.start,
+        "time_limit": options.time_limit,
+        "progress": options.progress,
+        **more,
+    }
+    if described.server is None:
+        return *plan_federated(described.members, described.count, prices=options.prices, **common), {}
+    return plan_split(
+        described.server,
+        described.members,
+        described.count,
+        weights=described.weights,
+        server_start_seconds=SERVER_START_SECONDS if options.server_start is None else options.server_start,
+        **common,
+    )
