@@ -32,7 +32,6 @@ each); an instruction waits for the transfers it depends on; each byte moved cos
 from __future__ import annotations
 
 from tightfit.planner.schema import Plan, ShorterPlan
-from tightfit.planner.simulation import graph_replay
 from tightfit.planner.simulation.figures import ShorterSeconds, Simulation
 from tightfit.planner.simulation.plan_index import InvalidSchedule, PlanIndex
 from tightfit.planner.simulation.replay import LARGEST, LINE, Replay
@@ -46,7 +45,9 @@ __all__ = ["LARGEST", "POINTS", "InvalidSchedule", "Simulation", "simulate"]
 def simulate(plan: Plan) -> Simulation:
     """Replay `plan`. Raises InvalidSchedule where an invariant breaks, InputError where the plan has no schedule."""
     if plan.model.is_bare_graph:
-        return graph_replay.replay(plan)
+        from tightfit.planner.simulation.graph_replay import replay
+
+        return replay(plan)
     if plan.train is None or plan.evaluate is None:
         raise InputError(
             f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"

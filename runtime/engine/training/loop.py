@@ -549,6 +549,7 @@ def _save_trained(training: Training, path: str) -> str:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
+        training.channel.drain()
         training.save_trained(partial, whole=True)
         sync_directory(partial)
         if os.path.islink(path):

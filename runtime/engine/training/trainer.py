@@ -351,8 +351,7 @@ class Training:
         self.state.load(directory, state)
 
     def save_trained(self, directory: str, *, whole: bool = False) -> dict[str, int]:
-        """Write what is trained, as of `TrainedState.save_trained`."""
-        self.channel.drain()
+        """Write what is trained, as of `TrainedState.save_trained`; transfers must have ended."""
         return self.state.save_trained(directory, whole=whole)
 
     def close(self) -> None:

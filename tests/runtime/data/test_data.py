@@ -30,6 +30,7 @@ from tightfit.runtime.data.tokenization import RANDOM_RECORDS, Encoder, _pad_tok
 from tightfit.runtime.engine.training.batches import TokenBatches
 from tightfit.runtime.engine.training.pairs import PairBatches
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
+from tightfit.runtime.engine.training.sample_order import Apart
 
 TALK = [
     {"role": "user", "content": "Is it good?"},
@@ -170,15 +171,12 @@ def test_records_are_on_disk_before_they_have_their_name(tmp_path: Path, monkeyp
     assert synced == [[(tmp_path / "x").read_bytes()]]
 
 
-def test_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
-    with RecordWriter(tmp_path / "x", seq=1, pad_token=0, vocab_size=99, source="") as writer:
-        for example in range(60):
-            writer.add([example], [1], example=example)
-    with RecordFile.open(tmp_path / "x") as file:
-        epochs = [
-            [file.index(step, row, 4, 0) for step in range(15 * epoch, 15 * epoch + 15) for row in range(4)]
-            for epoch in range(3)
-        ]
+def test_each_epoch_has_an_order_of_its_own() -> None:
+    order = Apart(60, seed=0)
+    epochs = [
+        [index for step in range(15 * epoch, 15 * epoch + 15) for (index,) in order.of_step(step, 4)]
+        for epoch in range(3)
+    ]
     assert all(sorted(epoch) == list(range(60)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
