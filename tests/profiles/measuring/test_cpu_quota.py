@@ -80,10 +80,10 @@ def test_the_clock_stands_still_while_the_group_is_held_up(tmp_path):
 
 WORK = """
 import hashlib, json, statistics, time
-from tightfit.profiles.measuring.cpu_quota import Clock, quota_cores, slowdown, useful_threads
+from tightfit.profiles.measuring.cpu_quota import QuotaClock, quota_cores, slowdown, useful_threads
 data = bytes(2 << 20)
 threads = useful_threads(2, quota_cores())
-clock, taken, begun = Clock(threads), [], time.perf_counter()
+clock, taken, begun = QuotaClock(threads), [], time.perf_counter()
 while time.perf_counter() - begun < 4:
     before = clock()
     hashlib.sha256(data)

@@ -209,6 +209,8 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
 def test_a_plan_that_held_more_than_it_says_is_made_anew_until_one_holds(tmp_path, monkeypatch, start):
     """A first rehearsal held far less than was predicted; what the second plan, with the lower prediction, holds is known then."""
     measured = timed(decoder_profile(tmp_path), seconds_of(1.0))
+    floor = measured.device.floor.model_copy(update={"resident_bytes": 100 * MIB})
+    measured = measured.model_copy(update={"device": measured.device.model_copy(update={"floor": floor})})
     beyond = iter([-40 * MIB, 2 * MIB, MIB, 0, -SPREAD_BYTES, -SPREAD_BYTES])
     rehearsals = []
 
@@ -219,7 +221,7 @@ def test_a_plan_that_held_more_than_it_says_is_made_anew_until_one_holds(tmp_pat
         return TracedRehearsal(**{**vars(taken), "rehearsal": rehearsals[-1]})
 
     def make(step):
-        plan = naive_plan(step).model_copy(update={"peak_bytes": step.device.floor.resident_bytes + 400 * MIB})
+        plan = naive_plan(step).model_copy(update={"peak_bytes": step.device.floor.resident_bytes + 300 * MIB})
         floor = plan.device.floor.model_copy(update={"import_peak_bytes": start and plan.peak_bytes})
         return plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})}) if start else plan
 
