@@ -58,6 +58,7 @@ def test_fragmentation_is_small(decoder, policy):
     assert made.arena_bytes <= 1.02 * simulate(made).live_bytes + 64 * len(made.resident)
 
 
+@pytest.mark.slow_but_for("keep-all")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies_are_plans_of_the_same_kind_and_never_faster(decoder, policy):
     made = decoder.plan(1 << 40, policy=policy)
@@ -86,6 +87,7 @@ def test_what_the_policies_do(decoder):
     assert mebp.train.recompute_seconds == pytest.approx(checkpoint.train.recompute_seconds)
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_plan():
     profile = decoder_like(3, tokens=128, slices=2, on=device(**REAL))
     budget = int(plan(profile, 1 << 40, policy="mebp").peak_bytes * 1.02)
@@ -151,6 +153,7 @@ def test_below_the_floor_of_a_build_for_cuda(version, stubs, hint):
     assert ("built for CUDA" in answer.minimum_budget_reason) is hint
 
 
+@pytest.mark.slow
 def test_between_floor_and_feasible(decoder):
     answer = decoder.plan(decoder.minimum(time_limit=600).peak_bytes - 1)
     assert answer.status == "infeasible"
@@ -241,6 +244,7 @@ def test_the_package_itself_imports_nothing():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_the_cost_grows_with_layer_types_not_with_layers():
     """Few programs are priced however many equal layers there are, and the plan is near its bound."""
     programs = []

@@ -122,7 +122,7 @@ def test_the_solver_does(measured, streamed, kept):
     assert alone.step_seconds == pytest.approx(made.step_seconds, rel=0.02)
 
 
-@pytest.mark.slow_but_for("options1")
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"accumulate": 2, "max_grad_norm": 1.0}, {"optimizer": "sgd"}])
 def test_steps_that_share_an_update_do(path, options):
     accumulate = options.get("accumulate", 1)

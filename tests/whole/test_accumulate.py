@@ -254,6 +254,7 @@ class Loader:
         return repeat((torch.zeros(4, 256), torch.zeros(4, 256)))
 
 
+@pytest.mark.slow
 def test_what_has_no_length_is_cut_to_the_steps_and_says_so(tmp_path: Path) -> None:
     planned = plan(profile(FACTORY, accumulate=2), 1 << 40)
     told: list[str] = []

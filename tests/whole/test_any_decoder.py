@@ -363,6 +363,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         any_directory_source(tmp_path)
 
 
+@pytest.mark.slow
 def test_llama_is_traced_into_the_programs_of_the_decoder_written_by_hand() -> None:
     config = FAMILIES["Llama, no scaling"]
     module = AnyDecoder(config, dtype=torch.bfloat16, seq=SEQ, lora=LoraConfig(rank=RANK, alpha=ALPHA))

@@ -34,6 +34,7 @@ def cached(cache):
 # --- the disk ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving(refused, tightfit, work, tmp_path):
     with small_disk(tmp_path / "disk", 2 * MIB) as disk:
         out = disk / "out"
@@ -187,6 +188,7 @@ def test_a_report_that_does_not_say_what_was_evaluated_is_an_answer_too(tightfit
         assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_one_run_in_a_folder(refused, tightfit, work, tmp_path):
     run = ("run", work / "plan.json", "--data", work / "data.jsonl", "-o", tmp_path / "out", "--steps")
     assert tightfit(*run, 1)[0] == 0
@@ -304,6 +306,7 @@ def test_files_in_memory_count_against_the_cap(refused, lean, work, tmp_path):
         assert "choose an output directory on a disk; " in said
 
 
+@pytest.mark.slow_but_for("--cgroup")
 @pytest.mark.parametrize("enforcer", ["--no-cgroup", "--cgroup"])
 def test_a_cap_that_is_passed(refused, tightfit, lean, work, tmp_path, enforcer):
     """The plan was made with the figures of a machine where Python and PyTorch take 10 MiB."""
@@ -368,6 +371,7 @@ def test_a_run_that_cannot_be(refused, work, tmp_path, case):
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pack", "measure"])
 def test_ctrl_c_while_profiling(work, tmp_path, stage):
     process = subprocess.Popen(

@@ -112,6 +112,7 @@ def test_updates_are_those_of_peft_clipped_by_pytorch(decoder: Profile, whole: t
         assert float((own - expected).norm() / expected.norm()) < 1e-3, name
 
 
+@pytest.mark.slow_but_for("3")
 def test_norms_are_in_the_metrics_of_each_update_and_the_update_in_the_report(
     decoder: Profile, whole: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_run_goes_on_with_the_same_bits_and_with_more_memory(
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow_but_for("3")
 def test_a_run_does_not_go_on_with_another_limit(
     decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(tmp_path:
         assert errors[0][-1] < 1.5 * errors[1][-1]
 
 
+@pytest.mark.slow_but_for("gpt2")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_dropout_loss_and_gradients_are_those_of_peft_with_the_same_masks(family: str, tmp_path: Path) -> None:
     case = Case(FAMILIES[family], LoraConfig(rank=4, dropout=0.2, dora=True), tmp_path, torch.float32)
@@ -347,6 +348,7 @@ def test_runs_at_two_budgets_give_one_adapter_from_which_another_run_starts(made
     assert describe(small).count("DoRA rank 4") == 1
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_here_is_given_what_is_measured_here(made: Profile) -> None:
     """Heap that the operators take, and the order of their seconds."""
     found = 0

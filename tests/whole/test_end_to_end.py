@@ -175,6 +175,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_loss(profiled: Any, data: Pat
     assert report["evaluation"]["before"]["loss"] != pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_wrong_choices_have_no_part_in_the_loss_of_an_evaluation(profiled: Any, data: Path, tmp_path: Path) -> None:
     planned = plan(profiled("llama", "float32"), 1 << 40)
     losses = []
@@ -187,6 +188,7 @@ def test_wrong_choices_have_no_part_in_the_loss_of_an_evaluation(profiled: Any, 
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_path: Path) -> None:
     made = profiled("llama", "bfloat16")
     planned = plan(made, ModelPlanner(made).minimum().peak_bytes + (4 << 20))
@@ -202,7 +204,7 @@ def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_p
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.slow_but_for("vision_transformer")
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", [residual_cnn, vision_transformer])
 def test_any_module_trains_in_full_inside_its_cap(factory: Callable[[], Any], tmp_path: Path) -> None:
     """All parameters and Adam states, against the same steps by torch.optim.AdamW: the first to rounding, and after several,
@@ -339,7 +341,7 @@ def linked() -> Any:
     return Linked(), (*words, torch.randn(4, 16), torch.randn(4, 16))
 
 
-@pytest.mark.slow_but_for("unusual")
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", [unusual, kept, linked])
 def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> None:
     """Losses and the saved model, against torch.optim.AdamW in float32."""

@@ -105,6 +105,7 @@ def test_the_build_for_the_cpu_where_the_index_answers(python, wheel):
         assert index.asked == []
 
 
+@pytest.mark.slow
 def test_an_index_that_does_not_answer_is_not_waited_for(python, wheel):
     with Index(wheel, hangs=True) as index:
         said = f"PyTorch: the build that pip takes by itself, as {index.url} does not answer"

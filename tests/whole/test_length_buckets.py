@@ -66,6 +66,7 @@ from tightfit.runtime.session.launch import run
 from tightfit.runtime.session.session import Session
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("cache"),
     # peft, of tied models that come apart, and of GPT-2
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings"),

@@ -87,6 +87,7 @@ def given_weights(training: Training, weights: dict[str, torch.Tensor]) -> None:
         training.device.tensor(one.value.at, one.shape, "float32").copy_(weights[one.name])
 
 
+@pytest.mark.slow_but_for("phi3")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_peft_with_the_same_masks(family: str, tmp_path: Path) -> None:
     made = decoder_profile(tmp_path, config=FAMILIES[family], batch=BATCH, seq=SEQ, dtype="float32", lora=LORA)
@@ -141,6 +142,7 @@ def test_every_pair_has_masks_of_its_own_and_equal_layers_share_a_program(tmp_pa
     )  # the first differs
 
 
+@pytest.mark.slow
 def test_without_dropout_a_profile_is_what_it_was_and_with_it_no_operator_is_added(tmp_path: Path) -> None:
     def traced(folder: str, lora: LoraConfig) -> Profile:
         return decoder_profile(tmp_path / folder, config=CONFIGS["gemma3_text"], batch=BATCH, seq=SEQ, lora=lora)  # type: ignore[no-any-return]
@@ -173,6 +175,7 @@ def test_schedules_that_run_operators_again_give_the_same_bits(small: Profile, t
     assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_no_dropout(small: Profile, tmp_path: Path) -> None:
     """Between training steps, to the bit what the same profile without dropout gives."""
     data = records(tmp_path / "data", small)

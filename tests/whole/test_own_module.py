@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from examples import own_loop, own_module, trainer
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize("kind", ["cnn", "text_classifier"])
 def test_the_example_learns_under_its_cap(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, batches = {
@@ -39,7 +40,6 @@ def test_a_loop_of_one_s_own_keeps_its_best(tmp_path: Path) -> None:
         assert float(sum(module(*batch) for batch in own_module.images(5, 2))) / 5 == pytest.approx(loss, rel=1e-3)
 
 
-@pytest.mark.slow
 def test_the_trainer_takes_the_steps_of_a_plan(tmp_path: Path) -> None:
     before, after, logged = trainer.train(tmp_path, steps=100)
     assert before == pytest.approx(5.545, abs=0.2)  # of 256 words, none is known yet

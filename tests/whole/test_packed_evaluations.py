@@ -33,6 +33,7 @@ from tightfit.runtime.results.evaluation import evaluate
 from tightfit.runtime.session.launch import run
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("cache"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),  # peft, of GPT-2
 ]

@@ -33,7 +33,7 @@ def planner(tmp_path_factory):
     return ModelPlanner(made.model_copy(update={"device": device(threads=1)}))
 
 
-@pytest.mark.slow_but_for("lcsb")
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mezo", "lcsb"])
 def test_a_resumed_run_is_the_run_that_never_stopped(planner, policy, tmp_path):
     """Stopped in the middle of a cycle; evaluated before and after; an adapter either way."""

@@ -51,6 +51,7 @@ def captions() -> Any:
     return Captions(), batch(0), nn.CrossEntropyLoss()
 
 
+@pytest.mark.slow
 def test_every_plan_is_pytorch_s_own_training(tmp_path: Path) -> None:
     made = module_profile(tmp_path / "store", f"{__name__}:captions")
     targets = [operator.target for program in made.programs for operator in program.operators]

@@ -207,6 +207,7 @@ def test_without_time_a_plan_for_each_member_is_enough():
     assert 0 <= search.bound <= search.makespan(search.best)
 
 
+@pytest.mark.slow_but_for("100")
 @pytest.mark.parametrize("count", [100, 1000])
 def test_a_large_fleet_whose_time_is_over_is_hardly_searched(count):
     """Pairs of all members alone are 499,500 of a thousand; 120 s were asked for, and 250 did not do."""

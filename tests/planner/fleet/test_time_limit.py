@@ -126,6 +126,7 @@ def test_rounds(crowd, solves, count):
     assert fleet.prices == []
 
 
+@pytest.mark.slow
 def test_rounds_of_devices_that_nobody_could_plan(crowd, unlike, solves):
     """Sixteen device models were planned for; the others take no part, and say so."""
     devices = unlike(crowd(100, 40.0, 41.0))

@@ -387,6 +387,7 @@ def test_no_schedule_is_faster_than_its_columns_rows():
     assert more > 10
 
 
+@pytest.mark.slow
 def test_the_states_of_a_fleets_member_are_not_counted():
     """Its plan has none, however many steps make an update."""
     made = decoder_like(2, tokens=256, slices=3)

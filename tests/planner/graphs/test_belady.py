@@ -68,6 +68,7 @@ def test_sweeps_of_any_graph_are_schedules_without_needless_runs():
             assert peak_bytes(dag, reruns) >= dag.floor_bytes
 
 
+@pytest.mark.slow
 def test_large_graphs_of_simple_schedules_have_plans():
     planner = GraphPlanner(graph_of(pairs(2000)))
     made = planner.plan(40 * MEGABYTE, time_limit=5)

@@ -173,6 +173,7 @@ class Stopwatch:
             self.now += seconds
 
 
+@pytest.mark.slow_but_for("0.8-plan")
 @pytest.mark.parametrize("what", ["plan", "smallest"])
 @pytest.mark.parametrize("share", [0.05, 0.45, 0.8])
 def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):

@@ -54,6 +54,7 @@ def check_small_graph(seed):
         before = made.step_seconds
 
 
+@pytest.mark.slow_but_for("2")
 @pytest.mark.parametrize("block", range(4))
 def test_small_graphs_against_brute_force(block):
     """Tens of thousands more: `make bench-proof`."""
@@ -373,6 +374,7 @@ def free_chain(steps, *, reads_own):
     return [*forward, *backward]
 
 
+@pytest.mark.slow_but_for("20-False")
 @pytest.mark.parametrize("reads_own", [True, False])
 @pytest.mark.parametrize("steps", [20, 100])
 def test_a_chain_need_not_hold_its_first_output(steps, reads_own):

@@ -63,6 +63,7 @@ def check_small_graph(seed, most):
     return moved
 
 
+@pytest.mark.slow_but_for("3")
 @pytest.mark.parametrize("block", range(4))
 def test_small_graphs_against_brute_force(block):
     assert sum(check_small_graph(seed, most=5) for seed in range(60 * block, 60 * block + 60)) >= 2
@@ -85,6 +86,7 @@ def test_sizes_far_apart():
         assert made.step_seconds == pytest.approx(best(operators, channels, budget, "stages", 0), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_search_alone_comes_near_the_optimum(monkeypatch):
     """As it works on graphs too large for the exact solver."""
     monkeypatch.setattr(graph_planner, "EXACT_MOVES", 0)

@@ -47,6 +47,7 @@ PUBLISHED = {name: value for name, value in FAMILIES["Phi-4-mini"].items() if na
 """as the config.json of Phi-4-mini has it"""
 
 
+@pytest.mark.slow_but_for("published")
 @pytest.mark.parametrize(
     ("config", "said"),
     [

@@ -116,6 +116,7 @@ def test_where_the_list_cannot_be_read_the_worker_decides(tmp_path):
     assert listed(tmp_path / "none.py") == {}
 
 
+@pytest.mark.slow
 def test_what_only_the_built_model_shows_is_the_job_s_error(tmp_path):
     pytest.importorskip("transformers")
     service = Served(tmp_path / "data").start()

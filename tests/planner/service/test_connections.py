@@ -174,6 +174,7 @@ SENT = {
 """what a client has sent that lets the service wait"""
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(kinds=st.lists(st.sampled_from(sorted(SENT)), min_size=8, max_size=24))
 @example(kinds=["a stream"] * 24)

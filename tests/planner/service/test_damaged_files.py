@@ -46,6 +46,7 @@ def asked(http, identity, memory):
     return job
 
 
+@pytest.mark.slow
 def test_what_is_damaged_on_disk_is_set_aside_and_made_anew(tmp_path):
     profile = small_chain(3, layers=2)
     least, body = minimum_budget(profile), profile.model_dump(mode="json")
@@ -96,6 +97,7 @@ CONTENTS = {
 """what a service of another version, or somebody with an editor, may have left, under its own checksum"""
 
 
+@pytest.mark.slow_but_for("no text")
 @pytest.mark.parametrize("content", sorted(CONTENTS))
 def test_what_is_stored_and_cannot_be_used_is_told_in_words(tmp_path, content):
     with service(tmp_path) as http:

@@ -120,6 +120,7 @@ def test_a_fleet_to_look_at(served, job):
     assert view["plans"] == {member.plan: job["result"]["plans"][member.name] for member in fleet.chain}
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_planned_over_http(served, body, tmp_path):
     model = served.upload(with_operators(decoder_profile(tmp_path), lambda _: {"seconds": 1e-3}))
     members = [{**member, "profile": model, "memory": "400MiB"} for member in body["members"]]

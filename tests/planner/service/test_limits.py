@@ -120,6 +120,7 @@ def test_a_profile_that_was_uploaded_can_be_run_once_it_is_measured_here(tmp_pat
         assert http.post("/v1/runs", json=run).status_code == 202
 
 
+@pytest.mark.slow
 def test_an_upload_does_not_block_the_run_of_what_was_measured(tmp_path, profile):
     """Copies of a measured profile that lead to the same plan, planned before it and with other options."""
     measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
@@ -420,6 +421,7 @@ def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkey
         assert wait(http, again)["state"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_what_a_worker_makes_costs_no_job(tmp_path, profile, minimum, monkeypatch):
     monkeypatch.setattr("tightfit.planner.service.jobs.supervisor.DISK_SECONDS", 0.1)
     with service(tmp_path) as http:
@@ -445,6 +447,7 @@ def test_a_disk_without_room_for_what_a_worker_makes_costs_no_job(tmp_path, prof
         assert wait(http, job)["state"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_data_under_the_roots_of_today(tmp_path, profile):
     (tmp_path / "root").mkdir()
     data = tmp_path / "root" / "data.jsonl"

@@ -131,6 +131,7 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, measured):
         service.stop()
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_downloaded_and_measured(tmp_path, work, measured):
     """The hub's library is a stand-in that finds the model in a folder; everything else is as it is."""
     told = tmp_path / "asked"

@@ -88,6 +88,7 @@ def test_changes_fit_where_they_leave_nothing_short(seed):
             assert fits[layer, candidate] == (left >= -1e-5).all()
 
 
+@pytest.mark.slow
 def test_what_is_fitted_fits_and_no_change_of_two_layers_is_better():
     """Against all combinations of 200 draws: where any fits, one is found in all but very few."""
     missed = 0
@@ -194,6 +195,7 @@ def drawn(seed, *, layers, width):
     return windows, figures, prices, [list(range(width))] * layers
 
 
+@pytest.mark.slow
 def test_columns_fitted_into_a_mixture_keep_its_limit_and_come_near_it(decoder):
     """At every budget, with no program that has anything to choose; a search that is not thorough has only these."""
     choices = []
@@ -221,6 +223,7 @@ def test_where_memory_has_no_price_the_rounded_mixtures_are_the_choice(decoder):
     assert found[1] == tuple(search.pool.columns[k][pick] for k, pick in zip(decoder.problem.layer_type, picks))
 
 
+@pytest.mark.slow
 def test_mixtures_leave_no_window_short(decoder):
     """What the linear program leaves free is nowhere less than nothing, and somewhere it is nothing where memory has a price."""
     for times in (1.1, 1.3, 1.6):

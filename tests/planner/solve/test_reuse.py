@@ -41,6 +41,7 @@ def tall():
     return ModelPlanner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
 
 
+@pytest.mark.slow
 def test_a_curve_costs_less_than_its_budgets_alone():
     """Programs priced on six budgets together: less than three times what one of them takes from nothing."""
     decoder = ModelPlanner(decoder_like(8, tokens=256, slices=3, on=device(**REAL)))
@@ -61,6 +62,7 @@ def test_a_curve_costs_less_than_its_budgets_alone():
     assert decoder.solver.pool.programs == before
 
 
+@pytest.mark.slow
 def test_what_one_budget_proves_holds_at_every_other(tall):
     """A bound carried over is never above the master, priced from nothing; between two near budgets it is nearly that."""
     smallest = tall.plan(1 << 45, policy="mebp").peak_bytes
@@ -99,6 +101,7 @@ def test_equal_layers_stand_in_the_any_schedule_bound_once(tall):
     assert bounds[0] > 1.01 * bounds[-1]
 
 
+@pytest.mark.slow
 def test_what_other_budgets_priced_is_tried_first():
     """Beside a budget that was planned, nothing is priced, and the plan is near its bound all the same."""
     planner = ModelPlanner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
@@ -114,6 +117,7 @@ def test_what_other_budgets_priced_is_tried_first():
     assert alone.solver.pool.programs > 5
 
 
+@pytest.mark.slow
 def test_what_the_clock_left_behind_guides_no_plan_that_is_called_deterministic(monkeypatch):
     """What other budgets priced is not tried before this one's own prices once the clock has had a hand in it."""
     planner = ModelPlanner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))

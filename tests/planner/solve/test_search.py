@@ -416,6 +416,7 @@ def test_the_same_question_leaves_nothing_new_behind(chain):
     assert solver_.found == [first]
 
 
+@pytest.mark.slow
 def test_a_budget_clearly_above_the_smallest_is_one_before_that_is_known(monkeypatch):
     """And of one little above the fewest bytes of a mixture the smallest itself says whether it is."""
     problem = layered(decoder_like(2, tokens=256, slices=3, on=device(**REAL)))

@@ -305,6 +305,7 @@ def test_what_is_no_description(tmp_path, text, message):
         find_device(str(path))
 
 
+@pytest.mark.slow
 def test_a_model_is_profiled_for_a_device_that_is_not_here(tmp_path, monkeypatch):
     from tightfit.profiles import api
 
@@ -333,6 +334,7 @@ def test_a_model_is_profiled_for_a_device_that_is_not_here(tmp_path, monkeypatch
         check_machine(planned)
 
 
+@pytest.mark.slow_but_for("zen3-2core-1")
 @pytest.mark.parametrize(("device", "rows"), [("zen3-2core", 1), ("zen4-2core", 8), ("raspberry-pi-5", 1)])
 def test_the_head_has_scratch_for_bfloat16_where_the_device_multiplies_it(tmp_path, device, rows):
     """Whatever the machine that traces does: 2 samples of 4 tokens in bfloat16, each chunk's second output."""
@@ -388,6 +390,7 @@ def test_threads_belong_to_the_description():
         profile("config.json", device="phone", threads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zen4-2core", "h100"])
 def test_shorter_steps_are_estimated_for_another_device(tmp_path, name):
     """As profiles of their lengths are; attention works on two rows of 128 tokens at a time, and on one of 192."""

@@ -47,6 +47,7 @@ def doubled_behind_the_trace(module, x):
     return module.b(hidden).square().mean()
 
 
+@pytest.mark.slow
 def test_equal_gradients_pass(tmp_path):
     torch.manual_seed(0)
     assert compared(*residual_cnn(), tmp_path).startswith(ALIKE)

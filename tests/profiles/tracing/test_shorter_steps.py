@@ -197,7 +197,7 @@ def profiled(folder, **options):
     return profile(str(folder / "config.json"), device=ON, **options)
 
 
-@pytest.mark.slow_but_for("dpo")
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [None, "dpo", "orpo"])
 def test_a_shortened_profile_is_the_profile_of_that_length(folder, loss):
     whole = profiled(folder, seq=40, buckets="24,8", batch=2, loss=loss)

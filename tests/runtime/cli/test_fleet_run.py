@@ -108,6 +108,7 @@ def test_members_get_the_columns_of_the_data(folder, tmp_path):
     assert "columns question: the data given have none; leave them out" in found["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_planned_and_run_with_its_evaluation(folder, tmp_path):
     tightfit("fleet", "plan", folder / "fleet.toml", "--kind", "pipeline", "-o", tmp_path / "plan", "--no-prices")
     planned = json.loads((tmp_path / "plan" / "fleet.json").read_text())
@@ -123,6 +124,7 @@ def test_a_pipeline_is_planned_and_run_with_its_evaluation(folder, tmp_path):
         assert report["peak_bytes"]["measured"] <= report["peak_bytes"]["predicted"] + (1 << 20)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_fleet(folder, tmp_path):
     """The rank is the place in the chain; the members meet at the agent's store."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from damage import CONFIG
 
 PATIENCE = 120.0
@@ -29,6 +30,7 @@ def measuring(process):
     raise AssertionError("nothing is measured")
 
 
+@pytest.mark.slow
 def test_what_measures_ends_with_a_killed_profile(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     process = subprocess.Popen(

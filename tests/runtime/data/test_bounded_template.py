@@ -164,6 +164,7 @@ PROGRAMS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(PROGRAMS, st.lists(PROGRAMS, max_size=3))
 def test_every_program_ends_with_a_text_or_an_input_error(inner, rest):

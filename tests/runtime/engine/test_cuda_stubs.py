@@ -59,6 +59,7 @@ print(json.dumps({"mode": mode, "y": y, "libraries": sorted({name for name in ma
 """
 
 
+@pytest.mark.slow
 def test_pytorch_starts_with_stubs_and_computes_the_same(stubs: Path) -> None:
     assert {path.name for path in stubs.iterdir()} == {"libshm.so", cuda_stubs.SYMBOLS}
     stubbed, whole = lean(KERNELS, str(stubs)), lean(KERNELS, "")

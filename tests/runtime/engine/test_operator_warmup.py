@@ -129,6 +129,7 @@ print(json.dumps([*inside, in_heap(400 << 10)]))
     assert json.loads(done.stdout) == [True, False, True]
 
 
+@pytest.mark.slow
 def test_a_second_rehearsal_leaves_nothing_behind(tmp_path):
     """All that is kept is made by the first."""
     code = """

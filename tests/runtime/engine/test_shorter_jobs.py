@@ -68,6 +68,7 @@ def test_inputs_and_token_losses_of_each_length(plan):
         assert shape == [BATCH * length]
 
 
+@pytest.mark.slow_but_for("dpo")
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_inputs_of_pairs_have_two_rows_of_each_length(tmp_path, loss):
     made = decoder_profile(tmp_path, seq=SEQ, batch=BATCH, buckets=BUCKETS, preference=Preference(loss=loss, beta=0.1))
@@ -119,6 +120,7 @@ def test_a_short_batch_trains_as_in_the_whole_step(plan, tmp_path, length):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(LENGTHS)))
 def test_a_step_of_a_length_gives_the_bits_of_a_plan_of_that_length(tmp_path, number):
     """Of one sample, which all steps see."""

@@ -778,6 +778,7 @@ print((peak() - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_unpacking_in_the_lean_process_takes_no_more_than_its_stated_workspace(tmp_path: Path) -> None:
     file = tmp_path / "big.store"

@@ -49,6 +49,7 @@ def order(**changes):
     return Order(**told | changes)
 
 
+@pytest.mark.slow
 def test_it_trains_from_the_adapter_and_answers(fleet, device):
     _, _, plans = fleet
     given = closed(started(shapes_of(plans["a"]), 5))

@@ -33,6 +33,8 @@ pytestmark = [
     pytest.mark.usefixtures("cache"),
     pytest.mark.filterwarnings("ignore:.*tie:UserWarning"),  # peft says that a copy of a tied module comes apart
 ]
+pytestmark = pytest.mark.slow
+
 FIGURES = ("loss", "accuracy", "questions", "records")
 
 
@@ -105,6 +107,7 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "tightfit.runtime.cli.main", "eval", *words]
 
 
+@pytest.mark.slow
 def test_the_command_line(planned: Plan, data: Path, ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     save_plan(planned, tmp_path / "plan.json")
     environment = os.environ | {"PYTHONPATH": str(SOURCES)}

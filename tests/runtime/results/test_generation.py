@@ -91,6 +91,7 @@ def left() -> list[Path]:
     return list((cache_directory() / "evaluations").iterdir())
 
 
+@pytest.mark.slow
 def test_prompts_from_a_file(model: Path, exact: Any, adapter: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     asked = [QUESTION, [{"role": "user", "content": "lazy dog?"}]]
@@ -181,6 +182,7 @@ def test_a_decoder_that_transformers_builds(model: Path, tmp_path: Path) -> None
         assert told["peak_bytes"]["measured"] >= told["peak_bytes"]["predicted"] - 13 * MIB
 
 
+@pytest.mark.slow
 def test_a_conversation(model: Path, exact: Any) -> None:
     questions = ["The quick brown fox?", QUESTION]
     done = called(
@@ -200,6 +202,7 @@ def test_a_conversation(model: Path, exact: Any) -> None:
     assert left() == []
 
 
+@pytest.mark.slow
 def test_a_seed_says_what_is_drawn(model: Path) -> None:
     drawn = []
     for _ in range(2):

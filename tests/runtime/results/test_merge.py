@@ -341,6 +341,7 @@ def test_what_is_there_is_replaced_only_if_asked_for_and_a_model(small: tuple[Pa
         merge(small[1], small[0], overwrite=True)
 
 
+@pytest.mark.slow
 def test_the_command_line(small: tuple[Path, Path], tmp_path: Path) -> None:
     words = [sys.executable, "-m", "tightfit.runtime.cli.main", "merge", str(small[1]), "-o", str(tmp_path / "merged")]
     environment = os.environ | {"PYTHONPATH": str(SOURCES)}

@@ -113,6 +113,7 @@ def test_a_signal_to_one_member_ends_all_after_the_same_step_and_they_can_go_on(
     assert {adapter_hash(tmp_path / name) for name in found} == {whole}
 
 
+@pytest.mark.slow
 def test_members_that_were_started_differently_are_told_in_what(workshop, tmp_path):
     found = ended(workshop.start(workshop.fleet((3, 3), (MEMORY,)), tmp_path, **OPTIONS, m1={"seed": 4}))
     assert [code for code, _ in found.values()] == [2, 2]
@@ -120,6 +121,7 @@ def test_members_that_were_started_differently_are_told_in_what(workshop, tmp_pa
         assert "different seed: member 'm1' has 4, 'm0' has 3" in said
 
 
+@pytest.mark.slow
 def test_a_fleet_without_any_checkpoint_is_not_resumed(workshop, tmp_path):
     found = ended(workshop.start(workshop.fleet((3, 3), (MEMORY,)), tmp_path, **OPTIONS, resume=True))
     words = "no member holds a checkpoint to resume from; start the fleet again without resume=True"

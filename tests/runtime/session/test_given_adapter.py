@@ -58,6 +58,7 @@ def test_the_states_start_at_zero(plan, first, tmp_path):
     assert np.median(moved) == pytest.approx(1e-3, rel=5e-2)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_run_and_wants_the_same_adapter(plan, first, tmp_path):
     given = first / "adapter"
     run(plan, "random", steps=4, out=tmp_path / "whole", adapter=given, **SETTINGS)

@@ -187,6 +187,7 @@ def child_of(pid):
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
+@pytest.mark.slow_but_for("15")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_end_saves_and_says_where(plan, tmp_path, number):
     process = start(plan, tmp_path, 100_000)
@@ -229,6 +230,7 @@ def test_ctrl_c_during_evaluation_saves_the_start(plan, whole, tmp_path, monkeyp
     assert resumed["loss"] == report["loss"]
 
 
+@pytest.mark.slow
 def test_a_killed_child_is_reported_and_loses_only_the_steps_since_the_checkpoint(plan, whole, tmp_path):
     report, _ = whole
     process = start(plan, tmp_path, 100_000)
@@ -462,6 +464,7 @@ def test_a_child_that_dies_at_once_does_not_deny_the_checkpoints_there(plan, tmp
         run(plan, "random", steps=2, out=tmp_path, resume=True, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_killed_parent_takes_the_child_along_which_saves(plan, tmp_path):
     process = start(plan, tmp_path, 100_000, every=0)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -767,6 +770,7 @@ def test_a_disk_without_room_for_another_file_is_a_run_error(plan, tmp_path, fil
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_run_error_that_keeps_the_checkpoint(profile, tmp_path):
     """On a file system of 4 MiB: there is room to train and for one checkpoint, then something else fills it."""
     disk = tmp_path / "disk"

@@ -57,6 +57,7 @@ def test_an_evaluation_goes_through_all_members(workshop, tmp_path):
         assert {when: one["loss"] for when, one in told.items()} == {when: one["loss"] for when, one in wanted.items()}
 
 
+@pytest.mark.slow
 def test_messages_of_8_bits_are_another_result_near_the_exact_one(workshop, expected, tmp_path):
     found = ended(workshop.start(workshop.pipeline((3,), (1, 0), bits=8), tmp_path, **OPTIONS))
     assert [code for code, _ in found.values()] == [0, 0], found
@@ -90,6 +91,7 @@ def test_when_a_member_is_killed_the_others_save_and_all_go_on_from_what_all_hav
     assert adapter_hash(tmp_path / "m0") == workshop.alone(tmp_path / "alone", **options | {"steps": steps})
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_member_ends_all_after_the_same_step(workshop, tmp_path):
     options = OPTIONS | {"steps": 3000, "checkpoint_every": 0}
     members = workshop.start(workshop.pipeline((3,), (1, 0)), tmp_path, **options)

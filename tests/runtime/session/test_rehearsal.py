@@ -162,6 +162,7 @@ def test_of_a_crowded_machine_only_the_peak_is_learned(tmp_path):
     assert corrected(measured, learned).programs == measured.programs
 
 
+@pytest.mark.slow_but_for("9437184-9764864")
 @pytest.mark.parametrize(
     ("held", "added"),
     [
@@ -205,6 +206,7 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
     assert later.added_bytes == learned.added_bytes
 
 
+@pytest.mark.slow_but_for("the step")
 @pytest.mark.parametrize("start", [0, 400 * MIB], ids=["the step", "the start"])
 def test_a_plan_that_held_more_than_it_says_is_made_anew_until_one_holds(tmp_path, monkeypatch, start):
     """A first rehearsal held far less than was predicted; what the second plan, with the lower prediction, holds is known then."""
@@ -300,6 +302,7 @@ def test_seconds_that_were_measured_wrongly_are_those_of_the_run_afterwards(meas
     assert made.plan.rehearsal.predicted_seconds < 3 * made.plan.rehearsal.seconds
 
 
+@pytest.mark.slow
 def test_a_rehearsal_that_fails_leaves_the_plan_and_says_why(measured, monkeypatch):
     def failing(*given, **options):
         raise RunError("the disk is full")
@@ -312,6 +315,7 @@ def test_a_rehearsal_that_fails_leaves_the_plan_and_says_why(measured, monkeypat
     assert not learned_place(figures_id(measured)).exists()
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_nothing_is_started(measured, monkeypatch):
     monkeypatch.setattr(rehearsal, "free_memory", lambda: (30 * MIB, "30.0 MiB are left of the cgroup's 400.0"))
     monkeypatch.setattr(rehearsal, "supervise", lambda *given, **options: pytest.fail("no process is started"))
@@ -320,6 +324,7 @@ def test_where_memory_is_short_nothing_is_started(measured, monkeypatch):
     assert said.startswith("not rehearsed: 30.0 MiB are left of the cgroup's 400.0, beside which the ")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_rehearsal_keeps_the_plan(measured, monkeypatch):
     def pressed(*given, **options):
         raise KeyboardInterrupt
@@ -330,6 +335,7 @@ def test_ctrl_c_in_a_rehearsal_keeps_the_plan(measured, monkeypatch):
     assert made.plan.train is not None
 
 
+@pytest.mark.slow
 def test_a_plan_for_another_device_is_not_rehearsed(measured):
     elsewhere = measured.model_copy(update={"device": measured.device.model_copy(update={"measured": False})})
     made = rehearsed(elsewhere, lambda step: step, planned)
@@ -337,6 +343,7 @@ def test_a_plan_for_another_device_is_not_rehearsed(measured):
     assert made.plan.rehearsal is None
 
 
+@pytest.mark.slow
 def test_damaged_files_of_what_was_learned_are_as_none(measured, cache):
     place = learned_place(figures_id(measured))
     place.parent.mkdir(parents=True)
@@ -348,6 +355,7 @@ def test_damaged_files_of_what_was_learned_are_as_none(measured, cache):
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_says_what_the_rehearsal_found_and_the_plan_has_it(measured, tmp_path, tightfit):
     path = save_profile(measured, tmp_path / "profile.json")
     code, out, err = tightfit("plan", path, "--memory", "1GiB", "-o", tmp_path / "plan.json", "--json")

@@ -115,6 +115,7 @@ def test_evaluations_between_the_steps_are_those_of_runs_that_end_there(whole, p
     assert (out / "best" / "adapter_config.json").read_bytes() == (out / "adapter" / "adapter_config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_budget_gives_the_same(whole, plans, data, asked, tmp_path):
     report, out = whole
     other = run(plans[1], data, out=tmp_path / "run", cgroup=False, **asked)
@@ -129,6 +130,7 @@ def test_an_epoch_may_be_the_interval(plans, data, asked, tmp_path):
     assert [one["step"] for one in report["evaluations"]] == [0, 2, 4, 5]
 
 
+@pytest.mark.slow
 def test_what_gets_no_better_ends_early_and_stays_ended(whole, plans, data, asked, tmp_path):
     report, out = whole
     early = asked | {"early_stopping": 2}

@@ -117,6 +117,7 @@ def half_of_a_batch(write: Callable[[int, memoryview], int], descriptor: int, da
     return write(descriptor, data)
 
 
+@pytest.mark.slow
 def test_a_loop_of_one_s_own_follows_the_exact_gradient(decoder: Profile, smallest: Plan, tmp_path: Path) -> None:
     batches = texts(8)
     losses, trained, after = by_autograd(decoder, batches)
@@ -162,6 +163,7 @@ def test_it_is_the_run_of_the_same_batches_to_the_bit(module: Plan, tmp_path: Pa
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("by the loop"), KeyboardInterrupt()])
 def test_an_error_in_the_loop_keeps_its_steps(
     smallest: Plan, decoder: Profile, tmp_path: Path, error: BaseException
@@ -417,6 +419,7 @@ def looping(made: Plan, folder: Path) -> Iterator[tuple[subprocess.Popen[str], i
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_whatever_ends_the_program_its_steps_are_saved(naive: Plan, tmp_path: Path, number: signal.Signals) -> None:
     with looping(naive, tmp_path) as (process, _):
@@ -462,6 +465,7 @@ def test_one_that_dies_is_told(naive: Plan, tmp_path: Path) -> None:
     assert not hasattr(told.value, "__notes__")  # nothing is said twice
 
 
+@pytest.mark.slow
 def test_other_batches_than_given_ones_are_another_run(naive: Plan, tmp_path: Path) -> None:
     run(naive, "random", steps=1, out=tmp_path)
     with (
@@ -491,6 +495,7 @@ def test_a_folder_of_data_of_one_s_own_stays(naive: Plan, tmp_path: Path) -> Non
     assert (other / "data" / "texts.jsonl").read_text() == "mine"
 
 
+@pytest.mark.slow_but_for("False")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from Python 3.12 on, where there are threads
 @pytest.mark.parametrize("middle", [False, True])
 def test_a_copy_of_the_program_holds_nothing_up(

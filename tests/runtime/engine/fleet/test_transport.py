@@ -191,7 +191,7 @@ def test_why_a_member_leaves_is_said_by_it(leaves):
         assert told[rank]["error"] == f"member '{'abc'[leaves]}' of the fleet has ended: no disk"
 
 
-@pytest.mark.slow_but_for("1")
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", [0, 1, 2])
 def test_a_member_that_is_silent_is_named_by_those_that_wait_for_one_that_waits_for_it(slow):
     """It gives signs of life, and sends nothing: a neighbour that waits for it is well."""
@@ -243,6 +243,7 @@ def test_where_one_link_is_cut_nobody_blames_the_member_that_reaches_both(pair):
         assert {*named.groups()} == {lost, reached}
 
 
+@pytest.mark.slow
 def test_who_ends_after_a_long_silence_is_not_said_to_have_ended_alone():
     """Its last words may have been lost, though the end of the connection was not."""
     members = met(timeout=6.0)

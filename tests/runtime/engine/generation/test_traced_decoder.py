@@ -148,6 +148,7 @@ def test_products_with_packed_rows_keep_that(tmp_path: Path, monkeypatch: pytest
     assert found[0][0] == answered_by_transformers(exact(config, store), ids, 6)
 
 
+@pytest.mark.slow
 def test_tokens_that_two_prompts_share_need_not_be_computed_again(tmp_path: Path) -> None:
     config = FAMILIES["OLMo 2"]
     store = packed(save_model(tmp_path / "model", config))
@@ -160,6 +161,7 @@ def test_tokens_that_two_prompts_share_need_not_be_computed_again(tmp_path: Path
         torch.testing.assert_close(decoder.run([7], lambda: None), whole)
 
 
+@pytest.mark.slow_but_for("Qwen3.5 (text)")
 @pytest.mark.parametrize("name", NO_ANSWERS)
 def test_what_has_no_cache_is_refused_by_name(name: str) -> None:
     config = FAMILIES[name]
@@ -178,6 +180,7 @@ def place_of(found: Layout, layer: Layer, value: Value) -> tuple[int, int] | Non
     return at, at + value.bytes
 
 
+@pytest.mark.slow
 def test_layers_that_are_alike_share_a_program_and_values_that_live_at_once_share_no_bytes() -> None:
     config = FAMILIES["OLMo 3"] | {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
     stored = [tensor.name for tensor in facts(config).tensors]
