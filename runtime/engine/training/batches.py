@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import read_all
 from tightfit.runtime.common.strict_json import JsonError, from_json
-from tightfit.runtime.engine.training.by_length import ByLength
+from tightfit.runtime.engine.training.by_length import order_of
 from tightfit.runtime.engine.training.packing import Packed
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
-from tightfit.runtime.engine.training.sample_order import Apart, Rows, SampleOrder
+from tightfit.runtime.engine.training.sample_order import Rows, SampleOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,9 +84,11 @@ class TokenBatches:
     """
 
     def __init__(self, path: str, seed: int, *, packing: bool = False, by_length: bool = False) -> None:
-        """`packing` and `by_length` as of `order_of`."""
-        self._records = RecordFile.open(path)
-        self._order = order_of(self._records, seed, packing=packing, by_length=by_length)
+        """With `packing` samples share rows; otherwise `by_length` is as of `order_of`."""
+        self._records = records = RecordFile.open(path)
+        self._order: SampleOrder = (
+            Packed(records, seed) if packing else order_of(len(records), records.length, seed, by_length=by_length)
+        )
         self.fingerprint = self._records.fingerprint
         self.samples: int | None = None
 
@@ -120,15 +122,6 @@ class TokenBatches:
         if self._order.shared:
             return self._records.fill_rows(rows, *inputs)
         return self._records.fill([index for (index,) in rows], *inputs)
-
-
-def order_of(records: RecordFile, seed: int, *, packing: bool = False, by_length: bool = False) -> SampleOrder:
-    """How the samples of a record file become the rows of batches: with `packing` they share rows, `by_length` those of like lengths
-    are in one batch, otherwise each has a row of its own in the order that the seed shuffles.
-    """
-    if packing:
-        return Packed(records, seed)
-    return ByLength(len(records), records.length, seed) if by_length else Apart(len(records), seed)
 
 
 class TensorBatches:

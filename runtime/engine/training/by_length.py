@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tightfit.runtime.engine.training.records import shuffled
-from tightfit.runtime.engine.training.sample_order import Rows
+from tightfit.runtime.engine.training.sample_order import Apart, Rows, SampleOrder
 
 WINDOW_SAMPLES = 1024
 """most samples that are sorted together"""
@@ -92,3 +92,10 @@ class ByLength:
         if self._latest is None or self._latest[0] != batch:
             self._latest = batch, SortedBatches(self._count, batch, self._length)
         return self._latest[1]
+
+
+def order_of(count: int, length: Callable[[int], int], seed: int, *, by_length: bool) -> SampleOrder:
+    """How `count` samples, of which `length` gives the positions, become batches with one to a row: those of like lengths together, or
+    in the order that the seed shuffles.
+    """
+    return ByLength(count, length, seed) if by_length else Apart(count, seed)

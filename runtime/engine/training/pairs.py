@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.engine.training.by_length import ByLength
+from tightfit.runtime.engine.training.by_length import order_of
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
 from tightfit.runtime.engine.training.references import References, references_path
-from tightfit.runtime.engine.training.sample_order import Apart, SampleOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +38,7 @@ class PairBatches:
         self._loss = loss
         self.path = path
         self.pairs = len(self._records) // 2
-        self._order: SampleOrder = ByLength(self.pairs, self._length, seed) if by_length else Apart(self.pairs, seed)
+        self._order = order_of(self.pairs, self._length, seed, by_length=by_length)
         self.fingerprint = self._records.fingerprint
         self.samples: int | None = None
         self.references: References | None = None
