@@ -24,8 +24,8 @@ SPREAD_BYTES = 320 << 10
 """What starts of the same plan differ by: of twelve of SmolLM2-135M's shape in 110 MiB the most and the least held were 208 KiB
 apart, of eight of Qwen2.5-0.5B's in 200 MiB 300."""
 SPREAD = 0.01
-"""The same of modules, as a share of what they hold: convolutions take workspace by when transfers leave them a core. Three runs of
-efficientnet_b0 in 202 MiB held 201.7 to 203.8."""
+"""The same of modules, as a share of what they hold: three runs of efficientnet_b0 in 202 MiB held 201.7 to 203.8, by
+`make bench-truth`; why was not looked into."""
 ABOVE = 0.01
 """Share of a peak by which a prediction may be above what was held before it is lowered."""
 MOST_KEPT = 12
