@@ -2,5 +2,5 @@
 line.
 
 Rooms, each of which imports only those before it: `common`, `engine`, `supervision`; then, above the profiles and the
-planner, `data`, `session`, `cli`.
+planner, `data`, `session`, `results`, `federated`, `cli`.
 """

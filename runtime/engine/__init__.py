@@ -2,6 +2,7 @@
 budget.
 
 Rooms: `device` (memory and transfers), `cpu` (the CPU as a device), `kernels` (compiled operators, optimizers),
-`weights` (the packed store), `start` (a small process), `training` (a plan's steps). May import: `runtime.common`, and
-of the standard library and PyTorch what the contract in pyproject.toml lists.
+`weights` (the packed store), `start` (a small process), `fleet` (a member among others), `training` (a plan's steps),
+`generation` (answers). May import: `runtime.common`, and of the standard library and PyTorch what the contract in
+pyproject.toml lists.
 """
