@@ -166,7 +166,7 @@ class Client:
     def fleet(
         self, members: Sequence[MemberSpec], micro_batches: int, options: FleetOptions
     ) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
-        """`tightfit.planner.fleet.kinds.plan_kind`, solved by the service: the fleet's plan, each member's by name, and
+        """`tightfit.planner.fleet.plan.plan_kind`, solved by the service: the fleet's plan, each member's by name, and
         why it is of its kind.
         """
         stored: dict[int, str] = {}
