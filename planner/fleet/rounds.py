@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
@@ -220,7 +220,7 @@ class _WholePlans:
         self.plans = shared(profiles, lambda one: AlonePlans(one, 1, gap))
         self.rooms = rooms
 
-    def explore(self, until: float) -> Iterable[tuple[int, int]]:
+    def explore(self, until: float) -> Iterator[tuple[int, int]]:
         """Plan as many as there is time for, in an order in which the first few are of use to all; after each, how many of how many
         have been planned.
         """

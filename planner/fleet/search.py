@@ -75,7 +75,7 @@ Aheads = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Contributor:
-    """A device that may take part."""
+    """A device that may compute micro-batches of a step, whose gradients are added up."""
 
     name: str
     link: Link

@@ -22,8 +22,8 @@ from typing import Any, Self
 import httpx
 
 from tightfit.planner.fleet.io import parse_any
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.options import FleetOptions
-from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.planner.io import parse_plan
 from tightfit.planner.report.compare import Comparison
