@@ -28,10 +28,11 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.options import FEDERATED
-from tightfit.planner.fleet.schema import LARGEST_STEPS, Link
+from tightfit.planner.fleet.schema import LARGEST_STEPS, NAME, Link
 from tightfit.profiles.io import load_profile
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.profiles.schema import Profile
@@ -39,9 +40,6 @@ from tightfit.runtime.common.errors import InputError, named
 from tightfit.runtime.common.files import read_whole
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import parse_rate, parse_seconds, parse_size
-
-if TYPE_CHECKING:
-    from tightfit.planner.fleet.plan import MemberSpec
 
 T = TypeVar("T")
 COUNTS = {"micro_batches": ("step", 16), "steps": ("round", 64)}
@@ -168,8 +166,6 @@ def _members(tables: list[dict[str, Any]], folder: Path) -> list[MemberSpec]:
 
 def _member(table: Mapping[str, Any], folder: Path, profiles: dict[Path, Profile]) -> MemberSpec:
     """One member; a profile that several share is read once, and kept in `profiles`."""
-    from tightfit.planner.fleet.plan import MemberSpec
-
     name = _value(table, "name", _checked_name, 'a name, as in name = "laptop"')
     file = folder / _value(table, "profile", str, 'the file of its profile: profile = "laptop.json"')
     memory = table.get("memory")
@@ -196,8 +192,6 @@ def _link(table: Mapping[str, Any]) -> Link:
 
 
 def _checked_name(name: str) -> str:
-    from tightfit.planner.fleet.schema import NAME
-
     if not NAME.fullmatch(name):
         raise InputError(f"{name!r} is no name for files; use letters, digits, '-' and '_', and '.' inside")
     return name

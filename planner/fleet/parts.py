@@ -175,13 +175,7 @@ def message_bytes(passing: Sequence[Passing], bits: int) -> int:
 
 
 def messages_bytes(
-    floor: Floor,
-    *,
-    from_below: int = 0,
-    to_below: int = 0,
-    to_above: int = 0,
-    from_above: int = 0,
-    buffers: int = 1,
+    floor: Floor, *, from_below: int = 0, to_below: int = 0, to_above: int = 0, from_above: int = 0, buffers: int = 1
 ) -> int:
     """Bytes that a part holds for its messages alone, by the bytes of one over each way; 0: it has no such messages. `buffers` are
     those for messages from below.

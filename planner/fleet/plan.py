@@ -1,41 +1,77 @@
-"""The fleet planner's entry point: which devices take part in a step, what each computes and holds, and the proof.
+"""The planner of steps: which devices take part in one, what each computes and holds, and the proof.
 
-`plan_fleet` searches the chains of two members or more (`search`) and the members that take part alone (`alone`), lets
-the judge (`simulate`) state the figures of the best, and adds what it is to be compared with (`worth`).
+Data parallel, a pipeline and mobillm are three fillings of one frame (`_StepPlanner`): something is searched (`search`), until
+nothing is left to try, the time is over or Ctrl-C is pressed; the judge (`simulate`) states the figures of the best; then come what
+it is to be compared with and what more memory and faster links would bring.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from tightfit.planner.fleet.alone import AlonePlans, AloneSearch
+from tightfit.planner.fleet.bounds import Candidate, Division, DivisionBounds, Held
 from tightfit.planner.fleet.io import plan_file, sealed_fleet
-from tightfit.planner.fleet.member_plans import MemberPlans, no_time
-from tightfit.planner.fleet.member_profiles import alone_profile, check_one_model, differences, update_seconds
-from tightfit.planner.fleet.member_times import micro_batch_seconds, shelf_seconds
-from tightfit.planner.fleet.pieces import pieces_of
-from tightfit.planner.fleet.replay import replayed
-from tightfit.planner.fleet.schema import LARGEST_STEPS, NAME, F, FleetPlan, Link, Member
-from tightfit.planner.fleet.search import Candidate, ChainSearch
-from tightfit.planner.fleet.simulate import simulate_fleet
-from tightfit.planner.fleet.worth import baselines, prices
-from tightfit.planner.plan_result import gap_to
-from tightfit.planner.problem.gradients import refuse_preference
+from tightfit.planner.fleet.members import (
+    MemberSpec,
+    check_one_model,
+    check_side,
+    checked_count,
+    checked_members,
+    described,
+    differences,
+    faster,
+    lacking,
+    shared,
+)
+from tightfit.planner.fleet.options import DataOptions, FleetOptions, FleetPlanOptions, PipelineOptions
+from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, MemberPlans, StagePlans, no_time, while_there_is_time
+from tightfit.planner.fleet.part_profiles import (
+    alone_profile,
+    micro_batch_seconds,
+    pieces_of,
+    received_tensors,
+    server_profile,
+    shelf_seconds,
+    side_shape,
+    update_seconds,
+)
+from tightfit.planner.fleet.parts import RINGS, message_bytes, messages_bytes, passed_of, passing_of
+from tightfit.planner.fleet.replay import one_way, replayed
+from tightfit.planner.fleet.schema import (
+    Baseline,
+    F,
+    FleetPlan,
+    Member,
+    PipelineBaseline,
+    PipelinePlan,
+    Price,
+    SideMember,
+    SidePlan,
+    Stage,
+    StepMember,
+)
+from tightfit.planner.fleet.search import AloneSearch, Contributor, DivisionSearch, Place, SumChain, SumSearch
+from tightfit.planner.fleet.simulate import own_layers, simulate_fleet
+from tightfit.planner.plan import planner_of
+from tightfit.planner.plan_result import gap_to, sealed
+from tightfit.planner.problem.device_forward import DEFAULT_BITS, device_forward
+from tightfit.planner.problem.gradients import refuse_tables
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import Progress, checked_budget, checked_gap, checked_limit
-from tightfit.profiles.options import MOST_ACCUMULATED
-from tightfit.profiles.schema import Profile, without_shorter
+from tightfit.planner.search_options import Gap
+from tightfit.profiles.option_fields import keywords_of
+from tightfit.profiles.schema import MOBILLM
 from tightfit.runtime.common.errors import InfeasibleError, InputError
-from tightfit.runtime.common.units import format_size
+from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.units import format_seconds, format_size
 
-__all__ = ["MemberSpec", "plan_fleet"]
+S = TypeVar("S", FleetPlan, PipelinePlan, SidePlan)
+__all__ = ["MemberSpec", "least_seconds", "plan_fleet", "plan_kind", "plan_pipeline", "plan_side"]
 
-T = TypeVar("T")
 UNJUDGED: dict[str, Any] = {
     "fingerprint": "",
     "makespan_seconds": 0.0,
@@ -45,37 +81,36 @@ UNJUDGED: dict[str, Any] = {
 }
 """fields of a plan whose figures are not known yet"""
 CHAIN_SHARE, PRICE_SHARE = 0.6, 0.25
-"""of the time limit: for the chains, and for prices; where these are not asked for, chains have their share too"""
+"""of the time limit: for the chains of data parallel, and for prices; where these are not asked for, chains have their share too"""
+CUT_SHARE, BASELINE_SHARE = 0.7, 0.15
+"""of the time limit: for divisions, and for what they are compared with; the rest is for prices, if they are asked for"""
+SIDE_SHARES = (0.4, 0.3, 0.3)
+"""of the time limit: for the plan of mobillm's device, of its server, and of the device without a server"""
 LEAST_SHARE = 0.05
 """of the time limit: to find out how much memory a member lacks"""
+FIRST_SHARE = 0.5
+"""of the time limit: for the data-parallel plan, where a pipeline may have to be planned too"""
+TENTH = 10
+"""more memory is at most this part of a member's budget, so that it also says something about a small one"""
+BITS = (0, 8)
+"""of a number in a pipeline's messages; 0: as it is"""
+NOT_SHORTER = "a step is not shorter with it"
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemberSpec:
-    """A device that may take part: its profile of the model, its budget, and its connection to the others.
+class SideOptions(FleetPlanOptions):
+    """Of mobillm."""
 
-    The members of a fleet exchange tensors of one shape, so that all batches are whole, and shorter steps are left out.
-    """
-
-    name: str
-    profile: Profile
-    budget_bytes: int
-    link: Link
-
-    def __post_init__(self) -> None:
-        refuse_preference(self.profile, "a fleet")
-        if self.profile.shorter:
-            object.__setattr__(self, "profile", without_shorter(self.profile))
+    gap: Gap = 1e-3
+    prices: Literal[False] = False
+    bits: int = DEFAULT_BITS
 
 
+# --- what is asked for --------------------------------------------------------------------------------------------------
+
+
+@keywords_of(DataOptions)
 def plan_fleet(
-    members: Sequence[MemberSpec],
-    micro_batches: int,
-    *,
-    time_limit: float = 120.0,
-    gap: float = 1e-3,
-    prices: bool = True,
-    progress: Progress | None = None,
+    members: Sequence[MemberSpec], micro_batches: int, asked: DataOptions
 ) -> tuple[FleetPlan, dict[str, Plan]]:
     """The shortest step found of `micro_batches` micro-batches, with its proof, and the plans of its members by name.
 
@@ -85,69 +120,162 @@ def plan_fleet(
     called with stage, incumbent, bound, gap and seconds. Raises InputError for members that cannot train together, or
     a number that cannot be used, and InfeasibleError where no device can hold a micro-batch.
     """
-    specs = _checked(members)
-    planner = _FleetPlanner(
-        specs,
-        checked_count(micro_batches),
-        time_limit=checked_limit(time_limit),
-        gap=checked_gap(gap),
-        progress=progress,
-    )
-    return planner.plan(priced=prices)
+    return _SumPlanner(_of_one_model(members), micro_batches, asked).plan()
 
 
-def _checked(members: Sequence[MemberSpec]) -> list[MemberSpec]:
+@keywords_of(PipelineOptions)
+def plan_pipeline(
+    members: Sequence[MemberSpec], micro_batches: int, asked: PipelineOptions
+) -> tuple[PipelinePlan, dict[str, Plan]]:
+    """The same over a model that is cut into stages. `bits`: 8 to send activations and gradients rounded to 8 bits per row, 0 as
+    they are. Raises InputError for a model that cannot be cut too, and InfeasibleError where no division fits.
+    """
+    return _PipelinePlanner(_of_one_model(members, asked.bits), micro_batches, asked).plan()
+
+
+@keywords_of(SideOptions)
+def plan_side(
+    members: Sequence[MemberSpec], micro_batches: int, asked: SideOptions
+) -> tuple[SidePlan, dict[str, Plan]]:
+    """The plan of a step of `micro_batches` micro-batches, with its proof, and the plans of both members by name.
+
+    `members`: the device with its profile of the model, and the server with its profile of the side network, in this
+    order. `bits`: 8 or 4 to round activations, 0 to send them as they are. `progress` is the planner's own. Raises
+    InputError for members that cannot train together or a number that cannot be used, InfeasibleError where a part does
+    not fit.
+    """
+    specs = checked_members(members)
+    if len(specs) != 2:
+        raise InputError(
+            f"{MOBILLM} is for two members, a device and a server after it, and {len(specs)} are described; describe two"
+        )
+    return _SidePlanner(specs, micro_batches, asked).plan()
+
+
+@keywords_of(FleetOptions)
+def plan_kind(
+    members: Sequence[MemberSpec], micro_batches: int, asked: FleetOptions
+) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
+    """The plan of a fleet and those of its members, as `plan_fleet` or `plan_pipeline` make them, and why it is of this
+    kind where that was left open.
+
+    Raises as these do, and InputError for a kind that is none, and for `bits` where nothing passes over a cut.
+    """
+    kind, bits, limit = asked.kind, asked.bits, asked.time_limit
+    options: dict[str, Any] = {"prices": asked.prices, "progress": asked.progress}
+    options |= {} if asked.gap is None else {"gap": asked.gap}
+    if kind == "data":
+        return *plan_fleet(members, micro_batches, time_limit=limit, **options), None
+    if kind == "pipeline":
+        return *plan_pipeline(members, micro_batches, bits=bits, time_limit=limit, **options), None
+    started = time.monotonic()
+    least = least_seconds(members, micro_batches, bits=bits)
+    data: FleetPlan | None = None
+    plans: dict[str, Plan] = {}
+    try:
+        share = FIRST_SHARE if least is not None else 1.0
+        data, plans = plan_fleet(members, micro_batches, time_limit=share * limit, **options)
+    except InfeasibleError:
+        if least is None:
+            raise
+    alone = "" if data is None else f"data parallel ({format_seconds(data.makespan_seconds)})"
+    if data is not None and least is None:
+        return data, plans, "data parallel: the model cannot be cut"
+    if data is not None and least is not None and least >= data.makespan_seconds:
+        return data, plans, f"{alone}: no pipeline takes less than {format_seconds(least)}"
+    try:
+        left = max(1.0, limit - (time.monotonic() - started))
+        pipeline, stages = plan_pipeline(members, micro_batches, bits=bits, time_limit=left, **options)
+    except InfeasibleError:
+        if data is None:
+            raise
+        return data, plans, f"{alone}: no pipeline was found that the devices can hold"
+    if data is None:
+        return pipeline, stages, "a pipeline: no device can hold a micro-batch of the whole model"
+    takes = format_seconds(pipeline.makespan_seconds)
+    if pipeline.makespan_seconds < data.makespan_seconds and len(pipeline.chain) > 1:
+        return pipeline, stages, f"a pipeline ({takes}): shorter than {alone}"
+    return data, plans, f"{alone}: the best pipeline found takes {takes}"
+
+
+def least_seconds(members: Sequence[MemberSpec], micro_batches: int, *, bits: int = 0) -> float | None:
+    """Seconds that no pipeline undercuts, by the seconds of operators and links alone; None: the model cannot be cut.
+
+    Raises InputError as `plan_pipeline`.
+    """
+    candidates = _candidates(_of_one_model(members, bits), checked_count(micro_batches), bits, gap=0.0)
+    return DivisionBounds(candidates, micro_batches).least if candidates[0].plans.cuts else None
+
+
+def _of_one_model(members: Sequence[MemberSpec], bits: int | None = None) -> list[MemberSpec]:
+    """The members, checked; with `bits` those of a pipeline."""
     specs = checked_members(members)
     check_one_model({spec.name: spec.profile for spec in specs})
+    if bits is not None:
+        refuse_tables(specs[0].profile, "a pipeline")
+        if bits not in BITS:
+            raise InputError(f"messages of {bits} bits: give 8, or 0 to send numbers as they are")
     return specs
 
 
-def checked_members(members: Sequence[MemberSpec]) -> list[MemberSpec]:
-    """The members with budgets as whole numbers of bytes. Raises InputError for names and budgets that cannot be used."""
-    if not members:
-        raise InputError("a fleet of no members; name at least one device, with its profile, budget and link")
-    names: set[str] = set()
-    for spec in members:
-        if not NAME.fullmatch(spec.name):
-            raise InputError(
-                f"a member called {spec.name!r}: files are named after it; use up to 64 letters, digits, '-', '_' and '.'"
+# --- the frame ----------------------------------------------------------------------------------------------------------
+
+
+class FleetPlanner:
+    """What planners of steps and of rounds share: the time that they have, prices, and how a plan is sealed."""
+
+    def __init__(self, specs: Sequence[MemberSpec], asked: FleetPlanOptions, gap: float) -> None:
+        self.specs, self.names = specs, [spec.name for spec in specs]
+        self.asked, self.gap = asked, gap
+        self.started = time.monotonic()
+
+    def until(self, share: float) -> float:
+        return self.started + share * self.asked.time_limit
+
+    def report(self, stage: str, makespan: float = math.inf, bound: float = 0.0) -> None:
+        """Say how far the search is; the makespan is infinite where there is none yet."""
+        if self.asked.progress is not None:
+            told = {"incumbent": makespan, "bound": bound, "seconds": time.monotonic() - self.started}
+            gap = 1.0 if makespan == math.inf else gap_to(makespan, bound)
+            self.asked.progress({"stage": stage, "gap": gap, **told})
+
+    def prices(self, taking: Sequence[int], makespan: float) -> list[Price]:
+        """By how much a step, or a round, of `makespan` seconds gets shorter if one of those that take part has more memory, or a
+        faster link, as far as there is time.
+        """
+        result: list[Price] = []
+        for at, share in while_there_is_time(taking, self.until(1.0), always=0):
+            spec, until = self.specs[at], time.monotonic() + share
+            more = min(self.neighbour_bytes(at), spec.budget_bytes // TENTH)
+            with_link = self.makespan_with(at, replace(spec, link=faster(spec.link)), until)
+            with_memory = self.makespan_with(at, replace(spec, budget_bytes=spec.budget_bytes + more), until)
+            result.append(
+                Price(
+                    member=spec.name,
+                    memory_bytes=more,
+                    memory_gain_seconds=max(0.0, makespan - with_memory),
+                    link_gain_seconds=max(0.0, makespan - with_link),
+                )
             )
-        if spec.name in names:
-            raise InputError(f"two members are called {spec.name}; give every member a name of its own")
-        names.add(spec.name)
-    return [replace(spec, budget_bytes=checked_budget(spec.budget_bytes)) for spec in members]
+        return result
 
+    def neighbour_bytes(self, at: int) -> int:
+        """Distance to the budgets with which a member's memory is valued."""
+        raise NotImplementedError
 
-def checked_count(micro_batches: object) -> int:
-    """The number of micro-batches of a step. Raises InputError for what is no such number."""
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, SupportsIndex):
-        raise InputError(f"{micro_batches!r} micro-batches are no number of them; give a whole number from 1")
-    count = operator.index(micro_batches)
-    if not 1 <= count <= MOST_ACCUMULATED:
-        raise InputError(f"{count} micro-batches cannot make a step; give a number from 1 to {MOST_ACCUMULATED}")
-    return count
+    def makespan_with(self, at: int, changed: MemberSpec, until: float) -> float:
+        """Seconds with a member that has more memory or a faster link, as found until a moment; only for more memory anything is
+        planned.
+        """
+        raise NotImplementedError
 
-
-def checked_steps(steps: int, accumulate: int) -> int:
-    """The local steps of a round, in whole updates. Raises InputError for what is no such number."""
-    if not 1 <= steps <= LARGEST_STEPS:
-        raise InputError(f"{steps} steps cannot make a round; give a whole number from 1 to {LARGEST_STEPS}")
-    if steps % accumulate:
-        raise InputError(
-            f"{steps} steps of a round: an update takes {accumulate} steps, as profiled; give a multiple of that"
-        )
-    return steps
-
-
-def described(spec: MemberSpec) -> dict[str, Any]:
-    """What plans say of a device, whatever it does."""
-    return {
-        "name": spec.name,
-        "device": spec.profile.device.name,
-        "measured": spec.profile.device.measured,
-        "budget_bytes": spec.budget_bytes,
-        "link": spec.link,
-    }
+    def judged(
+        self, fleet: F, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan] | None = None, **more: Any
+    ) -> F:
+        """The fleet's plan with `more` fields and the seconds that it took, sealed, and found to be valid."""
+        fleet = sealed_fleet(fleet.model_copy(update={**more, "solve_seconds": time.monotonic() - self.started}))
+        simulate_fleet(fleet, plans, server_plans)
+        return fleet
 
 
 def figures_of(makespan: float, bound: float) -> dict[str, Any]:
@@ -156,46 +284,130 @@ def figures_of(makespan: float, bound: float) -> dict[str, Any]:
     return {"makespan_seconds": makespan, "bound_seconds": bound, "gap": gap_to(makespan, bound)}
 
 
-def judged(
-    fleet: F, plans: Mapping[str, Plan], started: float, server_plans: Mapping[str, Plan] | None = None, **more: Any
-) -> F:
-    """The fleet's plan with `more` fields and the seconds since `started` (time.monotonic), sealed, and found to be valid."""
-    fleet = sealed_fleet(fleet.model_copy(update={**more, "solve_seconds": time.monotonic() - started}))
-    simulate_fleet(fleet, plans, server_plans)
-    return fleet
+class _StepPlanner(FleetPlanner, Generic[S]):
+    """A filling says what is searched, what the members of the best are, and what it is compared with."""
 
+    schema: type[S]
+    member: ClassVar[type[StepMember | SideMember]]
 
-def report(progress: Progress | None, stage: str, started: float, makespan: float, bound: float) -> None:
-    """Tell `progress` how far a search is that began at `started` (time.monotonic); the makespan is infinite where there is none yet."""
-    if progress is not None:
-        told = {"incumbent": makespan, "bound": bound, "seconds": time.monotonic() - started}
-        gap = 1.0 if makespan == math.inf else gap_to(makespan, bound)
-        progress({"stage": stage, "gap": gap, **told})
-
-
-class _FleetPlanner:
     def __init__(
-        self,
-        specs: Sequence[MemberSpec],
-        micro_batches: int,
-        *,
-        time_limit: float,
-        gap: float,
-        progress: Progress | None,
+        self, specs: Sequence[MemberSpec], micro_batches: int, asked: DataOptions | PipelineOptions | SideOptions
     ) -> None:
-        self.specs = specs
-        self.names = [spec.name for spec in specs]
-        self.micro_batches = micro_batches
-        self.time_limit = time_limit
-        self.progress = progress
-        self.started = time.monotonic()
+        self.micro_batches = checked_count(micro_batches)
+        super().__init__(specs, asked, asked.gap)
+
+    def plan(self) -> tuple[S, dict[str, Plan]]:
+        interrupted = False
+        try:
+            self.search()
+        except KeyboardInterrupt:
+            interrupted = True
+        if not self.fits:
+            if interrupted:
+                raise KeyboardInterrupt
+            raise self.nothing_fits()
+        parts, plans = self.parts()
+        fleet = self._replayed(parts, plans)
+        more: dict[str, Any] = {}
+        try:
+            more |= self.compared(interrupted=interrupted)
+            if self.asked.prices and not interrupted:
+                more["prices"] = self.prices([self.names.index(part.name) for part in parts], fleet.makespan_seconds)
+        except KeyboardInterrupt:
+            pass  # the plan is what was asked for first
+        return self.judged(fleet, plans, **more), plans
+
+    def _replayed(self, parts: Sequence[Any], plans: Mapping[str, Plan]) -> S:
+        """The plan of these members that take part, with the figures of its replay."""
+        taking: set[str] = {part.name for part in parts}
+        idle: list[Any] = [
+            self.stated(at, reason=self.reason(at)) for at, spec in enumerate(self.specs) if spec.name not in taking
+        ]
+        profile = self.specs[0].profile
+        fleet = self.schema(
+            **UNJUDGED,
+            model=profile.model.name,
+            micro_batches=self.micro_batches,
+            batch=profile.batch,
+            members=[*parts, *idle],
+            **self.fields(parts),
+        )
+        found = replayed(fleet, plans)
+        known = {name: value for name, value in vars(found).items() if name in self.schema.model_fields}
+        return fleet.model_copy(update=known | figures_of(found.makespan_seconds, self.bound(fleet)))
+
+    def stated(self, at: int, plan: Plan | None = None, **more: Any) -> Any:
+        """A member with its plan; None: it takes no part."""
+        figures: dict[str, Any] = {}
+        if plan is not None:
+            figures = {
+                "plan": plan_file(self.names[at]),
+                "plan_fingerprint": plan.fingerprint,
+                "micro_batch_seconds": plan.step_seconds,
+                "bound_seconds": plan.bound_seconds,
+                "peak_bytes": plan.peak_bytes,
+            }
+        return self.member(**described(self.specs[at]), **figures | more)
+
+    def exactness(self, parts: Sequence[Any], rounded: Sequence[str] = ()) -> dict[str, Any]:
+        """Whether the results are those of one process, where messages are not `rounded`."""
+        taking: set[str] = {part.name for part in parts}
+        unlike = [*differences({s.name: s.profile for s in self.specs if s.name in taking}), *rounded]
+        return {"bit_identical": not unlike, "differences": unlike}
+
+    # --- what a filling says ----------------------------------------------------------------------------------------
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything that fits was found."""
+        raise NotImplementedError
+
+    def search(self) -> None:
+        """Search; Ctrl-C may end it."""
+        raise NotImplementedError
+
+    def parts(self) -> tuple[list[Any], dict[str, Plan]]:
+        """The members that take part, in their order, and their plans."""
+        raise NotImplementedError
+
+    def fields(self, parts: Sequence[Any]) -> dict[str, Any]:
+        """What plans of this kind say beside what all say."""
+        raise NotImplementedError
+
+    def bound(self, fleet: S) -> float:
+        """No way to share the work takes less."""
+        raise NotImplementedError
+
+    def reason(self, at: int) -> str:
+        """Why a member takes no part."""
+        raise NotImplementedError
+
+    def nothing_fits(self) -> InfeasibleError:
+        raise NotImplementedError
+
+    def compared(self, *, interrupted: bool) -> dict[str, Any]:
+        """Fixed ways to share the work, judged like any other."""
+        return {}
+
+
+# --- data parallel ------------------------------------------------------------------------------------------------------
+
+
+class _SumPlanner(_StepPlanner[FleetPlan]):
+    """Micro-batches are shared out, and gradients added; or one member does everything."""
+
+    schema, member = FleetPlan, Member
+
+    def __init__(self, specs: Sequence[MemberSpec], micro_batches: int, asked: DataOptions) -> None:
+        super().__init__(specs, micro_batches, asked)
         self.pieces = pieces_of(specs[0].profile)
         profiles = [spec.profile for spec in specs]
-        several = len(specs) > 1 and micro_batches > 1
+        several = len(specs) > 1 and self.micro_batches > 1
         # Half of the gap is for the members' plans, the rest for their allotment.
-        self.speeds = shared(profiles, lambda one: MemberPlans(one, gap / 2)) if several else []
-        candidates = [
-            Candidate(
+        half = self.gap / 2
+        self.speeds = shared(profiles, lambda one: MemberPlans(one, half)) if several else []
+        contributors = [
+            Contributor(
                 name=spec.name,
                 link=spec.link,
                 budget_bytes=spec.budget_bytes,
@@ -205,155 +417,103 @@ class _FleetPlanner:
             )
             for spec, speed in zip(specs, self.speeds)
         ]
-        self.search = ChainSearch(
-            candidates=candidates,
+        self.together = SumSearch(
+            candidates=contributors,
             pieces=self.pieces,
-            micro_batches=micro_batches,
-            gap=gap,
+            micro_batches=self.micro_batches,
+            gap=self.gap,
             deadline=self.started,
-            report=self._report,
+            report=lambda makespan, bound: self.report("sharing out micro-batches", makespan, bound),
         )
+        count = self.micro_batches
         self.alone = AloneSearch(
-            plans=shared(profiles, lambda one: AlonePlans(alone_profile(one, micro_batches), micro_batches, gap / 2)),
+            plans=shared(profiles, lambda one: AlonePlans(alone_profile(one, count), count, half)),
             budgets=[spec.budget_bytes for spec in specs],
         )
 
-    def plan(self, *, priced: bool) -> tuple[FleetPlan, dict[str, Plan]]:
-        search, alone = self.search, self.alone
-        interrupted = False
-        try:
-            search.deadline = self._until(CHAIN_SHARE if priced else CHAIN_SHARE + PRICE_SHARE)
-            search.run()
-            alone.run(self._until(1 - PRICE_SHARE if priced else 1.0))
-        except KeyboardInterrupt:
-            interrupted = True
-        if min(search.makespan(search.best), alone.makespan) == math.inf:
-            if interrupted:
-                raise KeyboardInterrupt
-            raise self._nothing_fits()
-        search.prove()
-        fleet, plans = self._assembled()
-        more: dict[str, Any] = {"baselines": baselines(search, alone, self.names, self._until(1.0))}
-        try:
-            if priced and not interrupted:
-                more["prices"] = prices(fleet, search, alone, self.names, self._until(1.0))
-        except KeyboardInterrupt:
-            more["prices"] = []  # the plan is what was asked for first
-        return judged(fleet, plans, self.started, **more), plans
+    @property
+    def fits(self) -> bool:
+        return min(self.together.makespan(self.together.best), self.alone.makespan) < math.inf
 
-    def _until(self, share: float) -> float:
-        return self.started + share * self.time_limit
+    def search(self) -> None:
+        self.together.deadline = self.until(CHAIN_SHARE if self.asked.prices else CHAIN_SHARE + PRICE_SHARE)
+        self.together.run()
+        self.alone.run(self.until(1 - PRICE_SHARE if self.asked.prices else 1.0))
 
-    def _report(self, makespan: float, bound: float) -> None:
-        report(self.progress, "sharing out micro-batches", self.started, makespan, bound)
+    def bound(self, fleet: FleetPlan) -> float:
+        return min(self.together.bound, self.alone.bound)
 
-    # --- the answer ------------------------------------------------------------------------------------------------
+    def fields(self, parts: Sequence[Any]) -> dict[str, Any]:
+        unknown = dict.fromkeys(("compute_seconds", "exchange_seconds", "update_seconds"), 0.0)
+        return self.exactness(parts) | unknown | {"trained_bytes": sum(self.pieces)}
 
-    def _assembled(self) -> tuple[FleetPlan, dict[str, Plan]]:
-        """The fleet's plan with the figures of its replay, and its members' plans."""
-        together = self.search.makespan(self.search.best) <= self.alone.makespan
-        parts, plans = self._chain() if together else self._single()
-        taking = [member.name for member in parts]
-        idle = [
-            _member(spec).model_copy(update={"reason": self._reason(at)})
-            for at, spec in enumerate(self.specs)
-            if spec.name not in taking
-        ]
-        unlike = differences({spec.name: spec.profile for spec in self.specs if spec.name in taking})
-        profile = self.specs[0].profile
-        fleet = FleetPlan(
-            **UNJUDGED,
-            model=profile.model.name,
-            micro_batches=self.micro_batches,
-            batch=profile.batch,
-            trained_bytes=sum(self.pieces),
-            members=[*parts, *idle],
-            compute_seconds=0.0,
-            exchange_seconds=0.0,
-            update_seconds=0.0,
-            bit_identical=not unlike,
-            differences=unlike,
-        )
-        found = replayed(fleet, plans)
-        figures = figures_of(found.makespan_seconds, min(self.search.bound, self.alone.bound)) | {
-            "timeline": found.timeline,
-            "compute_seconds": found.compute_seconds,
-            "exchange_seconds": found.exchange_seconds,
-            "update_seconds": found.update_seconds,
-        }
-        return fleet.model_copy(update=figures), plans
+    def stated(self, at: int, plan: Plan | None = None, **more: Any) -> Any:
+        return super().stated(at, plan, **{"update_seconds": update_seconds(self.specs[at].profile)} | more)
 
-    def _chain(self) -> tuple[list[Member], dict[str, Plan]]:
-        """The members of the best chain, in its order."""
-        assert self.search.best is not None
-        members: list[Member] = []
+    def parts(self) -> tuple[list[Any], dict[str, Plan]]:
+        self.together.prove()
+        self.single = self.together.makespan(self.together.best) > self.alone.makespan
+        if self.single:
+            return self._single()
+        assert self.together.best is not None
+        members: list[Any] = []
         plans: dict[str, Plan] = {}
         following = 0
-        for at, place in enumerate(self.search.best):
-            first = not at
+        for at, place in enumerate(self.together.best):
+            first, gradients = not at, place.gradients
             spec = self.specs[place.candidate]
-            extra = self.search.extra_bytes(place, first=first)
+            extra = self.together.extra_bytes(place, first=first)
             plan = self.speeds[place.candidate].member_plan(
-                spec.budget_bytes,
-                extra,
-                micro_batches=self.micro_batches,
-                gradients=place.gradients,
-                first=first,
+                spec.budget_bytes, extra, micro_batches=self.micro_batches, gradients=gradients, first=first
             )
             plans[spec.name] = plan
-            part = {
-                "first": following,
-                "micro_batches": place.micro_batches,
-                "micro_batch_seconds": micro_batch_seconds(plan, place.gradients, first=first),
-                "bound_seconds": max(plan.bound_seconds, shelf_seconds(plan, place.gradients, first=first)),
-                "exchange_bytes": extra,
-                "gradients": place.gradients,
-                "states": place.states,
-            }
-            members.append(_member(spec, plan).model_copy(update=part))
+            member = self.stated(
+                place.candidate,
+                plan,
+                first=following,
+                micro_batches=place.micro_batches,
+                micro_batch_seconds=micro_batch_seconds(plan, gradients, first=first),
+                bound_seconds=max(plan.bound_seconds, shelf_seconds(plan, gradients, first=first)),
+                exchange_bytes=extra,
+                gradients=gradients,
+                states=place.states,
+            )
+            members.append(member)
             following += place.micro_batches
         return members, plans
 
-    def _single(self) -> tuple[list[Member], dict[str, Plan]]:
+    def _single(self) -> tuple[list[Any], dict[str, Plan]]:
         """The one member that does everything, where that is the shortest step."""
-        assert self.alone.best is not None
-        spec = self.specs[self.alone.best]
-        plan = self.alone.plans[self.alone.best].plan(spec.budget_bytes, self.time_limit)
-        part = {
-            "micro_batches": self.micro_batches,
-            "micro_batch_seconds": plan.step_seconds,
-            "bound_seconds": plan.bound_seconds,
-            "gradients": "memory",
-            "states": "memory",
-        }
-        return [_member(spec, plan).model_copy(update=part)], {spec.name: plan}
+        at = self.alone.best
+        assert at is not None
+        plan = self.alone.plans[at].found[self.specs[at].budget_bytes].plan
+        member = self.stated(at, plan, micro_batches=self.micro_batches, gradients="memory", states="memory")
+        return [member], {member.name: plan}
 
     # --- members that take no part ---------------------------------------------------------------------------------
 
-    def _reason(self, at: int) -> str:
-        """Why a member takes no part."""
-        if time.monotonic() > self._until(1.0) and self.search.candidates:
-            planned = self.speeds[at].planned(self.search.lean(at))
-            return "a step is not shorter with it" if planned else no_time()
+    def reason(self, at: int) -> str:
+        if time.monotonic() > self.until(1.0) and self.together.candidates:
+            return NOT_SHORTER if self.speeds[at].planned(self.together.lean(at)) else no_time()
         needed, allowed = self._needed(at), self.specs[at].budget_bytes
-        if needed <= allowed:
-            return "a step is not shorter with it"
-        return f"it cannot hold a micro-batch: it {lacking(needed, allowed)}"
+        return NOT_SHORTER if needed <= allowed else f"it cannot hold a micro-batch: it {lacking(needed, allowed)}"
 
     def _needed(self, at: int) -> int:
         """The smallest budget found with which a member can take part in a chain; where there can be none, alone."""
-        spec = self.specs[at]
-        start = spec.profile.device.floor.start_peak_bytes
-        if not self.search.candidates:
-            plan = self.alone.plans[at].plan(spec.budget_bytes, LEAST_SHARE * self.time_limit)
-            return plan.minimum_budget_bytes or plan.peak_bytes
-        room = self.search.lean(at)
+        budget = self.specs[at].budget_bytes
+        start = self.specs[at].profile.device.floor.start_peak_bytes
+        least = LEAST_SHARE * self.asked.time_limit
+        if not self.together.candidates:
+            own = self.alone.plans[at]
+            own.plan(budget, least)
+            made = own.known(budget)
+            return own.least_room(least) if made is None else made.peak_bytes
+        room = self.together.lean(at)
         if self.speeds[at].seconds(room, "disk", first=False) < math.inf:
             return start
-        extra = spec.budget_bytes - room
-        return max(start, extra + self.speeds[at].least_room(LEAST_SHARE * self.time_limit))
+        return max(start, budget - room + self.speeds[at].least_room(least))
 
-    def _nothing_fits(self) -> InfeasibleError:
+    def nothing_fits(self) -> InfeasibleError:
         needed = [self._needed(at) for at in range(len(self.specs))]
         told = "; ".join(f"{spec.name} {lacking(least, spec.budget_bytes)}" for spec, least in zip(self.specs, needed))
         return InfeasibleError(
@@ -362,33 +522,324 @@ class _FleetPlanner:
             min(needed),
         )
 
+    # --- what it is compared with ----------------------------------------------------------------------------------
 
-def lacking(needed: int, allowed: int) -> str:
-    """What a device needs and has; in bytes where rounding would hide the difference."""
-    one, other = format_size(needed), format_size(allowed)
-    if one == other:
-        one, other = f"{needed} bytes", f"{allowed}"
-    return f"needs {one} and may take {other}"
+    def compared(self, *, interrupted: bool) -> dict[str, Any]:
+        names, count, search, alone = self.names, self.micro_batches, self.together, self.alone
+        shares = [count // len(names) + (at < count % len(names)) for at in range(len(names))]
+        equal = Baseline(name="equal shares", makespan_seconds=None, micro_batches=dict(zip(names, shares)))
+        taking = [at for at, share in enumerate(shares) if share]
+        if len(taking) == 1:
+            (only,) = unfit = taking
+            alone.plans[only].plan(alone.budgets[only], self.until(1.0) - time.monotonic())
+            makespan = alone.plans[only].makespan(alone.budgets[only])
+        else:
+            makespan = self._best_shelves(tuple(Place(at, shares[at], "disk", "disk") for at in taking))
+            fitting = search.fitting()
+            unfit = [at for at in taking if at not in fitting]
+        if makespan < math.inf:
+            equal = equal.model_copy(update={"makespan_seconds": makespan})
+        else:
+            told = ", ".join(names[at] for at in unfit)
+            equal = equal.model_copy(update={"reason": f"{told} cannot hold a micro-batch"})
+        working, reason = dict.fromkeys(names, 0), None
+        if alone.best is not None:
+            working[names[alone.best]] = count
+        elif alone.bound == math.inf:
+            reason = "no device can hold a micro-batch alone"
+        else:
+            reason = "it was not planned before the search was ended"
+        makespan_alone = None if alone.best is None else alone.makespan
+        fastest = Baseline(name="fastest alone", makespan_seconds=makespan_alone, micro_batches=working, reason=reason)
+        return {"baselines": [equal, fastest]}
+
+    def _best_shelves(self, chain: SumChain) -> float:
+        """The makespan of a chain with the best shelves among those that are known to fit, as far as there is time to look."""
+        search = self.together
+        best = search.makespan(chain)
+        while True:
+            better = chain
+            for other in search.shelves(chain):
+                if time.monotonic() > self.until(1.0):
+                    return best
+                if (makespan := search.makespan(other, best)) < best:
+                    best, better = makespan, other
+            if better is chain:
+                return best
+            chain = better
+
+    def neighbour_bytes(self, at: int) -> int:
+        return self.alone.plans[at].planner.neighbour_bytes(self.specs[at].budget_bytes)
+
+    def makespan_with(self, at: int, changed: MemberSpec, until: float) -> float:
+        roomier = changed.budget_bytes > self.specs[at].budget_bytes
+        makespan = math.inf
+        if self.together.candidates:
+            candidates = list(self.together.candidates)
+            candidates[at] = replace(candidates[at], link=changed.link, budget_bytes=changed.budget_bytes)
+            search = self.together.like(candidates, until, plans=roomier)
+            search.run()
+            makespan = search.makespan(search.best)
+        if roomier and self.single:
+            own = self.alone.plans[at]
+            own.plan(changed.budget_bytes, until - time.monotonic())
+            makespan = min(makespan, own.makespan(changed.budget_bytes))
+        return makespan
 
 
-def _member(spec: MemberSpec, plan: Plan | None = None) -> Member:
-    return Member(
-        **described(spec),
-        plan=None if plan is None else plan_file(spec.name),
-        plan_fingerprint=None if plan is None else plan.fingerprint,
-        peak_bytes=None if plan is None else plan.peak_bytes,
-        update_seconds=update_seconds(spec.profile),
-    )
+# --- a pipeline ---------------------------------------------------------------------------------------------------------
 
 
-def shared(profiles: Sequence[Profile], make: Callable[[Profile], T]) -> list[T]:
-    """What `make` makes of each profile; equal ones share it."""
-    made: list[tuple[Profile, T]] = []
-    result: list[T] = []
-    for profile in profiles:
-        found = next((one for known, one in made if known is profile or known == profile), None)
-        if found is None:
-            found = make(profile)
-            made.append((profile, found))
-        result.append(found)
-    return result
+class _PipelinePlanner(_StepPlanner[PipelinePlan]):
+    """The model is divided: which devices hold which layers, and how far each is ahead."""
+
+    schema, member = PipelinePlan, Stage
+
+    def __init__(self, specs: Sequence[MemberSpec], micro_batches: int, asked: PipelineOptions) -> None:
+        super().__init__(specs, micro_batches, asked)
+        bits = self.bits = asked.bits
+        # Half of the gap is for the stages' plans, the rest for how the model is divided.
+        self.candidates = _candidates(specs, self.micro_batches, bits, self.gap / 2)
+        if not self.candidates[0].plans.cuts:
+            raise InputError(
+                f"{specs[0].profile.model.name} cannot be cut: there is no place between its layers with something trained on"
+                f" both sides; profile it with an adapter in more layers, or plan the fleet with {spelled('kind', 'data')}"
+            )
+        self.divisions = self._search_among(self.candidates, self.started)
+        self.divisions.report = lambda makespan, bound: self.report("cutting the model", makespan, bound)
+
+    def _search_among(self, candidates: Sequence[Candidate], deadline: float, *, plans: bool = True) -> DivisionSearch:
+        return DivisionSearch(
+            candidates=candidates, micro_batches=self.micro_batches, gap=self.gap, deadline=deadline, plans=plans
+        )
+
+    @property
+    def fits(self) -> bool:
+        return self.divisions.best is not None
+
+    def search(self) -> None:
+        self.divisions.deadline = self.until(CUT_SHARE if self.asked.prices else 1 - BASELINE_SHARE)
+        self.divisions.run()
+
+    def bound(self, fleet: PipelinePlan) -> float:
+        return self.divisions.bound
+
+    def fields(self, parts: Sequence[Any]) -> dict[str, Any]:
+        both = [
+            message_bytes(passing_of(one.up), self.bits) + message_bytes(passing_of(other.down), self.bits)
+            for one, other in pairwise(parts)
+        ]
+        rounded = [f"messages are rounded to {self.bits} bits"] if self.bits else []
+        link_bytes = [self.micro_batches * one for one in both]
+        return self.exactness(parts, rounded) | {"bits": self.bits, "link_bytes": link_bytes}
+
+    def parts(self) -> tuple[list[Any], dict[str, Plan]]:
+        best = self.divisions.best
+        assert best is not None
+        stages: list[Any] = []
+        plans: dict[str, Plan] = {}
+        for at, held in enumerate(best.division):
+            spec, own = self.specs[held.candidate], self.candidates[held.candidate].plans
+            below = best.aheads[at - 1] if at else 0
+            plan = plans[spec.name] = own.member_plan(held.layers, spec.budget_bytes, below)
+            layers = own_layers(plan)
+            assert plan.evaluate is not None
+            stage = self.stated(
+                held.candidate,
+                plan,
+                first_layer=held.first,
+                last_layer=held.last,
+                layer_names=[layers[0].name, layers[-1].name],
+                ahead=best.aheads[at],
+                up=passed_of(own.cuts[held.last].up_passing) if held.last in own.cuts else [],
+                down=passed_of(own.cuts[held.first].down_passing) if held.first in own.cuts else [],
+                forward_seconds=plan.evaluate.seconds,
+                exchange_bytes=own.extra_bytes(held.layers, below),
+            )
+            stages.append(stage)
+        return stages, plans
+
+    # --- members that take no part ---------------------------------------------------------------------------------
+
+    def reason(self, at: int) -> str:
+        one = self.candidates[at]
+        start = one.plans.profile.device.floor.start_peak_bytes
+        if one.budget_bytes < start:
+            return f"it cannot hold a stage: it {lacking(start, one.budget_bytes)}"
+        fits = any(self._may_hold(Held(at, *layers)) for layers in one.plans.smallest())
+        return NOT_SHORTER if fits else "it cannot hold any of the stages"
+
+    def nothing_fits(self) -> InfeasibleError:
+        """What equal parts of the model would need."""
+        if self.divisions.stopped:
+            limit = format_seconds(self.asked.time_limit)
+            return InfeasibleError(
+                f"no way to cut the model was found in {limit} so that its parts fit on devices of the fleet; give"
+                f" {spelled('time_limit')} more, or the devices more memory"
+            )
+        division = self._equal()
+        told: list[str] = []
+        needed: list[int] = []
+        for held in division:
+            one, count = self.candidates[held.candidate], held.last - held.first
+            left = self.until(1.0) - time.monotonic()
+            least = one.plans.least_room(held.layers, left / len(division)) + one.plans.extra_bytes(held.layers, 0)
+            needed.append(max(least, one.plans.profile.device.floor.start_peak_bytes))
+            told.append(
+                f"{one.name} {lacking(needed[-1], one.budget_bytes)} for {count} layers"
+                if needed[-1] > one.budget_bytes
+                else f"{one.name} can hold {count} layers with {format_size(needed[-1])}"
+            )
+        return InfeasibleError(
+            f"the model cannot be cut so that every device of the fleet holds its part: of equal parts {'; '.join(told)}; give"
+            " them more memory, add a device, or profile with a smaller batch or a shorter sequence",
+            max(needed),
+        )
+
+    def _may_hold(self, held: Held) -> bool:
+        one = self.candidates[held.candidate]
+        return one.plans.bound(held.layers, one.plans.room(held.layers, one.budget_bytes, 0)) < math.inf
+
+    # --- what it is compared with ----------------------------------------------------------------------------------
+
+    def _equal(self) -> Division:
+        """The model in parts of equally many layers, as far as its cuts allow, one for each member in the given order."""
+        plans = self.candidates[0].plans
+        places, count = sorted(plans.cuts), min(len(self.specs), len(plans.cuts) + 1)
+        chosen: list[int] = []
+        for number in range(1, count):
+            wanted = number * plans.layers / count
+            left = [place for place in places if not chosen or place > chosen[-1]]
+            usable = left[: len(left) - (count - 1 - number)]  # one is left for each cut that follows
+            chosen.append(min(usable, key=lambda place: abs(place - wanted)))
+        ends = [0, *chosen, plans.layers]
+        return tuple(Held(at, ends[at], ends[at + 1]) for at in range(count))
+
+    def compared(self, *, interrupted: bool) -> dict[str, Any]:
+        if interrupted:
+            return {}
+        names, layers = self.names, self.candidates[0].plans.layers
+        division = self._equal()
+        search = self._search_among(self.candidates, self.until(CUT_SHARE + BASELINE_SHARE))
+        late = len(division) > ALWAYS and time.monotonic() > search.deadline
+        made = None if late else search.attempt(division)
+        unfit = [names[held.candidate] for held in division if not self._may_hold(held)]
+        equal = PipelineBaseline(
+            name="equal layers",
+            makespan_seconds=None if made is None else made.makespan,
+            layers=dict.fromkeys(names, 0) | {names[held.candidate]: held.last - held.first for held in division},
+            reason=None if made else no_time() if late else f"{', '.join(unfit)} cannot hold its layers",
+        )
+        search = self._search_among(self.candidates, self.until(1.0))
+        bounds = DivisionBounds(self.candidates, self.micro_batches)
+        whole = sorted(((Held(at, 0, layers),) for at in range(len(names))), key=bounds.bound)
+        tried = [search.attempt(one) for one, _ in while_there_is_time(whole, search.deadline)]
+        alone, working, reason = search.best, dict.fromkeys(names, 0), None
+        if alone is not None:
+            working[names[alone.division[0].candidate]] = layers
+        else:
+            reason = no_time() if len(tried) < len(whole) else "no device can hold a micro-batch alone"
+        fastest = PipelineBaseline(
+            name="fastest alone",
+            makespan_seconds=None if alone is None else alone.makespan,
+            layers=working,
+            reason=reason,
+        )
+        return {"baselines": [equal, fastest]}
+
+    def neighbour_bytes(self, at: int) -> int:
+        return self.candidates[at].plans.neighbour_bytes(self.specs[at].budget_bytes)
+
+    def makespan_with(self, at: int, changed: MemberSpec, until: float) -> float:
+        """With the same cuts, or for a faster link with others that were tried."""
+        best = self.divisions.best
+        assert best is not None
+        roomier = changed.budget_bytes > self.specs[at].budget_bytes
+        candidates = list(self.candidates)
+        candidates[at] = replace(candidates[at], link=changed.link, budget_bytes=changed.budget_bytes)
+        search = self._search_among(candidates, until, plans=roomier)
+        makespan = search.choose(best.division).makespan
+        for division in () if roomier else sorted(self.divisions.tried):
+            if time.monotonic() < until:
+                makespan = min(makespan, search.choose(division).makespan)
+        return makespan
+
+
+def _candidates(specs: Sequence[MemberSpec], micro_batches: int, bits: int, gap: float) -> list[Candidate]:
+    made = shared([spec.profile for spec in specs], lambda one: StagePlans(one, micro_batches, bits, gap))
+    return [
+        Candidate(name=spec.name, plans=plans, budget_bytes=spec.budget_bytes, link=spec.link)
+        for spec, plans in zip(specs, made)
+    ]
+
+
+# --- mobillm ------------------------------------------------------------------------------------------------------------
+
+
+class _SidePlanner(_StepPlanner[SidePlan]):
+    """A device and a server that train a side network. Both are planned for themselves, each as fast as its budget allows: whatever
+    order messages take, a step is the shorter the faster either part is.
+    """
+
+    schema, member = SidePlan, SideMember
+
+    def __init__(self, specs: Sequence[MemberSpec], micro_batches: int, asked: SideOptions) -> None:
+        super().__init__(specs, micro_batches, asked)
+        bits = self.bits = asked.bits
+        device, server = specs
+        self.side = side_shape(server.profile)
+        check_side(device, server)
+        count = self.micro_batches
+        self.profiles = (
+            device_forward(device.profile, self.side.blocks, bits, micro_batches=count),
+            server_profile(server.profile, micro_batches=count, bits=bits),
+            alone_profile(device.profile, count),
+        )
+        """of the device, the server, and the device without a server"""
+        self.passing = received_tensors(server.profile)
+        self.plans: list[Plan] = []
+
+    @property
+    def fits(self) -> bool:
+        return bool(self.plans)
+
+    def search(self) -> None:
+        made: list[Plan] = []
+        for profile, spec, share in zip(self.profiles, (*self.specs, self.specs[0]), SIDE_SHARES):
+            part = len(made) < len(self.specs)
+            options: dict[str, Any] = {"progress": self.asked.progress} if part else {}
+            plan = planner_of(profile).plan(
+                spec.budget_bytes, time_limit=share * self.asked.time_limit, gap=self.gap, **options
+            )
+            if part and plan.train is None:
+                raise InfeasibleError(
+                    f"member {spec.name!r}: its part does not fit {format_size(spec.budget_bytes)};"
+                    f" {format_size(plan.minimum_budget_bytes or 0, round_up=True)} would do",
+                    plan.minimum_budget_bytes,
+                )
+            made.append(sealed(plan.model_copy(update={"policy": MOBILLM})) if part else plan)
+        self.plans = made
+
+    def parts(self) -> tuple[list[Any], dict[str, Plan]]:
+        size = message_bytes(self.passing, self.bits)
+        passes: tuple[dict[str, int], ...] = ({"to_above": size}, {"from_below": size, "buffers": RINGS})
+        plans = dict(zip(self.names, self.plans))
+        members = [
+            self.stated(at, plan, does=does, exchange_bytes=messages_bytes(plan.device.floor, **passes[at]))
+            for at, (plan, does) in enumerate(zip(plans.values(), ("forward", "side network")))
+        ]
+        return members, plans
+
+    def fields(self, parts: Sequence[Any]) -> dict[str, Any]:
+        alone = self.plans[-1]
+        return {
+            "bits": self.bits,
+            "blocks": list(self.side.blocks),
+            "rank": self.side.rank,
+            "message": passed_of(self.passing),
+            "message_bytes": message_bytes(self.passing, self.bits),
+            "device_alone_seconds": None if alone.train is None else self.micro_batches * alone.step_seconds,
+        }
+
+    def bound(self, fleet: SidePlan) -> float:
+        return one_way(fleet, bounds=True).least_seconds(self.micro_batches)

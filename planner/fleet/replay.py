@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tightfit.planner.fleet import exchange, pipeline_clock
-from tightfit.planner.fleet.clock import Doing, Played
-from tightfit.planner.fleet.member_times import micro_batch_seconds
+from tightfit.planner.fleet.clock import Doing, Marks, OneWay, Played, Station, SumStation, play, play_sum
+from tightfit.planner.fleet.part_plans import marks_of
+from tightfit.planner.fleet.part_profiles import micro_batch_seconds, pieces_of, slots_of
 from tightfit.planner.fleet.parts import Chain, message_bytes, passing_of, replicas
-from tightfit.planner.fleet.pieces import pieces_of, slots_of
-from tightfit.planner.fleet.pipeline_marks import Marks, marks_of
 from tightfit.planner.fleet.schema import FleetPlan, Member, PipelinePlan, SidePlan, Span
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import Simulation, simulate
@@ -62,7 +60,7 @@ def replayed(fleet: FleetPlan | PipelinePlan | SidePlan, plans: Mapping[str, Pla
     if isinstance(fleet, PipelinePlan):
         (parts,) = replicas(fleet)
         stations = stations_of(parts, [plans[part.member] for part in parts], fleet.bits, Replays())
-        return drawn(pipeline_clock.play(stations, fleet.micro_batches), [part.name for part in parts])
+        return drawn(play(stations, fleet.micro_batches), [part.name for part in parts])
     chain = fleet.chain
     computed = [
         member.micro_batches * micro_batch_seconds(plans[member.name], member.gradients, first=not at)
@@ -72,9 +70,9 @@ def replayed(fleet: FleetPlan | PipelinePlan | SidePlan, plans: Mapping[str, Pla
     spans = _computing(chain, computed)
     if len(chain) == 1:
         return FleetSimulation(makespan_seconds=latest, compute_seconds=latest, timeline=spans)
-    told = exchange.play(
+    told = play_sum(
         [
-            exchange.Station(
+            SumStation(
                 computed_seconds=done,
                 link=member.link,
                 slots=slots_of(member.micro_batches, first=not at),
@@ -98,13 +96,13 @@ def replayed(fleet: FleetPlan | PipelinePlan | SidePlan, plans: Mapping[str, Pla
     )
 
 
-def stations_of(chain: Chain, plans: Sequence[Plan], bits: int, replays: Replays) -> list[pipeline_clock.Station]:
+def stations_of(chain: Chain, plans: Sequence[Plan], bits: int, replays: Replays) -> list[Station]:
     """The parts of a chain with their plans, as they stand on the clock of pipelines."""
     stations = []
     for part, plan in zip(chain, plans):
         train, forward = replays.marks(plan)
         stations.append(
-            pipeline_clock.Station(
+            Station(
                 train=train,
                 forward=forward,
                 ahead=part.ahead,
@@ -116,10 +114,10 @@ def stations_of(chain: Chain, plans: Sequence[Plan], bits: int, replays: Replays
     return stations
 
 
-def one_way(fleet: SidePlan, *, bounds: bool = False) -> pipeline_clock.OneWay:
+def one_way(fleet: SidePlan, *, bounds: bool = False) -> OneWay:
     """The clock of mobillm's step, of what the plans take or, with `bounds`, of what no plans undercut."""
     device, server = fleet.members
-    return pipeline_clock.OneWay(
+    return OneWay(
         device_seconds=device.bound_seconds if bounds else device.micro_batch_seconds,
         server_seconds=server.bound_seconds if bounds else server.micro_batch_seconds,
         message_bytes=fleet.message_bytes,

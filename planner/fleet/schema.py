@@ -21,7 +21,7 @@ the mean back down the chain, and everyone makes the same update. So the sum is 
 same micro-batches, and both directions of every link are used. The trained tensors pass in pieces of whole tensors,
 `PIECE_BYTES` or less, so that all links work at once.
 
-**Pipeline.** Each member holds a **stage**, a run of neighbouring layers (`tightfit.planner.fleet.stages`), and updates what it
+**Pipeline.** Each member holds a **stage**, a run of neighbouring layers (`tightfit.planner.fleet.part_profiles`), and updates what it
 trains inside its plan's last micro-batch. One message per micro-batch, cut and direction passes
 (`tightfit.runtime.engine.fleet.message`). A stage runs the plan's training schedule for one micro-batch after the other. With
 `ahead` d = 0 it sends activations when its forward ends, and waits for their gradients. With d >= 1 it first runs the forward

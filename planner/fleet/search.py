@@ -1,10 +1,16 @@
-"""The search for the chain with the lowest makespan: an integer program proposes, members plan, the clock judges.
+"""The searches for the shortest step: of the sum's chain (`SumSearch`), of a model's division (`DivisionSearch`), of one device.
 
-It begins with a plan for every member at its leanest: nothing of the exchange in memory. With less room a plan is not
-faster, so that for all other shelves, roles and numbers of micro-batches its seconds are what can be hoped for. Whatever
-could be better than the best chain if hopes came true is planned, so that only few rooms ever are. Chains are judged by
-`exchange.play`. The integer program proposes some, for what is hoped for and for what is known; each is changed a little
-at a time as long as that makes it better. Last the program with the plans' bounds gives the bound.
+**The chain of the sum.** An integer program proposes, members plan, the clock judges. The search begins with a plan for every
+member at its leanest: nothing of the exchange in memory. With less room a plan is not faster, so that for all other shelves,
+roles and numbers of micro-batches its seconds are what can be hoped for. Whatever could be better than the best chain if hopes
+came true is planned, so that only few rooms ever are. Chains are judged by `clock.play_sum`. The integer program proposes some,
+for what is hoped for and for what is known; each is changed a little at a time as long as that makes it better. Last the program
+with the plans' bounds gives the bound.
+
+**The division.** Which members hold which layers, and how far each is ahead. Divisions are taken in the order of their bounds. The
+stages of the first that was not planned are planned, which raises the bounds of all divisions that contain them; the clock says
+what it takes. The search ends when no bound is below the best step so far, but for the gap. So it has tried all divisions, most of
+them without planning for them. Of many members it tries some (`bounds`), and once its time is over it plans no more than it has to.
 """
 
 from __future__ import annotations
@@ -18,11 +24,21 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from tightfit.planner.fleet.allotment import Allotment, Taken, Way, allot
-from tightfit.planner.fleet.exchange import Station, play
-from tightfit.planner.fleet.exchange_bounds import Role, Surroundings, Terms, least_seconds, role_of, terms
-from tightfit.planner.fleet.member_plans import ALWAYS, Speed, while_there_is_time
-from tightfit.planner.fleet.pieces import exchange_bytes, slots_of
+from tightfit.planner.fleet.bounds import (
+    Candidate,
+    Division,
+    DivisionBounds,
+    Role,
+    Surroundings,
+    Terms,
+    least_sum_seconds,
+    role_of,
+    terms,
+)
+from tightfit.planner.fleet.clock import Station, SumStation, agree, play, play_sum
+from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, KnownStage, MemberPlans, while_there_is_time
+from tightfit.planner.fleet.part_profiles import exchange_bytes, slots_of
+from tightfit.planner.fleet.programs import Allotment, Joining, Taken, allot
 from tightfit.planner.fleet.schema import Link, Shelf
 from tightfit.profiles.schema import Device
 
@@ -48,18 +64,25 @@ PROGRAM_GAP = 1e-4
 """relative, at which an integer program may stop"""
 GAIN = 1e-9
 """relative, below which one chain counts as no better than another"""
+STAGE_SHARE = 0.25
+"""of the time that is left: for the plan of one stage"""
+AHEAD_GAIN = 1e-6
+"""share of a step: what saves less is no reason to be further ahead"""
+ALONE_SHARE = 0.5
+"""of the time that is left: for the plan of one member of several that would do everything alone"""
+Aheads = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A device that may take part."""
+class Contributor:
+    """A device that may compute micro-batches of a step, whose gradients are added up."""
 
     name: str
     link: Link
     budget_bytes: int
     device: Device
     update_seconds: float
-    speed: Speed
+    speed: MemberPlans
 
 
 class Place(NamedTuple):
@@ -71,7 +94,7 @@ class Place(NamedTuple):
     states: Shelf
 
 
-Chain = tuple[Place, ...]
+SumChain = tuple[Place, ...]
 
 
 def _silent(makespan: float, bound: float) -> None:
@@ -79,10 +102,10 @@ def _silent(makespan: float, bound: float) -> None:
 
 
 @dataclass(kw_only=True)
-class ChainSearch:
+class SumSearch:
     """The search over chains of at least two of `candidates`; holds the best chain and the best bound so far."""
 
-    candidates: Sequence[Candidate]
+    candidates: Sequence[Contributor]
     pieces: tuple[int, ...]
     micro_batches: int
     gap: float
@@ -92,14 +115,14 @@ class ChainSearch:
     """whether members may be planned; else only what is known of them counts"""
     report: Callable[[float, float], None] = _silent
     """told the best makespan and bound so far"""
-    best: Chain | None = None
+    best: SumChain | None = None
     bound: float = math.inf
     """no chain takes less; infinite where there is none"""
     splits: dict[int, set[int]] = field(default_factory=dict)
     """candidate -> numbers of micro-batches at which the range of its ways with gradients in memory is cut"""
-    _makespans: dict[tuple[Chain, Sight], float] = field(default_factory=dict)
+    _makespans: dict[tuple[SumChain, Sight], float] = field(default_factory=dict)
 
-    def like(self, candidates: Sequence[Candidate], deadline: float, *, plans: bool) -> ChainSearch:
+    def like(self, candidates: Sequence[Contributor], deadline: float, *, plans: bool) -> SumSearch:
         """A search over other candidates of the same model, which starts from the best chain found here."""
         splits = {candidate: set(cuts) for candidate, cuts in self.splits.items()}
         return replace(
@@ -152,10 +175,10 @@ class ChainSearch:
         """Whether a candidate was found to hold a micro-batch, or was not planned."""
         return self.candidates[candidate].speed.bound(self.lean(candidate), "disk", first=False) < math.inf
 
-    def station(self, place: Place, sight: Sight, *, first: bool) -> Station:
+    def station(self, place: Place, sight: Sight, *, first: bool) -> SumStation:
         """The member as it stands in a chain; it never has computed where it cannot hold its part."""
         candidate = self.candidates[place.candidate]
-        return Station(
+        return SumStation(
             computed_seconds=place.micro_batches * self._seconds(place, sight, first=first),
             link=candidate.link,
             slots=slots_of(place.micro_batches, first=first),
@@ -173,7 +196,7 @@ class ChainSearch:
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
-    def makespan(self, chain: Chain | None, below: float = math.inf, sight: Sight = "known") -> float:
+    def makespan(self, chain: SumChain | None, below: float = math.inf, sight: Sight = "known") -> float:
         """Seconds of a step; infinite where members cannot hold their parts, or where it is surely not `below`."""
         if chain is None:
             return math.inf
@@ -184,7 +207,7 @@ class ChainSearch:
             computed = [station.computed_seconds for station in stations]
             if max(computed) >= below or self._least(chain, stations) >= below:
                 return math.inf
-            self._makespans[key] = play(stations, self.pieces).makespan
+            self._makespans[key] = play_sum(stations, self.pieces).makespan
         return self._makespans[key]
 
     @cached_property
@@ -193,25 +216,25 @@ class ChainSearch:
         unnamed = [replace(one, name="") for one in self.candidates]
         return [unnamed.index(one) for one in unnamed]
 
-    def _least(self, chain: Chain, stations: Sequence[Station]) -> float:
+    def _least(self, chain: SumChain, stations: Sequence[SumStation]) -> float:
         told = [
             self._terms(place.candidate, station, role_of(at, len(chain)), len(chain))
             for at, (place, station) in enumerate(zip(chain, stations))
         ]
         computed = [station.computed_seconds for station in stations]
-        return least_seconds(computed, [place.micro_batches for place in chain], told)
+        return least_sum_seconds(computed, [place.micro_batches for place in chain], told)
 
     @cached_property
     def _latencies(self) -> list[tuple[float, int]]:
         """The two smallest latencies, with their candidates."""
         return heapq.nsmallest(2, ((one.link.latency_seconds, at) for at, one in enumerate(self.candidates)))
 
-    def _terms(self, candidate: int, station: Station, role: Role, most: int) -> Terms:
+    def _terms(self, candidate: int, station: SumStation, role: Role, most: int) -> Terms:
         quickest, second = self._latencies
         latency = second[0] if quickest[1] == candidate else quickest[0]
         return terms(station, role, Surroundings(pieces=self.pieces, most=most, latency_seconds=latency))
 
-    def _judge(self, chain: Chain, below: float) -> float:
+    def _judge(self, chain: SumChain, below: float) -> float:
         """As `makespan`. A chain that could be better than the best one if hopes came true is planned first; the best of
         all is remembered.
         """
@@ -224,7 +247,7 @@ class ChainSearch:
             self.best = chain
         return found
 
-    def _unplanned(self, chain: Chain) -> list[tuple[Place, bool]]:
+    def _unplanned(self, chain: SumChain) -> list[tuple[Place, bool]]:
         """The places, and whether they are first, whose plans are only hoped for."""
         return [
             (place, not at)
@@ -233,7 +256,7 @@ class ChainSearch:
             and self._seconds(place, "known", first=not at) > self._seconds(place, "hoped", first=not at)
         ]
 
-    def _plan(self, chain: Chain) -> bool:
+    def _plan(self, chain: SumChain) -> bool:
         """Plan what a chain hopes for, as long as there is time; whether there was anything."""
         fresh = False
         for place, first in self._unplanned(chain):
@@ -269,7 +292,7 @@ class ChainSearch:
             if not fresh or known.bound_seconds <= promised * (1 + self.gap) or self._left() <= 0:
                 break
 
-    def _cut(self, chain: Chain) -> bool:
+    def _cut(self, chain: SumChain) -> bool:
         """Have the ranges of ways begin anew where a chain has gradients in memory; whether that changes any."""
         fresh = False
         for place in chain[1:]:
@@ -310,7 +333,7 @@ class ChainSearch:
             if self.makespan(chain) <= near:
                 self._climb(chain, members)
 
-    def _shared_out(self, members: Sequence[int], seconds: Mapping[int, float]) -> Chain:
+    def _shared_out(self, members: Sequence[int], seconds: Mapping[int, float]) -> SumChain:
         shares = dict.fromkeys(members[: self.micro_batches], 1)
         done = [(2 * seconds[at], at) for at in shares]
         heapq.heapify(done)
@@ -336,7 +359,7 @@ class ChainSearch:
             return Allotment(taken=[], bound_seconds=0.0)
         return none if found is None or found.bound_seconds > none.bound_seconds else found
 
-    def _ways(self, members: Sequence[int], sight: Sight) -> list[Way]:
+    def _ways(self, members: Sequence[int], sight: Sight) -> list[Joining]:
         """All ways to take part, with the seconds that are in `sight`."""
         result = []
         for member in members:
@@ -371,7 +394,7 @@ class ChainSearch:
             before = seconds
         return list(zip(begins, [*(begin - 1 for begin in begins[1:]), most]))
 
-    def _way(self, place: Place, role: Role, least: int, most: int, members: int, sight: Sight) -> Way | None:
+    def _way(self, place: Place, role: Role, least: int, most: int, members: int, sight: Sight) -> Joining | None:
         first = role == "first"
         seconds = self._seconds(place, sight, first=first)
         if seconds == math.inf:
@@ -383,7 +406,7 @@ class ChainSearch:
         most = min([most, *(int((worth - fixed) // each) for fixed, each in rates)])
         if most < least:
             return None
-        return Way(
+        return Joining(
             member=place.candidate,
             role=role,
             gradients=place.gradients,
@@ -394,12 +417,12 @@ class ChainSearch:
             terms=found,
         )
 
-    def _climb(self, chain: Chain, members: Sequence[int]) -> None:
+    def _climb(self, chain: SumChain, members: Sequence[int]) -> None:
         """Change a chain a little at a time, as long as it gets better."""
         if not chain:
             return
         here = self._judge(chain, math.inf)
-        better: Chain | None = chain
+        better: SumChain | None = chain
         while better is not None and self._left() > 0:
             chain, better = better, None
             for other in self._neighbours(chain, members):
@@ -410,7 +433,7 @@ class ChainSearch:
                     here, better = found, other
                     break
 
-    def _neighbours(self, chain: Chain, members: Sequence[int]) -> Iterator[Chain]:
+    def _neighbours(self, chain: SumChain, members: Sequence[int]) -> Iterator[SumChain]:
         yield from self.shelves(chain)
         places = list(chain)
         for at, place in enumerate(places):
@@ -443,7 +466,7 @@ class ChainSearch:
         taking = {place.candidate for place in places}
         return sorted({self._alike[at]: at for at in reversed(members) if at not in taking}.values())
 
-    def shelves(self, chain: Chain) -> Iterator[Chain]:
+    def shelves(self, chain: SumChain) -> Iterator[SumChain]:
         """The chains that differ from this in one member's shelves."""
         for at, place in enumerate(chain):
             for gradients, states in itertools.product(SHELVES, SHELVES):
@@ -452,13 +475,218 @@ class ChainSearch:
                     yield (*chain[:at], other, *chain[at + 1 :])
 
 
-def _at_least_two(places: Sequence[Place]) -> Iterator[Chain]:
+def _at_least_two(places: Sequence[Place]) -> Iterator[SumChain]:
     left = tuple(place for place in places if place.micro_batches)
     if len(left) > 1:
         yield left
 
 
-def _chain(taken: Sequence[Taken]) -> Chain:
+def _chain(taken: Sequence[Taken]) -> SumChain:
     """The chain of an allotment; those between are in the order in which they have computed."""
     order = sorted(taken, key=lambda one: (ROLES.index(one.way.role), one.micro_batches * one.way.seconds))
     return tuple(Place(one.way.member, one.micro_batches, one.way.gradients, one.way.states) for one in order)
+
+
+# --- divisions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A division with how far its stages are ahead, and what a step takes."""
+
+    division: Division
+    aheads: Aheads
+    makespan: float
+
+
+@dataclass(kw_only=True)
+class DivisionSearch:
+    candidates: Sequence[Candidate]
+    micro_batches: int
+    gap: float
+    deadline: float
+    report: Callable[[float, float], None] = _silent
+    """called with the makespan so far and the bound"""
+    plans: bool = True
+    """whether to plan stages that were not planned"""
+    best: Pipeline | None = None
+    bound: float = 0.0
+    """seconds that no division undercuts"""
+    tried: set[Division] = field(default_factory=set)
+    """divisions all of whose stages have been planned"""
+    stopped: bool = False
+    """whether the time was over before all was tried"""
+
+    @property
+    def makespan(self) -> float:
+        return math.inf if self.best is None else self.best.makespan
+
+    def run(self) -> None:
+        """Try divisions until none is left that may be better, or the time is up. Raises KeyboardInterrupt on Ctrl-C."""
+        late = 0
+        while True:
+            bounds = DivisionBounds(self.candidates, self.micro_batches)
+            self.bound = max(self.bound, min(bounds.least, self.makespan))
+            self.report(self.makespan, self.bound)
+            following = self._following(bounds)
+            if following is None:
+                return
+            late += self._late()
+            self.stopped = bool(late) and (self.best is not None or late > ALWAYS)
+            if self.stopped:
+                return
+            self.attempt(following)
+
+    def _following(self, bounds: DivisionBounds) -> Division | None:
+        """The first division that may be better and was not tried."""
+        for least, division in bounds.divisions():
+            if least >= (1 - self.gap) * self.makespan:
+                return None
+            if division not in self.tried:
+                return division
+        return None
+
+    def attempt(self, division: Division) -> Pipeline | None:
+        """Plan a division's stages, and keep it if its step is the shortest so far; None: something of it does not fit,
+        or it cannot be better.
+        """
+        for at in range(len(division) + 1):
+            if DivisionBounds(self.candidates, self.micro_batches).bound(division) >= (1 - self.gap) * self.makespan:
+                return None
+            if at < len(division) and self.known(division, at, 0) is None:
+                return None
+        self.tried.add(division)
+        found = self.choose(division)
+        if found.makespan < self.makespan:
+            self.best = found
+        return found
+
+    # --- how far stages are ahead ----------------------------------------------------------------------------------
+
+    def choose(self, division: Division) -> Pipeline:
+        """A division whose stages have been planned, with the best of how far they are ahead that is found in time.
+
+        Where a stage is in turns, those above have one micro-batch at a time, so that they are in turns too.
+        """
+        ways = [self._pipeline(division, (0,) * len(division))]
+        ways += [self._ahead(division, count) for count in range(1, len(division)) if not self._late()]
+        return min(ways, key=lambda one: one.makespan)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def _ahead(self, division: Division, count: int) -> Pipeline:
+        """The best found with the first `count` stages ahead."""
+        aheads = self._climbed(division, count)
+        found = self._pipeline(division, aheads)
+        while found.makespan == math.inf and (less := self._fitting(division, aheads)) != aheads:
+            aheads = less
+            found = self._pipeline(division, aheads)
+        while True:
+            nearer = [one for one in _changed(found.aheads, count, -1) if min(one[:count]) > 0 and agree(one)]
+            tried = [self._pipeline(division, one) for one in nearer]
+            better = min(tried, key=lambda one: one.makespan, default=found)
+            if better.makespan >= found.makespan or self._late():
+                return found
+            found = better
+
+    def _climbed(self, division: Division, count: int) -> Aheads:
+        """How far the first `count` stages are ahead at best, if messages took no memory."""
+        aheads = tuple(int(at < count) for at in range(len(division)))
+        known = [self.known(division, at, 0) for at in range(len(division))]
+        best = self._played(division, aheads, known)
+        while True:
+            farther = [one for one in _changed(aheads, count, 1) if max(one) <= self.micro_batches and agree(one)]
+            if not farther or self._late():
+                return aheads
+            seconds, better = min((self._played(division, one, known), one) for one in farther)
+            if seconds >= best * (1 - AHEAD_GAIN):
+                return aheads
+            aheads, best = better, seconds
+
+    def _fitting(self, division: Division, aheads: Aheads) -> Aheads:
+        """Less far ahead below every stage that has no room for as many messages."""
+        unfit = [self.known(division, at + 1, ahead) is None for at, ahead in enumerate(aheads[:-1])]
+        fewer = [ahead - 1 if less and ahead > 1 else ahead for ahead, less in zip(aheads, unfit)]
+        return (*itertools.accumulate(fewer, min), aheads[-1])
+
+    # --- what a step takes -----------------------------------------------------------------------------------------
+
+    def _pipeline(self, division: Division, aheads: Aheads) -> Pipeline:
+        known = [self.known(division, at, aheads[at - 1] if at else 0) for at in range(len(division))]
+        return Pipeline(division=division, aheads=aheads, makespan=self._played(division, aheads, known))
+
+    def _played(self, division: Division, aheads: Aheads, known: Sequence[KnownStage | None]) -> float:
+        stations = []
+        for held, ahead, one in zip(division, aheads, known):
+            if one is None:
+                return math.inf
+            candidate = self.candidates[held.candidate]
+            stations.append(
+                Station(
+                    train=one.train,
+                    forward=one.forward,
+                    ahead=ahead,
+                    link=candidate.link,
+                    up_bytes=candidate.plans.up_bytes.get(held.last, 0),
+                    down_bytes=candidate.plans.down_bytes.get(held.first, 0),
+                )
+            )
+        return play(stations, self.micro_batches).makespan
+
+    def known(self, division: Division, at: int, ahead_below: int) -> KnownStage | None:
+        """The plan of a stage, which is made if there is none; but not for one below that is ahead, once the time is over."""
+        held = division[at]
+        candidate = self.candidates[held.candidate]
+        room = candidate.plans.room(held.layers, candidate.budget_bytes, ahead_below)
+        if not self.plans or (ahead_below and self._late()):
+            return candidate.plans.best(held.layers, room)
+        return candidate.plans.plan(held.layers, room, STAGE_SHARE * (self.deadline - time.monotonic()))
+
+
+def _changed(aheads: Aheads, count: int, by: int) -> Iterator[Aheads]:
+    """Neighbours among the first `count` stages, `by` micro-batches farther ahead."""
+    for first in range(count):
+        for last in range(first + 1, count + 1):
+            yield tuple(ahead + by * (first <= at < last) for at, ahead in enumerate(aheads))
+
+
+# --- one member alone -------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class AloneSearch:
+    """The search for the member whose step is the shortest if it takes part alone."""
+
+    plans: Sequence[AlonePlans]
+    """by member; those with equal profiles share theirs"""
+    budgets: Sequence[int]
+    best: int | None = None
+    _tried: set[int] = field(default_factory=set)
+
+    @property
+    def makespan(self) -> float:
+        """Seconds of the best member's step."""
+        return math.inf if self.best is None else self.plans[self.best].makespan(self.budgets[self.best])
+
+    @property
+    def bound(self) -> float:
+        """No member alone takes less."""
+        return min(plans.bound(budget) for plans, budget in zip(self.plans, self.budgets))
+
+    def run(self, deadline: float) -> None:
+        """Plan members, until none that is left can be faster than those that have been planned."""
+        order = sorted(
+            range(len(self.plans)), key=lambda at: (self.plans[at].bound(self.budgets[at]), -self.budgets[at])
+        )
+        for at in order:
+            plans, budget = self.plans[at], self.budgets[at]
+            larger = any(self.plans[other] is plans and self.budgets[other] >= budget for other in self._tried)
+            if plans.bound(budget) < self.makespan and not larger:
+                left = deadline - time.monotonic()
+                if left <= 0 and self.best is not None:
+                    break
+                plans.plan(budget, left if len(order) == 1 else ALONE_SHARE * left)
+                self._tried.add(at)
+                if plans.makespan(budget) < self.makespan:
+                    self.best = at

@@ -32,12 +32,18 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tightfit.planner.fleet import pipeline_clock
-from tightfit.planner.fleet.clock import Played
-from tightfit.planner.fleet.member_profiles import exchange_optimizer
-from tightfit.planner.fleet.member_times import micro_batch_seconds
+from tightfit.planner.fleet.clock import Played, agree, play
+from tightfit.planner.fleet.members import trained_tensors
+from tightfit.planner.fleet.part_profiles import (
+    RECEIVE_LAYER,
+    SEND_LAYER,
+    exchange_bytes,
+    exchange_optimizer,
+    micro_batch_seconds,
+    pieces_of,
+    slots_of,
+)
 from tightfit.planner.fleet.parts import Chain, Part, bits_of, message_bytes, messages_bytes, passing_of, replicas
-from tightfit.planner.fleet.pieces import exchange_bytes, pieces_of, slots_of, trained_tensors
 from tightfit.planner.fleet.replay import FleetSimulation, Replays, drawn, replayed, stations_of
 from tightfit.planner.fleet.schema import (
     AnyFleet,
@@ -50,7 +56,6 @@ from tightfit.planner.fleet.schema import (
     SplitMember,
     SplitPlan,
 )
-from tightfit.planner.fleet.stages import RECEIVE_LAYER, SEND_LAYER
 from tightfit.planner.problem.device_forward import device_optimizer
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Layer, adamw
@@ -197,7 +202,7 @@ class _Judge:
             following = last
         if not chain:
             raise InvalidFleet("layers", "the chain", "nobody holds a layer")
-        if not pipeline_clock.agree([part.ahead for part in chain]):
+        if not agree([part.ahead for part in chain]):
             raise InvalidFleet(
                 "ahead", "the chain", "a part is farther ahead than the one below, and would wait for ever"
             )
@@ -408,7 +413,7 @@ class _Judge:
     def _played(self, chain: Chain) -> Played:
         """An update of a chain on the clock, of which each message is held against what it needs."""
         stations = stations_of(chain, [self._plan(part) for part in chain], self.bits, self.replays)
-        told = pipeline_clock.play(stations, self._micro_batches)
+        told = play(stations, self._micro_batches)
         does = {(one.what, one.station, one.number): one for one in told.doings if one.to is None}
         slack = ROUNDING * told.makespan
         for one in told.doings:

@@ -22,8 +22,8 @@ from typing import Any, Self
 import httpx
 
 from tightfit.planner.fleet.io import parse_any
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.options import FleetOptions
-from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.planner.io import parse_plan
 from tightfit.planner.report.compare import Comparison
@@ -166,7 +166,7 @@ class Client:
     def fleet(
         self, members: Sequence[MemberSpec], micro_batches: int, options: FleetOptions
     ) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
-        """`tightfit.planner.fleet.kinds.plan_kind`, solved by the service: the fleet's plan, each member's by name, and
+        """`tightfit.planner.fleet.plan.plan_kind`, solved by the service: the fleet's plan, each member's by name, and
         why it is of its kind.
         """
         stored: dict[int, str] = {}

@@ -101,9 +101,8 @@ def plan(
     enough_for_a_solver()
     from tightfit.planner.fleet.description import read_description
     from tightfit.planner.fleet.io import FILE, save_fleet
-    from tightfit.planner.fleet.kinds import plan_kind
+    from tightfit.planner.fleet.plan import plan_kind, plan_side
     from tightfit.planner.fleet.schema import AnyStepFleet, FleetPlan, PipelinePlan
-    from tightfit.planner.fleet.side_plan import plan_side
     from tightfit.planner.problem.device_forward import DEFAULT_BITS
     from tightfit.planner.report.fleet_text import fleet_text
     from tightfit.planner.report.summary import fleet_summary
@@ -130,7 +129,7 @@ def plan(
     planned: AnyFleet
     server_plans: dict[str, Plan] = {}
     why: str | None = None
-    gap: dict[str, float] = {} if asked.gap is None else {"gap": asked.gap}
+    gap: dict[str, Any] = {} if asked.gap is None else {"gap": asked.gap}
     members, count = described.members, described.count
     with Interrupts() as interrupts, Solving(console, asked.time_limit) as solving:
         if kind == FEDERATED:
@@ -170,23 +169,17 @@ def _rounds(
     described: DescribedFleet, options: RoundsPlanOptions, *, supernode: bool, **more: float
 ) -> tuple[AnyRounds, dict[str, Plan], dict[str, Plan]]:
     """The plan of rounds, those of the devices, and the server's for each, if there is one."""
-    from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, SUPERNODE_BYTES, plan_federated
-    from tightfit.planner.fleet.split_federated import SERVER_START_SECONDS, plan_split
+    from tightfit.planner.fleet.options import SUPERNODE_BYTES
+    from tightfit.planner.fleet.rounds import plan_federated, plan_split
 
-    common: dict[str, Any] = {
-        "flower_bytes": SUPERNODE_BYTES if supernode else NODE_BYTES,
-        "start_seconds": START_SECONDS if options.start is None else options.start,
-        "time_limit": options.time_limit,
-        "progress": options.progress,
-        **more,
-    }
+    common: dict[str, Any] = {"time_limit": options.time_limit, "progress": options.progress, **more}
+    if options.start is not None:
+        common["start_seconds"] = options.start
+    if supernode:
+        common["flower_bytes"] = SUPERNODE_BYTES
     if described.server is None:
         return *plan_federated(described.members, described.count, prices=options.prices, **common), {}
-    return plan_split(
-        described.server,
-        described.members,
-        described.count,
-        weights=described.weights,
-        server_start_seconds=SERVER_START_SECONDS if options.server_start is None else options.server_start,
-        **common,
-    )
+    if options.server_start is not None:
+        common["server_start_seconds"] = options.server_start
+    weights = described.weights
+    return plan_split(described.server, described.members, described.count, weights=weights, **common)

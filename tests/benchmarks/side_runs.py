@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.planner.fleet.io import load_fleet, save_fleet
-from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.plan import MemberSpec, plan_side
 from tightfit.planner.fleet.schema import Link, SidePlan
-from tightfit.planner.fleet.side_plan import plan_side
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.engine.fleet.message import Passing, put, take

@@ -9,11 +9,10 @@ import pytest
 from changed_operators import with_operators
 from tiny_plans import CONFIG, decoder_profile
 
-from tightfit.planner.fleet.federated import plan_federated
 from tightfit.planner.fleet.io import save_fleet
 from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.rounds import plan_federated, plan_split
 from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.split_federated import plan_split
 
 BUDGET = 400 << 20
 LINK = Link(up_bytes_per_second=1e7, down_bytes_per_second=1e7, latency_seconds=1e-3)

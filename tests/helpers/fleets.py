@@ -17,8 +17,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 from tiny_plans import CONFIG, decoder_profile  # noqa: E402  a member's process finds it beside this file
 
+from tightfit.planner.fleet.part_profiles import cuts, stage_profile  # noqa: E402
 from tightfit.planner.fleet.schema import FleetPlan, Link, Member, Passed, PipelinePlan, Stage  # noqa: E402  # noqa: E402
-from tightfit.planner.fleet.stages import cuts, stage_profile  # noqa: E402
 from tightfit.planner.io import load_plan, save_plan  # noqa: E402
 from tightfit.planner.plan import planner_of  # noqa: E402
 from tightfit.profiles.models.lora import LoraConfig  # noqa: E402

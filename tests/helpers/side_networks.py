@@ -11,9 +11,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from tightfit.planner.fleet.io import save_fleet
-from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.plan import MemberSpec, plan_side
 from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.side_plan import plan_side
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape
 
 LINK = Link(up_bytes_per_second=1e8, down_bytes_per_second=1e8)

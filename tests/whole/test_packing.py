@@ -13,7 +13,7 @@ from fleets import Workshop, adapter_hash, ended
 from rich.console import Console
 from tiny_plans import decoder_profile
 
-from tightfit.planner.fleet.stages import cuts
+from tightfit.planner.fleet.part_profiles import cuts
 from tightfit.planner.io import load_plan
 from tightfit.planner.plan import planner_of
 from tightfit.runtime.common.errors import InputError

@@ -16,7 +16,7 @@ from tiny_plans import module_profile, naive_plan
 from torch import Tensor, nn
 
 from tightfit import Session, plan, profile, run
-from tightfit.planner.fleet.member_profiles import check_one_model
+from tightfit.planner.fleet.members import check_one_model
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import simulate

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tightfit.planner.fleet.kinds import plan_kind
 from tightfit.planner.fleet.options import FleetOptions
-from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.plan import MemberSpec, plan_kind
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.plan import planner_of
 from tightfit.planner.problem.optimizers import chosen

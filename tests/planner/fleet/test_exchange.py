@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tightfit.planner.fleet.exchange import CHECKED_BYTES_PER_SECOND, Station, play
-from tightfit.planner.fleet.exchange_bounds import Surroundings, least_seconds, role_of, terms
+from tightfit.planner.fleet.bounds import Surroundings, least_sum_seconds, role_of, terms
+from tightfit.planner.fleet.clock import CHECKED_BYTES_PER_SECOND, SumStation, play_sum
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.schema import Channel
 
@@ -31,11 +31,11 @@ def station(computed=0.0, *, up=1e3, down=1e3, latency=0.0, **changes):
         "read": DISK,
         "write": DISK,
     }
-    return Station(**values | changes)
+    return SumStation(**values | changes)
 
 
 def seconds(stations, pieces):
-    return play(stations, pieces).makespan
+    return play_sum(stations, pieces).makespan
 
 
 def test_two_members_send_both_ways_at_once():
@@ -65,7 +65,7 @@ def test_a_slow_receiver_leaves_the_uplink_to_others():
     # Member 1 begins to send the second piece to the slow 2 at 11. It is there at 21, but the uplink is free at 12, when the
     # mean of the first piece comes.
     chain = [station(), station(), station(down=100)]
-    back = [doing.begin for doing in play(chain, [1000] * 2).doings if (doing.station, doing.to) == (1, 0)]
+    back = [doing.begin for doing in play_sum(chain, [1000] * 2).doings if (doing.station, doing.to) == (1, 0)]
     assert back == pytest.approx([12.0, 22.0], rel=ABOUT)
 
 
@@ -100,14 +100,14 @@ def test_states_on_disk_are_read_and_written_back():
 def test_the_checksum_is_part_of_the_update():
     fast = {"up": 1e15, "down": 1e15}
     size = int(CHECKED_BYTES_PER_SECOND)
-    told = play([station(**fast)] * 2, [size])
+    told = play_sum([station(**fast)] * 2, [size])
     assert told.updated[0] - told.exchanged[0] == pytest.approx(1.0)
 
 
 def test_every_piece_passes_every_link_once_each_way_in_order():
     chain = [station(0.1 * n, up=700 + 100 * n, latency=0.01 * n) for n in range(4)]
     pieces = [300, 1000, 20, 500, 700]
-    sent = [doing for doing in play(chain, pieces).doings if doing.what == "send"]
+    sent = [doing for doing in play_sum(chain, pieces).doings if doing.what == "send"]
     ways = {(doing.station, doing.to) for doing in sent}
     assert ways == {(0, 1), (1, 2), (2, 3), (3, 2), (2, 1), (1, 0)}
     for source, target in ways:
@@ -121,7 +121,7 @@ rates = st.sampled_from((1e4, 1e5, 3e5, 1e6))
 channels = st.builds(Channel, bytes_per_second=rates, latency_seconds=st.sampled_from((0.0, 1e-3, 0.05)))
 shelves = st.sampled_from(("memory", "disk"))
 stations = st.builds(
-    Station,
+    SumStation,
     computed_seconds=st.sampled_from((1.0, 1.0, 1.2, 2.0, 5.0)),
     link=st.builds(
         Link, up_bytes_per_second=rates, down_bytes_per_second=rates, latency_seconds=st.sampled_from((0.0, 1e-3, 0.05))
@@ -148,7 +148,7 @@ def test_no_step_is_shorter_than_its_bounds(chain, pieces, more):
         others = min(other.link.latency_seconds for there, other in enumerate(chain) if there != at)
         around = Surroundings(pieces=pieces, most=len(chain) + more, latency_seconds=others)
         told.append(terms(one, role_of(at, len(chain)), around))
-    least = least_seconds([one.computed_seconds for one in chain], [one.slots for one in chain], told)
+    least = least_sum_seconds([one.computed_seconds for one in chain], [one.slots for one in chain], told)
     assert least <= seconds(chain, pieces) * (1 + 1e-9)
 
 
@@ -159,7 +159,7 @@ def bounded(chain, pieces):
         others = min(other.link.latency_seconds for there, other in enumerate(chain) if there != at)
         around = Surroundings(pieces=pieces, most=len(chain), latency_seconds=others)
         told.append(terms(one, role_of(at, len(chain)), around))
-    return least_seconds([one.computed_seconds for one in chain], [one.slots for one in chain], told)
+    return least_sum_seconds([one.computed_seconds for one in chain], [one.slots for one in chain], told)
 
 
 @pytest.mark.parametrize("far", [0, 1, 2])

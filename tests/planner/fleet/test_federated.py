@@ -8,10 +8,10 @@ import pytest
 from broken_plans import member_changed
 from synthetic import MIB
 
-from tightfit.planner.fleet.federated import plan_federated
 from tightfit.planner.fleet.io import load_fleet, load_member_plan, save_fleet, sealed_fleet
 from tightfit.planner.fleet.plan import MemberSpec
-from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, transfer_seconds
+from tightfit.planner.fleet.programs import Pace, makespan_of, shared_out
+from tightfit.planner.fleet.rounds import plan_federated
 from tightfit.planner.fleet.schema import FederatedPlan, FleetPlan, Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.report.rounds_text import rounds_sentences
@@ -90,9 +90,13 @@ def test_devices_that_cannot_hold_a_step_get_none():
     assert shared_out(paces, 3) == [0, 3]
 
 
-def test_a_transfer_goes_both_ways():
-    link = Link(up_bytes_per_second=10.0, down_bytes_per_second=100.0, latency_seconds=0.5)
-    assert transfer_seconds(link, 200, 30) == pytest.approx(2.0 + 3.0 + 1.0)
+def test_an_adapter_comes_and_goes(planned):
+    fleet, _ = planned
+    for member in fleet.taking:
+        link = member.link
+        comes, goes = fleet.adapter_bytes / link.down_bytes_per_second, member.adapter_bytes / link.up_bytes_per_second
+        taken = comes + goes + 2 * link.latency_seconds + member.start_seconds + member.steps * member.step_seconds
+        assert member.round_seconds == pytest.approx(taken)
 
 
 def test_a_round_ends_for_all_at_about_the_same_time(planned):

@@ -7,10 +7,15 @@ import math
 import pytest
 from synthetic import MIB, small_chain
 
-from tightfit.planner.fleet.member_plans import MemberPlans
-from tightfit.planner.fleet.member_profiles import alone_profile, member_profile, update_seconds
-from tightfit.planner.fleet.member_times import micro_batch_seconds
-from tightfit.planner.fleet.pieces import exchange_bytes, pieces_of
+from tightfit.planner.fleet.part_plans import MemberPlans
+from tightfit.planner.fleet.part_profiles import (
+    alone_profile,
+    exchange_bytes,
+    member_profile,
+    micro_batch_seconds,
+    pieces_of,
+    update_seconds,
+)
 from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES
 from tightfit.planner.plan import planner_of
 from tightfit.planner.simulation.simulate import simulate

@@ -8,10 +8,9 @@ import pytest
 from synthetic import MIB, small_chain
 
 from tightfit.planner.fleet.io import load_any, load_fleet, load_member_plan, parse_any, save_fleet
-from tightfit.planner.fleet.pipeline import least_seconds, plan_pipeline
-from tightfit.planner.fleet.pipeline_search import PipelineSearch
-from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.plan import MemberSpec, least_seconds, plan_pipeline
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
+from tightfit.planner.fleet.search import DivisionSearch
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.report.fleet_html import fleet_page
 from tightfit.planner.report.fleet_text import chain_sheet, fleet_sentences
@@ -127,7 +126,7 @@ def test_progress_ends_with_the_answer(stages):
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_ctrl_c_keeps_the_best_so_far(stages, monkeypatch, after):
-    once, asked = PipelineSearch.attempt, []
+    once, asked = DivisionSearch.attempt, []
 
     def attempt(self, division):
         asked.append(division)
@@ -135,7 +134,7 @@ def test_ctrl_c_keeps_the_best_so_far(stages, monkeypatch, after):
             raise KeyboardInterrupt
         return once(self, division)
 
-    monkeypatch.setattr(PipelineSearch, "attempt", attempt)
+    monkeypatch.setattr(DivisionSearch, "attempt", attempt)
     specs = stages((1.0, 0.5), budget=24 * MIB)
     if not after:
         with pytest.raises(KeyboardInterrupt):

@@ -12,15 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import MIB
 
-from tightfit.planner.fleet import pipeline_bounds
-from tightfit.planner.fleet.pipeline import plan_pipeline
-from tightfit.planner.fleet.pipeline_bounds import Candidate, DivisionBounds, Held
-from tightfit.planner.fleet.pipeline_clock import Station, agree, play
-from tightfit.planner.fleet.pipeline_marks import Marks
-from tightfit.planner.fleet.pipeline_search import PipelineSearch
-from tightfit.planner.fleet.plan import shared
+from tightfit.planner.fleet import bounds
+from tightfit.planner.fleet.bounds import Candidate, DivisionBounds, Held
+from tightfit.planner.fleet.clock import Marks, Station, agree, play
+from tightfit.planner.fleet.part_plans import StagePlans
+from tightfit.planner.fleet.plan import plan_pipeline, shared
 from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.stage_plans import StagePlans
+from tightfit.planner.fleet.search import DivisionSearch
 
 ROUNDING = 1e-9
 
@@ -65,9 +63,9 @@ def check_bounds(candidates, micro_batches, found):
         assert known.bound(division) <= seconds * (1 + ROUNDING)
     assert known.least <= min(found.values()) * (1 + ROUNDING)
     listed = list(known.divisions())
-    bounds = [bound for bound, _ in listed]
-    assert bounds == sorted(bounds)
-    assert not bounds or bounds[0] == pytest.approx(known.least) or (bounds[0] > known.least and not known.exact)
+    least = [bound for bound, _ in listed]
+    assert least == sorted(least)
+    assert not least or least[0] == pytest.approx(known.least) or (least[0] > known.least and not known.exact)
     if len({one.kind for one in candidates}) == len(candidates) and known.exact:
         assert {division for division, seconds in found.items() if seconds < math.inf} <= {one for _, one in listed}
 
@@ -190,7 +188,7 @@ def fleets(draw):
 @given(made=fleets())
 def test_made_up_devices(made):
     candidates, micro_batches = made
-    search = PipelineSearch(
+    search = DivisionSearch(
         candidates=candidates, micro_batches=micro_batches, gap=0.0, deadline=time.monotonic() + 600.0
     )
     search.run()
@@ -207,11 +205,11 @@ def test_made_up_devices(made):
 def test_made_up_devices_that_are_too_many(made):
     """Bounds that forget who holds the layers above hold too, and a division is found."""
     candidates, micro_batches = made
-    search = PipelineSearch(
+    search = DivisionSearch(
         candidates=candidates, micro_batches=micro_batches, gap=0.0, deadline=time.monotonic() + 600.0
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline_bounds, "MOST_SETS", 0)
+        patch.setattr(bounds, "MOST_SETS", 0)
         search.run()
         check_bounds(candidates, micro_batches, found := enumerated(candidates, micro_batches))
     best = min(found.values())

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tightfit.planner.fleet.pipeline_clock import Station, agree, closing_seconds, play, turns
-from tightfit.planner.fleet.pipeline_marks import Marks
+from tightfit.planner.fleet.clock import Marks, Station, agree, closing_seconds, play, turns
 from tightfit.planner.fleet.schema import Link
 
 MESSAGE = 1000

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tightfit.planner.fleet import pipeline_clock
-from tightfit.planner.fleet.pipeline_clock import play
+from tightfit.planner.fleet import simulate
+from tightfit.planner.fleet.clock import play
 from tightfit.planner.fleet.schema import Passed
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.plan_result import sealed
@@ -196,5 +196,5 @@ def test_no_message_is_sent_before_it_is_made_or_taken_before_it_is_there(pipeli
         )
         return type(told)(makespan=told.makespan, doings=[*told.doings[:at], moved, *told.doings[at + 1 :]])
 
-    monkeypatch.setattr(pipeline_clock, "play", wrong)
+    monkeypatch.setattr(simulate, "play", wrong)
     rejected(fleet, plans, "order")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from synthetic import MIB
 
 from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.search import Candidate, ChainSearch, Place
+from tightfit.planner.fleet.search import Contributor, Place, SumSearch
 from tightfit.profiles.schema import Channel, Device, Floor
 
 GAP = 1e-3
@@ -70,7 +70,7 @@ def candidate(name, speed, link, *, budget, disk, update):
     channel = Channel(bytes_per_second=disk, latency_seconds=1e-4)
     floor = Floor(import_peak_bytes=0, resident_bytes=0, instruction_bytes=0, exchange_bytes=0)
     device = Device(name="formula", kind="cpu", threads=1, floor=floor, read=channel, write=channel)
-    return Candidate(name=name, link=link, budget_bytes=budget, device=device, update_seconds=update, speed=speed)
+    return Contributor(name=name, link=link, budget_bytes=budget, device=device, update_seconds=update, speed=speed)
 
 
 candidates = st.builds(
@@ -91,7 +91,7 @@ candidates = st.builds(
 
 def search_of(members, pieces, micro_batches, **changes):
     values = {"candidates": members, "pieces": pieces, "micro_batches": micro_batches, "gap": GAP}
-    return ChainSearch(**values | {"deadline": time.monotonic() + 600} | changes)
+    return SumSearch(**values | {"deadline": time.monotonic() + 600} | changes)
 
 
 def compositions(total, parts):

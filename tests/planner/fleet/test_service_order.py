@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from tightfit.planner.fleet.service_order import Way, best_order, jackson_bound, served
-from tightfit.planner.fleet.split_federated import shared_by_weight
+from tightfit.planner.fleet.programs import Way, best_order, jackson_bound, served, shared_by_weight
 
 
 def drawn(seed, most=6, ways=1):

@@ -17,9 +17,9 @@ from tightfit.planner.fleet.io import (
     sealed_fleet,
 )
 from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.rounds import plan_split
 from tightfit.planner.fleet.schema import FederatedPlan, Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
-from tightfit.planner.fleet.split_federated import plan_split
 from tightfit.planner.report.rounds_text import rounds_sentences
 from tightfit.profiles.io import save_profile
 from tightfit.profiles.schema import adamw

@@ -13,16 +13,11 @@ from dataclasses import replace
 import pytest
 from synthetic import MIB
 
-from tightfit.planner.fleet import pipeline_bounds
-from tightfit.planner.fleet.alone import AlonePlans, in_turn
-from tightfit.planner.fleet.federated import plan_federated
-from tightfit.planner.fleet.kinds import plan_kind
-from tightfit.planner.fleet.member_plans import ALWAYS, MemberPlans, while_there_is_time
-from tightfit.planner.fleet.pipeline import least_seconds, plan_pipeline
-from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet import bounds
+from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, MemberPlans, StagePlans, while_there_is_time
+from tightfit.planner.fleet.plan import MemberSpec, least_seconds, plan_kind, plan_pipeline
+from tightfit.planner.fleet.rounds import in_turn, plan_federated, plan_split
 from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.split_federated import plan_split
-from tightfit.planner.fleet.stage_plans import StagePlans
 from tightfit.runtime.common.errors import InfeasibleError
 
 FLOWER = 2 * MIB
@@ -80,7 +75,7 @@ def solves(monkeypatch):
 
         monkeypatch.setattr(kind, "plan", plan)
 
-    counted(AlonePlans, lambda self, budget, _: budget in self._made)
+    counted(AlonePlans, lambda self, budget, _: self.planned(budget))
     counted(MemberPlans, lambda self, room, _: self.planned(room))
     counted(StagePlans, lambda self, layers, room, _: self.planned(layers, room))
     return asked
@@ -193,5 +188,5 @@ def test_the_kind_may_be_open(crowd, solves):
 def test_bounds_that_forget_who_holds_the_layers_above_are_not_higher(crowd, count, monkeypatch):
     members = crowd(count)
     exact = least_seconds(members, 4)
-    monkeypatch.setattr(pipeline_bounds, "MOST_SETS", 0)
+    monkeypatch.setattr(bounds, "MOST_SETS", 0)
     assert exact * 0.5 < least_seconds(members, 4) <= exact

@@ -9,7 +9,7 @@ from sample_fleets import member_plans, sample_fleet
 from synthetic import small_chain
 
 from tightfit.planner.fleet import io as fleet_io
-from tightfit.planner.fleet import kinds
+from tightfit.planner.fleet import plan as planner
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.common.errors import InfeasibleError
 from tightfit.runtime.common.units import MIB
@@ -53,7 +53,7 @@ def planned(monkeypatch):
         (folder / "fleet.json").write_text(fleet.model_dump_json())
         return folder / "fleet.json"
 
-    monkeypatch.setattr(kinds, "plan_kind", plan_kind)
+    monkeypatch.setattr(planner, "plan_kind", plan_kind)
     monkeypatch.setattr(fleet_io, "save_fleet", save_fleet)
     return asked
 
@@ -141,7 +141,7 @@ def test_a_fleet_that_nobody_can_hold_says_so(tightfit, described, tmp_path, mon
     def plan_kind(*_, **__):
         raise InfeasibleError("no member can hold a micro-batch; give one of them more memory")
 
-    monkeypatch.setattr(kinds, "plan_kind", plan_kind)
+    monkeypatch.setattr(planner, "plan_kind", plan_kind)
     code, out, err = tightfit("fleet", "plan", described, "-o", tmp_path / "out")
     assert (code, out) == (3, "")
     assert err == "tightfit: no member can hold a micro-batch; give one of them more memory\n"
