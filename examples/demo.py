@@ -33,7 +33,7 @@ from tightfit.planner.io import load_plan
 from tightfit.planner.report.figures import draw_timeline
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
-from tightfit.profiles.schema import Device
+from tightfit.profiles.schema import DeviceFigures
 from tightfit.runtime.cli.terminal import Stages, messages
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.interpreter import command, python_path
@@ -139,7 +139,7 @@ def ask(memory: int, adapter: Path | None) -> dict[str, Any]:
     return answer
 
 
-def choose_budget(device: Device) -> tuple[int, str]:
+def choose_budget(device: DeviceFigures) -> tuple[int, str]:
     """(budget in bytes, why it is more than 350 MiB, in words, or "").
 
     It is 350 MiB, raised if Python and PyTorch take more memory here than usual, so that the model has as much as

@@ -24,7 +24,7 @@ from tightfit.planner.fleet.exchange_bounds import Role, Surroundings, Terms, le
 from tightfit.planner.fleet.member_plans import ALWAYS, Speed, while_there_is_time
 from tightfit.planner.fleet.pieces import exchange_bytes, slots_of
 from tightfit.planner.fleet.schema import Link, Shelf
-from tightfit.profiles.schema import Device
+from tightfit.profiles.schema import DeviceFigures
 
 ROUNDS = 8
 """times that the integer program is solved with hoped seconds, at most"""
@@ -57,7 +57,7 @@ class Candidate:
     name: str
     link: Link
     budget_bytes: int
-    device: Device
+    device: DeviceFigures
     update_seconds: float
     speed: Speed
 

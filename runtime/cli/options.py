@@ -16,7 +16,7 @@ import typer
 import typer.core
 from pydantic.fields import FieldInfo
 
-from tightfit.profiles.option_fields import METAVAR, PRIMARY, Options, beside, options_of, types_of, word_of
+from tightfit.profiles.option_fields import METAVAR, PRIMARY, Options, extras, options_of, types_of, word_of
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.supervision.failure import failure_of
@@ -199,7 +199,7 @@ def _parameter(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
     """An option of a record, as a parameter of a command: one that is given several times for a map, names with commas
     between them for a list (`read` reads both).
     """
-    kinds, told, annotated = types_of(field.annotation), beside(field), cast("Any", Annotated)
+    kinds, told, annotated = types_of(field.annotation), extras(field), cast("Any", Annotated)
     kind: Any = next((one for one in (str, Path) if one in kinds), kinds[0])
     if origin := get_origin(kind):
         kind = type(get_args(kind)[0]) if origin is Literal else list[str] if origin is abc.Mapping else str

@@ -14,16 +14,7 @@ import typer
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import (
-    Debug,
-    Json,
-    Server,
-    answering,
-    next_command,
-    read,
-    service,
-    with_options,
-)
+from tightfit.runtime.cli.options import Debug, Json, Server, answering, next_command, read, service, with_options
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
@@ -76,7 +67,7 @@ def plan(
     from tightfit.planner.io import save_plan
     from tightfit.planner.problem.optimizers import chosen
     from tightfit.profiles.api import load_profile
-    from tightfit.profiles.learned import Learned
+    from tightfit.profiles.learned import LearnedFigures
     from tightfit.runtime.cli.terminal import Solving, Stages, messages
     from tightfit.runtime.common.files import check_place
     from tightfit.runtime.session.rehearsal import rehearsed
@@ -104,7 +95,7 @@ def plan(
 
     def step(profile: Profile) -> Profile:
         """The step that is planned. The service chooses its optimizer itself."""
-        return chosen(profile, asked.optimizer, asked.max_grad_norm, Learned()) if server is None else profile
+        return chosen(profile, asked.optimizer, asked.max_grad_norm, LearnedFigures()) if server is None else profile
 
     rehearsal = rehearsed(
         loaded,

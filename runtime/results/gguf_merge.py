@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from tightfit.profiles.sources.gguf_metadata import MetadataValue, read_typed
-from tightfit.profiles.sources.gguf_source import Reader
+from tightfit.profiles.sources.gguf_source import GgufReader
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.results.adapter_changes import AdapterFolder
@@ -71,9 +71,9 @@ class _Model:
     def of_gguf(self) -> list[GgufTensor]:
         """The tensors of a GGUF file in its order."""
         path = Path(self._source.path)
-        by_key = {tensor.held.key: tensor for tensor in self._tensors.values() if tensor.held}
+        by_key = {tensor.stored.key: tensor for tensor in self._tensors.values() if tensor.stored}
         found = []
-        for one in Reader(path).tensors:
+        for one in GgufReader(path).tensors:
             tensor = by_key.get(one.name)
             name = tensor.entry.name if tensor else ""
             shape = [int(length) for length in reversed(one.shape)]
@@ -104,7 +104,7 @@ class _Model:
             self._adapter.table(name, shape)
         elif len(shape) > 1:
             self._adapter.pair(name, shape)
-        held = tensor.held.dtype if tensor.held else "F32"
+        held = tensor.stored.dtype if tensor.stored else "F32"
         kind = fitting(self._kind or (held if held in PLAIN else "Q8_0"), shape)
         if len(shape) > 1:
             self.made.add(key)

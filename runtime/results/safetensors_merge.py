@@ -55,9 +55,9 @@ class Merged:
     def _of_files(self) -> Iterator[Item]:
         by_key: dict[str, SourceTensor] = {}
         for tensor in self._tensors.values():
-            if tensor.held is not None:
-                by_key |= dict.fromkeys(tensor.held.parts or (tensor.held.key,), tensor)
-        quantised = any(tensor.held and tensor.held.parts for tensor in self._tensors.values())
+            if tensor.stored is not None:
+                by_key |= dict.fromkeys(tensor.stored.parts or (tensor.stored.key,), tensor)
+        quantised = any(tensor.stored and tensor.stored.parts for tensor in self._tensors.values())
         met: set[str] = set()
         for path in checkpoint_files(Path(self.source.path)):
             file = TensorFile(path)
@@ -70,11 +70,11 @@ class Merged:
                         f"{path}: tensor {key!r} ({kind}) is quantised and belongs to no part of the model that tightfit reads; use"
                         " the model's 16-bit weights"
                     )
-                if known is None or known.held is None or not known.held.parts:
+                if known is None or known.stored is None or not known.stored.parts:
                     yield self._of_file(file, key, known)
-                elif known.held.key not in met:
-                    met.add(known.held.key)
-                    yield self._of_source(known, known.held.key, self._unpacked)
+                elif known.stored.key not in met:
+                    met.add(known.stored.key)
+                    yield self._of_source(known, known.stored.key, self._unpacked)
 
     def _of_file(self, file: TensorFile, key: str, tensor: SourceTensor | None) -> Item:
         """A tensor that its file holds in floating-point numbers, or of which tightfit knows nothing."""
@@ -91,7 +91,7 @@ class Merged:
         changed = tensor is not None and self.adapter.pair(name, tensor.entry.shape) is not None
         if not changed and dtype == own:
             return Item(name=key, dtype=dtype, shape=list(shape), chunks=lambda: file.chunks(key))
-        transposed = bool(tensor and tensor.held and tensor.held.transposed)
+        transposed = bool(tensor and tensor.stored and tensor.stored.transposed)
 
         def values() -> Iterator[Tensor]:
             change = self.adapter.change(name, tensor.entry.shape) if tensor else None
@@ -139,7 +139,7 @@ class Merged:
             return
         embedding = next(tensor for name, tensor in self._tensors.items() if name == embedding_name(self.source))
         shape = embedding.entry.shape
-        held = PUBLISHED.get(embedding.held.dtype) if embedding.held else None
+        held = PUBLISHED.get(embedding.stored.dtype) if embedding.stored else None
         dtype = self._dtype or (held if held in DTYPES and self.source.kind == "huggingface" else self._unpacked)
         if self.head in self.adapter.tables:
             yield self._of_table(self.head, self.head, shape, dtype)

@@ -27,7 +27,7 @@ from tightfit.planner.simulation.plan_index import PlanIndex
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.learned import (
     ABOVE,
-    Learned,
+    LearnedFigures,
     Rehearsal,
     corrected,
     figures_id,
@@ -36,7 +36,7 @@ from tightfit.profiles.learned import (
     spread_bytes,
     update_kind,
 )
-from tightfit.profiles.measuring.cpu_load import Others, crowded
+from tightfit.profiles.measuring.cpu_load import OtherPrograms, crowded
 from tightfit.profiles.measuring.worker import typical
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, Channel, Profile
@@ -99,7 +99,7 @@ def rehearse(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
     """
     return rehearsed(
         profile,
-        lambda step: chosen(step, options.optimizer, options.max_grad_norm, Learned()),
+        lambda step: chosen(step, options.optimizer, options.max_grad_norm, LearnedFigures()),
         lambda step: planner_of(step).plan(
             budget_bytes,
             policy=options.policy,
@@ -222,7 +222,7 @@ def _carried_out(plan: Plan, stages: Stages | None) -> TracedRehearsal:
     cache_directory().mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-", dir=cache_directory()))
     try:
-        others = Others()
+        others = OtherPrograms()
         options = RunOptions(
             steps=steps, lr=0.0, checkpoint_every=0, keep_checkpoints=1, out=folder / "out", stages=stages
         )
@@ -301,7 +301,7 @@ def _transfers(path: Path, phases: Sequence[Phase]) -> list[Seconds]:
 # --- learning from it ----------------------------------------------------------------------------------------------
 
 
-def _with(learned: Learned, step: Profile, plan: Plan, taken: TracedRehearsal) -> Learned:
+def _with(learned: LearnedFigures, step: Profile, plan: Plan, taken: TracedRehearsal) -> LearnedFigures:
     """What is known after another rehearsal of a plan that was made with what was known before it. `step`: the profile as it was
     measured, of the step that is planned.
     """
@@ -323,7 +323,7 @@ def _with(learned: Learned, step: Profile, plan: Plan, taken: TracedRehearsal) -
     return _timed(learned, step, plan, taken).model_copy(update=update)
 
 
-def _timed(learned: Learned, step: Profile, plan: Plan, taken: TracedRehearsal) -> Learned:
+def _timed(learned: LearnedFigures, step: Profile, plan: Plan, taken: TracedRehearsal) -> LearnedFigures:
     """`learned` with the seconds of a rehearsal."""
     index = PlanIndex(plan)
     program_of = {layer.name: layer.program for layer in plan.layers}
@@ -390,7 +390,7 @@ def _timed(learned: Learned, step: Profile, plan: Plan, taken: TracedRehearsal) 
     return _closed(made, step, plan, taken)
 
 
-def _closed(made: Learned, step: Profile, plan: Plan, taken: TracedRehearsal) -> Learned:
+def _closed(made: LearnedFigures, step: Profile, plan: Plan, taken: TracedRehearsal) -> LearnedFigures:
     """`made` with operators that are as much longer or shorter as the seconds of the whole step still differ: freeing, and the
     interpreter between instructions, are no operator's own.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tightfit.planner.schema import Peak, Phase, Plan, ShorterPlan
-from tightfit.profiles.schema import PREFERENCE, Channel, Device, Floor, Model, Profile
+from tightfit.profiles.schema import PREFERENCE, Channel, DeviceFigures, Floor, Model, Profile
 from tightfit.runtime.engine.weights.store import find_extent
 
 CONFIG = {
@@ -32,7 +32,7 @@ FLOOR = Floor(import_peak_bytes=160 << 20, resident_bytes=130 << 20, instruction
 
 def device(threads=2):
     channel = Channel(bytes_per_second=1e9, latency_seconds=1e-4)
-    return Device(
+    return DeviceFigures(
         name="test",
         kind="cpu",
         threads=threads,

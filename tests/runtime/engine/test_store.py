@@ -508,7 +508,7 @@ def test_values_below_what_a_scale_can_say_keep_their_sign() -> None:
 
 
 def one_tensor(entry: Entry, rows: torch.Tensor) -> Source:
-    tensor = SourceTensor(entry=entry, rows=lambda start, stop: rows[start:stop], place="a.safetensors: tensor 'k'")
+    tensor = SourceTensor(entry=entry, rows=lambda start, stop: rows[start:stop], origin="a.safetensors: tensor 'k'")
     return Source(
         name="one", kind="huggingface", path="", config={}, fingerprint="one", has_weights=True,
         entries={entry.name: entry}, tensors=lambda: [tensor],

@@ -19,11 +19,11 @@ from tightfit.profiles.io import save_profile
 from tightfit.profiles.learned import (
     ABOVE,
     SPREAD_BYTES,
-    Learned,
+    LearnedFigures,
     Rehearsal,
     corrected,
     figures_id,
-    learned_place,
+    learned_path,
     load_learned,
 )
 from tightfit.runtime.common.errors import RunError
@@ -131,7 +131,7 @@ def test_a_plan_has_the_seconds_of_the_machine_after_one_rehearsal(tmp_path, fac
     taken = happened(plan, truth)
     wrong = plan.step_seconds / taken.rehearsal.seconds
     assert abs(wrong - 1) > 0.1, "what was measured is not what happens"
-    learned = rehearsal._with(Learned(), measured, plan, taken)
+    learned = rehearsal._with(LearnedFigures(), measured, plan, taken)
     known = corrected(measured, learned)
     again = plan.model_copy(
         update={"device": known.device, "tensors": known.tensors, "programs": known.programs, "budget_bytes": 1 << 40}
@@ -157,7 +157,7 @@ def test_of_a_crowded_machine_only_the_peak_is_learned(tmp_path):
     plan = naive_plan(measured)
     taken = happened(plan, timed(measured, seconds_of(3.0)))
     busy = taken.rehearsal.model_copy(update={"judged": False, "held_bytes": plan.peak_bytes + 5 * MIB})
-    learned = rehearsal._with(Learned(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": busy}))
+    learned = rehearsal._with(LearnedFigures(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": busy}))
     assert learned.added_bytes == 5 * MIB + SPREAD_BYTES
     assert corrected(measured, learned).programs == measured.programs
 
@@ -177,7 +177,7 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
     plan = naive_plan(measured).model_copy(update={"peak_bytes": 400 * MIB})
     taken = happened(plan, measured)
     told = taken.rehearsal.model_copy(update={"held_bytes": plan.peak_bytes + held})
-    learned = rehearsal._with(Learned(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": told}))
+    learned = rehearsal._with(LearnedFigures(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": told}))
     expected = -200 * MIB + SPREAD_BYTES + int(ABOVE * 400 * MIB) if added is None else added
     assert learned.added_bytes == expected
     unjudged = told.model_copy(update={"judged": False})
@@ -312,7 +312,7 @@ def test_a_rehearsal_that_fails_leaves_the_plan_and_says_why(measured, monkeypat
     assert made.said == ["not rehearsed: the disk is full"]
     assert made.plan.rehearsal is None
     assert not made.interrupted
-    assert not learned_place(figures_id(measured)).exists()
+    assert not learned_path(figures_id(measured)).exists()
 
 
 @pytest.mark.slow
@@ -345,11 +345,11 @@ def test_a_plan_for_another_device_is_not_rehearsed(measured):
 
 @pytest.mark.slow
 def test_damaged_files_of_what_was_learned_are_as_none(measured, cache):
-    place = learned_place(figures_id(measured))
+    place = learned_path(figures_id(measured))
     place.parent.mkdir(parents=True)
     for content in ("", "{", '{"version": 99}', '{"operators": 3}'):
         place.write_text(content)
-        assert load_learned(figures_id(measured)) == Learned()
+        assert load_learned(figures_id(measured)) == LearnedFigures()
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
