@@ -21,7 +21,7 @@ from tightfit.runtime.cli.options import (
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated.options import RoundOptions
-from tightfit.runtime.session.options import Again, DataOptions, RateOptions
+from tightfit.runtime.session.options import DataOptions, EarlierRunOptions, RateOptions
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def run(
     **options: Any,
 ) -> None:
     """Serve rounds to the devices of a plan: send the adapter out, add the answers up by tokens, and so on."""
-    Again(resume=resume, overwrite=overwrite)
+    EarlierRunOptions(resume=resume, overwrite=overwrite)
     given = [certificate, certificate_key, authority]
     if any(given) and not all(given):
         raise InputError("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile belong together: give all of them")

@@ -108,7 +108,7 @@ def run(
         _all_members(fleet, output, ["fleet", "run", *words_of(context.command.params, given)], as_json=as_json)
         return
     from tightfit.runtime.cli.run import carry_out
-    from tightfit.runtime.session.fleet import address_of, check_listens, membership, of_member
+    from tightfit.runtime.session.fleet import address_of, check_listens, member_options, membership
 
     assert at is not None
     place = address_of("--at", at)
@@ -117,7 +117,7 @@ def run(
     carry_out(
         load_member_plan(plan, fleet, member),
         data or "",
-        of_member(trained, fleet, seat),
+        member_options(trained, fleet, seat),
         as_json=as_json,
         debug=debug,
         replace=bool(context.obj),

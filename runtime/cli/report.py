@@ -41,6 +41,6 @@ def report(
             console.print(f"{to} has step {step}")
             said = step
 
-    counts = track(output, to, follow=follow, told=told)
+    counts = track(output, to, follow=follow, tell=told)
     text = f"{to} has {counts['steps']} steps and {counts['evaluations']} evaluations of {output}"
     answer(counts, text, as_json=as_json)

@@ -65,11 +65,11 @@ def run(
 
     if of_fleet(plan):
         from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
-        from tightfit.runtime.session.fleet import from_torchrun, of_member
+        from tightfit.runtime.session.fleet import from_torchrun, member_options
 
         fleet = load_any(plan)
         member = from_torchrun(fleet, key_path(plan))
-        loaded, trained = load_member_plan(plan, fleet, member.name), of_member(trained, fleet, member)
+        loaded, trained = load_member_plan(plan, fleet, member.name), member_options(trained, fleet, member)
     else:
         loaded = load_plan(plan)
     carry_out(loaded, data, trained, as_json=as_json, debug=debug, replace=bool(context.obj), stages=stages)

@@ -26,7 +26,7 @@ from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.launch import Data, prepare_data
 from tightfit.runtime.session.options import EvaluationOptions, TrainingOptions
 from tightfit.runtime.session.output import locked
-from tightfit.runtime.session.settings import check_packing, order_of, packing_told, settings_of
+from tightfit.runtime.session.settings import check_packing, order_of, packing_note, settings_of
 from tightfit.runtime.supervision.supervisor import supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -89,7 +89,7 @@ def prepared(plan: Plan, data: Data, options: EvaluationOptions, *, counted: boo
         compiled = compile_job(plan, settings | {"steps": 0})
         if preparation:
             preparation.check("preparing the data")
-        told = packing_told(plan, settings)
+        told = packing_note(plan, settings)
         yield order_of(plan, compiled, directory, lock, cgroup=options.cgroup, evaluates=True, packing=told)
 
 

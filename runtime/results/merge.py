@@ -38,7 +38,7 @@ DTYPES = {"safetensors": ("float32", "bfloat16", "float16"), "gguf": ("float32",
 BEHIND = 256 << 20
 """bytes that may wait to be written: they lie in the page cache, which is no part of this process's memory"""
 ROUNDED = "rounded from"
-"""what a source says of values that packing changes (`tightfit.profiles.weights.precision.said`)"""
+"""what a source says of values that packing changes (`tightfit.profiles.weights.precision.rounding_note`)"""
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 LEFT = ("config.json", "quantize_config.json", "quant_config.json", "adapter_config.json")
 """of files with these suffixes: what a merge writes itself, and what describes codes or an adapter that are not there"""
