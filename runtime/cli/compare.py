@@ -63,15 +63,15 @@ def compare(
     from tightfit.profiles.api import load_profile
     from tightfit.profiles.devices.data_sheets import find_device
     from tightfit.runtime.cli.terminal import Comparing, messages
-    from tightfit.runtime.common.files import check_place, write_whole
+    from tightfit.runtime.common.files import check_writable, write_whole
 
     if html is not None:
-        check_place(html)
+        check_writable(html)
     if picture is not None:
         from tightfit.planner.report.figures import picture_kind
 
         picture_kind(picture)
-        check_place(picture)
+        check_writable(picture)
 
     console = messages()
     names = [part.strip() for part in device.split(",")]

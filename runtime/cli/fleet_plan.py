@@ -108,7 +108,7 @@ def plan(
     from tightfit.planner.report.fleet_text import fleet_text
     from tightfit.planner.report.summary import fleet_summary
     from tightfit.runtime.cli.terminal import Solving, messages
-    from tightfit.runtime.common.files import check_place, write_whole
+    from tightfit.runtime.common.files import check_writable, write_whole
 
     described = read_description(description, kind, micro_batches=micro_batches, steps=steps)
     kind = FEDERATED if described.of_rounds else kind
@@ -123,9 +123,9 @@ def plan(
     for option, value in {**foreign, **({"--html": html, "--server": server} if kind in OTHERS else {})}.items():
         if value is not None:
             raise InputError(f"{option} is for fleets of another kind; plan {kind} without it")
-    check_place(output / FILE)
+    check_writable(output / FILE)
     if html is not None:
-        check_place(html)
+        check_writable(html)
     console = messages()
     planned: AnyFleet
     server_plans: dict[str, Plan] = {}

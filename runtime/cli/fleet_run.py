@@ -18,7 +18,7 @@ from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.options import Debug, Json, read, with_options, words_of
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.interrupts import passed_on
+from tightfit.runtime.common.interrupts import relayed_signals
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.failure import last_words
 from tightfit.runtime.supervision.printing import answer
@@ -171,7 +171,7 @@ def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json
     console = messages()
     with ExitStack() as stack:
         running: dict[str, subprocess.Popen[bytes]] = {}
-        passing = stack.enter_context(passed_on())
+        passing = stack.enter_context(relayed_signals())
         for member in chain:
             log = stack.enter_context((output / f"{member.name}.{LOG}").open("wb"))
             command = interpreter.command(MODULE, *words, "--member", member.name, "--at", at, "--json")

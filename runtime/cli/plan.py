@@ -69,10 +69,10 @@ def plan(
     from tightfit.profiles.api import load_profile
     from tightfit.profiles.learned import LearnedFigures
     from tightfit.runtime.cli.terminal import Solving, Stages, messages
-    from tightfit.runtime.common.files import check_place
+    from tightfit.runtime.common.files import check_writable
     from tightfit.runtime.session.rehearsal import rehearsed
 
-    check_place(output)
+    check_writable(output)
     console = messages()
     loaded = load_profile(profile)
     if server is not None and what_if:

@@ -38,9 +38,9 @@ def profile(
     asked = read(ProfileOptions, options)
     enough_for_a_solver()
     from tightfit.runtime.cli.terminal import Stages, messages
-    from tightfit.runtime.common.files import check_place
+    from tightfit.runtime.common.files import check_writable
 
-    check_place(output)
+    check_writable(output)
     console = messages()
     with Stages(console) as stages:
         stages(f"opening {model}", 0, 1)  # on a busy machine, loading PyTorch takes a while

@@ -206,7 +206,7 @@ def prepare_data(
     tokens: Path | None = None,
 ) -> Path:
     """Write the data as a record or batch file in `folder`; returns its path. `purpose` is "train" or "evaluate"."""
-    from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare, tokens_in
+    from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare, tokens_file
 
     check_data(data, options.columns if purpose == "train" else None, module=plan.model.kind == "module")
     if plan.model.kind == "module":
@@ -219,7 +219,7 @@ def prepare_data(
     vocabulary = None if text == RANDOM or text.endswith(PREPARED) else lookup.vocabulary(plan.model.source)
     if preparation:
         preparation.check("loading the tokenizer")
-    kept_tokens = None if tokens is None else tokens_in(tokens, purpose)
+    kept_tokens = None if tokens is None else tokens_file(tokens, purpose)
     if kept_tokens is not None and not kept_tokens.exists():
         kept_tokens = None
     stage = f"tokenising {text}" if kept_tokens is None else f"taking the tokens of {text}"

@@ -24,7 +24,7 @@ from typing import Any, Self
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.files import write_all
-from tightfit.runtime.common.interrupts import passed_on
+from tightfit.runtime.common.interrupts import relayed_signals
 from tightfit.runtime.common.strict_json import to_json
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.device.resident import memory
@@ -173,7 +173,7 @@ def answers(order: AnswerOrder) -> Iterator[Answers]:
     group = MemoryCgroup(Path(order.group[0]), order.group[1]) if order.group else None
     read, write = os.pipe()
     try:
-        with passed_on() as passing, started(order.run, requests=read, group=group) as child:
+        with relayed_signals() as passing, started(order.run, requests=read, group=group) as child:
             os.close(read)
             read = -1
             passing.to(child.process)
@@ -254,7 +254,7 @@ def measure() -> int:
         for token in range(PLAYED):
             line = json.dumps({"event": "token", "id": token, "peak_bytes": 1 << 30})
             text.add(json.loads(line)["id"])
-        with passed_on():
+        with relayed_signals():
             subprocess.run(["/bin/true"], check=False)
     return memory().peak + SLACK_BYTES
 

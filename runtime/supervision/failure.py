@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from tightfit.runtime.common.errors import TightfitError
-from tightfit.runtime.common.limits import way_out
+from tightfit.runtime.common.limits import memory_advice
 
 INTERRUPTED = 4
 """exit code after an interruption by a signal"""
@@ -29,7 +29,7 @@ def failure_of(error: BaseException) -> dict[str, Any]:
         message, code = f"{place}{error.strerror or error}", 4
     else:
         message, code = f"internal error, {type(error).__name__}: {error}; run again with --debug for its traceback", 4
-    if way := way_out(f"{type(error).__name__}: {error}", unexpected=not expected):
+    if way := memory_advice(f"{type(error).__name__}: {error}", unexpected=not expected):
         message = f"{message if expected else f'memory could not be had ({type(error).__name__})'}; {way}"
     kind = "Abort" if isinstance(error, KeyboardInterrupt) else type(error).__name__
     failure: dict[str, Any] = {"kind": kind, "message": message, "exit_code": code}

@@ -24,7 +24,7 @@ from typing import Any
 
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError
-from tightfit.runtime.common.interrupts import GivenUp, passed_on
+from tightfit.runtime.common.interrupts import ThirdInterrupt, relayed_signals
 from tightfit.runtime.common.option_names import named_as, on_command_line
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
@@ -92,7 +92,7 @@ def supervise(
     `preparation_bytes` goes into the report. Raises CapError, RunError or InputError if the training process ended with
     one.
     """
-    with passed_on() as passing, started(order, group=group) as child:
+    with relayed_signals() as passing, started(order, group=group) as child:
         passing.to(child.process)
         contention = Contention(
             threads=order.planned["threads"],
@@ -101,7 +101,7 @@ def supervise(
         )
         try:
             _follow(child, contention, progress, stages, evaluated, noted, placed)
-        except GivenUp:
+        except ThirdInterrupt:
             raise
         except BaseException:
             child.stop()  # if progress cannot be shown any more, the steps so far are still saved
@@ -193,7 +193,7 @@ def become(arguments: list[str], lock: int, group: MemoryCgroup | None, *, repla
     sys.stderr.flush()
     if replace:
         os.execve(arguments[0], arguments, environment)  # noqa: S606  our own command line
-    with passed_on() as passing:
+    with relayed_signals() as passing:
         child = subprocess.Popen(arguments, env=environment, pass_fds=(lock,), start_new_session=True)
         passing.to(child)
         return child.wait()
@@ -298,7 +298,7 @@ def measure() -> int:
             if message["event"] == "step":
                 training(1, 1.0, 0.5, 1, 1, 1)
                 contention.step(0.5)
-        with passed_on():
+        with relayed_signals():
             subprocess.run(["/bin/true"], check=False)
     return memory().peak
 

@@ -69,7 +69,7 @@ def judge(path: str) -> list[str]:
     """The widths for which the library leaves out what it should, out of place and in place."""
     return [
         bits
-        for bits, function in machine_code.loaded(path, PREFIX, list(WIDTHS), ARGUMENTS).items()
+        for bits, function in machine_code.load_functions(path, PREFIX, list(WIDTHS), ARGUMENTS).items()
         if all(_right(bits, function, *c) for c in CASES)
     ]
 

@@ -13,7 +13,7 @@ import os
 
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.files import nameless_file
-from tightfit.runtime.common.run_folder import way_on
+from tightfit.runtime.common.run_folder import how_to_continue
 
 BLOCK = 4096
 STAGING_BYTES = 64 << 10
@@ -93,7 +93,7 @@ class SpillFile:
                     self.direct = _set_direct(self.descriptor, on=False)
                     continue
                 raise RunError(
-                    f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and {way_on(self.directory)}"
+                    f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and {how_to_continue(self.directory)}"
                 ) from error
             if moved == 0:
                 raise RunError(f"the spill file in {self.directory} ends early, at byte {offset + done} of {self.size}")

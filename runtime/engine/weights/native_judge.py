@@ -66,7 +66,7 @@ def judge(path: str) -> list[str]:
         return min(times)
 
     chosen, right = [], set()
-    for name, compiled in machine_code.loaded(path, PREFIX, list(FORMATS), ARGUMENTS).items():
+    for name, compiled in machine_code.load_functions(path, PREFIX, list(FORMATS), ARGUMENTS).items():
         kind, dtype = name.rsplit("_", 1)
         equal, gained = True, kind not in ("q4", "q8")
         for rows, columns, size in ((3, 36, 18), (5, 64, 32), (64, 96, 16), (1536, 576, 32)):
@@ -89,7 +89,7 @@ def judge(path: str) -> list[str]:
             right.add(name)
         if equal and gained:
             chosen.append(name)
-    for name, dot in machine_code.loaded(path, PREFIX, DOTS, DOT_ARGUMENTS).items():
+    for name, dot in machine_code.load_functions(path, PREFIX, DOTS, DOT_ARGUMENTS).items():
         if f"{name.removeprefix(DOT)}_float32" in right and _right(name, dot):
             chosen.append(name)
     return chosen
