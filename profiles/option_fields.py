@@ -38,7 +38,7 @@ First = TypeVar("First")
 Second = TypeVar("Second")
 Third = TypeVar("Third")
 Result = TypeVar("Result")
-Record = TypeVar("Record", bound="Options")
+OptionsRecord = TypeVar("OptionsRecord", bound="Options")
 Keywords = ParamSpec("Keywords")
 
 METAVAR, WORD, OVER_HTTP, PRIMARY = "metavar", "word", "over_http", "primary"
@@ -141,28 +141,28 @@ def _plain(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
-class keywords_of(Generic[Keywords, Record]):  # noqa: N801  a decorator
+class keywords_of(Generic[Keywords, OptionsRecord]):  # noqa: N801  a decorator
     """Decorates a function whose last parameter is a record of options: its callers give the record's fields as keywords.
 
     Signature and types of the function are those of its other parameters, which have to be required, and of the fields.
     """
 
-    def __init__(self, record: Callable[Keywords, Record]) -> None:
+    def __init__(self, record: Callable[Keywords, OptionsRecord]) -> None:
         self._record = record
 
     @overload
     def __call__(
-        self, function: Callable[[First, Record], Result], /
+        self, function: Callable[[First, OptionsRecord], Result], /
     ) -> Callable[Concatenate[First, Keywords], Result]: ...
 
     @overload
     def __call__(
-        self, function: Callable[[First, Second, Record], Result], /
+        self, function: Callable[[First, Second, OptionsRecord], Result], /
     ) -> Callable[Concatenate[First, Second, Keywords], Result]: ...
 
     @overload
     def __call__(
-        self, function: Callable[[First, Second, Third, Record], Result], /
+        self, function: Callable[[First, Second, Third, OptionsRecord], Result], /
     ) -> Callable[Concatenate[First, Second, Third, Keywords], Result]: ...
 
     def __call__(self, function: Callable[..., Result], /) -> Callable[..., Result]:

@@ -96,8 +96,8 @@ def plan(
     """
     if kind not in KINDS:
         raise InputError(f"--kind {kind!r}: it should be {', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}")
-    of_rounds = read(RoundsPlanOptions, options)
-    asked = read(FleetOptions, options, **({} if kind in OTHERS else {"kind": kind, "bits": bits or 0}))
+    round_options = read(RoundsPlanOptions, options)
+    fleet_options = read(FleetOptions, options, **({} if kind in OTHERS else {"kind": kind, "bits": bits or 0}))
     enough_for_a_solver()
     from tightfit.planner.fleet.description import read_description
     from tightfit.planner.fleet.io import FILE, save_fleet
@@ -107,20 +107,20 @@ def plan(
     from tightfit.planner.problem.device_forward import DEFAULT_BITS
     from tightfit.planner.report.fleet_text import fleet_text
     from tightfit.planner.report.summary import fleet_summary
-    from tightfit.runtime.cli.terminal import Solving, messages
+    from tightfit.runtime.cli.terminal import SolvingDisplay, messages
     from tightfit.runtime.common.files import check_writable, write_whole
 
     described = read_description(description, kind, micro_batches=micro_batches, steps=steps)
     kind = FEDERATED if described.of_rounds else kind
     for_rounds: dict[str, Any] = {
         "--steps": steps,
-        "--start": of_rounds.start,
-        "--server-start": of_rounds.server_start,
+        "--start": round_options.start,
+        "--server-start": round_options.server_start,
         "--supernode": supernode or None,
     }
     for_steps: dict[str, Any] = {"--micro-batches": micro_batches, "--bits": bits}
-    foreign = for_steps if kind == FEDERATED else for_rounds
-    for option, value in {**foreign, **({"--html": html, "--server": server} if kind in OTHERS else {})}.items():
+    unfit = for_steps if kind == FEDERATED else for_rounds
+    for option, value in {**unfit, **({"--html": html, "--server": server} if kind in OTHERS else {})}.items():
         if value is not None:
             raise InputError(f"{option} is for fleets of another kind; plan {kind} without it")
     check_writable(output / FILE)
@@ -130,22 +130,22 @@ def plan(
     planned: AnyFleet
     server_plans: dict[str, Plan] = {}
     why: str | None = None
-    gap: dict[str, float] = {} if asked.gap is None else {"gap": asked.gap}
+    gap: dict[str, float] = {} if fleet_options.gap is None else {"gap": fleet_options.gap}
     members, count = described.members, described.count
-    with Interrupts() as interrupts, Solving(console, asked.time_limit) as solving:
+    with Interrupts() as interrupts, SolvingDisplay(console, fleet_options.time_limit) as solving:
         if kind == FEDERATED:
-            asked_of_rounds = of_rounds.but(progress=solving)
-            planned, plans, server_plans = _rounds(described, asked_of_rounds, supernode=supernode, **gap)
+            rounds_with_progress = round_options.but(progress=solving)
+            planned, plans, server_plans = _rounds(described, rounds_with_progress, supernode=supernode, **gap)
         elif kind == MOBILLM:
-            wanted = DEFAULT_BITS if bits is None else bits
+            message_bits = DEFAULT_BITS if bits is None else bits
             planned, plans = plan_side(
-                members, count, bits=wanted, time_limit=asked.time_limit, progress=solving, **gap
+                members, count, bits=message_bits, time_limit=fleet_options.time_limit, progress=solving, **gap
             )
         elif server is not None:
-            with service(server) as elsewhere:
-                planned, plans, why = elsewhere.fleet(members, count, **dict(asked.but(progress=solving)))
+            with service(server) as client:
+                planned, plans, why = client.fleet(members, count, **dict(fleet_options.but(progress=solving)))
         else:
-            planned, plans, why = plan_kind(members, count, **dict(asked.but(progress=solving)))
+            planned, plans, why = plan_kind(members, count, **dict(fleet_options.but(progress=solving)))
     if why is not None:
         console.print(why)
     if interrupts.seen:
