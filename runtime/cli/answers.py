@@ -1,4 +1,4 @@
-"""Formats the commands' results: as JSON for programs, and the on_device facts as text and tables for people."""
+"""Formats the commands' results: as JSON for programs, and the same facts as text and tables for people."""
 
 from __future__ import annotations
 

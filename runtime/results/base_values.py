@@ -67,7 +67,7 @@ def table_blocks(rows: Callable[[int, int], Tensor], shape: tuple[int, ...]) -> 
 
 def rounded(name: str, values: Tensor, dtype: str) -> Tensor:
     """float32 values in another type. Raises InputError for those that are too large for it."""
-    made = values.to(getattr(torch, dtype))
-    if dtype == "float16" and not torch.isfinite(made).all():
+    result = values.to(getattr(torch, dtype))
+    if dtype == "float16" and not torch.isfinite(result).all():
         raise InputError(f"{name} holds values above 65504, too large for float16; give {spelled('dtype', 'bfloat16')}")
-    return made
+    return result

@@ -9,7 +9,7 @@ Progress = Callable[[str, int, int], None]
 Chunks = Iterable[memoryview | bytes]
 
 
-class Counted:
+class WriteProgress:
     """Passes chunks on, and tells `progress` of each once it is written."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:

@@ -97,12 +97,12 @@ def convolution(
             else:
                 torch.addmm(bias, _rows(x, stride), kernel.t(), out=_rows(y))
             return
-        for image, made in zip(x, y.flatten(2), strict=True):
+        for image, result in zip(x, y.flatten(2), strict=True):
             points = _points(image, stride)
             if bias is None:
-                torch.mm(kernel, points, out=made)
+                torch.mm(kernel, points, out=result)
             else:
-                torch.addmm(bias.unsqueeze(1), kernel, points, out=made)
+                torch.addmm(bias.unsqueeze(1), kernel, points, out=result)
 
 
 def convolution_backward(
@@ -113,16 +113,16 @@ def convolution_backward(
     """out: d x, d weight, d bias [O] of `convolution`, those that are wanted."""
     dx, dweight, dbias = out
     settings = stride, padding, dilation, transposed, output_padding, groups
-    placed = (dx is None or dx.stride() == x.stride()) and (dweight is None or dweight.is_contiguous())
-    if not placed or not _of_points(x, weight, dy, *settings):
+    in_place = (dx is None or dx.stride() == x.stride()) and (dweight is None or dweight.is_contiguous())
+    if not in_place or not _of_points(x, weight, dy, *settings):
         for rows in _parts(x, weight, dy):
-            made = aten.convolution_backward.default(dy[rows], x[rows], weight, bias_sizes, *settings, wanted)
+            gradients = aten.convolution_backward.default(dy[rows], x[rows], weight, bias_sizes, *settings, wanted)
             if dx is not None:
-                dx[rows].copy_(made[0])
-            for total, part in ((dweight, made[1]), (dbias, made[2])):
+                dx[rows].copy_(gradients[0])
+            for total, part in ((dweight, gradients[1]), (dbias, gradients[2])):
                 if total is not None:
                     total.add_(part) if rows.start else total.copy_(part)
-            del made, part  # before the next ones are made
+            del gradients, part  # before the next ones are made
         return
     kernel = weight.view(weight.shape[:2])
     with onednn(x.dtype):
@@ -215,10 +215,10 @@ def batch_norm_backward(
         or x.dtype is not torch.float32
         or x.nbytes < PART_BYTES
     ):
-        made = aten.native_batch_norm_backward.default(*arguments, wanted)
-        for output, one in zip(out, made, strict=True):
+        gradients = aten.native_batch_norm_backward.default(*arguments, wanted)
+        for output, gradient in zip(out, gradients, strict=True):
             if output is not None:
-                output.copy_(one)
+                output.copy_(gradient)
         return
     _, *sums = aten.native_batch_norm_backward.default(*arguments, [False, True, True])
     dweight.copy_(sums[0])

@@ -33,7 +33,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class TensorItem:
     """One tensor to write; `chunks` yields its bytes in order."""
 
     name: str
@@ -50,7 +50,7 @@ class Item:
 
 
 def write(
-    path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str, str], behind: int = WRITE_BEHIND_BYTES
+    path: str, items: Callable[[], Iterable[TensorItem]], metadata: Mapping[str, str], behind: int = WRITE_BEHIND_BYTES
 ) -> int:
     """Write and fsync `path`; returns the crc32 of the file. Raises OSError if the disk refuses.
 
@@ -83,7 +83,7 @@ def write(
     return checksum
 
 
-def _header(items: Iterable[Item], metadata: Mapping[str, str]) -> bytearray:
+def _header(items: Iterable[TensorItem], metadata: Mapping[str, str]) -> bytearray:
     text, end = bytearray(b'{"__metadata__":' + _json(dict(metadata))), 0
     for item in items:
         entry = {"dtype": DTYPES[item.dtype], "shape": item.shape, "data_offsets": [end, end + item.bytes]}
@@ -114,7 +114,7 @@ def header_in(descriptor: int) -> bytes:
     return text
 
 
-class Reader:
+class SafetensorsReader:
     """Reads a file that `write` made. Raises InputError if it is missing or its header is damaged; `verify` checks the
     rest. `advice` ends the messages: what to do about a file that is missing or damaged.
 
