@@ -40,7 +40,7 @@ from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu import native_dropout
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.weights import native
-from tightfit.runtime.engine.weights.store import Entry, Store, find_extent
+from tightfit.runtime.engine.weights.store import Entry, WeightStore, find_extent
 
 __all__ = ["Progress", "load_profile", "profile", "save_profile"]
 
@@ -111,7 +111,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     store, store_fingerprint = None, None
     if opened.has_weights and elsewhere is None:
         path = build_store(opened, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
-        with Store.open(path) as packed:
+        with WeightStore.open(path) as packed:
             store, store_fingerprint = str(path), packed.fingerprint
     traced = step.trace(report)
     shorter = step.shorter(traced, report)

@@ -68,7 +68,7 @@ def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, Any]]:
 def measure_transfers(
     channel: TransferChannel, transfers: Mapping[str, Transfer], address: int, workload: LayerWorkload
 ) -> dict[str, dict[str, Any]]:
-    """`TransferChannel` fields for each kind of transfer, measured while `group` computes and `QUEUED` transfers wait in the queue, as in a
+    """`TransferChannel` fields for each kind of transfer, measured while `workload` computes and `QUEUED` transfers wait in the queue, as in a
     run.
 
     Latency and seconds per byte are those of the line through the mean times of small and of large transfers. A

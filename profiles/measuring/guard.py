@@ -92,7 +92,7 @@ def _faithful(
     *,
     compare: bool,
 ) -> bool:
-    """Whether the operator, given outputs that cannot be resized, fills them with `wanted` and leaves the bytes around
+    """Whether the operator, given outputs that cannot be resized, fills them with `expected` and leaves the bytes around
     them alone.
 
     Without `compare` only the bytes around the outputs are checked.

@@ -22,7 +22,7 @@ def run_step(
     *,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Run forward and backward once; returns the tensors among `wanted` (global names) that the step makes or keeps.
+    """Run forward and backward once; returns the tensors among `returned` (global names) that the step makes or keeps.
 
     `layers` and `programs` are a profile's, as dicts; `tensors` holds parameters, buffers and the batch by name. Each
     tensor that the step makes is freed after its last reader. Nothing is left out by dropout, and PyTorch's generator is

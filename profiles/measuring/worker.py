@@ -305,7 +305,7 @@ def _filled(program: dict[str, Any], scratch: ScratchStores, contents: str) -> I
     """Yields (tensors of a program by name, a temporary store with the tables that operators gather rows from, or
     None).
     """
-    from tightfit.runtime.engine.weights.store import Store
+    from tightfit.runtime.engine.weights.store import WeightStore
 
     values = {value["name"]: value for value in program["values"]}
     gathered = {name for operator in program["operators"] for name in operator["gathers"]}
@@ -314,7 +314,7 @@ def _filled(program: dict[str, Any], scratch: ScratchStores, contents: str) -> I
         yield tensors, None
         return
     path = scratch.store({name: values[name]["shape"] for name in gathered})
-    store = Store.open(path)
+    store = WeightStore.open(path)
     path.unlink()
     try:
         yield tensors | {name: name for name in gathered}, store

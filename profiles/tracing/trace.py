@@ -110,7 +110,7 @@ def trace(
     number_dropouts(segment.nodes for segment in segments)
 
     def traced(pieces: list[Segment], visited: Callable[[Segment], None]) -> _Tracer:
-        """Trace the segments `parts`, calling `reached` with each one before its forward and before its backward is
+        """Trace the segments `pieces`, calling `visited` with each one before its forward and before its backward is
         traced.
         """
         _connect(graph, pieces)

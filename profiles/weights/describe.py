@@ -46,7 +46,7 @@ def decoder_tensors(shape: DecoderShape) -> Iterable[tuple[str, tuple[int, ...]]
 
 
 def packed_entry(name: str, shape: tuple[int, ...], packed_format: str) -> Entry:
-    """The store entry of a tensor in format `kind`, or in bfloat16 if no group size divides a matrix's rows evenly."""
+    """The store entry of a tensor in format `packed_format`, or in bfloat16 if no group size divides a matrix's rows evenly."""
     if packed_format not in ("q4", "q8"):
         return Entry(name=name, shape=shape, format=packed_format)
     columns = 1

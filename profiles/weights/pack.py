@@ -261,7 +261,7 @@ class StoreWriter:
         return placed
 
     def _header(self, entries: list[Entry]) -> bytes:
-        tensors = {entry.name: entry.said() for entry in entries}
+        tensors = {entry.name: entry.header_fields() for entry in entries}
         return json.dumps(self._head | {"tensors": tensors}, separators=(",", ":")).encode()
 
 

@@ -62,7 +62,7 @@ class Matrix(NamedTuple):
 
 
 def check_choice(path: Path, precision: Precision, matrices: Sequence[Matrix]) -> None:
-    """Raise InputError if no matrix of a file can be stored as `chosen`: quantised weights are never rounded again.
+    """Raise InputError if no matrix of a file can be stored with `precision`: quantised weights are never rounded again.
 
     `path` is the file's or its directory's, for the error.
     """

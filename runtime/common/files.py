@@ -171,7 +171,7 @@ def check_writable(path: Path) -> None:
 
 
 def of_another_version(kind: str, version: Any, read: int) -> str:
-    """Message for a file of version `found` when this tightfit reads version `read`; `kind` is "profile" or "plan"."""
+    """Message for a file of `version` when this tightfit reads version `read`; `kind` is "profile" or "plan"."""
     if isinstance(version, int) and not isinstance(version, bool):
         age = "an older" if version < read else "a newer"
         return f"written by {age} version of tightfit ({kind} version {version}, this one reads version {read})"

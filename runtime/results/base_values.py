@@ -18,7 +18,7 @@ from tightfit.runtime.results.tensor_file import PIECE, forget_mapped
 
 
 def float_rows(tensor: SourceTensor, start: int, stop: int) -> Tensor:
-    """Rows of a tensor, float32 [n, columns]: what codes mean where it is quantised. A vector is one row."""
+    """Rows of a tensor, float32 [n, columns], dequantised where it is quantised. A vector is one row."""
     entry = tensor.entry
     block = tensor.rows(start, stop)
     if block.dtype != torch.uint8 or entry.format == "uint8":
@@ -60,7 +60,7 @@ def blocks(rows: int, columns: int, step: int = 1) -> Iterator[tuple[int, int]]:
 
 
 def table_blocks(rows: Callable[[int, int], Tensor], shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-    """As `merged_rows`, of a module that was trained in full."""
+    """As `merged_rows`, for a module that was trained in full."""
     for start, stop in blocks(*shape):
         yield start, rows(start, stop)
 

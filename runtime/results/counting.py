@@ -1,4 +1,4 @@
-"""Tells a caller how far the writing of a model is."""
+"""Reports to a caller how many bytes of a model are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Chunks = Iterable[memoryview | bytes]
 
 
 class WriteProgress:
-    """Passes chunks on, and tells `progress` of each once it is written."""
+    """Yields chunks, and reports each to `progress` once it is written."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress

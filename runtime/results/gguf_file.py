@@ -101,6 +101,6 @@ def encode_rows(name: str, rows: Tensor, kind: str) -> memoryview:
 
 
 def file_type(kinds: Sequence[str]) -> MetadataValue:
-    """The metadata's word for what most of the tensors are."""
+    """The metadata entry that names the type of most of the tensors."""
     commonest = max(FILE_TYPES, key=kinds.count)
     return MetadataValue(value=int(gguf.LlamaFileType[FILE_TYPES[commonest]]), kind=int(gguf.GGUFValueType.UINT32))

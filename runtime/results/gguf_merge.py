@@ -60,7 +60,7 @@ class _MergedGguf:
         self.form = LlamaCpp(source, ADVICE)
         self._source, self._adapter = source, adapter
         self._kind = kind
-        """type of what is written; None: as `PLAIN` says"""
+        """type of the written tensors; None: each keeps its type if `PLAIN` has it, else it becomes Q8_0"""
         self._tensors = {tensor.entry.name: tensor for tensor in source.tensors()}
         check_weights(adapter, self._tensors)
         self._changed = {*adapter.weights, *adapter.tables}

@@ -38,10 +38,10 @@ DTYPES = {"safetensors": ("float32", "bfloat16", "float16"), "gguf": ("float32",
 BEHIND = 256 << 20
 """bytes that may wait to be written: they lie in the page cache, which is no part of this process's memory"""
 ROUNDED = "rounded from"
-"""what a source says of values that packing changes (`tightfit.profiles.weights.precision.rounding_note`)"""
+"""beginning of the notes on values that packing changes (`tightfit.profiles.weights.precision.rounding_note`)"""
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 LEFT = ("config.json", "quantize_config.json", "quant_config.json", "adapter_config.json")
-"""of files with these suffixes: what a merge writes itself, and what describes codes or an adapter that are not there"""
+"""JSON files of a base that are not copied: a merge writes its own, or they describe codes or an adapter"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class AdapterBase:
     named: str
     source: Source
     rounding: str | None
-    """What packing did to its values when the adapter was trained, in words; None: nobody says."""
+    """How packing changed its values when the adapter was trained, as a sentence; None: no report says."""
 
 
 def merge(
@@ -141,7 +141,7 @@ def _check_options(form: str, dtype: str | None, *, adapter_only: bool) -> None:
 
 
 def open_base(folder: Path, requested: str | None) -> AdapterBase:
-    """The base of the adapter in `folder`: `given`, or what the report of its run or its adapter_config.json names.
+    """The base of the adapter in `folder`: `requested`, or what the report of its run or its adapter_config.json names.
 
     Raises InputError where none is named, or it is none that has weights of its own.
     """

@@ -90,7 +90,7 @@ def saved_shapes(plan: Plan) -> dict[str, list[int]]:
 
 
 def _check_tensors(path: Path, file: BinaryIO, shapes: dict[str, list[int]]) -> None:
-    """Raise InputError unless the safetensors file has exactly the `wanted` tensors, in finite float32."""
+    """Raise InputError unless the safetensors file has exactly the tensors of `shapes`, in finite float32."""
     import numpy as np  # 10 MiB of the process that prepares a run, where no adapter is given
 
     end = file.seek(0, 2)

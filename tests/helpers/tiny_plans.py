@@ -65,14 +65,14 @@ def decoder_profile(
     from tightfit.profiles.steps.decoder_step import trace_decoder
     from tightfit.profiles.tracing.shorter_steps import bucket_lengths, shorter_step, with_room
     from tightfit.profiles.weights.pack import build_store
-    from tightfit.runtime.engine.weights.store import Store
+    from tightfit.runtime.engine.weights.store import WeightStore
 
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.json"
     path.write_text(json.dumps(config or CONFIG))
     source = resolve(str(path))
     store = build_store(source, directory)
-    with Store.open(store) as opened:
+    with WeightStore.open(store) as opened:
         fingerprint = opened.fingerprint
     pairs = lora or LoraConfig(rank=rank)
 
@@ -98,11 +98,11 @@ def module_profile(directory: Path, factory: str):
     from tightfit.profiles.sources.lookup import resolve
     from tightfit.profiles.tracing.trace import trace
     from tightfit.profiles.weights.pack import build_store
-    from tightfit.runtime.engine.weights.store import Store
+    from tightfit.runtime.engine.weights.store import WeightStore
 
     source = resolve(factory)
     store = build_store(source, directory)
-    with Store.open(store) as opened:
+    with WeightStore.open(store) as opened:
         fingerprint = opened.fingerprint
     module, sample, _ = build_module(factory)
     traced = trace(module, {f"batch{i}": t for i, t in enumerate(sample)})

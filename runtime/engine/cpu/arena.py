@@ -44,12 +44,12 @@ class Arena:
         return self._windows[dtype]
 
     def tensor(self, offset: int, shape: Iterable[int], dtype: str) -> Tensor:
-        """A contiguous view of the arena at byte offset `at`."""
+        """A contiguous view of the arena at byte offset `offset`."""
         size = tuple(shape)
         return self.window(dtype)(offset, math.prod(size)).view(size)
 
     def raw(self, offset: int, size: int) -> Tensor:
-        """`size` bytes at offset `at`, uint8."""
+        """`size` bytes at `offset`, uint8."""
         return self.window("uint8")(offset, size)
 
     def release(self) -> None:

@@ -28,7 +28,7 @@ from tightfit.runtime.engine.cpu.rotary import rotate
 
 LOG2_E = math.log2(math.e)
 TOKENS = 256
-"""so many tokens are worked on together, in whole rows; at least one row"""
+"""most tokens that are computed together, in whole rows (at least one)"""
 QUERIES, LEAST_QUERIES = 128, 64
 """tokens of each row that make a block of queries; the smaller number where the larger makes more than `SCORES`
 scores"""
@@ -42,7 +42,7 @@ FEW_KEYS = 2 * QUERIES
 """of a row of several samples, the keys that a block of queries is multiplied with if that is enough and shares are larger:
 one more product"""
 HIDDEN = 1e38
-"""what is taken from masked scores: softmax makes 0 of it, and differences of such scores are finite"""
+"""subtracted from masked scores: softmax makes 0 of them, and the differences of such scores are finite"""
 
 
 def attention(
@@ -121,7 +121,7 @@ def attention_backward(
             gradient = step.apart(result.mul_(scale))
             step.turn(gradient, part, back=True)
             step.grouped(dq[rows], part).copy_(gradient)
-        key_gradients.mul_(1 / LOG2_E)  # `own` has the factor LOG2_E, which belongs to exp2 and not to the scores
+        key_gradients.mul_(1 / LOG2_E)  # they have the factor LOG2_E, which belongs to exp2 and not to the scores
         all_tokens = slice(0, seq)
         for target, gradient, turns in ((dk, key_gradients, True), (dv, value_gradients, False)):
             grouped = gradient.view(-1, kv_heads, 1, seq, gradient.shape[-1])

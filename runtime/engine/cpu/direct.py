@@ -24,9 +24,9 @@ aten = torch.ops.aten
 LEAST_POINTS = 128
 """points of a sample's result from which on a convolution of one point is made of products of single samples"""
 PART_BYTES = 8 << 20
-"""of samples that are convolved together: oneDNN takes up to three times these as workspace"""
+"""bytes of the samples that are convolved together; oneDNN takes up to three times as many as workspace"""
 WEIGHT_SHARE = 4
-"""times that a part is larger than the weights, at least"""
+"""least ratio of a part's bytes to those of the weights"""
 IMAGES = 4
 """dimensions: samples, channels, height, width"""
 Outputs = Sequence[Tensor | None]
@@ -237,7 +237,7 @@ def max_pool2d_backward(
     dy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     ceil_mode: bool, indices: Tensor, *, out: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """Of x PyTorch reads the shape, and the order in memory, which is that of the result whatever stands in for x."""
+    """PyTorch reads only x's shape and order in memory, which the result takes; so another tensor may stand in for x."""
     (dx,) = out
     aten.max_pool2d_with_indices_backward.grad_input(
         dy, dx, kernel, stride, padding, dilation, ceil_mode, indices, grad_input=dx
@@ -264,4 +264,4 @@ DIRECT: dict[str, Callable[..., None]] = {
     "aten.max_pool2d_with_indices_backward.default": max_pool2d_backward,
     "aten.avg_pool2d_backward.default": avg_pool2d_backward,
 }
-"""by target; `Kernels.direct`"""
+"""the functions by target, for `Kernels.direct`"""

@@ -31,7 +31,7 @@ CHANCES = 1 << 16
 LANES = 4
 """elements that one word decides about"""
 DEFAULT_DRAWS = Draws()
-"""whose numbers are drawn where no run says it: while operators are measured, and in a trace's own kernels"""
+"""the draws where no run sets any: while operators are measured, and in a trace's own kernels"""
 
 
 def dropout(x: Tensor, p: float, site: int, *, out: Sequence[Tensor], draws: Draws = DEFAULT_DRAWS) -> None:
@@ -114,7 +114,7 @@ class _DropoutMask:
         # A power of two, so that all blocks of most batches are equal: oneDNN keeps code for each shape.
         most_rows = max(1, ROOM_BYTES // max(1, self.columns * like.itemsize))
         self.rows = max(1, min(self.tokens, 1 << most_rows.bit_length() - 1))
-        """of a block"""
+        """rows of a block"""
         if self.off:
             return
         self._key = draws.key(site)
@@ -180,7 +180,7 @@ class _DropoutMask:
 def draw(words: Tensor, work: Tensor, key: int, first: int) -> None:
     """Fill int64 `words` with SplitMix64's of the stream `key`, from number `first` (from 0) on.
 
-    `other`: int64, at least as large, for intermediate results.
+    `work`: int64, at least as large, for intermediate results.
     """
     work = work[: words.numel()]
     torch.arange(first + 1, first + 1 + words.numel(), out=words)

@@ -13,12 +13,12 @@ from tightfit.runtime.engine.generation.job import STREAMED, GenerationJob
 from tightfit.runtime.engine.generation.stream import Stream
 from tightfit.runtime.engine.training.adapter import adapter_key
 from tightfit.runtime.engine.weights.safetensors_file import SafetensorsReader
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def open_decoder(job: GenerationJob, device: Device, store: Store, channel: TransferChannel) -> CachedDecoder:
+def open_decoder(job: GenerationJob, device: Device, store: WeightStore, channel: TransferChannel) -> CachedDecoder:
     """The decoder of a job, with all that stays in memory loaded. Raises InputError for a damaged store or adapter."""
     streamed = [piece for piece in job.pieces if piece.state == STREAMED]
     body = [piece for piece in streamed if piece.matrix != job.head]
