@@ -33,8 +33,8 @@ from tightfit.planner.io import load_plan
 from tightfit.planner.report.figures import draw_timeline
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
-from tightfit.profiles.schema import Device
-from tightfit.runtime.cli.terminal import Stages, messages
+from tightfit.profiles.schema import DeviceFigures
+from tightfit.runtime.cli.terminal import StagesDisplay, messages
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.interpreter import command, python_path
 from tightfit.runtime.common.units import format_size, parse_size
@@ -88,7 +88,7 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
         f"{reviews.model.name}: a copy of SmolLM2-135M-Instruct whose weights were rounded to 4 bits\n{reviews.train}: rated sentences from film reviews"
     )
     if memory is None:
-        with Stages(messages()) as stages:
+        with StagesDisplay(messages()) as stages:
             measured = profile(str(reviews.model), batch=BATCH, seq=SEQ, progress=stages)
         memory, why_more = choose_budget(measured.device)
         if why_more:
@@ -139,7 +139,7 @@ def ask(memory: int, adapter: Path | None) -> dict[str, Any]:
     return answer
 
 
-def choose_budget(device: Device) -> tuple[int, str]:
+def choose_budget(device: DeviceFigures) -> tuple[int, str]:
     """(budget in bytes, why it is more than 350 MiB, in words, or "").
 
     It is 350 MiB, raised if Python and PyTorch take more memory here than usual, so that the model has as much as

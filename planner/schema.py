@@ -33,7 +33,17 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, Wi
 
 from tightfit.planner.instructions import Instruction, read_all, write_all
 from tightfit.profiles.learned import Rehearsal
-from tightfit.profiles.schema import MOBILLM, Device, Layer, Model, Optimizer, Program, Record, ShorterStep, Tensor
+from tightfit.profiles.schema import (
+    MOBILLM,
+    DeviceFigures,
+    FrozenRecord,
+    Layer,
+    Model,
+    Optimizer,
+    Program,
+    ShorterStep,
+    Tensor,
+)
 
 PLAN_VERSION = 8
 MEZO = "mezo"
@@ -57,7 +67,7 @@ Instructions = Annotated[
 """typed in memory, arrays in JSON"""
 
 
-class TimelinePoint(Record):
+class TimelinePoint(FrozenRecord):
     """Predicted memory after one instruction (or the peak during it)."""
 
     instruction: int
@@ -68,13 +78,13 @@ class TimelinePoint(Record):
     )
 
 
-class Peak(Record):
+class Peak(FrozenRecord):
     instruction: int
     text: str = Field(description="what runs there, in words: layer and operator")
     tensors: dict[str, int] = Field(description="the largest resident tensors there, bytes")
 
 
-class Phase(Record):
+class Phase(FrozenRecord):
     """One schedule with its predicted figures."""
 
     instructions: Instructions
@@ -97,7 +107,7 @@ class ShorterPlan(ShorterStep):
     evaluation_seconds: float = Field(0.0, description="of a batch of an evaluation")
 
 
-class Plan(Record):
+class Plan(FrozenRecord):
     version: int = PLAN_VERSION
     fingerprint: str
     profile_fingerprint: str
@@ -130,7 +140,7 @@ class Plan(Record):
     seq: int | None = None
     compute_dtype: str
     optimizer: Optimizer
-    device: Device
+    device: DeviceFigures
     tensors: list[Tensor]
     programs: list[Program]
     layers: list[Layer]

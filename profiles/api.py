@@ -28,8 +28,8 @@ from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.steps.decoder_step import DecoderStep
 from tightfit.profiles.steps.module_step import ModuleStep
 from tightfit.profiles.steps.side_step import SideStep
-from tightfit.profiles.steps.step import Step
-from tightfit.profiles.tracing.shorter_steps import apart, with_room
+from tightfit.profiles.steps.step import ProfiledStep
+from tightfit.profiles.tracing.shorter_steps import renamed_programs, with_room
 from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
@@ -40,7 +40,7 @@ from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu import native_dropout
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.weights import native
-from tightfit.runtime.engine.weights.store import Entry, Store, find_extent
+from tightfit.runtime.engine.weights.store import Entry, WeightStore, find_extent
 
 __all__ = ["Progress", "load_profile", "profile", "save_profile"]
 
@@ -102,52 +102,52 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     elsewhere = None if options.device == "cpu" else find_device(options.device)
     threads = _threads(options.threads, elsewhere)
     step = step_of(resolve(source, base=options.base, embeddings=options.embeddings), options)
-    found, report = step.source, options.progress or (lambda stage, done, total: None)
-    key = _fingerprint(found, step.settings(report), options.accumulate, threads, quota_cores())
+    opened, report = step.source, options.progress or (lambda stage, done, total: None)
+    key = _fingerprint(opened, step.settings(report), options.accumulate, threads, quota_cores())
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
-    earlier = _earlier(cached, found) if elsewhere is None and not options.force else None
+    earlier = _earlier(cached, opened) if elsewhere is None and not options.force else None
     if earlier and (not crowded(earlier.device.busy_cores, threads) or crowded(taken_now(threads), threads)):
         return earlier
     store, store_fingerprint = None, None
-    if found.has_weights and elsewhere is None:
-        path = build_store(found, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
-        with Store.open(path) as opened:
-            store, store_fingerprint = str(path), opened.fingerprint
+    if opened.has_weights and elsewhere is None:
+        path = build_store(opened, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
+        with WeightStore.open(path) as packed:
+            store, store_fingerprint = str(path), packed.fingerprint
     traced = step.trace(report)
     shorter = step.shorter(traced, report)
-    beside = [program for one in shorter for program in apart(one)]
-    tensors = [_packed(t, found.entries) for t in traced.tensors]
+    shorter_programs = [program for shorter_step in shorter for program in renamed_programs(shorter_step)]
+    tensors = [_packed(t, opened.entries) for t in traced.tensors]
     measured: Mapping[str, Any] = (
-        unmeasured([*traced.programs, *beside], elsewhere.device())
+        unmeasured([*traced.programs, *shorter_programs], elsewhere.device())
         if elsewhere is not None
         else measure(
             traced.programs,
             tensors,
-            found.entries,
+            opened.entries,
             compute_dtype=step.dtype,
             accumulate=options.accumulate,
             threads=threads,
             scratch=cache_directory(),
             environment=dict(os.environ) | {"PYTHONPATH": python_path()},
-            shorter=beside,
+            shorter=shorter_programs,
             progress=options.progress,
             comparison=step.comparison(),
         )
     )
-    shorter = [timed_step(one, measured) for one in shorter]
+    shorter = [timed_step(shorter_step, measured) for shorter_step in shorter]
     result = Profile(
         fingerprint=key,
         model=Model(
-            name=found.name,
-            source=found.path,
+            name=opened.name,
+            source=opened.path,
             kind=step.kind,
-            **step.of_model(),
+            **step.model_fields(),
             store=store,
             store_fingerprint=store_fingerprint,
             compared=measured["compared"],
-            base=found.base,
-            embeddings=found.embeddings,
-            rounding=found.note or None,
+            base=opened.base,
+            embeddings=opened.embeddings,
+            rounding=opened.note or None,
         ),
         batch=step.batch,
         seq=step.seq,
@@ -169,21 +169,21 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     return result
 
 
-def step_of(source: Source, options: ProfileOptions) -> Step:
+def step_of(source: Source, options: ProfileOptions) -> ProfiledStep:
     """The step of a source that the options ask for. Raises InputError for options that it cannot have."""
     if source.kind == "module":
         return ModuleStep(source, options)
     return DecoderStep(source, options) if options.side_rank is None else SideStep(source, options)
 
 
-def _threads(asked: int | None, elsewhere: DeviceDescription | None) -> int:
+def _threads(requested: int | None, elsewhere: DeviceDescription | None) -> int:
     """Threads of the arithmetic. Raises InputError where there are not as many cores, or where another device has its own."""
-    if elsewhere is not None and asked is not None:
+    if elsewhere is not None and requested is not None:
         raise InputError(
-            f"{spelled('threads')} {asked}: the figures of {elsewhere.name} are for {elsewhere.threads}; leave it out"
+            f"{spelled('threads')} {requested}: the figures of {elsewhere.name} are for {elsewhere.threads}; leave it out"
         )
     cores = our_cores()
-    threads = useful_threads(cores, quota_cores()) if asked is None else asked
+    threads = useful_threads(cores, quota_cores()) if requested is None else requested
     if threads > cores:
         raise InputError(f"{spelled('threads')} {threads}: this process may use 1 to {cores} of the machine's cores")
     return threads
@@ -196,22 +196,22 @@ def _earlier(cached: Path, source: Source) -> Profile | None:
     if not cached.exists():
         return None
     try:
-        loaded = load_profile(cached)
+        earlier = load_profile(cached)
     except InputError:
         cached.unlink(missing_ok=True)
         return None
-    store = _present(loaded.model.store)
-    if (store is None) != (loaded.model.store is None):
+    store = _present(earlier.model.store)
+    if (store is None) != (earlier.model.store is None):
         return None
-    moved = {"name": source.name, "source": source.path, "store": store}
-    here = loaded.model.model_copy(update=moved | {"base": source.base, "embeddings": source.embeddings})
-    return loaded.model_copy(update={"model": here})
+    present_paths = {"name": source.name, "source": source.path, "store": store}
+    model = earlier.model.model_copy(update=present_paths | {"base": source.base, "embeddings": source.embeddings})
+    return earlier.model_copy(update={"model": model})
 
 
 def _present(store: str | None) -> str | None:
     """Present path of a cached weight store, which may have moved with the cache; None if there is none."""
-    places = () if store is None else (cache_directory() / "stores" / Path(store).name, Path(store))
-    return next((str(place) for place in places if place.exists()), None)
+    paths = () if store is None else (cache_directory() / "stores" / Path(store).name, Path(store))
+    return next((str(path) for path in paths if path.exists()), None)
 
 
 def _fingerprint(source: Source, *settings: Any) -> str:
@@ -242,8 +242,8 @@ def _fingerprint(source: Source, *settings: Any) -> str:
 
 def _code() -> Iterator[Path]:
     for name in CODE:
-        place = PACKAGE / name
-        yield from [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in (".py", ".c"))
+        path = PACKAGE / name
+        yield from ([path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".py", ".c")))
 
 
 def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:

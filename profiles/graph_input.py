@@ -21,15 +21,15 @@ from pydantic import BeforeValidator, Field, Strict, ValidationError
 
 from tightfit.profiles.schema import (
     Channel,
-    Device,
+    DeviceFigures,
     Floor,
+    FrozenRecord,
     Layer,
     Many,
     Model,
     Operator,
     Profile,
     Program,
-    Record,
     Tensor,
     Value,
 )
@@ -64,7 +64,7 @@ ASIDE = ("operators", "format")
 """Fields that only the graph itself has, not its operators or channels."""
 
 
-class BareOperator(Record):
+class BareOperator(FrozenRecord):
     """One operator: it reads the outputs of its inputs and makes one output of its own."""
 
     name: str = Field(min_length=1)
@@ -79,7 +79,7 @@ class BareOperator(Record):
     keep_until_end: Flag = Field(False, description="True: its output must be there when the graph is done")
 
 
-class BareChannel(Record):
+class BareChannel(FrozenRecord):
     """A path between memory and disk, or between a card's memory and its host's.
 
     Reads and writes share it, one transfer at a time.
@@ -89,7 +89,7 @@ class BareChannel(Record):
     latency_seconds: Number = Field(0.0, ge=0, le=MOST_SECONDS, allow_inf_nan=False)
 
 
-class BareGraph(Record):
+class BareGraph(FrozenRecord):
     """A graph as another tool writes it.
 
     Operators run in the order given, except where an input is listed after its reader.
@@ -128,8 +128,8 @@ def parse_graph(data: Any, source: str = "graph") -> Profile:
             f'{source}: {_kind(data)}, no graph; write {{"format": "tightfit-graph", "operators": [...]}} with the operators in it'
         )
     if data.get("format") != "tightfit-graph":
-        found = repr(data["format"]) if "format" in data else "missing"
-        raise InputError(f'{source}: field format is {found}; write "tightfit-graph"')
+        written = repr(data["format"]) if "format" in data else "missing"
+        raise InputError(f'{source}: field format is {written}; write "tightfit-graph"')
     version = data.get("version", GRAPH_VERSION)
     if version != GRAPH_VERSION and not isinstance(version, bool):
         raise InputError(f"{source}: graph version {version!r}, this tightfit reads version {GRAPH_VERSION}; {AGAIN}")
@@ -169,9 +169,9 @@ def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
     Raises InputError as `parse_graph` does.
     """
     if (graph.read is None) != (graph.write is None):
-        lacking, given = ("read", "write") if graph.read is None else ("write", "read")
+        missing, present = ("read", "write") if graph.read is None else ("write", "read")
         raise InputError(
-            f"{source}: field {lacking}: missing, while {given} is given; give both, or neither where nothing is to be moved"
+            f"{source}: field {missing}: missing, while {present} is given; give both, or neither where nothing is to be moved"
         )
     order = _order(graph.operators, source)
     kinds: dict[str, Literal["activation", "gradient"]] = {
@@ -212,7 +212,7 @@ def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
         batch=1,
         compute_dtype="as given",
         optimizer={},
-        device=Device(
+        device=DeviceFigures(
             name="the device that the graph's figures are for",
             kind="cpu",
             threads=1,
@@ -246,12 +246,12 @@ def _kind(data: Any) -> str:
 
 def _place(loc: Sequence[int | str], data: dict[str, Any]) -> str:
     """The place of a validation error in words: the path of fields, with the operator's name if it lies in one."""
-    place = ".".join(str(part) for part in loc)
+    path = ".".join(str(part) for part in loc)
     if len(loc) >= 2 and loc[0] == "operators" and isinstance(loc[1], int):
         operator = data["operators"][loc[1]]
         name = operator.get("name") if isinstance(operator, dict) else None
-        place += f" (operator {name!r})" if isinstance(name, str) else ""
-    return place
+        path += f" (operator {name!r})" if isinstance(name, str) else ""
+    return path
 
 
 def _order(operators: Sequence[BareOperator], source: str) -> list[BareOperator]:
@@ -290,24 +290,24 @@ def _order(operators: Sequence[BareOperator], source: str) -> list[BareOperator]
 
 
 def _sorted(operators: Sequence[BareOperator], position: dict[str, int], source: str) -> list[BareOperator]:
-    waiting = [len(set(op.inputs)) for op in operators]
+    missing_inputs = [len(set(op.inputs)) for op in operators]
     readers: list[list[int]] = [[] for _ in operators]
     for index, op in enumerate(operators):
         for name in set(op.inputs):
             readers[position[name]].append(index)
-    ready = [(op.phase == "backward", i) for i, op in enumerate(operators) if not waiting[i]]
+    ready = [(op.phase == "backward", i) for i, op in enumerate(operators) if not missing_inputs[i]]
     heapq.heapify(ready)
     order: list[BareOperator] = []
     while ready:
         _, index = heapq.heappop(ready)
         order.append(operators[index])
         for reader in readers[index]:
-            waiting[reader] -= 1
-            if not waiting[reader]:
+            missing_inputs[reader] -= 1
+            if not missing_inputs[reader]:
                 heapq.heappush(ready, (operators[reader].phase == "backward", reader))
     if len(order) < len(operators):
         edges = [(name, op.name) for op in operators for name in op.inputs]
         cycle = [edge[0] for edge in nx.find_cycle(nx.DiGraph(edges))]
-        shown = " → ".join([*cycle[:8], "…"] if len(cycle) > 8 else [*cycle, cycle[0]])
-        raise InputError(f"{source}: the operators' inputs form a cycle: {printable(shown)}; {AGAIN}")
+        cycle_text = " → ".join([*cycle[:8], "…"] if len(cycle) > 8 else [*cycle, cycle[0]])
+        raise InputError(f"{source}: the operators' inputs form a cycle: {printable(cycle_text)}; {AGAIN}")
     return order

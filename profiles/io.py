@@ -51,8 +51,8 @@ def parse_profile(content: bytes, name: str, check: Callable[[Any], None] | None
             raise InputError(f"{name}: not a profile ({error}); {_again(content)}") from error
         if not content.strip():
             raise InputError(f"{name}: empty; {_again(content)}") from error
-        where = f"cut at byte {len(content)}: {error}" if _ends_early(error.__cause__) else str(error)
-        raise InputError(f"{name}: not JSON, perhaps truncated ({where}); {_again(content)}") from error
+        reason = f"cut at byte {len(content)}: {error}" if _ends_early(error.__cause__) else str(error)
+        raise InputError(f"{name}: not JSON, perhaps truncated ({reason}); {_again(content)}") from error
     if check is not None:
         check(data)
     if is_bare(data):
@@ -70,18 +70,18 @@ def parse_profile(content: bytes, name: str, check: Callable[[Any], None] | None
         )
     checksum = data.pop("checksum", None)
     try:
-        found = Profile.model_validate(data)
+        profile = Profile.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{name}: field {place}: {first['msg']} (got {str(first['input'])[:60]!r}); make the profile again"
+            f"{name}: field {field}: {first['msg']} (got {str(first['input'])[:60]!r}); make the profile again"
         ) from error
-    if checksum is not None and checksum != _checksum(found):
+    if checksum is not None and checksum != _checksum(profile):
         raise InputError(
             f"{name}: its content does not match its checksum {str(checksum)[:12]}…: changed or damaged; make it again with `tightfit profile` (without the checksum a profile changed on purpose is read)"
         )
-    return found
+    return profile
 
 
 def _again(content: bytes) -> str:

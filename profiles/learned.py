@@ -1,10 +1,9 @@
-"""What rehearsals of plans taught about a profile: figures of the run itself, which take the place of those that were measured
-apart from it.
+"""Corrections of a profile's figures that were learned by rehearsing its plans: seconds and bytes of a real run.
 
-A profile is measured operator by operator. What a plan makes of them may take longer or hold more: transfers beside other
+A profile is measured operator by operator. In a run the same operators may take longer or hold more: transfers beside other
 operators, holes in the heap, the writing of a checkpoint. `tightfit.runtime.session.rehearsal` carries a plan out for a few steps and
-puts what it finds into a `Learned`, which is kept in the cache for the profile whose figures it corrects; a profile that was
-measured anew begins without.
+writes what it measures into a `LearnedFigures`. The cache keeps it for the profile whose figures it corrects; a profile that was measured
+anew begins without.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from tightfit.profiles.schema import Channel, Operator, Profile, Program, Record, Tensor
+from tightfit.profiles.schema import Channel, FrozenRecord, Operator, Profile, Program, Tensor
 from tightfit.runtime.common.files import cache_directory, write_whole
 
 LEARNED_VERSION = 1
 SPREAD_BYTES = 320 << 10
-"""What starts of the same plan differ by: of twelve of SmolLM2-135M's shape in 110 MiB the most and the least held were 208 KiB
-apart, of eight of Qwen2.5-0.5B's in 200 MiB 300."""
+"""By how much the peaks of runs of one plan differ: of twelve of SmolLM2-135M's shape in 110 MiB the highest was 208 KiB above the
+lowest, of eight of Qwen2.5-0.5B's in 200 MiB 300 KiB."""
 SPREAD = 0.01
 """The same of modules, as a share of what they hold: three runs of efficientnet_b0 in 202 MiB held 201.7 to 203.8, by
 `make bench-truth`; why was not looked into."""
@@ -32,7 +31,7 @@ MOST_KEPT = 12
 """rehearsals that are remembered"""
 
 
-class Rehearsal(Record):
+class Rehearsal(FrozenRecord):
     """A plan that was carried out, beside its predictions. Seconds are those of a step."""
 
     budget_bytes: int
@@ -45,7 +44,7 @@ class Rehearsal(Record):
     judged: bool = Field(description="False: other programs took so much that the seconds say nothing of the plan")
 
 
-class Learned(Record):
+class LearnedFigures(FrozenRecord):
     """Corrections of a profile's figures."""
 
     version: int = LEARNED_VERSION
@@ -61,72 +60,72 @@ class Learned(Record):
 
 
 def spread_bytes(kind: str, peak_bytes: int) -> int:
-    """What starts of a plan with this peak, for a model of this kind, differ by."""
+    """By how many bytes the peaks of runs of one plan differ, for a model of this `kind` and a plan with this peak."""
     return SPREAD_BYTES if kind == "decoder" else max(SPREAD_BYTES, int(SPREAD * peak_bytes))
 
 
 def figures_id(profile: Profile) -> str:
-    """sha256 of the figures of a profile: the name of what was learned about it."""
+    """sha256 of the figures of a profile, under which the cache keeps what was learned about it."""
     parts = [
         profile.device,
         *profile.tensors,
         *profile.programs,
-        *(one for step in profile.shorter for one in step.programs),
+        *(program for step in profile.shorter for program in step.programs),
     ]
     text = json.dumps([part.model_dump(mode="json") for part in parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def learned_place(identity: str) -> Path:
+def learned_path(identity: str) -> Path:
     return cache_directory() / "learned" / f"{identity[:32]}.json"
 
 
-def load_learned(identity: str) -> Learned:
+def load_learned(identity: str) -> LearnedFigures:
     """What is known about the figures of this identity (`figures_id`); nothing if no rehearsal was made, or if what is kept cannot
     be read.
     """
     try:
-        found = Learned.model_validate_json(learned_place(identity).read_bytes())
+        learned = LearnedFigures.model_validate_json(learned_path(identity).read_bytes())
     except (OSError, ValidationError):
-        return Learned()
-    return found if found.version == LEARNED_VERSION else Learned()
+        return LearnedFigures()
+    return learned if learned.version == LEARNED_VERSION else LearnedFigures()
 
 
-def save_learned(identity: str, learned: Learned) -> None:
+def save_learned(identity: str, learned: LearnedFigures) -> None:
     """Raises InputError or RunError where the cache cannot be written."""
-    place = learned_place(identity)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    kept = learned.model_copy(update={"rehearsals": learned.rehearsals[-MOST_KEPT:]})
-    write_whole(place, kept.model_dump_json())
+    path = learned_path(identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    newest = learned.model_copy(update={"rehearsals": learned.rehearsals[-MOST_KEPT:]})
+    write_whole(path, newest.model_dump_json())
 
 
-def corrected(profile: Profile, learned: Learned) -> Profile:
-    """The profile with what was learned in the place of what was measured."""
-    if learned == Learned():
+def corrected(profile: Profile, learned: LearnedFigures) -> Profile:
+    """The profile with learned figures in place of those that were measured operator by operator."""
+    if learned == LearnedFigures():
         return profile
     floor = profile.device.floor
-    raised = {"resident_bytes": floor.resident_bytes + learned.added_bytes}
+    floor_bytes = {"resident_bytes": floor.resident_bytes + learned.added_bytes}
     if floor.inference_resident_bytes is not None:
-        raised["inference_resident_bytes"] = floor.inference_resident_bytes + learned.added_bytes
+        floor_bytes["inference_resident_bytes"] = floor.inference_resident_bytes + learned.added_bytes
     device = profile.device.model_copy(
         update={
-            "floor": floor.model_copy(update=raised),
+            "floor": floor.model_copy(update=floor_bytes),
             "read": learned.read or profile.device.read,
             "write": learned.write or profile.device.write,
         }
     )
-    slower = learned.updates.get(update_kind(profile), 1.0)
+    update_factor = learned.updates.get(update_kind(profile), 1.0)
     return profile.model_copy(
         update={
             "device": device,
-            "tensors": [_tensor(tensor, learned.unpack, slower) for tensor in profile.tensors],
+            "tensors": [_tensor(tensor, learned.unpack, update_factor) for tensor in profile.tensors],
             "programs": [_program(program, learned.operators.get(program.name, ())) for program in profile.programs],
         }
     )
 
 
 def update_kind(profile: Profile) -> str:
-    """Of the profile's optimizer, the key of `Learned.updates`."""
+    """The key of `LearnedFigures.updates` for the profile's optimizer."""
     clipped = " clipped" if profile.max_grad_norm is not None else ""
     return f"{profile.optimizer.get('name', 'adamw')}{clipped}"
 

@@ -1,8 +1,8 @@
-"""Options that stand once: fields of a pydantic model, each with its type, its limits and what is said of it.
+"""Options, each defined once: as a field of a pydantic model with its type, limits and help.
 
-A record of options is a subclass of `Options` whose fields are made by `option`. What offers the options to people is made from
-there: the command line, the requests of the HTTP service with the forms on its page, and, by `keywords_of`, functions of the
-library that take them as keywords. Whatever the door, pydantic checks a value once, when the record is made.
+A record of options is a subclass of `Options` whose fields are made by `option`. The command line, the requests of the HTTP
+service, the forms on its page and, by `keywords_of`, functions of the library that take options as keywords are made from these
+fields. Wherever a value comes from, pydantic checks it once, when the record is made.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ First = TypeVar("First")
 Second = TypeVar("Second")
 Third = TypeVar("Third")
 Result = TypeVar("Result")
-Record = TypeVar("Record", bound="Options")
+OptionsRecord = TypeVar("OptionsRecord", bound="Options")
 Keywords = ParamSpec("Keywords")
 
 METAVAR, WORD, OVER_HTTP, PRIMARY = "metavar", "word", "over_http", "primary"
-"""what is kept of an option beside what pydantic has: see `option`; `PRIMARY` also stands beside parameters of commands that are
-no fields"""
+"""Keys of `extras`: what `option` notes about an option that pydantic has no place for. Parameters of commands that are no fields have
+`PRIMARY` too."""
 
 
 class Options(BaseModel):
@@ -55,16 +55,16 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
     def __init__(self, **values: Any) -> None:
-        given = {name: _plain(value) for name, value in values.items()}
+        plain = {name: _plain(value) for name, value in values.items()}
         try:
-            super().__init__(**given)
+            super().__init__(**plain)
         except ValidationError as error:
-            raise InputError(_refusal(type(self), given, error)) from None
+            raise InputError(_refusal(type(self), plain, error)) from None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """The record with those of the given values that it has."""
-        return cls(**{name: given[name] for name in cls.model_fields if name in given})
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The record made of those of the `values` that are fields of it."""
+        return cls(**{name: values[name] for name in cls.model_fields if name in values})
 
     def but(self, **changes: Any) -> Self:
         """The same with other values, which are known to be allowed."""
@@ -82,31 +82,30 @@ def option(
     primary: bool = False,
     **limits: Any,
 ) -> Any:
-    """A field of a record that commands and requests have as an option.
+    """A field of a record that becomes an option of commands and requests.
 
-    `help_` is a sentence or two for a list of options; `over_http` the same for the service and its page, where values have another form
-    or others are meant. `label`: what a form calls the option; `metavar`: what stands for its value in the command line's help,
-    and `word` what it is called there, where that is another name.
+    `help_` is its help, a sentence or two; `over_http` is that of the service and its page, where it has to differ. `label` is its name
+    in forms. In the command line's help `metavar` stands for its value, and `word` is its name if the field's own will not do.
     `primary`: most people need it, so that short lists of options have it. `limits` are those of pydantic's `Field`.
     """
-    beside: dict[str, Any] = {METAVAR: metavar, WORD: word, OVER_HTTP: over_http or help_, PRIMARY: primary}
-    return Field(default, description=help_, title=label, json_schema_extra=beside, **limits)
+    extras: dict[str, Any] = {METAVAR: metavar, WORD: word, OVER_HTTP: over_http or help_, PRIMARY: primary}
+    return Field(default, description=help_, title=label, json_schema_extra=extras, **limits)
 
 
 def options_of(record: type[Options]) -> Mapping[str, FieldInfo]:
     """The options of a record by name, those first that most people need."""
-    found = {name: field for name, field in record.model_fields.items() if field.description is not None}
-    return dict(sorted(found.items(), key=lambda item: not beside(item[1])[PRIMARY]))
+    fields = {name: field for name, field in record.model_fields.items() if field.description is not None}
+    return dict(sorted(fields.items(), key=lambda item: not extras(item[1])[PRIMARY]))
 
 
-def beside(field: FieldInfo) -> Mapping[str, Any]:
-    """What is kept of an option beside what pydantic has, by `METAVAR`, `WORD`, `OVER_HTTP` and `PRIMARY`."""
+def extras(field: FieldInfo) -> Mapping[str, Any]:
+    """What `option` noted about a field, by `METAVAR`, `WORD`, `OVER_HTTP` and `PRIMARY`."""
     return cast("Mapping[str, Any]", field.json_schema_extra)
 
 
 def word_of(name: str, field: FieldInfo) -> str:
     """What the command line calls an option: ``--lora-rank``."""
-    return str(beside(field)[WORD] or f"--{name.replace('_', '-')}")
+    return str(extras(field)[WORD] or f"--{name.replace('_', '-')}")
 
 
 def types_of(annotation: Any) -> tuple[Any, ...]:
@@ -115,60 +114,60 @@ def types_of(annotation: Any) -> tuple[Any, ...]:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) not in (Union, UnionType):
         return (annotation,) if annotation is not NoneType else ()
-    return tuple(kind for one in get_args(annotation) for kind in types_of(one))
+    return tuple(kind for member in get_args(annotation) for kind in types_of(member))
 
 
-def _refusal(record: type[Options], given: Mapping[str, Any], error: ValidationError) -> str:
-    """What is wrong with the first value that pydantic refuses, in its words."""
+def _refusal(record: type[Options], values: Mapping[str, Any], error: ValidationError) -> str:
+    """The message for the first value that pydantic refuses: option, value and pydantic's reason."""
     errors = error.errors()
-    of_value = [one for one in errors if one["loc"][0] == errors[0]["loc"][0]]
+    value_errors = [detail for detail in errors if detail["loc"][0] == errors[0]["loc"][0]]
     # Of a value that may be of several types, the words about the type that it has.
-    chosen = next((one for one in of_value if not one["type"].endswith("_type")), of_value[0])
-    name, *inside = map(str, chosen["loc"])
-    words = chosen["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    refusal = next((detail for detail in value_errors if not detail["type"].endswith("_type")), value_errors[0])
+    name, *inside = map(str, refusal["loc"])
+    reason = refusal["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     field = record.model_fields.get(name)
-    if field is not None and chosen["type"] == "string_pattern_mismatch":
-        words = f"it should be written otherwise: {field.description}"
-    if chosen["type"] in ("missing", "extra_forbidden"):
-        return f"{spelled(name)}: {words}"
-    key = f" {inside[0]}" if inside and isinstance(given[name], Mapping) else ""
-    return f"{spelled(name)}{key} {chosen['input']!r}: {words}"
+    if field is not None and refusal["type"] == "string_pattern_mismatch":
+        reason = f"it should be written otherwise: {field.description}"
+    if refusal["type"] in ("missing", "extra_forbidden"):
+        return f"{spelled(name)}: {reason}"
+    key = f" {inside[0]}" if inside and isinstance(values[name], Mapping) else ""
+    return f"{spelled(name)}{key} {refusal['input']!r}: {reason}"
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy or torch as one of Python, and what names a path as one."""
+    """The value, but numbers of numpy and torch as Python's and anything path-like as a `Path`."""
     if isinstance(value, os.PathLike):
         return Path(value)
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
-class keywords_of(Generic[Keywords, Record]):  # noqa: N801  a decorator
+class keywords_of(Generic[Keywords, OptionsRecord]):  # noqa: N801  a decorator
     """Decorates a function whose last parameter is a record of options: its callers give the record's fields as keywords.
 
     Signature and types of the function are those of its other parameters, which have to be required, and of the fields.
     """
 
-    def __init__(self, record: Callable[Keywords, Record]) -> None:
+    def __init__(self, record: Callable[Keywords, OptionsRecord]) -> None:
         self._record = record
 
     @overload
     def __call__(
-        self, function: Callable[[First, Record], Result], /
+        self, function: Callable[[First, OptionsRecord], Result], /
     ) -> Callable[Concatenate[First, Keywords], Result]: ...
 
     @overload
     def __call__(
-        self, function: Callable[[First, Second, Record], Result], /
+        self, function: Callable[[First, Second, OptionsRecord], Result], /
     ) -> Callable[Concatenate[First, Second, Keywords], Result]: ...
 
     @overload
     def __call__(
-        self, function: Callable[[First, Second, Third, Record], Result], /
+        self, function: Callable[[First, Second, Third, OptionsRecord], Result], /
     ) -> Callable[Concatenate[First, Second, Third, Keywords], Result]: ...
 
     def __call__(self, function: Callable[..., Result], /) -> Callable[..., Result]:
         record = cast("Any", self._record)
-        of_record = {
+        parameters = {
             name: inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -177,14 +176,14 @@ class keywords_of(Generic[Keywords, Record]):  # noqa: N801  a decorator
             )
             for name, field in record.model_fields.items()
         }
-        *own, last = inspect.signature(function).parameters.values()
+        *own_parameters, options_parameter = inspect.signature(function).parameters.values()
 
         @wraps(function)
-        def called(*values: Any, **given: Any) -> Result:
-            options = {name: given.pop(name) for name in of_record if name in given}
-            return function(*values, **given, **{last.name: record(**options)})
+        def called(*values: Any, **keywords: Any) -> Result:
+            options = {name: keywords.pop(name) for name in parameters if name in keywords}
+            return function(*values, **keywords, **{options_parameter.name: record(**options)})
 
         called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [*own, *of_record.values()], return_annotation=inspect.signature(function).return_annotation
+            [*own_parameters, *parameters.values()], return_annotation=inspect.signature(function).return_annotation
         )
         return called

@@ -49,9 +49,9 @@ POSITIONS = "positions"
 whose samples cannot share rows have none"""
 PREFERENCE = "preference"
 """key in a model's config of what its loss is where it learns from pairs of answers (`Preference`)"""
-KNOWN = {"dpo": ("references", "float64"), "orpo": ("starts", "int64")}
-"""loss of pairs -> (name, type) of the decoder's input [rows] that says what its operator has to know of each answer: its
-log-probability in the reference model, or the place from which on a row's labels are the answer's"""
+ANSWER_INPUTS = {"dpo": ("references", "float64"), "orpo": ("starts", "int64")}
+"""loss of pairs -> (name, dtype) of the decoder's further input [rows], which says of each answer: its log-probability in the
+reference model (DPO), or the index in its row of the answer's first label (ORPO)"""
 NOT_COMPARED = "not compared with autograd"
 """How `Model.compared` begins if the gradients were not compared."""
 
@@ -71,17 +71,17 @@ def _checked_optimizer(optimizer: dict[str, Any]) -> dict[str, Any]:
     limit = optimizer.get("max_grad_norm")
     if limit is not None and not (type(limit) in {int, float} and 0 < limit < math.inf):
         raise ValueError(f"max_grad_norm is {limit!r}; it is a finite number above 0")
-    summed = steps > 1 or limit is not None
-    own = OPTIMIZER_STATES.get(optimizer.get("name", "adamw"), OPTIMIZER_STATES["adamw"])
-    states, most = optimizer.get("state_tensors", 2), len(own) + summed
+    keeps_sum = steps > 1 or limit is not None
+    names = OPTIMIZER_STATES.get(optimizer.get("name", "adamw"), OPTIMIZER_STATES["adamw"])
+    states, expected = optimizer.get("state_tensors", 2), len(names) + keeps_sum
     if (
         isinstance(states, bool)
         or not isinstance(states, int)
-        or not 0 <= states <= most
-        or (summed and states < most and optimizer.get("name") not in {EXCHANGE, MOBILLM})
+        or not 0 <= states <= expected
+        or (keeps_sum and states < expected and optimizer.get("name") not in {EXCHANGE, MOBILLM})
     ):
         clipped = "" if limit is None else f" and max_grad_norm {limit}"
-        raise ValueError(f"state_tensors is {states!r}; with accumulate {steps}{clipped} it is {most}")
+        raise ValueError(f"state_tensors is {states!r}; with accumulate {steps}{clipped} it is {expected}")
     return optimizer
 
 
@@ -96,7 +96,9 @@ Many = Annotated[list[T], FailFast()]
 errors."""
 
 
-class Record(BaseModel):
+class FrozenRecord(BaseModel):
+    """Base of all parts of a profile: immutable, without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -110,7 +112,7 @@ TensorKind = Literal[
 ]
 
 
-class Tensor(Record):
+class Tensor(FrozenRecord):
     """A tensor that more than one layer uses, or that outlives the step."""
 
     name: str
@@ -151,7 +153,7 @@ class Tensor(Record):
     )
 
 
-class Operand(Record):
+class Operand(FrozenRecord):
     """A tensor argument: a storage, read through a strided window.
 
     `size`, `stride` and `offset` count elements, not bytes.
@@ -163,7 +165,7 @@ class Operand(Record):
     offset: int = 0
 
 
-class Value(Record):
+class Value(FrozenRecord):
     """A storage inside a program."""
 
     name: str
@@ -174,7 +176,7 @@ class Value(Record):
     kind: TensorKind
 
 
-class Operator(Record):
+class Operator(FrozenRecord):
     """One call of an operator.
 
     `args` and `kwargs` are JSON; what JSON lacks is written as an object of one key: ``{"operand": {...}}``,
@@ -199,7 +201,7 @@ class Operator(Record):
     flops: float = Field(0.0, ge=0)
 
 
-class Program(Record):
+class Program(FrozenRecord):
     name: str
     values: Many[Value]
     operators: Many[Operator] = Field(
@@ -215,13 +217,13 @@ class Program(Record):
         return [position for position, operator in enumerate(self.operators) if operator.phase == phase]
 
 
-class Layer(Record):
+class Layer(FrozenRecord):
     name: str
     program: str
     bindings: dict[str, str] = Field(description="program value name -> global tensor name")
 
 
-class Channel(Record):
+class Channel(FrozenRecord):
     """One direction between memory and disk, measured with transfers like the runtime's while operators compute."""
 
     bytes_per_second: float = Field(gt=0)
@@ -238,7 +240,7 @@ class Channel(Record):
     )
 
 
-class Floor(Record):
+class Floor(FrozenRecord):
     """Memory that a run takes before any model is loaded: its training process, and the supervisor that starts it and
     shows progress.
     """
@@ -288,7 +290,7 @@ class Floor(Record):
         return self.model_copy(update={"resident_bytes": self.inference_resident_bytes or self.resident_bytes})
 
 
-class Device(Record):
+class DeviceFigures(FrozenRecord):
     name: str
     kind: Literal["cpu", "cuda"]
     threads: int
@@ -308,7 +310,7 @@ class Device(Record):
     torch_version: str | None = Field(None, description="the torch that was measured; the runtime refuses another")
 
 
-class Preference(Record):
+class Preference(FrozenRecord):
     """The loss of a step whose samples are pairs of answers, one of them chosen, the other rejected. A batch has two rows for each
     pair (`tightfit.runtime.engine.cpu.preference`).
     """
@@ -317,7 +319,7 @@ class Preference(Record):
     beta: float = Field(gt=0, allow_inf_nan=False, description="how much the comparison of the two weighs")
 
 
-class Model(Record):
+class Model(FrozenRecord):
     name: str
     source: str = Field(description="what the user named: a directory, GGUF file, config.json or module:factory")
     kind: Literal["decoder", "module", "graph"] = Field(
@@ -358,8 +360,8 @@ class Model(Record):
     @property
     def preference(self) -> Preference | None:
         """The loss where samples are pairs of answers; None: the mean over the labelled tokens, or a module's own."""
-        told = self.config.get(PREFERENCE) if self.kind == "decoder" else None
-        return None if told is None else Preference.model_validate(told)
+        preference = self.config.get(PREFERENCE) if self.kind == "decoder" else None
+        return None if preference is None else Preference.model_validate(preference)
 
     @property
     def rows_of_sample(self) -> int:
@@ -367,7 +369,7 @@ class Model(Record):
         return 1 if self.preference is None else 2
 
 
-class ShorterStep(Record):
+class ShorterStep(FrozenRecord):
     """A language model's step for batches whose samples all have at most `seq` positions: the same layers, operators and names as
     the step that it belongs to, on tensors that are smaller. It can therefore follow that step's schedule, in its places.
     """
@@ -377,7 +379,7 @@ class ShorterStep(Record):
     programs: Many[Program] = Field(description="one for each program, of the same name, in their order")
 
 
-class Profile(Record):
+class Profile(FrozenRecord):
     version: int = PROFILE_VERSION
     fingerprint: str = Field(description="sha256 of model, shapes, programs, torch version and device")
     model: Model
@@ -385,7 +387,7 @@ class Profile(Record):
     seq: int | None = None
     compute_dtype: str
     optimizer: Optimizer = Field(default_factory=adamw)
-    device: Device
+    device: DeviceFigures
     tensors: Many[Tensor]
     programs: Many[Program]
     layers: Many[Layer]
@@ -414,8 +416,8 @@ S = TypeVar("S", bound=BaseModel)
 def without_shorter(profile: Profile) -> Profile:
     """The profile of the whole step alone."""
     floor = profile.device.floor
-    left = floor.model_copy(update={"resident_bytes": floor.resident_bytes - floor.shorter_bytes, "shorter_bytes": 0})
-    device = profile.device.model_copy(update={"floor": left})
+    rest = floor.model_copy(update={"resident_bytes": floor.resident_bytes - floor.shorter_bytes, "shorter_bytes": 0})
+    device = profile.device.model_copy(update={"floor": rest})
     return profile.model_copy(update={"device": device, "shorter": []})
 
 

@@ -36,7 +36,7 @@ from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape
 from tightfit.profiles.schema import (
     EXCHANGE,
     POSITIONS,
-    Device,
+    DeviceFigures,
     Floor,
     Layer,
     Operator,
@@ -73,7 +73,7 @@ def exchange_optimizer(micro_batches: int) -> dict[str, Any]:
     return {"name": EXCHANGE, "state_tensors": 0, "accumulate": micro_batches}
 
 
-def hand_over_seconds(size: int, device: Device, gradients: Shelf) -> float:
+def hand_over_seconds(size: int, device: DeviceFigures, gradients: Shelf) -> float:
     """Seconds of the cores that handing a gradient of `size` bytes over to the shelf takes."""
     written = size * device.write.compute_seconds_per_byte if gradients == "disk" else 0.0
     return HAND_OVER_SECONDS + size / COPY_BYTES_PER_SECOND + written
@@ -124,7 +124,7 @@ def _passes(accumulate: int) -> float:
     return float(UPDATE_PASSES) if accumulate == 1 else SUM_PASSES + (UPDATE_PASSES + CLOSING_PASSES) / accumulate
 
 
-def raised(device: Device, extra_bytes: int) -> Device:
+def raised(device: DeviceFigures, extra_bytes: int) -> DeviceFigures:
     """The device with a floor that is higher by so many bytes, from when training has started."""
     floor = device.floor
     inference = floor.inference_resident_bytes

@@ -40,7 +40,7 @@ from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, KnownStage, Me
 from tightfit.planner.fleet.part_profiles import exchange_bytes, slots_of
 from tightfit.planner.fleet.programs import Allotment, Joining, Taken, allot
 from tightfit.planner.fleet.schema import Link, Shelf
-from tightfit.profiles.schema import Device
+from tightfit.profiles.schema import DeviceFigures
 
 ROUNDS = 8
 """times that the integer program is solved with hoped seconds, at most"""
@@ -80,7 +80,7 @@ class Contributor:
     name: str
     link: Link
     budget_bytes: int
-    device: Device
+    device: DeviceFigures
     update_seconds: float
     speed: MemberPlans
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tightfit.planner.problem.clipping import SCALE_PASSES, SUM_PASSES, UPDATE_PASSES, clipped, update_passes
-from tightfit.profiles.learned import Learned, corrected, figures_id, load_learned
+from tightfit.profiles.learned import LearnedFigures, corrected, figures_id, load_learned
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, OPTIMIZER_STATES, Profile, Tensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
@@ -20,7 +20,7 @@ the predicted peak of `tests/helpers/mixed_parameters.py` is as far above the me
 
 
 def chosen(
-    profile: Profile, optimizer: str | None, max_grad_norm: float | None, learned: Learned | None = None
+    profile: Profile, optimizer: str | None, max_grad_norm: float | None, learned: LearnedFigures | None = None
 ) -> Profile:
     """The profile of the same step with the optimizer of this name, and with gradients clipped to this norm; None: with
     AdamW, and not clipped. Its figures are corrected by what was learned, by default what rehearsals of this profile have taught on

@@ -18,7 +18,7 @@ from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.report.costs import Cost, Ledger
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan
-from tightfit.profiles.schema import Record
+from tightfit.profiles.schema import FrozenRecord
 
 if TYPE_CHECKING:
     from tightfit.planner.protocol import Planner
@@ -27,7 +27,7 @@ LARGEST = 8
 """tensors named at the peak"""
 
 
-class PeakAccount(Record):
+class PeakAccount(FrozenRecord):
     """The instruction that sets the peak, and what the process holds then. The five parts add up to `bytes`.
 
     Where the start of the process sets the peak (`start_bytes`), the instruction is the one at which the schedules
@@ -52,7 +52,7 @@ class PeakAccount(Record):
     tensors: dict[str, int] = Field(description="the largest tensors resident there, bytes")
 
 
-class Recomputed(Record):
+class Recomputed(FrozenRecord):
     """Operators of one kind that run again."""
 
     layers: int = Field(description="how many layers they belong to")
@@ -62,7 +62,7 @@ class Recomputed(Record):
     seconds: float
 
 
-class Recomputation(Record):
+class Recomputation(FrozenRecord):
     seconds: float = Field(description="per step; the plan's recompute_seconds")
     share: float = Field(description="of the step")
     tensors: int = Field(description="activations that are dropped and made again")
@@ -73,14 +73,14 @@ class Recomputation(Record):
     layers_twice: int = Field(0, description="layers that go forward again, in runs, before a later one's backward")
 
 
-class ChannelUse(Record):
+class ChannelUse(FrozenRecord):
     name: Literal["compute", "read", "write"]
     seconds: float = Field(description="busy, per step")
     share: float = Field(description="of the step")
     bytes: int = Field(0, description="moved per step")
 
 
-class MarginalValue(Record):
+class MarginalValue(FrozenRecord):
     """A neighbouring budget."""
 
     change_bytes: int
@@ -97,14 +97,14 @@ class MarginalValue(Record):
     status: str | None = Field(None, description="of the plan made there; None: not planned again")
 
 
-class Remedy(Record):
+class Remedy(FrozenRecord):
     """A change that makes the smallest budget smaller."""
 
     change: str
     saves_bytes: int = Field(description="at the instruction that sets the smallest budget; another may take its place")
 
 
-class Shortfall(Record):
+class Shortfall(FrozenRecord):
     """Why no plan fits."""
 
     minimum_budget_bytes: int
@@ -113,7 +113,7 @@ class Shortfall(Record):
     remedies: list[Remedy] = Field(description="largest first")
 
 
-class Clipping(Record):
+class Clipping(FrozenRecord):
     """What it takes to clip gradients by the norm of all of them: sums, and updates that wait for the last gradient."""
 
     max_grad_norm: float
@@ -130,7 +130,7 @@ class Clipping(Record):
     )
 
 
-class Explanation(Record):
+class Explanation(FrozenRecord):
     """What `plan --json` says under "explanation". Fields that do not apply are null or empty."""
 
     peak: PeakAccount | None = None

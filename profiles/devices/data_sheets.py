@@ -1,7 +1,7 @@
 """Descriptions of devices other than this machine: the figures that the roofline estimate needs, each with its source.
 
 The known devices are the JSON files in ``profiles/devices``; users can pass a file of their own in the same form. A
-profile made for such a device says that it is estimated (`Device.measured` is False), and so does every plan made from
+profile made for such a device says that it is estimated (`DeviceFigures.measured` is False), and so does every plan made from
 it.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from tightfit.profiles.schema import Channel, Device, Floor, Record
+from tightfit.profiles.schema import Channel, DeviceFigures, Floor, FrozenRecord
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import JsonError, read_json
 
@@ -22,7 +22,7 @@ FIGURES = ("memory_bytes", "flops_per_second", "bytes_per_second", "call_seconds
 KINDS_OF_SOURCE = ("measured: ", "data sheet: ", "derived: ", "assumed: ")
 
 
-class DeviceDescription(Record):
+class DeviceDescription(FrozenRecord):
     """One device, with its figures and where they come from.
 
     On a CPU or other unified memory the budget covers all processes of a run, and `read` and `write` describe the disk.
@@ -67,9 +67,9 @@ class DeviceDescription(Record):
         """
         return self.flops_per_second.get("bfloat16", 0.0) > self.flops_per_second["float32"]
 
-    def device(self) -> Device:
-        """The `Device` record that a profile for this device contains, with `measured` False."""
-        return Device(
+    def device(self) -> DeviceFigures:
+        """The `DeviceFigures` record that a profile for this device contains, with `measured` False."""
+        return DeviceFigures(
             name=self.name,
             kind=self.kind,
             threads=self.threads,
@@ -110,7 +110,7 @@ def _load(path: Path) -> DeviceDescription:
         raise InputError(f"{path}: {error.strerror}; name a file that describes a device, or a known device") from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {f'field {place}: ' if place else ''}{first['msg']}; correct it") from error
+        field = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {f'field {field}: ' if field else ''}{first['msg']}; correct it") from error
     except JsonError as error:
         raise InputError(f"{path}: not JSON ({error}); write it like those in {FOLDER}") from error

@@ -2,7 +2,7 @@
 bytes.
 
 Source of the model: Williams, Waterman and Patterson 2009, "Roofline". A profile made this way says so
-(`Device.measured` is False). An operator takes the longer of its arithmetic and its memory traffic, plus the fixed cost
+(`DeviceFigures.measured` is False). An operator takes the longer of its arithmetic and its memory traffic, plus the fixed cost
 of a call. On a CPU, tightfit's fused operators pass over their tensors more than once; how often was measured once
 (`PASSES`, `EFFICIENCY`) and is assumed to be the same on every CPU.
 """
@@ -117,11 +117,13 @@ def estimate_profile(profile: Profile, on: DeviceDescription) -> Profile:
 
     Workspace that was measured on a CPU is kept for another CPU; on a card workspace is 0, being part of the floor.
     """
-    known = profile.device.kind == "cpu" and any(o.workspace_bytes for p in profile.programs for o in p.operators)
+    workspace_known = profile.device.kind == "cpu" and any(
+        o.workspace_bytes for p in profile.programs for o in p.operators
+    )
     digest = json.dumps([profile.fingerprint, on.model_dump(mode="json")], sort_keys=True)
 
     def estimated(programs: Sequence[Program]) -> list[Program]:
-        return [estimate_program(program, on, keep_workspace=known) for program in programs]
+        return [estimate_program(program, on, keep_workspace=workspace_known) for program in programs]
 
     shorter = [step.model_copy(update={"programs": estimated(step.programs)}) for step in profile.shorter]
     return profile.model_copy(
@@ -169,24 +171,24 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
             narrow, wide = scratch
             rounded = on.narrow and narrow.dtype != "float32"
             shape = [wide.shape[0] if rounded else 1, wide.shape[1]]
-            item = narrow.bytes // math.prod(narrow.shape)
-            values[narrow.name] = narrow.model_copy(update={"shape": shape, "bytes": item * math.prod(shape)})
+            element_bytes = narrow.bytes // math.prod(narrow.shape)
+            values[narrow.name] = narrow.model_copy(update={"shape": shape, "bytes": element_bytes * math.prod(shape)})
             operators.append(operator.model_copy(update={"args": [*operator.args[:5], rounded]}))
             continue
         if operator.target in TABLES:
-            place, number = TABLES[operator.target]
-            short = values[str(operator.outputs[number])]
-            rounded = on.narrow and short.dtype != "float32"
-            shape = [values[operator.inputs[0]].shape[0] if rounded else 1, short.shape[1]]
+            flag_index, scratch_index = TABLES[operator.target]
+            logits = values[str(operator.outputs[scratch_index])]
+            rounded = on.narrow and logits.dtype != "float32"
+            shape = [values[operator.inputs[0]].shape[0] if rounded else 1, logits.shape[1]]
             shape[0] = min(shape[0], HEAD_ROWS)
-            item = short.bytes // math.prod(short.shape)
-            values[short.name] = short.model_copy(update={"shape": shape, "bytes": item * math.prod(shape)})
-            args = [*operator.args[:place], rounded, *operator.args[place + 1 :]]
+            element_bytes = logits.bytes // math.prod(logits.shape)
+            values[logits.name] = logits.model_copy(update={"shape": shape, "bytes": element_bytes * math.prod(shape)})
+            args = [*operator.args[:flag_index], rounded, *operator.args[flag_index + 1 :]]
             operators.append(operator.model_copy(update={"args": args}))
             continue
-        number = FLOAT32_INSIDE.get(operator.target, len(operator.outputs))
-        if number < len(operator.outputs):
-            name = operator.outputs[number]
+        scratch_index = FLOAT32_INSIDE.get(operator.target, len(operator.outputs))
+        if scratch_index < len(operator.outputs):
+            name = operator.outputs[scratch_index]
             if name is not None:
                 size = attention_scratch(*_attended(operator, values), backward=operator.target.endswith("backward"))
                 shape = [1, 1] if on.kind == "cuda" else list(size)
@@ -227,14 +229,14 @@ def operator_seconds(operator: Operator, values: Mapping[str, Value], on: Device
     """
     touched = _touched(operator, values)
     rate = on.flops_per_second.get(_type(operator, values, on.kind), on.flops_per_second["float32"])
-    gathered = _made(operator, values) / on.read.bytes_per_second if operator.gathers else 0.0
-    fixed = gathered + on.call_seconds
+    gather_seconds = _output_bytes(operator, values) / on.read.bytes_per_second if operator.gathers else 0.0
+    fixed_seconds = gather_seconds + on.call_seconds
     if on.kind != "cpu":
-        return max(operator.flops / rate, touched / on.bytes_per_second) + fixed
-    passed = PASSES.get(operator.target, 1.0) * touched / on.bytes_per_second
+        return max(operator.flops / rate, touched / on.bytes_per_second) + fixed_seconds
+    memory_seconds = PASSES.get(operator.target, 1.0) * touched / on.bytes_per_second
     if operator.target in EFFICIENCY:
-        return operator.flops / rate / EFFICIENCY[operator.target] + passed + fixed
-    return max(operator.flops / rate, passed) + fixed
+        return operator.flops / rate / EFFICIENCY[operator.target] + memory_seconds + fixed_seconds
+    return max(operator.flops / rate, memory_seconds) + fixed_seconds
 
 
 def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
@@ -257,19 +259,19 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
             return 9 * MIB // 4
         tokens, seq, heads, queries, keys = _attended(operator, values)
         samples, _ = attention_scratch(tokens, seq, heads, queries, keys)
-        turned = samples * seq * keys
-        return 3 * MIB // 8 + 3 * min(turned, TURNED_ELEMENTS)
+        rotary_elements = samples * seq * keys
+        return 3 * MIB // 8 + 3 * min(rotary_elements, TURNED_ELEMENTS)
     if target == "tightfit.head_chunk":
         if values[operator.inputs[0]].shape[1] == STATE_COLUMNS:
             return min(touched, 2 * MIB // 5)
-        item = 4 if values[operator.inputs[2]].dtype == "float32" else 2
-        return item * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 3 * MIB // 2
+        element_bytes = 4 if values[operator.inputs[2]].dtype == "float32" else 2
+        return element_bytes * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 3 * MIB // 2
     if target in TABLES:
         backward = target.endswith("backward")
         tokens, width = values[operator.inputs[4 if backward else 2]].shape
         blocks = 0 if _type(operator, values, "cpu") == "float32" else 1 + backward
-        added = MIB if backward and blocks and tokens > HEAD_ROWS else 0
-        return 2 * blocks * min(tokens, HEAD_ROWS) * width + (5 if backward else 3) * MIB // 8 + added
+        extra_bytes = MIB if backward and blocks and tokens > HEAD_ROWS else 0
+        return 2 * blocks * min(tokens, HEAD_ROWS) * width + (5 if backward else 3) * MIB // 8 + extra_bytes
     if target in SLICES:
         return 8 * min(BLOCK_ELEMENTS, math.prod(values[operator.inputs[0]].shape))
     if target.startswith("tightfit.dropout_"):
@@ -288,13 +290,13 @@ def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int
     keys).
     """
     backward = operator.target.endswith("backward")
-    made = operator.outputs[0]
-    if made is None or len(values[made].shape) != 2:
+    output = operator.outputs[0]
+    if output is None or len(values[output].shape) != 2:
         raise InputError(
             f"operator {operator.target} of the profile makes no matrix like its queries; make the profile again"
         )
     # The output tells the queries' shape: the storage of the queries themselves may be laid out head by head.
-    tokens, queries = values[made].shape
+    tokens, queries = values[output].shape
     keys = math.prod(values[operator.inputs[2 if backward else 1]].shape) // tokens
     seq = values[operator.inputs[6 if backward else 3]].shape[0]
     return tokens, seq, operator.args[10 if backward else 7], queries, keys
@@ -302,14 +304,14 @@ def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int
 
 def _touched(operator: Operator, values: Mapping[str, Value]) -> int:
     """Bytes that the operator reads and writes, each storage once, without tables that it only gathers rows from."""
-    whole = SLICES.get(operator.target, len(operator.inputs))
-    inputs = [*operator.inputs[:whole], *operator.inputs[whole + 1 :]]
+    slice_index = SLICES.get(operator.target, len(operator.inputs))
+    inputs = [*operator.inputs[:slice_index], *operator.inputs[slice_index + 1 :]]
     scratch = FLOAT32_INSIDE.get(operator.target, BLOCKS.get(operator.target))
     names = [*inputs, *filter(None, operator.outputs[:scratch])]
     return sum(values[name].bytes for name in names if name not in operator.gathers)
 
 
-def _made(operator: Operator, values: Mapping[str, Value]) -> int:
+def _output_bytes(operator: Operator, values: Mapping[str, Value]) -> int:
     return sum(values[name].bytes for name in operator.outputs if name is not None)
 
 

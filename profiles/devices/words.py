@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tightfit.profiles.schema import Device, Model
+    from tightfit.profiles.schema import DeviceFigures, Model
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class DeviceWords:
     """Names, as they stand within a sentence."""
 
     budget: str
@@ -25,14 +25,14 @@ class Words:
     """whether the number of compute threads is worth saying"""
 
 
-PROCESS = Words(
+PROCESS = DeviceWords(
     budget="the whole process",
     whole="the whole process, Python and PyTorch included",
     floor="Python and PyTorch",
     elsewhere="disk",
     threaded=True,
 )
-CARD = Words(
+CARD = DeviceWords(
     budget="the card's memory",
     whole="the card's memory",
     floor="the CUDA context",
@@ -44,7 +44,7 @@ LIVE_BYTES = "the bytes that are live"
 """what the budget of a bare graph limits: it has no process and no card"""
 
 
-def words_of(device: Device, model: Model | None = None) -> Words:
+def words_of(device: DeviceFigures, model: Model | None = None) -> DeviceWords:
     """The words for a plan or profile of `model` on `device`; without `model`, those for the device alone."""
     words = BY_DEVICE[device.kind]
     graph = model is not None and model.is_bare_graph

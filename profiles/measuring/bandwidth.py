@@ -53,22 +53,22 @@ def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, Any]]:
         buffer = make_pages(SIZES[-1] + HUGE_BYTES, used=True)
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         address += -address % HUGE_BYTES
-        noise = os.urandom(SIZES[-1])
-        ctypes.memmove(address, noise, len(noise))
+        random_bytes = os.urandom(SIZES[-1])
+        ctypes.memmove(address, random_bytes, len(random_bytes))
         for offset in range(0, SCRATCH_BYTES, SIZES[-1]):
             file.write(address, SIZES[-1], offset)
-        group = Group(getattr(torch, dtype))
+        workload = LayerWorkload(getattr(torch, dtype))
         transfers: dict[str, Transfer] = {"write": file.write, "read": file.read}
-        return measure_transfers(channel, transfers, address, group)
+        return measure_transfers(channel, transfers, address, workload)
     finally:
         channel.close()
         file.close()
 
 
 def measure_transfers(
-    channel: TransferChannel, transfers: Mapping[str, Transfer], address: int, group: Group
+    channel: TransferChannel, transfers: Mapping[str, Transfer], address: int, workload: LayerWorkload
 ) -> dict[str, dict[str, Any]]:
-    """`TransferChannel` fields for each kind of transfer, measured while `group` computes and `QUEUED` transfers wait in the queue, as in a
+    """`TransferChannel` fields for each kind of transfer, measured while `workload` computes and `QUEUED` transfers wait in the queue, as in a
     run.
 
     Latency and seconds per byte are those of the line through the mean times of small and of large transfers. A
@@ -82,36 +82,36 @@ def measure_transfers(
     alone, and the latency what large transfers took beside it.
     """
     kinds = list(itertools.product(transfers, SIZES))
-    taken: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
-    lost: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
+    seconds_of: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
+    compute_lost: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
     least: dict[tuple[str, int], float] = dict.fromkeys(kinds, math.inf)
-    apart = {name: number * SCRATCH_BYTES // len(transfers) for number, name in enumerate(transfers)}
-    group.run()
+    file_offsets = {name: index * SCRATCH_BYTES // len(transfers) for index, name in enumerate(transfers)}
+    workload.run()
     started = time.perf_counter()
     for turn in range(MOST_TURNS):
         if turn >= LEAST_TURNS and time.perf_counter() - started > MOST_SECONDS:
             break
         for name, size in kinds:
             # Kinds use distant parts of the file: a disk may still hold in its own memory what was written last.
-            places = (apart[name] + (QUEUED * turn + number) * size for number in range(QUEUED))
-            offsets = [place % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0] for place in places]
+            positions = (file_offsets[name] + (QUEUED * turn + index) * size for index in range(QUEUED))
+            offsets = [position % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0] for position in positions]
             least[name, size] = min(least[name, size], _alone(channel, transfers[name], address, size, offsets[0]))
-            begin = time.perf_counter()
-            group.run()
-            alone = time.perf_counter() - begin
-            seconds, beside, groups = _beside(channel, group, transfers[name], address, size, offsets)
-            taken[name, size] += seconds
-            lost[name, size].append((beside - groups * alone) / QUEUED)
+            start = time.perf_counter()
+            workload.run()
+            alone_seconds = time.perf_counter() - start
+            seconds, beside_seconds, runs = _beside_work(channel, workload, transfers[name], address, size, offsets)
+            seconds_of[name, size] += seconds
+            compute_lost[name, size].append((beside_seconds - runs * alone_seconds) / QUEUED)
     figures: dict[str, dict[str, Any]] = {}
     for name in transfers:
-        latency, per_byte = _line([_mean(taken[name, size]) for size in SIZES])
+        latency, per_byte = _line([_mean(seconds_of[name, size]) for size in SIZES])
         # Disturbances only ever lengthen a transfer, so the shortest ones tell most about the disk.
         _, least_per_byte = _line([least[name, size] for size in SIZES])
         least_per_byte = least_per_byte or least[name, SIZES[-1]] / SIZES[-1]
         if per_byte * FASTER < least_per_byte:
             per_byte = least_per_byte
-            latency = max(0.0, _mean(taken[name, SIZES[-1]]) - per_byte * SIZES[-1])
-        lost_per_transfer, lost_per_byte = _line([statistics.median(lost[name, size]) for size in SIZES])
+            latency = max(0.0, _mean(seconds_of[name, SIZES[-1]]) - per_byte * SIZES[-1])
+        lost_per_transfer, lost_per_byte = _line([statistics.median(compute_lost[name, size]) for size in SIZES])
         figures[name] = {
             "bytes_per_second": 1.0 / per_byte,
             "latency_seconds": latency,
@@ -123,8 +123,8 @@ def measure_transfers(
 
 def _mean(seconds: Sequence[float]) -> float:
     """The mean without the tenth that took longest: the queue's time is a sum, but not of what the machine did otherwise."""
-    kept = sorted(seconds)[: max(1, len(seconds) - len(seconds) // 10)]
-    return statistics.fmean(kept)
+    undisturbed = sorted(seconds)[: max(1, len(seconds) - len(seconds) // 10)]
+    return statistics.fmean(undisturbed)
 
 
 def _line(seconds: Sequence[float]) -> tuple[float, float]:
@@ -136,37 +136,42 @@ def _line(seconds: Sequence[float]) -> tuple[float, float]:
 
 def _alone(channel: TransferChannel, transfer: Transfer, address: int, size: int, offset: int) -> float:
     """Seconds from requesting a transfer until it is done, with no computation running."""
-    begin = time.perf_counter()
+    start = time.perf_counter()
     channel.wait(channel.submit(lambda: transfer(address, size, offset)))
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
-def _beside(
-    channel: TransferChannel, group: Group, transfer: Transfer, address: int, size: int, offsets: Sequence[int]
+def _beside_work(
+    channel: TransferChannel,
+    workload: LayerWorkload,
+    transfer: Transfer,
+    address: int,
+    size: int,
+    offsets: Sequence[int],
 ) -> tuple[list[float], float, int]:
     """(seconds of each transfer, seconds of the groups that ran meanwhile, number of those groups)."""
-    done: list[float] = []
+    transfer_seconds: list[float] = []
 
     def timed(offset: int) -> None:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         try:
             transfer(address, size, offset)
         finally:
-            done.append(time.perf_counter() - begin)
+            transfer_seconds.append(time.perf_counter() - start)
 
-    groups, ticket = 0, 0
-    begin = time.perf_counter()
+    runs, ticket = 0, 0
+    start = time.perf_counter()
     for offset in offsets:
         ticket = channel.submit(timed, offset)
-    while not groups or len(done) < len(offsets):
-        group.run()
-        groups += 1
-    beside = time.perf_counter() - begin
+    while not runs or len(transfer_seconds) < len(offsets):
+        workload.run()
+        runs += 1
+    compute_seconds = time.perf_counter() - start
     channel.wait(ticket)
-    return done, beside, groups
+    return transfer_seconds, compute_seconds, runs
 
 
-class Group:
+class LayerWorkload:
     """A computation like a layer's, about as long as the largest transfer: a wide matrix product, narrow ones, an
     addition.
     """

@@ -14,7 +14,7 @@ LOOK_SECONDS = 0.3
 STAT = Path("/proc/stat")
 
 
-class Others:
+class OtherPrograms:
     """Counts the cores that other programs use from now on, among those that this process may use.
 
     Child processes of this one count as other programs until they have ended and been waited for.
@@ -31,7 +31,7 @@ class Others:
         return max(0.0, used - self.used) / max(time.monotonic() - self.began, 1e-9)
 
     def taken(self, threads: int) -> float:
-        """Of these, how many cores a computation with `threads` threads has to go without."""
+        """How many of the cores for a computation with `threads` threads the others take."""
         return max(0.0, self.cores() - max(0, our_cores() - threads))
 
 
@@ -42,7 +42,7 @@ def crowded(taken_cores: float, threads: int) -> bool:
 
 def taken_now(threads: int) -> float:
     """Cores that other programs take from `threads` threads at present, watched for `LOOK_SECONDS`."""
-    others = Others()
+    others = OtherPrograms()
     time.sleep(LOOK_SECONDS)
     return others.taken(threads)
 

@@ -20,8 +20,8 @@ CONTROLLERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
 
 def quota_cores(mount: Path = MOUNT, own: Path = Path("/proc/self/cgroup")) -> float | None:
     """The number of cores that this process's quotas allow it on average; None where there is no quota."""
-    found = [cores for _, cores in _quotas(mount, own)]
-    return min(found, default=None)
+    quotas = [cores for _, cores in _quotas(mount, own)]
+    return min(quotas, default=None)
 
 
 def useful_threads(cores: int, quota: float | None) -> int:
@@ -77,7 +77,7 @@ def _quotas(mount: Path, own: Path) -> Iterator[tuple[Path, float]]:
             roots = [mount / name for name in CONTROLLERS]
         else:
             continue
-        root = next((one for one in roots if (one / path.strip("/")).is_dir() and _mounted(one)), None)
+        root = next((folder for folder in roots if (folder / path.strip("/")).is_dir() and _mounted(folder)), None)
         if root is None:
             continue
         group = root / path.strip("/")

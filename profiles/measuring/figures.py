@@ -1,4 +1,4 @@
-"""Puts what was measured of a step, or stands for it, into the parts of its profile."""
+"""Writes measured figures, or zeros in their place, into the tensors, programs and device of a traced step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tightfit.profiles.schema import Channel, Device, Floor, Program, ShorterStep, Tensor
-from tightfit.profiles.tracing.shorter_steps import name_apart
+from tightfit.profiles.schema import Channel, DeviceFigures, Floor, Program, ShorterStep, Tensor
+from tightfit.profiles.tracing.shorter_steps import shorter_name
 from tightfit.profiles.tracing.trace import Trace
 from tightfit.runtime.common.processor import cpu_name
 
@@ -17,10 +17,10 @@ CHOSEN_CODE_BYTES = 1 << 20
 is mapped when they first run: the process that measures the floor does not run them. A run of a tiny model with DoRA held 0.1 MiB
 more than its plan said without it."""
 CHOSEN = tuple(f"tightfit.{name}" for name in ("dropout", "dora_", "table_", "batch_norm", "lstm", "preference"))
-"""Prefixes of the names of these operators."""
+"""Prefixes of the operators that `CHOSEN_CODE_BYTES` is for."""
 
 
-def unmeasured(programs: Sequence[Program], device: Device) -> dict[str, Any]:
+def unmeasured(programs: Sequence[Program], device: DeviceFigures) -> dict[str, Any]:
     """A stand-in for the result of `measure`, with all times 0 and the floor and channels of the described device."""
     operators = {program.name: [[0.0, 0.0]] * len(program.operators) for program in programs}
     channels = {"floor": device.floor.model_dump(), "read": device.read, "write": device.write}
@@ -37,7 +37,7 @@ def unmeasured(programs: Sequence[Program], device: Device) -> dict[str, Any]:
 
 
 UPDATED = ("update", "accumulate", "clipped", "perturb", "adafactor")
-"""what takes time for a trainable"""
+"""the kinds of work for a trainable that are timed"""
 
 
 def timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:
@@ -50,7 +50,7 @@ def timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:
 
 
 def timed_program(program: Program, name: str, measured: Mapping[str, Any]) -> Program:
-    """A program with what was measured of its operators under that name."""
+    """A program with the figures of its operators that were measured under `name`."""
     figures, copied = measured["operators"][name], measured["copied"][name]
     operators = [
         op.model_copy(update={"seconds": seconds, "workspace_bytes": int(workspace), "copied": copies})
@@ -60,14 +60,12 @@ def timed_program(program: Program, name: str, measured: Mapping[str, Any]) -> P
 
 
 def timed_step(step: ShorterStep, measured: Mapping[str, Any]) -> ShorterStep:
-    """A shorter step with what was measured of it."""
-    programs = [timed_program(program, name_apart(program.name, step), measured) for program in step.programs]
+    programs = [timed_program(program, shorter_name(program.name, step), measured) for program in step.programs]
     return step.model_copy(update={"programs": programs})
 
 
-def measured_device(measured: Mapping[str, Any], traced: Trace, threads: int) -> Device:
-    """This machine, as it was measured."""
-    return Device(
+def measured_device(measured: Mapping[str, Any], traced: Trace, threads: int) -> DeviceFigures:
+    return DeviceFigures(
         name=cpu_name(),
         kind="cpu",
         threads=threads,
@@ -86,7 +84,7 @@ def _floor(measured: Mapping[str, Any], traced: Trace) -> Floor:
     targets = [operator.target for program in traced.programs for operator in program.operators]
     if not any(target.startswith(CHOSEN) for target in targets):
         return floor
-    held = {"resident_bytes": floor.resident_bytes + CHOSEN_CODE_BYTES}
+    resident = {"resident_bytes": floor.resident_bytes + CHOSEN_CODE_BYTES}
     if floor.inference_resident_bytes is not None:
-        held["inference_resident_bytes"] = floor.inference_resident_bytes + CHOSEN_CODE_BYTES
-    return floor.model_copy(update=held)
+        resident["inference_resident_bytes"] = floor.inference_resident_bytes + CHOSEN_CODE_BYTES
+    return floor.model_copy(update=resident)

@@ -70,10 +70,10 @@ def check_program(
 ) -> list[bool]:
     """`OutputGuard.check` of every operator of a program, in order. Raises InputError for one that cannot be run."""
     values = {value["name"]: value for value in program["values"]}
-    found = []
+    copied = []
     for operator in program["operators"]:
         try:
-            found.append(guard.check(operator, values, tensors, store))
+            copied.append(guard.check(operator, values, tensors, store))
         except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             if "alloc" in str(error):  # torch has no MemoryError
                 raise
@@ -81,34 +81,34 @@ def check_program(
             raise InputError(
                 f"operator {operator['target']} is not supported ({first}); use other layers in the model"
             ) from error
-    return found
+    return copied
 
 
 def _faithful(
     operator: CompiledOperator,
     tensors: Mapping[str, Any],
-    wanted: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
     store: Any,
     *,
     compare: bool,
 ) -> bool:
-    """Whether the operator, given outputs that cannot be resized, fills them with `wanted` and leaves the bytes around
+    """Whether the operator, given outputs that cannot be resized, fills them with `expected` and leaves the bytes around
     them alone.
 
     Without `compare` only the bytes around the outputs are checked.
     """
-    room = max([_span(tensor) for tensor in tensors.values() if isinstance(tensor, Tensor)], default=0)
+    largest_bytes = max([_span(tensor) for tensor in tensors.values() if isinstance(tensor, Tensor)], default=0)
     outputs: list[Tensor | None] = []
     guards: list[Tensor] = []
-    for tensor in wanted:
+    for tensor in expected:
         if tensor is None:
             outputs.append(None)
             continue
         end = GUARD_BYTES + _span(tensor)
         # The arena goes on behind the output for whatever a kernel may write there; pages that are never touched take no
         # memory.
-        arena = Arena(end + GUARD_BYTES + room)
-        guards.extend(arena.raw(at, GUARD_BYTES).fill_(PATTERN) for at in (0, end))
+        arena = Arena(end + GUARD_BYTES + largest_bytes)
+        guards.extend(arena.raw(offset, GUARD_BYTES).fill_(PATTERN) for offset in (0, end))
         flat = arena.raw(GUARD_BYTES, _span(tensor)).fill_(UNWRITTEN).view(tensor.dtype)
         outputs.append(flat.as_strided(tensor.size(), tensor.stride()))
     torch.manual_seed(0)
@@ -118,9 +118,9 @@ def _faithful(
         if not compare or "alloc" in str(error):
             raise
         return False
-    if not all(bool((part == PATTERN).all()) for part in guards):
+    if not all(bool((guard == PATTERN).all()) for guard in guards):
         return False
-    return not compare or all(map(_equal, outputs, wanted))
+    return not compare or all(map(_equal, outputs, expected))
 
 
 def _span(tensor: Tensor) -> int:
@@ -131,29 +131,29 @@ def _span(tensor: Tensor) -> int:
     return (1 + last) * tensor.element_size()
 
 
-def _equal(made: Tensor | None, wanted: Tensor | None) -> bool:
-    if made is None or wanted is None:
-        return made is wanted
-    if made.shape != wanted.shape or made.stride() != wanted.stride():
+def _equal(output: Tensor | None, expected: Tensor | None) -> bool:
+    if output is None or expected is None:
+        return output is expected
+    if output.shape != expected.shape or output.stride() != expected.stride():
         return False
-    if torch.equal(made, wanted):
+    if torch.equal(output, expected):
         return True
-    if not made.dtype.is_floating_point:
+    if not output.dtype.is_floating_point:
         return False
-    tolerance = TOLERANCE.get(made.dtype, 0.0)
-    finite = wanted[wanted.isfinite()]
+    tolerance = TOLERANCE.get(output.dtype, 0.0)
+    finite = expected[expected.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
-    return bool(torch.allclose(made, wanted, rtol=tolerance, atol=tolerance * largest, equal_nan=True))
+    return bool(torch.allclose(output, expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True))
 
 
 def _key(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> str:
     """A key that is equal for operators whose arguments differ only in the names and contents of tensors."""
     names: dict[str, int] = {}
-    described = []
+    layouts = []
     for name in [*operator["inputs"], *operator["outputs"]]:
         if name is not None and name not in names:
             names[name] = len(names)
-            described.append([values[name]["dtype"], values[name]["shape"], values[name]["stride"]])
+            layouts.append([values[name]["dtype"], values[name]["shape"], values[name]["stride"]])
 
     def renamed(tree: Any) -> Any:
         if isinstance(tree, list):
@@ -164,4 +164,4 @@ def _key(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -
 
     outputs = [None if name is None else names[name] for name in operator["outputs"]]
     args = renamed(operator["args"]), {key: renamed(value) for key, value in operator.get("kwargs", {}).items()}
-    return json.dumps([operator["target"], args, outputs, described])
+    return json.dumps([operator["target"], args, outputs, layouts])

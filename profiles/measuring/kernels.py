@@ -32,7 +32,7 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
     Without `backward`, the floor is that of a process that runs no backward. Raises InputError for an operator that
     cannot be run, RunError if the process does not start.
     """
-    done = subprocess.run(
+    process = subprocess.run(
         command("tightfit.profiles.measuring.kernels", *([] if backward else [INFERENCE])),
         input=json.dumps([program_header(program) for program in programs]),
         text=True,
@@ -40,14 +40,14 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
         env=child_environment(threads),
         check=False,
     )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        if done.returncode == InputError.exit_code:
-            raise InputError(last)
-        if done.returncode == RunError.exit_code:
-            raise RunError(last)
-        raise RunError(f"the operators do not run in the runtime process: {last}")
-    return int(json.loads(done.stdout)["bytes"])
+    if process.returncode:
+        last_line = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+        if process.returncode == InputError.exit_code:
+            raise InputError(last_line)
+        if process.returncode == RunError.exit_code:
+            raise RunError(last_line)
+        raise RunError(f"the operators do not run in the runtime process: {last_line}")
+    return int(json.loads(process.stdout)["bytes"])
 
 
 def main() -> int:
@@ -65,14 +65,14 @@ def main() -> int:
     before = _resident()
     programs = json.load(sys.stdin)
     device = Cpu(max(map(_bytes, programs), default=0), Meter(sys.maxsize))
-    kept: list[BoundOperator] = []
+    operators: list[BoundOperator] = []
     while programs:
-        kept.extend(bind(programs.pop(), device, None))
-    warm_up_operators(kept, device)
+        operators.extend(bind(programs.pop(), device, None))
+    warm_up_operators(operators, device)
     settle()
     # Maps again the pages that a step needs, but not those that only building kernels needed.
     warm_up(channel, SIZE, backward=backward)
-    warm_up_operators(kept, device)
+    warm_up_operators(operators, device)
     sys.stdout.write(json.dumps({"bytes": _resident() - before}) + "\n")
     return 0
 

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 from tightfit.profiles.measuring.cpu_load import crowded
 
 if TYPE_CHECKING:
-    from tightfit.profiles.schema import Device
+    from tightfit.profiles.schema import DeviceFigures
 
 
-def marks(device: Device) -> list[str]:
+def marks(device: DeviceFigures) -> list[str]:
     """Reasons to doubt the figures, in words: other programs kept the cores busy, a bandwidth could not be measured."""
-    said = []
+    doubts = []
     if crowded(device.busy_cores, device.threads):
-        said.append(
+        doubts.append(
             f"other programs took {device.busy_cores:.1f} cores while this was measured, so times are too long;"
             " profile again once they are idle"
         )
-    said += [channel.doubt for channel in (device.read, device.write) if channel.doubt is not None]
-    return said
+    doubts += [channel.doubt for channel in (device.read, device.write) if channel.doubt is not None]
+    return doubts
 
 
-def caution(device: Device) -> list[str]:
+def caution(device: DeviceFigures) -> list[str]:
     """All `marks` of the device as a list of one line; an empty list if there are none."""
-    said = marks(device)
-    return [f"caution: {'; '.join(said)}"] if said else []
+    doubts = marks(device)
+    return [f"caution: {'; '.join(doubts)}"] if doubts else []

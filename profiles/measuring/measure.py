@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tightfit.profiles.tracing.comparison import GradientComparison
 
 Progress = Callable[[str, int, int], None]
-LAST_WORDS_BYTES = 1 << 16
+STDERR_BYTES = 1 << 16
 
 
 def measure(
@@ -61,7 +61,7 @@ def measure(
     before anything is timed.
     """
     programs, tensors = list(programs), list(tensors)
-    whole = len(programs)
+    program_count = len(programs)
     programs += shorter
     weights: dict[tuple[Any, ...], list[str]] = {}
     for tensor in tensors:
@@ -83,7 +83,7 @@ def measure(
             shapes.setdefault(tuple(tensor.shape), []).append(tensor.name)
     request = {
         "programs": [p.model_dump() for p in programs],
-        "whole": whole,
+        "whole": program_count,
         "inference": [p.inference for p in programs],
         "weights": [list(key) for key in weights],
         "tables": [[list(e.shape), e.format, e.group] for e in entries.values() if len(e.shape) == 2],
@@ -104,31 +104,31 @@ def measure(
             assert comparison is not None
             compared[0] = comparison.conclude(Path(folder))
 
-        found = _run(request, environment, progress, computed)
-    found["compared"] = compared[0]
-    found["quota_cores"] = quota_cores()
-    _lengthen(found, slowdown(threads, found["quota_cores"]))
-    found["unpack"] = {
-        name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names
+        measured = _run(request, environment, progress, computed)
+    measured["compared"] = compared[0]
+    measured["quota_cores"] = quota_cores()
+    _lengthen(measured, slowdown(threads, measured["quota_cores"]))
+    measured["unpack"] = {
+        name: seconds for seconds, names in zip(measured["unpack"], weights.values(), strict=True) for name in names
     }
     for kind in ("update", "accumulate", "clipped", "perturb", "adafactor"):
-        alike = shapes if kind == "adafactor" else updates
-        found[kind] = {
-            name: seconds for seconds, names in zip(found[kind], alike.values(), strict=True) for name in names
+        named = shapes if kind == "adafactor" else updates
+        measured[kind] = {
+            name: seconds for seconds, names in zip(measured[kind], named.values(), strict=True) for name in names
         }
-    return found
+    return measured
 
 
-def _lengthen(found: dict[str, Any], factor: float) -> None:
-    """Multiply all seconds of the cores that the worker has found; the disk's own are not the cores'."""
-    for figures in found["operators"].values():
-        for one in figures:
-            one[0] *= factor
+def _lengthen(measured: dict[str, Any], factor: float) -> None:
+    """Multiply all times that the worker measured on the cores by `factor`, and leave those of the disk as they are."""
+    for figures in measured["operators"].values():
+        for figure in figures:
+            figure[0] *= factor
     for kind in ("unpack", "update", "accumulate", "clipped", "perturb", "adafactor"):
-        found[kind] = [seconds * factor for seconds in found[kind]]
-    for way in ("read", "write"):
+        measured[kind] = [seconds * factor for seconds in measured[kind]]
+    for channel in ("read", "write"):
         for name in ("compute_seconds_per_byte", "compute_seconds_per_transfer"):
-            found[way][name] = found[way].get(name, 0.0) * factor
+            measured[channel][name] = measured[channel].get(name, 0.0) * factor
 
 
 def _run(
@@ -140,12 +140,12 @@ def _run(
     # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for
     # ever.
     with (
-        tempfile.TemporaryFile() as words,
+        tempfile.TemporaryFile() as stderr,
         subprocess.Popen(
             command("tightfit.profiles.measuring.worker", str(request["threads"])),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=words,
+            stderr=stderr,
             text=True,
             env=environment,
         ) as child,
@@ -173,19 +173,19 @@ def _run(
             raise
         if result is not None:
             return result  # type: ignore[no-any-return]
-        last = _last_line(words)
-    for kind in (InputError, RunError):
-        if status == kind.exit_code and last:
-            raise kind(last)
+        last_line = _last_line(stderr)
+    for error_class in (InputError, RunError):
+        if status == error_class.exit_code and last_line:
+            raise error_class(last_line)
     if status == -signal.SIGKILL:
         raise RunError(
             "measuring was killed, most likely for want of memory; a layer must fit into memory while it is measured, try a"
             " smaller batch or sequence"
         )
-    raise RunError(f"measuring stopped: {last or f'exit status {status}'}")
+    raise RunError(f"measuring stopped: {last_line or f'exit status {status}'}")
 
 
-def _last_line(words: IO[bytes]) -> str:
-    words.seek(max(0, words.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
-    lines = words.read().decode(errors="replace").strip().splitlines()
+def _last_line(stderr: IO[bytes]) -> str:
+    stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - STDERR_BYTES))
+    lines = stderr.read().decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else ""

@@ -18,19 +18,19 @@ def run_step(
     layers: Sequence[Mapping[str, Any]],
     programs: Mapping[str, Mapping[str, Any]],
     tensors: dict[str, Tensor],
-    wanted: Sequence[str],
+    returned: Sequence[str],
     *,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Run forward and backward once; returns the tensors among `wanted` (global names) that the step makes or keeps.
+    """Run forward and backward once; returns the tensors among `returned` (global names) that the step makes or keeps.
 
     `layers` and `programs` are a profile's, as dicts; `tensors` holds parameters, buffers and the batch by name. Each
     tensor that the step makes is freed after its last reader. Nothing is left out by dropout, and PyTorch's generator is
     seeded with `seed`.
     """
     torch.manual_seed(seed)
-    nothing = Draws()
-    nothing.step = None
+    no_draws = Draws()
+    no_draws.step = None
     steps = [
         (layer, operator)
         for phase, order in (("forward", layers), ("backward", layers[::-1]))
@@ -39,33 +39,35 @@ def run_step(
         if operator["phase"] == phase
     ]
 
-    def bound(layer: Mapping[str, Any], name: str) -> str:
+    def global_name(layer: Mapping[str, Any], name: str) -> str:
         return str(layer["bindings"].get(name) or f"{layer['name']}/{name}")
 
-    last: dict[str, int] = {}
+    last_use: dict[str, int] = {}
     for index, (layer, operator) in enumerate(steps):
         for name in [*operator["inputs"], *filter(None, operator["outputs"])]:
-            last[bound(layer, name)] = index
-    ending: dict[int, list[str]] = {}
-    for name, index in last.items():
-        if name not in wanted:
-            ending.setdefault(index, []).append(name)
+            last_use[global_name(layer, name)] = index
+    freed_after: dict[int, list[str]] = {}
+    for name, index in last_use.items():
+        if name not in returned:
+            freed_after.setdefault(index, []).append(name)
     values = {name: {value["name"]: value for value in program["values"]} for name, program in programs.items()}
     for index, (layer, operator) in enumerate(steps):
-        own = values[layer["program"]]
+        program_values = values[layer["program"]]
         outputs: list[Tensor | None] = []
         for name in operator["outputs"]:
-            made = None
+            output = None
             if name is not None:
-                made = torch.empty_strided(
-                    own[name]["shape"], own[name]["stride"], dtype=getattr(torch, own[name]["dtype"])
+                output = torch.empty_strided(
+                    program_values[name]["shape"],
+                    program_values[name]["stride"],
+                    dtype=getattr(torch, program_values[name]["dtype"]),
                 )
-                tensors[bound(layer, name)] = made
-            outputs.append(made)
-        compiled = compile_operator(operator, own, KERNELS)
+                tensors[global_name(layer, name)] = output
+            outputs.append(output)
+        compiled = compile_operator(operator, program_values, KERNELS)
         if compiled.name.startswith(DROPOUT):
-            compiled.kwargs["draws"] = nothing
-        compiled.run({n: tensors[bound(layer, n)] for n in operator["inputs"]}, outputs)
-        for name in ending.get(index, ()):
+            compiled.kwargs["draws"] = no_draws
+        compiled.run({n: tensors[global_name(layer, n)] for n in operator["inputs"]}, outputs)
+        for name in freed_after.get(index, ()):
             del tensors[name]
-    return {name: tensors[name] for name in wanted if name in tensors}
+    return {name: tensors[name] for name in returned if name in tensors}

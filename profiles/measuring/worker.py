@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tightfit.profiles.measuring.cpu_load import Others
+from tightfit.profiles.measuring.cpu_load import OtherPrograms
 from tightfit.profiles.measuring.cpu_quota import QuotaClock
 from tightfit.profiles.measuring.kernels import kernel_bytes
 from tightfit.runtime.common import interpreter
@@ -59,7 +59,7 @@ CONTENTS = ("normal", "probabilities")
 cross entropy, need values between 0 and 1: "probabilities"."""
 
 
-class Scratch:
+class ScratchStores:
     """A folder for stores with tables of `GATHERED_ROWS` rows, so that gathering rows is timed including its reads."""
 
     def __init__(self, folder: Path, tables: Iterable[Sequence[Any]] = ()) -> None:
@@ -79,9 +79,9 @@ class Scratch:
         path = self.folder / f"measure-{os.getpid()}.store"
         entries = []
         for name, shape in shapes.items():
-            kind, group = self._formats.get(tuple(shape), ("q4", 0))
+            form, group = self._formats.get(tuple(shape), ("q4", 0))
             rows = (GATHERED_ROWS, shape[1])
-            entry = Entry(name=name, shape=rows, format=kind, group=group) if group else packed_entry(name, rows, kind)
+            entry = Entry(name=name, shape=rows, format=form, group=group) if group else packed_entry(name, rows, form)
             entries.append(entry)
         with StoreWriter(path, entries, name="measure", config={}, source={}) as writer:
             for entry in entries:
@@ -89,7 +89,7 @@ class Scratch:
         return path
 
 
-def say(**message: Any) -> None:
+def send(**message: Any) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
@@ -97,15 +97,15 @@ def say(**message: Any) -> None:
 def main(arguments: list[str]) -> int:
     end_with_parent(signal.SIGKILL)
     if arguments:  # started by `measure`: restart this process in the environment of a run
-        words = interpreter.command("tightfit.profiles.measuring.worker")
-        os.execve(words[0], words, child_environment(int(arguments[0])))  # noqa: S606  no shell is wanted
+        worker_command = interpreter.command("tightfit.profiles.measuring.worker")
+        os.execve(worker_command[0], worker_command, child_environment(int(arguments[0])))  # noqa: S606  no shell is wanted
     request = json.load(sys.stdin)
     import torch
 
     torch.set_num_threads(request["threads"])
     with torch.no_grad():
         try:
-            say(result=measure(request))
+            send(result=measure(request))
             return 0
         except TightfitError as error:
             failure = error
@@ -131,7 +131,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     from tightfit.profiles.measuring.guard import OutputGuard
     from tightfit.runtime.engine.cpu.operators import OPERATORS
 
-    others = Others()
+    load = OtherPrograms()
     programs = request["programs"]
     total = (PASSES + 1) * len(programs) + len(request["weights"]) + 2 * len(request["updates"])
     total += len(request["shapes"]) + 3
@@ -140,18 +140,18 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     def step() -> None:
         nonlocal done
         done += 1
-        say(stage="measure", done=done, total=total)
+        send(stage="measure", done=done, total=total)
 
     guard, contents = OutputGuard(), {}
-    scratch = Scratch(Path(request["scratch"]), request["tables"])
+    scratch = ScratchStores(Path(request["scratch"]), request["tables"])
     for program in programs:
-        contents[program["name"]] = watch(program, guard, scratch)
+        contents[program["name"]] = settle_operators(program, guard, scratch)
         gc.collect()
         trim_heap()
         step()
     if request.get("step"):
-        compute(request["step"], programs)
-        say(stage="computed")
+        take_steps(request["step"], programs)
+        send(stage="computed")
     copied = {program["name"]: [op["copied"] for op in program["operators"]] for program in programs}
     forwards = [
         {**program, "operators": [program["operators"][position] for position in positions]}
@@ -175,28 +175,30 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     result["operators"] = {
         name: [
             [statistics.median(seconds for seconds, _ in figures), min(workspace for _, workspace in figures)]
-            for figures in zip(*taken, strict=True)
+            for figures in zip(*repeated, strict=True)
         ]
-        for name, taken in passes.items()
+        for name, repeated in passes.items()
     }
-    least: dict[str, float] = {}
+    least_workspace: dict[str, float] = {}
     for program in programs:
         for operator, (_, workspace) in zip(program["operators"], result["operators"][program["name"]], strict=True):
             key = _likeness(program, operator)
-            least[key] = min(workspace, least.get(key, workspace))
+            least_workspace[key] = min(workspace, least_workspace.get(key, workspace))
     for program in programs:
         for operator, figures in zip(program["operators"], result["operators"][program["name"]], strict=True):
-            figures[1] = least[_likeness(program, operator)]
-    leaving = [
+            figures[1] = least_workspace[_likeness(program, operator)]
+    workspaces = [
         [
             0.0 if operator["target"] in OPERATORS else workspace
             for operator, (_, workspace) in zip(program["operators"], result["operators"][program["name"]], strict=True)
         ]
         for program in programs
     ]
-    ahead = [[own[at] for at in positions] for own, positions in zip(leaving, request["inference"], strict=True)]
-    for figure, counted in (("resident_bytes", leaving), ("inference_resident_bytes", ahead)):
-        result["floor"][figure] += round(HOLES_PER_WORKSPACE * max(itertools.chain(*counted), default=0))
+    forward = [
+        [row[index] for index in positions] for row, positions in zip(workspaces, request["inference"], strict=True)
+    ]
+    for figure, rows in (("resident_bytes", workspaces), ("inference_resident_bytes", forward)):
+        result["floor"][figure] += round(HOLES_PER_WORKSPACE * max(itertools.chain(*rows), default=0))
     result["unpack"] = []
     for key in request["weights"]:
         result["unpack"].append(measure_unpack(*key))
@@ -204,9 +206,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     result |= {"update": [], "accumulate": [], "clipped": [], "perturb": []}
     for elements in request["updates"]:
         result["update"].append(measure_update(elements, request["accumulate"]))
-        adding, updating = measure_clipped(elements, request["accumulate"])
-        result["accumulate"].append(adding)
-        result["clipped"].append(updating)
+        add_seconds, update_seconds = measure_clipped(elements, request["accumulate"])
+        result["accumulate"].append(add_seconds)
+        result["clipped"].append(update_seconds)
         step()
         result["perturb"].append(measure_perturb(elements))
         step()
@@ -216,12 +218,12 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         step()
     result |= measure_channels(scratch.folder, request["compute_dtype"])
     step()
-    return result | {"busy_cores": others.taken(request["threads"])}
+    return result | {"busy_cores": load.taken(request["threads"])}
 
 
-def compute(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
-    """Take whole steps: each on the tensors in the folder's file `given` with the step's number, where those in the first are what
-    others leave out; loss, gradients and statistics go to the file `traced` with its number.
+def take_steps(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
+    """Run whole steps, each on the tensors in the file `given` with its number and, where that lacks some, on those in `given0`; write
+    its loss, gradients and statistics to the file `traced` with its number.
     """
     import torch
 
@@ -231,10 +233,10 @@ def compute(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
     first = torch.load(folder / "given0", weights_only=True)
     for number in range(step["steps"]):
         tensors = first | torch.load(folder / f"given{number}", weights_only=True)
-        made = run_step(step["layers"], by_name, tensors, step["wanted"], seed=number)
-        torch.save(made, folder / f"traced{number}")
+        results = run_step(step["layers"], by_name, tensors, step["wanted"], seed=number)
+        torch.save(results, folder / f"traced{number}")
         tensors.clear()
-        made.clear()
+        results.clear()
     first.clear()
     gc.collect()
     trim_heap()
@@ -248,14 +250,14 @@ def floor(threads: int) -> dict[str, Any]:
     # Pages of freshly installed libraries cannot be released until they are written to disk, and would add up to 16 MiB
     # that no later run holds.
     os.sync()
-    done = subprocess.run(
+    training = subprocess.run(
         command("--floor"), capture_output=True, text=True, env=child_environment(threads), check=False
     )
-    if done.returncode == RunError.exit_code:
-        raise RunError(done.stderr.strip())
-    lines = done.stdout.splitlines()
+    if training.returncode == RunError.exit_code:
+        raise RunError(training.stderr.strip())
+    lines = training.stdout.splitlines()
     if not lines:
-        raise SystemExit(f"the runtime process does not start: {done.stderr.strip() or done.returncode}")
+        raise SystemExit(f"the runtime process does not start: {training.stderr.strip() or training.returncode}")
     measured: dict[str, Any] = {}
     for line in lines:  # the second one, `exchange_bytes`, is missing where a process cannot meet another
         measured |= json.loads(line)
@@ -276,7 +278,7 @@ def _likeness(program: dict[str, Any], operator: dict[str, Any]) -> str:
     return json.dumps([operator["target"], shapes])
 
 
-def watch(program: dict[str, Any], guard: OutputGuard, scratch: Scratch) -> str:
+def settle_operators(program: dict[str, Any], guard: OutputGuard, scratch: ScratchStores) -> str:
     """Set `copied` on the operators of a program, for those that have to be run by their functional form.
 
     Returns the first of `CONTENTS` with which all operators run. Raises InputError if they run with none of them.
@@ -287,11 +289,11 @@ def watch(program: dict[str, Any], guard: OutputGuard, scratch: Scratch) -> str:
     for contents in CONTENTS:
         with _filled(program, scratch, contents) as (tensors, store):
             try:
-                found = check_program(program, tensors, guard, store)
+                copied_flags = check_program(program, tensors, guard, store)
             except InputError as error:
                 failure = failure or error
                 continue
-        for operator, copied in zip(program["operators"], found, strict=True):
+        for operator, copied in zip(program["operators"], copied_flags, strict=True):
             operator["copied"] = copied
         return contents
     assert failure is not None
@@ -299,11 +301,11 @@ def watch(program: dict[str, Any], guard: OutputGuard, scratch: Scratch) -> str:
 
 
 @contextlib.contextmanager
-def _filled(program: dict[str, Any], scratch: Scratch, contents: str) -> Iterator[tuple[dict[str, Any], Any]]:
+def _filled(program: dict[str, Any], scratch: ScratchStores, contents: str) -> Iterator[tuple[dict[str, Any], Any]]:
     """Yields (tensors of a program by name, a temporary store with the tables that operators gather rows from, or
     None).
     """
-    from tightfit.runtime.engine.weights.store import Store
+    from tightfit.runtime.engine.weights.store import WeightStore
 
     values = {value["name"]: value for value in program["values"]}
     gathered = {name for operator in program["operators"] for name in operator["gathers"]}
@@ -312,7 +314,7 @@ def _filled(program: dict[str, Any], scratch: Scratch, contents: str) -> Iterato
         yield tensors, None
         return
     path = scratch.store({name: values[name]["shape"] for name in gathered})
-    store = Store.open(path)
+    store = WeightStore.open(path)
     path.unlink()
     try:
         yield tensors | {name: name for name in gathered}, store
@@ -320,7 +322,7 @@ def _filled(program: dict[str, Any], scratch: Scratch, contents: str) -> Iterato
         store.close()
 
 
-def measure_program(program: dict[str, Any], scratch: Scratch, contents: str = "normal") -> list[list[float]]:
+def measure_program(program: dict[str, Any], scratch: ScratchStores, contents: str = "normal") -> list[list[float]]:
     """[seconds, workspace bytes] per operator. All operators run in order, round after round, as in a step."""
     if not program["operators"]:
         return []
@@ -341,32 +343,32 @@ def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: An
     clock = QuotaClock(torch_threads())
     started = time.perf_counter()
     for turn in range(ROUNDS[1]):
-        for call, taken in zip(calls, times, strict=True):
-            begin = clock()
+        for call, seconds in zip(calls, times, strict=True):
+            start = clock()
             call()
-            taken.append(clock() - begin)
+            seconds.append(clock() - start)
         spent = time.perf_counter() - started
         if (turn >= ROUNDS[0] and spent > PROGRAM_SECONDS) or (turn == ROUNDS[0] - 1 and spent > SLOW_PROGRAM_SECONDS):
             break
     workspaces = [
-        _workspace(call, WORKSPACE_CALLS // (2 if min(taken) > SLOW_SECONDS else 1))
-        for call, taken in zip(calls, times, strict=True)
+        _workspace(call, WORKSPACE_CALLS // (2 if min(seconds) > SLOW_SECONDS else 1))
+        for call, seconds in zip(calls, times, strict=True)
     ]
     # The first two rounds are left out: they fault pages in and build kernels.
-    return [[typical(taken[2:]), workspace] for taken, workspace in zip(times, workspaces, strict=True)]
+    return [[typical(seconds[2:]), workspace] for seconds, workspace in zip(times, workspaces, strict=True)]
 
 
-def typical(taken: Sequence[float]) -> float:
+def typical(call_seconds: Sequence[float]) -> float:
     """The mean of the seconds of calls that were not interrupted. A step is a sum of calls, so their mean tells its time; the
     median is below, since times are not symmetric.
     """
-    most = DISTURBED * statistics.median(taken)
-    return statistics.fmean(seconds for seconds in taken if seconds <= most)
+    longest = DISTURBED * statistics.median(call_seconds)
+    return statistics.fmean(seconds for seconds in call_seconds if seconds <= longest)
 
 
 def _run(operator: Any, tensors: Mapping[str, Any], outputs: Sequence[Any], store: Any) -> None:
     """Run an operator (`CompiledOperator`) on views of its outputs that are made for this call, as in a run."""
-    operator.run(tensors, [None if one is None else one.as_strided(one.shape, one.stride()) for one in outputs], store)
+    operator.run(tensors, [None if out is None else out.as_strided(out.shape, out.stride()) for out in outputs], store)
 
 
 def _make_tensors(
@@ -389,15 +391,15 @@ def _make_tensors(
         for operator in operators
         if operator["target"] in POSITIONS_AT
     ]
-    positions = {arguments[place]["operand"]["value"] for arguments, place in places if arguments[place] is not None}
-    unread = {
-        name: place
+    positions = {args[index]["operand"]["value"] for args, index in places if args[index] is not None}
+    unread_outputs = {
+        name: index
         for operator in operators
-        for place, name in enumerate(operator["outputs"])
+        for index, name in enumerate(operator["outputs"])
         if name is not None and name not in read
     }
-    shared: dict[tuple[Any, ...], list[Any]] = {}
-    met: Counter[tuple[Any, ...]] = Counter()
+    shared_buffers: dict[tuple[Any, ...], list[Any]] = {}
+    occurrences: Counter[tuple[Any, ...]] = Counter()
     tensors = {}
     for name, value in values.items():
         if name in gathered:
@@ -405,12 +407,12 @@ def _make_tensors(
         dtype, shape, stride = getattr(torch, value["dtype"]), value["shape"], value["stride"]
         # Weights of one shape take turns on a few buffers, each of which has left the cache when its turn comes.
         # Scratch outputs that no operator reads reuse one buffer, as in a step.
-        turns = WEIGHT_BUFFERS if value["kind"] == "weight" else 1
-        common = value["kind"] == "weight" or name in unread
-        key = (*shape, value["dtype"], unread.get(name))
-        met[key] += common
-        if common and met[key] > turns:
-            tensors[name] = shared[key][met[key] % turns]
+        buffers = WEIGHT_BUFFERS if value["kind"] == "weight" else 1
+        shares = value["kind"] == "weight" or name in unread_outputs
+        key = (*shape, value["dtype"], unread_outputs.get(name))
+        occurrences[key] += shares
+        if shares and occurrences[key] > buffers:
+            tensors[name] = shared_buffers[key][occurrences[key] % buffers]
             continue
         tensor = arena.window(value["dtype"])(end, value["bytes"] // dtype.itemsize).as_strided(shape, stride)
         end += aligned(value["bytes"])
@@ -424,8 +426,8 @@ def _make_tensors(
             tensor.copy_(torch.arange(shape[-1]))  # rows of one sample each, which take longest
         else:
             tensor.random_(0, rows, generator=generator)
-        if common:
-            shared.setdefault(key, []).append(tensor)
+        if shares:
+            shared_buffers.setdefault(key, []).append(tensor)
         tensors[name] = tensor
     return tensors
 
@@ -474,11 +476,11 @@ def measure_update(elements: int, accumulate: int) -> float:
     copies = max(1, min(MOST_CALLS, UPDATED_BYTES // (4 * count * elements)))
     sets, between = torch.full((copies, count, elements), 1e-3), other_work()
 
-    def at(step: int) -> float:
+    def seconds_at(step: int) -> float:
         update.begin(step)
         return _seconds_of(lambda turn: update.apply(step, *sets[turn % copies].unbind()), between=between)
 
-    return (at(accumulate) + ((accumulate - 1) * at(1) if accumulate > 1 else 0.0)) / accumulate
+    return (seconds_at(accumulate) + ((accumulate - 1) * seconds_at(1) if accumulate > 1 else 0.0)) / accumulate
 
 
 def measure_clipped(elements: int, accumulate: int) -> tuple[float, float]:
@@ -501,8 +503,8 @@ def measure_clipped(elements: int, accumulate: int) -> tuple[float, float]:
         return _seconds_of(lambda turn: update.add(gradient, sets[turn % copies, 3]), CLIPPED_SECONDS, other_work())
 
     steps = {step: adding(step) for step in dict.fromkeys((1, min(2, accumulate), accumulate))}
-    between = steps[min(2, accumulate)]
-    whole = steps[1] + (accumulate - 2) * between + steps[accumulate] if accumulate > 1 else steps[1]
+    middle = steps[min(2, accumulate)]
+    whole = steps[1] + (accumulate - 2) * middle + steps[accumulate] if accumulate > 1 else steps[1]
     update.norm()
     return whole / accumulate, _seconds_of(
         lambda turn: update.apply_sum(accumulate, *sets[turn % copies].unbind()), CLIPPED_SECONDS
@@ -538,10 +540,10 @@ def other_work() -> Callable[[], None]:
     """
     import torch
 
-    left, right, made = torch.ones(3, BETWEEN_BYTES // 4)
+    left, right, total = torch.ones(3, BETWEEN_BYTES // 4)
 
     def add() -> None:
-        torch.add(left, right, out=made)
+        torch.add(left, right, out=total)
 
     return add
 
@@ -559,14 +561,14 @@ def _seconds_of(call: Callable[[int], None], seconds: float = 0.2, between: Call
     clock = QuotaClock(torch_threads())
     times: list[float] = []
     started = time.perf_counter()
-    turn = 0
-    while turn < 5 or (turn < MOST_CALLS and time.perf_counter() - started < seconds):
+    number = 0
+    while number < 5 or (number < MOST_CALLS and time.perf_counter() - started < seconds):
         if between:
             between()
-        begin = clock()
-        call(turn)
-        times.append(clock() - begin)
-        turn += 1
+        start = clock()
+        call(number)
+        times.append(clock() - start)
+        number += 1
     return typical(times[1:])
 
 

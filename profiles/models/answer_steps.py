@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tightfit.profiles.schema import Layer, Operator, Program, Record
+from tightfit.profiles.schema import FrozenRecord, Layer, Operator, Program
 
 
-class AnswerStep(Record):
+class AnswerStep(FrozenRecord):
     """The forward of so many new tokens, whose attention is `runtime.engine.generation.names.ATTEND`; the result is the hidden states, float32 [tokens, H]."""
 
     tokens: int
@@ -25,7 +25,7 @@ class AnswerStep(Record):
                 yield layer, operator
 
 
-class AnswerSteps(Record):
+class AnswerSteps(FrozenRecord):
     """A step of one token and one of a group, and the head."""
 
     steps: list[AnswerStep]

@@ -47,25 +47,25 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
 
 def _chat_templates(path: Path, options: dict[str, Any]) -> dict[str, str]:
     """Jinja sources by name, found as transformers does: in files of their own, else in tokenizer_config.json."""
-    told = options.get("chat_template") or {}
-    if isinstance(told, list):
-        told = {str(item.get("name")): item.get("template") for item in told if isinstance(item, dict)}
-    elif not isinstance(told, dict):
-        told = {"default": told}
-    if wrong := next((name for name, source in told.items() if not isinstance(source, str)), None):
+    templates = options.get("chat_template") or {}
+    if isinstance(templates, list):
+        templates = {str(entry.get("name")): entry.get("template") for entry in templates if isinstance(entry, dict)}
+    elif not isinstance(templates, dict):
+        templates = {"default": templates}
+    if damaged := next((name for name, source in templates.items() if not isinstance(source, str)), None):
         file = path / "tokenizer_config.json"
-        raise InputError(f"{file}: damaged (its chat template {wrong!r} is no text); download the file again")
+        raise InputError(f"{file}: damaged (its chat template {damaged!r} is no text); download the file again")
     files = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
     if (path / "chat_template.jinja").exists():
         files["default"] = path / "chat_template.jinja"
     for name, file in files.items():
         try:
-            told[name] = read_whole(file).decode()
+            templates[name] = read_whole(file).decode()
         except OSError as error:
             raise InputError(f"{file}: {error.strerror}; download the file again") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: not UTF-8 (byte {error.start}); download the file again") from error
-    return told
+    return templates
 
 
 def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
@@ -76,29 +76,29 @@ def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -
     tokenizer_config.json says null for the beginning-of-text token, the model was trained without one, and no fallback
     is used.
     """
-    found: dict[str, str] = {}
-    said = {key: value for key, value in options.items() if value is not None or key == "bos_token"}
-    for key, value in (_json(path / "special_tokens_map.json") | said).items():
+    tokens: dict[str, str] = {}
+    config_tokens = {key: value for key, value in options.items() if value is not None or key == "bos_token"}
+    for key, value in (_json(path / "special_tokens_map.json") | config_tokens).items():
         text = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(text, str):
-            found[key] = text
+            tokens[key] = text
     for file in ("config.json", "generation_config.json"):
-        numbers = _json(path / file)
+        config = _json(path / file)
         for key in {"bos_token", "eos_token", "pad_token"} - ({"bos_token"} & options.keys()):
-            number = numbers.get(f"{key}_id")
-            number = number[0] if isinstance(number, list) and number else number
-            token = tokenizer.id_to_token(number) if isinstance(number, int) and 0 <= number < 1 << 32 else None
+            token_id = config.get(f"{key}_id")
+            token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
+            token = tokenizer.id_to_token(token_id) if isinstance(token_id, int) and 0 <= token_id < 1 << 32 else None
             if token is not None:
-                found.setdefault(key, token)
-    return found
+                tokens.setdefault(key, token)
+    return tokens
 
 
 def _json(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no file. Raises InputError, naming the file, if it is damaged."""
     try:
-        read = read_json(file) if file.exists() else {}
+        data = read_json(file) if file.exists() else {}
     except (OSError, JsonError) as error:
         raise InputError(f"{file}: damaged ({error}); download the file again") from error
-    if not isinstance(read, dict):
+    if not isinstance(data, dict):
         raise InputError(f"{file}: damaged (no JSON object); download the file again")
-    return read
+    return data

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from tightfit.profiles.tracing.eager_steps import STEPS
-from tightfit.profiles.tracing.loss_function import outside, with_loss
+from tightfit.profiles.tracing.loss_function import adopted_loss, with_loss
 from tightfit.profiles.tracing.own_code import own_traceback
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
@@ -37,32 +37,32 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
     are stored in float32, other buffers unchanged. Raises InputError as `build_module` does.
     """
     module, _, inputs = build_module(source, seed)
-    held = dict(module.named_parameters()) | dict(module.named_buffers())
+    state_tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     entries, digest = {}, hashlib.sha256(json.dumps([VERSION, "module", source]).encode())
-    for name, tensor in held.items():
+    for name, tensor in state_tensors.items():
         kind = "float32" if tensor.is_floating_point() else KINDS.get(tensor.dtype)
         if kind is None:
             raise InputError(
                 f"{source}: {name!r} has type {tensor.dtype}; parameters must be floating, buffers {', '.join(RAW)}"
             )
         entries[name] = Entry(name=name, shape=tuple(tensor.shape), format=kind)
-        data = _stored(tensor)
+        contents = _stored(tensor)
         digest.update(f"{name} {kind} {list(tensor.shape)}".encode())
-        if data.numel():
-            digest.update(data.view(-1).view(torch.uint8).numpy().data)
+        if contents.numel():
+            digest.update(contents.view(-1).view(torch.uint8).numpy().data)
 
-    names = {id(tensor): name for name, tensor in held.items()}
+    names = {id(tensor): name for name, tensor in state_tensors.items()}
     state = module.state_dict(keep_vars=True)
-    if lost := [key for key, value in state.items() if id(value) not in names]:
+    if unsaved := [key for key, value in state.items() if id(value) not in names]:
         raise InputError(
-            f"{source}: the module's state_dict holds {', '.join(lost)}, no parameter or buffer (of get_extra_state, for example), and"
+            f"{source}: the module's state_dict holds {', '.join(unsaved)}, no parameter or buffer (of get_extra_state, for example), and"
             " a trained model is saved without such things; keep them in buffers, or leave them out"
         )
     keys = {key: names[id(tensor)] for key, tensor in state.items()}
 
     def tensors() -> Iterable[SourceTensor]:
         for name, entry in entries.items():
-            matrix = _stored(held[name]).view(entry.rows, entry.columns)
+            matrix = _stored(state_tensors[name]).view(entry.rows, entry.columns)
             yield SourceTensor(entry=entry, rows=lambda start, stop, matrix=matrix: matrix[start:stop])  # type: ignore[misc]
 
     return Source(
@@ -97,29 +97,29 @@ def build_with_batches(source: str, seed: int = 0) -> tuple[nn.Module, list[tupl
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            made, others = _first_batch(factory())
+            returned, others = _first_batch(factory())
         except Exception as error:
             raise InputError(
                 f"{source} raised {type(error).__name__}: {error}; correct the factory\n{own_traceback(error)}"
             ) from error
     if not (
-        isinstance(made, tuple)
-        and len(made) in (2, 3)
-        and isinstance(made[0], nn.Module)
-        and isinstance(made[1], tuple | list)
+        isinstance(returned, tuple)
+        and len(returned) in (2, 3)
+        and isinstance(returned[0], nn.Module)
+        and isinstance(returned[1], tuple | list)
     ):
-        told = type(made).__name__
-        if isinstance(made, tuple):
-            told = f"({', '.join(type(part).__name__ for part in made)})"
+        description = type(returned).__name__
+        if isinstance(returned, tuple):
+            description = f"({', '.join(type(item).__name__ for item in returned)})"
         raise InputError(
-            f"{source}: returned {told}; a factory returns (nn.Module, tuple of sample batch tensors), or these and a loss_fn"
+            f"{source}: returned {description}; a factory returns (nn.Module, tuple of sample batch tensors), or these and a loss_fn"
         )
-    module, batch, *loss_fn = made
+    module, batch, *loss_fn = returned
     inputs: int | None = None
     if loss_fn:
         batch, inputs = flat_batch(batch, f"{source}: the sample batch")
-        others = [flat_batch(other, f"{source}: a further batch")[0] for other in others]
-    others = [other for other in others if all(isinstance(tensor, Tensor) for tensor in other)]
+        others = [flat_batch(further, f"{source}: a further batch")[0] for further in others]
+    others = [further for further in others if all(isinstance(tensor, Tensor) for tensor in further)]
     for index, tensor in enumerate(batch):
         if not isinstance(tensor, Tensor):
             raise InputError(
@@ -135,36 +135,36 @@ def build_with_batches(source: str, seed: int = 0) -> tuple[nn.Module, list[tupl
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     module.float()
-    for held in (*module.parameters(), *module.buffers()):
-        held.data = held.data.contiguous()  # the layout in which it is stored
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.contiguous()  # the layout in which it is stored
     # Copies, since torch.export does not take views of one tensor, such as those of `x, y = pair`.
-    named = f"{source}: the sample batch"
-    batches = [tuple(tensor.clone() for tensor in as_trained(one, named)) for one in (batch, *others)]
-    kinds = [[(tensor.shape, tensor.dtype) for tensor in one] for one in batches]
-    return module, [one for one, kind in zip(batches, kinds, strict=True) if kind == kinds[0]], inputs
+    batch_name = f"{source}: the sample batch"
+    batches = [tuple(tensor.clone() for tensor in as_trained(tensors, batch_name)) for tensors in (batch, *others)]
+    layouts = [[(tensor.shape, tensor.dtype) for tensor in tensors] for tensors in batches]
+    return module, [tensors for tensors, layout in zip(batches, layouts, strict=True) if layout == layouts[0]], inputs
 
 
-def _first_batch(made: Any) -> tuple[Any, list[Any]]:
+def _first_batch(returned: Any) -> tuple[Any, list[Any]]:
     """(what a factory returns with one sample batch, further batches), where it gives an iterable of batches."""
-    if not isinstance(made, tuple) or len(made) < 2 or isinstance(made[1], tuple | list | Tensor):
-        return made, []
-    batches = list(itertools.islice(made[1], STEPS)) if isinstance(made[1], Iterable) else []
+    if not isinstance(returned, tuple) or len(returned) < 2 or isinstance(returned[1], tuple | list | Tensor):
+        return returned, []
+    batches = list(itertools.islice(returned[1], STEPS)) if isinstance(returned[1], Iterable) else []
     if not batches or not isinstance(batches[0], tuple | list):
-        return made, []
-    return (made[0], batches[0], *made[2:]), batches[1:]
+        return returned, []
+    return (returned[0], batches[0], *returned[2:]), batches[1:]
 
 
 def _check_types(module: nn.Module, source: str) -> None:
-    """Raise InputError for parameters and buffers without a shape, or of which float32 would be a part only."""
-    held = [*module.named_parameters(), *module.named_buffers()]
-    if lazy := [name for name, tensor in held if is_lazy(tensor)]:
+    """Raise InputError for parameters and buffers without a shape, and for float64 ones, which float32 would round."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if lazy_names := [name for name, tensor in tensors if is_lazy(tensor)]:
         raise InputError(
-            f"{source}: {', '.join(lazy)} have no shape before the module has seen a batch (LazyLinear and the like); call it in the"
+            f"{source}: {', '.join(lazy_names)} have no shape before the module has seen a batch (LazyLinear and the like); call it in the"
             " factory once, on the sample batch"
         )
-    if wide := [name for name, tensor in held if tensor.dtype is torch.float64]:
+    if float64_names := [name for name, tensor in tensors if tensor.dtype is torch.float64]:
         raise InputError(
-            f"{source}: {', '.join(wide)} are float64, and a step computes in float32; where that will do, return module.float()"
+            f"{source}: {', '.join(float64_names)} are float64, and a step computes in float32; where that will do, return module.float()"
         )
 
 
@@ -192,22 +192,22 @@ def narrowed(
     targets of a loss_fn.
     """
     module.to(dtype)
-    apart = [part for part in module.modules() if isinstance(part, _NormBase)]
-    for part in (*apart, *outside(module)):
-        part.float()
+    norms = [kept for kept in module.modules() if isinstance(kept, _NormBase)]
+    for kept in (*norms, *adopted_loss(module)):
+        kept.float()
     count = len(batch) if inputs is None else inputs
-    narrow = (t.to(dtype) if t.is_floating_point() and at < count else t for at, t in enumerate(batch))
-    return module, tuple(narrow)
+    tensors = (t.to(dtype) if t.is_floating_point() and index < count else t for index, t in enumerate(batch))
+    return module, tuple(tensors)
 
 
 def as_trained(batch: Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
     """A batch's tensors as a run reads them: contiguous, floating-point ones in float32.
 
-    Raises InputError, which calls the batch `name`, for tensors of which float32 would be a part only.
+    Raises InputError, which calls the batch `name`, for float64 tensors, which float32 would round.
     """
-    if wide := [str(index) for index, tensor in enumerate(batch) if tensor.dtype is torch.float64]:
+    if float64_items := [str(index) for index, tensor in enumerate(batch) if tensor.dtype is torch.float64]:
         raise InputError(
-            f"{name}: item {', '.join(wide)} is float64, and a step computes in float32; where that will do, give tensor.float()"
+            f"{name}: item {', '.join(float64_items)} is float64, and a step computes in float32; where that will do, give tensor.float()"
         )
     return tuple((tensor.float() if tensor.is_floating_point() else tensor).contiguous() for tensor in batch)
 

@@ -29,42 +29,42 @@ def config_from_metadata(
     family = family_of_gguf(architecture)
     assert family.gguf is not None
 
-    def need(key: str) -> Any:
+    def required(key: str) -> Any:
         if f"{architecture}.{key}" not in metadata:
             raise InputError(f"GGUF metadata lacks {architecture}.{key}; convert the model again")
         return metadata[f"{architecture}.{key}"]
 
-    def have(key: str, default: Any = None) -> Any:
+    def optional(key: str, default: Any = None) -> Any:
         return metadata.get(f"{architecture}.{key}", default)
 
-    heads, hidden, layers = need("attention.head_count"), need("embedding_length"), need("block_count")
-    head_dim = have("attention.key_length") or have("rope.dimension_count") or hidden // heads
+    heads, hidden, layers = required("attention.head_count"), required("embedding_length"), required("block_count")
+    head_dim = optional("attention.key_length") or optional("rope.dimension_count") or hidden // heads
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": need("feed_forward_length"),
+        "intermediate_size": required("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": have("attention.head_count_kv", heads),
+        "num_key_value_heads": optional("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": round(float(need("attention.layer_norm_rms_epsilon")), 12),
-        "rope_theta": float(have("rope.freq_base", family.theta)),
-        "max_position_embeddings": have("context_length", 0),
+        "rms_norm_eps": round(float(required("attention.layer_norm_rms_epsilon")), 12),
+        "rope_theta": float(optional("rope.freq_base", family.theta)),
+        "max_position_embeddings": optional("context_length", 0),
         "tie_word_embeddings": tied,
         "hidden_act": "silu",
     }
     for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         if f"tokenizer.ggml.{name}_token_id" in metadata:
             config[key] = metadata[f"tokenizer.ggml.{name}_token_id"]
-    if (made_of := _repository(metadata)) is not None:
-        config["adapter_base"] = made_of
-    config |= family.gguf.settings(have, layers, hidden // heads, head_dim)
-    scaling = have("rope.scaling.type")
+    if (repository := _repository(metadata)) is not None:
+        config["adapter_base"] = repository
+    config |= family.gguf.settings(optional, layers, hidden // heads, head_dim)
+    scaling = optional("rope.scaling.type")
     if rope_factors is not None:
         config["rope_scaling"] = llama3_scaling(rope_factors, config["rope_theta"], head_dim)
-    elif scaling == "linear" or (scaling is None and have("rope.scaling.factor") not in (None, 1.0)):
-        config["rope_scaling"] = {"rope_type": "linear", "factor": float(need("rope.scaling.factor"))}
+    elif scaling == "linear" or (scaling is None and optional("rope.scaling.factor") not in (None, 1.0)):
+        config["rope_scaling"] = {"rope_type": "linear", "factor": float(required("rope.scaling.factor"))}
     elif scaling not in (None, "none"):
         raise InputError(f"GGUF rope scaling {scaling!r} is not supported; supported: none, linear, llama3")
     return config
@@ -80,9 +80,9 @@ def _repository(metadata: dict[str, Any]) -> str | None:
     if isinstance(repository, str) and re.fullmatch(HUB_ID, repository):
         return repository
     for key in ("general.source.repo_url", "general.source.url"):
-        found = re.fullmatch(rf"https?://(?:www\.)?huggingface\.co/({HUB_ID})/?", str(metadata.get(key)))
-        if found:
-            return found[1]
+        match = re.fullmatch(rf"https?://(?:www\.)?huggingface\.co/({HUB_ID})/?", str(metadata.get(key)))
+        if match:
+            return match[1]
     return None
 
 

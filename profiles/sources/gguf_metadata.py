@@ -39,7 +39,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     Raises InputError if the file cannot be read, is truncated, or is not a GGUF file of a known version.
     """
-    return {key: one.value for key, one in read_typed(path).items()}
+    return {key: typed.value for key, typed in read_typed(path).items()}
 
 
 def read_typed(path: Path) -> dict[str, MetadataValue]:

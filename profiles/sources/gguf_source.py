@@ -29,7 +29,7 @@ from tightfit.profiles.sources.gguf_config import config_from_metadata
 from tightfit.profiles.sources.gguf_metadata import read_metadata
 from tightfit.profiles.weights.describe import EMBEDDINGS, decoder_tensors, packed_entry
 from tightfit.profiles.weights.pack import q4_blocks
-from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, SourceMatrix, Precision, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import BLOCKS, VERSION, Entry
@@ -43,7 +43,7 @@ UNPACKED = "bfloat16"
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-class Reader(gguf.GGUFReader):
+class GgufReader(gguf.GGUFReader):
     """gguf's reader on a plain array: slicing a memmap for each of 100,000 strings takes three times as long."""
 
     @property
@@ -63,7 +63,7 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
     """
     metadata = read_metadata(path)
     try:
-        reader = Reader(path)
+        reader = GgufReader(path)
     except Exception as error:  # a damaged file makes the reader raise all kinds of errors
         raise InputError(
             f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again"
@@ -72,21 +72,21 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
         raise InputError(
             f"{path}: one of {metadata['split.count']} parts; join them with llama.cpp's gguf-split --merge"
         )
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    tensors_in_file = {tensor.name: tensor for tensor in reader.tensors}
     try:
-        if "token_embd.weight" not in found:
+        if "token_embd.weight" not in tensors_in_file:
             raise InputError("no tensor 'token_embd.weight'; only language models can be used")
-        factors = found.pop("rope_freqs.weight", None)
+        factors = tensors_in_file.pop("rope_freqs.weight", None)
         config = config_from_metadata(
             metadata,
-            vocabulary=int(found["token_embd.weight"].shape[1]),
-            tied="output.weight" not in found,
+            vocabulary=int(tensors_in_file["token_embd.weight"].shape[1]),
+            tied="output.weight" not in tensors_in_file,
             rope_factors=None if factors is None else torch.tensor(factors.data, dtype=torch.float32),
         )
-        parts = _match(config, found, precision)
+        pairs = _match(config, tensors_in_file, precision)
         matrices = [
-            Matrix(entry, tensor.tensor_type.name, entry.name in EMBEDDINGS)
-            for entry, tensor in parts
+            SourceMatrix(entry, tensor.tensor_type.name, entry.name in EMBEDDINGS)
+            for entry, tensor in pairs
             if len(entry.shape) > 1
         ]
     except InputError as error:
@@ -94,15 +94,15 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
     check_choice(path, precision, matrices)
     stat = path.stat()
     with path.open("rb") as file:
-        head = hashlib.sha256(file.read(int(reader.data_offset)))
-    formats = [entry.format for entry, _ in parts]
-    text = json.dumps([VERSION, "gguf", head.hexdigest(), stat.st_size, stat.st_mtime_ns, formats])
+        header_digest = hashlib.sha256(file.read(int(reader.data_offset)))
+    formats = [entry.format for entry, _ in pairs]
+    text = json.dumps([VERSION, "gguf", header_digest.hexdigest(), stat.st_size, stat.st_mtime_ns, formats])
 
     def tensors() -> Iterable[SourceTensor]:
-        for entry, tensor in parts:
+        for entry, tensor in pairs:
             rows = _row_reader(path, config, entry, tensor)
-            held = StoredTensor(key=tensor.name, dtype=tensor.tensor_type.name)
-            yield SourceTensor(entry=entry, rows=rows, place=f"{path}: tensor {tensor.name!r}", held=held)
+            stored = StoredTensor(key=tensor.name, dtype=tensor.tensor_type.name)
+            yield SourceTensor(entry=entry, rows=rows, origin=f"{path}: tensor {tensor.name!r}", stored=stored)
 
     return Source(
         name=path.stem,
@@ -111,9 +111,9 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
         config=config,
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         has_weights=True,
-        entries={entry.name: entry for entry, _ in parts},
+        entries={entry.name: entry for entry, _ in pairs},
         tensors=tensors,
-        note=said(matrices),
+        note=rounding_note(matrices),
         base=precision.base,
         embeddings=precision.embeddings,
     )
@@ -127,45 +127,45 @@ def unpermuted_rows(rows: int, heads: int) -> Tensor:
     return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
 
 
-def _match(config: dict[str, Any], found: dict[str, Any], precision: Precision) -> list[tuple[Entry, Any]]:
+def _match(config: dict[str, Any], tensors_in_file: dict[str, Any], precision: Precision) -> list[tuple[Entry, Any]]:
     """(entry, tensor in the file) for every tensor of the decoder. Raises InputError for missing or unexpected ones."""
-    named = {_hugging_face_name(config, name): tensor for name, tensor in found.items()}
-    shape = decoder_shape(_with_biases(config, named))
-    kept = any(tensor.tensor_type.name not in PUBLISHED for tensor in named.values())
-    parts = []
-    for name, size in decoder_tensors(shape):
-        tensor = named.pop(name, None)
+    by_name = {_hugging_face_name(config, name): tensor for name, tensor in tensors_in_file.items()}
+    decoder = decoder_shape(_with_biases(config, by_name))
+    quantised = any(tensor.tensor_type.name not in PUBLISHED for tensor in by_name.values())
+    pairs = []
+    for name, size in decoder_tensors(decoder):
+        tensor = by_name.pop(name, None)
         if tensor is None:
             raise InputError(f"no tensor for {name!r}; the file is incomplete, convert the model again")
-        held = tuple(int(n) for n in reversed(tensor.shape))
-        if held != size:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        if shape != size:
             raise InputError(
-                f"tensor {tensor.name!r} has shape {list(held)} where {list(size)} is due; the file's metadata does not fit its weights"
+                f"tensor {tensor.name!r} has shape {list(shape)} where {list(size)} is due; the file's metadata does not fit its weights"
             )
         kind = tensor.tensor_type.name
         if len(size) == 1:
             entry = packed_entry(name, size, "float32")
         elif kind in KEPT:
-            form, group = KEPT[kind]
-            entry = Entry(name=name, shape=size, format=form, group=group)
+            packed_format, group = KEPT[kind]
+            entry = Entry(name=name, shape=size, format=packed_format, group=group)
         elif kind in PUBLISHED:
-            form = precision.format(PUBLISHED[kind], embedding=name in EMBEDDINGS, kept=kept)
-            entry = packed_entry(name, size, form)
+            packed_format = precision.format(PUBLISHED[kind], embedding=name in EMBEDDINGS, beside_quantised=quantised)
+            entry = packed_entry(name, size, packed_format)
         else:
             entry = Entry(name=name, shape=size, format=UNPACKED)
-        parts.append((entry, tensor))
-    if named:
+        pairs.append((entry, tensor))
+    if by_name:
         raise InputError(
-            f"tensor {next(iter(named.values())).name!r} belongs to no {config['model_type']} decoder; this variant is not supported"
+            f"tensor {next(iter(by_name.values())).name!r} belongs to no {config['model_type']} decoder; this variant is not supported"
         )
-    return parts
+    return pairs
 
 
-def _with_biases(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+def _with_biases(config: dict[str, Any], by_name: dict[str, Any]) -> dict[str, Any]:
     """The config, completed by whether the model has biases: GGUF metadata do not say so, but the tensors show it."""
-    named_bias = "model.layers.0.self_attn.q_proj.bias" in named
-    config["attention_bias"] = named_bias and not family_of(config).always_biased
-    config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in named
+    query_bias = "model.layers.0.self_attn.q_proj.bias" in by_name
+    config["attention_bias"] = query_bias and not family_of(config).always_biased
+    config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in by_name
     return config
 
 
@@ -191,13 +191,13 @@ def _row_reader(path: Path, config: dict[str, Any], entry: Entry, tensor: Any) -
         size = entry.shape[0]
         order = unpermuted_rows(size, size // config["head_dim"]).numpy()
     shift = facts.norm_offset if entry.name.endswith("norm.weight") else 0.0
-    shared = np.asarray(tensor.data)
+    data = np.asarray(tensor.data)
 
     def rows(start: int, stop: int) -> Tensor:
         if len(entry.shape) == 1:
-            vector = torch.from_numpy(np.array(dequantize(shared, kind), dtype=np.float32))
+            vector = torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32))
             return (vector if order is None else vector[torch.from_numpy(order)]) - shift
-        block = np.array(shared[start:stop] if order is None else shared[order[start:stop]])
+        block = np.array(data[start:stop] if order is None else data[order[start:stop]])
         try:
             return _repack(entry, block, kind)
         except NotImplementedError as error:

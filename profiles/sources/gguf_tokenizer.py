@@ -42,9 +42,9 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
     tokenizer = _byte_level(path, metadata, tokens) if kind == "gpt2" else _sentence_piece(metadata, tokens)
     types = metadata.get("tokenizer.ggml.token_type") or []
     added = [
-        AddedToken(token, special=what == CONTROL, normalized=False)
-        for token, what in zip(tokens, types)
-        if what in (CONTROL, USER_DEFINED)
+        AddedToken(token, special=token_type == CONTROL, normalized=False)
+        for token, token_type in zip(tokens, types)
+        if token_type in (CONTROL, USER_DEFINED)
     ]
     tokenizer.add_special_tokens([token for token in added if token.special])
     tokenizer.add_tokens([token for token in added if not token.special])
@@ -53,7 +53,7 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         return tokens[index] if index is not None and 0 <= index < len(tokens) else None
 
-    begins = bool(
+    add_bos = bool(
         metadata.get(
             "tokenizer.ggml.add_bos_token",
             kind == "llama" or metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3"),
@@ -67,7 +67,7 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
         bos_token=token("bos"),
         eos_token=token("eos"),
         pad_token=token("padding"),
-        add_bos=begins and token("bos") is not None,
+        add_bos=add_bos and token("bos") is not None,
         special_tokens={"unk_token": unknown} if unknown else {},
     )
 
@@ -122,12 +122,12 @@ def _sentence_piece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
 def implied_merges(ids: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """The merges of a SentencePiece BPE: every split of a token into two tokens, best score first, then lowest ids."""
     tokens = {index: token for token, index in ids.items()}
-    found: list[Any] = []
+    merges: list[Any] = []
     for token, index in ids.items():
         rank = -scores[index]
         pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        found += [(rank, ids[left], ids[right]) for left, right in pairs if left in ids and right in ids]
-    found.sort()
-    for place, (_, left, right) in enumerate(found):  # replaced in place: there may be half a million
-        found[place] = tokens[left], tokens[right]
-    return found
+        merges += [(rank, ids[left], ids[right]) for left, right in pairs if left in ids and right in ids]
+    merges.sort()
+    for index, (_, left, right) in enumerate(merges):  # replaced in place: there may be half a million
+        merges[index] = tokens[left], tokens[right]
+    return merges

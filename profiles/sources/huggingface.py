@@ -23,7 +23,7 @@ from torch import Tensor
 from tightfit.profiles.models.family import family_of
 from tightfit.profiles.sources.quantised import QuantisedMatrix, find, method_of
 from tightfit.profiles.weights.describe import EMBEDDINGS, describe
-from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, SourceMatrix, Precision, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import open_regular
@@ -53,57 +53,59 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
     config = read_config(path / "config.json")
     method = method_of(path, config)
     files = checkpoint_files(path)
-    held: dict[str, tuple[Path, str]] = {}
+    locations: dict[str, tuple[Path, str]] = {}
     digest = hashlib.sha256()
-    kinds: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     for file in files:
-        for key, kind in checkpoint_keys(file, digest).items():
-            held[text_name(key)] = (file, key)
-            kinds[text_name(key)] = kind
+        for key, dtype in checkpoint_keys(file, digest).items():
+            locations[text_name(key)] = (file, key)
+            dtypes[text_name(key)] = dtype
     # A model saved without its head is complete only if its family ties the head to the embedding by default.
-    bare = any(BASE.match(key) for _, key in held.values()) and not family_of(config).tied
-    if "lm_head.weight" not in held and "tie_word_embeddings" not in config and not bare:
+    headless = any(BASE.match(key) for _, key in locations.values()) and not family_of(config).tied
+    if "lm_head.weight" not in locations and "tie_word_embeddings" not in config and not headless:
         config["tie_word_embeddings"] = True
-    opened = OpenedFiles(held)
+    opened = OpenedFiles(locations)
     quantised: dict[str, QuantisedMatrix] = {}
     stated = config.pop(QUANTIZATION, None)  # the store holds the codes in its own form
     described = [entry for entry in describe(config).values() if len(entry.shape) > 1]
     if method is not None:
-        quantised = find_quantised(path, stated, held, opened, {entry.name: entry.shape for entry in described})
+        quantised = find_quantised(path, stated, locations, opened, {entry.name: entry.shape for entry in described})
     formats = {
         entry.name: precision.format(
-            PUBLISHED.get(kinds[entry.name], ""), embedding=entry.name in EMBEDDINGS, kept=bool(quantised)
+            PUBLISHED.get(dtypes[entry.name], ""), embedding=entry.name in EMBEDDINGS, beside_quantised=bool(quantised)
         )
         for entry in described
-        if entry.name in kinds
+        if entry.name in dtypes
     }
     entries = describe(config, precision=precision, formats=formats)
     entries |= {matrix.entry.name: matrix.entry for matrix in quantised.values()}
     for entry in entries.values():
-        if entry.name not in held and entry.name not in quantised:
-            way = "download the model again"
+        if entry.name not in locations and entry.name not in quantised:
+            advice = "download the model again"
             if entry.name == "lm_head.weight":
-                way = f"it was saved without its head: save it from AutoModelForCausalLM, or {way}"
-            raise InputError(f"{path}: no tensor {entry.name!r} in its safetensors files; {way}")
+                advice = f"it was saved without its head: save it from AutoModelForCausalLM, or {advice}"
+            raise InputError(f"{path}: no tensor {entry.name!r} in its safetensors files; {advice}")
     parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()))
-    _check_known(path, config, held.keys() - parts, entries)
-    kinds |= {matrix.entry.name: matrix.held for matrix in quantised.values()}
+    _check_known(path, config, locations.keys() - parts, entries)
+    dtypes |= {matrix.entry.name: matrix.method for matrix in quantised.values()}
     matrices = [
-        Matrix(entry, kinds[entry.name], entry.name in EMBEDDINGS) for entry in entries.values() if len(entry.shape) > 1
+        SourceMatrix(entry, dtypes[entry.name], entry.name in EMBEDDINGS)
+        for entry in entries.values()
+        if len(entry.shape) > 1
     ]
     check_choice(path, precision, matrices)
-    stored = [without_names(config), [[entry.name, entry.format, entry.group] for entry in entries.values()]]
-    digest.update(json.dumps([VERSION, "huggingface", *stored], sort_keys=True).encode())
+    settings = [without_names(config), [[entry.name, entry.format, entry.group] for entry in entries.values()]]
+    digest.update(json.dumps([VERSION, "huggingface", *settings], sort_keys=True).encode())
 
     def tensors() -> Iterable[SourceTensor]:
         for entry in entries.values():
             if entry.name in quantised:
-                yield quantised_tensor(entry.name, quantised[entry.name], held, entry)
+                yield quantised_tensor(entry.name, quantised[entry.name], locations, entry)
                 continue
-            file, key = held[entry.name]
+            file, key = locations[entry.name]
             rows = _row_reader(file, opened.slice(entry.name), key, entry)
-            plain = StoredTensor(key=key, dtype=kinds[entry.name])
-            yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}", held=plain)
+            stored = StoredTensor(key=key, dtype=dtypes[entry.name])
+            yield SourceTensor(entry=entry, rows=rows, origin=f"{file}: tensor {key!r}", stored=stored)
 
     return Source(
         name=name or path.name,
@@ -114,7 +116,7 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
         has_weights=True,
         entries=entries,
         tensors=tensors,
-        note=said(matrices),
+        note=rounding_note(matrices),
         base=precision.base,
         embeddings=precision.embeddings,
     )
@@ -123,14 +125,14 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
 class OpenedFiles:
     """The safetensors files of a checkpoint, each opened when one of its tensors is first asked for."""
 
-    def __init__(self, held: Mapping[str, tuple[Path, str]]) -> None:
-        """`held` says of each tensor by its name in the model: (file, name in it)."""
-        self._held = held
+    def __init__(self, locations: Mapping[str, tuple[Path, str]]) -> None:
+        """`locations`: by its name in the model, each tensor's (file, name in it)."""
+        self._locations = locations
         self._files: dict[Path, Any] = {}
 
     def slice(self, name: str) -> Any:
         """The tensor `name`, of which rows are read when they are asked for."""
-        file, key = self._held[name]
+        file, key = self._locations[name]
         if file not in self._files:
             self._files[file] = safe_open(file, framework="pt")
         return self._files[file].get_slice(key)
@@ -139,34 +141,34 @@ class OpenedFiles:
 def find_quantised(
     path: Path,
     stated: Mapping[str, Any],
-    held: Mapping[str, Any],
+    locations: Mapping[str, Any],
     opened: OpenedFiles,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, QuantisedMatrix]:
-    """Those of the matrices `shapes` that the checkpoint in `path` holds quantised, by their names in `held`.
+    """Those of the matrices `shapes` that the checkpoint in `path` holds quantised, by their names in `locations`.
 
     `stated` is the config's quantization_config. Raises InputError for parts that do not fit together.
     """
     try:
-        found = {name: find(stated, held, opened.slice, name, shape) for name, shape in shapes.items()}
+        matrices = {name: find(stated, locations, opened.slice, name, shape) for name, shape in shapes.items()}
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return {name: matrix for name, matrix in found.items() if matrix is not None}
+    return {name: matrix for name, matrix in matrices.items() if matrix is not None}
 
 
 def quantised_tensor(
-    name: str, matrix: QuantisedMatrix, held: Mapping[str, tuple[Path, str]], entry: Entry
+    name: str, matrix: QuantisedMatrix, locations: Mapping[str, tuple[Path, str]], entry: Entry
 ) -> SourceTensor:
-    """The matrix `name` of `held`, to be packed as `entry`."""
+    """The matrix `name` of a checkpoint, to be packed as `entry`."""
     first = min(matrix.parts)
-    file, key = held[first]
-    whole = StoredTensor(
+    file, key = locations[first]
+    stored = StoredTensor(
         key=f"{key.removesuffix(first.removeprefix(name.removesuffix('weight')))}weight",
-        dtype=matrix.held,
-        parts=frozenset(held[part][1] for part in matrix.parts),
+        dtype=matrix.method,
+        parts=frozenset(locations[part][1] for part in matrix.parts),
     )
-    place = f"{file}: tensor {name!r} ({matrix.held})"
-    return SourceTensor(entry=entry, rows=matrix.rows, place=place, held=whole)
+    description = f"{file}: tensor {name!r} ({matrix.method})"
+    return SourceTensor(entry=entry, rows=matrix.rows, origin=description, stored=stored)
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -208,12 +210,12 @@ def checkpoint_keys(file: Path, digest: Any) -> dict[str, str]:
     Adds its header, size and modification time to the fingerprint `digest`.
     """
     try:
-        with open_regular(file) as raw:
-            stat, header = os.fstat(raw.fileno()), header_in(raw.fileno())
+        with open_regular(file) as opened:
+            stat, header = os.fstat(opened.fileno()), header_in(opened.fileno())
         digest.update(header + struct.pack("<qq", stat.st_size, stat.st_mtime_ns))
         with safe_open(file, framework="pt"):  # checks what the header says against the file
-            described: dict[str, Any] = from_json(header)
-        return {key: found["dtype"] for key, found in described.items() if key != "__metadata__"}
+            header_entries: dict[str, Any] = from_json(header)
+        return {key: entry["dtype"] for key, entry in header_entries.items() if key != "__metadata__"}
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"{file}: not a readable safetensors file ({error}); it is truncated or damaged, download it again"
@@ -228,11 +230,11 @@ def text_name(key: str) -> str:
     return BASE.sub("model.", key, count=1) if BASE.match(key) else key
 
 
-def _check_known(path: Path, config: dict[str, Any], held: Iterable[str], entries: Mapping[str, Entry]) -> None:
+def _check_known(path: Path, config: dict[str, Any], names: Iterable[str], entries: Mapping[str, Entry]) -> None:
     """Raise InputError for tensors in layers that the decoder does not use: leaving out a bias or scale changes every
     result.
     """
-    for name in held:
+    for name in names:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer is None or name in entries or name.endswith(".rotary_emb.inv_freq"):
             continue

@@ -42,28 +42,28 @@ def resolve(
     """
     from tightfit.profiles.weights.precision import precision
 
-    chosen = precision(base, embeddings)
+    bits = precision(base, embeddings)
     kind, path = _named(source)
     if kind == "directory":
-        return _directory(path, chosen, None)
+        return _directory(path, bits, None)
     if kind == "hub":
-        return _directory(hub_directory(source), chosen, os.fspath(source))
+        return _directory(hub_directory(source), bits, os.fspath(source))
     if kind == "gguf":
         from tightfit.profiles.sources.gguf_source import gguf_source
 
-        return gguf_source(path, precision=chosen)
+        return gguf_source(path, precision=bits)
     if kind == "config":
         config = read_config(path)
         if not handwritten(config):
             from tightfit.profiles.sources.transformers_source import any_random_source
 
-            return any_random_source(config, path, precision=chosen, seed=seed)
+            return any_random_source(config, path, precision=bits, seed=seed)
         from tightfit.profiles.sources.random_weights import random_source
 
-        return random_source(config, path, precision=chosen, seed=seed)
+        return random_source(config, path, precision=bits, seed=seed)
     from tightfit.profiles.sources.factory import factory_source
 
-    _refuse_choice(os.fspath(source), chosen)
+    _refuse_choice(os.fspath(source), bits)
     return factory_source(os.fspath(source))
 
 
@@ -78,9 +78,9 @@ def _directory(path: Path, precision: Precision, name: str | None) -> Source:
     return any_directory_source(path, precision=precision, name=name)
 
 
-def _refuse_choice(source: str, chosen: Precision) -> None:
+def _refuse_choice(source: str, bits: Precision) -> None:
     """Raise InputError if a precision is named for a module of the user's own."""
-    for option, value in vars(chosen).items():
+    for option, value in vars(bits).items():
         if value is not None:
             raise InputError(
                 f"{spelled(option)} {value}: {source} is a module, whose parameters stay float32; leave it out"
@@ -122,18 +122,18 @@ def longest_sequence(source: str | os.PathLike[str]) -> int | None:
         from tightfit.profiles.sources.gguf_metadata import read_metadata
 
         metadata = read_metadata(path)
-        found = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+        positions = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     else:
         folder = hub_directory(source) if kind == "hub" else path
         config = read_config(folder if kind == "config" else folder / "config.json")
-        found = positions_of(config)
-    return found if isinstance(found, int) and found > 0 else None
+        positions = positions_of(config)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
     """The number of positions that a decoder was made for, as its config says; None if it does not."""
-    found = next((config[name] for name in POSITIONS if config.get(name)), None)
-    return found if isinstance(found, int) and found > 0 else None
+    positions = next((config[name] for name in POSITIONS if config.get(name)), None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def end_tokens(source: str | os.PathLike[str]) -> list[int]:
@@ -149,19 +149,19 @@ def end_tokens(source: str | os.PathLike[str]) -> list[int]:
         from tightfit.profiles.sources.gguf_metadata import read_metadata
 
         metadata = read_metadata(path)
-        told = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-        return [token for token in dict.fromkeys(told) if isinstance(token, int)]
+        ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+        return [token for token in dict.fromkeys(ids) if isinstance(token, int)]
     folder = hub_directory(source) if kind == "hub" else path
     for file in (path,) if kind == "config" else (folder / "generation_config.json", folder / "config.json"):
         if file.exists():
             try:
-                read = read_json(file)
+                config = read_json(file)
             except OSError as error:
                 raise InputError(f"{file}: {error.strerror}; download the file again") from error
             except JsonError as error:
                 raise InputError(f"{file}: not JSON ({error}); download the file again") from error
-            found: Any = read.get("eos_token_id") if isinstance(read, dict) else None
-            tokens = found if isinstance(found, list) else [found]
+            stated: Any = config.get("eos_token_id") if isinstance(config, dict) else None
+            tokens = stated if isinstance(stated, list) else [stated]
             ends = [token for token in tokens if isinstance(token, int)]
             if ends:
                 return ends
@@ -194,7 +194,7 @@ def _named(source: str | os.PathLike[str]) -> tuple[Kind, Path]:
     Raises InputError if it names nothing usable, or is no name but a module or a function.
     """
     if not isinstance(source, str | os.PathLike):
-        raise InputError(f"{_no_name(source)}; a model is {FORMS}")
+        raise InputError(f"{_not_a_name(source)}; a model is {FORMS}")
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -212,20 +212,20 @@ def _named(source: str | os.PathLike[str]) -> tuple[Kind, Path]:
     raise InputError(f"{source}: no such file or directory; a model is {FORMS}")
 
 
-def _no_name(given: Any) -> str:
+def _not_a_name(value: Any) -> str:
     """What was given in the place of a model's name, and what to give instead."""
-    kind, place = type(given), getattr(given, "__module__", "")
-    if isinstance(given, type) or any(one.__name__ == "Module" for one in kind.__mro__):
-        what = given.__qualname__ if isinstance(given, type) else f"a {kind.__qualname__}"
+    kind, module_name = type(value), getattr(value, "__module__", "")
+    if isinstance(value, type) or any(base.__name__ == "Module" for base in kind.__mro__):
+        description = value.__qualname__ if isinstance(value, type) else f"a {kind.__qualname__}"
         return (
-            f"{what} itself was given, and other processes have to make it: write a function without arguments that returns the module"
+            f"{description} itself was given, and other processes have to make it: write a function without arguments that returns the module"
             " and a sample batch, and give its name, such as 'my_file:factory'"
         )
-    if callable(given):
-        name = f"{place}:{getattr(given, '__qualname__', '')}"
-        name = name if _FACTORY.fullmatch(name) and place != "__main__" else "my_file:factory"
-        return f"{given!r} itself was given, and other processes have to import it: give its name, such as {name!r}"
-    return f"{given!r} is of type {kind.__name__}; give a name or a path"
+    if callable(value):
+        name = f"{module_name}:{getattr(value, '__qualname__', '')}"
+        name = name if _FACTORY.fullmatch(name) and module_name != "__main__" else "my_file:factory"
+        return f"{value!r} itself was given, and other processes have to import it: give its name, such as {name!r}"
+    return f"{value!r} is of type {kind.__name__}; give a name or a path"
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

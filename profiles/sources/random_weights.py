@@ -79,10 +79,10 @@ class _RandomRows:
         if len(entry.shape) == 1 or entry.columns % group:
             generator = torch.Generator().manual_seed(self.start + start)
             return torch.randn(rows, entry.columns, generator=generator) * self.pools.deviation + self.mean
-        per_row = entry.columns // group
-        place, count = (self.start + start * per_row) % POOL_GROUPS, rows * per_row
-        pool = self.pools.groups(entry.format, group, place + count)
-        return pool[place : place + count].view(rows, entry.row_bytes)
+        groups_per_row = entry.columns // group
+        first, count = (self.start + start * groups_per_row) % POOL_GROUPS, rows * groups_per_row
+        pool = self.pools.groups(entry.format, group, first + count)
+        return pool[first : first + count].view(rows, entry.row_bytes)
 
 
 class _Pools:

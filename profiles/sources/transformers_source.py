@@ -31,7 +31,7 @@ from tightfit.profiles.sources.huggingface import (
 )
 from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
 from tightfit.profiles.weights.describe import packed_entry
-from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, SourceMatrix, Precision, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
@@ -46,60 +46,60 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
     config = read_config(path / "config.json")
     method = method_of(path, config)
     stated = config.pop(QUANTIZATION, None)
-    found = facts(config)
+    decoder = facts(config)
     digest = hashlib.sha256()
-    held: dict[str, tuple[Path, str]] = {}
-    kinds: dict[str, str] = {}
+    locations: dict[str, tuple[Path, str]] = {}
+    dtypes: dict[str, str] = {}
     for file in checkpoint_files(path):
-        for key, kind in checkpoint_keys(file, digest).items():
-            for ours in (found.rename(text_name(key)), found.rename(key)):
-                held[ours], kinds[ours] = (file, key), kind
-    opened = OpenedFiles(held)
-    matrices = {tensor.key: tensor for tensor in found.tensors if tensor.role != "other"}
+        for key, dtype in checkpoint_keys(file, digest).items():
+            for own_name in (decoder.rename(text_name(key)), decoder.rename(key)):
+                locations[own_name], dtypes[own_name] = (file, key), dtype
+    opened = OpenedFiles(locations)
+    matrices = {tensor.key: tensor for tensor in decoder.tensors if tensor.role != "other"}
     quantised: dict[str, QuantisedMatrix] = {}
     if method is not None:
         shapes = {key: tensor.shape for key, tensor in matrices.items() if not tensor.transposed}
-        quantised = find_quantised(path, stated, held, opened, shapes)
-    places: dict[str, tuple[Path, str]] = {}
-    for tensor in found.tensors:
-        if tensor.key in held and tensor.key not in quantised and (tensor.value is None or tensor.persistent):
-            file, key = places[tensor.name] = held[tensor.key]
-            if kinds[tensor.key] not in PUBLISHED:
-                raise InputError(f"{file}: tensor {key!r} is {kinds[tensor.key]}; use the model's 16-bit weights")
+        quantised = find_quantised(path, stated, locations, opened, shapes)
+    direct: dict[str, tuple[Path, str]] = {}
+    for tensor in decoder.tensors:
+        if tensor.key in locations and tensor.key not in quantised and (tensor.value is None or tensor.persistent):
+            file, key = direct[tensor.name] = locations[tensor.key]
+            if dtypes[tensor.key] not in PUBLISHED:
+                raise InputError(f"{file}: tensor {key!r} is {dtypes[tensor.key]}; use the model's 16-bit weights")
         elif tensor.value is None and tensor.key not in quantised:
             raise InputError(f"{path}: no tensor {tensor.key!r} in its safetensors files; download the model again")
     parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()))
-    used = {key for _, key in places.values()} | {held[part][1] for part in parts}
-    _check_known(path, config, found, {key for _, key in held.values()} - used)
+    used = {key for _, key in direct.values()} | {locations[part][1] for part in parts}
+    _check_known(path, config, decoder, {key for _, key in locations.values()} - used)
     entries = {
         tensor.name: replace(quantised[tensor.key].entry, name=tensor.name)
         if tensor.key in quantised
-        else _entry(tensor, precision, PUBLISHED.get(kinds.get(tensor.key, ""), ""), kept=bool(quantised))
-        for tensor in found.tensors
+        else _entry(tensor, precision, PUBLISHED.get(dtypes.get(tensor.key, ""), ""), beside_quantised=bool(quantised))
+        for tensor in decoder.tensors
     }
-    packed = [
-        Matrix(
+    packed_matrices = [
+        SourceMatrix(
             entries[tensor.name],
-            quantised[key].held if key in quantised else kinds[key],
+            quantised[key].method if key in quantised else dtypes[key],
             tensor.role == "embedding",
         )
         for key, tensor in matrices.items()
-        if key in quantised or tensor.name in places
+        if key in quantised or tensor.name in direct
     ]
-    check_choice(path, precision, packed)
-    stored = [without_names(config), [[entry.name, entry.format, entry.group] for entry in entries.values()]]
-    digest.update(json.dumps([VERSION, "transformers", *stored], sort_keys=True).encode())
+    check_choice(path, precision, packed_matrices)
+    settings = [without_names(config), [[entry.name, entry.format, entry.group] for entry in entries.values()]]
+    digest.update(json.dumps([VERSION, "transformers", *settings], sort_keys=True).encode())
 
     def tensors() -> Iterable[SourceTensor]:
-        for tensor in found.tensors:
+        for tensor in decoder.tensors:
             entry = entries[tensor.name]
             if tensor.key in quantised:
-                yield quantised_tensor(tensor.key, quantised[tensor.key], held, entry)
-            elif tensor.name in places:
-                file, key = places[tensor.name]
+                yield quantised_tensor(tensor.key, quantised[tensor.key], locations, entry)
+            elif tensor.name in direct:
+                file, key = direct[tensor.name]
                 rows = _file_rows(file, opened.slice(tensor.key), key, tensor)
-                plain = StoredTensor(key=key, dtype=kinds[tensor.key], transposed=tensor.transposed)
-                yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}", held=plain)
+                stored = StoredTensor(key=key, dtype=dtypes[tensor.key], transposed=tensor.transposed)
+                yield SourceTensor(entry=entry, rows=rows, origin=f"{file}: tensor {key!r}", stored=stored)
             else:
                 yield SourceTensor(entry=entry, rows=_value_rows(tensor))
 
@@ -107,12 +107,12 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
         name=name or path.name,
         kind="huggingface",
         path=str(path),
-        config=config | dict(found.config),
+        config=config | dict(decoder.config),
         fingerprint=digest.hexdigest(),
         has_weights=True,
         entries=entries,
         tensors=tensors,
-        note=said(packed),
+        note=rounding_note(packed_matrices),
         base=precision.base,
         embeddings=precision.embeddings,
     )
@@ -122,14 +122,14 @@ def any_random_source(config: dict[str, Any], path: Path, *, precision: Precisio
     """A model of the config's sizes with random weights, drawn from `seed`; as
     `tightfit.profiles.sources.random_weights.random_source`.
     """
-    found = facts(config)
+    decoder = facts(config)
     deviation = initial_deviation(config)
-    entries = {tensor.name: _entry(tensor, precision, "") for tensor in found.tensors}
+    entries = {tensor.name: _entry(tensor, precision, "") for tensor in decoder.tensors}
     formats = {name: entry.format for name, entry in entries.items()}
     text = json.dumps([VERSION, "transformers random", without_names(config), formats, seed], sort_keys=True)
 
     def tensors() -> Iterable[SourceTensor]:
-        for tensor in found.tensors:
+        for tensor in decoder.tensors:
             rows = _value_rows(tensor) if tensor.value is not None else _drawn_rows(tensor, deviation, seed)
             yield SourceTensor(entry=entries[tensor.name], rows=rows)
 
@@ -137,7 +137,7 @@ def any_random_source(config: dict[str, Any], path: Path, *, precision: Precisio
         name=path.parent.name if path.name == "config.json" and path.parent.name else path.stem,
         kind="random",
         path=str(path),
-        config=config | dict(found.config),
+        config=config | dict(decoder.config),
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         has_weights=False,
         entries=entries,
@@ -148,17 +148,17 @@ def any_random_source(config: dict[str, Any], path: Path, *, precision: Precisio
     )
 
 
-def _entry(tensor: FrozenTensor, precision: Precision, held: str, *, kept: bool = False) -> Entry:
-    """The store entry of a tensor that a file holds in the dtype `held`; `kept`: beside quantised ones."""
+def _entry(tensor: FrozenTensor, precision: Precision, dtype: str, *, beside_quantised: bool = False) -> Entry:
+    """The store entry of a tensor that a file holds in `dtype`; `beside_quantised`: whether others there are quantised."""
     if tensor.role != "other":
-        form = precision.format(held, embedding=tensor.role == "embedding", kept=kept)
-        return packed_entry(tensor.name, tensor.shape, form)
+        packed_format = precision.format(dtype, embedding=tensor.role == "embedding", beside_quantised=beside_quantised)
+        return packed_entry(tensor.name, tensor.shape, packed_format)
     value = tensor.value
-    plain = value is None or value.is_floating_point()
+    floating = value is None or value.is_floating_point()
     return packed_entry(
         tensor.name,
         tensor.shape,
-        "float32" if plain else str(value.dtype).removeprefix("torch."),  # type: ignore[union-attr]
+        "float32" if floating else str(value.dtype).removeprefix("torch."),  # type: ignore[union-attr]
     )
 
 
@@ -174,10 +174,10 @@ def _drawn_rows(tensor: FrozenTensor, deviation: float, seed: int) -> Rows:
     columns = 1
     for size in tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape:
         columns *= size
-    begin = int.from_bytes(hashlib.sha256(f"{seed}/{tensor.name}".encode()).digest()[:8], "little") >> 1
+    first_seed = int.from_bytes(hashlib.sha256(f"{seed}/{tensor.name}".encode()).digest()[:8], "little") >> 1
 
     def rows(start: int, stop: int) -> Tensor:
-        generator = torch.Generator().manual_seed(begin + start)
+        generator = torch.Generator().manual_seed(first_seed + start)
         return torch.randn(stop - start, columns, generator=generator) * deviation + tensor.mean
 
     return rows
@@ -186,36 +186,36 @@ def _drawn_rows(tensor: FrozenTensor, deviation: float, seed: int) -> Rows:
 def _file_rows(file: Path, data: Any, key: str, tensor: FrozenTensor) -> Rows:
     """Rows of a tensor in a safetensors file; those of a transposed one are its columns there."""
     shape = tuple(data.get_shape())
-    due = tensor.shape[::-1] if tensor.transposed else tensor.shape
-    if shape != due:
+    expected = tensor.shape[::-1] if tensor.transposed else tensor.shape
+    if shape != expected:
         raise InputError(
-            f"{file}: tensor {key!r} has shape {list(shape)} where {list(due)} is due; config.json does not fit the weights"
+            f"{file}: tensor {key!r} has shape {list(shape)} where {list(expected)} is due; config.json does not fit the weights"
         )
 
     def rows(start: int, stop: int) -> Tensor:
         if len(shape) < 2:
-            part: Tensor = data[:] if shape else data[...]
+            rows_read: Tensor = data[:] if shape else data[...]
         else:
-            part = data[:, start:stop].t() if tensor.transposed else data[start:stop]
-        return part.to(torch.float32).contiguous()
+            rows_read = data[:, start:stop].t() if tensor.transposed else data[start:stop]
+        return rows_read.to(torch.float32).contiguous()
 
     return rows
 
 
-def _check_known(path: Path, config: Mapping[str, Any], found: DecoderFacts, left: Iterable[str]) -> None:
+def _check_known(path: Path, config: Mapping[str, Any], decoder: DecoderFacts, unused: Iterable[str]) -> None:
     """Raise InputError for tensors of a checkpoint in layers of the model that it does not use: leaving out a bias or a
     scale changes every result.
     """
-    stems = {match[1] for tensor in found.tensors if (match := re.match(r"(.*?\.)\d+\.", tensor.key))}
-    layers = int(found.config["num_hidden_layers"])
-    for key in left:
-        written = found.rename(text_name(key))
-        if key == written and not written.startswith(f"{found.prefix}."):
-            written = f"{found.prefix}.{written}"  # of the body alone
-        match = re.match(r"(.*?\.)(\d+)\.", written)
+    stems = {match[1] for tensor in decoder.tensors if (match := re.match(r"(.*?\.)\d+\.", tensor.key))}
+    layers = int(decoder.config["num_hidden_layers"])
+    for key in unused:
+        own_name = decoder.rename(text_name(key))
+        if key == own_name and not own_name.startswith(f"{decoder.prefix}."):
+            own_name = f"{decoder.prefix}.{own_name}"  # of the body alone
+        match = re.match(r"(.*?\.)(\d+)\.", own_name)
         if match is None or match[1] not in stems or int(match[2]) >= layers or key.endswith("inv_freq"):
             continue
-        if not any(re.search(pattern, name) for pattern in found.unexpected for name in (key, written)):
+        if not any(re.search(pattern, name) for pattern in decoder.unexpected for name in (key, own_name)):
             raise InputError(
                 f"{path}: tensor {key!r} belongs to no {config['model_type']} decoder of this config.json; this variant"
                 " is not supported"

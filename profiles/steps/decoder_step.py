@@ -12,8 +12,8 @@ from tightfit.profiles.models.decoder import PAIRS_APART, Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
 from tightfit.profiles.models.lora import LoraConfig, given, layer_numbers
 from tightfit.profiles.options import BATCH, SEQ, ProfileOptions, Progress
-from tightfit.profiles.schema import KNOWN, POSITIONS, PREFERENCE, Preference, ShorterStep
-from tightfit.profiles.steps.step import DTYPES, Step
+from tightfit.profiles.schema import ANSWER_INPUTS, POSITIONS, PREFERENCE, Preference, ShorterStep
+from tightfit.profiles.steps.step import DTYPES, ProfiledStep
 from tightfit.profiles.tracing.shorter_steps import bucket_lengths, shorter_step
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
@@ -31,11 +31,11 @@ BETA = 0.1
 """of DPO and ORPO unless another is asked for, as with TRL"""
 
 
-class DecoderStep(Step):
+class DecoderStep(ProfiledStep):
     """The gradients are those of the adapter that the options describe, or that lies in the folder `adapter`."""
 
     kind = "decoder"
-    called = "{name} is a language model"
+    phrase = "{name} is a language model"
 
     def __init__(self, source: Source, options: ProfileOptions) -> None:
         super().__init__(source, options)
@@ -68,7 +68,7 @@ class DecoderStep(Step):
             self.source, self.batch, seq, self.lora, self.dtype, report, self.preference, longest=longest
         )
 
-    def of_model(self) -> dict[str, Any]:
+    def model_fields(self) -> dict[str, Any]:
         assert self._decoder
         preference = {PREFERENCE: self.preference.model_dump()} if self.preference else {}
         return {
@@ -80,7 +80,7 @@ class DecoderStep(Step):
 
 
 def adapter_of(options: ProfileOptions) -> LoraConfig:
-    """The settings of the adapter that is trained. Raises InputError where they are none."""
+    """The settings of the adapter that is trained. Raises InputError for options that do not fit together."""
     layers = options.lora_layers
     return given(
         options.adapter,
@@ -109,11 +109,11 @@ def check_length(source: Source, seq: int) -> None:
 
 
 def _preference(options: ProfileOptions) -> Preference | None:
-    """The loss of a step that learns from pairs of answers; None: another loss. Raises InputError for a `beta` of no loss."""
+    """The loss of a step that learns from pairs of answers; None: another loss. Raises InputError for `beta` without `loss`."""
     if options.loss is None:
         if options.beta is not None:
             raise InputError(
-                f"{spelled('beta')} {options.beta:g} is of a loss of pairs; name one too: {' or '.join(spelled('loss', one) for one in KNOWN)}"
+                f"{spelled('beta')} {options.beta:g} is of a loss of pairs; name one too: {' or '.join(spelled('loss', name) for name in ANSWER_INPUTS)}"
             )
         return None
     return Preference(loss=options.loss, beta=BETA if options.beta is None else options.beta)
@@ -148,7 +148,7 @@ def _sample(
 ) -> dict[str, torch.Tensor]:
     """The batch that a decoder is traced on; without positions where samples cannot share rows."""
     if preference:
-        name, kind = KNOWN[preference.loss]
+        name, kind = ANSWER_INPUTS[preference.loss]
         return _sample(2 * batch, seq, PAIRS_APART) | {name: torch.zeros(2 * batch, dtype=getattr(torch, kind))}
     names = DECODER_INPUTS[:2] if rows_apart else DECODER_INPUTS
     return {name: torch.zeros(batch, seq, dtype=torch.int64) for name in names}
@@ -159,7 +159,7 @@ def _traced(module: torch.nn.Module, sample: dict[str, torch.Tensor], report: Pr
     traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
     batch = {tensor.name: tensor for tensor in traced.tensors if tensor.kind == "batch"}
     inputs = (batch[name] for name in sample if name in batch)
-    return replace(traced, tensors=[next(inputs) if one.kind == "batch" else one for one in traced.tensors])
+    return replace(traced, tensors=[next(inputs) if tensor.kind == "batch" else tensor for tensor in traced.tensors])
 
 
 def _check_rank(lora: LoraConfig, hidden: int) -> None:

@@ -11,22 +11,22 @@ import torch
 
 from tightfit.profiles.options import ProfileOptions, Progress
 from tightfit.profiles.sources.factory import build_with_batches, narrowed
-from tightfit.profiles.steps.step import DTYPES, LORA, Step
+from tightfit.profiles.steps.step import DTYPES, LORA, ProfiledStep
 from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.fold import constant_made
-from tightfit.profiles.tracing.loss_function import called
+from tightfit.profiles.tracing.loss_function import loss_maker
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 
 
-class ModuleStep(Step):
+class ModuleStep(ProfiledStep):
     """Its factory gives the module, a sample batch or several, and a loss_fn where the module returns no loss."""
 
     kind = "module"
-    dtype_by_itself = "float32"
-    called = "{name} is a module"
-    lacks = {
+    default_dtype = "float32"
+    phrase = "{name} is a module"
+    refused = {
         ("batch", "seq"): ", whose factory gives the sample batch; give it there",
         ("modules_to_save", *LORA): ", trained in full itself; leave the option out",
         ("buckets",): ", with batches of one shape; leave the option out",
@@ -60,7 +60,7 @@ class ModuleStep(Step):
         names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(batches[0])}
         traced = trace(module, names, progress=report)
         if traced.token_losses is not None:
-            raise InputError(f"{source.name}: {called(module)} must return one scalar loss, not 2 results")
+            raise InputError(f"{source.name}: {loss_maker(module)} must return one scalar loss, not 2 results")
         for tensor in traced.tensors:
             if tensor.kind in ("trainable", "weight", "constant") and tensor.name not in source.entries:
                 raise InputError(f"{source.name}: {constant_made(tensor.shape, tensor.name)}")

@@ -12,7 +12,7 @@ from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
 from tightfit.profiles.options import BATCH, SEQ, ProfileOptions, Progress
 from tightfit.profiles.steps.decoder_step import check_length
-from tightfit.profiles.steps.step import DTYPES, Step
+from tightfit.profiles.steps.step import DTYPES, ProfiledStep
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.source import Source
@@ -20,12 +20,12 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 
 
-class SideStep(Step):
+class SideStep(ProfiledStep):
     """It has adapters of its own, which read the outputs of some of the decoder's blocks."""
 
     kind = "decoder"
-    called = "a side network"
-    lacks = {
+    phrase = "a side network"
+    refused = {
         ("modules_to_save",): " has no adapter; leave the option out",
         ("buckets",): " takes whole batches; leave the option out",
         ("loss", "beta"): " predicts tokens and nothing else; leave the option out",
@@ -57,5 +57,5 @@ class SideStep(Step):
         check_length(self.source, self.seq)
         return traced
 
-    def of_model(self) -> dict[str, Any]:
+    def model_fields(self) -> dict[str, Any]:
         return {"config": self.source.config | {CONFIG_KEY: self.shape.as_json()}}

@@ -23,26 +23,26 @@ LORA = (
 """options of an adapter's pairs"""
 
 
-class Step(ABC):
-    """One training step of a source, as it is asked for. Raises InputError for options that it cannot have."""
+class ProfiledStep(ABC):
+    """A training step of a source, with the options of profiling. Raises InputError for options that it does not take."""
 
     kind: ClassVar[str]
-    """of the profile's model"""
-    dtype_by_itself: ClassVar[str] = "bfloat16"
-    called: ClassVar[str]
+    """`Model.kind` in its profiles"""
+    default_dtype: ClassVar[str] = "bfloat16"
+    phrase: ClassVar[str]
     """what a message calls it; ``{name}`` stands for the source's"""
-    lacks: ClassVar[Mapping[tuple[str, ...], str]] = {}
-    """options that it does not take -> why, as the end of a sentence that begins with `called`"""
+    refused: ClassVar[Mapping[tuple[str, ...], str]] = {}
+    """options that it does not take -> why, as the end of a sentence that begins with `phrase`"""
 
     def __init__(self, source: Source, options: ProfileOptions) -> None:
         self.source, self.options = source, options
-        for names, why in self.lacks.items():
+        for names, why in self.refused.items():
             for name in names:
                 value = getattr(options, name)
                 if value != ProfileOptions.model_fields[name].default and value not in ((), {}):
-                    shown = ", ".join(value) if isinstance(value, list | tuple) else value
-                    raise InputError(f"{spelled(name)} {shown}: {self.called.format(name=source.name)}{why}")
-        self.dtype = options.dtype or self.dtype_by_itself
+                    text = ", ".join(value) if isinstance(value, list | tuple) else value
+                    raise InputError(f"{spelled(name)} {text}: {self.phrase.format(name=source.name)}{why}")
+        self.dtype = options.dtype or self.default_dtype
         self.batch: Any = options.batch
         """samples of the step, once it is traced"""
         self.seq: Any = options.seq
@@ -63,6 +63,6 @@ class Step(ABC):
         """What compares the traced step with the module as PyTorch trains it."""
         return None
 
-    def of_model(self) -> dict[str, Any]:
+    def model_fields(self) -> dict[str, Any]:
         """Fields of the profile's `Model` that the traced step decides."""
         return {"config": self.source.config}

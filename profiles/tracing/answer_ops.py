@@ -1,5 +1,5 @@
-"""The operator by which the step of an answer attends to a cache, as it is traced: the process that answers puts the
-attention to the cache of that layer in its place.
+"""A placeholder for attention to a cache in the traced step of an answer. The process that answers replaces it by the attention to
+its own cache of that layer.
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 
 torch.library.register_fake("tightfit::attend", _fake, lib=_library)
 attend = torch.ops.tightfit.attend.default
-"""q [t, H * D], k, v [t, K * D] of new tokens, cos, sin float32 [t, D / 2] of their positions -> [t, H * D]: q and k are rotated, k and
-v are put into the cache of the call's own place among all of a step, and q attends to what it holds, with a `window` to a token and `window` - 1 tokens before it."""
+"""q [t, H * D], k, v [t, K * D] of new tokens, cos, sin float32 [t, D / 2] of their positions -> [t, H * D]: q and k are rotated, the
+n-th call of a step puts k and v into the n-th cache, and q attends to what that holds: all of it, or a token and `window` - 1 before."""

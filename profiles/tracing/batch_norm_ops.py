@@ -46,9 +46,9 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _grad(ctx: Any, dy: Tensor, *_: Any) -> Any:
     x, weight, mean, rstd = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    made = aten.native_batch_norm_backward(dy, x, weight, None, None, mean, rstd, True, ctx.eps, wanted)
+    gradients = aten.native_batch_norm_backward(dy, x, weight, None, None, mean, rstd, True, ctx.eps, wanted)
     return (
-        *(gradient if needed else None for gradient, needed in zip(made, wanted, strict=True)),
+        *(gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)),
         None,
         None,
         None,
@@ -62,7 +62,7 @@ torch.library.register_autograd("tightfit::batch_norm", _grad, setup_context=_se
 def _without_batch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor | None, ...]:
-    """As in `module.eval()`: with the running statistics, of which none are made."""
+    """As in `module.eval()`: normalises by the running statistics and makes no new ones."""
     return batch_norm_inference(x, weight, bias, mean, var, eps), None, None, None, None
 
 
@@ -91,21 +91,21 @@ def keep_statistics(module: nn.Module, program: ExportedProgram) -> None:
     output = graph.output_node()
     results: list[Any] = list(output.args[0])
     buffers = program.graph_signature.inputs_to_buffers
-    placed = {buffers[node.name]: node for node in graph.find_nodes(op="placeholder") if node.name in buffers}
-    last = {node.name: node for node in results if isinstance(node, fx.Node)}
-    for made, buffer in changed.items():
-        chain = _chain(placed[buffer], last[made], output)
+    placeholders = {buffers[node.name]: node for node in graph.find_nodes(op="placeholder") if node.name in buffers}
+    final_values = {node.name: node for node in results if isinstance(node, fx.Node)}
+    for result, buffer in changed.items():
+        chain = _chain(placeholders[buffer], final_values[result], output)
         if chain is None:
             raise InputError(
-                f"{type(module).__name__} changes the buffer {buffer} in its forward{_line(last[made])}; of buffers that a step"
+                f"{type(module).__name__} changes the buffer {buffer} in its forward{_line(final_values[result])}; of buffers that a step"
                 " changes only the running statistics of batch normalisation are kept, and only where nothing else reads them."
                 " Leave the buffer as it is, or train this module with PyTorch"
             )
         for node in chain:
-            node.replace_all_uses_with(placed[buffer], delete_user_cb=lambda user: user is not output)
+            node.replace_all_uses_with(placeholders[buffer], delete_user_cb=lambda user: user is not output)
             with graph.inserting_after(node):
-                kept = graph.call_function(keep_state, (placed[buffer], node))
-            kept.meta.update(node.meta, val=None)
+                keep_node = graph.call_function(keep_state, (placeholders[buffer], node))
+            keep_node.meta.update(node.meta, val=None)
     for node in graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_functional.default):
         x, weight, bias, mean, var, training, momentum, eps = node.args
         assert training

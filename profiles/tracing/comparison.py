@@ -22,11 +22,11 @@ from tightfit.profiles.tracing.eager_steps import (
     EagerResult,
     EagerSteps,
     beyond_rounding,
-    described,
+    describe_distances,
     distances,
     eager_step,
     load,
-    shaken,
+    perturbed_step,
 )
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import format_size
@@ -62,16 +62,16 @@ class GradientComparison:
         self.trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.kept = kept_buffers(traced.layers, traced.programs)
         self.twice: set[str] = set()
-        """those that PyTorch changes in the backward again"""
+        """names of the buffers that PyTorch's backward changes a second time"""
 
     def why_not(self, folder: Path) -> str | None:
         """Why there is no comparison, in words, if memory or the disk of `folder` is too short for it; else None."""
-        needed, free = ROOM * step_bytes(self.traced.layers, self.traced.programs, self.module), free_memory()[0]
-        written = 3 * STEPS * held_bytes(self.module)
-        if needed > free:
-            return f"{NOT_COMPARED}: it takes {format_size(int(needed))} beside what is held, and {format_size(free)} are free"
-        if written > (free := shutil.disk_usage(folder).free):
-            return f"{NOT_COMPARED}: it takes {format_size(written)} of the disk of {folder}, and {format_size(free)} are free"
+        needed_bytes, free = ROOM * step_bytes(self.traced.layers, self.traced.programs, self.module), free_memory()[0]
+        file_bytes = 3 * STEPS * module_bytes(self.module)
+        if needed_bytes > free:
+            return f"{NOT_COMPARED}: it takes {format_size(int(needed_bytes))} beside what is held, and {format_size(free)} are free"
+        if file_bytes > (free := shutil.disk_usage(folder).free):
+            return f"{NOT_COMPARED}: it takes {format_size(file_bytes)} of the disk of {folder}, and {format_size(free)} are free"
         return None
 
     def request(self, folder: Path, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
@@ -83,23 +83,23 @@ class GradientComparison:
         report("compare", 0, STEPS)
         types = {tensor.name: getattr(torch, tensor.dtype) for tensor in self.traced.tensors}
 
-        def taken(number: int, batch: Batch, given: Mapping[str, Tensor], theirs: EagerResult) -> None:
-            if changed := [name for name in theirs.statistics if name not in self.kept]:
+        def write_step(number: int, batch: Batch, given: Mapping[str, Tensor], eager: EagerResult) -> None:
+            if changed := [name for name in eager.statistics if name not in self.kept]:
                 raise InputError(
                     f"{self.name}: its forward changes the buffer {changed[0]} unseen by the trace (.data, detach()), which a traced"
                     " step leaves out; leave it out"
                 )
-            self.twice.update(theirs.twice)
+            self.twice.update(eager.twice)
             names = (*self.trained, *self.kept) if number else given  # what no step changes is written once
-            changing = {name: given[name].to(types.get(name, given[name].dtype)) for name in names}
+            inputs = {name: given[name].to(types.get(name, given[name].dtype)) for name in names}
             torch.save(
-                changing | {f"batch{index}": tensor for index, tensor in enumerate(batch)}, folder / f"given{number}"
+                inputs | {f"batch{index}": tensor for index, tensor in enumerate(batch)}, folder / f"given{number}"
             )
-            statistics = {name: theirs.statistics.get(name, given[name]) for name in self.kept}
-            torch.save([theirs.loss, theirs.gradients, statistics], folder / f"eager{number}")
+            statistics = {name: eager.statistics.get(name, given[name]) for name in self.kept}
+            torch.save([eager.loss, eager.gradients, statistics], folder / f"eager{number}")
             report("compare", number + 1, STEPS)
 
-        self.count = self.steps.take(taken)
+        self.count = self.steps.take(write_step)
         return {
             "folder": str(folder),
             "steps": self.count,
@@ -112,63 +112,65 @@ class GradientComparison:
 
         Raises InputError if they differ beyond the tolerances.
         """
-        far = 0.0
+        largest = 0.0
         for number in range(self.count):
-            made = torch.load(folder / f"traced{number}", weights_only=True)
-            loss, statistics = float(made.pop(self.traced.loss)), {name: made.pop(name) for name in self.kept}
-            gradients = {name.removeprefix("grad:"): gradient for name, gradient in made.items()}
-            own = EagerResult(loss=loss, gradients=gradients, statistics=statistics)
+            traced = torch.load(folder / f"traced{number}", weights_only=True)
+            loss, statistics = float(traced.pop(self.traced.loss)), {name: traced.pop(name) for name in self.kept}
+            gradients = {name.removeprefix("grad:"): gradient for name, gradient in traced.items()}
+            ours = EagerResult(loss=loss, gradients=gradients, statistics=statistics)
             loss, gradients, statistics = torch.load(folder / f"eager{number}", weights_only=True)
             theirs = EagerResult(loss=loss, gradients=gradients, statistics=statistics)
             if not theirs.finite:
                 return f"{NOT_COMPARED}: its loss on the sample batch is {theirs.loss:g}, or a gradient no number"
-            apart = self._apart(own, theirs, folder, number)
-            if self.random and apart["loss"] > LOSS_TOLERANCE:
+            relative = self._unexplained(ours, theirs, folder, number)
+            if self.random and relative["loss"] > LOSS_TOLERANCE:
                 return f"{NOT_COMPARED}: random operators ({', '.join(self.random)}) draw otherwise than in PyTorch"
-            if beyond := self._beyond(apart):
-                what = described({name: apart[name] for name in beyond}, own, theirs)
-                where = (
+            if beyond := self._beyond(relative):
+                description = describe_distances({name: relative[name] for name in beyond}, ours, theirs)
+                step_note = (
                     ""
                     if not number
                     else f", in step {number + 1} and not before: something changes that it does not know of"
                 )
                 raise InputError(
-                    f"{self.name}: the traced step does not compute what PyTorch does on {self.steps.batches}: {what}"
-                    f" ({len(beyond)} of {len(apart)} results differ{where}); it would not train this module as it is written"
+                    f"{self.name}: the traced step does not compute what PyTorch does on {self.steps.batches}: {description}"
+                    f" ({len(beyond)} of {len(relative)} results differ{step_note}); it would not train this module as it is written"
                 )
-            far = max(far, *apart.values())
+            largest = max(largest, *relative.values())
         steps = f"{self.count} steps of AdamW on {self.steps.batches}"
-        told = [f"loss and gradients are PyTorch's in {steps}, {f'to {far:.0e} of their size' if far else 'exactly'}"]
+        notes = [
+            f"loss and gradients are PyTorch's in {steps}, {f'to {largest:.0e} of their size' if largest else 'exactly'}"
+        ]
         if self.twice:
             norms = sorted({name.rpartition(".")[0] for name in self.twice})
-            more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
-            told.append(
-                f"under torch.utils.checkpoint PyTorch changes the running statistics of {norms[0]}{more} twice in a step; here they"
+            others = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
+            notes.append(
+                f"under torch.utils.checkpoint PyTorch changes the running statistics of {norms[0]}{others} twice in a step; here they"
                 " change once"
             )
         if not self.steps.copied:
-            told.append("the module cannot be copied, so that no step was taken by one without a history")
-        return "; ".join(told)
+            notes.append("the module cannot be copied, so that no step was taken by one without a history")
+        return "; ".join(notes)
 
-    def _apart(self, own: EagerResult, theirs: EagerResult, folder: Path, number: int) -> dict[str, float]:
+    def _unexplained(self, own: EagerResult, theirs: EagerResult, folder: Path, number: int) -> dict[str, float]:
         """`distances`, less what rounding explains where they are beyond the tolerances."""
-        apart = distances(own, theirs)
-        if not self._beyond(apart) or self.random:
-            return apart
-        given = [torch.load(folder / f"given{at}", weights_only=True) for at in dict.fromkeys((0, number))]
-        batch = tuple(given[-1][f"batch{index}"] for index in range(len(self.steps.sample)))
-        for values in given:
-            load(self.module, values)
-        for otherwise in (shaken, _in_double_precision):  # the second takes twice the memory of training
-            other = otherwise(self.module, batch, seed=number) if self._beyond(apart) else None
-            if other is not None:
-                apart = beyond_rounding(apart, distances(theirs, other))
-        load(self.module, given[0])
-        return apart
+        relative = distances(own, theirs)
+        if not self._beyond(relative) or self.random:
+            return relative
+        inputs = [torch.load(folder / f"given{step}", weights_only=True) for step in dict.fromkeys((0, number))]
+        batch = tuple(inputs[-1][f"batch{index}"] for index in range(len(self.steps.sample)))
+        for tensors in inputs:
+            load(self.module, tensors)
+        for variant in (perturbed_step, _in_double_precision):  # the second takes twice the memory of training
+            varied = variant(self.module, batch, seed=number) if self._beyond(relative) else None
+            if varied is not None:
+                relative = beyond_rounding(relative, distances(theirs, varied))
+        load(self.module, inputs[0])
+        return relative
 
     @staticmethod
-    def _beyond(apart: dict[str, float]) -> list[str]:
-        return [name for name, far in apart.items() if not far <= (LOSS_TOLERANCE if name == "loss" else TOLERANCE)]
+    def _beyond(relative: dict[str, float]) -> list[str]:
+        return [name for name, far in relative.items() if not far <= (LOSS_TOLERANCE if name == "loss" else TOLERANCE)]
 
 
 def _in_double_precision(module: nn.Module, batch: Sequence[Tensor], *, seed: int) -> EagerResult | None:
@@ -182,13 +184,13 @@ def _in_double_precision(module: nn.Module, batch: Sequence[Tensor], *, seed: in
 
 def step_bytes(layers: Iterable[Layer], programs: Iterable[Program], module: nn.Module) -> int:
     """Bytes of a step that keeps all it makes: three times parameters and buffers, plus activations and gradients."""
-    made = {
+    bytes_by_program = {
         program.name: sum(value.bytes for value in program.values if value.kind in ("activation", "gradient"))
         for program in programs
     }
-    return 3 * held_bytes(module) + sum(made[layer.program] for layer in layers)
+    return 3 * module_bytes(module) + sum(bytes_by_program[layer.program] for layer in layers)
 
 
-def held_bytes(module: nn.Module) -> int:
+def module_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

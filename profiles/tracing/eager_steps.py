@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tightfit.profiles.tracing.loss_function import called
+from tightfit.profiles.tracing.loss_function import loss_maker
 from tightfit.profiles.tracing.own_code import own_traceback
 from tightfit.profiles.tracing.own_dropout import dropout_off
 from tightfit.profiles.tracing.own_state import (
@@ -29,7 +29,7 @@ from tightfit.runtime.common.errors import InputError
 
 Batch = tuple[Tensor, ...]
 STEPS = 3
-APART = 1e-6
+TOLERANCE = 1e-6
 """Largest difference, relative to the size of a result, between two calls of a module in PyTorch that ought to be equal: some of its
 kernels sum in an order that changes."""
 NOISE = 1e-6
@@ -40,14 +40,14 @@ UNSTEADY = 10.0
 PERTURBED = 0.1
 """Largest change of a floating-point value of a batch, relative to it."""
 MOST_UNSTEADY = 1e-3
-"""Largest difference that is accepted so between two calls that ought to be equal: what is drawn anew moves results further."""
+"""The largest difference between two calls that rounding may explain: random numbers that are drawn anew move results further."""
 COUNTED_ON = (1_000, 100_000)
-"""How many times as far a module's counters are set as they came in the steps that it took, to see whether results depend on them."""
+"""By what factors the growth of a module's counters is multiplied, to see whether results depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EagerResult:
-    """What a step of a module gives."""
+    """The results of one step of a module."""
 
     loss: float
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
@@ -59,18 +59,20 @@ class EagerResult:
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and all(bool(made.isfinite().all()) for made in self.gradients.values())
+        return math.isfinite(self.loss) and all(bool(gradient.isfinite().all()) for gradient in self.gradients.values())
 
 
-Taken = Callable[[int, Batch, Mapping[str, Tensor], EagerResult], None]
-"""takes a step's number from 0, its batch, the parameters and buffers before it, and what it gave"""
+OnStep = Callable[[int, Batch, Mapping[str, Tensor], EagerResult], None]
+"""called after a step with its number from 0, its batch, the parameters and buffers before it, and its results"""
 
 
 class StepError(InputError):
     """The user's module failed in a step, with the traceback `trace`."""
 
     def __init__(self, module: nn.Module, trace: str) -> None:
-        super().__init__(f"{type(module).__name__} fails on the sample batch; correct its {called(module)}\n{trace}")
+        super().__init__(
+            f"{type(module).__name__} fails on the sample batch; correct its {loss_maker(module)}\n{trace}"
+        )
         self.trace = trace
 
 
@@ -80,15 +82,15 @@ def eager_step(
     *,
     seed: int = 0,
     gradients: bool = True,
-    given: Mapping[str, Tensor] | None = None,
+    before: Mapping[str, Tensor] | None = None,
 ) -> EagerResult:
     """One step of the module in PyTorch, without an update and without dropout, with torch's generator seeded with `seed`.
 
-    `given` are its parameters and buffers before the step (default: copies of them are made). Without `gradients` the forward alone
+    `before` are its parameters and buffers before the step (default: copies of them are made). Without `gradients` the forward alone
     is run. Raises StepError, with the user's own traceback, if the module fails, and InputError if it changes a parameter or draws
     random numbers that are not PyTorch's.
     """
-    given = held(module) if given is None else given
+    before = tensor_copies(module) if before is None else before
     module.zero_grad(set_to_none=True)
     changed: dict[str, Tensor] = {}
     try:
@@ -103,19 +105,19 @@ def eager_step(
             torch.manual_seed(seed)
             results = pytree.tree_leaves(module(*(tensor.clone() for tensor in batch)))
             loss = next(result for result in results if isinstance(result, Tensor))
-            changed = {name: now.clone() for name, now in module.named_buffers() if not _equal(now, given.get(name))}
+            changed = {name: now.clone() for name, now in module.named_buffers() if not _equal(now, before.get(name))}
             if gradients:
                 loss.backward()
     except Exception as error:
         raise StepError(module, own_traceback(error)) from error
     refuse_draws(module, drawn)
-    refuse_changed(module, [name for name, now in module.named_parameters() if not _equal(now, given.get(name))])
-    made = {name: p.grad.to_dense() for name, p in module.named_parameters() if p.grad is not None}
+    refuse_changed(module, [name for name, now in module.named_parameters() if not _equal(now, before.get(name))])
+    parameter_gradients = {name: p.grad.to_dense() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad(set_to_none=True)
     buffers = dict(module.named_buffers())
     return EagerResult(
         loss=float(loss.detach().double().sum()),
-        gradients=made,
+        gradients=parameter_gradients,
         statistics=changed,
         twice=tuple(name for name, value in changed.items() if not _equal(value, buffers[name])),
     )
@@ -138,7 +140,7 @@ def refuse_changed(module: nn.Module, names: Sequence[str], where: str = "") -> 
     )
 
 
-def held(module: nn.Module) -> dict[str, Tensor]:
+def tensor_copies(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the module's parameters and buffers."""
     return {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
 
@@ -176,8 +178,8 @@ class EagerSteps:
         self.copied = True
         """whether the module can be copied; if not, it takes the steps itself, and none is taken without a history"""
 
-    def take(self, taken: Taken = lambda *_: None) -> int:
-        """Take the steps, calling `taken` after each; again from the first if the module does not take batches that are unlike the
+    def take(self, on_step: OnStep = lambda *_: None) -> int:
+        """Take the steps, calling `on_step` after each; again from the first if the module does not take batches that are unlike the
         sample. Returns how many were taken: fewer than `STEPS` if one has results that are no numbers.
 
         Raises InputError if the module fails, or cannot be followed by a traced step.
@@ -185,173 +187,176 @@ class EagerSteps:
         given = [self.sample, *self.others]
         kinds = [("the sample batch", [self.sample] * STEPS)]
         if self.gradients:
-            drawn = [_other(self.sample, number, values=True) for number in range(len(given), STEPS)]
+            redrawn = [_other(self.sample, number, values=True) for number in range(len(given), STEPS)]
             rows = [_other(self.sample, number, values=False) for number in range(STEPS)]
-            kinds = [("different batches", [*given, *drawn]), ("the sample's rows in other orders", rows), *kinds]
-        start, count = held(self.module), 0
+            kinds = [("different batches", [*given, *redrawn]), ("the sample's rows in other orders", rows), *kinds]
+        initial, count = tensor_copies(self.module), 0
         for self.batches, batches in kinds:
             try:
-                count = self._take(batches, taken, strict=self.batches == kinds[-1][0])
+                count = self._take(batches, on_step, strict=self.batches == kinds[-1][0])
             finally:
-                load(self.module, start)
+                load(self.module, initial)
             if count == len(batches):
                 break
         return count
 
-    def _take(self, batches: Sequence[Batch], taken: Taken, *, strict: bool) -> int:
+    def _take(self, batches: Sequence[Batch], on_step: OnStep, *, strict: bool) -> int:
         pristine = state_copy(self.module)
         self.copied = pristine is not None
         module = self.module if pristine is None else _copied(pristine)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained) if trained else None
         for number, batch in enumerate(batches):
-            given = held(module)
+            before = tensor_copies(module)
             try:
-                fresh = None if pristine is None else self._step(_copied(pristine), batch, number, given)
-                load(module, given)
-                own = self._step(module, batch, number, given)
+                fresh = None if pristine is None else self._step(_copied(pristine), batch, number, before)
+                load(module, before)
+                result = self._step(module, batch, number, before)
             except StepError as error:
                 if not number:
                     raise
                 if strict:
                     raise InputError(
-                        f"{self.name}: {called(module)} fails in step {number + 1}, on the batch that it took in step 1; see what it"
+                        f"{self.name}: {loss_maker(module)} fails in step {number + 1}, on the batch that it took in step 1; see what it"
                         f" keeps from one step to the next\n{error.trace}"
                     ) from error
                 return number
-            if not own.finite:
+            if not result.finite:
                 if not number:
-                    taken(number, batch, given, own)
+                    on_step(number, batch, before, result)
                 return max(1, number)
             if pristine is not None and fresh is not None:
                 last = number == len(batches) - 1
-                self._refuse_history(number, batch, given, pristine, module, (own, fresh), last=last)
-            taken(number, batch, given, own)
+                self._refuse_history(number, batch, before, pristine, module, (result, fresh), last=last)
+            on_step(number, batch, before, result)
             if optimizer is not None:
                 for name, parameter in module.named_parameters():
-                    parameter.grad = own.gradients.get(name)
+                    parameter.grad = result.gradients.get(name)
                 optimizer.step()
                 optimizer.zero_grad()
         return len(batches)
 
-    def _step(self, module: nn.Module, batch: Batch, number: int, given: Mapping[str, Tensor]) -> EagerResult:
-        return eager_step(module, batch, seed=number, gradients=self.gradients, given=given)
+    def _step(self, module: nn.Module, batch: Batch, number: int, before: Mapping[str, Tensor]) -> EagerResult:
+        return eager_step(module, batch, seed=number, gradients=self.gradients, before=before)
 
     def _refuse_history(
         self,
         number: int,
         batch: Batch,
-        given: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
         pristine: nn.Module,
         module: nn.Module,
         steps: tuple[EagerResult, EagerResult],
         *,
         last: bool,
     ) -> None:
-        """Raise InputError if the first of `steps`, taken by `module`, differs from the second, the same step of a copy that has taken
-        none before, or if, after the last, a step does that has counters as after many more.
+        """Raise InputError if the first of `steps`, taken by `module`, differs from the second, the same step of a copy that took none
+        before; after the `last` step also if the results change once counters are set as after many more steps.
         """
-        own, fresh = steps
-        left = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        load(module, given)
-        differing = self._difference(own, fresh, pristine, batch, number)
+        result, fresh = steps
+        after = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        load(module, before)
+        difference = self._difference(result, fresh, pristine, batch, number)
         for times in COUNTED_ON if last else ():
-            counted = state_copy(module)
-            if differing is None and counted is not None and advance_counters(pristine, counted, times):
+            advanced = state_copy(module)
+            if difference is None and advanced is not None and advance_counters(pristine, advanced, times):
                 with contextlib.suppress(StepError):
-                    aged = self._step(counted, batch, number, given)
-                    differing = self._difference(aged, fresh, pristine, batch, number)
-                    differing = differing and f"{differing}, with its counters as after {times} times as many steps"
-                load(module, given)
-        load(module, left)
-        if differing is None:
+                    advanced_result = self._step(advanced, batch, number, before)
+                    difference = self._difference(advanced_result, fresh, pristine, batch, number)
+                    difference = difference and f"{difference}, with its counters as after {times} times as many steps"
+                load(module, before)
+        load(module, after)
+        if difference is None:
             return
         names = changed_attributes(pristine, module)
         if names:
-            kept = ", ".join(names[:5])
+            changed_names = ", ".join(names[:5])
             raise InputError(
-                f"{self.name}: what a step computes depends on the steps before it (its forward changes {kept}), of which a traced step knows nothing: in step"
-                f" {number + 1}, beside a copy that took none of them, {differing}. Hand what changes from step to step (a factor, the"
+                f"{self.name}: what a step computes depends on the steps before it (its forward changes {changed_names}), of which a traced step knows nothing: in step"
+                f" {number + 1}, beside a copy that took none of them, {difference}. Hand what changes from step to step (a factor, the"
                 " number of the step) over as a tensor of the batch, and begin every step without what the one before left"
             )
         raise InputError(
-            f"{self.name}: the same step gives other results when it is taken again: in step {number + 1} {differing}. Its forward"
+            f"{self.name}: the same step gives other results when it is taken again: in step {number + 1} {difference}. Its forward"
             " reads something that changes and is no attribute of it, such as a global variable, a clock or random numbers that are"
             " not PyTorch's; a traced step would keep what was read when it was traced. Hand it over as a tensor of the batch, or draw"
             " with PyTorch"
         )
 
     def _difference(
-        self, own: EagerResult, fresh: EagerResult, pristine: nn.Module, batch: Batch, number: int
+        self, result: EagerResult, fresh: EagerResult, pristine: nn.Module, batch: Batch, number: int
     ) -> str | None:
         """How two steps that ought to be equal differ, in words; None if they do not, or no more than rounding explains."""
-        apart = distances(own, fresh)
-        if all(far <= APART for far in apart.values()):
+        relative = distances(result, fresh)
+        if all(far <= TOLERANCE for far in relative.values()):
             return None
-        unsteady = distances(fresh, shaken(pristine, batch, seed=number) or fresh)
-        apart = beyond_rounding(apart, unsteady, most=MOST_UNSTEADY)
-        return None if all(far <= APART for far in apart.values()) else described(apart, own, fresh)
+        rounding = distances(fresh, perturbed_step(pristine, batch, seed=number) or fresh)
+        relative = beyond_rounding(relative, rounding, most=MOST_UNSTEADY)
+        return (
+            None if all(far <= TOLERANCE for far in relative.values()) else describe_distances(relative, result, fresh)
+        )
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    made = state_copy(module)
-    assert made is not None  # a copy can be copied
-    return made
+    copied = state_copy(module)
+    assert copied is not None  # a copy can be copied
+    return copied
 
 
-def distances(own: EagerResult, theirs: EagerResult) -> dict[str, float]:
-    """Relative differences of loss ("loss"), gradients (by parameter) and statistics (by buffer) from `theirs`; a missing gradient
+def distances(result: EagerResult, reference: EagerResult) -> dict[str, float]:
+    """Relative differences of loss ("loss"), gradients (by parameter) and statistics (by buffer) from `reference`; a missing gradient
     counts as zero.
     """
-    apart = {"loss": abs(own.loss - theirs.loss) / max(abs(theirs.loss), NOISE)}
-    for ours, due in ((own.gradients, theirs.gradients), (own.statistics, theirs.statistics)):
-        sizes = {name: float(made.double().norm()) for name, made in due.items()}
+    relative = {"loss": abs(result.loss - reference.loss) / max(abs(reference.loss), NOISE)}
+    for values, expected in ((result.gradients, reference.gradients), (result.statistics, reference.statistics)):
+        sizes = {name: float(tensors.double().norm()) for name, tensors in expected.items()}
         noise = NOISE * math.hypot(*sizes.values())
-        for name in dict.fromkeys((*ours, *due)):
-            one, other = (made.get(name, torch.zeros(())).double() for made in (ours, due))
-            beyond, size = max(0.0, float((one - other).norm()) - noise), sizes.get(name, 0.0)
-            apart[name] = beyond / size if size else (math.inf if beyond else 0.0)
-    return apart
+        for name in dict.fromkeys((*values, *expected)):
+            value, other = (tensors.get(name, torch.zeros(())).double() for tensors in (values, expected))
+            excess, size = max(0.0, float((value - other).norm()) - noise), sizes.get(name, 0.0)
+            relative[name] = excess / size if size else (math.inf if excess else 0.0)
+    return relative
 
 
 def beyond_rounding(
-    apart: Mapping[str, float], unsteady: Mapping[str, float], most: float = math.inf
+    relative: Mapping[str, float], rounding: Mapping[str, float], most: float = math.inf
 ) -> dict[str, float]:
-    """The part of distances that rounding does not explain, `most` of it at most, where `unsteady` is how far it has moved results: each
-    `UNSTEADY` times as far, and as far as the one moved most, since a value near the bend of a ReLU may be any layer's.
+    """The part of `relative` distances that rounding does not explain. `rounding` is how far it moved each result: it explains
+    `UNSTEADY` times that, for any result as much as it moved the furthest (a value near the bend of a ReLU may be any layer's), but no
+    more than `most`.
     """
-    moved = {name: far for name, far in unsteady.items() if not math.isnan(far)}
-    worst = max((far for far in moved.values() if far < math.inf), default=0.0)
-    explained = {name: min(max(UNSTEADY * moved.get(name, 0.0), worst), most) for name in apart}
-    return {name: 0.0 if explained[name] >= far else far - explained[name] for name, far in apart.items()}
+    finite = {name: far for name, far in rounding.items() if not math.isnan(far)}
+    largest = max((far for far in finite.values() if far < math.inf), default=0.0)
+    explained = {name: min(max(UNSTEADY * finite.get(name, 0.0), largest), most) for name in relative}
+    return {name: 0.0 if explained[name] >= far else far - explained[name] for name, far in relative.items()}
 
 
-def described(apart: Mapping[str, float], own: EagerResult, theirs: EagerResult) -> str:
+def describe_distances(relative: Mapping[str, float], result: EagerResult, reference: EagerResult) -> str:
     """The largest of `distances` in words."""
-    worst = max(apart, key=lambda name: math.inf if math.isnan(apart[name]) else apart[name])
+    worst = max(relative, key=lambda name: math.inf if math.isnan(relative[name]) else relative[name])
     if worst == "loss":
-        return f"the loss is {own.loss:g} for {theirs.loss:g}"
-    kind = "gradient" if worst in {*own.gradients, *theirs.gradients} else "statistic"
-    result = f"the {kind} {'of ' * (kind == 'gradient')}{worst}"
+        return f"the loss is {result.loss:g} for {reference.loss:g}"
+    kind = "gradient" if worst in {*result.gradients, *reference.gradients} else "statistic"
+    label = f"the {kind} {'of ' * (kind == 'gradient')}{worst}"
     return (
-        f"{result} is not zero"
-        if apart[worst] == math.inf
-        else f"{result} differs by {apart[worst]:.2g} times its size"
+        f"{label} is not zero"
+        if relative[worst] == math.inf
+        else f"{label} differs by {relative[worst]:.2g} times its size"
     )
 
 
-def shaken(module: nn.Module, batch: Batch, *, seed: int = 0) -> EagerResult | None:
+def perturbed_step(module: nn.Module, batch: Batch, *, seed: int = 0) -> EagerResult | None:
     """`eager_step` with every parameter changed in its last bit: how far the results then are from those before is about how
     far rounding has moved these. None if the module cannot be copied.
     """
     try:
-        other = copy.deepcopy(module)
+        perturbed = copy.deepcopy(module)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for parameter in other.parameters():
+            for parameter in perturbed.parameters():
                 signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
                 parameter.mul_(1 + torch.finfo(parameter.dtype).eps * signs)
-        return eager_step(other, batch, seed=seed)
+        return eager_step(perturbed, batch, seed=seed)
     except Exception:
         return None
 
@@ -363,8 +368,8 @@ def _other(sample: Batch, number: int, *, values: bool) -> Batch:
     generator = torch.Generator().manual_seed(number)
     rows = next((len(tensor) for tensor in sample if tensor.dim()), 0)
     order = torch.randperm(rows, generator=generator)
-    made = [tensor[order] if tensor.dim() and len(tensor) == rows else tensor for tensor in sample]
-    return tuple(_redrawn(tensor, generator) if values else tensor for tensor in made)
+    reordered = [tensor[order] if tensor.dim() and len(tensor) == rows else tensor for tensor in sample]
+    return tuple(_redrawn(tensor, generator) if values else tensor for tensor in reordered)
 
 
 def _redrawn(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -44,33 +44,35 @@ def save_less(graph: fx.Graph, forward: int, mode: FakeTensorMode) -> None:
         if node.target in SHAPES:
             _read_a_stand_in(graph, node, SHAPES[node.target], mode)
         elif node.target is aten.threshold_backward.default:
-            made = _itself(node.args[1])
+            source = _itself(node.args[1])
             # relu(x) is above the threshold 0 where x is.
-            if made in outputs and made.target is aten.relu.default and node.args[2] == 0:
-                node.args = (node.args[0], made.args[0], 0)
+            if source in outputs and source.target is aten.relu.default and node.args[2] == 0:
+                node.args = (node.args[0], source.args[0], 0)
         elif node.target is aten._log_softmax_backward_data.default:
             _join_with_loss(graph, node)
 
 
 def _join_with_loss(graph: fx.Graph, node: Any) -> None:
     """Replace the gradient of a log softmax over rows, where it follows that of `nll_loss` without weights, by that of both."""
-    slope, made, dim, dtype = node.args
-    if slope.target is not aten.nll_loss_backward.default or len(slope.users) > 1:
+    nll_gradient, log_shares, dim, dtype = node.args
+    if nll_gradient.target is not aten.nll_loss_backward.default or len(nll_gradient.users) > 1:
         return
-    dloss, shares, labels, weight, reduction, ignored, total = slope.args
-    value = made.meta["val"]
+    dloss, shares, labels, weight, reduction, ignored, total = nll_gradient.args
+    value = log_shares.meta["val"]
     if (
         (weight is not None or reduction == 0 or value.dim() != 2 or dim % 2 != 1)
         or (value.dtype is not torch.float32 or dtype is not torch.float32)
-        or _itself(shares) is not _itself(made)
+        or _itself(shares) is not _itself(log_shares)
     ):
         return
     with graph.inserting_before(node):
-        joined = graph.call_function(cross_entropy_backward, (dloss, made, labels, total, ignored, reduction == MEAN))
-    joined.meta.update(node.meta)
-    node.replace_all_uses_with(joined)
+        fused = graph.call_function(
+            cross_entropy_backward, (dloss, log_shares, labels, total, ignored, reduction == MEAN)
+        )
+    fused.meta.update(node.meta)
+    node.replace_all_uses_with(fused)
     graph.erase_node(node)
-    graph.erase_node(slope)
+    graph.erase_node(nll_gradient)
 
 
 def _itself(node: Any) -> Any:
@@ -80,13 +82,13 @@ def _itself(node: Any) -> Any:
     return node
 
 
-def _read_a_stand_in(graph: fx.Graph, node: Any, place: int, mode: FakeTensorMode) -> None:
+def _read_a_stand_in(graph: fx.Graph, node: Any, index: int, mode: FakeTensorMode) -> None:
     """Have a node read a tensor of one element, expanded, for one of which it needs the shape."""
-    like = node.args[place].meta["val"]
+    replaced = node.args[index].meta["val"]
     with graph.inserting_before(node):
-        element = graph.call_function(aten.full.default, ([], 0), {"dtype": like.dtype})
-        shaped = graph.call_function(aten.expand.default, (element, list(like.shape)))
+        element = graph.call_function(aten.full.default, ([], 0), {"dtype": replaced.dtype})
+        expanded = graph.call_function(aten.expand.default, (element, list(replaced.shape)))
     with mode:
-        element.meta["val"] = torch.full([], 0, dtype=like.dtype)
-        shaped.meta["val"] = element.meta["val"].expand(like.shape)
-    node.args = (*node.args[:place], shaped, *node.args[place + 1 :])
+        element.meta["val"] = torch.full([], 0, dtype=replaced.dtype)
+        expanded.meta["val"] = element.meta["val"].expand(replaced.shape)
+    node.args = (*node.args[:index], expanded, *node.args[index + 1 :])

@@ -104,8 +104,8 @@ class _Folder:
         placeholders = iter(self.inputs)
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                given, kind = next(placeholders)
-                self._bind(node, node.meta["val"], given, kind)
+                input_name, kind = next(placeholders)
+                self._bind(node, node.meta["val"], input_name, kind)
             elif node.op == "get_attr":
                 made = getattr(self.graph.owning_module, str(node.target), None)
                 raise InputError(constant_made(list(getattr(made, "shape", [])), str(node.target)))
@@ -172,7 +172,7 @@ class _Folder:
         kind: TensorKind = "activation" if phase == "forward" else "gradient"
         tensors = [value] if isinstance(value, torch.Tensor) else list(value)
         fused = str(target).startswith("tightfit.")
-        wanted = (
+        used_outputs = (
             set(range(len(tensors)))
             if fused or isinstance(value, torch.Tensor)
             else {u.args[1] for u in node.users if u.target is operator.getitem}
@@ -180,22 +180,22 @@ class _Folder:
         outputs: list[str | None] = []
         windows: list[StridedWindow | None] = []
         for index, tensor in enumerate(tensors):
-            if index not in wanted or not isinstance(tensor, torch.Tensor):
+            if index not in used_outputs or not isinstance(tensor, torch.Tensor):
                 outputs.append(None)
                 windows.append(None)
                 continue
-            own = node.name if len(tensors) == 1 else f"{node.name}.{index}"
-            windows.append(self._bind(node, tensor, own, kind))
-            outputs.append(own)
+            output_name = node.name if len(tensors) == 1 else f"{node.name}.{index}"
+            windows.append(self._bind(node, tensor, output_name, kind))
+            outputs.append(output_name)
         self.windows[node] = windows[0] if isinstance(value, torch.Tensor) else windows  # type: ignore[assignment]
         inputs: dict[str, None] = {}
         name = str(target).removesuffix(".default") if fused else str(target)
         gathers = self._gathered(node, inputs) if name in GATHERS else []
         args = [*gathers, *(self._argument(a, inputs) for a in node.args[len(gathers) :])]
         if name == SCATTER:
-            whole = self.windows[node.args[0]]  # type: ignore[index]
-            assert isinstance(whole, StridedWindow)
-            args[4:] = [whole.offset if len(args) < 5 or args[4] is None else args[4] - self.starts[whole.storage]]
+            base = self.windows[node.args[0]]  # type: ignore[index]
+            assert isinstance(base, StridedWindow)
+            args[4:] = [base.offset if len(args) < 5 or args[4] is None else args[4] - self.starts[base.storage]]
         if name == HEAD_CHUNK:
             args[2] = self._slice(node.args[2], inputs)  # type: ignore[arg-type]
         return Operator(
@@ -228,12 +228,12 @@ class _Folder:
         """The operand for a row slice of the head's weight, which becomes a weight of its own, ``name[a:b]``."""
         window = self.windows[node]
         assert isinstance(window, StridedWindow)
-        whole = self.values[window.storage]
-        width = whole.shape[1]
+        weight = self.values[window.storage]
+        width = weight.shape[1]
         start, rows = window.offset // width, math.prod(window.size) // width
         name = f"{window.storage}[{start}:{start + rows}]"
         size = node.meta["val"].numel() * node.meta["val"].element_size()
-        self.values[name] = whole.model_copy(update={"name": name, "shape": [rows, width], "bytes": size})
+        self.values[name] = weight.model_copy(update={"name": name, "shape": [rows, width], "bytes": size})
         order = [name if n == window.storage else n for n in inputs]
         inputs.clear()
         inputs.update(dict.fromkeys(order))
@@ -275,26 +275,26 @@ class _Folder:
 
         A result that is an input, a view, of another layout, or shares another result's storage is copied.
         """
-        taken: dict[str, str] = {}
-        given = {name for name, _ in self.inputs}
+        names: dict[str, str] = {}
+        input_names = {name for name, _ in self.inputs}
         for index, ((result, stride), node) in enumerate(zip(self.results, outputs, strict=True)):
             if node is None:
                 continue
             window = self.windows[node]
             assert isinstance(window, StridedWindow)
             value = self.values[window.storage]
-            whole = (
+            is_whole = (
                 window.offset == 0
                 and list(window.size) == value.shape
                 and list(window.stride) == value.stride == list(stride)
             ) or (result in self.passed and _same_bytes(window, value, stride))
-            if whole and window.storage not in given and window.storage not in taken:
-                taken[window.storage] = result
+            if is_whole and window.storage not in input_names and window.storage not in names:
+                names[window.storage] = result
                 continue
             tensor = node.meta["val"]
-            own = f"copy_of_{result}"
-            self.values[own] = Value(
-                name=own,
+            copy_name = f"copy_of_{result}"
+            self.values[copy_name] = Value(
+                name=copy_name,
                 shape=list(tensor.shape),
                 stride=list(stride),
                 dtype=value.dtype,
@@ -306,17 +306,17 @@ class _Folder:
                 phase="forward" if index < self.forward else "backward",
                 args=[window.operand()],
                 inputs=[window.storage],
-                outputs=[own],
+                outputs=[copy_name],
             )
             (self.operators if index < self.forward else backward).append(copy)
-            taken[own] = result
+            names[copy_name] = result
 
         def rename(name: str) -> str:
-            return taken.get(name, name)
+            return names.get(name, name)
 
         self.values = {rename(v.name): v.model_copy(update={"name": rename(v.name)}) for v in self.values.values()}
         for group in (self.operators, backward):
-            group[:] = [renamed(op, taken) for op in group]
+            group[:] = [renamed(op, names) for op in group]
 
 
 def constant_made(shape: Sequence[int], name: str) -> str:
@@ -340,7 +340,7 @@ def _same_bytes(window: StridedWindow, value: Value, stride: Sequence[int]) -> b
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
-    return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -45,7 +45,7 @@ def fuse_products(graph: fx.Graph) -> None:
             continue
         if any(argument.meta["val"].shape != node.meta["val"].shape for argument in node.args):
             continue
-        pairs = [(_product(node.args[place]), _flat(node.args[1 - place])) for place in (0, 1)]
+        pairs = [(_product(node.args[position]), _flat(node.args[1 - position])) for position in (0, 1)]
         fitting = [
             (product, other)
             for product, other in pairs
@@ -54,14 +54,14 @@ def fuse_products(graph: fx.Graph) -> None:
         if not fitting:
             continue
         product, other = max(fitting, key=lambda pair: order[pair[0]])
-        target, place = product.target, PRODUCTS[product.target]
+        target, position = product.target, PRODUCTS[product.target]
         assert callable(target)
         with graph.inserting_before(product):
             addend = _viewed(graph, other, product.meta["val"].shape)
-            if place is None:
+            if position is None:
                 fused = graph.call_function(aten.addmm.default, (addend, *product.args))
             else:
-                fused = graph.call_function(target, (*product.args[:place], addend, *product.args[place + 1 :]))
+                fused = graph.call_function(target, (*product.args[:position], addend, *product.args[position + 1 :]))
         # Views of the sum are views of its storage, so the product takes that over.
         fused.meta.update(node.meta, val=node.meta["val"].view(product.meta["val"].shape))
         order[fused] = order[product]
@@ -91,11 +91,11 @@ def _flat(node: fx.Node) -> fx.Node:
 
 def _fits(other: fx.Node, product: fx.Node) -> bool:
     """Whether `other` can be seen as a tensor of the product's shape and type without a copy."""
-    own, like = other.meta["val"], product.meta["val"]
-    if own.numel() != like.numel() or own.dtype != like.dtype:
+    theirs, like = other.meta["val"], product.meta["val"]
+    if theirs.numel() != like.numel() or theirs.dtype != like.dtype:
         return False
-    same: bool = own.stride() == like.stride()
-    return same if own.shape == like.shape else bool(own.is_contiguous() and like.is_contiguous())
+    same: bool = theirs.stride() == like.stride()
+    return same if theirs.shape == like.shape else bool(theirs.is_contiguous() and like.is_contiguous())
 
 
 def _viewed(graph: fx.Graph, node: fx.Node, shape: torch.Size) -> fx.Node:
@@ -118,5 +118,5 @@ def _views_above(product: fx.Node) -> list[fx.Node]:
 
 def _free(product: fx.Node) -> bool:
     """Whether the product has no addend yet."""
-    place = PRODUCTS[product.target]
-    return place is None or product.args[place] is None
+    position = PRODUCTS[product.target]
+    return position is None or product.args[position] is None

@@ -8,22 +8,22 @@ from typing import Any
 from tightfit.profiles.schema import Operator, Program
 
 
-def with_inference(program: Program, alone: Program, results: Collection[str]) -> Program:
-    """`program` with the operators of `alone` added as those of phase inference.
+def with_inference(program: Program, inference: Program, results: Collection[str]) -> Program:
+    """`program` with the operators of `inference` added as those of phase inference.
 
-    `alone` is the forward of the same module, traced by itself. Inputs, slices of weights and `results` are the same
-    values in both; intermediate values of `alone` become further values of the program.
+    `inference` is the forward of the same module, traced by itself. Inputs, slices of weights and `results` are the same
+    values in both; intermediate values of `inference` become further values of the program.
     """
-    made = {name for operator in alone.operators for name in operator.outputs if name is not None}
-    own = {name: f"inference.{name}" for name in made.difference(results)}
-    operators = [renamed(operator, own).model_copy(update={"phase": "inference"}) for operator in alone.operators]
-    values = [value.model_copy(update={"name": own.get(value.name, value.name)}) for value in alone.values]
-    there = {value.name for value in program.values}
-    ahead = sum(operator.phase == "forward" for operator in program.operators)
+    made_names = {name for operator in inference.operators for name in operator.outputs if name is not None}
+    names = {name: f"inference.{name}" for name in made_names.difference(results)}
+    operators = [renamed(operator, names).model_copy(update={"phase": "inference"}) for operator in inference.operators]
+    values = [value.model_copy(update={"name": names.get(value.name, value.name)}) for value in inference.values]
+    present = {value.name for value in program.values}
+    forward_count = sum(operator.phase == "forward" for operator in program.operators)
     return program.model_copy(
         update={
-            "values": [*program.values, *(value for value in values if value.name not in there)],
-            "operators": [*program.operators[:ahead], *operators, *program.operators[ahead:]],
+            "values": [*program.values, *(value for value in values if value.name not in present)],
+            "operators": [*program.operators[:forward_count], *operators, *program.operators[forward_count:]],
         }
     )
 
@@ -59,8 +59,8 @@ def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
     if isinstance(tree, list):
         return [_renamed(item, names) for item in tree]
     if isinstance(tree, dict) and "operand" in tree:
-        own = tree["operand"]
-        return {"operand": {**own, "value": names.get(own["value"], own["value"])}}
+        operand = tree["operand"]
+        return {"operand": {**operand, "value": names.get(operand["value"], operand["value"])}}
     if isinstance(tree, dict):
         return {key: _renamed(item, names) for key, item in tree.items()}
     return tree

@@ -25,12 +25,12 @@ class WithLoss(nn.Module):
     """(loss_fn, number of tensors of the batch that are the module's inputs); (None, None): the module has its loss itself."""
 
 
-def called(module: nn.Module) -> str:
-    """What returns the loss, in a word."""
+def loss_maker(module: nn.Module) -> str:
+    """What messages say returns the loss: loss_fn or forward."""
     return "loss_fn" if isinstance(module, WithLoss) and module._loss_fn[0] else "forward"
 
 
-def outside(module: nn.Module) -> list[nn.Module]:
+def adopted_loss(module: nn.Module) -> list[nn.Module]:
     """The loss_fn, where it is a module whose buffers `with_loss` took over."""
     loss_fn = module._loss_fn[0] if isinstance(module, WithLoss) else None
     adopted = isinstance(loss_fn, nn.Module) and any(part._non_persistent_buffers_set for part in loss_fn.modules())
@@ -58,38 +58,40 @@ def with_loss(module: nn.Module, loss_fn: Loss | None, inputs: int | None) -> No
 
     def call(self: Any, *batch: Tensor) -> Any:
         loss_fn, inputs = self._loss_fn
-        made = super(own, self).__call__(*batch[:inputs])
+        output = super(derived, self).__call__(*batch[:inputs])
         if loss_fn is None:
-            return _loss_of(made)
+            return _loss_of(output)
         try:
-            return _loss_of(loss_fn(made, *batch[inputs:]))
+            return _loss_of(loss_fn(output, *batch[inputs:]))
         except Exception as error:
             error.add_note(
-                f"loss_fn was given the module's output, {_described(made)}, and {_described(batch[inputs:])}"
+                f"loss_fn was given the module's output, {_described(output)}, and {_described(batch[inputs:])}"
             )
             raise
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's own, under a signature that takes a whole batch: torch.export reads it."""
-        return super(own, self).forward(*args, **kwargs)
+        return super(derived, self).forward(*args, **kwargs)
 
     methods = {"__call__": call, "forward": forward, "__module__": __name__}
-    own: Any = type(type(module).__name__, (type(module), WithLoss), methods)
-    module.__class__ = own
+    derived: Any = type(type(module).__name__, (type(module), WithLoss), methods)
+    module.__class__ = derived
     # Past nn.Module's own __setattr__, which would make a loss function that is a module a part of it under another name.
     object.__setattr__(module, "_loss_fn", (loss_fn, inputs))
 
 
-def _loss_of(made: Any) -> Any:
+def _loss_of(results: Any) -> Any:
     """The loss in a dict of results; of other results the tensors, without what lies beside them, such as a cache."""
-    if isinstance(made, Mapping) and isinstance(made.get(LOSS), Tensor):
-        return made[LOSS]
-    return made if isinstance(made, Tensor) else [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+    if isinstance(results, Mapping) and isinstance(results.get(LOSS), Tensor):
+        return results[LOSS]
+    if isinstance(results, Tensor):
+        return results
+    return [leaf for leaf in pytree.tree_leaves(results) if isinstance(leaf, Tensor)]
 
 
 def _check_parameters(module: nn.Module, loss_fn: nn.Module) -> None:
-    own = {id(parameter) for parameter in module.parameters()}
-    names = [name for name, parameter in loss_fn.named_parameters() if id(parameter) not in own]
+    module_parameters = {id(parameter) for parameter in module.parameters()}
+    names = [name for name, parameter in loss_fn.named_parameters() if id(parameter) not in module_parameters]
     if names:
         raise InputError(
             f"loss_fn has parameters of its own ({', '.join(names)}), which the module's state_dict has not; make it a part of"
@@ -111,9 +113,9 @@ def _adopted(module: nn.Module, loss_fn: nn.Module) -> nn.Module:
     return loss_fn
 
 
-def _described(made: Any) -> str:
+def _described(values: Any) -> str:
     """Types and shapes of tensors, for an error."""
-    leaves = pytree.tree_leaves(made)
+    leaves = pytree.tree_leaves(values)
     return (
         ", ".join(
             f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"

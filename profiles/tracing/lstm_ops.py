@@ -1,8 +1,8 @@
 """Registers the operators of `tightfit.runtime.engine.cpu.lstm` with torch for tracing, as `tightfit.profiles.tracing.torch_ops`
 does the others, and has `nn.LSTM` use them.
 
-PyTorch's own layers are traced as they run without oneDNN: some thirty operators for every time of every layer, for a sequence of
-100 some ten thousand, and the products with the inputs and for the weights' gradients as many small ones.
+PyTorch's own layers are traced as they run without oneDNN: some thirty operators for each token in each layer, some ten thousand for
+a sequence of 100, and a small matrix product for each token where one product for all of them would do.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ lstm_backward = _define(
 
 @register_flop_formula([torch.ops.tightfit.lstm])
 def _lstm_flops(x: Shape, hidden: Shape, cell: Shape, w_ih: Shape, w_hh: Shape, *_: Any, **__: Any) -> int:
-    """For all times, the products with inputs and states."""
+    """Of the products with inputs and states, for all tokens."""
     return 2 * x[0] * x[1] * w_ih[0] * (w_ih[1] + w_hh[1])
 
 
@@ -64,13 +64,13 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _grad(ctx: Any, dy: Tensor | None, dends: Tensor | None, *_: Any) -> Any:
     if dy is None and dends is None:
         return (None,) * 8
-    *made, dbias, _ = lstm_backward(dy, dends, *ctx.saved_tensors, ctx.reverse)
-    return *made, *((dbias, dbias) if ctx.biased else (None, None)), None
+    *gradients, dbias, _ = lstm_backward(dy, dends, *ctx.saved_tensors, ctx.reverse)
+    return *gradients, *((dbias, dbias) if ctx.biased else (None, None)), None
 
 
 torch.library.register_autograd("tightfit::lstm", _grad, setup_context=_setup, lib=_library)
 
-_own: Callable[..., Any] = torch._VF.lstm
+_torch_lstm: Callable[..., Any] = torch._VF.lstm
 LeaveOut = Callable[[Tensor, float, bool], Tensor]
 
 
@@ -81,39 +81,41 @@ def lstm_of(leave_out: LeaveOut) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:
         if not _supported(arguments):
-            return _own(*arguments)
-        x, states, weights, biased, layers, p, train, two_ways, rows_first = arguments
-        x = x.transpose(0, 1) if rows_first else x
-        ways, each = (2 if two_ways else 1), (4 if biased else 2)
+            return _torch_lstm(*arguments)
+        x, states, weights, biased, layers, p, train, bidirectional, batch_first = arguments
+        x = x.transpose(0, 1) if batch_first else x
+        directions, per_direction = (2 if bidirectional else 1), (4 if biased else 2)
         hidden, cells = [], []
         for layer in range(layers):
-            made = []
-            for way in range(ways):
-                place = layer * ways + way
-                own = weights[each * place : each * (place + 1)]
-                parts = (*own, None, None)[:4]
-                y, end, _, _ = lstm(x.contiguous(), *(state[place].contiguous() for state in states), *parts, way == 1)
-                made.append(y)
-                hidden.append(y[0] if way else y[-1])
+            outputs = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                own_weights = weights[per_direction * index : per_direction * (index + 1)]
+                parts = (*own_weights, None, None)[:4]
+                y, end, _, _ = lstm(
+                    x.contiguous(), *(state[index].contiguous() for state in states), *parts, direction == 1
+                )
+                outputs.append(y)
+                hidden.append(y[0] if direction else y[-1])
                 cells.append(end)
-            x = torch.cat(made, -1) if two_ways else made[0]
+            x = torch.cat(outputs, -1) if bidirectional else outputs[0]
             if layer < layers - 1:
                 x = leave_out(x, p, train)
-        return x.transpose(0, 1) if rows_first else x, torch.stack(hidden), torch.stack(cells)
+        return x.transpose(0, 1) if batch_first else x, torch.stack(hidden), torch.stack(cells)
 
     return call
 
 
 def lstm_without_dropout(*arguments: Any) -> Any:
     """PyTorch's own layers with nothing left out between them, where `lstm_of` would replace them."""
-    return _own(*arguments[:5], 0.0, *arguments[6:]) if _supported(arguments) else _own(*arguments)
+    return _torch_lstm(*arguments[:5], 0.0, *arguments[6:]) if _supported(arguments) else _torch_lstm(*arguments)
 
 
 def _supported(arguments: Sequence[Any]) -> bool:
     if len(arguments) != 9 or isinstance(arguments[1], Tensor):
         return False  # a packed sequence
-    x, states, weights, biased, layers, _, _, two_ways, _ = arguments
-    each = 4 if biased else 2
-    return len(weights) == layers * (2 if two_ways else 1) * each and all(
+    x, states, weights, biased, layers, _, _, bidirectional, _ = arguments
+    per_direction = 4 if biased else 2
+    return len(weights) == layers * (2 if bidirectional else 1) * per_direction and all(
         tensor.dtype is torch.float32 for tensor in (x, *states, *weights)
     )

@@ -24,7 +24,7 @@ _OTHERS = (str(Path(torch.__file__).parent), str(PACKAGE))
 _RECORDED = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s+(?P<code>.+)')
 
 
-def own(file: str) -> bool:
+def is_own_code(file: str) -> bool:
     """Whether a file is the user's: not PyTorch's, not tightfit's, and not generated at run time."""
     return not file.startswith(("<", *(f"{folder}/" for folder in _OTHERS)))
 
@@ -63,7 +63,7 @@ class _WithoutExport:
 
 def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames of an error's traceback that lie in the user's own code, outermost first."""
-    return [frame for frame in traceback.extract_tb(error.__traceback__) if own(frame.filename)]
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if is_own_code(frame.filename)]
 
 
 def own_traceback(error: BaseException) -> str:
@@ -81,8 +81,8 @@ def line_of_error(error: BaseException) -> str | None:
 
 def line_of_node(node: fx.Node) -> str | None:
     """Like `line_of_error`, for a node of a graph that torch.export traced."""
-    found = [match for match in _RECORDED.finditer(node.meta.get("stack_trace") or "") if own(match["file"])]
-    return _line(found[-1]["file"], int(found[-1]["line"]), found[-1]["code"]) if found else None
+    matches = [match for match in _RECORDED.finditer(node.meta.get("stack_trace") or "") if is_own_code(match["file"])]
+    return _line(matches[-1]["file"], int(matches[-1]["line"]), matches[-1]["code"]) if matches else None
 
 
 def line_of_function(function: Callable[..., Any] | type) -> str:

@@ -20,52 +20,52 @@ from torch.nn import functional
 from tightfit.profiles.tracing.dropout_ops import dropout
 from tightfit.profiles.tracing.lstm_ops import lstm_of, lstm_without_dropout
 
-UNPLACED = -1
+UNNUMBERED = -1
 """site of a dropout that has not got its number in its layer yet"""
-Replaced = Callable[[Tensor, float], Tensor]
+DropoutFunction = Callable[[Tensor, float], Tensor]
 _attention = functional.scaled_dot_product_attention
 
 
-def dropout_placed() -> contextlib.AbstractContextManager[None]:
-    """Within this context a module's dropout is the operator `tightfit.dropout`, for `place` to number."""
+def dropout_traced() -> contextlib.AbstractContextManager[None]:
+    """Within this context a module's dropout is the operator `tightfit.dropout`, for `number_dropouts` to number."""
     return _replaced(_elements, _channels)
 
 
 def dropout_off() -> contextlib.AbstractContextManager[None]:
     """Within this context a module's dropout leaves nothing out."""
-    return _replaced(lambda x, p: x, lambda x, p: x, placed=False)
+    return _replaced(lambda x, p: x, lambda x, p: x, traced=False)
 
 
-def place(layers: Iterable[Iterable[fx.Node]]) -> None:
+def number_dropouts(layers: Iterable[Iterable[fx.Node]]) -> None:
     """Number the dropouts of each layer, given the nodes of each, from 0."""
     for nodes in layers:
-        unplaced = (node for node in nodes if node.target is dropout and node.args[2] == UNPLACED)
+        unplaced = (node for node in nodes if node.target is dropout and node.args[2] == UNNUMBERED)
         for site, node in enumerate(unplaced):
             node.args = (*node.args[:2], site)
 
 
 def _elements(x: Tensor, p: float) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
-    left: Tensor = dropout(rows.contiguous(), p, UNPLACED)
-    return left.view(x.shape)
+    masked: Tensor = dropout(rows.contiguous(), p, UNNUMBERED)
+    return masked.view(x.shape)
 
 
 def _channels(x: Tensor, p: float) -> Tensor:
     """x [N, C, ...] without whole channels."""
-    kept: Tensor = dropout(x.new_ones(x.shape[:2]), p, UNPLACED)
-    return x * kept.view(*x.shape[:2], *(1 for _ in x.shape[2:]))
+    mask: Tensor = dropout(x.new_ones(x.shape[:2]), p, UNNUMBERED)
+    return x * mask.view(*x.shape[:2], *(1 for _ in x.shape[2:]))
 
 
 @contextlib.contextmanager
-def _replaced(elements: Replaced, channels: Replaced, *, placed: bool = True) -> Iterator[None]:
-    """With `placed`, `nn.LSTM` is made of tightfit's operators too."""
+def _replaced(elements: DropoutFunction, channels: DropoutFunction, *, traced: bool = True) -> Iterator[None]:
+    """Within this context `elements` and `channels` replace PyTorch's dropouts and, with `traced`, `lstm_of` its `nn.LSTM`."""
 
-    def of(leave_out: Replaced, *, within: bool) -> Callable[[Tensor, float, bool], Tensor]:
+    def of(leave_out: DropoutFunction, *, within: bool) -> Callable[[Tensor, float, bool], Tensor]:
         def call(x: Tensor, p: float, train: bool) -> Tensor:
             if not train or p == 0:
                 return x
-            made = leave_out(x, p) if p < 1 else torch.zeros_like(x)
-            return x.copy_(made) if within else made
+            result = leave_out(x, p) if p < 1 else torch.zeros_like(x)
+            return x.copy_(result) if within else result
 
         return call
 
@@ -80,9 +80,9 @@ def _replaced(elements: Replaced, channels: Replaced, *, placed: bool = True) ->
         enable_gqa: bool = False,
     ) -> Tensor:
         if dropout_p == 0:
-            rest: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-            made: Tensor = _attention(query, key, value, attn_mask, 0.0, is_causal, **rest)
-            return made
+            options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+            result: Tensor = _attention(query, key, value, attn_mask, 0.0, is_causal, **options)
+            return result
         weights = _weights(query, key, attn_mask, is_causal=is_causal, scale=scale)
         return elements(weights, dropout_p) @ _repeated(value, query)
 
@@ -92,7 +92,7 @@ def _replaced(elements: Replaced, channels: Replaced, *, placed: bool = True) ->
         "feature_dropout": of(channels, within=False),
         "feature_dropout_": of(channels, within=True),
     }
-    recurrence = lstm_of(calls["dropout"]) if placed else lstm_without_dropout
+    recurrence = lstm_of(calls["dropout"]) if traced else lstm_without_dropout
     with contextlib.ExitStack() as stack:
         for name, call in calls.items():
             # torch.nn.functional calls those of torch._VF, which looks them up in torch's C code if it has none itself.

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
-from tightfit.profiles.tracing.own_code import line_of_function, own
+from tightfit.profiles.tracing.own_code import is_own_code, line_of_function
 from tightfit.runtime.common.errors import InputError
 
 _NAMESPACE = "tightfit_functions"
@@ -34,11 +34,11 @@ _numbers = itertools.count()
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
-class _Tensor:
+class _TensorPlaceholder:
     """Placeholder for a tensor among recorded arguments and results."""
 
 
-class _Use:
+class _FunctionUse:
     """A Function with its arguments other than tensors: `operator` is what torch.export records, `call` calls the
     Function.
     """
@@ -46,7 +46,7 @@ class _Use:
     def __init__(self, function: type[torch.autograd.Function], arguments: list[Any], form: pytree.TreeSpec) -> None:
         self.function, self.arguments, self.form = function, arguments, form
         self.results: list[Any] = []
-        """What the Function last returned, flattened, with `_Tensor` in the place of tensors."""
+        """What the Function last returned, flattened, with `_TensorPlaceholder` in the place of tensors."""
         self.results_form = form
         name = f"function{next(_numbers)}"
 
@@ -63,17 +63,17 @@ class _Use:
         self.operator = getattr(getattr(torch.ops, _NAMESPACE), name).default
 
     def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        given = iter(tensors)
-        leaves = [next(given) if argument is _Tensor else argument for argument in self.arguments]
+        remaining = iter(tensors)
+        leaves = [next(remaining) if argument is _TensorPlaceholder else argument for argument in self.arguments]
         args, kwargs = pytree.tree_unflatten(leaves, self.form)
-        made, self.results_form = pytree.tree_flatten(_apply(self.function, *args, **kwargs))
-        self.results = [_Tensor if isinstance(one, Tensor) else one for one in made]
-        return [one for one in made if isinstance(one, Tensor)]
+        results, self.results_form = pytree.tree_flatten(_apply(self.function, *args, **kwargs))
+        self.results = [_TensorPlaceholder if isinstance(result, Tensor) else result for result in results]
+        return [result for result in results if isinstance(result, Tensor)]
 
     def shaped(self, tensors: Sequence[Tensor]) -> Any:
         """`tensors` put into the structure (tuple, dict, …) that the Function returned."""
-        made = iter(tensors)
-        leaves = [next(made) if one is _Tensor else one for one in self.results]
+        remaining = iter(tensors)
+        leaves = [next(remaining) if result is _TensorPlaceholder else result for result in self.results]
         return pytree.tree_unflatten(leaves, self.results_form)
 
     def is_of(self, function: type[torch.autograd.Function], arguments: list[Any], form: pytree.TreeSpec) -> bool:
@@ -89,7 +89,7 @@ class CustomFunctions:
     """Records the uses of custom Functions: call torch.export inside `recorded()`, then `restore(graph)`."""
 
     def __init__(self) -> None:
-        self.uses: list[_Use] = []
+        self.uses: list[_FunctionUse] = []
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
@@ -108,10 +108,10 @@ class CustomFunctions:
                 return _apply(function, *args, **kwargs)
             leaves, form = pytree.tree_flatten((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            arguments = [_Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            use = next((own for own in self.uses if own.is_of(function, arguments, form)), None)
+            arguments = [_TensorPlaceholder if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            use = next((known for known in self.uses if known.is_of(function, arguments, form)), None)
             if use is None:
-                use = _Use(function, arguments, form)
+                use = _FunctionUse(function, arguments, form)
                 self.uses.append(use)
             inside = True
             try:
@@ -148,7 +148,7 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and bool(one == other))
 
 
-class Detaching(TorchFunctionMode):
+class DetachWithoutGrad(TorchFunctionMode):
     """Detaches results computed under `torch.no_grad()`, because graphs of torch.export lose it and gradients would
     flow.
     """
@@ -156,17 +156,17 @@ class Detaching(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        made = function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         # Before it traces, torch.export makes fake tensors of parameters and buffers, and of a view it wants a view.
         if torch.is_grad_enabled() or get_proxy_mode() is None:
-            return made
-        given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
+            return result
+        input_ids = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
 
         def detached(tensor: Tensor) -> Tensor:
             # An in-place operation returns its input, which is not detached.
-            return tensor if id(tensor) in given else tensor.detach()
+            return tensor if id(tensor) in input_ids else tensor.detach()
 
-        return pytree.tree_map_only(Tensor, detached, made)
+        return pytree.tree_map_only(Tensor, detached, result)
 
 
 def refuse_hooks(module: nn.Module) -> None:
@@ -184,8 +184,8 @@ def refuse_hooks(module: nn.Module) -> None:
             raise _hook_error(where, "register_full_backward_hook", hook)
         for hook in part._backward_pre_hooks.values():
             raise _hook_error(where, "register_full_backward_pre_hook", hook)
-    every = nn.modules.module
-    for hook in (*every._global_backward_hooks.values(), *every._global_backward_pre_hooks.values()):
+    global_hooks = nn.modules.module
+    for hook in (*global_hooks._global_backward_hooks.values(), *global_hooks._global_backward_pre_hooks.values()):
         raise _hook_error("every module", "register_module_full_backward_hook", hook)
 
 
@@ -225,7 +225,7 @@ def gradients_refused() -> Iterator[None]:
 def _calling() -> str:
     """``at file:12`` of the innermost of the user's own frames."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and not own(frame.f_code.co_filename):
+    while frame.f_back is not None and not is_own_code(frame.f_code.co_filename):
         frame = frame.f_back
     return f"at {frame.f_code.co_filename}:{frame.f_lineno}"
 

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from tightfit.profiles.tracing.own_code import own
+from tightfit.profiles.tracing.own_code import is_own_code
 from tightfit.runtime.common.errors import InputError
 
 _STANDARD = frozenset(vars(nn.Module()))
@@ -30,12 +30,12 @@ DEEPEST = 5
 
 def state_copy(module: nn.Module) -> nn.Module | None:
     """A copy of all that the module holds but its parameters and buffers, which it shares; None if it cannot be copied."""
-    held = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     for part in module.modules():
         # What autograd made, such as the weight of `nn.utils.weight_norm`, cannot be copied, and each call makes it anew.
-        held |= {id(own): own for own in vars(part).values() if isinstance(own, Tensor) and not own.is_leaf}
+        memo |= {id(value): value for value in vars(part).values() if isinstance(value, Tensor) and not value.is_leaf}
     try:
-        return copy.deepcopy(module, held)
+        return copy.deepcopy(module, memo)
     except Exception:
         return None
 
@@ -43,9 +43,9 @@ def state_copy(module: nn.Module) -> nn.Module | None:
 def changed_attributes(before: nn.Module, after: nn.Module) -> list[str]:
     """Names of attributes, other than parameters, buffers and modules, that differ between two copies of a module."""
     names = []
-    for (name, one), (_, other) in zip(before.named_modules(), after.named_modules(), strict=False):
-        for key, value in vars(other).items():
-            if key not in _STANDARD and not _same(vars(one).get(key, _NOTHING), value):
+    for (name, old), (_, new) in zip(before.named_modules(), after.named_modules(), strict=False):
+        for key, value in vars(new).items():
+            if key not in _STANDARD and not _same(vars(old).get(key, _NOTHING), value):
                 names.append(f"{name}.{key}" if name else key)
     return names
 
@@ -53,10 +53,10 @@ def changed_attributes(before: nn.Module, after: nn.Module) -> list[str]:
 def advance_counters(before: nn.Module, after: nn.Module, times: int) -> bool:
     """Change each integer attribute that grew from `before` to `after` as if it had grown `times` as much; False if none did."""
     counters = [
-        (other, key, value, vars(one)[key])
-        for one, other in zip(before.modules(), after.modules(), strict=False)
-        for key, value in vars(other).items()
-        if type(value) is int and type(vars(one).get(key)) is int and value != vars(one)[key]
+        (new, key, value, vars(old)[key])
+        for old, new in zip(before.modules(), after.modules(), strict=False)
+        for key, value in vars(new).items()
+        if type(value) is int and type(vars(old).get(key)) is int and value != vars(old)[key]
     ]
     for part, key, value, start in counters:
         setattr(part, key, start + times * (value - start))
@@ -122,7 +122,7 @@ def seeding_refused() -> Iterator[None]:
     def refusing(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def seed(*args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1)
-            if not own(caller.f_code.co_filename):
+            if not is_own_code(caller.f_code.co_filename):
                 return call(*args, **kwargs)
             raise InputError(
                 f"at {caller.f_code.co_filename}:{caller.f_lineno} forward seeds PyTorch's generator ({name}), which a traced step"
@@ -145,9 +145,9 @@ def _generators() -> list[Any]:
     if numpy is not None:
         kinds += (numpy.BitGenerator, numpy.RandomState)
     return [
-        one
-        for one in gc.get_objects()
-        if issubclass(type(one), kinds) and not issubclass(type(one), random.SystemRandom)
+        instance
+        for instance in gc.get_objects()
+        if issubclass(type(instance), kinds) and not issubclass(type(instance), random.SystemRandom)
     ]
 
 

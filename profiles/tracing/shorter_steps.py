@@ -45,12 +45,12 @@ def shorter_step(whole: Trace, short: Trace, seq: int) -> ShorterStep:
     Raises InputError where that step has other operators, or tensors that are larger. Storage that an operator works in may be larger
     (`with_room`).
     """
-    if (what := _difference(whole, short)) is not None:
+    if (difference := _difference(whole, short)) is not None:
         raise InputError(
-            f"buckets {seq}: at {seq} tokens the model's step is not the same as at its whole length ({what}), as where a sliding"
+            f"buckets {seq}: at {seq} tokens the model's step is not the same as at its whole length ({difference}), as where a sliding"
             " window holds all of the shorter one; leave this length out"
         )
-    smaller = [made for like, made in zip(whole.tensors, short.tensors, strict=True) if made != like]
+    smaller = [shorter for tensor, shorter in zip(whole.tensors, short.tensors, strict=True) if shorter != tensor]
     return ShorterStep(seq=seq, tensors=smaller, programs=short.programs)
 
 
@@ -58,16 +58,16 @@ def _difference(whole: Trace, short: Trace) -> str | None:
     """In words, in what else than sizes two traces differ; None: in nothing."""
     if _form_of_layers(whole) != _form_of_layers(short):
         return "its layers differ"
-    for like, made in zip(whole.tensors, short.tensors, strict=True):
-        if made.bytes > like.bytes or (made != like and like.kind not in SHORTENED):
-            return f"{like.name} has shape {made.shape} in the place of {like.shape}"
-    bound = {(layer.program, value) for layer in whole.layers for value in layer.bindings}
-    for program, shorter in zip(whole.programs, short.programs, strict=True):
-        if _form(program) != _form(shorter):
+    for tensor, shorter_tensor in zip(whole.tensors, short.tensors, strict=True):
+        if shorter_tensor.bytes > tensor.bytes or (shorter_tensor != tensor and tensor.kind not in SHORTENED):
+            return f"{tensor.name} has shape {shorter_tensor.shape} in the place of {tensor.shape}"
+    bound_values = {(layer.program, value) for layer in whole.layers for value in layer.bindings}
+    for program, shorter_program in zip(whole.programs, short.programs, strict=True):
+        if _form(program) != _form(shorter_program):
             return f"the operators of {program.name} differ"
-        for value, own in zip(program.values, shorter.values, strict=True):
-            if own.bytes > value.bytes and (program.name, value.name) in bound:
-                return f"{value.name} of {program.name} has shape {own.shape} in the place of {value.shape}"
+        for value, shorter_value in zip(program.values, shorter_program.values, strict=True):
+            if shorter_value.bytes > value.bytes and (program.name, value.name) in bound_values:
+                return f"{value.name} of {program.name} has shape {shorter_value.shape} in the place of {value.shape}"
     return None
 
 
@@ -92,13 +92,13 @@ def _form_of_operator(operator: Operator) -> tuple[Any, ...]:
     )
 
 
-def apart(step: ShorterStep) -> Iterator[Program]:
+def renamed_programs(step: ShorterStep) -> Iterator[Program]:
     """The programs of a shorter step under names of their own, beside which those of the whole step can be measured."""
-    return (program.model_copy(update={"name": name_apart(program.name, step)}) for program in step.programs)
+    return (program.model_copy(update={"name": shorter_name(program.name, step)}) for program in step.programs)
 
 
-def name_apart(name: str, step: ShorterStep) -> str:
-    """What `apart` calls a program."""
+def shorter_name(name: str, step: ShorterStep) -> str:
+    """What `renamed_programs` calls a program."""
     return f"{name} of {step.seq}"
 
 
@@ -110,12 +110,12 @@ def with_room(programs: Sequence[Program], steps: Sequence[ShorterStep]) -> list
     def roomy(number: int) -> Program:
         program, *others = (programs[number], *(step.programs[number] for step in steps))
         operators, values = [], []
-        for place, operator in enumerate(program.operators):
-            most = max((other.operators[place].workspace_bytes for other in others), default=0)
-            operators.append(operator.model_copy(update={"workspace_bytes": max(operator.workspace_bytes, most)}))
-        for place, value in enumerate(program.values):
-            most = max((other.values[place].bytes for other in others), default=0)
-            values.append(value.model_copy(update={"bytes": max(value.bytes, most)}))
+        for index, operator in enumerate(program.operators):
+            largest = max((other.operators[index].workspace_bytes for other in others), default=0)
+            operators.append(operator.model_copy(update={"workspace_bytes": max(operator.workspace_bytes, largest)}))
+        for index, value in enumerate(program.values):
+            largest = max((other.values[index].bytes for other in others), default=0)
+            values.append(value.model_copy(update={"bytes": max(value.bytes, largest)}))
         return program.model_copy(update={"operators": operators, "values": values})
 
     return [roomy(number) for number in range(len(programs))] if steps else list(programs)

@@ -334,8 +334,8 @@ def open_head(
     if known is None:
         return head_finish(state, rows, labels)  # type: ignore[no-any-return]
     _, token_losses = head_mean(state, labels)
-    made, weights = preference_loss(token_losses, labels, known, loss, beta)
-    return made, token_losses, head_weighted(state, rows, weights)
+    value, weights = preference_loss(token_losses, labels, known, loss, beta)
+    return value, token_losses, head_weighted(state, rows, weights)
 
 
 def open_head_without_gradient(
@@ -350,10 +350,10 @@ def open_head_without_gradient(
     """The same losses as `open_head`, to the bit, with half the arithmetic, since no gradient is computed along with
     them.
     """
-    made, token_losses = head_mean(_fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows), labels)
+    value, token_losses = head_mean(_fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows), labels)
     if known is not None:
-        made, _ = preference_loss(token_losses, labels, known, loss, beta)
-    return made, token_losses, None
+        value, _ = preference_loss(token_losses, labels, known, loss, beta)
+    return value, token_losses, None
 
 
 def _fold_slices(state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> Tensor:
@@ -422,30 +422,30 @@ def _capped_head(
     rows = head_rows(weight, labels)
     total = slopes = None
     for start in range(0, weight.shape[0], slice_rows):
-        part = weight[start : start + slice_rows]
-        share = torch.tanh(torch.mm(hidden, part.t()).float() / cap)
+        slice_weight = weight[start : start + slice_rows]
+        share = torch.tanh(torch.mm(hidden, slice_weight.t()).float() / cap)
         terms = torch.exp((share - 1.0) * cap)
-        summed = terms.sum(1)
-        total = summed if total is None else total + summed
+        slice_sum = terms.sum(1)
+        total = slice_sum if total is None else total + slice_sum
         if gradient:
-            slope = torch.mm((terms * (1.0 - share * share)).to(weight.dtype), part).float()
+            slope = torch.mm((terms * (1.0 - share * share)).to(weight.dtype), slice_weight).float()
             slopes = slope if slopes is None else slopes + slope
-    own = torch.tanh((hidden.float() * rows.float()).sum(1) / cap)
+    label_share = torch.tanh((hidden.float() * rows.float()).sum(1) / cap)
     labelled = labels.reshape(-1) >= 0
     count = labelled.sum().clamp(min=1)
     assert total is not None
-    token_losses = torch.where(labelled, total.log() + (1.0 - own) * cap, 0.0)
+    token_losses = torch.where(labelled, total.log() + (1.0 - label_share) * cap, 0.0)
     weights = None
     if known is None:
-        made = token_losses.sum() / count
+        value = token_losses.sum() / count
     else:
-        made, weights = preference_loss(token_losses, labels, known, loss, beta)
+        value, weights = preference_loss(token_losses, labels, known, loss, beta)
     if slopes is None:
-        return made, token_losses, None
+        return value, token_losses, None
     weights = labelled.float() / count if weights is None else weights
-    toward = (1.0 - own * own)[:, None] * rows.float()
+    toward = (1.0 - label_share * label_share)[:, None] * rows.float()
     gradients = (slopes / total[:, None] - toward) * weights[:, None]
-    return made, token_losses, gradients.to(hidden.dtype)
+    return value, token_losses, gradients.to(hidden.dtype)
 
 
 def _capped_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:

@@ -38,10 +38,10 @@ from tightfit.profiles.tracing.fewer_saved import save_less
 from tightfit.profiles.tracing.fold import ONCE, Role, constant_made, fold
 from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
-from tightfit.profiles.tracing.loss_function import called
+from tightfit.profiles.tracing.loss_function import loss_maker
 from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, quiet_torch
-from tightfit.profiles.tracing.own_dropout import dropout_placed, place
-from tightfit.profiles.tracing.own_gradients import CustomFunctions, Detaching, gradients_refused, refuse_hooks
+from tightfit.profiles.tracing.own_dropout import dropout_traced, number_dropouts
+from tightfit.profiles.tracing.own_gradients import CustomFunctions, DetachWithoutGrad, gradients_refused, refuse_hooks
 from tightfit.profiles.tracing.own_state import draws_watched, seeding_refused
 from tightfit.profiles.tracing.unchecked import unchecked
 from tightfit.runtime.common.errors import InputError, TightfitError
@@ -104,16 +104,16 @@ def trace(
     report("export", 0, 1)
     graph, roles = _export(module, batch)
     report("export", 1, 1)
-    _check_results(graph, called(module))
+    _check_results(graph, loss_maker(module))
     _widen_loss(graph)
     segments = _segments(graph)
-    place(segment.nodes for segment in segments)
+    number_dropouts(segment.nodes for segment in segments)
 
-    def traced(parts: list[Segment], reached: Callable[[Segment], None]) -> _Tracer:
-        """Trace the segments `parts`, calling `reached` with each one before its forward and before its backward is
+    def traced(pieces: list[Segment], visited: Callable[[Segment], None]) -> _Tracer:
+        """Trace the segments `pieces`, calling `visited` with each one before its forward and before its backward is
         traced.
         """
-        _connect(graph, parts)
+        _connect(graph, pieces)
         tracer = _Tracer(
             roles=roles,
             fake_mode=FakeTensorMode(),
@@ -121,15 +121,15 @@ def trace(
             inference=(inference or {}) | EVALUATED,
             requires={node: role.kind == "trainable" for node, role in roles.items()},
         )
-        for part in parts:
-            reached(part)
-            tracer.forward(part)
+        for piece in pieces:
+            visited(piece)
+            tracer.forward(piece)
         if not tracer.requires[graph.output_node().all_input_nodes[0]]:
             raise InputError("the loss depends on no parameter that requires a gradient; there is nothing to train")
-        for done, part in enumerate(reversed(parts)):
-            report("programs", done, len(parts))
-            reached(part)
-            tracer.backward(part, graph)
+        for done, piece in enumerate(reversed(pieces)):
+            report("programs", done, len(pieces))
+            visited(piece)
+            tracer.backward(piece, graph)
         return tracer
 
     try:
@@ -137,12 +137,12 @@ def trace(
     except Exception as error:
         line = line_of_error(error)
         if line is None:
-            # Trace operator by operator: the last one reached is the one that cannot be traced.
-            reached: list[Segment] = []
+            # Trace operator by operator: the last one begun is the one that cannot be traced.
+            visited: list[Segment] = []
             try:
-                traced(_single_operators(graph), reached.append)
+                traced(_single_operators(graph), visited.append)
             except Exception:
-                line = line_of_node(reached[-1].nodes[0]) if reached else None
+                line = line_of_node(visited[-1].nodes[0]) if visited else None
         if line is None and isinstance(error, TightfitError):
             raise
         raise InputError(f"{type(module).__name__} cannot be traced{_at(line)}: {_reason(error)}") from error
@@ -153,8 +153,8 @@ def trace(
 def trace_forward(
     module: nn.Module, batch: Mapping[str, torch.Tensor], decompositions: dict[Any, Callable[..., Any]]
 ) -> Trace:
-    """Trace the forward alone of a module that trains nothing and whose first result is a tensor of its own, no view; `loss` is
-    the name of that. Raises InputError if it cannot be traced.
+    """Trace the forward alone of a module that trains nothing and whose first result is no view; the trace's `loss` is that
+    result's name. Raises InputError if it cannot be traced.
     """
     graph, roles = _export(module, batch)
     segments = _segments(graph)
@@ -202,8 +202,8 @@ def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Gr
                 gradients_refused(),
                 seeding_refused(),
                 unchecked(),
-                dropout_placed(),
-                Detaching(),
+                dropout_traced(),
+                DetachWithoutGrad(),
                 draws_watched() as drawn,
             ):
                 program = torch.export.export(module, tuple(batch.values()), strict=False)
@@ -229,11 +229,11 @@ def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Gr
     signature = program.graph_signature
     # What the forward changes of its buffers and of its batch comes before what it returns.
     output = program.graph.output_node()
-    made = zip(signature.output_specs, output.args[0], strict=True)
-    output.args = (tuple(node for spec, node in made if spec.kind is OutputKind.USER_OUTPUT),)
+    returned = zip(signature.output_specs, output.args[0], strict=True)
+    output.args = (tuple(node for spec, node in returned if spec.kind is OutputKind.USER_OUTPUT),)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    held = parameters | dict(module.named_buffers(remove_duplicate=False))
-    shared: dict[int, fx.Node] = {}
+    state_tensors = parameters | dict(module.named_buffers(remove_duplicate=False))
+    first_nodes: dict[int, fx.Node] = {}
     roles: dict[fx.Node, Role] = {}
     names_of_batch = iter(batch)
     constants = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
@@ -249,7 +249,7 @@ def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Gr
             )
         elif node.name in constants:
             name, kind = constants[node.name], "constant"
-            if name not in held and node.users:
+            if name not in state_tensors and node.users:
                 _refuse_unfollowed(module, batch)
                 raise InputError(
                     f"{type(module).__name__} cannot be traced{_at(line_of_node(next(iter(node.users))))}:"
@@ -262,8 +262,8 @@ def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Gr
                     f"{type(module).__name__} uses an object in its forward that a trace cannot hold ({node.name}), such as a"
                     " torch.Generator of its own; draw from PyTorch's, without the argument generator"
                 )
-        if kind != "batch" and name in held:
-            first = shared.setdefault(id(held[name]), node)
+        if kind != "batch" and name in state_tensors:
+            first = first_nodes.setdefault(id(state_tensors[name]), node)
             if first is not node:  # a tensor that several modules share keeps its first name and has one gradient
                 node.replace_all_uses_with(first)
                 continue
@@ -298,10 +298,10 @@ def _widen_loss(graph: fx.Graph) -> None:
     if value.dtype is torch.float32 or not value.is_floating_point():
         return
     with graph.inserting_before(output):
-        wide = graph.call_function(aten._to_copy.default, (loss,), {"dtype": torch.float32})
+        widened = graph.call_function(aten._to_copy.default, (loss,), {"dtype": torch.float32})
     with value.fake_mode:
-        wide.meta.update(loss.meta, val=value.float())
-    output.args = ((wide, *others),)
+        widened.meta.update(loss.meta, val=value.float())
+    output.args = ((widened, *others),)
 
 
 def _open_copies(graph: fx.Graph) -> None:
@@ -309,17 +309,17 @@ def _open_copies(graph: fx.Graph) -> None:
     copies.
     """
     for node in graph.find_nodes(op="call_function", target=aten.copy.default):
-        like, source = (argument.meta["val"] for argument in node.args[:2])
-        made = node.args[1]
+        target_value, source = (argument.meta["val"] for argument in node.args[:2])
+        copied = node.args[1]
         with graph.inserting_before(node):
-            for target, arguments, named, differs in (
-                (aten._to_copy.default, (), {"dtype": like.dtype}, source.dtype != like.dtype),
-                (aten.expand.default, (list(like.shape),), {}, source.shape != like.shape),
+            for target, arguments, keywords, differs in (
+                (aten._to_copy.default, (), {"dtype": target_value.dtype}, source.dtype != target_value.dtype),
+                (aten.expand.default, (list(target_value.shape),), {}, source.shape != target_value.shape),
             ):
                 if differs:
-                    made = graph.call_function(target, (made, *arguments), named)
-                    made.meta.update(node.meta)
-        node.replace_all_uses_with(made)
+                    copied = graph.call_function(target, (copied, *arguments), keywords)
+                    copied.meta.update(node.meta)
+        node.replace_all_uses_with(copied)
         graph.erase_node(node)
 
 
@@ -333,18 +333,18 @@ def _open_constants(program: torch.export.ExportedProgram) -> None:
             continue
         for user in list(node.users):
             with program.graph.inserting_before(user):
-                made = program.graph.call_function(
+                constant = program.graph.call_function(
                     aten.full.default, (list(value.shape), value.item()), {"dtype": value.dtype}
                 )
-            made.meta.update(user.meta, val=node.meta["val"])
-            user.replace_input_with(node, made)
+            constant.meta.update(user.meta, val=node.meta["val"])
+            user.replace_input_with(node, constant)
 
 
 def _drop_empty_parts(graph: fx.Graph) -> None:
     """Replace what one tensor appended to an empty one makes, as caches begin, by that tensor."""
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
-        empty = [part for part in node.args[0] if part.meta["val"].shape == (0,)]
-        others = [part for part in node.args[0] if part not in empty]
+        empty = [piece for piece in node.args[0] if piece.meta["val"].shape == (0,)]
+        others = [piece for piece in node.args[0] if piece not in empty]
         if not empty or len(others) != 1 or others[0].meta["val"].dtype != node.meta["val"].dtype:
             continue
         node.replace_all_uses_with(others[0])
@@ -404,8 +404,8 @@ def _module_path(node: fx.Node) -> str:
 
 def _layer_key(node: fx.Node) -> str | None:
     """The shortest module path that ends in an index: ``model.layers.3`` for anything inside that block."""
-    found = re.match(r"((?:.*?\.)??\d+)(?:\.|$)", _module_path(node))
-    return found.group(1) if found else None
+    match = re.match(r"((?:.*?\.)??\d+)(?:\.|$)", _module_path(node))
+    return match.group(1) if match else None
 
 
 def _cut(name: str | None, nodes: list[fx.Node], depth: int = 1) -> list[tuple[str | None, list[fx.Node]]]:
@@ -416,7 +416,7 @@ def _cut(name: str | None, nodes: list[fx.Node], depth: int = 1) -> list[tuple[s
     if len(nodes) <= LARGEST_SEGMENT or depth > max(map(len, paths)):
         return [(name, nodes)]
     pieces: list[tuple[str | None, list[fx.Node]]] = []
-    for path, run in groupby(zip(paths, nodes), lambda one: ".".join(one[0][:depth])):
+    for path, run in groupby(zip(paths, nodes), lambda pair: ".".join(pair[0][:depth])):
         for inner, members in _cut(path or None, [node for _, node in run], depth + 1):
             if pieces and len(pieces[-1][1]) + len(members) <= LARGEST_SEGMENT:
                 pieces[-1][1].extend(members)
@@ -435,22 +435,22 @@ def _repeated_here(node: fx.Node) -> bool:
 
 def _segments(graph: fx.Graph) -> list[Segment]:
     """The graph cut into segments wherever `_layer_key` changes from one node to the next; large ones are cut further."""
-    called = [
+    calls = [
         node
         for node in graph.nodes
         if node.op == "call_function" and node.target not in IGNORED and not _repeated_here(node)
     ]
     segments = [
         Segment(name="", key=name, nodes=nodes)
-        for key, run in groupby(called, _layer_key)
+        for key, run in groupby(calls, _layer_key)
         for name, nodes in _cut(key, list(run))
     ]
-    used: dict[str, int] = {}
+    occurrences: dict[str, int] = {}
     for index, segment in enumerate(segments):
         first, last = index == 0, index == len(segments) - 1
         name = segment.key or ("stem" if first else "head" if last else f"between.{index}")
-        used[name] = used.get(name, 0) + 1
-        segment.name = name if used[name] == 1 else f"{name}#{used[name]}"
+        occurrences[name] = occurrences.get(name, 0) + 1
+        segment.name = name if occurrences[name] == 1 else f"{name}#{occurrences[name]}"
     return segments
 
 
@@ -503,14 +503,14 @@ def _connect(graph: fx.Graph, segments: list[Segment]) -> None:
         segment.module = fx.GraphModule({}, copy)
         segment.module.meta["mapped"] = mapped
     for segment in segments:
-        wanted = {
+        used_outside = {
             node for other in segments if other is not segment for node in other.inputs if owner_of(node) is segment
         }
-        wanted |= {node for node in results if owner_of(node) is segment}
+        used_outside |= {node for node in results if owner_of(node) is segment}
         assert segment.module is not None
         mapped = segment.module.meta["mapped"]
         for node in graph.nodes:
-            if node in wanted:
+            if node in used_outside:
                 if node not in mapped:  # an output of a multi-output operator that only other segments use
                     mapped[node] = segment.module.graph.node_copy(node, mapped.__getitem__)
                 segment.outputs.append(node)
@@ -613,9 +613,9 @@ class _Tracer:
         if not any(node.target in self.inference for node in module.graph.nodes):
             return program
         with torch.no_grad():
-            alone = self._traced(module, self.decompositions | self.inference, inputs)
-        plain = fold(alone, name=name, inputs=primals, results=outputs, forward=len(outputs))
-        return with_inference(program, plain, [result for result, _ in outputs])
+            inference_graph = self._traced(module, self.decompositions | self.inference, inputs)
+        inference_program = fold(inference_graph, name=name, inputs=primals, results=outputs, forward=len(outputs))
+        return with_inference(program, inference_program, [result for result, _ in outputs])
 
     def _traced(
         self, call: Callable[..., Any], decompositions: dict[Any, Callable[..., Any]], inputs: list[torch.Tensor]
@@ -635,10 +635,10 @@ class _Tracer:
 
     def _fakes(self, segment: Segment) -> list[torch.Tensor]:
         with self.fake_mode:
-            made = []
+            fakes = []
             for node in segment.inputs:
-                made.append(_empty_like(node.meta["val"]).requires_grad_(self.requires[node]))
-            return made
+                fakes.append(_empty_like(node.meta["val"]).requires_grad_(self.requires[node]))
+            return fakes
 
     def _signature(self, segment: Segment, extra: tuple[Any, ...]) -> str:
         """A key that is equal for segments that differ only in names."""
@@ -684,7 +684,7 @@ class _Tracer:
 
         A new layer precedes, in forward order, a layer that reads the tensor, so it runs right after that layer's backward.
         """
-        place = {segment.name: index for index, segment in enumerate(segments)}
+        position = {segment.name: index for index, segment in enumerate(segments)}
         before: dict[int, list[Layer]] = {}
         sums: dict[tuple[Any, ...], Program] = {}
         for partials in self.partials.values():
@@ -693,25 +693,27 @@ class _Tracer:
             total = partials[0][1]
             so_far = ""
             for index, (segment, _) in enumerate(partials):
-                layer = layers[place[segment.name]]
+                layer = layers[position[segment.name]]
                 (local,) = [k for k, v in layer.bindings.items() if v == total and k.startswith("grad_in")]
-                like = next(v for v in by_name[layer.program].values if v.name == local)
-                part = f"{total}@{segment.name}"
-                layers[place[segment.name]] = layer.model_copy(update={"bindings": {**layer.bindings, local: part}})
+                value = next(v for v in by_name[layer.program].values if v.name == local)
+                partial = f"{total}@{segment.name}"
+                layers[position[segment.name]] = layer.model_copy(
+                    update={"bindings": {**layer.bindings, local: partial}}
+                )
                 if not index:
-                    so_far = part
+                    so_far = partial
                     continue
                 last = index == len(partials) - 1
-                made = total if last else f"{total}#{index}"
-                shape = (tuple(like.shape), tuple(like.stride), like.dtype)
+                sum_name = total if last else f"{total}#{index}"
+                shape = (tuple(value.shape), tuple(value.stride), value.dtype)
                 if shape not in sums:
-                    sums[shape] = _sum_program(f"sum{len(sums)}", like)
+                    sums[shape] = _sum_program(f"sum{len(sums)}", value)
                 name = f"sum({total})" if last else f"sum({total})#{index}"
-                bindings = {"part0": so_far, "part1": part, "total": made}
-                own = Layer(name=name, program=sums[shape].name, bindings=bindings)
-                before.setdefault(place[segment.name], []).append(own)
-                so_far = made
-        ordered = [layer for index, own in enumerate(layers) for layer in [*before.get(index, []), own]]
+                bindings = {"part0": so_far, "part1": partial, "total": sum_name}
+                sum_layer = Layer(name=name, program=sums[shape].name, bindings=bindings)
+                before.setdefault(position[segment.name], []).append(sum_layer)
+                so_far = sum_name
+        ordered = [layer for index, follower in enumerate(layers) for layer in [*before.get(index, []), follower]]
         return ordered, list(sums.values())
 
 
@@ -734,7 +736,7 @@ def _sum_program(name: str, like: Value) -> Program:
         inputs=parts,
         outputs=["total"],
     )
-    values = [like.model_copy(update={"name": own, "kind": "gradient"}) for own in (*parts, "total")]
+    values = [like.model_copy(update={"name": value_name, "kind": "gradient"}) for value_name in (*parts, "total")]
     return Program(name=name, values=values, operators=[operator])
 
 
@@ -743,15 +745,15 @@ def _tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
 
     A weight that is read only through slices is left out, unless rows are gathered from it.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for layer in layers:
         program = by_name[layer.program]
         used = {name for op in program.operators for name in (*op.inputs, *op.outputs) if name}
         movable = {name for op in program.operators if op.target in ONCE for name in op.inputs}
         for value in program.values:
             name = layer.bindings.get(value.name)
-            if name is not None and name not in found and value.name in used:
-                found[name] = Tensor(
+            if name is not None and name not in tensors and value.name in used:
+                tensors[name] = Tensor(
                     name=name,
                     kind=value.kind,
                     shape=value.shape,
@@ -759,4 +761,4 @@ def _tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
                     bytes=value.bytes,
                     movable=value.kind == "trainable" and value.name in movable,
                 )
-    return list(found.values())
+    return list(tensors.values())

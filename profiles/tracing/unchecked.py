@@ -18,12 +18,12 @@ from torch.nn.functional import gaussian_nll_loss
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     """Within this context distributions validate no arguments, and `gaussian_nll_loss` assumes positive variances."""
-    tested = torch.any
+    torch_any = torch.any
 
     def any_of(*args: Any, **kwargs: Any) -> Any:
         if sys._getframe(1).f_code is gaussian_nll_loss.__code__:
             return False
-        return tested(*args, **kwargs)
+        return torch_any(*args, **kwargs)
 
     with mock.patch.object(torch, "any", any_of), mock.patch.object(Distribution, "_validate_args", False):
         yield

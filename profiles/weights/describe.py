@@ -45,15 +45,15 @@ def decoder_tensors(shape: DecoderShape) -> Iterable[tuple[str, tuple[int, ...]]
         yield "lm_head.weight", (shape.vocab, shape.hidden)
 
 
-def packed_entry(name: str, shape: tuple[int, ...], kind: str) -> Entry:
-    """The store entry of a tensor in format `kind`, or in bfloat16 if no group size divides a matrix's rows evenly."""
-    if kind not in ("q4", "q8"):
-        return Entry(name=name, shape=shape, format=kind)
+def packed_entry(name: str, shape: tuple[int, ...], packed_format: str) -> Entry:
+    """The store entry of a tensor in format `packed_format`, or in bfloat16 if no group size divides a matrix's rows evenly."""
+    if packed_format not in ("q4", "q8"):
+        return Entry(name=name, shape=shape, format=packed_format)
     columns = 1
     for size in shape[1:]:
         columns *= size
     group = next((group for group in GROUPS if columns % group == 0), 0)
-    return Entry(name=name, shape=shape, format=kind if group else "bfloat16", group=group)
+    return Entry(name=name, shape=shape, format=packed_format if group else "bfloat16", group=group)
 
 
 def describe(

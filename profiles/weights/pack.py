@@ -81,9 +81,9 @@ def _pack_q4(x: Tensor, spans: Sequence[float]) -> Tensor:
     def refit(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
         choose_codes(scale, minimum)
         mean_code = codes.mean(0)
-        spread = torch.mul(codes, codes, out=scratch).sum(0) - len(x) * mean_code * mean_code
-        together = torch.mul(codes, x, out=scratch).sum(0) - len(x) * mean_code * mean
-        slope = torch.where(spread > 0, together / spread.clamp_min(1e-30), scale)
+        variance = torch.mul(codes, codes, out=scratch).sum(0) - len(x) * mean_code * mean_code
+        covariance = torch.mul(codes, x, out=scratch).sum(0) - len(x) * mean_code * mean
+        slope = torch.where(variance > 0, covariance / variance.clamp_min(1e-30), scale)
         return slope, mean - slope * mean_code
 
     def keep_better(new_scale: Tensor, new_minimum: Tensor) -> None:
@@ -97,10 +97,10 @@ def _pack_q4(x: Tensor, spans: Sequence[float]) -> Tensor:
 
     keep_better((high - low) / 15, low)
     for span in spans:
-        found = (high - low) * (span / 15), (high + low) / 2 - (high - low) * (span / 2)
+        pair = (high - low) * (span / 15), (high + low) / 2 - (high - low) * (span / 2)
         for _ in range(REFITS):
-            found = refit(*found)
-        keep_better(*found)
+            pair = refit(*pair)
+        keep_better(*pair)
     for _ in range(2):
         keep_better(*refit(scale, minimum))
     choose_codes(scale, minimum)
@@ -190,8 +190,8 @@ class StoreWriter:
                 self._file.write(view)
                 written += len(view)
                 while len(view):
-                    part = view[: segment - filled]
-                    checksum, filled, view = zlib.crc32(part, checksum), filled + len(part), view[len(part) :]
+                    chunk = view[: segment - filled]
+                    checksum, filled, view = zlib.crc32(chunk, checksum), filled + len(chunk), view[len(chunk) :]
                     if filled == segment:
                         self._checksums.append(checksum)
                         checksum = filled = 0
@@ -261,7 +261,7 @@ class StoreWriter:
         return placed
 
     def _header(self, entries: list[Entry]) -> bytes:
-        tensors = {entry.name: entry.said() for entry in entries}
+        tensors = {entry.name: entry.header_fields() for entry in entries}
         return json.dumps(self._head | {"tensors": tensors}, separators=(",", ":")).encode()
 
 
@@ -278,9 +278,9 @@ def build_store(source: Source, directory: str | os.PathLike[str], progress: Pro
             progress(total, total, "")
         return path
     done = 0
-    described = {"kind": source.kind, "fingerprint": source.fingerprint, "note": source.note}
+    source_info = {"kind": source.kind, "fingerprint": source.fingerprint, "note": source.note}
     with StoreWriter(
-        path, source.entries.values(), name=source.name, config=without_names(source.config), source=described
+        path, source.entries.values(), name=source.name, config=without_names(source.config), source=source_info
     ) as writer:
         for tensor in source.tensors():
             entry = tensor.entry
@@ -299,21 +299,21 @@ def _blocks(tensor: SourceTensor) -> Iterable[Tensor]:
         stop = min(start + step, entry.rows)
         block = tensor.rows(start, stop)
         packed = block.dtype == torch.uint8 and entry.format != "uint8"
-        where = tensor.place or f"tensor {entry.name!r}"
+        origin = tensor.origin or f"tensor {entry.name!r}"
         if not _finite(entry, block, packed=packed):
             row = start + next(
                 row for row, values in enumerate(block) if not _finite(entry, values[None], packed=packed)
             )
             raise InputError(
-                f"{where} holds NaN or infinity, first in row {row}; the file is damaged or its training"
+                f"{origin} holds NaN or infinity, first in row {row}; the file is damaged or its training"
                 " diverged: download it again, or use another checkpoint"
             )
-        made = block if packed else pack_rows(entry, block.reshape(stop - start, entry.columns))
-        if not packed and not finite_groups(entry, made):
+        packed_block = block if packed else pack_rows(entry, block.reshape(stop - start, entry.columns))
+        if not packed and not finite_groups(entry, packed_block):
             raise InputError(
-                f"{where} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use {spelled('base', '16bit')}"
+                f"{origin} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use {spelled('base', '16bit')}"
             )
-        yield made
+        yield packed_block
 
 
 def _finite(entry: Entry, block: Tensor, *, packed: bool) -> bool:
@@ -325,12 +325,12 @@ def finite_groups(entry: Entry, packed: Tensor) -> bool:
     if entry.format not in SCALES:
         return True
     groups = packed.view(-1, group_bytes(entry.format, entry.group))
-    for place in SCALES[entry.format]:
-        high = groups[:, place]
-        endless = (high & 0x7F) == 0x7F if entry.format in SINGLE else (high & 0x7C) == 0x7C
+    for index in SCALES[entry.format]:
+        high = groups[:, index]
+        infinite = (high & 0x7F) == 0x7F if entry.format in SINGLE else (high & 0x7C) == 0x7C
         if entry.format in SINGLE:
-            endless = endless & (groups[:, place - 1] >= 0x80)
-        if endless.any():
+            infinite = infinite & (groups[:, index - 1] >= 0x80)
+        if infinite.any():
             return False
     return True
 

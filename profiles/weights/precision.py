@@ -1,4 +1,4 @@
-"""The precision of a model's frozen weights, where the file leaves a choice, and what packing does to them in words."""
+"""The precision of a model's frozen weights, where the file leaves a choice, and sentences about what packing does to them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Precision:
     embeddings: Bits | None = None
     """Of the embedding and the head; None: as `base`."""
 
-    def format(self, held: str = "bfloat16", *, embedding: bool = False, kept: bool = False) -> str:
-        """Store format of a matrix that a file holds in the dtype `held`.
+    def format(self, dtype: str = "bfloat16", *, embedding: bool = False, beside_quantised: bool = False) -> str:
+        """Store format of a matrix that a file holds in the dtype `file_dtype`.
 
-        `embedding`: whether it is the embedding or the head; `kept`: whether the file holds others quantised.
+        `embedding`: whether it is the embedding or the head; `beside_quantised`: whether the file holds others quantised.
         """
-        chosen = (self.embeddings if embedding else None) or self.base or ("16bit" if kept else "4bit")
-        return "float16" if chosen == "16bit" and held == "float16" else FORMATS[chosen]
+        choice = (self.embeddings if embedding else None) or self.base or ("16bit" if beside_quantised else "4bit")
+        return "float16" if choice == "16bit" and dtype == "float16" else FORMATS[choice]
 
 
 DEFAULT = Precision()
@@ -51,60 +51,60 @@ def precision(base: str | None, embeddings: str | None) -> Precision:
     return Precision(base=base, embeddings=embeddings)  # type: ignore[arg-type]
 
 
-class Matrix(NamedTuple):
+class SourceMatrix(NamedTuple):
     """A matrix of a file, and what becomes of it."""
 
     entry: Entry
-    held: str
+    file_dtype: str
     """The type in which the file holds it, under the file's own name."""
     embedding: bool
     """Whether it is the embedding or the head."""
 
 
-def check_choice(path: Path, chosen: Precision, matrices: Sequence[Matrix]) -> None:
-    """Raise InputError if no matrix of a file can be stored as `chosen`: quantised weights are never rounded again.
+def check_choice(path: Path, precision: Precision, matrices: Sequence[SourceMatrix]) -> None:
+    """Raise InputError if no matrix of a file can be stored with `precision`: quantised weights are never rounded again.
 
     `path` is the file's or its directory's, for the error.
     """
-    for option, value in vars(chosen).items():
-        part = [matrix for matrix in matrices if option == "base" or matrix.embedding]
-        if value is None or not part or any(matrix.held in PUBLISHED for matrix in part):
+    for option, value in vars(precision).items():
+        concerned = [matrix for matrix in matrices if option == "base" or matrix.embedding]
+        if value is None or not concerned or any(matrix.file_dtype in PUBLISHED for matrix in concerned):
             continue
-        if not any(bits(matrix.entry) == value for matrix in part):
-            kinds = ", ".join(dict.fromkeys(matrix.held for matrix in part))
+        if not any(bits(matrix.entry) == value for matrix in concerned):
+            kinds = ", ".join(dict.fromkeys(matrix.file_dtype for matrix in concerned))
             raise InputError(
                 f"{path}: {spelled(option)} {value}: it holds these weights quantised ({kinds}), and rounding twice loses more than"
                 " once; leave it out to keep their codes, or use the model's 16-bit weights"
             )
 
 
-def said(matrices: Iterable[Matrix]) -> str:
+def rounding_note(matrices: Iterable[SourceMatrix]) -> str:
     """What packing does to the matrices' values, in words.
 
     For example ``4-bit, rounded from bfloat16 (which changes weights by about 7 %); embeddings bfloat16 as published``.
     """
     parts: dict[str, bool] = {}
     for matrix in matrices:
-        text = _said(matrix)
+        text = _describe_matrix(matrix)
         parts[text] = parts.get(text, True) and matrix.embedding
     if all(parts.values()):
         return "; ".join(parts)
     return "; ".join(
-        [*(t for t, own in parts.items() if not own), *(f"embeddings {t}" for t, own in parts.items() if own)]
+        [*(t for t, only in parts.items() if not only), *(f"embeddings {t}" for t, only in parts.items() if only)]
     )
 
 
 def bits(entry: Entry) -> str:
     """Bits of a stored element, without its group's scales, in the form of `Bits`."""
-    found = re.search(r"\d+", entry.format)
-    return f"{found[0]}bit" if found else ""
+    match = re.search(r"\d+", entry.format)
+    return f"{match[0]}bit" if match else ""
 
 
-def _said(matrix: Matrix) -> str:
+def _describe_matrix(matrix: SourceMatrix) -> str:
     kind = matrix.entry.format
-    if matrix.held not in PUBLISHED:
-        return f"{matrix.held} " + (f"unpacked to {kind}" if kind in ELEMENT_BYTES else "values kept exactly")
-    if kind == PUBLISHED[matrix.held]:
+    if matrix.file_dtype not in PUBLISHED:
+        return f"{matrix.file_dtype} " + (f"unpacked to {kind}" if kind in ELEMENT_BYTES else "values kept exactly")
+    if kind == PUBLISHED[matrix.file_dtype]:
         return f"{kind} as published"
     change = f" (which changes weights by {CHANGES[kind]})" if kind in CHANGES else ""
-    return f"{bits(matrix.entry).replace('bit', '-bit')}, rounded from {PUBLISHED[matrix.held]}{change}"
+    return f"{bits(matrix.entry).replace('bit', '-bit')}, rounded from {PUBLISHED[matrix.file_dtype]}{change}"

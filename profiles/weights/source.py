@@ -39,9 +39,9 @@ class SourceTensor:
     entry: Entry
     rows: Callable[[int, int], Tensor]
     """rows(start, stop) returns floats [stop - start, ...], or uint8 [stop - start, row bytes] if already packed."""
-    place: str = ""
+    origin: str = ""
     """In words, for errors: the file that holds it, and what it is called there."""
-    held: StoredTensor | None = None
+    stored: StoredTensor | None = None
     """None: no file holds it."""
 
 
@@ -82,12 +82,12 @@ FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or pack
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config.json; a multimodal wrapper gives the text model's config."""
     try:
-        read: Any = read_json(path)
+        data: Any = read_json(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; a model directory needs a config.json") from error
     except JsonError as error:
         raise InputError(f"{path}: not JSON ({error}); download the file again") from error
-    config = text_config(read)
+    config = text_config(data)
     if config is None:
         raise InputError(f"{path}: not a model config (no 'model_type'); a model is {FORMS}")
     return config

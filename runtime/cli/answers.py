@@ -42,12 +42,12 @@ def profile_text(profile: Profile) -> RenderableType:
     """The summary of a profile as a table."""
     facts, words = profile_summary(profile), words_of(profile.device)
     shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
-    how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
+    origin = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
     if facts["quota_cores"] is not None:
-        how += f" under a CPU quota of {facts['quota_cores']:g} cores"
+        origin += f" under a CPU quota of {facts['quota_cores']:g} cores"
     preference = profile.model.preference
     rows = [
-        ("device", f"{facts['device']}, {profile.device.threads} threads, {how}"),
+        ("device", f"{facts['device']}, {profile.device.threads} threads, {origin}"),
         ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),
         (
             "step",
@@ -81,7 +81,7 @@ def profile_text(profile: Profile) -> RenderableType:
         rows.append(("adapters", UNNAMED_BASE))
     if profile.model.compared:
         rows.append(("gradients", profile.model.compared))
-    return facts_table([*(("caution", "; ".join(said)) for said in [marks(profile.device)] if said), *rows])
+    return facts_table([*(("caution", "; ".join(doubts)) for doubts in [marks(profile.device)] if doubts), *rows])
 
 
 def shorter_words(facts: Mapping[str, Any]) -> str:
@@ -97,7 +97,7 @@ def preference_words(preference: Preference) -> str:
 
 
 def profile_sentence(profile: Profile) -> str:
-    """What a profile is of, and what it found, in a sentence."""
+    """A profile's model, step and figures in a sentence."""
     facts = profile_summary(profile)
     shape = f"{profile.batch} × {profile.seq} tokens" if profile.seq else f"a batch of {profile.batch}"
     shape += f" (and {' and '.join(map(str, facts['shorter']))})" if facts["shorter"] else ""
@@ -105,11 +105,11 @@ def profile_sentence(profile: Profile) -> str:
     seconds = (
         f"forward {format_seconds(facts['forward_seconds'])}, backward {format_seconds(facts['backward_seconds'])}"
     )
-    how = "measured" if facts["measured"] else "estimated"
+    origin = "measured" if facts["measured"] else "estimated"
     if profile.model.preference:
         adapter += f", {preference_words(profile.model.preference)}"
     return (
-        f"{facts['model']}, {shape} in {facts['compute_dtype']}{adapter}: {seconds}, {how} on"
+        f"{facts['model']}, {shape} in {facts['compute_dtype']}{adapter}: {seconds}, {origin} on"
         f" {facts['device']} with {profile.device.threads} threads"
         + (f"; positions have {facts['positions']}" if facts["positions"] else "")
     )
@@ -126,15 +126,15 @@ def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
     for heading in ("GFLOP/s", "memory, GB/s", "offload, MB/s", "floor, MiB"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for one in devices:
-        rates = one.flops_per_second
+    for device in devices:
+        rates = device.flops_per_second
         table.add_row(
-            Text(one.name),
+            Text(device.name),
             f"{rates.get('bfloat16', rates['float32']) / 1e9:,.0f}",
-            f"{one.bytes_per_second / 1e9:,.0f}",
-            f"{one.read.bytes_per_second / 1e6:,.0f}",
-            f"{one.floor.start_peak_bytes / MIB:,.0f}",
-            Text(one.label),
+            f"{device.bytes_per_second / 1e9:,.0f}",
+            f"{device.read.bytes_per_second / 1e6:,.0f}",
+            f"{device.floor.start_peak_bytes / MIB:,.0f}",
+            Text(device.label),
         )
     return table
 
@@ -199,24 +199,25 @@ def comparison_text(plans: Sequence[Plan]) -> RenderableType:
     updates = update_words(plans[0]) if plans else ""
     parts: list[RenderableType] = [Text(f"all plans with {updates}")] if updates else []
     for device in devices_of(plans):
-        here = [plan for plan in plans if plan.device.name == device]
-        parts += [*map(Text, caution(here[0].device)), comparison_table(here), *map(Text, verdicts(here)), ""]
+        on_device = [plan for plan in plans if plan.device.name == device]
+        parts += [*map(Text, caution(on_device[0].device)), comparison_table(on_device)]
+        parts += [*map(Text, verdicts(on_device)), ""]
     return Group(*parts[:-1])
 
 
 def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """What changes, tensor by tensor, from each budget to the next for the solver's plans on each device."""
+    """For the solver's plans on each device: what becomes of each tensor differently from one budget to the next."""
     from dataclasses import asdict
     from itertools import pairwise
 
     from tightfit.planner.report.diff import diff
     from tightfit.planner.report.memory_categories import devices_of, feasible
 
-    told = []
+    changes = []
     for device in devices_of(plans):
-        mine = [p for p in plans if p.device.name == device and p.policy == "solver" and feasible(p)]
-        for before, after in pairwise(sorted(mine, key=lambda plan: plan.budget_bytes)):
-            told.append(
+        solver_plans = [p for p in plans if p.device.name == device and p.policy == "solver" and feasible(p)]
+        for before, after in pairwise(sorted(solver_plans, key=lambda plan: plan.budget_bytes)):
+            changes.append(
                 {
                     "device": device,
                     "from_budget_bytes": before.budget_bytes,
@@ -224,11 +225,11 @@ def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
                     "tensors": [asdict(change) for change in diff(before, after)],
                 }
             )
-    return told
+    return changes
 
 
 def verdict(plan: Plan) -> list[str]:
-    """What a plan says in its first sentences."""
+    """The first sentences of a plan's explanation."""
     from tightfit.planner.report.explain import verdict as sentences
 
     return sentences(plan)

@@ -1,4 +1,4 @@
-"""What all commands have in common: which options their help shows, how messages name them, and what is said of unknown ones."""
+"""What all commands have in common: which options their help shows, how messages name them, and advice on unknown ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tightfit.runtime.cli.other_tools import hint
 from tightfit.runtime.common.option_names import named_as, on_command_line
 
 LIBRARY_NAMES = {"out": "output"}
-"""what functions call an option: the name of the command's parameter"""
+"""name of an option in Python -> name of the command's parameter, where they differ"""
 EVERYTHING = "help_all"
-"""in a context's `meta`, where all options are to be shown"""
+"""key in a context's `meta`: all options are to be shown"""
 
 
 class Command(TyperCommand):
@@ -29,13 +29,13 @@ class Command(TyperCommand):
     """
 
     def get_params(self, ctx: Any) -> list[Any]:
-        found, shown = super().get_params(ctx), self.get_help_option(ctx)
-        if shown is None or not self._primary():
-            return found
-        every = copy.copy(shown)
-        every.name, every.opts, every.callback = EVERYTHING, ["--help-all"], _show_all
-        every.help = f"Show all {len(found)} options and exit."
-        return [*found, every]
+        params, help_option = super().get_params(ctx), self.get_help_option(ctx)
+        if help_option is None or not self._primary():
+            return params
+        help_all = copy.copy(help_option)
+        help_all.name, help_all.opts, help_all.callback = EVERYTHING, ["--help-all"], _show_all
+        help_all.help = f"Show all {len(params)} options and exit."
+        return [*params, help_all]
 
     def _primary(self) -> set[str]:
         """The names of the options that say that most people need them."""
@@ -45,18 +45,20 @@ class Command(TyperCommand):
 
     @contextmanager
     def hinting(self) -> Iterator[None]:
-        """While entered, the error about an option that there is none says what it is called here, if other trainers have it."""
+        """While entered, the error about an unknown option says what tightfit calls it, if it is one of other trainers."""
         try:
             yield
         except Exception as error:
             if type(error).__name__ == "NoSuchOption":
                 unknown: Any = error
-                written = {
-                    key_of(one): max(one.opts, key=len) if one.param_type_name == "option" else one.metavar or one.name
-                    for one in self.params
+                spellings = {
+                    key_of(each): max(each.opts, key=len)
+                    if each.param_type_name == "option"
+                    else each.metavar or each.name
+                    for each in self.params
                 }
-                if said := hint(unknown.option_name.lstrip("-"), written, near=False):
-                    unknown.message, unknown.possibilities = f"No such option: {unknown.option_name}{said}", None
+                if advice := hint(unknown.option_name.lstrip("-"), spellings, near=False):
+                    unknown.message, unknown.possibilities = f"No such option: {unknown.option_name}{advice}", None
             raise
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -64,7 +66,7 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        by_name = {str(one.name): one for one in self.params}
+        by_name = {str(parameter.name): parameter for parameter in self.params}
 
         def naming(name: str, value: Any = None) -> str:
             parameter = by_name.get(LIBRARY_NAMES.get(name, name))

@@ -57,43 +57,43 @@ def compare(
     """Compare policies over budgets and devices: seconds per step, or the smallest budget that would be enough."""
     budgets = [parse_size(part) for part in memory.split(",")]
     policies = None if policy is None else [part.strip() for part in policy.split(",")]
-    asked = read(PlanOptions, options).model_dump(exclude={"policy", "progress"})
+    plan_options = read(PlanOptions, options).model_dump(exclude={"policy", "progress"})
     enough_for_a_solver()
     from tightfit.planner.report.compare import compare as compare_plans
     from tightfit.profiles.api import load_profile
     from tightfit.profiles.devices.data_sheets import find_device
-    from tightfit.runtime.cli.terminal import Comparing, messages
-    from tightfit.runtime.common.files import check_place, write_whole
+    from tightfit.runtime.cli.terminal import ComparisonDisplay, messages
+    from tightfit.runtime.common.files import check_writable, write_whole
 
     if html is not None:
-        check_place(html)
+        check_writable(html)
     if picture is not None:
         from tightfit.planner.report.figures import picture_kind
 
         picture_kind(picture)
-        check_place(picture)
+        check_writable(picture)
 
     console = messages()
     names = [part.strip() for part in device.split(",")]
-    loaded = load_profile(profile)
-    with Interrupts() as interrupts, Comparing(console, interrupts) as comparing:
+    loaded_profile = load_profile(profile)
+    with Interrupts() as interrupts, ComparisonDisplay(console, interrupts) as comparing:
         if server is not None:
-            with service(server) as elsewhere:
-                plans = elsewhere.compare(
-                    loaded,
+            with service(server) as client:
+                plans = client.compare(
+                    loaded_profile,
                     budgets,
                     policies,
                     devices=names,
-                    **asked,
+                    **plan_options,
                     progress=comparing.elsewhere,
                 ).plans
         else:
             plans = compare_plans(
-                loaded,
+                loaded_profile,
                 budgets,
                 policies,
                 devices=[None if name == "own" else find_device(name) for name in names],
-                **asked,
+                **plan_options,
                 progress=comparing,
                 solving=comparing.solving,
             ).plans
@@ -101,7 +101,7 @@ def compare(
         console.print(f"interrupted: these are the {len(plans)} plans made so far, the last one with what it had found")
     summary: dict[str, Any] = {
         "interrupted": interrupts.seen,
-        "plans": [answers.facts(one) for one in plans],
+        "plans": [answers.facts(plan) for plan in plans],
     }
     with answering(summary, answers.comparison_text(plans), as_json):
         if as_json:

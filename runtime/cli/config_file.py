@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.cli.options import key_of, usage
-from tightfit.runtime.cli.other_tools import ELSEWHERE, hint
+from tightfit.runtime.cli.other_tools import OTHER_NAMES, hint
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import read_whole, write_whole
 
 FOR_ONE_CALL = ("config", "resume", "overwrite", "force", "json", "debug", "help", "help_all")
-"""options that say what one call of the command does, and not how it trains: they stand in no file"""
+"""options that say what one call of the command does, and not how it trains: files may not have them"""
 WRITTEN = "# The options of a run of `tightfit train`, as they were used.\n"
 """the first line of a file that `write_options` has written"""
 
@@ -30,29 +30,29 @@ def read_options(path: Path, context: Any) -> dict[str, Any]:
     not take.
     """
     known = {key_of(parameter): parameter for parameter in context.command.params}
-    found: dict[str, Any] = {}
-    for written, value in read_file(path).items():
-        key = str(written).replace("-", "_")
-        if ELSEWHERE.get(key, key) in FOR_ONE_CALL:
-            raise InputError(f"{path}: {written}: this is said on the command line, not in a file; leave it out")
+    values: dict[str, Any] = {}
+    for name, value in read_file(path).items():
+        key = str(name).replace("-", "_")
+        if OTHER_NAMES.get(key, key) in FOR_ONE_CALL:
+            raise InputError(f"{path}: {name}: this is said on the command line, not in a file; leave it out")
         if key not in known:
             raise InputError(
-                f"{path}: {written}: no option of `{context.command_path}`{hint(key, {name: name for name in known if name not in FOR_ONE_CALL}, near=True)}"
+                f"{path}: {name}: no option of `{context.command_path}`{hint(key, {name: name for name in known if name not in FOR_ONE_CALL}, near=True)}"
             )
         parameter = known[key]
-        if parameter.name in found:
-            raise InputError(f"{path}: {written}: given twice")
+        if parameter.name in values:
+            raise InputError(f"{path}: {name}: given twice")
         if value is None:
             continue
-        words = _words(f"{path}: {written}", parameter, value)
+        words = _as_words(f"{path}: {name}", parameter, value)
         try:
             parameter.process_value(context, words)
         except Exception as error:
             if not usage(error):
                 raise
-            raise InputError(f"{path}: {written}: {value!r} is no value for it ({error.message})") from error  # type: ignore[attr-defined]
-        found[parameter.name] = words
-    return found
+            raise InputError(f"{path}: {name}: {value!r} is no value for it ({error.message})") from error  # type: ignore[attr-defined]
+        values[parameter.name] = words
+    return values
 
 
 def read_file(path: Path) -> dict[Any, Any]:
@@ -85,8 +85,8 @@ def read_file(path: Path) -> dict[Any, Any]:
     return content
 
 
-def write_options(path: Path, options: Mapping[str, Any], said: str) -> None:
-    """Write options, by their keys, as TOML that `read_options` reads; `said` is a comment for people.
+def write_options(path: Path, options: Mapping[str, Any], comment: str) -> None:
+    """Write options, by their keys, as TOML that `read_options` reads, with a `comment` for people.
 
     Raises InputError if the file cannot be written, or was not written by this function: a person's is not replaced.
     """
@@ -95,26 +95,26 @@ def write_options(path: Path, options: Mapping[str, Any], said: str) -> None:
             f"{path} is not by tightfit, which writes the options that a run used under this name; move it away, or choose another output directory"
         )
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in options.items()]
-    write_whole(path, WRITTEN + f"# {said}\n\n" + "".join(lines))
+    write_whole(path, WRITTEN + f"# {comment}\n\n" + "".join(lines))
 
 
-def _words(where: str, parameter: Any, value: Any) -> str | bool | list[str]:
-    """What gives an option this value on a command line."""
+def _as_words(where: str, parameter: Any, value: Any) -> str | bool | list[str]:
+    """A value as words of a command line, as the `parameter` takes them."""
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
             raise InputError(f"{where}: {value!r} is no value for it; write true or false")
         return value
-    many = getattr(parameter, "multiple", False)
-    if isinstance(value, (dict, list)) and not many:
+    multiple = getattr(parameter, "multiple", False)
+    if isinstance(value, (dict, list)) and not multiple:
         raise InputError(f"{where}: one value is due; write several names as one, with commas between them")
     if isinstance(value, dict):
-        return [f"{name}={_word(where, one)}" for name, one in value.items()]
-    if many:
-        return [_word(where, one) for one in (value if isinstance(value, list) else [value])]
-    return _word(where, value)
+        return [f"{name}={_as_word(where, item)}" for name, item in value.items()]
+    if multiple:
+        return [_as_word(where, item) for item in (value if isinstance(value, list) else [value])]
+    return _as_word(where, value)
 
 
-def _word(where: str, value: Any) -> str:
+def _as_word(where: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise InputError(f"{where}: {value!r} is no value for it; write a number or words")
     # A shell would have replaced the home folder.

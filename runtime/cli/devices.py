@@ -21,6 +21,6 @@ def devices(
     """List the devices that can be planned for without being here; their times are estimated from FLOPs and bytes."""
     from tightfit.profiles.devices.data_sheets import find_device, known_devices
 
-    found = known_devices() if name is None else [find_device(name)]
-    summary = {"devices": [one.model_dump(mode="json") for one in found]}
-    answer(summary, answers.devices_text(found) if name is None else answers.device_text(found[0]), as_json=as_json)
+    listed = known_devices() if name is None else [find_device(name)]
+    summary = {"devices": [device.model_dump(mode="json") for device in listed]}
+    answer(summary, answers.devices_text(listed) if name is None else answers.device_text(listed[0]), as_json=as_json)

@@ -32,12 +32,12 @@ def evaluate(
 ) -> None:
     """Evaluate a plan's model under its cap: loss, perplexity, and accuracy where the data have choices."""
     from tightfit.planner.io import load_plan
-    from tightfit.runtime.common.files import check_place
+    from tightfit.runtime.common.files import check_writable
     from tightfit.runtime.results.evaluation import prepared
     from tightfit.runtime.supervision.progress import TrainingProgress
 
     if output is not None:
-        check_place(output)
+        check_writable(output)
     replace = bool(context.obj)
     loaded = load_plan(plan)
     with (

@@ -21,7 +21,7 @@ from tightfit.runtime.cli.options import (
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated.options import RoundOptions
-from tightfit.runtime.session.options import Again, DataOptions, RateOptions
+from tightfit.runtime.session.options import DataOptions, EarlierRunOptions, RateOptions
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
@@ -114,11 +114,11 @@ def run(
     **options: Any,
 ) -> None:
     """Serve rounds to the devices of a plan: send the adapter out, add the answers up by tokens, and so on."""
-    Again(resume=resume, overwrite=overwrite)
-    given = [certificate, certificate_key, authority]
-    if any(given) and not all(given):
+    EarlierRunOptions(resume=resume, overwrite=overwrite)
+    tls_files = [certificate, certificate_key, authority]
+    if any(tls_files) and not all(tls_files):
         raise InputError("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile belong together: give all of them")
-    if data is None and not any(given) and not insecure:
+    if data is None and not any(tls_files) and not insecure:
         raise InputError(
             "devices join over TLS: give --ssl-certfile, --ssl-keyfile and --ssl-ca-certfile, or --insecure"
         )
@@ -134,8 +134,8 @@ def run(
     console = messages()
     tls = None
     if certificate and certificate_key and authority:
-        tls = Tls(certificate=_there(certificate), key=_there(certificate_key), authority=_there(authority))
-    asked = read(
+        tls = Tls(certificate=_existing(certificate), key=_existing(certificate_key), authority=_existing(authority))
+    round_options = read(
         RoundOptions,
         options,
         rounds=rounds,
@@ -143,27 +143,27 @@ def run(
         out=str(output.absolute()),
         adapter=str(adapter.absolute()) if adapter else "",
     )
-    if asked.least > len(names):
-        raise InputError(f"--min {asked.least}: {len(names)} devices take part in this plan; give at most that")
-    place = host
+    if round_options.least > len(names):
+        raise InputError(f"--min {round_options.least}: {len(names)} devices take part in this plan; give at most that")
+    address = host
     if isinstance(fleet, FederatedPlan):
         if meet is not None:
             raise InputError(f"--meet {meet}: the devices of this plan hold all layers and meet nobody; leave it out")
     else:
-        place, meeting = _meeting(fleet, meet, host, local=data is not None)
-        asked = asked.but(meet=place, port=meeting, cgroup=cgroup)
+        address, meet_port = _meeting(fleet, meet, host, local=data is not None)
+        round_options = round_options.but(meet=address, port=meet_port, cgroup=cgroup)
     devices: list[Device] = []
     truncate = read(DataOptions, options).truncate
     if data is not None:
         devices = [
-            _device(folder, fleet, name, data, output / "devices" / name, place, truncate=truncate, cgroup=cgroup)
+            _device(folder, fleet, name, data, output / "devices" / name, address, truncate=truncate, cgroup=cgroup)
             for name in names
         ]
     serving = Serving(
         host=host,
         port=port or (0 if devices else flower.PORT),
         tls=tls,
-        keys=[_there(key) for key in keys or []],
+        keys=[_existing(key) for key in keys or []],
         devices=devices,
     )
     if not devices:
@@ -171,18 +171,18 @@ def run(
             f"on each device, with the folder of the plan there:\n{_joining(names, serving.port, tls is not None)}"
         )
 
-    def told(record: dict[str, Any]) -> None:
-        late = f"; without {', '.join(record['left_out'])}" if record["left_out"] else ""
+    def print_round(record: dict[str, Any]) -> None:
+        missing = f"; without {', '.join(record['left_out'])}" if record["left_out"] else ""
         console.print(
             f"round {record['round']}/{rounds}: loss {record['loss']:.4f}, {record['tokens']} tokens,"
-            f" {record['seconds']:.1f} s (planned {fleet.makespan_seconds:.1f}){late}"
+            f" {record['seconds']:.1f} s (planned {fleet.makespan_seconds:.1f}){missing}"
         )
 
-    report = serve(asked, serving, resume=resume, overwrite=overwrite, told=told)
+    report = serve(round_options, serving, resume=resume, overwrite=overwrite, told=print_round)
     answer(report, _rounds_table(report["rounds"]), as_json=as_json)
 
 
-def _there(path: str) -> str:
+def _existing(path: str) -> str:
     """An absolute path of a file. Raises InputError where there is none."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
@@ -214,25 +214,25 @@ def _device(
     truncate: bool,
     cgroup: bool,
 ) -> Device:
-    """The settings of a device, which reaches the server at the host `server`. Raises InputError for one that takes no
-    part, or was not measured.
+    """The settings of a device that reaches the server at the host `server`. Raises InputError for one that takes no part
+    in the plan, or was not measured.
     """
     from tightfit.planner.fleet.io import fleet_path, load_member_plan
     from tightfit.runtime.federated.device import Device
 
     plan = load_member_plan(folder, fleet, name)  # it is there, and the right one
-    member = next(one for one in fleet.members if one.name == name)
+    member = next(member for member in fleet.members if member.name == name)
     if not member.measured:
         raise InputError(
             f"member {name!r}: its times are estimated for {member.device}, not measured; profile on the device itself and"
             " plan again"
         )
-    plain = data.replace(MEMBER, name)
+    data_path = data.replace(MEMBER, name)
     device = Device(
         member=name,
         plan=str((fleet_path(folder).parent / str(member.plan)).absolute()),
         rank=member.rank,
-        data=plain if plain == "random" else str(Path(plain).absolute()),
+        data=data_path if data_path == "random" else str(Path(data_path).absolute()),
         work=str(work.absolute()),
         truncate=truncate,
         cgroup=cgroup,
@@ -294,8 +294,8 @@ def join(
     fleet = load_rounds(folder)
     truncate = read(DataOptions, options).truncate
     device = _device(folder, fleet, member, data, output, server, truncate=truncate, cgroup=cgroup)
-    authority = _there(root_certificates) if root_certificates else None
-    key = _there(private_key) if private_key else None
+    authority = _existing(root_certificates) if root_certificates else None
+    key = _existing(private_key) if private_key else None
     settings = device.write()
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     command = node_command(settings, superlink, authority, key, insecure=insecure)
@@ -337,9 +337,9 @@ def stage(
         raise InputError(f"{folder}: its devices hold all layers; plan rounds with a [server] to split them")
     plan = load_member_plan(folder, fleet, member)
     plan = load_server_plan(folder, fleet, member) if server else plan
-    found = next(one for one in fleet.taking if one.name == member)
+    stage_member = next(taking for taking in fleet.taking if taking.name == member)
     host, port = address_of("--at", at)
-    seat = stage_membership(fleet, found, plan, host, port, key_path(folder), timeout, server=server)
+    seat = stage_membership(fleet, stage_member, plan, host, port, key_path(folder), timeout, server=server)
     training = RunOptions(
         **dict(read(RateOptions, options)),
         steps=steps,
@@ -380,7 +380,7 @@ def _rounds_table(lines: list[dict[str, Any]]) -> Any:
     for heading in ("round", "loss", "tokens", "seconds", "answers", "largest peak", "left out"):
         table.add_column(heading, justify="left" if heading in ("answers", "left out") else "right")
     for line in lines:
-        peaks = [one["peak_bytes"] + one["flower_bytes"] for one in line["members"].values()]
+        peaks = [figures["peak_bytes"] + figures["flower_bytes"] for figures in line["members"].values()]
         table.add_row(
             str(line["round"]),
             f"{line['loss']:.4f}",

@@ -106,8 +106,8 @@ def plan(
     from tightfit.planner.problem.device_forward import DEFAULT_BITS
     from tightfit.planner.report.fleet_text import fleet_text
     from tightfit.planner.report.summary import fleet_summary
-    from tightfit.runtime.cli.terminal import Solving, messages
-    from tightfit.runtime.common.files import check_place, write_whole
+    from tightfit.runtime.cli.terminal import SolvingDisplay, messages
+    from tightfit.runtime.common.files import check_writable, write_whole
 
     described = read_description(description, kind, micro_batches=micro_batches, steps=steps)
     kind = FEDERATED if described.of_rounds else kind
@@ -122,16 +122,16 @@ def plan(
     for option, value in {**foreign, **({"--html": html, "--server": server} if kind in OTHERS else {})}.items():
         if value is not None:
             raise InputError(f"{option} is for fleets of another kind; plan {kind} without it")
-    check_place(output / FILE)
+    check_writable(output / FILE)
     if html is not None:
-        check_place(html)
+        check_writable(html)
     console = messages()
     planned: AnyFleet
     server_plans: dict[str, Plan] = {}
     why: str | None = None
     gap: dict[str, Any] = {} if asked.gap is None else {"gap": asked.gap}
     members, count = described.members, described.count
-    with Interrupts() as interrupts, Solving(console, asked.time_limit) as solving:
+    with Interrupts() as interrupts, SolvingDisplay(console, asked.time_limit) as solving:
         if kind == FEDERATED:
             asked_of_rounds = of_rounds.but(progress=solving)
             planned, plans, server_plans = _rounds(described, asked_of_rounds, supernode=supernode, **gap)

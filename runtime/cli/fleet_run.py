@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tightfit.profiles.option_fields import PRIMARY
-from tightfit.runtime.cli.options import Debug, Json, read, with_options, words_of
+from tightfit.runtime.cli.options import Debug, Json, command_words, read, with_options
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.interrupts import passed_on
+from tightfit.runtime.common.interrupts import relayed_signals
 from tightfit.runtime.session.options import RunOptions
-from tightfit.runtime.supervision.failure import last_words
+from tightfit.runtime.supervision.failure import last_message
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
 MODULE, MOBILLM = "tightfit.runtime.cli.main", "mobillm"
 POLL_SECONDS = 0.5
 UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
-"""in a member's folder: a line for each update, its report; beside it, with this ending: what it printed"""
+"""files of a member: in its folder one with a line for each update, and its report; beside the folder, with this ending, its output"""
 
 
 @with_options(RunOptions, "eval_every", "keep_best", "early_stopping", "adapter", "profile_step")
@@ -87,8 +87,8 @@ def run(
     """Train as a fleet's plan says: the result is that of one process, to the bit, whoever computes what (unless a pipeline's
     messages are rounded).
     """
-    trained = read(RunOptions, options, out=output, resume=resume, overwrite=overwrite, cgroup=cgroup)
-    trained.check_end()
+    run_options = read(RunOptions, options, out=output, resume=resume, overwrite=overwrite, cgroup=cgroup)
+    run_options.check_end()
     if timeout is not None and not timeout > 0:
         raise InputError(f"--timeout {timeout}: give a number of seconds above 0")
     if (member is None) != (at is None):
@@ -99,25 +99,25 @@ def run(
     from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
 
     fleet = load_any(plan)
-    _check_length(fleet, trained)
+    _check_length(fleet, run_options)
     if data is None and (fleet.kind != MOBILLM or member != fleet.chain[-1].name):
         raise InputError("--data is missing; give the training data, the same for every member")
     if member is None:
         # Each member gets this command's words, without those that are for this process alone.
-        given = {name: value for name, value in context.params.items() if name not in FOR_THIS_PROCESS}
-        _all_members(fleet, output, ["fleet", "run", *words_of(context.command.params, given)], as_json=as_json)
+        shared = {name: value for name, value in context.params.items() if name not in FOR_THIS_PROCESS}
+        _all_members(fleet, output, ["fleet", "run", *command_words(context.command.params, shared)], as_json=as_json)
         return
     from tightfit.runtime.cli.run import carry_out
-    from tightfit.runtime.session.fleet import address_of, check_listens, membership, of_member
+    from tightfit.runtime.session.fleet import address_of, check_listens, member_options, membership
 
     assert at is not None
-    place = address_of("--at", at)
-    check_listens(fleet, member, *place)
-    seat = membership(fleet, member, *place, key_path(plan), timeout)
+    address = address_of("--at", at)
+    check_listens(fleet, member, *address)
+    seat = membership(fleet, member, *address, key_path(plan), timeout)
     carry_out(
         load_member_plan(plan, fleet, member),
         data or "",
-        of_member(trained, fleet, seat),
+        member_options(run_options, fleet, seat),
         as_json=as_json,
         debug=debug,
         replace=bool(context.obj),
@@ -125,20 +125,20 @@ def run(
 
 
 def member_commands(fleet: AnyStepFleet, folder: Path) -> str:
-    """The commands that run the members on devices of their own, and whose address they need; "" for one member alone."""
+    """The commands that run each member on a device of its own, with the address at which they meet; "" for a single member."""
     from tightfit.runtime.session.fleet import PORT, listener
 
     if len(fleet.chain) == 1:
         return ""
-    meets = fleet.chain[listener(fleet)].name
+    listening = fleet.chain[listener(fleet)].name
     lines = [
-        f"on each device, with all of {folder}; they meet at {meets!r}: HOST is an address of that one, which the others reach"
+        f"on each device, with all of {folder}; they meet at {listening!r}: HOST is an address of that one, which the others reach"
     ]
     for member in fleet.chain:
         data = "" if fleet.kind == MOBILLM and member is fleet.chain[-1] else " --data DATA"
-        name, place = shlex.quote(member.name), shlex.quote(str(folder))
+        name, quoted_folder = shlex.quote(member.name), shlex.quote(str(folder))
         lines.append(
-            f"  tightfit fleet run {place} --member {name} --at HOST:{PORT}{data} --steps {fleet.micro_batches} -o OUT"
+            f"  tightfit fleet run {quoted_folder} --member {name} --at HOST:{PORT}{data} --steps {fleet.micro_batches} -o OUT"
         )
     return "\n".join(lines)
 
@@ -160,7 +160,7 @@ def _check_length(fleet: AnyStepFleet, options: RunOptions) -> None:
 
 
 def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json: bool) -> None:
-    """Start every member as a process of its own, show how they come along, and print what they report."""
+    """Start every member as a process of its own, show their progress, and print their reports."""
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.session.fleet import free_port
 
@@ -171,24 +171,24 @@ def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json
     console = messages()
     with ExitStack() as stack:
         running: dict[str, subprocess.Popen[bytes]] = {}
-        passing = stack.enter_context(passed_on())
+        signals = stack.enter_context(relayed_signals())
         for member in chain:
             log = stack.enter_context((output / f"{member.name}.{LOG}").open("wb"))
             command = interpreter.command(MODULE, *words, "--member", member.name, "--at", at, "--json")
             running[member.name] = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-            passing.to(running[member.name])
-        told = 0
+            signals.to(running[member.name])
+        updates_shown = 0
         while any(child.poll() is None for child in running.values()):
             time.sleep(POLL_SECONDS)
-            told = _tell_updates(console, output / chain[0].name / UPDATES, told, fleet)
+            updates_shown = _tell_updates(console, output / chain[0].name / UPDATES, updates_shown, fleet)
         codes = {name: child.wait() for name, child in running.items()}
     failed = {name: code for name, code in codes.items() if code}
     if failed:
         raise RunError(
             "; ".join(
-                f"member {name!r} ended with code {code}: {last_words(output / f'{name}.{LOG}')}"
+                f"member {name!r} ended with code {code}: {last_message(output / f'{name}.{LOG}')}"
                 for name, code in failed.items()
             )
         )
@@ -198,10 +198,10 @@ def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json
     answer(summary, _report_table(fleet, reports), as_json=as_json)
 
 
-def _tell_updates(console: Any, path: Path, told: int, fleet: AnyStepFleet) -> int:
-    """Say a line about each update that has been made since `told`; returns how many there are now."""
+def _tell_updates(console: Any, path: Path, shown: int, fleet: AnyStepFleet) -> int:
+    """Print a line about each update after the first `shown`; returns how many there are now."""
     lines = _updates(path)
-    for line in lines[told:]:
+    for line in lines[shown:]:
         losses = line["losses"]
         console.print(
             f"step {line['step'] // fleet.micro_batches}: loss {sum(losses) / len(losses):.4f}, {line['seconds']:.2f} s"
@@ -289,9 +289,9 @@ def _status_table(members: Mapping[str, dict[str, Any]]) -> Any:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("member", "updates", "micro-batches", "loss", "seconds", ""):
         table.add_column(heading, justify="right" if heading not in ("member", "") else "left")
-    for name, one in members.items():
-        loss = "–" if one["loss"] is None else f"{one['loss']:.4f}"
-        seconds = "–" if one["seconds"] is None else f"{one['seconds']:.2f}"
-        state = "runs" if one["running"] else "done" if one["done"] else "has ended"
-        table.add_row(name, str(one["updates"]), str(one["step"]), loss, seconds, state)
+    for name, figures in members.items():
+        loss = "–" if figures["loss"] is None else f"{figures['loss']:.4f}"
+        seconds = "–" if figures["seconds"] is None else f"{figures['seconds']:.2f}"
+        state = "runs" if figures["running"] else "done" if figures["done"] else "has ended"
+        table.add_row(name, str(figures["updates"]), str(figures["step"]), loss, seconds, state)
     return table

@@ -93,7 +93,7 @@ def _hand_on(
     debug: bool,
 ) -> NoReturn:
     """Prepare the answers and start the process that shows them, in the place of this one unless a program has called."""
-    from tightfit.runtime.cli.terminal import Stages, messages
+    from tightfit.runtime.cli.terminal import StagesDisplay, messages
     from tightfit.runtime.common.units import format_size, parse_size
     from tightfit.runtime.results import chat as conversation
     from tightfit.runtime.results.generation import prepared
@@ -117,7 +117,7 @@ def _hand_on(
             prepared(
                 model,
                 budget,
-                options.but(stages=shown.enter_context(Stages(console))),
+                options.but(stages=shown.enter_context(StagesDisplay(console))),
                 prompts=prompts,
                 as_json=as_json,
                 debug=debug,

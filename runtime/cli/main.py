@@ -37,7 +37,7 @@ from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import limited
 from tightfit.runtime.common.option_names import named_as, on_command_line
-from tightfit.runtime.supervision.failure import told
+from tightfit.runtime.supervision.failure import print_failure
 
 app = typer.Typer(
     name="tightfit",
@@ -54,8 +54,8 @@ INTERRUPTED = 130
 """exit code that Typer makes of Ctrl-C; its older versions raise Abort instead"""
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
@@ -89,15 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     `arguments` are by default those of the process.
     """
     _open_what_is_closed()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words or os.environ.get("TIGHTFIT_DEBUG", "") not in ("", "0")
+    command_line = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in command_line or os.environ.get("TIGHTFIT_DEBUG", "") not in ("", "0")
     interrupts = Interrupts()
     if arguments is None:
         warnings.formatwarning = _plain_warning
     try:
         with interrupts, named_as(on_command_line):
             # `obj` tells `tightfit run` whether it may replace this process: not if a program calls with `arguments`.
-            code = app(args=words, prog_name="tightfit", standalone_mode=False, obj=arguments is None)
+            code = app(args=command_line, prog_name="tightfit", standalone_mode=False, obj=arguments is None)
         if code == INTERRUPTED:
             raise typer.Abort
     except (Exception, KeyboardInterrupt) as caught:
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             error = typer.Abort()
         if debug and not usage(error) and not isinstance(error, typer.Abort):
             raise
-        code = told(failure(error), as_json="--json" in words)
+        code = print_failure(failure(error), as_json="--json" in command_line)
     code = code if isinstance(code, int) else 0
     if left_alone():
         # A solver's thread may still be running after Ctrl-C or its time limit; do not wait for it.

@@ -57,11 +57,11 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Add an adapter to the weights of its base, tensor by tensor in a few MiB, and write the model that results."""
-    from tightfit.runtime.cli.terminal import Stages, messages
+    from tightfit.runtime.cli.terminal import StagesDisplay, messages
     from tightfit.runtime.results import merge as merging
 
-    with Stages(messages()) as stages:
-        told = merging.merge(
+    with StagesDisplay(messages()) as stages:
+        result = merging.merge(
             adapter,
             output,
             base=base,
@@ -71,20 +71,20 @@ def merge(
             overwrite=overwrite,
             progress=stages,
         )
-    answer(told, None if as_json else _text(told, "adapter" if adapter_only else "merged"), as_json=as_json)
+    answer(result, None if as_json else _text(result, "adapter" if adapter_only else "merged"), as_json=as_json)
 
 
-def _text(told: dict[str, Any], what: str) -> RenderableType:
+def _text(result: dict[str, Any], what: str) -> RenderableType:
     from tightfit.runtime.supervision.report_text import facts_table
 
-    types = told.get("types")
+    types = result.get("types")
     rows = [
-        (what, told["out"]),
-        ("base", told["base"]),
-        ("changed", f"{told['adapted']} tensors" + (f", as {_counts(types)}" if types else "")),
-        ("size", f"{format_size(told['bytes'])} in {format_seconds(told['seconds'])}"),
-        ("memory", f"peak of the process {format_size(told['peak_bytes'])}"),
-        *([("note", told["note"])] if told["note"] else []),
+        (what, result["out"]),
+        ("base", result["base"]),
+        ("changed", f"{result['adapted']} tensors" + (f", as {_counts(types)}" if types else "")),
+        ("size", f"{format_size(result['bytes'])} in {format_seconds(result['seconds'])}"),
+        ("memory", f"peak of the process {format_size(result['peak_bytes'])}"),
+        *([("note", result["note"])] if result["note"] else []),
     ]
     return facts_table(rows)
 

@@ -16,7 +16,7 @@ import typer
 import typer.core
 from pydantic.fields import FieldInfo
 
-from tightfit.profiles.option_fields import METAVAR, PRIMARY, Options, beside, options_of, types_of, word_of
+from tightfit.profiles.option_fields import METAVAR, PRIMARY, Options, extras, options_of, types_of, word_of
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.supervision.failure import failure_of
@@ -71,8 +71,8 @@ def stage() -> Iterator[io.StringIO]:
     """
     token = _following.set(False)
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            yield said
+        with contextlib.redirect_stdout(io.StringIO()) as answers:
+            yield answers
     finally:
         _following.reset(token)
 
@@ -115,10 +115,10 @@ def answering(result: dict[str, Any], human: Any, as_json: bool) -> Iterator[Non
     except (Exception, KeyboardInterrupt) as error:
         if not as_json:
             raise
-        result["error"] = failed = failure(error if isinstance(error, Exception) else typer.Abort())
+        result["error"] = failed_with = failure(error if isinstance(error, Exception) else typer.Abort())
         answer(result, human, as_json=as_json)
-        sys.stderr.write(f"tightfit: {failed['message']}\n")
-        raise typer.Exit(failed["exit_code"]) from error
+        sys.stderr.write(f"tightfit: {failed_with['message']}\n")
+        raise typer.Exit(failed_with["exit_code"]) from error
     if as_json:
         answer(result, human, as_json=as_json)
 
@@ -147,7 +147,7 @@ def key_of(parameter: Any) -> str:
     return (long[0].removeprefix("--") if long else str(parameter.name)).replace("-", "_")
 
 
-def words_of(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[str]:
+def command_words(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[str]:
     """The words of a command line that give a command's `parameters` these `values`, by the parameters' names.
 
     A parameter without a value, or with None, has no words.
@@ -162,76 +162,77 @@ def words_of(parameters: Iterable[Any], values: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, bool):
             words += [*(parameter.opts if value else parameter.secondary_opts)[:1]]
         else:
-            words += [f"{parameter.opts[-1]}={one}" for one in (value if isinstance(value, list | tuple) else [value])]
+            items = value if isinstance(value, list | tuple) else [value]
+            words += [f"{parameter.opts[-1]}={item}" for item in items]
     return words
 
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-Record = TypeVar("Record", bound=Options)
+CommandFunction = TypeVar("CommandFunction", bound=Callable[..., Any])
+OptionsRecord = TypeVar("OptionsRecord", bound=Options)
 
 
 def with_options(
     record: type[Options], *leaving_out: str, after: str | None = None, **defaults: Any
-) -> Callable[[Command], Command]:
-    """Gives a command, whose last parameter takes any keywords, the options of a record (`tightfit.profiles.option_fields`) for
-    it, behind the parameter `after`, or else behind those that it must be given; without those of the names given here.
-    Parameters of its own go before those, and `defaults` before the record's.
+) -> Callable[[CommandFunction], CommandFunction]:
+    """Replaces the ``**options`` of a command by the options of a record (`tightfit.profiles.option_fields`), but for the names in
+    `leaving_out`. They come after the parameter `after`, or else after the required ones. Where the command has a parameter of
+    the same name, that one stays; `defaults` replace the record's.
     """
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: CommandFunction) -> CommandFunction:
         declared = list(inspect.signature(command, eval_str=True).parameters.values())
-        mine = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in declared if one.kind is not one.VAR_KEYWORD]
-        names = [one.name for one in mine]
-        taken = [
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in declared if p.kind is not p.VAR_KEYWORD]
+        names = [parameter.name for parameter in own]
+        from_record = [
             _parameter(name, field, defaults.get(name, field.default))
             for name, field in options_of(record).items()
             if name not in {*names, *leaving_out}
         ]
-        needed = sum(one.default is one.empty for one in mine)
-        place = needed if after is None else names.index(after) + 1
-        command.__signature__ = inspect.Signature([*mine[:place], *taken, *mine[place:]])  # type: ignore[attr-defined]
+        required = sum(parameter.default is parameter.empty for parameter in own)
+        position = required if after is None else names.index(after) + 1
+        command.__signature__ = inspect.Signature([*own[:position], *from_record, *own[position:]])  # type: ignore[attr-defined]
         return command
 
     return decorate
 
 
 def _parameter(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
-    """An option of a record, as a parameter of a command: one that is given several times for a map, names with commas
-    between them for a list (`read` reads both).
+    """An option of a record as a parameter of a command. A map becomes an option that is given several times, a list one whose
+    value has commas (`read` reads both).
     """
-    kinds, told, annotated = types_of(field.annotation), beside(field), cast("Any", Annotated)
-    kind: Any = next((one for one in (str, Path) if one in kinds), kinds[0])
+    kinds, extra, annotated = types_of(field.annotation), extras(field), cast("Any", Annotated)
+    kind: Any = next((plain for plain in (str, Path) if plain in kinds), kinds[0])
     if origin := get_origin(kind):
         kind = type(get_args(kind)[0]) if origin is Literal else list[str] if origin is abc.Mapping else str
     word = word_of(name, field)
     info = typer.Option(
-        f"{word}/--no-{word[2:]}" if kind is bool else word, help=field.description, metavar=told[METAVAR]
+        f"{word}/--no-{word[2:]}" if kind is bool else word, help=field.description, metavar=extra[METAVAR]
     )
-    kind, mark = (kind | None if default is None else kind), ([PRIMARY] if told[PRIMARY] else [])
+    kind, marks = (kind | None if default is None else kind), ([PRIMARY] if extra[PRIMARY] else [])
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated[(kind, info, *mark)]
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated[(kind, info, *marks)]
     )
 
 
-def read(record: type[Record], given: Mapping[str, Any], **others: Any) -> Record:
-    """A record with its options, of all that a command was given, and `others`. Raises InputError for one that cannot be used."""
+def read(record: type[OptionsRecord], parameters: Mapping[str, Any], **others: Any) -> OptionsRecord:
+    """A record made of the `parameters` of a command and of `others`. Raises InputError for a value that cannot be used."""
     values: dict[str, Any] = {}
     for name, field in options_of(record).items():
-        if name not in given:
+        if name not in parameters:
             continue
-        value, kind = given[name], types_of(field.annotation)[0]
+        value, kind = parameters[name], types_of(field.annotation)[0]
         if get_origin(kind) is abc.Mapping and value is not None:
-            value = _entries(spelled(name), value, types_of(get_args(kind)[1])[0]) or None
+            value = _map_entries(spelled(name), value, types_of(get_args(kind)[1])[0]) or None
         elif get_origin(kind) is abc.Sequence and value is not None:
-            value = tuple(one.strip() for one in value.split(",") if one.strip())
+            value = tuple(part.strip() for part in value.split(",") if part.strip())
         values[name] = value
     return record(**values | others)
 
 
-def _entries(option: str, words: Sequence[str], kind: Callable[[str], Any]) -> dict[str, Any]:
-    """What ``PATTERN=NUMBER`` says, once or often, or ``NAME=TEXT,NAME=TEXT``. Raises InputError for anything else."""
+def _map_entries(option: str, words: Sequence[str], kind: Callable[[str], Any]) -> dict[str, Any]:
+    """A map from words such as ``PATTERN=NUMBER``, once or often, or ``NAME=TEXT,NAME=TEXT``. Raises InputError for others."""
     entries: dict[str, Any] = {}
-    for word in (one for given in words for one in (given.split(",") if kind is str else [given])):
+    for word in (part for text in words for part in (text.split(",") if kind is str else [text])):
         name, equals, value = word.rpartition("=")
         try:
             entries[name.strip()] = kind(value.strip())

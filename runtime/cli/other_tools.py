@@ -1,4 +1,4 @@
-"""What other trainers call an option, for the command line and for files of options alike."""
+"""Advice on options of other trainers, for the command line and for files of options alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tightfit.runtime.session.options import RunOptions
 
 CUTOFF = 0.4
 """likeness, from 0 to 1, from which on a name is worth mentioning in the place of an unknown one"""
-ELSEWHERE = {
+OTHER_NAMES = {
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
     "adam_epsilon": "eps",
@@ -105,28 +105,28 @@ NEEDLESS = {
     "use_lora": "LoRA pairs are what is trained; leave it out",
     "use_peft": "LoRA pairs are what is trained; leave it out",
 }
-"""what other trainers have to be told, and what to do here; options of tightfit in backquotes, by their keys"""
+"""option of other trainers that tightfit needs no counterpart of -> advice; options of tightfit in backquotes, by their keys"""
 STAGES: Mapping[str, type[Options]] = {"profile": ProfileOptions, "plan": PlanOptions, "run": RunOptions}
 """command: the record whose options it takes"""
 
 
-def hint(name: str, written: Mapping[str, str], *, near: bool) -> str:
-    """What to say of an option `name` that is none, beginning with ``; ``: what it is called here, which command has it, or, if
-    `near`, which one is likest. Empty if there is nothing to say.
+def hint(name: str, spellings: Mapping[str, str], *, near: bool) -> str:
+    """The end of a message about an unknown option `name`, beginning with ``; ``: what tightfit calls it, which command has it, or, if
+    `near`, which one is most like it. Empty if nothing is known about it.
 
-    `written` are the options that there are, by their keys, as they are written here.
+    `spellings` are the known options by their keys, as they are written where the unknown one stands.
     """
     key = name.replace("-", "_")
     if key in NEEDLESS:
-        return "; " + re.sub(r"`(\w+)`", lambda match: written.get(match[1], on_command_line(match[1])), NEEDLESS[key])
-    ours = ELSEWHERE.get(key, key)
-    if ours in written:
-        return f"; it is {written[ours]} here"
-    word = on_command_line(ours)
+        return "; " + re.sub(r"`(\w+)`", lambda word: spellings.get(word[1], on_command_line(word[1])), NEEDLESS[key])
+    our_name = OTHER_NAMES.get(key, key)
+    if our_name in spellings:
+        return f"; it is {spellings[our_name]} here"
+    word = on_command_line(our_name)
     commands = [
         command for command, record in STAGES.items() if word in (word_of(*item) for item in options_of(record).items())
     ]
     if commands:
         return f"; {', '.join(f'`tightfit {command}`' for command in commands)} and `tightfit train` have it: {word}"
-    close = difflib.get_close_matches(key, written, 1, CUTOFF) if near else []
-    return f"; the nearest is {written[close[0]]}" if close else ""
+    close = difflib.get_close_matches(key, spellings, 1, CUTOFF) if near else []
+    return f"; the nearest is {spellings[close[0]]}" if close else ""

@@ -14,16 +14,7 @@ import typer
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import (
-    Debug,
-    Json,
-    Server,
-    answering,
-    next_command,
-    read,
-    service,
-    with_options,
-)
+from tightfit.runtime.cli.options import Debug, Json, Server, answering, next_command, read, service, with_options
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
@@ -34,7 +25,7 @@ if TYPE_CHECKING:
     from tightfit.planner.report.explanation import Explanation
     from tightfit.planner.schema import Plan
     from tightfit.profiles.schema import Profile
-    from tightfit.runtime.cli.terminal import Solving
+    from tightfit.runtime.cli.terminal import SolvingDisplay
 
 
 @with_options(PlanOptions)
@@ -71,19 +62,19 @@ def plan(
 ) -> None:
     """Find the fastest training step whose peak never exceeds the budget, and prove how near it is to the best."""
     budget = parse_size(memory)
-    asked = read(PlanOptions, options)
+    settings = read(PlanOptions, options)
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
     from tightfit.planner.problem.optimizers import chosen
     from tightfit.profiles.api import load_profile
-    from tightfit.profiles.learned import Learned
-    from tightfit.runtime.cli.terminal import Solving, Stages, messages
-    from tightfit.runtime.common.files import check_place
+    from tightfit.profiles.learned import LearnedFigures
+    from tightfit.runtime.cli.terminal import SolvingDisplay, StagesDisplay, messages
+    from tightfit.runtime.common.files import check_writable
     from tightfit.runtime.session.rehearsal import rehearsed
 
-    check_place(output)
+    check_writable(output)
     console = messages()
-    loaded = load_profile(profile)
+    loaded_profile = load_profile(profile)
     if server is not None and what_if:
         raise InputError("--what-if plans on this machine: leave out either it or --server")
     explanations: list[Explanation] = []
@@ -91,45 +82,47 @@ def plan(
 
     def make(profile: Profile) -> Plan:
         nonlocal interrupted
-        with Interrupts() as interrupts, Solving(console, asked.time_limit) as solving:
+        with Interrupts() as interrupts, SolvingDisplay(console, settings.time_limit) as solving:
             if server is None:
-                made, why = _plan_here(profile, budget, asked, solving, interrupts, what_if=what_if)
+                result, explanation = _plan_here(profile, budget, settings, solving, interrupts, what_if=what_if)
             else:
-                with service(server) as elsewhere:
-                    made = elsewhere.plan(profile, budget, **dict(asked.but(progress=solving)))
-                    why = elsewhere.explanation(made)
+                with service(server) as client:
+                    result = client.plan(profile, budget, **dict(settings.but(progress=solving)))
+                    explanation = client.explanation(result)
         interrupted = interrupts.seen
-        explanations.append(why)
-        return made
+        explanations.append(explanation)
+        return result
 
     def step(profile: Profile) -> Profile:
         """The step that is planned. The service chooses its optimizer itself."""
-        return chosen(profile, asked.optimizer, asked.max_grad_norm, Learned()) if server is None else profile
+        return (
+            chosen(profile, settings.optimizer, settings.max_grad_norm, LearnedFigures()) if server is None else profile
+        )
 
     rehearsal = rehearsed(
-        loaded,
+        loaded_profile,
         step,
         make,
         go_on=lambda: rehearse and not interrupted,
         tell=console.print,
-        showing=partial(Stages, console),
+        showing=partial(StagesDisplay, console),
     )
-    planned, why = rehearsal.plan, explanations[-1]
+    planned, explanation = rehearsal.plan, explanations[-1]
     interrupted = interrupted or rehearsal.interrupted
-    if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
+    if explanation.shortfall is not None and explanation.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
         # After its first answer the search went on and found that a smaller budget is enough: take that figure.
-        smallest = why.shortfall.minimum_budget_bytes
+        smallest = explanation.shortfall.minimum_budget_bytes
         planned = planned.model_copy(update={"minimum_budget_bytes": smallest, "minimum_budget_reason": None})
-    summary = answers.facts(planned) | {"interrupted": interrupted, "explanation": why.model_dump(mode="json")}
+    summary = answers.facts(planned) | {"interrupted": interrupted, "explanation": explanation.model_dump(mode="json")}
     if planned.status == "infeasible":
         answer(summary, None, as_json=as_json)
-        console.print(f"tightfit: {answers.infeasible_text(planned, why)}")
+        console.print(f"tightfit: {answers.infeasible_text(planned, explanation)}")
         raise typer.Exit(3)
     if interrupted:
         console.print(
             f"interrupted: this is the best plan found so far, at most {planned.gap:.2%} from the best of its kind"
         )
-    with answering(summary, answers.plan_text(planned, why), as_json):
+    with answering(summary, answers.plan_text(planned, explanation), as_json):
         summary["plan"] = str(save_plan(planned, output))
     console.print(f"plan written to {output}{_run_next(planned, output)}")
 
@@ -146,7 +139,7 @@ def _plan_here(
     profile: Profile,
     budget: int,
     options: PlanOptions,
-    solving: Solving,
+    solving: SolvingDisplay,
     interrupts: Interrupts,
     *,
     what_if: bool,
@@ -163,8 +156,8 @@ def _plan_here(
     # The plan is there already: a Ctrl-C from here on only leaves out what would be added to its explanation.
     with contextlib.suppress(KeyboardInterrupt):
         if what_if and planned.status != "infeasible" and planned.policy == "solver" and not interrupts.seen:
-            planned, beside = check(planner, planned, time_limit=time_limit, gap=gap, progress=solving)
-            return planned, account(planned).model_copy(update={"neighbours": beside})
-        left = 0.0 if interrupts.seen else time_limit - (time.monotonic() - started)
-        return planned, explained(planner, planned, time_limit=time_limit, left=left)
+            planned, neighbours = check(planner, planned, time_limit=time_limit, gap=gap, progress=solving)
+            return planned, account(planned).model_copy(update={"neighbours": neighbours})
+        seconds_left = 0.0 if interrupts.seen else time_limit - (time.monotonic() - started)
+        return planned, explained(planner, planned, time_limit=time_limit, left=seconds_left)
     return planned, account(planned)

@@ -35,19 +35,19 @@ def profile(
     """Measure one training step of MODEL (or estimate it, on a device that is not here): its tensors, operators, disk
     and process floor. The weights need not fit in memory.
     """
-    asked = read(ProfileOptions, options)
+    profile_options = read(ProfileOptions, options)
     enough_for_a_solver()
-    from tightfit.runtime.cli.terminal import Stages, messages
-    from tightfit.runtime.common.files import check_place
+    from tightfit.runtime.cli.terminal import StagesDisplay, messages
+    from tightfit.runtime.common.files import check_writable
 
-    check_place(output)
+    check_writable(output)
     console = messages()
-    with Stages(console) as stages:
+    with StagesDisplay(console) as stages:
         stages(f"opening {model}", 0, 1)  # on a busy machine, loading PyTorch takes a while
         from tightfit.profiles.api import profile as measure
         from tightfit.profiles.api import save_profile
 
-        measured = measure(model, **dict(asked.but(progress=stages)))
+        measured = measure(model, **dict(profile_options.but(progress=stages)))
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}
     answer(summary, answers.profile_text(measured), as_json=as_json)

@@ -33,14 +33,14 @@ def report(
     from tightfit.runtime.session.trackers import track
 
     console = messages()
-    said = -1
+    last_step = -1
 
-    def told(step: int) -> None:
-        nonlocal said
-        if follow and step > said:
+    def print_step(step: int) -> None:
+        nonlocal last_step
+        if follow and step > last_step:
             console.print(f"{to} has step {step}")
-            said = step
+            last_step = step
 
-    counts = track(output, to, follow=follow, told=told)
+    counts = track(output, to, follow=follow, tell=print_step)
     text = f"{to} has {counts['steps']} steps and {counts['evaluations']} evaluations of {output}"
     answer(counts, text, as_json=as_json)

@@ -12,7 +12,7 @@ import typer
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.options import Cgroup, Debug, Json, read, with_options
 from tightfit.runtime.session.options import RunOptions
-from tightfit.runtime.supervision.printing import answer, beside
+from tightfit.runtime.supervision.printing import answer, with_stages
 from tightfit.runtime.supervision.report_text import report_text
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tightfit.runtime.supervision.training_process import RunOrder
 
 FLEET = re.compile(rb'"kind": ?"(data parallel|pipeline|mobillm|(split )?federated)"')
-"""stands near the start of a fleet's plan"""
+"""matches near the start of a fleet's plan"""
 
 
 @with_options(RunOptions)
@@ -59,23 +59,23 @@ def run(
     **options: Any,
 ) -> None:
     """Train under the cap as planned; leaves an adapter that PEFT loads and a report of predicted beside measured."""
-    trained = read(RunOptions, options, out=output, resume=resume, overwrite=overwrite, cgroup=cgroup, tokens=tokens)
-    trained.check_end()
+    training = read(RunOptions, options, out=output, resume=resume, overwrite=overwrite, cgroup=cgroup, tokens=tokens)
+    training.check_end()
     from tightfit.planner.io import load_plan
 
-    if of_fleet(plan):
+    if is_fleet_plan(plan):
         from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
-        from tightfit.runtime.session.fleet import from_torchrun, of_member
+        from tightfit.runtime.session.fleet import from_torchrun, member_options
 
         fleet = load_any(plan)
         member = from_torchrun(fleet, key_path(plan))
-        loaded, trained = load_member_plan(plan, fleet, member.name), of_member(trained, fleet, member)
+        loaded, training = load_member_plan(plan, fleet, member.name), member_options(training, fleet, member)
     else:
         loaded = load_plan(plan)
-    carry_out(loaded, data, trained, as_json=as_json, debug=debug, replace=bool(context.obj), stages=stages)
+    carry_out(loaded, data, training, as_json=as_json, debug=debug, replace=bool(context.obj), stages=stages)
 
 
-def of_fleet(plan: Path) -> bool:
+def is_fleet_plan(plan: Path) -> bool:
     """Whether a path leads to the plan of a fleet: its folder, or the file in it."""
     if plan.is_dir():
         return True
@@ -113,7 +113,7 @@ def carry_out(
         if isinstance(ready, RunOrder):
             hand_on(ready, loaded, cgroup=options.cgroup, as_json=as_json, debug=debug, replace=replace, stages=stages)
     sys.stderr.write(already_done(ready, str(options.out), len(ready["loss"])))
-    answer(beside(stages, ready), report_text(ready), as_json=as_json)
+    answer(with_stages(stages, ready), report_text(ready), as_json=as_json)
 
 
 def hand_on(
@@ -132,10 +132,10 @@ def hand_on(
     """
     from tightfit.runtime.engine.device.resident import memory
     from tightfit.runtime.supervision.cgroup import MemoryCgroup
-    from tightfit.runtime.supervision.supervisor import Show, hand_over
+    from tightfit.runtime.supervision.supervisor import SupervisorSettings, hand_over
 
     group = MemoryCgroup.create(loaded.budget_bytes) if cgroup else None
-    show = Show(
+    show = SupervisorSettings(
         tokens_per_step=order.planned["places_per_step"],
         as_json=as_json,
         debug=debug,

@@ -45,12 +45,12 @@ def serve(
     if solve_bytes < LEAST_BYTES:
         raise InputError(f"--memory {memory}: no plan is solved in less than {format_size(LEAST_BYTES)}; give as much")
     with served():
-        from tightfit.planner.service.http.app import serve as answer
+        from tightfit.planner.service.http.app import serve as serve_http
     if data_dir is None:
         from tightfit.runtime.common.files import cache_directory
 
         data_dir = cache_directory() / "service"
-    answer(
+    serve_http(
         Settings(
             data_dir=data_dir.absolute(),
             command=tuple(command("tightfit.runtime.cli.main")),

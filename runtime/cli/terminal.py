@@ -53,7 +53,7 @@ class Display:
         self.console = console
         self.live = console.is_terminal
         self._bars = Progress(*columns, console=console, transient=True, disable=not self.live)
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -67,12 +67,12 @@ class Display:
     def _line(self, text: str, *, now: bool = False) -> None:
         """Print a plain line if stderr is not a terminal and none was printed lately, or if `now`."""
         moment = time.monotonic()
-        if not self.live and (now or moment - self._said >= QUIET_SECONDS):
+        if not self.live and (now or moment - self._last_line >= QUIET_SECONDS):
             self.console.print(text, markup=False)
-            self._said = moment
+            self._last_line = moment
 
 
-class Stages(Display):
+class StagesDisplay(Display):
     """Stages that follow each other: tracing, packing, measuring. Called with (stage, done, total)."""
 
     def __init__(self, console: Console) -> None:
@@ -99,7 +99,7 @@ class Stages(Display):
         self._bars.update(self._task, completed=done, total=total)
 
 
-class Solving(Display):
+class SolvingDisplay(Display):
     """A solver at work: best step so far, proven bound, gap, seconds."""
 
     def __init__(self, console: Console, time_limit: float) -> None:
@@ -110,16 +110,16 @@ class Solving(Display):
         self._begun = time.monotonic()
         self._task = self._bars.add_task("solving", total=time_limit)
 
-    def __call__(self, told: Mapping[str, float | str]) -> None:
+    def __call__(self, report: Mapping[str, float | str]) -> None:
         """Show what the planner reports: `stage`, `incumbent` and `bound` (seconds per step; 0: none yet) and `gap`."""
-        text = f"solving {solver_text(told)}"
-        spent = time.monotonic() - self._begun
-        self._bars.update(self._task, description=text, completed=min(spent, self._limit))
-        self._line(f"{text}, {spent:.0f} s")
+        text = f"solving {solver_text(report)}"
+        elapsed = time.monotonic() - self._begun
+        self._bars.update(self._task, description=text, completed=min(elapsed, self._limit))
+        self._line(f"{text}, {elapsed:.0f} s")
 
 
-class Comparing(Display):
-    """Plan after plan: which one, how many are made, and how far the solver is with it."""
+class ComparisonDisplay(Display):
+    """A comparison at work: which plan is being made, how many are done, and how far the solver is."""
 
     def __init__(self, console: Console, interrupts: Interrupts) -> None:
         super().__init__(
@@ -146,28 +146,28 @@ class Comparing(Display):
         if self._interrupts.seen and done < total:
             raise KeyboardInterrupt
 
-    def solving(self, told: Mapping[str, float | str]) -> None:
+    def solving(self, report: Mapping[str, float | str]) -> None:
         """Show what the planner reports of the plan that it is working on."""
-        text = f"{self._what} {solver_text(told)}"
+        text = f"{self._what} {solver_text(report)}"
         self._bars.update(self._task, description=text)
         self._line(text)
 
-    def elsewhere(self, told: Mapping[str, Any]) -> None:
+    def elsewhere(self, report: Mapping[str, Any]) -> None:
         """Show what a service reports of a comparison: that a plan is made, or how far the solver is."""
-        if "cell" in told:
-            self(told["stage"], told["done"], told["total"])
+        if "cell" in report:
+            self(report["stage"], report["done"], report["total"])
         else:
-            self.solving(told)
+            self.solving(report)
 
 
-def solver_text(told: Mapping[str, float | str]) -> str:
+def solver_text(report: Mapping[str, float | str]) -> str:
     """Stage, best step so far, proven bound and gap, as far as they are known."""
-    incumbent, bound = float(told["incumbent"]), float(told["bound"])
-    parts = [f"({told['stage']})"]
+    incumbent, bound = float(report["incumbent"]), float(report["bound"])
+    parts = [f"({report['stage']})"]
     if 0 < incumbent < math.inf:
         parts.append(f"step {format_seconds(incumbent)}")
     if bound > 0:
         parts.append(f"bound {format_seconds(bound)}")
     if len(parts) == 3:
-        parts.append(f"gap {told['gap']:.2%}")
+        parts.append(f"gap {report['gap']:.2%}")
     return ", ".join(parts)

@@ -28,7 +28,7 @@ from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.command import EVERYTHING, Command
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, read_options, write_options
-from tightfit.runtime.cli.options import key_of, read, stage, usage, words_of
+from tightfit.runtime.cli.options import command_words, key_of, read, stage, usage
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
@@ -53,7 +53,7 @@ PROFILE, PLAN, CONFIG = "profile.json", "plan.json", "config.toml"
 RANDOM = "random"
 """data that are made up, and no file"""
 PATHS = ("model", "data", "eval_data")
-"""options that may name a file, and so are written down with its absolute path"""
+"""options that may name a file, whose absolute path is then written down"""
 UNFINISHED = ["metrics.jsonl"]
 """the only result of a run that was killed before its first checkpoint"""
 
@@ -63,10 +63,10 @@ class TrainCommand(Command):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with self.hinting():
-            given, *_ = self.make_parser(ctx).parse_args(args=list(args))
-        resumed = Path(given["output"]) / CONFIG if given.get("resume") and given.get("output") else None
-        path = Path(given["config"]) if given.get("config") else resumed
-        if path and not (given.get("help") or given.get(EVERYTHING)) and (given.get("config") or path.exists()):
+            values, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        resumed = Path(values["output"]) / CONFIG if values.get("resume") and values.get("output") else None
+        path = Path(values["config"]) if values.get("config") else resumed
+        if path and not (values.get("help") or values.get(EVERYTHING)) and (values.get("config") or path.exists()):
             ctx.default_map = read_options(path, ctx)
         try:
             return super().parse_args(ctx, args)
@@ -83,8 +83,8 @@ class TrainCommand(Command):
             heading: [] for heading in ("Arguments", *(heading for heading, _ in STAGES), OTHERS)
         }
         for parameter in self.get_params(ctx):
-            named = getattr(parameter, "rich_help_panel", None) or OTHERS
-            heading = "Arguments" if parameter.param_type_name == "argument" else named
+            panel = getattr(parameter, "rich_help_panel", None) or OTHERS
+            heading = "Arguments" if parameter.param_type_name == "argument" else panel
             if record := parameter.get_help_record(ctx):
                 rows[heading].append(record)
         for heading, records in rows.items():
@@ -92,14 +92,14 @@ class TrainCommand(Command):
                 formatter.write_dl(records)
 
 
-def _with_options_of_stages(own: Callable[..., None]) -> Callable[..., None]:
-    """`own`, whose last parameter takes any keywords, with the model and the options of the three stages for it.
+def _with_options_of_stages(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the ``**options`` of `command` by the model and the options of the three stages.
 
-    Parameters of its own go before those of a stage that have the same name.
+    Where it has a parameter of the same name as a stage, its own stays.
     """
-    declared = inspect.signature(own, eval_str=True).parameters
-    taken: dict[str, inspect.Parameter] = {}
-    stages = [(heading, inspect.signature(command, eval_str=True).parameters) for heading, command in STAGES]
+    declared = inspect.signature(command, eval_str=True).parameters
+    stage_parameters: dict[str, inspect.Parameter] = {}
+    stages = [(heading, inspect.signature(each, eval_str=True).parameters) for heading, each in STAGES]
     for heading, parameters in stages:
         for name, parameter in parameters.items():
             kind, info, *marks = get_args(parameter.annotation) or (None, None)
@@ -110,12 +110,12 @@ def _with_options_of_stages(own: Callable[..., None]) -> Callable[..., None]:
             everywhere = all(name in others for _, others in stages)
             info.rich_help_panel = OTHERS if everywhere else heading if option else None
             annotated: Any = Annotated
-            taken[name] = parameter.replace(
+            stage_parameters[name] = parameter.replace(
                 kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotated[(kind, info, *marks)]
             )
-    mine = {name: one for name, one in declared.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
-    own.__signature__ = inspect.Signature(list((taken | mine).values()))  # type: ignore[attr-defined]
-    return own
+    own = {name: each for name, each in declared.items() if each.kind is not inspect.Parameter.VAR_KEYWORD}
+    command.__signature__ = inspect.Signature(list((stage_parameters | own).values()))  # type: ignore[attr-defined]
+    return command
 
 
 @_with_options_of_stages
@@ -172,49 +172,48 @@ def train(
     These are `tightfit profile`, `tightfit plan` and `tightfit run`, whose options it takes. With --resume and the
     output folder alone, it goes on from what an earlier call has left there.
     """
-    given = options | {"seq": seq, "buckets": buckets, "memory": memory, "adapter": adapter}
-    _check(given)
+    values = options | {"seq": seq, "buckets": buckets, "memory": memory, "adapter": adapter}
+    _check(values)
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.session.output import locked, tokens_kept
 
-    output = given["output"].absolute()
+    output = values["output"].absolute()
     with locked(output), tokens_kept(output) as tokens:
-        how = _prepare(context, given | {"output": output}, tokens, messages())
-    _go_on(context, given | how | {"output": output, "plan": output / PLAN})
+        run_values = _prepare(context, values | {"output": output}, tokens, messages())
+    _run_plan(context, values | run_values | {"output": output, "plan": output / PLAN})
 
 
-def _check(given: Mapping[str, Any]) -> None:
+def _check(values: Mapping[str, Any]) -> None:
     """Raise InputError for options of the later stages that cannot be used, before the first stage takes its time."""
-    if given["memory"] != AUTO:
-        parse_size(given["memory"])
+    if values["memory"] != AUTO:
+        parse_size(values["memory"])
     from tightfit.runtime.session.beforehand import check_beforehand
 
-    training = read(RunOptions, given, out=given["output"], resume=given["resume"], overwrite=given["overwrite"])
-    check_beforehand(given["model"], given["data"], planning=read(PlanOptions, given), training=training)
+    training = read(RunOptions, values, out=values["output"], resume=values["resume"], overwrite=values["overwrite"])
+    check_beforehand(values["model"], values["data"], planning=read(PlanOptions, values), training=training)
 
 
-def _part(of: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the given options that a function takes."""
-    return {name: given[name] for name in inspect.signature(of).parameters if name in given}
+def _options_of(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the `values` that a function takes."""
+    return {name: values[name] for name in inspect.signature(function).parameters if name in values}
 
 
-def _prepare(context: typer.Context, given: dict[str, Any], tokens: Path, console: Console) -> dict[str, Any]:
-    """Leave profile.json, plan.json and config.toml in the output folder, which is locked; returns how `run` is to be
-    called: `resume`, `overwrite`, `tokens` where the data were kept in that folder as tokens and, for its answer, what the
-    stages have found (`stages`).
+def _prepare(context: typer.Context, values: dict[str, Any], tokens: Path, console: Console) -> dict[str, Any]:
+    """Leave profile.json, plan.json and config.toml in the output folder, which is locked; returns arguments for `run`:
+    `resume`, `overwrite`, `tokens` if the data were kept as tokens there, and the answers of the other `stages`.
 
     Raises what the stages raise, and typer.Exit if no plan fits.
     """
-    output: Path = given["output"]
-    how = _beginning(output, resume=given["resume"], overwrite=given["overwrite"])
-    budget = _budget(given["memory"], console, resume=given["resume"])
-    seq, buckets = _lengths(given, budget, tokens, console)
-    given |= {"seq": seq, "buckets": buckets, "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget)}
-    settings = _settings(context, given)
-    earlier = read_file(output / CONFIG) if given["resume"] and (output / CONFIG).exists() else {}
-    measured, planned = (None, None) if given["force"] else _earlier(context, output, settings, earlier)
-    for left, name in ((planned, PLAN), (measured, PROFILE)):
-        if left is None:
+    output: Path = values["output"]
+    run_values = _how_to_begin(output, resume=values["resume"], overwrite=values["overwrite"])
+    budget = _budget(values["memory"], console, resume=values["resume"])
+    seq, buckets = _lengths(values, budget, tokens, console)
+    values |= {"seq": seq, "buckets": buckets, "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget)}
+    settings = _settings(context, values)
+    earlier = read_file(output / CONFIG) if values["resume"] and (output / CONFIG).exists() else {}
+    measured, planned = (None, None) if values["force"] else _earlier_results(context, output, settings, earlier)
+    for result, name in ((planned, PLAN), (measured, PROFILE)):
+        if result is None:
             (output / name).unlink(missing_ok=True)
     write_options(
         output / CONFIG,
@@ -222,24 +221,24 @@ def _prepare(context: typer.Context, given: dict[str, Any], tokens: Path, consol
         "`tightfit train --resume -o FOLDER` goes on from it, `tightfit train --config FILE -o OTHER` begins with it.",
     )
     try:
-        measured = measured or _profile(given)
+        measured = measured or _profile(values)
         console.print(f"profile: {answers.profile_sentence(measured)}")
         if planned is None:
-            planned = _plan(given, measured)
+            planned = _plan(values, measured)
         for sentence in answers.verdict(planned):
             console.print(f"plan: {sentence}")
     except KeyboardInterrupt as stop:
         # The results that were to be overwritten are still there, and not what a resumption may go on from.
         anew = f"--config {shlex.quote(str(output / CONFIG))} --overwrite"
-        words = anew if given["overwrite"] else f"--resume -o {shlex.quote(str(output))}"
-        raise RunError(f"interrupted; go on with: tightfit train {words}") from stop
-    told = {"profile": _told(measured, output), "plan": answers.facts(planned) | {"plan": str(output / PLAN)}}
-    kept = {"tokens": tokens if tokens.exists() else None}
-    return how | kept | {"stages": answers.to_json(told) if given["as_json"] else None}
+        resumption = anew if values["overwrite"] else f"--resume -o {shlex.quote(str(output))}"
+        raise RunError(f"interrupted; go on with: tightfit train {resumption}") from stop
+    summary = {"profile": _facts(measured, output), "plan": answers.facts(planned) | {"plan": str(output / PLAN)}}
+    kept_tokens = {"tokens": tokens if tokens.exists() else None}
+    return run_values | kept_tokens | {"stages": answers.to_json(summary) if values["as_json"] else None}
 
 
-def _beginning(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """How `run` is to begin: from a checkpoint, if there is one and it is to be resumed, or from nothing.
+def _how_to_begin(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """`resume` and `overwrite` for `run`: it resumes if that was asked for and there is a checkpoint, else it starts anew.
 
     Raises InputError if the folder holds what the run may not replace.
     """
@@ -253,7 +252,7 @@ def _beginning(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]
 
 
 def _budget(memory: str, console: Console, *, resume: bool) -> int:
-    """The budget in bytes; says how it came about."""
+    """The budget in bytes; prints where it comes from."""
     from tightfit.runtime.supervision.spare_memory import spare_memory
 
     if memory == AUTO:
@@ -271,7 +270,7 @@ def _budget(memory: str, console: Console, *, resume: bool) -> int:
     return budget
 
 
-def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> tuple[int | None, str | None]:
+def _lengths(values: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> tuple[int | None, str | None]:
     """Tokens of a sequence, and shorter lengths: those asked for, or what the data need. The data are read and checked either way, and
     kept in the folder `tokens`.
     A module, whose batches have their shape, has no sequence, and profiling refuses one that is asked for.
@@ -279,42 +278,42 @@ def _lengths(given: Mapping[str, Any], budget: int, tokens: Path, console: Conso
     Raises InputError if there are no such data.
     """
     from tightfit.profiles.sources.lookup import names_module
-    from tightfit.runtime.cli.terminal import Stages
+    from tightfit.runtime.cli.terminal import StagesDisplay
     from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
 
-    asked, buckets = given["seq"], given["buckets"]
-    if names_module(given["model"]):
-        return asked, buckets
-    check_files(given["data"], given["eval_data"])
+    requested_seq, buckets = values["seq"], values["buckets"]
+    if names_module(values["model"]):
+        return requested_seq, buckets
+    check_files(values["data"], values["eval_data"])
     lengths: Counter[int] = Counter()
-    with Stages(console) as stages:
+    with StagesDisplay(console) as stages:
         seq, why = choose_seq(
-            given["model"],
-            given["data"],
-            given["eval_data"],
-            truncate=given["truncate"],
+            values["model"],
+            values["data"],
+            values["eval_data"],
+            truncate=values["truncate"],
             budget=budget,
-            columns=read(DataOptions, given).columns,
+            columns=read(DataOptions, values).columns,
             keep=tokens,
-            pairs=given["loss"] is not None,
-            seq=asked,
+            pairs=values["loss"] is not None,
+            seq=requested_seq,
             lengths=lengths if buckets == AUTO else None,
             stages=stages,
         )
-    if asked is None:
+    if requested_seq is None:
         console.print(f"sequence: {seq} tokens; {why}")
     if buckets == AUTO:
-        chosen, why = choose_buckets(lengths, seq)
-        buckets = ",".join(map(str, chosen)) or None
+        bucket_lengths, why = choose_buckets(lengths, seq)
+        buckets = ",".join(map(str, bucket_lengths)) or None
         console.print(f"shorter lengths: {buckets or 'none'}; {why}")
     return seq, buckets
 
 
-def _settings(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """The options as they are used, by their keys in a file; without those that have no value."""
     settings: dict[str, Any] = {}
     for parameter in context.command.params:
-        key, value = key_of(parameter), given.get(str(parameter.name))
+        key, value = key_of(parameter), values.get(str(parameter.name))
         if key in FOR_ONE_CALL or value is None:
             continue
         if isinstance(value, Path) or (parameter.name in PATHS and value != RANDOM and Path(value).exists()):
@@ -323,10 +322,10 @@ def _settings(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any
     return settings
 
 
-def _earlier(
+def _earlier_results(
     context: typer.Context, output: Path, settings: Mapping[str, Any], earlier: Mapping[str, Any]
 ) -> tuple[Profile | None, Plan | None]:
-    """Profile and plan that an `earlier` call left in the output folder, as far as they are those of these settings."""
+    """Profile and plan that an `earlier` call left in the output folder, if they were made with these settings."""
     if not earlier:
         return None, None
     from tightfit.planner.io import load_plan
@@ -354,49 +353,49 @@ def _earlier(
     return measured, planned if planned and planned.profile_fingerprint == measured.fingerprint else None
 
 
-def _profile(given: Mapping[str, Any]) -> Profile:
+def _profile(values: Mapping[str, Any]) -> Profile:
     """The first stage: measures a step."""
-    path = given["output"] / PROFILE
+    path = values["output"] / PROFILE
     with stage():
-        profile(**_part(profile, given) | {"output": path, "as_json": True})
+        profile(**_options_of(profile, values) | {"output": path, "as_json": True})
     from tightfit.profiles.io import load_profile
 
     return load_profile(path)
 
 
-def _plan(given: Mapping[str, Any], measured: Profile) -> Plan:
+def _plan(values: Mapping[str, Any], measured: Profile) -> Plan:
     """The second stage: plans the step. Raises KeyboardInterrupt if it was interrupted; the best plan found is kept."""
-    output, failed = given["output"], None
+    output, failure = values["output"], None
     path = output / PLAN
-    with stage() as said:
+    with stage() as answer_text:
         try:
-            plan(**_part(plan, given) | {"profile": output / PROFILE, "output": path, "as_json": True})
+            plan(**_options_of(plan, values) | {"profile": output / PROFILE, "output": path, "as_json": True})
         except typer.Exit as error:
-            failed = error
-    told = json.loads(said.getvalue())  # noqa: TID251  written by the stage
-    if failed:
-        if given["as_json"]:
-            sys.stdout.write(answers.to_json({"profile": _told(measured, output), "plan": told}) + "\n")
-        raise failed
-    if told["interrupted"]:
+            failure = error
+    answer = json.loads(answer_text.getvalue())  # noqa: TID251  written by the stage
+    if failure:
+        if values["as_json"]:
+            sys.stdout.write(answers.to_json({"profile": _facts(measured, output), "plan": answer}) + "\n")
+        raise failure
+    if answer["interrupted"]:
         raise KeyboardInterrupt
     from tightfit.planner.io import load_plan
 
     return load_plan(path)
 
 
-def _told(measured: Profile, output: Path) -> dict[str, Any]:
+def _facts(measured: Profile, output: Path) -> dict[str, Any]:
     return answers.profile_summary(measured) | {"profile": str(output / PROFILE)}
 
 
-def _go_on(context: typer.Context, given: Mapping[str, Any]) -> None:
+def _run_plan(context: typer.Context, values: Mapping[str, Any]) -> None:
     """The last stage: replaces this process by `tightfit run`, or runs the plan here if a program has called."""
     if not context.obj:
-        run(context, **_part(run, given))
+        run(context, **_options_of(run, values))
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    words = words_of(context.command.params, _part(run, given))
-    words += [f"--{name}={given[name]}" for name in ("stages", "tokens") if given[name] is not None]
-    run_command = command("tightfit.runtime.cli.main", "run", str(given["plan"]), *words)
+    words = command_words(context.command.params, _options_of(run, values))
+    words += [f"--{name}={values[name]}" for name in ("stages", "tokens") if values[name] is not None]
+    run_command = command("tightfit.runtime.cli.main", "run", str(values["plan"]), *words)
     os.execve(run_command[0], run_command, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line

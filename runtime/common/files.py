@@ -35,7 +35,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    kind = next((kind for holds, kind in _OTHERS if holds(mode)), None)
+    kind = next((kind for is_kind, kind in _OTHERS if is_kind(mode)), None)
     if kind is not None:
         raise OSError(errno.EINVAL, f"{kind}, not a regular file", os.fspath(path))
 
@@ -59,8 +59,8 @@ def read_whole(path: str | os.PathLike[str], *, most: int = LARGEST_DOCUMENT) ->
 def write_whole(path: str | os.PathLike[str], content: str | bytes, *, mode: int = 0o666) -> Path:
     """Write `content` atomically: a reader of `path` finds the old file or the new one, never a part. Returns `path`.
 
-    `mode`: of the file, less what the umask takes. It is written beside `path`, flushed to disk and renamed. Raises InputError if the place cannot be written, RunError
-    if the disk is full; nothing is left behind then.
+    `mode`: the file's, before the umask. It is written beside `path`, flushed to disk and renamed. Raises InputError if it cannot be
+    written there, RunError if the disk is full; nothing is left behind then.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -158,8 +158,8 @@ def sync_directory(directory: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def check_place(path: Path) -> None:
-    """Raise InputError if no file can be written at `path`; called before the work whose result it is to hold."""
+def check_writable(path: Path) -> None:
+    """Raise InputError if no file can be written at `path`; called before the work whose result goes there."""
     try:
         if path.is_dir():
             raise InputError(f"{path}: a directory; name a file")
@@ -170,9 +170,9 @@ def check_place(path: Path) -> None:
         raise InputError(f"{path}: cannot be written ({nearest} is no folder that takes files); name another place")
 
 
-def of_another_version(kind: str, found: Any, read: int) -> str:
-    """Message for a file of version `found` when this tightfit reads version `read`; `kind` is "profile" or "plan"."""
-    if isinstance(found, int) and not isinstance(found, bool):
-        age = "an older" if found < read else "a newer"
-        return f"written by {age} version of tightfit ({kind} version {found}, this one reads version {read})"
-    return f"{kind} version {found!r}, this tightfit reads version {read}"
+def of_another_version(kind: str, version: Any, read: int) -> str:
+    """Message for a file of `version` when this tightfit reads version `read`; `kind` is "profile" or "plan"."""
+    if isinstance(version, int) and not isinstance(version, bool):
+        age = "an older" if version < read else "a newer"
+        return f"written by {age} version of tightfit ({kind} version {version}, this one reads version {read})"
+    return f"{kind} version {version!r}, this tightfit reads version {read}"

@@ -52,16 +52,16 @@ class ForkedWorker(Generic[Answer]):
     def __enter__(self) -> Self:
         # During the fork Ctrl-C is only noted, and raised again afterwards: raised within, it could be lost, leave a
         # lock held, or leave the copy running without an owner.
-        noted: list[int] = []
-        before = signal.getsignal(signal.SIGINT)
-        if callable(before):
-            signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+        signals: list[int] = []
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
         try:
             with contextlib.suppress(OSError):
                 self._start()
-            if callable(before):
-                signal.signal(signal.SIGINT, before)
-            if noted:
+            if callable(handler):
+                signal.signal(signal.SIGINT, handler)
+            if signals:
                 signal.raise_signal(signal.SIGINT)
         except BaseException:
             self.__exit__(None, None, None)
@@ -97,9 +97,9 @@ class ForkedWorker(Generic[Answer]):
             while self._receiver is not None and self._whole and self._receiver.poll(patience):
                 self._whole = False
                 with paused_collector():
-                    found, answer = self._receiver.recv()
+                    sent_at, answer = self._receiver.recv()
                 self._whole = True
-                if found > until:
+                if sent_at > until:
                     return
                 yield answer
 

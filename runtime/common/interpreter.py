@@ -33,6 +33,6 @@ def python_path() -> str:
     the inherited path, which mean the working folder, are left out.
     """
     root = PACKAGE.parent
-    installed = any(Path(place).resolve() == root.resolve() for place in site.getsitepackages())
+    installed = any(Path(path).resolve() == root.resolve() for path in site.getsitepackages())
     inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return os.pathsep.join(dict.fromkeys([*([] if installed else [str(root)]), *inherited]))

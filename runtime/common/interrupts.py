@@ -41,11 +41,11 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
-class GivenUp(KeyboardInterrupt):
+class ThirdInterrupt(KeyboardInterrupt):
     """A third Ctrl-C was pressed: stop waiting for the child, which the second could not kill."""
 
 
-class PassedOn:
+class SignalRelay:
     """Passes signals that ask to end on to child processes; `asked` says whether there were any."""
 
     def __init__(self) -> None:
@@ -68,17 +68,17 @@ class PassedOn:
             end = child.kill if len(self._pressed) > 1 else child.terminate
             end()
         if len(self._pressed) > 2:
-            raise GivenUp
+            raise ThirdInterrupt
 
 
 @contextmanager
-def passed_on() -> Iterator[PassedOn]:
+def relayed_signals() -> Iterator[SignalRelay]:
     """While entered, a signal that asks to end is passed on to the children as SIGTERM, on which they save and end.
 
     SIGTERM is used because background jobs of a shell ignore SIGINT. A second Ctrl-C kills them, a third raises
     GivenUp.
     """
-    passing = PassedOn()
+    passing = SignalRelay()
     with _handling(ENDING, passing.take):
         yield passing
 
@@ -95,15 +95,15 @@ def _handling(numbers: tuple[signal.Signals, ...], handler: Callable[[int, Frame
         yield
         return
     before = {number: signal.getsignal(number) for number in numbers}
-    taken = {
-        number: old
-        for number, old in before.items()
-        if old is signal.SIG_DFL or (number == signal.SIGINT and old not in (signal.SIG_IGN, None))
+    replaced = {
+        number: former
+        for number, former in before.items()
+        if former is signal.SIG_DFL or (number == signal.SIGINT and former not in (signal.SIG_IGN, None))
     }
     try:
-        for number in taken:
+        for number in replaced:
             signal.signal(number, handler)
         yield
     finally:
-        for number, old in taken.items():
-            signal.signal(number, old)
+        for number, former in replaced.items():
+            signal.signal(number, former)

@@ -26,9 +26,7 @@ NEARLY = 0.9
 
 @contextmanager
 def allocating(most: int) -> Iterator[None]:
-    """While entered, this process may reserve at most `most` bytes beside what it has: who asks for more gets a MemoryError, in other
-    threads too.
-    """
+    """While entered, this process may reserve at most `most` bytes more than it has: beyond that any of its threads gets a MemoryError."""
     before, highest = resource.getrlimit(resource.RLIMIT_DATA)
     with open("/proc/self/statm") as file:
         bound = int(file.read().split()[5]) * resource.getpagesize() + most
@@ -45,10 +43,10 @@ def limited(*, hardly_enough: bool = False) -> str | None:
 
     With `hardly_enough`, only a limit below the least that planning needs counts.
     """
-    for number, what, letter, least in LIMITS:
+    for number, name, letter, least in LIMITS:
         limit = resource.getrlimit(number)[0]
         if limit != resource.RLIM_INFINITY and (limit < least or not hardly_enough):
-            return f"the {what} of this process is limited to {format_size(limit)} (ulimit -{letter} {limit >> 10})"
+            return f"the {name} of this process is limited to {format_size(limit)} (ulimit -{letter} {limit >> 10})"
     return None
 
 
@@ -61,14 +59,14 @@ def enough_for_a_solver() -> None:
         raise MemoryError
 
 
-def way_out(words: str, *, unexpected: bool) -> str | None:
-    """Advice on an error with the message `words`, if it comes of such a limit; else None.
+def memory_advice(message: str, *, unexpected: bool) -> str | None:
+    """Advice on an error with this `message`, if it comes of such a limit; else None.
 
     Libraries that get no memory fail with messages of all kinds. So an `unexpected` error is attributed to the limit if
     the limit was nearly reached, whatever the message.
     """
     limit = limited()
-    if limit is None or not (any(sign in words.lower() for sign in SIGNS) or (unexpected and _nearly_reached())):
+    if limit is None or not (any(sign in message.lower() for sign in SIGNS) or (unexpected and _nearly_reached())):
         return None
     return (
         f"{limit}, and PyTorch and the solvers reserve far more than they use; start it from a shell without this limit"

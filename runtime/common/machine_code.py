@@ -1,4 +1,4 @@
-"""Compiles C code on this machine, once, into the cache, and has a fresh process test what the library is good for.
+"""Compiles C code on this machine, once, into the cache, and has a fresh process test which functions of the library work.
 
 Also imported by the budgeted process: the standard library only, and what building needs where it is done.
 """
@@ -17,7 +17,7 @@ from tightfit.runtime.common.interpreter import command, python_path
 def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environment: dict[str, str]) -> str:
     """Path of the library of `source` in `cache`, built and tested now if need be.
 
-    Empty if there is no compiler, it cannot be built, or the test finds it good for nothing. The module `judge` is the
+    Empty if there is no compiler, it cannot be built, or none of its functions works. The module `judge` is the
     test: run with the library's path as its argument and `environment` added to ours, it prints a JSON list of what
     works.
     """
@@ -29,21 +29,21 @@ def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environ
     if compiler is None:
         return ""
     path = folder(cache) / f"{source.stem}-{_key(source, flags, compiler)}.so"
-    judged = Path(verdict(str(path)))
-    if not judged.exists():
+    verdict_path = Path(verdict(str(path)))
+    if not verdict_path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 built = Path(scratch) / path.name
-                compiling = [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(source)]
-                subprocess.run(compiling, check=True, capture_output=True, timeout=120)
-                found = Path(verdict(str(built)))
-                found.write_text(json.dumps(_judged(built, judge, environment)))
+                command_line = [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(source)]
+                subprocess.run(command_line, check=True, capture_output=True, timeout=120)
+                built_verdict = Path(verdict(str(built)))
+                built_verdict.write_text(json.dumps(_test_results(built, judge, environment)))
                 built.replace(path)
-                found.replace(judged)
+                built_verdict.replace(verdict_path)
         except (OSError, ValueError, subprocess.SubprocessError):
             return ""  # e.g. no OpenMP, a read-only cache, a compiler that hangs: callers do without the library
-    return str(path) if chosen(str(path)) else ""
+    return str(path) if working_functions(str(path)) else ""
 
 
 def folder(cache: Path) -> Path:
@@ -51,36 +51,35 @@ def folder(cache: Path) -> Path:
     return cache / "native"
 
 
-def chosen(path: str) -> list[str]:
-    """What the test found that the library at `path` is good for. Raises OSError if that file is gone."""
+def working_functions(path: str) -> list[str]:
+    """The functions of the library at `path` that work, as its test found. Raises OSError if the test's result is gone."""
     with open(verdict(path), "rb") as file:
-        found: list[str] = json.load(file)
-    return found
+        working: list[str] = json.load(file)
+    return working
 
 
 def functions(path: str, prefix: str, arguments: Sequence[Any], among: Collection[str] | None = None) -> dict[str, Any]:
-    """Those functions of the library at `path` that its test found good, by their names without `prefix`, of which they have
-    to be `among` these if that is given; none if `path` is empty or the file is gone. Each takes `arguments`, types of
-    ctypes, and returns nothing.
+    """Those functions of the library at `path` that work, by their names without `prefix`, and of these only the ones `among` some if
+    that is given; none if `path` is empty or the file is gone. Each takes `arguments`, types of ctypes, and returns nothing.
     """
     if not path:
         return {}
     try:
-        good = [name for name in chosen(path) if among is None or name in among]
-        return loaded(path, prefix, good, arguments)
+        good = [name for name in working_functions(path) if among is None or name in among]
+        return load_functions(path, prefix, good, arguments)
     except (OSError, ValueError, AttributeError):
         return {}  # the cache was cleaned meanwhile
 
 
-def loaded(path: str, prefix: str, names: Sequence[str], arguments: Sequence[Any]) -> dict[str, Any]:
-    """The functions of the library at `path` whose names without `prefix` are `names`, good or not."""
+def load_functions(path: str, prefix: str, names: Sequence[str], arguments: Sequence[Any]) -> dict[str, Any]:
+    """The functions of the library at `path` whose names without `prefix` are `names`, whether they work or not."""
     import ctypes
 
     library = ctypes.CDLL(path)
-    found = {name: getattr(library, prefix + name) for name in names}
-    for function in found.values():
+    functions = {name: getattr(library, prefix + name) for name in names}
+    for function in functions.values():
         function.argtypes, function.restype = tuple(arguments), None
-    return found
+    return functions
 
 
 def verdict(path: str) -> str:
@@ -99,13 +98,13 @@ def _key(source: Path, flags: Sequence[str], compiler: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _judged(path: Path, judge: str, environment: dict[str, str]) -> list[str]:
+def _test_results(path: Path, judge: str, environment: dict[str, str]) -> list[str]:
     """Run the test `judge` in a process of its own, because the library may crash it; returns the list that it
     prints.
     """
     import subprocess
 
-    done = subprocess.run(
+    process = subprocess.run(
         command(judge, str(path)),
         check=True,
         capture_output=True,
@@ -113,4 +112,4 @@ def _judged(path: Path, judge: str, environment: dict[str, str]) -> list[str]:
         text=True,
         env={**os.environ, **environment, "PYTHONPATH": python_path()},
     )
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return json.loads(process.stdout)  # type: ignore[no-any-return]

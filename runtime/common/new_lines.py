@@ -19,8 +19,8 @@ class NewLines:
         self._path = path
         self._read, self._inode = 0, 0
         if skip and os.path.exists(path):
-            found = os.stat(path)
-            self._read, self._inode = found.st_size, found.st_ino
+            status = os.stat(path)
+            self._read, self._inode = status.st_size, status.st_ino
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
@@ -28,9 +28,9 @@ class NewLines:
         except FileNotFoundError:
             return
         with file:
-            found = os.fstat(file.fileno())
-            if found.st_ino != self._inode or found.st_size < self._read:
-                self._read, self._inode = 0, found.st_ino
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._read:
+                self._read, self._inode = 0, status.st_ino
             file.seek(self._read)
             for line in file:
                 if not line.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""What messages call an option: as the door does through which the user came, Python or the command line."""
+"""How messages spell an option: as the user has to write it, in Python or on the command line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def in_python(name: str, value: Any = None) -> str:
 
 
 def on_command_line(name: str, value: Any = None) -> str:
-    """The same as words of a command line: ``--eval-every``, ``--seq 64``, ``--resume``, ``--columns a=b``."""
+    """An option, or one with a value, as a command line has it: ``--eval-every``, ``--seq 64``, ``--resume``, ``--columns a=b``."""
     word = f"--{name.replace('_', '-')}"
     if isinstance(value, dict):
-        value = ",".join(f"{one}={other}" for one, other in value.items())
+        value = ",".join(f"{key}={item}" for key, item in value.items())
     return word if value is None or value is True else f"{word} {value}"
 
 
@@ -28,7 +28,7 @@ _naming: ContextVar[Naming] = ContextVar("naming", default=in_python)
 
 @contextmanager
 def named_as(naming: Naming) -> Iterator[None]:
-    """While entered, messages name options so."""
+    """While entered, messages spell options as `naming` does."""
     token = _naming.set(naming)
     try:
         yield

@@ -12,15 +12,15 @@ import platform
 @functools.cache
 def features() -> frozenset[str]:
     """Instruction sets by the kernel's names (avx2, avx512_bf16, asimd, ...); empty where it names none."""
-    return frozenset(_told("flags") or _told("Features"))
+    return frozenset(_field("flags") or _field("Features"))
 
 
 def cpu_name() -> str:
     """The processor as the kernel names it."""
-    return " ".join(_told("model name")) or platform.processor() or platform.machine()
+    return " ".join(_field("model name")) or platform.processor() or platform.machine()
 
 
-def _told(key: str) -> list[str]:
+def _field(key: str) -> list[str]:
     """The words after `key` in /proc/cpuinfo, for the first processor listed there."""
     try:
         with open("/proc/cpuinfo", errors="replace") as file:
@@ -38,6 +38,6 @@ NARROW = not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(features(
 BFLOAT16_PRODUCTS = "bfloat16" if NARROW else "float32"
 """the type in which bfloat16 tensors are multiplied here (`tightfit.runtime.engine.cpu.products`); results depend on
 it"""
-UNUSED_BY_MKL = "avx512f" in features() and "GenuineIntel" not in _told("vendor_id") and "amx_bf16" not in features()
+UNUSED_BY_MKL = "avx512f" in features() and "GenuineIntel" not in _field("vendor_id") and "amx_bf16" not in features()
 """whether MKL, which multiplies float32 tensors for PyTorch, leaves this processor's AVX-512 unused, as it does on other makers'
 processors than Intel's"""

@@ -19,7 +19,7 @@ def find_checkpoints(directory: str) -> list[tuple[int, str]]:
     return sorted((int(match[1]), os.path.join(directory, name)) for match, name in matches if match)
 
 
-def way_on(directory: str) -> str:
+def how_to_continue(directory: str) -> str:
     """Advice after a failure: resume if there is a checkpoint, else start again."""
     return (
         f"continue with {spelled('resume', True)}"
@@ -35,7 +35,7 @@ def writing_to(directory: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"writing to {directory} failed: {error.strerror}; free disk space and {way_on(os.fspath(directory))}"
+            f"writing to {directory} failed: {error.strerror}; free disk space and {how_to_continue(os.fspath(directory))}"
         ) from error
 
 

@@ -19,7 +19,7 @@ DEEPEST = 100
 
 
 class JsonError(InputError, ValueError):
-    """Its message says why a text is not JSON that is read; callers put before it which text that is."""
+    """A text is not JSON, or not of the kind that is accepted; callers put the text's name before the message."""
 
 
 def read_json(path: str | os.PathLike[str], *, most: int = LARGEST_DOCUMENT) -> Any:
@@ -62,7 +62,7 @@ def is_deeper(value: Any, levels: int) -> bool:
     """Whether lists and objects are nested more than `levels` deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
-        inner = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
         level = [item for item in inner if isinstance(item, dict | list)]
         if not level:
             return False
@@ -70,12 +70,12 @@ def is_deeper(value: Any, levels: int) -> bool:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    merged = dict(pairs)
+    if len(merged) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise JsonError(f"the key {twice[:60]!r} stands twice in one object; leave one of them out")
-    return made
+    return merged
 
 
 def _no_number(word: str) -> NoReturn:

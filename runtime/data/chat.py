@@ -1,4 +1,4 @@
-"""Renders conversations to text with the model's own chat template, and finds which parts the assistant says."""
+"""Renders conversations to text with the model's own chat template, and finds which parts of it are the assistant's."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class ChatTemplate:
         if not vocabulary.chat_template:
             raise InputError("the model has no chat template; write prompts as strings instead of messages")
         environment = BoundedEnvironment(
-            [loopcontrols, _Generation], {"raise_exception": _refuse, "strftime_now": DAY.strftime}
+            [loopcontrols, _GenerationTag], {"raise_exception": _refuse, "strftime_now": DAY.strftime}
         )
-        environment.replaced("tojson", _to_json)
+        environment.replace_filter("tojson", _to_json)
         self._environment = environment
         self._plain = _compiled(environment, vocabulary.chat_template)
-        own = vocabulary.tool_template
-        self._with_tools = _compiled(environment, own) if own else self._plain
+        tool_template = vocabulary.tool_template
+        self._with_tools = _compiled(environment, tool_template) if tool_template else self._plain
         tokens = {
             "bos_token": vocabulary.bos_token,
             "eos_token": vocabulary.eos_token,
@@ -59,8 +59,8 @@ class ChatTemplate:
         """
         source, template = self._plain if tools is None else self._with_tools
         self._check_roles(messages, source)
-        for key, given in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
-            if given and key not in source:
+        for key, used in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
+            if used and key not in source:
                 raise InputError(
                     f'the model\'s chat template does not show "{key}"; leave them out, or write them as text'
                 )
@@ -74,7 +74,7 @@ class ChatTemplate:
                 **self._tokens,
             )
         except Exception as error:  # a stranger's program
-            raise InputError(f"the model's chat template refuses these messages {_said(error)}") from error
+            raise InputError(f"the model's chat template refuses these messages {_describe_error(error)}") from error
 
     def _check_roles(self, messages: Sequence[Message], source: str) -> None:
         for index, message in enumerate(messages):
@@ -117,7 +117,7 @@ class ChatTemplate:
             if index:
                 head = render(messages[:index], generation_prompt=True)
             else:  # a template may refuse an empty list: compare renderings with other words to find where they begin
-                others = [render([_saying(words, message)], generation_prompt=False) for words in ("x", "y")]
+                others = [render([_with_words(words, message)], generation_prompt=False) for words in ("x", "y")]
                 head = commonprefix([turn, *others])  # noqa: RUF071  characters are meant
                 head = head if len(head) < end else ""  # the template does not show the words at all
             if text.startswith(turn[:end]) and turn.startswith(head) and done <= len(head) < end:
@@ -127,7 +127,7 @@ class ChatTemplate:
                 raise InputError(
                     "the model's chat template does not continue its own generation prompt; write prompts as strings instead of messages"
                 )
-        return [(part, wanted) for part, wanted in segments if part]
+        return [(part, predicted) for part, predicted in segments if part]
 
 
 def _compiled(environment: BoundedEnvironment, source: str) -> tuple[str, jinja2.Template]:
@@ -135,24 +135,24 @@ def _compiled(environment: BoundedEnvironment, source: str) -> tuple[str, jinja2
         return source, environment.compiled(source)
     except Exception as error:
         raise InputError(
-            f"the model's chat template is not valid Jinja {_said(error)}; write prompts as strings instead of messages"
+            f"the model's chat template is not valid Jinja {_describe_error(error)}; write prompts as strings instead of messages"
         ) from error
 
 
-def _said(error: Exception) -> str:
-    """What went wrong in a template, in brackets, and the line where that is known."""
+def _describe_error(error: Exception) -> str:
+    """For messages: a template's error in brackets, and its line if that is known."""
     text = f"({error})" if isinstance(error, jinja2.TemplateError) else f"({type(error).__name__}: {error})"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
     return text if line is None else f"{text} in its line {line}"
 
 
-def _saying(words: str, message: Message) -> Message:
-    """The same message with `words` as its content and without all else that the assistant says or calls."""
+def _with_words(words: str, message: Message) -> Message:
+    """A message with the content `words` and no thoughts or tool calls."""
     return {key: value for key, value in message.items() if key not in SPOKEN} | {"content": words}
 
 
-class _Generation(Extension):
+class _GenerationTag(Extension):
     """Lets templates use ``{% generation %}``, with which transformers marks the assistant's text; it has no effect
     here.
     """

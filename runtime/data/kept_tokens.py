@@ -21,27 +21,27 @@ _COUNT, _HEAD = struct.Struct("<I"), struct.Struct("<Ii??")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class TokenSequence:
     """A sample, or one choice of a question, as tokens, before it is fitted into a row."""
 
     ids: list[int]
-    wanted: list[bool] | None
+    predicted: list[bool] | None
     """for each token, whether it is to be predicted; None: a text, all of which is, and which may be cut into windows"""
     choice: int = -1
     answer: bool = False
 
 
-def write(file: IO[bytes], sample: Sequence[Encoded]) -> None:
+def write(file: IO[bytes], sample: Sequence[TokenSequence]) -> None:
     """Append a sample."""
     file.write(_COUNT.pack(len(sample)))
-    for one in sample:
-        file.write(_HEAD.pack(len(one.ids), one.choice, one.answer, one.wanted is None))
-        file.write(_words(one.ids))
-        if one.wanted is not None:
-            file.write(bytes(one.wanted))
+    for sequence in sample:
+        file.write(_HEAD.pack(len(sequence.ids), sequence.choice, sequence.answer, sequence.predicted is None))
+        file.write(_id_bytes(sequence.ids))
+        if sequence.predicted is not None:
+            file.write(bytes(sequence.predicted))
 
 
-def read(path: Path) -> Iterator[list[Encoded]]:
+def read(path: Path) -> Iterator[list[TokenSequence]]:
     """The samples, in the order in which they were written. Raises InputError where the file is missing or cut off."""
     try:
         file = path.open("rb")
@@ -49,25 +49,25 @@ def read(path: Path) -> Iterator[list[Encoded]]:
         raise InputError(f"{path}: {error.strerror}; tokenise the data again") from error
     with file:
         while head := file.read(_COUNT.size):
-            yield [_one(file, path) for _ in range(_COUNT.unpack(head)[0])]
+            yield [_read_sequence(file, path) for _ in range(_COUNT.unpack(head)[0])]
 
 
-def _one(file: IO[bytes], path: Path) -> Encoded:
+def _read_sequence(file: IO[bytes], path: Path) -> TokenSequence:
     head = file.read(_HEAD.size)
     if len(head) == _HEAD.size:
         length, choice, answer, text = _HEAD.unpack(head)
-        ids, wanted = file.read(4 * length), b"" if text else file.read(length)
-        if len(ids) == 4 * length and len(wanted) == (0 if text else length):
-            words = array("i", ids)
+        ids, predicted = file.read(4 * length), b"" if text else file.read(length)
+        if len(ids) == 4 * length and len(predicted) == (0 if text else length):
+            token_ids = array("i", ids)
             if sys.byteorder == "big":
-                words.byteswap()
-            flags = None if text else [bool(flag) for flag in wanted]
-            return Encoded(ids=words.tolist(), wanted=flags, choice=choice, answer=answer)
+                token_ids.byteswap()
+            flags = None if text else [bool(flag) for flag in predicted]
+            return TokenSequence(ids=token_ids.tolist(), predicted=flags, choice=choice, answer=answer)
     raise InputError(f"{path}: cut off; tokenise the data again")
 
 
-def _words(ids: Sequence[int]) -> bytes:
-    words = array("i", ids)
+def _id_bytes(ids: Sequence[int]) -> bytes:
+    token_ids = array("i", ids)
     if sys.byteorder == "big":
-        words.byteswap()
-    return words.tobytes()
+        token_ids.byteswap()
+    return token_ids.tobytes()

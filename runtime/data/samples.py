@@ -36,7 +36,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import check_regular
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, from_json
-from tightfit.runtime.data.tables import EXAMPLE, LONGEST, PARTS, Lines, kind_of, opened, rows_of, table_files
+from tightfit.runtime.data.tables import EXAMPLE, LONGEST, PARTS, Lines, kind_of, open_data, rows_of, table_files
 
 Message = dict[str, Any]
 Tools = tuple[dict[str, Any], ...]
@@ -70,7 +70,7 @@ CONVERSION = (
     "import json, sys; [print(json.dumps(line)) for line in json.load(open(sys.argv[1], encoding='utf-8-sig'))]"
 )
 """a program for `python -c` that prints a JSON list as JSON lines"""
-DUE = (
+DATA_FORMS = (
     "data are a .jsonl or .jsonl.gz file, a table (.csv, .tsv, .parquet, .arrow), a directory of such files or of the library"
     " datasets, or the word random"
 )
@@ -122,27 +122,27 @@ def data_files(data: str) -> list[Path]:
     Raises InputError if there are none, and where one of several kinds would be left out.
     """
     if not data:
-        raise InputError(f"'' names no data; {DUE}")
+        raise InputError(f"'' names no data; {DATA_FORMS}")
     path = Path(data)
     if path.is_dir():
         try:
-            there = sorted(path.iterdir())
-            lines = [file for file in there if file.name.lower().endswith(LINES)]
+            entries = sorted(path.iterdir())
+            lines = [file for file in entries if file.name.lower().endswith(LINES)]
             tables = table_files(path)
             for file in filter(Path.exists, (*lines, *tables)):
                 check_regular(file)
             if not lines and not tables:
-                raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this directory, {_lies_there(path)}")
+                raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this directory, {_contents_of(path)}")
             if lines and tables:
                 raise InputError(
                     f"{path}: holds JSON lines ({lines[0].name}) and tables ({tables[0].name}); name the file that is meant, or a"
                     " folder with one of the two"
                 )
-            for file in there:
+            for file in entries:
                 if not kind_of(file) and file not in lines and (UNREAD.search(file.name) or _list(file)):
                     raise InputError(
                         f"{path}: {file.name} would not be read beside {(*lines, *tables)[0].name}; take it out of the folder,"
-                        f" or name the file that is meant: {DUE}"
+                        f" or name the file that is meant: {DATA_FORMS}"
                     )
         except OSError as error:
             raise InputError(_unreadable(Path(error.filename or path), error)) from error
@@ -150,12 +150,12 @@ def data_files(data: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.exists():
-        raise InputError(f"{path}: a pipe or device, not a regular file; write the data to a file, {DUE}")
-    raise InputError(f"{path}: no such file; {DUE}")
+        raise InputError(f"{path}: a pipe or device, not a regular file; write the data to a file, {DATA_FORMS}")
+    raise InputError(f"{path}: no such file; {DATA_FORMS}")
 
 
 def checked_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
-    """What the data call the parts of a sample. Raises InputError for a part that samples do not have."""
+    """The names of columns by part of a sample, as a dict. Raises InputError for a part that samples do not have."""
     for name in columns or ():
         if name not in PARTS:
             raise InputError(f"{spelled('columns')}: a sample has no part {name!r}; it has {', '.join(PARTS)}")
@@ -177,7 +177,7 @@ def read_samples(
             yield from _row_samples(file, longest, columns)
             return
         longest = LONGEST if longest is None else longest
-        with opened(file) as lines:
+        with open_data(file) as lines:
             first = True
             for number, (line, size) in enumerate(_lines(lines, longest), 1):
                 if size == len(line) and not line.strip():
@@ -208,11 +208,11 @@ def read_samples(
 def _row_samples(
     file: Path, longest: int | None, columns: Mapping[str, str] | None
 ) -> Iterator[tuple[int | str, Sample | InputError]]:
-    for place, row in rows_of(file, longest, columns):
+    for row_name, row in rows_of(file, longest, columns):
         try:
-            yield place, row if isinstance(row, InputError) else _sample(row)
+            yield row_name, row if isinstance(row, InputError) else _sample(row)
         except InputError as error:
-            yield place, error
+            yield row_name, error
 
 
 def _lines(file: Lines, longest: int) -> Iterator[tuple[bytes, int]]:
@@ -224,23 +224,25 @@ def _lines(file: Lines, longest: int) -> Iterator[tuple[bytes, int]]:
         yield line, size
 
 
-def _lies_there(directory: Path) -> str:
+def _contents_of(directory: Path) -> str:
     """What a directory without JSON lines holds, and how to convert the first file there that can be, in words."""
-    due = f"data are files named .jsonl or .jsonl.gz, with lines of {FORMS}, or tables (.csv, .tsv, .parquet, .arrow) with such columns"
+    data_forms = f"data are files named .jsonl or .jsonl.gz, with lines of {FORMS}, or tables (.csv, .tsv, .parquet, .arrow) with such columns"
     try:
-        found = sorted(directory.iterdir())
-        told = next((f"{it.name}: {told}" for it in found if it.is_file() and (told := _list(it))), due)
+        entries = sorted(directory.iterdir())
+        advice = next(
+            (f"{file.name}: {hint}" for file in entries if file.is_file() and (hint := _list(file))), data_forms
+        )
     except OSError as error:
         raise InputError(_unreadable(Path(error.filename or directory), error)) from error
-    if not found:
-        return f"which is empty; {due}"
-    counts = Counter("folder" if it.is_dir() else f"{it.suffix} file".lstrip() for it in found)
+    if not entries:
+        return f"which is empty; {data_forms}"
+    counts = Counter("folder" if entry.is_dir() else f"{entry.suffix} file".lstrip() for entry in entries)
     holds = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
-    return f"but {holds}; {told}"
+    return f"but {holds}; {advice}"
 
 
 def _list(file: Path) -> str | None:
-    """For a .json file that begins with a list: that it is one, and how to convert it; None for other files."""
+    """For a .json file that begins with a list: advice on how to convert it; None for other files."""
     if file.suffix.lower() != ".json" or not file.is_file():
         return None
     with file.open("rb") as content:
@@ -314,7 +316,7 @@ def _keys(value: dict[str, Any]) -> str:
 def _sample(value: dict[str, Any]) -> Sample:
     """The sample that an object or a row describes. Raises InputError, which says what is wrong with it."""
     form = _form(value)
-    value = {name: one for name, one in value.items() if name not in PARTS or name in (form, *READ_WITH[form])}
+    value = {name: part for name, part in value.items() if name not in PARTS or name in (form, *READ_WITH[form])}
     if form in ("messages", "conversations"):
         return _conversation(value, form)
     if form == "chosen":
@@ -341,36 +343,36 @@ def _sample(value: dict[str, Any]) -> Sample:
 
 
 def _form(value: dict[str, Any]) -> str:
-    """The key of `READ_WITH` whose form a row has: the first that leaves no part out. Raises InputError where there is none.
+    """The form of a row, a key of `READ_WITH`: the first by which no content is lost. Raises InputError where there is none.
 
-    A part of another form is no loss where it repeats what is read, as in data sets with a column for each form. Nor is the "text"
-    in which Alpaca writes a sample out.
+    A part of another form is no loss if it repeats what is read, as in data sets with a column for each form, nor is the "text" that
+    Alpaca makes of a whole sample.
     """
     forms = [form for form in READ_WITH if form in value or (form == "chosen" and "rejected" in value)]
     if not forms:
         raise InputError(
             f"unknown keys ({_keys(value)}); write {FORMS}, or say which keys are the parts: {spelled('columns', EXAMPLE)}"
         )
-    given = [name for name in PARTS if not _left_out(value.get(name))]
-    forms = [form for form in forms if form in given] or forms[:1]
-    unread = [next(_unread_parts(value, form, given), None) for form in forms]
-    if None not in unread:
+    present = [name for name in PARTS if not _left_out(value.get(name))]
+    forms = [form for form in forms if form in present] or forms[:1]
+    unread_parts = [next(_unread_parts(value, form, present), None) for form in forms]
+    if None not in unread_parts:
         raise InputError(
-            f'"{forms[0]}" and "{unread[0]}" in one row, of which only the first would be read; leave one out, or say which parts are'
+            f'"{forms[0]}" and "{unread_parts[0]}" in one row, of which only the first would be read; leave one out, or say which parts are'
             f" meant: {spelled('columns', {forms[0]: forms[0]})}"
         )
-    return forms[unread.index(None)]
+    return forms[unread_parts.index(None)]
 
 
-def _unread_parts(value: dict[str, Any], form: str, given: list[str]) -> Iterator[str]:
-    """Those of the given parts of a row that say what its `form` does not read."""
+def _unread_parts(value: dict[str, Any], form: str, present: list[str]) -> Iterator[str]:
+    """Those of the parts `present` in a row whose content is lost if the row is read as `form`."""
     parts = (form, *READ_WITH[form])
-    beside = [name for name in given if name not in parts]
-    read = set(_leaves([value.get(part) for part in parts])) if beside else set()
-    for name in beside:
+    others = [name for name in present if name not in parts]
+    read = set(_leaves([value.get(part) for part in parts])) if others else set()
+    for name in others:
         text = value[name]
         written_out = name == "text" and form == "instruction" and isinstance(text, str)
-        written_out = written_out and all(one in text for one in read if isinstance(one, str))
+        written_out = written_out and all(text_read in text for text_read in read if isinstance(text_read, str))
         if not written_out and not read.issuperset(_leaves(text)):
             yield name
 
@@ -400,8 +402,8 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _conversation(value: dict[str, Any], key: str) -> Conversation:
     messages = _messages(value[key], key)
     for index, message in enumerate(messages):
-        said = ((message.get("content") or "").strip(), *map(message.get, SPOKEN))
-        if message["role"] == "assistant" and not any(said):
+        spoken = ((message.get("content") or "").strip(), *map(message.get, SPOKEN))
+        if message["role"] == "assistant" and not any(spoken):
             raise InputError(
                 f'message {index} of "{key}", what the assistant says, is blank; write it, or leave it out'
             )
@@ -415,10 +417,10 @@ def _conversation(value: dict[str, Any], key: str) -> Conversation:
 def _instruction(value: dict[str, Any]) -> Completion:
     if value.get("history"):
         raise InputError('"history" is not read; write the turns as {"messages"}')
-    asked = _string(value["instruction"], "instruction")
+    request = _string(value["instruction"], "instruction")
     if not _left_out(value.get("input")):
-        asked += "\n" + _string(value["input"], "input")
-    return Completion((*_system(value), {"role": "user", "content": asked}), _string(value.get("output"), "output"))
+        request += "\n" + _string(value["input"], "input")
+    return Completion((*_system(value), {"role": "user", "content": request}), _string(value.get("output"), "output"))
 
 
 def _system(value: dict[str, Any]) -> tuple[Message, ...]:
@@ -449,19 +451,19 @@ def _pair(value: dict[str, Any]) -> AnswerPair:
     for key in ("chosen", "rejected"):
         if value.get(key) is None:
             raise InputError(f'"{key}" is missing or null; a pair of answers is {PAIR_FORM}')
-    (before, chosen), (other, rejected) = (_answer(value[key], key) for key in ("chosen", "rejected"))
-    if before != other:
+    (prompt_messages, chosen), (other_messages, rejected) = (_answer(value[key], key) for key in ("chosen", "rejected"))
+    if prompt_messages != other_messages:
         raise InputError(
             '"chosen" and "rejected" differ before their last message; what comes before it is the prompt of both'
         )
     tools = _tools(value)
-    if before:
-        return AnswerPair(before, chosen, rejected, tools)
+    if prompt_messages:
+        return AnswerPair(prompt_messages, chosen, rejected, tools)
     prompt = _prompt(value)
     if isinstance(prompt, str) and not (isinstance(chosen, str) and isinstance(rejected, str)):
-        if any(not isinstance(one, str) and one.get("tool_calls") for one in (chosen, rejected)):
+        if any(not isinstance(answer, str) and answer.get("tool_calls") for answer in (chosen, rejected)):
             raise InputError('"tool_calls" are shown by the chat template; write "prompt" as a list of messages')
-        chosen, rejected = (one if isinstance(one, str) else one["content"] for one in (chosen, rejected))
+        chosen, rejected = (answer if isinstance(answer, str) else answer["content"] for answer in (chosen, rejected))
     return AnswerPair(prompt, chosen, rejected, tools)
 
 
@@ -509,49 +511,49 @@ def _messages(value: Any, key: str) -> tuple[Message, ...]:
     return messages
 
 
-def _message(message: Any, place: str) -> Message:
+def _message(message: Any, name: str) -> Message:
     """Check a message and convert ShareGPT's keys. Its content becomes a string, and may be missing beside tool
     calls.
     """
-    due = '"role" and "content"'
+    needed = '"role" and "content"'
     if isinstance(message, dict) and "from" in message and "role" not in message:
         role = SHAREGPT.get(str(message["from"]))
         if role is None:
             raise InputError(
-                f'{place} is from {message["from"]!r}; write {", ".join(SHAREGPT)}, or "role" and "content"'
+                f'{name} is from {message["from"]!r}; write {", ".join(SHAREGPT)}, or "role" and "content"'
             )
-        message, due = {"role": role, "content": message.get("value")}, '"from" and "value"'
+        message, needed = {"role": role, "content": message.get("value")}, '"from" and "value"'
     elif isinstance(message, dict) and not (_left_out(message.get("from")) and _left_out(message.get("value"))):
         raise InputError(
-            f'{place} has "role" and "content", and "from" and "value" beside; leave out one of the two pairs'
+            f'{name} has "role" and "content", and "from" and "value" beside; leave out one of the two pairs'
         )
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):
-        content = "".join(_part(part, place) for part in content)
+        content = "".join(_part(part, name) for part in content)
         message = message | {"content": content}
     if content is None and isinstance(message, dict) and message.get("tool_calls"):
         content = ""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(content, str):
-        raise InputError(f"{place} must be an object with the strings {due}")
+        raise InputError(f"{name} must be an object with the strings {needed}")
     return message
 
 
-def _part(part: Any, place: str) -> str:
+def _part(part: Any, name: str) -> str:
     """The text of one part of a content that is a list."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind != "text":
-        found = f"of type {kind!r}" if isinstance(kind, str) else "without a type"
-        raise InputError(f'{place} has a part {found}; only text is trained on: {{"type": "text", "text": "..."}}')
+        description = f"of type {kind!r}" if isinstance(kind, str) else "without a type"
+        raise InputError(f'{name} has a part {description}; only text is trained on: {{"type": "text", "text": "..."}}')
     if not isinstance(part.get("text"), str):
-        raise InputError(f'{place} has a text part whose "text" is {_kind(part.get("text"))}; write a string')
-    words: str = part["text"]
-    return words
+        raise InputError(f'{name} has a text part whose "text" is {_kind(part.get("text"))}; write a string')
+    text: str = part["text"]
+    return text
 
 
 def _string(value: Any, key: str, *, blank: bool = False) -> str:
     if not isinstance(value, str) or not (value if blank else value.strip()):
-        found = _kind(value) if not isinstance(value, str) else "empty" if not value else "blank"
-        raise InputError(f'"{key}" is {found}; write a string with something in it')
+        problem = _kind(value) if not isinstance(value, str) else "empty" if not value else "blank"
+        raise InputError(f'"{key}" is {problem}; write a string with something in it')
     return _whole(value, key)
 
 

@@ -20,9 +20,9 @@ from tightfit.runtime.data.tokenization import (
     RANDOM,
     Purpose,
     check_prepared,
+    length_advice,
     longest_sample,
-    tokens_in,
-    way_on,
+    tokens_file,
 )
 from tightfit.runtime.engine.training.records import RecordFile
 
@@ -32,11 +32,11 @@ that are a little longer or shorter as well."""
 MOST = 2048
 """The longest that is chosen unasked: every row takes as much memory and time as the longest sample."""
 MADE_UP = 256
-"""for made-up tokens, which have no length of their own"""
+"""the length for random tokens, which have none of their own"""
 BUCKET_STEP = 8
 """Shorter lengths are multiples of this."""
 MOST_BUCKETS = 2
-"""shorter lengths that are chosen unasked: the kernels of each take memory in a run, which a profile tells"""
+"""shorter lengths that are chosen unasked: the kernels of each take memory in a run"""
 WORTH = 0.05
 """share of the places in all rows that one more length has to save"""
 LOOKED_AT = 256
@@ -70,23 +70,23 @@ def choose_seq(
     was made for. `lengths` takes how many training samples of which length there are, for `choose_buckets`.
     Longer samples are cut if `truncate`, and otherwise an error that says how to go on; a line that could not be
     tokenised within the run's `budget` in bytes is refused. `columns` and `pairs` are as for `tightfit.runtime.data.tokenization.prepare`. `stages(what, done, total)` is called now and then. `keep` is a folder
-    in which the samples are kept as tokens (`tokens_in`), so that the run need not tokenise them again. Raises
+    in which the samples are kept as tokens (`tokens_file`), so that the run need not tokenise them again. Raises
     InputError and CapError as `tightfit.runtime.data.tokenization.prepare` does.
     """
-    own = longest_sequence(model)
-    most = min(MOST, own or MOST) if seq is None else seq
-    asked = "as it was asked for"
-    settled: tuple[int, str] | None = None
+    longest_of_model = longest_sequence(model)
+    most = min(MOST, longest_of_model or MOST) if seq is None else seq
+    requested_reason = "as it was asked for"
+    choice: tuple[int, str] | None = None
     if data == RANDOM:
-        settled = (min(MADE_UP, most), "its tokens are made up") if seq is None else (seq, asked)
+        choice = (min(MADE_UP, most), "its tokens are made up") if seq is None else (seq, requested_reason)
     elif data.endswith(PREPARED):
         with RecordFile.open(Path(data)) as records:
             if lengths is not None:
                 lengths.update(map(records.length, range(len(records))))
-            settled = (records.seq, "the data were prepared so") if seq is None else (seq, asked)
-    most = most if settled is None else settled[0]
+            choice = (records.seq, "the data were prepared so") if seq is None else (seq, requested_reason)
+    most = most if choice is None else choice[0]
     preparation: Preparation | None = None
-    words: Vocabulary | None = None
+    tokenizer: Vocabulary | None = None
     purposes: dict[Purpose, str | None] = {"train": data, "evaluate": evaluation}
     longest = 0
     for purpose, path in purposes.items():
@@ -94,63 +94,63 @@ def choose_seq(
             continue
         if preparation is None:
             preparation = Preparation(budget)
-            words = vocabulary(model)
+            tokenizer = vocabulary(model)
             preparation.check("loading the tokenizer")
 
-        def progress(done: int, what: str = f"measuring the samples of {path}") -> None:
+        def progress(done: int, stage: str = f"measuring the samples of {path}") -> None:
             if stages and done % LOOKED_AT == 1:
-                stages(what, done, done)
+                stages(stage, done, done)
 
-        found = longest_sample(
+        longest_here = longest_sample(
             path,
-            words,
+            tokenizer,
             most=most,
             purpose=purpose,
             too_long="truncate" if truncate else "refuse",
-            way_on=way_on(lambda longest: spelled("seq", longest), own),
+            advice=length_advice(lambda longest: spelled("seq", longest), longest_of_model),
             columns=columns,
             pairs=pairs,
             progress=progress,
             preparation=preparation,
-            keep=None if keep is None else tokens_in(keep, purpose),
+            keep=None if keep is None else tokens_file(keep, purpose),
             lengths=lengths if purpose == "train" else None,
         )
-        longest = max(longest, found)
-    if settled is None and seq is not None:
-        settled = seq, asked
-    if settled is None:
-        chosen = min(most, -(-longest // STEP) * STEP)
-        rest = "; samples are cut there, and texts go on in the next row" if longest > chosen else ""
-        settled = chosen, f"the longest sample of the data has {longest} positions{rest}"
+        longest = max(longest, longest_here)
+    if choice is None and seq is not None:
+        choice = seq, requested_reason
+    if choice is None:
+        length = min(most, -(-longest // STEP) * STEP)
+        cut_note = "; samples are cut there, and texts go on in the next row" if longest > length else ""
+        choice = length, f"the longest sample of the data has {longest} positions{cut_note}"
     for path in (data, evaluation):
         if path is not None and path.endswith(PREPARED):
-            check_prepared(Path(path), seq=settled[0], vocab_size=None, pairs=pairs)
-    return settled
+            check_prepared(Path(path), seq=choice[0], vocab_size=None, pairs=pairs)
+    return choice
 
 
 def choose_buckets(lengths: Mapping[int, int], seq: int) -> tuple[tuple[int, ...], str]:
     """(lengths below `seq` at which a step is worth having, in words why) for data with so many samples of each length.
 
-    Those of the at most `MOST_BUCKETS` multiples of `BUCKET_STEP` are chosen with which rows have the fewest places in all, if each is
-    `WORTH` it.
+    Of all choices of at most `MOST_BUCKETS` multiples of `BUCKET_STEP`, that with the fewest places in all rows is taken, as long as each
+    further length saves a share of `WORTH`.
     """
     if not lengths:
         return (), "the tokens are made up, and fill their rows"
-    within = list(itertools.accumulate(lengths.get(length, 0) for length in range(seq)))
+    samples_up_to = list(itertools.accumulate(lengths.get(length, 0) for length in range(seq)))
     """samples of at most so many positions"""
     samples = sum(lengths.values())
 
     def places(chosen: Sequence[int]) -> float:
         """Places in the rows of all samples, as a share of those without shorter lengths."""
-        counts = [within[length] for length in chosen]
-        own = sum((now - before) * end for before, now, end in zip([0, *counts], counts, chosen))
-        return (own + (samples - max(counts, default=0)) * seq) / (samples * seq)
+        counts = [samples_up_to[length] for length in chosen]
+        short = sum((count - before) * end for before, count, end in zip([0, *counts], counts, chosen))
+        return (short + (samples - max(counts, default=0)) * seq) / (samples * seq)
 
     best: tuple[int, ...] = ()
     for number in range(1, MOST_BUCKETS + 1):
-        found = min(itertools.combinations(range(BUCKET_STEP, seq, BUCKET_STEP), number), key=places, default=best)
-        if places(best) - places(found) < WORTH:
+        candidate = min(itertools.combinations(range(BUCKET_STEP, seq, BUCKET_STEP), number), key=places, default=best)
+        if places(best) - places(candidate) < WORTH:
             break
-        best = found
-    saved = f"rows with {1 - places(best):.0%} fewer places"
-    return best, saved if best else "samples are of about one length"
+        best = candidate
+    reason = f"rows with {1 - places(best):.0%} fewer places"
+    return best, reason if best else "samples are of about one length"

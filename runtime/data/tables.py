@@ -73,7 +73,7 @@ Lines = gzip.GzipFile | BinaryIO
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[Lines]:
+def open_data(file: Path) -> Iterator[Lines]:
     """A file of data for reading, unpacked where its name ends with .gz."""
     with open_regular(file) as raw:
         if file.name.lower().endswith(".gz"):
@@ -94,21 +94,21 @@ def table_files(folder: Path) -> list[Path]:
     Raises InputError where it is not clear which ones are meant.
     """
     if (splits := folder / SPLITS).is_file():
-        told = _json(splits).get("splits")
-        names = [str(name) for name in told] if isinstance(told, list) and told else ["train"]
+        listed = _json(splits).get("splits")
+        names = [str(name) for name in listed] if isinstance(listed, list) and listed else ["train"]
         raise InputError(
             f"{folder}: holds {len(names)} data sets ({', '.join(names)}); name the folder of one: {folder / names[0]}"
         )
     if (state := folder / DATASET).is_file():
         try:
-            return [folder / Path(one["filename"]).name for one in _json(state)["_data_files"]]
+            return [folder / Path(entry["filename"]).name for entry in _json(state)["_data_files"]]
         except (KeyError, TypeError) as error:
             raise InputError(f"{state}: not written by the library datasets; name the files in the folder") from error
-    found = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path))
-    kinds = sorted({str(kind_of(path)) for path in found})
+    tables = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path))
+    kinds = sorted({str(kind_of(path)) for path in tables})
     if len(kinds) > 1:
         raise InputError(f"{folder}: holds tables of several kinds ({', '.join(kinds)}); name the file that is meant")
-    return found
+    return tables
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -129,30 +129,30 @@ def rows_of(
     """
     kind = kind_of(file)
     rows = _csv_rows(file, longest, columns) if kind == "CSV" else _arrow_rows(file, str(kind), longest, columns)
-    for place, row in rows:
+    for row_name, row in rows:
         try:
-            yield place, row if isinstance(row, InputError) else _parts(row)
+            yield row_name, row if isinstance(row, InputError) else _parts(row)
         except InputError as error:
-            yield place, error
+            yield row_name, error
 
 
-def _chosen(file: Path, header: Sequence[str], columns: Mapping[str, str] | None) -> dict[str, str]:
+def _columns_of_parts(file: Path, header: Sequence[str], columns: Mapping[str, str] | None) -> dict[str, str]:
     """Part -> column of the table. Raises InputError where columns are missing."""
-    if twice := next((name for name, count in Counter(header).items() if count > 1), None):
-        raise InputError(f"{file}: two columns are called {twice!r}; rename one of them")
-    there = ", ".join(header[:12]) + (", …" if len(header) > 12 else "")
-    chosen = {name: name for name in PARTS if name in header} if columns is None else dict(columns)
-    if not chosen:
+    if repeated := next((name for name, count in Counter(header).items() if count > 1), None):
+        raise InputError(f"{file}: two columns are called {repeated!r}; rename one of them")
+    column_names = ", ".join(header[:12]) + (", …" if len(header) > 12 else "")
+    column_of = {name: name for name in PARTS if name in header} if columns is None else dict(columns)
+    if not column_of:
         raise InputError(
-            f"{file}: its columns are {there}; say which ones are the parts of a sample, for example"
+            f"{file}: its columns are {column_names}; say which ones are the parts of a sample, for example"
             f" {spelled('columns', EXAMPLE)}"
         )
-    for column in chosen.values():
+    for column in column_of.values():
         if column not in header:
             raise InputError(
-                f"{file}: has no column {column!r}, which {spelled('columns')} names; its columns are {there}"
+                f"{file}: has no column {column!r}, which {spelled('columns')} names; its columns are {column_names}"
             )
-    return chosen
+    return column_of
 
 
 def _parts(row: Row) -> Row:
@@ -184,25 +184,25 @@ def _csv_rows(
 ) -> Iterator[tuple[int, Row | InputError]]:
     limit = LONGEST if longest is None else longest
     delimiter = "\t" if ".tsv" in file.name.lower() else ","
-    with opened(file) as content, _field_limit(limit):
+    with open_data(file) as content, _field_limit(limit):
         reader = csv.reader(_text_lines(file, content, limit), delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
             if len(header) == 1 and ";" in header[0]:
                 raise InputError(f"{file}: its fields are separated by semicolons; save it with commas")
-            chosen = _chosen(file, header, columns) if header else {}
-            places = {name: header.index(column) for name, column in chosen.items()}
+            column_of = _columns_of_parts(file, header, columns) if header else {}
+            index_of = {name: header.index(column) for name, column in column_of.items()}
             line = reader.line_num + 1
             for fields in reader:
-                began, line = line, reader.line_num + 1
+                row_line, line = line, reader.line_num + 1
                 if not fields:
                     continue
                 if len(fields) != len(header):
-                    yield began, InputError(f"{len(fields)} fields where the header has {len(header)}")
-                elif (size := sum(len(fields[place].encode()) for place in places.values())) > limit:
-                    yield began, _too_long(size, limit)
+                    yield row_line, InputError(f"{len(fields)} fields where the header has {len(header)}")
+                elif (size := sum(len(fields[index].encode()) for index in index_of.values())) > limit:
+                    yield row_line, _too_long(size, limit)
                 else:
-                    yield began, {name: fields[place] for name, place in places.items()}
+                    yield row_line, {name: fields[index] for name, index in index_of.items()}
         except csv.Error as error:
             raise InputError(
                 f"{file}:{reader.line_num}: not CSV ({error}); fields with commas, quotes or line ends stand in quotes, and"
@@ -250,18 +250,18 @@ def _arrow_rows(
         batches = _parquet_batches(file, columns) if kind == "Parquet" else _arrow_batches(arrow, file, columns)
         while True:
             with allocating(most):
-                batch, chosen = next(batches, (None, {}))
+                batch, column_of = next(batches, (None, {}))
             if batch is None:
                 break
-            for place in range(batch.num_rows):
+            for index in range(batch.num_rows):
                 with allocating(most):
-                    row = batch.slice(place, 1).to_pylist()[0]
+                    row = batch.slice(index, 1).to_pylist()[0]
                 number += 1
                 size = _size(row)
                 if longest is not None and size > longest:
                     yield f"row {number}", _too_long(size, longest)
                 else:
-                    yield f"row {number}", {name: row[column] for name, column in chosen.items()}
+                    yield f"row {number}", {name: row[column] for name, column in column_of.items()}
     except MemoryError as error:
         raise InputError(
             f"{file}: to read on after row {number} takes more than the {format_size(most)} of memory that reading may take; write it"
@@ -273,7 +273,7 @@ def _arrow_rows(
 
 
 def _pyarrow(file: Path, kind: str) -> ModuleType:
-    """The library. It counts against the budget of the process that prepares, and keeps nothing that it has freed."""
+    """The library pyarrow, set to give freed memory back at once, since it counts against the budget of preparation."""
     try:
         import pyarrow as pa
     except ModuleNotFoundError as error:
@@ -290,10 +290,10 @@ def _parquet_batches(file: Path, columns: Mapping[str, str] | None) -> Iterator[
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file, buffer_size=STREAM_BYTES, pre_buffer=False) as table:
-        chosen = _chosen(file, table.schema_arrow.names, columns)
-        wanted = list(dict.fromkeys(chosen.values()))
-        for batch in table.iter_batches(batch_size=ROWS, columns=wanted, use_threads=False):
-            yield batch, chosen
+        column_of = _columns_of_parts(file, table.schema_arrow.names, columns)
+        columns_read = list(dict.fromkeys(column_of.values()))
+        for batch in table.iter_batches(batch_size=ROWS, columns=columns_read, use_threads=False):
+            yield batch, column_of
 
 
 def _arrow_batches(
@@ -304,18 +304,18 @@ def _arrow_batches(
 
     with file.open("rb") as content:
         streamed = content.read(6) != b"ARROW1"
-    opened = pyarrow.ipc.open_stream if streamed else pyarrow.ipc.open_file
-    with arrow.OSFile(str(file)) as source, opened(source) as reader:
+    open_reader = pyarrow.ipc.open_stream if streamed else pyarrow.ipc.open_file
+    with arrow.OSFile(str(file)) as source, open_reader(source) as reader:
         header = reader.schema.names
-    chosen = _chosen(file, header, columns)
-    fields = sorted({header.index(column) for column in chosen.values()})
+    column_of = _columns_of_parts(file, header, columns)
+    fields = sorted({header.index(column) for column in column_of.values()})
     options = pyarrow.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
-    with arrow.OSFile(str(file)) as source, opened(source, options=options) as reader:
+    with arrow.OSFile(str(file)) as source, open_reader(source, options=options) as reader:
         batches: Iterable[Any] = reader
         if not streamed:
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         for batch in batches:
-            yield batch, chosen
+            yield batch, column_of
 
 
 def _size(value: Any) -> int:

@@ -1,4 +1,4 @@
-"""The bytes of each token of a vocabulary, from what its tokenizer says of decoding."""
+"""The bytes of each token of a vocabulary, found from its tokenizer's decoder."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], int]:
     Special tokens have none, as where they are skipped in decoding. Raises InputError for a tokenizer whose decoder is neither byte-level nor that of
     SentencePiece.
     """
-    told = json.loads(vocabulary.tokenizer.to_str())  # noqa: TID251  written by the library
-    steps = _steps(told.get("decoder"))
+    tokenizer = json.loads(vocabulary.tokenizer.to_str())  # noqa: TID251  written by the library
+    steps = _steps(tokenizer.get("decoder"))
     kinds = [step["type"] for step in steps]
-    left_out = NO_SPACE
+    omitted = NO_SPACE
     if kinds == ["ByteLevel"]:
-        known = _byte_level()
+        codes = _byte_level()
 
         def piece(token: str) -> bytes:
             return (
-                bytes(known[letter] for letter in token) if all(letter in known for letter in token) else token.encode()
+                bytes(codes[letter] for letter in token) if all(letter in codes for letter in token) else token.encode()
             )
 
     elif kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
         marks = [_mark(step) for step in steps if step["type"] in ("Replace", "Metaspace")]
-        left_out = max(map(_left_out, steps))
+        omitted = max(map(_left_out, steps))
 
         def piece(token: str) -> bytes:
-            if "ByteFallback" in kinds and (found := _BYTE.fullmatch(token)):
-                return bytes([int(found[1], 16)])
-            for mark, instead in marks:
-                token = token.replace(mark, instead)
+            if "ByteFallback" in kinds and (match := _BYTE.fullmatch(token)):
+                return bytes([int(match[1], 16)])
+            for mark, replacement in marks:
+                token = token.replace(mark, replacement)
             return token.encode()
 
     else:
@@ -47,14 +47,14 @@ def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], int]:
             f"the tokenizer decodes with {', '.join(kinds) or 'nothing'}, which tightfit cannot show token by token; merge the"
             " adapter and generate with llama.cpp or transformers"
         )
-    added = {one["id"]: one for one in told.get("added_tokens", [])}
+    added = {token_entry["id"]: token_entry for token_entry in tokenizer.get("added_tokens", [])}
     pieces = [b""] * (max(vocabulary.tokenizer.get_vocab().values(), default=-1) + 1)
     for token, number in vocabulary.tokenizer.get_vocab().items():
         if number not in added:
             pieces[number] = piece(token)
         elif not added[number]["special"]:
             pieces[number] = token.encode()
-    return pieces, left_out
+    return pieces, omitted
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -70,14 +70,14 @@ def _mark(step: dict[str, Any]) -> tuple[str, str]:
 
 
 def _left_out(step: dict[str, Any]) -> int:
-    """What a decoder's step leaves out at the start of a text."""
+    """Which blanks a step of the decoder removes from the start of a text."""
     if step["type"] == "Metaspace" and step.get("prepend_scheme") != "never":
         return SPACES_OF_FIRST
     return ONE_SPACE if step["type"] == "Strip" and step["content"] == " " and step["start"] else NO_SPACE
 
 
 def _byte_level() -> dict[str, int]:
-    """The letters by which byte-level tokenizers write bytes, as GPT-2 does: the byte of each."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    """For each letter by which byte-level tokenizers, as GPT-2's, write a byte: that byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

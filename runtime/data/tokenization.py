@@ -22,7 +22,7 @@ from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError, RunError, named
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.data import kept_tokens
-from tightfit.runtime.data.kept_tokens import Encoded
+from tightfit.runtime.data.kept_tokens import TokenSequence
 from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
 from tightfit.runtime.data.samples import (
     PAIR_FORM,
@@ -52,11 +52,11 @@ RANDOM, PREPARED = "random", ".records"
 """data that need no tokenizer: made-up tokens, and how the name of a file ends that was prepared before"""
 RANDOM_RECORDS = 256
 REPORTED_LINES = 20
-WayOn = Callable[[int], str]
-"""how to go on where samples are refused because they are too long, by the positions of the longest"""
+Advice = Callable[[int], str]
+"""advice(positions of the longest sample), for a message that refuses samples as too long"""
 
 SAID, NAMES = {"content", *SPOKEN}, {"type", "id", "name"}
-"""keys of a message whose values somebody says, and those of values in them which templates look at"""
+"""keys of a message whose values are somebody's words, and keys within these whose values only templates look at"""
 PRIVATE = range(0xE000, 0xF900)
 """characters to which Unicode gives no meaning"""
 Words = TypeVar("Words")
@@ -101,14 +101,14 @@ def prepare(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{purpose}.records"
     if data.endswith(PREPARED):
-        return _copied(Path(data), path, seq=seq, vocab_size=vocab_size, pairs=pairs)
+        return _copy_records(Path(data), path, seq=seq, vocab_size=vocab_size, pairs=pairs)
     pad = _pad_token(vocabulary, vocab_size)
     with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data, pairs=pairs) as writer:
         if data == RANDOM:
             _write_random(writer, seed)
         else:
             encoder = _encoder(data, vocabulary, vocab_size)
-            samples = _Samples(writer, encoder, purpose, too_long, plan_again(positions), pairs=pairs)
+            samples = _DataPass(writer, encoder, purpose, too_long, plan_again(positions), pairs=pairs)
             if kept is not None:
                 samples.replay(kept, progress, preparation)
             else:
@@ -121,9 +121,9 @@ def prepare(
     return RecordFile.open(path)
 
 
-def way_on(room: Callable[[int], str], positions: int | None) -> WayOn:
-    """`room(longest)` says how there is room for the longest sample; no sequence is longer than the `positions` that the model was
-    made for.
+def length_advice(room: Callable[[int], str], positions: int | None) -> Advice:
+    """Advice for samples that are too long. `room(longest)` says what would have room for the longest; if that is longer than the
+    `positions` that the model was made for, nothing has.
     """
 
     def words(longest: int) -> str:
@@ -135,9 +135,9 @@ def way_on(room: Callable[[int], str], positions: int | None) -> WayOn:
     return words
 
 
-def plan_again(positions: int | None) -> WayOn:
-    """How to go on where samples are too long for a plan."""
-    return way_on(lambda longest: f"a profile with {spelled('seq', longest)}, and a plan of it,", positions)
+def plan_again(positions: int | None) -> Advice:
+    """Advice for samples that are too long for a plan."""
+    return length_advice(lambda longest: f"a profile with {spelled('seq', longest)}, and a plan of it,", positions)
 
 
 def longest_sample(
@@ -147,7 +147,7 @@ def longest_sample(
     most: int,
     purpose: Purpose = "train",
     too_long: TooLong = "refuse",
-    way_on: WayOn,
+    advice: Advice,
     columns: Mapping[str, str] | None = None,
     pairs: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -159,18 +159,18 @@ def longest_sample(
     written to the file `keep`, for `prepare`. `lengths` takes how many rows of which length there would be with `most` positions.
 
     Samples of more than `most` positions are refused or, if `too_long` is "truncate", counted in full; texts always
-    are, since they are packed into windows. `way_on` ends the message about samples that are refused. The rest is as in
+    are, since they are packed into windows. `advice` ends the message about samples that are refused. The rest is as in
     `prepare`, errors too.
     """
     with writing(keep) if keep is not None else nullcontext() as file:
         encoder = _encoder(data, vocabulary)
-        samples = _Samples(_Counting(most, lengths), encoder, purpose, too_long, way_on, pairs=pairs, keep=file)
+        samples = _DataPass(_LengthCounter(most, lengths), encoder, purpose, too_long, advice, pairs=pairs, keep=file)
         samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return max(samples.longest, samples.longest_text)
 
 
-def tokens_in(folder: Path, purpose: Purpose) -> Path:
-    """The file in a folder in which data for a purpose are kept as tokens."""
+def tokens_file(folder: Path, purpose: Purpose) -> Path:
+    """Path of the file in `folder` that keeps the data of a purpose as tokens."""
     return folder / f"{purpose}.tokens"
 
 
@@ -194,7 +194,7 @@ def _encoder(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = 
     return Encoder(vocabulary, vocabulary.tokenizer.get_vocab_size() if vocab_size is None else vocab_size)
 
 
-def _copied(source: Path, path: Path, *, seq: int, vocab_size: int, pairs: bool) -> RecordFile:
+def _copy_records(source: Path, path: Path, *, seq: int, vocab_size: int, pairs: bool) -> RecordFile:
     """A copy of a record file, which has to be of the same shape."""
     check_prepared(source, seq=seq, vocab_size=vocab_size, pairs=pairs)
     try:
@@ -214,8 +214,8 @@ def check_prepared(source: Path, *, seq: int, vocab_size: int | None, pairs: boo
                 f" {seq} and {vocab_size}; prepare the data again"
             )
         if records.pairs != pairs:
-            held, due = ("pairs of answers", "none") if records.pairs else ("no pairs of answers", "such")
-            raise InputError(f"{source}: holds {held}, and the plan is for {due}; prepare the data again")
+            contents, expected = ("pairs of answers", "none") if records.pairs else ("no pairs of answers", "such")
+            raise InputError(f"{source}: holds {contents}, and the plan is for {expected}; prepare the data again")
 
 
 class Encoder:
@@ -227,10 +227,11 @@ class Encoder:
         self.begin = vocabulary.token_id(vocabulary.bos_token) if vocabulary.add_bos else None
         self.end = vocabulary.token_id(vocabulary.eos_token)
         self._chat: ChatTemplate | None = None
-        named = (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token)
+        special = (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token)
         added = vocabulary.tokenizer.get_added_tokens_decoder().values()
         control = sorted(
-            (one.content for one in added if len(one.content) > 1 and (one.special or one.content in named)), key=len
+            (each.content for each in added if len(each.content) > 1 and (each.special or each.content in special)),
+            key=len,
         )
         self._control = re.compile("|".join(map(re.escape, reversed(control)))) if control else None
         self._known = "\0".join(["", *control, ""])
@@ -246,10 +247,10 @@ class Encoder:
     def written(self, value: Words, render: Callable[[Words], Sequence[Segment]]) -> Tokens:
         """Tokens of the segments that `render` makes of what people write, in which special tokens are text.
 
-        It must not become control tokens, neither by itself nor with what it comes to stand beside: only a chat template, and a
+        What people write must not become control tokens, neither by itself nor with its neighbours: only a chat template, and a
         text that may have been rendered by one, say where a turn ends. Where it would, a mark keeps its characters apart: a
-        character that no text here has, and that has no tokens (`segments`). Around a text there are marks only if it makes a
-        special token with others: they would part words, too.
+        character that no text here has, and that has no tokens (`segments`). A text is enclosed in marks only if it makes a
+        special token with its neighbours, since marks part words, too.
         """
         texts = list(texts_in(value))
         control = self._control
@@ -259,13 +260,13 @@ class Encoder:
         mark = next((mark for mark in map(chr, PRIVATE) if not any(mark in text for text in texts)), None)
         if mark is None:
             raise InputError("every character for private use stands in it; leave some of them out")
-        within = _each_text(value, lambda text, _: _parted(text, control, mark))
-        segments = render(within)
-        around = _each_text(within, lambda text, said: _enclosed(text, mark) if said and self._open(text) else text)
-        if around != within:
-            enclosed = render(around)
-            if self._controls(enclosed) != self._controls(segments):
-                segments = enclosed
+        parted = _map_texts(value, lambda text, _: _part_control_tokens(text, control, mark))
+        segments = render(parted)
+        enclosed = _map_texts(parted, lambda text, said: _enclose(text, mark) if said and self._open(text) else text)
+        if enclosed != parted:
+            enclosed_segments = render(enclosed)
+            if self._controls(enclosed_segments) != self._controls(segments):
+                segments = enclosed_segments
         return self.segments(segments, mark)
 
     def _controls(self, segments: Sequence[Segment]) -> list[str]:
@@ -274,7 +275,7 @@ class Encoder:
         return self._control.findall("".join(part for part, _ in segments))
 
     def _open(self, text: str) -> bool:
-        """Whether a special token may begin or end in a text, or enclose it, with what it comes to stand beside."""
+        """Whether a text and its neighbours may make a special token together."""
         words, known = text.strip(), self._known
         for length in range(1, len(words) + 1):
             if words[:length] not in known:
@@ -296,11 +297,11 @@ class Encoder:
         return ids
 
     def _encoded(self, text: str, mark: str | None) -> list[int]:
-        found = self.vocabulary.tokenizer.encode(text, add_special_tokens=False)
-        ids: list[int] = found.ids
+        encoding = self.vocabulary.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
         if mark is None or mark not in text:
             return ids
-        return [token for token, (begin, end) in zip(ids, found.offsets, strict=True) if text[begin:end] != mark]
+        return [token for token, (begin, end) in zip(ids, encoding.offsets, strict=True) if text[begin:end] != mark]
 
     def segments(self, segments: Iterable[Segment], mark: str | None = None) -> Tokens:
         """Tokens of consecutive segments. None spans two, so that a prompt has the tokens that it has when generating.
@@ -309,16 +310,16 @@ class Encoder:
         """
         text = ""
         ids: list[int] = []
-        wanted: list[bool] = []
+        flags: list[bool] = []
         for part, predicted in segments:
             text += part
-            whole = self.tokens(text, mark)
-            if whole[: len(ids)] != ids:
-                whole = ids + self._encoded(part, mark)
-            wanted += [predicted] * (len(whole) - len(wanted))
-            ids = whole
+            all_ids = self.tokens(text, mark)
+            if all_ids[: len(ids)] != ids:
+                all_ids = ids + self._encoded(part, mark)
+            flags += [predicted] * (len(all_ids) - len(flags))
+            ids = all_ids
         self.check(ids)
-        return ids, wanted
+        return ids, flags
 
     def check(self, ids: list[int]) -> None:
         """Raise InputError for a token outside the model's vocabulary."""
@@ -336,11 +337,11 @@ class Encoder:
         if not isinstance(prompt, str):
             return self.written((prompt, completion, tools), partial(self._shown, ended=ended))
         assert isinstance(completion, str)
-        said = (prompt, completion) if prompt else (completion,)
-        ids, wanted = self.written(said, lambda said: [*((one, False) for one in said[:-1]), (said[-1], True)])
+        spoken = (prompt, completion) if prompt else (completion,)
+        ids, predicted = self.written(spoken, lambda said: [*((text, False) for text in said[:-1]), (said[-1], True)])
         if ended and self.end is not None:
-            return [*ids, self.end], [*wanted, True]
-        return ids, wanted
+            return [*ids, self.end], [*predicted, True]
+        return ids, predicted
 
     def _shown(self, said: tuple[Any, Any, Any], *, ended: bool) -> list[Segment]:
         """Segments of a prompt of messages, of what completes it, and of tools."""
@@ -351,48 +352,48 @@ class Encoder:
 
     def conversation(self, messages: Sequence[Message], tools: Tools | None = None) -> Tokens:
         """Tokens of a conversation, in whose messages special tokens are text."""
-        return self.written((tuple(messages), tools), lambda said: self.chat.conversation(said[0], tools=said[1]))
+        return self.written((tuple(messages), tools), lambda spoken: self.chat.conversation(spoken[0], tools=spoken[1]))
 
     def asked(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of messages, in which special tokens are text, and of what precedes the assistant's answer."""
         return self.written(tuple(messages), lambda said: [(self.chat.render(said, generation_prompt=True), False)])[0]
 
 
-def _each_text(value: Any, change: Callable[[str, bool], str], *, said: bool = True, inside: bool = False) -> Any:
-    """The same lists and objects with `change(text, said)` in the place of their texts, keys too. `said` are those that somebody says:
-    prompts and answers, and of messages what is `inside` their contents and calls, but for names.
+def _map_texts(value: Any, change: Callable[[str, bool], str], *, said: bool = True, inside: bool = False) -> Any:
+    """The same lists and objects with `change(text, said)` in the place of their texts, keys too. `said` is True for somebody's words:
+    prompts and answers, and in messages what is `inside` their contents and calls, but for names.
     """
     if isinstance(value, str):
         return change(value, said)
     if isinstance(value, dict):
         return {
-            change(key, False): _each_text(
-                one,
+            change(key, False): _map_texts(
+                item,
                 change,
                 said=key in SAID or (inside and key not in NAMES),
                 inside=inside or key in SAID,
             )
-            for key, one in value.items()
+            for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return type(value)(_each_text(one, change, said=said, inside=inside) for one in value)
+        return type(value)(_map_texts(item, change, said=said, inside=inside) for item in value)
     return value
 
 
-def _parted(text: str, control: re.Pattern[str], mark: str) -> str:
-    """The text with `mark` behind the first character of whatever `control` finds in it."""
+def _part_control_tokens(text: str, control: re.Pattern[str], mark: str) -> str:
+    """The text with `mark` after the first character of each control token in it."""
     while control.search(text):  # once more where tokens overlap
-        text = control.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+        text = control.sub(lambda match: match[0][0] + mark + match[0][1:], text)
     return text
 
 
-def _enclosed(text: str, mark: str) -> str:
+def _enclose(text: str, mark: str) -> str:
     """The text with `mark` before its first and behind its last word: templates take blanks away."""
     words = text.strip()
     return text.replace(words, f"{mark}{words}{mark}", 1)
 
 
-class _Counting:
+class _LengthCounter:
     """Stands in for a `RecordWriter` where nothing is to be written."""
 
     def __init__(self, seq: int, lengths: Counter[int] | None = None) -> None:
@@ -400,27 +401,27 @@ class _Counting:
         self.count = 0
         self.lengths: Counter[int] = Counter() if lengths is None else lengths
 
-    def add(self, input_ids: list[int], labels: list[int], **told: int) -> None:
+    def add(self, input_ids: list[int], labels: list[int], **columns: int) -> None:
         self.count += 1
         self.lengths[len(input_ids)] += 1
 
 
-class _Samples:
+class _DataPass:
     """One pass over the data, which tokenises and writes every sample and collects what is wrong with bad lines."""
 
     def __init__(
         self,
-        writer: RecordWriter | _Counting,
+        writer: RecordWriter | _LengthCounter,
         encoder: Encoder,
         purpose: Purpose,
         too_long: TooLong,
-        way_on: WayOn,
+        advice: Advice,
         *,
         pairs: bool = False,
         keep: IO[bytes] | None = None,
     ) -> None:
         self.writer, self.encoder, self.keep = writer, encoder, keep
-        self.purpose, self.too_long, self.way_on = purpose, too_long, way_on
+        self.purpose, self.too_long, self.advice = purpose, too_long, advice
         self.pairs = pairs
         self.equal = 0
         """pairs whose two answers are equal"""
@@ -447,10 +448,10 @@ class _Samples:
                 try:
                     if isinstance(sample, InputError):
                         raise sample
-                    encoded = self.encoded(sample)
+                    sequences = self.tokenise(sample)
                     if self.keep:
-                        kept_tokens.write(self.keep, encoded)
-                    self.place(encoded)
+                        kept_tokens.write(self.keep, sequences)
+                    self.write_sample(sequences)
                 except InputError as error:
                     self.count_bad += 1
                     if len(self.bad) < REPORTED_LINES:
@@ -465,24 +466,24 @@ class _Samples:
             more = f"\nand {self.count_bad - len(self.bad)} more" if self.count_bad > len(self.bad) else ""
             plural = "line" if self.count_bad == 1 else "lines"
             if self.too_long == "refuse" and self.longest > self.writer.seq:
-                more += "\n" + self.way_on(self.longest)
+                more += "\n" + self.advice(self.longest)
             raise InputError(f"{self.count_bad} bad {plural} of {done} in the data:\n" + "\n".join(self.bad) + more)
         if not self.writer.count:
             raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: no samples; the data are empty")
 
     def replay(self, kept: Path, progress: Callable[[int], None] | None, preparation: Preparation | None) -> None:
-        """The same for samples that were kept as tokens; they were good when they were kept."""
+        """The same for samples that were kept as tokens, and checked when they were kept."""
         for done, sample in enumerate(kept_tokens.read(kept), start=1):
-            for one in sample:
-                self.encoder.check(one.ids)
-            self.place(sample)
+            for sequence in sample:
+                self.encoder.check(sequence.ids)
+            self.write_sample(sample)
             if progress:
                 progress(done)
             if preparation and done % LOOKED_AT == 0:
                 preparation.check("reading the tokens of the data")
         self.flush(everything=True)
 
-    def encoded(self, sample: Sample) -> list[Encoded]:
+    def tokenise(self, sample: Sample) -> list[TokenSequence]:
         """A sample as tokens: several sequences for the choices of a question. Raises InputError, which says what is wrong
         with it.
         """
@@ -495,22 +496,22 @@ class _Samples:
             )
         if isinstance(sample, AnswerPair):
             answers = (sample.chosen, sample.rejected)
-            pair = (encoder.completion(sample.prompt, one, ended=True, tools=sample.tools) for one in answers)
+            pair = (encoder.completion(sample.prompt, answer, ended=True, tools=sample.tools) for answer in answers)
             return [
-                Encoded(ids=ids, wanted=wanted, choice=choice, answer=choice == 0)
-                for choice, (ids, wanted) in enumerate(pair)
+                TokenSequence(ids=ids, predicted=predicted, choice=choice, answer=choice == 0)
+                for choice, (ids, predicted) in enumerate(pair)
             ]
         if isinstance(sample, Text):
             ids, _ = encoder.segments([(sample.text, True)])
             self.longest_text = max(self.longest_text, len(ids))
-            return [Encoded(ids=ids if encoder.end is None else [*ids, encoder.end], wanted=None)]
+            return [TokenSequence(ids=ids if encoder.end is None else [*ids, encoder.end], predicted=None)]
         if isinstance(sample, Question) and self.purpose == "evaluate":
             choices = (
-                encoder.completion(sample.prompt, one, ended=False, tools=sample.tools) for one in sample.choices
+                encoder.completion(sample.prompt, answer, ended=False, tools=sample.tools) for answer in sample.choices
             )
             return [
-                Encoded(ids=ids, wanted=wanted, choice=choice, answer=choice == sample.answer)
-                for choice, (ids, wanted) in enumerate(choices)
+                TokenSequence(ids=ids, predicted=predicted, choice=choice, answer=choice == sample.answer)
+                for choice, (ids, predicted) in enumerate(choices)
             ]
         if isinstance(sample, Question):
             tokens = encoder.completion(sample.prompt, sample.choices[sample.answer], ended=True, tools=sample.tools)
@@ -519,21 +520,21 @@ class _Samples:
         else:
             assert isinstance(sample, Conversation)
             tokens = encoder.conversation(sample.messages, sample.tools)
-        return [Encoded(ids=tokens[0], wanted=tokens[1])]
+        return [TokenSequence(ids=tokens[0], predicted=tokens[1])]
 
-    def place(self, sample: Sequence[Encoded]) -> None:
+    def write_sample(self, sample: Sequence[TokenSequence]) -> None:
         """Write the records of one sample. Raises InputError, which says what is wrong with it."""
         text = sample[0]
-        if text.wanted is None:
+        if text.predicted is None:
             self.stream += text.ids
             self.labels += [*self.stream[len(self.labels) + 1 :], IGNORED]
             self.flush(everything=False)
             return
-        tokens = [(one.ids, one.wanted) for one in sample if one.wanted is not None]
+        tokens = [(sequence.ids, sequence.predicted) for sequence in sample if sequence.predicted is not None]
         self.longest = max(self.longest, *(len(ids) - 1 for ids, _ in tokens))
-        shifted = self.shifted_pair(tokens) if self.pairs else [self.shift(each) for each in tokens]
-        for one, (inputs, labels) in zip(sample, shifted, strict=True):
-            self.writer.add(inputs, labels, example=self.example, choice=one.choice, answer=one.answer)
+        shifted = self.shifted_pair(tokens) if self.pairs else [self.shift(pair) for pair in tokens]
+        for sequence, (inputs, labels) in zip(sample, shifted, strict=True):
+            self.writer.add(inputs, labels, example=self.example, choice=sequence.choice, answer=sequence.answer)
         self.example += 1
 
     def shifted_pair(self, tokens: Sequence[Tokens]) -> list[tuple[list[int], list[int]]]:
@@ -554,13 +555,13 @@ class _Samples:
 
         Raises InputError if it is not to be cut.
         """
-        ids, wanted = tokens
-        beyond = len(ids) - 1 - self.writer.seq
-        if beyond <= 0:
+        ids, predicted = tokens
+        excess = len(ids) - 1 - self.writer.seq
+        if excess <= 0:
             return 0
         if self.too_long == "refuse":
             raise InputError(f"{len(ids) - 1} positions where the plan has {self.writer.seq}")
-        return min(beyond, max(0, wanted.index(True) - 1) if True in wanted else 0)
+        return min(excess, max(0, predicted.index(True) - 1) if True in predicted else 0)
 
     def shift(self, tokens: Tokens, front: int | None = None) -> tuple[list[int], list[int]]:
         """(inputs, shifted labels) of at most `seq` positions, without the first `front` tokens; None: as many as `front` says.
@@ -569,8 +570,8 @@ class _Samples:
         """
         front = self.front(tokens) if front is None else front
         end = front + self.writer.seq + 1
-        ids, wanted = tokens[0][front:end], tokens[1][front:end]
-        labels = [token if predicted else IGNORED for token, predicted in zip(ids[1:], wanted[1:], strict=True)]
+        ids, flags = tokens[0][front:end], tokens[1][front:end]
+        labels = [token if predicted else IGNORED for token, predicted in zip(ids[1:], flags[1:], strict=True)]
         if all(label == IGNORED for label in labels):
             raise InputError("nothing is left to predict; the sample is empty or cut before its completion")
         return ids[:-1], labels

@@ -25,7 +25,7 @@ from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.federated.adapter_file import AdapterFile
 from tightfit.runtime.federated.messages import HELLO, OVER, Answer, Order
-from tightfit.runtime.supervision.failure import last_words
+from tightfit.runtime.supervision.failure import last_message
 
 MODULE = "tightfit.runtime.cli.main"
 SETTINGS = "device.json"
@@ -181,7 +181,7 @@ def _run(command: list[str], device: Device, seconds: float) -> None:
         end(child)
         raise
     if code:
-        raise RunError(f"the run ended with code {code}: {last_words(log)}")
+        raise RunError(f"the run ended with code {code}: {last_message(log)}")
 
 
 def start(command: list[str], log: str) -> subprocess.Popen[bytes]:

@@ -31,7 +31,7 @@ from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds import MOST_ASKED, Gathering, Network, Reply, Rounds
 from tightfit.runtime.federated.split_stage import check_labels
 from tightfit.runtime.session.fleet import free_port
-from tightfit.runtime.supervision.failure import last_words
+from tightfit.runtime.supervision.failure import last_message
 
 LOOK_SECONDS = 0.5
 """between two looks at devices and the run of the upper layers"""
@@ -281,7 +281,7 @@ class SplitRounds(Rounds):
         one.service, turn = None, one.turns[service.member]
         try:
             if code:
-                said = last_words(self._stage(service.member) / "log")
+                said = last_message(self._stage(service.member) / "log")
                 raise InputError(f"the server's run for it ended with code {code}: {said}")
             run = self._stage(service.member) / "run"
             report = report_of(str(run)) | {"server_seconds": self.clock() - service.began}

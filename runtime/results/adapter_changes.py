@@ -69,24 +69,24 @@ class AdapterFolder:
         self._layers: dict[str, str] = {}
         self.tables: dict[str, str] = {}
         """weight of a module that was trained in full, by our name -> its key in the adapter"""
-        held = self._file.tensors
-        for key, (kind, shape) in held.items():
+        tensors = self._file.tensors
+        for key, (kind, shape) in tensors.items():
             name = key.removeprefix(PREFIX)
             stem = name.removesuffix(A).removesuffix(B).removesuffix(LENGTHS)
-            whole = stem == name
-            known = key.startswith(PREFIX) and kind in PUBLISHED and len(shape) in (1, 2)
-            if not known or (whole and (not name.endswith(".weight") or ".lora_" in name)):
+            in_full = stem == name
+            recognised = key.startswith(PREFIX) and kind in PUBLISHED and len(shape) in (1, 2)
+            if not recognised or (in_full and (not name.endswith(".weight") or ".lora_" in name)):
                 raise InputError(
                     f"{path}: holds {key} ({kind}), which no LoRA adapter that tightfit trains has; {ADVICE}"
                 )
-            ours = BODY + stem.removeprefix(body) if stem.startswith(body) else stem
-            if whole:
-                self.tables[ours] = key
+            name_here = BODY + stem.removeprefix(body) if stem.startswith(body) else stem
+            if in_full:
+                self.tables[name_here] = key
             else:
-                self._layers[f"{ours}.weight"] = stem
+                self._layers[f"{name_here}.weight"] = stem
         for weight, layer in self._layers.items():
-            wanted = [A, B, *([LENGTHS] if self.settings.dora else [])]
-            if missing := next((part for part in wanted if f"{PREFIX}{layer}{part}" not in held), None):
+            pair_parts = [A, B, *([LENGTHS] if self.settings.dora else [])]
+            if missing := next((part for part in pair_parts if f"{PREFIX}{layer}{part}" not in tensors), None):
                 raise InputError(
                     f"{path}: no tensor {PREFIX}{layer}{missing} beside the others of {weight}; copy the adapter again"
                 )
@@ -114,8 +114,8 @@ class AdapterFolder:
         if pair is None:
             return None
         keys = {part: f"{PREFIX}{self._layers[weight]}{part}" for part in self._parts(pair, shape)}
-        read = {part: self._rows(key, 0, self._file.tensors[key][1][0]) for part, key in keys.items()}
-        return WeightChange(a=read[A], b=read[B], scale=pair.scale, magnitude=read.get(LENGTHS))
+        factors = {part: self._rows(key, 0, self._file.tensors[key][1][0]) for part, key in keys.items()}
+        return WeightChange(a=factors[A], b=factors[B], scale=pair.scale, magnitude=factors.get(LENGTHS))
 
     def _parts(self, pair: Pair, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shapes of a pair's tensors, by the ends of their names."""
@@ -131,10 +131,10 @@ class AdapterFolder:
         return partial(self._rows, key)
 
     def _check(self, key: str, shape: tuple[int, ...]) -> None:
-        found = self._file.tensors[key][1]
-        if found != shape:
+        actual = self._file.tensors[key][1]
+        if actual != shape:
             raise InputError(
-                f"{self._file.path}: {key} is {list(found)} and the base wants {list(shape)}; give the base that the adapter was"
+                f"{self._file.path}: {key} is {list(actual)} and the base wants {list(shape)}; give the base that the adapter was"
                 f" trained on with {spelled('base')}"
             )
 
@@ -152,11 +152,11 @@ def named_base(folder: Path) -> str | None:
     of a model on the hub.
     """
     from_peft(folder)
-    said = read_json(folder / CONFIG)
-    named, revision = said.get("base_model_name_or_path"), said.get("revision")
-    if named and revision not in (None, "main") and not Path(named).exists():
+    settings = read_json(folder / CONFIG)
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if base and revision not in (None, "main") and not Path(base).exists():
         raise InputError(
-            f"{folder}: its base is {named} at the revision {revision!r}, and models of the hub are taken at their newest; download"
+            f"{folder}: its base is {base} at the revision {revision!r}, and models of the hub are taken at their newest; download"
             f" that revision and name its folder with {spelled('base')}"
         )
-    return named or None
+    return base or None

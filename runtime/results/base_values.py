@@ -18,7 +18,7 @@ from tightfit.runtime.results.tensor_file import PIECE, forget_mapped
 
 
 def float_rows(tensor: SourceTensor, start: int, stop: int) -> Tensor:
-    """Rows of a tensor, float32 [n, columns]: what codes mean where it is quantised. A vector is one row."""
+    """Rows of a tensor, float32 [n, columns], dequantised where it is quantised. A vector is one row."""
     entry = tensor.entry
     block = tensor.rows(start, stop)
     if block.dtype != torch.uint8 or entry.format == "uint8":
@@ -60,14 +60,14 @@ def blocks(rows: int, columns: int, step: int = 1) -> Iterator[tuple[int, int]]:
 
 
 def table_blocks(rows: Callable[[int, int], Tensor], shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-    """As `merged_rows`, of a module that was trained in full."""
+    """As `merged_rows`, for a module that was trained in full."""
     for start, stop in blocks(*shape):
         yield start, rows(start, stop)
 
 
 def rounded(name: str, values: Tensor, dtype: str) -> Tensor:
     """float32 values in another type. Raises InputError for those that are too large for it."""
-    made = values.to(getattr(torch, dtype))
-    if dtype == "float16" and not torch.isfinite(made).all():
+    result = values.to(getattr(torch, dtype))
+    if dtype == "float16" and not torch.isfinite(result).all():
         raise InputError(f"{name} holds values above 65504, too large for float16; give {spelled('dtype', 'bfloat16')}")
-    return made
+    return result

@@ -1,4 +1,4 @@
-"""Tells a caller how far the writing of a model is."""
+"""Reports to a caller how many bytes of a model are written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ Progress = Callable[[str, int, int], None]
 Chunks = Iterable[memoryview | bytes]
 
 
-class Counted:
-    """Passes chunks on, and tells `progress` of each once it is written."""
+class WriteProgress:
+    """Yields chunks, and reports each to `progress` once it is written."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress

@@ -35,8 +35,8 @@ def vocabulary_files(source: Source) -> Callable[[Path], None]:
     }
     templates: str | list[dict[str, str]] | None = vocabulary.chat_template
     if vocabulary.chat_template and vocabulary.tool_template:
-        named = {"default": vocabulary.chat_template, "tool_use": vocabulary.tool_template}
-        templates = [{"name": name, "template": text} for name, text in named.items()]
+        templates_by_name = {"default": vocabulary.chat_template, "tool_use": vocabulary.tool_template}
+        templates = [{"name": name, "template": text} for name, text in templates_by_name.items()]
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -48,8 +48,8 @@ def vocabulary_files(source: Source) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         tokenizer.save(str(folder / "tokenizer.json"))
-        known = {name: value for name, value in settings.items() if value is not None}
-        write_whole(folder / "tokenizer_config.json", json.dumps(known, indent=1) + "\n")
+        settings_with_values = {name: value for name, value in settings.items() if value is not None}
+        write_whole(folder / "tokenizer_config.json", json.dumps(settings_with_values, indent=1) + "\n")
         write_whole(folder / "generation_config.json", json.dumps(ends, indent=1) + "\n")
 
     return write

@@ -26,7 +26,7 @@ from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.launch import Data, prepare_data
 from tightfit.runtime.session.options import EvaluationOptions, TrainingOptions
 from tightfit.runtime.session.output import locked
-from tightfit.runtime.session.settings import check_packing, order_of, packing_told, settings_of
+from tightfit.runtime.session.settings import check_packing, order_of, packing_note, settings_of
 from tightfit.runtime.supervision.supervisor import supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -59,14 +59,14 @@ def prepared(plan: Plan, data: Data, options: EvaluationOptions, *, counted: boo
     check_schedule(plan)
     if plan.evaluate is None:
         raise InputError("the plan has no evaluation; plan the profile again")
-    given = None if options.adapter is None else given_adapter(plan, adapter_folder(Path(options.adapter).absolute()))
+    initial = None if options.adapter is None else given_adapter(plan, adapter_folder(Path(options.adapter).absolute()))
     store = find_store(plan, options.stages)
     if preparation:
         preparation.check("reading the plan")
     with temporary_folder() as directory, locked(directory) as lock:
         folder = directory / "data"
         folder.mkdir()
-        written = prepare_data(
+        records = prepare_data(
             plan,
             data,
             folder,
@@ -81,16 +81,16 @@ def prepared(plan: Plan, data: Data, options: EvaluationOptions, *, counted: boo
             directory,
             store,
             TrainingOptions(packing=options.packing),
-            data=written.name,
-            evaluation=written.name,
+            data=records.name,
+            evaluation=records.name,
             resume=False,
-            adapter_given=given,
+            adapter_given=initial,
         )
         compiled = compile_job(plan, settings | {"steps": 0})
         if preparation:
             preparation.check("preparing the data")
-        told = packing_told(plan, settings)
-        yield order_of(plan, compiled, directory, lock, cgroup=options.cgroup, evaluates=True, packing=told)
+        packing = packing_note(plan, settings)
+        yield order_of(plan, compiled, directory, lock, cgroup=options.cgroup, evaluates=True, packing=packing)
 
 
 @contextmanager
@@ -101,13 +101,13 @@ def temporary_folder() -> Iterator[Path]:
     root = cache_directory() / "evaluations"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.iterdir():
-            if not Path(f"/proc/{left.name.partition('-')[0]}").exists() and Path("/proc/self").exists():
-                shutil.rmtree(left, ignore_errors=True)
-        made = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root))
+        for leftover in root.iterdir():
+            if not Path(f"/proc/{leftover.name.partition('-')[0]}").exists() and Path("/proc/self").exists():
+                shutil.rmtree(leftover, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root))
     except OSError as error:
         raise RunError(f"{root}: {error.strerror}; set TIGHTFIT_CACHE to a folder that takes files") from error
     try:
-        yield made
+        yield folder
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tightfit.planner.generation.plan import GenerationPlan, plan_measuring
 from tightfit.planner.generation.problem import Figures, Problem
-from tightfit.profiles.measuring.cpu_load import Others, crowded, taken_now
+from tightfit.profiles.measuring.cpu_load import OtherPrograms, crowded, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
@@ -58,7 +58,7 @@ def measured(
     earlier = None if force else _earlier(place)
     if earlier and (not crowded(earlier.busy_cores, threads) or crowded(taken_now(threads), threads)):
         return earlier
-    others = Others()
+    others = OtherPrograms()
     found, front_bytes = _of_decoder(problem, store, threads), _of_front(front)
     figures = Figures(**found, front_bytes=front_bytes, busy_cores=others.taken(threads))
     if earlier and earlier.busy_cores <= figures.busy_cores:

@@ -20,13 +20,13 @@ from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.results.adapter_changes import AdapterFolder
-from tightfit.runtime.results.counting import Counted, Progress
-from tightfit.runtime.results.gguf_file import TYPES, GgufTensor, encoded, write
+from tightfit.runtime.results.counting import Progress, WriteProgress
+from tightfit.runtime.results.gguf_file import TYPES, GgufTensor, encode_rows, write
 from tightfit.runtime.results.llama_cpp import LlamaCpp
-from tightfit.runtime.results.place import written
+from tightfit.runtime.results.place import atomic_output
 from tightfit.runtime.results.safetensors_merge import check_weights
 
-WAY = "convert the adapter with llama.cpp's convert_lora_to_gguf.py"
+ADVICE = "convert the adapter with llama.cpp's convert_lora_to_gguf.py"
 
 
 def write_gguf(
@@ -37,11 +37,11 @@ def write_gguf(
     Raises InputError for what llama.cpp's adapters have no form of: magnitudes of DoRA and modules trained in full.
     """
     if adapter.settings.dora or adapter.tables:
-        what = "DoRA's magnitudes" if adapter.settings.dora else "modules that were trained in full"
+        unsupported = "DoRA's magnitudes" if adapter.settings.dora else "modules that were trained in full"
         raise InputError(
-            f"{adapter.folder} has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without {spelled('adapter_only')}"
+            f"{adapter.folder} has {unsupported}, and an adapter of llama.cpp has LoRA pairs alone; merge it without {spelled('adapter_only')}"
         )
-    form = LlamaCpp(source, WAY)
+    llama_cpp = LlamaCpp(source, ADVICE)
     shapes = {tensor.entry.name: tensor.entry.shape for tensor in source.tensors()}
     check_weights(adapter, shapes)
     kind, alpha = TYPES[dtype or "float32"], adapter.settings.scaled_alpha
@@ -52,16 +52,16 @@ def write_gguf(
         assert pair is not None
 
         def factors(weight: str = weight, shape: tuple[int, ...] = shape) -> tuple[Tensor, Tensor]:
-            one = adapter.change(weight, shape)
-            assert one is not None
-            factor = one.scale * len(one.a) / alpha
-            return one.a, form.ordered(weight, one.b if math.isclose(factor, 1.0) else one.b * factor)
+            change = adapter.change(weight, shape)
+            assert change is not None
+            factor = change.scale * len(change.a) / alpha
+            return change.a, llama_cpp.ordered(weight, change.b if math.isclose(factor, 1.0) else change.b * factor)
 
         for number, (letter, size) in enumerate((("a", (pair.rank, shape[1])), ("b", (shape[0], pair.rank)))):
-            name = f"{form.name(weight)}.lora_{letter}"
+            name = f"{llama_cpp.name(weight)}.lora_{letter}"
 
             def chunks(name: str = name, number: int = number, factors: Any = factors) -> Iterator[memoryview]:
-                yield encoded(name, factors()[number], kind)
+                yield encode_rows(name, factors()[number], kind)
 
             tensors.append(GgufTensor(name=name, shape=size, kind=kind, chunks=chunks))
     text, number = int(gguf.GGUFValueType.STRING), int(gguf.GGUFValueType.FLOAT32)
@@ -72,7 +72,7 @@ def write_gguf(
         gguf.Keys.Adapter.LORA_ALPHA: MetadataValue(value=alpha, kind=number),
     }
     total = sum(tensor.bytes for tensor in tensors)
-    with written(place, total, folder=False) as path:
-        write(path, form.facts.architecture, metadata, tensors, Counted(total, progress))
+    with atomic_output(place, total, folder=False) as path:
+        write(path, llama_cpp.facts.architecture, metadata, tensors, WriteProgress(total, progress))
         size_written = path.stat().st_size
     return {"bytes": size_written, "files": [place.name]}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tightfit.profiles.sources.gguf_metadata import MetadataValue
 from tightfit.runtime.results.base_values import rounded
-from tightfit.runtime.results.counting import Chunks, Counted
+from tightfit.runtime.results.counting import Chunks, WriteProgress
 from tightfit.runtime.results.tensor_file import contents
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
@@ -49,16 +49,16 @@ def write(
     architecture: str,
     metadata: Mapping[str, MetadataValue],
     tensors: Sequence[GgufTensor],
-    counted: Counted,
+    counted: WriteProgress,
 ) -> None:
     """Write and fsync a file. Raises OSError if the disk refuses."""
     writer = gguf.GGUFWriter(path, architecture)
-    for key, one in metadata.items():
-        inner = None if one.inner is None else gguf.GGUFValueType(one.inner)
+    for key, value in metadata.items():
+        inner = None if value.inner is None else gguf.GGUFValueType(value.inner)
         if key == gguf.Keys.General.ALIGNMENT:
-            writer.data_alignment = one.value
-        if key != gguf.Keys.General.ARCHITECTURE and not (inner is not None and not len(one.value)):
-            writer.add_key_value(key, one.value, gguf.GGUFValueType(one.kind), sub_type=inner)
+            writer.data_alignment = value.value
+        if key != gguf.Keys.General.ARCHITECTURE and not (inner is not None and not len(value.value)):
+            writer.add_key_value(key, value.value, gguf.GGUFValueType(value.kind), sub_type=inner)
     for tensor in tensors:
         raw = gguf.GGMLQuantizationType[tensor.kind]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=raw)
@@ -82,7 +82,7 @@ def write(
         writer.close()
 
 
-def fitting(kind: str, shape: Sequence[int]) -> str:
+def type_for(kind: str, shape: Sequence[int]) -> str:
     """The type in which a tensor of `shape` is written where `kind` is wanted: of a vector float32, and float16 where rows are
     no whole number of Q8_0's blocks.
     """
@@ -91,16 +91,16 @@ def fitting(kind: str, shape: Sequence[int]) -> str:
     return "F16" if kind == "Q8_0" and shape[-1] % 32 else kind
 
 
-def encoded(name: str, rows: Tensor, kind: str) -> memoryview:
+def encode_rows(name: str, rows: Tensor, kind: str) -> memoryview:
     """Rows, float32 [n, columns], in one of `TYPES`."""
     if kind == "Q8_0":
-        made: np.ndarray[Any, Any] = quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0)
-        return made.data.cast("B")
-    dtype = next(dtype for dtype, known in TYPES.items() if known == kind)
+        packed: np.ndarray[Any, Any] = quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0)
+        return packed.data.cast("B")
+    dtype = next(dtype for dtype, kind_of in TYPES.items() if kind_of == kind)
     return contents(rounded(name, rows, dtype))
 
 
 def file_type(kinds: Sequence[str]) -> MetadataValue:
-    """The metadata's word for what most of the tensors are."""
-    most = max(FILE_TYPES, key=kinds.count)
-    return MetadataValue(value=int(gguf.LlamaFileType[FILE_TYPES[most]]), kind=int(gguf.GGUFValueType.UINT32))
+    """The metadata entry that names the type of most of the tensors."""
+    commonest = max(FILE_TYPES, key=kinds.count)
+    return MetadataValue(value=int(gguf.LlamaFileType[FILE_TYPES[commonest]]), kind=int(gguf.GGUFValueType.UINT32))

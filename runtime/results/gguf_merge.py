@@ -14,19 +14,19 @@ from typing import Any
 from torch import Tensor
 
 from tightfit.profiles.sources.gguf_metadata import MetadataValue, read_typed
-from tightfit.profiles.sources.gguf_source import Reader
+from tightfit.profiles.sources.gguf_source import GgufReader
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.results.adapter_changes import AdapterFolder
 from tightfit.runtime.results.base_values import merged_rows, table_blocks
-from tightfit.runtime.results.counting import Counted, Progress
-from tightfit.runtime.results.gguf_file import FILE_TYPE, TYPES, GgufTensor, encoded, file_type, fitting, write
+from tightfit.runtime.results.counting import Progress, WriteProgress
+from tightfit.runtime.results.gguf_file import FILE_TYPE, TYPES, GgufTensor, encode_rows, file_type, type_for, write
 from tightfit.runtime.results.llama_cpp import LlamaCpp
-from tightfit.runtime.results.place import written
+from tightfit.runtime.results.place import atomic_output
 from tightfit.runtime.results.safetensors_merge import EMBEDDING, HEAD, check_weights
 from tightfit.runtime.results.tensor_file import PIECE
 
-WAY = "merge to safetensors, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
+ADVICE = "merge to safetensors, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
 PLAIN = tuple(TYPES.values())
 """types that tensors keep; others become Q8_0"""
 
@@ -37,30 +37,30 @@ def write_gguf(
     """Write the merged model to the file `place`; returns `bytes`, `files` and `types`, how many of the matrices that are no
     copies have which type. Raises InputError for a base of whose form in llama.cpp tightfit knows nothing.
     """
-    model = _Model(source, adapter, None if dtype is None else TYPES[dtype])
+    model = _MergedGguf(source, adapter, None if dtype is None else TYPES[dtype])
     metadata: dict[str, MetadataValue]
     if source.kind == "gguf":
         metadata, tensors = read_typed(Path(source.path)), model.of_gguf()
     else:
         from tightfit.runtime.results.gguf_of_directory import metadata_of, rope_factors
 
-        metadata, tensors = metadata_of(source, WAY), [*model.of_directory(), *rope_factors(source)]
-    made = [tensor.kind for tensor in tensors if tensor.name in model.made]
-    if made:
-        metadata[FILE_TYPE] = file_type(made)
+        metadata, tensors = metadata_of(source, ADVICE), [*model.of_directory(), *rope_factors(source)]
+    kinds = [tensor.kind for tensor in tensors if tensor.name in model.made]
+    if kinds:
+        metadata[FILE_TYPE] = file_type(kinds)
     total = sum(tensor.bytes for tensor in tensors)
-    with written(place, total, folder=False) as path:
-        write(path, model.form.facts.architecture, metadata, tensors, Counted(total, progress))
+    with atomic_output(place, total, folder=False) as path:
+        write(path, model.form.facts.architecture, metadata, tensors, WriteProgress(total, progress))
         size = path.stat().st_size
-    return {"bytes": size, "files": [place.name], "types": {kind: made.count(kind) for kind in sorted(set(made))}}
+    return {"bytes": size, "files": [place.name], "types": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}
 
 
-class _Model:
+class _MergedGguf:
     def __init__(self, source: Source, adapter: AdapterFolder, kind: str | None) -> None:
-        self.form = LlamaCpp(source, WAY)
+        self.form = LlamaCpp(source, ADVICE)
         self._source, self._adapter = source, adapter
         self._kind = kind
-        """type of what is written; None: as `PLAIN` says"""
+        """type of the written tensors; None: each keeps its type if `PLAIN` has it, else it becomes Q8_0"""
         self._tensors = {tensor.entry.name: tensor for tensor in source.tensors()}
         check_weights(adapter, self._tensors)
         self._changed = {*adapter.weights, *adapter.tables}
@@ -71,31 +71,31 @@ class _Model:
     def of_gguf(self) -> list[GgufTensor]:
         """The tensors of a GGUF file in its order."""
         path = Path(self._source.path)
-        by_key = {tensor.held.key: tensor for tensor in self._tensors.values() if tensor.held}
-        found = []
-        for one in Reader(path).tensors:
-            tensor = by_key.get(one.name)
+        by_key = {tensor.stored.key: tensor for tensor in self._tensors.values() if tensor.stored}
+        merged = []
+        for original in GgufReader(path).tensors:
+            tensor = by_key.get(original.name)
             name = tensor.entry.name if tensor else ""
-            shape = [int(length) for length in reversed(one.shape)]
+            shape = [int(length) for length in reversed(original.shape)]
 
             def chunks(
-                name: str = one.name, start: int = int(one.data_offset), size: int = int(one.n_bytes)
+                name: str = original.name, start: int = int(original.data_offset), size: int = int(original.n_bytes)
             ) -> Iterator[bytes]:
                 return _piece(path, name, start, size)
 
-            copied = [one.name, *([self.form.name(HEAD)] if self._untied and name == EMBEDDING else [])]
-            for key in copied:
-                changed = name if key == one.name else HEAD
-                if tensor and changed in self._changed:
-                    found.append(self._written(tensor, changed))
+            keys = [original.name, *([self.form.name(HEAD)] if self._untied and name == EMBEDDING else [])]
+            for key in keys:
+                weight = name if key == original.name else HEAD
+                if tensor and weight in self._changed:
+                    merged.append(self._written(tensor, weight))
                 else:
-                    found.append(GgufTensor(name=key, shape=shape, kind=one.tensor_type.name, chunks=chunks))
-        return found
+                    merged.append(GgufTensor(name=key, shape=shape, kind=original.tensor_type.name, chunks=chunks))
+        return merged
 
     def of_directory(self) -> list[GgufTensor]:
         """All tensors of a Hugging Face directory, in llama.cpp's form."""
-        found = [self._written(tensor, name) for name, tensor in self._tensors.items()]
-        return [*found, *([self._written(self._tensors[EMBEDDING], HEAD)] if self._untied else [])]
+        merged = [self._written(tensor, name) for name, tensor in self._tensors.items()]
+        return [*merged, *([self._written(self._tensors[EMBEDDING], HEAD)] if self._untied else [])]
 
     def _written(self, tensor: SourceTensor, name: str) -> GgufTensor:
         """The tensor `name` in llama.cpp's form; `tensor` is the one that it is, or starts from."""
@@ -104,14 +104,14 @@ class _Model:
             self._adapter.table(name, shape)
         elif len(shape) > 1:
             self._adapter.pair(name, shape)
-        held = tensor.held.dtype if tensor.held else "F32"
-        kind = fitting(self._kind or (held if held in PLAIN else "Q8_0"), shape)
+        file_type = tensor.stored.dtype if tensor.stored else "F32"
+        kind = type_for(self._kind or (file_type if file_type in PLAIN else "Q8_0"), shape)
         if len(shape) > 1:
             self.made.add(key)
 
         def chunks() -> Iterator[memoryview]:
             for rows in self._rows(tensor, name):
-                yield encoded(key, rows, kind)
+                yield encode_rows(key, rows, kind)
 
         return GgufTensor(name=key, shape=shape, kind=kind, chunks=chunks)
 

@@ -93,22 +93,22 @@ def _factors(shape: DecoderShape) -> Tensor | None:
 
 def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, MetadataValue], way: str) -> None:
     """Raise InputError unless reading the metadata gives the same decoder."""
-    values = {key: one.value for key, one in metadata.items()}
+    values = {key: value.value for key, value in metadata.items()}
     try:
-        read = config_from_metadata(values, vocabulary=shape.vocab, tied=shape.tied, rope_factors=_factors(shape))
+        config = config_from_metadata(values, vocabulary=shape.vocab, tied=shape.tied, rope_factors=_factors(shape))
     except InputError as error:
         raise InputError(f"{source.path}: {error}; {way}") from error
     # GGUF metadata do not say which biases there are; the tensors show it.
     biased = shape.attention_bias and not family_of(source.config).always_biased
-    again = decoder_shape(read | {"attention_bias": biased, "mlp_bias": shape.mlp_bias})
-    unlike = [
+    decoder = decoder_shape(config | {"attention_bias": biased, "mlp_bias": shape.mlp_bias})
+    differing = [
         name
         for name, value in vars(replace(shape, padding=None, rope_scaling=())).items()
-        if value != getattr(replace(again, padding=None, rope_scaling=()), name)
+        if value != getattr(replace(decoder, padding=None, rope_scaling=()), name)
     ]
-    if unlike:
+    if differing:
         raise InputError(
-            f"{source.path}: llama.cpp's metadata for {shape.family} models cannot say its {', '.join(unlike)}; {way}"
+            f"{source.path}: llama.cpp's metadata for {shape.family} models cannot say its {', '.join(differing)}; {way}"
         )
 
 
@@ -116,28 +116,28 @@ def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, MetadataV
 
 
 def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> dict[str, MetadataValue]:
-    text = json.loads(vocabulary.tokenizer.to_str())
-    model = text["model"]
-    known = {index: token for token, index in vocabulary.tokenizer.get_vocab().items()}
-    if known and max(known) >= size:
+    tokenizer = json.loads(vocabulary.tokenizer.to_str())
+    model = tokenizer["model"]
+    token_of = {index: token for token, index in vocabulary.tokenizer.get_vocab().items()}
+    if token_of and max(token_of) >= size:
         raise InputError(
-            f"{source.path}: its tokenizer has token {max(known)}, and the model has {size}; download it again"
+            f"{source.path}: its tokenizer has token {max(token_of)}, and the model has {size}; download it again"
         )
-    tokens = [known.get(index, f"[PAD{index}]") for index in range(size)]
-    types = [NORMAL if index in known else UNUSED for index in range(size)]
-    for added in text.get("added_tokens") or ():
+    tokens = [token_of.get(index, f"[PAD{index}]") for index in range(size)]
+    types = [NORMAL if index in token_of else UNUSED for index in range(size)]
+    for added in tokenizer.get("added_tokens") or ():
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     merges = [
         tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model.get("merges") or ()
     ]
     if model["type"] == "BPE" and model.get("byte_fallback"):
-        own = _sentence_piece(text, tokens, types, merges)
+        metadata = _sentence_piece(tokenizer, tokens, types, merges)
     else:
-        own = _byte_level(text, merges) if model["type"] == "BPE" else None
-    if own is None:
+        metadata = _byte_level(tokenizer, merges) if model["type"] == "BPE" else None
+    if metadata is None:
         raise InputError(f"{source.path}: its tokenizer is of a kind that tightfit cannot write to GGUF; {way}")
-    own["tokenizer.ggml.tokens"] = MetadataValue(value=tokens, kind=int(Kind.ARRAY), inner=int(Kind.STRING))
-    own["tokenizer.ggml.token_type"] = MetadataValue(value=types, kind=int(Kind.ARRAY), inner=int(Kind.INT32))
+    metadata["tokenizer.ggml.tokens"] = MetadataValue(value=tokens, kind=int(Kind.ARRAY), inner=int(Kind.STRING))
+    metadata["tokenizer.ggml.token_type"] = MetadataValue(value=types, kind=int(Kind.ARRAY), inner=int(Kind.INT32))
     special = {
         "bos": vocabulary.bos_token,
         "eos": vocabulary.eos_token,
@@ -146,16 +146,16 @@ def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> d
     }
     for name, token in special.items():
         if (index := vocabulary.token_id(token)) is not None:
-            own[f"tokenizer.ggml.{name}_token_id"] = MetadataValue(value=index, kind=int(Kind.UINT32))
-    own["tokenizer.ggml.add_bos_token"] = MetadataValue(value=vocabulary.add_bos, kind=int(Kind.BOOL))
+            metadata[f"tokenizer.ggml.{name}_token_id"] = MetadataValue(value=index, kind=int(Kind.UINT32))
+    metadata["tokenizer.ggml.add_bos_token"] = MetadataValue(value=vocabulary.add_bos, kind=int(Kind.BOOL))
     if vocabulary.chat_template:
-        own["tokenizer.chat_template"] = _text(vocabulary.chat_template)
+        metadata["tokenizer.chat_template"] = _text(vocabulary.chat_template)
     if vocabulary.tool_template:
-        own["tokenizer.chat_template.tool_use"] = _text(vocabulary.tool_template)
-        own["tokenizer.chat_templates"] = MetadataValue(
+        metadata["tokenizer.chat_template.tool_use"] = _text(vocabulary.tool_template)
+        metadata["tokenizer.chat_templates"] = MetadataValue(
             value=["tool_use"], kind=int(Kind.ARRAY), inner=int(Kind.STRING)
         )
-    return own
+    return metadata
 
 
 def _byte_level(text: Mapping[str, Any], merges: list[tuple[str, ...]]) -> dict[str, MetadataValue] | None:
@@ -167,13 +167,13 @@ def _byte_level(text: Mapping[str, Any], merges: list[tuple[str, ...]]) -> dict[
     name = None
     if kinds == ["Split", "ByteLevel"] and parts[0]["behavior"] == "Isolated" and not parts[1]["use_regex"]:
         pattern = parts[0]["pattern"].get("Regex")
-        name = next((name for name, known in SPLITS.items() if known == pattern), None)
+        name = next((name for name, split_pattern in SPLITS.items() if split_pattern == pattern), None)
     elif kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and parts[1]["use_regex"]:
         name = "smollm"
     elif kinds == ["ByteLevel"] and parts[0]["use_regex"]:
         name = "gpt-2"
-    whole = bool(text["model"].get("ignore_merges"))
-    if name is None or normalizer != ("NFC" if name == "qwen2" else None) or whole != (name == "llama-bpe"):
+    ignores_merges = bool(text["model"].get("ignore_merges"))
+    if name is None or normalizer != ("NFC" if name == "qwen2" else None) or ignores_merges != (name == "llama-bpe"):
         return None
     return {
         "tokenizer.ggml.model": _text("gpt2"),
@@ -193,7 +193,7 @@ def _sentence_piece(
     """BPE with byte fallback, whose merges follow from scores that fall from token to token; None: they do not."""
     scores = [-float(index) for index in range(len(tokens))]
     vocabulary: dict[str, int] = text["model"]["vocab"]
-    added = {one["content"] for one in text.get("added_tokens") or ()}
+    added = {token_entry["content"] for token_entry in text.get("added_tokens") or ()}
     plain = [merge for merge in merges if "".join(merge) not in added]
     order = [vocabulary["".join(merge)] for merge in plain]
     implied = {merge for merge in implied_merges(vocabulary, scores) if "".join(merge) not in added}

@@ -51,7 +51,7 @@ class LlamaCpp:
         return rows.view(-1, self._head_dim, *rows.shape[1:])[:, order].reshape(rows.shape)
 
     def offset(self, name: str) -> float:
-        """What llama.cpp adds to the values of a tensor."""
+        """The number that llama.cpp adds to each value of a tensor."""
         return self.facts.norm_offset if name.endswith("norm.weight") else 0.0
 
     def _permuted(self, name: str) -> bool:

@@ -27,7 +27,7 @@ def adapter_folder(folder: Path) -> Path:
     return inner if not (folder / WEIGHTS).is_file() and (inner / WEIGHTS).is_file() else folder
 
 
-def check(place: Path, *, folder: bool, overwrite: bool) -> None:
+def check_replaceable(place: Path, *, folder: bool, overwrite: bool) -> None:
     """Raise InputError if the result cannot be put at `place`: something is there already, which `overwrite` does not replace
     either if it is no result of this kind.
     """
@@ -41,13 +41,13 @@ def check(place: Path, *, folder: bool, overwrite: bool) -> None:
         raise InputError(f"{place} is no folder, and a model in safetensors is one; name another place with -o")
     if not folder and not place.is_file():
         raise InputError(f"{place} is no file, and a GGUF model is one; name another place with -o")
-    if folder and (strange := _strange(place)):
+    if folder and (foreign := _foreign_name(place)):
         raise InputError(
-            f"{place} holds {strange}, which no merge leaves there and {spelled('overwrite', True)} would remove; name another place"
+            f"{place} holds {foreign}, which no merge leaves there and {spelled('overwrite', True)} would remove; name another place"
         )
 
 
-def _strange(folder: Path) -> str | None:
+def _foreign_name(folder: Path) -> str | None:
     """A name in a folder that belongs to no model; None: there is none."""
     names = sorted(path.name for path in folder.iterdir())
     if names and "config.json" not in names:
@@ -56,7 +56,7 @@ def _strange(folder: Path) -> str | None:
 
 
 @contextmanager
-def written(place: Path, size: int, *, folder: bool) -> Iterator[Path]:
+def atomic_output(place: Path, size: int, *, folder: bool) -> Iterator[Path]:
     """Yields a temporary path for a folder (which is made) or a file; what the block left there then gets the name `place`, in
     whose place nothing is left if the block fails.
 

@@ -20,20 +20,20 @@ from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import read_json
-from tightfit.runtime.engine.weights.safetensors_file import DTYPES, Item
+from tightfit.runtime.engine.weights.safetensors_file import DTYPES, TensorItem
 from tightfit.runtime.results.adapter_changes import AdapterFolder, WeightChange
 from tightfit.runtime.results.base_values import blocks, float_rows, mapped_files, merged_rows, rounded, table_blocks
 from tightfit.runtime.results.tensor_file import TensorFile, contents, forget_mapped
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DEFAULT_DTYPE = "bfloat16"
-"""of what is unpacked from codes, where a config.json says nothing"""
+"""type of weights that are unpacked from codes, where config.json names none"""
 SHARD_BYTES = 5 * 10**9
 """largest size of a file, if no tensor is larger"""
 _OWN_NAMES = {kind: name for name, kind in DTYPES.items()}
 
 
-class Merged:
+class MergedTensors:
     """A merged model as safetensors items. Raises InputError where adapter and base do not fit together."""
 
     def __init__(self, source: Source, adapter: AdapterFolder, dtype: str | None) -> None:
@@ -41,46 +41,46 @@ class Merged:
         self._tensors = {tensor.entry.name: tensor for tensor in source.tensors()}
         check_weights(adapter, self._tensors)
         self.head = head_name(source) if adapter.tables else ""
-        """our name of the head's weight, where that may be needed"""
+        """our name of the head's weight; empty if the adapter changes no embedding and no head"""
         self.untied = bool(adapter.tables) and self.head not in self._tensors
         """whether head and embedding shared a weight in the base and no longer do"""
         self._unpacked = dtype or (_stated_dtype(source) if source.kind == "huggingface" else DEFAULT_DTYPE)
 
-    def items(self) -> list[Item]:
+    def items(self) -> list[TensorItem]:
         """All tensors, in the order of the base's files."""
         return [*(self._of_files() if self.source.kind == "huggingface" else self._of_gguf()), *self._untied()]
 
     # --- from safetensors ---------------------------------------------------------------------------------------------
 
-    def _of_files(self) -> Iterator[Item]:
+    def _of_files(self) -> Iterator[TensorItem]:
         by_key: dict[str, SourceTensor] = {}
-        for tensor in self._tensors.values():
-            if tensor.held is not None:
-                by_key |= dict.fromkeys(tensor.held.parts or (tensor.held.key,), tensor)
-        quantised = any(tensor.held and tensor.held.parts for tensor in self._tensors.values())
-        met: set[str] = set()
+        for source in self._tensors.values():
+            if source.stored is not None:
+                by_key |= dict.fromkeys(source.stored.parts or (source.stored.key,), source)
+        quantised = any(source.stored and source.stored.parts for source in self._tensors.values())
+        seen: set[str] = set()
         for path in checkpoint_files(Path(self.source.path)):
             file = TensorFile(path)
             for key, (kind, _) in file.tensors.items():
-                known = by_key.get(key)
-                if known is None and self.untied and text_name(key) == self.head:
+                tensor = by_key.get(key)
+                if tensor is None and self.untied and text_name(key) == self.head:
                     continue  # a copy of the embedding, in whose place comes a head of its own
-                if known is None and quantised and kind not in PUBLISHED:
+                if tensor is None and quantised and kind not in PUBLISHED:
                     raise InputError(
                         f"{path}: tensor {key!r} ({kind}) is quantised and belongs to no part of the model that tightfit reads; use"
                         " the model's 16-bit weights"
                     )
-                if known is None or known.held is None or not known.held.parts:
-                    yield self._of_file(file, key, known)
-                elif known.held.key not in met:
-                    met.add(known.held.key)
-                    yield self._of_source(known, known.held.key, self._unpacked)
+                if tensor is None or tensor.stored is None or not tensor.stored.parts:
+                    yield self._of_file(file, key, tensor)
+                elif tensor.stored.key not in seen:
+                    seen.add(tensor.stored.key)
+                    yield self._of_source(tensor, tensor.stored.key, self._unpacked)
 
-    def _of_file(self, file: TensorFile, key: str, tensor: SourceTensor | None) -> Item:
+    def _of_file(self, file: TensorFile, key: str, tensor: SourceTensor | None) -> TensorItem:
         """A tensor that its file holds in floating-point numbers, or of which tightfit knows nothing."""
         kind, shape = file.tensors[key]
-        own = _OWN_NAMES.get(kind)
-        dtype = self._dtype if self._dtype and kind in PUBLISHED else own
+        file_dtype = _OWN_NAMES.get(kind)
+        dtype = self._dtype if self._dtype and kind in PUBLISHED else file_dtype
         if dtype is None:
             raise InputError(
                 f"{file.path}: tensor {key!r} is {kind}, which cannot be copied; use the model's 16-bit weights"
@@ -89,9 +89,9 @@ class Merged:
         if tensor and name in self.adapter.tables:
             return self._of_table(name, key, tensor.entry.shape, dtype)
         changed = tensor is not None and self.adapter.pair(name, tensor.entry.shape) is not None
-        if not changed and dtype == own:
-            return Item(name=key, dtype=dtype, shape=list(shape), chunks=lambda: file.chunks(key))
-        transposed = bool(tensor and tensor.held and tensor.held.transposed)
+        if not changed and dtype == file_dtype:
+            return TensorItem(name=key, dtype=dtype, shape=list(shape), chunks=lambda: file.chunks(key))
+        transposed = bool(tensor and tensor.stored and tensor.stored.transposed)
 
         def values() -> Iterator[Tensor]:
             change = self.adapter.change(name, tensor.entry.shape) if tensor else None
@@ -107,14 +107,14 @@ class Merged:
 
     # --- from any source, by tightfit's names -----------------------------------------------------------------------
 
-    def _of_gguf(self) -> Iterator[Item]:
+    def _of_gguf(self) -> Iterator[TensorItem]:
         for name, tensor in self._tensors.items():
             if name in self.adapter.tables:
                 yield self._of_table(name, name, tensor.entry.shape, self._unpacked)
             else:
                 yield self._of_source(tensor, name, self._unpacked)
 
-    def _of_source(self, tensor: SourceTensor, key: str, dtype: str) -> Item:
+    def _of_source(self, tensor: SourceTensor, key: str, dtype: str) -> TensorItem:
         self.adapter.pair(tensor.entry.name, tensor.entry.shape)
 
         def values() -> Iterator[Tensor]:
@@ -124,7 +124,7 @@ class Merged:
 
         return _item(key, dtype, tensor.entry.shape, values)
 
-    def _of_table(self, name: str, key: str, shape: tuple[int, ...], dtype: str) -> Item:
+    def _of_table(self, name: str, key: str, shape: tuple[int, ...], dtype: str) -> TensorItem:
         rows = self.adapter.table(name, shape)
 
         def values() -> Iterator[Tensor]:
@@ -133,14 +133,16 @@ class Merged:
 
         return _item(key, dtype, shape, values)
 
-    def _untied(self) -> Iterator[Item]:
+    def _untied(self) -> Iterator[TensorItem]:
         """The head of a base whose head was its embedding, if one of them was trained by itself."""
         if not self.untied:
             return
         embedding = next(tensor for name, tensor in self._tensors.items() if name == embedding_name(self.source))
         shape = embedding.entry.shape
-        held = PUBLISHED.get(embedding.held.dtype) if embedding.held else None
-        dtype = self._dtype or (held if held in DTYPES and self.source.kind == "huggingface" else self._unpacked)
+        file_dtype = PUBLISHED.get(embedding.stored.dtype) if embedding.stored else None
+        dtype = self._dtype or (
+            file_dtype if file_dtype in DTYPES and self.source.kind == "huggingface" else self._unpacked
+        )
         if self.head in self.adapter.tables:
             yield self._of_table(self.head, self.head, shape, dtype)
             return
@@ -204,27 +206,27 @@ def _transposed(file: TensorFile, key: str, shape: tuple[int, ...], change: Weig
         yield columns if factor is None else columns * factor
 
 
-def _item(key: str, dtype: str, shape: tuple[int, ...], values: Callable[[], Iterator[Tensor]]) -> Item:
+def _item(key: str, dtype: str, shape: tuple[int, ...], values: Callable[[], Iterator[Tensor]]) -> TensorItem:
     def chunks() -> Iterator[memoryview]:
         for block in values():
             yield contents(rounded(key, block, dtype))
 
-    return Item(name=key, dtype=dtype, shape=list(shape), chunks=chunks)
+    return TensorItem(name=key, dtype=dtype, shape=list(shape), chunks=chunks)
 
 
 def _product(sizes: Iterable[int]) -> int:
-    made = 1
+    product = 1
     for size in sizes:
-        made *= size
-    return made
+        product *= size
+    return product
 
 
 # --- what lies beside the tensors -----------------------------------------------------------------------------------
 
 
-def shards(items: list[Item]) -> list[list[Item]]:
+def shards(items: list[TensorItem]) -> list[list[TensorItem]]:
     """The items in groups of at most `SHARD_BYTES`, each a file."""
-    groups: list[list[Item]] = [[]]
+    groups: list[list[TensorItem]] = [[]]
     size = 0
     for item in items:
         if groups[-1] and size + item.bytes > SHARD_BYTES:
@@ -246,10 +248,10 @@ def merged_config(source: Source, *, untied: bool, dtype: str | None) -> dict[st
         quantised = bool(part.pop("quantization_config", None)) or quantised
         if untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    chosen = dtype or (_stated_dtype(source) if quantised else None)
-    for part in parts if chosen else ():
+    stated_dtype = dtype or (_stated_dtype(source) if quantised else None)
+    for part in parts if stated_dtype else ():
         for name in [name for name in ("dtype", "torch_dtype") if name in part] or ["dtype"]:
-            part[name] = chosen
+            part[name] = stated_dtype
     return config
 
 
@@ -258,5 +260,5 @@ def _config_of_gguf(source: Source, dtype: str) -> dict[str, Any]:
 
     config = without_names(source.config)
     kind = str(config["model_type"])
-    words = "".join(word.capitalize() for word in kind.removesuffix("_text").split("_"))
-    return {"architectures": [f"{words}ForCausalLM"], **config, "dtype": dtype}
+    class_name = "".join(word.capitalize() for word in kind.removesuffix("_text").split("_"))
+    return {"architectures": [f"{class_name}ForCausalLM"], **config, "dtype": dtype}

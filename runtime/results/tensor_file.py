@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.weights.safetensors_file import Reader
+from tightfit.runtime.engine.weights.safetensors_file import SafetensorsReader
 
 PIECE = 4 << 20
 """bytes of a file, or of a tensor in float32, that are in memory at a time"""
@@ -30,7 +30,7 @@ class TensorFile:
         self.path = path
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         """name -> (type under the format's own name, shape)"""
-        self._reader = Reader(str(path), advice)
+        self._reader = SafetensorsReader(str(path), advice)
         weakref.finalize(self, self._reader.close)
         try:
             with safe_open(path, framework="pt") as opened:
@@ -51,8 +51,8 @@ class TensorFile:
         size = dtype.itemsize
         for length in shape[1:]:
             size *= length
-        read = bytearray().join(self._reader.chunks(name, PIECE, begin=start * size, count=(stop - start) * size))
-        return torch.frombuffer(read, dtype=dtype).view(stop - start, *shape[1:])
+        content = bytearray().join(self._reader.chunks(name, PIECE, begin=start * size, count=(stop - start) * size))
+        return torch.frombuffer(content, dtype=dtype).view(stop - start, *shape[1:])
 
 
 def forget_mapped(paths: Iterable[str]) -> None:

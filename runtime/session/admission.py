@@ -55,9 +55,11 @@ def check_seat(plan: Plan, seat: Seat | None) -> None:
             "this is the plan of one member of a fleet, which makes no update by itself; run the fleet: `tightfit fleet run`"
         )
     if seat is not None and passes != seat.in_turn:
-        made, wanted = ("a pipeline", "a fleet that exchanges gradients") if passes else ("another fleet", "a pipeline")
+        planned, needed = (
+            ("a pipeline", "a fleet that exchanges gradients") if passes else ("another fleet", "a pipeline")
+        )
         raise InputError(
-            f"member {seat.members[seat.rank]!r} has a plan that was made for {made}, not for {wanted}; plan the fleet again"
+            f"member {seat.members[seat.rank]!r} has a plan that was made for {planned}, not for {needed}; plan the fleet again"
         )
     if seat is not None and not exchanges and not seat.in_turn:
         raise InputError(
@@ -98,10 +100,10 @@ def check_machine(plan: Plan | Profile) -> None:
         raise InputError(
             f"the plan's times and floor are estimated for {device.name}, not measured on this machine; profile without {spelled('device')} here and plan again"
         )
-    present = our_cores()
-    if device.threads > present:
+    cores = our_cores()
+    if device.threads > cores:
         raise InputError(
-            f"the plan uses {device.threads} threads and this process may use {present}; profile and plan on this machine"
+            f"the plan uses {device.threads} threads and this process may use {cores}; profile and plan on this machine"
         )
     if device.floor.tables_on_disk and not page_out.library(cache_directory()):
         raise InputError(
@@ -161,21 +163,21 @@ def find_store(plan: Plan, stages: Stages | None) -> Path | None:
     else:
         path = Path(plan.model.store)
     store = read_header(path)
-    if plan.model.store_fingerprint and (found := store.fingerprint) != plan.model.store_fingerprint:
+    if plan.model.store_fingerprint and (fingerprint := store.fingerprint) != plan.model.store_fingerprint:
         raise InputError(
-            f"{path} holds other weights than the plan was made for (fingerprint {found[:12]}, planned {plan.model.store_fingerprint[:12]}); profile and plan again"
+            f"{path} holds other weights than the plan was made for (fingerprint {fingerprint[:12]}, planned {plan.model.store_fingerprint[:12]}); profile and plan again"
         )
     for tensor in plan.tensors:
-        if tensor.kind == "weight" and (held := packed_bytes(store.entries, tensor.name)) != tensor.packed_bytes:
+        if tensor.kind == "weight" and (packed := packed_bytes(store.entries, tensor.name)) != tensor.packed_bytes:
             raise InputError(
-                f"{path}: {tensor.name} is packed in {held} bytes and the plan expects {tensor.packed_bytes}; the plan is for another model, profile and plan again"
+                f"{path}: {tensor.name} is packed in {packed} bytes and the plan expects {tensor.packed_bytes}; the plan is for another model, profile and plan again"
             )
     return path
 
 
 def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Everything that must be the same for a resumed run to continue bit for bit; budget and schedule may differ."""
-    untimed = [
+    programs = [
         {
             "values": [v.model_dump() for v in p.values],
             "operators": [o.model_dump(exclude={"seconds", "workspace_bytes", "flops"}) for o in p.operators],
@@ -183,7 +185,7 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
         for p in plan.programs
     ]
     graph = [
-        untimed,
+        programs,
         [layer.model_dump() for layer in plan.layers],
         [[t.name, t.kind, t.shape, t.dtype] for t in plan.tensors],
     ]

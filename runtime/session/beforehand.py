@@ -35,8 +35,8 @@ def check_beforehand(
     check_policy(planning.policy or "solver")
     training.check_end()
     check_held_out(training)
-    own = planning.policy if planning.policy in OPTIMIZERS else planning.optimizer
-    own_settings(own or "adamw", training)
+    optimizer = planning.policy if planning.policy in OPTIMIZERS else planning.optimizer
+    optimizer_settings(optimizer or "adamw", training)
     checked_columns(training.columns)
     module = names_module(model)
     check_data(data, training.columns, module=module)
@@ -67,21 +67,21 @@ def check_data(data: Data, columns: Mapping[str, str] | None, *, module: bool) -
         raise InputError("a language model trains on a file of samples, a directory of them, or 'random'")
 
 
-def own_settings(name: str, options: TrainingOptions) -> dict[str, Any]:
-    """What `options` say of the settings that only some optimizers have. Raises InputError for one that the optimizer `name`
+def optimizer_settings(name: str, options: TrainingOptions) -> dict[str, Any]:
+    """Those settings of the optimizer `name` that `options` give and not all optimizers have. Raises InputError for one that it
     does not have.
     """
-    kind = OPTIMIZERS[name]
-    betas: tuple[float, float] | None = getattr(kind, "betas", None)
-    known = {"beta1": betas is not None, "beta2": betas is not None, "momentum": name == "momentum"}
+    optimizer = OPTIMIZERS[name]
+    betas: tuple[float, float] | None = getattr(optimizer, "betas", None)
+    available = {"beta1": betas is not None, "beta2": betas is not None, "momentum": name == "momentum"}
     for option in ("beta1", "beta2", *SINGLE):
         value = getattr(options, option)
-        if value is not None and not known.get(option, hasattr(kind, option)):
+        if value is not None and not available.get(option, hasattr(optimizer, option)):
             raise InputError(
                 f"{spelled(option)} {value:g}: the plan's optimizer, {name}, has none; leave it out, or plan with another optimizer"
             )
-    own: dict[str, Any] = {one: getattr(options, one) for one in SINGLE if getattr(options, one) is not None}
+    settings: dict[str, Any] = {key: getattr(options, key) for key in SINGLE if getattr(options, key) is not None}
     if betas is not None:
-        given = (options.beta1, options.beta2)
-        own["betas"] = tuple(old if new is None else new for old, new in zip(betas, given, strict=True))
-    return own
+        replaced = (options.beta1, options.beta2)
+        settings["betas"] = tuple(old if new is None else new for old, new in zip(betas, replaced, strict=True))
+    return settings

@@ -44,9 +44,9 @@ class Membership:
     figures: dict[str, Any] | None
 
 
-def of_member(options: RunOptions, fleet: AnyStepFleet, member: Membership) -> RunOptions:
-    """The options of a fleet's run for one member: it has a folder of its own in theirs, and evaluates where the first one alone has
-    the whole model and it is the first, or where all have parts of it.
+def member_options(options: RunOptions, fleet: AnyStepFleet, member: Membership) -> RunOptions:
+    """The options of a fleet's run for one member, which has a folder of its own in theirs. Of members that each have the whole model
+    only the first evaluates, of those that have parts of it all do.
     """
     evaluates = fleet.kind == "pipeline" or member.name == fleet.chain[0].name
     held_out = options.eval_data if evaluates else None
@@ -73,13 +73,13 @@ def membership(
         why = "takes no part in this plan" if idle else "is not in this plan"
         raise InputError(f"member {name!r} {why}; those that compute are {', '.join(names)}")
     rank = names.index(name)
-    waiting = max(0.0, fleet.makespan_seconds - fleet.micro_batches * _busy(chain[rank]))
+    waiting_seconds = max(0.0, fleet.makespan_seconds - fleet.micro_batches * _busy(chain[rank]))
     figures: dict[str, Any] = {
         "member": name,
         "members": names,
         "micro_batches": fleet.micro_batches,
         "seconds": fleet.makespan_seconds,
-        "exchange_seconds": waiting,
+        "exchange_seconds": waiting_seconds,
         "update_seconds": 0.0,
         "share": [0, fleet.micro_batches],
     }
@@ -98,7 +98,7 @@ def membership(
         figures["share"] = [member.first, member.micro_batches]
     else:
         (parts,) = replicas(fleet)
-        # Of mobillm each saves what it has trained itself.
+        # In mobillm each part saves what it has trained itself.
         part = stage_part(parts, rank, fleet.bits, gathers=isinstance(fleet, PipelinePlan))
         if isinstance(fleet, PipelinePlan):
             figures["layers"] = fleet.chain[rank].layer_names
@@ -140,7 +140,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def listener(fleet: AnyStepFleet) -> int:
-    """The place in the chain of the member that the others meet at: devices reach a server, and seldom the other way round."""
+    """The position in the chain of the member that listens for the others: devices can reach a server, and seldom the reverse."""
     return 1 if isinstance(fleet, SidePlan) else 0
 
 
@@ -172,8 +172,8 @@ def stage_part(parts: Chain, rank: int, bits: int, *, gathers: bool) -> StagePar
 
 def _busy(member: Member | Stage | SideMember) -> float:
     """Seconds that a member computes for each micro-batch."""
-    again = (member.forward_seconds or 0.0) if isinstance(member, Stage) and member.ahead else 0.0
-    return (member.micro_batch_seconds or 0.0) + again
+    recomputing = (member.forward_seconds or 0.0) if isinstance(member, Stage) and member.ahead else 0.0
+    return (member.micro_batch_seconds or 0.0) + recomputing
 
 
 def from_torchrun(fleet: AnyStepFleet, key: Path, environment: Mapping[str, str] = os.environ) -> Membership:
@@ -193,9 +193,9 @@ def from_torchrun(fleet: AnyStepFleet, key: Path, environment: Mapping[str, str]
         raise InputError(
             f"torchrun starts {size} processes and {count} members of the fleet compute: {', '.join(names)}"
         )
-    made = membership(fleet, names[rank], environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), key)
-    if made.seat is None:
-        return made
+    member = membership(fleet, names[rank], environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), key)
+    if member.seat is None:
+        return member
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return replace(made, seat=replace(made.seat, agent=agent, attempt=attempt))
+    return replace(member, seat=replace(member.seat, agent=agent, attempt=attempt))

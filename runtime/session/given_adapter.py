@@ -1,4 +1,4 @@
-"""The adapter that a run starts from, if its caller gives one: found, and checked against the plan."""
+"""Checks the adapter that a caller gives a run to start from against the plan."""
 
 from __future__ import annotations
 
@@ -89,36 +89,36 @@ def saved_shapes(plan: Plan) -> dict[str, list[int]]:
     return shapes
 
 
-def _check_tensors(path: Path, file: BinaryIO, wanted: dict[str, list[int]]) -> None:
-    """Raise InputError unless the safetensors file has exactly the `wanted` tensors, in finite float32."""
+def _check_tensors(path: Path, file: BinaryIO, shapes: dict[str, list[int]]) -> None:
+    """Raise InputError unless the safetensors file has exactly the tensors of `shapes`, in finite float32."""
     import numpy as np  # 10 MiB of the process that prepares a run, where no adapter is given
 
     end = file.seek(0, 2)
     file.seek(0)
     try:
-        text = header_in(file.fileno())
-        found = {
+        header = header_in(file.fileno())
+        entries = {
             name: (entry["dtype"], entry["shape"], entry["data_offsets"])
-            for name, entry in from_json(text).items()
+            for name, entry in from_json(header).items()
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged, or no safetensors file; copy the adapter again") from error
-    start = 8 + len(text)
-    for name in wanted:
-        if name not in found:
+    start = 8 + len(header)
+    for name in shapes:
+        if name not in entries:
             raise InputError(
                 f"{path}: no tensor {name}, which the plan trains; give an adapter of the plan's own model"
             )
-    for name in found:
-        if name not in wanted:
+    for name in entries:
+        if name not in shapes:
             raise InputError(
                 f"{path}: holds {name}, which the plan does not train; give an adapter of the plan's own model"
             )
-    for name, (dtype, shape, (begin, stop)) in found.items():
-        if shape != wanted[name] or dtype != FLOAT32:
+    for name, (dtype, shape, (begin, stop)) in entries.items():
+        if shape != shapes[name] or dtype != FLOAT32:
             raise InputError(
-                f"{path}: {name} is {dtype} {shape} and the plan trains {FLOAT32} {wanted[name]}; give an adapter of the same"
+                f"{path}: {name} is {dtype} {shape} and the plan trains {FLOAT32} {shapes[name]}; give an adapter of the same"
                 " rank, saved in float32"
             )
         if begin < 0 or stop - begin != 4 * math.prod(shape) or start + stop > end:

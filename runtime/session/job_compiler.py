@@ -61,10 +61,10 @@ def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
     Raises InputError for an offset that is not aligned.
     """
     index = TensorIndex(plan)
-    numbers, sizes = _numbered(plan, index)
+    numbers, sizes = _number_tensors(plan, index)
     shorter = [shortened(plan, step) for step in plan.shorter]
     tables, starts = _tables(plan, index, numbers)
-    writer = _Writer(plan, numbers)
+    writer = _InstructionWriter(plan, numbers)
     train, cycle = array("i"), []
     for position, phase in enumerate(plan.steps):
         begin = len(train)
@@ -75,9 +75,9 @@ def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
     update.append(len(train))
     evaluate = writer.words(plan.evaluate) if plan.evaluate else array("i")
     extents, spill_bytes = _extents(sizes, train, evaluate)
-    where = array("q", [0]) * len(numbers)
-    for name, at in plan.resident.items():
-        where[numbers[name]] = _units(at, ["resident", name]) * UNIT
+    offsets = array("q", [0]) * len(numbers)
+    for name, offset in plan.resident.items():
+        offsets[numbers[name]] = _units(offset, ["resident", name]) * UNIT
     return Job(
         header={
             **settings,
@@ -94,7 +94,7 @@ def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
             "q", (size for short in shorter for size in _sizes(TensorIndex(short), numbers, len(sizes)))
         ),
         extents=extents,
-        where=where,
+        where=offsets,
         tables=tables,
         starts=starts,
         weights=_weights(plan),
@@ -108,21 +108,21 @@ def _of_kind(plan: Plan, kind: str) -> list[Tensor]:
     return [tensor for tensor in plan.tensors if tensor.kind == kind]
 
 
-def _places(listed: Iterable[Tensor | Layer | Program]) -> dict[str, int]:
-    return {entry.name: place for place, entry in enumerate(listed)}
+def _positions(parts: Iterable[Tensor | Layer | Program]) -> dict[str, int]:
+    return {part.name: position for position, part in enumerate(parts)}
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _numbered(plan: Plan, index: TensorIndex) -> tuple[dict[str, int], array[int]]:
+def _number_tensors(plan: Plan, index: TensorIndex) -> tuple[dict[str, int], array[int]]:
     """The number of every tensor by name, and the bytes of those that stay between steps or are ever spilled.
 
     The latter have the lowest numbers.
     """
     phases = [*plan.steps, *plan.beside]
-    moved = {one.tensor for phase in phases for one in phase.instructions if isinstance(one, Spill | Fetch)}
-    lasting = [name for name in index.tensors if name in moved or name in plan.resident]
+    transferred = {each.tensor for phase in phases for each in phase.instructions if isinstance(each, Spill | Fetch)}
+    lasting = [name for name in index.tensors if name in transferred or name in plan.resident]
     numbers = {name: number for number, name in enumerate(dict.fromkeys((*lasting, *index.tensors)))}
     return numbers, _sizes(index, numbers, len(lasting))
 
@@ -144,14 +144,14 @@ def _tables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> tuple
 # --- instructions -----------------------------------------------------------------------------------------------------
 
 
-class _Writer:
+class _InstructionWriter:
     """Translates instructions to words."""
 
     def __init__(self, plan: Plan, numbers: Mapping[str, int]) -> None:
         self.numbers = numbers
-        self.layers = _places(plan.layers)
-        self.weights = _places(_of_kind(plan, "weight"))
-        self.trainables = _places(_of_kind(plan, "trainable"))
+        self.layers = _positions(plan.layers)
+        self.weights = _positions(_of_kind(plan, "weight"))
+        self.trainables = _positions(_of_kind(plan, "trainable"))
         self.updates = _updates([plan.update] if plan.update else plan.steps)
         self.marks = {plan.loss: LOSS}
         """code to write just before the instruction that frees a tensor"""
@@ -160,10 +160,10 @@ class _Writer:
 
     def words(self, phase: Phase, position: int = 0) -> array[int]:
         """The words of a schedule; a training schedule is the one at `position` in the cycle."""
-        made = array("i")
+        words = array("i")
         for instruction in phase.instructions:
-            made.extend(self._instruction(instruction, position))
-        return made
+            words.extend(self._instruction(instruction, position))
+        return words
 
     def _instruction(self, instruction: Instruction, position: int) -> tuple[int, ...]:
         number = self.numbers
@@ -198,15 +198,15 @@ class _Writer:
 
 def _updates(steps: Sequence[Phase]) -> dict[tuple[int, str], tuple[int, int]]:
     """(position in the cycle, trainable) -> (its updates per cycle, which of them is made there, counted from 1)."""
-    at: dict[str, list[int]] = {}
+    positions_of: dict[str, list[int]] = {}
     for position, phase in enumerate(steps):
         for instruction in phase.instructions:
             if isinstance(instruction, Update):
-                at.setdefault(instruction.trainable, []).append(position)
+                positions_of.setdefault(instruction.trainable, []).append(position)
     return {
-        (position, name): (len(positions), which)
-        for name, positions in at.items()
-        for which, position in enumerate(positions, 1)
+        (position, name): (len(positions), ordinal)
+        for name, positions in positions_of.items()
+        for ordinal, position in enumerate(positions, 1)
     }
 
 
@@ -235,13 +235,13 @@ def _extents(sizes: array[int], train: array[int], evaluate: array[int]) -> tupl
 
 
 def _spilled(words: array[int]) -> set[int]:
-    return {words[place + 1] for place in starts_of(words) if words[place] == SPILL}
+    return {words[position + 1] for position in starts_of(words) if words[position] == SPILL}
 
 
 # --- weights, trainables, the hole -----------------------------------------------------------------------------------
 
 
-def _said(tensors: Sequence[Tensor]) -> dict[str, Any]:
+def _catalogue(tensors: Sequence[Tensor]) -> dict[str, Any]:
     """The header's entry for weights or trainables: their names, and lists of the dtypes and shapes that occur."""
     return {
         "names": SEPARATOR.join(t.name for t in tensors),
@@ -251,34 +251,34 @@ def _said(tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def _weights(plan: Plan) -> array[int]:
-    resident, made = plan.resident, array("q")
-    said = _said(weights := _of_kind(plan, "weight"))
+    resident, words = plan.resident, array("q")
+    catalogue = _catalogue(weights := _of_kind(plan, "weight"))
     for t in weights:
-        made.extend((said["dtypes"].index(t.dtype), said["shapes"].index(list(t.shape))))
-        made.extend((t.packed_bytes, resident.get(t.name, -1), resident.get(f"packed:{t.name}", -1)))
-    return made
+        words.extend((catalogue["dtypes"].index(t.dtype), catalogue["shapes"].index(list(t.shape))))
+        words.extend((t.packed_bytes, resident.get(t.name, -1), resident.get(f"packed:{t.name}", -1)))
+    return words
 
 
 def _trainables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> array[int]:
-    resident, made = plan.resident, array("q")
-    said = _said(trainables := _of_kind(plan, "trainable"))
+    resident, words = plan.resident, array("q")
+    catalogue = _catalogue(trainables := _of_kind(plan, "trainable"))
     for t in trainables:
         # If no schedule has a backward, there is no gradient, and nothing reads its number.
-        made.extend((said["shapes"].index(list(t.shape)), numbers.get(f"grad:{t.name}", -1)))
+        words.extend((catalogue["shapes"].index(list(t.shape)), numbers.get(f"grad:{t.name}", -1)))
         for name in (t.name, *index.states[t.name]):
-            made.extend((numbers[name], resident.get(name, -1)))
-    return made
+            words.extend((numbers[name], resident.get(name, -1)))
+    return words
 
 
 def hole(plan: Plan, numbers: Mapping[str, int], sizes: Sequence[int]) -> tuple[int, int]:
     """The largest byte range [start, end) of the arena, in whole blocks, in which no tensor stays between steps."""
-    taken = sorted((at, at + sizes[numbers[name]]) for name, at in plan.resident.items())
-    found, end = (0, 0), 0
-    for start, stop in [*taken, (plan.arena_bytes, 0)]:
+    occupied = sorted((offset, offset + sizes[numbers[name]]) for name, offset in plan.resident.items())
+    largest, end = (0, 0), 0
+    for start, stop in [*occupied, (plan.arena_bytes, 0)]:
         low, high = -(-end // BLOCK) * BLOCK, start // BLOCK * BLOCK
-        found = max(found, (low, high), key=lambda one: one[1] - one[0])
+        largest = max(largest, (low, high), key=lambda candidate: candidate[1] - candidate[0])
         end = max(end, stop)
-    return found
+    return largest
 
 
 # --- header -----------------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def _header(
     cycle: list[list[int]],
 ) -> dict[str, Any]:
     """The job's header but for the settings; `cycle` has the word range [begin, end) of each training schedule."""
-    programs = _places(plan.programs)
+    programs = _positions(plan.programs)
 
     gathered = {
         numbers[name]: name
@@ -303,7 +303,7 @@ def _header(
         for name in (index.names[layer][value] for value in operator.gathers)
     }
     tensors = {tensor.name: tensor for tensor in plan.tensors}
-    kept = kept_buffers(plan.layers, plan.programs)
+    buffers = kept_buffers(plan.layers, plan.programs)
     return {
         "budget_bytes": plan.budget_bytes,
         # The training process's share of the budget.
@@ -323,11 +323,11 @@ def _header(
         "layer_programs": [programs[layer.program] for layer in plan.layers],
         # By its name a layer draws the same random numbers in every plan.
         "layer_names": SEPARATOR.join(layer.name for layer in plan.layers) if draws_numbers(plan.programs) else "",
-        "weights": _said(_of_kind(plan, "weight")),
+        "weights": _catalogue(_of_kind(plan, "weight")),
         "cycle": cycle,
-        "trainables": _said(_of_kind(plan, "trainable")),
-        "constants": _placed(plan, "constant"),
-        "buffers": [[name, tensors[name].dtype, tensors[name].shape, plan.resident[name]] for name in kept],
+        "trainables": _catalogue(_of_kind(plan, "trainable")),
+        "constants": _placements(plan, "constant"),
+        "buffers": [[name, tensors[name].dtype, tensors[name].shape, plan.resident[name]] for name in buffers],
         "gathered": list(gathered.items()),
         "loss": numbers[plan.loss],
     }
@@ -338,10 +338,10 @@ def _of_length(plan: Plan, numbers: Mapping[str, int]) -> dict[str, Any]:
     losses = next((tensor for tensor in plan.tensors if tensor.name == plan.token_losses), None)
     return {
         "programs": [program_header(program.model_dump()) for program in plan.programs],
-        "inputs": _placed(plan, "batch"),
+        "inputs": _placements(plan, "batch"),
         "token_losses": [numbers[losses.name], losses.shape] if losses else None,
     }
 
 
-def _placed(plan: Plan, kind: str) -> list[list[Any]]:
+def _placements(plan: Plan, kind: str) -> list[list[Any]]:
     return [[t.name, t.dtype, t.shape, plan.resident.get(t.name, -1)] for t in _of_kind(plan, kind)]

@@ -39,7 +39,7 @@ from tightfit.runtime.session.output import check_reached, finished_report, lock
 from tightfit.runtime.session.settings import (
     check_packing,
     order_of,
-    packing_told,
+    packing_note,
     packs,
     receives_batches,
     settings_of,
@@ -116,17 +116,17 @@ def prepared(
     check_held_out(options)
     if steps is not None:
         check_steps(plan, steps)
-    name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
+    data_name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
     if not isinstance(data, str | os.PathLike) and _length(data) is None:
         if steps is None or isinstance(options.eval_every, str):
             raise InputError(
                 "the batches given have no length, so that nobody knows what an epoch is; give a list, or steps"
             )
-        name += f" (the first {steps} of an iterator without a length; give a list to go on with more steps)"
+        data_name += f" (the first {steps} of an iterator without a length; give a list to go on with more steps)"
         data = itertools.islice(data, steps)
     check_machine(plan)
     check_schedule(plan)
-    given = None if options.adapter is None else given_adapter(plan, Path(options.adapter).absolute())
+    initial = None if options.adapter is None else given_adapter(plan, Path(options.adapter).absolute())
     store = find_store(plan, options.stages)
     if preparation:
         preparation.check("reading the plan")
@@ -134,7 +134,7 @@ def prepared(
         replaced = to_be_replaced(
             directory, steps, resume=options.resume, overwrite=options.overwrite, elsewhere=seat is not None
         )
-        written = partial(
+        write_data = partial(
             prepare_data,
             plan,
             options=options,
@@ -143,9 +143,9 @@ def prepared(
             preparation=preparation,
             tokens=options.tokens,
         )
-        train = None if receives_batches(plan) else written(data, staging, "train")
+        train = None if receives_batches(plan) else write_data(data, staging, "train")
         evaluation = (
-            None if options.eval_data is None or train is None else written(options.eval_data, staging, "evaluate")
+            None if options.eval_data is None or train is None else write_data(options.eval_data, staging, "evaluate")
         )
         if options.tokens is not None:
             shutil.rmtree(options.tokens, ignore_errors=True)
@@ -154,14 +154,14 @@ def prepared(
             raise InputError(
                 f"{spelled('epochs')} {options.epochs:g}: a server has no data, of which an epoch would be; give {spelled('steps')}"
             )
-        settled = options.over(epoch_steps, of_update=seat.micro_batches if seat else plan.accumulate)
-        if options.resume and steps is None and settled.steps is not None:
-            check_reached(directory, settled.steps)
+        in_steps = options.over(epoch_steps, of_update=seat.micro_batches if seat else plan.accumulate)
+        if options.resume and steps is None and in_steps.steps is not None:
+            check_reached(directory, in_steps.steps)
         settings = settings_of(
             plan,
             directory,
             store,
-            settled,
+            in_steps,
             epoch_steps=epoch_steps,
             data=train.name if train else None,
             evaluation=evaluation.name if evaluation else None,
@@ -169,11 +169,11 @@ def prepared(
             profile_step=options.profile_step,
             traced_steps=traced_steps,
             seat=seat,
-            adapter_given=given,
+            adapter_given=initial,
         )
         finished, evaluated = None, False
         if options.resume and seat is None and train:  # the members of a fleet first find out together what is done
-            finished, evaluated = finished_report(directory, settings, train, evaluation, name)
+            finished, evaluated = finished_report(directory, settings, train, evaluation, data_name)
         if finished and evaluated:
             yield finished
             return
@@ -187,9 +187,9 @@ def prepared(
                 file.replace(directory / "data" / file.name)
             staging.rmdir()  # already here, so that a run that is killed later does not leave the empty folder behind
         figures = member.figures if member else None
-        told = packing_told(plan, settings)
+        packing = packing_note(plan, settings)
         yield order_of(
-            plan, compiled, directory, lock, cgroup=options.cgroup, finished=finished, fleet=figures, packing=told
+            plan, compiled, directory, lock, cgroup=options.cgroup, finished=finished, fleet=figures, packing=packing
         )
 
 
@@ -206,7 +206,7 @@ def prepare_data(
     tokens: Path | None = None,
 ) -> Path:
     """Write the data as a record or batch file in `folder`; returns its path. `purpose` is "train" or "evaluate"."""
-    from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare, tokens_in
+    from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare, tokens_file
 
     check_data(data, options.columns if purpose == "train" else None, module=plan.model.kind == "module")
     if plan.model.kind == "module":
@@ -219,10 +219,10 @@ def prepare_data(
     vocabulary = None if text == RANDOM or text.endswith(PREPARED) else lookup.vocabulary(plan.model.source)
     if preparation:
         preparation.check("loading the tokenizer")
-    kept = None if tokens is None else tokens_in(tokens, purpose)
-    if kept is not None and not kept.exists():
-        kept = None
-    what = f"tokenising {text}" if kept is None else f"taking the tokens of {text}"
+    kept_tokens = None if tokens is None else tokens_file(tokens, purpose)
+    if kept_tokens is not None and not kept_tokens.exists():
+        kept_tokens = None
+    stage = f"tokenising {text}" if kept_tokens is None else f"taking the tokens of {text}"
     records = prepare(
         text,
         vocabulary,
@@ -234,10 +234,10 @@ def prepare_data(
         too_long="truncate" if options.truncate else "refuse",
         seed=seed,
         pairs=plan.model.preference is not None,
-        warn=lambda told: warnings.warn(told, UserWarning, stacklevel=2),
-        progress=(lambda done: stages(what, done, done)) if stages else None,
+        warn=lambda message: warnings.warn(message, UserWarning, stacklevel=2),
+        progress=(lambda done: stages(stage, done, done)) if stages else None,
         preparation=preparation,
-        kept=kept,
+        kept=kept_tokens,
         positions=lookup.positions_of(plan.model.config),
     )
     records.close()
@@ -245,7 +245,7 @@ def prepare_data(
 
 
 def _epoch_steps(plan: Plan, prepared: Path, options: TrainingOptions) -> float:
-    """Steps that go once through the prepared data."""
+    """The number of steps in which a run goes through the prepared data once."""
     loss = plan.model.preference.loss if plan.model.preference else None
     batches = open_batches(
         str(prepared), options.seed, packing=packs(plan, options), by_length=bool(plan.shorter), loss=loss
@@ -278,8 +278,8 @@ def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: 
     length = _length(data)
 
     def checked() -> Iterator[list[torch.Tensor]]:
-        for number, given in enumerate(data):
-            batch = as_planned(plan, given, f"batch {number}")
+        for number, item in enumerate(data):
+            batch = as_planned(plan, item, f"batch {number}")
             if stages:
                 stages("writing batches down", number + 1, length or number + 1)
             yield batch

@@ -35,8 +35,8 @@ def _interval(text: str) -> int | str:
 
 def _epochs(text: str) -> float:
     """The number of epochs in the words `text`; 0 where they are no interval in epochs."""
-    found = EPOCHS.fullmatch(text.strip())
-    return float(found[1]) if found else 0.0
+    match = EPOCHS.fullmatch(text.strip())
+    return float(match[1]) if match else 0.0
 
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -69,7 +69,7 @@ class LengthOptions(Options):
 
 
 class RateOptions(Options):
-    """How far an update goes, and what is drawn."""
+    """The learning rate, the decay of weights, and the seed of random numbers."""
 
     lr: float = option(
         2e-4, "Learning rate of the plan's optimizer.", label="Learning rate", ge=0, le=LARGEST_SETTING, primary=True
@@ -79,7 +79,7 @@ class RateOptions(Options):
 
 
 class UpdateOptions(RateOptions):
-    """How the optimizer updates, what is drawn, and when checkpoints are written."""
+    """The settings of the optimizer, the seed, and when checkpoints are written."""
 
     beta1: float | None = option(
         None, "Share that the first moment keeps at an update: 0.9 unless given (adamw, adam, lion).", ge=0, lt=1
@@ -209,7 +209,7 @@ class TrainingOptions(DataOptions, UpdateOptions, LengthOptions):
             raise InputError(f"{spelled('steps')} is missing: give the number of steps, or {spelled('epochs')}")
 
     def over(self, epoch_steps: float | None, *, of_update: int) -> TrainingOptions:
-        """These options with everything in steps, for data of which `epoch_steps` steps are an epoch.
+        """These options with epochs and ratios turned into steps, where an epoch of the data is `epoch_steps` steps.
 
         The number of steps is a multiple of `of_update`, the steps of an update, and no less than the epochs asked for.
         """
@@ -229,7 +229,7 @@ class TrainingOptions(DataOptions, UpdateOptions, LengthOptions):
 
 
 class CappedOptions(Options):
-    """Who holds the cap of a budgeted process, and who is told how far its preparation is."""
+    """Who enforces the cap of a budgeted process, and who is told how far its preparation has come."""
 
     cgroup: bool = True
     """whether the kernel enforces the cap where it can; otherwise the process's own meter does alone"""
@@ -247,8 +247,8 @@ class EvaluationOptions(CappedOptions, DataOptions):
     )
 
 
-class Again(Options):
-    """What becomes of earlier results."""
+class EarlierRunOptions(Options):
+    """What becomes of an earlier run's results in the output folder."""
 
     resume: bool = False
     overwrite: bool = False
@@ -262,7 +262,7 @@ class Again(Options):
         return self
 
 
-class OutputOptions(CappedOptions, Again):
+class OutputOptions(CappedOptions, EarlierRunOptions):
     """Where results go, and what becomes of those that lie there."""
 
     out: PathText | Path

@@ -91,10 +91,10 @@ def is_locked(directory: Path) -> bool:
 
 @contextmanager
 def tokens_kept(directory: Path) -> Iterator[Path]:
-    """A folder in which data may be kept as tokens from when the length of a sequence is chosen until the run has prepared
+    """A folder in which tokenised data may be kept from when the length of a sequence is chosen until the run has prepared
     its data (`tightfit.runtime.session.launch.prepared` then removes it).
 
-    What a call that was killed has left there is removed, and the folder where the block ends with an exception.
+    It begins empty, whatever a call that was killed left there, and is removed if the block ends with an exception.
     """
     folder = directory / TOKENS
     shutil.rmtree(folder, ignore_errors=True)
@@ -149,26 +149,26 @@ def to_be_replaced(
                 f"{data} is no folder, and a run keeps its prepared data in one of that name; move it away, or choose another output directory"
             )
         for folder in (directory / name for name in OURS):
-            if not resume and folder.is_dir() and (strange := _strange(folder)):
+            if not resume and folder.is_dir() and (foreign := _foreign_file(folder)):
                 raise InputError(
-                    f"{folder} holds {strange}, which no run leaves there and {spelled('overwrite', True)} would remove; move it away, or choose another output directory"
+                    f"{folder} holds {foreign}, which no run leaves there and {spelled('overwrite', True)} would remove; move it away, or choose another output directory"
                 )
-        found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
+        earlier = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
         checkpoints = find_checkpoints(str(directory))
-        found += [Path(path) for _, path in checkpoints]
-        if found and not resume and not overwrite:
-            way = (
+        earlier += [Path(path) for _, path in checkpoints]
+        if earlier and not resume and not overwrite:
+            advice = (
                 f"continue it with {spelled('resume', True)}, "
                 if checkpoints
                 else "it has no checkpoint to go on from, "
             )
             raise InputError(
-                f"{directory} holds an earlier run ({found[0].name}); {way}replace it with {spelled('overwrite', True)}, or choose another directory"
+                f"{directory} holds an earlier run ({earlier[0].name}); {advice}replace it with {spelled('overwrite', True)}, or choose another directory"
             )
         if resume and not checkpoints and not elsewhere:
-            way = f"give {spelled('overwrite', True)} in place of" if found else "leave out"
+            advice = f"give {spelled('overwrite', True)} in place of" if earlier else "leave out"
             raise InputError(
-                f"{directory} holds no checkpoint to resume from; {way} {spelled('resume', True)} to start from the beginning"
+                f"{directory} holds no checkpoint to resume from; {advice} {spelled('resume', True)} to start from the beginning"
             )
         if resume and steps is not None:
             check_reached(directory, steps)
@@ -176,7 +176,7 @@ def to_be_replaced(
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
-    return [] if resume else found
+    return [] if resume else earlier
 
 
 def check_reached(directory: Path, steps: int) -> None:
@@ -188,7 +188,7 @@ def check_reached(directory: Path, steps: int) -> None:
         )
 
 
-def _strange(folder: Path) -> str | None:
+def _foreign_file(folder: Path) -> str | None:
     """A file name in one of the folders `OURS` that no run makes there, so that it may be somebody's model; None if there
     is none.
 
@@ -216,25 +216,25 @@ def finished_report(
     other data.
     """
     expected = {**settings["conditions"], "data": _fingerprint(train)}
-    found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # noqa: TID251  as JSON, to compare equal
+    checkpoint = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # noqa: TID251  as JSON, to compare equal
     held_out = _fingerprint(evaluation) if evaluation else None
     try:
         report = read_json(directory / "report.json")
-        made = Evaluations.of(settings, held_out, found.state)
-        ended = found.step == settings["steps"] or (made is not None and made.over)
-        done = ended and found.step == len(report["loss"])
-        earlier = found.state.get("evaluated before", {}).get("data")  # reports of older versions do not say
-        known = {when for when, told in report["evaluation"].items() if told.get("data", earlier) == held_out}
+        evaluations = Evaluations.of(settings, held_out, checkpoint.state)
+        ended = checkpoint.step == settings["steps"] or (evaluations is not None and evaluations.over)
+        done = ended and checkpoint.step == len(report["loss"])
+        earlier = checkpoint.state.get("evaluated before", {}).get("data")  # reports of older versions do not say
+        evaluated = {moment for moment, saved in report["evaluation"].items() if saved.get("data", earlier) == held_out}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, False
-    told = Path(str(report.get("adapter"))).name
-    names = sorted(("adapter", "model", "side"), key=lambda name: name != told)
+    saved = Path(str(report.get("adapter"))).name
+    names = sorted(("adapter", "model", "side"), key=lambda name: name != saved)
     trained = next((path for name in names if (path := directory / name).is_dir()), None)
     if not done or trained is None:
         return None, False
     # The present paths, since the folder may have been moved.
-    report |= {"adapter": str(trained), "checkpoint": found.path}
-    return report, held_out is None or known == {"before", "after"}
+    report |= {"adapter": str(trained), "checkpoint": checkpoint.path}
+    return report, held_out is None or evaluated == {"before", "after"}
 
 
 def _fingerprint(prepared: Path) -> str:

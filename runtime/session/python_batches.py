@@ -35,10 +35,10 @@ def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Ten
         raise InputError(f"{name} is a tensor; a batch is a tuple of tensors: give (tensor,)")
     inputs = plan.model.config.get(INPUTS) if plan.model.kind == "module" else None
     if inputs is not None:
-        batch, found_inputs = flat_batch(batch, name)
-        if found_inputs != inputs:
+        batch, given_inputs = flat_batch(batch, name)
+        if given_inputs != inputs:
             raise InputError(
-                f"{name} has {found_inputs} inputs, the module takes {inputs}; give (inputs, targets) as the factory does"
+                f"{name} has {given_inputs} inputs, the module takes {inputs}; give (inputs, targets) as the factory does"
             )
     for index, tensor in enumerate(batch):
         if not isinstance(tensor, Tensor):
@@ -49,59 +49,59 @@ def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Ten
     # The plan lists the tensors that the module uses, in the order of their first use.
     planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
     tensors = list(as_trained(batch, name))
-    for at, (kind, _) in planned.items():
+    for index, (kind, _) in planned.items():
         dtype = getattr(torch, kind)
-        if at < len(tensors) and tensors[at].is_floating_point() and dtype.is_floating_point:
-            tensors[at] = tensors[at].to(dtype)
-    found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors]
-    if max(planned, default=-1) >= len(tensors) or any(found[at] != wanted for at, wanted in planned.items()):
-        wanted = [planned[at] for at in sorted(planned)]
+        if index < len(tensors) and tensors[index].is_floating_point() and dtype.is_floating_point:
+            tensors[index] = tensors[index].to(dtype)
+    given = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors]
+    if max(planned, default=-1) >= len(tensors) or any(given[index] != form for index, form in planned.items()):
+        form = [planned[index] for index in sorted(planned)]
         raise InputError(
-            f"{name} has tensors {found}, the plan was made for {wanted}; profile with a batch of that shape"
+            f"{name} has tensors {given}, the plan was made for {form}; profile with a batch of that shape"
         )
-    return [tensors[at] for at in planned]
+    return [tensors[index] for index in planned]
 
 
 def _tokens(plan: Plan, batch: Sequence[Tensor], name: str) -> list[Tensor]:
     assert plan.seq is not None
-    rows, seq, words = plan.batch, plan.seq, plan.model.config["vocab_size"]
+    rows, seq, vocab_size = plan.batch, plan.seq, plan.model.config["vocab_size"]
     if not 1 <= len(batch) <= 3:
         raise InputError(f"{name} has {len(batch)} tensors; give input_ids and labels, or input_ids alone")
     ids, labels = batch[0], batch[min(1, len(batch) - 1)]
-    found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in batch]
+    given = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in batch]
     if any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in batch) or ids.ndim != 2:
-        raise InputError(f"{name} has tensors {found}; give integers of shape [rows, tokens]")
+        raise InputError(f"{name} has tensors {given}; give integers of shape [rows, tokens]")
     positions = batch[2] if len(batch) == 3 else torch.arange(ids.shape[1]).expand(ids.shape)
     if ids.shape != labels.shape or ids.shape != positions.shape or ids.shape[0] > rows or not 1 <= ids.shape[1] <= seq:
         raise InputError(
-            f"{name} has tensors {found}, the plan was made for at most {rows} rows of {seq} tokens, labels like input_ids;"
+            f"{name} has tensors {given}, the plan was made for at most {rows} rows of {seq} tokens, labels like input_ids;"
             f" cut the batch, or profile with another {spelled('batch')} and {spelled('seq')}"
         )
     ids, labels, positions = ids.long(), labels.long(), positions.long()
-    shared = any(tensor.kind == "batch" and tensor.name == POSITIONS for tensor in plan.tensors)
-    begun = positions == 0
-    if not bool(begun[:, 0].all() and (begun[:, 1:] | (positions[:, 1:] == positions[:, :-1] + 1)).all()):
+    has_positions = any(tensor.kind == "batch" and tensor.name == POSITIONS for tensor in plan.tensors)
+    starts = positions == 0
+    if not bool(starts[:, 0].all() and (starts[:, 1:] | (positions[:, 1:] == positions[:, :-1] + 1)).all()):
         raise InputError(
             f"{name} has 3 tensors, and the third are no positions: they are counted from 0 in each sample of a row, one sample"
             " after the other"
         )
-    if not shared and bool(begun[:, 1:].any()):
+    if not has_positions and bool(starts[:, 1:].any()):
         why = plan.model.rows_apart or "it has no attention"
         raise InputError(
             f"{name} has rows of several samples, which this model does not allow: {why}; give each its own"
         )
-    for what, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
-        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < words:
-            other = int(values.min()) if int(values.min()) < 0 else int(values.max())
-            raise InputError(f"{name}: {what} has the token {other}; the model has tokens 0 to {words - 1}")
+    for part, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < vocab_size:
+            token = int(values.min()) if int(values.min()) < 0 else int(values.max())
+            raise InputError(f"{name}: {part} has the token {token}; the model has tokens 0 to {vocab_size - 1}")
     # Place t predicts the token at place t + 1, if that is of the same sample.
-    labels = F.pad(labels[:, 1:].masked_fill(begun[:, 1:], IGNORED), (0, 1), value=IGNORED)
+    labels = F.pad(labels[:, 1:].masked_fill(starts[:, 1:], IGNORED), (0, 1), value=IGNORED)
     if not bool((labels >= 0).any()):
         raise InputError(f"{name} has no label after the first token; give at least one token to predict")
-    beyond = (0, seq - ids.shape[1], 0, rows - ids.shape[0])
-    counted = torch.arange(seq).repeat(rows, 1)
+    padding = (0, seq - ids.shape[1], 0, rows - ids.shape[0])
+    padded = torch.arange(seq).repeat(rows, 1)
     if len(batch) == 3:
-        counted[: ids.shape[0], ids.shape[1] :] -= ids.shape[1]  # padding is a sample of its own
-        counted[: ids.shape[0], : ids.shape[1]] = positions
-    made = [F.pad(ids, beyond).contiguous(), F.pad(labels, beyond, value=IGNORED).contiguous()]
-    return [*made, counted] if shared else made
+        padded[: ids.shape[0], ids.shape[1] :] -= ids.shape[1]  # padding is a sample of its own
+        padded[: ids.shape[0], : ids.shape[1]] = positions
+    tensors = [F.pad(ids, padding).contiguous(), F.pad(labels, padding, value=IGNORED).contiguous()]
+    return [*tensors, padded] if has_positions else tensors

@@ -31,7 +31,7 @@ from tightfit.runtime.session.settings import order_of, settings_of
 from tightfit.runtime.supervision.report import build_report, write_report
 from tightfit.runtime.supervision.training_process import started
 
-OVER = "is over; go on with another one that resumes"
+CLOSED = "is over; go on with another one that resumes"
 
 
 class Session:
@@ -58,7 +58,7 @@ class Session:
     the training process dies.
     """
 
-    _asking = -1
+    _request_pipe = -1
     """descriptor of the pipe for requests to the training process; -1: closed"""
 
     @keywords_of(SessionOptions)
@@ -92,7 +92,7 @@ class Session:
         with ExitStack() as stack:
             lock = stack.enter_context(locked(directory))
             replaced = to_be_replaced(directory, None, resume=self._options.resume, overwrite=self._options.overwrite)
-            read, self._asking = os.pipe()
+            read, self._request_pipe = os.pipe()
             stack.callback(self._hang_up)
             with os.fdopen(read, "rb"):
                 compiled = compile_job(
@@ -113,7 +113,7 @@ class Session:
                 self._order = order_of(plan, compiled, directory, lock, cgroup=self._options.cgroup)
                 self._child = stack.enter_context(started(self._order, requests=read))
             try:
-                self.taken = self._told("loaded")["step"]
+                self.taken = self._wait_for("loaded")["step"]
             except BaseException:
                 self._child.stop()
                 raise
@@ -128,10 +128,10 @@ class Session:
         InputError for a batch or rate that is not allowed, after which the session can go on, and for a loss that is
         not finite, which ends it.
         """
-        told = self._answer(STEP, batch, None if lr is None else UpdateOptions(lr=lr).lr)
+        answer = self._answer(STEP, batch, None if lr is None else UpdateOptions(lr=lr).lr)
         self.taken += 1
-        self.grad_norm = told.get("grad_norm")
-        loss: float = told["loss"]
+        self.grad_norm = answer.get("grad_norm")
+        loss: float = answer["loss"]
         return loss
 
     def loss(self, *batch: Tensor | Sequence[Tensor]) -> float:
@@ -150,7 +150,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
-            closed, self._closed = self._closed, OVER
+            closed, self._closed = self._closed, CLOSED
             if error is None and closed is None:
                 self._ask(FINISH)
                 observed = self._child.end()
@@ -189,26 +189,26 @@ class Session:
         # Stays set until the answer has come: an interruption may leave half a request in the pipe.
         self._closed = f"was interrupted after step {self.taken}, in the middle of what was asked; leave it, and go on with another one that resumes"
         self._ask(kind, lr, tensors)
-        message = self._told(ANSWERS[kind])
+        message = self._wait_for(ANSWERS[kind])
         self._closed = None
         return message
 
     def _ask(self, kind: bytes, lr: float | None = None, tensors: Sequence[Tensor] = ()) -> None:
-        with suppress(BrokenPipeError):  # the training process has ended; `_told` raises what its end means
-            ask(self._asking, kind, lr, tensors)
+        with suppress(BrokenPipeError):  # the training process has ended; `_wait_for` raises what its end means
+            ask(self._request_pipe, kind, lr, tensors)
 
-    def _told(self, event: str) -> dict[str, Any]:
+    def _wait_for(self, event: str) -> dict[str, Any]:
         for message in self._child.messages():
             if message["event"] == event:
                 return message
-        self._closed = OVER
+        self._closed = CLOSED
         self._child.end()
         raise RunError("the training process has ended; go on with another session that resumes")
 
     def _hang_up(self) -> None:
-        if self._asking >= 0:
-            os.close(self._asking)
-            self._asking = -1
+        if self._request_pipe >= 0:
+            os.close(self._request_pipe)
+            self._request_pipe = -1
 
     def __del__(self) -> None:
         # If the block was never left, closing the pipe makes the training process save and end.

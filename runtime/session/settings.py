@@ -22,7 +22,7 @@ from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.checkpoint import PACKING
 from tightfit.runtime.engine.training.job import RECEIVE, Job
 from tightfit.runtime.session.admission import conditions
-from tightfit.runtime.session.beforehand import own_settings
+from tightfit.runtime.session.beforehand import optimizer_settings
 from tightfit.runtime.session.given_adapter import GivenAdapter
 from tightfit.runtime.session.options import DataOptions, TrainingOptions
 from tightfit.runtime.supervision.training_process import RunOrder
@@ -60,7 +60,7 @@ def settings_of(
             warmup_steps=options.warmup_steps,
             total_steps=0 if options.schedule == "constant" or options.steps is None else options.steps,
             min_lr_ratio=options.min_lr_ratio,
-            **own_settings(name, options),
+            **optimizer_settings(name, options),
         )
     )
     if not options.min_lr_ratio:
@@ -114,7 +114,7 @@ def packs(plan: Plan, options: DataOptions) -> bool:
 
 
 def _asks_for_packing(plan: Plan, options: DataOptions) -> bool:
-    """The same of all members of a fleet, some of which may have no use for positions."""
+    """Whether packing was asked for and the model allows it: the same for all members of a fleet, even those that read no positions."""
     return options.packing and plan.model.kind == "decoder" and plan.model.rows_apart is None
 
 
@@ -153,18 +153,18 @@ def order_of(
     """Write the job into `directory` and return the order to start its training process, which with `evaluates` takes no step.
 
     `lock` is the descriptor that locks `directory`; `fleet` what the report says of the fleet that the run is part of
-    (`tightfit.runtime.session.fleet.figures_of`), and `packing` of rows (`packing_told`). Raises RunError if the disk refuses.
+    (`tightfit.runtime.session.fleet.figures_of`), and `packing` of rows (`packing_note`). Raises RunError if the disk refuses.
     """
     floor = plan.device.floor
-    uncounted = {} if floor.tables_on_disk else {page_out.VARIABLE: ""}
-    uncounted |= {} if floor.cuda_stubs else {cuda_stubs.VARIABLE: ""}
+    unused_files = {} if floor.tables_on_disk else {page_out.VARIABLE: ""}
+    unused_files |= {} if floor.cuda_stubs else {cuda_stubs.VARIABLE: ""}
     planned = {**planned_figures(plan), "fleet": fleet, "packing": packing}
     if evaluates and plan.evaluate:
         planned["peak_bytes"] = plan.evaluate.peak_bytes
     order = RunOrder(
         directory=str(directory),
         lock=lock,
-        environment=child_environment(plan.device.threads) | uncounted,
+        environment=child_environment(plan.device.threads) | unused_files,
         planned=planned,
         cgroup=cgroup,
         steps=job.header["steps"],
@@ -177,8 +177,8 @@ def order_of(
     return order
 
 
-def packing_told(plan: Plan, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Whether samples share rows, and where the model does not allow it, why; None where the data are no samples."""
+def packing_note(plan: Plan, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """For the report: whether samples share rows and, if the model does not allow it, why; None where the data are no samples."""
     if plan.seq is None or not settings["data"]:
         return None
     return {"on": settings["packing"], "refused": plan.model.rows_apart}
@@ -207,11 +207,11 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
 
 
 def _sorts(plan: Plan) -> list[int]:
-    """A number for the sort of each step in a cycle: steps of one sort do the same, so that their seconds can be
+    """For each step of a cycle the number of its sort: steps of one sort do the same work, so that their seconds can be
     compared.
 
     In a cycle of several schedules each is a sort. If several steps make an update, the last one, which alone changes
-    the trainables, is a sort of its own. The micro-batches of a fleet's member only hand gradients over, each alike.
+    the trainables, is a sort of its own. The micro-batches of a fleet's member all do the same work.
     """
     if plan.optimizer.get("name") == EXCHANGE:
         return [0]

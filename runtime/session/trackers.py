@@ -26,7 +26,7 @@ NO_FIGURES = ("step", "time")
 
 
 class Tracker(Protocol):
-    """What takes the figures of a run."""
+    """A library that a run's figures are handed to."""
 
     def log(self, step: int, seconds: float, figures: dict[str, float]) -> None:
         """Take the `figures` after `step`; `seconds` since 1970 when they were made."""
@@ -98,10 +98,10 @@ class WeightsAndBiases:
 TRACKERS: dict[str, Open] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
-def track(out: Path, tracker: str, *, follow: bool, told: Callable[[int], None] = lambda step: None) -> dict[str, int]:
+def track(out: Path, tracker: str, *, follow: bool, tell: Callable[[int], None] = lambda step: None) -> dict[str, int]:
     """Hand the metrics of the run in `out` to a `tracker`, one of `TRACKERS`; with `follow` until the run ends.
 
-    `told(step)` is called after each look. Returns the numbers of steps and evaluations. Ctrl-C ends it as the run's end
+    `tell(step)` is called after each look at the file. Returns the numbers of steps and evaluations. Ctrl-C ends it as the run's end
     does. Raises InputError where there is no run, or the tracker is not installed.
     """
     if tracker not in TRACKERS:
@@ -116,16 +116,16 @@ def track(out: Path, tracker: str, *, follow: bool, told: Callable[[int], None] 
         while True:
             running = follow and out.is_dir() and is_locked(out)
             for line in lines:
-                place = (line["step"], EVALUATION + "loss" in line)
-                if place <= done:
+                position = (line["step"], EVALUATION + "loss" in line)
+                if position <= done:
                     continue
-                done = place
+                done = position
                 opened = opened or TRACKERS[tracker](out, line)
                 opened.log(line["step"], line.get("time", time.time()), _figures(line))
-                counts["evaluations" if place[1] else "steps"] += 1
+                counts["evaluations" if position[1] else "steps"] += 1
             if opened:
                 opened.flush()
-                told(done[0])
+                tell(done[0])
             if not running:
                 break
             time.sleep(LOOK_SECONDS)

@@ -79,12 +79,12 @@ def train(
             if seq is not None:
                 options["seq"] = seq
             options["buckets"] = buckets
-            measured = profile(model, **_part(profile, options))
-            planned = rehearse(measured, budget, **_part(plan, options))
-        return run(planned, data, out=directory, **_part(run, options), tokens=tokens)
+            measured = profile(model, **_options_of(profile, options))
+            planned = rehearse(measured, budget, **_options_of(plan, options))
+        return run(planned, data, out=directory, **_options_of(run, options), tokens=tokens)
 
 
-def _part(stage: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that a stage takes. Progress is told by the run alone."""
+def _options_of(stage: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that a stage takes; of `progress`, the run alone."""
     names = set(inspect.signature(stage).parameters) - ({"progress"} if stage is not run else set())
     return {name: value for name, value in options.items() if name in names}

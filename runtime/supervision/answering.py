@@ -24,7 +24,7 @@ from typing import Any, Self
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.files import write_all
-from tightfit.runtime.common.interrupts import passed_on
+from tightfit.runtime.common.interrupts import relayed_signals
 from tightfit.runtime.common.strict_json import to_json
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.device.resident import memory
@@ -37,7 +37,7 @@ MODULE = "tightfit.runtime.supervision.answering"
 SLACK_BYTES = 256 << 10
 """allowance for what this process takes beyond what was measured"""
 PLAYED = 512
-"""messages with which its memory is measured"""
+"""messages of the answer that is played back to measure this process's memory"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class AnswerOrder:
     max_tokens: int
     sampling: dict[str, Any]
     system: str | None
-    """what the system turn of a conversation says"""
+    """text of the system turn of a conversation"""
     vocabulary: int
     """tokens that the model has"""
     plan: dict[str, Any]
@@ -79,8 +79,8 @@ class AnswerOrder:
     @classmethod
     def read(cls, path: str) -> Self:
         with open(path, encoding="utf-8") as file:
-            read = json.load(file)
-        return cls(**read | {"run": RunOrder(**read["run"])})
+            fields = json.load(file)
+        return cls(**fields | {"run": RunOrder(**fields["run"])})
 
 
 class Answers:
@@ -93,12 +93,12 @@ class Answers:
         self._text = TokenText(order.table)
         self._number = 0
         self.answered: dict[str, Any] = {}
-        """what is said of the latest answer"""
+        """figures of the latest answer"""
         self.answering = False
 
     def ask(self, ids: list[int], *, keep: bool = False) -> Iterator[str]:
-        """Yields the text of the answer to a prompt, a few letters at a time. With `keep` what the prompt shares with the one
-        before is not computed again. Raises what the process ended with.
+        """Yields the text of the answer to a prompt, a few letters at a time. With `keep` the beginning that it shares with the
+        prompt before is not computed again. Raises what the process ended with.
         """
         request = {
             "ids": ids,
@@ -135,18 +135,18 @@ class Answers:
         raise RunError("the process that computes answers has ended; start again")
 
     def close(self) -> None:
-        """No prompt follows."""
+        """Close the table of tokens, once no prompt follows."""
         self._text.close()
 
 
 def _told(message: dict[str, Any], text: str, order: AnswerOrder) -> dict[str, Any]:
-    """What is said of an answer: bytes and seconds, predicted beside measured."""
-    rest, predicted = message["tokens"] - 1, order.plan["peak_bytes"]
-    front, own = order.run.planned["supervisor_bytes"], memory().peak
-    processes = {"computing": {"predicted": predicted - front, "measured": message["peak_bytes"]}}
+    """The figures of an answer: bytes and seconds, predicted beside measured."""
+    later, predicted = message["tokens"] - 1, order.plan["peak_bytes"]
+    shown_bytes, own_bytes = order.run.planned["supervisor_bytes"], memory().peak
+    processes = {"computing": {"predicted": predicted - shown_bytes, "measured": message["peak_bytes"]}}
     if order.counted:
-        processes["showing"] = {"predicted": front, "measured": own}
-    each = (message["seconds"] - message["first_seconds"]) / rest if rest else None
+        processes["showing"] = {"predicted": shown_bytes, "measured": own_bytes}
+    token_seconds = (message["seconds"] - message["first_seconds"]) / later if later else None
     return {
         "text": text,
         "end": message["why"],
@@ -155,9 +155,9 @@ def _told(message: dict[str, Any], text: str, order: AnswerOrder) -> dict[str, A
         "tokens": message["tokens"],
         "seconds": message["seconds"],
         "first_seconds": message["first_seconds"],
-        "token_seconds": {"predicted": order.plan["token_seconds"], "measured": each},
+        "token_seconds": {"predicted": order.plan["token_seconds"], "measured": token_seconds},
         "peak_bytes": {
-            when: sum(process[when] for process in processes.values()) for when in ("predicted", "measured")
+            kind: sum(process[kind] for process in processes.values()) for kind in ("predicted", "measured")
         },
         "processes": processes,
         "budget_bytes": order.plan["budget_bytes"],
@@ -173,7 +173,7 @@ def answers(order: AnswerOrder) -> Iterator[Answers]:
     group = MemoryCgroup(Path(order.group[0]), order.group[1]) if order.group else None
     read, write = os.pipe()
     try:
-        with passed_on() as passing, started(order.run, requests=read, group=group) as child:
+        with relayed_signals() as passing, started(order.run, requests=read, group=group) as child:
             os.close(read)
             read = -1
             passing.to(child.process)
@@ -199,7 +199,7 @@ def answers(order: AnswerOrder) -> Iterator[Answers]:
 
 
 def sentence(answered: dict[str, Any]) -> str:
-    """What is said of an answer, for people."""
+    """The figures of an answer in a sentence."""
     each, peak = answered["token_seconds"], answered["peak_bytes"]
     speed = f", {each['measured']:.3f} s each ({each['predicted']:.3f} predicted)" if each["measured"] else ""
     return (
@@ -214,16 +214,16 @@ def answer_all(order: AnswerOrder) -> None:
     assert order.prompts is not None
     with answers(order) as asking, open(order.prompts, encoding="utf-8") as prompts:
         for line in prompts:
-            asked = json.loads(line)
+            request = json.loads(line)
             if order.several and not order.as_json:
-                sys.stdout.write(f"> {asked['prompt']}\n")
-            for text in asking.ask(asked["ids"]):
+                sys.stdout.write(f"> {request['prompt']}\n")
+            for text in asking.ask(request["ids"]):
                 if not order.as_json:
                     sys.stdout.write(text)
                     sys.stdout.flush()
             if order.as_json:
-                told = {"prompt": asked["prompt"], **asking.answered, "preparation_bytes": order.preparation_bytes}
-                sys.stdout.write(to_json(told | {"plan": order.plan}) + "\n")
+                record = {"prompt": request["prompt"], **asking.answered, "preparation_bytes": order.preparation_bytes}
+                sys.stdout.write(to_json(record | {"plan": order.plan}) + "\n")
             else:
                 sys.stdout.write("\n\n" if order.several else "\n")
             sys.stdout.flush()
@@ -254,7 +254,7 @@ def measure() -> int:
         for token in range(PLAYED):
             line = json.dumps({"event": "token", "id": token, "peak_bytes": 1 << 30})
             text.add(json.loads(line)["id"])
-        with passed_on():
+        with relayed_signals():
             subprocess.run(["/bin/true"], check=False)
     return memory().peak + SLACK_BYTES
 

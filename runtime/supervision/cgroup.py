@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MOUNT = Path("/sys/fs/cgroup")
-_left: set[Path] = set()
-"""cgroups of this process whose last process lived on when they were to be removed"""
+_remaining: set[Path] = set()
+"""cgroups that this process made and could not remove yet, since a process in them lived on"""
 
 
 class MemoryCgroup:
@@ -30,7 +30,7 @@ class MemoryCgroup:
     @classmethod
     def create(cls, limit_bytes: int, mount: Path = MOUNT) -> MemoryCgroup | None:
         """Make a cgroup with this limit in bytes; None if this process may not make one."""
-        _left.difference_update([path for path in _left if _removed(path)])
+        _remaining.difference_update([path for path in _remaining if _remove(path)])
         for parent, version in _parents(mount):
             _sweep(parent)
             path = parent / f"tightfit-{os.getpid()}-{time.monotonic_ns()}"
@@ -84,10 +84,10 @@ class MemoryCgroup:
         kernel may take on a busy machine until the last process has left; the next `create` tries again.
         """
         begun = time.monotonic()
-        while not _removed(self.path):
+        while not _remove(self.path):
             waited = time.monotonic() - begun
             if waited > (1.0 if _inhabited(self.path) else 10.0):
-                _left.add(self.path)
+                _remaining.add(self.path)
                 return
             time.sleep(0.02)
 
@@ -105,29 +105,29 @@ class MemoryCgroup:
 
 def own_cgroups(proc: Path = Path("/proc")) -> dict[int, str]:
     """Path of this process's memory cgroup below the mount, by version (1, 2), as far as the kernel tells."""
-    own: dict[int, str] = {}
+    paths: dict[int, str] = {}
     try:
         for line in (proc / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if "memory" in controllers.split(","):
-                own[1] = path
+                paths[1] = path
             elif not controllers:
-                own[2] = path
+                paths[2] = path
     except OSError:
         pass
-    return own
+    return paths
 
 
 def _parents(mount: Path) -> Iterator[tuple[Path, int]]:
     """(directory, version) of cgroups in which to make a new one: this process's own, then the root; v1 before v2."""
-    own = own_cgroups()
+    own_paths = own_cgroups()
     first = mount / "memory"
     if (first / "memory.limit_in_bytes").exists() or (first / "cgroup.procs").exists():
-        for path in (own.get(1, "/"), "/"):
+        for path in (own_paths.get(1, "/"), "/"):
             yield first / path.lstrip("/"), 1
     for second in (mount, mount / "unified"):
         if (second / "cgroup.controllers").exists():
-            for path in (own.get(2, "/"), "/"):
+            for path in (own_paths.get(2, "/"), "/"):
                 yield second / path.lstrip("/"), 2
 
 
@@ -140,7 +140,7 @@ def _sweep(parent: Path) -> None:
                 path.rmdir()
 
 
-def _removed(path: Path) -> bool:
+def _remove(path: Path) -> bool:
     """Remove a cgroup that may be gone already; whether it is gone now."""
     try:
         path.rmdir()

@@ -1,5 +1,5 @@
-"""Notices that steps take longer than planned since other programs hold the cores of a training process, or otherwise than planned
-although none does.
+"""Notices when steps take longer than planned because other programs hold the cores of a training process, and when they take longer or
+shorter although none does.
 
 Linux counts for each thread how long it ran, and how long it was ready to run and waited for a core
 (``/proc/PID/task/TID/schedstat``, nanoseconds). A thread may wait for others of its own process, too; so the cores also
@@ -23,11 +23,11 @@ from tightfit.runtime.common.cores import busy_seconds
 LOOK_SECONDS = 2.0
 """least time between two looks"""
 LEAST_STEPS = 2
-"""between two looks"""
+"""steps between two looks"""
 SLOWER = 1.2
 """a step is slow from so many times the planned seconds on"""
 OFF, FEWEST = 0.15, 3
-"""share of the planned seconds by which so many steps have to differ to be told of where nothing is in the way"""
+"""a notice is given if at least `FEWEST` steps differ from the planned seconds by this share though no other program is in the way"""
 CROWDED, FREE = 1 / 8, 1 / 16
 """Cores for which the threads wait and which others use: from the first on others are in the way, below the second no
 longer."""
@@ -37,40 +37,40 @@ PROC = Path("/proc")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Seconds since the start of a process, or since boot."""
+class CoreUsage:
+    """How long a process's threads ran and waited, and how long cores were busy: seconds since its start, or since boot."""
 
     ran: float
-    """of the process's threads on a core"""
+    """that the process's threads were on a core"""
     waited: float
-    """of its threads, ready and without a core"""
+    """that its threads were ready to run and had no core"""
     busy: float
-    """of all cores that it may use"""
+    """that the cores which it may use were at work, for anybody"""
 
 
-def usage_of(process: int) -> Usage | None:
+def usage_of(process: int) -> CoreUsage | None:
     """The present usage of a process; None where it has ended, or the system does not tell."""
     ran = waited = 0
     try:
         for thread in os.listdir(PROC / str(process) / "task"):
-            one, other, *_ = (PROC / str(process) / "task" / thread / "schedstat").read_text().split()
-            ran += int(one)
-            waited += int(other)
+            run_time, wait_time, *_ = (PROC / str(process) / "task" / thread / "schedstat").read_text().split()
+            ran += int(run_time)
+            waited += int(wait_time)
         busy = busy_seconds(os.sched_getaffinity(process))
     except (OSError, ValueError, AttributeError):  # a thread that has just ended too: the next look will do
         return None
-    return None if busy is None else Usage(ran=ran / 1e9, waited=waited / 1e9, busy=busy)
+    return None if busy is None else CoreUsage(ran=ran / 1e9, waited=waited / 1e9, busy=busy)
 
 
 class Contention:
-    """Follows the steps of a training process (`step`); `told` is what its report says."""
+    """Follows the steps of a training process (`step`); `figures` is what its report says."""
 
     def __init__(
         self,
         *,
         threads: int,
         step_seconds: float,
-        usage: Callable[[], Usage | None],
+        usage: Callable[[], CoreUsage | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`step_seconds` are those of a step as planned, for `threads` compute threads; `usage` reads the present usage of
@@ -78,11 +78,11 @@ class Contention:
         """
         self._threads, self._planned, self._usage, self._clock = threads, step_seconds, usage, clock
         self._crowded = self._differed = False
-        self._said = {True: -QUIET_SECONDS, False: -QUIET_SECONDS}
+        self._last_notices = {True: -QUIET_SECONDS, False: -QUIET_SECONDS}
         self._steps, self._seconds, self._waited, self._others = 0, 0.0, 0.0, 0.0
         """of all steps during which others were in the way: their number, and sums over them"""
         self._at = 0.0
-        self._before: Usage | None = None
+        self._before: CoreUsage | None = None
         self._taken: list[float] | None = None
         """since the last look; None: there was no step yet"""
         self._expected = 0.0
@@ -92,8 +92,8 @@ class Contention:
         self._at, self._before, self._taken, self._expected = self._clock(), self._usage(), [], 0.0
 
     def step(self, seconds: float, planned: float | None = None) -> str | None:
-        """Note a step, which took so many seconds, of which so many were planned where steps have different lengths; returns what is
-        to be said now, if anything is. The first step, which builds kernels, is passed over.
+        """Count a step that took `seconds`; `planned` are its own, where steps have different lengths. Returns a notice for people, if
+        there is one now. The first step, which builds kernels, is passed over.
         """
         if self._taken is None:
             self._begin()
@@ -103,34 +103,34 @@ class Contention:
         elapsed = self._clock() - self._at
         if elapsed < LOOK_SECONDS or len(self._taken) < LEAST_STEPS:
             return None
-        before, now, taken, expected = self._before, self._usage(), self._taken, self._expected / len(self._taken)
+        before, now, steps, expected = self._before, self._usage(), self._taken, self._expected / len(self._taken)
         self._begin()
         if before is None or now is None:
             return None
         ran, waited = now.ran - before.ran, now.waited - before.waited
         others = max(0.0, now.busy - before.busy - ran)
-        mean = sum(taken) / len(taken)
+        mean = sum(steps) / len(steps)
         least = min(waited, others) / elapsed
-        was, limit = self._crowded, FREE if self._crowded else CROWDED
+        was_crowded, limit = self._crowded, FREE if self._crowded else CROWDED
         self._crowded = least > limit and mean > SLOWER * expected
         if self._crowded:
-            self._steps += len(taken)
-            self._seconds += sum(taken)
-            self._waited += waited * sum(taken) / elapsed
-            self._others += others * sum(taken) / elapsed
-        if least <= FREE and not self._differed and len(taken) >= FEWEST and 0 < OFF * expected < abs(mean - expected):
+            self._steps += len(steps)
+            self._seconds += sum(steps)
+            self._waited += waited * sum(steps) / elapsed
+            self._others += others * sum(steps) / elapsed
+        if least <= FREE and not self._differed and len(steps) >= FEWEST and 0 < OFF * expected < abs(mean - expected):
             self._differed = True
             return (
-                f"the last {len(taken)} steps took {mean:.3f} s each where {expected:.3f} s are planned, and no other program is in the"
+                f"the last {len(steps)} steps took {mean:.3f} s each where {expected:.3f} s are planned, and no other program is in the"
                 " way: the run goes on; `tightfit plan` rehearses and would plan for what happens"
             )
-        if self._crowded == was or self._clock() - self._said[self._crowded] < QUIET_SECONDS:
+        if self._crowded == was_crowded or self._clock() - self._last_notices[self._crowded] < QUIET_SECONDS:
             return None
-        self._said[self._crowded] = self._clock()
+        self._last_notices[self._crowded] = self._clock()
         if not self._crowded:
             return f"the cores are free again: a step takes {mean:.3f} s"
         return (
-            f"other programs use {others / elapsed:.1f} of the cores: the last {len(taken)} steps took {mean:.3f} s each where"
+            f"other programs use {others / elapsed:.1f} of the cores: the last {len(steps)} steps took {mean:.3f} s each where"
             f" {expected:.3f} s are planned, and the run's threads waited {waited / elapsed * mean:.3f} s of each for a"
             f" core; {self._advice}"
         )
@@ -146,10 +146,9 @@ class Contention:
         )
 
     @property
-    def told(self) -> dict[str, Any] | None:
-        """What the report says: of the steps during which others were in the way their number, and the mean of their
-        seconds, of those for which the run's threads waited for a core, and of the cores that others used; None if there
-        were none.
+    def figures(self) -> dict[str, Any] | None:
+        """For the report: how many steps other programs were in the way of, and means over these of their seconds, of the
+        seconds for which the run's threads waited for a core, and of the cores that others used; None if there were none.
         """
         if not self._steps:
             return None

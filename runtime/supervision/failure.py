@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from tightfit.runtime.common.errors import TightfitError
-from tightfit.runtime.common.limits import way_out
+from tightfit.runtime.common.limits import memory_advice
 
 INTERRUPTED = 4
 """exit code after an interruption by a signal"""
@@ -25,12 +25,12 @@ def failure_of(error: BaseException) -> dict[str, Any]:
     elif isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", INTERRUPTED
     elif isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        message, code = f"{place}{error.strerror or error}", 4
+        file_name = f"{error.filename}: " if error.filename else ""
+        message, code = f"{file_name}{error.strerror or error}", 4
     else:
         message, code = f"internal error, {type(error).__name__}: {error}; run again with --debug for its traceback", 4
-    if way := way_out(f"{type(error).__name__}: {error}", unexpected=not expected):
-        message = f"{message if expected else f'memory could not be had ({type(error).__name__})'}; {way}"
+    if advice := memory_advice(f"{type(error).__name__}: {error}", unexpected=not expected):
+        message = f"{message if expected else f'memory could not be had ({type(error).__name__})'}; {advice}"
     kind = "Abort" if isinstance(error, KeyboardInterrupt) else type(error).__name__
     failure: dict[str, Any] = {"kind": kind, "message": message, "exit_code": code}
     minimum = getattr(error, "minimum_budget_bytes", None)
@@ -45,10 +45,10 @@ def fail(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
         import traceback
 
         traceback.print_exception(error)
-    return told(failure_of(error), as_json=as_json)
+    return print_failure(failure_of(error), as_json=as_json)
 
 
-def told(failure: dict[str, Any], *, as_json: bool) -> int:
+def print_failure(failure: dict[str, Any], *, as_json: bool) -> int:
     """Print a failure and return its exit code."""
     sys.stderr.write(f"tightfit: {failure['message']}\n")
     if as_json:
@@ -57,8 +57,8 @@ def told(failure: dict[str, Any], *, as_json: bool) -> int:
     return code
 
 
-def last_words(log: str | os.PathLike[str]) -> str:
-    """The message of the error with which a command ended whose output is in the file `log`, or else its last line."""
+def last_message(log: str | os.PathLike[str]) -> str:
+    """The message of the error with which a command ended that wrote its output to the file `log`, or else its last line."""
     with open(log, encoding="utf-8", errors="replace") as file:
         lines = file.read().strip().splitlines()
     for line in reversed(lines):

@@ -28,9 +28,9 @@ def answer(result: dict[str, Any], human: Any, *, as_json: bool) -> None:
         sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
-def beside(stages: str | None, report: dict[str, Any]) -> dict[str, Any]:
-    """A run's report as one object with what was done before the run, which `stages` has as JSON; alone without it."""
+def with_stages(stages: str | None, report: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a run: its report, together with the answers of the stages before it if `stages` has them as JSON."""
     if stages is None:
         return report
-    told: dict[str, Any] = json.loads(stages)
-    return told | {"report": report}
+    stages_done: dict[str, Any] = json.loads(stages)
+    return stages_done | {"report": report}

@@ -56,7 +56,7 @@ class TrainingProgress:
         """moving mean of a step's tokens without padding"""
         self._room: float | None = None
         """the same with padding"""
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -67,12 +67,12 @@ class TrainingProgress:
         if self.live:
             self._write(ERASE_LINE)
 
-    def placed(self, places: int) -> None:
-        """Note the positions in the rows of the step that is shown next, where steps differ in it."""
+    def expect_places(self, places: int) -> None:
+        """Take note of the positions in the rows of the step that is shown next, where steps differ in it."""
         self._tokens = places
 
     def stage(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done of something beside the steps: preparing, evaluating."""
+        """Show how far work beside the steps has come, such as preparing or evaluating: `done` of `total`."""
         if what != self._stage:
             self._stage = what
             self._line(f"{what} …", now=True)
@@ -91,28 +91,28 @@ class TrainingProgress:
         """
         self._stage = None
         # The first steps are slower (pages are touched for the first time): a moving mean forgets them.
-        self._pace = _moved(self._pace, seconds)
+        self._pace = _moving_mean(self._pace, seconds)
         rate, padding = f"{self._pace:.3f} s per step", ""
         if tokens is not None:
-            self._real = _moved(self._real, tokens)
+            self._real = _moving_mean(self._real, tokens)
             rate = f"{self._real / self._pace:,.0f} tokens/s"
-            self._room = _moved(self._room, self._tokens) if self._tokens else None
+            self._room = _moving_mean(self._room, self._tokens) if self._tokens else None
             padding = f" ({padding_text(1 - self._real / self._room)})" if self._room else ""
         left = round(self._pace * (self._steps - step))
         loss_text, left_text = f"loss {loss:.4f}", f"{left // 60}:{left % 60:02d} left"
         resident, peak = resident + self._other, peak + self._other
         memory = f"memory {format_size(resident)}, peak {format_size(peak)} of {format_size(self._budget)}"
         epoch = f"epoch {step / self._epoch_steps:.2f}" if self._epoch_steps else ""
-        among = f" ({epoch})" if epoch else ""
-        told = f"step {step}/{self._steps}{among}: {loss_text}, {rate}{padding}, {left_text}, {memory}"
-        self._line(told, now=step == self._steps)
+        in_epoch = f" ({epoch})" if epoch else ""
+        line = f"step {step}/{self._steps}{in_epoch}: {loss_text}, {rate}{padding}, {left_text}, {memory}"
+        self._line(line, now=step == self._steps)
         if self.live:
-            full = peak > NEARLY_FULL * self._budget
-            held = f"{peak / MIB:.1f} of {format_size(self._budget)}"
+            nearly_full = peak > NEARLY_FULL * self._budget
+            used = f"{peak / MIB:.1f} of {format_size(self._budget)}"
             # The terminal's line has no room for the share of padding; the report has it.
-            line = f"{_bar(step, self._steps)} {step}/{self._steps} {loss_text}, {rate}, {left_text}, {held}"
-            named = line.replace(" loss", f" {epoch} loss") if epoch else line
-            self._show(named if len(named) < self._columns else line, red=full)
+            live_line = f"{_bar(step, self._steps)} {step}/{self._steps} {loss_text}, {rate}, {left_text}, {used}"
+            with_epoch = live_line.replace(" loss", f" {epoch} loss") if epoch else live_line
+            self._show(with_epoch if len(with_epoch) < self._columns else live_line, red=nearly_full)
 
     def evaluated(self, result: Mapping[str, Any]) -> None:
         """Show the result of an evaluation between the steps, as the training process tells it; it stays on a terminal."""
@@ -121,8 +121,8 @@ class TrainingProgress:
             accuracy = f", chosen answer wins in {result['eval_reward_accuracy']:.1%}"
         best = ", the best so far" if result["best"] else ""
         over = "; the run ends, since none was better for as long as it was to wait" if result["over"] else ""
-        told = f"evaluated after step {result['step']}: loss {result['eval_loss']:.4f}{accuracy}{best}{over}"
-        self.note(told)
+        text = f"evaluated after step {result['step']}: loss {result['eval_loss']:.4f}{accuracy}{best}{over}"
+        self.note(text)
 
     def note(self, text: str) -> None:
         """Say what people should know about how the run goes; it stays on a terminal."""
@@ -135,10 +135,10 @@ class TrainingProgress:
 
     def _line(self, text: str, *, now: bool = False) -> None:
         """Write a plain line if stderr is not a terminal and none was written lately, or if `now`."""
-        moment = time.monotonic()
-        if not self.live and (now or moment - self._said >= QUIET_SECONDS):
+        time_now = time.monotonic()
+        if not self.live and (now or time_now - self._last_line >= QUIET_SECONDS):
             self._write(f"{text}\n")
-            self._said = moment
+            self._last_line = time_now
 
     def _show(self, text: str, *, red: bool = False) -> None:
         """Redraw the terminal's line with `text`, cut to the terminal's width."""
@@ -160,7 +160,7 @@ class TrainingProgress:
             raise RunError("messages cannot be shown any more: what read stderr has ended") from error
 
 
-def _moved(mean: float | None, value: float) -> float:
+def _moving_mean(mean: float | None, value: float) -> float:
     """A moving mean with one more value."""
     return value if mean is None else 0.8 * mean + 0.2 * value
 

@@ -16,12 +16,12 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
 
 LATEST_STEPS = 500
-"""so many latest steps are remembered with their seconds, so that a run of any length needs the same memory"""
+"""the number of latest steps whose seconds are remembered, so that a run of any length needs the same memory"""
 
 ALONE = "alone"
-"""when a run that takes no step evaluates"""
+"""the `when` of the only evaluation of a run that takes no step"""
 LARGEST_EXPONENT = 709.0
-"""e to a larger power is no float"""
+"""the largest x for which e ** x is a float"""
 
 EVALUATION_KEYS = {
     "step": "step",
@@ -30,16 +30,16 @@ EVALUATION_KEYS = {
     "accuracy": "eval_accuracy",
     "seconds": "eval_seconds",
 }
-"""of an evaluation: name in the report -> name in the metrics"""
+"""figures of an evaluation: name in the report -> name in the metrics"""
 OF_PAIRS = ("pairs", "reward_accuracy", "reward_margin")
-"""what an evaluation on pairs of answers has besides; its metrics have the last two, as ``eval_reward_accuracy`` ..."""
+"""further figures of an evaluation on pairs of answers; its metrics have the last two, as ``eval_reward_accuracy`` ..."""
 FLEET_SECONDS = ("seconds", "exchange_seconds", "update_seconds")
-"""of an update of a fleet: from the update before, and its last parts"""
+"""seconds of a fleet's update: since the update before, of the exchange, of making the update"""
 
 
 @dataclass
-class Observed:
-    """What the training process's messages said so far; seconds are kept for the latest `LATEST_STEPS` steps only."""
+class ObservedRun:
+    """The figures in the training process's messages so far; seconds are kept for the latest `LATEST_STEPS` steps only."""
 
     steps: int = 0
     """number of steps taken so far, without those of a run that was resumed"""
@@ -55,7 +55,7 @@ class Observed:
     best: dict[str, Any] | None = None
     """step, loss and accuracy of the best evaluation, where some were made between the steps"""
     over: bool = False
-    """whether the run ended early, since its evaluations were no better any more"""
+    """whether the run ended early, since its evaluations stopped getting better"""
     timelines: dict[str, list[list[float]]] = field(default_factory=dict)
     profiled: dict[str, Any] | None = None
     exchanges: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
@@ -113,7 +113,7 @@ class Observed:
 
 def build_report(
     planned: dict[str, Any],
-    observed: Observed,
+    observed: ObservedRun,
     directory: str,
     *,
     enforced_by: str,
@@ -169,13 +169,13 @@ def build_report(
         "budget_bytes": planned["budget_bytes"],
         "enforced_by": enforced_by,
         "floor_bytes": planned["floor_bytes"],
-        "peak_bytes": {kind: sum(one[kind] for one in processes.values()) for kind in ("predicted", "measured")},
+        "peak_bytes": {kind: sum(each[kind] for each in processes.values()) for kind in ("predicted", "measured")},
         "processes": processes,
         "program_bytes": program_bytes,
         "preparation_bytes": preparation_bytes,
         "step_seconds": _step_seconds(seconds, first, sorts, lengths, planned["step_seconds"]),
         "contention": contention,
-        "tokens": tokens_told(planned["places_per_step"], lines),
+        "tokens": token_figures(planned["places_per_step"], lines),
         "packing": planned.get("packing"),
         "loss": [line["loss"] for line in lines],
         "epochs": next((line["epoch"] for line in reversed(lines) if "epoch" in line), None),
@@ -201,8 +201,8 @@ def build_report(
             },
         },
         "evaluation": observed.evaluations,
-        "evaluations": evaluations_told(metrics),
-        "best": best_told(observed.best, directory),
+        "evaluations": evaluation_figures(metrics),
+        "best": best_figures(observed.best, directory),
         "stopped_early": max((line["step"] for line in lines), default=0) if observed.over else None,
         "spill_bytes": observed.spill_bytes,
         "cgroup_peak_bytes": observed.cgroup_peak_bytes,
@@ -214,42 +214,42 @@ def build_report(
     if observed.referred:
         report["references"] = observed.referred
     if planned.get("max_grad_norm") is not None:
-        steady = list(observed.updates)[1:] or list(observed.updates)
+        updates = list(observed.updates)[1:] or list(observed.updates)
         report["max_grad_norm"] = planned["max_grad_norm"]
         report["grad_norm"] = [line["grad_norm"] for line in lines if "grad_norm" in line]
         report["phases"]["train"]["measured_seconds"]["accumulate"] = measured.get("accumulate")
         report["phases"]["update"] = _with_peak(planned["update"], observed.peaks.get("update")) | {
-            "seconds": {"predicted": planned["update_seconds"], "measured": _typical(steady, 0, [0])}
+            "seconds": {"predicted": planned["update_seconds"], "measured": _typical(updates, 0, [0])}
         }
     if planned.get("fleet"):
-        report["fleet"] = fleet_told(planned["fleet"], list(observed.exchanges), directory)
+        report["fleet"] = fleet_figures(planned["fleet"], list(observed.exchanges), directory)
     if observed.profiled:
         report["profiled_step"] = profiled_step(observed.profiled)
     return report
 
 
 def evaluation_report(report: dict[str, Any], *, by_token: bool) -> dict[str, Any]:
-    """The report of a run that evaluated once and took no step, of its `report`. `by_token`: its loss is a mean over tokens, as
-    that of a decoder.
+    """The result of `tightfit eval`, made of the `report` of a run that evaluated once and took no step. `by_token`: its loss is a mean
+    over tokens, as that of a decoder.
     """
     import math  # as `statistics` below: once the training process has ended
 
     memory = ("budget_bytes", "enforced_by", "floor_bytes", "peak_bytes", "processes", "program_bytes")
-    kept = (*memory, "preparation_bytes", "cgroup_peak_bytes", "packing", "base", "plan_fingerprint")
-    (found,) = report["evaluation"].values()
-    told = {name: found[name] for name in ("loss", "accuracy", "questions", "records", "seconds")}
-    told |= {name: found[name] for name in OF_PAIRS if name in found}
-    by_token = by_token and "pairs" not in found
-    likely = by_token and told["loss"] < LARGEST_EXPONENT
+    run_keys = (*memory, "preparation_bytes", "cgroup_peak_bytes", "packing", "base", "plan_fingerprint")
+    (evaluation,) = report["evaluation"].values()
+    figures = {name: evaluation[name] for name in ("loss", "accuracy", "questions", "records", "seconds")}
+    figures |= {name: evaluation[name] for name in OF_PAIRS if name in evaluation}
+    by_token = by_token and "pairs" not in evaluation
+    finite = by_token and figures["loss"] < LARGEST_EXPONENT
     return {
-        "loss": told["loss"],
-        "perplexity": math.exp(told["loss"]) if likely else None,
-        **told,
-        **{name: report[name] for name in kept},
+        "loss": figures["loss"],
+        "perplexity": math.exp(figures["loss"]) if finite else None,
+        **figures,
+        **{name: report[name] for name in run_keys},
     }
 
 
-def fleet_told(planned: dict[str, Any], taken: Sequence[dict[str, float]], directory: str) -> dict[str, Any]:
+def fleet_figures(planned: dict[str, Any], exchanges: Sequence[dict[str, float]], directory: str) -> dict[str, Any]:
     """The part of a member's report about its fleet: who it is, and seconds of an update as `planned` and as measured.
 
     Measured are medians without the first update, which includes the start. `loss` has the losses of all micro-batches; `result` says
@@ -257,42 +257,42 @@ def fleet_told(planned: dict[str, Any], taken: Sequence[dict[str, float]], direc
     """
     import statistics
 
-    steady = taken[1:] or taken
+    steady = exchanges[1:] or exchanges
     seconds = {
         name: {
             "predicted": planned[name],
-            "measured": statistics.median(one[name] for one in steady) if steady else None,
+            "measured": statistics.median(exchange[name] for exchange in steady) if steady else None,
         }
         for name in FLEET_SECONDS
     }
     lines = read_metrics(os.path.join(directory, "fleet.jsonl"))
-    told = {name: planned[name] for name in ("member", "members", "micro_batches", "share")}
+    figures = {name: planned[name] for name in ("member", "members", "micro_batches", "share")}
     if "result" in planned:
-        told["result"] = planned["result"]
-    return {**told, **seconds, "updates": len(lines), "loss": [loss for line in lines for loss in line["losses"]]}
+        figures["result"] = planned["result"]
+    return {**figures, **seconds, "updates": len(lines), "loss": [loss for line in lines for loss in line["losses"]]}
 
 
-def evaluations_told(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def evaluation_figures(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The evaluations among the lines of the metrics, by step."""
-    found = {line["step"]: line for line in metrics if "eval_loss" in line}
+    by_step = {line["step"]: line for line in metrics if "eval_loss" in line}
     return [
         {name: line.get(key) for name, key in EVALUATION_KEYS.items()}
         | {name: line[f"eval_{name}"] for name in OF_PAIRS if f"eval_{name}" in line}
-        for line in (found[step] for step in sorted(found))
+        for line in (by_step[step] for step in sorted(by_step))
     ]
 
 
-def best_told(best: dict[str, Any] | None, directory: str) -> dict[str, Any] | None:
-    """The best evaluation, with where its result lies (None: it is not kept)."""
+def best_figures(best: dict[str, Any] | None, directory: str) -> dict[str, Any] | None:
+    """The best evaluation with the `path` of its result (None: it is not kept)."""
     path = os.path.join(directory, "best")
     return best and {**best, "path": path if os.path.isdir(path) else None}
 
 
 def already_done(report: dict[str, Any], directory: str, steps: int | None) -> str:
-    """What is said where a run that is resumed has nothing left to do."""
+    """The message for a resumed run that has nothing left to do."""
     if early := report.get("stopped_early"):
         best = report["best"]["step"]
-        waited = sum(one["step"] > best for one in report["evaluations"])
+        waited = sum(evaluation["step"] > best for evaluation in report["evaluations"])
         return (
             f"already done: {directory} ended early after step {early}, since {waited} evaluations in a row were no better than"
             f" that after step {best}; give a larger {spelled('early_stopping')}, or none, to go on\n"
@@ -305,7 +305,7 @@ def write_report(directory: str, report: dict[str, Any]) -> None:
         file.write(json.dumps(report, indent=1) + "\n")
 
 
-def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+def token_figures(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     """Token figures from the metrics' `lines`: `per_step` and `per_second` without padding, `padding_share`, and
     `samples_per_second` if the lines tell.
 
@@ -313,67 +313,67 @@ def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str
     unknown, as for a module.
     The first step, which is slower, is left out of the rate if there are others.
     """
-    known = [line for line in lines if "tokens" in line]
-    if not known or not places:
+    counted = [line for line in lines if "tokens" in line]
+    if not counted or not places:
         return None
-    steady = known[1:] or known
-    per_step = sum(line["tokens"] for line in known) / len(known)
+    steady = counted[1:] or counted
+    per_step = sum(line["tokens"] for line in counted) / len(counted)
     seconds = sum(line["seconds"] for line in steady)
-    counted = all("samples" in line for line in steady)
+    sampled = all("samples" in line for line in steady)
     return {
         "per_step": per_step,
         "per_second": sum(line["tokens"] for line in steady) / seconds if seconds else 0.0,
-        "padding_share": 1 - per_step * len(known) / sum(line.get("places", places) for line in known),
-        **({"samples_per_second": sum(line["samples"] for line in steady) / seconds} if counted and seconds else {}),
+        "padding_share": 1 - per_step * len(counted) / sum(line.get("places", places) for line in counted),
+        **({"samples_per_second": sum(line["samples"] for line in steady) / seconds} if sampled and seconds else {}),
     }
 
 
-def _length_of(told: dict[str, Any]) -> tuple[int, float] | None:
+def _length_of(message: dict[str, Any]) -> tuple[int, float] | None:
     """Positions in the rows of a step and the seconds planned for it, as a message or a line of the metrics tells them."""
-    return (told["places"], told["expected"]) if "places" in told else None
+    return (message["places"], message["expected"]) if "places" in message else None
 
 
 def _step_seconds(
-    taken: Sequence[float],
+    seconds: Sequence[float],
     first: int,
     sorts: Sequence[int],
     lengths: Sequence[tuple[int, float] | None],
-    whole: float,
+    planned: float,
 ) -> dict[str, float | None]:
-    """Predicted and measured seconds of a step, as `build_report` tells them; `whole` are those planned for a whole step."""
+    """Predicted and measured seconds of a step, for `build_report`; `planned` are those of a step at its whole length."""
     if not any(lengths):
-        return {"predicted": whole, "measured": _typical(taken, first, sorts)}
+        return {"predicted": planned, "measured": _typical(seconds, first, sorts)}
     import statistics  # as in `_typical`
 
-    steady = len(taken) - 1 or 1
+    steady = len(seconds) - 1 or 1
     by_form: dict[tuple[int, int], list[float]] = {}
     forms = []
-    for place in range(len(taken) - steady, len(taken)):
-        length = lengths[place]
+    for index in range(len(seconds) - steady, len(seconds)):
+        length = lengths[index]
         assert length is not None
-        forms.append((sorts[(first + place) % len(sorts)], length[0]))
-        by_form.setdefault(forms[-1], []).append(taken[place])
-    medians = {form: statistics.median(own) for form, own in by_form.items()}
+        forms.append((sorts[(first + index) % len(sorts)], length[0]))
+        by_form.setdefault(forms[-1], []).append(seconds[index])
+    medians = {form: statistics.median(group) for form, group in by_form.items()}
     return {
         "predicted": statistics.fmean(length[1] for length in lengths[-steady:] if length),
         "measured": statistics.fmean(medians[form] for form in forms),
     }
 
 
-def _typical(taken: Sequence[float | None], first: int, sorts: Sequence[int]) -> float | None:
+def _typical(seconds: Sequence[float | None], first: int, sorts: Sequence[int]) -> float | None:
     """The mean of the median seconds of each sort of step; None if no step was taken.
 
-    `taken` are the seconds of consecutive steps from step `first` on, counted from 0, with None for those that do not count; `sorts`
+    `seconds` are those of consecutive steps from step `first` on, counted from 0, with None for those that do not count; `sorts`
     gives the sort of each step of a cycle.
     """
     import statistics  # imported here: it takes 2 MiB, which are needed only once the training process has ended
 
-    steady = taken[1:] or taken
+    steady = seconds[1:] or seconds
     by_sort: dict[int, list[float]] = {}
-    for step, seconds in enumerate(steady, first + len(taken) - len(steady)):
-        if seconds is not None:
-            by_sort.setdefault(sorts[step % len(sorts)], []).append(seconds)
-    medians = {sort: statistics.median(own) for sort, own in by_sort.items()}
+    for step, duration in enumerate(steady, first + len(seconds) - len(steady)):
+        if duration is not None:
+            by_sort.setdefault(sorts[step % len(sorts)], []).append(duration)
+    medians = {sort: statistics.median(group) for sort, group in by_sort.items()}
     return statistics.fmean(medians[sort] for sort in sorts if sort in medians) if medians else None
 
 

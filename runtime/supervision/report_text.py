@@ -19,9 +19,9 @@ def report_text(report: dict[str, Any]) -> RenderableType:
 
     table = _memory_table(report)
     step = report["step_seconds"]
-    taken = step["measured"]  # None where the metrics of a resumed run are lost
-    ratio = f"{taken / step['predicted']:.3f}" if taken and step["predicted"] else "–"
-    table.add_row("step", f"{step['predicted']:.3f} s", f"{taken:.3f} s" if taken else "–", ratio)
+    measured = step["measured"]  # None where the metrics of a resumed run are lost
+    ratio = f"{measured / step['predicted']:.3f}" if measured and step["predicted"] else "–"
+    table.add_row("step", f"{step['predicted']:.3f} s", f"{measured:.3f} s" if measured else "–", ratio)
     if tokens := report.get("tokens"):
         rate = f"{tokens['per_second']:,.0f}"
         table.add_row(f"tokens/s ({padding_text(tokens['padding_share'])})", "–", rate, "–")
@@ -37,9 +37,9 @@ def report_text(report: dict[str, Any]) -> RenderableType:
             else "–",
         ),
     ]
-    if held := report.get("contention"):
-        during = f"used {held['others_cores']:.1f} of the cores during {held['steps']} steps"
-        waited = f"took {held['step_seconds']:.3f} s each and waited {held['waited_seconds']:.3f} s of it for a core"
+    if contention := report.get("contention"):
+        during = f"used {contention['others_cores']:.1f} of the cores during {contention['steps']} steps"
+        waited = f"took {contention['step_seconds']:.3f} s each and waited {contention['waited_seconds']:.3f} s of it for a core"
         rows.append(("other programs", f"{during}, which {waited}"))
     if norms := report.get("grad_norm"):
         limit = report["max_grad_norm"]
@@ -55,22 +55,22 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         rows.append((Path(report["adapter"]).name, str(report["adapter"])))
     if referred := report.get("references"):
         seconds = referred["seconds"]
-        taken, expected = format_seconds(seconds["measured"]), format_seconds(seconds["predicted"])
-        told = f"log-probabilities of {referred['pairs']} pairs in {taken}, predicted {expected}"
-        rows.append(("adapter off", told))
+        measured, expected = format_seconds(seconds["measured"]), format_seconds(seconds["predicted"])
+        reference_text = f"log-probabilities of {referred['pairs']} pairs in {measured}, predicted {expected}"
+        rows.append(("adapter off", reference_text))
     if result := report.get("fleet", {}).get("result"):
         rows.append(("result", result))
-    for when, found in report.get("evaluation", {}).items():
+    for when, evaluation in report.get("evaluation", {}).items():
         accuracy = (
-            f", accuracy {found['accuracy']:.3f} on {found['questions']} questions"
-            if found.get("accuracy") is not None
-            else _pairs(found)
+            f", accuracy {evaluation['accuracy']:.3f} on {evaluation['questions']} questions"
+            if evaluation.get("accuracy") is not None
+            else _pairs_text(evaluation)
         )
-        rows.append((f"evaluated {when}", f"loss {found['loss']:.4f}{accuracy}"))
+        rows.append((f"evaluated {when}", f"loss {evaluation['loss']:.4f}{accuracy}"))
     if best := report.get("best"):
         accuracy = f", accuracy {best['accuracy']:.3f}" if best["accuracy"] is not None else ""
-        kept = f", kept in {best['path']}" if best["path"] else ""
-        rows.append(("best evaluation", f"after step {best['step']}: loss {best['loss']:.4f}{accuracy}{kept}"))
+        place = f", kept in {best['path']}" if best["path"] else ""
+        rows.append(("best evaluation", f"after step {best['step']}: loss {best['loss']:.4f}{accuracy}{place}"))
     if early := report.get("stopped_early"):
         rows.append(("ended early", f"after step {early}: later evaluations were no better than the best"))
     profiled = report.get("profiled_step")
@@ -93,11 +93,11 @@ def evaluation_text(report: dict[str, Any]) -> RenderableType:
     return Group(_memory_table(report), facts_table(rows))
 
 
-def _pairs(found: Mapping[str, Any]) -> str:
-    """What an evaluation on pairs of answers found beside the loss; "" of any other."""
-    if "reward_accuracy" not in found:
+def _pairs_text(evaluation: Mapping[str, Any]) -> str:
+    """The end of a sentence about an evaluation: how often the chosen answers of its pairs win; "" without pairs."""
+    if "reward_accuracy" not in evaluation:
         return ""
-    return f", chosen answer wins in {found['reward_accuracy']:.1%}, margin {found['reward_margin']:.4f}"
+    return f", chosen answer wins in {evaluation['reward_accuracy']:.1%}, margin {evaluation['reward_margin']:.4f}"
 
 
 def _memory_table(report: dict[str, Any]) -> Table:
@@ -110,25 +110,25 @@ def _memory_table(report: dict[str, Any]) -> Table:
     processes = report.get("processes", {})  # reports of older versions have none
     several = len(processes) > 1
     figures = [("peak of its processes" if several else "peak of the process", report["peak_bytes"])]
-    figures += [(f"– {name}", one) for name, one in processes.items() if several]
-    for name, one in figures:
-        ratio = f"{one['measured'] / one['predicted']:.4f}"
-        table.add_row(name, format_size(one["predicted"]), format_size(one["measured"]), ratio)
+    figures += [(f"– {name}", figure) for name, figure in processes.items() if several]
+    for name, figure in figures:
+        ratio = f"{figure['measured'] / figure['predicted']:.4f}"
+        table.add_row(name, format_size(figure["predicted"]), format_size(figure["measured"]), ratio)
     return table
 
 
 def _packing_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Why samples do not share rows, where the model does not allow it."""
+    """A row that says why samples do not share rows, if the model does not allow it."""
     refused = (report.get("packing") or {}).get("refused")
     return [("rows", f"one sample each: {refused}")] if refused else []
 
 
 def _cap_rows(report: dict[str, Any], what: str) -> list[tuple[str, str]]:
-    """The cap and who enforced it; what preparing took before `what` began."""
+    """Rows about the cap, who enforced it, and the memory of preparing, before `what` began."""
     cap = "the kernel (memory cgroup)" if report["enforced_by"] == "cgroup" else "the process's own meter"
-    counted = report.get("cgroup_peak_bytes")
-    seen = f", which counted {format_size(counted)} with page cache and its own tables" if counted else ""
-    rows = [("cap", f"{format_size(report['budget_bytes'])}, enforced by {cap}{seen}")]
+    charged = report.get("cgroup_peak_bytes")
+    also = f", which counted {format_size(charged)} with page cache and its own tables" if charged else ""
+    rows = [("cap", f"{format_size(report['budget_bytes'])}, enforced by {cap}{also}")]
     if prepared := report.get("preparation_bytes"):
         rows.append(("prepared in", f"{format_size(prepared)}: plan and data, before {what} began"))
     return rows

@@ -23,20 +23,20 @@ LEAST_MARGIN = 128 * MIB
 
 
 def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, str]:
-    """(bytes that a run may have now, whole MiB, and in words how they come about).
+    """(bytes that a run may have now, whole MiB, and in words where that figure comes from).
 
-    The smallest counts of the kernel's estimate of what programs can get without swapping (MemAvailable), what is left
-    of the limit of this process's cgroup or one above it, and the limits on what a process may reserve (`ulimit -v`,
-    `ulimit -d`). Raises InputError where that leaves nothing.
+    It is the smallest of three, less a margin: the kernel's estimate of what programs can get without swapping
+    (MemAvailable), what is left of the limit of this process's cgroup or one above it, and the limits on what a process
+    may reserve (`ulimit -v`, `ulimit -d`). Raises InputError where that leaves nothing.
     """
-    available, what = free_memory(proc, mount)
+    available, source = free_memory(proc, mount)
     margin = max(available // MARGIN, LEAST_MARGIN)
     spare = (available - margin) // MIB * MIB
     if spare <= 0:
         raise InputError(
-            f"{spelled('memory', 'auto')}: {what}, and {format_size(margin)} of that stay free; end other programs, or name a size"
+            f"{spelled('memory', 'auto')}: {source}, and {format_size(margin)} of that stay free; end other programs, or name a size"
         )
-    return spare, f"{what}, less {format_size(margin)} that stay free"
+    return spare, f"{source}, less {format_size(margin)} that stay free"
 
 
 def free_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, str]:
@@ -60,20 +60,20 @@ def _left_in_cgroups(proc: Path, mount: Path) -> Iterator[tuple[int, str]]:
 
     Page cache that was not used lately counts as left: the kernel takes it back before it kills.
     """
-    own = own_cgroups(proc)
-    for path in _upwards(mount / "memory", own.get(1)):
+    own_paths = own_cgroups(proc)
+    for path in _upwards(mount / "memory", own_paths.get(1)):
         limit, used = _number(path / "memory.limit_in_bytes"), _number(path / "memory.usage_in_bytes")
         if limit is not None and used is not None:
-            yield _left(path, limit, used - _cache(path, "total_inactive_file"))
+            yield _rest_of(path, limit, used - _cache(path, "total_inactive_file"))
     for root in (mount, mount / "unified"):
-        for path in _upwards(root, own.get(2)):
+        for path in _upwards(root, own_paths.get(2)):
             limits = [_number(path / name) for name in ("memory.max", "memory.high")]
             limit, used = (
-                min((one for one in limits if one is not None), default=None),
+                min((limit_set for limit_set in limits if limit_set is not None), default=None),
                 _number(path / "memory.current"),
             )
             if limit is not None and used is not None:
-                yield _left(path, limit, used - _cache(path, "inactive_file"))
+                yield _rest_of(path, limit, used - _cache(path, "inactive_file"))
 
 
 def _upwards(mount: Path, own: str | None) -> Iterator[Path]:
@@ -89,7 +89,7 @@ def _upwards(mount: Path, own: str | None) -> Iterator[Path]:
             yield path
 
 
-def _left(cgroup: Path, limit: int, used: int) -> tuple[int, str]:
+def _rest_of(cgroup: Path, limit: int, used: int) -> tuple[int, str]:
     left = max(0, limit - used)
     return left, f"{format_size(left)} are left of the {format_size(limit)} of the cgroup {cgroup}"
 
@@ -104,10 +104,10 @@ def _cache(cgroup: Path, name: str) -> int:
 
 
 def _ulimits() -> Iterator[tuple[int, str]]:
-    for number, what, letter, _ in LIMITS:
+    for number, name, letter, _ in LIMITS:
         limit = resource.getrlimit(number)[0]
         if limit != resource.RLIM_INFINITY:
-            yield limit, f"{format_size(limit)} are the {what} that a process may have (ulimit -{letter})"
+            yield limit, f"{format_size(limit)} are the {name} that a process may have (ulimit -{letter})"
 
 
 def _number(path: Path) -> int | None:

@@ -1,8 +1,8 @@
 """The supervisor: the process that starts a run's training process, shows its progress and writes the report.
 
-    python -m tightfit.runtime.supervision.supervisor ORDER SHOW    supervises a run; two JSON files, a RunOrder and a
-    Show python -m tightfit.runtime.supervision.supervisor --measure     prints the bytes of memory that a supervisor
-    takes
+    python -m tightfit.runtime.supervision.supervisor ORDER SHOW    supervises a run; the JSON files of a RunOrder and of
+                                                                    SupervisorSettings
+    python -m tightfit.runtime.supervision.supervisor --measure     prints the bytes of memory that a supervisor takes
 
 Its memory counts against the run's budget; so, while the training process lives, it imports the standard library only.
 `tightfit run` becomes this process once plan and data are prepared (`hand_over`). A program that calls
@@ -24,7 +24,7 @@ from typing import Any
 
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError
-from tightfit.runtime.common.interrupts import GivenUp, passed_on
+from tightfit.runtime.common.interrupts import ThirdInterrupt, relayed_signals
 from tightfit.runtime.common.option_names import named_as, on_command_line
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
@@ -34,7 +34,7 @@ from tightfit.runtime.supervision.progress import TrainingProgress
 from tightfit.runtime.supervision.report import (
     ALONE,
     LATEST_STEPS,
-    Observed,
+    ObservedRun,
     already_done,
     build_report,
     evaluation_report,
@@ -47,17 +47,17 @@ Progress = Callable[[int, float, float, int, int, int | None], None]
 resident and peak bytes are the training process's; tokens are those of the step without padding, None for a module."""
 Stages = Callable[[str, int, int], None]
 """stages(what, done, total), called while something is prepared or evaluated."""
-Noted = Callable[[str], None]
-"""noted(text), called with what people should know about how the run goes."""
-Placed = Callable[[int], None]
-"""placed(positions), called before the progress of a step with those of its rows, padding included, where steps differ in it."""
-Evaluated = Callable[[dict[str, Any]], None]
-"""evaluated(message), called with the result of each evaluation between the steps, as the training process tells it."""
+OnNotice = Callable[[str], None]
+"""on_notice(text), called with what people should know about how the run goes."""
+OnPlaces = Callable[[int], None]
+"""on_places(positions), called before the progress of a step with the positions in its rows, padding included, if steps differ in it."""
+OnEvaluation = Callable[[dict[str, Any]], None]
+"""on_evaluation(message), called with the training process's message about each evaluation between the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Show:
-    """What the supervisor of `tightfit run` needs beside the order: how to show the run, and its cgroup."""
+class SupervisorSettings:
+    """What the supervisor of `tightfit run` needs beside the order: how to show the run, and the cgroup that it is in."""
 
     tokens_per_step: int | None
     as_json: bool
@@ -79,9 +79,9 @@ def supervise(
     progress: Progress | None = None,
     stages: Stages | None = None,
     *,
-    evaluated: Evaluated | None = None,
-    noted: Noted | None = None,
-    placed: Placed | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    on_notice: OnNotice | None = None,
+    on_places: OnPlaces | None = None,
     group: MemoryCgroup | None = None,
     counted: bool = False,
     preparation_bytes: int | None = None,
@@ -92,7 +92,7 @@ def supervise(
     `preparation_bytes` goes into the report. Raises CapError, RunError or InputError if the training process ended with
     one.
     """
-    with passed_on() as passing, started(order, group=group) as child:
+    with relayed_signals() as passing, started(order, group=group) as child:
         passing.to(child.process)
         contention = Contention(
             threads=order.planned["threads"],
@@ -100,8 +100,8 @@ def supervise(
             usage=lambda: usage_of(child.process.pid),
         )
         try:
-            _follow(child, contention, progress, stages, evaluated, noted, placed)
-        except GivenUp:
+            _follow(child, contention, progress, stages, on_evaluation, on_notice, on_places)
+        except ThirdInterrupt:
             raise
         except BaseException:
             child.stop()  # if progress cannot be shown any more, the steps so far are still saved
@@ -120,7 +120,7 @@ def supervise(
         supervisor_bytes=own_bytes if counted else None,
         program_bytes=None if counted else own_bytes,
         preparation_bytes=preparation_bytes,
-        contention=contention.told,
+        contention=contention.figures,
     )
     if order.evaluates:
         return evaluation_report(report, by_token=order.planned["places_per_step"] is not None)
@@ -136,17 +136,17 @@ def _follow(
     contention: Contention,
     progress: Progress | None,
     stages: Stages | None,
-    evaluated: Evaluated | None,
-    noted: Noted | None,
-    placed: Placed | None,
+    on_evaluation: OnEvaluation | None,
+    on_notice: OnNotice | None,
+    on_places: OnPlaces | None,
 ) -> None:
     for message in child.messages():
         if message["event"] == "step":
             notice = contention.step(message["seconds"], message.get("expected"))
-            if notice and noted:
-                noted(notice)
-        if message["event"] == "step" and placed and "places" in message:
-            placed(message["places"])
+            if notice and on_notice:
+                on_notice(notice)
+        if message["event"] == "step" and on_places and "places" in message:
+            on_places(message["places"])
         if message["event"] == "step" and progress:
             progress(
                 message["step"],
@@ -156,19 +156,19 @@ def _follow(
                 message["peak_bytes"],
                 message.get("tokens"),
             )
-        elif message["event"] == "note" and noted:
-            noted(message["text"])
+        elif message["event"] == "note" and on_notice:
+            on_notice(message["text"])
         elif message["event"] == "evaluating" and stages:
             what = "evaluating" if message["when"] == ALONE else f"evaluating {message['when']}"
             stages(what, message["done"], message["total"])
         elif message["event"] == "referring" and stages:
             about = f"about {message['expected']:.0f} s" if message["expected"] >= 1 else "less than a second"
             stages(f"log-probabilities with the adapter off, {about} in all", message["done"], message["total"])
-        elif message["event"] == "evaluated" and message["when"] == "between" and evaluated:
-            evaluated(message)
+        elif message["event"] == "evaluated" and message["when"] == "between" and on_evaluation:
+            on_evaluation(message)
 
 
-def hand_over(order: RunOrder, show: Show, group: MemoryCgroup | None, *, replace: bool) -> int:
+def hand_over(order: RunOrder, settings: SupervisorSettings, group: MemoryCgroup | None, *, replace: bool) -> int:
     """Have a supervisor carry out `order`; returns its exit code.
 
     With `replace` this process becomes the supervisor (exec), and the call does not return: the memory of preparing is
@@ -178,7 +178,7 @@ def hand_over(order: RunOrder, show: Show, group: MemoryCgroup | None, *, replac
     paths = [os.path.join(order.directory, name) for name in ("order", "show")]
     order.write(paths[0])
     with open(paths[1], "w", encoding="utf-8") as file:
-        json.dump(asdict(show), file)
+        json.dump(asdict(settings), file)
     return become(command(*paths), order.lock, group, replace=replace)
 
 
@@ -193,7 +193,7 @@ def become(arguments: list[str], lock: int, group: MemoryCgroup | None, *, repla
     sys.stderr.flush()
     if replace:
         os.execve(arguments[0], arguments, environment)  # noqa: S606  our own command line
-    with passed_on() as passing:
+    with relayed_signals() as passing:
         child = subprocess.Popen(arguments, env=environment, pass_fds=(lock,), start_new_session=True)
         passing.to(child)
         return child.wait()
@@ -210,16 +210,16 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     order = RunOrder.read(arguments[0])
     with open(arguments[1], encoding="utf-8") as file:
-        show = Show(**json.load(file))
+        settings = SupervisorSettings(**json.load(file))
     for path in arguments:
         os.unlink(path)
-    group = MemoryCgroup(Path(show.group[0]), show.group[1]) if show.group else None
+    group = MemoryCgroup(Path(settings.group[0]), settings.group[1]) if settings.group else None
     try:
         with (
             named_as(on_command_line),
             TrainingProgress(
                 steps=order.steps or 0,
-                tokens_per_step=show.tokens_per_step,
+                tokens_per_step=settings.tokens_per_step,
                 budget=order.planned["budget_bytes"],
                 other_bytes=order.planned["supervisor_bytes"],
                 epoch_steps=order.epoch_steps,
@@ -229,23 +229,23 @@ def main(arguments: Sequence[str]) -> int:
                 order,
                 training,
                 training.stage,
-                evaluated=training.evaluated,
-                noted=training.note,
-                placed=training.placed,
+                on_evaluation=training.evaluated,
+                on_notice=training.note,
+                on_places=training.expect_places,
                 group=group,
                 counted=True,
-                preparation_bytes=show.preparation_bytes,
+                preparation_bytes=settings.preparation_bytes,
             )
-        if show.output:
-            _write(show.output, report)
+        if settings.output:
+            _write(settings.output, report)
         if not training.stepped and not order.evaluates:
             sys.stderr.write(already_done(report, order.directory, order.steps))
-        _answer(report, show.stages, as_json=show.as_json)
+        _answer(report, settings.stages, as_json=settings.as_json)
     except (Exception, KeyboardInterrupt) as error:
-        return fail(error, as_json=show.as_json, debug=show.debug)
+        return fail(error, as_json=settings.as_json, debug=settings.debug)
     finally:
         if group:
-            group.leave(show.home)
+            group.leave(settings.home)
         if order.evaluates:
             import shutil
 
@@ -262,11 +262,11 @@ def _write(path: str, report: dict[str, Any]) -> None:
 
 def _answer(report: dict[str, Any], stages: str | None, *, as_json: bool) -> None:
     # The training process has ended, so that imports no longer add to the run's peak.
-    from tightfit.runtime.supervision.printing import answer, beside
+    from tightfit.runtime.supervision.printing import answer, with_stages
     from tightfit.runtime.supervision.report_text import evaluation_text, report_text
 
     text = report_text if "timeline" in report else evaluation_text
-    answer(beside(stages, report), None if as_json else text(report), as_json=as_json)
+    answer(with_stages(stages, report), None if as_json else text(report), as_json=as_json)
 
 
 def measure() -> int:
@@ -285,12 +285,12 @@ def measure() -> int:
         "samples": 1,
     }
     step["spent"] = dict.fromkeys(("run", "unpack", "perturb", "update", "stall"), 0.1)
-    observed = Observed()
+    observed = ObservedRun()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         training = TrainingProgress(steps=2, tokens_per_step=1, budget=1, file=nowhere)
-        looks = itertools.count()
+        ticks = itertools.count()
         contention = Contention(
-            threads=2, step_seconds=1.0, usage=lambda: usage_of(os.getpid()), clock=lambda: float(next(looks))
+            threads=2, step_seconds=1.0, usage=lambda: usage_of(os.getpid()), clock=lambda: float(next(ticks))
         )
         for line in [words] * 2 + [json.dumps(step)] * LATEST_STEPS:
             message = json.loads(line)
@@ -298,7 +298,7 @@ def measure() -> int:
             if message["event"] == "step":
                 training(1, 1.0, 0.5, 1, 1, 1)
                 contention.step(0.5)
-        with passed_on():
+        with relayed_signals():
             subprocess.run(["/bin/true"], check=False)
     return memory().peak
 

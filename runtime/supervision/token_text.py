@@ -1,4 +1,4 @@
-"""The text of tokens, one after the other as they come, from a table on disk: a few bytes of memory instead of a tokenizer.
+"""Turns tokens into text one after the other, by a table on disk instead of a tokenizer, which takes a few bytes of memory.
 
 The table begins with the number of tokens and with which spaces are left out at the start of a text (uint32 each), then has
 the end of each token's bytes (uint32) and the bytes themselves. The standard library only.
@@ -31,7 +31,7 @@ def write_table(path: str, pieces: Sequence[bytes], left_out: int) -> None:
 
 
 class TokenText:
-    """The table at `path`, opened."""
+    """Turns tokens into text by the table at `path`."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -62,8 +62,8 @@ class TokenText:
         """The bytes of a token; none for one that the tokenizer does not know."""
         if not 0 <= token < self.count:
             return b""
-        at = HEAD.size + WIDTH * (token - 1 if token else 0)
-        edges = os.pread(self._descriptor, WIDTH * (2 if token else 1), at)
+        offset = HEAD.size + WIDTH * (token - 1 if token else 0)
+        edges = os.pread(self._descriptor, WIDTH * (2 if token else 1), offset)
         begin, end = struct.unpack("<II", edges) if token else (0, *struct.unpack("<I", edges))
         return os.pread(self._descriptor, end - begin, HEAD.size + WIDTH * self.count + begin)
 

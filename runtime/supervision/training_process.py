@@ -24,7 +24,7 @@ from tightfit.runtime.common.option_names import on_the_command_line, spelled
 from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
-from tightfit.runtime.supervision.report import Observed
+from tightfit.runtime.supervision.report import ObservedRun
 
 ERRORS: dict[str, type[TightfitError]] = {"InputError": InputError, "RunError": RunError, "CapError": CapError}
 
@@ -46,7 +46,7 @@ class RunOrder:
     cgroup: bool
     """whether to have the kernel enforce the cap, if a memory cgroup can be made"""
     steps: int | None = None
-    """of the run, in all; None: its program says when it ends"""
+    """steps of the run in all; None: its program says when it ends"""
     epoch_steps: float | None = None
     """steps of an epoch; None: the data have no end"""
     finished: dict[str, Any] | None = None
@@ -54,8 +54,9 @@ class RunOrder:
     evaluates: bool = False
     """whether it takes no step, but evaluates once or answers; its directory is then a temporary one"""
     module: str = "tightfit.runtime.engine.training.child"
-    """what the process runs that is held to the cap"""
+    """the module that the process runs which is held to the cap"""
     called: str = "training process"
+    """what messages call that process"""
     anew: str = "profile again on this machine and plan anew"
     """what to do if it takes more memory than predicted"""
 
@@ -97,12 +98,12 @@ class TrainingProcess:
         words: IO[bytes],
         others_bytes: int = 0,
     ) -> None:
-        """`others_bytes`: what of the budget is left to processes outside `group`"""
+        """`others_bytes`: bytes of the budget for processes outside `group`"""
         self.order = order
         self.group = group
         self.others_bytes = others_bytes
         self.process = process
-        self.observed = Observed()
+        self.observed = ObservedRun()
         self._read = read
         self._words = words
         self._buffer = b""
@@ -134,19 +135,19 @@ class TrainingProcess:
             pass
         self.process.wait()
 
-    def end(self) -> Observed:
-        """Wait for its end; returns all that it said. Raises CapError, RunError or InputError unless it ended well."""
+    def end(self) -> ObservedRun:
+        """Wait for its end; returns what its messages said. Raises CapError, RunError or InputError if it failed."""
         for _ in self.messages():
             pass
         code = self.process.wait()
         self._words.seek(0)
-        last = self._words.read().decode(errors="replace").strip().splitlines()
+        output_lines = self._words.read().decode(errors="replace").strip().splitlines()
         if self.group:
             self.observed.cgroup_peak_bytes = self.group.peak_bytes()
-        self._raise_for(code, last)
+        self._raise_for(code, output_lines)
         return self.observed
 
-    def _raise_for(self, code: int, last: list[str]) -> None:
+    def _raise_for(self, code: int, output_lines: list[str]) -> None:
         observed = self.observed
         if observed.error:
             raise ERRORS.get(observed.error["kind"], RunError)(observed.error["message"])
@@ -167,19 +168,19 @@ class TrainingProcess:
         if self.order.evaluates:
             saved = "start again"
         if code == -signal.SIGKILL and self.group and self.group.oom_kills():
-            way = self.order.anew
+            advice = self.order.anew
             if in_memory(Path(self.order.directory)):
-                way = f"{self.order.directory} lies in memory (tmpfs), where all that a run writes counts against the cap: choose an output directory on a disk; or else {way}"
+                advice = f"{self.order.directory} lies in memory (tmpfs), where all that a run writes counts against the cap: choose an output directory on a disk; or else {advice}"
             planned = self.order.planned
             peak = max((observed.peak_bytes, observed.cgroup_peak_bytes or 0))
             limit, predicted = (planned[name] - self.others_bytes for name in ("budget_bytes", "peak_bytes"))
             raise CapError(
                 f"the kernel ended the run at its cap of {format_size(limit)}: it had reached {format_size(peak)}, the {self.order.called} by itself "
-                f"{format_size(observed.peak_bytes)} when it last told, predicted were {format_size(predicted)}; {way}; {saved}"
+                f"{format_size(observed.peak_bytes)} when it last told, predicted were {format_size(predicted)}; {advice}; {saved}"
             )
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        words = f": {last[-1]}" if last else ""
-        raise RunError(f"the {self.order.called} {how}{words}; {saved}")
+        ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        last_line = f": {output_lines[-1]}" if output_lines else ""
+        raise RunError(f"the {self.order.called} {ending}{last_line}; {saved}")
 
 
 @contextmanager
@@ -194,13 +195,13 @@ def started(
     asks for it and it can be. Leaving the block does not end the process. Raises RunError if the directory cannot be
     written.
     """
-    own = MemoryCgroup.create(order.cap_bytes) if order.cgroup and group is None else None
+    own_group = MemoryCgroup.create(order.cap_bytes) if order.cgroup and group is None else None
     try:
         read, write = os.pipe()
         try:
             with writing_to(order.directory):
-                words = os.fdopen(nameless_file(order.directory), "w+b")
-            with words:
+                output = os.fdopen(nameless_file(order.directory), "w+b")
+            with output:
                 arguments = command(order.job, "--messages", str(write), module=order.module)
                 if requests is not None and order.module != RunOrder.module:
                     arguments += ["--requests", str(requests)]
@@ -208,23 +209,23 @@ def started(
                     arguments.append("--on-command-line")
                 try:
                     process = subprocess.Popen(
-                        own.enter(arguments) if own else arguments,
+                        own_group.enter(arguments) if own_group else arguments,
                         # It inherits the lock: if this process is killed, the directory stays locked until it has
                         # saved.
                         pass_fds=(write, order.lock, *([] if requests is None else [requests])),
                         stdin=subprocess.DEVNULL,
-                        stdout=words,
-                        stderr=words,
+                        stdout=output,
+                        stderr=output,
                         env=order.environment,
                         start_new_session=True,  # so that Ctrl-C reaches the parent alone, which passes it on
                     )
                 finally:
                     os.close(write)
-                others = order.planned["supervisor_bytes"] if own else 0
-                yield TrainingProcess(order, own or group, process, read, words, others)
+                others_bytes = order.planned["supervisor_bytes"] if own_group else 0
+                yield TrainingProcess(order, own_group or group, process, read, output, others_bytes)
         finally:
             os.close(read)
     finally:
-        if own:
-            own.remove()
+        if own_group:
+            own_group.remove()
         Path(order.job).unlink(missing_ok=True)

@@ -32,7 +32,7 @@ from examples.reviews import MODEL_FILE, MODEL_PACKAGE, extract
 from tightfit.profiles.sources.lookup import resolve, vocabulary
 from tightfit.profiles.weights.pack import build_store, pack_q4, pack_q8, q4_blocks
 from tightfit.runtime.common.files import cache_directory
-from tightfit.runtime.engine.weights.store import Entry, Store, unpack
+from tightfit.runtime.engine.weights.store import Entry, WeightStore, unpack
 
 TEXT_PACKAGE, TEXT_FILE = "gensim==4.4.0", "gensim/test/test_data/lee_background.cor"
 GROUP = 32
@@ -86,7 +86,7 @@ def main(
 
 def unpacked(store: Path) -> Weights:
     """Every tensor of a store, float32."""
-    with Store.open(store) as opened:
+    with WeightStore.open(store) as opened:
         weights = {name: torch.empty(entry.shape) for name, entry in opened.entries.items()}
         for name, out in weights.items():
             opened.load(name, out)

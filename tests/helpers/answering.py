@@ -25,7 +25,7 @@ from tightfit.runtime.engine.generation.names import multiply_key, unpack_key, u
 from tightfit.runtime.engine.training.adapter import BODY, WEIGHTS
 from tightfit.runtime.engine.training.devices import open_device
 from tightfit.runtime.engine.weights.layout import read_header
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 from tightfit.runtime.results.generation import pairs_of
 from tightfit.runtime.results.generation_figures import job_of
 
@@ -103,7 +103,7 @@ def opened(
     file = None if adapter is None else str(adapter / WEIGHTS)
     job = job_of(problem, plan, store, cap_bytes=1 << 62, adapter=file, body=body)
     channel = channel or TransferChannel()
-    with Store.open(store) as weights, torch.no_grad():
+    with WeightStore.open(store) as weights, torch.no_grad():
         yield open_decoder(job, open_device(vars(job)), weights, channel)
         channel.close()
 

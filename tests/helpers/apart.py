@@ -13,7 +13,7 @@ from torch import Tensor
 from tightfit.runtime.common.errors import CapError
 from tightfit.runtime.engine.cpu.arena import Arena
 from tightfit.runtime.engine.cpu.cpu import KERNELS
-from tightfit.runtime.engine.device.device import Mark, Reached
+from tightfit.runtime.engine.device.device import Mark, ReachedMark
 from tightfit.runtime.engine.device.meter import Meter
 
 GARBAGE = 0xA5
@@ -51,8 +51,8 @@ class Apart:
         skip = -heap.data_ptr() % 4096
         return heap[skip : skip + math.prod(shape) * kind.itemsize].view(kind).view(shape)
 
-    def mark(self) -> Reached:
-        return Reached()
+    def mark(self) -> ReachedMark:
+        return ReachedMark()
 
     def follow(self, mark: Mark) -> None:
         """Operators have finished when their calls return, and copies too."""
@@ -62,14 +62,14 @@ class Apart:
         assert not self._inside(flat)
         self._memory.raw(at, flat.numel()).copy_(flat)
         self.put_bytes += flat.numel()
-        return Reached()
+        return ReachedMark()
 
     def get(self, at: int, host: Tensor, after: Mark) -> Mark:
         flat = host.view(-1).view(torch.uint8)
         assert not self._inside(flat)
         flat.copy_(self._memory.raw(at, flat.numel()))
         self.got_bytes += flat.numel()
-        return Reached()
+        return ReachedMark()
 
     def release(self) -> None:
         self._memory.bytes.fill_(GARBAGE & 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.profiles.measuring.guard import OutputGuard
-from tightfit.profiles.measuring.worker import Scratch, compute, watch
+from tightfit.profiles.measuring.worker import ScratchStores, settle_operators, take_steps
 from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.trace import Trace, trace
 
@@ -24,9 +24,10 @@ def compared(module: nn.Module, batch: tuple[Tensor, ...], folder, change: Calla
     beside = GradientComparison("own.module", module, batch, traced)
     assert beside.why_not(folder) is None
     request = beside.request(folder)
-    programs, guard, scratch = [program.model_dump() for program in traced.programs], OutputGuard(), Scratch(folder)
+    programs = [program.model_dump() for program in traced.programs]
+    guard, scratch = OutputGuard(), ScratchStores(folder)
     with torch.no_grad():
         for program in programs:
-            watch(program, guard, scratch)
-        compute(request, programs)
+            settle_operators(program, guard, scratch)
+        take_steps(request, programs)
     return beside.conclude(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from synthetic import PAGE, profile_of
 
 from tightfit.planner.plan_result import drafted, drafted_phase
-from tightfit.profiles.schema import Channel, Device, Floor, Layer, Operator, Program, Tensor, Value
+from tightfit.profiles.schema import Channel, DeviceFigures, Floor, Layer, Operator, Program, Tensor, Value
 
 MS = 1e-3
 
@@ -126,7 +126,7 @@ def written(operators, train, evaluate, *, arena, optimizer):
         ],
         operators=operators,
     )
-    device = Device(name="by hand", kind="cpu", threads=1, floor=FLOOR, read=READ, write=WRITE)
+    device = DeviceFigures(name="by hand", kind="cpu", threads=1, floor=FLOOR, read=READ, write=WRITE)
     layer = Layer(name="l", program="p", bindings={name: name for name in BOUND})
     profile = profile_of([program], [layer], TENSORS, "loss", on=device).model_copy(update={"optimizer": optimizer})
     return drafted(

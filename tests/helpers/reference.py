@@ -28,7 +28,7 @@ from tightfit.runtime.engine.training.adapter import (
 )
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.records import RecordFile
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -162,7 +162,7 @@ class MaskedDropout(torch.nn.Module):
 def stored_weights(store: str | Path | None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Every tensor of a store, unpacked to `dtype`, by tightfit's names."""
     assert store is not None
-    with Store.open(Path(store)) as opened:
+    with WeightStore.open(Path(store)) as opened:
         weights = {name: torch.empty(entry.shape, dtype=dtype) for name, entry in opened.entries.items()}
         for name, out in weights.items():
             opened.load(name, out)
@@ -175,7 +175,7 @@ def starting_weights(made: Profile, dtype: torch.dtype = torch.float32, seed: in
     """
     weights: dict[str, Tensor] = {}
     assert made.model.store is not None
-    with Store.open(made.model.store) as store:
+    with WeightStore.open(made.model.store) as store:
         for name, entry in store.entries.items():
             weights[name] = torch.empty(entry.shape, dtype=torch.float32 if len(entry.shape) == 1 else dtype)
             store.load(name, weights[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tightfit.planner.schema import Peak, Phase, Plan, TimelinePoint
-from tightfit.profiles.schema import Channel, Device, Floor, Model
+from tightfit.profiles.schema import Channel, DeviceFigures, Floor, Model
 from tightfit.runtime.common.units import MIB
 
 FLOOR = 220 * MIB
@@ -103,7 +103,7 @@ def infeasible_plan(policy="keep-all", budget=250 * MIB, minimum=int(412.34 * MI
 def sample_device():
     channel = Channel(bytes_per_second=1e9, latency_seconds=1e-4)
     floor = Floor(import_peak_bytes=FLOOR, resident_bytes=150 * MIB, instruction_bytes=600)
-    return Device(name="cpu-test", kind="cpu", threads=2, floor=floor, read=channel, write=channel)
+    return DeviceFigures(name="cpu-test", kind="cpu", threads=2, floor=floor, read=channel, write=channel)
 
 
 def sample_plans():

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import random
 
-from tightfit.profiles.schema import Channel, Device, Floor, Layer, Model, Operator, Profile, Program, Tensor, Value
+from tightfit.profiles.schema import (
+    Channel,
+    DeviceFigures,
+    Floor,
+    Layer,
+    Model,
+    Operator,
+    Profile,
+    Program,
+    Tensor,
+    Value,
+)
 
 PAGE = 4096
 MIB = 1 << 20
@@ -22,9 +33,9 @@ def device(
     import_peak=0,
     resident=0,
     per_instruction=0,
-) -> Device:
+) -> DeviceFigures:
     cost = {"compute_seconds_per_byte": per_byte, "compute_seconds_per_transfer": per_transfer}
-    return Device(
+    return DeviceFigures(
         name="synthetic",
         kind="cpu",
         threads=2,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tightfit.planner.schema import Peak, Phase, Plan, ShorterPlan
-from tightfit.profiles.schema import PREFERENCE, Channel, Device, Floor, Model, Profile
+from tightfit.profiles.schema import PREFERENCE, Channel, DeviceFigures, Floor, Model, Profile
 from tightfit.runtime.engine.weights.store import find_extent
 
 CONFIG = {
@@ -32,7 +32,7 @@ FLOOR = Floor(import_peak_bytes=160 << 20, resident_bytes=130 << 20, instruction
 
 def device(threads=2):
     channel = Channel(bytes_per_second=1e9, latency_seconds=1e-4)
-    return Device(
+    return DeviceFigures(
         name="test",
         kind="cpu",
         threads=threads,
@@ -65,14 +65,14 @@ def decoder_profile(
     from tightfit.profiles.steps.decoder_step import trace_decoder
     from tightfit.profiles.tracing.shorter_steps import bucket_lengths, shorter_step, with_room
     from tightfit.profiles.weights.pack import build_store
-    from tightfit.runtime.engine.weights.store import Store
+    from tightfit.runtime.engine.weights.store import WeightStore
 
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.json"
     path.write_text(json.dumps(config or CONFIG))
     source = resolve(str(path))
     store = build_store(source, directory)
-    with Store.open(store) as opened:
+    with WeightStore.open(store) as opened:
         fingerprint = opened.fingerprint
     pairs = lora or LoraConfig(rank=rank)
 
@@ -98,11 +98,11 @@ def module_profile(directory: Path, factory: str):
     from tightfit.profiles.sources.lookup import resolve
     from tightfit.profiles.tracing.trace import trace
     from tightfit.profiles.weights.pack import build_store
-    from tightfit.runtime.engine.weights.store import Store
+    from tightfit.runtime.engine.weights.store import WeightStore
 
     source = resolve(factory)
     store = build_store(source, directory)
-    with Store.open(store) as opened:
+    with WeightStore.open(store) as opened:
         fingerprint = opened.fingerprint
     module, sample, _ = build_module(factory)
     traced = trace(module, {f"batch{i}": t for i, t in enumerate(sample)})

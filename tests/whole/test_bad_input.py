@@ -21,7 +21,7 @@ from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.data.samples import FORMS
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 SIZES = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 
@@ -74,7 +74,7 @@ def test_a_bit_flipped_weight_store(refused, tightfit, with_store, tmp_path):
     said = refused(2, "run", plan, "--data", "random", "--steps", 1, "-o", out)
     assert said.startswith(f"{store}: the header is truncated or damaged (checksum differs)")
     flip(store, 60)
-    with Store.open(store) as opened:
+    with WeightStore.open(store) as opened:
         entry = opened.entries["model.layers.0.mlp.up_proj.weight"]
     flip(store, entry.offset + 77, bit=3)
     said = refused(2, "run", plan, "--data", "random", "--steps", 1, "-o", out)

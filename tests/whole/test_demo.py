@@ -6,12 +6,12 @@ import pytest
 from synthetic import device
 
 from examples.demo import BUDGET, FLOOR, FLOOR_IN_MEMORY, choose_budget
-from tightfit.profiles.schema import Device, Floor
+from tightfit.profiles.schema import DeviceFigures, Floor
 
 MIB = 1 << 20
 
 
-def measured(resident: int, start: int, *, tables_on_disk: bool = False) -> Device:
+def measured(resident: int, start: int, *, tables_on_disk: bool = False) -> DeviceFigures:
     floor = Floor(import_peak_bytes=start, resident_bytes=resident, instruction_bytes=50, tables_on_disk=tables_on_disk)
     return device().model_copy(update={"floor": floor, "torch_version": "2.14.1+cu130"})
 

@@ -15,7 +15,7 @@ from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.wire.errors import Code
-from tightfit.profiles.option_fields import OVER_HTTP, Options, beside, options_of, types_of
+from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import is_deeper
@@ -157,7 +157,7 @@ def _field(name: str, option: FieldInfo) -> tuple[Any, Any]:
     sent: Any = Union.__getitem__(tuple(kind for kind in kinds if types_of(kind) not in ((Path,), (Iterable[Any],))))
     described = Field(
         title=option.title or name.replace("_", " ").capitalize(),
-        description=beside(option)[OVER_HTTP],
+        description=extras(option)[OVER_HTTP],
         json_schema_extra=None,
     )
     annotated: Any = Annotated

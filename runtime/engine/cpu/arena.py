@@ -32,25 +32,25 @@ class Arena:
         operand from its beginning on: in a storage of the whole arena that would be all that lies before it.
         """
         if dtype not in self._windows:
-            kind: torch.dtype = getattr(torch, dtype)
+            torch_dtype: torch.dtype = getattr(torch, dtype)
             pages = self._map
 
-            def window(at: int, elements: int) -> Tensor:
+            def window(offset: int, elements: int) -> Tensor:
                 if not elements:
-                    return torch.empty(0, dtype=kind)
-                return torch.frombuffer(pages, dtype=kind, count=elements, offset=at)
+                    return torch.empty(0, dtype=torch_dtype)
+                return torch.frombuffer(pages, dtype=torch_dtype, count=elements, offset=offset)
 
             self._windows[dtype] = window
         return self._windows[dtype]
 
-    def tensor(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
-        """A contiguous view of the arena at byte offset `at`."""
+    def tensor(self, offset: int, shape: Iterable[int], dtype: str) -> Tensor:
+        """A contiguous view of the arena at byte offset `offset`."""
         size = tuple(shape)
-        return self.window(dtype)(at, math.prod(size)).view(size)
+        return self.window(dtype)(offset, math.prod(size)).view(size)
 
-    def raw(self, at: int, size: int) -> Tensor:
-        """`size` bytes at offset `at`, uint8."""
-        return self.window("uint8")(at, size)
+    def raw(self, offset: int, size: int) -> Tensor:
+        """`size` bytes at `offset`, uint8."""
+        return self.window("uint8")(offset, size)
 
     def release(self) -> None:
         """Give all pages back to the kernel; their contents are zero afterwards."""

@@ -28,7 +28,7 @@ from tightfit.runtime.engine.cpu.rotary import rotate
 
 LOG2_E = math.log2(math.e)
 TOKENS = 256
-"""so many tokens are worked on together, in whole rows; at least one row"""
+"""most tokens that are computed together, in whole rows (at least one)"""
 QUERIES, LEAST_QUERIES = 128, 64
 """tokens of each row that make a block of queries; the smaller number where the larger makes more than `SCORES`
 scores"""
@@ -42,7 +42,7 @@ FEW_KEYS = 2 * QUERIES
 """of a row of several samples, the keys that a block of queries is multiplied with if that is enough and shares are larger:
 one more product"""
 HIDDEN = 1e38
-"""what is taken from masked scores: softmax makes 0 of it, and differences of such scores are finite"""
+"""subtracted from masked scores: softmax makes 0 of them, and the differences of such scores are finite"""
 
 
 def attention(
@@ -74,13 +74,13 @@ def attention(
         queries, attended = step.block(), step.block()
         scores = step.scores()
         for part in step.parts():
-            own = step.copied(q[rows], queries, part, turned=True).mul_(scale * LOG2_E)
+            queries_part = step.copied(q[rows], queries, part, turned=True).mul_(scale * LOG2_E)
             seen = step.seen(part, mask)
-            made = step.scored(own, keys, scores, mask, part, seen)
-            maximum = made.amax(-1, keepdim=True)
-            total = made.sub_(maximum).exp2_().sum(-1, keepdim=True)
+            weights = step.scored(queries_part, keys, scores, mask, part, seen)
+            maximum = weights.amax(-1, keepdim=True)
+            total = weights.sub_(maximum).exp2_().sum(-1, keepdim=True)
             result = step.of(attended, part)
-            torch.bmm(made, values[:, seen], out=result)
+            torch.bmm(weights, values[:, seen], out=result)
             step.grouped(y[rows], part).copy_(step.apart(result.div_(total)))
             sums = step.sums(lse, part)
             sums.copy_(maximum.add_(total.log2_()).view_as(sums))
@@ -103,31 +103,31 @@ def attention_backward(
         buffers = [step.block() for _ in range(3)]
         first, second = step.scores(), step.scores()
         for part in step.parts():
-            own = step.copied(q[rows], buffers[0], part, turned=True).mul_(scale * LOG2_E)
+            queries = step.copied(q[rows], buffers[0], part, turned=True).mul_(scale * LOG2_E)
             upstream = step.copied(dy[rows], buffers[1], part)
             result = step.copied(y[rows], buffers[2], part)
             # Softmax's backward subtracts from each row its mean weighted by the attention, which is the sum of y * dy:
             # Dao et al. 2022, "FlashAttention".
             mean = result.mul_(upstream).sum(-1, keepdim=True)
             seen = step.seen(part, mask)
-            made = step.scored(own, keys, first, mask, part, seen)
-            made.sub_(step.sums(lse, part).reshape(mean.shape)).exp2_()
-            value_gradients[:, seen].baddbmm_(made.transpose(1, 2), upstream)
-            weight = second[: made.numel()].view(made.shape)
+            weights = step.scored(queries, keys, first, mask, part, seen)
+            weights.sub_(step.sums(lse, part).reshape(mean.shape)).exp2_()
+            value_gradients[:, seen].baddbmm_(weights.transpose(1, 2), upstream)
+            weight = second[: weights.numel()].view(weights.shape)
             torch.bmm(upstream, values[:, seen].transpose(1, 2), out=weight)
-            weight.sub_(mean).mul_(made)
-            key_gradients[:, seen].baddbmm_(weight.transpose(1, 2), own)
+            weight.sub_(mean).mul_(weights)
+            key_gradients[:, seen].baddbmm_(weight.transpose(1, 2), queries)
             torch.bmm(weight, keys[:, seen], out=result)
-            turned = step.apart(result.mul_(scale))
-            step.turn(turned, part, back=True)
-            step.grouped(dq[rows], part).copy_(turned)
-        key_gradients.mul_(1 / LOG2_E)  # `own` has the factor LOG2_E, which belongs to exp2 and not to the scores
-        every = slice(0, seq)
+            gradient = step.apart(result.mul_(scale))
+            step.turn(gradient, part, back=True)
+            step.grouped(dq[rows], part).copy_(gradient)
+        key_gradients.mul_(1 / LOG2_E)  # they have the factor LOG2_E, which belongs to exp2 and not to the scores
+        all_tokens = slice(0, seq)
         for target, gradient, turns in ((dk, key_gradients, True), (dv, value_gradients, False)):
-            wide = gradient.view(-1, kv_heads, 1, seq, gradient.shape[-1])
+            grouped = gradient.view(-1, kv_heads, 1, seq, gradient.shape[-1])
             if turns:
-                step.turn(wide, every, back=True)
-            step.grouped(target[rows], every, kv_heads).copy_(wide)
+                step.turn(grouped, all_tokens, back=True)
+            step.grouped(target[rows], all_tokens, kv_heads).copy_(grouped)
 
 
 def attention_scratch(
@@ -138,10 +138,12 @@ def attention_scratch(
 
     `tokens` are all rows of q, `seq` those of one row of tokens; `queries` and `keys` are the columns of q and of k.
     """
-    part = _queries(seq, heads)
-    whole, block, scores = (4, 3, 2) if backward else (2, 2, 1)
-    several = seq * (queries // heads) + part * seq  # angles and masks of rows that hold several samples
-    columns = several + whole * seq * keys + block * part * queries + scores * heads * part * seq
+    block_tokens = _queries(seq, heads)
+    whole_tensors, blocks, scores = (4, 3, 2) if backward else (2, 2, 1)
+    packed_rows = seq * (queries // heads) + block_tokens * seq  # angles and masks of rows that hold several samples
+    columns = (
+        packed_rows + whole_tensors * seq * keys + blocks * block_tokens * queries + scores * heads * block_tokens * seq
+    )
     return min(tokens // seq, _together(seq)), columns
 
 
@@ -169,15 +171,15 @@ def _steps(
     """
     seq = tables[0].shape[0]
     count = q.shape[0] // seq
-    last: list[int] = []
+    last_positions: list[int] = []
     if positions is not None:
         positions = positions.view(count, seq)
-        last = positions[:, -1].tolist()
+        last_positions = positions[:, -1].tolist()
     with onednn(q.dtype):
         for rows in blocks(count, _together(seq)):
-            several = any(position != seq - 1 for position in last[rows])
-            own = positions[rows] if positions is not None and several else None
-            yield _TokenPass(scratch, rows, tables, own, heads, kv_heads, q.shape[1] // heads)
+            packed = any(position != seq - 1 for position in last_positions[rows])
+            row_positions = positions[rows] if positions is not None and packed else None
+            yield _TokenPass(scratch, rows, tables, row_positions, heads, kv_heads, q.shape[1] // heads)
 
 
 class _TokenPass:
@@ -222,21 +224,21 @@ class _TokenPass:
         return blocks(self.seq, self.rows)
 
     def _room(self, elements: int) -> Tensor:
-        own, self.rest = self.rest[:elements], self.rest[elements:]
-        return own
+        room, self.rest = self.rest[:elements], self.rest[elements:]
+        return room
 
     def whole(self, x: Tensor | None = None, *, turned: bool = False) -> Tensor:
         """A float32 copy [n * K, T, D] of keys or values [n * T, K * D], rotated if `turned`; zeros if `x` is None."""
         shape = self.count * self.kv_heads, self.seq, self.width
-        own = self._room(math.prod(shape)).view(shape)
+        result = self._room(math.prod(shape)).view(shape)
         if x is None:
-            return own.zero_()
-        wide = own.view(self.count, self.kv_heads, 1, self.seq, self.width)
-        every = slice(0, self.seq)
-        wide.copy_(self.grouped(x, every, self.kv_heads))
+            return result.zero_()
+        grouped = result.view(self.count, self.kv_heads, 1, self.seq, self.width)
+        all_tokens = slice(0, self.seq)
+        grouped.copy_(self.grouped(x, all_tokens, self.kv_heads))
         if turned:
-            self.turn(wide, every)
-        return own
+            self.turn(grouped, all_tokens)
+        return result
 
     def block(self) -> Tensor:
         """A flat part of the scratch for a block of queries, or of tensors shaped like them."""
@@ -259,11 +261,11 @@ class _TokenPass:
 
     def copied(self, x: Tensor, room: Tensor, part: slice, *, turned: bool = False) -> Tensor:
         """Copy the tokens `part` of `x` [n * T, H * D] into `room`, as float32 [n * K, H / K * part, D], rotated if `turned`."""
-        own = self.of(room, part)
-        wide = self.apart(own).copy_(self.grouped(x, part))
+        result = self.of(room, part)
+        grouped = self.apart(result).copy_(self.grouped(x, part))
         if turned:
-            self.turn(wide, part)
-        return own
+            self.turn(grouped, part)
+        return result
 
     def turn(self, x: Tensor, part: slice, *, back: bool = False) -> None:
         """Rotate the tokens `part`, float32 [n, K, H / K, part, D], by the angles of their positions, in place."""
@@ -303,9 +305,9 @@ class _TokenPass:
         count = part.stop - part.start
         heads = scores.view(-1, count, shape[2])
         if mask is None:
-            here = slice(part.start - seen.start, part.stop - seen.start)
-            heads[:, :, here].add_(self.future[:count, :count])
-            heads[:, :, here.stop :].fill_(-math.inf)
+            diagonal = slice(part.start - seen.start, part.stop - seen.start)
+            heads[:, :, diagonal].add_(self.future[:count, :count])
+            heads[:, :, diagonal.stop :].fill_(-math.inf)
         else:
             heads.add_(mask[part, seen], alpha=LOG2_E)
         if self.begun is not None:

@@ -28,10 +28,10 @@ def cache_tokens(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, out: Sequenc
     """
     keys, values, scratch = out
     heads, count, width = keys.shape
-    turned = scratch.view(-1)[: k.numel()].view(heads, count, width)
-    turned.copy_(k.view(count, heads, width).transpose(0, 1))
-    rotate(turned.view(heads, 1, 1, count, width), cos, sin)
-    keys.copy_(turned)
+    rotated = scratch.view(-1)[: k.numel()].view(heads, count, width)
+    rotated.copy_(k.view(count, heads, width).transpose(0, 1))
+    rotate(rotated.view(heads, 1, 1, count, width), cos, sin)
+    keys.copy_(rotated)
     values.copy_(v.view(count, heads, width).transpose(0, 1))
 
 
@@ -65,15 +65,15 @@ def cached_attention(
         end = seen - count + part.stop
         first = 0 if window is None else max(0, end - size - window + 1)
         rest = scratch.view(-1)
-        own, rest = _room(rest, heads, group * size, width)
+        part_queries, rest = _room(rest, heads, group * size, width)
         result, rest = _room(rest, heads, group * size, width)
         scores, rest = _room(rest, heads, group * size, end - first)
-        grouped = own.view(heads, group, size, width)
+        grouped = part_queries.view(heads, group, size, width)
         grouped.copy_(queries[:, :, part])
         rotate(grouped[None], cos[part], sin[part])
-        own.mul_(scale * LOG2_E)
+        part_queries.mul_(scale * LOG2_E)
         wide, _ = _wide(keys[:, first:end], rest)
-        torch.bmm(own, wide.transpose(1, 2), out=scores)
+        torch.bmm(part_queries, wide.transpose(1, 2), out=scores)
         if size > 1:
             _hide(scores.view(heads * group, size, end - first), window)
         maximum = scores.amax(-1, keepdim=True)
@@ -92,8 +92,8 @@ def _wide(x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """`x` in float32: itself, or a copy in the scratch."""
     if x.dtype is torch.float32:
         return x, scratch
-    own, rest = _room(scratch, *x.shape)
-    return own.copy_(x), rest
+    room, rest = _room(scratch, *x.shape)
+    return room.copy_(x), rest
 
 
 def _hide(scores: Tensor, window: int | None) -> None:
@@ -105,6 +105,6 @@ def _hide(scores: Tensor, window: int | None) -> None:
         # The query of row i, at place n - t + i, sees places from n - t + i - window + 1 on: of the first t places some are
         # hidden, since the keys begin with the first one that row 0 sees.
         places = torch.arange(min(size, seen))
-        begun = torch.arange(size) + (seen - size - window + 1)
-        hidden = places[None, :] < begun[:, None]
+        first_seen = torch.arange(size) + (seen - size - window + 1)
+        hidden = places[None, :] < first_seen[:, None]
         scores[:, :, : len(places)].masked_fill_(hidden, -math.inf)

@@ -12,10 +12,10 @@ from torch import Tensor
 from tightfit.runtime.engine.cpu.arena import Arena
 from tightfit.runtime.engine.cpu.direct import DIRECT
 from tightfit.runtime.engine.cpu.operators import OPERATORS
-from tightfit.runtime.engine.device.device import Kernels, Mark, Reached
+from tightfit.runtime.engine.device.device import Kernels, Mark, ReachedMark
 from tightfit.runtime.engine.device.meter import Meter
 
-REACHED = Reached()
+REACHED = ReachedMark()
 KERNELS = Kernels(fused=OPERATORS, direct=DIRECT, dispatch_key="CPU")
 
 
@@ -28,22 +28,22 @@ class Cpu(Arena):
         super().__init__(size)
         self.meter = meter
 
-    def host(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
-        return self.tensor(at, shape, dtype)
+    def host(self, offset: int, shape: Iterable[int], dtype: str) -> Tensor:
+        return self.tensor(offset, shape, dtype)
 
     def mark(self) -> Mark:
         """The CPU's operators have finished when their calls return."""
         return REACHED
 
     def follow(self, mark: Mark) -> None:
-        """Its copies too."""
+        """The CPU's copies have finished when their calls return."""
 
-    def put(self, at: int, host: Tensor, after: Mark) -> Mark:
-        if host.data_ptr() != self.address + at:
-            ctypes.memmove(self.address + at, host.data_ptr(), host.numel() * host.itemsize)
+    def put(self, offset: int, host: Tensor, after: Mark) -> Mark:
+        if host.data_ptr() != self.address + offset:
+            ctypes.memmove(self.address + offset, host.data_ptr(), host.numel() * host.itemsize)
         return REACHED
 
-    def get(self, at: int, host: Tensor, after: Mark) -> Mark:
-        if host.data_ptr() != self.address + at:
-            ctypes.memmove(host.data_ptr(), self.address + at, host.numel() * host.itemsize)
+    def get(self, offset: int, host: Tensor, after: Mark) -> Mark:
+        if host.data_ptr() != self.address + offset:
+            ctypes.memmove(host.data_ptr(), self.address + offset, host.numel() * host.itemsize)
         return REACHED

@@ -17,7 +17,7 @@ def cross_entropy_backward(
     `ignored`. dloss and total: scalars; log_shares, out [N, C]; labels int64 [N].
     """
     (dlogits,) = out
-    asked = labels != ignored
-    slope = (dloss / total if mean else dloss) * asked
+    counted = labels != ignored
+    slope = (dloss / total if mean else dloss) * counted
     torch.exp(log_shares, out=dlogits).mul_(slope.unsqueeze(1))
-    dlogits.scatter_add_(1, (labels * asked).unsqueeze(1), -slope.unsqueeze(1))
+    dlogits.scatter_add_(1, (labels * counted).unsqueeze(1), -slope.unsqueeze(1))

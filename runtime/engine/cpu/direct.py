@@ -24,9 +24,9 @@ aten = torch.ops.aten
 LEAST_POINTS = 128
 """points of a sample's result from which on a convolution of one point is made of products of single samples"""
 PART_BYTES = 8 << 20
-"""of samples that are convolved together: oneDNN takes up to three times these as workspace"""
+"""bytes of the samples that are convolved together; oneDNN takes up to three times as many as workspace"""
 WEIGHT_SHARE = 4
-"""times that a part is larger than the weights, at least"""
+"""least ratio of a part's bytes to those of the weights"""
 IMAGES = 4
 """dimensions: samples, channels, height, width"""
 Outputs = Sequence[Tensor | None]
@@ -97,12 +97,12 @@ def convolution(
             else:
                 torch.addmm(bias, _rows(x, stride), kernel.t(), out=_rows(y))
             return
-        for image, made in zip(x, y.flatten(2), strict=True):
+        for image, result in zip(x, y.flatten(2), strict=True):
             points = _points(image, stride)
             if bias is None:
-                torch.mm(kernel, points, out=made)
+                torch.mm(kernel, points, out=result)
             else:
-                torch.addmm(bias.unsqueeze(1), kernel, points, out=made)
+                torch.addmm(bias.unsqueeze(1), kernel, points, out=result)
 
 
 def convolution_backward(
@@ -113,16 +113,16 @@ def convolution_backward(
     """out: d x, d weight, d bias [O] of `convolution`, those that are wanted."""
     dx, dweight, dbias = out
     settings = stride, padding, dilation, transposed, output_padding, groups
-    placed = (dx is None or dx.stride() == x.stride()) and (dweight is None or dweight.is_contiguous())
-    if not placed or not _of_points(x, weight, dy, *settings):
+    in_place = (dx is None or dx.stride() == x.stride()) and (dweight is None or dweight.is_contiguous())
+    if not in_place or not _of_points(x, weight, dy, *settings):
         for rows in _parts(x, weight, dy):
-            made = aten.convolution_backward.default(dy[rows], x[rows], weight, bias_sizes, *settings, wanted)
+            gradients = aten.convolution_backward.default(dy[rows], x[rows], weight, bias_sizes, *settings, wanted)
             if dx is not None:
-                dx[rows].copy_(made[0])
-            for total, part in ((dweight, made[1]), (dbias, made[2])):
+                dx[rows].copy_(gradients[0])
+            for total, part in ((dweight, gradients[1]), (dbias, gradients[2])):
                 if total is not None:
                     total.add_(part) if rows.start else total.copy_(part)
-            del made, part  # before the next ones are made
+            del gradients, part  # before the next ones are made
         return
     kernel = weight.view(weight.shape[:2])
     with onednn(x.dtype):
@@ -215,10 +215,10 @@ def batch_norm_backward(
         or x.dtype is not torch.float32
         or x.nbytes < PART_BYTES
     ):
-        made = aten.native_batch_norm_backward.default(*arguments, wanted)
-        for output, one in zip(out, made, strict=True):
+        gradients = aten.native_batch_norm_backward.default(*arguments, wanted)
+        for output, gradient in zip(out, gradients, strict=True):
             if output is not None:
-                output.copy_(one)
+                output.copy_(gradient)
         return
     _, *sums = aten.native_batch_norm_backward.default(*arguments, [False, True, True])
     dweight.copy_(sums[0])
@@ -237,7 +237,7 @@ def max_pool2d_backward(
     dy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     ceil_mode: bool, indices: Tensor, *, out: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """Of x PyTorch reads the shape, and the order in memory, which is that of the result whatever stands in for x."""
+    """PyTorch reads only x's shape and order in memory, which the result takes; so another tensor may stand in for x."""
     (dx,) = out
     aten.max_pool2d_with_indices_backward.grad_input(
         dy, dx, kernel, stride, padding, dilation, ceil_mode, indices, grad_input=dx
@@ -264,4 +264,4 @@ DIRECT: dict[str, Callable[..., None]] = {
     "aten.max_pool2d_with_indices_backward.default": max_pool2d_backward,
     "aten.avg_pool2d_backward.default": avg_pool2d_backward,
 }
-"""by target; `Kernels.direct`"""
+"""the functions by target, for `Kernels.direct`"""

@@ -30,14 +30,14 @@ CHANCES = 1 << 16
 """values of the 16 bits that decide about an element"""
 LANES = 4
 """elements that one word decides about"""
-UNTOLD = Draws()
-"""whose numbers are drawn where no run says it: while operators are measured, and in a trace's own kernels"""
+DEFAULT_DRAWS = Draws()
+"""the draws where no run sets any: while operators are measured, and in a trace's own kernels"""
 
 
-def dropout(x: Tensor, p: float, site: int, *, out: Sequence[Tensor], draws: Draws = UNTOLD) -> None:
+def dropout(x: Tensor, p: float, site: int, *, out: Sequence[Tensor], draws: Draws = DEFAULT_DRAWS) -> None:
     """y = x / (1 - p) where the mask of `site` keeps x, else 0. x, out [T, I]. It is its own backward: dx is that of dy."""
     (y,) = out
-    drop = _Dropout(x, p, site, draws)
+    drop = _DropoutMask(x, p, site, draws)
     if drop.off:
         y.copy_(x)
     else:
@@ -46,11 +46,11 @@ def dropout(x: Tensor, p: float, site: int, *, out: Sequence[Tensor], draws: Dra
 
 
 def dropout_lora_down(
-    x: Tensor, a: Tensor, p: float, site: int, *, out: Sequence[Tensor], draws: Draws = UNTOLD
+    x: Tensor, a: Tensor, p: float, site: int, *, out: Sequence[Tensor], draws: Draws = DEFAULT_DRAWS
 ) -> None:
     """low = dropout(x) @ A.T. x [T, I], A float32 [R, I]; out [T, R]."""
     (low,) = out
-    drop = _Dropout(x, p, site, draws)
+    drop = _DropoutMask(x, p, site, draws)
     for rows in drop.blocks():
         multiply((drop.dropped(x, rows), a.t(), drop.scale), out=low[rows])
 
@@ -65,12 +65,12 @@ def dropout_lora_backward(
     site: int,
     *,
     out: Sequence[Tensor],
-    draws: Draws = UNTOLD,
+    draws: Draws = DEFAULT_DRAWS,
 ) -> None:
     """out: d low [T, R], d A float32 [R, I], d B float32 [O, R] of `projection` and `dropout_lora_down`."""
     dlow, da, db = out
     multiply((dy, b, scale), out=dlow)
-    drop = _Dropout(x, p, site, draws)
+    drop = _DropoutMask(x, p, site, draws)
     for rows in drop.blocks():
         part = torch.empty_like(da) if rows.start else da
         multiply((dlow[rows].t(), drop.dropped(x, rows), 1.0), out=part)
@@ -90,17 +90,17 @@ def dropout_projection_backward(
     addend: Tensor | None,
     *,
     out: Sequence[Tensor],
-    draws: Draws = UNTOLD,
+    draws: Draws = DEFAULT_DRAWS,
 ) -> None:
     """dx = dy @ W + dropout(d low @ A) (+ addend: what other uses of x add to its gradient). out [T, I]."""
     (dx,) = out
     multiply((dy, weight, 1.0), out=dx, addend=addend)
-    drop = _Dropout(dx, p, site, draws)
+    drop = _DropoutMask(dx, p, site, draws)
     for rows in drop.blocks():
         dx[rows].add_(drop.product(dlow[rows], a, rows), alpha=drop.scale)
 
 
-class _Dropout:
+class _DropoutMask:
     """The mask of one matrix [T, I], with the buffers of one operator's call.
 
     `leave_out`, `dropped` and `product` make zeros of what is left out; whoever uses their result multiplies by `scale`.
@@ -112,9 +112,9 @@ class _Dropout:
         self.threshold = min(CHANCES - 1, round(p * CHANCES))
         self.scale = 1.0 if self.off else CHANCES / (CHANCES - self.threshold)
         # A power of two, so that all blocks of most batches are equal: oneDNN keeps code for each shape.
-        most = max(1, ROOM_BYTES // max(1, self.columns * like.itemsize))
-        self.rows = max(1, min(self.tokens, 1 << most.bit_length() - 1))
-        """of a block"""
+        most_rows = max(1, ROOM_BYTES // max(1, self.columns * like.itemsize))
+        self.rows = max(1, min(self.tokens, 1 << most_rows.bit_length() - 1))
+        """rows of a block"""
         if self.off:
             return
         self._key = draws.key(site)
@@ -131,42 +131,44 @@ class _Dropout:
         """A block of x without what is left out; in an evaluation the block itself."""
         if self.off:
             return x[rows]
-        made = self._block(rows)
-        self.leave_out(x[rows], made, rows.start)
-        return made
+        block = self._block(rows)
+        self.leave_out(x[rows], block, rows.start)
+        return block
 
     def product(self, left: Tensor, right: Tensor, rows: slice) -> Tensor:
         """left @ right, a block of a matrix like x, without what is left out."""
-        made = self._block(rows)
-        multiply((left, right, 1.0), out=made)
-        self.leave_out(made, made, rows.start)
-        return made
+        block = self._block(rows)
+        multiply((left, right, 1.0), out=block)
+        self.leave_out(block, block, rows.start)
+        return block
 
     def leave_out(self, x: Tensor, out: Tensor, first: int = 0) -> None:
         """out = x, rows of the matrix from row `first` on, with zeros where elements are left out; out may be x."""
         least = self.threshold - CHANCES // 2
         if self._native is not None and x.stride(1) == out.stride(1) == 1:
-            places = x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0)
-            self._native(*places, x.shape[0], x.shape[1], first, self._key, least)
+            addresses = x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0)
+            self._native(*addresses, x.shape[0], x.shape[1], first, self._key, least)
             return
-        bits, a_row = torch.int16 if x.itemsize == 2 else torch.int32, -(-self.columns // LANES)
+        bits, words_per_row = torch.int16 if x.itemsize == 2 else torch.int32, -(-self.columns // LANES)
         step = min(self.rows, max(1, DRAWN_ELEMENTS // max(1, self.columns)))
-        drawn, other = self._drawing(step * a_row)
+        word_buffer, work_buffer = self._drawing(step * words_per_row)
         for rows in blocks(x.shape[0], step):
-            words = drawn[: (rows.stop - rows.start) * a_row]
-            draw(words, other, self._key, (first + rows.start) * a_row)
-            kept = words.view(torch.int16).ge_(least)  # 1 and 0
+            words = word_buffer[: (rows.stop - rows.start) * words_per_row]
+            draw(words, work_buffer, self._key, (first + rows.start) * words_per_row)
+            mask = words.view(torch.int16).ge_(least)  # 1 and 0
             if bits is torch.int32:
-                kept = other.view(bits)[: kept.numel()].copy_(kept)
-            kept = kept.view(-1, a_row * LANES)[:, : self.columns]
-            torch.mul(x[rows].view(bits), kept, out=out[rows].view(bits))
+                mask = work_buffer.view(bits)[: mask.numel()].copy_(mask)
+            mask = mask.view(-1, words_per_row * LANES)[:, : self.columns]
+            torch.mul(x[rows].view(bits), mask, out=out[rows].view(bits))
 
     def _drawing(self, count: int) -> tuple[Tensor, Tensor]:
         """Buffers for `count` words, and for as many again or integers as wide as the elements that they decide about."""
         if self._words is None:
-            wide = count * self._like.itemsize // 2
-            drawn, other = torch.empty(count + wide, dtype=torch.int64).split_with_sizes([count, wide])
-            self._words = drawn, other
+            work_count = count * self._like.itemsize // 2
+            word_buffer, work_buffer = torch.empty(count + work_count, dtype=torch.int64).split_with_sizes(
+                [count, work_count]
+            )
+            self._words = word_buffer, work_buffer
         return self._words
 
     def _block(self, rows: slice) -> Tensor:
@@ -175,17 +177,17 @@ class _Dropout:
         return self._room[: rows.stop - rows.start]
 
 
-def draw(words: Tensor, other: Tensor, key: int, first: int) -> None:
+def draw(words: Tensor, work: Tensor, key: int, first: int) -> None:
     """Fill int64 `words` with SplitMix64's of the stream `key`, from number `first` (from 0) on.
 
-    `other`: int64, at least as large, for intermediate results.
+    `work`: int64, at least as large, for intermediate results.
     """
-    other = other[: words.numel()]
+    work = work[: words.numel()]
     torch.arange(first + 1, first + 1 + words.numel(), out=words)
     words.mul_(_signed(GOLDEN)).add_(key)
     for shift, factor in MIX:
-        torch.bitwise_right_shift(words, shift, out=other)
-        words.bitwise_xor_(other.bitwise_and_((1 << 64 - shift) - 1))  # PyTorch's shift repeats the sign
+        torch.bitwise_right_shift(words, shift, out=work)
+        words.bitwise_xor_(work.bitwise_and_((1 << 64 - shift) - 1))  # PyTorch's shift repeats the sign
         if factor != 1:
             words.mul_(_signed(factor))
 

@@ -60,14 +60,14 @@ def _forward(
     else:
         aten.addmm.out(b_ih + b_hh, inputs, w_ih.t(), out=flat)
     width = hidden.shape[1]
-    turned, squashed = w_hh.t(), torch.empty_like(hidden)
+    weights, squashed = w_hh.t(), torch.empty_like(hidden)
     for time, _ in _times(len(x), reverse=reverse):
-        own = gates[time]
-        own.addmm_(hidden, turned)
-        own[:, : 2 * width].sigmoid_()
-        own[:, 2 * width : 3 * width].tanh_()
-        own[:, 3 * width :].sigmoid_()
-        enter, forget, new, leave = own.chunk(4, 1)
+        time_gates = gates[time]
+        time_gates.addmm_(hidden, weights)
+        time_gates[:, : 2 * width].sigmoid_()
+        time_gates[:, 2 * width : 3 * width].tanh_()
+        time_gates[:, 3 * width :].sigmoid_()
+        enter, forget, new, leave = time_gates.chunk(4, 1)
         torch.mul(forget, cell, out=cells[time])
         cell = cells[time].addcmul_(enter, new)
         torch.tanh(cell, out=squashed)
@@ -139,8 +139,8 @@ def _slopes(
         torch.mul(dcell, cell if before is None else cells[before], out=dforget)
         torch.mul(dcell, enter, out=dnew)
         dcell.mul_(forget)
-        for gradient, made in ((denter, enter), (dforget, forget), (dleave, leave)):
-            aten.sigmoid_backward.grad_input(gradient, made, grad_input=gradient)
+        for gradient, activated in ((denter, enter), (dforget, forget), (dleave, leave)):
+            aten.sigmoid_backward.grad_input(gradient, activated, grad_input=gradient)
         aten.tanh_backward.grad_input(dnew, new, grad_input=dnew)
         torch.mm(slopes[time], w_hh, out=dhidden)
 

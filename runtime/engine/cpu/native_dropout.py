@@ -56,41 +56,41 @@ def library(cache: Path) -> str:
 
 def words(key: int, first: int, count: int) -> list[int]:
     """Words of SplitMix64's stream `key` from number `first`, from 0, on, in plain integers."""
-    last, found = (1 << 64) - 1, []
+    last, stream = (1 << 64) - 1, []
     for number in range(first + 1, first + 1 + count):
         z = (key + number * GOLDEN) & last
         for shift, factor in MIX:
             z = ((z ^ (z >> shift)) * factor) & last
-        found.append(z)
-    return found
+        stream.append(z)
+    return stream
 
 
 def judge(path: str) -> list[str]:
     """The widths for which the library leaves out what it should, out of place and in place."""
     return [
         bits
-        for bits, function in machine_code.loaded(path, PREFIX, list(WIDTHS), ARGUMENTS).items()
+        for bits, function in machine_code.load_functions(path, PREFIX, list(WIDTHS), ARGUMENTS).items()
         if all(_right(bits, function, *c) for c in CASES)
     ]
 
 
 def _right(bits: str, function: LeaveOut, rows: int, columns: int, first: int, threshold: int) -> bool:
     key, stride = -0x123456789ABCDEF, columns + 3
-    a_row = -(-columns // 4)
+    words_per_row = -(-columns // 4)
     chances = array("H")
-    chances.frombytes(array("Q", words(key, first * a_row, rows * a_row)).tobytes())
+    chances.frombytes(array("Q", words(key, first * words_per_row, rows * words_per_row)).tobytes())
     x = array(WIDTHS[bits], [number % 30000 + 1 for number in range(rows * stride)])
-    wanted = array(WIDTHS[bits], x)
+    expected = array(WIDTHS[bits], x)
     for row in range(rows):
         for column in range(columns):
-            if chances[4 * a_row * row + column] ^ 0x8000 < threshold:
-                wanted[row * stride + column] = 0
+            if chances[4 * words_per_row * row + column] ^ 0x8000 < threshold:
+                expected[row * stride + column] = 0
     out = array(WIDTHS[bits], x)
     address, signed = x.buffer_info()[0], threshold - 0x8000
     function(address, stride, out.buffer_info()[0], stride, rows, columns, first, key, signed)
-    apart = out == wanted
+    out_of_place = out == expected
     function(address, stride, address, stride, rows, columns, first, key, signed)
-    return apart and x == wanted
+    return out_of_place and x == expected
 
 
 if __name__ == "__main__":

@@ -188,9 +188,9 @@ def embed_rows(weight: Any, ids: Tensor, scale: float, *, out: Sequence[Tensor],
     With a store, `weight` is the tensor's name in it and rows are read from disk.
     """
     (y,) = out
-    wanted = ids.reshape(-1)
-    check_ids(wanted)
-    _gather(weight, wanted, y, store)
+    flat = ids.reshape(-1)
+    check_ids(flat)
+    _gather(weight, flat, y, store)
     if scale != 1.0:
         y.mul_(scale)
 
@@ -244,35 +244,35 @@ def head_chunk(
     """
     new, narrow, wide = out
     single = weight.dtype is torch.float32
-    apart = rounded and not single and products.narrow(weight.dtype)
-    product = multiply if apart or single else products.multiply_wide
+    in_narrow = rounded and not single and products.narrow(weight.dtype)
+    product = multiply if in_narrow or single else products.multiply_wide
     flat = labels.reshape(-1)
     for rows in blocks(hidden.shape[0], HEAD_ROWS):
         count = rows.stop - rows.start
-        old, fresh, logits = state[rows], new[rows], wide[:count]
-        scores = narrow[:count] if apart else logits
+        old, updated, logits = state[rows], new[rows], wide[:count]
+        scores = narrow[:count] if in_narrow else logits
         product((hidden[rows], weight.t(), 1.0), out=scores)
-        if apart:
+        if in_narrow:
             logits.copy_(scores)
         index = flat[rows] - start
-        inside = (index >= 0) & (index < weight.shape[0])
+        in_slice = (index >= 0) & (index < weight.shape[0])
         index = index.clamp_(0, weight.shape[0] - 1)
-        fresh[:, 2] = torch.where(inside, logits.gather(1, index[:, None])[:, 0], old[:, 2])
+        updated[:, 2] = torch.where(in_slice, logits.gather(1, index[:, None])[:, 0], old[:, 2])
         maximum = torch.maximum(old[:, 0], logits.amax(1))
         # exp2, as it is faster than exp: see `tightfit.runtime.engine.cpu.attention`.
         shrink = torch.exp2((old[:, 0] - maximum).mul_(LOG2_E))
         logits.sub_(maximum[:, None]).mul_(LOG2_E).exp2_()
-        fresh[:, 0] = maximum
-        fresh[:, 1] = torch.addcmul(logits.sum(1), old[:, 1], shrink)
+        updated[:, 0] = maximum
+        updated[:, 1] = torch.addcmul(logits.sum(1), old[:, 1], shrink)
         if state.shape[1] == STATE_COLUMNS:
             continue
-        accumulated = fresh[:, STATE_COLUMNS:]
+        accumulated = updated[:, STATE_COLUMNS:]
         torch.mul(old[:, STATE_COLUMNS:], shrink[:, None], out=accumulated)
-        if apart or single:
-            added = torch.mm(scores.copy_(logits) if apart else scores, weight)
-            for part in _blocks(*added.shape):
-                accumulated[part].add_(added[part])
-            del added  # so that it and the next block's are not in memory together
+        if in_narrow or single:
+            product_rows = torch.mm(scores.copy_(logits) if in_narrow else scores, weight)
+            for part in _blocks(*product_rows.shape):
+                accumulated[part].add_(product_rows[part])
+            del product_rows  # so that it and the next block's are not in memory together
         else:
             product((logits, weight, 1.0), out=accumulated, addend=accumulated)
 

@@ -38,24 +38,24 @@ def preference_loss(
     total, weights = out
     answered = answer_places(labels, known if loss == ORPO else None)
     sums, counts = log_probabilities(token_losses, answered)
-    there = (counts.view(-1, 2) > 0).all(1)
-    pairs = there.sum().clamp_(min=1)
+    complete = (counts.view(-1, 2) > 0).all(1)
+    pairs = complete.sum().clamp_(min=1)
     margins, rise = _compared(sums, counts, known, loss, beta)
     terms = _terms(margins, loss, beta)
-    made = torch.where(there, terms, 0.0).sum() / pairs
+    mean_loss = torch.where(complete, terms, 0.0).sum() / pairs
     # d loss / d log-probability is - sigmoid(-margin) * rise for the chosen answer and the opposite for the rejected one.
-    share = torch.where(there, torch.sigmoid(margins.neg()), 0.0) / pairs
+    share = torch.where(complete, torch.sigmoid(margins.neg()), 0.0) / pairs
     factors = rise.view(-1, 2) * share[:, None]
     factors[:, 1].neg_()
-    spread = torch.where(answered, factors.view(-1, 1), 0.0)
+    token_weights = torch.where(answered, factors.view(-1, 1), 0.0)
     if loss == ORPO:
-        likely = labels >= 0
-        likely[1::2] = False
-        count = likely.sum().clamp_(min=1)
-        made += torch.where(likely, token_losses.view(labels.shape), 0.0).double().sum() / count
-        spread += likely.double().div_(count)
-    total.copy_(made)
-    weights.copy_(spread.view(-1))
+        counted = labels >= 0
+        counted[1::2] = False
+        count = counted.sum().clamp_(min=1)
+        mean_loss += torch.where(counted, token_losses.view(labels.shape), 0.0).double().sum() / count
+        token_weights += counted.double().div_(count)
+    total.copy_(mean_loss)
+    weights.copy_(token_weights.view(-1))
 
 
 def _compared(sums: Tensor, counts: Tensor, known: Tensor, loss: str, beta: float) -> tuple[Tensor, Tensor]:
@@ -110,12 +110,12 @@ def preference_scores(
     and the number of its labels, of which ORPO's likelihood is the mean.
     """
     sums, terms, margins, unlikely, tokens = out
-    found, counts = log_probabilities(token_losses, answer_places(labels, known if loss == ORPO else None))
-    sums.copy_(found)
-    compared, _ = _compared(found, counts, known, loss, beta)
+    answer_sums, counts = log_probabilities(token_losses, answer_places(labels, known if loss == ORPO else None))
+    sums.copy_(answer_sums)
+    compared, _ = _compared(answer_sums, counts, known, loss, beta)
     terms.copy_(_terms(compared, loss, beta))
-    scores = rewards(found, counts, known, loss, beta)
+    scores = rewards(answer_sums, counts, known, loss, beta)
     margins.copy_(scores[0::2] - scores[1::2])
-    likely = labels[0::2] >= 0
-    unlikely.copy_(torch.where(likely, token_losses.view(labels.shape)[0::2], 0.0).double().sum(1))
-    tokens.copy_(likely.sum(1))
+    labelled = labels[0::2] >= 0
+    unlikely.copy_(torch.where(labelled, token_losses.view(labels.shape)[0::2], 0.0).double().sum(1))
+    tokens.copy_(labelled.sum(1))

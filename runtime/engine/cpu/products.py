@@ -50,19 +50,19 @@ def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
 
 def _multiply_narrow(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None) -> None:
     (left, right, scale), *others = (_rounded(term) for term in terms)
-    made = out
+    product = out
     if addend is not None:
         aten.addmm.out(addend.to(left.dtype), left, right, alpha=scale, out=out)
     elif out.dtype is left.dtype and out.is_contiguous():
         torch.mm(left, right, out=out)
     else:
-        made = torch.mm(left, right)
+        product = torch.mm(left, right)
     if addend is None and scale != 1.0:
-        made.mul_(scale)
+        product.mul_(scale)
     for left, right, scale in others:
-        made.addmm_(left, right, alpha=scale)
-    if made is not out:
-        out.copy_(made)
+        product.addmm_(left, right, alpha=scale)
+    if product is not out:
+        out.copy_(product)
 
 
 def _rounded(term: Term) -> Term:
@@ -109,11 +109,11 @@ def multiply_wide(*terms: Term, out: Tensor, addend: Tensor | None = None) -> No
     """Like `multiply`, but computed in float32 on any processor and rounded once if `out` is narrower."""
     rows, columns = out.shape
     row_step, column_step, inner_step = _steps(rows, terms[0][0].shape[1], columns)
-    operands = [(_Wide(f"left {number}"), _Wide(f"right {number}")) for number in range(len(terms))]
+    operands = [(_WideOperand(f"left {number}"), _WideOperand(f"right {number}")) for number in range(len(terms))]
     for r in blocks(rows, row_step):
         for c in blocks(columns, column_step):
             shape = r.stop - r.start, c.stop - c.start
-            total = _rooms.room("sum", shape[0] * shape[1]).view(shape)
+            total = _buffers.buffer("sum", shape[0] * shape[1]).view(shape)
             if not terms[0][0].shape[1]:
                 total.zero_()
             for number, (left, right, scale) in enumerate(terms):
@@ -132,43 +132,43 @@ def multiply_wide(*terms: Term, out: Tensor, addend: Tensor | None = None) -> No
             out[r, c].copy_(total)
 
 
-class _Rooms(threading.local):
+class _Buffers(threading.local):
     """Buffers for blocks, one set per thread and reused by every product: new ones from the heap would leave holes
     there.
     """
 
     def __init__(self) -> None:
-        self.rooms: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
-    def room(self, name: str, elements: int) -> Tensor:
+    def buffer(self, name: str, elements: int) -> Tensor:
         """The first `elements` of the buffer `name`, float32."""
         if elements > WIDE_ELEMENTS:
             return torch.empty(elements, dtype=torch.float32)
-        if name not in self.rooms or self.rooms[name].numel() < elements:
-            self.rooms[name] = torch.frombuffer(make_pages(4 * WIDE_ELEMENTS), dtype=torch.float32)
-        return self.rooms[name][:elements]
+        if name not in self.buffers or self.buffers[name].numel() < elements:
+            self.buffers[name] = torch.frombuffer(make_pages(4 * WIDE_ELEMENTS), dtype=torch.float32)
+        return self.buffers[name][:elements]
 
 
-_rooms = _Rooms()
+_buffers = _Buffers()
 
 
-class _Wide:
+class _WideOperand:
     """Converts an operand to float32 block by block, and keeps the latest block."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.made: tuple[slice, slice] | None = None
+        self.converted: tuple[slice, slice] | None = None
         self.tensor: Tensor
 
     def block(self, tensor: Tensor, rows: slice, columns: slice) -> Tensor:
         """The block of these rows and columns in float32, with the memory order (rows or columns first) of `tensor`."""
-        if self.made != (rows, columns):
-            self.made, self.tensor = (rows, columns), tensor[rows, columns]
+        if self.converted != (rows, columns):
+            self.converted, self.tensor = (rows, columns), tensor[rows, columns]
             if tensor.dtype is not torch.float32:
-                turned = self.tensor.stride(0) < self.tensor.stride(1)
-                narrow = self.tensor.t() if turned else self.tensor
-                wide = _rooms.room(self.name, narrow.numel()).view(narrow.shape).copy_(narrow)
-                self.tensor = wide.t() if turned else wide
+                columns_first = self.tensor.stride(0) < self.tensor.stride(1)
+                narrow = self.tensor.t() if columns_first else self.tensor
+                wide = _buffers.buffer(self.name, narrow.numel()).view(narrow.shape).copy_(narrow)
+                self.tensor = wide.t() if columns_first else wide
         return self.tensor
 
 

@@ -50,6 +50,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     for rows in blocks(x.shape[3], step):
         first, second = x[..., rows, :half], x[..., rows, half:]
         c, s = cos[..., rows, :], sin[..., rows, :]
-        before = first.clone()
+        original = first.clone()
         first.mul_(c).addcmul_(second, s, value=-1.0)
-        second.mul_(c).addcmul_(before, s)
+        second.mul_(c).addcmul_(original, s)

@@ -69,9 +69,9 @@ def table_rows(
     flat = ids.reshape(-1)
     check_ids(flat, vocabulary)
     y.copy_(before)
-    places, found = _inside(flat, int(base) + offset, rows.shape[0])
+    places, slice_rows = _inside(flat, int(base) + offset, rows.shape[0])
     for part in _row_blocks(places.numel(), rows.shape[1]):
-        y.index_copy_(0, places[part], _scaled(rows.index_select(0, found[part]).to(y.dtype), scale))
+        y.index_copy_(0, places[part], _scaled(rows.index_select(0, slice_rows[part]).to(y.dtype), scale))
 
 
 def _scaled(rows: Tensor, scale: float) -> Tensor:
@@ -97,18 +97,18 @@ def table_rows_backward(
     (gradient,) = out
     gradient.zero_()
     flat = ids.reshape(-1)
-    places, found = _inside(flat, int(base) + offset, rows.shape[0], leave_out=padding)
+    places, slice_rows = _inside(flat, int(base) + offset, rows.shape[0], leave_out=padding)
     for part in _row_blocks(places.numel(), dy.shape[1]):
-        gradient.index_add_(0, found[part], dy.index_select(0, places[part]).float(), alpha=scale)
+        gradient.index_add_(0, slice_rows[part], dy.index_select(0, places[part]).float(), alpha=scale)
 
 
 def _inside(ids: Tensor, start: int, count: int, leave_out: int = -1) -> tuple[Tensor, Tensor]:
     """(places, rows of the slice) of the ids in start .. start + count, without the id `leave_out`."""
     rows = ids - start
-    inside = (rows >= 0) & (rows < count)
+    in_slice = (rows >= 0) & (rows < count)
     if leave_out >= 0:
-        inside &= ids != leave_out
-    places = inside.nonzero().view(-1)
+        in_slice &= ids != leave_out
+    places = in_slice.nonzero().view(-1)
     return places, rows.index_select(0, places)
 
 
@@ -139,19 +139,19 @@ def table_head(
     out: lse and own with this slice; and as scratch the slice in `dtype` [V, H], and logits of `head_scratch(T)` tokens in
     `dtype` (one row unless `rounded`) and in float32. Nothing is rounded to float32: there the first scratch is one element.
     """
-    new_lse, new_own, taken, short, wide = out
-    weight = _rounded(rows, taken, dtype)
+    new_lse, new_own, rounded_rows, short, wide = out
+    weight = _rounded(rows, rounded_rows, dtype)
     flat, start = labels.reshape(-1), int(base) + offset
     for part in blocks(hidden.shape[0], HEAD_ROWS):
         logits = _logits(hidden[part].to(dtype), weight, short, wide, rounded)
         if cap:
             logits.div_(cap).tanh_().mul_(cap)
-        index, inside = _labels(flat[part], start, rows.shape[0])
-        new_own[part] = torch.where(inside, logits.gather(1, index[:, None])[:, 0], own[part])
-        most = torch.maximum(lse[part], logits.amax(1))
-        before = torch.exp2((lse[part] - most).mul_(LOG2_E))
-        total = logits.sub_(most[:, None]).mul_(LOG2_E).exp2_().sum(1)
-        new_lse[part] = total.add_(before).log_().add_(most)
+        index, in_slice = _labels(flat[part], start, rows.shape[0])
+        new_own[part] = torch.where(in_slice, logits.gather(1, index[:, None])[:, 0], own[part])
+        maximum = torch.maximum(lse[part], logits.amax(1))
+        before = torch.exp2((lse[part] - maximum).mul_(LOG2_E))
+        total = logits.sub_(maximum[:, None]).mul_(LOG2_E).exp2_().sum(1)
+        new_lse[part] = total.add_(before).log_().add_(maximum)
 
 
 def table_head_backward(
@@ -178,23 +178,23 @@ def table_head_backward(
     out: gradients of lse and own float32 [T], of hidden float32 [T, H], of the slice float32 [V, H]; scratch as there, and
     one more [`head_scratch(T)`, V] float32 for the slope of capped logits (one element without a cap).
     """
-    old_dlse, old_down, dhidden, drows, taken, short, wide, slopes = out
+    old_dlse, old_down, dhidden, drows, rounded_rows, short, wide, slopes = out
     flat, start = labels.reshape(-1), int(base) + offset
     for part in blocks(hidden.shape[0], HEAD_ROWS):
-        weight = _rounded(rows, taken, dtype)  # anew: the gradient of the block before was put there
+        weight = _rounded(rows, rounded_rows, dtype)  # anew: the gradient of the block before was put there
         narrow_hidden = hidden[part].to(dtype)
         logits = _logits(narrow_hidden, weight, short, wide, rounded)
         slope = slopes[: logits.shape[0]]
         if cap:
             torch.square(logits.div_(cap).tanh_(), out=slope).neg_().add_(1.0)
             logits.mul_(cap)
-        index, inside = _labels(flat[part], start, rows.shape[0])
+        index, in_slice = _labels(flat[part], start, rows.shape[0])
         gradient = logits.sub_(new_lse[part, None]).mul_(LOG2_E).exp2_().mul_(dlse[part, None])
-        gradient.scatter_add_(1, index[:, None], torch.where(inside, down[part], 0.0)[:, None])
+        gradient.scatter_add_(1, index[:, None], torch.where(in_slice, down[part], 0.0)[:, None])
         if cap:
             gradient.mul_(slope)
         old_dlse[part] = torch.exp2((lse[part] - new_lse[part]).mul_(LOG2_E)).mul_(dlse[part])
-        old_down[part] = torch.where(inside, 0.0, down[part])
+        old_down[part] = torch.where(in_slice, 0.0, down[part])
         first = part.start == 0
         if dtype is torch.float32:
             multiply((gradient, weight, 1.0), out=dhidden[part])
@@ -202,9 +202,9 @@ def table_head_backward(
         elif rounded and narrow(dtype):
             gradient = short[: gradient.shape[0]].copy_(gradient)
             multiply((gradient, weight, 1.0), out=dhidden[part])
-            torch.mm(gradient.t(), narrow_hidden, out=taken)
+            torch.mm(gradient.t(), narrow_hidden, out=rounded_rows)
             for block in _row_blocks(*drows.shape):
-                drows[block].copy_(taken[block]) if first else drows[block].add_(taken[block])
+                drows[block].copy_(rounded_rows[block]) if first else drows[block].add_(rounded_rows[block])
         else:
             multiply_wide((gradient, weight, 1.0), out=dhidden[part])
             multiply_wide((gradient.t(), narrow_hidden, 1.0), out=drows, addend=None if first else drows)
@@ -232,5 +232,5 @@ def _logits(hidden: Tensor, weight: Tensor, short: Tensor, wide: Tensor, rounded
 def _labels(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     """(the labels' rows in a slice, 0 where they are not in it; whether they are)."""
     rows = labels - start
-    inside = (rows >= 0) & (rows < count)
-    return rows.clamp_(0, count - 1), inside
+    in_slice = (rows >= 0) & (rows < count)
+    return rows.clamp_(0, count - 1), in_slice

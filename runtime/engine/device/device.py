@@ -37,18 +37,18 @@ class Kernels:
 
 
 class Mark(Protocol):
-    """A point in what a device was asked for, which it reaches later."""
+    """A point in the queue of a device's work, which the device reaches later."""
 
     def wait(self) -> None:
-        """Wait until it is reached."""
+        """Block until the device has reached this mark."""
         ...
 
 
-class Reached:
-    """A mark of a device that has done what it was asked for when the call returns."""
+class ReachedMark:
+    """The mark of a device whose calls return only once their work is done."""
 
     def wait(self) -> None:
-        """Nothing is to come."""
+        """Return at once: the mark was reached before it was made."""
 
 
 class Device(Protocol):
@@ -68,16 +68,16 @@ class Device(Protocol):
         """The function that makes a flat tensor of `dtype` of the arena, from an offset and a number of elements."""
         ...
 
-    def tensor(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
+    def tensor(self, offset: int, shape: Iterable[int], dtype: str) -> Tensor:
         """A contiguous tensor of the arena, on the device."""
         ...
 
-    def raw(self, at: int, size: int) -> Tensor:
+    def raw(self, offset: int, size: int) -> Tensor:
         """`size` bytes of the arena, uint8, on the device."""
         ...
 
-    def host(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
-        """A contiguous tensor in host memory that stands for the arena's bytes from `at` on: source of `put`, target of
+    def host(self, offset: int, shape: Iterable[int], dtype: str) -> Tensor:
+        """A contiguous tensor in host memory that stands for the arena's bytes from `offset` on: source of `put`, target of
         `get`.
 
         Its contents are undefined until they are written. If the arena is in host memory, it is a view of the arena, so
@@ -93,14 +93,14 @@ class Device(Protocol):
         """Have operators that are asked for from now on begin once `mark` is reached."""
         ...
 
-    def put(self, at: int, host: Tensor, after: Mark) -> Mark:
-        """Copy the contiguous tensor `host`, which must not change meanwhile, to offset `at` of the arena once `after` is reached;
+    def put(self, offset: int, host: Tensor, after: Mark) -> Mark:
+        """Copy the contiguous tensor `host`, which must not change meanwhile, to `offset` of the arena once `after` is reached;
         returns the mark of its end. May be called in another thread than the one that asks for operators.
         """
         ...
 
-    def get(self, at: int, host: Tensor, after: Mark) -> Mark:
-        """Copy bytes of the arena from offset `at` on into the contiguous tensor `host`, otherwise as `put`."""
+    def get(self, offset: int, host: Tensor, after: Mark) -> Mark:
+        """Copy bytes of the arena from `offset` on into the contiguous tensor `host`, otherwise as `put`."""
         ...
 
     def release(self) -> None:
@@ -108,12 +108,12 @@ class Device(Protocol):
         ...
 
 
-def put_now(device: Device, at: int, host: Tensor) -> None:
-    """Copy `host` to offset `at` of the arena, after all operators that were asked for; finished when it returns."""
-    device.put(at, host, device.mark()).wait()
+def put_now(device: Device, offset: int, host: Tensor) -> None:
+    """Copy `host` to `offset` of the arena, after all operators that were asked for; finished when it returns."""
+    device.put(offset, host, device.mark()).wait()
 
 
-def get_now(device: Device, at: int, host: Tensor) -> Tensor:
-    """Copy bytes of the arena from offset `at` on into `host`, as `put_now`; returns it."""
-    device.get(at, host, device.mark()).wait()
+def get_now(device: Device, offset: int, host: Tensor) -> Tensor:
+    """Copy bytes of the arena from `offset` on into `host`, as `put_now`; returns it."""
+    device.get(offset, host, device.mark()).wait()
     return host

@@ -1,4 +1,4 @@
-"""Whose random numbers an operator draws, so that it draws the same ones wherever and however often it runs.
+"""The key of an operator's random numbers, so that it draws the same ones wherever and however often it runs.
 
 Also imported by the budgeted process: the standard library only.
 """
@@ -19,7 +19,7 @@ class Draws:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        """of the run"""
+        """seed of the run"""
         self.step: int | None = 0
         """number of the micro-batch, from 1; 0: before the first one, while kernels are warmed or measured; None: an
         evaluation, in which nothing is drawn
@@ -28,5 +28,5 @@ class Draws:
 
     def key(self, site: int) -> int:
         """64 bits, as a signed integer, that belong to seed, step, layer and place in the layer. Not for evaluations."""
-        said = f"{self.seed}:{self.step}:{self.layer}:{site}"
-        return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "little", signed=True)
+        identity = f"{self.seed}:{self.step}:{self.layer}:{site}"
+        return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "little", signed=True)

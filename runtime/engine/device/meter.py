@@ -41,8 +41,8 @@ class Meter:
             now = time.perf_counter() - self._start
             if now - self._last >= self._gap and self._count < SAMPLES:
                 self._last = now
-                place = 3 * self._count
-                self._samples[place], self._samples[place + 1], self._samples[place + 2] = (
+                index = 3 * self._count
+                self._samples[index], self._samples[index + 1], self._samples[index + 2] = (
                     instruction,
                     int(now * 1e6),
                     self._resident(),
@@ -60,9 +60,9 @@ class Meter:
 
     def refuse(self, measured: int) -> None:
         others = self.budget_bytes - self.cap_bytes
-        beside = f", of which {others / 2**20:.1f} are the supervisor's" if others else ""
+        supervisor_share = f", of which {others / 2**20:.1f} are the supervisor's" if others else ""
         raise CapError(
-            f"the process holds {measured / 2**20:.1f} MiB and the cap is {self.budget_bytes / 2**20:.1f} MiB{beside}; "
+            f"the process holds {measured / 2**20:.1f} MiB and the cap is {self.budget_bytes / 2**20:.1f} MiB{supervisor_share}; "
             "profile again on this machine (the floor may have changed) and plan anew"
         )
 

@@ -9,7 +9,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class ProcessMemory:
     """Bytes of one process: `peak` is VmHWM, the others are the parts of the resident set now."""
 
     peak: int
@@ -22,16 +22,16 @@ class Memory:
 _FIELDS = {b"VmHWM": "peak", b"VmRSS": "resident", b"RssAnon": "anonymous", b"RssFile": "file", b"RssShmem": "shared"}
 
 
-def memory(pid: int | str = "self") -> Memory:
+def memory(pid: int | str = "self") -> ProcessMemory:
     """Read the memory of a process from /proc/PID/status. Raises OSError if it has ended."""
-    found = dict.fromkeys(_FIELDS.values(), 0)
+    fields = dict.fromkeys(_FIELDS.values(), 0)
     with open(f"/proc/{pid}/status", "rb") as file:
         for line in file:
             name, _, rest = line.partition(b":")
             field = _FIELDS.get(name)
             if field is not None:
-                found[field] = int(rest.split()[0]) * 1024
-    return Memory(**found)
+                fields[field] = int(rest.split()[0]) * 1024
+    return ProcessMemory(**fields)
 
 
 class ResidentReader:

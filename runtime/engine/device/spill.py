@@ -13,11 +13,11 @@ import os
 
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.files import nameless_file
-from tightfit.runtime.common.run_folder import way_on
+from tightfit.runtime.common.run_folder import how_to_continue
 
 BLOCK = 4096
 STAGING_BYTES = 64 << 10
-"""Direct I/O needs aligned memory: what is not whole pages is copied through one aligned buffer of this size."""
+"""size of the aligned buffer through which parts of pages are copied, since direct I/O needs aligned memory"""
 
 
 class SpillFile:
@@ -78,10 +78,10 @@ class SpillFile:
         """Transfer the whole blocks of page-aligned memory directly, without the staging buffer; returns their
         bytes.
         """
-        whole = size // BLOCK * BLOCK if address % BLOCK == 0 else 0
-        if whole:
-            self._transfer(call, memoryview((ctypes.c_char * whole).from_address(address)).cast("B"), offset)
-        return whole
+        block_bytes = size // BLOCK * BLOCK if address % BLOCK == 0 else 0
+        if block_bytes:
+            self._transfer(call, memoryview((ctypes.c_char * block_bytes).from_address(address)).cast("B"), offset)
+        return block_bytes
 
     def _transfer(self, call: object, memory: memoryview, offset: int) -> None:
         done, size = 0, len(memory)
@@ -93,7 +93,7 @@ class SpillFile:
                     self.direct = _set_direct(self.descriptor, on=False)
                     continue
                 raise RunError(
-                    f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and {way_on(self.directory)}"
+                    f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and {how_to_continue(self.directory)}"
                 ) from error
             if moved == 0:
                 raise RunError(f"the spill file in {self.directory} ends early, at byte {offset + done} of {self.size}")
@@ -123,8 +123,8 @@ def _set_direct(descriptor: int, *, on: bool = True) -> bool:
 
 
 def _reserve(descriptor: int, directory: str, size: int) -> None:
-    room = os.fstatvfs(descriptor)
-    free = room.f_bavail * room.f_frsize
+    disk = os.fstatvfs(descriptor)
+    free = disk.f_bavail * disk.f_frsize
     message = f"the plan spills {size / 2**20:.1f} MiB and {directory} has {free / 2**20:.1f} MiB free; free disk space, or plan with more memory"
     if free < size:
         raise RunError(message)

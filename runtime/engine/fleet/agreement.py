@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory, write_all
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.run_folder import find_checkpoints, way_on
+from tightfit.runtime.common.run_folder import find_checkpoints, how_to_continue
 from tightfit.runtime.engine.fleet.transport import Transport
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _receive(transport: Transport, owner: int, path: str, buffer: Tensor) -> Non
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
-            f"saving {path} failed: {error.strerror}; free disk space and {way_on(os.path.dirname(path))}"
+            f"saving {path} failed: {error.strerror}; free disk space and {how_to_continue(os.path.dirname(path))}"
         ) from error
 
 

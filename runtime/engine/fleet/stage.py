@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tightfit.runtime.engine.fleet.exchange import Exchanged, Share
 from tightfit.runtime.engine.fleet.message import RECEIVING_DOWN, SENDING, Passing, offsets, paged, put, ring, take
 from tightfit.runtime.engine.fleet.transport import Pending, Transport
-from tightfit.runtime.engine.weights.safetensors_file import Item
+from tightfit.runtime.engine.weights.safetensors_file import TensorItem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -329,7 +329,7 @@ class Stage:
 
     # --- the whole of what was trained -----------------------------------------------------------------------------
 
-    def hand_in(self, items: Callable[[], Iterator[Item]]) -> None:
+    def hand_in(self, items: Callable[[], Iterator[TensorItem]]) -> None:
         """Send this member's trained tensors to the first member."""
         self.transport.send_json([[one.name, one.dtype, one.shape] for one in items()], 0)
         import torch
@@ -338,14 +338,14 @@ class Stage:
             for chunk in item.chunks():
                 self.transport.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), 0).wait()
 
-    def collected(self, chunk: int) -> list[Item]:
+    def collected(self, chunk: int) -> list[TensorItem]:
         """The trained tensors of all other members, in the order of the layers; each can be read once, in this order,
         in pieces of at most `chunk` bytes.
         """
         result = []
         for rank in range(1, len(self.transport.members)):
             for name, dtype, shape in self.transport.receive_json(rank):
-                item = Item(name=name, dtype=dtype, shape=shape, chunks=lambda: ())
+                item = TensorItem(name=name, dtype=dtype, shape=shape, chunks=lambda: ())
                 size = item.bytes
 
                 def chunks(rank: int = rank, size: int = size) -> Iterator[memoryview]:
@@ -356,7 +356,7 @@ class Stage:
                         self.transport.receive(torch.frombuffer(room, dtype=torch.uint8), rank).wait()
                         yield memoryview(room)
 
-                result.append(Item(name=name, dtype=dtype, shape=shape, chunks=chunks))
+                result.append(TensorItem(name=name, dtype=dtype, shape=shape, chunks=chunks))
         return result
 
     def close(self) -> None:

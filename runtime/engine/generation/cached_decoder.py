@@ -19,13 +19,13 @@ from tightfit.runtime.engine.generation.job import GenerationJob
 from tightfit.runtime.engine.generation.names import MAGNITUDE
 from tightfit.runtime.engine.generation.products import Products
 from tightfit.runtime.engine.generation.stream import StreamedPieces
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 
 class CachedDecoder(ABC):
     """`run` takes new tokens through the model and returns the logits after the last one."""
 
-    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: StreamedPieces) -> None:
+    def __init__(self, job: GenerationJob, device: Device, store: WeightStore, stream: StreamedPieces) -> None:
         self.job, self.device, self.store, self.stream = job, device, store, stream
         self._tensors: dict[str, Tensor] = {}
         self.products = Products(job, device, store, stream)

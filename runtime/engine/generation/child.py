@@ -93,14 +93,14 @@ def run_job(path: str, requests: int | None, send: Send, signals: Signals) -> in
     from tightfit.runtime.engine.generation.job import GenerationJob
     from tightfit.runtime.engine.start.kernel_warmup import prepare, settle
     from tightfit.runtime.engine.training.devices import open_device
-    from tightfit.runtime.engine.weights.store import Store
+    from tightfit.runtime.engine.weights.store import WeightStore
 
     channel = prepare()
     start_bytes = memory().peak
     job = GenerationJob.read(path)
     begun = time.perf_counter()
     device = open_device(vars(job))
-    store = Store.open(job.store)
+    store = WeightStore.open(job.store)
     decoder = open_decoder(job, device, store, channel)
     settle()
     if job.measure:

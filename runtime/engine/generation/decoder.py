@@ -12,13 +12,13 @@ from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
 from tightfit.runtime.engine.generation.job import STREAMED, GenerationJob
 from tightfit.runtime.engine.generation.stream import Stream
 from tightfit.runtime.engine.training.adapter import adapter_key
-from tightfit.runtime.engine.weights.safetensors_file import Reader
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.safetensors_file import SafetensorsReader
+from tightfit.runtime.engine.weights.store import WeightStore
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def open_decoder(job: GenerationJob, device: Device, store: Store, channel: TransferChannel) -> CachedDecoder:
+def open_decoder(job: GenerationJob, device: Device, store: WeightStore, channel: TransferChannel) -> CachedDecoder:
     """The decoder of a job, with all that stays in memory loaded. Raises InputError for a damaged store or adapter."""
     streamed = [piece for piece in job.pieces if piece.state == STREAMED]
     body = [piece for piece in streamed if piece.matrix != job.head]
@@ -33,7 +33,7 @@ def open_decoder(job: GenerationJob, device: Device, store: Store, channel: Tran
         from tightfit.runtime.engine.generation.traced_decoder import TracedDecoder
 
         decoder = TracedDecoder(job, device, store, stream)
-    reader = Reader(job.adapter, "copy the adapter again") if job.adapter else None
+    reader = SafetensorsReader(job.adapter, "copy the adapter again") if job.adapter else None
     try:
         decoder.load(lambda name, out: _read(reader, adapter_key(name, job.adapter_body), out))
     finally:
@@ -42,7 +42,7 @@ def open_decoder(job: GenerationJob, device: Device, store: Store, channel: Tran
     return decoder
 
 
-def _read(reader: Reader | None, key: str, out: Tensor) -> None:
+def _read(reader: SafetensorsReader | None, key: str, out: Tensor) -> None:
     """Read a tensor of an adapter in float32. Raises InputError where it is of another shape, or no finite numbers."""
     assert reader is not None
     kind, shape = reader.described(key)

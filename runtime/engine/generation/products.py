@@ -29,7 +29,7 @@ from tightfit.runtime.engine.generation.names import (
 from tightfit.runtime.engine.generation.sizes import block_rows
 from tightfit.runtime.engine.generation.stream import StreamedPieces
 from tightfit.runtime.engine.weights.layout import Extent
-from tightfit.runtime.engine.weights.store import Store, multiplies, multiply_row, unpack
+from tightfit.runtime.engine.weights.store import WeightStore, multiplies, multiply_row, unpack
 
 
 class PreparedPiece:
@@ -57,7 +57,7 @@ class Products:
     through, and the seconds that this took; the keys are those of `unpack_key` and `multiply_key`, and `STALL`.
     """
 
-    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: StreamedPieces) -> None:
+    def __init__(self, job: GenerationJob, device: Device, store: WeightStore, stream: StreamedPieces) -> None:
         self.device, self.store, self.stream = device, store, stream
         self.elements, self.head = job.block_elements, job.head
         self.parts: dict[str, list[PreparedPiece]] = {}

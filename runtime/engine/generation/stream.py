@@ -10,7 +10,7 @@ from torch import Tensor
 from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device, Mark
 from tightfit.runtime.engine.generation.job import DEPTH, Piece
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 
 class StreamedPieces(Protocol):
@@ -37,7 +37,7 @@ class Stream:
         self,
         channel: TransferChannel,
         device: Device,
-        store: Store,
+        store: WeightStore,
         staging: tuple[int, int],
         body: Sequence[Piece],
         head: Sequence[Piece],
@@ -64,7 +64,7 @@ class Stream:
         self._fill()
 
     def take(self) -> Tensor:
-        """The bytes of the next piece, as `Store.read_into` leaves them; waits until they are there."""
+        """The bytes of the next piece, as `WeightStore.read_into` leaves them; waits until they are there."""
         number = self._taken
         self._channel.wait(self._tickets.pop(number))
         self._device.follow(self._landed.pop(number))

@@ -24,7 +24,7 @@ from tightfit.runtime.engine.generation.names import ATTEND, GATHER, HELD, IDS, 
 from tightfit.runtime.engine.generation.sizes import aligned
 from tightfit.runtime.engine.generation.stream import StreamedPieces
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Frame:
 class TracedDecoder(CachedDecoder):
     """A decoder of which the job holds the steps."""
 
-    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: StreamedPieces) -> None:
+    def __init__(self, job: GenerationJob, device: Device, store: WeightStore, stream: StreamedPieces) -> None:
         super().__init__(job, device, store, stream)
         assert job.steps is not None
         self.steps = {step["tokens"]: step for step in job.steps}

@@ -17,13 +17,13 @@ from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
 from tightfit.runtime.engine.generation.job import GenerationJob
 from tightfit.runtime.engine.generation.names import EMBEDDING
 from tightfit.runtime.engine.generation.stream import StreamedPieces
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 
 class WrittenDecoder(CachedDecoder):
     """A decoder of which the job says the shape."""
 
-    def __init__(self, job: GenerationJob, device: Device, store: Store, stream: StreamedPieces) -> None:
+    def __init__(self, job: GenerationJob, device: Device, store: WeightStore, stream: StreamedPieces) -> None:
         super().__init__(job, device, store, stream)
         assert job.shape is not None
         self.shape = job.shape

@@ -58,56 +58,56 @@ class AdafactorUpdate:
         step = max(optimizer.eps2, math.sqrt(squared) / length) * min(rate, 1 / math.sqrt(number))
         if optimizer.weight_decay:
             parameter.mul_(1 - rate * optimizer.weight_decay)
-        fresh = number**optimizer.beta2_decay
+        share = number**optimizer.beta2_decay
         if parameter.dim() > 1:
-            self._average(slopes, *_means(variance, shape), fresh)
+            self._average(slopes, *_means(variance, shape), share)
         else:
-            self._average_elements(slopes, variance.view(shape), fresh)
+            self._average_elements(slopes, variance.view(shape), share)
         directions = self._factored if parameter.dim() > 1 else self._full
-        squared = sum(self._squared(found) for *_, found in directions(slopes, variance, optimizer.eps))
+        squared = sum(self._squared(direction) for *_, direction in directions(slopes, variance, optimizer.eps))
         clipped = max(1.0, math.sqrt(squared) / (length * optimizer.clip_threshold))
-        for m, r, c, found in directions(slopes, variance, optimizer.eps):
-            values[m, r, c].add_(found, alpha=-step / clipped)
+        for m, r, c, direction in directions(slopes, variance, optimizer.eps):
+            values[m, r, c].add_(direction, alpha=-step / clipped)
 
-    def _average(self, slopes: Tensor, over_rows: Tensor, over_columns: Tensor, fresh: float) -> None:
-        """Take the share `fresh` of the means of squared gradients [matrices, rows, columns] over rows and over columns from
+    def _average(self, slopes: Tensor, over_rows: Tensor, over_columns: Tensor, share: float) -> None:
+        """Take the share `share` of the means of squared gradients [matrices, rows, columns] over rows and over columns from
         these gradients.
         """
         _, height, width = slopes.shape
-        over_rows.mul_(1 - fresh)
+        over_rows.mul_(1 - share)
         for m, c, rows in _blocks(slopes.shape):
-            over_columns[m, :, c].mul_(1 - fresh)
+            over_columns[m, :, c].mul_(1 - share)
             total = torch.zeros(over_columns[m, :, c].shape, dtype=torch.float64 if len(rows) > 1 else torch.float32)
             for r in rows:
                 squares = self._squares(slopes[m, r, c])
-                over_rows[m, r].add_(squares.sum(2, keepdim=True), alpha=fresh / width)
+                over_rows[m, r].add_(squares.sum(2, keepdim=True), alpha=share / width)
                 total.add_(squares.sum(1, keepdim=True))
-            over_columns[m, :, c].add_(total, alpha=fresh / height)
+            over_columns[m, :, c].add_(total, alpha=share / height)
 
-    def _average_elements(self, slopes: Tensor, means: Tensor, fresh: float) -> None:
+    def _average_elements(self, slopes: Tensor, means: Tensor, share: float) -> None:
         for m, c, rows in _blocks(slopes.shape):
             for r in rows:
-                means[m, r, c].lerp_(self._squares(slopes[m, r, c]), fresh)
+                means[m, r, c].lerp_(self._squares(slopes[m, r, c]), share)
 
     def _factored(self, slopes: Tensor, variance: Tensor, eps: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-        """The direction of the step, a window at a time: gradients by the roots of the products of the means over their rows and
-        columns; each lies where the one before it lay.
+        """Yield the step's direction a window at a time: gradients over the roots of the products of the means of their rows and
+        columns. Each window overwrites the one before it.
         """
         over_rows, over_columns = _means(variance, slopes.shape)
         for m, c, rows in _blocks(slopes.shape):
             overall = over_rows[m].mean(1, keepdim=True).clamp_(min=eps)
             for r in rows:
                 part = slopes[m, r, c]
-                found = torch.mul(over_rows[m, r] / overall, over_columns[m, :, c], out=self._room_of(part))
-                yield m, r, c, found.clamp_(min=eps * eps).rsqrt_().mul_(part)
+                direction = torch.mul(over_rows[m, r] / overall, over_columns[m, :, c], out=self._room_of(part))
+                yield m, r, c, direction.clamp_(min=eps * eps).rsqrt_().mul_(part)
 
     def _full(self, slopes: Tensor, variance: Tensor, eps: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-        """The same of gradients whose squares have a mean for each element."""
+        """As `_factored`, for gradients whose squares have a mean for each element."""
         means = variance.view(slopes.shape)
         for m, c, rows in _blocks(slopes.shape):
             for r in rows:
-                found = torch.clamp(means[m, r, c], min=eps * eps, out=self._room_of(means[m, r, c]))
-                yield m, r, c, found.rsqrt_().mul_(slopes[m, r, c])
+                direction = torch.clamp(means[m, r, c], min=eps * eps, out=self._room_of(means[m, r, c]))
+                yield m, r, c, direction.rsqrt_().mul_(slopes[m, r, c])
 
     def _room_of(self, part: Tensor) -> Tensor:
         return self._room[: part.numel()].view(part.shape)
@@ -116,7 +116,7 @@ class AdafactorUpdate:
         return torch.mul(part, part, out=self._room_of(part))
 
     def _squared(self, part: Tensor) -> float:
-        """The sum of squares of a window; it may lie in the room itself."""
+        """The sum of squares of a window, which may lie in the update's own buffer."""
         return self._squares(part).sum().item()
 
 

@@ -79,9 +79,9 @@ class CompiledOperator:
         elif isinstance(argument, dict):
             container[key] = _constant(argument)
         elif isinstance(argument, list):
-            container[key] = made = list(argument)
+            container[key] = items = list(argument)
             for index, item in enumerate(argument):
-                self._place(item, made, index)
+                self._place(item, items, index)
         else:
             container[key] = argument
 
@@ -142,12 +142,12 @@ def compile_operator(
 
 
 def _native(qualified: str, overload: str) -> Callable[..., Any]:
-    found = torch._C._get_operation_overload(qualified, overload)
-    if found is None:
+    overloads = torch._C._get_operation_overload(qualified, overload)
+    if overloads is None:
         raise ValueError(
             f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch {torch.__version__}"
         )
-    return found[0]
+    return overloads[0]
 
 
 def _out_variant(qualified: str, overload: str, dispatch_key: str) -> tuple[Callable[..., Any], tuple[str, ...]] | None:
@@ -156,20 +156,20 @@ def _out_variant(qualified: str, overload: str, dispatch_key: str) -> tuple[Call
     None if there is none.
     """
     schemas = torch._C._jit_get_schemas_for_operator(qualified)
-    own = next((s for s in schemas if s.overload_name == overload), None)
-    if own is None:
+    functional = next((s for s in schemas if s.overload_name == overload), None)
+    if functional is None:
         raise ValueError(
             f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch {torch.__version__}"
         )
-    wanted = [(a.name, str(a.type)) for a in own.arguments]
+    arguments = [(a.name, str(a.type)) for a in functional.arguments]
     for schema in schemas:
         results = [a.name for a in schema.arguments if a.is_out]
-        plain = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
-        full = f"{qualified}.{schema.overload_name}"
+        inputs = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
+        qualified_name = f"{qualified}.{schema.overload_name}"
         if (
-            len(results) == len(own.returns)
-            and plain == wanted
-            and torch._C._dispatch_has_kernel_for_dispatch_key(full, dispatch_key)
+            len(results) == len(functional.returns)
+            and inputs == arguments
+            and torch._C._dispatch_has_kernel_for_dispatch_key(qualified_name, dispatch_key)
         ):
             return _native(qualified, schema.overload_name), tuple(results)
     return None

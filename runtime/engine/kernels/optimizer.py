@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NORM_ELEMENTS = 1 << 13
-"""of a gradient that are squared at a time"""
+"""elements of a gradient that are squared at a time"""
 LION_ELEMENTS = 1 << 16
-"""of a trainable that are updated at a time"""
+"""elements of a trainable that are updated at a time"""
 NORM_EPSILON = 1e-6
 """added to the norm by which gradients are scaled down, as in PyTorch"""
 FACTORED = "adafactor_v"
-"""Adafactor's state, which is smaller than a large trainable"""
+"""name of Adafactor's state, which is smaller than a large trainable"""
 
 
 def state_shape(state: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -57,11 +57,11 @@ class Rates:
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         after = max(0, step - steps - self.warmup_steps)
-        done = min(1.0, after / max(1, self.total_steps - self.warmup_steps))
+        progress = min(1.0, after / max(1, self.total_steps - self.warmup_steps))
         if self.schedule == "constant":
             return self.lr
-        left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return self.lr * (left * (1.0 - self.min_lr_ratio) + self.min_lr_ratio)
+        remaining = 1.0 - progress if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.lr * (remaining * (1.0 - self.min_lr_ratio) + self.min_lr_ratio)
 
 
 class Arithmetic(Protocol):
@@ -268,10 +268,10 @@ class GradientUpdate:
         if self.accumulate == 1:
             self.make(count, parameter, gradient, *states)
             return
-        *own, total = states
+        *own_states, total = states
         total.add_(gradient, alpha=self._weight)
         if self._due:
-            self.make(count // self.accumulate, parameter, total.div_(max(1.0, self.summed)), *own)
+            self.make(count // self.accumulate, parameter, total.div_(max(1.0, self.summed)), *own_states)
             total.zero_()
 
     def make(self, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor) -> None:
@@ -302,7 +302,7 @@ class ClippedUpdate(GradientUpdate):
         self._room = torch.empty(NORM_ELEMENTS, dtype=torch.float64)
 
     def begin(self, step: int, weight: float = 1.0) -> None:
-        """As of `GradientUpdate`. A gradient that makes an update alone is taken as it is."""
+        """As `GradientUpdate.apply`. A gradient that makes an update alone is used as it is."""
         super().begin(step, 1.0 if self.accumulate == 1 else weight)
         self._begins = step % self.accumulate == 1 % self.accumulate
         self._squares.clear()
@@ -338,15 +338,13 @@ class ClippedUpdate(GradientUpdate):
         return norm
 
     def apply_sum(self, count: int, parameter: Tensor, *states: Tensor) -> None:
-        """Update a parameter from its sum, the last of its states, of which only the room is of use afterwards; `count` as of
-        `GradientUpdate.apply`.
-        """
-        *own, total = states
+        """Update a parameter from its sum, the last of its states, which this overwrites; `count` as in `GradientUpdate.apply`."""
+        *own_states, total = states
         if self.accumulate > 1:
             total.div_(max(1.0, self.summed))
         if self._scale < 1.0:
             total.mul_(self._scale)
-        self.make(count // self.accumulate, parameter, total, *own)
+        self.make(count // self.accumulate, parameter, total, *own_states)
 
     def _squared(self, values: Tensor) -> float:
         """The sum of squares, in float64 and in pieces so small that one thread adds each up."""

@@ -72,13 +72,13 @@ def folder(cache: Path) -> str:
         return ""
     if platform.machine() != "x86_64":
         return ""  # stubs are made for x86-64 alone
-    place = machine_code.folder(cache) / f"cuda-stubs-{_key(libraries)}"
-    if not place.is_dir():
+    path = machine_code.folder(cache) / f"cuda-stubs-{_key(libraries)}"
+    if not path.is_dir():
         # On a read-only cache or a test process that hangs, go on without stubs. Another process may also have been
         # first.
         with suppress(OSError, ValueError, subprocess.SubprocessError):
-            _build(libraries, place)
-    return str(place) if place.is_dir() and any(place.iterdir()) else ""
+            _build(libraries, path)
+    return str(path) if path.is_dir() and any(path.iterdir()) else ""
 
 
 def _libraries() -> Path | None:
@@ -96,23 +96,23 @@ def _key(libraries: Path) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _build(libraries: Path, place: Path) -> None:
-    """Make the folder `place` with the stubs, or empty if a fresh process cannot load PyTorch's libraries with them.
+def _build(libraries: Path, destination: Path) -> None:
+    """Make the folder `destination` with the stubs, or empty if a fresh process cannot load PyTorch's libraries with them.
 
     Raises OSError, ValueError and SubprocessError.
     """
     import tempfile
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-        made = Path(scratch) / place.name
-        made.mkdir()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
+        staging = Path(scratch) / destination.name
+        staging.mkdir()
         for name, content in stubs(libraries).items():
-            (made / name).write_bytes(content)
-        if not _serve(made):
-            for path in made.iterdir():
+            (staging / name).write_bytes(content)
+        if not _serve(staging):
+            for path in staging.iterdir():
                 path.unlink()
-        made.rename(place)
+        staging.rename(destination)
 
 
 def stubs(libraries: Path) -> dict[str, bytes]:
@@ -122,26 +122,26 @@ def stubs(libraries: Path) -> dict[str, bytes]:
     """
     from tightfit.runtime.engine.start.elf import SharedObject, read_shared_object, stub_library
 
-    ours: dict[str, SharedObject] = {}
+    own_libraries: dict[str, SharedObject] = {}
     replaced: set[str] = set()
-    waiting = [LIBRARY, "libtorch_global_deps.so"]
-    while waiting:
-        name = waiting.pop()
+    pending = [LIBRARY, "libtorch_global_deps.so"]
+    while pending:
+        name = pending.pop()
         if name.startswith(CUDA):
             replaced.add(name)
-        elif name not in ours and (libraries / name).exists():
-            ours[name] = read_shared_object(libraries / name)
-            waiting += ours[name].needed
+        elif name not in own_libraries and (libraries / name).exists():
+            own_libraries[name] = read_shared_object(libraries / name)
+            pending += own_libraries[name].needed
     system = (ctypes.CDLL(None), ctypes.CDLL("libstdc++.so.6"))
-    missing = set().union(*(library.undefined for library in ours.values()))
-    missing -= set().union(*(library.defined for library in ours.values()))
+    missing = set().union(*(library.undefined for library in own_libraries.values()))
+    missing -= set().union(*(library.defined for library in own_libraries.values()))
     symbols = sorted(name for name in missing if not any(_defines(library, name) for library in system))
     special = {"references": REFERENCES, "constructors": CONSTRUCTORS}
     symbol_stub = stub_library(SYMBOLS, needed=("libstdc++.so.6",), symbols=symbols, **special)
     return {SYMBOLS: symbol_stub, **{name: stub_library(name, needed=(SYMBOLS,)) for name in sorted(replaced)}}
 
 
-class _Place(ctypes.Structure):
+class _SymbolInfo(ctypes.Structure):
     """``Dl_info`` of dlfcn.h."""
 
     _fields_ = (
@@ -161,9 +161,9 @@ def _defines(library: ctypes.CDLL, name: str) -> bool:
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p)
     except AttributeError:
         return False
-    place = _Place()
-    known = ctypes.CDLL(None).dladdr(address, ctypes.byref(place))
-    return not (known and place.file and os.path.basename(os.fsdecode(place.file)).startswith(CUDA))
+    info = _SymbolInfo()
+    found = ctypes.CDLL(None).dladdr(address, ctypes.byref(info))
+    return not (found and info.file and os.path.basename(os.fsdecode(info.file)).startswith(CUDA))
 
 
 def _serve(folder: Path) -> bool:
@@ -171,14 +171,14 @@ def _serve(folder: Path) -> bool:
     import subprocess
 
     environment = {**os.environ, VARIABLE: str(folder), "PYTHONPATH": python_path()}
-    done = subprocess.run(
+    process = subprocess.run(
         command("tightfit.runtime.engine.start.cuda_stubs"),
         check=False,
         capture_output=True,
         timeout=JUDGED_SECONDS,
         env=environment,
     )
-    return done.returncode == 0
+    return process.returncode == 0
 
 
 if __name__ == "__main__":

@@ -65,14 +65,14 @@ def read_shared_object(path: Path) -> SharedObject:
 
 
 def _read(data: mmap.mmap) -> SharedObject:
-    _, _, machine, _, _, _, place, _, _, _, _, size, count, _ = _HEADER.unpack_from(data)
-    sections = [_SECTION.unpack_from(data, place + number * size) for number in range(count)]
+    _, _, machine, _, _, _, table_offset, _, _, _, _, size, count, _ = _HEADER.unpack_from(data)
+    sections = [_SECTION.unpack_from(data, table_offset + number * size) for number in range(count)]
 
     def content(section: tuple[int, ...]) -> bytes:
         return data[section[4] : section[4] + section[5]]
 
-    def name(strings: bytes, at: int) -> str:
-        return strings[at : strings.index(b"\0", at)].decode()
+    def name(strings: bytes, offset: int) -> str:
+        return strings[offset : strings.index(b"\0", offset)].decode()
 
     needed: list[str] = []
     undefined, defined = set(), set()
@@ -86,11 +86,11 @@ def _read(data: mmap.mmap) -> SharedObject:
                     needed.append(name(strings, value))
         elif section[1] == _SHT_DYNSYM:
             strings = content(sections[section[6]])
-            for at, info, _, index, _, _ in _SYMBOL.iter_unpack(content(section)):
+            for offset, info, _, index, _, _ in _SYMBOL.iter_unpack(content(section)):
                 if index:
-                    defined.add(name(strings, at))
+                    defined.add(name(strings, offset))
                 elif info >> 4 == _STB_GLOBAL:
-                    undefined.add(name(strings, at))
+                    undefined.add(name(strings, offset))
     return SharedObject(
         machine=machine, needed=tuple(needed), undefined=frozenset(undefined), defined=frozenset(defined)
     )
@@ -114,15 +114,15 @@ def stub_library(
     strings = bytearray(b"\0")
 
     def put(text: str) -> int:
-        at = len(strings)
+        offset = len(strings)
         strings.extend(text.encode() + b"\0")
-        return at
+        return offset
 
-    made = set(constructors) & set(symbols)
-    symbols = [*symbols, *([_OBJECT] if made else [])]
+    used_constructors = set(constructors) & set(symbols)
+    symbols = [*symbols, *([_OBJECT] if used_constructors else [])]
     types = [name for name in symbols if name.startswith("_ZTI")]
     names = [*([_CLASS] if types else []), *symbols]
-    places = [put(name) for name in names]
+    name_offsets = [put(name) for name in names]
     dynamic = [(_DT_NEEDED, put(name)) for name in needed]
     dynamic.append((_DT_SONAME, put(soname)))
     hashes = _hash_table(names)
@@ -134,13 +134,13 @@ def stub_library(
     at_symbols = at_code + 32
     at_hash = at_symbols + (len(names) + 1) * _SYMBOL.size
     at_relocations = _aligned(at_hash + len(hashes))
-    count = 2 * len(types) + (1 + _VIRTUAL if made else 0)
+    count = 2 * len(types) + (1 + _VIRTUAL if used_constructors else 0)
     at_strings = at_relocations + count * _RELOCATION.size
     read_only = _aligned(at_strings + len(strings))
     at_dynamic = read_only + _PAGE
     at_types = at_dynamic + (len(dynamic) + 9) * _PAIR.size
     at_virtual = at_types + len(types) * _TYPEINFO_BYTES
-    at_zeros = at_virtual + (8 * (2 + _VIRTUAL) if made else 0)
+    at_zeros = at_virtual + (8 * (2 + _VIRTUAL) if used_constructors else 0)
     size = at_zeros - _PAGE
 
     dynamic += [
@@ -155,23 +155,23 @@ def stub_library(
         (_DT_NULL, 0),
     ]
     address = {name: at_types + number * _TYPEINFO_BYTES for number, name in enumerate(types)}
-    functions = dict.fromkeys(references, at_code) | dict.fromkeys(made, at_constructor)
+    functions = dict.fromkeys(references, at_code) | dict.fromkeys(used_constructors, at_constructor)
     table, relocations = bytearray(_SYMBOL.size), bytearray()
-    for name, place in zip(names, places, strict=True):
-        here = name != _CLASS  # which libstdc++ defines
-        value = functions.get(name, address.get(name, at_zeros)) if here else 0
-        table += _SYMBOL.pack(place, _STB_GLOBAL << 4, 0, here, value, 0)
+    for name, name_offset in zip(names, name_offsets, strict=True):
+        defined_here = name != _CLASS  # which libstdc++ defines
+        value = functions.get(name, address.get(name, at_zeros)) if defined_here else 0
+        table += _SYMBOL.pack(name_offset, _STB_GLOBAL << 4, 0, defined_here, value, 0)
         if name in address:
             relocations += _RELOCATION.pack(value, 1 << 32 | _TO_SYMBOL, 16)
-            relocations += _RELOCATION.pack(value + 8, _TO_PLACE, at_strings + place + len("_ZTI"))
-    if made:
+            relocations += _RELOCATION.pack(value + 8, _TO_PLACE, at_strings + name_offset + len("_ZTI"))
+    if used_constructors:
         # The virtual table: no offset to the whole object, its typeinfo, the functions.
         relocations += _RELOCATION.pack(at_virtual + 8, _TO_PLACE, address[_OBJECT])
         for number in range(_VIRTUAL):
             relocations += _RELOCATION.pack(at_virtual + 16 + 8 * number, _TO_PLACE, at_return)
 
-    def segment(kind: int, flags: int, at: int, address: int, inside: int, more: int = 0) -> bytes:
-        return _SEGMENT.pack(kind, flags, at, address, address, inside, inside + more, _PAGE)
+    def segment(kind: int, flags: int, offset: int, address: int, inside: int, more: int = 0) -> bytes:
+        return _SEGMENT.pack(kind, flags, offset, address, address, inside, inside + more, _PAGE)
 
     segments = (
         segment(_PT_LOAD, _READ | _EXECUTE, 0, 0, read_only)
@@ -185,7 +185,7 @@ def stub_library(
     code = _LEA + (at_zeros - at_return).to_bytes(4, "little") + _RETURN
     constructor = _LEA + (at_virtual + 16 - at_constructor - 7).to_bytes(4, "little") + _STORE + _RETURN
     content = bytearray(size)
-    for at, part in (
+    for offset, part in (
         (0, header + segments),
         (at_code, code),
         (at_constructor, constructor),
@@ -195,7 +195,7 @@ def stub_library(
         (at_strings, strings),
         (read_only, b"".join(_PAIR.pack(*entry) for entry in dynamic)),
     ):
-        content[at : at + len(part)] = part
+        content[offset : offset + len(part)] = part
     return bytes(content)
 
 

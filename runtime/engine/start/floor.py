@@ -35,7 +35,7 @@ all of their workspace at once."""
 EXCHANGE_SLACK_BYTES = 2 << 20
 """Allowance for the code that exchanging gradients maps, and for messages that are not pieces of gradients."""
 LOCAL, EXCHANGE_SECONDS = "127.0.0.1", 30.0
-"""how long a process may take to meet itself"""
+"""longest time in which two members of a fleet that are both in this process connect to each other"""
 IMPORT_SLACK_BYTES = 10 << 20
 """By how much the peak of the start varies, depending on how files lie in the page cache: libraries are loaded before
 their mappings can be split. With all of PyTorch's in folios of 2 MiB it was 5.6 MiB higher than with small ones, once beside
@@ -58,24 +58,24 @@ def exchange_bytes(channel: TransferChannel) -> int:
         importlib.import_module(f"tightfit.runtime.engine.fleet.{name}")
     with listening(LOCAL, 0) as free:
         port = free.getsockname()[1]
-    met: list[Transport] = []
+    transports: list[Transport] = []
 
     def meet(rank: int) -> None:
-        met.append(Transport(["one", "other"], rank, LOCAL, port, key=bytes(32), timeout=EXCHANGE_SECONDS))
+        transports.append(Transport(["one", "other"], rank, LOCAL, port, key=bytes(32), timeout=EXCHANGE_SECONDS))
 
-    other = threading.Thread(target=meet, args=(1,))
-    other.start()
+    thread = threading.Thread(target=meet, args=(1,))
+    thread.start()
     meet(0)
-    other.join()
-    one, two = sorted(met, key=lambda transport: transport.rank)
-    for sender, receiver in ((one, two), (two, one)):
+    thread.join()
+    first, second = sorted(transports, key=lambda transport: transport.rank)
+    for sender, receiver in ((first, second), (second, first)):
         sender.send_json("this is said", receiver.rank)
         receiver.receive_json(sender.rank)
     settle()  # as a run does once it is loaded: most of the code that meeting the others takes is not needed again
     warm_up(channel, SIZE)
     trim_heap()
     added = memory().resident - before
-    for transport in met:
+    for transport in transports:
         transport.close()
         transport.hang_up()
     return max(0, added) + EXCHANGE_SLACK_BYTES

@@ -107,8 +107,8 @@ def warm_up(
 def _forward(size: int, dtype: torch.dtype) -> None:
     x, w, y = (torch.randn(size, size).to(dtype) for _ in range(3))
     if narrow(dtype):
-        # One product only: oneDNN keeps more than half a megabyte of code for each shape, and the model's shapes are
-        # others.
+        # One product only: oneDNN keeps more than half a megabyte of code for each shape, and the model has
+        # other shapes.
         aten.mm.out(x, w.t(), out=y)
     else:
         low = torch.empty(size, 8, dtype=dtype)
@@ -149,12 +149,12 @@ def _backward(size: int, dtype: torch.dtype) -> None:
 def _head(x: Tensor, w: Tensor, *, gradient: bool) -> None:
     size = x.shape[0]
     labels = torch.zeros(1, size, dtype=torch.int64)
-    state, other = (torch.empty(size, 3 + size * gradient) for _ in range(2))
+    state, next_state = (torch.empty(size, 3 + size * gradient) for _ in range(2))
     OPERATORS["tightfit.head_begin"](x, gradient, out=(state,))
     scratch = torch.empty_like(x), torch.empty(size, size)
-    OPERATORS["tightfit.head_chunk"](state, x, w, labels, 0, out=(other, *scratch))
+    OPERATORS["tightfit.head_chunk"](state, x, w, labels, 0, out=(next_state, *scratch))
     losses = torch.empty(()), torch.empty(size)
     if gradient:
-        OPERATORS["tightfit.head_finish"](other, x, labels, out=(*losses, torch.empty_like(x)))
+        OPERATORS["tightfit.head_finish"](next_state, x, labels, out=(*losses, torch.empty_like(x)))
     else:
-        OPERATORS["tightfit.head_mean"](other, labels, out=losses)
+        OPERATORS["tightfit.head_mean"](next_state, labels, out=losses)

@@ -75,7 +75,7 @@ def _block() -> None:
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
-class _Stub(types.ModuleType):
+class _StubModule(types.ModuleType):
     """A stand-in module: each public name that is asked for becomes an empty class."""
 
     __path__: list[str] = []
@@ -83,10 +83,10 @@ class _Stub(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _made(self, name)
+        return _empty_class(self, name)
 
 
-class _Stubs:
+class _StubFinder:
     """Finder and loader that answers imports of ``torch.*`` with stubs, except ``torch._C``."""
 
     def find_spec(
@@ -97,7 +97,7 @@ class _Stubs:
         return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Stub(spec.name)
+        return _StubModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         return None
@@ -111,11 +111,11 @@ class _Overloads:
         self._any: Any = None
 
     def __getattr__(self, overload: str) -> Any:
-        found = self._native._get_operation_overload(self._name, "" if overload == "default" else overload)
-        if found is None:
+        operation = self._native._get_operation_overload(self._name, "" if overload == "default" else overload)
+        if operation is None:
             raise AttributeError(f"{self._name} has no overload {overload!r}")
-        setattr(self, overload, found[0])
-        return found[0]
+        setattr(self, overload, operation[0])
+        return operation[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._any is None:
@@ -123,7 +123,7 @@ class _Overloads:
         return self._any(*args, **kwargs)
 
 
-class _Namespace:
+class _OperatorNamespace:
     def __init__(self, native: Any, name: str) -> None:
         self._native, self._name = native, name
 
@@ -144,9 +144,9 @@ class _Operators:
     def __getattr__(self, namespace: str) -> Any:
         if namespace.startswith("__"):
             raise AttributeError(namespace)
-        found = _Namespace(self._native, namespace)
-        setattr(self, namespace, found)
-        return found
+        operators = _OperatorNamespace(self._native, namespace)
+        setattr(self, namespace, operators)
+        return operators
 
 
 class _NoGrad:
@@ -199,13 +199,13 @@ def _root() -> str:
 
 def _load() -> None:
     root = _root()
-    torch: Any = _Stub("torch")
+    torch: Any = _StubModule("torch")
     torch.__path__, torch.__file__ = [root], os.path.join(root, "__init__.py")
     torch.__spec__ = importlib.util.find_spec("torch")
     torch._tightfit_lean = True
     torch.__version__ = _version(root)
     sys.modules["torch"] = torch
-    finder: Any = _Stubs()
+    finder: Any = _StubFinder()
     sys.meta_path.insert(0, finder)
 
     cuda_stubs.load()
@@ -285,17 +285,17 @@ def _load() -> None:
     torch.set_num_threads, torch.get_num_threads = native.set_num_threads, native.get_num_threads
     for name in ("SymInt", "SymFloat", "SymBool"):  # asked for by the argument parsers
         getattr(torch, name)
-    _Stub.__getattr__ = _missing  # type: ignore[method-assign]  # from now on a missing name of torch raises again
+    _StubModule.__getattr__ = _missing  # type: ignore[method-assign]  # from now on a missing name of torch raises again
     release_file_pages()
 
 
 def _missing(module: types.ModuleType, name: str) -> Any:
     if module.__name__ == "torch" or name.startswith("__"):
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r} in the lean process")
-    return _made(module, name)
+    return _empty_class(module, name)
 
 
-def _made(module: types.ModuleType, name: str) -> type:
+def _empty_class(module: types.ModuleType, name: str) -> type:
     """Put an empty class of that name into the module; a metaclass if the name ends so, with which native types are
     made.
     """

@@ -28,7 +28,7 @@ START_BYTES = 60 << 20
 """Resident bytes above which memory is moved while PyTorch loads. The lower, the longer the start takes (0.4 s more
 with this one, 1 s with 30 MiB); less gains nothing, because warming up the kernels takes as much afterwards."""
 LOOK_MICROSECONDS = 250
-"""between two looks at the resident bytes"""
+"""time between two readings of the resident bytes"""
 JUDGED_BLOCKS = 16384
 """heap blocks of 2 KB with which `judge` tests the library"""
 
@@ -64,17 +64,17 @@ def moving() -> Iterator[None]:
     try:
         descriptor = nameless_file(folder)
     except OSError as error:
-        raise _refused(folder, error.errno or 0) from error
+        raise _move_error(folder, error.errno or 0) from error
     try:
         mover = _load(path, folder)
         if failure := mover.begin(_heap(), descriptor, START_BYTES):
-            raise _refused(folder, failure)
+            raise _move_error(folder, failure)
         try:
             yield
         finally:
             failure = mover.end()
         if failure:
-            raise _refused(folder, failure)
+            raise _move_error(folder, failure)
         _moved.append(mover)
     finally:
         os.close(descriptor)
@@ -90,11 +90,11 @@ def release() -> None:
 
 class _Mover:
     def __init__(self, path: str) -> None:
-        found = ctypes.CDLL(path)
+        library = ctypes.CDLL(path)
         self._begin, self._end, self.release = (
-            found.tightfit_cold_begin,
-            found.tightfit_cold_end,
-            found.tightfit_cold_release,
+            library.tightfit_cold_begin,
+            library.tightfit_cold_end,
+            library.tightfit_cold_release,
         )
         self.release.restype = None
         self._begin.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_long)
@@ -124,16 +124,16 @@ def _heap() -> int:
         return next(int(line.partition(b"-")[0], 16) for line in file if line.endswith(b"[heap]\n"))
 
 
-def _refused(folder: str, failure: int) -> RunError:
-    what = "what PyTorch's start leaves cannot be moved to a file"
+def _move_error(folder: str, failure: int) -> RunError:
+    problem = "what PyTorch's start leaves cannot be moved to a file"
     if failure < 0:
         return RunError(
-            f"{what}: the process has a second thread; set {VARIABLE}= and profile again to keep it in memory"
+            f"{problem}: the process has a second thread; set {VARIABLE}= and profile again to keep it in memory"
         )
-    way = f"name another cache with TIGHTFIT_CACHE, or set {VARIABLE}= and profile again to keep it in memory"
+    advice = f"name another cache with TIGHTFIT_CACHE, or set {VARIABLE}= and profile again to keep it in memory"
     if failure in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        way = f"free 65 MB there, or {way}"
-    return RunError(f"{what} in {folder}: {os.strerror(failure)}; {way}")
+        advice = f"free 65 MB there, or {advice}"
+    return RunError(f"{problem} in {folder}: {os.strerror(failure)}; {advice}")
 
 
 def judge(path: str) -> list[str]:
@@ -164,10 +164,10 @@ def judge(path: str) -> list[str]:
     failure = mover.end() or failure
     os.close(descriptor)
     more = _resident() - before
-    same = kept()
+    unchanged = kept()
     fill(3, of=JUDGED_BLOCKS // 2)  # the rest has only been read
     mover.release()
-    return ["heap"] if not failure and same and kept() and more < JUDGED_BLOCKS * 500 else []
+    return ["heap"] if not failure and unchanged and kept() and more < JUDGED_BLOCKS * 500 else []
 
 
 def _resident() -> int:

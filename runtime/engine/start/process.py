@@ -114,8 +114,8 @@ def release_file_pages() -> int:
                 resident += entry >> 63
             elif entry >> 62:
                 if resident:
-                    place, size = start + first * _PAGE, (page - first) * _PAGE
-                    refused = libc.madvise(ctypes.c_void_p(place), ctypes.c_size_t(size), _MADV_DONTNEED)
+                    address, size = start + first * _PAGE, (page - first) * _PAGE
+                    refused = libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_DONTNEED)
                     released += 0 if refused else resident * _PAGE
                 first, resident = page + 1, 0
     os.close(pagemap)
@@ -157,23 +157,23 @@ def split_file_mappings() -> int:
     files, and becomes a mapping; parts are larger where a process may not have so many.
     """
     libc = ctypes.CDLL(None)
-    room = most_mappings() - SPARE_MAPPINGS
+    spare = most_mappings() - SPARE_MAPPINGS
     edges = array("Q")
     with open("/proc/self/maps", "rb") as file:
         for line in file:
-            room -= 1
+            spare -= 1
             parts = line.split(None, 5)
             start, end = (int(edge, 16) for edge in parts[0].split(b"-"))
             if len(parts) == 6 and parts[5].startswith(b"/") and b"w" not in parts[1]:
                 edges.extend((start, end))
-    most = max(room, 0) // 4  # of which each makes two mappings: half of the room is left for narrowing them
+    most = max(spare, 0) // 4  # of which each makes two mappings: half of the room is left for narrowing them
     size = next((size for size in _AROUND if sum(1 for _ in _second_parts(edges, size)) <= most), _AROUND[-1])
-    made = 0
+    mappings = 0
     for start, end in islice(_second_parts(edges, size), most):
         # Refused where the kernel has no huge pages, and so no large folios.
         refused = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_NOHUGEPAGE)
-        made += 0 if refused else 2
-    return made
+        mappings += 0 if refused else 2
+    return mappings
 
 
 def _second_parts(edges: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
@@ -204,11 +204,11 @@ def narrow_file_mappings() -> int:
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return 0
-    room = most_mappings() - SPARE_MAPPINGS
+    spare = most_mappings() - SPARE_MAPPINGS
     files = []
     with open("/proc/self/maps", "rb") as file:
         for line in file:
-            room -= 1
+            spare -= 1
             parts = line.split(None, 5)
             start, end = (int(edge, 16) for edge in parts[0].split(b"-"))
             if end - start > _PAGE and len(parts) == 6 and parts[5].startswith(b"/") and b"w" not in parts[1]:
@@ -218,14 +218,14 @@ def narrow_file_mappings() -> int:
         entries = array("Q", os.pread(pagemap, (end - start) // _PAGE * 8, start // _PAGE * 8))
         mapped.extend(page for page, entry in enumerate(entries, start // _PAGE) if entry >> 63)
     os.close(pagemap)
-    most = max(room, 0) // 2  # groups: each flag makes two mappings, of the group and of what follows it
+    most = max(spare, 0) // 2  # groups: each flag makes two mappings, of the group and of what follows it
     size = next((size for size in _GROUPS if sum(1 for _ in _every_second(mapped, size)) <= most), _GROUPS[-1])
-    made = 0
+    mappings = 0
     for group in islice(_every_second(mapped, size), most):
         address, length = group * size * _PAGE, size * _PAGE
         refused = libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_DONTDUMP)
-        made += 0 if refused else 2
-    return made
+        mappings += 0 if refused else 2
+    return mappings
 
 
 def _every_second(pages: Iterable[int], size: int) -> Iterator[int]:

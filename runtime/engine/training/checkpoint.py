@@ -19,7 +19,7 @@ from typing import Any
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.run_folder import find_checkpoints, way_on
+from tightfit.runtime.common.run_folder import find_checkpoints, how_to_continue
 from tightfit.runtime.common.strict_json import read_json
 
 STEP_BY_STEP = "given step by step"
@@ -135,7 +135,7 @@ def save(
         found = find_checkpoints(directory)
         last = f"the last good checkpoint is {found[-1][1]}" if found else "there is no earlier checkpoint"
         raise RunError(
-            f"saving {path} failed: {error.strerror}; {last}; free disk space and {way_on(directory)}"
+            f"saving {path} failed: {error.strerror}; {last}; free disk space and {how_to_continue(directory)}"
         ) from error
     for _, old in find_checkpoints(directory)[: -max(1, keep)]:
         shutil.rmtree(old, ignore_errors=True)

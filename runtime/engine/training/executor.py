@@ -41,7 +41,7 @@ from tightfit.runtime.engine.training.job import (
 from tightfit.runtime.engine.training.job_tables import Names, StoredWeight, Trainable
 from tightfit.runtime.engine.training.step_trace import StepTrace
 from tightfit.runtime.engine.training.updates import Updates
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.stage import Stage
@@ -113,7 +113,7 @@ class BoundOperator:
         values: dict[str, dict[str, Any]],
         local: dict[str, int],
         device: Device,
-        store: Store | None,
+        store: WeightStore | None,
     ) -> None:
         compiled = compile_operator(operator, values, device.kernels)
         self.call = compiled.call
@@ -140,7 +140,7 @@ class BoundOperator:
             compiled.kwargs["store"] = store
 
 
-def bind(program: dict[str, Any], device: Device, store: Store | None) -> list[BoundOperator]:
+def bind(program: dict[str, Any], device: Device, store: WeightStore | None) -> list[BoundOperator]:
     """Bind the operators of a program, which is in the form of the job's header (`program_header`)."""
     values = program_values(program)
     local = {name: index for index, name in enumerate(values)}
@@ -166,7 +166,7 @@ class Executor:
         self,
         job: Job,
         device: Device,
-        store: Store | None,
+        store: WeightStore | None,
         spill: SpillFile,
         channel: TransferChannel,
         updates: Updates,

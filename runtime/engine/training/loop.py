@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tightfit.runtime.common.errors import InputError, MemberGoneError, RunError
 from tightfit.runtime.common.files import sync_directory, write_all
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.run_folder import way_on
+from tightfit.runtime.common.run_folder import how_to_continue
 from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start.kernel_warmup import settle, tidy
@@ -590,7 +590,7 @@ class MetricsFile:
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> RunError:
-        way = way_on(os.path.dirname(self._path))
+        way = how_to_continue(os.path.dirname(self._path))
         return RunError(f"writing {self._path} failed: {error.strerror}; free disk space and {way}")
 
 

@@ -16,7 +16,7 @@ from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.training.job import BLOCK, Job
 from tightfit.runtime.engine.training.job_tables import Place, Trainables, Weights
 from tightfit.runtime.engine.weights.layout import Entry
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 CHUNK = 1 << 20
 """bytes that are read out at a time"""
@@ -28,7 +28,7 @@ NORM_ELEMENTS = 1 << 17
 class Storage:
     """The persistent tensors of a job."""
 
-    def __init__(self, job: Job, device: Device, store: Store | None, spill: SpillFile) -> None:
+    def __init__(self, job: Job, device: Device, store: WeightStore | None, spill: SpillFile) -> None:
         header = job.header
         self.device, self.spill = device, spill
         self._job, self._opened = job, store
@@ -40,7 +40,7 @@ class Storage:
         self._hole: tuple[int, int] = tuple(header["hole"])
 
     @property
-    def store(self) -> Store:
+    def store(self) -> WeightStore:
         if self._opened is None:
             raise InputError("the plan reads weights and names no weight store; profile the model again")
         return self._opened

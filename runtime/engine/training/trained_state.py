@@ -20,7 +20,7 @@ from tightfit.runtime.engine.training.job_tables import Place, Trainable
 from tightfit.runtime.engine.training.storage import CHUNK, Storage
 from tightfit.runtime.engine.training.updates import Updates
 from tightfit.runtime.engine.weights import safetensors_file
-from tightfit.runtime.engine.weights.safetensors_file import Item
+from tightfit.runtime.engine.weights.safetensors_file import TensorItem
 
 if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.exchange import Exchange
@@ -74,12 +74,12 @@ class TrainedState:
         if self.exchange:
             self.exchange.states.zero()
 
-    def _given_adapter(self) -> safetensors_file.Reader | None:
+    def _given_adapter(self) -> safetensors_file.SafetensorsReader | None:
         """The adapter that training starts from, as it was when the run was prepared; None: it starts from new values."""
         if not self.header.get("adapter"):
             return None
         directory, checksum = self.header["adapter"]
-        reader = safetensors_file.Reader(os.path.join(directory, adapter.WEIGHTS), "start the run again")
+        reader = safetensors_file.SafetensorsReader(os.path.join(directory, adapter.WEIGHTS), "start the run again")
         reader.verify(checksum)
         return reader
 
@@ -92,14 +92,14 @@ class TrainedState:
         """
         lora = self.header["lora"]
         file = adapter.WEIGHTS if lora else "model.safetensors"
-        others: list[Item] = []
+        others: list[TensorItem] = []
         if whole and self.stage and self.stage.gathers:
             if self.stage.first:
                 others = self.stage.collected(CHUNK)
             else:
                 self.stage.hand_in(self._trained_items)
 
-        def items() -> Iterator[Item]:
+        def items() -> Iterator[TensorItem]:
             yield from self._trained_items()
             yield from others
 
@@ -116,7 +116,7 @@ class TrainedState:
         """The trainable whose key in an adapter is `key`."""
         return adapter.trained_name(key, self._body)
 
-    def _trained_items(self) -> Iterator[Item]:
+    def _trained_items(self) -> Iterator[TensorItem]:
         tables: dict[str, list[tuple[int, int]]] = {}
         """key of a module that is trained in full -> (first row, number) of its slices"""
         for number, trainable in enumerate(self.trainables):
@@ -138,7 +138,7 @@ class TrainedState:
                 trainable = self.trainables[places[name]]
                 yield self._item(key, trainable.value, trainable.shape)
 
-    def _state_items(self) -> Iterator[Item]:
+    def _state_items(self) -> Iterator[TensorItem]:
         if self.exchange:
             yield from self._fleet_state_items(self.exchange)
             return
@@ -148,7 +148,7 @@ class TrainedState:
             for role, place in zip(self.updates.saved_states(self.header["states"]), trainable.states):
                 yield self._item(f"{role}:{trainable.name}", place, state_shape(role, trainable.shape))
 
-    def _fleet_state_items(self, exchange: Exchange) -> Iterator[Item]:
+    def _fleet_state_items(self, exchange: Exchange) -> Iterator[TensorItem]:
         """The same items as those of a process that accumulates gradients, whose sum is zero after an update."""
         for number, trainable in enumerate(self.trainables):
             for row, role in enumerate(STATES):
@@ -159,7 +159,7 @@ class TrainedState:
                     yield memoryview((ctypes.c_char * (values.numel() * 4)).from_address(values.data_ptr())).cast("B")
 
                 shape = list(trainable.shape)
-                yield Item(name=f"{role}:{trainable.name}", dtype="float32", shape=shape, chunks=chunks)
+                yield TensorItem(name=f"{role}:{trainable.name}", dtype="float32", shape=shape, chunks=chunks)
 
     def save(self, directory: str) -> dict[str, Any]:
         """Write the files of a checkpoint into `directory`; returns the entries for its ``state.json``."""
@@ -180,7 +180,7 @@ class TrainedState:
             (self._key(t.name), t, t.value, t.shape, partial(self.storage.keep, t.value)) for t in self.trainables
         )
         for name, wanted in ((file, with_adapter), ("optimizer.safetensors", self._states_wanted())):
-            reader = safetensors_file.Reader(os.path.join(directory, name))
+            reader = safetensors_file.SafetensorsReader(os.path.join(directory, name))
             reader.verify(checksums[name])
             for key, trainable, place, shape, keep in wanted:
                 value = self.storage.temporary(place, shape)
@@ -216,15 +216,15 @@ class TrainedState:
         """The key of a trainable in the saved adapter or model."""
         return adapter.adapter_key(name, self._body) if self.header["lora"] else name
 
-    def _item(self, name: str, place: Place, shape: Sequence[int]) -> Item:
-        return Item(name=name, dtype="float32", shape=list(shape), chunks=lambda: self.storage.chunks(place))
+    def _item(self, name: str, place: Place, shape: Sequence[int]) -> TensorItem:
+        return TensorItem(name=name, dtype="float32", shape=list(shape), chunks=lambda: self.storage.chunks(place))
 
-    def _buffer_item(self, key: str, name: str) -> Item:
+    def _buffer_item(self, key: str, name: str) -> TensorItem:
         """The present values of a buffer that a step changes."""
         dtype, shape, _ = self.storage.buffers[name]
-        return Item(name=key, dtype=dtype, shape=list(shape), chunks=lambda: self.storage.buffer_chunks(name))
+        return TensorItem(name=key, dtype=dtype, shape=list(shape), chunks=lambda: self.storage.buffer_chunks(name))
 
-    def _table_item(self, key: str, slices: list[Trainable]) -> Item:
+    def _table_item(self, key: str, slices: list[Trainable]) -> TensorItem:
         """A module that is trained in full as one tensor, from its slices in their order, none of which is copied."""
         shape = [sum(one.shape[0] for one in slices), *slices[0].shape[1:]]
 
@@ -232,12 +232,12 @@ class TrainedState:
             for one in slices:
                 yield from self.storage.chunks(one.value)
 
-        return Item(name=key, dtype="float32", shape=shape, chunks=chunks)
+        return TensorItem(name=key, dtype="float32", shape=shape, chunks=chunks)
 
-    def _stored_item(self, key: str, name: str) -> Item:
+    def _stored_item(self, key: str, name: str) -> TensorItem:
         """A frozen parameter or a buffer, with the dtype and bytes that the store holds."""
         entry = self.storage.store.entries[name]
-        return Item(
+        return TensorItem(
             name=key, dtype=entry.format, shape=list(entry.shape), chunks=lambda: self.storage.stored_chunks(entry)
         )
 
@@ -248,7 +248,7 @@ def _skipped(trainable: Trainable) -> int:
     return 4 * own.start * trainable.shape[1] if own else 0
 
 
-def _fill(value: Tensor, reader: safetensors_file.Reader, key: str, skipped: int = 0) -> None:
+def _fill(value: Tensor, reader: safetensors_file.SafetensorsReader, key: str, skipped: int = 0) -> None:
     """Copy the bytes that a file has under `key`, after the first `skipped` ones, into a tensor."""
     done = 0
     for chunk in reader.chunks(key, begin=skipped, count=value.numel() * value.itemsize):

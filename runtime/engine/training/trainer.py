@@ -25,7 +25,7 @@ from tightfit.runtime.engine.training.session_protocol import Requests
 from tightfit.runtime.engine.training.storage import Storage
 from tightfit.runtime.engine.training.trained_state import TrainedState
 from tightfit.runtime.engine.training.updates import updates_of
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.exchange import Exchange
@@ -56,7 +56,7 @@ class Training:
         header = job.header
         self.job, self.header = job, header
         self.device = device or open_device(header)
-        self.store = Store.open(header["store"]) if header["store"] else None
+        self.store = WeightStore.open(header["store"]) if header["store"] else None
         self.spill = SpillFile(directory, header["spill_bytes"])
         self.channel = channel
         self.meter = self.device.meter

@@ -151,7 +151,7 @@ class Entry:
     def segments(self) -> int:
         return -(-self.rows // self.segment_rows)
 
-    def said(self) -> list[Any]:
+    def header_fields(self) -> list[Any]:
         """The entry in the header's form."""
         return [self.shape, self.format, self.group, self.offset, self.segment]
 
@@ -162,25 +162,25 @@ def parse_header(text: str) -> tuple[dict[str, Any], dict[str, Entry]]:
     Tensors are parsed one at a time: parsed at once, the lists of thousands of them would leave holes in the heap
     several times as large as the entries. Raises LookupError, TypeError or ValueError if `text` is not such a header.
     """
-    head: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     entries: dict[str, Entry] | None = None
-    at = 0
-    while text[at] in "{,":
-        key, at = _JSON.raw_decode(text, at + 1)
+    position = 0
+    while text[position] in "{,":
+        key, position = _JSON.raw_decode(text, position + 1)
         if key != "tensors":
-            head[key], at = _JSON.raw_decode(text, at + 1)
+            fields[key], position = _JSON.raw_decode(text, position + 1)
             continue
-        at, entries = at + 1, {}
-        while text[at : at + 2] != "{}" and text[at] in "{,":
-            name, at = _JSON.raw_decode(text, at + 1)
-            (shape, kind, group, offset, segment), at = _JSON.raw_decode(text, at + 1)
+        position, entries = position + 1, {}
+        while text[position : position + 2] != "{}" and text[position] in "{,":
+            name, position = _JSON.raw_decode(text, position + 1)
+            (shape, kind, group, offset, segment), position = _JSON.raw_decode(text, position + 1)
             entries[name] = Entry(
                 name=name, shape=tuple(shape), format=intern(kind), group=group, offset=offset, segment=segment
             )
-        at = text.index("}", at) + 1
-    if entries is None or text[at:] != "}":
-        raise ValueError("no tensors" if entries is None else f"it goes on at byte {at}")
-    return head, entries
+        position = text.index("}", position) + 1
+    if entries is None or text[position:] != "}":
+        raise ValueError("no tensors" if entries is None else f"it goes on at byte {position}")
+    return fields, entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +198,8 @@ class Header:
     @property
     def fingerprint(self) -> str:
         """sha256 of the configuration, and of name, shape, format, place and checksums of every tensor."""
-        said = [{name: entry.said() for name, entry in self.entries.items()}, self.config]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + self.checksums.tobytes()).hexdigest()
+        tensors = [{name: entry.header_fields() for name, entry in self.entries.items()}, self.config]
+        return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode() + self.checksums.tobytes()).hexdigest()
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -227,12 +227,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; profile the model again to rebuild the weight store") from error
     try:
-        head, entries = parse_header(body[:length].decode())
+        fields, entries = parse_header(body[:length].decode())
         header = Header(
             path=path,
-            name=head["name"],
-            config=head["config"],
-            source=head["source"],
+            name=fields["name"],
+            config=fields["config"],
+            source=fields["source"],
             entries=entries,
             checksums=array.array("I", body[length:]),
         )

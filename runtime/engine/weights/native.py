@@ -46,10 +46,10 @@ def functions(path: str | None = None) -> dict[str, Unpack]:
 
 def dots(path: str | None = None) -> dict[str, Dot]:
     """The products with packed rows that were found right, by ``format``; `path` as in `functions`."""
-    found: dict[str, Dot] = machine_code.functions(
+    products: dict[str, Dot] = machine_code.functions(
         os.environ.get(VARIABLE, "") if path is None else path, PREFIX, DOT_ARGUMENTS, DOTS
     )
-    return {name.removeprefix(DOT): function for name, function in found.items()}
+    return {name.removeprefix(DOT): function for name, function in products.items()}
 
 
 def library(cache: Path) -> str:

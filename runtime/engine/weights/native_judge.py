@@ -45,8 +45,8 @@ def random_groups(kind: str, group: int, count: int, seed: int = 0) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     packed = torch.randint(0, 256, (count, group_bytes(kind, group)), dtype=torch.uint8, generator=generator)
-    for place in SCALES[kind]:
-        packed[:, place] &= 0xBB
+    for byte in SCALES[kind]:
+        packed[:, byte] &= 0xBB
     return packed
 
 
@@ -65,10 +65,10 @@ def judge(path: str) -> list[str]:
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    chosen, right = [], set()
-    for name, compiled in machine_code.loaded(path, PREFIX, list(FORMATS), ARGUMENTS).items():
+    names, right = [], set()
+    for name, compiled in machine_code.load_functions(path, PREFIX, list(FORMATS), ARGUMENTS).items():
         kind, dtype = name.rsplit("_", 1)
-        equal, gained = True, kind not in ("q4", "q8")
+        equal, faster = True, kind not in ("q4", "q8")
         for rows, columns, size in ((3, 36, 18), (5, 64, 32), (64, 96, 16), (1536, 576, 32)):
             group = BLOCKS[kind][0] if kind in BLOCKS else size
             shape = (rows, -(-columns // group) * group)
@@ -80,19 +80,19 @@ def judge(path: str) -> list[str]:
             compiled(*arguments)
             unpack(entry, packed.view(-1), expected)
             equal = equal and torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
-            if not gained and groups * group > 1 << 19:
-                gained = any(
+            if not faster and groups * group > 1 << 19:
+                faster = any(
                     seconds(lambda: compiled(*arguments)) < seconds(lambda: unpack(entry, packed.view(-1), expected))  # noqa: B023  called here
                     for _ in range(TRIES)
                 )
         if equal:
             right.add(name)
-        if equal and gained:
-            chosen.append(name)
-    for name, dot in machine_code.loaded(path, PREFIX, DOTS, DOT_ARGUMENTS).items():
+        if equal and faster:
+            names.append(name)
+    for name, dot in machine_code.load_functions(path, PREFIX, DOTS, DOT_ARGUMENTS).items():
         if f"{name.removeprefix(DOT)}_float32" in right and _right(name, dot):
-            chosen.append(name)
-    return chosen
+            names.append(name)
+    return names
 
 
 def _right(name: str, dot: Dot) -> bool:
@@ -105,8 +105,8 @@ def _right(name: str, dot: Dot) -> bool:
         weight, x, y = torch.empty(entry.shape), torch.linspace(-1, 1, entry.columns), torch.empty(rows)
         unpack(entry, packed.view(-1), weight)
         dot(packed.data_ptr(), x.data_ptr(), y.data_ptr(), rows, entry.columns // group, group, packed.shape[1])
-        exact, most = weight.double() @ x.double(), weight.double().abs() @ x.double().abs()
-        if not ((y.double() - exact).abs() <= 1e-5 * most).all():
+        exact, bound = weight.double() @ x.double(), weight.double().abs() @ x.double().abs()
+        if not ((y.double() - exact).abs() <= 1e-5 * bound).all():
             return False
     return True
 

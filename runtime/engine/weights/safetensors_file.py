@@ -33,7 +33,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class TensorItem:
     """One tensor to write; `chunks` yields its bytes in order."""
 
     name: str
@@ -50,7 +50,7 @@ class Item:
 
 
 def write(
-    path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str, str], behind: int = WRITE_BEHIND_BYTES
+    path: str, items: Callable[[], Iterable[TensorItem]], metadata: Mapping[str, str], behind: int = WRITE_BEHIND_BYTES
 ) -> int:
     """Write and fsync `path`; returns the crc32 of the file. Raises OSError if the disk refuses.
 
@@ -83,7 +83,7 @@ def write(
     return checksum
 
 
-def _header(items: Iterable[Item], metadata: Mapping[str, str]) -> bytearray:
+def _header(items: Iterable[TensorItem], metadata: Mapping[str, str]) -> bytearray:
     text, end = bytearray(b'{"__metadata__":' + _json(dict(metadata))), 0
     for item in items:
         entry = {"dtype": DTYPES[item.dtype], "shape": item.shape, "data_offsets": [end, end + item.bytes]}
@@ -114,7 +114,7 @@ def header_in(descriptor: int) -> bytes:
     return text
 
 
-class Reader:
+class SafetensorsReader:
     """Reads a file that `write` made. Raises InputError if it is missing or its header is damaged; `verify` checks the
     rest. `advice` ends the messages: what to do about a file that is missing or damaged.
 
@@ -146,12 +146,12 @@ class Reader:
         """
         key = _json(name) + b":{"
         for first in (self._last, 0):
-            at = self._header.find(key, first)
-            while at > 0 and self._header[at - 1] not in b"{,":  # part of a longer name that has a quotation mark
-                at = self._header.find(key, at + 1)
-            if at > 0:
-                self._last = at
-                return at + len(key) - 1
+            index = self._header.find(key, first)
+            while index > 0 and self._header[index - 1] not in b"{,":  # part of a longer name that has a quotation mark
+                index = self._header.find(key, index + 1)
+            if index > 0:
+                self._last = index
+                return index + len(key) - 1
         return -1
 
     def chunks(self, name: str, size: int = 1 << 20, *, begin: int = 0, count: int | None = None) -> Iterator[bytes]:
@@ -159,14 +159,14 @@ class Reader:
         there or truncated.
         """
         first, end = self._entry(name)["data_offsets"]
-        place = first + begin
-        end = end if count is None else min(end, place + count)
-        while place < end:
-            data = os.pread(self._descriptor, min(size, end - place), self._start + place)
+        position = first + begin
+        end = end if count is None else min(end, position + count)
+        while position < end:
+            data = os.pread(self._descriptor, min(size, end - position), self._start + position)
             if not data:
                 raise InputError(f"{self.path}: truncated in tensor {name!r}; {self.advice}")
             yield data
-            place += len(data)
+            position += len(data)
 
     def described(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The type of a tensor, such as "F32", and its shape. Raises InputError if it is not there."""
@@ -174,19 +174,19 @@ class Reader:
         return entry["dtype"], tuple(entry["shape"])
 
     def _entry(self, name: str) -> dict[str, Any]:
-        at = self._find(name)
-        if at < 0:
+        index = self._find(name)
+        if index < 0:
             raise InputError(f"{self.path}: no tensor {name!r}; the checkpoint belongs to another model")
-        entry: dict[str, Any] = from_json(self._header[at : self._header.index(b"}", at) + 1])
+        entry: dict[str, Any] = from_json(self._header[index : self._header.index(b"}", index) + 1])
         return entry
 
     def verify(self, crc: int) -> None:
-        found, place = 0, 0
-        while data := os.pread(self._descriptor, 1 << 18, place):
-            found = zlib.crc32(data, found)
-            place += len(data)
-        if found != crc:
-            raise InputError(f"{self.path}: damaged (checksum {found:08x}, expected {crc:08x}); {self.advice}")
+        checksum, position = 0, 0
+        while data := os.pread(self._descriptor, 1 << 18, position):
+            checksum = zlib.crc32(data, checksum)
+            position += len(data)
+        if checksum != crc:
+            raise InputError(f"{self.path}: damaged (checksum {checksum:08x}, expected {crc:08x}); {self.advice}")
         _forget(self._descriptor)
 
     def close(self) -> None:

@@ -46,7 +46,7 @@ __all__ = [
     "WORKSPACE_BYTES",
     "Entry",
     "Extent",
-    "Store",
+    "WeightStore",
     "find_extent",
     "packed_bytes",
     "unpack",
@@ -66,7 +66,7 @@ RAW: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BY
 """torch's dtypes of the unquantised formats, by name."""
 
 
-class Store:
+class WeightStore:
     """An open weight store. Reads are thread-safe and leave no page cache behind; every segment is checked when first
     read.
     """
@@ -87,7 +87,7 @@ class Store:
         self._scratch_lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Store:
+    def open(cls, path: str | os.PathLike[str]) -> WeightStore:
         """Open a store and check its header and length. Raises InputError on a missing, truncated or damaged file."""
         return cls(read_header(path))
 
@@ -155,18 +155,18 @@ class Store:
         one in 20. Raises InputError for a row outside the matrix and for a damaged file.
         """
         entry = self.extent(name).entry
-        wanted = sorted((row, place) for place, row in enumerate(rows.view(-1).tolist()))
-        if wanted and not 0 <= wanted[0][0] <= wanted[-1][0] < entry.rows:
+        requested = sorted((row, position) for position, row in enumerate(rows.view(-1).tolist()))
+        if requested and not 0 <= requested[0][0] <= requested[-1][0] < entry.rows:
             raise InputError(
-                f"{self.path}: rows {wanted[0][0]} to {wanted[-1][0]} asked of {name!r}, which has {entry.rows}; the data was tokenised for another model"
+                f"{self.path}: rows {requested[0][0]} to {requested[-1][0]} asked of {name!r}, which has {entry.rows}; the data was tokenised for another model"
             )
         at_once = max(1, GATHERED_ELEMENTS // entry.columns)
-        packed = torch.empty(min(at_once, max(1, len(wanted))) * entry.row_bytes, dtype=torch.uint8)
-        for row in {row for row, _ in wanted}:
+        packed = torch.empty(min(at_once, max(1, len(requested))) * entry.row_bytes, dtype=torch.uint8)
+        for row in {row for row, _ in requested}:
             _advise(self._buffered, entry.offset + row * entry.row_bytes, entry.row_bytes, "WILLNEED")
         with self._scratch_lock:
-            for start in range(0, len(wanted), at_once):
-                part = wanted[start : start + at_once]
+            for start in range(0, len(requested), at_once):
+                part = requested[start : start + at_once]
                 previous = -1
                 for slot, (row, _) in enumerate(part):
                     target = packed.data_ptr() + slot * entry.row_bytes
@@ -185,7 +185,7 @@ class Store:
                     previous = row
                 unpacked = torch.empty(len(part), entry.columns, dtype=out.dtype)
                 unpack(entry, packed.narrow(0, 0, len(part) * entry.row_bytes), unpacked)
-                out.view(-1, entry.columns).index_copy_(0, torch.tensor([place for _, place in part]), unpacked)
+                out.view(-1, entry.columns).index_copy_(0, torch.tensor([position for _, position in part]), unpacked)
         _advise(self._buffered, entry.offset, align(entry.bytes), "DONTNEED")
 
     def load(self, name: str, out: Tensor) -> None:
@@ -236,14 +236,14 @@ class Store:
             return
         begin = entry.offset + segment * entry.segment_rows * entry.row_bytes
         end = min(begin + entry.segment_rows * entry.row_bytes, entry.offset + entry.bytes)
-        checksum, place = 0, begin
-        while place < end:
-            aligned = place // ALIGNMENT * ALIGNMENT
+        checksum, position = 0, begin
+        while position < end:
+            aligned = position // ALIGNMENT * ALIGNMENT
             size = min(SCRATCH_BYTES, align(end) - aligned)
             view = self._read(entry, self._scratch_address, aligned, size)
-            taken = view[place - aligned : min(size, end - aligned)]
-            checksum = zlib.crc32(taken, checksum)
-            place += len(taken)
+            chunk = view[position - aligned : min(size, end - aligned)]
+            checksum = zlib.crc32(chunk, checksum)
+            position += len(chunk)
         self._compare(entry, segment, checksum)
 
     def _compare(self, entry: Entry, segment: int, checksum: int) -> None:

@@ -28,9 +28,9 @@ def unpack_groups(entry: Entry, packed: Tensor, out: Tensor) -> None:
         target.copy_(values(source).view(target.shape))
 
 
-def _number(groups: Tensor, at: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """The number at byte `at` of every group, float32 [groups, 1]."""
-    return groups[:, at : at + dtype.itemsize].clone(memory_format=torch.contiguous_format).view(dtype).float()
+def _number(groups: Tensor, offset: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """The number at byte `offset` of every group, float32 [groups, 1]."""
+    return groups[:, offset : offset + dtype.itemsize].clone(memory_format=torch.contiguous_format).view(dtype).float()
 
 
 def _nibbles(groups: Tensor, size: int) -> Tensor:
@@ -61,10 +61,10 @@ def _fifth(bits: Tensor) -> Tensor:
     return ((bits.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8)) & 1).view(len(bits), 32) << 4
 
 
-def _q5(groups: Tensor, at: int) -> Tensor:
-    """Codes of a block of q5_0 or q5_1, whose high bits begin at byte `at`: float32 [groups, 32]."""
-    part = groups[:, at + 4 :]
-    return (torch.cat([part & 15, part >> 4], dim=1) | _fifth(groups[:, at : at + 4])).float()
+def _q5(groups: Tensor, offset: int) -> Tensor:
+    """Codes of a block of q5_0 or q5_1, whose high bits begin at byte `offset`: float32 [groups, 32]."""
+    part = groups[:, offset + 4 :]
+    return (torch.cat([part & 15, part >> 4], dim=1) | _fifth(groups[:, offset : offset + 4])).float()
 
 
 def _q5_0(groups: Tensor) -> Tensor:

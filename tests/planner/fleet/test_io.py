@@ -12,7 +12,7 @@ from tightfit.planner.fleet.io import key_path, load_fleet, load_member_plan, sa
 from tightfit.planner.fleet.schema import FLEET_VERSION, FleetPlan
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.io import load_plan
-from tightfit.runtime.cli.run import of_fleet
+from tightfit.runtime.cli.run import is_fleet_plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.fleet.transport import read_key
 
@@ -76,7 +76,7 @@ def test_where_one_devices_plan_is_wanted_a_fleets_is_called_what_it_is(folder, 
         load_plan(path)
     for separators in ((",", ":"), (", ", ": ")):
         path.write_text(json.dumps(json.loads(path.read_text()), separators=separators))
-        assert of_fleet(path)
+        assert is_fleet_plan(path)
 
 
 def test_files_are_read_without_the_solver():

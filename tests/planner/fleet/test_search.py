@@ -14,7 +14,7 @@ from synthetic import MIB
 
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.search import Contributor, Place, SumSearch
-from tightfit.profiles.schema import Channel, Device, Floor
+from tightfit.profiles.schema import Channel, DeviceFigures, Floor
 
 GAP = 1e-3
 ROOMS = st.builds(
@@ -69,7 +69,7 @@ class Known(Formula):
 def candidate(name, speed, link, *, budget, disk, update):
     channel = Channel(bytes_per_second=disk, latency_seconds=1e-4)
     floor = Floor(import_peak_bytes=0, resident_bytes=0, instruction_bytes=0, exchange_bytes=0)
-    device = Device(name="formula", kind="cpu", threads=1, floor=floor, read=channel, write=channel)
+    device = DeviceFigures(name="formula", kind="cpu", threads=1, floor=floor, read=channel, write=channel)
     return Contributor(name=name, link=link, budget_bytes=budget, device=device, update_seconds=update, speed=speed)
 
 

@@ -25,12 +25,12 @@ from tightfit.planner.schedule.realize import CyclePart, realize
 from tightfit.planner.solve.policies import mebp, rule_columns, smallest
 from tightfit.planner.solve.search import SearchResult
 from tightfit.planner.solvers.lp import Linear, LinearProgram
-from tightfit.profiles.schema import EXCHANGE, Channel, Device, Floor, Layer, Tensor, adamw
+from tightfit.profiles.schema import EXCHANGE, Channel, DeviceFigures, Floor, Layer, Tensor, adamw
 
 # --- any schedule, by hand -----------------------------------------------------------------------------------------
 
 RESIDENT, INSTRUCTION, WORKSPACE = 1000, 10, 5000
-ON = Device(
+ON = DeviceFigures(
     name="by hand",
     kind="cpu",
     threads=1,

@@ -12,7 +12,7 @@ from tightfit.planner.report.explain import explain
 from tightfit.planner.report.html import comparison_page
 from tightfit.planner.report.summary import plan_summary, profile_summary
 from tightfit.profiles.measuring import bandwidth
-from tightfit.profiles.measuring.bandwidth import Group, measure_channels, measure_transfers
+from tightfit.profiles.measuring.bandwidth import LayerWorkload, measure_channels, measure_transfers
 from tightfit.runtime.cli.answers import comparison_text, profile_text
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.engine.device.channels import TransferChannel
@@ -109,7 +109,7 @@ class Crossed:
 
     def __init__(self, monkeypatch):
         self.beside = False
-        beside = bandwidth._beside
+        beside = bandwidth._beside_work
 
         def one(*args):
             self.beside = True
@@ -118,7 +118,7 @@ class Crossed:
             finally:
                 self.beside = False
 
-        monkeypatch.setattr(bandwidth, "_beside", one)
+        monkeypatch.setattr(bandwidth, "_beside_work", one)
 
     def transfer(self, address, size, offset):
         time.sleep(LATENCY + (max(bandwidth.SIZES) if self.beside else size) / BANDWIDTH)
@@ -167,4 +167,4 @@ def test_a_disk_that_fails_is_an_error_and_no_endless_loop(channel):
         raise RunError("disk on fire")
 
     with pytest.raises(RunError, match="disk on fire"):
-        measure_transfers(channel, {"read": fail}, 0, Group(torch.float32))
+        measure_transfers(channel, {"read": fail}, 0, LayerWorkload(torch.float32))

@@ -45,7 +45,7 @@ def test_cores_of_others_are_what_is_not_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "times", lambda: next(own))
     hertz = os.sysconf("SC_CLK_TCK")
     (tmp_path / "stat").write_text(STAT.format(100, 0, 0))
-    others = cpu_load.Others()
+    others = cpu_load.OtherPrograms()
     (tmp_path / "stat").write_text(STAT.format(100 + 3 * hertz, hertz, 50 * hertz))
     assert others.cores() == pytest.approx((4.0 - 1.0) / 2.0)
     # One of the two cores is free for others while we compute on the other.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.profiles.measuring.guard import OutputGuard
-from tightfit.profiles.measuring.worker import Scratch, watch
+from tightfit.profiles.measuring.worker import ScratchStores, settle_operators
 from tightfit.profiles.schema import Layer
 from tightfit.profiles.tracing.trace import trace
 from tightfit.runtime.common.errors import InputError, RunError
@@ -167,7 +167,7 @@ def check_losses(losses: list[nn.Module], makers: list[Any], tmp_path: Path) -> 
     guard = OutputGuard()
     with torch.no_grad():
         for program in programs:
-            watch(program, guard, Scratch(tmp_path))
+            settle_operators(program, guard, ScratchStores(tmp_path))
         made = run_in_an_arena(traced.layers, programs, dict(module.named_parameters()) | batch)
     loss = module(*batch.values())
     loss.backward()
@@ -232,4 +232,4 @@ def test_an_operator_that_takes_no_contents_is_named(tmp_path):
     described = [{**one, "bytes": 64} for one in values.values()]
     program = {"name": "p", "values": described, "operators": [operator("aten.mv.default", values, "x", "y")]}
     with pytest.raises(InputError, match=r"operator aten\.mv\.default is not supported \(size mismatch"):
-        watch(program, OutputGuard(), Scratch(tmp_path))
+        settle_operators(program, OutputGuard(), ScratchStores(tmp_path))

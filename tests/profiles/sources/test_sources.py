@@ -46,7 +46,7 @@ from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.data.tokenization import Encoder
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.weights.store import WeightStore
 
 LLAMA = CONFIGS["llama"]
 
@@ -388,7 +388,7 @@ def test_shards_give_the_same_store_as_one_file(tmp_path: Path) -> None:
     one = resolve(str(write_directory(tmp_path / "one", LLAMA, weights)))
     many = resolve(str(write_directory(tmp_path / "many", LLAMA, weights, shards=3)))
     assert one.fingerprint != many.fingerprint
-    stores = [Store.open(build_store(source, tmp_path / source.name)) for source in (one, many)]
+    stores = [WeightStore.open(build_store(source, tmp_path / source.name)) for source in (one, many)]
     assert stores[0].fingerprint == stores[1].fingerprint
 
 
@@ -429,7 +429,7 @@ def test_the_text_model_of_a_multimodal_gemma_is_taken(
     other = resolve(file)
     monkeypatch.undo()
     assert resolve(file).fingerprint == other.fingerprint
-    with Store.open(build_store(source, tmp_path)) as store:
+    with WeightStore.open(build_store(source, tmp_path)) as store:
         assert "adapter_body" not in store.config
     plain = stored(resolve(str(tmp_path / "plain")), tmp_path)
     for name, tensor in stored(source, tmp_path).items():
@@ -730,7 +730,7 @@ def test_a_factory_s_initial_parameters_are_stored(tmp_path: Path, monkeypatch: 
     module = tiny_factory.make()[0]
     config = {"factory": "tiny_factory:make", "state_dict": {key: key for key in module.state_dict()}}
     assert (source.kind, source.config, source.has_weights) == ("module", config, True)
-    with Store.open(build_store(source, tmp_path / "cache")) as store:
+    with WeightStore.open(build_store(source, tmp_path / "cache")) as store:
         assert set(store.entries) == set(module.state_dict())
         for name, value in module.state_dict().items():
             out = torch.empty(value.shape, dtype=torch.float32 if value.is_floating_point() else value.dtype)

@@ -12,16 +12,16 @@ from tightfit.profiles.option_fields import options_of, word_of
 from tightfit.runtime.cli import main
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL
 from tightfit.runtime.cli.options import key_of
-from tightfit.runtime.cli.other_tools import ELSEWHERE, NEEDLESS, STAGES, hint
+from tightfit.runtime.cli.other_tools import NEEDLESS, OTHER_NAMES, STAGES, hint
 
 COMMANDS: Any = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
 KEYS = {name: {key_of(one) for one in command.params} for name, command in COMMANDS.items() if name != "fleet"}
 
 
 def test_what_is_named_is_an_option_and_what_it_is_named_for_is_none() -> None:
-    assert {*ELSEWHERE.values()} <= KEYS["train"]
-    assert not {*ELSEWHERE, *NEEDLESS} & KEYS["train"]
-    assert not {*ELSEWHERE} & {*NEEDLESS}
+    assert {*OTHER_NAMES.values()} <= KEYS["train"]
+    assert not {*OTHER_NAMES, *NEEDLESS} & KEYS["train"]
+    assert not {*OTHER_NAMES} & {*NEEDLESS}
     assert all({*words(record)} <= KEYS["train"] for record in STAGES.values())
 
 
@@ -30,7 +30,7 @@ def words(record: Any) -> list[str]:
     return [word_of(*item).removeprefix("--").replace("-", "_") for item in options_of(record).items()]
 
 
-@pytest.mark.parametrize("name", [*ELSEWHERE, *NEEDLESS])
+@pytest.mark.parametrize("name", [*OTHER_NAMES, *NEEDLESS])
 def test_a_name_of_another_trainer_is_understood_at_every_door(name: str, tightfit: Any, tmp_path: Path) -> None:
     written = f"--{name.replace('_', '-')}"
     code, _, err = tightfit("train", "model", "--data", "data.jsonl", "-o", tmp_path / "out", written, "1")
@@ -40,12 +40,12 @@ def test_a_name_of_another_trainer_is_understood_at_every_door(name: str, tightf
     file.write_text(f"{name} = 1\n")
     code, _, told = tightfit("train", "model", "--data", "data.jsonl", "-o", tmp_path / "out", "--config", file)
     assert code == 2
-    if ELSEWHERE.get(name) in FOR_ONE_CALL:
+    if OTHER_NAMES.get(name) in FOR_ONE_CALL:
         assert told.endswith(f"{name}: this is said on the command line, not in a file; leave it out\n")
         return
     assert told.startswith(f"tightfit: {file}: {name}: no option of `tightfit train`; ")
-    if name in ELSEWHERE:
-        ours = ELSEWHERE[name]
+    if name in OTHER_NAMES:
+        ours = OTHER_NAMES[name]
         assert f"; it is {'MODEL' if ours == 'model' else '--' + ours.replace('_', '-')} here; " in err
         assert told.endswith(f"; it is {ours} here\n")
     else:

@@ -12,7 +12,7 @@ from places import ROOT
 from rich.console import Console
 
 from tightfit.runtime.cli import terminal
-from tightfit.runtime.cli.terminal import Comparing, Solving, Stages, solver_text
+from tightfit.runtime.cli.terminal import ComparisonDisplay, SolvingDisplay, StagesDisplay, solver_text
 from tightfit.runtime.common.interrupts import Interrupts
 
 
@@ -45,7 +45,7 @@ def test_stderr_that_nobody_reads_ends_with_the_code_of_a_failed_run():
 
 
 def test_each_stage_is_named_once_where_there_is_no_terminal(console):
-    with Stages(console) as stages:
+    with StagesDisplay(console) as stages:
         for done in range(3):
             stages("packing", done, 3)
         stages("packing", 3, 3)
@@ -54,7 +54,7 @@ def test_each_stage_is_named_once_where_there_is_no_terminal(console):
 
 
 def test_a_long_stage_is_heard_of_every_ten_seconds(console, clock):
-    with Stages(console) as stages:
+    with StagesDisplay(console) as stages:
         for done in range(40):
             stages("packing", done, 40)
     said = lines(console)
@@ -64,7 +64,7 @@ def test_a_long_stage_is_heard_of_every_ten_seconds(console, clock):
 
 
 def test_solving_tells_incumbent_bound_and_gap(console, clock):
-    with Solving(console, 30) as solving:
+    with SolvingDisplay(console, 30) as solving:
         for _ in range(4):
             solving({"stage": "columns", "incumbent": float("inf"), "bound": 0.0, "gap": float("inf"), "seconds": 1.0})
         for _ in range(8):
@@ -80,7 +80,7 @@ def test_solving_a_step_of_microseconds_tells_them():
 
 def test_comparing_tells_which_plan_and_how_far(console, clock):
     interrupts = Interrupts()
-    with Comparing(console, interrupts) as comparing:
+    with ComparisonDisplay(console, interrupts) as comparing:
         comparing("planning for phone", 0, 2)
         for _ in range(30):
             comparing.solving({"stage": "columns", "incumbent": 1.25, "bound": 1.0, "gap": 0.2, "seconds": 2.0})

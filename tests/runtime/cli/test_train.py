@@ -17,7 +17,7 @@ from tiny_plans import CONFIG
 from tightfit.planner.io import load_plan
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.api import load_profile
-from tightfit.profiles.option_fields import PRIMARY, WORD, beside
+from tightfit.profiles.option_fields import PRIMARY, WORD, extras
 from tightfit.profiles.option_fields import options_of as fields_of
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import main
@@ -115,8 +115,8 @@ def test_the_help_shows_first_what_people_need_and_the_rest_on_request(tightfit,
     ]
     for record in declared:
         for option, told in fields_of(record).items():
-            shown = (beside(told)[WORD] or f"--{option.replace('_', '-')}") in primary
-            assert shown == (beside(told)[PRIMARY] or f"--{option}" in needed or (name, option) in DECLARED_ANEW), (
+            shown = (extras(told)[WORD] or f"--{option.replace('_', '-')}") in primary
+            assert shown == (extras(told)[PRIMARY] or f"--{option}" in needed or (name, option) in DECLARED_ANEW), (
                 option
             )
     assert len(primary) < 0.75 * len(every)

@@ -9,7 +9,7 @@ import pytest
 from places import ROOT
 
 from tightfit.runtime.common import limits
-from tightfit.runtime.common.limits import allocating, limited, way_out
+from tightfit.runtime.common.limits import allocating, limited, memory_advice
 from tightfit.runtime.common.units import MIB
 
 TOLD = "the address space of this process is limited to {} (ulimit -v {})"
@@ -86,7 +86,7 @@ def limit(monkeypatch):
 def test_without_a_limit_nothing_is_told(limit):
     limit()
     assert limited() is limited(hardly_enough=True) is None
-    assert way_out("MemoryError: ", unexpected=True) is None
+    assert memory_advice("MemoryError: ", unexpected=True) is None
 
 
 def test_the_limit_that_there_is_is_told(limit):
@@ -103,11 +103,11 @@ def test_the_limit_that_there_is_is_told(limit):
 
 def test_an_error_of_another_kind_is_no_lack_of_memory_unless_the_limit_was_nearly_reached(limit):
     limit(space=1 << 50)
-    assert way_out("KeyError: 'x'", unexpected=True) is None
-    assert way_out("OSError: [Errno 12] Cannot allocate memory", unexpected=False) == f"{limited()}{WAY}"
+    assert memory_advice("KeyError: 'x'", unexpected=True) is None
+    assert memory_advice("OSError: [Errno 12] Cannot allocate memory", unexpected=False) == f"{limited()}{WAY}"
     limit(space=1 * MIB)  # far below what this process holds
-    assert way_out("SystemError: error return without exception set", unexpected=True) == f"{limited()}{WAY}"
-    assert way_out("InputError: no such file", unexpected=False) is None
+    assert memory_advice("SystemError: error return without exception set", unexpected=True) == f"{limited()}{WAY}"
+    assert memory_advice("InputError: no such file", unexpected=False) is None
 
 
 def test_who_asks_for_more_than_is_allowed_gets_no_memory():

@@ -32,7 +32,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import DEEPEST, JsonError, from_json
 from tightfit.runtime.data.samples import data_files, read_samples
 from tightfit.runtime.engine.training.records import RecordFile
-from tightfit.runtime.engine.weights.safetensors_file import LARGEST_HEADER, Reader
+from tightfit.runtime.engine.weights.safetensors_file import LARGEST_HEADER, SafetensorsReader
 from tightfit.runtime.results.generation import read_prompts
 from tightfit.runtime.results.tensor_file import TensorFile
 
@@ -57,7 +57,7 @@ JSON_READERS = {
 OTHER_READERS = {
     "model.safetensors": lambda path: checkpoint_keys(path, hashlib.sha256()),
     "adapter_model.safetensors": TensorFile,
-    "checkpoint.safetensors": lambda path: Reader(str(path)),
+    "checkpoint.safetensors": lambda path: SafetensorsReader(str(path)),
     "model.gguf": read_metadata,
     "chat_template.jinja": lambda path: directory_vocabulary(with_tokenizer(path.parent)),
     "data.csv": lambda path: list(read_samples(path)),

@@ -20,7 +20,7 @@ from tiny_plans import CONFIG
 from tightfit.profiles.sources.lookup import longest_sequence, vocabulary
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.sequence import BUCKET_STEP, MOST, STEP, WORTH, choose_buckets, choose_seq
-from tightfit.runtime.data.tokenization import prepare, tokens_in
+from tightfit.runtime.data.tokenization import prepare, tokens_file
 
 BUDGET = 1 << 40
 WORDS = " The quick brown fox jumps over the lazy dog."
@@ -163,7 +163,7 @@ def test_data_that_were_kept_as_tokens_become_the_same_records(model, tmp_path, 
     monkeypatch.setattr("tightfit.runtime.data.tokenization.read_samples", None)
     for purpose, file in data.items():
         seen = []
-        kept = tokens_in(tmp_path / "kept", purpose)
+        kept = tokens_file(tmp_path / "kept", purpose)
         prepare(file, words, tmp_path / "again", purpose=purpose, kept=kept, progress=seen.append, **shape).close()
         assert seen == [1, 2, 3, 4, 5]
         name = f"{purpose}.records"
@@ -171,7 +171,7 @@ def test_data_that_were_kept_as_tokens_become_the_same_records(model, tmp_path, 
 
 
 def test_kept_tokens_that_cannot_be_used_are_refused(model, tmp_path):
-    data, kept = lines(tmp_path / "a.jsonl", *SAMPLES), tokens_in(tmp_path / "kept", "train")
+    data, kept = lines(tmp_path / "a.jsonl", *SAMPLES), tokens_file(tmp_path / "kept", "train")
     choose_seq(model, data, truncate=True, budget=BUDGET, keep=tmp_path / "kept")
     with pytest.raises(InputError, match="outside the model's vocabulary of 5"):
         prepare(data, vocabulary(model), tmp_path / "out", seq=64, vocab_size=5, kept=kept)

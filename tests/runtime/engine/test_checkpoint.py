@@ -10,7 +10,7 @@ from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.engine.training import checkpoint
 from tightfit.runtime.engine.training.loop import MetricsFile
 from tightfit.runtime.engine.weights import safetensors_file
-from tightfit.runtime.engine.weights.safetensors_file import Item, Reader
+from tightfit.runtime.engine.weights.safetensors_file import SafetensorsReader, TensorItem
 
 CONDITIONS = {"model": "tiny", "seed": 3}
 
@@ -148,7 +148,9 @@ def items(tensors):
         data = tensor.numpy().tobytes()
         return lambda: [data[:7], data[7:]]
 
-    return [Item(name=n, dtype=str(t.dtype)[6:], shape=list(t.shape), chunks=chunks(t)) for n, t in tensors.items()]
+    return [
+        TensorItem(name=n, dtype=str(t.dtype)[6:], shape=list(t.shape), chunks=chunks(t)) for n, t in tensors.items()
+    ]
 
 
 def test_safetensors_reads_what_we_write(tmp_path, monkeypatch):
@@ -166,7 +168,7 @@ def test_safetensors_reads_what_we_write(tmp_path, monkeypatch):
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor)
-    reader = Reader(path)
+    reader = SafetensorsReader(path)
     reader.verify(checksum)
     assert b"".join(reader.chunks("a", 9)) == tensors["a"].numpy().tobytes()
     with pytest.raises(InputError, match="no tensor 'c'"):
@@ -179,7 +181,7 @@ def test_tensors_are_found_whatever_they_are_called(tmp_path):
     tensors = {name: torch.full((1 + place,), float(place)) for place, name in enumerate(names)}
     path = str(tmp_path / "x.safetensors")
     safetensors_file.write(path, lambda: items(tensors), {"format": "pt"})
-    reader = Reader(path)
+    reader = SafetensorsReader(path)
     for name in [*names, *reversed(names), "b", "a", "b"]:
         assert name in reader
         assert b"".join(reader.chunks(name)) == tensors[name].numpy().tobytes()
@@ -192,7 +194,7 @@ def test_tensors_are_found_whatever_they_are_called(tmp_path):
     for damaged in (Path(path).read_bytes()[:100], (9).to_bytes(8, "little") + b"[1, 2, 3]", b""):
         Path(path).write_bytes(damaged)
         with pytest.raises(InputError, match="damaged header"):
-            Reader(path)
+            SafetensorsReader(path)
 
 
 def test_damage_is_found(tmp_path):
@@ -201,15 +203,15 @@ def test_damage_is_found(tmp_path):
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    reader = Reader(str(path))
+    reader = SafetensorsReader(str(path))
     with pytest.raises(InputError, match="damaged"):
         reader.verify(checksum)
     reader.close()
     path.write_bytes(b"\xff" * 8 + data[8:])
     with pytest.raises(InputError, match="damaged header"):
-        Reader(str(path))
+        SafetensorsReader(str(path))
     path.write_bytes(data[:-200])
-    reader = Reader(str(path))
+    reader = SafetensorsReader(str(path))
     with pytest.raises(InputError, match="truncated in tensor 'a'"):
         list(reader.chunks("a"))
     reader.close()

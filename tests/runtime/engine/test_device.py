@@ -12,7 +12,7 @@ from tightfit.planner.instructions import Fetch, Read, Spill
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.runtime.common.errors import CapError, InputError
 from tightfit.runtime.engine.cpu.cpu import Cpu
-from tightfit.runtime.engine.device.device import Reached
+from tightfit.runtime.engine.device.device import ReachedMark
 from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.training.devices import open_device
 
@@ -98,7 +98,7 @@ def test_a_device_that_works_later_than_it_is_asked_gives_the_same_bits(plan, re
 def test_a_wait_that_is_missing_shows(plan, records, tmp_path, monkeypatch, missing):
     expected = trained(plan, records, tmp_path / "cpu", None)
     if missing.startswith("transfers"):
-        monkeypatch.setattr(Late, "mark", lambda self: Reached())
+        monkeypatch.setattr(Late, "mark", lambda self: ReachedMark())
     else:
         monkeypatch.setattr(Late, "follow", lambda self, mark: None)
     assert trained(plan, records, tmp_path / "late", Late(plan.arena_bytes, seed=0)) != expected

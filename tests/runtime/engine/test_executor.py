@@ -16,7 +16,7 @@ from tightfit.runtime.engine.cpu.cpu import KERNELS
 from tightfit.runtime.engine.kernels.compiled import compile_operator
 from tightfit.runtime.engine.training.job import BLOCK, RUN, width
 from tightfit.runtime.engine.training.storage import CHUNK
-from tightfit.runtime.engine.weights.safetensors_file import Reader
+from tightfit.runtime.engine.weights.safetensors_file import SafetensorsReader
 from tightfit.runtime.session.job_compiler import compile_job, hole
 
 STEPS = 3
@@ -156,7 +156,7 @@ def test_tensors_larger_than_a_chunk_are_saved_and_loaded_whole(tmp_path, monkey
     saved = []
     for chunk in (CHUNK, 3 * BLOCK):
         monkeypatch.setattr("tightfit.runtime.engine.training.storage.CHUNK", chunk)
-        monkeypatch.setattr(Reader, "chunks", partialmethod(Reader.chunks, size=chunk))
+        monkeypatch.setattr(SafetensorsReader, "chunks", partialmethod(SafetensorsReader.chunks, size=chunk))
         folders = [tmp_path / f"{chunk} {when}" for when in ("first", "again")]
         for folder in folders:
             folder.mkdir()

@@ -13,7 +13,7 @@ import pytest
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.engine.training.loop import MetricsFile, _Run, _save_trained, _Stopped
 from tightfit.runtime.engine.weights import safetensors_file
-from tightfit.runtime.engine.weights.safetensors_file import Item
+from tightfit.runtime.engine.weights.safetensors_file import TensorItem
 
 
 def running(*, stopping: bool, every: int, steps: int | None) -> tuple[Any, list[int]]:
@@ -111,7 +111,7 @@ def written(events: list[str], *, full: bool = False) -> Any:
         if full:
             Path(path, "half").touch()
             raise OSError(28, "No space left on device")
-        item = Item(name="a", dtype="float32", shape=[1], chunks=lambda: [bytes(4)])
+        item = TensorItem(name="a", dtype="float32", shape=[1], chunks=lambda: [bytes(4)])
         safetensors_file.write(f"{path}/x.safetensors", lambda: [item], {})
 
     return SimpleNamespace(channel=SimpleNamespace(drain=lambda: events.append("drained")), save_trained=save)

@@ -29,7 +29,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(library):
-    return machine_code.loaded(library, native.PREFIX, native.FORMATS, native.ARGUMENTS)
+    return machine_code.load_functions(library, native.PREFIX, native.FORMATS, native.ARGUMENTS)
 
 
 @needs_compiler
@@ -64,7 +64,7 @@ def test_the_same_bits_as_pytorch(built, name, numbers, rows, groups, half):
 @settings(max_examples=8)
 @given(rows=st.integers(1, 600), groups=st.integers(1, 5), half=st.integers(1, 40))
 def test_products_with_packed_rows_are_those_with_the_rows_unpacked(library, name, rows, groups, half):
-    dot = machine_code.loaded(library, native.PREFIX, [name], native.DOT_ARGUMENTS)[name]
+    dot = machine_code.load_functions(library, native.PREFIX, [name], native.DOT_ARGUMENTS)[name]
     kind = name.removeprefix(native.DOT)
     group = BLOCKS[kind][0] if kind in BLOCKS else 2 * half
     packed = native_judge.random_groups(kind, group, rows * groups, seed=rows)

@@ -41,7 +41,14 @@ from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.engine.weights import native_judge
 from tightfit.runtime.engine.weights.layout import BLOCKS, MAGIC, PREAMBLE, VERSION
-from tightfit.runtime.engine.weights.store import CHUNK_ELEMENTS, WORKSPACE_BYTES, Entry, Store, packed_bytes, unpack
+from tightfit.runtime.engine.weights.store import (
+    CHUNK_ELEMENTS,
+    WORKSPACE_BYTES,
+    Entry,
+    WeightStore,
+    packed_bytes,
+    unpack,
+)
 
 TINY = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -106,12 +113,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(path: Path) -> Iterable[Store]:
-    with Store.open(path) as opened:
+def store(path: Path) -> Iterable[WeightStore]:
+    with WeightStore.open(path) as opened:
         yield opened
 
 
-def loaded(store: Store, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def loaded(store: WeightStore, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     out = torch.empty(store.extent(name).shape, dtype=dtype)
     store.load(name, out)
     return out
@@ -121,7 +128,7 @@ def loaded(store: Store, name: str, dtype: torch.dtype = torch.float32) -> torch
     "name",
     [name for name, (_, kind) in SHAPES.items() if kind in ("q4", "q8", "float32", "float16") and name != "odd.weight"],
 )
-def test_unpacks_to_the_value_that_the_format_defines(store: Store, path: Path, name: str) -> None:
+def test_unpacks_to_the_value_that_the_format_defines(store: WeightStore, path: Path, name: str) -> None:
     entry = store.entries[name]
     raw = path.read_bytes()[entry.offset : entry.offset + entry.bytes]
     expected = [
@@ -144,14 +151,14 @@ def test_unpacks_to_the_value_that_the_format_defines(store: Store, path: Path, 
         ("half.weight", 0.0005),
     ],
 )
-def test_rounding_error_is_what_the_bits_allow(store: Store, name: str, bound: float) -> None:
+def test_rounding_error_is_what_the_bits_allow(store: WeightStore, name: str, bound: float) -> None:
     values = original(name)
     error = (loaded(store, name) - values).norm() / values.norm()
     assert bound / 3 < error < bound
 
 
 @pytest.mark.parametrize("name", ["raw.weight", "norm.weight", "scalar", "filter.weight", "count", "mask"])
-def test_raw_tensors_come_back_as_they_were(store: Store, name: str) -> None:
+def test_raw_tensors_come_back_as_they_were(store: WeightStore, name: str) -> None:
     values = original(name)
     assert store.entries[name].shape == tuple(values.shape)
     assert torch.equal(loaded(store, name, values.dtype), values)
@@ -179,7 +186,7 @@ def test_a_matrix_larger_than_a_chunk_unpacks_as_its_rows_do() -> None:
 def test_slices_and_gathered_rows_are_rows_of_the_whole(path: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["q4.weight", "q8.weight", "narrow.weight", "odd.weight", "raw.weight"]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    with Store.open(path) as store:
+    with WeightStore.open(path) as store:
         whole = loaded(store, name, dtype)
         start = data.draw(st.integers(0, len(whole) - 1))
         stop = data.draw(st.integers(start + 1, len(whole)))
@@ -199,7 +206,7 @@ def test_slices_and_gathered_rows_are_rows_of_the_whole(path: Path, data: st.Dat
         assert torch.equal(gathered, whole[rows])
 
 
-def test_staging_is_a_whole_number_of_pages_and_covers_the_rows(store: Store) -> None:
+def test_staging_is_a_whole_number_of_pages_and_covers_the_rows(store: WeightStore) -> None:
     for name, entry in store.entries.items():
         assert entry.offset % 4096 == 0
         assert store.packed_bytes(name) % 4096 == 0
@@ -207,7 +214,7 @@ def test_staging_is_a_whole_number_of_pages_and_covers_the_rows(store: Store) ->
     assert store.packed_bytes("q4.weight[100:101]") in (4096, 8192)
 
 
-def test_reads_from_many_threads_do_not_disturb_each_other(store: Store) -> None:
+def test_reads_from_many_threads_do_not_disturb_each_other(store: WeightStore) -> None:
     expected = {name: loaded(store, name) for name in ("q4.weight", "q8.weight", "raw.weight")}
     failures: list[str] = []
 
@@ -231,20 +238,20 @@ def test_reads_from_many_threads_do_not_disturb_each_other(store: Store) -> None
 
 
 @pytest.mark.parametrize("name", ["nothing.weight", "q4.weight[0:301]", "q4.weight[5:5]", "norm.weight[0:3]"])
-def test_names_of_another_model_are_refused(store: Store, name: str) -> None:
+def test_names_of_another_model_are_refused(store: WeightStore, name: str) -> None:
     with pytest.raises(InputError, match="the plan was made for another model") as caught:
         store.packed_bytes(name)
     assert caught.value.exit_code == 2
 
 
-def test_rows_outside_the_table_are_refused(store: Store) -> None:
+def test_rows_outside_the_table_are_refused(store: WeightStore) -> None:
     with pytest.raises(
         InputError, match=r"rows 2 to 300 asked of 'q4.weight', which has 300; the data was tokenised for another model"
     ):
         store.gather_rows("q4.weight", torch.tensor([2, 300]), torch.empty(2, 96))
 
 
-def test_wrong_buffers_are_refused(store: Store) -> None:
+def test_wrong_buffers_are_refused(store: WeightStore) -> None:
     with pytest.raises(ValueError, match="must be contiguous uint8 of 20480 bytes"):
         store.read_into("q4.weight", torch.empty(4096, dtype=torch.uint8))
     staging = aligned_buffer(store.packed_bytes("q4.weight"))
@@ -266,11 +273,11 @@ def test_one_flipped_bit_is_found_when_the_tensor_is_first_read(
     path: Path, tmp_path: Path, name: str, where: str
 ) -> None:
     file, data = copy_of(path, tmp_path)
-    with Store.open(path) as store:
+    with WeightStore.open(path) as store:
         entry = store.entries[name]
     data[entry.offset if where == "first" else entry.offset + entry.bytes - 1] ^= 1
     file.write_bytes(data)
-    with Store.open(file) as store:
+    with WeightStore.open(file) as store:
         staging = aligned_buffer(store.packed_bytes(name))
         with pytest.raises(InputError) as caught:
             store.read_into(name, staging)
@@ -289,12 +296,12 @@ def test_one_flipped_bit_is_found_when_the_tensor_is_first_read(
 
 def test_slices_check_the_segments_that_they_cover(path: Path, tmp_path: Path) -> None:
     file, data = copy_of(path, tmp_path)
-    with Store.open(path) as store:
+    with WeightStore.open(path) as store:
         entry = store.entries["q8.weight"]
     assert entry.segment_rows == 128
     data[entry.offset + 300 * entry.row_bytes] ^= 64
     file.write_bytes(data)
-    with Store.open(file) as store:
+    with WeightStore.open(file) as store:
         staging = aligned_buffer(store.packed_bytes("q8.weight"))
         store.read_into("q8.weight[0:256]", staging)
         store.gather_rows("q8.weight", torch.tensor([0, 255, 384, 999]), torch.empty(4, 64))
@@ -309,23 +316,23 @@ def test_a_slice_that_begins_and_ends_anywhere_is_checked_where_it_has_whole_seg
 ) -> None:
     """Segments of 128 rows, and a first row that lies inside a page."""
     file, data = copy_of(path, tmp_path)
-    with Store.open(path) as store:
+    with WeightStore.open(path) as store:
         entry, whole = store.entries["q8.weight"], loaded(store, "q8.weight")
     for start, stop in ((100, 640), (1, 1000), (384, 999)):
-        with Store.open(path) as store:  # which has checked nothing yet
+        with WeightStore.open(path) as store:  # which has checked nothing yet
             assert torch.equal(loaded(store, f"q8.weight[{start}:{stop}]"), whole[start:stop])
     data[entry.offset + 639 * entry.row_bytes] ^= 64
     file.write_bytes(data)
-    with Store.open(file) as store, pytest.raises(InputError, match=r"'q8.weight' is damaged"):
+    with WeightStore.open(file) as store, pytest.raises(InputError, match=r"'q8.weight' is damaged"):
         loaded(store, "q8.weight[100:640]")
 
 
 @pytest.mark.parametrize("how", ["a page at a time", "not past the page cache"])
 def test_a_file_system_of_few_talents_is_read_all_the_same(
-    path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, how: str
+    path: Path, store: WeightStore, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     whole, read = loaded(store, "q8.weight"), os.preadv
-    with Store.open(path) as other:
+    with WeightStore.open(path) as other:
 
         def moved(descriptor: int, buffers: list[memoryview], offset: int) -> int:
             if how == "a page at a time":
@@ -347,7 +354,7 @@ def test_a_damaged_header_is_refused(path: Path, tmp_path: Path, byte: int) -> N
     data[byte] ^= 4
     file.write_bytes(data)
     with pytest.raises(InputError, match=r"weight store of version 6|the header is truncated or damaged") as caught:
-        Store.open(file)
+        WeightStore.open(file)
     assert str(file) in str(caught.value)
 
 
@@ -356,7 +363,7 @@ def test_the_fingerprint_is_of_the_header_and_the_checksums(path: Path) -> None:
     text, table = header_of(path)
     header = json.loads(text)
     said = json.dumps([header["tensors"], header["config"]], sort_keys=True).encode()
-    with Store.open(path) as store:
+    with WeightStore.open(path) as store:
         assert store.fingerprint == hashlib.sha256(said + table).hexdigest()
         assert {"name": store.name, "config": store.config, "source": store.source} == {
             key: value for key, value in header.items() if key != "tensors"
@@ -387,7 +394,7 @@ def test_a_header_of_something_else_is_refused(path: Path, tmp_path: Path, chang
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(other), len(table) // 4, zlib.crc32(other + table))
     (tmp_path / "x.store").write_bytes(preamble + other + table + bytes(1 << 20))
     with pytest.raises(InputError, match=r"the header is not that of a weight store .*; delete the file"):
-        Store.open(tmp_path / "x.store")
+        WeightStore.open(tmp_path / "x.store")
 
 
 def header_of(path: Path) -> tuple[bytes, bytes]:
@@ -411,18 +418,18 @@ def test_a_truncated_store_is_refused(path: Path, tmp_path: Path, keep: int, mes
     file, data = copy_of(path, tmp_path)
     file.write_bytes(data[:keep])
     with pytest.raises(InputError, match=message):
-        Store.open(file)
+        WeightStore.open(file)
 
 
 def test_a_missing_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.store: No such file or directory; profile the model again"):
-        Store.open(tmp_path / "none.store")
+        WeightStore.open(tmp_path / "none.store")
 
 
 def test_a_store_that_shrinks_under_its_reader_is_an_input_error(path: Path, tmp_path: Path) -> None:
     file, data = copy_of(path, tmp_path)
     file.write_bytes(data)
-    with Store.open(file) as store:
+    with WeightStore.open(file) as store:
         os.truncate(file, store.entries["mask"].offset)
         with pytest.raises(InputError, match="truncated while reading tensor 'mask' at byte"):
             store.load("mask", torch.empty(3, 5, dtype=torch.bool))
@@ -508,7 +515,7 @@ def test_values_below_what_a_scale_can_say_keep_their_sign() -> None:
 
 
 def one_tensor(entry: Entry, rows: torch.Tensor) -> Source:
-    tensor = SourceTensor(entry=entry, rows=lambda start, stop: rows[start:stop], place="a.safetensors: tensor 'k'")
+    tensor = SourceTensor(entry=entry, rows=lambda start, stop: rows[start:stop], origin="a.safetensors: tensor 'k'")
     return Source(
         name="one", kind="huggingface", path="", config={}, fingerprint="one", has_weights=True,
         entries={entry.name: entry}, tensors=lambda: [tensor],
@@ -565,7 +572,7 @@ def test_a_store_is_built_once_with_progress_and_built_again_when_damaged(tmp_pa
     assert file.stat().st_mtime_ns == before
     os.truncate(file, file.stat().st_size - 4096)
     assert build_store(source, tmp_path / "cache") == file
-    Store.open(file).verify()
+    WeightStore.open(file).verify()
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [file.name]
 
 
@@ -589,10 +596,10 @@ def test_a_store_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
 def test_fingerprints_follow_the_weights(tmp_path: Path) -> None:
     prints = []
     for directory, seed in (("a", 0), ("b", 0), ("c", 1)):
-        prints.append(Store.open(build_store(source_of(TINY, tmp_path, seed), tmp_path / directory)).fingerprint)
+        prints.append(WeightStore.open(build_store(source_of(TINY, tmp_path, seed), tmp_path / directory)).fingerprint)
     assert prints[0] == prints[1] != prints[2]
     turned = source_of(TINY | {"rope_theta": 5000.0}, tmp_path)
-    assert Store.open(build_store(turned, tmp_path / "d")).fingerprint != prints[0]
+    assert WeightStore.open(build_store(turned, tmp_path / "d")).fingerprint != prints[0]
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -681,7 +688,7 @@ def test_described_sizes_are_the_store_s(family: str, embedding: Any, form: str,
     config = CONFIGS[family]
     described = describe(config, precision=Precision(embeddings=embedding))
     source = random_source(config, tmp_path / "config.json", precision=Precision(embeddings=embedding))
-    with Store.open(build_store(source, tmp_path)) as store:
+    with WeightStore.open(build_store(source, tmp_path)) as store:
         assert list(store.entries) == list(described)
         for name, entry in store.entries.items():
             assert (described[name].shape, described[name].format, described[name].row_bytes) == (
@@ -720,7 +727,7 @@ def test_a_mistral_has_transformers_sliding_window_where_its_config_names_none()
 def test_random_weights_have_the_config_s_spread_and_do_not_depend_on_order(tmp_path: Path) -> None:
     config = TINY | {"initializer_range": 0.05}
     source = random_source(config, tmp_path / "config.json", precision=Precision(embeddings="8bit"), seed=3)
-    with Store.open(build_store(source, tmp_path)) as store:
+    with WeightStore.open(build_store(source, tmp_path)) as store:
         for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"):
             weight = loaded(store, name)
             assert abs(weight.std().item() / 0.05 - 1) < 0.03
@@ -751,7 +758,7 @@ sys.modules["numpy"] = None
 import torch, tightfit.runtime.engine.weights.store, tightfit.runtime.engine.training.records
 heavy = {"gguf", "safetensors", "tokenizers", "pydantic", "jinja2", "transformers", "tightfit.profiles.weights.describe", "tightfit.profiles.weights.pack"} & set(sys.modules)
 assert not heavy, heavy
-store = tightfit.runtime.engine.weights.store.Store.open(sys.argv[1])
+store = tightfit.runtime.engine.weights.store.WeightStore.open(sys.argv[1])
 staging = torch.empty(store.packed_bytes("big.weight"), dtype=torch.uint8)
 out = torch.empty(store.entries["big.weight"].shape, dtype=torch.bfloat16).zero_()
 rows, gathered = torch.arange(64), torch.empty(64, out.shape[1], dtype=torch.bfloat16)
@@ -829,7 +836,7 @@ def test_reads_do_not_grow_the_page_cache(tmp_path: Path) -> None:
 
     if cached_pages() > 16:
         pytest.skip("this file system keeps pages whatever it is advised")
-    with Store.open(file) as store:
+    with WeightStore.open(file) as store:
         for staging in (
             aligned_buffer(store.packed_bytes("w")),
             torch.empty(store.packed_bytes("w") + 8, dtype=torch.uint8)[8:],

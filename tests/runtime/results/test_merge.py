@@ -31,7 +31,7 @@ from tiny_models import (
     write_gguf,
 )
 
-from tightfit.profiles.sources.gguf_source import Reader
+from tightfit.profiles.sources.gguf_source import GgufReader
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.results import merge as merging
 from tightfit.runtime.results import safetensors_merge
@@ -295,7 +295,7 @@ def meant(path: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) 
     """The values of a GGUF file by the names and in the order of Hugging Face, with gguf's own unpacking."""
     from tiny_models import gguf_name
 
-    found = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in Reader(path).tensors}
+    found = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in GgufReader(path).tensors}
     values = {}
     for name, weight in weights.items():
         value = torch.tensor(found[gguf_name(name, config["model_type"] == "gemma3_text")]).reshape(weight.shape)

@@ -30,7 +30,7 @@ from tightfit.planner.instructions import Run
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
-from tightfit.runtime.common.interrupts import passed_on
+from tightfit.runtime.common.interrupts import relayed_signals
 from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.engine.training.checkpoint import UNSAID_OPERATORS
 from tightfit.runtime.engine.training.loop import _evaluated_before
@@ -381,7 +381,7 @@ class Immortal:
 def test_only_a_second_ctrl_c_kills_and_a_third_gives_up(monkeypatch):
     child, clock = Immortal(), [100.0]
     monkeypatch.setattr("tightfit.runtime.common.interrupts.time.monotonic", lambda: clock[0])
-    with passed_on() as passing:
+    with relayed_signals() as passing:
         passing.to(child)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             clock[0] += 2

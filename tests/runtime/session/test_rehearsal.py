@@ -19,11 +19,11 @@ from tightfit.profiles.io import save_profile
 from tightfit.profiles.learned import (
     ABOVE,
     SPREAD_BYTES,
-    Learned,
+    LearnedFigures,
     Rehearsal,
     corrected,
     figures_id,
-    learned_place,
+    learned_path,
     load_learned,
 )
 from tightfit.runtime.common.errors import RunError
@@ -102,7 +102,7 @@ def happened(plan, truth):
             judged=True,
         ),
         phases=[plan.train],
-        own=[np.diff(now) - stalled],
+        busy=[np.diff(now) - stalled],
         stalled=[stalled],
         transfers=[np.asarray(replay.moves).reshape(-1, 2)],
     )
@@ -131,7 +131,7 @@ def test_a_plan_has_the_seconds_of_the_machine_after_one_rehearsal(tmp_path, fac
     taken = happened(plan, truth)
     wrong = plan.step_seconds / taken.rehearsal.seconds
     assert abs(wrong - 1) > 0.1, "what was measured is not what happens"
-    learned = rehearsal._with(Learned(), measured, plan, taken)
+    learned = rehearsal._learn(LearnedFigures(), measured, plan, taken)
     known = corrected(measured, learned)
     again = plan.model_copy(
         update={"device": known.device, "tensors": known.tensors, "programs": known.programs, "budget_bytes": 1 << 40}
@@ -157,7 +157,7 @@ def test_of_a_crowded_machine_only_the_peak_is_learned(tmp_path):
     plan = naive_plan(measured)
     taken = happened(plan, timed(measured, seconds_of(3.0)))
     busy = taken.rehearsal.model_copy(update={"judged": False, "held_bytes": plan.peak_bytes + 5 * MIB})
-    learned = rehearsal._with(Learned(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": busy}))
+    learned = rehearsal._learn(LearnedFigures(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": busy}))
     assert learned.added_bytes == 5 * MIB + SPREAD_BYTES
     assert corrected(measured, learned).programs == measured.programs
 
@@ -177,7 +177,7 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
     plan = naive_plan(measured).model_copy(update={"peak_bytes": 400 * MIB})
     taken = happened(plan, measured)
     told = taken.rehearsal.model_copy(update={"held_bytes": plan.peak_bytes + held})
-    learned = rehearsal._with(Learned(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": told}))
+    learned = rehearsal._learn(LearnedFigures(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": told}))
     expected = -200 * MIB + SPREAD_BYTES + int(ABOVE * 400 * MIB) if added is None else added
     assert learned.added_bytes == expected
     unjudged = told.model_copy(update={"judged": False})
@@ -187,7 +187,7 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
     assert starting.start_bytes, "the start sets the peak"
     assert rehearsal._agrees(starting, unjudged) == (held <= -SPREAD_BYTES)
     # A later rehearsal that holds less does not take back what an earlier one needed.
-    later = rehearsal._with(
+    later = rehearsal._learn(
         learned,
         measured,
         plan.model_copy(update={"peak_bytes": plan.peak_bytes + learned.added_bytes}),
@@ -227,7 +227,7 @@ def test_a_plan_that_held_more_than_it_says_is_made_anew_until_one_holds(tmp_pat
         floor = plan.device.floor.model_copy(update={"import_peak_bytes": start and plan.peak_bytes})
         return plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})}) if start else plan
 
-    monkeypatch.setattr(rehearsal, "_carried_out", carried_out)
+    monkeypatch.setattr(rehearsal, "_carry_out", carried_out)
     monkeypatch.setattr(rehearsal, "why_not", lambda plan: None)
     made = rehearsed(measured, lambda step: step, make)
     assert made.plan.rehearsal == rehearsals[-1]
@@ -272,7 +272,7 @@ def test_a_plan_whose_process_holds_more_than_was_predicted_is_made_anew_and_run
     assert made.plan.rehearsal is not None
     assert made.plan.rehearsal.held_bytes <= made.plan.peak_bytes <= budget
     assert [line.split(":")[0] for line in said] == ["rehearsed", "planned anew with what that taught", "rehearsed"]
-    assert made.said == said
+    assert made.lines == said
     report = run(made.plan, "random", steps=3, out=tmp_path / "out")
     assert report["processes"]["training"]["measured"] <= report["processes"]["training"]["predicted"]
     # Another budget of the same profile knows it before anything runs.
@@ -309,10 +309,10 @@ def test_a_rehearsal_that_fails_leaves_the_plan_and_says_why(measured, monkeypat
 
     monkeypatch.setattr(rehearsal, "supervise", failing)
     made = rehearsed(measured, lambda step: step, planned)
-    assert made.said == ["not rehearsed: the disk is full"]
+    assert made.lines == ["not rehearsed: the disk is full"]
     assert made.plan.rehearsal is None
     assert not made.interrupted
-    assert not learned_place(figures_id(measured)).exists()
+    assert not learned_path(figures_id(measured)).exists()
 
 
 @pytest.mark.slow
@@ -320,7 +320,7 @@ def test_where_memory_is_short_nothing_is_started(measured, monkeypatch):
     monkeypatch.setattr(rehearsal, "free_memory", lambda: (30 * MIB, "30.0 MiB are left of the cgroup's 400.0"))
     monkeypatch.setattr(rehearsal, "supervise", lambda *given, **options: pytest.fail("no process is started"))
     made = rehearsed(measured, lambda step: step, planned)
-    (said,) = made.said
+    (said,) = made.lines
     assert said.startswith("not rehearsed: 30.0 MiB are left of the cgroup's 400.0, beside which the ")
 
 
@@ -339,17 +339,17 @@ def test_ctrl_c_in_a_rehearsal_keeps_the_plan(measured, monkeypatch):
 def test_a_plan_for_another_device_is_not_rehearsed(measured):
     elsewhere = measured.model_copy(update={"device": measured.device.model_copy(update={"measured": False})})
     made = rehearsed(elsewhere, lambda step: step, planned)
-    assert made.said[0].startswith("not rehearsed: the plan's times and floor are estimated")
+    assert made.lines[0].startswith("not rehearsed: the plan's times and floor are estimated")
     assert made.plan.rehearsal is None
 
 
 @pytest.mark.slow
 def test_damaged_files_of_what_was_learned_are_as_none(measured, cache):
-    place = learned_place(figures_id(measured))
+    place = learned_path(figures_id(measured))
     place.parent.mkdir(parents=True)
     for content in ("", "{", '{"version": 99}', '{"operators": 3}'):
         place.write_text(content)
-        assert load_learned(figures_id(measured)) == Learned()
+        assert load_learned(figures_id(measured)) == LearnedFigures()
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

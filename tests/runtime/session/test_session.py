@@ -280,7 +280,7 @@ def test_a_session_is_of_use_in_its_block_alone(naive: Plan, tmp_path: Path) -> 
         session.step(ids)
     assert opened_below(tmp_path) == []
     assert own_groups() == []
-    assert session._asking == -1
+    assert session._request_pipe == -1
     with pytest.raises(RunError, match="the session is over"):
         session.step(ids)
 
@@ -390,7 +390,7 @@ def test_one_that_is_interrupted_before_it_is_open_leaves_nothing_running(
     def interrupted(event: str) -> dict[str, int]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session, "_told", interrupted)
+    monkeypatch.setattr(session, "_wait_for", interrupted)
     with pytest.raises(KeyboardInterrupt), session:
         pass
     assert session._child.process.returncode is not None

@@ -151,7 +151,7 @@ def test_a_run_is_followed_to_its_end_and_through_a_resume(
 
     monkeypatch.setattr(time, "sleep", slept)
     said: list[int] = []
-    assert track(out, "tensorboard", follow=True, told=said.append) == {"steps": 3, "evaluations": 2}
+    assert track(out, "tensorboard", follow=True, tell=said.append) == {"steps": 3, "evaluations": 2}
     assert looks == [[0, 1, 2, 2]] * 2
     assert [event.step for event in tensorboard[0].events] == [0, 1, 2, 2, 3]
     assert said == [2, 2, 3]

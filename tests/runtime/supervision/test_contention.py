@@ -18,7 +18,7 @@ from tightfit.planner.plan import plan
 from tightfit.profiles.api import load_profile
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.supervision import contention
-from tightfit.runtime.supervision.contention import Contention, Usage, usage_of
+from tightfit.runtime.supervision.contention import Contention, CoreUsage, usage_of
 
 PLANNED = 0.125
 
@@ -31,7 +31,7 @@ class Machine:
         self.contention = Contention(
             threads=threads,
             step_seconds=PLANNED,
-            usage=lambda: Usage(ran=self.ran, waited=self.waited, busy=self.busy),
+            usage=lambda: CoreUsage(ran=self.ran, waited=self.waited, busy=self.busy),
             clock=lambda: self.now,
         )
 
@@ -61,8 +61,8 @@ def test_a_run_that_others_slow_down_says_so_once_and_when_it_is_over() -> None:
     )
     assert "`tightfit profile --threads 1`" in said
     assert machine.steps(48, 0.125) == ["the cores are free again: a step takes 0.125 s"]
-    told = machine.contention.told
-    assert told == pytest.approx({"steps": 28, "step_seconds": 0.5, "waited_seconds": 0.25, "others_cores": 0.5})
+    figures = machine.contention.figures
+    assert figures == pytest.approx({"steps": 28, "step_seconds": 0.5, "waited_seconds": 0.25, "others_cores": 0.5})
 
 
 def test_it_is_not_said_again_and_again() -> None:
@@ -78,7 +78,7 @@ def test_steps_of_several_lengths_are_slow_by_what_was_planned_for_theirs() -> N
     for _ in range(40):
         assert machine.steps(1, 0.5, planned=0.5, **crowded) == []
         assert machine.steps(2, 0.0625, planned=0.0625, **crowded) == []
-    assert machine.contention.told is None
+    assert machine.contention.figures is None
     # Short steps that are slow, though they take no longer than a whole one is planned for.
     machine, said = Machine(), []
     machine.steps(1, 0.5, planned=0.5)
@@ -89,9 +89,9 @@ def test_steps_of_several_lengths_are_slow_by_what_was_planned_for_theirs() -> N
     assert "the last 4 steps took 0.500 s each where 0.250 s are planned" in text
     # What was planned for those steps is forgotten.
     assert machine.steps(6, 0.5, planned=0.5, **crowded) == ["the cores are free again: a step takes 0.500 s"]
-    told = machine.contention.told
-    assert told is not None
-    assert (told["steps"], told["step_seconds"]) == (8, 0.5)
+    figures = machine.contention.figures
+    assert figures is not None
+    assert (figures["steps"], figures["step_seconds"]) == (8, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_is_not_the_fault_of_others_is_not_said(way: dict[str, float]) -> N
     machine = Machine()
     said = machine.steps(100, **way)
     assert not [line for line in said if line.startswith("other programs")]
-    assert machine.contention.told is None
+    assert machine.contention.figures is None
 
 
 @pytest.mark.parametrize(("seconds", "count"), [(0.2, 1), (0.08, 1), (0.13, 0)])

@@ -40,13 +40,13 @@ def test_the_share_of_padding_is_that_of_the_rows_of_each_step(clock):
     file = io.StringIO()
     with TrainingProgress(steps=4, tokens_per_step=1024, budget=MIB, file=file) as training:
         for step, places in enumerate((64, 1024, 16, 256), 1):
-            training.placed(places)
+            training.expect_places(places)
             training(step, 0.5, 2.0, MIB, MIB, places * 3 // 4)
     assert "(rows 25% padding)" in file.getvalue().splitlines()[-1]
     file = io.StringIO()
     with TrainingProgress(steps=400, tokens_per_step=1024, budget=MIB, file=file) as training:
         for step in range(1, 401):
-            training.placed(100 if step % 2 else 300)
+            training.expect_places(100 if step % 2 else 300)
             training(step, 0.5, 2.0, MIB, MIB, 50 if step % 2 else 270)
     share = re.search(r"rows (\d+)% padding", file.getvalue().splitlines()[-1])
     assert int(share[1]) == pytest.approx(100 * (1 - (50 + 270) / (100 + 300)), abs=4)
@@ -89,7 +89,7 @@ def test_an_epoch_is_told_where_it_is_known(clock):
 def test_time_left_counts_the_steps_to_come():
     file = io.StringIO()
     with TrainingProgress(steps=121, tokens_per_step=100, budget=MIB, file=file) as training:
-        training._said -= 100
+        training._last_line -= 100
         training(1, 1.0, 1.0, 1, 1)
     assert ", 2:00 left," in file.getvalue()
 

@@ -13,12 +13,12 @@ from tiny_plans import decoder_profile, naive_plan
 from tightfit.runtime.session.settings import _phase, planned_figures
 from tightfit.runtime.supervision.report import (
     LATEST_STEPS,
-    Observed,
+    ObservedRun,
     _typical,
     _with_peak,
     build_report,
     profiled_step,
-    tokens_told,
+    token_figures,
 )
 
 
@@ -75,12 +75,12 @@ def test_tokens_a_second_leave_padding_out() -> None:
     lines: list[dict[str, Any]] = [{"step": 1, "seconds": 9.0}, {"step": 2, "seconds": 7.0, "tokens": 4}]
     lines += [{"step": step, "seconds": 0.5, "tokens": 8} for step in (3, 4, 5)]
     # The first of those that say it is slower than the others; older versions did not say it.
-    assert tokens_told(places, lines) == {"per_step": 7.0, "per_second": 16.0, "padding_share": 1 - 7 / places}
-    assert tokens_told(places, lines[:2]) == {"per_step": 4.0, "per_second": 4 / 7, "padding_share": 1 - 4 / places}
-    assert tokens_told(places, lines[:1]) is None
-    assert tokens_told(None, lines) is None
+    assert token_figures(places, lines) == {"per_step": 7.0, "per_second": 16.0, "padding_share": 1 - 7 / places}
+    assert token_figures(places, lines[:2]) == {"per_step": 4.0, "per_second": 4 / 7, "padding_share": 1 - 4 / places}
+    assert token_figures(places, lines[:1]) is None
+    assert token_figures(None, lines) is None
     counted = [{**line, "samples": 3} for line in lines]
-    assert tokens_told(places, counted) == {**(tokens_told(places, lines) or {}), "samples_per_second": 6.0}
+    assert token_figures(places, counted) == {**(token_figures(places, lines) or {}), "samples_per_second": 6.0}
 
 
 def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
         {"event": "saved", "path": "adapter"},
         {"event": "done", "peaks": peaks, "peak_bytes": 10},
     ]
-    observed = Observed()
+    observed = ObservedRun()
     for message in told:
         observed.take(message)
     report = build_report(planned_figures(plan), observed, str(tmp_path), enforced_by="meter")
@@ -138,7 +138,7 @@ def test_the_peak_is_of_all_processes_that_the_run_keeps_alive(tmp_path: Path) -
     floor = plan.device.floor.model_copy(update={"supervisor_bytes": 20})
     plan = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
     (tmp_path / "metrics.jsonl").write_text("")
-    observed = Observed(peak_bytes=1000, cgroup_peak_bytes=1015)
+    observed = ObservedRun(peak_bytes=1000, cgroup_peak_bytes=1015)
     planned = planned_figures(plan)
     report = build_report(
         planned, observed, str(tmp_path), enforced_by="cgroup", supervisor_bytes=19, preparation_bytes=70
@@ -152,7 +152,7 @@ def test_the_peak_is_of_all_processes_that_the_run_keeps_alive(tmp_path: Path) -
 
 
 def test_a_long_run_is_remembered_in_the_memory_of_a_short_one(tmp_path: Path) -> None:
-    observed = Observed()
+    observed = ObservedRun()
     for step in range(3 * LATEST_STEPS):
         seconds = 1.0 if step < LATEST_STEPS else 2.0 + step % 2
         observed.take({"event": "step", "seconds": seconds, "spent": {"run": seconds}})
@@ -181,7 +181,7 @@ MIXED = [(9.0, WHOLE), (0.4, SHORT), (0.6, SHORT), (1.1, WHOLE), (0.5, SHORT), (
 
 def told_of(figures: dict[str, Any], folder: Path, steps: list[tuple[float, dict[str, float]]]) -> dict[str, Any]:
     """The report of these steps, of each of which computing takes half."""
-    observed = Observed()
+    observed = ObservedRun()
     lines = []
     for number, (seconds, length) in enumerate(steps, 1):
         message = {"step": number, "loss": 1.0, "seconds": seconds, "tokens": 12, "samples": 2, **length}
@@ -239,7 +239,7 @@ def test_a_run_that_an_earlier_one_finished_has_the_lengths_of_its_metrics(
     figures: dict[str, Any], tmp_path: Path
 ) -> None:
     due = told_of(figures, tmp_path, MIXED)
-    report = build_report(figures, Observed(), str(tmp_path), enforced_by="meter")
+    report = build_report(figures, ObservedRun(), str(tmp_path), enforced_by="meter")
     assert report["step_seconds"] == due["step_seconds"]
     assert report["tokens"] == due["tokens"]
     assert report["phases"]["train"]["measured_seconds"]["compute"] is None
