@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 Verb = Literal["read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass", "accumulate"]
-"""what an instruction does; the planner's drafts, whose tensors have no offsets yet, name it by this"""
+"""the name of a kind of instruction, which drafts, whose tensors have no offsets yet, carry too"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Pass:
 class Accumulate:
     """Add the gradient of a trainable to the sum of an update's, ``grad_sum:`` and its name, at `at`.
 
-    Where one step makes an update the gradient is copied, and the sum need not be resident before.
+    Where an update takes one step only, the gradient is copied, and the sum need not be resident before.
     """
 
     verb: ClassVar[Verb] = "accumulate"
@@ -138,9 +138,9 @@ def from_json(array: Sequence[Any]) -> Instruction:
     kind = BY_VERB.get(array[0]) if array and isinstance(array[0], str) else None
     if kind is None:
         raise ValueError(f"{array!r} is no instruction")
-    operands: list[Any] = [tuple(one) if isinstance(one, list) else one for one in array[1:]]
+    operands: list[Any] = [tuple(operand) if isinstance(operand, list) else operand for operand in array[1:]]
     checks = _OPERANDS[kind.verb]
-    if len(operands) != len(checks) or not all(check(one) for check, one in zip(checks, operands)):
+    if len(operands) != len(checks) or not all(check(operand) for check, operand in zip(checks, operands)):
         raise ValueError(f"{array!r} has other operands than the instruction takes")
     return kind(*operands)
 
@@ -149,9 +149,9 @@ def read_all(arrays: Iterable[Any]) -> list[Instruction]:
     """Instructions from a list of instructions, or of a plan file's arrays. Raises ValueError for an array that encodes
     none.
     """
-    return [one if isinstance(one, TYPES) else from_json(one) for one in arrays]
+    return [item if isinstance(item, TYPES) else from_json(item) for item in arrays]
 
 
 def write_all(instructions: Iterable[Instruction]) -> list[list[Any]]:
     """The instructions as a plan file's arrays."""
-    return [to_json(one) for one in instructions]
+    return [to_json(instruction) for instruction in instructions]

@@ -38,25 +38,25 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     return parse_plan(data, str(path))
 
 
-def parse_plan(data: bytes, place: str) -> Plan:
-    """The plan that `data` holds, checked against its fingerprint; `place` is where it comes from.
+def parse_plan(data: bytes, origin: str) -> Plan:
+    """The plan that `data` holds, checked against its fingerprint; `origin` says where they come from.
 
     Raises InputError for data that are cut off, changed, of another version or no plan at all.
     """
-    content = whole_json(data, place, AGAIN)
+    content = whole_json(data, origin, AGAIN)
     if not isinstance(content, dict) or "version" not in content or "budget_bytes" not in content:
         kind = "a profile" if isinstance(content, dict) and "programs" in content else "something else"
         if isinstance(content, dict) and "members" in content:
-            found = str(content.get("kind"))
+            fleet_kind = str(content.get("kind"))
             raise InputError(
-                f"{place}: the plan of a fleet ({found}), not of one device; `{fleet_command(found)} {place} ...` runs it"
+                f"{origin}: the plan of a fleet ({fleet_kind}), not of one device; `{fleet_command(fleet_kind)} {origin} ...` runs it"
             )
-        raise InputError(f"{place}: {kind}, not a plan; {AGAIN}")
+        raise InputError(f"{origin}: {kind}, not a plan; {AGAIN}")
     if content["version"] != PLAN_VERSION:
-        raise InputError(f"{place}: {of_another_version('plan', content['version'], PLAN_VERSION)}; {AGAIN}")
+        raise InputError(f"{origin}: {of_another_version('plan', content['version'], PLAN_VERSION)}; {AGAIN}")
     del content  # so that it does not take memory beside the plan itself
-    plan = validated(Plan, data, place, AGAIN)
-    check_unchanged(fingerprint(plan), plan.fingerprint, place, AGAIN)
+    plan = validated(Plan, data, origin, AGAIN)
+    check_unchanged(fingerprint(plan), plan.fingerprint, origin, AGAIN)
     return plan
 
 
@@ -65,27 +65,27 @@ def fleet_command(kind: str) -> str:
     return "tightfit fleet federate run" if kind.endswith("federated") else "tightfit fleet run"
 
 
-def whole_json(data: bytes, place: str, again: str) -> Any:
-    """What the JSON in `data` says. Raises InputError, which ends with the advice `again`, where it is not whole."""
+def whole_json(data: bytes, origin: str, advice: str) -> Any:
+    """What the JSON in `data` says. Raises InputError, which ends with `advice`, where it is not whole."""
     try:
         return from_json(data)
     except JsonError as error:
-        raise InputError(f"{place}: not whole JSON ({error}), perhaps cut off or damaged; {again}") from error
+        raise InputError(f"{origin}: not whole JSON ({error}), perhaps cut off or damaged; {advice}") from error
 
 
-def validated(schema: type[M], data: bytes, place: str, again: str) -> M:
+def validated(schema: type[M], data: bytes, origin: str, advice: str) -> M:
     """The record that the JSON in `data` holds. Raises InputError, which names the first wrong field, otherwise."""
     try:
         return schema.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{place}: field {where}: {first['msg']}; {again}") from error
+        fault = error.errors()[0]
+        field = ".".join(str(part) for part in fault["loc"])
+        raise InputError(f"{origin}: field {field}: {fault['msg']}; {advice}") from error
 
 
-def check_unchanged(found: str, stated: str, place: str, again: str) -> None:
-    """Raise InputError where the fingerprint `found` of a file's content is not the one that it states."""
-    if found != stated:
+def check_unchanged(computed: str, stated: str, origin: str, advice: str) -> None:
+    """Raise InputError where the fingerprint `computed` from a file's content is not the one `stated` in it."""
+    if computed != stated:
         raise InputError(
-            f"{place}: its content does not match its fingerprint {stated[:12]}…: changed or damaged; {again}"
+            f"{origin}: its content does not match its fingerprint {stated[:12]}…: changed or damaged; {advice}"
         )

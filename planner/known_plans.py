@@ -22,15 +22,15 @@ MOST_KEPT = 64
 
 def smallest_known(profile: Profile, policy: str) -> Plan | None:
     """The plan of the lowest peak that was found for a profile under a policy; None: none is known."""
-    place = _place(profile, policy)
-    if not place.exists():
+    path = _place(profile, policy)
+    if not path.exists():
         return None
     try:
-        plan = load_plan(place)
+        plan = load_plan(path)
     except TightfitError:  # of another version, or damaged
         return None
     with suppress(OSError):
-        place.touch()
+        path.touch()
     return plan if plan.profile_fingerprint == profile.fingerprint else None
 
 
@@ -39,14 +39,14 @@ def remember_smallest(profile: Profile, plan: Plan) -> None:
     known = smallest_known(profile, plan.policy)
     if known is not None and known.peak_bytes <= plan.peak_bytes:
         return
-    place = _place(profile, plan.policy)
+    path = _place(profile, plan.policy)
     with suppress(TightfitError, OSError):
-        save_plan(plan, place)
-        kept = sorted(place.parent.glob("*.json"), key=lambda one: one.stat().st_mtime)
-        for old in kept[:-MOST_KEPT]:
+        save_plan(plan, path)
+        stored = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        for old in stored[:-MOST_KEPT]:
             old.unlink(missing_ok=True)
 
 
 def _place(profile: Profile, policy: str) -> Path:
-    told = json.dumps([figures_id(profile), profile.optimizer, policy], sort_keys=True)
-    return cache_directory() / "smallest" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+    key = json.dumps([figures_id(profile), profile.optimizer, policy], sort_keys=True)
+    return cache_directory() / "smallest" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

@@ -15,9 +15,9 @@ from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.clipping import refuse_clipping
 from tightfit.planner.problem.device_forward import device_forward
 from tightfit.planner.problem.gradients import without_resting_states
-from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.problem.optimizers import refuse_other_optimizers
-from tightfit.planner.schedule.lowering import DraftInstruction, instructions, kinds
+from tightfit.planner.schedule.lowering import DraftInstruction, instructions, tensor_decisions
 from tightfit.planner.schedule.realize import CyclePart, Schedule, realize_cycle, smallest_cycle
 from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.search_options import (
@@ -34,7 +34,7 @@ from tightfit.planner.search_options import (
     finish_seconds,
 )
 from tightfit.planner.simulation.simulate import simulate
-from tightfit.planner.solve.minimum_budget import lowered
+from tightfit.planner.solve.minimum_budget import lower_peak
 from tightfit.planner.solve.policies import POLICIES, policy_parts
 from tightfit.planner.solve.search import SearchResult, Solver, share_of
 from tightfit.profiles.schema import MOBILLM, Profile
@@ -46,7 +46,7 @@ class ModelPlanner:
 
     def __init__(self, profile: Profile, options: SearchOptions = ALL) -> None:
         self.profile, self.options = profile, options
-        self.problem: Layered = layered(profile)
+        self.problem: LayeredStep = layered(profile)
         self.solver = Solver(self.problem, options)
         self._minimum: dict[str, tuple[Schedule, bool]] = {}
         """policy -> (schedule of the lowest peak found, whether the search for a lower one has ended)"""
@@ -69,31 +69,31 @@ class ModelPlanner:
     ) -> Plan:
         """As `tightfit.planner.plan.plan`, reusing what was found at earlier budgets."""
         if policy == MOBILLM:
-            made = self._device.plan(budget_bytes, time_limit=time_limit, gap=gap, progress=progress)
-            self.interrupted = self._device.interrupted
-            return self._served(made)
+            device_plan = self._device_planner.plan(budget_bytes, time_limit=time_limit, gap=gap, progress=progress)
+            self.interrupted = self._device_planner.interrupted
+            return self._as_own_plan(device_plan)
         budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()
         deadline = started + time_limit - finish_seconds(len(self.problem.graph.steps), time_limit)
         name = policy or "solver"
         any_bound = self._any_bound(budget_bytes, name, ANY_SHARE * time_limit)
         outcome = SearchResult(schedule=None, bound_seconds=any_bound, any_bound_seconds=any_bound)
-        below = budget_bytes < self.profile.device.floor.start_peak_bytes
-        if not below and name != "solver":
-            outcome = self._follow(budget_bytes, name, any_bound, deadline)
-        elif not below and (
+        below_start = budget_bytes < self.profile.device.floor.start_peak_bytes
+        if not below_start and name != "solver":
+            outcome = self._search_rule(budget_bytes, name, any_bound, deadline)
+        elif not below_start and (
             not self.solver.tight(budget_bytes) or self.solver.reaches(budget_bytes, share_of(LEAST_SHARE, deadline))
         ):
             outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound, gap=gap)
         self.interrupted = outcome.interrupted
         if outcome.schedule is None:
-            least, timely = self._least(name, deadline)
-            if least.peak_bytes > budget_bytes:
-                smallest = self._smallest(name, least)
+            lowest, timely = self._lowest_schedule(name, deadline)
+            if lowest.peak_bytes > budget_bytes:
+                smallest = self._lowest_plan(name, lowest)
                 if smallest.peak_bytes <= budget_bytes:
                     return rebudgeted(smallest, budget_bytes=budget_bytes, bound_seconds=any_bound, any_bound=any_bound)
                 return self._infeasible(budget_bytes, smallest, any_bound, started, timely=timely)
-            outcome = replace(outcome, schedule=least, fallback=False, deterministic=timely and outcome.deterministic)
+            outcome = replace(outcome, schedule=lowest, fallback=False, deterministic=timely and outcome.deterministic)
         return self._finish(budget_bytes, name, outcome, started, asked=gap)
 
     def class_bound(self, solved: Plan) -> float:
@@ -105,28 +105,28 @@ class ModelPlanner:
         return max(solved.bound_seconds, self.solver.proven.get(solved.budget_bytes, 0.0))
 
     @cached_property
-    def _device(self) -> ModelPlanner:
+    def _device_planner(self) -> ModelPlanner:
         """The planner of the step of the policy `MOBILLM`, for which the solver decides as for any step."""
         refuse_clipping(self.profile, MOBILLM)
         refuse_other_optimizers(self.profile.optimizer, MOBILLM, "trains a side network on a server, with AdamW")
         return ModelPlanner(device_forward(self.profile), self.options)
 
-    def _served(self, made: Plan) -> Plan:
-        """A plan of `_device` as one of this profile."""
-        return sealed(made.model_copy(update={"policy": MOBILLM, "profile_fingerprint": self.profile.fingerprint}))
+    def _as_own_plan(self, plan: Plan) -> Plan:
+        """A plan of `_device_planner` as one of this profile."""
+        return sealed(plan.model_copy(update={"policy": MOBILLM, "profile_fingerprint": self.profile.fingerprint}))
 
-    def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> SearchResult:
-        schedule = self._carried_out(policy, budget_bytes, deadline)
+    def _search_rule(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> SearchResult:
+        schedule = self._realize_rule(policy, budget_bytes, deadline)
         timely = time.monotonic() <= deadline
         return SearchResult(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound, deterministic=timely)
 
-    def _carried_out(self, policy: str, budget_bytes: int, deadline: float = float("inf")) -> Schedule | None:
-        parts = self._policy(policy)
+    def _realize_rule(self, policy: str, budget_bytes: int, deadline: float = float("inf")) -> Schedule | None:
+        parts = self._cycle_of(policy)
         taken = max(part.problem.taken_bytes for part in parts)
         room = self.solver.room(budget_bytes) + self.problem.taken_bytes - taken
         return realize_cycle(parts, room, deadline)[0]
 
-    def _policy(self, policy: str) -> tuple[CyclePart, ...]:
+    def _cycle_of(self, policy: str) -> tuple[CyclePart, ...]:
         if policy not in self._parts:
             self._parts[policy] = policy_parts(self.problem, policy)
         return self._parts[policy]
@@ -141,7 +141,7 @@ class ModelPlanner:
         """
         if policy == "solver" or policy in POLICIES:
             return self._any_schedule.step_seconds(budget_bytes, time_limit)
-        parts = self._policy(policy)
+        parts = self._cycle_of(policy)
         if policy not in self._relaxed:
             self._relaxed[policy] = tuple(
                 AnyScheduleBound(
@@ -149,8 +149,8 @@ class ModelPlanner:
                 )
                 for part in parts
             )
-        each = time_limit / len(parts)
-        bounds = [step.step_seconds(budget_bytes, each) for step in self._relaxed[policy]]
+        time_limit_each = time_limit / len(parts)
+        bounds = [step.step_seconds(budget_bytes, time_limit_each) for step in self._relaxed[policy]]
         seconds = sum(bounds) / len(parts)
         return 2 * seconds if parts[0].perturbed else seconds
 
@@ -167,35 +167,35 @@ class ModelPlanner:
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> Plan:
         """The plan at the smallest budget found, with its bounds."""
         if policy == MOBILLM:
-            return self._served(self._device.smallest_plan(time_limit=time_limit))
+            return self._as_own_plan(self._device_planner.smallest_plan(time_limit=time_limit))
         time_limit = checked_limit(time_limit)
         started = time.monotonic()
-        least, timely = self._least(policy or "solver", started + time_limit)
-        smallest = self._smallest(policy or "solver", least)
+        lowest, timely = self._lowest_schedule(policy or "solver", started + time_limit)
+        smallest = self._lowest_plan(policy or "solver", lowest)
         any_bound = self._any_bound(smallest.peak_bytes, smallest.policy, ANY_SHARE * time_limit)
-        found = rebudgeted(smallest, bound_seconds=any_bound, any_bound=any_bound)
-        told = {"deterministic": timely, "solve_seconds": time.monotonic() - started}
-        return sealed(found.model_copy(update=told))
+        plan = rebudgeted(smallest, bound_seconds=any_bound, any_bound=any_bound)
+        figures = {"deterministic": timely, "solve_seconds": time.monotonic() - started}
+        return sealed(plan.model_copy(update=figures))
 
-    def _smallest(self, policy: str, least: Schedule) -> Plan:
-        """The plan of the lowest peak: of `least`, or one that an earlier call has found, with no bounds proven."""
+    def _lowest_plan(self, policy: str, lowest: Schedule) -> Plan:
+        """The plan of the lowest peak, without bounds: that of the schedule `lowest`, or one that an earlier call found."""
         if policy not in self._known:
             self._known[policy] = smallest_known(self.profile, policy)
         known = self._known[policy]
-        if known is not None and known.peak_bytes <= least.peak_bytes:
+        if known is not None and known.peak_bytes <= lowest.peak_bytes:
             return known
-        found = SearchResult(schedule=least, bound_seconds=0.0, any_bound_seconds=0.0)
-        made = self._known[policy] = self._finish(least.peak_bytes, policy, found, time.monotonic())
-        remember_smallest(self.profile, made)
-        return made
+        result = SearchResult(schedule=lowest, bound_seconds=0.0, any_bound_seconds=0.0)
+        plan = self._known[policy] = self._finish(lowest.peak_bytes, policy, result, time.monotonic())
+        remember_smallest(self.profile, plan)
+        return plan
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> int:
         """The smallest budget, in bytes, for which `plan` finds a plan."""
         if policy == MOBILLM:
-            return self._device.minimum_bytes(time_limit=time_limit)
-        return self._smallest(policy or "solver", self.minimum(policy=policy, time_limit=time_limit)).peak_bytes
+            return self._device_planner.minimum_bytes(time_limit=time_limit)
+        return self._lowest_plan(policy or "solver", self.minimum(policy=policy, time_limit=time_limit)).peak_bytes
 
     @staticmethod
     def policies() -> tuple[str, ...]:
@@ -214,56 +214,56 @@ class ModelPlanner:
         none for one byte less.
         """
         if policy == MOBILLM:
-            return self._device.minimum(time_limit=time_limit)
-        return self._least(policy or "solver", time.monotonic() + checked_limit(time_limit))[0]
+            return self._device_planner.minimum(time_limit=time_limit)
+        return self._lowest_schedule(policy or "solver", time.monotonic() + checked_limit(time_limit))[0]
 
-    def _least(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
+    def _lowest_schedule(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
         if policy == "solver":
-            return self.solver.least(deadline)
+            return self.solver.lowest_schedule(deadline)
         if policy not in self._minimum:
             # Computed even if the deadline has passed, so that a fixed rule always has a plan where it fits.
-            self._minimum[policy] = smallest_cycle(self._policy(policy)), False
-        least, ended = self._minimum[policy]
+            self._minimum[policy] = smallest_cycle(self._cycle_of(policy)), False
+        lowest, ended = self._minimum[policy]
         if not ended:
 
-            def below(lowest: Schedule, step: int) -> Schedule | None:
+            def below(known: Schedule, step: int) -> Schedule | None:
                 if time.monotonic() > deadline:
                     raise TimeoutError
-                return self._carried_out(policy, lowest.peak_bytes - step)
+                return self._realize_rule(policy, known.peak_bytes - step)
 
-            least, ended = lowered(least, below, self.profile.device.floor.start_peak_bytes)
-            self._minimum[policy] = least, ended
-        return least, ended
+            lowest, ended = lower_peak(lowest, below, self.profile.device.floor.start_peak_bytes)
+            self._minimum[policy] = lowest, ended
+        return lowest, ended
 
-    def _infeasible(self, budget: int, told: Plan, any_bound: float, started: float, *, timely: bool) -> Plan:
-        """The answer where nothing fits the budget; `told` is the plan of the lowest peak that is known."""
-        floor = told.device.floor
-        simulation = simulate(told)
-        smallest = simulation.peak_bytes
+    def _infeasible(self, budget: int, lowest_plan: Plan, any_bound: float, started: float, *, timely: bool) -> Plan:
+        """The answer where nothing fits the budget; `lowest_plan` is the plan of the lowest peak that is known."""
+        floor = lowest_plan.device.floor
+        simulation = simulate(lowest_plan)
+        smallest_bytes = simulation.peak_bytes
         phases = (simulation.train, *simulation.cycle, simulation.evaluate, simulation.update)
         worst = max((phase for phase in phases if phase is not None), key=lambda phase: phase.peak_bytes)
         largest = ", ".join(list(worst.peak.tensors)[:3])
         if budget < floor.start_peak_bytes:
             reason = (
                 f"importing Python and PyTorch alone reaches {floor.start_peak_bytes} bytes; the smallest plan needs"
-                f" {smallest}"
+                f" {smallest_bytes}"
             )
-            if "+cu" in (told.device.torch_version or "") and not floor.cuda_stubs:
+            if "+cu" in (lowest_plan.device.torch_version or "") and not floor.cuda_stubs:
                 reason += (
-                    f"; torch {told.device.torch_version} is built for CUDA, the build without takes a fraction of that:"
+                    f"; torch {lowest_plan.device.torch_version} is built for CUDA, the build without takes a fraction of that:"
                     " pip install torch --index-url https://download.pytorch.org/whl/cpu"
                 )
         else:
             reason = (
                 f"the smallest plan peaks at {worst.peak.text} with {largest} resident: {floor.held_bytes} bytes of"
                 f" Python and PyTorch, {simulation.arena_bytes} of tensors, {simulation.workspace_bytes} of workspace"
-                f" and {smallest - floor.held_bytes - simulation.arena_bytes - simulation.workspace_bytes}"
+                f" and {smallest_bytes - floor.held_bytes - simulation.arena_bytes - simulation.workspace_bytes}"
                 " of schedule; a shorter sequence, a smaller batch or smaller head chunks lower it"
             )
         return too_small(
-            told,
+            lowest_plan,
             budget,
-            minimum_bytes=smallest,
+            minimum_bytes=smallest_bytes,
             reason=reason,
             any_bound=any_bound,
             started=started,
@@ -294,17 +294,18 @@ class ModelPlanner:
         profile, arena = self.profile, schedule.arena
         steps = (schedule, *schedule.following)
         # The steps of a cycle run different parts of the profile, so the plan names the whole of it.
-        ran = profile if schedule.following else schedule.problem.profile
+        step_profile = profile if schedule.following else schedule.problem.profile
         train = [
-            _phase(one, one.train, one.arena.train).model_copy(update={"skipped": list(one.skipped)}) for one in steps
+            _phase(step, step.train, step.arena.train).model_copy(update={"skipped": list(step.skipped)})
+            for step in steps
         ]
         decisions: dict[str, str] = {}
-        for one in reversed(steps):
-            decisions |= kinds(one.problem, one.draft, one.columns)
+        for step in reversed(steps):
+            decisions |= tensor_decisions(step.problem, step.draft, step.columns)
         resident = {name: arena.resident.get(name, 0) for name in schedule.draft.resident}
         return drafted(
             profile,
-            ran,
+            step_profile,
             policy=policy,
             budget_bytes=budget,
             decisions=dict(sorted(decisions.items())),

@@ -29,8 +29,8 @@ def plan(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
     budget found and what sets it. `progress` is called with stage, incumbent, bound, gap and seconds. Raises InputError
     for a profile, a policy or a number that cannot be used.
     """
-    made = chosen(profile, options.optimizer, options.max_grad_norm)
-    return planner_of(made).plan(
+    adjusted = chosen(profile, options.optimizer, options.max_grad_norm)
+    return planner_of(adjusted).plan(
         budget_bytes, policy=options.policy, time_limit=options.time_limit, gap=options.gap, progress=options.progress
     )
 
@@ -44,8 +44,8 @@ def minimum_budget(
     max_grad_norm: float | None = None,
 ) -> int:
     """The smallest budget, in bytes, for which `plan` finds a plan with these options. Raises InputError as `plan`."""
-    made = chosen(profile, optimizer, max_grad_norm)
-    return planner_of(made).minimum_bytes(policy=policy, time_limit=time_limit)
+    adjusted = chosen(profile, optimizer, max_grad_norm)
+    return planner_of(adjusted).minimum_bytes(policy=policy, time_limit=time_limit)
 
 
 def planner_of(profile: Profile, options: SearchOptions = ALL) -> Planner:

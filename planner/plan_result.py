@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EXACT = 1e-6
 """gap up to which a bare graph's plan counts as proven optimal; integer programs prove no smaller one"""
 ROUNDING = 2e-5
-"""the same for a model's plan, whose floating-point programs have bounds that may be off by
+"""gap up to which a model's plan counts as proven optimal; floating-point programs have bounds that may be off by
 `tightfit.planner.solvers.highs.MARGIN`
 """
 EndedBy = Literal["proof", "gap", "stalled", "time limit", "interrupt"]
@@ -35,7 +35,7 @@ def drafted_phase(listed: list[Instruction]) -> Phase:
 
 def drafted(
     profile: Profile,
-    ran: Profile,
+    part: Profile,
     *,
     policy: str,
     budget_bytes: int,
@@ -46,8 +46,8 @@ def drafted(
     update: Phase | None = None,
     arena_bytes: int = 0,
 ) -> Plan:
-    """A plan with the training schedules `train`, before figures, proof and fingerprint are filled in. `ran`: the
-    profile of the part of the step that they run, which for a partial step differs from `profile`.
+    """A plan with the training schedules `train`, before figures, proof and fingerprint are filled in.
+    `part`: the profile of the part of the step that they run, which for a partial step differs from `profile`.
     """
     return Plan(
         fingerprint="",
@@ -55,7 +55,7 @@ def drafted(
         policy=policy,
         status="feasible",
         budget_bytes=budget_bytes,
-        floor_bytes=ran.device.floor.held_bytes,
+        floor_bytes=part.device.floor.held_bytes,
         peak_bytes=0,
         step_seconds=0.0,
         bound_seconds=0.0,
@@ -67,14 +67,14 @@ def drafted(
         batch=profile.batch,
         seq=profile.seq,
         compute_dtype=profile.compute_dtype,
-        optimizer=ran.optimizer,
-        device=ran.device,
+        optimizer=part.optimizer,
+        device=part.device,
         tensors=profile.tensors,
-        programs=ran.programs,
-        layers=ran.layers,
+        programs=part.programs,
+        layers=part.layers,
         loss=profile.loss,
         token_losses=profile.token_losses,
-        shorter=[ShorterPlan(seq=one.seq, tensors=one.tensors, programs=one.programs) for one in ran.shorter],
+        shorter=[ShorterPlan(seq=step.seq, tensors=step.tensors, programs=step.programs) for step in part.shorter],
         decisions=decisions,
         resident=resident,
         arena_bytes=arena_bytes,
@@ -136,7 +136,7 @@ def answered(
     `asked`, `stalled` and `interrupted` as of `ended_by`.
     """
     step = simulation.step_seconds
-    bound, any_ = min(step, bound_seconds), min(step, any_bound)
+    bound, any_schedule = min(step, bound_seconds), min(step, any_bound)
     # A fixed rule's plan is never called optimal, however near its bound it is.
     searched = raw.policy == "solver"
     status = status_of(raw, bound, step) if searched else raw.status
@@ -156,9 +156,9 @@ def answered(
                 "peak_bytes": simulation.peak_bytes,
                 "step_seconds": step,
                 "bound_seconds": bound,
-                "any_schedule_bound_seconds": any_,
+                "any_schedule_bound_seconds": any_schedule,
                 "gap": gap_to(step, bound),
-                "any_schedule_gap": gap_to(step, any_),
+                "any_schedule_gap": gap_to(step, any_schedule),
                 "solve_seconds": time.monotonic() - started,
                 "deterministic": deterministic,
                 "workspace_bytes": simulation.workspace_bytes,
@@ -168,8 +168,8 @@ def answered(
                 "update": simulation.update,
                 "timeline": simulation.timeline,
                 "shorter": [
-                    one.model_copy(update={"step_seconds": took.step, "evaluation_seconds": took.evaluation})
-                    for one, took in zip(raw.shorter, simulation.shorter, strict=True)
+                    short.model_copy(update={"step_seconds": took.step, "evaluation_seconds": took.evaluation})
+                    for short, took in zip(raw.shorter, simulation.shorter, strict=True)
                 ],
             }
         )
@@ -231,7 +231,7 @@ def gap_to(step: float, bound: float) -> float:
 def fingerprint(plan_: Plan) -> str:
     """sha256 of a plan's content, without its own fingerprint and the seconds that it took to make."""
     content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds"})
-    if plan_.rehearsal is None:  # as plans of versions are that knew none
+    if plan_.rehearsal is None:  # plans written before there were rehearsals lack the field
         del content["rehearsal"]
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -249,11 +249,11 @@ def rebudgeted(
     Bounds have to be valid at the budget; where one is not given, the plan's own is assumed to be.
     """
     step = plan_.step_seconds
-    any_ = min(step, plan_.any_schedule_bound_seconds if any_bound is None else any_bound)
-    bound = min(step, max(any_, plan_.bound_seconds if bound_seconds is None else bound_seconds))
+    any_schedule = min(step, plan_.any_schedule_bound_seconds if any_bound is None else any_bound)
+    bound = min(step, max(any_schedule, plan_.bound_seconds if bound_seconds is None else bound_seconds))
     if rerun_layers(plan_):
         # A plan with segments is outside the class: only the bound for any schedule applies to it.
-        bound = any_
+        bound = any_schedule
     solved = plan_.policy == "solver" and plan_.status in {"optimal", "feasible"}
     status = status_of(plan_, bound) if solved else plan_.status
     ended = plan_.ended_by
@@ -267,8 +267,8 @@ def rebudgeted(
                 "budget_bytes": plan_.budget_bytes if budget_bytes is None else budget_bytes,
                 "bound_seconds": bound,
                 "gap": gap_to(step, bound),
-                "any_schedule_bound_seconds": any_,
-                "any_schedule_gap": gap_to(step, any_),
+                "any_schedule_bound_seconds": any_schedule,
+                "any_schedule_gap": gap_to(step, any_schedule),
             }
         )
     )

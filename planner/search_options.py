@@ -39,10 +39,10 @@ SOLVER = "solver"
 POLICY_NAMES = (
     SOLVER, "keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "mezo", "lcsb", "mobillm",
 )  # fmt: skip
-"""the solver, and the rules in `planner/solve/policies.py`, which this file does not import: it takes little memory"""
+"""the solver, and the rules in `planner/solve/policies.py`, which is not imported here, as it takes much memory"""
 Progress = Callable[[dict[str, float | str]], None]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_LIMIT)]
-"""that planning may take"""
+"""time that planning may take"""
 Gap = Annotated[float, Field(ge=0, lt=1)]
 """share of a step's time by which a plan may be slower than the best that is proven, for its search to end"""
 
@@ -50,9 +50,9 @@ Gap = Annotated[float, Field(ge=0, lt=1)]
 class PlanOptions(Options):
     """How one budget is planned for (`tightfit.planner.plan.plan` says more of each).
 
-    `tightfit plan` and `compare`, the service's `/v1/plans` and `/v1/comparisons` and the forms on its page have the fields that
-    are made by `option`, and take from there what they say of each (`tightfit.profiles.option_fields`); where several policies
-    are compared, they have a list of their own.
+    The fields made by `option` are the options, with the same words, of `tightfit plan` and `compare`, of the service's
+    `/v1/plans` and `/v1/comparisons` and of the forms on its page (`tightfit.profiles.option_fields`). Where several policies
+    are compared, a list takes the place of `policy`.
     """
 
     policy: str | None = option(
@@ -105,7 +105,7 @@ class SearchOptions:
     reserve_pricing: bool = True
     """columns priced anew for a larger reserve, where schedules wait for the disk"""
     stand_ins: bool = True
-    """layer types that differ only in what is not needed later priced by one program"""
+    """one pricing program for all layer types that differ only in what an evaluation leaves resident"""
     rounding: bool = True
     """the local search that fits whole columns into what the mixtures hold"""
     few_free: bool = True
@@ -115,7 +115,7 @@ class SearchOptions:
     rules: bool = True
     """fixed rules realised beside the search, so that no plan is slower than one of them"""
     spreading: bool = True
-    """transfers moved within a smaller share of the arena where that is so"""
+    """transfers moved within a smaller share of the arena, where moved within all of it they leave no layout"""
     moving_in_place: bool = True
     """transfers moved only as far as the layout of the drafted schedule allows"""
     packing: bool = True
@@ -191,5 +191,5 @@ def finish_seconds(operators: int, time_limit: float) -> float:
     """Seconds of a time limit that the search leaves free for writing down and replaying a plan of
     so many operators.
     """
-    alone = FINISH_SECONDS * operators
-    return max(alone, min(HELD_UP * alone, HELD_SHARE * time_limit))
+    idle_seconds = FINISH_SECONDS * operators
+    return max(idle_seconds, min(HELD_UP * idle_seconds, HELD_SHARE * time_limit))

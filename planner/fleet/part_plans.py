@@ -530,7 +530,7 @@ class _Marked(Replay):
         before = self.now
         workspace = super()._replay(instruction)
         if isinstance(instruction, Run):
-            operator = self.world.layers[instruction.layer][0][instruction.operator]
+            operator = self.declared.layers[instruction.layer][0][instruction.operator]
             if operator.phase == "backward" and self.middle is None:
                 self.middle = before
             direction = operator.kwargs.get("direction", "")

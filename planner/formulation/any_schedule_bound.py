@@ -20,17 +20,17 @@ from collections import Counter
 
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.layer_figures import KIB, MS
-from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
+from tightfit.planner.problem.layer_types import ALWAYS, LayeredStep, compute_seconds, transfer_seconds
 from tightfit.planner.problem.step_graph import StepGraph, state_bytes, state_roles
 from tightfit.planner.solvers.highs import MARGIN
-from tightfit.planner.solvers.lp import INFINITY, Growing, Linear
+from tightfit.planner.solvers.lp import INFINITY, GrowingProgram, Linear
 from tightfit.profiles.schema import Profile, Tensor
 
 
 class AnyScheduleBound:
     """The bound for one step at any number of budgets. `workspace_bytes`: where the step needs another workspace than its profile says."""
 
-    def __init__(self, problem: Layered, *, workspace_bytes: int | None = None) -> None:
+    def __init__(self, problem: LayeredStep, *, workspace_bytes: int | None = None) -> None:
         self.profile: Profile = problem.profile
         self.graph: StepGraph = problem.graph
         floor = self.profile.device.floor
@@ -53,7 +53,7 @@ class AnyScheduleBound:
         pivot = max((step.index for step in steps if step.phase == "forward"), default=-1)
         self.earlier = self._before(pivot)
         self.later = self._after(pivot)
-        self.program = Growing()
+        self.program = GrowingProgram()
         self.compute: dict[int, float] = {}
         """ms on the compute timeline per unit of each variable"""
         self.disk: dict[int, float] = {}
@@ -98,22 +98,22 @@ class AnyScheduleBound:
     def _before(self, pivot: int) -> set[int]:
         """Steps without which the pivot cannot run, itself included."""
         earlier: set[int] = set()
-        wanted: set[str] = set()
+        needed: set[str] = set()
         for step in reversed(self.graph.steps[: pivot + 1]):
-            if step.index == pivot or wanted & set(filter(None, step.outputs)):
+            if step.index == pivot or needed & set(filter(None, step.outputs)):
                 earlier.add(step.index)
-                wanted.update(step.inputs)
+                needed.update(step.inputs)
         return earlier
 
     def _after(self, pivot: int) -> set[int]:
         """Steps that can only run once the pivot has."""
         steps = self.graph.steps
         later: set[int] = set()
-        made = set(filter(None, steps[pivot].outputs)) if pivot >= 0 else set()
+        dependent = set(filter(None, steps[pivot].outputs)) if pivot >= 0 else set()
         for step in steps[pivot + 1 :]:
-            if made & set(step.inputs):
+            if dependent & set(step.inputs):
                 later.add(step.index)
-                made.update(filter(None, step.outputs))
+                dependent.update(filter(None, step.outputs))
         return later
 
     def _share(self) -> int:
@@ -125,32 +125,32 @@ class AnyScheduleBound:
     def _activations(self) -> None:
         """(25) What is made before the loss and read after it."""
         device = self.profile.device
-        made: dict[int, list[int]] = {}
+        sizes_by_maker: dict[int, list[int]] = {}
         """maker -> bytes of each such tensor that it makes"""
         for storage in self.graph.storages.values():
             if storage.kind in ALWAYS or storage.kind == "weight" or not storage.bytes:
                 continue
-            before = [index for index in storage.producers if index in self.earlier]
+            makers = [index for index in storage.producers if index in self.earlier]
             read = any(index in self.later for index in storage.consumers)
-            if before and read and len(before) == len(storage.producers):
-                made.setdefault(before[-1], []).append(storage.bytes)
+            if makers and read and len(makers) == len(storage.producers):
+                sizes_by_maker.setdefault(makers[-1], []).append(storage.bytes)
         alike: Counter[tuple[float | None, tuple[int, ...]]] = Counter()
-        for index, sizes in made.items():
+        for index, sizes in sizes_by_maker.items():
             maker = self.graph.steps[index]
             alike[maker.seconds if maker.recomputable else None, tuple(sorted(sizes))] += 1
-        for (seconds, together), count in alike.items():
-            again = None
+        for (seconds, sizes_of_one), count in alike.items():
+            rerun = None
             if seconds is not None:
-                again = self._share()
-                self.compute[again] = count * seconds * MS
-            for size in together:
+                rerun = self._share()
+                self.compute[rerun] = count * seconds * MS
+            for size in sizes_of_one:
                 kept, moved = self._share(), self._share()
                 self.at_pivot[kept] = count * size / KIB
                 trip = transfer_seconds(device.write, size) + transfer_seconds(device.read, size)
                 self.disk[moved] = count * trip * MS
                 cost = compute_seconds(device.write, size) + compute_seconds(device.read, size)
                 self.compute[moved] = count * cost * MS
-                self._one_of([kept, moved] if again is None else [kept, moved, again])
+                self._one_of([kept, moved] if rerun is None else [kept, moved, rerun])
 
     def _weights(self) -> None:
         """(26) What is read after the loss, at that moment; what is read before it, between two steps."""
@@ -164,10 +164,10 @@ class AnyScheduleBound:
                 if any(index in moment for index in uses):
                     alike[pivot, tensor.bytes, tensor.packed_bytes, tensor.unpack_seconds] += 1
         for (pivot, size, packed_size, unpack_seconds), count in alike.items():
-            held = self.at_pivot if pivot else self.at_boundary
+            resident = self.at_pivot if pivot else self.at_boundary
             unpacked, packed, unpacking, reading = (self._share() for _ in range(4))
-            held[unpacked] = count * size / KIB
-            held[packed] = count * packed_size / KIB
+            resident[unpacked] = count * size / KIB
+            resident[packed] = count * packed_size / KIB
             self.compute[unpacking] = count * unpack_seconds * MS
             self.compute[reading] = count * compute_seconds(read, packed_size) * MS
             self.disk[reading] = count * transfer_seconds(read, packed_size) * MS
@@ -193,9 +193,9 @@ class AnyScheduleBound:
                     size = state_bytes(role, tensor)
                     alike[size] = alike.get(size, 0.0) + count
         for size, states in alike.items():
-            for held, channel in ((self.at_pivot, device.read), (self.at_boundary, device.write)):
+            for resident, channel in ((self.at_pivot, device.read), (self.at_boundary, device.write)):
                 kept, moved = self._share(), self._share()
-                held[kept] = states * size / KIB
+                resident[kept] = states * size / KIB
                 self.disk[moved] = states * transfer_seconds(channel, size) * MS
                 self.compute[moved] = states * compute_seconds(channel, size) * MS
                 self._one_of([kept, moved])

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 from tightfit.planner.formulation.layer_variables import LAST, MINOR, LayerVariables, Slot
 from tightfit.planner.problem.layer_figures import KIB, MS, LayerFigures
-from tightfit.planner.problem.layer_types import LayerType, Weight, compute_seconds, transfer_seconds, weight_uses
+from tightfit.planner.problem.layer_types import LayerType, LayerWeight, compute_seconds, transfer_seconds, weight_uses
 from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.schedule.layer_schedule import Decision, measure, state_names_of
 from tightfit.planner.solvers.lp import Linear, LinearProgram
 
 
 @dataclass(frozen=True, kw_only=True)
-class Use:
+class WeightUse:
     """A weight at an operator that reads it; all but `weight` and `before` (KiB) are 0/1 expressions."""
 
-    weight: Weight
+    weight: LayerWeight
     before: Linear
     """what the weight holds until it is unpacked"""
     runs: Linear
@@ -102,7 +102,7 @@ class LayerProgram(LayerVariables):
     def _forward_rows(self, peak: int, *, evaluate: bool) -> None:
         """(5) Bytes in the forward window, or in an evaluation's: at its start and at each operator."""
         kind = self.kind
-        stays = kind.leaves_evaluate if evaluate else kind.leaves_forward
+        leaving = kind.leaves_evaluate if evaluate else kind.leaves_forward
         operations = kind.evaluate if evaluate else kind.forward
         read = weight_uses(operations)
         born = dict.fromkeys(kind.enters_forward, -1)
@@ -112,21 +112,21 @@ class LayerProgram(LayerVariables):
                 last[value] = position
             for value in op.outputs:
                 born.setdefault(value, position)
-        for value in stays:
+        for value in leaving:
             last[value] = LAST
         self._row(peak, Linear(sum(self._size(v) for v in kind.enters_forward)).plus(self._outside()))
         for position, op in enumerate(operations):
             shared = Linear().plus(self._states())
-            made = 0.0
+            output_kib = 0.0
             for value, start in born.items():
                 if start <= position <= last[value]:
                     if start == position:
-                        made += self._size(value)
+                        output_kib += self._size(value)
                     else:
                         shared.constant += self._size(value)
                 elif start < position and not evaluate and value in self.keep:
                     shared.add(self.keep[value], self._size(value))
-            opened: list[str] = []
+            first_used: list[str] = []
             for name, weight in kind.weights.items():
                 first, final = read.get(name, (LAST, LAST))
                 if first > position:
@@ -137,9 +137,9 @@ class LayerProgram(LayerVariables):
                     shared.constant += weight.bytes / KIB
                     shared.plus(self._retained_forward(name, evaluate=evaluate), weight.packed_bytes / KIB)
                 else:
-                    opened.append(name)
+                    first_used.append(name)
             uses = [
-                Use(
+                WeightUse(
                     weight=kind.weights[name],
                     before=self._gap(name, step=True),
                     runs=Linear(1.0),
@@ -147,9 +147,9 @@ class LayerProgram(LayerVariables):
                     retained=self._retained_forward(name, evaluate=evaluate),
                 )
                 for name in op.weights
-                if name in opened
+                if name in first_used
             ]
-            self._use_rows(peak, shared, Linear(made), uses)
+            self._use_rows(peak, shared, Linear(output_kib), uses)
 
     def _apart_rows(self) -> None:
         """(49) Bytes at the updates where they are apart: the layer outside its windows, and one trainable's states and values
@@ -167,10 +167,10 @@ class LayerProgram(LayerVariables):
     def _retained_forward(self, name: str, *, evaluate: bool) -> Linear:
         return self._in_mode(name, ahead="packed") if evaluate else self._in_mode(name, behind="packed")
 
-    def _use_rows(self, peak: int, shared: Linear, made: Linear, uses: list[Use]) -> None:
+    def _use_rows(self, peak: int, shared: Linear, output_kib: Linear, uses: list[WeightUse]) -> None:
         """(7) Bytes at each unpacking for an operator (packed and unpacked form together) and at its run.
 
-        `shared`: KiB of everything but the weights of `uses` and the output; `made`: KiB of the output.
+        `shared`: KiB of everything but the weights of `uses` and the output; `output_kib`: those of the output.
         """
         for index, use in enumerate(uses):
             row = Linear().plus(shared)
@@ -180,9 +180,9 @@ class LayerProgram(LayerVariables):
             for later in uses[index + 1 :]:
                 row.plus(later.before)
             row.plus(use.runs, use.weight.bytes / KIB)
-            row.plus(self._most([use.unpacks, use.retained]), use.weight.packed_bytes / KIB)
+            row.plus(self._any_of([use.unpacks, use.retained]), use.weight.packed_bytes / KIB)
             self._row(peak, row)
-        row = Linear().plus(shared).plus(made)
+        row = Linear().plus(shared).plus(output_kib)
         for use in uses:
             row.plus(use.runs, use.weight.bytes / KIB).plus(use.retained, use.weight.packed_bytes / KIB)
         self._row(peak, row)
@@ -211,13 +211,13 @@ class LayerProgram(LayerVariables):
         for slot in self._slots():
             t, k = slot
             row = Linear().plus(self._states())
-            made = 0.0
+            output_kib = 0.0
             for value in fixed:
                 if born[value] < t and last[value] >= t:
                     row.constant += self._size(value)
                 elif born[value] == t and k == LAST:
-                    made += self._size(value)
-            output = Linear(made)
+                    output_kib += self._size(value)
+            output = Linear(output_kib)
             outputs = self.operations[k].outputs if k != LAST else ()
             for value in kind.candidates:
                 live = self._live(value, slot)
@@ -246,19 +246,19 @@ class LayerProgram(LayerVariables):
         t, k = slot
         maker = self.producer.get(value)
         direct = self.direct[value]
-        there = Linear().add(self.keep[value])
-        again = self._again(maker, slot)
-        if again.terms:
+        resident = Linear().add(self.keep[value])
+        rerun = self._again(maker, slot)
+        if rerun.terms:
             assert maker is not None
-            there = self._most([there, again]) if len(maker.outputs) > 1 else there.plus(again)
-        off = Linear().add(self.offload[value]) if value in self.offload else Linear()
+            resident = self._any_of([resident, rerun]) if len(maker.outputs) > 1 else resident.plus(rerun)
+        offloaded = Linear().add(self.offload[value]) if value in self.offload else Linear()
         if direct and direct[-1] >= t:
-            if not off.terms:
-                return there
+            if not offloaded.terms:
+                return resident
             if direct[0] < t or (direct[0] == t and k == LAST):
-                return there.plus(off)
-            asked = [self._both(off, self._again(self.operations[w], slot)) for w in self.readers[value]]
-            return there.plus(self._most(asked))
+                return resident.plus(offloaded)
+            fetches = [self._all_of(offloaded, self._again(self.operations[w], slot)) for w in self.readers[value]]
+            return resident.plus(self._any_of(fetches))
         tails = []
         for w in self.readers[value]:
             tail = self._all_again(w).plus(self._again(self.operations[w], slot, strictly=True), -1.0)
@@ -268,24 +268,24 @@ class LayerProgram(LayerVariables):
             tails.append(self._runs_at(k, t))
         if not tails:
             return Linear()
-        parts = [self._both(there, tail) for tail in tails]
-        if off.terms:
+        parts = [self._all_of(resident, tail) for tail in tails]
+        if offloaded.terms:
             early = bool(direct)
             for tail in tails:
-                by = [Linear(1.0)] if early else [self._again(self.operations[w], slot) for w in self.readers[value]]
-                parts.extend(self._both(off, tail, asked) for asked in by)
-        return self._most(parts)
+                due = [Linear(1.0)] if early else [self._again(self.operations[w], slot) for w in self.readers[value]]
+                parts.extend(self._all_of(offloaded, tail, is_due) for is_due in due)
+        return self._any_of(parts)
 
     def _weight_rows(self, slot: Slot, row: Linear, output: Linear) -> None:
         """(6) Complete the slot's row with the weights and post it, by way of (7)."""
         t, k = slot
         kind = self.kind
         op = self.operations[k] if k != LAST else kind.backward[t]
-        uses: dict[str, Use] = {}
+        uses: dict[str, WeightUse] = {}
         for name, weight in kind.weights.items():
             unpacked, packed = self._idle(name, slot, strictly=True)
             before = Linear().plus(unpacked, weight.bytes / KIB).plus(packed, weight.packed_bytes / KIB)
-            if name not in op.weights or (not weight.alone and k == LAST and weight.backward_first < t):
+            if name not in op.weights or (not weight.unpacked_per_use and k == LAST and weight.backward_first < t):
                 row.plus(before)
                 continue
             resident = self._in_mode(name, behind="unpacked")
@@ -294,13 +294,15 @@ class LayerProgram(LayerVariables):
                 if name in self.carried:
                     unpacks.plus(self.carried[name], -1.0)
                 retained = self._in_mode(name, ahead="packed")
-                uses[name] = Use(weight=weight, before=before, runs=Linear(1.0), unpacks=unpacks, retained=retained)
+                uses[name] = WeightUse(
+                    weight=weight, before=before, runs=Linear(1.0), unpacks=unpacks, retained=retained
+                )
             else:
                 run = self._runs_at(k, t)
-                uses[name] = Use(
+                uses[name] = WeightUse(
                     weight=weight,
                     before=before,
-                    runs=self._most([run, unpacked]),
+                    runs=self._any_of([run, unpacked]),
                     unpacks=Linear().plus(run).plus(resident, -1.0),
                     retained=self._idle(name, slot, strictly=False)[1],
                 )
@@ -309,31 +311,31 @@ class LayerProgram(LayerVariables):
     def _idle(self, name: str, slot: Slot, *, strictly: bool) -> tuple[Linear, Linear]:
         """Whether the weight lies unpacked, and packed, around the slot in the backward window."""
         weight = self.kind.weights[name]
-        if weight.alone:
+        if weight.unpacked_per_use:
             return self._in_mode(name, behind="unpacked"), self._in_mode(name, behind="packed")
         if slot > (weight.backward_last, LAST):
             return self._in_mode(name, ahead="unpacked"), self._in_mode(name, ahead="packed")
         if slot > (weight.backward_first, LAST):
             return Linear(1.0), self._in_mode(name, ahead="packed")
-        again = Linear()
+        rerun = Linear()
         if weight.recomputing:
-            again = self._again(self.kind.forward[weight.recomputing[0]], slot, strictly=strictly)
-        key = (name, tuple(again.terms))
+            rerun = self._again(self.kind.forward[weight.recomputing[0]], slot, strictly=strictly)
+        key = (name, tuple(rerun.terms))
         if key not in self._idle_cache:
-            resident, held, fixed, given_up, staged = Linear(), Linear(), Linear(), Linear(), Linear()
+            resident, unpacked_if_rerun, fixed, given_up, staged = Linear(), Linear(), Linear(), Linear(), Linear()
             for mode, variable in zip(weight.modes, self.mode[name]):
                 if mode.backward_gap == "unpacked":
                     resident.add(variable)
                 elif mode.hold == "unpacked":
-                    held.add(variable)
+                    unpacked_if_rerun.add(variable)
                 if mode.backward_gap == "packed":
                     (given_up if mode.hold == "unpacked" and mode.step_gap != "packed" else fixed).add(variable)
                 elif mode.backward_gap == "disk" and mode.hold == "packed":
                     staged.add(variable)
-            unpacked = self._most([resident, self._both(held, again)])
+            unpacked = self._any_of([resident, self._all_of(unpacked_if_rerun, rerun)])
             packed = Linear().plus(fixed)
-            if again.terms:
-                packed.plus(self._at_least_positive(given_up, again)).plus(self._both(staged, again))
+            if rerun.terms:
+                packed.plus(self._at_least_positive(given_up, rerun)).plus(self._all_of(staged, rerun))
             else:
                 packed.plus(given_up)
             self._idle_cache[key] = (unpacked, packed)
@@ -353,12 +355,12 @@ class LayerProgram(LayerVariables):
         kind = self.kind
         due = [update for update in kind.updates if update.after == t]
         after = (t + 1, -1)
-        gone: set[str] = set()
+        freed: set[str] = set()
         for update in due:
             row = Linear().plus(self._states())
             for value in fixed:
                 ends = last[value] > t or any(value == other.gradient for other in due)
-                if born[value] <= t and ends and value not in gone:
+                if born[value] <= t and ends and value not in freed:
                     row.constant += self._size(value)
             for value in kind.candidates:
                 row.plus(self._live(value, after), self._size(value))
@@ -371,11 +373,11 @@ class LayerProgram(LayerVariables):
                 row.add(away, (update.role_bytes[-1] if kind.apart else update.state_bytes) / KIB)
             for other in due if not kind.apart else ():
                 # Values that are to go to disk are there until their own update.
-                if other.trainable in kind.weights and other.gradient not in gone:
+                if other.trainable in kind.weights and other.gradient not in freed:
                     weight = kind.weights[other.trainable]
                     row.plus(self._in_mode(other.trainable, ahead="disk"), weight.bytes / KIB)
             self._row(self.backward_peak, row)
-            gone.add(update.gradient)
+            freed.add(update.gradient)
 
     # --- seconds ---------------------------------------------------------------------------------------------------
 
@@ -415,17 +417,17 @@ class LayerProgram(LayerVariables):
                 continue
             # Values on disk between steps are written and freed after their update, and fetched in each forward window;
             # they are freed in an evaluation, and in training where they are on disk between its windows too.
-            away = self._in_mode(name, ahead="disk")
+            on_disk = self._in_mode(name, ahead="disk")
             size = kind.raw_bytes[name]
-            self.leaving.plus(away, MS * share * compute_seconds(kind.write, size))
+            self.leaving.plus(on_disk, MS * share * compute_seconds(kind.write, size))
             written = MS * share * transfer_seconds(kind.write, size)
             if kind.apart:
                 # (49) they are freed after their last use in the backward, and fetched for the update as well
-                self.arriving_backward.plus(away, MS * share * compute_seconds(kind.read, size))
-                self.states_fetched.plus(away, written + MS * share * transfer_seconds(kind.read, size))
+                self.arriving_backward.plus(on_disk, MS * share * compute_seconds(kind.read, size))
+                self.states_fetched.plus(on_disk, written + MS * share * transfer_seconds(kind.read, size))
             else:
-                self.states_spilled.plus(away, written)
-            count.plus(away, (4.0 if kind.apart else 2.0) + (3.0 if name in read else 0.0))
+                self.states_spilled.plus(on_disk, written)
+            count.plus(on_disk, (4.0 if kind.apart else 2.0) + (3.0 if name in read else 0.0))
             count.plus(self.reads[name], 1.0 + (1.0 if name in read else 0.0))
         for value, variable in self.offload.items():
             size = kind.raw_bytes[value]
@@ -436,7 +438,7 @@ class LayerProgram(LayerVariables):
             count.add(variable, 3.0)
         for update in kind.updates:
             if update.states:
-                states_away = self.away[MINOR if update.minor else update.trainable]
+                disk_states = self.away[MINOR if update.minor else update.trainable]
                 for name in state_names_of(update):
                     size = kind.raw_bytes[name]
                     # (49) fetched and written in the step, and in the update where it is apart; in the step there is only the
@@ -447,17 +449,17 @@ class LayerProgram(LayerVariables):
                         fetched, written = summed * (kind.apart > 1), summed
                         later_fetched, later_written = share, share * (1 - summed)
                     self.arriving_backward.add(
-                        states_away, MS * (fetched + later_fetched) * compute_seconds(kind.read, size)
+                        disk_states, MS * (fetched + later_fetched) * compute_seconds(kind.read, size)
                     )
-                    self.leaving.add(states_away, MS * (written + later_written) * compute_seconds(kind.write, size))
+                    self.leaving.add(disk_states, MS * (written + later_written) * compute_seconds(kind.write, size))
                     self.states_fetched.add(
-                        states_away,
+                        disk_states,
                         MS * (fetched + later_fetched) * transfer_seconds(kind.read, size)
                         + MS * later_written * transfer_seconds(kind.write, size),
                     )
-                    self.states_spilled.add(states_away, MS * written * transfer_seconds(kind.write, size))
+                    self.states_spilled.add(disk_states, MS * written * transfer_seconds(kind.write, size))
                 fetches = float(kind.apart > 1)
-                count.add(states_away, fetches + 2.0 + 3.0 * update.states - 1.0 if kind.apart else 3.0 * update.states)
+                count.add(disk_states, fetches + 2.0 + 3.0 * update.states - 1.0 if kind.apart else 3.0 * update.states)
         self.instructions = count
 
     def _instructions(self) -> None:
@@ -483,4 +485,4 @@ class LayerProgram(LayerVariables):
             figure = getattr(self, name)
             return figure if isinstance(figure, Linear) else Linear().add(figure)
 
-        return LayerFigures.made(expression)
+        return LayerFigures.of(expression)

@@ -12,9 +12,9 @@ import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 
-from tightfit.planner.problem.layer_types import LayerType, Operation
+from tightfit.planner.problem.layer_types import LayerOperator, LayerType
 from tightfit.planner.schedule.layer_schedule import Decision
-from tightfit.planner.solvers.lp import Key, Linear, LinearProgram
+from tightfit.planner.solvers.lp import ExpressionKey, Linear, LinearProgram
 
 MINOR = "minor"
 """the group of trainables too small for a decision each"""
@@ -39,7 +39,7 @@ class LayerVariables:
         self.operations = {op.index: op for op in kind.forward}
         self.producer = kind.producer
         self.candidates = set(kind.candidates)
-        self._products: dict[tuple[str, frozenset[Key]], int] = {}
+        self._products: dict[tuple[str, frozenset[ExpressionKey]], int] = {}
         self._choices()
         self._recomputation()
         self._weights()
@@ -93,57 +93,57 @@ class LayerVariables:
             if maker is not None and runs is not None and value in self.offload:
                 self._at_least(Linear(1.0), Linear.sum([self.offload[value], runs[-1]]))
             if self.direct[value]:
-                there = Linear().plus(stored).plus(self._again(maker, (self.direct[value][0], LAST)))
-                self._at_least(there, 1.0)
+                available = Linear().plus(stored).plus(self._again(maker, (self.direct[value][0], LAST)))
+                self._at_least(available, 1.0)
             for k in self.readers[value]:
                 for event, variable in zip(kind.events[k], self.again[k]):
-                    there = Linear().plus(stored).plus(self._again(maker, (event, k)))
-                    self._at_least(there, Linear().add(variable))
+                    available = Linear().plus(stored).plus(self._again(maker, (event, k)))
+                    self._at_least(available, Linear().add(variable))
 
-    def _again(self, op: Operation | None, slot: Slot, *, strictly: bool = False) -> Linear:
+    def _again(self, op: LayerOperator | None, slot: Slot, *, strictly: bool = False) -> Linear:
         """Whether the operator has run again by (or strictly before) the slot."""
         if op is None or op.index not in self.again:
             return Linear()
-        position, other = slot
+        position, slot_operator = slot
         events = self.kind.events[op.index]
-        here = op.index < other or (op.index == other and not strictly)
-        count = bisect.bisect_right(events, position) if here else bisect.bisect_left(events, position)
+        inclusive = op.index < slot_operator or (op.index == slot_operator and not strictly)
+        count = bisect.bisect_right(events, position) if inclusive else bisect.bisect_left(events, position)
         return Linear().add(self.again[op.index][count - 1]) if count else Linear()
 
     def _all_again(self, k: int) -> Linear:
         return Linear().add(self.again[k][-1])
 
-    def _both(self, *sides: Linear) -> Linear:
+    def _all_of(self, *sides: Linear) -> Linear:
         """A variable that is at least the product of 0/1 expressions."""
-        real = [side for side in sides if side.terms or side.constant < 1.0]
-        if any(not side.terms and side.constant <= 0.0 for side in real):
+        factors = [side for side in sides if side.terms or side.constant < 1.0]
+        if any(not side.terms and side.constant <= 0.0 for side in factors):
             return Linear()
-        if not real:
+        if not factors:
             return Linear(1.0)
-        if len(real) == 1:
-            return real[0]
-        key = ("both", frozenset(side.key() for side in real))
+        if len(factors) == 1:
+            return factors[0]
+        key = ("both", frozenset(side.key() for side in factors))
         if key in self._products:
             return Linear().add(self._products[key])
         variable = self._products[key] = self._variable()
-        row = Linear(1.0 - len(real))
-        for side in real:
+        row = Linear(1.0 - len(factors))
+        for side in factors:
             row.plus(side)
         self._at_least(Linear().add(variable), row)
         return Linear().add(variable)
 
-    def _most(self, sides: Iterable[Linear]) -> Linear:
+    def _any_of(self, sides: Iterable[Linear]) -> Linear:
         """A variable that is at least each of the 0/1 expressions."""
-        real = [side for side in sides if side.terms or side.constant > 0.0]
-        if not real:
+        alternatives = [side for side in sides if side.terms or side.constant > 0.0]
+        if not alternatives:
             return Linear()
-        if len(real) == 1:
-            return real[0]
-        key = ("most", frozenset(side.key() for side in real))
+        if len(alternatives) == 1:
+            return alternatives[0]
+        key = ("most", frozenset(side.key() for side in alternatives))
         if key in self._products:
             return Linear().add(self._products[key])
         variable = self._products[key] = self._variable()
-        for side in real:
+        for side in alternatives:
             self._at_least(Linear().add(variable), side)
         return Linear().add(variable)
 
@@ -166,29 +166,29 @@ class LayerVariables:
             on_disk = self._in_mode(name, behind="disk")
             not_unpacked = Linear(1.0).plus(self._in_mode(name, behind="unpacked"), -1.0)
             unpacks, reads = Linear(), Linear()
-            if weight.alone:
+            if weight.unpacked_per_use:
                 unpacks.plus(not_unpacked, weight.backward_uses)
                 reads.plus(on_disk, weight.backward_uses)
                 for position in weight.recomputing:
-                    again = self._all_again(self.kind.forward[position].index)
-                    unpacks.plus(self._both(again, not_unpacked))
-                    reads.plus(self._both(again, on_disk))
+                    rerun = self._all_again(self.kind.forward[position].index)
+                    unpacks.plus(self._all_of(rerun, not_unpacked))
+                    reads.plus(self._all_of(rerun, on_disk))
             else:
                 unpacks.plus(not_unpacked)
                 reads.plus(on_disk)
                 if weight.recomputing:
-                    again = self._all_again(self.kind.forward[weight.recomputing[0]].index)
+                    rerun = self._all_again(self.kind.forward[weight.recomputing[0]].index)
                     # Unpacked by the recomputation and held until the backward's own use: no second unpacking.
                     carried = self._variable()
-                    held = Linear()
+                    unpacked_inside = Linear()
                     for mode, variable in zip(weight.modes, self.mode[name]):
                         if mode.hold == "unpacked" and mode.backward_gap != "unpacked":
-                            held.add(variable)
-                    self._at_least(held, Linear().add(carried))
-                    self._at_least(again, Linear().add(carried))
+                            unpacked_inside.add(variable)
+                    self._at_least(unpacked_inside, Linear().add(carried))
+                    self._at_least(rerun, Linear().add(carried))
                     self.carried[name] = Linear().add(carried)
-                    unpacks.plus(self._both(again, not_unpacked)).add(carried, -1.0)
-                    reads.plus(self._both(again, self._in_mode(name, behind="disk", hold="disk")))
+                    unpacks.plus(self._all_of(rerun, not_unpacked)).add(carried, -1.0)
+                    reads.plus(self._all_of(rerun, self._in_mode(name, behind="disk", hold="disk")))
             self.unpacks[name] = unpacks
             self.reads[name] = reads
 

@@ -12,39 +12,39 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tightfit.planner.problem.layer_figures import DISK, KIB, MS, LayerFigures
-from tightfit.planner.problem.layer_types import Layered, transfer_seconds
+from tightfit.planner.problem.layer_types import LayeredStep, transfer_seconds
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.solvers.lp import Linear, LinearProgram
 
 INSTANT = 1e5
 """KiB per ms above which a disk's transfers are taken to need no time of their own in a window"""
-Terms = LayerFigures[Linear]
+LinearFigures = LayerFigures[Linear]
 """a layer's figures as expressions, in KiB and ms"""
 
 
-def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
+def live_bytes(problem: LayeredStep, columns: tuple[Column, ...]) -> int:
     """Most bytes of live tensors over all windows of the step and of evaluation, exactly: (11) and (12) without what waits."""
     outside = sum(column.outside for column in columns)
-    held, worst = outside, 0.0
+    held, most = outside, 0.0
     for layer, column in enumerate(columns):
         held -= column.outside
-        worst = max(
-            worst,
+        most = max(
+            most,
             held + column.forward_peak + problem.across_forward[layer],
             held + column.backward_peak + problem.across_backward[layer],
             outside - column.outside + column.evaluate_peak + problem.across_evaluate[layer],
         )
         held += column.between
-    return int(worst) + problem.constant_bytes
+    return int(most) + problem.constant_bytes
 
 
-def instruction_count(problem: Layered, columns: tuple[Column, ...]) -> int:
+def instruction_count(problem: LayeredStep, columns: tuple[Column, ...]) -> int:
     """Instructions of both schedules; each frees the outcome (loss, token losses) at its end."""
     outcome = 1 + (problem.profile.token_losses is not None)
     return int(sum(column.instructions for column in columns)) + 2 * outcome
 
 
-def charged_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
+def charged_bytes(problem: LayeredStep, columns: tuple[Column, ...]) -> int:
     """Live bytes plus what the instructions themselves occupy in the runtime."""
     per_instruction = problem.profile.device.floor.instruction_bytes
     return live_bytes(problem, columns) + per_instruction * instruction_count(problem, columns)
@@ -79,7 +79,7 @@ def windows(count: int) -> list[Window]:
 
 
 def add_step_constraints(
-    program: LinearProgram, problem: Layered, layers: list[Terms], *, careful: bool = False
+    program: LinearProgram, problem: LayeredStep, layers: list[LinearFigures], *, careful: bool = False
 ) -> StepConstraints:
     """Post (11) to (16) over the layers' figures."""
     count = len(layers)
@@ -101,9 +101,9 @@ def add_step_constraints(
             sums.append(Linear().add(step))
         return sums
 
-    ahead, back = list(range(count)), list(reversed(range(count)))
-    before = chain(ahead, "between")
-    after = chain(back, "outside")
+    forward_order, backward_order = list(range(count)), list(reversed(range(count)))
+    before = chain(forward_order, "between")
+    after = chain(backward_order, "outside")
     outside = after[count]
     constant = problem.constant_bytes / KIB
     order = windows(count)
@@ -113,25 +113,25 @@ def add_step_constraints(
     for window in order:
         index, terms = window.layer, layers[window.layer]
         others = Linear(constant).plus(before[index]).plus(after[count - 1 - index]).add(instructions, per_instruction)
-        second = window.phase == "backward"
-        across = problem.across_backward[index] if second else problem.across_forward[index]
-        left = Linear(-across / KIB).add(used).plus(others, -1.0)
-        peaks.append(left.plus(terms.backward_peak if second else terms.forward_peak, -1.0))
+        is_backward = window.phase == "backward"
+        across = problem.across_backward[index] if is_backward else problem.across_forward[index]
+        free = Linear(-across / KIB).add(used).plus(others, -1.0)
+        peaks.append(free.plus(terms.backward_peak if is_backward else terms.forward_peak, -1.0))
     spare: dict[str, list[Linear]] = {"forward": [], "backward": [], "evaluate": []}
     # (12) bytes of each evaluation window
     for index, terms in enumerate(layers):
-        left = Linear(-constant - problem.across_evaluate[index] / KIB).add(used).add(instructions, -per_instruction)
-        left.plus(outside, -1.0).plus(terms.outside).plus(terms.evaluate_peak, -1.0)
-        program.at_least(left)
-        spare["evaluate"].append(left)
+        free = Linear(-constant - problem.across_evaluate[index] / KIB).add(used).add(instructions, -per_instruction)
+        free.plus(outside, -1.0).plus(terms.outside).plus(terms.evaluate_peak, -1.0)
+        program.at_least(free)
+        spare["evaluate"].append(free)
     # (13) a window lasts at least as long as its computation; and by its end the cores have done, since the step began, all computation
     # so far and all that it costs them to have what was needed so far read and fetched
     clock, worked = [Linear()], Linear()
     for window in order:
         terms, now, work = layers[window.layer], program.variable(), program.variable()
-        second = window.phase == "backward"
-        computation = terms.backward_seconds if second else terms.forward_seconds
-        arriving = terms.arriving_backward if second else terms.arriving_forward
+        is_backward = window.phase == "backward"
+        computation = terms.backward_seconds if is_backward else terms.forward_seconds
+        arriving = terms.arriving_backward if is_backward else terms.arriving_forward
         program.at_least(Linear().add(now).plus(clock[-1], -1.0), computation)
         program.exactly(Linear().add(work), worked, computation, arriving)
         worked = Linear().add(work)
@@ -139,16 +139,16 @@ def add_step_constraints(
         clock.append(Linear().add(now))
     program.at_least(Linear().plus(clock[-1]).plus(worked, -1.0), *(terms.leaving for terms in layers))
     _add_disk(program, problem, layers, order, clock, peaks, careful=careful)
-    turns = {(window.layer, window.phase): moment for moment, window in enumerate(order)}
-    for index in ahead:
-        spare["forward"].append(peaks[turns[index, "forward"]])
-        spare["backward"].append(peaks[turns[index, "backward"]])
+    window_index = {(window.layer, window.phase): moment for moment, window in enumerate(order)}
+    for index in forward_order:
+        spare["forward"].append(peaks[window_index[index, "forward"]])
+        spare["backward"].append(peaks[window_index[index, "backward"]])
     # (16) the disk over several windows
-    nested = chain(back, "spills_forward", "fetches_backward")
-    spilled = chain(ahead, "states_spilled")
-    for index in ahead:
+    nested = chain(backward_order, "spills_forward", "fetches_backward")
+    spilled = chain(forward_order, "states_spilled")
+    for index in forward_order:
         # Window i of the step, counted from 0, is layer i's forward.
-        backward = turns[index, "backward"]
+        backward = window_index[index, "backward"]
         inside = Linear().plus(clock[backward + 1]).plus(clock[index], -1.0)
         program.at_least(inside, nested[count - index])
         tail = Linear().plus(clock[-1]).plus(clock[backward], -1.0)
@@ -161,8 +161,8 @@ def add_step_constraints(
 
 def _add_disk(
     program: LinearProgram,
-    problem: Layered,
-    layers: list[Terms],
+    problem: LayeredStep,
+    layers: list[LinearFigures],
     order: Sequence[Window],
     clock: list[Linear],
     peaks: list[Linear],
@@ -177,16 +177,16 @@ def _add_disk(
     """
     rates = _kib_per_ms(problem)
     needed = {name: Linear() for name in rates}
-    flown = {name: Linear() for name in rates}
+    transferred = {name: Linear() for name in rates}
     for moment, window in enumerate(order):
         forward = window.phase != "backward"
         terms = layers[window.layer]
-        asks = {
+        requests = {
             "reads": terms.reads_forward if forward else terms.reads_backward,
             "fetches": Linear() if forward else terms.fetches_backward,
             "spills": terms.spills_forward if forward else Linear(),
         }
-        # (14) needed and flown: ms of each sort of transfer that windows so far ask for, and that the disk has done
+        # (14) needed and transferred: ms of each sort of transfer that windows so far ask for, and that the disk has done
         busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)
         states = [] if forward or not careful else [terms.states_fetched, terms.states_spilled]
         waiting = Linear()
@@ -194,36 +194,36 @@ def _add_disk(
         for name, rate in rates.items():
             if not rate:
                 continue
-            before, due = flown[name], needed[name]
-            if asks[name].terms or asks[name].constant:
+            before, due = transferred[name], needed[name]
+            if requests[name].terms or requests[name].constant:
                 step = program.variable()
-                program.exactly(Linear().add(step), due, asks[name])
+                program.exactly(Linear().add(step), due, requests[name])
                 needed[name] = Linear().add(step)
             now = program.variable()
-            flown[name] = Linear().add(now)
+            transferred[name] = Linear().add(now)
             flows.append(Linear().add(now).plus(before, -1.0))
             program.at_least(flows[-1])
             if name == "spills":
                 # Only what is there can be written; what is not written stays in memory.
                 program.at_least(Linear().plus(needed[name]).add(now, -1.0))
-                left = Linear().plus(needed[name] if careful else due).add(now, -1.0)
+                unserved = Linear().plus(needed[name] if careful else due).add(now, -1.0)
             else:
                 program.at_least(Linear().add(now).plus(needed[name], -1.0))
                 if careful and name == "fetches":
                     program.at_least(Linear().plus(before).plus(needed[name], -1.0))
-                left = Linear().plus(flown[name] if careful else before).plus(needed[name], -1.0)
+                unserved = Linear().plus(transferred[name] if careful else before).plus(needed[name], -1.0)
             # (15) ms of this sort whose bytes wait throughout the window
             held = program.variable()
-            program.at_least(Linear().add(held), left)
+            program.at_least(Linear().add(held), unserved)
             waiting.add(held, rate)
         program.at_least(busy, *flows, *states)
         # (11) with what waits for the disk
         program.at_least(peaks[moment].plus(waiting, -1.0))
     if rates["spills"]:
-        program.at_least(flown["spills"], needed["spills"])
+        program.at_least(transferred["spills"], needed["spills"])
 
 
-def _kib_per_ms(problem: Layered) -> dict[str, float]:
+def _kib_per_ms(problem: LayeredStep) -> dict[str, float]:
     """(15) KiB that a millisecond of disk time moves at least, for each sort of transfer; 0 where there is none of it."""
     reads: list[float] = []
     spills: list[float] = []

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.layer_types import (
     ALWAYS,
-    Layered,
+    LayeredStep,
+    LayerOperator,
     LayerType,
-    Mode,
-    Operation,
+    LayerWeight,
     TrainableUpdate,
-    Weight,
+    WeightMode,
     compute_seconds,
     transfer_seconds,
 )
@@ -40,7 +40,7 @@ of its own
 """
 
 
-def layered(profile: Profile) -> Layered:
+def layered(profile: Profile) -> LayeredStep:
     """Split the step into layers, find what has a fixed lifetime, and merge equal layers into types.
 
     Raises InputError where the profile contradicts itself.
@@ -56,14 +56,14 @@ class _Splitter:
         self.profile = profile
         self.graph = graph
         self.roles = state_roles(profile.optimizer)
-        self.facts = {tensor.name: tensor for tensor in profile.tensors}
+        self.tensors = {tensor.name: tensor for tensor in profile.tensors}
         self.apart = profile.accumulate if profile.max_grad_norm is not None else 0
         self.count = len(graph.layers)
-        self.own: list[dict[str, list[StepOperator]]] = [
+        self.steps: list[dict[str, list[StepOperator]]] = [
             {"forward": [], "backward": [], "inference": []} for _ in range(self.count)
         ]
         for step in (*graph.steps, *graph.inference):
-            self.own[step.layer][step.phase].append(step)
+            self.steps[step.layer][step.phase].append(step)
         self.outcome = {name for name in (profile.loss, profile.token_losses) if name is not None}
         self.rewritten = {
             name
@@ -74,7 +74,7 @@ class _Splitter:
             tensor.name for tensor in profile.tensors if tensor.movable and self._moves(tensor.name)
         )
         self.carried = self._carried()
-        self.again = [self._recomputable(layer) for layer in range(self.count)]
+        self.recomputable = [self._recomputable(layer) for layer in range(self.count)]
         self._lifetimes()
 
     def kind(self, name: str) -> str:
@@ -93,11 +93,11 @@ class _Splitter:
             return False
         readers = [self.graph.steps[index] for index in storage.consumers]
         layers = {step.layer for step in readers} | {self.graph.steps[index].layer for index in gradient.producers}
-        ahead = [step for step in readers if step.phase == "forward"]
+        forward_readers = [step for step in readers if step.phase == "forward"]
         return (
             len(layers) == 1
             and max(storage.consumers, default=-1) == max(gradient.producers)
-            and not any(step.recomputable for step in ahead)
+            and not any(step.recomputable for step in forward_readers)
         )
 
     def _carried(self) -> set[str]:
@@ -105,52 +105,52 @@ class _Splitter:
 
         Nothing runs between the two, so recomputing such a tensor would take time and save no memory.
         """
-        last = self.own[self.count - 1]
+        last = self.steps[self.count - 1]
         if not last["forward"] or not last["backward"]:
             return set()
-        made = {name for name in last["forward"][-1].outputs if name is not None}
+        outputs = {name for name in last["forward"][-1].outputs if name is not None}
         return {
-            name for name in made & set(last["backward"][0].inputs) if self.graph.storages[name].kind == "activation"
+            name for name in outputs & set(last["backward"][0].inputs) if self.graph.storages[name].kind == "activation"
         }
 
     def _recomputable(self, layer: int) -> dict[int, StepOperator]:
         """Forward steps of the layer that may run again in its backward window: operator -> step."""
-        forward = {name: step for step in self.own[layer]["forward"] for name in step.outputs if name is not None}
-        wanted = [name for step in self.own[layer]["backward"] for name in step.inputs if name not in self.carried]
-        again: dict[int, StepOperator] = {}
-        while wanted:
-            step = forward.get(wanted.pop())
-            if step is None or step.operator in again or not step.recomputable:
+        forward = {name: step for step in self.steps[layer]["forward"] for name in step.outputs if name is not None}
+        needed = [name for step in self.steps[layer]["backward"] for name in step.inputs if name not in self.carried]
+        recomputable: dict[int, StepOperator] = {}
+        while needed:
+            step = forward.get(needed.pop())
+            if step is None or step.operator in recomputable or not step.recomputable:
                 continue
             # The result of an in-place operator cannot be recomputed: its input has been overwritten.
             if self.rewritten & {*step.inputs, *filter(None, step.outputs)}:
                 continue
-            again[step.operator] = step
-            wanted.extend(step.inputs)
-        return again
+            recomputable[step.operator] = step
+            needed.extend(step.inputs)
+        return recomputable
 
     def _lifetimes(self) -> None:
         """Find each storage's first and last window, its owner or that it is `forced`. Of n layers, the forward of
         layer l is window l and its backward window 2n - 1 - l.
         """
         windows = 2 * self.count
-        self.first: dict[str, int] = {}
-        self.last: dict[str, int] = {}
+        self.made_in: dict[str, int] = {}
+        self.last_window: dict[str, int] = {}
         self.last_forward: dict[str, int] = {}
         backward_layers: dict[str, set[int]] = {}
         possible: dict[str, set[int]] = {}
         for step in self.graph.steps:
             window = step.layer if step.phase == "forward" else windows - 1 - step.layer
             for name in filter(None, step.outputs):
-                self.first.setdefault(name, window)
+                self.made_in.setdefault(name, window)
             for name in [*step.inputs, *filter(None, step.outputs)]:
-                self.last[name] = window
+                self.last_window[name] = window
                 if step.phase == "forward":
                     self.last_forward[name] = window
-                elif name in self.first and self.first[name] < self.count:
+                elif name in self.made_in and self.made_in[name] < self.count:
                     backward_layers.setdefault(name, set()).add(step.layer)
-        for layer, again in enumerate(self.again):
-            for step in again.values():
+        for layer, steps_again in enumerate(self.recomputable):
+            for step in steps_again.values():
                 for name in step.inputs:
                     backward_layers.setdefault(name, set()).add(layer)
                     possible.setdefault(name, set()).add(layer)
@@ -158,10 +158,10 @@ class _Splitter:
         self.forced: set[str] = set()
         self.whole_window: dict[str, int] = {}
         for name, layers in backward_layers.items():
-            if not self.lives(name) or name in self.outcome or name not in self.first:
+            if not self.lives(name) or name in self.outcome or name not in self.made_in:
                 continue
-            made = self.first[name]
-            if made >= self.count:
+            first_window = self.made_in[name]
+            if first_window >= self.count:
                 continue
             only = min(layers)
             if len(layers) == 1 and self.last_forward[name] == only and name not in self.carried:
@@ -169,17 +169,17 @@ class _Splitter:
                 continue
             self.forced.add(name)
             final = windows - 1 - min(layers)
-            self.last[name] = max(self.last[name], final)
+            self.last_window[name] = max(self.last_window[name], final)
             if min(possible.get(name, {self.count})) == min(layers):
-                self.whole_window[name] = self.last[name]
+                self.whole_window[name] = self.last_window[name]
         for name in self.outcome:
-            self.last[name] = 2 * windows
+            self.last_window[name] = 2 * windows
             self.last_forward[name] = 2 * windows
         self.updated = self._updated()
         for trainable, window in self.updated.items():
             gradient = f"grad:{trainable}"
-            if gradient in self.first:
-                self.last[gradient] = window
+            if gradient in self.made_in:
+                self.last_window[gradient] = window
 
     def _updated(self) -> dict[str, int]:
         """Trainable -> the backward window in which it is updated: the last one that reads it, or makes or reads its gradient."""
@@ -196,7 +196,7 @@ class _Splitter:
             result[name] = 2 * self.count - 1 - min(layers)
         return result
 
-    def split(self) -> Layered:
+    def split(self) -> LayeredStep:
         types: list[LayerType] = []
         layer_type: list[int] = []
         for layer in range(self.count):
@@ -206,15 +206,15 @@ class _Splitter:
             layer_type.append(types.index(described))
         storages = self.graph.storages
         always = [name for name, storage in storages.items() if storage.kind in ALWAYS and name not in self.moving]
-        return Layered(
+        return LayeredStep(
             profile=self.profile,
             graph=self.graph,
             types=tuple(types),
             layer_type=tuple(layer_type),
             constant_bytes=sum(aligned(storages[name].bytes) for name in always),
-            across_forward=tuple(self._across(layer, layer, self.last) for layer in range(self.count)),
+            across_forward=tuple(self._across(layer, layer, self.last_window) for layer in range(self.count)),
             across_backward=tuple(
-                self._across(layer, 2 * self.count - 1 - layer, self.last) for layer in range(self.count)
+                self._across(layer, 2 * self.count - 1 - layer, self.last_window) for layer in range(self.count)
             ),
             across_evaluate=tuple(self._across(layer, layer, self.last_forward) for layer in range(self.count)),
             always=tuple(always),
@@ -226,27 +226,27 @@ class _Splitter:
         )
 
     def _touched(self, layer: int, window: int) -> set[str]:
-        steps = self.own[layer]["forward" if window < self.count else "backward"]
+        steps = self.steps[layer]["forward" if window < self.count else "backward"]
         names = {name for step in steps for name in [*step.inputs, *filter(None, step.outputs)]}
         if window >= self.count:
-            for step in self.again[layer].values():
+            for step in self.recomputable[layer].values():
                 names.update(step.inputs, filter(None, step.outputs))
-            names |= {f"grad:{name}" for name, at in self.updated.items() if at == window}
+            names |= {f"grad:{name}" for name, update_window in self.updated.items() if update_window == window}
         return names
 
-    def _last(self, name: str, last: dict[str, int]) -> int:
+    def _last_window(self, name: str, last_windows: dict[str, int]) -> int:
         """The last window in which the storage is resident in every plan, without what its owner decides."""
-        return self.last_forward[name] if name in self.owner else last[name]
+        return self.last_forward[name] if name in self.owner else last_windows[name]
 
-    def _across(self, layer: int, window: int, last: dict[str, int]) -> int:
+    def _across(self, layer: int, window: int, last_windows: dict[str, int]) -> int:
         touched = self._touched(layer, window)
         return sum(
             aligned(self.graph.storages[name].bytes)
-            for name, made in self.first.items()
+            for name, first_window in self.made_in.items()
             if self.lives(name)
             and name not in touched
-            and made < window < self._last(name, last)
-            and (last is self.last or made < self.count)
+            and first_window < window < self._last_window(name, last_windows)
+            and (last_windows is self.last_window or first_window < self.count)
         )
 
     def _describe(self, layer: int) -> LayerType:
@@ -254,43 +254,43 @@ class _Splitter:
         for value, name in self.graph.names[layer].items():
             local.setdefault(name, value)
         forward_window, backward_window = layer, 2 * self.count - 1 - layer
-        forward = tuple(self._operation(layer, step, local) for step in self.own[layer]["forward"])
-        backward = tuple(self._operation(layer, step, local) for step in self.own[layer]["backward"])
-        inference = tuple(self._operation(layer, step, local) for step in self.own[layer]["inference"])
+        forward = tuple(self._layer_operator(layer, step, local) for step in self.steps[layer]["forward"])
+        backward = tuple(self._layer_operator(layer, step, local) for step in self.steps[layer]["backward"])
+        inference = tuple(self._layer_operator(layer, step, local) for step in self.steps[layer]["inference"])
 
-        def touched(window: int, there: Callable[[int, str], bool]) -> frozenset[str]:
-            """Storages with a lifetime that the window touches and for which `there`, called with first window and
+        def touched(window: int, holds: Callable[[int, str], bool]) -> frozenset[str]:
+            """Storages with a lifetime that the window touches and for which `holds`, called with first window and
             name, is true.
             """
             return frozenset(
                 local[name]
                 for name in self._touched(layer, window)
-                if name in local and self.lives(name) and name in self.first and there(self.first[name], name)
+                if name in local and self.lives(name) and name in self.made_in and holds(self.made_in[name], name)
             )
 
         def entering(window: int) -> frozenset[str]:
-            return touched(window, lambda first, name: first < window <= self._last(name, self.last))
+            return touched(window, lambda first, name: first < window <= self._last_window(name, self.last_window))
 
-        def leaving(window: int, last: dict[str, int]) -> frozenset[str]:
-            return touched(window, lambda first, name: first <= window < self._last(name, last))
+        def leaving(window: int, last_windows: dict[str, int]) -> frozenset[str]:
+            return touched(window, lambda first, name: first <= window < self._last_window(name, last_windows))
 
         leaves_evaluate = leaving(forward_window, self.last_forward)
         if inference:
-            weights = frozenset(weight for op in (*forward, *backward) for weight in op.weights)
+            weights = frozenset(weight for operation in (*forward, *backward) for weight in operation.weights)
             self._check_inference(layer, forward, inference, leaves_evaluate, entering(forward_window), weights)
-        inside = {name for name, owner in self.owner.items() if owner == layer}
-        candidates = tuple(sorted(local[name] for name in inside))
-        owned = frozenset(local[name] for name in inside if self.first[name] != layer)
+        own_storages = {name for name, owner in self.owner.items() if owner == layer}
+        candidates = tuple(sorted(local[name] for name in own_storages))
+        owned = frozenset(local[name] for name in own_storages if self.made_in[name] != layer)
         sizes = {
             local[name]: aligned(self.graph.storages[name].bytes)
             for window in (forward_window, backward_window)
             for name in self._touched(layer, window)
             if name in local and self.lives(name)
         }
-        for op in [*forward, *inference]:
-            for value in op.outputs:
+        for operation in [*forward, *inference]:
+            for value in operation.outputs:
                 sizes[value] = aligned(self.graph.storages[self.graph.names[layer][value]].bytes)
-        events = _events(forward, backward, set(candidates), set(self.again[layer]))
+        events = _events(forward, backward, set(candidates), set(self.recomputable[layer]))
         total = sum(sizes[value] for value in candidates)
         return LayerType(
             program=self.profile.layers[layer].program,
@@ -300,12 +300,12 @@ class _Splitter:
             bytes=dict(sorted(sizes.items())),
             raw_bytes=self._raw_bytes(layer, local, window=backward_window, candidates=candidates),
             enters_forward=entering(forward_window),
-            leaves_forward=leaving(forward_window, self.last),
+            leaves_forward=leaving(forward_window, self.last_window),
             enters_backward=entering(backward_window),
-            leaves_backward=leaving(backward_window, self.last),
+            leaves_backward=leaving(backward_window, self.last_window),
             leaves_evaluate=leaves_evaluate,
             closes_backward=frozenset(
-                local[name] for name, at in self.whole_window.items() if at == backward_window and name in local
+                local[name] for name, last in self.whole_window.items() if last == backward_window and name in local
             ),
             owned=owned,
             weights=self._weights(layer, forward, backward, events),
@@ -322,9 +322,9 @@ class _Splitter:
     def _check_inference(
         self,
         layer: int,
-        forward: tuple[Operation, ...],
-        inference: tuple[Operation, ...],
-        left: frozenset[str],
+        forward: tuple[LayerOperator, ...],
+        inference: tuple[LayerOperator, ...],
+        leaving: frozenset[str],
         entering: frozenset[str],
         weights: frozenset[str],
     ) -> None:
@@ -332,61 +332,61 @@ class _Splitter:
         layers, that its forward uses, or read one that does not exist in an evaluation.
         """
         used = {value for op in inference for value in [*op.inputs, *op.outputs, *op.weights]}
-        wanted = (entering | left).union(*(op.weights for op in forward))
-        for value in sorted(wanted - used):
+        required = (entering | leaving).union(*(op.weights for op in forward))
+        for value in sorted(required - used):
             raise InputError(
                 f"layer {self.graph.layers[layer]}: its forward uses {value} and its operators for inference do not;"
                 " trace the model again"
             )
-        there = set(entering | weights)
+        available = set(entering | weights)
         for op in inference:
             for value in [*op.inputs, *op.weights]:
-                if value not in there and (value in op.weights or self.lives(self.graph.names[layer][value])):
+                if value not in available and (value in op.weights or self.lives(self.graph.names[layer][value])):
                     raise InputError(
                         f"layer {self.graph.layers[layer]}: its operators for inference read {value}, which neither enters"
                         " the layer nor is made before by them; trace the model again"
                     )
-            there.update(op.outputs)
+            available.update(op.outputs)
 
     def _raw_bytes(
         self, layer: int, local: dict[str, str], *, window: int, candidates: tuple[str, ...]
     ) -> dict[str, int]:
         result = {value: self.graph.storages[self.graph.names[layer][value]].bytes for value in candidates}
-        for name, at in self.updated.items():
-            if at == window:
-                own = local.get(name, name)
+        for name, update_window in self.updated.items():
+            if update_window == window:
+                local_name = local.get(name, name)
                 if name in self.moving:
-                    result[own] = self.graph.storages[name].bytes
-                result.update(zip(state_names(own, self.roles), self._state_bytes(name), strict=True))
+                    result[local_name] = self.graph.storages[name].bytes
+                result.update(zip(state_names(local_name, self.roles), self._state_bytes(name), strict=True))
         return dict(sorted(result.items()))
 
     def _state_bytes(self, trainable: str) -> list[int]:
         """Bytes of each of a trainable's optimizer states."""
-        if trainable not in self.facts:
+        if trainable not in self.tensors:
             return [self.graph.storages[trainable].bytes for _ in self.roles]
-        return [state_bytes(role, self.facts[trainable]) for role in self.roles]
+        return [state_bytes(role, self.tensors[trainable]) for role in self.roles]
 
-    def _operation(self, layer: int, step: StepOperator, local: dict[str, str]) -> Operation:
-        return Operation(
+    def _layer_operator(self, layer: int, step: StepOperator, local: dict[str, str]) -> LayerOperator:
+        return LayerOperator(
             index=step.operator,
             inputs=tuple(local[name] for name in step.inputs if self.lives(name)),
             weights=tuple(local[name] for name in step.inputs if self.kind(name) == "weight" or name in self.moving),
             outputs=tuple(local[name] for name in step.outputs if name is not None),
             seconds=step.seconds,
-            recomputable=step.operator in self.again[layer],
+            recomputable=step.operator in self.recomputable[layer],
         )
 
     def _weights(
         self,
         layer: int,
-        forward: tuple[Operation, ...],
-        backward: tuple[Operation, ...],
+        forward: tuple[LayerOperator, ...],
+        backward: tuple[LayerOperator, ...],
         events: dict[int, tuple[int, ...]],
-    ) -> dict[str, Weight]:
-        result, facts = {}, self.facts
+    ) -> dict[str, LayerWeight]:
+        result, tensors = {}, self.tensors
         for value in sorted({w for op in [*forward, *backward] for w in op.weights}):
             name = self.graph.names[layer][value]
-            tensor = facts.get(name)
+            tensor = tensors.get(name)
             if tensor is None:
                 raise InputError(f"weight {name} is used by layer {self.graph.layers[layer]} but is not in `tensors`")
             ahead = [t for t, op in enumerate(forward) if value in op.weights]
@@ -398,9 +398,9 @@ class _Splitter:
                 continue
             users = {self.graph.steps[i].layer for i in self.graph.storages[name].consumers}
             modes = SHARED if len(users) > 1 else weight_modes(bool(ahead), bool(behind), len(recomputing), late=late)
-            alone = modes in {SHARED, UNIFORM}
+            unpacked_per_use = modes in {SHARED, UNIFORM}
             packed = aligned(tensor.packed_bytes, PACKED_ALIGNMENT)
-            result[value] = Weight(
+            result[value] = LayerWeight(
                 bytes=aligned(tensor.bytes),
                 packed_bytes=packed,
                 unpack_seconds=tensor.unpack_seconds,
@@ -411,14 +411,14 @@ class _Splitter:
                 backward_uses=len(behind),
                 recomputing=recomputing,
                 modes=modes,
-                alone=alone,
+                unpacked_per_use=unpacked_per_use,
             )
         return result
 
-    def _moving_weight(self, size: int, *, ahead: bool, behind: list[int]) -> Weight:
+    def _moving_weight(self, size: int, *, ahead: bool, behind: list[int]) -> LayerWeight:
         """A trainable of `size` bytes whose values may lie on disk, read by backward operations at positions `behind`."""
         read = self.profile.device.read
-        return Weight(
+        return LayerWeight(
             bytes=aligned(size),
             packed_bytes=0,
             unpack_seconds=0.0,
@@ -429,31 +429,31 @@ class _Splitter:
             backward_uses=len(behind),
             recomputing=(),
             modes=MOVING if ahead else (MOVING[0], MOVING[-1]),
-            alone=False,
+            unpacked_per_use=False,
             trained=True,
         )
 
     def _updates(
         self, layer: int, local: dict[str, str], events: dict[int, tuple[int, ...]]
     ) -> tuple[TrainableUpdate, ...]:
-        window, facts = 2 * self.count - 1 - layer, self.facts
-        names = [name for name, at in self.updated.items() if at == window]
+        window, tensors = 2 * self.count - 1 - layer, self.tensors
+        names = [name for name, update_window in self.updated.items() if update_window == window]
         sizes = {name: aligned(self.graph.storages[name].bytes) for name in names}
-        positions = {step.operator: t for t, step in enumerate(self.own[layer]["backward"])}
+        positions = {step.operator: t for t, step in enumerate(self.steps[layer]["backward"])}
         result = []
         for name in names:
             after = 0
-            for step in self.own[layer]["backward"]:
+            for step in self.steps[layer]["backward"]:
                 if name in step.inputs or f"grad:{name}" in (*step.inputs, *step.outputs):
                     after = max(after, positions[step.operator])
-            for step in self.again[layer].values():
+            for step in self.recomputable[layer].values():
                 if name in step.inputs:
                     after = max([after, *events.get(step.operator, ())])
-            seconds = facts[name].update_seconds if name in facts else 0.0
+            seconds = tensors[name].update_seconds if name in tensors else 0.0
             apart = 0.0
-            if self.apart and name in facts:
-                seconds = accumulate_seconds(facts[name], self.profile.optimizer)
-                apart = clipped_seconds(facts[name], self.profile.optimizer)
+            if self.apart and name in tensors:
+                seconds = accumulate_seconds(tensors[name], self.profile.optimizer)
+                apart = clipped_seconds(tensors[name], self.profile.optimizer)
             result.append(
                 TrainableUpdate(
                     trainable=local.get(name, name),
@@ -470,64 +470,64 @@ class _Splitter:
 
 
 def _events(
-    forward: Iterable[Operation], backward: Iterable[Operation], candidates: set[str], again: set[int]
+    forward: Iterable[LayerOperator], backward: Iterable[LayerOperator], candidates: set[str], recomputable: set[int]
 ) -> dict[int, tuple[int, ...]]:
     """Forward operation -> backward positions before which it may run again: those of the first backward reader of each
     candidate that it makes, or that is recomputed from what it makes.
     """
     forward, backward = list(forward), list(backward)
-    need: dict[str, set[int]] = {}
-    first: dict[str, int] = {}
+    needed_at: dict[str, set[int]] = {}
+    first_reader: dict[str, int] = {}
     for t, op in enumerate(backward):
         for value in op.inputs:
-            if value in candidates and value not in first:
-                first[value] = t
-                need[value] = {t}
+            if value in candidates and value not in first_reader:
+                first_reader[value] = t
+                needed_at[value] = {t}
     events: dict[int, tuple[int, ...]] = {}
     for op in reversed(forward):
-        if op.index not in again:
+        if op.index not in recomputable:
             continue
         times: set[int] = set()
         for value in op.outputs:
             if value in candidates:
                 # Once its first backward reader has run the value is resident, whether kept, fetched or recomputed.
-                times |= {t for t in need.get(value, ()) if t <= first.get(value, len(backward))}
+                times |= {t for t in needed_at.get(value, ()) if t <= first_reader.get(value, len(backward))}
         if not times:
             continue
         events[op.index] = tuple(sorted(times))
         for value in op.inputs:
             if value in candidates:
-                need.setdefault(value, set()).update(times)
+                needed_at.setdefault(value, set()).update(times)
     return dict(sorted(events.items()))
 
 
 MOVING = (
-    Mode("disk", "disk", "disk"),
-    Mode("unpacked", "disk", "unpacked"),
-    Mode("unpacked", "unpacked", "unpacked"),
+    WeightMode("disk", "disk", "disk"),
+    WeightMode("unpacked", "disk", "unpacked"),
+    WeightMode("unpacked", "unpacked", "unpacked"),
 )
-"""those of a trainable: kept between steps and dropped before the backward it would have to be written in every step"""
-SHARED = (Mode("disk", "disk", "disk"),)
-UNIFORM = tuple(Mode(where, where, where) for where in ("disk", "packed", "unpacked"))
+"""modes of a trainable. None keeps it between steps and drops it before the backward: it would be written in every step"""
+SHARED = (WeightMode("disk", "disk", "disk"),)
+UNIFORM = tuple(WeightMode(where, where, where) for where in ("disk", "packed", "unpacked"))
 FREE = (
-    Mode("disk", "disk", "disk"),
-    Mode("disk", "disk", "packed"),
-    Mode("disk", "disk", "unpacked"),
-    Mode("packed", "disk", "packed"),
-    Mode("packed", "disk", "unpacked"),
-    Mode("unpacked", "disk", "unpacked"),
-    Mode("disk", "packed", "disk"),
-    Mode("disk", "packed", "packed"),
-    Mode("packed", "packed", "packed"),
-    Mode("packed", "packed", "unpacked"),
-    Mode("disk", "unpacked", "disk"),
-    Mode("disk", "unpacked", "packed"),
-    Mode("disk", "unpacked", "unpacked"),
-    Mode("unpacked", "unpacked", "unpacked"),
+    WeightMode("disk", "disk", "disk"),
+    WeightMode("disk", "disk", "packed"),
+    WeightMode("disk", "disk", "unpacked"),
+    WeightMode("packed", "disk", "packed"),
+    WeightMode("packed", "disk", "unpacked"),
+    WeightMode("unpacked", "disk", "unpacked"),
+    WeightMode("disk", "packed", "disk"),
+    WeightMode("disk", "packed", "packed"),
+    WeightMode("packed", "packed", "packed"),
+    WeightMode("packed", "packed", "unpacked"),
+    WeightMode("disk", "unpacked", "disk"),
+    WeightMode("disk", "unpacked", "packed"),
+    WeightMode("disk", "unpacked", "unpacked"),
+    WeightMode("unpacked", "unpacked", "unpacked"),
 )
 
 
-def weight_modes(ahead: bool, behind: bool, recomputing: int, *, late: bool) -> tuple[Mode, ...]:
+def weight_modes(ahead: bool, behind: bool, recomputing: int, *, late: bool) -> tuple[WeightMode, ...]:
     """The modes that make sense for a weight: `ahead` and `behind` say whether forward and backward operators read it,
     `recomputing` how many operators that may run again do, `late` whether such a re-run may come after the first
     backward use.
@@ -538,10 +538,10 @@ def weight_modes(ahead: bool, behind: bool, recomputing: int, *, late: bool) -> 
     if not ahead or not behind or recomputing > 1 or late:
         return UNIFORM
     if recomputing == 0:
-        seen: dict[tuple[str, str], Mode] = {}
+        seen: dict[tuple[str, str], WeightMode] = {}
         for mode in FREE:
             seen.setdefault(
-                (mode.backward_gap, mode.step_gap), Mode(mode.backward_gap, mode.step_gap, mode.backward_gap)
+                (mode.backward_gap, mode.step_gap), WeightMode(mode.backward_gap, mode.step_gap, mode.backward_gap)
             )
         return tuple(seen.values())
     return FREE

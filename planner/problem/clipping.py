@@ -16,29 +16,29 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.training.job import passes_messages
 
 UPDATE_PASSES, SUM_PASSES, COPY_PASSES, NORM_PASSES, SCALE_PASSES = 7, 3, 2, 2, 2
-"""over the bytes of a tensor: an update by AdamW, adding to a sum, copying into one, squaring one, scaling one down"""
+"""how often each goes over a tensor: an update by AdamW; adding to, copying into, squaring and scaling down a sum"""
 STATELESS_PASSES = 3
-"""of an update without states: it reads gradient and parameter, and writes the parameter; each state is read and written"""
+"""passes of an update without states, which reads gradient and parameter and writes the parameter; each state adds two"""
 ADAFACTOR_PASSES = 24
 """the time of an update by Adafactor in passes, where it was not measured: it goes over gradient and parameter in small windows"""
 
 CLIPPING_BYTES = 256 << 10
-"""of a process that clips, beyond one that does not: the code of adding up and squaring, and room in which squares are made"""
+"""what a process that clips holds beyond one that does not: the code of adding and squaring, and room for the squares"""
 
 
 def clipped(profile: Profile, max_grad_norm: float) -> Profile:
     """The profile of the same step with gradients clipped to the norm `max_grad_norm` of all of them together.
 
-    Raises InputError for a number that is none, and for a profile whose gradients are not all known in one process.
+    Raises InputError for a number that is not above 0, and for a profile whose gradients are not all known in one process.
     """
-    PlanOptions(max_grad_norm=max_grad_norm)  # refuses what is none
-    why = None
+    PlanOptions(max_grad_norm=max_grad_norm)  # raises InputError for a number that is no norm
+    reason = None
     if profile.model.is_bare_graph:
-        why = "a bare graph has no gradients by name"
+        reason = "a bare graph has no gradients by name"
     elif profile.optimizer.get("name") in {EXCHANGE, MOBILLM} or passes_messages(profile.programs):
-        why = "a member of a fleet does not know the gradients of the others"
-    if why is not None:
-        raise InputError(f"{spelled('max_grad_norm')} {max_grad_norm}: {why}; leave it out")
+        reason = "a member of a fleet does not know the gradients of the others"
+    if reason is not None:
+        raise InputError(f"{spelled('max_grad_norm')} {max_grad_norm}: {reason}; leave it out")
     states = len(OPTIMIZER_STATES[profile.optimizer.get("name", "adamw")]) + 1
     optimizer = {**profile.optimizer, "state_tensors": states, "max_grad_norm": float(max_grad_norm)}
     floor = profile.device.floor

@@ -32,21 +32,19 @@ LABELS = "labels"
 LOSS = "sent/loss"
 """scalar that stands for the loss, which the server computes; its value means nothing"""
 DEFAULT_BITS = 8
-"""of a number in a message"""
+"""bits of a number in a message"""
 BLOCK = re.compile(r"model\.layers\.(\d+)")
 PAIRS_ALONE = ("tightfit.lora_down", "tightfit.dora_norm", "tightfit.dora_scale")
 """operators that a projection without a pair does not need"""
 CALL_SECONDS, BYTES_PER_SECOND = 20e-6, 1e9
-"""of an operator that sends: a call, and the bytes of the tensor that it rounds; at 8 bits two cores round 2 to 5 GB/s and at
-4 bits 1 GB/s
-"""
+"""how long a call of an operator that sends takes, and how fast it rounds (two cores: 2 to 5 GB/s at 8 bits, 1 GB/s at 4)"""
 
 
 def device_forward(
     profile: Profile, blocks: Sequence[int] | None = None, bits: int = DEFAULT_BITS, *, micro_batches: int = 1
 ) -> Profile:
     """The profile of the device's step. `blocks`: indices of the blocks whose outputs are sent, by default those of
-    `chosen_blocks`; `bits`: 8 or 4 to round each row of a message, 0 to send it as it is; `micro_batches` of a step of both.
+    `chosen_blocks`; `bits`: 8 or 4 to round each row of a message, 0 to send it as it is; `micro_batches`: how many a step has.
 
     Its floor is that of a process without a backward, and has room for the connections and for two messages. Raises InputError for a
     model that is no decoder, for blocks that the model lacks, and for other bits.
@@ -56,45 +54,47 @@ def device_forward(
         raise InputError(
             f"{bits} bits: a message has numbers of {', '.join(map(str, BITS[1:]))} bits, or 0 for all of them"
         )
-    places = {int(found[1]): at for at, layer in enumerate(profile.layers) if (found := BLOCK.fullmatch(layer.name))}
-    sent = chosen_blocks(len(places)) if blocks is None else tuple(blocks)
-    check_blocks(sent, len(places))
-    last = places[len(places) - 1]
+    layer_of_block = {
+        int(block[1]): index for index, layer in enumerate(profile.layers) if (block := BLOCK.fullmatch(layer.name))
+    }
+    sent = chosen_blocks(len(layer_of_block)) if blocks is None else tuple(blocks)
+    check_blocks(sent, len(layer_of_block))
+    last = layer_of_block[len(layer_of_block) - 1]
     programs = {program.name: program for program in profile.programs}
     labels = next(tensor for tensor in profile.tensors if tensor.name == LABELS)
     program, sender = _sender(_value_of(labels), LABELS, 0, bits, name=f"{SENT}.{LABELS}")
-    made: dict[str, Program] = {program.name: program}
+    sent_programs: dict[str, Program] = {program.name: program}
     layers: list[Layer] = [sender]
-    for at, layer in enumerate(profile.layers[: last + 1]):
-        left = _without_adapters(inference_only(programs[layer.program]), layer, profile)
-        made[left.name] = left
-        values = {value.name for value in left.values}
+    for index, layer in enumerate(profile.layers[: last + 1]):
+        forward = _without_adapters(inference_only(programs[layer.program]), layer, profile)
+        sent_programs[forward.name] = forward
+        values = {value.name for value in forward.values}
         kept = {value: name for value, name in layer.bindings.items() if value in values}
-        layers.append(layer.model_copy(update={"program": left.name, "bindings": kept}))
-        found = BLOCK.fullmatch(layer.name)
-        if found and int(found[1]) in sent:
-            number = sent.index(int(found[1]))
-            value, name = _output(profile, at)
-            ends = number == len(sent) - 1
-            program, sender = _sender(value, name, number + 1, bits, name=f"{SENT}.{found[1]}", last=ends)
-            made[program.name] = program
+        layers.append(layer.model_copy(update={"program": forward.name, "bindings": kept}))
+        block = BLOCK.fullmatch(layer.name)
+        if block and int(block[1]) in sent:
+            position = sent.index(int(block[1]))
+            value, name = _output(profile, index)
+            is_last = position == len(sent) - 1
+            program, sender = _sender(value, name, position + 1, bits, name=f"{SENT}.{block[1]}", last=is_last)
+            sent_programs[program.name] = program
             layers.append(sender)
-    used = {name for layer in layers for name in layer.bindings.values()}
-    away = resting(profile, {layer.name for layer in profile.layers})
+    bound_names = {name for layer in layers for name in layer.bindings.values()}
+    at_rest = resting(profile, {layer.name for layer in profile.layers})
     tensors = [
         tensor
         for tensor in profile.tensors
-        if tensor.name not in away and (tensor.kind == "batch" or tensor.name in used)
+        if tensor.name not in at_rest and (tensor.kind == "batch" or tensor.name in bound_names)
     ]
     tensors.append(Tensor(name=LOSS, kind="activation", shape=[], dtype="float32", bytes=4))
-    text = f"{profile.fingerprint} device {list(sent)} {bits} {micro_batches}"
+    content = f"{profile.fingerprint} device {list(sent)} {bits} {micro_batches}"
     result = profile.model_copy(
         update={
-            "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+            "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
             "model": profile.model.model_copy(update={"lora": None}),
             "optimizer": device_optimizer(micro_batches),
             "tensors": tensors,
-            "programs": list(made.values()),
+            "programs": list(sent_programs.values()),
             "layers": layers,
             "loss": LOSS,
             "token_losses": None,
@@ -114,8 +114,8 @@ def device_forward(
 
 def device_optimizer(micro_batches: int) -> dict[str, Any]:
     """The `optimizer` field of the device's profile and plan."""
-    made: dict[str, Any] = {"name": MOBILLM, "state_tensors": 0}
-    return made if micro_batches == 1 else {**made, "accumulate": micro_batches}
+    optimizer: dict[str, Any] = {"name": MOBILLM, "state_tensors": 0}
+    return optimizer if micro_batches == 1 else {**optimizer, "accumulate": micro_batches}
 
 
 def check_side(profile: Profile) -> None:
@@ -136,21 +136,21 @@ def check_side(profile: Profile) -> None:
 
 
 def sent_tensors(source: Profile | Plan, target: str = SEND) -> tuple[tuple[Passing, ...], int]:
-    """What a device's `source` sends for one micro-batch, in the order of the message, and the bits of its numbers; with
-    `RECEIVE` what a server's receives.
+    """What a device sends for one micro-batch by its profile or plan, in the order of the message, and the bits of its
+    numbers; with `RECEIVE` as `target`, what a server receives by its own.
     """
     programs = {program.name: program for program in source.programs}
-    found: list[Passing] = []
+    tensors: list[Passing] = []
     bits = 0
     for layer in source.layers:
         program = programs[layer.program]
         for operator in program.operators:
             if operator.target == target:
-                passed = (operator.inputs if target == SEND else operator.outputs)[0]
-                value = next(value for value in program.values if value.name == passed)
-                found.append(Passing(shape=tuple(value.shape), dtype=value.dtype))
+                name = (operator.inputs if target == SEND else operator.outputs)[0]
+                value = next(value for value in program.values if value.name == name)
+                tensors.append(Passing(shape=tuple(value.shape), dtype=value.dtype))
                 bits = operator.kwargs["bits"]
-    return tuple(found), bits
+    return tuple(tensors), bits
 
 
 def message_bytes(source: Profile | Plan) -> int:
@@ -159,32 +159,32 @@ def message_bytes(source: Profile | Plan) -> int:
     return offsets(passing, bits)[1] if passing else ALIGNMENT
 
 
-def _output(profile: Profile, at: int) -> tuple[Value, str]:
+def _output(profile: Profile, index: int) -> tuple[Value, str]:
     """The output of a block: what its forward makes and a later layer's reads."""
     programs = {program.name: program for program in profile.programs}
-    layer = profile.layers[at]
+    layer = profile.layers[index]
     program = programs[layer.program]
     outputs = {name for position in program.inference for name in program.operators[position].outputs}
     read = {
         later.bindings[name]
-        for later in profile.layers[at + 1 :]
+        for later in profile.layers[index + 1 :]
         for position in programs[later.program].inference
         for name in programs[later.program].operators[position].inputs
         if name in later.bindings
     }
-    found = [
+    handed_on = [
         (value, layer.bindings[value.name])
         for value in program.values
         if value.name in outputs and value.name in layer.bindings and layer.bindings[value.name] in read
     ]
-    if len(found) != 1:
-        raise InputError(f"layer {layer.name} hands {len(found)} tensors on where a block of a decoder hands on 1")
-    return found[0]
+    if len(handed_on) != 1:
+        raise InputError(f"layer {layer.name} hands {len(handed_on)} tensors on where a block of a decoder hands on 1")
+    return handed_on[0]
 
 
 def _value_of(tensor: Tensor) -> Value:
     """A contiguous tensor of the batch as a value of a program."""
-    stride = [math.prod(tensor.shape[place + 1 :]) for place in range(len(tensor.shape))]
+    stride = [math.prod(tensor.shape[dimension + 1 :]) for dimension in range(len(tensor.shape))]
     return Value(
         name=tensor.name, shape=tensor.shape, stride=stride, dtype=tensor.dtype, bytes=tensor.bytes, kind=tensor.kind
     )
@@ -194,13 +194,13 @@ def _sender(
     value: Value, tensor: str, number: int, bits: int, *, name: str, last: bool = False
 ) -> tuple[Program, Layer]:
     """The layer `name`, which puts a tensor into the message as number `number`; the last one sends it off."""
-    made = value.model_copy(update={"name": "output"})
-    values, outputs, bindings = [made], [], {"output": tensor}
+    sent = value.model_copy(update={"name": "output"})
+    values, outputs, bindings = [sent], [], {"output": tensor}
     if last:
         values.append(Value(name="loss", shape=[], stride=[], dtype="float32", bytes=4, kind="activation"))
         outputs, bindings = ["loss"], {**bindings, "loss": LOSS}
-    seconds = CALL_SECONDS + made.bytes / BYTES_PER_SECOND
-    operator = message_operator(SEND, made, number, bits, seconds, outputs=outputs)
+    seconds = CALL_SECONDS + sent.bytes / BYTES_PER_SECOND
+    operator = message_operator(SEND, sent, number, bits, seconds, outputs=outputs)
     program = Program(name=f"{SENT} {number}", values=values, operators=[operator])
     return program, Layer(name=name, program=program.name, bindings=bindings)
 
@@ -214,7 +214,7 @@ def _without_adapters(program: Program, layer: Layer, profile: Profile) -> Progr
     """
     trained = {tensor.name for tensor in profile.tensors if tensor.kind == "trainable"}
     pairs = {value for value, name in layer.bindings.items() if name in trained}
-    low = {
+    lora_outputs = {
         output
         for operator in program.operators
         if operator.target == "tightfit.lora_down"
@@ -230,7 +230,7 @@ def _without_adapters(program: Program, layer: Layer, profile: Profile) -> Progr
     }
     operators: list[Operator] = []
     for operator in program.operators:
-        reads = set(operator.inputs) & (pairs | low)
+        reads = set(operator.inputs) & (pairs | lora_outputs)
         if operator.target in PAIRS_ALONE:
             continue
         if operator.target != "tightfit.projection":
@@ -262,9 +262,9 @@ def _without_adapters(program: Program, layer: Layer, profile: Profile) -> Progr
                 }
             )
         )
-    used = {name for operator in operators for name in [*operator.inputs, *filter(None, operator.outputs)]}
+    used_names = {name for operator in operators for name in [*operator.inputs, *filter(None, operator.outputs)]}
     return Program(
         name=f"{program.name} alone",
-        values=[value for value in program.values if value.name in used],
+        values=[value for value in program.values if value.name in used_names],
         operators=operators,
     )

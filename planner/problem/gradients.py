@@ -35,13 +35,13 @@ class PartialStep:
     """One step of a cycle, or the only one."""
 
     profile: Profile
-    """of what is left of the step; layers keep their names. Where there are `skipped` layers, operators keep their
-    positions too
+    """profile of what is left of the step; layers keep their names and, where there are `skipped` ones, operators their
+    positions
     """
     skipped: tuple[str, ...] = ()
     """layers whose backward is left out"""
     passages: Passages = field(default_factory=dict)
-    """of the skipped layers that have a trained layer below them, which needs the gradient"""
+    """passages of the skipped layers that have a trained layer below them, which needs the gradient"""
     perturbed: tuple[str, ...] = ()
     """trainables that MeZO's step perturbs; empty for other steps"""
 
@@ -60,11 +60,11 @@ def two_forwards(profile: Profile) -> PartialStep:
     perturbed = tuple(tensor.name for tensor in profile.tensors if tensor.kind == "trainable")
     if not perturbed:
         raise InputError(f"mezo moves trained tensors and {profile.model.name} has none; choose another policy")
-    drawn = [t.model_copy(update={"update_seconds": update_seconds(t, optimizer)}) for t in profile.tensors]
+    tensors = [t.model_copy(update={"update_seconds": update_seconds(t, optimizer)}) for t in profile.tensors]
     device = profile.device.model_copy(update={"floor": profile.device.floor.inference})
-    stateless = profile.model_copy(update={"optimizer": optimizer, "tensors": drawn, "device": device})
-    every = {layer.name for layer in profile.layers}
-    return PartialStep(profile=_without_backward(stateless, every, inference_only), perturbed=perturbed)
+    stateless = profile.model_copy(update={"optimizer": optimizer, "tensors": tensors, "device": device})
+    all_layers = {layer.name for layer in profile.layers}
+    return PartialStep(profile=_without_backward(stateless, all_layers, inference_only), perturbed=perturbed)
 
 
 def without_resting_states(profile: Profile) -> Profile:
@@ -84,7 +84,7 @@ def update_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
     return (optimizer.get("name") == MEZO and tensor.perturb_seconds) or tensor.update_seconds
 
 
-def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ...]:
+def lcsb_cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ...]:
     """LCSB's steps (arXiv 2602.13073), one for each of `positions` runs of neighbouring trained blocks, lowest run
     first.
 
@@ -131,28 +131,28 @@ def refuse_accumulation(profile: Profile, policy: str) -> None:
         )
 
 
-def refuse_tables(profile: Profile, who: str) -> None:
-    """Raises InputError where `profile` trains modules in full, which `who` cannot."""
+def refuse_tables(profile: Profile, trainer: str) -> None:
+    """Raises InputError where `profile` trains modules in full, which `trainer` cannot."""
     if profile.model.tables:
         raise InputError(
-            f"{who} trains LoRA pairs alone, and this profile trains {' and '.join(profile.model.tables)} in full as well; profile"
+            f"{trainer} trains LoRA pairs alone, and this profile trains {' and '.join(profile.model.tables)} in full as well; profile"
             f" without {spelled('modules_to_save')}, or choose another way to train"
         )
 
 
-def refuse_preference(profile: Profile, who: str) -> None:
-    """Raises InputError where `profile` learns from pairs of answers, which `who` cannot."""
+def refuse_preference(profile: Profile, trainer: str) -> None:
+    """Raises InputError where `profile` learns from pairs of answers, which `trainer` cannot."""
     if preference := profile.model.preference:
         raise InputError(
-            f"{who} predicts tokens, and this profile learns from pairs of answers ({preference.loss}); profile without {spelled('loss')}"
+            f"{trainer} predicts tokens, and this profile learns from pairs of answers ({preference.loss}); profile without {spelled('loss')}"
         )
 
 
-def refuse_statistics(profile: Profile, who: str) -> None:
-    """Raises InputError where a step of `profile` changes running statistics, which `who` cannot."""
+def refuse_statistics(profile: Profile, trainer: str) -> None:
+    """Raises InputError where a step of `profile` changes running statistics, which `trainer` cannot."""
     if kept := kept_buffers(profile.layers, profile.programs):
         raise InputError(
-            f"{who} does not keep running statistics, and {profile.model.name} has some ({kept[0]}{', ...' if len(kept) > 1 else ''});"
+            f"{trainer} does not keep running statistics, and {profile.model.name} has some ({kept[0]}{', ...' if len(kept) > 1 else ''});"
             " use GroupNorm or LayerNorm in the model, or choose another way to train"
         )
 
@@ -199,9 +199,9 @@ def _has_residual(program: Program, bindings: Mapping[str, str], above: str, bel
 
 def _carried_over(operator: Operator) -> set[str]:
     """Inputs that the operator's result is a copy of, or a sum with."""
-    for prefix, place in ADDENDS.items():
+    for prefix, position in ADDENDS.items():
         if operator.target.startswith(prefix):
-            addend = operator.args[place]
+            addend = operator.args[position]
             return {addend["operand"]["value"]} if isinstance(addend, dict) and "operand" in addend else set()
     copies = operator.target.startswith(("aten.add.", "aten._to_copy.", "aten.clone."))
     return set(operator.inputs) if copies else set()
@@ -216,28 +216,28 @@ def _gradients(source: Profile | Plan) -> tuple[dict[str, list[str]], dict[str, 
     """Per layer: the gradients that it reads and another layer makes; and those that it makes and
     another layer reads.
     """
-    made: dict[str, set[str]] = {}
-    read: dict[str, set[str]] = {}
+    makers: dict[str, set[str]] = {}
+    readers: dict[str, set[str]] = {}
     for layer, program in _bound_programs(source):
         for operator in program.operators:
             if operator.phase != "backward":
                 continue
             for value in operator.inputs:
-                read.setdefault(layer.bindings.get(value, ""), set()).add(layer.name)
+                readers.setdefault(layer.bindings.get(value, ""), set()).add(layer.name)
             for output in operator.outputs:
-                made.setdefault(layer.bindings.get(output or "", ""), set()).add(layer.name)
+                makers.setdefault(layer.bindings.get(output or "", ""), set()).add(layer.name)
     shared = _bound_gradients(source)
 
-    def through(layer: Layer, one: dict[str, set[str]], other: dict[str, set[str]]) -> list[str]:
+    def through(layer: Layer, here: dict[str, set[str]], elsewhere: dict[str, set[str]]) -> list[str]:
         return [
             name
             for name in dict.fromkeys(layer.bindings.values())
-            if name in shared and layer.name in one.get(name, ()) and other.get(name, set()) - {layer.name}
+            if name in shared and layer.name in here.get(name, ()) and elsewhere.get(name, set()) - {layer.name}
         ]
 
     return (
-        {layer.name: through(layer, read, made) for layer in source.layers},
-        {layer.name: through(layer, made, read) for layer in source.layers},
+        {layer.name: through(layer, readers, makers) for layer in source.layers},
+        {layer.name: through(layer, makers, readers) for layer in source.layers},
     )
 
 
@@ -264,17 +264,17 @@ def _leave_out(profile: Profile, skipped: set[str]) -> PartialStep:
     passed = {name: passages[name] for name in above_lowest if passages[name][1]}
     # A gradient that is passed on stays in place: to the planner it is one tensor, under the name of the gradient first
     # made.
-    made_as: dict[str, str] = {}
+    first_name: dict[str, str] = {}
     for above, below in (passed[layer.name] for layer in reversed(profile.layers) if layer.name in passed):
-        made_as[below] = made_as.get(above, above)
-    left = _without_backward(profile, idle, _forward)
+        first_name[below] = first_name.get(above, above)
+    partial = _without_backward(profile, idle, _forward)
     layers = [
-        layer.model_copy(update={"bindings": {v: made_as.get(name, name) for v, name in layer.bindings.items()}})
-        for layer in left.layers
+        layer.model_copy(update={"bindings": {v: first_name.get(name, name) for v, name in layer.bindings.items()}})
+        for layer in partial.layers
     ]
-    cut = {before.name for before, after in zip(profile.layers, left.layers) if before.program != after.program}
+    cut = {before.name for before, after in zip(profile.layers, partial.layers) if before.program != after.program}
     return PartialStep(
-        profile=left.model_copy(update={"layers": layers}),
+        profile=partial.model_copy(update={"layers": layers}),
         skipped=tuple(layer.name for layer in profile.layers if layer.name in cut),
         passages=passed,
     )
@@ -287,12 +287,12 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
     """
     idle = {layer.program for layer in profile.layers if layer.name in layers}
     programs = {program.name: program for program in profile.programs}
-    left = {name: made for name in idle if (made := forward(programs[name])).operators != programs[name].operators}
+    forwards = {name: cut for name in idle if (cut := forward(programs[name])).operators != programs[name].operators}
     bound: list[Layer] = []
     for layer in profile.layers:
         program = programs[layer.program]
         if layer.name in layers:
-            program = left.get(layer.program, program)
+            program = forwards.get(layer.program, program)
         values = {value.name for value in program.values}
         bindings = {value: name for value, name in layer.bindings.items() if value in values}
         bound.append(layer.model_copy(update={"program": program.name, "bindings": bindings}))
@@ -303,25 +303,25 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
         if tensor.name not in at_rest:
             tensors.append(tensor)
             continue
-        still = tensor.model_copy(update={"kind": "constant"})
-        tensors += [still, *(_resting_state(still, role) for role in states)]
-    used = {layer.program for layer in bound}
+        constant = tensor.model_copy(update={"kind": "constant"})
+        tensors += [constant, *(_resting_state(constant, role) for role in states)]
+    used_names = {layer.program for layer in bound}
 
-    def run(whole: Sequence[Program]) -> list[Program]:
-        every = [*whole, *(forward(program) for program in whole if program.name in left)]
-        return [program for program in every if program.name in used]
+    def used_programs(whole: Sequence[Program]) -> list[Program]:
+        candidates = [*whole, *(forward(program) for program in whole if program.name in forwards)]
+        return [program for program in candidates if program.name in used_names]
 
-    shorter = [step.model_copy(update={"programs": run(step.programs)}) for step in profile.shorter]
+    shorter = [step.model_copy(update={"programs": used_programs(step.programs)}) for step in profile.shorter]
     return profile.model_copy(
-        update={"layers": bound, "tensors": tensors, "programs": run(profile.programs), "shorter": shorter}
+        update={"layers": bound, "tensors": tensors, "programs": used_programs(profile.programs), "shorter": shorter}
     )
 
 
-def _resting_state(still: Tensor, role: str) -> Tensor:
+def _resting_state(constant: Tensor, role: str) -> Tensor:
     """An optimizer state of a trainable that is at rest, which is a constant as that is."""
-    size, shape = state_bytes(role, still), list(state_shape(role, still.shape))
-    (name,) = state_names(still.name, [role])
-    return still.model_copy(update={"name": name, "shape": shape, "bytes": size})
+    size, shape = state_bytes(role, constant), list(state_shape(role, constant.shape))
+    (name,) = state_names(constant.name, [role])
+    return constant.model_copy(update={"name": name, "shape": shape, "bytes": size})
 
 
 def _forward(program: Program) -> Program:
@@ -339,14 +339,14 @@ def resting(profile: Profile, layers: Collection[str]) -> set[str]:
         for name in set(layer.bindings.values()):
             if name in users:
                 users[name].append(layer.name)
-    for name, found in users.items():
-        left = [layer for layer in found if layer not in layers]
-        if left and len(left) < len(found):
+    for name, layer_names in users.items():
+        outside = [layer for layer in layer_names if layer not in layers]
+        if outside and len(outside) < len(layer_names):
             raise InputError(
-                f"{name} is trained by {_listed(found)} together, and the backward of some of them cannot be left out"
+                f"{name} is trained by {_listed(layer_names)} together, and the backward of some of them cannot be left out"
                 " alone; choose another policy"
             )
-    return {name for name, found in users.items() if not set(found) - set(layers)}
+    return {name for name, layer_names in users.items() if not set(layer_names) - set(layers)}
 
 
 def _listed(names: Iterable[str]) -> str:

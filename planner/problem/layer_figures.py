@@ -50,7 +50,7 @@ class LayerFigures(Generic[T]):
     """number of instructions in the schedules of training and evaluation"""
 
     @classmethod
-    def made(cls, make: Callable[[str], T]) -> LayerFigures[T]:
+    def of(cls, make: Callable[[str], T]) -> LayerFigures[T]:
         """A record whose figures are `make(name)`."""
         return LayerFigures(**{name: make(name) for name in FIELDS})
 

@@ -16,7 +16,7 @@ from tightfit.profiles.schema import Channel, Profile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operation:
+class LayerOperator:
     """One operator of the layer."""
 
     index: int
@@ -31,7 +31,7 @@ class Operation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
+class LayerWeight:
     """A frozen weight of the layer, or a trainable whose values may lie on disk: sizes in bytes, and its uses.
 
     A trainable has no packed form: it is fetched where a weight is read and unpacked. Its update follows its last use in the
@@ -51,9 +51,9 @@ class Weight:
     backward_uses: int
     recomputing: tuple[int, ...]
     """forward operations that read the weight and may run again"""
-    modes: tuple[Mode, ...]
+    modes: tuple[WeightMode, ...]
     """modes that the solver may choose"""
-    alone: bool
+    unpacked_per_use: bool
     """whether each use in the backward window unpacks (and reads) the weight for itself, so that between uses it is
     where it is in its gaps
     """
@@ -66,15 +66,15 @@ class Weight:
 
 
 @dataclass(frozen=True, order=True)
-class Mode:
+class WeightMode:
     """Where a weight is between its uses: each of disk, packed, unpacked."""
 
     backward_gap: str
-    """from its last use in the forward window to its first in the backward window"""
+    """where it is from its last use in the forward window to its first in the backward window"""
     step_gap: str
-    """from its last use in the step to its first in the next step"""
+    """where it is from its last use in the step to its first in the next step"""
     hold: str
-    """inside the backward window, from a recomputation that reads it to its use by a backward operator"""
+    """where it is inside the backward window, from a recomputation that reads it to its use by a backward operator"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,11 @@ class TrainableUpdate:
     role_bytes: tuple[int, ...]
     """bytes of each of them in the arena"""
     seconds: float
-    """where the update is apart: of adding the gradient to the sum, for which it waits"""
+    """time of the update; where updates are apart, of adding the gradient to its sum"""
     minor: bool
     """whether its states share one decision with those of the layer's other minor trainables"""
     apart_seconds: float = 0.0
-    """of the update itself where it is apart"""
+    """time of the update itself, where updates are apart"""
 
     @property
     def states(self) -> int:
@@ -114,9 +114,9 @@ class LayerType:
     """The description that equal layers share. Storages are given by local names."""
 
     program: str
-    forward: tuple[Operation, ...]
-    backward: tuple[Operation, ...]
-    evaluate: tuple[Operation, ...]
+    forward: tuple[LayerOperator, ...]
+    backward: tuple[LayerOperator, ...]
+    evaluate: tuple[LayerOperator, ...]
     """the forward of an evaluation, where no backward follows"""
     bytes: dict[str, int]
     """storage with a lifetime -> its bytes in the arena, rounded up to the alignment"""
@@ -131,7 +131,7 @@ class LayerType:
     """storages freed at the end of the backward window, not earlier, whatever is recomputed in it"""
     owned: frozenset[str]
     """inputs from other layers that this layer's decision keeps or offloads for its backward"""
-    weights: dict[str, Weight]
+    weights: dict[str, LayerWeight]
     updates: tuple[TrainableUpdate, ...]
     candidates: tuple[str, ...]
     """forward storages that the backward window needs, directly or to recompute others"""
@@ -150,11 +150,11 @@ class LayerType:
     """
 
     @cached_property
-    def producer(self) -> dict[str, Operation]:
+    def producer(self) -> dict[str, LayerOperator]:
         return {value: op for op in self.forward for value in op.outputs}
 
     @cached_property
-    def operations(self) -> dict[int, Operation]:
+    def operations(self) -> dict[int, LayerOperator]:
         """Position in the program -> operation, of all three windows."""
         return {op.index: op for op in (*self.forward, *self.evaluate, *self.backward)}
 
@@ -164,7 +164,7 @@ class LayerType:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layered:
+class LayeredStep:
     """The whole step as layers of few types, with the bytes that every plan holds whatever it decides."""
 
     profile: Profile
@@ -211,7 +211,7 @@ class Layered:
         return self.graph.names[layer].get(value, value)
 
 
-def weight_uses(operations: Iterable[Operation]) -> dict[str, tuple[int, int]]:
+def weight_uses(operations: Iterable[LayerOperator]) -> dict[str, tuple[int, int]]:
     """Weight -> positions of its first and last reader."""
     result: dict[str, tuple[int, int]] = {}
     for position, op in enumerate(operations):

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 """arena offsets are multiples of this many bytes"""
 PACKED_ALIGNMENT = 4096
-"""the same for packed weights, which are read with O_DIRECT, and other tensors that are to lie on pages"""
+"""offsets of packed weights, which are read with O_DIRECT, and of other tensors that are to lie on pages are multiples of this"""
 STATES = (*dict.fromkeys(state for states in OPTIMIZER_STATES.values() for state in states), "grad_sum")
 """optimizer states of a trainable ``p`` are called ``adam_m:p`` and the like after its optimizer's own and, where an update
 takes several steps or gradients are clipped, ``grad_sum:p``
 """
 FLOAT_BYTES = 4
-"""of an element of a state"""
+"""size of an element of a state"""
 SUM = "grad_sum:"
-"""prefix of the last of them"""
+"""prefix of the names of sums of gradients, the last of the states"""
 STATE_PREFIXES = tuple(f"{state}:" for state in STATES)
 
 
@@ -151,11 +151,11 @@ def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
     graph = step_graph(source)
     result: nx.DiGraph[str] = nx.DiGraph()
     for index, name in enumerate(graph.layers):
-        own = [step for step in graph.steps if step.layer == index]
+        steps = [step for step in graph.steps if step.layer == index]
         result.add_node(
             name,
-            forward_seconds=sum(step.seconds for step in own if step.phase == "forward"),
-            backward_seconds=sum(step.seconds for step in own if step.phase == "backward"),
+            forward_seconds=sum(step.seconds for step in steps if step.phase == "forward"),
+            backward_seconds=sum(step.seconds for step in steps if step.phase == "backward"),
             weight_bytes=0,
             saved_bytes=0,
         )
@@ -174,8 +174,8 @@ def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
         forward = {graph.steps[i].layer for i in storage.consumers if graph.steps[i].phase == "forward"}
         for user in sorted(forward - {maker}):
             edge = (graph.layers[maker], graph.layers[user])
-            before = result.edges[edge]["bytes"] if result.has_edge(*edge) else 0
-            result.add_edge(*edge, bytes=before + storage.bytes)
+            known_bytes = result.edges[edge]["bytes"] if result.has_edge(*edge) else 0
+            result.add_edge(*edge, bytes=known_bytes + storage.bytes)
     return result
 
 
@@ -222,31 +222,31 @@ def _storages(
     names: tuple[dict[str, str], ...],
     steps: list[StepOperator],
 ) -> dict[str, StepTensor]:
-    facts: dict[str, tuple[str, int, int | None]] = {
+    declared: dict[str, tuple[str, int, int | None]] = {
         tensor.name: (tensor.kind, tensor.bytes, None) for tensor in tensors.values()
     }
     for index, layer in enumerate(layers):
         for value in programs[layer.program].values:
             name = names[index][value.name]
             owner = None if value.name in layer.bindings else index
-            facts.setdefault(name, (value.kind, value.bytes, owner))
-    producers: dict[str, list[int]] = {name: [] for name in facts}
-    consumers: dict[str, list[int]] = {name: [] for name in facts}
+            declared.setdefault(name, (value.kind, value.bytes, owner))
+    producers: dict[str, list[int]] = {name: [] for name in declared}
+    consumers: dict[str, list[int]] = {name: [] for name in declared}
     for step in steps:
         for name in step.inputs:
             consumers[name].append(step.index)
         for output in step.outputs:
             if output is not None:
                 producers[output].append(step.index)
-    made: set[str] = set()
+    written: set[str] = set()
     for step in steps:
         for name in step.inputs:
-            if facts[name][0] in {"activation", "gradient"} and name not in made:
+            if declared[name][0] in {"activation", "gradient"} and name not in written:
                 raise InputError(
                     f"layer {layers[step.layer].name}, operator {step.operator} ({step.target}) reads {name}"
                     " before any operator makes it; check the order of layers and operators"
                 )
-        made.update(filter(None, step.outputs))
+        written.update(filter(None, step.outputs))
     return {
         name: StepTensor(
             name=name,
@@ -256,5 +256,5 @@ def _storages(
             producers=tuple(producers[name]),
             consumers=tuple(consumers[name]),
         )
-        for name, (kind, size, owner) in facts.items()
+        for name, (kind, size, owner) in declared.items()
     }

@@ -17,7 +17,7 @@ class IndexedTensor:
     """One tensor, with its sizes in bytes and its seconds."""
 
     kind: str
-    """as where the tensor is first named; ``optimizer`` for a state, ``packed`` for a weight's packed bytes"""
+    """its kind in the profile; ``optimizer`` for a state, ``packed`` for a weight's packed bytes"""
     bytes: int
     packed_bytes: int = 0
     unpack_seconds: float = 0.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from tightfit.planner.fleet.schema import Member, PipelinePlan, Span
 from tightfit.planner.report.fleet_text import DOING, AnyPlan
-from tightfit.planner.report.memory_categories import KINDS, UNKNOWN, Bucket, feasible, in_use, kinds_of
+from tightfit.planner.report.memory_categories import KINDS, UNKNOWN, TimelineSlice, feasible, in_use, kinds_of
 from tightfit.planner.schema import Plan
 
 SLICES = 260
@@ -45,9 +45,9 @@ def curve_of(plans: Sequence[Plan], policies: Sequence[str]) -> list[dict[str, A
 
     A policy has the colour of its place in `policies`.
     """
-    drawn = []
+    curves = []
     for slot, policy in enumerate(policies):
-        mine = sorted((plan for plan in plans if plan.policy == policy), key=lambda plan: plan.budget_bytes)
+        policy_plans = sorted((plan for plan in plans if plan.policy == policy), key=lambda plan: plan.budget_bytes)
         points = [
             {
                 "budget": plan.budget_bytes,
@@ -55,30 +55,32 @@ def curve_of(plans: Sequence[Plan], policies: Sequence[str]) -> list[dict[str, A
                 "bound": plan.bound_seconds,
                 "peak": plan.peak_bytes,
             }
-            for plan in mine
+            for plan in policy_plans
             if feasible(plan)
         ]
         misfits = [
-            {"budget": plan.budget_bytes, "needs": plan.minimum_budget_bytes} for plan in mine if not feasible(plan)
+            {"budget": plan.budget_bytes, "needs": plan.minimum_budget_bytes}
+            for plan in policy_plans
+            if not feasible(plan)
         ]
-        if mine:
-            drawn.append({"name": policy, "slot": slot, "points": points, "misfits": misfits})
-    return drawn
+        if policy_plans:
+            curves.append({"name": policy, "slot": slot, "points": points, "misfits": misfits})
+    return curves
 
 
-def series_of(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
-    """What the timeline of a feasible plan draws: bytes of each kind in the slices `shown`, and which has the most in use."""
+def series_of(plan: Plan, slices: Sequence[TimelineSlice]) -> dict[str, Any]:
+    """What the timeline of a feasible plan draws: bytes of each kind in its `slices`, and which slice has the most in use."""
     assert plan.train is not None
-    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
-    used = [in_use(bucket.point) for bucket in shown]
+    kinds = kinds_of((slice_.point for slice_ in slices), plan.device.kind)
+    used_bytes = [in_use(slice_.point) for slice_ in slices]
     return {
-        "seconds": plan.train.seconds or shown[-1].end,
-        "starts": [bucket.start for bucket in shown],
-        "ends": [bucket.end for bucket in shown],
-        "total": [bucket.point.bytes for bucket in shown],
-        "peak": used.index(max(used)),
+        "seconds": plan.train.seconds or slices[-1].end,
+        "starts": [slice_.start for slice_ in slices],
+        "ends": [slice_.end for slice_ in slices],
+        "total": [slice_.point.bytes for slice_ in slices],
+        "peak": used_bytes.index(max(used_bytes)),
         "kinds": [{"name": kind.name, "label": kind.label} for kind in kinds],
-        "sizes": [[bucket.point.by_kind.get(kind.name, 0) for bucket in shown] for kind in kinds],
+        "sizes": [[slice_.point.by_kind.get(kind.name, 0) for slice_ in slices] for kind in kinds],
     }
 
 

@@ -110,9 +110,9 @@ const pointed = (picture, x, width) => (event) => {
 
 export const path = (points, x, y) => points.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
 
-export function capLine({ picture, y, width }, cap, told) {
+export function capLine({ picture, y, width }, cap, text) {
   picture.append(svg("line", { class: "cap", x1: LEFT, x2: width - RIGHT, y1: y(cap), y2: y(cap) }));
-  picture.append(svg("text", { class: "cap-label", x: LEFT + 6, y: y(cap) - 6 }, `cap ${told}`));
+  picture.append(svg("text", { class: "cap-label", x: LEFT + 6, y: y(cap) - 6 }, `cap ${text}`));
 }
 
 // --- seconds per step against the budget ------------------------------------------------------------------------------
@@ -136,15 +136,15 @@ export function curve(series, { width, reach = [] }) {
     const group = svg("g", { style: `--c: ${policyColour(slot)}` });
     if (points.length > 1) group.append(svg("path", { class: "line", d: along(points, (p) => p.step) }));
     for (const p of points) {
-      const told = `${name} at ${size(p.budget)}: ${duration(p.step)} per step, peak ${size(p.peak)}`;
-      group.append(svg("circle", { class: "dot-mark", cx: x(p.budget / unit.size), cy: y(p.step), r: 4.5 }, svg("title", {}, told)));
+      const text = `${name} at ${size(p.budget)}: ${duration(p.step)} per step, peak ${size(p.peak)}`;
+      group.append(svg("circle", { class: "dot-mark", cx: x(p.budget / unit.size), cy: y(p.step), r: 4.5 }, svg("title", {}, text)));
     }
     for (const { budget, needs } of misfits) {
       // Crosses of several policies at one budget stand one above the other.
       const below = crossed.get(budget) ?? 0;
       crossed.set(budget, below + 1);
-      const told = needs ? `needs ${atLeast(needs, unitOf(needs))} ${unitOf(needs).name}` : "does not fit";
-      group.append(svg("path", { class: "misfit", d: `M${x(budget / unit.size) - 4} ${height - BOTTOM - 13 - 12 * below}l8 8m0 -8l-8 8` }, svg("title", {}, `${name} at ${size(budget)}: ${told}`)));
+      const text = needs ? `needs ${atLeast(needs, unitOf(needs))} ${unitOf(needs).name}` : "does not fit";
+      group.append(svg("path", { class: "misfit", d: `M${x(budget / unit.size) - 4} ${height - BOTTOM - 13 - 12 * below}l8 8m0 -8l-8 8` }, svg("title", {}, `${name} at ${size(budget)}: ${text}`)));
     }
     picture.append(group);
   }
@@ -243,8 +243,8 @@ function follow({ picture, at, show, hide }, { last, state, find, read }) {
 const HOW = "Point at the chart, or focus it and use the arrow keys.";
 
 // A timeline with its legend and a cursor that pointer and arrow keys move; `reading` tells what is at the cursor.
-export function showTimeline({ box, key, reading }, told, name) {
-  const { series } = told, last = series.ends.length - 1, unit = unitOf(Math.max(...series.total));
+export function showTimeline({ box, key, reading }, data, name) {
+  const { series } = data, last = series.ends.length - 1, unit = unitOf(Math.max(...series.total));
   const state = { at: series.peak };
   const find = (moment) => {
     const index = series.ends.findIndex((end) => moment < end);
@@ -255,7 +255,7 @@ export function showTimeline({ box, key, reading }, told, name) {
     reading.textContent = `${duration(series.ends[at])}: ${size(series.total[at], unit)} = ${parts.map(([kind, bytes]) => `${kind} ${inUnit(bytes, unit)}`).join(" + ")}`;
   };
   const label = `Memory over one step of ${name}; arrow keys move along the step, the table has the numbers`;
-  place(box, (width) => follow(timeline(told, { width, label }), { last, state, find, read }));
+  place(box, (width) => follow(timeline(data, { width, label }), { last, state, find, read }));
   reading.textContent = HOW;
   key.replaceChildren(...legend(series.kinds.map((kind) => [kind.label, kindColour(kind.name)])));
 }
@@ -271,7 +271,7 @@ function deed({ what, first, last }, kinds) {
   return first === null ? label : `${label} micro-batch${first === last ? ` ${first}` : `es ${first} to ${last}`}`;
 }
 
-// `told`: {seconds, kinds, lanes: [{name, kind, bars: [{what, begin, end, first, last}]}]}, a lane for each device and each link of a
+// `data`: {seconds, kinds, lanes: [{name, kind, bars: [{what, begin, end, first, last}]}]}, a lane for each device and each link of a
 // fleet, over one step, or over what is left of it at `from`. The cursor stands at one of `moments`.
 export function lanes({ seconds: whole, kinds, lanes: shown }, { width, label, moments, from = 0 }) {
   const tops = [];
@@ -287,8 +287,8 @@ export function lanes({ seconds: whole, kinds, lanes: shown }, { width, label, m
     const group = svg("g", { "data-lane": name }, svg("text", { class: "lane-name", x: EDGE, y: tops[i] - 4 }, name));
     for (const bar of bars.filter(({ end }) => end > from)) {
       const left = x(Math.max(from, bar.begin)), wide = Math.max(1, x(bar.end) - left), number = bar.first === null || bar.first !== bar.last ? "" : `${bar.first}`;
-      const told = `${name} ${deed(bar, kinds)}: ${duration(bar.begin)} to ${duration(bar.end)}`;
-      group.append(svg("rect", { class: "bar-mark", "data-what": bar.what, x: left.toFixed(1), y: tops[i], width: wide.toFixed(1), height: LANE[kind], fill: doingColour(bar.what) }, svg("title", {}, told)));
+      const text = `${name} ${deed(bar, kinds)}: ${duration(bar.begin)} to ${duration(bar.end)}`;
+      group.append(svg("rect", { class: "bar-mark", "data-what": bar.what, x: left.toFixed(1), y: tops[i], width: wide.toFixed(1), height: LANE[kind], fill: doingColour(bar.what) }, svg("title", {}, text)));
       if (number && wide > 8 + 7 * number.length) group.append(svg("text", { class: "bar-name", x: (left + wide / 2).toFixed(1), y: tops[i] + LANE[kind] / 2 + 4, "text-anchor": "middle" }, number));
     }
     picture.append(group);
@@ -299,26 +299,26 @@ export function lanes({ seconds: whole, kinds, lanes: shown }, { width, label, m
 
 // The lanes of a fleet's step with their legend and a cursor, which goes from one change to the next; `reading` tells what is done there.
 // A short exchange is drawn once more, enlarged, in a second box.
-export function showLanes({ boxes: [box, enlarged], key, reading }, told, name) {
+export function showLanes({ boxes: [box, enlarged], key, reading }, data, name) {
   const what = "What each device and each link does in";
   draw(box, 0, `${what} one step of ${name}`);
-  enlarged.parentElement.hidden = told.exchange === null;
-  if (told.exchange !== null) draw(enlarged, told.exchange, `${what} the exchange of ${name}`);
+  enlarged.parentElement.hidden = data.exchange === null;
+  if (data.exchange !== null) draw(enlarged, data.exchange, `${what} the exchange of ${name}`);
   reading.textContent = HOW;
-  key.replaceChildren(...legend(told.kinds.map((kind) => [kind.label, doingColour(kind.name)])));
+  key.replaceChildren(...legend(data.kinds.map((kind) => [kind.label, doingColour(kind.name)])));
 
   function draw(where, from, title) {
-    const changes = told.lanes.flatMap(({ bars }) => bars.flatMap((bar) => [bar.begin, bar.end])).filter((moment) => moment > from);
+    const changes = data.lanes.flatMap(({ bars }) => bars.flatMap((bar) => [bar.begin, bar.end])).filter((moment) => moment > from);
     const moments = [...new Set([from, ...changes])].sort((a, b) => a - b), last = moments.length - 1, state = { at: 0 };
     const find = (moment) => {
       const index = moments.findIndex((next) => moment < next);
       return index < 0 ? last : Math.max(0, index - 1);
     };
     const read = (at) => {
-      const doing = told.lanes.flatMap((lane) => lane.bars.filter((bar) => bar.begin <= moments[at] && moments[at] < bar.end).map((bar) => `${lane.name} ${deed(bar, told.kinds)}`));
+      const doing = data.lanes.flatMap((lane) => lane.bars.filter((bar) => bar.begin <= moments[at] && moments[at] < bar.end).map((bar) => `${lane.name} ${deed(bar, data.kinds)}`));
       reading.textContent = `${duration(moments[at])}: ${doing.join("; ") || (at === last ? "the step is done" : "all wait")}`;
     };
     const label = `${title}; arrow keys move along the step, the table has the numbers`;
-    place(where, (width) => follow(lanes(told, { width, label, moments, from }), { last, state, find, read }));
+    place(where, (width) => follow(lanes(data, { width, label, moments, from }), { last, state, find, read }));
   }
 }

@@ -81,7 +81,7 @@ def compare(
     A fixed rule's gap is to the solver's bound at the same budget. A larger budget never gets a slower plan: where the
     search found nothing better, the smaller budget's plan stands. `progress` is called with (what, done, total),
     `solving` as the planner's own, `planned` with each plan as it is made (a smaller budget's may take its place at the
-    end). KeyboardInterrupt ends the comparison with the plans made so far, or passes where there are none. Raises
+    end). Ctrl-C ends the comparison with the plans made so far; where there are none, KeyboardInterrupt is raised. Raises
     InputError for unknown policies, budgets and time limits that are none, unknown devices, two devices of one name, or
     a profile that cannot change device.
     """
@@ -92,35 +92,35 @@ def compare(
     budgets, time_limit = [checked_budget(budget) for budget in budgets], checked_limit(time_limit)
     gap = checked_gap(gap)
     described = [find_device(device) if isinstance(device, str) else device for device in devices]
-    here = [profile if device is None else retarget(profile, device) for device in described]
-    profiles = [chosen(one, optimizer, max_grad_norm) for one in here]
-    planners = [planner_of(one) for one in profiles]
-    known = (SOLVER, *planners[0].policies())
-    nameable = (*known, *approximate_of(profiles[0]))
+    retargeted = [profile if device is None else retarget(profile, device) for device in described]
+    profiles = [chosen(device_profile, optimizer, max_grad_norm) for device_profile in retargeted]
+    planners = [planner_of(device_profile) for device_profile in profiles]
+    policies_known = (SOLVER, *planners[0].policies())
+    nameable = (*policies_known, *approximate_of(profiles[0]))
     refused = refused_of(profiles[0])
     for policy in policies or ():
         if policy in refused:
             raise InputError(refused[policy])
         if policy not in nameable:
             raise InputError(f"no policy is called {policy!r}; choose from {', '.join(nameable)}")
-    names = [one.device.name for one in profiles]
+    names = [device_profile.device.name for device_profile in profiles]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{name} is compared with itself; name each device once")
-    ordered, rules = sorted(set(budgets)), list(dict.fromkeys(known if policies is None else policies))
+    ordered, rules = sorted(set(budgets)), list(dict.fromkeys(policies_known if policies is None else policies))
     total = len(names) * len(ordered) * len(rules)
     plans: list[Plan] = []
-    what = "planning"
+    stage = "planning"
     for name, planner in zip(names, planners, strict=True):
         if len(names) > 1:
-            what = f"planning for {name}"
-        before = len(plans)
+            stage = f"planning for {name}"
+        plans_before = len(plans)
 
-        def tell(done: int, before: int = before, what: str = what) -> None:
+        def tell(done: int, plans_before: int = plans_before, stage: str = stage) -> None:
             if progress is not None:
-                progress(what, before + done, total)
+                progress(stage, plans_before + done, total)
 
-        table = _Table(
+        table = _ComparisonTable(
             planner=planner,
             budgets=ordered,
             policies=rules,
@@ -132,26 +132,26 @@ def compare(
         )
         try:
             table.fill()
-            made = table.monotone()
+            device_plans = table.monotone()
         except KeyboardInterrupt:
-            if not plans and not table.found:
+            if not plans and not table.compared:
                 raise
             return Comparison(devices=names, budgets=ordered, policies=rules, plans=plans + table.monotone())
-        plans += made
+        plans += device_plans
     if progress is not None:
-        progress(what, total, total)
+        progress(stage, total, total)
     return Comparison(devices=names, budgets=ordered, policies=rules, plans=plans)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cell:
+class _ComparedPlan:
     plan: Plan
     bound_seconds: float
     """lower bound on every plan of the class at the budget, as proven when the solver planned there"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Table:
+class _ComparisonTable:
     """The plans of one planner, that is, of one device: a cell for each budget and policy."""
 
     planner: Planner
@@ -164,75 +164,75 @@ class _Table:
     """called with the number of plans made so far"""
     solving: Progress | None
     planned: Callable[[Plan], None] | None
-    found: dict[tuple[int, str], _Cell] = field(default_factory=dict)
+    compared: dict[tuple[int, str], _ComparedPlan] = field(default_factory=dict)
 
     def fill(self) -> None:
         """Plan from the largest budget down, so that the columns of large budgets are known at small ones. After the
         first `TOGETHER` budgets a second process, forked from this one, plans the smaller half of the others.
         """
         downwards = self.budgets[::-1]
-        self._work(downwards[:TOGETHER])
-        half = (len(downwards) + TOGETHER + 1) // 2
-        here, there = downwards[TOGETHER:half], downwards[half:]
-        if not there or SOLVER not in self.policies or not can_be_copied():
-            self._work(downwards[TOGETHER:])
+        self._plan_budgets(downwards[:TOGETHER])
+        middle = (len(downwards) + TOGETHER + 1) // 2
+        own_budgets, forked_budgets = downwards[TOGETHER:middle], downwards[middle:]
+        if not forked_budgets or SOLVER not in self.policies or not can_be_copied():
+            self._plan_budgets(downwards[TOGETHER:])
             return
-        with ForkedWorker(lambda: itertools.chain.from_iterable(map(self._cells, there))) as beside:
+        with ForkedWorker(lambda: itertools.chain.from_iterable(map(self._cells, forked_budgets))) as fork:
             try:
                 if our_cores() == 1:
                     # One after the other, so that each has the core while its time runs.
-                    self._wait(beside)
-                self._work(here, beside)
-                self._wait(beside)
+                    self._wait(fork)
+                self._plan_budgets(own_budgets, fork)
+                self._wait(fork)
             except KeyboardInterrupt:
-                # What is made from now on nobody waits for.
-                for other in beside.arrived(SENDING, until=time.monotonic()):
-                    self._note(other)
+                # Take what has arrived; nobody waits for what the fork still makes.
+                for cell in fork.arrived(SENDING, until=time.monotonic()):
+                    self._add(cell)
                 raise
-        # What failed there fails here again, and says why.
-        self._work(there)
+        # Plan what the fork could not, so that its error is raised here.
+        self._plan_budgets(forked_budgets)
 
-    def _work(self, budgets: Sequence[int], beside: ForkedWorker[_Cell] | None = None) -> None:
+    def _plan_budgets(self, budgets: Sequence[int], fork: ForkedWorker[_ComparedPlan] | None = None) -> None:
         for budget in budgets:
             for cell in self._cells(budget, solving=self.solving, tell=self.tell):
-                self._note(cell)
-                for other in beside.arrived() if beside is not None else ():
-                    self._note(other)
+                self._add(cell)
+                for forked_cell in fork.arrived() if fork is not None else ():
+                    self._add(forked_cell)
 
-    def _wait(self, beside: ForkedWorker[_Cell]) -> None:
-        self.tell(len(self.found))
-        for other in beside.arrived(patience=None):
-            self._note(other)
-            self.tell(len(self.found))
+    def _wait(self, fork: ForkedWorker[_ComparedPlan]) -> None:
+        self.tell(len(self.compared))
+        for cell in fork.arrived(patience=None):
+            self._add(cell)
+            self.tell(len(self.compared))
 
-    def _note(self, cell: _Cell) -> None:
-        self.found[cell.plan.budget_bytes, cell.plan.policy] = cell
+    def _add(self, cell: _ComparedPlan) -> None:
+        self.compared[cell.plan.budget_bytes, cell.plan.policy] = cell
         if self.planned is not None:
             self.planned(cell.plan)
 
     def _cells(
         self, budget: int, *, solving: Progress | None = None, tell: Callable[[int], None] | None = None
-    ) -> Iterator[_Cell]:
+    ) -> Iterator[_ComparedPlan]:
         """The plans at one budget that are not there yet, the solver's first: what it proves is what the gaps of fixed
         rules are to. `tell` comes before each.
         """
         planner, limit = self.planner, self.time_limit
-        known = self.found.get((budget, SOLVER))
-        solved = None if known is None else known.bound_seconds
+        solver_cell = self.compared.get((budget, SOLVER))
+        solver_bound = None if solver_cell is None else solver_cell.bound_seconds
         for policy in sorted(self.policies, key=lambda name: name != SOLVER):
-            if (budget, policy) in self.found:
+            if (budget, policy) in self.compared:
                 continue
             if tell is not None:
-                tell(len(self.found))
+                tell(len(self.compared))
             if policy == SOLVER:
-                made = planner.plan(budget, time_limit=limit, gap=self.gap, progress=solving)
-                bound = solved = planner.class_bound(made)
+                plan = planner.plan(budget, time_limit=limit, gap=self.gap, progress=solving)
+                bound = solver_bound = planner.class_bound(plan)
             else:
-                made = planner.plan(budget, policy=policy, time_limit=limit)
-                if solved is not None and made.status != "infeasible" and made.exact:
-                    made = rebudgeted(made, bound_seconds=solved)
-                bound = made.bound_seconds
-            yield _Cell(plan=made, bound_seconds=bound)
+                plan = planner.plan(budget, policy=policy, time_limit=limit)
+                if solver_bound is not None and plan.status != "infeasible" and plan.exact:
+                    plan = rebudgeted(plan, bound_seconds=solver_bound)
+                bound = plan.bound_seconds
+            yield _ComparedPlan(plan=plan, bound_seconds=bound)
             if planner.interrupted:
                 raise KeyboardInterrupt
 
@@ -241,61 +241,61 @@ class _Table:
         budget. Where none was found that fits, a larger budget's plan that does fit takes its place; where none does,
         the smallest budget stated is the smallest that any of the policy's plans knows of.
         """
-        plans = {cell: found.plan for cell, found in self.found.items()}
+        plans = {cell: compared.plan for cell, compared in self.compared.items()}
         for policy in self.policies:
-            mine = {budget: plan for (budget, name), plan in plans.items() if name == policy}
-            budgets = [budget for budget in self.budgets if budget in mine]
-            _fitting(mine, budgets)
-            self._none_slower(mine, budgets, policy)
-            _one_smallest(mine, budgets)
-            plans |= {(budget, policy): plan for budget, plan in mine.items()}
+            by_budget = {budget: plan for (budget, name), plan in plans.items() if name == policy}
+            budgets = [budget for budget in self.budgets if budget in by_budget]
+            _fitting(by_budget, budgets)
+            self._none_slower(by_budget, budgets, policy)
+            _one_smallest(by_budget, budgets)
+            plans |= {(budget, policy): plan for budget, plan in by_budget.items()}
         return [plans[cell] for cell in itertools.product(self.budgets, self.policies) if cell in plans]
 
-    def _none_slower(self, mine: dict[int, Plan], budgets: Sequence[int], policy: str) -> None:
+    def _none_slower(self, by_budget: dict[int, Plan], budgets: Sequence[int], policy: str) -> None:
         """Replace a plan by that of a smaller budget where the latter is faster."""
         best: Plan | None = None
         for budget in budgets:
-            here = mine[budget]
-            if here.status == "infeasible":
+            plan = by_budget[budget]
+            if plan.status == "infeasible":
                 continue
-            if best is not None and best.step_seconds < here.step_seconds:
-                here = mine[budget] = rebudgeted(
+            if best is not None and best.step_seconds < plan.step_seconds:
+                plan = by_budget[budget] = rebudgeted(
                     best,
                     budget_bytes=budget,
-                    bound_seconds=self.found[budget, policy].bound_seconds,
-                    any_bound=here.any_schedule_bound_seconds,
+                    bound_seconds=self.compared[budget, policy].bound_seconds,
+                    any_bound=plan.any_schedule_bound_seconds,
                 )
-            best = here
+            best = plan
 
 
-def _fitting(mine: dict[int, Plan], budgets: Sequence[int]) -> None:
+def _fitting(by_budget: dict[int, Plan], budgets: Sequence[int]) -> None:
     """Where a policy's search found no plan, take the fastest of its plans at other budgets that fits."""
-    made = [plan for plan in mine.values() if plan.status != "infeasible"]
+    feasible_plans = [plan for plan in by_budget.values() if plan.status != "infeasible"]
     for budget in budgets:
-        here = mine[budget]
-        fitting = [plan for plan in made if plan.peak_bytes <= budget]
-        if here.status == "infeasible" and fitting:
+        current = by_budget[budget]
+        fitting = [plan for plan in feasible_plans if plan.peak_bytes <= budget]
+        if current.status == "infeasible" and fitting:
             fastest = min(fitting, key=lambda plan: plan.step_seconds)
             # A lower bound at a larger budget is one at this budget too.
-            any_bound = max(here.any_schedule_bound_seconds, fastest.any_schedule_bound_seconds)
-            mine[budget] = rebudgeted(fastest, budget_bytes=budget, any_bound=any_bound)
+            any_bound = max(current.any_schedule_bound_seconds, fastest.any_schedule_bound_seconds)
+            by_budget[budget] = rebudgeted(fastest, budget_bytes=budget, any_bound=any_bound)
 
 
-def _one_smallest(mine: dict[int, Plan], budgets: Sequence[int]) -> None:
+def _one_smallest(by_budget: dict[int, Plan], budgets: Sequence[int]) -> None:
     """State the same smallest budget in all infeasible plans of a policy: the smallest that any of
     its plans knows of.
     """
-    lowest = min(mine.values(), key=_enough, default=None)
+    lowest = min(by_budget.values(), key=_enough, default=None)
     for budget in budgets:
-        here = mine[budget]
-        if lowest is not None and here.status == "infeasible" and budget < _enough(lowest) < _enough(here):
+        plan = by_budget[budget]
+        if lowest is not None and plan.status == "infeasible" and budget < _enough(lowest) < _enough(plan):
             # The reason in this plan was about another smallest plan.
             update = {
                 "minimum_budget_bytes": _enough(lowest),
                 "minimum_budget_reason": None,
-                "deterministic": False if lowest.deterministic is False else here.deterministic,
+                "deterministic": False if lowest.deterministic is False else plan.deterministic,
             }
-            mine[budget] = sealed(here.model_copy(update=update))
+            by_budget[budget] = sealed(plan.model_copy(update=update))
 
 
 def _enough(plan: Plan) -> int:

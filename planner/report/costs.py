@@ -42,7 +42,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repeated:
+class RepeatedOperator:
     """An operator that runs again."""
 
     layer: str
@@ -52,7 +52,7 @@ class Repeated:
     seconds: float
 
 
-class Ledger:
+class CostLedger:
     """A plan's tensors and programs, and what its decisions cost."""
 
     def __init__(self, plan: Plan) -> None:
@@ -60,10 +60,10 @@ class Ledger:
         self.index = TensorIndex(plan)
         self.programs = {layer.name: layer.program for layer in plan.layers}
 
-    def repeated(self) -> list[Repeated]:
+    def repeated(self) -> list[RepeatedOperator]:
         """Operators of the training step that run again, in order."""
         return [
-            Repeated(
+            RepeatedOperator(
                 layer=layer,
                 program=self.programs[layer],
                 operator=self.index.operators[layer][position].target,
@@ -74,14 +74,14 @@ class Ledger:
 
     def _again(self) -> list[tuple[str, int]]:
         ran: set[tuple[str, int]] = set()
-        again = []
+        repeated = []
         for instruction in self._instructions():
             if isinstance(instruction, Run):
-                place = (instruction.layer, instruction.operator)
-                if place in ran:
-                    again.append(place)
-                ran.add(place)
-        return again
+                run = (instruction.layer, instruction.operator)
+                if run in ran:
+                    repeated.append(run)
+                ran.add(run)
+        return repeated
 
     def _instructions(self) -> Sequence[Instruction]:
         return [] if self.plan.train is None else self.plan.train.instructions
@@ -96,15 +96,15 @@ class Ledger:
         }
 
         def charge(name: str, **more: float) -> None:
-            before = costs.get(name) or Cost(kind=tensors[name].kind, bytes=tensors[name].bytes, decision=None)
-            costs[name] = replace(before, **{field: getattr(before, field) + extra for field, extra in more.items()})
+            cost = costs.get(name) or Cost(kind=tensors[name].kind, bytes=tensors[name].bytes, decision=None)
+            costs[name] = replace(cost, **{field: getattr(cost, field) + extra for field, extra in more.items()})
 
         for layer, position in self._again():
             names = self.index.outputs(layer, position)
             # The seconds of an operator with several outputs are charged to the first one decided to be recomputed, or
             # else to its first.
-            wanted = [name for name in names if plan.decisions.get(name) == "recomputed"]
-            charge((wanted or names)[0], recompute_seconds=self.index.operators[layer][position].seconds)
+            recomputed = [name for name in names if plan.decisions.get(name) == "recomputed"]
+            charge((recomputed or names)[0], recompute_seconds=self.index.operators[layer][position].seconds)
         device = plan.device
         for instruction in self._instructions():
             match instruction:
@@ -122,20 +122,20 @@ class Ledger:
         """Bytes of every tensor resident while `instruction` runs, those that it makes and those that it frees
         included.
         """
-        there = dict.fromkeys(self.plan.resident)
-        for index, one in enumerate(phase.instructions[: instruction + 1]):
-            match one:
+        resident = dict.fromkeys(self.plan.resident)
+        for index, entry in enumerate(phase.instructions[: instruction + 1]):
+            match entry:
                 case Run(layer, operator):
-                    there |= dict.fromkeys(self.index.outputs(layer, operator))
+                    resident |= dict.fromkeys(self.index.outputs(layer, operator))
                 case Read(weight):
-                    there[f"packed:{weight}"] = None
+                    resident[f"packed:{weight}"] = None
                 case Unpack(name) | Fetch(name):
-                    there[name] = None
+                    resident[name] = None
                 case Accumulate(trainable):
-                    there[f"{SUM}{trainable}"] = None
+                    resident[f"{SUM}{trainable}"] = None
                 case Pass(above, below):
-                    del there[above]
-                    there[below] = None
+                    del resident[above]
+                    resident[below] = None
                 case Free(tensor) if index < instruction:
-                    del there[tensor]
-        return {name: self.index.tensors[name].bytes for name in there}
+                    del resident[tensor]
+        return {name: self.index.tensors[name].bytes for name in resident}

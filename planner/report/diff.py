@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tightfit.planner.report.costs import Cost, Ledger
+from tightfit.planner.report.costs import Cost, CostLedger
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 
@@ -24,7 +24,7 @@ class PlanChange:
     bytes: int
     before: str | None
     after: str | None
-    """both: the plan's decision; None where there was nothing to decide"""
+    """the decisions of the two plans; None where there was nothing to decide"""
     compute_seconds: float
     """seconds of the cores per step for recomputing or unpacking it, `after` minus `before`"""
     transfer_seconds: float
@@ -57,25 +57,25 @@ def diff(before: Plan, after: Plan) -> list[PlanChange]:
         raise InputError(
             f"plans of {before.model.name} and {after.model.name} have other layers; compare plans of one profile"
         )
-    old, new = Ledger(before).costs(), Ledger(after).costs()
-    nothing = {name: Cost(kind=cost.kind, bytes=cost.bytes, decision=None) for name, cost in (old | new).items()}
+    old, new = CostLedger(before).costs(), CostLedger(after).costs()
+    unspent = {name: Cost(kind=cost.kind, bytes=cost.bytes, decision=None) for name, cost in (old | new).items()}
     changes = []
-    for name, none in nothing.items():
-        a, b = old.get(name, none), new.get(name, none)
-        compute = b.compute_seconds - a.compute_seconds
-        transfer = transfer_seconds(b) - transfer_seconds(a)
-        if a.decision == b.decision and max(abs(compute), abs(transfer)) < LEAST_SECONDS:
+    for name, no_cost in unspent.items():
+        old_cost, new_cost = old.get(name, no_cost), new.get(name, no_cost)
+        compute = new_cost.compute_seconds - old_cost.compute_seconds
+        transfer = transfer_seconds(new_cost) - transfer_seconds(old_cost)
+        if old_cost.decision == new_cost.decision and max(abs(compute), abs(transfer)) < LEAST_SECONDS:
             continue
         changes.append(
             PlanChange(
                 name=name,
-                kind=none.kind,
-                bytes=none.bytes,
-                before=a.decision,
-                after=b.decision,
+                kind=no_cost.kind,
+                bytes=no_cost.bytes,
+                before=old_cost.decision,
+                after=new_cost.decision,
                 compute_seconds=compute,
                 transfer_seconds=transfer,
-                moved_bytes=b.read_bytes + b.write_bytes - a.read_bytes - a.write_bytes,
+                moved_bytes=new_cost.read_bytes + new_cost.write_bytes - old_cost.read_bytes - old_cost.write_bytes,
             )
         )
     return sorted(changes, key=lambda change: (-change.bytes, change.name))
@@ -87,20 +87,20 @@ def transfer_seconds(cost: Cost) -> float:
 
 def grouped(changes: Iterable[PlanChange]) -> list[ChangeGroup]:
     """Changes grouped by kind and decisions, the groups that concern most bytes first."""
-    sorts: dict[tuple[str, str | None, str | None], list[PlanChange]] = {}
+    by_sort: dict[tuple[str, str | None, str | None], list[PlanChange]] = {}
     for change in changes:
-        sorts.setdefault((change.kind, change.before, change.after), []).append(change)
+        by_sort.setdefault((change.kind, change.before, change.after), []).append(change)
     groups = [
         ChangeGroup(
             kind=kind,
             before=before,
             after=after,
-            tensors=len(found),
-            bytes=sum(change.bytes for change in found),
-            compute_seconds=sum(change.compute_seconds for change in found),
-            transfer_seconds=sum(change.transfer_seconds for change in found),
-            moved_bytes=sum(change.moved_bytes for change in found),
+            tensors=len(alike),
+            bytes=sum(change.bytes for change in alike),
+            compute_seconds=sum(change.compute_seconds for change in alike),
+            transfer_seconds=sum(change.transfer_seconds for change in alike),
+            moved_bytes=sum(change.moved_bytes for change in alike),
         )
-        for (kind, before, after), found in sorts.items()
+        for (kind, before, after), alike in by_sort.items()
     ]
     return sorted(groups, key=lambda group: -group.bytes)

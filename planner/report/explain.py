@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 
 from tightfit.planner.problem.device_forward import message_bytes, sent_tensors
-from tightfit.planner.report.costs import Cost, Ledger
+from tightfit.planner.report.costs import Cost, CostLedger
 from tightfit.planner.report.explanation import (
     Clipping,
     Explanation,
@@ -35,8 +35,8 @@ def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
 
     Names of tensors and operators come from the user: control characters in them are escaped for the terminal.
     """
-    told = account(plan) if explanation is None else explanation
-    return [printable(sentence) for sentence in (*caution(plan.device), *_sentences(plan, told))]
+    figures = account(plan) if explanation is None else explanation
+    return [printable(sentence) for sentence in (*caution(plan.device), *_sentences(plan, figures))]
 
 
 def verdict(plan: Plan) -> list[str]:
@@ -44,18 +44,18 @@ def verdict(plan: Plan) -> list[str]:
     return [printable(sentence) for sentence in (*caution(plan.device), *_verdict(plan))]
 
 
-def _sentences(plan: Plan, told: Explanation) -> list[str]:
+def _sentences(plan: Plan, explanation: Explanation) -> list[str]:
     if plan.status == "infeasible" or plan.train is None:
-        return _infeasible(plan, told.shortfall)
+        return _infeasible(plan, explanation.shortfall)
     return [
         *_verdict(plan),
         *_references(plan),
-        *_clipping(plan, told.clipping),
+        *_clipping(plan, explanation.clipping),
         *_decisions(plan),
-        *_peak(plan, told.peak),
-        *_recomputation(plan, told.recomputation),
-        *_busy(plan, told),
-        *_worth(plan, told.neighbours),
+        *_peak(plan, explanation.peak),
+        *_recomputation(plan, explanation.recomputation),
+        *_busy(plan, explanation),
+        *_worth(plan, explanation.neighbours),
     ]
 
 
@@ -73,37 +73,37 @@ def _verdict(plan: Plan) -> list[str]:
 
 def _rehearsal(plan: Plan) -> list[str]:
     """What carrying the plan out has shown, or that it was not; nothing of a bare graph, which cannot be carried out."""
-    found = plan.rehearsal
+    rehearsal = plan.rehearsal
     if plan.model.is_bare_graph:
         return []
-    if found is None:
+    if rehearsal is None:
         where = "" if plan.device.measured else f", since it is for {plan.device.name}"
         return [f"not rehearsed{where}: prediction and run were not yet brought together"]
-    beside = "" if found.judged else " beside other programs"
-    held = f"{format_size(found.held_bytes)} were held of {format_size(found.predicted_bytes)} predicted"
-    return [f"rehearsed: a step took {format_seconds(found.seconds)}{beside}, and {held}"]
+    beside = "" if rehearsal.judged else " beside other programs"
+    held = f"{format_size(rehearsal.held_bytes)} were held of {format_size(rehearsal.predicted_bytes)} predicted"
+    return [f"rehearsed: a step took {format_seconds(rehearsal.seconds)}{beside}, and {held}"]
 
 
-def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
+def _infeasible(plan: Plan, shortfall: Shortfall | None) -> list[str]:
     rule = None if plan.policy == "solver" else plan.policy
     who, its = ("no plan fits", "the") if rule is None else (f"the rule {rule} does not fit", "its")
     lines = [f"{who} {format_size(plan.budget_bytes)} for {words_of(plan.device, plan.model).whole}"]
-    smallest = plan.minimum_budget_bytes if why is None else why.minimum_budget_bytes
+    smallest = plan.minimum_budget_bytes if shortfall is None else shortfall.minimum_budget_bytes
     if smallest is not None:
-        found = " found so far" if plan.deterministic is False else ""
-        lines.append(f"{its} smallest feasible budget{found} is {format_size(smallest, round_up=True)}")
-    if why is None:
+        so_far = " found so far" if plan.deterministic is False else ""
+        lines.append(f"{its} smallest feasible budget{so_far} is {format_size(smallest, round_up=True)}")
+    if shortfall is None:
         reason = plan.minimum_budget_reason
         if reason and not has_phases(plan):
             reason = reason.replace(" (forward)", "", 1).replace(" (forward again)", " (run again)", 1)
         return [*lines, reason] if reason else lines
-    lines[-1] += f" ({smallest} bytes), {format_size(why.missing_bytes, round_up=True)} more"
+    lines[-1] += f" ({smallest} bytes), {format_size(shortfall.missing_bytes, round_up=True)} more"
     start = plan.device.floor.start_peak_bytes
     if plan.budget_bytes < start:
         lines.append(f"starting {words_of(plan.device).floor} alone reaches {format_size(start)}")
-    lines += _peak(plan, why.peak)
-    if why.remedies:
-        changes = ", ".join(f"{remedy.change} up to {format_size(remedy.saves_bytes)}" for remedy in why.remedies)
+    lines += _peak(plan, shortfall.peak)
+    if shortfall.remedies:
+        changes = ", ".join(f"{remedy.change} up to {format_size(remedy.saves_bytes)}" for remedy in shortfall.remedies)
         lines.append(f"what would lower it: {changes}")
     return lines
 
@@ -171,8 +171,8 @@ def _references(plan: Plan) -> list[str]:
 def _clipping(plan: Plan, clipping: Clipping | None) -> list[str]:
     if clipping is None:
         return []
-    away = clipping.sum_bytes_on_disk
-    where = f", {format_size(away)} of them on {words_of(plan.device).elsewhere}" if away else ""
+    on_disk_bytes = clipping.sum_bytes_on_disk
+    where = f", {format_size(on_disk_bytes)} of them on {words_of(plan.device).elsewhere}" if on_disk_bytes else ""
     shared = f", shared by {plan.accumulate} steps" if plan.accumulate > 1 else ""
     sums = f"their sums take {format_size(clipping.sum_bytes)}{where}"
     adding = f"adding to them takes {format_seconds(clipping.adding_seconds)} of a step"
@@ -197,8 +197,8 @@ def _served(plan: Plan) -> str:
 
 def _comparison(plan: Plan) -> list[str]:
     """Which comparisons of a module's gradients with autograd were not made."""
-    told = plan.model.compared or ""
-    return [f"gradients of the module: {told}"] if told.startswith(NOT_COMPARED) else []
+    comparison = plan.model.compared or ""
+    return [f"gradients of the module: {comparison}"] if comparison.startswith(NOT_COMPARED) else []
 
 
 ENDS = {
@@ -257,8 +257,8 @@ def _phrase(totals: dict[str, tuple[int, int]], words: dict[str, str]) -> str:
 
 def _decisions(plan: Plan) -> list[str]:
     """What became of activations, weights and optimizer states: a sentence for each sort that the plan has."""
-    costs = Ledger(plan).costs()
-    away = words_of(plan.device).elsewhere
+    costs = CostLedger(plan).costs()
+    disk = words_of(plan.device).elsewhere
     phases = has_phases(plan)
     sorts: list[tuple[str, set[str], dict[str, str]]] = [
         (
@@ -267,7 +267,7 @@ def _decisions(plan: Plan) -> list[str]:
             {
                 "kept": "kept in memory",
                 "recomputed": "made again in the backward" if phases else "made again",
-                "offloaded": f"written to {away} and fetched",
+                "offloaded": f"written to {disk} and fetched",
             },
         ),
         (
@@ -276,13 +276,13 @@ def _decisions(plan: Plan) -> list[str]:
             {
                 "unpacked": "unpacked in memory all the time",
                 "packed": "in memory as 4-bit and unpacked before each use",
-                "streamed": f"read from {away} in every step",
+                "streamed": f"read from {disk} in every step",
             },
         ),
-        ("optimizer states", {"optimizer"}, {"kept": "kept in memory", "offloaded": f"on {away} between steps"}),
+        ("optimizer states", {"optimizer"}, {"kept": "kept in memory", "offloaded": f"on {disk} between steps"}),
     ]
     if any(cost.kind == "trainable" and cost.decision == "offloaded" for cost in costs.values()):
-        words = {"kept": "kept in memory", "offloaded": f"on {away} while no operator reads them"}
+        words = {"kept": "kept in memory", "offloaded": f"on {disk} while no operator reads them"}
         sorts.append(("values of what is trained", {"trainable"}, words))
     phrases = [(name, _phrase(_totals(costs, kinds), words)) for name, kinds, words in sorts]
     return [f"{name}: {phrase}" for name, phrase in phrases if phrase]
@@ -306,58 +306,58 @@ def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
             f"the peak is set by the start of {words_of(plan.device).floor}: it reaches {format_size(peak.bytes)},"
             f" {format_size(peak.start_bytes)} more than all that follows"
         )
-        what = f"the peak after that, {format_size(peak.bytes - peak.start_bytes)},"
+        subject = f"the peak after that, {format_size(peak.bytes - peak.start_bytes)},"
     else:
-        start, what = None, "the peak"
-    text = f"{what} is set {phase}by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
+        start, subject = None, "the peak"
+    text = f"{subject} is set {phase}by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
     return [text] if start is None else [start, text]
 
 
-def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:
-    if made_again is None or not made_again.operators:
+def _recomputation(plan: Plan, recomputation: Recomputation | None) -> list[str]:
+    if recomputation is None or not recomputation.operators:
         return []
     example: dict[str, str] = {}
     for layer in plan.layers:
         example.setdefault(layer.program, layer.name)
     dearest = ", ".join(
         f"{group.operator} {format_seconds(group.seconds)} ({group.runs} {'run' if group.runs == 1 else 'runs'} in {_layers(group.layers, example[group.program])})"
-        for group in made_again.operators[:3]
+        for group in recomputation.operators[:3]
     )
     text = (
-        f"making {_made(made_again)} again costs {format_seconds(made_again.seconds)}, {made_again.share:.1%} of the step;"
+        f"making {_made(recomputation)} again costs {format_seconds(recomputation.seconds)}, {recomputation.share:.1%} of the step;"
         f" dearest: {dearest}"
     )
-    if not made_again.layers_twice:
+    if not recomputation.layers_twice:
         return [text]
-    inputs = made_again.layer_inputs
+    inputs = recomputation.layer_inputs
     twice = (
-        f"{made_again.layers_twice} layers go forward twice, in runs, the second time just before their backward: {inputs} layer"
+        f"{recomputation.layers_twice} layers go forward twice, in runs, the second time just before their backward: {inputs} layer"
         f" {'input is' if inputs == 1 else 'inputs are'} made again instead of kept or moved"
     )
     return [text, twice]
 
 
-def _made(again: Recomputation) -> str:
+def _made(recomputation: Recomputation) -> str:
     """The bytes are those of the tensors: how much lower the peak is depends on which of them would
     lie there together.
     """
-    if again.tensors == 1:
-        return f"1 activation of {format_size(again.bytes)}"
-    return f"{again.tensors} activations of {format_size(again.bytes)} together"
+    if recomputation.tensors == 1:
+        return f"1 activation of {format_size(recomputation.bytes)}"
+    return f"{recomputation.tensors} activations of {format_size(recomputation.bytes)} together"
 
 
 def _layers(count: int, example: str) -> str:
     return example if count == 1 else f"{count} layers like {example}"
 
 
-def _busy(plan: Plan, told: Explanation) -> list[str]:
+def _busy(plan: Plan, explanation: Explanation) -> list[str]:
     moves = plan.train is not None and plan.train.write_bytes > 0
     if plan.model.is_bare_graph and not moves:
         return []
     where = words_of(plan.device).elsewhere
     parts = [
         f"{words} {use.share:.1%}" + (f" ({format_size(use.bytes)})" if use.name != "compute" else "")
-        for use in told.channels
+        for use in explanation.channels
         for words in [
             {"compute": "computing", "read": f"reading from {where}", "write": f"writing to {where}"}[use.name]
         ]
@@ -366,34 +366,34 @@ def _busy(plan: Plan, told: Explanation) -> list[str]:
     unpacking = f"{format_seconds(plan.train.unpack_seconds)} unpack weights, " if plan.train is not None else ""
     unpacking = "" if plan.model.is_bare_graph else unpacking
     return [
-        f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(told.waiting_seconds)} wait for transfers"
+        f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(explanation.waiting_seconds)} wait for transfers"
     ]
 
 
 def _worth(plan: Plan, neighbours: list[MarginalValue]) -> list[str]:
-    said = []
-    for worth in sorted(neighbours, key=lambda worth: -worth.change_bytes):
-        size = format_size(abs(worth.change_bytes))
-        change = f"{size} {'more' if worth.change_bytes > 0 else 'less'}"
-        if worth.budget_bytes >= 0:
-            change += f" ({format_size(worth.budget_bytes)})"
-        priced = "unknown" if worth.status else "no plan fits"
-        if worth.price_seconds is not None:
-            priced = _difference(worth.price_seconds, plan)
+    sentences = []
+    for neighbour in sorted(neighbours, key=lambda neighbour: -neighbour.change_bytes):
+        size = format_size(abs(neighbour.change_bytes))
+        change = f"{size} {'more' if neighbour.change_bytes > 0 else 'less'}"
+        if neighbour.budget_bytes >= 0:
+            change += f" ({format_size(neighbour.budget_bytes)})"
+        priced = "unknown" if neighbour.status else "no plan fits"
+        if neighbour.price_seconds is not None:
+            priced = _difference(neighbour.price_seconds, plan)
         floor = plan.device.floor.held_bytes
-        if worth.budget_bytes <= floor:
-            alone = f", {words_of(plan.device).floor} alone take {format_size(floor)}" if floor else ""
-            said.append(f"{change}: no plan fits{alone}")
-        elif worth.status is None:
-            said.append(f"{change}: {priced}, by the model's prices ({spelled('what_if', True)} plans it)")
-        elif worth.step_seconds is None:
-            said.append(f"{change}: no plan fits, as planning again shows")
+        if neighbour.budget_bytes <= floor:
+            floor_alone = f", {words_of(plan.device).floor} alone take {format_size(floor)}" if floor else ""
+            sentences.append(f"{change}: no plan fits{floor_alone}")
+        elif neighbour.status is None:
+            sentences.append(f"{change}: {priced}, by the model's prices ({spelled('what_if', True)} plans it)")
+        elif neighbour.step_seconds is None:
+            sentences.append(f"{change}: no plan fits, as planning again shows")
         else:
-            planned = _difference(worth.step_seconds - plan.step_seconds, plan)
-            said.append(
-                f"{change}: {format_seconds(worth.step_seconds)} per step, {planned}, as planning again shows (by the model's prices: {priced})"
+            planned = _difference(neighbour.step_seconds - plan.step_seconds, plan)
+            sentences.append(
+                f"{change}: {format_seconds(neighbour.step_seconds)} per step, {planned}, as planning again shows (by the model's prices: {priced})"
             )
-    return said
+    return sentences
 
 
 def _difference(seconds: float, plan: Plan) -> str:

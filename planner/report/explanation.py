@@ -15,7 +15,7 @@ from pydantic import Field
 from tightfit.planner.instructions import Run
 from tightfit.planner.problem.clipping import accumulate_seconds
 from tightfit.planner.problem.step_graph import SUM
-from tightfit.planner.report.costs import Cost, Ledger
+from tightfit.planner.report.costs import Cost, CostLedger
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.schema import FrozenRecord
@@ -52,7 +52,7 @@ class PeakAccount(FrozenRecord):
     tensors: dict[str, int] = Field(description="the largest tensors resident there, bytes")
 
 
-class Recomputed(FrozenRecord):
+class RecomputedGroup(FrozenRecord):
     """Operators of one kind that run again."""
 
     layers: int = Field(description="how many layers they belong to")
@@ -67,7 +67,7 @@ class Recomputation(FrozenRecord):
     share: float = Field(description="of the step")
     tensors: int = Field(description="activations that are dropped and made again")
     bytes: int = Field(description="of these: what keeping them all would take")
-    operators: list[Recomputed] = Field(description="by kind of layer and operator, dearest first")
+    operators: list[RecomputedGroup] = Field(description="by kind of layer and operator, dearest first")
     by_layer: dict[str, float] = Field(description="layer -> seconds, in forward order")
     layer_inputs: int = Field(0, description="of the tensors: those that one layer makes for another")
     layers_twice: int = Field(0, description="layers that go forward again, in runs, before a later one's backward")
@@ -146,7 +146,7 @@ def account(plan: Plan) -> Explanation:
     """Peak, recomputation and channels of a plan that has a schedule; empty for one that has none."""
     if plan.train is None:
         return Explanation()
-    ledger = Ledger(plan)
+    ledger = CostLedger(plan)
     costs = ledger.costs()
     return Explanation(
         peak=peak_account(plan, ledger),
@@ -187,7 +187,7 @@ def explanation_of(planner: Planner, plan: Plan, *, time_limit: float) -> Explan
 
 def shortfall(plan: Plan, smallest: Plan) -> Explanation:
     """Why `plan` is infeasible, from the plan of the smallest budget of the same profile and policy."""
-    ledger = Ledger(smallest)
+    ledger = CostLedger(smallest)
     peak = peak_account(smallest, ledger)
     return Explanation(
         shortfall=Shortfall(
@@ -216,12 +216,12 @@ def peak_text(plan: Plan, phase: Phase) -> str:
     return text.removesuffix(" (forward)").replace(" (forward again)", " (run again)")
 
 
-def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
+def peak_account(plan: Plan, ledger: CostLedger) -> PeakAccount:
     """What sets the peak of a plan with a schedule."""
     name, phase = _fullest(plan)
-    at = phase.peak.instruction
-    layer, operator = _runs(phase, at, ledger)
-    resident = ledger.resident_at(phase, at)
+    index = phase.peak.instruction
+    layer, operator = _runs(phase, index, ledger)
+    resident = ledger.resident_at(phase, index)
     by_kind: dict[str, int] = defaultdict(int)
     for tensor, size in resident.items():
         by_kind[ledger.index.tensors[tensor].kind] += size
@@ -229,7 +229,7 @@ def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
     floor = plan.device.floor.held_bytes
     return PeakAccount(
         phase=name,
-        instruction=at,
+        instruction=index,
         text=peak_text(plan, phase),
         layer=layer,
         operator=operator,
@@ -244,7 +244,7 @@ def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
     )
 
 
-def _runs(phase: Phase, instruction: int, ledger: Ledger) -> tuple[str | None, str | None]:
+def _runs(phase: Phase, instruction: int, ledger: CostLedger) -> tuple[str | None, str | None]:
     """Layer and operator that run at the instruction, where it runs any."""
     if 0 <= instruction < len(phase.instructions):
         match phase.instructions[instruction]:
@@ -253,7 +253,7 @@ def _runs(phase: Phase, instruction: int, ledger: Ledger) -> tuple[str | None, s
     return None, None
 
 
-def _recomputation(plan: Plan, train: Phase, ledger: Ledger, costs: dict[str, Cost]) -> Recomputation:
+def _recomputation(plan: Plan, train: Phase, ledger: CostLedger, costs: dict[str, Cost]) -> Recomputation:
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     layers: dict[tuple[str, str], set[str]] = defaultdict(set)
     by_layer: dict[str, float] = defaultdict(float)
@@ -263,9 +263,9 @@ def _recomputation(plan: Plan, train: Phase, ledger: Ledger, costs: dict[str, Co
         layers[key].add(run.layer)
         by_layer[run.layer] += run.seconds
     dropped = {name: cost.bytes for name, cost in costs.items() if cost.decision == "recomputed"}
-    shared = {name for layer in plan.layers for name in layer.bindings.values()}
+    bound_names = {name for layer in plan.layers for name in layer.bindings.values()}
     operators = [
-        Recomputed(layers=len(layers[key]), program=key[0], operator=key[1], runs=len(times), seconds=sum(times))
+        RecomputedGroup(layers=len(layers[key]), program=key[0], operator=key[1], runs=len(times), seconds=sum(times))
         for key, times in groups.items()
     ]
     return Recomputation(
@@ -275,7 +275,7 @@ def _recomputation(plan: Plan, train: Phase, ledger: Ledger, costs: dict[str, Co
         bytes=sum(dropped.values()),
         operators=sorted(operators, key=lambda group: -group.seconds),
         by_layer={name: by_layer[name] for name in ledger.programs if name in by_layer},
-        layer_inputs=len(shared & dropped.keys()),
+        layer_inputs=len(bound_names & dropped.keys()),
         layers_twice=0 if plan.model.is_bare_graph else len(rerun_layers(plan)),
     )
 
@@ -306,28 +306,28 @@ def _share(seconds: float, train: Phase) -> float:
     return seconds / train.seconds if train.seconds else 0.0
 
 
-def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
+def _remedies(plan: Plan, ledger: CostLedger, peak: PeakAccount) -> list[Remedy]:
     """Estimates of what half the batch, half the sequence or half the adapter's rank would save at the peak."""
     _, phase = _fullest(plan)
     trained = set(ledger.index.of_kind("trainable"))
     tables = [tensor.name for tensor in plan.tensors if tensor.movable]
-    whatever = (".lora_magnitude_vector.weight", *tables)  # as large whatever the rank
+    same_at_any_rank = (".lora_magnitude_vector.weight", *tables)  # as large whatever the rank
     by_tokens = by_rank = 0
     for name, size in ledger.resident_at(phase, peak.instruction).items():
         kind = ledger.index.tensors[name].kind
         if kind in ("trainable", "optimizer") or name.removeprefix("grad:") in trained:
-            by_rank += 0 if name.endswith(whatever) else size
+            by_rank += 0 if name.endswith(same_at_any_rank) else size
         elif kind in ("activation", "gradient", "batch"):
             by_tokens += size
     rank = int((plan.model.lora or {}).get("rank", 1))
-    found = []
-    for whole, size, words in (
+    remedies = []
+    for amount, size, phrase in (
         (plan.batch, by_tokens, "a batch of {}"),
         (plan.seq or 1, by_tokens, "a sequence of {} tokens"),
         (rank, by_rank, "a LoRA rank of {}"),
     ):
-        half = whole // 2
-        saved = size * (whole - half) // whole if whole > 1 else 0
+        halved = amount // 2
+        saved = size * (amount - halved) // amount if amount > 1 else 0
         if saved:
-            found.append(Remedy(change=f"{words.format(half)} instead of {whole}", saves_bytes=saved))
-    return sorted(found, key=lambda remedy: -remedy.saves_bytes)
+            remedies.append(Remedy(change=f"{phrase.format(halved)} instead of {amount}", saves_bytes=saved))
+    return sorted(remedies, key=lambda remedy: -remedy.saves_bytes)

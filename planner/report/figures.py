@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.planner.report.memory_categories import (
-    Bucket,
     MemoryBand,
-    buckets,
+    TimelineSlice,
     budgets_of,
     devices_of,
     feasible,
     in_use,
     kinds_of,
     policies_of,
+    timeline_slices,
 )
 from tightfit.planner.schema import Plan
 from tightfit.profiles.devices.words import words_of
@@ -60,15 +60,15 @@ def draw_curve(plans: Sequence[Plan], path: str | os.PathLike[str]) -> Path:
 def _draw_device(axes: Axes, plans: Sequence[Plan], *, titled: bool) -> None:
     unit = unit_of(budgets_of(plans)[-1])
     for slot, policy in enumerate(policies_of(plans)):
-        mine = sorted((p for p in plans if p.policy == policy), key=lambda plan: plan.budget_bytes)
-        fits = [plan for plan in mine if feasible(plan)]
+        policy_plans = sorted((p for p in plans if p.policy == policy), key=lambda plan: plan.budget_bytes)
+        fits = [plan for plan in policy_plans if feasible(plan)]
         colour = COLOURS[slot % len(COLOURS)]
-        places = [plan.budget_bytes / unit.size for plan in fits]
-        axes.plot(places, [plan.step_seconds for plan in fits], "-o", color=colour, markersize=5, label=policy)
+        budgets = [plan.budget_bytes / unit.size for plan in fits]
+        axes.plot(budgets, [plan.step_seconds for plan in fits], "-o", color=colour, markersize=5, label=policy)
         if policy == "solver" and fits:
             bounds = [plan.bound_seconds for plan in fits]
-            axes.plot(places, bounds, ":", color=SOFT, label="proven bound of the solver's class")
-        misfits = [plan.budget_bytes / unit.size for plan in mine if not feasible(plan)]
+            axes.plot(budgets, bounds, ":", color=SOFT, label="proven bound of the solver's class")
+        misfits = [plan.budget_bytes / unit.size for plan in policy_plans if not feasible(plan)]
         # Just above the axis, each policy in a row of its own.
         height = 0.025 + 0.04 * slot
         axes.plot(misfits, [height] * len(misfits), "x", color=colour, transform=axes.get_xaxis_transform())
@@ -96,16 +96,16 @@ def draw_timeline(
     `measured` are (instruction, resident bytes of the process) samples, drawn where the plan has the instruction;
     `measured_peak` is the kernel's high-water mark of the run in bytes. Raises InputError where the plan has no timeline to draw.
     """
-    shown = buckets(plan.timeline, SLICES)
-    if not shown:
+    slices = timeline_slices(plan.timeline, SLICES)
+    if not slices:
         raise InputError(f"a plan that is {plan.status} at {format_size(plan.budget_bytes)} has no timeline to draw")
     figure, (axes,) = _canvas(11.0, 4.8)
-    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
-    peak = max(shown, key=lambda bucket: in_use(bucket.point))
-    top = max(*(bucket.point.bytes for bucket in shown), plan.peak_bytes, measured_peak or 0) / MIB
+    kinds = kinds_of((slice_.point for slice_ in slices), plan.device.kind)
+    peak = max(slices, key=lambda slice_: in_use(slice_.point))
+    top = max(*(slice_.point.bytes for slice_ in slices), plan.peak_bytes, measured_peak or 0) / MIB
     capped = plan.budget_bytes / MIB <= 1.7 * top
     top = max(top, plan.budget_bytes / MIB if capped else 0.0) * 1.06
-    _stack(axes, shown, kinds, top)
+    _stack(axes, slices, kinds, top)
     if capped:
         axes.axhline(plan.budget_bytes / MIB, color=WARN, linestyle="--", linewidth=1.4)
         axes.annotate(
@@ -135,8 +135,8 @@ def draw_timeline(
         label=f"predicted peak of the run, {format_size(plan.peak_bytes)}",
     )
     if measured:
-        places = [_predicted_seconds(plan, instruction) for instruction, _ in measured]
-        axes.plot(places, [size / MIB for _, size in measured], color=INK, linewidth=1.3, label="measured resident set")
+        times = [_predicted_seconds(plan, instruction) for instruction, _ in measured]
+        axes.plot(times, [size / MIB for _, size in measured], color=INK, linewidth=1.3, label="measured resident set")
     if measured_peak is not None:
         axes.axhline(
             measured_peak / MIB,
@@ -145,9 +145,9 @@ def draw_timeline(
             linewidth=1.2,
             label=f"measured peak of the run (VmHWM), {format_size(measured_peak)}",
         )
-    start = _axis_start(kinds, shown, top)
+    start = _axis_start(kinds, slices, top)
     axes.set_ylim(start, top)
-    axes.set_xlim(0, shown[-1].end)
+    axes.set_xlim(0, slices[-1].end)
     axes.set_xlabel("seconds into the step, as predicted")
     axes.set_ylabel("MiB, whole process" + (f" (axis starts at {start:.0f})" if start else ""))
     handles, labels = axes.get_legend_handles_labels()
@@ -158,9 +158,9 @@ def draw_timeline(
     return _save(figure, path)
 
 
-def _axis_start(kinds: Sequence[MemoryBand], shown: Sequence[Bucket], top: float) -> float:
+def _axis_start(kinds: Sequence[MemoryBand], slices: Sequence[TimelineSlice], top: float) -> float:
     """Where the axis begins, in MiB: zero, or just inside the floor where the floor would fill half of the picture."""
-    floor = min(bucket.point.by_kind.get("floor", 0) for bucket in shown) / MIB
+    floor = min(slice_.point.by_kind.get("floor", 0) for slice_ in slices) / MIB
     if floor < 0.4 * top or not kinds or kinds[0].name != "floor":
         return 0.0
     return max(0.0, floor - 0.12 * (top - floor)) // 10 * 10
@@ -168,8 +168,8 @@ def _axis_start(kinds: Sequence[MemoryBand], shown: Sequence[Bucket], top: float
 
 def _predicted_seconds(plan: Plan, instruction: int) -> float:
     """When the plan has `instruction` done; linear between the points of its timeline."""
-    places = [point.instruction for point in plan.timeline]
-    after = min(bisect.bisect_left(places, instruction), len(places) - 1)
+    instructions = [point.instruction for point in plan.timeline]
+    after = min(bisect.bisect_left(instructions, instruction), len(instructions) - 1)
     right = plan.timeline[after]
     if after == 0 or right.instruction <= instruction:
         return right.seconds
@@ -178,12 +178,12 @@ def _predicted_seconds(plan: Plan, instruction: int) -> float:
     return left.seconds + share * (right.seconds - left.seconds)
 
 
-def _stack(axes: Axes, shown: Sequence[Bucket], kinds: Sequence[MemoryBand], top: float) -> None:
-    edges = [bucket.start for bucket in shown] + [shown[-1].end]
-    rows = [[bucket.point.by_kind.get(kind.name, 0) / MIB for bucket in shown] for kind in kinds]
+def _stack(axes: Axes, slices: Sequence[TimelineSlice], kinds: Sequence[MemoryBand], top: float) -> None:
+    edges = [slice_.start for slice_ in slices] + [slices[-1].end]
+    rows = [[slice_.point.by_kind.get(kind.name, 0) / MIB for slice_ in slices] for kind in kinds]
     # A band too thin to be seen needs no line in the legend: matplotlib leaves labels with an underscore out.
     labels = [kind.label if max(row) > 0.002 * top else "_" for kind, row in zip(kinds, rows, strict=True)]
-    # A step holds from its bucket's start to its end: the last value is drawn twice.
+    # A value holds from its slice's start to its end: the last value is drawn twice.
     values = [[*row, row[-1]] for row in rows]
     axes.stackplot(edges, *values, step="post", colors=[kind.light for kind in kinds], labels=labels, linewidth=0)
 
@@ -196,8 +196,8 @@ def _canvas(width: float, height: float, *, rows: int = 1) -> tuple[Figure, list
 
     figure = Figure(figsize=(width, height * rows), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    found: list[Axes] = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
-    for axes in found:
+    all_axes: list[Axes] = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    for axes in all_axes:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         for side in ("left", "bottom"):
@@ -207,7 +207,7 @@ def _canvas(width: float, height: float, *, rows: int = 1) -> tuple[Figure, list
         axes.set_axisbelow(True)
         axes.xaxis.label.set_color(SOFT)
         axes.yaxis.label.set_color(SOFT)
-    return figure, found
+    return figure, all_axes
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:

@@ -15,14 +15,14 @@ from tightfit.planner.report.explain import explain, nearness
 from tightfit.planner.report.explanation import peak_text
 from tightfit.planner.report.html_diff import diff_section
 from tightfit.planner.report.memory_categories import (
-    Bucket,
-    buckets,
+    TimelineSlice,
     budgets_of,
     devices_of,
     feasible,
     kinds_of,
     peak_parts,
     policies_of,
+    timeline_slices,
 )
 from tightfit.planner.report.summary import adapter_words, update_words
 from tightfit.planner.report.templates import filled
@@ -53,11 +53,11 @@ def comparison_page(plans: Sequence[Plan]) -> str:
     )
     articles, timelines = [], []
     for plan in ordered:
-        shown = buckets(plan.timeline, SLICES)
-        if feasible(plan) and plan.train is not None and shown:
-            articles.append(_article(plan, shown))
+        slices = timeline_slices(plan.timeline, SLICES)
+        if feasible(plan) and plan.train is not None and slices:
+            articles.append(_article(plan, slices))
             peak = {"instruction": plan.train.peak.instruction, "text": peak_text(plan, plan.train)}
-            timelines.append({"series": series_of(plan, shown), "cap": plan.budget_bytes, "peak": peak})
+            timelines.append({"series": series_of(plan, slices), "cap": plan.budget_bytes, "peak": peak})
     by_device = [[plan for plan in plans if plan.device.name == device] for device in devices]
     where = plans[0].device.name if len(devices) == 1 else f"{len(devices)} devices"
     return filled(
@@ -67,9 +67,9 @@ def comparison_page(plans: Sequence[Plan]) -> str:
         policies=names,
         devices=devices,
         budgets=[{"bytes": budget, "text": format_size(budget)} for budget in budgets_of(plans)],
-        curves=[_curve(here, names) for here in by_device],
+        curves=[_curve(device_plans, names) for device_plans in by_device],
         plans=articles,
-        drawn={"curves": [curve_of(here, names) for here in by_device], "timelines": timelines},
+        drawn={"curves": [curve_of(device_plans, names) for device_plans in by_device], "timelines": timelines},
         diff=diff_section(ordered),
     )
 
@@ -79,7 +79,7 @@ def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
     device = plans[0].device
     return {
         "device": device.name,
-        "told": _device(plans[0]),
+        "device_text": _device(plans[0]),
         "counted": _counted(plans),
         "caution": caution(plans[0].device),
         "verdicts": verdicts(plans),
@@ -116,27 +116,27 @@ def describe(plan: Plan) -> str:
 
 def verdicts(plans: Sequence[Plan]) -> list[str]:
     """A sentence per budget of one device: the solver's step beside the best fixed rule that fits the same budget."""
-    said = []
+    sentences = []
     rules = [name for name in policies_of(plans) if name not in {"solver", MOBILLM, *APPROXIMATE}]
     for budget in budgets_of(plans):
-        here = {plan.policy: plan for plan in plans if plan.budget_bytes == budget}
-        solved = here.pop("solver", None)
+        fixed = {plan.policy: plan for plan in plans if plan.budget_bytes == budget}
+        solved = fixed.pop("solver", None)
         if solved is None or not feasible(solved):
             continue
         text = f"{format_size(budget)}: {format_seconds(solved.step_seconds)} per step, {nearness(solved, 'class')}"
-        said.append(f"{text}{_beside_rules(solved, here, [name for name in rules if name not in here])}.")
-    return said
+        sentences.append(f"{text}{_beside_rules(solved, fixed, [name for name in rules if name not in fixed])}.")
+    return sentences
 
 
-def _beside_rules(solved: Plan, here: Mapping[str, Plan], missing: Sequence[str]) -> str:
+def _beside_rules(solved: Plan, by_policy: Mapping[str, Plan], missing: Sequence[str]) -> str:
     """How the solver's step compares with the fixed rules planned for the same budget; `missing` were not, being
     interrupted.
     """
-    if not here:
+    if not by_policy:
         return f"; {', '.join(missing)} not planned" if missing else ""
-    fitting = [plan for plan in here.values() if feasible(plan)]
+    fitting = [plan for plan in by_policy.values() if feasible(plan)]
     exact = [plan for plan in fitting if plan.exact]
-    left = f" ({', '.join(missing)} not planned)" if missing else ""
+    unplanned = f" ({', '.join(missing)} not planned)" if missing else ""
     if exact:
         best = min(exact, key=lambda plan: plan.step_seconds)
         needs = (
@@ -144,21 +144,21 @@ def _beside_rules(solved: Plan, here: Mapping[str, Plan], missing: Sequence[str]
             if solved.step_seconds
             else format_seconds(best.step_seconds)
         )
-        return f"; {best.policy}, the fastest fixed rule that fits{left}, needs {needs}"
+        return f"; {best.policy}, the fastest fixed rule that fits{unplanned}, needs {needs}"
     if fitting:
         names = " and ".join(plan.policy for plan in fitting)
-        one = len(fitting) == 1
-        return f"; {names} {'fits' if one else 'fit'} but {'does' if one else 'do'} not follow the exact gradient, so {'its time is' if one else 'their times are'} no measure{left}"
-    return f"; no fixed rule compared here fits{left}"
+        single = len(fitting) == 1
+        return f"; {names} {'fits' if single else 'fit'} but {'does' if single else 'do'} not follow the exact gradient, so {'its time is' if single else 'their times are'} no measure{unplanned}"
+    return f"; no fixed rule compared here fits{unplanned}"
 
 
 def _rows(plans: Sequence[Plan], names: Sequence[str]) -> list[dict[str, Any]]:
-    by_place = {(plan.budget_bytes, plan.policy): plan for plan in plans}
+    by_cell = {(plan.budget_bytes, plan.policy): plan for plan in plans}
     rows = []
     for budget in budgets_of(plans):
-        here = [by_place.get((budget, name)) for name in names]
-        times = [plan.step_seconds for plan in here if plan and feasible(plan)]
-        rows.append({"budget": format_size(budget), "cells": [_cell(plan, min(times, default=0.0)) for plan in here]})
+        row = [by_cell.get((budget, name)) for name in names]
+        times = [plan.step_seconds for plan in row if plan and feasible(plan)]
+        rows.append({"budget": format_size(budget), "cells": [_cell(plan, min(times, default=0.0)) for plan in row]})
     return rows
 
 
@@ -171,9 +171,9 @@ def _cell(plan: Plan | None, best: float) -> dict[str, str]:
     return {"text": format_seconds(plan.step_seconds), "role": "best" if plan.step_seconds <= 1.005 * best else ""}
 
 
-def _article(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
+def _article(plan: Plan, slices: Sequence[TimelineSlice]) -> dict[str, Any]:
     assert plan.train is not None
-    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
+    kinds = kinds_of((slice_.point for slice_ in slices), plan.device.kind)
     unit = unit_of(plan.peak_bytes)
     return {
         "policy": plan.policy,
@@ -196,9 +196,9 @@ def _article(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
         "facts": facts(plan),
         "words": explain(plan),
         "moments": [
-            [f"{bucket.start:.{_decimals(plan.step_seconds)}f}", unit.amount(bucket.point.bytes)]
-            + [unit.amount(bucket.point.by_kind.get(kind.name, 0)) for kind in kinds]
-            for bucket in buckets(plan.timeline, MOMENTS)
+            [f"{slice_.start:.{_decimals(plan.step_seconds)}f}", unit.amount(slice_.point.bytes)]
+            + [unit.amount(slice_.point.by_kind.get(kind.name, 0)) for kind in kinds]
+            for slice_ in timeline_slices(plan.timeline, MOMENTS)
         ],
         "largest": [
             (tensor, unit.amount(size, 2))

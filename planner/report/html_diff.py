@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tightfit.planner.report.costs import Ledger
+from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.diff import ChangeGroup, PlanChange, diff, grouped, transfer_seconds
 from tightfit.planner.report.memory_categories import feasible
 from tightfit.planner.schema import Plan
@@ -25,19 +25,19 @@ def diff_section(plans: Sequence[Plan]) -> dict[str, Any] | None:
     Data: `names`, `kinds`, `bytes` of every tensor that any plan decides on or pays for, and per plan the `decisions`,
     `compute` and `transfer` microseconds and `moved` bytes in the same order.
     """
-    held = [plan for plan in plans if feasible(plan)]
-    if len(held) < 2:
+    fitting = [plan for plan in plans if feasible(plan)]
+    if len(fitting) < 2:
         return None
-    costs = [Ledger(plan).costs() for plan in held]
-    names = list(dict.fromkeys(name for found in costs for name in found))
-    facts = {name: cost for found in reversed(costs) for name, cost in found.items()}
-    several = len({plan.device.name for plan in held}) > 1
+    costs = [CostLedger(plan).costs() for plan in fitting]
+    names = list(dict.fromkeys(name for spent in costs for name in spent))
+    facts = {name: cost for spent in reversed(costs) for name, cost in spent.items()}
+    several = len({plan.device.name for plan in fitting}) > 1
     labels = [
         f"{plan.policy} at {format_size(plan.budget_bytes)}" + (f" on {plan.device.name}" if several else "")
-        for plan in held
+        for plan in fitting
     ]
-    first, second = _first_pair(held)
-    changes = diff(held[first], held[second])
+    first, second = _first_pair(fitting)
+    changes = diff(fitting[first], fitting[second])
     unit = unit_of(max((cost.bytes for cost in facts.values()), default=0))
     return {
         "labels": labels,
@@ -58,16 +58,16 @@ def diff_section(plans: Sequence[Plan]) -> dict[str, Any] | None:
             "bytes": [facts[name].bytes for name in names],
             "plans": [
                 {
-                    "decisions": [_code(found[name].decision) if name in found else -1 for name in names],
-                    "compute": [round(found[name].compute_seconds * 1e6, 1) if name in found else 0 for name in names],
+                    "decisions": [_code(spent[name].decision) if name in spent else -1 for name in names],
+                    "compute": [round(spent[name].compute_seconds * 1e6, 1) if name in spent else 0 for name in names],
                     "transfer": [
-                        round(transfer_seconds(found[name]) * 1e6, 1) if name in found else 0 for name in names
+                        round(transfer_seconds(spent[name]) * 1e6, 1) if name in spent else 0 for name in names
                     ],
                     "moved": [
-                        found[name].read_bytes + found[name].write_bytes if name in found else 0 for name in names
+                        spent[name].read_bytes + spent[name].write_bytes if name in spent else 0 for name in names
                     ],
                 }
-                for found in costs
+                for spent in costs
             ],
         },
     }

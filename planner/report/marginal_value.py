@@ -15,10 +15,10 @@ def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -
     """`explanation_of`; for a solver's plan also with the value of memory (`neighbours`), as far as `left` seconds
     allow.
     """
-    told = explanation_of(planner, plan, time_limit=time_limit)
+    explanation = explanation_of(planner, plan, time_limit=time_limit)
     if plan.status == "infeasible" or plan.policy != "solver" or left <= 0:
-        return told
-    return told.model_copy(update={"neighbours": neighbours(planner, plan, time_limit=left / 3)})
+        return explanation
+    return explanation.model_copy(update={"neighbours": neighbours(planner, plan, time_limit=left / 3)})
 
 
 def neighbours(
@@ -31,22 +31,22 @@ def neighbours(
     the floor is reported as infeasible.
     """
     step_bytes = step_bytes or planner.neighbour_bytes(plan.budget_bytes)
-    here = _bound(planner, plan.budget_bytes, time_limit)
-    found = []
+    own_bound = _bound(planner, plan.budget_bytes, time_limit)
+    values = []
     for change in (-step_bytes, step_bytes):
         budget = plan.budget_bytes + change
         if budget <= plan.device.floor.held_bytes:
-            found.append(_nothing(change, budget))
+            values.append(_nothing(change, budget))
             continue
-        if here is None:
+        if own_bound is None:
             continue
         try:
             bound = planner.bound(budget, time_limit=time_limit)
         except TimeoutError:
             continue
-        price = None if bound is None else bound - here
-        found.append(MarginalValue(change_bytes=change, budget_bytes=budget, bound_seconds=bound, price_seconds=price))
-    return found
+        price = None if bound is None else bound - own_bound
+        values.append(MarginalValue(change_bytes=change, budget_bytes=budget, bound_seconds=bound, price_seconds=price))
+    return values
 
 
 def what_if(
@@ -67,39 +67,39 @@ def what_if(
     priced = {
         worth.change_bytes: worth for worth in neighbours(planner, plan, step_bytes=step_bytes, time_limit=time_limit)
     }
-    found = []
+    values = []
     best = plan
     interrupted = False
     for change in (-step_bytes, step_bytes):
         budget = plan.budget_bytes + change
         if budget <= plan.device.floor.held_bytes:
-            found.append(_nothing(change, budget))
+            values.append(_nothing(change, budget))
             continue
         if interrupted:
             continue
-        made = planner.plan(budget, time_limit=time_limit, gap=gap, progress=progress)
+        planned = planner.plan(budget, time_limit=time_limit, gap=gap, progress=progress)
         interrupted = planner.interrupted
-        holds = made.status != "infeasible"
-        if holds and change < 0 and made.step_seconds < best.step_seconds:
+        holds = planned.status != "infeasible"
+        if holds and change < 0 and planned.step_seconds < best.step_seconds:
             best = rebudgeted(
-                made,
+                planned,
                 budget_bytes=plan.budget_bytes,
                 bound_seconds=plan.bound_seconds,
                 any_bound=plan.any_schedule_bound_seconds,
             )
-        if holds and change > 0 and made.step_seconds > best.step_seconds:
-            made = rebudgeted(
+        if holds and change > 0 and planned.step_seconds > best.step_seconds:
+            planned = rebudgeted(
                 best,
                 budget_bytes=budget,
-                bound_seconds=made.bound_seconds,
-                any_bound=made.any_schedule_bound_seconds,
+                bound_seconds=planned.bound_seconds,
+                any_bound=planned.any_schedule_bound_seconds,
             )
         known = priced.get(
             change, MarginalValue(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None)
         )
-        step = made.step_seconds if holds else None
-        found.append(known.model_copy(update={"step_seconds": step, "status": made.status}))
-    return best, found
+        step = planned.step_seconds if holds else None
+        values.append(known.model_copy(update={"step_seconds": step, "status": planned.status}))
+    return best, values
 
 
 def _nothing(change: int, budget: int) -> MarginalValue:

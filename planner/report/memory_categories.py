@@ -39,7 +39,7 @@ UNKNOWN = ("#77706a", "#9a938c")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bucket:
+class TimelineSlice:
     """One slice of the step, represented by its point with most bytes in use."""
 
     start: float
@@ -61,7 +61,7 @@ def kinds_of(timeline: Iterable[TimelinePoint], on: str = "cpu") -> list[MemoryB
     return known + [MemoryBand(name=name, label=name, light=UNKNOWN[0], dark=UNKNOWN[1]) for name in names]
 
 
-def buckets(timeline: Sequence[TimelinePoint], count: int) -> list[Bucket]:
+def timeline_slices(timeline: Sequence[TimelinePoint], count: int) -> list[TimelineSlice]:
     """At most `count` slices of equal length; each shows its fullest point, so that no peak is lost.
 
     A point holds from the end of the one before it to its own `seconds`. Slices that would repeat their neighbour are
@@ -77,19 +77,19 @@ def buckets(timeline: Sequence[TimelinePoint], count: int) -> list[Bucket]:
         # A point that ends on a slice's edge does not reach into the next slice.
         last = min(count - 1, max(first, int(point.seconds / length - 1e-9))) if length > 0 else 0
         for index in range(first, last + 1):
-            held = fullest[index]
-            if held is None or in_use(point) > in_use(held):
+            fullest_so_far = fullest[index]
+            if fullest_so_far is None or in_use(point) > in_use(fullest_so_far):
                 fullest[index] = point
         before = point.seconds
-    merged: list[Bucket] = []
-    for index, kept in enumerate(fullest):
-        if kept is None:
+    merged: list[TimelineSlice] = []
+    for index, top in enumerate(fullest):
+        if top is None:
             continue
         end = (index + 1) * length
-        if merged and merged[-1].point.by_kind == kept.by_kind and merged[-1].point.bytes == kept.bytes:
-            merged[-1] = Bucket(start=merged[-1].start, end=end, point=merged[-1].point)
+        if merged and merged[-1].point.by_kind == top.by_kind and merged[-1].point.bytes == top.bytes:
+            merged[-1] = TimelineSlice(start=merged[-1].start, end=end, point=merged[-1].point)
         else:
-            merged.append(Bucket(start=index * length, end=end, point=kept))
+            merged.append(TimelineSlice(start=index * length, end=end, point=top))
     # Exactly the step's end, despite rounding and where slices are so short that their length rounds to 0.
     merged[-1] = replace(merged[-1], end=timeline[-1].seconds)
     return merged
@@ -118,14 +118,14 @@ def peak_parts(plan: Plan) -> list[tuple[MemoryBand, int]]:
     beyond = max(0, plan.peak_bytes - plan.start_bytes - point.bytes)
     workspace = point.by_kind.get("workspace", 0)
     largest = min(workspace + beyond, max(workspace, plan.workspace_bytes))
-    held = {
+    by_kind = {
         **point.by_kind,
         "workspace": largest,
         "start": plan.start_bytes,
         "beyond": beyond - (largest - workspace),
     }
-    kinds = kinds_of([point.model_copy(update={"by_kind": held})], plan.device.kind)
-    return [(kind, held[kind.name]) for kind in kinds]
+    kinds = kinds_of([point.model_copy(update={"by_kind": by_kind})], plan.device.kind)
+    return [(kind, by_kind[kind.name]) for kind in kinds]
 
 
 def policies_of(plans: Iterable[Plan]) -> list[str]:

@@ -46,7 +46,7 @@ def plain_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[s
     return table
 
 
-class _Comparison:
+class _FittedTable:
     """A comparison's table; where it is wider than the terminal, cells and headings take several lines."""
 
     def __init__(self, plans: Sequence[Plan]) -> None:
@@ -60,35 +60,35 @@ class _Comparison:
     def _table(self, *, narrow: bool) -> Table:
         plans, device = self._plans, self._plans[0].device
         names = policies_of(plans)
-        needed = {
+        units = {
             unit_of(plan.minimum_budget_bytes).name
             for plan in plans
             if not feasible(plan) and plan.minimum_budget_bytes
         }
-        bare = needed.pop() if len(needed) == 1 else None if needed else "MiB"
+        unit = units.pop() if len(units) == 1 else None if units else "MiB"
         table = Table(
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             title=Text(
-                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step; or the smallest budget that would be enough{'' if bare is None else f', in {bare}'}"
+                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step; or the smallest budget that would be enough{'' if unit is None else f', in {unit}'}"
             ),
             title_justify="left",
             pad_edge=False,
         )
         for name in ["budget", *names]:
             table.add_column(name.replace("-", "-\n") if narrow else name, justify="right", overflow="fold")
-        by_place = {(plan.budget_bytes, plan.policy): plan for plan in plans}
+        by_cell = {(plan.budget_bytes, plan.policy): plan for plan in plans}
         for budget in budgets_of(plans):
-            here = [by_place.get((budget, name)) for name in names]
-            best = min((plan.step_seconds for plan in here if plan and feasible(plan)), default=0.0)
-            cells = [Text(format_size(budget)), *(_cell(plan, best, bare) for plan in here)]
+            row_plans = [by_cell.get((budget, name)) for name in names]
+            best = min((plan.step_seconds for plan in row_plans if plan and feasible(plan)), default=0.0)
+            cells = [Text(format_size(budget)), *(_cell(plan, best, unit) for plan in row_plans)]
             table.add_row(*(Text("\n").join(cell.split(" ")) if narrow else cell for cell in cells))
         return table
 
 
 def comparison_table(plans: Sequence[Plan]) -> RenderableType:
     """Seconds per step on one device, by budget and policy; where a budget is too small, the smallest that is enough."""
-    return _Comparison(plans)
+    return _FittedTable(plans)
 
 
 def peak_table(plan: Plan) -> Table:
@@ -116,14 +116,14 @@ def decision_counts(plan: Plan) -> dict[str, int]:
     return dict(Counter(plan.decisions.values()).most_common())
 
 
-def _cell(plan: Plan | None, best: float, bare: str | None) -> Text:
-    """`bare`: the unit that the heading names for all of the table."""
+def _cell(plan: Plan | None, best: float, unit: str | None) -> Text:
+    """`unit`: the one that the heading names for all of the table."""
     if plan is None:
         return Text("–")
     if not feasible(plan):
         smallest = plan.minimum_budget_bytes
         needed = (
-            f"needs {format_size(smallest, round_up=True).removesuffix(f' {bare}')}" if smallest else "does not fit"
+            f"needs {format_size(smallest, round_up=True).removesuffix(f' {unit}')}" if smallest else "does not fit"
         )
         if plan.ended_by == "time limit" and plan.policy == "solver":
             needed += " or less"

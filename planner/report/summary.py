@@ -95,8 +95,8 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
 
 def _weights(profile: Profile) -> list[Tensor]:
     """The weights, each once: the slices ``w[a:b]`` of one that rows are gathered from as well lie in the whole."""
-    found = {tensor.name: tensor for tensor in profile.tensors if tensor.kind == "weight"}
-    return [tensor for name, tensor in found.items() if "[" not in name or name.partition("[")[0] not in found]
+    weights = {tensor.name: tensor for tensor in profile.tensors if tensor.kind == "weight"}
+    return [tensor for name, tensor in weights.items() if "[" not in name or name.partition("[")[0] not in weights]
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -142,10 +142,10 @@ def fleet_summary(fleet: AnyFleet) -> dict[str, Any]:
 
 def unfinished_update(steps: int, accumulate: int) -> str | None:
     """Why a run of so many steps is refused where an update takes `accumulate`; None where it is not."""
-    left = steps % accumulate
-    if not left:
+    surplus = steps % accumulate
+    if not surplus:
         return None
-    nearest = steps - left or accumulate
+    nearest = steps - surplus or accumulate
     return f"an update takes {accumulate} steps, as profiled; give a multiple, for example {nearest}"
 
 

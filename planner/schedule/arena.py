@@ -60,14 +60,14 @@ def placed_items(
     length = len(train) + len(beside)
     every = _items(train, beside, tuple(resident), sizes)
     # Tensors that are resident all the time lie at the bottom, those of the widest alignment first.
-    whole = [item for item in every if sum(last - first + 1 for first, last in item.spans) >= length]
-    whole.sort(key=lambda item: (-item.alignment, item.name))
+    permanent = [item for item in every if sum(last - first + 1 for first, last in item.spans) >= length]
+    permanent.sort(key=lambda item: (-item.alignment, item.name))
     base = 0
-    for item in whole:
+    for item in permanent:
         item.offset = aligned(base, item.alignment)
         base = item.offset + item.size
-    inside = {id(item) for item in whole}
-    items = [item for item in every if id(item) not in inside]
+    placed = {id(item) for item in permanent}
+    items = [item for item in every if id(item) not in placed]
     height, offsets = pack(
         items, base, length, int(np.max(live_bytes(every, length), initial=0)), target, deadline, options
     )
@@ -123,15 +123,15 @@ def _items(
             items.append(item(name, [span], maker))
 
     for entries, base in ((train, 0), (beside, len(train))):
-        since = dict.fromkeys(resident, (base, -1))
+        open_spans = dict.fromkeys(resident, (base, -1))
         for index, entry in enumerate(entries, base):
             for name in made_by(entry):
-                if name not in since:
-                    since[name] = (index, index)
+                if name not in open_spans:
+                    open_spans[name] = (index, index)
             if entry.verb == "free":
-                start, maker = since.pop(entry.name)
+                start, maker = open_spans.pop(entry.name)
                 close(entry.name, (start, index), maker)
-        for name, (start, maker) in since.items():
+        for name, (start, maker) in open_spans.items():
             close(name, (start, base + len(entries) - 1), maker)
     assert all(item.spans[-1][1] < length or length == 0 for item in items if item.spans)
     return [item for item in items if item.size]

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tightfit.planner.problem.step_graph import ALIGNMENT
-from tightfit.planner.schedule.free_ranges import ENDLESS, Places, Range, gap, top_gap, united
+from tightfit.planner.schedule.free_ranges import ENDLESS, Range, TakenRanges, gap, top_gap, united
 from tightfit.planner.search_options import ALL, SearchOptions
 
 LONG = (1 / 64, 1 / 8, math.inf)
@@ -92,11 +92,11 @@ def pack(
     base: int,
     length: int,
     live: int,
-    most: int,
+    allowed: int,
     deadline: float = math.inf,
     options: SearchOptions = ALL,
 ) -> Packed:
-    """Offsets from `base` up such that the items end at byte `most` or lower, if such a packing is found; `most` 0: as
+    """Offsets from `base` up such that the items end at byte `allowed` or lower, if such a packing is found; `allowed` 0: as
     low as possible.
 
     If none is found the result is the lowest packing of the rules. `length`: number of entries; `live`: most bytes live at once, a lower bound on any height. Past
@@ -110,22 +110,22 @@ def pack(
         offsets, failed = _assign(items, order, base, length, below=below, tight=tight)
         if failed is None:
             best = _height(items, offsets, base), offsets
-            if best[0] <= max(most, live):
+            if best[0] <= max(allowed, live):
                 return best
     assert best is not None
     tried = set()
-    spread = (most or best[0]) - live
-    for share in (AIMS if most else LOWEST_AIMS) if options.packing else ():
+    spread = (allowed or best[0]) - live
+    for share in (AIMS if allowed else LOWEST_AIMS) if options.packing else ():
         goal = live + int(share * spread) // ALIGNMENT * ALIGNMENT
         if goal in tried:
             continue
         tried.add(goal)
         try:
-            found = by_groups(items, base, length, goal, deadline)
+            offsets_found = by_groups(items, base, length, goal, deadline)
         except TimeoutError:
             break
-        if found is not None:
-            return _height(items, found, base), found
+        if offsets_found is not None:
+            return _height(items, offsets_found, base), offsets_found
     return best
 
 
@@ -133,7 +133,7 @@ def _height(items: list[TensorLifetime], offsets: list[int], base: int) -> int:
     return max((offset + item.size for offset, item in zip(offsets, items)), default=base)
 
 
-def _life(item: TensorLifetime) -> int:
+def _lifetime(item: TensorLifetime) -> int:
     return sum(last - first + 1 for first, last in item.spans)
 
 
@@ -141,8 +141,8 @@ def _orders(items: list[TensorLifetime]) -> Iterable[tuple[list[int], bool]]:
     """Orders to try, each with lowest fit or (true) tightest fit: by size, by rough size and lifetime, by lifetime, by
     rough size and start, by size times the root of the lifetime.
     """
-    every = range(len(items))
-    life = [_life(item) for item in items]
+    indices = range(len(items))
+    life = [_lifetime(item) for item in items]
     size = [item.size for item in items]
     start = [item.spans[0][0] for item in items]
     keys: list[tuple[Callable[[int], tuple[float, ...]], bool]] = [
@@ -153,7 +153,7 @@ def _orders(items: list[TensorLifetime]) -> Iterable[tuple[list[int], bool]]:
         (lambda i: (-size[i] * math.sqrt(life[i]), start[i]), True),
     ]
     for key, tight in keys:
-        yield sorted(every, key=key), tight
+        yield sorted(indices, key=key), tight
 
 
 def _assign(
@@ -163,7 +163,7 @@ def _assign(
     spans. Returns the offsets, and the first item that would end at `below` or higher, at which placement stopped;
     None: all are placed.
     """
-    places = Places(length)
+    places = TakenRanges(length)
     offsets = [0] * len(items)
     for index in order:
         item = items[index]
@@ -176,7 +176,7 @@ def _assign(
     return offsets, None
 
 
-class _Ranks:
+class _PlacementOrder:
     """The order in which tensors are placed: by rank, the logarithm of the size, raised for tensors that found no place
     and changed a little by chance.
 
@@ -187,7 +187,7 @@ class _Ranks:
     def __init__(self, items: list[TensorLifetime], *, few: bool) -> None:
         self.few = few
         self.log_size = [math.log(item.size) for item in items]
-        self.life = [_life(item) for item in items]
+        self.life = [_lifetime(item) for item in items]
         self.alike = [(item.size, NUMBER.sub("", item.name)) for item in items]
         self.single = [(item.size, f"{number}") for number, item in enumerate(items)]
         self.kind = self.alike
@@ -230,18 +230,18 @@ def by_groups(
 
     Raises TimeoutError past `deadline`, on the monotonic clock.
     """
-    work, before = _work(items), -1
+    work, previous = _work(items), -1
     for share in LONG:
         if work <= 0:
             break
-        groups = _Groups(items, base, length, goal, share * length, work, deadline)
-        if len(groups.long) != before and groups.succeed():
+        groups = _GroupPacking(items, base, length, goal, share * length, work, deadline)
+        if len(groups.long) != previous and groups.succeed():
             return groups.offsets
-        work, before = groups.work, len(groups.long)
+        work, previous = groups.work, len(groups.long)
     return None
 
 
-class _Groups:
+class _GroupPacking:
     """The packing at one height, where a lifetime of `longest` entries or more counts as long."""
 
     def __init__(
@@ -254,16 +254,16 @@ class _Groups:
         self.deadline = deadline
         self.offsets = [0] * len(items)
         every = range(len(items))
-        life = [_life(item) for item in items]
+        life = [_lifetime(item) for item in items]
         self.long = [i for i in every if life[i] >= longest or len(items[i].spans) > 1]
         self.long.sort(key=lambda i: (-life[i], -items[i].size, i))
         lasting = set(self.long)
         self.brief = sorted((i for i in every if i not in lasting), key=lambda i: (items[i].spans[0][0], i))
         self.starts = [items[i].spans[0][0] for i in self.brief]
         self.longest_brief = max((life[i] for i in self.brief), default=0)
-        self.places = Places(length)
+        self.places = TakenRanges(length)
         """bytes taken by long-lived tensors"""
-        self.ranks = _Ranks(items, few=len(self.brief) <= FEW)
+        self.ranks = _PlacementOrder(items, few=len(self.brief) <= FEW)
 
     def succeed(self) -> bool:
         """Whether every tensor finds a place; `offsets` then say where."""
@@ -312,50 +312,50 @@ class _Groups:
     def _fill(self, number: int) -> bool:
         """Place a group, if need be together with some of the groups before it; whether that succeeds."""
         begin, end = self.cuts[number : number + 2]
-        taken = self._taken(begin, end)
+        taken = self._taken_ranges(begin, end)
         for turn in range(1, TRIES + 1):
             if self.work <= 0:
                 break
             if time.monotonic() > self.deadline:
                 raise TimeoutError
-            placed, failed = self._tried(taken)
+            placed, failed = self._try_order(taken)
             if failed is None:
                 for index, offset in placed.items():
                     self.offsets[index] = offset
                 return True
             if turn % BACK == 0 and begin:
                 begin = self.cuts[max(0, number - turn // BACK)]
-                taken = self._taken(begin, end)
+                taken = self._taken_ranges(begin, end)
             self.ranks.blame(failed, taken)
         return False
 
-    def _taken(self, begin: int, end: int) -> dict[int, list[Range]]:
+    def _taken_ranges(self, begin: int, end: int) -> dict[int, list[Range]]:
         """For each tensor of a stretch of `brief`: the bytes that long-lived tensors, and those placed before, take
         during its life.
         """
         group = self.brief[begin:end]
         first = bisect.bisect_left(self.starts, self.starts[begin] - self.longest_brief)
-        before = [(*self.items[i].spans[0], self.offsets[i], self.items[i].size) for i in self.brief[first:begin]]
+        placed = [(*self.items[i].spans[0], self.offsets[i], self.items[i].size) for i in self.brief[first:begin]]
         taken = {}
         for index in group:
             begins = self.items[index].spans[0][0]
-            there = [(low, low + size) for _, last, low, size in before if last >= begins]
-            taken[index] = united(self.places.taken(self.items[index].spans) + there)
+            overlapping = [(low, low + size) for _, last, low, size in placed if last >= begins]
+            taken[index] = united(self.places.taken(self.items[index].spans) + overlapping)
         return taken
 
-    def _tried(self, taken: dict[int, list[Range]]) -> tuple[dict[int, int], int | None]:
+    def _try_order(self, taken: dict[int, list[Range]]) -> tuple[dict[int, int], int | None]:
         """Place a group in the order of its ranks: the offsets, and the tensor at which that failed, or None."""
         placed: dict[int, int] = {}
-        lie: list[tuple[int, int, int, int]] = []
+        spans: list[tuple[int, int, int, int]] = []
         for index in self.ranks.order(taken):
             self.work -= 1
             item = self.items[index]
             begins, ends = item.spans[0]
-            near = taken[index] + [(low, high) for low, high, first, last in lie if first <= ends and last >= begins]
+            near = taken[index] + [(low, high) for low, high, first, last in spans if first <= ends and last >= begins]
             near.sort()
             offset = gap(near, self.base, item.size, item.alignment, tight=False)
             if offset + item.size > self.goal:
                 return placed, index
             placed[index] = offset
-            lie.append((offset, offset + item.size, begins, ends))
+            spans.append((offset, offset + item.size, begins, ends))
         return placed, None

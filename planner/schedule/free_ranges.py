@@ -14,7 +14,7 @@ Range = tuple[int, int]
 """[low, high) of bytes"""
 
 
-class Places:
+class TakenRanges:
     """Which bytes are taken when: a binary tree (a segment tree) over the entries, so that a query is cheap however
     long the step.
 
@@ -33,35 +33,35 @@ class Places:
 
     def taken(self, spans: list[tuple[int, int]]) -> list[Range]:
         """Ranges of bytes that are taken at any time of `spans`, sorted by their low end; they may overlap."""
-        found: list[Range] = []
-        above: set[int] = set()
+        ranges: list[Range] = []
+        seen_parents: set[int] = set()
         for first, last in spans:
             nodes, leaves = self._cover(first, last)
             for node in nodes:
-                found += self.ever[node]
+                ranges += self.ever[node]
             for leaf in leaves:
-                found += self.always[leaf + self.first_leaf]
-                found += [(low, high) for low, high, begin, end in self.parts[leaf] if begin <= last and end >= first]
+                ranges += self.always[leaf + self.first_leaf]
+                ranges += [(low, high) for low, high, begin, end in self.parts[leaf] if begin <= last and end >= first]
             for node in (*nodes, *(leaf + self.first_leaf for leaf in leaves)):
                 parent = node >> 1
-                while parent and parent not in above:
-                    above.add(parent)
-                    found += self.always[parent]
+                while parent and parent not in seen_parents:
+                    seen_parents.add(parent)
+                    ranges += self.always[parent]
                     parent >>= 1
-        found.sort()
-        return found
+        ranges.sort()
+        return ranges
 
     def add(self, low: int, high: int, first: int, last: int) -> None:
         """Take the bytes [low, high) from entry `first` to entry `last`, both included."""
         nodes, leaves = self._cover(first, last)
         for node in nodes:
-            _join(self.always[node], low, high)
+            _add_range(self.always[node], low, high)
         for leaf in leaves:
             self.parts[leaf].append((low, high, first, last))
         for node in (*nodes, *(leaf + self.first_leaf for leaf in leaves)):
             # A node that already has these bytes in `ever` has passed them on to its ancestors before.
             upward = node
-            while upward and _join(self.ever[upward], low, high):
+            while upward and _add_range(self.ever[upward], low, high):
                 upward >>= 1
 
     def _cover(self, first: int, last: int) -> tuple[list[int], list[int]]:
@@ -89,19 +89,19 @@ class Places:
         return nodes, leaves
 
 
-def _join(ranges: list[Range], low: int, high: int) -> bool:
+def _add_range(ranges: list[Range], low: int, high: int) -> bool:
     """Merge a range into sorted ranges that do not touch each other; whether it adds any bytes."""
-    at = bisect.bisect_right(ranges, (low, ENDLESS))
-    if at and ranges[at - 1][1] >= low:
-        at -= 1
-        if ranges[at][1] >= high:
+    index = bisect.bisect_right(ranges, (low, ENDLESS))
+    if index and ranges[index - 1][1] >= low:
+        index -= 1
+        if ranges[index][1] >= high:
             return False
-        low = ranges[at][0]
-    end = at
+        low = ranges[index][0]
+    end = index
     while end < len(ranges) and ranges[end][0] <= high:
         high = max(high, ranges[end][1])
         end += 1
-    ranges[at:end] = [(low, high)]
+    ranges[index:end] = [(low, high)]
     return True
 
 

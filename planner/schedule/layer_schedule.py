@@ -15,8 +15,8 @@ from tightfit.planner.instructions import Verb
 from tightfit.planner.problem.layer_figures import SCALE, LayerFigures
 from tightfit.planner.problem.layer_types import (
     LayerType,
-    Mode,
     TrainableUpdate,
+    WeightMode,
     compute_seconds,
     transfer_seconds,
     weight_uses,
@@ -35,7 +35,7 @@ class Decision:
 
     keep: frozenset[str]
     offload: frozenset[str]
-    weights: tuple[tuple[str, Mode], ...]
+    weights: tuple[tuple[str, WeightMode], ...]
     states: frozenset[str]
     """trainables whose optimizer state lies on disk between steps"""
 
@@ -93,12 +93,12 @@ def measure(kind: LayerType, decision: Decision) -> Column:
     apart = _seconds(kind, script.update)
     share = 1 / max(1, kind.apart)
     # An evaluation is the other schedule in which all layers are outside their windows of training.
-    beside = _peak(kind, script.update, outside) - kind.across_evaluate if script.update else 0
+    update_peak = _peak(kind, script.update, outside) - kind.across_evaluate if script.update else 0
     return Column(
         decision=decision,
         forward_peak=_peak(kind, script.forward, outside | kind.enters_forward),
         backward_peak=_peak(kind, script.backward, between | kind.enters_backward),
-        evaluate_peak=max(beside, _peak(kind, script.evaluate, outside | kind.enters_forward)),
+        evaluate_peak=max(update_peak, _peak(kind, script.evaluate, outside | kind.enters_forward)),
         between=sum(size_of(kind, name) for name in between),
         outside=sum(size_of(kind, name) for name in outside),
         forward_seconds=forward.compute,
@@ -176,27 +176,27 @@ class _Expansion:
 
     def _plan_backward(self) -> None:
         """Set the order of the backward window: each operator comes after the re-runs that its inputs need."""
-        there = set(self.decision.keep) | set(self.decision.offload)
+        available = set(self.decision.keep) | set(self.decision.offload)
         used: set[str] = set()
         self.order: list[int] = []
         self.again: list[int] = []
         for op in self.kind.backward:
-            wanted = [value for value in op.inputs if value in self.candidates]
-            group: set[int] = set()
-            while wanted:
-                value = wanted.pop()
+            needed = [value for value in op.inputs if value in self.candidates]
+            reruns: set[int] = set()
+            while needed:
+                value = needed.pop()
                 used.add(value)
-                if value in there:
+                if value in available:
                     continue
                 maker = self.producer[value]
                 assert maker.recomputable, f"{value} can neither be kept nor made again"
-                if maker.index not in group:
-                    group.add(maker.index)
-                    wanted.extend(v for v in maker.inputs if v in self.candidates)
-            for index in sorted(group):
+                if maker.index not in reruns:
+                    reruns.add(maker.index)
+                    needed.extend(v for v in maker.inputs if v in self.candidates)
+            for index in sorted(reruns):
                 self.again.append(index)
                 self.order.append(index)
-                there.update(self.operations[index].outputs)
+                available.update(self.operations[index].outputs)
             self.order.append(op.index)
         self.kept = frozenset(self.decision.keep & used)
         self.offloaded = frozenset(self.decision.offload & used)
@@ -206,12 +206,12 @@ class _Expansion:
             for value in [*op.inputs, *op.outputs, *op.weights]:
                 self.last_use[value] = position
 
-    def _mode(self, weight: str) -> Mode:
+    def _mode(self, weight: str) -> WeightMode:
         return self.modes[weight]
 
     def _forward(self, *, evaluate: bool) -> Iterable[Action]:
         kind = self.kind
-        stays = kind.leaves_evaluate if evaluate else kind.leaves_forward | self.kept
+        staying = kind.leaves_evaluate if evaluate else kind.leaves_forward | self.kept
         operations = kind.evaluate if evaluate else kind.forward
         uses = weight_uses(operations)
         last: dict[str, int] = {}
@@ -228,7 +228,7 @@ class _Expansion:
             if not evaluate:
                 yield from (("spill", value) for value in dict.fromkeys(op.outputs) if value in self.offloaded)
             for value in dict.fromkeys([*op.inputs, *op.outputs]):
-                if last[value] == position and value not in stays:
+                if last[value] == position and value not in staying:
                     yield ("free", value)
             for weight in op.weights:
                 after = self._mode(weight).step_gap if evaluate else self._mode(weight).backward_gap
@@ -257,7 +257,7 @@ class _Expansion:
         unpacked = {w for w, mode in self.modes.items() if mode.backward_gap == "unpacked"}
         packed = {w for w, mode in self.modes.items() if mode.backward_gap == "packed"}
         direct = -1
-        stays = kind.leaves_backward | kind.closes_backward | {update.gradient for update in kind.updates}
+        staying = kind.leaves_backward | kind.closes_backward | {update.gradient for update in kind.updates}
         backward = {op.index for op in kind.backward}
         for position, index in enumerate(self.order):
             op = self.operations[index]
@@ -283,7 +283,7 @@ class _Expansion:
             yield ("run", str(index))
             resident.update(op.outputs)
             for value in dict.fromkeys([*op.inputs, *op.outputs]):
-                if self.last_use[value] == position and value not in stays:
+                if self.last_use[value] == position and value not in staying:
                     resident.discard(value)
                     yield ("free", value)
             for weight in op.weights:
@@ -338,9 +338,9 @@ class _Expansion:
 
     def _inside_backward(self, weight: str, position: int) -> bool:
         """Whether `position` lies from the first direct use on, for weights whose uses share one unpacking (not
-        `alone`).
+        `unpacked_per_use`).
         """
-        return not self.kind.weights[weight].alone and self.order[position] >= self.kind.backward[0].index
+        return not self.kind.weights[weight].unpacked_per_use and self.order[position] >= self.kind.backward[0].index
 
     def _keeps_packed(self, weight: str, position: int) -> bool:
         mode = self._mode(weight)
@@ -366,16 +366,16 @@ def _peak(kind: LayerType, script: Iterable[Action], start: Iterable[str]) -> in
             resident.remove(name)
             live -= size_of(kind, name)
             continue
-        made: tuple[str, ...] = ()
+        outputs_made: tuple[str, ...] = ()
         if verb == "run":
-            made = outputs[int(name)]
+            outputs_made = outputs[int(name)]
         elif verb == "read":
-            made = (f"packed:{name}",)
+            outputs_made = (f"packed:{name}",)
         elif verb in {"unpack", "fetch"}:
-            made = (name,)
+            outputs_made = (name,)
         elif verb == "accumulate":
-            made = (f"{SUM}{name}",)
-        for value in made:
+            outputs_made = (f"{SUM}{name}",)
+        for value in outputs_made:
             if value not in resident:
                 resident.add(value)
                 live += size_of(kind, value)
@@ -384,7 +384,7 @@ def _peak(kind: LayerType, script: Iterable[Action], start: Iterable[str]) -> in
 
 
 @dataclass(kw_only=True)
-class _Seconds:
+class _ScriptSeconds:
     compute: float = 0.0
     arriving: float = 0.0
     leaving: float = 0.0
@@ -399,9 +399,9 @@ class _Seconds:
         return self.reads + self.spills + self.fetches + self.states_fetched + self.states_spilled
 
 
-def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
+def _seconds(kind: LayerType, script: Iterable[Action]) -> _ScriptSeconds:
     """Seconds for which the script keeps the cores and the disk busy, by kind of work."""
-    total = _Seconds()
+    total = _ScriptSeconds()
     operators = {index: op.seconds for index, op in kind.operations.items()}
     adding = {update.trainable: update.seconds for update in kind.updates}
     updates = {update.trainable: update.apart_seconds for update in kind.updates} if kind.apart else adding

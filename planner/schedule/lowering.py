@@ -27,7 +27,7 @@ from tightfit.planner.instructions import (
 )
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.gradients import Passages
-from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
+from tightfit.planner.problem.layer_types import ALWAYS, LayeredStep, compute_seconds, transfer_seconds
 from tightfit.planner.problem.step_graph import (
     PACKED_ALIGNMENT,
     STATE_PREFIXES,
@@ -38,7 +38,7 @@ from tightfit.planner.problem.step_graph import (
     state_names,
 )
 from tightfit.planner.schedule.layer_schedule import Action, Column, Script, expand, resident_between_steps
-from tightfit.planner.schedule.multi_layer_recompute import Passes, Segments
+from tightfit.planner.schedule.multi_layer_recompute import SegmentPasses, Segments
 
 NAMED: dict[Verb, type[Free | Spill | Update]] = {kind.verb: kind for kind in (Free, Spill, Update)}
 """verb -> instruction, for those that name a tensor and nothing else"""
@@ -57,7 +57,7 @@ class DraftInstruction:
     outputs: tuple[str | None, ...]
     """run: storages by output position; pass: the gradient's name before and after"""
     seconds: float
-    """of computation; of a transfer, what it costs the cores"""
+    """time of computation; of a transfer, what it costs the cores"""
     transfer: float
     """seconds for which a transfer occupies the disk"""
 
@@ -69,7 +69,7 @@ class Draft:
     train: tuple[DraftInstruction, ...]
     evaluate: tuple[DraftInstruction, ...]
     update: tuple[DraftInstruction, ...]
-    """where updates are apart, those of all trainables after the last step of an update"""
+    """where updates are apart, the schedule that updates all trainables after the last step of an update"""
     resident: tuple[str, ...]
     """tensors resident across steps"""
     sizes: dict[str, int]
@@ -90,7 +90,7 @@ class Draft:
 
 
 def draft(
-    problem: Layered,
+    problem: LayeredStep,
     columns: tuple[Column, ...],
     passages: Passages | None = None,
     perturbed: Iterable[str] = (),
@@ -99,7 +99,7 @@ def draft(
     """Join the windows of all layers, each as its column decides; `passages` and `perturbed` are those of a
     `PartialStep`.
     """
-    return _Joiner(problem, columns, segments).join(passages or {}, tuple(perturbed))
+    return _WindowJoiner(problem, columns, segments).join(passages or {}, tuple(perturbed))
 
 
 def made_by(entry: DraftInstruction) -> tuple[str, ...]:
@@ -115,11 +115,11 @@ def made_by(entry: DraftInstruction) -> tuple[str, ...]:
     return ()
 
 
-class _Joiner:
-    def __init__(self, problem: Layered, columns: tuple[Column, ...], segments: Segments) -> None:
+class _WindowJoiner:
+    def __init__(self, problem: LayeredStep, columns: tuple[Column, ...], segments: Segments) -> None:
         self.problem = problem
         self.columns = columns
-        self.passes = Passes(problem, segments)
+        self.passes = SegmentPasses(problem, segments)
         expanded: dict[tuple[int, int], Script] = {}
         for kind, column in zip(problem.layer_type, columns):
             if (kind, id(column)) not in expanded:
@@ -143,19 +143,19 @@ class _Joiner:
 
     def join(self, passages: Passages, perturbed: tuple[str, ...]) -> Draft:
         count = len(self.columns)
-        forward = [entry for layer in range(count) for entry in self._ahead(layer)]
+        forward = [entry for layer in range(count) for entry in self._forward_window(layer)]
         if perturbed:
-            train = self._twice([*forward, *self._outcome()], perturbed)
+            train = self._mezo_step([*forward, *self._free_outcome()], perturbed)
         else:
             marked = [(entry, -1) for entry in forward]
             for layer in reversed(range(count)):
                 marked += self._second_pass(layer)
                 window = [*self._entries(layer, self.scripts[layer].backward), *self._passed(layer, passages)]
                 marked += [(entry, -1) for entry in window]
-            train = [*self.passes.settled(marked), *self._outcome()]
+            train = [*self.passes.with_frees_placed(marked), *self._free_outcome()]
         evaluate = [
             *(entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].evaluate)),
-            *self._outcome(),
+            *self._free_outcome(),
         ]
         update = [
             entry for layer in reversed(range(count)) for entry in self._entries(layer, self.scripts[layer].update)
@@ -175,7 +175,7 @@ class _Joiner:
             remade=self.passes.remade(train) if self.passes.layers else frozenset(),
         )
 
-    def _ahead(self, layer: int) -> Iterable[DraftInstruction]:
+    def _forward_window(self, layer: int) -> Iterable[DraftInstruction]:
         """The layer's forward window; in a segment, its first pass."""
         script = self.scripts[layer]
         return self._entries(layer, self.passes.first(layer, script) if layer in self.passes.layers else script.forward)
@@ -190,25 +190,23 @@ class _Joiner:
                 (entry, inner) for entry in self._entries(inner, self.passes.second(inner, self.scripts[inner]))
             )
 
-    def _twice(self, forward: list[DraftInstruction], trainables: tuple[str, ...]) -> list[DraftInstruction]:
+    def _mezo_step(self, forward: list[DraftInstruction], trainables: tuple[str, ...]) -> list[DraftInstruction]:
         """The step of MeZO: a forward with the trainables shifted by +epsilon, one by -epsilon (a shift of -2), and the
         updates, which undo the shift and move the trainables.
         """
-        joined = []
+        entries = []
         for shift in (1, -2):
-            joined += [replace(self._entry("perturb", name, -1), operator=shift) for name in trainables]
-            joined += forward
-        return [*joined, *(self._entry("update", name, -1) for name in trainables)]
+            entries += [replace(self._entry("perturb", name, -1), operator=shift) for name in trainables]
+            entries += forward
+        return [*entries, *(self._entry("update", name, -1) for name in trainables)]
 
     def _passed(self, layer: int, passages: Passages) -> Iterable[DraftInstruction]:
-        """For a skipped layer: the gradient of its output, taken for that of its input (see
-        `passage` in the glossary).
-        """
+        """For a skipped layer: the instruction that takes the gradient of its output for that of its input."""
         passage = passages.get(self.problem.graph.layers[layer])
         if passage is not None:
             yield replace(self._entry("pass", passage[0], layer), outputs=passage)
 
-    def _outcome(self) -> Iterable[DraftInstruction]:
+    def _free_outcome(self) -> Iterable[DraftInstruction]:
         profile = self.problem.profile
         for name in (profile.token_losses, profile.loss):
             if name is not None:
@@ -263,7 +261,7 @@ class _Joiner:
 
 
 def instructions(
-    problem: Layered,
+    problem: LayeredStep,
     entries: Iterable[DraftInstruction],
     resident: Mapping[str, int],
     offsets: Mapping[tuple[int, str], int],
@@ -271,7 +269,7 @@ def instructions(
     """The plan's instruction list. `resident`: tensor resident across steps -> arena offset; `offsets`: (index of the
     entry, tensor that it makes) -> arena offset.
     """
-    where = dict(resident)
+    offset_of = dict(resident)
     passed: dict[str, str] = {}
     """gradients that skipped layers have passed on: name when made -> current name"""
     result: list[Instruction] = []
@@ -279,76 +277,78 @@ def instructions(
         for name in made_by(entry):
             # A tensor of no bytes has no offset (0 will do); one that is resident already is written again at its old
             # offset.
-            where[name] = offsets.get((index, name), where.get(name, 0))
+            offset_of[name] = offsets.get((index, name), offset_of.get(name, 0))
         if entry.verb == "run":
-            places = tuple(None if name is None else where[name] for name in entry.outputs)
-            result.append(Run(problem.graph.layers[entry.layer], entry.operator, places))
+            output_offsets = tuple(None if name is None else offset_of[name] for name in entry.outputs)
+            result.append(Run(problem.graph.layers[entry.layer], entry.operator, output_offsets))
         elif entry.verb == "read":
-            result.append(Read(entry.name, where[f"packed:{entry.name}"]))
+            result.append(Read(entry.name, offset_of[f"packed:{entry.name}"]))
         elif entry.verb == "unpack":
-            result.append(Unpack(entry.name, where[entry.name]))
+            result.append(Unpack(entry.name, offset_of[entry.name]))
         elif entry.verb == "fetch":
-            result.append(Fetch(entry.name, where[entry.name]))
+            result.append(Fetch(entry.name, offset_of[entry.name]))
         elif entry.verb == "accumulate":
-            result.append(Accumulate(entry.name, where[f"{SUM}{entry.name}"]))
+            result.append(Accumulate(entry.name, offset_of[f"{SUM}{entry.name}"]))
         elif entry.verb == "perturb":
             result.append(Perturb(entry.name, entry.operator))
         elif entry.verb == "pass":
             before, after = map(str, entry.outputs)
-            passed[next((made for made, now in passed.items() if now == before), before)] = after
+            passed[
+                next((first_name for first_name, current_name in passed.items() if current_name == before), before)
+            ] = after
             result.append(Pass(before, after))
         else:
             result.append(NAMED[entry.verb](passed.get(entry.name, entry.name)))
         if entry.verb == "free":
-            del where[entry.name]
+            del offset_of[entry.name]
     return result
 
 
 def live_profile(entries: tuple[DraftInstruction, ...], resident: Iterable[str], sizes: Mapping[str, int]) -> list[int]:
     """Bytes resident during each entry: with the tensors that it makes and those that it frees."""
-    there = set(resident)
-    live = sum(sizes[name] for name in there)
+    live_names = set(resident)
+    live = sum(sizes[name] for name in live_names)
     result = []
     for entry in entries:
         for name in made_by(entry):
-            if name not in there:
-                there.add(name)
+            if name not in live_names:
+                live_names.add(name)
                 live += sizes[name]
         result.append(live)
         if entry.verb == "free":
-            there.remove(entry.name)
+            live_names.remove(entry.name)
             live -= sizes[entry.name]
     return result
 
 
-def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[str, str]:
+def tensor_decisions(problem: LayeredStep, draft_: Draft, columns: tuple[Column, ...]) -> dict[str, str]:
     """What the columns decide for each tensor: kept, recomputed or offloaded (activations, optimizer states); streamed,
     packed or unpacked (weights).
     """
     result: dict[str, str] = {}
     graph = problem.graph
     for layer, (kind, column) in enumerate(zip(problem.layer_type, columns)):
-        described, script = problem.types[kind], draft_.scripts[layer]
-        for value in described.candidates:
+        layer_type, script = problem.types[kind], draft_.scripts[layer]
+        for value in layer_type.candidates:
             name = problem.name(layer, value)
             if value in script.kept:
                 result[name] = "kept"
             elif value in script.offloaded:
                 result[name] = "offloaded"
-            elif value in described.producer and described.producer[value].index in script.recomputed:
+            elif value in layer_type.producer and layer_type.producer[value].index in script.recomputed:
                 result[name] = "recomputed"
         for value, mode in column.decision.weights:
             name = problem.name(layer, value)
-            places = {mode.backward_gap, mode.step_gap}
-            if described.weights[value].trained:
-                result[name] = "offloaded" if "disk" in places else "kept"
+            gaps = {mode.backward_gap, mode.step_gap}
+            if layer_type.weights[value].trained:
+                result[name] = "offloaded" if "disk" in gaps else "kept"
                 continue
-            result[name] = "unpacked" if places == {"unpacked"} else "packed" if "disk" not in places else "streamed"
-        for update in described.updates:
+            result[name] = "unpacked" if gaps == {"unpacked"} else "packed" if "disk" not in gaps else "streamed"
+        for update in layer_type.updates:
             if update.states:
                 name = problem.name(layer, update.trainable)
-                place = "offloaded" if update.trainable in column.decision.states else "kept"
-                result.update(dict.fromkeys(state_names(name, update.roles), place))
+                decision = "offloaded" if update.trainable in column.decision.states else "kept"
+                result.update(dict.fromkeys(state_names(name, update.roles), decision))
     for name in problem.forced:
         result[name] = "kept"
     result.update(dict.fromkeys(draft_.remade, "recomputed"))

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tightfit.planner.instructions import Run
-from tightfit.planner.problem.layer_types import ALWAYS, Layered
+from tightfit.planner.problem.layer_types import ALWAYS, LayeredStep
 from tightfit.planner.problem.step_graph import StepOperator
 from tightfit.planner.schedule.layer_schedule import Action, Script
 
@@ -30,7 +30,7 @@ Segments = tuple[tuple[int, int], ...]
 """(first, last) layer of each segment, in forward order; a layer is in one at most"""
 
 
-def repeatable(problem: Layered) -> Segments:
+def repeatable(problem: LayeredStep) -> Segments:
     """The longest runs of layers whose whole forward may run twice.
 
     Left out are layers with random operators or with the step's loss, and layers that overwrite a tensor that another
@@ -41,7 +41,7 @@ def repeatable(problem: Layered) -> Segments:
     count = len(problem.layer_type)
     outcome = {profile.loss, profile.token_losses}
 
-    def twice(step: StepOperator) -> bool:
+    def repeats(step: StepOperator) -> bool:
         if not step.recomputable:
             return False
         for name in filter(None, step.outputs):
@@ -55,7 +55,7 @@ def repeatable(problem: Layered) -> Segments:
     # Layers that have operators of their own for inference are left out: their first pass, run as in an evaluation,
     # would use those.
     split = {step.layer for step in graph.inference}
-    may = [layer not in split and all(map(twice, steps)) for layer, steps in enumerate(problem.forward_steps[:-1])]
+    may = [layer not in split and all(map(repeats, steps)) for layer, steps in enumerate(problem.forward_steps[:-1])]
     runs: list[tuple[int, int]] = []
     for layer in range(count - 1):
         if may[layer] and runs and runs[-1][1] == layer - 1:
@@ -65,7 +65,7 @@ def repeatable(problem: Layered) -> Segments:
     return tuple(runs)
 
 
-def equal_segments(problem: Layered, length: int) -> Segments:
+def equal_segments(problem: LayeredStep, length: int) -> Segments:
     """Segments of `length` layers, cut from every repeatable run starting at its end.
 
     The segment just before the model's last layer is left out: its backward comes first, so keeping its tensors takes
@@ -80,19 +80,19 @@ def equal_segments(problem: Layered, length: int) -> Segments:
     return tuple(piece for piece in pieces if piece[1] > piece[0])
 
 
-def sqrt_segments(problem: Layered) -> Segments:
+def sqrt_segments(problem: LayeredStep) -> Segments:
     """Segments of about √n of n layers (Chen et al. 2016)."""
     return equal_segments(problem, max(2, round(math.sqrt(len(problem.layer_type) - 1))))
 
 
-def entering(problem: Layered, segment: tuple[int, int]) -> dict[str, int]:
+def entering(problem: LayeredStep, segment: tuple[int, int]) -> dict[str, int]:
     """Tensors that the forwards of a segment read and that were made before it: tensor -> the segment's layer whose
     decision covers it, or -1.
     """
     first, last = segment
-    inside = [step for layer in range(first, last + 1) for step in problem.forward_steps[layer]]
-    made = {name for step in inside for name in step.outputs}
-    read = {name for step in inside for name in step.inputs if _lives(problem, name)} - made
+    steps = [step for layer in range(first, last + 1) for step in problem.forward_steps[layer]]
+    written = {name for step in steps for name in step.outputs}
+    read = {name for step in steps for name in step.inputs if _lives(problem, name)} - written
     owner = dict.fromkeys(sorted(read), -1)
     for layer in range(first, last + 1):
         for value in problem.types[problem.layer_type[layer]].owned:
@@ -101,7 +101,7 @@ def entering(problem: Layered, segment: tuple[int, int]) -> dict[str, int]:
     return owner
 
 
-def _lives(problem: Layered, name: str) -> bool:
+def _lives(problem: LayeredStep, name: str) -> bool:
     kind = problem.graph.storages[name].kind
     return kind not in ALWAYS and kind != "weight"
 
@@ -117,7 +117,7 @@ def rerun_layers(plan: Plan) -> list[str]:
         layer.name: {i for i, op in enumerate(programs[layer.program].operators) if op.phase == "backward"}
         for layer in plan.layers
     }
-    found: set[int] = set()
+    rerun: set[int] = set()
     for step in plan.steps:
         ran: set[tuple[str, int]] = set()
         lowest = len(order)
@@ -126,20 +126,20 @@ def rerun_layers(plan: Plan) -> list[str]:
                 continue
             layer, position = instruction.layer, instruction.operator
             if position in backward[layer]:
-                found.update(range(lowest, order[layer] + 1) if lowest < order[layer] else ())
+                rerun.update(range(lowest, order[layer] + 1) if lowest < order[layer] else ())
                 lowest = len(order)
             elif (layer, position) in ran:
                 lowest = min(lowest, order[layer])
             ran.add((layer, position))
-    return [layer.name for layer in plan.layers if order[layer.name] in found]
+    return [layer.name for layer in plan.layers if order[layer.name] in rerun]
 
 
-class Passes:
+class SegmentPasses:
     """The instructions of the two passes through the segments: for each layer's window, and cleaned up over the whole
     step.
     """
 
-    def __init__(self, problem: Layered, segments: Segments) -> None:
+    def __init__(self, problem: LayeredStep, segments: Segments) -> None:
         self.problem = problem
         self.ends = {last: (first, last) for first, last in segments}
         self.layers = {layer for first, last in segments for layer in range(first, last + 1)}
@@ -151,8 +151,8 @@ class Passes:
                 owned = problem.types[problem.layer_type[layer]].owned
                 self.given[layer] = frozenset(v for v in owned if owner.get(problem.name(layer, v)) == layer)
         ran = [step for layer in sorted(self.layers) for step in problem.forward_steps[layer]]
-        every = {name for step in ran for name in [*step.inputs, *filter(None, step.outputs)]}
-        self.names = frozenset(name for name in every if _lives(problem, name))
+        names = {name for step in ran for name in [*step.inputs, *filter(None, step.outputs)]}
+        self.names = frozenset(name for name in names if _lives(problem, name))
         """tensors whose lifetimes the passes change"""
 
     def first(self, layer: int, script: Script) -> Iterator[Action]:
@@ -170,7 +170,7 @@ class Passes:
         yield from (("fetch", value) for value in sorted(away))
         yield from (action for action in script.forward if action[0] != "spill" or action[1] not in away)
 
-    def settled(self, entries: Sequence[tuple[DraftInstruction, int]]) -> tuple[DraftInstruction, ...]:
+    def with_frees_placed(self, entries: Sequence[tuple[DraftInstruction, int]]) -> tuple[DraftInstruction, ...]:
         """The step's entries with their frees placed anew, each after the tensor's last use before it is made again,
         and without operators of a second pass whose outputs nothing reads. `entries`: (entry, layer whose second pass
         it belongs to, or -1).
@@ -180,48 +180,48 @@ class Passes:
         storages, steps = self.problem.graph.storages, self.problem.graph.steps
         makers = {name: steps[storages[name].producers[0]] for name in self.names}
         live: set[str] = set()
-        kept: list[tuple[DraftInstruction, int]] = []
-        for entry, again in reversed(entries):
+        entries_kept: list[tuple[DraftInstruction, int]] = []
+        for entry, second_pass in reversed(entries):
             if entry.verb == "free" and entry.name in self.names:
                 continue
-            made = self.names.intersection(filter(None, entry.outputs))
-            used, new = set(made), set()
+            outputs = self.names.intersection(filter(None, entry.outputs))
+            used, begun = set(outputs), set()
             if entry.verb == "run":
-                if again >= 0 and not made & live:
+                if second_pass >= 0 and not outputs & live:
                     continue
                 used.update(self.names.intersection(self.problem.inputs[entry.layer, entry.operator]))
                 # Several operators may write parts of one tensor: its lifetime begins with the first of them.
-                place = entry.layer, entry.operator
-                new = {name for name in made if (makers[name].layer, makers[name].operator) == place}
+                operator = entry.layer, entry.operator
+                begun = {name for name in outputs if (makers[name].layer, makers[name].operator) == operator}
             elif entry.verb in {"spill", "fetch"} and entry.name in self.names:
                 used = {entry.name}
-                new = used if entry.verb == "fetch" else set()
-            kept.extend((_free(entry, name), again) for name in sorted(used - live, reverse=True))
-            kept.append((entry, again))
+                begun = used if entry.verb == "fetch" else set()
+            entries_kept.extend((_free(entry, name), second_pass) for name in sorted(used - live, reverse=True))
+            entries_kept.append((entry, second_pass))
             live |= used
-            live -= new
+            live -= begun
         assert not live, f"{sorted(live)} are used before they are made"
-        return tuple(self._without_idle_weights(kept[::-1]))
+        return tuple(self._without_idle_weights(entries_kept[::-1]))
 
     def _without_idle_weights(self, entries: Sequence[tuple[DraftInstruction, int]]) -> Iterator[DraftInstruction]:
         """Leave out reads, unpackings and frees of weights in a second pass whose operators were left out."""
         busy: dict[int, set[str]] = {layer: set() for layer in self.layers}
         verbs: dict[tuple[int, str], set[str]] = {}
-        for entry, again in entries:
-            if again >= 0:
+        for entry, owner in entries:
+            if owner >= 0:
                 if entry.verb == "run":
-                    busy[again].update(self.problem.inputs[entry.layer, entry.operator])
-                verbs.setdefault((again, entry.name), set()).add(entry.verb)
+                    busy[owner].update(self.problem.inputs[entry.layer, entry.operator])
+                verbs.setdefault((owner, entry.name), set()).add(entry.verb)
 
         def idle(layer: int, weight: str) -> bool:
             return weight not in busy[layer] and verbs.get((layer, weight), set()) >= {"unpack", "free"}
 
-        for entry, again in entries:
-            if again >= 0 and entry.verb in {"read", "unpack", "free"}:
+        for entry, owner in entries:
+            if owner >= 0 and entry.verb in {"read", "unpack", "free"}:
                 weight = entry.name.removeprefix("packed:")
-                if idle(again, weight):
+                if idle(owner, weight):
                     packed = entry.verb == "read" or entry.name != weight
-                    passing = "read" in verbs[again, weight] and "free" in verbs.get((again, f"packed:{weight}"), set())
+                    passing = "read" in verbs[owner, weight] and "free" in verbs.get((owner, f"packed:{weight}"), set())
                     if not packed or passing:
                         continue
             yield entry
@@ -229,21 +229,21 @@ class Passes:
     def remade(self, entries: Iterable[DraftInstruction]) -> frozenset[str]:
         """Tensors that layers in segments need for their backwards and that some operator makes a second time.
 
-        `entries` are those that `settled` returned.
+        `entries` are those that `with_frees_placed` returned.
         """
         ran: set[tuple[int, int]] = set()
-        again: set[str] = set()
+        made_twice: set[str] = set()
         for entry in entries:
             if entry.verb == "run":
-                place = entry.layer, entry.operator
-                if place in ran:
-                    again.update(filter(None, entry.outputs))
-                ran.add(place)
-        wanted = set(self.problem.forced)
+                operator = entry.layer, entry.operator
+                if operator in ran:
+                    made_twice.update(filter(None, entry.outputs))
+                ran.add(operator)
+        needed = set(self.problem.forced)
         for layer in self.layers:
             candidates = self.problem.types[self.problem.layer_type[layer]].candidates
-            wanted.update(self.problem.name(layer, value) for value in candidates)
-        return frozenset(again & wanted)
+            needed.update(self.problem.name(layer, value) for value in candidates)
+        return frozenset(made_twice & needed)
 
 
 def _free(entry: DraftInstruction, name: str) -> DraftInstruction:

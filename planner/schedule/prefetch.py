@@ -10,8 +10,8 @@ One pass forward in time decides, whenever the disk falls idle, what it does nex
 - the free of a spilled tensor is held back until its write is done; if its bytes are needed before, the step waits for
   the write.
 
-All other entries keep their order, so the resident bytes never exceed the limit if they did not before. A `Room`
-decides what fits: `Bytes` counts bytes, `tightfit.planner.schedule.prefetch_in_place` also knows where each tensor lies
+All other entries keep their order, so the resident bytes never exceed the limit if they did not before. A `FreeMemory`
+decides what fits: `FreeBytes` counts bytes, `tightfit.planner.schedule.prefetch_in_place` also knows where each tensor lies
 in the arena.
 """
 
@@ -41,7 +41,7 @@ Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
+class ScheduleTiming:
     """Seconds of a schedule."""
 
     seconds: float
@@ -49,7 +49,7 @@ class Timing:
     """seconds of them in which computation waits for the disk"""
 
 
-class Room(Protocol):
+class FreeMemory(Protocol):
     """The free memory, as a pass asks for it and uses it. Positions are those of the drafted entries."""
 
     def crowded(self, index: int) -> bool:
@@ -75,7 +75,7 @@ class Room(Protocol):
         ...
 
 
-AnyRoom = TypeVar("AnyRoom", bound=Room)
+AnyMemory = TypeVar("AnyMemory", bound=FreeMemory)
 
 
 def prefetch(
@@ -90,13 +90,13 @@ def prefetch(
     `inputs`: tensors read by the operator (layer, operator).
     """
     facts = facts_of(entries, frozenset(resident), sizes)
-    found = best_order(facts, inputs, lambda: Bytes(facts, limit))
-    return entries if found is None else tuple(entries[index] for index in found[0])
+    fastest = best_order(facts, inputs, lambda: FreeBytes(facts, limit))
+    return entries if fastest is None else tuple(entries[index] for index in fastest[0])
 
 
 def best_order(
-    facts: ScheduleFacts, inputs: Inputs, room: Callable[[], AnyRoom], deadline: float = float("inf")
-) -> tuple[list[int], AnyRoom] | None:
+    facts: ScheduleFacts, inputs: Inputs, new_memory: Callable[[], AnyMemory], deadline: float = float("inf")
+) -> tuple[list[int], AnyMemory] | None:
     """The fastest of a few passes, one for each of `LEADS`: positions of the entries in their new order, and the room
     as the pass left it.
 
@@ -107,24 +107,24 @@ def best_order(
     drafted = clock(entries, inputs)
     if not drafted.stalls and drafted.seconds <= sum(entry.seconds for entry in entries) * (1 + 1e-9):
         return None
-    best: tuple[list[int], AnyRoom] | None = None
+    best: tuple[list[int], AnyMemory] | None = None
     shortest = drafted.seconds
     for lead in LEADS:
         if lead != LEADS[0] and time.monotonic() > deadline:
             break
-        there = room()
-        order = _Disk(facts, inputs, there, lead).schedule()
+        memory = new_memory()
+        order = _PrefetchPass(facts, inputs, memory, lead).schedule()
         timing = clock([entries[index] for index in order], inputs)
         # A longer lead fills more memory, and a full arena is harder to pack: it has to gain something in return.
         faster = timing.seconds < shortest * (1 - LITTLE)
         if faster:
-            best, shortest = (order, there), timing.seconds
+            best, shortest = (order, memory), timing.seconds
         if timing.stalls <= LITTLE * timing.seconds or (best is not None and not faster):
             break
     return best
 
 
-def clock(entries: Sequence[DraftInstruction], inputs: Inputs) -> Timing:
+def clock(entries: Sequence[DraftInstruction], inputs: Inputs) -> ScheduleTiming:
     """Seconds and stalls of the entries, on one sequential compute timeline and one disk that serves requests in the
     order of issue.
     """
@@ -147,7 +147,7 @@ def clock(entries: Sequence[DraftInstruction], inputs: Inputs) -> Timing:
             disk = max(disk, now) + entry.transfer
             (written if verb == "spill" else filled)[target_of(entry)] = disk
         now += entry.seconds
-    return Timing(seconds=max(now, disk), stalls=stalls)
+    return ScheduleTiming(seconds=max(now, disk), stalls=stalls)
 
 
 def _read_by(entry: DraftInstruction, inputs: Inputs) -> tuple[str, ...]:
@@ -209,8 +209,8 @@ def facts_of(entries: tuple[DraftInstruction, ...], start: frozenset[str], sizes
     )
 
 
-class Bytes:
-    """`Room` by counting bytes: a tensor fits if the resident bytes stay within `limit`."""
+class FreeBytes:
+    """`FreeMemory` by counting bytes: a tensor fits if the resident bytes stay within `limit`."""
 
     def __init__(self, facts: ScheduleFacts, limit: int) -> None:
         self.facts = facts
@@ -241,13 +241,13 @@ class Bytes:
         return self.facts.sizes[target_of(self.facts.entries[index])]
 
 
-class _Disk:
+class _PrefetchPass:
     """One pass over the entries, which simulates computation and disk and decides when each transfer is issued."""
 
-    def __init__(self, facts: ScheduleFacts, inputs: Inputs, room: Room, lead: float) -> None:
+    def __init__(self, facts: ScheduleFacts, inputs: Inputs, memory: FreeMemory, lead: float) -> None:
         self.facts = facts
         self.inputs = inputs
-        self.room = room
+        self.memory = memory
         self.latest = self._latest_starts(lead)
         self.result: list[int] = []
         self.now = self.disk = 0.0
@@ -262,7 +262,7 @@ class _Disk:
         """spilled tensor -> when its write is done; infinite while the spill is not issued"""
         self.waiting: deque[int] = deque()
         """positions of frees that are held back until their tensors are written"""
-        self.names: set[str] = set()
+        self.held_names: set[str] = set()
         """tensors that those would free"""
         self.blocked = 0
         """position before which the next read does not fit"""
@@ -294,8 +294,8 @@ class _Disk:
                 self.unwritten[entry.name] = float("inf")
             elif entry.verb == "free" and self.unwritten.get(entry.name, 0.0) > self.now:
                 self.waiting.append(index)
-                self.names.add(entry.name)
-                self.room.hold(index)
+                self.held_names.add(entry.name)
+                self.memory.hold(index)
             else:
                 self._make_room(index, entry)
                 begin = self._ready(entry)
@@ -327,7 +327,7 @@ class _Disk:
         """Wait for writes, and carry out the frees that are held back, until the entry's tensors fit and no old copy of
         the tensor it fetches is left.
         """
-        while self.waiting and (entry.name in self.names or self.room.crowded(index)):
+        while self.waiting and (entry.name in self.held_names or self.memory.crowded(index)):
             self._give_back(index)
 
     def _fill_disk(self, index: int, until: float) -> None:
@@ -354,15 +354,15 @@ class _Disk:
             return False
         at = facts.reads[self.next_read]
         target = target_of(facts.entries[at])
-        if index < facts.earliest[self.next_read] or target in self.names:
+        if index < facts.earliest[self.next_read] or target in self.held_names:
             return False
-        self.blocked = self.room.opens(at, index)
+        self.blocked = self.memory.opens(at, index)
         return self.blocked == index
 
     def _issue_read(self, index: int) -> None:
         at = self.facts.reads[self.next_read]
         entry = self.facts.entries[at]
-        self.room.take(at, index)
+        self.memory.take(at, index)
         self.disk = max(self.disk, self.now) + entry.transfer
         self.landing[target_of(entry)] = self.disk
         self.now += entry.seconds
@@ -385,6 +385,6 @@ class _Disk:
         while self.unwritten[name] == float("inf"):
             self._issue_spill()
         self._wait(self.unwritten.pop(name))
-        self.names.discard(name)
-        self.room.give(index, now)
+        self.held_names.discard(name)
+        self.memory.give(index, now)
         self.result.append(index)

@@ -19,7 +19,7 @@ from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, place
 from tightfit.planner.schedule.arena_packing import TensorLifetime
 from tightfit.planner.schedule.free_ranges import ENDLESS
 from tightfit.planner.schedule.lowering import Draft, DraftInstruction
-from tightfit.planner.schedule.prefetch import Bytes, Inputs, ScheduleFacts, best_order, facts_of, target_of
+from tightfit.planner.schedule.prefetch import FreeBytes, Inputs, ScheduleFacts, best_order, facts_of, target_of
 from tightfit.planner.search_options import ALL, SearchOptions
 
 STRIDE = 8
@@ -49,20 +49,20 @@ def prefetch_in_place(
     if height > room or not options.moving_in_place:
         return draft.train, arena_of(items, height, len(draft.train), evaluated)
     facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
-    found = best_order(facts, inputs, lambda: _Places(facts, items, room), deadline)
+    fastest = best_order(facts, inputs, lambda: _FreeGaps(facts, items, room), deadline)
     count = len(draft.train)
-    if found is None:
+    if fastest is None:
         return draft.train, arena_of(items, height, count, evaluated)
-    order, places = found
-    moved = {before: now for now, before in enumerate(order)}
-    for item in places.items:
+    order, gaps = fastest
+    moved = {drafted_index: position for position, drafted_index in enumerate(order)}
+    for item in gaps.items:
         item.makers = [moved.get(maker, maker) for maker in item.makers]
-    height = max((item.offset + item.size for item in places.items), default=0)
-    return tuple(draft.train[index] for index in order), arena_of(places.items, aligned(height), count, evaluated)
+    height = max((item.offset + item.size for item in gaps.items), default=0)
+    return tuple(draft.train[index] for index in order), arena_of(gaps.items, aligned(height), count, evaluated)
 
 
-class _Places(Bytes):
-    """`Room` in terms of gaps between tensors placed in the arena. A span is one interval of residency, in drafted
+class _FreeGaps(FreeBytes):
+    """`FreeMemory` in terms of gaps between tensors placed in the arena. A span is one interval of residency, in drafted
     entries.
     """
 
@@ -100,15 +100,15 @@ class _Places(Bytes):
         """spans moved to an earlier first entry since `sorted` was refreshed"""
         self.waiting: set[int] = set()
         """spans of spilled tensors whose free is held back until they are written"""
-        self.found: tuple[int, int] | None = None
-        """(the read last asked for, the offset at which it has room)"""
+        self.last_gap: tuple[int, int] | None = None
+        """(the read last asked for, the offset of the gap that it fits into)"""
 
     def crowded(self, index: int) -> bool:
         if not self.waiting:
             return False
         made = [self.owner[span] for span in self.made.get(index, ())]
         held = [self.owner[span] for span in self.waiting]
-        return any(self.low[one] < self.high[two] and self.low[two] < self.high[one] for one in made for two in held)
+        return any(self.low[new] < self.high[old] and self.low[old] < self.high[new] for new in made for old in held)
 
     def opens(self, at: int, index: int) -> int:
         opens = super().opens(at, index)
@@ -116,7 +116,7 @@ class _Places(Bytes):
             return opens
         span = self._read(at)
         if span is None:
-            self.found = at, 0
+            self.last_gap = at, 0
             return index
         number = self.owner[span]
         item = self.items[number]
@@ -136,7 +136,7 @@ class _Places(Bytes):
             # No gap opens before the first of these spans ends; and trying again within `STRIDE` entries is hardly
             # worth it.
             return max(int(self.last[near].min()) + 1, index + STRIDE)
-        self.found = at, offset
+        self.last_gap = at, offset
         return index
 
     def take(self, at: int, index: int) -> None:
@@ -144,14 +144,14 @@ class _Places(Bytes):
         span = self._read(at)
         if span is None or index == at:
             return
-        assert self.found is not None
-        assert self.found[0] == at
+        assert self.last_gap is not None
+        assert self.last_gap[0] == at
         number = self.owner[span]
         self.first[span] = index
         self.early.append(span)
-        self.items[number].offset = self.found[1]
-        self.low[number] = self.found[1]
-        self.high[number] = self.found[1] + self.items[number].size
+        self.items[number].offset = self.last_gap[1]
+        self.low[number] = self.last_gap[1]
+        self.high[number] = self.last_gap[1] + self.items[number].size
         self.made[at].remove(span)
 
     def hold(self, index: int) -> None:
@@ -172,8 +172,8 @@ class _Places(Bytes):
         """Spans that overlap the entries from `index` to `until`. From call to call `index` never decreases."""
         if index >= self.looked:
             self.looked = index + STRETCH
-            left = self.sorted[self.last[self.sorted] >= index]
-            self.sorted = left[np.argsort(self.first[left], kind="stable")]
+            unended = self.sorted[self.last[self.sorted] >= index]
+            self.sorted = unended[np.argsort(self.first[unended], kind="stable")]
             self.begins = self.first[self.sorted]
             self.early = []
         near = self.sorted[: np.searchsorted(self.begins, until, side="right")]

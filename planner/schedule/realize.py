@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from tightfit.planner.problem.gradients import Passages
-from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.lowering import Draft, DraftInstruction, draft, live_profile
 from tightfit.planner.schedule.multi_layer_recompute import Segments
-from tightfit.planner.schedule.prefetch import Bytes, Inputs, best_order, clock, facts_of, prefetch
+from tightfit.planner.schedule.prefetch import FreeBytes, Inputs, best_order, clock, facts_of, prefetch
 from tightfit.planner.schedule.prefetch_in_place import prefetch_in_place
 from tightfit.planner.search_options import ALL, SearchOptions
 from tightfit.runtime.common.gc_pause import paused_collector
@@ -30,7 +30,7 @@ BUFFERS = 2
 class Schedule:
     """A schedule with every tensor in its place in the arena, and its figures."""
 
-    problem: Layered
+    problem: LayeredStep
     columns: tuple[Column, ...]
     draft: Draft
     train: tuple[DraftInstruction, ...]
@@ -39,7 +39,7 @@ class Schedule:
     stalls: float
     """seconds of them in which computation waits for the disk. Both include the share of an update that is apart"""
     peak_bytes: int
-    """of the whole process"""
+    """peak of the whole process"""
     segments: Segments = ()
     skipped: tuple[str, ...] = ()
     """layers whose backward is left out"""
@@ -51,7 +51,7 @@ class Schedule:
 class CyclePart:
     """One step of a policy's cycle: the part of the whole step that it computes, and its layers' decisions."""
 
-    problem: Layered
+    problem: LayeredStep
     columns: tuple[Column, ...]
     segments: Segments = ()
     skipped: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class CyclePart:
 
 @paused_collector()
 def realize(
-    problem: Layered,
+    problem: LayeredStep,
     columns: tuple[Column, ...],
     limit: int,
     *,
@@ -88,13 +88,13 @@ def realize(
     Past `deadline`, on the monotonic clock, the first order of transfers and the first arena that fits are taken.
     """
     part = CyclePart(problem=problem, columns=columns, segments=segments)
-    joined = part.draft()
-    return _carry_out(part, joined, limit, _charged(problem, [joined]), deadline, options=options)
+    drafted = part.draft()
+    return _realize_draft(part, drafted, limit, _instruction_bytes(problem, [drafted]), deadline, options=options)
 
 
-def _carry_out(
+def _realize_draft(
     part: CyclePart,
-    joined: Draft,
+    drafted: Draft,
     limit: int,
     charged: int,
     deadline: float,
@@ -107,61 +107,61 @@ def _carry_out(
     draft's layout, where it is known.
     """
     room = limit - charged
-    facts = facts_of(joined.train, frozenset(joined.resident), joined.sizes)
-    beside = live_profile(joined.beside, joined.resident, joined.sizes)
+    facts = facts_of(drafted.train, frozenset(drafted.resident), drafted.sizes)
+    beside = live_profile(drafted.beside, drafted.resident, drafted.sizes)
     live = max(int(facts.live.max(initial=0)), max(beside, default=0))
     if live > room:
         return None, live - room
     inputs = part.problem.inputs
-    drafted = joined
+    original = drafted
     if placed is None:
-        joined = replace(joined, update=_ahead(joined, inputs, room))
+        drafted = replace(drafted, update=_prefetched_update(drafted, inputs, room))
     tried: list[list[int]] = []
     """the order of the drafted entries in each attempt"""
 
-    def moved(most: int) -> list[int] | None:
-        """The order of entries with transfers moved within `most` bytes; None where that is no faster than the draft,
+    def order_within(allowed: int) -> list[int] | None:
+        """The order of entries with transfers moved within `allowed` bytes; None where that is no faster than the draft,
         or was tried.
         """
-        found = best_order(facts, inputs, partial(Bytes, facts, most), deadline)
-        return None if found is None or found[0] in tried else found[0]
+        fastest = best_order(facts, inputs, partial(FreeBytes, facts, allowed), deadline)
+        return None if fastest is None or fastest[0] in tried else fastest[0]
 
-    def placed_in(order: list[int]) -> Schedule | None:
-        train = tuple(joined.train[index] for index in order)
-        items, height = placed_items(train, joined.beside, joined.resident, joined.sizes, room, deadline, options)
+    def placed_in_order(order: list[int]) -> Schedule | None:
+        train = tuple(drafted.train[index] for index in order)
+        items, height = placed_items(train, drafted.beside, drafted.resident, drafted.sizes, room, deadline, options)
         tried.append(order)
         if height > room:
             return None
-        arena = arena_of(items, height, len(train), len(joined.evaluate))
-        return _schedule(part, joined, train, arena, charged)
+        arena = arena_of(items, height, len(train), len(drafted.evaluate))
+        return _schedule(part, drafted, train, arena, charged)
 
-    for most in dict.fromkeys([room, *(max(live, int((1 - share) * room)) for share in FREE if options.spreading)]):
+    for allowed in dict.fromkeys([room, *(max(live, int((1 - share) * room)) for share in FREE if options.spreading)]):
         if tried and time.monotonic() > deadline:
             break
-        order = moved(most)
-        found = None if order is None else placed_in(order)
-        if found is not None:
-            return found, found.arena.bytes - room
+        order = order_within(allowed)
+        realized = None if order is None else placed_in_order(order)
+        if realized is not None:
+            return realized, realized.arena.bytes - room
     # Moving transfers first has fragmented the arena: place the draft, and move transfers as far as its layout allows.
-    train, arena = prefetch_in_place(joined, inputs, room, deadline, placed, options)
-    if arena.bytes > room and joined.update != drafted.update:
-        joined = drafted
-        train, arena = prefetch_in_place(joined, inputs, room, deadline, placed, options)
+    train, arena = prefetch_in_place(drafted, inputs, room, deadline, placed, options)
+    if arena.bytes > room and drafted.update != original.update:
+        drafted = original
+        train, arena = prefetch_in_place(drafted, inputs, room, deadline, placed, options)
     if arena.bytes > room:
         return None, arena.bytes - room
-    return _schedule(part, joined, train, arena, charged), arena.bytes - room
+    return _schedule(part, drafted, train, arena, charged), arena.bytes - room
 
 
-def _ahead(joined: Draft, inputs: Inputs, room: int) -> tuple[DraftInstruction, ...]:
+def _prefetched_update(step: Draft, inputs: Inputs, room: int) -> tuple[DraftInstruction, ...]:
     """The updates that are apart, with the tensors of the next trainable fetched while one is updated, and those of the one
     before written.
     """
-    live = max(live_profile(joined.update, joined.resident, joined.sizes), default=0)
-    between = sum(joined.sizes[name] for name in joined.resident)
-    return prefetch(joined.update, inputs, joined.resident, joined.sizes, min(room, live + BUFFERS * (live - between)))
+    live = max(live_profile(step.update, step.resident, step.sizes), default=0)
+    between = sum(step.sizes[name] for name in step.resident)
+    return prefetch(step.update, inputs, step.resident, step.sizes, min(room, live + BUFFERS * (live - between)))
 
 
-def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:
+def smallest_arena(problem: LayeredStep, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:
     """A schedule of the columns in the smallest arena found, with transfers moved as far as its size allows."""
     return smallest_cycle([CyclePart(problem=problem, columns=columns)], deadline)
 
@@ -174,14 +174,14 @@ def realize_cycle(
     the bytes by which one of them fails. Past `deadline`, on the monotonic clock, as `realize`.
     """
     drafts = [part.draft() for part in parts]
-    charged = _charged(parts[0].problem, drafts)
-    found = []
-    for part, joined in zip(parts, drafts, strict=True):
-        schedule, excess = _carry_out(part, joined, limit, charged, deadline)
+    charged = _instruction_bytes(parts[0].problem, drafts)
+    schedules = []
+    for part, drafted in zip(parts, drafts, strict=True):
+        schedule, excess = _realize_draft(part, drafted, limit, charged, deadline)
         if schedule is None:
             return None, excess
-        found.append(schedule)
-    return _in_turn(found), 0
+        schedules.append(schedule)
+    return _in_turn(schedules), 0
 
 
 @paused_collector()
@@ -190,15 +190,15 @@ def smallest_cycle(parts: Sequence[CyclePart], deadline: float = float("inf")) -
     allows.
     """
     drafts = [part.draft() for part in parts]
-    charged = _charged(parts[0].problem, drafts)
-    placed = [placed_items(one.train, one.beside, one.resident, one.sizes, deadline=deadline) for one in drafts]
+    charged = _instruction_bytes(parts[0].problem, drafts)
+    placed = [placed_items(step.train, step.beside, step.resident, step.sizes, deadline=deadline) for step in drafts]
     limit = max(height for _, height in placed) + charged
-    found = []
-    for part, joined, items in zip(parts, drafts, placed, strict=True):
-        schedule, _ = _carry_out(part, joined, limit, charged, deadline, items)
+    schedules = []
+    for part, drafted, items in zip(parts, drafts, placed, strict=True):
+        schedule, _ = _realize_draft(part, drafted, limit, charged, deadline, items)
         assert schedule is not None
-        found.append(schedule)
-    return _in_turn(found)
+        schedules.append(schedule)
+    return _in_turn(schedules)
 
 
 def _in_turn(steps: Sequence[Schedule]) -> Schedule:
@@ -207,30 +207,30 @@ def _in_turn(steps: Sequence[Schedule]) -> Schedule:
     if not following:
         return first
     # Tensors that outlive a step must lie where the next step looks for them.
-    assert all(one.arena.resident == first.arena.resident for one in following)
-    assert all(set(one.draft.resident) == set(first.draft.resident) for one in following)
-    height = max(one.arena.bytes for one in steps)
+    assert all(step.arena.resident == first.arena.resident for step in following)
+    assert all(set(step.draft.resident) == set(first.draft.resident) for step in following)
+    height = max(step.arena.bytes for step in steps)
     return replace(
         first,
         arena=replace(first.arena, bytes=height),
-        seconds=sum(one.seconds for one in steps) / len(steps),
-        stalls=sum(one.stalls for one in steps) / len(steps),
-        peak_bytes=max(one.peak_bytes for one in steps),
+        seconds=sum(step.seconds for step in steps) / len(steps),
+        stalls=sum(step.stalls for step in steps) / len(steps),
+        peak_bytes=max(step.peak_bytes for step in steps),
         following=tuple(following),
     )
 
 
-def _charged(problem: Layered, drafts: Sequence[Draft]) -> int:
+def _instruction_bytes(problem: LayeredStep, drafts: Sequence[Draft]) -> int:
     """Bytes of the instructions themselves: those of every training step, of one evaluation, and of an update that is apart."""
-    count = sum(len(joined.train) for joined in drafts) + len(drafts[0].beside)
+    count = sum(len(step.train) for step in drafts) + len(drafts[0].beside)
     return problem.profile.device.floor.instruction_bytes * count
 
 
 def _schedule(
-    part: CyclePart, joined: Draft, train: tuple[DraftInstruction, ...], arena: ArenaLayout, charged: int
+    part: CyclePart, drafted: Draft, train: tuple[DraftInstruction, ...], arena: ArenaLayout, charged: int
 ) -> Schedule:
     problem = part.problem
-    timing, apart = clock(train, problem.inputs), clock(joined.update, problem.inputs)
+    timing, apart = clock(train, problem.inputs), clock(drafted.update, problem.inputs)
     share = 1 / problem.profile.accumulate
     floor = problem.profile.device.floor
     peak = floor.held_bytes + charged + arena.bytes + problem.workspace_bytes
@@ -239,7 +239,7 @@ def _schedule(
         columns=part.columns,
         segments=part.segments,
         skipped=part.skipped,
-        draft=joined,
+        draft=drafted,
         train=train,
         arena=arena,
         seconds=timing.seconds + share * apart.seconds,

@@ -43,10 +43,10 @@ Progress = Callable[[dict[str, Any]], None]
 TRIES = 4
 RESTART_SECONDS = 60.0
 """seconds for which a broken event stream is requested again: a restarted service goes on with its jobs"""
-AGAIN_SECONDS = 0.5
-GONE = frozenset({502, 503, 504})
+RETRY_SECONDS = 0.5
+RESTARTING = frozenset({502, 503, 504})
 """statuses that a proxy answers while the service restarts"""
-KINDS = {code: kind for kind, code in JOB_ERRORS.items()}
+ERROR_TYPES = {code: kind for kind, code in JOB_ERRORS.items()}
 
 
 def connect(url: str, *, token: str | None = None, timeout: float = 60.0) -> Client:
@@ -71,8 +71,8 @@ class Client:
     """
 
     def __init__(self, url: str, *, token: str | None, timeout: float) -> None:
-        address = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
-        self.url = address.rstrip("/").removesuffix("/page")
+        base_url = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
+        self.url = base_url.rstrip("/").removesuffix("/page")
         if token is not None:
             check_token(token)
         self._ids: dict[str, str] = {}
@@ -115,15 +115,13 @@ class Client:
     @keywords_of(PlanOptions)
     def plan(self, profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
         """`tightfit.planner.plan.plan`, solved by the service."""
-        asked = options.model_dump(exclude={"progress"}, exclude_none=True)
-        request = {"profile": self.upload(profile), "memory": budget_bytes, **asked}
+        fields = options.model_dump(exclude={"progress"}, exclude_none=True)
+        request = {"profile": self.upload(profile), "memory": budget_bytes, **fields}
         job = self.finish(self.post("/v1/plans", request), options.progress)
         return self.stored_plan(job["result"]["plan"])
 
     def explanation(self, plan: Plan) -> Explanation:
-        """Why a plan that the service has made is as it is; with what memory is worth beside it, but for a
-        comparison's.
-        """
+        """The explanation of a plan that the service has made; unless a comparison made it, with the value of memory."""
         stored = self.get(f"/v1/plans/{self._id(plan.fingerprint)}")["summary"]["explanation"]
         return account(plan) if stored is None else Explanation.model_validate(stored)
 
@@ -225,9 +223,7 @@ class Client:
     # --- jobs ------------------------------------------------------------------------------------------------------
 
     def finish(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
-        """Follow a job to its end. Raises what made it fail; on KeyboardInterrupt, whose words say
-        so, the job goes on.
-        """
+        """Follow a job to its end. Raises what made it fail; after Ctrl-C the job goes on, as KeyboardInterrupt says."""
         events = iter(()) if job["state"] == "succeeded" else self.events(job["id"])
         try:
             for name, data in events:
@@ -248,36 +244,36 @@ class Client:
         if job["state"] == "succeeded":
             return job
         error = job["error"] or {"code": job["state"], "message": f"the job {job['id']} was {job['state']}"}
-        raise KINDS.get(error["code"], RunError)(error["message"])
+        raise ERROR_TYPES.get(error["code"], RunError)(error["message"])
 
     def events(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, data) of a job's events to its end; a stream that breaks is taken up again, for a
         minute of silence.
         """
-        broken: float | None = None
-        while broken is None or time.monotonic() - broken < RESTART_SECONDS:
+        broken_since: float | None = None
+        while broken_since is None or time.monotonic() - broken_since < RESTART_SECONDS:
             with contextlib.suppress(httpx.TransportError):
                 for name, data in self._stream(identity):
-                    broken = None
+                    broken_since = None
                     yield name, data
                     if name == "job" and data["state"] in FINISHED:
                         return
-            broken = broken or time.monotonic()
-            time.sleep(AGAIN_SECONDS)
+            broken_since = broken_since or time.monotonic()
+            time.sleep(RETRY_SECONDS)
         raise RunError(
             f"{self.url}: no answer for {RESTART_SECONDS:.0f} s; {identity} goes on when `tightfit serve` is started there"
             f" again: see {self.url}/v1/jobs/{identity} then"
         )
 
     def _stream(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        with self._http.stream("GET", f"/v1/jobs/{identity}/events") as answer:
-            if answer.status_code in GONE:
-                raise httpx.RemoteProtocolError(f"status {answer.status_code}")
-            if answer.status_code != 200:
-                answer.read()
-                _raise(answer)
+        with self._http.stream("GET", f"/v1/jobs/{identity}/events") as response:
+            if response.status_code in RESTARTING:
+                raise httpx.RemoteProtocolError(f"status {response.status_code}")
+            if response.status_code != 200:
+                response.read()
+                _raise(response)
             name = ""
-            for line in answer.iter_lines():
+            for line in response.iter_lines():
                 if line.startswith("event: "):
                     name = line.removeprefix("event: ")
                 elif line.startswith("data: "):
@@ -285,8 +281,8 @@ class Client:
 
     def cancel(self, identity: str) -> dict[str, Any]:
         """End a job, a run with a checkpoint."""
-        answer: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
-        return answer
+        job: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
+        return job
 
     # --- HTTP ------------------------------------------------------------------------------------------------------
 
@@ -296,37 +292,37 @@ class Client:
     def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> dict[str, Any]:
         return self._json(self._send("POST", path, json=body, headers=headers))
 
-    def _json(self, answer: httpx.Response) -> dict[str, Any]:
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
         try:
-            content: dict[str, Any] = answer.json()
+            content: dict[str, Any] = response.json()
         except ValueError as error:
-            raise InputError(f"{answer.url}: what answers there is no tightfit service; check the address") from error
+            raise InputError(f"{response.url}: what answers there is no tightfit service; check the address") from error
         return content
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        for left in reversed(range(TRIES)):
+        for tries_left in reversed(range(TRIES)):
             try:
-                answer = self._http.request(method, path, **options)
+                response = self._http.request(method, path, **options)
             except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
-                if not left:
+                if not tries_left:
                     raise RunError(f"{self.url}: the connection broke off ({error}); try again later") from error
             except httpx.UnsupportedProtocol as error:
                 raise InputError(f"{self.url!r} is no address; write for example http://127.0.0.1:8000") from error
             except httpx.TransportError as error:
                 raise RunError(f"{self.url}: no answer ({error}); is `tightfit serve` running there?") from error
             else:
-                if answer.status_code >= 400:
-                    _raise(answer)
-                return answer
+                if response.status_code >= 400:
+                    _raise(response)
+                return response
         raise AssertionError
 
 
-def _raise(answer: httpx.Response) -> None:
+def _raise(response: httpx.Response) -> None:
     try:
-        message = answer.json()["error"]["message"]
+        message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        message = f"status {answer.status_code}; if no tightfit service answers there, check the address"
-    if answer.status_code == 401:
+        message = f"status {response.status_code}; if no tightfit service answers there, check the address"
+    if response.status_code == 401:
         message += "; set TIGHTFIT_TOKEN to the service's token"
-    kind = RunError if answer.status_code >= 500 or answer.status_code == 429 else InputError
-    raise kind(f"{answer.url.host}: {message}")
+    error_type = RunError if response.status_code >= 500 or response.status_code == 429 else InputError
+    raise error_type(f"{response.url.host}: {message}")

@@ -37,7 +37,7 @@ class Simulation:
     accumulate: int = 1
     """steps that share an update"""
     shorter: list[ShorterSeconds] = field(default_factory=list)
-    """of each shorter step of the plan"""
+    """seconds of each shorter step of the plan"""
 
     @property
     def step_seconds(self) -> float:

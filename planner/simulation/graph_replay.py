@@ -51,7 +51,7 @@ class _GraphReplay:
         self.on_disk: set[str] = set()
         self.writing: dict[str, float] = {}
         self.landing: dict[str, float] = {}
-        """both: output -> time at which its transfer is done"""
+        """output -> time at which its transfer to, or from, the disk is done"""
         self.most_live = self.fixed
         self.workspace = 0
         """workspace of the run that sets the peak"""
@@ -122,10 +122,10 @@ class _GraphReplay:
 
     def _run(self, index: int) -> None:
         operator = self.operators[index]
-        again = index < self.done
+        rerun = index < self.done
         if index > self.done:
             raise self.fail("operator-order", operator.target, "runs before its turn")
-        if again and not operator.recomputable:
+        if rerun and not operator.recomputable:
             raise self.fail("operator-order", operator.target, "may not run again")
         for name in operator.inputs:
             if name not in self.live:
@@ -136,11 +136,11 @@ class _GraphReplay:
         output = operator.outputs[0]
         assert output is not None
         self._hold(output)
-        self.done += not again
+        self.done += not rerun
         self.now += operator.seconds
-        self.compute += 0.0 if again else operator.seconds
-        self.recompute += operator.seconds if again else 0.0
-        self._record(f"{operator.target} ({operator.phase}{' again' if again else ''})", operator.workspace_bytes)
+        self.compute += 0.0 if rerun else operator.seconds
+        self.recompute += operator.seconds if rerun else 0.0
+        self._record(f"{operator.target} ({operator.phase}{' again' if rerun else ''})", operator.workspace_bytes)
 
     def _hold(self, name: str) -> None:
         if name in self.live:

@@ -43,7 +43,7 @@ class PlanIndex:
         updating = clipped_seconds if self.apart else update_seconds
         self.update_seconds = {tensor.name: updating(tensor, plan.optimizer) for tensor in trained}
         self.accumulate_seconds = {tensor.name: accumulate_seconds(tensor, plan.optimizer) for tensor in trained}
-        """where gradients are clipped"""
+        """seconds of adding each gradient to its sum, where gradients are clipped"""
         self.passages = {above: (layer, below) for layer, (above, below) in equal_passages(plan).items() if below}
         """gradient of a layer's output -> (layer, gradient of its input), where the two have equal shapes"""
 

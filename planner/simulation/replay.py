@@ -26,7 +26,7 @@ from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.problem.tensor_index import IndexedTensor
 from tightfit.planner.schema import Peak, Phase
 from tightfit.planner.simulation.plan_index import InvalidSchedule, PlanIndex
-from tightfit.planner.simulation.timeline import ReplayPeak, Timeline, Totals
+from tightfit.planner.simulation.timeline import ReplayPeak, ReplayTotals, Timeline
 from tightfit.profiles.schema import Operator
 
 Role = Literal["train", "evaluate", "update"]
@@ -53,19 +53,19 @@ KINDS = (
 class Replay:
     """The replay of one phase of a plan; after `run` it holds peak, seconds and the set of updated trainables."""
 
-    def __init__(self, world: PlanIndex, phase: Phase, name: str, role: Role) -> None:
-        self.world = world
+    def __init__(self, declared: PlanIndex, phase: Phase, name: str, role: Role) -> None:
+        self.declared = declared
         self.phase = phase
         self.instructions: Sequence[Instruction] = phase.instructions
         self.name = name
         self.training = role == "train"
-        self.updating = role == "update" if world.apart else self.training
+        self.updating = role == "update" if declared.apart else self.training
         """whether trainables are updated in this phase"""
-        self.adding = self.training and world.apart
+        self.adding = self.training and declared.apart
         """whether gradients are added to sums in it"""
         self.index = -1
         self.now = self.disk = 0.0
-        self.totals = Totals()
+        self.totals = ReplayTotals()
         self.places: dict[str, int] = {}
         self.starts: list[int] = []
         self.owners: list[str] = []
@@ -78,18 +78,18 @@ class Replay:
         self.updated: set[str] = set()
         self.summed: set[str] = set()
         """trainables whose gradients were added to their sums"""
-        self.makers = world.makers(phase)
+        self.makers = declared.makers(phase)
         self.gradient_runs: dict[str, int] = {}
         self.passed: set[str] = set()
         """skipped layers whose output's gradient was passed on as their input's"""
-        self.shift = dict.fromkeys(world.trainables, 0)
+        self.shift = dict.fromkeys(declared.trainables, 0)
         """trainable -> its current perturbation, in multiples of epsilon"""
         self.ran: set[tuple[str, int]] = set()
         self.cursor_index = self.forwards = 0
         self.timeline = Timeline(len(self.instructions) + 1)
         self.peak = ReplayPeak()
         self.expected = self._expected()
-        self.floor = world.device.floor.held_bytes + world.device.floor.instruction_bytes * world.instructions
+        self.floor = declared.device.floor.held_bytes + declared.device.floor.instruction_bytes * declared.instructions
 
     def _expected(self) -> list[tuple[str, int]]:
         """The first runs in the order they must take: the forward of all layers, then the backward of the layers in
@@ -97,17 +97,17 @@ class Replay:
         """
 
         def turns(layer: str, phase: str) -> list[tuple[str, int]]:
-            operators = self.world.layers[layer][0]
+            operators = self.declared.layers[layer][0]
             return [(layer, position) for position, operator in enumerate(operators) if operator.phase == phase]
 
         if not self.training:
-            inference = self.world.inference if not self.updating else {}
-            return [(layer, position) for layer in self.world.order for position in inference.get(layer, ())]
-        forward = [turn for layer in self.world.order for turn in turns(layer, "forward")]
+            inference = self.declared.inference if not self.updating else {}
+            return [(layer, position) for layer in self.declared.order for position in inference.get(layer, ())]
+        forward = [turn for layer in self.declared.order for turn in turns(layer, "forward")]
         self.forwards = len(forward)
-        if self.world.two_forwards:
+        if self.declared.two_forwards:
             return forward * 2
-        backward = [layer for layer in reversed(self.world.order) if layer not in self.phase.skipped]
+        backward = [layer for layer in reversed(self.declared.order) if layer not in self.phase.skipped]
         return forward + [turn for layer in backward for turn in turns(layer, "backward")]
 
     def fail(self, invariant: str, tensor: str, text: str) -> InvalidSchedule:
@@ -116,10 +116,10 @@ class Replay:
     # --- the replay ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        for name, offset in self.world.plan.resident.items():
+        for name, offset in self.declared.plan.resident.items():
             self._allocate(name, offset)
-        for name, states in self.world.trainables.items():
-            self.on_disk.update(one for one in (name, *states) if one not in self.places)
+        for name, states in self.declared.trainables.items():
+            self.on_disk.update(tensor for tensor in (name, *states) if tensor not in self.places)
         self._record(0)
         for index, instruction in enumerate(self.instructions):
             self.index = index
@@ -156,7 +156,7 @@ class Replay:
         end = max([self.now, self.disk])
         self.totals.stall += end - self.now
         self.now = end
-        resident = self.world.plan.resident
+        resident = self.declared.plan.resident
         for name in self.places:
             if name not in resident:
                 raise self.fail("leak", name, "is still resident when the phase ends")
@@ -166,18 +166,18 @@ class Replay:
         if self.cursor_index != len(self.expected):
             layer, operator = self.expected[self.cursor_index]
             raise self.fail("operator-order", layer, f"operator {operator} never runs")
-        for name in self.world.trainables:
+        for name in self.declared.trainables:
             if self.adding and name not in self.summed:
                 raise self.fail("sum-once", name, "has a gradient that is never added to its sum")
-            trained = self.world.two_forwards or f"grad:{name}" in self.makers or not self.phase.skipped
+            trained = self.declared.two_forwards or f"grad:{name}" in self.makers or not self.phase.skipped
             if self.updating and trained and name not in self.updated:
                 raise self.fail("update-once", name, "is never updated")
 
     def _tensor(self, name: str) -> IndexedTensor:
-        found = self.world.tensors.get(name)
-        if found is None:
+        tensor = self.declared.tensors.get(name)
+        if tensor is None:
             raise self.fail("form", name, "no such tensor")
-        return found
+        return tensor
 
     def _need(self, name: str) -> None:
         """Check that the tensor is resident, and wait until its transfer has landed."""
@@ -198,22 +198,22 @@ class Replay:
         if offset < 0 or offset % alignment:
             raise self.fail("offset", name, f"offset {offset} is not a multiple of {alignment}")
         end = offset + tensor.bytes
-        arena = self.world.plan.arena_bytes
+        arena = self.declared.plan.arena_bytes
         if end > arena:
             raise self.fail("offset", name, f"ends at {end}, beyond the arena of {arena} bytes")
         self.places[name] = offset
         self.live += tensor.bytes
         self.kinds[tensor.kind] += tensor.bytes
         if tensor.bytes:
-            at = bisect.bisect_left(self.starts, offset)
-            for other in (at - 1, at):
+            index = bisect.bisect_left(self.starts, offset)
+            for other in (index - 1, index):
                 if 0 <= other < len(self.starts):
                     low = self.starts[other]
                     high = low + self._tensor(self.owners[other]).bytes
                     if low < end and offset < high:
                         raise self.fail("overlap", name, f"shares bytes with {self.owners[other]}")
-            self.starts.insert(at, offset)
-            self.owners.insert(at, name)
+            self.starts.insert(index, offset)
+            self.owners.insert(index, name)
         self.top = max(self.top, end)
 
     def _release(self, name: str) -> None:
@@ -222,12 +222,12 @@ class Replay:
         self.live -= tensor.bytes
         self.kinds[tensor.kind] -= tensor.bytes
         if tensor.bytes:
-            at = bisect.bisect_left(self.starts, offset)
-            del self.starts[at], self.owners[at]
+            index = bisect.bisect_left(self.starts, offset)
+            del self.starts[index], self.owners[index]
 
     def _move(self, size: int, *, out: bool) -> float:
         """Queue a transfer on the disk; the time at which it is done."""
-        channel = self.world.device.write if out else self.world.device.read
+        channel = self.declared.device.write if out else self.declared.device.read
         self.disk = max(self.disk, self.now) + channel.latency_seconds + size / channel.bytes_per_second
         done = self.disk
         cost = channel.compute_seconds_per_transfer + size * channel.compute_seconds_per_byte
@@ -241,7 +241,7 @@ class Replay:
 
     def _read(self, name: str, offset: int) -> None:
         tensor = self._tensor(name)
-        if f"packed:{name}" not in self.world.tensors:
+        if f"packed:{name}" not in self.declared.tensors:
             raise self.fail("transfer", name, "is not a weight of the store")
         self._allocate(f"packed:{name}", offset)
         self.landing[f"packed:{name}"] = self._move(tensor.packed_bytes, out=False)
@@ -254,18 +254,18 @@ class Replay:
         self.totals.unpack += tensor.unpack_seconds
 
     def _run(self, layer: str, position: int, offsets: Sequence[int | None]) -> int:
-        if layer not in self.world.layers or not 0 <= position < len(self.world.layers[layer][0]):
+        if layer not in self.declared.layers or not 0 <= position < len(self.declared.layers[layer][0]):
             raise self.fail("form", str(layer), f"has no operator {position}")
-        operators, names = self.world.layers[layer]
+        operators, names = self.declared.layers[layer]
         operator = operators[position]
-        again = self._check_order(layer, position, operator)
+        rerun = self._check_order(layer, position, operator)
         for value in operator.inputs:
             if value in operator.gathers:
                 continue
             name = names[value]
             if name in self.updated:
                 raise self.fail("update-once", name, "is read after its update")
-            if self.training and self.world.two_forwards and name in self.shift:
+            if self.training and self.declared.two_forwards and name in self.shift:
                 wanted = 1 if self.cursor_index <= self.forwards else -1
                 if self.shift[name] != wanted:
                     raise self.fail("perturbed", name, f"is read at {self.shift[name]:+} epsilon, not at {wanted:+}")
@@ -290,7 +290,7 @@ class Replay:
                 self._allocate(name, offset)
             self.gradient_runs[name] = self.gradient_runs.get(name, 0) + 1
         self.now += operator.seconds
-        if again:
+        if rerun:
             self.totals.recompute += operator.seconds
         else:
             self.totals.compute += operator.seconds
@@ -338,7 +338,7 @@ class Replay:
         self.landing[name] = self._move(tensor.bytes, out=False)
 
     def _update(self, name: str) -> int:
-        states = self.world.trainables.get(name)
+        states = self.declared.trainables.get(name)
         gradient = f"grad:{name}"
         if states is None:
             raise self.fail("update-once", name, "is not a trainable")
@@ -347,12 +347,12 @@ class Replay:
             raise self.fail("update-once", name, f"is updated {when}")
         if name in self.updated:
             raise self.fail("update-once", name, "is updated twice")
-        if self.world.two_forwards:
+        if self.declared.two_forwards:
             self._need(name)
             if self.shift[name] != -1 or self.cursor_index != len(self.expected):
                 raise self.fail("perturbed", name, "is updated before both forwards are through")
             self.shift[name] = 0
-        elif self.world.apart:
+        elif self.declared.apart:
             for needed in (name, *states):
                 self._need(needed)
         else:
@@ -362,24 +362,26 @@ class Replay:
                 raise self.fail("update-once", name, "is updated before its gradient is complete")
         self.updated.add(name)
         # A sum has served once its trainable is updated from it: the next step begins another.
-        changed = [one for one in (name, *states) if not one.startswith(SUM)] if self.world.apart else [name, *states]
+        changed = [name, *states]
+        if self.declared.apart:
+            changed = [tensor for tensor in changed if not tensor.startswith(SUM)]
         self.dirty.update(changed)
-        for one in changed:
-            if one in self.writing:
-                raise self.fail("lost-state", one, "is updated while it is being written")
-            self.on_disk.discard(one)
+        for changed_name in changed:
+            if changed_name in self.writing:
+                raise self.fail("lost-state", changed_name, "is updated while it is being written")
+            self.on_disk.discard(changed_name)
         return self._touch(name)
 
     def _accumulate(self, name: str, offset: int) -> None:
         gradient, total = f"grad:{name}", f"{SUM}{name}"
-        if name not in self.world.trainables or not self.adding:
+        if name not in self.declared.trainables or not self.adding:
             raise self.fail("sum-once", name, "has no gradient that is added to a sum in this phase")
         if name in self.summed:
             raise self.fail("sum-once", name, "has its gradient added twice")
         self._need(gradient)
         if not self._complete(gradient):
             raise self.fail("sum-once", name, "has its gradient added before it is complete")
-        if self.world.plan.accumulate == 1 and total not in self.places:
+        if self.declared.plan.accumulate == 1 and total not in self.places:
             self._allocate(total, offset)
         self._need(total)
         if self.places[total] != offset:
@@ -389,12 +391,12 @@ class Replay:
         self.summed.add(name)
         self.dirty.add(total)
         self.on_disk.discard(total)
-        seconds = self.world.accumulate_seconds[name]
+        seconds = self.declared.accumulate_seconds[name]
         self.now += seconds
         self.totals.compute += seconds
 
     def _perturb(self, name: str, times: int) -> int:
-        if not self.training or not self.world.two_forwards or name not in self.shift:
+        if not self.training or not self.declared.two_forwards or name not in self.shift:
             raise self.fail("perturbed", name, "is not perturbed in this phase")
         if name in self.updated:
             raise self.fail("perturbed", name, "is perturbed after its update")
@@ -406,15 +408,15 @@ class Replay:
         """Count the seconds of an update or a perturbation; the heap bytes of the noise that it
         draws (MeZO), else 0.
         """
-        tensor, seconds = self._tensor(name), self.world.update_seconds[name]
+        tensor, seconds = self._tensor(name), self.declared.update_seconds[name]
         self.now += seconds
         self.totals.compute += seconds
-        noise = tensor.bytes if self.world.two_forwards else 0
+        noise = tensor.bytes if self.declared.two_forwards else 0
         self.workspace = max(self.workspace, noise)
         return noise
 
     def _pass(self, above: str, below: str) -> None:
-        layer, expected = self.world.passages.get(above, ("", ""))
+        layer, expected = self.declared.passages.get(above, ("", ""))
         if below != expected or layer not in self.phase.skipped:
             raise self.fail("passed-once", above, f"is not the gradient of an output whose input's is {below}")
         if layer in self.passed:
@@ -455,7 +457,7 @@ class Replay:
             return "start of the step"
         match self.instructions[index]:
             case Run(layer, position):
-                operator = self.world.layers[layer][0][position]
+                operator = self.declared.layers[layer][0][position]
                 again = " again" if (layer, position) in self.ran_before(index) else ""
                 return f"{layer}: {operator.target} ({operator.phase}{again})"
             case other:
@@ -465,7 +467,7 @@ class Replay:
     def ran_before(self, index: int) -> set[tuple[str, int]]:
         return {(i.layer, i.operator) for i in self.instructions[:index] if isinstance(i, Run)}
 
-    def told(self) -> Phase:
+    def replayed_phase(self) -> Phase:
         """The phase with the figures that the replay found."""
         tensors = {name: self._tensor(name).bytes for name in self.peak.tensors}
         largest = sorted(tensors.items(), key=lambda item: (-item[1], item[0]))[:LARGEST]
@@ -474,7 +476,7 @@ class Replay:
             instructions=list(self.instructions),
             skipped=self.phase.skipped,
             seconds=self.now,
-            peak_bytes=max(self.world.device.floor.start_peak_bytes, reached),
+            peak_bytes=max(self.declared.device.floor.start_peak_bytes, reached),
             peak=Peak(instruction=self.peak.instruction, text=self._text(self.peak.instruction), tensors=dict(largest)),
             compute_seconds=self.totals.compute,
             recompute_seconds=self.totals.recompute,

@@ -62,55 +62,55 @@ def simulate(plan: Plan) -> Simulation:
     evaluate = Replay(declared, plan.evaluate, "evaluate", "evaluate")
     update = None if plan.update is None else Replay(declared, plan.update, "update", "update")
     replays = [*steps, evaluate, *([] if update is None else [update])]
-    for replay_ in replays:
-        replay_.run()
+    for replayed in replays:
+        replayed.run()
     for name in declared.trainables:
-        if not any(name in replay_.updated for replay_ in replays):
+        if not any(name in replayed.updated for replayed in replays):
             raise InvalidSchedule("update-once", "plan", -1, name, "is never updated")
     floor = plan.device.floor
-    fullest = max(replays, key=lambda one: one.top)
+    fullest = max(replays, key=lambda replayed: replayed.top)
     arena = -(-fullest.top // LINE) * LINE
-    workspace = max(one.workspace for one in replays)
+    workspace = max(replayed.workspace for replayed in replays)
     charged = floor.held_bytes + floor.instruction_bytes * declared.instructions
     peak = max(floor.start_peak_bytes, charged + arena + workspace)
     if peak > plan.budget_bytes:
         raise InvalidSchedule(
             "budget", fullest.name, -1, "the arena", f"{peak} bytes at the peak, {plan.budget_bytes} allowed"
         )
-    for claim, stated, found in (
+    for claim, stated, computed in (
         ("arena_bytes", plan.arena_bytes, arena),
         ("workspace_bytes", plan.workspace_bytes, workspace),
         ("peak_bytes", plan.peak_bytes, peak),
     ):
-        if stated and stated < found:
-            raise InvalidSchedule("claims", "plan", -1, claim, f"the plan states {stated}, the replay finds {found}")
-    train, *cycle = (step.told() for step in steps)
+        if stated and stated < computed:
+            raise InvalidSchedule("claims", "plan", -1, claim, f"the plan states {stated}, the replay finds {computed}")
+    train, *cycle = (step.replayed_phase() for step in steps)
     shorter = [_at_length(plan, step, peak) for step in plan.shorter]
     return Simulation(
         train=train,
         cycle=cycle,
-        evaluate=evaluate.told(),
-        update=None if update is None else update.told(),
+        evaluate=evaluate.replayed_phase(),
+        update=None if update is None else update.replayed_phase(),
         accumulate=plan.accumulate,
         timeline=steps[0].timeline.points,
         peak_bytes=peak,
         arena_bytes=arena,
         workspace_bytes=workspace,
-        live_bytes=max(one.most_live for one in replays),
+        live_bytes=max(replayed.most_live for replayed in replays),
         shorter=shorter,
     )
 
 
 def _at_length(plan: Plan, step: ShorterPlan, peak: int) -> ShorterSeconds:
     """Replay `plan` on the tensors of a shorter step, which may not have another peak than `peak`."""
-    found = simulate(shortened(plan, step))
-    if found.peak_bytes > peak:
+    simulation = simulate(shortened(plan, step))
+    if simulation.peak_bytes > peak:
         raise InvalidSchedule(
             "claims",
             "plan",
             -1,
             f"its step of {step.seq} tokens",
-            f"{found.peak_bytes} bytes at the peak, {peak} at full length",
+            f"{simulation.peak_bytes} bytes at the peak, {peak} at full length",
         )
-    assert found.evaluate is not None
-    return ShorterSeconds(found.step_seconds, found.evaluate.seconds)
+    assert simulation.evaluate is not None
+    return ShorterSeconds(simulation.step_seconds, simulation.evaluate.seconds)

@@ -11,7 +11,7 @@ POINTS = 600
 
 
 @dataclass(kw_only=True)
-class Totals:
+class ReplayTotals:
     compute: float = 0.0
     recompute: float = 0.0
     unpack: float = 0.0

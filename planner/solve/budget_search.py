@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.schedule.realize import Schedule, realize
@@ -18,7 +18,7 @@ from tightfit.planner.solve.column_generation import ColumnGeneration
 GOOD = 4e-3
 """relative gap; where a schedule is this near its bound, columns are not chosen again; farther away, it may be far from the best"""
 FAIR = 5e-3
-"""the same after a second choice of columns gave no faster schedule"""
+"""the same gap, once a second choice of columns gave no faster schedule"""
 RESERVE = 0.01
 """share of the limit that the first choice of columns leaves free, for gaps in the arena and for transfers"""
 CHOICES = 5
@@ -27,9 +27,9 @@ MORE, TWICE = 0.05, 2
 """where a schedule waits for the disk, the next reserve: at least this share of the limit, and this many times the last reserve"""
 CLOSE = 1.2
 """ratio of two reserves between which no other is worth trying"""
-CARRY_SECONDS = 2.2e-4
-"""that realising columns as a schedule takes, per operator of the step: a search this near its deadline stops"""
-Asked = tuple[tuple[Column, ...], Segments, int]
+REALIZE_SECONDS = 2.2e-4
+"""what realising columns as a schedule takes, per operator of the step: a search this near its deadline stops"""
+RealizeQuestion = tuple[tuple[Column, ...], Segments, int]
 """columns, segments, and the bytes that their schedule is to fit into"""
 
 
@@ -37,7 +37,7 @@ Asked = tuple[tuple[Column, ...], Segments, int]
 class BudgetSearch:
     """The state of the search at a budget; it holds the result whatever ends the search."""
 
-    problem: Layered
+    problem: LayeredStep
     limit: int
     """bytes for the arena and the instructions"""
     started: float
@@ -51,16 +51,16 @@ class BudgetSearch:
     """seconds that no schedule of the kind searched for undercuts"""
     timely: bool = True
     """whether every search so far came to its end before the deadline"""
-    found: list[Schedule] = field(default_factory=list)
+    schedules: list[Schedule] = field(default_factory=list)
     """schedules that fit"""
-    carried: dict[Asked, tuple[Schedule | None, int]] = field(default_factory=dict)
-    """what has been realised so far, here and in copies made by `replace`, which share this: the same question has the same answer"""
-    taken: list[float] = field(default_factory=list)
-    """seconds that each of these took; shared too"""
+    realized: dict[RealizeQuestion, tuple[Schedule | None, int]] = field(default_factory=dict)
+    """each question so far -> its schedule, if one fits, and the bytes that it has too many; copies made by `replace` share it"""
+    realize_seconds: list[float] = field(default_factory=list)
+    """seconds that each realisation took; shared too"""
 
     @property
     def best(self) -> Schedule | None:
-        return min(self.found, key=lambda schedule: schedule.seconds, default=None)
+        return min(self.schedules, key=lambda schedule: schedule.seconds, default=None)
 
     @property
     def reserve(self) -> int:
@@ -72,10 +72,10 @@ class BudgetSearch:
         best = self.best
         return best is not None and best.seconds - bound <= tolerance * best.seconds
 
-    def settled(self) -> bool:
+    def good_enough(self) -> bool:
         """Whether the best schedule so far is so good that columns need not be chosen again."""
-        in_vain = any(one.seconds <= self.found[-1].seconds for one in self.found[:-1])
-        return self.near(self.bound, max(self.gap, FAIR if in_vain else GOOD))
+        repeated = any(schedule.seconds <= self.schedules[-1].seconds for schedule in self.schedules[:-1])
+        return self.near(self.bound, max(self.gap, FAIR if repeated else GOOD))
 
     def until(self, share: float) -> float:
         """The moment at which this share of the time is over."""
@@ -95,40 +95,40 @@ class BudgetSearch:
         finally:
             self.deadline = deadline
 
-    def carries_in_time(self) -> bool:
+    def has_time_to_realize(self) -> bool:
         """Whether there is time left to realise columns as a schedule."""
         # On a busy machine that takes longer than on an idle one: as long as the last time, if that is more.
-        needed = max([CARRY_SECONDS * len(self.problem.graph.steps), *self.taken[-1:]])
+        needed = max([REALIZE_SECONDS * len(self.problem.graph.steps), *self.realize_seconds[-1:]])
         return self.deadline - time.monotonic() > needed
 
-    def carry(self, columns: tuple[Column, ...], segments: Segments = ()) -> tuple[Schedule | None, int]:
-        """As `realize`, once for each question; a schedule that fits is added to `found`."""
-        asked = columns, segments, self.limit
-        known = self.carried.get(asked)
-        if known is None:
+    def try_columns(self, columns: tuple[Column, ...], segments: Segments = ()) -> tuple[Schedule | None, int]:
+        """As `realize`, once for each question; a schedule that fits is added to `schedules`."""
+        question = columns, segments, self.limit
+        outcome = self.realized.get(question)
+        if outcome is None:
             began = time.monotonic()
-            known = realize(
+            outcome = realize(
                 self.problem, columns, self.limit, deadline=self.deadline, segments=segments, options=self.options
             )
-            self.taken.append(time.monotonic() - began)
+            self.realize_seconds.append(time.monotonic() - began)
             if time.monotonic() <= self.deadline:
-                self.carried[asked] = known
+                self.realized[question] = outcome
             else:
                 # Past the deadline `realize` tries less: another call may come to more.
                 self.timely = False
-        schedule, excess = known
+        schedule, excess = outcome
         if schedule is not None:
-            self.found.append(schedule)
+            self.schedules.append(schedule)
         return schedule, excess
 
     def choose_anew(self, search: ColumnGeneration, choices: int = CHOICES) -> None:
         """As `choose`, as if nothing had been found yet."""
-        one = replace(self, found=[])
+        fresh = replace(self, schedules=[])
         try:
-            one.choose(search, choices)
+            fresh.choose(search, choices)
         finally:
-            self.found += one.found
-            self.timely = self.timely and one.timely
+            self.schedules += fresh.schedules
+            self.timely = self.timely and fresh.timely
 
     def choose(self, search: ColumnGeneration, choices: int = CHOICES) -> None:
         """Choose whole columns within the limit less a reserve and realise them, with a larger reserve until all tensors find places.
@@ -139,71 +139,71 @@ class BudgetSearch:
         schedules wait, and one with which they do not or that no columns leave, the next lies between the two. Raises TimeoutError
         where time is up before any columns are chosen.
         """
-        share = self.reserve
-        most = reserve = share
-        between = _Between(limit=self.limit)
+        reserve_step = self.reserve
+        largest_reserve = reserve = reserve_step
+        reserves = _ReserveRange(limit=self.limit)
         exhausted = slower = False
-        before: tuple[Column, ...] = ()
+        previous: tuple[Column, ...] = ()
         while choices:
-            if not self.carries_in_time():
+            if not self.has_time_to_realize():
                 self.timely = False
                 break
-            if between.waiting and self.options.reserve_pricing:
+            if reserves.waiting and self.options.reserve_pricing:
                 self._price(search, reserve)
             chosen = search.choose(self.limit - reserve)
-            if chosen == before and not between.idle:
-                reserve += 2 * share
+            if chosen == previous and not reserves.idle:
+                reserve += 2 * reserve_step
                 chosen = search.choose(self.limit - reserve)
             self.timely = self.timely and search.timely
             fastest = self.best
-            if chosen is None and between.waiting:
-                between.idle = reserve
+            if chosen is None and reserves.waiting:
+                reserves.idle = reserve
             elif chosen is None:
                 if fastest is not None or exhausted:
                     break
                 reserve, exhausted = 0, True
                 continue
-            elif chosen == before:
-                between.waiting = max(1, reserve)
+            elif chosen == previous:
+                reserves.waiting = max(1, reserve)
             else:
-                before = chosen
+                previous = chosen
                 choices -= 1
-                schedule, excess = self.carry(chosen)
+                schedule, excess = self.try_columns(chosen)
                 if schedule is None:
-                    reserve += max(3 * excess // 2, share // 2)
-                    if fastest is not None and reserve >= most:
+                    reserve += max(3 * excess // 2, reserve_step // 2)
+                    if fastest is not None and reserve >= largest_reserve:
                         break
                     continue
                 search.report("carried out", schedule.seconds, self.bound)
-                if self.settled() or not self.options.reserves:
+                if self.good_enough() or not self.options.reserves:
                     break
-                lost = schedule.seconds - self.bound
-                most = reserve
-                if schedule.stalls > lost / 2:
-                    between.waiting = reserve
+                lost_seconds = schedule.seconds - self.bound
+                largest_reserve = reserve
+                if schedule.stalls > lost_seconds / 2:
+                    reserves.waiting = reserve
                     faster = fastest is None or schedule.seconds < fastest.seconds
-                    if slower and not (faster or between.idle):
+                    if slower and not (faster or reserves.idle):
                         break
                     slower = not faster
-                elif fastest is None or between.waiting:
-                    between.idle = reserve
+                elif fastest is None or reserves.waiting:
+                    reserves.idle = reserve
                 else:
                     break
-            following = between.following(reserve)
+            following = reserves.following(reserve)
             if following is None:
                 break
             reserve = following
 
     def _price(self, search: ColumnGeneration, reserve: int) -> None:
         """Price columns for a limit that leaves `reserve` free, unless its bound shows that no plan there is faster than the best so far."""
-        worth = min((schedule.seconds for schedule in self.found), default=math.inf)
-        within = replace(search, limit_bytes=self.limit - reserve, progress=None, worth_seconds=worth)
-        within.columns()
-        self.timely = self.timely and within.timely
+        best_seconds = min((schedule.seconds for schedule in self.schedules), default=math.inf)
+        pricing = replace(search, limit_bytes=self.limit - reserve, progress=None, worth_seconds=best_seconds)
+        pricing.columns()
+        self.timely = self.timely and pricing.timely
 
 
 @dataclass(kw_only=True)
-class _Between:
+class _ReserveRange:
     """The range in which the best reserve lies; 0: not known yet."""
 
     limit: int

@@ -18,30 +18,30 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tightfit.planner.formulation.layer_constraints import LayerProgram
-from tightfit.planner.formulation.step_constraints import StepConstraints, Terms, add_step_constraints
+from tightfit.planner.formulation.step_constraints import LinearFigures, StepConstraints, add_step_constraints
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, MS, LayerFigures
 from tightfit.planner.schedule.layer_schedule import Column, measure
 from tightfit.planner.search_options import Progress
-from tightfit.planner.solve.integer_rounding import Rounding, WindowBytes, rounded
-from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp, MasterLpAnswer, goal
-from tightfit.planner.solve.pricing import Pool, Prices
+from tightfit.planner.solve.integer_rounding import ColumnRounding, WindowBytes, rounded
+from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp, MasterLpSolution, goal
+from tightfit.planner.solve.pricing import ColumnPool, Prices
 from tightfit.planner.solvers.highs import MARGIN
 from tightfit.planner.solvers.lp import Linear, LinearProgram
 
 JOINT_BINARIES = 150
 """models with at most so many integer variables are solved as one program, to optimality"""
 WHOLE_NODES = 20
-"""of branch and bound for whole columns: work is counted, not timed, so that the same input gives the same plan"""
+"""nodes of branch and bound for whole columns: work is counted, not timed, so that the same input gives the same plan"""
 WHOLE = 0.999
 """share of one column from which on a layer counts as not mixed"""
 NEAR = 1e-3
 """share of the step's time; only columns whose reduced cost is at most that are tried as whole columns near a mixture"""
 FEW = 5
-"""of these per layer, where every layer chooses among them"""
+"""such columns per layer, where every layer chooses among them"""
 FREE = 12
 """mixed layers at most, evenly spaced, that `_few_free` does not round"""
 CANDIDATES = 10
-"""columns that each of these chooses among"""
+"""columns that each of these layers chooses among"""
 FITTED = 30
 """columns of each layer that the local search chooses among"""
 MARGINS = (0.0, 0.005, 0.02)
@@ -53,15 +53,15 @@ WHOLE_GAP = 2e-3
 ENOUGH = 5e-5
 """share of the step's time; a whole column that costs at most that much more than a mixture stands for it"""
 ROUNDS = 60
-"""of column generation at most"""
+"""rounds of column generation at most"""
 SHARE = 0.25
-"""of what pricing could gain, left to the next round once there are new columns"""
-Whole = tuple[float, tuple[Column, ...]]
+"""share of what pricing could still gain that is left to the next round, once there are new columns"""
+WholeColumns = tuple[float, tuple[Column, ...]]
 """(objective, a column per layer)"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MasterAnswer:
+class ChosenColumns:
     """Columns chosen per layer, and the proof."""
 
     columns: tuple[Column, ...]
@@ -90,13 +90,13 @@ class ColumnGeneration:
     """whether integer programs look for whole columns where the local search finds none that are good enough"""
 
     @property
-    def pool(self) -> Pool:
+    def pool(self) -> ColumnPool:
         return self.relaxation.pool
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def _rows(self, program: LinearProgram, layers: list[Terms]) -> StepConstraints:
+    def _rows(self, program: LinearProgram, layers: list[LinearFigures]) -> StepConstraints:
         return add_step_constraints(program, self.pool.problem, layers, careful=self.relaxation.careful)
 
     def report(self, stage: str, incumbent: float, bound: float) -> None:
@@ -105,14 +105,14 @@ class ColumnGeneration:
             seconds = time.monotonic() - self.started
             self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
 
-    def _priced(self, stage: str, relaxed: MasterLpAnswer, best: float) -> None:
+    def _report_pricing(self, stage: str, relaxed: MasterLpSolution, best: float) -> None:
         """Report progress; where the limit is passed, the value is mostly the price of that and says nothing of seconds."""
-        kept = relaxed.over < 1e-4
-        self.report(stage, relaxed.value / MS if kept else float("inf"), best / MS if kept else 0.0)
+        within_limit = relaxed.over < 1e-4
+        self.report(stage, relaxed.value / MS if within_limit else float("inf"), best / MS if within_limit else 0.0)
 
     # --- one program -----------------------------------------------------------------------------------------------
 
-    def joint(self, *, priced: bool = True) -> MasterAnswer | None:
+    def joint(self, *, priced: bool = True) -> ChosenColumns | None:
         """(1) to (17) as one program: the optimum of the class; None where nothing fits. Without a price on transfers (`priced`) the bound
         of its time is tight.
 
@@ -127,7 +127,7 @@ class ColumnGeneration:
         rows = self._rows(program, layers)
         if self.limit_bytes is not None:
             program.bounds(rows.bytes, 0.0, self.limit_bytes / KIB)
-        result = program.solve(goal(rows, fewest_bytes=self.limit_bytes is None, priced=priced), self.left())
+        result = program.solve(goal(rows, fewest_bytes=self.limit_bytes is None, priced=priced), self.seconds_left())
         if result.infeasible:
             return None
         if result.values is None:
@@ -136,7 +136,7 @@ class ColumnGeneration:
         columns = tuple(
             measure(problem.types[kind], block.decision(values)) for kind, block in zip(problem.layer_type, blocks)
         )
-        return MasterAnswer(
+        return ChosenColumns(
             columns=columns, bound_seconds=self.bound(result.bound, priced=priced), proven=result.optimal
         )
 
@@ -154,34 +154,34 @@ class ColumnGeneration:
         proven (22) shows that no plan is worth it.
         """
         limit = self.limit_bytes
-        best, value, kept = 0.0 if limit is None else self.relaxation.proven(limit), float("inf"), False
-        for turn in range(ROUNDS if self.bound(best) <= self.worth_seconds else 0):
+        best, value, within_limit = 0.0 if limit is None else self.relaxation.proven(limit), float("inf"), False
+        for round_number in range(ROUNDS if self.bound(best) <= self.worth_seconds else 0):
             try:
                 relaxed = self._relaxation(self.limit_bytes)
             except TimeoutError:
                 self.timely = False
                 break
             steady = value - relaxed.value <= self.tolerance / 4 * relaxed.value
-            value, kept = relaxed.value, relaxed.over < 1e-4
+            value, within_limit = relaxed.value, relaxed.over < 1e-4
             if value <= enough:
                 break
-            if turn == 0 and kept and value - best <= self.tolerance / 4 * value:
+            if round_number == 0 and within_limit and value - best <= self.tolerance / 4 * value:
                 # What other budgets have proven is good enough here.
                 break
-            gain, new = self._price(relaxed, best, steady=steady)
+            gain, has_new = self._price(relaxed, best, steady=steady)
             # Proofs of other budgets may have settled every layer: then the bound has risen without a new column.
-            better = value - gain > best + self.tolerance / 16 * value
+            has_risen = value - gain > best + self.tolerance / 16 * value
             # (20) the Lagrangian bound of this round is value - gain
             if limit is not None and self.timely and value - gain > best:
                 self.relaxation.prove(limit, value - gain, relaxed.limit_price)
             best = max(best, value - gain)
-            self._priced("columns", relaxed, best)
-            settled = value - best <= self.tolerance / 4 * value or not (new or better)
+            self._report_pricing("columns", relaxed, best)
+            settled = value - best <= self.tolerance / 4 * value or not (has_new or has_risen)
             if not self.timely or settled or self.bound(best) > self.worth_seconds:
                 break
-        return best, value, kept
+        return best, value, within_limit
 
-    def holds(self) -> bool:
+    def keeps_limit(self) -> bool:
         """Whether a mixture of the columns known so far keeps the limit."""
         return self.relaxed_seconds(self.limit_bytes)[1]
 
@@ -190,7 +190,7 @@ class ColumnGeneration:
         relaxed = self._relaxation(limit_bytes)
         return relaxed.value / MS, relaxed.over < 1e-4
 
-    def _price(self, relaxed: MasterLpAnswer, best: float, *, steady: bool) -> tuple[float, bool]:
+    def _price(self, relaxed: MasterLpSolution, best: float, *, steady: bool) -> tuple[float, bool]:
         """Price layers until little could be gained in the others: (most that could still be gained, whether there are new columns).
 
         The layer with the most to gain comes first; what its solution proves often settles layers at similar prices. Prices that still
@@ -208,29 +208,29 @@ class ColumnGeneration:
             # A pricing problem is solved to `gap` of its cost: solving it again at such prices would prove no more.
             return not short(i) or pool.known(kinds[i], prices[i]) - least[i] <= 1.5 * gap * least[i]
 
-        little = self.tolerance / 8 * relaxed.value
-        some = max(little, SHARE * sum(map(short, range(len(kinds)))))
-        open_ = [i for i in range(len(kinds)) if not settled(i)]
-        new = False
-        while open_ and sum(map(short, range(len(kinds)))) > (some if new and not steady else little):
-            most = max(open_, key=short)
+        negligible = self.tolerance / 8 * relaxed.value
+        worthwhile = max(negligible, SHARE * sum(map(short, range(len(kinds)))))
+        unsettled = [i for i in range(len(kinds)) if not settled(i)]
+        has_new = False
+        while unsettled and sum(map(short, range(len(kinds)))) > (worthwhile if has_new and not steady else negligible):
+            chosen = max(unsettled, key=short)
             try:
-                new = pool.price(kinds[most], prices[most], gap, self.left()) or new
+                has_new = pool.price(kinds[chosen], prices[chosen], gap, self.seconds_left()) or has_new
             except TimeoutError:
                 self.timely = False
                 break
-            self._priced("pricing", relaxed, best)
-            open_.remove(most)
-            for i in [most, *open_]:
-                if pool.stand_in[kinds[i]] == pool.stand_in[kinds[most]]:
+            self._report_pricing("pricing", relaxed, best)
+            unsettled.remove(chosen)
+            for i in [chosen, *unsettled]:
+                if pool.stand_in[kinds[i]] == pool.stand_in[kinds[chosen]]:
                     least[i] = pool.bound(kinds[i], prices[i])
-            open_ = [i for i in open_ if not settled(i)]
-        return sum(map(short, range(len(kinds)))), new
+            unsettled = [i for i in unsettled if not settled(i)]
+        return sum(map(short, range(len(kinds)))), has_new
 
-    def _relaxation(self, limit_bytes: int | None) -> MasterLpAnswer:
-        return self.relaxation.solve(limit_bytes, self.left())
+    def _relaxation(self, limit_bytes: int | None) -> MasterLpSolution:
+        return self.relaxation.solve(limit_bytes, self.seconds_left())
 
-    def _terms(self, kind: int, variables: list[int], columns: list[int]) -> Terms:
+    def _terms(self, kind: int, variables: list[int], columns: list[int]) -> LinearFigures:
         """A layer's figures over the variables of some of its columns."""
         by_figure = dict(zip(FIELDS, self.pool.figures[kind][columns].T.tolist()))
 
@@ -241,7 +241,7 @@ class ColumnGeneration:
                     total.add(variable, value)
             return total
 
-        return LayerFigures.made(mixed)
+        return LayerFigures.of(mixed)
 
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
         """(23) Good whole columns within `limit_bytes` from the pool; None where none fits.
@@ -254,32 +254,32 @@ class ColumnGeneration:
         relaxed = self._relaxation(limit_bytes)
         if limit_bytes is not None and relaxed.over > 1e-4:
             return None
-        found: Whole | None = None
-        asked = self.pool.options
+        best: WholeColumns | None = None
+        options = self.pool.options
         stages = (
-            (0.0, self._fitted, asked.rounding),
-            (self._whole_gap, self._few_free, asked.few_free),
-            (self.tolerance / 2, self._all_near, asked.all_near),
+            (0.0, self._fitted, options.rounding),
+            (self._whole_gap, self._few_free, options.few_free),
+            (self.tolerance / 2, self._all_near, options.all_near),
             (float("inf"), self._any, True),
         )[: None if self.thorough else 1]
         try:
-            for enough, combined, on in stages:
-                if not on:
+            for enough, stage, enabled in stages:
+                if not enabled:
                     continue
                 # What costs at most this share more than the mixture is good enough.
-                if found is not None and found[0] <= (1 + enough) * relaxed.value:
+                if best is not None and best[0] <= (1 + enough) * relaxed.value:
                     break
-                whole = combined(limit_bytes, relaxed)
-                if whole is not None and (found is None or whole[0] < found[0]):
-                    found = whole
+                whole = stage(limit_bytes, relaxed)
+                if whole is not None and (best is None or whole[0] < best[0]):
+                    best = whole
         except TimeoutError:
             self.timely = False
-            if found is None:
+            if best is None:
                 raise
-        self.timely = self.timely and self.left() > 0
-        return None if found is None else found[1]
+        self.timely = self.timely and self.seconds_left() > 0
+        return None if best is None else best[1]
 
-    def _fitted(self, limit_bytes: int | None, relaxed: MasterLpAnswer) -> Whole | None:
+    def _fitted(self, limit_bytes: int | None, relaxed: MasterLpSolution) -> WholeColumns | None:
         """Columns that hold no more in any window than the mixtures do, or a little less where their transfers need more memory.
 
         Where memory has no price, the mixtures are whole but for ties.
@@ -292,7 +292,7 @@ class ColumnGeneration:
             return self._whole(limit_bytes, [[pick] for pick in picks])
         figures = [self.pool.figures[kind] for kind in kinds]
         mixtures = np.stack([self._mixture(relaxed, layer) for layer in range(len(kinds))])
-        rounding = Rounding(kinds, figures, relaxed.prices, self._near(relaxed, FITTED))
+        rounding = ColumnRounding(kinds, figures, relaxed.prices, self._near(relaxed, FITTED))
         per_instruction = problem.profile.device.floor.instruction_bytes / KIB
         for margin in MARGINS:
             windows = WindowBytes(relaxed.spare - margin * limit_bytes / KIB, mixtures, per_instruction)
@@ -304,20 +304,20 @@ class ColumnGeneration:
                 return whole
         return None
 
-    def _few_free(self, limit_bytes: int | None, relaxed: MasterLpAnswer) -> Whole | None:
+    def _few_free(self, limit_bytes: int | None, relaxed: MasterLpSolution) -> WholeColumns | None:
         """Every layer rounded but a few, which choose among the columns of least reduced cost; first, new columns are sought near a few
         of the mixtures.
         """
         kinds = self.pool.problem.layer_type
         mixed = [layer for layer, shares in enumerate(relaxed.shares) if np.max(shares) < WHOLE]
-        free = {mixed[len(mixed) * turn // FREE] for turn in range(min(FREE, len(mixed)))}
+        free = {mixed[len(mixed) * number // FREE] for number in range(min(FREE, len(mixed)))}
         for layer in mixed[:FILLED]:
             mixture, prices = self._mixture(relaxed, layer), relaxed.prices[layer]
             best = self.pool.cheapest_within(kinds[layer], prices, mixture)
             worth = float(mixture @ prices) + ENOUGH * relaxed.value
             if best is None or self.pool.figures[kinds[layer]][best] @ prices > worth:
                 try:
-                    self.pool.fill(kinds[layer], prices, mixture, 1e-3, self.left())
+                    self.pool.fill(kinds[layer], prices, mixture, 1e-3, self.seconds_left())
                 except TimeoutError:
                     self.timely = False
                     break
@@ -327,16 +327,16 @@ class ColumnGeneration:
             candidates[layer] = order[:CANDIDATES].tolist()
         return self._whole(limit_bytes, candidates)
 
-    def _all_near(self, limit_bytes: int | None, relaxed: MasterLpAnswer) -> Whole | None:
+    def _all_near(self, limit_bytes: int | None, relaxed: MasterLpSolution) -> WholeColumns | None:
         """Every layer chooses among the columns that cost little more than its mixture."""
         return self._whole(limit_bytes, self._near(relaxed, FEW))
 
-    def _any(self, limit_bytes: int | None, _: MasterLpAnswer) -> Whole | None:
+    def _any(self, limit_bytes: int | None, _: MasterLpSolution) -> WholeColumns | None:
         """Every layer chooses among all columns of its type."""
         counts = [len(self.pool.columns[kind]) for kind in self.pool.problem.layer_type]
         return self._whole(limit_bytes, [list(range(count)) for count in counts])
 
-    def _near(self, relaxed: MasterLpAnswer, most: int) -> list[list[int]]:
+    def _near(self, relaxed: MasterLpSolution, most: int) -> list[list[int]]:
         """Per layer: the columns, `most` of them at most, that cost little more than its mixture; the best first."""
         near = []
         for layer in range(len(self.pool.problem.layer_type)):
@@ -345,7 +345,7 @@ class ColumnGeneration:
             near.append([i for i in best if reduced[i] <= NEAR * relaxed.value])
         return near
 
-    def _reduced(self, relaxed: MasterLpAnswer, layer: int) -> Prices:
+    def _reduced(self, relaxed: MasterLpSolution, layer: int) -> Prices:
         """Reduced cost of each column of the layer's type; 0 for those in its mixture."""
         used = relaxed.shares[layer]
         reduced = self.pool.figures[self.pool.problem.layer_type[layer]] @ relaxed.prices[layer]
@@ -357,12 +357,12 @@ class ColumnGeneration:
     def _whole_gap(self) -> float:
         return min(WHOLE_GAP, self.tolerance / 2)
 
-    def _mixture(self, relaxed: MasterLpAnswer, layer: int) -> Prices:
+    def _mixture(self, relaxed: MasterLpSolution, layer: int) -> Prices:
         """FIELDS of a layer's mixture."""
         shares = relaxed.shares[layer]
         return shares @ self.pool.figures[self.pool.problem.layer_type[layer]][: len(shares)]
 
-    def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> Whole | None:
+    def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> WholeColumns | None:
         """(23) The best combination of one candidate per layer (indices into the pool's columns), with its objective.
 
         Raises TimeoutError when no time is left.
@@ -371,7 +371,7 @@ class ColumnGeneration:
             return None
         problem = self.pool.problem
         program = LinearProgram()
-        layers: list[Terms] = []
+        layers: list[LinearFigures] = []
         picks: list[list[int]] = []
         for kind, allowed in zip(problem.layer_type, candidates):
             variables = [program.choice() for _ in allowed]
@@ -382,7 +382,7 @@ class ColumnGeneration:
         if limit_bytes is not None:
             program.bounds(rows.bytes, 0.0, limit_bytes / KIB)
         objective = goal(rows, fewest_bytes=limit_bytes is None)
-        result = program.solve(objective, self.left(), self._whole_gap, nodes=WHOLE_NODES)
+        result = program.solve(objective, self.seconds_left(), self._whole_gap, nodes=WHOLE_NODES)
         chosen = result.values
         if chosen is None:
             return None

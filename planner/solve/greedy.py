@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from tightfit.planner.formulation.step_constraints import charged_bytes
-from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.layer_schedule import Column
-from tightfit.planner.solve.pricing import Pool
+from tightfit.planner.solve.pricing import ColumnPool
 
 
-def greedy(problem: Layered, pool: Pool, limit_bytes: int) -> tuple[Column, ...] | None:
+def greedy(problem: LayeredStep, pool: ColumnPool, limit_bytes: int) -> tuple[Column, ...] | None:
     """From the smallest columns on, exchange columns in the order of time saved per byte, as far as the limit allows.
 
     Time is that of computation and disk together, though they may overlap. None where even the smallest columns do not fit.
@@ -29,9 +29,9 @@ def greedy(problem: Layered, pool: Pool, limit_bytes: int) -> tuple[Column, ...]
         column = pool.columns[problem.layer_type[layer]][index]
         if _time(column) >= _time(chosen[layer]):
             continue
-        before, chosen[layer] = chosen[layer], column
+        previous, chosen[layer] = chosen[layer], column
         if charged_bytes(problem, tuple(chosen)) > limit_bytes:
-            chosen[layer] = before
+            chosen[layer] = previous
     return tuple(chosen)
 
 

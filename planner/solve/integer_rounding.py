@@ -40,9 +40,9 @@ def rounded(kinds: Sequence[int], shares: Sequence[Floats]) -> list[int]:
     """
     owed: dict[int, Floats] = {}
     picks = []
-    for kind, mine in zip(kinds, shares):
-        total = mine + owed.get(kind, 0.0)
-        picks.append(int(np.argmax(np.where(mine > 1e-6, total, -np.inf))))
+    for kind, layer_shares in zip(kinds, shares):
+        total = layer_shares + owed.get(kind, 0.0)
+        picks.append(int(np.argmax(np.where(layer_shares > 1e-6, total, -np.inf))))
         total[picks[-1]] -= 1.0
         owed[kind] = total
     return picks
@@ -113,7 +113,7 @@ def _around(free: Floats) -> tuple[Floats, Floats, Floats]:
     return before, after, elsewhere
 
 
-class Rounding:
+class ColumnRounding:
     """The local search over combinations of one column per layer.
 
     `candidates`: per layer, indices into its type's columns, best first; `figures`: per layer, FIELDS of all of these columns.
@@ -128,9 +128,9 @@ class Rounding:
     ) -> None:
         width = max(map(len, candidates))
         # Layers with fewer candidates have their first one several times.
-        self._candidates = np.array([[*those, *[those[0]] * (width - len(those))] for those in candidates])
-        self._repeated = np.arange(width) >= np.array([len(those) for those in candidates])[:, None]
-        self._figures = np.stack([rows[those] for rows, those in zip(figures, self._candidates)])
+        self._candidates = np.array([[*indices, *[indices[0]] * (width - len(indices))] for indices in candidates])
+        self._repeated = np.arange(width) >= np.array([len(indices) for indices in candidates])[:, None]
+        self._figures = np.stack([rows[indices] for rows, indices in zip(figures, self._candidates)])
         time_prices = np.stack(prices)
         time_prices[:, BYTES] = 0.0
         self._cost = np.einsum("lcf,lf->lc", self._figures, time_prices)
@@ -211,9 +211,9 @@ class Rounding:
         for layer, candidate in self._single(chosen, costs):
             trial = chosen.copy()
             trial[layer] = candidate
-            other, taken, ms = self._best(windows, trial)
+            other, other_candidate, ms = self._best(windows, trial)
             if ms + costs[layer, candidate] < -LITTLE:
-                trial[other] = taken
+                trial[other] = other_candidate
                 chosen[:] = trial
                 return True
         return False
@@ -225,8 +225,8 @@ class Rounding:
         others = ~self._repeated
         others[self._layers, chosen] = False
         layers, candidates = np.nonzero(others)
-        before = self._columns[self._layers, chosen][layers]
-        alike = before * self._column_count + self._columns[layers, candidates]
+        current = self._columns[self._layers, chosen][layers]
+        alike = current * self._column_count + self._columns[layers, candidates]
         order = np.lexsort((layers, alike, abs(costs[layers, candidates])))
         groups: dict[int, list[int]] = {}
         for position, number in zip(order.tolist(), alike[order].tolist()):
@@ -234,4 +234,4 @@ class Rounding:
         spread = [
             members[turn] for members in groups.values() for turn in sorted({0, len(members) // 2, len(members) - 1})
         ]
-        return [(int(layers[at]), int(candidates[at])) for at in spread[:EXCHANGES]]
+        return [(int(layers[first]), int(candidates[first])) for first in spread[:EXCHANGES]]

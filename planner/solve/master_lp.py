@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tightfit.planner.formulation.step_constraints import StepConstraints, Terms, add_step_constraints
+from tightfit.planner.formulation.step_constraints import LinearFigures, StepConstraints, add_step_constraints
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, LayerFigures
-from tightfit.planner.solve.pricing import Pool, Prices
-from tightfit.planner.solvers.lp import INFINITY, Growing, Linear
+from tightfit.planner.solve.pricing import ColumnPool, Prices
+from tightfit.planner.solvers.lp import INFINITY, GrowingProgram, Linear
 
 MOVE_PRICE = 1e-4
 """(17) cost of a second of disk time, where a second of the step costs 1: breaks ties in favour of moving less"""
@@ -30,7 +30,7 @@ def goal(rows: StepConstraints, *, fewest_bytes: bool, priced: bool = True) -> L
 
 
 @dataclass(frozen=True, kw_only=True)
-class MasterLpAnswer:
+class MasterLpSolution:
     """A solution of the restricted master problem: a mixture of columns for each layer, and dual prices."""
 
     value: float
@@ -56,14 +56,14 @@ class MasterLp:
     With `careful` under constraints that plans can really keep (see `tightfit.planner.formulation.step_constraints`).
     """
 
-    def __init__(self, pool: Pool, *, careful: bool) -> None:
+    def __init__(self, pool: ColumnPool, *, careful: bool) -> None:
         self.pool = pool
         self.careful = careful
-        self._program = program = Growing()
+        self._program = program = GrowingProgram()
         self._definitions: list[list[int]] = []
         self._convexity: list[int] = []
         self._shares: list[list[int]] = [[] for _ in pool.problem.layer_type]
-        layers: list[Terms] = []
+        layers: list[LinearFigures] = []
         for _ in pool.problem.layer_type:
             # (18) a layer's figures are those of its mixture, whose shares sum to 1; columns enter in `_grow`
             figures = [program.variable() for _ in FIELDS]
@@ -78,12 +78,12 @@ class MasterLp:
         self._limit = program.at_least(Linear().add(self._over).add(rows.bytes, -1.0))
         self._fastest = goal(rows, fewest_bytes=False).add(self._over, OVERFLOW_PRICE)
         self._fewest_bytes = goal(rows, fewest_bytes=True)
-        self._solved: tuple[int | None, MasterLpAnswer] | None = None
+        self._solved: tuple[int | None, MasterLpSolution] | None = None
         """the limit last solved for, and its solution as long as no columns come in"""
         self._proven: list[tuple[int, float, float]] = []
         """(limit in bytes, lower bound of the objective there, by how many ms it falls per KiB that the limit grows)"""
 
-    def solve(self, limit_bytes: int | None, seconds: float) -> MasterLpAnswer:
+    def solve(self, limit_bytes: int | None, seconds: float) -> MasterLpSolution:
         """The shortest step within `limit_bytes`, or, without a limit, the fewest bytes; with dual prices of each layer's figures.
 
         Raises TimeoutError where `seconds` do not suffice.
@@ -98,7 +98,7 @@ class MasterLp:
         duals, values = result.duals, result.values
         if duals is None or values is None:
             raise TimeoutError
-        relaxed = MasterLpAnswer(
+        relaxed = MasterLpSolution(
             value=result.objective,
             over=values[self._over] if limited else 0.0,
             prices=[np.array([max(0.0, duals[row]) for row in rows]) for rows in self._definitions],

@@ -12,7 +12,7 @@ SHRINK = 8
 """where no schedule is found so far below, the distance is divided by this"""
 
 
-def lowered(
+def lower_peak(
     best: Schedule, below: Callable[[Schedule, int], Schedule | None], floor_bytes: int, step: int = 1
 ) -> tuple[Schedule, bool]:
     """The lowest schedule found from `best` down, and whether none was found one byte lower, or that would be below `floor_bytes`.
@@ -25,13 +25,13 @@ def lowered(
             return best, True
         step = min(step, best.peak_bytes - floor_bytes)
         try:
-            found = below(best, step)
+            lower = below(best, step)
         except TimeoutError:
             return best, False
-        if found is not None:
+        if lower is not None:
             # Larger steps after a success: fewer schedules are asked for.
-            step = 2 * (best.peak_bytes - found.peak_bytes)
-            best = found
+            step = 2 * (best.peak_bytes - lower.peak_bytes)
+            best = lower
         elif step > 1:
             step = max(1, step // SHRINK)
         else:

@@ -16,13 +16,13 @@ from tightfit.planner.problem.clipping import refuse_clipping
 from tightfit.planner.problem.device_forward import check_side
 from tightfit.planner.problem.gradients import (
     PartialStep,
-    cycle,
+    lcsb_cycle,
     refuse_accumulation,
     refuse_statistics,
     refuse_tables,
     two_forwards,
 )
-from tightfit.planner.problem.layer_types import Layered, LayerType, Mode
+from tightfit.planner.problem.layer_types import LayeredStep, LayerType, WeightMode
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.schedule.multi_layer_recompute import Segments, sqrt_segments
 from tightfit.planner.schedule.realize import CyclePart
@@ -83,14 +83,14 @@ POLICIES: dict[str, Rule] = {
     "mebp": mebp,
     "mesp": mesp,
 }
-SEGMENTED: dict[str, Callable[[Layered], Segments]] = {"checkpoint-sqrt": sqrt_segments}
+SEGMENTED: dict[str, Callable[[LayeredStep], Segments]] = {"checkpoint-sqrt": sqrt_segments}
 """Rules under which runs of layers go forward twice. checkpoint-sqrt (Chen et al., arXiv 1604.06174): of about √n layers
 the input stays; before their backward they run again and keep what it reads. The last ones, whose backward follows their
 forward, keep what they have.
 """
 APPROXIMATE: dict[str, Callable[[Profile], tuple[PartialStep, ...]]] = {
     "mezo": lambda profile: (two_forwards(profile),),
-    "lcsb": cycle,
+    "lcsb": lcsb_cycle,
 }
 """mezo: two forwards, no backward. lcsb: the backward of a fourth of the layers in turn. Decisions are those of `mebp`."""
 
@@ -105,8 +105,8 @@ def approximate_of(profile: Profile) -> tuple[str, ...]:
 
 
 def refused_of(profile: Profile) -> dict[str, str]:
-    """Rules of `approximate_of` that cannot, and why."""
-    found = {}
+    """Rule that does not follow the exact gradient -> why it cannot be planned for a profile."""
+    reasons = {}
     for policy in (*APPROXIMATE, MOBILLM):
         try:
             if policy == MOBILLM:
@@ -119,11 +119,11 @@ def refused_of(profile: Profile) -> dict[str, str]:
                 if policy == "lcsb":
                     refuse_tables(profile, policy)
         except InputError as error:
-            found[policy] = str(error)
-    return found
+            reasons[policy] = str(error)
+    return reasons
 
 
-def policy_parts(problem: Layered, policy: str) -> tuple[CyclePart, ...]:
+def policy_parts(problem: LayeredStep, policy: str) -> tuple[CyclePart, ...]:
     """The policy's steps, in turn, with its decision for every layer.
 
     Raises InputError for a name that is no policy, and where the policy means nothing for the model.
@@ -131,17 +131,17 @@ def policy_parts(problem: Layered, policy: str) -> tuple[CyclePart, ...]:
     check_policy(policy)
     if policy in APPROXIMATE:
         refuse_clipping(problem.profile, policy)
-        return tuple(_part(step) for step in APPROXIMATE[policy](problem.profile))
+        return tuple(_cycle_part(step) for step in APPROXIMATE[policy](problem.profile))
     return (rule_part(problem, policy),)
 
 
-def rule_part(problem: Layered, policy: str) -> CyclePart:
+def rule_part(problem: LayeredStep, policy: str) -> CyclePart:
     """The step of a policy that follows the exact gradient."""
     segments = SEGMENTED[policy](problem) if policy in SEGMENTED else ()
     return CyclePart(problem=problem, columns=rule_columns(problem, POLICIES[policy]), segments=segments)
 
 
-def _part(step: PartialStep) -> CyclePart:
+def _cycle_part(step: PartialStep) -> CyclePart:
     problem = layered(step.profile)
     sizes = {tensor.name: tensor.bytes for tensor in step.profile.tensors}
     # The noise of one trainable at a time.
@@ -155,7 +155,7 @@ def _part(step: PartialStep) -> CyclePart:
     )
 
 
-def rule_columns(problem: Layered, rule: Rule) -> tuple[Column, ...]:
+def rule_columns(problem: LayeredStep, rule: Rule) -> tuple[Column, ...]:
     count = len(problem.layer_type)
     measured: dict[tuple[int, bool], Column] = {}
     for layer, kind in enumerate(problem.layer_type):
@@ -168,18 +168,18 @@ def rule_columns(problem: Layered, rule: Rule) -> tuple[Column, ...]:
 def _decision(
     kind: LayerType,
     keep: frozenset[str],
-    mode: Callable[[tuple[Mode, ...]], Mode],
+    mode: Callable[[tuple[WeightMode, ...]], WeightMode],
     *,
-    trained: Callable[[tuple[Mode, ...]], Mode] | None = None,
+    trained: Callable[[tuple[WeightMode, ...]], WeightMode] | None = None,
 ) -> Decision:
     """The decision that keeps `keep`, with weights in the `mode` that is chosen from theirs. What is trained stays in memory,
     as optimizer states do, unless `trained` chooses otherwise.
     """
     producer = kind.producer
     of_trained = trained or _unpacked
-    must = {value for value in kind.candidates if value in kind.owned or not producer[value].recomputable}
+    required = {value for value in kind.candidates if value in kind.owned or not producer[value].recomputable}
     return Decision(
-        keep=keep | must,
+        keep=keep | required,
         offload=frozenset(),
         weights=tuple(
             (name, (of_trained if weight.trained else mode)(weight.modes)) for name, weight in kind.weights.items()
@@ -193,17 +193,17 @@ def _read_by_backward(kind: LayerType) -> frozenset[str]:
     return frozenset(value for value in kind.candidates if value in read)
 
 
-def _unpacked(modes: tuple[Mode, ...]) -> Mode:
+def _unpacked(modes: tuple[WeightMode, ...]) -> WeightMode:
     return modes[-1]
 
 
-def _streamed(modes: tuple[Mode, ...]) -> Mode:
+def _streamed(modes: tuple[WeightMode, ...]) -> WeightMode:
     """Read in each window, unpacked once there."""
-    once = Mode("disk", "disk", "unpacked")
-    return once if once in modes else modes[0]
+    streamed = WeightMode("disk", "disk", "unpacked")
+    return streamed if streamed in modes else modes[0]
 
 
-def _unpacked_at_each_use(modes: tuple[Mode, ...]) -> Mode:
+def _unpacked_at_each_use(modes: tuple[WeightMode, ...]) -> WeightMode:
     """Read in each window, unpacked at each use there."""
-    each = Mode("disk", "disk", "packed")
-    return each if each in modes else modes[0]
+    unpacked_per_use = WeightMode("disk", "disk", "packed")
+    return unpacked_per_use if unpacked_per_use in modes else modes[0]

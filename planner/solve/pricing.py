@@ -3,7 +3,7 @@
 The pricing problem asks for the decision of a layer type that is cheapest at given prices of its figures (`FIELDS`): a mixed-integer
 program. Each solution also proves that no decision is cheaper, and such a proof says something about other prices: the least cost
 is concave in the prices and figures are never negative, so all proofs together are an outer description of the figures that the
-layer type can have (`Hull`). Layers, and budgets, at prices between those asked before need no program of their own. Numbers in
+layer type can have (`FigureHull`). Layers, and budgets, at prices between those asked before need no program of their own. Numbers in
 brackets are those of the blocks in docs/formulation.md.
 """
 
@@ -18,7 +18,7 @@ from ortools.math_opt.python import mathopt
 from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.layer_variables import choice_count
 from tightfit.planner.problem.layer_figures import FIELDS, MS
-from tightfit.planner.problem.layer_types import Layered, LayerType
+from tightfit.planner.problem.layer_types import LayeredStep, LayerType
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.search_options import ALL, SearchOptions
 from tightfit.planner.solvers.lp import INFINITY, OBJECTIVE_ONLY, Linear, LinearProgram
@@ -28,13 +28,13 @@ HELD = ("between", "outside")
 """those of FIELDS that a layer holds between its windows"""
 HOLDING = [FIELDS.index(name) for name in HELD]
 ROUNDING = 1e-6
-"""KiB"""
+"""KiB that a sum may be off"""
 Prices = NDArray[np.float64]
 """ms per unit of each of FIELDS"""
 BLOCK_SECONDS = 3e-5
-"""that building the program of a layer type takes, per pair of its operators"""
+"""what building the program of a layer type takes, per pair of its operators"""
 NOTHING = 1e-12
-"""prices below it are rounding"""
+"""ms per unit; lower prices are taken for 0"""
 
 
 def figures_row(column: Column) -> Prices:
@@ -42,7 +42,7 @@ def figures_row(column: Column) -> Prices:
     return np.array(column.row, dtype=np.float64)
 
 
-class Hull:
+class FigureHull:
     """(21) Figures that no proof so far excludes: a linear program over FIELDS, one row per proof."""
 
     def __init__(self, kind: LayerType) -> None:
@@ -53,12 +53,12 @@ class Hull:
         }
         self.figures = [self.model.add_variable(lb=least.get(name, 0.0)) for name in FIELDS]
         self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
-        self._told: dict[bytes, float] = {}
+        self._bounds: dict[bytes, float] = {}
         """prices -> bound, since the last proof: equal layers are often at equal prices"""
 
     def prove(self, prices: Prices, bound: float) -> None:
         """No decision costs less than `bound` at `prices`."""
-        self._told.clear()
+        self._bounds.clear()
         row = self.model.add_linear_constraint(lb=bound)
         for price, variable in zip(prices.tolist(), self.figures):
             if price > NOTHING:
@@ -67,12 +67,12 @@ class Hull:
     def bound(self, prices: Prices) -> float:
         """A lower bound of the least cost at `prices`, from the proofs."""
         key = prices.tobytes()
-        told = self._told.get(key)
-        if told is None:
-            told = self._bound(prices)
-            if told:
-                self._told[key] = told
-        return told
+        bound = self._bounds.get(key)
+        if bound is None:
+            bound = self._bound(prices)
+            if bound:
+                self._bounds[key] = bound
+        return bound
 
     def _bound(self, prices: Prices) -> float:
         self.model.minimize(
@@ -95,10 +95,10 @@ class Hull:
 
 
 @dataclass(kw_only=True)
-class Pool:
+class ColumnPool:
     """Columns found so far, per layer type, and what was proven of others; shared by every budget of one profile."""
 
-    problem: Layered
+    problem: LayeredStep
     options: SearchOptions = ALL
     columns: list[list[Column]] = field(default_factory=list)
     figures: list[NDArray[np.float64]] = field(default_factory=list)
@@ -108,10 +108,10 @@ class Pool:
     blocks: dict[int, LayerProgram] = field(default_factory=dict)
     """programs built so far, of the types that stand in"""
     _tried: set[tuple[int, Decision]] = field(default_factory=set)
-    hulls: dict[int, Hull] = field(default_factory=dict)
-    """of the types that stand in"""
+    hulls: dict[int, FigureHull] = field(default_factory=dict)
+    """type that stands in -> its proofs"""
     answers: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-    """of the types that stand in: a row of FIELDS, as the program counts them, per program solved"""
+    """type that stands in -> a row of FIELDS, as the program counts them, per program solved"""
     programs: int = 0
     """mixed-integer programs solved so far"""
 
@@ -120,12 +120,12 @@ class Pool:
         types = self.problem.types
         for kind in types:
             self.figures.append(np.empty((0, len(FIELDS))))
-            own = len(self.stand_in)
-            others = range(len(types)) if self.options.stand_ins else (own,)
-            sharing = [other for other in others if _undercuts(types[other], kind)]
-            self.stand_in.append(min(sharing, key=lambda other: len(types[other].leaves_evaluate)))
+            own_number = len(self.stand_in)
+            candidates = range(len(types)) if self.options.stand_ins else (own_number,)
+            stand_ins = [candidate for candidate in candidates if _undercuts(types[candidate], kind)]
+            self.stand_in.append(min(stand_ins, key=lambda candidate: len(types[candidate].leaves_evaluate)))
         for number in sorted(set(self.stand_in)):
-            self.hulls[number] = Hull(types[number])
+            self.hulls[number] = FigureHull(types[number])
             self.answers[number] = np.empty((0, len(FIELDS)))
 
     @property
@@ -153,11 +153,11 @@ class Pool:
             return False
         self._tried.add((kind, decision))
         column = measure(self.problem.types[kind], decision)
-        mine = figures_row(column)
-        if (self.figures[kind] <= mine).all(axis=1).any():
+        row = figures_row(column)
+        if (self.figures[kind] <= row).all(axis=1).any():
             return False
         self.columns[kind].append(column)
-        self.figures[kind] = np.vstack([self.figures[kind], mine])
+        self.figures[kind] = np.vstack([self.figures[kind], row])
         return True
 
     def known(self, kind: int, prices: Prices) -> float:
@@ -184,8 +184,8 @@ class Pool:
         if result.values is None:
             raise TimeoutError
         self.hulls[stand_in].prove(prices, min(result.bound, result.objective))
-        told = [figure.value(result.values) for figure in figures]
-        self.answers[stand_in] = np.vstack([self.answers[stand_in], told])
+        values = [figure.value(result.values) for figure in figures]
+        self.answers[stand_in] = np.vstack([self.answers[stand_in], values])
         decision = block.decision(result.values)
         new = [other for other, shared in enumerate(self.stand_in) if shared == stand_in and self.add(other, decision)]
         return kind in new
@@ -202,8 +202,8 @@ class Pool:
         column near the mixture. Raises TimeoutError where `seconds` do not suffice.
         """
         block = self.block(self.stand_in[kind], seconds)
-        held = (block.most_between, block.most_outside)
-        for variable, name in zip(held, HELD):
+        limited = (block.most_between, block.most_outside)
+        for variable, name in zip(limited, HELD):
             block.program.bounds(variable, 0.0, float(most[FIELDS.index(name)]) + ROUNDING)
         try:
             goal = Linear()
@@ -213,11 +213,11 @@ class Pool:
             if result.values is not None:
                 self.add(kind, block.decision(result.values))
         finally:
-            for variable in held:
+            for variable in limited:
                 block.program.bounds(variable, 0.0, INFINITY)
 
 
-def _undercuts(one: LayerType, other: LayerType) -> bool:
-    """Whether both have the same decisions and none costs `one` more: they differ only in what an evaluation leaves, `one` no more."""
-    fewer = one.leaves_evaluate <= other.leaves_evaluate
-    return fewer and replace(one, leaves_evaluate=other.leaves_evaluate) == other
+def _undercuts(stand_in: LayerType, other: LayerType) -> bool:
+    """Whether no decision costs `stand_in` more than `other`: they differ only in what an evaluation leaves, `stand_in` no more."""
+    leaves_no_more = stand_in.leaves_evaluate <= other.leaves_evaluate
+    return leaves_no_more and replace(stand_in, leaves_evaluate=other.leaves_evaluate) == other

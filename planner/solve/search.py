@@ -9,41 +9,41 @@ from functools import cached_property
 from tightfit.planner.formulation.step_constraints import charged_bytes
 from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.layer_figures import KIB
-from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.realize import CyclePart, Schedule, smallest_arena
 from tightfit.planner.search_options import ALL, HELD_UP, Progress, SearchOptions
-from tightfit.planner.solve.budget_search import CARRY_SECONDS, BudgetSearch
+from tightfit.planner.solve.budget_search import REALIZE_SECONDS, BudgetSearch
 from tightfit.planner.solve.column_generation import JOINT_BINARIES, ColumnGeneration
 from tightfit.planner.solve.greedy import greedy
 from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp
-from tightfit.planner.solve.minimum_budget import lowered
+from tightfit.planner.solve.minimum_budget import lower_peak
 from tightfit.planner.solve.policies import POLICIES, all_streamed, rule_columns, rule_part, smallest
-from tightfit.planner.solve.pricing import Pool
+from tightfit.planner.solve.pricing import ColumnPool
 from tightfit.runtime.common.gc_pause import paused_collector
 
 MINIMUM_STEP = 1e-3
-"""share of the smallest budget so far by which it is lowered at first"""
+"""share of the smallest budget so far by which it is lower_peak at first"""
 LOWEST_SHARE = 0.6
-"""of the time: then column generation for the fewest bytes ends"""
+"""share of the time after which column generation for the fewest bytes ends"""
 CLEARLY = 0.95
-"""of a budget's room: where a mixture of columns takes at most that, a plan is taken to fit"""
+"""share of a budget's room: where a mixture of columns takes at most that, a plan is taken to fit"""
 JOINT_ROUNDS = 4
 """limits tried with one program, each lower by the bytes that the schedule before had too many"""
 GREEDY_ROUNDS = 6
-"""the same of greedy choices"""
+"""limits tried with greedy choices in the same way"""
 RELAXED_SHARE, CAREFUL_SHARE = 0.5, 0.7
-"""of the time for plans of the class: then column generation ends, under relaxed and under careful constraints"""
+"""shares of the time after which column generation ends, under relaxed and under careful constraints"""
 RULES_SHARE = 0.25
-"""of the time limit, at most: left to realise fixed rules that may be faster; where they take more, they come first"""
+"""share of the time limit, at most, that is left to realise fixed rules; where they take more, they come first"""
 NEAR = 1e-3
 """a fixed rule whose computation takes at most this share longer than the bound of any schedule is realised before anything is searched for"""
 EARLY_GAP = 3e-3
-"""relative, of a mixture to its bound: up to it whole columns near the mixture may make a good plan"""
+"""relative gap of a mixture to the bound up to which whole columns near the mixture may make a good plan"""
 EARLY_CHOICES = 4
 """choices of columns that the local search then makes"""
 CAREFUL_TOLERANCE = 8e-3
-"""of column generation under careful constraints, which only guides the choice and proves nothing"""
+"""tolerance of column generation under careful constraints, which only guides the choice and proves nothing"""
 MOST_BYTES = 1 << 50
 """no process holds more; HiGHS gives up on right-hand sides that doubles cannot count exactly"""
 
@@ -74,26 +74,26 @@ class SearchResult:
 class Solver:
     """One problem, any number of budgets: columns and proofs are shared."""
 
-    def __init__(self, problem: Layered, options: SearchOptions = ALL) -> None:
+    def __init__(self, problem: LayeredStep, options: SearchOptions = ALL) -> None:
         self.problem = problem
         self.options = options
-        self.found: list[SearchResult] = []
+        self.results: list[SearchResult] = []
         """the best at earlier budgets, so that a larger budget never gets a slower plan"""
         self.proven: dict[int, float] = {}
         """budget -> seconds that no plan of the class undercuts, of all searches there"""
         self._outcomes: dict[tuple[int, float], SearchResult] = {}
-        """by budget and gap, of searches that came to their end: the same question has the same answer"""
+        """(budget, gap) -> result of a search that came to its end: another one there would find the same"""
         self._lowest: Schedule | None = None
-        """of the lowest peak found"""
+        """the schedule of the lowest peak found"""
         self._lowest_proven = False
         """whether the search for it came to its end"""
         self._by_clock = False
         """whether the clock has ended any search: columns that are there by chance are then not tried before a budget's own are priced"""
 
     @cached_property
-    def pool(self) -> Pool:
+    def pool(self) -> ColumnPool:
         """Columns found so far; the first are those of the fixed rules."""
-        pool = Pool(problem=self.problem, options=self.options)
+        pool = ColumnPool(problem=self.problem, options=self.options)
         for rule in (*POLICIES.values(), smallest, all_streamed):
             for kind, column in zip(self.problem.layer_type, rule_columns(self.problem, rule)):
                 pool.add(kind, column.decision)
@@ -144,26 +144,26 @@ class Solver:
 
         Raises KeyboardInterrupt only where there is no schedule yet.
         """
-        known = self._outcomes.get((budget_bytes, gap))
-        if known is None:
+        earlier_outcome = self._outcomes.get((budget_bytes, gap))
+        if earlier_outcome is None:
             outcome = self._solve(budget_bytes, deadline, progress, bound, gap)
         else:
-            outcome = replace(known, any_bound_seconds=max(bound, known.any_bound_seconds))
+            outcome = replace(earlier_outcome, any_bound_seconds=max(bound, earlier_outcome.any_bound_seconds))
         if outcome.deterministic:
             self._outcomes[budget_bytes, gap] = outcome
         self._by_clock = self._by_clock or not outcome.deterministic
         self.proven[budget_bytes] = max(self.proven.get(budget_bytes, 0.0), outcome.bound_seconds)
-        fitting = [one for one in self.found if one.schedule is not None and one.schedule.peak_bytes <= budget_bytes]
-        before = min(fitting, key=_seconds, default=None)
-        if before is not None and _seconds(before) < _seconds(outcome):
+        fitting = [one for one in self.results if one.schedule is not None and one.schedule.peak_bytes <= budget_bytes]
+        earlier = min(fitting, key=_seconds, default=None)
+        if earlier is not None and _seconds(earlier) < _seconds(outcome):
             return replace(
                 outcome,
-                schedule=before.schedule,
-                fallback=before.fallback,
-                deterministic=before.deterministic and outcome.deterministic,
+                schedule=earlier.schedule,
+                fallback=earlier.fallback,
+                deterministic=earlier.deterministic and outcome.deterministic,
             )
-        if known is None and outcome.schedule is not None:
-            self.found.append(outcome)
+        if earlier_outcome is None and outcome.schedule is not None:
+            self.results.append(outcome)
         return outcome
 
     def _solve(
@@ -180,22 +180,22 @@ class Solver:
             bound=any_bound,
             options=self.options,
         )
-        rules, most = self._seconds_of_rules(attempt.limit), RULES_SHARE * (deadline - started)
-        first = rules > most
+        rules_seconds, rules_limit = self._seconds_of_rules(attempt.limit), RULES_SHARE * (deadline - started)
+        rules_first = rules_seconds > rules_limit
         # On a busy machine the rules take a few times as long as on an idle one.
-        attempt.deadline -= 0.0 if first else min(HELD_UP * rules, most)
+        attempt.deadline -= 0.0 if rules_first else min(HELD_UP * rules_seconds, rules_limit)
         fallback = interrupted = False
         try:
-            self._by_rules(attempt, any_bound, most=float("inf") if first else any_bound * (1 + NEAR))
-            ruled = attempt.best
+            self._by_rules(attempt, any_bound, most=float("inf") if rules_first else any_bound * (1 + NEAR))
+            best_rule = attempt.best
             if not attempt.near(any_bound, attempt.gap):
                 with attempt.within():
                     self._in_the_class(attempt)
-                if attempt.best is ruled and not attempt.timely and self.options.greedy:
+                if attempt.best is best_rule and not attempt.timely and self.options.greedy:
                     self._greedily(attempt)
                     fallback = True
         except KeyboardInterrupt:
-            if not attempt.found:
+            if not attempt.schedules:
                 raise
             attempt.timely = False
             interrupted = True
@@ -219,11 +219,11 @@ class Solver:
         if self._one_program:
             answer = search.joint()
             return None if answer is None else answer.bound_seconds
-        lower, _, kept = search.columns()
+        lower, _, limit_kept = search.columns()
         if not search.timely:
             self._by_clock = True
             raise TimeoutError
-        return search.bound(lower) if kept else None
+        return search.bound(lower) if limit_kept else None
 
     def _in_the_class(self, attempt: BudgetSearch) -> None:
         """Search plans of the class (recomputation inside a layer's own backward window), with a bound for all of them."""
@@ -249,7 +249,7 @@ class Solver:
                 if allowed == attempt.limit and not careful:
                     attempt.bound = max(attempt.bound, answer.bound_seconds)
                 attempt.timely = attempt.timely and answer.proven
-                schedule, excess = attempt.carry(answer.columns)
+                schedule, excess = attempt.try_columns(answer.columns)
                 if schedule is not None:
                     search.report("carried out", schedule.seconds, attempt.bound)
                     break
@@ -264,7 +264,7 @@ class Solver:
                 attempt.bound = max(attempt.bound, answer.bound_seconds)
                 attempt.timely = attempt.timely and answer.proven
                 if not attempt.near(attempt.bound, attempt.gap):
-                    attempt.carry(answer.columns)
+                    attempt.try_columns(answer.columns)
 
     def _by_columns(self, attempt: BudgetSearch) -> None:
         """A large model: a bound under relaxed constraints, columns chosen under those that plans can really keep."""
@@ -281,29 +281,29 @@ class Solver:
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
-        early = replace(attempt, found=[])
+        early = replace(attempt, schedules=[])
         chosen = False
         """whether columns chosen near the relaxed mixture have given a schedule"""
         try:
             early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
-            if self.found and not self._by_clock and self.options.early_choice:
+            if self.results and not self._by_clock and self.options.early_choice:
                 self._early(early, careful)
-            if not early.settled():
-                lower, _, kept = relaxed.columns()
+            if not early.good_enough():
+                lower, _, limit_kept = relaxed.columns()
                 attempt.timely = attempt.timely and relaxed.timely
-                if not kept:
+                if not limit_kept:
                     return
                 early.bound = attempt.bound = max(attempt.bound, relaxed.bound(lower))
                 for search in (careful, relaxed):
-                    if not early.settled() and self.options.early_choice:
+                    if not early.good_enough() and self.options.early_choice:
                         chosen = self._early(early, search)
-            if not early.settled():
+            if not early.good_enough():
                 careful.worth_seconds = min(
-                    (one.seconds for one in (*attempt.found, *early.found)), default=float("inf")
+                    (schedule.seconds for schedule in (*attempt.schedules, *early.schedules)), default=float("inf")
                 )
                 self._carefully(attempt, relaxed, careful, chosen=chosen)
         finally:
-            attempt.found += early.found
+            attempt.schedules += early.schedules
             attempt.timely = attempt.timely and early.timely
 
     def _early(self, attempt: BudgetSearch, search: ColumnGeneration) -> bool:
@@ -312,10 +312,10 @@ class Solver:
         """
         quick = replace(search, deadline=attempt.deadline, thorough=False)
         seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
-        known = len(attempt.found)
+        known = len(attempt.schedules)
         if fits and seconds - attempt.bound <= EARLY_GAP * seconds:
             attempt.choose_anew(quick, EARLY_CHOICES)
-        return len(attempt.found) > known
+        return len(attempt.schedules) > known
 
     def _carefully(
         self, attempt: BudgetSearch, relaxed: ColumnGeneration, careful: ColumnGeneration, *, chosen: bool
@@ -323,24 +323,24 @@ class Solver:
         """Choose columns priced under constraints that plans can really keep, or where memory is too short for these, under the relaxed
         ones unless columns are `chosen` already.
         """
-        short = chosen or not self.options.careful or not careful.holds()
-        if short and not chosen:
+        relaxed_first = chosen or not self.options.careful or not careful.keeps_limit()
+        if relaxed_first and not chosen:
             # No columns known leave memory for prefetching, and such columns are slow to find: first of all a plan.
             relaxed.deadline = attempt.deadline
             attempt.choose(relaxed)
-            if attempt.settled():
+            if attempt.good_enough():
                 return
             if attempt.best is not None:
                 careful.worth_seconds = min(careful.worth_seconds, attempt.best.seconds)
         if not self.options.careful:
             return
         # Where memory is too tight for prefetching, the relaxed choice is all there is; where it is nearly so, one more.
-        lower, _, kept = careful.columns()
+        lower, _, limit_kept = careful.columns()
         attempt.timely = attempt.timely and careful.timely
         careful.deadline = relaxed.deadline = attempt.deadline
-        if kept and careful.bound(lower) <= careful.worth_seconds:
+        if limit_kept and careful.bound(lower) <= careful.worth_seconds:
             attempt.choose(careful)
-        if not short and not (kept and attempt.settled()):
+        if not relaxed_first and not (limit_kept and attempt.good_enough()):
             attempt.choose_anew(relaxed)
 
     def _by_rules(self, attempt: BudgetSearch, any_bound: float, most: float = float("inf")) -> None:
@@ -356,10 +356,10 @@ class Solver:
             if computing > most or (best is not None and computing >= best.seconds) or attempt.near(bound, attempt.gap):
                 continue
             if self._may_fit(part, attempt.limit):
-                if best is not None and not attempt.carries_in_time():
+                if best is not None and not attempt.has_time_to_realize():
                     attempt.timely = False
                     return
-                attempt.carry(columns, part.segments)
+                attempt.try_columns(columns, part.segments)
 
     def _may_fit(self, part: CyclePart, limit: int) -> bool:
         """Whether a fixed rule may fit `limit` bytes of arena and instructions."""
@@ -369,54 +369,54 @@ class Solver:
     def _seconds_of_rules(self, limit: int) -> float:
         """That realising all fixed rules that may fit takes on an idle machine."""
         fitting = sum(self._may_fit(part, limit) for part in self._rules)
-        return CARRY_SECONDS * len(self.problem.graph.steps) * fitting
+        return REALIZE_SECONDS * len(self.problem.graph.steps) * fitting
 
     def _greedily(self, attempt: BudgetSearch) -> None:
-        some = attempt.reserve
+        reserve = attempt.reserve
         # Columns that just fit seldom find places in the arena at once; where no others fit, they are tried all the same.
-        allowed = attempt.limit - some
-        columns = greedy(self.problem, self.pool, allowed)
+        limit = attempt.limit - reserve
+        columns = greedy(self.problem, self.pool, limit)
         if columns is None:
-            allowed = attempt.limit
-            columns = greedy(self.problem, self.pool, allowed)
-        for turn in range(GREEDY_ROUNDS):
-            if columns is None or (turn and not attempt.carries_in_time()):
+            limit = attempt.limit
+            columns = greedy(self.problem, self.pool, limit)
+        for round_number in range(GREEDY_ROUNDS):
+            if columns is None or (round_number and not attempt.has_time_to_realize()):
                 return
-            schedule, excess = attempt.carry(columns)
+            schedule, excess = attempt.try_columns(columns)
             if schedule is not None:
                 return
-            allowed -= max(excess, some)
-            columns = greedy(self.problem, self.pool, allowed)
+            limit -= max(excess, reserve)
+            columns = greedy(self.problem, self.pool, limit)
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
     def reaches(self, budget_bytes: int, deadline: float) -> bool:
         """Whether the budget is at least the smallest one, as far as can be told in time: surely where a plan is known that fits, most
-        likely where a mixture of columns takes clearly less; else as `least` says.
+        likely where a mixture of columns takes clearly less; else as `lowest_schedule` says.
         """
-        known = [one.schedule for one in self.found if one.schedule is not None]
+        known = [result.schedule for result in self.results if result.schedule is not None]
         if self._lowest is not None:
             known.append(self._lowest)
         if any(schedule.peak_bytes <= budget_bytes for schedule in known):
             return True
         if not self._lowest_proven and not self._one_program:
-            clearly = CLEARLY * self.room(budget_bytes) / KIB
+            clear_kib = CLEARLY * self.room(budget_bytes) / KIB
             search = ColumnGeneration(
                 relaxation=self.relaxed, limit_bytes=None, deadline=share_of(LOWEST_SHARE, deadline)
             )
-            _, fewest, _ = search.columns(clearly)
+            _, fewest, _ = search.columns(clear_kib)
             self._by_clock = self._by_clock or not search.timely
-            if fewest <= clearly:
+            if fewest <= clear_kib:
                 return True
-        least, timely = self.least(deadline)
-        return not timely or least.peak_bytes <= budget_bytes
+        lowest, timely = self.lowest_schedule(deadline)
+        return not timely or lowest.peak_bytes <= budget_bytes
 
-    def least(self, deadline: float) -> tuple[Schedule, bool]:
+    def lowest_schedule(self, deadline: float) -> tuple[Schedule, bool]:
         """The schedule of the lowest peak found, and whether the searches behind it came to their end."""
         if not self._lowest_proven:
-            known = [one.schedule for one in self.found if one.schedule is not None]
-            before = [self.smallest, *known, *([self._lowest] if self._lowest is not None else [])]
-            self._lowest = min(before, key=lambda schedule: schedule.peak_bytes)
+            known = [result.schedule for result in self.results if result.schedule is not None]
+            candidates = [self.smallest, *known, *([self._lowest] if self._lowest is not None else [])]
+            self._lowest = min(candidates, key=lambda schedule: schedule.peak_bytes)
             try:
                 timely = self._lower(deadline)
             except TimeoutError:
@@ -424,7 +424,7 @@ class Solver:
             self._by_clock = self._by_clock or not timely
             self._lowest_proven = timely and time.monotonic() < deadline
         assert self._lowest is not None
-        by_chance = any(one.schedule is self._lowest and not one.deterministic for one in self.found)
+        by_chance = any(result.schedule is self._lowest and not result.deterministic for result in self.results)
         return self._lowest, self._lowest_proven and not by_chance
 
     def _lower(self, deadline: float) -> bool:
@@ -450,29 +450,29 @@ class Solver:
             started=now,
             options=self.options,
         )
-        if chosen is not None and attempt.carries_in_time():
+        if chosen is not None and attempt.has_time_to_realize():
             lower = smallest_arena(self.problem, chosen, deadline)
             best = self._lowest = lower if lower.peak_bytes < best.peak_bytes else best
         timely = True
 
         def below(lowest: Schedule, step: int) -> Schedule | None:
             nonlocal timely
-            if not attempt.carries_in_time():
+            if not attempt.has_time_to_realize():
                 raise TimeoutError
-            one = replace(attempt, limit=self.room(lowest.peak_bytes - step), bound=0.0, found=[], carried={})
-            with one.within():
+            trial = replace(attempt, limit=self.room(lowest.peak_bytes - step), bound=0.0, schedules=[], realized={})
+            with trial.within():
                 if joint:
-                    self._jointly(one)
+                    self._jointly(trial)
                 else:
-                    found = search.choose(one.limit)
-                    if found is not None:
-                        one.carry(found)
-            timely = timely and one.timely
-            self._lowest = one.best or self._lowest
-            return one.best
+                    columns = search.choose(trial.limit)
+                    if columns is not None:
+                        trial.try_columns(columns)
+            timely = timely and trial.timely
+            self._lowest = trial.best or self._lowest
+            return trial.best
 
         floor = self.problem.profile.device.floor.start_peak_bytes
-        _, ended = lowered(best, below, floor, step=max(1, int(MINIMUM_STEP * best.peak_bytes)))
+        _, ended = lower_peak(best, below, floor, step=max(1, int(MINIMUM_STEP * best.peak_bytes)))
         return ended and search.timely and timely
 
 

@@ -44,13 +44,13 @@ def solve_silently(
     try:
         return _solved(model, mathopt.SolverType.HIGHS, parameters)
     except (RuntimeError, ValueError, AttributeError):  # MathOpt's conversion of HiGHS's status fails by itself
-        whole = any(variable.integer for variable in model.variables())
-        second = mathopt.SolverType.GSCIP if whole else mathopt.SolverType.GLOP
-        left = dt.timedelta(seconds=deadline - time.monotonic())
-        if left <= dt.timedelta():
+        integer = any(variable.integer for variable in model.variables())
+        other_solver = mathopt.SolverType.GSCIP if integer else mathopt.SolverType.GLOP
+        rest = dt.timedelta(seconds=deadline - time.monotonic())
+        if rest <= dt.timedelta():
             raise TimeoutError from None
-        parameters = replace(parameters, time_limit=left) if whole else mathopt.SolveParameters(time_limit=left)
-        return _solved(model, second, parameters)
+        parameters = replace(parameters, time_limit=rest) if integer else mathopt.SolveParameters(time_limit=rest)
+        return _solved(model, other_solver, parameters)
 
 
 LATE_SHARE, LEAST_LATE, MOST_LATE = 0.5, 0.25, 1.0
@@ -69,19 +69,19 @@ def _solved(
 ) -> mathopt.SolveResult:
     assert parameters.time_limit is not None
     seconds = parameters.time_limit.total_seconds()
-    left_alone = threading.Event()
+    abandoned = threading.Event()
 
     def solve() -> mathopt.SolveResult:
-        with _nowhere:
-            if left_alone.is_set():
+        with _silent_output:
+            if abandoned.is_set():
                 raise TimeoutError
             return mathopt.solve(model, solver, params=parameters)
 
     try:
         return interruptible(solve, seconds=patience(seconds))
     except (KeyboardInterrupt, TimeoutError):
-        left_alone.set()
-        _nowhere.let_python_out()
+        abandoned.set()
+        _silent_output.let_python_out()
         raise
 
 
@@ -89,7 +89,7 @@ MARGIN = 1e-5
 """relative error that a solver's proven bound may have, because of its tolerances"""
 
 
-class _Nowhere:
+class _SilentOutput:
     """A context in which file descriptor 1, the process's standard output, leads to /dev/null.
 
     There is one for all threads: the first solver to begin redirects the descriptor, and the last to end restores it.
@@ -102,13 +102,13 @@ class _Nowhere:
         self._solving = 0
         self._saved: int | None = None
         """copy of the original descriptor 1; None while no solver runs, or where descriptor 1 is closed"""
-        self._around: tuple[TextIO, TextIO] | None = None
+        self._replaced: tuple[TextIO, TextIO] | None = None
         """(original `sys.stdout`, its stand-in) while a stand-in is in use"""
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._solving:
-                self._saved = _taken_away()
+                self._saved = _silenced_stdout()
             self._solving += 1
 
     def __exit__(self, *_: object) -> None:
@@ -118,22 +118,22 @@ class _Nowhere:
                 os.dup2(self._saved, 1)
                 os.close(self._saved)
                 self._saved = None
-                if self._around is not None:
-                    before, instead = self._around
-                    self._around = None
-                    if sys.stdout is instead:
-                        instead.close()
-                        sys.stdout = before
+                if self._replaced is not None:
+                    original, stand_in = self._replaced
+                    self._replaced = None
+                    if sys.stdout is stand_in:
+                        stand_in.close()
+                        sys.stdout = original
 
     def let_python_out(self) -> None:
         """Let Python print again, through a copy of the original descriptor, while an abandoned solver still runs."""
         with self._lock:
-            if self._saved is None or self._around is not None or not _is_descriptor_1(sys.stdout):
+            if self._saved is None or self._replaced is not None or not _is_descriptor_1(sys.stdout):
                 return
-            before = sys.stdout
-            instead = os.fdopen(os.dup(self._saved), "w", encoding=before.encoding, errors=before.errors, buffering=1)
-            self._around = before, instead
-            sys.stdout = instead
+            stdout = sys.stdout
+            stand_in = os.fdopen(os.dup(self._saved), "w", encoding=stdout.encoding, errors=stdout.errors, buffering=1)
+            self._replaced = stdout, stand_in
+            sys.stdout = stand_in
 
 
 def _is_descriptor_1(stream: TextIO | None) -> bool:
@@ -143,22 +143,22 @@ def _is_descriptor_1(stream: TextIO | None) -> bool:
         return False
 
 
-def _taken_away() -> int | None:
+def _silenced_stdout() -> int | None:
     """Redirect descriptor 1 to /dev/null and return a copy of what it was; None: it is closed."""
     if sys.stdout is not None:
         sys.stdout.flush()
     try:
-        saved = os.dup(1)
+        copy = os.dup(1)
     except OSError:
         return None
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        null = os.open(os.devnull, os.O_WRONLY)
     except OSError:
-        os.close(saved)
+        os.close(copy)
         raise
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
-    return saved
+    os.dup2(null, 1)
+    os.close(null)
+    return copy
 
 
-_nowhere = _Nowhere()
+_silent_output = _SilentOutput()

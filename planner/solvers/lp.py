@@ -32,7 +32,7 @@ OBJECTIVE_ONLY = mathopt.ModelSolveParameters(
     variable_values_filter=mathopt.VariableFilter(filtered_items=[]),
     dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=[]),
 )
-Key = tuple[float, frozenset[tuple[int, float]]]
+ExpressionKey = tuple[float, frozenset[tuple[int, float]]]
 
 
 class Linear:
@@ -64,7 +64,7 @@ class Linear:
             terms[variable] = terms.get(variable, 0.0) + scale * coefficient
         return self
 
-    def key(self) -> Key:
+    def key(self) -> ExpressionKey:
         """A hashable value that is equal for equal expressions."""
         return self.constant, frozenset(self.terms.items())
 
@@ -77,7 +77,7 @@ class Solution:
     """A solver's answer to a program; lists are indexed by the numbers of variables and rows."""
 
     values: list[float] | None
-    """of the best feasible point found; None: none was found"""
+    """values of the variables at the best feasible point found; None: none was found"""
     duals: list[float] | None
     """dual values of the rows; None for an integer program, or where the solver has no dual solution"""
     objective: float
@@ -96,7 +96,7 @@ class LinearProgram:
         self.whole: list[bool] = []
         self.least: list[float] = []
         self.most: list[float] = []
-        """both per row: least and greatest value of the sum of its terms"""
+        """per row: the least and the greatest value (`least`, `most`) that the sum of its terms may have"""
         self._rows: list[int] = []
         self._columns: list[int] = []
         self._entries: list[float] = []
@@ -136,10 +136,10 @@ class LinearProgram:
 
     def solve(self, goal: Linear, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None) -> Solution:
         """Minimise `goal`; limits and errors as of `tightfit.planner.solvers.highs.solve_silently`."""
-        self._aim(goal)
-        return self._told(solve_silently(self._model, seconds, gap, nodes))
+        self._set_objective(goal)
+        return self._solution(solve_silently(self._model, seconds, gap, nodes))
 
-    def _aim(self, goal: Linear) -> None:
+    def _set_objective(self, goal: Linear) -> None:
         model = self._model
         model.objective.clear()
         model.objective.offset = goal.constant
@@ -147,14 +147,14 @@ class LinearProgram:
             if coefficient:
                 model.objective.set_linear_coefficient(self._variables[variable], coefficient)
 
-    def _told(self, result: mathopt.SolveResult) -> Solution:
-        found = result.has_primal_feasible_solution()
+    def _solution(self, result: mathopt.SolveResult) -> Solution:
+        feasible = result.has_primal_feasible_solution()
         reason = result.termination.reason
         whole = any(self.whole)
         return Solution(
-            values=result.variable_values(self._variables) if found else None,
+            values=result.variable_values(self._variables) if feasible else None,
             duals=result.dual_values(self._constraints) if not whole and result.has_dual_feasible_solution() else None,
-            objective=result.objective_value() if found else INFINITY,
+            objective=result.objective_value() if feasible else INFINITY,
             bound=float(result.termination.objective_bounds.dual_bound),
             optimal=reason == mathopt.TerminationReason.OPTIMAL,
             infeasible=reason == mathopt.TerminationReason.INFEASIBLE,
@@ -198,7 +198,7 @@ class LinearProgram:
         return model
 
 
-class Growing(LinearProgram):
+class GrowingProgram(LinearProgram):
     """A linear program that is solved repeatedly by Glop, each time from its last basis; columns may be added in
     between.
     """
@@ -226,7 +226,7 @@ class Growing(LinearProgram):
         scratch. Where Glop fails from scratch too, it tries again with presolve, and then HiGHS solves the program.
         """
         deadline = time.monotonic() + seconds
-        self._aim(goal)
+        self._set_objective(goal)
         for warm, presolve in ((True, False), (False, False), (False, True)):
             if warm and "_solver" not in self.__dict__:
                 continue
@@ -234,7 +234,7 @@ class Growing(LinearProgram):
                 self._forget()
             result = self._from_basis(deadline - time.monotonic(), presolve=presolve, warm=warm)
             if result is not None:
-                return self._told(result)
+                return self._solution(result)
         self._forget()
         return super().solve(goal, deadline - time.monotonic(), gap, nodes)
 

@@ -38,7 +38,7 @@ def interruptible(
             answer.set_exception(error)
 
     try:
-        return answer.result(seconds) if _begun(work) else solve()
+        return answer.result(seconds) if _started(work) else solve()
     except (KeyboardInterrupt, TimeoutError):
         if answer.done():
             raise  # it is `solve` that raised it
@@ -48,20 +48,20 @@ def interruptible(
         raise
 
 
-def _begun(work: Callable[[], None]) -> bool:
+def _started(work: Callable[[], None]) -> bool:
     """Start a thread for `work`; False: there is no memory for one.
 
     The thread starts with the signals that end a program blocked: if it received one, the main thread would go on
     sleeping.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # which may raise once it has blocked them
         threading.Thread(target=work, name=THREAD).start()
     except RuntimeError:
         return False
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return True
 
 
@@ -75,14 +75,14 @@ def uninterrupted(solve: Callable[[], Answer]) -> Answer:
 
     For C++ code that calls back into Python and turns a KeyboardInterrupt there into an error of its own.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         return solve()
-    seen: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: seen.append((number, frame)))
+    signals: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: signals.append((number, frame)))
     try:
         return solve()
     finally:
-        signal.signal(signal.SIGINT, before)
-        if seen:
-            before(*seen[0])
+        signal.signal(signal.SIGINT, handler)
+        if signals:
+            handler(*signals[0])

@@ -26,7 +26,7 @@ from shapes import decoder_profile
 
 from tightfit.planner.formulation.step_constraints import charged_bytes
 from tightfit.planner.model_planner import ModelPlanner
-from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.schedule.realize import realize
@@ -94,7 +94,7 @@ def ends(planner: ModelPlanner) -> tuple[int, int]:
     return planner.minimum_bytes(time_limit=300.0), planner.plan(1 << 45, policy="keep-all").peak_bytes
 
 
-def torch_knapsack(problem: Layered) -> list[tuple[float, int, tuple[Column, ...]]]:
+def torch_knapsack(problem: LayeredStep) -> list[tuple[float, int, tuple[Column, ...]]]:
     """(seconds of computation, bytes, columns) of what PyTorch's solvers save, over their budgets."""
     from torch._functorch._activation_checkpointing.knapsack import dp_knapsack, greedy_knapsack
 
@@ -115,7 +115,7 @@ def torch_knapsack(problem: Layered) -> list[tuple[float, int, tuple[Column, ...
     return sorted(((*figures, columns) for columns, figures in found.items()), key=lambda point: point[:2])
 
 
-def _saved(problem: Layered, kind: int, column: Column, solver: Any, share: float) -> Column:
+def _saved(problem: LayeredStep, kind: int, column: Column, solver: Any, share: float) -> Column:
     """The column with what the solver saves of its layer kept as well; equal layers save the same."""
     layer, decision = problem.types[kind], column.decision
     operators = {value: op for op in layer.forward for value in op.outputs}

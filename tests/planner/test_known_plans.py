@@ -18,7 +18,7 @@ def cache(tmp_path, monkeypatch):
 def hurried(profile):
     """A planner whose own search for the smallest budget finds nothing below the fixed rule."""
     planner = ModelPlanner(profile)
-    planner.solver.least = lambda deadline: (planner.solver.smallest, False)
+    planner.solver.lowest_schedule = lambda deadline: (planner.solver.smallest, False)
     planner.solver.solve = lambda *given, **options: pytest.fail("not asked below the smallest budget")
     planner.solver.reaches = lambda *given: False
     planner.solver.tight = lambda budget: True

@@ -14,7 +14,7 @@ from synthetic import MIB, device, small_chain
 from tightfit.planner.io import load_plan, save_plan
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import ROUNDING, fingerprint, rebudgeted
-from tightfit.planner.report.compare import _Cell, _Table, compare
+from tightfit.planner.report.compare import _ComparedPlan, _ComparisonTable, compare
 from tightfit.planner.report.explain import explain, percent_within
 from tightfit.planner.schema import PLAN_VERSION
 from tightfit.profiles.schema import PROFILE_VERSION
@@ -182,7 +182,7 @@ def test_one_policy_needs_one_smallest_budget(planner, peak, least):
         infeasible_plan("keep-all", budget=400 * MIB, minimum=900 * MIB),
         sample_plan(budget=500 * MIB, peak=peak * MIB),
     ]
-    table = _Table(
+    table = _ComparisonTable(
         planner=planner,
         budgets=[200 * MIB, 400 * MIB, 500 * MIB],
         policies=["solver", "keep-all"],
@@ -191,7 +191,7 @@ def test_one_policy_needs_one_smallest_budget(planner, peak, least):
         tell=print,
         solving=None,
         planned=None,
-        found={(plan.budget_bytes, plan.policy): _Cell(plan=plan, bound_seconds=0.0) for plan in made},
+        compared={(plan.budget_bytes, plan.policy): _ComparedPlan(plan=plan, bound_seconds=0.0) for plan in made},
     )
     told = {(plan.budget_bytes // MIB, plan.policy): plan for plan in table.monotone()}
     assert told[200, "solver"].minimum_budget_bytes == told[400, "solver"].minimum_budget_bytes == least * MIB
@@ -201,7 +201,7 @@ def test_one_policy_needs_one_smallest_budget(planner, peak, least):
 
 
 def table_of(planner, made):
-    return _Table(
+    return _ComparisonTable(
         planner=planner,
         budgets=sorted({plan.budget_bytes for plan in made}),
         policies=["solver"],
@@ -210,7 +210,7 @@ def table_of(planner, made):
         tell=print,
         solving=None,
         planned=None,
-        found={(plan.budget_bytes, plan.policy): _Cell(plan=plan, bound_seconds=0.0) for plan in made},
+        compared={(plan.budget_bytes, plan.policy): _ComparedPlan(plan=plan, bound_seconds=0.0) for plan in made},
     )
 
 

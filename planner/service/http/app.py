@@ -50,7 +50,7 @@ or 422. Where too many connections are open, those that have waited for
 their client for longest give way to new ones."""
 CODES: dict[int, Code] = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 WAITING_CONNECTIONS = 1024
-"""that the kernel holds for us"""
+"""connections that the kernel holds until they are accepted"""
 ACCEPTED_AT_ONCE = 32
 """connections that are accepted before what the latest have sent is read: few, or they would look as if they had sent nothing"""
 ROUTERS = tuple(
@@ -98,8 +98,8 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
 
 def _with_token(described: dict[str, Any]) -> dict[str, Any]:
     """The API's description, with the token that a service may ask for."""
-    words = "needed where the service was started with TIGHTFIT_TOKEN"
-    scheme = {"type": "http", "scheme": "bearer", "description": words}
+    text = "needed where the service was started with TIGHTFIT_TOKEN"
+    scheme = {"type": "http", "scheme": "bearer", "description": text}
     described["components"]["securitySchemes"] = {"token": scheme}
     for path, methods in described["paths"].items():
         for operation in methods.values():
@@ -114,23 +114,23 @@ def serve(settings: Settings) -> None:
     """
     log_to_stderr()
     with opened(settings, Metrics()) as service, named_as(in_python):
-        _answer(settings, service)
+        _serve_until_interrupted(settings, service)
 
 
-def _answer(settings: Settings, service: Service) -> None:
+def _serve_until_interrupted(settings: Settings, service: Service) -> None:
     """Bind the port and answer there until interrupted. Raises InputError where the port cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # With the protocol named, asyncio turns off Nagle's algorithm: else every answer waits 40 ms for an acknowledgement.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((settings.host.strip("[]"), settings.port))
-        listening.listen(WAITING_CONNECTIONS)  # who comes before the application is up waits, instead of being refused
+        listener.bind((settings.host.strip("[]"), settings.port))
+        listener.listen(WAITING_CONNECTIONS)  # who comes before the application is up waits, instead of being refused
     except OSError as error:
         raise InputError(
             f"--host {settings.host} --port {settings.port}: {error.strerror or error}; name another --port"
         ) from error
-    host, port = listening.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     log.info(
         "serving",
         extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}/", "data": str(settings.data_dir)},
@@ -144,7 +144,7 @@ def _answer(settings: Settings, service: Service) -> None:
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            listening.listen(WAITING_CONNECTIONS)  # uvicorn has just made it as many as are accepted at once
+            listener.listen(WAITING_CONNECTIONS)  # uvicorn has just made it as many as are accepted at once
 
     config = uvicorn.Config(
         app,
@@ -156,11 +156,11 @@ def _answer(settings: Settings, service: Service) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
         backlog=ACCEPTED_AT_ONCE,
-        proxy_headers=False,  # else who asks could call itself by any address
+        proxy_headers=False,  # else a client could claim any address
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn ends on them, and raises them once more at the end
-    Server(config).run(sockets=[listening])
+    Server(config).run(sockets=[listener])
 
 
 def installed_version() -> str:
@@ -209,9 +209,9 @@ async def _validation_error(request: Request, error: Exception) -> Response:
         )
         for fault in faults[:20]
     ]
-    malformed = any(fault["type"] == "json_invalid" for fault in faults)
-    message = "; ".join(f"{field}: {words}" for field, words in fields[:3])
-    return error_response(400 if malformed else 422, "invalid_request", message, fields)
+    not_json = any(fault["type"] == "json_invalid" for fault in faults)
+    message = "; ".join(f"{field}: {text}" for field, text in fields[:3])
+    return error_response(400 if not_json else 422, "invalid_request", message, fields)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -223,9 +223,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
         methods = _methods(request, headers.get("Allow", ""))
         message = f"{request.method} is not for {request.url.path}; send {' or '.join(methods)}"
         headers["Allow"] = ", ".join(methods)
-    answer = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), message)
-    answer.headers.update(headers)
-    return answer
+    response = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), message)
+    response.headers.update(headers)
+    return response
 
 
 def _methods(request: Request, first: str) -> list[str]:

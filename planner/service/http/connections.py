@@ -17,11 +17,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tightfit.planner.service.wire.errors import Code, error_json
 
 HEAD_SECONDS = 10.0
-"""from the start of a connection, or from the first byte of a further request on it, to the end of the request's
-headers
-"""
+"""time for a request's headers, from the start of the connection or the first byte of a further request on it"""
 READ_SECONDS = 60.0
-"""in which a client must take some of an answer that does not fit into the kernel's buffer"""
+"""time within which a client must take some of an answer that does not fit into the kernel's buffer"""
 MOST = 1024
 
 
@@ -32,7 +30,7 @@ def most_connections() -> int:
 
 
 class Connections:
-    """All that are open."""
+    """The open connections."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -41,7 +39,7 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def enter(self, new: Connection) -> bool:
+    def enter(self, connection: Connection) -> bool:
         """Whether there is room for a new connection, perhaps in the place of the one that has waited longest for its client."""
         if len(self) >= self.most:
             waiting = [connection for connection in self._open if connection.waits]
@@ -50,11 +48,11 @@ class Connections:
             slowest = min(waiting, key=lambda connection: connection.since)
             self.leave(slowest)
             slowest.transport.abort()
-        self._open.add(new)
+        self._open.add(connection)
         return True
 
-    def leave(self, gone: Connection) -> None:
-        self._open.discard(gone)
+    def leave(self, connection: Connection) -> None:
+        self._open.discard(connection)
 
 
 class Connection(H11Protocol):
@@ -64,10 +62,10 @@ class Connection(H11Protocol):
     since = 0.0
     """loop time at which the latest request's first byte came, the latest answer ended, or the connection began"""
     _refused = False
-    _heard = False
+    _request_begun = False
     """whether some of a request has come that is not answered"""
-    _late: asyncio.TimerHandle | None = None
-    _stuck: asyncio.TimerHandle | None = None
+    _head_timer: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
 
     @property
     def busy(self) -> bool:
@@ -85,14 +83,14 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.since = self.loop.time()
         if self.others.enter(self):
-            self._expect()
+            self._start_head_timer()
         else:
             self._refused = True
-            self._end(503, "busy", f"{len(self.others)} requests are at work already; try again in a minute")
+            self._refuse(503, "busy", f"{len(self.others)} requests are at work already; try again in a minute")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.others.leave(self)
-        for timer in (self._late, self._stuck):
+        for timer in (self._head_timer, self._read_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -100,44 +98,44 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        if not self._heard:
-            self.since, self._heard = self.loop.time(), True
+        if not self._request_begun:
+            self.since, self._request_begun = self.loop.time(), True
         super().data_received(data)
         if not self.busy:
-            self._expect()
-        elif self._late is not None:
-            self._late.cancel()
-            self._late = None
+            self._start_head_timer()
+        elif self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def on_response_complete(self) -> None:
-        self.since, self._heard = self.loop.time(), False
+        self.since, self._request_begun = self.loop.time(), False
         super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stuck = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        self._read_timer = self.loop.call_later(READ_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stuck is not None:
-            self._stuck.cancel()
-            self._stuck = None
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
-    def _expect(self) -> None:
-        """A request's headers must have come in a while."""
-        if self._late is None and not self.transport.is_closing():
-            self._late = self.loop.call_later(HEAD_SECONDS, self._too_late)
+    def _start_head_timer(self) -> None:
+        """Limit the time in which the next request's headers must come."""
+        if self._head_timer is None and not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_timed_out)
 
-    def _too_late(self) -> None:
-        self._late = None
+    def _head_timed_out(self) -> None:
+        self._head_timer = None
         if self.busy or self.transport.is_closing():
             return
-        if self._heard:
-            self._end(408, "request_timeout", f"the request's headers did not come within {HEAD_SECONDS:.0f} s")
+        if self._request_begun:
+            self._refuse(408, "request_timeout", f"the request's headers did not come within {HEAD_SECONDS:.0f} s")
         else:  # a browser opens connections that it may need
             self.transport.close()
 
-    def _end(self, status: int, code: Code, message: str) -> None:
+    def _refuse(self, status: int, code: Code, message: str) -> None:
         body = error_json(code, message)
         head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
         retry = "Retry-After: 30\r\n" if status == 503 else ""
@@ -148,7 +146,7 @@ class Connection(H11Protocol):
 def protocol_of(connections: Connections) -> type[Connection]:
     """The protocol that uvicorn is to speak."""
 
-    class Counted(Connection):
+    class CountedConnection(Connection):
         others = connections
 
-    return Counted
+    return CountedConnection

@@ -16,11 +16,11 @@ from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.settings import Settings, loopback
 
 OPEN = ("/healthz", "/page/")
-"""answered without a token: nothing there belongs to anybody"""
+"""paths that are answered without a token, as nothing there is anybody's data"""
 UPLOAD = "/v1/profiles/upload"
 """the one path that takes large bodies"""
 BODY_SECONDS = 60.0
-"""that we wait for a request's body, from its headers to its end"""
+"""time for a request's body, from the end of its headers on"""
 STREAMS = "/events"
 """end of the paths whose answers last as long as their job: HEAD is not answered there"""
 POLICY = (
@@ -38,33 +38,33 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 log = logging.getLogger("tightfit.requests")
 
 
-class _Exchange:
+class _GuardedRequest:
     """A request's body as it comes and the answer as it goes: a body that is too large or too slow is answered by a
     refusal.
     """
 
     def __init__(self, receive: Receive, send: Send, limit: int) -> None:
         self._receive, self._send, self._limit = receive, send, limit
-        self._received, self._left, self._whole = 0, BODY_SECONDS, False
+        self._received, self._seconds_left, self._complete = 0, BODY_SECONDS, False
         self._refusal: ServiceError | None = None
         self._started = False
         self.status = 500
 
     async def receive(self) -> Message:
-        """Raises ServiceError for a body that is too large, or that keeps us waiting for too long."""
-        if self._whole:
+        """Raises ServiceError for a body that is too large, or too slow to come."""
+        if self._complete:
             return await self._receive()
-        began = time.monotonic()
+        started = time.monotonic()
         try:
-            async with asyncio.timeout(self._left):
+            async with asyncio.timeout(self._seconds_left):
                 message = await self._receive()
         except TimeoutError:
-            words = f"the body did not come within {BODY_SECONDS:.0f} s"
-            self._refusal = ServiceError(408, "request_timeout", words, "body")
+            text = f"the body did not come within {BODY_SECONDS:.0f} s"
+            self._refusal = ServiceError(408, "request_timeout", text, "body")
             raise self._refusal from None
-        self._left -= time.monotonic() - began
+        self._seconds_left -= time.monotonic() - started
         self._received += len(message.get("body", b""))
-        self._whole = not message.get("more_body", False)
+        self._complete = not message.get("more_body", False)
         if self._received > self._limit:
             self._refusal = _too_large(self._limit)
             raise self._refusal
@@ -105,18 +105,18 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.perf_counter()
+        started = time.perf_counter()
         # HEAD is answered as GET; the server leaves the body out.
         as_get = scope["method"] == "HEAD" and not scope["path"].endswith(STREAMS)
-        routed = {**scope, "method": "GET"} if as_get else scope
-        exchange = _Exchange(receive, send, self._limit(scope))
+        routed_scope = {**scope, "method": "GET"} if as_get else scope
+        guarded = _GuardedRequest(receive, send, self._limit(scope))
         try:
             self._check(scope)
-            await self.app(routed, exchange.receive, exchange.send)
+            await self.app(routed_scope, guarded.receive, guarded.send)
         except ServiceError as error:
-            await exchange.refuse(error)
+            await guarded.refuse(error)
         finally:
-            self._note(routed, scope["method"], exchange.status, time.perf_counter() - began)
+            self._note(routed_scope, scope["method"], guarded.status, time.perf_counter() - started)
 
     def _limit(self, scope: Scope) -> int:
         return self.settings.upload_bytes if scope["path"] == UPLOAD else self.settings.request_bytes
@@ -128,7 +128,7 @@ class Guard:
         if self._token is None:
             name = urlsplit(f"//{host}").hostname if _plain(host) else None
             if name is None or not loopback(name):
-                # A page elsewhere could point its own name at this machine and ask in the user's stead.
+                # DNS rebinding: a page elsewhere could point its own name at this machine and send the user's requests.
                 message = f"this service answers to localhost, not to {host[:100]!r}; a token opens it to other names"
                 raise ServiceError(421, "misdirected", message, "header.Host")
         origin = headers.get(b"origin")
@@ -146,16 +146,16 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
-        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         empty = length in (b"", b"0") and b"transfer-encoding" not in headers
-        if not empty and kind != b"application/json":
-            shown = kind.decode("latin-1")[:100]
-            message = f"the content type {shown!r} is not understood; send application/json"
+        if not empty and media_type != b"application/json":
+            media_type_text = media_type.decode("latin-1")[:100]
+            message = f"the content type {media_type_text!r} is not understood; send application/json"
             raise ServiceError(415, "unsupported_media_type", message, "header.Content-Type")
 
     def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or ("refused" if status in {401, 403, 421} else "unmatched")
-        # Strangers choose the method: a label of their own for each would grow without end.
+        # Clients choose the method: with a label for each the metrics would grow without end.
         method = method if method in METHODS else "other"
         self.metrics.requests.labels(method, route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)

@@ -42,9 +42,9 @@ def _check_links(folder: Path, tops: Sequence[Path], text: str, field: str) -> N
 
     Links between files that are open are fine: the Hugging Face cache is made of them.
     """
-    seen, left, entries = {folder}, [folder], 0
-    while left:
-        for entry in _entries(left.pop()):
+    checked, folders, entries = {folder}, [folder], 0
+    while folders:
+        for entry in _entries(folders.pop()):
             entries += 1
             if entries > MOST_ENTRIES:
                 raise invalid(
@@ -57,16 +57,16 @@ def _check_links(folder: Path, tops: Sequence[Path], text: str, field: str) -> N
                 link = os.path.relpath(entry.path, folder)
                 message = f"{text!r} holds the link {link!r}, which leads out of the folders that are open to requests"
                 raise invalid(field, f"{message}; put the file itself there, or open its folder with --root")
-            if real not in seen and real.is_dir():
-                seen.add(real)
-                left.append(real)
+            if real not in checked and real.is_dir():
+                checked.add(real)
+                folders.append(real)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
-    except OSError:  # nobody reads it then
+    except OSError:  # a run cannot read it either
         return []
 
 

@@ -15,7 +15,7 @@ from tightfit.planner.service.jobs.store import Row, content_key
 from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.schema import FINISHED, JOB, ErrorAnswer, Job, JobKind
+from tightfit.planner.service.wire.schema import FINISHED, JOB, ErrorAnswer, JobKind, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.devices.data_sheets import known_devices
 
@@ -69,10 +69,10 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _error(*ERRORS[status]) for status in statuses}
 
 
-def _error(words: str, code: Code, message: str, field: str | None) -> dict[str, Any]:
+def _error(description: str, code: Code, message: str, field: str | None) -> dict[str, Any]:
     fields = [] if field is None else [{"field": field, "message": message}]
     example = {"error": {"code": code, "message": message, "fields": fields}}
-    return {"model": ErrorAnswer, "description": words, "content": {"application/json": {"example": example}}}
+    return {"model": ErrorAnswer, "description": description, "content": {"application/json": {"example": example}}}
 
 
 EVERYWHERE = errors(401, 422) | {
@@ -80,18 +80,18 @@ EVERYWHERE = errors(401, 422) | {
         "Any other error has the same form", "misdirected", "this service answers to localhost", "header.Host"
     )
 }
-JOB_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"model": Job, "description": "The job of an earlier, equal request has its result already"},
-    202: {"model": Job, "description": "A job that waits or runs"},
+JOB_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": ServiceJob, "description": "The job of an earlier, equal request has its result already"},
+    202: {"model": ServiceJob, "description": "A job that waits or runs"},
     **errors(400, 404, 408, 409, 413, 415, 429),
 }
 
 
-def file_responses(what: str, example: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
+def described_file(description: str, example: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
     """Responses of a route that answers with a JSON file."""
     content = {"application/json": {"schema": {"type": "object"}, "example": example}}
     return {
-        200: {"description": what, "content": content},
+        200: {"description": description, "content": content},
         304: {"description": "It is the one that If-None-Match names"},
         **errors(404, *statuses),
     }
@@ -102,10 +102,10 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def ask(
+def enqueue(
     request: Request,
     kind: JobKind,
-    asked: Row,
+    job_request: Row,
     *,
     key: str | None,
     uses: Sequence[tuple[str, str]] = (),
@@ -118,11 +118,11 @@ def ask(
     """
     service = service_of(request)
     lane = lane_of(kind)
-    job, new = service.store.ask(
+    job, new = service.store.enqueue(
         kind,
         lane,
-        asked,
-        content=None if repeatable else content_key(kind, asked),
+        job_request,
+        content=None if repeatable else content_key(kind, job_request),
         key=key,
         waiting=service.settings.waiting,
         uses=uses,
@@ -131,10 +131,10 @@ def ask(
     service.metrics.cached.labels(kind, "new" if new else "finished" if job.state in FINISHED else "joined").inc()
     if new:
         service.supervisor.wake(lane)
-    return job_answer(service.events.shown(job))
+    return job_response(service.events.shown(job))
 
 
-def job_answer(job: Job) -> Response:
+def job_response(job: ServiceJob) -> Response:
     finished = job.state in FINISHED
     return Response(
         job.model_dump_json(),
@@ -168,7 +168,7 @@ def stored(request: Request, kind: str, identity: str, field: str | None = None)
     return row
 
 
-async def file_answer(
+async def file_response(
     request: Request,
     row: Row,
     *,

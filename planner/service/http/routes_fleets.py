@@ -10,13 +10,13 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.service.http.routes_common import (
-    JOB_ANSWERS,
+    JOB_RESPONSES,
     IdempotencyKey,
-    ask,
     check_time,
+    described_file,
+    enqueue,
     errors,
-    file_answer,
-    file_responses,
+    file_response,
     service_of,
     stored,
 )
@@ -29,24 +29,24 @@ from tightfit.runtime.common.strict_json import to_json
 
 router = APIRouter(prefix="/v1/fleets", tags=["planning"])
 Identity = Annotated[Digest, Path(description="of what the fleet's plan was made of")]
-FILE = file_responses(
+FILE = described_file(
     "The fleet's plan as `tightfit fleet plan` writes it", {"model": "SmolLM2-135M", "micro_batches": 16, "members": []}
 )
 
 
-@router.post("", status_code=202, responses=JOB_ANSWERS, summary="Plan a step of several devices")
-async def make_fleet(request: Request, asked: FleetRequest, key: IdempotencyKey = None) -> Response:
+@router.post("", status_code=202, responses=JOB_RESPONSES, summary="Plan a step of several devices")
+async def make_fleet(request: Request, body: FleetRequest, key: IdempotencyKey = None) -> Response:
     """Every member's plan is kept, as those of `/v1/plans` are."""
-    check_time(asked.time_limit, service_of(request).settings)
-    names = [member.name for member in asked.members]
-    for index, member in enumerate(asked.members):
+    check_time(body.time_limit, service_of(request).settings)
+    names = [member.name for member in body.members]
+    for index, member in enumerate(body.members):
         if member.name in names[:index]:
             message = f"another member is called {member.name!r}; give each a name of its own"
             raise invalid(f"members.{index}.name", message)
         stored(request, "profile", member.profile, f"members.{index}.profile")
-    members = [member.both_ways() for member in asked.members]
-    uses = [("profile", member.profile) for member in asked.members]
-    return ask(request, "fleet", asked.model_dump() | {"members": members}, key=key, uses=uses)
+    members = [member.both_ways() for member in body.members]
+    uses = [("profile", member.profile) for member in body.members]
+    return enqueue(request, "fleet", body.model_dump() | {"members": members}, key=key, uses=uses)
 
 
 @router.get("", response_model=FleetList, summary="Fleets, newest first")
@@ -65,7 +65,7 @@ async def get_fleet(request: Request, identity: Identity) -> StoredFleet:
 @router.get("/{identity}/file", responses=FILE, summary="The whole plan of a fleet", response_class=Response)
 async def get_fleet_file(request: Request, identity: Identity) -> Response:
     """Its members' plans are at `/v1/plans/{id}/file`, by the ids in `plans` of its summary."""
-    return await file_answer(request, stored(request, "fleet", identity))
+    return await file_response(request, stored(request, "fleet", identity))
 
 
 @router.get(

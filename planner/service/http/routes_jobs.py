@@ -16,11 +16,11 @@ from tightfit.planner.service.wire.schema import (
     DeviceAnswer,
     DeviceList,
     Health,
-    Job,
     JobId,
     JobKind,
     JobList,
     JobState,
+    ServiceJob,
 )
 from tightfit.profiles.devices.data_sheets import known_devices
 from tightfit.profiles.measuring.cpu_load import our_cores
@@ -65,8 +65,8 @@ async def list_jobs(
     return JobList(jobs=jobs, set_aside=service.store.set_aside("job"))
 
 
-@router.get("/v1/jobs/{identity}", response_model=Job, responses=errors(404), tags=["jobs"], summary="A job")
-async def get_job(request: Request, identity: Identity) -> Job:
+@router.get("/v1/jobs/{identity}", response_model=ServiceJob, responses=errors(404), tags=["jobs"], summary="A job")
+async def get_job(request: Request, identity: Identity) -> ServiceJob:
     service = service_of(request)
     return service.events.shown(service.store.job(identity))
 
@@ -91,12 +91,12 @@ async def get_events(request: Request, identity: Identity) -> StreamingResponse:
 
 @router.post(
     "/v1/jobs/{identity}/cancel",
-    response_model=Job,
+    response_model=ServiceJob,
     responses=errors(404, 409),
     tags=["jobs"],
     summary="End a job",
 )
-async def cancel_job(request: Request, identity: Identity) -> Job:
+async def cancel_job(request: Request, identity: Identity) -> ServiceJob:
     """A run ends with a checkpoint. 409 where the job has ended already."""
     service = service_of(request)
     job = service.store.job(identity)
@@ -110,7 +110,7 @@ async def list_devices(request: Request) -> DeviceList:
     """What runs go to, and how long its queue is; then those that can be planned for."""
     running, waiting = service_of(request).store.lane(LOCAL)
     cores = our_cores()
-    here = DeviceAnswer(
+    own_device = DeviceAnswer(
         name=LOCAL,
         label="the service's machine",
         kind="cpu",
@@ -125,7 +125,7 @@ async def list_devices(request: Request) -> DeviceList:
         )
         for device in known_devices()
     ]
-    return DeviceList(devices=[here, *others])
+    return DeviceList(devices=[own_device, *others])
 
 
 @router.get("/healthz", response_model=Health, tags=["service"], summary="Whether the service answers")

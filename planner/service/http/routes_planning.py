@@ -13,14 +13,14 @@ from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.http.routes_common import (
-    JOB_ANSWERS,
+    JOB_RESPONSES,
     IdempotencyKey,
-    ask,
     check_device,
     check_time,
+    described_file,
+    enqueue,
     errors,
-    file_answer,
-    file_responses,
+    file_response,
     names_paths,
     not_runnable,
     service_of,
@@ -29,16 +29,16 @@ from tightfit.planner.service.http.routes_common import (
 from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
-from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.schema import (
     OWN_DEVICE,
     ComparisonRequest,
     Digest,
-    Job,
     JobId,
     PlanList,
     PlanRequest,
+    ServiceJob,
     StoredPlan,
 )
 from tightfit.planner.service.wire.shown import Difference, PlanView
@@ -46,16 +46,16 @@ from tightfit.runtime.common.strict_json import to_json
 
 router = APIRouter(prefix="/v1", tags=["planning"])
 Identity = Annotated[Digest, Path(description="of what the plan was made of")]
-FILE = file_responses("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
+FILE = described_file("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
 
 
-@router.post("/plans", status_code=202, responses=JOB_ANSWERS, summary="Plan a profile at a budget")
-async def make_plan(request: Request, asked: PlanRequest, key: IdempotencyKey = None) -> Response:
+@router.post("/plans", status_code=202, responses=JOB_RESPONSES, summary="Plan a profile at a budget")
+async def make_plan(request: Request, body: PlanRequest, key: IdempotencyKey = None) -> Response:
     """A budget that is too small is a result with status infeasible and the smallest budget that is enough."""
     settings = service_of(request).settings
-    check_time(asked.time_limit, settings)
-    _check_policy(asked.policy, stored(request, "profile", asked.profile, "profile"), "policy")
-    return ask(request, "plan", asked.model_dump(), key=key, uses=[("profile", asked.profile)])
+    check_time(body.time_limit, settings)
+    _check_policy(body.policy, stored(request, "profile", body.profile, "profile"), "policy")
+    return enqueue(request, "plan", body.model_dump(), key=key, uses=[("profile", body.profile)])
 
 
 @router.get("/plans", response_model=PlanList, summary="Plans, newest first")
@@ -77,8 +77,8 @@ async def get_plan(request: Request, identity: Identity) -> StoredPlan:
 async def get_plan_file(request: Request, identity: Identity) -> Response:
     """What `tightfit run` takes."""
     row = stored(request, "plan", identity)
-    old = names_paths(service_of(request).store.file("profile", row["origin"]))
-    return await file_answer(request, row, redacted=_redacted if old else None)
+    unredacted = names_paths(service_of(request).store.file("profile", row["origin"]))
+    return await file_response(request, row, redacted=_redacted if unredacted else None)
 
 
 def _redacted(redaction: Redaction, content: bytes) -> str:
@@ -112,26 +112,28 @@ async def get_changes(request: Request, identity: Identity, other: Digest) -> Re
     return Response(content, media_type="application/json")
 
 
-@router.post("/comparisons", status_code=202, responses=JOB_ANSWERS, summary="Compare budgets, policies, devices")
-async def make_comparison(request: Request, asked: ComparisonRequest, key: IdempotencyKey = None) -> Response:
+@router.post("/comparisons", status_code=202, responses=JOB_RESPONSES, summary="Compare budgets, policies, devices")
+async def make_comparison(request: Request, body: ComparisonRequest, key: IdempotencyKey = None) -> Response:
     """Budgets × policies × devices. Every cell's plan is kept."""
     settings = service_of(request).settings
-    check_time(asked.time_limit, settings)
-    for index, device in enumerate(asked.devices):
+    check_time(body.time_limit, settings)
+    for index, device in enumerate(body.devices):
         check_device(device, [OWN_DEVICE], f"devices.{index}")
-    row = stored(request, "profile", asked.profile, "profile")
-    for index, policy in enumerate(asked.policies):
+    row = stored(request, "profile", body.profile, "profile")
+    for index, policy in enumerate(body.policies):
         _check_policy(policy, row, f"policies.{index}")
-    words = asked.model_dump() | {
-        "memory": sorted(set(asked.memory)),
-        "policies": list(dict.fromkeys(asked.policies)),
-        "devices": list(dict.fromkeys(asked.devices)),
+    job_request = body.model_dump() | {
+        "memory": sorted(set(body.memory)),
+        "policies": list(dict.fromkeys(body.policies)),
+        "devices": list(dict.fromkeys(body.devices)),
     }
-    return ask(request, "comparison", words, key=key, uses=[("profile", asked.profile)])
+    return enqueue(request, "comparison", job_request, key=key, uses=[("profile", body.profile)])
 
 
-@router.get("/comparisons/{identity}", response_model=Job, responses=errors(404, 409), summary="A comparison's cells")
-async def get_comparison(request: Request, identity: Annotated[JobId, Path()]) -> Job:
+@router.get(
+    "/comparisons/{identity}", response_model=ServiceJob, responses=errors(404, 409), summary="A comparison's cells"
+)
+async def get_comparison(request: Request, identity: Annotated[JobId, Path()]) -> ServiceJob:
     """The job whose `result.cells` hold a summary and a plan id each. 409 while it is not finished."""
     service = service_of(request)
     job = service.store.job(identity)
@@ -154,11 +156,11 @@ def _check_policy(policy: str, profile: Row, field: str) -> None:
 
 
 @lru_cache(maxsize=4)
-def _plan(objects: Objects, digest: str) -> Plan:
+def _plan(objects: ObjectStore, digest: str) -> Plan:
     return parse_plan(objects.read(digest), "the stored plan")
 
 
 @lru_cache(maxsize=128)
-def _view(objects: Objects, identity: str, digest: str, summary: str, refusal: str | None) -> str:
+def _view(objects: ObjectStore, identity: str, digest: str, summary: str, refusal: str | None) -> str:
     view = plan_view(_plan(objects, digest), identity, json.loads(summary)["explanation"], not_runnable=refusal)
     return to_json(view.model_dump())

@@ -9,13 +9,13 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.http.routes_common import (
-    JOB_ANSWERS,
+    JOB_RESPONSES,
     IdempotencyKey,
-    ask,
     check_device,
+    described_file,
+    enqueue,
     errors,
-    file_answer,
-    file_responses,
+    file_response,
     names_paths,
     service_of,
     stored,
@@ -34,11 +34,11 @@ from tightfit.runtime.common.errors import InputError
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
-FILE = file_responses("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
+FILE = described_file("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
 ALWAYS = {"seq", "batch", "lora_alpha", "accumulate", "dtype"}
 """fields of a request that always go to the worker; the others only if they are not at their defaults"""
 RANK = 8
-"""of the pairs, where a request names neither a rank nor an adapter"""
+"""rank of the LoRA pairs, where a request names neither a rank nor an adapter"""
 UPLOAD: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -54,39 +54,39 @@ UPLOAD: dict[str, Any] = {
 }
 
 
-@router.post("", status_code=202, responses=JOB_ANSWERS, summary="Measure a model on this machine")
-async def make_profile(request: Request, asked: ProfileRequest, key: IdempotencyKey = None) -> Response:
+@router.post("", status_code=202, responses=JOB_RESPONSES, summary="Measure a model on this machine")
+async def make_profile(request: Request, body: ProfileRequest, key: IdempotencyKey = None) -> Response:
     """Waits for this machine's device: measurements and runs follow each other.
 
     What was measured before is answered at once; `force` measures anew, and the new profile answers from then on.
     """
     settings = service_of(request).settings
-    check_device(asked.device, [LOCAL], "device")
-    options = asked.model_dump(include=ALWAYS)
-    options |= asked.model_dump(exclude={"path", "hub", "config", "force"}, exclude_defaults=True)
-    if asked.adapter is not None:
-        options["adapter"] = await asyncio.to_thread(confined, asked.adapter, settings.roots, "adapter")
+    check_device(body.device, [LOCAL], "device")
+    options = body.model_dump(include=ALWAYS)
+    options |= body.model_dump(exclude={"path", "hub", "config", "force"}, exclude_defaults=True)
+    if body.adapter is not None:
+        options["adapter"] = await asyncio.to_thread(confined, body.adapter, settings.roots, "adapter")
     else:
-        options["lora_rank"] = asked.lora_rank or RANK
-    words = options | await asyncio.to_thread(_source, settings, asked)
-    if not asked.force:
-        return ask(request, "profile", words, key=key)
-    return ask(request, "profile", words | {"force": True}, key=key, renews=words)
+        options["lora_rank"] = body.lora_rank or RANK
+    job_request = options | await asyncio.to_thread(_source, settings, body)
+    if not body.force:
+        return enqueue(request, "profile", job_request, key=key)
+    return enqueue(request, "profile", job_request | {"force": True}, key=key, renews=job_request)
 
 
-def _source(settings: Settings, asked: ProfileRequest) -> Row:
+def _source(settings: Settings, body: ProfileRequest) -> Row:
     """The model as a worker gets it: a path or hub id as `source`, or a `config`. Raises ServiceError 422.
 
     Of a config whose model transformers has to build, only what needs neither transformers nor PyTorch is checked here:
     what the built model shows is the job's error.
     """
-    if asked.path is not None:
-        return {"source": confined(asked.path, settings.roots, "path")}
-    if asked.hub is not None:
+    if body.path is not None:
+        return {"source": confined(body.path, settings.roots, "path")}
+    if body.hub is not None:
         if not settings.hub:
             raise invalid("hub", "this service downloads nothing; start it with --hub, or name a path")
-        return {"source": asked.hub}
-    config = text_config(asked.config)
+        return {"source": body.hub}
+    config = text_config(body.config)
     if config is None:
         raise invalid("config", "no model config (no 'model_type'); send the content of a config.json")
     try:
@@ -97,7 +97,7 @@ def _source(settings: Settings, asked: ProfileRequest) -> Row:
         initial_deviation(config)
     except InputError as error:
         raise invalid("config", str(error)) from error
-    return {"config": asked.config}
+    return {"config": body.config}
 
 
 @router.post(
@@ -111,8 +111,8 @@ def _source(settings: Settings, asked: ProfileRequest) -> Row:
 async def upload_profile(request: Request) -> Response:
     """The body is a profile.json, plain or gzip. It can be planned; only profiles made here can also be run here."""
     row, new = await service_of(request).uploads.receive(request)
-    answer = listed(row)
-    return Response(answer.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
+    profile = listed(row)
+    return Response(profile.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
 
 
 @router.get("", response_model=ProfileList, summary="Profiles, newest first")
@@ -131,7 +131,7 @@ async def get_profile(request: Request, identity: Identity) -> StoredProfile:
 @router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)
 async def get_profile_file(request: Request, identity: Identity) -> Response:
     row = stored(request, "profile", identity)
-    return await file_answer(request, row, redacted=_redacted if names_paths(row) else None)
+    return await file_response(request, row, redacted=_redacted if names_paths(row) else None)
 
 
 def _redacted(redaction: Redaction, content: bytes) -> str:

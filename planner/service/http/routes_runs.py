@@ -13,13 +13,13 @@ from fastapi import APIRouter, Path, Request, Response
 from tightfit.planner.report.summary import unfinished_update
 from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.http.routes_common import (
-    JOB_ANSWERS,
+    JOB_RESPONSES,
     IdempotencyKey,
-    ask,
+    described_file,
+    enqueue,
     errors,
-    file_answer,
-    file_responses,
-    job_answer,
+    file_response,
+    job_response,
     names_paths,
     not_runnable,
     service_of,
@@ -28,14 +28,14 @@ from tightfit.planner.service.http.routes_common import (
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.schema import Job, JobId, RunMetrics, RunRequest
+from tightfit.planner.service.wire.schema import JobId, RunMetrics, RunRequest, ServiceJob
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import from_json, to_json
 from tightfit.runtime.session.options import TrainingOptions
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 Identity = Annotated[JobId, Path(description="the run's job")]
-REPORT = file_responses(
+REPORT = described_file(
     "report.json as `tightfit run` writes it",
     {"peak_bytes": {"predicted": 365217587, "measured": 363646976}, "loss": [3.2, 2.9]},
     409,
@@ -50,24 +50,24 @@ ADAPTER: dict[int | str, dict[str, Any]] = {
 RANDOM = "random"
 
 
-@router.post("", status_code=202, responses=JOB_ANSWERS, summary="Carry out a plan")
-async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = None) -> Response:
+@router.post("", status_code=202, responses=JOB_RESPONSES, summary="Carry out a plan")
+async def make_run(request: Request, body: RunRequest, key: IdempotencyKey = None) -> Response:
     """Every request is a run of its own, unless an idempotency key says that it is the same one."""
-    words = asked.model_dump() | await _allowed(request, asked)
-    profile = stored(request, "plan", asked.plan)["origin"]
-    uses = [("plan", asked.plan), ("profile", profile), *(("cache", name) for name in _cached(request, profile))]
-    return ask(request, "run", words, key=key, uses=uses, repeatable=True)
+    job_request = body.model_dump() | await _allowed(request, body)
+    profile = stored(request, "plan", body.plan)["origin"]
+    uses = [("plan", body.plan), ("profile", profile), *(("cache", name) for name in _cached(request, profile))]
+    return enqueue(request, "run", job_request, key=key, uses=uses, repeatable=True)
 
 
-@router.get("/{identity}", response_model=Job, responses=errors(404), summary="A run")
-async def get_run(request: Request, identity: Identity) -> Job:
+@router.get("/{identity}", response_model=ServiceJob, responses=errors(404), summary="A run")
+async def get_run(request: Request, identity: Identity) -> ServiceJob:
     return service_of(request).events.shown(_run(request, identity))
 
 
 @router.post(
     "/{identity}/resume",
     status_code=202,
-    response_model=Job,
+    response_model=ServiceJob,
     responses=errors(404, 409, 429),
     summary="Go on with a run",
 )
@@ -77,7 +77,7 @@ async def resume_run(request: Request, identity: Identity, key: IdempotencyKey =
     What it reads is allowed or refused as for a new run: the service may have been started with other roots since.
     """
     await _allowed(request, RunRequest(**_run(request, identity).request))
-    return job_answer(service_of(request).supervisor.resume(identity, key))
+    return job_response(service_of(request).supervisor.resume(identity, key))
 
 
 @router.get("/{identity}/metrics", response_model=RunMetrics, responses=errors(404), summary="Every step so far")
@@ -108,7 +108,7 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
 
 @router.get("/{identity}/report", responses=REPORT, summary="Predicted beside measured", response_class=Response)
 async def get_report(request: Request, identity: Identity) -> Response:
-    return await file_answer(
+    return await file_response(
         request,
         _file_of(request, identity, "report"),
         redacted=lambda redaction, content: to_json(redaction.value(from_json(content))),
@@ -120,7 +120,7 @@ async def get_adapter(request: Request, identity: Identity) -> Response:
     """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
     row, store = _file_of(request, identity, "adapter"), service_of(request).store
     plan = store.file("plan", str(_run(request, identity).request.get("plan")))
-    return await file_answer(
+    return await file_response(
         request,
         row,
         media_type="application/x-tar",
@@ -135,38 +135,38 @@ def _redacted(redaction: Redaction, content: bytes) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(content)) as archive, tarfile.open(fileobj=packed, mode="w") as redacted:
         for member in archive:
             file = archive.extractfile(member)
-            part = b"" if file is None else file.read()
+            content_part = b"" if file is None else file.read()
             if member.name.endswith(".json"):
-                part = to_json(redaction.value(from_json(part))).encode()
-                member.size = len(part)
-            redacted.addfile(member, io.BytesIO(part))
+                content_part = to_json(redaction.value(from_json(content_part))).encode()
+                member.size = len(content_part)
+            redacted.addfile(member, io.BytesIO(content_part))
     return packed.getvalue()
 
 
-async def _allowed(request: Request, asked: RunRequest) -> Row:
+async def _allowed(request: Request, body: RunRequest) -> Row:
     """The real paths that a run reads. Raises ServiceError for what may not be run here, or lies outside the roots."""
-    plan = stored(request, "plan", asked.plan, "plan")
+    plan = stored(request, "plan", body.plan, "plan")
     refusal = not_runnable(request, plan)
     if refusal is not None:
         raise invalid("plan", refusal)
-    if asked.steps is None and asked.epochs is None:
+    if body.steps is None and body.epochs is None:
         raise invalid("steps", "the number of steps is missing: give it, or epochs")
-    if asked.steps is not None:
-        unfinished = unfinished_update(asked.steps, json.loads(plan["summary"]).get("accumulate", 1))
+    if body.steps is not None:
+        unfinished = unfinished_update(body.steps, json.loads(plan["summary"]).get("accumulate", 1))
         if unfinished is not None:
             raise invalid("steps", unfinished)
     try:
-        TrainingOptions.of(asked.model_dump())
+        TrainingOptions.of(body.model_dump())
     except InputError as error:
         raise invalid(str(error).split()[0].rstrip(":"), str(error)) from error  # it begins with the option's name
-    if asked.eval_every is not None and asked.eval_data is None:
+    if body.eval_every is not None and body.eval_data is None:
         raise invalid("eval_every", "there is nothing to evaluate on; give eval_data")
     roots = service_of(request).settings.roots
-    real: Row = {"data": RANDOM, "eval_data": None, "adapter": None}
-    for field, text in (("data", asked.data), ("eval_data", asked.eval_data), ("adapter", asked.adapter)):
-        if text is not None and text != real[field]:
-            real[field] = await asyncio.to_thread(confined, text, roots, field)
-    return real
+    real_paths: Row = {"data": RANDOM, "eval_data": None, "adapter": None}
+    for field, text in (("data", body.data), ("eval_data", body.eval_data), ("adapter", body.adapter)):
+        if text is not None and text != real_paths[field]:
+            real_paths[field] = await asyncio.to_thread(confined, text, roots, field)
+    return real_paths
 
 
 def _cached(request: Request, identity: str) -> list[str]:
@@ -179,7 +179,7 @@ def _cached(request: Request, identity: str) -> list[str]:
     return names
 
 
-def _run(request: Request, identity: str) -> Job:
+def _run(request: Request, identity: str) -> ServiceJob:
     job = service_of(request).store.job(identity)
     if job.kind != "run":
         raise not_found("run", identity)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import IO
 
 from tightfit.planner.service.http.uploads import Uploads
-from tightfit.planner.service.jobs.store import Store
+from tightfit.planner.service.jobs.store import JobStore
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
-from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.runtime.common.errors import InputError
@@ -25,8 +25,8 @@ class Service:
     """What the routes work with (``request.app.state.service``)."""
 
     settings: Settings
-    store: Store
-    objects: Objects
+    store: JobStore
+    objects: ObjectStore
     events: Events
     metrics: Metrics
     redaction: Redaction
@@ -43,9 +43,9 @@ def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
     redaction = Redaction(settings.folders)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_lock(settings.data_dir))
-        store = Store(settings.data_dir / "service.sqlite")
+        store = JobStore(settings.data_dir / "service.sqlite")
         stack.callback(store.close)
-        objects = Objects(settings.data_dir / "objects")
+        objects = ObjectStore(settings.data_dir / "objects")
         events = Events(redaction.job)
         supervisor = Supervisor(settings, store, objects, events, metrics)
         supervisor.recover()
@@ -63,7 +63,7 @@ def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
 
 
 def _lock(folder: Path) -> IO[bytes]:
-    """The data folder, for us alone while the file is open."""
+    """Lock the data folder for this service, as long as the returned file is open."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (folder / "lock").open("wb")
@@ -77,7 +77,9 @@ def _lock(folder: Path) -> IO[bytes]:
     return file
 
 
-def _gauges(store: Store, events: Events) -> Iterator[tuple[str, str, tuple[str, ...], dict[tuple[str, ...], float]]]:
+def _gauges(
+    store: JobStore, events: Events
+) -> Iterator[tuple[str, str, tuple[str, ...], dict[tuple[str, ...], float]]]:
     jobs: dict[tuple[str, ...], float] = {labels: float(count) for labels, count in store.counts().items()}
     yield "tightfit_jobs_now", "Jobs in the store.", ("kind", "state"), jobs
     yield (

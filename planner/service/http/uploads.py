@@ -21,25 +21,25 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from tightfit.planner.service.jobs.orders import UPLOAD, JobOrder
-from tightfit.planner.service.jobs.processes import Processes
-from tightfit.planner.service.jobs.store import Row, Store
+from tightfit.planner.service.jobs.processes import WorkerProcesses
+from tightfit.planner.service.jobs.store import JobStore, Row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
 from tightfit.planner.service.wire.metrics import Metrics
-from tightfit.planner.service.wire.objects import Objects, unpacked
+from tightfit.planner.service.wire.objects import ObjectStore, unpacked
 from tightfit.planner.service.wire.settings import Settings
 
 BYTES_UNDER_WAY = 1 << 30
-"""of bodies that have come and are not read yet, all together"""
+"""most bytes of all bodies together that have come and are not parsed yet"""
 READ_AT_ONCE = 2
 """processes that parse uploads"""
 MOST_UNREAD = 64
-"""whole bodies that may wait for one"""
+"""whole bodies that may wait for such a process"""
 log = logging.getLogger("tightfit.service")
 
 
 class Uploads:
     def __init__(
-        self, settings: Settings, store: Store, objects: Objects, metrics: Metrics, processes: Processes
+        self, settings: Settings, store: JobStore, objects: ObjectStore, metrics: Metrics, processes: WorkerProcesses
     ) -> None:
         self._settings, self._store, self._objects = settings, store, objects
         self._metrics, self._processes = metrics, processes
@@ -64,11 +64,11 @@ class Uploads:
                 if known is not None:
                     await asyncio.to_thread(self._objects.check, checksum)
                     return known, False
-            file = await self._turn(path, encoding)
+            file = await self._read_in_turn(path, encoding)
         new = self._store.file("profile", file["id"]) is None
         return self._store.add(file), new
 
-    async def _turn(self, path: Path, encoding: str) -> Row:
+    async def _read_in_turn(self, path: Path, encoding: str) -> Row:
         """`_read`, when one of the processes has time for it."""
         if self._unread >= MOST_UNREAD:
             raise _busy(f"{self._unread} uploads wait to be read")
@@ -83,14 +83,14 @@ class Uploads:
     async def _body(self, request: Request) -> AsyncIterator[Path]:
         """The request's body in a file, which is gone afterwards."""
         path = self._objects.temporary / f"upload-{os.urandom(6).hex()}"
-        size = 0
+        received = 0
         try:
             try:
                 with path.open("wb") as file:
                     async for chunk in request.stream():
                         if self._bytes + len(chunk) > BYTES_UNDER_WAY:
                             raise _busy(f"{self._bytes >> 20} MiB are being uploaded")
-                        size += len(chunk)
+                        received += len(chunk)
                         self._bytes += len(chunk)
                         file.write(chunk)
             except OSError as error:
@@ -102,7 +102,7 @@ class Uploads:
                 ) from error
             yield path
         finally:
-            self._bytes -= size
+            self._bytes -= received
             path.unlink(missing_ok=True)
 
     async def _read(self, path: Path, encoding: str) -> Row:
@@ -124,23 +124,23 @@ class Uploads:
             message = f"the upload took longer to read than {settings.check_seconds:g} s; send a smaller profile"
             raise ServiceError(413, "too_large", message, "body") from None
         finally:
-            last_words = worker.last_words()
-            await (self._processes.give_back(UPLOAD, worker) if end is not None else worker.gone())
+            last_stderr = worker.last_stderr()
+            await (self._processes.give_back(UPLOAD, worker) if end is not None else worker.end())
             self._metrics.worked.labels("upload").observe(time.monotonic() - began)
-        return self._file(end, last_words)
+        return self._file_row(end, last_stderr)
 
-    def _file(self, end: dict[str, Any] | None, last_words: str) -> Row:
+    def _file_row(self, end: dict[str, Any] | None, last_stderr: str) -> Row:
         if end is not None and "result" in end:
             file: Row = end["files"][0]
             return file
         if end is None or end["code"] == "worker_died":
-            log.warning("an upload was too much for its process", extra={"said": last_words})
+            log.warning("an upload was too much for its process", extra={"said": last_stderr})
             message = f"the upload takes more than {self._settings.check_bytes >> 20} MiB of memory to read; send a smaller profile"
             raise ServiceError(413, "too_large", message, "body")
         if end["code"] == "storage":
             raise StorageError(f"{self._objects.folder}: {end['message']}; free disk space and ask again")
         if end["code"] == "internal":
-            log.error("an upload failed inside", extra={"said": last_words})
+            log.error("an upload failed inside", extra={"said": last_stderr})
             raise ServiceError(500, "internal", "internal error; the service's log tells more")
         raise ServiceError(
             end.get("status") or 422,

@@ -22,16 +22,16 @@ KEPT = (f"{STORES}/*.store", f"{CONFIGS}/*/config.json", f"{PROFILES}/*.json")
 HALF_WRITTEN = (f"{STORES}/.*.partial", f"{CONFIGS}/*/.*.part", f"{PROFILES}/.*.part", "measure-*.store", ".measure-*")
 
 
-class Cache:
+class CacheFolder:
     """The files under one folder, each named by its path there, as in ``stores/qwen-0123.store``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()  # as the sources of models are named
 
     def rows(self, names: Iterable[str] | None = None) -> list[Row]:
-        """Rows for `Store.add` of the files that exist, or of those among them that `names` lists."""
-        wanted = None if names is None else set(names)
-        sizes = {name: size for name, size in self._sizes() if wanted is None or name in wanted}
+        """Rows for `JobStore.add` of the files that exist, or of those among them that `names` lists."""
+        names_wanted = None if names is None else set(names)
+        sizes = {name: size for name, size in self._sizes() if names_wanted is None or name in names_wanted}
         return [cache_row(name, size) for name, size in sizes.items()]
 
     def _sizes(self) -> Iterator[tuple[str, int]]:

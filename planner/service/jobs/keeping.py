@@ -11,7 +11,7 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.jobs.store import Row, content_key, file_row
-from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.solve.policies import approximate_of, refused_of
 from tightfit.profiles.io import canonical_json
 from tightfit.profiles.schema import EXCHANGE, Profile
@@ -19,7 +19,7 @@ from tightfit.runtime.engine.training.job import passes_messages
 
 
 def keep_profile(
-    objects: Objects, profile: Profile, *, origin: str, cached: Sequence[str] = (), paths: Row | None = None
+    objects: ObjectStore, profile: Profile, *, origin: str, cached: Sequence[str] = (), paths: Row | None = None
 ) -> Row:
     """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded; `cached` are
     the files of the cache that a run of its plans reads, `paths` what `Redaction.model` took out of it.
@@ -34,7 +34,7 @@ def keep_profile(
     )
 
 
-def keep_plan(objects: Objects, order: JobOrder, plan: Plan, origin: str, explanation: Row | None = None) -> Row:
+def keep_plan(objects: ObjectStore, order: JobOrder, plan: Plan, origin: str, explanation: Row | None = None) -> Row:
     """Store a plan of the profile `origin` under what it was made of."""
     written = objects.put(plan.model_dump_json().encode())
     marks = {

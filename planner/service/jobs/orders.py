@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import to_json
@@ -30,7 +30,7 @@ class JobOrder:
     """What a worker is to do, and where."""
 
     kind: str
-    """of a job, or upload"""
+    """a job's kind, or upload"""
     request: dict[str, Any]
     objects: str
     """folder of the content-addressed files"""
@@ -39,24 +39,24 @@ class JobOrder:
     digests: dict[str, str] = field(default_factory=dict)
     """id of each profile or plan that the request names -> digest of its object"""
     folder: str = ""
-    """of this job alone"""
+    """folder of this job alone"""
     lock: str | None = None
     """file that is locked while the device is used"""
     command: list[str] = field(default_factory=list)
     """tightfit's command line"""
     folders: list[str] = field(default_factory=list)
-    """whose files are named relative to them in what leaves the service"""
+    """files in these are named relative to them in all that leaves the service"""
     paths: dict[str, str] = field(default_factory=dict)
-    """of a run's model, which its plan has without them"""
+    """a run's model's real paths, which were redacted in its stored plan"""
 
     def redaction(self) -> Redaction:
         return Redaction(map(Path, self.folders))
 
     def content(self, identity: str) -> bytes:
-        """Of a profile or plan that the request names. Raises InputError where it is gone, UnreadableError where it is damaged."""
+        """Content of a profile or plan that the request names. Raises InputError where it is gone, UnreadableError where damaged."""
         if identity not in self.digests:
             raise InputError(f"what was stored as {identity} is gone since this was asked for; make it again")
-        return Objects(Path(self.objects)).read(self.digests[identity])
+        return ObjectStore(Path(self.objects)).read(self.digests[identity])
 
 
 class EventWriter:

@@ -23,7 +23,7 @@ LAST_BYTES = 2000
 @dataclass(frozen=True, kw_only=True)
 class Worker:
     process: Process
-    words: Path
+    stderr_file: Path
     """file with what it writes on standard error"""
 
     def kill(self) -> None:
@@ -32,9 +32,9 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
-    def last_words(self) -> str:
+    def last_stderr(self) -> str:
         with contextlib.suppress(OSError):
-            return self.words.read_bytes()[-LAST_BYTES:].decode(errors="replace")
+            return self.stderr_file.read_bytes()[-LAST_BYTES:].decode(errors="replace")
         return ""
 
     async def carry_out(
@@ -56,15 +56,15 @@ class Worker:
             progress(event)
         return None
 
-    async def gone(self) -> int:
-        """Its exit status, once it has ended."""
+    async def end(self) -> int:
+        """Kill it, remove its file, and return its exit status."""
         self.kill()
-        self.words.unlink(missing_ok=True)
+        self.stderr_file.unlink(missing_ok=True)
         return await self.process.wait()
 
 
-class Processes:
-    """Starts workers. To load the planner takes a second, so one process of a lane has done it before it is needed."""
+class WorkerProcesses:
+    """Starts workers. Loading the planner takes a second, so a lane has a spare process that has done it already."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self._folder, self._cache = folder, cache
@@ -77,7 +77,7 @@ class Processes:
             worker = await spare
             if worker.process.returncode is None:
                 return worker
-            await worker.gone()  # killed while it waited
+            await worker.end()  # killed while it waited
         return await self._start(lane)
 
     def prepare(self, lane: str) -> None:
@@ -86,9 +86,9 @@ class Processes:
             self._spare[lane] = asyncio.create_task(self._start(lane))
 
     async def give_back(self, lane: str, worker: Worker) -> None:
-        """A process of `take` that waits for another order, where the lane's processes take more than one."""
+        """Keep a worker that can take another order as the lane's spare process, or end it where there is one."""
         if lane in self._spare:
-            await worker.gone()
+            await worker.end()
         else:
             self._spare[lane] = asyncio.get_running_loop().create_future()
             self._spare[lane].set_result(worker)
@@ -96,11 +96,11 @@ class Processes:
     async def close(self) -> None:
         """End the spare processes."""
         for spare in self._spare.values():
-            await (await spare).gone()
+            await (await spare).end()
 
     async def _start(self, lane: str) -> Worker:
-        words = self._folder / f"worker-{os.urandom(6).hex()}.log"
-        with words.open("wb") as errors:
+        stderr_file = self._folder / f"worker-{os.urandom(6).hex()}.log"
+        with stderr_file.open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
                 *command("tightfit.planner.service.jobs.worker", lane),
                 stdin=PIPE,
@@ -110,7 +110,7 @@ class Processes:
                 limit=LINE_BYTES,
                 start_new_session=True,
             )
-        return Worker(process=process, words=words)
+        return Worker(process=process, stderr_file=stderr_file)
 
 
 def _environment(cache: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row
-from tightfit.planner.service.wire.objects import CHUNK, Objects
+from tightfit.planner.service.wire.objects import CHUNK, ObjectStore
 from tightfit.planner.service.wire.redaction import with_paths
 from tightfit.profiles.option_fields import options_of, word_of
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
@@ -40,7 +40,7 @@ ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunErro
 def run(order: JobOrder, events: EventWriter) -> Row:
     """Carry out a plan and keep its report, its steps and its adapter; goes on from a checkpoint where there is one."""
     assert order.lock is not None
-    objects = Objects(Path(order.objects))
+    objects = ObjectStore(Path(order.objects))
     folder = Path(order.folder)
     out = folder / "out"
     plan = folder / "plan.json"
@@ -55,17 +55,17 @@ def run(order: JobOrder, events: EventWriter) -> Row:
             events.progress(always=True, stage="waiting for what an earlier attempt still saves")
         _wait_for_orphan(out, sys.stdin.fileno())
         events.progress(always=True, stage="preparing")
-        code, output, last = _follow(_command(order, plan, out), lock.fileno(), out, events)
+        code, output, last = _run_to_end(_command(order, plan, out), lock.fileno(), out, events)
     try:
-        answer = json.loads(output)
+        report = json.loads(output)
     except ValueError:
-        answer = {}
-    if code or not answer:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        message = answer.get("error", {}).get("message") or f"the run {how}: {last}"
+        report = {}
+    if code or not report:
+        ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        message = report.get("error", {}).get("message") or f"the run {ending}: {last}"
         raise ERRORS.get(code, RunError)(message)
-    answer["plan_fingerprint"] = stored.fingerprint
-    return _keep(objects, order, out, answer)
+    report["plan_fingerprint"] = stored.fingerprint
+    return _store_results(objects, order, out, report)
 
 
 def _wait_for(lock: int, orders: int) -> None:
@@ -92,37 +92,37 @@ def _wait_for_orphan(out: Path, orders: int) -> None:
 
 def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     request = order.request
-    words = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
+    arguments = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
     for name, option in options_of(RunOptions).items():
         value = request.get(name)  # jobs that were stored before an option was known lack it
         if value is not None:
-            words += _words(word_of(name, option), value)
-    words.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
-    return words
+            arguments += _arguments(word_of(name, option), value)
+    arguments.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
+    return arguments
 
 
-def _words(word: str, value: Any) -> list[str]:
+def _arguments(option: str, value: Any) -> list[str]:
     """The words that give `tightfit run` an option."""
     if isinstance(value, bool):
-        return [word if value else f"--no-{word.removeprefix('--')}"]
+        return [option if value else f"--no-{option.removeprefix('--')}"]
     if isinstance(value, dict):
-        value = ",".join(f"{name}={one}" for name, one in value.items())
-    return [f"{word}={value}"]
+        value = ",".join(f"{name}={item}" for name, item in value.items())
+    return [f"{option}={value}"]
 
 
-def _follow(command: list[str], lock: int, out: Path, events: EventWriter) -> tuple[int, bytes, str]:
+def _run_to_end(command: list[str], lock: int, out: Path, events: EventWriter) -> tuple[int, bytes, str]:
     """Exit code, standard output and last words of the run."""
-    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=answer,
-            stderr=errors,
+            stdout=stdout,
+            stderr=stderr,
             pass_fds=(lock,),
             # Asked to save and end when this process is killed; no thread runs yet.
             preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
         )
-        threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
+        threading.Thread(target=_end_with_input, args=(child,), daemon=True).start()
         steps = NewLines(out / "metrics.jsonl", skip=True)
 
         def report_steps() -> None:
@@ -134,13 +134,13 @@ def _follow(command: list[str], lock: int, out: Path, events: EventWriter) -> tu
             time.sleep(LOOK_SECONDS)
             report_steps()
         report_steps()
-        answer.seek(0)
-        errors.seek(0)
-        lines = errors.read().decode(errors="replace").strip().splitlines()
-        return child.returncode, answer.read(), lines[-1] if lines else "it said nothing"
+        stdout.seek(0)
+        stderr.seek(0)
+        error_lines = stderr.read().decode(errors="replace").strip().splitlines()
+        return child.returncode, stdout.read(), error_lines[-1] if error_lines else "it said nothing"
 
 
-def _pass_on(child: subprocess.Popen[bytes]) -> None:
+def _end_with_input(child: subprocess.Popen[bytes]) -> None:
     """Ask a cancelled or orphaned run to save a checkpoint and end; kill it a minute later."""
     sys.stdin.buffer.read()
     child.terminate()  # Ctrl-C may be ignored here, and what ignores it starts others that do
@@ -148,25 +148,25 @@ def _pass_on(child: subprocess.Popen[bytes]) -> None:
     child.kill()
 
 
-def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:
+def _store_results(objects: ObjectStore, order: JobOrder, out: Path, report: Row) -> Row:
     identity, redaction = Path(order.folder).name, order.redaction()
-    figures = {
+    result = {
         name: report.get(name)
         for name in ("budget_bytes", "enforced_by", "peak_bytes", "step_seconds", "tokens", "evaluation")
     }
-    figures["steps"] = len(report["loss"])
-    figures["loss"] = [report["loss"][0], report["loss"][-1]] if report["loss"] else []
+    result["steps"] = len(report["loss"])
+    result["loss"] = [report["loss"][0], report["loss"][-1]] if report["loss"] else []
     files = []
     for kind, content in (
         ("report", json.dumps(report).encode()),
         ("metrics", (out / "metrics.jsonl").read_bytes()),
     ):
         files.append(file_row(kind, identity, objects.put(content), name=f"{kind} of {identity}", summary={}))
-    trained = out / "adapter"
-    if trained.is_dir():
+    adapter = out / "adapter"
+    if adapter.is_dir():
         with tempfile.TemporaryFile(dir=objects.temporary) as packed:
             with tarfile.open(fileobj=packed, mode="w") as archive:
-                for path in sorted(trained.iterdir()):
+                for path in sorted(adapter.iterdir()):
                     if path.suffix == ".json":
                         path.write_text(json.dumps(redaction.value(json.loads(path.read_bytes())), indent=2))
                     archive.add(path, arcname=f"adapter/{path.name}")
@@ -174,4 +174,4 @@ def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:
             written = objects.put_chunks(iter(lambda: packed.read(CHUNK), b""))
         files.append(file_row("adapter", identity, written, name=f"adapter of {identity}", summary={}))
     shutil.rmtree(out)
-    return {"result": {"report": figures}, "files": files}
+    return {"result": {"report": result}, "files": files}

@@ -20,7 +20,7 @@ from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.jobs.keeping import identity_of, keep_plan
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row
-from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.schema import OWN_DEVICE
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
@@ -31,7 +31,7 @@ def plan(order: JobOrder, events: EventWriter) -> Row:
     request, options = order.request, PlanOptions.of(order.request)
     profile = _profile(order, request["profile"])
     planner = planner_of(chosen(profile, options.optimizer, options.max_grad_norm))
-    began = time.monotonic()
+    started = time.monotonic()
     planned = planner.plan(
         request["memory"],
         policy=None if options.policy == SOLVER else options.policy,
@@ -39,9 +39,9 @@ def plan(order: JobOrder, events: EventWriter) -> Row:
         gap=options.gap,
         progress=lambda figures: events.progress(**_finite(figures)),
     )
-    left = options.time_limit - (time.monotonic() - began)
-    explanation = explained(planner, planned, time_limit=options.time_limit, left=left).model_dump(mode="json")
-    objects = Objects(Path(order.objects))
+    seconds_left = options.time_limit - (time.monotonic() - started)
+    explanation = explained(planner, planned, time_limit=options.time_limit, left=seconds_left).model_dump(mode="json")
+    objects = ObjectStore(Path(order.objects))
     file = keep_plan(objects, order, planned, request["profile"], explanation=explanation)
     summary = plan_summary(planned) | {"explanation": explanation}
     return {"result": {"plan": file["id"], "summary": summary}, "files": [file]}
@@ -50,13 +50,13 @@ def plan(order: JobOrder, events: EventWriter) -> Row:
 def comparison(order: JobOrder, events: EventWriter) -> Row:
     """Plans of a profile at every budget by every policy on every device."""
     request = order.request
-    objects = Objects(Path(order.objects))
-    done = 0
+    objects = ObjectStore(Path(order.objects))
+    plans_made = 0
     total = len(request["memory"]) * len(request["policies"]) * len(request["devices"])
 
     def planned(plan: Plan) -> None:
-        nonlocal done
-        done += 1
+        nonlocal plans_made
+        plans_made += 1
         figures = (
             "status",
             "budget_bytes",
@@ -68,7 +68,7 @@ def comparison(order: JobOrder, events: EventWriter) -> Row:
             "minimum_budget_bytes",
         )
         cell: Row = {"device": plan.device.name} | {name: getattr(plan, name) for name in figures}
-        events.progress(always=True, stage="planning", done=done, total=total, cell=cell)
+        events.progress(always=True, stage="planning", done=plans_made, total=total, cell=cell)
 
     plans = compare(
         _profile(order, request["profile"]),
@@ -77,7 +77,7 @@ def comparison(order: JobOrder, events: EventWriter) -> Row:
         devices=[None if name == OWN_DEVICE else name for name in request["devices"]],
         **PlanOptions.of(request).model_dump(exclude={"policy", "progress"}),
         planned=planned,
-        solving=lambda figures: events.progress(**_finite(figures), done=done, total=total),
+        solving=lambda figures: events.progress(**_finite(figures), done=plans_made, total=total),
     ).plans
     files = [keep_plan(objects, order, plan, request["profile"]) for plan in plans]
     cells = [
@@ -96,7 +96,7 @@ def comparison(order: JobOrder, events: EventWriter) -> Row:
 def fleet(order: JobOrder, events: EventWriter) -> Row:
     """The plan of a fleet and those of its members, which are stored like any other plans."""
     request = order.request
-    objects = Objects(Path(order.objects))
+    objects = ObjectStore(Path(order.objects))
     origins = {member["name"]: member["profile"] for member in request["members"]}
     profiles = {identity: _profile(order, identity) for identity in set(origins.values())}
     members = [
@@ -112,7 +112,7 @@ def fleet(order: JobOrder, events: EventWriter) -> Row:
         )
         for member in request["members"]
     ]
-    planned, plans, why = plan_kind(
+    planned, plans, reason = plan_kind(
         members,
         request["micro_batches"],
         **FleetOptions.of(request).model_dump(exclude={"progress"}),
@@ -124,7 +124,7 @@ def fleet(order: JobOrder, events: EventWriter) -> Row:
     ids = {name: file["id"] for name, file in zip(plans, files, strict=True)}
     identity = identity_of(order, planned.fingerprint)
     files.append(file_row("fleet", identity, written, name=planned.model, summary=summary | {"plans": ids}))
-    return {"result": {"fleet": identity, "plans": ids, "why": why, "summary": summary}, "files": files}
+    return {"result": {"fleet": identity, "plans": ids, "why": reason, "summary": summary}, "files": files}
 
 
 WORK: Mapping[str, Callable[[JobOrder, EventWriter], Row]] = {"plan": plan, "comparison": comparison, "fleet": fleet}
@@ -132,7 +132,7 @@ WORK: Mapping[str, Callable[[JobOrder, EventWriter], Row]] = {"plan": plan, "com
 
 
 def _finite(figures: Mapping[str, float | str]) -> Row:
-    """JSON has no infinity: 0 means that there is none yet."""
+    """The figures with 0 for infinity (no plan or no bound yet), which JSON cannot hold."""
     return {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 

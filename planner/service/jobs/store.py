@@ -1,9 +1,9 @@
 """The database of jobs, profiles and plans in SQLite; what was acknowledged is on disk (write-ahead log, synced at
 every commit).
 
-One connection, used by one thread. The files themselves are `Objects`. A job that could not be shown is not stored. What
-cannot be read or shown any more, a job or a file, is set aside: it is moved out of the database into a file of its name, so
-that it stops no start and no list, and can be asked for anew.
+One connection, used by one thread. The files themselves are in an `ObjectStore`. A job that could not be shown is not
+stored. A job or a file that cannot be read or shown any more is set aside: it is moved out of the database into a file of
+its name, so that neither the service's start nor a list fails, and it can be requested anew.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.schema import PLAN_VERSION
 from tightfit.planner.service.jobs.migrations import migrate
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk, not_found
-from tightfit.planner.service.wire.objects import Written
+from tightfit.planner.service.wire.objects import StoredObject
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     Digest,
     Error,
-    Job,
     JobKind,
     JobList,
-    Stored,
+    ServiceJob,
+    StoredFile,
     StoredFleet,
     StoredPlan,
     StoredProfile,
@@ -50,7 +50,7 @@ SET_ASIDE = "set-aside"
 """folder beside the database, with what could not be read: ``JOB.json`` for a job, ``KIND-ID.json`` for a file"""
 JOB_ID = re.compile("job-[0-9a-f]{16}")
 FILE = re.compile("[a-z]+-([0-9a-f]{64}|job-[0-9a-f]{16})")
-LISTED: dict[str, tuple[type[Stored], tuple[str, ...]]] = {
+LISTED: dict[str, tuple[type[StoredFile], tuple[str, ...]]] = {
     "profile": (StoredProfile, ("policies",)),
     "plan": (StoredPlan, ("status", "budget_bytes", "explanation")),
     "fleet": (StoredFleet, ()),
@@ -61,7 +61,7 @@ log = logging.getLogger("tightfit.service")
 
 
 class FileRow(BaseModel, strict=True):
-    """What a file's row holds, whatever its kind: what is in its JSON can be shown, which json.loads does not see to."""
+    """A file's row, of whatever kind. Checks that its JSON can be written again, which json.loads does not."""
 
     kind: str
     id: str
@@ -76,10 +76,10 @@ class FileRow(BaseModel, strict=True):
     used: float
 
 
-class Store:
+class JobStore:
     def __init__(self, path: Path) -> None:
-        """Raises StorageError where the disk is full, or does not let us write, and InputError for
-        what we cannot read.
+        """Raises StorageError where the disk is full or cannot be written, and InputError for a file that is no
+        database, or one of a newer version.
         """
         self._path = path
         with failing_disk(path):
@@ -98,7 +98,7 @@ class Store:
         self._touched: dict[tuple[str, str], float] = {}
 
     def close(self) -> None:
-        with suppress(StorageError):  # that something was used is all that is lost
+        with suppress(StorageError):  # only the times of last use would be lost
             self.flush()
         self._database.close()
 
@@ -117,7 +117,7 @@ class Store:
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 
-    def ask(
+    def enqueue(
         self,
         kind: JobKind,
         lane: str,
@@ -128,7 +128,7 @@ class Store:
         waiting: int,
         uses: Sequence[tuple[str, str]] = (),
         renews: str | None = None,
-    ) -> tuple[Job, bool]:
+    ) -> tuple[ServiceJob, bool]:
         """The job of a request, and whether it is new.
 
         A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made.
@@ -138,10 +138,10 @@ class Store:
         job of `content` answers, a succeeded one does not, and no job that has succeeded answers a request for either
         afterwards.
         """
-        asked = _hash(kind, request)
-        known = self._known(key, asked)
-        if known is not None:
-            return known, False
+        fingerprint = _hash(kind, request)
+        known_job = self._known(key, fingerprint)
+        if known_job is not None:
+            return known_job, False
         equal = self._same(content)
         if renews is not None and equal is not None and equal.state in FINISHED:
             equal = None
@@ -151,7 +151,7 @@ class Store:
         now = time.time()
         identity = f"job-{os.urandom(8).hex()}"
         try:
-            _shown(Job(id=identity, kind=kind, state="queued", created=now, attempts=0, request=request))
+            _showable(ServiceJob(id=identity, kind=kind, state="queued", created=now, attempts=0, request=request))
         except Exception as error:
             message = (
                 f"the request cannot be repeated as JSON ({error}); leave out what is no text or nested without end"
@@ -159,7 +159,7 @@ class Store:
             raise ServiceError(422, "invalid_request", message, "body") from error
         with self._transaction() as database:
             if equal is None:
-                self._room(waiting)
+                self._check_queue(waiting)
                 if renews is not None:
                     database.execute(
                         "UPDATE jobs SET content = NULL WHERE content IN (?, ?) AND state = 'succeeded'",
@@ -172,16 +172,16 @@ class Store:
                 database.executemany("INSERT INTO uses VALUES (?, ?, ?)", [(identity, *use) for use in set(uses)])
             if key is not None:
                 database.execute(
-                    "INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, equal.id if equal else identity)
+                    "INSERT INTO idempotency VALUES (?, ?, ?)", (key, fingerprint, equal.id if equal else identity)
                 )
         return (equal, False) if equal else (self.job(identity), True)
 
-    def _known(self, key: str | None, asked: str) -> Job | None:
+    def _known(self, key: str | None, fingerprint: str) -> ServiceJob | None:
         """The job that the idempotency key stands for. Raises ServiceError where it was used for another request."""
-        row = self._one("SELECT content, job FROM idempotency WHERE key = ?", key)
+        row = self._get("SELECT content, job FROM idempotency WHERE key = ?", key)
         if row is None:
             return None
-        if row["content"] != asked:
+        if row["content"] != fingerprint:
             raise ServiceError(
                 409,
                 "conflict",
@@ -190,30 +190,30 @@ class Store:
             )
         return self.job(row["job"])
 
-    def _same(self, content: str | None) -> Job | None:
+    def _same(self, content: str | None) -> ServiceJob | None:
         if content is None:
             return None
-        row = self._one("SELECT * FROM jobs WHERE content = ? AND state IN ('queued', 'running', 'succeeded')", content)
+        row = self._get("SELECT * FROM jobs WHERE content = ? AND state IN ('queued', 'running', 'succeeded')", content)
         return None if row is None else self._read(row)
 
-    def job(self, identity: str) -> Job:
+    def job(self, identity: str) -> ServiceJob:
         """Raises ServiceError 404."""
-        row = self._one("SELECT * FROM jobs WHERE id = ?", identity)
+        row = self._get("SELECT * FROM jobs WHERE id = ?", identity)
         job = None if row is None else self._read(row)
         if job is None:
             raise self.missing("job", identity, "finished jobs are removed after a while")
         return job
 
     def missing(self, kind: str, identity: str, *why: str) -> ServiceError:
-        """404, and `why` where it was not set aside."""
+        """The error 404, which says that it was set aside, or else `why`."""
         name = identity if kind == "job" else f"{kind}-{identity}"
         if name in self.set_aside(kind):
             why = (f"it could not be read and was set aside as {SET_ASIDE}/{name}.json in the service's data folder",)
         return not_found(kind, identity, *why)
 
-    def jobs(self, *, kind: str | None = None, state: str | None = None, limit: int = 100) -> list[Job]:
+    def jobs(self, *, kind: str | None = None, state: str | None = None, limit: int = 100) -> list[ServiceJob]:
         """Newest first."""
-        rows = self._all(
+        rows = self._rows(
             "SELECT * FROM jobs WHERE (?1 IS NULL OR kind = ?1) AND (?2 IS NULL OR state = ?2) ORDER BY number DESC LIMIT ?3",
             kind,
             state,
@@ -221,10 +221,10 @@ class Store:
         )
         return [job for job in map(self._read, rows) if job is not None]
 
-    def _read(self, row: Row) -> Job | None:
+    def _read(self, row: Row) -> ServiceJob | None:
         """The job of a row; None where it cannot be read or shown, whatever is in it: it is set aside then."""
         try:
-            return _shown(_job(row))
+            return _showable(_job(row))
         except Exception as error:
             name = f"{row['id']}" if JOB_ID.fullmatch(f"{row['id']}") else f"job-number-{row['number']}"
             with self._setting_aside(name, row, str(error)) as database:
@@ -232,7 +232,7 @@ class Store:
             return None
 
     @contextmanager
-    def _setting_aside(self, name: str, row: Row, why: str) -> Iterator[sqlite3.Connection]:
+    def _setting_aside(self, name: str, row: Row, reason: str) -> Iterator[sqlite3.Connection]:
         """Write a row that cannot be read to a file; what is done inside removes it from the database."""
         try:
             file = write_whole(self._path.parent / SET_ASIDE / f"{name}.json", json.dumps(row, default=repr))
@@ -240,16 +240,16 @@ class Store:
             raise StorageError(str(refusal)) from refusal
         with self._transaction() as database:
             yield database
-        log.error("cannot be read: set aside", extra={"what": name, "file": str(file), "why": why})
+        log.error("cannot be read: set aside", extra={"what": name, "file": str(file), "why": reason})
 
     def set_aside(self, kind: str = "") -> list[str]:
         """What could not be read, of one kind or of all, by the names of the files."""
         return sorted(path.stem for path in (self._path.parent / SET_ASIDE).glob(f"{kind}*.json"))
 
-    def next(self, lane: str) -> Job | None:
+    def next(self, lane: str) -> ServiceJob | None:
         """Take the job that has waited longest in `lane`: it is running from now on."""
         waiting = "SELECT * FROM jobs WHERE state = 'queued' AND lane = ? ORDER BY number LIMIT 1"
-        while (row := self._one(waiting, lane)) is not None:
+        while (row := self._get(waiting, lane)) is not None:
             if self._read(row) is not None:
                 with self._transaction() as database:
                     database.execute(
@@ -267,12 +267,12 @@ class Store:
         result: Row | None = None,
         error: Error | None = None,
         files: Sequence[Row] = (),
-    ) -> Job:
+    ) -> ServiceJob:
         """End a job that is queued or running, together with the files it made; one that has ended stays as it is.
 
         Raises ValueError for a result that could not be shown.
         """
-        _shown(self.job(identity).model_copy(update={"result": result, "error": error}))
+        _showable(self.job(identity).model_copy(update={"result": result, "error": error}))
         now = time.time()
         with self._transaction() as database:
             ended = database.execute(
@@ -294,7 +294,7 @@ class Store:
                     )
         return self.job(identity)
 
-    def requeue(self, identity: str, *, counted: bool) -> Job:
+    def requeue(self, identity: str, *, counted: bool) -> ServiceJob:
         """Put a running job back where it was in the queue; an attempt that the service itself ended is not counted."""
         with self._transaction() as database:
             database.execute(
@@ -303,21 +303,21 @@ class Store:
             )
         return self.job(identity)
 
-    def resume(self, identity: str, *, key: str | None = None, waiting: int) -> tuple[Job, bool]:
-        """Put a run that ended before its last step back into the queue; what it has saved is its own again.
+    def resume(self, identity: str, *, key: str | None = None, waiting: int) -> tuple[ServiceJob, bool]:
+        """Put a run that ended before its last step back into the queue; its folder no longer counts as a stored file.
 
-        Returns it, and whether it goes on only now: not where `key` has asked for that already. Raises ServiceError
-        where the run has not ended so, or where `waiting` jobs are queued already.
+        Returns the job, and whether this call resumed it: an earlier one with the same `key` may have. Raises
+        ServiceError where the run has not ended so, or where `waiting` jobs are queued already.
         """
-        asked = _hash("resume", {"run": identity})
-        known = self._known(key, asked)
-        if known is not None:
-            return known, False
+        fingerprint = _hash("resume", {"run": identity})
+        known_job = self._known(key, fingerprint)
+        if known_job is not None:
+            return known_job, False
         job = self.job(identity)
         if job.state not in FINISHED - {"succeeded"}:
             raise ServiceError(409, "conflict", f"the run {identity} is {job.state}: there is nothing to go on with")
         with self._transaction() as database:
-            self._room(waiting)
+            self._check_queue(waiting)
             database.execute(
                 "UPDATE jobs SET state = 'queued', started = NULL, finished = NULL, error = NULL, attempts = 0"
                 " WHERE id = ?",
@@ -325,12 +325,12 @@ class Store:
             )
             database.execute("DELETE FROM files WHERE kind = 'folder' AND id = ?", (identity,))
             if key is not None:
-                database.execute("INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, identity))
+                database.execute("INSERT INTO idempotency VALUES (?, ?, ?)", (key, fingerprint, identity))
         return self.job(identity), True
 
-    def _room(self, waiting: int) -> None:
+    def _check_queue(self, waiting: int) -> None:
         """Raises ServiceError where `waiting` jobs are queued already."""
-        queued = self._figure("SELECT count(*) AS n FROM jobs WHERE state = 'queued'")
+        queued = self._count("SELECT count(*) AS n FROM jobs WHERE state = 'queued'")
         if queued >= waiting:
             raise ServiceError(429, "busy", f"{queued} jobs are waiting already; ask again in a minute")
 
@@ -338,11 +338,11 @@ class Store:
         """After a start: what cannot be read is set aside; jobs that were running wait again, or are interrupted where
         that happened too often.
         """
-        for row in self._all("SELECT * FROM jobs"):
+        for row in self._rows("SELECT * FROM jobs"):
             self._read(row)
         self._readable([row for row in self._database.execute("SELECT * FROM files") if _fault(row) is not None])
         requeued = interrupted = 0
-        for row in self._all("SELECT id, attempts FROM jobs WHERE state = 'running'"):
+        for row in self._rows("SELECT id, attempts FROM jobs WHERE state = 'running'"):
             if row["attempts"] < ATTEMPTS:
                 self.requeue(row["id"], counted=True)
                 requeued += 1
@@ -356,13 +356,13 @@ class Store:
 
     def counts(self) -> dict[tuple[str, str], int]:
         """(kind, state) -> jobs."""
-        rows = self._all("SELECT kind, state, count(*) AS n FROM jobs GROUP BY kind, state")
+        rows = self._rows("SELECT kind, state, count(*) AS n FROM jobs GROUP BY kind, state")
         return {(row["kind"], row["state"]): row["n"] for row in rows}
 
     def lane(self, lane: str) -> tuple[str | None, int]:
         """The job that runs in `lane`, and how many wait."""
-        running = self._one("SELECT id FROM jobs WHERE state = 'running' AND lane = ? LIMIT 1", lane)
-        waiting = self._figure("SELECT count(*) AS n FROM jobs WHERE state = 'queued' AND lane = ?", lane)
+        running = self._get("SELECT id FROM jobs WHERE state = 'running' AND lane = ? LIMIT 1", lane)
+        waiting = self._count("SELECT count(*) AS n FROM jobs WHERE state = 'queued' AND lane = ?", lane)
         return (None if running is None else running["id"]), waiting
 
     # --- files -----------------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ class Store:
         )
 
     def file(self, kind: str, identity: str) -> Row | None:
-        rows = self._readable(self._all("SELECT * FROM files WHERE kind = ? AND id = ?", kind, identity))
+        rows = self._readable(self._rows("SELECT * FROM files WHERE kind = ? AND id = ?", kind, identity))
         if not rows:
             return None
         self.touch(kind, identity)
@@ -399,7 +399,7 @@ class Store:
 
     def files(self, kind: str, *, origin: str | None = None, limit: int = 100) -> list[Row]:
         """Newest first."""
-        rows = self._all(
+        rows = self._rows(
             "SELECT * FROM files WHERE kind = ?1 AND (?2 IS NULL OR origin = ?2) ORDER BY created DESC LIMIT ?3",
             kind,
             origin,
@@ -409,7 +409,7 @@ class Store:
 
     def files_of(self, job: str) -> list[Row]:
         """The files that a job needs and those that it made."""
-        rows = self._all(
+        rows = self._rows(
             "SELECT files.* FROM files JOIN uses ON uses.kind = files.kind AND uses.file = files.id WHERE uses.job = ?",
             job,
         )
@@ -423,54 +423,54 @@ class Store:
                 self._set_aside(row, str(fault))
         return [row for row, fault in zip(rows, faults, strict=True) if fault is None]
 
-    def _set_aside(self, row: Row, why: str) -> str:
+    def _set_aside(self, row: Row, reason: str) -> str:
         """Returns the name under which a file is set aside. Jobs whose answer it was no longer answer."""
         name = f"{row['kind']}-{row['id']}"
         if not FILE.fullmatch(name):
             name = f"file-{hashlib.sha256(repr(_kind_and_id(row)).encode()).hexdigest()[:16]}"
-        with self._setting_aside(name, row, why) as database:
+        with self._setting_aside(name, row, reason) as database:
             _forget(database, row, runs=False)
         return name
 
-    def damaged(self, digest: str, why: str) -> ServiceError:
+    def damaged(self, digest: str, reason: str) -> ServiceError:
         """Set aside the files whose object cannot be read; says which they are."""
-        names = [self._set_aside(row, why) for row in self._all("SELECT * FROM files WHERE digest = ?", digest)]
+        names = [self._set_aside(row, reason) for row in self._rows("SELECT * FROM files WHERE digest = ?", digest)]
         files = ", ".join(f"{SET_ASIDE}/{name}.json" for name in names) or "nothing, as it was removed meanwhile"
         return ServiceError(
-            404, "not_found", f"{why}; set aside as {files} in the service's data folder; make it again"
+            404, "not_found", f"{reason}; set aside as {files} in the service's data folder; make it again"
         )
 
     def digests(self) -> set[str]:
-        """Of all objects that are kept; those of files that were set aside are."""
-        rows: list[Any] = self._all("SELECT digest FROM files WHERE digest IS NOT NULL")
+        """Digests of all objects that are kept, those of files that were set aside among them."""
+        rows: list[Any] = self._rows("SELECT digest FROM files WHERE digest IS NOT NULL")
         for name in self.set_aside():
             with suppress(OSError, InputError):
                 rows.append(read_json(self._path.parent / SET_ASIDE / f"{name}.json"))
         return {row["digest"] for row in rows if isinstance(row, dict) and isinstance(row.get("digest"), str)}
 
     def stored_bytes(self) -> int:
-        return self._figure("SELECT coalesce(sum(stored_bytes), 0) AS n FROM files")
+        return self._count("SELECT coalesce(sum(stored_bytes), 0) AS n FROM files")
 
     def count_cache(self, rows: Sequence[Row]) -> None:
         """The files of the cache are these: those that are new count from now on, those that are gone no longer."""
-        known = {row["id"]: row["stored_bytes"] for row in self.files("cache", limit=1 << 30)}
+        stored = {row["id"]: row["stored_bytes"] for row in self.files("cache", limit=1 << 30)}
         present = {row["id"]: row["stored_bytes"] for row in rows}
-        if known == present:
+        if stored == present:
             return
         now = time.time()
         with self._transaction() as database:
             database.executemany(
                 "DELETE FROM files WHERE kind = 'cache' AND id = ?",
-                [(name,) for name, size in known.items() if present.get(name) != size],
+                [(name,) for name, size in stored.items() if present.get(name) != size],
             )
             for row in rows:
-                if known.get(row["id"]) != row["stored_bytes"]:
+                if stored.get(row["id"]) != row["stored_bytes"]:
                     self._add(row, now)
 
     # --- retention -------------------------------------------------------------------------------------------------
 
     def touch(self, kind: str, identity: str) -> None:
-        """Remember that something was used; written with the next `flush`, a lost one only ages it a little."""
+        """Remember that something was used now; the next `flush` writes it down."""
         self._touched[kind, identity] = time.time()
 
     def flush(self) -> None:
@@ -502,47 +502,47 @@ class Store:
                 (before,),
             ).fetchall()
             excess = self.stored_bytes() - sum(row["stored_bytes"] for row in removed) - keep_bytes
-            gone = {(row["kind"], row["id"]) for row in removed}
+            removed_files = {(row["kind"], row["id"]) for row in removed}
             candidates = database.execute(
                 f"SELECT * FROM files WHERE NOT EXISTS ({unfinished}) ORDER BY used, stored_bytes DESC",  # noqa: S608  constants
             )
             for row in candidates.fetchall() if excess > 0 else []:
-                if (row["kind"], row["id"]) in gone:
+                if (row["kind"], row["id"]) in removed_files:
                     continue
                 removed.append(row)
                 excess -= row["stored_bytes"]
                 if excess <= 0:
                     break
-            for row in removed:  # of a profile and of what lies in the cache a run's answer has no need
+            for row in removed:  # a run's result needs neither its profile nor the cache
                 _forget(database, row, runs=row["kind"] not in {"cache", "profile"})
         return removed
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
-    def _one(self, statement: str, *values: Any) -> Row | None:
+    def _get(self, statement: str, *values: Any) -> Row | None:
         row: Row | None = self._database.execute(statement, values).fetchone()
         return row
 
-    def _figure(self, statement: str, *values: Any) -> int:
+    def _count(self, statement: str, *values: Any) -> int:
         """The column `n` of a statement's single row."""
         figure: int = self._database.execute(statement, values).fetchone()["n"]
         return figure
 
-    def _all(self, statement: str, *values: Any) -> list[Row]:
+    def _rows(self, statement: str, *values: Any) -> list[Row]:
         return self._database.execute(statement, values).fetchall()
 
 
 def file_row(
     kind: str,
     identity: str,
-    written: Written,
+    written: StoredObject,
     *,
     name: str,
     summary: Row,
     origin: str | None = None,
     paths: Row | None = None,
 ) -> Row:
-    """The row of a stored object for `Store.add`."""
+    """The row of a stored object for `JobStore.add`."""
     return {
         "kind": kind,
         "id": identity,
@@ -557,12 +557,12 @@ def file_row(
 
 
 def folder_row(identity: str, size: int) -> Row:
-    """The row of a run's folder for `Store.add`; it has no object, as the folder lies beside the objects."""
+    """The row of a run's folder for `JobStore.add`; it has no object, as the folder lies beside the objects."""
     return _without_object("folder", identity, f"folder of {identity}", size)
 
 
 def cache_row(name: str, size: int) -> Row:
-    """The row of a file of the service's cache for `Store.add`; it has no object either."""
+    """The row of a file of the service's cache for `JobStore.add`; it has no object either."""
     return _without_object("cache", name, name, size)
 
 
@@ -583,9 +583,9 @@ def _hash(kind: str, request: Row) -> str:
     return hashlib.sha256(json.dumps([kind, request], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _job(row: Row) -> Job:
+def _job(row: Row) -> ServiceJob:
     figures = ("id", "kind", "state", "created", "started", "finished", "attempts")
-    return Job(
+    return ServiceJob(
         **{name: row[name] for name in figures},
         request=json.loads(row["request"]),
         progress=None,
@@ -594,20 +594,20 @@ def _job(row: Row) -> Job:
     )
 
 
-def _shown(job: Job) -> Job:
-    """The job, which can be shown wherever jobs are. Raises what serialising it raises."""
+def _showable(job: ServiceJob) -> ServiceJob:
+    """The job itself, once it has been serialised as in a list of jobs. Raises what that raises."""
     JobList(jobs=[job]).model_dump_json()
     return job
 
 
 def listed(row: Mapping[str, Any]) -> Any:
     """A file as it is listed. Raises whatever reading and showing it raises."""
-    form, needed = LISTED[row["kind"]]
+    model, summary_fields = LISTED[row["kind"]]
     summary = json.loads(row["summary"])
-    for name in needed:
+    for name in summary_fields:
         summary[name]
     figures = {**row, "summary": summary, "profile": row["origin"]}
-    return form(**{name: figures[name] for name in form.model_fields})
+    return model(**{name: figures[name] for name in model.model_fields})
 
 
 def _fault(row: Row) -> Exception | None:

@@ -16,15 +16,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from tightfit.planner.service.jobs.cache import Cache
+from tightfit.planner.service.jobs.cache import CacheFolder
 from tightfit.planner.service.jobs.orders import LOCAL, SOLVE, JobOrder
-from tightfit.planner.service.jobs.processes import Processes, Worker
-from tightfit.planner.service.jobs.store import ATTEMPTS, Store, folder_row
+from tightfit.planner.service.jobs.processes import Worker, WorkerProcesses
+from tightfit.planner.service.jobs.store import ATTEMPTS, JobStore, folder_row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
-from tightfit.planner.service.wire.objects import Objects
-from tightfit.planner.service.wire.schema import Error, Job, JobKind
+from tightfit.planner.service.wire.objects import ObjectStore
+from tightfit.planner.service.wire.schema import Error, JobKind, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
 
 T = TypeVar("T")
@@ -41,13 +41,15 @@ def lane_of(kind: JobKind) -> str:
 
 
 class Supervisor:
-    def __init__(self, settings: Settings, store: Store, objects: Objects, events: Events, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, store: JobStore, objects: ObjectStore, events: Events, metrics: Metrics
+    ) -> None:
         self.settings, self.store, self.objects, self.events, self.metrics = settings, store, objects, events, metrics
         self.runs = settings.data_dir / "runs"
         self._wake: dict[str, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self.cache = Cache(settings.data_dir / "cache")
-        self.processes = Processes(objects.temporary, self.cache.folder)
+        self.cache = CacheFolder(settings.data_dir / "cache")
+        self.processes = WorkerProcesses(objects.temporary, self.cache.folder)
         self._workers: dict[str, Worker] = {}
         self._cancelled: set[str] = set()
         self._stopping = False
@@ -84,29 +86,29 @@ class Supervisor:
         """Tell a lane that it has a new job."""
         self._wake[lane].set()
 
-    def cancel(self, identity: str) -> Job:
+    def cancel(self, identity: str) -> ServiceJob:
         """End a job: at once where it waits or solves, with a checkpoint where it trains."""
         job = self.store.job(identity)
         if job.state == "queued":
-            job = self.store.finish(identity, "cancelled", files=self._left(job))
-            self._ended(job)
+            job = self.store.finish(identity, "cancelled", files=self._unfinished_folder(job))
+            self._announce(job)
         elif job.state == "running":
             self._cancelled.add(identity)
-            if identity in self._workers:  # else it is about to start, and looks
+            if identity in self._workers:  # else it is about to start, and `_carry_out` looks
                 self._end(job, self._workers[identity])
         return self.events.shown(job)
 
-    def resume(self, identity: str, key: str | None = None) -> Job:
+    def resume(self, identity: str, key: str | None = None) -> ServiceJob:
         """A run that ended before its last step goes on from its checkpoint, or from the start where it has none."""
         job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting)
         if new:
-            self._ended(job)
+            self._announce(job)
             self.wake(LOCAL)
         return self.events.shown(job)
 
     @staticmethod
-    def _end(job: Job, worker: Worker) -> None:
-        """A run is asked to save; what else runs has nothing to save."""
+    def _end(job: ServiceJob, worker: Worker) -> None:
+        """Ask a run to save and end; kill any other job, which has nothing to save."""
         if job.kind != "run":
             worker.kill()
         elif worker.process.stdin is not None:
@@ -117,7 +119,7 @@ class Supervisor:
     async def _serve(self, lane: str) -> None:
         while not self._stopping:
             self._wake[lane].clear()
-            job = await self._stored(lambda: self.store.next(lane))
+            job = await self._retried(lambda: self.store.next(lane))
             if job is None:
                 if lane == SOLVE:
                     self.processes.prepare(SOLVE)
@@ -140,11 +142,11 @@ class Supervisor:
                 message = "internal error; the service's log tells more"
                 error = Error(code="internal", message=message)
                 with contextlib.suppress(ServiceError):  # set aside meanwhile
-                    self._ended(await self._stored(partial(self.store.finish, job.id, "failed", error=error)))
+                    self._announce(await self._retried(partial(self.store.finish, job.id, "failed", error=error)))
             finally:
                 task.set_name(lane)
 
-    async def _carry_out(self, job: Job, lane: str) -> None:
+    async def _carry_out(self, job: ServiceJob, lane: str) -> None:
         worker = self._workers[job.id] = await self.processes.take(lane)
         if job.id in self._cancelled:
             worker.kill()
@@ -163,9 +165,9 @@ class Supervisor:
             await self._conclude(job, end, code, worker)
         finally:
             self._workers.pop(job.id, None)
-            await worker.gone()
+            await worker.end()
 
-    def _order(self, job: Job) -> JobOrder:
+    def _order(self, job: ServiceJob) -> JobOrder:
         alone = lane_of(job.kind) == LOCAL
         rows = self.store.files_of(job.id)
         return JobOrder(
@@ -181,25 +183,25 @@ class Supervisor:
             paths=next((json.loads(row["paths"]) for row in rows if row["paths"] is not None), {}),
         )
 
-    async def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> None:
+    async def _conclude(self, job: ServiceJob, end: dict[str, Any] | None, code: int, worker: Worker) -> None:
         if end is not None and end.get("code") == "storage":
             log.error("not stored; done again until it is", extra={"job": job.id, "why": end["message"]})
             await asyncio.sleep(DISK_SECONDS)
-        ended = await self._stored(lambda: self._write_end(job, end, code, worker))
+        ended = await self._retried(lambda: self._write_end(job, end, code, worker))
         if ended.state == "queued":
             self.wake(lane_of(job.kind))
-        self._ended(ended)
+        self._announce(ended)
 
-    def _write_end(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> Job:
+    def _write_end(self, job: ServiceJob, end: dict[str, Any] | None, code: int, worker: Worker) -> ServiceJob:
         if end is not None and "result" in end:
             return self.store.finish(job.id, "succeeded", result=end["result"], files=end["files"])
         if job.id in self._cancelled:
-            return self.store.finish(job.id, "cancelled", files=self._left(job))
+            return self.store.finish(job.id, "cancelled", files=self._unfinished_folder(job))
         if self._stopping or (end is not None and end["code"] == "storage"):
             return self.store.requeue(job.id, counted=False)
         if end is not None:
             if end["code"] == "internal":
-                log.error("job failed inside", extra={"job": job.id, "said": worker.last_words()})
+                log.error("job failed inside", extra={"job": job.id, "said": worker.last_stderr()})
             error = Error(code=end["code"], message=end["message"])
             if "unreadable" in end:
                 error = Error(code="input", message=str(self.store.damaged(end["unreadable"], end["message"])))
@@ -207,14 +209,14 @@ class Supervisor:
             # Killed from outside, perhaps by the kernel for want of memory: worth another try.
             return self.store.requeue(job.id, counted=True)
         else:
-            how = signal.Signals(-code).name if code < 0 else f"status {code}"
-            log.error("worker died", extra={"job": job.id, "how": how, "said": worker.last_words()})
+            ending = signal.Signals(-code).name if code < 0 else f"status {code}"
+            log.error("worker died", extra={"job": job.id, "how": ending, "said": worker.last_stderr()})
             limit = self.settings.solve_bytes >> 20
-            message = f"the process of this job died ({how}); its memory limit is {limit} MiB"
+            message = f"the process of this job died ({ending}); its memory limit is {limit} MiB"
             error = Error(code="worker_died", message=message)
-        return self.store.finish(job.id, "failed", error=error, files=self._left(job))
+        return self.store.finish(job.id, "failed", error=error, files=self._unfinished_folder(job))
 
-    async def _stored(self, write: Callable[[], T]) -> T:
+    async def _retried(self, write: Callable[[], T]) -> T:
         """Call `write`, again and again while the disk is full, and return its result: a job's end
         must not get lost.
         """
@@ -227,7 +229,7 @@ class Supervisor:
                     raise  # the next start takes the job up
             await asyncio.sleep(DISK_SECONDS)
 
-    def _left(self, job: Job) -> list[dict[str, Any]]:
+    def _unfinished_folder(self, job: ServiceJob) -> list[dict[str, Any]]:
         """The folder of a run that did not get to its end: its checkpoints count among what is kept."""
         size = 0
         for path in (self.runs / job.id).rglob("*"):
@@ -235,7 +237,7 @@ class Supervisor:
                 size += path.stat().st_size if path.is_file() else 0
         return [folder_row(job.id, size)] if size else []
 
-    def _ended(self, job: Job) -> None:
+    def _announce(self, job: ServiceJob) -> None:
         self._cancelled.discard(job.id)  # only now: it may be cancelled while its end waits for room
         self.metrics.jobs.labels(job.kind, job.state).inc()
         log.info("job", extra={"job": job.id, "kind": job.kind, "state": job.state, "attempts": job.attempts})
@@ -253,18 +255,18 @@ class Supervisor:
 
     def retain(self) -> int:
         """Remove what is too old or too much; returns how many files went."""
-        if self.store.lane(LOCAL)[0] is None:  # else a job is about to use or to name what it finds or makes there
+        if self.store.lane(LOCAL)[0] is None:  # else a job may use files there that no row names yet
             self.store.count_cache(self.cache.rows())
         before = time.time() - self.settings.keep_days * 86400
         removed = self.store.expire(before=before, keep_bytes=self.settings.keep_bytes)
-        wanted = self.store.digests() if removed else set()
+        kept_digests = self.store.digests() if removed else set()
         for row in removed:
             if row["kind"] == "cache":
                 self.cache.remove(row["id"])
-            if row["digest"] is not None and row["digest"] not in wanted:
+            if row["digest"] is not None and row["digest"] not in kept_digests:
                 self.objects.remove(row["digest"])
-        known = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)} | set(self.store.set_aside())
+        known_folders = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)} | set(self.store.set_aside())
         for folder in self.runs.iterdir():
-            if folder.name not in known:
+            if folder.name not in known_folders:
                 shutil.rmtree(folder, ignore_errors=True)
         return len(removed)

@@ -16,7 +16,7 @@ from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid
-from tightfit.planner.service.wire.objects import Objects, unpacked
+from tightfit.planner.service.wire.objects import ObjectStore, unpacked
 from tightfit.planner.service.wire.schema import DEEPEST
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
@@ -33,7 +33,7 @@ def upload(order: JobOrder, events: EventWriter) -> Row:
     with Path(request["path"]).open("rb") as file:
         content = b"".join(unpacked(file, request["encoding"], request["bytes"]))
     profile = checked_profile(content, steps=request["steps"], tensors=request["tensors"])
-    row = keep_profile(Objects(Path(order.objects)), profile, origin="uploaded")
+    row = keep_profile(ObjectStore(Path(order.objects)), profile, origin="uploaded")
     return {"result": {"profile": row["id"]}, "files": [row]}
 
 
@@ -63,14 +63,14 @@ def check_size(data: Any, *, steps: int, tensors: int) -> None:
     layers, programs = _records(data, "layers"), _records(data, "programs")
     if len(layers) > steps:
         raise invalid("layers", f"the profile has {len(layers)} layers; this service plans at most {steps} operators")
-    used = [str(layer.get("program")) for layer in layers]
-    for field, word, limit, more in (
+    programs_of_layers = [str(layer.get("program")) for layer in layers]
+    for field, word, limit, outside_layers in (
         ("operators", "operators", steps, _length(data, "operators")),
         ("values", "tensors", tensors, _length(data, "tensors")),
     ):
         counts = {str(program.get("name")): _length(program, field) for program in programs}
-        unrolled = sum(counts.get(name, 0) for name in used)
-        total = more + max(unrolled, sum(_length(program, field) for program in programs))
+        unrolled = sum(counts.get(name, 0) for name in programs_of_layers)
+        total = outside_layers + max(unrolled, sum(_length(program, field) for program in programs))
         if total > limit:
             raise invalid("layers", f"the profile unrolls to {total} {word}; this service plans at most {limit}")
 

@@ -9,7 +9,7 @@ from typing import Any
 from tightfit.planner.problem.step_graph import layer_graph
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.report.chart_data import SLICES, lanes_of, series_of
-from tightfit.planner.report.costs import Ledger
+from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.explanation import Explanation, account, peak_text
@@ -22,7 +22,7 @@ from tightfit.planner.report.fleet_text import (
     price_sheet,
 )
 from tightfit.planner.report.html import LARGEST, describe
-from tightfit.planner.report.memory_categories import buckets, feasible, peak_parts
+from tightfit.planner.report.memory_categories import feasible, peak_parts, timeline_slices
 from tightfit.planner.report.summary import plan_summary
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.wire.shown import (
@@ -32,7 +32,7 @@ from tightfit.planner.service.wire.shown import (
     FleetView,
     Lanes,
     LayerShown,
-    Part,
+    MemoryPart,
     PeakShown,
     PlanView,
     Series,
@@ -58,12 +58,12 @@ def plan_view(
         sentences=explain(plan, explanation),
         not_runnable=not_runnable,
     )
-    shown = buckets(plan.timeline, SLICES)
-    if not feasible(plan) or not shown:
+    slices = timeline_slices(plan.timeline, SLICES)
+    if not feasible(plan) or not slices:
         return view
     return view.model_copy(
         update={
-            "timeline": Series(**series_of(plan, shown)),
+            "timeline": Series(**series_of(plan, slices)),
             "peak": _peak(plan),
             "layers": _layers(plan),
             "edges": _edges(plan),
@@ -79,7 +79,7 @@ def _peak(plan: Plan) -> PeakShown:
         text=peak_text(plan, plan.train),
         instruction=plan.train.peak.instruction,
         bytes=sum(size for _, size in parts),
-        parts=[Part(name=kind.name, label=kind.label, bytes=size) for kind, size in parts],
+        parts=[MemoryPart(name=kind.name, label=kind.label, bytes=size) for kind, size in parts],
         tensors=sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST],
     )
 
@@ -111,7 +111,7 @@ def _layers(plan: Plan) -> list[LayerShown]:
         return _operators(plan)
     layer_of = owners(plan)
     decided: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    for name, cost in Ledger(plan).costs().items():
+    for name, cost in CostLedger(plan).costs().items():
         if cost.decision is not None:
             group = {"weight": "weights", "optimizer": "states"}.get(cost.kind, "activations")
             decided[layer_of.get(name, "")][group][cost.decision] += cost.bytes
@@ -130,7 +130,7 @@ def _layers(plan: Plan) -> list[LayerShown]:
 
 def _operators(plan: Plan) -> list[LayerShown]:
     """A bare graph's operators, as layers of their own."""
-    costs = Ledger(plan).costs()
+    costs = CostLedger(plan).costs()
     rows = []
     for operator in plan.programs[0].operators:
         (name,) = (output for output in operator.outputs if output is not None)
@@ -164,12 +164,12 @@ def _edges(plan: Plan) -> list[Edge]:
     ]
 
 
-def difference(one: Plan, other: Plan) -> Difference:
-    """What `other` does otherwise: figures side by side, changes by sort, and tensor by tensor, largest first."""
-    changes = diff(one, other)
-    layer_of = owners(one)
+def difference(before: Plan, after: Plan) -> Difference:
+    """What `after` does otherwise: figures side by side, changes by sort, and tensor by tensor, largest first."""
+    changes = diff(before, after)
+    layer_of = owners(before)
     return Difference(
-        plans=[plan_summary(one), plan_summary(other)],
+        plans=[plan_summary(before), plan_summary(after)],
         groups=grouped(changes),
         changes=[TensorChange(**asdict(change), layer=layer_of.get(change.name, "")) for change in changes[:CHANGES]],
         left_out=max(0, len(changes) - CHANGES),

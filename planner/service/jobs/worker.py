@@ -1,7 +1,7 @@
 """A worker process, which does one job or reads one upload after the other: ``python -m
 tightfit.planner.service.jobs.worker LANE``.
 
-The first line of standard input is the job (`JobOrder`), every line an upload; standard output gets JSON lines:
+The first line of standard input is a job's `JobOrder`; in the lane of uploads every line is one. Standard output gets JSON lines:
 ``progress``, then ``done`` or ``error``. A solve or a measurement has nothing to save and ends with the service. A run
 is asked to save and end when standard input closes. A job that dies takes nothing with it but itself.
 
@@ -64,8 +64,8 @@ def _each_in_a_child(events: EventWriter) -> int:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:
-            how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"status {status}"
-            events.write("error", code="worker_died", message=f"the process of this upload died ({how})")
+            ending = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"status {status}"
+            events.write("error", code="worker_died", message=f"the process of this upload died ({ending})")
     return 0
 
 
@@ -97,7 +97,7 @@ def _carry_out(order: JobOrder, events: EventWriter) -> None:
     if order.memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))
     try:
-        answer = work(order, events)
+        result = work(order, events)
     except MemoryError:
         limit = f" of {order.memory_bytes >> 20} MiB" if order.memory_bytes else ""
         message = f"the job needs more than the service's memory limit{limit}"
@@ -117,7 +117,7 @@ def _carry_out(order: JobOrder, events: EventWriter) -> None:
         traceback.print_exc()
         events.write("error", code="internal", message=f"internal error, {type(error).__name__}: {error}")
     else:
-        events.write("done", **answer)
+        events.write("done", **result)
 
 
 def _to_the_background() -> None:

@@ -5,7 +5,7 @@ import { get } from "./api.js";
 import { html } from "./charts.js";
 
 const described = get("/page/forms.json");
-described.catch(() => {}); // it is told where a form is used
+described.catch(() => {}); // the failure is shown where a form is used
 const HINTS = { map: "NAME=VALUE, one a line", list: "separated by commas" };
 
 // Add to a form what its request takes and it does not ask for yet, but for the fields `without`: in its fold, or in a new one.
@@ -73,7 +73,7 @@ export function beside(form, error) {
   return true;
 }
 
-// Forget what was told of an earlier request.
+// Clear the complaints about an earlier request.
 export function forget(form) {
   for (const message of form.querySelectorAll(".wrong")) message.remove();
   for (const input of form.querySelectorAll("[aria-invalid]")) for (const name of ["aria-invalid", "aria-errormessage"]) input.removeAttribute(name);

@@ -179,7 +179,7 @@ async function explore(identity, kept, old) {
 
 // --- 2. will it fit ---------------------------------------------------------------------------------------------------
 
-// Plans made: one that is only told of, as it is made, gives way to the one that can be looked at.
+// Keep plans in the table; a cell that progress announced gives way to the stored plan.
 function keep(cells) {
   for (const cell of cells) {
     const at = state.cells.findIndex((one) => one.budget_bytes === cell.budget_bytes && one.policy === cell.policy);

@@ -82,7 +82,7 @@ function offerEnd(state) {
   $("resume").hidden = !["cancelled", "failed", "interrupted"].includes(state);
 }
 
-// Show a run to its end; what becomes of it once another is shown is told nowhere.
+// Follow a run to its end, or until another one is shown.
 async function follow(job) {
   const mine = ++followed, left = () => mine !== followed;
   current = job.id;

@@ -89,15 +89,15 @@ JOB_ERRORS: dict[type[TightfitError], Code] = {
     CapError: "cap_passed",
     StorageError: "storage",
 }
-"""what makes a job fail -> the code of its error; a client raises the same again"""
+"""exception that makes a job fail -> the code of its error, for which a client raises the same exception"""
 
 
 def error_json(code: Code, message: str, fields: Sequence[tuple[str, str]] = ()) -> bytes:
     """An answer's body that says what was wrong (`wire.schema.ErrorAnswer`), and in which fields. ASCII: what was sent may hold
     what cannot be encoded.
     """
-    wrong = [{"field": field, "message": text} for field, text in fields]
-    return json.dumps({"error": {"code": code, "message": message, "fields": wrong}}).encode()
+    faults = [{"field": field, "message": text} for field, text in fields]
+    return json.dumps({"error": {"code": code, "message": message, "fields": faults}}).encode()
 
 
 def not_found(what: str, name: str, why: str = "it may have been removed by retention") -> ServiceError:

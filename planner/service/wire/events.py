@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from tightfit.planner.service.wire.schema import FINISHED, Job
+from tightfit.planner.service.wire.schema import FINISHED, ServiceJob
 
 QUEUE = 256
 """events that a slow listener may be behind before it loses the oldest"""
@@ -15,7 +15,7 @@ HEARTBEAT_SECONDS = 15.0
 
 
 class Events:
-    def __init__(self, redacted: Callable[[Job], Job] = lambda job: job) -> None:
+    def __init__(self, redacted: Callable[[ServiceJob], ServiceJob] = lambda job: job) -> None:
         """`redacted` takes out of a job what clients are not to see."""
         self._redacted = redacted
         self._progress: dict[str, dict[str, Any]] = {}
@@ -30,17 +30,17 @@ class Events:
     def listeners(self) -> int:
         return sum(map(len, self._listeners.values()))
 
-    def progress(self, job: str, what: dict[str, Any]) -> None:
-        self._progress[job] = what
-        self._send(job, "progress", json.dumps(what))
+    def progress(self, job: str, figures: dict[str, Any]) -> None:
+        self._progress[job] = figures
+        self._send(job, "progress", json.dumps(figures))
 
-    def changed(self, job: Job) -> None:
+    def changed(self, job: ServiceJob) -> None:
         """Announce that the job's state has changed."""
         if job.state != "running":
             self._progress.pop(job.id, None)
         self._send(job.id, "job", self._redacted(job).model_dump_json())
 
-    def shown(self, job: Job) -> Job:
+    def shown(self, job: ServiceJob) -> ServiceJob:
         """The job as clients see it, with its latest progress."""
         return self._redacted(job).model_copy(update={"progress": self._progress.get(job.id)})
 
@@ -50,10 +50,10 @@ class Events:
                 queue.get_nowait()
             queue.put_nowait((name, data))
 
-    async def stream(self, identity: str, read: Callable[[str], Job]) -> AsyncIterator[str]:
+    async def stream(self, identity: str, read: Callable[[str], ServiceJob]) -> AsyncIterator[str]:
         """Server-sent events: the job as it is, its progress, and the job again whenever its state changes, to its end.
 
-        The job is `read` once somebody listens: one that ended just before would never be heard of.
+        The job is `read` once the stream is among the listeners, so that no change of its state is missed.
         """
         queue: asyncio.Queue[tuple[str, str]] = asyncio.Queue(QUEUE)
         self._listeners.setdefault(identity, set()).add(queue)

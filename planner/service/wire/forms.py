@@ -26,22 +26,23 @@ def forms() -> dict[str, list[dict[str, Any]]]:
 
 
 def _field(name: str, described: Mapping[str, Any]) -> dict[str, Any]:
-    types = [one for one in described.get("anyOf", [described]) if one.get("type") != "null"]
-    only: Mapping[str, Any] = types[0] if len(types) == 1 else {"type": "string"}  # a number or its words: words
+    types = [schema for schema in described.get("anyOf", [described]) if schema.get("type") != "null"]
+    # What may be a number or a text is entered as text.
+    typed: Mapping[str, Any] = types[0] if len(types) == 1 else {"type": "string"}
     field: dict[str, Any] = {
         "name": name,
         "title": _title(name, described["title"]),
         "description": described.get("description", ""),
-        "kind": "choice" if "enum" in only else KINDS.get(only["type"], "text"),
+        "kind": "choice" if "enum" in typed else KINDS.get(typed["type"], "text"),
         "default": described.get("default"),
     }
-    if "enum" in only:
-        field["choices"] = only["enum"]
+    if "enum" in typed:
+        field["choices"] = typed["enum"]
     for key, limit in (("minimum", "least"), ("maximum", "most"), ("exclusiveMinimum", "above")):
-        if key in only:
-            field[limit] = only[key]
+        if key in typed:
+            field[limit] = typed[key]
     if field["kind"] == "map":
-        values: Any = only.get("additionalProperties") or next(iter(only["patternProperties"].values()))
+        values: Any = typed.get("additionalProperties") or next(iter(typed["patternProperties"].values()))
         # Values that may be anything are described by `true`.
         field["of"] = "text" if values is True else KINDS.get(values["type"], "text")
     return field

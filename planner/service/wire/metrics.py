@@ -44,19 +44,19 @@ class Metrics:
 
     def watch(self, gauges: Gauges) -> None:
         """Read `gauges` whenever the metrics are asked for."""
-        self.registry.register(_Watched(gauges))
+        self.registry.register(_GaugeCollector(gauges))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
-class _Watched(Collector):
+class _GaugeCollector(Collector):
     def __init__(self, gauges: Gauges) -> None:
         self._gauges = gauges
 
     def collect(self) -> Iterable[Metric]:
-        for name, words, labels, values in self._gauges():
-            family = GaugeMetricFamily(name, words, labels=labels)
+        for name, description, labels, values in self._gauges():
+            family = GaugeMetricFamily(name, description, labels=labels)
             for label_values, value in values.items():
                 family.add_metric(label_values, value)
             yield family

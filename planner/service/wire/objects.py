@@ -1,7 +1,7 @@
 """Content-addressed files: JSON and archives, compressed, each under the sha256 of what it holds.
 
 A file appears whole or not at all and is on disk before anything refers to it, so a kill at any moment leaves at most
-files that nothing refers to; `Objects.sweep` removes them when the service starts.
+files that nothing refers to; `ObjectStore.sweep` removes them when the service starts.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class StoredObject:
     digest: str
     """sha256 of the content"""
     bytes: int
-    """of the content"""
+    """size of the content"""
     stored_bytes: int
-    """on disk"""
+    """size on disk, compressed"""
 
 
-class Objects:
+class ObjectStore:
     """The files under one folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -44,16 +44,16 @@ class Objects:
     def path(self, digest: str) -> Path:
         return self.folder / digest[:2] / digest[2:]
 
-    def put(self, content: bytes) -> Written:
+    def put(self, content: bytes) -> StoredObject:
         """Store `content`. Raises StorageError where the disk refuses."""
         return self.put_chunks([content])
 
-    def put_chunks(self, chunks: Iterable[bytes]) -> Written:
+    def put_chunks(self, chunks: Iterable[bytes]) -> StoredObject:
         digest, size = hashlib.sha256(), 0
-        part = self.temporary / f"{os.getpid()}-{os.urandom(6).hex()}"
+        temporary_file = self.temporary / f"{os.getpid()}-{os.urandom(6).hex()}"
         with failing_disk(self.folder):
             try:
-                with part.open("wb") as raw, gzip.GzipFile("", "wb", 5, raw, mtime=0) as packed:
+                with temporary_file.open("wb") as raw, gzip.GzipFile("", "wb", 5, raw, mtime=0) as packed:
                     for chunk in chunks:
                         digest.update(chunk)
                         size += len(chunk)
@@ -63,14 +63,14 @@ class Objects:
                     os.fsync(raw.fileno())
                 path = self.path(digest.hexdigest())
                 path.parent.mkdir(exist_ok=True)
-                part.rename(path)  # over what is there, too: it may be damaged
+                temporary_file.rename(path)  # over what is there, too: it may be damaged
                 sync_directory(path.parent)
                 sync_directory(self.folder)
                 stored = path.stat().st_size
             finally:
                 with suppress(OSError):
-                    part.unlink()
-        return Written(digest=digest.hexdigest(), bytes=size, stored_bytes=stored)
+                    temporary_file.unlink()
+        return StoredObject(digest=digest.hexdigest(), bytes=size, stored_bytes=stored)
 
     def read(self, digest: str) -> bytes:
         """The content. Raises UnreadableError where it is not what was written."""

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.service.wire.schema import Job
+from tightfit.planner.service.wire.schema import ServiceJob
 from tightfit.profiles.schema import Model
 
 PATH = re.compile(r"(?<![\w./:~-])/(?:[\w.,@+~=-]+/)*([\w.@+~=-]*[\w@+~=-])")
@@ -39,28 +39,28 @@ class Redaction:
             for folder in longest_first
         ]
 
-    def text(self, words: str) -> str:
+    def text(self, sentence: str) -> str:
         for folder, name in self._folders:
-            words = folder.sub(partial(_known, name), words)
-        return PATH.sub(r"\1", words)
+            sentence = folder.sub(partial(_known, name), sentence)
+        return PATH.sub(r"\1", sentence)
 
     def value(self, data: Any) -> Any:
         """JSON with all its strings redacted."""
         if isinstance(data, str):
             return self.text(data)
         if isinstance(data, list | tuple):
-            return [self.value(one) for one in data]
+            return [self.value(item) for item in data]
         if isinstance(data, dict):
-            return {name: self.value(one) for name, one in data.items()}
+            return {name: self.value(item) for name, item in data.items()}
         return data
 
     def model(self, model: Model) -> tuple[Model, dict[str, str]]:
         """The model with its paths redacted, and what `with_paths` needs to take that back."""
-        own = {"source": model.source, "store": model.store, ADAPTER_BASE: model.config.get(ADAPTER_BASE)}
-        paths = {name: path for name, path in own.items() if path is not None and self.text(path) != path}
+        known_paths = {"source": model.source, "store": model.store, ADAPTER_BASE: model.config.get(ADAPTER_BASE)}
+        paths = {name: path for name, path in known_paths.items() if path is not None and self.text(path) != path}
         return with_paths(model, {name: self.text(path) for name, path in paths.items()}), paths
 
-    def job(self, job: Job) -> Job:
+    def job(self, job: ServiceJob) -> ServiceJob:
         """The job with its error and its request redacted."""
         request = {k: self.text(v) if k in PATHS and isinstance(v, str) else v for k, v in job.request.items()}
         error = job.error and job.error.model_copy(update={"message": self.text(job.error.message)})
@@ -69,10 +69,10 @@ class Redaction:
 
 def with_paths(model: Model, paths: Mapping[str, str]) -> Model:
     """The model with these paths of its source, its store and the base of its adapters, where they are given."""
-    own: dict[str, Any] = {name: path for name, path in paths.items() if name != ADAPTER_BASE}
+    update: dict[str, Any] = {name: path for name, path in paths.items() if name != ADAPTER_BASE}
     if ADAPTER_BASE in paths:
-        own |= {"config": model.config | {ADAPTER_BASE: paths[ADAPTER_BASE]}}
-    return model.model_copy(update=own)
+        update |= {"config": model.config | {ADAPTER_BASE: paths[ADAPTER_BASE]}}
+    return model.model_copy(update=update)
 
 
 def _known(name: str, match: re.Match[str]) -> str:

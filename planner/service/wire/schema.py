@@ -27,8 +27,7 @@ JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "int
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
 DEEPEST = 64
-"""levels of objects and lists nested in one another that may be sent: what walks deeper JSON or writes it down again would not
-get to its end"""
+"""levels of objects and lists nested in one another that may be sent: Python could neither walk nor write much deeper JSON"""
 OWN_DEVICE = "own"
 """in a comparison: the device that the profile was made for"""
 DIGEST = "3f1c0e9d" * 8
@@ -83,8 +82,8 @@ JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
 
 
 def _read(parse: Callable[[str], float], allowed: Callable[[float], bool], words: str) -> BeforeValidator:
-    """Reads a number, or a text as `parse` does. Of a number that is not `allowed`, `words` say what it is not and what to send; of
-    true and false too, which Python counts as numbers.
+    """Reads a number, or a text by `parse`. Refuses a number that is not `allowed`, and true and false, which Python counts as
+    numbers: `words` say what they are not, and what to send.
     """
 
     def read(value: object) -> object:
@@ -130,7 +129,7 @@ Latency = Annotated[
 ]
 
 
-class Request(BaseModel):
+class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -141,11 +140,11 @@ class Request(BaseModel):
         return data
 
 
-class Answer(BaseModel):
+class ResponseBody(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _with_options(record: type[Options], *leaving_out: str, base: type[Request] = Request) -> Any:
+def _with_options(record: type[Options], *leaving_out: str, base: type[RequestBody] = RequestBody) -> Any:
     """A request with the fields of `base` and, after them, the options of a record; without those of the names given here."""
     fields = {name: _field(name, field) for name, field in options_of(record).items() if name not in leaving_out}
     return create_model(f"{base.__name__}With{record.__name__}", __base__=base, **cast("Any", fields))
@@ -168,7 +167,7 @@ class StepRequest(_with_options(PlanOptions, "policy")):  # type: ignore[misc]
     """What plans and comparisons are asked of a step."""
 
 
-class ModelRequest(Request):
+class ModelRequest(RequestBody):
     path: str | None = Field(
         None,
         max_length=LONGEST_PATH,
@@ -228,7 +227,7 @@ class ComparisonRequest(StepRequest):
     )
 
 
-class FleetMember(Request):
+class FleetMember(RequestBody):
     """A device of a fleet: `link` is its connection to the network both ways, or `up` and `down` are."""
 
     name: str = Field(pattern=f"^{NAME.pattern}$", description="files are named after it", examples=["laptop"])
@@ -285,12 +284,12 @@ class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]
     )
 
 
-class FieldError(Answer):
+class FieldError(ResponseBody):
     field: str = Field(description="where in the request, as in body.memory", examples=["body.memory"])
     message: str
 
 
-class Error(Answer):
+class Error(ResponseBody):
     """Why a request was refused or a job failed."""
 
     code: Code
@@ -298,11 +297,11 @@ class Error(Answer):
     fields: list[FieldError] = []
 
 
-class ErrorAnswer(Answer):
+class ErrorAnswer(ResponseBody):
     error: Error
 
 
-class Job(Answer):
+class ServiceJob(ResponseBody):
     """Work that takes a while. Follow `/v1/jobs/{id}/events`, or ask again."""
 
     model_config = example_of(**PLAN_JOB)
@@ -333,14 +332,14 @@ SetAside = Annotated[
 ]
 
 
-class JobList(Answer):
+class JobList(ResponseBody):
     model_config = example_of(jobs=[PLAN_JOB])
 
-    jobs: list[Job]
+    jobs: list[ServiceJob]
     set_aside: SetAside = []
 
 
-class Stored(Answer):
+class StoredFile(ResponseBody):
     """A profile, plan or fleet that the service keeps. The id is of what it was made of."""
 
     id: Digest
@@ -349,7 +348,7 @@ class Stored(Answer):
     summary: dict[str, Any]
 
 
-class StoredProfile(Stored):
+class StoredProfile(StoredFile):
     model_config = example_of(**STORED_PROFILE)
 
     name: str
@@ -358,40 +357,40 @@ class StoredProfile(Stored):
     )
 
 
-class StoredPlan(Stored):
+class StoredPlan(StoredFile):
     model_config = example_of(**STORED_PLAN)
 
     profile: Digest | None = Field(None, description="what it was made from")
 
 
-class StoredFleet(Stored):
+class StoredFleet(StoredFile):
     """The plan of a fleet; `summary` is all of it but its timeline. Its members' plans are stored ones."""
 
     model_config = example_of(**STORED_FLEET)
 
 
-class FleetList(Answer):
+class FleetList(ResponseBody):
     model_config = example_of(fleets=[STORED_FLEET])
 
     fleets: list[StoredFleet]
     set_aside: SetAside = []
 
 
-class ProfileList(Answer):
+class ProfileList(ResponseBody):
     model_config = example_of(profiles=[STORED_PROFILE])
 
     profiles: list[StoredProfile]
     set_aside: SetAside = []
 
 
-class PlanList(Answer):
+class PlanList(ResponseBody):
     model_config = example_of(plans=[STORED_PLAN])
 
     plans: list[StoredPlan]
     set_aside: SetAside = []
 
 
-class DeviceAnswer(Answer):
+class DeviceAnswer(ResponseBody):
     name: str
     label: str
     kind: str
@@ -401,13 +400,13 @@ class DeviceAnswer(Answer):
     waiting: int = Field(description="runs and measurements queued for it")
 
 
-class DeviceList(Answer):
+class DeviceList(ResponseBody):
     model_config = example_of(devices=[CPU])
 
     devices: list[DeviceAnswer]
 
 
-class RunMetrics(Answer):
+class RunMetrics(ResponseBody):
     """Every step so far, and where it evaluates between its steps every evaluation; the one before the first step has step 0."""
 
     model_config = example_of(
@@ -429,7 +428,7 @@ class RunMetrics(Answer):
     )
 
 
-class Health(Answer):
+class Health(ResponseBody):
     model_config = example_of(status="ok", version="0.1.0", schema_version=1)
 
     status: Literal["ok"]

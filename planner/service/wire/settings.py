@@ -33,9 +33,9 @@ class Settings:
     job_seconds: float = 3600.0
     """a plan, comparison, fleet or profile that takes longer is ended"""
     upload_bytes: int = 64 << 20
-    """of an uploaded profile, as sent and as unpacked"""
+    """largest uploaded profile, as sent and as unpacked"""
     request_bytes: int = 256 << 10
-    """of any other request's body"""
+    """largest body of any other request"""
     check_bytes: int = 1 << 30
     """private memory of the process that reads an upload (RLIMIT_DATA)"""
     check_seconds: float = 60.0
@@ -49,11 +49,11 @@ class Settings:
     keep_days: float = 30.0
     """finished jobs and what nobody has asked for are removed after that"""
     keep_bytes: int = 20 << 30
-    """of stored profiles, plans and results, packed weights among them; the longest unused go first"""
+    """most bytes of stored profiles, plans, results and packed weights; beyond it the longest unused are removed"""
 
     @property
     def folders(self) -> list[Path]:
-        """those whose files are named relative to them in what leaves the service"""
+        """Folders whose files are named relative to them in all that leaves the service."""
         return [self.data_dir / "cache", self.data_dir, *self.roots]
 
     def __post_init__(self) -> None:

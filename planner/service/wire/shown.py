@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tightfit.planner.report.diff import ChangeGroup, PlanChange
 from tightfit.planner.report.fleet_text import Sheet
-from tightfit.planner.service.wire.schema import DIGEST, Answer, Digest, example_of
+from tightfit.planner.service.wire.schema import DIGEST, Digest, ResponseBody, example_of
 
 SORT = {
     "kind": "activation",
@@ -23,16 +23,16 @@ SORT = {
 SHEET = {"caption": "The chain", "headings": ["member", "micro-batches"], "rows": [["laptop", "10"]]}
 
 
-class KindName(Answer):
+class KindName(ResponseBody):
     name: str
     label: str
 
 
-class Part(KindName):
+class MemoryPart(KindName):
     bytes: int
 
 
-class Series(Answer):
+class Series(ResponseBody):
     """Memory over the step in slices: each shows its fullest moment."""
 
     seconds: float = Field(description="of the step")
@@ -44,17 +44,17 @@ class Series(Answer):
     kinds: list[KindName] = Field(description="in stacking order")
 
 
-class PeakShown(Answer):
+class PeakShown(ResponseBody):
     """The fullest moment of the training step, and the instruction that sets it."""
 
     text: str = Field(examples=["model.layers.11: mlp (backward)"])
     instruction: int
     bytes: int = Field(description="the process at that moment")
-    parts: list[Part] = Field(description="add up to `bytes`")
+    parts: list[MemoryPart] = Field(description="add up to `bytes`")
     tensors: list[tuple[str, int]] = Field(description="the largest resident there")
 
 
-class LayerShown(Answer):
+class LayerShown(ResponseBody):
     """A layer, or an operator of a bare graph."""
 
     name: str
@@ -66,20 +66,20 @@ class LayerShown(Answer):
     )
 
 
-class Edge(Answer):
+class Edge(ResponseBody):
     source: str
     target: str
     bytes: int = Field(description="that flow along it")
 
 
-class ChannelShown(Answer):
+class ChannelShown(ResponseBody):
     name: str = Field(examples=["read"])
     seconds: float
     share: float = Field(description="of the step")
     bytes: int
 
 
-class PlanView(Answer):
+class PlanView(ResponseBody):
     """A plan, folded to what a person looks at. What a plan without a schedule lacks is null or empty."""
 
     model_config = example_of(
@@ -115,7 +115,7 @@ class TensorChange(PlanChange):
     layer: str
 
 
-class Difference(Answer):
+class Difference(ResponseBody):
     """What the second plan does otherwise."""
 
     model_config = example_of(
@@ -131,7 +131,7 @@ class Difference(Answer):
     left_out: int = Field(description="smaller changes that are not listed")
 
 
-class Bar(Answer):
+class Bar(ResponseBody):
     """What a device or a link does from `begin` to `end`."""
 
     what: str = Field(examples=["compute"])
@@ -141,13 +141,13 @@ class Bar(Answer):
     last: int | None
 
 
-class Lane(Answer):
+class Lane(ResponseBody):
     name: str = Field(examples=["laptop", "laptop → phone"])
     kind: Literal["device", "link"]
     bars: list[Bar]
 
 
-class Lanes(Answer):
+class Lanes(ResponseBody):
     """A step of a fleet: what each device and each link does when."""
 
     seconds: float = Field(description="of the step")
@@ -158,7 +158,7 @@ class Lanes(Answer):
     lanes: list[Lane]
 
 
-class FleetView(Answer):
+class FleetView(ResponseBody):
     """The plan of a fleet, as a person looks at it."""
 
     model_config = example_of(

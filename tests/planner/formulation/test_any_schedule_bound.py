@@ -323,7 +323,7 @@ class Figures:
     def least_ms(self, limit, *layers):
         """Of the step, in `limit` KiB beside what is always there."""
         program = LinearProgram()
-        terms = [LayerFigures.made(lambda name, given=given: Linear(given.get(name, 0.0))) for given in layers]
+        terms = [LayerFigures.of(lambda name, given=given: Linear(given.get(name, 0.0))) for given in layers]
         rows = add_step_constraints(program, self.problem, terms)
         program.bounds(rows.bytes, 0.0, limit + self.problem.constant_bytes / KIB)
         return program.solve(rows.total_ms).objective

@@ -16,7 +16,7 @@ from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import KIB
 from tightfit.planner.schedule.layer_schedule import measure
-from tightfit.planner.schedule.lowering import draft, kinds, live_profile
+from tightfit.planner.schedule.lowering import draft, live_profile, tensor_decisions
 
 SEEDS = [4, 12, 13, 20, 23, 25, 30, 40, 41, 60, 62, 65, 72, 76, 77, 79, 91, 95]
 """chains with at most some thousand combinations"""
@@ -131,7 +131,7 @@ def test_decisions_are_what_the_schedule_does():
                 measure(problem.types[kind], random_decision(rng, problem.types[kind])) for kind in problem.layer_type
             )
             joined = draft(problem, columns)
-            decisions = kinds(problem, joined, columns)
+            decisions = tensor_decisions(problem, joined, columns)
             assert decisions == {name: done_with(name, joined, problem.graph.storages) for name in decisions}
             assert {name.removeprefix("packed:") for name in joined.resident} <= set(decisions)
             told |= {(name.startswith("adam_"), decision) for name, decision in decisions.items()}

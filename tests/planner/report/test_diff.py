@@ -11,7 +11,7 @@ from html_page import Page
 from synthetic import PAGE, decoder_like, device
 
 from tightfit.planner.model_planner import ModelPlanner
-from tightfit.planner.report.costs import Ledger
+from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.diff import PlanChange, diff, grouped
 from tightfit.planner.report.html import comparison_page
 from tightfit.runtime.common.errors import InputError
@@ -40,7 +40,7 @@ def test_changes_are_the_decisions_and_their_sums_the_plans_differences(plans, f
     assert changed <= {change.name for change in changes}
     for change in changes:
         assert (change.before, change.after) == (before.decisions.get(change.name), after.decisions.get(change.name))
-        assert change.bytes == Ledger(before).index.tensors[change.name].bytes
+        assert change.bytes == CostLedger(before).index.tensors[change.name].bytes
 
     def compute(plan):
         return plan.train.recompute_seconds + plan.train.unpack_seconds

@@ -15,7 +15,7 @@ from synthetic import decoder_like, device, small_chain
 from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import planner_of
-from tightfit.planner.report.costs import Ledger
+from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.explain import explain, percent_within
 from tightfit.planner.report.explanation import account, peak_text, shortfall
 from tightfit.planner.report.marginal_value import explained, neighbours, what_if
@@ -51,7 +51,7 @@ def chain():
 
 
 def test_costs_add_up_to_the_simulators_figures(ruled):
-    costs = Ledger(ruled).costs()
+    costs = CostLedger(ruled).costs()
     train = ruled.train
     assert sum(cost.recompute_seconds for cost in costs.values()) == pytest.approx(train.recompute_seconds)
     assert sum(cost.unpack_seconds for cost in costs.values()) == pytest.approx(train.unpack_seconds)
@@ -70,7 +70,7 @@ def test_a_plan_that_spills_counts_its_transfers(chain):
     floor = chain.profile.device.floor.resident_bytes
     made = chain.plan(chain.plan(floor + 1).minimum_budget_bytes)
     assert made.train.write_bytes
-    costs = Ledger(made).costs()
+    costs = CostLedger(made).costs()
     verbs = [instruction[0] for instruction in listed(made.train)]
     device_ = made.device
     by_hand = {
@@ -287,7 +287,7 @@ def test_what_would_lower_the_smallest_budget(deep, smallest):
     plan = deep.plan(smallest.peak_bytes - 1, policy="mebp")
     told = shortfall(plan, shaped).shortfall
     kinds = told.peak.by_kind
-    resident = Ledger(shaped).resident_at(shaped.train, shaped.train.peak.instruction)
+    resident = CostLedger(shaped).resident_at(shaped.train, shaped.train.peak.instruction)
     parameter_gradients = sum(size for name, size in resident.items() if name.startswith("grad:layer"))
     by_tokens = sum(kinds.get(kind, 0) for kind in ("activation", "gradient", "batch")) - parameter_gradients
     by_rank = kinds.get("trainable", 0) + kinds.get("optimizer", 0) + parameter_gradients

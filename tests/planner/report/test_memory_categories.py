@@ -9,13 +9,13 @@ from sample_plans import infeasible_plan, sample_plan, sample_plans
 
 from tightfit.planner.report.memory_categories import (
     KINDS,
-    buckets,
     budgets_of,
     fullest,
     in_use,
     kinds_of,
     peak_parts,
     policies_of,
+    timeline_slices,
 )
 from tightfit.planner.schema import TimelinePoint
 from tightfit.runtime.common.units import MIB
@@ -34,7 +34,7 @@ def timeline_of(parts):
 @given(lengths, st.integers(1, 40))
 def test_buckets_keep_the_peak_and_cover_the_step(parts, count):
     timeline = timeline_of(parts)
-    shown = buckets(timeline, count)
+    shown = timeline_slices(timeline, count)
     assert 1 <= len(shown) <= count
     assert max(bucket.point.bytes for bucket in shown) == max(point.bytes for point in timeline)
     assert shown[0].start == 0.0
@@ -48,19 +48,19 @@ def test_a_bucket_shows_no_more_than_happens_in_it(parts, count):
     timeline = timeline_of(parts)
     begins = [0.0, *(point.seconds for point in timeline)]
     slack = timeline[-1].seconds * 1e-6 + 1e-12
-    for bucket in buckets(timeline, count):
+    for bucket in timeline_slices(timeline, count):
         point = bucket.point
         assert begins[point.instruction] <= bucket.end + slack
         assert point.seconds >= bucket.start - slack
 
 
 def test_buckets_of_nothing():
-    assert buckets([], 10) == []
+    assert timeline_slices([], 10) == []
 
 
 def test_equal_neighbours_are_merged():
     timeline = timeline_of([(0.1, 7)] * 50)
-    assert len(buckets(timeline, 25)) == 1
+    assert len(timeline_slices(timeline, 25)) == 1
 
 
 def test_kinds_are_stacked_in_order_and_unknown_ones_come_last():
@@ -100,7 +100,7 @@ def test_pages_that_nothing_lives_in_do_not_make_a_peak():
     later = TimelinePoint(instruction=1, seconds=2, bytes=12, by_kind={"activation": 3, "fragmentation": 9})
     assert in_use(later) == 3
     assert fullest([later, full]) == full
-    assert buckets([full, later], 1)[0].point == full
+    assert timeline_slices([full, later], 1)[0].point == full
 
 
 def test_the_solver_comes_first_and_budgets_ascend():

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from served import service
 from synthetic import small_chain
 
-from tightfit.planner.service.jobs.store import Store, file_row, listed
+from tightfit.planner.service.jobs.store import JobStore, file_row, listed
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.wire.errors import ServiceError
-from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.schema import Error
 
 PATIENCE = 30.0
@@ -45,7 +45,7 @@ def http(tmp_path_factory):
     """A service whose jobs end as soon as they are taken."""
 
     async def carry_out(self, job, lane):
-        self._ended(self.store.finish(job.id, "failed", error=Error(code="input", message="not tried")))
+        self._announce(self.store.finish(job.id, "failed", error=Error(code="input", message="not tried")))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Supervisor, "_carry_out", carry_out)
@@ -107,12 +107,12 @@ def test_a_request_may_be_64_levels_deep(http):
 @given(value=ANYTHING)
 def test_what_is_stored_can_be_shown(tmp_path_factory, value):
     """Whoever asks the store, by whichever door: requests and results."""
-    store = Store(tmp_path_factory.mktemp("store") / "s.sqlite")
+    store = JobStore(tmp_path_factory.mktemp("store") / "s.sqlite")
     try:
-        job, _ = store.ask("plan", "solve", {"value": value}, content=None, key=None, waiting=9)
+        job, _ = store.enqueue("plan", "solve", {"value": value}, content=None, key=None, waiting=9)
     except ServiceError as refusal:
         assert (refusal.status, refusal.field) == (422, "body")
-        job, _ = store.ask("plan", "solve", {}, content=None, key=None, waiting=9)
+        job, _ = store.enqueue("plan", "solve", {}, content=None, key=None, waiting=9)
     store.next("solve")
     try:
         store.finish(job.id, "succeeded", result={"value": value})
@@ -131,9 +131,9 @@ VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.binary(
 @given(column=st.sampled_from(COLUMNS), value=VALUES, blob=st.booleans())
 def test_a_stored_job_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory, column, value, blob):
     folder = tmp_path_factory.mktemp("store")
-    store = Store(folder / "s.sqlite")
+    store = JobStore(folder / "s.sqlite")
     first, second = (
-        store.ask("plan", "solve", {"n": number}, content=None, key=None, waiting=9)[0].id for number in range(2)
+        store.enqueue("plan", "solve", {"n": number}, content=None, key=None, waiting=9)[0].id for number in range(2)
     )
     if isinstance(value, bytes) and not blob:
         statement = f"UPDATE jobs SET {column} = CAST(? AS TEXT) WHERE id = ?"
@@ -152,7 +152,7 @@ def test_a_stored_job_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory,
             with pytest.raises(ServiceError, match="could not be read and was set aside as set-aside/job-"):
                 store.job(first)
         store.close()
-        store = Store(folder / "s.sqlite")
+        store = JobStore(folder / "s.sqlite")
         store.recover()
     taken = []
     while (job := store.next("solve")) is not None:
@@ -165,7 +165,7 @@ def test_a_stored_job_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory,
 def test_what_is_set_aside_is_told_and_stops_nothing_over_restarts(tmp_path, caplog):
     with service(tmp_path) as http:
         store = http.app.state.service.store
-        bad, _ = store.ask("run", "cpu", {}, content=None, key="k", waiting=9)
+        bad, _ = store.enqueue("run", "cpu", {}, content=None, key="k", waiting=9)
         request = json.dumps({"config": nested(300, 1, "list")})
         store._database.execute("UPDATE jobs SET request = ? WHERE id = ?", (request, bad.id))
     folder = tmp_path / "data" / "runs" / bad.id
@@ -178,7 +178,7 @@ def test_what_is_set_aside_is_told_and_stops_nothing_over_restarts(tmp_path, cap
             answer = http.get(f"/v1/jobs/{bad.id}")
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
             http.app.state.service.supervisor.retain()
-            job, _ = http.app.state.service.store.ask(
+            job, _ = http.app.state.service.store.enqueue(
                 "run", "cpu", {"plan": "0" * 64}, content=None, key=None, waiting=9
             )
             http.app.state.service.supervisor.wake("cpu")
@@ -215,7 +215,7 @@ FILE_COLUMNS = (
 @example(kind="fleet", column="kind", value=b"fleet", blob=True)
 def test_a_stored_file_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory, kind, column, value, blob):
     folder = tmp_path_factory.mktemp("store")
-    store, objects = Store(folder / "s.sqlite"), Objects(folder / "objects")
+    store, objects = JobStore(folder / "s.sqlite"), ObjectStore(folder / "objects")
     first, second = "1" * 64, "2" * 64
     for other, summary in SUMMARIES.items():
         for identity in (first, second):
@@ -237,10 +237,10 @@ def test_a_stored_file_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory
                 assert store.set_aside() == store.set_aside(kind) == [f"{kind}-{first}"]
                 assert "could not be read and was set aside as set-aside/" in str(store.missing(kind, first))
         store.close()
-        store = Store(folder / "s.sqlite")
+        store = JobStore(folder / "s.sqlite")
         store.recover()
         assert store.expire(before=-1e300, keep_bytes=1 << 62) == []
-        left = store._figure("SELECT count(*) AS n FROM files")
+        left = store._count("SELECT count(*) AS n FROM files")
         assert left + len(store.set_aside()) == 2 * len(SUMMARIES)
         if column != "digest":
             assert store.digests() == kept  # what it holds may still be of use to somebody

@@ -19,7 +19,7 @@ from tightfit.planner.service.http.routes_profiles import _source
 from tightfit.planner.service.jobs import profiling
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.wire.errors import ServiceError
-from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.schema import ProfileRequest
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.io import parse_profile
@@ -141,7 +141,7 @@ def test_a_worker_makes_a_profile_of_it_that_can_be_planned(tmp_path, cache, mon
         lock=str(tmp_path / "lock"),
         memory_bytes=None,
     )
-    objects = Objects(tmp_path / "objects")
+    objects = ObjectStore(tmp_path / "objects")
     told = []
     made = profiling.profile(order, SimpleNamespace(progress=lambda **what: told.append(what)))
     kept = {row["kind"]: row for row in made["files"]}

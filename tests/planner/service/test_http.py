@@ -479,7 +479,7 @@ def test_a_plan_of_the_service_tells_what_the_command_line_tells(served, profile
 def test_the_client_waits_for_a_service_that_is_started_again(monkeypatch):
     job = {"id": "job-0123456789abcdef", "state": "running"}
     broken = iter([httpx.ReadError("killed"), *[httpx.ConnectError("not up yet")] * 5])
-    monkeypatch.setattr("tightfit.planner.service.client.AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("tightfit.planner.service.client.RETRY_SECONDS", 0.0)
 
     def stream(self, identity):
         yield "job", job

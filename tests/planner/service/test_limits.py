@@ -23,14 +23,14 @@ from synthetic import decoder_like, small_chain
 from tightfit.planner.plan import minimum_budget
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.service.jobs.keeping import keep_profile
-from tightfit.planner.service.jobs.store import ATTEMPTS, Store
+from tightfit.planner.service.jobs.store import ATTEMPTS, JobStore
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.jobs.upload_limits import check_size
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
-from tightfit.planner.service.wire.objects import Objects
-from tightfit.planner.service.wire.schema import PLAN_JOB, Job
+from tightfit.planner.service.wire.objects import ObjectStore
+from tightfit.planner.service.wire.schema import PLAN_JOB, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.io import canonical_json
 from tightfit.profiles.schema import Profile
@@ -112,7 +112,7 @@ def test_a_profile_that_was_uploaded_can_be_run_once_it_is_measured_here(tmp_pat
         run = {"plan": plan, "data": "random", "steps": 1}
         assert "was not made by this service" in http.post("/v1/runs", json=run).json()["error"]["message"]
         own = http.app.state.service
-        job = own.store.ask("profile", "cpu", {}, content=None, key=None, waiting=9)[0]
+        job = own.store.enqueue("profile", "cpu", {}, content=None, key=None, waiting=9)[0]
         made = keep_profile(own.objects, measured, origin="made")
         own.store.finish(job.id, "succeeded", result={"profile": made["id"]}, files=[made])
         assert http.get(f"/v1/profiles/{identity}").json()["origin"] == "made"
@@ -210,7 +210,7 @@ def test_more_uploads_than_can_be_read_are_told_to_come_later(tmp_path, profile,
 def test_what_is_here_already_is_known_without_being_read_again(tmp_path, profile, monkeypatch):
     with service(tmp_path) as http:
         identity = upload(http, profile)
-        monkeypatch.setattr("tightfit.planner.service.jobs.processes.Processes.take", None)
+        monkeypatch.setattr("tightfit.planner.service.jobs.processes.WorkerProcesses.take", None)
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         body = gzip.compress(canonical_json(profile).encode())
         answer = http.post("/v1/profiles/upload", content=body, headers=headers)
@@ -297,7 +297,7 @@ def test_packed_weights_and_configs_are_kept_no_longer_than_the_rest(tmp_path):
         later = cache / "stores" / "d.store"
         later.write_bytes(bytes(1000))
         store = http.app.state.service.store
-        run, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9)
+        run, _ = store.enqueue("run", "cpu", {}, content=None, key=None, waiting=9)
         store.next("cpu")
         assert counted(http) == "tightfit_stored_bytes 2000.0"  # it may be at it
         store.finish(run.id, "cancelled")
@@ -319,7 +319,7 @@ def test_a_run_keeps_the_packed_weights_that_it_needs(tmp_path, profile):
         made = own.store.add(row)["id"]
         plan = wait(http, http.post("/v1/plans", json={"profile": made, "memory": "1GiB"}).json())["result"]["plan"]
         run = http.post("/v1/runs", json={"plan": plan, "data": "random", "steps": 1}).json()
-        needed = own.store._all("SELECT kind, file FROM uses WHERE job = ?", run["id"])
+        needed = own.store._rows("SELECT kind, file FROM uses WHERE job = ?", run["id"])
         assert {"kind": "cache", "file": "stores/a.store"} in needed
         assert ("cache", "stores/a.store") in own.store._touched
 
@@ -476,8 +476,8 @@ def full(tmp_path, monkeypatch):
     """A supervisor and a run of its that is running, on a disk that is full until `full.room` is set."""
     monkeypatch.setattr("tightfit.planner.service.jobs.supervisor.DISK_SECONDS", 0.01)
     settings = Settings(data_dir=tmp_path, command=())
-    store, events = Store(tmp_path / "s.sqlite"), Events()
-    supervisor = Supervisor(settings, store, Objects(tmp_path / "objects"), events, Metrics())
+    store, events = JobStore(tmp_path / "s.sqlite"), Events()
+    supervisor = Supervisor(settings, store, ObjectStore(tmp_path / "objects"), events, Metrics())
     supervisor._wake["cpu"] = asyncio.Event()
     supervisor.room = False
     finish = store.finish
@@ -488,7 +488,7 @@ def full(tmp_path, monkeypatch):
         return finish(*words, **more)
 
     monkeypatch.setattr(store, "finish", finish_with_room)
-    job, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9)
+    job, _ = store.enqueue("run", "cpu", {}, content=None, key=None, waiting=9)
     yield supervisor, store, job
     store.close()
 
@@ -536,7 +536,7 @@ def test_what_becomes_of_a_job_follows_from_its_end(full, told, code, before, st
     if before == "cancelled":
         supervisor._cancelled.add(job.id)
     supervisor._stopping = before == "stopping"
-    ended = supervisor._write_end(job, told, code, SimpleNamespace(last_words=lambda: "its last words"))
+    ended = supervisor._write_end(job, told, code, SimpleNamespace(last_stderr=lambda: "its last words"))
     assert (ended.state, ended.attempts, ended.error and ended.error.code) == (state, attempts, said)
 
 
@@ -552,7 +552,7 @@ def test_a_service_that_stops_on_a_full_disk_leaves_the_job_to_the_next_start(fu
             supervisor.room = True  # enough for a few words
 
     monkeypatch.setattr(supervisor, "_carry_out", carry_out)
-    monkeypatch.setattr(supervisor, "_ended", failed.append)
+    monkeypatch.setattr(supervisor, "_announce", failed.append)
     with pytest.raises(StorageError):
         asyncio.run(supervisor._serve("cpu"))
     assert failed == []
@@ -562,7 +562,7 @@ def test_a_service_that_stops_on_a_full_disk_leaves_the_job_to_the_next_start(fu
 def test_who_starts_to_listen_hears_the_end():
     """The job is read once its events are heard: an end in between would be waited for for ever."""
     events = Events()
-    done = Job.model_validate(PLAN_JOB)
+    done = ServiceJob.model_validate(PLAN_JOB)
 
     def read(identity):
         assert (identity, events.listeners) == (done.id, 1)

@@ -18,7 +18,7 @@ from tightfit.planner.io import parse_plan
 from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.store import file_row
 from tightfit.planner.service.wire.redaction import Redaction, with_paths
-from tightfit.planner.service.wire.schema import Error, Job
+from tightfit.planner.service.wire.schema import Error, ServiceJob
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Model
 
@@ -64,7 +64,7 @@ def test_a_job_tells_its_request_and_its_error_so():
         "adapter": "/srv/models/a",
     }
     error = Error(code="input", message="/srv/models/llama/config.json: not JSON")
-    job = Job(
+    job = ServiceJob(
         id="job-0123456789abcdef", kind="profile", state="failed", created=0.0, attempts=1, request=request, error=error
     )
     told = Redaction([Path("/srv/models")]).job(job)
@@ -131,7 +131,7 @@ def test_what_older_services_stored_is_redacted_where_it_is_shown(tmp_path):
             assert time.monotonic() < until
             time.sleep(0.05)
         plan = job["result"]["plan"]
-        run, _ = own.store.ask("run", "cpu", {}, content=None, key=None, waiting=9)
+        run, _ = own.store.enqueue("run", "cpu", {}, content=None, key=None, waiting=9)
         report = own.objects.put(json.dumps({"base": places["source"], "loss": [0.5]}).encode())
         kept = {"report": report, "adapter": own.objects.put(adapter(places["source"]))}
         rows = [file_row(kind, run.id, written, name=kind, summary={}) for kind, written in kept.items()]

@@ -19,7 +19,7 @@ from places import SOURCES
 from served import PATIENCE, Served
 
 from tightfit.planner.service.client import connect
-from tightfit.planner.service.jobs.running import _follow, _wait_for_orphan
+from tightfit.planner.service.jobs.running import _run_to_end, _wait_for_orphan
 from tightfit.runtime.common.errors import RunError
 
 
@@ -158,7 +158,7 @@ def test_a_run_that_ignores_ctrl_c_is_asked_to_end(tmp_path, monkeypatch):
     ignoring = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(100)"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))  # closed: the run is cancelled
     with (tmp_path / "lock").open("w") as lock:
-        code, _, _ = _follow([sys.executable, "-c", ignoring], lock.fileno(), tmp_path, events=None)
+        code, _, _ = _run_to_end([sys.executable, "-c", ignoring], lock.fileno(), tmp_path, events=None)
     assert code == -signal.SIGTERM
 
 

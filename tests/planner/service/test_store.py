@@ -13,14 +13,14 @@ from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.jobs.migrations import LATEST, STEPS
 from tightfit.planner.service.jobs.store import (
     ATTEMPTS,
-    Store,
+    JobStore,
     cache_row,
     content_key,
     file_row,
     folder_row,
 )
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
-from tightfit.planner.service.wire.objects import Objects, unpacked
+from tightfit.planner.service.wire.objects import ObjectStore, unpacked
 from tightfit.planner.service.wire.schema import JOB, Error
 from tightfit.planner.service.wire.settings import Settings, loopback
 from tightfit.runtime.common.errors import InputError
@@ -34,21 +34,21 @@ PROFILE, PLAN = {"policies": []}, {"status": "optimal", "budget_bytes": 1, "expl
 
 @pytest.fixture
 def store(tmp_path):
-    opened = Store(tmp_path / "s.sqlite")
+    opened = JobStore(tmp_path / "s.sqlite")
     yield opened
     opened.close()
 
 
 @pytest.fixture
 def objects(tmp_path):
-    return Objects(tmp_path / "objects")
+    return ObjectStore(tmp_path / "objects")
 
 
 def ask(store, number=1, *, key=None, repeatable=False, waiting=100, uses=(), anew=False):
     request = {"number": number}
     content = None if repeatable else content_key("plan", request | ({"force": True} if anew else {}))
     renews = content_key("plan", request) if anew else None
-    return store.ask("plan", LANE, request, content=content, key=key, waiting=waiting, uses=uses, renews=renews)
+    return store.enqueue("plan", LANE, request, content=content, key=key, waiting=waiting, uses=uses, renews=renews)
 
 
 def keep(store, objects, identity, size=100, **more):
@@ -173,7 +173,7 @@ def test_what_ran_waits_again_but_not_for_ever(store):
 
 def test_what_was_acknowledged_is_there_for_another_connection(store, tmp_path):
     job, _ = ask(store)
-    other = Store(tmp_path / "s.sqlite")
+    other = JobStore(tmp_path / "s.sqlite")
     assert other.job(job.id) == job
     other.close()
     assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}  # FULL
@@ -206,12 +206,12 @@ def test_a_database_that_is_none_is_told(tmp_path):
     path = tmp_path / "s.sqlite"
     path.write_bytes(b"no database at all, but long enough to be one" * 30)
     with pytest.raises(InputError, match=r"s\.sqlite: damaged \(file is not a database\); restore it, or name another"):
-        Store(path)
+        JobStore(path)
 
 
 def test_the_schema_has_a_version(tmp_path):
     path = tmp_path / "s.sqlite"
-    Store(path).close()
+    JobStore(path).close()
     database = sqlite3.connect(path)
     assert database.execute("PRAGMA user_version").fetchone() == (LATEST,) == (len(STEPS),)
     database.execute(f"PRAGMA user_version = {LATEST + 1}")
@@ -219,7 +219,7 @@ def test_the_schema_has_a_version(tmp_path):
     with pytest.raises(
         InputError, match=f"written by a newer tightfit \\(schema {LATEST + 1}, this one knows {LATEST}\\)"
     ):
-        Store(path)
+        JobStore(path)
 
 
 CLIENTS = """
@@ -246,11 +246,11 @@ def test_the_jobs_of_versions_that_knew_clients_by_name_go_on(tmp_path):
     database.execute("INSERT INTO askers VALUES (?, '10.0.0.0/24', '10.0.0.1', 'laptop', 0)", (JOB,))
     database.commit()
     database.close()
-    store = Store(tmp_path / "s.sqlite")
+    store = JobStore(tmp_path / "s.sqlite")
     assert store._database.execute("SELECT count(*) AS n FROM sqlite_master WHERE name = 'askers'").fetchone() == {
         "n": 0
     }
-    assert store.ask("plan", LANE, {}, content="c", key=None, waiting=1)[0].id == JOB
+    assert store.enqueue("plan", LANE, {}, content="c", key=None, waiting=1)[0].id == JOB
     assert store.next(LANE).id == JOB
     assert store.finish(JOB, "succeeded", result={}).state == "succeeded"
     store.close()
@@ -258,8 +258,8 @@ def test_the_jobs_of_versions_that_knew_clients_by_name_go_on(tmp_path):
 
 def test_what_was_measured_before_paths_were_redacted_is_measured_anew_and_names_none(tmp_path, objects):
     """Summaries that were damaged meanwhile stop no start."""
-    store, path = Store(tmp_path / "s.sqlite"), tmp_path / "s.sqlite"
-    job, _ = store.ask("profile", "cpu", {}, content="c", key=None, waiting=9)
+    store, path = JobStore(tmp_path / "s.sqlite"), tmp_path / "s.sqlite"
+    job, _ = store.enqueue("profile", "cpu", {}, content="c", key=None, waiting=9)
     bases = {"1" * 64: "/srv/models/m", "2" * 64: "org/model"}
     summaries = {identity: PROFILE | {"model": "m", "adapter_base": base} for identity, base in bases.items()}
     files = [
@@ -271,10 +271,10 @@ def test_what_was_measured_before_paths_were_redacted_is_measured_anew_and_names
     store._database.execute("UPDATE files SET summary = '{' WHERE id = ?", ("3" * 64,))
     store._database.execute("PRAGMA user_version = 3")
     store.close()
-    store = Store(path)
+    store = JobStore(path)
     store.recover()
     assert store.set_aside() == [f"profile-{'3' * 64}"]
-    assert store.ask("profile", "cpu", {}, content="c", key=None, waiting=9)[1]
+    assert store.enqueue("profile", "cpu", {}, content="c", key=None, waiting=9)[1]
     told = {row["id"]: json.loads(row["summary"])["adapter_base"] for row in store.files("profile")}
     assert told == {"1" * 64: "m", "2" * 64: "org/model"}
     assert store.job(job.id).result["summary"] == summaries["1" * 64] | {"adapter_base": "m"}
@@ -285,11 +285,11 @@ def test_a_step_that_fails_leaves_the_schema_as_it_was(tmp_path, monkeypatch):
     from tightfit.planner.service.jobs import migrations
 
     path = tmp_path / "s.sqlite"
-    Store(path).close()
+    JobStore(path).close()
     monkeypatch.setattr(migrations, "STEPS", (*STEPS, "CREATE TABLE extra (a); CREATE TABLE jobs (a);"))
     monkeypatch.setattr(migrations, "LATEST", LATEST + 1)
     with pytest.raises(sqlite3.OperationalError):
-        Store(path)
+        JobStore(path)
     database = sqlite3.connect(path)
     assert database.execute("PRAGMA user_version").fetchone() == (LATEST,)
     assert database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'extra'").fetchone() == (0,)
@@ -429,7 +429,7 @@ def test_what_lies_in_the_cache_counts_and_goes_first_of_what_was_used_last_at_o
     assert 0 < small < 1000
     # What a run needs that waits is spared.
     uses = [("cache", "stores/b.store")]
-    run, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9, uses=uses)
+    run, _ = store.enqueue("run", "cpu", {}, content=None, key=None, waiting=9, uses=uses)
     store._touched = {("cache", "stores/b.store"): 1.0}
     removed = store.expire(before=0, keep_bytes=3000 + small)
     assert [row["id"] for row in removed] == ["stores/a.store"]

@@ -106,12 +106,12 @@ def test_a_search_that_finds_nothing_good_gives_at_least_the_best_rule_in_its_ti
 
     def carried(problem, *given, **options):
         nonlocal clock
-        clock += 2 * budget_search.CARRY_SECONDS * len(problem.graph.steps)
+        clock += 2 * budget_search.REALIZE_SECONDS * len(problem.graph.steps)
         return realize(problem, *given, **options)
 
     def slow(self, under_way):
         nonlocal clock
-        under_way.carry(rule_columns(self.problem, POLICIES["mesp"]))
+        under_way.try_columns(rule_columns(self.problem, POLICIES["mesp"]))
         clock = max(clock, under_way.deadline)
         under_way.timely = False
 

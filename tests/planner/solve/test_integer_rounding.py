@@ -17,7 +17,7 @@ from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.layer_figures import FIELDS, KIB
 from tightfit.planner.solve import column_generation
 from tightfit.planner.solve.column_generation import MARGINS, ColumnGeneration
-from tightfit.planner.solve.integer_rounding import BYTES, PEAKS, Rounding, WindowBytes, rounded
+from tightfit.planner.solve.integer_rounding import BYTES, PEAKS, ColumnRounding, WindowBytes, rounded
 from tightfit.planner.solve.search import Solver
 
 
@@ -94,7 +94,7 @@ def test_what_is_fitted_fits_and_no_change_of_two_layers_is_better():
     missed = 0
     for seed in range(200):
         windows, figures, prices, candidates = drawn(seed, layers=5, width=4)
-        picks = Rounding([0, 1, 0, 1, 0], figures, prices, candidates).fitted(windows, [0] * 5, math.inf)
+        picks = ColumnRounding([0, 1, 0, 1, 0], figures, prices, candidates).fitted(windows, [0] * 5, math.inf)
         time_ms = np.stack(prices)
         time_ms[:, BYTES] = 0.0
         fitting = {}
@@ -124,7 +124,7 @@ def fitted(rows, mixture, picks, spare=0.0, deadline=math.inf):
     figures = [table(rows), table(rows)]
     windows = WindowBytes(np.full((3, 2), spare), np.stack([table([(mixture, 0.0)])[0]] * 2), 0.0)
     prices = [np.ones(len(FIELDS))] * 2
-    return Rounding([0, 1], figures, prices, [list(range(len(rows)))] * 2).fitted(windows, picks, deadline)
+    return ColumnRounding([0, 1], figures, prices, [list(range(len(rows)))] * 2).fitted(windows, picks, deadline)
 
 
 def test_what_hardly_makes_room_does_not_hide_what_does():
@@ -142,7 +142,7 @@ def test_a_change_that_costs_nothing_makes_room_for_another():
     rows[1][2, FIELDS.index("backward_peak")] = 40.0
     mixtures = np.stack([rows[0][0], rows[1][0]])
     windows = WindowBytes(np.zeros((3, 2)), mixtures, 0.0)
-    rounding = Rounding([0, 1], rows, [np.ones(len(FIELDS))] * 2, [[0, 1, 2]] * 2)
+    rounding = ColumnRounding([0, 1], rows, [np.ones(len(FIELDS))] * 2, [[0, 1, 2]] * 2)
     assert rounding.fitted(windows, [0, 0], math.inf) == [1, 2]
 
 
@@ -167,7 +167,7 @@ def test_many_layers_are_fitted_in_time():
     figures = [other if kind else one for kind in kinds]
     mixtures = np.stack([rows.mean(axis=0) for rows in figures])
     windows = WindowBytes(np.zeros((3, 300)), mixtures, 0.2)
-    rounding = Rounding(kinds, figures, [np.ones(len(FIELDS))] * 300, [list(range(30))] * 300)
+    rounding = ColumnRounding(kinds, figures, [np.ones(len(FIELDS))] * 300, [list(range(30))] * 300)
     begun = time.thread_time()
     try:
         picks = rounding.fitted(windows, [0] * 300, time.monotonic() + 1.0)

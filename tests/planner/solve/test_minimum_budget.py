@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tightfit.planner.solve.minimum_budget import ROUNDS, lowered
+from tightfit.planner.solve.minimum_budget import ROUNDS, lower_peak
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Oracle:
 @pytest.mark.parametrize("least", [10**6 - 1, 10**6 - 2, 999_000, 654_321, 500_001, 500_000])
 def test_one_byte_less_has_none(least, step):
     oracle = Oracle(least)
-    best, ended = lowered(Peak(10**6), oracle, 500_000, step)
+    best, ended = lower_peak(Peak(10**6), oracle, 500_000, step)
     assert (best.peak_bytes, ended) == (least, True)
     assert least == 500_000 or oracle.asked[-1] == least - 1
     assert min(oracle.asked) >= 500_000
@@ -38,7 +38,7 @@ def test_one_byte_less_has_none(least, step):
 
 def test_nothing_is_asked_at_the_floor():
     oracle = Oracle(0)
-    assert lowered(Peak(500), oracle, 500) == (Peak(500), True)
+    assert lower_peak(Peak(500), oracle, 500) == (Peak(500), True)
     assert not oracle.asked
 
 
@@ -50,7 +50,7 @@ def test_an_end_without_proof():
         seen.append(step)
         return Peak(best.peak_bytes - 1) if step <= 2 else None
 
-    best, ended = lowered(Peak(10**9), creeping, 0)
+    best, ended = lower_peak(Peak(10**9), creeping, 0)
     assert not ended
     assert len(seen) == ROUNDS
     assert best.peak_bytes < 10**9
@@ -62,6 +62,6 @@ def test_time_is_up():
             raise TimeoutError
         return Peak(best.peak_bytes - step)
 
-    best, ended = lowered(Peak(1000), below, 0, 60)
+    best, ended = lower_peak(Peak(1000), below, 0, 60)
     assert not ended
     assert best.peak_bytes < 900

@@ -18,7 +18,7 @@ from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.io import load_plan, save_plan
 from tightfit.planner.model_planner import ModelPlanner
-from tightfit.planner.problem.gradients import cycle, trained_blocks, two_forwards, without_resting_states
+from tightfit.planner.problem.gradients import lcsb_cycle, trained_blocks, two_forwards, without_resting_states
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.schedule.multi_layer_recompute import equal_segments, rerun_layers
@@ -235,7 +235,7 @@ def test_every_family_has_residuals(family, tmp_path):
     profile = decoder_profile(tmp_path, config=CONFIGS[family], batch=1, seq=8)
     blocks = trained_blocks(profile)
     assert len(blocks) == CONFIGS[family]["num_hidden_layers"]
-    steps = cycle(profile, positions=len(blocks))
+    steps = lcsb_cycle(profile, positions=len(blocks))
     assert [len(step.passages) for step in steps] == list(
         reversed(range(len(blocks)))
     )  # from the head down to its block
@@ -279,7 +279,7 @@ def test_mezo_needs_something_to_move(planner):
 
 def test_no_bound_of_a_cycle_counts_states_at_rest(planner):
     """Optimizer states of resting layers may lie on disk: room for them changes no bound."""
-    part = next(part for part in planner._policy("lcsb") if part.skipped)
+    part = next(part for part in planner._cycle_of("lcsb") if part.skipped)
     free = without_resting_states(part.problem.profile)
     gone = {t.name for t in part.problem.profile.tensors} - {t.name for t in free.tensors}
     assert gone

@@ -14,13 +14,13 @@ from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.solve.master_lp import MasterLp
-from tightfit.planner.solve.pricing import Hull, Pool, figures_row
+from tightfit.planner.solve.pricing import ColumnPool, FigureHull, figures_row
 from tightfit.planner.solve.search import Solver
 
 
 def test_a_solver_that_gives_up_proves_nothing_and_is_replaced(monkeypatch):
     """Glop ends some programs as ABNORMAL, and MathOpt then fails to say so: zero is a bound that always holds."""
-    hull = Hull(layered(small_chain(3, layers=2)).types[0])
+    hull = FigureHull(layered(small_chain(3, layers=2)).types[0])
     prices = np.ones(len(FIELDS))
     least = hull.bound(prices)
     hull.prove(prices, least + 5.0)
@@ -40,7 +40,7 @@ def test_no_decision_is_cheaper_than_what_is_proven():
     """At the prices that were asked for, at others, and where one figure alone has a price."""
     chance, rng = np.random.default_rng(0), random.Random(0)
     for profile in (small_chain(3, layers=2), small_chain(4, layers=3)):
-        pool = Pool(problem=layered(profile))
+        pool = ColumnPool(problem=layered(profile))
         for number, kind in enumerate(pool.problem.types):
             costs = np.stack([figures_row(measure(kind, random_decision(rng, kind))) for _ in range(20)])
             asked = [chance.uniform(0.0, 1.0, len(FIELDS)) for _ in range(3)]
@@ -55,7 +55,7 @@ def test_no_decision_is_cheaper_than_what_is_proven():
 
 def test_what_is_proven_is_the_solvers_bound_and_not_its_answer(monkeypatch):
     """Where it stops at a gap, decisions may be cheaper than the one that it found."""
-    pool = Pool(problem=layered(small_chain(3, layers=2)))
+    pool = ColumnPool(problem=layered(small_chain(3, layers=2)))
     prices = np.ones(len(FIELDS))
     program = pool.block(0, 60.0).program
     solve, found = program.solve, []
@@ -88,7 +88,7 @@ def test_an_answer_from_before_new_columns_is_not_given_again(monkeypatch):
 
 
 def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
-    hull = Hull(layered(small_chain(3, layers=2)).types[0])
+    hull = FigureHull(layered(small_chain(3, layers=2)).types[0])
     before, solver = signal.getsignal(signal.SIGINT), hull.solver
     hull.solver = Swallowing()
     with pytest.raises(KeyboardInterrupt):

@@ -17,8 +17,8 @@ from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.layer_variables import choice_count
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
-from tightfit.planner.problem.layer_types import Layered
-from tightfit.planner.schedule.free_ranges import Places, gap
+from tightfit.planner.problem.layer_types import LayeredStep
+from tightfit.planner.schedule.free_ranges import TakenRanges, gap
 from tightfit.planner.schedule.lowering import live_profile
 from tightfit.planner.schedule.prefetch import clock
 from tightfit.planner.schedule.prefetch_in_place import _tightest_gap, prefetch_in_place
@@ -28,7 +28,7 @@ from tightfit.planner.solve.budget_search import GOOD
 from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, rule_columns, smallest
 from tightfit.planner.solve.search import Solver
-from tightfit.planner.solvers.lp import Growing, Linear, LinearProgram
+from tightfit.planner.solvers.lp import GrowingProgram, Linear, LinearProgram
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +147,12 @@ def test_nothing_is_carried_out_twice(decoder, monkeypatch):
         budget_search, "realize", lambda *given, **named: carried.append(given[2]) or real(*given, **named)
     )
     one = budget_search.BudgetSearch(problem=decoder.problem, limit=room, started=0.0, deadline=time.monotonic() + 600)
-    first, _ = one.carry(columns)
-    other = replace(one, found=[])
-    again, _ = other.carry(columns)
+    first, _ = one.try_columns(columns)
+    other = replace(one, schedules=[])
+    again, _ = other.try_columns(columns)
     assert again is first is not None
-    assert other.found == [first]
-    assert replace(one, limit=room + 1).carry(columns)[0] is not None
+    assert other.schedules == [first]
+    assert replace(one, limit=room + 1).try_columns(columns)[0] is not None
     assert carried == [room, room + 1]
 
 
@@ -189,7 +189,7 @@ def test_choices_are_counted_as_they_are_posted(decoder):
 def test_a_growing_program_ends_where_a_fresh_one_does(seed):
     chance = np.random.default_rng(seed)
     costs, needs = chance.integers(1, 20, 8).astype(float), chance.integers(1, 9, (8, 3)).astype(float)
-    growing = Growing()
+    growing = GrowingProgram()
     spare = growing.variable()
     rows = [growing.at_least(Linear().add(spare), 1.0) for _ in range(3)]
     shares: list[int] = []
@@ -222,7 +222,7 @@ def test_a_growing_program_ends_where_a_fresh_one_does(seed):
 @settings(max_examples=200)
 def test_bytes_taken_at_any_time_of_a_span(stays, asked):
     """The tree says what looking at every stay says."""
-    places = Places(701)
+    places = TakenRanges(701)
     for first, length, low, size in stays:
         places.add(low, low + size, first, first + length)
     begin, end = asked[0], asked[0] + asked[1]
@@ -250,7 +250,7 @@ def test_the_tightest_gap_of_many_ranges_at_once(ranges, base, size, alignment):
 
 def test_transfers_move_among_tensors_in_their_places(decoder):
     """In the very bytes that the draft takes the step gets shorter, and nothing overlaps at any time."""
-    problem: Layered = decoder.problem
+    problem: LayeredStep = decoder.problem
     draft = CyclePart(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
     _, still = prefetch_in_place(draft, problem.inputs, 0)
     train, arena = prefetch_in_place(draft, problem.inputs, still.bytes)

@@ -19,15 +19,15 @@ from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule import prefetch
-from tightfit.planner.schedule.prefetch import Bytes, best_order, facts_of
+from tightfit.planner.schedule.prefetch import FreeBytes, best_order, facts_of
 from tightfit.planner.schedule.realize import CyclePart, realize
 from tightfit.planner.solve.budget_search import BudgetSearch
 from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
-from tightfit.planner.solve.pricing import Pool
+from tightfit.planner.solve.pricing import ColumnPool
 from tightfit.planner.solve.search import SearchResult, Solver
 from tightfit.planner.solvers import lp
-from tightfit.planner.solvers.lp import Growing, Linear, LinearProgram, Solution
+from tightfit.planner.solvers.lp import GrowingProgram, Linear, LinearProgram, Solution
 from tightfit.runtime.common.gc_pause import paused_collector
 
 TIGHT = 5734400
@@ -96,8 +96,8 @@ def test_a_search_without_time_to_fill_in_still_chooses(decoder, monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr(search, "_fitted", lambda *_: None)
-    monkeypatch.setattr(Pool, "cheapest_within", lambda *_: None)
-    monkeypatch.setattr(Pool, "fill", late)
+    monkeypatch.setattr(ColumnPool, "cheapest_within", lambda *_: None)
+    monkeypatch.setattr(ColumnPool, "fill", late)
     assert search.timely
     assert search.choose(limit) is not None
     assert asked == [1]
@@ -117,7 +117,7 @@ def test_a_choice_that_time_ends_is_the_best_so_far(decoder, monkeypatch):
             raise TimeoutError from None
 
     monkeypatch.setattr(search, "_whole", whole)
-    monkeypatch.setattr(Pool, "fill", lambda *_: None)
+    monkeypatch.setattr(ColumnPool, "fill", lambda *_: None)
     # The first answer is no good one, and there is no time for another.
     assert search.choose(limit) is columns
     with pytest.raises(TimeoutError):
@@ -125,7 +125,7 @@ def test_a_choice_that_time_ends_is_the_best_so_far(decoder, monkeypatch):
 
 
 def test_a_solver_that_cannot_be_made_is_done_without(monkeypatch):
-    growing = Growing()
+    growing = GrowingProgram()
     variable = growing.variable()
     growing.at_least(Linear().add(variable), 3.0)
 
@@ -137,7 +137,7 @@ def test_a_solver_that_cannot_be_made_is_done_without(monkeypatch):
 
 
 def test_a_second_opinion_gets_what_time_is_left(monkeypatch):
-    growing = Growing()
+    growing = GrowingProgram()
     variable = growing.variable()
     granted = []
     now = itertools.count(0, 1.0)
@@ -150,7 +150,7 @@ def test_a_second_opinion_gets_what_time_is_left(monkeypatch):
 
 def test_a_warm_start_that_wanders_is_broken_off(monkeypatch):
     """The optimum is the same; the program starts from nothing instead."""
-    growing = Growing()
+    growing = GrowingProgram()
     pairs = [(growing.variable(), growing.variable()) for _ in range(40)]
     cheap, dear = Linear(), Linear()
     for one, two in pairs:
@@ -175,30 +175,30 @@ def test_transfers_past_the_deadline_are_ordered_once(monkeypatch, deadline, pas
     draft = CyclePart(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
     facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
     made = []
-    one = prefetch._Disk
-    monkeypatch.setattr(prefetch, "_Disk", lambda *given: made.append(1) or one(*given))
-    best_order(facts, problem.inputs, lambda: Bytes(facts, 1 << 30), deadline)
+    one = prefetch._PrefetchPass
+    monkeypatch.setattr(prefetch, "_PrefetchPass", lambda *given: made.append(1) or one(*given))
+    best_order(facts, problem.inputs, lambda: FreeBytes(facts, 1 << 30), deadline)
     assert len(made) == passes
 
 
 def test_past_the_deadline_rules_give_way_to_what_was_found(chain):
     planner, _ = chain
     found = replace(of_rule(planner), seconds=1e6)
-    late = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1, found=[found])
+    late = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1, schedules=[found])
     planner.solver._by_rules(late, 0.0)
-    assert late.found == [found]
+    assert late.schedules == [found]
     assert not late.timely
     # Where there is nothing yet, one rule is carried out all the same.
     empty = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1)
     planner.solver._by_rules(empty, 0.0)
-    assert len(empty.found) == 1
+    assert len(empty.schedules) == 1
     assert not empty.timely
 
 
 def test_columns_carried_out_late_are_not_what_another_run_finds(chain):
     planner, _ = chain
     late = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1)
-    schedule, _ = late.carry(rule_columns(planner.problem, POLICIES["mebp"]))
+    schedule, _ = late.try_columns(rule_columns(planner.problem, POLICIES["mebp"]))
     assert late.best is schedule
     assert not late.timely
 
@@ -206,7 +206,7 @@ def test_columns_carried_out_late_are_not_what_another_run_finds(chain):
 def test_a_search_that_was_cut_once_stays_so(decoder):
     late = attempt_of(decoder, 1 << 40, timely=False)
     decoder.solver._by_columns(late)
-    assert late.found
+    assert late.schedules
     assert not late.timely
 
 
@@ -242,14 +242,14 @@ def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found
         if not next(carried):
             return None, 7
         schedule = SimpleNamespace(seconds=2.0 + len(asked) % 3, stalls=2.0 if waits else 0.0)
-        attempt.found.append(schedule)
+        attempt.schedules.append(schedule)
         return schedule, 0
 
     attempt = BudgetSearch(problem=None, limit=limit, deadline=math.inf, started=0.0, bound=1.0)
-    attempt.carries_in_time = lambda: True
-    attempt.carry, attempt._price = carry, lambda search, reserve: None
+    attempt.has_time_to_realize = lambda: True
+    attempt.try_columns, attempt._price = carry, lambda search, reserve: None
     if found:
-        attempt.found.append(SimpleNamespace(seconds=3.0, stalls=0.0))
+        attempt.schedules.append(SimpleNamespace(seconds=3.0, stalls=0.0))
     search = SimpleNamespace(choose=choose, timely=True, report=lambda *_: None)
     attempt.choose(search)
 
@@ -270,29 +270,29 @@ def test_what_is_near_the_bound_gets_another_choice_only_while_that_helps(second
 
     def carry(columns):
         schedule = SimpleNamespace(seconds=next(left), stalls=1.0)
-        attempt.found.append(schedule)
+        attempt.schedules.append(schedule)
         return schedule, 0
 
-    attempt.carries_in_time = lambda: True
-    attempt.carry, attempt._price = carry, lambda search, reserve: None
+    attempt.has_time_to_realize = lambda: True
+    attempt.try_columns, attempt._price = carry, lambda search, reserve: None
     search = SimpleNamespace(choose=lambda room: room, timely=True, report=lambda *_: None)
     attempt.choose(search)
-    assert len(attempt.found) == carried
-    assert attempt.settled()
+    assert len(attempt.schedules) == carried
+    assert attempt.good_enough()
 
 
 def test_what_another_choice_found_and_that_time_ended_it_is_kept(monkeypatch):
     attempt = BudgetSearch(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
 
     def choose(one, search, choices):
-        one.found.append("found")
+        one.schedules.append("found")
         one.timely = False
         raise TimeoutError
 
     monkeypatch.setattr(BudgetSearch, "choose", choose)
     with pytest.raises(TimeoutError):
         attempt.choose_anew(None)
-    assert (attempt.found, attempt.timely) == (["found"], False)
+    assert (attempt.schedules, attempt.timely) == (["found"], False)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_what_another_choice_found_and_that_time_ended_it_is_kept(monkeypatch):
 def test_a_choice_that_time_cut_short_is_not_what_another_run_finds(left, searched, timely):
     """Time ended the search, or there was none left to carry anything out."""
     attempt = BudgetSearch(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
-    attempt.carries_in_time = lambda: left
+    attempt.has_time_to_realize = lambda: left
     search = SimpleNamespace(choose=lambda room: None, timely=searched)
     attempt.choose(search)
     assert attempt.timely == timely
@@ -328,10 +328,10 @@ def test_the_bound_of_the_class_keeps_no_rule_from_being_tried_that_runs_layers_
     planner = ModelPlanner(deep(9))
     best = replace(of_rule(planner, "keep-all"), seconds=10.0)
     for any_bound, twice in ((0.0, True), (10.0, False)):
-        attempt = attempt_of(planner, 1 << 40, bound=10.0, found=[best])
+        attempt = attempt_of(planner, 1 << 40, bound=10.0, schedules=[best])
         planner.solver._by_rules(attempt, any_bound)
-        assert any(schedule.segments for schedule in attempt.found) == twice
-        assert len(attempt.found) == 1 + twice
+        assert any(schedule.segments for schedule in attempt.schedules) == twice
+        assert len(attempt.schedules) == 1 + twice
 
 
 def test_a_plan_is_held_against_the_highest_bound_that_holds_for_it(chain):
@@ -387,7 +387,7 @@ def test_a_plan_of_a_smaller_budget_is_held_against_its_own_bound(chain):
     solver_ = Solver(planner.problem)
     alone = solver_.solve(budget, time.monotonic() + 30, None)
     twice = replace(alone.schedule, segments=((0, 1),), seconds=0.9 * alone.schedule.seconds)
-    solver_.found.append(SearchResult(schedule=twice, bound_seconds=0.0))
+    solver_.results.append(SearchResult(schedule=twice, bound_seconds=0.0))
     again = solver_.solve(budget, time.monotonic() + 30, None, bound=alone.schedule.seconds / 2)
     assert again.schedule is twice
     assert again.proven_seconds == alone.schedule.seconds / 2
@@ -401,9 +401,9 @@ def test_a_plan_that_another_run_may_not_find_says_so_at_every_budget(chain):
     alone = solver_.solve(budget, time.monotonic() + 30, None)
     assert alone.deterministic
     chance = replace(alone.schedule, seconds=0.9 * alone.schedule.seconds, peak_bytes=1)
-    solver_.found.append(SearchResult(schedule=chance, bound_seconds=0.0, deterministic=False))
+    solver_.results.append(SearchResult(schedule=chance, bound_seconds=0.0, deterministic=False))
     assert not solver_.solve(budget, time.monotonic() + 30, None).deterministic
-    least, certain = solver_.least(time.monotonic() + 30)
+    least, certain = solver_.lowest_schedule(time.monotonic() + 30)
     assert least is chance
     assert not certain
 
@@ -413,7 +413,7 @@ def test_the_same_question_leaves_nothing_new_behind(chain):
     solver_ = Solver(planner.problem)
     first = solver_.solve(budget, time.monotonic() + 30, None)
     assert solver_.solve(budget, time.monotonic() + 30, None) == first
-    assert solver_.found == [first]
+    assert solver_.results == [first]
 
 
 @pytest.mark.slow
@@ -423,7 +423,7 @@ def test_a_budget_clearly_above_the_smallest_is_one_before_that_is_known(monkeyp
     later = time.monotonic() + 600
     _, fewest, _ = ColumnGeneration(relaxation=Solver(problem).relaxed, limit_bytes=None, deadline=later).columns()
     asked = []
-    monkeypatch.setattr(Solver, "least", lambda self, _: asked.append(self) or (self.smallest, True))
+    monkeypatch.setattr(Solver, "lowest_schedule", lambda self, _: asked.append(self) or (self.smallest, True))
     for above in (1.2, 1.05):
         one = Solver(problem)
         budget = int(above * fewest * 1024) - one.room(0)

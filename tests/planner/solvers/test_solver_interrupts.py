@@ -23,7 +23,7 @@ from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import what_if
 from tightfit.planner.solvers.cp_sat import single_worker, solved
 from tightfit.planner.solvers.highs import solve_silently
-from tightfit.planner.solvers.lp import Growing, Linear
+from tightfit.planner.solvers.lp import GrowingProgram, Linear
 from tightfit.planner.solvers.solver_interrupts import interruptible
 from tightfit.profiles.graph_input import graph_profile
 
@@ -161,7 +161,7 @@ def test_an_interruption_while_a_solver_is_made_leaves_none_behind(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.3)
 
-    program = Growing()
+    program = GrowingProgram()
     goal = Linear().add(program.variable())
     with monkeypatch.context() as patch:
         patch.setattr("tightfit.planner.solvers.lp.mathopt.IncrementalSolver", making)
@@ -175,7 +175,7 @@ def test_an_interruption_while_a_solver_is_made_leaves_none_behind(monkeypatch):
 def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
     """It came out as an AttributeError, which MathOpt's conversion also raises by itself, and the search went on."""
 
-    program = Growing()
+    program = GrowingProgram()
     goal = Linear().add(program.variable())
     assert program.solve(goal).objective == 0.0
     program.__dict__["_solver"] = Swallowing()

@@ -17,7 +17,7 @@ from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.gradients import two_forwards
 from tightfit.planner.problem.layer_figures import FIELDS
-from tightfit.planner.problem.layer_types import Mode
+from tightfit.planner.problem.layer_types import WeightMode
 from tightfit.planner.schedule.layer_schedule import Decision, measure
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
 from tightfit.planner.solvers.lp import Linear, LinearProgram
@@ -178,7 +178,7 @@ def test_the_layer_model_tells_the_peak_of_the_evaluation(profile):
     kind = layered(profile).types[-1]
     assert kind.evaluate != kind.forward
     for mode in ("disk", "packed", "unpacked"):
-        weights = tuple((name, Mode(mode, mode, mode)) for name in kind.weights)
+        weights = tuple((name, WeightMode(mode, mode, mode)) for name in kind.weights)
         decision = Decision(keep=frozenset(kind.candidates), offload=frozenset(), weights=weights, states=frozenset())
         block = LayerProgram(LinearProgram(), kind)
         block.fix(decision)

@@ -339,10 +339,10 @@ def test_an_interrupted_comparison_keeps_what_the_other_process_sent(profile, bu
                 time.sleep(0.01)
             waited.append(done)
 
-    cells = tightfit.planner.report.compare._Table._cells
+    cells = tightfit.planner.report.compare._ComparisonTable._cells
     with tempfile.TemporaryDirectory() as folder:
         sent = Path(folder) / "sent"
-        monkeypatch.setattr(tightfit.planner.report.compare._Table, "_cells", answers)
+        monkeypatch.setattr(tightfit.planner.report.compare._ComparisonTable, "_cells", answers)
         monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Seen)
         monkeypatch.setattr(tightfit.planner.report.compare, "our_cores", lambda: 2)
         result = compare(profile, budgets, ["solver"], progress=interrupt)
@@ -379,8 +379,8 @@ def test_an_interrupted_comparison_waits_for_nothing_that_the_other_process_goes
                 time.sleep(0.01)
             raise KeyboardInterrupt
 
-    cells = tightfit.planner.report.compare._Table._cells
-    monkeypatch.setattr(tightfit.planner.report.compare._Table, "_cells", answers)
+    cells = tightfit.planner.report.compare._ComparisonTable._cells
+    monkeypatch.setattr(tightfit.planner.report.compare._ComparisonTable, "_cells", answers)
     monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Seen)
     monkeypatch.setattr(tightfit.planner.report.compare, "our_cores", lambda: 2)
     result = compare(profile, budgets, ["solver"], progress=interrupt, planned=planned.append)
@@ -390,7 +390,7 @@ def test_an_interrupted_comparison_waits_for_nothing_that_the_other_process_goes
 
 
 def test_ctrl_c_while_plans_are_put_in_order_costs_none(profile, budgets, monkeypatch):
-    seen, monotone = [], tightfit.planner.report.compare._Table.monotone
+    seen, monotone = [], tightfit.planner.report.compare._ComparisonTable.monotone
 
     def interrupted(self):
         if not seen:
@@ -398,7 +398,7 @@ def test_ctrl_c_while_plans_are_put_in_order_costs_none(profile, budgets, monkey
             raise KeyboardInterrupt
         return monotone(self)
 
-    monkeypatch.setattr(tightfit.planner.report.compare._Table, "monotone", interrupted)
+    monkeypatch.setattr(tightfit.planner.report.compare._ComparisonTable, "monotone", interrupted)
     result = compare(profile, budgets[-2:], ["mebp"])
     assert len(seen) == 1
     assert [plan.budget_bytes for plan in result.plans] == budgets[-2:]
