@@ -72,10 +72,10 @@ class Exchange(JoinedRole):
     """Hands gradients over as they come (`apply`); `finish` adds up those of all members and updates."""
 
     def __init__(
-        self, transport: Transport, part: ExchangePart, trained: Trained, micro_batches: int, *, plan: str, exact: bool
+        self, transport: Transport, part: ExchangePart, trained: Trained, micro_batches: int, *, exact: bool
     ) -> None:
-        """Raises RunError where the disk lacks the space for gradients or states. For `plan` and `exact` see `JoinedRole`."""
-        super().__init__(transport, plan=plan, exact=exact)
+        """Raises RunError where the disk lacks the space for gradients or states."""
+        super().__init__(transport, exact=exact)
         self.share = Share(first=part.first, count=part.count, micro_batches=micro_batches)
         self.exchange = self
         self.optimizer = trained.optimizer

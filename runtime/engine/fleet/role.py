@@ -123,10 +123,7 @@ class FleetRole:
         return []
 
     def leave(self, why: str) -> None:
-        """Tell the other members that this one ends, and why."""
-
-    def hang_up(self) -> None:
-        """Close the connections to the other members."""
+        """Tell the other members that this one ends, and why, unless one of them has ended already."""
 
     def close(self) -> None:
         """The run is over, as planned."""
@@ -139,14 +136,14 @@ class JoinedRole(FleetRole):
     apart = False
     """whether the members train tensors of their own, so that each has checkpoints of its own"""
 
-    def __init__(self, transport: Transport, *, plan: str, exact: bool) -> None:
-        """`plan`: fingerprint of the fleet's plan; `exact`: whether all members must round alike."""
-        self.transport, self._plan, self._exact = transport, plan, exact
+    def __init__(self, transport: Transport, *, exact: bool) -> None:
+        """`exact`: whether all members must round alike."""
+        self.transport, self._exact = transport, exact
 
     def agree(self, settings: Mapping[str, Any], held_out: str | None, out: str, *, resume: bool) -> None:
         from tightfit.runtime.engine.fleet.agreement import agree
 
-        said = {**settings, "plan of the fleet": self._plan}
+        said = {**settings, "plan of the fleet": self.transport.plan}
         agree(self.transport, said, out, resume=resume, exact=self._exact, apart=self.apart)
 
     def watched(self, done: int, steps: int | None, accumulate: int) -> dict[int, str]:
@@ -156,9 +153,6 @@ class JoinedRole(FleetRole):
 
     def leave(self, why: str) -> None:
         self.transport.leave(why)
-        self.transport.hang_up()
-
-    def hang_up(self) -> None:
         self.transport.hang_up()
 
     def close(self) -> None:

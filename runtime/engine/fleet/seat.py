@@ -70,8 +70,8 @@ class Seat:
         )
         if isinstance(self.part, StagePart):
             stage = OneWayStage if self.part.one_way else Stage
-            return stage(transport, self.part, self.micro_batches, plan=self.plan, exact=self.exact)
-        return Exchange(transport, self.part, trained, self.micro_batches, plan=self.plan, exact=self.exact)
+            return stage(transport, self.part, self.micro_batches, exact=self.exact)
+        return Exchange(transport, self.part, trained, self.micro_batches, exact=self.exact)
 
 
 def seat_of(header: Mapping[str, Any]) -> Seat:

@@ -164,9 +164,8 @@ class Stage(JoinedRole):
 
     apart = True
 
-    def __init__(self, transport: Transport, part: StagePart, micro_batches: int, *, plan: str, exact: bool) -> None:
-        """For `plan` and `exact` see `JoinedRole`."""
-        super().__init__(transport, plan=plan, exact=exact)
+    def __init__(self, transport: Transport, part: StagePart, micro_batches: int, *, exact: bool) -> None:
+        super().__init__(transport, exact=exact)
         rank, below, above, bits = transport.rank, part.below, part.above, part.bits
         self.share = Share(first=0, count=micro_batches, micro_batches=micro_batches)
         self._gathers = part.gathers

@@ -167,7 +167,7 @@ class Transport:
         later for a sign of life and for a message to get on. Raises RunError where they do not meet, and where `stopping` says
         so while it waits; `say` is told who is waited for.
         """
-        self.members, self.rank, self.timeout, self._stopping = members, rank, timeout, stopping
+        self.members, self.rank, self.plan, self.timeout, self._stopping = members, rank, plan, timeout, stopping
         self._beat = min(BEAT_SECONDS, timeout / 5)
         self._verdict: tuple[int, str] | None = None
         """who is gone, and what is said of it"""

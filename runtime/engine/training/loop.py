@@ -300,16 +300,15 @@ class _Run:
         """Send the figures of a step and add them to the metrics. Raises InputError if its loss is not finite."""
         self.metrics.add(step=step, **{name: value for name, value in told.items() if name != "spent"})
         self.send("step", step=step, **told)
-        if not math.isfinite(told["loss"]):
-            raise InputError(
-                f"the loss of step {step} is not a number; lower the learning rate (lr {self.training.rate}) or check the"
-                " data"
-            )
-        if not math.isfinite(told.get("grad_norm", 0.0)):
-            raise InputError(
-                f"the norm of the gradients of step {step} is not finite; lower the learning rate (lr {self.training.rate}) or"
-                " check the data"
-            )
+        for what, value, wanted in (
+            ("loss", told["loss"], "a number"),
+            ("norm of the gradients", told.get("grad_norm", 0.0), "finite"),
+        ):
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the {what} of step {step} is not {wanted}; lower the learning rate (lr {self.training.rate}) or check the"
+                    " data"
+                )
 
     def _finish_step(self, *, stop: bool) -> tuple[int, bool]:
         """End a step of all members of a fleet, if there are others; returns the number of micro-batches taken since the run
@@ -455,7 +454,7 @@ class _Run:
 
     def left_alone(self, error: MemberGoneError) -> NoReturn:
         """Save, since another member of the fleet has ended; raises RunError, which says which one."""
-        self.role.hang_up()
+        self.role.leave(f"has ended: {error}")
         if self.done and self.saved != self.done:
             self._save()
         saved = f"everything up to step {self.done} is saved in {self.path}" if self.path else "nothing is trained yet"
