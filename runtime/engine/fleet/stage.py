@@ -302,29 +302,15 @@ class Stage(JoinedRole):
         """The first member saves what all have; the others send it their own."""
         if not self._gathers:
             return []
-        if self._first:
-            return self._collected()
-        import torch
-
-        self.transport.send_json([[one.name, one.dtype, one.shape] for one in items()], 0)
-        for item in items():
-            for chunk in item.chunks():
-                self.transport.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), 0).wait()
-        return []
-
-    def _collected(self) -> list[Item]:
-        """The trained tensors of all other members, in the order of the layers; each can be read once, in this order."""
+        if not self._first:
+            self.transport.send_json([[one.name, one.dtype, one.shape] for one in items()], 0)
+            for item in items():
+                self.transport.send_parts(item.chunks(), 0)
+            return []
+        # Of all others, in the order of the layers; each can be read once, in this order.
         result = []
         for rank in range(1, len(self.transport.members)):
             for name, dtype, shape in self.transport.receive_json(rank):
                 item = Item(name=name, dtype=dtype, shape=shape, chunks=lambda: ())
-                result.append(replace(item, chunks=partial(self._chunks, rank, item.bytes)))
+                result.append(replace(item, chunks=partial(self.transport.receive_parts, item.bytes, rank, CHUNK)))
         return result
-
-    def _chunks(self, rank: int, size: int) -> Iterator[memoryview]:
-        import torch
-
-        for done in range(0, size, CHUNK):
-            room = bytearray(min(CHUNK, size - done))
-            self.transport.receive(torch.frombuffer(room, dtype=torch.uint8), rank).wait()
-            yield memoryview(room)
