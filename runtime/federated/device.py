@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -131,7 +131,9 @@ def give_back() -> None:
 
 
 def _hello(device: Device, order: Order) -> tuple[Answer, bytes]:
-    """Who this device is, and the labels of its data, unless the server has them."""
+    """Who this device is, and the labels of its data, if the server needs them and has not got them."""
+    if not device.labels:
+        return Answer(round=HELLO, member=device.member), b""
     try:
         with open(device.labels, "rb") as file:
             labels = file.read()
@@ -184,17 +186,24 @@ def _run(command: list[str], device: Device, seconds: float) -> None:
         raise RunError(f"the run ended with code {code}: {last_message(log)}")
 
 
-def start(command: list[str], log: str) -> subprocess.Popen[bytes]:
-    """Start a command that writes what it says to the file `log`. It also ends if this process is killed."""
+def start(
+    command: Sequence[str],
+    log: str,
+    environment: Mapping[str, str] | None = None,
+    orphaned: signal.Signals = signal.SIGTERM,
+) -> subprocess.Popen[bytes]:
+    """Start a command that writes what it says to the file `log`. The kernel sends it the signal `orphaned` when this process ends,
+    however it does.
+    """
     with open(log, "wb") as file:
         return subprocess.Popen(
             command,
-            env=os.environ | {"PYTHONPATH": interpreter.python_path()},
+            env=environment or os.environ | {"PYTHONPATH": interpreter.python_path()},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509  a call of the kernel, no lock is taken
+            preexec_fn=partial(end_with_parent, orphaned),  # noqa: PLW1509  a call of the kernel, no lock is taken
         )
 
 

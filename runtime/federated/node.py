@@ -29,7 +29,7 @@ from tightfit.runtime.federated.fleet_api import (
     UnreachableError,
     private_key,
 )
-from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer, Order
+from tightfit.runtime.federated.messages import ANSWER, HELLO, ORDER, OVER, Answer, Order
 
 POLL_SECONDS = 2.0
 AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 30.0
@@ -123,10 +123,12 @@ class Node:
                 self.api.push(incoming, ANSWER, Answer(round=OVER, member=self.device.member).words(), b"")
             _say(f"{self.device.member}: the rounds are over")
             raise SystemExit(0)
-        _say(f"{self.device.member}: round {order.round}, {order.steps_of(self.device.member)} steps")
+        if order.round != HELLO:
+            _say(f"{self.device.member}: round {order.round}, {order.steps_of(self.device.member)} steps")
         until = time.monotonic() + order.seconds
         answer, trained = take_part(self.device, order, incoming.adapter)
-        _say(f"{self.device.member}: {answer.error or f'loss {answer.loss:.4f}, {answer.seconds:.1f} s'}")
+        if order.round != HELLO or answer.error:
+            _say(f"{self.device.member}: {answer.error or f'loss {answer.loss:.4f}, {answer.seconds:.1f} s'}")
         while True:
             try:
                 self.api.push(incoming, ANSWER, answer.words(), trained)

@@ -107,6 +107,14 @@ class RoundsFolder:
         for folder in (self.rounds, self.out / "adapter"):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def labels(self, member: str) -> Path:
+        """The file of the labels that a device has sent."""
+        return self.out / "labels" / f"{member}.records"
+
+    def stage(self, member: str) -> Path:
+        """The folder of the server's runs for a device."""
+        return self.out / "stages" / member
+
     def _of(self, number: int) -> Path:
         return self.rounds / f"round-{number}"
 

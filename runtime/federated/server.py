@@ -12,10 +12,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.federated import flower
-from tightfit.runtime.federated.device import Device
+from tightfit.runtime.federated.device import Device, start
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, SERVER, RoundsFolder
 from tightfit.runtime.session.fleet import free_port
@@ -119,7 +117,7 @@ def _served(
     flags += ["--enable-supernode-auth"] if serving.keys else []
     # At SIGTERM a SuperLink waits for as long as a device has a request open; it keeps nothing that a later one needs.
     command = flower.superlink_command(serving.host, port, *flags)
-    processes.start("superlink", command, environment, orphaned=signal.SIGKILL)
+    processes.start("superlink", command, environment, signal.SIGKILL)
     local = LOCAL if serving.host in ("0.0.0.0", "::") else serving.host  # noqa: S104  compared, not bound
     processes.until("superlink", lambda: _answers(local, port))
     authority = serving.tls.authority if serving.tls else None
@@ -192,24 +190,14 @@ class _Processes:
         self,
         name: str,
         command: Sequence[str],
-        environment: dict[str, str],
-        *,
+        environment: Mapping[str, str],
         orphaned: signal.Signals = signal.SIGTERM,
     ) -> subprocess.Popen[bytes]:
-        """Start a process, which the kernel sends the signal `orphaned` when this one ends, however it does."""
-        with (self.out / f"{name}.log").open("wb") as log:
-            self.running[name] = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=partial(end_with_parent, orphaned),  # noqa: PLW1509  a call of the kernel, no lock is taken
-            )
+        """Start a process, as of `tightfit.runtime.federated.device.start`."""
+        self.running[name] = start(command, str(self.out / f"{name}.log"), environment, orphaned)
         return self.running[name]
 
-    def run(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
+    def run(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Run a command to its end. Raises RunError with what it said where it fails."""
         process = self.start(name, command, environment)
         try:

@@ -18,7 +18,7 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from tightfit.planner.fleet.io import load_member_plan, load_rounds, load_server_plan
-from tightfit.planner.fleet.schema import AnyRounds, FederatedPlan
+from tightfit.planner.fleet.schema import AnyRounds, SplitPlan
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.federated.flower_records import packed, unpacked
@@ -26,7 +26,6 @@ from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer, Ord
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds import Network, Reply, Rounds
 from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, RoundsFolder
-from tightfit.runtime.federated.split_rounds import SplitRounds
 
 OVER_SECONDS, LOOK_SECONDS = 10.0, 0.5
 """for devices to hear that the rounds are over, at most, and between two looks at their answers"""
@@ -101,13 +100,11 @@ def tell_over(network: Network, wait: Callable[[float], None] = time.sleep) -> N
         wait(LOOK_SECONDS)
 
 
-def _rounds(fleet: AnyRounds, options: RoundOptions, network: GridNetwork) -> Rounds:
-    folder = options.fleet
-    plans = {member.name: load_member_plan(folder, fleet, member.name) for member in fleet.taking}
-    if isinstance(fleet, FederatedPlan):
-        return Rounds(fleet, plans, options, network, say=_say)
-    above = {member.name: load_server_plan(folder, fleet, member.name) for member in fleet.taking}
-    return SplitRounds(fleet, plans, above, options, network, say=_say)
+def _rounds(fleet: AnyRounds, options: RoundOptions, network: Network) -> Rounds:
+    folder, names = options.fleet, [member.name for member in fleet.taking]
+    plans = {name: load_member_plan(folder, fleet, name) for name in names}
+    above = {name: load_server_plan(folder, fleet, name) for name in names} if isinstance(fleet, SplitPlan) else {}
+    return Rounds(fleet, plans, options, network, above, say=_say)
 
 
 def _alone(directory: Path) -> None:

@@ -22,9 +22,10 @@ from tightfit.planner.fleet.schema import (
     Stage,
 )
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.fleet.exchange import ExchangePart
 from tightfit.runtime.engine.fleet.meeting import listening
-from tightfit.runtime.engine.fleet.seat import ExchangePart, Seat, StagePart
-from tightfit.runtime.engine.fleet.stage import Boundary
+from tightfit.runtime.engine.fleet.seat import Seat
+from tightfit.runtime.engine.fleet.stage import Boundary, StagePart
 from tightfit.runtime.session.options import RunOptions
 
 PORT = 29400

@@ -71,6 +71,7 @@ def make_training(
         "base_model": "tiny",
         "adapter_body": plan.model.config.get("adapter_body", BODY),
         "optimizer": dataclasses.asdict(optimizer),
+        "expected_seconds": plan.step_seconds,
         "preference": plan.model.preference.model_dump() if plan.model.preference else None,
     }
     return Training(compile_job(plan, settings), channel or TransferChannel(), str(directory), device)

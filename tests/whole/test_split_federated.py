@@ -17,8 +17,7 @@ from tightfit.profiles.schema import adamw
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.federated.device import Device, take_part
 from tightfit.runtime.federated.options import RoundOptions
-from tightfit.runtime.federated.rounds import Reply
-from tightfit.runtime.federated.split_rounds import SplitRounds
+from tightfit.runtime.federated.rounds import Reply, Rounds
 from tightfit.runtime.federated.split_stage import prepared_device
 from tightfit.runtime.session.fleet import free_port
 
@@ -91,7 +90,7 @@ def test_rounds_are_those_of_devices_that_hold_all_layers(fleet, data, expected,
     options = RoundOptions(
         rounds=2, fleet=str(folder), out=str(tmp_path / "out"), least=2, lr=RATE, port=0, cgroup=False, timeout=LIMIT
     )
-    saved = SplitRounds(planned, plans, above, options, Threads(devices)).run()
+    saved = Rounds(planned, plans, options, Threads(devices), above).run()
     assert saved.adapter == expected
     assert saved.record["left_out"] == {}
     for member in planned.taking:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory, write_all
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import find_checkpoints, how_to_continue
 from tightfit.runtime.engine.fleet.transport import Transport
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CHUNK = 1 << 18
 """bytes of a file that pass in one message"""
@@ -81,58 +79,42 @@ def _short(value: Any) -> str:
 
 def _spread(transport: Transport, told: dict[str, Any], out: str, *, has: bool) -> None:
     """Send the newest checkpoint from the member that has it to those that lack it."""
-    import torch
-
-    buffer = torch.empty(CHUNK, dtype=torch.uint8)
     path = os.path.join(out, f"checkpoint-{told['step']}")
     if transport.rank == told["owner"]:
         for rank in told["lacking"]:
-            _send(transport, rank, path, buffer)
+            _send(transport, rank, path)
     elif not has:
-        _receive(transport, told["owner"], path, buffer)
+        _receive(transport, told["owner"], path)
 
 
-def _send(transport: Transport, rank: int, path: str, buffer: Tensor) -> None:
+def _send(transport: Transport, rank: int, path: str) -> None:
     names = sorted(os.listdir(path))
     transport.send_json({name: os.path.getsize(os.path.join(path, name)) for name in names}, rank)
-    room = _bytes(buffer)
     for name in names:
         with open(os.path.join(path, name), "rb", buffering=0) as file:
-            while size := file.readinto(room):
-                transport.send(buffer[:size], rank).wait()
+            transport.send_parts(iter(partial(file.read, CHUNK), b""), rank)
 
 
-def _receive(transport: Transport, owner: int, path: str, buffer: Tensor) -> None:
+def _receive(transport: Transport, owner: int, path: str) -> None:
     """Receive a checkpoint's files under another name, and give them their own once all are there."""
-    partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.partial")
-    room = _bytes(buffer)
+    partly = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
+        shutil.rmtree(partly, ignore_errors=True)
+        os.makedirs(partly)
         for name, size in transport.receive_json(owner).items():
-            descriptor = os.open(os.path.join(partial, os.path.basename(name)), os.O_WRONLY | os.O_CREAT, 0o644)
+            descriptor = os.open(os.path.join(partly, os.path.basename(name)), os.O_WRONLY | os.O_CREAT, 0o644)
             try:
-                left = size
-                while left:
-                    part = min(CHUNK, left)
-                    transport.receive(buffer[:part], owner).wait()
-                    write_all(descriptor, room[:part])
-                    left -= part
+                for part in transport.receive_parts(size, owner, CHUNK):
+                    write_all(descriptor, part)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        sync_directory(partial)
+        sync_directory(partly)
         shutil.rmtree(path, ignore_errors=True)
-        os.rename(partial, path)
+        os.rename(partly, path)
         sync_directory(os.path.dirname(path))
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partly, ignore_errors=True)
         raise RunError(
             f"saving {path} failed: {error.strerror}; free disk space and {how_to_continue(os.path.dirname(path))}"
         ) from error
-
-
-def _bytes(buffer: Tensor) -> memoryview:
-    import ctypes
-
-    return memoryview((ctypes.c_char * CHUNK).from_address(buffer.data_ptr())).cast("B")

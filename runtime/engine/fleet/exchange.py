@@ -16,7 +16,7 @@ import ctypes
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.fleet.pieces import ITEM, Pieces
-from tightfit.runtime.engine.fleet.shelf import Buffers, Shelf
+from tightfit.runtime.engine.fleet.role import Exchanged, JoinedRole, Share
+from tightfit.runtime.engine.fleet.shelf import Buffers, DiskShelf, MemoryShelf, Shelf
 from tightfit.runtime.engine.fleet.transport import Pending, Transport
 from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate
 
@@ -37,76 +38,67 @@ PREFETCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """What of a step a member computes."""
+class ExchangePart:
+    """What a member does that computes some of the micro-batches and exchanges gradients."""
 
     first: int
-    """number of its first micro-batch, from 0"""
     count: int
-    micro_batches: int
-    """of the step, all members together"""
-
-    def steps(self, done: int) -> range:
-        """Numbers, from 1, of the micro-batches that the member computes after the first `done` of the run."""
-        return range(done + self.first + 1, done + self.first + self.count + 1)
+    """as in `Share`"""
+    gradients: str
+    states: str
+    """"memory" or "disk": where they lie"""
+    piece_bytes: int
+    buffers: int
+    """pieces that are held at once"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchanged:
-    """What the members told each other about a step."""
+class Trained:
+    """What an exchange updates, and with what."""
 
-    losses: list[float]
-    """of all micro-batches, in order"""
-    labels: float
-    """over how many labels the mean gradient is; for a module, micro-batches"""
-    stop: bool
-    """whether some member was asked to end, so that all of them save and end"""
-    exchange_seconds: float
-    update_seconds: float
+    optimizer: AdamW
+    shapes: Sequence[Sequence[int]]
+    """of the trained tensors, in order"""
+    value: Callable[[int], Tensor]
+    """the values of a trained tensor, by its number"""
+    keep: Callable[[int, Tensor], None]
+    """puts the values of a trained tensor back"""
+    directory: str
+    """for what lies on disk"""
+    channel: TransferChannel
 
 
-class Exchange:
-    """Hands gradients over as they come (`apply`); `finish` adds up those of all members and updates.
-
-    `parameter(tensor)` gives a trained tensor's values, by its number, and `keep(tensor, values)` puts them back.
-    """
+class Exchange(JoinedRole):
+    """Hands gradients over as they come (`apply`); `finish` adds up those of all members and updates."""
 
     def __init__(
-        self,
-        optimizer: AdamW,
-        share: Share,
-        transport: Transport,
-        pieces: Pieces,
-        buffers: Buffers,
-        *,
-        gradients: Shelf,
-        states: Shelf,
-        gradients_on_disk: bool,
-        channel: TransferChannel,
-        parameter: Callable[[int], Tensor],
-        keep: Callable[[int, Tensor], None],
+        self, transport: Transport, part: ExchangePart, trained: Trained, micro_batches: int, *, exact: bool
     ) -> None:
-        self.optimizer = optimizer
-        self.share, self.transport, self.pieces = share, transport, pieces
-        self.gradients, self.states = gradients, states
-        self._on_disk = gradients_on_disk
-        self._buffers, self._channel = buffers, channel
-        self._parameter, self._keep = parameter, keep
+        """Raises RunError where the disk lacks the space for gradients or states."""
+        super().__init__(transport, exact=exact)
+        self.share = Share(first=part.first, count=part.count, micro_batches=micro_batches)
+        self.exchange = self
+        self.optimizer = trained.optimizer
+        self.pieces = pieces = pieces_of(trained.shapes, part.piece_bytes)
+        self._buffers, self._channel = Buffers(pieces.largest, part.buffers), trained.channel
+        self._value, self._keep = trained.value, trained.keep
         self._adds_up = transport.rank == 0
         """the first member starts the sum, so that it keeps no gradients apart"""
-        self._weights: list[float] = [0.0] * share.count
-        self._losses: list[float] = [0.0] * share.count
+
+        def shelf(where: str, rows: int) -> Shelf:
+            return MemoryShelf(pieces, rows) if where == "memory" else DiskShelf(pieces, rows, trained.directory)
+
+        self.gradients = shelf(part.gradients, 1 if self._adds_up else part.count)
+        self.states = shelf(part.states, 2)
+        self._on_disk = part.gradients == "disk"
+        self._weights: list[float] = [0.0] * part.count
+        self._losses: list[float] = [0.0] * part.count
         self._row = 0
         self._open: dict[int, list[Any]] = {}
         """piece -> [buffer, elements that are still missing]: gradients that wait until their piece is whole"""
         self._checksum: int | None = None
         """crc32 of the trained tensors after the latest update"""
-        self._update = GradientUpdate(optimizer, share.micro_batches)
-
-    @staticmethod
-    def rows(rank: int, count: int) -> int:
-        """How many rows the shelf for gradients needs."""
-        return 1 if rank == 0 else count
+        self._update = GradientUpdate(trained.optimizer, micro_batches)
 
     # --- while a member computes -----------------------------------------------------------------------------------
 
@@ -116,7 +108,6 @@ class Exchange:
         self._weights[self._row] = weight
 
     def told(self, loss: float) -> None:
-        """Note the loss of the micro-batch that has begun last."""
         self._losses[self._row] = loss
 
     def apply(self, tensor: int, gradient: Tensor) -> None:
@@ -260,7 +251,7 @@ class Exchange:
             first, second = (self.states.read(row, piece, buffers[1 + row]) for row in (0, 1))
             for tensor in self.pieces.tensors(piece):
                 _, begin, end = self.pieces.slot(tensor)
-                values = self._parameter(tensor)
+                values = self._value(tensor)
                 shaped = (one[begin:end].view(values.shape) for one in (mean, first, second))
                 self._update.make(number, values, *shaped)
                 self._keep(tensor, values)
@@ -273,16 +264,19 @@ class Exchange:
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def state(self, row: int, tensor: int) -> Tensor:
-        """A copy of a trained tensor's state: row 0 has Adam's first moments, row 1 the second ones."""
+    def state_chunks(self, row: int, tensor: int) -> Iterator[memoryview]:
+        """The bytes of a trained tensor's state: row 0 has Adam's first moments, row 1 the second ones, and any other zeros."""
         piece, begin, end = self.pieces.slot(tensor)
         buffer = self._buffers.take()
-        copied = self.states.read(row, piece, buffer)[begin:end].clone()
+        whole = self.states.read(row, piece, buffer) if row < 2 else buffer.zero_()
+        copied = whole[begin:end].clone()
         self._buffers.give_back(buffer)
-        return copied
+        yield memoryview((ctypes.c_char * (copied.numel() * ITEM)).from_address(copied.data_ptr())).cast("B")
 
     def set_state(self, row: int, tensor: int, values: Tensor) -> None:
-        """Put a trained tensor's state in its place."""
+        """Put a trained tensor's state in its place; zeros have none."""
+        if row >= 2:
+            return
         piece, begin, end = self.pieces.slot(tensor)
         buffer = self._buffers.take()
         whole = self.states.read(row, piece, buffer)
@@ -291,7 +285,7 @@ class Exchange:
         self._buffers.give_back(buffer)
 
     def close(self) -> None:
-        self.transport.close()
+        super().close()
         self.gradients.close()
         self.states.close()
 

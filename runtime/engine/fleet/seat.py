@@ -4,46 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tightfit.runtime.engine.device.channels import TransferChannel
-from tightfit.runtime.engine.fleet.exchange import Exchange, Share, pieces_of
+from tightfit.runtime.engine.fleet.exchange import Exchange, ExchangePart, Trained
 from tightfit.runtime.engine.fleet.message import Passing
-from tightfit.runtime.engine.fleet.shelf import Buffers, DiskShelf, MemoryShelf, Shelf
-from tightfit.runtime.engine.fleet.stage import Boundary, Stage
+from tightfit.runtime.engine.fleet.one_way import OneWayStage
+from tightfit.runtime.engine.fleet.role import JoinedRole
+from tightfit.runtime.engine.fleet.stage import Boundary, Stage, StagePart
 from tightfit.runtime.engine.fleet.transport import Transport, read_key
-from tightfit.runtime.engine.kernels.optimizer import AdamW
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExchangePart:
-    """What a member does that computes some of the micro-batches and exchanges gradients."""
-
-    first: int
-    count: int
-    """as in `Share`"""
-    gradients: str
-    states: str
-    """"memory" or "disk": where they lie"""
-    piece_bytes: int
-    buffers: int
-    """pieces that are held at once"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StagePart:
-    """What a member does that computes some of the layers; as in `Stage`."""
-
-    below: Boundary | None
-    above: Boundary | None
-    ahead: int
-    ahead_below: int
-    bits: int
-    gathers: bool = True
-    """whether the first member saves what all have trained; else each its own part alone"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +48,13 @@ class Seat:
         """Whether the members compute layers of one model, one after the other."""
         return isinstance(self.part, StagePart)
 
-    def transport(self, stopping: Callable[[], bool], say: Callable[[str], None]) -> Transport:
-        """Meet the other members. Raises RunError where they do not meet, or `stopping` says so meanwhile; `say` is told who
-        is waited for.
+    def take(self, trained: Trained, stopping: Callable[[], bool], say: Callable[[str], None]) -> JoinedRole:
+        """Meet the other members, and make room for what passes between them. `trained`: what this member trains.
+
+        Raises RunError where they do not meet, or `stopping` says so meanwhile, or the disk lacks the space; `say` is told who is
+        waited for.
         """
-        return Transport(
+        transport = Transport(
             self.members,
             self.rank,
             self.address,
@@ -98,6 +68,10 @@ class Seat:
             stopping=stopping,
             say=say,
         )
+        if isinstance(self.part, StagePart):
+            stage = OneWayStage if self.part.one_way else Stage
+            return stage(transport, self.part, self.micro_batches, exact=self.exact)
+        return Exchange(transport, self.part, trained, self.micro_batches, exact=self.exact)
 
 
 def seat_of(header: Mapping[str, Any]) -> Seat:
@@ -119,58 +93,3 @@ def _boundary(said: Mapping[str, Any] | None) -> Boundary | None:
         return tuple(Passing(shape=tuple(one["shape"]), dtype=one["dtype"]) for one in listed)
 
     return Boundary(up=passing(said["up"]), down=passing(said["down"]))
-
-
-def join_pipeline(seat: Seat, stopping: Callable[[], bool], say: Callable[[str], None]) -> Stage:
-    """Meet the other members of a pipeline, and make room for messages. Raises RunError as `Seat.transport`."""
-    part = seat.part
-    assert isinstance(part, StagePart)
-    return Stage(
-        seat.transport(stopping, say),
-        seat.micro_batches,
-        part.below,
-        part.above,
-        ahead=part.ahead,
-        ahead_below=part.ahead_below,
-        bits=part.bits,
-        gathers=part.gathers,
-    )
-
-
-def join(
-    seat: Seat,
-    optimizer: AdamW,
-    shapes: Sequence[Sequence[int]],
-    directory: str,
-    channel: TransferChannel,
-    *,
-    parameter: Callable[[int], Tensor],
-    keep: Callable[[int, Tensor], None],
-    stopping: Callable[[], bool],
-    say: Callable[[str], None],
-) -> Exchange:
-    """Reserve what an exchange needs, files in `directory`, and meet the other members. `shapes`: of the trained
-    tensors, in order.
-
-    Raises RunError where the disk lacks the space or the members do not meet, or `stopping` says so meanwhile.
-    """
-    part = seat.part
-    assert isinstance(part, ExchangePart)
-    pieces = pieces_of(shapes, part.piece_bytes)
-
-    def shelf(where: str, rows: int) -> Shelf:
-        return MemoryShelf(pieces, rows) if where == "memory" else DiskShelf(pieces, rows, directory)
-
-    return Exchange(
-        optimizer,
-        Share(first=part.first, count=part.count, micro_batches=seat.micro_batches),
-        seat.transport(stopping, say),
-        pieces,
-        Buffers(pieces.largest, part.buffers),
-        gradients=shelf(part.gradients, Exchange.rows(seat.rank, part.count)),
-        states=shelf(part.states, 2),
-        gradients_on_disk=part.gradients == "disk",
-        channel=channel,
-        parameter=parameter,
-        keep=keep,
-    )

@@ -13,12 +13,13 @@ which is kept until then, and sends nothing up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from tightfit.runtime.engine.fleet.exchange import Exchanged, Share
 from tightfit.runtime.engine.fleet.message import RECEIVING_DOWN, SENDING, Passing, offsets, paged, put, ring, take
+from tightfit.runtime.engine.fleet.role import Exchanged, JoinedRole, Share
 from tightfit.runtime.engine.fleet.transport import Pending, Transport
 from tightfit.runtime.engine.weights.safetensors_file import TensorItem
 
@@ -29,6 +30,10 @@ UP, DOWN, CLOSE = 2, 3, 4
 """tags of messages"""
 Direction = Literal["up", "down"]
 Kind = Literal["train", "ahead", "evaluate"]
+OWN = ("graph", "adapter")
+"""conditions of a run in which the members differ, since each has layers of its own"""
+CHUNK = 1 << 20
+"""bytes of another member's trained tensors that are held at a time"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,29 @@ class Boundary:
     up: tuple[Passing, ...]
     down: tuple[Passing, ...]
     """nothing where no gradient comes back"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePart:
+    """What a member does that computes some of the layers."""
+
+    below: Boundary | None
+    above: Boundary | None
+    ahead: int
+    """micro-batches whose forward runs before their gradients are waited for"""
+    ahead_below: int
+    """those of the member below"""
+    bits: int
+    """of a number in a message; 0: as it is"""
+    gathers: bool = True
+    """whether the first member saves what all have trained; else each its own part alone"""
+
+    @property
+    def one_way(self) -> bool:
+        """Whether no gradient comes back: the first member is a device with the data, the last one a server that trains a
+        side network from what it sends, the labels first.
+        """
+        return not any(side and side.down for side in (self.below, self.above))
 
 
 class Incoming:
@@ -131,34 +159,27 @@ def _buffers(size: int, count: int) -> list[Tensor]:
     return [whole[one * paged(size) :][:size] for one in range(count)]
 
 
-class Stage:
+class Stage(JoinedRole):
     """A member's place in the pipeline. The operators `tightfit.send` and `tightfit.receive` call `send` and `receive`."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        micro_batches: int,
-        below: Boundary | None,
-        above: Boundary | None,
-        *,
-        ahead: int,
-        ahead_below: int,
-        bits: int,
-        gathers: bool = True,
-    ) -> None:
-        """`gathers`: whether the first member saves what all have trained; else each its own part alone."""
-        rank = transport.rank
-        self.gathers = gathers
-        self.transport, self.micro_batches = transport, micro_batches
-        self.ahead = min(ahead, micro_batches) if above else 0
-        self.first, self.last = below is None, above is None
-        self.from_below = below and Incoming(transport, rank - 1, UP, below.up, bits, ring(ahead_below))
-        self.to_below = Outgoing(transport, rank - 1, DOWN, below.down, bits) if below and below.down else None
-        self.to_above = above and Outgoing(transport, rank + 1, UP, above.up, bits)
-        self.from_above = (
+    apart = True
+
+    def __init__(self, transport: Transport, part: StagePart, micro_batches: int, *, exact: bool) -> None:
+        super().__init__(transport, exact=exact)
+        rank, below, above, bits = transport.rank, part.below, part.above, part.bits
+        self.share = Share(first=0, count=micro_batches, micro_batches=micro_batches)
+        self._gathers = part.gathers
+        self._ahead = min(part.ahead, micro_batches) if above else 0
+        self._first, self._last = below is None, above is None
+        self.knows_losses = self._last
+        self._from_below = below and Incoming(transport, rank - 1, UP, below.up, bits, ring(part.ahead_below))
+        self._to_below = Outgoing(transport, rank - 1, DOWN, below.down, bits) if below and below.down else None
+        self._to_above = above and Outgoing(transport, rank + 1, UP, above.up, bits)
+        self._from_above = (
             Incoming(transport, rank + 1, DOWN, above.down, bits, RECEIVING_DOWN) if above and above.down else None
         )
-        """None also where messages pass one way only, from a device to the server that trains a side network"""
+        self._judge = len(transport.members) - 1
+        """place of the member that knows the result of an evaluation"""
         self._kind: Kind = "train"
         self._up = self._down = 0
         """numbers, since the run began, of the messages of the current micro-batch: of activations, of gradients"""
@@ -169,67 +190,41 @@ class Stage:
 
     # --- the order of a step ---------------------------------------------------------------------------------------
 
-    @property
-    def share(self) -> Share:
-        """Every member computes all micro-batches."""
-        return Share(first=0, count=self.micro_batches, micro_batches=self.micro_batches)
+    def agree(self, settings: Mapping[str, Any], held_out: str | None, out: str, *, resume: bool) -> None:
+        """The members have layers of their own, and evaluate together."""
+        same = {name: value for name, value in settings.items() if name not in OWN}
+        super().agree({**same, "held-out data": held_out}, held_out, out, resume=resume)
 
-    @property
-    def one_way(self) -> bool:
-        """Whether no gradient comes back: the first member is a device with the data, the last one a server that trains a
-        side network from what it sends, the labels first.
-        """
-        return self.to_below is None and self.from_above is None
-
-    def data(self, fingerprint: str, held_out: str | None) -> tuple[str, str | None]:
-        """Fingerprints of the data that are trained and evaluated on. Where messages pass one way, those that the device
-        tells.
-        """
-        if not self.one_way:
-            return fingerprint, held_out
-        if self.first:
-            self.transport.send_json([fingerprint, held_out], 1)
-            return fingerprint, held_out
-        told, evaluated = self.transport.receive_json(0)
-        return told, evaluated
-
-    def labels(self, out: Tensor) -> None:
-        """Put the labels of the current micro-batch, which a device has sent, into `out`; waits until they are there."""
-        assert self.from_below
-        self.from_below.take(self._up, 0, out)
-
-    def ahead_before(self, step: int) -> Iterator[int]:
-        """The micro-batches of the run, counted from 1, whose forward is due before `step` is trained; `step` begins a
-        step of the fleet where it is the first of its micro-batches.
-        """
-        if (step - 1) % self.micro_batches == 0:
+    def passes(self, step: int) -> Iterator[tuple[int, bool]]:
+        """Also the forwards of other micro-batches that are due before and after it."""
+        place = (step - 1) % self.share.micro_batches
+        if place == 0:
             self._begin_step()
-            yield from range(step, step + self.ahead)
-
-    def ahead_after(self, step: int) -> Iterator[int]:
-        """The same for those due after `step` has been trained."""
-        if self.ahead and (step - 1) % self.micro_batches + self.ahead < self.micro_batches:
-            yield step + self.ahead
+            for other in range(step, step + self._ahead):
+                yield self._begun(other, "ahead"), False
+        yield self._begun(step, "train"), True
+        if self._ahead and place + self._ahead < self.share.micro_batches:
+            yield self._begun(step + self._ahead, "ahead"), False
 
     def _begin_step(self) -> None:
         self._losses = []
         self._waited = self.waited
-        self._expect(up=self.micro_batches, down=self.micro_batches)
+        self._expect(up=self.share.micro_batches, down=self.share.micro_batches)
 
     def _expect(self, *, up: int, down: int) -> None:
-        if self.from_below:
-            self.from_below.expect(up)
-        if self.from_above and down:
-            self.from_above.expect(down)
+        if self._from_below:
+            self._from_below.expect(up)
+        if self._from_above and down:
+            self._from_above.expect(down)
 
-    def begin(self, step: int, kind: Kind) -> None:
+    def _begun(self, step: int, kind: Kind) -> int:
         """Begin micro-batch `step` of the run, counted from 1: train it, or take its forward ahead."""
         self._kind = kind
-        place = (step - 1) % self.micro_batches
+        place = (step - 1) % self.share.micro_batches
         self._up, self._down = self._base_up + place, self._base_down + place
+        return step
 
     def begin_evaluation(self) -> None:
-        """Begin a batch of an evaluation."""
         self._kind = "evaluate"
         self._expect(up=1, down=0)
         self._up = self._base_up
@@ -238,16 +233,14 @@ class Stage:
     # --- called by operators ---------------------------------------------------------------------------------------
 
     def send(self, tensor: Tensor, direction: Direction, number: int) -> None:
-        """Send a tensor of the current micro-batch, by its place in the message."""
-        outgoing = self.to_above if direction == "up" else self.to_below
+        outgoing = self._to_above if direction == "up" else self._to_below
         assert outgoing
-        if direction == "up" and self._kind == "train" and self.ahead:
+        if direction == "up" and self._kind == "train" and self._ahead:
             return  # sent when the forward was taken ahead
         outgoing.put(number, tensor)
 
     def receive(self, out: Tensor, direction: Direction, number: int) -> None:
-        """Put a tensor of the current micro-batch, by its place in the message, into `out`; waits until it is there."""
-        incoming = self.from_below if direction == "up" else self.from_above
+        incoming = self._from_below if direction == "up" else self._from_above
         assert incoming
         message = self._up if direction == "up" else self._down
         incoming.take(message, number, out)
@@ -257,34 +250,32 @@ class Stage:
     # --- between micro-batches -------------------------------------------------------------------------------------
 
     def told(self, loss: float) -> None:
-        """Note the loss of a micro-batch; only that of the last member means anything."""
+        """Only that of the last member means anything."""
         self._losses.append(loss)
 
     def finish(self, step: int, *, stop: bool) -> Exchanged:
-        """End a step of the fleet, after its last micro-batch: the last member tells the losses, and all whether one of
-        them was asked to end.
-        """
+        """The last member tells the losses, and all whether one of them was asked to end."""
         import torch
 
-        self._base_up += self.micro_batches
-        self._base_down += self.micro_batches
-        for outgoing in (self.to_above, self.to_below):
+        self._base_up += self.share.micro_batches
+        self._base_down += self.share.micro_batches
+        for outgoing in (self._to_above, self._to_below):
             if outgoing:
                 outgoing.drain()
         begun = time.perf_counter()
         # Whether somebody was asked to end, then the losses.
-        told = torch.zeros(1 + self.micro_batches, dtype=torch.float64)
+        told = torch.zeros(1 + self.share.micro_batches, dtype=torch.float64)
         told[0] = float(stop)
         rank = self.transport.rank
-        if not self.first:
+        if not self._first:
             self.transport.receive(told, rank - 1, CLOSE).wait()
             told[0] = max(float(told[0]), float(stop))
-        if self.last:
+        if self._last:
             told[1:] = torch.tensor(self._losses, dtype=torch.float64)
         else:
             self.transport.send(told, rank + 1, CLOSE).wait()
             self.transport.receive(told, rank + 1, CLOSE).wait()
-        if not self.first:
+        if not self._first:
             self.transport.send(told, rank - 1, CLOSE).wait()
         waited = self.waited - self._waited + time.perf_counter() - begun
         losses = [float(one) for one in told[1:]]
@@ -293,71 +284,33 @@ class Stage:
     @property
     def waited(self) -> float:
         """Seconds that this member has waited for messages, and for room to send."""
-        sides = (self.from_below, self.to_below, self.to_above, self.from_above)
+        sides = (self._from_below, self._to_below, self._to_above, self._from_above)
         return sum(side.waited for side in sides if side)
 
     def agreed(self, result: dict[str, Any]) -> dict[str, Any]:
-        """The result of an evaluation, which the last member tells all others; where messages pass one way, the first one."""
-        knows = 0 if self.one_way else len(self.transport.members) - 1
-        if self.transport.rank == knows:
-            for rank in range(len(self.transport.members)):
-                if rank != knows:
-                    self.transport.send_json(result, rank)
-            return result
-        told: dict[str, Any] = self.transport.receive_json(knows)
-        return told
-
-    # --- evaluation where messages pass one way --------------------------------------------------------------------
-
-    def count(self, batches: int) -> int:
-        """The number of batches of an evaluation, which a device tells the server."""
-        if self.first:
-            self.transport.send_json(batches, 1)
-            return batches
-        return int(self.transport.receive_json(0))
-
-    def losses(self, made: Tensor | None, tokens: int) -> Tensor:
-        """The losses of a batch's tokens, float32 [tokens], which a server has `made` and sends the device."""
-        import torch
-
-        if made is None:
-            room = torch.empty(tokens, dtype=torch.float32)
-            self.transport.receive(room, 1, CLOSE).wait()
-            return room
-        self.transport.send(made, 0, CLOSE).wait()
-        return made
+        if self.transport.rank != self._judge:
+            told: dict[str, Any] = self.transport.receive_json(self._judge)
+            return told
+        for rank in range(len(self.transport.members)):
+            if rank != self._judge:
+                self.transport.send_json(result, rank)
+        return result
 
     # --- the whole of what was trained -----------------------------------------------------------------------------
 
-    def hand_in(self, items: Callable[[], Iterator[TensorItem]]) -> None:
-        """Send this member's trained tensors to the first member."""
-        self.transport.send_json([[one.name, one.dtype, one.shape] for one in items()], 0)
-        import torch
-
-        for item in items():
-            for chunk in item.chunks():
-                self.transport.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), 0).wait()
-
-    def collected(self, chunk: int) -> list[TensorItem]:
-        """The trained tensors of all other members, in the order of the layers; each can be read once, in this order,
-        in pieces of at most `chunk` bytes.
-        """
+    def gathered(self, items: Callable[[], Iterator[TensorItem]]) -> list[TensorItem]:
+        """The first member saves what all have; the others send it their own."""
+        if not self._gathers:
+            return []
+        if not self._first:
+            self.transport.send_json([[one.name, one.dtype, one.shape] for one in items()], 0)
+            for item in items():
+                self.transport.send_parts(item.chunks(), 0)
+            return []
+        # Of all others, in the order of the layers; each can be read once, in this order.
         result = []
         for rank in range(1, len(self.transport.members)):
             for name, dtype, shape in self.transport.receive_json(rank):
                 item = TensorItem(name=name, dtype=dtype, shape=shape, chunks=lambda: ())
-                size = item.bytes
-
-                def chunks(rank: int = rank, size: int = size) -> Iterator[memoryview]:
-                    import torch
-
-                    for done in range(0, size, chunk):
-                        room = bytearray(min(chunk, size - done))
-                        self.transport.receive(torch.frombuffer(room, dtype=torch.uint8), rank).wait()
-                        yield memoryview(room)
-
-                result.append(TensorItem(name=name, dtype=dtype, shape=shape, chunks=chunks))
+                result.append(replace(item, chunks=partial(self.transport.receive_parts, item.bytes, rank, CHUNK)))
         return result
-
-    def close(self) -> None:
-        self.transport.close()

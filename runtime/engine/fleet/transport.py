@@ -18,7 +18,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +167,7 @@ class Transport:
         later for a sign of life and for a message to get on. Raises RunError where they do not meet, and where `stopping` says
         so while it waits; `say` is told who is waited for.
         """
-        self.members, self.rank, self.timeout, self._stopping = members, rank, timeout, stopping
+        self.members, self.rank, self.plan, self.timeout, self._stopping = members, rank, plan, timeout, stopping
         self._beat = min(BEAT_SECONDS, timeout / 5)
         self._verdict: tuple[int, str] | None = None
         """who is gone, and what is said of it"""
@@ -206,6 +206,18 @@ class Transport:
         pending = self._submit("receive", peer, HEADER, None)
         pending.wait()
         return json.loads(pending.room)
+
+    def send_parts(self, parts: Iterable[memoryview | bytes], peer: int) -> None:
+        """Send bytes in parts, a message for each; returns once they are sent."""
+        for part in parts:
+            self._submit("send", peer, MESSAGE, memoryview(part)).wait()
+
+    def receive_parts(self, size: int, peer: int, part: int) -> Iterator[memoryview]:
+        """The `size` bytes that a peer sends by `send_parts`, in parts of `part` bytes and the rest."""
+        for done in range(0, size, part):
+            room = memoryview(bytearray(min(part, size - done)))
+            self._submit("receive", peer, MESSAGE, room).wait()
+            yield room
 
     def _submit(self, direction: str, peer: int, tag: int, room: Any, held: Any = None) -> Pending:
         pending = Pending(self, peer, tag, room, None if room is None else len(room), held)

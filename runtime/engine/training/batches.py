@@ -1,5 +1,4 @@
-"""Batches for the training process: from a decoder's record file, from a file of whole batches of any other module, or from
-a device's messages.
+"""Batches for the training process: from a decoder's record file, or from a file of whole batches of any other module.
 
 A batch file is a JSON header padded to `HEADER_BYTES` (`format`, `version`, `count`, `tensors`: [dtype, shape] of each,
 `record_bytes`, `fingerprint` of all batches), then the batches, each a crc32 and the bytes of its tensors in order.
@@ -25,8 +24,6 @@ from tightfit.runtime.engine.training.sample_order import Rows, SampleOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from tightfit.runtime.engine.fleet.stage import Stage
 
 FORMAT = "tightfit-batches"
 VERSION = 2
@@ -181,28 +178,6 @@ class TensorBatches:
             offset += size
         if checksum != expected:
             raise InputError(f"{self.path}: batch {number} is damaged (checksum differs); prepare the data again")
-
-
-class ReceivedBatches:
-    """The batches of a server that trains a side network: the labels that a device sends. `inputs` are as of
-    `TokenBatches`, and the first, tokens, stays as it is: the device keeps them.
-    """
-
-    fingerprint = ""
-    """the device's data have one, which it tells (`Stage.data`)"""
-    samples: int | None = None
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-
-    def longest(self, step: int, rows: int) -> None:
-        """A server takes whole batches."""
-
-    def training(self, step: int, inputs: Sequence[Tensor]) -> None:
-        self._stage.labels(inputs[1])
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def open_batches(

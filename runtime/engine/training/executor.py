@@ -17,7 +17,6 @@ from torch import Tensor
 from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device, Mark, get_now
 from tightfit.runtime.engine.device.draws import Draws
-from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
 from tightfit.runtime.engine.training.job import (
     ACCUMULATE,
@@ -38,13 +37,14 @@ from tightfit.runtime.engine.training.job import (
     Job,
     program_values,
 )
-from tightfit.runtime.engine.training.job_tables import Names, StoredWeight, Trainable
+from tightfit.runtime.engine.training.job_tables import Names, Trainable
 from tightfit.runtime.engine.training.step_trace import StepTrace
+from tightfit.runtime.engine.training.storage import Storage
 from tightfit.runtime.engine.training.updates import Updates
 from tightfit.runtime.engine.weights.store import WeightStore
 
 if TYPE_CHECKING:
-    from tightfit.runtime.engine.fleet.stage import Stage
+    from tightfit.runtime.engine.fleet.role import FleetRole
 
 __all__ = ["CompiledOperator", "Executor", "compile_operator"]
 
@@ -162,19 +162,12 @@ class Executor:
     `seconds` then holds its wall time by kind of instruction, and as "stall" the part of it spent waiting for the disk.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        device: Device,
-        store: WeightStore | None,
-        spill: SpillFile,
-        channel: TransferChannel,
-        updates: Updates,
-        weights: Sequence[StoredWeight],
-        trainables: Sequence[Trainable],
-    ) -> None:
+    def __init__(self, job: Job, storage: Storage, channel: TransferChannel, updates: Updates) -> None:
         header = job.header
-        self.device, self.store, self.spill, self.channel, self.updates = device, store, spill, channel, updates
+        self.device, self.store, self.spill = storage.device, storage.opened, storage.spill
+        self.weights = storage.weights
+        self.trainables: Sequence[Trainable] = storage.trainables
+        self.channel, self.updates = channel, updates
         self.extents = job.extents
         self.where = job.where
         """Byte offset of every tensor in the arena; means nothing while the tensor is not resident."""
@@ -187,7 +180,9 @@ class Executor:
         self._forms: dict[int | None, BoundStep] = {}
         for number, step in enumerate([*header["shorter"], header]):
             length = step["seq"] if step is not header else None
-            programs = self.programs[length] = [bind(program, device, store) for program in step.pop("programs")]
+            programs = self.programs[length] = [
+                bind(program, self.device, self.store) for program in step.pop("programs")
+            ]
             self._forms[length] = BoundStep(
                 [programs[index] for index in header["layer_programs"]],
                 job.sizes if step is header else job.sizes_of(number),
@@ -203,7 +198,6 @@ class Executor:
         self.layer_names = Names(header["layer_names"])
         """empty where no operator draws random numbers"""
         self.gathered = dict(header["gathered"])
-        self.weights, self.trainables = weights, trainables
         self.states: Sequence[str] = header["states"]
         """what the optimizer's states of a trainable are called"""
         self.loss_number = header["loss"]
@@ -231,11 +225,11 @@ class Executor:
         """Mean loss over the forwards of the last step: one, or two with MeZO."""
         return sum(self.forwards) / len(self.forwards)
 
-    def join(self, stage: Stage) -> None:
-        """Let the operators that send and receive do so as a member of a pipeline."""
+    def join(self, role: FleetRole) -> None:
+        """Let the operators that send and receive, if there are any, do so in this role, once all have been tried out."""
         for operator in self.operators():
             if operator.name in PASSING:
-                operator.keywords["stage"] = stage
+                operator.keywords["stage"] = role
 
     def operators(self) -> Iterator[BoundOperator]:
         """All operators of all lengths."""

@@ -32,16 +32,12 @@ from tightfit.runtime.engine.training.step_trace import StepTrace
 from tightfit.runtime.engine.training.trainer import Training
 
 if TYPE_CHECKING:
-    from tightfit.runtime.engine.fleet.exchange import Exchange
-    from tightfit.runtime.engine.fleet.stage import Stage
     from tightfit.runtime.engine.training.evaluations import Evaluations
 
 Send = Callable[..., None]
 INTERRUPTED = 4
 OF_PAIRS = ("reward_accuracy", "reward_margin")
 """what an evaluation on pairs of answers has besides"""
-OWN = ("graph", "adapter")
-"""conditions of a run in which the members of a pipeline differ, since each has layers of its own"""
 
 
 def run(job: Job, channel: TransferChannel, send: Send, stopping: Callable[[], bool]) -> int:
@@ -63,7 +59,7 @@ def run(job: Job, channel: TransferChannel, send: Send, stopping: Callable[[], b
     except MemberGoneError as error:
         one.left_alone(error)
     except BaseException as error:
-        one.leave(f"has ended: {error}")
+        one.role.leave(f"has ended: {error}")
         raise
     one.finish()
     return 0
@@ -80,32 +76,15 @@ class _Run:
         """whether the run evaluates once, takes no step and leaves nothing"""
         self.requests = batches if isinstance(batches, Requests) else None
         """the pipe of a Session, which asks for steps one by one; None in a run over prepared data"""
-        self.conditions = {**header["conditions"], "data": batches.fingerprint}
-        self.fleet = self.training.fleet
-        """what the run has to do with the other members, if it is one of a fleet's"""
-        self.held_out = _fingerprint(header)
-        if self.training.stage:
-            data, self.held_out = self.training.stage.data(batches.fingerprint, self.held_out)
-            self.conditions["data"] = data
-        if self.fleet:
-            from tightfit.runtime.engine.fleet.agreement import agree
-
-            settings = self.conditions | {
-                "number of steps": header["steps"],
-                "checkpoint interval": header["checkpoint_every"],
-                "plan of the fleet": header["fleet"]["plan"],
-            }
-            if self.training.stage:  # the members have layers of their own, and evaluate together
-                settings = {name: value for name, value in settings.items() if name not in OWN}
-                settings["held-out data"] = self.held_out
-            agree(
-                self.fleet.transport,
-                settings,
-                self.out,
-                resume=header["resume"],
-                exact=header["fleet"]["exact"],
-                apart=self.training.stage is not None,
-            )
+        self.role = self.training.role
+        """what the run does in a fleet"""
+        data, self.held_out = self.role.data(batches.fingerprint, _fingerprint(header))
+        self.conditions = {**header["conditions"], "data": data}
+        settings = self.conditions | {
+            "number of steps": header["steps"],
+            "checkpoint interval": header["checkpoint_every"],
+        }
+        self.role.agree(settings, self.held_out, self.out, resume=header["resume"])
         self.untold: list[tuple[int, dict[str, Any]]] = []
         """steps whose loss another member of a pipeline knows, with their figures"""
         self.found = checkpoint.load_latest(self.out, self.conditions) if header["resume"] else None
@@ -148,7 +127,7 @@ class _Run:
         known = self.evaluations.step if self.evaluations else None
         self.begun = self.done
         self.metrics = MetricsFile(os.path.join(self.out, "metrics.jsonl"), self.done, known)
-        if self.fleet:
+        if self.role.joined:
             self.updates = MetricsFile(os.path.join(self.out, "fleet.jsonl"), self.done)
         settle()
         self.peaks["load"] = training.meter.check_peak()
@@ -165,13 +144,7 @@ class _Run:
                 training.load_state(found.path, found.state)
         if self.evaluations and found:
             self._catch_up(self.evaluations)
-        # The second timeline is that of step 3 after the start, the first one without the start's extra work; where
-        # several steps make an update, it is that of the next step that ends one.
-        later = -(-(self.done + 3) // self.header["accumulate"]) * self.header["accumulate"]
-        self.watched = {self.done + 1: "first", min(self.header["steps"] or later, later): "later"}
-        if self.fleet:
-            own = self.fleet.share.steps(self.done)
-            self.watched = {own[0]: "first", own[-1]: "later"} if len(own) > 1 else {own[0]: "later"}
+        self.watched = self.role.watched(self.done, self.header["steps"], self.header["accumulate"])
         self.updated = time.perf_counter()
         """when the latest update of a fleet ended"""
 
@@ -227,14 +200,9 @@ class _Run:
             yield from self._asked(self.requests)
             if self.saved != self.done:
                 self._save()
-        elif self.fleet:
-            while self.done < self.header["steps"]:
-                yield from self.fleet.share.steps(self.done)
         else:
-            for step in range(self.done + 1, self.header["steps"] + 1):
-                if self.evaluations and self.evaluations.over:
-                    return
-                yield step
+            while self.done < self.header["steps"] and not (self.evaluations and self.evaluations.over):
+                yield from self.role.share.steps(self.done)
 
     def _asked(self, requests: Requests) -> Iterator[int]:
         """Yield a step for each STEP request, and answer the other requests. Raises Gone if the pipe closes without
@@ -260,17 +228,14 @@ class _Run:
     def take(self, step: int) -> None:
         """Take a step; in a fleet a micro-batch, after the last of which the members exchange their gradients."""
         told = self._step(step, self.watched.get(step))
-        loss, stop = told["loss"], self.stopping()
-        stage = self.training.stage
-        if stage is None or stage.last:
+        if self.role.knows_losses:
             self._tell(step, told)
         else:
             self.untold.append((step, told))
-        if self.fleet:
-            self.fleet.told(loss)
-            if step != self.fleet.share.steps(self.done)[-1]:
-                return
-            step, stop = self._exchange(self.fleet, stop=stop)
+        self.role.told(told["loss"])
+        if step != self.role.share.steps(self.done)[-1]:
+            return
+        step, stop = self._finish_step(stop=self.stopping())
         every, last = self.header["checkpoint_every"], step == self.header["steps"]
         before, self.done = self.done, step
         best = False
@@ -321,14 +286,8 @@ class _Run:
             "time": time.time(),
             "seconds": seconds,
         }
-        told |= {"resident_bytes": memory().resident, "peak_bytes": peak}
-        if training.tokens is not None:
-            told["tokens"] = training.tokens
-        if training.samples is not None:
-            told["samples"] = training.samples
-        told |= training.of_length | training.of_loss
-        if training.grad_norm is not None:
-            told |= {"grad_norm": training.grad_norm, "update_seconds": training.update_seconds}
+        told |= {"resident_bytes": memory().resident, "peak_bytes": peak, **training.figures}
+        if "grad_norm" in told:
             self.peaks["update"] = peak
         return {**told, "spent": dict(training.executor.seconds)}
 
@@ -341,23 +300,24 @@ class _Run:
         """Send the figures of a step and add them to the metrics. Raises InputError if its loss is not finite."""
         self.metrics.add(step=step, **{name: value for name, value in told.items() if name != "spent"})
         self.send("step", step=step, **told)
-        if not math.isfinite(told["loss"]):
-            raise InputError(
-                f"the loss of step {step} is not a number; lower the learning rate (lr {self.training.rate}) or check the"
-                " data"
-            )
-        if not math.isfinite(told.get("grad_norm", 0.0)):
-            raise InputError(
-                f"the norm of the gradients of step {step} is not finite; lower the learning rate (lr {self.training.rate}) or"
-                " check the data"
-            )
+        for what, value, wanted in (
+            ("loss", told["loss"], "a number"),
+            ("norm of the gradients", told.get("grad_norm", 0.0), "finite"),
+        ):
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the {what} of step {step} is not {wanted}; lower the learning rate (lr {self.training.rate}) or check the"
+                    " data"
+                )
 
-    def _exchange(self, fleet: Exchange | Stage, *, stop: bool) -> tuple[int, bool]:
-        """Make the fleet's update; returns the number of micro-batches taken since the run began, and whether some
-        member is to end.
+    def _finish_step(self, *, stop: bool) -> tuple[int, bool]:
+        """End a step of all members of a fleet, if there are others; returns the number of micro-batches taken since the run
+        began, and whether some member is to end.
         """
-        step = self.done + fleet.share.micro_batches
-        made = fleet.finish(step, stop=stop)
+        step = self.done + self.role.share.micro_batches
+        made = self.role.finish(step, stop=stop)
+        if made is None:
+            return step, stop
         tidy()
         if not self.narrowed:
             # What a micro-batch takes as workspace comes on top of the code that exchanging leaves: 2 MiB if its
@@ -457,7 +417,7 @@ class _Run:
         def evaluating(batch: int, batches: int) -> None:
             self.send("evaluating", when=when, done=batch, total=batches)
             if self.stopping():
-                self.leave("was asked to end")
+                self.role.leave("was asked to end")
                 raise _Stopped
 
         result = self.training.evaluate(self.header["evaluation"], evaluating)
@@ -494,19 +454,12 @@ class _Run:
 
     def left_alone(self, error: MemberGoneError) -> NoReturn:
         """Save, since another member of the fleet has ended; raises RunError, which says which one."""
-        if self.fleet:
-            self.fleet.transport.hang_up()
+        self.role.leave(f"has ended: {error}")
         if self.done and self.saved != self.done:
             self._save()
         saved = f"everything up to step {self.done} is saved in {self.path}" if self.path else "nothing is trained yet"
         again = f"start the fleet again with {spelled('resume', True)}" if self.path else "start the fleet again"
         raise RunError(f"{error}; {saved}, {again}") from error
-
-    def leave(self, why: str) -> None:
-        """Tell the other members of a fleet, if there is one, why this one ends."""
-        if self.fleet:
-            self.fleet.transport.leave(why)
-            self.fleet.transport.hang_up()
 
     def finish(self) -> None:
         name = "side" if self.header.get("side") else "adapter" if self.header["lora"] else "model"

@@ -28,10 +28,13 @@ NORM_ELEMENTS = 1 << 17
 class Storage:
     """The persistent tensors of a job."""
 
-    def __init__(self, job: Job, device: Device, store: WeightStore | None, spill: SpillFile) -> None:
+    def __init__(self, job: Job, device: Device, directory: str) -> None:
+        """Open the job's weight store, and its spill file in `directory`."""
         header = job.header
-        self.device, self.spill = device, spill
-        self._job, self._opened = job, store
+        self.device, self._job = device, job
+        self.opened = WeightStore.open(header["store"]) if header["store"] else None
+        """the weight store; None where the plan reads no weights"""
+        self.spill = SpillFile(directory, header["spill_bytes"])
         # The JSON forms are dropped from the header: they are many times as large as these tables.
         self.weights = Weights(header.pop("weights"), job.weights)
         self.trainables = Trainables(header.pop("trainables"), job.trainables)
@@ -41,9 +44,14 @@ class Storage:
 
     @property
     def store(self) -> WeightStore:
-        if self._opened is None:
+        if self.opened is None:
             raise InputError("the plan reads weights and names no weight store; profile the model again")
-        return self._opened
+        return self.opened
+
+    def close(self) -> None:
+        self.spill.close()
+        if self.opened:
+            self.opened.close()
 
     def load_frozen(self) -> None:
         """Load the constants, and the weights that stay in the arena, packed or unpacked."""

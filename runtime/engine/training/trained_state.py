@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from tightfit.runtime.engine.device.device import put_now
-from tightfit.runtime.engine.kernels.optimizer import state_shape
+from tightfit.runtime.engine.fleet.role import FleetRole
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.checkpoint import write_json
-from tightfit.runtime.engine.training.job import STATES
 from tightfit.runtime.engine.training.job_tables import Place, Trainable
-from tightfit.runtime.engine.training.storage import CHUNK, Storage
+from tightfit.runtime.engine.training.storage import Storage
 from tightfit.runtime.engine.training.updates import Updates
 from tightfit.runtime.engine.weights import safetensors_file
 from tightfit.runtime.engine.weights.safetensors_file import TensorItem
 
-if TYPE_CHECKING:
-    from tightfit.runtime.engine.fleet.exchange import Exchange
-    from tightfit.runtime.engine.fleet.stage import Stage
-
+OPTIMIZER = "optimizer.safetensors"
 BUFFER = "buffer"
 """prefix of the keys of buffers in a checkpoint"""
 
@@ -33,17 +27,8 @@ BUFFER = "buffer"
 class TrainedState:
     """The trainables of a job, the buffers that its steps change, and the optimizer's states."""
 
-    def __init__(
-        self,
-        header: dict[str, Any],
-        storage: Storage,
-        updates: Updates,
-        exchange: Exchange | None,
-        stage: Stage | None,
-    ) -> None:
-        """`exchange`: has the optimizer's states of a fleet's member; `stage`: of a pipeline's, who trains some of the layers."""
-        self.header, self.storage, self.updates = header, storage, updates
-        self.exchange, self.stage = exchange, stage
+    def __init__(self, header: dict[str, Any], storage: Storage, updates: Updates, role: FleetRole) -> None:
+        self.header, self.storage, self.updates, self.role = header, storage, updates, role
         self.trainables = storage.trainables
 
     def initialise(self, *, switched_off: bool = False) -> None:
@@ -67,12 +52,9 @@ class TrainedState:
             else:
                 self.storage.unpack(trainable.name, value)
             self.storage.keep(trainable.value, value)
-            for place in trainable.states:
-                self.storage.zero(place)
         if given:
             given.close()
-        if self.exchange:
-            self.exchange.states.zero()
+        self.updates.initialise(self.storage)
 
     def _given_adapter(self) -> safetensors_file.SafetensorsReader | None:
         """The adapter that training starts from, as it was when the run was prepared; None: it starts from new values."""
@@ -90,14 +72,8 @@ class TrainedState:
         A member of a pipeline has the part of its own layers; with `whole` all members are in this call, and the first
         one writes what all have.
         """
-        lora = self.header["lora"]
-        file = adapter.WEIGHTS if lora else "model.safetensors"
-        others: list[TensorItem] = []
-        if whole and self.stage and self.stage.gathers:
-            if self.stage.first:
-                others = self.stage.collected(CHUNK)
-            else:
-                self.stage.hand_in(self._trained_items)
+        lora, file = self.header["lora"], self._file
+        others = self.role.gathered(self._trained_items) if whole else []
 
         def items() -> Iterator[TensorItem]:
             yield from self._trained_items()
@@ -139,73 +115,49 @@ class TrainedState:
                 yield self._item(key, trainable.value, trainable.shape)
 
     def _state_items(self) -> Iterator[TensorItem]:
-        if self.exchange:
-            yield from self._fleet_state_items(self.exchange)
-            return
         for name in self.storage.buffers:
             yield self._buffer_item(f"{BUFFER}:{name}", name)
-        for trainable in self.trainables:
-            for role, place in zip(self.updates.saved_states(self.header["states"]), trainable.states):
-                yield self._item(f"{role}:{trainable.name}", place, state_shape(role, trainable.shape))
-
-    def _fleet_state_items(self, exchange: Exchange) -> Iterator[TensorItem]:
-        """The same items as those of a process that accumulates gradients, whose sum is zero after an update."""
-        for number, trainable in enumerate(self.trainables):
-            for row, role in enumerate(STATES):
-
-                def chunks(number: int = number, row: int = row) -> Iterator[memoryview]:
-                    at_rest = torch.zeros(self.trainables[number].shape)
-                    values = exchange.state(row, number) if row < 2 else at_rest
-                    yield memoryview((ctypes.c_char * (values.numel() * 4)).from_address(values.data_ptr())).cast("B")
-
-                shape = list(trainable.shape)
-                yield TensorItem(name=f"{role}:{trainable.name}", dtype="float32", shape=shape, chunks=chunks)
+        for state in self.updates.saved_states(self.storage, self.header["states"]):
+            yield TensorItem(name=state.key, dtype="float32", shape=list(state.shape), chunks=state.chunks)
 
     def save(self, directory: str) -> dict[str, Any]:
         """Write the files of a checkpoint into `directory`; returns the entries for its ``state.json``."""
         checksums = self.save_trained(directory)
-        checksums["optimizer.safetensors"] = safetensors_file.write(
-            os.path.join(directory, "optimizer.safetensors"), self._state_items, {}
-        )
+        checksums[OPTIMIZER] = safetensors_file.write(os.path.join(directory, OPTIMIZER), self._state_items, {})
         return {"checksums": checksums, **self.updates.progress()}
 
     def load(self, directory: str, state: dict[str, Any]) -> None:
         """Load a checkpoint directory; `state` is its ``state.json``. Raises InputError if a file is missing or
         damaged.
         """
-        checksums = state["checksums"]
         self.updates.resume(state)
-        file = adapter.WEIGHTS if self.header["lora"] else "model.safetensors"
-        with_adapter = (
-            (self._key(t.name), t, t.value, t.shape, partial(self.storage.keep, t.value)) for t in self.trainables
-        )
-        for name, wanted in ((file, with_adapter), ("optimizer.safetensors", self._states_wanted())):
-            reader = safetensors_file.SafetensorsReader(os.path.join(directory, name))
-            reader.verify(checksums[name])
-            for key, trainable, place, shape, keep in wanted:
-                value = self.storage.temporary(place, shape)
-                plain = adapter.adapter_key(trainable.name)  # the key in checkpoints of plans without `adapter_body`
-                skipped = _skipped(trainable) if name == file else 0
-                _fill(value, reader, plain if plain in reader else key, skipped)
-                keep(value)
-            if name != file:
-                for buffer, (dtype, shape, at) in self.storage.buffers.items():
-                    host = self.storage.device.host(at, shape, dtype)
-                    _fill(host, reader, f"{BUFFER}:{buffer}")
-                    put_now(self.storage.device, at, host)
-            reader.close()
+        reader = self._reader(directory, self._file, state)
+        for trainable in self.trainables:
+            value = self.storage.temporary(trainable.value, trainable.shape)
+            plain = adapter.adapter_key(trainable.name)  # the key in checkpoints of plans without `adapter_body`
+            _fill(value, reader, plain if plain in reader else self._key(trainable.name), _skipped(trainable))
+            self.storage.keep(trainable.value, value)
+        reader.close()
+        reader = self._reader(directory, OPTIMIZER, state)
+        for kept in self.updates.saved_states(self.storage, self.header["states"]):
+            value = self.storage.temporary(kept.place, kept.shape)
+            _fill(value, reader, kept.key)
+            kept.keep(value)
+        for buffer, (dtype, shape, at) in self.storage.buffers.items():
+            host = self.storage.device.host(at, shape, dtype)
+            _fill(host, reader, f"{BUFFER}:{buffer}")
+            put_now(self.storage.device, at, host)
+        reader.close()
 
-    def _states_wanted(self) -> Iterator[tuple[str, Trainable, Place, tuple[int, ...], Callable[[Tensor], None]]]:
-        """(key in a checkpoint, trainable, a place of its size, its shape, what puts it in its place) of every state of the
-        optimizer.
-        """
-        for number, t in enumerate(self.trainables):
-            if self.exchange:
-                for row, role in enumerate(STATES[:2]):
-                    yield f"{role}:{t.name}", t, t.value, t.shape, partial(self.exchange.set_state, row, number)
-            else:
-                for role, place in zip(self.updates.saved_states(self.header["states"]), t.states):
-                    yield f"{role}:{t.name}", t, place, state_shape(role, t.shape), partial(self.storage.keep, place)
+    def _reader(self, directory: str, name: str, state: dict[str, Any]) -> safetensors_file.SafetensorsReader:
+        reader = safetensors_file.SafetensorsReader(os.path.join(directory, name))
+        reader.verify(state["checksums"][name])
+        return reader
+
+    @property
+    def _file(self) -> str:
+        """What is trained is saved in this file."""
+        return adapter.WEIGHTS if self.header["lora"] else "model.safetensors"
 
     @property
     def _body(self) -> str:

@@ -6,8 +6,9 @@ A way to update is a class of `Updates`: at once, clipped, handed to a fleet, or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tightfit.runtime.engine.kernels.optimizer import (
     ClippedUpdate,
@@ -18,12 +19,14 @@ from tightfit.runtime.engine.kernels.optimizer import (
     Rates,
     state_shape,
 )
-from tightfit.runtime.engine.training.job_tables import Trainable
+from tightfit.runtime.engine.training.job import STATES
+from tightfit.runtime.engine.training.job_tables import Place, Trainable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tightfit.runtime.engine.fleet.exchange import Exchange
+    from tightfit.runtime.engine.training.storage import Storage
 
 
 class Tensors(Protocol):
@@ -42,6 +45,19 @@ class Tensors(Protocol):
     def call(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
         """Call a function, whose seconds count as those of `name`."""
         ...
+
+
+class SavedState(NamedTuple):
+    """A state of the optimizer, float32, as a checkpoint has it."""
+
+    key: str
+    shape: tuple[int, ...]
+    place: Place
+    """of a tensor with as many bytes"""
+    chunks: Callable[[], Iterable[memoryview]]
+    """its bytes, in parts"""
+    keep: Callable[[Tensor], None]
+    """puts a value in its place"""
 
 
 class Updates(ABC):
@@ -84,9 +100,23 @@ class Updates(ABC):
         """
         return None
 
-    def saved_states(self, states: Sequence[str]) -> Sequence[str]:
-        """Those of the optimizer's states that a checkpoint has."""
-        return states
+    def initialise(self, storage: Storage) -> None:
+        """Make the optimizer's states what they are before step 1, zero."""
+        for one in storage.trainables:
+            for place in one.states:
+                storage.zero(place)
+
+    def saved_states(self, storage: Storage, states: Sequence[str]) -> Iterator[SavedState]:
+        """The optimizer's states that a checkpoint has, of each trainable those called `states`."""
+        for one in storage.trainables:
+            for state, place in zip(states, one.states):
+                yield SavedState(
+                    key=f"{state}:{one.name}",
+                    shape=state_shape(state, one.shape),
+                    place=place,
+                    chunks=partial(storage.chunks, place),
+                    keep=partial(storage.keep, place),
+                )
 
     def progress(self) -> dict[str, Any]:
         """Entries of a checkpoint's ``state.json`` that say how far an update of several steps is."""
@@ -132,9 +162,9 @@ class Clipped(AtOnce):
     def norm(self) -> float | None:
         return self._maker.norm() if self._maker.due else None
 
-    def saved_states(self, states: Sequence[str]) -> Sequence[str]:
+    def saved_states(self, storage: Storage, states: Sequence[str]) -> Iterator[SavedState]:
         """All but the sums where the next step begins them anew."""
-        return states if self._maker.sums else states[:-1]
+        return super().saved_states(storage, states if self._maker.sums else states[:-1])
 
     def progress(self) -> dict[str, Any]:
         return {"sums": self._maker.sums, **super().progress()}
@@ -173,13 +203,28 @@ class Handed(Updates):
         one = tensors.trainables[trainable]
         tensors.call("update", self._maker.apply, trainable, tensors.resident(one.gradient, one.shape))
 
+    def initialise(self, storage: Storage) -> None:
+        self._maker.states.zero()
+
+    def saved_states(self, storage: Storage, states: Sequence[str]) -> Iterator[SavedState]:
+        """Those of a process that accumulates gradients, whose sum is zero after an update."""
+        for number, one in enumerate(storage.trainables):
+            for row, state in enumerate(STATES):
+                yield SavedState(
+                    key=f"{state}:{one.name}",
+                    shape=one.shape,
+                    place=one.value,
+                    chunks=partial(self._maker.state_chunks, row, number),
+                    keep=partial(self._maker.set_state, row, number),
+                )
+
     def progress(self) -> dict[str, Any]:
         """Between the updates of a fleet nothing is summed up."""
         return {"summed": 0.0}
 
 
 def updates_of(header: Mapping[str, Any], optimizer: Exact | MeZO, exchange: Exchange | None) -> Updates:
-    """The way to update of a job with this header; `exchange` is that of a fleet's member, of whom none clips."""
+    """The way to update of a job with this header; `exchange` takes the gradients of a fleet's member, of whom none clips."""
     if isinstance(optimizer, MeZO):
         return TwoSided(Perturbation(optimizer, header["seed"]))
     if exchange is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.engine.fleet.role import FleetRole
 from tightfit.runtime.engine.training.loop import MetricsFile, _Run, _save_trained, _Stopped
 from tightfit.runtime.engine.weights import safetensors_file
 from tightfit.runtime.engine.weights.safetensors_file import TensorItem
@@ -21,8 +22,8 @@ def running(*, stopping: bool, every: int, steps: int | None) -> tuple[Any, list
     one: Any = object.__new__(_Run)
     saved: list[int] = []
     one.header = {"checkpoint_every": every, "steps": steps}
-    one.training = SimpleNamespace(stage=None)
-    one.metrics = one.send = one.fleet = one.evaluations = None
+    one.role = FleetRole()
+    one.metrics = one.send = one.evaluations = None
     one.watched, one.peaks, one.done = {}, {}, 0
     one._step = lambda *_: {"loss": 1.0}
     one._tell = lambda *_: None
@@ -34,6 +35,7 @@ def running(*, stopping: bool, every: int, steps: int | None) -> tuple[Any, list
 def test_a_run_stops_between_steps_and_not_after_its_last() -> None:
     """A signal in the last step does not make of a run that is done one that was interrupted."""
     one, saved = running(stopping=True, every=0, steps=3)
+    one.done = 1
     with pytest.raises(_Stopped):
         one.take(2)
     assert (one.done, saved) == (2, [])
@@ -64,11 +66,7 @@ def step(training: Any, folder: Path, send: Any) -> None:
 def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> None:
     training: Any = SimpleNamespace(
         step=lambda number: loss,
-        tokens=None,
-        grad_norm=None,
-        of_length={},
-        of_loss={},
-        samples=None,
+        figures={},
         executor=SimpleNamespace(seconds={}),
         meter=SimpleNamespace(check_peak=lambda: 1),
         rate=0.5,
@@ -82,14 +80,10 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
 
 
 def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> None:
-    def told_of(tokens: int | None) -> dict[str, Any]:
+    def told_of(**figures: float) -> dict[str, Any]:
         training: Any = SimpleNamespace(
             step=lambda number: 1.5,
-            tokens=tokens,
-            grad_norm=None,
-            of_length={} if tokens is None else {"places": 96, "expected": 0.5},
-            of_loss={},
-            samples=None if tokens is None else 3,
+            figures=figures,
             executor=SimpleNamespace(seconds={}),
             meter=SimpleNamespace(check_peak=lambda: 1),
             rate_of=lambda _: 0.5,
@@ -100,10 +94,8 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
         assert line == {name: value for name, value in told[0].items() if name != "spent"}
         return told[0]
 
-    assert told_of(78)["tokens"] == 78
-    assert told_of(78)["samples"] == 3
-    assert (told_of(78)["places"], told_of(78)["expected"]) == (96, 0.5)
-    assert not {"tokens", "places", "expected"} & told_of(None).keys()
+    assert told_of(tokens=78, samples=3).items() >= {"tokens": 78, "samples": 3}.items()
+    assert "tokens" not in told_of()
 
 
 def written(events: list[str], *, full: bool = False) -> Any:

@@ -139,7 +139,6 @@ SPREAD = [3, 8, 9, 16, 17, 24, 5, 7, 12, 2, 20]
 def test_each_batch_takes_the_shortest_step_with_room(plan, tmp_path):
     training = make_training(plan, records(tmp_path / "data", SPREAD), tmp_path, lr=1e-2)
     training.initialise()
-    training.header["expected_seconds"] = plan.step_seconds  # a run's settings have it
     seconds = {SEQ: plan.step_seconds} | {step.seq: step.step_seconds for step in plan.shorter}
     taken = set()
     for step in range(1, 13):
@@ -147,7 +146,7 @@ def test_each_batch_takes_the_shortest_step_with_room(plan, tmp_path):
         longest = int((training.inputs[0] > 0).sum(1).max())
         length = next(one for one in [*LENGTHS, SEQ] if one >= longest)
         assert [list(one.shape) for one in training.inputs] == [[BATCH, length]] * 3
-        assert training.of_length == {"places": BATCH * length, "expected": seconds[length]}
+        assert training.lengths.figures == {"places": BATCH * length, "expected": seconds[length]}
         taken.add(length)
     assert taken == {*LENGTHS, SEQ}
     training.close()
@@ -158,7 +157,7 @@ def test_a_plan_of_one_length_tells_none(plan, tmp_path):
     training = make_training(alone, records(tmp_path / "data", SPREAD), tmp_path, lr=1e-2)
     training.initialise()
     training.step(1)
-    assert training.of_length == {}
+    assert training.lengths.figures == {}
     training.close()
 
 

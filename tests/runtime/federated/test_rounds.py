@@ -15,7 +15,7 @@ from tightfit.runtime.federated.adapter_file import AdapterFile
 from tightfit.runtime.federated.aggregate import Part, averaged, closed, opened, singular_form
 from tightfit.runtime.federated.messages import Answer, Order
 from tightfit.runtime.federated.options import RoundOptions
-from tightfit.runtime.federated.rounds import Reply, Rounds
+from tightfit.runtime.federated.rounds import MOST_ASKED, Reply, Rounds
 from tightfit.runtime.federated.rounds_folder import RoundsFolder
 
 
@@ -44,7 +44,7 @@ class Devices:
         self.there = there or dict.fromkeys(comes, (0.0, 1e9))
         """from when until when each is connected"""
         self.now = 0.0
-        self.sent = []
+        self.sent, self.greeted = [], []
         self.waiting = {}
         self.bad = {}
         """by member: what it answers instead"""
@@ -55,8 +55,8 @@ class Devices:
 
     def send(self, node, order, adapter):
         name = sorted(self.comes)[node]
-        self.sent.append((order.round, name, self.now))
-        key = f"m{len(self.sent)}"
+        (self.sent if order.round else self.greeted).append((order.round, name, self.now))
+        key = f"m{len(self.sent) + len(self.greeted)}"
         self.waiting[key] = (name, order, adapter, self.now)
         return key
 
@@ -67,6 +67,8 @@ class Devices:
             gone = self.there[name][1]
             if asked < gone <= self.now:
                 result.append(Reply(message=key, answer=None, error="the node is gone"))
+            elif not order.round:
+                result.append(Reply(message=key, answer=Answer(round=0, member=name)))
             elif self.comes[name] is not None and self.now >= asked + self.comes[name]:
                 result.append(self.reply(key, name, order, adapter))
         for reply in result:
@@ -101,7 +103,7 @@ def run(planned, folder, out, devices, rounds=2, **options):
     fleet, plans = planned
     said = []
     told = RoundOptions(rounds=rounds, fleet=str(folder), out=str(out), **options)
-    made = Rounds(fleet, plans, told, devices, say=said.append, clock=lambda: devices.now, sleep=devices.sleep)
+    made = Rounds(fleet, plans, told, devices, {}, say=said.append, clock=lambda: devices.now, sleep=devices.sleep)
     saved = made.run()
     return SimpleNamespace(made=made, saved=saved, said=said, lines=RoundsFolder(out).lines())
 
@@ -109,7 +111,7 @@ def run(planned, folder, out, devices, rounds=2, **options):
 def expected(planned, rounds, taking="abc"):
     """The adapter after so many rounds, by the formula."""
     fleet, plans = planned
-    one = Rounds(fleet, plans, RoundOptions(rounds=9, fleet="", out="/nonexistent"), None)
+    one = Rounds(fleet, plans, RoundOptions(rounds=9, fleet="", out="/nonexistent"), None, {})
     current = opened(one._first(), one.shapes, 4, "it")
     steps = json.dumps({member.name: member.steps for member in fleet.taking})
     for number in range(1, rounds + 1):
@@ -131,7 +133,7 @@ def test_rounds_are_the_weighted_means(planned, folder, tmp_path):
     assert [line["round"] for line in found.lines] == [1, 2]
     assert found.lines[0]["left_out"] == {}
     assert found.lines[0]["tokens"] == sum(one["tokens"] for one in found.lines[0]["members"].values())
-    assert len(devices.sent) == 6
+    assert (len(devices.greeted), len(devices.sent)) == (3, 6)
 
 
 def test_the_order_of_answers_does_not_matter(planned, folder, tmp_path):
@@ -171,6 +173,38 @@ def test_a_device_that_comes_back_gets_the_rounds_adapter(planned, folder, tmp_p
     assert any("gave no answer (the node is gone)" in line for line in found.said)
 
 
+def test_a_device_that_is_started_again_is_asked_at_once(planned, folder, tmp_path):
+    """It is there as another node before the server knows that the first one is gone."""
+
+    class Restarted(Devices):
+        def nodes(self):
+            return {*super().nodes(), *({7} if self.now >= 6.0 else set())}
+
+        def send(self, node, order, adapter):
+            if node == 7:
+                self.comes["b"] = 2.0
+            return super().send(1 if node == 7 else node, order, adapter)
+
+    devices = Restarted({"a": 5.0, "b": None, "c": 9.0})
+    found = run(planned, folder, tmp_path, devices, rounds=1, least=3, timeout=100.0)
+    assert found.saved.adapter == expected(planned, 1)
+    assert [at for _, name, at in devices.sent if name == "b"] == [0.0, 6.0]
+
+
+def test_a_device_that_is_strange_is_not_asked_for_ever(planned, folder, tmp_path):
+    class Strange(Devices):
+        def replies(self, messages):
+            found = super().replies([key for key in messages if self.waiting[key][0] != "z"])
+            other = [key for key in messages if key in self.waiting and self.waiting[key][0] == "z"]
+            return found + [Reply(message=key, answer=Answer(round=0, member="z")) for key in other]
+
+    devices = Strange({"a": 5.0, "b": 3.0, "c": 9.0, "z": None})
+    found = run(planned, folder, tmp_path, devices, rounds=1)
+    assert found.saved.adapter == expected(planned, 1)
+    assert [name for _, name, _ in devices.greeted].count("z") == MOST_ASKED
+    assert "node 3: member 'z' takes no part" in found.said
+
+
 def test_too_few_answers_are_waited_for(planned, folder, tmp_path):
     devices = Devices({"a": 5.0, "b": None, "c": None})
 
@@ -206,9 +240,9 @@ def _infinite(key, name, order, adapter):
     ("answers", "why"),
     [
         (_with(error="the disk is full"), "the disk is full"),
-        (_with(round=7), "it did not answer"),
-        (_with(member="a"), "it did not answer"),
-        (_with(member="zzz"), "it did not answer"),
+        (_with(round=7), "it answered for b in round 7"),
+        (_with(member="a"), "it answered for a in round 1"),
+        (_with(member="zzz"), "it answered for zzz in round 1"),
         (_damaged, "the answer of b: an adapter that is cut off"),
         (_infinite, "holds values that are no finite numbers"),
     ],
@@ -219,6 +253,7 @@ def test_an_answer_that_cannot_be_used_is_left_out(planned, folder, tmp_path, an
     found = run(planned, folder, tmp_path, devices, rounds=1, grace=12.0)
     assert found.saved.adapter == expected(planned, 1, "ac")
     assert why in found.lines[0]["left_out"]["b"]
+    assert [name for _, name, _ in devices.sent] == ["a", "b", "c"]  # it would go wrong again
 
 
 def test_a_server_that_was_killed_goes_on_after_the_last_round(planned, folder, tmp_path):

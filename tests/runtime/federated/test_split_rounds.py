@@ -13,13 +13,12 @@ from safetensors.numpy import load
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.training.records import RecordFile
-from tightfit.runtime.federated import aggregate, split_rounds
+from tightfit.runtime.federated import aggregate, service
 from tightfit.runtime.federated.device import Device, take_part
 from tightfit.runtime.federated.messages import Answer, Order
 from tightfit.runtime.federated.options import RoundOptions
-from tightfit.runtime.federated.rounds import Reply
+from tightfit.runtime.federated.rounds import MOST_ASKED, Reply, Rounds
 from tightfit.runtime.federated.rounds_folder import RoundsFolder
-from tightfit.runtime.federated.split_rounds import SplitRounds
 from tightfit.runtime.federated.split_stage import check_labels, labels_alone, stage_membership
 
 SERVICE, TAIL = 5.0, 2.0
@@ -158,7 +157,7 @@ def moved(adapter, name):
 @pytest.fixture
 def world(planned, labels, monkeypatch):
     made = World(planned[1], labels, planned[3].seq)
-    monkeypatch.setattr(split_rounds, "start", made.start)
+    monkeypatch.setattr(service, "start", made.start)
     return made
 
 
@@ -166,9 +165,7 @@ def run(planned, out, world, rounds=2, **options):
     fleet, plans, server_plans, _ = planned
     told = RoundOptions(rounds=rounds, fleet="folder", out=str(out), port=100, **options)
     said = []
-    made = SplitRounds(
-        fleet, plans, server_plans, told, world, say=said.append, clock=lambda: world.now, sleep=world.sleep
-    )
+    made = Rounds(fleet, plans, told, world, server_plans, say=said.append, clock=lambda: world.now, sleep=world.sleep)
     return made, made.run(), RoundsFolder(out).lines()
 
 
@@ -217,7 +214,7 @@ def test_labels_that_do_not_fit_are_not_taken(planned, labels, world, tmp_path):
     world.until = 100.0
     with pytest.raises(TimeoutError):
         run(planned, tmp_path, world)
-    assert len(world.hellos) == 3 * split_rounds.MOST_ASKED
+    assert len(world.hellos) == 3 * MOST_ASKED
     assert not (tmp_path / "labels").exists()
     assert not world.orders
 
@@ -295,7 +292,7 @@ def test_a_part_that_keeps_failing_is_left_out_and_says_why(planned, world, tmp_
     world.breaks["a"], world.refuses["b"] = 99, 99
     made, saved, lines = run(planned, tmp_path, world, rounds=1, grace=1.0)
     assert saved.adapter == expected(made, 1, "c")
-    assert len([name for _, name, _ in world.served if name == "a"]) == split_rounds.MOST_ASKED
+    assert len([name for _, name, _ in world.served if name == "a"]) == MOST_ASKED
     assert lines[0]["left_out"]["a"] == "the server's run for it ended with code 4: it broke"
     assert lines[0]["left_out"]["b"] == "no room"
 

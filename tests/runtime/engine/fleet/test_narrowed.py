@@ -19,11 +19,11 @@ def test_the_code_of_an_exchange_is_narrowed_after_the_first(monkeypatch: pytest
     one: Any = object.__new__(_Run)
     one.done, one.peaks = 0, {}
     made = SimpleNamespace(losses=[1.0], labels=2.0, stop=False, exchange_seconds=0.0, update_seconds=0.0)
-    exchange: Any = SimpleNamespace(share=SimpleNamespace(micro_batches=4), finish=lambda step, *, stop: made)
+    one.role = SimpleNamespace(share=SimpleNamespace(micro_batches=4), finish=lambda step, *, stop: made)
     one.narrowed, one.updated, one.untold = False, 0.0, []
     one.updates = SimpleNamespace(add=lambda **_: None)
     one.training = SimpleNamespace(meter=SimpleNamespace(check_peak=lambda: 1))
     one.send = lambda *_, **__: None
     for _ in range(2):
-        assert one._exchange(exchange, stop=False) == (4, False)
+        assert one._finish_step(stop=False) == (4, False)
     assert done == ["narrow_file_mappings", "release_file_pages"]

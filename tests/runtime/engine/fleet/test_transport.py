@@ -102,6 +102,18 @@ def met(names="abc", timeout=3.0, ranks=None, keys=None, port=None):
     )
 
 
+def test_bytes_pass_in_parts():
+    members, content = met("ab"), bytes(range(256)) * 5
+    parts = [content[at : at + 500] for at in range(0, len(content), 500)]
+
+    def receive(rank):
+        return [bytes(part) for part in members[rank].receive_parts(len(content), 0, 500)]
+
+    assert in_threads({0: lambda rank: members[rank].send_parts(parts, 1), 1: receive})[1] == parts
+    for member in members.values():
+        member.hang_up()
+
+
 def waiting(members, does=None):
     """What each member is told that waits for its neighbour, or does something else."""
     count = len(members)
