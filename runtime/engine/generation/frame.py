@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ from torch import Tensor
 from tightfit.runtime.engine.generation.names import HELD
 from tightfit.runtime.engine.generation.sizes import aligned
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator
+
+
+@cache
+def itemsize(dtype: str) -> int:
+    """Bytes of an element."""
+    size: int = getattr(torch, dtype).itemsize
+    return size
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class Frame:
 
     def storage(self, name: str, group: int) -> Tensor:
         """The elements of a value, for a group."""
-        count = self.program.values[name]["bytes"] // getattr(torch, self.program.values[name]["dtype"]).itemsize
-        return self._strided(name, group, (count,), (1,), 0)
+        value = self.program.values[name]
+        return self._strided(name, group, (value["bytes"] // itemsize(value["dtype"]),), (1,), 0)
 
     def made(self, name: str, group: int) -> Tensor:
         """What an operator makes for a group."""
@@ -69,8 +77,9 @@ class Frame:
 
     def rows(self, operand: Mapping[str, Any]) -> Tensor:
         """What a matrix product reads: the rows [t, columns] of all groups."""
-        size = self.groups[-1].stop, operand["size"][1]
-        return self._strided(operand["value"], 0, size, operand["stride"], operand["offset"])
+        size, stride, offset = (self.groups[-1].stop, operand["size"][1]), operand["stride"], operand["offset"]
+        elements = offset + (size[0] - 1) * stride[0] + size[1]
+        return self._strided(operand["value"], 0, size, stride, offset, elements)
 
     def made_rows(self, name: str) -> Tensor:
         """The rows of all groups of a matrix that an operator makes."""
@@ -80,13 +89,14 @@ class Frame:
         value = self.program.values[name]
         return {"value": name, "size": value["shape"], "stride": value["stride"], "offset": 0}
 
-    def _strided(self, name: str, group: int, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    def _strided(
+        self, name: str, group: int, size: Sequence[int], stride: Sequence[int], offset: int, elements: int = 0
+    ) -> Tensor:
         value, bound = self.program.values[name], self.bindings.get(name)
         if bound is not None and value["kind"] in HELD:
             held = self.held(bound)
             return held if tuple(held.shape) == tuple(size) else held.as_strided(size, stride, offset)
         at = self.program.own[name] if bound is None else self.passed[bound]
         place = self.start + at * len(self.groups) + group * aligned(value["bytes"])
-        last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-        count = max(value["bytes"] // getattr(torch, value["dtype"]).itemsize, last + 1)
+        count = max(value["bytes"] // itemsize(value["dtype"]), elements)
         return self.view(place, count, value["dtype"], tuple(size), tuple(stride), offset)
