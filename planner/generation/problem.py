@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
 
+from tightfit.planner.generation.decoder_form import DecoderForm
 from tightfit.planner.generation.places import Places, aligned_bytes
-from tightfit.planner.generation.traced_form import TracedForm
-from tightfit.planner.generation.written_form import WrittenForm
 from tightfit.profiles.models.answer_steps import AnswerSteps
-from tightfit.profiles.models.decoder_config import DecoderShape
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP, attention_cache_scratch, cache_scratch
-from tightfit.runtime.engine.generation.job import PACKED, STATES, STREAMED, UNPACKED, Sampling, Seen
+from tightfit.runtime.engine.generation.job import PACKED, STATES, STREAMED, UNPACKED, Sampling
 from tightfit.runtime.engine.generation.names import (
     LORA_A,
     LORA_B,
@@ -122,40 +119,11 @@ class RowPiece:
         return dot_key(self.entry.format, self.entry.group, self.entry.columns)
 
 
-class DecoderForm(Protocol):
-    """A decoder as a plan for answers sees it."""
-
-    @property
-    def head(self) -> str:
-        """Name of the matrix that makes logits."""
-
-    @property
-    def vocab(self) -> int:
-        """Tokens that there are."""
-
-    @property
-    def seen(self) -> tuple[Seen, ...]:
-        """What each layer's attention sees."""
-
-    def matrices(self) -> Iterator[str]:
-        """All other matrices, in the order in which a pass needs them."""
-
-    def constants(self, entries: Mapping[str, Entry]) -> Places:
-        """What else of the store stays in memory, unpacked."""
-
-    def activations(self, tokens: int, group: int) -> Places:
-        """Tensors of a pass of so many tokens, in groups of at most `group`, beside those of all decoders."""
-
-    def job(self) -> dict[str, Any]:
-        """Fields of a `GenerationJob` that say how to compute."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """A decoder that is to answer prompts of up to `prompt_tokens` with up to `answer_tokens`."""
 
-    shape: DecoderShape | AnswerSteps
-    """of a hand-written decoder; the steps of one that transformers builds"""
+    steps: AnswerSteps
     entries: Mapping[str, Entry]
     """of the packed store"""
     prompt_tokens: int
@@ -173,7 +141,7 @@ class Problem:
 
     @cached_property
     def form(self) -> DecoderForm:
-        return WrittenForm(self.shape) if isinstance(self.shape, DecoderShape) else TracedForm(self.shape)
+        return DecoderForm(self.steps, self.asked)
 
     def pieces(self) -> list[RowPiece]:
         """All matrices in the order in which a pass needs them, in pieces of at most `PIECE_ELEMENTS`."""
@@ -237,11 +205,11 @@ class Problem:
         ]
         sizes: dict[str, tuple[int, ...]] = {
             "attention": (max(scratch),),
-            "logits": (1, self.form.vocab),
+            "logits": (1, self.steps.vocab),
             ROOM: (max(rows * columns for rows, columns in blocks),),
             PRODUCT: (group * max(rows for rows, _ in blocks),),
         }
-        return {**self.form.activations(tokens, group), **{name: (size, "float32") for name, size in sizes.items()}}
+        return {**self.form.activations(tokens), **{name: (size, "float32") for name, size in sizes.items()}}
 
     def other_bytes(self, pass_tokens: int) -> int:
         """Bytes of the arena beside the matrices and the rooms of what is read."""

@@ -1,4 +1,4 @@
-"""What a step of an answer consists of, for a decoder that transformers builds: programs of a few tokens, without PyTorch."""
+"""What a step of an answer consists of: programs of a few tokens, without PyTorch."""
 
 from __future__ import annotations
 
@@ -35,10 +35,40 @@ class AnswerSteps(FrozenRecord):
     cap: float | None
     """soft cap of the logits"""
     vocab: int
+    numbers: dict[str, list[float]] = {}
+    """constants that the steps read and the store does not hold, float32, by name"""
 
     @property
     def one(self) -> AnswerStep:
         return self.steps[0]
+
+    def step_of(self, tokens: int) -> AnswerStep:
+        """The step of so many tokens, fewer than a group: that of one token and that of a group with all numbers in between, or
+        that of a group where more than numbers tell them apart.
+        """
+        one, group = self.steps
+        try:
+            between = _between(one.model_dump(), group.model_dump(), tokens, group.tokens)
+        except _Apart:
+            return group
+        return AnswerStep.model_validate(between)
+
+
+class _Apart(Exception):  # noqa: N818  caught where it is raised
+    """Two steps differ in more than the number of their tokens."""
+
+
+def _between(one: Any, group: Any, tokens: int, most: int) -> Any:
+    """What stands for `tokens` tokens where these stand for one and for `most`."""
+    if one == group:
+        return one
+    if isinstance(one, dict) and isinstance(group, dict) and one.keys() == group.keys():
+        return {key: _between(one[key], group[key], tokens, most) for key in one}
+    if isinstance(one, list) and isinstance(group, list) and len(one) == len(group):
+        return [_between(*both, tokens, most) for both in zip(one, group, strict=True)]
+    if isinstance(one, (int, float)) and group == most * one:
+        return one * tokens
+    raise _Apart
 
 
 def operand_of(argument: Any) -> Mapping[str, Any]:

@@ -182,15 +182,21 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(shape.head_dim, shape), Norm(shape.head_dim, shape)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         shape = self.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if shape.head_norm:
             q = self.q_norm(q.view(-1, shape.head_dim)).view(q.shape)
             k = self.k_norm(k.view(-1, shape.head_dim)).view(k.shape)
+        return self.o_proj(self.attended(q, k, v, cos, sin, mask, positions))  # type: ignore[no-any-return]
+
+    def attended(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        shape = self.shape
         y, *_ = attention(q, k, v, cos, sin, mask, positions, shape.heads, shape.kv_heads, shape.attention_scale)
-        return self.o_proj(y)  # type: ignore[no-any-return]
+        return y  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
@@ -206,10 +212,10 @@ class Mlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, shape: DecoderShape, index: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: DecoderShape, index: int, dtype: torch.dtype, kind: type[Attention] = Attention) -> None:
         super().__init__()
         self.post_norms = shape.post_norms
-        self.self_attn = Attention(shape, index, dtype)
+        self.self_attn = kind(shape, index, dtype)
         self.mlp = Mlp(shape, dtype)
         self.input_layernorm = Norm(shape.hidden, shape)
         self.post_attention_layernorm = Norm(shape.hidden, shape)
@@ -218,7 +224,7 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = Norm(shape.hidden, shape)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, positions)
         if not self.post_norms:
@@ -283,11 +289,12 @@ class Decoder(nn.Module):
         shape, seq = self.shape, input_ids.shape[1]
         positions, pairs = third_input(self.preference, third)
         x = self._embedded(input_ids)
-        tables = {key: rotary_table(shape, seq, *key) for key in sorted(set(self._rope_keys()))}
+        places = torch.arange(seq, dtype=torch.float32)
+        tables = {rotation: rotary_table(shape, places, *rotation) for rotation in sorted(set(shape.rotations))}
         longest = self.longest or seq
         masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < longest})}
-        for layer, window, key in zip(self.model.layers, shape.windows, self._rope_keys(), strict=True):
-            x = layer(x, *tables[key], masks.get(window) if window is not None else None, positions)
+        for layer, window, rotation in zip(self.model.layers, shape.windows, shape.rotations, strict=True):
+            x = layer(x, *tables[rotation], masks.get(window) if window is not None else None, positions)
         trained = trained_copy(self.lm_head) if HEAD in self._modules else None
         if trained is not None:
             return trained(self.model.norm(x), labels, *pairs)  # type: ignore[no-any-return]
@@ -299,13 +306,8 @@ class Decoder(nn.Module):
         trained = trained_copy(self.model.embed_tokens)
         if trained is not None:
             return trained(ids)  # type: ignore[no-any-return]
-        return embed_rows(self.model.embed_tokens.weight, ids, self._scale)  # type: ignore[no-any-return]
-
-    @property
-    def _scale(self) -> float:
-        """What embeddings are multiplied by, rounded to the type of hidden states."""
-        scale = self.shape.embed_scale
-        return float(torch.tensor(scale, dtype=self.dtype)) if scale != 1.0 else 1.0
+        scale = embedding_scale(self.shape, self.dtype)
+        return embed_rows(self.model.embed_tokens.weight, ids, scale)  # type: ignore[no-any-return]
 
     def _save(self, wanted: Sequence[str], body: str) -> dict[str, str]:
         """Put trained copies into the modules that are to be trained in full; what a profile says of them."""
@@ -317,7 +319,8 @@ class Decoder(nn.Module):
         found = chosen(wanted, tables, "the model")
         for table in found:
             if table.name == EMBEDDING:
-                made = TrainedEmbedding(shape.vocab, shape.hidden, self.dtype, self._scale, shape.padding)
+                scale = embedding_scale(shape, self.dtype)
+                made = TrainedEmbedding(shape.vocab, shape.hidden, self.dtype, scale, shape.padding)
                 attach(self.model.embed_tokens, made)
                 continue
             if shape.tied:
@@ -325,15 +328,17 @@ class Decoder(nn.Module):
             attach(self.get_submodule(HEAD), TrainedHead(shape.vocab, shape.hidden))
         return stored(found)
 
-    def _rope_keys(self) -> list[tuple[float, bool]]:
-        """Per layer: (base of the rotary frequencies, whether rope scaling applies)."""
-        return list(zip(self.shape.thetas, self.shape.scaled, strict=True))
+
+def embedding_scale(shape: DecoderShape, dtype: torch.dtype) -> float:
+    """What embeddings are multiplied by, rounded to the type of hidden states."""
+    scale = shape.embed_scale
+    return float(torch.tensor(scale, dtype=dtype, device="cpu")) if scale != 1.0 else 1.0
 
 
-def rotary_table(shape: DecoderShape, seq: int, theta: float, scaled: bool) -> tuple[Tensor, Tensor]:
-    """cos, sin float32 [seq, head_dim / 2] of the positions from 0 on."""
+def rotary_table(shape: DecoderShape, positions: Tensor, theta: float, scaled: bool) -> tuple[Tensor, Tensor]:
+    """cos, sin float32 [t, head_dim / 2] of the positions, float32 [t]."""
     frequencies = rotary_frequencies(shape.head_dim, theta, dict(shape.rope_scaling) if scaled else {})
-    angles = torch.arange(seq, dtype=torch.float32)[:, None] * frequencies[None, :]
+    angles = positions[:, None] * frequencies[None, :]
     return angles.cos(), angles.sin()
 
 

@@ -86,6 +86,11 @@ class DecoderShape:
     padding: int | None = None
     """Token whose row of the embedding gets no gradient if the embedding is trained."""
 
+    @property
+    def rotations(self) -> list[tuple[float, bool]]:
+        """Per layer: the base of the rotary frequencies, and whether the rope scaling applies."""
+        return list(zip(self.thetas, self.scaled, strict=True))
+
 
 def text_config(read: Any) -> dict[str, Any] | None:
     """The text model's config within a parsed config.json, unwrapped if it is multimodal; None if it is no model's

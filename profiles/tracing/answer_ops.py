@@ -4,10 +4,9 @@ its own cache of that layer.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from tightfit.profiles.tracing.torch_ops import _library
+from tightfit.profiles.tracing.torch_ops import _library, _registered
 
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, int kv_heads, int width, int? window, float scale) -> Tensor"
@@ -18,7 +17,6 @@ def _fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-torch.library.register_fake("tightfit::attend", _fake, lib=_library)
-attend = torch.ops.tightfit.attend.default
+attend = _registered("attend", _fake, _fake)
 """q [t, H * D], k, v [t, K * D] of new tokens, cos, sin float32 [t, D / 2] of their positions -> [t, H * D]: q and k are rotated, the
 n-th call of a step puts k and v into the n-th cache, and q attends to what that holds: all of it, or a token and `window` - 1 before."""

@@ -18,8 +18,7 @@ from tightfit.planner.generation.plan import GenerationPlan, plan_answers
 from tightfit.planner.generation.problem import AdapterPair, Problem
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
-from tightfit.profiles.models.answer_steps import AnswerSteps
-from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape, handwritten
+from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve, vocabulary
 from tightfit.profiles.sources.vocabulary import Vocabulary
@@ -211,9 +210,10 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
     if source.kind == "module":
         raise InputError(f"{source.name} is a module of your own and no language model; call it yourself")
     longest = longest_sequence(model)
-    if stages and not handwritten(source.config):
-        stages("tracing", 0, 1)
-    _shape(source, longest or CONTEXT)  # refuses what cannot answer, before its weights are packed
+    if not handwritten(source.config):  # refuses what cannot answer, before its weights are packed
+        if stages:
+            stages("tracing", 0, 1)
+        traced_steps(source, longest or CONTEXT, INSTEAD)
     words = vocabulary(model)
     if words is None:
         raise InputError(f"{source.name} has no tokenizer; put tokenizer.json beside its config.json")
@@ -234,13 +234,6 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
         adapter=None if folder is None else folder / WEIGHTS,
         body=body,
     )
-
-
-def _shape(source: Source, longest: int) -> DecoderShape | AnswerSteps:
-    """What a plan has to know of a model's decoder, where it answers in up to `longest` tokens with what was asked."""
-    if handwritten(source.config):
-        return decoder_shape(source.config)
-    return traced_steps(source, longest, INSTEAD)
 
 
 def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> dict[str, AdapterPair]:
@@ -309,7 +302,7 @@ def _problem(ready: AnsweringModel, options: AnswerOptions, encoded: Sequence[Se
             f" {ready.source.name} was made for; give a smaller {spelled('max_tokens')}"
         )
     problem = Problem(
-        shape=_shape(ready.source, context),
+        steps=traced_steps(ready.source, context, INSTEAD),
         entries=ready.entries,
         prompt_tokens=prompt,
         answer_tokens=options.max_tokens,

@@ -51,7 +51,8 @@ def measured(
     does not start or fails, InputError for a damaged store.
     """
     sampled = problem.sampling.temperature > 0
-    form = hashlib.sha256(json.dumps(problem.form.job(), sort_keys=True).encode()).hexdigest()
+    small = replace(problem, pairs={}, prompt_tokens=GROUP + TAIL, answer_tokens=TOKENS, new_tokens=None)
+    form = hashlib.sha256(json.dumps(small.form.job(), sort_keys=True, default=asdict).encode()).hexdigest()
     told = [VERSION, fingerprint, form, problem.cache_dtype, sampled, threads, quota_cores(), called, *_machine()]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     place = cache_directory() / "generation" / f"{key}.json"
@@ -59,7 +60,7 @@ def measured(
     if earlier and (not crowded(earlier.busy_cores, threads) or crowded(taken_now(threads), threads)):
         return earlier
     others = OtherPrograms()
-    found, front_bytes = _of_decoder(problem, store, threads), _of_front(front)
+    found, front_bytes = _of_decoder(small, store, threads), _of_front(front)
     figures = Figures(**found, front_bytes=front_bytes, busy_cores=others.taken(threads))
     if earlier and earlier.busy_cores <= figures.busy_cores:
         return earlier
@@ -92,9 +93,6 @@ def job_of(
     return GenerationJob(
         store=str(store),
         device="cpu",
-        vocab=problem.form.vocab,
-        head=problem.form.head,
-        seen=problem.form.seen,
         **problem.form.job(),
         context=plan.context,
         pass_tokens=plan.pass_tokens,
@@ -113,13 +111,8 @@ def job_of(
     )
 
 
-def _of_decoder(problem: Problem, store: Path, threads: int) -> dict[str, Any]:
-    small = replace(
-        problem,
-        pairs={},
-        prompt_tokens=GROUP + TAIL,
-        answer_tokens=TOKENS,
-    )
+def _of_decoder(small: Problem, store: Path, threads: int) -> dict[str, Any]:
+    """The figures of the process that computes, for a small problem."""
     plan = plan_measuring(small)
     os.sync()  # pages of freshly installed libraries cannot be released until they are written to disk
     # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for ever.

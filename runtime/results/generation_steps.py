@@ -1,4 +1,4 @@
-"""Traces the step of an answer of a decoder that transformers builds, and keeps it in the cache."""
+"""Traces the steps of a decoder's answers, and keeps them in the cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tightfit.profiles.models.answer_steps import AnswerSteps
+from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.transformers_config import not_installed
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.files import cache_directory, write_whole
@@ -28,8 +29,9 @@ def traced_steps(source: Source, longest: int, instead: str) -> AnswerSteps:
 
     Raises InputError for a decoder that cannot answer with a cache, which ends with `instead`: what to do.
     """
+    by_hand = handwritten(source.config)
     try:
-        releases = [version(name) for name in ("torch", "transformers")]
+        releases = [version(name) for name in ("torch", *["transformers"] * (not by_hand))]
     except PackageNotFoundError as error:
         raise not_installed(source.config.get("model_type")) from error
     longer = [longest > length for length in _lengths(source.config)]
@@ -46,9 +48,14 @@ def traced_steps(source: Source, longest: int, instead: str) -> AnswerSteps:
         pass
     except ValidationError:
         place.unlink(missing_ok=True)
-    from tightfit.profiles.models.answering_decoder import answer_steps
+    if by_hand:
+        from tightfit.profiles.models.answering_family import family_steps
 
-    steps = answer_steps(source.config, source.entries, group=GROUP, longest=longest, instead=instead)
+        steps = family_steps(source.config, GROUP)
+    else:
+        from tightfit.profiles.models.answering_decoder import answer_steps
+
+        steps = answer_steps(source.config, source.entries, group=GROUP, longest=longest, instead=instead)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_whole(place, steps.model_dump_json())
     return steps

@@ -13,7 +13,8 @@ from tightfit.planner.generation.plan import GenerationPlan, laid_out, plan_answ
 from tightfit.planner.generation.problem import Figures, Problem, RowPiece
 from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.answering_decoder import answer_steps
-from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape, handwritten
+from tightfit.profiles.models.answering_family import family_steps
+from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
@@ -74,7 +75,7 @@ def problem_of(
     body = BODY if handwritten(config) else facts(config).config.get("adapter_body", BODY)
     pairs = {} if adapter is None else pairs_of(adapter, body, entries, "the model")
     return Problem(
-        shape=shape_of(config, entries, prompt + answer),
+        steps=steps_of(config, entries, prompt + answer),
         entries=entries,
         prompt_tokens=prompt,
         answer_tokens=answer,
@@ -83,10 +84,10 @@ def problem_of(
     )
 
 
-def shape_of(config: dict[str, Any], stored: Collection[str], longest: int) -> DecoderShape | AnswerSteps:
-    """A hand-written decoder's shape, or the steps of one that transformers builds."""
+def steps_of(config: dict[str, Any], stored: Collection[str], longest: int) -> AnswerSteps:
+    """The steps of a hand-written decoder, or of one that transformers builds."""
     if handwritten(config):
-        return decoder_shape(config)
+        return family_steps(config, GROUP)
     return answer_steps(config, stored, group=GROUP, longest=longest, instead="do something else")
 
 

@@ -1,13 +1,17 @@
-"""A decoder with a cache: what both forms of it share, the written one and the traced one.
+"""A decoder with a cache: the programs of its steps, traced once for a single token and once for a group, run operator by operator.
 
-Activations are float32. Tokens go through each layer in passes; within a pass each operator runs on groups of `GROUP`
-tokens from the first new one on, whatever the number of a pass's tokens.
+Activations are float32. Tokens go through each layer in passes; within a pass each operator runs on groups of up to `GROUP`
+tokens from the first new one on, whatever the number of a pass's tokens. Matrix products are made for all groups together, a block
+of a matrix at a time; attention goes to the cache. The last group of a pass may have fewer tokens than its program: operators then
+compute rows that nobody reads, and matrix products, attention and embeddings leave them out.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +19,53 @@ from torch import Tensor
 from tightfit.runtime.engine.cpu.products import blocks
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.generation.cache import LayerCache
+from tightfit.runtime.engine.generation.frame import CompiledProgram, Frame
 from tightfit.runtime.engine.generation.job import GenerationJob
-from tightfit.runtime.engine.generation.names import MAGNITUDE
+from tightfit.runtime.engine.generation.names import (
+    ATTEND,
+    GATHER,
+    IDS,
+    MAGNITUDE,
+    POSITIONS,
+    PROJECTION,
+    VALUES,
+)
 from tightfit.runtime.engine.generation.products import Products
+from tightfit.runtime.engine.generation.sizes import aligned
 from tightfit.runtime.engine.generation.stream import StreamedPieces
+from tightfit.runtime.engine.kernels.compiled import CompiledOperator
 from tightfit.runtime.engine.weights.store import WeightStore
 
+Call = tuple[Callable[..., object], tuple[Any, ...]]
+"""a function, and what it is called with"""
+OWN = (ATTEND, GATHER, PROJECTION)
+"""operators that the decoder carries out itself"""
+DIRECT = {
+    "aten.add.Tensor": lambda one, other, *, out: torch.add(one, other, out=out[0]),
+    "aten.mul.Tensor": lambda one, other, *, out: torch.mul(one, other, out=out[0]),
+}
+"""operators whose out variants are known to write their output alone; that PyTorch looks for them maps a MiB of its code"""
+VIEWS = 256
+"""tensors of a pass that are at hand for its next layer, at most: a quarter of a MiB of them"""
 
-class CachedDecoder(ABC):
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass calls."""
+
+    given: Mapping[str, Sequence[Tensor]]
+    """where the inputs of every group lie, int64 [tokens], by name"""
+    layers: Iterable[Iterable[Call]]
+    """the calls of each layer, made when its turn comes"""
+    hidden: Tensor
+    """what comes out, float32 [t, H]"""
+
+    def kept(self) -> Pass:
+        """The same with all calls made, to be used again and again."""
+        return replace(self, layers=[list(calls) for calls in self.layers])
+
+
+class CachedDecoder:
     """`run` takes new tokens through the model and returns the logits after the last one."""
 
     def __init__(self, job: GenerationJob, device: Device, store: WeightStore, stream: StreamedPieces) -> None:
@@ -34,6 +77,13 @@ class CachedDecoder(ABC):
             LayerCache(self._place(f"keys.{layer}"), self._place(f"values.{layer}"), seen.window)
             for layer, seen in enumerate(job.seen)
         ]
+        self.steps = {step["tokens"]: step for step in job.steps}
+        self._programs = {
+            tokens: {name: self._compiled(program) for name, program in step["programs"].items()}
+            for tokens, step in self.steps.items()
+        }
+        self._alone: Pass | None = None
+        """that of one token, which is always the same"""
 
     def take_from(self, stream: StreamedPieces) -> None:
         """Take the streamed pieces from another source from the next pass on."""
@@ -54,6 +104,8 @@ class CachedDecoder(ABC):
         for name in self.job.places:
             if name in self.store.entries:
                 self.store.load(name, self._place(name))
+            elif name in self.job.numbers:
+                self._place(name).view(-1).copy_(torch.tensor(self.job.numbers[name]))
             elif ".lora_" in name:
                 read(name, self._place(name))
                 if name.endswith(MAGNITUDE):
@@ -66,9 +118,9 @@ class CachedDecoder(ABC):
         """Forget the tokens from `position` on, or all if some before it are not in every cache any more; returns how many
         are left.
         """
-        kept = position if all(cache.can_return_to(position) for cache in self.caches) else 0
-        for cache in self.caches:
-            cache.return_to(kept)
+        kept = position if all(layer.can_return_to(position) for layer in self.caches) else 0
+        for layer in self.caches:
+            layer.return_to(kept)
         return kept
 
     def run(self, ids: Sequence[int], between: Callable[[], None]) -> Tensor:
@@ -77,41 +129,120 @@ class CachedDecoder(ABC):
         They are overwritten by the next call. `between` is called after every layer.
         """
         *passes, last = blocks(len(ids), self.job.pass_tokens)
-        alone = len(ids) == 1
+        tokens = 1 if len(ids) == 1 else max(self.steps)
         for rows in passes:
             self.stream.begin(with_head=False)
-            self._layers(ids[rows], between, alone=alone)
+            self._layers(tokens, ids[rows], between)
         self.stream.begin(with_head=True)
-        hidden, logits = self._layers(ids[last], between, alone=alone), self._place("logits")
+        hidden, logits = self._layers(tokens, ids[last], between), self._place("logits")
         bias = None if self.job.bias is None else self._place(self.job.bias)
-        self.products.multiply(self.job.head, self._last(hidden), [slice(0, 1)], bias, out=logits)
+        self.products.multiply(self.job.head, hidden, [slice(0, 1)], bias, logits)
         if self.job.cap is not None:
             logits.div_(self.job.cap).tanh_().mul_(self.job.cap)
         between()
         return logits[0]
 
-    @abstractmethod
-    def _layers(self, ids: Sequence[int], between: Callable[[], None], *, alone: bool) -> Tensor:
-        """Hidden states float32 [t, H] of the new tokens of a pass, after the last layer; `alone`: one token is all that is new."""
+    def _layers(self, tokens: int, ids: Sequence[int], between: Callable[[], None]) -> Tensor:
+        """What is multiplied with the head, float32 [1, H], after a pass in the step of so many `tokens`."""
+        groups = list(blocks(len(ids), tokens))
+        if tokens > 1:
+            this = self._pass(tokens, groups)
+        else:
+            this = self._alone = self._alone or self._pass(1, groups).kept()
+        for name, numbers in ((IDS, ids), (POSITIONS, range(self.length, self.length + len(ids)))):
+            for place, rows in zip(this.given.get(name, ()), groups):
+                own = list(numbers[rows])  # what is missing of the last group repeats its last number
+                place.copy_(torch.tensor(own + own[-1:] * (tokens - len(own)), dtype=torch.int64))
+        for calls in this.layers:
+            for function, arguments in calls:
+                function(*arguments)
+            between()
+        return this.hidden[-1:]
 
-    @abstractmethod
-    def _last(self, hidden: Tensor) -> Tensor:
-        """What is multiplied with the head, float32 [1, H], of a pass's hidden states."""
+    def _view(
+        self, at: int, count: int, dtype: str, size: tuple[int, ...], stride: tuple[int, ...], offset: int
+    ) -> Tensor:
+        return self.device.window(dtype)(at, count).as_strided(size, stride, offset)
 
-    def _embed(self, table: str, ids: Sequence[int], scale: float, out: Tensor) -> None:
+    def _pass(self, tokens: int, groups: Sequence[slice]) -> Pass:
+        view = lru_cache(VIEWS)(self._view)
+        step, start = self.steps[tokens], self.job.places[VALUES][0]
+        frames = [
+            Frame(
+                program=self._programs[tokens][name],
+                passed=step["passed"],
+                bindings=bindings,
+                groups=groups,
+                start=start,
+                held=self._place,
+                view=view,
+            )
+            for name, bindings in step["layers"]
+        ]
+        caches, last = iter(self.caches), frames[-1]
+        return Pass(
+            given={
+                name: [
+                    self.device.tensor(start + at * len(groups) + group * aligned(8 * tokens), (tokens,), "int64")
+                    for group in range(len(groups))
+                ]
+                for name, at in step["passed"].items()
+                if name in (IDS, POSITIONS)
+            },
+            layers=(self._calls(frame, caches) for frame in frames),
+            hidden=last.made_rows(next(name for name, bound in last.bindings.items() if bound == step["result"])),
+        )
+
+    def _calls(self, frame: Frame, caches: Iterator[LayerCache]) -> Iterator[Call]:
+        for operator, compiled in frame.program.operators:
+            target, arguments = operator["target"], operator["args"]
+            if target == PROJECTION:
+                x, weight, bias = arguments[:3]
+                held = None if bias is None else self._place(frame.bindings[bias["operand"]["value"]])
+                matrix, (made,) = frame.bindings[weight["operand"]["value"]], operator["outputs"]
+                read, out = frame.rows(x["operand"]), frame.made_rows(made)
+                yield self.products.multiply, (matrix, read, frame.groups, held, out)
+                continue
+            layer = next(caches) if target == ATTEND else None
+            for group in range(len(frame.groups)):
+                if compiled is not None:
+                    names = {operand["value"] for _, _, operand in compiled.slots}
+                    outputs = [None if name is None else frame.made(name, group) for name in operator["outputs"]]
+                    yield compiled.run, ({name: frame.storage(name, group) for name in names}, outputs)
+                    continue
+                out = frame.made_own_rows(operator["outputs"][0], group)
+                if layer is not None:
+                    tensors = (frame.own_rows(tensor["operand"], group) for tensor in arguments[:5])
+                    yield self._attend, (layer, *tensors, arguments[-1], out)
+                else:
+                    table, wanted, scale = arguments
+                    ids = frame.window(wanted["operand"], group).reshape(-1)[: out.shape[0]]
+                    yield self._embed, (frame.bindings[table["operand"]["value"]], ids, scale, out)
+
+    def _compiled(self, program: Mapping[str, Any]) -> CompiledProgram:
+        values, own = program["values"], self.device.kernels
+        kernels = replace(own, direct={**own.direct, **DIRECT})
+        operators: list[tuple[Mapping[str, Any], CompiledOperator | None]] = []
+        for operator in program["operators"]:
+            target = operator["target"]
+            # Nothing has tested which of PyTorch's out variants write beside their output: no others are used.
+            told = operator | {"copied": target not in kernels.direct}
+            operators.append((operator, None if target in OWN else CompiledOperator(told, values, kernels)))
+        return CompiledProgram(values, program["own"], operators)
+
+    def _embed(self, table: str, ids: Tensor, scale: float, out: Tensor) -> None:
         """Rows of a table, times `scale`: rows of the head, if both are one and it is in memory, else read from disk."""
-        if all(self.products.row(table, token, out[place]) for place, token in enumerate(ids)):
+        if all(self.products.row(table, token, out[place]) for place, token in enumerate(ids.tolist())):
             if scale != 1.0:
                 out.mul_(scale)
             return
-        wanted = torch.tensor(ids, dtype=torch.int64)
-        self.operators["tightfit.embed_rows"](table, wanted, scale, out=(out,), store=self.store)
+        self.operators["tightfit.embed_rows"](table, ids, scale, out=(out,), store=self.store)
 
     def _attend(
-        self, number: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float, out: Tensor
+        self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float, out: Tensor
     ) -> None:
         """Put keys and values of a group of tokens into a layer's cache, and let their queries attend to it."""
-        cache, scratch = self.caches[number], self._place("attention")
+        scratch = self._place("attention")
         places = cache.add(k.shape[0])
         self.operators["tightfit.cache_tokens"](k, v, cos, sin, out=(*places, scratch))
         self.operators["tightfit.cached_attention"](

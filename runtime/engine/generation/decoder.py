@@ -24,15 +24,7 @@ def open_decoder(job: GenerationJob, device: Device, store: WeightStore, channel
     body = [piece for piece in streamed if piece.matrix != job.head]
     head = [piece for piece in streamed if piece.matrix == job.head]
     stream = Stream(channel, device, store, job.staging, body, head)
-    decoder: CachedDecoder
-    if job.steps is None:
-        from tightfit.runtime.engine.generation.written_decoder import WrittenDecoder
-
-        decoder = WrittenDecoder(job, device, store, stream)
-    else:
-        from tightfit.runtime.engine.generation.traced_decoder import TracedDecoder
-
-        decoder = TracedDecoder(job, device, store, stream)
+    decoder = CachedDecoder(job, device, store, stream)
     reader = SafetensorsReader(job.adapter, "copy the adapter again") if job.adapter else None
     try:
         decoder.load(lambda name, out: _read(reader, adapter_key(name, job.adapter_body), out))

@@ -89,10 +89,10 @@ class GenerationJob:
     """that this process may hold"""
     budget_bytes: int
     """of all processes"""
-    shape: dict[str, Any] | None = None
-    """of a hand-written decoder: fields of `tightfit.profiles.models.decoder_config.DecoderShape`"""
-    steps: list[dict[str, Any]] | None = None
-    """of a decoder that transformers builds: `tightfit.runtime.engine.generation.traced`"""
+    steps: list[dict[str, Any]]
+    """of one token, and of a group: `tightfit.planner.generation.decoder_form.DecoderForm.job`"""
+    numbers: dict[str, list[float]]
+    """constants that the steps read and the store does not hold, float32, by name"""
     bias: str | None = None
     """name of the logits' bias"""
     cap: float | None = None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = ("lm_head.weight", EMBEDDING)
-"""the matrix that makes logits in hand-written decoders: one of its own, or the embedding"""
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 ROOM, PRODUCT = "block", "product"
 """names of the buffers, in a job's places, of an unpacked block and of its product with a group of rows"""
 VALUES = "values"
-"""name of the stretch of memory with the values of a traced decoder's programs"""
+"""name of the stretch of memory with the values of the programs"""
 ATTEND, PROJECTION, GATHER = "tightfit.attend", "tightfit.projection", "tightfit.embed_rows"
 """operators of a traced step that are carried out with the cache, the packed matrices, and the store"""
+OVERWRITING = ("tightfit.gated",)
+"""operators whose output may lie where their first input lies, which they have read by then"""
 HELD = ("weight", "constant")
 """kinds of values that come from the store"""
 IDS, POSITIONS = "input_ids", "positions"

@@ -119,7 +119,7 @@ class Products:
                 return True
         return False
 
-    def multiply(self, matrix: str, x: Tensor, groups: Sequence[slice], bias: Tensor | None, *, out: Tensor) -> None:
+    def multiply(self, matrix: str, x: Tensor, groups: Sequence[slice], bias: Tensor | None, out: Tensor) -> None:
         """out [t, O] = x [t, I] @ W.T with the adapter's part and the bias; rows are multiplied in `groups`.
 
         A row by itself is multiplied with the packed rows where there is compiled code for their format. Plans keep no such

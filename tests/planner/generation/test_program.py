@@ -18,7 +18,7 @@ from tightfit.planner.generation.plan import plan_answers
 from tightfit.planner.generation.problem import Figures, Problem, RowPiece
 from tightfit.planner.generation.program import Choice, choose, kind_of, least_room, spread
 from tightfit.planner.generation.simulate import simulate
-from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.models.answering_family import family_steps
 from tightfit.profiles.weights.describe import describe
 from tightfit.runtime.common.errors import InfeasibleError
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
@@ -110,7 +110,7 @@ def test_pieces_of_a_kind_are_spread_evenly() -> None:
 def problem(**more: Any) -> Problem:
     config = CONFIGS["llama"]
     sizes = {"prompt_tokens": 70, "answer_tokens": 10} | more
-    return Problem(shape=decoder_shape(config), entries=describe(config), **sizes)
+    return Problem(steps=family_steps(config, GROUP), entries=describe(config), **sizes)
 
 
 def test_the_memory_of_the_next_longer_context_counts() -> None:

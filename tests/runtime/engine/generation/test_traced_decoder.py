@@ -11,20 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from answering import answered_by_transformers, greedy, opened, packed, plan_of, planned, problem_of, shape_of
+from answering import answered_by_transformers, greedy, opened, packed, plan_of, planned, problem_of, steps_of
 from decoder_families import FAMILIES, NO_ANSWERS
 from peft_adapters import merged_by_peft, save_adapter, save_model
 from reference import stored_weights, take
 
-from tightfit.planner.generation.problem import Problem
-from tightfit.planner.generation.traced_form import Layout, layout
-from tightfit.profiles.models.answer_steps import AnswerSteps
-from tightfit.profiles.models.answering_decoder import answer_steps
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.transformers_decoder import facts
-from tightfit.profiles.schema import Layer, Value
-from tightfit.profiles.sources.transformers_source import any_directory_source
-from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
@@ -32,7 +25,6 @@ from tightfit.runtime.engine.generation.job import PACKED, STATES, STREAMED
 from tightfit.runtime.engine.generation.sizes import SLACK
 from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.engine.weights import native
-from tightfit.runtime.engine.weights.layout import read_header
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 TRACED = [name for name, config in FAMILIES.items() if not handwritten(config) and name not in NO_ANSWERS]
@@ -62,7 +54,6 @@ def test_greedy_answers_are_those_of_transformers_on_the_same_weights(name: str,
     config = FAMILIES[name]
     store = packed(save_model(tmp_path / "model", config))
     problem = problem_of(config, store, PROMPT, ANSWER)
-    assert isinstance(problem.shape, AnswerSteps)
     model, ids = exact(config, store), prompt_of(config)
     with opened(problem, planned(problem, BUDGET), store) as decoder:
         answer, logits = greedy(decoder, ids, ANSWER)
@@ -72,16 +63,12 @@ def test_greedy_answers_are_those_of_transformers_on_the_same_weights(name: str,
     assert answer == answered_by_transformers(model, ids, ANSWER)
 
 
-@pytest.mark.slow_but_for("Mistral")
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3 (text)", "Mistral", "OLMo 3"])
-def test_long_answers_past_what_the_cache_of_a_window_holds(name: str, tmp_path: Path) -> None:
-    """Of hand-written families too, traced; and after a prompt whose last group is a single token."""
-    config = FAMILIES[name] | {"max_position_embeddings": 256}
-    store = build_store(any_directory_source(save_model(tmp_path / "model", config)), tmp_path / "stores")
-    entries, prompt = read_header(store).entries, 2 * GROUP + 1
-    steps = answer_steps(config, entries, group=GROUP, longest=prompt + SLACK, instead="")
-    problem = Problem(shape=steps, entries=entries, prompt_tokens=prompt, answer_tokens=SLACK)
-    ids = prompt_of(config, prompt)
+@pytest.mark.slow
+def test_long_answers_past_what_the_cache_of_a_window_holds(tmp_path: Path) -> None:
+    """After a prompt whose last group is a single token."""
+    config, prompt = FAMILIES["OLMo 3"] | {"max_position_embeddings": 256}, 2 * GROUP + 1
+    store = packed(save_model(tmp_path / "model", config))
+    problem, ids = problem_of(config, store, prompt, SLACK), prompt_of(config, prompt)
     with opened(problem, planned(problem, BUDGET), store) as decoder:
         answer, _ = greedy(decoder, ids, SLACK)
     assert answer == answered_by_transformers(exact(config, store), ids, SLACK)
@@ -166,51 +153,9 @@ def test_tokens_that_two_prompts_share_need_not_be_computed_again(tmp_path: Path
 def test_what_has_no_cache_is_refused_by_name(name: str) -> None:
     config = FAMILIES[name]
     with pytest.raises(InputError, match=re.escape(f"a {config['model_type']} decoder")) as error:
-        shape_of(config, (), 60)
+        steps_of(config, (), 60)
     assert NO_ANSWERS[name] in str(error.value)
     assert str(error.value).endswith("do something else")
-
-
-def place_of(found: Layout, layer: Layer, value: Value) -> tuple[int, int] | None:
-    """The bytes of a value that a step makes; None: it is given."""
-    if value.kind in ("weight", "constant", "batch"):
-        return None
-    bound = layer.bindings.get(value.name)
-    at = found.own[layer.program][value.name] if bound is None else found.passed[bound]
-    return at, at + value.bytes
-
-
-@pytest.mark.slow
-def test_layers_that_are_alike_share_a_program_and_values_that_live_at_once_share_no_bytes() -> None:
-    config = FAMILIES["OLMo 3"] | {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
-    stored = [tensor.name for tensor in facts(config).tensors]
-    steps = answer_steps(config, stored, group=GROUP, longest=60, instead="")
-    for step in steps.steps:
-        assert len(step.layers) == 8
-        assert (
-            len(step.programs) == 5
-        )  # two kinds of layers, the first, whose input is shaped otherwise, before and after them
-        found = layout(step)
-        programs = {program.name: program for program in step.programs}
-        written: dict[
-            tuple[int, int], tuple[int, str]
-        ] = {}  # bytes of the memory -> (layer or -1, value) that they hold
-        for number, layer in enumerate(step.layers):
-            values = {value.name: value for value in programs[layer.program].values}
-
-            for operator in programs[layer.program].operators:
-                for name in operator.inputs:
-                    span = place_of(found, layer, values[name])
-                    if span is not None:
-                        bound = layer.bindings.get(name)
-                        assert written[span] == ((number, name) if bound is None else (-1, bound))
-                for name in filter(None, operator.outputs):
-                    span = place_of(found, layer, values[name])
-                    assert span is not None
-                    assert span[1] <= found.bytes
-                    written = {at: held for at, held in written.items() if at[1] <= span[0] or span[1] <= at[0]}
-                    bound = layer.bindings.get(name)
-                    written[span] = (number, name) if bound is None else (-1, bound)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""What the steps of a decoder that transformers builds need beside its matrices: a place for every value of their programs.
+"""What the steps of a decoder need beside its matrices: a place for every value of their programs.
 
 A step's values lie in one stretch of memory, each for as long as an operator is yet to read it. What a layer's program makes for
-itself takes the same places in every layer; what passes between layers has its own.
+itself takes the same places in every layer; what passes between layers has its own. An operator that may write over its first
+input does, where nobody reads that afterwards.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 from tightfit.planner.generation.places import Places
 from tightfit.profiles.models.answer_steps import AnswerStep, AnswerSteps, operand_of
+from tightfit.profiles.schema import Program
 from tightfit.runtime.engine.generation.job import Seen
-from tightfit.runtime.engine.generation.names import ATTEND, GATHER, HELD, PROJECTION, VALUES
+from tightfit.runtime.engine.generation.names import ATTEND, GATHER, HELD, OVERWRITING, PROJECTION, VALUES
 from tightfit.runtime.engine.generation.sizes import aligned
 from tightfit.runtime.engine.weights.layout import Entry
 
@@ -56,13 +58,18 @@ def packed(lives: Iterable[Life], start: int = 0) -> tuple[dict[str, int], int]:
 def layout(step: AnswerStep) -> Layout:
     """Places for the values of a step of one group of tokens."""
     programs = {program.name: program for program in step.programs}
+    given = {layer.program: layer.bindings.keys() for layer in step.layers}
     own: dict[str, list[Life]] = {}
+    shared: dict[str, dict[str, str]] = {}
     for program in step.programs:
         spans: dict[str, list[int]] = {}
         for place, operator in enumerate(program.operators):
             for name in (*operator.inputs, *(made for made in operator.outputs if made is not None)):
                 spans.setdefault(name, []).append(place)
         sizes = {value.name: aligned(value.bytes) for value in program.values}
+        for name in given[program.name]:
+            spans.pop(name, None)
+        shared[program.name] = _overwritten(program, spans)
         own[program.name] = [
             Life(name=name, bytes=sizes[name], first=places[0], last=places[-1]) for name, places in spans.items()
         ]
@@ -77,30 +84,50 @@ def layout(step: AnswerStep) -> Layout:
     last = passed[step.result]
     passed[step.result] = Life(name=last.name, bytes=last.bytes, first=last.first, last=len(step.layers))
     between, start = packed(passed.values())
-    bindings = {layer.program: layer.bindings for layer in step.layers}
     places, end = {}, start
     for name, lives in own.items():
-        places[name], stop = packed([life for life in lives if life.name not in bindings[name]], start)
+        places[name], stop = packed(lives, start)
+        for made, read in shared[name].items():
+            places[name][made] = places[name][read]
         end = max(end, stop)
     return Layout(bytes=end, passed=between, own=places)
 
 
+def _overwritten(program: Program, spans: dict[str, list[int]]) -> dict[str, str]:
+    """Whose place an operator's output takes, by its name; `spans`, of each value that has a place the operators that use it, then
+    say of the one how long the other is there.
+    """
+    values = {value.name: value for value in program.values}
+    found: dict[str, str] = {}
+    for place, operator in enumerate(program.operators):
+        if operator.target not in OVERWRITING:
+            continue
+        read, made = operand_of(operator.args[0]), values[str(operator.outputs[0])]
+        value, owner = values[read["value"]], found.get(read["value"], read["value"])
+        alike = (value.bytes, read["size"], read["stride"]) == (made.bytes, made.shape, made.stride)
+        if alike and made.name in spans and owner in spans and spans[owner][-1] == place:
+            spans[owner] += spans.pop(made.name)
+            found[made.name] = owner
+    return found
+
+
 @dataclass(frozen=True)
-class TracedForm:
-    """See `tightfit.planner.generation.problem.DecoderForm`."""
+class DecoderForm:
+    """A decoder as a plan for answers sees it, whose passes take up to `rows` tokens of a prompt at a time: where that is less
+    than a group, so are the tokens of its step.
+    """
 
     steps: AnswerSteps
+    rows: int
 
-    @property
+    @cached_property
     def head(self) -> str:
+        """Name of the matrix that makes logits."""
         return self.steps.head
-
-    @property
-    def vocab(self) -> int:
-        return self.steps.vocab
 
     @cached_property
     def seen(self) -> tuple[Seen, ...]:
+        """What each layer's attention sees."""
         found = []
         for _, call in self.steps.one.calls:
             if call.target == ATTEND:
@@ -110,12 +137,13 @@ class TracedForm:
         return tuple(found)
 
     def matrices(self) -> Iterator[str]:
+        """All matrices but the head, in the order in which a pass needs them."""
         for layer, call in self.steps.one.calls:
             if call.target == PROJECTION:
                 yield layer.bindings[operand_of(call.args[1])["value"]]
 
     def constants(self, entries: Mapping[str, Entry]) -> Places:
-        """Norms, biases, frequencies, and whatever else of the store operators read that are not matrix products."""
+        """What else of the store stays in memory, unpacked: norms, biases, frequencies, and whatever else of the store operators read that are not matrix products."""
         found: Places = {}
         for step in self.steps.steps:
             values = {program.name: {value.name: value for value in program.values} for program in step.programs}
@@ -130,22 +158,30 @@ class TracedForm:
             found[self.steps.bias] = entries[self.steps.bias].shape, "float32"
         return found
 
-    def activations(self, tokens: int, group: int) -> Places:
+    def activations(self, tokens: int) -> Places:
+        """Tensors of a pass of so many tokens."""
         sizes = [
-            layout.bytes * (1 if step.tokens == 1 else -(-tokens // step.tokens))
-            for step, layout in zip(self.steps.steps, self._layouts, strict=True)
+            layout.bytes * (1 if step.tokens == 1 else -(-tokens // step.tokens)) for step, layout in self._laid_out
         ]
         return {VALUES: ((max(sizes) // 4,), "float32")}
 
     def job(self) -> dict[str, Any]:
-        return {"steps": [self._of_job(step, layout) for step, layout in zip(self.steps.steps, self._layouts)]} | {
+        """Fields of a `GenerationJob` that say how to compute."""
+        return {
+            "vocab": self.steps.vocab,
+            "head": self.head,
+            "seen": self.seen,
+            "steps": [self._of_job(step, layout) for step, layout in self._laid_out],
             "bias": self.steps.bias,
             "cap": self.steps.cap,
+            "numbers": self.steps.numbers,
         }
 
     @cached_property
-    def _layouts(self) -> list[Layout]:
-        return [layout(step) for step in self.steps.steps]
+    def _laid_out(self) -> list[tuple[AnswerStep, Layout]]:
+        one, group = self.steps.steps
+        several = self.steps.step_of(self.rows) if self.rows < group.tokens else group
+        return [(step, layout(step)) for step in (one, several)]
 
     def _of_job(self, step: AnswerStep, layout: Layout) -> dict[str, Any]:
         return {
