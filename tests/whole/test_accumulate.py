@@ -14,7 +14,6 @@ import torch
 from pydantic import ValidationError
 from reference import CONFIGS, all_layers, peft_model, relative_error, starting_weights, trained_by_peft
 from safetensors.torch import load_file
-from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from wide_regression import FACTORY, regression
 
 from tightfit.planner.model_planner import ModelPlanner
@@ -45,10 +44,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    folder = tmp_path_factory.mktemp("llama")
-    write_directory(folder, CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
-    return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32", accumulate=TOGETHER)
+def decoder(llama_of_one: Profile) -> Profile:
+    return llama_of_one.model_copy(update={"optimizer": adamw(TOGETHER)})
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from killed_runs import kill_run
 from mixed_parameters import FACTORY, batch
 from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
 from safetensors.torch import load_file
-from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from torch import Tensor, nn
 
 from tightfit.planner.model_planner import ModelPlanner
@@ -122,20 +121,15 @@ def test_the_smallest_budget_is_below_adamws(cache: Path) -> None:
     assert roomy["adamw"] - roomy["adafactor"] > 60 << 20
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    folder = tmp_path_factory.mktemp("llama")
-    write_directory(folder, CONFIGS["llama"], random_weights(CONFIGS["llama"]), tokenizer=byte_level_tokenizer())
-    return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("together", "limit"), [(1, None), (3, None), (3, 0.4)])
-def test_pairs_are_trained_as_by_peft(decoder: Profile, together: int, limit: float | None, tmp_path: Path) -> None:
+def test_pairs_are_trained_as_by_peft(
+    llama_of_one: Profile, together: int, limit: float | None, tmp_path: Path
+) -> None:
     """With the gradients of several steps to an update, and clipped ones; at the smallest budget and with ample memory."""
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    profiled = decoder.model_copy(update={"optimizer": adamw(together)})
+    profiled = llama_of_one.model_copy(update={"optimizer": adamw(together)})
     planner = ModelPlanner(chosen(profiled, "adafactor", limit))
     saved = []
     for made in (planner.plan(planner.minimum().peak_bytes), planner.plan(1 << 40)):

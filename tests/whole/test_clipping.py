@@ -13,7 +13,6 @@ import pytest
 import torch
 from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
 from safetensors.torch import load_file
-from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from wide_regression import FACTORY, regression
 
 from tightfit.planner.model_planner import ModelPlanner
@@ -38,17 +37,10 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    folder = tmp_path_factory.mktemp("llama")
-    write_directory(folder, CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
-    return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32")
-
-
 @pytest.fixture(scope="module", params=[1, 3])
-def decoder(request: pytest.FixtureRequest, measured: Profile) -> Profile:
+def decoder(request: pytest.FixtureRequest, llama_of_one: Profile) -> Profile:
     """With one step, and with several, to an update."""
-    return measured.model_copy(update={"optimizer": adamw(request.param)})
+    return llama_of_one.model_copy(update={"optimizer": adamw(request.param)})
 
 
 @pytest.fixture(scope="module")
