@@ -5,13 +5,14 @@ two budgets, after the run was killed; smallest budgets beside AdamW's.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from killed_runs import kill_run
 from mixed_parameters import FACTORY, batch
-from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
+from reference import relative_error, updates_of_large_batches
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from tightfit.profiles.schema import Profile, adamw
 from tightfit.profiles.sources.factory import build_module, narrowed
 from tightfit.runtime.session.launch import run
 
-STEPS, LR, SEQ, RANK = 6, 1e-2, 29, 4
+STEPS, LR = 6, 1e-2
 ROWS = [
     {"prompt": "Is the fox quick? ", "completion": "positive"},
     {"prompt": "lazy dog? ", "completion": "negative, it is not"},
@@ -139,25 +140,11 @@ def test_pairs_are_trained_as_by_peft(
         saved.append(load_file(out / "adapter" / "adapter_model.safetensors"))
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
-    model = peft_model(CONFIGS["llama"], starting_weights(profiled), all_layers(RANK, 8.0), torch.float32)
-    trained = trained_by_peft(model)
-    optimizer = torch.optim.Adafactor(trained.values(), lr=LR)
-    batches = training_batches(out, STEPS, 1, SEQ)
-    losses = []
-    for step in range(0, STEPS, together):
-        ids, labels = (torch.cat(parts) for parts in zip(*batches[step : step + together]))
-        each = nn.functional.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none")
-        counts = (labels >= 0).sum(1)
-        losses += (each.sum(1) / counts).tolist()
-        (each.sum() / counts.sum()).backward()
-        if limit is not None:
-            torch.nn.utils.clip_grad_norm_(trained.values(), limit)
-        optimizer.step()
-        optimizer.zero_grad()
+    adafactor_of = partial(torch.optim.Adafactor, lr=LR)
+    losses, _, trained = updates_of_large_batches(profiled, out, STEPS, adafactor_of, limit=limit)
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
     for name, expected in trained.items():
-        own, wanted = saved[0][f"base_model.model.{name}"], expected.detach()
-        assert float((own - wanted).norm() / wanted.norm()) < 1e-3, name
+        assert relative_error(saved[0][f"base_model.model.{name}"], expected) < 1e-3, name
 
 
 @pytest.mark.slow
