@@ -11,6 +11,7 @@ demo: $(VENV)/.installed
 
 # Two files at a time, the longest first; ARGS='-n 0' for one after the other, as a debugger wants them. `test` leaves out the
 # tests that are marked as slow, most of which repeat at other sizes or beside other features what quicker ones show.
+unexport PYTHONDONTWRITEBYTECODE # hundreds of processes import tightfit, which is compiled once
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: lint
 	$(PYTEST) -m 'not slow' $(ARGS)

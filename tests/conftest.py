@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from chromium import PATIENCE, find_chromium
 from damage import CONFIG, MEASURED, ROWS, SEQ, lines
 from hypothesis import HealthCheck, settings
+from reference import CONFIGS
 from served import Served
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from tightfit.planner.io import load_plan
 from tightfit.planner.model_planner import ModelPlanner
-from tightfit.profiles.api import load_profile
+from tightfit.profiles.api import load_profile, profile, save_profile
 from tightfit.runtime.cli import main
+from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
 
 # A shell that starts the suite in the background has SIGINT ignored, and children inherit that: Ctrl-C is tested.
@@ -27,6 +33,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("tightfit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tightfit")
 
+# Operators of tiny models spend their time waiting for a second thread, and two files of tests share two cores. Runs have the
+# threads of their plans, in processes of their own.
+torch.set_num_threads(1)
 
 LONGEST = (
     "whole/test_length_buckets",
@@ -137,55 +146,93 @@ def cgroup(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Operators of tiny models spend their time waiting for a second thread."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cache")
+@contextlib.contextmanager
+def caching_in(path):
+    """Nothing goes into the cache of the person who runs the tests, but for what is compiled, which takes ten seconds."""
+    compiled = cache_directory() / "native"
+    compiled.mkdir(parents=True, exist_ok=True)
+    path.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (path / "native").symlink_to(compiled.resolve())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIGHTFIT_CACHE", str(path))
         yield path
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory, cache):
-    """model/, profile.json and plan.json (an absurdly large budget), data.jsonl: made as a user makes them."""
-    path = tmp_path_factory.mktemp("work")
-    write_directory(path / "model", CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
-    (path / "data.jsonl").write_text(lines(ROWS))
-    for words in (
-        ["profile", path / "model", "--seq", SEQ, "--batch", 2, "--lora-rank", 4, "-o", path / "profile.json"],
-        ["plan", path / "profile.json", "--memory", (1 << 63) - 1, "-o", path / "plan.json"],
-    ):
-        with pytest.raises(SystemExit) as caught:
-            main.main([str(word) for word in words])
-        assert caught.value.code == 0
-    return path
+def cache(tmp_path_factory):
+    with caching_in(tmp_path_factory.mktemp("cache")) as path:
+        yield path
 
 
 @pytest.fixture(scope="session")
-def measured(tmp_path_factory, work, cache):
+def once(tmp_path_factory):
+    """once(name, make): a folder that `make(folder)` has filled, in the first of the processes that need it. Nobody changes it later."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name, make):
+        folder, whole = root / name, root / f"{name}.whole"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def work(once, cache):
+    """model/, profile.json and plan.json (an absurdly large budget), data.jsonl: made as a user makes them, with a cache."""
+
+    def make(path):
+        write_directory(path / "model", CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
+        (path / "data.jsonl").write_text(lines(ROWS))
+        for words in (
+            ["profile", path / "model", "--seq", SEQ, "--batch", 2, "--lora-rank", 4, "-o", path / "profile.json"],
+            ["plan", path / "profile.json", "--memory", (1 << 63) - 1, "-o", path / "plan.json"],
+        ):
+            with caching_in(path / "cache"), pytest.raises(SystemExit) as caught:
+                main.main([str(word) for word in words])
+            assert caught.value.code == 0
+
+    return once("work", make)
+
+
+@pytest.fixture(scope="session")
+def measured(once, work):
     """Data folder of a service that has measured the tiny model, once for all tests that run it through a service.
 
     What `work` has measured lies in the service's own cache already: to measure takes long.
     """
-    folder = tmp_path_factory.mktemp("measured") / "data"
-    shutil.copytree(cache, folder / "cache")
-    service = Served(folder, "--root", str(work)).start()
-    try:
-        service.result("/v1/profiles", **MEASURED)
-    finally:
-        service.stop()
-    return folder
+
+    def make(folder):
+        shutil.copytree(work / "cache", folder / "data" / "cache")
+        service = Served(folder / "data", "--root", str(work)).start()
+        try:
+            service.result("/v1/profiles", **MEASURED)
+        finally:
+            service.stop()
+
+    return once("measured", make) / "data"
+
+
+@pytest.fixture(scope="session")
+def llama_of_one(once, cache):
+    """A llama of three layers with a tokenizer, measured for steps of one sample of 29 tokens in float32."""
+
+    def make(path):
+        config = CONFIGS["llama"]
+        write_directory(path / "model", config, random_weights(config), tokenizer=byte_level_tokenizer())
+        options = {"batch": 1, "seq": 29, "lora_rank": 4, "lora_alpha": 8.0, "dtype": "float32"}
+        with caching_in(path / "cache"):
+            save_profile(profile(str(path / "model"), **options), path / "profile.json")
+
+    return load_profile(once("llama_of_one", make) / "profile.json")
 
 
 @pytest.fixture(scope="session")

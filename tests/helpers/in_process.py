@@ -5,10 +5,13 @@ process.
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tiny_plans import CONFIG
 
 from tightfit.planner.schema import Plan
 from tightfit.runtime.data.tokenization import prepare
@@ -16,6 +19,7 @@ from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
 from tightfit.runtime.engine.training.adapter import BODY
+from tightfit.runtime.engine.training.records import RecordWriter
 from tightfit.runtime.engine.training.trainer import Training
 from tightfit.runtime.session.job_compiler import compile_job
 
@@ -25,6 +29,18 @@ def random_records(folder: Path, *, seq: int, vocab_size: int = 512) -> str:
     made = prepare("random", None, folder, seq=seq, vocab_size=vocab_size, seed=3)
     made.close()
     return str(made.path)
+
+
+def drawn_records(path: Path, count: int, seed: int, *, seq: int, questions: bool = False) -> str:
+    """A file of `count` prepared samples of random tokens, or of as many questions with two choices each."""
+    drawn, words = random.Random(seed), CONFIG["vocab_size"]
+    with RecordWriter(path, seq=seq, pad_token=0, vocab_size=words, source="drawn") as writer:
+        for example in range(count):
+            tokens = [drawn.randrange(words) for _ in range(seq + 1)]
+            for choice in range(2) if questions else (-1,):
+                labels = tokens[1:] if choice <= 0 else tokens[:-1]
+                writer.add(tokens[:-1], labels, example=example, choice=choice, answer=choice == 0)
+    return str(path)
 
 
 class LazyChannel(TransferChannel):

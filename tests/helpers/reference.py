@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -339,3 +340,47 @@ def errors_above(tolerance: float, own: Mapping[str, Tensor], exact: Mapping[str
     """The relative errors that are larger, by name."""
     errors = {name: relative_error(own[name], value) for name, value in exact.items()}
     return {name: error for name, error in errors.items() if not error <= tolerance}
+
+
+def updates_of_large_batches(
+    made: Profile,
+    out: Path,
+    steps: int,
+    optimizer_of: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+    *,
+    limit: float | None = None,
+    rates: Sequence[float] = (),
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """The updates of a run in `out` of a decoder of CONFIGS, whose steps have one sample each, by transformers + peft: the samples of
+    an update in one batch, its loss a mean over all labelled tokens. `limit`: of the norm of the gradients, `rates`: of
+    the updates.
+
+    Returns the losses of the samples, the norms and the adapter.
+    """
+    config, lora = CONFIGS[made.model.config["model_type"]], made.model.lora
+    model = peft_model(config, starting_weights(made), all_layers(lora["rank"], lora["alpha"]), torch.float32)
+    trained = trained_by_peft(model)
+    optimizer = optimizer_of(trained.values())
+    batches = training_batches(out, steps, 1, made.seq)
+    losses, norms, labelled = [], [], set()
+    for update, first in enumerate(range(0, steps, made.accumulate)):
+        ids, labels = (torch.cat(parts) for parts in zip(*batches[first : first + made.accumulate]))
+        logits = model(input_ids=ids).logits
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        counts = (labels >= 0).sum(1)
+        labelled.update(counts.tolist())
+        losses += (each.sum(1) / counts).tolist()
+        (each.sum() / counts.sum()).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), math.inf if limit is None else limit)))
+        if rates:
+            optimizer.param_groups[0]["lr"] = rates[update]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(labelled) > 1  # or a mean of means would do as well
+    return losses, norms, {name: parameter.detach() for name, parameter in trained.items()}
+
+
+def state_of(out: Path, step: int) -> dict[str, Tensor]:
+    """The adapter and the optimizer's states in a checkpoint of a run."""
+    folder = out / f"checkpoint-{step}"
+    return load_file(folder / WEIGHTS) | load_file(folder / "optimizer.safetensors")

@@ -6,6 +6,7 @@ The profiles are real traces of small models, so that the runtime is tested with
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -27,6 +28,8 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 128,
 }
+TRACED: dict[str, tuple] = {}
+"""traces that were made in this process, by what they depend on: many tests want the same"""
 FLOOR = Floor(import_peak_bytes=160 << 20, resident_bytes=130 << 20, instruction_bytes=64)
 
 
@@ -77,7 +80,10 @@ def decoder_profile(
     pairs = lora or LoraConfig(rank=rank)
 
     def trace_at(length):
-        return trace_decoder(source, batch, length, pairs, dtype, lambda *_: None, preference, longest=seq)
+        key = repr((source.config, batch, length, pairs, dtype, preference, seq))
+        if key not in TRACED:
+            TRACED[key] = trace_decoder(source, batch, length, pairs, dtype, lambda *_: None, preference, longest=seq)
+        return copy.deepcopy(TRACED[key][0]), TRACED[key][1]
 
     traced, decoder = trace_at(seq)
     shorter = [shorter_step(traced, trace_at(length)[0], length) for length in bucket_lengths(buckets, seq)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from reference import CONFIGS, all_layers, peft_model, relative_error, starting_weights, trained_by_peft
+from reference import relative_error, state_of, updates_of_large_batches
 from safetensors.torch import load_file
-from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from wide_regression import FACTORY, regression
 
 from tightfit.planner.model_planner import ModelPlanner
@@ -29,13 +29,11 @@ from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.profiles.schema import MOBILLM, Profile, adamw
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate
-from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.session.launch import run
 from tightfit.runtime.session.settings import _sorts
 from tightfit.runtime.supervision.report import _typical
 
-TOGETHER, STEPS, SEQ, RANK, LR = 3, 12, 29, 4, 5e-3
-CONFIG = CONFIGS["llama"]
+TOGETHER, STEPS, LR = 3, 12, 5e-3
 ROWS = [
     {"prompt": "Is the fox quick? ", "completion": "positive"},
     {"prompt": "lazy dog? ", "completion": "negative, it is not"},
@@ -45,10 +43,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    folder = tmp_path_factory.mktemp("llama")
-    write_directory(folder, CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
-    return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32", accumulate=TOGETHER)
+def decoder(llama_of_one: Profile) -> Profile:
+    return llama_of_one.model_copy(update={"optimizer": adamw(TOGETHER)})
 
 
 @pytest.fixture(scope="module")
@@ -78,44 +74,13 @@ def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory
     return out, report
 
 
-def saved(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    folder = out / f"checkpoint-{step}"
-    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
-
-
-def one_large_batch(made: Profile, out: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same updates by transformers + peft: the samples of an update in one batch, its loss a mean over all labelled tokens.
-    The loss of each sample, and the adapter."""
-    weights = starting_weights(made)
-    model = peft_model(CONFIG, weights, all_layers(RANK, 8.0), torch.float32)
-    trained = trained_by_peft(model)
-    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
-    batches = open_batches(str(next((out / "data").glob("train*"))), 0)
-    losses = []
-    labelled = set()
-    for update, step in enumerate(range(0, STEPS, TOGETHER)):
-        inputs = [torch.empty(TOGETHER, SEQ, dtype=torch.int64) for _ in range(2)]
-        for row in range(TOGETHER):
-            batches.training(step + row, [part[row : row + 1] for part in inputs])
-        logits = model(input_ids=inputs[0]).logits
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), inputs[1], reduction="none")
-        counts = (inputs[1] >= 0).sum(1)
-        labelled.update(counts.tolist())
-        losses += (each.sum(1) / counts).tolist()
-        (each.sum() / counts.sum()).backward()
-        optimizer.param_groups[0]["lr"] = LR * (1 - update / (STEPS // TOGETHER))  # linear decay, by updates
-        optimizer.step()
-        optimizer.zero_grad()
-    batches.close()
-    assert len(labelled) > 1  # or a mean of means would do as well
-    return losses, {n: p.detach() for n, p in trained.items()}
-
-
 def test_updates_are_those_of_one_large_batch(decoder: Profile, whole: tuple[Path, dict[str, Any]]) -> None:
     out, report = whole
-    losses, trained = one_large_batch(decoder, out)
+    adamw_of = partial(torch.optim.AdamW, weight_decay=0.0)
+    rates = [LR * (1 - update / (STEPS // TOGETHER)) for update in range(STEPS // TOGETHER)]  # linear decay, by updates
+    losses, _, trained = updates_of_large_batches(decoder, out, STEPS, adamw_of, rates=rates)
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
-    found = saved(out)
+    found = state_of(out, STEPS)
     for name, expected in trained.items():
         own = found[f"base_model.model.{name}"]
         assert relative_error(own, expected) < 1e-3, name
@@ -133,13 +98,13 @@ def test_the_sums_of_an_update_that_is_under_way_outlast_an_interruption(
         shutil.copytree(whole[0], part)
         for later in range(step + 2, STEPS + 1, 2):
             shutil.rmtree(part / f"checkpoint-{later}")
-        assert any(tensor.any() for name, tensor in saved(part, step).items() if "grad_sum:" in name) == (step != 6)
+        assert any(tensor.any() for name, tensor in state_of(part, step).items() if "grad_sum:" in name) == (step != 6)
         report = run(
             roomy, data, steps=STEPS, out=part, lr=LR, schedule="linear", packing=False, checkpoint_every=2, resume=True
         )
         assert report["resumed_step"] == step
         assert report["loss"] == whole[1]["loss"]
-        mine, theirs = saved(part), saved(whole[0])
+        mine, theirs = state_of(part, STEPS), state_of(whole[0], STEPS)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 

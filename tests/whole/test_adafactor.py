@@ -5,15 +5,15 @@ two budgets, after the run was killed; smallest budgets beside AdamW's.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from killed_runs import kill_run
 from mixed_parameters import FACTORY, batch
-from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
+from reference import relative_error, updates_of_large_batches
 from safetensors.torch import load_file
-from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from torch import Tensor, nn
 
 from tightfit.planner.model_planner import ModelPlanner
@@ -25,7 +25,7 @@ from tightfit.profiles.schema import Profile, adamw
 from tightfit.profiles.sources.factory import build_module, narrowed
 from tightfit.runtime.session.launch import run
 
-STEPS, LR, SEQ, RANK = 6, 1e-2, 29, 4
+STEPS, LR = 6, 1e-2
 ROWS = [
     {"prompt": "Is the fox quick? ", "completion": "positive"},
     {"prompt": "lazy dog? ", "completion": "negative, it is not"},
@@ -122,20 +122,15 @@ def test_the_smallest_budget_is_below_adamws(cache: Path) -> None:
     assert roomy["adamw"] - roomy["adafactor"] > 60 << 20
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    folder = tmp_path_factory.mktemp("llama")
-    write_directory(folder, CONFIGS["llama"], random_weights(CONFIGS["llama"]), tokenizer=byte_level_tokenizer())
-    return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("together", "limit"), [(1, None), (3, None), (3, 0.4)])
-def test_pairs_are_trained_as_by_peft(decoder: Profile, together: int, limit: float | None, tmp_path: Path) -> None:
+def test_pairs_are_trained_as_by_peft(
+    llama_of_one: Profile, together: int, limit: float | None, tmp_path: Path
+) -> None:
     """With the gradients of several steps to an update, and clipped ones; at the smallest budget and with ample memory."""
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    profiled = decoder.model_copy(update={"optimizer": adamw(together)})
+    profiled = llama_of_one.model_copy(update={"optimizer": adamw(together)})
     planner = ModelPlanner(chosen(profiled, "adafactor", limit))
     saved = []
     for made in (planner.plan(planner.minimum().peak_bytes), planner.plan(1 << 40)):
@@ -145,25 +140,11 @@ def test_pairs_are_trained_as_by_peft(decoder: Profile, together: int, limit: fl
         saved.append(load_file(out / "adapter" / "adapter_model.safetensors"))
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
-    model = peft_model(CONFIGS["llama"], starting_weights(profiled), all_layers(RANK, 8.0), torch.float32)
-    trained = trained_by_peft(model)
-    optimizer = torch.optim.Adafactor(trained.values(), lr=LR)
-    batches = training_batches(out, STEPS, 1, SEQ)
-    losses = []
-    for step in range(0, STEPS, together):
-        ids, labels = (torch.cat(parts) for parts in zip(*batches[step : step + together]))
-        each = nn.functional.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none")
-        counts = (labels >= 0).sum(1)
-        losses += (each.sum(1) / counts).tolist()
-        (each.sum() / counts.sum()).backward()
-        if limit is not None:
-            torch.nn.utils.clip_grad_norm_(trained.values(), limit)
-        optimizer.step()
-        optimizer.zero_grad()
+    adafactor_of = partial(torch.optim.Adafactor, lr=LR)
+    losses, _, trained = updates_of_large_batches(profiled, out, STEPS, adafactor_of, limit=limit)
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
     for name, expected in trained.items():
-        own, wanted = saved[0][f"base_model.model.{name}"], expected.detach()
-        assert float((own - wanted).norm() / wanted.norm()) < 1e-3, name
+        assert relative_error(saved[0][f"base_model.model.{name}"], expected) < 1e-3, name
 
 
 @pytest.mark.slow

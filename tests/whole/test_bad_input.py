@@ -206,6 +206,7 @@ def test_bad_data_names_every_line(refused, tightfit, work, tmp_path):
     assert tightfit(*run)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_sequence_longer_than_planned(refused, tightfit, work, tmp_path):
     data, out = tmp_path / "d.jsonl", tmp_path / "out"
     data.write_text(lines([ROWS[0], {"prompt": "over", "completion": "1234567890" * 4}]))
@@ -424,6 +425,7 @@ def test_a_budget_under_the_floor(tightfit, work, tmp_path):
     assert load_plan(path).peak_bytes <= told["minimum_budget_bytes"]
 
 
+@pytest.mark.slow
 def test_a_budget_between_the_floor_and_what_is_feasible(tightfit, lean, smallest, tmp_path):
     save_profile(lean, tmp_path / "profile.json")
     path = tmp_path / "plan.json"
@@ -435,6 +437,7 @@ def test_a_budget_between_the_floor_and_what_is_feasible(tightfit, lean, smalles
     assert smallest.budget_bytes == told["minimum_budget_bytes"]
 
 
+@pytest.mark.slow
 def test_an_absurdly_large_budget_is_as_fast_as_keeping_all(tightfit, work, planned, tmp_path):
     words = ("plan", work / "profile.json", "--memory", (1 << 63) - 1, "--policy", "keep-all")
     code, out, _ = tightfit(*words, "-o", tmp_path / "keep.json", "--json")
@@ -448,6 +451,7 @@ def test_an_absurdly_large_budget_is_as_fast_as_keeping_all(tightfit, work, plan
     assert len(json.loads(out)["loss"]) == 2
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_measured_is_named_and_nothing_else_blamed(tmp_path):
     (tmp_path / "file").write_text("no folder")
     request = {

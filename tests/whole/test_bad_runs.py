@@ -80,6 +80,7 @@ def test_a_folder_that_takes_no_files(refused, work, planned, tmp_path):
         assert str(caught.value) == said
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_folder_was_moved_tells_where_its_results_are(tightfit, work, tmp_path):
     run = ("run", work / "plan.json", "--data", work / "data.jsonl", "--steps", 1, "-o")
     assert tightfit(*run, tmp_path / "out")[0] == 0
@@ -173,6 +174,7 @@ def test_other_held_out_data_are_evaluated_as_before_the_first_step_too(tightfit
     assert files(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_a_report_that_does_not_say_what_was_evaluated_is_an_answer_too(tightfit, work, tmp_path):
     """As earlier versions wrote it."""
     data = work / "data.jsonl"

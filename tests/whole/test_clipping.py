@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reference import CONFIGS, all_layers, peft_model, starting_weights, trained_by_peft, training_batches
+from reference import relative_error, state_of, updates_of_large_batches
 from safetensors.torch import load_file
-from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from wide_regression import FACTORY, regression
 
 from tightfit.planner.model_planner import ModelPlanner
@@ -27,10 +27,9 @@ from tightfit.runtime.engine.kernels.optimizer import AdamW, ClippedUpdate, Grad
 from tightfit.runtime.session.launch import run
 from tightfit.runtime.session.session import Session
 
-STEPS, SEQ, RANK, LR = 12, 29, 4, 5e-3
+STEPS, LR = 12, 5e-3
 LIMITS = {1: 1.0, 3: 0.4}
 """by steps of an update: above some of the norms, and below others"""
-CONFIG = CONFIGS["llama"]
 ROWS = [
     {"prompt": "Is the fox quick? ", "completion": "positive"},
     {"prompt": "lazy dog? ", "completion": "negative, it is not"},
@@ -38,17 +37,10 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    folder = tmp_path_factory.mktemp("llama")
-    write_directory(folder, CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
-    return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32")
-
-
 @pytest.fixture(scope="module", params=[1, 3])
-def decoder(request: pytest.FixtureRequest, measured: Profile) -> Profile:
+def decoder(request: pytest.FixtureRequest, llama_of_one: Profile) -> Profile:
     """With one step, and with several, to an update."""
-    return measured.model_copy(update={"optimizer": adamw(request.param)})
+    return llama_of_one.model_copy(update={"optimizer": adamw(request.param)})
 
 
 @pytest.fixture(scope="module")
@@ -73,43 +65,18 @@ def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory
     return out, report
 
 
-def saved(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    folder = out / f"checkpoint-{step}"
-    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
-
-
-def by_peft(made: Profile, out: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """The same updates by transformers + peft, `clip_grad_norm_` and AdamW: losses of the steps, norms, the adapter."""
-    model = peft_model(CONFIG, starting_weights(made), all_layers(RANK, 8.0), torch.float32)
-    trained = trained_by_peft(model)
-    optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0)
-    together = made.accumulate
-    batches = training_batches(out, STEPS, 1, SEQ)
-    losses, norms = [], []
-    for step in range(0, STEPS, together):
-        inputs = [torch.cat(parts) for parts in zip(*batches[step : step + together])]
-        logits = model(input_ids=inputs[0]).logits
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), inputs[1], reduction="none")
-        counts = (inputs[1] >= 0).sum(1)
-        losses += (each.sum(1) / counts).tolist()
-        (each.sum() / counts.sum()).backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), LIMITS[together])))
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, norms, {n: p.detach() for n, p in trained.items()}
-
-
 @pytest.mark.slow_but_for("3")
 def test_updates_are_those_of_peft_clipped_by_pytorch(decoder: Profile, whole: tuple[Path, dict[str, Any]]) -> None:
     out, report = whole
-    losses, norms, trained = by_peft(decoder, out)
+    limit, adamw_of = LIMITS[decoder.accumulate], partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)
+    losses, norms, trained = updates_of_large_batches(decoder, out, STEPS, adamw_of, limit=limit)
     assert min(norms) < LIMITS[decoder.accumulate] < max(norms)
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
     assert report["grad_norm"] == pytest.approx(norms, rel=1e-4)
-    found = saved(out)
+    found = state_of(out, STEPS)
     for name, expected in trained.items():
         own = found[f"base_model.model.{name}"]
-        assert float((own - expected).norm() / expected.norm()) < 1e-3, name
+        assert relative_error(own, expected) < 1e-3, name
 
 
 @pytest.mark.slow_but_for("3")
@@ -141,12 +108,12 @@ def test_a_run_goes_on_with_the_same_bits_and_with_more_memory(
         shutil.copytree(whole[0], part)
         for later in range(step + 2, STEPS + 1, 2):
             shutil.rmtree(part / f"checkpoint-{later}")
-        sums = [tensor for name, tensor in saved(part, step).items() if "grad_sum:" in name]
+        sums = [tensor for name, tensor in state_of(part, step).items() if "grad_sum:" in name]
         assert any(tensor.any() for tensor in sums) == bool(sums) == bool(step % decoder.accumulate)
         report = run(roomy, data, steps=STEPS, out=part, lr=LR, packing=False, checkpoint_every=2, resume=True)
         assert report["resumed_step"] == step
         assert (report["loss"], report["grad_norm"]) == (whole[1]["loss"], whole[1]["grad_norm"])
-        mine, theirs = saved(part), saved(whole[0])
+        mine, theirs = state_of(part, STEPS), state_of(whole[0], STEPS)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 

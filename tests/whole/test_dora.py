@@ -123,7 +123,7 @@ class Case:
 CASES = [(family, setting) for family in FAMILIES for setting in SETTINGS]
 
 
-@pytest.mark.slow_but_for("llama-attention", "gpt2-attention")
+@pytest.mark.slow_but_for("llama-attention")
 @pytest.mark.parametrize(("family", "setting"), [*CASES, ("llama", "by pattern")])
 def test_loss_and_gradients_are_those_of_peft(family: str, setting: str, tmp_path: Path) -> None:
     lora = SETTINGS.get(setting, BY_PATTERN)
@@ -137,6 +137,7 @@ def test_loss_and_gradients_are_those_of_peft(family: str, setting: str, tmp_pat
     assert errors_above(2e-5, own, exact) == {}
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(tmp_path: Path) -> None:
     case = Case(FAMILIES["llama"], SETTINGS["all"], tmp_path, torch.bfloat16)
     loss, exact = case.theirs()
@@ -175,6 +176,7 @@ def test_with_dropout_loss_and_gradients_are_those_of_peft_with_the_same_masks(f
     assert abs(plain - loss) > 2e-5 * loss  # the masks leave something out
 
 
+@pytest.mark.slow
 def test_norms_follow_their_products_so_that_one_unpacked_weight_serves_both(tmp_path: Path) -> None:
     case = Case(FAMILIES["llama"], SETTINGS["all"], tmp_path, torch.float32)
     for program in case.traced.programs:

@@ -65,6 +65,7 @@ def test_a_run_by_another_schedule_that_stops_and_goes_on_ends_with_the_same_ada
     assert adapter_hash(tmp_path) == alone[0]
 
 
+@pytest.mark.slow
 def test_little_of_the_rows_is_padding_and_the_report_says_so(
     workshop: Workshop, data: Path, alone: tuple[str, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_fleet_ends_with_the_adapter_of_one_process(
         assert found["records"] == 40
 
 
+@pytest.mark.slow_but_for("GPT-2")
 @pytest.mark.parametrize("family", ["Phi-1, Phi-2", "GPT-2"])
 def test_what_follows_from_positions_does_not_pass_between_the_stages_of_a_pipeline(
     family: str, tmp_path: Path

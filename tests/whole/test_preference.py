@@ -131,6 +131,7 @@ def test_losses_and_gradients_are_those_of_trl(kind: str, loss: str, tables: tup
     assert {key for key, value in exact.items() if not relative_error(own[key], value) < 1e-4} == set()
 
 
+@pytest.mark.slow_but_for("dpo")
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(loss: str, tmp_path: Path) -> None:
     made, own_loss, own, rows = one_step(tmp_path, SMALL | {"num_hidden_layers": 1}, loss, "bfloat16")
@@ -270,6 +271,7 @@ def test_another_schedule_that_stops_and_goes_on_leaves_the_same_adapter(
     assert len(values[0]) == len(ROWS) * ENTRY.size
 
 
+@pytest.mark.slow
 def test_a_pass_for_references_that_was_killed_goes_on(
     dpo: Made, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -287,6 +289,7 @@ def test_a_pass_for_references_that_was_killed_goes_on(
     assert again["loss"] == report["loss"]
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_an_adapter_compares_with_the_base(
     dpo: Made, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -298,6 +301,7 @@ def test_a_run_that_starts_from_an_adapter_compares_with_the_base(
     assert values[0] == values[1]
 
 
+@pytest.mark.slow
 def test_accumulated_steps_are_those_of_trl_with_adamw(model_folder: Path, data: Path, tmp_path: Path) -> None:
     """Two micro-batches of one pair make an update; ORPO."""
     lora, preference = LoraConfig(rank=RANK, alpha=8.0), Preference(loss="orpo", beta=BETA)

@@ -74,7 +74,6 @@ class Threads:
         return [Reply(message=key, answer=answer, adapter=trained) for key, (answer, trained) in done]
 
 
-@pytest.mark.slow
 def test_rounds_are_those_of_devices_that_hold_all_layers(fleet, data, expected, tmp_path):
     folder, planned, _ = fleet
     plans, above = (
@@ -105,6 +104,7 @@ def start(tmp_path):
         yield started
 
 
+@pytest.mark.slow
 @needs_flower
 def test_the_adapter_is_that_of_devices_that_hold_all_layers(fleet, data, expected, start, tmp_path):
     out = tmp_path / "out"

@@ -287,6 +287,7 @@ def changed_device(spec, **changes):
     return other(spec, device=spec.profile.device.model_copy(update=changes))
 
 
+@pytest.mark.slow
 def test_devices_that_round_differently(members):
     a, b, c = members((1.0, 1.0, 1.0))
     operators = [one.model_copy(update={"args": [3]}) for one in c.profile.programs[0].operators]

@@ -102,6 +102,7 @@ def test_of_equal_members_the_ends_are_first_and_every_budget_has_its_turn(count
     assert widest <= (max(mine) - min(mine)) / 4
 
 
+@pytest.mark.slow_but_for("100")
 @pytest.mark.parametrize("count", [100, 1000])
 def test_rounds(crowd, solves, count):
     """Those that were not planned have the plans of others."""
@@ -135,6 +136,7 @@ def test_rounds_of_devices_that_nobody_could_plan(crowd, unlike, solves):
         plan_federated(small, 400, flower_bytes=FLOWER, time_limit=NONE)
 
 
+@pytest.mark.slow_but_for("100")
 @pytest.mark.parametrize("count", [100, 1000])
 def test_split_rounds(crowd, solves, count):
     server = replace(crowd(1)[0], name="server", budget_bytes=60 * MIB)
@@ -158,6 +160,7 @@ def test_pipelines(crowd, solves, count, least):
     assert reasons <= {"a step is not shorter with it", "it cannot hold any of the stages"}
 
 
+@pytest.mark.slow_but_for("100")
 @pytest.mark.parametrize("count", [100, 1000])
 def test_a_pipeline_of_many_is_no_worse_than_one_of_its_best(crowd, count):
     members = crowd(count, 14.0, 20.0)

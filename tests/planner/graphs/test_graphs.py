@@ -196,6 +196,7 @@ def test_bytes_are_counted_one_by_one_however_many_there_are():
         assert fits.bound_seconds == pytest.approx(dag.once_seconds)
 
 
+@pytest.mark.slow
 def test_what_a_program_says_when_its_time_is_up_holds():
     """Against what it says at its end, with answers and without. Limits are looked for, as processors differ: where a program comes
     to its end the next is shorter, and where it has no answers yet longer.
@@ -342,6 +343,7 @@ def griewank(steps, slots):
     return repeats * steps - comb(slots + repeats, repeats - 1) if repeats else 0
 
 
+@pytest.mark.slow_but_for("11", "24")
 @pytest.mark.parametrize("steps", [*range(2, 13), 16, 24, 32, 48, 64])
 def test_unit_chains_meet_the_closed_form(steps):
     profile = graph_of(unit_chain(steps))

@@ -425,6 +425,7 @@ def test_the_command_line_can_let_a_service_solve(served, profile, minimum, tmp_
     assert told["minimum_budget_bytes"] == told["explanation"]["shortfall"]["minimum_budget_bytes"] == minimum
 
 
+@pytest.mark.slow
 def test_the_command_line_can_let_a_service_compare(served, profile, minimum, tmp_path, capfd):
     from tightfit.profiles.io import save_profile
 
@@ -657,6 +658,7 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
     assert "/v1/jobs" in routes
 
 
+@pytest.mark.slow
 def test_a_slow_listener_does_not_hold_up_the_others(served, uploaded, minimum):
     """An event stream that nobody reads, and a client that goes away, cost nothing."""
     job = served.ask("/v1/plans", profile=uploaded, memory=minimum + 16384)

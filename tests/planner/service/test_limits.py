@@ -153,6 +153,7 @@ def test_an_upload_does_not_block_the_run_of_what_was_measured(tmp_path, profile
                 http.post(f"/v1/jobs/{run.json()['id']}/cancel")
 
 
+@pytest.mark.slow
 def test_jobs_end_one_after_the_other_when_their_time_is_over(tmp_path):
     with service(tmp_path, workers=1, job_seconds=1.0) as http:
         first, second = (endless(http, number).json() for number in range(2))
@@ -345,6 +346,7 @@ def test_a_profile_can_be_measured_anew(tmp_path):
         assert again["id"] not in {first["id"], anew.json()["id"]}
 
 
+@pytest.mark.slow
 def test_a_service_on_a_full_disk_says_so_when_it_is_started(tmp_path):
     """No traceback: the exit code of what fails while running, the file, and what to do. With room it starts again."""
     with small_disk(tmp_path / "disk", 4 << 20) as disk:

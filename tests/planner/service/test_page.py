@@ -5,6 +5,7 @@ Pictures are kept in the folder that TIGHTFIT_PICTURES names, or in the test's o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -31,14 +32,26 @@ NOTE_CURVING = """() => {
 """keeps what is said of the curve, however short a time it is said"""
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory, work, measured):
-    folder = tmp_path_factory.mktemp("page")
-    shutil.copytree(measured, folder / "data")
-    service = Served(folder / "data", "--root", str(work)).start()
+@contextlib.contextmanager
+def serving(folder, root):
+    service = Served(folder / "data", "--root", str(root)).start()
     yield service
     service.stop()
     assert not [line for line in service.lines() if line["level"] == "error"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("page"), tmp_path_factory.mktemp("root")) as service:
+        yield service
+
+
+@pytest.fixture
+def measuring(tmp_path, work, measured):
+    """A service that has measured the tiny model before, so that it measures another adapter of it sooner."""
+    shutil.copytree(measured, tmp_path / "data")
+    with serving(tmp_path, work) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
@@ -418,6 +431,7 @@ def test_names_of_any_length_and_with_markup_stay_text(browser, served):
     page.close()
 
 
+@pytest.mark.slow
 def test_a_small_graph_is_told_in_figures(browser, served):
     """Forty KiB are 0.0391 MiB, not 0.0."""
     operators = [
@@ -508,6 +522,7 @@ def test_nothing_hinders_people(page, served, pictures):
         assert page.locator(f"#{chart}-table table").count() == 1
 
 
+@pytest.mark.slow
 def test_a_token_is_asked_for(browser, tmp_path):
     service = Served(tmp_path / "data", token="a-secret-of-some-length").start()
     try:
@@ -530,11 +545,11 @@ def test_a_token_is_asked_for(browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_run(browser, served, pictures, work):
+def test_run(browser, measuring, pictures):
     """Measure a model on the service's machine, plan it, train, and take the adapter: all on the page."""
     page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
     page.set_default_timeout(PATIENCE)
-    page.goto(served.url)
+    page.goto(measuring.url)
     page.locator("#measure-box > summary").click()
     assert page.locator("#start").is_visible()
     for name, value in (("path", "model"), ("seq", str(SEQ)), ("batch", "2"), ("lora_rank", "4")):
@@ -554,8 +569,8 @@ def test_run(browser, served, pictures, work):
     page.locator("#measure button").click()
     expect(wrong).to_have_count(0)
     expect(page.locator("#run")).to_be_visible()
-    identity = httpx.get(f"{served.url}/v1/profiles").json()["profiles"][0]["id"]
-    model = httpx.get(f"{served.url}/v1/profiles/{identity}/file").json()["model"]
+    identity = httpx.get(f"{measuring.url}/v1/profiles").json()["profiles"][0]["id"]
+    model = httpx.get(f"{measuring.url}/v1/profiles/{identity}/file").json()["model"]
     assert model["lora"]["target_modules"] == ["down_proj", "q_proj"]
     assert model["base"] == "8bit"
     assert (model["lora"]["rank_pattern"], model["lora"]["lora_dropout"]) == ({"q_proj": 2}, 0.1)
@@ -586,7 +601,7 @@ def test_run(browser, served, pictures, work):
     assert [int(row[0]) for row in steps] == list(range(1, 13))
     assert all(re.fullmatch(r"\d+ %", row[4]) for row in steps)
     assert [row[0] for row in rows(page, "#evaluations")] == ["0", "6", "12"]
-    job = httpx.get(f"{served.url}/v1/jobs?kind=run&limit=1").json()["jobs"][0]["request"]
+    job = httpx.get(f"{measuring.url}/v1/jobs?kind=run&limit=1").json()["jobs"][0]["request"]
     assert (job["schedule"], job["keep_best"], job["packing"]) == ("linear", True, True)
     report = {row[0]: row[1:] for row in rows(page, "#report")}
     assert any(re.fullmatch(r"tokens/s \(rows \d+ % padding\)", name) for name in report)

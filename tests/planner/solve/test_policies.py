@@ -33,7 +33,6 @@ LAYERS, RANK, SEED = 5, 4, 7
 LR = {"mezo": 1e-3}
 DEEP = CONFIG | {"num_hidden_layers": LAYERS, "hidden_act": "silu"}
 UNLIMITED = 1 << 40
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +229,7 @@ def test_lcsb_reads_no_weight_in_the_backward_of_a_skipped_layer(planner):
         assert not any(name.startswith(f"{layer}.") for name in backward for layer in step.skipped)
 
 
+@pytest.mark.slow_but_for("gemma3_text")
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
 def test_every_family_has_residuals(family, tmp_path):
     profile = decoder_profile(tmp_path, config=CONFIGS[family], batch=1, seq=8)

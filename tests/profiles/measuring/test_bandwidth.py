@@ -63,6 +63,7 @@ def test_figures_are_those_of_a_transfer_beside_a_computation(channel):
     assert group.beside, "groups end while a transfer is under way"
 
 
+@pytest.mark.slow
 def test_transfers_are_measured_one_behind_the_other_and_each_counts_its_own_time(channel):
     """As in a run, whose plan has several under way: what a transfer waits for those before it is the queue's time, not its own."""
     waiting, most = 0, 0

@@ -133,6 +133,9 @@ def run_in_an_arena(
     return names
 
 
+@pytest.mark.slow_but_for(
+    "MSELoss", "HuberLoss", "KLDivLoss", "BCELoss", "NLLLoss", "CrossEntropyLoss", "TripletMarginLoss"
+)
 @pytest.mark.filterwarnings("ignore:reduction")  # KLDivLoss of what its mean is
 @pytest.mark.parametrize("kind", LOSSES)
 def test_losses_and_their_gradients_are_pytorch_s(kind, tmp_path):

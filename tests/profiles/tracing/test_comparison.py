@@ -90,6 +90,7 @@ def test_another_loss_is_refused(tmp_path):
         compared(Pair(lambda m, x: m.b(m.a(x)).square().mean()), (torch.randn(16, 8),), tmp_path, halved)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_not_compared(tmp_path):
     told = compared(Pair(lambda m, x: m.b(m.a(x)).mean() * math.inf), (torch.randn(16, 8),), tmp_path)
     assert told.startswith(f"{NOT_COMPARED}: its loss on the sample batch is ")

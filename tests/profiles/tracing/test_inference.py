@@ -29,7 +29,6 @@ UNLIMITED = 1 << 40
 MIB = 1 << 20
 WIDE = CONFIG | {"vocab_size": 60_000}
 """two slices of the head"""
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +55,7 @@ def without_inference(profile):
     return profile.model_copy(update={"programs": programs})
 
 
+@pytest.mark.slow_but_for("dtype0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_is_the_same_to_the_bit(dtype):
     """Over several slices of the vocabulary and several blocks of tokens, some of them unlabelled."""

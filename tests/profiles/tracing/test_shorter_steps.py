@@ -32,7 +32,6 @@ BETWEEN = {"sliding_window": 12}
 LAYERS_BETWEEN = BETWEEN | {"layer_types": ["sliding_attention", "full_attention"]}
 COMPUTED = ("Llama, longrope scaling, short", "Gemma 3 (text)", "Qwen3.5 (text)", "GPT-2", "BLOOM", "LFM2")
 """families whose steps are carried out: rotation of two kinds, windows, recurrences, learned positions, slopes, convolutions"""
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def written(folder, config):
@@ -129,7 +128,7 @@ def assert_same_step(whole, short):
         assert error <= 1e-4 * float(gradient.norm()) + 1e-7, name
 
 
-@pytest.mark.slow_but_for("Phi-3", "GPT-2", "LFM2", "OPT")
+@pytest.mark.slow_but_for("Phi-3", "LFM2")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_same_step_at_half_its_length(family, tmp_path):
     whole = traced_at(FAMILIES[family], tmp_path, SEQ)
@@ -214,6 +213,7 @@ def test_a_shortened_profile_is_the_profile_of_that_length(folder, loss):
     assert alone.fingerprint != whole.fingerprint
 
 
+@pytest.mark.slow
 def test_a_shorter_step_may_work_in_more_room_than_the_whole_one(folder):
     """Attention works on two rows of 128 tokens at a time, and on one of 192."""
     alone = profiled(folder, seq=192, batch=4)

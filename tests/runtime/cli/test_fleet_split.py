@@ -79,6 +79,7 @@ def run(planned, tmp_path, monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_runs_of_the_server_listen_where_devices_reach_them(run, capsys):
     code, _ = run("--insecure", "--host", "0.0.0.0")
     assert code == 2

@@ -268,6 +268,7 @@ def test_on_one_core_a_comparison_is_the_same_and_one_process_works_at_a_time(pr
     assert told(again) == told(compared)
 
 
+@pytest.mark.slow_but_for("killed at once")
 @pytest.mark.parametrize("alone", ["killed at once", "killed after its first plan", "in a thread"])
 def test_a_comparison_without_another_process(profile, budgets, compared, monkeypatch, alone):
     """What the other process does not plan is planned here, and so from other columns."""
@@ -352,6 +353,7 @@ def test_an_interrupted_comparison_keeps_what_the_other_process_sent(profile, bu
     assert [plan.budget_bytes for plan in result.plans] == [*budgets[:2], *budgets[4:]]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_waits_for_nothing_that_the_other_process_goes_on_to_make(
     profile, budgets, monkeypatch, tmp_path
 ):

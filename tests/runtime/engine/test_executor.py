@@ -20,7 +20,6 @@ from tightfit.runtime.engine.weights.safetensors_file import SafetensorsReader
 from tightfit.runtime.session.job_compiler import compile_job, hole
 
 STEPS = 3
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

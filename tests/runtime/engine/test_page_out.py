@@ -159,6 +159,7 @@ def test_a_lean_process_holds_fifty_megabytes_less():
     assert most < moved["import_peak_bytes"]
 
 
+@pytest.mark.slow
 @needs_disk
 def test_what_has_only_been_read_is_given_back_later_too():
     code = """
@@ -181,6 +182,7 @@ print(high - low, before - memory().file)
     assert released > moved - 8 * MIB  # but for what has been written
 
 
+@pytest.mark.slow
 @needs_disk
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.delenv(page_out.VARIABLE, raising=False)

@@ -144,6 +144,7 @@ print(json.dumps({{"mode": mode, "sum": float(torch.ones(3).sum())}}))
     assert answer["sum"] == 3.0
 
 
+@pytest.mark.slow
 def test_a_metaclass_that_native_code_asks_for_is_one():
     """From 2.14 on native types are made with `torch._custom_class_base.CustomClassBaseMeta`."""
     answer = lean("""
@@ -301,6 +302,7 @@ print(json.dumps({"found": found}))
 """
 
 
+@pytest.mark.slow
 def test_mappings_are_made_as_far_as_the_kernel_allows():
     """Where a process has as many as it may, the next buffer ends in "cannot allocate memory"."""
     (free, least), (tight, more), (few, _), (none, most) = lean(NARROW, 60000, 800, 200, 0)["found"]

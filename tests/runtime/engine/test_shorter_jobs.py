@@ -13,7 +13,6 @@ from tightfit.runtime.engine.training.records import IGNORED, RecordWriter
 from tightfit.runtime.session.job_compiler import compile_job
 
 LENGTHS, BUCKETS, SEQ, BATCH = [8, 16], "8,16", 24, 2
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

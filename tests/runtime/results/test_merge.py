@@ -262,6 +262,7 @@ def test_the_rest_of_a_multimodal_model_is_kept(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "merged" / "config.json").read_text()) == wrapper
 
 
+@pytest.mark.slow_but_for("gemma3_text")
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_directory_is_made_of_a_gguf_file(family: str, tmp_path: Path) -> None:
     config = CONFIGS[family] | {"vocab_size": 640 if family == "gemma3_text" else 320}

@@ -86,6 +86,7 @@ def test_the_report_sets_predicted_beside_measured(whole, plan):
     assert not (out / "job").exists()
 
 
+@pytest.mark.slow
 def test_a_short_run_has_the_timeline_of_its_last_step(plan, tmp_path):
     for steps, kept in ((1, ["later"]), (2, ["first", "later"])):
         report = run(plan, "random", steps=steps, out=tmp_path / str(steps), **SETTINGS)
@@ -145,6 +146,7 @@ def test_an_adapter_for_a_wrapped_model_has_its_names_and_is_resumed(plan, whole
     assert told["target_modules"].startswith("model")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_wrapped_model_goes_on_from_the_names_it_had_before(plan, whole, tmp_path):
     config = plan.model.config | {"adapter_body": "model.language_model."}
     wrapped = plan.model_copy(update={"model": plan.model.model_copy(update={"config": config})})
@@ -444,6 +446,7 @@ def test_a_handler_of_the_program_s_own_is_called(plan, tmp_path):
     assert find_checkpoints(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_progress_that_cannot_be_shown_costs_no_step(plan, tmp_path):
     def closed(step, *_):
         if step == 3:
@@ -623,6 +626,7 @@ def test_an_earlier_run_is_not_overwritten_by_accident(plan, whole, tmp_path):
     assert not list(tmp_path.glob("*/old"))
 
 
+@pytest.mark.slow_but_for("True")
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_somebody_s_model_in_the_output_folder_is_no_earlier_result(plan, tmp_path, overwrite):
     (tmp_path / "model").mkdir()
@@ -651,6 +655,7 @@ def test_a_file_in_the_place_of_the_prepared_data_is_told(plan, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_result_that_is_a_link_is_replaced_and_not_what_it_leads_to(plan, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
@@ -673,6 +678,7 @@ def test_resume_with_another_seed_is_refused(plan, whole):
         run(plan, "random", steps=8, out=out, resume=True, lr=1e-2, seed=6)
 
 
+@pytest.mark.slow
 def test_a_run_that_other_operators_began_is_not_gone_on_with(plan, tmp_path, monkeypatch):
     """Of equal shapes nothing else tells it; a run begun before checkpoints named the version goes on."""
     run(plan, "random", steps=1, out=tmp_path, **SETTINGS)
@@ -734,6 +740,7 @@ def test_options_that_no_run_can_have_cost_no_earlier_run(plan, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_and_torch_are_options_like_python_s(plan, tmp_path):
     alike = [
         {"steps": 2, "seed": 3, "lr": 0.25, "weight_decay": 0.5, "checkpoint_every": 1, "warmup_steps": 1},

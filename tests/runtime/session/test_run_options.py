@@ -5,34 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_plans import CONFIG, decoder_profile, naive_plan
+from in_process import drawn_records
+from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.run_folder import find_checkpoints
-from tightfit.runtime.engine.training.records import RecordWriter
 from tightfit.runtime.session.launch import run
 
 SEQ, BATCH = 24, 2
 TRAINED = 5
 """training records: an epoch has 2.5 steps, of rows of one sample"""
 APART = {"packing": False}
-
-
-def records(path: Path, count: int, seed: int, *, questions: bool = False) -> str:
-    drawn = random.Random(seed)
-    with RecordWriter(path, seq=SEQ, pad_token=0, vocab_size=CONFIG["vocab_size"], source="drawn") as writer:
-        for example in range(count):
-            tokens = [drawn.randrange(CONFIG["vocab_size"]) for _ in range(SEQ + 1)]
-            for choice in range(2) if questions else (-1,):
-                labels = tokens[1:] if choice <= 0 else tokens[:-1]
-                writer.add(tokens[:-1], labels, example=example, choice=choice, answer=choice == 0)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +42,13 @@ def plans(profile):
 
 @pytest.fixture(scope="module")
 def data(folder):
-    return records(folder / "train.records", TRAINED, 1)
+    return drawn_records(folder / "train.records", TRAINED, 1, seq=SEQ)
 
 
 @pytest.fixture(scope="module")
 def asked(folder):
     """A run that learns its few records by heart, and is the best on others after eight of its steps."""
-    held_out = records(folder / "held_out.records", 3, 2)
+    held_out = drawn_records(folder / "held_out.records", 3, 2, seq=SEQ)
     return {"epochs": 6.0, "lr": 5e-2, "seed": 5, "eval_data": held_out, "eval_every": 2, "keep_best": True} | APART
 
 
@@ -124,6 +112,7 @@ def test_another_budget_gives_the_same(whole, plans, data, asked, tmp_path):
     assert (adapter(tmp_path / "run"), adapter(tmp_path / "run", "best")) == (adapter(out), adapter(out, "best"))
 
 
+@pytest.mark.slow
 def test_an_epoch_may_be_the_interval(plans, data, asked, tmp_path):
     report = run(plans[0], data, out=tmp_path, **asked | {"epochs": 2.0, "eval_every": "1 epoch"})
     # 2.5 steps, of which Python rounds to the even number
@@ -212,7 +201,7 @@ def test_wherever_it_is_killed_it_comes_out_the_same(whole, plans, data, asked, 
 
 
 def test_of_questions_the_accuracy_is_told(plans, data, asked, folder, tmp_path):
-    questions = records(folder / "questions.records", 3, 3, questions=True)
+    questions = drawn_records(folder / "questions.records", 3, 3, questions=True, seq=SEQ)
     report = run(plans[0], data, out=tmp_path, **asked | {"epochs": 0.8, "eval_data": questions})
     assert [one["accuracy"] for one in report["evaluations"]] == [
         report["evaluation"][when]["accuracy"] for when in ("before", "after")

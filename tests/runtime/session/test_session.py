@@ -25,7 +25,7 @@ from places import ROOT
 from reference import CONFIGS, all_layers, peft_model, relative_error, starting_weights, trained_by_peft
 from safetensors.torch import load_file
 from tiny_models import random_weights, write_directory
-from tiny_plans import decoder_profile, naive_plan
+from tiny_plans import decoder_profile, module_profile, naive_plan
 from torch import Tensor
 
 from examples import own_module
@@ -58,14 +58,13 @@ def smallest(decoder: Profile) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def module(cache: Path) -> Plan:
-    made = profile("examples.own_module:cnn")
-    return plan(made, ModelPlanner(made).minimum().peak_bytes + MIB)
+def module(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return naive_plan(module_profile(tmp_path_factory.mktemp("module"), "examples.own_module:cnn"))
 
 
 @pytest.fixture(scope="module")
 def naive(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    return naive_plan(decoder_profile(tmp_path_factory.mktemp("store")))
+    return naive_plan(decoder_profile(tmp_path_factory.mktemp("store"), dtype="float32"))
 
 
 def texts(count: int) -> list[Batch]:
@@ -191,10 +190,13 @@ def test_an_error_in_the_loop_keeps_its_steps(
     assert bits(part, 6) == bits(tmp_path / "whole", 6)
 
 
-def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) -> None:
-    good = texts(1)[0]
-    ids, labels = good
-    words = CONFIG["vocab_size"]
+def test_what_cannot_be_a_batch_costs_nothing(naive: Plan, tmp_path: Path) -> None:
+    assert naive.seq is not None
+    rows, length, words = naive.batch, naive.seq, naive.model.config["vocab_size"]
+    ids = torch.randint(1, words, (rows, length), generator=torch.Generator().manual_seed(3))
+    labels = ids.clone()
+    labels[:, :2] = -100
+    good = ids, labels
     refused = [
         ((), "has 0 tensors; give input_ids and labels, or input_ids alone"),
         ((ids, labels, ids), "has 3 tensors"),
@@ -203,17 +205,17 @@ def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) ->
         (([1, 2],), "item 0 is of type list"),
         ((ids.float(), labels), "give integers of shape"),
         ((ids[0], labels[0]), "give integers of shape"),
-        ((ids, labels[:, 1:]), rf"the plan was made for at most {ROWS} rows of {SEQ} tokens, labels like input_ids"),
-        ((ids.repeat(2, 1), labels.repeat(2, 1)), "at most 3 rows"),
+        ((ids, labels[:, 1:]), rf"the plan was made for at most {rows} rows of {length} tokens, labels like input_ids"),
+        ((ids.repeat(2, 1), labels.repeat(2, 1)), "at most 2 rows"),
         ((ids.repeat(1, 2), labels.repeat(1, 2)), "cut the batch, or profile with another batch and seq"),
-        ((ids[:, :0], labels[:, :0]), "at most 3 rows"),
+        ((ids[:, :0], labels[:, :0]), "at most 2 rows"),
         ((ids + words, labels), rf"input_ids has the token {int(ids.max()) + words}; the model has tokens 0 to {words - 1}"),
         ((ids - words, labels), rf"input_ids has the token {int(ids.min()) - words};"),
         ((ids, labels + words), "labels has the token"),
         ((ids, torch.full_like(labels, -100)), "has no label after the first token"),
         ((ids[:, :1],), "has no label after the first token"),
     ]  # fmt: skip
-    with Session(smallest, out=tmp_path) as session:
+    with Session(naive, out=tmp_path) as session:
         for batch, told in refused:
             with pytest.raises(InputError, match=told) as caught:
                 session.step(*batch)
@@ -226,7 +228,7 @@ def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) ->
                 session.step(*good, lr=lr)  # type: ignore[arg-type]
         alone = session.loss(ids)
         assert alone == session.loss(ids, ids)
-        both, half = ids[:2, : SEQ // 2], torch.arange(SEQ // 2)
+        both, half = ids[:2, : length // 2], torch.arange(length // 2)
         apart, shared = session.loss(both), session.loss(*(x.reshape(1, -1) for x in (both, both, half.repeat(2, 1))))
         assert shared == pytest.approx(apart, rel=1e-6)
         assert shared != session.loss(both.reshape(1, -1))
@@ -348,6 +350,7 @@ def test_a_loss_that_is_no_number_ends_it(naive: Plan, tmp_path: Path) -> None:
     assert not hasattr(last.value, "__notes__")
 
 
+@pytest.mark.slow_but_for("answer-3")
 @pytest.mark.parametrize(("part", "taken"), [("question", 2), ("answer", 3)])
 def test_one_that_was_interrupted_in_the_middle_is_over(
     naive: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, taken: int
@@ -480,6 +483,7 @@ def test_other_batches_than_given_ones_are_another_run(naive: Plan, tmp_path: Pa
         run(naive, "random", steps=2, out=tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_a_folder_of_data_of_one_s_own_stays(naive: Plan, tmp_path: Path) -> None:
     """Beside what an earlier run had made of its data there."""
     run(naive, "random", steps=1, out=tmp_path)
@@ -543,6 +547,7 @@ def test_the_thread_that_opens_a_session_may_end(naive: Plan, tmp_path: Path) ->
     assert len(session.report["loss"]) == 1
 
 
+@pytest.mark.slow
 def test_a_program_may_have_more_than_a_thousand_files_open(naive: Plan, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 1200:
@@ -558,6 +563,7 @@ def test_a_program_may_have_more_than_a_thousand_files_open(naive: Plan, tmp_pat
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_first_batch_costs_nothing(naive: Plan, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the batch of step 1") as caught, Session(naive, out=tmp_path) as session:
         session.step(torch.ones(2, 25, dtype=torch.int64))

@@ -63,6 +63,7 @@ def training_began(process: subprocess.Popen[str], out: Path, steps: int = 1) ->
     return training
 
 
+@pytest.mark.slow
 def test_only_a_small_process_is_alive_beside_the_training_process(begin, tmp_path):
     """The command's own process: it has given back what preparing the run took, and is in the training process's cgroup."""
     process = begin(tmp_path / "out", "--steps", "100000")
@@ -120,6 +121,7 @@ def test_what_it_measures_of_itself_is_what_one_holds():
     assert 5 * MIB < told < ALLOWED
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_as_the_command_tells_it(begin, tmp_path):
     """By the supervisor too: words on stderr, JSON on stdout, an exit code."""
     out = tmp_path / "out"
@@ -133,6 +135,7 @@ def test_a_failure_is_told_as_the_command_tells_it(begin, tmp_path):
     assert err.endswith(f"tightfit: {error['message']}\n")
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so(begin, tmp_path):
     first = begin(tmp_path / "out", "--steps", "2", "--json")
     report = json.loads(first.communicate(timeout=120)[0])

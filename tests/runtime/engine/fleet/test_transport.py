@@ -124,6 +124,7 @@ def waiting(members, does=None):
     return told
 
 
+@pytest.mark.slow
 def test_it_takes_little_memory():
     """gloo took 7 MiB, and 3 of them for good; a process with all of `torch.distributed` held more than 60 MiB more."""
     port, end = free_port(), "print(json.dumps({'added': memory().resident - before}))"
@@ -226,6 +227,7 @@ def test_where_the_network_is_cut_members_that_are_well_are_not_blamed(cut):
     assert all(one["seconds"] < 3 + 3 for one in told.values()), told
 
 
+@pytest.mark.slow
 def test_where_one_link_is_cut_the_third_member_says_so():
     members = met()
     lose(members, [(0, 1)])
@@ -324,6 +326,7 @@ def test_a_member_that_waits_ends_on_sigterm(when):
 # --- the meeting ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_but_for("1")
 @pytest.mark.parametrize("absent", [0, 1, 2])
 def test_who_does_not_come_is_named_by_all_the_others(absent):
     told = met(timeout=2.0, ranks={0, 1, 2} - {absent})
@@ -354,6 +357,7 @@ def test_the_member_that_listens_needs_an_address_of_its_own():
         Transport(["a", "b"], 0, "nobody.invalid", 29400, key=KEY, timeout=60.0)
 
 
+@pytest.mark.slow_but_for("0")
 @pytest.mark.parametrize("which", [0, 1])
 def test_who_lacks_the_key_is_told_and_does_not_come_in(which):
     told = met("ab", timeout=2.0, keys={which: bytes(32)})

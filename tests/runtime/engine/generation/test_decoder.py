@@ -19,7 +19,7 @@ from tightfit.runtime.engine.generation.sizes import SLACK
 from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.layout import read_header
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*tie:UserWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*tie:UserWarning")
 LLAMA3 = {
     "rope_scaling": {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -26,7 +26,7 @@ from tightfit.runtime.engine.generation.sizes import SLACK
 from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.engine.weights import native
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 TRACED = [name for name, config in FAMILIES.items() if not handwritten(config) and name not in NO_ANSWERS]
 PROMPT, ANSWER = 45, 12
 """tokens: a group and a part of one, and fewer in all than the 64 positions that the models have"""
@@ -48,7 +48,7 @@ def prompt_of(config: dict[str, Any], count: int = PROMPT) -> list[int]:
     return made
 
 
-@pytest.mark.slow_but_for("Llama, longrope scaling, long", "SmolLM3", "GPT-2", "OPT", "Hunyuan, dense")
+@pytest.mark.slow_but_for("Llama, longrope scaling, long", "SmolLM3", "GPT-2")
 @pytest.mark.parametrize("name", TRACED)
 def test_greedy_answers_are_those_of_transformers_on_the_same_weights(name: str, tmp_path: Path) -> None:
     config = FAMILIES[name]
@@ -74,7 +74,7 @@ def test_long_answers_past_what_the_cache_of_a_window_holds(tmp_path: Path) -> N
     assert answer == answered_by_transformers(exact(config, store), ids, SLACK)
 
 
-@pytest.mark.slow_but_for("Phi-3-more0", "GPT-2-more1")
+@pytest.mark.slow_but_for("Phi-3-more0")
 @pytest.mark.parametrize("more", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("name", ["Phi-3", "Phi-4-mini", "SmolLM3", "OLMo 2", "GPT-2", "GPT-NeoX, Pythia"])
 def test_with_an_adapter_they_are_those_of_the_model_that_peft_merges(
@@ -119,6 +119,7 @@ def test_the_bits_do_not_depend_on_what_stays_in_memory_or_on_the_passes(
     assert all(torch.equal(one, found[0]) for one in found)
 
 
+@pytest.mark.slow
 def test_products_with_packed_rows_keep_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.delenv(native.VARIABLE, raising=False)
     dots = native.dots(native.library(cache_directory()))
