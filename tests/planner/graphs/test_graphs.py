@@ -17,10 +17,11 @@ from tightfit.planner.graphs.bounds.bound import FIRST, ClassBound, _shortest, c
 from tightfit.planner.graphs.bounds.cut_generation import bytes_over, violated
 from tightfit.planner.graphs.bounds.lp_bound import Fractions, Path, solve_lp
 from tightfit.planner.graphs.bounds.milp_bound import solve_milp
-from tightfit.planner.graphs.planner import EXACT_OPERATORS, GraphPlanner
+from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.live_bytes import LiveBytes
 from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs, seconds
+from tightfit.planner.graphs.search import exact
 from tightfit.planner.graphs.search.baselines import RULES
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.plan import plan
@@ -347,7 +348,7 @@ def test_unit_chains_meet_the_closed_form(steps):
     profile = graph_of(unit_chain(steps))
     planner = GraphPlanner(profile)
     # What is solved exactly comes to its end however busy the machine is; a chain's checkpoints have half a second of the processor.
-    limit = 600 if planner.dag.operators <= EXACT_OPERATORS else 0.5
+    limit = 600 if planner.dag.operators <= exact.OPERATORS else 0.5
     for slots in {1, 2, 3, 5, 8, steps}:
         # A slot for each checkpoint, the state at hand, and the one being made from it.
         made = planner.plan(slots + 2, time_limit=limit)
@@ -466,7 +467,7 @@ def test_the_smallest_budget_is_proven_to_the_byte_where_no_exact_schedule_is_as
         {"name": "n3", "seconds": 0.0, "output_bytes": large, "inputs": ["n1", "n2"]},
         {"name": "n4", "seconds": 1.0, "output_bytes": 0, "inputs": ["n0", "n3"]},
     ]
-    others = [{"name": f"z{i}", "seconds": 0.0, "output_bytes": 0, "inputs": ["n2"]} for i in range(EXACT_OPERATORS)]
+    others = [{"name": f"z{i}", "seconds": 0.0, "output_bytes": 0, "inputs": ["n2"]} for i in range(exact.OPERATORS)]
     planner = GraphPlanner(graph_of([*operators, *others], fixed=large))
     assert planner.minimum_bytes() == planner.lowest_bytes == least(operators, "stages", large) == 3_000_000_007
 
