@@ -31,12 +31,6 @@ CLOSED_OPERATORS = 128
 """number of operators up to which one program over all places for re-runs is tried first; solved to optimality, it is a
 proof for the class
 """
-ROUNDS = 4000
-"""rounds of ruin and recreate"""
-STARTS = 4
-"""schedules that ruin and recreate starts from, of the best so far and those rounded from the bound's answers, with
-`ROUNDS` each
-"""
 
 
 class BudgetSearch:
@@ -65,11 +59,6 @@ class BudgetSearch:
             self.dag, budget, deadline=started + 0.3 * self.span, granted=GRANTED * self.span, latest=self.ends
         )
         self.near = LargeNeighbourhood(self.dag, budget, self.options)
-
-    @property
-    def rounds(self) -> int:
-        """Rounds of ruin and recreate."""
-        return ROUNDS if self.options.ruin_and_recreate else 0
 
     def left(self) -> float:
         """The gap that is left."""
@@ -124,34 +113,27 @@ class BudgetSearch:
         return GraphOutcome(carried=None, bound_seconds=self.dag.once_seconds, timely=self.found.timely)
 
     def _first(self) -> bool:
-        """Whether eviction finds a schedule that fits, which is then improved."""
-        memory = self.eviction.first(self.found.seeds(self.budget, self.deadline))
-        if memory is None:
+        """Whether eviction finds a schedule that fits."""
+        reruns = self.eviction.fastest(self.found.seeds(self.budget, self.deadline))
+        if reruns is None:
             return False
         # From here on only the clock counts, not processor time.
         self.eviction.deadline, self.eviction.granted = self.started + 0.1 * self.span, 0.0
-        self.best = self.found.note(self.eviction.improve(memory, rounds=self.rounds // 4))
+        self.best = self.found.note(self.eviction.improved(reruns) if self.options.ruin_and_recreate else reruns)
         self.report("improved", seconds(self.dag, self.best), self.dag.once_seconds)
         return True
 
     def _improved(self) -> bool:
-        """Improve the best schedule and the bound's answers; False where still nothing fits.
-
-        The answers exceed the budget between moments; repaired by eviction they are often the best schedules found.
+        """Whether a schedule fits, once the bound's answers are looked at as well: they exceed the budget between
+        moments, and repaired by eviction they are often the best schedules found.
         """
-        enough = self.bound.seconds / (1 - self.near_enough) - self.dag.once_seconds
-        share = 0.15 if self.bound.small else 0.2
+        share = 0.075 if self.bound.small else 0.1
         self.eviction.deadline = min(time.monotonic() + share * self.span, self.ends)
         # Later programs give better answers, so these come first.
-        starts = [self.best, *reversed(self.bound.starts)]
-        improved = self.eviction.improve_best(starts, starts=STARTS, rounds=self.rounds, enough=enough)
-        if improved is None:
-            if not self._lowered():
-                return False
-            self.eviction.deadline = self.started + 0.8 * self.span
-            improved = self.eviction.improve_best([self.best], starts=1, rounds=self.rounds, enough=enough)
-        if improved is not None:
-            self.best = self.found.note(improved)
+        reruns = self.eviction.fastest([self.best, *reversed(self.bound.starts)])
+        if reruns is None:
+            return self._lowered()
+        self.best = self.found.note(reruns)
         return True
 
     def _lowered(self) -> bool:
@@ -161,10 +143,8 @@ class BudgetSearch:
             self.found.ended(self.bound.timely, self.eviction.timely)
             return False
         now = time.monotonic()
-        until = min(max(self.started + 0.53 * self.span, now + 0.05 * self.span), self.ends)
-        best = self.found.note(self.near.deepened(self.found.lowest(), deadline=until))
-        until = min(until + 0.02 * self.span, self.ends)
-        self.best = self.found.note(self.near.polished(best, deadline=until, enough=float("inf")))
+        until = min(max(self.started + 0.55 * self.span, now + 0.07 * self.span), self.ends)
+        self.best = self.found.note(self.near.polished(self.found.lowest(), deadline=until, enough=float("inf")))
         if self.found.peaks[self.best] > self.budget:
             self._ended()
             return False
@@ -193,18 +173,15 @@ class BudgetSearch:
         """
         began = time.monotonic()
         left = deadline - began
-        best = self.near.deepened(self.best, deadline=began + (0.2 if self.bound.small else 0.6) * left)
+        best = self.best
         if self.bound.small:
-            best = self.near.polished(best, deadline=began + 0.2 * left, enough=self.bound.seconds / (1 - gap))
+            best = self.near.polished(best, deadline=began + 0.3 * left, enough=self.bound.seconds / (1 - gap))
             known = len(self.bound.starts)
             self.bound.whole(began + 0.75 * left, seconds(self.dag, best) * (1 - gap))
             answers = self.bound.starts[known:]
             if answers:
-                self.eviction.deadline = began + 0.85 * left
-                enough = self.bound.seconds / (1 - gap) - self.dag.once_seconds
-                starts = [best, *reversed(answers)]
-                improved = self.eviction.improve_best(starts, starts=2, rounds=self.rounds, enough=enough)
-                best = best if improved is None else improved
+                self.eviction.deadline = began + 0.8 * left
+                best = self.eviction.fastest([best, *reversed(answers)]) or best
         best = self.near.polished(best, deadline=deadline, enough=self.bound.seconds / (1 - gap))
         self.best = self.found.note(best)
 

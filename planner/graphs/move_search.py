@@ -26,8 +26,6 @@ GRANTED = 0.025
 """processor time for a first schedule that fits, as a share of the time limit"""
 NEAR = 1e-3
 """gap below which smaller shares are given up once one gains nothing"""
-ROUNDS = 1000
-"""rounds of ruin and recreate"""
 
 
 def with_everything_moved(dag: Dag, budget: int) -> Carried:
@@ -129,9 +127,9 @@ class MoveSearch:
         dag = self.dag
         variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
         search = EvictionSearch(variant, within, deadline=deadline, granted=granted, latest=latest)
-        memory = search.first(self._plain_seeds(within, deadline) if price is None else [(), touch_and_go(variant)])
-        rounds = ROUNDS if self.found.options.ruin_and_recreate else 0
-        reruns = None if memory is None else search.improve(memory, rounds=rounds)
+        reruns = search.fastest(self._plain_seeds(within, deadline) if price is None else [(), touch_and_go(variant)])
+        if reruns is not None and self.found.options.ruin_and_recreate:
+            reruns = search.improved(reruns)
         self.found.ended(search.timely)
         if reruns is not None:
             carried = carry(variant, reruns, self.budget)

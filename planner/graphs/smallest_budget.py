@@ -72,7 +72,6 @@ class SmallestBudget:
         best = found.lowest()
         if found.peaks[best] > low:
             near = LargeNeighbourhood(dag, low, found.options)
-            best = found.note(near.deepened(best, deadline=found_by - 0.3 * (found_by - time.monotonic())))
             best = found.note(near.polished(best, deadline=found_by))
             found.ended(near.timely)
         if proving:
@@ -91,10 +90,10 @@ class SmallestBudget:
             # bytes.
             for budget in ((low + self.found.peaks[best]) // 2, self.found.peaks[best] - 1):
                 search = EvictionSearch(self.dag, budget, deadline=deadline, granted=granted, latest=latest)
-                memory = search.first(self.found.seeds(budget, deadline))
+                reruns = search.fastest(self.found.seeds(budget, deadline))
                 self.found.ended(search.timely)
-                if memory is not None:
-                    best = self.found.note(memory.reruns)
+                if reruns is not None:
+                    best = self.found.note(reruns)
                     break
                 low = max(low, budget)
 

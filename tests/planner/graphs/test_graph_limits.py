@@ -88,7 +88,7 @@ def test_a_stretch_that_the_clock_ended_is_told(monkeypatch, end):
     monkeypatch.setattr(large_neighbourhood, "Subproblem", Ended)
     dag = dag_of(graph_profile(layered(24)))
     near = LargeNeighbourhood(dag, int(0.7 * peak_bytes(dag, ())))
-    near.deepened(frozenset(), deadline=float("inf"))
+    near.polished(frozenset(), deadline=time.monotonic() + 60)
     assert not near.timely
 
 
@@ -132,7 +132,7 @@ def test_past_its_limit_nothing_is_begun(monkeypatch):
     planner = GraphPlanner(profile)
     asked = []
     monkeypatch.setattr(budget_search, "ClassBound", lambda *given: asked.append(given))
-    monkeypatch.setattr(EvictionSearch, "first", lambda self, seeds: None)
+    monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds: None)
     budget = int(0.5 * peak_bytes(planner.dag, ()))
     ended = time.monotonic() - 10
     search = BudgetSearch(planner.found, budget, gap=0.0, started=ended - 1, deadline=ended, report=lambda *told: None)
@@ -390,7 +390,7 @@ def test_the_lowest_peak_is_looked_for_before_a_budget_is_given_up(monkeypatch):
         return lowest_peak(dag, seconds)
 
     monkeypatch.setattr(incumbents, "lowest_peak", spied)
-    monkeypatch.setattr(EvictionSearch, "first", lambda self, seeds: None)
+    monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds: None)
     profile = graph_profile(layered(22, seed=3))
     least = GraphPlanner(profile).minimum_bytes(time_limit=60)
     assert least < GraphPlanner(profile).found.peaks[frozenset()]
