@@ -139,12 +139,8 @@ class SearchOptions:
     """integer programs of few moments"""
     refined: bool = True
     """integer programs with the moments of the best linear program, and more round by round"""
-    crowded: bool = True
-    """rows of crowded runs (35) in these"""
     whole_class: bool = True
     """one integer program over all places for re-runs"""
-    deepening: bool = True
-    """re-optimisation of the whole schedule with chains of re-runs as places"""
     polishing: bool = True
     """re-optimisation of stretches of the schedule"""
     closing: bool = True

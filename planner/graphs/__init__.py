@@ -23,8 +23,10 @@ Bare graphs come from `tightfit.profiles.graph_input`.
 | search/large_neighbourhood | stretch after stretch re-optimised; the smallest peak |
 | search/exact | CP-SAT over all schedules of the class, for small graphs |
 | search/exact_moves | the same with moves to a disk, and time counted with the memory |
-| incumbents | the schedules found so far, and whether a time limit influenced them |
 | plan_result | a schedule written down as a plan |
+| incumbents | the schedules found so far, where searches start, and whether a time limit influenced them |
+| budget_search, move_search | the search at one budget, without a disk and with one |
+| smallest_budget | the search for the schedule of lowest peak |
 | planner | budgets in, plans out |
 
 The class of schedules: operators first run in the graph's order; before each first run, and after the last, any earlier

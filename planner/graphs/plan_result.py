@@ -4,7 +4,7 @@ sets it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tightfit.planner.graphs.bounds.bound import Bound
@@ -16,6 +16,9 @@ from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.graph_input import FIXED
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.units import format_size
+
+Report = Callable[[str, float, float], None]
+"""told of a search, whenever it has come further: (its stage, seconds of the best schedule, lower bound in seconds)"""
 
 
 @dataclass(frozen=True, kw_only=True)

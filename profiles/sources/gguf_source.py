@@ -29,7 +29,7 @@ from tightfit.profiles.sources.gguf_config import config_from_metadata
 from tightfit.profiles.sources.gguf_metadata import read_metadata
 from tightfit.profiles.weights.describe import EMBEDDINGS, decoder_tensors, packed_entry
 from tightfit.profiles.weights.pack import q4_blocks
-from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, SourceMatrix, Precision, check_choice, rounding_note
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import BLOCKS, VERSION, Entry

@@ -23,7 +23,7 @@ from torch import Tensor
 from tightfit.profiles.models.family import family_of
 from tightfit.profiles.sources.quantised import QuantisedMatrix, find, method_of
 from tightfit.profiles.weights.describe import EMBEDDINGS, describe
-from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, SourceMatrix, Precision, check_choice, rounding_note
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import open_regular

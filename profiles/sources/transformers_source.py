@@ -31,7 +31,7 @@ from tightfit.profiles.sources.huggingface import (
 )
 from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
 from tightfit.profiles.weights.describe import packed_entry
-from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, SourceMatrix, Precision, check_choice, rounding_note
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry

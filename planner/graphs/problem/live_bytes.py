@@ -19,11 +19,10 @@ Bytes = npt.NDArray[np.int64]
 
 
 class LiveBytes:
-    """A schedule of `dag` that a search edits; it may exceed `budget`."""
+    """A schedule of `dag` that a search edits."""
 
-    def __init__(self, dag: Dag, budget: int, reruns: Iterable[Rerun] = ()) -> None:
+    def __init__(self, dag: Dag, reruns: Iterable[Rerun] = ()) -> None:
         self.dag = dag
-        self.budget = budget
         self.count = len(dag)
         self.reruns: set[Rerun] = set()
         self.seconds = 0.0
@@ -47,10 +46,6 @@ class LiveBytes:
     def bytes(self) -> Bytes:
         """Bytes during each run, in order."""
         return self._bytes[: len(self.keys)]
-
-    @property
-    def fits(self) -> bool:
-        return int(np.max(self.bytes)) <= self.budget
 
     def position(self, key: int) -> int:
         return bisect_left(self.keys, key)

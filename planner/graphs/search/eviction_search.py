@@ -15,12 +15,14 @@ import numpy as np
 
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.live_bytes import Bytes, LiveBytes
-from tightfit.planner.graphs.problem.schedule import Rerun, seconds
+from tightfit.planner.graphs.problem.schedule import Rerun, peak_bytes
 
 DEPTH = 64
 """re-runs that one eviction may cause, at most"""
 EVICTIONS = 20
 """evictions per operator of the graph after which a repair gives up"""
+ROUNDS = 1000
+"""rounds of ruin and recreate"""
 
 
 class EvictionSearch:
@@ -191,66 +193,34 @@ class EvictionSearch:
             if int(np.max(memory.bytes)) > self.budget:
                 memory.add(*rerun)
 
-    # --- ruin and recreate -----------------------------------------------------------------------------------------
+    # --- schedules that fit ----------------------------------------------------------------------------------------
 
-    def first(self, seeds: Iterable[Iterable[Rerun]]) -> LiveBytes | None:
-        """The fastest schedule within the budget that eviction makes of one of the `seeds`; None: of none. The first
-        seed is tried even if time is over.
+    def fastest(self, seeds: Iterable[Iterable[Rerun]]) -> frozenset[Rerun] | None:
+        """The fastest schedule within the budget that eviction makes of one of the `seeds`; None: of none. Seeds that
+        fit as they are count even if time is over; of the others the most promising should come first.
         """
         best: LiveBytes | None = None
-        starts: list[LiveBytes] = []
-        for seed in dict.fromkeys(map(frozenset, seeds)):
-            if starts and time.monotonic() > self.latest:  # all are looked at otherwise: any of them may fit as it is
-                self.timely = False
+        fits = {seed: peak_bytes(self.dag, seed) <= self.budget for seed in map(frozenset, seeds)}
+        for seed in sorted(fits, key=lambda seed: not fits[seed]):
+            if not fits[seed] and self.late():
                 break
-            starts.append(LiveBytes(self.dag, self.budget, seed))
-        # First those that fit as they are: time may run out on the others.
-        for memory in sorted(starts, key=lambda memory: not memory.fits):
-            if not self.repair(memory):
-                continue
-            self.prune(memory, set(memory.reruns))
-            if best is None or memory.seconds < best.seconds:
-                best = memory
-        return best
+            memory = LiveBytes(self.dag, seed)
+            if self.repair(memory):
+                self.prune(memory, set(memory.reruns))
+                if best is None or memory.seconds < best.seconds:
+                    best = memory
+        return None if best is None else frozenset(best.reruns)
 
-    def improve_best(
-        self, seeds: Iterable[Iterable[Rerun]], *, starts: int, rounds: int, enough: float = 0.0
-    ) -> frozenset[Rerun] | None:
-        """Make the `seeds` fit by eviction, `improve` the fastest `starts` of them in `rounds` each, and return the
-        fastest; None: none fits. Stops where re-runs cost at most `enough` seconds.
-
-        Making seeds fit takes half of the time at most, so the most promising should come first.
-        """
-        began, end = time.monotonic(), self.deadline
-        repaired: dict[frozenset[Rerun], float] = {}
-        self.deadline = began + 0.5 * (end - began)
-        for seed in dict.fromkeys(map(frozenset, seeds)):
-            if self.late():
-                break
-            memory = self.first([seed])
-            if memory is not None:
-                repaired[frozenset(memory.reruns)] = memory.seconds
-        found = sorted(repaired, key=lambda reruns: repaired[reruns])[:starts]
-        for number, reruns in enumerate(found):
-            now = time.monotonic()
-            self.deadline = now + (end - now) / (len(found) - number)
-            found[number] = self.improve(LiveBytes(self.dag, self.budget, reruns), rounds=rounds, enough=enough)
-            if seconds(self.dag, found[number]) - self.dag.once_seconds <= enough:
-                break
-        self.deadline = end
-        return min(found, key=lambda reruns: seconds(self.dag, reruns), default=None)
-
-    def improve(self, memory: LiveBytes, *, rounds: int, enough: float = 0.0) -> frozenset[Rerun]:
-        """Ruin and recreate for `rounds`, or until re-runs cost at most `enough` seconds; the best schedule found.
-        `memory` must fit.
-        """
-        best, best_seconds = frozenset(memory.reruns), memory.seconds
+    def improved(self, reruns: frozenset[Rerun]) -> frozenset[Rerun]:
+        """The best schedule found by ruin and recreate, which starts from `reruns`; they must fit."""
+        memory = LiveBytes(self.dag, reruns)
+        best, best_seconds = reruns, memory.seconds
         current, current_seconds = best, best_seconds
         start = 0.02 * max(best_seconds, 1e-12)
-        for number in range(rounds):
-            if best_seconds <= enough or not memory.reruns or self.late():
+        for number in range(ROUNDS):
+            if not memory.reruns or self.late():
                 break
-            heat = start * (1.0 - number / rounds) ** 2
+            heat = start * (1.0 - number / ROUNDS) ** 2
             self.noise = self.random.choice((0.0, 0.1, 0.3))
             for rerun in self._ruin(memory):
                 memory.remove(*rerun)

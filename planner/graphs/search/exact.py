@@ -18,6 +18,11 @@ from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, pruned
 from tightfit.planner.solvers.cp_sat import RESOLUTION, single_worker, solved
 
+OPERATORS = 20
+"""number of operators up to which a graph is solved exactly over all schedules of the class"""
+WORK = 30.0
+"""limit of CP-SAT's deterministic seconds; such graphs take a fraction of one"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exact:
@@ -32,10 +37,10 @@ class Exact:
     """whether it ended by itself or by its work limit, not by the time limit"""
 
 
-def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float, until: float = float("inf")) -> Exact:
+def fastest(dag: Dag, budget_bytes: int, *, seconds: float, work: float = WORK, until: float = float("inf")) -> Exact:
     """The fastest schedule of the class within the budget.
 
-    Limits: `work` in CP-SAT's deterministic time, `seconds` of solving by the clock, and `until`, on the monotonic
+    Limits: `seconds` of solving by the clock, `work` in CP-SAT's deterministic time, and `until`, on the monotonic
     clock, when it has to end however long the program took to build.
     """
     model = _Stages(dag)
@@ -48,7 +53,7 @@ def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float, until: 
     return model.solve(work, seconds, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
 
 
-def smallest(dag: Dag, *, work: float, seconds: float) -> Exact:
+def smallest(dag: Dag, *, seconds: float, work: float = WORK) -> Exact:
     """The schedule of the class with the lowest peak; limits as of `fastest`."""
     model = _Stages(dag)
     peak = model.model.new_int_var(dag.floor_bytes - dag.fixed_bytes, sum(dag.bytes) + max(dag.workspace), "peak")

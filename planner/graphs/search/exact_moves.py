@@ -15,13 +15,16 @@ from ortools.sat.python import cp_model
 
 from tightfit.planner.graphs.problem.actions import Action
 from tightfit.planner.graphs.problem.dag import Dag
-from tightfit.planner.graphs.search.exact import solve_within
+from tightfit.planner.graphs.search.exact import WORK, solve_within
 from tightfit.planner.problem.layer_types import transfer_seconds
 
 RESOLUTION = 1_000_000_000
 """ticks into which an upper bound on a stage's time is divided; times are rounded to ticks, at an error of a few per
 action
 """
+
+OPERATORS = 8
+"""number of operators up to which a graph that names a disk is solved exactly"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class ExactMoves:
     """whether it ended by itself or by its work limit, not by the time limit"""
 
 
-def fastest_with_moves(dag: Dag, budget_bytes: int, *, work: float, seconds: float) -> ExactMoves:
+def fastest_with_moves(dag: Dag, budget_bytes: int, *, seconds: float, work: float = WORK) -> ExactMoves:
     """The fastest schedule of the class within the budget; limits as of `exact.fastest`."""
     return _Moves(dag, budget_bytes).solve(work, seconds)
 

@@ -1,10 +1,9 @@
 """Large-neighbourhood search: stretch after stretch of a schedule is re-optimised (`subproblem`) and kept where that is
 better.
 
-`deepened` first takes the whole schedule with few places for re-runs, called chains: just before an operator its inputs
-may run again, and the inputs of those, and so on to a depth that grows. `polished` then takes stretches, either of many
-stages with such chains or of few stages with all operators nearby. The number of places adapts to what the solver has
-lately solved to optimality.
+A stretch is either of few stages, with all operators nearby as places for re-runs, or of many stages with fewer places,
+called chains: just before an operator its inputs may run again, and the inputs of those, and so on to some depth. The
+number of places adapts to what the solver has lately solved to optimality.
 """
 
 from __future__ import annotations
@@ -22,12 +21,7 @@ from tightfit.planner.graphs.search.subproblem import Lowest, Solved, Subproblem
 from tightfit.planner.search_options import ALL, SearchOptions
 
 DEPTHS = (1, 2, 3)
-DEEPER = 2
-"""a depth is expected to take at least so many times as long as the one before; if less time is left it is skipped,
-unless the schedule does not fit yet, when even a partial answer helps
-"""
-LARGEST = 1_200_000
-"""places times operators up to which a program over the whole schedule is tried"""
+"""of chains"""
 LONGEST = 100_000
 """places up to which chains are listed, in a fraction of a second; where there are more, stretches use operators nearby
 instead
@@ -63,42 +57,10 @@ class LargeNeighbourhood:
         """places in chains, by depth; empty where there are more than `LONGEST`"""
         self.sizes = dict.fromkeys((0, *DEPTHS), PLACES)
         """number of places for the next stretch, by depth of its chains; depth 0: operators nearby"""
-        self.solved: set[int] = set()
-        """depths whose program over the whole schedule was solved to optimality"""
-
-    def deepened(self, reruns: frozenset[Rerun], *, deadline: float) -> frozenset[Rerun]:
-        """The best schedule found by re-optimising all of `reruns` with chains as places: less over the budget, or
-        faster.
-
-        `reruns` may exceed the budget. `deadline` is on the monotonic clock.
-        """
-        best = reruns
-        count = len(self.dag)
-        if not self.options.deepening:
-            return best
-        if time.monotonic() > deadline:
-            self.timely = False
-            return best
-        fitting = [depth for depth in DEPTHS if len(self._chains(depth)) * count <= LARGEST]
-        wanted = [depth for depth in fitting if depth not in self.solved and self._chains(depth)]
-        fits = peak_bytes(self.dag, best) <= self.budget
-        spent = 0.0
-        for number, depth in enumerate(wanted):
-            began = time.monotonic()
-            left = deadline - began
-            if left <= (DEEPER * spent if fits else 0.0):
-                self.timely = False
-                break
-            found = self._solve(best, 0, count, self._chains(depth), left / (len(wanted) - number))
-            if found.ended:
-                self.solved.add(depth)
-            best = self._better(best, found.reruns)
-            spent = time.monotonic() - began
-        return best
 
     def polished(self, reruns: frozenset[Rerun], *, deadline: float, enough: float = 0.0) -> frozenset[Rerun]:
         """The best schedule found by re-optimising stretches, until it fits and takes at most `enough` seconds, or
-        until `deadline`.
+        until `deadline`, on the monotonic clock. `reruns` may exceed the budget.
         """
         best = reruns
         if not self.options.polishing:

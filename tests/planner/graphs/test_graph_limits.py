@@ -11,8 +11,10 @@ from brute_graph import least, random_graph
 from layered_graph import layered
 from ortools.sat.python.cp_model import CpSolver
 
+from tightfit.planner.graphs import budget_search, incumbents, move_search, smallest_budget
 from tightfit.planner.graphs import planner as graph_planner
 from tightfit.planner.graphs.bounds.bound import any_schedule_bound, class_bound
+from tightfit.planner.graphs.budget_search import BudgetSearch
 from tightfit.planner.graphs.incumbents import Incumbents
 from tightfit.planner.graphs.plan_result import GraphOutcome
 from tightfit.planner.graphs.planner import GraphPlanner
@@ -86,7 +88,7 @@ def test_a_stretch_that_the_clock_ended_is_told(monkeypatch, end):
     monkeypatch.setattr(large_neighbourhood, "Subproblem", Ended)
     dag = dag_of(graph_profile(layered(24)))
     near = LargeNeighbourhood(dag, int(0.7 * peak_bytes(dag, ())))
-    near.deepened(frozenset(), deadline=float("inf"))
+    near.polished(frozenset(), deadline=time.monotonic() + 60)
     assert not near.timely
 
 
@@ -97,12 +99,12 @@ def test_a_plan_that_depends_on_a_search_that_was_cut_says_so():
     budget = max(dag.own_bytes(i) for i in range(len(dag)))
     whole = GraphPlanner(profile).plan(budget, time_limit=120)
     assert (whole.status, whole.deterministic) == ("infeasible", True)
-    for name, cut in (
-        ("any_schedule_bound", lambda dag, budget, **_: any_schedule_bound(dag, budget, seconds=0.0)),
-        ("lowest_peak", lambda dag, _: lowest_peak(dag, 0.0)),
+    for module, name, cut in (
+        (graph_planner, "any_schedule_bound", lambda dag, budget, **_: any_schedule_bound(dag, budget, seconds=0.0)),
+        (incumbents, "lowest_peak", lambda dag, _: lowest_peak(dag, 0.0)),
     ):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(graph_planner, name, cut)
+            patch.setattr(module, name, cut)
             made = GraphPlanner(profile).plan(budget, time_limit=120)
         assert (made.status, made.deterministic) == ("infeasible", False), name
 
@@ -129,17 +131,14 @@ def test_past_its_limit_nothing_is_begun(monkeypatch):
     profile = graph_profile(layered(40))
     planner = GraphPlanner(profile)
     asked = []
-    for name in ("ClassBound", "LargeNeighbourhood"):
-        whole = getattr(graph_planner, name)
-        monkeypatch.setattr(
-            graph_planner, name, lambda *given, name=name, whole=whole: asked.append(name) or whole(*given)
-        )
-    monkeypatch.setattr(EvictionSearch, "first", lambda self, seeds: None)
+    monkeypatch.setattr(budget_search, "ClassBound", lambda *given: asked.append(given))
+    monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds: None)
     budget = int(0.5 * peak_bytes(planner.dag, ()))
     ended = time.monotonic() - 10
-    outcome = planner._search(budget, ended - 1, ended, None)
+    search = BudgetSearch(planner.found, budget, gap=0.0, started=ended - 1, deadline=ended, report=lambda *told: None)
+    outcome = search.solve()
     assert (outcome.carried, outcome.timely) == (None, False)
-    assert "ClassBound" not in asked
+    assert not asked
 
 
 def test_checkpoints_of_a_chain_can_be_cut():
@@ -193,7 +192,8 @@ def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
         "solve_silently",
         lambda model, seconds, *rest: watch.spend(seconds, lambda: solve(model, seconds, *rest)),
     )
-    monkeypatch.setattr(graph_planner, "EvictionSearch", Granted)
+    for module in (budget_search, smallest_budget):
+        monkeypatch.setattr(module, "EvictionSearch", Granted)
     if what == "plan":
         planner.plan(int(share * top), time_limit=limit)
     else:
@@ -221,7 +221,7 @@ def test_exact_solutions_have_one_allowance_for_all_of_a_call(monkeypatch, count
         watch.asked.clear()
         planner.plan((planner.floor_bytes + top) // 2 if disk else planner.floor_bytes, time_limit=limit)
         assert len(watch.asked) == 2
-        assert graph_planner.EXACT_SECONDS <= sum(watch.asked) <= graph_planner.EXACT_SECONDS + limit
+        assert incumbents.EXACT_SECONDS <= sum(watch.asked) <= incumbents.EXACT_SECONDS + limit
 
 
 def test_what_the_exact_solver_had_found_when_it_was_cut_is_used(monkeypatch):
@@ -233,8 +233,8 @@ def test_what_the_exact_solver_had_found_when_it_was_cut_is_used(monkeypatch):
     budget = (planner.floor_bytes + peak_bytes(planner.dag, ())) // 2
     proven = planner.plan(budget)
     assert proven.status == "optimal"
-    monkeypatch.setattr(graph_planner, "fastest_with_moves", unproven)
-    monkeypatch.setattr(graph_planner, "PRICES", ())
+    monkeypatch.setattr(exact_moves, "fastest_with_moves", unproven)
+    monkeypatch.setattr(move_search, "PRICES", ())
     made = GraphPlanner(profile).plan(budget)
     assert made.step_seconds == proven.step_seconds
     assert made.bound_seconds == pytest.approx(proven.bound_seconds)
@@ -282,8 +282,7 @@ def test_what_a_cut_search_had_found_is_taken_where_it_is_faster_and_the_plan_sa
     dag = dag_of(graph_profile(layered(8)))
     known = carry(dag, ())
     budget = known.peak_bytes
-    found = Incumbents()
-    found.peaks[frozenset()] = budget
+    found = Incumbents(dag)
     found.begin(budget, 1.0)
     found.moved.append(known)
     found.timely = False
@@ -293,9 +292,9 @@ def test_what_a_cut_search_had_found_is_taken_where_it_is_faster_and_the_plan_sa
     found.begin(budget, 2.0)
     assert (found.timely, found.moved) == (True, [])
     slower = GraphOutcome(carried=replace(known, seconds=2 * known.seconds), bound_seconds=0.0)
-    taken = found.no_slower(dag, budget, slower)
+    taken = found.no_slower(budget, slower)
     assert (taken.carried, taken.timely) == (known, False)
-    assert found.no_slower(dag, budget - 1, slower) == slower
+    assert found.no_slower(1, slower) == slower
     found.end(budget, 2.0, timely=taken.timely)
     assert (found.timely, found.moved) == (False, [known])
     found.begin(budget, 3.0)
@@ -390,8 +389,8 @@ def test_the_lowest_peak_is_looked_for_before_a_budget_is_given_up(monkeypatch):
         granted.append(seconds)
         return lowest_peak(dag, seconds)
 
-    monkeypatch.setattr(graph_planner, "lowest_peak", spied)
-    monkeypatch.setattr(EvictionSearch, "first", lambda self, seeds: None)
+    monkeypatch.setattr(incumbents, "lowest_peak", spied)
+    monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds: None)
     profile = graph_profile(layered(22, seed=3))
     least = GraphPlanner(profile).minimum_bytes(time_limit=60)
     assert least < GraphPlanner(profile).found.peaks[frozenset()]

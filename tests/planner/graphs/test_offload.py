@@ -11,8 +11,8 @@ from brute_graph import random_graph
 from brute_offload import INFINITY, best, least
 from layered_graph import layered
 
-from tightfit.planner.graphs import planner as graph_planner
 from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.search import exact_moves
 from tightfit.planner.instructions import read_all
 from tightfit.planner.plan import plan
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
@@ -89,7 +89,7 @@ def test_sizes_far_apart():
 @pytest.mark.slow
 def test_the_search_alone_comes_near_the_optimum(monkeypatch):
     """As it works on graphs too large for the exact solver."""
-    monkeypatch.setattr(graph_planner, "EXACT_MOVES", 0)
+    monkeypatch.setattr(exact_moves, "OPERATORS", 0)
     excess = []
     for seed in range(1000, 1020):
         operators, channels = slow_graph(seed, 5), channels_of(seed)
