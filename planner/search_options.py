@@ -130,7 +130,7 @@ class SearchOptions:
     sweep: bool = True
     """a sweep that evicts what is read farthest ahead as a starting point"""
     ruin_and_recreate: bool = True
-    """random re-runs taken back and others put in their place"""
+    """random re-runs of the first schedule taken back and others put in their place"""
     cuts: bool = True
     """linear programs with further moments and paths, after the first"""
     paths: bool = True
@@ -139,6 +139,8 @@ class SearchOptions:
     """integer programs of few moments"""
     refined: bool = True
     """integer programs with the moments of the best linear program, and more round by round"""
+    crowded: bool = True
+    """rows of crowded runs (35) in these"""
     whole_class: bool = True
     """one integer program over all places for re-runs"""
     polishing: bool = True

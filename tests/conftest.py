@@ -17,6 +17,7 @@ from damage import CONFIG, MEASURED, ROWS, SEQ, lines
 from hypothesis import HealthCheck, settings
 from reference import CONFIGS
 from served import Served
+from spilling_plans import without_start
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from tightfit.planner.io import load_plan
@@ -243,10 +244,7 @@ def planned(work):
 @pytest.fixture(scope="session")
 def lean(work):
     """The profile as a machine would give it whose imports need no more than what stays resident."""
-    made = load_profile(work / "profile.json")
-    floor = made.device.floor
-    floor = floor.model_copy(update={"import_peak_bytes": floor.resident_bytes})
-    return made.model_copy(update={"device": made.device.model_copy(update={"floor": floor})})
+    return without_start(load_profile(work / "profile.json"))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from reference import relative_error, state_of, updates_of_large_batches
 from safetensors.torch import load_file
+from spilling_plans import spilling_plan
 from wide_regression import FACTORY, regression
 
 from tightfit.planner.model_planner import ModelPlanner
@@ -58,7 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run at the smallest budget, with every checkpoint."""
     out = tmp_path_factory.mktemp("whole")
-    smallest = plan(decoder, ModelPlanner(decoder).minimum().peak_bytes)
+    smallest = spilling_plan(decoder)
     report = run(
         smallest,
         data,

@@ -14,6 +14,7 @@ from killed_runs import kill_run
 from mixed_parameters import FACTORY, batch
 from reference import relative_error, updates_of_large_batches
 from safetensors.torch import load_file
+from spilling_plans import spilling_plan
 from torch import Tensor, nn
 
 from tightfit.planner.model_planner import ModelPlanner
@@ -131,9 +132,11 @@ def test_pairs_are_trained_as_by_peft(
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     profiled = llama_of_one.model_copy(update={"optimizer": adamw(together)})
-    planner = ModelPlanner(chosen(profiled, "adafactor", limit))
+    step = chosen(profiled, "adafactor", limit)
+    small, roomy = spilling_plan(step), ModelPlanner(step).plan(1 << 40)
+    assert small.train.instructions != roomy.train.instructions
     saved = []
-    for made in (planner.plan(planner.minimum().peak_bytes), planner.plan(1 << 40)):
+    for made in (small, roomy):
         out = tmp_path / str(made.budget_bytes)
         report = run(made, data, steps=STEPS, out=out, lr=LR, packing=False)
         assert report["peak_bytes"]["measured"] <= made.peak_bytes

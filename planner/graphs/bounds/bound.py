@@ -3,8 +3,9 @@
 Both come from the programs of `lp_bound` over a few moments of the schedule. For the class, linear programs are solved
 in sequence, and each gets the moments and paths that the previous answer violates (`cut_generation`); those whose dual
 price stays 0 for some rounds are dropped. Then a program with few moments and the best linear program are solved with
-0/1 variables (`milp_bound`), and again with the moments at which the answer's schedule exceeds the budget. All answers,
-rounded to schedules, are starting points for the search. docs/formulation.md has the programs: (29) to (35).
+0/1 variables (`milp_bound`), and again with the moments and crowded runs (35) at which the answer's schedule exceeds
+the budget. All answers, rounded to schedules, are starting points for the search. docs/formulation.md has the programs:
+(29) to (35).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tightfit.planner.graphs.bounds.cut_generation import CutGeneration
+from tightfit.planner.graphs.bounds.cut_generation import CutGeneration, apart
 from tightfit.planner.graphs.bounds.lp_bound import LpAnswer, Path, solve_lp
 from tightfit.planner.graphs.bounds.milp_bound import solve_milp
 from tightfit.planner.graphs.problem.dag import Dag
@@ -36,6 +37,8 @@ SOLVED = 4000
 """operators times moments up to which an integer program ends within a minute"""
 HARDER = 2
 """an integer program with more moments takes at least this many times as long as the one before it"""
+REFINED = 1
+"""moments added to an integer program in one round: each makes it harder"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +129,10 @@ class ClassBound:
         self._climb = CutGeneration(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST), options)
         self._few = [_shortest(dag, budget_bytes, reruns, count) for count in FEW if options.few_moments]
         self._pivots = self._climb.pivots
+        self._crowded: frozenset[Rerun] = frozenset()
         self._ended = False
-        """whether no integer program is to be solved any more: the last one's schedule suggests no further moment, or
-        the linear programs ran out of time
+        """whether no integer program is to be solved any more: the last one's schedule suggests no further moment or
+        crowded run, or the linear programs ran out of time
         """
 
     @property
@@ -157,28 +161,43 @@ class ClassBound:
             if deadline - began <= HARDER * spent:
                 self.timely = False
                 break
-            answer = self._solve(self._pivots, enough, deadline - began, self._climb.paths)
+            paths, crowded = self._climb.paths, self._crowded
+            answer = self._solve(self._pivots, enough, deadline - began, paths=paths, crowded=sorted(crowded))
             spent = time.monotonic() - began
             if not answer.solved or not answer.reruns:
                 break
-            finer = _refined(self.dag, self.budget, self._pivots, answer.reruns[0])
-            self._ended = finer == self._pivots
-            self._pivots = finer
+            finer = _refined(self.dag, self.budget, self._pivots, crowded, answer.reruns[0])
+            if not self.options.crowded:
+                finer = finer[0], crowded
+            self._ended = finer == (self._pivots, crowded)
+            self._pivots, self._crowded = finer
 
-    def _solve(self, pivots: tuple[int, ...], enough: float, seconds: float, paths: Sequence[Path] = ()) -> LpAnswer:
-        answer = solve_milp(self.dag, self.budget, pivots, seconds=seconds, paths=paths, most=enough)
+    def _solve(
+        self,
+        pivots: tuple[int, ...],
+        enough: float,
+        seconds: float,
+        *,
+        paths: Sequence[Path] = (),
+        crowded: Sequence[Rerun] = (),
+    ) -> LpAnswer:
+        answer = solve_milp(self.dag, self.budget, pivots, seconds=seconds, paths=paths, crowded=crowded, most=enough)
         self.seconds = max(self.seconds, answer.bound_seconds)
         self.starts.extend(answer.reruns)
         self.timely = self.timely and answer.solved
         return answer
 
 
-def _refined(dag: Dag, budget_bytes: int, pivots: tuple[int, ...], reruns: frozenset[Rerun]) -> tuple[int, ...]:
-    """`pivots`, and the first run of those not among them at which the schedule `reruns` exceeds the budget most."""
+def _refined(
+    dag: Dag, budget_bytes: int, pivots: tuple[int, ...], crowded: frozenset[Rerun], reruns: frozenset[Rerun]
+) -> tuple[tuple[int, ...], frozenset[Rerun]]:
+    """`pivots` and `crowded`, plus what the schedule `reruns` violates: the first run at which it exceeds the budget
+    most as a moment, and every re-run at which it exceeds the budget as a crowded run.
+    """
     sequence = runs(dag, reruns)
-    over = [(-held, stage) for (stage, _), held in zip(sequence, memory(dag, sequence)) if held > budget_bytes]
-    further = [moment for moment in over if moment[1] not in pivots]
-    return tuple(sorted({*pivots, min(further)[1]})) if further else pivots
+    over = sorted((-held, run) for run, held in zip(sequence, memory(dag, sequence)) if held > budget_bytes)
+    added = apart([stage for _, (stage, _) in over if stage not in pivots], REFINED)
+    return tuple(sorted({*pivots, *added})), crowded.union(run for _, run in over if run[0] != run[1])
 
 
 def _shortest(dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], most: int) -> tuple[int, ...]:

@@ -121,7 +121,7 @@ class _Span:
 
 
 class LpBound:
-    """The program over the moments at `pivots`: variables and rows (29) to (35). `solve` solves its
+    """The program over the moments at `pivots`: variables and rows (29) to (34). `solve` solves its
     linear relaxation.
     """
 
@@ -136,7 +136,7 @@ class LpBound:
         self.cost: list[float] = []
         """(34) per variable: seconds of runs"""
         self.disk: dict[int, float] = {}
-        """(35) variable -> seconds of the disk"""
+        """(34) variable -> seconds of the disk"""
         self.constant = 0.0
         self.impossible = False
         spans = _edge_spans(dag, pivots) if any_order else _order_spans(dag, pivots)
@@ -295,7 +295,7 @@ class LpBound:
         return Fractions(runs=runs, lives=lives, moments=of_moments, paths=of_paths)
 
     def _longest(self, runs: Linear, unit: float) -> Linear:
-        """(35) A variable for the step's time beyond `constant` (runs that are known): at least all other runs, and at
+        """(34) A variable for the step's time beyond `constant` (runs that are known): at least all other runs, and at
         least the disk's time less `constant`. In units of `unit` seconds.
         """
         beyond = Linear().add(self.program.variable())
