@@ -289,14 +289,14 @@ def test_schedules_and_starts_give_the_same_bits(small: Profile, records: str, t
 
 def test_a_row_of_zeros_is_refused(small: Profile, records: str, tmp_path: Path, monkeypatch: Any) -> None:
     training = make_training(naive_plan(small), records, tmp_path, lr=LR)
-    load, name = training.store.load, "model.layers.1.mlp.up_proj.weight"  # type: ignore[union-attr]
+    load, name = training.storage.store.load, "model.layers.1.mlp.up_proj.weight"
 
     def loaded(part: str, out: torch.Tensor) -> None:
         load(part, out)
         if part.startswith(name):
             out[2].zero_()
 
-    monkeypatch.setattr(training.store, "load", loaded)
+    monkeypatch.setattr(training.storage.store, "load", loaded)
     with pytest.raises(InputError, match=f"row 2 of {name} is zero, and DoRA divides by its length; .* without dora"):
         training.initialise()
     training.close()

@@ -18,6 +18,7 @@ from swallowing import Swallowing
 from synthetic import small_chain
 
 from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.smallest_budget import SmallestBudget
 from tightfit.planner.plan import minimum_budget
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import what_if
@@ -248,7 +249,7 @@ def test_an_interruption_of_a_search_made_again_keeps_what_was_found_before_it(m
     known = set(planner.found.peaks)
     assert not planner.found.timely
     monkeypatch.setattr(planner, "_solve", interrupt)
-    monkeypatch.setattr(planner, "_find_least", interrupt)
+    monkeypatch.setattr(SmallestBudget, "_search", interrupt)
     again = planner.plan(budget, time_limit=20)
     assert (again.step_seconds, again.deterministic) == (before.step_seconds, False)
     assert known <= set(planner.found.peaks)
