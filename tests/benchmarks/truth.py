@@ -42,11 +42,13 @@ FIRST = 1
 
 def main(
     models: Annotated[
-        str, typer.Option(help="Names of decoders and networks, separated by commas; default: all.")
+        str,
+        typer.Option(help="Names of decoders and networks, or files of models, separated by commas; default: all."),
     ] = "",
     runs: Annotated[int, typer.Option(help="Runs of each plan.")] = 5,
     steps: Annotated[int, typer.Option(help="Steps of each run.")] = 4,
     time_limit: Annotated[float, typer.Option(help="Seconds for each plan.")] = 20.0,
+    seq: Annotated[int, typer.Option(help="Tokens of a decoder's sample.")] = 256,
     *,
     write: Annotated[bool, typer.Option(help="Write docs/benchmarks/truth.md.")] = False,
 ) -> None:
@@ -54,8 +56,10 @@ def main(
     rows: list[list[str]] = []
     ended, made = 0, 0
     for name in models.split(",") if models else (*DECODERS, *eager.TIMM):
-        source = str(MODELS / name / "config.json") if name in DECODERS else f"eager:{name}"
-        for row, early, count in measured(name, source, runs, steps, time_limit):
+        network = name in eager.TIMM
+        source = f"eager:{name}" if network else str(MODELS / name / "config.json") if name in DECODERS else name
+        profile = tightfit.profile(source, **({} if network else {"seq": seq}))
+        for row, early, count in measured(Path(name).name, profile, runs, steps, time_limit):
             rows.append(row)
             ended, made = ended + early, made + count
         told(rows, f"{ended} of {made} runs were ended by their own cap.", runs, steps, write=write)
@@ -84,11 +88,9 @@ def told(rows: list[list[str]], early: str, runs: int, steps: int, *, write: boo
         )
 
 
-def measured(name: str, source: str, runs: int, steps: int, time_limit: float) -> list[tuple[list[str], int, int]]:
+def measured(name: str, profile: Profile, runs: int, steps: int, time_limit: float) -> list[tuple[list[str], int, int]]:
     """For each budget the row of the table, the number of runs that were ended early, and of all."""
-    begin = time.perf_counter()
-    profile = tightfit.profile(source, **({"seq": 256} if source.endswith(".json") else {}))
-    say(name, f"profiled in {time.perf_counter() - begin:.0f} s")
+    say(name, "profiled")
     rows: list[tuple[list[str], int, int]] = []
     least = 0
     for share, factor in SHARES.items():
