@@ -114,7 +114,7 @@ class Clock:
 
 
 @dataclass(kw_only=True)
-class Stream:
+class MessageQueue:
     """The messages that pass from one device to another, in their order."""
 
     source: int
@@ -132,24 +132,24 @@ class Stream:
         self.sent, self.arrived = ([Signal() for _ in self.sizes] for _ in range(2))
 
 
-class Links:
+class LinkClock:
     """The uplinks and downlinks of devices, on a clock."""
 
     def __init__(
-        self, clock: Clock, links: Sequence[Link], sends: Callable[[Stream, int, float, float], object]
+        self, clock: Clock, links: Sequence[Link], sends: Callable[[MessageQueue, int, float, float], object]
     ) -> None:
         """`sends` is called with each message as it starts: its stream and number, when it starts and has left."""
         self._clock, self._links, self._sends = clock, links, sends
         self._up, self._down = [0.0] * len(links), [0.0] * len(links)
         """when each uplink and downlink is free"""
-        self._waiting: list[tuple[Stream, int]] = []
+        self._waiting: list[tuple[MessageQueue, int]] = []
         """messages, in the order in which they were sent"""
 
-    def send(self, stream: Stream, number: int) -> None:
+    def send(self, stream: MessageQueue, number: int) -> None:
         self._waiting.append((stream, number))
         self._serve()
 
-    def open(self, stream: Stream, numbers: slice) -> None:
+    def open(self, stream: MessageQueue, numbers: slice) -> None:
         """The target can receive these messages."""
         stream.room[numbers] = [True] * len(stream.room[numbers])
         self._serve()
@@ -205,10 +205,10 @@ class ChainClock:
     def __init__(self, links: Sequence[Link], up: Sequence[Sequence[int]], down: Sequence[Sequence[int]]) -> None:
         """`up` and `down`: bytes of the messages from one device to the next, and from there back."""
         self.clock = Clock()
-        self.links = Links(self.clock, links, self._sends)
-        self.up = [Stream(source=at, target=at + 1, sizes=sizes) for at, sizes in enumerate(up)]
+        self.links = LinkClock(self.clock, links, self._sends)
+        self.up = [MessageQueue(source=at, target=at + 1, sizes=sizes) for at, sizes in enumerate(up)]
         """by source"""
-        self.down = [Stream(source=at + 1, target=at, sizes=sizes) for at, sizes in enumerate(down)]
+        self.down = [MessageQueue(source=at + 1, target=at, sizes=sizes) for at, sizes in enumerate(down)]
         """by target"""
         self.doings: list[Doing] = []
 
@@ -217,12 +217,12 @@ class ChainClock:
         until = self.clock.now if end is None else end
         self.doings.append(Doing(what=what, station=station, number=number, begin=begun, end=until))
 
-    def buffer(self, stream: Stream, number: int) -> Thread:
+    def buffer(self, stream: MessageQueue, number: int) -> Thread:
         """Wait until there is a buffer for a message."""
         if number >= SENDING:
             yield stream.sent[number - SENDING]
 
-    def _sends(self, stream: Stream, number: int, begin: float, end: float) -> None:
+    def _sends(self, stream: MessageQueue, number: int, begin: float, end: float) -> None:
         one = Doing(what="send", station=stream.source, to=stream.target, number=number, begin=begin, end=end)
         self.doings.append(one)
 
@@ -270,7 +270,7 @@ class Station:
 
 def play(stations: Sequence[Station], micro_batches: int) -> Played:
     """One step of the stages, in the order of the chain."""
-    return _Stages(stations, micro_batches).run()
+    return _StageClock(stations, micro_batches).run()
 
 
 def turns(ahead: int, micro_batches: int) -> Iterator[tuple[Literal["forward", "train"], int]]:
@@ -290,7 +290,7 @@ def agree(aheads: Sequence[int]) -> bool:
     return all(other <= max(1, one) for one, other in pairwise(aheads))
 
 
-class _Stages(ChainClock):
+class _StageClock(ChainClock):
     def __init__(self, stations: Sequence[Station], micro_batches: int) -> None:
         super().__init__(
             [station.link for station in stations],
@@ -558,12 +558,12 @@ class _Sum(ChainClock):
             return self.clock.now + copy_seconds(size)
         return self._on_disk(at, disk_seconds(station.write, size))
 
-    def _take(self, source: Stream, piece: int) -> Thread:
+    def _take(self, source: MessageQueue, piece: int) -> Thread:
         yield source.arrived[piece]
         if piece + UNDER_WAY < len(self.pieces):
             self.links.open(source, slice(piece + UNDER_WAY, piece + UNDER_WAY + 1))
 
-    def _open(self, source: Stream | None) -> None:
+    def _open(self, source: MessageQueue | None) -> None:
         if source is not None:
             self.links.open(source, slice(UNDER_WAY))
 

@@ -62,7 +62,7 @@ class FleetOptions(FleetPlanOptions):
         return self
 
 
-class DataOptions(FleetPlanOptions):
+class SharedBatchesOptions(FleetPlanOptions):
     """Of fleets that share out the micro-batches of a step."""
 
     gap: Gap = 1e-3

@@ -28,7 +28,7 @@ from tightfit.planner.fleet.members import (
     lacking,
     shared,
 )
-from tightfit.planner.fleet.options import DataOptions, FleetOptions, FleetPlanOptions, PipelineOptions
+from tightfit.planner.fleet.options import FleetOptions, FleetPlanOptions, PipelineOptions, SharedBatchesOptions
 from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, MemberPlans, StagePlans, no_time, while_there_is_time
 from tightfit.planner.fleet.part_profiles import (
     alone_profile,
@@ -52,10 +52,10 @@ from tightfit.planner.fleet.schema import (
     Price,
     SideMember,
     SidePlan,
-    Stage,
+    StageMember,
     StepMember,
 )
-from tightfit.planner.fleet.search import AloneSearch, Contributor, DivisionSearch, Place, SumChain, SumSearch
+from tightfit.planner.fleet.search import AloneSearch, ChainPlace, Contributor, DivisionSearch, SumChain, SumSearch
 from tightfit.planner.fleet.simulate import own_layers, simulate_fleet
 from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import gap_to, sealed
@@ -108,9 +108,9 @@ class SideOptions(FleetPlanOptions):
 # --- what is asked for --------------------------------------------------------------------------------------------------
 
 
-@keywords_of(DataOptions)
+@keywords_of(SharedBatchesOptions)
 def plan_fleet(
-    members: Sequence[MemberSpec], micro_batches: int, asked: DataOptions
+    members: Sequence[MemberSpec], micro_batches: int, asked: SharedBatchesOptions
 ) -> tuple[FleetPlan, dict[str, Plan]]:
     """The shortest step found of `micro_batches` micro-batches, with its proof, and the plans of its members by name.
 
@@ -291,7 +291,10 @@ class _StepPlanner(FleetPlanner, Generic[S]):
     member: ClassVar[type[StepMember | SideMember]]
 
     def __init__(
-        self, specs: Sequence[MemberSpec], micro_batches: int, asked: DataOptions | PipelineOptions | SideOptions
+        self,
+        specs: Sequence[MemberSpec],
+        micro_batches: int,
+        asked: SharedBatchesOptions | PipelineOptions | SideOptions,
     ) -> None:
         self.micro_batches = checked_count(micro_batches)
         super().__init__(specs, asked, asked.gap)
@@ -398,7 +401,7 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
 
     schema, member = FleetPlan, Member
 
-    def __init__(self, specs: Sequence[MemberSpec], micro_batches: int, asked: DataOptions) -> None:
+    def __init__(self, specs: Sequence[MemberSpec], micro_batches: int, asked: SharedBatchesOptions) -> None:
         super().__init__(specs, micro_batches, asked)
         self.pieces = pieces_of(specs[0].profile)
         profiles = [spec.profile for spec in specs]
@@ -534,7 +537,7 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
             alone.plans[only].plan(alone.budgets[only], self.until(1.0) - time.monotonic())
             makespan = alone.plans[only].makespan(alone.budgets[only])
         else:
-            makespan = self._best_shelves(tuple(Place(at, shares[at], "disk", "disk") for at in taking))
+            makespan = self._best_shelves(tuple(ChainPlace(at, shares[at], "disk", "disk") for at in taking))
             fitting = search.fitting()
             unfit = [at for at in taking if at not in fitting]
         if makespan < math.inf:
@@ -593,7 +596,7 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
 class _PipelinePlanner(_StepPlanner[PipelinePlan]):
     """The model is divided: which devices hold which layers, and how far each is ahead."""
 
-    schema, member = PipelinePlan, Stage
+    schema, member = PipelinePlan, StageMember
 
     def __init__(self, specs: Sequence[MemberSpec], micro_batches: int, asked: PipelineOptions) -> None:
         super().__init__(specs, micro_batches, asked)

@@ -234,7 +234,7 @@ class Served:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serving:
+class ServiceOrder:
     """All devices in the order in which they are served."""
 
     served: list[Served]
@@ -281,7 +281,7 @@ def jackson_bound(jobs: Sequence[Way]) -> float:
     return longest
 
 
-def best_order(ways: Sequence[Sequence[Way]], time_limit: float) -> Serving:
+def best_order(ways: Sequence[Sequence[Way]], time_limit: float) -> ServiceOrder:
     """The order, and a way for each device, with which the last answer comes first, as found within `time_limit` seconds.
 
     Each device has a way at least. Raises KeyboardInterrupt on Ctrl-C.
@@ -301,7 +301,7 @@ def best_order(ways: Sequence[Sequence[Way]], time_limit: float) -> Serving:
         found, proven = _searched(ways, known, makespan, time_limit)
         known = min(known, found, key=lambda all_served: max(one.answered for one in all_served))
         bound = max(bound, proven)
-    return Serving(served=known, bound=min(bound, max(one.answered for one in known)))
+    return ServiceOrder(served=known, bound=min(bound, max(one.answered for one in known)))
 
 
 def _by_tails(ways: Sequence[Sequence[Way]]) -> list[Served]:

@@ -44,7 +44,7 @@ from tightfit.planner.fleet.plan import UNJUDGED, FleetPlanner, figures_of
 from tightfit.planner.fleet.programs import (
     Pace,
     Served,
-    Serving,
+    ServiceOrder,
     Way,
     best_order,
     makespan_of,
@@ -545,7 +545,7 @@ class _SplitRounds(_Rounds[SplitPlan]):
 
     # --- members ----------------------------------------------------------------------------------------------------
 
-    def _member_plans(self, found: _Choices, serving: Serving) -> tuple[dict[str, Plan], dict[str, Plan]]:
+    def _member_plans(self, found: _Choices, serving: ServiceOrder) -> tuple[dict[str, Plan], dict[str, Plan]]:
         plans, server_plans = {}, {}
         for one in serving.served:
             at = found.devices[one.device]
@@ -624,7 +624,7 @@ class _SplitRounds(_Rounds[SplitPlan]):
 
     # --- what it is compared with -----------------------------------------------------------------------------------
 
-    def _as_described(self, found: _Choices, serving: Serving) -> SplitBaseline:
+    def _as_described(self, found: _Choices, serving: ServiceOrder) -> SplitBaseline:
         """The chosen cuts, in the order in which devices are described."""
         chosen = {one.device: one.way for one in serving.served}
         order = [(device, chosen[device]) for device in sorted(chosen)]
@@ -662,7 +662,7 @@ class _SplitRounds(_Rounds[SplitPlan]):
         layers = {self.specs[choices.devices[one.device]].name: choices.cuts[one.device][one.way] for one in order}
         return SplitBaseline(name=name, makespan_seconds=max(one.answered for one in order), layers=layers)
 
-    def _without(self, found: _Choices, serving: Serving) -> list[SplitBaseline]:
+    def _without(self, found: _Choices, serving: ServiceOrder) -> list[SplitBaseline]:
         """Rounds without one of the devices, where they are shorter by more than its part: others take its steps, with the cuts
         that were chosen.
         """

@@ -46,7 +46,9 @@ from __future__ import annotations
 import re
 from typing import Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from tightfit.profiles.schema import FrozenRecord
 
 FLEET_VERSION = 1
 PIECE_BYTES = 256 << 10
@@ -66,11 +68,7 @@ Shelf = Literal["memory", "disk"]
 """where what outlives a micro-batch lies on a member: in anonymous memory, or in an unnamed file"""
 
 
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Link(Record):
+class Link(FrozenRecord):
     """A member's connection to the network; both directions can be busy at once."""
 
     up_bytes_per_second: float = Field(gt=0)
@@ -78,7 +76,7 @@ class Link(Record):
     latency_seconds: float = Field(0.0, ge=0, description="from this member's process to the network, one way")
 
 
-class Passed(Record):
+class Passed(FrozenRecord):
     """A tensor that passes over a cut."""
 
     shape: list[int]
@@ -89,7 +87,7 @@ Does = Literal["compute", "add", "send", "update", "forward", "again", "backward
 """what a device, or a link, does; in a pipeline: forward, again (the forward that is repeated for the backward), backward"""
 
 
-class Span(Record):
+class Span(FrozenRecord):
     """What a device or a link does for a while, for the picture of a step."""
 
     lane: str = Field(description="a member's name, or `FROM → TO` for a link")
@@ -101,7 +99,7 @@ class Span(Record):
     )
 
 
-class Price(Record):
+class Price(FrozenRecord):
     """What a step, or a round, would gain if a member had more of something."""
 
     member: str
@@ -113,7 +111,7 @@ class Price(Record):
 # --- members ------------------------------------------------------------------------------------------------------------
 
 
-class PlannedMember(Record):
+class PlannedMember(FrozenRecord):
     """A device, in a fleet of any kind."""
 
     name: str
@@ -164,7 +162,7 @@ class Member(StepMember):
         return bool(self.micro_batches)
 
 
-class Stage(StepMember):
+class StageMember(StepMember):
     """A device with some of the layers."""
 
     first_layer: int = Field(0, ge=0, description="index of its first layer in the profile")
@@ -231,14 +229,14 @@ class SplitMember(FederatedMember):
 M = TypeVar("M", bound=PlannedMember)
 
 
-class Comparison(Record):
+class BaselineResult(FrozenRecord):
     """A fixed way to share the work, judged in the same terms."""
 
     makespan_seconds: float | None = Field(description="None: some device cannot hold its part")
     reason: str | None = Field(None, description="why there is no makespan")
 
 
-class Exact(Record):
+class Exactness(FrozenRecord):
     """How far the results of a fleet are those of one process, or of devices that compute all layers."""
 
     bit_identical: bool = Field(
@@ -248,7 +246,7 @@ class Exact(Record):
     differences: list[str] = Field([], description="in words, in what the profiles do not agree")
 
 
-class PlannedFleet(Record, Generic[M]):
+class PlannedFleet(FrozenRecord, Generic[M]):
     """What the plan of every fleet says."""
 
     version: int = FLEET_VERSION
@@ -280,12 +278,12 @@ class StepFleet(PlannedFleet[M]):
         return self.taking
 
 
-class Baseline(Comparison):
+class Baseline(BaselineResult):
     name: Literal["equal shares", "fastest alone"]
     micro_batches: dict[str, int] = Field(description="by member")
 
 
-class FleetPlan(StepFleet[Member], Exact):
+class FleetPlan(StepFleet[Member], Exactness):
     kind: Literal["data parallel"] = "data parallel"
     trained_bytes: int = Field(description="bytes of the trained tensors, which pass over every link of the chain")
     compute_seconds: float = Field(description="until the last member has computed its micro-batches")
@@ -296,12 +294,12 @@ class FleetPlan(StepFleet[Member], Exact):
     timeline: list[Span] = []
 
 
-class PipelineBaseline(Comparison):
+class PipelineBaseline(BaselineResult):
     name: Literal["equal layers", "fastest alone"]
     layers: dict[str, int] = Field(description="number of layers by member")
 
 
-class PipelinePlan(StepFleet[Stage], Exact):
+class PipelinePlan(StepFleet[StageMember], Exactness):
     kind: Literal["pipeline"] = "pipeline"
     bits: Literal[0, 4, 8] = Field(0, description="of a number in a message; 0: as it is")
     link_bytes: list[int] = Field([], description="bytes of a step that pass over each cut, both ways together")
@@ -340,7 +338,7 @@ class RoundsFleet(PlannedFleet[M]):
     adapter_bytes: int = Field(description="of its tensors")
 
 
-class FederatedBaseline(Comparison):
+class FederatedBaseline(BaselineResult):
     name: Literal["equal steps", "fastest alone"]
     steps: dict[str, int] = Field(description="by member")
 
@@ -351,7 +349,7 @@ class FederatedPlan(RoundsFleet[FederatedMember]):
     prices: list[Price] = []
 
 
-class SplitServer(Record):
+class SplitServer(FrozenRecord):
     """The machine that computes the upper layers, for one device at a time."""
 
     device: str = Field(description="the device's name, as its profile has it")
@@ -361,12 +359,12 @@ class SplitServer(Record):
     start_seconds: float = Field(ge=0, description="of a service beside its steps: until a run trains, and ends")
 
 
-class SplitBaseline(Comparison):
+class SplitBaseline(BaselineResult):
     name: Literal["order as described", "one cut for all", "whole models", "without a device"]
     layers: dict[str, int] = Field(description="number of layers by member; without a device by all others")
 
 
-class SplitPlan(RoundsFleet[SplitMember], Exact):
+class SplitPlan(RoundsFleet[SplitMember], Exactness):
     kind: Literal["split federated"] = "split federated"
     server: SplitServer
     order_gap: float = Field(description="the gap where the plans of the stages are given: of the order and the cuts")

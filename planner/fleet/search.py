@@ -85,7 +85,7 @@ class Contributor:
     speed: MemberPlans
 
 
-class Place(NamedTuple):
+class ChainPlace(NamedTuple):
     """A candidate's part in a chain."""
 
     candidate: int
@@ -94,7 +94,7 @@ class Place(NamedTuple):
     states: Shelf
 
 
-SumChain = tuple[Place, ...]
+SumChain = tuple[ChainPlace, ...]
 
 
 def _silent(makespan: float, bound: float) -> None:
@@ -138,7 +138,7 @@ class SumSearch:
 
     # --- members ---------------------------------------------------------------------------------------------------
 
-    def extra_bytes(self, place: Place, *, first: bool) -> int:
+    def extra_bytes(self, place: ChainPlace, *, first: bool) -> int:
         """Bytes that the exchange takes there."""
         return exchange_bytes(
             self.candidates[place.candidate].device.floor,
@@ -148,13 +148,13 @@ class SumSearch:
             states=place.states,
         )
 
-    def room(self, place: Place, *, first: bool) -> int:
+    def room(self, place: ChainPlace, *, first: bool) -> int:
         """Bytes of the budget that are left for the plan."""
         return self.candidates[place.candidate].budget_bytes - self.extra_bytes(place, first=first)
 
     def lean(self, candidate: int) -> int:
         """The largest room that a candidate can have."""
-        return self.room(Place(candidate, 1, "disk", "disk"), first=True)
+        return self.room(ChainPlace(candidate, 1, "disk", "disk"), first=True)
 
     def fitting(self) -> list[int]:
         """The candidates that can take part, as far as they are planned; where that is allowed, each is."""
@@ -175,7 +175,7 @@ class SumSearch:
         """Whether a candidate was found to hold a micro-batch, or was not planned."""
         return self.candidates[candidate].speed.bound(self.lean(candidate), "disk", first=False) < math.inf
 
-    def station(self, place: Place, sight: Sight, *, first: bool) -> SumStation:
+    def station(self, place: ChainPlace, sight: Sight, *, first: bool) -> SumStation:
         """The member as it stands in a chain; it never has computed where it cannot hold its part."""
         candidate = self.candidates[place.candidate]
         return SumStation(
@@ -189,7 +189,7 @@ class SumSearch:
             write=candidate.device.write,
         )
 
-    def _seconds(self, place: Place, sight: Sight, *, first: bool) -> float:
+    def _seconds(self, place: ChainPlace, sight: Sight, *, first: bool) -> float:
         speed = self.candidates[place.candidate].speed
         look = {"known": speed.seconds, "hoped": speed.hoped, "proven": speed.bound}[sight]
         return look(self.room(place, first=first), place.gradients, first=first)
@@ -247,7 +247,7 @@ class SumSearch:
             self.best = chain
         return found
 
-    def _unplanned(self, chain: SumChain) -> list[tuple[Place, bool]]:
+    def _unplanned(self, chain: SumChain) -> list[tuple[ChainPlace, bool]]:
         """The places, and whether they are first, whose plans are only hoped for."""
         return [
             (place, not at)
@@ -313,7 +313,7 @@ class SumSearch:
         """Climb from the best of chains in which each micro-batch goes to the member that would be the first to have
         computed it: of two members, in either order, and of the fastest three, four and so on, of many in larger strides.
         """
-        seconds = {at: self._seconds(Place(at, 1, "disk", "disk"), "known", first=False) for at in members}
+        seconds = {at: self._seconds(ChainPlace(at, 1, "disk", "disk"), "known", first=False) for at in members}
         fastest = sorted(members, key=seconds.__getitem__)
         starts = [self._shared_out(pair, seconds) for pair in itertools.combinations(fastest[:PAIRED], 2)]
         starts += [(last, first) for first, last in starts]
@@ -342,7 +342,7 @@ class SumSearch:
             shares[at] += 1
             heapq.heapreplace(done, ((shares[at] + 1) * seconds[at], at))
         order = sorted(shares, key=lambda at: shares[at] * seconds[at])
-        return tuple(Place(at, shares[at], "disk", "disk") for at in order)
+        return tuple(ChainPlace(at, shares[at], "disk", "disk") for at in order)
 
     def _left(self) -> float:
         return self.deadline - time.monotonic()
@@ -366,7 +366,7 @@ class SumSearch:
             for role in ROLES[:1] + ROLES[-min(3, len(members) - 1) :]:
                 for gradients in SHELVES:
                     for states in SHELVES:
-                        place = Place(member, 1, gradients, states)
+                        place = ChainPlace(member, 1, gradients, states)
                         for least, most in self._ranges(place, sight, first=role == "first"):
                             one = place._replace(micro_batches=most if sight == "known" else least)
                             way = self._way(one, role, least, most, len(members), sight)
@@ -374,7 +374,7 @@ class SumSearch:
                                 result.append(way)
         return result
 
-    def _ranges(self, place: Place, sight: Sight, *, first: bool) -> list[tuple[int, int]]:
+    def _ranges(self, place: ChainPlace, sight: Sight, *, first: bool) -> list[tuple[int, int]]:
         """Ranges of micro-batches with one number of seconds: a known plan with room for some slots also has it for fewer,
         and what can be hoped for with some slots holds for more. Where it differs, ranges begin at powers of two, and
         wherever a chain was proposed.
@@ -394,7 +394,7 @@ class SumSearch:
             before = seconds
         return list(zip(begins, [*(begin - 1 for begin in begins[1:]), most]))
 
-    def _way(self, place: Place, role: Role, least: int, most: int, members: int, sight: Sight) -> Joining | None:
+    def _way(self, place: ChainPlace, role: Role, least: int, most: int, members: int, sight: Sight) -> Joining | None:
         first = role == "first"
         seconds = self._seconds(place, sight, first=first)
         if seconds == math.inf:
@@ -448,7 +448,7 @@ class SumSearch:
                 for position in range(len(places) + 1):
                     changed = list(places)
                     changed[at] = fewer
-                    changed.insert(position, Place(member, 1, "disk", "disk"))
+                    changed.insert(position, ChainPlace(member, 1, "disk", "disk"))
                     yield from _at_least_two(changed)
         for at in range(len(places)):
             for other in range(at):
@@ -461,7 +461,7 @@ class SumSearch:
             for member in self._outside(places, members):
                 yield (*chain[:at], places[at]._replace(candidate=member), *chain[at + 1 :])
 
-    def _outside(self, places: Sequence[Place], members: Sequence[int]) -> list[int]:
+    def _outside(self, places: Sequence[ChainPlace], members: Sequence[int]) -> list[int]:
         """Members that are in no place, one of each that are alike."""
         taking = {place.candidate for place in places}
         return sorted({self._alike[at]: at for at in reversed(members) if at not in taking}.values())
@@ -475,7 +475,7 @@ class SumSearch:
                     yield (*chain[:at], other, *chain[at + 1 :])
 
 
-def _at_least_two(places: Sequence[Place]) -> Iterator[SumChain]:
+def _at_least_two(places: Sequence[ChainPlace]) -> Iterator[SumChain]:
     left = tuple(place for place in places if place.micro_batches)
     if len(left) > 1:
         yield left
@@ -484,7 +484,7 @@ def _at_least_two(places: Sequence[Place]) -> Iterator[SumChain]:
 def _chain(taken: Sequence[Taken]) -> SumChain:
     """The chain of an allotment; those between are in the order in which they have computed."""
     order = sorted(taken, key=lambda one: (ROLES.index(one.way.role), one.micro_batches * one.way.seconds))
-    return tuple(Place(one.way.member, one.micro_batches, one.way.gradients, one.way.states) for one in order)
+    return tuple(ChainPlace(one.way.member, one.micro_batches, one.way.gradients, one.way.states) for one in order)
 
 
 # --- divisions --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ proof for the class
 """
 
 
-class BudgetSearch:
+class GraphBudgetSearch:
     """One search, which starts from what is `found` and adds to it. It may stop at the gap `gap`."""
 
     def __init__(

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 
 from tightfit.planner.graphs.bounds.bound import Bound, any_schedule_bound, class_bound
-from tightfit.planner.graphs.budget_search import BudgetSearch
+from tightfit.planner.graphs.budget_search import GraphBudgetSearch
 from tightfit.planner.graphs.incumbents import EXACT_SECONDS, Incumbents
 from tightfit.planner.graphs.move_search import MoveSearch, with_everything_moved
 from tightfit.planner.graphs.plan_result import GraphOutcome, LowestPeak, Report, finished, infeasible
@@ -253,7 +253,7 @@ class GraphPlanner:
                 return GraphOutcome(carried=carried, bound_seconds=bound)
             found.ended(solved.timely)
             found.note(solved.reruns or ())
-        return BudgetSearch(found, budget, gap=gap, started=started, deadline=deadline, report=report).solve()
+        return GraphBudgetSearch(found, budget, gap=gap, started=started, deadline=deadline, report=report).solve()
 
     def _least(self, policy: str, deadline: float, limit: float) -> LowestPeak:
         """The schedule with the lowest peak that `plan` can find."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tightfit.profiles.models.decoder_config import DecoderShape
 from tightfit.profiles.models.lora import LoraConfig, Pair
 from tightfit.profiles.models.saved_modules import (
-    Saved,
+    SavedModule,
     TrainedEmbedding,
     TrainedHead,
     attach,
@@ -314,7 +314,8 @@ class Decoder(nn.Module):
         shape = self.shape
         starts = {EMBEDDING: EMBEDDING, HEAD: EMBEDDING if shape.tied else HEAD}
         tables = [
-            Saved(name=name, called=peft_name(name, body), weight=f"{start}.weight") for name, start in starts.items()
+            SavedModule(name=name, called=peft_name(name, body), weight=f"{start}.weight")
+            for name, start in starts.items()
         ]
         found = chosen(wanted, tables, "the model")
         for table in found:

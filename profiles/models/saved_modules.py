@@ -31,7 +31,7 @@ MOST_LAYERS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SavedModule:
     """A module that can be trained in full."""
 
     name: str
@@ -44,7 +44,9 @@ class Saved:
     """why it cannot be trained after all, in words"""
 
 
-def chosen(wanted: Sequence[str], there: Sequence[Saved], model: str, modules: Sequence[str] = ()) -> list[Saved]:
+def chosen(
+    wanted: Sequence[str], there: Sequence[SavedModule], model: str, modules: Sequence[str] = ()
+) -> list[SavedModule]:
     """Those of `there` that are called so, by their names or the last parts of them, in the order of `there`.
 
     `model` is its name in messages, `modules` what PEFT calls all of its modules. Raises InputError for a name that none of
@@ -73,7 +75,7 @@ def chosen(wanted: Sequence[str], there: Sequence[Saved], model: str, modules: S
     return [one for one in there if one in found]
 
 
-def stored(tables: Sequence[Saved]) -> dict[str, str]:
+def stored(tables: Sequence[SavedModule]) -> dict[str, str]:
     """What a profile says of modules that are trained in full: module -> the tensor in the store that it starts from."""
     return {table.name: table.weight for table in tables}
 

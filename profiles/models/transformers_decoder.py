@@ -36,7 +36,7 @@ from tightfit.profiles.models.family import families
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.saved_modules import (
     PART,
-    Saved,
+    SavedModule,
     TrainedEmbedding,
     TrainedHead,
     attach,
@@ -501,16 +501,18 @@ def _replace(body: nn.Module, dtype: torch.dtype, context: Context) -> None:
             setattr(names[parent_name], last, ours.to("meta"))
 
 
-def _savable(made: Any, body: str) -> tuple[Saved, Saved]:
+def _savable(made: Any, body: str) -> tuple[SavedModule, SavedModule]:
     """Embedding and head of transformers' model, as modules that may be trained in full."""
     embedding, head = made.get_input_embeddings(), made.get_output_embeddings()
     names = {id(child): _our_name(name, made.base_model_prefix) for name, child in made.named_modules()}
     plain = isinstance(embedding, nn.Embedding) and replace_embedding(embedding) is not None
     starts = embedding if head.weight is embedding.weight else head
 
-    def saved(module: nn.Module, start: nn.Module, refusal: str) -> Saved:
+    def saved(module: nn.Module, start: nn.Module, refusal: str) -> SavedModule:
         name = names[id(module)]
-        return Saved(name=name, called=peft_name(name, body), weight=f"{names[id(start)]}.weight", refusal=refusal)
+        return SavedModule(
+            name=name, called=peft_name(name, body), weight=f"{names[id(start)]}.weight", refusal=refusal
+        )
 
     return (
         saved(embedding, embedding, "" if plain else "it does more than to gather rows"),

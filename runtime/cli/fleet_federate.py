@@ -26,7 +26,7 @@ from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.schema import AnyRounds, SplitPlan
-    from tightfit.runtime.federated.device import Device
+    from tightfit.runtime.federated.device import DeviceSettings
 
 MEMBER = "{member}"
 """stands for the device's name in the path of its data"""
@@ -126,7 +126,7 @@ def run(
     from tightfit.planner.fleet.schema import FederatedPlan
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.federated import flower
-    from tightfit.runtime.federated.server import Serving, Tls, serve
+    from tightfit.runtime.federated.server import SuperLinkOptions, Tls, serve
 
     flower.check_installed()
     fleet = load_rounds(folder)
@@ -152,14 +152,14 @@ def run(
     else:
         address, meet_port = _meeting(fleet, meet, host, local=data is not None)
         round_options = round_options.but(meet=address, port=meet_port, cgroup=cgroup)
-    devices: list[Device] = []
+    devices: list[DeviceSettings] = []
     truncate = read(DataOptions, options).truncate
     if data is not None:
         devices = [
             _device(folder, fleet, name, data, output / "devices" / name, address, truncate=truncate, cgroup=cgroup)
             for name in names
         ]
-    serving = Serving(
+    serving = SuperLinkOptions(
         host=host,
         port=port or (0 if devices else flower.PORT),
         tls=tls,
@@ -213,12 +213,12 @@ def _device(
     *,
     truncate: bool,
     cgroup: bool,
-) -> Device:
+) -> DeviceSettings:
     """The settings of a device that reaches the server at the host `server`. Raises InputError for one that takes no part
     in the plan, or was not measured.
     """
     from tightfit.planner.fleet.io import fleet_path, load_member_plan
-    from tightfit.runtime.federated.device import Device
+    from tightfit.runtime.federated.device import DeviceSettings
 
     plan = load_member_plan(folder, fleet, name)  # it is there, and the right one
     member = next(member for member in fleet.members if member.name == name)
@@ -228,7 +228,7 @@ def _device(
             " plan again"
         )
     data_path = data.replace(MEMBER, name)
-    device = Device(
+    device = DeviceSettings(
         member=name,
         plan=str((fleet_path(folder).parent / str(member.plan)).absolute()),
         rank=member.rank,

@@ -24,7 +24,7 @@ from tightfit.runtime.supervision.failure import last_message
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.schema import AnyStepFleet, Member, SideMember, Stage
+    from tightfit.planner.fleet.schema import AnyStepFleet, Member, SideMember, StageMember
 
 FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
 """parameters that a member does not get from the command that starts all of them"""
@@ -241,7 +241,7 @@ def _report_table(fleet: AnyStepFleet, reports: Mapping[str, dict[str, Any]]) ->
     return table
 
 
-def _share(member: Member | Stage | SideMember) -> str:
+def _share(member: Member | StageMember | SideMember) -> str:
     """What a member computes: micro-batches, layers from the first to the last, or a part of its own."""
     if hasattr(member, "does"):
         return member.does

@@ -36,14 +36,14 @@ START_LENGTH = 3**-0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class DeviceContribution:
     """What one device adds to a round."""
 
     tensors: Tensors
     tokens: int
 
 
-def averaged(parts: Sequence[Part], current: Tensors) -> Tensors:
+def averaged(parts: Sequence[DeviceContribution], current: Tensors) -> Tensors:
     """The mean of the parts, weighted by tokens; `current` is what they started from and has the fleet's rank.
 
     Parts are added up in the order given. Raises InputError where no part was trained on any token.

@@ -37,7 +37,7 @@ SENDING_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class DeviceSettings:
     """What a device needs to know to take part, as its settings file has it."""
 
     member: str
@@ -66,7 +66,7 @@ class Device:
         return path
 
     @classmethod
-    def read(cls, path: str) -> Device:
+    def read(cls, path: str) -> DeviceSettings:
         try:
             with open(path, encoding="utf-8") as file:
                 return cls(**json.load(file))
@@ -76,7 +76,7 @@ class Device:
             ) from error
 
 
-def take_part(device: Device, order: Order, adapter: Callable[[], bytes]) -> tuple[Answer, bytes]:
+def take_part(device: DeviceSettings, order: Order, adapter: Callable[[], bytes]) -> tuple[Answer, bytes]:
     """Carry out a device's part of a round; the answer, and the trained adapter's file (empty where there is none).
 
     `adapter` fetches the file of the fleet's adapter. Nothing of it is held in memory while the run trains.
@@ -130,7 +130,7 @@ def give_back() -> None:
         library.malloc_trim(0)
 
 
-def _hello(device: Device, order: Order) -> tuple[Answer, bytes]:
+def _hello(device: DeviceSettings, order: Order) -> tuple[Answer, bytes]:
     """Who this device is, and the labels of its data, if the server needs them and has not got them."""
     if not device.labels:
         return Answer(round=HELLO, member=device.member), b""
@@ -145,7 +145,7 @@ def _hello(device: Device, order: Order) -> tuple[Answer, bytes]:
     return Answer(round=HELLO, member=device.member), b"" if known else labels
 
 
-def _command(device: Device, order: Order, given: str, out: str) -> list[str]:
+def _command(device: DeviceSettings, order: Order, given: str, out: str) -> list[str]:
     """The command of a run from the adapter in the folder `given`; where a server computes the upper layers, of the first stage."""
     own = ["--truncate"] * device.truncate + ["--no-cgroup"] * (not device.cgroup)
     if not device.labels:
@@ -170,7 +170,7 @@ def _training(order: Order, member: str, data: str, given: str, out: str) -> lis
     return [*arguments, "--json"]
 
 
-def _run(command: list[str], device: Device, seconds: float) -> None:
+def _run(command: list[str], device: DeviceSettings, seconds: float) -> None:
     """Run a command to its end, which comes after `seconds` at the latest. It also ends if this process is killed."""
     log = os.path.join(device.work, "run.log")
     child = start(command, log)

@@ -182,13 +182,13 @@ class FleetApi:
         request = heartbeat.SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_SECONDS)
         return bool(self._ask("send-node-heartbeat", request, heartbeat.SendNodeHeartbeatResponse).success)
 
-    def message(self) -> Incoming | None:
+    def message(self) -> ReceivedMessage | None:
         """The next message for this node, if there is one."""
         fleet = self.protos["fleet"]
         answer = self._ask("pull-messages", fleet.PullMessagesRequest(node=self.node), fleet.PullMessagesResponse)
         if not answer.messages_list:
             return None
-        return Incoming(self, answer.messages_list[0].metadata, answer.message_object_trees[0])
+        return ReceivedMessage(self, answer.messages_list[0].metadata, answer.message_object_trees[0])
 
     # --- objects ----------------------------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class FleetApi:
             time.sleep(TRY_SECONDS)
         raise RunError(f"object {name[:12]}… of a message is not there")
 
-    def push(self, incoming: Incoming, name: str, words: Mapping[str, Word], adapter: bytes) -> None:
+    def push(self, incoming: ReceivedMessage, name: str, words: Mapping[str, Word], adapter: bytes) -> None:
         """Reply to a message, with words under `name` and the file of an adapter."""
         message = self.protos["message"]
         objects, tree = packed(self.protos, incoming.reply(), name, words, adapter)
@@ -234,7 +234,7 @@ class FleetApi:
                     raise RunError(f"the SuperLink did not take object {key[:12]}… of the answer")
 
 
-class Incoming:
+class ReceivedMessage:
     """A message that has come, its content still on the SuperLink."""
 
     def __init__(self, api: FleetApi, metadata: Any, tree: Any) -> None:

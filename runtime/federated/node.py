@@ -19,12 +19,12 @@ from contextlib import suppress
 from types import FrameType
 
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
-from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.device import DeviceSettings, take_part
 from tightfit.runtime.federated.fleet_api import (
     HEARTBEAT_SECONDS,
     Endpoint,
     FleetApi,
-    Incoming,
+    ReceivedMessage,
     RefusedError,
     UnreachableError,
     private_key,
@@ -43,7 +43,7 @@ STRANGE_SECONDS = 60.0
 
 
 class Node:
-    def __init__(self, device: Device, api: FleetApi) -> None:
+    def __init__(self, device: DeviceSettings, api: FleetApi) -> None:
         self.device, self.api = device, api
         self.joined = threading.Event()
         self.waits = AGAIN_SECONDS
@@ -109,7 +109,7 @@ class Node:
         time.sleep(self.waits)
         self.waits = min(2 * self.waits, LONGEST_SECONDS)
 
-    def _carry_out(self, incoming: Incoming) -> None:
+    def _carry_out(self, incoming: ReceivedMessage) -> None:
         try:
             order = Order.of(incoming.words(ORDER))
         except (KeyError, ValueError, TypeError) as error:
@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> int:
     try:
         endpoint = Endpoint.of(options.superlink, tls=not options.insecure, root_certificates=options.root_certificates)
         key = private_key(options.private_key) if options.private_key else None
-        Node(Device.read(options.device), FleetApi(endpoint, key)).serve()
+        Node(DeviceSettings.read(options.device), FleetApi(endpoint, key)).serve()
     except TightfitError as error:
         sys.stderr.write(f"tightfit: {error}\n")
         return error.exit_code

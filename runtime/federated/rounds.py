@@ -31,8 +31,8 @@ from tightfit.runtime.engine.training.adapter import BODY, adapter_config
 from tightfit.runtime.federated import aggregate
 from tightfit.runtime.federated.messages import HELLO, Answer, Order
 from tightfit.runtime.federated.options import RoundOptions
-from tightfit.runtime.federated.rounds_folder import RoundsFolder, Saved
-from tightfit.runtime.federated.service import Service
+from tightfit.runtime.federated.rounds_folder import RoundsFolder, SavedRound
+from tightfit.runtime.federated.service import ServerRun
 from tightfit.runtime.federated.split_stage import check_labels
 from tightfit.runtime.session.fleet import free_port
 from tightfit.runtime.session.given_adapter import layers_with_pairs
@@ -105,7 +105,7 @@ class Round:
     """the parts that count, by member"""
     left_out: dict[str, str] = field(default_factory=dict)
     """by member: why its part does not count"""
-    service: Service | None = None
+    service: ServerRun | None = None
     """the run of the upper layers that is under way"""
 
 
@@ -164,7 +164,7 @@ class Rounds:
         self.missing: set[str] = set()
         """members that are not waited for in their turn"""
 
-    def run(self) -> Saved:
+    def run(self) -> SavedRound:
         """All rounds that are still to be made; the last one. Raises InputError where an earlier run was another one."""
         saved = self._begun()
         while saved.number < self.options.rounds:
@@ -172,11 +172,11 @@ class Rounds:
         self.folder.finish(saved)
         return saved
 
-    def _begun(self) -> Saved:
+    def _begun(self) -> SavedRound:
         """The last round that was saved, or the start."""
         found = self.folder.latest()
         if found is None:
-            found = Saved(number=0, record={"round": 0, "conditions": self.conditions}, adapter=self._first())
+            found = SavedRound(number=0, record={"round": 0, "conditions": self.conditions}, adapter=self._first())
             self.folder.save(found, self.config)
         elif (made := found.record["conditions"]) != json.loads(json.dumps(self.conditions)):  # noqa: TID251  written by `json.dumps`
             told = "; ".join(
@@ -203,7 +203,7 @@ class Rounds:
 
     # --- one round --------------------------------------------------------------------------------------------------
 
-    def _round(self, before: Saved) -> Saved:
+    def _round(self, before: SavedRound) -> SavedRound:
         number, began = before.number + 1, self.clock()
         current = aggregate.opened(before.adapter, self.shapes, self.largest.rank, f"round {before.number}")
         if self.mixed:
@@ -211,7 +211,10 @@ class Rounds:
         gathered = self._gathered(number, current)
         told = {name: gathered.answers[name][0] for name in self.members if name in gathered.answers}
         # Parts are added up in the order of the plan.
-        parts = [aggregate.Part(tensors=gathered.answers[name][1], tokens=one["tokens"]) for name, one in told.items()]
+        parts = [
+            aggregate.DeviceContribution(tensors=gathered.answers[name][1], tokens=one["tokens"])
+            for name, one in told.items()
+        ]
         adapter = aggregate.closed(aggregate.averaged(parts, current))
         tokens = sum(part.tokens for part in parts)
         record = {
@@ -225,7 +228,7 @@ class Rounds:
                 name: gathered.left_out.get(name, "it did not answer") for name in self.members if name not in told
             },
         }
-        saved = Saved(number=number, record=record, adapter=adapter)
+        saved = SavedRound(number=number, record=record, adapter=adapter)
         self.folder.save(saved, self.config)
         self.say(
             f"round {number}: loss {record['loss']:.4f} over {tokens} tokens of {', '.join(told)},"
@@ -390,7 +393,9 @@ class Rounds:
             if name is not None:
                 part = aggregate.closed({key: one.adapter[key] for key in self.upper[name]})
                 self.say(f"round {one.number}: serving {name}")
-                one.service = Service.begun(self.folder, self.options, name, self._order(one, name), part, self.clock())
+                one.service = ServerRun.begun(
+                    self.folder, self.options, name, self._order(one, name), part, self.clock()
+                )
             return
         name, turn = one.service.member, one.turns[one.service.member]
         try:

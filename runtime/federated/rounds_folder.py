@@ -27,7 +27,7 @@ KEPT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SavedRound:
     """A round that has been added up; round 0 is the adapter that the first one starts from."""
 
     number: int
@@ -40,7 +40,7 @@ class RoundsFolder:
         self.out = Path(out)
         self.rounds = self.out / "rounds"
 
-    def latest(self) -> Saved | None:
+    def latest(self) -> SavedRound | None:
         """The last round that was acknowledged. Raises InputError where its files are damaged."""
         numbers = self._numbers()
         if not numbers:
@@ -55,9 +55,9 @@ class RoundsFolder:
             raise InputError(
                 f"{folder}: damaged ({error}); remove this folder to go on from the round before"
             ) from error
-        return Saved(number=numbers[-1], record=record, adapter=adapter)
+        return SavedRound(number=numbers[-1], record=record, adapter=adapter)
 
-    def save(self, saved: Saved, config: Mapping[str, Any]) -> None:
+    def save(self, saved: SavedRound, config: Mapping[str, Any]) -> None:
         """Acknowledge a round; `config` is the adapter's ``adapter_config.json``."""
         folder, part = self._of(saved.number), self.rounds / f".round-{saved.number}.part"
         with writing_to(self.out):
@@ -74,7 +74,7 @@ class RoundsFolder:
                 shutil.rmtree(self._of(number))
             self.tell(saved)
 
-    def tell(self, saved: Saved) -> None:
+    def tell(self, saved: SavedRound) -> None:
         """Bring ``rounds.jsonl`` up to this round."""
         earlier = [line for line in self.lines() if line["round"] < saved.number]
         lines = [*earlier, *([saved.record] if saved.number else [])]
@@ -88,7 +88,7 @@ class RoundsFolder:
             return []
         return [from_json(line) for line in text.splitlines()]
 
-    def finish(self, saved: Saved) -> Path:
+    def finish(self, saved: SavedRound) -> Path:
         """Copy the last round's adapter to ``adapter``; returns the path."""
         part, adapter = self.out / ".adapter.part", self.out / "adapter"
         with writing_to(self.out):

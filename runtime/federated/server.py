@@ -23,7 +23,7 @@ from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.federated import flower
-from tightfit.runtime.federated.device import Device, start
+from tightfit.runtime.federated.device import DeviceSettings, start
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, SERVER, RoundsFolder
 from tightfit.runtime.session.fleet import free_port
@@ -48,7 +48,7 @@ class Tls:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serving:
+class SuperLinkOptions:
     """Where and how the SuperLink serves."""
 
     host: str = LOCAL
@@ -58,12 +58,17 @@ class Serving:
     """None: in the clear"""
     keys: Sequence[str] = ()
     """public keys of the devices that may take part; none: whoever reaches the SuperLink"""
-    devices: Sequence[Device] = field(default_factory=list)
+    devices: Sequence[DeviceSettings] = field(default_factory=list)
     """that run on this machine"""
 
 
 def serve(
-    options: RoundOptions, serving: Serving, *, resume: bool, overwrite: bool, told: Callable[[dict[str, Any]], None]
+    options: RoundOptions,
+    serving: SuperLinkOptions,
+    *,
+    resume: bool,
+    overwrite: bool,
+    told: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Carry out the rounds that `options` ask for; returns the report, also written to ``out/report.json``.
 
@@ -104,7 +109,7 @@ def _served(
     processes: _Processes,
     folder: RoundsFolder,
     options: RoundOptions,
-    serving: Serving,
+    serving: SuperLinkOptions,
     told: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     home = folder.out / "flower"

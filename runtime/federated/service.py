@@ -22,7 +22,7 @@ from tightfit.runtime.supervision.failure import last_message
 
 
 @dataclass(frozen=True)
-class Service:
+class ServerRun:
     """A run of the upper layers that is under way."""
 
     member: str

@@ -19,7 +19,7 @@ from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, PREFIX_WORDS, RecordFile
-from tightfit.runtime.federated.device import Device
+from tightfit.runtime.federated.device import DeviceSettings
 from tightfit.runtime.session.fleet import Membership, stage_part
 
 SERVERS_PLACE = 1
@@ -90,7 +90,7 @@ def labels_alone(records: Path, target: Path) -> None:
         raise RunError(f"{target}: {error.strerror}; free some space and start again") from error
 
 
-def prepared_device(device: Device, plan: Plan, fleet: str, server: str) -> Device:
+def prepared_device(device: DeviceSettings, plan: Plan, fleet: str, server: str) -> DeviceSettings:
     """A device with its data prepared once, before its first round, for all of them: in its folder, beside the labels that
     the server gets. `fleet` is the folder of the fleet's plan, `server` the host that the server's runs listen at.
     """

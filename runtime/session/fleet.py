@@ -19,7 +19,7 @@ from tightfit.planner.fleet.schema import (
     PipelinePlan,
     SideMember,
     SidePlan,
-    Stage,
+    StageMember,
 )
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.fleet.exchange import ExchangePart
@@ -171,9 +171,9 @@ def stage_part(parts: Chain, rank: int, bits: int, *, gathers: bool) -> StagePar
     )
 
 
-def _busy(member: Member | Stage | SideMember) -> float:
+def _busy(member: Member | StageMember | SideMember) -> float:
     """Seconds that a member computes for each micro-batch."""
-    recomputing = (member.forward_seconds or 0.0) if isinstance(member, Stage) and member.ahead else 0.0
+    recomputing = (member.forward_seconds or 0.0) if isinstance(member, StageMember) and member.ahead else 0.0
     return (member.micro_batch_seconds or 0.0) + recomputing
 
 

@@ -40,7 +40,7 @@ from rich.table import Table
 from examples.reviews import SEQ, fetch
 from tightfit.planner.fleet.io import save_fleet, sealed_fleet
 from tightfit.planner.fleet.plan import MemberSpec, plan_fleet, plan_pipeline
-from tightfit.planner.fleet.schema import FleetPlan, Link, PipelinePlan, Stage
+from tightfit.planner.fleet.schema import FleetPlan, Link, PipelinePlan, StageMember
 from tightfit.planner.io import save_plan
 from tightfit.planner.plan import planner_of
 from tightfit.profiles.api import profile
@@ -323,7 +323,7 @@ def _print(report: tables.Report, given: Any, rate: float, fleet: AnyPlan, ran: 
             member.name,
             f"{quotas[member.name]:g}",
             f"{member.first_layer} to {member.last_layer - 1}, {member.ahead} ahead"
-            if isinstance(member, Stage)
+            if isinstance(member, StageMember)
             else str(member.micro_batches),
             f"{member.budget_bytes / MIB:,.0f}",
             f"{peak['predicted'] / MIB:,.1f}",

@@ -16,7 +16,7 @@ from safetensors.numpy import load
 
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.federated import aggregate
-from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.device import DeviceSettings, take_part
 from tightfit.runtime.federated.messages import Order
 
 LIMIT = 240.0
@@ -36,12 +36,12 @@ def adapter_of_rounds(plan, devices, steps, work):
         )  # fmt: skip
         parts = []
         for name, (file, data) in devices.items():
-            device = Device(
+            device = DeviceSettings(
                 member=name, plan=str(file), rank=4, data=str(data), work=str(work / name), cgroup=False
             )  # fmt: skip
             answer, trained = take_part(device, order, lambda current=current: aggregate.closed(current))
             assert not answer.error
-            parts.append(aggregate.Part(tensors=load(trained), tokens=answer.tokens))
+            parts.append(aggregate.DeviceContribution(tensors=load(trained), tokens=answer.tokens))
         current = aggregate.averaged(parts, current)
     return aggregate.closed(current)
 

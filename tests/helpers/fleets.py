@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 from tiny_plans import CONFIG, decoder_profile  # noqa: E402  a member's process finds it beside this file
 
 from tightfit.planner.fleet.part_profiles import cuts, stage_profile  # noqa: E402
-from tightfit.planner.fleet.schema import FleetPlan, Link, Member, Passed, PipelinePlan, Stage  # noqa: E402  # noqa: E402
+from tightfit.planner.fleet.schema import FleetPlan, Link, Member, Passed, PipelinePlan, StageMember  # noqa: E402  # noqa: E402
 from tightfit.planner.io import load_plan, save_plan  # noqa: E402
 from tightfit.planner.plan import planner_of  # noqa: E402
 from tightfit.profiles.models.lora import LoraConfig  # noqa: E402
@@ -83,7 +83,7 @@ class Workshop:
             save_plan(plan, self.folder / file)
             first, last = (below.at if below else 0), (above.at if above else len(self.profile.layers))
             members.append(
-                Stage(
+                StageMember(
                     name=f"m{number}", device="test", measured=True, budget_bytes=BUDGET, link=LINK, plan=file,
                     first_layer=first, last_layer=last, ahead=ahead[number], layer_names=[profile.layers[0].name],
                     up=passed(above.up) if above else [], down=passed(below.down) if below else [],

@@ -15,7 +15,7 @@ from tightfit.planner.io import save_plan
 from tightfit.planner.plan import planner_of
 from tightfit.profiles.schema import adamw
 from tightfit.runtime.data.tokenization import prepare
-from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.device import DeviceSettings, take_part
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds import Reply, Rounds
 from tightfit.runtime.federated.split_stage import prepared_device
@@ -84,7 +84,9 @@ def test_rounds_are_those_of_devices_that_hold_all_layers(fleet, data, expected,
     for name, plan in plans.items():
         work = str(tmp_path / f"work-{name}")
         path = str(folder / f"{name}.plan.json")
-        device = Device(member=name, plan=path, rank=4, data=str(data / f"{name}.records"), work=work, cgroup=False)
+        device = DeviceSettings(
+            member=name, plan=path, rank=4, data=str(data / f"{name}.records"), work=work, cgroup=False
+        )
         devices.append(prepared_device(device, plan, str(folder), "127.0.0.1"))
     options = RoundOptions(
         rounds=2, fleet=str(folder), out=str(tmp_path / "out"), least=2, lr=RATE, port=0, cgroup=False, timeout=LIMIT

@@ -25,7 +25,7 @@ WORK = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exact:
+class ExactResult:
     """What the solver found within its work limit."""
 
     reruns: frozenset[Rerun] | None
@@ -37,7 +37,9 @@ class Exact:
     """whether it ended by itself or by its work limit, not by the time limit"""
 
 
-def fastest(dag: Dag, budget_bytes: int, *, seconds: float, work: float = WORK, until: float = float("inf")) -> Exact:
+def fastest(
+    dag: Dag, budget_bytes: int, *, seconds: float, work: float = WORK, until: float = float("inf")
+) -> ExactResult:
     """The fastest schedule of the class within the budget.
 
     Limits: `seconds` of solving by the clock, `work` in CP-SAT's deterministic time, and `until`, on the monotonic
@@ -53,7 +55,7 @@ def fastest(dag: Dag, budget_bytes: int, *, seconds: float, work: float = WORK, 
     return model.solve(work, seconds, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
 
 
-def smallest(dag: Dag, *, seconds: float, work: float = WORK) -> Exact:
+def smallest(dag: Dag, *, seconds: float, work: float = WORK) -> ExactResult:
     """The schedule of the class with the lowest peak; limits as of `fastest`."""
     model = _Stages(dag)
     peak = model.model.new_int_var(dag.floor_bytes - dag.fixed_bytes, sum(dag.bytes) + max(dag.workspace), "peak")
@@ -127,13 +129,13 @@ class _Stages:
         self.rows.append(row + (workspace if again is None else workspace * again))
         return lives
 
-    def solve(self, work: float, seconds: float, value: Callable[[float], float]) -> Exact:
+    def solve(self, work: float, seconds: float, value: Callable[[float], float]) -> ExactResult:
         solver, status, timely = solve_within(self.model, work=work, seconds=seconds)
         if status == cp_model.INFEASIBLE:
-            return Exact(reruns=None, proven=True, bound=float("inf"))
+            return ExactResult(reruns=None, proven=True, bound=float("inf"))
         bound = value(solver.best_objective_bound)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            return Exact(reruns=None, proven=False, bound=bound, timely=timely)
+            return ExactResult(reruns=None, proven=False, bound=bound, timely=timely)
         chosen = (rerun for rerun, again in self.again.items() if solver.boolean_value(again))
         proven = status == cp_model.OPTIMAL
-        return Exact(reruns=pruned(self.dag, chosen), proven=proven, bound=bound, timely=timely)
+        return ExactResult(reruns=pruned(self.dag, chosen), proven=proven, bound=bound, timely=timely)

@@ -317,7 +317,7 @@ def send(x: Tensor, direction: str, number: int, bits: int, *, out: Sequence[Ten
     """Send x to a neighbour in a pipeline: tensor `number` of a micro-batch's message "up" or "down". out: a scalar that
     stands for the loss where this member does not compute it, or nothing.
 
-    `stage` is a `tightfit.runtime.engine.fleet.stage.Stage`; without one, while kernels are warmed, nothing is sent.
+    `stage` is a `tightfit.runtime.engine.fleet.stage.PipelineStage`; without one, while kernels are warmed, nothing is sent.
     """
     for scalar in out:
         if scalar is not None:

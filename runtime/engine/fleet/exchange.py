@@ -214,7 +214,7 @@ class Exchange(JoinedRole):
         """
         transport, buffers = self.transport, self._buffers
         rank, last = transport.rank, len(transport.members) - 1
-        coming = Incoming(self, rank - 1) if rank else None
+        coming = IncomingPieces(self, rank - 1) if rank else None
         going: deque[tuple[Pending, Tensor]] = deque()
         spare = buffers.take()
         for piece in range(len(self.pieces)):
@@ -290,7 +290,7 @@ class Exchange(JoinedRole):
         self.states.close()
 
 
-class Incoming:
+class IncomingPieces:
     """The pieces that come from a peer, in order, `PREFETCH` of them under way at a time."""
 
     def __init__(self, exchange: Exchange, peer: int) -> None:
@@ -344,7 +344,7 @@ class _Returning(Thread):
         self._header = transport.receive_json(rank + 1)
         if rank:
             transport.send_json(self._header, rank - 1)
-        coming = Incoming(exchange, rank + 1)
+        coming = IncomingPieces(exchange, rank + 1)
         for piece in range(len(exchange.pieces)):
             buffer = coming.take(piece)
             mean = buffer[: exchange.pieces.sizes[piece]]

@@ -47,7 +47,7 @@ SAY_SECONDS = 10.0
 
 
 @dataclass
-class Links:
+class PeerConnections:
     """The connections to another member."""
 
     sockets: dict[str, socket.socket] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Meeting:
         self.members, self.rank, self.hub, self.key = members, rank, hub, key
         self.timeout, self.stopping, self.say = timeout, stopping, say
         self.plan = hashlib.sha256(plan.encode()).hexdigest()
-        self.links: dict[int, Links] = {}
+        self.links: dict[int, PeerConnections] = {}
         self._listener: socket.socket | None = None
         self._unproven: dict[socket.socket, tuple[float, bytes, bytearray]] = {}
         """those that have dialled: when, the challenge they were sent, and what they have answered"""
@@ -110,7 +110,7 @@ class Meeting:
 
     def meet(
         self, address: str, port: int, found: Callable[[], tuple[str, int] | None] | None = None
-    ) -> dict[int, Links]:
+    ) -> dict[int, PeerConnections]:
         """Meet the others at the hub's address. `found` looks the address up, where the hub says it elsewhere; the hub
         listens at `address` in any case.
 
@@ -218,7 +218,7 @@ class Meeting:
                 return False
             told = json.loads(words)
             rank, kind = told["rank"], told["kind"]
-            links = self.links.setdefault(rank, Links()) if rank in awaited else Links()
+            links = self.links.setdefault(rank, PeerConnections()) if rank in awaited else PeerConnections()
             why = ""
             if told["plan"] != self.plan:
                 why = "it runs another plan of the fleet, or another start of it; copy the plan's folder again"
@@ -267,7 +267,7 @@ class Meeting:
 
     def _dial(self, rank: int, address: str, port: int, *, listens: bool = False) -> str:
         """Make both connections to a member; "" or why it cannot be done yet. Raises RunError where it never will."""
-        links = Links()
+        links = PeerConnections()
         try:
             for kind in (CONTROL, DATA):
                 one = socket.create_connection((address, port), timeout=DIAL_SECONDS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tightfit.runtime.engine.fleet.stage import CLOSE, Stage
+from tightfit.runtime.engine.fleet.stage import CLOSE, PipelineStage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ DEVICE, SERVER = 0, 1
 """their places"""
 
 
-class OneWayStage(Stage):
+class OneWayStage(PipelineStage):
     """The role of either."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:

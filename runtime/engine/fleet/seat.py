@@ -10,7 +10,7 @@ from tightfit.runtime.engine.fleet.exchange import Exchange, ExchangePart, Train
 from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.fleet.one_way import OneWayStage
 from tightfit.runtime.engine.fleet.role import JoinedRole
-from tightfit.runtime.engine.fleet.stage import Boundary, Stage, StagePart
+from tightfit.runtime.engine.fleet.stage import Boundary, PipelineStage, StagePart
 from tightfit.runtime.engine.fleet.transport import Transport, read_key
 
 
@@ -69,7 +69,7 @@ class Seat:
             say=say,
         )
         if isinstance(self.part, StagePart):
-            stage = OneWayStage if self.part.one_way else Stage
+            stage = OneWayStage if self.part.one_way else PipelineStage
             return stage(transport, self.part, self.micro_batches, exact=self.exact)
         return Exchange(transport, self.part, trained, self.micro_batches, exact=self.exact)
 

@@ -68,7 +68,7 @@ class StagePart:
         return not any(side and side.down for side in (self.below, self.above))
 
 
-class Incoming:
+class IncomingMessages:
     """Receives one message after the other from a peer, into a ring of buffers."""
 
     def __init__(
@@ -159,7 +159,7 @@ def _buffers(size: int, count: int) -> list[Tensor]:
     return [whole[one * paged(size) :][:size] for one in range(count)]
 
 
-class Stage(JoinedRole):
+class PipelineStage(JoinedRole):
     """A member's place in the pipeline. The operators `tightfit.send` and `tightfit.receive` call `send` and `receive`."""
 
     apart = True
@@ -172,11 +172,13 @@ class Stage(JoinedRole):
         self._ahead = min(part.ahead, micro_batches) if above else 0
         self._first, self._last = below is None, above is None
         self.knows_losses = self._last
-        self._from_below = below and Incoming(transport, rank - 1, UP, below.up, bits, ring(part.ahead_below))
+        self._from_below = below and IncomingMessages(transport, rank - 1, UP, below.up, bits, ring(part.ahead_below))
         self._to_below = Outgoing(transport, rank - 1, DOWN, below.down, bits) if below and below.down else None
         self._to_above = above and Outgoing(transport, rank + 1, UP, above.up, bits)
         self._from_above = (
-            Incoming(transport, rank + 1, DOWN, above.down, bits, RECEIVING_DOWN) if above and above.down else None
+            IncomingMessages(transport, rank + 1, DOWN, above.down, bits, RECEIVING_DOWN)
+            if above and above.down
+            else None
         )
         self._judge = len(transport.members) - 1
         """place of the member that knows the result of an evaluation"""

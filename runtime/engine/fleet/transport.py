@@ -23,7 +23,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import InputError, MemberGoneError, RunError
-from tightfit.runtime.engine.fleet.meeting import CONTROL, DATA, LOOK_SECONDS, Links, Meeting, receive_frame, send_frame
+from tightfit.runtime.engine.fleet.meeting import (
+    CONTROL,
+    DATA,
+    LOOK_SECONDS,
+    Meeting,
+    PeerConnections,
+    receive_frame,
+    send_frame,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +75,7 @@ class Pending:
 class _Peer:
     """Another member: its connections, and what is known of it."""
 
-    def __init__(self, name: str, links: Links) -> None:
+    def __init__(self, name: str, links: PeerConnections) -> None:
         self.name = name
         self.control, self.data = links.sockets[CONTROL], links.sockets[DATA]
         for one, seconds in ((self.control, CONTROL_SECONDS), (self.data, None)):

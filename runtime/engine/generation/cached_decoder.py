@@ -50,7 +50,7 @@ VIEWS = 256
 
 
 @dataclass(frozen=True)
-class Pass:
+class DecoderPass:
     """What a pass calls."""
 
     given: Mapping[str, Sequence[Tensor]]
@@ -60,7 +60,7 @@ class Pass:
     hidden: Tensor
     """what comes out, float32 [t, H]"""
 
-    def kept(self) -> Pass:
+    def kept(self) -> DecoderPass:
         """The same with all calls made, to be used again and again."""
         return replace(self, layers=[list(calls) for calls in self.layers])
 
@@ -82,7 +82,7 @@ class CachedDecoder:
             tokens: {name: self._compiled(program) for name, program in step["programs"].items()}
             for tokens, step in self.steps.items()
         }
-        self._alone: Pass | None = None
+        self._alone: DecoderPass | None = None
         """that of one token, which is always the same"""
 
     def take_from(self, stream: StreamedPieces) -> None:
@@ -164,7 +164,7 @@ class CachedDecoder:
     ) -> Tensor:
         return self.device.window(dtype)(at, count).as_strided(size, stride, offset)
 
-    def _pass(self, tokens: int, groups: Sequence[slice]) -> Pass:
+    def _pass(self, tokens: int, groups: Sequence[slice]) -> DecoderPass:
         view = lru_cache(VIEWS)(self._view)
         step, start = self.steps[tokens], self.job.places[VALUES][0]
         frames = [
@@ -180,7 +180,7 @@ class CachedDecoder:
             for name, bindings in step["layers"]
         ]
         caches, last = iter(self.caches), frames[-1]
-        return Pass(
+        return DecoderPass(
             given={
                 name: [
                     self.device.tensor(start + at * len(groups) + group * aligned(8 * tokens), (tokens,), "int64")

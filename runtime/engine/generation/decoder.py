@@ -10,7 +10,7 @@ from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder
 from tightfit.runtime.engine.generation.job import STREAMED, GenerationJob
-from tightfit.runtime.engine.generation.stream import Stream
+from tightfit.runtime.engine.generation.stream import PieceStream
 from tightfit.runtime.engine.training.adapter import adapter_key
 from tightfit.runtime.engine.weights.safetensors_file import SafetensorsReader
 from tightfit.runtime.engine.weights.store import WeightStore
@@ -23,7 +23,7 @@ def open_decoder(job: GenerationJob, device: Device, store: WeightStore, channel
     streamed = [piece for piece in job.pieces if piece.state == STREAMED]
     body = [piece for piece in streamed if piece.matrix != job.head]
     head = [piece for piece in streamed if piece.matrix == job.head]
-    stream = Stream(channel, device, store, job.staging, body, head)
+    stream = PieceStream(channel, device, store, job.staging, body, head)
     decoder = CachedDecoder(job, device, store, stream)
     reader = SafetensorsReader(job.adapter, "copy the adapter again") if job.adapter else None
     try:

@@ -25,7 +25,7 @@ class StreamedPieces(Protocol):
     def release(self) -> None: ...
 
 
-class Stream:
+class PieceStream:
     """Rooms for `DEPTH` pieces in the arena, filled in turn by the channel's thread.
 
     `body` are the pieces that every pass needs and `head` those that only the last pass of a prompt needs after them.

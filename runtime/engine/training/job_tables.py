@@ -22,7 +22,7 @@ class StoredWeight(NamedTuple):
     """The same of the packed weight."""
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a persistent tensor is between steps: at a byte offset of the arena or, if that is negative, in the spill
     file.
     """
@@ -34,10 +34,10 @@ class Place(NamedTuple):
 class Trainable(NamedTuple):
     name: str
     shape: tuple[int, ...]
-    value: Place
+    value: TensorPlace
     gradient: int
     """Tensor number of its gradient; -1: no schedule makes one."""
-    states: tuple[Place, ...]
+    states: tuple[TensorPlace, ...]
     """The optimizer's states, in the order of the header's `states`."""
 
     @property
@@ -114,7 +114,7 @@ class Trainables(Sequence[Trainable]):
     def __getitem__(self, index: Any) -> Any:
         start = index * self._width
         shape, gradient, *rest = self._numbers[start : start + self._width]
-        value, *states = (Place(rest[i], rest[i + 1]) for i in range(0, len(rest), 2))
+        value, *states = (TensorPlace(rest[i], rest[i + 1]) for i in range(0, len(rest), 2))
         return Trainable(self.names[index], self._shapes[shape], value, gradient, tuple(states))
 
     def __iter__(self) -> Iterator[Trainable]:

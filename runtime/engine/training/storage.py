@@ -14,7 +14,7 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.device.device import Device, get_now, put_now
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.training.job import BLOCK, Job
-from tightfit.runtime.engine.training.job_tables import Place, Trainables, Weights
+from tightfit.runtime.engine.training.job_tables import TensorPlace, Trainables, Weights
 from tightfit.runtime.engine.weights.layout import Entry
 from tightfit.runtime.engine.weights.store import WeightStore
 
@@ -108,7 +108,7 @@ class Storage:
             self.device.host(start, (size,), "uint8") if end - start >= size else torch.empty(size, dtype=torch.uint8)
         )
 
-    def temporary(self, place: Place, shape: Sequence[int]) -> Tensor:
+    def temporary(self, place: TensorPlace, shape: Sequence[int]) -> Tensor:
         """A float32 tensor of this shape, which has the bytes of the tensor `place`, to prepare a value in.
 
         It lies at the end of the arena's hole, where it does not overlap the packed bytes that `room` has at the
@@ -120,7 +120,7 @@ class Storage:
             return self.device.host((end - size) // BLOCK * BLOCK, shape, "float32")
         return torch.empty(tuple(shape))
 
-    def keep(self, place: Place, value: Tensor) -> None:
+    def keep(self, place: TensorPlace, value: Tensor) -> None:
         """Put a tensor in its place."""
         size = self._job.sizes[place.number]
         if place.at >= 0:
@@ -128,7 +128,7 @@ class Storage:
         else:
             self.spill.write(value.data_ptr(), size, self._job.extents[place.number])
 
-    def zero(self, place: Place) -> None:
+    def zero(self, place: TensorPlace) -> None:
         """Fill a tensor with zeros."""
         size = self._job.sizes[place.number]
         if place.at >= 0:
@@ -147,7 +147,7 @@ class Storage:
         self.spill.read(value.data_ptr(), self._job.sizes[one.value.number], self._job.extents[one.value.number])
         return value
 
-    def chunks(self, place: Place) -> Iterator[memoryview]:
+    def chunks(self, place: TensorPlace) -> Iterator[memoryview]:
         """The bytes of a tensor, in parts."""
         size = self._job.sizes[place.number]
         buffer = self.room(min(CHUNK, size)) if place.at < 0 else None

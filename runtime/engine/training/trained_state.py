@@ -13,7 +13,7 @@ from tightfit.runtime.engine.device.device import put_now
 from tightfit.runtime.engine.fleet.role import FleetRole
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.checkpoint import write_json
-from tightfit.runtime.engine.training.job_tables import Place, Trainable
+from tightfit.runtime.engine.training.job_tables import TensorPlace, Trainable
 from tightfit.runtime.engine.training.storage import Storage
 from tightfit.runtime.engine.training.updates import Updates
 from tightfit.runtime.engine.weights import safetensors_file
@@ -168,7 +168,7 @@ class TrainedState:
         """The key of a trainable in the saved adapter or model."""
         return adapter.adapter_key(name, self._body) if self.header["lora"] else name
 
-    def _item(self, name: str, place: Place, shape: Sequence[int]) -> TensorItem:
+    def _item(self, name: str, place: TensorPlace, shape: Sequence[int]) -> TensorItem:
         return TensorItem(name=name, dtype="float32", shape=list(shape), chunks=lambda: self.storage.chunks(place))
 
     def _buffer_item(self, key: str, name: str) -> TensorItem:

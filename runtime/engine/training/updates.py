@@ -20,7 +20,7 @@ from tightfit.runtime.engine.kernels.optimizer import (
     state_shape,
 )
 from tightfit.runtime.engine.training.job import STATES
-from tightfit.runtime.engine.training.job_tables import Place, Trainable
+from tightfit.runtime.engine.training.job_tables import TensorPlace, Trainable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class SavedState(NamedTuple):
 
     key: str
     shape: tuple[int, ...]
-    place: Place
+    place: TensorPlace
     """of a tensor with as many bytes"""
     chunks: Callable[[], Iterable[memoryview]]
     """its bytes, in parts"""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from synthetic import MIB
 
 from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.search import Contributor, Place, SumSearch
+from tightfit.planner.fleet.search import ChainPlace, Contributor, SumSearch
 from tightfit.profiles.schema import Channel, DeviceFigures, Floor
 
 GAP = 1e-3
@@ -113,7 +113,7 @@ def shortest(members, pieces, micro_batches):
         for order in itertools.permutations(range(len(members)), count):
             for shares in compositions(micro_batches, count):
                 for shelves in itertools.product(itertools.product(("disk", "memory"), repeat=2), repeat=count):
-                    chain = tuple(Place(at, share, *shelf) for at, share, shelf in zip(order, shares, shelves))
+                    chain = tuple(ChainPlace(at, share, *shelf) for at, share, shelf in zip(order, shares, shelves))
                     best = min(best, judge.makespan(chain, best))
     return best
 

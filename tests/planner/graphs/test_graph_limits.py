@@ -14,7 +14,7 @@ from ortools.sat.python.cp_model import CpSolver
 from tightfit.planner.graphs import budget_search, incumbents, move_search, smallest_budget
 from tightfit.planner.graphs import planner as graph_planner
 from tightfit.planner.graphs.bounds.bound import any_schedule_bound, class_bound
-from tightfit.planner.graphs.budget_search import BudgetSearch
+from tightfit.planner.graphs.budget_search import GraphBudgetSearch
 from tightfit.planner.graphs.incumbents import Incumbents
 from tightfit.planner.graphs.plan_result import GraphOutcome
 from tightfit.planner.graphs.planner import GraphPlanner
@@ -135,7 +135,9 @@ def test_past_its_limit_nothing_is_begun(monkeypatch):
     monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds: None)
     budget = int(0.5 * peak_bytes(planner.dag, ()))
     ended = time.monotonic() - 10
-    search = BudgetSearch(planner.found, budget, gap=0.0, started=ended - 1, deadline=ended, report=lambda *told: None)
+    search = GraphBudgetSearch(
+        planner.found, budget, gap=0.0, started=ended - 1, deadline=ended, report=lambda *told: None
+    )
     outcome = search.solve()
     assert (outcome.carried, outcome.timely) == (None, False)
     assert not asked

@@ -9,13 +9,13 @@ from traced import trace_decoder
 
 from tightfit.profiles.models import saved_modules
 from tightfit.profiles.models.lora import LoraConfig
-from tightfit.profiles.models.saved_modules import MOST_LAYERS, SLICE_BYTES, Saved, TrainedEmbedding, chosen
+from tightfit.profiles.models.saved_modules import MOST_LAYERS, SLICE_BYTES, SavedModule, TrainedEmbedding, chosen
 from tightfit.profiles.tracing.trace import Trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import adapter_key, table_slice
 
-EMBEDDING = Saved(name="model.wte", called="transformer.wte", weight="model.wte.weight")
-HEAD = Saved(name="lm_head", called="lm_head", weight="model.wte.weight")
+EMBEDDING = SavedModule(name="model.wte", called="transformer.wte", weight="model.wte.weight")
+HEAD = SavedModule(name="lm_head", called="lm_head", weight="model.wte.weight")
 
 
 def test_modules_are_found_by_the_ends_of_the_names_that_peft_has() -> None:
@@ -32,7 +32,7 @@ def test_modules_are_found_by_the_ends_of_the_names_that_peft_has() -> None:
         ("norm", [EMBEDDING, HEAD], [], r"modules_to_save 'norm': .* stay as they are: give one of these, or leave the option out"),
         (
             "lm_head",
-            [EMBEDDING, Saved(name="lm_head", called="lm_head", weight="w", refusal="it has a bias")],
+            [EMBEDDING, SavedModule(name="lm_head", called="lm_head", weight="w", refusal="it has a bias")],
             [],
             r"modules_to_save 'lm_head': it has a bias; of it these modules can be trained in full: wte$",
         ),
@@ -44,7 +44,7 @@ def test_modules_are_found_by_the_ends_of_the_names_that_peft_has() -> None:
         ),
     ],
 )  # fmt: skip
-def test_other_modules_are_refused(name: str, there: list[Saved], modules: list[str], message: str) -> None:
+def test_other_modules_are_refused(name: str, there: list[SavedModule], modules: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         chosen([name], there, "it", modules)
 

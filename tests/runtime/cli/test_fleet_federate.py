@@ -12,7 +12,7 @@ from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import main as command_line
 from tightfit.runtime.federated import flower, server
 from tightfit.runtime.federated.options import RoundOptions
-from tightfit.runtime.federated.rounds_folder import RoundsFolder, Saved
+from tightfit.runtime.federated.rounds_folder import RoundsFolder, SavedRound
 
 DESCRIPTION = """steps = 12
 [[member]]
@@ -158,7 +158,7 @@ def test_the_state_of_rounds_is_told(planned, tmp_path, capsys):
     record = {
         "round": 1, "loss": 2.5, "tokens": 96, "seconds": 3.5, "members": {"a": member}, "left_out": {"b": "asleep"},
     }  # fmt: skip
-    RoundsFolder(tmp_path).save(Saved(number=1, record=record, adapter=b""), {})
+    RoundsFolder(tmp_path).save(SavedRound(number=1, record=record, adapter=b""), {})
     assert main(["fleet", "federate", "status", str(tmp_path)]) == 0
     out, _ = told(capsys)
     assert "2.5000" in out

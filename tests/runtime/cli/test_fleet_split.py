@@ -11,7 +11,7 @@ from tightfit.planner.fleet.io import load_rounds, load_server_plan
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import main as command_line
 from tightfit.runtime.federated import flower, server
-from tightfit.runtime.federated.device import Device
+from tightfit.runtime.federated.device import DeviceSettings
 
 DESCRIPTION = """steps = 4
 [[member]]
@@ -105,7 +105,7 @@ def test_devices_on_this_machine_are_prepared(run, planned, tmp_path):
         assert device.data == str(tmp_path / "out" / "devices" / device.member / "data" / "train.records")
         assert device.fleet == str(planned)
         assert device.server == "127.0.0.1"
-        assert Device.read(device.write()) == device
+        assert DeviceSettings.read(device.write()) == device
 
 
 def test_it_is_for_split_plans(tmp_path, capsys, monkeypatch):

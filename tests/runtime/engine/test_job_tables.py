@@ -11,7 +11,14 @@ from in_process import make_training, random_records
 from tiny_plans import CONFIG, decoder_profile, naive_plan
 
 from tightfit.runtime.engine.training.job import Job
-from tightfit.runtime.engine.training.job_tables import SEPARATOR, Place, StoredWeight, Trainable, Trainables, Weights
+from tightfit.runtime.engine.training.job_tables import (
+    SEPARATOR,
+    StoredWeight,
+    TensorPlace,
+    Trainable,
+    Trainables,
+    Weights,
+)
 from tightfit.runtime.session.job_compiler import compile_job
 
 LAYERS = (6, 30)
@@ -36,9 +43,9 @@ def test_trainables_are_told_one_at_a_time(states):
     trainables = Trainables(said, array("q", [word for row in rows for word in row]))
     first, second = trainables
     assert first == Trainable(
-        "x", (3, 3), Place(7, 64), 9, tuple(Place(100 + 2 * i, 101 + 2 * i) for i in range(states))
+        "x", (3, 3), TensorPlace(7, 64), 9, tuple(TensorPlace(100 + 2 * i, 101 + 2 * i) for i in range(states))
     )
-    assert (second.name, second.shape, second.value) == ("y", (2,), Place(6, -1))
+    assert (second.name, second.shape, second.value) == ("y", (2,), TensorPlace(6, -1))
     assert second.numbers == (6, 8, *(200 + 2 * i for i in range(states)))
     assert list(trainables.names) == ["x", "y"]
 

@@ -8,7 +8,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated.adapter_file import AdapterFile
 from tightfit.runtime.federated.aggregate import (
     START_LENGTH,
-    Part,
+    DeviceContribution,
     averaged,
     closed,
     opened,
@@ -42,7 +42,7 @@ def products(tensors):
 
 def test_the_mean_is_weighted_by_tokens_and_rounded_once():
     adapters, tokens = [drawn(seed) for seed in range(3)], [100, 7, 12345]
-    found = averaged([Part(tensors=one, tokens=count) for one, count in zip(adapters, tokens)], drawn(9))
+    found = averaged([DeviceContribution(tensors=one, tokens=count) for one, count in zip(adapters, tokens)], drawn(9))
     for name in SHAPES:
         total = sum(count * one[name].astype(np.float64) for one, count in zip(adapters, tokens))
         np.testing.assert_array_equal(found[name], (total / sum(tokens)).astype(np.float32))
@@ -51,19 +51,21 @@ def test_the_mean_is_weighted_by_tokens_and_rounded_once():
 
 def test_the_mean_of_one_is_itself():
     one = drawn(1)
-    found = averaged([Part(tensors=one, tokens=3)], drawn(2))
+    found = averaged([DeviceContribution(tensors=one, tokens=3)], drawn(2))
     for name in SHAPES:
         np.testing.assert_array_equal(found[name], one[name])
 
 
 def test_without_tokens_there_is_no_mean():
     with pytest.raises(InputError, match="no device has trained on any token"):
-        averaged([Part(tensors=drawn(1), tokens=0)], drawn(1))
+        averaged([DeviceContribution(tensors=drawn(1), tokens=0)], drawn(1))
 
 
 def test_components_are_averaged_over_those_that_have_them():
     large, small, current = drawn(1), drawn(2, rank=2), drawn(3)
-    found = averaged([Part(tensors=large, tokens=30), Part(tensors=small, tokens=10)], current)
+    found = averaged(
+        [DeviceContribution(tensors=large, tokens=30), DeviceContribution(tensors=small, tokens=10)], current
+    )
     for name in SHAPES:
         whole = found[name] if "lora_A" in name else found[name].T
         one, other = (part[name] if "lora_A" in name else part[name].T for part in (large, small))
@@ -74,7 +76,7 @@ def test_components_are_averaged_over_those_that_have_them():
 
 def test_components_that_nobody_trained_stay():
     small, current = drawn(2, rank=2), drawn(3)
-    found = averaged([Part(tensors=small, tokens=10)], current)
+    found = averaged([DeviceContribution(tensors=small, tokens=10)], current)
     for name in SHAPES:
         turn = (lambda values: values) if "lora_A" in name else np.transpose
         np.testing.assert_array_equal(turn(found[name])[:2], turn(small[name]))

@@ -15,7 +15,7 @@ from safetensors.numpy import load
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated.aggregate import closed, shapes_of, started
-from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.device import DeviceSettings, take_part
 from tightfit.runtime.federated.messages import Answer, Order
 
 
@@ -32,7 +32,7 @@ def device(fleet, tmp_path):
     def made(name, **changes):
         member = next(one for one in planned.members if one.name == name)
         told = {"member": name, "plan": str(folder / "fleet" / member.plan), "rank": member.rank, "data": "random"}
-        return Device(**told | {"work": str(tmp_path / name), "cgroup": False} | changes)
+        return DeviceSettings(**told | {"work": str(tmp_path / name), "cgroup": False} | changes)
 
     return made
 
@@ -98,10 +98,10 @@ def test_a_run_ends_with_the_process_that_waits_for_it(fleet, device, tmp_path):
     settings = device("a").write()
     script = (
         "import sys; from pathlib import Path\n"
-        "from tightfit.runtime.federated.device import Device, take_part\n"
+        "from tightfit.runtime.federated.device import DeviceSettings, take_part\n"
         "from tightfit.runtime.federated.messages import Order\n"
         "order = Order(round=1, steps='{\"a\": 100000}', lr=0.0, weight_decay=0.0, seed=1, seconds=600.0)\n"
-        "take_part(Device.read(sys.argv[1]), order, lambda: Path(sys.argv[2]).read_bytes())\n"
+        "take_part(DeviceSettings.read(sys.argv[1]), order, lambda: Path(sys.argv[2]).read_bytes())\n"
     )
     waiting = subprocess.Popen(
         [sys.executable, "-c", script, settings, str(tmp_path / "adapter")],
@@ -135,9 +135,9 @@ def until(done, seconds=60.0):
 
 def test_settings_are_read_as_they_were_written(device):
     one = device("a", truncate=True)
-    assert Device.read(one.write()) == one
+    assert DeviceSettings.read(one.write()) == one
     with pytest.raises(InputError, match="not the settings of a device"):
-        Device.read(one.work)
+        DeviceSettings.read(one.work)
 
 
 def test_words_are_read_as_they_were_written():

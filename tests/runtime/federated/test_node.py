@@ -6,11 +6,11 @@ import pytest
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated import node
-from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.device import DeviceSettings, take_part
 from tightfit.runtime.federated.fleet_api import Endpoint, RefusedError, UnreachableError
 from tightfit.runtime.federated.messages import OVER, Answer, Order
 
-DEVICE = Device(member="a", plan="a.plan.json", rank=4, data="random", work="work")
+DEVICE = DeviceSettings(member="a", plan="a.plan.json", rank=4, data="random", work="work")
 OVER_ORDER = Order(round=OVER, seconds=5.0)
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated.adapter_file import AdapterFile
-from tightfit.runtime.federated.aggregate import Part, averaged, closed, opened, singular_form
+from tightfit.runtime.federated.aggregate import DeviceContribution, averaged, closed, opened, singular_form
 from tightfit.runtime.federated.messages import Answer, Order
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds import MOST_ASKED, Reply, Rounds
@@ -117,7 +117,9 @@ def expected(planned, rounds, taking="abc"):
     for number in range(1, rounds + 1):
         order = Order(round=number, steps=steps, lr=0.0, weight_decay=0.0, seed=0, seconds=1.0)
         parts = [
-            Part(tensors=load(trained(name, order, closed(current))), tokens=answer_of(name, order).tokens)
+            DeviceContribution(
+                tensors=load(trained(name, order, closed(current))), tokens=answer_of(name, order).tokens
+            )
             for name in taking
         ]
         current = averaged(parts, current)
@@ -302,7 +304,9 @@ def test_ranks_that_differ_meet_in_the_singular_form(mixed, folder, tmp_path):
         current = singular_form(current)
         order = Order(round=number, steps=steps, lr=0.0, weight_decay=0.0, seed=0, seconds=1.0)
         parts = [
-            Part(tensors=load(trained(name, order, closed(current), rank)), tokens=answer_of(name, order).tokens)
+            DeviceContribution(
+                tensors=load(trained(name, order, closed(current), rank)), tokens=answer_of(name, order).tokens
+            )
             for name, rank in (("a", 4), ("b", 2))
         ]
         current = averaged(parts, current)

@@ -14,7 +14,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.training.records import RecordFile
 from tightfit.runtime.federated import aggregate, service
-from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.device import DeviceSettings, take_part
 from tightfit.runtime.federated.messages import Answer, Order
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.federated.rounds import MOST_ASKED, Reply, Rounds
@@ -173,7 +173,7 @@ def expected(made, rounds, taking="abc"):
     current = aggregate.opened(made._first(), made.shapes, 4, "it")
     for _ in range(rounds):
         parts = [
-            aggregate.Part(tensors=load(moved(aggregate.closed(current), name)), tokens=200 + ord(name))
+            aggregate.DeviceContribution(tensors=load(moved(aggregate.closed(current), name)), tokens=200 + ord(name))
             for name in made.members
             if name in taking
         ]
@@ -320,7 +320,7 @@ def test_it_goes_on_after_the_last_round(planned, world, tmp_path):
 def device(labels, tmp_path):
     sent = tmp_path / "labels.records"
     labels_alone(labels, sent)
-    return Device(
+    return DeviceSettings(
         member="a",
         plan="a.plan.json",
         rank=4,
@@ -337,7 +337,7 @@ def hello(**known):
 
 
 def test_a_device_says_who_it_is_and_sends_labels_that_are_not_known(device):
-    assert Device.read(device.write()) == device
+    assert DeviceSettings.read(device.write()) == device
     order = hello(a="")
     assert Order.of(order.words()) == order
     older = {name: word for name, word in order.words().items() if name not in ("port", "labels")}
