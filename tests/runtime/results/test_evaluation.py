@@ -32,8 +32,8 @@ from tightfit.runtime.session.launch import run
 pytestmark = [
     pytest.mark.usefixtures("cache"),
     pytest.mark.filterwarnings("ignore:.*tie:UserWarning"),  # peft says that a copy of a tied module comes apart
+    pytest.mark.slow,
 ]
-pytestmark = pytest.mark.slow
 
 FIGURES = ("loss", "accuracy", "questions", "records")
 
