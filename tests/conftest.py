@@ -17,7 +17,7 @@ from damage import CONFIG, MEASURED, ROWS, SEQ, lines
 from hypothesis import HealthCheck, settings
 from reference import CONFIGS
 from served import Served
-from spilling_plans import without_start
+from spilling_plans import with_small_start
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from tightfit.planner.io import load_plan
@@ -244,7 +244,7 @@ def planned(work):
 @pytest.fixture(scope="session")
 def lean(work):
     """The profile as a machine would give it whose imports need no more than what stays resident."""
-    return without_start(load_profile(work / "profile.json"))
+    return with_small_start(load_profile(work / "profile.json"))
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ class Surroundings:
 
 
 def terms(station: SumStation, role: Role, around: Surroundings) -> Terms:
-    """The bounds for `station`; of it `computed_seconds` is not used, and `slots` counts for the first only."""
+    """The bounds for `station`, whose `computed_seconds` and `slots` are not used."""
     pieces, link = around.pieces, station.link
     count, total, begin, end = len(pieces), sum(pieces), pieces[0], pieces[-1]
     hop = link.latency_seconds + around.latency_seconds

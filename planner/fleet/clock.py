@@ -138,20 +138,20 @@ class LinkClock:
     def __init__(
         self, clock: Clock, links: Sequence[Link], sends: Callable[[MessageQueue, int, float, float], object]
     ) -> None:
-        """`sends` is called with each message as it starts: its stream and number, when it starts and has left."""
+        """`sends` is called with each message as it starts: its queue and number, when it starts and has left."""
         self._clock, self._links, self._sends = clock, links, sends
         self._up, self._down = [0.0] * len(links), [0.0] * len(links)
         """when each uplink and downlink is free"""
         self._waiting: list[tuple[MessageQueue, int]] = []
         """messages, in the order in which they were sent"""
 
-    def send(self, stream: MessageQueue, number: int) -> None:
-        self._waiting.append((stream, number))
+    def send(self, queue: MessageQueue, number: int) -> None:
+        self._waiting.append((queue, number))
         self._serve()
 
-    def open(self, stream: MessageQueue, numbers: slice) -> None:
+    def open(self, queue: MessageQueue, numbers: slice) -> None:
         """The target can receive these messages."""
-        stream.room[numbers] = [True] * len(stream.room[numbers])
+        queue.room[numbers] = [True] * len(queue.room[numbers])
         self._serve()
 
     def latency(self, source: int, target: int) -> float:
@@ -160,21 +160,21 @@ class LinkClock:
     def _serve(self) -> None:
         """Start every message whose links are free and whose target can receive it."""
         clock, waiting = self._clock, []
-        for stream, number in self._waiting:
-            source, target = stream.source, stream.target
-            if not stream.room[number] or max(self._up[source], self._down[target]) > clock.now:
-                waiting.append((stream, number))
+        for queue, number in self._waiting:
+            source, target = queue.source, queue.target
+            if not queue.room[number] or max(self._up[source], self._down[target]) > clock.now:
+                waiting.append((queue, number))
                 continue
-            size = stream.sizes[number]
+            size = queue.sizes[number]
             up = size / self._links[source].up_bytes_per_second
             down = size / self._links[target].down_bytes_per_second
             self._up[source], self._down[target] = clock.now + up, clock.now + down
             left = clock.now + max(up, down)
             clock.at(clock.now + min(up, down), self._serve)
-            clock.at(left, partial(clock.give, stream.sent[number]))
+            clock.at(left, partial(clock.give, queue.sent[number]))
             clock.at(left, self._serve)
-            clock.at(left + self.latency(source, target), partial(clock.give, stream.arrived[number]))
-            self._sends(stream, number, clock.now, left)
+            clock.at(left + self.latency(source, target), partial(clock.give, queue.arrived[number]))
+            self._sends(queue, number, clock.now, left)
         self._waiting = waiting
 
 
@@ -217,13 +217,13 @@ class ChainClock:
         until = self.clock.now if end is None else end
         self.doings.append(Doing(what=what, station=station, number=number, begin=begun, end=until))
 
-    def buffer(self, stream: MessageQueue, number: int) -> Thread:
+    def buffer(self, queue: MessageQueue, number: int) -> Thread:
         """Wait until there is a buffer for a message."""
         if number >= SENDING:
-            yield stream.sent[number - SENDING]
+            yield queue.sent[number - SENDING]
 
-    def _sends(self, stream: MessageQueue, number: int, begin: float, end: float) -> None:
-        one = Doing(what="send", station=stream.source, to=stream.target, number=number, begin=begin, end=end)
+    def _sends(self, queue: MessageQueue, number: int, begin: float, end: float) -> None:
+        one = Doing(what="send", station=queue.source, to=queue.target, number=number, begin=begin, end=end)
         self.doings.append(one)
 
 

@@ -281,7 +281,7 @@ class AlonePlans(RoomPlans[Known]):
 
 @dataclass(frozen=True, kw_only=True)
 class KnownStage(Known):
-    """When it reaches its messages."""
+    """A plan of a stage, with when its schedules reach their messages."""
 
     train: Marks
     forward: Marks

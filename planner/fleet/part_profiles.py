@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tightfit.planner.fleet.clock import COPY_BYTES_PER_SECOND
+from tightfit.planner.fleet.clock import copy_seconds
 from tightfit.planner.fleet.members import trained_tensors
 from tightfit.planner.fleet.parts import RINGS, message_bytes, messages_bytes
 from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES, Shelf
@@ -76,7 +76,7 @@ def exchange_optimizer(micro_batches: int) -> dict[str, Any]:
 def hand_over_seconds(size: int, device: DeviceFigures, gradients: Shelf) -> float:
     """Seconds of the cores that handing a gradient of `size` bytes over to the shelf takes."""
     written = size * device.write.compute_seconds_per_byte if gradients == "disk" else 0.0
-    return HAND_OVER_SECONDS + size / COPY_BYTES_PER_SECOND + written
+    return HAND_OVER_SECONDS + copy_seconds(size) + written
 
 
 def member_profile(profile: Profile, micro_batches: int, extra_bytes: int, gradients: Shelf) -> Profile:
@@ -195,8 +195,6 @@ class Cut:
     """activations, by their global names, in the order in which they are sent"""
     down: tuple[str, ...]
     """gradients"""
-    up_bytes: int
-    down_bytes: int
     up_passing: tuple[Passing, ...]
     """their form, in the same order"""
     down_passing: tuple[Passing, ...]
@@ -208,7 +206,7 @@ def cuts(profile: Profile) -> list[Cut]:
     """
     graph = step_graph(profile)
     made = _Makers(profile, graph)
-    trained = [_trained(profile, graph, layer) for layer in range(len(profile.layers))]
+    trained = [_trained(graph, layer) for layer in range(len(profile.layers))]
     result = []
     for at in range(1, len(profile.layers)):
         if not any(trained[:at]) or not any(trained[at:]):
@@ -277,7 +275,7 @@ def _fingerprint(profile: Profile, *numbers: int) -> str:
     return hashlib.sha256(f"{profile.fingerprint} stage {numbers}".encode()).hexdigest()
 
 
-def _trained(profile: Profile, graph: StepGraph, layer: int) -> bool:
+def _trained(graph: StepGraph, layer: int) -> bool:
     return any(graph.storages[name].kind == "trainable" for name in graph.names[layer].values())
 
 
@@ -335,13 +333,10 @@ class _Makers:
         )
         # What the forward above the cut makes for the backward below it does not exist in the models that are traced.
         down = tuple(name for name in self.by_output if name in gradients and name in read_below)
-        size = self.graph.storages
         return Cut(
             at=at,
             up=up,
             down=down,
-            up_bytes=sum(size[name].bytes for name in up),
-            down_bytes=sum(size[name].bytes for name in down),
             up_passing=tuple(map(self.passing, up)),
             down_passing=tuple(map(self.passing, down)),
         )
@@ -419,7 +414,7 @@ def _passage(maker: _Makers, name: str, cut: Cut, bits: int) -> tuple[Program, L
             value = maker.value(passed, f"{direction}{number}")
             values.append(value)
             bindings[value.name] = passed
-            seconds = HAND_OVER_SECONDS + value.bytes / COPY_BYTES_PER_SECOND
+            seconds = hand_over_seconds(value.bytes, maker.profile.device, "memory")
             operators.append(message_operator(target, value, number, bits, seconds, phase=phase, direction=direction))
     if name == SEND_LAYER:
         last = max(place for place, one in enumerate(operators) if one.phase == "forward")

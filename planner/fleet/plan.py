@@ -41,6 +41,7 @@ from tightfit.planner.fleet.part_profiles import (
     update_seconds,
 )
 from tightfit.planner.fleet.parts import RINGS, message_bytes, messages_bytes, passed_of, passing_of
+from tightfit.planner.fleet.programs import shared_by_weight
 from tightfit.planner.fleet.replay import one_way, replayed
 from tightfit.planner.fleet.schema import (
     Baseline,
@@ -529,7 +530,7 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
 
     def compared(self, *, interrupted: bool) -> dict[str, Any]:
         names, count, search, alone = self.names, self.micro_batches, self.together, self.alone
-        shares = [count // len(names) + (at < count % len(names)) for at in range(len(names))]
+        shares = shared_by_weight([1.0] * len(names), count)
         equal = Baseline(name="equal shares", makespan_seconds=None, micro_batches=dict(zip(names, shares)))
         taking = [at for at, share in enumerate(shares) if share]
         if len(taking) == 1:

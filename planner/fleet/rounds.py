@@ -326,7 +326,7 @@ class _WholeRounds(_Rounds[FederatedPlan]):
     def _baselines(self) -> list[FederatedBaseline]:
         names, paces = self.names, self.paces
         units, count = self.steps // self.unit, len(names)
-        shares = [self.unit * (units // count + (at < units % count)) for at in range(count)]
+        shares = [self.unit * share for share in shared_by_weight([1.0] * count, units)]
         unfit = [name for name, share, pace in zip(names, shares, paces) if share and pace.step_seconds == math.inf]
         equal = FederatedBaseline(
             name="equal steps",

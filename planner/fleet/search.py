@@ -205,7 +205,7 @@ class SumSearch:
         if key not in self._makespans:
             stations = [self.station(place, sight, first=not at) for at, place in enumerate(chain)]
             computed = [station.computed_seconds for station in stations]
-            if max(computed) >= below or self._least(chain, stations) >= below:
+            if max(computed) >= below or self._least(chain, stations, computed) >= below:
                 return math.inf
             self._makespans[key] = play_sum(stations, self.pieces).makespan
         return self._makespans[key]
@@ -216,12 +216,11 @@ class SumSearch:
         unnamed = [replace(one, name="") for one in self.candidates]
         return [unnamed.index(one) for one in unnamed]
 
-    def _least(self, chain: SumChain, stations: Sequence[SumStation]) -> float:
+    def _least(self, chain: SumChain, stations: Sequence[SumStation], computed: Sequence[float]) -> float:
         told = [
             self._terms(place.candidate, station, role_of(at, len(chain)), len(chain))
             for at, (place, station) in enumerate(zip(chain, stations))
         ]
-        computed = [station.computed_seconds for station in stations]
         return least_sum_seconds(computed, [place.micro_batches for place in chain], told)
 
     @cached_property
@@ -436,6 +435,7 @@ class SumSearch:
     def _neighbours(self, chain: SumChain, members: Sequence[int]) -> Iterator[SumChain]:
         yield from self.shelves(chain)
         places = list(chain)
+        outside = self._outside(places, members)
         for at, place in enumerate(places):
             fewer = place._replace(micro_batches=place.micro_batches - 1)
             for other, one in enumerate(places):
@@ -444,7 +444,7 @@ class SumSearch:
                     changed[other] = one._replace(micro_batches=one.micro_batches + 1)
                     changed[at] = fewer
                     yield from _at_least_two(changed)
-            for member in self._outside(places, members):
+            for member in outside:
                 for position in range(len(places) + 1):
                     changed = list(places)
                     changed[at] = fewer
@@ -458,7 +458,7 @@ class SumSearch:
                 moved = list(places)
                 moved.insert(other, moved.pop(at))
                 yield tuple(moved)
-            for member in self._outside(places, members):
+            for member in outside:
                 yield (*chain[:at], places[at]._replace(candidate=member), *chain[at + 1 :])
 
     def _outside(self, places: Sequence[ChainPlace], members: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.planner.generation.places import Places, aligned_bytes
-from tightfit.planner.generation.problem import PAGE, Figures, Problem, RowPiece
+from tightfit.planner.generation.problem import Figures, Problem, RowPiece, in_pages
 from tightfit.planner.generation.program import choose, least_room, spread
 from tightfit.planner.generation.simulate import Simulated, simulate
 from tightfit.runtime.common.errors import InfeasibleError
@@ -25,8 +25,6 @@ class GenerationPlan:
     budget_bytes: int
     peak_bytes: int
     """of all processes together"""
-    process_bytes: int
-    """of the process that computes"""
     front_bytes: int
     """of the process that shows the answers"""
     arena_bytes: int
@@ -70,7 +68,7 @@ def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationP
     beside = front + figures.base(problem.context) + problem.heap_bytes()
     start = front + figures.start_bytes
     sizes = _pass_sizes(problem.asked)
-    least = max(start, beside + _in_pages(problem.other_bytes(sizes[0])) + least_room(pieces))
+    least = max(start, beside + in_pages(problem.other_bytes(sizes[0])) + least_room(pieces))
     if budget < least:
         what = (
             "Python and PyTorch while they start"
@@ -85,7 +83,7 @@ def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationP
     best: tuple[float, int, list[str]] | None = None
     keys = figures.key_seconds * (problem.prompt_tokens + problem.answer_tokens / 2)
     for size in sizes:
-        room = budget - beside - _in_pages(problem.other_bytes(size))
+        room = budget - beside - in_pages(problem.other_bytes(size))
         if room < least_room(pieces):
             break
         choice = choose(pieces, figures, room, problem.passes(size), problem.answer_tokens, key_seconds=keys)
@@ -140,7 +138,7 @@ def laid_out(
     for name, (shape, dtype) in others.items():
         places[name] = at, shape, dtype
         at += aligned_bytes(shape, dtype)
-    arena = _in_pages(at)
+    arena = in_pages(at)
     process = front = 0
     if figures is not None:
         times = simulate(problem, figures, pieces, states, pass_tokens)
@@ -151,7 +149,6 @@ def laid_out(
     return GenerationPlan(
         budget_bytes=budget,
         peak_bytes=process + front,
-        process_bytes=process,
         front_bytes=front,
         arena_bytes=arena,
         cache_bytes=cache,
@@ -163,7 +160,3 @@ def laid_out(
         times=times,
         busy_cores=0.0 if figures is None else figures.busy_cores,
     )
-
-
-def _in_pages(size: int) -> int:
-    return -(-size // PAGE) * PAGE

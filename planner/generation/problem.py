@@ -34,6 +34,11 @@ TOKEN_BYTES = 192
 """of the heap for each token of a prompt or its answer, as a number in lists and in messages"""
 
 
+def in_pages(size: int) -> int:
+    """Bytes, rounded up to whole pages."""
+    return -(-size // PAGE) * PAGE
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """What was measured: see `tightfit.runtime.engine.generation.measuring.measure`. Bytes and seconds."""
@@ -90,7 +95,7 @@ class RowPiece:
 
     @property
     def unpacked_bytes(self) -> int:
-        return -(-4 * self.elements // PAGE) * PAGE
+        return in_pages(4 * self.elements)
 
     def bytes(self, state: str) -> int:
         """Bytes that stay in memory."""

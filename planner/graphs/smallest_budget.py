@@ -14,9 +14,9 @@ from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood
 
 GRANTED = 0.1
-"""processor time for each try at a smaller budget, as a share of the time left..."""
-LEAST_GRANTED = 1.0
-"""...and in seconds at most"""
+"""processor time for each try at a smaller budget, as a share of the time left, but no more than `MOST_GRANTED`"""
+MOST_GRANTED = 1.0
+"""seconds of processor time for each try at a smaller budget, at most"""
 PROVEN_OPERATORS = 64
 """number of operators up to which the exact solver is asked for a schedule one byte below the smallest budget found"""
 
@@ -67,7 +67,7 @@ class SmallestBudget:
         proving = exact.OPERATORS < dag.operators <= PROVEN_OPERATORS
         left = max(0.0, deadline - time.monotonic())
         found_by = deadline - 0.5 * left if proving else deadline
-        self._evict(found_by - 0.3 * left, min(LEAST_GRANTED, GRANTED * left), found_by)
+        self._evict(found_by - 0.3 * left, min(MOST_GRANTED, GRANTED * left), found_by)
         low = found.lowest_peak(0.4 * max(0.0, found_by - time.monotonic())).bytes
         best = found.lowest()
         if found.peaks[best] > low:

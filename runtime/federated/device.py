@@ -53,9 +53,9 @@ class DeviceSettings:
     fleet: str = ""
     """where a server computes the upper layers: folder of the fleet's plan"""
     labels: str = ""
-    """then also: file of the labels of its data"""
+    """where a server computes the upper layers: file of the labels of the device's data"""
     server: str = ""
-    """and host at which the server's runs listen"""
+    """where a server computes the upper layers: host at which its runs listen"""
 
     def write(self) -> str:
         """Write the settings into the device's folder; returns their path."""

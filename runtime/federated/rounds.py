@@ -27,7 +27,7 @@ from tightfit.planner.schema import Plan
 from tightfit.profiles.models.lora import check_planned
 from tightfit.runtime.common.errors import InputError, TightfitError
 from tightfit.runtime.common.files import write_whole
-from tightfit.runtime.engine.training.adapter import BODY, adapter_config
+from tightfit.runtime.engine.training.adapter import BODY, WEIGHTS, adapter_config
 from tightfit.runtime.federated import aggregate
 from tightfit.runtime.federated.messages import HELLO, Answer, Order
 from tightfit.runtime.federated.options import RoundOptions
@@ -191,7 +191,7 @@ class Rounds:
     def _first(self) -> bytes:
         if not self.options.adapter:
             return aggregate.closed(aggregate.started(self.shapes, self.options.seed))
-        path = f"{self.options.adapter}/adapter_model.safetensors"
+        path = f"{self.options.adapter}/{WEIGHTS}"
         try:
             with open(path, "rb") as file:
                 content = file.read()

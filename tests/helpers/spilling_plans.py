@@ -8,7 +8,7 @@ from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Profile
 
 
-def without_start(profile: Profile) -> Profile:
+def with_small_start(profile: Profile) -> Profile:
     """The profile of a machine on which the start needs no more than what stays resident."""
     floor = profile.device.floor
     floor = floor.model_copy(update={"import_peak_bytes": floor.resident_bytes})
@@ -17,7 +17,7 @@ def without_start(profile: Profile) -> Profile:
 
 def spilling_plan(profile: Profile) -> Plan:
     """The schedule of the smallest budget that the step alone needs, as a plan in the budget that the start needs too."""
-    planner = ModelPlanner(without_start(profile))
+    planner = ModelPlanner(with_small_start(profile))
     schedule = planner.plan(planner.minimum(time_limit=600).peak_bytes, time_limit=600)
     budget = ModelPlanner(profile).minimum(time_limit=600).peak_bytes
     assert schedule.peak_bytes <= budget

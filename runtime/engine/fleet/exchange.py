@@ -13,6 +13,7 @@ state after the latest update.
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 import zlib
 from collections import deque
@@ -27,7 +28,7 @@ from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.fleet.pieces import ITEM, Pieces
 from tightfit.runtime.engine.fleet.role import Exchanged, JoinedRole, Share
 from tightfit.runtime.engine.fleet.shelf import Buffers, DiskShelf, MemoryShelf, Shelf
-from tightfit.runtime.engine.fleet.transport import Pending, Transport
+from tightfit.runtime.engine.fleet.transport import Pending, Transport, bytes_of
 from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ class Exchange(JoinedRole):
         going: deque[tuple[Pending, Tensor]] = deque()
         spare = buffers.take()
         for piece in range(len(self.pieces)):
-            buffer = coming.take(piece) if coming else buffers.take()
+            buffer = coming.take() if coming else buffers.take()
             total = buffer[: self.pieces.sizes[piece]]
             if coming:
                 for row, weight in enumerate(self._weights):
@@ -271,7 +272,7 @@ class Exchange(JoinedRole):
         whole = self.states.read(row, piece, buffer) if row < 2 else buffer.zero_()
         copied = whole[begin:end].clone()
         self._buffers.give_back(buffer)
-        yield memoryview((ctypes.c_char * (copied.numel() * ITEM)).from_address(copied.data_ptr())).cast("B")
+        yield bytes_of(copied)
 
     def set_state(self, row: int, tensor: int, values: Tensor) -> None:
         """Put a trained tensor's state in its place; zeros have none."""
@@ -300,8 +301,8 @@ class IncomingPieces:
         for _ in range(PREFETCH):
             self._ask()
 
-    def take(self, piece: int) -> Tensor:
-        """The buffer with the next piece, which is number `piece`; waits for it."""
+    def take(self) -> Tensor:
+        """The buffer with the next piece, in order; waits for it."""
         pending, buffer = self._coming.popleft()
         pending.wait()
         self._ask()
@@ -346,7 +347,7 @@ class _Returning(Thread):
             transport.send_json(self._header, rank - 1)
         coming = IncomingPieces(exchange, rank + 1)
         for piece in range(len(exchange.pieces)):
-            buffer = coming.take(piece)
+            buffer = coming.take()
             mean = buffer[: exchange.pieces.sizes[piece]]
             exchange.gradients.write(0, piece, mean)
             if rank:
@@ -356,13 +357,7 @@ class _Returning(Thread):
 
 def pieces_of(shapes: Sequence[Sequence[int]], limit: int) -> Pieces:
     """The pieces of trained tensors of these shapes."""
-    sizes = []
-    for shape in shapes:
-        size = 1
-        for length in shape:
-            size *= length
-        sizes.append(size)
-    return Pieces(sizes, limit)
+    return Pieces([math.prod(shape) for shape in shapes], limit)
 
 
 def _crc32(values: Tensor, checksum: int) -> int:

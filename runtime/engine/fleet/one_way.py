@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEVICE, SERVER = 0, 1
-"""their places"""
+"""places of the two members in the chain"""
 
 
 class OneWayStage(PipelineStage):
-    """The role of either."""
+    """The role of the device, and of the server that trains a side network for it."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -82,7 +82,7 @@ class ReceivedBatches:
         return 0
 
     def longest_in_evaluation(self, number: int, rows: int) -> None:
-        """As `longest`."""
+        """None: a server takes whole batches in an evaluation, too."""
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Any]:
         self._stage.labels(inputs[1])

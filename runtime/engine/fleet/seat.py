@@ -39,7 +39,7 @@ class Seat:
     agent: bool = False
     """whether ``torchrun`` has opened the store at which the members meet"""
     attempt: int = 0
-    """how often it has started the members again"""
+    """how often ``torchrun`` has started the members again"""
     listens: int = 0
     """place in the chain of the member that listens where they meet"""
 

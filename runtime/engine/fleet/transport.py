@@ -197,11 +197,11 @@ class Transport:
 
     def send(self, tensor: Tensor, peer: int, tag: int = MESSAGE) -> Pending:
         """Begin sending a contiguous tensor, which must not change until the message is sent."""
-        return self._submit("send", peer, tag, _bytes(tensor), tensor)
+        return self._submit("send", peer, tag, bytes_of(tensor), tensor)
 
     def receive(self, tensor: Tensor, peer: int, tag: int = MESSAGE) -> Pending:
         """Begin receiving the next message of a peer into a contiguous tensor of its size."""
-        return self._submit("receive", peer, tag, _bytes(tensor), tensor)
+        return self._submit("receive", peer, tag, bytes_of(tensor), tensor)
 
     def send_json(self, content: Any, peer: int) -> None:
         """Send what JSON can hold; returns once it is sent."""
@@ -405,7 +405,7 @@ def read_key(path: str) -> bytes:
     return key
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, which has to outlive them."""
     size = tensor.numel() * tensor.element_size()
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")

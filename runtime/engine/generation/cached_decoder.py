@@ -204,9 +204,9 @@ class CachedDecoder:
                 yield self.products.multiply, (matrix, read, frame.groups, held, out)
                 continue
             layer = next(caches) if target == ATTEND else None
+            names = set() if compiled is None else {operand["value"] for _, _, operand in compiled.slots}
             for group in range(len(frame.groups)):
                 if compiled is not None:
-                    names = {operand["value"] for _, _, operand in compiled.slots}
                     outputs = [None if name is None else frame.made(name, group) for name in operator["outputs"]]
                     yield compiled.run, ({name: frame.storage(name, group) for name in names}, outputs)
                     continue
