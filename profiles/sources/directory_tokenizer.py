@@ -1,7 +1,10 @@
-"""Reads the tokenizer of a Hugging Face directory, with its special tokens and chat templates."""
+"""Reads the tokenizer of a Hugging Face directory, with its special tokens and chat templates; writes and reads what tightfit
+itself keeps of a vocabulary.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import check_regular, read_whole
 from tightfit.runtime.common.strict_json import JsonError, read_json
+
+TOKENIZER, WORDS = "tokenizer.json", "vocabulary.json"
+"""files of a vocabulary in the form that `write_vocabulary` gives it"""
 
 
 def directory_vocabulary(path: Path) -> Vocabulary | None:
@@ -102,3 +108,19 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{file}: damaged (no JSON object); download the file again")
     return data
+
+
+def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    """Leave a model's tokenizer and templates in a folder, in a form that takes little memory to read."""
+    vocabulary.tokenizer.save(str(folder / TOKENIZER), pretty=False)
+    words = {name: value for name, value in vars(vocabulary).items() if name != "tokenizer"}
+    (folder / WORDS).write_text(json.dumps(words), encoding="utf-8")
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """What `write_vocabulary` has written. Raises InputError for damaged files."""
+    words = _json(folder / WORDS)
+    try:
+        return Vocabulary(tokenizer=Tokenizer.from_file(str(folder / TOKENIZER)), **words)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"{folder}: its vocabulary is damaged ({error}); copy or prepare the folder again") from error

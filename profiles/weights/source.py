@@ -51,7 +51,7 @@ class Source:
 
     name: str
     kind: str
-    """One of huggingface, gguf, random and module."""
+    """One of huggingface, gguf, random, module, prepared and described."""
     path: str
     """What the user named, made absolute where it is a path."""
     config: dict[str, Any]
@@ -69,6 +69,8 @@ class Source:
     base: str | None = None
     embeddings: str | None = None
     """The precision that was asked for (`tightfit.profiles.weights.precision`)."""
+    store: Path | None = None
+    """Where its weights lie, packed already; None: they are packed when they are first needed."""
 
 
 def without_names(config: dict[str, Any]) -> dict[str, Any]:

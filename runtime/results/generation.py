@@ -20,6 +20,7 @@ from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.option_fields import keywords_of
+from tightfit.profiles.sources.directory_tokenizer import write_vocabulary
 from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve, vocabulary
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.pack import build_store
@@ -133,7 +134,7 @@ def prepared(
             if encoded is None:
                 from tightfit.runtime.results import chat
 
-                chat.write_vocabulary(directory, ready.vocabulary)
+                write_vocabulary(directory, ready.vocabulary)
                 front, called = chat.command("--measure", str(directory), str(problem.context)), "chat"
             else:
                 _write_prompts(directory / "prompts", prompts or (), encoded)
