@@ -22,6 +22,7 @@ from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
 from tightfit.profiles.schema import PROFILE_VERSION, Profile
+from tightfit.profiles.sources.described import TracingRequest
 from tightfit.profiles.sources.lookup import names_module, resolve, vocabulary
 from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
 from tightfit.profiles.steps.choice import step_of
@@ -40,7 +41,7 @@ from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.layout import Header, read_header
 
-__all__ = ["Progress", "load_profile", "prepare", "profile", "save_profile"]
+__all__ = ["Progress", "load_profile", "prepare", "profile", "request_trace", "save_profile"]
 
 CODE = (
     "runtime/common",
@@ -130,6 +131,18 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         return earlier
     save_profile(result, cached)
     return result
+
+
+@keywords_of(ProfileOptions)
+def request_trace(source: str | os.PathLike[str], options: ProfileOptions) -> TracingRequest | None:
+    """What a service has to know of a model to trace the step that the options ask for: its configuration, and names, shapes and
+    packed formats of its tensors. None where nothing is to be traced elsewhere: of a module, whose code stays on the device, and
+    of a prepared model.
+    """
+    if names_module(source) or options.prepared is not None:
+        return None
+    opened = resolve(source, base=options.base, embeddings=options.embeddings)
+    return None if opened.kind == "prepared" else tracing_request(step_of(opened, options))
 
 
 @keywords_of(ProfileOptions)

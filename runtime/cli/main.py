@@ -27,6 +27,7 @@ from tightfit.runtime.cli.generate import chat, generate
 from tightfit.runtime.cli.merge import merge
 from tightfit.runtime.cli.options import failure, usage
 from tightfit.runtime.cli.plan import plan
+from tightfit.runtime.cli.prepare import prepare
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.report import report
 from tightfit.runtime.cli.run import run
@@ -77,7 +78,7 @@ def _tightfit(
 
 
 app.command(cls=TrainCommand)(train)
-for command in (profile, devices, plan, compare, run, report, generate, chat, merge, serve):
+for command in (profile, prepare, devices, plan, compare, run, report, generate, chat, merge, serve):
     app.command(cls=Command)(command)
 app.command(cls=Command, name="eval")(evaluate)
 app.add_typer(fleet, name="fleet")
