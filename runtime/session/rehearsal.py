@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tightfit.planner.instructions import Accumulate, Fetch, Instruction, Read, Run, Spill, Unpack, Update
-from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.schema import MEZO, Phase, Plan
@@ -99,6 +98,8 @@ def rehearse(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
     """As `tightfit.planner.plan.plan`, on the machine that the profile was measured on: the plan runs for a few steps on random data,
     and is made anew with the figures measured there. Its `rehearsal` has them; None: it could not be rehearsed.
     """
+    from tightfit.planner.plan import planner_of
+
     return rehearsed(
         profile,
         lambda step: chosen(step, options.optimizer, options.max_grad_norm, LearnedFigures()),
