@@ -34,6 +34,7 @@ from tightfit.runtime.cli.run import run
 from tightfit.runtime.cli.serve import serve
 from tightfit.runtime.cli.train import TrainCommand, train
 from tightfit.runtime.common.errors import TightfitError
+from tightfit.runtime.common.extras import not_installed
 from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import limited
@@ -103,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise typer.Abort
     except (Exception, KeyboardInterrupt) as caught:
         error = caught if isinstance(caught, Exception) else typer.Abort()
+        error = (not_installed(error) if isinstance(error, ImportError) else None) or error
         if interrupts.seen and not _expected(error):
             # C code that Ctrl-C interrupts may raise an error of its own instead of KeyboardInterrupt.
             error = typer.Abort()
