@@ -122,7 +122,9 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         threads=threads,
         scratch=cache_directory(),
         environment=dict(os.environ) | {"PYTHONPATH": python_path()},
+        layers=traced.layers,
         shorter=shorter_programs,
+        memory=options.memory,
         progress=options.progress,
         comparison=step.comparison(),
     )

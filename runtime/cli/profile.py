@@ -15,6 +15,8 @@ from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import Debug, Json, Server, next_command, read, service, with_options
 from tightfit.runtime.common.limits import enough_for_a_solver
+from tightfit.runtime.common.units import parse_size
+from tightfit.runtime.engine.device.resident import memory as resident
 from tightfit.runtime.supervision.printing import answer
 
 
@@ -30,6 +32,10 @@ def profile(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written."), PRIMARY] = Path(
         "profile.json"
     ),
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What measuring may hold; default: what it measures best with."),
+    ] = None,
     server: Server = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -50,7 +56,7 @@ def profile(
         from tightfit.profiles.api import profile as measure
         from tightfit.profiles.api import save_profile
 
-        profile_options = profile_options.but(progress=stages)
+        profile_options = profile_options.but(progress=stages, memory=_left_for_measuring(memory))
         if server is not None:
             profile_options = traced_by(server, model, profile_options)
         measured = measure(model, **dict(profile_options))
@@ -59,6 +65,11 @@ def profile(
     answer(summary, answers.profile_text(measured), as_json=as_json)
     following = next_command(f"tightfit plan {shlex.quote(str(output))} --memory SIZE")
     console.print(f"profile written to {output}{following}")
+
+
+def _left_for_measuring(memory: str | None) -> int | None:
+    """Bytes of a budget that this process leaves to those that measure."""
+    return None if memory is None else max(1, parse_size(memory) - resident().resident)
 
 
 def traced_by(server: str, model: str, options: ProfileOptions) -> ProfileOptions:
