@@ -117,6 +117,17 @@ def names_module(source: str | os.PathLike[str]) -> bool:
     return _named(source)[0] == "factory"
 
 
+def prepared_seq(source: str | os.PathLike[str], prepared: str | os.PathLike[str] | None) -> int | None:
+    """Tokens of the step that was traced when the model, or the folder `prepared`, was made ready; None if none was."""
+    kind, path = _named(source)
+    folder = path if kind == "prepared" else None if prepared is None else Path(prepared)
+    if folder is None:
+        return None
+    from tightfit.profiles.sources.prepared import load_prepared
+
+    return load_prepared(folder).step.seq
+
+
 def longest_sequence(source: str | os.PathLike[str]) -> int | None:
     """The number of positions that the model named by `source` was made for; None if its file does not say, and for a
     module. Imports no PyTorch.

@@ -56,6 +56,8 @@ RANDOM = "random"
 """data that are made up, and no file"""
 PATHS = ("model", "data", "eval_data")
 """options that may name a file, whose absolute path is then written down"""
+ELSEWHERE = {"output", "server"}
+"""options that change where a result is made and kept, and not what it is"""
 UNFINISHED = ["metrics.jsonl"]
 """the only result of a run that was killed before its first checkpoint"""
 
@@ -410,7 +412,7 @@ def _lengths(values: Mapping[str, Any], budget: int, tokens: Path, console: Cons
 
     Raises InputError if there are no such data.
     """
-    from tightfit.profiles.sources.lookup import names_module
+    from tightfit.profiles.sources.lookup import names_module, prepared_seq
     from tightfit.runtime.cli.terminal import StagesDisplay
     from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
 
@@ -418,6 +420,8 @@ def _lengths(values: Mapping[str, Any], budget: int, tokens: Path, console: Cons
     if names_module(values["model"]):
         return requested_seq, buckets
     check_files(values["data"], values["eval_data"])
+    if requested_seq is None:
+        requested_seq = prepared_seq(values["model"], values["prepared"])
     lengths: Counter[int] = Counter()
     with StagesDisplay(console) as stages:
         seq, why = choose_seq(
@@ -466,7 +470,7 @@ def _earlier_results(
     from tightfit.runtime.session.admission import check_machine
 
     def same(command: Callable[..., None]) -> bool:
-        names = set(inspect.signature(command).parameters) - {"output"}
+        names = set(inspect.signature(command).parameters) - ELSEWHERE - ({"memory"} if command is profile else set())
         keys = [key_of(parameter) for parameter in context.command.params if parameter.name in names]
         return all(settings.get(key) == earlier.get(key) for key in keys)
 
