@@ -89,7 +89,7 @@ def _add_rows(table: Table, name: str, budget: int, road: str, steps: int, folde
     ]
     with _road(road, words, folder) as environment:
         observed = carried_out(["train", *words, "--json"], environment, budget * MIB)
-    report = json.loads(observed.words)["run"] if observed.code == 0 else {}
+    report = json.loads(observed.words)["report"] if observed.code == 0 else {}
     held = report.get("stage_bytes") or {}
     end = "adapter" if observed.code == 0 else f"exit {observed.code}: {observed.words.strip().splitlines()[-1:]}"
     for stage in dict.fromkeys([*held, *observed.touches]):
