@@ -1,4 +1,4 @@
-"""Reads the metadata of a GGUF file: the key-value pairs in its header.
+"""Reads the header of a GGUF file: its metadata, which are key-value pairs, and where its tensors lie.
 
 The gguf package's reader keeps several arrays for each string, about 1.6 KB: 160 MiB for the 98,000 strings of
 SmolLM2's tokenizer, of which this reader takes 10. It uses the standard library only, because the process that prepares
@@ -8,21 +8,65 @@ a run reads tokenizers with it.
 from __future__ import annotations
 
 import array
+import math
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+T = TypeVar("T")
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's number of a value type -> format letter of `struct` (values are little-endian)."""
 STRING, ARRAY = 8, 9
 MOST_PAIRS = 1 << 16
+MOST_DIMENSIONS = 4
+"""those that llama.cpp's tensors have"""
+ALIGNMENT = 32
+"""bytes, where the metadata name none"""
+TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+}
+"""GGUF's number of a tensor type -> (name, elements and bytes of a block), as ggml.h has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +76,34 @@ class MetadataValue:
     value: Any
     kind: int
     inner: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufEntry:
+    """Where a file has a tensor."""
+
+    name: str
+    kind: str
+    """The name of its type."""
+    shape: tuple[int, ...]
+    """Rows first, as PyTorch has it."""
+    start: int
+    """Its first byte in the file."""
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufHeader:
+    metadata: dict[str, Any]
+    """As `read_metadata`, but for lists of strings, which are empty: those of a tokenizer would take tens of MB."""
+    tensors: list[GgufEntry]
+    bytes: int
+    """Where the tensors' data begin."""
+
+
+def read_header(path: Path) -> GgufHeader:
+    """What a model is made from. Raises InputError as `read_metadata`, and if the file ends before a tensor does."""
+    return _read(path, lambda pairs: pairs.read_header())
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -44,19 +116,62 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def read_typed(path: Path) -> dict[str, MetadataValue]:
     """The same with the types of the values."""
+    return _read(path, lambda pairs: pairs.read())
+
+
+def _read(path: Path, read: Callable[[_Header], T]) -> T:
     try:
         with open_regular(path) as file:
-            return _Pairs(file).read()
+            return read(_Header(file))
     except (OSError, ValueError, struct.error) as error:
         raise InputError(
             f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again"
         ) from error
 
 
-class _Pairs:
+class _Header:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
+        self._keeps_strings = True
+        self._tensors = 0
+
+    def read_header(self) -> GgufHeader:
+        self._keeps_strings = False
+        metadata = {key: typed.value for key, typed in self.read().items()}
+        alignment = metadata.get("general.alignment", ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment {alignment!r}, which is no power of two")
+        described = [self._tensor() for _ in range(self._tensors)]
+        start = -(-self._file.tell() // alignment) * alignment
+        tensors = {tensor.name: self._placed(tensor, start) for tensor in described}
+        if len(tensors) != len(described):
+            raise ValueError("two of its tensors have the same name")
+        return GgufHeader(metadata=metadata, tensors=list(tensors.values()), bytes=start)
+
+    def _tensor(self) -> GgufEntry:
+        """The next description of a tensor; `start` is counted from where the data begin."""
+        name, dimensions = self._string(), self._number("I")
+        if not 1 <= dimensions <= MOST_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} with {dimensions} dimensions")
+        shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
+        number = self._number("I")
+        if number not in TYPES:
+            raise ValueError(f"tensor {name!r} of type {number}, which is not known")
+        kind, elements, size = TYPES[number]
+        if shape[-1] % elements:
+            raise ValueError(f"tensor {name!r} with rows of {shape[-1]}, which are no whole number of {kind}'s blocks")
+        return GgufEntry(
+            name=name, kind=kind, shape=shape, start=self._number("Q"), bytes=math.prod(shape) // elements * size
+        )
+
+    def _placed(self, tensor: GgufEntry, start: int) -> GgufEntry:
+        placed = replace(tensor, start=start + tensor.start)
+        if placed.start + placed.bytes > self._size:
+            raise ValueError(
+                f"it ends at byte {self._size}, tensor {tensor.name!r} at byte {placed.start + placed.bytes}"
+            )
+        return placed
 
     def read(self) -> dict[str, MetadataValue]:
         if self._bytes(4) != MAGIC:
@@ -64,10 +179,16 @@ class _Pairs:
         version = self._number("I")
         if version not in VERSIONS:
             raise ValueError(f"version {version}, versions 2 and 3 are known")
-        _tensors, count = self._number("Q"), self._number("Q")
+        self._tensors, count = self._number("Q"), self._number("Q")
         if count > MOST_PAIRS:
             raise ValueError(f"{count} keys in its header")
-        return {self._string(): self._value(self._number("I")) for _ in range(count)}
+        values: dict[str, MetadataValue] = {}
+        for _ in range(count):
+            key = self._string()
+            if key in values:
+                raise ValueError(f"the key {key!r} twice")
+            values[key] = self._value(self._number("I"))
+        return values
 
     def _value(self, kind: int) -> MetadataValue:
         if kind == STRING:
@@ -81,7 +202,12 @@ class _Pairs:
         if count > self._size:  # an element takes at least a byte
             raise ValueError(f"a list of {count} elements in {self._size} bytes")
         if kind == STRING:
-            return [self._string() for _ in range(count)]
+            strings: list[str] = []
+            for _ in range(count):
+                text = self._string()
+                if self._keeps_strings:
+                    strings.append(text)
+            return strings
         letter = _letter(kind)
         data = self._bytes(count * struct.calcsize(letter))
         if letter == "?":

@@ -149,6 +149,12 @@ def read_all(descriptor: int, memory: memoryview, offset: int) -> int:
     return done
 
 
+def forget(descriptor: int, start: int = 0, size: int = 0) -> None:
+    """Drop `size` bytes of a file from `start` on, or all of them, from the page cache, but for what is not written yet."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+
+
 def sync_directory(directory: str | os.PathLike[str]) -> None:
     """Flush a directory's list of files to disk, so that a rename in it survives a crash."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

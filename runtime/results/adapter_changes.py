@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tightfit.profiles.models.lora import LoraConfig, Pair, from_peft
 from tightfit.profiles.weights.precision import PUBLISHED
+from tightfit.profiles.weights.tensor_file import TensorFile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG, MAGNITUDE, PREFIX, WEIGHTS
-from tightfit.runtime.results.tensor_file import TensorFile
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 LENGTHS = MAGNITUDE.removesuffix(".weight")

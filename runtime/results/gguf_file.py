@@ -16,9 +16,9 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from tightfit.profiles.sources.gguf_metadata import MetadataValue
+from tightfit.profiles.weights.tensor_file import contents
 from tightfit.runtime.results.base_values import rounded
 from tightfit.runtime.results.counting import Chunks, WriteProgress
-from tightfit.runtime.results.tensor_file import contents
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 """GGUF's names of the types that are written here"""

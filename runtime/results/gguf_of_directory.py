@@ -24,9 +24,9 @@ from tightfit.profiles.sources.gguf_metadata import MetadataValue
 from tightfit.profiles.sources.gguf_tokenizer import CONTROL, SPLITS, USER_DEFINED, implied_merges
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import Source
+from tightfit.profiles.weights.tensor_file import contents
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.results.gguf_file import GgufTensor
-from tightfit.runtime.results.tensor_file import contents
 
 Kind = gguf.GGUFValueType
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6
@@ -94,8 +94,10 @@ def _factors(shape: DecoderShape) -> Tensor | None:
 def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, MetadataValue], way: str) -> None:
     """Raise InputError unless reading the metadata gives the same decoder."""
     values = {key: value.value for key, value in metadata.items()}
+    divisors = _factors(shape)
+    factors = None if divisors is None else divisors.tolist()
     try:
-        config = config_from_metadata(values, vocabulary=shape.vocab, tied=shape.tied, rope_factors=_factors(shape))
+        config = config_from_metadata(values, vocabulary=shape.vocab, tied=shape.tied, rope_factors=factors)
     except InputError as error:
         raise InputError(f"{source.path}: {error}; {way}") from error
     # GGUF metadata do not say which biases there are; the tensors show it.

@@ -31,12 +31,10 @@ from tiny_models import (
     write_gguf,
 )
 
-from tightfit.profiles.sources.gguf_source import GgufReader
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.results import merge as merging
 from tightfit.runtime.results import safetensors_merge
 from tightfit.runtime.results.merge import merge
-from tightfit.runtime.results.tensor_file import TensorFile
 
 transformers = pytest.importorskip("transformers")
 # peft says that it transposes the weights of GPT-2's own linear layers, as it should, and that a copy of a tied module comes apart
@@ -296,7 +294,7 @@ def meant(path: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) 
     """The values of a GGUF file by the names and in the order of Hugging Face, with gguf's own unpacking."""
     from tiny_models import gguf_name
 
-    found = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in GgufReader(path).tensors}
+    found = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in gguf.GGUFReader(path).tensors}
     values = {}
     for name, weight in weights.items():
         value = torch.tensor(found[gguf_name(name, config["model_type"] == "gemma3_text")]).reshape(weight.shape)
@@ -517,15 +515,3 @@ def test_memory_does_not_grow_with_the_model(kind: str, tmp_path: Path) -> None:
     small, large_peak, size = json.loads(answer.stdout)
     assert size > 200e6
     assert large_peak - small < 48 << 20
-
-
-def test_rows_of_a_tensor_file_are_those_of_the_tensor(tmp_path: Path) -> None:
-    values = {"a": torch.randn(7, 5), "b": torch.randn(9).bfloat16(), "c": torch.tensor(3.0)}
-    save_file(values, tmp_path / "x.safetensors")
-    file = TensorFile(tmp_path / "x.safetensors")
-    assert torch.equal(file.rows("a", 2, 6), values["a"][2:6])
-    assert torch.equal(file.rows("b", 1, 9), values["b"][1:])
-    assert b"".join(file.chunks("c")) == values["c"].numpy().tobytes()
-    (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="damaged header"):
-        TensorFile(tmp_path / "x.safetensors")
