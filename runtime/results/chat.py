@@ -20,6 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.token_tables.tokenizer_table import TokenizerTable
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
@@ -31,7 +32,7 @@ from tightfit.runtime.supervision import answering
 from tightfit.runtime.supervision.answering import AnswerOrder, Answers, answers, carried_out, sentence
 
 MODULE = "tightfit.runtime.results.chat"
-TOKENIZER, WORDS = "tokenizer.json", "vocabulary.json"
+TOKENIZER, WORDS, TABLE = "tokenizer.json", "vocabulary.json", "table"
 BYTES_PER_TOKEN = 8
 """A message may have so many bytes for each token that a conversation may have."""
 ANEW = "/new"
@@ -40,15 +41,24 @@ SLACK_BYTES = 1 << 20
 
 
 def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
-    """Leave a model's tokenizer and template in a folder, in a form that takes little memory to read."""
-    vocabulary.tokenizer.save(str(folder / TOKENIZER), pretty=False)
+    """Leave a model's tokenizer and template in a folder, in a form that takes little memory to read: of a tokenizer that is a
+    table, where that lies.
+    """
     words = {name: value for name, value in vars(vocabulary).items() if name != "tokenizer"}
+    tokenizer = vocabulary.tokenizer
+    if isinstance(tokenizer, TokenizerTable):
+        words[TABLE] = str(tokenizer.path)
+    else:
+        assert isinstance(tokenizer, Tokenizer)
+        tokenizer.save(str(folder / TOKENIZER), pretty=False)
     (folder / WORDS).write_text(json.dumps(words), encoding="utf-8")
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
     words = json.loads((folder / WORDS).read_text(encoding="utf-8"))
-    return Vocabulary(tokenizer=Tokenizer.from_file(str(folder / TOKENIZER)), **words)
+    table = words.pop(TABLE, None)
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER)) if table is None else TokenizerTable(Path(table))
+    return Vocabulary(tokenizer=tokenizer, **words)
 
 
 class ChatPrompt:
