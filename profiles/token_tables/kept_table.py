@@ -11,31 +11,50 @@ from pathlib import Path
 
 from tightfit.profiles.token_tables.table_file import NoTableError, TableParts, write_table
 from tightfit.profiles.token_tables.tokenizer_table import WHOLE_WORDS, TokenizerTable, library_pipeline
-from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.errors import CapError, InputError, RunError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.units import MIB, format_size
+from tightfit.runtime.supervision.spare_memory import free_memory
 
+SMALL_BYTES = 8 * MIB
+"""A vocabulary that takes less is read in this process."""
+PROCESS_BYTES = 32 * MIB
+"""of a process that makes tables, without the vocabulary"""
 NO_TABLE = 3
 """exit status of a process that cannot make a table of a tokenizer"""
 Parts = Callable[[Path], TableParts]
 
 
-def kept_table(file: Path, digest: str, parts: Parts, module: str, *, large: bool) -> TokenizerTable | None:
+def making_bytes(data_bytes: int) -> int:
+    """Most bytes of the process that makes a table of a vocabulary that takes `data_bytes` meanwhile."""
+    return PROCESS_BYTES + data_bytes
+
+
+def kept_table(file: Path, digest: str, parts: Parts, module: str, data_bytes: int) -> TokenizerTable | None:
     """The table of the tokenizer in `file`, whose content has the `digest`; None if a table cannot be made of it.
 
-    `parts` reads the file, and `module` does so as a program of its own, with `write_kept_table`: a `large` vocabulary takes more
-    memory while its table is made than the process ought to have that uses it. Raises RunError if the disk is full.
+    `parts` reads the file, and `module` does so as a program of its own, with `write_kept_table`: a large vocabulary takes more
+    memory while its table is made, `data_bytes`, than the process ought to have that uses it. Raises CapError where there is not
+    so much memory, and RunError if the disk is full.
     """
     path = cache_directory() / "tokenizers" / f"{digest}.table"
     with suppress(OSError, InputError):
         return TokenizerTable(path)
-    if not large:
+    if data_bytes < SMALL_BYTES:
         try:
             _write(path, parts(file))
         except (NoTableError, OSError):
             return None
-    elif not _written_apart(command(module, str(file), str(path))):
-        return None
+    else:
+        left, source = free_memory()
+        if making_bytes(data_bytes) > left:
+            raise CapError(
+                f"{file}: its tokenizer's table takes about {format_size(making_bytes(data_bytes))} while it is made, and {source}; free"
+                f" some, or copy {path} from a machine where the model was used before"
+            )
+        if not _written_apart(command(module, str(file), str(path))):
+            return None
     return TokenizerTable(path)
 
 

@@ -43,6 +43,7 @@ TYPES: dict[str, Literal["B", "I", "Q"]] = {
     "merged": "I",
 }
 """format letter of `struct` of each list"""
+LOW = (1 << 32) - 1
 SPARSEST = 4
 """ids for each token that there may be"""
 SPACE = "▁"
@@ -86,17 +87,22 @@ def write_table(path: Path, parts: TableParts) -> None:
     merges, cut_after = _merges(parts)
     lists = _tokens(parts.ids) | merges
     where: dict[str, tuple[int, int]] = {}
-    body = bytearray()
+    body: list[Any] = []
+    end = 0
     for name, numbers in lists.items():
-        where[name] = (len(body), memoryview(numbers).nbytes)
-        body += memoryview(numbers).cast("B")
-        body += bytes(-len(body) % ALIGNMENT)
+        size = memoryview(numbers).nbytes
+        where[name] = (end, size)
+        padding = bytes(-size % ALIGNMENT)
+        body += [numbers, padding]
+        end += size + len(padding)
     described: dict[str, Any] = {"pipeline": parts.pipeline, "settings": asdict(parts.settings), "lists": where}
     described |= {"added": _added_ids(parts), "cut_after": cut_after}
     text = to_json(described).encode()
     padding = bytes(-(HEAD.size + len(text)) % ALIGNMENT)
-    checksum = zlib.crc32(body, zlib.crc32(text + padding))
-    write_whole(path, b"".join([HEAD.pack(MARK, VERSION, checksum, len(text)), text, padding, body]))
+    checksum = 0
+    for block in (text, padding, *body):
+        checksum = zlib.crc32(block, checksum)
+    write_whole(path, b"".join([HEAD.pack(MARK, VERSION, checksum, len(text)), text, padding, *body]))
 
 
 def _check(parts: TableParts) -> None:
@@ -127,7 +133,7 @@ def _tokens(ids: dict[str, int]) -> dict[str, Any]:
         "strings": strings,
         "ends": ends,
         "hashes": array("I", (each >> 32 for each in hashed)),
-        "ids": array("I", (each & 0xFFFFFFFF for each in hashed)),
+        "ids": array("I", (each & LOW for each in hashed)),
     }
 
 
@@ -140,22 +146,25 @@ def _merges(parts: TableParts) -> tuple[dict[str, Any], str | None]:
     """
     ids, settings = parts.ids, parts.settings
     prefix = len(settings.continuing_subword_prefix or "")
-    pairs, merged, before = array("Q"), array("I"), set[str]()
-    for left, right in parts.merges:
+    ranked: list[int] = []
+    merged, before = array("I"), set[str]()
+    for rank, (left, right) in enumerate(parts.merges):
         together = left + right[prefix:]
         if left not in ids or right not in ids or together not in ids:
             raise NoTableError(f"the merge {left!r} {right!r} names no token")
-        pairs.append(ids[left] << 32 | ids[right])
+        ranked.append(ids[left] << 64 | ids[right] << 32 | rank)
         merged.append(ids[together])
         if right.startswith(SPACE):
             before.add("" if _BYTE.search(left) or left.endswith(settings.unk_token or "\0") else left[-1:])
-    order = sorted(range(len(pairs)), key=pairs.__getitem__)
-    last = [rank for at, rank in enumerate(order) if at + 1 == len(order) or pairs[order[at + 1]] != pairs[rank]]
-    lists = {
-        "pairs": array("Q", map(pairs.__getitem__, last)),
-        "ranks": array("I", last),
-        "merged": array("I", map(merged.__getitem__, last)),
-    }
+    ranked.sort()
+    pairs, ranks = array("Q"), array("I")
+    for each in ranked:
+        if pairs and pairs[-1] == each >> 32:
+            pairs.pop()
+            ranks.pop()
+        pairs.append(each >> 32)
+        ranks.append(each & LOW)
+    lists = {"pairs": pairs, "ranks": ranks, "merged": array("I", map(merged.__getitem__, ranks))}
     whole = settings.ignore_merges or settings.continuing_subword_prefix or settings.end_of_word_suffix
     left_out = settings.unk_token is None  # letters may be, and then others become neighbours
     split = parts.pipeline["pre_tokenizer"] is not None

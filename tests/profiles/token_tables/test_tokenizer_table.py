@@ -17,10 +17,11 @@ from places import SOURCES
 from tiny_models import SPECIAL, TEXT, byte_level_tokenizer, sentence_piece_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tightfit.profiles.sources import directory_tokenizer
-from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary, library_tokenizer
+from tightfit.profiles.sources.directory_tokenizer import BYTES_PER_BYTE, directory_vocabulary, library_tokenizer
 from tightfit.profiles.sources.gguf_tokenizer import SPLITS
+from tightfit.profiles.token_tables import kept_table
 from tightfit.profiles.token_tables.tokenizer_table import TokenizerTable
+from tightfit.runtime.common.errors import CapError
 
 MIB = 1 << 20
 SCRIPTS = "naïve café — 日本語のテキスト 한국어 русский текст ελληνικά العربية עברית हिन्दी ไทย 🙂👩‍👩‍👧 🇫🇷 e\u0301 ﬁ Ⅷ"
@@ -272,15 +273,25 @@ def test_a_process_of_its_own_makes_the_same_table(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "here"))
     here = table_of(folder).path.read_bytes()
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "apart"))
-    monkeypatch.setattr(directory_tokenizer, "LARGE", 0)
+    monkeypatch.setattr(kept_table, "SMALL_BYTES", 0)
     assert table_of(folder).path.read_bytes() == here
-    assert isinstance(
-        directory_vocabulary(written(tmp_path / "other", Tokenizer(models.Unigram([("a", 0.0)], 0)))), object
-    )
+    other = directory_vocabulary(written(tmp_path / "other", Tokenizer(models.Unigram([("a", 0.0)], 0))))
+    assert other is not None
+    assert isinstance(other.tokenizer, Tokenizer)
+
+
+def test_a_table_for_which_there_is_no_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept_table, "SMALL_BYTES", 0)
+    monkeypatch.setattr(kept_table, "free_memory", lambda: (30 * MIB, "30 MiB are left of the 64 MiB of the cgroup x"))
+    folder = written(tmp_path / "model", gemma())
+    told = "its tokenizer's table takes about 32.* while it is made, and 30 MiB are left of the 64 MiB of the cgroup x; free some"
+    with pytest.raises(CapError, match=told):
+        directory_vocabulary(folder)
 
 
 HELD = """
-import sys
+import resource, sys
 from pathlib import Path
 from tightfit.profiles.sources import directory_tokenizer
 from tightfit.runtime.engine.device.resident import memory
@@ -289,7 +300,7 @@ before = memory().peak
 tokenizer = getattr(directory_tokenizer, sys.argv[1])(Path(sys.argv[2]))
 tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
 tokenizer.encode("".join(map(chr, range(97, 123))) * 50)
-print(memory().peak - before)
+print(memory().peak - before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
 """
 
 
@@ -306,10 +317,16 @@ def test_a_large_vocabulary_stays_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
     ids = {token: number for number, token in enumerate(vocabulary)}
     folder = written(tmp_path / "model", Tokenizer(models.BPE(ids, merges)))
 
-    def held(name: str) -> int:
+    def held(name: str) -> list[int]:
+        """(bytes that a process holds, most of the process that made the table)."""
         words = [sys.executable, "-c", HELD, name, str(folder)]
         environment = {"PYTHONPATH": str(SOURCES), "TIGHTFIT_CACHE": str(tmp_path / "cache")}
-        return int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        return [int(word) for word in done.stdout.split()]
 
-    assert held("directory_vocabulary") < 12 * MIB
-    assert held("library_tokenizer") > 40 * MIB
+    predicted = kept_table.making_bytes(BYTES_PER_BYTE * (folder / "tokenizer.json").stat().st_size)
+    by_table, maker = held("directory_vocabulary")
+    assert by_table < 12 * MIB
+    assert predicted / 1.6 < maker < predicted
+    assert held("directory_vocabulary")[1] == 0
+    assert held("library_tokenizer")[0] > 40 * MIB
