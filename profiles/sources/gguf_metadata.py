@@ -1,27 +1,28 @@
 """Reads the header of a GGUF file: its metadata, which are key-value pairs, and where its tensors lie.
 
 The gguf package's reader keeps several arrays for each string, about 1.6 KB: 160 MiB for the 98,000 strings of
-SmolLM2's tokenizer, of which this reader takes 10. It uses the standard library only, because the process that prepares
-a run reads tokenizers with it.
+SmolLM2's tokenizer. Of this reader's, a long list of texts stays in the file until it is asked for. It uses the standard
+library only, because the process that prepares a run reads tokenizers with it.
 """
 
 from __future__ import annotations
 
 import array
+import hashlib
+import itertools
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-T = TypeVar("T")
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's number of a value type -> format letter of `struct` (values are little-endian)."""
 STRING, ARRAY = 8, 9
@@ -67,6 +68,12 @@ TYPES = {
     41: ("Q1_0", 128, 18),
 }
 """GGUF's number of a tensor type -> (name, elements and bytes of a block), as ggml.h has them."""
+LONG = 1024
+"""texts of a list that is not kept in memory"""
+BLOCK = 1 << 16
+MARKED = 256
+"""Of each so many-th text of such a list the place in the file is known."""
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +102,7 @@ class GgufEntry:
 @dataclass(frozen=True, kw_only=True)
 class GgufHeader:
     metadata: dict[str, Any]
-    """As `read_metadata`, but for lists of strings, which are empty: those of a tokenizer would take tens of MB."""
+    """As of `read_metadata`."""
     tensors: list[GgufEntry]
     bytes: int
     """Where the tensors' data begin."""
@@ -103,41 +110,88 @@ class GgufHeader:
 
 def read_header(path: Path) -> GgufHeader:
     """What a model is made from. Raises InputError as `read_metadata`, and if the file ends before a tensor does."""
-    return _read(path, lambda pairs: pairs.read_header())
+    try:
+        with open_regular(path) as file:
+            return _Header(path, file).read_header()
+    except (OSError, ValueError, struct.error) as error:
+        raise _unreadable(path, error) from error
+
+
+class TextList(Sequence[str]):
+    """A long list of texts, read from the file at each use. Raises InputError where the file cannot be read any more."""
+
+    def __init__(self, path: Path, count: int, places: array.array[int]) -> None:
+        self._path, self._count, self._places = path, count, places
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        return self._from(0)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
+        if not -self._count <= index < self._count:
+            raise IndexError(f"text {index} of {self._count}")
+        index %= self._count
+        return next(itertools.islice(self._from(index // MARKED), index % MARKED, None))
+
+    def _from(self, mark: int) -> Iterator[str]:
+        try:
+            with open_regular(self._path) as file:
+                file.seek(self._places[mark])
+                for _ in range(self._count - mark * MARKED):
+                    yield str(file.read(_LENGTH.unpack(file.read(_LENGTH.size))[0]), "utf-8")
+        except (OSError, ValueError, struct.error) as error:
+            raise _unreadable(self._path, error) from error
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Every key of the header with its value: numbers, strings, lists of strings and lists of numbers (as arrays).
+    """Every key of the header with its value: numbers, strings, lists of strings (long ones as `TextList`) and lists of
+    numbers (as arrays).
 
     Raises InputError if the file cannot be read, is truncated, or is not a GGUF file of a known version.
     """
     return {key: typed.value for key, typed in read_typed(path).items()}
 
 
-def read_typed(path: Path) -> dict[str, MetadataValue]:
-    """The same with the types of the values."""
-    return _read(path, lambda pairs: pairs.read())
-
-
-def _read(path: Path, read: Callable[[_Header], T]) -> T:
+def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
+    """The same, and a digest of all of it. Raises InputError as `read_metadata` does."""
     try:
         with open_regular(path) as file:
-            return read(_Header(file))
+            pairs = _Header(path, file).read()
+            left = file.tell()
+            digest = hashlib.sha256()
+            file.seek(0)
+            while block := file.read(min(left, BLOCK)):
+                digest.update(block)
+                left -= len(block)
     except (OSError, ValueError, struct.error) as error:
-        raise InputError(
-            f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again"
-        ) from error
+        raise _unreadable(path, error) from error
+    return {key: typed.value for key, typed in pairs.items()}, digest.hexdigest()
+
+
+def read_typed(path: Path) -> dict[str, MetadataValue]:
+    """Every key with its value and the types of that."""
+    try:
+        with open_regular(path) as file:
+            return _Header(path, file).read()
+    except (OSError, ValueError, struct.error) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again")
 
 
 class _Header:
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
         self._size = os.fstat(file.fileno()).st_size
-        self._keeps_strings = True
         self._tensors = 0
 
     def read_header(self) -> GgufHeader:
-        self._keeps_strings = False
         metadata = {key: typed.value for key, typed in self.read().items()}
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -202,12 +256,7 @@ class _Header:
         if count > self._size:  # an element takes at least a byte
             raise ValueError(f"a list of {count} elements in {self._size} bytes")
         if kind == STRING:
-            strings: list[str] = []
-            for _ in range(count):
-                text = self._string()
-                if self._keeps_strings:
-                    strings.append(text)
-            return strings
+            return self._texts(count) if count > LONG else [self._string() for _ in range(count)]
         letter = _letter(kind)
         data = self._bytes(count * struct.calcsize(letter))
         if letter == "?":
@@ -215,6 +264,20 @@ class _Header:
         numbers = array.array(letter)
         numbers.frombytes(data)
         return numbers
+
+    def _texts(self, count: int) -> TextList:
+        """A long list of texts, each of which is looked at and not kept."""
+        places, place = array.array("Q"), self._file.tell()
+        read = self._file.read
+        for number in range(count):
+            if number % MARKED == 0:
+                places.append(place)
+            size = _LENGTH.unpack(read(_LENGTH.size))[0]
+            place += _LENGTH.size + size
+            if place > self._size:
+                raise self._too_short()
+            str(read(size), "utf-8")
+        return TextList(self._path, count, places)
 
     def _number(self, letter: str) -> Any:
         return struct.unpack(f"<{letter}", self._bytes(struct.calcsize(letter)))[0]
@@ -225,8 +288,11 @@ class _Header:
     def _bytes(self, count: int) -> bytes:
         """The next `count` bytes. Raises ValueError if the file ends before that."""
         if count > self._size - self._file.tell():
-            raise ValueError(f"it ends at byte {self._size}, inside its header")
+            raise self._too_short()
         return self._file.read(count)
+
+    def _too_short(self) -> ValueError:
+        return ValueError(f"it ends at byte {self._size}, inside its header")
 
 
 def _letter(kind: int) -> str:

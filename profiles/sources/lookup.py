@@ -102,9 +102,9 @@ def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
 
         return gguf_vocabulary(path)
     if kind == "prepared":
-        from tightfit.profiles.sources.directory_tokenizer import TOKENIZER, read_vocabulary
+        from tightfit.profiles.sources.directory_tokenizer import WORDS, read_vocabulary
 
-        return read_vocabulary(path) if (path / TOKENIZER).exists() else None
+        return read_vocabulary(path) if (path / WORDS).exists() else None
     if kind in ("directory", "hub"):
         from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary
 

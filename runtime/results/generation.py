@@ -130,7 +130,8 @@ def prepared(
     problem = _problem(ready, options, encoded)
     with temporary_folder() as directory, locked(directory) as lock:
         with writing_to(directory):
-            write_table(str(directory / "table"), *token_bytes(ready.vocabulary))
+            vocab_size = ready.source.config["vocab_size"]
+            write_table(str(directory / "table"), *token_bytes(ready.vocabulary, vocab_size))
             if encoded is None:
                 from tightfit.runtime.results import chat
 
