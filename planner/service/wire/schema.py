@@ -17,12 +17,13 @@ from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
+from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import is_deeper
 from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
 from tightfit.runtime.session.options import RunOptions
 
-JobKind = Literal["profile", "plan", "comparison", "fleet", "run"]
+JobKind = Literal["profile", "trace", "plan", "comparison", "fleet", "run"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
@@ -52,6 +53,16 @@ PLAN_JOB = {
     "result": {"plan": DIGEST, "summary": {"status": "optimal", "step_seconds": 2.65, "peak_bytes": 628097024}},
     "error": None,
 }
+DESCRIPTION = {
+    "source": {
+        "name": "SmolLM2-135M",
+        "path": "SmolLM2-135M",
+        "config": {"model_type": "llama", "hidden_size": 576},
+        "tensors": {"model.norm.weight": {"shape": [576], "format": "float32"}},
+    },
+    "options": {"seq": 64, "lora_rank": 8},
+}
+"""some of a `tightfit.profiles.sources.described.TracingRequest`"""
 KEPT = {"id": DIGEST, "created": 1790000000.0, "bytes": 131072}
 STORED_PROFILE = KEPT | {
     "summary": {"layers": 32, "policies": ["solver", "mebp"]},
@@ -320,7 +331,7 @@ class ServiceJob(ResponseBody):
     )
     result: dict[str, Any] | None = Field(
         None,
-        description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, why, summary}, where `plans`"
+        description="profile: {profile}; trace: {trace, summary}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, why, summary}, where `plans`"
         " are the stored plans by member; run: {report}",
     )
     error: Error | None = None
@@ -429,9 +440,10 @@ class RunMetrics(ResponseBody):
 
 
 class Health(ResponseBody):
-    model_config = example_of(status="ok", version="0.1.0", schema_version=1)
+    model_config = example_of(status="ok", version="0.1.0", profile_version=PROFILE_VERSION, schema_version=1)
 
     status: Literal["ok"]
     version: str
+    profile_version: int = Field(description="of profiles and traced steps: devices that ask for them have to read it")
     schema_version: int
     set_aside: SetAside = []

@@ -91,7 +91,7 @@ def test_the_service_checks_configs_and_loads_neither_pytorch_nor_a_solver():
     code = (
         "import sys\n"
         "from tightfit.planner.service.http import app, routes_profiles\n"
-        f"routes_profiles.check({OLMO!r})\n"
+        f"routes_profiles.check_config({OLMO!r}, 'config')\n"
         "print([name for name in ('torch', 'transformers', 'ortools') if name in sys.modules])"
     )
     done = subprocess.run(
