@@ -16,6 +16,7 @@ from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.source import PackProgress, Source, block_rows
 from tightfit.profiles.worker_process import run_worker, send, work
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import remove_orphans
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import child_environment, leave
@@ -64,14 +65,19 @@ def _have_packed(source: Source, directory: str | os.PathLike[str], progress: Pa
         if progress:
             progress(message["done"], message["total"], message["tensor"])
 
-    run_worker(
-        command(__name__),
-        request,
-        child_environment(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
-        doing="packing",
-        killed=f"it takes up to {packing_bytes(source)} bytes of memory; pack on a larger machine: `tightfit prepare --weights`",
-        on_message=heard,
-    )
+    try:
+        run_worker(
+            command(__name__),
+            request,
+            child_environment(
+                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            ),
+            doing="packing",
+            killed=f"it takes up to {packing_bytes(source)} bytes of memory; pack on a larger machine: `tightfit prepare --weights`",
+            on_message=heard,
+        )
+    finally:
+        remove_orphans(store_path(directory, source.name, source.fingerprint))
 
 
 def packing_bytes(source: Source) -> int:

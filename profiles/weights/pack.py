@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tightfit.profiles.weights.source import PackProgress, Source, SourceTensor, block_rows, without_names
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.files import forget, sync_directory
+from tightfit.runtime.common.files import WriteBehind, remove_orphans, sync_directory
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.weights.layout import (
     ALIGNMENT,
@@ -38,8 +38,6 @@ from tightfit.runtime.engine.weights.layout import (
 from tightfit.runtime.engine.weights.native_judge import SCALES
 from tightfit.runtime.engine.weights.store import RAW
 
-WRITE_BEHIND_BYTES = 32 << 20
-"""Bytes that may wait to be written: the page cache that holds them counts as this process's memory in a cgroup."""
 AT_ONCE = (1 << 15) - 1
 """Elements that are rounded to 4 bit at a time: few enough that they stay in a core's cache, and that PyTorch does not
 split an operation on them between cores, which takes a hundred times as long where the cores are busy."""
@@ -168,16 +166,16 @@ class StoreWriter:
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         end = placed[-1].offset + align(placed[-1].bytes) if placed else ALIGNMENT
         self._end = end
-        self._waiting = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_orphans(self.path)
+            remove_orphans(self.path)
             disk = os.statvfs(self.path.parent)
             if disk.f_bavail * disk.f_frsize < end:
                 raise RunError(
                     f"{self.path.parent}: the weight store needs {end} bytes, {disk.f_bavail * disk.f_frsize} are free; free some space or set TIGHTFIT_CACHE"
                 )
             self._file = self._temporary.open("wb")
+            self._behind = WriteBehind(self._file.fileno())
         except OSError as error:
             raise RunError(f"{self.path}: {error.strerror}; set TIGHTFIT_CACHE to a writable directory") from error
 
@@ -195,7 +193,7 @@ class StoreWriter:
                 view = memoryview((ctypes.c_char * data.numel()).from_address(data.data_ptr())).cast("B")
                 self._file.write(view)
                 written += len(view)
-                self._write_behind(len(view))
+                self._behind.wrote(len(view))
                 while len(view):
                     chunk = view[: segment - filled]
                     checksum, filled, view = zlib.crc32(chunk, checksum), filled + len(chunk), view[len(chunk) :]
@@ -209,14 +207,6 @@ class StoreWriter:
         except OSError as error:
             raise self._failure(error) from error
 
-    def _write_behind(self, size: int) -> None:
-        """Once enough of the file waits in the page cache, have it written to disk and dropped there."""
-        self._waiting += size
-        if self._waiting >= WRITE_BEHIND_BYTES:
-            os.fdatasync(self._file.fileno())
-            forget(self._file.fileno())
-            self._waiting = 0
-
     def finish(self) -> Path:
         """Write the header, sync the file to disk and rename it to its final name; returns its path."""
         header = self._header(list(self.entries.values()))
@@ -227,8 +217,7 @@ class StoreWriter:
             self._file.seek(0)
             self._file.write(PREAMBLE.pack(MAGIC, VERSION, len(header), len(table), zlib.crc32(body)) + body)
             self._file.flush()
-            os.fsync(self._file.fileno())
-            forget(self._file.fileno())
+            self._behind.finish()
             self._file.close()
             self._temporary.replace(self.path)
             sync_directory(self.path.parent)
@@ -351,11 +340,3 @@ def finite_groups(entry: Entry, packed: Tensor) -> bool:
         if infinite.any():
             return False
     return True
-
-
-def _remove_orphans(path: Path) -> None:
-    """Delete temporary files of this store that killed writers left behind."""
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
-        writer = partial.name.rsplit(".", 2)[1]
-        if writer.isdigit() and not Path(f"/proc/{writer}").exists() and Path("/proc/self").exists():
-            partial.unlink(missing_ok=True)

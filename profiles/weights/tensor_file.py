@@ -66,7 +66,8 @@ class FileParts:
         """`size` bytes from `start` on. Raises InputError if the file ends before that, or cannot be read."""
         content = bytearray(size)
         self.read_into(memoryview(content), start)
-        forget(self.descriptor, start, size)
+        # From the start of the file on, since the kernel keeps a piece of its cache of which this is only a part.
+        forget(self.descriptor, 0, start + size)
         return content
 
     def read_into(self, memory: memoryview, start: int) -> None:
@@ -160,7 +161,7 @@ class TensorFile:
                     memory[row * length : (row + 1) * length], first + (row * width + start) * item_bytes
                 )
         if stop == width:  # until then each page holds columns that are still to be read
-            forget(self._parts.descriptor, first, size)
+            forget(self._parts.descriptor, 0, first + size)
         return _tensor(content, dtype, (count, stop - start))
 
     def _item_bytes(self, name: str) -> int:

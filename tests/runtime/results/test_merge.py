@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -32,8 +33,7 @@ from tiny_models import (
 )
 
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.results import merge as merging
-from tightfit.runtime.results import safetensors_merge
+from tightfit.runtime.results import merged_directory, safetensors_merge
 from tightfit.runtime.results.merge import merge
 
 transformers = pytest.importorskip("transformers")
@@ -375,7 +375,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(merging, "write", full)
+    monkeypatch.setattr(merged_directory, "write", full)
     with pytest.raises(RunError, match=r"merged: the disk is full \(.* are to be written\); free space and try again"):
         merge(small[1], tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
@@ -515,3 +515,51 @@ def test_memory_does_not_grow_with_the_model(kind: str, tmp_path: Path) -> None:
     small, large_peak, size = json.loads(answer.stdout)
     assert size > 200e6
     assert large_peak - small < 48 << 20
+
+
+WITHOUT_PYTORCH = """
+import json, sys
+from tightfit.runtime.results.merge import merge
+steps = []
+told = merge(*sys.argv[1:3], progress=lambda *step: steps.append(step), **json.loads(sys.argv[3]))
+print(json.dumps({"told": told, "steps": steps, "loaded": sorted({"torch", "numpy"} & sys.modules.keys())}))
+"""
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+@pytest.mark.parametrize("kind", ["directory", "gguf", "awq"])
+def test_a_process_without_pytorch_has_the_same_bytes_merged(kind: str, form: str, tmp_path: Path) -> None:
+    config, suffix = CONFIGS["llama"], ".gguf" if form == "gguf" else ""
+    base = save_model(tmp_path / "base", config)
+    adapter = save_adapter(tiny_model(config), tmp_path / "adapter", str(base), **SETTINGS["dora"])
+    weights, tokenizer = random_weights(config), byte_level_tokenizer()
+    if kind == "gguf":
+        base = write_gguf(tmp_path / "base.gguf", config, weights, tokenizer=tokenizer)
+    elif kind == "awq":
+        base = tmp_path / "quantised"
+        write_quantised(base, config, weights, AWQ, functools.partial(zero_points, method="awq"))
+    if base.is_dir():
+        tokenizer.save(str(base / "tokenizer.json"))
+    options = {"base": str(base), "format": form}
+    expected = merge(adapter, tmp_path / f"here{suffix}", **options)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PYTORCH, str(adapter), str(tmp_path / f"there{suffix}"), json.dumps(options)],
+        env=os.environ | {"PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = json.loads(done.stdout)
+    assert said["loaded"] == []
+    assert said["steps"][-1][0] == "merging"
+    assert said["steps"][-1][1] == said["steps"][-1][2] > 0
+    own = {"out", "files", "seconds", "peak_bytes"}
+    assert {name: value for name, value in said["told"].items() if name not in own} == {
+        name: value for name, value in expected.items() if name not in own
+    }
+    assert said["told"]["peak_bytes"] < 128 << 20
+    here, there = (
+        {path.name: path.read_bytes() for path in (place.iterdir() if place.is_dir() else [place])}
+        for place in (tmp_path / f"here{suffix}", tmp_path / f"there{suffix}")
+    )
+    assert list(here.values()) == [there[name.replace("here", "there")] for name in here]
