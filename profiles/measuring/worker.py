@@ -9,7 +9,6 @@ becomes the process that measures the floor (`tightfit.profiles.measuring.floor`
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import json
@@ -18,7 +17,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +49,7 @@ if TYPE_CHECKING:
 
 ROUNDS = (4, 40)
 GATHERED_BLOCKS = 64  # in which a table that rows are gathered from is written
-CLIPPED_SECONDS = 0.1  # spent on each of the figures of clipping
-ADAFACTOR_SECONDS = 0.1  # spent on an update by Adafactor of each shape
+FIGURE_SECONDS = 0.1  # spent on a figure of unpacking or updating
 PASSES = 3  # over all programs; of seconds the middle figure counts: disturbances by other work come in bursts, and the lowest
 # figure is that of a moment in which the machine was faster than it is on the whole
 WORKSPACE_CALLS = 4  # calls per operator and pass of which the lowest workspace counts
@@ -72,9 +70,26 @@ class ScratchStores:
         """`tables` are (shape, format, group) of the model's matrices; a table of no such shape is in q4."""
         self.folder = folder
         self._formats = {tuple(shape): (kind, group) for shape, kind, group in tables}
+        self._opened: dict[str, Any] = {}
 
-    def store(self, shapes: Mapping[str, Sequence[int]]) -> Path:
-        """Path of a new store with a table for each name, in the format of the model's matrix of that shape."""
+    def opened(self, shapes: Mapping[str, Sequence[int]]) -> Any:
+        """A `WeightStore` with a table for each name, in the format of the model's matrix of that shape. It is written once, and
+        closed when these stores are.
+        """
+        from tightfit.runtime.engine.weights.store import WeightStore
+
+        key = json.dumps(shapes)
+        if key not in self._opened:
+            path = self._write(shapes)
+            self._opened[key] = WeightStore.open(path)
+            path.unlink()
+        return self._opened[key]
+
+    def __del__(self) -> None:
+        for store in self._opened.values():
+            store.close()
+
+    def _write(self, shapes: Mapping[str, Sequence[int]]) -> Path:
         import torch
 
         from tightfit.profiles.weights.describe import packed_entry
@@ -312,12 +327,14 @@ def settle_operators(
 
     failure: InputError | None = None
     for contents in CONTENTS:
-        with _filled(program, scratch, contents, turning_bytes) as (tensors, store):
-            try:
-                copied_flags = check_program(program, tensors, guard, store)
-            except InputError as error:
-                failure = failure or error
-                continue
+        tensors, store = _filled(program, scratch, contents, turning_bytes)
+        try:
+            copied_flags = check_program(program, tensors, guard, store)
+        except InputError as error:
+            failure = failure or error
+            continue
+        finally:
+            del tensors
         for operator, copied in zip(program["operators"], copied_flags, strict=True):
             operator["copied"] = copied
         return contents
@@ -325,28 +342,15 @@ def settle_operators(
     raise failure
 
 
-@contextlib.contextmanager
 def _filled(
     program: dict[str, Any], scratch: ScratchStores, contents: str, turning_bytes: int | None
-) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yields (tensors of a program by name, a temporary store with the tables that operators gather rows from, or
-    None).
-    """
-    from tightfit.runtime.engine.weights.store import WeightStore
-
+) -> tuple[dict[str, Any], Any]:
+    """(tensors of a program by name, a temporary store with the tables that operators gather rows from, or None)."""
     values = {value["name"]: value for value in program["values"]}
-    gathered = {name for operator in program["operators"] for name in operator["gathers"]}
-    if not gathered:
-        yield _make_tensors(program, place(program, turning_bytes), contents), None
-        return
-    path = scratch.store({name: values[name]["shape"] for name in gathered})
-    store = WeightStore.open(path)
-    path.unlink()
-    try:
-        tensors = _make_tensors(program, place(program, turning_bytes), contents)
-        yield tensors | {name: name for name in gathered}, store
-    finally:
-        store.close()
+    gathered = {name: values[name]["shape"] for operator in program["operators"] for name in operator["gathers"]}
+    store = scratch.opened(gathered) if gathered else None
+    tensors = _make_tensors(program, place(program, turning_bytes), contents)
+    return tensors | {name: name for name in gathered}, store
 
 
 def measure_program(
@@ -363,19 +367,17 @@ def measure_program(
     """
     if not program["operators"]:
         return [], {}
-    with _filled(program, scratch, contents, turning_bytes) as (tensors, store):
-        calls = _calls(program, tensors, store)
-        times = _timed(calls, seconds)
-        workspaces = {}
-        if workspaces_of:
-            # One more round, in order: an operator's inputs may have made room for others by the end of the round before.
-            for index, (call, call_seconds) in enumerate(zip(calls, times, strict=True)):
-                if index in workspaces_of:
-                    workspaces[index] = _workspace(
-                        call, WORKSPACE_CALLS // (2 if min(call_seconds) > SLOW_SECONDS else 1)
-                    )
-                else:
-                    call()
+    calls = _calls(program, *_filled(program, scratch, contents, turning_bytes))
+    times = _timed(calls, seconds)
+    workspaces = {}
+    if workspaces_of:
+        # One more round, in order: an operator's inputs may have made room for others by the end of the round before.
+        for index, (call, call_seconds) in enumerate(zip(calls, times, strict=True)):
+            if index in workspaces_of:
+                calls_made = WORKSPACE_CALLS // (2 if min(call_seconds) > SLOW_SECONDS else 1)
+                workspaces[index] = _workspace(call, calls_made)
+            else:
+                call()
     # The first two rounds are left out: they fault pages in and build kernels.
     return [typical(call_seconds[2:]) for call_seconds in times], workspaces
 
@@ -504,7 +506,7 @@ def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str, t
     def unpack_next(turn: int) -> None:
         unpack(entry, packed[turn % buffers.copies], outs[turn % buffers.copies])
 
-    return _seconds_of(unpack_next, between=other_work()) * rows / buffers.rows
+    return _seconds_of(unpack_next, other_work()) * rows / buffers.rows
 
 
 def measure_update(elements: int, accumulate: int, turning_bytes: int) -> float:
@@ -521,7 +523,7 @@ def measure_update(elements: int, accumulate: int, turning_bytes: int) -> float:
 
     def seconds_at(step: int) -> float:
         update.begin(step)
-        return _seconds_of(lambda turn: update.apply(step, *sets[turn % copies].unbind()), between=between)
+        return _seconds_of(lambda turn: update.apply(step, *sets[turn % copies].unbind()), between)
 
     seconds = (seconds_at(accumulate) + ((accumulate - 1) * seconds_at(1) if accumulate > 1 else 0.0)) / accumulate
     return seconds * elements / measured
@@ -545,15 +547,13 @@ def measure_clipped(elements: int, accumulate: int, turning_bytes: int) -> tuple
 
     def adding(step: int) -> float:
         update.begin(step)
-        return _seconds_of(lambda turn: update.add(gradient, sets[turn % copies, 3]), CLIPPED_SECONDS, between)
+        return _seconds_of(lambda turn: update.add(gradient, sets[turn % copies, 3]), between)
 
     steps = {step: adding(step) for step in dict.fromkeys((1, min(2, accumulate), accumulate))}
     middle = steps[min(2, accumulate)]
     whole = steps[1] + (accumulate - 2) * middle + steps[accumulate] if accumulate > 1 else steps[1]
     update.norm()
-    update_seconds = _seconds_of(
-        lambda turn: update.apply_sum(accumulate, *sets[turn % copies].unbind()), CLIPPED_SECONDS
-    )
+    update_seconds = _seconds_of(lambda turn: update.apply_sum(accumulate, *sets[turn % copies].unbind()))
     return whole / accumulate * elements / measured, update_seconds * elements / measured
 
 
@@ -569,7 +569,7 @@ def measure_adafactor(shape: Sequence[int], turning_bytes: int) -> float:
     part = (measured, *shape[1:]) if shape else ()
     parameter, gradient = (torch.full(part, 1e-3) for _ in range(2))
     state = torch.full(state_shape(FACTORED, part), 1e-6)
-    seconds = _seconds_of(lambda turn: update.apply(1, parameter, gradient, state), ADAFACTOR_SECONDS, other_work())
+    seconds = _seconds_of(lambda turn: update.apply(1, parameter, gradient, state), other_work())
     return seconds * (shape[0] if shape else 1) / measured
 
 
@@ -581,7 +581,7 @@ def measure_perturb(elements: int, turning_bytes: int) -> float:
     perturbation = Perturbation(MeZO(), 0)
     measured = update_buffers(turning_bytes, elements).rows
     parameter = torch.full((measured,), 1e-3)
-    seconds = _seconds_of(lambda turn: perturbation.shift("p", parameter, 1), between=other_work())
+    seconds = _seconds_of(lambda turn: perturbation.shift("p", parameter, 1), other_work())
     return seconds * elements / measured
 
 
@@ -605,15 +605,15 @@ def torch_threads() -> int:
     return torch.get_num_threads()
 
 
-def _seconds_of(call: Callable[[int], None], seconds: float = 0.2, between: Callable[[], None] | None = None) -> float:
-    """Seconds that `call` takes, which is given the number of the call, measured for about `seconds`. `between` is called before
-    each call and not timed.
+def _seconds_of(call: Callable[[int], None], between: Callable[[], None] | None = None) -> float:
+    """Seconds that `call` takes, which is given the number of the call, measured for about `FIGURE_SECONDS`. `between` is called
+    before each call and not timed.
     """
     clock = QuotaClock(torch_threads())
     times: list[float] = []
     started = time.perf_counter()
     number = 0
-    while number < 5 or (number < MOST_CALLS and time.perf_counter() - started < seconds):
+    while number < 5 or (number < MOST_CALLS and time.perf_counter() - started < FIGURE_SECONDS):
         if between:
             between()
         start = clock()
