@@ -31,14 +31,12 @@ class BytePairs:
     def ids(self, piece: str) -> list[int]:
         """The tokens of what a text was split into."""
         if self._cut is None:
-            return self._of_word(piece)
+            return self._kept(piece) if len(piece) <= LONGEST_KEPT else self.tokens(piece)[0]
+        kept = self._kept
         ids: list[int] = []
         for word in self._cut.split(piece):
-            ids += self._of_word(word)
+            ids += kept(word) if len(word) <= LONGEST_KEPT else self.tokens(word)[0]
         return ids
-
-    def _of_word(self, word: str) -> list[int]:
-        return self._kept(word) if len(word) <= LONGEST_KEPT else self.tokens(word)[0]
 
     def tokens(self, word: str) -> tuple[list[int], list[int]]:
         """(the tokens of a word, how many of its bytes in UTF-8 each stands for).

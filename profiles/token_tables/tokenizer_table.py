@@ -65,27 +65,28 @@ class TokenizerTable:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> TableEncoding:
         """The tokens of a text, with those that the tokenizer puts around it if `add_special_tokens`."""
         encoding = self._words.encode(text, add_special_tokens=add_special_tokens)
-        around: list[int] = encoding.special_tokens_mask if add_special_tokens else [0] * len(encoding.ids)
+        around: list[int] = encoding.special_tokens_mask if add_special_tokens else [0] * len(encoding)
+        pieces: list[tuple[int, str, int]] = list(zip(encoding.ids, encoding.tokens, around, strict=True))
         ids: list[int] = []
         of_piece, of_added = self._model.ids, self._ids_of_added
-        for number, piece, is_around in zip(encoding.ids, encoding.tokens, around, strict=True):
+        for number, piece, is_around in pieces:
             if is_around:
                 ids.append(number)
             elif number:
                 ids.append(of_added[number])
             else:
                 ids += of_piece(piece)
-        return TableEncoding(ids, lambda: self._offsets(text, encoding))
+        return TableEncoding(ids, lambda: self._offsets(text, pieces))
 
-    def _offsets(self, text: str, encoding: Any) -> list[tuple[int, int]]:
-        """What each token of a text stands for, but for those around it."""
+    def _offsets(self, text: str, pieces: list[tuple[int, str, int]]) -> list[tuple[int, int]]:
+        """What each token of a text stands for, as `encode` has split it; nothing for those around it."""
         if self._by_letter is None:
             self._by_letter = library_pipeline(self._file.pipeline, LETTERS)
         letters = iter(self._by_letter.encode(text, add_special_tokens=False).offsets)
         offsets: list[tuple[int, int]] = []
-        for number, piece in zip(encoding.ids, encoding.tokens, strict=True):
-            if number:
-                offsets.append(next(letters))
+        for number, piece, is_around in pieces:
+            if is_around or number:
+                offsets.append((0, 0) if is_around else next(letters))
                 continue
             places = [place for letter, place in zip(piece, letters) for _ in letter.encode()]  # of its bytes
             begin = 0
