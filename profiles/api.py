@@ -22,12 +22,13 @@ from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
 from tightfit.profiles.schema import PROFILE_VERSION, Profile
+from tightfit.profiles.sources.described import TracingRequest
 from tightfit.profiles.sources.lookup import names_module, resolve, vocabulary
+from tightfit.profiles.sources.packing import packed_store
 from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.tracing_process import traced_step, tracing_request
 from tightfit.profiles.tracing.shorter_steps import renamed_programs
-from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
@@ -40,7 +41,7 @@ from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.layout import Header, read_header
 
-__all__ = ["Progress", "load_profile", "prepare", "profile", "save_profile"]
+__all__ = ["Progress", "load_profile", "prepare", "profile", "request_trace", "save_profile"]
 
 CODE = (
     "runtime/common",
@@ -109,7 +110,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         return earlier
     if elsewhere is not None:
         return estimate_profile(unmeasured(traced_step(step, report), elsewhere.device(), key), elsewhere)
-    store = packed_store(opened, report) if opened.has_weights else None
+    store = _stored(opened, report) if opened.has_weights else None
     traced = traced_step(step, report)
     shorter_programs = [program for shorter_step in traced.shorter for program in renamed_programs(shorter_step)]
     figures = measure(
@@ -121,7 +122,9 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         threads=threads,
         scratch=cache_directory(),
         environment=dict(os.environ) | {"PYTHONPATH": python_path()},
+        layers=traced.layers,
         shorter=shorter_programs,
+        memory=options.memory,
         progress=options.progress,
         comparison=step.comparison(),
     )
@@ -130,6 +133,18 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         return earlier
     save_profile(result, cached)
     return result
+
+
+@keywords_of(ProfileOptions)
+def request_trace(source: str | os.PathLike[str], options: ProfileOptions) -> TracingRequest | None:
+    """What a service has to know of a model to trace the step that the options ask for: its configuration, and names, shapes and
+    packed formats of its tensors. None where nothing is to be traced elsewhere: of a module, whose code stays on the device, and
+    of a prepared model.
+    """
+    if names_module(source) or options.prepared is not None:
+        return None
+    opened = resolve(source, base=options.base, embeddings=options.embeddings)
+    return None if opened.kind == "prepared" else tracing_request(step_of(opened, options))
 
 
 @keywords_of(ProfileOptions)
@@ -148,7 +163,7 @@ def prepare(
         )
     step = step_of(resolve(source, base=options.base, embeddings=options.embeddings), options)
     opened, report = step.source, options.progress or (lambda stage, done, total: None)
-    store = packed_store(opened, report).path if weights and opened.has_weights else None
+    store = _stored(opened, report).path if weights and opened.has_weights else None
     prepared = PreparedModel(
         request=tracing_request(step),
         step=traced_step(step, report),
@@ -159,12 +174,10 @@ def prepare(
     return prepared
 
 
-def packed_store(source: Source, report: Progress) -> Header:
-    """The store of the source's weights, packed now unless it is in the cache."""
-    if source.store is not None:
-        return read_header(source.store)
-    path = build_store(source, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
-    return read_header(path)
+def _stored(source: Source, report: Progress) -> Header:
+    """The store of the source's weights, packed now unless it is there."""
+    folder = cache_directory() / "stores"
+    return read_header(packed_store(source, folder, lambda done, total, name: report("pack", done, total)))
 
 
 def _threads(requested: int | None, elsewhere: DeviceDescription | None) -> int:

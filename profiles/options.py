@@ -185,4 +185,6 @@ class ProfileOptions(Options):
         metavar="DIR",
     )
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.", label="Measure anew")
+    memory: int | None = Field(None, ge=1)
+    """Bytes that the processes which measure may hold; None: what they are best with. No part of what is measured depends on it."""
     progress: Progress | None = None

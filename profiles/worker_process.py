@@ -67,7 +67,7 @@ def run_worker(
                     result = message["result"]
                 else:
                     on_message(message)
-            status = child.wait()
+            status = _ended(child)
         except BaseException:
             child.kill()
             raise
@@ -80,6 +80,23 @@ def run_worker(
     if status == -signal.SIGKILL:
         raise RunError(f"{doing} was killed, most likely for want of memory; {killed}")
     raise RunError(f"{doing} stopped: {last_line or f'exit status {status}'}")
+
+
+_held_bytes = 0
+
+
+def held_bytes() -> int:
+    """The most bytes that a worker of this process has held, or a process that the worker started."""
+    return _held_bytes
+
+
+def _ended(child: subprocess.Popen[str]) -> int:
+    """Wait for a worker's end; returns its exit status, and notes what it has held."""
+    global _held_bytes  # noqa: PLW0603  of this process, as its own peak is
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    _held_bytes = max(_held_bytes, usage.ru_maxrss << 10)
+    return child.returncode
 
 
 def _last_line(stderr: IO[bytes]) -> str:

@@ -28,7 +28,7 @@ from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
-from tightfit.planner.report.compare import Comparison
+from tightfit.planner.report.comparison import Comparison
 from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER, TIME_LIMIT, PlanOptions

@@ -46,7 +46,7 @@ class OutputGuard:
         if one of tightfit's own operators writes outside its outputs, and whatever the operator raises.
         """
         outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
-        key = _key(operator, values)
+        key = operator_key(operator, values)
         direct = compile_operator(operator, values, KERNELS)
         own = operator["target"] in OPERATORS
         if key in self._known or direct.functional:
@@ -56,7 +56,7 @@ class OutputGuard:
         if own:
             direct.run(tensors, outputs, store)
         else:
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             compile_operator({**operator, "copied": True}, values, KERNELS).run(tensors, outputs, store)
         faithful = _faithful(direct, tensors, outputs, store, compare=not own)
         if own and not faithful:
@@ -111,7 +111,7 @@ def _faithful(
         guards.extend(arena.raw(offset, GUARD_BYTES).fill_(PATTERN) for offset in (0, end))
         flat = arena.raw(GUARD_BYTES, _span(tensor)).fill_(UNWRITTEN).view(tensor.dtype)
         outputs.append(flat.as_strided(tensor.size(), tensor.stride()))
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     try:
         operator.run(tensors, outputs, store)
     except RuntimeError as error:
@@ -146,7 +146,7 @@ def _equal(output: Tensor | None, expected: Tensor | None) -> bool:
     return bool(torch.allclose(output, expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True))
 
 
-def _key(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> str:
+def operator_key(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> str:
     """A key that is equal for operators whose arguments differ only in the names and contents of tensors."""
     names: dict[str, int] = {}
     layouts = []

@@ -7,12 +7,14 @@ environment, so that what is timed is the call that the runtime makes, under its
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
-from tightfit.profiles.schema import Program, Tensor
+from tightfit.profiles.measuring.memory import Measured, measuring_memory
+from tightfit.profiles.schema import Layer, Program, Tensor
 from tightfit.profiles.worker_process import run_worker
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.weights.layout import Entry, find_extent
@@ -33,7 +35,9 @@ def measure(
     threads: int,
     scratch: Path,
     environment: dict[str, str],
+    layers: Iterable[Layer] = (),
     shorter: Iterable[Program] = (),
+    memory: int | None = None,
     progress: Progress | None = None,
     comparison: GradientComparison | None = None,
 ) -> dict[str, Any]:
@@ -46,15 +50,19 @@ def measure(
     - `busy_cores`: cores that other programs took meanwhile
     - `quota_cores`: cores that a CPU quota allows, by which all seconds of the cores are lengthened; None without one
     - `compared`: what the `comparison` concluded, or why it was not made; None without one
+    - `held_bytes`, `predicted_bytes`: most that the processes which measured have held at once, and what was predicted of it
 
-    `shorter` are the programs of shorter steps, which are measured like the others; the floor's `shorter_bytes` are what they add.
+    `layers` say how often a step runs each program: those that take more of it are measured for longer. `shorter` are the programs of
+    shorter steps, which are measured like the others; the floor's `shorter_bytes` are what they add.
 
-    Tensors of equal shape and format are measured once. Needs memory for one layer's tensors, unpacked, or for the
-    400 MiB that unpacking is timed on, and 64 MiB of disk in `scratch`, which must lie on the disk that will hold the
-    weights. Raises RunError with the last line of the process's stderr if it fails, and whatever the comparison raises,
+    Tensors of equal shape and format are measured once. `memory` are the bytes that the measuring processes may hold; None: what they
+    are best with (`tightfit.profiles.measuring.memory`), about the tensors of the largest program, placed by their lifetimes, or 64 MiB,
+    and PyTorch. Needs 64 MiB of disk in `scratch`, which must lie on the disk that will hold the weights. Raises InputError if `memory`
+    is too little, RunError with the last line of the process's stderr if it fails, and whatever the comparison raises,
     before anything is timed.
     """
     programs, tensors = list(programs), list(tensors)
+    scratch.mkdir(parents=True, exist_ok=True)
     program_count = len(programs)
     programs += shorter
     weights: dict[tuple[Any, ...], list[str]] = {}
@@ -75,8 +83,22 @@ def measure(
         if tensor.kind == "trainable":
             updates.setdefault(tensor.bytes // 4, []).append(tensor.name)
             shapes.setdefault(tuple(tensor.shape), []).append(tensor.name)
+    counts = Counter(layer.program for layer in layers)
+    compared = [None if comparison is None else comparison.why_not(scratch, memory)]
+    described = Measured(
+        programs=[p.model_dump() for p in programs],
+        compute_dtype=compute_dtype,
+        weights=list(weights),
+        updates=list(updates),
+        shapes=list(shapes),
+        accumulate=accumulate,
+        step_bytes=0 if comparison is None or compared[0] is not None else comparison.step_bytes,
+    )
+    room = measuring_memory(described, memory)
     request = {
-        "programs": [p.model_dump() for p in programs],
+        "programs": described.programs,
+        "counts": [counts[p.name] or 1 for p in programs],
+        "turning_bytes": room.turning_bytes,
         "whole": program_count,
         "inference": [p.inference for p in programs],
         "weights": [list(key) for key in weights],
@@ -88,8 +110,6 @@ def measure(
         "scratch": str(scratch),
         "threads": threads,
     }
-    scratch.mkdir(parents=True, exist_ok=True)
-    compared = [None if comparison is None else comparison.why_not(scratch)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         if comparison is not None and compared[0] is None:
             request["step"] = comparison.request(Path(folder), progress)
@@ -113,6 +133,7 @@ def measure(
             on_message=heard,
         )
     measured["compared"] = compared[0]
+    measured["predicted_bytes"] = room.predicted_bytes
     measured["quota_cores"] = quota_cores()
     _lengthen(measured, slowdown(threads, measured["quota_cores"]))
     measured["unpack"] = {

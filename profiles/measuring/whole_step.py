@@ -28,7 +28,7 @@ def run_step(
     tensor that the step makes is freed after its last reader. Nothing is left out by dropout, and PyTorch's generator is
     seeded with `seed`.
     """
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     no_draws = Draws()
     no_draws.step = None
     steps = [

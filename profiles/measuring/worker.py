@@ -1,59 +1,63 @@
 """The process that measures operators, unpacking, updates and channels for a profile.
 
 Called as ``python -m tightfit.profiles.measuring.worker THREADS``: a request in as JSON, messages and the result out as
-JSON lines. It runs in the environment of a run and calls operators through the runtime's own `compile_operator`. One
-program's tensors are in memory at a time; weights of equal shape share a few buffers, since only their size matters.
+JSON lines. It is a process like that of a run, with PyTorch's kernels and without PyTorch's Python, and calls operators through the
+runtime's own `compile_operator`. One program's tensors are in memory at a time, placed by their lifetimes
+(`tightfit.profiles.measuring.placement`); how large other buffers are is said by the request. Once all else is measured it
+becomes the process that measures the floor (`tightfit.profiles.measuring.floor`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tightfit.profiles.measuring import floor
 from tightfit.profiles.measuring.cpu_load import OtherPrograms
 from tightfit.profiles.measuring.cpu_quota import QuotaClock
-from tightfit.profiles.measuring.kernels import kernel_bytes
+from tightfit.profiles.measuring.memory import (
+    BETWEEN_BYTES,
+    GATHERED_ROWS,
+    MOST_CALLS,
+    adafactor_buffers,
+    clipped_buffers,
+    likeness,
+    unpack_buffers,
+    update_buffers,
+)
+from tightfit.profiles.measuring.messages import Steps, send
+from tightfit.profiles.measuring.placement import Placement, place
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
-from tightfit.runtime.engine.start.floor import HOLES_PER_WORKSPACE
-from tightfit.runtime.engine.start.process import child_environment, trim_heap
-from tightfit.runtime.supervision.supervisor import command as supervisor_command
-from tightfit.runtime.supervision.training_process import command
+from tightfit.runtime.engine.start import lean_torch
+from tightfit.runtime.engine.start.process import child_environment, leave, trim_heap
 
 if TYPE_CHECKING:
     from tightfit.profiles.measuring.guard import OutputGuard
 
 ROUNDS = (4, 40)
-WEIGHT_BUFFERS = 4  # buffers that all weights of one shape share
-UNPACKED_BYTES = 192 << 20  # total size of the outputs that unpacking is timed on in turn: larger than most caches
-UPDATED_BYTES = 64 << 20  # the same of parameters and states that are updated in turn
-CLIPPED_SECONDS = 0.1  # spent on each of the figures of clipping
-BETWEEN_BYTES = 4 << 20  # of each of three tensors that are added between calls: more than a core caches by itself
-ADAFACTOR_SECONDS = 0.1  # spent on an update by Adafactor of each shape
-MOST_CALLS = 200  # calls timed for one figure, at most
+GATHERED_BLOCKS = 64  # in which a table that rows are gathered from is written
+FIGURE_SECONDS = 0.1  # spent on a figure of unpacking or updating
 PASSES = 3  # over all programs; of seconds the middle figure counts: disturbances by other work come in bursts, and the lowest
 # figure is that of a moment in which the machine was faster than it is on the whole
 WORKSPACE_CALLS = 4  # calls per operator and pass of which the lowest workspace counts
 PROGRAM_SECONDS = 0.7  # time spent on a program in a pass, beyond the first rounds
+WHOLE_SHARE = 0.1  # of the step: a program that takes less of it gets so much less of that time
 SLOW_SECONDS = 0.05  # of a call that is long enough for fewer calls to be as steady
 SLOW_PROGRAM_SECONDS = 1.5  # the same of the first rounds of a program
 DISTURBED = 1.5  # times the median: what took longer was interrupted
-GATHERED_ROWS = 8192
 CONTENTS = ("normal", "probabilities")
 """Contents of floating-point tensors while operators are measured, tried in this order. Some operators, such as binary
 cross entropy, need values between 0 and 1: "probabilities"."""
@@ -66,9 +70,26 @@ class ScratchStores:
         """`tables` are (shape, format, group) of the model's matrices; a table of no such shape is in q4."""
         self.folder = folder
         self._formats = {tuple(shape): (kind, group) for shape, kind, group in tables}
+        self._opened: dict[str, Any] = {}
 
-    def store(self, shapes: Mapping[str, Sequence[int]]) -> Path:
-        """Path of a new store with a table for each name, in the format of the model's matrix of that shape."""
+    def opened(self, shapes: Mapping[str, Sequence[int]]) -> Any:
+        """A `WeightStore` with a table for each name, in the format of the model's matrix of that shape. It is written once, and
+        closed when these stores are.
+        """
+        from tightfit.runtime.engine.weights.store import WeightStore
+
+        key = json.dumps(shapes)
+        if key not in self._opened:
+            path = self._write(shapes)
+            self._opened[key] = WeightStore.open(path)
+            path.unlink()
+        return self._opened[key]
+
+    def __del__(self) -> None:
+        for store in self._opened.values():
+            store.close()
+
+    def _write(self, shapes: Mapping[str, Sequence[int]]) -> Path:
         import torch
 
         from tightfit.profiles.weights.describe import packed_entry
@@ -85,13 +106,28 @@ class ScratchStores:
             entries.append(entry)
         with StoreWriter(path, entries, name="measure", config={}, source={}) as writer:
             for entry in entries:
-                writer.write(entry.name, [torch.zeros(entry.rows, entry.row_bytes, dtype=torch.uint8)])
+                block = torch.zeros(entry.rows // GATHERED_BLOCKS, entry.row_bytes, dtype=torch.uint8)
+                writer.write(entry.name, itertools.repeat(block, GATHERED_BLOCKS))
         return path
 
 
-def send(**message: Any) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+class HighWater:
+    """The most that this process has held, over the resets of VmHWM by which workspaces are measured."""
+
+    def __init__(self) -> None:
+        self._earlier = 0
+
+    @property
+    def bytes(self) -> int:
+        return max(self._earlier, memory().peak)
+
+    def reset(self) -> None:
+        """Set VmHWM to the present resident set."""
+        self._earlier = self.bytes
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+HIGH_WATER = HighWater()
 
 
 def main(arguments: list[str]) -> int:
@@ -99,142 +135,180 @@ def main(arguments: list[str]) -> int:
     if arguments:  # started by `measure`: restart this process in the environment of a run
         worker_command = interpreter.command("tightfit.profiles.measuring.worker")
         os.execve(worker_command[0], worker_command, child_environment(int(arguments[0])))  # noqa: S606  no shell is wanted
-    request = json.load(sys.stdin)
-    import torch
+    lean_torch.load()
+    from tightfit.runtime.engine.start.kernel_warmup import prepare
 
-    torch.set_num_threads(request["threads"])
-    with torch.no_grad():
-        try:
-            send(result=measure(request))
-            return 0
-        except TightfitError as error:
-            failure = error
-        except (MemoryError, RuntimeError) as error:
-            if "alloc" not in str(error) and not isinstance(error, MemoryError):  # torch has no MemoryError
-                raise
-            failure = RunError(
-                f"measuring ran out of memory ({str(error).splitlines()[0]}); a layer must fit into memory while it is measured,"
-                " try a smaller batch or sequence"
-            )
-        except OSError as error:
-            if error.filename is None:
-                raise
-            failure = RunError(
-                f"{error.filename}: {error.strerror}; set TIGHTFIT_CACHE to a writable directory with free space"
-            )
+    prepare().close()
+    request = json.load(sys.stdin)
+    steps = Steps(_steps(request))
+    try:
+        result = measure(request, steps)
+        floor.become(request["scratch"], request, result, HIGH_WATER.bytes, steps)
+    except TightfitError as error:
+        failure = error
+    except (MemoryError, RuntimeError) as error:
+        if "alloc" not in str(error) and not isinstance(error, MemoryError):  # torch has no MemoryError
+            raise
+        failure = RunError(
+            f"measuring ran out of memory ({str(error).splitlines()[0]}); a layer must fit into memory while it is measured,"
+            " try a smaller batch or sequence"
+        )
+    except OSError as error:
+        if error.filename is None:
+            raise
+        failure = RunError(
+            f"{error.filename}: {error.strerror}; set TIGHTFIT_CACHE to a writable directory with free space"
+        )
     sys.stderr.write(f"{failure}\n")
     return failure.exit_code
 
 
-def measure(request: dict[str, Any]) -> dict[str, Any]:
+def _steps(request: dict[str, Any]) -> int:
+    """Number of steps in which a request is carried out, those of the floor included."""
+    return (
+        (PASSES + 1) * len(request["programs"])
+        + len(request["weights"])
+        + 2 * len(request["updates"])
+        + len(request["shapes"])
+        + 4
+    )
+
+
+def measure(request: dict[str, Any], steps: Steps) -> dict[str, Any]:
+    """What `tightfit.profiles.measuring.measure.measure` returns, but for the floor. Operators of the request get their `copied`."""
     from tightfit.profiles.measuring.bandwidth import measure_channels
     from tightfit.profiles.measuring.guard import OutputGuard
-    from tightfit.runtime.engine.cpu.operators import OPERATORS
+    from tightfit.runtime.engine.start.kernel_warmup import settle
 
     load = OtherPrograms()
     programs = request["programs"]
-    total = (PASSES + 1) * len(programs) + len(request["weights"]) + 2 * len(request["updates"])
-    total += len(request["shapes"]) + 3
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        send(stage="measure", done=done, total=total)
-
     guard, contents = OutputGuard(), {}
     scratch = ScratchStores(Path(request["scratch"]), request["tables"])
     for program in programs:
-        contents[program["name"]] = settle_operators(program, guard, scratch)
-        gc.collect()
-        trim_heap()
-        step()
+        contents[program["name"]] = settle_operators(program, guard, scratch, request["turning_bytes"])
+        settle()
+        steps.take()
     if request.get("step"):
         take_steps(request["step"], programs)
         send(stage="computed")
-    copied = {program["name"]: [op["copied"] for op in program["operators"]] for program in programs}
-    forwards = [
-        {**program, "operators": [program["operators"][position] for position in positions]}
-        for program, positions in zip(programs, request["inference"], strict=True)
-    ]
-    result: dict[str, Any] = {"copied": copied, "floor": floor(request["threads"])}
-    kernels = kernel_bytes(programs, request["threads"])
-    result["floor"]["resident_bytes"] += kernels
-    if len(programs) > request["whole"]:
-        kernels_of_whole = kernel_bytes(programs[: request["whole"]], request["threads"])
-        result["floor"]["shorter_bytes"] = max(0, kernels - kernels_of_whole)
-    step()
-    result["floor"]["inference_resident_bytes"] += kernel_bytes(forwards, request["threads"], backward=False)
-    step()
-    passes: dict[str, list[list[list[float]]]] = {}
-    for program in programs * PASSES:
-        passes.setdefault(program["name"], []).append(measure_program(program, scratch, contents[program["name"]]))
-        gc.collect()
-        trim_heap()
-        step()
-    result["operators"] = {
-        name: [
-            [statistics.median(seconds for seconds, _ in figures), min(workspace for _, workspace in figures)]
-            for figures in zip(*repeated, strict=True)
-        ]
-        for name, repeated in passes.items()
+    result: dict[str, Any] = {
+        "copied": {program["name"]: [op["copied"] for op in program["operators"]] for program in programs},
+        "operators": measure_operators(request, scratch, contents, steps),
     }
-    least_workspace: dict[str, float] = {}
-    for program in programs:
-        for operator, (_, workspace) in zip(program["operators"], result["operators"][program["name"]], strict=True):
-            key = _likeness(program, operator)
-            least_workspace[key] = min(workspace, least_workspace.get(key, workspace))
-    for program in programs:
-        for operator, figures in zip(program["operators"], result["operators"][program["name"]], strict=True):
-            figures[1] = least_workspace[_likeness(program, operator)]
-    workspaces = [
-        [
-            0.0 if operator["target"] in OPERATORS else workspace
-            for operator, (_, workspace) in zip(program["operators"], result["operators"][program["name"]], strict=True)
-        ]
-        for program in programs
-    ]
-    forward = [
-        [row[index] for index in positions] for row, positions in zip(workspaces, request["inference"], strict=True)
-    ]
-    for figure, rows in (("resident_bytes", workspaces), ("inference_resident_bytes", forward)):
-        result["floor"][figure] += round(HOLES_PER_WORKSPACE * max(itertools.chain(*rows), default=0))
+    turning_bytes = request["turning_bytes"]
     result["unpack"] = []
-    for key in request["weights"]:
-        result["unpack"].append(measure_unpack(*key))
-        step()
+    for kind, group, rows, columns, dtype in request["weights"]:
+        result["unpack"].append(measure_unpack(kind, group, rows, columns, dtype, turning_bytes))
+        trim_heap()
+        steps.take()
     result |= {"update": [], "accumulate": [], "clipped": [], "perturb": []}
     for elements in request["updates"]:
-        result["update"].append(measure_update(elements, request["accumulate"]))
-        add_seconds, update_seconds = measure_clipped(elements, request["accumulate"])
+        result["update"].append(measure_update(elements, request["accumulate"], turning_bytes))
+        add_seconds, update_seconds = measure_clipped(elements, request["accumulate"], turning_bytes)
         result["accumulate"].append(add_seconds)
         result["clipped"].append(update_seconds)
-        step()
-        result["perturb"].append(measure_perturb(elements))
-        step()
+        trim_heap()
+        steps.take()
+        result["perturb"].append(measure_perturb(elements, turning_bytes))
+        trim_heap()
+        steps.take()
     result["adafactor"] = []
     for shape in request["shapes"]:
-        result["adafactor"].append(measure_adafactor(shape))
-        step()
+        result["adafactor"].append(measure_adafactor(shape, turning_bytes))
+        trim_heap()
+        steps.take()
     result |= measure_channels(scratch.folder, request["compute_dtype"])
-    step()
+    steps.take()
     return result | {"busy_cores": load.taken(request["threads"])}
+
+
+def measure_operators(
+    request: dict[str, Any], scratch: ScratchStores, contents: Mapping[str, str], steps: Steps
+) -> dict[str, list[list[float]]]:
+    """[seconds, workspace bytes] of every operator by program.
+
+    Operators that are equal, and stand in different programs, are measured in one of them. In the first pass a program runs a few
+    rounds, which tell how long it takes; in the others for as long as its share of the step, what it has to measure, is worth.
+    """
+    from tightfit.runtime.engine.start.kernel_warmup import settle
+
+    programs = request["programs"]
+    counts = request.get("counts") or [1] * len(programs)
+    keys = [_occurrences(program) for program in programs]
+    rarest_first = sorted(range(len(programs)), key=lambda number: (counts[number], -number))
+    chosen = {key: number for number in rarest_first for key in keys[number]}
+    """the program in which an operator is measured: that with the most layers"""
+    likenesses = [[likeness(program, operator) for operator in program["operators"]] for program in programs]
+    passes: dict[tuple[str, int], list[float]] = {}
+    workspaces: dict[str, int] = {}
+    worth = [0.0] * len(programs)
+    for turn in range(PASSES):
+        tried: set[str] = set()
+        for number, program in enumerate(programs):
+            own = [index for index, key in enumerate(keys[number]) if chosen[key] == number]
+            fresh = {alike: index for index, alike in enumerate(likenesses[number]) if alike not in tried}
+            tried.update(fresh)
+            if own or fresh:
+                seconds, needed = measure_program(
+                    program,
+                    scratch,
+                    contents[program["name"]],
+                    turning_bytes=request["turning_bytes"],
+                    seconds=PROGRAM_SECONDS * worth[number],
+                    workspaces_of=fresh.values(),
+                )
+                for index in own:
+                    passes.setdefault(keys[number][index], []).append(seconds[index])
+                for alike, index in fresh.items():
+                    workspaces[alike] = min(needed[index], workspaces.get(alike, needed[index]))
+            settle()
+            steps.take()
+        if not turn:
+            # Of the step: the seconds of those operators that are measured in a program, for each operator that is equal to one.
+            share = [0.0] * len(programs)
+            for number, count in enumerate(counts):
+                for key in keys[number]:
+                    share[chosen[key]] += count * passes[key][0]
+            worth = [min(1.0, part / max(sum(share), 1e-9) / WHOLE_SHARE) for part in share]
+    return {
+        program["name"]: [
+            [statistics.median(passes[key]), workspaces[alike]]
+            for key, alike in zip(keys[number], likenesses[number], strict=True)
+        ]
+        for number, program in enumerate(programs)
+    }
+
+
+def _occurrences(program: dict[str, Any]) -> list[tuple[str, int]]:
+    """For each operator what it is called with (`tightfit.profiles.measuring.guard.operator_key` and the kinds of its tensors), and
+    how many like it stand before it in the program.
+    """
+    from tightfit.profiles.measuring.guard import operator_key
+
+    values = {value["name"]: value for value in program["values"]}
+    before: dict[str, int] = {}
+    keys = []
+    for operator in program["operators"]:
+        kinds = [values[name]["kind"] for name in operator["inputs"]]
+        key = json.dumps([operator_key(operator, values), kinds, operator["gathers"] != [], operator["copied"]])
+        before[key] = before.get(key, -1) + 1
+        keys.append((key, before[key]))
+    return keys
 
 
 def take_steps(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
     """Run whole steps, each on the tensors in the file `given` with its number and, where that lacks some, on those in `given0`; write
     its loss, gradients and statistics to the file `traced` with its number.
     """
-    import torch
-
     from tightfit.profiles.measuring.whole_step import run_step
+    from tightfit.profiles.tracing.tensor_files import read_tensors, write_tensors
 
     folder, by_name = Path(step["folder"]), {program["name"]: program for program in programs}
-    first = torch.load(folder / "given0", weights_only=True)
+    first = read_tensors(folder / "given0")
     for number in range(step["steps"]):
-        tensors = first | torch.load(folder / f"given{number}", weights_only=True)
+        tensors = first | read_tensors(folder / f"given{number}")
         results = run_step(step["layers"], by_name, tensors, step["wanted"], seed=number)
-        torch.save(results, folder / f"traced{number}")
+        write_tensors(folder / f"traced{number}", results)
         tensors.clear()
         results.clear()
     first.clear()
@@ -242,43 +316,9 @@ def take_steps(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
     trim_heap()
 
 
-def floor(threads: int) -> dict[str, Any]:
-    """`Floor` fields in bytes, reported by an idle training process and an idle supervisor started for this.
-
-    Raises RunError.
-    """
-    # Pages of freshly installed libraries cannot be released until they are written to disk, and would add up to 16 MiB
-    # that no later run holds.
-    os.sync()
-    training = subprocess.run(
-        command("--floor"), capture_output=True, text=True, env=child_environment(threads), check=False
-    )
-    if training.returncode == RunError.exit_code:
-        raise RunError(training.stderr.strip())
-    lines = training.stdout.splitlines()
-    if not lines:
-        raise SystemExit(f"the runtime process does not start: {training.stderr.strip() or training.returncode}")
-    measured: dict[str, Any] = {}
-    for line in lines:  # the second one, `exchange_bytes`, is missing where a process cannot meet another
-        measured |= json.loads(line)
-    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
-    supervisor = subprocess.run(
-        supervisor_command("--measure"), capture_output=True, text=True, env=environment, check=False
-    )
-    if supervisor.returncode:
-        raise SystemExit(f"the supervisor of runs does not start: {supervisor.stderr.strip() or supervisor.returncode}")
-    return measured | {"supervisor_bytes": int(supervisor.stdout)}
-
-
-def _likeness(program: dict[str, Any], operator: dict[str, Any]) -> str:
-    """A key that is equal for operators with the same target and shapes, whose workspace is therefore the same."""
-    values = {value["name"]: value for value in program["values"]}
-    names = [*operator["inputs"], None, *operator["outputs"]]
-    shapes = [None if name is None else (values[name]["dtype"], values[name]["shape"]) for name in names]
-    return json.dumps([operator["target"], shapes])
-
-
-def settle_operators(program: dict[str, Any], guard: OutputGuard, scratch: ScratchStores) -> str:
+def settle_operators(
+    program: dict[str, Any], guard: OutputGuard, scratch: ScratchStores, turning_bytes: int | None = None
+) -> str:
     """Set `copied` on the operators of a program, for those that have to be run by their functional form.
 
     Returns the first of `CONTENTS` with which all operators run. Raises InputError if they run with none of them.
@@ -287,12 +327,14 @@ def settle_operators(program: dict[str, Any], guard: OutputGuard, scratch: Scrat
 
     failure: InputError | None = None
     for contents in CONTENTS:
-        with _filled(program, scratch, contents) as (tensors, store):
-            try:
-                copied_flags = check_program(program, tensors, guard, store)
-            except InputError as error:
-                failure = failure or error
-                continue
+        tensors, store = _filled(program, scratch, contents, turning_bytes)
+        try:
+            copied_flags = check_program(program, tensors, guard, store)
+        except InputError as error:
+            failure = failure or error
+            continue
+        finally:
+            del tensors
         for operator, copied in zip(program["operators"], copied_flags, strict=True):
             operator["copied"] = copied
         return contents
@@ -300,37 +342,47 @@ def settle_operators(program: dict[str, Any], guard: OutputGuard, scratch: Scrat
     raise failure
 
 
-@contextlib.contextmanager
-def _filled(program: dict[str, Any], scratch: ScratchStores, contents: str) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yields (tensors of a program by name, a temporary store with the tables that operators gather rows from, or
-    None).
-    """
-    from tightfit.runtime.engine.weights.store import WeightStore
-
+def _filled(
+    program: dict[str, Any], scratch: ScratchStores, contents: str, turning_bytes: int | None
+) -> tuple[dict[str, Any], Any]:
+    """(tensors of a program by name, a temporary store with the tables that operators gather rows from, or None)."""
     values = {value["name"]: value for value in program["values"]}
-    gathered = {name for operator in program["operators"] for name in operator["gathers"]}
-    tensors = _make_tensors(values, program["operators"], contents)
-    if not gathered:
-        yield tensors, None
-        return
-    path = scratch.store({name: values[name]["shape"] for name in gathered})
-    store = WeightStore.open(path)
-    path.unlink()
-    try:
-        yield tensors | {name: name for name in gathered}, store
-    finally:
-        store.close()
+    gathered = {name: values[name]["shape"] for operator in program["operators"] for name in operator["gathers"]}
+    store = scratch.opened(gathered) if gathered else None
+    tensors = _make_tensors(program, place(program, turning_bytes), contents)
+    return tensors | {name: name for name in gathered}, store
 
 
-def measure_program(program: dict[str, Any], scratch: ScratchStores, contents: str = "normal") -> list[list[float]]:
-    """[seconds, workspace bytes] per operator. All operators run in order, round after round, as in a step."""
+def measure_program(
+    program: dict[str, Any],
+    scratch: ScratchStores,
+    contents: str = "normal",
+    *,
+    turning_bytes: int | None = None,
+    seconds: float = PROGRAM_SECONDS,
+    workspaces_of: Collection[int] = (),
+) -> tuple[list[float], dict[int, int]]:
+    """(seconds of each operator, workspace bytes of those with the numbers `workspaces_of`). All operators run in order, round after
+    round, as in a step, for about `seconds` beyond the first rounds.
+    """
     if not program["operators"]:
-        return []
-    with _filled(program, scratch, contents) as (tensors, store):
-        return _measure_program(program, tensors, store)
+        return [], {}
+    calls = _calls(program, *_filled(program, scratch, contents, turning_bytes))
+    times = _timed(calls, seconds)
+    workspaces = {}
+    if workspaces_of:
+        # One more round, in order: an operator's inputs may have made room for others by the end of the round before.
+        for index, (call, call_seconds) in enumerate(zip(calls, times, strict=True)):
+            if index in workspaces_of:
+                calls_made = WORKSPACE_CALLS // (2 if min(call_seconds) > SLOW_SECONDS else 1)
+                workspaces[index] = _workspace(call, calls_made)
+            else:
+                call()
+    # The first two rounds are left out: they fault pages in and build kernels.
+    return [typical(call_seconds[2:]) for call_seconds in times], workspaces
 
 
-def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: Any) -> list[list[float]]:
+def _calls(program: dict[str, Any], tensors: dict[str, Any], store: Any) -> list[Callable[[], None]]:
     from tightfit.runtime.engine.cpu.cpu import KERNELS
     from tightfit.runtime.engine.kernels.compiled import compile_operator
 
@@ -339,23 +391,25 @@ def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: An
     for operator in program["operators"]:
         outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
         calls.append(partial(_run, compile_operator(operator, values, KERNELS), tensors, outputs, store))
+    return calls
+
+
+def _timed(calls: Sequence[Callable[[], None]], seconds: float) -> list[list[float]]:
+    """The seconds of the calls, made in order round after round, for about so many seconds in all beyond the first rounds."""
     times: list[list[float]] = [[] for _ in calls]
     clock = QuotaClock(torch_threads())
     started = time.perf_counter()
     for turn in range(ROUNDS[1]):
-        for call, seconds in zip(calls, times, strict=True):
+        for call, call_seconds in zip(calls, times, strict=True):
             start = clock()
             call()
-            seconds.append(clock() - start)
+            call_seconds.append(clock() - start)
         spent = time.perf_counter() - started
-        if (turn >= ROUNDS[0] and spent > PROGRAM_SECONDS) or (turn == ROUNDS[0] - 1 and spent > SLOW_PROGRAM_SECONDS):
+        if (turn >= ROUNDS[0] and spent > seconds) or (
+            turn == ROUNDS[0] - 1 and (spent > SLOW_PROGRAM_SECONDS or not seconds)
+        ):
             break
-    workspaces = [
-        _workspace(call, WORKSPACE_CALLS // (2 if min(seconds) > SLOW_SECONDS else 1))
-        for call, seconds in zip(calls, times, strict=True)
-    ]
-    # The first two rounds are left out: they fault pages in and build kernels.
-    return [[typical(seconds[2:]), workspace] for seconds, workspace in zip(times, workspaces, strict=True)]
+    return times
 
 
 def typical(call_seconds: Sequence[float]) -> float:
@@ -371,64 +425,50 @@ def _run(operator: Any, tensors: Mapping[str, Any], outputs: Sequence[Any], stor
     operator.run(tensors, [None if out is None else out.as_strided(out.shape, out.stride()) for out in outputs], store)
 
 
-def _make_tensors(
-    values: dict[str, dict[str, Any]], operators: list[dict[str, Any]], contents: str = "normal"
-) -> dict[str, Any]:
-    """The tensors of a program by name, filled so that no operator meets denormals, NaN or an index out of range."""
+def _make_tensors(program: dict[str, Any], placement: Placement, contents: str = "normal") -> dict[str, Any]:
+    """The tensors of a program by name. Those that no operator makes are filled so that no operator meets denormals, NaN or an
+    index out of range.
+    """
     import torch
 
     from tightfit.runtime.engine.cpu.arena import Arena
-    from tightfit.runtime.engine.device.device import aligned
     from tightfit.runtime.engine.training.job import POSITIONS_AT
 
-    arena, end = Arena(sum(aligned(value["bytes"]) for value in values.values())), 0
-    generator = torch.Generator().manual_seed(0)
-    gathered = {name for operator in operators for name in operator["gathers"]}
+    arena, generator = Arena(placement.bytes), torch.Generator().manual_seed(0)
+    operators = program["operators"]
+    gathered = any(operator["gathers"] for operator in operators)
     rows = GATHERED_ROWS if gathered else 2  # 0 and 1 are valid labels and indices everywhere
-    read = {name for operator in operators for name in operator["inputs"]}
     places = [
         (operator["args"], POSITIONS_AT[operator["target"]])
         for operator in operators
         if operator["target"] in POSITIONS_AT
     ]
     positions = {args[index]["operand"]["value"] for args, index in places if args[index] is not None}
-    unread_outputs = {
-        name: index
-        for operator in operators
-        for index, name in enumerate(operator["outputs"])
-        if name is not None and name not in read
-    }
-    shared_buffers: dict[tuple[Any, ...], list[Any]] = {}
-    occurrences: Counter[tuple[Any, ...]] = Counter()
-    tensors = {}
-    for name, value in values.items():
-        if name in gathered:
-            continue
-        dtype, shape, stride = getattr(torch, value["dtype"]), value["shape"], value["stride"]
-        # Weights of one shape take turns on a few buffers, each of which has left the cache when its turn comes.
-        # Scratch outputs that no operator reads reuse one buffer, as in a step.
-        buffers = WEIGHT_BUFFERS if value["kind"] == "weight" else 1
-        shares = value["kind"] == "weight" or name in unread_outputs
-        key = (*shape, value["dtype"], unread_outputs.get(name))
-        occurrences[key] += shares
-        if shares and occurrences[key] > buffers:
-            tensors[name] = shared_buffers[key][occurrences[key] % buffers]
-            continue
-        tensor = arena.window(value["dtype"])(end, value["bytes"] // dtype.itemsize).as_strided(shape, stride)
-        end += aligned(value["bytes"])
-        if dtype.is_floating_point and contents == "normal":
+
+    def fill(tensor: Any) -> None:
+        if tensor.dtype.is_floating_point and contents == "normal":
             tensor.normal_(0.0, 0.05, generator=generator)
-        elif dtype.is_floating_point:
+        elif tensor.dtype.is_floating_point:
             tensor.uniform_(0.05, 0.95, generator=generator)
-        elif dtype is torch.bool:
+        elif tensor.dtype is torch.bool:
             tensor.fill_(True)
-        elif name in positions:
-            tensor.copy_(torch.arange(shape[-1]))  # rows of one sample each, which take longest
         else:
             tensor.random_(0, rows, generator=generator)
-        if shares:
-            shared_buffers.setdefault(key, []).append(tensor)
-        tensors[name] = tensor
+
+    for pool in placement.pools:
+        fill(arena.window(pool.dtype)(pool.offset, pool.bytes // getattr(torch, pool.dtype).itemsize))
+    tensors = {}
+    for value in program["values"]:
+        name = value["name"]
+        if name not in placement.offsets:
+            continue
+        elements = value["bytes"] // getattr(torch, value["dtype"]).itemsize
+        tensor = arena.window(value["dtype"])(placement.offsets[name], elements)
+        tensors[name] = tensor.as_strided(value["shape"], value["stride"])
+        if name in positions:
+            tensors[name].copy_(torch.arange(value["shape"][-1]))  # rows of one sample each, which take longest
+        elif name in placement.kept:
+            fill(tensor)
     return tensors
 
 
@@ -443,28 +483,33 @@ def _workspace(call: Callable[[], None], calls: int) -> int:
     rises = []
     for _ in range(calls):
         trim_heap()
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
+        HIGH_WATER.reset()
         before = memory().resident
         call()
         rises.append(memory().peak - before)
     return max(0, min(rises))
 
 
-def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -> float:
-    """Seconds to unpack a weight [rows, columns], from and into buffers that are not in the cache, as in a step."""
+def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str, turning_bytes: int) -> float:
+    """Seconds to unpack a weight [rows, columns], from and into buffers that are not in the cache, as in a step. Those have
+    `turning_bytes`; of a weight that is larger so many rows are unpacked as they have room for.
+    """
     import torch
 
     from tightfit.runtime.engine.weights.store import Entry, unpack
 
-    entry = Entry(name="weight", shape=(rows, columns), format=kind, group=group)
-    element = getattr(torch, dtype)
-    copies = max(1, min(MOST_CALLS, UNPACKED_BYTES // (rows * columns * element.itemsize)))
-    packed = torch.randint(0, 64, (entry.bytes,), dtype=torch.uint8).repeat(copies, 1)
-    outs = torch.zeros(copies, rows, columns, dtype=element)
-    return _seconds_of(lambda turn: unpack(entry, packed[turn % copies], outs[turn % copies]), between=other_work())
+    buffers = unpack_buffers(turning_bytes, kind, group, rows, columns, dtype)
+    entry = Entry(name="weight", shape=(buffers.rows, columns), format=kind, group=group)
+    packed = torch.empty(buffers.copies, entry.bytes, dtype=torch.uint8).random_(0, 64)
+    outs = torch.zeros(buffers.copies, buffers.rows, columns, dtype=getattr(torch, dtype))
+
+    def unpack_next(turn: int) -> None:
+        unpack(entry, packed[turn % buffers.copies], outs[turn % buffers.copies])
+
+    return _seconds_of(unpack_next, other_work()) * rows / buffers.rows
 
 
-def measure_update(elements: int, accumulate: int) -> float:
+def measure_update(elements: int, accumulate: int, turning_bytes: int) -> float:
     """Seconds per step for a trainable of `elements`: those of one optimizer update, averaged over its `accumulate`
     steps. Its tensors are in no cache, as in a step.
     """
@@ -472,18 +517,19 @@ def measure_update(elements: int, accumulate: int) -> float:
 
     from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate
 
-    update, count = GradientUpdate(AdamW(), accumulate), 4 + (accumulate > 1)
-    copies = max(1, min(MOST_CALLS, UPDATED_BYTES // (4 * count * elements)))
-    sets, between = torch.full((copies, count, elements), 1e-3), other_work()
+    update = GradientUpdate(AdamW(), accumulate)
+    measured, copies, element_bytes = update_buffers(turning_bytes, elements, accumulate)
+    sets, between = torch.full((copies, element_bytes // 4, measured), 1e-3), other_work()
 
     def seconds_at(step: int) -> float:
         update.begin(step)
-        return _seconds_of(lambda turn: update.apply(step, *sets[turn % copies].unbind()), between=between)
+        return _seconds_of(lambda turn: update.apply(step, *sets[turn % copies].unbind()), between)
 
-    return (seconds_at(accumulate) + ((accumulate - 1) * seconds_at(1) if accumulate > 1 else 0.0)) / accumulate
+    seconds = (seconds_at(accumulate) + ((accumulate - 1) * seconds_at(1) if accumulate > 1 else 0.0)) / accumulate
+    return seconds * elements / measured
 
 
-def measure_clipped(elements: int, accumulate: int) -> tuple[float, float]:
+def measure_clipped(elements: int, accumulate: int, turning_bytes: int) -> tuple[float, float]:
     """Seconds, for a trainable of `elements` whose gradients are clipped, to add one to their sum, averaged over the
     `accumulate` steps of an update, and of the update from the sum.
 
@@ -495,23 +541,23 @@ def measure_clipped(elements: int, accumulate: int) -> tuple[float, float]:
     from tightfit.runtime.engine.kernels.optimizer import AdamW, ClippedUpdate
 
     update = ClippedUpdate(AdamW(), 1e-6, accumulate)
-    copies = max(1, min(MOST_CALLS, UPDATED_BYTES // (4 * 4 * elements)))
-    gradient, sets = torch.full((elements,), 1e-3), torch.full((copies, 4, elements), 1e-3)
+    measured, copies, element_bytes = clipped_buffers(turning_bytes, elements)
+    gradient, sets = torch.full((measured,), 1e-3), torch.full((copies, element_bytes // 4, measured), 1e-3)
+    between = other_work()
 
     def adding(step: int) -> float:
         update.begin(step)
-        return _seconds_of(lambda turn: update.add(gradient, sets[turn % copies, 3]), CLIPPED_SECONDS, other_work())
+        return _seconds_of(lambda turn: update.add(gradient, sets[turn % copies, 3]), between)
 
     steps = {step: adding(step) for step in dict.fromkeys((1, min(2, accumulate), accumulate))}
     middle = steps[min(2, accumulate)]
     whole = steps[1] + (accumulate - 2) * middle + steps[accumulate] if accumulate > 1 else steps[1]
     update.norm()
-    return whole / accumulate, _seconds_of(
-        lambda turn: update.apply_sum(accumulate, *sets[turn % copies].unbind()), CLIPPED_SECONDS
-    )
+    update_seconds = _seconds_of(lambda turn: update.apply_sum(accumulate, *sets[turn % copies].unbind()))
+    return whole / accumulate * elements / measured, update_seconds * elements / measured
 
 
-def measure_adafactor(shape: Sequence[int]) -> float:
+def measure_adafactor(shape: Sequence[int], turning_bytes: int) -> float:
     """Seconds of one update by Adafactor of a trainable of this shape."""
     import torch
 
@@ -519,19 +565,24 @@ def measure_adafactor(shape: Sequence[int]) -> float:
 
     update = GradientUpdate(Adafactor())
     update.begin(1)
-    parameter, gradient = (torch.full(tuple(shape), 1e-3) for _ in range(2))
-    state = torch.full(state_shape(FACTORED, shape), 1e-6)
-    return _seconds_of(lambda turn: update.apply(1, parameter, gradient, state), ADAFACTOR_SECONDS, other_work())
+    measured = adafactor_buffers(turning_bytes, shape).rows
+    part = (measured, *shape[1:]) if shape else ()
+    parameter, gradient = (torch.full(part, 1e-3) for _ in range(2))
+    state = torch.full(state_shape(FACTORED, part), 1e-6)
+    seconds = _seconds_of(lambda turn: update.apply(1, parameter, gradient, state), other_work())
+    return seconds * (shape[0] if shape else 1) / measured
 
 
-def measure_perturb(elements: int) -> float:
+def measure_perturb(elements: int, turning_bytes: int) -> float:
     import torch
 
     from tightfit.runtime.engine.kernels.optimizer import MeZO, Perturbation
 
     perturbation = Perturbation(MeZO(), 0)
-    parameter = torch.full((elements,), 1e-3)
-    return _seconds_of(lambda turn: perturbation.shift("p", parameter, 1), between=other_work())
+    measured = update_buffers(turning_bytes, elements).rows
+    parameter = torch.full((measured,), 1e-3)
+    seconds = _seconds_of(lambda turn: perturbation.shift("p", parameter, 1), other_work())
+    return seconds * elements / measured
 
 
 def other_work() -> Callable[[], None]:
@@ -554,15 +605,15 @@ def torch_threads() -> int:
     return torch.get_num_threads()
 
 
-def _seconds_of(call: Callable[[int], None], seconds: float = 0.2, between: Callable[[], None] | None = None) -> float:
-    """Seconds that `call` takes, which is given the number of the call, measured for about `seconds`. `between` is called before
-    each call and not timed.
+def _seconds_of(call: Callable[[int], None], between: Callable[[], None] | None = None) -> float:
+    """Seconds that `call` takes, which is given the number of the call, measured for about `FIGURE_SECONDS`. `between` is called
+    before each call and not timed.
     """
     clock = QuotaClock(torch_threads())
     times: list[float] = []
     started = time.perf_counter()
     number = 0
-    while number < 5 or (number < MOST_CALLS and time.perf_counter() - started < seconds):
+    while number < 5 or (number < MOST_CALLS and time.perf_counter() - started < FIGURE_SECONDS):
         if between:
             between()
         start = clock()
@@ -573,4 +624,4 @@ def _seconds_of(call: Callable[[int], None], seconds: float = 0.2, between: Call
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(lambda: main(sys.argv[1:]))

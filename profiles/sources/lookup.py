@@ -102,9 +102,9 @@ def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
 
         return gguf_vocabulary(path)
     if kind == "prepared":
-        from tightfit.profiles.sources.directory_tokenizer import TOKENIZER, read_vocabulary
+        from tightfit.profiles.sources.directory_tokenizer import WORDS, read_vocabulary
 
-        return read_vocabulary(path) if (path / TOKENIZER).exists() else None
+        return read_vocabulary(path) if (path / WORDS).exists() else None
     if kind in ("directory", "hub"):
         from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary
 
@@ -115,6 +115,17 @@ def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
 def names_module(source: str | os.PathLike[str]) -> bool:
     """Whether `source` names a module of the user's own. Raises InputError if it names nothing usable."""
     return _named(source)[0] == "factory"
+
+
+def prepared_seq(source: str | os.PathLike[str], prepared: str | os.PathLike[str] | None) -> int | None:
+    """Tokens of the step that was traced when the model, or the folder `prepared`, was made ready; None if none was."""
+    kind, path = _named(source)
+    folder = path if kind == "prepared" else None if prepared is None else Path(prepared)
+    if folder is None:
+        return None
+    from tightfit.profiles.sources.prepared import load_prepared
+
+    return load_prepared(folder).step.seq
 
 
 def longest_sequence(source: str | os.PathLike[str]) -> int | None:

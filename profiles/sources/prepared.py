@@ -1,8 +1,8 @@
 """A prepared model: a folder with a traced step, and what a small device needs beside its data to train it.
 
     prepared.json      the step, and the model and options that it was traced for (`PreparedModel`), with a checksum
-    tokenizer.json,    the vocabulary (`tightfit.profiles.sources.directory_tokenizer.write_vocabulary`), where the model has one
-    vocabulary.json
+    vocabulary.json,   the vocabulary (`tightfit.profiles.sources.directory_tokenizer.write_vocabulary`), where the model has one
+    tokenizer.table    or tokenizer.json
     weights.store      the packed weights, where they were asked for
 
 `tightfit prepare` writes it on a machine that can trace the model. Where it has no weights, the device packs its own.
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from tightfit.profiles.schema import PROFILE_VERSION, FrozenRecord, TracedStep
 from tightfit.profiles.sources.described import TracingRequest, described_source
-from tightfit.profiles.sources.directory_tokenizer import TOKENIZER, WORDS, write_vocabulary
+from tightfit.profiles.sources.directory_tokenizer import TABLE, TOKENIZER, WORDS, write_vocabulary
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.precision import precision
@@ -100,10 +100,10 @@ def save_prepared(prepared: PreparedModel, folder: Path, store: Path | None, voc
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PREPARED).unlink(missing_ok=True)  # until all is there
-        for name in (WEIGHTS, TOKENIZER, WORDS):
+        for name in (WEIGHTS, TOKENIZER, TABLE, WORDS):
             (folder / name).unlink(missing_ok=True)
         if vocabulary is not None:
-            write_vocabulary(folder, vocabulary)
+            write_vocabulary(folder, vocabulary, copied=True)
         if store is not None:
             partial = folder / f".{WEIGHTS}.partial"
             shutil.copyfile(store, partial)

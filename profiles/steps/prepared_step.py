@@ -17,7 +17,7 @@ from tightfit.runtime.common.option_names import spelled
 if TYPE_CHECKING:
     from tightfit.profiles.tracing.trace import Trace
 
-MEASURING = ("device", "threads", "force", "progress", "prepared", "adapter", "accumulate")
+MEASURING = ("device", "threads", "force", "progress", "prepared", "adapter", "accumulate", "memory")
 """options that say how a step is measured or where its adapter lies, and not what is traced"""
 
 

@@ -28,6 +28,7 @@ from tightfit.profiles.tracing.eager_steps import (
     load,
     perturbed_step,
 )
+from tightfit.profiles.tracing.tensor_files import read_tensors, write_tensors
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.job import KEEP_STATE, kept_buffers
@@ -64,9 +65,16 @@ class GradientComparison:
         self.twice: set[str] = set()
         """names of the buffers that PyTorch's backward changes a second time"""
 
-    def why_not(self, folder: Path) -> str | None:
-        """Why there is no comparison, in words, if memory or the disk of `folder` is too short for it; else None."""
-        needed_bytes, free = ROOM * step_bytes(self.traced.layers, self.traced.programs, self.module), free_memory()[0]
+    @property
+    def step_bytes(self) -> int:
+        return step_bytes(self.traced.layers, self.traced.programs, self.module)
+
+    def why_not(self, folder: Path, memory: int | None = None) -> str | None:
+        """Why there is no comparison, in words, if memory (`memory` bytes, or None: all that is free) or the disk of `folder` is too
+        short for it; else None.
+        """
+        needed_bytes, free = ROOM * self.step_bytes, free_memory()[0]
+        free = free if memory is None else min(free, memory)
         file_bytes = 3 * STEPS * module_bytes(self.module)
         if needed_bytes > free:
             return f"{NOT_COMPARED}: it takes {format_size(int(needed_bytes))} beside what is held, and {format_size(free)} are free"
@@ -92,9 +100,8 @@ class GradientComparison:
             self.twice.update(eager.twice)
             names = (*self.trained, *self.kept) if number else given  # what no step changes is written once
             inputs = {name: given[name].to(types.get(name, given[name].dtype)) for name in names}
-            torch.save(
-                inputs | {f"batch{index}": tensor for index, tensor in enumerate(batch)}, folder / f"given{number}"
-            )
+            samples = {f"batch{index}": tensor for index, tensor in enumerate(batch)}
+            write_tensors(folder / f"given{number}", inputs | samples)
             statistics = {name: eager.statistics.get(name, given[name]) for name in self.kept}
             torch.save([eager.loss, eager.gradients, statistics], folder / f"eager{number}")
             report("compare", number + 1, STEPS)
@@ -114,7 +121,7 @@ class GradientComparison:
         """
         largest = 0.0
         for number in range(self.count):
-            traced = torch.load(folder / f"traced{number}", weights_only=True)
+            traced = read_tensors(folder / f"traced{number}")
             loss, statistics = float(traced.pop(self.traced.loss)), {name: traced.pop(name) for name in self.kept}
             gradients = {name.removeprefix("grad:"): gradient for name, gradient in traced.items()}
             ours = EagerResult(loss=loss, gradients=gradients, statistics=statistics)
@@ -157,7 +164,7 @@ class GradientComparison:
         relative = distances(own, theirs)
         if not self._beyond(relative) or self.random:
             return relative
-        inputs = [torch.load(folder / f"given{step}", weights_only=True) for step in dict.fromkeys((0, number))]
+        inputs = [read_tensors(folder / f"given{step}") for step in dict.fromkeys((0, number))]
         batch = tuple(inputs[-1][f"batch{index}"] for index in range(len(self.steps.sample)))
         for tensors in inputs:
             load(self.module, tensors)

@@ -60,8 +60,8 @@ def compare(
     plan_options = read(PlanOptions, options).model_dump(exclude={"policy", "progress"})
     enough_for_a_solver()
     from tightfit.planner.report.compare import compare as compare_plans
-    from tightfit.profiles.api import load_profile
     from tightfit.profiles.devices.data_sheets import find_device
+    from tightfit.profiles.io import load_profile
     from tightfit.runtime.cli.terminal import ComparisonDisplay, messages
     from tightfit.runtime.common.files import check_writable, write_whole
 

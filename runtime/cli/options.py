@@ -80,26 +80,13 @@ def stage() -> Iterator[io.StringIO]:
 @contextlib.contextmanager
 def service(url: str) -> Iterator[Client]:
     """A client of the service at `url`. A Ctrl-C becomes a RunError whose message says what goes on there."""
-    with served():
-        from tightfit.planner.service.client import connect
+    from tightfit.planner.service.client import connect
+
     with connect(url) as service:
         try:
             yield service
         except KeyboardInterrupt as stop:
             raise RunError("; ".join(["interrupted", *map(str, stop.args)])) from stop
-
-
-@contextlib.contextmanager
-def served() -> Iterator[None]:
-    """While entered, a missing package of the extra `serve` becomes an error that says how to install it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "tightfit":
-            raise
-        raise InputError(
-            f"{error.name} is not installed; a service and its clients need it: pip install 'tightfit[serve]'"
-        ) from error
 
 
 @contextlib.contextmanager

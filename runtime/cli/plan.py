@@ -65,9 +65,7 @@ def plan(
     settings = read(PlanOptions, options)
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
-    from tightfit.planner.problem.optimizers import chosen
-    from tightfit.profiles.api import load_profile
-    from tightfit.profiles.learned import LearnedFigures
+    from tightfit.profiles.io import load_profile
     from tightfit.runtime.cli.terminal import SolvingDisplay, StagesDisplay, messages
     from tightfit.runtime.common.files import check_writable
     from tightfit.runtime.session.rehearsal import rehearsed
@@ -93,15 +91,9 @@ def plan(
         explanations.append(explanation)
         return result
 
-    def step(profile: Profile) -> Profile:
-        """The step that is planned. The service chooses its optimizer itself."""
-        return (
-            chosen(profile, settings.optimizer, settings.max_grad_norm, LearnedFigures()) if server is None else profile
-        )
-
     rehearsal = rehearsed(
         loaded_profile,
-        step,
+        lambda profile: step_to_plan(profile, settings, server),
         make,
         go_on=lambda: rehearse and not interrupted,
         tell=console.print,
@@ -125,6 +117,14 @@ def plan(
     with answering(summary, answers.plan_text(planned, explanation), as_json):
         summary["plan"] = str(save_plan(planned, output))
     console.print(f"plan written to {output}{_run_next(planned, output)}")
+
+
+def step_to_plan(profile: Profile, options: PlanOptions, server: str | None) -> Profile:
+    """The step that is planned. A service chooses its optimizer itself."""
+    from tightfit.planner.problem.optimizers import chosen
+    from tightfit.profiles.learned import LearnedFigures
+
+    return chosen(profile, options.optimizer, options.max_grad_norm, LearnedFigures()) if server is None else profile
 
 
 def _run_next(plan: Plan, path: Path) -> str:

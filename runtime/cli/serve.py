@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tightfit.planner.service.wire.settings import Settings
-from tightfit.runtime.cli.options import Debug, served
+from tightfit.runtime.cli.options import Debug
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.common.limits import LEAST_BYTES
@@ -51,8 +51,8 @@ def serve(
     solve_bytes = parse_size(memory)
     if solve_bytes < LEAST_BYTES:
         raise InputError(f"--memory {memory}: no plan is solved in less than {format_size(LEAST_BYTES)}; give as much")
-    with served():
-        from tightfit.planner.service.http.app import serve as serve_http
+    from tightfit.planner.service.http.app import serve as serve_http
+
     if data_dir is None:
         from tightfit.runtime.common.files import cache_directory
 

@@ -462,6 +462,7 @@ def test_a_disk_that_cannot_be_measured_is_named_and_nothing_else_blamed(tmp_pat
         "updates": [],
         "shapes": [],
         "tables": [],
+        "turning_bytes": 1 << 20,
         "compute_dtype": "float32",
     }
     with pytest.raises(RunError) as caught:

@@ -142,7 +142,7 @@ def test_stages_share_no_other_options():
         for name in ("profile", "plan", "run")
     ]
     shared = {one for here in names for one in here if sum(one in there for there in names) > 1}
-    assert shared == {"--output", "--json", "--debug", "--adapter"}
+    assert shared == {"--output", "--json", "--debug", "--adapter", "--server", "--memory"}
 
 
 def test_an_option_that_a_stage_gets_tomorrow(monkeypatch):

@@ -1,0 +1,120 @@
+"""Measures the floor of runs, in processes started for it, and sends the result of measuring.
+
+The process that has measured everything else becomes this one (``python -m tightfit.profiles.measuring.floor DESCRIPTOR``, exec), so that
+none of its memory is held beside theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from tightfit.profiles.measuring.kernels import kernel_bytes
+from tightfit.profiles.measuring.messages import Steps, send
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import RunError
+from tightfit.runtime.common.files import nameless_file, write_all
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.engine.start.floor import HOLES_PER_WORKSPACE
+from tightfit.runtime.engine.start.process import child_environment, leave
+from tightfit.runtime.supervision.supervisor import command as supervisor_command
+from tightfit.runtime.supervision.training_process import command
+
+
+def become(folder: str, request: dict[str, Any], result: dict[str, Any], held_bytes: int, steps: Steps) -> NoReturn:
+    """Go on as the process that measures the floor and sends the `result` with it. `request` is the worker's, with what was found about
+    its operators; `held_bytes` what this process has held so far.
+    """
+    state = [request, result, held_bytes, steps.done, steps.total]
+    descriptor = nameless_file(folder)
+    write_all(descriptor, json.dumps(state).encode())
+    os.set_inheritable(descriptor, True)
+    sys.stdout.flush()
+    words = interpreter.command("tightfit.profiles.measuring.floor", str(descriptor))
+    os.execve(words[0], words, os.environ)  # noqa: S606  no shell is wanted
+
+
+def main() -> int:
+    descriptor = int(sys.argv[1])
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with open(descriptor, encoding="utf-8") as file:
+        request, result, held_bytes, done, total = json.load(file)
+    result["floor"] = measure_floor(request, result["operators"], Steps(total, done))
+    beside_bytes = memory().peak + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    send(result=result | {"held_bytes": max(held_bytes, beside_bytes)})
+    return 0
+
+
+def measure_floor(request: dict[str, Any], figures: dict[str, list[list[float]]], steps: Steps) -> dict[str, Any]:
+    """`Floor` fields in bytes: of an idle run, with what the operators of all programs leave behind. `figures` are theirs."""
+    programs, threads = request["programs"], request["threads"]
+    fields = idle_floor(threads)
+    steps.take()
+    kernels = kernel_bytes(programs, threads)
+    fields["resident_bytes"] += kernels
+    if len(programs) > request["whole"]:
+        kernels_of_whole = kernel_bytes(programs[: request["whole"]], threads)
+        fields["shorter_bytes"] = max(0, kernels - kernels_of_whole)
+    steps.take()
+    forwards = [
+        {**program, "operators": [program["operators"][position] for position in positions]}
+        for program, positions in zip(programs, request["inference"], strict=True)
+    ]
+    fields["inference_resident_bytes"] += kernel_bytes(forwards, threads, backward=False)
+    steps.take()
+
+    def largest_workspace(chosen: Callable[[int, int], bool]) -> float:
+        """Of the operators of PyTorch's own among those that are chosen by the indices of their program and of themselves."""
+        return max(
+            (
+                figures[program["name"]][index][1]
+                for number, program in enumerate(programs)
+                for index, operator in enumerate(program["operators"])
+                if not operator["target"].startswith("tightfit.") and chosen(number, index)
+            ),
+            default=0.0,
+        )
+
+    forward = [set(positions) for positions in request["inference"]]
+    fields["resident_bytes"] += round(HOLES_PER_WORKSPACE * largest_workspace(lambda number, index: True))
+    fields["inference_resident_bytes"] += round(
+        HOLES_PER_WORKSPACE * largest_workspace(lambda number, index: index in forward[number])
+    )
+    return fields
+
+
+def idle_floor(threads: int) -> dict[str, Any]:
+    """`Floor` fields in bytes, reported by an idle training process and an idle supervisor started for this.
+
+    Raises RunError.
+    """
+    # Pages of freshly installed libraries cannot be released until they are written to disk, and would add up to 16 MiB
+    # that no later run holds.
+    os.sync()
+    training = subprocess.run(
+        command("--floor"), capture_output=True, text=True, env=child_environment(threads), check=False
+    )
+    if training.returncode == RunError.exit_code:
+        raise RunError(training.stderr.strip())
+    lines = training.stdout.splitlines()
+    if not lines:
+        raise SystemExit(f"the runtime process does not start: {training.stderr.strip() or training.returncode}")
+    measured: dict[str, Any] = {}
+    for line in lines:  # the second one, `exchange_bytes`, is missing where a process cannot meet another
+        measured |= json.loads(line)
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    supervisor = subprocess.run(
+        supervisor_command("--measure"), capture_output=True, text=True, env=environment, check=False
+    )
+    if supervisor.returncode:
+        raise SystemExit(f"the supervisor of runs does not start: {supervisor.stderr.strip() or supervisor.returncode}")
+    return measured | {"supervisor_bytes": int(supervisor.stdout)}
+
+
+if __name__ == "__main__":
+    leave(main)
