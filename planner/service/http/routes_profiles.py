@@ -25,7 +25,8 @@ from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.remote_devices import HEADER, device_of
-from tightfit.planner.service.wire.schema import Digest, ProfileList, ProfileRequest, StoredProfile
+from tightfit.planner.service.wire.requests import ProfileRequest
+from tightfit.planner.service.wire.schema import Digest, ProfileList, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.planner.service.wire.traces import check_config
 from tightfit.profiles.io import canonical_json, parse_profile

@@ -20,7 +20,7 @@ from tightfit.planner.service.jobs import profiling
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.wire.errors import ServiceError
 from tightfit.planner.service.wire.objects import ObjectStore
-from tightfit.planner.service.wire.schema import ProfileRequest
+from tightfit.planner.service.wire.requests import ProfileRequest
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.models.transformers_config import DECODERS, NAMES, TWO_SEQUENCES, check, listed

@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,6 +18,7 @@ from certificates import self_signed
 from damage import CONFIG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import SOURCES
 from served import Served, service
 from typer.testing import CliRunner
 
@@ -243,6 +246,17 @@ def test_a_service_of_another_version_is_told_in_words(served, request_, monkeyp
         monkeypatch.setattr(Client, "get", lambda self, path: {"status": "ok", "version": "0.0.9"})
         with pytest.raises(InputError, match=r"tightfit 0\.0\.9 answers there, .*another, and traces no models"):
             service_.trace(request_)
+
+
+def test_a_device_asks_without_a_solver_and_without_pytorch():
+    """What a client loads, which a device has to hold."""
+    code = (
+        "import sys, tightfit.planner.service.client\n"
+        "print([name for name in ('torch', 'transformers', 'ortools', 'numpy', 'matplotlib') if name in sys.modules])"
+    )
+    environment = {"PYTHONPATH": str(SOURCES)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 # --- tokens and https -------------------------------------------------------------------------------------------------
