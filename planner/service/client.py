@@ -27,11 +27,14 @@ from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.planner.io import parse_plan
+from tightfit.planner.plan_result import sealed
 from tightfit.planner.report.comparison import Comparison
 from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER, TIME_LIMIT, PlanOptions
 from tightfit.planner.service.wire.errors import JOB_ERRORS
+from tightfit.planner.service.wire.redaction import Redaction, with_paths
+from tightfit.planner.service.wire.remote_devices import HEADER, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import FINISHED, OWN_DEVICE
 from tightfit.planner.service.wire.settings import check_token, installed_version, loopback
 from tightfit.planner.service.wire.traces import canonical_request, with_places, without_places
@@ -59,16 +62,26 @@ ERROR_TYPES = {code: kind for kind, code in JOB_ERRORS.items()}
 
 
 def connect(
-    url: str, *, token: str | None = None, certificate: str | os.PathLike[str] | None = None, timeout: float = 60.0
+    url: str,
+    *,
+    token: str | None = None,
+    certificate: str | os.PathLike[str] | None = None,
+    device: RemoteDevice | None = None,
+    timeout: float = 60.0,
 ) -> Client:
     """A client of the service at `url`. `token` and `certificate`, the file of the certificate that an https service shows or of those
-    who have signed it, default to the environment variables TIGHTFIT_TOKEN and TIGHTFIT_CERTIFICATE.
+    who have signed it, default to the environment variables TIGHTFIT_TOKEN and TIGHTFIT_CERTIFICATE. `device`, as `this_device`
+    makes it, is what the service lists this machine as; None: it does not.
 
     Raises InputError where what answers there is no tightfit, or one that its certificate does not vouch for, and RunError where
     nothing answers.
     """
     client = Client(
-        url, token=token or os.environ.get("TIGHTFIT_TOKEN") or None, certificate=certificate, timeout=timeout
+        url,
+        token=token or os.environ.get("TIGHTFIT_TOKEN") or None,
+        certificate=certificate,
+        device=device,
+        timeout=timeout,
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(client)
@@ -86,20 +99,29 @@ class Client:
     """
 
     def __init__(
-        self, url: str, *, token: str | None, timeout: float, certificate: str | os.PathLike[str] | None = None
+        self,
+        url: str,
+        *,
+        token: str | None,
+        timeout: float,
+        certificate: str | os.PathLike[str] | None = None,
+        device: RemoteDevice | None = None,
     ) -> None:
         base_url = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
         self.url = base_url.rstrip("/").removesuffix("/page")
         self._ids: dict[str, str] = {}
         self._answered = False
+        self._device = device
+        headers = {} if device is None else {HEADER: device.model_dump_json()}
         try:
             address = httpx.URL(self.url)
             if token is not None:
                 check_token(token)
                 _check_secret(address)
+                headers["Authorization"] = f"Bearer {token}"
             self._http = httpx.Client(
                 base_url=address,
-                headers={} if token is None else {"Authorization": f"Bearer {token}"},
+                headers=headers,
                 timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
                 trust_env=False,
                 verify=_trusted(address, certificate),
@@ -121,8 +143,21 @@ class Client:
     # --- what the library does -------------------------------------------------------------------------------------
 
     def upload(self, profile: Profile) -> str:
-        """Store a profile; returns its id."""
+        """Store a profile as it is; returns its id."""
         return str(self._upload(profile)["id"])
+
+    def _upload_without_paths(self, profile: Profile) -> tuple[dict[str, Any], dict[str, str]]:
+        """Store a profile without paths of this machine; returns what is stored, and what `_planned` puts into plans of it."""
+        model, paths = Redaction([]).model(profile.model)
+        return self._upload(profile.model_copy(update={"model": model})), paths
+
+    def _planned(self, identity: str, paths: dict[str, str]) -> Plan:
+        """A stored plan as it would have been made here."""
+        plan = self.stored_plan(identity)
+        if paths:
+            plan = sealed(plan.model_copy(update={"model": with_paths(plan.model, paths)}))
+            self._ids[plan.fingerprint] = identity
+        return plan
 
     def _upload(self, profile: Profile) -> dict[str, Any]:
         body = gzip.compress(canonical_json(profile).encode(), 5)
@@ -169,9 +204,10 @@ class Client:
     def plan(self, profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
         """`tightfit.planner.plan.plan`, solved by the service."""
         fields = options.model_dump(exclude={"progress"}, exclude_none=True)
-        request = {"profile": self.upload(profile), "memory": budget_bytes, **fields}
+        stored, paths = self._upload_without_paths(profile)
+        request = {"profile": stored["id"], "memory": budget_bytes, **fields}
         job = self.finish(self.post("/v1/plans", request), options.progress)
-        return self.stored_plan(job["result"]["plan"])
+        return self._planned(job["result"]["plan"], paths)
 
     def explanation(self, plan: Plan) -> Explanation:
         """The explanation of a plan that the service has made; unless a comparison made it, with the value of memory."""
@@ -192,7 +228,7 @@ class Client:
         progress: Progress | None = None,
     ) -> Comparison:
         """`tightfit.planner.report.compare.compare`, solved by the service."""
-        stored = self._upload(profile)
+        stored, paths = self._upload_without_paths(profile)
         policies = stored["summary"]["policies"] if policies is None else policies
         request = {
             "profile": stored["id"],
@@ -210,7 +246,7 @@ class Client:
             devices=list(dict.fromkeys(cell["device"] for cell in cells)),
             budgets=sorted({cell["budget_bytes"] for cell in cells}),
             policies=list(dict.fromkeys(policies)),
-            plans=[self.stored_plan(cell["plan"]) for cell in cells],
+            plans=[self._planned(cell["plan"], paths) for cell in cells],
         )
 
     @keywords_of(FleetOptions)
@@ -272,6 +308,12 @@ class Client:
 
     def stored_fleet(self, identity: str) -> FleetPlan | PipelinePlan:
         return parse_any(self._send("GET", f"/v1/fleets/{identity}/file").content, f"{self.url}: {identity}")
+
+    def report(self, report: RunReport) -> None:
+        """Tell the service how a run of its latest plan for this device went."""
+        if self._device is None:
+            raise InputError("the service does not know this device; connect with device=this_device()")
+        self.post(f"/v1/remote-devices/{self._device.identity}/reports", report.model_dump())
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.redaction import Redaction
+from tightfit.planner.service.wire.remote_devices import HEADER, device_of
 from tightfit.planner.service.wire.schema import Digest, ProfileList, ProfileRequest, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.planner.service.wire.traces import check_config
@@ -95,8 +96,11 @@ def _source(settings: Settings, body: ProfileRequest) -> Row:
 )
 async def upload_profile(request: Request) -> Response:
     """The body is a profile.json, plain or gzip. It can be planned; only profiles made here can also be run here."""
-    row, new = await service_of(request).uploads.receive(request, "profile")
+    service, device = service_of(request), device_of(request.headers.get(HEADER))
+    row, new = await service.uploads.receive(request, "profile")
     profile = listed(row)
+    if device is not None:
+        service.store.note_device(device)
     return Response(profile.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
 
 

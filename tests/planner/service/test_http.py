@@ -407,6 +407,24 @@ def test_the_client_does_the_same_work(served, profile, minimum, release, monkey
         connect("nowhere")
 
 
+def test_plans_are_asked_for_without_paths_of_the_machine_that_asks(served, profile, minimum):
+    """They come back with the paths, as if they had been made here."""
+    paths = {"source": "/home/somebody/where-it-lies/tiny", "store": "/home/somebody/.cache/tightfit/stores/tiny.store"}
+    config = profile.model.config | {"adapter_base": "/home/somebody/where-it-lies/base"}
+    model = profile.model.model_copy(update=paths | {"config": config})
+    own = profile.model_copy(update={"model": model})
+    with connect(served.url) as service:
+        plan = service.plan(own, minimum + 57344)
+        assert plan.model == model
+        assert plan.fingerprint == solve_here(own, minimum + 57344).fingerprint
+        assert service.explanation(plan)
+        (compared,) = service.compare(own, [minimum + 61440]).plans
+        assert compared.model == model
+    stored = [gzip.decompress(path.read_bytes()) for path in (served.data / "objects").glob("??/*")]
+    assert any(b"tiny.store" in content for content in stored)
+    assert not any(b"somebody" in content for content in stored)
+
+
 def test_the_command_line_can_let_a_service_solve(served, profile, minimum, tmp_path, capfd):
     from tightfit.profiles.io import save_profile
 
