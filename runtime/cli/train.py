@@ -29,7 +29,18 @@ from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.command import EVERYTHING, Command
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, read_options, write_options
-from tightfit.runtime.cli.course import BEGIN, LEARN, MEASURE, PLAN, REHEARSE, RUN, Course, forgotten, rehearsal_end
+from tightfit.runtime.cli.course import (
+    BEGIN,
+    LEARN,
+    MEASURE,
+    PLAN,
+    REHEARSE,
+    RUN,
+    SMALLER,
+    Course,
+    forgotten,
+    rehearsal_end,
+)
 from tightfit.runtime.cli.options import command_words, key_of, read, stage, usage
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
@@ -237,7 +248,14 @@ class Stages:
 
     def carry_out(self, stage: str) -> str:
         """Carry a stage out; returns the next one. Raises what it raises, and typer.Exit if no plan fits."""
-        stages = {BEGIN: self.begin, MEASURE: self.measure, PLAN: self.plan, REHEARSE: self.rehearse, LEARN: self.learn}
+        stages = {
+            BEGIN: self.begin,
+            MEASURE: self.measure,
+            PLAN: self.plan,
+            REHEARSE: self.rehearse,
+            LEARN: self.learn,
+            SMALLER: self.smaller,
+        }
         try:
             return stages[stage]()
         except KeyboardInterrupt as stop:
@@ -250,7 +268,8 @@ class Stages:
         values, output, console, course = self.values, self.output, self.console, self.course
         earlier = read_file(output / CONFIG) if values["resume"] and (output / CONFIG).exists() else {}
         course.resume, course.overwrite = _how_to_begin(output, resume=values["resume"], overwrite=values["overwrite"])
-        budget = _budget(values["memory"], console, resume=values["resume"])
+        memory = values["memory"]
+        budget = _budget(memory, console, resume=values["resume"])
         seq, buckets = _lengths(values, budget, self.tokens, console)
         values |= {
             "seq": seq,
@@ -258,6 +277,10 @@ class Stages:
             "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget),
         }
         settings = _settings(self.context, values)
+        if memory == AUTO and values["resume"] and not values["force"] and (fitting := _fitting_plan(output, budget)):
+            # What was planned beforehand for less memory, or for as much, is taken: nothing is planned now.
+            console.print(f"plan: that of {format_size(fitting.budget_bytes)}, made before")
+            settings["memory"] = values["memory"] = earlier["memory"] = str(fitting.budget_bytes)
         measured, planned = (
             (None, None) if values["force"] else _earlier_results(self.context, output, settings, earlier)
         )
@@ -282,15 +305,25 @@ class Stages:
         from tightfit.runtime.session.rehearsal import MOST_ROUNDS, why_not
 
         apart = self.apart and self.values["rehearse"]
-        planned = _plan(self.values | ({"rehearse": False} if apart else {}), self.measured())
+        planned = _plan(self.values | {"smaller": 0} | ({"rehearse": False} if apart else {}), self.measured())
         rehearsed = apart and self.course.rounds < MOST_ROUNDS and why_not(planned) is None
         return REHEARSE if rehearsed else self.planned(planned)
+
+    def smaller(self) -> str:
+        from tightfit.planner.io import load_plan
+        from tightfit.runtime.cli.plan import plan_smaller
+
+        values, path = self.values, self.output / PLAN_FILE
+        options, server, certificate = read(PlanOptions, values), values["server"], values["certificate"]
+        number = values["smaller"]
+        plan_smaller(self.measured(), load_plan(path), number, options, path, server, certificate, self.console)
+        return RUN
 
     def planned(self, planned: Plan) -> str:
         """The plan is made: say what it is worth."""
         for sentence in answers.verdict(planned):
             self.console.print(f"plan: {sentence}")
-        return RUN
+        return SMALLER if self.values["smaller"] else RUN
 
     def rehearse(self) -> str:
         from tightfit.planner.io import load_plan
@@ -488,6 +521,31 @@ def _earlier_results(
     except InputError:
         return measured, None
     return measured, planned if planned and planned.profile_fingerprint == measured.fingerprint else None
+
+
+def _fitting_plan(output: Path, budget: int) -> Plan | None:
+    """Of the plans that an earlier call has left in the folder, that of the largest budget which is at most `budget`, now as the
+    folder's plan; None where there is none, or no choice.
+    """
+    from tightfit.planner.io import load_plan, save_plan
+    from tightfit.runtime.cli.plan import smaller_folder
+
+    path = output / PLAN_FILE
+    smaller = sorted(smaller_folder(path).glob("*.json"))
+    if not smaller:
+        return None
+    plans = []
+    for file in (path, *smaller):
+        with contextlib.suppress(InputError):
+            plans.append(load_plan(file))
+    fitting = max(
+        (plan for plan in plans if plan.budget_bytes <= budget), key=lambda plan: plan.budget_bytes, default=None
+    )
+    if fitting is not None and fitting.budget_bytes != plans[0].budget_bytes:
+        if path.exists():
+            path.replace(smaller_folder(path) / f"{plans[0].budget_bytes}.json")
+        save_plan(fitting, path)
+    return fitting
 
 
 def _profile(values: Mapping[str, Any]) -> Profile:
