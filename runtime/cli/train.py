@@ -49,6 +49,7 @@ from tightfit.runtime.common.errors import CapError, InputError, RunError, Tight
 from tightfit.runtime.common.interpreter import command, python_path
 from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.common.units import MIB, format_size, parse_size
+from tightfit.runtime.engine.device.resident import memory as resident
 from tightfit.runtime.session.options import DataOptions, RunOptions
 
 if TYPE_CHECKING:
@@ -269,7 +270,8 @@ class Stages:
         earlier = read_file(output / CONFIG) if values["resume"] and (output / CONFIG).exists() else {}
         course.resume, course.overwrite = _how_to_begin(output, resume=values["resume"], overwrite=values["overwrite"])
         memory = values["memory"]
-        budget = _budget(memory, console, resume=values["resume"])
+        own = resident().resident if self.apart else 0
+        budget = _budget(memory, console, resume=values["resume"], own=own)
         seq, buckets = _lengths(values, budget, self.tokens, console)
         values |= {
             "seq": seq,
@@ -340,7 +342,7 @@ class Stages:
         try:
             with (
                 StagesDisplay(self.console) as stages,
-                prepared_rehearsal(plan, course.folder, stages) as ready,
+                prepared_rehearsal(plan, course.folder, stages, resident().resident) as ready,
             ):
                 stages("rehearsing the plan for a few steps", 0, 1)
                 hand_on(ready, plan, cgroup=self.values["cgroup"], as_json=False, debug=False, replace=True, then=then)
@@ -419,18 +421,18 @@ def _how_to_begin(output: Path, *, resume: bool, overwrite: bool) -> tuple[bool,
     return going_on, overwrite
 
 
-def _budget(memory: str, console: Console, *, resume: bool) -> int:
-    """The budget in bytes; prints where it comes from."""
+def _budget(memory: str, console: Console, *, resume: bool, own: int) -> int:
+    """The budget in bytes; prints where it comes from. `own`: bytes that this process will not hold beside the run."""
     from tightfit.runtime.supervision.spare_memory import spare_memory
 
     if memory == AUTO:
-        budget, why = spare_memory()
+        budget, why = spare_memory(given_back=own)
         console.print(f"memory: {format_size(budget)}; {why}")
         return budget
     budget = parse_size(memory)
     if resume:
         with contextlib.suppress(InputError):  # nothing can be spared: the run may find out
-            spare, why = spare_memory()
+            spare, why = spare_memory(given_back=own)
             if budget > spare:
                 console.print(
                     f"memory: {format_size(budget)}, more than can be spared now: {why}; --memory auto plans anew"
