@@ -11,6 +11,7 @@ from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
+    Certificate,
     Debug,
     Html,
     Json,
@@ -50,6 +51,7 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg."), PRIMARY
     ] = None,
     server: Server = None,
+    certificate: Certificate = None,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -78,7 +80,7 @@ def compare(
     loaded_profile = load_profile(profile)
     with Interrupts() as interrupts, ComparisonDisplay(console, interrupts) as comparing:
         if server is not None:
-            with service(server) as client:
+            with service(server, certificate) as client:
                 plans = client.compare(
                     loaded_profile,
                     budgets,

@@ -24,8 +24,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 COURSE = ".course.json"
-BEGIN, MEASURE, PLAN, REHEARSE, LEARN, RUN = "begin", "measure", "plan", "rehearse", "learn", "run"
-NAMES = {BEGIN: "reading the data", MEASURE: "measuring", PLAN: "planning", REHEARSE: "rehearsing", LEARN: "learning"}
+BEGIN, MEASURE, PLAN, REHEARSE, LEARN = "begin", "measure", "plan", "rehearse", "learn"
+SMALLER, RUN = "smaller", "run"
+NAMES = {
+    BEGIN: "reading the data",
+    MEASURE: "measuring",
+    PLAN: "planning",
+    REHEARSE: "rehearsing",
+    LEARN: "learning",
+    SMALLER: "planning for less",
+}
 """stage -> what it does, in words"""
 
 

@@ -13,7 +13,7 @@ from tightfit.profiles.option_fields import PRIMARY
 from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Debug, Json, Server, next_command, read, service, with_options
+from tightfit.runtime.cli.options import Certificate, Debug, Json, Server, next_command, read, service, with_options
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.engine.device.resident import memory as resident
@@ -37,6 +37,7 @@ def profile(
         typer.Option(metavar="SIZE", help="What measuring may hold; default: what it measures best with."),
     ] = None,
     server: Server = None,
+    certificate: Certificate = None,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -58,7 +59,9 @@ def profile(
 
         profile_options = profile_options.but(progress=stages, memory=_left_for_measuring(memory))
         if server is not None:
-            profile_options = traced_by(server, model, profile_options)
+            profile_options = traced_by(
+                server, model, profile_options, certificate, None if memory is None else parse_size(memory)
+            )
         measured = measure(model, **dict(profile_options))
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}
@@ -72,7 +75,9 @@ def _left_for_measuring(memory: str | None) -> int | None:
     return None if memory is None else max(1, parse_size(memory) - resident().resident)
 
 
-def traced_by(server: str, model: str, options: ProfileOptions) -> ProfileOptions:
+def traced_by(
+    server: str, model: str, options: ProfileOptions, certificate: Path | None, budget: int | None
+) -> ProfileOptions:
     """The options with a step that the service at `server` has traced; the weights stay here. The step of a module is traced here.
 
     Raises what the service's client raises.
@@ -89,6 +94,6 @@ def traced_by(server: str, model: str, options: ProfileOptions) -> ProfileOption
     if options.force or not is_prepared(folder):
         assert options.progress is not None
         options.progress(f"having the model traced by {server}", 0, 1)
-        with service(server) as client:
+        with service(server, certificate, budget) as client:
             save_prepared(client.trace(request), folder, None, None)
     return options.but(prepared=folder)

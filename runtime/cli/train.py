@@ -29,7 +29,18 @@ from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.command import EVERYTHING, Command
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, read_options, write_options
-from tightfit.runtime.cli.course import BEGIN, LEARN, MEASURE, PLAN, REHEARSE, RUN, Course, forgotten, rehearsal_end
+from tightfit.runtime.cli.course import (
+    BEGIN,
+    LEARN,
+    MEASURE,
+    PLAN,
+    REHEARSE,
+    RUN,
+    SMALLER,
+    Course,
+    forgotten,
+    rehearsal_end,
+)
 from tightfit.runtime.cli.options import command_words, key_of, read, stage, usage
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
@@ -38,6 +49,7 @@ from tightfit.runtime.common.errors import CapError, InputError, RunError, Tight
 from tightfit.runtime.common.interpreter import command, python_path
 from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.common.units import MIB, format_size, parse_size
+from tightfit.runtime.engine.device.resident import memory as resident
 from tightfit.runtime.session.options import DataOptions, RunOptions
 
 if TYPE_CHECKING:
@@ -237,7 +249,14 @@ class Stages:
 
     def carry_out(self, stage: str) -> str:
         """Carry a stage out; returns the next one. Raises what it raises, and typer.Exit if no plan fits."""
-        stages = {BEGIN: self.begin, MEASURE: self.measure, PLAN: self.plan, REHEARSE: self.rehearse, LEARN: self.learn}
+        stages = {
+            BEGIN: self.begin,
+            MEASURE: self.measure,
+            PLAN: self.plan,
+            REHEARSE: self.rehearse,
+            LEARN: self.learn,
+            SMALLER: self.smaller,
+        }
         try:
             return stages[stage]()
         except KeyboardInterrupt as stop:
@@ -250,7 +269,9 @@ class Stages:
         values, output, console, course = self.values, self.output, self.console, self.course
         earlier = read_file(output / CONFIG) if values["resume"] and (output / CONFIG).exists() else {}
         course.resume, course.overwrite = _how_to_begin(output, resume=values["resume"], overwrite=values["overwrite"])
-        budget = _budget(values["memory"], console, resume=values["resume"])
+        memory = values["memory"]
+        own = resident().resident if self.apart else 0
+        budget = _budget(memory, console, resume=values["resume"], own=own)
         seq, buckets = _lengths(values, budget, self.tokens, console)
         values |= {
             "seq": seq,
@@ -258,6 +279,10 @@ class Stages:
             "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget),
         }
         settings = _settings(self.context, values)
+        if memory == AUTO and values["resume"] and not values["force"] and (fitting := _fitting_plan(output, budget)):
+            # What was planned beforehand for less memory, or for as much, is taken: nothing is planned now.
+            console.print(f"plan: that of {format_size(fitting.budget_bytes)}, made before")
+            settings["memory"] = values["memory"] = earlier["memory"] = str(fitting.budget_bytes)
         measured, planned = (
             (None, None) if values["force"] else _earlier_results(self.context, output, settings, earlier)
         )
@@ -282,15 +307,25 @@ class Stages:
         from tightfit.runtime.session.rehearsal import MOST_ROUNDS, why_not
 
         apart = self.apart and self.values["rehearse"]
-        planned = _plan(self.values | ({"rehearse": False} if apart else {}), self.measured())
+        planned = _plan(self.values | {"smaller": 0} | ({"rehearse": False} if apart else {}), self.measured())
         rehearsed = apart and self.course.rounds < MOST_ROUNDS and why_not(planned) is None
         return REHEARSE if rehearsed else self.planned(planned)
+
+    def smaller(self) -> str:
+        from tightfit.planner.io import load_plan
+        from tightfit.runtime.cli.plan import plan_smaller
+
+        values, path = self.values, self.output / PLAN_FILE
+        options, server, certificate = read(PlanOptions, values), values["server"], values["certificate"]
+        number = values["smaller"]
+        plan_smaller(self.measured(), load_plan(path), number, options, path, server, certificate, self.console)
+        return RUN
 
     def planned(self, planned: Plan) -> str:
         """The plan is made: say what it is worth."""
         for sentence in answers.verdict(planned):
             self.console.print(f"plan: {sentence}")
-        return RUN
+        return SMALLER if self.values["smaller"] else RUN
 
     def rehearse(self) -> str:
         from tightfit.planner.io import load_plan
@@ -307,7 +342,7 @@ class Stages:
         try:
             with (
                 StagesDisplay(self.console) as stages,
-                prepared_rehearsal(plan, course.folder, stages) as ready,
+                prepared_rehearsal(plan, course.folder, stages, resident().resident) as ready,
             ):
                 stages("rehearsing the plan for a few steps", 0, 1)
                 hand_on(ready, plan, cgroup=self.values["cgroup"], as_json=False, debug=False, replace=True, then=then)
@@ -386,18 +421,18 @@ def _how_to_begin(output: Path, *, resume: bool, overwrite: bool) -> tuple[bool,
     return going_on, overwrite
 
 
-def _budget(memory: str, console: Console, *, resume: bool) -> int:
-    """The budget in bytes; prints where it comes from."""
+def _budget(memory: str, console: Console, *, resume: bool, own: int) -> int:
+    """The budget in bytes; prints where it comes from. `own`: bytes that this process will not hold beside the run."""
     from tightfit.runtime.supervision.spare_memory import spare_memory
 
     if memory == AUTO:
-        budget, why = spare_memory()
+        budget, why = spare_memory(given_back=own)
         console.print(f"memory: {format_size(budget)}; {why}")
         return budget
     budget = parse_size(memory)
     if resume:
         with contextlib.suppress(InputError):  # nothing can be spared: the run may find out
-            spare, why = spare_memory()
+            spare, why = spare_memory(given_back=own)
             if budget > spare:
                 console.print(
                     f"memory: {format_size(budget)}, more than can be spared now: {why}; --memory auto plans anew"
@@ -488,6 +523,31 @@ def _earlier_results(
     except InputError:
         return measured, None
     return measured, planned if planned and planned.profile_fingerprint == measured.fingerprint else None
+
+
+def _fitting_plan(output: Path, budget: int) -> Plan | None:
+    """Of the plans that an earlier call has left in the folder, that of the largest budget which is at most `budget`, now as the
+    folder's plan; None where there is none, or no choice.
+    """
+    from tightfit.planner.io import load_plan, save_plan
+    from tightfit.runtime.cli.plan import smaller_folder
+
+    path = output / PLAN_FILE
+    smaller = sorted(smaller_folder(path).glob("*.json"))
+    if not smaller:
+        return None
+    plans = []
+    for file in (path, *smaller):
+        with contextlib.suppress(InputError):
+            plans.append(load_plan(file))
+    fitting = max(
+        (plan for plan in plans if plan.budget_bytes <= budget), key=lambda plan: plan.budget_bytes, default=None
+    )
+    if fitting is not None and fitting.budget_bytes != plans[0].budget_bytes:
+        if path.exists():
+            path.replace(smaller_folder(path) / f"{plans[0].budget_bytes}.json")
+        save_plan(fitting, path)
+    return fitting
 
 
 def _profile(values: Mapping[str, Any]) -> Profile:

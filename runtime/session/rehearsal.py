@@ -60,6 +60,8 @@ TRACED = 3
 """steps that are timed, after the first, which faults memory in and builds kernels"""
 ROOM = (0.25, 64 << 20)
 """Share and bytes by which a rehearsal's cap is above the budget, so that a plan which holds too much can be measured."""
+TAKEN_BACK = 0.1
+"""Share of a cgroup's limit that may be counted as used and is none the less free: page cache in use, which the kernel takes back."""
 FEWEST_TRANSFERS = 8
 """of a direction, below which its figures stay as they were measured"""
 SCALES = (0.1, 10.0)
@@ -249,21 +251,23 @@ def _rehearsed_steps(plan: Plan) -> tuple[int, list[int]]:
     return steps, [number for number in range(2, TRACED + 2) if number <= steps]
 
 
-def _roomier(plan: Plan) -> Plan:
+def _roomier(plan: Plan, given_back: int) -> Plan:
     """The plan with a cap above its budget, as far as memory is free. Raises RunError where the plan itself has no place."""
-    free, memory_text = free_memory()
-    if free < plan.peak_bytes:
+    free, memory_text = free_memory(given_back=given_back)
+    if free < plan.peak_bytes * (1 - TAKEN_BACK):
         raise RunError(f"{memory_text}, beside which the {format_size(plan.peak_bytes)} of a run have no place")
     extra = max(int(ROOM[0] * plan.budget_bytes), ROOM[1])
     return sealed(plan.model_copy(update={"budget_bytes": min(plan.budget_bytes + extra, max(plan.peak_bytes, free))}))
 
 
 @contextmanager
-def prepared_rehearsal(plan: Plan, folder: Path, stages: Stages | None) -> Iterator[RunOrder]:
-    """The order for a few steps of the plan on random data, whose files lie in `folder`, ready to be supervised."""
+def prepared_rehearsal(plan: Plan, folder: Path, stages: Stages | None, given_back: int = 0) -> Iterator[RunOrder]:
+    """The order for a few steps of the plan on random data, whose files lie in `folder`, ready to be supervised. `given_back`: bytes
+    that this process holds and will not hold beside the rehearsal.
+    """
     steps, traced = _rehearsed_steps(plan)
     options = RunOptions(steps=steps, lr=0.0, checkpoint_every=0, keep_checkpoints=1, out=folder / "out", stages=stages)
-    with prepared(_roomier(plan), "random", options, traced_steps=traced) as ready:
+    with prepared(_roomier(plan, given_back), "random", options, traced_steps=traced) as ready:
         assert isinstance(ready, RunOrder)
         yield ready
 
