@@ -88,7 +88,7 @@ $(VENV)/.torch: | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/.torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[planner]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/.torch

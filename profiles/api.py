@@ -8,29 +8,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tightfit.profiles.devices.data_sheets import DeviceDescription, find_device
 from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.profiles.io import load_profile, save_profile
 from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
-from tightfit.profiles.measuring.figures import measured_device, timed_program, timed_step, timed_tensor, unmeasured
+from tightfit.profiles.measuring.figures import measured, unmeasured
 from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
-from tightfit.profiles.schema import PROFILE_VERSION, Model, Profile, Tensor, adamw
-from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.steps.decoder_step import DecoderStep
-from tightfit.profiles.steps.module_step import ModuleStep
-from tightfit.profiles.steps.side_step import SideStep
-from tightfit.profiles.steps.step import ProfiledStep
-from tightfit.profiles.tracing.shorter_steps import renamed_programs, with_room
-from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.schema import PROFILE_VERSION, Profile
+from tightfit.profiles.sources.described import TracingRequest
+from tightfit.profiles.sources.lookup import names_module, resolve, vocabulary
+from tightfit.profiles.sources.packing import packed_store
+from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
+from tightfit.profiles.steps.choice import step_of
+from tightfit.profiles.steps.tracing_process import traced_step, tracing_request
+from tightfit.profiles.tracing.shorter_steps import renamed_programs
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
@@ -39,10 +37,11 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu import native_dropout
 from tightfit.runtime.engine.start import cuda_stubs, page_out
+from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.weights import native
-from tightfit.runtime.engine.weights.store import Entry, WeightStore, find_extent
+from tightfit.runtime.engine.weights.layout import Header, read_header
 
-__all__ = ["Progress", "load_profile", "profile", "save_profile"]
+__all__ = ["Progress", "load_profile", "prepare", "profile", "request_trace", "save_profile"]
 
 CODE = (
     "runtime/common",
@@ -56,6 +55,7 @@ CODE = (
     "profiles/weights",
     "profiles/api.py",
     "profiles/schema.py",
+    "profiles/worker_process.py",
 )
 """Source files that determine a profile's figures: a change in any of them invalidates the cached profiles."""
 
@@ -108,74 +108,76 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     earlier = _earlier(cached, opened) if elsewhere is None and not options.force else None
     if earlier and (not crowded(earlier.device.busy_cores, threads) or crowded(taken_now(threads), threads)):
         return earlier
-    store, store_fingerprint = None, None
-    if opened.has_weights and elsewhere is None:
-        path = build_store(opened, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
-        with WeightStore.open(path) as packed:
-            store, store_fingerprint = str(path), packed.fingerprint
-    traced = step.trace(report)
-    shorter = step.shorter(traced, report)
-    shorter_programs = [program for shorter_step in shorter for program in renamed_programs(shorter_step)]
-    tensors = [_packed(t, opened.entries) for t in traced.tensors]
-    measured: Mapping[str, Any] = (
-        unmeasured([*traced.programs, *shorter_programs], elsewhere.device())
-        if elsewhere is not None
-        else measure(
-            traced.programs,
-            tensors,
-            opened.entries,
-            compute_dtype=step.dtype,
-            accumulate=options.accumulate,
-            threads=threads,
-            scratch=cache_directory(),
-            environment=dict(os.environ) | {"PYTHONPATH": python_path()},
-            layers=traced.layers,
-            shorter=shorter_programs,
-            memory=options.memory,
-            progress=options.progress,
-            comparison=step.comparison(),
-        )
-    )
-    shorter = [timed_step(shorter_step, measured) for shorter_step in shorter]
-    result = Profile(
-        fingerprint=key,
-        model=Model(
-            name=opened.name,
-            source=opened.path,
-            kind=step.kind,
-            **step.model_fields(),
-            store=store,
-            store_fingerprint=store_fingerprint,
-            compared=measured["compared"],
-            base=opened.base,
-            embeddings=opened.embeddings,
-            rounding=opened.note or None,
-        ),
-        batch=step.batch,
-        seq=step.seq,
-        compute_dtype=step.dtype,
-        optimizer=adamw(options.accumulate),
-        device=measured_device(measured, traced, threads),
-        tensors=[timed_tensor(t, measured) for t in tensors],
-        programs=with_room([timed_program(p, p.name, measured) for p in traced.programs], shorter),
-        layers=traced.layers,
-        loss=traced.loss,
-        token_losses=traced.token_losses,
-        shorter=shorter,
-    )
     if elsewhere is not None:
-        return estimate_profile(result, elsewhere)
+        return estimate_profile(unmeasured(traced_step(step, report), elsewhere.device(), key), elsewhere)
+    store = _stored(opened, report) if opened.has_weights else None
+    traced = traced_step(step, report)
+    shorter_programs = [program for shorter_step in traced.shorter for program in renamed_programs(shorter_step)]
+    figures = measure(
+        traced.programs,
+        traced.tensors,
+        opened.entries,
+        compute_dtype=traced.compute_dtype,
+        accumulate=options.accumulate,
+        threads=threads,
+        scratch=cache_directory(),
+        environment=dict(os.environ) | {"PYTHONPATH": python_path()},
+        layers=traced.layers,
+        shorter=shorter_programs,
+        memory=options.memory,
+        progress=options.progress,
+        comparison=step.comparison(),
+    )
+    result = measured(traced, figures, threads, key, store)
     if earlier is not None and earlier.device.busy_cores <= result.device.busy_cores:
         return earlier
     save_profile(result, cached)
     return result
 
 
-def step_of(source: Source, options: ProfileOptions) -> ProfiledStep:
-    """The step of a source that the options ask for. Raises InputError for options that it cannot have."""
-    if source.kind == "module":
-        return ModuleStep(source, options)
-    return DecoderStep(source, options) if options.side_rank is None else SideStep(source, options)
+@keywords_of(ProfileOptions)
+def request_trace(source: str | os.PathLike[str], options: ProfileOptions) -> TracingRequest | None:
+    """What a service has to know of a model to trace the step that the options ask for: its configuration, and names, shapes and
+    packed formats of its tensors. None where nothing is to be traced elsewhere: of a module, whose code stays on the device, and
+    of a prepared model.
+    """
+    if names_module(source) or options.prepared is not None:
+        return None
+    opened = resolve(source, base=options.base, embeddings=options.embeddings)
+    return None if opened.kind == "prepared" else tracing_request(step_of(opened, options))
+
+
+@keywords_of(ProfileOptions)
+def prepare(
+    source: str | os.PathLike[str], folder: str | os.PathLike[str], weights: bool, options: ProfileOptions
+) -> PreparedModel:
+    """Trace a step of `source` and leave it in `folder`, with the tokenizer and, if `weights`, the packed weights: a device that
+    gets a copy trains the model without transformers, and without tracing it (`tightfit.profiles.sources.prepared`).
+
+    Options are those of `profile`, but for those of measuring. Raises InputError for a source or options that cannot be used
+    (a module, whose code each device has itself), RunError if the disk is full.
+    """
+    if names_module(source):
+        raise InputError(
+            f"{source}: a module is traced by the device itself, which has its code; prepare a language model"
+        )
+    step = step_of(resolve(source, base=options.base, embeddings=options.embeddings), options)
+    opened, report = step.source, options.progress or (lambda stage, done, total: None)
+    store = _stored(opened, report).path if weights and opened.has_weights else None
+    prepared = PreparedModel(
+        request=tracing_request(step),
+        step=traced_step(step, report),
+        weights="here" if store is not None else "elsewhere" if opened.has_weights else "random",
+    )
+    words = vocabulary(source)
+    save_prepared(prepared, Path(folder), store, words)
+    return prepared
+
+
+def _stored(source: Source, report: Progress) -> Header:
+    """The store of the source's weights, packed now unless it is there."""
+    folder = cache_directory() / "stores"
+    return read_header(packed_store(source, folder, lambda done, total, name: report("pack", done, total)))
 
 
 def _threads(requested: int | None, elsewhere: DeviceDescription | None) -> int:
@@ -227,7 +229,7 @@ def _fingerprint(source: Source, *settings: Any) -> str:
             source.fingerprint,
             source.config,
             settings,
-            torch.__version__,
+            installed_version(),
             cpu_name(),
             sorted(features()),
             Path(native.library(cache_directory())).name,
@@ -246,10 +248,3 @@ def _code() -> Iterator[Path]:
     for name in CODE:
         path = PACKAGE / name
         yield from ([path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".py", ".c")))
-
-
-def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:
-    if tensor.kind != "weight":
-        return tensor
-    extent = find_extent(entries, tensor.name)
-    return tensor.model_copy(update={"packed_bytes": extent.bytes, "packed_format": extent.entry.format})

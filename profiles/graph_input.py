@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import networkx as nx
 from pydantic import BeforeValidator, Field, Strict, ValidationError
 
 from tightfit.profiles.schema import (
@@ -307,6 +306,8 @@ def _sorted(operators: Sequence[BareOperator], position: dict[str, int], source:
                 heapq.heappush(ready, (operators[reader].phase == "backward", reader))
     if len(order) < len(operators):
         edges = [(name, op.name) for op in operators for name in op.inputs]
+        import networkx as nx
+
         cycle = [edge[0] for edge in nx.find_cycle(nx.DiGraph(edges))]
         cycle_text = " → ".join([*cycle[:8], "…"] if len(cycle) > 8 else [*cycle, cycle[0]])
         raise InputError(f"{source}: the operators' inputs form a cycle: {printable(cycle_text)}; {AGAIN}")

@@ -177,6 +177,13 @@ class ProfileOptions(Options):
         label="Embedding and head",
         metavar="BITS",
     )
+    prepared: PathText | Path | None = option(
+        None,
+        "Take the traced step from this folder, which `tightfit prepare` made on a machine with more memory.",
+        over_http="Take the traced step from this folder, which `tightfit prepare` made; it lies under an allowed root.",
+        label="Prepared step",
+        metavar="DIR",
+    )
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.", label="Measure anew")
     memory: int | None = Field(None, ge=1)
     """Bytes that the processes which measure may hold; None: what they are best with. No part of what is measured depends on it."""

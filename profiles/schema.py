@@ -379,15 +379,16 @@ class ShorterStep(FrozenRecord):
     programs: Many[Program] = Field(description="one for each program, of the same name, in their order")
 
 
-class Profile(FrozenRecord):
-    version: int = PROFILE_VERSION
-    fingerprint: str = Field(description="sha256 of model, shapes, programs, torch version and device")
+class TracedStep(FrozenRecord):
+    """A training step of a model before anything of it is measured: times and workspace are 0. It needs no weights and is
+    the same on every machine.
+    """
+
     model: Model
     batch: int
     seq: int | None = None
     compute_dtype: str
     optimizer: Optimizer = Field(default_factory=adamw)
-    device: DeviceFigures
     tensors: Many[Tensor]
     programs: Many[Program]
     layers: Many[Layer]
@@ -408,6 +409,14 @@ class Profile(FrozenRecord):
     def max_grad_norm(self) -> float | None:
         """The norm to which all gradients of an update together are scaled down; None: they are not clipped."""
         return self.optimizer.get("max_grad_norm")
+
+
+class Profile(TracedStep):
+    """A step with its figures on a device, measured or estimated."""
+
+    version: int = PROFILE_VERSION
+    fingerprint: str = Field(description="sha256 of model, shapes, programs, torch version and device")
+    device: DeviceFigures
 
 
 S = TypeVar("S", bound=BaseModel)

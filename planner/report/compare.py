@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pydantic import BaseModel, ConfigDict
-
 from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import rebudgeted, sealed
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.protocol import Planner
+from tightfit.planner.report.comparison import Comparison
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER, TIME_LIMIT, Progress, checked_budget, checked_gap, checked_limit
 from tightfit.planner.solve.policies import approximate_of, refused_of
@@ -31,28 +30,6 @@ columns are priced
 SENDING = 0.3
 """seconds within which the next plan arrives, where the second process has more than one ready"""
 Stage = Callable[[str, int, int], None]
-
-
-class Comparison(BaseModel):
-    """Plans of one profile, by device, then by budget (smallest first), then in the order of the policies asked for.
-
-    A comparison that was interrupted lacks the plans that were not made.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    devices: list[str]
-    budgets: list[int]
-    policies: list[str]
-    plans: list[Plan]
-
-    def plan(self, budget_bytes: int, policy: str, device: str | None = None) -> Plan:
-        """The plan of one cell, on the first device unless one is named; raises KeyError where there is none."""
-        where = device or self.devices[0]
-        for plan in self.plans:
-            if (plan.budget_bytes, plan.policy, plan.device.name) == (budget_bytes, policy, where):
-                return plan
-        raise KeyError((budget_bytes, policy, where))
 
 
 def compare(

@@ -3,7 +3,7 @@
 ```python
 from tightfit.planner.service.client import connect
 
-with connect("http://planner.local:8000", token="...") as service:
+with connect("https://planner.local:8000", token="...", certificate="planner.pem") as service:
     plan = service.plan(profile, 600 << 20, time_limit=30.0)
 ```
 """
@@ -14,6 +14,7 @@ import contextlib
 import gzip
 import json
 import os
+import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -26,35 +27,62 @@ from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.planner.io import parse_plan
-from tightfit.planner.report.compare import Comparison
+from tightfit.planner.plan_result import sealed
+from tightfit.planner.report.comparison import Comparison
 from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER, TIME_LIMIT, PlanOptions
 from tightfit.planner.service.wire.errors import JOB_ERRORS
+from tightfit.planner.service.wire.redaction import Redaction, with_paths
+from tightfit.planner.service.wire.remote_devices import HEADER, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import FINISHED, OWN_DEVICE
-from tightfit.planner.service.wire.settings import check_token
+from tightfit.planner.service.wire.settings import check_token, installed_version, loopback
+from tightfit.planner.service.wire.traces import canonical_request, with_places, without_places
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.option_fields import keywords_of
-from tightfit.profiles.schema import Profile
+from tightfit.profiles.schema import PROFILE_VERSION, Profile
+from tightfit.profiles.sources.described import TracingRequest
+from tightfit.profiles.sources.prepared import PreparedModel, parse_prepared
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.option_names import spelled
 
 Progress = Callable[[dict[str, Any]], None]
 """called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
+CONNECT_SECONDS = 5.0
+"""within which a service has to take a connection; how long it may take to answer is another question"""
 TRIES = 4
 RESTART_SECONDS = 60.0
-"""seconds for which a broken event stream is requested again: a restarted service goes on with its jobs"""
+"""seconds for which a service that has answered before is asked again: a restarted one goes on with its jobs"""
 RETRY_SECONDS = 0.5
 RESTARTING = frozenset({502, 503, 504})
 """statuses that a proxy answers while the service restarts"""
+BROKEN = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
+"""a connection that was there and broke off"""
 ERROR_TYPES = {code: kind for kind, code in JOB_ERRORS.items()}
 
 
-def connect(url: str, *, token: str | None = None, timeout: float = 60.0) -> Client:
-    """A client of the service at `url`; `token` defaults to the environment variable TIGHTFIT_TOKEN.
+def connect(
+    url: str,
+    *,
+    token: str | None = None,
+    certificate: str | os.PathLike[str] | None = None,
+    device: RemoteDevice | None = None,
+    timeout: float = 60.0,
+) -> Client:
+    """A client of the service at `url`. `token` and `certificate`, the file of the certificate that an https service shows or of those
+    who have signed it, default to the environment variables TIGHTFIT_TOKEN and TIGHTFIT_CERTIFICATE. `device`, as `this_device`
+    makes it, is what the service lists this machine as; None: it does not.
 
-    Raises InputError where nothing answers there, or what answers is no tightfit.
+    Raises InputError where what answers there is no tightfit, or one that its certificate does not vouch for, and RunError where
+    nothing answers.
     """
-    client = Client(url, token=token or os.environ.get("TIGHTFIT_TOKEN") or None, timeout=timeout)
+    client = Client(
+        url,
+        token=token or os.environ.get("TIGHTFIT_TOKEN") or None,
+        certificate=certificate,
+        device=device,
+        timeout=timeout,
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(client)
         if client.get("/healthz").get("status") != "ok":
@@ -70,15 +98,34 @@ class Client:
     A request that is cut off is sent again with the same idempotency key, so that nothing is done twice.
     """
 
-    def __init__(self, url: str, *, token: str | None, timeout: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None,
+        timeout: float,
+        certificate: str | os.PathLike[str] | None = None,
+        device: RemoteDevice | None = None,
+    ) -> None:
         base_url = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
         self.url = base_url.rstrip("/").removesuffix("/page")
-        if token is not None:
-            check_token(token)
         self._ids: dict[str, str] = {}
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._answered = False
+        self._device = device
+        headers = {} if device is None else {HEADER: device.model_dump_json()}
         try:
-            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+            address = httpx.URL(self.url)
+            if token is not None:
+                check_token(token)
+                _check_secret(address)
+                headers["Authorization"] = f"Bearer {token}"
+            self._http = httpx.Client(
+                base_url=address,
+                headers=headers,
+                timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
+                trust_env=False,
+                verify=_trusted(address, certificate),
+            )
         except (httpx.InvalidURL, ValueError) as error:
             raise InputError(f"{url!r} is no address ({error}); write for example http://127.0.0.1:8000") from error
 
@@ -96,8 +143,21 @@ class Client:
     # --- what the library does -------------------------------------------------------------------------------------
 
     def upload(self, profile: Profile) -> str:
-        """Store a profile; returns its id."""
+        """Store a profile as it is; returns its id."""
         return str(self._upload(profile)["id"])
+
+    def _upload_without_paths(self, profile: Profile) -> tuple[dict[str, Any], dict[str, str]]:
+        """Store a profile without paths of this machine; returns what is stored, and what `_planned` puts into plans of it."""
+        model, paths = Redaction([]).model(profile.model)
+        return self._upload(profile.model_copy(update={"model": model})), paths
+
+    def _planned(self, identity: str, paths: dict[str, str]) -> Plan:
+        """A stored plan as it would have been made here."""
+        plan = self.stored_plan(identity)
+        if paths:
+            plan = sealed(plan.model_copy(update={"model": with_paths(plan.model, paths)}))
+            self._ids[plan.fingerprint] = identity
+        return plan
 
     def _upload(self, profile: Profile) -> dict[str, Any]:
         body = gzip.compress(canonical_json(profile).encode(), 5)
@@ -112,13 +172,42 @@ class Client:
         identity = job["result"]["profile"]
         return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")
 
+    def trace(self, request: TracingRequest, *, progress: Progress | None = None) -> PreparedModel:
+        """`tightfit.profiles.steps.tracing_process.trace_requested`, done by the service.
+
+        The names of files and folders on this machine are not sent: the answer gets them back.
+        """
+        self._check_version()
+        sent = without_places(request)
+        body = gzip.compress(canonical_request(sent), 5)
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        job = self.finish(self._json(self._send("POST", "/v1/traces", content=body, headers=headers)), progress)
+        identity = job["result"]["trace"]
+        content = self._send("GET", f"/v1/traces/{identity}/file").content
+        prepared = parse_prepared(content, f"{self.url}: {identity}")
+        if prepared.request.model_dump_json() != sent.model_dump_json():
+            raise RunError(f"{self.url}: what was traced there as {identity} is another model; ask again")
+        return with_places(prepared, request)
+
+    def _check_version(self) -> None:
+        """Raises InputError where the service has another tightfit, whose profiles this one does not read."""
+        there = self.get("/healthz")
+        if there.get("profile_version") != PROFILE_VERSION:
+            version = there.get("profile_version", "another, and traces no models")
+            raise InputError(
+                f"{self.url}: tightfit {there.get('version')} answers there, whose profile version is {version}; that of tightfit"
+                f" {installed_version()} here is {PROFILE_VERSION}. Install the same tightfit on both, or copy what `tightfit prepare`"
+                " makes on a machine with this one"
+            )
+
     @keywords_of(PlanOptions)
     def plan(self, profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
         """`tightfit.planner.plan.plan`, solved by the service."""
         fields = options.model_dump(exclude={"progress"}, exclude_none=True)
-        request = {"profile": self.upload(profile), "memory": budget_bytes, **fields}
+        stored, paths = self._upload_without_paths(profile)
+        request = {"profile": stored["id"], "memory": budget_bytes, **fields}
         job = self.finish(self.post("/v1/plans", request), options.progress)
-        return self.stored_plan(job["result"]["plan"])
+        return self._planned(job["result"]["plan"], paths)
 
     def explanation(self, plan: Plan) -> Explanation:
         """The explanation of a plan that the service has made; unless a comparison made it, with the value of memory."""
@@ -139,7 +228,7 @@ class Client:
         progress: Progress | None = None,
     ) -> Comparison:
         """`tightfit.planner.report.compare.compare`, solved by the service."""
-        stored = self._upload(profile)
+        stored, paths = self._upload_without_paths(profile)
         policies = stored["summary"]["policies"] if policies is None else policies
         request = {
             "profile": stored["id"],
@@ -157,7 +246,7 @@ class Client:
             devices=list(dict.fromkeys(cell["device"] for cell in cells)),
             budgets=sorted({cell["budget_bytes"] for cell in cells}),
             policies=list(dict.fromkeys(policies)),
-            plans=[self.stored_plan(cell["plan"]) for cell in cells],
+            plans=[self._planned(cell["plan"], paths) for cell in cells],
         )
 
     @keywords_of(FleetOptions)
@@ -219,6 +308,12 @@ class Client:
 
     def stored_fleet(self, identity: str) -> FleetPlan | PipelinePlan:
         return parse_any(self._send("GET", f"/v1/fleets/{identity}/file").content, f"{self.url}: {identity}")
+
+    def report(self, report: RunReport) -> None:
+        """Tell the service how a run of its latest plan for this device went."""
+        if self._device is None:
+            raise InputError("the service does not know this device; connect with device=this_device()")
+        self.post(f"/v1/remote-devices/{self._device.identity}/reports", report.model_dump())
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 
@@ -300,21 +395,84 @@ class Client:
         return content
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        for tries_left in reversed(range(TRIES)):
+        """The answer to a request, which is sent again where the connection breaks off, and for a minute to a service that
+        has answered before.
+        """
+        started, tries = time.monotonic(), 0
+        while True:
             try:
                 response = self._http.request(method, path, **options)
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
-                if not tries_left:
-                    raise RunError(f"{self.url}: the connection broke off ({error}); try again later") from error
             except httpx.UnsupportedProtocol as error:
                 raise InputError(f"{self.url!r} is no address; write for example http://127.0.0.1:8000") from error
             except httpx.TransportError as error:
-                raise RunError(f"{self.url}: no answer ({error}); is `tightfit serve` running there?") from error
+                refused = _refused_certificate(error)
+                if refused is not None:
+                    raise InputError(f"{self.url}: {refused}") from error
+                tries += 1
+                if not self._again(started) and not (isinstance(error, BROKEN) and tries < TRIES):
+                    broke = "the connection broke off" if isinstance(error, BROKEN) else "no answer"
+                    raise RunError(f"{self.url}: {broke} ({error}); is `tightfit serve` running there?") from error
             else:
+                if response.status_code in RESTARTING and self._again(started):
+                    continue
                 if response.status_code >= 400:
                     _raise(response)
+                self._answered = True
                 return response
-        raise AssertionError
+
+    def _again(self, started: float) -> bool:
+        """Whether a request that was first sent at `started` is to be sent again, after a moment."""
+        again = self._answered and time.monotonic() - started < RESTART_SECONDS
+        if again:
+            time.sleep(RETRY_SECONDS)
+        return again
+
+
+def _check_secret(address: httpx.URL) -> None:
+    """Raises InputError for an address to which a token would pass in the clear."""
+    if address.scheme == "http" and not loopback(address.host):
+        port = address.port or 80
+        raise InputError(
+            f"{address}: the token would pass in the clear. Give the service a certificate (`tightfit serve --certificate`) and write"
+            f" https://; or take an ssh tunnel, `ssh -L {port}:localhost:{port} {address.host}`, and write http://127.0.0.1:{port}"
+        )
+
+
+def _trusted(address: httpx.URL, certificate: str | os.PathLike[str] | None) -> ssl.SSLContext | bool:
+    """What a service's certificate is checked by: that file, or else what this machine trusts.
+
+    Raises InputError for a file that holds no certificate, and for one that is named beside an address without https.
+    """
+    if address.scheme != "https":
+        if certificate is not None:
+            raise InputError(f"{spelled('certificate')} {certificate}: {address} shows none; write https://")
+        return True
+    file = certificate or os.environ.get("TIGHTFIT_CERTIFICATE")
+    if not file:
+        return True
+    try:
+        return ssl.create_default_context(cafile=os.fspath(file))
+    except ssl.SSLError as error:
+        raise InputError(
+            f"{spelled('certificate')} {file}: no certificate in PEM; copy that of `tightfit serve`"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{spelled('certificate')} {file}: {error.strerror}; copy that of `tightfit serve`") from error
+
+
+def _refused_certificate(error: BaseException) -> str | None:
+    """Why there is no TLS with a service, as the error that ended the connection has it; None where TLS was not the reason."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate is not trusted ({cause.verify_message.rstrip('.')}); name the file of the service's certificate with"
+            f" {spelled('certificate')} or in TIGHTFIT_CERTIFICATE, and the service by a name that stands in it"
+        )
+    return f"no https is spoken there ({cause.reason or cause}); check the address, or write http://"
 
 
 def _raise(response: httpx.Response) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tightfit.runtime.common.cores import busy_seconds
@@ -14,14 +15,29 @@ LOOK_SECONDS = 0.3
 STAT = Path("/proc/stat")
 
 
+def our_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _used_by_others() -> float | None:
+    """CPU seconds that other programs have used on our cores since boot, time stolen by a host included; None if
+    unknown.
+    """
+    busy = busy_seconds(os.sched_getaffinity(0), STAT) if hasattr(os, "sched_getaffinity") else None
+    return None if busy is None else busy - sum(os.times()[:4])
+
+
+@dataclass(frozen=True)
 class OtherPrograms:
     """Counts the cores that other programs use from now on, among those that this process may use.
 
-    Child processes of this one count as other programs until they have ended and been waited for.
+    Child processes of this one count as other programs until they have ended and been waited for. What this process becomes by
+    `exec` can go on counting with the same fields.
     """
 
-    def __init__(self) -> None:
-        self.began, self.used = time.monotonic(), _used_by_others()
+    began: float = field(default_factory=time.monotonic)
+    used: float | None = field(default_factory=_used_by_others)
 
     def cores(self) -> float:
         """Cores used by others, averaged since this object was made; 0 if the system does not tell."""
@@ -45,16 +61,3 @@ def taken_now(threads: int) -> float:
     others = OtherPrograms()
     time.sleep(LOOK_SECONDS)
     return others.taken(threads)
-
-
-def our_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _used_by_others() -> float | None:
-    """CPU seconds that other programs have used on our cores since boot, time stolen by a host included; None if
-    unknown.
-    """
-    busy = busy_seconds(os.sched_getaffinity(0), STAT) if hasattr(os, "sched_getaffinity") else None
-    return None if busy is None else busy - sum(os.times()[:4])

@@ -1,16 +1,15 @@
-"""Writes measured figures, or zeros in their place, into the tensors, programs and device of a traced step."""
+"""Makes profiles of traced steps: writes figures into their tensors, programs and device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from tightfit.profiles.schema import Channel, DeviceFigures, Floor, Program, ShorterStep, Tensor
-from tightfit.profiles.tracing.shorter_steps import shorter_name
-from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.schema import Channel, DeviceFigures, Floor, Profile, Program, ShorterStep, Tensor, TracedStep
+from tightfit.profiles.tracing.shorter_steps import shorter_name, with_room
 from tightfit.runtime.common.processor import cpu_name
+from tightfit.runtime.engine.start.lean_torch import installed_version
+from tightfit.runtime.engine.weights.layout import Header
 
 CHOSEN_CODE_BYTES = 1 << 20
 """Allowance for the code of operators that only some runs have (dropout, DoRA, tables, batch norm, LSTM, losses of pairs), which
@@ -20,20 +19,26 @@ CHOSEN = tuple(f"tightfit.{name}" for name in ("dropout", "dora_", "table_", "ba
 """Prefixes of the operators that `CHOSEN_CODE_BYTES` is for."""
 
 
-def unmeasured(programs: Sequence[Program], device: DeviceFigures) -> dict[str, Any]:
-    """A stand-in for the result of `measure`, with all times 0 and the floor and channels of the described device."""
-    operators = {program.name: [[0.0, 0.0]] * len(program.operators) for program in programs}
-    channels = {"floor": device.floor.model_dump(), "read": device.read, "write": device.write}
-    copied = {program.name: [False] * len(program.operators) for program in programs}
-    return {
-        "operators": operators,
-        "copied": copied,
-        "unpack": {},
-        "update": {},
-        "busy_cores": 0.0,
-        "quota_cores": None,
-        "compared": None,
-    } | channels
+def unmeasured(traced: TracedStep, device: DeviceFigures, fingerprint: str) -> Profile:
+    """A profile of a traced step on a device that is described, with all times 0."""
+    fields = dict(traced) | {"programs": with_room(traced.programs, traced.shorter)}
+    return Profile(**fields, device=device, fingerprint=fingerprint)
+
+
+def measured(
+    traced: TracedStep, figures: Mapping[str, Any], threads: int, fingerprint: str, store: Header | None
+) -> Profile:
+    """The profile of a traced step with the `figures` that `measure` returned. `store` has the model's weights, if it has any."""
+    shorter = [timed_step(step, figures) for step in traced.shorter]
+    stored = (None, None) if store is None else (str(store.path), store.fingerprint)
+    model = {"store": stored[0], "store_fingerprint": stored[1], "compared": figures["compared"]}
+    fields = dict(traced) | {
+        "model": traced.model.model_copy(update=model),
+        "tensors": [timed_tensor(tensor, figures) for tensor in traced.tensors],
+        "programs": with_room([timed_program(p, p.name, figures) for p in traced.programs], shorter),
+        "shorter": shorter,
+    }
+    return Profile(**fields, device=_device(figures, traced, threads), fingerprint=fingerprint)
 
 
 UPDATED = ("update", "accumulate", "clipped", "perturb", "adafactor")
@@ -64,21 +69,21 @@ def timed_step(step: ShorterStep, measured: Mapping[str, Any]) -> ShorterStep:
     return step.model_copy(update={"programs": programs})
 
 
-def measured_device(measured: Mapping[str, Any], traced: Trace, threads: int) -> DeviceFigures:
+def _device(measured: Mapping[str, Any], traced: TracedStep, threads: int) -> DeviceFigures:
     return DeviceFigures(
         name=cpu_name(),
         kind="cpu",
         threads=threads,
         busy_cores=measured["busy_cores"],
         quota_cores=measured["quota_cores"],
-        torch_version=torch.__version__,
+        torch_version=installed_version(),
         floor=_floor(measured["floor"], traced),
         read=Channel.model_validate(measured["read"]),
         write=Channel.model_validate(measured["write"]),
     )
 
 
-def _floor(measured: Mapping[str, Any], traced: Trace) -> Floor:
+def _floor(measured: Mapping[str, Any], traced: TracedStep) -> Floor:
     """The measured floor, with room for code that the process that measured it did not run."""
     floor = Floor.model_validate({name: measured[name] for name in Floor.model_fields if name in measured})
     targets = [operator.target for program in traced.programs for operator in program.operators]

@@ -6,21 +6,16 @@ environment, so that what is timed is the call that the runtime makes, under its
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
 from tightfit.profiles.measuring.memory import Measured, measuring_memory
 from tightfit.profiles.schema import Layer, Program, Tensor
-from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.profiles.worker_process import run_worker
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.weights.layout import Entry, find_extent
 
@@ -28,13 +23,12 @@ if TYPE_CHECKING:
     from tightfit.profiles.tracing.comparison import GradientComparison
 
 Progress = Callable[[str, int, int], None]
-STDERR_BYTES = 1 << 16
 
 
 def measure(
     programs: Iterable[Program],
     tensors: Iterable[Tensor],
-    entries: dict[str, Entry],
+    entries: Mapping[str, Entry],
     *,
     compute_dtype: str,
     accumulate: int = 1,
@@ -124,7 +118,20 @@ def measure(
             assert comparison is not None
             compared[0] = comparison.conclude(Path(folder))
 
-        measured = _run(request, environment, progress, computed)
+        def heard(message: dict[str, Any]) -> None:
+            if message["stage"] == "computed":
+                computed()
+            elif progress:
+                progress(message["stage"], message["done"], message["total"])
+
+        measured: dict[str, Any] = run_worker(
+            command("tightfit.profiles.measuring.worker", str(threads)),
+            request,
+            environment,
+            doing="measuring",
+            killed="a layer must fit into memory while it is measured, try a smaller batch or sequence",
+            on_message=heard,
+        )
     measured["compared"] = compared[0]
     measured["predicted_bytes"] = room.predicted_bytes
     measured["quota_cores"] = quota_cores()
@@ -150,63 +157,3 @@ def _lengthen(measured: dict[str, Any], factor: float) -> None:
     for channel in ("read", "write"):
         for name in ("compute_seconds_per_byte", "compute_seconds_per_transfer"):
             measured[channel][name] = measured[channel].get(name, 0.0) * factor
-
-
-def _run(
-    request: dict[str, Any],
-    environment: dict[str, str],
-    progress: Progress | None,
-    computed: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for
-    # ever.
-    with (
-        tempfile.TemporaryFile() as stderr,
-        subprocess.Popen(
-            command("tightfit.profiles.measuring.worker", str(request["threads"])),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment,
-        ) as child,
-    ):
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            # If the process has ended already, its stderr says why.
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(request))
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.close()
-            result = None
-            for line in child.stdout:
-                message = json.loads(line)
-                if "result" in message:
-                    result = message["result"]
-                elif message["stage"] == "computed":
-                    computed()
-                elif progress:
-                    progress(message["stage"], message["done"], message["total"])
-            status = child.wait()
-        except BaseException:
-            child.kill()
-            raise
-        if result is not None:
-            return result  # type: ignore[no-any-return]
-        last_line = _last_line(stderr)
-    for error_class in (InputError, RunError):
-        if status == error_class.exit_code and last_line:
-            raise error_class(last_line)
-    if status == -signal.SIGKILL:
-        raise RunError(
-            "measuring was killed, most likely for want of memory; a layer must fit into memory while it is measured, try a"
-            " smaller batch or sequence"
-        )
-    raise RunError(f"measuring stopped: {last_line or f'exit status {status}'}")
-
-
-def _last_line(stderr: IO[bytes]) -> str:
-    stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - STDERR_BYTES))
-    lines = stderr.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""

@@ -6,10 +6,11 @@ Key names are those of the GGUF specification (``llama.block_count``, ...). Fiel
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
-
-import torch
 
 from tightfit.profiles.models.family import family_of_gguf
 from tightfit.runtime.common.errors import InputError
@@ -18,9 +19,9 @@ HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 def config_from_metadata(
-    metadata: dict[str, Any], *, vocabulary: int, tied: bool, rope_factors: torch.Tensor | None
+    metadata: dict[str, Any], *, vocabulary: int, tied: bool, rope_factors: Sequence[float] | None
 ) -> dict[str, Any]:
-    """The config of a decoder. `rope_factors` is the file's rope_freqs tensor, float32 [head_dim / 2], if it has one.
+    """The config of a decoder. `rope_factors` is the file's rope_freqs tensor, of head_dim / 2 numbers, if it has one.
 
     `vocabulary` is the number of tokens; `tied` says whether the file has no head of its own. Raises InputError for an
     unsupported architecture or a missing key.
@@ -86,8 +87,8 @@ def _repository(metadata: dict[str, Any]) -> str | None:
     return None
 
 
-def llama3_scaling(factors: torch.Tensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The llama3 rope scaling whose divisors are `factors`, float32 [head_dim / 2].
+def llama3_scaling(factors: Sequence[float], theta: float, head_dim: int) -> dict[str, Any]:
+    """The llama3 rope scaling whose divisors are `factors`, head_dim / 2 of them.
 
     A GGUF file holds only the divisors of the rotary frequencies. The largest one is taken as the factor, and the
     bounds are assumed to be those of every published Llama 3; the divisors are then recomputed as a check. Raises
@@ -95,14 +96,21 @@ def llama3_scaling(factors: torch.Tensor, theta: float, head_dim: int) -> dict[s
     """
     scaling: dict[str, Any] = {
         "rope_type": "llama3",
-        "factor": round(float(factors.max()), 3),
+        "factor": round(max(factors, default=0.0), 3),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    wavelength = 2 * torch.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    smooth = ((8192 / wavelength - 1.0) / 3.0).clamp(0, 1)
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-    if factors.numel() != expected.numel() or not torch.allclose(factors.double(), expected, rtol=1e-3):
+    try:
+        expected = [_divisor(theta ** (dimension / head_dim), scaling["factor"]) for dimension in range(0, head_dim, 2)]
+    except (ArithmeticError, TypeError):  # of a base or a factor that is no positive number
+        expected = []
+    if len(factors) != len(expected) or not all(map(partial(math.isclose, rel_tol=1e-3), factors, expected)):
         raise InputError("the GGUF's rope_freqs are not Llama 3's rope scaling; use the model's Hugging Face directory")
     return scaling
+
+
+def _divisor(wavelength: float, factor: float) -> float:
+    """What Llama 3's rope scaling divides a frequency by; its wavelength is in tokens / 2 pi."""
+    smooth = min(max((8192 / (2 * math.pi * wavelength) - 1.0) / 3.0, 0.0), 1.0)
+    return 1 / ((1 - smooth) / factor + smooth)

@@ -5,32 +5,29 @@ blocks as they are in the file. Types that the store has no form of (IQ4_XS, MXF
 which rounds as unpacking them in a step would. Matrices in F16, BF16 and F32 get the precision that is asked for.
 llama.cpp permutes the rows of
 Llama's q and k for its interleaved rotary embedding; they are put back into Hugging Face's half-split order. GGUF files
-hold Gemma's norm weights with 1 added; it is subtracted again.
+hold Gemma's norm weights with 1 added; it is subtracted again. `tightfit.profiles.sources.gguf_rows` reads the rows; here
+only the header is read, without PyTorch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable
+import struct
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import gguf
-import numpy as np
-import torch
-from gguf.quants import dequantize
-from torch import Tensor
 
 from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.family import GgufFacts, family_of
 from tightfit.profiles.sources.gguf_config import config_from_metadata
-from tightfit.profiles.sources.gguf_metadata import read_metadata
+from tightfit.profiles.sources.gguf_metadata import GgufEntry, read_header
 from tightfit.profiles.weights.describe import EMBEDDINGS, decoder_tensors, packed_entry
-from tightfit.profiles.weights.pack import q4_blocks
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor
+from tightfit.profiles.weights.tensor_file import PIECE, FileParts
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import BLOCKS, VERSION, Entry
 
@@ -38,21 +35,11 @@ KEPT = {"Q4_0": ("q4", 32), "Q4_1": ("q4", 32), "Q8_0": ("q8", 32)} | {
     kind.upper(): (kind, elements) for kind, (elements, _) in BLOCKS.items()
 }
 """Format and group in the store of the types whose codes are kept."""
+PLAIN = ("F32", "F16", "BF16")
+"""Types that PyTorch reads; of all others the gguf package unpacks the blocks, with NumPy."""
 UNPACKED = "bfloat16"
 """Format of matrices in any other quantised type."""
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-
-
-class GgufReader(gguf.GGUFReader):
-    """gguf's reader on a plain array: slicing a memmap for each of 100,000 strings takes three times as long."""
-
-    @property
-    def data(self) -> Any:
-        return self._data
-
-    @data.setter
-    def data(self, mapped: Any) -> None:
-        self._data = np.asarray(mapped)
 
 
 def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
@@ -61,47 +48,47 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
     Raises InputError if the file is damaged, split, or of an unsupported architecture, and if no matrix of it can have
     the precision.
     """
-    metadata = read_metadata(path)
-    try:
-        reader = GgufReader(path)
-    except Exception as error:  # a damaged file makes the reader raise all kinds of errors
-        raise InputError(
-            f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again"
-        ) from error
+    header = read_header(path)
+    metadata = header.metadata
     if metadata.get("split.count", 1) > 1:
         raise InputError(
             f"{path}: one of {metadata['split.count']} parts; join them with llama.cpp's gguf-split --merge"
         )
-    tensors_in_file = {tensor.name: tensor for tensor in reader.tensors}
+    file = FileParts(path)
+    tensors_in_file = {tensor.name: tensor for tensor in header.tensors}
     try:
         if "token_embd.weight" not in tensors_in_file:
             raise InputError("no tensor 'token_embd.weight'; only language models can be used")
         factors = tensors_in_file.pop("rope_freqs.weight", None)
         config = config_from_metadata(
             metadata,
-            vocabulary=int(tensors_in_file["token_embd.weight"].shape[1]),
+            vocabulary=tensors_in_file["token_embd.weight"].shape[0],
             tied="output.weight" not in tensors_in_file,
-            rope_factors=None if factors is None else torch.tensor(factors.data, dtype=torch.float32),
+            rope_factors=None if factors is None else _numbers(file, factors),
         )
         pairs = _match(config, tensors_in_file, precision)
         matrices = [
-            SourceMatrix(entry, tensor.tensor_type.name, entry.name in EMBEDDINGS)
+            SourceMatrix(entry, tensor.kind, entry.name in EMBEDDINGS)
             for entry, tensor in pairs
             if len(entry.shape) > 1
         ]
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     check_choice(path, precision, matrices)
-    stat = path.stat()
-    with path.open("rb") as file:
-        header_digest = hashlib.sha256(file.read(int(reader.data_offset)))
+    stat = os.fstat(file.descriptor)
+    header_digest = hashlib.sha256()
+    for start in range(0, header.bytes, PIECE):
+        header_digest.update(file.read(start, min(PIECE, header.bytes - start)))
     formats = [entry.format for entry, _ in pairs]
     text = json.dumps([VERSION, "gguf", header_digest.hexdigest(), stat.st_size, stat.st_mtime_ns, formats])
 
     def tensors() -> Iterable[SourceTensor]:
+        from tightfit.profiles.sources.gguf_rows import row_reader
+
+        facts = _facts(config)
         for entry, tensor in pairs:
-            rows = _row_reader(path, config, entry, tensor)
-            stored = StoredTensor(key=tensor.name, dtype=tensor.tensor_type.name)
+            stored = StoredTensor(key=tensor.name, dtype=tensor.kind)
+            rows = row_reader(file, tensor, entry, facts, config["head_dim"])
             yield SourceTensor(entry=entry, rows=rows, origin=f"{path}: tensor {tensor.name!r}", stored=stored)
 
     return Source(
@@ -116,33 +103,36 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
         note=rounding_note(matrices),
         base=precision.base,
         embeddings=precision.embeddings,
+        needs_numpy=any(tensor.kind not in (*KEPT, *PLAIN) for _, tensor in pairs),
     )
 
 
-def unpermuted_rows(rows: int, heads: int) -> Tensor:
-    """For each row of Hugging Face's q or k, its row number in a GGUF file, int64 [rows].
+def _numbers(file: FileParts, tensor: GgufEntry) -> Sequence[float]:
+    """The values of a small tensor."""
+    letter = {"F32": "f", "F16": "e"}.get(tensor.kind)
+    if letter is None:
+        raise InputError(f"tensor {tensor.name!r} is {tensor.kind} where F32 is due; convert the model again")
+    content = file.read(tensor.start, tensor.bytes)
+    return [number for (number,) in struct.iter_unpack(f"<{letter}", content)]
 
-    llama.cpp stores row h * d + 2 i + p for Hugging Face's h * d + p * d / 2 + i (d rows per head, p in {0, 1}).
-    """
-    return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
 
-
-def _match(config: dict[str, Any], tensors_in_file: dict[str, Any], precision: Precision) -> list[tuple[Entry, Any]]:
+def _match(
+    config: dict[str, Any], tensors_in_file: dict[str, GgufEntry], precision: Precision
+) -> list[tuple[Entry, GgufEntry]]:
     """(entry, tensor in the file) for every tensor of the decoder. Raises InputError for missing or unexpected ones."""
     by_name = {_hugging_face_name(config, name): tensor for name, tensor in tensors_in_file.items()}
     decoder = decoder_shape(_with_biases(config, by_name))
-    quantised = any(tensor.tensor_type.name not in PUBLISHED for tensor in by_name.values())
-    pairs = []
+    quantised = any(tensor.kind not in PUBLISHED for tensor in by_name.values())
+    pairs: list[tuple[Entry, GgufEntry]] = []
     for name, size in decoder_tensors(decoder):
         tensor = by_name.pop(name, None)
         if tensor is None:
             raise InputError(f"no tensor for {name!r}; the file is incomplete, convert the model again")
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        if shape != size:
+        if tensor.shape != size:
             raise InputError(
-                f"tensor {tensor.name!r} has shape {list(shape)} where {list(size)} is due; the file's metadata does not fit its weights"
+                f"tensor {tensor.name!r} has shape {list(tensor.shape)} where {list(size)} is due; the file's metadata does not fit its weights"
             )
-        kind = tensor.tensor_type.name
+        kind = tensor.kind
         if len(size) == 1:
             entry = packed_entry(name, size, "float32")
         elif kind in KEPT:
@@ -182,46 +172,3 @@ def _hugging_face_name(config: dict[str, Any], name: str) -> str:
         return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
     stem, _, suffix = name.rpartition(".")
     return f"{names.get(stem, stem)}.{suffix}"
-
-
-def _row_reader(path: Path, config: dict[str, Any], entry: Entry, tensor: Any) -> Callable[[int, int], Tensor]:
-    kind, order = tensor.tensor_type, None
-    facts = _facts(config)
-    if facts.permuted and ".self_attn." in entry.name and ("q_proj" in entry.name or "k_proj" in entry.name):
-        size = entry.shape[0]
-        order = unpermuted_rows(size, size // config["head_dim"]).numpy()
-    shift = facts.norm_offset if entry.name.endswith("norm.weight") else 0.0
-    data = np.asarray(tensor.data)
-
-    def rows(start: int, stop: int) -> Tensor:
-        if len(entry.shape) == 1:
-            vector = torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32))
-            return (vector if order is None else vector[torch.from_numpy(order)]) - shift
-        block = np.array(data[start:stop] if order is None else data[order[start:stop]])
-        try:
-            return _repack(entry, block, kind)
-        except NotImplementedError as error:
-            raise InputError(
-                f"{path}: tensor {tensor.name!r} is {kind.name}, which the gguf package cannot unpack; use a Q4_1, Q4_K_M or Q8_0 file"
-            ) from error
-
-    return rows
-
-
-def _repack(entry: Entry, block: np.ndarray[Any, Any], kind: Any) -> Tensor:
-    """Rows of a quantised matrix: packed uint8 for the types whose codes are kept, floats for the others."""
-    count = block.shape[0]
-    if kind.name == "Q8_0" or entry.format in BLOCKS:
-        return torch.from_numpy(block).view(count, -1)
-    if kind.name in ("Q4_0", "Q4_1"):
-        data = torch.from_numpy(block).view(-1, 18 if kind.name == "Q4_0" else 20)
-        scale = data[:, :2].contiguous().view(torch.float16)
-        codes = torch.cat([data[:, -16:] & 15, data[:, -16:] >> 4], dim=1)
-        # Q4_0 means (code - 8) * scale; -8 * scale only changes sign and exponent, so it is exact
-        minimum = -8 * scale if kind.name == "Q4_0" else data[:, 2:4].contiguous().view(torch.float16)
-        return q4_blocks(codes, scale, minimum).view(count, -1)
-    return _floats(block, kind)
-
-
-def _floats(block: np.ndarray[Any, Any], kind: Any) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(dequantize(block, kind), dtype=np.float32))

@@ -1,4 +1,6 @@
-"""Reads the tokenizer inside a GGUF file as a `tokenizers.Tokenizer`.
+"""Reads the tokenizer inside a GGUF file.
+
+As a program, with the names of a GGUF file and of another, it writes the tokenizer's table there.
 
 Two kinds occur in the supported architectures: byte-level BPE (``gpt2``: merges in the file, the split pattern named by
 ``tokenizer.ggml.pre``) and SentencePiece BPE (``llama``: scores in the file; the merges follow from the scores).
@@ -6,48 +8,44 @@ Two kinds occur in the supported architectures: byte-level BPE (``gpt2``: merges
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from tightfit.profiles.sources.gguf_metadata import read_metadata
+from tightfit.profiles.sources.gguf_metadata import read_metadata, read_with_digest
 from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.token_tables.kept_table import kept_table, write_kept_table
+from tightfit.profiles.token_tables.table_file import BpeSettings, TableParts
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import from_json
 
+MODULE = "tightfit.profiles.sources.gguf_tokenizer"
+TOKEN_BYTES = 340
+"""Most bytes that a token takes, with its merges, while the table is made: measured 330 with Gemma 3's."""
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-SPLITS = {"qwen2": _QWEN, "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3}
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+SPLITS = {"qwen2": _QWEN} | dict.fromkeys(LLAMA3, _LLAMA3)
 DIGITS = ("smollm", "refact", "starcoder", "command-r")
 PLAIN = ("default", "gpt-2", "gpt2")
 
 
 def gguf_vocabulary(path: Path) -> Vocabulary:
-    """Build the tokenizer from ``tokenizer.*`` metadata.
+    """Build the tokenizer from ``tokenizer.*`` metadata, its vocabulary as a table on disk where one can be made.
 
     Raises InputError if the file is unreadable or the kind unsupported.
     """
-    metadata = read_metadata(path)
-    kind = metadata.get("tokenizer.ggml.model")
-    tokens: list[str] | None = metadata.get("tokenizer.ggml.tokens")
-    if kind not in ("gpt2", "llama") or not tokens:
-        raise InputError(
-            f"{path}: tokenizer of kind {kind!r} is not supported; supported: gpt2, llama; use the model's Hugging Face directory"
-        )
-    tokenizer = _byte_level(path, metadata, tokens) if kind == "gpt2" else _sentence_piece(metadata, tokens)
-    types = metadata.get("tokenizer.ggml.token_type") or []
-    added = [
-        AddedToken(token, special=token_type == CONTROL, normalized=False)
-        for token, token_type in zip(tokens, types)
-        if token_type in (CONTROL, USER_DEFINED)
-    ]
-    tokenizer.add_special_tokens([token for token in added if token.special])
-    tokenizer.add_tokens([token for token in added if not token.special])
+    metadata, digest = read_with_digest(path)
+    tokens = _tokens(path, metadata)
+    _pipeline(path, metadata)  # refuses what is not supported
+    table = kept_table(path, digest, gguf_parts, MODULE, TOKEN_BYTES * len(tokens))
 
     def token(name: str) -> str | None:
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -56,12 +54,12 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
     add_bos = bool(
         metadata.get(
             "tokenizer.ggml.add_bos_token",
-            kind == "llama" or metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3"),
+            metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA3,
         )
     )
     unknown = token("unknown")
     return Vocabulary(
-        tokenizer=tokenizer,
+        tokenizer=gguf_tokenizer(path) if table is None else table,
         chat_template=metadata.get("tokenizer.chat_template"),
         tool_template=metadata.get("tokenizer.chat_template.tool_use"),
         bos_token=token("bos"),
@@ -72,16 +70,92 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
     )
 
 
-def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    split = metadata.get("tokenizer.ggml.pre", "default")
+def gguf_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer as the library has it, which holds its whole vocabulary in memory. Raises InputError as
+    `gguf_vocabulary` does.
+    """
+    metadata = read_metadata(path)
+    tokens = _tokens(path, metadata)
+    tokenizer = _pipeline(path, metadata)
     ids = {token: index for index, token in enumerate(tokens)}
     merges = []
-    for merge in metadata.pop("tokenizer.ggml.merges", []):
-        left, _, right = merge.partition(" ")
+    for left, right in _merges(metadata, ids):
         if not {left, right, left + right} <= ids.keys():  # the tokenizers library would abort on it
-            raise InputError(f"{path}: merge {merge!r} names no token; the file is damaged, download it again")
-        merges.append((tokens[ids[left]], tokens[ids[right]]))  # reuses the strings, which saves memory
-    tokenizer = Tokenizer(BPE(ids, merges, ignore_merges=split in ("llama-bpe", "llama3", "llama-v3")))
+            raise InputError(
+                f"{path}: merge {f'{left} {right}'!r} names no token; the file is damaged, download it again"
+            )
+        merges.append((left, right))
+    tokenizer.model = BPE(ids, merges, **_settings(metadata, tokens))
+    added = list(_added(metadata, tokens))
+    tokenizer.add_special_tokens([token for token in added if token.special])
+    tokenizer.add_tokens([token for token in added if not token.special])
+    return tokenizer
+
+
+def gguf_parts(path: Path) -> TableParts:
+    """What the table of the tokenizer is made of."""
+    metadata = read_metadata(path)
+    tokens = _tokens(path, metadata)
+    ids = {token: index for index, token in enumerate(tokens)}
+    added = sorted(_added(metadata, tokens), key=lambda token: not token.special)
+    kept = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    pipeline = from_json(_pipeline(path, metadata).to_str())
+    del pipeline["model"]
+    pipeline["added_tokens"] = [
+        {"id": ids[token.content]} | {name: getattr(token, name) for name in kept} for token in added
+    ]
+    settings = BpeSettings(**_settings(metadata, tokens))
+    return TableParts(pipeline=pipeline, settings=settings, ids=ids, merges=_merges(metadata, ids))
+
+
+def _tokens(path: Path, metadata: Mapping[str, Any]) -> Sequence[str]:
+    """The vocabulary, by id. Raises InputError for a tokenizer of another kind."""
+    kind = metadata.get("tokenizer.ggml.model")
+    tokens: Sequence[str] | None = metadata.get("tokenizer.ggml.tokens")
+    if kind not in ("gpt2", "llama") or not tokens:
+        raise InputError(
+            f"{path}: tokenizer of kind {kind!r} is not supported; supported: gpt2, llama; use the model's Hugging Face directory"
+        )
+    return tokens
+
+
+def _added(metadata: Mapping[str, Any], tokens: Iterable[str]) -> Iterator[AddedToken]:
+    """The tokens that are found in a text before it is split into words."""
+    for token, token_type in zip(tokens, metadata.get("tokenizer.ggml.token_type") or ()):
+        if token_type in (CONTROL, USER_DEFINED):
+            yield AddedToken(token, special=token_type == CONTROL, normalized=False)
+
+
+def _settings(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
+    """What the model does beside its merges."""
+    if metadata["tokenizer.ggml.model"] == "gpt2":
+        return {"ignore_merges": metadata.get("tokenizer.ggml.pre") in LLAMA3}
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    return {"unk_token": tokens[unknown], "fuse_unk": True, "byte_fallback": True}
+
+
+def _merges(metadata: Mapping[str, Any], ids: dict[str, int]) -> Iterator[tuple[str, str]]:
+    if metadata["tokenizer.ggml.model"] == "llama":
+        yield from implied_merges(ids, metadata.get("tokenizer.ggml.scores") or [0.0] * len(ids))
+        return
+    for merge in metadata.get("tokenizer.ggml.merges", ()):
+        left, _, right = merge.partition(" ")
+        yield left, right
+
+
+def _pipeline(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer without its vocabulary. Raises InputError for one that splits texts in an unknown way."""
+    tokenizer = Tokenizer(BPE())
+    if metadata["tokenizer.ggml.model"] == "llama":
+        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
+        tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+        tail: list[Any] = [decoders.Strip(content=" ", left=1)] if prefix else []
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
+        )
+        return tokenizer
+    split = metadata.get("tokenizer.ggml.pre", "default")
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
     if split in SPLITS:
         pattern = pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated")
@@ -104,30 +178,14 @@ def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> Toke
     return tokenizer
 
 
-def _sentence_piece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-    ids = {token: index for index, token in enumerate(tokens)}
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    tokenizer = Tokenizer(
-        BPE(ids, implied_merges(ids, scores), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
-    )
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    tail: list[Any] = [decoders.Strip(content=" ", left=1)] if prefix else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail])
-    return tokenizer
-
-
-def implied_merges(ids: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+def implied_merges(ids: Mapping[str, int], scores: Sequence[float]) -> Iterator[tuple[str, str]]:
     """The merges of a SentencePiece BPE: every split of a token into two tokens, best score first, then lowest ids."""
-    tokens = {index: token for token, index in ids.items()}
-    merges: list[Any] = []
-    for token, index in ids.items():
-        rank = -scores[index]
-        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        merges += [(rank, ids[left], ids[right]) for left, right in pairs if left in ids and right in ids]
-    merges.sort()
-    for index, (_, left, right) in enumerate(merges):  # replaced in place: there may be half a million
-        merges[index] = tokens[left], tokens[right]
-    return merges
+    best_first = sorted(ids, key=lambda token: -scores[ids[token]])
+    for _, equal in itertools.groupby(best_first, key=lambda token: scores[ids[token]]):
+        splits = ((token[:cut], token[cut:]) for token in equal for cut in range(1, len(token)))
+        pairs = [(left, right) for left, right in splits if left in ids and right in ids]
+        yield from sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+
+
+if __name__ == "__main__":
+    write_kept_table(gguf_parts)

@@ -2,35 +2,34 @@
 
 Matrices are rounded to the store's 4-bit or 8-bit groups when they are packed, or stay in 16 bits, as is asked for;
 quantised ones keep their codes (`tightfit.profiles.sources.quantised`); vectors stay float32. Of a multimodal
-Gemma 3 only the text model is used. Only the rows that are being packed are in memory.
+Gemma 3 only the text model is used. Only the rows that are being packed are in memory. PyTorch is imported when rows
+are read, not before.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.family import family_of
 from tightfit.profiles.sources.quantised import QuantisedMatrix, find, method_of
 from tightfit.profiles.weights.describe import EMBEDDINGS, describe
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
+from tightfit.profiles.weights.tensor_file import FileTensor, TensorFile
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import open_regular
-from tightfit.runtime.common.strict_json import from_json, read_json
+from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
-from tightfit.runtime.engine.weights.safetensors_file import header_in
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADVICE = "it is truncated or damaged, download it again"
 QUANTIZATION = "quantization_config"
 CONVERSION = (
     "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('OLD').save_pretrained('NEW')\""
@@ -100,10 +99,10 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
     def tensors() -> Iterable[SourceTensor]:
         for entry in entries.values():
             if entry.name in quantised:
-                yield quantised_tensor(entry.name, quantised[entry.name], locations, entry)
+                yield quantised_tensor(entry.name, quantised[entry.name], locations, opened, entry)
                 continue
             file, key = locations[entry.name]
-            rows = _row_reader(file, opened.slice(entry.name), key, entry)
+            rows = _row_reader(opened.tensor(entry.name), entry)
             stored = StoredTensor(key=key, dtype=dtypes[entry.name])
             yield SourceTensor(entry=entry, rows=rows, origin=f"{file}: tensor {key!r}", stored=stored)
 
@@ -128,14 +127,14 @@ class OpenedFiles:
     def __init__(self, locations: Mapping[str, tuple[Path, str]]) -> None:
         """`locations`: by its name in the model, each tensor's (file, name in it)."""
         self._locations = locations
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, TensorFile] = {}
 
-    def slice(self, name: str) -> Any:
+    def tensor(self, name: str) -> FileTensor:
         """The tensor `name`, of which rows are read when they are asked for."""
         file, key = self._locations[name]
         if file not in self._files:
-            self._files[file] = safe_open(file, framework="pt")
-        return self._files[file].get_slice(key)
+            self._files[file] = TensorFile(file, ADVICE)
+        return self._files[file].tensor(key)
 
 
 def find_quantised(
@@ -150,16 +149,18 @@ def find_quantised(
     `stated` is the config's quantization_config. Raises InputError for parts that do not fit together.
     """
     try:
-        matrices = {name: find(stated, locations, opened.slice, name, shape) for name, shape in shapes.items()}
+        matrices = {name: find(stated, locations, opened.tensor, name, shape) for name, shape in shapes.items()}
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return {name: matrix for name, matrix in matrices.items() if matrix is not None}
 
 
 def quantised_tensor(
-    name: str, matrix: QuantisedMatrix, locations: Mapping[str, tuple[Path, str]], entry: Entry
+    name: str, matrix: QuantisedMatrix, locations: Mapping[str, tuple[Path, str]], opened: OpenedFiles, entry: Entry
 ) -> SourceTensor:
     """The matrix `name` of a checkpoint, to be packed as `entry`."""
+    from tightfit.profiles.sources.quantised_rows import row_reader
+
     first = min(matrix.parts)
     file, key = locations[first]
     stored = StoredTensor(
@@ -168,7 +169,7 @@ def quantised_tensor(
         parts=frozenset(locations[part][1] for part in matrix.parts),
     )
     description = f"{file}: tensor {name!r} ({matrix.method})"
-    return SourceTensor(entry=entry, rows=matrix.rows, origin=description, stored=stored)
+    return SourceTensor(entry=entry, rows=row_reader(matrix, opened.tensor), origin=description, stored=stored)
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -209,17 +210,9 @@ def checkpoint_keys(file: Path, digest: Any) -> dict[str, str]:
 
     Adds its header, size and modification time to the fingerprint `digest`.
     """
-    try:
-        with open_regular(file) as opened:
-            stat, header = os.fstat(opened.fileno()), header_in(opened.fileno())
-        digest.update(header + struct.pack("<qq", stat.st_size, stat.st_mtime_ns))
-        with safe_open(file, framework="pt"):  # checks what the header says against the file
-            header_entries: dict[str, Any] = from_json(header)
-        return {key: entry["dtype"] for key, entry in header_entries.items() if key != "__metadata__"}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"{file}: not a readable safetensors file ({error}); it is truncated or damaged, download it again"
-        ) from error
+    opened = TensorFile(file, ADVICE)
+    digest.update(opened.header + struct.pack("<qq", opened.stat.st_size, opened.stat.st_mtime_ns))
+    return {key: dtype for key, (dtype, _) in opened.tensors.items()}
 
 
 def text_name(key: str) -> str:
@@ -244,19 +237,18 @@ def _check_known(path: Path, config: dict[str, Any], names: Iterable[str], entri
             )
 
 
-def _row_reader(file: Path, data: Any, key: str, entry: Entry) -> Callable[[int, int], Tensor]:
-    if tuple(data.get_shape()) != entry.shape:
+def _row_reader(tensor: FileTensor, entry: Entry) -> Callable[[int, int], Tensor]:
+    if tensor.shape != entry.shape:
         raise InputError(
-            f"{file}: tensor {key!r} has shape {data.get_shape()} where {list(entry.shape)} is due; config.json does not fit the weights"
+            f"{tensor.file.path}: tensor {tensor.name!r} has shape {list(tensor.shape)} where {list(entry.shape)} is due; config.json does not fit the weights"
         )
 
-    if data.get_dtype() not in PUBLISHED:
+    if tensor.dtype not in PUBLISHED:
         raise InputError(
-            f"{file}: tensor {key!r} is {data.get_dtype()}, and config.json states no quantisation that can be read; use the model's 16-bit weights or a GGUF file"
+            f"{tensor.file.path}: tensor {tensor.name!r} is {tensor.dtype}, and config.json states no quantisation that can be read; use the model's 16-bit weights or a GGUF file"
         )
 
     def rows(start: int, stop: int) -> Tensor:
-        part: Tensor = data[:] if len(entry.shape) == 1 else data[start:stop]
-        return part.to(torch.float32)
+        return (tensor.whole() if len(entry.shape) == 1 else tensor.rows(start, stop)).float()
 
     return rows

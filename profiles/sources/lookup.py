@@ -23,7 +23,7 @@ from tightfit.runtime.common.strict_json import JsonError, read_json
 if TYPE_CHECKING:
     from tightfit.profiles.weights.precision import Precision
 
-Kind = Literal["directory", "gguf", "config", "factory", "hub"]
+Kind = Literal["directory", "prepared", "gguf", "config", "factory", "hub"]
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 POSITIONS = ("max_position_embeddings", "n_positions")
 """What a config.json calls the number of positions, the second in families such as GPT-2."""
@@ -44,6 +44,10 @@ def resolve(
 
     bits = precision(base, embeddings)
     kind, path = _named(source)
+    if kind == "prepared":
+        from tightfit.profiles.sources.prepared import prepared_source
+
+        return prepared_source(path)
     if kind == "directory":
         return _directory(path, bits, None)
     if kind == "hub":
@@ -97,6 +101,10 @@ def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
         from tightfit.profiles.sources.gguf_tokenizer import gguf_vocabulary
 
         return gguf_vocabulary(path)
+    if kind == "prepared":
+        from tightfit.profiles.sources.directory_tokenizer import WORDS, read_vocabulary
+
+        return read_vocabulary(path) if (path / WORDS).exists() else None
     if kind in ("directory", "hub"):
         from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary
 
@@ -107,6 +115,17 @@ def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
 def names_module(source: str | os.PathLike[str]) -> bool:
     """Whether `source` names a module of the user's own. Raises InputError if it names nothing usable."""
     return _named(source)[0] == "factory"
+
+
+def prepared_seq(source: str | os.PathLike[str], prepared: str | os.PathLike[str] | None) -> int | None:
+    """Tokens of the step that was traced when the model, or the folder `prepared`, was made ready; None if none was."""
+    kind, path = _named(source)
+    folder = path if kind == "prepared" else None if prepared is None else Path(prepared)
+    if folder is None:
+        return None
+    from tightfit.profiles.sources.prepared import load_prepared
+
+    return load_prepared(folder).step.seq
 
 
 def longest_sequence(source: str | os.PathLike[str]) -> int | None:
@@ -123,6 +142,8 @@ def longest_sequence(source: str | os.PathLike[str]) -> int | None:
 
         metadata = read_metadata(path)
         positions = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    elif kind == "prepared":
+        positions = positions_of(_prepared_config(path))
     else:
         folder = hub_directory(source) if kind == "hub" else path
         config = read_config(folder if kind == "config" else folder / "config.json")
@@ -152,6 +173,8 @@ def end_tokens(source: str | os.PathLike[str]) -> list[int]:
         ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
         return [token for token in dict.fromkeys(ids) if isinstance(token, int)]
     folder = hub_directory(source) if kind == "hub" else path
+    if kind == "prepared":
+        return _token_ids(_prepared_config(folder).get("eos_token_id"))
     for file in (path,) if kind == "config" else (folder / "generation_config.json", folder / "config.json"):
         if file.exists():
             try:
@@ -160,12 +183,20 @@ def end_tokens(source: str | os.PathLike[str]) -> list[int]:
                 raise InputError(f"{file}: {error.strerror}; download the file again") from error
             except JsonError as error:
                 raise InputError(f"{file}: not JSON ({error}); download the file again") from error
-            stated: Any = config.get("eos_token_id") if isinstance(config, dict) else None
-            tokens = stated if isinstance(stated, list) else [stated]
-            ends = [token for token in tokens if isinstance(token, int)]
+            ends = _token_ids(config.get("eos_token_id") if isinstance(config, dict) else None)
             if ends:
                 return ends
     return []
+
+
+def _token_ids(stated: Any) -> list[int]:
+    return [token for token in (stated if isinstance(stated, list) else [stated]) if isinstance(token, int)]
+
+
+def _prepared_config(folder: Path) -> dict[str, Any]:
+    from tightfit.profiles.sources.prepared import load_prepared
+
+    return load_prepared(folder).request.source.config
 
 
 def hub_directory(name: str | os.PathLike[str]) -> Path:
@@ -198,7 +229,7 @@ def _named(source: str | os.PathLike[str]) -> tuple[Kind, Path]:
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return "directory", path.resolve()
+        return "prepared" if (path / "prepared.json").is_file() else "directory", path.resolve()
     if path.is_file():
         if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
             return "gguf", path.resolve()

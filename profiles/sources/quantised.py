@@ -4,41 +4,64 @@ Sources of the layouts: `QuantState` and the kernels of bitsandbytes; AutoGPTQ's
 zeros are stored less 1, and version 2, `gptq_v2`); AutoAWQ's `gemm.py`. Values are what the codes mean in float32, which
 is rounded once, to the type of the arithmetic, when a weight is unpacked. What the store has no form of (4-bit GPTQ with
 act-order, FP4) is unpacked to bfloat16 when it is packed: the same values in a bfloat16 step, in 16 bits.
+
+Here the matrices are found and described, without PyTorch; `tightfit.profiles.sources.quantised_rows` reads their rows.
 """
 
 from __future__ import annotations
 
+import array
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from tightfit.profiles.weights.tensor_file import FileTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.engine.weights.layout import NF4, Entry
 
 NAMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes"}
-NIBBLES = torch.arange(0, 32, 4, dtype=torch.int32)
-AWQ_ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
-"""Columns of eight that AWQ packs into the nibbles of an int32, lowest nibble first."""
-COLUMN_OF_AWQ = torch.argsort(AWQ_ORDER)
 QUANT_STATE = "quant_state.bitsandbytes__"
 
 
-class FileSlice(Protocol):
-    """A tensor in a safetensors file, of which parts are read when they are asked for."""
-
-    def __getitem__(self, part: Any) -> Tensor: ...
-
-    def get_shape(self) -> list[int]: ...
-
-
-Load = Callable[[str], FileSlice]
+Load = Callable[[str], FileTensor]
 """A tensor by its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourBitLayout:
+    """bitsandbytes' 4 bits, in blocks that run on over the rows."""
+
+    block: int
+    """Elements that share a scale in the file."""
+    nested: bool
+    """Whether the scales are codes of 8 bits (QLoRA's double quantisation)."""
+    nested_block: int
+    """Scales that share a scale of their own."""
+    mean: float
+    """What is added to nested scales."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Layout:
+    """LLM.int8 of bitsandbytes: a scale for each row."""
+
+    scales: str
+    """Name of the scales' tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroPointLayout:
+    """GPTQ and AWQ: scales and zeros for the groups of each row."""
+
+    method: str
+    parts: Mapping[str, str]
+    """Names of the tensors qweight, qzeros and scales, and of g_idx where groups are in the order of activations."""
+    group: int
+    offset: int
+    """What is added to stored zeros."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +71,14 @@ class QuantisedMatrix:
     method: str
     """What it is quantised with, in words."""
     entry: Entry
-    rows: Callable[[int, int], Tensor]
-    """As in `tightfit.profiles.weights.source.SourceTensor`."""
+    layout: FourBitLayout | Int8Layout | ZeroPointLayout
     parts: frozenset[str]
     """Names of the tensors that it is made of."""
+
+    @property
+    def packable(self) -> bool:
+        """Whether the store has a form of its codes; else it is unpacked."""
+        return self.entry.group > 0
 
 
 def method_of(path: Path, config: Mapping[str, Any]) -> str | None:
@@ -91,7 +118,7 @@ def find(
             if f"{name}.{QUANT_STATE}{kind}" in names:
                 matrix = _four_bit(names, load, name, kind, shape)
     # AutoGPTQ writes a bias of zeros for matrices that have none.
-    if matrix is not None and (bias := f"{stem}.bias") in names and not load(bias)[:].any():
+    if matrix is not None and (bias := f"{stem}.bias") in names and not any(load(bias).numbers()):
         matrix = replace(matrix, parts=matrix.parts | {bias})
     return matrix
 
@@ -110,9 +137,9 @@ def _check(name: str, property_name: str, actual: Any, expected: Any) -> None:
 def _four_bit(names: Container[str], load: Load, name: str, kind: str, shape: tuple[int, ...]) -> QuantisedMatrix:
     state_name = f"{name}.{QUANT_STATE}{kind}"
     try:
-        state = from_json(bytes(load(state_name)[:].tolist()))
-        block, double = int(state["blocksize"]), f"{name}.nested_absmax" in names
-        inner, mean = (int(state["nested_blocksize"]), float(state["nested_offset"])) if double else (0, 0.0)
+        state = from_json(load(state_name).content())
+        block, nested = int(state["blocksize"]), f"{name}.nested_absmax" in names
+        nested_block, mean = (int(state["nested_blocksize"]), float(state["nested_offset"])) if nested else (0, 0.0)
         stored_shape = tuple(state["shape"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"tensor {state_name!r} is damaged ({error!r}); download the model again") from error
@@ -120,59 +147,30 @@ def _four_bit(names: Container[str], load: Load, name: str, kind: str, shape: tu
     columns = math.prod(shape[1:])
     # A block of bitsandbytes may end inside a row: its scale is then repeated for its parts.
     group = math.gcd(columns, block)
-    _check(name, "number of bytes", math.prod(load(name).get_shape()), shape[0] * columns // 2)
+    _check(name, "number of bytes", math.prod(load(name).shape), shape[0] * columns // 2)
     suffixes = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f".{QUANT_STATE}{kind}")
-    parts = frozenset(f"{name}{suffix}" for suffix in suffixes if f"{name}{suffix}" in names)
-
-    def scales() -> Tensor:
-        """Float32 scale of every block: in the file, or nested, in codes of 8 bits (QLoRA's double quantisation)."""
-        absmax = load(f"{name}.absmax")[:].view(-1)
-        if double:
-            codes, nested = (load(f"{name}.nested_{part}")[:].float().view(-1) for part in ("quant_map", "absmax"))
-            outer_scales = nested.repeat_interleave(inner)[: len(absmax)]
-            return codes[absmax.int()] * outer_scales + torch.tensor(mean)
-        return absmax.float()
-
-    table = load(f"{name}.quant_map")[:].float().view(-1)
-    packable = group % 2 == 0 and torch.equal(table, torch.tensor(NF4))
-    entry = Entry(name=name, shape=shape, format="nf4" if packable else "bfloat16", group=group if packable else 0)
-    cache: dict[str, Tensor] = {}
-
-    def rows(start: int, stop: int) -> Tensor:
-        if not cache:
-            cache["scales"] = scales()
-        first, last = start * columns // 2, -(-stop * columns // 2)
-        packed = load(name)[first:last].reshape(-1)
-        codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)  # the first of two is the high nibble
-        codes = codes[start * columns - 2 * first :][: (stop - start) * columns].view(-1, group)
-        blocks = torch.arange(start * columns // group, stop * columns // group) * group // block
-        scale = cache["scales"][blocks].view(-1, 1)
-        if not packable:
-            return (table[codes.int()] * scale).view(stop - start, columns)
-        nibbles = codes[:, 0::2] | codes[:, 1::2] << 4
-        return torch.cat([nibbles, scale.view(torch.uint8)], dim=1).view(stop - start, -1)
-
-    return QuantisedMatrix(method=kind.upper(), entry=entry, rows=rows, parts=parts)
+    table = array.array("f", load(f"{name}.quant_map").numbers())  # rounded to float32, as PyTorch does
+    packable = group % 2 == 0 and table == array.array("f", NF4)
+    return QuantisedMatrix(
+        method=kind.upper(),
+        entry=Entry(name=name, shape=shape, format="nf4" if packable else "bfloat16", group=group if packable else 0),
+        layout=FourBitLayout(block=block, nested=nested, nested_block=nested_block, mean=mean),
+        parts=frozenset(f"{name}{suffix}" for suffix in suffixes if f"{name}{suffix}" in names),
+    )
 
 
 def _int8(names: Container[str], load: Load, name: str, stem: str, shape: tuple[int, ...]) -> QuantisedMatrix:
     columns = math.prod(shape[1:])
-    _check(name, "shape", tuple(load(name).get_shape()), shape)
-    _check(name, "number of scales (SCB)", math.prod(load(f"{stem}.SCB").get_shape()), shape[0])
+    _check(name, "shape", load(name).shape, shape)
+    _check(name, "number of scales (SCB)", math.prod(load(f"{stem}.SCB").shape), shape[0])
     parts = {name, f"{stem}.SCB"}
     if f"{stem}.weight_format" in names:
         parts.add(f"{stem}.weight_format")
-        _check(name, "weight_format", int(load(f"{stem}.weight_format")[...]), 0)
-
-    def rows(start: int, stop: int) -> Tensor:
-        codes = load(name)[start:stop].reshape(-1, columns).contiguous()
-        scale = load(f"{stem}.SCB")[:].float().view(-1, 1)[start:stop].contiguous()
-        return torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], dim=1)
-
+        _check(name, "weight_format", [int(number) for number in load(f"{stem}.weight_format").numbers()], [0])
     return QuantisedMatrix(
         method="LLM.int8",
         entry=Entry(name=name, shape=shape, format="int8", group=columns),
-        rows=rows,
+        layout=Int8Layout(scales=f"{stem}.SCB"),
         parts=frozenset(parts),
     )
 
@@ -196,51 +194,24 @@ def _zero_points(
     expected_shapes = {"qzeros": (groups, eighths), "scales": (groups, outputs)}
     expected_shapes["qweight"] = (inputs // 8, outputs) if method == "gptq" else (inputs, eighths)
     for part, key in parts.items():
-        _check(name, f"shape of {part}", tuple(load(key).get_shape()), expected_shapes[part])
+        _check(name, f"shape of {part}", load(key).shape, expected_shapes[part])
     offset = 1 if method == "gptq" and stated.get("checkpoint_format", "gptq") != "gptq_v2" else 0
-    order: Tensor | None = None
-    if f"{stem}.g_idx" in names:
-        parts["g_idx"] = f"{stem}.g_idx"
-        order = load(parts["g_idx"])[:].view(-1).long()
+    used, ordered = list(parts.values()), False
+    if (key := f"{stem}.g_idx") in names:
+        used.append(key)
+        order = load(key).numbers()
         _check(name, "length of g_idx", len(order), inputs)
-        if torch.equal(order, torch.arange(inputs) // group):
-            order = None
-        elif order.min() < 0 or order.max() >= groups:
-            raise InputError(
-                f"tensor {parts['g_idx']!r} names group {int(order.max())} of {groups}; download the model again"
-            )
-    packable = order is None and group % 2 == 0 and inputs % group == 0
-    entry = Entry(name=name, shape=shape, format="q4_zero" if packable else "bfloat16", group=group if packable else 0)
-
-    def rows(start: int, stop: int) -> Tensor:
-        first, last = start // 8 * 8, -(-stop // 8) * 8
-        wanted_rows = slice(start - first, stop - first)
-        packed_columns = slice(first // 8, last // 8)
-        zeros = _columns(load(parts["qzeros"])[:, packed_columns], method)[:, wanted_rows].T + offset
-        scales = load(parts["scales"])[:, start:stop].T
-        if method == "gptq":
-            words = load(parts["qweight"])[:, start:stop]
-            codes = (words.unsqueeze(1) >> NIBBLES.view(1, 8, 1) & 15).reshape(inputs, -1).T
-        else:
-            codes = _columns(load(parts["qweight"])[:, packed_columns], method)[:, wanted_rows].T
-        if not packable:
-            group_of_column = torch.arange(inputs) // group if order is None else order
-            return (codes - zeros[:, group_of_column]).float() * scales.float()[:, group_of_column]
-        half_scales = scales.half()
-        if not torch.equal(half_scales.float(), scales.float()):
-            raise InputError(
-                f"tensor {parts['scales']!r} holds scales that are no float16 numbers; use the model's 16-bit weights"
-            )
-        pairs = codes.to(torch.uint8).reshape(-1, group)
-        scale = half_scales.reshape(-1).contiguous().view(torch.uint8).view(-1, 2)
-        zero = zeros.to(torch.uint8).reshape(-1, 1)
-        return torch.cat([pairs[:, 0::2] | pairs[:, 1::2] << 4, scale, zero], dim=1).view(stop - start, -1)
-
-    label = NAMES[method] + (" with act-order" if order is not None else "")
-    return QuantisedMatrix(method=label, entry=entry, rows=rows, parts=frozenset(parts.values()))
-
-
-def _columns(words: Tensor, method: str) -> Tensor:
-    """Nibbles of int32 [n, m] that hold eight columns each, in the columns' order: int32 [n, 8 * m]."""
-    nibbles = words.unsqueeze(2) >> NIBBLES & 15
-    return (nibbles if method == "gptq" else nibbles[:, :, COLUMN_OF_AWQ]).reshape(len(words), -1)
+        ordered = order != [column // group for column in range(inputs)]
+        if ordered and (min(order) < 0 or max(order) >= groups):
+            raise InputError(f"tensor {key!r} names group {int(max(order))} of {groups}; download the model again")
+    packable = not ordered and group % 2 == 0 and inputs % group == 0
+    return QuantisedMatrix(
+        method=NAMES[method] + (" with act-order" if ordered else ""),
+        entry=Entry(
+            name=name, shape=shape, format="q4_zero" if packable else "bfloat16", group=group if packable else 0
+        ),
+        layout=ZeroPointLayout(
+            method=method, parts=parts | ({"g_idx": key} if ordered else {}), group=group, offset=offset
+        ),
+        parts=frozenset(used),
+    )

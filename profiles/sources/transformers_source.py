@@ -33,6 +33,7 @@ from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
 from tightfit.profiles.weights.describe import packed_entry
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
+from tightfit.profiles.weights.tensor_file import FileTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
 
@@ -94,10 +95,10 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
         for tensor in decoder.tensors:
             entry = entries[tensor.name]
             if tensor.key in quantised:
-                yield quantised_tensor(tensor.key, quantised[tensor.key], locations, entry)
+                yield quantised_tensor(tensor.key, quantised[tensor.key], locations, opened, entry)
             elif tensor.name in direct:
                 file, key = direct[tensor.name]
-                rows = _file_rows(file, opened.slice(tensor.key), key, tensor)
+                rows = _file_rows(opened.tensor(tensor.key), tensor)
                 stored = StoredTensor(key=key, dtype=dtypes[tensor.key], transposed=tensor.transposed)
                 yield SourceTensor(entry=entry, rows=rows, origin=f"{file}: tensor {key!r}", stored=stored)
             else:
@@ -183,20 +184,19 @@ def _drawn_rows(tensor: FrozenTensor, deviation: float, seed: int) -> Rows:
     return rows
 
 
-def _file_rows(file: Path, data: Any, key: str, tensor: FrozenTensor) -> Rows:
+def _file_rows(stored: FileTensor, tensor: FrozenTensor) -> Rows:
     """Rows of a tensor in a safetensors file; those of a transposed one are its columns there."""
-    shape = tuple(data.get_shape())
     expected = tensor.shape[::-1] if tensor.transposed else tensor.shape
-    if shape != expected:
+    if stored.shape != expected:
         raise InputError(
-            f"{file}: tensor {key!r} has shape {list(shape)} where {list(expected)} is due; config.json does not fit the weights"
+            f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {list(expected)} is due; config.json does not fit the weights"
         )
 
     def rows(start: int, stop: int) -> Tensor:
-        if len(shape) < 2:
-            rows_read: Tensor = data[:] if shape else data[...]
+        if len(expected) < 2:
+            rows_read = stored.whole()
         else:
-            rows_read = data[:, start:stop].t() if tensor.transposed else data[start:stop]
+            rows_read = stored.columns(start, stop).t() if tensor.transposed else stored.rows(start, stop)
         return rows_read.to(torch.float32).contiguous()
 
     return rows

@@ -11,7 +11,7 @@ import torch
 
 from tightfit.profiles.options import ProfileOptions, Progress
 from tightfit.profiles.sources.factory import build_with_batches, narrowed
-from tightfit.profiles.steps.step import DTYPES, LORA, ProfiledStep
+from tightfit.profiles.steps.step import LORA, ProfiledStep
 from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.fold import constant_made
 from tightfit.profiles.tracing.loss_function import loss_maker
@@ -26,6 +26,7 @@ class ModuleStep(ProfiledStep):
     kind = "module"
     default_dtype = "float32"
     phrase = "{name} is a module"
+    worth_a_process = False  # its gradients are compared with autograd's, by this process
     refused = {
         ("batch", "seq"): ", whose factory gives the sample batch; give it there",
         ("modules_to_save", *LORA): ", trained in full itself; leave the option out",
@@ -56,7 +57,7 @@ class ModuleStep(ProfiledStep):
         source = self.source
         module, batches, inputs = build_with_batches(source.path)
         if self.dtype != "float32":
-            batches = [narrowed(module, batch, inputs, DTYPES[self.dtype])[1] for batch in batches]
+            batches = [narrowed(module, batch, inputs, getattr(torch, self.dtype))[1] for batch in batches]
         names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(batches[0])}
         traced = trace(module, names, progress=report)
         if traced.token_losses is not None:

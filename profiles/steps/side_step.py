@@ -12,7 +12,7 @@ from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
 from tightfit.profiles.options import BATCH, SEQ, ProfileOptions, Progress
 from tightfit.profiles.steps.decoder_step import check_length
-from tightfit.profiles.steps.step import DTYPES, ProfiledStep
+from tightfit.profiles.steps.step import ProfiledStep
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.source import Source
@@ -47,7 +47,7 @@ class SideStep(ProfiledStep):
         return [self.shape.as_json(), self.batch, self.seq, self.dtype]
 
     def trace(self, report: Progress) -> Trace:
-        shape, dtype = decoder_shape(self.source.config), DTYPES[self.dtype]
+        shape, dtype = decoder_shape(self.source.config), getattr(torch, self.dtype)
         with FakeTensorMode():
             module = SideNetwork(shape, self.shape, dtype=dtype)
             sample = {"labels": torch.zeros(self.batch, self.seq, dtype=torch.int64)}

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tightfit.profiles.options import ProfileOptions, Progress
-from tightfit.profiles.schema import ShorterStep
-from tightfit.profiles.tracing.comparison import GradientComparison
-from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.schema import Model, ShorterStep, Tensor, TracedStep, adamw
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.engine.weights.layout import Entry, find_extent
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+if TYPE_CHECKING:  # these import PyTorch
+    from tightfit.profiles.tracing.comparison import GradientComparison
+    from tightfit.profiles.tracing.trace import Trace
+
+DTYPES = ("bfloat16", "float32")
 LORA = (
     "lora_rank", "lora_alpha", "lora_targets", "lora_layers", "rank_pattern", "alpha_pattern", "lora_dropout", "rslora", "dora", "adapter",
 )  # fmt: skip
@@ -26,11 +27,13 @@ LORA = (
 class ProfiledStep(ABC):
     """A training step of a source, with the options of profiling. Raises InputError for options that it does not take."""
 
-    kind: ClassVar[str]
+    kind: Literal["decoder", "module", "graph"]
     """`Model.kind` in its profiles"""
     default_dtype: ClassVar[str] = "bfloat16"
     phrase: ClassVar[str]
     """what a message calls it; ``{name}`` stands for the source's"""
+    worth_a_process: ClassVar[bool] = True
+    """whether it is traced in a process of its own where PyTorch is not loaded yet"""
     refused: ClassVar[Mapping[tuple[str, ...], str]] = {}
     """options that it does not take -> why, as the end of a sentence that begins with `phrase`"""
 
@@ -47,6 +50,31 @@ class ProfiledStep(ABC):
         """samples of the step, once it is traced"""
         self.seq: Any = options.seq
         """tokens of each; None where it has no tokens"""
+
+    def traced(self, report: Progress) -> TracedStep:
+        """The step as a profile has it, before anything is measured."""
+        traced, source = self.trace(report), self.source
+        return TracedStep(
+            model=Model(
+                name=source.name,
+                source=source.path,
+                kind=self.kind,
+                **self.model_fields(),
+                base=source.base,
+                embeddings=source.embeddings,
+                rounding=source.note or None,
+            ),
+            batch=self.batch,
+            seq=self.seq,
+            compute_dtype=self.dtype,
+            optimizer=adamw(self.options.accumulate),
+            tensors=[_packed(tensor, source.entries) for tensor in traced.tensors],
+            programs=traced.programs,
+            layers=traced.layers,
+            loss=traced.loss,
+            token_losses=traced.token_losses,
+            shorter=self.shorter(traced, report),
+        )
 
     @abstractmethod
     def trace(self, report: Progress) -> Trace: ...
@@ -66,3 +94,10 @@ class ProfiledStep(ABC):
     def model_fields(self) -> dict[str, Any]:
         """Fields of the profile's `Model` that the traced step decides."""
         return {"config": self.source.config}
+
+
+def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:
+    if tensor.kind != "weight":
+        return tensor
+    extent = find_extent(entries, tensor.name)
+    return tensor.model_copy(update={"packed_bytes": extent.bytes, "packed_format": extent.entry.format})

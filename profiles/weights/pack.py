@@ -8,9 +8,10 @@ import array
 import contextlib
 import ctypes
 import json
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +20,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tightfit.profiles.weights.source import Source, SourceTensor, without_names
+from tightfit.profiles.weights.source import PackProgress, Source, SourceTensor, block_rows, without_names
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.files import sync_directory
+from tightfit.runtime.common.files import WriteBehind, remove_orphans, sync_directory
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.weights.layout import (
     ALIGNMENT,
@@ -37,7 +38,6 @@ from tightfit.runtime.engine.weights.layout import (
 from tightfit.runtime.engine.weights.native_judge import SCALES
 from tightfit.runtime.engine.weights.store import RAW
 
-BLOCK_BYTES = 8 << 20  # size in float32 of the rows that are converted at a time
 AT_ONCE = (1 << 15) - 1
 """Elements that are rounded to 4 bit at a time: few enough that they stay in a core's cache, and that PyTorch does not
 split an operation on them between cores, which takes a hundred times as long where the cores are busy."""
@@ -47,8 +47,6 @@ REFITS = 3
 SINGLE = ("nf4", "int8")
 """Formats whose scales are float32; those of the others are float16."""
 FLOAT16_MOST = 65504
-Progress = Callable[[int, int, str], None]
-"""Called as progress(bytes done, bytes in all, tensor name); bytes are those of the packed form."""
 
 
 def pack_q4(values: Tensor, group: int, spans: Sequence[float] = SPANS) -> Tensor:
@@ -71,7 +69,7 @@ def _pack_q4(x: Tensor, spans: Sequence[float]) -> Tensor:
     low, high = x.amin(0), x.amax(0)
     mean = x.mean(0)
     codes, scratch = torch.empty_like(x), torch.empty_like(x)
-    error = torch.full_like(low, torch.inf)
+    error = torch.full_like(low, math.inf)
     scale, minimum = error.clone(), error.clone()  # where no pair is finite in float16, which callers look for
 
     def choose_codes(scale: Tensor, minimum: Tensor) -> None:
@@ -115,11 +113,16 @@ def q4_blocks(codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 
 def pack_q8(values: Tensor, group: int) -> Tensor:
     """Round float rows [n, columns] to symmetric 8 bit: uint8 [n, row bytes]."""
-    x = values.float().view(-1, group)
+    parts = values.reshape(-1, group).split(max(1, AT_ONCE // group))
+    return torch.cat([_pack_q8(part.float()) for part in parts]).view(values.shape[0], -1)
+
+
+def _pack_q8(x: Tensor) -> Tensor:
+    """Blocks of groups that are the rows of `x`, float32 [n, group]."""
     scale = _half(x.abs().amax(1, keepdim=True) / 127)
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     codes = (x * inverse).round_().clamp_(-127, 127).to(torch.int8)
-    return torch.cat([scale.half().view(torch.uint8), codes.view(torch.uint8)], dim=1).view(values.shape[0], -1)
+    return torch.cat([scale.half().view(torch.uint8), codes.view(torch.uint8)], dim=1)
 
 
 def pack_rows(entry: Entry, values: Tensor) -> Tensor:
@@ -165,13 +168,14 @@ class StoreWriter:
         self._end = end
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_orphans(self.path)
+            remove_orphans(self.path)
             disk = os.statvfs(self.path.parent)
             if disk.f_bavail * disk.f_frsize < end:
                 raise RunError(
                     f"{self.path.parent}: the weight store needs {end} bytes, {disk.f_bavail * disk.f_frsize} are free; free some space or set TIGHTFIT_CACHE"
                 )
             self._file = self._temporary.open("wb")
+            self._behind = WriteBehind(self._file.fileno())
         except OSError as error:
             raise RunError(f"{self.path}: {error.strerror}; set TIGHTFIT_CACHE to a writable directory") from error
 
@@ -189,6 +193,7 @@ class StoreWriter:
                 view = memoryview((ctypes.c_char * data.numel()).from_address(data.data_ptr())).cast("B")
                 self._file.write(view)
                 written += len(view)
+                self._behind.wrote(len(view))
                 while len(view):
                     chunk = view[: segment - filled]
                     checksum, filled, view = zlib.crc32(chunk, checksum), filled + len(chunk), view[len(chunk) :]
@@ -212,7 +217,7 @@ class StoreWriter:
             self._file.seek(0)
             self._file.write(PREAMBLE.pack(MAGIC, VERSION, len(header), len(table), zlib.crc32(body)) + body)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            self._behind.finish()
             self._file.close()
             self._temporary.replace(self.path)
             sync_directory(self.path.parent)
@@ -265,7 +270,7 @@ class StoreWriter:
         return json.dumps(self._head | {"tensors": tensors}, separators=(",", ":")).encode()
 
 
-def build_store(source: Source, directory: str | os.PathLike[str], progress: Progress | None = None) -> Path:
+def build_store(source: Source, directory: str | os.PathLike[str], progress: PackProgress | None = None) -> Path:
     """Path of the packed store of `source` in `directory`, written now unless an intact one is there already.
 
     Holds one block of rows in memory at a time. Raises InputError for weights that do not fit the model's config,
@@ -294,7 +299,7 @@ def build_store(source: Source, directory: str | os.PathLike[str], progress: Pro
 def _blocks(tensor: SourceTensor) -> Iterable[Tensor]:
     """Packed blocks of whole rows. Raises InputError for NaN and infinity, which names the tensor's place."""
     entry = tensor.entry
-    step = max(1, BLOCK_BYTES // (4 * entry.columns))
+    step = block_rows(entry)
     for start in range(0, entry.rows, step):
         stop = min(start + step, entry.rows)
         block = tensor.rows(start, stop)
@@ -317,7 +322,9 @@ def _blocks(tensor: SourceTensor) -> Iterable[Tensor]:
 
 
 def _finite(entry: Entry, block: Tensor, *, packed: bool) -> bool:
-    return finite_groups(entry, block) if packed else bool(torch.isfinite(block).all())
+    if packed:
+        return finite_groups(entry, block)
+    return all(bool(torch.isfinite(part).all()) for part in block.reshape(-1).split(AT_ONCE))
 
 
 def finite_groups(entry: Entry, packed: Tensor) -> bool:
@@ -333,11 +340,3 @@ def finite_groups(entry: Entry, packed: Tensor) -> bool:
         if infinite.any():
             return False
     return True
-
-
-def _remove_orphans(path: Path) -> None:
-    """Delete temporary files of this store that killed writers left behind."""
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
-        writer = partial.name.rsplit(".", 2)[1]
-        if writer.isdigit() and not Path(f"/proc/{writer}").exists() and Path("/proc/self").exists():
-            partial.unlink(missing_ok=True)

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BLOCK_BYTES = 8 << 20
+"""Size in float32 of the rows that are packed at a time."""
+PackProgress = Callable[[int, int, str], None]
+"""Called as progress(bytes done, bytes in all, tensor name); bytes are those of the packed form."""
+
+
+def block_rows(entry: Entry) -> int:
+    """How many rows of a tensor are packed at a time."""
+    return min(entry.rows, max(1, BLOCK_BYTES // (4 * entry.columns)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """Where a file of the source has a tensor, and how."""
@@ -51,7 +62,7 @@ class Source:
 
     name: str
     kind: str
-    """One of huggingface, gguf, random and module."""
+    """One of huggingface, gguf, random, module, prepared and described."""
     path: str
     """What the user named, made absolute where it is a path."""
     config: dict[str, Any]
@@ -69,6 +80,10 @@ class Source:
     base: str | None = None
     embeddings: str | None = None
     """The precision that was asked for (`tightfit.profiles.weights.precision`)."""
+    store: Path | None = None
+    """Where its weights lie, packed already; None: they are packed when they are first needed."""
+    needs_numpy: bool = False
+    """Whether reading its rows takes NumPy beside PyTorch."""
 
 
 def without_names(config: dict[str, Any]) -> dict[str, Any]:

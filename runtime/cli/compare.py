@@ -11,6 +11,7 @@ from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
+    Certificate,
     Debug,
     Html,
     Json,
@@ -50,6 +51,7 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg."), PRIMARY
     ] = None,
     server: Server = None,
+    certificate: Certificate = None,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -60,8 +62,8 @@ def compare(
     plan_options = read(PlanOptions, options).model_dump(exclude={"policy", "progress"})
     enough_for_a_solver()
     from tightfit.planner.report.compare import compare as compare_plans
-    from tightfit.profiles.api import load_profile
     from tightfit.profiles.devices.data_sheets import find_device
+    from tightfit.profiles.io import load_profile
     from tightfit.runtime.cli.terminal import ComparisonDisplay, messages
     from tightfit.runtime.common.files import check_writable, write_whole
 
@@ -78,7 +80,7 @@ def compare(
     loaded_profile = load_profile(profile)
     with Interrupts() as interrupts, ComparisonDisplay(console, interrupts) as comparing:
         if server is not None:
-            with service(server) as client:
+            with service(server, certificate) as client:
                 plans = client.compare(
                     loaded_profile,
                     budgets,

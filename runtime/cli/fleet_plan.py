@@ -10,6 +10,7 @@ from tightfit.planner.fleet.options import FEDERATED, FleetOptions, RoundsPlanOp
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.fleet_run import member_commands
 from tightfit.runtime.cli.options import (
+    Certificate,
     Debug,
     FleetDescription,
     FleetFolder,
@@ -83,6 +84,7 @@ def plan(
     ] = None,
     html: Html = None,
     server: Server = None,
+    certificate: Certificate = None,
     supernode: Annotated[
         bool,
         typer.Option("--supernode", help="Devices of rounds run Flower's own SuperNode, which takes more memory."),
@@ -141,7 +143,7 @@ def plan(
                 members, count, bits=wanted, time_limit=asked.time_limit, progress=solving, **gap
             )
         elif server is not None:
-            with service(server) as elsewhere:
+            with service(server, certificate) as elsewhere:
                 planned, plans, why = elsewhere.fleet(members, count, **dict(asked.but(progress=solving)))
         else:
             planned, plans, why = plan_kind(members, count, **dict(asked.but(progress=solving)))

@@ -27,12 +27,14 @@ from tightfit.runtime.cli.generate import chat, generate
 from tightfit.runtime.cli.merge import merge
 from tightfit.runtime.cli.options import failure, usage
 from tightfit.runtime.cli.plan import plan
+from tightfit.runtime.cli.prepare import prepare
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.report import report
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.cli.serve import serve
 from tightfit.runtime.cli.train import TrainCommand, train
 from tightfit.runtime.common.errors import TightfitError
+from tightfit.runtime.common.extras import not_installed
 from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import limited
@@ -77,7 +79,7 @@ def _tightfit(
 
 
 app.command(cls=TrainCommand)(train)
-for command in (profile, devices, plan, compare, run, report, generate, chat, merge, serve):
+for command in (profile, prepare, devices, plan, compare, run, report, generate, chat, merge, serve):
     app.command(cls=Command)(command)
 app.command(cls=Command, name="eval")(evaluate)
 app.add_typer(fleet, name="fleet")
@@ -102,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise typer.Abort
     except (Exception, KeyboardInterrupt) as caught:
         error = caught if isinstance(caught, Exception) else typer.Abort()
+        error = (not_installed(error) if isinstance(error, ImportError) else None) or error
         if interrupts.seen and not _expected(error):
             # C code that Ctrl-C interrupts may raise an error of its own instead of KeyboardInterrupt.
             error = typer.Abort()

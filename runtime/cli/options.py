@@ -44,6 +44,15 @@ Server = Annotated[
 ]
 
 
+Certificate = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The certificate that an https server shows, or of who signed it; also: TIGHTFIT_CERTIFICATE.",
+    ),
+]
+
+
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page."), PRIMARY]
 FleetDescription = Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")]
 FleetFolder = Annotated[
@@ -78,28 +87,18 @@ def stage() -> Iterator[io.StringIO]:
 
 
 @contextlib.contextmanager
-def service(url: str) -> Iterator[Client]:
-    """A client of the service at `url`. A Ctrl-C becomes a RunError whose message says what goes on there."""
-    with served():
-        from tightfit.planner.service.client import connect
-    with connect(url) as service:
+def service(url: str, certificate: Path | None = None, budget: int | None = None) -> Iterator[Client]:
+    """A client of the service at `url`, which lists this machine with its `budget` as one that asks. A Ctrl-C becomes a RunError
+    whose message says what goes on there.
+    """
+    from tightfit.planner.service.client import connect
+    from tightfit.planner.service.wire.remote_devices import this_device
+
+    with connect(url, certificate=certificate, device=this_device(budget)) as service:
         try:
             yield service
         except KeyboardInterrupt as stop:
             raise RunError("; ".join(["interrupted", *map(str, stop.args)])) from stop
-
-
-@contextlib.contextmanager
-def served() -> Iterator[None]:
-    """While entered, a missing package of the extra `serve` becomes an error that says how to install it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "tightfit":
-            raise
-        raise InputError(
-            f"{error.name} is not installed; a service and its clients need it: pip install 'tightfit[serve]'"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,29 @@ import typer
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Debug, Json, Server, answering, next_command, read, service, with_options
+from tightfit.runtime.cli.options import (
+    Certificate,
+    Debug,
+    Json,
+    Server,
+    answering,
+    next_command,
+    read,
+    service,
+    with_options,
+)
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
-from tightfit.runtime.common.units import parse_size
+from tightfit.runtime.common.units import format_size, parse_size
 from tightfit.runtime.supervision.printing import answer
 
+MOST_SMALLER = 32
+"""plans for smaller budgets that are made at once"""
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tightfit.planner.report.explanation import Explanation
     from tightfit.planner.schema import Plan
     from tightfit.profiles.schema import Profile
@@ -52,10 +68,21 @@ def plan(
             " teaches.",
         ),
     ] = True,
+    smaller: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_SMALLER,
+            metavar="NUMBER",
+            help="Also make so many plans for smaller budgets, down to the smallest: where less memory is free later, `tightfit train"
+            " --resume --memory auto` takes one of them.",
+        ),
+    ] = 0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written."), PRIMARY] = Path(
         "plan.json"
     ),
     server: Server = None,
+    certificate: Certificate = None,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -65,9 +92,7 @@ def plan(
     settings = read(PlanOptions, options)
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
-    from tightfit.planner.problem.optimizers import chosen
-    from tightfit.profiles.api import load_profile
-    from tightfit.profiles.learned import LearnedFigures
+    from tightfit.profiles.io import load_profile
     from tightfit.runtime.cli.terminal import SolvingDisplay, StagesDisplay, messages
     from tightfit.runtime.common.files import check_writable
     from tightfit.runtime.session.rehearsal import rehearsed
@@ -86,22 +111,16 @@ def plan(
             if server is None:
                 result, explanation = _plan_here(profile, budget, settings, solving, interrupts, what_if=what_if)
             else:
-                with service(server) as client:
+                with service(server, certificate, budget) as client:
                     result = client.plan(profile, budget, **dict(settings.but(progress=solving)))
                     explanation = client.explanation(result)
         interrupted = interrupts.seen
         explanations.append(explanation)
         return result
 
-    def step(profile: Profile) -> Profile:
-        """The step that is planned. The service chooses its optimizer itself."""
-        return (
-            chosen(profile, settings.optimizer, settings.max_grad_norm, LearnedFigures()) if server is None else profile
-        )
-
     rehearsal = rehearsed(
         loaded_profile,
-        step,
+        lambda profile: step_to_plan(profile, settings, server),
         make,
         go_on=lambda: rehearse and not interrupted,
         tell=console.print,
@@ -125,6 +144,73 @@ def plan(
     with answering(summary, answers.plan_text(planned, explanation), as_json):
         summary["plan"] = str(save_plan(planned, output))
     console.print(f"plan written to {output}{_run_next(planned, output)}")
+    if smaller:
+        plan_smaller(loaded_profile, planned, smaller, settings, output, server, certificate, console)
+
+
+def plan_smaller(
+    profile: Profile,
+    planned: Plan,
+    number: int,
+    options: PlanOptions,
+    output: Path,
+    server: str | None,
+    certificate: Path | None,
+    console: Console,
+) -> None:
+    """Make plans for `number` smaller budgets, down to the smallest, in the folder `smaller_folder` of the plan in `output`.
+
+    They are made one after the other and share what is known of the step; corrections that rehearsals have taught count.
+    """
+    from tightfit.planner.io import save_plan
+    from tightfit.profiles.learned import corrected, figures_id, load_learned
+    from tightfit.runtime.cli.terminal import StagesDisplay
+
+    step = corrected(step_to_plan(profile, options, server), load_learned(figures_id(profile)))
+    folder = smaller_folder(output)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        stages = stack.enter_context(StagesDisplay(console))
+        if server is None:
+            from tightfit.planner.plan import planner_of
+
+            planner = planner_of(step)
+
+            def make(budget: int) -> Plan:
+                return planner.plan(budget, policy=options.policy, time_limit=options.time_limit, gap=options.gap)
+        else:
+            client = stack.enter_context(service(server, certificate, planned.budget_bytes))
+
+            def make(budget: int) -> Plan:
+                return client.plan(step, budget, **dict(options))
+
+        smallest = make(1).minimum_budget_bytes or planned.budget_bytes
+        ratio = planned.budget_bytes / smallest
+        budgets = sorted(
+            {int(smallest * ratio ** (index / number)) for index in range(number)} - {planned.budget_bytes}
+        )
+        for done, budget in enumerate(budgets, 1):
+            stages("planning smaller budgets", done, len(budgets))
+            plan = make(budget)
+            if plan.train is not None:
+                save_plan(plan, folder / f"{budget}.json")
+    console.print(
+        f"{len(list(folder.iterdir()))} plans for smaller budgets, down to {format_size(smallest)}, in {folder}"
+    )
+
+
+def smaller_folder(plan: Path) -> Path:
+    """Where plans for smaller budgets lie, beside a plan."""
+    return plan.with_suffix(".smaller")
+
+
+def step_to_plan(profile: Profile, options: PlanOptions, server: str | None) -> Profile:
+    """The step that is planned. A service chooses its optimizer itself."""
+    from tightfit.planner.problem.optimizers import chosen
+    from tightfit.profiles.learned import LearnedFigures
+
+    return chosen(profile, options.optimizer, options.max_grad_norm, LearnedFigures()) if server is None else profile
 
 
 def _run_next(plan: Plan, path: Path) -> str:

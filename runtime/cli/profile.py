@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,12 @@ import typer
 
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.profiles.options import ProfileOptions
+from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Debug, Json, next_command, read, with_options
+from tightfit.runtime.cli.options import Certificate, Debug, Json, Server, next_command, read, service, with_options
 from tightfit.runtime.common.limits import enough_for_a_solver
+from tightfit.runtime.common.units import parse_size
+from tightfit.runtime.engine.device.resident import memory as resident
 from tightfit.runtime.supervision.printing import answer
 
 
@@ -28,6 +32,12 @@ def profile(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written."), PRIMARY] = Path(
         "profile.json"
     ),
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What measuring may hold; default: what it measures best with."),
+    ] = None,
+    server: Server = None,
+    certificate: Certificate = None,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -47,9 +57,43 @@ def profile(
         from tightfit.profiles.api import profile as measure
         from tightfit.profiles.api import save_profile
 
-        measured = measure(model, **dict(profile_options.but(progress=stages)))
+        profile_options = profile_options.but(progress=stages, memory=_left_for_measuring(memory))
+        if server is not None:
+            profile_options = traced_by(
+                server, model, profile_options, certificate, None if memory is None else parse_size(memory)
+            )
+        measured = measure(model, **dict(profile_options))
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}
     answer(summary, answers.profile_text(measured), as_json=as_json)
     following = next_command(f"tightfit plan {shlex.quote(str(output))} --memory SIZE")
     console.print(f"profile written to {output}{following}")
+
+
+def _left_for_measuring(memory: str | None) -> int | None:
+    """Bytes of a budget that this process leaves to those that measure."""
+    return None if memory is None else max(1, parse_size(memory) - resident().resident)
+
+
+def traced_by(
+    server: str, model: str, options: ProfileOptions, certificate: Path | None, budget: int | None
+) -> ProfileOptions:
+    """The options with a step that the service at `server` has traced; the weights stay here. The step of a module is traced here.
+
+    Raises what the service's client raises.
+    """
+    from tightfit.profiles.api import request_trace
+    from tightfit.profiles.sources.prepared import is_prepared, save_prepared
+    from tightfit.runtime.common.files import cache_directory
+
+    request = request_trace(model, **dict(options))
+    if request is None:
+        return options
+    identity = hashlib.sha256(f"{PROFILE_VERSION} {request.model_dump_json()}".encode()).hexdigest()
+    folder = cache_directory() / "prepared" / identity[:32]
+    if options.force or not is_prepared(folder):
+        assert options.progress is not None
+        options.progress(f"having the model traced by {server}", 0, 1)
+        with service(server, certificate, budget) as client:
+            save_prepared(client.trace(request), folder, None, None)
+    return options.but(prepared=folder)

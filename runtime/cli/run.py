@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -50,6 +51,10 @@ def run(
         str | None,
         typer.Option("--stages", hidden=True, help="JSON of what `tightfit train` did before, for its answer."),
     ] = None,
+    held: Annotated[
+        str | None,
+        typer.Option("--held", hidden=True, help="JSON of what the stages of `tightfit train` have held, in bytes."),
+    ] = None,
     tokens: Annotated[
         Path | None,
         typer.Option("--tokens", hidden=True, help="Folder in which `tightfit train` has kept the data as tokens."),
@@ -72,7 +77,11 @@ def run(
         loaded, training = load_member_plan(plan, fleet, member.name), member_options(training, fleet, member)
     else:
         loaded = load_plan(plan)
-    carry_out(loaded, data, training, as_json=as_json, debug=debug, replace=bool(context.obj), stages=stages)
+    stage_bytes = None if held is None else list(json.loads(held).items())  # noqa: TID251  written by `tightfit train`
+    replace = bool(context.obj)
+    carry_out(
+        loaded, data, training, as_json=as_json, debug=debug, replace=replace, stages=stages, stage_bytes=stage_bytes
+    )
 
 
 def is_fleet_plan(plan: Path) -> bool:
@@ -95,11 +104,12 @@ def carry_out(
     debug: bool,
     replace: bool,
     stages: str | None = None,
+    stage_bytes: list[tuple[str, int]] | None = None,
 ) -> None:
     """Run a plan, or the plan of one member of a fleet, and print its report; raises typer.Exit with the run's code.
 
     With `replace` this process may become the run's supervisor. With `as_json` the report is printed beside what `stages` says, JSON
-    of what was done before.
+    of what was done before; `stage_bytes` has what that has held.
     """
     from tightfit.runtime.session.launch import prepared
     from tightfit.runtime.supervision.progress import TrainingProgress
@@ -111,7 +121,16 @@ def carry_out(
         prepared(loaded, data, options.but(stages=training.stage), counted=replace) as ready,
     ):
         if isinstance(ready, RunOrder):
-            hand_on(ready, loaded, cgroup=options.cgroup, as_json=as_json, debug=debug, replace=replace, stages=stages)
+            hand_on(
+                ready,
+                loaded,
+                cgroup=options.cgroup,
+                as_json=as_json,
+                debug=debug,
+                replace=replace,
+                stages=stages,
+                stage_bytes=stage_bytes,
+            )
     sys.stderr.write(already_done(ready, str(options.out), len(ready["loss"])))
     answer(with_stages(stages, ready), report_text(ready), as_json=as_json)
 
@@ -126,9 +145,12 @@ def hand_on(
     replace: bool,
     output: Path | None = None,
     stages: str | None = None,
+    stage_bytes: list[tuple[str, int]] | None = None,
+    then: list[str] | None = None,
 ) -> NoReturn:
     """Start the supervisor of an order that is prepared, in the place of this process with `replace`; raises typer.Exit with
-    its code. `output` is where the result of an evaluation goes besides, `stages` as in `carry_out`.
+    its code. `output` is where the result of an evaluation goes besides, `stages` and `stage_bytes` as in `carry_out`, `then` as
+    in `SupervisorSettings`.
     """
     from tightfit.runtime.engine.device.resident import memory
     from tightfit.runtime.supervision.cgroup import MemoryCgroup
@@ -144,5 +166,7 @@ def hand_on(
         home=MemoryCgroup.home() if group else None,
         output=str(output.absolute()) if output else None,
         stages=stages,
+        stage_bytes=stage_bytes,
+        then=then,
     )
     raise typer.Exit(hand_over(order, show, group, replace=replace))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tightfit.planner.service.wire.settings import Settings
-from tightfit.runtime.cli.options import Debug, served
+from tightfit.runtime.cli.options import Debug
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.common.limits import LEAST_BYTES
@@ -21,6 +21,13 @@ def serve(
         str, typer.Option(help="Address to answer at; anything but this machine's own needs a token in TIGHTFIT_TOKEN.")
     ] = Settings.host,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to answer at; 0: a free one.")] = Settings.port,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Speak https with this certificate, which is in PEM (docs/service.md)."),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its key; default: it is in the certificate's file.")
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="What the service keeps; default: service in tightfit's cache folder."),
@@ -44,8 +51,8 @@ def serve(
     solve_bytes = parse_size(memory)
     if solve_bytes < LEAST_BYTES:
         raise InputError(f"--memory {memory}: no plan is solved in less than {format_size(LEAST_BYTES)}; give as much")
-    with served():
-        from tightfit.planner.service.http.app import serve as serve_http
+    from tightfit.planner.service.http.app import serve as serve_http
+
     if data_dir is None:
         from tightfit.runtime.common.files import cache_directory
 
@@ -57,6 +64,8 @@ def serve(
             host=host,
             port=port,
             token=os.environ.get("TIGHTFIT_TOKEN") or None,
+            certificate=certificate,
+            key=key,
             roots=tuple(path.absolute() for path in root or ()),
             hub=hub,
             workers=workers,

@@ -1,8 +1,8 @@
 """The command ``tightfit train``: profiles a model, plans its step and runs the plan, in one go.
 
 Each stage is the command of that name, called with the options that it declares itself: an option that one of them gets
-is an option of ``train`` too, with the same name, default, help and checks. Once the plan is made, this process is
-replaced by ``tightfit run``: neither planner nor PyTorch is alive beside the training process.
+is an option of ``train`` too, with the same name, default, help and checks. From the command line each is a program of its own
+(`tightfit.runtime.cli.course`), and the last one is ``tightfit run``: what a stage has loaded is gone when the next begins.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,14 +29,27 @@ from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.command import EVERYTHING, Command
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, read_options, write_options
+from tightfit.runtime.cli.course import (
+    BEGIN,
+    LEARN,
+    MEASURE,
+    PLAN,
+    REHEARSE,
+    RUN,
+    SMALLER,
+    Course,
+    forgotten,
+    rehearsal_end,
+)
 from tightfit.runtime.cli.options import command_words, key_of, read, stage, usage
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
-from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.interpreter import command, python_path
 from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.common.units import MIB, format_size, parse_size
+from tightfit.runtime.engine.device.resident import memory as resident
 from tightfit.runtime.session.options import DataOptions, RunOptions
 
 if TYPE_CHECKING:
@@ -48,12 +62,14 @@ MODEL_AND_STEP, MEMORY, TRAINING, OTHERS = "Model and step", "Memory", "Training
 STAGES = ((MODEL_AND_STEP, profile), (MEMORY, plan), (TRAINING, run))
 """(heading in the help, command): options that several of them have are the last one's"""
 AUTO = "auto"
-PROFILE, PLAN, CONFIG = "profile.json", "plan.json", "config.toml"
+PROFILE, PLAN_FILE, CONFIG = "profile.json", "plan.json", "config.toml"
 """what this command leaves in the output folder beside what a run leaves"""
 RANDOM = "random"
 """data that are made up, and no file"""
 PATHS = ("model", "data", "eval_data")
 """options that may name a file, whose absolute path is then written down"""
+ELSEWHERE = {"output", "server"}
+"""options that change where a result is made and kept, and not what it is"""
 UNFINISHED = ["metrics.jsonl"]
 """the only result of a run that was killed before its first checkpoint"""
 
@@ -165,6 +181,7 @@ def train(
         ),
         PRIMARY,
     ] = None,
+    at: Annotated[str | None, typer.Option("--at", hidden=True, help="The stage to go on with.")] = None,
     **options: Any,
 ) -> None:
     """Train MODEL: measure one step of it, plan that step for a budget of memory, and run the plan under this cap.
@@ -173,14 +190,30 @@ def train(
     output folder alone, it goes on from what an earlier call has left there.
     """
     values = options | {"seq": seq, "buckets": buckets, "memory": memory, "adapter": adapter}
-    _check(values)
+    if at is None:
+        _check(values)
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.session.output import locked, tokens_kept
 
     output = values["output"].absolute()
-    with locked(output), tokens_kept(output) as tokens:
-        run_values = _prepare(context, values | {"output": output}, tokens, messages())
-    _run_plan(context, values | run_values | {"output": output, "plan": output / PLAN})
+    values |= {"output": output, "config": None}
+    course = Course() if at is None else Course.read(output)
+    with (
+        locked(output, course.lock) as lock,
+        tokens_kept(output, begun=at is not None) as tokens,
+        forgotten(output),
+    ):
+        course.lock = lock
+        stages = Stages(context, values, course, tokens, messages())
+        stage = at or BEGIN
+        while stage != RUN:
+            following = stages.carry_out(stage)
+            course.held(stage)
+            if context.obj and following != RUN:
+                course.become(output, stages.words(), following)
+            stage = following
+        run_values = stages.of_run()
+    _run_plan(context, values | run_values)
 
 
 def _check(values: Mapping[str, Any]) -> None:
@@ -198,47 +231,184 @@ def _options_of(function: Callable[..., Any], values: Mapping[str, Any]) -> dict
     return {name: values[name] for name in inspect.signature(function).parameters if name in values}
 
 
-def _prepare(context: typer.Context, values: dict[str, Any], tokens: Path, console: Console) -> dict[str, Any]:
-    """Leave profile.json, plan.json and config.toml in the output folder, which is locked; returns arguments for `run`:
-    `resume`, `overwrite`, `tokens` if the data were kept as tokens there, and the answers of the other `stages`.
+class Stages:
+    """The stages before the run: they leave profile.json, plan.json and config.toml in the output folder, which is locked."""
 
-    Raises what the stages raise, and typer.Exit if no plan fits.
-    """
-    output: Path = values["output"]
-    run_values = _how_to_begin(output, resume=values["resume"], overwrite=values["overwrite"])
-    budget = _budget(values["memory"], console, resume=values["resume"])
-    seq, buckets = _lengths(values, budget, tokens, console)
-    values |= {"seq": seq, "buckets": buckets, "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget)}
-    settings = _settings(context, values)
-    earlier = read_file(output / CONFIG) if values["resume"] and (output / CONFIG).exists() else {}
-    measured, planned = (None, None) if values["force"] else _earlier_results(context, output, settings, earlier)
-    for result, name in ((planned, PLAN), (measured, PROFILE)):
-        if result is None:
-            (output / name).unlink(missing_ok=True)
-    write_options(
-        output / CONFIG,
-        settings,
-        "`tightfit train --resume -o FOLDER` goes on from it, `tightfit train --config FILE -o OTHER` begins with it.",
-    )
-    try:
-        measured = measured or _profile(values)
+    def __init__(
+        self, context: typer.Context, values: dict[str, Any], course: Course, tokens: Path, console: Console
+    ) -> None:
+        self.context, self.values, self.course, self.tokens, self.console = context, values, course, tokens, console
+        self.output: Path = values["output"]
+        self.apart = bool(context.obj)
+        """whether each stage is a program of its own"""
+
+    def words(self) -> list[str]:
+        """The words of a command line with the values as the stages so far have decided them."""
+        decided = {"resume": self.course.resume, "overwrite": self.course.overwrite}
+        return command_words(self.context.command.params, self.values | decided | {"at": None})
+
+    def carry_out(self, stage: str) -> str:
+        """Carry a stage out; returns the next one. Raises what it raises, and typer.Exit if no plan fits."""
+        stages = {
+            BEGIN: self.begin,
+            MEASURE: self.measure,
+            PLAN: self.plan,
+            REHEARSE: self.rehearse,
+            LEARN: self.learn,
+            SMALLER: self.smaller,
+        }
+        try:
+            return stages[stage]()
+        except KeyboardInterrupt as stop:
+            # The results that were to be overwritten are still there, and not what a resumption may go on from.
+            anew = f"--config {shlex.quote(str(self.output / CONFIG))} --overwrite"
+            resumption = anew if self.values["overwrite"] else f"--resume -o {shlex.quote(str(self.output))}"
+            raise RunError(f"interrupted; go on with: tightfit train {resumption}") from stop
+
+    def begin(self) -> str:
+        values, output, console, course = self.values, self.output, self.console, self.course
+        earlier = read_file(output / CONFIG) if values["resume"] and (output / CONFIG).exists() else {}
+        course.resume, course.overwrite = _how_to_begin(output, resume=values["resume"], overwrite=values["overwrite"])
+        memory = values["memory"]
+        own = resident().resident if self.apart else 0
+        budget = _budget(memory, console, resume=values["resume"], own=own)
+        seq, buckets = _lengths(values, budget, self.tokens, console)
+        values |= {
+            "seq": seq,
+            "buckets": buckets,
+            "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget),
+        }
+        settings = _settings(self.context, values)
+        if memory == AUTO and values["resume"] and not values["force"] and (fitting := _fitting_plan(output, budget)):
+            # What was planned beforehand for less memory, or for as much, is taken: nothing is planned now.
+            console.print(f"plan: that of {format_size(fitting.budget_bytes)}, made before")
+            settings["memory"] = values["memory"] = earlier["memory"] = str(fitting.budget_bytes)
+        measured, planned = (
+            (None, None) if values["force"] else _earlier_results(self.context, output, settings, earlier)
+        )
+        for result, name in ((planned, PLAN_FILE), (measured, PROFILE)):
+            if result is None:
+                (output / name).unlink(missing_ok=True)
+        write_options(
+            output / CONFIG,
+            settings,
+            "`tightfit train --resume -o FOLDER` goes on from it, `tightfit train --config FILE -o OTHER` begins with it.",
+        )
+        if measured is None:
+            return MEASURE
         console.print(f"profile: {answers.profile_sentence(measured)}")
-        if planned is None:
-            planned = _plan(values, measured)
+        return PLAN if planned is None else self.planned(planned)
+
+    def measure(self) -> str:
+        self.console.print(f"profile: {answers.profile_sentence(_profile(self.values))}")
+        return PLAN
+
+    def plan(self) -> str:
+        from tightfit.runtime.session.rehearsal import MOST_ROUNDS, why_not
+
+        apart = self.apart and self.values["rehearse"]
+        planned = _plan(self.values | {"smaller": 0} | ({"rehearse": False} if apart else {}), self.measured())
+        rehearsed = apart and self.course.rounds < MOST_ROUNDS and why_not(planned) is None
+        return REHEARSE if rehearsed else self.planned(planned)
+
+    def smaller(self) -> str:
+        from tightfit.planner.io import load_plan
+        from tightfit.runtime.cli.plan import plan_smaller
+
+        values, path = self.values, self.output / PLAN_FILE
+        options, server, certificate = read(PlanOptions, values), values["server"], values["certificate"]
+        number = values["smaller"]
+        plan_smaller(self.measured(), load_plan(path), number, options, path, server, certificate, self.console)
+        return RUN
+
+    def planned(self, planned: Plan) -> str:
+        """The plan is made: say what it is worth."""
         for sentence in answers.verdict(planned):
-            console.print(f"plan: {sentence}")
-    except KeyboardInterrupt as stop:
-        # The results that were to be overwritten are still there, and not what a resumption may go on from.
-        anew = f"--config {shlex.quote(str(output / CONFIG))} --overwrite"
-        resumption = anew if values["overwrite"] else f"--resume -o {shlex.quote(str(output))}"
-        raise RunError(f"interrupted; go on with: tightfit train {resumption}") from stop
-    summary = {"profile": _facts(measured, output), "plan": answers.facts(planned) | {"plan": str(output / PLAN)}}
-    kept_tokens = {"tokens": tokens if tokens.exists() else None}
-    return run_values | kept_tokens | {"stages": answers.to_json(summary) if values["as_json"] else None}
+            self.console.print(f"plan: {sentence}")
+        return SMALLER if self.values["smaller"] else RUN
+
+    def rehearse(self) -> str:
+        from tightfit.planner.io import load_plan
+        from tightfit.profiles.measuring.cpu_load import OtherPrograms
+        from tightfit.runtime.cli.run import hand_on
+        from tightfit.runtime.cli.terminal import StagesDisplay
+        from tightfit.runtime.session.rehearsal import prepared_rehearsal, rehearsal_folder
+
+        plan, course = load_plan(self.output / PLAN_FILE), self.course
+        course.folder, others = rehearsal_folder(), OtherPrograms()
+        course.others = others.began, others.used
+        course.held(REHEARSE)
+        then = course.next_program(self.output, self.words(), LEARN)
+        try:
+            with (
+                StagesDisplay(self.console) as stages,
+                prepared_rehearsal(plan, course.folder, stages, resident().resident) as ready,
+            ):
+                stages("rehearsing the plan for a few steps", 0, 1)
+                hand_on(ready, plan, cgroup=self.values["cgroup"], as_json=False, debug=False, replace=True, then=then)
+        except TightfitError as error:
+            shutil.rmtree(course.folder, ignore_errors=True)
+            self.console.print(f"not rehearsed: {error}")
+            return self.planned(plan)
+
+    def learn(self) -> str:
+        from tightfit.planner.io import load_plan, save_plan
+        from tightfit.profiles.measuring.cpu_load import OtherPrograms
+        from tightfit.runtime.cli.plan import step_to_plan
+        from tightfit.runtime.session.rehearsal import ANEW, over_cap, rehearsal_summary, taught, traced_rehearsal
+
+        plan, course, measured = load_plan(self.output / PLAN_FILE), self.course, self.measured()
+        assert course.folder is not None
+        assert course.others is not None
+        try:
+            failure = rehearsal_end(course.folder)
+            if failure is None:
+                traced = traced_rehearsal(plan, course.folder, OtherPrograms(*course.others))
+            elif failure["interrupted"]:
+                raise KeyboardInterrupt
+            elif failure["kind"] == CapError.__name__:
+                traced = over_cap(plan)
+            else:
+                self.console.print(f"not rehearsed: {failure['message']}")
+                return self.planned(plan)
+        finally:
+            shutil.rmtree(course.folder, ignore_errors=True)
+        course.rounds += 1
+        step = step_to_plan(measured, read(PlanOptions, self.values), self.values["server"])
+        plan, trusted = taught(measured, step, plan, traced, course.rounds)
+        save_plan(plan, self.output / PLAN_FILE)
+        self.console.print(rehearsal_summary(traced.rehearsal))
+        if trusted:
+            return self.planned(plan)
+        self.console.print(ANEW)
+        return PLAN
+
+    def measured(self) -> Profile:
+        from tightfit.profiles.io import load_profile
+
+        return load_profile(self.output / PROFILE)
+
+    def of_run(self) -> dict[str, Any]:
+        """Arguments for `run`: how it begins, the data if they were kept as tokens, what the stages say and held."""
+        from tightfit.planner.io import load_plan
+
+        summary = None
+        if self.values["as_json"]:
+            planned = load_plan(self.output / PLAN_FILE)
+            plan_facts = answers.facts(planned) | {"plan": str(self.output / PLAN_FILE)}
+            summary = answers.to_json({"profile": _facts(self.measured(), self.output), "plan": plan_facts})
+        return {
+            "resume": self.course.resume,
+            "overwrite": self.course.overwrite,
+            "tokens": self.tokens if self.tokens.exists() else None,
+            "stages": summary,
+            "held": json.dumps(self.course.held_bytes) if self.apart else None,
+            "plan": self.output / PLAN_FILE,
+        }
 
 
-def _how_to_begin(output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """`resume` and `overwrite` for `run`: it resumes if that was asked for and there is a checkpoint, else it starts anew.
+def _how_to_begin(output: Path, *, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """(resume, overwrite) for `run`: it resumes if that was asked for and there is a checkpoint, else it starts anew.
 
     Raises InputError if the folder holds what the run may not replace.
     """
@@ -248,21 +418,21 @@ def _how_to_begin(output: Path, *, resume: bool, overwrite: bool) -> dict[str, A
     if resume and not going_on:
         overwrite = [name for name in RESULTS if (output / name).exists()] == UNFINISHED
     to_be_replaced(output, None, resume=going_on, overwrite=overwrite)
-    return {"resume": going_on, "overwrite": overwrite}
+    return going_on, overwrite
 
 
-def _budget(memory: str, console: Console, *, resume: bool) -> int:
-    """The budget in bytes; prints where it comes from."""
+def _budget(memory: str, console: Console, *, resume: bool, own: int) -> int:
+    """The budget in bytes; prints where it comes from. `own`: bytes that this process will not hold beside the run."""
     from tightfit.runtime.supervision.spare_memory import spare_memory
 
     if memory == AUTO:
-        budget, why = spare_memory()
+        budget, why = spare_memory(given_back=own)
         console.print(f"memory: {format_size(budget)}; {why}")
         return budget
     budget = parse_size(memory)
     if resume:
         with contextlib.suppress(InputError):  # nothing can be spared: the run may find out
-            spare, why = spare_memory()
+            spare, why = spare_memory(given_back=own)
             if budget > spare:
                 console.print(
                     f"memory: {format_size(budget)}, more than can be spared now: {why}; --memory auto plans anew"
@@ -277,7 +447,7 @@ def _lengths(values: Mapping[str, Any], budget: int, tokens: Path, console: Cons
 
     Raises InputError if there are no such data.
     """
-    from tightfit.profiles.sources.lookup import names_module
+    from tightfit.profiles.sources.lookup import names_module, prepared_seq
     from tightfit.runtime.cli.terminal import StagesDisplay
     from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
 
@@ -285,6 +455,8 @@ def _lengths(values: Mapping[str, Any], budget: int, tokens: Path, console: Cons
     if names_module(values["model"]):
         return requested_seq, buckets
     check_files(values["data"], values["eval_data"])
+    if requested_seq is None:
+        requested_seq = prepared_seq(values["model"], values["prepared"])
     lengths: Counter[int] = Counter()
     with StagesDisplay(console) as stages:
         seq, why = choose_seq(
@@ -333,7 +505,7 @@ def _earlier_results(
     from tightfit.runtime.session.admission import check_machine
 
     def same(command: Callable[..., None]) -> bool:
-        names = set(inspect.signature(command).parameters) - {"output"}
+        names = set(inspect.signature(command).parameters) - ELSEWHERE - ({"memory"} if command is profile else set())
         keys = [key_of(parameter) for parameter in context.command.params if parameter.name in names]
         return all(settings.get(key) == earlier.get(key) for key in keys)
 
@@ -347,10 +519,35 @@ def _earlier_results(
     except InputError:
         return None, None
     try:
-        planned = load_plan(output / PLAN) if same(plan) else None
+        planned = load_plan(output / PLAN_FILE) if same(plan) else None
     except InputError:
         return measured, None
     return measured, planned if planned and planned.profile_fingerprint == measured.fingerprint else None
+
+
+def _fitting_plan(output: Path, budget: int) -> Plan | None:
+    """Of the plans that an earlier call has left in the folder, that of the largest budget which is at most `budget`, now as the
+    folder's plan; None where there is none, or no choice.
+    """
+    from tightfit.planner.io import load_plan, save_plan
+    from tightfit.runtime.cli.plan import smaller_folder
+
+    path = output / PLAN_FILE
+    smaller = sorted(smaller_folder(path).glob("*.json"))
+    if not smaller:
+        return None
+    plans = []
+    for file in (path, *smaller):
+        with contextlib.suppress(InputError):
+            plans.append(load_plan(file))
+    fitting = max(
+        (plan for plan in plans if plan.budget_bytes <= budget), key=lambda plan: plan.budget_bytes, default=None
+    )
+    if fitting is not None and fitting.budget_bytes != plans[0].budget_bytes:
+        if path.exists():
+            path.replace(smaller_folder(path) / f"{plans[0].budget_bytes}.json")
+        save_plan(fitting, path)
+    return fitting
 
 
 def _profile(values: Mapping[str, Any]) -> Profile:
@@ -366,7 +563,7 @@ def _profile(values: Mapping[str, Any]) -> Profile:
 def _plan(values: Mapping[str, Any], measured: Profile) -> Plan:
     """The second stage: plans the step. Raises KeyboardInterrupt if it was interrupted; the best plan found is kept."""
     output, failure = values["output"], None
-    path = output / PLAN
+    path = output / PLAN_FILE
     with stage() as answer_text:
         try:
             plan(**_options_of(plan, values) | {"profile": output / PROFILE, "output": path, "as_json": True})
@@ -396,6 +593,6 @@ def _run_plan(context: typer.Context, values: Mapping[str, Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     words = command_words(context.command.params, _options_of(run, values))
-    words += [f"--{name}={values[name]}" for name in ("stages", "tokens") if values[name] is not None]
+    words += [f"--{name}={values[name]}" for name in ("stages", "tokens", "held") if values[name] is not None]
     run_command = command("tightfit.runtime.cli.main", "run", str(values["plan"]), *words)
     os.execve(run_command[0], run_command, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line

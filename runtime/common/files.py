@@ -17,6 +17,8 @@ IN_MEMORY = ("tmpfs", "ramfs")
 """file systems that keep files in memory"""
 LARGEST_DOCUMENT = 256 << 20
 """bytes of a file that is read as a whole: a profile, a plan, a config, a list of prompts"""
+WRITE_BEHIND_BYTES = 8 << 20
+"""bytes of a large file that may wait in the page cache to be written"""
 _OTHERS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -147,6 +149,52 @@ def read_all(descriptor: int, memory: memoryview, offset: int) -> int:
     while done < len(memory) and (read := os.preadv(descriptor, [memory[done:]], offset + done)):
         done += read
     return done
+
+
+def forget(descriptor: int, start: int = 0, size: int = 0) -> None:
+    """Drop `size` bytes of a file from `start` on, or all of them, from the page cache, but for what is not written yet."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+
+
+class WriteBehind:
+    """Has a file written to disk, and dropped from the page cache, each time that `most` bytes of it wait there: a cgroup counts them
+    as the memory of the processes that wrote them.
+    """
+
+    def __init__(self, descriptor: int, most: int = WRITE_BEHIND_BYTES) -> None:
+        self._descriptor, self._most, self._waiting = descriptor, most, 0
+
+    def wrote(self, size: int) -> None:
+        """`size` more bytes have been written. Raises OSError if the disk refuses."""
+        self._waiting += size
+        if self._waiting >= self._most:
+            os.fdatasync(self._descriptor)
+            forget(self._descriptor)
+            self._waiting = 0
+
+    def finish(self) -> None:
+        """The file is complete. Raises OSError if the disk refuses."""
+        os.fsync(self._descriptor)
+        forget(self._descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; none is fine."""
+    if path.is_dir() and not path.is_symlink():
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_orphans(place: Path) -> None:
+    """Remove what killed processes left beside `place`: ``.NAME.PID.partial`` and the like."""
+    for partial in place.parent.glob(f".{place.name}.*.partial"):
+        writer = partial.name.removeprefix(f".{place.name}.").split(".")[0]
+        if writer.isdigit() and not Path(f"/proc/{writer}").exists() and Path("/proc/self").exists():
+            remove(partial)
 
 
 def sync_directory(directory: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
@@ -13,14 +14,15 @@ from tightfit.runtime.supervision.token_text import NO_SPACE, ONE_SPACE, SPACES_
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], int]:
-    """(bytes of every token by its id, what a text does not begin with: `NO_SPACE`, `ONE_SPACE` or `SPACES_OF_FIRST`).
+def token_bytes(vocabulary: Vocabulary, vocab_size: int) -> tuple[Iterator[bytes], int]:
+    """(bytes of each of the model's `vocab_size` tokens, what a text does not begin with: `NO_SPACE`, `ONE_SPACE` or
+    `SPACES_OF_FIRST`).
 
     Special tokens have none, as where they are skipped in decoding. Raises InputError for a tokenizer whose decoder is neither byte-level nor that of
     SentencePiece.
     """
-    tokenizer = json.loads(vocabulary.tokenizer.to_str())  # noqa: TID251  written by the library
-    steps = _steps(tokenizer.get("decoder"))
+    decoder = vocabulary.tokenizer.decoder
+    steps = _steps(None if decoder is None else json.loads(decoder.__getstate__()))  # noqa: TID251  written by the library
     kinds = [step["type"] for step in steps]
     omitted = NO_SPACE
     if kinds == ["ByteLevel"]:
@@ -47,14 +49,17 @@ def token_bytes(vocabulary: Vocabulary) -> tuple[list[bytes], int]:
             f"the tokenizer decodes with {', '.join(kinds) or 'nothing'}, which tightfit cannot show token by token; merge the"
             " adapter and generate with llama.cpp or transformers"
         )
-    added = {token_entry["id"]: token_entry for token_entry in tokenizer.get("added_tokens", [])}
-    pieces = [b""] * (max(vocabulary.tokenizer.get_vocab().values(), default=-1) + 1)
-    for token, number in vocabulary.tokenizer.get_vocab().items():
-        if number not in added:
-            pieces[number] = piece(token)
-        elif not added[number]["special"]:
-            pieces[number] = token.encode()
-    return pieces, omitted
+    added = vocabulary.tokenizer.get_added_tokens_decoder()
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(vocab_size):
+            token = vocabulary.tokenizer.id_to_token(number)
+            if token is None or (number in added and added[number].special):
+                yield b""
+            else:
+                yield token.encode() if number in added else piece(token)
+
+    return pieces(), omitted
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from tightfit.profiles.models.lora import LoraConfig, Pair, from_peft
 from tightfit.profiles.weights.precision import PUBLISHED
+from tightfit.profiles.weights.tensor_file import TensorFile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.common.strict_json import read_json
-from tightfit.runtime.engine.training.adapter import BODY, CONFIG, MAGNITUDE, PREFIX, WEIGHTS
-from tightfit.runtime.results.tensor_file import TensorFile
+from tightfit.runtime.engine.training.adapter import BODY, MAGNITUDE, PREFIX, WEIGHTS
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 LENGTHS = MAGNITUDE.removesuffix(".weight")
@@ -43,7 +42,7 @@ class WeightChange:
         changed = torch.addmm(weight, self.b[start:stop], self.a, alpha=self.scale)
         if self.magnitude is None:
             return changed
-        lengths: Tensor = torch.linalg.norm(changed, dim=1)
+        lengths: Tensor = torch.ops.aten.linalg_vector_norm.default(changed, 2, [1])
         return changed * (self.magnitude[start:stop] / lengths).view(-1, 1)
 
     def columns(self, weight: Tensor, start: int) -> Tensor:
@@ -145,18 +144,3 @@ class AdapterFolder:
                 f"{self._file.path}: {key} holds values that are no finite numbers; give the adapter of another run"
             )
         return values
-
-
-def named_base(folder: Path) -> str | None:
-    """The base that the adapter_config.json in `folder` names. Raises InputError as `AdapterFolder` does, and where it names a revision
-    of a model on the hub.
-    """
-    from_peft(folder)
-    settings = read_json(folder / CONFIG)
-    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
-    if base and revision not in (None, "main") and not Path(base).exists():
-        raise InputError(
-            f"{folder}: its base is {base} at the revision {revision!r}, and models of the hub are taken at their newest; download"
-            f" that revision and name its folder with {spelled('base')}"
-        )
-    return base or None

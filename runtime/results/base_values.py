@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tightfit.profiles.sources.huggingface import checkpoint_files
-from tightfit.profiles.weights.source import Source, SourceTensor
+from tightfit.profiles.weights.source import SourceTensor
+from tightfit.profiles.weights.tensor_file import PIECE
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.weights.store import unpack
 from tightfit.runtime.results.adapter_changes import WeightChange
-from tightfit.runtime.results.tensor_file import PIECE, forget_mapped
 
 
 def float_rows(tensor: SourceTensor, start: int, stop: int) -> Tensor:
@@ -29,7 +27,6 @@ def float_rows(tensor: SourceTensor, start: int, stop: int) -> Tensor:
 
 
 def merged_rows(
-    source: Source,
     tensor: SourceTensor,
     change: WeightChange | None,
     step: int = 1,
@@ -38,18 +35,9 @@ def merged_rows(
     `step` except at the end.
     """
     entry = tensor.entry
-    files = mapped_files(source)
     for start, stop in blocks(entry.rows, entry.columns, step):
         rows = float_rows(tensor, start, stop)
-        forget_mapped(files)
         yield start, rows if change is None else change.rows(rows, start)
-
-
-def mapped_files(source: Source) -> list[str]:
-    """The files that reading a source's rows maps into this process."""
-    if source.kind == "gguf":
-        return [source.path]
-    return [str(file) for file in checkpoint_files(Path(source.path))]
 
 
 def blocks(rows: int, columns: int, step: int = 1) -> Iterator[tuple[int, int]]:

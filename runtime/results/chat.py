@@ -8,7 +8,6 @@ Its memory counts against the budget: it imports the tokenizer's library and Jin
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -17,9 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.sources.directory_tokenizer import read_vocabulary
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
@@ -31,24 +28,11 @@ from tightfit.runtime.supervision import answering
 from tightfit.runtime.supervision.answering import AnswerOrder, Answers, answers, carried_out, sentence
 
 MODULE = "tightfit.runtime.results.chat"
-TOKENIZER, WORDS = "tokenizer.json", "vocabulary.json"
 BYTES_PER_TOKEN = 8
 """A message may have so many bytes for each token that a conversation may have."""
 ANEW = "/new"
 SAMPLE = "So it is: 12 of 345, naïve café. "
 SLACK_BYTES = 1 << 20
-
-
-def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
-    """Leave a model's tokenizer and template in a folder, in a form that takes little memory to read."""
-    vocabulary.tokenizer.save(str(folder / TOKENIZER), pretty=False)
-    words = {name: value for name, value in vars(vocabulary).items() if name != "tokenizer"}
-    (folder / WORDS).write_text(json.dumps(words), encoding="utf-8")
-
-
-def read_vocabulary(folder: Path) -> Vocabulary:
-    words = json.loads((folder / WORDS).read_text(encoding="utf-8"))
-    return Vocabulary(tokenizer=Tokenizer.from_file(str(folder / TOKENIZER)), **words)
 
 
 class ChatPrompt:

@@ -20,9 +20,10 @@ from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.option_fields import keywords_of
+from tightfit.profiles.sources.directory_tokenizer import write_vocabulary
 from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve, vocabulary
+from tightfit.profiles.sources.packing import packed_store
 from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory, read_whole
@@ -129,11 +130,12 @@ def prepared(
     problem = _problem(ready, options, encoded)
     with temporary_folder() as directory, locked(directory) as lock:
         with writing_to(directory):
-            write_table(str(directory / "table"), *token_bytes(ready.vocabulary))
+            vocab_size = ready.source.config["vocab_size"]
+            write_table(str(directory / "table"), *token_bytes(ready.vocabulary, vocab_size))
             if encoded is None:
                 from tightfit.runtime.results import chat
 
-                chat.write_vocabulary(directory, ready.vocabulary)
+                write_vocabulary(directory, ready.vocabulary)
                 front, called = chat.command("--measure", str(directory), str(problem.context)), "chat"
             else:
                 _write_prompts(directory / "prompts", prompts or (), encoded)
@@ -218,7 +220,7 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
     if words is None:
         raise InputError(f"{source.name} has no tokenizer; put tokenizer.json beside its config.json")
     pack = (lambda done, total, name: stages("packing the weights", done, total)) if stages else None
-    store = build_store(source, cache_directory() / "stores", pack)
+    store = packed_store(source, cache_directory() / "stores", pack)
     header = read_header(store)
     body = source.config.get("adapter_body", BODY)
     folder = None if adapter is None else adapter_folder(Path(adapter).absolute())

@@ -4,7 +4,6 @@ that package wants a tensor whole.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from tightfit.profiles.sources.gguf_metadata import MetadataValue
+from tightfit.profiles.weights.tensor_file import contents
+from tightfit.runtime.common.files import WriteBehind
 from tightfit.runtime.results.base_values import rounded
 from tightfit.runtime.results.counting import Chunks, WriteProgress
-from tightfit.runtime.results.tensor_file import contents
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 """GGUF's names of the types that are written here"""
@@ -69,15 +69,17 @@ def write(
         assert writer.fout is not None
         file = writer.fout[0]
         writer.write_padding(file, file.tell())
+        waiting = WriteBehind(file.fileno())
         for tensor in tensors:
             size = 0
             for chunk in counted(tensor.chunks()):
                 file.write(chunk)
                 size += len(chunk)
+                waiting.wrote(len(chunk))
             assert size == tensor.bytes, tensor.name
             writer.write_padding(file, size)
         file.flush()
-        os.fsync(file.fileno())
+        waiting.finish()
     finally:
         writer.close()
 
@@ -94,7 +96,8 @@ def type_for(kind: str, shape: Sequence[int]) -> str:
 def encode_rows(name: str, rows: Tensor, kind: str) -> memoryview:
     """Rows, float32 [n, columns], in one of `TYPES`."""
     if kind == "Q8_0":
-        packed: np.ndarray[Any, Any] = quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0)
+        values = np.frombuffer(contents(rows), dtype=np.float32).reshape(rows.shape)
+        packed: np.ndarray[Any, Any] = quantize(values, gguf.GGMLQuantizationType.Q8_0)
         return packed.data.cast("B")
     dtype = next(dtype for dtype, kind_of in TYPES.items() if kind_of == kind)
     return contents(rounded(name, rows, dtype))

@@ -8,15 +8,15 @@ about 0.6 %, a twelfth of what 4 bits do, so that the adapter is not lost in it,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tightfit.profiles.sources.gguf_metadata import MetadataValue, read_typed
-from tightfit.profiles.sources.gguf_source import GgufReader
+from tightfit.profiles.sources.gguf_metadata import MetadataValue, read_header, read_typed
 from tightfit.profiles.weights.source import Source, SourceTensor
-from tightfit.runtime.common.errors import InputError
+from tightfit.profiles.weights.tensor_file import FileParts
 from tightfit.runtime.results.adapter_changes import AdapterFolder
 from tightfit.runtime.results.base_values import merged_rows, table_blocks
 from tightfit.runtime.results.counting import Progress, WriteProgress
@@ -24,7 +24,6 @@ from tightfit.runtime.results.gguf_file import FILE_TYPE, TYPES, GgufTensor, enc
 from tightfit.runtime.results.llama_cpp import LlamaCpp
 from tightfit.runtime.results.place import atomic_output
 from tightfit.runtime.results.safetensors_merge import EMBEDDING, HEAD, check_weights
-from tightfit.runtime.results.tensor_file import PIECE
 
 ADVICE = "merge to safetensors, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
 PLAIN = tuple(TYPES.values())
@@ -70,26 +69,20 @@ class _MergedGguf:
 
     def of_gguf(self) -> list[GgufTensor]:
         """The tensors of a GGUF file in its order."""
-        path = Path(self._source.path)
+        file = FileParts(Path(self._source.path))
         by_key = {tensor.stored.key: tensor for tensor in self._tensors.values() if tensor.stored}
         merged = []
-        for original in GgufReader(path).tensors:
+        for original in read_header(file.path).tensors:
             tensor = by_key.get(original.name)
             name = tensor.entry.name if tensor else ""
-            shape = [int(length) for length in reversed(original.shape)]
-
-            def chunks(
-                name: str = original.name, start: int = int(original.data_offset), size: int = int(original.n_bytes)
-            ) -> Iterator[bytes]:
-                return _piece(path, name, start, size)
-
+            chunks = partial(file.chunks, original.start, original.bytes)
             keys = [original.name, *([self.form.name(HEAD)] if self._untied and name == EMBEDDING else [])]
             for key in keys:
                 weight = name if key == original.name else HEAD
                 if tensor and weight in self._changed:
                     merged.append(self._written(tensor, weight))
                 else:
-                    merged.append(GgufTensor(name=key, shape=shape, kind=original.tensor_type.name, chunks=chunks))
+                    merged.append(GgufTensor(name=key, shape=original.shape, kind=original.kind, chunks=chunks))
         return merged
 
     def of_directory(self) -> list[GgufTensor]:
@@ -122,20 +115,8 @@ class _MergedGguf:
                 yield rows
             return
         change = self._adapter.change(name, shape) if len(shape) > 1 else None
-        for _, rows in merged_rows(self._source, tensor, change, self.form.rows_together(name)):
+        for _, rows in merged_rows(tensor, change, self.form.rows_together(name)):
             if len(shape) > 1:
                 yield self.form.ordered(name, rows)
             else:
                 yield self.form.ordered(name, rows.view(-1)) + self.form.offset(name)
-
-
-def _piece(path: Path, name: str, start: int, size: int) -> Iterator[bytes]:
-    """`size` bytes of a file from `start` on."""
-    with path.open("rb") as file:
-        file.seek(start)
-        while size:
-            data = file.read(min(PIECE, size))
-            if not data:
-                raise InputError(f"{path}: it ends inside tensor {name!r}; download it again")
-            size -= len(data)
-            yield data

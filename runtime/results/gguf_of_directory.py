@@ -18,15 +18,15 @@ from torch import Tensor
 
 from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape
 from tightfit.profiles.models.family import family_of
-from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary
+from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary, library_tokenizer
 from tightfit.profiles.sources.gguf_config import config_from_metadata
 from tightfit.profiles.sources.gguf_metadata import MetadataValue
 from tightfit.profiles.sources.gguf_tokenizer import CONTROL, SPLITS, USER_DEFINED, implied_merges
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import Source
+from tightfit.profiles.weights.tensor_file import contents
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.results.gguf_file import GgufTensor
-from tightfit.runtime.results.tensor_file import contents
 
 Kind = gguf.GGUFValueType
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6
@@ -94,8 +94,10 @@ def _factors(shape: DecoderShape) -> Tensor | None:
 def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, MetadataValue], way: str) -> None:
     """Raise InputError unless reading the metadata gives the same decoder."""
     values = {key: value.value for key, value in metadata.items()}
+    divisors = _factors(shape)
+    factors = None if divisors is None else divisors.tolist()
     try:
-        config = config_from_metadata(values, vocabulary=shape.vocab, tied=shape.tied, rope_factors=_factors(shape))
+        config = config_from_metadata(values, vocabulary=shape.vocab, tied=shape.tied, rope_factors=factors)
     except InputError as error:
         raise InputError(f"{source.path}: {error}; {way}") from error
     # GGUF metadata do not say which biases there are; the tensors show it.
@@ -116,9 +118,10 @@ def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, MetadataV
 
 
 def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> dict[str, MetadataValue]:
-    tokenizer = json.loads(vocabulary.tokenizer.to_str())
+    whole = library_tokenizer(Path(source.path))
+    tokenizer = json.loads(whole.to_str())
     model = tokenizer["model"]
-    token_of = {index: token for token, index in vocabulary.tokenizer.get_vocab().items()}
+    token_of = {index: token for token, index in whole.get_vocab().items()}
     if token_of and max(token_of) >= size:
         raise InputError(
             f"{source.path}: its tokenizer has token {max(token_of)}, and the model has {size}; download it again"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
 from tightfit.profiles.models.family import GgufFacts, family_of
-from tightfit.profiles.sources.gguf_source import unpermuted_rows
+from tightfit.profiles.sources.gguf_rows import unpermuted_rows
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.files import sync_directory
+from tightfit.runtime.common.files import remove, remove_orphans, sync_directory
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.adapter import WEIGHTS
@@ -65,7 +64,7 @@ def atomic_output(place: Path, size: int, *, folder: bool) -> Iterator[Path]:
     temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(place)
+        remove_orphans(place)
         disk = os.statvfs(place.parent)
         if (free := disk.f_bavail * disk.f_frsize) < size:
             raise RunError(
@@ -86,7 +85,7 @@ def atomic_output(place: Path, size: int, *, folder: bool) -> Iterator[Path]:
             ) from error
         raise RunError(f"{place}: cannot be written ({error.strerror}); name another place with -o") from error
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def _put(temporary: Path, place: Path) -> None:
@@ -97,19 +96,4 @@ def _put(temporary: Path, place: Path) -> None:
     earlier = place.with_name(f".{place.name}.{os.getpid()}.earlier.partial")
     place.rename(earlier)
     temporary.rename(place)
-    _remove(earlier)
-
-
-def _remove_orphans(place: Path) -> None:
-    """Delete what a killed process left beside `place`."""
-    for partial in place.parent.glob(f".{place.name}.*.partial"):
-        writer = partial.name.removeprefix(f".{place.name}.").split(".")[0]
-        if writer.isdigit() and not Path(f"/proc/{writer}").exists() and Path("/proc/self").exists():
-            _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    remove(earlier)

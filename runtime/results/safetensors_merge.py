@@ -17,13 +17,13 @@ from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.huggingface import checkpoint_files, text_name
 from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.profiles.weights.source import Source, SourceTensor
+from tightfit.profiles.weights.tensor_file import TensorFile, contents
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.engine.weights.safetensors_file import DTYPES, TensorItem
 from tightfit.runtime.results.adapter_changes import AdapterFolder, WeightChange
-from tightfit.runtime.results.base_values import blocks, float_rows, mapped_files, merged_rows, rounded, table_blocks
-from tightfit.runtime.results.tensor_file import TensorFile, contents, forget_mapped
+from tightfit.runtime.results.base_values import blocks, float_rows, merged_rows, rounded, table_blocks
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DEFAULT_DTYPE = "bfloat16"
@@ -119,7 +119,7 @@ class MergedTensors:
 
         def values() -> Iterator[Tensor]:
             change = self.adapter.change(tensor.entry.name, tensor.entry.shape)
-            for _, rows in merged_rows(self.source, tensor, change):
+            for _, rows in merged_rows(tensor, change):
                 yield rows
 
         return _item(key, dtype, tensor.entry.shape, values)
@@ -148,10 +148,8 @@ class MergedTensors:
             return
 
         def values() -> Iterator[Tensor]:
-            files = mapped_files(self.source)
             for start, stop in blocks(*shape):
                 yield float_rows(embedding, start, stop)
-                forget_mapped(files)
 
         yield _item(self.head, dtype, shape, values)
 

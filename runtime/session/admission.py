@@ -24,7 +24,7 @@ from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.training.checkpoint import OPERATORS, SHORTER
 from tightfit.runtime.engine.training.job import passes_messages
-from tightfit.runtime.engine.weights.layout import holds, packed_bytes, read_header, store_path
+from tightfit.runtime.engine.weights.layout import packed_bytes, read_header
 from tightfit.runtime.session.options import TrainingOptions
 from tightfit.runtime.supervision.supervisor import Stages
 
@@ -147,19 +147,15 @@ def find_store(plan: Plan, stages: Stages | None) -> Path | None:
     """
     if plan.model.store is None:
         from tightfit.profiles.sources.lookup import resolve
+        from tightfit.profiles.sources.packing import packed_store
 
         model = plan.model
         source = resolve(model.source, base=model.base, embeddings=model.embeddings)
-        folder = cache_directory() / "stores"
-        path = store_path(folder, source.name, source.fingerprint)
-        if not holds(path, source.fingerprint):
-            from tightfit.profiles.weights.pack import build_store
-
-            build_store(
-                source,
-                folder,
-                lambda done, total, name: stages("packing random weights", done, total) if stages else None,
-            )
+        path = packed_store(
+            source,
+            cache_directory() / "stores",
+            lambda done, total, name: stages("packing random weights", done, total) if stages and name else None,
+        )
     else:
         path = Path(plan.model.store)
     store = read_header(path)

@@ -36,8 +36,9 @@ TOKENS = ".tokens"
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[int]:
-    """Make the output directory and lock it against other runs; yields the descriptor that holds the lock.
+def locked(directory: Path, held: int | None = None) -> Iterator[int]:
+    """Make the output directory and lock it against other runs; yields the descriptor that holds the lock. `held` is that of a lock
+    which this process had before it became another program.
 
     The lock is released when the block ends, or ends with a TightfitError. After any other exception it lasts until the
     processes that inherited the descriptor have closed it. Raises InputError if the directory cannot be made or
@@ -45,7 +46,7 @@ def locked(directory: Path) -> Iterator[int]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = held if held is not None else os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
     try:
@@ -90,14 +91,16 @@ def is_locked(directory: Path) -> bool:
 
 
 @contextmanager
-def tokens_kept(directory: Path) -> Iterator[Path]:
+def tokens_kept(directory: Path, *, begun: bool = False) -> Iterator[Path]:
     """A folder in which tokenised data may be kept from when the length of a sequence is chosen until the run has prepared
     its data (`tightfit.runtime.session.launch.prepared` then removes it).
 
-    It begins empty, whatever a call that was killed left there, and is removed if the block ends with an exception.
+    It begins empty, whatever a call that was killed left there, unless it has `begun` in an earlier program of this process, and is
+    removed if the block ends with an exception.
     """
     folder = directory / TOKENS
-    shutil.rmtree(folder, ignore_errors=True)
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         yield folder
     except BaseException:

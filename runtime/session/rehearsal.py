@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tightfit.planner.instructions import Accumulate, Fetch, Instruction, Read, Run, Spill, Unpack, Update
-from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.schema import MEZO, Phase, Plan
@@ -42,6 +41,7 @@ from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, Channel, Profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.common.units import format_seconds, format_size
 from tightfit.runtime.engine.training.job import passes_messages
 from tightfit.runtime.engine.training.step_trace import INSTRUCTIONS, TRANSFERS
@@ -60,10 +60,13 @@ TRACED = 3
 """steps that are timed, after the first, which faults memory in and builds kernels"""
 ROOM = (0.25, 64 << 20)
 """Share and bytes by which a rehearsal's cap is above the budget, so that a plan which holds too much can be measured."""
+TAKEN_BACK = 0.1
+"""Share of a cgroup's limit that may be counted as used and is none the less free: page cache in use, which the kernel takes back."""
 FEWEST_TRANSFERS = 8
 """of a direction, below which its figures stay as they were measured"""
 SCALES = (0.1, 10.0)
 """smallest and largest factor of a figure that one rehearsal teaches"""
+ANEW = "planned anew with what that taught"
 Seconds = npt.NDArray[np.float64]
 
 
@@ -97,6 +100,8 @@ def rehearse(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
     """As `tightfit.planner.plan.plan`, on the machine that the profile was measured on: the plan runs for a few steps on random data,
     and is made anew with the figures measured there. Its `rehearsal` has them; None: it could not be rehearsed.
     """
+    from tightfit.planner.plan import planner_of
+
     return rehearsed(
         profile,
         lambda step: chosen(step, options.optimizer, options.max_grad_norm, LearnedFigures()),
@@ -128,9 +133,9 @@ def rehearsed(
     Raises what `make` raises. A rehearsal that fails leaves the plan as it is and says why.
     """
     identity = figures_id(profile)
-    learned, lines, first = load_learned(identity), [], None
+    lines, first = [], None
     step = step_of(profile)
-    plan = make(corrected(step, learned))
+    plan = make(corrected(step, load_learned(identity)))
 
     def note(line: str) -> None:
         lines.append(line)
@@ -151,20 +156,29 @@ def rehearsed(
             note(f"not rehearsed: {error}")
             return RehearsedPlan(plan=plan, lines=lines, interrupted=isinstance(error, RunError) and error.interrupted)
         first = first or traced.rehearsal
-        learned = _learn(learned, step, plan, traced)
-        save_learned(identity, learned)
-        plan = sealed(plan.model_copy(update={"rehearsal": traced.rehearsal}))
-        note(_summary(traced.rehearsal))
-        if _agrees(plan, traced.rehearsal) or (number + 1 >= ROUNDS and _margin(plan, traced.rehearsal) >= 0):
+        plan, trusted = taught(profile, step, plan, traced, number + 1)
+        note(rehearsal_summary(traced.rehearsal))
+        if trusted:
             break
-        note("planned anew with what that taught")
+        note(ANEW)
         try:
-            plan = make(corrected(step, learned))
+            plan = make(corrected(step, load_learned(identity)))
         except KeyboardInterrupt:
             return RehearsedPlan(plan=plan, lines=lines, interrupted=True)
         if plan.train is None:
             break
     return RehearsedPlan(plan=plan, lines=lines, first=first)
+
+
+def taught(profile: Profile, step: Profile, plan: Plan, traced: TracedRehearsal, rounds: int) -> tuple[Plan, bool]:
+    """(the plan with its rehearsal, whether it may be trusted), after the corrections of the profile's figures have taken in what the
+    rehearsal teaches. `step` is the profile of the step that was planned; `rounds` counts the rehearsals so far.
+    """
+    identity = figures_id(profile)
+    save_learned(identity, _learn(load_learned(identity), step, plan, traced))
+    plan = sealed(plan.model_copy(update={"rehearsal": traced.rehearsal}))
+    trusted = _agrees(plan, traced.rehearsal) or (rounds >= ROUNDS and _margin(plan, traced.rehearsal) >= 0)
+    return plan, trusted
 
 
 def _agrees(plan: Plan, rehearsal: Rehearsal) -> bool:
@@ -185,7 +199,7 @@ def _margin(plan: Plan, rehearsal: Rehearsal) -> int:
     return rehearsal.predicted_bytes - rehearsal.held_bytes - spread
 
 
-def _summary(rehearsal: Rehearsal) -> str:
+def rehearsal_summary(rehearsal: Rehearsal) -> str:
     seconds = f"a step of {format_seconds(rehearsal.predicted_seconds)} took {format_seconds(rehearsal.seconds)}"
     if not rehearsal.judged:
         seconds += f" beside other programs on {rehearsal.busy_cores:.1f} cores, so seconds are not judged"
@@ -212,38 +226,67 @@ class TracedRehearsal:
 
 def _carry_out(plan: Plan, stages: Stages | None) -> TracedRehearsal:
     """Run a few steps of the plan on random data. Raises what a run raises."""
-    phases_of = {number: plan.steps[(number - 1) % len(plan.steps)] for number in range(1, TRACED + 2)}
-    steps = -(-(TRACED + 1) // plan.accumulate) * plan.accumulate
-    traced = [number for number in phases_of if 1 < number <= steps]
-    free, memory_text = free_memory()
-    if free < plan.peak_bytes:
-        raise RunError(f"{memory_text}, beside which the {format_size(plan.peak_bytes)} of a run have no place")
-    extra = max(int(ROOM[0] * plan.budget_bytes), ROOM[1])
-    cap = min(plan.budget_bytes + extra, max(plan.peak_bytes, free))
-    roomier = sealed(plan.model_copy(update={"budget_bytes": cap}))
-    cache_directory().mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="rehearsal-", dir=cache_directory()))
+    folder = rehearsal_folder()
     try:
         load = OtherPrograms()
-        options = RunOptions(
-            steps=steps, lr=0.0, checkpoint_every=0, keep_checkpoints=1, out=folder / "out", stages=stages
-        )
-        with prepared(roomier, "random", options, traced_steps=traced) as ready:
-            assert isinstance(ready, RunOrder)
+        with prepared_rehearsal(plan, folder, stages) as ready:
             try:
-                report = supervise(ready, None, stages)
+                supervise(ready, None, stages)
             except CapError:
-                return _over_cap(plan, roomier)
-        busy_cores = load.taken(plan.device.threads)
-        phases = [
-            phase
-            for number in traced
-            for phase in (phases_of[number], *([plan.update] if plan.update and number % plan.accumulate == 0 else []))
-        ]
-        busy, stalled = _instructions(folder / "out" / INSTRUCTIONS, phases)
-        transfers = _transfers(folder / "out" / TRANSFERS, phases)
+                return over_cap(plan)
+        return traced_rehearsal(plan, folder, load)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def rehearsal_folder() -> Path:
+    """A new folder for a rehearsal."""
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="rehearsal-", dir=cache_directory()))
+
+
+def _rehearsed_steps(plan: Plan) -> tuple[int, list[int]]:
+    """(steps of a rehearsal, the numbers of those that are timed)."""
+    steps = -(-(TRACED + 1) // plan.accumulate) * plan.accumulate
+    return steps, [number for number in range(2, TRACED + 2) if number <= steps]
+
+
+def _roomier(plan: Plan, given_back: int) -> Plan:
+    """The plan with a cap above its budget, as far as memory is free. Raises RunError where the plan itself has no place."""
+    free, memory_text = free_memory(given_back=given_back)
+    if free < plan.peak_bytes * (1 - TAKEN_BACK):
+        raise RunError(f"{memory_text}, beside which the {format_size(plan.peak_bytes)} of a run have no place")
+    extra = max(int(ROOM[0] * plan.budget_bytes), ROOM[1])
+    return sealed(plan.model_copy(update={"budget_bytes": min(plan.budget_bytes + extra, max(plan.peak_bytes, free))}))
+
+
+@contextmanager
+def prepared_rehearsal(plan: Plan, folder: Path, stages: Stages | None, given_back: int = 0) -> Iterator[RunOrder]:
+    """The order for a few steps of the plan on random data, whose files lie in `folder`, ready to be supervised. `given_back`: bytes
+    that this process holds and will not hold beside the rehearsal.
+    """
+    steps, traced = _rehearsed_steps(plan)
+    options = RunOptions(steps=steps, lr=0.0, checkpoint_every=0, keep_checkpoints=1, out=folder / "out", stages=stages)
+    with prepared(_roomier(plan, given_back), "random", options, traced_steps=traced) as ready:
+        assert isinstance(ready, RunOrder)
+        yield ready
+
+
+def traced_rehearsal(plan: Plan, folder: Path, load: OtherPrograms) -> TracedRehearsal:
+    """What a rehearsal has left in `folder`; `load` has counted the other programs since it began."""
+    busy_cores = load.taken(plan.device.threads)
+    _, traced = _rehearsed_steps(plan)
+    phases = [
+        phase
+        for number in traced
+        for phase in (
+            plan.steps[(number - 1) % len(plan.steps)],
+            *([plan.update] if plan.update and number % plan.accumulate == 0 else []),
+        )
+    ]
+    busy, stalled = _instructions(folder / "out" / INSTRUCTIONS, phases)
+    transfers = _transfers(folder / "out" / TRANSFERS, phases)
+    report: dict[str, Any] = read_json(folder / "out" / "report.json")
     seconds = sum(float(a.sum() + b.sum()) for a, b in zip(busy, stalled, strict=True)) / len(traced)
     predicted = sum(phase.seconds for phase in phases) / len(traced)
     return TracedRehearsal(
@@ -271,7 +314,7 @@ def _measured_peak(report: dict[str, Any], plan: Plan) -> int:
     return int(report["processes"]["training"]["measured"]) + plan.device.floor.supervisor_bytes
 
 
-def _over_cap(plan: Plan, roomier: Plan) -> TracedRehearsal:
+def over_cap(plan: Plan) -> TracedRehearsal:
     """The rehearsal of a plan that held even more than its cap, which counts as its peak; no seconds are known."""
     rehearsal = Rehearsal(
         budget_bytes=plan.budget_bytes,
@@ -279,7 +322,7 @@ def _over_cap(plan: Plan, roomier: Plan) -> TracedRehearsal:
         predicted_seconds=plan.step_seconds,
         seconds=plan.step_seconds,
         predicted_bytes=plan.peak_bytes,
-        held_bytes=roomier.budget_bytes,
+        held_bytes=plan.budget_bytes + max(int(ROOM[0] * plan.budget_bytes), ROOM[1]),
         busy_cores=0.0,
         judged=False,
     )

@@ -12,7 +12,7 @@ from typing import Any, cast
 from tightfit.planner.plan import plan
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.api import profile
-from tightfit.profiles.sources.lookup import names_module
+from tightfit.profiles.sources.lookup import names_module, prepared_seq
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
 from tightfit.runtime.session.beforehand import check_beforehand
@@ -60,6 +60,8 @@ def train(
                 train_files = os.fspath(cast("str", data))
                 held_out = None if eval_data is None else os.fspath(cast("str", eval_data))
                 check_files(train_files, held_out)
+                if seq is None:
+                    seq = prepared_seq(model, options.get("prepared"))
                 lengths: Counter[int] = Counter()
                 seq, _ = choose_seq(
                     model,

@@ -120,6 +120,7 @@ def build_report(
     supervisor_bytes: int | None = None,
     program_bytes: int | None = None,
     preparation_bytes: int | None = None,
+    stage_bytes: Sequence[tuple[str, int]] | None = None,
     contention: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report: bytes and seconds as `planned` (by `planned_figures`) and as measured in the run.
@@ -129,7 +130,8 @@ def build_report(
     (`supervisor_bytes`, its VmHWM). If a program of the user's runs the plan itself, there is no supervisor; the
     program's memory does not count against the budget and is reported as `program_bytes`. `cgroup_peak_bytes` is the
     cgroup's own counter, which includes kernel tables and reclaimable page cache. `preparation_bytes` is the peak of
-    the process that read plan and data before the training process was started. `contention` says how long steps waited
+    the process that read plan and data before the training process was started, and `stage_bytes` has what the stages before it have
+    held (`tightfit train`). `contention` says how long steps waited
     for cores that other programs held (`tightfit.runtime.supervision.contention`); None: there was nothing to notice.
 
     `evaluations` are those of a run that evaluates between its steps, each with `step`, `epoch`, `loss`, `accuracy`
@@ -173,6 +175,7 @@ def build_report(
         "processes": processes,
         "program_bytes": program_bytes,
         "preparation_bytes": preparation_bytes,
+        "stage_bytes": dict(stage_bytes or ()) or None,
         "step_seconds": _step_seconds(seconds, first, sorts, lengths, planned["step_seconds"]),
         "contention": contention,
         "tokens": token_figures(planned["places_per_step"], lines),
@@ -235,7 +238,7 @@ def evaluation_report(report: dict[str, Any], *, by_token: bool) -> dict[str, An
     import math  # as `statistics` below: once the training process has ended
 
     memory = ("budget_bytes", "enforced_by", "floor_bytes", "peak_bytes", "processes", "program_bytes")
-    run_keys = (*memory, "preparation_bytes", "cgroup_peak_bytes", "packing", "base", "plan_fingerprint")
+    run_keys = (*memory, "preparation_bytes", "stage_bytes", "cgroup_peak_bytes", "packing", "base", "plan_fingerprint")
     (evaluation,) = report["evaluation"].values()
     figures = {name: evaluation[name] for name in ("loss", "accuracy", "questions", "records", "seconds")}
     figures |= {name: evaluation[name] for name in OF_PAIRS if name in evaluation}

@@ -131,6 +131,10 @@ def _cap_rows(report: dict[str, Any], what: str) -> list[tuple[str, str]]:
     rows = [("cap", f"{format_size(report['budget_bytes'])}, enforced by {cap}{also}")]
     if prepared := report.get("preparation_bytes"):
         rows.append(("prepared in", f"{format_size(prepared)}: plan and data, before {what} began"))
+    if stage_bytes := report.get("stage_bytes"):
+        rows.append(
+            ("before that", ", ".join(f"{stage} in {format_size(held)}" for stage, held in stage_bytes.items()))
+        )
     return rows
 
 

@@ -20,18 +20,21 @@ from tightfit.runtime.supervision.cgroup import MOUNT, own_cgroups
 MARGIN = 8
 """the part of the available memory that stays free is one in this many"""
 LEAST_MARGIN = 128 * MIB
+"""of what is available on the machine, where other programs come and go; of a limit of its own a run needs no such margin"""
 
 
-def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, str]:
+def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back: int = 0) -> tuple[int, str]:
     """(bytes that a run may have now, whole MiB, and in words where that figure comes from).
 
-    It is the smallest of three, less a margin: the kernel's estimate of what programs can get without swapping
+    It is the smallest of three, each less a margin: the kernel's estimate of what programs can get without swapping
     (MemAvailable), what is left of the limit of this process's cgroup or one above it, and the limits on what a process
-    may reserve (`ulimit -v`, `ulimit -d`). Raises InputError where that leaves nothing.
+    may reserve (`ulimit -v`, `ulimit -d`). `given_back` are bytes that this process holds and will not hold beside the run. Raises
+    InputError where that leaves nothing.
     """
-    available, source = free_memory(proc, mount)
-    margin = max(available // MARGIN, LEAST_MARGIN)
-    spare = (available - margin) // MIB * MIB
+    spare, margin, source = min(
+        ((left - _margin(left, least)) // MIB * MIB, _margin(left, least), why)
+        for left, why, least in _free(proc, mount, given_back)
+    )
     if spare <= 0:
         raise InputError(
             f"{spelled('memory', 'auto')}: {source}, and {format_size(margin)} of that stay free; end other programs, or name a size"
@@ -39,15 +42,27 @@ def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, 
     return spare, f"{source}, less {format_size(margin)} that stay free"
 
 
-def free_memory(proc: Path = Path("/proc"), mount: Path = MOUNT) -> tuple[int, str]:
+def free_memory(proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back: int = 0) -> tuple[int, str]:
     """As `spare_memory`, without a margin."""
-    return min([_available(proc), *_left_in_cgroups(proc, mount), *_ulimits()])
+    return min((left, why) for left, why, _ in _free(proc, mount, given_back))
 
 
-def _available(proc: Path) -> tuple[int, str]:
+def _margin(left: int, least: int) -> int:
+    return max(left // MARGIN, least)
+
+
+def _free(proc: Path, mount: Path, given_back: int) -> Iterator[tuple[int, str, int]]:
+    """(bytes, where they come from, the least of them that is to stay free)."""
+    available, why = _available(proc, given_back)
+    yield available, why, LEAST_MARGIN
+    for left, why in (*_left_in_cgroups(proc, mount, given_back), *_ulimits()):
+        yield left, why, 0
+
+
+def _available(proc: Path, given_back: int) -> tuple[int, str]:
     try:
         lines = (proc / "meminfo").read_text().splitlines()
-        size = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        size = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")) + given_back
     except (OSError, StopIteration, ValueError, IndexError) as error:
         raise InputError(
             f"{spelled('memory', 'auto')}: the kernel does not say what is available (MemAvailable); name a size"
@@ -55,7 +70,7 @@ def _available(proc: Path) -> tuple[int, str]:
     return size, f"{format_size(size)} are available on this machine"
 
 
-def _left_in_cgroups(proc: Path, mount: Path) -> Iterator[tuple[int, str]]:
+def _left_in_cgroups(proc: Path, mount: Path, given_back: int) -> Iterator[tuple[int, str]]:
     """What is left of each limit on this process's cgroup and those above it.
 
     Page cache that was not used lately counts as left: the kernel takes it back before it kills.
@@ -64,7 +79,7 @@ def _left_in_cgroups(proc: Path, mount: Path) -> Iterator[tuple[int, str]]:
     for path in _upwards(mount / "memory", own_paths.get(1)):
         limit, used = _number(path / "memory.limit_in_bytes"), _number(path / "memory.usage_in_bytes")
         if limit is not None and used is not None:
-            yield _rest_of(path, limit, used - _cache(path, "total_inactive_file"))
+            yield _rest_of(path, limit, used - given_back - _cache(path, "total_inactive_file"))
     for root in (mount, mount / "unified"):
         for path in _upwards(root, own_paths.get(2)):
             limits = [_number(path / name) for name in ("memory.max", "memory.high")]
@@ -73,7 +88,7 @@ def _left_in_cgroups(proc: Path, mount: Path) -> Iterator[tuple[int, str]]:
                 _number(path / "memory.current"),
             )
             if limit is not None and used is not None:
-                yield _rest_of(path, limit, used - _cache(path, "inactive_file"))
+                yield _rest_of(path, limit, used - given_back - _cache(path, "inactive_file"))
 
 
 def _upwards(mount: Path, own: str | None) -> Iterator[Path]:

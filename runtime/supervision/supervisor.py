@@ -20,10 +20,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tightfit.runtime.common import interpreter
-from tightfit.runtime.common.errors import RunError
+from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.interrupts import ThirdInterrupt, relayed_signals
 from tightfit.runtime.common.option_names import named_as, on_command_line
 from tightfit.runtime.engine.device.resident import memory
@@ -72,6 +72,10 @@ class SupervisorSettings:
     """path for the result of an evaluation; None: it is printed alone"""
     stages: str | None = None
     """JSON of what was done before the run, to be printed beside the report with `as_json`"""
+    stage_bytes: list[tuple[str, int]] | None = None
+    """what the stages before the run have held, for the report"""
+    then: list[str] | None = None
+    """of a rehearsal: the command line that this process becomes when the run has ended, however it did"""
 
 
 def supervise(
@@ -85,11 +89,12 @@ def supervise(
     group: MemoryCgroup | None = None,
     counted: bool = False,
     preparation_bytes: int | None = None,
+    stage_bytes: Sequence[tuple[str, int]] | None = None,
 ) -> dict[str, Any]:
     """Start the training process, follow it to its end and write the report; returns the report.
 
     `counted`: whether this process's memory counts against the budget; it is then in `group`, if there is one.
-    `preparation_bytes` goes into the report. Raises CapError, RunError or InputError if the training process ended with
+    `preparation_bytes` and `stage_bytes` go into the report. Raises CapError, RunError or InputError if the training process ended with
     one.
     """
     with relayed_signals() as passing, started(order, group=group) as child:
@@ -120,6 +125,7 @@ def supervise(
         supervisor_bytes=own_bytes if counted else None,
         program_bytes=None if counted else own_bytes,
         preparation_bytes=preparation_bytes,
+        stage_bytes=stage_bytes,
         contention=contention.figures,
     )
     if order.evaluates:
@@ -214,6 +220,8 @@ def main(arguments: Sequence[str]) -> int:
     for path in arguments:
         os.unlink(path)
     group = MemoryCgroup(Path(settings.group[0]), settings.group[1]) if settings.group else None
+    if settings.then is not None:
+        _rehearse(order, group, settings.home, settings.then)
     try:
         with (
             named_as(on_command_line),
@@ -235,6 +243,7 @@ def main(arguments: Sequence[str]) -> int:
                 group=group,
                 counted=True,
                 preparation_bytes=settings.preparation_bytes,
+                stage_bytes=settings.stage_bytes,
             )
         if settings.output:
             _write(settings.output, report)
@@ -251,6 +260,31 @@ def main(arguments: Sequence[str]) -> int:
 
             shutil.rmtree(order.directory, ignore_errors=True)
     return 0
+
+
+REHEARSED = "rehearsed"
+"""file in a rehearsal's output folder that says how it ended: an object with the class and message of an error, or null"""
+
+
+def _rehearse(order: RunOrder, group: MemoryCgroup | None, home: str | None, then: list[str]) -> NoReturn:
+    """Carry out a few steps of a plan for what they teach, say in a file how they ended, and become the command `then`."""
+    failure: dict[str, Any] | None = None
+    try:
+        supervise(order, group=group, counted=True)
+    except TightfitError as error:
+        failure = {
+            "kind": type(error).__name__,
+            "message": str(error),
+            "interrupted": getattr(error, "interrupted", False),
+        }
+    except KeyboardInterrupt:
+        failure = {"kind": "KeyboardInterrupt", "message": "interrupted", "interrupted": True}
+    finally:
+        if group:
+            group.leave(home)
+    with open(os.path.join(order.directory, REHEARSED), "w", encoding="utf-8") as file:
+        json.dump(failure, file)
+    os.execve(then[0], then, os.environ | {"PYTHONPATH": interpreter.python_path()})  # noqa: S606  our own command line
 
 
 def _write(path: str, report: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import codecs
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 HEAD = struct.Struct("<II")
 WIDTH = 4
@@ -18,16 +18,16 @@ NO_SPACE, ONE_SPACE, SPACES_OF_FIRST = 0, 1, 2
 """What is left out at the start of a text: nothing, one space, or every space of its first token."""
 
 
-def write_table(path: str, pieces: Sequence[bytes], left_out: int) -> None:
+def write_table(path: str, pieces: Iterable[bytes], left_out: int) -> None:
     """Write the table of tokens whose bytes are `pieces`; `left_out` is what a text does not begin with."""
-    ends, end = array("I"), 0
+    ends, text = array("I"), bytearray()
     for piece in pieces:
-        end += len(piece)
-        ends.append(end)
+        text += piece
+        ends.append(len(text))
     with open(path, "wb") as file:
-        file.write(HEAD.pack(len(pieces), left_out))
+        file.write(HEAD.pack(len(ends), left_out))
         ends.tofile(file)
-        file.writelines(pieces)
+        file.write(text)
 
 
 class TokenText:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import time
 from functools import partial
@@ -40,8 +41,10 @@ class Served:
     it. The argument `tightfit` is the path of an installed command; without it the service runs from this checkout.
     """
 
-    def __init__(self, data, *options, token=None, environment=None, tightfit=None):
-        self.data, self.options, self.token = Path(data), options, token
+    def __init__(self, data, *options, token=None, environment=None, tightfit=None, certificate=None):
+        self.data, self.options, self.token, self.certificate = Path(data), options, token, certificate
+        if certificate is not None:
+            self.options += ("--certificate", str(certificate))
         self.environment = environment or {}
         self.command = [tightfit]
         if tightfit is None:
@@ -73,7 +76,8 @@ class Served:
             self.process.wait()
             raise
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE, trust_env=False)
+        trusted = True if self.certificate is None else ssl.create_default_context(cafile=self.certificate)
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE, trust_env=False, verify=trusted)
         return self
 
     def _wait_for_url(self, begun):

@@ -65,7 +65,7 @@ def decoder_profile(
     """
     from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve
-    from tightfit.profiles.steps.decoder_step import trace_decoder
+    from tightfit.profiles.steps.decoder_trace import trace_decoder
     from tightfit.profiles.tracing.shorter_steps import bucket_lengths, shorter_step, with_room
     from tightfit.profiles.weights.pack import build_store
     from tightfit.runtime.engine.weights.store import WeightStore

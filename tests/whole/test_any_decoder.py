@@ -47,7 +47,7 @@ from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.sources.transformers_source import any_directory_source
-from tightfit.profiles.steps.decoder_step import trace_any_decoder
+from tightfit.profiles.steps.decoder_trace import trace_any_decoder
 from tightfit.profiles.tracing.trace import Trace
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.common.errors import InputError

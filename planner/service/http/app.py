@@ -6,8 +6,8 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import Any
 
@@ -23,16 +23,19 @@ from tightfit.planner.service.http import (
     routes_page,
     routes_planning,
     routes_profiles,
+    routes_remote_devices,
     routes_runs,
+    routes_traces,
 )
-from tightfit.planner.service.http.connections import Connections, most_connections, protocol_of
+from tightfit.planner.service.http.connections import Connections, loop_of, most_connections, protocol_of
 from tightfit.planner.service.http.guard import OPEN, Guard
 from tightfit.planner.service.http.logs import log_to_stderr
 from tightfit.planner.service.http.routes_common import EVERYWHERE
 from tightfit.planner.service.http.service import Service, opened
+from tightfit.planner.service.http.tls import server_context
 from tightfit.planner.service.wire.errors import Code, ServiceError, UnreadableError, error_json
 from tightfit.planner.service.wire.metrics import Metrics
-from tightfit.planner.service.wire.settings import Settings
+from tightfit.planner.service.wire.settings import Settings, installed_version, loopback
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.option_names import in_python, named_as
 
@@ -44,8 +47,11 @@ small is a result (`status: infeasible`, with the smallest budget that is enough
 **Who asks.** Whoever has the token is one user: jobs, idempotency keys and the queue are shared. Without a token there is one user, at
 this machine.
 
+**Devices** that train elsewhere may say what they are in the header `X-Tightfit-Device`, JSON such as {"name": "raspberry", "processor":
+"Cortex-A76", "cores": 4, "memory_bytes": 4294967296, "budget_bytes": 268435456}: `/v1/remote-devices` lists them.
+
 **In time.** A request's headers must come within 10 s and its body within 60 s, else the answer is 408. A body has at most 256 KiB,
-an uploaded profile 64 MiB unpacked, with at most 250,000 operators and 1,000,000 tensors in all of its layers, else the answer is 413
+an uploaded profile or the description of a model 64 MiB unpacked, with at most 250,000 operators and 1,000,000 tensors in all of its layers, else the answer is 413
 or 422. Where too many connections are open, those that have waited for
 their client for longest give way to new ones."""
 CODES: dict[int, Code] = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -54,7 +60,17 @@ WAITING_CONNECTIONS = 1024
 ACCEPTED_AT_ONCE = 32
 """connections that are accepted before what the latest have sent is read: few, or they would look as if they had sent nothing"""
 ROUTERS = tuple(
-    routes.router for routes in (routes_profiles, routes_planning, routes_fleets, routes_runs, routes_jobs, routes_page)
+    routes.router
+    for routes in (
+        routes_profiles,
+        routes_traces,
+        routes_planning,
+        routes_fleets,
+        routes_runs,
+        routes_jobs,
+        routes_remote_devices,
+        routes_page,
+    )
 )
 log = logging.getLogger("tightfit.service")
 
@@ -110,14 +126,16 @@ def _with_token(described: dict[str, Any]) -> dict[str, Any]:
 def serve(settings: Settings) -> None:
     """Answer until interrupted. Errors name options as requests do.
 
-    Raises InputError where the data folder or the port cannot be had, and StorageError where the folder's disk is full.
+    Raises InputError where the certificate, the data folder or the port cannot be had, and StorageError where the folder's disk is
+    full.
     """
+    context = None if settings.certificate is None else server_context(settings.certificate, settings.key)
     log_to_stderr()
     with opened(settings, Metrics()) as service, named_as(in_python):
-        _serve_until_interrupted(settings, service)
+        _serve_until_interrupted(settings, service, context)
 
 
-def _serve_until_interrupted(settings: Settings, service: Service) -> None:
+def _serve_until_interrupted(settings: Settings, service: Service, context: ssl.SSLContext | None) -> None:
     """Bind the port and answer there until interrupted. Raises InputError where the port cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # With the protocol named, asyncio turns off Nagle's algorithm: else every answer waits 40 ms for an acknowledgement.
@@ -131,10 +149,15 @@ def _serve_until_interrupted(settings: Settings, service: Service) -> None:
             f"--host {settings.host} --port {settings.port}: {error.strerror or error}; name another --port"
         ) from error
     host, port = listener.getsockname()[:2]
+    scheme = "http" if context is None else "https"
     log.info(
         "serving",
-        extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}/", "data": str(settings.data_dir)},
+        extra={"url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/", "data": str(settings.data_dir)},
     )
+    if context is None and not loopback(settings.host):
+        log.warning(
+            "tokens pass in the clear: without --certificate, clients of tightfit send none but through an ssh tunnel"
+        )
     app = create_app(settings, service)
 
     class Server(uvicorn.Server):
@@ -148,7 +171,8 @@ def _serve_until_interrupted(settings: Settings, service: Service) -> None:
 
     config = uvicorn.Config(
         app,
-        http=protocol_of(Connections(most_connections())),
+        loop=loop_of(context),
+        http=protocol_of(Connections(most_connections()), context),
         ws="none",
         log_config=None,
         access_log=False,
@@ -161,13 +185,6 @@ def _serve_until_interrupted(settings: Settings, service: Service) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn ends on them, and raises them once more at the end
     Server(config).run(sockets=[listener])
-
-
-def installed_version() -> str:
-    try:
-        return version("tightfit")
-    except PackageNotFoundError:
-        return "0+checkout"
 
 
 # --- errors: one form -------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from typing import ClassVar
+import ssl
+from asyncio.sslproto import SSLProtocol
+from typing import Any, ClassVar, Literal
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -34,12 +36,12 @@ class Connections:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._open: set[Connection] = set()
+        self._open: set[Connection | TlsConnection] = set()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def enter(self, connection: Connection) -> bool:
+    def enter(self, connection: Connection | TlsConnection) -> bool:
         """Whether there is room for a new connection, perhaps in the place of the one that has waited longest for its client."""
         if len(self) >= self.most:
             waiting = [connection for connection in self._open if connection.waits]
@@ -51,7 +53,7 @@ class Connections:
         self._open.add(connection)
         return True
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: Connection | TlsConnection) -> None:
         self._open.discard(connection)
 
 
@@ -59,6 +61,8 @@ class Connection(H11Protocol):
     """One connection; `protocol_of` makes the class that knows the others."""
 
     others: ClassVar[Connections]
+    beneath: TlsConnection | None = None
+    """the TLS that it is spoken under"""
     since = 0.0
     """loop time at which the latest request's first byte came, the latest answer ended, or the connection began"""
     _refused = False
@@ -81,6 +85,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
+        if self.beneath is not None:
+            self.others.leave(self.beneath)
         self.since = self.loop.time()
         if self.others.enter(self):
             self._start_head_timer()
@@ -143,10 +149,49 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
-def protocol_of(connections: Connections) -> type[Connection]:
-    """The protocol that uvicorn is to speak."""
+class TlsConnection(SSLProtocol):
+    """TLS below a `Connection`, from its first byte on: one that does not come to an end of its handshake counts among the open ones,
+    gives way to new ones, and is closed in time. uvicorn's own TLS would be seen by nobody until then.
+    """
+
+    waits = True
+    """whether it waits for its client: to the end of the handshake, when the connection above it takes its place"""
+    since = 0.0
+    transport: asyncio.Transport
+
+    def __init__(self, connection: Connection, context: ssl.SSLContext) -> None:
+        nobody: Any = None  # waits for the end of the handshake
+        seconds: Any = HEAD_SECONDS  # may have fractions
+        super().__init__(connection.loop, connection, context, nobody, server_side=True, ssl_handshake_timeout=seconds)
+        self._above = connection
+        connection.beneath = self
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport, self.since = transport, self._above.loop.time()
+        if self._above.others.enter(self):
+            super().connection_made(transport)
+        else:  # an answer would take a handshake
+            transport.abort()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._above.others.leave(self)
+        super().connection_lost(exc)
+
+
+def loop_of(context: ssl.SSLContext | None) -> Literal["auto", "asyncio"]:
+    """The event loop that uvicorn is to use: any, but asyncio's own for a `TlsConnection`."""
+    return "auto" if context is None else "asyncio"
+
+
+def protocol_of(connections: Connections, context: ssl.SSLContext | None = None) -> Any:
+    """Makes what uvicorn is to speak on a new connection; under TLS where there is a `context` for it."""
 
     class CountedConnection(Connection):
         others = connections
 
-    return CountedConnection
+    def under_tls(**given: Any) -> TlsConnection:
+        assert context is not None
+        return TlsConnection(CountedConnection(**given), context)
+
+    return CountedConnection if context is None else under_tls

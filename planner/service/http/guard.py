@@ -17,8 +17,8 @@ from tightfit.planner.service.wire.settings import Settings, loopback
 
 OPEN = ("/healthz", "/page/")
 """paths that are answered without a token, as nothing there is anybody's data"""
-UPLOAD = "/v1/profiles/upload"
-"""the one path that takes large bodies"""
+UPLOADS = frozenset({"/v1/profiles/upload", "/v1/traces"})
+"""the paths that take large bodies"""
 BODY_SECONDS = 60.0
 """time for a request's body, from the end of its headers on"""
 STREAMS = "/events"
@@ -119,7 +119,7 @@ class Guard:
             self._note(routed_scope, scope["method"], guarded.status, time.perf_counter() - started)
 
     def _limit(self, scope: Scope) -> int:
-        return self.settings.upload_bytes if scope["path"] == UPLOAD else self.settings.request_bytes
+        return self.settings.upload_bytes if scope["path"] in UPLOADS else self.settings.request_bytes
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])

@@ -15,6 +15,7 @@ from tightfit.planner.service.jobs.store import Row, content_key
 from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid
 from tightfit.planner.service.wire.redaction import Redaction
+from tightfit.planner.service.wire.remote_devices import HEADER, device_of
 from tightfit.planner.service.wire.schema import FINISHED, JOB, ErrorAnswer, JobKind, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.devices.data_sheets import known_devices
@@ -117,6 +118,7 @@ def enqueue(
     With `renews`, the request whose answer is to be made anew, only a job that has not ended answers.
     """
     service = service_of(request)
+    device = device_of(request.headers.get(HEADER))
     lane = lane_of(kind)
     job, new = service.store.enqueue(
         kind,
@@ -131,6 +133,8 @@ def enqueue(
     service.metrics.cached.labels(kind, "new" if new else "finished" if job.state in FINISHED else "joined").inc()
     if new:
         service.supervisor.wake(lane)
+    if device is not None:
+        service.store.note_device(device, plan_job=job.id if kind == "plan" else None)
     return job_response(service.events.shown(job))
 
 

@@ -23,7 +23,8 @@ from tightfit.planner.service.http.routes_common import (
 from tightfit.planner.service.jobs.store import listed
 from tightfit.planner.service.jobs.view import fleet_view
 from tightfit.planner.service.wire.errors import invalid
-from tightfit.planner.service.wire.schema import Digest, FleetList, FleetRequest, StoredFleet
+from tightfit.planner.service.wire.requests import FleetRequest
+from tightfit.planner.service.wire.schema import Digest, FleetList, StoredFleet
 from tightfit.planner.service.wire.shown import FleetView
 from tightfit.runtime.common.strict_json import to_json
 

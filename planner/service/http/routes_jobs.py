@@ -24,6 +24,7 @@ from tightfit.planner.service.wire.schema import (
 )
 from tightfit.profiles.devices.data_sheets import known_devices
 from tightfit.profiles.measuring.cpu_load import our_cores
+from tightfit.profiles.schema import PROFILE_VERSION
 
 router = APIRouter()
 Identity = Annotated[JobId, Path()]
@@ -133,7 +134,13 @@ async def health(request: Request) -> Health:
     """Needs no token."""
     store = service_of(request).store
     store.lane(LOCAL)
-    return Health(status="ok", version=request.app.version, schema_version=LATEST, set_aside=store.set_aside())
+    return Health(
+        status="ok",
+        version=request.app.version,
+        profile_version=PROFILE_VERSION,
+        schema_version=LATEST,
+        set_aside=store.set_aside(),
+    )
 
 
 @router.get("/metrics", tags=["service"], summary="Figures for Prometheus", response_class=Response, responses=METRICS)

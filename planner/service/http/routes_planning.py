@@ -31,16 +31,8 @@ from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.schema import (
-    OWN_DEVICE,
-    ComparisonRequest,
-    Digest,
-    JobId,
-    PlanList,
-    PlanRequest,
-    ServiceJob,
-    StoredPlan,
-)
+from tightfit.planner.service.wire.requests import ComparisonRequest, PlanRequest
+from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, JobId, PlanList, ServiceJob, StoredPlan
 from tightfit.planner.service.wire.shown import Difference, PlanView
 from tightfit.runtime.common.strict_json import to_json
 

@@ -24,13 +24,13 @@ from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.schema import Digest, ProfileList, ProfileRequest, StoredProfile
+from tightfit.planner.service.wire.remote_devices import HEADER, device_of
+from tightfit.planner.service.wire.requests import ProfileRequest
+from tightfit.planner.service.wire.schema import Digest, ProfileList, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
+from tightfit.planner.service.wire.traces import check_config
 from tightfit.profiles.io import canonical_json, parse_profile
-from tightfit.profiles.models.decoder_config import decoder_shape, handwritten, initial_deviation, text_config
-from tightfit.profiles.models.transformers_config import check
 from tightfit.profiles.schema import PROFILE_VERSION
-from tightfit.runtime.common.errors import InputError
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
@@ -64,9 +64,10 @@ async def make_profile(request: Request, body: ProfileRequest, key: IdempotencyK
     check_device(body.device, [LOCAL], "device")
     options = body.model_dump(include=ALWAYS)
     options |= body.model_dump(exclude={"path", "hub", "config", "force"}, exclude_defaults=True)
-    if body.adapter is not None:
-        options["adapter"] = await asyncio.to_thread(confined, body.adapter, settings.roots, "adapter")
-    else:
+    for field in ("adapter", "prepared"):
+        if (path := getattr(body, field)) is not None:
+            options[field] = await asyncio.to_thread(confined, path, settings.roots, field)
+    if body.adapter is None and body.prepared is None:
         options["lora_rank"] = body.lora_rank or RANK
     job_request = options | await asyncio.to_thread(_source, settings, body)
     if not body.force:
@@ -75,28 +76,14 @@ async def make_profile(request: Request, body: ProfileRequest, key: IdempotencyK
 
 
 def _source(settings: Settings, body: ProfileRequest) -> Row:
-    """The model as a worker gets it: a path or hub id as `source`, or a `config`. Raises ServiceError 422.
-
-    Of a config whose model transformers has to build, only what needs neither transformers nor PyTorch is checked here:
-    what the built model shows is the job's error.
-    """
+    """The model as a worker gets it: a path or hub id as `source`, or a `config`. Raises ServiceError 422."""
     if body.path is not None:
         return {"source": confined(body.path, settings.roots, "path")}
     if body.hub is not None:
         if not settings.hub:
             raise invalid("hub", "this service downloads nothing; start it with --hub, or name a path")
         return {"source": body.hub}
-    config = text_config(body.config)
-    if config is None:
-        raise invalid("config", "no model config (no 'model_type'); send the content of a config.json")
-    try:
-        if handwritten(config):
-            decoder_shape(config)
-        else:
-            check(config)
-        initial_deviation(config)
-    except InputError as error:
-        raise invalid("config", str(error)) from error
+    check_config(body.config, "config")
     return {"config": body.config}
 
 
@@ -110,8 +97,11 @@ def _source(settings: Settings, body: ProfileRequest) -> Row:
 )
 async def upload_profile(request: Request) -> Response:
     """The body is a profile.json, plain or gzip. It can be planned; only profiles made here can also be run here."""
-    row, new = await service_of(request).uploads.receive(request)
+    service, device = service_of(request), device_of(request.headers.get(HEADER))
+    row, new = await service.uploads.receive(request, "profile")
     profile = listed(row)
+    if device is not None:
+        service.store.note_device(device)
     return Response(profile.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
 
 

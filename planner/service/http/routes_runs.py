@@ -28,7 +28,8 @@ from tightfit.planner.service.http.routes_common import (
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.schema import JobId, RunMetrics, RunRequest, ServiceJob
+from tightfit.planner.service.wire.requests import RunRequest
+from tightfit.planner.service.wire.schema import JobId, RunMetrics, ServiceJob
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import from_json, to_json
 from tightfit.runtime.session.options import TrainingOptions

@@ -1,5 +1,5 @@
-"""Receives uploads: the body is written to disk as it arrives, and a process of its own parses it and stores the
-profile.
+"""Receives uploads: the body is written to disk as it arrives, and a process of its own parses it and stores the profile, or
+the description of a model that is to be traced.
 
 A malicious upload can take seconds and gigabytes to parse. In that process time and memory are limited
 (`service.jobs.upload_limits`), and the service answers others meanwhile.
@@ -20,7 +20,7 @@ from typing import Any
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from tightfit.planner.service.jobs.orders import UPLOAD, JobOrder
+from tightfit.planner.service.jobs.orders import UPLOAD, JobOrder, UploadKind
 from tightfit.planner.service.jobs.processes import WorkerProcesses
 from tightfit.planner.service.jobs.store import JobStore, Row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
@@ -46,8 +46,8 @@ class Uploads:
         self._readers = asyncio.Semaphore(READ_AT_ONCE)
         self._bytes = self._unread = 0
 
-    async def receive(self, request: Request) -> tuple[Row, bool]:
-        """The stored profile that the request's body holds, and whether it is new.
+    async def receive(self, request: Request, kind: UploadKind) -> tuple[Row, bool]:
+        """The stored profile or description that the request's body holds, and whether it is new.
 
         Raises ServiceError for a body that is none, contradicts itself or is too large, and where too much is uploaded
         already; StorageError where the disk is full.
@@ -57,25 +57,25 @@ class Uploads:
             message = f"the content encoding {encoding!r} is not understood; send gzip or none"
             raise ServiceError(415, "unsupported_media_type", message, "header.Content-Encoding")
         async with self._body(request) as path:
-            # What is here already, as `canonical_json` has it, is known by its checksum alone.
+            # What is here already, as it is stored, is known by its checksum alone.
             checksum = await asyncio.to_thread(_checksum, path, encoding, self._settings.upload_bytes)
-            known = self._store.file("profile", checksum)
+            known = self._store.file(kind, checksum)
             with contextlib.suppress(UnreadableError):  # then it is stored anew
                 if known is not None:
                     await asyncio.to_thread(self._objects.check, checksum)
                     return known, False
-            file = await self._read_in_turn(path, encoding)
-        new = self._store.file("profile", file["id"]) is None
+            file = await self._read_in_turn(path, encoding, kind)
+        new = self._store.file(kind, file["id"]) is None
         return self._store.add(file), new
 
-    async def _read_in_turn(self, path: Path, encoding: str) -> Row:
+    async def _read_in_turn(self, path: Path, encoding: str, kind: UploadKind) -> Row:
         """`_read`, when one of the processes has time for it."""
         if self._unread >= MOST_UNREAD:
             raise _busy(f"{self._unread} uploads wait to be read")
         self._unread += 1
         try:
             async with self._readers:
-                return await self._read(path, encoding)
+                return await self._read(path, encoding, kind)
         finally:
             self._unread -= 1
 
@@ -105,13 +105,13 @@ class Uploads:
             self._bytes -= received
             path.unlink(missing_ok=True)
 
-    async def _read(self, path: Path, encoding: str) -> Row:
-        """The row of a profile whose object is on disk."""
+    async def _read(self, path: Path, encoding: str, kind: UploadKind) -> Row:
+        """The row of a profile or description whose object is on disk."""
         settings = self._settings
         limits = {"bytes": settings.upload_bytes, "steps": settings.steps, "tensors": settings.tensors}
         order = JobOrder(
             kind="upload",
-            request={"path": str(path), "encoding": encoding} | limits,
+            request={"path": str(path), "encoding": encoding, "kind": kind} | limits,
             objects=str(self._objects.folder),
             memory_bytes=settings.check_bytes,
         )
@@ -121,21 +121,21 @@ class Uploads:
             async with asyncio.timeout(settings.check_seconds):
                 end = await worker.carry_out(order)
         except TimeoutError:
-            message = f"the upload took longer to read than {settings.check_seconds:g} s; send a smaller profile"
+            message = f"the upload took longer to read than {settings.check_seconds:g} s; send a smaller {kind}"
             raise ServiceError(413, "too_large", message, "body") from None
         finally:
             last_stderr = worker.last_stderr()
             await (self._processes.give_back(UPLOAD, worker) if end is not None else worker.end())
             self._metrics.worked.labels("upload").observe(time.monotonic() - began)
-        return self._file_row(end, last_stderr)
+        return self._file_row(end, last_stderr, kind)
 
-    def _file_row(self, end: dict[str, Any] | None, last_stderr: str) -> Row:
+    def _file_row(self, end: dict[str, Any] | None, last_stderr: str, kind: UploadKind) -> Row:
         if end is not None and "result" in end:
             file: Row = end["files"][0]
             return file
         if end is None or end["code"] == "worker_died":
             log.warning("an upload was too much for its process", extra={"said": last_stderr})
-            message = f"the upload takes more than {self._settings.check_bytes >> 20} MiB of memory to read; send a smaller profile"
+            message = f"the upload takes more than {self._settings.check_bytes >> 20} MiB of memory to read; send a smaller {kind}"
             raise ServiceError(413, "too_large", message, "body")
         if end["code"] == "storage":
             raise StorageError(f"{self._objects.folder}: {end['message']}; free disk space and ask again")

@@ -66,6 +66,15 @@ STEPS = (
     UPDATE files SET summary = json_set(summary, '$.adapter_base', json_extract(summary, '$.model'))
         WHERE CASE WHEN json_valid(summary) THEN json_extract(summary, '$.adapter_base') LIKE '/%' END;
     """,
+    """
+    CREATE TABLE remote_devices (                   -- those that ask for plans and train elsewhere
+        id TEXT PRIMARY KEY,
+        described TEXT NOT NULL,                    -- what it says of itself, as JSON
+        job TEXT,                                   -- of the plan that it has asked for last
+        report TEXT,                                -- how a run of that went, as JSON
+        seen REAL NOT NULL
+    ) WITHOUT ROWID;
+    """,
 )
 LATEST = len(STEPS)
 

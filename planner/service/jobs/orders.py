@@ -9,7 +9,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
@@ -17,11 +17,13 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import to_json
 
 SOLVE = "solve"
-"""the lane of plans, comparisons and fleets: as many are solved at once as the settings say"""
+"""the lane of plans, comparisons, fleets and traces: as many are solved at once as the settings say"""
 LOCAL = "cpu"
 """this machine's device, and the lane of the measurements and runs that need it to themselves"""
 UPLOAD = "upload"
 """the lane of the processes that read uploads"""
+UploadKind = Literal["profile", "description"]
+"""what is uploaded: a profile, or the description of a model that is to be traced"""
 PROGRESS_SECONDS = 0.1
 
 

@@ -27,6 +27,7 @@ from tightfit.planner.schema import PLAN_VERSION
 from tightfit.planner.service.jobs.migrations import migrate
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk, not_found
 from tightfit.planner.service.wire.objects import StoredObject
+from tightfit.planner.service.wire.remote_devices import AskingDevice, PlanForDevice, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     Digest,
@@ -46,8 +47,10 @@ from tightfit.runtime.common.strict_json import read_json
 
 ATTEMPTS = 5
 """a job is not tried again once it was running this many times when the service died"""
+MOST_DEVICES = 256
+"""devices elsewhere that are remembered"""
 SET_ASIDE = "set-aside"
-"""folder beside the database, with what could not be read: ``JOB.json`` for a job, ``KIND-ID.json`` for a file"""
+"""folder beside the database, with what could not be read: ``JOB.json`` for a job, ``KIND-ID.json`` for a file or a device"""
 JOB_ID = re.compile("job-[0-9a-f]{16}")
 FILE = re.compile("[a-z]+-([0-9a-f]{64}|job-[0-9a-f]{16})")
 LISTED: dict[str, tuple[type[StoredFile], tuple[str, ...]]] = {
@@ -467,6 +470,76 @@ class JobStore:
                 if stored.get(row["id"]) != row["stored_bytes"]:
                     self._add(row, now)
 
+    # --- devices elsewhere -----------------------------------------------------------------------------------------
+
+    def note_device(self, device: RemoteDevice, plan_job: str | None = None) -> None:
+        """Remember that a device asks now, and for which plan; the `MOST_DEVICES` that asked last are kept."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO remote_devices (id, described, job, seen) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET described = excluded.described, seen = excluded.seen,"
+                " report = CASE WHEN excluded.job IS NULL OR excluded.job IS job THEN report END,"
+                " job = coalesce(excluded.job, job)",
+                (device.identity, device.model_dump_json(), plan_job, time.time()),
+            )
+            database.execute(
+                "DELETE FROM remote_devices WHERE id NOT IN (SELECT id FROM remote_devices ORDER BY seen DESC LIMIT ?)",
+                (MOST_DEVICES,),
+            )
+
+    def report_run(self, device: str, report: RunReport) -> AskingDevice:
+        """Keep how a run on a device went. Raises ServiceError 404 for a device that has not asked, or was forgotten."""
+        with self._transaction() as database:
+            database.execute("UPDATE remote_devices SET report = ? WHERE id = ?", (report.model_dump_json(), device))
+        known = self._devices(self._rows("SELECT * FROM remote_devices WHERE id = ?", device))
+        if not known:
+            raise not_found("device", device, f"the {MOST_DEVICES} that asked last are known; ask for its plan again")
+        return known[0]
+
+    def remote_devices(self) -> list[AskingDevice]:
+        """The devices that have asked, the latest first."""
+        return self._devices(self._rows("SELECT * FROM remote_devices ORDER BY seen DESC"))
+
+    def _devices(self, rows: Sequence[Row]) -> list[AskingDevice]:
+        """The devices of some rows; what cannot be read is set aside."""
+        found = []
+        for row in rows:
+            try:
+                device = AskingDevice(
+                    id=row["id"],
+                    seen=row["seen"],
+                    device=RemoteDevice.model_validate_json(row["described"]),
+                    planned=self._plan_for(row["job"]),
+                    report=None if row["report"] is None else RunReport.model_validate_json(row["report"]),
+                )
+                device.model_dump_json()
+            except Exception as error:
+                name = f"device-{hashlib.sha256(repr(row['id']).encode()).hexdigest()[:16]}"
+                with self._setting_aside(name, row, str(error)) as database:
+                    database.execute("DELETE FROM remote_devices WHERE id IS ?", (row["id"],))
+            else:
+                found.append(device)
+        return found
+
+    def _plan_for(self, identity: str | None) -> PlanForDevice | None:
+        """What was planned by a job; None where it is gone."""
+        row = None if identity is None else self._get("SELECT * FROM jobs WHERE id = ?", identity)
+        job = None if row is None else self._read(row)
+        if job is None:
+            return None
+        asked = {name: job.request[name] for name in ("profile", "memory", "policy")}
+        profile = self._get("SELECT name FROM files WHERE kind = 'profile' AND id = ?", asked["profile"])
+        result = job.result or {}
+        summary = result.get("summary", {})
+        return PlanForDevice(
+            job=job.id,
+            state=job.state,
+            **asked,
+            model=None if profile is None else profile["name"],
+            plan=result.get("plan"),
+            **{name: summary.get(name) for name in ("status", "step_seconds", "peak_bytes")},
+        )
+
     # --- retention -------------------------------------------------------------------------------------------------
 
     def touch(self, kind: str, identity: str) -> None:
@@ -497,6 +570,7 @@ class JobStore:
         removed: list[Row] = []
         with self._transaction() as database:
             database.execute("DELETE FROM jobs WHERE state NOT IN ('queued', 'running') AND used < ?", (before,))
+            database.execute("DELETE FROM remote_devices WHERE seen < ?", (before,))
             removed += database.execute(
                 f"SELECT * FROM files WHERE used < ? AND NOT EXISTS ({live})",  # noqa: S608  constants
                 (before,),

@@ -1,5 +1,5 @@
-"""Reads uploaded profiles in a worker process, within limits on their unpacked size and on the graph that they
-describe.
+"""Reads uploaded profiles and descriptions of models in a worker process, within limits on their unpacked size and on the graph that
+they describe.
 
 Each limit is checked before the memory that it limits is used: the size while unpacking, the number of JSON objects and
 lists by counting brackets, depth and counts on the parsed JSON. The process's memory limit covers what gets through.
@@ -14,10 +14,11 @@ from typing import Any
 from tightfit.planner.problem.step_graph import step_graph
 from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
-from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.errors import ServiceError, invalid
 from tightfit.planner.service.wire.objects import ObjectStore, unpacked
 from tightfit.planner.service.wire.schema import DEEPEST
+from tightfit.planner.service.wire.traces import canonical_request, parse_request
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
@@ -28,21 +29,30 @@ MOST_CONTAINERS = 3_000_000
 
 
 def upload(order: JobOrder, events: EventWriter) -> Row:
-    """Keep the profile in the file that the order names."""
-    request = order.request
+    """Keep what is in the file that the order names."""
+    request, objects = order.request, ObjectStore(Path(order.objects))
     with Path(request["path"]).open("rb") as file:
         content = b"".join(unpacked(file, request["encoding"], request["bytes"]))
-    profile = checked_profile(content, steps=request["steps"], tensors=request["tensors"])
-    row = keep_profile(ObjectStore(Path(order.objects)), profile, origin="uploaded")
-    return {"result": {"profile": row["id"]}, "files": [row]}
+    _check_containers(content)
+    if request["kind"] == "description":
+        described = parse_request(content)
+        written = objects.put(canonical_request(described))
+        row = file_row("description", written.digest, written, name=described.source.name, summary={})
+    else:
+        profile = checked_profile(content, steps=request["steps"], tensors=request["tensors"])
+        row = keep_profile(objects, profile, origin="uploaded")
+    return {"result": {request["kind"]: row["id"]}, "files": [row]}
 
 
-def checked_profile(content: bytes, *, steps: int, tensors: int) -> Profile:
-    """The profile that was uploaded. Raises ServiceError for one that is none, contradicts itself or is too large."""
+def _check_containers(content: bytes) -> None:
     containers = content.count(b"{") + content.count(b"[")
     if containers > MOST_CONTAINERS:
         message = f"the upload has {containers} objects and lists; this service reads at most {MOST_CONTAINERS}"
         raise ServiceError(413, "too_large", message, "body")
+
+
+def checked_profile(content: bytes, *, steps: int, tensors: int) -> Profile:
+    """The profile that was uploaded. Raises ServiceError for one that is none, contradicts itself or is too large."""
     try:
         profile = parse_profile(content, "the upload", check=partial(check_size, steps=steps, tensors=tensors))
         step_graph(profile)

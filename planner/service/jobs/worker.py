@@ -83,6 +83,10 @@ def _work_of(kind: str) -> Callable[[JobOrder, EventWriter], dict[str, Any]]:
         from tightfit.planner.service.jobs.profiling import profile
 
         return profile
+    if kind == "trace":
+        from tightfit.planner.service.jobs.tracing import trace
+
+        return trace
     from tightfit.planner.service.jobs.solving import WORK
 
     return WORK[kind]
@@ -100,7 +104,7 @@ def _carry_out(order: JobOrder, events: EventWriter) -> None:
         result = work(order, events)
     except MemoryError:
         limit = f" of {order.memory_bytes >> 20} MiB" if order.memory_bytes else ""
-        message = f"the job needs more than the service's memory limit{limit}"
+        message = f"the job needs more than the service's memory limit{limit}; start the service with more --memory"
         events.write("error", code="worker_died", message=message)
     except ServiceError as error:  # of an upload, whose sender waits for the answer
         events.write(

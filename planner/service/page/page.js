@@ -4,6 +4,7 @@ import { download, get, post, Refused, setToken, work } from "./api.js";
 import { atLeast, curveLegend, html, MIB, place, places, seconds } from "./charts.js";
 import { showDifference } from "./compare.js";
 import { budgetCurve } from "./curve.js";
+import { listDevices } from "./devices.js";
 import { listFleets, setUpFleets } from "./fleet.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { showPlan } from "./plan.js";
@@ -78,7 +79,7 @@ async function measured(request) {
 
 async function recall() {
   const { profile, ...kept } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  await Promise.all([listRuns(), listFleets(), formed]);
+  await Promise.all([listRuns(), listFleets(), listDevices(), formed]);
   $("step-form").reset();
   for (const [name, value] of Object.entries(kept)) if ($("step-form").elements[name]) $("step-form").elements[name].value = value;
   state.step = await asked($("step-form"), "step");

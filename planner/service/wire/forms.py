@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tightfit.planner.service.wire.schema import ProfileRequest, RunRequest, StepRequest
+from tightfit.planner.service.wire.requests import ProfileRequest, RunRequest, StepRequest
 
 REQUESTS: dict[str, type[BaseModel]] = {"profile": ProfileRequest, "step": StepRequest, "run": RunRequest}
 """form -> the request that it sends, or the part of it that the form asks for"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tightfit.runtime.common.errors import InputError
@@ -20,6 +21,9 @@ class Settings:
     port: int = 8000
     token: str | None = None
     """what clients must send as ``Authorization: Bearer``; None only where nobody but this machine can connect"""
+    certificate: Path | None = None
+    """PEM file of the certificate with which https is spoken, and of its key where `key` names none; None: http"""
+    key: Path | None = None
     roots: tuple[Path, ...] = ()
     """folders from which requests may name models and data"""
     hub: bool = False
@@ -69,6 +73,8 @@ class Settings:
             )
         if self.token is not None:
             check_token(self.token)
+        if self.key is not None and self.certificate is None:
+            raise InputError(f"--key {self.key}: name the certificate that it belongs to with --certificate FILE")
         if not self.keep_days >= 0:
             raise InputError(f"{spelled('keep_days')} {self.keep_days}: give a number of at least 0")
         for root in self.roots:
@@ -93,3 +99,11 @@ def loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def installed_version() -> str:
+    """The version of this tightfit."""
+    try:
+        return version("tightfit")
+    except PackageNotFoundError:
+        return "0+checkout"

@@ -55,6 +55,12 @@ def load() -> str:
     return "lean"
 
 
+def allow_numpy() -> None:
+    """Let this process import NumPy after all; PyTorch, once it is loaded, does without it."""
+    if sys.modules.get("numpy", sys) is None:
+        del sys.modules["numpy"]
+
+
 def mode() -> str:
     """How torch is loaded in this process: "lean" or "plain"."""
     return "lean" if getattr(sys.modules.get("torch"), "_tightfit_lean", False) else "plain"

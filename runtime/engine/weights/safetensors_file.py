@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import check_regular, write_all
+from tightfit.runtime.common.files import WriteBehind, check_regular, forget, write_all
 from tightfit.runtime.common.strict_json import from_json
 
 DTYPES = {
@@ -66,18 +66,13 @@ def write(
         write_all(descriptor, length)
         write_all(descriptor, text)
         del text
-        cached = 0
+        waiting = WriteBehind(descriptor, behind)
         for item in items():
             for chunk in item.chunks():
                 write_all(descriptor, chunk)
                 checksum = zlib.crc32(chunk, checksum)
-                cached += len(chunk)
-                if cached >= behind:
-                    os.fdatasync(descriptor)
-                    _forget(descriptor)
-                    cached = 0
-        os.fsync(descriptor)
-        _forget(descriptor)
+                waiting.wrote(len(chunk))
+        waiting.finish()
     finally:
         os.close(descriptor)
     return checksum
@@ -187,12 +182,7 @@ class SafetensorsReader:
             position += len(data)
         if checksum != crc:
             raise InputError(f"{self.path}: damaged (checksum {checksum:08x}, expected {crc:08x}); {self.advice}")
-        _forget(self._descriptor)
+        forget(self._descriptor)
 
     def close(self) -> None:
         os.close(self._descriptor)
-
-
-def _forget(descriptor: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

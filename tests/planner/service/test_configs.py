@@ -20,7 +20,7 @@ from tightfit.planner.service.jobs import profiling
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.wire.errors import ServiceError
 from tightfit.planner.service.wire.objects import ObjectStore
-from tightfit.planner.service.wire.schema import ProfileRequest
+from tightfit.planner.service.wire.requests import ProfileRequest
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.models.transformers_config import DECODERS, NAMES, TWO_SEQUENCES, check, listed
@@ -91,7 +91,7 @@ def test_the_service_checks_configs_and_loads_neither_pytorch_nor_a_solver():
     code = (
         "import sys\n"
         "from tightfit.planner.service.http import app, routes_profiles\n"
-        f"routes_profiles.check({OLMO!r})\n"
+        f"routes_profiles.check_config({OLMO!r}, 'config')\n"
         "print([name for name in ('torch', 'transformers', 'ortools') if name in sys.modules])"
     )
     done = subprocess.run(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import time
 import httpx
 import pytest
 import uvicorn
+from certificates import self_signed
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from served import Served
@@ -20,8 +22,9 @@ from synthetic import decoder_like
 
 from tightfit.planner.service.client import connect
 from tightfit.planner.service.http import connections, guard
-from tightfit.planner.service.http.connections import Connections, most_connections, protocol_of
+from tightfit.planner.service.http.connections import Connections, loop_of, most_connections, protocol_of
 from tightfit.planner.service.http.guard import Guard
+from tightfit.planner.service.http.tls import server_context
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.settings import Settings
 
@@ -56,8 +59,8 @@ async def answer(scope, receive, send):
 
 
 @contextlib.contextmanager
-def listening(tmp_path, most=8):
-    """(address, open connections, an event that ends what waits) of a server in a thread of its own."""
+def listening(tmp_path, most=8, context=None):
+    """(address, open connections, an event that ends what waits) of a server in a thread of its own, under TLS with a `context`."""
     waiting, open_now = threading.Event(), Connections(most)
 
     async def app(scope, receive, send):
@@ -65,7 +68,13 @@ def listening(tmp_path, most=8):
 
     guarded = Guard(answer, Settings(data_dir=tmp_path, command=(sys.executable,)), Metrics())
     config = uvicorn.Config(
-        app, http=protocol_of(open_now), ws="none", lifespan="off", log_config=None, access_log=False
+        app,
+        loop=loop_of(context),
+        http=protocol_of(open_now, context),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as bound:
@@ -125,6 +134,56 @@ def test_headers_that_do_not_come_end_the_connection(tmp_path, monkeypatch):
                     trickling.sendall(b"A: b\r\n")
                     time.sleep(0.02)
             assert time.monotonic() - began < PATIENCE
+
+
+@pytest.fixture
+def tls(tmp_path):
+    """What a service speaks TLS with, and what its clients trust."""
+    certificate = self_signed(tmp_path / "certificate.pem", "127.0.0.1")
+    return server_context(certificate, None), ssl.create_default_context(cafile=certificate)
+
+
+def test_a_handshake_that_does_not_come_to_its_end_ends_the_connection(tmp_path, tls, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    context, trusted = tls
+    with listening(tmp_path, context=context) as (address, open_now, _):
+        silent, half, plain = (socket.create_connection(address) for _ in range(3))
+        half.sendall(bytes.fromhex("16030100c8"))  # of a greeting whose 200 bytes do not come
+        plain.sendall(HALF)
+        with silent, half, plain:
+            until(lambda: len(open_now) > 1)
+            assert said(silent) == said(half) == b""
+            said(plain)  # an alert of TLS at most
+        until(lambda: len(open_now) == 0)
+        # Under TLS the limits are those of any connection.
+        with trusted.wrap_socket(socket.create_connection(address), server_hostname="127.0.0.1") as slow:
+            slow.sendall(HALF)
+            assert refusal(slow) == (408, "request_timeout")
+        with httpx.Client(base_url="https://{}:{}".format(*address), verify=trusted, trust_env=False) as http:
+            assert http.post("/echo", json={}).text == "2"
+            assert len(open_now) == 1
+        until(lambda: len(open_now) == 0)
+
+
+def test_handshakes_give_way_to_new_connections_but_requests_do_not(tmp_path, tls):
+    context, trusted = tls
+    with contextlib.ExitStack() as stack:
+        address, open_now, waiting = stack.enter_context(listening(tmp_path, most=4, context=context))
+        url = "https://{}:{}".format(*address)
+        for _ in range(12):
+            stack.enter_context(socket.create_connection(address))
+        for _ in range(3):
+            assert httpx.get(f"{url}/", verify=trusted, trust_env=False, timeout=PATIENCE).text == "0"
+        assert len(open_now) <= 4
+        http = stack.enter_context(httpx.Client(base_url=url, verify=trusted, trust_env=False, timeout=PATIENCE))
+        askers = [threading.Thread(target=http.get, args=("/wait",)) for _ in range(4)]
+        for asker in askers:
+            asker.start()
+        until(lambda: at_work(open_now) == 4)
+        assert said(stack.enter_context(socket.create_connection(address))) == b""
+        waiting.set()
+        for asker in askers:
+            asker.join(PATIENCE)
 
 
 def test_a_further_request_must_come_whole_too(tmp_path, monkeypatch):

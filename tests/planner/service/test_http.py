@@ -222,6 +222,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
         ("profiles", {"config": CONFIG | {"initializer_range": "x"}}, "body.config", "'initializer_range' must be a positive number"),
         ("profiles", {"path": "a", "device": "/etc/passwd"}, "body.device", "no device is called '/etc/passwd'"),
         ("profiles", {"path": "a", "adapter": "../a"}, "body.adapter", "is no file or folder"),
+        ("profiles", {"path": "a", "prepared": "/etc"}, "body.prepared", "is no file or folder"),
         ("comparisons", {"memory": ["1GB"], "optimizer": "adagrad"}, "body.optimizer", "'lion'"),
         ("comparisons", {"memory": ["1GB"], "max_grad_norm": 0}, "body.max_grad_norm", "greater than 0"),
         ("profiles", {"path": "a", "hub": "a/b"}, "body", "exactly one of path, hub and config"),
@@ -404,6 +405,24 @@ def test_the_client_does_the_same_work(served, profile, minimum, release, monkey
         connect("http://127.0.0.1:9")
     with pytest.raises(InputError, match="is no address"):
         connect("nowhere")
+
+
+def test_plans_are_asked_for_without_paths_of_the_machine_that_asks(served, profile, minimum):
+    """They come back with the paths, as if they had been made here."""
+    paths = {"source": "/home/somebody/where-it-lies/tiny", "store": "/home/somebody/.cache/tightfit/stores/tiny.store"}
+    config = profile.model.config | {"adapter_base": "/home/somebody/where-it-lies/base"}
+    model = profile.model.model_copy(update=paths | {"config": config})
+    own = profile.model_copy(update={"model": model})
+    with connect(served.url) as service:
+        plan = service.plan(own, minimum + 57344)
+        assert plan.model == model
+        assert plan.fingerprint == solve_here(own, minimum + 57344).fingerprint
+        assert service.explanation(plan)
+        (compared,) = service.compare(own, [minimum + 61440]).plans
+        assert compared.model == model
+    stored = [gzip.decompress(path.read_bytes()) for path in (served.data / "objects").glob("??/*")]
+    assert any(b"tiny.store" in content for content in stored)
+    assert not any(b"somebody" in content for content in stored)
 
 
 def test_the_command_line_can_let_a_service_solve(served, profile, minimum, tmp_path, capfd):

@@ -22,6 +22,9 @@ from playwright.sync_api import expect
 from served import Served
 from synthetic import decoder_like
 
+from tightfit.planner.plan import minimum_budget
+from tightfit.planner.service.client import connect
+from tightfit.planner.service.wire.remote_devices import PhaseMemory, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import PLAN_JOB
 
 NOTE_CURVING = """() => {
@@ -373,6 +376,40 @@ def test_the_address_brings_back_what_is_looked_at(browser, page, served):
     expect(about).to_contain_text("layers of")
     again.close()
     page.select_option("#policy", "solver")
+
+
+def test_devices_that_ask(browser, served, pictures):
+    """What they are, what was planned for them, and how it went; the plan is a link to it."""
+    profile = decoder_like(2)
+    least = minimum_budget(profile)
+    phone = RemoteDevice(name="<b>phone</b>", processor="Cortex-A76", cores=4, memory_bytes=4 << 30, budget_bytes=least)
+    watch = phone.model_copy(update={"name": "watch", "budget_bytes": None, "cores": 1})
+    with connect(served.url, device=phone) as client:
+        plan = client.plan(profile, least)
+        phases = [
+            PhaseMemory(phase="measuring", held_bytes=100 << 20),
+            PhaseMemory(phase="training", predicted_bytes=300 << 20, held_bytes=299 << 20),
+        ]
+        client.report(RunReport(phases=phases, predicted_step_seconds=plan.step_seconds, measured_step_seconds=7.25))
+    with connect(served.url, device=watch) as client:
+        client.plan(profile, 1 << 20)
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.goto(served.url)
+    expect(page.locator("#devices-table tbody tr")).to_have_count(2)
+    small, large = rows(page, "#devices-table")
+    assert small[:3] == ["watchCortex-A76, 1 core", "4,096.0", "–"]
+    assert small[3].endswith("nothing fits 1.0 MiB")
+    assert small[4:6] == ["–", "–"]
+    assert large[0] == "<b>phone</b>Cortex-A76, 4 cores"
+    assert number(large[2]) == pytest.approx(least / (1 << 20), abs=0.06)
+    assert large[4].startswith("7.25 (")
+    assert large[5] == "measuring: 100.0 (–)training: 299.0 (300.0)"
+    page.locator("#devices").screenshot(path=pictures / "devices.png")
+    page.locator("#devices-table a").last.click()
+    expect(page.locator("#plan-title")).to_contain_text("3. The plan: solver")
+    assert number(page.input_value("#budget")) == pytest.approx(least / (1 << 20), abs=0.06)
+    page.close()
 
 
 def test_a_run_that_fails_says_nothing_beside_another(browser, served):

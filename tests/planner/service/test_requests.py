@@ -15,7 +15,8 @@ from tightfit.planner.service.http.routes_page import FORMS, _files
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.jobs.running import _command
 from tightfit.planner.service.wire.forms import forms
-from tightfit.planner.service.wire.schema import DIGEST, ComparisonRequest, PlanRequest, ProfileRequest, RunRequest
+from tightfit.planner.service.wire.requests import ComparisonRequest, PlanRequest, ProfileRequest, RunRequest
+from tightfit.planner.service.wire.schema import DIGEST
 from tightfit.profiles.schema import ANSWER_INPUTS, OPTIMIZER_STATES
 from tightfit.profiles.steps.step import DTYPES
 from tightfit.runtime.cli.compare import compare

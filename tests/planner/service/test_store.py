@@ -269,7 +269,7 @@ def test_what_was_measured_before_paths_were_redacted_is_measured_anew_and_names
     store.finish(job.id, "succeeded", result={"summary": summaries["1" * 64]}, files=files)
     store.add(file_row("profile", "3" * 64, objects.put(b"p"), name="m", summary=PROFILE, origin="made"))
     store._database.execute("UPDATE files SET summary = '{' WHERE id = ?", ("3" * 64,))
-    store._database.execute("PRAGMA user_version = 3")
+    store._database.executescript("DROP TABLE remote_devices; PRAGMA user_version = 3;")  # as it was then
     store.close()
     store = JobStore(path)
     store.recover()

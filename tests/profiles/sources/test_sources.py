@@ -37,8 +37,8 @@ from torch import Tensor
 
 from tightfit.profiles.sources import lookup
 from tightfit.profiles.sources.gguf_config import llama3_scaling
-from tightfit.profiles.sources.gguf_metadata import read_metadata
-from tightfit.profiles.sources.gguf_tokenizer import implied_merges
+from tightfit.profiles.sources.gguf_metadata import TYPES, read_header, read_metadata
+from tightfit.profiles.sources.gguf_tokenizer import gguf_tokenizer, implied_merges
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.describe import describe
 from tightfit.profiles.weights.pack import build_store
@@ -129,9 +129,9 @@ def test_llama_3_rope_scaling_is_found_again_from_its_divisors() -> None:
     )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float32) / 64)
-    assert llama3_scaling(plain / scaled, 500000.0, 64) == scaling
+    assert llama3_scaling((plain / scaled).tolist(), 500000.0, 64) == scaling
     with pytest.raises(InputError, match="rope_freqs are not Llama 3's"):
-        llama3_scaling(torch.linspace(1, 32, 32), 500000.0, 64)
+        llama3_scaling(torch.linspace(1, 32, 32).tolist(), 500000.0, 64)
 
 
 def test_linear_rope_scaling_is_kept(tmp_path: Path) -> None:
@@ -232,11 +232,64 @@ def test_metadata_are_those_that_the_gguf_package_reads(tmp_path: Path) -> None:
     assert len(found) == len(metadata) + 10  # and the architecture
 
 
+def test_types_of_tensors_are_those_of_the_gguf_package() -> None:
+    assert {
+        number: (kind.name, *gguf.GGML_QUANT_SIZES[kind])
+        for kind in gguf.GGML_QUANT_SIZES
+        if (number := int(kind)) in TYPES
+    } == TYPES
+
+
+@pytest.mark.parametrize("alignment", [None, 64])
+def test_tensors_lie_where_the_gguf_package_finds_them(alignment: int | None, tmp_path: Path) -> None:
+    weights = random_weights(LLAMA)
+    path = write_gguf(tmp_path / "m.gguf", LLAMA, weights, tokenizer=byte_level_tokenizer(), alignment=alignment)
+    header, reference = read_header(path), gguf.GGUFReader(path)
+    assert header.bytes == reference.data_offset
+    assert header.metadata["tokenizer.ggml.tokens"] == []
+    assert [(entry.name, entry.kind, entry.shape, entry.start, entry.bytes) for entry in header.tensors] == [
+        (one.name, one.tensor_type.name, tuple(reversed(one.shape.tolist())), one.data_offset, one.n_bytes)
+        for one in reference.tensors
+    ]
+
+
+def tensor_entry(name: bytes = b"t", shape: tuple[int, ...] = (32,), kind: int = 0, start: int = 0) -> bytes:
+    sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return struct.pack("<Q", len(name)) + name + sizes + struct.pack("<IQ", kind, start)
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ([tensor_entry(kind=99)], "tensor 't' of type 99, which is not known"),
+        ([tensor_entry(shape=(1,) * 5)], "tensor 't' with 5 dimensions"),
+        ([tensor_entry(shape=())], "tensor 't' with 0 dimensions"),
+        (
+            [tensor_entry(shape=(33, 2), kind=2)],
+            "tensor 't' with rows of 33, which are no whole number of Q4_0's blocks",
+        ),
+        ([tensor_entry(), tensor_entry()], "two of its tensors have the same name"),
+        ([tensor_entry(start=1 << 62)], "tensor 't' at byte 4611686018427388"),
+        ([tensor_entry(shape=(1 << 40, 1 << 40))], "it ends at byte"),
+    ],
+)
+def test_damaged_entries_of_tensors_are_refused(entries: list[bytes], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, len(entries), 0) + b"".join(entries) + bytes(1024))
+    with pytest.raises(InputError, match="it is truncated or damaged, download it again") as caught:
+        resolve(str(path))
+    assert told in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         (struct.pack("<IQQ", 1, 0, 0), "version 1, versions 2 and 3 are known"),
         (struct.pack("<IQQ", 3, 0, 1 << 40), "1099511627776 keys in its header"),
+        (
+            struct.pack("<IQQ", 3, 0, 2) + 2 * (struct.pack("<Q", 1) + b"k" + struct.pack("<IB", 0, 0)),
+            "the key 'k' twice",
+        ),
         (struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "it ends at byte 32, inside its header"),
         (struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 99), "a value of type 99"),
         (struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 50), "a list of 1125899906842624"),
@@ -284,7 +337,7 @@ def test_byte_level_tokens_are_the_original_s(byte_level: tuple[Any, Any], piece
     text = "".join(pieces)
     ids = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
     assert ids == tokenizer.encode(text, add_special_tokens=False).ids
-    assert vocabulary.tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 @settings(max_examples=150)
@@ -336,9 +389,8 @@ def test_an_unknown_tokenizer_is_refused_when_it_is_needed(tmp_path: Path) -> No
     path = write_gguf(tmp_path / "n.gguf", LLAMA, random_weights(LLAMA), metadata=metadata)
     with pytest.raises(InputError, match="pre-tokenizer 'poro' is not supported"):
         lookup.vocabulary(str(path))
-    path = write_gguf(
-        tmp_path / "o.gguf", LLAMA, random_weights(LLAMA), metadata=metadata | {"tokenizer.ggml.merges": ["a b"]}
-    )
+    damaged = {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["a b"]}
+    path = write_gguf(tmp_path / "o.gguf", LLAMA, random_weights(LLAMA), metadata=metadata | damaged)
     with pytest.raises(InputError, match="merge 'a b' names no token; the file is damaged"):
         lookup.vocabulary(str(path))
 
@@ -361,9 +413,7 @@ def test_split_patterns_are_the_published_ones(pre: str, expected: str, tmp_path
         "tokenizer.ggml.merges": ["Ġ t"],
     }
     path = write_gguf(tmp_path / "m.gguf", LLAMA, random_weights(LLAMA), metadata=metadata)
-    vocabulary = lookup.vocabulary(str(path))
-    assert vocabulary is not None
-    found = vocabulary.tokenizer.pre_tokenizer.pre_tokenize_str("it'S 12345 x\n\n  y!?")
+    found = gguf_tokenizer(path).pre_tokenizer.pre_tokenize_str("it'S 12345 x\n\n  y!?")
     assert "|".join(word for word, _ in found) == expected
 
 

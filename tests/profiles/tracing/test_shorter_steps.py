@@ -19,7 +19,7 @@ from tightfit.profiles.api import profile
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.schema import Preference, shortened
 from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.steps.decoder_step import trace_decoder
+from tightfit.profiles.steps.decoder_trace import trace_decoder
 from tightfit.profiles.tracing.shorter_steps import MOST_LENGTHS, bucket_lengths, shorter_step, with_room
 from tightfit.runtime.common.errors import InputError
 

@@ -30,7 +30,7 @@ FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB,
 def planned(monkeypatch):
     """Let `plan` load any profile and answer with a given plan; the solver itself, and rehearsals, have their own tests."""
     from tightfit.planner import plan as planner_plan
-    from tightfit.profiles import api as profiles_api
+    from tightfit.profiles import io as profiles_io
     from tightfit.runtime.session import rehearsal
 
     def answer(plan, smallest=None):
@@ -53,7 +53,7 @@ def planned(monkeypatch):
             def bound(self, budget, **options):
                 return plan.bound_seconds - (budget - plan.budget_bytes) / MIB / 1000
 
-        monkeypatch.setattr(profiles_api, "load_profile", lambda path: None)
+        monkeypatch.setattr(profiles_io, "load_profile", lambda path: None)
         monkeypatch.setattr(planner_plan, "planner_of", Planner)
         monkeypatch.setattr(rehearsal, "figures_id", lambda profile: "none")
         monkeypatch.setattr(rehearsal, "why_not", lambda plan: "it has tests of its own")
@@ -307,12 +307,12 @@ def test_a_smallest_budget_that_was_lowered_since_is_one_figure(tightfit, planne
     ],
 )
 def test_every_error_has_its_exit_code(tightfit, monkeypatch, error, code):
-    from tightfit.profiles import api as profiles_api
+    from tightfit.profiles import io as profiles_io
 
     def fail(path):
         raise error
 
-    monkeypatch.setattr(profiles_api, "load_profile", fail)
+    monkeypatch.setattr(profiles_io, "load_profile", fail)
     assert tightfit("plan", "p.json", "--memory", "1GB") == (code, "", f"tightfit: {error}\n")
     found, out, err = tightfit("plan", "p.json", "--memory", "1GB", "--json")
     told = json.loads(out)["error"]
@@ -322,12 +322,12 @@ def test_every_error_has_its_exit_code(tightfit, monkeypatch, error, code):
 
 
 def test_an_unexpected_error_is_a_line_unless_debugged(tightfit, monkeypatch):
-    from tightfit.profiles import api as profiles_api
+    from tightfit.profiles import io as profiles_io
 
     def fail(path):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(profiles_api, "load_profile", fail)
+    monkeypatch.setattr(profiles_io, "load_profile", fail)
     code, out, err = tightfit("plan", "p.json", "--memory", "1GB")
     message = "internal error, ZeroDivisionError: by zero; run again with --debug for its traceback"
     assert (code, out, err) == (4, "", f"tightfit: {message}\n")
@@ -339,19 +339,19 @@ def test_an_unexpected_error_is_a_line_unless_debugged(tightfit, monkeypatch):
 
 
 def test_ctrl_c_outside_a_run(tightfit, monkeypatch):
-    from tightfit.profiles import api as profiles_api
+    from tightfit.profiles import io as profiles_io
 
     def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(profiles_api, "load_profile", interrupt)
+    monkeypatch.setattr(profiles_io, "load_profile", interrupt)
     code, out, err = tightfit("plan", "p.json", "--memory", "1GB")
     assert (code, out, err.strip()) == (4, "", "tightfit: interrupted")
 
 
 def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
     from tightfit.planner.report import compare as report_compare
-    from tightfit.profiles import api as profiles_api
+    from tightfit.profiles import io as profiles_io
 
     class Answer:
         plans = sample_plans()
@@ -363,7 +363,7 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
         asked.update(gap=options["gap"])
         return Answer
 
-    monkeypatch.setattr(profiles_api, "load_profile", lambda path: None)
+    monkeypatch.setattr(profiles_io, "load_profile", lambda path: None)
     monkeypatch.setattr(report_compare, "compare", compare)
     assert tightfit("compare", "p.json", "--memory", "1GB", "--device", "own,tpu9")[0] == 2
     page, picture = tmp_path / "c.html", tmp_path / "c.svg"
@@ -421,7 +421,7 @@ def test_a_pipe_has_no_width(capsys, monkeypatch):
 def compared(monkeypatch):
     """Let `compare` answer with the sample plans; how often it was asked."""
     from tightfit.planner.report import compare as report_compare
-    from tightfit.profiles import api as profiles_api
+    from tightfit.profiles import io as profiles_io
 
     asked = []
 
@@ -429,7 +429,7 @@ def compared(monkeypatch):
         asked.append(words)
         return type("Answer", (), {"plans": sample_plans()})
 
-    monkeypatch.setattr(profiles_api, "load_profile", lambda path: None)
+    monkeypatch.setattr(profiles_io, "load_profile", lambda path: None)
     monkeypatch.setattr(report_compare, "compare", compare)
     return asked
 

@@ -142,7 +142,7 @@ def test_stages_share_no_other_options():
         for name in ("profile", "plan", "run")
     ]
     shared = {one for here in names for one in here if sum(one in there for there in names) > 1}
-    assert shared == {"--output", "--json", "--debug", "--adapter"}
+    assert shared == {"--output", "--json", "--debug", "--adapter", "--server", "--certificate", "--memory"}
 
 
 def test_an_option_that_a_stage_gets_tomorrow(monkeypatch):
@@ -375,7 +375,7 @@ def test_the_stages_are_called_with_their_options(made, tightfit):
 def test_auto_memory_is_said_and_written_down(made, tightfit, monkeypatch):
     from tightfit.runtime.supervision import spare_memory
 
-    monkeypatch.setattr(spare_memory, "spare_memory", lambda: (700 << 20, "what there is"))
+    monkeypatch.setattr(spare_memory, "spare_memory", lambda **given: (700 << 20, "what there is"))
     _, _, err = tightfit("train", *made.words)
     assert "memory: 700.0 MiB; what there is\n" in err
     assert load_plan(made.out / "plan.json").budget_bytes == 700 << 20

@@ -26,6 +26,7 @@ from tightfit.profiles.sources.gguf_metadata import read_metadata
 from tightfit.profiles.sources.huggingface import checkpoint_files, checkpoint_keys
 from tightfit.profiles.sources.lookup import end_tokens, resolve
 from tightfit.profiles.weights.source import read_config
+from tightfit.profiles.weights.tensor_file import TensorFile
 from tightfit.runtime.cli.config_file import read_file
 from tightfit.runtime.common import files
 from tightfit.runtime.common.errors import InputError
@@ -34,7 +35,6 @@ from tightfit.runtime.data.samples import data_files, read_samples
 from tightfit.runtime.engine.training.records import RecordFile
 from tightfit.runtime.engine.weights.safetensors_file import LARGEST_HEADER, SafetensorsReader
 from tightfit.runtime.results.generation import read_prompts
-from tightfit.runtime.results.tensor_file import TensorFile
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -24,7 +24,7 @@ def metaspace_tokenizer() -> Tokenizer:
 @pytest.mark.parametrize("made", [byte_level_tokenizer, sentence_piece_tokenizer, metaspace_tokenizer])
 def test_tokens_one_by_one_are_the_text_of_all(made, tmp_path: Path) -> None:
     tokenizer = made()
-    write_table(str(tmp_path / "table"), *token_bytes(Vocabulary(tokenizer=tokenizer)))
+    write_table(str(tmp_path / "table"), *token_bytes(Vocabulary(tokenizer=tokenizer), tokenizer.get_vocab_size()))
     shown = TokenText(str(tmp_path / "table"))
     chosen = random.Random(0)
     texts = [tokenizer.encode(text, add_special_tokens=True).ids for text in [*TEXT, " two  spaces", "日本語 ñ"]]
@@ -48,4 +48,4 @@ def test_an_unknown_decoder_is_refused() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(InputError, match="the tokenizer decodes with WordPiece, which tightfit cannot show"):
-        token_bytes(Vocabulary(tokenizer=tokenizer))
+        token_bytes(Vocabulary(tokenizer=tokenizer), 1)

@@ -157,6 +157,25 @@ print(json.dumps({"kinds": [type(BaseMeta("Made", (), {})) is BaseMeta, isinstan
     assert answer["kinds"] == [True, True, False]
 
 
+def test_numpy_can_be_had_beside_the_lean_torch():
+    answer = lean("""
+import json
+from tightfit.runtime.engine.start import lean_torch
+lean_torch.load()
+try:
+    import numpy
+except ImportError:
+    blocked = True
+lean_torch.allow_numpy()
+import numpy
+import torch
+values = torch.frombuffer(numpy.arange(3, dtype=numpy.float32), dtype=torch.float32)
+print(json.dumps({"blocked": blocked, "values": values.tolist()}))
+""")
+    assert answer["blocked"]
+    assert answer["values"] == [0.0, 1.0, 2.0]
+
+
 def test_names_that_the_lean_torch_lacks_are_errors():
     answer = lean("""
 import json

@@ -57,7 +57,7 @@ def own_values(path: Path) -> dict[str, torch.Tensor]:
     """The values of a model as tightfit reads them."""
     source = resolve(str(path))
     return {
-        tensor.entry.name: torch.cat([rows for _, rows in merged_rows(source, tensor, None)]).view(tensor.entry.shape)
+        tensor.entry.name: torch.cat([rows for _, rows in merged_rows(tensor, None)]).view(tensor.entry.shape)
         for tensor in source.tensors()
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -31,12 +32,9 @@ from tiny_models import (
     write_gguf,
 )
 
-from tightfit.profiles.sources.gguf_source import GgufReader
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.results import merge as merging
-from tightfit.runtime.results import safetensors_merge
+from tightfit.runtime.results import merged_directory, safetensors_merge
 from tightfit.runtime.results.merge import merge
-from tightfit.runtime.results.tensor_file import TensorFile
 
 transformers = pytest.importorskip("transformers")
 # peft says that it transposes the weights of GPT-2's own linear layers, as it should, and that a copy of a tied module comes apart
@@ -296,7 +294,7 @@ def meant(path: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) 
     """The values of a GGUF file by the names and in the order of Hugging Face, with gguf's own unpacking."""
     from tiny_models import gguf_name
 
-    found = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in GgufReader(path).tensors}
+    found = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in gguf.GGUFReader(path).tensors}
     values = {}
     for name, weight in weights.items():
         value = torch.tensor(found[gguf_name(name, config["model_type"] == "gemma3_text")]).reshape(weight.shape)
@@ -377,7 +375,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(merging, "write", full)
+    monkeypatch.setattr(merged_directory, "write", full)
     with pytest.raises(RunError, match=r"merged: the disk is full \(.* are to be written\); free space and try again"):
         merge(small[1], tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
@@ -519,13 +517,49 @@ def test_memory_does_not_grow_with_the_model(kind: str, tmp_path: Path) -> None:
     assert large_peak - small < 48 << 20
 
 
-def test_rows_of_a_tensor_file_are_those_of_the_tensor(tmp_path: Path) -> None:
-    values = {"a": torch.randn(7, 5), "b": torch.randn(9).bfloat16(), "c": torch.tensor(3.0)}
-    save_file(values, tmp_path / "x.safetensors")
-    file = TensorFile(tmp_path / "x.safetensors")
-    assert torch.equal(file.rows("a", 2, 6), values["a"][2:6])
-    assert torch.equal(file.rows("b", 1, 9), values["b"][1:])
-    assert b"".join(file.chunks("c")) == values["c"].numpy().tobytes()
-    (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="damaged header"):
-        TensorFile(tmp_path / "x.safetensors")
+WITHOUT_PYTORCH = """
+import json, sys
+from tightfit.runtime.results.merge import merge
+steps = []
+told = merge(*sys.argv[1:3], progress=lambda *step: steps.append(step), **json.loads(sys.argv[3]))
+print(json.dumps({"told": told, "steps": steps, "loaded": sorted({"torch", "numpy"} & sys.modules.keys())}))
+"""
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+@pytest.mark.parametrize("kind", ["directory", "gguf", "awq"])
+def test_a_process_without_pytorch_has_the_same_bytes_merged(kind: str, form: str, tmp_path: Path) -> None:
+    config, suffix = CONFIGS["llama"], ".gguf" if form == "gguf" else ""
+    base = save_model(tmp_path / "base", config)
+    adapter = save_adapter(tiny_model(config), tmp_path / "adapter", str(base), **SETTINGS["dora"])
+    weights, tokenizer = random_weights(config), byte_level_tokenizer()
+    if kind == "gguf":
+        base = write_gguf(tmp_path / "base.gguf", config, weights, tokenizer=tokenizer)
+    elif kind == "awq":
+        base = tmp_path / "quantised"
+        write_quantised(base, config, weights, AWQ, functools.partial(zero_points, method="awq"))
+    if base.is_dir():
+        tokenizer.save(str(base / "tokenizer.json"))
+    options = {"base": str(base), "format": form}
+    expected = merge(adapter, tmp_path / f"here{suffix}", **options)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PYTORCH, str(adapter), str(tmp_path / f"there{suffix}"), json.dumps(options)],
+        env=os.environ | {"PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = json.loads(done.stdout)
+    assert said["loaded"] == []
+    assert said["steps"][-1][0] == "merging"
+    assert said["steps"][-1][1] == said["steps"][-1][2] > 0
+    own = {"out", "files", "seconds", "peak_bytes"}
+    assert {name: value for name, value in said["told"].items() if name not in own} == {
+        name: value for name, value in expected.items() if name not in own
+    }
+    assert said["told"]["peak_bytes"] < 128 << 20
+    here, there = (
+        {path.name: path.read_bytes() for path in (place.iterdir() if place.is_dir() else [place])}
+        for place in (tmp_path / f"here{suffix}", tmp_path / f"there{suffix}")
+    )
+    assert list(here.values()) == [there[name.replace("here", "there")] for name in here]

@@ -45,6 +45,18 @@ def test_at_least_128_mib_stay_free_and_whole_mib_are_spared(machine):
     assert machine(500 * 1024 + 1)[0] == 372 * MIB
 
 
+def test_of_a_limit_of_its_own_an_eighth_stays_free(machine):
+    """No other programs come and go there: 128 MiB of a container with 300 would be too many."""
+    files = {"memory.max": 300 * MIB, "memory.current": 60 * MIB, "memory.stat": "inactive_file 0\n"}
+    assert machine(8000 * 1024, "0::/\n", **files)[0] == 210 * MIB
+
+
+def test_what_this_process_holds_and_gives_back_is_free(machine, tmp_path):
+    files = {"memory.max": 300 * MIB, "memory.current": 60 * MIB, "memory.stat": "inactive_file 0\n"}
+    machine(8000 * 1024, "0::/\n", **files)
+    assert spare_memory(tmp_path / "proc", tmp_path / "cgroup", given_back=40 * MIB)[0] == 245 * MIB
+
+
 def test_nothing_is_left(machine):
     with pytest.raises(InputError) as caught:
         machine(128 * 1024)

@@ -1,0 +1,73 @@
+"""``/v1/traces``: the step of a model, traced for a device that has its weights and too little memory to trace it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request, Response
+
+from tightfit.planner.service.http.routes_common import (
+    JOB_RESPONSES,
+    IdempotencyKey,
+    described_file,
+    enqueue,
+    file_response,
+    service_of,
+    stored,
+)
+from tightfit.planner.service.wire.errors import ServiceError
+from tightfit.planner.service.wire.schema import DESCRIPTION, Digest
+from tightfit.runtime.common.units import format_size
+
+router = APIRouter(prefix="/v1/traces", tags=["planning"])
+Identity = Annotated[Digest, Path(description="sha256 of the content, `result.trace` of the job")]
+TRACING_BYTES = 512 << 20
+"""private memory of a process that traces a model: 352 MiB for two layers and 389 for thirty, PyTorch's own most of it"""
+FILE = described_file(
+    "prepared.json as `tightfit prepare` writes it: the traced step, and what it was traced of",
+    {"checksum": "3f1c…", "prepared": {"version": 11, "weights": "elsewhere"}},
+)
+REQUEST: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "description": "`source`: a model's configuration, and name, shape and packed format of its tensors; `options`: the"
+                    " fields of a request for a profile that say what is traced; `lora`: the settings of an adapter",
+                },
+                "examples": {"cut": {"summary": "one tensor of it", "value": DESCRIPTION}},
+            }
+        },
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=202,
+    responses=JOB_RESPONSES,
+    openapi_extra=REQUEST,
+    summary="Trace a model for a device, from its configuration",
+)
+async def make_trace(request: Request, key: IdempotencyKey = None) -> Response:
+    """The body is a `tightfit.profiles.sources.described.TracingRequest`, plain or gzip. No weights and no data pass. Whatever the config
+    names, no code is fetched or run: models are those of tightfit and those of the service's own transformers.
+    """
+    service = service_of(request)
+    if service.settings.solve_bytes < TRACING_BYTES:
+        message = (
+            f"a job of this service may take {format_size(service.settings.solve_bytes)}, and tracing takes {format_size(TRACING_BYTES)};"
+            f" start it with --memory {TRACING_BYTES >> 20}MiB or more, or copy what `tightfit prepare` makes on another machine"
+        )
+        raise ServiceError(422, "invalid_request", message)
+    description, _ = await service.uploads.receive(request, "description")
+    identity = description["id"]
+    job_request = {"description": identity, "model": description["name"]}
+    return enqueue(request, "trace", job_request, key=key, uses=[("description", identity)])
+
+
+@router.get("/{identity}/file", responses=FILE, summary="What was traced", response_class=Response)
+async def get_trace_file(request: Request, identity: Identity) -> Response:
+    return await file_response(request, stored(request, "prepared", identity))

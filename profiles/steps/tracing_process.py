@@ -1,0 +1,80 @@
+"""Traces a step in a process of its own, which has all of PyTorch and ends before anything is measured.
+
+A process that has not loaded PyTorch does not load it: `traced_step` then starts this module as a worker
+(`tightfit.profiles.worker_process`). The worker knows a model by its description alone, as a service does that traces
+for a device elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightfit.profiles.models.lora import LoraConfig
+from tightfit.profiles.options import ProfileOptions, Progress
+from tightfit.profiles.schema import TracedStep, adamw
+from tightfit.profiles.sources.described import TracingRequest, described, described_source
+from tightfit.profiles.steps.choice import step_of
+from tightfit.profiles.steps.decoder_step import DecoderStep
+from tightfit.profiles.steps.prepared_step import MEASURING
+from tightfit.profiles.worker_process import run_worker, work
+from tightfit.runtime.common.interpreter import command, python_path
+
+if TYPE_CHECKING:
+    from tightfit.profiles.steps.step import ProfiledStep
+
+
+def tracing_request(step: ProfiledStep) -> TracingRequest:
+    """What has to be known of a step to trace it elsewhere."""
+    values = step.options.model_dump(mode="json", exclude=set(MEASURING), exclude_defaults=True)
+    lora = asdict(step.lora) if isinstance(step, DecoderStep) and step.options.adapter is not None else None
+    return TracingRequest(source=described(step.source), options=values, lora=lora)
+
+
+def trace_requested(request: TracingRequest, report: Progress) -> TracedStep:
+    """The step, traced in this process. Raises InputError for a model or options that cannot be used."""
+    step = step_of(described_source(request.source), ProfileOptions.of(request.options))
+    if request.lora is not None and isinstance(step, DecoderStep):
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in request.lora.items()
+        }
+        step.lora = LoraConfig(**settings)
+    return step.traced(report)
+
+
+def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
+    """The step, traced here where PyTorch is loaded already, or has to be for a module's own code; else by a worker.
+
+    Raises InputError for what cannot be traced, RunError if the worker fails.
+    """
+    if "torch" in sys.modules or not step.worth_a_process:
+        return step.traced(report)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "step.json"
+        run_worker(
+            command(__name__, str(path)),
+            tracing_request(step).model_dump(mode="json"),
+            os.environ | {"PYTHONPATH": python_path()},
+            doing="tracing",
+            killed="have the model traced on a machine with more memory: `tightfit prepare` there, or --server",
+            on_message=lambda message: report(message["stage"], message["done"], message["total"]),
+        )
+        traced = TracedStep.model_validate_json(path.read_bytes())
+    return traced.model_copy(update={"optimizer": adamw(step.options.accumulate)})
+
+
+def main(path: str) -> int:
+    def trace(request: dict[str, Any], report: Progress) -> str:
+        traced = trace_requested(TracingRequest.model_validate(request), report)
+        Path(path).write_text(traced.model_dump_json(), encoding="utf-8")
+        return path
+
+    return work(trace)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,189 @@
+"""From nothing cached to an adapter inside a memory cgroup without swap: ``make bench-small`` prints, stage by stage, what was held, how
+often the limit was met, and whether something was killed.
+
+The cgroup holds the whole command and has the budget as its limit. Roads: ``alone`` (the device does all), ``service`` (a service on
+this machine, outside the cgroup, traces and plans) and ``files`` (`tightfit prepare`, outside, has traced the model). ``ARGS='--models
+smollm2 --roads alone'`` for one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+FOLDER = Path(__file__).parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1])]
+
+import tables
+
+from examples import reviews
+from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.units import MIB, format_size
+from tightfit.runtime.supervision.cgroup import MemoryCgroup
+
+CONFIGS = FOLDER.parents[1] / "examples" / "models"
+BUDGETS = {"smollm2": 256, "qwen2.5-0.5b": 320, "qwen2.5-3b": 662}
+"""model -> MiB"""
+ROADS = ("alone", "service", "files")
+SEQ = 64
+LOOK_SECONDS = 0.02
+
+
+@dataclass
+class Observed:
+    """A command inside its cgroup."""
+
+    code: int = 0
+    seconds: float = 0.0
+    kills: int = 0
+    touches: dict[str, int] = field(default_factory=dict)
+    """stage -> how often a page was wanted above the limit"""
+    words: str = ""
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Of smollm2, qwen2.5-0.5b and qwen2.5-3b.")] = "smollm2",
+    roads: Annotated[str, typer.Option(help="Of alone, service and files.")] = ",".join(ROADS),
+    limit: Annotated[int | None, typer.Option(help="MiB; default: the model's goal.")] = None,
+    steps: int = 6,
+    extra: Annotated[str, typer.Option(help="Further words of `tightfit train`.")] = "",
+) -> None:
+    """Train each model on each road in its limit, and print one table."""
+    table = Table(*("model", "MiB", "road", "stage", "held", "limit met", "seconds", "end"))
+    for name in models.split(","):
+        budget = limit or BUDGETS[name]
+        for road in roads.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                _add_rows(table, name, budget, road, steps, Path(folder), extra.split())
+    report = tables.Report(width=130)
+    report.table(table)
+
+
+def _add_rows(table: Table, name: str, budget: int, road: str, steps: int, folder: Path, extra: list[str]) -> None:
+    out = folder / "out"
+    model, data = _model(name)
+    words = [
+        model,
+        "--data",
+        data,
+        "--memory",
+        f"{budget}MiB",
+        f"--seq={SEQ}",
+        f"--steps={steps}",
+        "-o",
+        str(out),
+        *extra,
+    ]
+    with _road(road, words, folder) as environment:
+        observed = carried_out(["train", *words, "--json"], environment, budget * MIB)
+    report = json.loads(observed.words)["report"] if observed.code == 0 else {}
+    held = report.get("stage_bytes") or {}
+    end = "adapter" if observed.code == 0 else f"exit {observed.code}: {observed.words.strip().splitlines()[-1:]}"
+    for stage in dict.fromkeys([*held, *observed.touches]):
+        touches = observed.touches.get(stage, 0)
+        table.add_row(
+            name, str(budget), road, stage, format_size(held[stage]) if stage in held else "", str(touches), "", ""
+        )
+    peak = format_size(report["peak_bytes"]["measured"]) if report else ""
+    killed = f", {observed.kills} killed" if observed.kills else ""
+    total = str(sum(observed.touches.values()))
+    table.add_row(name, str(budget), road, "all, to the adapter", peak, total, f"{observed.seconds:.0f}", end + killed)
+
+
+def _model(name: str) -> tuple[str, str]:
+    """(what to train, its data)."""
+    if name != "smollm2":
+        return str(CONFIGS / name / "config.json"), "random"
+    fetched = reviews.fetch()
+    return str(fetched.model), str(fetched.train)
+
+
+@contextmanager
+def _road(road: str, words: list[str], folder: Path) -> Iterator[dict[str, str]]:
+    """The environment of the device, with an empty cache; what works elsewhere works meanwhile, or has worked before."""
+    device = os.environ | {"PYTHONPATH": python_path(), "TIGHTFIT_CACHE": str(folder / "cache")}
+    elsewhere = device | {"TIGHTFIT_CACHE": str(folder / "elsewhere")}
+    if road == "files":
+        prepared = str(folder / "model.tight")
+        made = [*command("tightfit.runtime.cli.main", "prepare"), words[0], f"--seq={SEQ}", "-o", prepared]
+        subprocess.run(made, env=elsewhere, check=True, capture_output=True)
+        words += ["--prepared", prepared]
+    if road != "service":
+        yield device
+        return
+    port = "8765"
+    serve = [*command("tightfit.runtime.cli.main", "serve"), "--port", port, "--data-dir", str(folder / "service")]
+    with subprocess.Popen(serve, env=elsewhere, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as service:
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/healthz")
+            words += ["--server", f"http://127.0.0.1:{port}"]
+            yield device
+        finally:
+            service.terminate()
+
+
+def _wait_for(url: str) -> None:
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(url, timeout=1).read()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit(f"{url}: no answer")
+
+
+def carried_out(words: list[str], environment: dict[str, str], limit: int) -> Observed:
+    """Run a command of tightfit inside a cgroup of its own."""
+    group = MemoryCgroup.create(limit)
+    if group is None:
+        raise SystemExit("no memory cgroup can be made here: run as root on Linux")
+    observed, met = Observed(), group.path / "memory.failcnt"
+    begun, stage, before = time.monotonic(), "reading the data", 0
+    program = group.enter([*command("tightfit.runtime.cli.main"), *words])
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(program, env=environment, stdout=output, stderr=errors)
+        while child.poll() is None:
+            time.sleep(LOOK_SECONDS)
+            count = int(met.read_text()) if met.exists() else 0
+            observed.touches[stage] = observed.touches.get(stage, 0) + count - before
+            stage, before = _stage(child.pid) or stage, count
+        observed.code, observed.seconds = child.returncode, time.monotonic() - begun
+        for file in (output, errors):
+            file.seek(0)
+        observed.words = output.read() if observed.code == 0 else errors.read()
+    observed.kills = group.oom_kills()
+    group.remove()
+    return observed
+
+
+def _stage(process: int) -> str | None:
+    """What the command does now."""
+    from tightfit.runtime.cli.course import NAMES
+
+    try:
+        line = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    at = next((word.removeprefix("--at=") for word in line if word.startswith("--at=")), None)
+    if at is not None:
+        return NAMES.get(at)
+    if any("supervision.supervisor" in word for word in line):
+        return None
+    return "training" if "run" in line else None
+
+
+if __name__ == "__main__":
+    typer.run(main)

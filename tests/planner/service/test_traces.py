@@ -1,0 +1,396 @@
+"""Models that a service traces for devices: the same step as there, nothing of where the model lies, and whatever else is sent
+refused in words.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from certificates import self_signed
+from damage import CONFIG
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from places import SOURCES
+from served import Served, service
+from typer.testing import CliRunner
+
+from tightfit.planner.service import client
+from tightfit.planner.service.client import Client, connect
+from tightfit.planner.service.jobs.supervisor import Supervisor
+from tightfit.planner.service.wire.schema import Error
+from tightfit.profiles.options import ProfileOptions
+from tightfit.profiles.schema import PROFILE_VERSION
+from tightfit.profiles.sources.described import MOST_TENSORS
+from tightfit.profiles.sources.lookup import resolve
+from tightfit.profiles.sources.prepared import PreparedModel
+from tightfit.profiles.steps.choice import step_of
+from tightfit.profiles.steps.tracing_process import trace_requested, tracing_request
+from tightfit.runtime.cli.main import app
+from tightfit.runtime.common.errors import InputError, RunError
+
+TOKEN = "a-secret-of-some-length"
+SECRET = "where-nobody-looks"
+NORM = "model.norm.weight"
+GENERATED = settings(
+    max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+def requested(folder, config=CONFIG, **options):
+    """What a device asks for whose model lies in a folder of that name."""
+    model = folder / "tiny" / "config.json"
+    model.parent.mkdir(parents=True, exist_ok=True)
+    model.write_text(json.dumps(config | {"adapter_base": str(folder)}))
+    return tracing_request(step_of(resolve(str(model)), ProfileOptions(**{"seq": 16} | options)))
+
+
+@pytest.fixture(scope="module")
+def request_(tmp_path_factory):
+    return requested(tmp_path_factory.mktemp(SECRET))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    running = Served(tmp_path_factory.mktemp("traces") / "data").start()
+    yield running
+    assert running.stop() == 0
+    assert not [line for line in running.lines() if line["level"] == "error"]
+
+
+def traced_here(request):
+    return trace_requested(request, lambda stage, done, total: None)
+
+
+def test_a_service_traces_what_is_traced_here(served, request_, tmp_path):
+    stages = []
+    with connect(served.url) as service_:
+        prepared = service_.trace(request_, progress=stages.append)
+        assert prepared == PreparedModel(request=request_, step=traced_here(request_), weights="elsewhere")
+        assert {stage["stage"] for stage in stages} & {"tracing, export", "tracing, programs"}
+        # Another device with the same model elsewhere: answered at once by the same job.
+        stages.clear()
+        other = requested(tmp_path / "another")
+        assert other != request_
+        again = service_.trace(other, progress=stages.append)
+        assert (again.request, again.step.programs, stages) == (other, prepared.step.programs, [])
+        jobs = service_.get("/v1/jobs?kind=trace")["jobs"]
+    assert [job["state"] for job in jobs] == ["succeeded"]
+    assert jobs[0]["request"]["model"] == "tiny"
+    assert SECRET not in json.dumps(jobs)
+    for file in (served.data / "objects").glob("*/*"):
+        assert SECRET.encode() not in gzip.decompress(file.read_bytes())
+
+
+def test_an_adapter_s_settings_are_traced_and_its_folder_stays_unknown(served, tmp_path):
+    settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    adapter = tmp_path / SECRET
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    request = requested(tmp_path, adapter=str(adapter), buckets="8")
+    assert SECRET not in request.model_dump_json()
+    with connect(served.url) as service_:
+        step = service_.trace(request).step
+    assert step == traced_here(request)
+    assert step.model.lora["rank"] == 3
+    assert [shorter.seq for shorter in step.shorter] == [8]
+
+
+def post(http, body):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return http.post("/v1/traces", content=content, headers={"Content-Type": "application/json"})
+
+
+def sent(request, place, value):
+    """The request with another value at a place."""
+    body = request.model_dump(mode="json")
+    inside = body
+    for name in place[:-1]:
+        inside = inside[name]
+    inside[place[-1]] = value
+    return body
+
+
+def tensor(**changes):
+    return ("source", "tensors", NORM), {"shape": [CONFIG["hidden_size"]], "format": "float32"} | changes
+
+
+WRONG = {
+    "a name that is a number": (("source", "name"), 5, "source.name", "valid string"),
+    "a name that is a path": (("source", "name"), "../etc/passwd", "source.name", "is no name of a model"),
+    "a module": (("source", "config"), {"factory": "os:system"}, "source.config", "no 'model_type'"),
+    "code": (
+        ("source", "config"), {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Mine"}},
+        "source.config", "model_type 'mine' is no",
+    ),
+    "huge layers": (("source", "config", "num_hidden_layers"), 10**9, "source.config", "at most 4096 is supported"),
+    "another width": (("source", "config", "intermediate_size"), 72, "source.tensors", "of shape [72, "),
+    "a tensor that is a list": (("source", "tensors", NORM), [], f"source.tensors.{NORM}", "valid dictionary"),
+    "a huge shape": (*tensor(shape=[1 << 40]), f"source.tensors.{NORM}.shape.0", "less than or equal to 2147483648"),
+    "no shape": (*tensor(shape=[]), f"source.tensors.{NORM}.shape", "at least 1 item"),
+    "many sizes": (*tensor(shape=[1] * 9), f"source.tensors.{NORM}.shape", "at most 8 items"),
+    "a shape of its own": (*tensor(shape=[7]), "source.tensors", "one of shape [7]"),
+    "an unknown format": (*tensor(format="q3"), "source.tensors", "in format 'q3'"),
+    "an unfit group": (*tensor(format="q4", group=7), "source.tensors", "in groups of 7"),
+    "a tensor's name with a slash": (("source", "tensors", "a/b"), {"shape": [1], "format": "float32"}, "source.tensors", "'a/b'"),
+    "an unknown field": (("source", "weights"), "x", "source.weights", "Extra inputs"),
+    "an unknown option": (("options", "speed"), 1, "options.speed", "not an option of tracing; there are alpha_pattern,"),
+    "an adapter there": (("options", "adapter"), "/etc", "options.adapter", "not an option of tracing"),
+    "a prepared folder there": (("options", "prepared"), "/etc", "options.prepared", "not an option of tracing"),
+    "an option's value": (("options", "seq"), "16", "options.seq", "seq '16'"),
+    "settings that are none": (("lora",), {"speed": 1}, "lora.speed", "no setting of an adapter"),
+    "a setting's type": (("lora",), {"rank": "x"}, "lora.rank", "valid integer"),
+    "a rank": (("lora",), {"rank": 10**6}, "lora.rank", "at most 16384"),
+    "a rank beyond floats": (("lora",), {"rank": 10**400}, "lora", "int too large"),
+    "half a character": (("source", "config", "x"), "\ud800", "", "cannot be repeated as JSON"),
+    "deep": (("source", "config", "x"), json.loads("[" * 70 + "]" * 70), "", "more than 64 deep"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_field_is_named(served, request_, case):
+    place, value, field, words = WRONG[case]
+    answer = post(served.http, sent(request_, place, value))
+    assert answer.status_code == 422, answer.text
+    (fault,) = answer.json()["error"]["fields"]
+    assert fault["field"] == (f"body.{field}" if field else "body")
+    assert words in fault["message"]
+
+
+def test_what_is_no_description(served, request_):
+    for body in (b"", b"[]", b"{", b"\xff\xfe", b'"a"', b"{}", b"[" * 100_000):
+        answer = post(served.http, body)
+        assert answer.status_code == 422, (body, answer.text)
+    many = request_.model_dump(mode="json")
+    many["source"]["tensors"] = {f"t{number}": {"shape": [1], "format": "float32"} for number in range(10**6)}
+    answer = post(served.http, many)
+    assert answer.status_code == 422, answer.text
+    assert f"1000000 tensors; this service traces models of at most {MOST_TENSORS}" in answer.text
+    bomb = gzip.compress(b" " * (65 << 20), 9)
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = served.http.post("/v1/traces", content=bomb, headers=headers)
+    assert answer.status_code == 413, answer.text
+    assert served.http.get("/healthz").json()["status"] == "ok"
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory):
+    """A service whose jobs end as soon as they are taken."""
+
+    async def carry_out(self, job, lane):
+        self._announce(self.store.finish(job.id, "failed", error=Error(code="input", message="not tried")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Supervisor, "_carry_out", carry_out)
+        with service(tmp_path_factory.mktemp("idle")) as http:
+            yield http
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(st.characters(exclude_categories=()), max_size=9)
+    | st.sampled_from([10**400, "/etc/passwd", "../..", "os:system", "\0"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=9,
+)  # fmt: skip
+
+
+def places(body, place=()):
+    """Every place of a body that can have another value."""
+    for name, inside in body.items() if isinstance(body, dict) else enumerate(body):
+        yield (*place, name)
+        if isinstance(inside, dict | list):
+            yield from places(inside, (*place, name))
+
+
+@GENERATED
+@given(data=st.data())
+def test_any_description_is_answered(idle, request_, data):
+    body = copy.deepcopy(request_.model_dump(mode="json")) | {"lora": {"rank": 4, "layers": [0], "rank_pattern": {}}}
+    place = data.draw(st.sampled_from(list(places(body))))
+    inside = body
+    for name in place[:-1]:
+        inside = inside[name]
+    inside[place[-1]] = data.draw(ANYTHING)
+    answer = post(idle, body)
+    assert answer.status_code in {200, 202, 422}, answer.text
+    if answer.status_code == 422:
+        assert answer.json()["error"]["fields"][0]["field"].startswith("body")
+    assert idle.get("/v1/jobs").status_code == 200
+
+
+def test_a_service_whose_jobs_have_too_little_memory_says_so(tmp_path, request_):
+    with service(tmp_path, solve_bytes=300 << 20) as http:
+        answer = post(http, request_.model_dump(mode="json"))
+    assert answer.status_code == 422
+    told = answer.json()["error"]["message"]
+    assert told.startswith(
+        "a job of this service may take 300.0 MiB, and tracing takes 512.0 MiB; start it with --memory 512MiB"
+    )
+
+
+def test_a_service_of_another_version_is_told_in_words(served, request_, monkeypatch):
+    monkeypatch.setattr(client, "PROFILE_VERSION", PROFILE_VERSION + 1)
+    with connect(served.url) as service_:
+        with pytest.raises(InputError) as refusal:
+            service_.trace(request_)
+        told = str(refusal.value)
+        assert f"whose profile version is {PROFILE_VERSION}; that of tightfit" in told
+        assert f"here is {PROFILE_VERSION + 1}. Install the same tightfit on both" in told
+        monkeypatch.setattr(Client, "get", lambda self, path: {"status": "ok", "version": "0.0.9"})
+        with pytest.raises(InputError, match=r"tightfit 0\.0\.9 answers there, .*another, and traces no models"):
+            service_.trace(request_)
+
+
+def test_a_device_asks_without_a_solver_and_without_pytorch():
+    """What a client loads, which a device has to hold."""
+    code = (
+        "import sys, tightfit.planner.service.client\n"
+        "print([name for name in ('torch', 'transformers', 'ortools', 'numpy', 'matplotlib') if name in sys.modules])"
+    )
+    environment = {"PYTHONPATH": str(SOURCES)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# --- tokens and https -------------------------------------------------------------------------------------------------
+
+
+def test_a_token_goes_in_the_clear_to_this_machine_alone(monkeypatch):
+    for url in ("http://planner.local:8000", "http://10.0.0.7"):
+        with pytest.raises(InputError, match=r"the token would pass in the clear.*--certificate.*ssh -L"):
+            connect(url, token=TOKEN)
+    monkeypatch.setenv("TIGHTFIT_TOKEN", TOKEN)
+    with pytest.raises(InputError, match="the token would pass in the clear"):
+        connect("http://planner.local:8000")
+    for url in ("http://127.0.0.1:9", "http://localhost:9", "http://[::1]:9", "https://10.0.0.7"):
+        Client(url, token=TOKEN, timeout=1.0)
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("secure")
+    running = Served(folder / "data", token=TOKEN, certificate=self_signed(folder / "planner.pem", "127.0.0.1")).start()
+    yield running
+    assert running.stop() == 0
+    assert not [line for line in running.lines() if line["level"] == "error"]
+
+
+def test_https_with_a_certificate_of_one_s_own(secure, tmp_path, monkeypatch):
+    assert secure.url.startswith("https://127.0.0.1:")
+    with connect(secure.url, token=TOKEN, certificate=secure.certificate) as service_:
+        assert service_.get("/v1/jobs") == {"jobs": [], "set_aside": []}
+    with (
+        connect(secure.url, token="wrong", certificate=secure.certificate) as wrong,
+        pytest.raises(InputError, match="set TIGHTFIT_TOKEN to the service's token"),
+    ):
+        wrong.get("/v1/jobs")
+    monkeypatch.setenv("TIGHTFIT_CERTIFICATE", str(secure.certificate))
+    with connect(secure.url, token=TOKEN) as service_:
+        assert service_.get("/healthz")["status"] == "ok"
+    monkeypatch.delenv("TIGHTFIT_CERTIFICATE")
+    other = self_signed(tmp_path / "other.pem", "127.0.0.1")
+    for certificate in (None, other):
+        with pytest.raises(
+            InputError, match=r"its certificate is not trusted \(self-signed certificate\).*name the file"
+        ):
+            connect(secure.url, token=TOKEN, certificate=certificate)
+    with pytest.raises(
+        InputError, match=r"its certificate is not trusted \(Hostname mismatch.*by a name that stands in it"
+    ):
+        connect(secure.url.replace("127.0.0.1", "localhost"), token=TOKEN, certificate=secure.certificate)
+
+
+def test_certificates_that_are_none(secure, served, tmp_path):
+    (tmp_path / "empty.pem").write_text("nothing")
+    for file, words in (("empty.pem", "no certificate in PEM"), ("missing.pem", "No such file or directory")):
+        with pytest.raises(InputError, match=f"{file}'?: {words}"):
+            connect(secure.url, certificate=str(tmp_path / file))
+    with pytest.raises(InputError, match=r"shows none; write https://"):
+        connect(served.url, certificate=str(secure.certificate))
+    with pytest.raises(InputError, match=r"no https is spoken there"):
+        connect(served.url.replace("http:", "https:"), token=TOKEN)
+    with pytest.raises(RunError, match=r"the connection broke off"):
+        connect(secure.url.replace("https:", "http:"))
+    key = self_signed(tmp_path / "key.pem", "127.0.0.1")
+    for options, words in (
+        (["--key", str(key)], "name the certificate that it belongs to with --certificate FILE"),
+        (["--certificate", str(tmp_path / "missing.pem")], "missing.pem: no such file"),
+        (["--certificate", str(tmp_path / "empty.pem")], "no certificate and key in PEM that belong together"),
+        (["--certificate", str(secure.certificate), "--key", str(key)], "no certificate and key in PEM that belong"),
+    ):
+        refusal = CliRunner().invoke(app, ["serve", "--port", "0", "--data-dir", str(tmp_path / "data"), *options])
+        assert words in str(refusal.exception), refusal.exception
+
+
+# --- a service that goes away -----------------------------------------------------------------------------------------
+
+
+def test_a_service_that_is_not_there_is_told_within_seconds(monkeypatch):
+    """An address that takes no connection, as behind a firewall, and one that refuses it."""
+    limits = []
+
+    def silent(request):
+        limits.append(request.extensions["timeout"])
+        raise httpx.ConnectTimeout("timed out")
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("asked again"))
+    unanswered = Client("http://127.0.0.1:9", token=None, timeout=60.0)
+    limit = unanswered._http.timeout
+    unanswered._http = httpx.Client(base_url=unanswered.url, timeout=limit, transport=httpx.MockTransport(silent))
+    with unanswered, pytest.raises(RunError, match=r"no answer \(timed out\); is `tightfit serve` running there\?"):
+        unanswered.get("/healthz")
+    assert [(one["connect"], one["read"]) for one in limits] == [(5.0, 60.0)]
+    with pytest.raises(RunError, match=r"no answer .*is `tightfit serve` running there\?"):
+        connect("http://127.0.0.1:9")
+
+
+def test_a_service_that_has_answered_is_asked_again_for_a_minute(monkeypatch):
+    now, answers = [0.0], []
+
+    def answer(request):
+        if not answers:
+            raise httpx.ConnectError("refused")
+        return answers.pop(0)
+
+    monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    asking = Client("http://127.0.0.1:9", token=None, timeout=1.0)
+    asking._http = httpx.Client(base_url=asking.url, transport=httpx.MockTransport(answer))
+    with asking:
+        answers += [httpx.Response(200, json={"status": "ok"})]
+        asking.get("/healthz")
+        answers += [httpx.Response(502), httpx.Response(503), httpx.Response(200, json={"jobs": []})]
+        assert asking.get("/v1/jobs") == {"jobs": []}
+        with pytest.raises(RunError, match="no answer"):
+            asking.get("/v1/jobs")
+    assert 60 <= now[0] < 63
+
+
+def test_a_service_that_is_killed_in_the_middle_loses_nothing(tmp_path):
+    """The device goes on asking, and the service takes the job up when it is started again at the same address."""
+    request = requested(tmp_path, CONFIG | {"num_hidden_layers": 3})
+    first = Served(tmp_path / "data").start()
+    traced = []
+    with connect(first.url) as service_:
+        asking = threading.Thread(target=lambda: traced.append(service_.trace(request)))
+        asking.start()
+        until = time.monotonic() + 60
+        while not (jobs := first.http.get("/v1/jobs?state=running").json()["jobs"]):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        first.kill()
+        again = Served(tmp_path / "data", "--port", first.url.rpartition(":")[2]).start()
+        try:
+            asking.join(120)
+            job = again.http.get(f"/v1/jobs/{jobs[0]['id']}").json()
+        finally:
+            again.stop()
+    assert (job["state"], job["attempts"]) == ("succeeded", 2)
+    assert traced[0].step == traced_here(request)
