@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth
+.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -62,6 +62,11 @@ bench-modules: $(VENV)/.installed-test
 bench-truth: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check timm
 	$(BIN)/python tests/benchmarks/truth.py $(ARGS)
+
+# From nothing cached to an adapter inside a cgroup with the budget as its limit, alone, with a service, and with what was prepared;
+# needs root. ARGS='--models qwen2.5-0.5b --roads files'.
+bench-small: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/small_device.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -21,6 +21,8 @@ from typing import IO, Any
 from tightfit.runtime.common.errors import InfeasibleError, InputError, RunError, TightfitError
 from tightfit.runtime.common.option_names import named_as, on_command_line, on_the_command_line
 from tightfit.runtime.common.parent import end_with_parent
+from tightfit.runtime.common.units import format_size
+from tightfit.runtime.supervision.spare_memory import free_memory
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total)"""
@@ -36,14 +38,17 @@ def run_worker(
     environment: Mapping[str, str],
     *,
     doing: str,
-    killed: str,
+    predicted_bytes: int,
+    instead: str,
     on_message: Callable[[dict[str, Any]], None] = lambda message: None,
 ) -> Any:
-    """The result of a worker process. `doing` is what it does, such as "measuring", and `killed` how to do it in less memory.
+    """The result of a worker process. `doing` is what it does, such as "measuring", `predicted_bytes` what it will hold at most, and
+    `instead` what to do where that is not free.
 
-    `on_message` is called with each of its messages but the result. Raises InputError, InfeasibleError or RunError with the worker's
-    sentence, or RunError if it was killed or ended otherwise.
+    `on_message` is called with each of its messages but the result. Raises InputError at once where it has no place in the memory that
+    is free; InputError, InfeasibleError or RunError with the worker's sentence; RunError if it was killed or ended otherwise.
     """
+    check_place(doing, predicted_bytes, instead)
     # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for
     # ever.
     with (
@@ -78,11 +83,28 @@ def run_worker(
         if status == error_class.exit_code and last_line:
             raise error_class(last_line)
     if status == -signal.SIGKILL:
-        raise RunError(f"{doing} was killed, most likely for want of memory; {killed}")
+        raise RunError(f"{doing} was killed, most likely for want of memory; {instead}")
     raise RunError(f"{doing} stopped: {last_line or f'exit status {status}'}")
 
 
-_held_bytes = 0
+def check_place(doing: str, needed_bytes: int, instead: str) -> None:
+    """Raise InputError where what is to be done takes more memory than is free, and note what it takes."""
+    global _predicted_bytes  # noqa: PLW0603  as `_held_bytes`
+    try:
+        free, source = free_memory()
+    except InputError:  # the kernel does not say: it may be tried
+        return
+    if needed_bytes > free:
+        raise InputError(f"{doing} takes {format_size(needed_bytes)}, and {source}; {instead}")
+    _predicted_bytes = max(_predicted_bytes, needed_bytes)
+
+
+_held_bytes = _predicted_bytes = 0
+
+
+def predicted_bytes() -> int:
+    """The most bytes that a worker of this process was predicted to hold."""
+    return _predicted_bytes
 
 
 def held_bytes() -> int:

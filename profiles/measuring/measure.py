@@ -129,7 +129,8 @@ def measure(
             request,
             environment,
             doing="measuring",
-            killed="a layer must fit into memory while it is measured, try a smaller batch or sequence",
+            predicted_bytes=room.predicted_bytes,
+            instead="a layer must fit into memory while it is measured, try a smaller batch or sequence",
             on_message=heard,
         )
     measured["compared"] = compared[0]

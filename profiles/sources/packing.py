@@ -73,7 +73,8 @@ def _have_packed(source: Source, directory: str | os.PathLike[str], progress: Pa
                 len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             ),
             doing="packing",
-            killed=f"it takes up to {packing_bytes(source)} bytes of memory; pack on a larger machine: `tightfit prepare --weights`",
+            predicted_bytes=packing_bytes(source),
+            instead="pack on a larger machine: `tightfit prepare --weights`",
             on_message=heard,
         )
     finally:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.options import ProfileOptions, Progress
 from tightfit.profiles.schema import TracedStep, adamw
@@ -26,6 +27,10 @@ from tightfit.runtime.common.interpreter import command, python_path
 
 if TYPE_CHECKING:
     from tightfit.profiles.steps.step import ProfiledStep
+
+
+TRACING_BYTES, TRANSFORMERS_BYTES = 480 << 20, 700 << 20
+"""what the worker holds at most, for a hand-written family and for one that transformers builds"""
 
 
 def tracing_request(step: ProfiledStep) -> TracingRequest:
@@ -60,7 +65,8 @@ def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
             tracing_request(step).model_dump(mode="json"),
             os.environ | {"PYTHONPATH": python_path()},
             doing="tracing",
-            killed="have the model traced on a machine with more memory: `tightfit prepare` there, or --server",
+            predicted_bytes=TRACING_BYTES if handwritten(step.source.config) else TRANSFORMERS_BYTES,
+            instead="have the model traced on a machine with more memory: `tightfit prepare` there, or --server URL here",
             on_message=lambda message: report(message["stage"], message["done"], message["total"]),
         )
         traced = TracedStep.model_validate_json(path.read_bytes())

@@ -7,7 +7,6 @@ rehearsal.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -51,8 +50,8 @@ class Course(BaseModel):
     """where the present rehearsal lies"""
     others: tuple[float, float | None] | None = None
     """fields of the `OtherPrograms` that was made when it began"""
-    held_bytes: dict[str, int] = {}
-    """what a stage does -> the most that it has held, its workers included"""
+    stage_bytes: dict[str, tuple[int | None, int]] = {}
+    """what a stage does -> bytes that it was predicted to hold, if that was predicted, and that it has held, its workers included"""
 
     @classmethod
     def read(cls, output: Path) -> Course:
@@ -60,11 +59,13 @@ class Course(BaseModel):
 
     def held(self, stage: str) -> None:
         """Note what this process and its workers have held in a stage."""
-        from tightfit.profiles.worker_process import held_bytes
+        from tightfit.profiles.worker_process import held_bytes, predicted_bytes
         from tightfit.runtime.engine.device.resident import memory
 
-        name = NAMES[stage]
-        self.held_bytes[name] = max(self.held_bytes.get(name, 0), memory().peak + held_bytes())
+        name, own, predicted = NAMES[stage], memory().peak, predicted_bytes()
+        earlier_predicted, earlier = self.stage_bytes.get(name, (None, 0))
+        of_workers = own + predicted if predicted else None
+        self.stage_bytes[name] = earlier_predicted or of_workers, max(earlier, own + held_bytes())
 
     def next_program(self, output: Path, words: Sequence[str], stage: str) -> list[str]:
         """The command line of the next stage, for which all is written down."""
@@ -79,9 +80,6 @@ class Course(BaseModel):
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(program[0], program, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line
-
-    def as_words(self) -> str:
-        return json.dumps(self.held_bytes)
 
 
 @contextmanager

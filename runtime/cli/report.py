@@ -1,34 +1,53 @@
-"""The command ``tightfit report``: hands the metrics of a run to TensorBoard or Weights & Biases."""
+"""The command ``tightfit report``: hands the metrics of a run to TensorBoard or Weights & Biases, or tells a service how it went."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json
+from tightfit.runtime.cli.options import Certificate, Debug, Json, service
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.strict_json import JsonError, read_json
 from tightfit.runtime.supervision.printing import answer
 
 
 def report(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `tightfit run`.")],
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="tensorboard|wandb", help="Who takes the metrics; tensorboard: a file in OUT/tensorboard."
         ),
-    ],
+    ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Go on while the run goes on, until it ends or Ctrl-C.")
     ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Tell the service that planned the run how it went: bytes and seconds, predicted and measured, and nothing else.",
+        ),
+    ] = None,
+    certificate: Certificate = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Hand the metrics of a run, of one that is under way or of one that is done, to a tool that draws curves.
+    """Hand the metrics of a run, of one that is under way or of one that is done, to a tool that draws curves; or its figures to the
+    service that planned it.
 
     A process of its own, whose memory is no part of the run's budget.
     """
+    if (to is None) == (server is None):
+        raise InputError(
+            "name who takes the metrics, --to tensorboard or --to wandb, or the service that planned, --server URL"
+        )
+    if server is not None:
+        _tell_service(output, server, certificate, as_json=as_json)
+        return
+    assert to is not None
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.session.trackers import track
 
@@ -44,3 +63,26 @@ def report(
     counts = track(output, to, follow=follow, tell=print_step)
     text = f"{to} has {counts['steps']} steps and {counts['evaluations']} evaluations of {output}"
     answer(counts, text, as_json=as_json)
+
+
+def _tell_service(output: Path, server: str, certificate: Path | None, *, as_json: bool) -> None:
+    from tightfit.planner.service.wire.remote_devices import PhaseMemory, RunReport
+
+    try:
+        report: dict[str, Any] = read_json(output / "report.json")
+    except (OSError, JsonError) as error:
+        raise InputError(
+            f"{output / 'report.json'}: {error}; name the output folder of a run that has ended"
+        ) from error
+    figures = {**(report.get("stage_bytes") or {}), "training": report["peak_bytes"]}
+    phases = [
+        PhaseMemory(phase=name, predicted_bytes=figure["predicted"], held_bytes=figure["measured"])
+        for name, figure in figures.items()
+    ]
+    seconds = report["step_seconds"]
+    told = RunReport(
+        phases=phases, predicted_step_seconds=seconds["predicted"], measured_step_seconds=seconds["measured"]
+    )
+    with service(server, certificate, report["budget_bytes"]) as client:
+        client.report(told)
+    answer(told.model_dump(mode="json"), f"{server} knows how the run went", as_json=as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
 
 FLEET = re.compile(rb'"kind": ?"(data parallel|pipeline|mobillm|(split )?federated)"')
 """matches near the start of a fleet's plan"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """What a longer command has done before a run, and does after it, as `SupervisorSettings` has it."""
+
+    stages: str | None = None
+    stage_bytes: dict[str, list[int | None]] | None = None
+    after: list[str] | None = None
+
+
+NOTHING = Earlier()
 
 
 @with_options(RunOptions)
@@ -53,7 +66,15 @@ def run(
     ] = None,
     held: Annotated[
         str | None,
-        typer.Option("--held", hidden=True, help="JSON of what the stages of `tightfit train` have held, in bytes."),
+        typer.Option(
+            "--held",
+            hidden=True,
+            help="JSON of what the stages of `tightfit train` were predicted to hold, and have held, in bytes.",
+        ),
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option("--after", hidden=True, help="JSON of a command line to start when the run has ended well."),
     ] = None,
     tokens: Annotated[
         Path | None,
@@ -77,11 +98,12 @@ def run(
         loaded, training = load_member_plan(plan, fleet, member.name), member_options(training, fleet, member)
     else:
         loaded = load_plan(plan)
-    stage_bytes = None if held is None else list(json.loads(held).items())  # noqa: TID251  written by `tightfit train`
-    replace = bool(context.obj)
-    carry_out(
-        loaded, data, training, as_json=as_json, debug=debug, replace=replace, stages=stages, stage_bytes=stage_bytes
+    earlier = Earlier(
+        stages=stages,
+        stage_bytes=None if held is None else json.loads(held),  # noqa: TID251  written by `tightfit train`
+        after=None if after is None else json.loads(after),  # noqa: TID251  as above
     )
+    carry_out(loaded, data, training, as_json=as_json, debug=debug, replace=bool(context.obj), earlier=earlier)
 
 
 def is_fleet_plan(plan: Path) -> bool:
@@ -103,13 +125,11 @@ def carry_out(
     as_json: bool,
     debug: bool,
     replace: bool,
-    stages: str | None = None,
-    stage_bytes: list[tuple[str, int]] | None = None,
+    earlier: Earlier = NOTHING,
 ) -> None:
     """Run a plan, or the plan of one member of a fleet, and print its report; raises typer.Exit with the run's code.
 
-    With `replace` this process may become the run's supervisor. With `as_json` the report is printed beside what `stages` says, JSON
-    of what was done before; `stage_bytes` has what that has held.
+    With `replace` this process may become the run's supervisor. With `as_json` the report is printed beside what was done `earlier`.
     """
     from tightfit.runtime.session.launch import prepared
     from tightfit.runtime.supervision.progress import TrainingProgress
@@ -128,11 +148,10 @@ def carry_out(
                 as_json=as_json,
                 debug=debug,
                 replace=replace,
-                stages=stages,
-                stage_bytes=stage_bytes,
+                earlier=earlier,
             )
     sys.stderr.write(already_done(ready, str(options.out), len(ready["loss"])))
-    answer(with_stages(stages, ready), report_text(ready), as_json=as_json)
+    answer(with_stages(earlier.stages, ready), report_text(ready), as_json=as_json)
 
 
 def hand_on(
@@ -144,13 +163,12 @@ def hand_on(
     debug: bool,
     replace: bool,
     output: Path | None = None,
-    stages: str | None = None,
-    stage_bytes: list[tuple[str, int]] | None = None,
+    earlier: Earlier = NOTHING,
     then: list[str] | None = None,
 ) -> NoReturn:
     """Start the supervisor of an order that is prepared, in the place of this process with `replace`; raises typer.Exit with
-    its code. `output` is where the result of an evaluation goes besides, `stages` and `stage_bytes` as in `carry_out`, `then` as
-    in `SupervisorSettings`.
+    its code. `output` is where the result of an evaluation goes besides, `earlier` as in `carry_out`, `then` as in
+    `SupervisorSettings`.
     """
     from tightfit.runtime.engine.device.resident import memory
     from tightfit.runtime.supervision.cgroup import MemoryCgroup
@@ -165,8 +183,9 @@ def hand_on(
         group=(str(group.path), group.version) if group else None,
         home=MemoryCgroup.home() if group else None,
         output=str(output.absolute()) if output else None,
-        stages=stages,
-        stage_bytes=stage_bytes,
+        stages=earlier.stages,
+        stage_bytes=earlier.stage_bytes,
+        after=earlier.after,
         then=then,
     )
     raise typer.Exit(hand_over(order, show, group, replace=replace))

@@ -42,7 +42,7 @@ from tightfit.runtime.cli.course import (
     rehearsal_end,
 )
 from tightfit.runtime.cli.options import command_words, key_of, read, stage, usage
-from tightfit.runtime.cli.plan import plan
+from tightfit.runtime.cli.plan import plan, smaller_folder
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
@@ -289,6 +289,8 @@ class Stages:
         for result, name in ((planned, PLAN_FILE), (measured, PROFILE)):
             if result is None:
                 (output / name).unlink(missing_ok=True)
+        if planned is None:
+            shutil.rmtree(smaller_folder(output / PLAN_FILE), ignore_errors=True)
         write_options(
             output / CONFIG,
             settings,
@@ -325,7 +327,7 @@ class Stages:
         """The plan is made: say what it is worth."""
         for sentence in answers.verdict(planned):
             self.console.print(f"plan: {sentence}")
-        return SMALLER if self.values["smaller"] else RUN
+        return SMALLER if self.values["smaller"] and not smaller_folder(self.output / PLAN_FILE).exists() else RUN
 
     def rehearse(self) -> str:
         from tightfit.planner.io import load_plan
@@ -402,9 +404,17 @@ class Stages:
             "overwrite": self.course.overwrite,
             "tokens": self.tokens if self.tokens.exists() else None,
             "stages": summary,
-            "held": json.dumps(self.course.held_bytes) if self.apart else None,
+            "held": json.dumps(self.course.stage_bytes) if self.apart else None,
+            "after": json.dumps(self._report()) if self.apart and self.values["server"] is not None else None,
             "plan": self.output / PLAN_FILE,
         }
+
+    def _report(self) -> list[str]:
+        """The command that tells the service how the run went."""
+        words = [f"--server={self.values['server']}"]
+        if self.values["certificate"] is not None:
+            words.append(f"--certificate={self.values['certificate']}")
+        return command("tightfit.runtime.cli.main", "report", str(self.output), *words)
 
 
 def _how_to_begin(output: Path, *, resume: bool, overwrite: bool) -> tuple[bool, bool]:
@@ -530,7 +540,6 @@ def _fitting_plan(output: Path, budget: int) -> Plan | None:
     folder's plan; None where there is none, or no choice.
     """
     from tightfit.planner.io import load_plan, save_plan
-    from tightfit.runtime.cli.plan import smaller_folder
 
     path = output / PLAN_FILE
     smaller = sorted(smaller_folder(path).glob("*.json"))
@@ -593,6 +602,6 @@ def _run_plan(context: typer.Context, values: Mapping[str, Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     words = command_words(context.command.params, _options_of(run, values))
-    words += [f"--{name}={values[name]}" for name in ("stages", "tokens", "held") if values[name] is not None]
+    words += [f"--{name}={values[name]}" for name in ("stages", "tokens", "held", "after") if values[name] is not None]
     run_command = command("tightfit.runtime.cli.main", "run", str(values["plan"]), *words)
     os.execve(run_command[0], run_command, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line

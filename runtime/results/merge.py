@@ -123,6 +123,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+MERGING_BYTES = 160 << 20
+"""what the worker holds at most: PyTorch's kernels, and rows of a tensor at a time; 104 MiB of SmolLM2-135M"""
+
+
 def _check_options(form: str, dtype: str | None, *, adapter_only: bool) -> None:
     if form not in FORMATS:
         raise InputError(f"{spelled('format')} {form!r} is not known; choose one of {', '.join(FORMATS)}")
@@ -150,7 +154,8 @@ def _have_merged(options: dict[str, Any], progress: Progress | None) -> dict[str
             options,
             child_environment(1),
             doing="merging",
-            killed="copy the run's folder and the base to a machine with more memory, and merge there",
+            predicted_bytes=MERGING_BYTES,
+            instead="copy the run's folder and the base to a machine with more memory, and merge there",
             on_message=heard,
         )
     finally:

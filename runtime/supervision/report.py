@@ -120,7 +120,7 @@ def build_report(
     supervisor_bytes: int | None = None,
     program_bytes: int | None = None,
     preparation_bytes: int | None = None,
-    stage_bytes: Sequence[tuple[str, int]] | None = None,
+    stage_bytes: dict[str, list[int | None]] | None = None,
     contention: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report: bytes and seconds as `planned` (by `planned_figures`) and as measured in the run.
@@ -130,8 +130,8 @@ def build_report(
     (`supervisor_bytes`, its VmHWM). If a program of the user's runs the plan itself, there is no supervisor; the
     program's memory does not count against the budget and is reported as `program_bytes`. `cgroup_peak_bytes` is the
     cgroup's own counter, which includes kernel tables and reclaimable page cache. `preparation_bytes` is the peak of
-    the process that read plan and data before the training process was started, and `stage_bytes` has what the stages before it have
-    held (`tightfit train`). `contention` says how long steps waited
+    the process that read plan and data before the training process was started, and `stage_bytes` has what the stages of
+    `tightfit train` before it were predicted to hold, and have held. `contention` says how long steps waited
     for cores that other programs held (`tightfit.runtime.supervision.contention`); None: there was nothing to notice.
 
     `evaluations` are those of a run that evaluates between its steps, each with `step`, `epoch`, `loss`, `accuracy`
@@ -175,7 +175,9 @@ def build_report(
         "processes": processes,
         "program_bytes": program_bytes,
         "preparation_bytes": preparation_bytes,
-        "stage_bytes": dict(stage_bytes or ()) or None,
+        "stage_bytes": None
+        if stage_bytes is None
+        else {stage: dict(zip(("predicted", "measured"), sizes)) for stage, sizes in stage_bytes.items()},
         "step_seconds": _step_seconds(seconds, first, sorts, lengths, planned["step_seconds"]),
         "contention": contention,
         "tokens": token_figures(planned["places_per_step"], lines),

@@ -111,9 +111,11 @@ def _memory_table(report: dict[str, Any]) -> Table:
     several = len(processes) > 1
     figures = [("peak of its processes" if several else "peak of the process", report["peak_bytes"])]
     figures += [(f"– {name}", figure) for name, figure in processes.items() if several]
+    figures = [*(report.get("stage_bytes") or {}).items(), *figures]
     for name, figure in figures:
-        ratio = f"{figure['measured'] / figure['predicted']:.4f}"
-        table.add_row(name, format_size(figure["predicted"]), format_size(figure["measured"]), ratio)
+        predicted = figure["predicted"]
+        ratio = f"{figure['measured'] / predicted:.4f}" if predicted else "–"
+        table.add_row(name, format_size(predicted) if predicted else "–", format_size(figure["measured"]), ratio)
     return table
 
 
@@ -131,10 +133,6 @@ def _cap_rows(report: dict[str, Any], what: str) -> list[tuple[str, str]]:
     rows = [("cap", f"{format_size(report['budget_bytes'])}, enforced by {cap}{also}")]
     if prepared := report.get("preparation_bytes"):
         rows.append(("prepared in", f"{format_size(prepared)}: plan and data, before {what} began"))
-    if stage_bytes := report.get("stage_bytes"):
-        rows.append(
-            ("before that", ", ".join(f"{stage} in {format_size(held)}" for stage, held in stage_bytes.items()))
-        )
     return rows
 
 

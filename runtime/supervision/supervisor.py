@@ -72,8 +72,10 @@ class SupervisorSettings:
     """path for the result of an evaluation; None: it is printed alone"""
     stages: str | None = None
     """JSON of what was done before the run, to be printed beside the report with `as_json`"""
-    stage_bytes: list[tuple[str, int]] | None = None
-    """what the stages before the run have held, for the report"""
+    stage_bytes: dict[str, list[int | None]] | None = None
+    """stage before the run -> bytes that it was predicted to hold, if that was predicted, and that it has held; for the report"""
+    after: list[str] | None = None
+    """a command line that is started when the run has ended well; that it fails is told and changes nothing"""
     then: list[str] | None = None
     """of a rehearsal: the command line that this process becomes when the run has ended, however it did"""
 
@@ -89,7 +91,7 @@ def supervise(
     group: MemoryCgroup | None = None,
     counted: bool = False,
     preparation_bytes: int | None = None,
-    stage_bytes: Sequence[tuple[str, int]] | None = None,
+    stage_bytes: dict[str, list[int | None]] | None = None,
 ) -> dict[str, Any]:
     """Start the training process, follow it to its end and write the report; returns the report.
 
@@ -250,6 +252,9 @@ def main(arguments: Sequence[str]) -> int:
         if not training.stepped and not order.evaluates:
             sys.stderr.write(already_done(report, order.directory, order.steps))
         _answer(report, settings.stages, as_json=settings.as_json)
+        if settings.after is not None:
+            environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+            subprocess.run(settings.after, env=environment, stdout=subprocess.DEVNULL, check=False)
     except (Exception, KeyboardInterrupt) as error:
         return fail(error, as_json=settings.as_json, debug=settings.debug)
     finally:

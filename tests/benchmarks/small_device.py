@@ -62,7 +62,7 @@ def main(
     extra: Annotated[str, typer.Option(help="Further words of `tightfit train`.")] = "",
 ) -> None:
     """Train each model on each road in its limit, and print one table."""
-    table = Table(*("model", "MiB", "road", "stage", "held", "limit met", "seconds", "end"))
+    table = Table(*("model", "MiB", "road", "stage", "predicted", "held", "limit met", "seconds", "end"))
     for name in models.split(","):
         budget = limit or BUDGETS[name]
         for road in roads.split(","):
@@ -92,15 +92,16 @@ def _add_rows(table: Table, name: str, budget: int, road: str, steps: int, folde
     report = json.loads(observed.words)["report"] if observed.code == 0 else {}
     held = report.get("stage_bytes") or {}
     end = "adapter" if observed.code == 0 else f"exit {observed.code}: {observed.words.strip().splitlines()[-1:]}"
+
+    def row(stage: str, figure: dict[str, int] | None, touches: int, seconds: str = "", end: str = "") -> None:
+        sizes = [format_size(figure[name]) if figure and figure[name] else "" for name in ("predicted", "measured")]
+        table.add_row(name, str(budget), road, stage, *sizes, str(touches), seconds, end)
+
     for stage in dict.fromkeys([*held, *observed.touches]):
-        touches = observed.touches.get(stage, 0)
-        table.add_row(
-            name, str(budget), road, stage, format_size(held[stage]) if stage in held else "", str(touches), "", ""
-        )
-    peak = format_size(report["peak_bytes"]["measured"]) if report else ""
+        row(stage, held.get(stage), observed.touches.get(stage, 0))
     killed = f", {observed.kills} killed" if observed.kills else ""
-    total = str(sum(observed.touches.values()))
-    table.add_row(name, str(budget), road, "all, to the adapter", peak, total, f"{observed.seconds:.0f}", end + killed)
+    touches, seconds = sum(observed.touches.values()), f"{observed.seconds:.0f}"
+    row("training; seconds of all", report.get("peak_bytes"), touches, seconds, end + killed)
 
 
 def _model(name: str) -> tuple[str, str]:
