@@ -28,7 +28,9 @@ from tightfit.runtime.cli.run import run
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.session.options import TrainingOptions
 
-OF_THE_COMMAND = {"context", "output", "as_json", "debug", "server", "html", "picture", "stages", "tokens"}
+OF_THE_COMMAND = {
+    *("context", "output", "as_json", "debug", "server", "certificate", "html", "picture", "stages", "tokens", "held"),
+}
 """parameters about a command's own files and messages"""
 OF_THE_SERVICE = {
     "resume": "POST /v1/runs/{id}/resume",
@@ -36,6 +38,8 @@ OF_THE_SERVICE = {
     "cgroup": "whoever started the service decides what enforces caps",
     "what_if": "every plan's explanation has it",
     "rehearse": "the service plans; whoever starts runs rehearses",
+    "smaller": "a comparison plans several budgets at once",
+    "memory": "of a profile: the service's machine measures with what it has; plans and comparisons have the field",
 }
 """parameters that a request does not have, and why"""
 CALLED = {"policy": "policies", "device": "devices", "model": "path"}

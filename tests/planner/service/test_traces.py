@@ -16,6 +16,7 @@ import httpx
 import pytest
 from certificates import self_signed
 from damage import CONFIG
+from decoder_families import FAMILIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import SOURCES
@@ -101,6 +102,22 @@ def test_an_adapter_s_settings_are_traced_and_its_folder_stays_unknown(served, t
     assert step == traced_here(request)
     assert step.model.lora["rank"] == 3
     assert [shorter.seq for shorter in step.shorter] == [8]
+
+
+def test_a_decoder_of_transformers_is_traced_by_the_service_s_own(served, tmp_path):
+    pytest.importorskip("transformers")
+    request = requested(tmp_path, FAMILIES["OLMo 2"], lora_targets="attention")
+    with connect(served.url) as service_:
+        assert service_.trace(request).step == traced_here(request)
+
+
+def test_what_only_tracing_shows_is_the_job_s_error(served, tmp_path):
+    request = requested(tmp_path, lora_targets="nothing_is_called_so")
+    with (
+        connect(served.url) as service_,
+        pytest.raises(InputError, match=r"lora_targets 'nothing_is_called_so': no linear layer"),
+    ):
+        service_.trace(request)
 
 
 def post(http, body):
