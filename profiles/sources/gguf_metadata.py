@@ -142,7 +142,11 @@ class TextList(Sequence[str]):
             with open_regular(self._path) as file:
                 file.seek(self._places[mark])
                 for _ in range(self._count - mark * MARKED):
-                    yield str(file.read(_LENGTH.unpack(file.read(_LENGTH.size))[0]), "utf-8")
+                    size = _LENGTH.unpack(file.read(_LENGTH.size))[0]
+                    text = file.read(size)
+                    if len(text) < size:
+                        raise ValueError("it ends inside its header")
+                    yield str(text, "utf-8")
         except (OSError, ValueError, struct.error) as error:
             raise _unreadable(self._path, error) from error
 
@@ -272,8 +276,9 @@ class _Header:
         for number in range(count):
             if number % MARKED == 0:
                 places.append(place)
-            size = _LENGTH.unpack(read(_LENGTH.size))[0]
-            place += _LENGTH.size + size
+            place += _LENGTH.size
+            size = _LENGTH.unpack(read(_LENGTH.size))[0] if place <= self._size else 0
+            place += size
             if place > self._size:
                 raise self._too_short()
             str(read(size), "utf-8")

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tightfit.profiles.sources import lookup
 from tightfit.profiles.sources.gguf_config import llama3_scaling
-from tightfit.profiles.sources.gguf_metadata import TYPES, read_header, read_metadata
+from tightfit.profiles.sources.gguf_metadata import LONG, TYPES, TextList, read_header, read_metadata
 from tightfit.profiles.sources.gguf_tokenizer import gguf_tokenizer, implied_merges
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.describe import describe
@@ -279,6 +279,32 @@ def test_damaged_entries_of_tensors_are_refused(entries: list[bytes], told: str,
     with pytest.raises(InputError, match="it is truncated or damaged, download it again") as caught:
         resolve(str(path))
     assert told in str(caught.value)
+
+
+def test_long_lists_of_texts_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    path, words = tmp_path / "m.gguf", [f"wörd {number}" * (number % 5) for number in range(LONG + 700)]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("a.words", words)
+    writer.add_uint32("a.number", 7)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata = read_metadata(path)
+    found = metadata["a.words"]
+    assert isinstance(found, TextList)
+    assert metadata["a.number"] == 7
+    assert len(found) == len(words)
+    assert list(found) == words == found[:]
+    assert [found[index] for index in (0, 255, 256, LONG, -1)] == [words[index] for index in (0, 255, 256, LONG, -1)]
+    with pytest.raises(IndexError):
+        found[len(words)]
+    content = path.read_bytes()
+    path.write_bytes(content[:2000])
+    with pytest.raises(InputError, match="it ends at byte 2000, inside its header"):
+        read_metadata(path)
+    with pytest.raises(InputError, match="it is truncated or damaged, download it again"):
+        list(found)
 
 
 @pytest.mark.parametrize(
