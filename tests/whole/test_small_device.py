@@ -1,0 +1,173 @@
+"""The roads to an adapter on a small device: with a service, with what another machine has prepared, at another budget. All end with
+the adapter of the ordinary road, to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from damage import CONFIG, ROWS, lines
+from served import Served
+from tiny_models import byte_level_tokenizer, random_weights, write_directory
+
+import tightfit
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.supervision.cgroup import MemoryCgroup
+
+pytestmark = pytest.mark.usefixtures("cache")
+MIB = 1 << 20
+STEP = ("--seq=32", "--batch=2", "--lora-rank=4", "--lora-dropout=0.1")
+RUN = ("--steps=6", "--lr=5e-3")
+LEFT_OUT = ("ortools", "transformers", "matplotlib", "networkx", "pandas")
+"""packages that a device does without"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("device")
+    write_directory(path / "model", CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
+    (path / "data.jsonl").write_text(lines(ROWS))
+    (path / "without").mkdir()
+    (path / "without" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Refusing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {LEFT_OUT!r}:\n"
+        "            raise ModuleNotFoundError(f'no module named {name}', name=name)\n"
+        "sys.meta_path.insert(0, Refusing())\n"
+    )
+    return path
+
+
+def started(folder: Path, *words: object, device: bool, cache: Path, group: MemoryCgroup | None = None) -> Any:
+    """Run a command as people do, on a `device` without the packages that are left out there; returns what ended."""
+    line = interpreter.command("tightfit.runtime.cli.main", *map(str, words))
+    path = os.pathsep.join([*([str(folder / "without")] if device else []), interpreter.python_path()])
+    environment = os.environ | {"PYTHONPATH": path, "TIGHTFIT_CACHE": str(cache)}
+    line = line if group is None else group.enter(line)
+    return subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def trained(folder: Path, out: Path, *words: object, device: bool = True, **how: Any) -> dict[str, Any]:
+    """The report of `tightfit train` in a cache of its own."""
+    ended = started(folder, "train", *words, "--data=data.jsonl", *RUN, "-o", out, "--json", device=device, **how)
+    assert ended.returncode == 0, ended.stderr
+    report: dict[str, Any] = json.loads(ended.stdout)["report"]
+    return report
+
+
+def adapter(out: Path) -> str:
+    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def ordinary(folder: Path, cache: Path) -> Path:
+    trained(folder, folder / "ordinary", "model", *STEP, "--memory=1GiB", "--no-rehearse", device=False, cache=cache)
+    return folder / "ordinary"
+
+
+def test_a_prepared_folder_with_weights_is_enough(folder: Path, ordinary: Path, cache: Path, tmp_path: Path) -> None:
+    """The device plans by itself here, so that it has the solver, and nothing that traces."""
+    made = started(
+        folder, "prepare", "model", *STEP, "--weights", "-o", tmp_path / "m.tight", device=False, cache=cache
+    )
+    assert made.returncode == 0, made.stderr
+    report = trained(
+        folder, tmp_path / "out", tmp_path / "m.tight", "--memory=1GiB", device=False, cache=tmp_path / "c"
+    )
+    assert adapter(tmp_path / "out") == adapter(ordinary)
+    assert not list((tmp_path / "c").glob("stores/*.store"))
+    assert {"reading the data", "measuring", "planning", "rehearsing", "learning"} == set(report["stage_bytes"])
+    measuring = report["stage_bytes"]["measuring"]
+    assert 0 < measuring["measured"] <= measuring["predicted"]
+
+
+@pytest.mark.slow
+def test_a_service_traces_and_plans(folder: Path, ordinary: Path, tmp_path: Path) -> None:
+    """The device has none of the packages that trace, plan and draw; the service knows afterwards how it went."""
+    service = Served(tmp_path / "service").start()
+    try:
+        server = f"--server={service.url}"
+        report = trained(folder, tmp_path / "out", "model", *STEP, "--memory=300MiB", server, cache=tmp_path / "c")
+        (device,) = service.http.get("/v1/remote-devices").json()["devices"]
+    finally:
+        service.stop()
+    assert adapter(tmp_path / "out") == adapter(ordinary)
+    assert device["planned"]["memory"] == device["device"]["budget_bytes"] == 300 * MIB
+    held = {phase["phase"]: phase["held_bytes"] for phase in device["report"]["phases"]}
+    assert held["training"] == report["peak_bytes"]["measured"]
+    assert held["measuring"] == report["stage_bytes"]["measuring"]["measured"]
+
+
+@pytest.mark.slow
+def test_without_weights_the_device_packs_its_own(folder: Path, ordinary: Path, cache: Path, tmp_path: Path) -> None:
+    made = started(folder, "prepare", "model", *STEP, "-o", tmp_path / "m.tight", device=False, cache=cache)
+    assert made.returncode == 0, made.stderr
+    words = ("model", "--prepared", tmp_path / "m.tight", "--memory=1GiB", "--no-rehearse")
+    trained(folder, tmp_path / "out", *words, device=False, cache=tmp_path / "c")
+    assert adapter(tmp_path / "out") == adapter(ordinary)
+
+
+def test_a_service_that_is_not_there_is_told_within_seconds(folder: Path, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    words = ("model", *STEP, "--memory=300MiB", "--server=http://127.0.0.1:9", "--data=data.jsonl", *RUN)
+    ended = started(folder, "train", *words, "-o", tmp_path / "out", device=True, cache=tmp_path / "c")
+    assert ended.returncode == 4
+    assert "http://127.0.0.1:9: no answer" in ended.stderr
+    assert "is `tightfit serve` running there?" in ended.stderr
+    assert time.monotonic() - begun < 30
+    assert not (tmp_path / "out" / ".course.json").exists()
+
+
+def test_what_a_device_lacks_is_told(folder: Path, ordinary: Path, tmp_path: Path) -> None:
+    """Without a service a device would have to trace and to plan."""
+    ended = started(folder, "plan", "profile.json", "--memory=1GiB", device=True, cache=tmp_path / "c")
+    assert (ended.returncode, "profile.json: No such file" in ended.stderr) == (2, True)
+    (tmp_path / "profile.json").write_bytes((ordinary / "profile.json").read_bytes())
+    ended = started(folder, "plan", tmp_path / "profile.json", "--memory=1GiB", device=True, cache=tmp_path / "c")
+    assert ended.returncode == 2
+    assert (
+        "ortools is not installed, which planning on this machine needs: pip install 'tightfit[planner]'"
+        in ended.stderr
+    )
+    assert "let a service plan with --server URL" in ended.stderr
+
+
+@pytest.mark.slow
+def test_less_memory_later_needs_no_planner(folder: Path, cache: Path, tmp_path: Path) -> None:
+    """Plans for smaller budgets were made at once; the resumption in a smaller container takes one and gives the same bits."""
+    group = MemoryCgroup.create(190 * MIB)
+    if group is None:
+        pytest.skip("no memory cgroup can be made here")
+    words = ("model", *STEP, "--memory=1GiB", "--no-rehearse", "--smaller=4", "--checkpoint-every=3")
+    try:
+        trained(folder, tmp_path / "whole", *words, device=False, cache=cache)
+        made = started(
+            folder, "train", *words, "--data=data.jsonl", "--steps=3", "--lr=5e-3", "-o", tmp_path / "out",
+            device=False, cache=cache,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+        budgets = sorted(int(file.stem) for file in (tmp_path / "out" / "plan.smaller").glob("*.json"))
+        assert len(budgets) >= 2
+        assert budgets[0] < 190 * MIB < budgets[-1] or budgets[0] < 150 * MIB
+        profile = (tmp_path / "out" / "profile.json").read_bytes()
+        words = ("--resume", "-o", tmp_path / "out", "--steps=6", "--memory=auto", "--json")
+        ended = started(folder, "train", *words, device=True, cache=cache, group=group)
+        assert ended.returncode == 0, ended.stderr
+        report = json.loads(ended.stdout)["report"]
+        assert group.oom_kills() == 0
+    finally:
+        group.remove()
+    assert "made before" in ended.stderr
+    assert report["budget_bytes"] in budgets
+    assert report["budget_bytes"] <= 190 * MIB
+    assert tightfit.load_plan(tmp_path / "out" / "plan.json").budget_bytes == report["budget_bytes"]
+    assert (tmp_path / "out" / "profile.json").read_bytes() == profile
+    assert adapter(tmp_path / "out") == adapter(tmp_path / "whole")
