@@ -103,6 +103,7 @@ def test_settings_of_an_adapter_on_the_device_are_sent(model: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_prepared_step_differs_in_figures_alone(model: Path, folder: Path, whole: Path) -> None:
     ordinary = profile(str(model), **STEP)
     light, alone = profile(str(model), prepared=folder), profile(str(whole))
