@@ -28,6 +28,10 @@ def _used_by_others() -> float | None:
     return None if busy is None else busy - sum(os.times()[:4])
 
 
+def _now() -> float:
+    return time.monotonic()
+
+
 @dataclass(frozen=True)
 class OtherPrograms:
     """Counts the cores that other programs use from now on, among those that this process may use.
@@ -36,7 +40,7 @@ class OtherPrograms:
     `exec` can go on counting with the same fields.
     """
 
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=_now)
     used: float | None = field(default_factory=_used_by_others)
 
     def cores(self) -> float:

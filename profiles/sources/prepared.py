@@ -29,6 +29,7 @@ from tightfit.profiles.weights.precision import precision
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import of_another_version, read_whole, write_whole
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, from_json
 from tightfit.runtime.engine.weights.layout import read_header
 
@@ -121,8 +122,8 @@ def prepared_source(folder: Path) -> Source:
     prepared = load_prepared(folder)
     if prepared.weights == "elsewhere":
         raise InputError(
-            f"{folder}: was prepared without weights; name the model's own files as MODEL and this folder by --prepared, or"
-            " prepare it again with --weights"
+            f"{folder}: was prepared without weights; name the model's own files, and this folder by {spelled('prepared')}, or make it"
+            " again with `tightfit prepare --weights`"
         )
     described = described_source(prepared.request.source)
     if prepared.weights == "random":

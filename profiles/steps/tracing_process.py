@@ -66,7 +66,7 @@ def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
             os.environ | {"PYTHONPATH": python_path()},
             doing="tracing",
             predicted_bytes=TRACING_BYTES if handwritten(step.source.config) else TRANSFORMERS_BYTES,
-            instead="have the model traced on a machine with more memory: `tightfit prepare` there, or --server URL here",
+            instead="have the model traced on a machine with more memory: `tightfit prepare` there, or by a service",
             on_message=lambda message: report(message["stage"], message["done"], message["total"]),
         )
         traced = TracedStep.model_validate_json(path.read_bytes())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tightfit.runtime.common.errors import InputError
 
 EXTRAS = {
-    "ortools": ("planner", "planning on this machine", ", or let a service plan with --server URL"),
-    "networkx": ("planner", "planning on this machine", ", or let a service plan with --server URL"),
+    "ortools": ("planner", "planning on this machine", ", or let a service plan"),
+    "networkx": ("planner", "planning on this machine", ", or let a service plan"),
     "matplotlib": ("planner", "drawing", ""),
     "fastapi": ("serve", "a service", ""),
     "uvicorn": ("serve", "a service", ""),

@@ -159,7 +159,9 @@ def test_another_model_is_refused(model: Path, folder: Path, tmp_path: Path) -> 
 
 
 def test_without_weights_the_folder_alone_is_not_enough(folder: Path) -> None:
-    with pytest.raises(InputError, match="was prepared without weights; name the model's own files as MODEL"):
+    with pytest.raises(
+        InputError, match="was prepared without weights; name the model's own files, and this folder by prepared"
+    ):
         profile(str(folder))
 
 

@@ -15,11 +15,13 @@ from tightfit.planner.io import load_plan, save_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.profiles import api
 from tightfit.profiles.api import load_profile, save_profile
-from tightfit.profiles.measuring.measure import _run, measure
+from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.schema import PROFILE_VERSION, Operand, Operator, Program, Value
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.worker_process import run_worker
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.data.samples import FORMS
 from tightfit.runtime.engine.weights.store import WeightStore
 
@@ -381,13 +383,18 @@ def test_an_operator_that_does_not_run_is_named(tmp_path):
         )  # fmt: skip
 
 
+def _measured(request, environment):
+    words = command("tightfit.profiles.measuring.worker", "1")
+    return run_worker(words, request, environment, doing="measuring", predicted_bytes=1, instead="measure elsewhere")
+
+
 def test_what_ends_before_it_is_asked_is_told_by_its_last_words(tmp_path):
     """However much it said before: more than a pipe holds."""
     said = "import os\nos.write(2, b'warned\\n' * 100_000 + b'no memory left')\nos._exit(1)\n"
     (tmp_path / "sitecustomize.py").write_text(said)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with pytest.raises(RunError, match=r"measuring stopped: no memory left$"):
-        _run({"threads": 1, "scratch": "x" * (1 << 20)}, environment, None)  # more than a pipe holds
+        _measured({"threads": 1, "scratch": "x" * (1 << 20)}, environment)  # more than a pipe holds
 
 
 # --- budgets -------------------------------------------------------------------------------------------------------
@@ -466,6 +473,6 @@ def test_a_disk_that_cannot_be_measured_is_named_and_nothing_else_blamed(tmp_pat
         "compute_dtype": "float32",
     }
     with pytest.raises(RunError) as caught:
-        _run(request | {"threads": 1, "scratch": str(tmp_path / "file" / "scratch")}, dict(os.environ), None)
+        _measured(request | {"threads": 1, "scratch": str(tmp_path / "file" / "scratch")}, dict(os.environ))
     assert str(caught.value).startswith(f"{tmp_path / 'file' / 'scratch'}")
     assert str(caught.value).endswith("; set TIGHTFIT_CACHE to a writable directory with free space")

@@ -29,7 +29,20 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.session.options import TrainingOptions
 
 OF_THE_COMMAND = {
-    *("context", "output", "as_json", "debug", "server", "certificate", "html", "picture", "stages", "tokens", "held"),
+    *(
+        "context",
+        "output",
+        "as_json",
+        "debug",
+        "server",
+        "certificate",
+        "html",
+        "picture",
+        "stages",
+        "tokens",
+        "held",
+        "after",
+    ),
 }
 """parameters about a command's own files and messages"""
 OF_THE_SERVICE = {

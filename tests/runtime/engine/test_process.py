@@ -68,7 +68,7 @@ def test_the_floor_is_a_constant(floor):
 
 def test_the_floor_is_measured_once_new_libraries_are_on_disk(monkeypatch):
     """Just after an installation it was 16 MiB too high: pages that are not on disk yet stay resident."""
-    from tightfit.profiles.measuring import worker
+    from tightfit.profiles.measuring.floor import idle_floor
 
     done: list[str] = []
     answers = {
@@ -83,7 +83,7 @@ def test_the_floor_is_measured_once_new_libraries_are_on_disk(monkeypatch):
 
     monkeypatch.setattr(os, "sync", lambda: done.append("sync"))
     monkeypatch.setattr(subprocess, "run", run)
-    assert worker.floor(2) == {"resident_bytes": 1, "supervisor_bytes": 7}
+    assert idle_floor(2) == {"resident_bytes": 1, "supervisor_bytes": 7}
     assert done == ["sync", "tightfit.runtime.engine.training.child", "tightfit.runtime.supervision.supervisor"]
 
 
@@ -401,10 +401,10 @@ def test_the_meter_keeps_a_timeline_of_the_step_that_is_watched():
 
 
 def test_a_floor_is_told_though_members_of_a_fleet_cannot_meet(monkeypatch):
-    from tightfit.profiles.measuring import worker
+    from tightfit.profiles.measuring import floor as measuring_floor
 
     dies = "import os, signal\nprint('{\"resident_bytes\": 7}', flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)"
-    monkeypatch.setattr(worker, "command", lambda *_: [sys.executable, "-c", dies])
-    told = worker.floor(1)
+    monkeypatch.setattr(measuring_floor, "command", lambda *_: [sys.executable, "-c", dies])
+    told = measuring_floor.idle_floor(1)
     assert told["resident_bytes"] == 7
     assert "exchange_bytes" not in told
