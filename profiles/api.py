@@ -27,7 +27,7 @@ from tightfit.profiles.sources.lookup import names_module, resolve, vocabulary
 from tightfit.profiles.sources.packing import packed_store
 from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
 from tightfit.profiles.steps.choice import step_of
-from tightfit.profiles.steps.tracing_process import traced_step, tracing_request
+from tightfit.profiles.steps.tracing_process import check_tracing, traced_step, tracing_request
 from tightfit.profiles.tracing.shorter_steps import renamed_programs
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
@@ -110,6 +110,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         return earlier
     if elsewhere is not None:
         return estimate_profile(unmeasured(traced_step(step, report), elsewhere.device(), key), elsewhere)
+    check_tracing(step)
     store = _stored(opened, report) if opened.has_weights else None
     traced = traced_step(step, report)
     shorter_programs = [program for shorter_step in traced.shorter for program in renamed_programs(shorter_step)]

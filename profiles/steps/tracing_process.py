@@ -22,15 +22,17 @@ from tightfit.profiles.sources.described import TracingRequest, described, descr
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.decoder_step import DecoderStep
 from tightfit.profiles.steps.prepared_step import MEASURING
-from tightfit.profiles.worker_process import run_worker, work
+from tightfit.profiles.worker_process import check_place, run_worker, work
 from tightfit.runtime.common.interpreter import command, python_path
 
 if TYPE_CHECKING:
     from tightfit.profiles.steps.step import ProfiledStep
 
 
-TRACING_BYTES, TRANSFORMERS_BYTES = 480 << 20, 700 << 20
+TRACING_BYTES, TRANSFORMERS_BYTES = 416 << 20, 700 << 20
 """what the worker holds at most, for a hand-written family and for one that transformers builds"""
+DORA_BYTES, LENGTH_BYTES = 64 << 20, 24 << 20
+"""what magnitudes of DoRA, and each shorter length, add"""
 
 
 def tracing_request(step: ProfiledStep) -> TracingRequest:
@@ -51,13 +53,31 @@ def trace_requested(request: TracingRequest, report: Progress) -> TracedStep:
     return step.traced(report)
 
 
+def check_tracing(step: ProfiledStep) -> None:
+    """Raise InputError where the worker that traces the step has no place in the memory that is free."""
+    if not _traced_here(step):
+        check_place("tracing", *_what_it_takes(step))
+
+
+def _traced_here(step: ProfiledStep) -> bool:
+    return "torch" in sys.modules or not step.worth_a_process
+
+
+def _what_it_takes(step: ProfiledStep) -> tuple[int, str]:
+    """(bytes of the worker, what to do where they are not free)."""
+    needed = TRACING_BYTES if handwritten(step.source.config) else TRANSFORMERS_BYTES
+    needed += DORA_BYTES * step.options.dora + LENGTH_BYTES * len(step.options.buckets.split(",") if step.options.buckets else ())
+    return needed, "have the model traced on a machine with more memory: `tightfit prepare` there, or by a service"
+
+
 def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
     """The step, traced here where PyTorch is loaded already, or has to be for a module's own code; else by a worker.
 
     Raises InputError for what cannot be traced, RunError if the worker fails.
     """
-    if "torch" in sys.modules or not step.worth_a_process:
+    if _traced_here(step):
         return step.traced(report)
+    needed, instead = _what_it_takes(step)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.json"
         run_worker(
@@ -65,8 +85,8 @@ def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
             tracing_request(step).model_dump(mode="json"),
             os.environ | {"PYTHONPATH": python_path()},
             doing="tracing",
-            predicted_bytes=TRACING_BYTES if handwritten(step.source.config) else TRANSFORMERS_BYTES,
-            instead="have the model traced on a machine with more memory: `tightfit prepare` there, or by a service",
+            predicted_bytes=needed,
+            instead=instead,
             on_message=lambda message: report(message["stage"], message["done"], message["total"]),
         )
         traced = TracedStep.model_validate_json(path.read_bytes())
