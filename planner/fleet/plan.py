@@ -204,8 +204,9 @@ def least_seconds(members: Sequence[MemberSpec], micro_batches: int, *, bits: in
 
     Raises InputError as `plan_pipeline`.
     """
-    candidates = _candidates(_of_one_model(members, bits), checked_count(micro_batches), bits, gap=0.0)
-    return DivisionBounds(candidates, micro_batches).least if candidates[0].plans.cuts else None
+    number = checked_count(micro_batches)
+    candidates = _candidates(_of_one_model(members, bits), number, bits, gap=0.0)
+    return DivisionBounds(candidates, number).least if candidates[0].plans.cuts else None
 
 
 def _of_one_model(members: Sequence[MemberSpec], bits: int | None = None) -> list[MemberSpec]:

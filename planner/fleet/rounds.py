@@ -129,8 +129,8 @@ def plan_split(
             f"the profiles differ in the steps of an update; profile all with the same {spelled('accumulate')}"
         )
     for name, weight in (asked.weights or {}).items():
-        if name not in profiles or not 0 < weight < math.inf:
-            raise InputError(f"weight {weight} of member {name!r}: give a number above 0, for a member of the fleet")
+        if name not in {spec.name for spec in specs} or not 0 < weight < math.inf:
+            raise InputError(f"weight {weight} of member {name!r}: give a number above 0, for a device of the fleet")
     return _SplitRounds(specs, steps, asked, server).plan()
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tightfit.planner.schema import Plan
     from tightfit.planner.service.client import connect
     from tightfit.planner.simulation.simulate import simulate
-    from tightfit.profiles.api import load_profile, profile, save_profile
+    from tightfit.profiles.api import load_profile, prepare, profile, save_profile
     from tightfit.profiles.devices.data_sheets import find_device, known_devices
     from tightfit.profiles.schema import Profile
     from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
@@ -58,6 +58,7 @@ __all__ = [
     "parse_size",
     "plan",
     "planner_of",
+    "prepare",
     "profile",
     "rehearse",
     "run",
@@ -75,7 +76,7 @@ _PLACES = {
     "planner.schema": ("Plan",),
     "planner.service.client": ("connect",),
     "planner.simulation.simulate": ("simulate",),
-    "profiles.api": ("load_profile", "profile", "save_profile"),
+    "profiles.api": ("load_profile", "prepare", "profile", "save_profile"),
     "profiles.devices.data_sheets": ("find_device", "known_devices"),
     "profiles.schema": ("Profile",),
     "runtime.common.errors": ("CapError", "InfeasibleError", "InputError", "RunError", "TightfitError"),

@@ -174,6 +174,8 @@ def test_what_cannot_be_planned_is_refused(spec, server):
         plan_split(server, [spec("a", 1.0, 30 * MIB, accumulate=2)], 2)
     with pytest.raises(InputError, match="weight 0 of member 'a'"):
         plan_split(server, [device], 2, weights={"a": 0})
+    with pytest.raises(InputError, match="weight 2 of member 'server'"):
+        plan_split(server, [device], 2, weights={"server": 2})
 
 
 def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
