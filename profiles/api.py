@@ -95,9 +95,10 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     with the same fingerprint is returned at once, except with `force`, or if it was measured while other programs kept
     the cores busy and the cores are idle now. An estimate touches no weights, measures nothing and is not cached.
 
-    `progress` is called now and then.
+    `prepared` is a folder of `prepare`, from which the step is taken instead of tracing it. `memory` are the bytes that measuring may
+    hold (default: what it measures best with); they change no figure. `progress` is called now and then.
 
-    Raises InputError for a source, shape or device that cannot be used, RunError if packing or measuring fails.
+    Raises InputError for a source, shape or device that cannot be used, or what has no place in the memory that is free, RunError if packing or measuring fails.
     """
     elsewhere = None if options.device == "cpu" else find_device(options.device)
     threads = _threads(options.threads, elsewhere)
