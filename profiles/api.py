@@ -19,6 +19,7 @@ from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.measuring.figures import measured, unmeasured
 from tightfit.profiles.measuring.measure import measure
+from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
 from tightfit.profiles.schema import PROFILE_VERSION, Profile
@@ -26,6 +27,7 @@ from tightfit.profiles.sources.described import TracingRequest
 from tightfit.profiles.sources.lookup import names_module, resolve, vocabulary
 from tightfit.profiles.sources.packing import packed_store
 from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
+from tightfit.profiles.steps.answer_tracing import traced_answers
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.tracing_process import check_tracing, traced_step, tracing_request
 from tightfit.profiles.tracing.shorter_steps import renamed_programs
@@ -36,6 +38,7 @@ from tightfit.runtime.common.interpreter import PACKAGE, python_path
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu import native_dropout
+from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.weights import native
@@ -170,6 +173,7 @@ def prepare(
         request=tracing_request(step),
         step=traced_step(step, report),
         weights="here" if store is not None else "elsewhere" if opened.has_weights else "random",
+        answers=traced_answers(opened, GROUP, 0, "") if store is not None and handwritten(opened.config) else None,
     )
     words = vocabulary(source)
     save_prepared(prepared, Path(folder), store, words)

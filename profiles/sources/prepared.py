@@ -20,6 +20,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.schema import PROFILE_VERSION, FrozenRecord, TracedStep
 from tightfit.profiles.sources.described import TracingRequest, described_source
 from tightfit.profiles.sources.directory_tokenizer import TABLE, TOKENIZER, WORDS, write_vocabulary
@@ -45,6 +46,8 @@ class PreparedModel(FrozenRecord):
     step: TracedStep
     weights: Literal["here", "elsewhere", "random"]
     """here: in the folder; elsewhere: the device names the model's own files; random: a bare config has none"""
+    answers: AnswerSteps | None = None
+    """the steps of answers, where the folder has the weights and the family is written by hand"""
 
 
 def prepared_json(prepared: PreparedModel) -> str:

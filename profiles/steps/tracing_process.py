@@ -66,7 +66,9 @@ def _traced_here(step: ProfiledStep) -> bool:
 def _what_it_takes(step: ProfiledStep) -> tuple[int, str]:
     """(bytes of the worker, what to do where they are not free)."""
     needed = TRACING_BYTES if handwritten(step.source.config) else TRANSFORMERS_BYTES
-    needed += DORA_BYTES * step.options.dora + LENGTH_BYTES * len(step.options.buckets.split(",") if step.options.buckets else ())
+    needed += DORA_BYTES * step.options.dora + LENGTH_BYTES * len(
+        step.options.buckets.split(",") if step.options.buckets else ()
+    )
     return needed, "have the model traced on a machine with more memory: `tightfit prepare` there, or by a service"
 
 

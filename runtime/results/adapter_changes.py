@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tightfit.profiles.models.lora import LoraConfig, Pair, from_peft
 from tightfit.profiles.weights.precision import PUBLISHED
@@ -18,6 +16,9 @@ from tightfit.profiles.weights.tensor_file import TensorFile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.training.adapter import BODY, MAGNITUDE, PREFIX, WEIGHTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 LENGTHS = MAGNITUDE.removesuffix(".weight")
@@ -38,6 +39,8 @@ class WeightChange:
 
     def rows(self, weight: Tensor, start: int) -> Tensor:
         """The changed rows of W from row `start` on, for the rows `weight`, float32 [n, inputs]."""
+        import torch
+
         stop = start + len(weight)
         changed = torch.addmm(weight, self.b[start:stop], self.a, alpha=self.scale)
         if self.magnitude is None:
@@ -49,6 +52,8 @@ class WeightChange:
         """The changed columns of W from column `start` on, for the columns `weight`, float32 [n, outputs]: what a file holds that
         has rows and columns the other way round. Without the magnitudes, for which whole rows are needed.
         """
+        import torch
+
         return torch.addmm(weight, self.a[:, start : start + len(weight)].t(), self.b.t(), alpha=self.scale)
 
 
@@ -138,6 +143,8 @@ class AdapterFolder:
             )
 
     def _rows(self, key: str, start: int, stop: int) -> Tensor:
+        import torch
+
         values = self._file.rows(key, start, stop).float()
         if not torch.isfinite(values).all():
             raise InputError(

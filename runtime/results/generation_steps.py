@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.transformers_config import not_installed
+from tightfit.profiles.sources.prepared import load_prepared
+from tightfit.profiles.steps.answer_tracing import traced_answers
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.files import cache_directory, write_whole
 from tightfit.runtime.common.interpreter import PACKAGE
@@ -29,6 +31,8 @@ def traced_steps(source: Source, longest: int, instead: str) -> AnswerSteps:
 
     Raises InputError for a decoder that cannot answer with a cache, which ends with `instead`: what to do.
     """
+    if source.kind == "prepared" and (answers := load_prepared(source.path).answers) is not None:
+        return answers
     by_hand = handwritten(source.config)
     try:
         releases = [version(name) for name in ("torch", *["transformers"] * (not by_hand))]
@@ -48,14 +52,7 @@ def traced_steps(source: Source, longest: int, instead: str) -> AnswerSteps:
         pass
     except ValidationError:
         place.unlink(missing_ok=True)
-    if by_hand:
-        from tightfit.profiles.models.answering_family import family_steps
-
-        steps = family_steps(source.config, GROUP)
-    else:
-        from tightfit.profiles.models.answering_decoder import answer_steps
-
-        steps = answer_steps(source.config, source.entries, group=GROUP, longest=longest, instead=instead)
+    steps = traced_answers(source, GROUP, longest, instead)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_whole(place, steps.model_dump_json())
     return steps

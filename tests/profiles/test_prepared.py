@@ -14,6 +14,7 @@ from damage import CONFIG
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from tightfit.profiles.api import prepare, profile, request_trace
+from tightfit.profiles.models.answering_family import family_steps
 from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import Profile, TracedStep
 from tightfit.profiles.sources.described import PackedTensor
@@ -23,6 +24,8 @@ from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.tracing_process import trace_requested
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import python_path
+from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
+from tightfit.runtime.results.generation_steps import traced_steps
 
 pytestmark = pytest.mark.usefixtures("cache")
 STEP: dict[str, Any] = {"seq": 24, "batch": 2, "lora_rank": 4, "buckets": "8"}
@@ -77,6 +80,14 @@ def test_the_step_is_the_one_that_is_traced_here(model: Path, folder: Path, whol
     here = traced_here(model)
     assert load_prepared(folder).step == here == load_prepared(whole).step
     assert here.shorter[0].seq == 8
+
+
+def test_the_steps_of_answers_come_with_the_weights(folder: Path, whole: Path, model: Path) -> None:
+    source = resolve(str(model))
+    assert (
+        load_prepared(whole).answers == family_steps(source.config, GROUP) == traced_steps(resolve(str(whole)), 64, "")
+    )
+    assert load_prepared(folder).answers is None
 
 
 def test_a_description_is_enough_to_trace(model: Path) -> None:

@@ -90,6 +90,23 @@ def test_a_prepared_folder_with_weights_is_enough(folder: Path, ordinary: Path, 
 
 
 @pytest.mark.slow
+def test_a_prepared_folder_answers_as_its_model_does(folder: Path, cache: Path, tmp_path: Path) -> None:
+    """Without PyTorch's Python: the steps of answers are in the folder."""
+    made = started(
+        folder, "prepare", "model", *STEP, "--weights", "-o", tmp_path / "m.tight", device=False, cache=cache
+    )
+    assert made.returncode == 0, made.stderr
+    words = ("--prompt=The quick brown", "--max-tokens=8", "--memory=300MiB", "--json")
+    answers = []
+    for model in ("model", tmp_path / "m.tight"):
+        ended = started(folder, "generate", model, *words, device=False, cache=tmp_path / Path(model).name)
+        assert ended.returncode == 0, ended.stderr
+        answers.append(json.loads(ended.stdout)["text"])
+    assert answers[0] == answers[1] != ""
+    assert [len(list(tmp_path.glob(f"{name}/generation/steps-*"))) for name in ("model", "m.tight")] == [1, 0]
+
+
+@pytest.mark.slow
 def test_a_service_traces_and_plans(folder: Path, ordinary: Path, tmp_path: Path) -> None:
     """The device has none of the packages that trace, plan and draw; the service knows afterwards how it went."""
     service = Served(tmp_path / "service").start()
