@@ -87,6 +87,9 @@ def test_a_prepared_folder_with_weights_is_enough(folder: Path, ordinary: Path, 
     assert {"reading the data", "measuring", "planning", "rehearsing", "learning"} == set(report["stage_bytes"])
     measuring = report["stage_bytes"]["measuring"]
     assert 0 < measuring["measured"] <= measuring["predicted"]
+    merged = started(folder, "merge", tmp_path / "out", "-o", tmp_path / "merged", device=False, cache=cache)
+    assert merged.returncode == 2
+    assert "is a prepared folder, whose weights are packed: name the model's own files with --base" in merged.stderr
 
 
 @pytest.mark.slow
