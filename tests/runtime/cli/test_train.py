@@ -22,6 +22,7 @@ from tightfit.profiles.option_fields import options_of as fields_of
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import main
 from tightfit.runtime.cli import train as stages
+from tightfit.runtime.cli import train_stages
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, write_options
 from tightfit.runtime.cli.options import key_of
 from tightfit.runtime.common.errors import InputError, RunError
@@ -43,7 +44,7 @@ def context(*words):
 def options_of(*words):
     """What the command would write down, by key."""
     found = context(*words)
-    return stages._settings(found, found.params | {"output": Path(found.params["output"])})
+    return train_stages._settings(found, found.params | {"output": Path(found.params["output"])})
 
 
 # --- options of the stages --------------------------------------------------------------------------------------------

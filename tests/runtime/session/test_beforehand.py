@@ -14,7 +14,7 @@ from tightfit.planner.search_options import POLICY_NAMES
 from tightfit.planner.solve.policies import APPROXIMATE, POLICIES
 from tightfit.profiles.schema import MOBILLM
 from tightfit.runtime.cli import main
-from tightfit.runtime.cli import train as command
+from tightfit.runtime.cli import train_stages as command
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.records import RecordWriter
 from tightfit.runtime.session import train as library
