@@ -14,6 +14,7 @@ from torch import nn
 
 from tightfit.profiles import api
 from tightfit.profiles.sources.factory import build_with_batches
+from tightfit.profiles.steps import module_step
 from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.eager_steps import EagerSteps, StepError, eager_step
 from tightfit.runtime.common.errors import InputError
@@ -213,7 +214,9 @@ def test_a_factory_may_give_several_batches(factory, labels):
 @pytest.mark.slow
 def test_a_profile_compares_on_what_the_factory_gives(cache, monkeypatch):
     seen = []
-    monkeypatch.setattr(api, "GradientComparison", lambda *given: seen.append(given) or GradientComparison(*given))
+    monkeypatch.setattr(
+        module_step, "GradientComparison", lambda *given: seen.append(given) or GradientComparison(*given)
+    )
     measured = api.profile(f"{__name__}:loaded", force=True)
     assert measured.model.compared.startswith(
         "loss and gradients are PyTorch's in 3 steps of AdamW on different batches, "

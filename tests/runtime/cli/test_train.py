@@ -20,9 +20,8 @@ from tightfit.profiles.api import load_profile
 from tightfit.profiles.option_fields import PRIMARY, WORD, extras
 from tightfit.profiles.option_fields import options_of as fields_of
 from tightfit.profiles.options import ProfileOptions
-from tightfit.runtime.cli import main
+from tightfit.runtime.cli import main, train_stages
 from tightfit.runtime.cli import train as stages
-from tightfit.runtime.cli import train_stages
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, write_options
 from tightfit.runtime.cli.options import key_of
 from tightfit.runtime.common.errors import InputError, RunError

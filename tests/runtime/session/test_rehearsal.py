@@ -317,7 +317,7 @@ def test_a_rehearsal_that_fails_leaves_the_plan_and_says_why(measured, monkeypat
 
 @pytest.mark.slow
 def test_where_memory_is_short_nothing_is_started(measured, monkeypatch):
-    monkeypatch.setattr(rehearsal, "free_memory", lambda: (30 * MIB, "30.0 MiB are left of the cgroup's 400.0"))
+    monkeypatch.setattr(rehearsal, "free_memory", lambda **given: (30 * MIB, "30.0 MiB are left of the cgroup's 400.0"))
     monkeypatch.setattr(rehearsal, "supervise", lambda *given, **options: pytest.fail("no process is started"))
     made = rehearsed(measured, lambda step: step, planned)
     (said,) = made.lines
