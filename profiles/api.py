@@ -99,9 +99,10 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     the cores busy and the cores are idle now. An estimate touches no weights, measures nothing and is not cached.
 
     `prepared` is a folder of `prepare`, from which the step is taken instead of tracing it. `memory` are the bytes that measuring may
-    hold (default: what it measures best with); they change no figure. `progress` is called now and then.
+    hold (default: what it measures best with). `progress` is called now and then.
 
-    Raises InputError for a source, shape or device that cannot be used, or what has no place in the memory that is free, RunError if packing or measuring fails.
+    Raises InputError for a source, shape or device that cannot be used, or what has no place in the memory that is free,
+    RunError if packing or measuring fails.
     """
     elsewhere = None if options.device == "cpu" else find_device(options.device)
     threads = _threads(options.threads, elsewhere)
@@ -175,8 +176,7 @@ def prepare(
         weights="here" if store is not None else "elsewhere" if opened.has_weights else "random",
         answers=traced_answers(opened, GROUP, 0, "") if store is not None and handwritten(opened.config) else None,
     )
-    words = vocabulary(source)
-    save_prepared(prepared, Path(folder), store, words)
+    save_prepared(prepared, Path(folder), store, vocabulary(source))
     return prepared
 
 

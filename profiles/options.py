@@ -186,5 +186,5 @@ class ProfileOptions(Options):
     )
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.", label="Measure anew")
     memory: int | None = Field(None, ge=1)
-    """Bytes that the processes which measure may hold; None: what they are best with. No part of what is measured depends on it."""
+    """Bytes that the processes which measure may hold; None: what they are best with. It says how large buffers are, and not what is measured."""
     progress: Progress | None = None

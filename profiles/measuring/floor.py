@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tightfit.profiles.measuring.kernels import kernel_bytes
-from tightfit.profiles.measuring.messages import Steps, send
+from tightfit.profiles.measuring.messages import Steps
+from tightfit.profiles.worker_process import send
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.files import nameless_file, write_all

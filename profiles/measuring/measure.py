@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
 from tightfit.profiles.measuring.memory import Measured, measuring_memory
 from tightfit.profiles.schema import Layer, Program, Tensor
-from tightfit.profiles.worker_process import run_worker
+from tightfit.profiles.worker_process import Progress, run_worker
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.weights.layout import Entry, find_extent
 
 if TYPE_CHECKING:
     from tightfit.profiles.tracing.comparison import GradientComparison
-
-Progress = Callable[[str, int, int], None]
 
 
 def measure(

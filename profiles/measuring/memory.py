@@ -61,7 +61,7 @@ class MeasuringMemory:
     """most that the processes which measure hold at once"""
 
 
-class Buffers(NamedTuple):
+class TurningBuffers(NamedTuple):
     """Sets of buffers that are used in turn."""
 
     rows: int
@@ -147,32 +147,32 @@ def predicted_bytes(measured: Measured, turning_bytes: int) -> int:
     return plain + max(worker_bytes, FLOOR_BYTES + request_bytes + child_bytes)
 
 
-def unpack_buffers(turning_bytes: int, kind: str, group: int, rows: int, columns: int, dtype: str) -> Buffers:
+def unpack_buffers(turning_bytes: int, kind: str, group: int, rows: int, columns: int, dtype: str) -> TurningBuffers:
     """For unpacking a weight [rows, columns]: its packed and unpacked rows."""
     packed_row = Entry(name="row", shape=(1, columns), format=kind, group=group).row_bytes
     return _buffers(turning_bytes, rows, packed_row + columns * ELEMENT_BYTES[dtype])
 
 
-def update_buffers(turning_bytes: int, elements: int, accumulate: int = 1) -> Buffers:
+def update_buffers(turning_bytes: int, elements: int, accumulate: int = 1) -> TurningBuffers:
     """For updating a trainable: value, gradient and two moments, where several steps make an update their sum, all in float32."""
     return _buffers(turning_bytes, elements, 4 * (4 + (accumulate > 1)))
 
 
-def clipped_buffers(turning_bytes: int, elements: int) -> Buffers:
+def clipped_buffers(turning_bytes: int, elements: int) -> TurningBuffers:
     """For clipped updates: value, two moments and the sum."""
     return _buffers(turning_bytes * 4 // 5, elements, 4 * 4)  # the rest is for one gradient beside them
 
 
-def adafactor_buffers(turning_bytes: int, shape: Sequence[int]) -> Buffers:
+def adafactor_buffers(turning_bytes: int, shape: Sequence[int]) -> TurningBuffers:
     """For updating a trainable by Adafactor: value and gradient. There is one set."""
     rows, *others = shape or (1,)
     return _buffers(turning_bytes, rows, 2 * 4 * math.prod(others))._replace(copies=1)
 
 
-def _buffers(turning_bytes: int, rows: int, row_bytes: int) -> Buffers:
+def _buffers(turning_bytes: int, rows: int, row_bytes: int) -> TurningBuffers:
     rows_with_room = max(1, min(rows, turning_bytes // max(1, row_bytes)))
     copies = max(1, min(MOST_CALLS, turning_bytes // max(1, rows_with_room * row_bytes)))
-    return Buffers(rows_with_room, copies, row_bytes)
+    return TurningBuffers(rows_with_room, copies, row_bytes)
 
 
 def largest_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

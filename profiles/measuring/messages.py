@@ -1,15 +1,8 @@
-"""What the measuring process tells the one that started it: a JSON object a line."""
+"""What the measuring process tells the one that started it while it goes on."""
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import Any
-
-
-def send(**message: Any) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+from tightfit.profiles.worker_process import send
 
 
 class Steps:

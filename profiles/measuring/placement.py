@@ -1,7 +1,7 @@
 """Where the tensors of a program lie while its operators are measured: in one arena, placed by their lifetimes as in a run.
 
 What an operator makes lives from the operator that writes it first to the one that reads it last, and shares its bytes with what
-lives at other times: every round makes it anew. What no operator makes keeps its bytes, and so its contents, for all rounds. Weights
+lives at other times: every round makes it anew. What no operator makes keeps its bytes, and so its contents, for all rounds. WeightsOfDtype
 are windows in a pool of random numbers, at offsets that go round it, so that each has left the cache when its turn comes.
 
 Standard library only: bytes are counted before anything is started.
@@ -42,7 +42,7 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class WeightsOfDtype:
     """The weights of a program that have one dtype."""
 
     dtype: str
@@ -128,7 +128,7 @@ def lifetimes(program: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]
     return lives
 
 
-def weights_of(program: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> list[Weights]:
+def weights_of(program: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> list[WeightsOfDtype]:
     """The weights that operators read as a whole, by dtype."""
     used = _used(program)
     by_dtype: dict[str, dict[str, int]] = {}
@@ -139,11 +139,11 @@ def weights_of(program: Mapping[str, Any], values: Mapping[str, Mapping[str, Any
     for dtype, sizes in by_dtype.items():
         counts = Counter((tuple(values[name]["shape"]), size) for name, size in sizes.items())
         spread = sum(min(count, WEIGHT_BUFFERS) * size for (_, size), count in counts.items())
-        groups.append(Weights(dtype=dtype, sizes=sizes, spread_bytes=spread))
+        groups.append(WeightsOfDtype(dtype=dtype, sizes=sizes, spread_bytes=spread))
     return groups
 
 
-def _windows(group: Weights, start: int, size: int) -> dict[str, int]:
+def _windows(group: WeightsOfDtype, start: int, size: int) -> dict[str, int]:
     """Offsets of weights, one behind the other in `size` bytes from `start` on, and again from the start at the end of them."""
     offsets, place = {}, 0
     for name, own in group.sizes.items():

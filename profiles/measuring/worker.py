@@ -35,8 +35,9 @@ from tightfit.profiles.measuring.memory import (
     unpack_buffers,
     update_buffers,
 )
-from tightfit.profiles.measuring.messages import Steps, send
+from tightfit.profiles.measuring.messages import Steps
 from tightfit.profiles.measuring.placement import Placement, place
+from tightfit.profiles.worker_process import send
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.parent import end_with_parent

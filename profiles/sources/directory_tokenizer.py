@@ -1,7 +1,7 @@
 """Reads the tokenizer of a Hugging Face directory, with its special tokens and chat templates; writes and reads what tightfit
 itself keeps of a vocabulary.
 
-As a program, with the names of a tokenizer.json and of a file, it writes the tokenizer's table there.
+As a worker (`tightfit.profiles.worker_process`) it writes the table of a tokenizer.json.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,4 +172,4 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 
 if __name__ == "__main__":
-    write_kept_table(json_parts)
+    sys.exit(write_kept_table(json_parts))

@@ -1,6 +1,6 @@
 """Reads the tokenizer inside a GGUF file.
 
-As a program, with the names of a GGUF file and of another, it writes the tokenizer's table there.
+As a worker (`tightfit.profiles.worker_process`) it writes the table of the tokenizer in a GGUF file.
 
 Two kinds occur in the supported architectures: byte-level BPE (``gpt2``: merges in the file, the split pattern named by
 ``tokenizer.ggml.pre``) and SentencePiece BPE (``llama``: scores in the file; the merges follow from the scores).
@@ -9,6 +9,7 @@ Two kinds occur in the supported architectures: byte-level BPE (``gpt2``: merges
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,4 +189,4 @@ def implied_merges(ids: Mapping[str, int], scores: Sequence[float]) -> Iterator[
 
 
 if __name__ == "__main__":
-    write_kept_table(gguf_parts)
+    sys.exit(write_kept_table(gguf_parts))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.profiles.weights.source import FORMS, Source, read_config
+from tightfit.profiles.weights.source import FORMS, PREPARED, Source, read_config
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, read_json
@@ -229,7 +229,7 @@ def _named(source: str | os.PathLike[str]) -> tuple[Kind, Path]:
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return "prepared" if (path / "prepared.json").is_file() else "directory", path.resolve()
+        return "prepared" if (path / PREPARED).is_file() else "directory", path.resolve()
     if path.is_file():
         if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
             return "gguf", path.resolve()

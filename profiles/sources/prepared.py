@@ -27,14 +27,14 @@ from tightfit.profiles.sources.directory_tokenizer import TABLE, TOKENIZER, WORD
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.precision import precision
-from tightfit.profiles.weights.source import Source
+from tightfit.profiles.weights.source import PREPARED, Source
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import of_another_version, read_whole, write_whole
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, from_json
 from tightfit.runtime.engine.weights.layout import read_header
 
-PREPARED, WEIGHTS = "prepared.json", "weights.store"
+WEIGHTS = "weights.store"
 AGAIN = "prepare the model again with `tightfit prepare`, or copy the folder again"
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from tightfit.profiles.models.answer_steps import AnswerSteps
@@ -38,17 +36,15 @@ def traced_answers(source: Source, group: int, longest: int, instead: str) -> An
     if "torch" in sys.modules:
         return _traced(source, group, longest, instead)
     request = AnswersRequest(source=described(source), group=group, longest=longest, instead=instead)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "answers.json"
-        run_worker(
-            command(__name__, str(path)),
-            request.model_dump(mode="json"),
-            os.environ | {"PYTHONPATH": python_path()},
-            doing="tracing",
-            predicted_bytes=FAMILY_BYTES if handwritten(source.config) else TRANSFORMERS_BYTES,
-            instead="prepare the model on a machine with more memory (`tightfit prepare --weights`) and ask the folder",
-        )
-        return AnswerSteps.model_validate_json(path.read_bytes())
+    result = run_worker(
+        command(__name__),
+        request.model_dump(mode="json"),
+        os.environ | {"PYTHONPATH": python_path()},
+        doing="tracing",
+        predicted_bytes=FAMILY_BYTES if handwritten(source.config) else TRANSFORMERS_BYTES,
+        instead="prepare the model on a machine with more memory (`tightfit prepare --weights`) and ask the folder",
+    )
+    return AnswerSteps.model_validate(result)
 
 
 def _traced(source: Source, group: int, longest: int, instead: str) -> AnswerSteps:
@@ -61,15 +57,11 @@ def _traced(source: Source, group: int, longest: int, instead: str) -> AnswerSte
     return answer_steps(source.config, source.entries, group=group, longest=longest, instead=instead)
 
 
-def main(path: str) -> int:
-    def trace(values: dict[str, Any], report: Progress) -> str:
-        request = AnswersRequest.model_validate(values)
-        steps = _traced(described_source(request.source), request.group, request.longest, request.instead)
-        Path(path).write_text(steps.model_dump_json(), encoding="utf-8")
-        return path
-
-    return work(trace)
+def _trace(values: dict[str, Any], report: Progress) -> dict[str, Any]:
+    request = AnswersRequest.model_validate(values)
+    steps = _traced(described_source(request.source), request.group, request.longest, request.instead)
+    return steps.model_dump(mode="json")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(work(_trace))

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.decoder_config import handwritten
@@ -66,9 +64,8 @@ def _traced_here(step: ProfiledStep) -> bool:
 def _what_it_takes(step: ProfiledStep) -> tuple[int, str]:
     """(bytes of the worker, what to do where they are not free)."""
     needed = TRACING_BYTES if handwritten(step.source.config) else TRANSFORMERS_BYTES
-    needed += DORA_BYTES * step.options.dora + LENGTH_BYTES * len(
-        step.options.buckets.split(",") if step.options.buckets else ()
-    )
+    lengths = step.options.buckets.split(",") if step.options.buckets else []
+    needed += DORA_BYTES * step.options.dora + LENGTH_BYTES * len(lengths)
     return needed, "have the model traced on a machine with more memory: `tightfit prepare` there, or by a service"
 
 
@@ -80,29 +77,22 @@ def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
     if _traced_here(step):
         return step.traced(report)
     needed, instead = _what_it_takes(step)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "step.json"
-        run_worker(
-            command(__name__, str(path)),
-            tracing_request(step).model_dump(mode="json"),
-            os.environ | {"PYTHONPATH": python_path()},
-            doing="tracing",
-            predicted_bytes=needed,
-            instead=instead,
-            on_message=lambda message: report(message["stage"], message["done"], message["total"]),
-        )
-        traced = TracedStep.model_validate_json(path.read_bytes())
+    result = run_worker(
+        command(__name__),
+        tracing_request(step).model_dump(mode="json"),
+        os.environ | {"PYTHONPATH": python_path()},
+        doing="tracing",
+        predicted_bytes=needed,
+        instead=instead,
+        on_message=lambda message: report(message["stage"], message["done"], message["total"]),
+    )
+    traced = TracedStep.model_validate(result)
     return traced.model_copy(update={"optimizer": adamw(step.options.accumulate)})
 
 
-def main(path: str) -> int:
-    def trace(request: dict[str, Any], report: Progress) -> str:
-        traced = trace_requested(TracingRequest.model_validate(request), report)
-        Path(path).write_text(traced.model_dump_json(), encoding="utf-8")
-        return path
-
-    return work(trace)
+def _trace(request: dict[str, Any], report: Progress) -> dict[str, Any]:
+    return trace_requested(TracingRequest.model_validate(request), report).model_dump(mode="json")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(work(_trace))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tightfit.profiles.token_tables.table_file import NoTableError, TableParts, write_table
 from tightfit.profiles.token_tables.tokenizer_table import WHOLE_WORDS, TokenizerTable, library_pipeline
-from tightfit.runtime.common.errors import CapError, InputError, RunError
+from tightfit.profiles.worker_process import Progress, run_worker, work
+from tightfit.runtime.common.errors import CapError, InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import command, python_path
 from tightfit.runtime.common.units import MIB, format_size
@@ -21,8 +21,6 @@ SMALL_BYTES = 8 * MIB
 """A vocabulary that takes less is read in this process."""
 PROCESS_BYTES = 32 * MIB
 """of a process that makes tables, without the vocabulary"""
-NO_TABLE = 3
-"""exit status of a process that cannot make a table of a tokenizer"""
 Parts = Callable[[Path], TableParts]
 
 
@@ -34,7 +32,7 @@ def making_bytes(data_bytes: int) -> int:
 def kept_table(file: Path, digest: str, parts: Parts, module: str, data_bytes: int) -> TokenizerTable | None:
     """The table of the tokenizer in `file`, whose content has the `digest`; None if a table cannot be made of it.
 
-    `parts` reads the file, and `module` does so as a program of its own, with `write_kept_table`: a large vocabulary takes more
+    `parts` reads the file, and the worker `module` does so, with `write_kept_table`: a large vocabulary takes more
     memory while its table is made, `data_bytes`, than the process ought to have that uses it. Raises CapError where there is not
     so much memory, and RunError if the disk is full.
     """
@@ -53,7 +51,15 @@ def kept_table(file: Path, digest: str, parts: Parts, module: str, data_bytes: i
                 f"{file}: its tokenizer's table takes about {format_size(making_bytes(data_bytes))} while it is made, and {source}; free"
                 f" some, or copy {path} from a machine where the model was used before"
             )
-        if not _written_apart(command(module, str(file), str(path))):
+        made = run_worker(
+            command(module),
+            {"file": str(file), "path": str(path)},
+            os.environ | {"PYTHONPATH": python_path()},
+            doing="making the tokenizer's table",
+            predicted_bytes=making_bytes(data_bytes),
+            instead=f"free some memory, or copy {path} from a machine where the model was used before",
+        )
+        if not made:
             return None
     return TokenizerTable(path)
 
@@ -64,23 +70,14 @@ def _write(path: Path, parts: TableParts) -> None:
     write_table(path, parts)
 
 
-def _written_apart(words: list[str]) -> bool:
-    """Whether a process of its own has made the table. Raises RunError if that failed."""
-    done = subprocess.run(
-        words, env=os.environ | {"PYTHONPATH": python_path()}, capture_output=True, text=True, check=False
-    )
-    if done.returncode not in (0, NO_TABLE):
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise RunError(f"the tokenizer's table was not made ({reason[0]}); free some memory or disk and start again")
-    return not done.returncode
+def write_kept_table(parts: Parts) -> int:
+    """The whole life of the worker that writes the table of a file; returns its exit code. Its result is whether there is a table."""
 
+    def write(request: dict[str, Any], report: Progress) -> bool:
+        try:
+            _write(Path(request["path"]), parts(Path(request["file"])))
+        except (NoTableError, OSError):
+            return False
+        return True
 
-def write_kept_table(parts: Parts) -> None:
-    """Write the table of a file, both named on the command line: for the process of its own."""
-    file, path = map(Path, sys.argv[1:])
-    try:
-        _write(path, parts(file))
-    except (NoTableError, OSError):
-        sys.exit(NO_TABLE)
-    except (InputError, RunError) as error:
-        sys.exit(str(error))
+    return work(write)

@@ -91,6 +91,8 @@ def without_names(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("adapter_body", "adapter_base", "wrapper_type")}
 
 
+PREPARED = "prepared.json"
+"""the file by which a folder of `tightfit prepare` is known (`tightfit.profiles.sources.prepared`)"""
 FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or package.module:factory"
 
 

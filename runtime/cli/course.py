@@ -8,19 +8,15 @@ rehearsal.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.interpreter import command, replace_process
 from tightfit.runtime.common.strict_json import read_json
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 COURSE = ".course.json"
 BEGIN, MEASURE, PLAN, REHEARSE, LEARN = "begin", "measure", "plan", "rehearse", "learn"
@@ -76,10 +72,7 @@ class Course(BaseModel):
 
     def become(self, output: Path, words: Sequence[str], stage: str) -> NoReturn:
         """Go on with another stage, as a new program in this process."""
-        program = self.next_program(output, words, stage)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execve(program[0], program, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line
+        replace_process(self.next_program(output, words, stage))
 
 
 @contextmanager

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -33,9 +31,9 @@ from tightfit.runtime.cli.options import command_words, read, usage
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.cli.run import run
-from tightfit.runtime.cli.train_stages import AUTO, CONFIG, Stages, options_of_command
+from tightfit.runtime.cli.train_stages import AUTO, CONFIG, TrainStages, options_of_command
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.interpreter import command, replace_process
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.session.options import RunOptions
 
@@ -177,7 +175,7 @@ def train(
         forgotten(output),
     ):
         course.lock = lock
-        stages = Stages(context, values, course, tokens, messages())
+        stages = TrainStages(context, values, course, tokens, messages())
         stage = at or BEGIN
         while stage != RUN:
             following = stages.carry_out(stage)
@@ -204,9 +202,6 @@ def _run_plan(context: typer.Context, values: Mapping[str, Any]) -> None:
     if not context.obj:
         run(context, **options_of_command(run, values))
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
     words = command_words(context.command.params, options_of_command(run, values))
     words += [f"--{name}={values[name]}" for name in ("stages", "tokens", "held", "after") if values[name] is not None]
-    run_command = command("tightfit.runtime.cli.main", "run", str(values["plan"]), *words)
-    os.execve(run_command[0], run_command, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line
+    replace_process(command("tightfit.runtime.cli.main", "run", str(values["plan"]), *words))

@@ -65,7 +65,7 @@ def options_of_command(function: Callable[..., Any], values: Mapping[str, Any]) 
     return {name: values[name] for name in inspect.signature(function).parameters if name in values}
 
 
-class Stages:
+class TrainStages:
     """The stages before the run: they leave profile.json, plan.json and config.toml in the output folder, which is locked."""
 
     def __init__(

@@ -11,8 +11,6 @@ EXTRAS = {
     "fastapi": ("serve", "a service", ""),
     "uvicorn": ("serve", "a service", ""),
     "prometheus_client": ("serve", "a service", ""),
-    "flwr": ("fleet", "federated learning", ""),
-    "huggingface_hub": ("hub", "a model of the Hugging Face hub", ""),
 }
 """package -> (extra of tightfit that brings it, what needs it, what else can be done)"""
 

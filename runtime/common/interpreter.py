@@ -9,6 +9,7 @@ import os
 import site
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 PACKAGE = Path(__file__).parents[2]
 """the folder of the installed package; in a checkout it links to the folders at the top"""
@@ -22,6 +23,13 @@ def command(module: str, *arguments: str) -> list[str]:
     ``-P`` keeps the working folder off its module path: a ``runtime.py`` or ``json.py`` of the user's may lie there.
     """
     return [sys.executable, "-P", "-X", "utf8", "-m", module, *arguments]
+
+
+def replace_process(words: list[str]) -> NoReturn:
+    """Replace this process by another program, such as that of `command`; its number and what it has open for others stay."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(words[0], words, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line
 
 
 def python_path() -> str:

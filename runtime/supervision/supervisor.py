@@ -29,7 +29,7 @@ from tightfit.runtime.common.option_names import named_as, on_command_line
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
 from tightfit.runtime.supervision.contention import Contention, usage_of
-from tightfit.runtime.supervision.failure import fail
+from tightfit.runtime.supervision.failure import fail, failure_of
 from tightfit.runtime.supervision.progress import TrainingProgress
 from tightfit.runtime.supervision.report import (
     ALONE,
@@ -196,11 +196,11 @@ def become(arguments: list[str], lock: int, group: MemoryCgroup | None, *, repla
     """
     os.set_inheritable(lock, True)
     arguments = group.enter(arguments) if group else arguments
+    if replace:
+        interpreter.replace_process(arguments)
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     sys.stdout.flush()
     sys.stderr.flush()
-    if replace:
-        os.execve(arguments[0], arguments, environment)  # noqa: S606  our own command line
     with relayed_signals() as passing:
         child = subprocess.Popen(arguments, env=environment, pass_fds=(lock,), start_new_session=True)
         passing.to(child)
@@ -268,28 +268,25 @@ def main(arguments: Sequence[str]) -> int:
 
 
 REHEARSED = "rehearsed"
-"""file in a rehearsal's output folder that says how it ended: an object with the class and message of an error, or null"""
+"""file in a rehearsal's output folder that says how it ended: an error in the form of `failure_of`, and whether it was an interruption;
+or null"""
 
 
 def _rehearse(order: RunOrder, group: MemoryCgroup | None, home: str | None, then: list[str]) -> NoReturn:
     """Carry out a few steps of a plan for what they teach, say in a file how they ended, and become the command `then`."""
     failure: dict[str, Any] | None = None
     try:
-        supervise(order, group=group, counted=True)
-    except TightfitError as error:
-        failure = {
-            "kind": type(error).__name__,
-            "message": str(error),
-            "interrupted": getattr(error, "interrupted", False),
-        }
-    except KeyboardInterrupt:
-        failure = {"kind": "KeyboardInterrupt", "message": "interrupted", "interrupted": True}
+        with named_as(on_command_line):
+            supervise(order, group=group, counted=True)
+    except (TightfitError, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt) or getattr(error, "interrupted", False)
+        failure = failure_of(error) | {"interrupted": interrupted}
     finally:
         if group:
             group.leave(home)
     with open(os.path.join(order.directory, REHEARSED), "w", encoding="utf-8") as file:
         json.dump(failure, file)
-    os.execve(then[0], then, os.environ | {"PYTHONPATH": interpreter.python_path()})  # noqa: S606  our own command line
+    interpreter.replace_process(then)
 
 
 def _write(path: str, report: dict[str, Any]) -> None:

@@ -19,9 +19,10 @@ from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import Profile, TracedStep
 from tightfit.profiles.sources.described import PackedTensor
 from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, prepared_seq, resolve, vocabulary
-from tightfit.profiles.sources.prepared import PREPARED, load_prepared
+from tightfit.profiles.sources.prepared import load_prepared
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.tracing_process import trace_requested
+from tightfit.profiles.weights.source import PREPARED
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import python_path
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP

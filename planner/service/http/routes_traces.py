@@ -21,7 +21,7 @@ from tightfit.runtime.common.units import format_size
 
 router = APIRouter(prefix="/v1/traces", tags=["planning"])
 Identity = Annotated[Digest, Path(description="sha256 of the content, `result.trace` of the job")]
-TRACING_BYTES = 512 << 20
+LEAST_JOB_BYTES = 512 << 20
 """private memory of a process that traces a model: 352 MiB for two layers and 389 for thirty, PyTorch's own most of it"""
 FILE = described_file(
     "prepared.json as `tightfit prepare` writes it: the traced step, and what it was traced of",
@@ -56,10 +56,10 @@ async def make_trace(request: Request, key: IdempotencyKey = None) -> Response:
     names, no code is fetched or run: models are those of tightfit and those of the service's own transformers.
     """
     service = service_of(request)
-    if service.settings.solve_bytes < TRACING_BYTES:
+    if service.settings.solve_bytes < LEAST_JOB_BYTES:
         message = (
-            f"a job of this service may take {format_size(service.settings.solve_bytes)}, and tracing takes {format_size(TRACING_BYTES)};"
-            f" start it with --memory {TRACING_BYTES >> 20}MiB or more, or copy what `tightfit prepare` makes on another machine"
+            f"a job of this service may take {format_size(service.settings.solve_bytes)}, and tracing takes {format_size(LEAST_JOB_BYTES)};"
+            f" start it with --memory {LEAST_JOB_BYTES >> 20}MiB or more, or copy what `tightfit prepare` makes on another machine"
         )
         raise ServiceError(422, "invalid_request", message)
     description, _ = await service.uploads.receive(request, "description")
