@@ -1,7 +1,7 @@
 """Starts the processes that do one part of profiling, and follows them to their end.
 
 A worker gets its request as JSON on its standard input. It answers with JSON lines: ``{"stage": ..., "done": ..., "total": ...}``
-while it works, and ``{"result": ...}`` at its end. One that fails writes a sentence to its standard error and ends with the exit code
+while it works, and ``{"result": ..., "held_bytes": ...}`` at its end, with the most that it has held. One that fails writes a sentence to its standard error and ends with the exit code
 of the error's class.
 """
 
@@ -22,6 +22,7 @@ from tightfit.runtime.common.errors import InfeasibleError, InputError, RunError
 from tightfit.runtime.common.option_names import named_as, on_command_line, on_the_command_line
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.common.units import format_size
+from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.spare_memory import free_memory
 
 Progress = Callable[[str, int, int], None]
@@ -48,6 +49,7 @@ def run_worker(
     `on_message` is called with each of its messages but the result. Raises InputError at once where it has no place in the memory that
     is free; InputError, InfeasibleError or RunError with the worker's sentence; RunError if it was killed or ended otherwise.
     """
+    global _held_bytes  # noqa: PLW0603  of this process, as its own peak is
     check_place(doing, predicted_bytes, instead)
     # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for
     # ever.
@@ -70,9 +72,10 @@ def run_worker(
                 message = json.loads(line)
                 if "result" in message:
                     result = message["result"]
+                    _held_bytes = max(_held_bytes, message["held_bytes"])
                 else:
                     on_message(message)
-            status = _ended(child)
+            status = child.wait()
         except BaseException:
             child.kill()
             raise
@@ -108,17 +111,8 @@ def predicted_bytes() -> int:
 
 
 def held_bytes() -> int:
-    """The most bytes that a worker of this process has held, or a process that the worker started."""
+    """The most bytes that a worker of this process has held, with what it has started."""
     return _held_bytes
-
-
-def _ended(child: subprocess.Popen[str]) -> int:
-    """Wait for a worker's end; returns its exit status, and notes what it has held."""
-    global _held_bytes  # noqa: PLW0603  of this process, as its own peak is
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    _held_bytes = max(_held_bytes, usage.ru_maxrss << 10)
-    return child.returncode
 
 
 def _last_line(stderr: IO[bytes]) -> str:
@@ -137,7 +131,7 @@ def work(do: Callable[[dict[str, Any], Progress], Any]) -> int:
     request = json.load(sys.stdin)
     try:
         with named_as(on_command_line) if request.pop(ON_COMMAND_LINE) else nullcontext():
-            send(result=do(request, report))
+            send(result=do(request, report), held_bytes=memory().peak)
         return 0
     except TightfitError as error:
         failure = error

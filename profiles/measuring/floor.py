@@ -47,7 +47,8 @@ def main() -> int:
         request, result, held_bytes, done, total = json.load(file)
     result["floor"] = measure_floor(request, result["operators"], Steps(total, done))
     beside_bytes = memory().peak + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    send(result=result | {"held_bytes": max(held_bytes, beside_bytes)})
+    held = {"held_bytes": max(held_bytes, beside_bytes)}
+    send(result=result | held, **held)
     return 0
 
 
