@@ -32,9 +32,13 @@ const duration = (value) => (value > 0 && value < 1e-3 ? `${seconds(1e6 * value)
 
 // --- elements ---------------------------------------------------------------------------------------------------------
 
+// An attribute that is a function listens to the event of its name, one that is true has no value; what is null or false is left out.
 function element(made, attributes, children) {
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (typeof value === "function") made.addEventListener(key, value);
+    else if (value !== null && value !== undefined && value !== false) made.setAttribute(key, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
   return made;
 }
 export const svg = (name, attributes = {}, ...children) => element(document.createElementNS(NS, name), attributes, children);

@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { html, seconds } from "./charts.js";
-import { mib, table } from "./tables.js";
+import { mib, table } from "./components.js";
 
 const $ = (id) => document.getElementById(id);
 const HEADINGS = ["Device", "Memory, MiB", "Budget, MiB", "Planned", "Step, s", "Held, MiB", "Asked last"];

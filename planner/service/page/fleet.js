@@ -2,7 +2,7 @@
 
 import { download, get } from "./api.js";
 import { html, seconds, showLanes } from "./charts.js";
-import { table } from "./tables.js";
+import { table } from "./components.js";
 
 const $ = (id) => document.getElementById(id);
 const LISTED = 100;

@@ -3,7 +3,7 @@
 import { download, finish, get, post } from "./api.js";
 import { amount, capLine, frame, html, MIB, path, place, seconds, svg } from "./charts.js";
 import { asked, beside, forget } from "./forms.js";
-import { mib, percent, table } from "./tables.js";
+import { mib, percent, table } from "./components.js";
 
 const $ = (id) => document.getElementById(id);
 const REDRAW = 250; // ms
