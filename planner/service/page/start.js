@@ -12,7 +12,7 @@ export async function show({ root, signal }) {
   const [{ profiles }, { plans }, { jobs: runs }] = await Promise.all([get("/v1/profiles?limit=50"), get(`/v1/plans?limit=${LATEST}`), get(`/v1/jobs?kind=run&limit=${LATEST}`)]);
   if (signal.aborted) return;
   const example = profiles.find((one) => one.origin === "example");
-  root.append(
+  root.append(...[
     heading("Train in the memory you have"),
     html("p", { class: "soft lead" }, "Will this model train in this memory, how fast, and what changes with a little more? tightfit measures a model, plans every byte of a training step, and runs it inside a hard limit."),
     html("div", { class: "doors" },
@@ -23,7 +23,7 @@ export async function show({ root, signal }) {
     latest("Fine-tuned last", runs, (run) => [html("a", { href: to("runs", run.id) }, run.title ?? run.label ?? run.id), html("span", { class: "pill" }, run.state), when(run.created)]),
     latest("Models", profiles.slice(0, LATEST), (one) => [html("a", { href: to("models", one.id) }, one.title ?? one.label ?? one.name), html("span", { class: "soft" }, one.summary.device ?? ""), when(one.created)]),
     latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, plan.title ?? plan.label ?? plan.id), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.step_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
-  );
+  ].filter(Boolean));
 }
 
 const latest = (title, items, row) => (items.length ? section(title, html("ul", { class: "bare" }, ...items.map((item) => html("li", { class: "row" }, ...row(item))))) : null);
