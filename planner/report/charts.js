@@ -28,7 +28,7 @@ export function atLeast(bytes, unit = IN_MIB) {
   return fixed(Math.ceil((bytes / unit.size) * 10 ** decimals) / 10 ** decimals, decimals);
 }
 export const seconds = (value) => value.toLocaleString("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 4 });
-const duration = (value) => (value > 0 && value < 1e-3 ? `${seconds(1e6 * value)} µs` : `${seconds(value)} s`);
+export const duration = (value) => (value > 0 && value < 1e-3 ? `${seconds(1e6 * value)} µs` : `${seconds(value)} s`);
 
 // --- elements ---------------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ export const html = (name, attributes = {}, ...children) => element(document.cre
 
 export const legend = (entries) => entries.map(([label, colour]) => html("li", {}, html("span", { class: "dot", style: `--c: ${colour}` }), label));
 export const kindColour = (name) => `var(--kind-${name}, var(--kind-other))`;
-const policyColour = (slot) => `var(--policy-${slot % POLICY_COLOURS})`;
+export const policyColour = (slot) => `var(--policy-${slot % POLICY_COLOURS})`;
 
 const makers = new WeakMap(), widths = new WeakMap();
 const watch = new ResizeObserver((entries) => entries.forEach(({ target }) => fill(target)));
@@ -211,7 +211,7 @@ export function timeline({ series, cap, peak }, { width, label, axis = sharedAxi
 }
 
 // A line across a picture that stands at one of its moments, `place` tells where.
-function cursor(picture, place, height) {
+export function cursor(picture, place, height) {
   const line = svg("line", { class: "cursor", y1: TOP, y2: height - BOTTOM, visibility: "hidden" });
   picture.append(line);
   const show = (i) => {
@@ -223,7 +223,7 @@ function cursor(picture, place, height) {
 
 // Pointer and arrow keys move the cursor of a chart over its moments, 0 to `last`; `find` the one at a place of the x axis, `read`
 // tells of it. Where the cursor stands outlasts a chart that is drawn anew: `state`.
-function follow({ picture, at, show, hide }, { last, state, find, read }) {
+export function follow({ picture, at, show, hide }, { last, state, find, read }) {
   const go = (index) => {
     state.at = Math.max(0, Math.min(last, index));
     show(state.at);
@@ -244,7 +244,7 @@ function follow({ picture, at, show, hide }, { last, state, find, read }) {
   });
   return picture;
 }
-const HOW = "Point at the chart, or focus it and use the arrow keys.";
+export const HOW = "Point at the chart, or focus it and use the arrow keys.";
 
 // A timeline with its legend and a cursor that pointer and arrow keys move; `reading` tells what is at the cursor.
 export function showTimeline({ box, key, reading }, data, name) {
