@@ -22,7 +22,8 @@ export function setToken(value) {
 async function send(path, options = {}) {
   const headers = { ...(options.headers || {}) };
   if (token) headers.Authorization = `Bearer ${token}`;
-  const answer = await fetch(path, { ...options, headers }).catch(() => {
+  const answer = await fetch(path, { ...options, headers }).catch((error) => {
+    if (error.name === "AbortError") throw error;
     throw new Refused(0, { code: "gone", message: "the service does not answer; ask again once tightfit serve runs" });
   });
   if (!answer.ok) {
@@ -49,12 +50,19 @@ export async function post(path, body, headers = {}) {
   return (await send(path, { method: "POST", body: content, headers: { "Content-Type": "application/json", ...headers } })).json();
 }
 
+// Send a file as it is; the service keeps it under its name.
+export const upload = async (path, file) => (await send(path, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } })).json();
+
+export const patch = async (path, body) => (await send(path, { method: "PATCH", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } })).json();
+export const remove = (path) => send(path, { method: "DELETE" });
+
 // Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again.
-export async function finish(job, progress = () => {}) {
+// Where `signal` is aborted, following ends, the job does not.
+export async function finish(job, progress = () => {}, signal = undefined) {
   const open = () => ["queued", "running"].includes(job.state);
   for (let heard = Date.now(); open() && Date.now() - heard < SILENCE; ) {
     try {
-      const answer = await send(`/v1/jobs/${job.id}/events`);
+      const answer = await send(`/v1/jobs/${job.id}/events`, { signal });
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       let text = "";
       for (;;) {
@@ -70,7 +78,7 @@ export async function finish(job, progress = () => {}) {
         }
       }
     } catch (error) {
-      if (error instanceof Refused && !GONE.includes(error.status)) throw error;
+      if (signal?.aborted || (error instanceof Refused && !GONE.includes(error.status))) throw error;
     }
     if (!open()) break;
     progress({ stage: "the service does not answer, asked again until it does" }, job);

@@ -73,6 +73,7 @@ CPU = {
     "label": "the service's machine",
     "kind": "cpu",
     "threads": 2,
+    "memory_bytes": 25769803776,
     "local": True,
     "running": JOB,
     "waiting": 0,
@@ -207,6 +208,7 @@ class DeviceAnswer(ResponseBody):
     label: str
     kind: str
     threads: int
+    memory_bytes: int = Field(description="all that it has")
     local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
     running: JobId | None = None
     waiting: int = Field(description="runs and measurements queued for it")
