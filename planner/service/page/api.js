@@ -56,13 +56,17 @@ export const upload = async (path, file) => (await send(path, { method: "POST", 
 export const patch = async (path, body) => (await send(path, { method: "PATCH", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } })).json();
 export const remove = (path) => send(path, { method: "DELETE" });
 
-// Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again.
-// Where `signal` is aborted, following ends, the job does not.
+// What happened, of a server-sent event: its `event`, `data` and `id`.
+const eventOf = (text) => Object.fromEntries(text.split("\n").map((line) => line.split(/: (.*)/s, 2)).filter(([name]) => name));
+
+// Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again after the
+// last event that came. Where `signal` is aborted, following ends, the job does not.
 export async function finish(job, progress = () => {}, signal = undefined) {
   const open = () => ["queued", "running"].includes(job.state);
+  let last = null;
   for (let heard = Date.now(); open() && Date.now() - heard < SILENCE; ) {
     try {
-      const answer = await send(`/v1/jobs/${job.id}/events`, { signal });
+      const answer = await send(`/v1/jobs/${job.id}/events`, { signal, headers: last === null ? {} : { "Last-Event-ID": last } });
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       let text = "";
       for (;;) {
@@ -71,10 +75,10 @@ export async function finish(job, progress = () => {}, signal = undefined) {
         heard = Date.now();
         const parts = (text + value).split("\n\n");
         text = parts.pop();
-        for (const part of parts) {
-          const [, name, data] = part.match(/^event: (\w+)\ndata: (.*)$/s) || [];
-          if (name === "job") job = JSON.parse(data);
-          if (name === "progress") progress(JSON.parse(data), job);
+        for (const { event, data, id } of parts.map(eventOf)) {
+          if (id !== undefined) last = id;
+          if (event === "job") job = JSON.parse(data);
+          if (event === "job" || event === "progress") progress(event === "job" ? { stage: job.state === "queued" ? "waits for its turn" : job.state } : JSON.parse(data), job);
         }
       }
     } catch (error) {
@@ -89,4 +93,4 @@ export async function finish(job, progress = () => {}, signal = undefined) {
   throw new Refused(0, job.error || (open() ? gone : { code: job.state, message: `the job was ${job.state}` }));
 }
 
-export const work = async (path, body, progress) => finish(await post(path, body), progress);
+export const work = async (path, body, progress, signal) => finish(await post(path, body), progress, signal);
