@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from tightfit.planner.service.http import (
+    routes_files,
     routes_fleets,
     routes_jobs,
     routes_page,
@@ -62,6 +63,7 @@ ACCEPTED_AT_ONCE = 32
 ROUTERS = tuple(
     routes.router
     for routes in (
+        routes_files,
         routes_profiles,
         routes_traces,
         routes_planning,
