@@ -164,8 +164,8 @@ class StoredProfile(StoredFile):
     model_config = example_of(**STORED_PROFILE)
 
     name: str
-    origin: Literal["made", "uploaded"] = Field(
-        description="made: measured on this machine, so that its plans can be run"
+    origin: Literal["made", "uploaded", "example"] = Field(
+        description="made: measured on this machine, so that its plans can be run; example: came with the service"
     )
 
 
