@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 
 from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
+    After,
     IdempotencyKey,
+    Limit,
+    Search,
     check_device,
     described_file,
     enqueue,
     errors,
     file_response,
+    named,
     names_paths,
     service_of,
     stored,
@@ -25,7 +29,7 @@ from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.remote_devices import HEADER, device_of
-from tightfit.planner.service.wire.requests import ProfileRequest
+from tightfit.planner.service.wire.requests import NameRequest, ProfileRequest
 from tightfit.planner.service.wire.schema import Digest, ProfileList, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.planner.service.wire.traces import check_config
@@ -106,15 +110,30 @@ async def upload_profile(request: Request) -> Response:
 
 
 @router.get("", response_model=ProfileList, summary="Profiles, newest first")
-async def list_profiles(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> ProfileList:
+async def list_profiles(
+    request: Request, limit: Limit = 100, after: After = None, search: Search = None
+) -> ProfileList:
     store = service_of(request).store
-    rows = store.files("profile", limit=limit)
-    return ProfileList(profiles=[listed(row) for row in rows], set_aside=store.set_aside("profile"))
+    rows = store.files("profile", search=search, after=after, limit=limit)
+    return ProfileList(
+        profiles=[listed(row) for row in rows.items], next=rows.next, set_aside=store.set_aside("profile")
+    )
 
 
 @router.get("/{identity}", response_model=StoredProfile, responses=errors(404), summary="A profile in figures")
 async def get_profile(request: Request, identity: Identity) -> StoredProfile:
     profile: StoredProfile = listed(stored(request, "profile", identity))
+    return profile
+
+
+@router.patch(
+    "/{identity}",
+    response_model=StoredProfile,
+    responses=errors(400, 404, 408, 413, 415),
+    summary="Call a profile by a name",
+)
+async def name_profile(request: Request, identity: Identity, body: NameRequest) -> StoredProfile:
+    profile: StoredProfile = named(request, "profile", identity, body)
     return profile
 
 

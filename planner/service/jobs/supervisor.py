@@ -265,7 +265,7 @@ class Supervisor:
                 self.cache.remove(row["id"])
             if row["digest"] is not None and row["digest"] not in kept_digests:
                 self.objects.remove(row["digest"])
-        known_folders = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)} | set(self.store.set_aside())
+        known_folders = self.store.job_ids() | set(self.store.set_aside())
         for folder in self.runs.iterdir():
             if folder.name not in known_folders:
                 shutil.rmtree(folder, ignore_errors=True)

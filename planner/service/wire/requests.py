@@ -11,7 +11,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Self, Union, cast, get_args, get_origin
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from tightfit.planner.fleet.options import FleetOptions
@@ -203,6 +211,21 @@ class FleetRequest(_with_options(FleetOptions)):  # type: ignore[misc]
 
     micro_batches: int = Field(ge=1, le=MOST_ACCUMULATED, description="of a step, all devices together")
     members: list[FleetMember] = Field(min_length=1, max_length=32)
+
+
+class NameRequest(RequestBody):
+    """What a person calls something that is kept, and says of it. What is left out stays as it is, null takes it away."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"title": "reviews, third try", "note": None}]})
+
+    title: (
+        Annotated[
+            str,
+            StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$"),
+        ]
+        | None
+    ) = Field(None, description="one line")
+    note: Annotated[str, StringConstraints(max_length=10_000)] | None = Field(None, description="any text")
 
 
 class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]
