@@ -50,11 +50,17 @@ export async function post(path, body, headers = {}) {
   return (await send(path, { method: "POST", body: content, headers: { "Content-Type": "application/json", ...headers } })).json();
 }
 
+// Send a file as it is; the service keeps it under its name.
+export const upload = async (path, file) => (await send(path, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } })).json();
+
 export const patch = async (path, body) => (await send(path, { method: "PATCH", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } })).json();
 export const remove = (path) => send(path, { method: "DELETE" });
 
-// Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again. A browser
-// has few connections to a service: a place that is left closes its own by `signal`.
+// What happened, of a server-sent event: its `event`, `data` and `id`.
+const eventOf = (text) => Object.fromEntries(text.split("\n").map((line) => line.split(/: (.*)/s, 2)).filter(([name]) => name));
+
+// Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again after the
+// last event that came. Where `signal` is aborted, following ends, the job does not.
 export async function finish(job, progress = () => {}, signal = undefined) {
   const open = () => ["queued", "running"].includes(job.state);
   let last = null;
@@ -69,16 +75,14 @@ export async function finish(job, progress = () => {}, signal = undefined) {
         heard = Date.now();
         const parts = (text + value).split("\n\n");
         text = parts.pop();
-        for (const part of parts) {
-          const { id, event, data } = Object.fromEntries(part.split("\n").map((line) => line.split(/: (.*)/, 2)));
-          if (id) last = id;
+        for (const { event, data, id } of parts.map(eventOf)) {
+          if (id !== undefined) last = id;
           if (event === "job") job = JSON.parse(data);
-          if (event === "progress") progress(JSON.parse(data), job);
+          if (event === "job" || event === "progress") progress(event === "job" ? { stage: job.state === "queued" ? "waits for its turn" : job.state } : JSON.parse(data), job);
         }
       }
     } catch (error) {
-      if (signal?.aborted) throw new DOMException("left", "AbortError");
-      if (error instanceof Refused && !GONE.includes(error.status)) throw error;
+      if (signal?.aborted || (error instanceof Refused && !GONE.includes(error.status))) throw error;
     }
     if (!open()) break;
     progress({ stage: "the service does not answer, asked again until it does" }, job);

@@ -326,7 +326,7 @@ async function explore(place) {
       const fast = points(name).reduce((best, point) => (best && best.step <= point.step ? best : point), null), least = needs(name), box = html("input", { type: "checkbox", "aria-label": `Draw ${nameOfRule(name)}` });
       box.checked = state.drawn.has(name);
       box.addEventListener("change", () => { state.drawn[box.checked ? "add" : "delete"](name); draw(); });
-      const enough = least === Infinity ? "" : `needs ${atLeast(least)} MiB`, pace = fast ? `${seconds(fast.step)} s a step` : "";
+      const enough = least === Infinity ? "" : `${misfits(name).length || name === "keep-all" ? "needs" : "fits"} ${atLeast(least)} MiB`, pace = fast ? `${seconds(fast.step)} s a step` : "";
       return html("tr", {}, html("th", { scope: "row" }, html("span", { class: "tickable" }, box, html("b", {}, nameOfRule(name)))), html("td", { class: "wide" }, meaningOfRule(name)), html("td", {}, [enough, pace].filter(Boolean).join(", ") || "not planned yet"));
     };
     const folded = rules.querySelector("details")?.open ?? true;
@@ -373,7 +373,7 @@ async function explore(place) {
         const job = await post("/v1/comparisons", { profile: id, memory: budgets, policies: names, time_limit: limit, ...state.step });
         const done = await finish(job, (figures) => {
           if (old(round)) return;
-          bar.update({ done: figures.done ?? 0, total: budgets.length * names.length, stage: "" });
+          if (figures.done !== undefined) bar.update({ done: figures.done, total: budgets.length * names.length, stage: "" });
           if (figures.cell) keep([{ ...figures.cell, summary: figures.cell }]);
         }, signal);
         if (!old(round)) keep(done.result.cells);
