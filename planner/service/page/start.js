@@ -1,7 +1,7 @@
 // The first ten seconds: an example that is planned already, three doors, and what was done last.
 
 import { get } from "./api.js";
-import { html, seconds } from "./charts.js";
+import { html, seconds, showTimeline, size } from "./charts.js";
 import { heading, mib, section, when } from "./components.js";
 import { choose, dropZone } from "./sources.js";
 import { complain, go, to } from "./shell.js";
@@ -24,6 +24,18 @@ export async function show({ root, signal }) {
     latest("Models", profiles.slice(0, LATEST), (one) => [html("a", { href: to("models", one.id) }, one.title ?? one.label ?? one.name), html("span", { class: "soft" }, one.summary.device ?? ""), when(one.created)]),
     latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, plan.title ?? plan.label ?? plan.id), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.step_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
   ].filter(Boolean));
+  if (example && !runs.length && profiles.length === 1) await picture(root.querySelector(".doors"), example, signal);
+}
+
+// What tightfit is about, on a service that holds nothing yet: the example's step in the middle of its curve.
+async function picture(doors, example, signal) {
+  const { plans } = await get(`/v1/plans?profile=${example.id}&limit=50`), fitting = plans.filter((plan) => plan.summary.status !== "infeasible").sort((a, b) => a.summary.budget_bytes - b.summary.budget_bytes);
+  if (!fitting.length) return;
+  const plan = fitting[Math.floor(fitting.length / 2)], view = await get(`/v1/plans/${plan.id}/view`);
+  if (signal.aborted || !view.timeline) return;
+  const box = html("div", { class: "chart-box" }), key = html("ul", { class: "legend" }), reading = html("p", { class: "reading", "aria-live": "polite" });
+  doors.after(section(`One training step of ${view.model} in ${size(view.summary.budget_bytes)}`, html("p", { class: "soft" }, `${seconds(view.summary.step_seconds)} s, and never above the line. `, html("a", { href: to("plans", plan.id) }, "See why it is done so")), box, key, reading));
+  showTimeline({ box, key, reading }, { series: view.timeline, peak: view.peak, cap: view.summary.budget_bytes }, `${view.model} in ${size(view.summary.budget_bytes)}`);
 }
 
 const latest = (title, items, row) => (items.length ? section(title, html("ul", { class: "bare" }, ...items.map((item) => html("li", { class: "row" }, ...row(item))))) : null);
