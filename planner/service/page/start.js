@@ -6,7 +6,7 @@ import { heading, mib, section, when } from "./components.js";
 import { choose, dropZone } from "./sources.js";
 import { complain, go, to } from "./shell.js";
 
-const LATEST = 6;
+const LATEST = 6, AGAIN = 2000; // ms between two looks for the example's plans
 
 export async function show({ root, signal }) {
   const [{ profiles }, { plans }, { jobs: runs }] = await Promise.all([get("/v1/profiles?limit=50"), get(`/v1/plans?limit=${LATEST}`), get(`/v1/jobs?kind=run&limit=${LATEST}`)]);
@@ -24,13 +24,18 @@ export async function show({ root, signal }) {
     latest("Models", profiles.slice(0, LATEST), (one) => [html("a", { href: to("models", one.id) }, one.title ?? one.label ?? one.name), html("span", { class: "soft" }, one.summary.device ?? ""), when(one.created)]),
     latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, plan.title ?? plan.label ?? plan.id), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.step_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
   ].filter(Boolean));
-  if (example && !runs.length && profiles.length === 1) await picture(root.querySelector(".doors"), example, signal);
+  if (example && !runs.length && profiles.length === 1) picture(root.querySelector(".doors"), example, signal).catch(complain);
 }
 
 // What tightfit is about, on a service that holds nothing yet: the example's step in the middle of its curve.
 async function picture(doors, example, signal) {
-  const { plans } = await get(`/v1/plans?profile=${example.id}&limit=50`), fitting = plans.filter((plan) => plan.summary.status !== "infeasible").sort((a, b) => a.summary.budget_bytes - b.summary.budget_bytes);
-  if (!fitting.length) return;
+  const planned = async () => (await get(`/v1/plans?profile=${example.id}&limit=50`)).plans.filter((plan) => plan.summary.status !== "infeasible").sort((a, b) => a.summary.budget_bytes - b.summary.budget_bytes);
+  let fitting = await planned();
+  while (!fitting.length && !signal.aborted) { // it is being planned: the service has just begun
+    await new Promise((resolve) => setTimeout(resolve, AGAIN));
+    fitting = await planned();
+  }
+  if (signal.aborted) return;
   const plan = fitting[Math.floor(fitting.length / 2)], view = await get(`/v1/plans/${plan.id}/view`);
   if (signal.aborted || !view.timeline) return;
   const box = html("div", { class: "chart-box" }), key = html("ul", { class: "legend" }), reading = html("p", { class: "reading", "aria-live": "polite" });
