@@ -64,7 +64,7 @@ export async function finish(job, progress = () => {}) {
         const parts = (text + value).split("\n\n");
         text = parts.pop();
         for (const part of parts) {
-          const [, name, data] = part.match(/^event: (\w+)\ndata: (.*)$/s) || [];
+          const [, name, data] = part.match(/^event: (\w+)\nid: .*?\ndata: (.*)$/s) || [];
           if (name === "job") job = JSON.parse(data);
           if (name === "progress") progress(JSON.parse(data), job);
         }
