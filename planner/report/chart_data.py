@@ -24,8 +24,8 @@ NARROW = 3
 def chart_files() -> dict[str, str]:
     """The files that a page with charts needs, name -> text."""
     folder = files("tightfit.planner.report")
-    script, styles = ((folder / name).read_text("utf-8") for name in ("charts.js", "charts.css"))
-    return {"charts.js": script, "charts.css": styles + _kind_colours()}
+    texts = {name: (folder / name).read_text("utf-8") for name in ("charts.js", "lines.js", "charts.css")}
+    return texts | {"charts.css": texts["charts.css"] + _kind_colours()}
 
 
 def _kind_colours() -> str:

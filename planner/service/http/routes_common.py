@@ -244,6 +244,11 @@ def not_runnable(request: Request, plan: Row) -> str | None:
     if summary.get("of_a_fleet"):
         return f"the plan {plan['id']} is a member's of a fleet: its gradients are for the fleet's sum; run the whole fleet"
     profile = service_of(request).store.file("profile", plan["origin"])
+    if profile is not None and profile["origin"] == "example":
+        return (
+            f"this plan is of the example, which was measured on another machine; put {profile['name']} under a folder of the service,"
+            " measure it there, plan and run that"
+        )
     if profile is None or profile["origin"] != "made":
         # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
         return "this plan's profile was not made by this service; measure the model on the service's machine, plan and run that"

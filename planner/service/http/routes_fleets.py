@@ -15,6 +15,7 @@ from tightfit.planner.service.http.routes_common import (
     IdempotencyKey,
     Limit,
     Search,
+    check_device,
     check_time,
     described_file,
     enqueue,
@@ -28,7 +29,7 @@ from tightfit.planner.service.jobs.store import listed
 from tightfit.planner.service.jobs.view import fleet_view
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.requests import FleetRequest, NameRequest
-from tightfit.planner.service.wire.schema import Digest, FleetList, StoredFleet
+from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, FleetList, StoredFleet
 from tightfit.planner.service.wire.shown import FleetView
 from tightfit.runtime.common.strict_json import to_json
 
@@ -49,6 +50,7 @@ async def make_fleet(request: Request, body: FleetRequest, key: IdempotencyKey =
             message = f"another member is called {member.name!r}; give each a name of its own"
             raise invalid(f"members.{index}.name", message)
         stored(request, "profile", member.profile, f"members.{index}.profile")
+        check_device(member.device, [OWN_DEVICE], f"members.{index}.device")
     members = [member.both_ways() for member in body.members]
     uses = [("profile", member.profile) for member in body.members]
     return enqueue(request, "fleet", body.model_dump() | {"members": members}, key=key, uses=uses)

@@ -11,6 +11,7 @@ from tightfit.planner.service.http.routes_common import After, Limit, Search, er
 from tightfit.planner.service.jobs.migrations import LATEST
 from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.wire.errors import ServiceError
+from tightfit.planner.service.wire.remote_devices import this_device
 from tightfit.planner.service.wire.requests import JobsRequest, NameRequest
 from tightfit.planner.service.wire.schema import (
     FINISHED,
@@ -162,13 +163,17 @@ async def list_devices(request: Request) -> DeviceList:
         label="the service's machine",
         kind="cpu",
         threads=cores,
+        memory_bytes=this_device().memory_bytes,
         local=True,
         running=running,
         waiting=waiting,
     )
     others = [
         DeviceAnswer(
-            **device.model_dump(include={"name", "label", "kind", "threads"}), local=False, running=None, waiting=0
+            **device.model_dump(include={"name", "label", "kind", "threads", "memory_bytes"}),
+            local=False,
+            running=None,
+            waiting=0,
         )
         for device in known_devices()
     ]

@@ -139,12 +139,16 @@ async def make_comparison(request: Request, body: ComparisonRequest, key: Idempo
     row = stored(request, "profile", body.profile, "profile")
     for index, policy in enumerate(body.policies):
         _check_policy(policy, row, f"policies.{index}")
-    job_request = body.model_dump() | {
+    return enqueue(request, "comparison", comparison_request(body), key=key, uses=[("profile", body.profile)])
+
+
+def comparison_request(body: ComparisonRequest) -> Row:
+    """What a worker gets of a request for a comparison: each budget, policy and device once."""
+    return body.model_dump() | {
         "memory": sorted(set(body.memory)),
         "policies": list(dict.fromkeys(body.policies)),
         "devices": list(dict.fromkeys(body.devices)),
     }
-    return enqueue(request, "comparison", job_request, key=key, uses=[("profile", body.profile)])
 
 
 @router.get(

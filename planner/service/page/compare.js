@@ -2,7 +2,7 @@
 
 import { html, place, seconds, sharedAxis, timeline } from "./charts.js";
 import { drawn } from "./plan.js";
-import { mib, percent, table } from "./tables.js";
+import { mib, percent, table } from "./components.js";
 
 const $ = (id) => document.getElementById(id);
 

@@ -1,7 +1,7 @@
 // The layer graph: what becomes of every layer's bytes.
 
 import { svg } from "./charts.js";
-import { mib } from "./tables.js";
+import { mib } from "./components.js";
 
 export const DECISIONS = ["kept", "recomputed", "offloaded", "streamed", "packed", "unpacked"];
 const GROUPS = ["activations", "weights", "states"];

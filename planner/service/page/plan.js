@@ -2,7 +2,7 @@
 
 import { atLeast, html, inUnit, kindColour, legend, place, seconds, showTimeline, size, unitOf } from "./charts.js";
 import { DECISIONS, didColour, layerGraph } from "./layers.js";
-import { bar, mib, percent, table } from "./tables.js";
+import { bar, mib, percent, table } from "./components.js";
 
 const $ = (id) => document.getElementById(id);
 const ROWS = 40; // of the timeline's table

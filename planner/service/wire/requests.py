@@ -169,6 +169,11 @@ class FleetMember(RequestBody):
 
     name: str = Field(pattern=f"^{NAME.pattern}$", description="files are named after it", examples=["laptop"])
     profile: Digest
+    device: str = Field(
+        OWN_DEVICE,
+        max_length=64,
+        description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
+    )
     memory: Memory
     link: Rate | None = None
     up: Rate | None = None

@@ -82,6 +82,7 @@ CPU = {
     "label": "the service's machine",
     "kind": "cpu",
     "threads": 2,
+    "memory_bytes": 25769803776,
     "local": True,
     "running": JOB,
     "waiting": 0,
@@ -187,8 +188,8 @@ class StoredProfile(StoredFile):
     model_config = example_of(**STORED_PROFILE)
 
     name: str
-    origin: Literal["made", "uploaded"] = Field(
-        description="made: measured on this machine, so that its plans can be run"
+    origin: Literal["made", "uploaded", "example"] = Field(
+        description="made: measured on this machine, so that its plans can be run; example: came with the service"
     )
 
 
@@ -227,6 +228,7 @@ class DeviceAnswer(ResponseBody):
     label: str
     kind: str
     threads: int
+    memory_bytes: int = Field(description="all that it has")
     local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
     running: JobId | None = None
     waiting: int = Field(description="runs and measurements queued for it")

@@ -1,0 +1,56 @@
+// What is under way, from wherever it was started: a button that says how much, and a dialog with each and a way to end it.
+
+import { get, post } from "./api.js";
+import { html } from "./charts.js";
+import { button, dialog, empty, progress, when } from "./components.js";
+
+const EVERY = 3000; // ms between two looks
+const WORDS = { profile: "Measuring", trace: "Tracing", plan: "Planning", comparison: "Planning a curve", fleet: "Planning a fleet", run: "Fine-tuning", preview: "Reading data", answer: "Answering", merge: "Merging" };
+const PLACE = { run: "runs", fleet: "fleets" };
+let timer = 0, changed = () => {};
+
+export const nameOf = (job) => job.title ?? job.label ?? WORDS[job.kind] ?? job.kind;
+
+async function underWay() {
+  const [running, queued] = await Promise.all(["running", "queued"].map((state) => get(`/v1/jobs?state=${state}&limit=100`)));
+  return [...running.jobs, ...queued.jobs];
+}
+
+// Keep the button's text true, while the page is looked at.
+export function watchActivity(shown, complain) {
+  clearTimeout(timer);
+  const look = async () => {
+    if (!document.hidden) {
+      try {
+        const jobs = await underWay();
+        shown.textContent = jobs.length ? `${jobs.length} under way` : "Nothing under way";
+        shown.classList.toggle("busy", jobs.length > 0);
+        changed(jobs);
+      } catch (error) {
+        if (error.status === 401) return complain(error);
+        shown.textContent = "The service does not answer";
+        shown.classList.remove("busy");
+      }
+    }
+    timer = setTimeout(look, EVERY);
+  };
+  look();
+}
+
+export async function showActivity() {
+  const box = html("div", { class: "activity" }), ended = new Set();
+  const row = (job) => {
+    const { stage = job.state === "queued" ? "waits for its turn" : "", done, total, step } = job.progress ?? {};
+    const bar = progress(WORDS[job.kind] ?? job.kind);
+    bar.update({ stage: step === undefined ? stage : `step ${step}`, done: step ?? done, total: step === undefined ? total : job.request.steps });
+    const end = button("Cancel", async () => { ended.add(job.id); end.disabled = true; await post("/v1/jobs/cancel", { jobs: [job.id] }).catch(() => {}); }, "quiet");
+    end.disabled = ended.has(job.id);
+    const name = PLACE[job.kind] ? html("a", { href: `#/${PLACE[job.kind]}/${job.id}` }, nameOf(job)) : nameOf(job);
+    return html("li", {}, html("div", { class: "heading" }, html("strong", {}, name), html("span", { class: "soft" }, when(job.created))), html("div", { class: "row" }, bar, end));
+  };
+  const draw = (jobs) => box.replaceChildren(jobs.length ? html("ul", { class: "bare" }, ...jobs.map(row)) : empty("Nothing is under way."));
+  draw(await underWay());
+  changed = draw;
+  await dialog("Under way", () => box);
+  changed = () => {};
+}

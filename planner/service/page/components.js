@@ -1,0 +1,196 @@
+// What all places are made of: lists with search and sort, names to change in place, dialogs, progress, words that are explained.
+
+import { amount, html, MIB } from "./charts.js";
+
+// --- figures in words -------------------------------------------------------------------------------------------------
+
+export const mib = (bytes, digits) => amount(bytes / MIB, digits);
+export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+
+// A length of time as people say it: `12 s`, `3 min 20 s`, `2 h 5 min`.
+export function span(seconds) {
+  const whole = Math.max(0, Math.round(seconds));
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min${whole % 60 ? ` ${whole % 60} s` : ""}`;
+  return `${Math.floor(whole / 3600)} h${Math.floor((whole % 3600) / 60) ? ` ${Math.floor((whole % 3600) / 60)} min` : ""}`;
+}
+
+// A moment, `created` in seconds since 1970, as an element: near ones relative, others as a date, all with the whole of it as a title.
+export function when(created) {
+  const date = new Date(1000 * created), ago = Date.now() / 1000 - created;
+  const near = ago < 60 ? "just now" : ago < 3600 ? `${Math.floor(ago / 60)} min ago` : ago < 86400 ? `${Math.floor(ago / 3600)} h ago` : null;
+  return html("time", { datetime: date.toISOString(), title: date.toLocaleString() }, near ?? date.toLocaleDateString(undefined, { dateStyle: "medium" }));
+}
+
+// --- small parts ------------------------------------------------------------------------------------------------------
+
+export const loading = (text = "loading …") => html("p", { class: "soft busy loading", role: "status" }, text);
+export const button = (text, click, kind = "") => html("button", { type: "button", class: kind, click }, text);
+export const section = (title, ...children) => html("section", { class: "panel" }, title ? html("h2", {}, title) : null, ...children);
+export const heading = (title, ...beside) => html("div", { class: "heading" }, html("h1", {}, title), html("div", { class: "row" }, ...beside));
+export const empty = (text, ...actions) => html("div", { class: "empty" }, html("p", {}, text), html("div", { class: "row" }, ...actions));
+
+// A control with its label and, below, what it means.
+let fields = 0;
+export function field(label, control, help = null) {
+  const id = control.id || `field-${++fields}`;
+  control.id = id;
+  if (help) control.setAttribute("aria-describedby", `${id}-help`);
+  return html("div", { class: "field" }, html("label", { for: id }, label), control, help ? html("small", { id: `${id}-help` }, help) : null);
+}
+
+// A word that is explained where it stands: by pointing at it, by keyboard or by touch.
+let terms = 0;
+export function term(word, text) {
+  const id = `term-${++terms}`, meaning = html("span", { id, class: "meaning", popover: "auto" }, text);
+  const named = html("button", { type: "button", class: "term", popovertarget: id, "aria-describedby": id }, word);
+  named.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") meaning.showPopover?.(); });
+  named.addEventListener("pointerleave", () => meaning.hidePopover?.());
+  meaning.addEventListener("toggle", (event) => {
+    if (event.newState !== "open") return;
+    const box = named.getBoundingClientRect();
+    meaning.style.left = `${Math.max(8, Math.min(box.left, innerWidth - meaning.offsetWidth - 8))}px`;
+    meaning.style.top = `${box.bottom + 6 + meaning.offsetHeight > innerHeight ? box.top - meaning.offsetHeight - 6 : box.bottom + 6}px`;
+  });
+  return html("span", { class: "with-term" }, named, meaning);
+}
+
+// Tell what has happened to those who do not see it.
+const voice = document.body.appendChild(html("p", { class: "unseen", role: "status", "aria-live": "polite" }));
+export const announce = (text) => { voice.textContent = text; };
+
+// A bar for work that takes a while: `update({stage, done, total})`; where no total is known it moves without one.
+export function progress(what) {
+  const bar = html("progress", { max: 1, "aria-label": what }), text = html("span", { class: "soft" }, what), began = Date.now();
+  const box = html("div", { class: "progress", role: "status" }, bar, text);
+  box.update = ({ stage = "", done, total }) => {
+    const share = total ? done / total : null, passed = (Date.now() - began) / 1000;
+    if (share === null) bar.removeAttribute("value");
+    else bar.value = share;
+    const left = share > 0.05 && share < 1 && passed > 3 ? `, about ${span((passed / share) * (1 - share))} left` : "";
+    text.textContent = `${what}${stage ? `: ${stage}` : ""}${total ? `, ${done} of ${total}` : ""}${left}`;
+  };
+  return box;
+}
+
+// --- dialogs ----------------------------------------------------------------------------------------------------------
+
+// Open a dialog; resolves with what `close(value)` is called with, null where it is dismissed. `make(close)` gives what stands in it.
+export function dialog(title, make) {
+  return new Promise((resolve) => {
+    const box = html("dialog", { class: "dialog", "aria-label": title });
+    let answer = null;
+    const close = (value = null) => { answer = value; box.close(); };
+    box.append(html("div", { class: "heading" }, html("h2", {}, title), html("button", { type: "button", class: "quiet close", "aria-label": "Close", click: () => close() }, "×")), ...[make(close)].flat());
+    box.addEventListener("close", () => { box.remove(); resolve(answer); });
+    box.addEventListener("click", (event) => { if (event.target === box) close(); });
+    document.body.append(box);
+    box.showModal();
+  });
+}
+
+export const confirmed = (question, deed) => dialog(question, (close) => html("div", { class: "row last" }, button(deed, () => close(true), "danger"), button("Keep", () => close(false))));
+
+// --- a name and a note that a person gives ----------------------------------------------------------------------------
+
+// A heading whose text is changed in place; `save(text)` stores it, an empty one takes the given name away. `action` reports failures.
+export function editable(text, save, { label = "Name", tag = "h1", action = (run) => run } = {}) {
+  const shown = html(tag, { class: "editable" }), pen = html("button", { type: "button", class: "quiet pen", "aria-label": `Change: ${label}`, title: `Change: ${label}` }, "✎");
+  const read = (now) => { shown.replaceChildren(now, " ", pen); };
+  pen.addEventListener("click", () => {
+    const input = html("input", { class: "wide", value: text, "aria-label": label, maxlength: 200 });
+    const end = action(async () => {
+      if (!input.isConnected) return;
+      const next = input.value.trim();
+      read(text);
+      if (next !== text) { text = (await save(next || null)) ?? next; read(text); }
+      pen.focus();
+    });
+    input.addEventListener("keydown", (event) => {
+      if (event.key === "Enter") end(event);
+      if (event.key === "Escape") { read(text); pen.focus(); }
+    });
+    input.addEventListener("blur", end);
+    shown.replaceChildren(input);
+    input.focus();
+    input.select();
+  });
+  read(text);
+  return shown;
+}
+
+// A note below a heading, saved when it is left.
+export function note(text, save, action) {
+  const area = html("textarea", { class: "note", rows: 1, placeholder: "Add a note", "aria-label": "Note", maxlength: 4000 });
+  area.value = text ?? "";
+  area.addEventListener("change", action(async () => { await save(area.value.trim() || null); announce("note saved"); }));
+  return area;
+}
+
+// --- tables and lists -------------------------------------------------------------------------------------------------
+
+export function table(caption, headings, rows) {
+  const head = html("tr", {}, ...headings.map((text) => (text ? html("th", { scope: "col" }, text) : html("td"))));
+  const body = rows.map(([first, ...rest]) => html("tr", {}, html("th", { scope: "row" }, first), ...rest.map((text) => html("td", {}, text))));
+  return html("table", {}, html("caption", {}, caption), html("thead", {}, head), html("tbody", {}, ...body));
+}
+
+export const scrolling = (label, ...children) => html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, ...children);
+
+// A cell's share as a bar beside its number.
+export const bar = (share, colour) => html("span", { class: "bar", "aria-hidden": "true" }, html("span", { style: `width: ${Math.min(100, 100 * share)}%; background: ${colour}` }));
+
+// A chart with its numbers folded below.
+export const numbers = (label, made) => html("details", {}, html("summary", {}, "In numbers"), scrolling(label, made));
+
+// A list with search and sort. `columns`: [{title, cell(item) → node or text, value(item) → what it is sorted by, wide}]; the first
+// column heads its row. `load(cursor, search)` → {items, next} gets a page of it, the service searching; `actions(items)` are offered for
+// what is ticked.
+export function list({ name, columns, load, key = (item) => item.id, actions = null, none, action }) {
+  const box = html("div", { class: "list" }), ticked = new Set(), search = html("input", { type: "search", placeholder: `Search ${name}`, "aria-label": `Search ${name}` });
+  const bar = html("div", { class: "row list-bar" }, search), body = html("tbody"), more = button("Show more", () => fetchMore(), "quiet"), chosen = html("div", { class: "row" });
+  const head = html("tr", {}, actions ? html("td") : null, ...columns.map((column, index) => html("th", { scope: "col", "aria-sort": "none" }, column.value ? button(column.title, () => sort(index), "quiet sort") : column.title)));
+  const frame = scrolling(name, html("table", { class: "listing" }, html("thead", {}, head), body));
+  let items = [], next = null, order = { column: null, down: false }, asked = 0;
+  const draw = () => {
+    const { column, down } = order, shown = column === null ? items : [...items].sort((a, b) => compared(columns[column].value(a), columns[column].value(b)) * (down ? -1 : 1));
+    head.querySelectorAll("th").forEach((cell, index) => cell.setAttribute("aria-sort", index === column ? (down ? "descending" : "ascending") : "none"));
+    body.replaceChildren(...shown.map((item) => html("tr", { "data-id": key(item) }, actions ? html("td", {}, tick(item)) : null, ...columns.map((column, index) => html(index ? "td" : "th", index ? { "data-title": column.title, class: column.wide ? "wide" : null } : { scope: "row" }, column.cell(item))))));
+    more.hidden = !next;
+    frame.hidden = !items.length;
+    box.querySelector(".empty")?.remove();
+    if (!items.length) box.append(search.value ? empty(`Nothing here is called “${search.value}”.`) : none());
+    bar.hidden = !items.length && !search.value;
+    offer();
+  };
+  const tick = (item) => {
+    const input = html("input", { type: "checkbox", "aria-label": `Choose ${item.title ?? item.label ?? item.name ?? item.id}` });
+    input.checked = ticked.has(key(item));
+    input.addEventListener("change", () => { ticked[input.checked ? "add" : "delete"](key(item)); offer(); });
+    return input;
+  };
+  const offer = () => chosen.replaceChildren(...(actions && ticked.size ? [html("span", { class: "soft" }, `${ticked.size} chosen`), ...actions(items.filter((item) => ticked.has(key(item))))] : []));
+  const sort = (column) => { order = { column, down: order.column === column && !order.down }; draw(); };
+  const fetchMore = action(async () => {
+    const mine = ++asked, page = await load(next, search.value.trim());
+    if (mine !== asked) return;
+    items.push(...page.items);
+    next = page.next;
+    draw();
+  });
+  box.reload = action(async () => {
+    const mine = ++asked, page = await load(null, search.value.trim());
+    if (mine !== asked) return;
+    ({ items, next } = page);
+    for (const one of ticked) if (!items.some((item) => key(item) === one)) ticked.delete(one);
+    draw();
+  });
+  let typed;
+  search.addEventListener("input", () => { clearTimeout(typed); typed = setTimeout(box.reload, 200); });
+  bar.append(chosen);
+  box.append(bar, frame, html("div", { class: "row" }, more));
+  more.hidden = true;
+  return box;
+}
+
+const compared = (a, b) => (a === b ? 0 : a === null || a === undefined ? 1 : b === null || b === undefined ? -1 : typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true }));

@@ -1,0 +1,134 @@
+// The frame of the page: the places and their addresses, what is under way, the token, light and dark, and what went wrong.
+//
+// A place is a module that exports `show(place)`. It fills `place.root` and resolves once something is to be seen; what it has started
+// ends when `place.signal` is aborted, as another place is opened then. `place.id` and `place.query` come from the address,
+// `#/models/ID?budget=…`; `place.keep({budget})` changes the query without leaving the place, so that reloading finds it again.
+
+import { get, Refused, setToken } from "./api.js";
+import { showActivity, watchActivity } from "./activity.js";
+import { html } from "./charts.js";
+import { announce, loading } from "./components.js";
+
+const PLACES = [
+  { name: "", label: "Start", load: () => import("./start.js") },
+  { name: "models", label: "Models", load: (id) => (id ? import("./model.js") : import("./models.js")) },
+  { name: "plans", label: "Plans", load: (id) => (id ? import("./plan.js") : import("./plans.js")) },
+  { name: "compare", label: "Compare", load: () => import("./compare.js") },
+  { name: "runs", label: "Runs", load: (id) => (id ? import("./run.js") : import("./runs.js")) },
+  { name: "fleets", label: "Fleets", load: (id) => (id === "new" ? import("./new_fleet.js") : id ? import("./fleet.js") : import("./fleets.js")) },
+  { name: "devices", label: "Devices", load: () => import("./devices.js") },
+];
+
+const $ = (id) => document.getElementById(id);
+let left = new AbortController();
+
+// --- addresses --------------------------------------------------------------------------------------------------------
+
+// The address of a place: `to("models", id, {budget})`.
+export function to(name, id = "", query = {}) {
+  const asked = new URLSearchParams(Object.entries(query).filter(([, value]) => value !== null && value !== undefined && value !== "")).toString();
+  return `#/${[name, id].filter(Boolean).map(encodeURIComponent).join("/")}${asked ? `?${asked}` : ""}`;
+}
+
+export const go = (...where) => { location.hash = to(...where); };
+
+function here() {
+  const [path, asked = ""] = location.hash.replace(/^#\/?/, "").split("?");
+  const [name = "", id = ""] = path.split("/").map(decodeURIComponent);
+  return { name, id, query: Object.fromEntries(new URLSearchParams(asked)) };
+}
+
+// Addresses of earlier versions, `#profile=…&budget=…&policy=…`, still lead to what they named.
+function moved() {
+  if (!location.hash.startsWith("#profile=")) return;
+  const { profile, ...query } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  history.replaceState(null, "", to("models", profile, query));
+}
+
+async function open() {
+  moved();
+  const { name, id, query } = here();
+  const place = PLACES.find((one) => one.name === name) ?? PLACES[0];
+  left.abort();
+  left = new AbortController();
+  const { signal } = left, root = html("div", { class: "place", id: "place" });
+  $("problem").hidden = true;
+  $("place").replaceWith(root);
+  root.append(loading());
+  for (const link of $("places").querySelectorAll("a")) {
+    if (link.dataset.place === place.name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  document.title = `${place.label} – tightfit`;
+  scrollTo(0, 0);
+  try {
+    const { show } = await place.load(id);
+    if (!signal.aborted) await show({ root, id, query, signal, keep: (more) => keep(place.name, id, query, more), title: (text) => { document.title = `${text} – tightfit`; } });
+  } catch (error) {
+    if (!signal.aborted) complain(error, root);
+  } finally {
+    root.querySelector(":scope > .loading")?.remove();
+  }
+}
+
+function keep(name, id, query, more) {
+  Object.assign(query, more);
+  history.replaceState(null, "", to(name, id, query));
+}
+
+// --- what goes wrong --------------------------------------------------------------------------------------------------
+
+export function complain(error) {
+  if (error?.name === "AbortError") return;
+  if (error instanceof Refused && error.status === 401) return askForToken(error);
+  $("problem").replaceChildren(error.message, html("button", { type: "button", class: "quiet close", "aria-label": "Close", click: () => { $("problem").hidden = true; } }, "×"));
+  $("problem").hidden = false;
+  announce(error.message);
+}
+
+// A handler that clears the last complaint and tells what goes wrong.
+export const action = (run) => async (event) => {
+  event?.preventDefault?.();
+  $("problem").hidden = true;
+  try { await run(event); } catch (error) { complain(error); }
+};
+
+let asking = false;
+function askForToken() {
+  const wrong = asking;
+  asking = true;
+  const input = html("input", { type: "password", autocomplete: "off", required: true, id: "token" });
+  const form = html("form", { class: "panel narrow", id: "token-form", submit: action(async () => {
+    setToken(input.value);
+    await get("/v1/devices");
+    asking = false;
+    await open();
+    watchActivity($("activity"), complain);
+  }) },
+  html("h1", {}, "This service asks for a token"),
+  html("p", { class: "soft" }, wrong ? "This token is not the service's; it is what TIGHTFIT_TOKEN held when the service was started." : "It is what TIGHTFIT_TOKEN held when the service was started."),
+  html("label", {}, "Token", input), html("button", { class: "main" }, "Use it"));
+  $("place").replaceChildren(form);
+  input.focus();
+}
+
+// --- set up -----------------------------------------------------------------------------------------------------------
+
+$("places").append(...PLACES.map(({ name, label }) => html("a", { href: to(name), "data-place": name }, label)));
+
+const root = document.documentElement, darker = matchMedia("(prefers-color-scheme: dark)");
+const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : darker.matches);
+const nameTheme = () => { $("theme").textContent = dark() ? "Light" : "Dark"; };
+if (localStorage.getItem("tightfit-theme")) root.dataset.theme = localStorage.getItem("tightfit-theme");
+darker.addEventListener("change", nameTheme);
+$("theme").addEventListener("click", () => {
+  root.dataset.theme = dark() ? "light" : "dark";
+  localStorage.setItem("tightfit-theme", root.dataset.theme);
+  nameTheme();
+  dispatchEvent(new Event("themechange")); // pictures on a canvas are drawn anew
+});
+nameTheme();
+$("activity").addEventListener("click", action(() => showActivity()));
+watchActivity($("activity"), complain);
+addEventListener("hashchange", open);
+open();
