@@ -110,6 +110,7 @@ class Client:
         base_url = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
         self.url = base_url.rstrip("/").removesuffix("/page")
         self._ids: dict[str, str] = {}
+        self._heard: dict[str, str] = {}  # job -> id of the last of its events
         self._answered = False
         self._device = device
         headers = {} if device is None else {HEADER: device.model_dump_json()}
@@ -346,6 +347,7 @@ class Client:
         minute of silence.
         """
         broken_since: float | None = None
+        self._heard.pop(identity, None)
         while broken_since is None or time.monotonic() - broken_since < RESTART_SECONDS:
             with contextlib.suppress(httpx.TransportError):
                 for name, data in self._stream(identity):
@@ -361,17 +363,21 @@ class Client:
         )
 
     def _stream(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        with self._http.stream("GET", f"/v1/jobs/{identity}/events") as response:
+        headers = {"Last-Event-ID": self._heard[identity]} if identity in self._heard else {}
+        with self._http.stream("GET", f"/v1/jobs/{identity}/events", headers=headers) as response:
             if response.status_code in RESTARTING:
                 raise httpx.RemoteProtocolError(f"status {response.status_code}")
             if response.status_code != 200:
                 response.read()
                 _raise(response)
-            name = ""
+            name = event_id = ""
             for line in response.iter_lines():
                 if line.startswith("event: "):
                     name = line.removeprefix("event: ")
+                elif line.startswith("id: "):
+                    event_id = line.removeprefix("id: ")
                 elif line.startswith("data: "):
+                    self._heard[identity] = event_id
                     yield name, json.loads(line.removeprefix("data: "))
 
     def cancel(self, identity: str) -> dict[str, Any]:

@@ -279,6 +279,7 @@ class Supervisor:
         """Remove a job that has ended, and of a run all that it left. Raises ServiceError where there is none, or it is needed."""
         self._discard(self.store.remove_job(identity))
         shutil.rmtree(self.runs / identity, ignore_errors=True)
+        self.events.forget(identity)
 
     def delete_file(self, kind: str, identity: str, *, with_plans: bool = False) -> None:
         """Remove a profile, plan or fleet. Raises ServiceError where there is none, or it is needed."""
