@@ -115,6 +115,16 @@ def service_of(request: Request) -> Service:
     return service
 
 
+async def check_query(request: Request) -> None:
+    """Raises ServiceError 422 for a query field under /v1 that the route does not have, which would be passed over without a word."""
+    known = [str(field.alias) for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if request.url.path.startswith("/v1/") and name not in known:
+            choice = f"choose from {', '.join(known)}" if known else "there are none here"
+            message = f"no query field is called {name[:80]!r}; {choice}"
+            raise ServiceError(422, "invalid_request", message, f"query.{name[:80]}")
+
+
 def enqueue(
     request: Request,
     kind: JobKind,

@@ -78,6 +78,12 @@ async def name_fleet(request: Request, identity: Identity, body: NameRequest) ->
     return fleet
 
 
+@router.delete("/{identity}", status_code=204, responses=errors(404, 409), summary="Delete a fleet")
+async def delete_fleet(request: Request, identity: Identity) -> None:
+    """Its members' plans stay. 409 while a job needs it."""
+    service_of(request).supervisor.delete_file("fleet", identity)
+
+
 @router.get("/{identity}/file", responses=FILE, summary="The whole plan of a fleet", response_class=Response)
 async def get_fleet_file(request: Request, identity: Identity) -> Response:
     """Its members' plans are at `/v1/plans/{id}/file`, by the ids in `plans` of its summary."""

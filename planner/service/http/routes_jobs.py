@@ -11,7 +11,7 @@ from tightfit.planner.service.http.routes_common import After, Limit, Search, er
 from tightfit.planner.service.jobs.migrations import LATEST
 from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.wire.errors import ServiceError
-from tightfit.planner.service.wire.requests import NameRequest
+from tightfit.planner.service.wire.requests import JobsRequest, NameRequest
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     DeviceAnswer,
@@ -90,6 +90,16 @@ async def name_job(request: Request, identity: Identity, body: NameRequest) -> S
     return service.events.shown(job)
 
 
+@router.delete(
+    "/v1/jobs/{identity}", status_code=204, responses=errors(404, 409), tags=["jobs"], summary="Delete a job"
+)
+async def delete_job(request: Request, identity: Identity) -> None:
+    """Of a run also metrics, report, adapter and checkpoints; plans and profiles that a job has made stay. 409 while it has not
+    ended.
+    """
+    service_of(request).supervisor.delete_job(identity)
+
+
 @router.get(
     "/v1/jobs/{identity}/events",
     responses=EVENTS,
@@ -122,6 +132,20 @@ async def cancel_job(request: Request, identity: Identity) -> ServiceJob:
     if job.state in FINISHED:
         raise ServiceError(409, "conflict", f"the job {identity} is {job.state} already")
     return service.supervisor.cancel(identity)
+
+
+@router.post(
+    "/v1/jobs/cancel",
+    response_model=JobList,
+    responses=errors(400, 404, 408, 413, 415),
+    tags=["jobs"],
+    summary="End several jobs",
+)
+async def cancel_jobs(request: Request, body: JobsRequest) -> JobList:
+    """Answers with those that had not ended yet. 404 where there is no such job: none is ended then."""
+    service = service_of(request)
+    live = [job.id for job in map(service.store.job, dict.fromkeys(body.jobs)) if job.state not in FINISHED]
+    return JobList(jobs=[service.supervisor.cancel(identity) for identity in live])
 
 
 @router.get("/v1/devices", response_model=DeviceList, tags=["service"], summary="Devices")

@@ -84,6 +84,12 @@ async def name_plan(request: Request, identity: Identity, body: NameRequest) -> 
     return plan
 
 
+@router.delete("/plans/{identity}", status_code=204, responses=errors(404, 409), summary="Delete a plan")
+async def delete_plan(request: Request, identity: Identity) -> None:
+    """Its runs stay. 409 while a job needs it."""
+    service_of(request).supervisor.delete_file("plan", identity)
+
+
 @router.get("/plans/{identity}/file", responses=FILE, summary="The whole plan", response_class=Response)
 async def get_plan_file(request: Request, identity: Identity) -> Response:
     """What `tightfit run` takes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.http.routes_common import (
@@ -38,6 +38,7 @@ from tightfit.profiles.schema import PROFILE_VERSION
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
+WithPlans = Annotated[bool, Query(description="delete the plans of the profile too")]
 FILE = described_file("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
 ALWAYS = {"seq", "batch", "lora_alpha", "accumulate", "dtype"}
 """fields of a request that always go to the worker; the others only if they are not at their defaults"""
@@ -135,6 +136,12 @@ async def get_profile(request: Request, identity: Identity) -> StoredProfile:
 async def name_profile(request: Request, identity: Identity, body: NameRequest) -> StoredProfile:
     profile: StoredProfile = named(request, "profile", identity, body)
     return profile
+
+
+@router.delete("/{identity}", status_code=204, responses=errors(404, 409), summary="Delete a profile")
+async def delete_profile(request: Request, identity: Identity, with_plans: WithPlans = False) -> None:
+    """409 while a job needs it, or plans of it exist."""
+    service_of(request).supervisor.delete_file("profile", identity, with_plans=with_plans)
 
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)

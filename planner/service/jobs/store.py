@@ -266,6 +266,33 @@ class JobStore:
                 database.execute(NAMING["jobs", column], (text, identity))
         return self.job(identity)
 
+    def remove_job(self, identity: str) -> list[Row]:
+        """Forget a job and the files that it alone has: of a run report, metrics, adapter and folder, which are returned. What it
+        made besides stays. Raises ServiceError 404, and 409 where it has not ended or another live job needs what it made.
+        """
+        job = self.job(identity)
+        if job.state not in FINISHED:
+            raise ServiceError(409, "conflict", f"the job {identity} is {job.state}; cancel it first")
+        files = self._rows("SELECT * FROM files WHERE id = ?", identity)
+        for row in files:
+            self._check_unused(row)
+        with self._transaction() as database:
+            database.execute("DELETE FROM jobs WHERE id = ?", (identity,))
+            database.execute("DELETE FROM files WHERE id = ?", (identity,))
+        return files
+
+    def _check_unused(self, file: Row) -> None:
+        """Raises ServiceError 409 where a live job needs a file."""
+        user = self._get(
+            "SELECT jobs.id, jobs.kind, jobs.state FROM jobs JOIN uses ON uses.job = jobs.id"
+            " WHERE uses.kind = ? AND uses.file = ? AND jobs.state IN ('queued', 'running') LIMIT 1",
+            file["kind"],
+            file["id"],
+        )
+        if user is not None:
+            message = f"the {user['kind']} {user['id']} is {user['state']} and needs the {file['kind']} {file['id']}"
+            raise ServiceError(409, "conflict", f"{message}; cancel it first, or wait for its end")
+
     def _read(self, row: Row) -> ServiceJob | None:
         """The job of a row; None where it cannot be read or shown, whatever is in it: it is set aside then."""
         try:
@@ -481,6 +508,29 @@ class JobStore:
             for column, text in names.items():
                 database.execute(f"{NAMING['files', column]} AND kind = ?", (text, identity, kind))
         self.touch(kind, identity)
+
+    def remove_file(self, kind: str, identity: str, *, with_plans: bool = False) -> list[Row]:
+        """Forget a file, a profile together with its plans if `with_plans`, and the jobs that have ended and answered with what goes,
+        but for runs. Returns the rows that went. Raises ServiceError 404, and 409 where a live job needs what is to go, or where
+        plans of a profile exist and are not to go.
+        """
+        row = self.file(kind, identity)
+        if row is None:
+            raise self.missing(kind, identity)
+        plans = (
+            self._rows("SELECT * FROM files WHERE kind = 'plan' AND origin = ?", identity) if kind == "profile" else []
+        )
+        if plans and not with_plans:
+            count = f"{len(plans)} plans" if len(plans) > 1 else "a plan"
+            message = f"{count} of the profile {identity} would be without it; delete them too (with_plans=true)"
+            raise ServiceError(409, "conflict", message)
+        removed = [row, *plans]
+        for file in removed:
+            self._check_unused(file)
+        with self._transaction() as database:
+            for file in removed:
+                _forget(database, file, runs=False)
+        return removed
 
     def files_of(self, job: str) -> list[Row]:
         """The files that a job needs and those that it made."""

@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.search_options import SOLVER, PlanOptions
-from tightfit.planner.service.wire.schema import DIGEST, OWN_DEVICE, Digest, RequestBody
+from tightfit.planner.service.wire.schema import DIGEST, JOB, OWN_DEVICE, Digest, JobId, RequestBody
 from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
 from tightfit.runtime.common.errors import InputError
@@ -221,6 +221,12 @@ class NameRequest(RequestBody):
         | None
     ) = Field(None, description="one line")
     note: Annotated[str, StringConstraints(max_length=10_000)] | None = Field(None, description="any text")
+
+
+class JobsRequest(RequestBody):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"jobs": [JOB]}]})
+
+    jobs: list[JobId] = Field(min_length=1, max_length=1000)
 
 
 class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]

@@ -248,7 +248,7 @@ class RunMetrics(ResponseBody):
         steps=[{"step": 1, "loss": 3.2, "seconds": 2.89, "resident_bytes": 363000000, "peak_bytes": 363646976}],
     )
 
-    budget_bytes: int
+    budget_bytes: int | None = Field(description="null: the plan is gone, and the run has not come to its end")
     places_per_step: int | None = Field(
         None, description="tokens for which a step's rows have room, padding included; null: not a language model's"
     )

@@ -94,7 +94,7 @@ def test_every_answer_is_described_with_an_example(described):
             assert "default" in operation["responses"]
             for status, answer in operation["responses"].items():
                 assert answer["description"], (path, status)
-                if status == "304":
+                if status in {"204", "304"}:
                     continue
                 for media, told in answer["content"].items():
                     if media == "application/x-tar":
