@@ -238,5 +238,5 @@ class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]
     data: str = Field(
         min_length=1,
         max_length=LONGEST_PATH,
-        description="random, or a file or folder of samples under an allowed root",
+        description="random, a file or folder of samples under an allowed root, or upload: and the id of an upload",
     )
