@@ -404,6 +404,15 @@ class Client:
         listed: list[dict[str, Any]] = self.get("/v1/uploads?limit=1000")["uploads"]
         return listed
 
+    def preview(self, profile: str, data: str, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
+        """Data as a run of a stored profile would read them: its first samples in pieces, learned or not, what is cut and what is
+        refused; `options` are columns, truncate and packing.
+        """
+        asked = {"profile": profile, "data": data, **options}
+        headers = {"Idempotency-Key": os.urandom(16).hex()}
+        result: dict[str, Any] = self.finish(self.post("/v1/previews", asked, headers=headers), progress)["result"]
+        return result
+
     def gallery(self) -> list[dict[str, Any]]:
         """Sizes of published models, each with the `config` that a request for a profile takes."""
         shapes: list[dict[str, Any]] = self.get("/v1/gallery")["shapes"]

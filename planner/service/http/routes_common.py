@@ -233,6 +233,15 @@ async def file_response(
     return StreamingResponse(objects.unpack(row["digest"]), media_type=media_type, headers=headers)
 
 
+def model_elsewhere(profile: Row) -> str | None:
+    """Why the model of a stored profile is not there to be used; None where it was measured here."""
+    if profile["origin"] == "made":
+        return None
+    if profile["origin"] == "example":
+        return f"the example was measured on another machine; put {profile['name']} under a folder of the service, and measure it there"
+    return "this profile was not made by this service; measure the model on the service's machine, and ask with that profile"
+
+
 def uploaded(data: str | None) -> str | None:
     """The id of the upload that a request names as data; None: it names none."""
     return data.removeprefix(UPLOADED) if data is not None and data.startswith(UPLOADED) else None
