@@ -86,6 +86,8 @@ CPU = {
     "local": True,
     "running": JOB,
     "waiting": 0,
+    "spare_bytes": 6442450944,
+    "spare_why": "7.1 GiB are available, less 0.9 GiB that stay free",
 }
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
 JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
@@ -233,6 +235,10 @@ class DeviceAnswer(ResponseBody):
     local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
     running: JobId | None = None
     waiting: int = Field(description="runs and measurements queued for it")
+    spare_bytes: int | None = Field(
+        None, description="what a run there may take now, a margin left free; null: of another machine, or nothing"
+    )
+    spare_why: str | None = Field(None, description="where that figure comes from, or why there is none, in words")
 
 
 class DeviceList(ResponseBody):
