@@ -49,6 +49,9 @@ export async function post(path, body, headers = {}) {
   return (await send(path, { method: "POST", body: content, headers: { "Content-Type": "application/json", ...headers } })).json();
 }
 
+export const patch = async (path, body) => (await send(path, { method: "PATCH", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } })).json();
+export const remove = (path) => send(path, { method: "DELETE" });
+
 // Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again.
 export async function finish(job, progress = () => {}) {
   const open = () => ["queued", "running"].includes(job.state);
