@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small
+.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small example
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
+
+# Measures the example that an empty service shows; needed when PROFILE_VERSION moves.
+example: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/example_profile.py $(ARGS)
 
 # Two files at a time, the longest first; ARGS='-n 0' for one after the other, as a debugger wants them. `test` leaves out the
 # tests that are marked as slow, most of which repeat at other sizes or beside other features what quicker ones show.

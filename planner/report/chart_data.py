@@ -22,7 +22,7 @@ NARROW = 3
 """an exchange that takes less than this fraction of a fleet's step is drawn once more, enlarged"""
 
 
-SHARED = ("charts.css", "style.css", "charts.js", "components.js", "timeline.js", "glossary.js")
+SHARED = ("charts.css", "style.css", "charts.js", "lines.js", "components.js", "timeline.js", "glossary.js")
 
 
 @cache

@@ -46,7 +46,7 @@ export const html = (name, attributes = {}, ...children) => element(document.cre
 
 export const legend = (entries) => entries.map(([label, colour]) => html("li", {}, html("span", { class: "dot", style: `--c: ${colour}` }), label));
 export const kindColour = (name) => `var(--kind-${name}, var(--kind-other))`;
-const policyColour = (slot) => `var(--policy-${slot % POLICY_COLOURS})`;
+export const policyColour = (slot) => `var(--policy-${slot % POLICY_COLOURS})`;
 
 const makers = new WeakMap(), widths = new WeakMap();
 const watch = new ResizeObserver((entries) => entries.forEach(({ target }) => fill(target)));
@@ -211,7 +211,7 @@ export function timeline({ series, cap, peak }, { width, label, axis = sharedAxi
 }
 
 // A line across a picture that stands at one of its moments, `place` tells where.
-function cursor(picture, place, height) {
+export function cursor(picture, place, height) {
   const line = svg("line", { class: "cursor", y1: TOP, y2: height - BOTTOM, visibility: "hidden" });
   picture.append(line);
   const show = (i) => {
@@ -223,7 +223,7 @@ function cursor(picture, place, height) {
 
 // Pointer and arrow keys move the cursor of a chart over its moments, 0 to `last`; `find` the one at a place of the x axis, `read`
 // tells of it. Where the cursor stands outlasts a chart that is drawn anew: `state`.
-function follow({ picture, at, show, hide }, { last, state, find, read }) {
+export function follow({ picture, at, show, hide }, { last, state, find, read }) {
   const go = (index) => {
     state.at = Math.max(0, Math.min(last, index));
     show(state.at);
@@ -244,7 +244,7 @@ function follow({ picture, at, show, hide }, { last, state, find, read }) {
   });
   return picture;
 }
-const HOW = "Point at the chart, or focus it and use the arrow keys.";
+export const HOW = "Point at the chart, or focus it and use the arrow keys.";
 
 // A timeline with its legend and a cursor that pointer and arrow keys move; `reading` tells what is at the cursor.
 export function showTimeline({ box, key, reading }, data, name) {
@@ -275,6 +275,17 @@ function deed({ what, first, last }, kinds) {
   return first === null ? label : `${label} micro-batch${first === last ? ` ${first}` : `es ${first} to ${last}`}`;
 }
 
+// The stretches in which a device does nothing, from `from` to the end of the step.
+export function waits(bars, from, whole) {
+  const gaps = [];
+  let busy = from;
+  for (const { begin, end } of [...bars].sort((a, b) => a.begin - b.begin)) {
+    if (begin - busy > whole / 2000) gaps.push([busy, begin]);
+    busy = Math.max(busy, end);
+  }
+  return whole - busy > whole / 2000 ? [...gaps, [busy, whole]] : gaps;
+}
+
 // `data`: {seconds, kinds, lanes: [{name, kind, bars: [{what, begin, end, first, last}]}]}, a lane for each device and each link of a
 // fleet, over one step, or over what is left of it at `from`. The cursor stands at one of `moments`.
 export function lanes({ seconds: whole, kinds, lanes: shown }, { width, label, moments, from = 0 }) {
@@ -289,6 +300,9 @@ export function lanes({ seconds: whole, kinds, lanes: shown }, { width, label, m
   for (const tick of ticks(from, whole, width / 110)) picture.append(svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: EDGE, y2: bottom }));
   shown.forEach(({ name, kind, bars }, i) => {
     const group = svg("g", { "data-lane": name }, svg("text", { class: "lane-name", x: EDGE, y: tops[i] - 4 }, name));
+    for (const [begin, end] of kind === "device" ? waits(bars, from, whole) : []) {
+      group.append(svg("rect", { class: "waiting", x: x(begin).toFixed(1), y: tops[i] + LANE[kind] / 2 - 2, width: Math.max(0, x(end) - x(begin)).toFixed(1), height: 4 }, svg("title", {}, `${name} waits: ${duration(begin)} to ${duration(end)}`)));
+    }
     for (const bar of bars.filter(({ end }) => end > from)) {
       const left = x(Math.max(from, bar.begin)), wide = Math.max(1, x(bar.end) - left), number = bar.first === null || bar.first !== bar.last ? "" : `${bar.first}`;
       const text = `${name} ${deed(bar, kinds)}: ${duration(bar.begin)} to ${duration(bar.end)}`;
@@ -309,7 +323,7 @@ export function showLanes({ boxes: [box, enlarged], key, reading }, data, name) 
   enlarged.parentElement.hidden = data.exchange === null;
   if (data.exchange !== null) draw(enlarged, data.exchange, `${what} the exchange of ${name}`);
   reading.textContent = HOW;
-  key.replaceChildren(...legend(data.kinds.map((kind) => [kind.label, doingColour(kind.name)])));
+  key.replaceChildren(...legend([...data.kinds.map((kind) => [kind.label, doingColour(kind.name)]), ["waits", "var(--line)"]]));
 
   function draw(where, from, title) {
     const changes = data.lanes.flatMap(({ bars }) => bars.flatMap((bar) => [bar.begin, bar.end])).filter((moment) => moment > from);
@@ -320,7 +334,8 @@ export function showLanes({ boxes: [box, enlarged], key, reading }, data, name) 
     };
     const read = (at) => {
       const doing = data.lanes.flatMap((lane) => lane.bars.filter((bar) => bar.begin <= moments[at] && moments[at] < bar.end).map((bar) => `${lane.name} ${deed(bar, data.kinds)}`));
-      reading.textContent = `${duration(moments[at])}: ${doing.join("; ") || (at === last ? "the step is done" : "all wait")}`;
+      const idle = at === last ? [] : data.lanes.filter((lane) => lane.kind === "device" && !lane.bars.some((bar) => bar.begin <= moments[at] && moments[at] < bar.end)).map((lane) => `${lane.name} waits`);
+      reading.textContent = `${duration(moments[at])}: ${at === last ? "the step is done" : [...doing, ...idle].join("; ")}`;
     };
     const label = `${title}; arrow keys move along the step, the table has the numbers`;
     place(where, (width) => follow(lanes(data, { width, label, moments, from }), { last, state, find, read }));

@@ -18,7 +18,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import httpx
 
@@ -378,6 +378,18 @@ class Client:
         """End a job, a run with a checkpoint."""
         job: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
         return job
+
+    # --- what there is to choose from --------------------------------------------------------------------------------
+
+    def files(self, kind: Literal["models", "data"]) -> list[dict[str, Any]]:
+        """Models or data under the service's roots, newest first: their `path` is what a request names them by."""
+        listed: list[dict[str, Any]] = self.get(f"/v1/files?kind={kind}")["files"]
+        return listed
+
+    def gallery(self) -> list[dict[str, Any]]:
+        """Sizes of published models, each with the `config` that a request for a profile takes."""
+        shapes: list[dict[str, Any]] = self.get("/v1/gallery")["shapes"]
+        return shapes
 
     # --- HTTP ------------------------------------------------------------------------------------------------------
 

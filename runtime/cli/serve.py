@@ -37,6 +37,7 @@ def serve(
         typer.Option(metavar="DIR", help="Folder from which requests may name models and data; may be repeated."),
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Let requests name models on the hub, to be downloaded.")] = False,
+    example: Annotated[bool, typer.Option(help="Begin with an example, where the service has no profile yet.")] = True,
     workers: Annotated[int, typer.Option(min=1, help="Plans solved at once.")] = Settings.workers,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory that one solving process may take; a comparison has two.")
@@ -68,6 +69,7 @@ def serve(
             key=key,
             roots=tuple(path.absolute() for path in root or ()),
             hub=hub,
+            example=example,
             workers=workers,
             solve_bytes=solve_bytes,
             keep_days=keep_days,

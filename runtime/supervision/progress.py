@@ -6,6 +6,7 @@ The standard library only: the process that shows it counts against the budget o
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -24,6 +25,20 @@ ERASE_LINE = "\r\x1b[2K"
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
 NEARLY_FULL = 0.995
 """share of the budget from which on the line is red"""
+
+
+STAGE = re.compile(r"(?P<stage>.+?)(?: …|: (?P<done>\d+) of (?P<total>\d+))")
+"""a line of `TrainingProgress.stage` where stderr is no terminal"""
+
+
+def stage_of(line: str) -> dict[str, Any] | None:
+    """What a line that a run has written to stderr says of its stage: `stage`, and how far it is, `done` of `total`, where the line
+    says it; None for any other line.
+    """
+    found = STAGE.fullmatch(line.strip())
+    if found is None:
+        return None
+    return {name: int(text) if text.isdigit() else text for name, text in found.groupdict().items() if text is not None}
 
 
 class TrainingProgress:

@@ -126,7 +126,14 @@ def _road(road: str, words: list[str], folder: Path) -> Iterator[dict[str, str]]
         yield device
         return
     port = "8765"
-    serve = [*command("tightfit.runtime.cli.main", "serve"), "--port", port, "--data-dir", str(folder / "service")]
+    serve = [
+        *command("tightfit.runtime.cli.main", "serve"),
+        "--no-example",
+        "--port",
+        port,
+        "--data-dir",
+        str(folder / "service"),
+    ]
     with subprocess.Popen(serve, env=elsewhere, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as service:
         try:
             _wait_for(f"http://127.0.0.1:{port}/healthz")

@@ -60,7 +60,7 @@ class Served:
         with self.log.open("ab") as log:
             begun = log.tell()
             self.process = subprocess.Popen(
-                [*self.command, "serve", "--port", "0", "--data-dir", str(self.data), *self.options],
+                [*self.command, "serve", "--port", "0", "--data-dir", str(self.data), "--no-example", *self.options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from tightfit.planner.service.http import (
+    routes_files,
     routes_fleets,
     routes_jobs,
     routes_page,
@@ -28,6 +29,7 @@ from tightfit.planner.service.http import (
     routes_traces,
 )
 from tightfit.planner.service.http.connections import Connections, loop_of, most_connections, protocol_of
+from tightfit.planner.service.http.example import give_example
 from tightfit.planner.service.http.guard import OPEN, Guard
 from tightfit.planner.service.http.logs import log_to_stderr
 from tightfit.planner.service.http.routes_common import EVERYWHERE
@@ -62,6 +64,7 @@ ACCEPTED_AT_ONCE = 32
 ROUTERS = tuple(
     routes.router
     for routes in (
+        routes_files,
         routes_profiles,
         routes_traces,
         routes_planning,
@@ -84,6 +87,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         with opened(settings, metrics) if service is None else contextlib.nullcontext(service) as ready:
             app.state.service = ready
             await ready.supervisor.start()
+            await give_example(ready)
             try:
                 yield
             finally:

@@ -7,15 +7,16 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-from fastapi import Header, Request, Response
+from fastapi import Header, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from tightfit.planner.service.http.service import Service
-from tightfit.planner.service.jobs.store import Row, content_key
+from tightfit.planner.service.jobs.store import Row, content_key, listed
 from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.remote_devices import HEADER, device_of
+from tightfit.planner.service.wire.requests import NameRequest
 from tightfit.planner.service.wire.schema import FINISHED, JOB, ErrorAnswer, JobKind, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.devices.data_sheets import known_devices
@@ -28,6 +29,17 @@ IdempotencyKey = Annotated[
         pattern=r"^[\x21-\x7e]+$",
         description="a name of your choice for this request: sent again, it is the same job",
     ),
+]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+After = Annotated[
+    str | None,
+    Query(
+        pattern=r"^\d{1,15}(\.\d{1,9})?_[0-9a-z-]{20,64}$", description="`next` of the answer before: what follows it"
+    ),
+]
+Search = Annotated[
+    str | None,
+    Query(max_length=200, description="words that all stand in title, note, label or id, in capitals or not"),
 ]
 
 
@@ -172,6 +184,13 @@ def stored(request: Request, kind: str, identity: str, field: str | None = None)
     return row
 
 
+def named(request: Request, kind: str, identity: str, body: NameRequest) -> Any:
+    """A stored file as it is listed, with the title and note that the request gives it. Raises ServiceError 404."""
+    stored(request, kind, identity)
+    service_of(request).store.name_file(kind, identity, body.model_dump(exclude_unset=True))
+    return listed(stored(request, kind, identity))
+
+
 async def file_response(
     request: Request,
     row: Row,
@@ -215,6 +234,11 @@ def not_runnable(request: Request, plan: Row) -> str | None:
     if summary.get("of_a_fleet"):
         return f"the plan {plan['id']} is a member's of a fleet: its gradients are for the fleet's sum; run the whole fleet"
     profile = service_of(request).store.file("profile", plan["origin"])
+    if profile is not None and profile["origin"] == "example":
+        return (
+            f"this plan is of the example, which was measured on another machine; put {profile['name']} under a folder of the service,"
+            " measure it there, plan and run that"
+        )
     if profile is None or profile["origin"] != "made":
         # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
         return "this plan's profile was not made by this service; measure the model on the service's machine, plan and run that"

@@ -6,25 +6,30 @@ import asyncio
 import json
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 
 from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
+    After,
     IdempotencyKey,
+    Limit,
+    Search,
+    check_device,
     check_time,
     described_file,
     enqueue,
     errors,
     file_response,
+    named,
     service_of,
     stored,
 )
 from tightfit.planner.service.jobs.store import listed
 from tightfit.planner.service.jobs.view import fleet_view
 from tightfit.planner.service.wire.errors import invalid
-from tightfit.planner.service.wire.requests import FleetRequest
-from tightfit.planner.service.wire.schema import Digest, FleetList, StoredFleet
+from tightfit.planner.service.wire.requests import FleetRequest, NameRequest
+from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, FleetList, StoredFleet
 from tightfit.planner.service.wire.shown import FleetView
 from tightfit.runtime.common.strict_json import to_json
 
@@ -45,22 +50,40 @@ async def make_fleet(request: Request, body: FleetRequest, key: IdempotencyKey =
             message = f"another member is called {member.name!r}; give each a name of its own"
             raise invalid(f"members.{index}.name", message)
         stored(request, "profile", member.profile, f"members.{index}.profile")
+        check_device(member.device, [OWN_DEVICE], f"members.{index}.device")
     members = [member.both_ways() for member in body.members]
     uses = [("profile", member.profile) for member in body.members]
     return enqueue(request, "fleet", body.model_dump() | {"members": members}, key=key, uses=uses)
 
 
 @router.get("", response_model=FleetList, summary="Fleets, newest first")
-async def list_fleets(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> FleetList:
+async def list_fleets(request: Request, limit: Limit = 100, after: After = None, search: Search = None) -> FleetList:
     store = service_of(request).store
-    rows = store.files("fleet", limit=limit)
-    return FleetList(fleets=[listed(row) for row in rows], set_aside=store.set_aside("fleet"))
+    rows = store.files("fleet", search=search, after=after, limit=limit)
+    return FleetList(fleets=[listed(row) for row in rows.items], next=rows.next, set_aside=store.set_aside("fleet"))
 
 
 @router.get("/{identity}", response_model=StoredFleet, responses=errors(404), summary="A fleet's plan in figures")
 async def get_fleet(request: Request, identity: Identity) -> StoredFleet:
     fleet: StoredFleet = listed(stored(request, "fleet", identity))
     return fleet
+
+
+@router.patch(
+    "/{identity}",
+    response_model=StoredFleet,
+    responses=errors(400, 404, 408, 413, 415),
+    summary="Call a fleet by a name",
+)
+async def name_fleet(request: Request, identity: Identity, body: NameRequest) -> StoredFleet:
+    fleet: StoredFleet = named(request, "fleet", identity, body)
+    return fleet
+
+
+@router.delete("/{identity}", status_code=204, responses=errors(404, 409), summary="Delete a fleet")
+async def delete_fleet(request: Request, identity: Identity) -> None:
+    """Its members' plans stay. 409 while a job needs it."""
+    service_of(request).supervisor.delete_file("fleet", identity)
 
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole plan of a fleet", response_class=Response)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from starlette.responses import StreamingResponse
 
-from tightfit.planner.service.http.routes_common import errors, service_of
+from tightfit.planner.service.http.routes_common import After, Limit, Search, errors, service_of
 from tightfit.planner.service.jobs.migrations import LATEST
 from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.wire.errors import ServiceError
+from tightfit.planner.service.wire.remote_devices import this_device
+from tightfit.planner.service.wire.requests import JobsRequest, NameRequest
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     DeviceAnswer,
@@ -59,17 +61,44 @@ async def list_jobs(
     request: Request,
     kind: JobKind | None = None,
     state: JobState | None = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    limit: Limit = 100,
+    after: After = None,
+    search: Search = None,
 ) -> JobList:
     service = service_of(request)
-    jobs = [service.events.shown(job) for job in service.store.jobs(kind=kind, state=state, limit=limit)]
-    return JobList(jobs=jobs, set_aside=service.store.set_aside("job"))
+    page = service.store.jobs(kind=kind, state=state, search=search, after=after, limit=limit)
+    jobs = [service.events.shown(job) for job in page.items]
+    return JobList(jobs=jobs, next=page.next, set_aside=service.store.set_aside("job"))
 
 
 @router.get("/v1/jobs/{identity}", response_model=ServiceJob, responses=errors(404), tags=["jobs"], summary="A job")
 async def get_job(request: Request, identity: Identity) -> ServiceJob:
     service = service_of(request)
     return service.events.shown(service.store.job(identity))
+
+
+@router.patch(
+    "/v1/jobs/{identity}",
+    response_model=ServiceJob,
+    responses=errors(400, 404, 408, 413, 415),
+    tags=["jobs"],
+    summary="Call a job by a name",
+)
+async def name_job(request: Request, identity: Identity, body: NameRequest) -> ServiceJob:
+    service = service_of(request)
+    job = service.store.name_job(identity, body.model_dump(exclude_unset=True))
+    service.events.changed(job)
+    return service.events.shown(job)
+
+
+@router.delete(
+    "/v1/jobs/{identity}", status_code=204, responses=errors(404, 409), tags=["jobs"], summary="Delete a job"
+)
+async def delete_job(request: Request, identity: Identity) -> None:
+    """Of a run also metrics, report, adapter and checkpoints; plans and profiles that a job has made stay. 409 while it has not
+    ended.
+    """
+    service_of(request).supervisor.delete_job(identity)
 
 
 @router.get(
@@ -106,6 +135,20 @@ async def cancel_job(request: Request, identity: Identity) -> ServiceJob:
     return service.supervisor.cancel(identity)
 
 
+@router.post(
+    "/v1/jobs/cancel",
+    response_model=JobList,
+    responses=errors(400, 404, 408, 413, 415),
+    tags=["jobs"],
+    summary="End several jobs",
+)
+async def cancel_jobs(request: Request, body: JobsRequest) -> JobList:
+    """Answers with those that had not ended yet. 404 where there is no such job: none is ended then."""
+    service = service_of(request)
+    live = [job.id for job in map(service.store.job, dict.fromkeys(body.jobs)) if job.state not in FINISHED]
+    return JobList(jobs=[service.supervisor.cancel(identity) for identity in live])
+
+
 @router.get("/v1/devices", response_model=DeviceList, tags=["service"], summary="Devices")
 async def list_devices(request: Request) -> DeviceList:
     """What runs go to, and how long its queue is; then those that can be planned for."""
@@ -116,13 +159,17 @@ async def list_devices(request: Request) -> DeviceList:
         label="the service's machine",
         kind="cpu",
         threads=cores,
+        memory_bytes=this_device().memory_bytes,
         local=True,
         running=running,
         waiting=waiting,
     )
     others = [
         DeviceAnswer(
-            **device.model_dump(include={"name", "label", "kind", "threads"}), local=False, running=None, waiting=0
+            **device.model_dump(include={"name", "label", "kind", "threads", "memory_bytes"}),
+            local=False,
+            running=None,
+            waiting=0,
         )
         for device in known_devices()
     ]

@@ -17,7 +17,13 @@ from tightfit.planner.service.wire.forms import forms
 router = APIRouter(include_in_schema=False)
 FORMS = "forms.json"
 """the file that describes the fields of the page's forms"""
-TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "json": "application/json", "svg": "image/svg+xml"}
+TYPES = {
+    "html": "text/html",
+    "css": "text/css",
+    "js": "text/javascript",
+    "json": "application/json",
+    "svg": "image/svg+xml",
+}
 
 
 @router.get("/")

@@ -8,7 +8,7 @@ import json
 from functools import lru_cache
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
@@ -16,13 +16,17 @@ from tightfit.planner.report.step_columns import step_columns
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
+    After,
     IdempotencyKey,
+    Limit,
+    Search,
     check_device,
     check_time,
     described_file,
     enqueue,
     errors,
     file_response,
+    named,
     names_paths,
     not_runnable,
     service_of,
@@ -33,7 +37,7 @@ from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.requests import ComparisonRequest, PlanRequest
+from tightfit.planner.service.wire.requests import ComparisonRequest, NameRequest, PlanRequest
 from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, JobId, PlanList, ServiceJob, StoredPlan
 from tightfit.planner.service.wire.shown import Difference, PlanTimeline, PlanView
 from tightfit.runtime.common.strict_json import to_json
@@ -54,17 +58,38 @@ async def make_plan(request: Request, body: PlanRequest, key: IdempotencyKey = N
 
 @router.get("/plans", response_model=PlanList, summary="Plans, newest first")
 async def list_plans(
-    request: Request, profile: Digest | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    request: Request,
+    profile: Digest | None = None,
+    limit: Limit = 100,
+    after: After = None,
+    search: Search = None,
 ) -> PlanList:
     store = service_of(request).store
-    rows = store.files("plan", origin=profile, limit=limit)
-    return PlanList(plans=[listed(row) for row in rows], set_aside=store.set_aside("plan"))
+    rows = store.files("plan", origin=profile, search=search, after=after, limit=limit)
+    return PlanList(plans=[listed(row) for row in rows.items], next=rows.next, set_aside=store.set_aside("plan"))
 
 
 @router.get("/plans/{identity}", response_model=StoredPlan, responses=errors(404), summary="A plan in figures")
 async def get_plan(request: Request, identity: Identity) -> StoredPlan:
     plan: StoredPlan = listed(stored(request, "plan", identity))
     return plan
+
+
+@router.patch(
+    "/plans/{identity}",
+    response_model=StoredPlan,
+    responses=errors(400, 404, 408, 413, 415),
+    summary="Call a plan by a name",
+)
+async def name_plan(request: Request, identity: Identity, body: NameRequest) -> StoredPlan:
+    plan: StoredPlan = named(request, "plan", identity, body)
+    return plan
+
+
+@router.delete("/plans/{identity}", status_code=204, responses=errors(404, 409), summary="Delete a plan")
+async def delete_plan(request: Request, identity: Identity) -> None:
+    """Its runs stay. 409 while a job needs it."""
+    service_of(request).supervisor.delete_file("plan", identity)
 
 
 @router.get("/plans/{identity}/file", responses=FILE, summary="The whole plan", response_class=Response)
@@ -136,12 +161,16 @@ async def make_comparison(request: Request, body: ComparisonRequest, key: Idempo
     row = stored(request, "profile", body.profile, "profile")
     for index, policy in enumerate(body.policies):
         _check_policy(policy, row, f"policies.{index}")
-    job_request = body.model_dump() | {
+    return enqueue(request, "comparison", comparison_request(body), key=key, uses=[("profile", body.profile)])
+
+
+def comparison_request(body: ComparisonRequest) -> Row:
+    """What a worker gets of a request for a comparison: each budget, policy and device once."""
+    return body.model_dump() | {
         "memory": sorted(set(body.memory)),
         "policies": list(dict.fromkeys(body.policies)),
         "devices": list(dict.fromkeys(body.devices)),
     }
-    return enqueue(request, "comparison", job_request, key=key, uses=[("profile", body.profile)])
 
 
 @router.get(

@@ -10,12 +10,16 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
+    After,
     IdempotencyKey,
+    Limit,
+    Search,
     check_device,
     described_file,
     enqueue,
     errors,
     file_response,
+    named,
     names_paths,
     service_of,
     stored,
@@ -25,7 +29,7 @@ from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.remote_devices import HEADER, device_of
-from tightfit.planner.service.wire.requests import ProfileRequest
+from tightfit.planner.service.wire.requests import NameRequest, ProfileRequest
 from tightfit.planner.service.wire.schema import Digest, ProfileList, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.planner.service.wire.traces import check_config
@@ -34,6 +38,7 @@ from tightfit.profiles.schema import PROFILE_VERSION
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
+WithPlans = Annotated[bool, Query(description="delete the plans of the profile too")]
 FILE = described_file("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
 ALWAYS = {"seq", "batch", "lora_alpha", "accumulate", "dtype"}
 """fields of a request that always go to the worker; the others only if they are not at their defaults"""
@@ -106,16 +111,37 @@ async def upload_profile(request: Request) -> Response:
 
 
 @router.get("", response_model=ProfileList, summary="Profiles, newest first")
-async def list_profiles(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> ProfileList:
+async def list_profiles(
+    request: Request, limit: Limit = 100, after: After = None, search: Search = None
+) -> ProfileList:
     store = service_of(request).store
-    rows = store.files("profile", limit=limit)
-    return ProfileList(profiles=[listed(row) for row in rows], set_aside=store.set_aside("profile"))
+    rows = store.files("profile", search=search, after=after, limit=limit)
+    return ProfileList(
+        profiles=[listed(row) for row in rows.items], next=rows.next, set_aside=store.set_aside("profile")
+    )
 
 
 @router.get("/{identity}", response_model=StoredProfile, responses=errors(404), summary="A profile in figures")
 async def get_profile(request: Request, identity: Identity) -> StoredProfile:
     profile: StoredProfile = listed(stored(request, "profile", identity))
     return profile
+
+
+@router.patch(
+    "/{identity}",
+    response_model=StoredProfile,
+    responses=errors(400, 404, 408, 413, 415),
+    summary="Call a profile by a name",
+)
+async def name_profile(request: Request, identity: Identity, body: NameRequest) -> StoredProfile:
+    profile: StoredProfile = named(request, "profile", identity, body)
+    return profile
+
+
+@router.delete("/{identity}", status_code=204, responses=errors(404, 409), summary="Delete a profile")
+async def delete_profile(request: Request, identity: Identity, with_plans: WithPlans = False) -> None:
+    """409 while a job needs it, or plans of it exist."""
+    service_of(request).supervisor.delete_file("profile", identity, with_plans=with_plans)
 
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)

@@ -95,12 +95,13 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
             if live.exists()
             else []
         )
-    row = stored(request, "plan", job.request["plan"])
-    profile = service.store.file("profile", row["origin"])
+    plan = service.store.file("plan", job.request["plan"])
+    profile = None if plan is None else service.store.file("profile", plan["origin"])
+    planned = (job.result or {}).get("report", {}) if plan is None else json.loads(plan["summary"])
     shape = {} if profile is None else json.loads(profile["summary"])
     records = [json.loads(line) for line in lines]
     return RunMetrics(
-        budget_bytes=json.loads(row["summary"])["budget_bytes"],
+        budget_bytes=planned.get("budget_bytes"),
         places_per_step=shape["batch"] * shape["seq"] if shape.get("seq") else None,
         steps=[record for record in records if "loss" in record],
         evaluations=[record for record in records if "eval_loss" in record],

@@ -68,6 +68,17 @@ class Uploads:
         new = self._store.file(kind, file["id"]) is None
         return self._store.add(file), new
 
+    async def keep(self, content: bytes, kind: UploadKind) -> Row:
+        """Store what the service itself has, as if it had been uploaded."""
+        path = self._objects.temporary / f"upload-{os.urandom(6).hex()}"
+        try:
+            path.write_bytes(content)
+            return self._store.add(await self._read_in_turn(path, "identity", kind))
+        except OSError as error:
+            raise StorageError(f"{self._objects.folder}: {error.strerror}; free disk space and ask again") from error
+        finally:
+            path.unlink(missing_ok=True)
+
     async def _read_in_turn(self, path: Path, encoding: str, kind: UploadKind) -> Row:
         """`_read`, when one of the processes has time for it."""
         if self._unread >= MOST_UNREAD:

@@ -21,7 +21,7 @@ from tightfit.runtime.engine.training.job import passes_messages
 def keep_profile(
     objects: ObjectStore, profile: Profile, *, origin: str, cached: Sequence[str] = (), paths: Row | None = None
 ) -> Row:
-    """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded; `cached` are
+    """Store a profile under its checksum. `origin` is made (on this machine, by this service), uploaded or example; `cached` are
     the files of the cache that a run of its plans reads, `paths` what `Redaction.model` took out of it.
     """
     written = objects.put(canonical_json(profile).encode())

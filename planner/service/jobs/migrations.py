@@ -75,6 +75,15 @@ STEPS = (
         seen REAL NOT NULL
     ) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN title TEXT;         -- what a person calls it
+    ALTER TABLE jobs ADD COLUMN note TEXT;
+    ALTER TABLE jobs ADD COLUMN label TEXT;         -- what it is called without a title: `labels`
+    ALTER TABLE files ADD COLUMN title TEXT;
+    ALTER TABLE files ADD COLUMN note TEXT;
+    ALTER TABLE files ADD COLUMN label TEXT;
+    CREATE INDEX newest ON files (kind, created);
+    """,
 )
 LATEST = len(STEPS)
 

@@ -22,8 +22,8 @@ LOCAL = "cpu"
 """this machine's device, and the lane of the measurements and runs that need it to themselves"""
 UPLOAD = "upload"
 """the lane of the processes that read uploads"""
-UploadKind = Literal["profile", "description"]
-"""what is uploaded: a profile, or the description of a model that is to be traced"""
+UploadKind = Literal["profile", "description", "example"]
+"""what is uploaded: a profile, the description of a model that is to be traced, or the profile that comes with the package"""
 PROGRESS_SECONDS = 0.1
 
 

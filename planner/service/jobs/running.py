@@ -32,6 +32,7 @@ from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError
 from tightfit.runtime.common.new_lines import NewLines
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.supervision.progress import stage_of
 
 LOOK_SECONDS = 0.2
 ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
@@ -123,17 +124,22 @@ def _run_to_end(command: list[str], lock: int, out: Path, events: EventWriter) -
             preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
         )
         threading.Thread(target=_end_with_input, args=(child,), daemon=True).start()
-        steps = NewLines(out / "metrics.jsonl", skip=True)
+        steps, told = NewLines(out / "metrics.jsonl", skip=True), 0
 
-        def report_steps() -> None:
+        def report() -> None:
+            nonlocal told
+            for line in os.pread(stderr.fileno(), CHUNK, told).splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    told += len(line)
+                    if (stage := stage_of(line.decode(errors="replace"))) is not None:
+                        events.progress(always=True, **stage)
             for step in steps:
-                if "loss" in step:  # the other lines are evaluations
-                    events.progress(always=True, stage="training", **step)
+                events.progress(always=True, stage="training" if "loss" in step else "evaluated", **step)
 
         while child.poll() is None:
             time.sleep(LOOK_SECONDS)
-            report_steps()
-        report_steps()
+            report()
+        report()
         stdout.seek(0)
         stderr.seek(0)
         error_lines = stderr.read().decode(errors="replace").strip().splitlines()

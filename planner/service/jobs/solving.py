@@ -22,6 +22,8 @@ from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.schema import OWN_DEVICE
+from tightfit.profiles.devices.data_sheets import find_device
+from tightfit.profiles.devices.estimate import retarget
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
 
@@ -98,11 +100,14 @@ def fleet(order: JobOrder, events: EventWriter) -> Row:
     request = order.request
     objects = ObjectStore(Path(order.objects))
     origins = {member["name"]: member["profile"] for member in request["members"]}
-    profiles = {identity: _profile(order, identity) for identity in set(origins.values())}
+    profiles = {
+        (identity, device): _profile(order, identity, device)
+        for identity, device in {(member["profile"], _device_of(member)) for member in request["members"]}
+    }
     members = [
         MemberSpec(
             name=member["name"],
-            profile=profiles[member["profile"]],
+            profile=profiles[member["profile"], _device_of(member)],
             budget_bytes=member["memory"],
             link=Link(
                 up_bytes_per_second=member["up"],
@@ -136,5 +141,12 @@ def _finite(figures: Mapping[str, float | str]) -> Row:
     return {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
-def _profile(order: JobOrder, identity: str) -> Profile:
-    return parse_profile(order.content(identity), f"the stored profile {identity}")
+def _device_of(member: Mapping[str, str]) -> str:
+    """The device of a fleet's member; older services stored requests without one."""
+    return member.get("device", OWN_DEVICE)
+
+
+def _profile(order: JobOrder, identity: str, device: str = OWN_DEVICE) -> Profile:
+    """A stored profile as it is, or with the times of another device, estimated."""
+    profile = parse_profile(order.content(identity), f"the stored profile {identity}")
+    return profile if device == OWN_DEVICE else retarget(profile, find_device(device))

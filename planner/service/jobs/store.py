@@ -17,13 +17,15 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, Json
 
 from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.schema import PLAN_VERSION
+from tightfit.planner.service.jobs.labels import file_label, job_label
 from tightfit.planner.service.jobs.migrations import migrate
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk, not_found
 from tightfit.planner.service.wire.objects import StoredObject
@@ -59,12 +61,19 @@ LISTED: dict[str, tuple[type[StoredFile], tuple[str, ...]]] = {
     "fleet": (StoredFleet, ()),
 }
 """kind of a file that is listed -> how it is shown, and what its summary has to have"""
+NAMING = {
+    (table, column): f"UPDATE {table} SET {column} = ? WHERE id = ?"  # noqa: S608  constants
+    for table in ("jobs", "files")
+    for column in ("title", "note")
+}
+"""table and column -> how what a person says is written there"""
 Row = dict[str, Any]
+T = TypeVar("T")
 log = logging.getLogger("tightfit.service")
 
 
 class FileRow(BaseModel, strict=True):
-    """A file's row, of whatever kind. Checks that its JSON can be written again, which json.loads does not."""
+    """A file's row, of whatever kind. Checks its JSON, more strictly than json.loads."""
 
     kind: str
     id: str
@@ -77,6 +86,18 @@ class FileRow(BaseModel, strict=True):
     paths: Json[dict[str, str]] | None
     created: float
     used: float
+    title: str | None
+    note: str | None
+    label: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page(Generic[T]):
+    """Some of a list, newest first."""
+
+    items: list[T]
+    next: str | None
+    """`after` for those that follow; None: there are no more"""
 
 
 class JobStore:
@@ -98,6 +119,7 @@ class JobStore:
                 raise
         self._database.row_factory = _row
         self._database.text_factory = lambda data: data.decode(errors="surrogateescape")
+        self._database.create_function("mentioned", -1, _mentioned, deterministic=True)
         self._touched: dict[tuple[str, str], float] = {}
 
     def close(self) -> None:
@@ -154,7 +176,12 @@ class JobStore:
         now = time.time()
         identity = f"job-{os.urandom(8).hex()}"
         try:
-            _showable(ServiceJob(id=identity, kind=kind, state="queued", created=now, attempts=0, request=request))
+            label = job_label(kind, request, self._file)
+            _showable(
+                ServiceJob(
+                    id=identity, kind=kind, state="queued", created=now, attempts=0, request=request, label=label
+                )
+            )
         except Exception as error:
             message = (
                 f"the request cannot be repeated as JSON ({error}); leave out what is no text or nested without end"
@@ -169,8 +196,9 @@ class JobStore:
                         (content, renews),
                     )
                 database.execute(
-                    "INSERT INTO jobs (id, kind, lane, state, content, request, created, used) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
-                    (identity, kind, lane, content, json.dumps(request), now, now),
+                    "INSERT INTO jobs (id, kind, lane, state, content, request, label, created, used)"
+                    " VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
+                    (identity, kind, lane, content, json.dumps(request), label, now, now),
                 )
                 database.executemany("INSERT INTO uses VALUES (?, ?, ?)", [(identity, *use) for use in set(uses)])
             if key is not None:
@@ -214,15 +242,56 @@ class JobStore:
             why = (f"it could not be read and was set aside as {SET_ASIDE}/{name}.json in the service's data folder",)
         return not_found(kind, identity, *why)
 
-    def jobs(self, *, kind: str | None = None, state: str | None = None, limit: int = 100) -> list[ServiceJob]:
-        """Newest first."""
-        rows = self._rows(
-            "SELECT * FROM jobs WHERE (?1 IS NULL OR kind = ?1) AND (?2 IS NULL OR state = ?2) ORDER BY number DESC LIMIT ?3",
-            kind,
-            state,
-            limit,
+    def jobs(
+        self,
+        *,
+        kind: str | None = None,
+        state: str | None = None,
+        search: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> Page[ServiceJob]:
+        """Those of a kind and in a state that mention all words of `search`, from `next` of the page before on."""
+        rows = self._page("jobs", "number", {"kind": kind, "state": state}, search, after, limit)
+        return Page(items=[job for job in map(self._read, rows.items) if job is not None], next=rows.next)
+
+    def job_ids(self) -> set[str]:
+        return {row["id"] for row in self._rows("SELECT id FROM jobs")}
+
+    def name_job(self, identity: str, names: Mapping[str, str | None]) -> ServiceJob:
+        """Give a job another `title` or `note`. Raises ServiceError 404."""
+        self.job(identity)
+        with self._transaction() as database:
+            for column, text in names.items():
+                database.execute(NAMING["jobs", column], (text, identity))
+        return self.job(identity)
+
+    def remove_job(self, identity: str) -> list[Row]:
+        """Forget a job and the files that it alone has: of a run report, metrics, adapter and folder, which are returned. What it
+        made besides stays. Raises ServiceError 404, and 409 where it has not ended or another live job needs what it made.
+        """
+        job = self.job(identity)
+        if job.state not in FINISHED:
+            raise ServiceError(409, "conflict", f"the job {identity} is {job.state}; cancel it first")
+        files = self._rows("SELECT * FROM files WHERE id = ?", identity)
+        for row in files:
+            self._check_unused(row)
+        with self._transaction() as database:
+            database.execute("DELETE FROM jobs WHERE id = ?", (identity,))
+            database.execute("DELETE FROM files WHERE id = ?", (identity,))
+        return files
+
+    def _check_unused(self, file: Row) -> None:
+        """Raises ServiceError 409 where a live job needs a file."""
+        user = self._get(
+            "SELECT jobs.id, jobs.kind, jobs.state FROM jobs JOIN uses ON uses.job = jobs.id"
+            " WHERE uses.kind = ? AND uses.file = ? AND jobs.state IN ('queued', 'running') LIMIT 1",
+            file["kind"],
+            file["id"],
         )
-        return [job for job in map(self._read, rows) if job is not None]
+        if user is not None:
+            message = f"the {user['kind']} {user['id']} is {user['state']} and needs the {file['kind']} {file['id']}"
+            raise ServiceError(409, "conflict", f"{message}; cancel it first, or wait for its end")
 
     def _read(self, row: Row) -> ServiceJob | None:
         """The job of a row; None where it cannot be read or shown, whatever is in it: it is set aside then."""
@@ -344,6 +413,7 @@ class JobStore:
         for row in self._rows("SELECT * FROM jobs"):
             self._read(row)
         self._readable([row for row in self._database.execute("SELECT * FROM files") if _fault(row) is not None])
+        self._label()
         requeued = interrupted = 0
         for row in self._rows("SELECT id, attempts FROM jobs WHERE state = 'running'"):
             if row["attempts"] < ATTEMPTS:
@@ -356,6 +426,21 @@ class JobStore:
                 self.finish(row["id"], "interrupted", error=Error(code="interrupted", message=message))
                 interrupted += 1
         return requeued, interrupted
+
+    def _label(self) -> None:
+        """Give a label to what was stored before there were any."""
+        files = self._rows("SELECT * FROM files WHERE label IS NULL")
+        jobs = self._rows("SELECT id, kind, request FROM jobs WHERE label IS NULL")
+        if not files and not jobs:
+            return
+        with self._transaction() as database:
+            for row in files:
+                database.execute(
+                    "UPDATE files SET label = ? WHERE kind = ? AND id = ?", (file_label(row), row["kind"], row["id"])
+                )
+            for row in jobs:
+                label = job_label(row["kind"], json.loads(row["request"]), self._file)
+                database.execute("UPDATE jobs SET label = ? WHERE id = ?", (label, row["id"]))
 
     def counts(self) -> dict[tuple[str, str], int]:
         """(kind, state) -> jobs."""
@@ -383,14 +468,14 @@ class JobStore:
 
     def _add(self, file: Row, now: float) -> None:
         self._database.execute(
-            "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, paths, created, used)"
-            " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :paths, :now, :now)"
-            " ON CONFLICT DO UPDATE SET used = excluded.used, paths = coalesce(excluded.paths, paths),"
+            "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, paths, label, created, used)"
+            " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :paths, :label, :now, :now)"
+            " ON CONFLICT DO UPDATE SET used = excluded.used, label = excluded.label, paths = coalesce(excluded.paths, paths),"
             " origin = CASE WHEN kind = 'profile' AND excluded.origin = 'made' THEN 'made' ELSE origin END, summary = CASE"
             " WHEN json_extract(excluded.summary, '$.explanation') IS NULL"
             " AND json_extract(summary, '$.explanation') IS NOT NULL THEN summary"
             " ELSE excluded.summary END",
-            file | {"now": now},
+            file | {"label": file_label(file), "now": now},
         )
 
     def file(self, kind: str, identity: str) -> Row | None:
@@ -400,15 +485,52 @@ class JobStore:
         self.touch(kind, identity)
         return rows[0]
 
-    def files(self, kind: str, *, origin: str | None = None, limit: int = 100) -> list[Row]:
-        """Newest first."""
-        rows = self._rows(
-            "SELECT * FROM files WHERE kind = ?1 AND (?2 IS NULL OR origin = ?2) ORDER BY created DESC LIMIT ?3",
-            kind,
-            origin,
-            limit,
+    def _file(self, kind: str, identity: str) -> Row | None:
+        """A file's row as it is, which does not count as a use."""
+        return self._get("SELECT * FROM files WHERE kind = ? AND id = ?", kind, identity)
+
+    def files(
+        self,
+        kind: str,
+        *,
+        origin: str | None = None,
+        search: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> Page[Row]:
+        """Those of a kind and an origin that mention all words of `search`, from `next` of the page before on."""
+        rows = self._page("files", "created", {"kind": kind, "origin": origin}, search, after, limit)
+        return Page(items=self._readable(rows.items), next=rows.next)
+
+    def name_file(self, kind: str, identity: str, names: Mapping[str, str | None]) -> None:
+        """Give a file another `title` or `note`."""
+        with self._transaction() as database:
+            for column, text in names.items():
+                database.execute(f"{NAMING['files', column]} AND kind = ?", (text, identity, kind))
+        self.touch(kind, identity)
+
+    def remove_file(self, kind: str, identity: str, *, with_plans: bool = False) -> list[Row]:
+        """Forget a file, a profile together with its plans if `with_plans`, and the jobs that have ended and answered with what goes,
+        but for runs. Returns the rows that went. Raises ServiceError 404, and 409 where a live job needs what is to go, or where
+        plans of a profile exist and are not to go.
+        """
+        row = self.file(kind, identity)
+        if row is None:
+            raise self.missing(kind, identity)
+        plans = (
+            self._rows("SELECT * FROM files WHERE kind = 'plan' AND origin = ?", identity) if kind == "profile" else []
         )
-        return self._readable(rows)
+        if plans and not with_plans:
+            count = f"{len(plans)} plans" if len(plans) > 1 else "a plan"
+            message = f"{count} of the profile {identity} would be without it; delete them too (with_plans=true)"
+            raise ServiceError(409, "conflict", message)
+        removed = [row, *plans]
+        for file in removed:
+            self._check_unused(file)
+        with self._transaction() as database:
+            for file in removed:
+                _forget(database, file, runs=False)
+        return removed
 
     def files_of(self, job: str) -> list[Row]:
         """The files that a job needs and those that it made."""
@@ -456,7 +578,7 @@ class JobStore:
 
     def count_cache(self, rows: Sequence[Row]) -> None:
         """The files of the cache are these: those that are new count from now on, those that are gone no longer."""
-        stored = {row["id"]: row["stored_bytes"] for row in self.files("cache", limit=1 << 30)}
+        stored = {row["id"]: row["stored_bytes"] for row in self.files("cache", limit=1 << 30).items}
         present = {row["id"]: row["stored_bytes"] for row in rows}
         if stored == present:
             return
@@ -593,6 +715,35 @@ class JobStore:
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
+    def _page(
+        self,
+        table: str,
+        place: str,
+        equal: Mapping[str, str | None],
+        search: str | None,
+        after: str | None,
+        limit: int,
+    ) -> Page[Row]:
+        """Rows by the column `place`, and by id where that is the same, the last first: those whose columns are `equal` to what is
+        given.
+        """
+        conditions: dict[str, tuple[Any, ...]] = {
+            f"{column} = ?": (value,) for column, value in equal.items() if value is not None
+        }
+        if after is not None:
+            position, _, identity = after.partition("_")
+            conditions[f"({place}, id) < (?, ?)"] = (float(position), identity)
+        if search is not None and search.split():
+            conditions["mentioned(?, title, note, label, id)"] = (search,)
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        rows = self._rows(
+            f"SELECT * FROM {table} {where} ORDER BY {place} DESC, id DESC LIMIT ?",  # noqa: S608  constants
+            *(value for values in conditions.values() for value in values),
+            limit + 1,
+        )
+        last = rows[limit - 1] if len(rows) > limit else None
+        return Page(items=rows[:limit], next=None if last is None else f"{last[place]!r}_{last['id']}")
+
     def _get(self, statement: str, *values: Any) -> Row | None:
         row: Row | None = self._database.execute(statement, values).fetchone()
         return row
@@ -657,10 +808,17 @@ def _hash(kind: str, request: Row) -> str:
     return hashlib.sha256(json.dumps([kind, request], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _mentioned(search: str, *texts: str | None) -> bool:
+    """Whether every word of `search` stands in some of the texts, in capitals or not."""
+    all_texts = "\n".join(text for text in texts if isinstance(text, str)).casefold()
+    return all(word in all_texts for word in search.casefold().split())
+
+
 def _job(row: Row) -> ServiceJob:
-    figures = ("id", "kind", "state", "created", "started", "finished", "attempts")
+    figures = ("id", "kind", "state", "created", "started", "finished", "attempts", "title", "note")
     return ServiceJob(
         **{name: row[name] for name in figures},
+        label=row["kind"] if row["label"] is None else row["label"],
         request=json.loads(row["request"]),
         progress=None,
         result=None if row["result"] is None else json.loads(row["result"]),
@@ -680,14 +838,15 @@ def listed(row: Mapping[str, Any]) -> Any:
     summary = json.loads(row["summary"])
     for name in summary_fields:
         summary[name]
-    figures = {**row, "summary": summary, "profile": row["origin"]}
+    label = row["name"] if row["label"] is None else row["label"]
+    figures = {**row, "summary": summary, "profile": row["origin"], "label": label}
     return model(**{name: figures[name] for name in model.model_fields})
 
 
 def _fault(row: Row) -> Exception | None:
     """Why a file's row cannot be read or shown; None where it can."""
     try:
-        FileRow(**row)
+        FileRow(**row).model_dump_json()
         if row["kind"] in LISTED:
             listed(row)
     except Exception as error:

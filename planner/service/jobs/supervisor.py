@@ -12,7 +12,7 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -259,14 +259,27 @@ class Supervisor:
             self.store.count_cache(self.cache.rows())
         before = time.time() - self.settings.keep_days * 86400
         removed = self.store.expire(before=before, keep_bytes=self.settings.keep_bytes)
+        self._discard(removed)
+        known_folders = self.store.job_ids() | set(self.store.set_aside())
+        for folder in self.runs.iterdir():
+            if folder.name not in known_folders:
+                shutil.rmtree(folder, ignore_errors=True)
+        return len(removed)
+
+    def _discard(self, removed: Sequence[dict[str, Any]]) -> None:
+        """Remove from the disk what lies behind rows that the store has removed, unless another row has it too."""
         kept_digests = self.store.digests() if removed else set()
         for row in removed:
             if row["kind"] == "cache":
                 self.cache.remove(row["id"])
             if row["digest"] is not None and row["digest"] not in kept_digests:
                 self.objects.remove(row["digest"])
-        known_folders = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)} | set(self.store.set_aside())
-        for folder in self.runs.iterdir():
-            if folder.name not in known_folders:
-                shutil.rmtree(folder, ignore_errors=True)
-        return len(removed)
+
+    def delete_job(self, identity: str) -> None:
+        """Remove a job that has ended, and of a run all that it left. Raises ServiceError where there is none, or it is needed."""
+        self._discard(self.store.remove_job(identity))
+        shutil.rmtree(self.runs / identity, ignore_errors=True)
+
+    def delete_file(self, kind: str, identity: str, *, with_plans: bool = False) -> None:
+        """Remove a profile, plan or fleet. Raises ServiceError where there is none, or it is needed."""
+        self._discard(self.store.remove_file(kind, identity, with_plans=with_plans))

@@ -40,7 +40,7 @@ def upload(order: JobOrder, events: EventWriter) -> Row:
         row = file_row("description", written.digest, written, name=described.source.name, summary={})
     else:
         profile = checked_profile(content, steps=request["steps"], tensors=request["tensors"])
-        row = keep_profile(objects, profile, origin="uploaded")
+        row = keep_profile(objects, profile, origin="example" if request["kind"] == "example" else "uploaded")
     return {"result": {request["kind"]: row["id"]}, "files": [row]}
 
 

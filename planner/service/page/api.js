@@ -22,7 +22,8 @@ export function setToken(value) {
 async function send(path, options = {}) {
   const headers = { ...(options.headers || {}) };
   if (token) headers.Authorization = `Bearer ${token}`;
-  const answer = await fetch(path, { ...options, headers }).catch(() => {
+  const answer = await fetch(path, { ...options, headers }).catch((error) => {
+    if (error.name === "AbortError") throw error;
     throw new Refused(0, { code: "gone", message: "the service does not answer; ask again once tightfit serve runs" });
   });
   if (!answer.ok) {
@@ -49,15 +50,23 @@ export async function post(path, body, headers = {}) {
   return (await send(path, { method: "POST", body: content, headers: { "Content-Type": "application/json", ...headers } })).json();
 }
 
+// Send a file as it is; the service keeps it under its name.
+export const upload = async (path, file) => (await send(path, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } })).json();
+
 export const patch = async (path, body) => (await send(path, { method: "PATCH", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } })).json();
 export const remove = (path) => send(path, { method: "DELETE" });
 
-// Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again.
-export async function finish(job, progress = () => {}) {
+// What happened, of a server-sent event: its `event`, `data` and `id`.
+const eventOf = (text) => Object.fromEntries(text.split("\n").map((line) => line.split(/: (.*)/s, 2)).filter(([name]) => name));
+
+// Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again after the
+// last event that came. Where `signal` is aborted, following ends, the job does not.
+export async function finish(job, progress = () => {}, signal = undefined) {
   const open = () => ["queued", "running"].includes(job.state);
+  let last = null;
   for (let heard = Date.now(); open() && Date.now() - heard < SILENCE; ) {
     try {
-      const answer = await send(`/v1/jobs/${job.id}/events`);
+      const answer = await send(`/v1/jobs/${job.id}/events`, { signal, headers: last === null ? {} : { "Last-Event-ID": last } });
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       let text = "";
       for (;;) {
@@ -66,14 +75,14 @@ export async function finish(job, progress = () => {}) {
         heard = Date.now();
         const parts = (text + value).split("\n\n");
         text = parts.pop();
-        for (const part of parts) {
-          const [, name, data] = part.match(/^event: (\w+)\ndata: (.*)$/s) || [];
-          if (name === "job") job = JSON.parse(data);
-          if (name === "progress") progress(JSON.parse(data), job);
+        for (const { event, data, id } of parts.map(eventOf)) {
+          if (id !== undefined) last = id;
+          if (event === "job") job = JSON.parse(data);
+          if (event === "job" || event === "progress") progress(event === "job" ? { stage: job.state === "queued" ? "waits for its turn" : job.state } : JSON.parse(data), job);
         }
       }
     } catch (error) {
-      if (error instanceof Refused && !GONE.includes(error.status)) throw error;
+      if (signal?.aborted || (error instanceof Refused && !GONE.includes(error.status))) throw error;
     }
     if (!open()) break;
     progress({ stage: "the service does not answer, asked again until it does" }, job);
@@ -84,4 +93,4 @@ export async function finish(job, progress = () => {}) {
   throw new Refused(0, job.error || (open() ? gone : { code: job.state, message: `the job was ${job.state}` }));
 }
 
-export const work = async (path, body, progress) => finish(await post(path, body), progress);
+export const work = async (path, body, progress, signal) => finish(await post(path, body), progress, signal);

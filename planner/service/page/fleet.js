@@ -1,46 +1,45 @@
-// Fleets: one training step of several devices, as `tightfit fleet plan --server` or POST /v1/fleets has planned it.
+// One fleet: how its devices share a step, who does what when, what each needs, and what more memory or a faster link is worth.
 
-import { download, get } from "./api.js";
+import { download, get, remove } from "./api.js";
 import { html, seconds, showLanes } from "./charts.js";
-import { table } from "./components.js";
+import { button, confirmed, editable, note, numbers, scrolling, section, table, term } from "./components.js";
+import { nameOf, rename, speedup } from "./fleets.js";
+import { action, go, to } from "./shell.js";
 
-const $ = (id) => document.getElementById(id);
-const LISTED = 100;
-let chosen = 0;
-
+const FIRST = 3; // sentences that stand above, the others are folded
 const sheet = ({ caption, headings, rows }) => table(caption, headings, rows);
 
-// `action` makes of a handler one that clears the last complaint and tells what goes wrong.
-export function setUpFleets(action) {
-  $("fleets").addEventListener("change", action(() => show($("fleets").value, action)));
+export async function show({ root, id, signal, title }) {
+  const [fleet, view] = await Promise.all([get(`/v1/fleets/${id}`), get(`/v1/fleets/${id}/view`)]);
+  if (signal.aborted) return;
+  title(nameOf(fleet));
+  const lanes = html("div", { class: "chart-box", id: "lanes" }), exchange = html("div", { class: "chart-box", id: "exchange" }), key = html("ul", { class: "legend" }), reading = html("p", { class: "reading", "aria-live": "polite" });
+  const files = [["fleet.json", `/v1/fleets/${id}/file`], ...Object.entries(view.plans).map(([name, plan]) => [name, `/v1/plans/${plan}/file`])];
+  root.append(
+    html("div", { class: "heading" },
+      editable(nameOf(fleet), async (name) => nameOf(await rename(fleet, { title: name })), { action }),
+      html("div", { class: "row" }, button("Plan another like it", () => go("fleets", "new", { like: id })), button("Delete", action(async () => {
+        if (!(await confirmed(`Delete ${nameOf(fleet)}?`, "Delete"))) return;
+        await remove(`/v1/fleets/${id}`);
+        go("fleets");
+      }), "danger"))),
+    note(fleet.note, (text) => rename(fleet, { note: text }), action),
+    section(null, cards(fleet.summary), html("ul", { class: "plain", id: "sentences" }, ...view.sentences.slice(0, FIRST).map((text) => html("li", {}, text))), view.sentences.length > FIRST ? html("details", {}, html("summary", {}, "More about this fleet"), html("ul", { class: "plain" }, ...view.sentences.slice(FIRST).map((text) => html("li", {}, text)))) : null),
+    section("Who does what when", lanes, html("div", {}, html("h3", {}, "The exchange, enlarged"), exchange), key, reading, numbers("What each device and each link does", sheet(view.activity))),
+    section("The devices", scrolling("The members of the chain", sheet(view.chain)), html("p", { class: "row" }, "Each device's plan: ", ...Object.entries(view.plans).map(([name, plan]) => html("a", { href: to("plans", plan) }, name.replace(/\.plan\.json$/, ""))))),
+    ...(view.prices ? [section("What more would be worth", scrolling("What memory and links are worth", sheet(view.prices)))] : []),
+    section("To run it", html("p", { class: "soft" }, "Copy fleet.json and each device's own plan to it; the documentation of fleets says what to start where."), html("p", { class: "row last", id: "files" }, ...files.map(([name, path]) => button(`Download ${name}`, action(() => download(path, name)))))),
+  );
+  showLanes({ boxes: [lanes, exchange], key, reading }, view.lanes, view.title);
 }
 
-export async function listFleets() {
-  const { fleets } = await get(`/v1/fleets?limit=${LISTED}`);
-  const label = ({ created, summary }) => `${new Date(1000 * created).toLocaleString()} · ${summary.model} · ${summary.micro_batches} micro-batches in ${seconds(summary.makespan_seconds)} s`;
-  const { value } = $("fleets");
-  $("fleets").replaceChildren(html("option", { value: "" }, "choose one"), ...fleets.map((one) => html("option", { value: one.id }, label(one))));
-  $("fleets").value = fleets.some((one) => one.id === value) ? value : "";
-  $("fleet").hidden = !fleets.length;
-}
-
-async function show(identity, action) {
-  const mine = ++chosen;
-  $("fleet-shown").hidden = true;
-  if (!identity) return;
-  const view = await get(`/v1/fleets/${identity}/view`);
-  if (mine !== chosen) return;
-  $("fleet-shown").hidden = false;
-  $("fleet-sentences").replaceChildren(...view.sentences.map((text) => html("li", {}, text)));
-  showLanes({ boxes: [$("lanes"), $("exchange")], key: $("lanes-legend"), reading: $("lanes-reading") }, view.lanes, view.title);
-  $("lanes-table").replaceChildren(sheet(view.activity));
-  $("chain").replaceChildren(sheet(view.chain));
-  $("prices").hidden = !view.prices;
-  $("prices").replaceChildren(...(view.prices ? [sheet(view.prices)] : []));
-  const files = [["fleet.json", `/v1/fleets/${identity}/file`], ...Object.entries(view.plans).map(([name, plan]) => [name, `/v1/plans/${plan}/file`])];
-  $("fleet-files").replaceChildren(...files.map(([name, path]) => {
-    const button = html("button", { type: "button" }, `Download ${name}`);
-    button.addEventListener("click", action(() => download(path, name)));
-    return button;
-  }));
+function cards(summary) {
+  const gain = speedup(summary);
+  const shown = [
+    ["one step", `${seconds(summary.makespan_seconds)} s`, `${summary.micro_batches} micro-batches`],
+    ["beside the fastest alone", gain ? `${gain.times.toFixed(2)} ×` : "–", gain ? `alone it takes ${seconds(gain.alone)} s` : "no device can do the step alone"],
+    ["devices that compute", String(summary.members.filter((member) => member.plan_fingerprint).length), `of ${summary.members.length}`],
+    ["results", summary.bit_identical ? "the same bits" : "nearly the same", summary.bit_identical ? "as on one device" : "operators round otherwise"],
+  ];
+  return html("dl", { class: "cards" }, ...shown.map(([name, value, more]) => html("div", { class: "card" }, html("dt", {}, name === "one step" ? term(name, "From the moment all devices begin until each has the updated weights.") : name), html("dd", {}, html("b", {}, value), html("span", {}, more)))));
 }

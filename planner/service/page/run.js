@@ -1,175 +1,229 @@
-// Runs, live: loss and memory step by step against the cap, then the report. A reloaded page finds them again.
+// One run, live: its stages from the first second, loss and memory step by step, what to be warned of, then what it left: the
+// adapter, the report, and the model to be asked before and after.
 
-import { download, finish, get, post } from "./api.js";
-import { amount, capLine, frame, html, MIB, path, place, seconds, svg } from "./charts.js";
-import { asked, beside, forget } from "./forms.js";
-import { mib, percent, table } from "./components.js";
+import { download, finish, get, patch, post, remove } from "./api.js";
+import { html, MIB, seconds } from "./charts.js";
+import { button, confirmed, editable, empty, field, mib, note, numbers, percent, progress, scrolling, section, span, table, term } from "./components.js";
+import { dataName } from "./data.js";
+import { chartBox, showLines, smoothed } from "./lines.js";
+import { isOpen, nameOf, stateOf } from "./runs.js";
+import { action, go, to } from "./shell.js";
+import { warnings } from "./warnings.js";
 
-const $ = (id) => document.getElementById(id);
-const REDRAW = 250; // ms
-const LISTED = 20;
-let current = null, followed = 0;
+const REDRAW = 250; // ms between two drawings of a run under way
+const ROWS = 200; // of the table of steps, evenly spread
+const OTHERS = 30; // runs that can be laid over this one
 
-// Show the form where the plan can be run, else why not.
-export function offerRun(view) {
-  const refused = view?.not_runnable;
-  $("run-form").hidden = !view || Boolean(refused);
-  $("run-refused").hidden = !refused;
-  $("run-refused").textContent = refused ?? "";
-  const steps = $("run-form").elements.steps, unit = view?.summary.accumulate ?? 1;
-  steps.min = steps.step = unit;
-  if (steps.value) steps.value = Math.ceil(steps.value / unit) * unit;
-  $("run").hidden = (!view || view.summary.status === "infeasible") && $("runs").options.length < 2;
-}
+export async function show({ root, id, query, signal, keep, title }) {
+  let job = await get(`/v1/runs/${id}`);
+  const [metrics, uploads, plan] = await Promise.all([get(`/v1/runs/${id}/metrics`), get("/v1/uploads").catch(() => ({ uploads: [] })), get(`/v1/plans/${job.request.plan}`).catch(() => null)]);
+  if (signal.aborted) return;
+  title(nameOf(job));
+  const run = { id, cap: metrics.budget_bytes, places: metrics.places_per_step, steps: new Map(metrics.steps.map((one) => [one.step, one])), evaluations: metrics.evaluations, unit: plan?.summary.accumulate ?? 1 };
+  const state = html("span", {}), bar = progress("This run"), told = html("ul", { class: "warnings bare" }), cards = html("dl", { class: "cards" });
+  const cancel = button("Cancel", action(async () => { cancel.disabled = true; bar.update({ stage: "asked to save and end" }); try { await post(`/v1/jobs/${id}/cancel`, ""); } catch (error) { cancel.disabled = false; throw error; } }));
+  const resume = button("Go on with it", action(async () => { resume.hidden = true; try { job = await post(`/v1/runs/${id}/resume`, ""); } catch (error) { resume.hidden = false; throw error; } follow(); }), "main");
+  const erase = button("Delete", action(async () => {
+    if (!(await confirmed(`Delete ${nameOf(job)}, with its adapter and checkpoints?`, "Delete"))) return;
+    await remove(`/v1/jobs/${id}`);
+    go("runs");
+  }), "danger");
+  const loss = chartBox("Loss"), memory = chartBox("Memory, under its cap"), steps = numbers("Steps", html("div", {})), left = html("div", {}), other = html("div", { class: "row" });
+  const views = { loss: {}, memory: {}, with: new Map() };
+  const charts = section(null, html("div", { class: "beside" }, loss.whole, memory.whole), other, steps);
+  root.append(
+    html("div", { class: "heading" }, editable(nameOf(job), async (name) => nameOf(await patch(`/v1/jobs/${id}`, { title: name })), { action }), html("div", { class: "row" }, cancel, resume, erase)),
+    html("p", { class: "soft" }, ...about(job, plan, uploads.uploads)),
+    note(job.note, (text) => patch(`/v1/jobs/${id}`, { note: text }), action),
+    section(null, html("div", { class: "row", id: "run-state" }, state, bar), cards, told), charts, left,
+  );
+  const offer = () => {
+    state.replaceChildren(stateOf(job));
+    cancel.hidden = !isOpen(job);
+    cancel.disabled = false;
+    resume.hidden = !["cancelled", "failed", "interrupted"].includes(job.state);
+    erase.hidden = isOpen(job);
+  };
+  const draw = () => {
+    const ordered = [...run.steps.values()].sort((a, b) => a.step - b.step);
+    charts.hidden = !ordered.length;
+    cards.replaceChildren(...figures(run, job, ordered));
+    told.replaceChildren(...warnings(ordered, run.evaluations).map((text) => html("li", { class: "not" }, text)));
+    if (!ordered.length) return;
+    showLines(loss, [...lossOf("this run", 0, ordered, run.evaluations), ...[...views.with].flatMap(([name, one], index) => lossOf(name, index + 1, one.steps, one.evaluations))], { label: "Loss by step", yLabel: "loss", state: views.loss });
+    showLines(memory, [{ name: "peak so far", slot: 2, points: ordered.map((one) => [one.step, one.peak_bytes / MIB]) }, { name: "held now", slot: 0, points: ordered.map((one) => [one.step, one.resident_bytes / MIB]) }], { label: "Memory by step, under the cap", yLabel: "MiB", zero: true, cap: { value: run.cap / MIB, text: `${mib(run.cap)} MiB` }, tell: (value) => `${value.toFixed(1)} MiB`, state: views.memory });
+    steps.lastChild.replaceChildren(stepTable(ordered, run.places));
+  };
+  offerOthers(other, id, query, keep, views, draw);
+  draw();
+  offer();
 
-// `action` makes of a handler one that clears the last complaint and tells what goes wrong; beside the run it is told too.
-export function setUpRun(plan, action) {
-  const guarded = (run) => action(async (event) => {
+  async function follow() {
+    offer();
+    left.replaceChildren();
+    if (isOpen(job)) bar.update({ stage: job.state === "queued" ? "waits for its turn" : "begins" });
+    bar.hidden = false;
+    let drawn = 0;
     try {
-      await run(event);
-    } catch (error) {
-      $("run-state").textContent = error.message;
-      throw error;
-    }
-  });
-  $("run-form").addEventListener("submit", guarded(async (event) => {
-    const form = event.target, start = event.submitter;
-    start.disabled = true;
-    forget(form);
-    try {
-      const request = { plan: plan(), ...(await asked(form, "run")) };
-      const job = await post("/v1/runs", request, { "Idempotency-Key": crypto.randomUUID?.() || String(Math.random()) });
-      await listRuns(job.id);
-      await follow(job);
-    } catch (error) {
-      if (!beside(form, error)) throw error;
-    } finally {
-      start.disabled = false;
-    }
-  }));
-  $("runs").addEventListener("change", guarded(async () => {
-    if ($("runs").value) await follow(await get(`/v1/jobs/${$("runs").value}`));
-  }));
-  $("cancel").addEventListener("click", guarded(async () => {
-    $("cancel").disabled = true;
-    $("run-state").textContent = "asked to save and end …";
-    try {
-      await post(`/v1/jobs/${current}/cancel`, "");
-    } catch (error) { $("cancel").disabled = false; throw error; }
-  }));
-  $("resume").addEventListener("click", guarded(async () => {
-    const mine = current;
-    $("resume").hidden = true;
-    const job = await post(`/v1/runs/${mine}/resume`, "").catch((error) => { $("resume").hidden = mine !== current; throw error; });
-    await follow(job);
-  }));
-  $("adapter-button").addEventListener("click", guarded(() => download(`/v1/runs/${current}/adapter`, `adapter-${current}.tar`)));
-}
-
-export async function listRuns(chosen = "") {
-  const { jobs } = await get(`/v1/jobs?kind=run&limit=${LISTED}`);
-  const began = (job) => new Date(1000 * job.created).toLocaleString();
-  $("runs").replaceChildren(html("option", { value: "" }, "choose one"), ...jobs.map((job) => html("option", { value: job.id }, `${began(job)} · ${length(job.request)} · ${job.state}`)));
-  $("runs").value = chosen;
-  $("runs-label").hidden = !jobs.length;
-  if (jobs.length) $("run").hidden = false;
-}
-
-// What waits or trains can be cancelled; what ended before its last step goes on from its checkpoint.
-function offerEnd(state) {
-  $("cancel").hidden = !["queued", "running"].includes(state);
-  $("cancel").disabled = false;
-  $("resume").hidden = !["cancelled", "failed", "interrupted"].includes(state);
-}
-
-// Follow a run to its end, or until another one is shown.
-async function follow(job) {
-  const mine = ++followed, left = () => mine !== followed;
-  current = job.id;
-  try {
-    await shown(job, left);
-  } catch (error) {
-    if (!left()) throw error;
-  }
-}
-
-async function shown(job, left) {
-  offerEnd(job.state);
-  for (const id of ["live", "report", "adapter"]) $(id).hidden = true;
-  $("run-state").textContent = job.state === "queued" ? "waiting for the device …" : job.state;
-  const { budget_bytes: cap, places_per_step: places, steps: known } = await get(`/v1/runs/${job.id}/metrics`);
-  const seen = new Map(known.map((step) => [step.step, step]));
-  let drawn = 0;
-  try {
-    job = await finish(job, (latest) => {
-      if (left()) return;
-      if (latest.step === undefined) {
-        $("run-state").textContent = `${latest.stage} …`;
-        return;
-      }
-      seen.set(latest.step, latest);
-      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${latest.step}${job.request.steps ? ` of ${job.request.steps}` : latest.epoch === undefined ? "" : ` (epoch ${latest.epoch.toFixed(1)} of ${job.request.epochs})`}: loss ${latest.loss.toFixed(4)}, ${seconds(latest.seconds)} s${latest.tokens === undefined ? "" : `, ${rate(latest)} tokens/s without padding${padding(latest, places)}`}, peak of the training process ${mib(latest.peak_bytes)} of ${mib(cap)} MiB`;
-      if (performance.now() - drawn > REDRAW) {
+      job = await finish(job, (latest, now) => {
+        if (signal.aborted) throw new DOMException("another place is looked at", "AbortError");
+        if (now?.state && now.state !== job.state) { job = now; offer(); }
+        if (latest.eval_loss !== undefined) run.evaluations = [...run.evaluations.filter((one) => one.step !== latest.step), latest];
+        else if (latest.step !== undefined) run.steps.set(latest.step, latest);
+        const total = job.request.steps ?? (run.expected = expected(latest, job) ?? run.expected);
+        bar.update(latest.loss === undefined ? latest : { stage: "training", done: latest.step, total });
+        if (performance.now() - drawn < REDRAW) return;
         drawn = performance.now();
-        draw([...seen.values()], cap, places);
-      }
-    });
-  } finally {
-    const { steps: all, evaluations } = await get(`/v1/runs/${job.id}/metrics`);
-    if (!left()) {
-      if (all.length) draw(all, cap, places);
-      $("evaluations").hidden = !evaluations?.length;
-      $("evaluations").replaceChildren(...(evaluations?.length ? [evaluated(evaluations)] : []));
-      offerEnd((await get(`/v1/jobs/${job.id}`)).state);
-      await listRuns(job.id);
+        draw();
+      }, signal);
+    } catch (error) {
+      if (signal.aborted) return;
+      job = await get(`/v1/runs/${id}`);
+      if (isOpen(job)) throw error;
     }
+    if (signal.aborted) return;
+    const all = await get(`/v1/runs/${id}/metrics`);
+    run.steps = new Map(all.steps.map((one) => [one.step, one]));
+    run.evaluations = all.evaluations;
+    draw();
+    offer();
+    bar.hidden = true;
+    await ended(left, job, run, signal);
   }
-  const report = await get(`/v1/runs/${job.id}/report`);
-  if (left()) return;
+  follow().catch((error) => { if (!signal.aborted) left.replaceChildren(section(null, html("p", { class: "wrong", role: "alert" }, error.message))); });
+}
+
+// What is trained on what, with links to both.
+function about(job, plan, uploads) {
+  const { request } = job, long = request.steps ? `${request.steps} steps` : `${request.epochs} ${request.epochs === 1 ? "pass" : "passes"} over the data`;
+  return [`${dataName(request.data, uploads)}, ${long}, learning rate ${request.lr}`, ...(plan ? [", by ", html("a", { href: to("plans", plan.id) }, `the plan for ${mib(plan.summary.budget_bytes)} MiB`), " of ", html("a", { href: to("models", plan.profile) }, "its model")] : [])];
+}
+
+// How many steps a run by epochs has, as far as its steps tell.
+const expected = ({ step, epoch }, job) => (epoch ? Math.round((step / epoch) * job.request.epochs) : null);
+
+// A run's loss as it is (faint) and smoothed, and on held-out data where it was evaluated.
+export function lossOf(name, slot, steps, evaluations) {
+  const raw = steps.map((one) => [one.step, one.loss]), held = (evaluations ?? []).map((one) => [one.step, one.eval_loss]);
+  return [{ name: `${name} as it is`, slot, points: raw, faint: true }, { name: `${name}, smoothed`, slot, points: smoothed(raw) }, ...(held.length ? [{ name: `${name}, held out`, slot: slot + 4, points: held, marks: true }] : [])];
+}
+
+function figures(run, job, ordered) {
+  if (!ordered.length) return [];
+  const last = ordered.at(-1), recent = ordered.slice(-20), total = job.request.steps ?? run.expected;
+  const mean = (name) => recent.reduce((sum, one) => sum + (one[name] ?? 0), 0) / recent.length, pace = mean("seconds");
+  const places = recent.reduce((sum, one) => sum + (one.places ?? run.places ?? 0), 0), tokens = recent.reduce((sum, one) => sum + (one.tokens ?? 0), 0);
+  const card = (name, value, more) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more)));
+  return [
+    card("loss", smoothed(ordered.map((one) => [one.step, one.loss])).at(-1)[1].toFixed(4), `step ${last.step}${total ? ` of ${total}` : ""}; ${last.loss.toFixed(4)} in this one`),
+    last.tokens === undefined ? card("one step", `${seconds(pace)} s`, "mean of the latest") : card(term("tokens a second", "Tokens of your data, padding left out: what counts for how long the training takes."), Math.round(tokens / recent.length / pace).toLocaleString("en"), `${seconds(pace)} s a step${places ? `, ${percent(Math.max(0, 1 - tokens / places), 0)} padding` : ""}`),
+    isOpen(job) ? card("time left", total ? span((total - last.step) * pace) : "–", "for the steps that are left") : card("took", span(job.finished - job.started), "from start to end"),
+    card("memory", `${mib(last.resident_bytes)} MiB`, `peak ${mib(last.peak_bytes)} of ${mib(run.cap)} MiB`),
+  ];
+}
+
+function stepTable(ordered, places) {
+  const every = Math.ceil(ordered.length / ROWS), rows = ordered.filter((_, index) => index % every === 0 || index === ordered.length - 1);
+  const share = (one) => { const room = one.places ?? places; return one.tokens === undefined || !room ? "–" : percent(1 - one.tokens / room, 0); };
+  const body = table(every > 1 ? `Every ${every}th step` : "Every step", ["step", "loss", "seconds", "tokens/s", "padding", "held, MiB", "peak, MiB"], rows.map((one) => [String(one.step), one.loss.toFixed(4), seconds(one.seconds), one.tokens === undefined ? "–" : Math.round(one.tokens / one.seconds).toLocaleString("en"), share(one), mib(one.resident_bytes), mib(one.peak_bytes)]));
+  return html("div", {}, body, button("All steps as CSV", () => saveCsv(ordered), "quiet"));
+}
+
+function saveCsv(ordered) {
+  const names = [...new Set(ordered.flatMap(Object.keys))];
+  const text = [names.join(","), ...ordered.map((one) => names.map((name) => one[name] ?? "").join(","))].join("\n");
+  const link = html("a", { download: "steps.csv", href: URL.createObjectURL(new Blob([text], { type: "text/csv" })) });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+
+// Other runs whose loss is laid over this one's; which ones stands in the address.
+async function offerOthers(box, id, query, keep, views, draw) {
+  const { jobs } = await get(`/v1/jobs?kind=run&limit=${OTHERS}`), others = jobs.filter((job) => job.id !== id);
+  if (!others.length) return;
+  const chosen = new Set((query.with ?? "").split(",").filter((one) => others.some((job) => job.id === one)));
+  const lay = async () => {
+    views.with.clear();
+    for (const one of chosen) views.with.set(nameOf(others.find((job) => job.id === one)), await get(`/v1/runs/${one}/metrics`));
+    draw();
+  };
+  const tick = (job) => {
+    const input = html("input", { type: "checkbox", change: action(async () => { chosen[input.checked ? "add" : "delete"](job.id); keep({ with: [...chosen].join(",") }); await lay(); }) });
+    input.checked = chosen.has(job.id);
+    return html("label", { class: "tick" }, input, nameOf(job));
+  };
+  box.append(html("details", { open: chosen.size > 0 }, html("summary", {}, "Lay other runs over this one"), html("div", { class: "ticks" }, ...others.map(tick), html("a", { href: to("compare", "", { runs: [id, ...chosen].join(",") }) }, "compare them in figures"))));
+  if (chosen.size) await lay();
+}
+
+// What a run that has ended leaves.
+async function ended(box, job, run, signal) {
+  if (job.state !== "succeeded") return void box.replaceChildren(section(null, html("p", { class: "wrong", role: "alert" }, job.error?.message ?? `The run was ${job.state}.`), html("p", { class: "soft" }, "Its checkpoints are kept: it can go on from the last.")));
+  const report = await get(`/v1/runs/${run.id}/report`);
+  if (signal.aborted) return;
+  box.replaceChildren(
+    section("What it left", html("div", { class: "row", id: "files" },
+      button("Download the adapter", action(() => download(`/v1/runs/${run.id}/adapter`, `adapter-${run.id}.tar`)), "main"),
+      merging(run.id), button("Download the report", action(() => download(`/v1/runs/${run.id}/report`, "report.json")))),
+    html("p", { class: "soft" }, "The adapter loads with PEFT; the merged model stands alone.")),
+    section("Try it", ...asking(job, run.id, signal)),
+    section("Predicted beside measured", scrolling("Predicted beside measured", reportTable(report))),
+  );
+}
+
+// The report's figures, for this page.
+export function reportTable(report) {
   const { peak_bytes: peak, step_seconds: step } = report;
-  $("report").replaceChildren(table(`Predicted beside measured; the cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
+  return table(`The cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
     ["peak of its processes, MiB", mib(peak.predicted), mib(peak.measured)],
     ...Object.entries(report.processes ?? {}).map(([name, one]) => [`– ${name}, MiB`, mib(one.predicted), mib(one.measured)]),
     ["step, s", seconds(step.predicted), seconds(step.measured)],
     ...(report.contention ? [[`step, s, in the ${report.contention.steps} steps during which other programs used cores`, "–", seconds(report.contention.step_seconds)]] : []),
     ...(report.tokens ? [[`tokens/s (rows ${percent(report.tokens.padding_share, 0)} padding)`, "–", Math.round(report.tokens.per_second).toLocaleString("en")]] : []),
-    ...Object.entries(report.evaluation).map(([when, evaluation]) => [`held-out loss ${when}${evaluation.accuracy == null ? "" : ", accuracy"}`, "–", `${evaluation.loss.toFixed(4)}${evaluation.accuracy == null ? "" : `, ${evaluation.accuracy.toFixed(3)}`}`]),
-  ]));
-  for (const id of ["report", "adapter"]) $(id).hidden = false;
-  $("run-state").textContent = `done: ${report.loss.length} steps, peak ${mib(peak.measured)} of ${mib(cap)} MiB`;
+    ...Object.entries(report.evaluation ?? {}).map(([when, one]) => [`held-out loss ${when}${one.accuracy == null ? "" : ", accuracy"}`, "–", `${one.loss.toFixed(4)}${one.accuracy == null ? "" : `, ${one.accuracy.toFixed(3)}`}`]),
+  ]);
 }
 
-// How long a run is asked to be.
-const length = ({ steps, epochs }) => steps ? `${steps} steps` : `${epochs} epochs`;
-
-// Tokens per second of a step, padding left out.
-const rate = (step) => Math.round(step.tokens / step.seconds).toLocaleString("en");
-
-// The share of a step's rows that is padding, where it is known; where steps differ in length, each says how many places its rows have.
-const shareOf = (step, places) => (step.tokens === undefined || !places ? null : percent(1 - step.tokens / (step.places ?? places), 0));
-const padding = (step, places) => (shareOf(step, places) === null ? "" : ` (${shareOf(step, places)} of the rows)`);
-
-const evaluated = (list) => table("Evaluations on the held-out data", ["step", "loss", "accuracy", ""], list.map((one) => [String(one.step), one.eval_loss.toFixed(4), one.eval_accuracy === undefined ? "–" : one.eval_accuracy.toFixed(3), one.best ? "the best so far" : ""]));
-
-// One line over steps, with an optional cap.
-function steps(label, points, { yLabel, width, cap = null, colour = "var(--policy-0)", zero = false }) {
-  const values = points.map(([, value]) => value).concat(cap === null ? [] : [cap]);
-  let low = zero ? 0 : Math.min(...values), high = Math.max(...values);
-  const margin = (high - low) * 0.1 || Math.abs(high) * 0.05 || 1;
-  low = zero ? 0 : low - margin; high += margin;
-  const last = Math.max(2, points.length ? points[points.length - 1][0] : 2);
-  const chart = frame(label, { x: [1, last], y: [low, high], xLabel: "step", yLabel, width, height: 260, whole: true });
-  const { picture, x, y } = chart;
-  if (points.length) picture.append(svg("path", { class: "line", style: `--c: ${colour}`, d: path(points, x, y) }));
-  if (points.length === 1) picture.append(svg("circle", { class: "dot-mark", style: `--c: ${colour}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 4 }));
-  if (cap !== null) capLine(chart, cap, `${amount(cap)} MiB`);
-  return picture;
+function merging(id) {
+  const box = html("span", {}), start = button("Download the merged model", action(async () => {
+    const bar = progress("Merging");
+    box.replaceChildren(bar);
+    try {
+      const job = await finish(await post(`/v1/runs/${id}/merge`, {}), (latest) => bar.update(latest));
+      await download(`/v1/runs/${id}/merged`, job.result?.name ?? `merged-${id}.tar`);
+    } finally {
+      box.replaceChildren(start);
+    }
+  }));
+  box.append(start);
+  return box;
 }
 
-function draw(list, cap, room) {
-  const ordered = list.sort((a, b) => a.step - b.step);
-  $("live").hidden = false;
-  place($("loss"), (width) => steps("Loss by step; the table below has the numbers", ordered.map((s) => [s.step, s.loss]), { yLabel: "loss", width }));
-  place($("memory"), (width) => steps("Peak memory by step, under the cap; the table below has the numbers", ordered.map((s) => [s.step, s.peak_bytes / MIB]), { yLabel: "MiB, peak so far", cap: cap / MIB, colour: "var(--policy-2)", zero: true, width }));
-  $("steps-table").replaceChildren(table("Every step", ["step", "loss", "seconds", "tokens/s", "padding", "resident, MiB", "peak, MiB"], ordered.map((s) => [String(s.step), s.loss.toFixed(4), seconds(s.seconds), s.tokens === undefined ? "–" : rate(s), shareOf(s, room) ?? "–", mib(s.resident_bytes), mib(s.peak_bytes)])));
+// The model asked with the adapter and without it, side by side.
+function asking(job, id, signal) {
+  const prompt = html("textarea", { rows: 3, class: "wide", name: "prompt" }), most = html("input", { type: "number", min: 1, max: 1024, value: 64 });
+  const answers = html("ol", { class: "bare chat", "aria-live": "polite" }), ask = html("button", { class: "main" }, "Ask");
+  const form = html("form", { id: "ask", submit: action(async () => {
+    const text = prompt.value;
+    if (!text.trim()) return prompt.focus();
+    ask.disabled = true;
+    const before = html("p", {}, html("span", { class: "soft busy" }, "waits …")), after = html("p", {}, html("span", { class: "soft busy" }, "waits …"));
+    answers.prepend(html("li", {}, html("p", { class: "question" }, text), html("div", { class: "beside" }, html("div", {}, html("h3", {}, "Before"), before), html("div", {}, html("h3", {}, "After"), after))));
+    try {
+      for (const [shown, adapted] of [[after, id], [before, null]]) {
+        const plan = await get(`/v1/plans/${job.request.plan}`);
+        const asked = await post("/v1/answers", { profile: plan.profile, run: adapted, prompt: text, max_tokens: Number(most.value) });
+        try {
+          const done = await finish(asked, (latest) => { if (latest.text !== undefined) shown.textContent = latest.text; else if (latest.stage) shown.replaceChildren(html("span", { class: "soft busy" }, latest.stage)); }, signal);
+          shown.textContent = done.result.text || "(nothing)";
+        } catch (error) {
+          shown.replaceChildren(html("span", { class: "wrong" }, error.message));
+        }
+      }
+      prompt.value = "";
+    } finally {
+      ask.disabled = false;
+    }
+  }) }, field("Your text", prompt, "As your data have their prompts. Both answers are the likeliest words, not drawn by chance."), html("div", { class: "row last" }, field("At most, tokens", most), ask));
+  return [form, answers];
 }

@@ -15,7 +15,7 @@ const PLACES = [
   { name: "plans", label: "Plans", load: (id) => (id ? import("./plan.js") : import("./plans.js")) },
   { name: "compare", label: "Compare", load: () => import("./compare.js") },
   { name: "runs", label: "Runs", load: (id) => (id ? import("./run.js") : import("./runs.js")) },
-  { name: "fleets", label: "Fleets", load: (id) => (id ? import("./fleet.js") : import("./fleets.js")) },
+  { name: "fleets", label: "Fleets", load: (id) => (id === "new" ? import("./new_fleet.js") : id ? import("./fleet.js") : import("./fleets.js")) },
   { name: "devices", label: "Devices", load: () => import("./devices.js") },
 ];
 

@@ -11,13 +11,21 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Self, Union, cast, get_args, get_origin
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.search_options import SOLVER, PlanOptions
-from tightfit.planner.service.wire.schema import DIGEST, OWN_DEVICE, Digest, RequestBody
+from tightfit.planner.service.wire.schema import DIGEST, JOB, OWN_DEVICE, Digest, JobId, RequestBody
 from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
 from tightfit.runtime.common.errors import InputError
@@ -161,6 +169,11 @@ class FleetMember(RequestBody):
 
     name: str = Field(pattern=f"^{NAME.pattern}$", description="files are named after it", examples=["laptop"])
     profile: Digest
+    device: str = Field(
+        OWN_DEVICE,
+        max_length=64,
+        description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
+    )
     memory: Memory
     link: Rate | None = None
     up: Rate | None = None
@@ -198,6 +211,27 @@ class FleetRequest(_with_options(FleetOptions)):  # type: ignore[misc]
 
     micro_batches: int = Field(ge=1, le=MOST_ACCUMULATED, description="of a step, all devices together")
     members: list[FleetMember] = Field(min_length=1, max_length=32)
+
+
+class NameRequest(RequestBody):
+    """What a person calls something that is kept, and says of it. What is left out stays as it is, null takes it away."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"title": "reviews, third try", "note": None}]})
+
+    title: (
+        Annotated[
+            str,
+            StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$"),
+        ]
+        | None
+    ) = Field(None, description="one line")
+    note: Annotated[str, StringConstraints(max_length=10_000)] | None = Field(None, description="any text")
+
+
+class JobsRequest(RequestBody):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"jobs": [JOB]}]})
+
+    jobs: list[JobId] = Field(min_length=1, max_length=1000)
 
 
 class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]

@@ -37,6 +37,9 @@ PLAN_JOB = {
     "started": 1790000000.1,
     "finished": 1790000004.2,
     "attempts": 1,
+    "label": "SmolLM2-135M in 600.0 MiB",
+    "title": "the phone's budget",
+    "note": None,
     "request": {"profile": DIGEST, "memory": 629145600, "policy": "solver", "time_limit": 30.0},
     "progress": None,
     "result": {"plan": DIGEST, "summary": {"status": "optimal", "step_seconds": 2.65, "peak_bytes": 628097024}},
@@ -52,27 +55,34 @@ DESCRIPTION = {
     "options": {"seq": 64, "lora_rank": 8},
 }
 """some of a `tightfit.profiles.sources.described.TracingRequest`"""
-KEPT = {"id": DIGEST, "created": 1790000000.0, "bytes": 131072}
+KEPT = {"id": DIGEST, "created": 1790000000.0, "bytes": 131072, "title": None, "note": "measured while idle"}
 STORED_PROFILE = KEPT | {
+    "label": "SmolLM2-135M, LoRA rank 8, batch 16, sequence 64",
     "summary": {"layers": 32, "policies": ["solver", "mebp"]},
     "name": "SmolLM2-135M",
     "origin": "made",
 }
 STORED_FLEET = KEPT | {
+    "label": "SmolLM2-135M on laptop and phone",
     "summary": {
         "model": "SmolLM2-135M",
         "micro_batches": 16,
         "makespan_seconds": 12.3,
         "members": [{"name": "laptop", "micro_batches": 10, "plan_fingerprint": DIGEST}],
         "plans": {"laptop": DIGEST},
-    }
+    },
 }
-STORED_PLAN = KEPT | {"summary": {"status": "optimal", "step_seconds": 2.65}, "profile": DIGEST}
+STORED_PLAN = KEPT | {
+    "label": "SmolLM2-135M in 600.0 MiB",
+    "summary": {"status": "optimal", "step_seconds": 2.65},
+    "profile": DIGEST,
+}
 CPU = {
     "name": "cpu",
     "label": "the service's machine",
     "kind": "cpu",
     "threads": 2,
+    "memory_bytes": 25769803776,
     "local": True,
     "running": JOB,
     "waiting": 0,
@@ -113,7 +123,15 @@ class ErrorAnswer(ResponseBody):
     error: Error
 
 
-class ServiceJob(ResponseBody):
+class Named(ResponseBody):
+    """What is kept, and what it is called."""
+
+    label: str = Field(description="what it is, in a few words: of a run model, data and budget")
+    title: str | None = Field(None, description="what a person calls it")
+    note: str | None = Field(None, description="what a person says of it")
+
+
+class ServiceJob(Named):
     """Work that takes a while. Follow `/v1/jobs/{id}/events`, or ask again."""
 
     model_config = example_of(**PLAN_JOB)
@@ -144,14 +162,20 @@ SetAside = Annotated[
 ]
 
 
-class JobList(ResponseBody):
-    model_config = example_of(jobs=[PLAN_JOB])
+class ListPage(ResponseBody):
+    """Some of what there is, newest first."""
 
-    jobs: list[ServiceJob]
+    next: str | None = Field(None, description="`after` of the request for those that follow; null: there are no more")
     set_aside: SetAside = []
 
 
-class StoredFile(ResponseBody):
+class JobList(ListPage):
+    model_config = example_of(jobs=[PLAN_JOB], next="17_" + JOB)
+
+    jobs: list[ServiceJob]
+
+
+class StoredFile(Named):
     """A profile, plan or fleet that the service keeps. The id is of what it was made of."""
 
     id: Digest
@@ -164,8 +188,8 @@ class StoredProfile(StoredFile):
     model_config = example_of(**STORED_PROFILE)
 
     name: str
-    origin: Literal["made", "uploaded"] = Field(
-        description="made: measured on this machine, so that its plans can be run"
+    origin: Literal["made", "uploaded", "example"] = Field(
+        description="made: measured on this machine, so that its plans can be run; example: came with the service"
     )
 
 
@@ -181,25 +205,22 @@ class StoredFleet(StoredFile):
     model_config = example_of(**STORED_FLEET)
 
 
-class FleetList(ResponseBody):
+class FleetList(ListPage):
     model_config = example_of(fleets=[STORED_FLEET])
 
     fleets: list[StoredFleet]
-    set_aside: SetAside = []
 
 
-class ProfileList(ResponseBody):
+class ProfileList(ListPage):
     model_config = example_of(profiles=[STORED_PROFILE])
 
     profiles: list[StoredProfile]
-    set_aside: SetAside = []
 
 
-class PlanList(ResponseBody):
-    model_config = example_of(plans=[STORED_PLAN])
+class PlanList(ListPage):
+    model_config = example_of(plans=[STORED_PLAN], next="1790000000.0_" + DIGEST)
 
     plans: list[StoredPlan]
-    set_aside: SetAside = []
 
 
 class DeviceAnswer(ResponseBody):
@@ -207,6 +228,7 @@ class DeviceAnswer(ResponseBody):
     label: str
     kind: str
     threads: int
+    memory_bytes: int = Field(description="all that it has")
     local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
     running: JobId | None = None
     waiting: int = Field(description="runs and measurements queued for it")
@@ -228,7 +250,7 @@ class RunMetrics(ResponseBody):
         steps=[{"step": 1, "loss": 3.2, "seconds": 2.89, "resident_bytes": 363000000, "peak_bytes": 363646976}],
     )
 
-    budget_bytes: int
+    budget_bytes: int | None = Field(description="null: the plan is gone, and the run has not come to its end")
     places_per_step: int | None = Field(
         None, description="tokens for which a step's rows have room, padding included; null: not a language model's"
     )

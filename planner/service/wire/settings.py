@@ -28,6 +28,8 @@ class Settings:
     """folders from which requests may name models and data"""
     hub: bool = False
     """whether requests may name models on the hub, which are downloaded then"""
+    example: bool = False
+    """whether a service without profiles begins with the one that comes with the package"""
     workers: int = 2
     """plans, comparisons and fleets solved at once, a comparison by two processes"""
     solve_bytes: int = 4 << 30

@@ -118,12 +118,25 @@ def test_what_is_stored_can_be_shown(tmp_path_factory, value):
         store.finish(job.id, "succeeded", result={"value": value})
     except ValueError:
         store.finish(job.id, "failed", error=Error(code="internal", message="not shown"))
-    assert store.jobs()[0].model_dump_json()
+    assert store.jobs().items[0].model_dump_json()
     assert store.set_aside() == []
     store.close()
 
 
-COLUMNS = ("kind", "state", "request", "result", "error", "created", "started", "attempts", "id")
+COLUMNS = (
+    "kind",
+    "state",
+    "request",
+    "result",
+    "error",
+    "created",
+    "started",
+    "attempts",
+    "id",
+    "title",
+    "note",
+    "label",
+)
 VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.binary() | st.text() | ANYTHING.map(json.dumps)
 
 
@@ -145,7 +158,7 @@ def test_a_stored_job_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory,
         store.close()
         return
     for _ in range(2):
-        listed = [job.id for job in store.jobs()]
+        listed = [job.id for job in store.jobs().items]
         assert second in listed
         if first not in listed and column != "id":
             assert store.set_aside() == [first]
@@ -200,7 +213,21 @@ SUMMARIES = {
 """kind of a file -> the summary of one"""
 ORIGINS = {"profile": "made", "plan": "0" * 64}
 FILE_COLUMNS = (
-    *("kind", "id", "digest", "bytes", "stored_bytes", "name", "origin", "summary", "paths", "created", "used"),
+    *(
+        "kind",
+        "id",
+        "digest",
+        "bytes",
+        "stored_bytes",
+        "name",
+        "origin",
+        "summary",
+        "paths",
+        "created",
+        "used",
+        "title",
+        "note",
+    ),
 )
 
 
@@ -230,7 +257,7 @@ def test_a_stored_file_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory
         return
     for _ in range(2):
         for other in ("profile", "plan", "fleet"):
-            found = [listed(row) for row in store.files(other)]
+            found = [listed(row) for row in store.files(other).items]
             assert second in [one.id for one in found]
             assert all(one.model_dump_json() for one in found)
             if other == kind and column not in {"kind", "id"} and first not in [one.id for one in found]:

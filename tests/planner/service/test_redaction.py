@@ -65,7 +65,14 @@ def test_a_job_tells_its_request_and_its_error_so():
     }
     error = Error(code="input", message="/srv/models/llama/config.json: not JSON")
     job = ServiceJob(
-        id="job-0123456789abcdef", kind="profile", state="failed", created=0.0, attempts=1, request=request, error=error
+        id="job-0123456789abcdef",
+        kind="profile",
+        state="failed",
+        created=0.0,
+        attempts=1,
+        label="l",
+        request=request,
+        error=error,
     )
     told = Redaction([Path("/srv/models")]).job(job)
     assert told.request == request | {"source": "llama", "adapter": "a"}

@@ -269,13 +269,17 @@ def test_what_was_measured_before_paths_were_redacted_is_measured_anew_and_names
     store.finish(job.id, "succeeded", result={"summary": summaries["1" * 64]}, files=files)
     store.add(file_row("profile", "3" * 64, objects.put(b"p"), name="m", summary=PROFILE, origin="made"))
     store._database.execute("UPDATE files SET summary = '{' WHERE id = ?", ("3" * 64,))
-    store._database.executescript("DROP TABLE remote_devices; PRAGMA user_version = 3;")  # as it was then
+    as_it_was_then = [
+        f"ALTER TABLE {t} DROP COLUMN {c};" for t in ("jobs", "files") for c in ("title", "note", "label")
+    ]
+    as_it_was_then += ["DROP INDEX newest;", "DROP TABLE remote_devices;", "PRAGMA user_version = 3;"]
+    store._database.executescript(" ".join(as_it_was_then))
     store.close()
     store = JobStore(path)
     store.recover()
     assert store.set_aside() == [f"profile-{'3' * 64}"]
     assert store.enqueue("profile", "cpu", {}, content="c", key=None, waiting=9)[1]
-    told = {row["id"]: json.loads(row["summary"])["adapter_base"] for row in store.files("profile")}
+    told = {row["id"]: json.loads(row["summary"])["adapter_base"] for row in store.files("profile").items}
     assert told == {"1" * 64: "m", "2" * 64: "org/model"}
     assert store.job(job.id).result["summary"] == summaries["1" * 64] | {"adapter_base": "m"}
     store.close()
@@ -347,7 +351,7 @@ def test_retention_by_age_spares_what_live_jobs_need(store, objects):
     store._touched = {("report", "new"): moment + 1}
     removed = store.expire(before=moment, keep_bytes=1 << 40)
     assert [row["id"] for row in removed] == ["old"]
-    assert {row["id"] for row in store.files("report")} == {"needed", "new"}
+    assert {row["id"] for row in store.files("report").items} == {"needed", "new"}
     with pytest.raises(ServiceError):
         store.job(done.id)
     assert store.job(live.id).state == "queued"
@@ -377,7 +381,7 @@ def test_retention_takes_no_more_than_it_must(store):
     store._touched = {("folder", name): now + age for age, name in enumerate(names)}
     removed = store.expire(before=now + 0.5, keep_bytes=2500)
     assert [row["id"] for row in removed] == ["old", "first", "second"]
-    assert {row["id"] for row in store.files("folder")} == {"needed", "third"}
+    assert {row["id"] for row in store.files("folder").items} == {"needed", "third"}
 
 
 def test_the_checkpoints_of_a_run_that_was_ended_count_and_go_with_it(store):
@@ -433,7 +437,7 @@ def test_what_lies_in_the_cache_counts_and_goes_first_of_what_was_used_last_at_o
     store._touched = {("cache", "stores/b.store"): 1.0}
     removed = store.expire(before=0, keep_bytes=3000 + small)
     assert [row["id"] for row in removed] == ["stores/a.store"]
-    assert [row["id"] for row in store.files("profile")] == [OWN]
+    assert [row["id"] for row in store.files("profile").items] == [OWN]
     # The model would have to be packed again, so the measurement no longer answers; the profile can be planned with.
     assert ask(store, 1)[1]
     # A run that has ended keeps its answer where its weights go.

@@ -1,0 +1,116 @@
+"""What jobs and stored files are called where nobody has given them a title: by what they are of, not by when they were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from tightfit.planner.search_options import SOLVER
+from tightfit.runtime.common.units import format_size
+
+Row = Mapping[str, Any]
+Stored = Callable[[str, str], Row | None]
+"""(kind, id) -> row of a stored file"""
+RANDOM = "random"
+MODEL = "a model"
+"""one of which nothing is known any more"""
+
+
+def job_label(kind: str, request: Row, stored: Stored) -> str:
+    """Model, data and budget of a job, as far as it has them; `stored` finds what the request names. Holds no path but its last part."""
+    plan = _stored(stored, "plan", request.get("plan"))
+    members = [member for member in _list(request.get("members")) if isinstance(member, dict)]
+    origins = (
+        request.get("profile"),
+        None if plan is None else plan["origin"],
+        *(member.get("profile") for member in members),
+    )
+    profiles = (_stored(stored, "profile", identity) for identity in origins)
+    model = next((_text(profile["name"]) for profile in profiles if profile is not None), None)
+    if model is None:
+        model = _text(request.get("model")) or _source(request)
+    if kind == "profile":
+        return ", ".join([model, *_shape(request)])
+    memory = request.get("memory") if plan is None else _summary(plan).get("budget_bytes")
+    data = request.get("data")
+    return _sentence(
+        model,
+        on=[_text(member.get("name")) for member in members] if members else [_data(data, stored)] if data else [],
+        memory=[size for size in (memory if isinstance(memory, list) else [memory]) if isinstance(size, int)],
+        policy=request.get("policy"),
+    )
+
+
+def file_label(file: Row) -> str:
+    """What a file's row says that it is of."""
+    summary, name = _summary(file), _text(file["name"]) or file["kind"]
+    if file["kind"] == "profile":
+        lora = summary.get("lora")
+        rank = lora.get("rank") if isinstance(lora, dict) else None
+        return ", ".join([name, *([] if rank is None else [f"LoRA rank {rank}"]), *_shape(summary)])
+    if file["kind"] == "plan":
+        budget, model = summary.get("budget_bytes"), name.removesuffix(f", {summary.get('policy')}")
+        return _sentence(model, memory=[budget] if isinstance(budget, int) else [], policy=summary.get("policy"))
+    if file["kind"] == "fleet":
+        members = [member for member in _list(summary.get("members")) if isinstance(member, dict)]
+        return _sentence(name, on=[_text(member.get("name")) for member in members])
+    return name
+
+
+def _sentence(model: str, *, on: Sequence[str | None] = (), memory: Sequence[int] = (), policy: object = SOLVER) -> str:
+    """Such as "SmolLM2-135M on reviews.jsonl in 350.0 MiB"; the policy is named where it is a fixed rule."""
+    places = [place for place in on if place]
+    words = model
+    if places:
+        words += f" on {', '.join(places[:-1])} and {places[-1]}" if len(places) > 1 else f" on {places[0]}"
+    if memory:
+        words += f" in {format_size(min(memory))}"
+    if len(set(memory)) > 1:
+        words += f" to {format_size(max(memory))}"
+    rule = _text(policy)
+    return words if rule is None or rule == SOLVER else f"{words}, {rule}"
+
+
+def _shape(figures: Row) -> list[str]:
+    """What a step takes at once, in words."""
+    named = (("batch", figures.get("batch")), ("sequence", figures.get("seq")))
+    return [f"{name} {number}" for name, number in named if isinstance(number, int)]
+
+
+def _source(request: Row) -> str:
+    """The model of a request for a profile: the last part of a path or hub id, or the kind of model that a config describes."""
+    source, config = _text(request.get("source")), request.get("config")
+    if source is not None:
+        return PurePath(source).name or MODEL
+    described = _text(config.get("model_type")) if isinstance(config, dict) else None
+    return MODEL if described is None else f"{described} of a config"
+
+
+def _data(data: object, stored: Stored) -> str | None:
+    """What a run learns from: the name of an upload, a file or a folder."""
+    words = _text(data)
+    if words is None:
+        return None
+    if words == RANDOM:
+        return f"{RANDOM} data"
+    upload = _stored(stored, "upload", words.removeprefix("upload:")) if words.startswith("upload:") else None
+    return PurePath(words).name if upload is None else _text(upload["name"])
+
+
+def _stored(stored: Stored, kind: str, identity: object) -> Row | None:
+    return stored(kind, identity) if isinstance(identity, str) else None
+
+
+def _summary(file: Row) -> Row:
+    summary = json.loads(file["summary"])
+    return summary if isinstance(summary, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,97 @@
+// Data for a run: files that lie on the service's machine, files that are uploaded, or random tokens to try a plan; and a look at them
+// as they are read for training.
+
+import { get, upload, work } from "./api.js";
+import { html } from "./charts.js";
+import { button, dialog, empty, list, mib, percent, progress, scrolling, section, table, when } from "./components.js";
+import { action } from "./shell.js";
+
+export const RANDOM = "random";
+const SHOWN = 12; // samples of a preview at first
+const KINDS = { jsonl: "JSON lines", json: "JSON", csv: "CSV", text: "text", parquet: "Parquet", folder: "folder" };
+
+// What data are called: a file's name, not its id.
+export const dataName = (data, uploads = []) => (data === RANDOM ? "random tokens" : uploads.find((one) => `upload:${one.id}` === data)?.name ?? data.split("/").pop());
+
+// A button that says which data are chosen and opens the choice; `control.value` is what a run is asked with.
+export function dataChooser({ name, value = "", none = "Choose data", random = false, changed = () => {} }) {
+  const control = button(none, action(async () => {
+    const chosen = await choose(name, random);
+    if (chosen) set(chosen.value, chosen.name);
+  }));
+  const set = (next, text) => {
+    control.value = next;
+    control.textContent = next ? text ?? dataName(next) : none;
+    changed(next);
+  };
+  control.set = set;
+  if (value) control.value = value;
+  if (value) control.textContent = dataName(value);
+  if (value.startsWith("upload:")) get("/v1/uploads").then(({ uploads }) => { control.textContent = dataName(value, uploads); }, () => {});
+  return control;
+}
+
+// Open the choice; resolves with {value, name}, or null.
+function choose(title, random) {
+  return dialog(title, (close) => {
+    const taken = async (file) => {
+      const bar = progress(`Uploading ${file.name}`);
+      drop.replaceChildren(bar);
+      try {
+        const kept = await upload(`/v1/uploads?name=${encodeURIComponent(file.name)}`, file);
+        close({ value: `upload:${kept.id}`, name: kept.name });
+      } finally {
+        drop.replaceChildren(...offered);
+      }
+    };
+    const input = html("input", { type: "file", accept: ".jsonl,.json,.csv,.txt,.parquet", "aria-label": "File of samples", change: action(async () => { if (input.files[0]) await taken(input.files[0]); }) });
+    const offered = [html("p", {}, "Drop a file of samples here, or choose one. It is sent to the service and to nowhere else."), input];
+    const drop = html("div", { class: "drop", dragover: (event) => { event.preventDefault(); drop.classList.add("over"); }, dragleave: () => drop.classList.remove("over"), drop: action(async (event) => {
+      event.preventDefault();
+      drop.classList.remove("over");
+      if (event.dataTransfer.files[0]) await taken(event.dataTransfer.files[0]);
+    }) }, ...offered);
+    const files = list({
+      name: "files", action, key: (one) => one.value,
+      columns: [
+        { title: "File", value: (one) => one.name, cell: (one) => button(one.name, () => close(one), "link") },
+        { title: "Kind", value: (one) => one.kind, cell: (one) => one.kind },
+        { title: "Size, MiB", value: (one) => one.bytes, cell: (one) => mib(one.bytes) },
+        { title: "From", value: (one) => one.created, cell: (one) => when(one.created) },
+      ],
+      load: async (_, search) => ({ items: (await known()).filter((one) => one.name.toLowerCase().includes(search.toLowerCase())), next: null }),
+      none: () => empty("No file of samples lies on the service's machine where it may look."),
+    });
+    files.reload();
+    return [drop, ...(random ? [html("p", { class: "row last" }, button("Use random tokens, to try the plan", () => close({ value: RANDOM, name: "random tokens" }), "quiet"))] : []), files];
+  });
+}
+
+async function known() {
+  const [{ files }, { uploads }] = await Promise.all([get("/v1/files?kind=data"), get("/v1/uploads")]);
+  return [
+    ...uploads.map((one) => ({ value: `upload:${one.id}`, name: one.name, kind: "uploaded", bytes: one.bytes, created: one.created })),
+    ...files.map((one) => ({ value: one.path, name: one.path, kind: KINDS[one.kind] ?? one.kind, bytes: one.bytes, created: one.modified })),
+  ];
+}
+
+// A look at data as a plan's training reads them: prompts grey, what is trained on marked, what is cut or refused with its line.
+export async function preview(box, request, signal) {
+  const bar = progress("Reading the data");
+  box.replaceChildren(bar);
+  const job = await work("/v1/previews", request, (latest) => bar.update(latest));
+  if (signal.aborted) return;
+  const { samples, refused, counted, padding_share: padding, cut } = job.result, many = samples.length > SHOWN;
+  const shown = html("ol", { class: "samples" }, ...samples.slice(0, SHOWN).map(sample));
+  const more = many ? button(`Show ${samples.length - SHOWN} more`, () => { shown.append(...samples.slice(SHOWN).map(sample)); more.remove(); }, "quiet") : null;
+  const words = [`${counted.toLocaleString("en")} samples`, padding === null || padding === undefined ? null : `${percent(padding, 0)} of the places are padding`, cut ? `${cut.toLocaleString("en")} are longer than the plan's length and would be cut` : null].filter(Boolean);
+  box.replaceChildren(...[
+    html("p", {}, words.join("; "), "."),
+    refused.length ? html("div", { class: "refused" }, html("h3", { class: "not" }, `${refused.length} cannot be used`), scrolling("What cannot be used", table("", ["line", "why"], refused.map((one) => [String(one.line), one.why])))) : null,
+    html("p", { class: "soft" }, "What the model is shown is grey; what it learns to write is ", html("mark", {}, "marked"), "."),
+    shown, more,
+  ].filter(Boolean));
+}
+
+const sample = ({ line, pieces, tokens, cut }) => html("li", {}, html("span", { class: "soft where" }, `line ${line}, ${tokens} tokens${cut ? ", cut" : ""}`), html("p", {}, ...pieces.map(({ text, trained }) => html(trained ? "mark" : "span", trained ? {} : { class: "soft" }, text))));
+export const panel = () => section("The data, as they are read", html("p", { class: "soft" }, "Choose data to look at them."));

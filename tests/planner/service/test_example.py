@@ -1,0 +1,96 @@
+"""An empty service begins with an example, once, and has it planned."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from served import PATIENCE, service
+
+from tightfit.planner.service.http.example import BUDGETS, EXAMPLE, example_profile
+from tightfit.profiles.io import parse_profile
+from tightfit.profiles.schema import PROFILE_VERSION
+from tightfit.runtime.common.strict_json import from_json
+
+RENEWED = "run `make example` where nothing else runs, and commit planner/service/wire/example.json.gz"
+
+
+def test_the_example_is_of_this_version_and_names_no_machine():
+    version = from_json(example_profile())["version"]
+    assert version == PROFILE_VERSION, (
+        f"the example has profile version {version}, and PROFILE_VERSION is {PROFILE_VERSION}: {RENEWED}"
+    )
+    profile = parse_profile(example_profile(), f"the example ({RENEWED})")
+    assert profile.model.source == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert "/" not in profile.model.store
+    assert profile.device.busy_cores < 0.1, f"other programs ran while it was measured: {RENEWED}"
+    assert EXAMPLE.stat().st_size < 40_000
+
+
+def profiles(http):
+    return http.get("/v1/profiles").json()["profiles"]
+
+
+def ended(http, kind):
+    until = time.monotonic() + PATIENCE
+    while True:
+        (job,) = http.get("/v1/jobs", params={"kind": kind}).json()["jobs"]
+        if job["state"] not in {"queued", "running"}:
+            return job
+        assert time.monotonic() < until, job
+        time.sleep(0.1)
+
+
+def test_an_empty_service_begins_with_the_example_planned(tmp_path):
+    with service(tmp_path, example=True) as http:
+        (example,) = profiles(http)
+        assert (example["origin"], example["name"]) == ("example", "SmolLM2-135M-Instruct.Q4_1")
+        job = ended(http, "comparison")
+        assert job["state"] == "succeeded", job
+        cells = job["result"]["cells"]
+        assert [cell["summary"]["status"] for cell in cells] == ["feasible"] * (len(BUDGETS) - 1) + ["optimal"]
+        steps = [cell["summary"]["step_seconds"] for cell in cells]
+        assert steps == sorted(steps, reverse=True)
+        smallest = ended(http, "plan")["result"]["summary"]["minimum_budget_bytes"]
+        assert 0 < smallest < cells[0]["budget_bytes"]
+        # The same question is answered by what is there.
+        asked = {"profile": example["id"], "memory": list(BUDGETS)}
+        assert http.post("/v1/comparisons", json=asked).json()["id"] == job["id"]
+        # It was measured elsewhere: what to do instead is said where it is looked at and where it is to be run.
+        plan = cells[-1]["plan"]
+        refusal = http.get(f"/v1/plans/{plan}/view").json()["not_runnable"]
+        assert refusal.startswith(
+            "this plan is of the example, which was measured on another machine; put SmolLM2-135M"
+        )
+        answer = http.post("/v1/runs", json={"plan": plan, "data": "random", "steps": 1})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (422, refusal)
+    with service(tmp_path, example=True) as http:
+        assert [profile["id"] for profile in profiles(http)] == [example["id"]]
+
+
+def test_who_has_a_profile_gets_no_example_and_who_deletes_it_not_again(tmp_path):
+    with service(tmp_path) as http:
+        assert profiles(http) == []
+    with service(tmp_path, example=True) as http:
+        (example,) = profiles(http)
+        store = http.app.state.service.store
+        with store._transaction() as database:
+            database.execute("DELETE FROM files WHERE kind = 'profile'")
+    with service(tmp_path, example=True) as http:
+        assert profiles(http) == []
+
+    with service(tmp_path / "used") as http:
+        assert http.post("/v1/profiles/upload", content=example_profile(), headers={"Content-Type": "application/json"})
+        (uploaded,) = profiles(http)
+        assert (uploaded["id"], uploaded["origin"]) == (example["id"], "uploaded")
+    with service(tmp_path / "used", example=True) as http:
+        assert [profile["origin"] for profile in profiles(http)] == ["uploaded"]
+        assert http.get("/v1/jobs").json()["jobs"] == []
+
+
+@pytest.mark.parametrize("content", [b"{}", b"no json"])
+def test_a_service_without_a_readable_example_starts_all_the_same(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("tightfit.planner.service.http.example.example_profile", lambda: content)
+    with service(tmp_path, example=True) as http:
+        assert profiles(http) == []
+        assert http.get("/healthz").json()["status"] == "ok"
