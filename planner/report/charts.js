@@ -68,7 +68,7 @@ export function place(box, make) {
 
 // --- axes -------------------------------------------------------------------------------------------------------------
 
-function ticks(low, high, wanted = 6) {
+export function ticks(low, high, wanted = 6) {
   const span = high - low;
   if (!(span > 0)) return [low];
   const power = 10 ** Math.floor(Math.log10(span / wanted));
@@ -83,7 +83,7 @@ const scale = (low, high, start, end) => {
   return map;
 };
 
-function round(value) {
+export function round(value) {
   const kept = Number(value.toPrecision(6));
   return kept && Math.abs(kept) < 1e-4 ? kept.toExponential() : kept.toLocaleString("en", { maximumSignificantDigits: 6 });
 }
@@ -198,13 +198,13 @@ export function curveLegend(series) {
 // --- memory over one training step ------------------------------------------------------------------------------------
 
 // What Python and PyTorch take alone may fill half of the picture: then the axis starts just inside.
-function lowest({ kinds, sizes }, high, unit) {
+export function lowest({ kinds, sizes }, high, unit) {
   const floor = kinds[0]?.name === "floor" ? Math.min(...sizes[0]) / unit.size : 0;
   return floor < 0.4 * high ? 0 : Math.max(0, Math.floor((floor - 0.12 * (high - floor)) / 10) * 10);
 }
 
 // A cap far above all that is used would flatten the picture.
-function highest({ total }, cap) {
+export function highest({ total }, cap) {
   const most = Math.max(...total);
   return Math.max(most, cap <= 1.7 * most ? cap : 0) * 1.06;
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Header, Path, Request, Response
 from starlette.responses import StreamingResponse
 
 from tightfit.planner.service.http.routes_common import After, Limit, Search, errors, service_of
@@ -32,13 +32,17 @@ from tightfit.runtime.supervision.spare_memory import spare_memory
 
 router = APIRouter()
 Identity = Annotated[JobId, Path()]
+LastEventId = Annotated[
+    str | None,
+    Header(alias="Last-Event-ID", description="`id` of the last event that was received of a stream that broke off"),
+]
 EVENTS = {
     200: {
-        "description": "`event: job` with the job, at first and at each change of its state; `event: progress` between",
+        "description": "`event: job` with the job, at first and at each change of its state; `event: progress` between; each with an `id`",
         "content": {
             "text/event-stream": {
                 "schema": {"type": "string"},
-                "example": 'event: progress\ndata: {"stage": "pricing", "incumbent": 2.65, "bound": 2.64, "gap": 0.004, "seconds": 3.1}\n\n',
+                "example": 'event: progress\nid: 5e1f00d5-17\ndata: {"stage": "pricing", "incumbent": 2.65, "bound": 2.64, "gap": 0.004, "seconds": 3.1}\n\n',
             }
         },
     },
@@ -110,12 +114,12 @@ async def delete_job(request: Request, identity: Identity) -> None:
     tags=["jobs"],
     summary="What happens to a job, as server-sent events",
 )
-async def get_events(request: Request, identity: Identity) -> StreamingResponse:
-    """Ends with the job."""
+async def get_events(request: Request, identity: Identity, last_event_id: LastEventId = None) -> StreamingResponse:
+    """Ends with the job. Begins after the event that `Last-Event-ID` names, where the service still knows what came then."""
     service = service_of(request)
     service.store.job(identity)
     return StreamingResponse(
-        service.events.stream(identity, service.store.job),
+        service.events.stream(identity, service.store.job, last_event_id),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store"},
     )

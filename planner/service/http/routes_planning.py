@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from functools import lru_cache
 from typing import Annotated
@@ -11,6 +12,7 @@ from fastapi import APIRouter, Path, Request, Response
 
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
+from tightfit.planner.report.step_columns import step_columns
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
@@ -37,7 +39,7 @@ from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.requests import ComparisonRequest, NameRequest, PlanRequest
 from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, JobId, PlanList, ServiceJob, StoredPlan
-from tightfit.planner.service.wire.shown import Difference, PlanView
+from tightfit.planner.service.wire.shown import Difference, PlanTimeline, PlanView
 from tightfit.runtime.common.strict_json import to_json
 
 router = APIRouter(prefix="/v1", tags=["planning"])
@@ -114,6 +116,26 @@ async def get_plan_view(request: Request, identity: Identity) -> Response:
 
 
 @router.get(
+    "/plans/{identity}/timeline",
+    response_model=PlanTimeline,
+    responses=errors(404, 409),
+    summary="A plan's step, instruction by instruction",
+)
+async def get_plan_timeline(request: Request, identity: Identity) -> Response:
+    """When the cores and the channels do what, which tensors are in memory then, and why each is as it is. 409 where nothing fits."""
+    row = stored(request, "plan", identity)
+    if json.loads(row["summary"])["status"] == "infeasible":
+        raise ServiceError(409, "conflict", f"the plan {identity} has no schedule: its budget is too small")
+    packed = await asyncio.to_thread(_timeline, service_of(request).objects, row["digest"])
+    headers = {"Vary": "Accept-Encoding"}
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        headers["Content-Encoding"] = "gzip"
+    else:
+        packed = await asyncio.to_thread(gzip.decompress, packed)
+    return Response(packed, media_type="application/json", headers=headers)
+
+
+@router.get(
     "/plans/{identity}/changes/{other}",
     response_model=Difference,
     responses=errors(404),
@@ -144,11 +166,12 @@ async def make_comparison(request: Request, body: ComparisonRequest, key: Idempo
 
 def comparison_request(body: ComparisonRequest) -> Row:
     """What a worker gets of a request for a comparison: each budget, policy and device once."""
-    return body.model_dump() | {
+    job_request: Row = body.model_dump() | {
         "memory": sorted(set(body.memory)),
         "policies": list(dict.fromkeys(body.policies)),
         "devices": list(dict.fromkeys(body.devices)),
     }
+    return job_request
 
 
 @router.get(
@@ -185,3 +208,10 @@ def _plan(objects: ObjectStore, digest: str) -> Plan:
 def _view(objects: ObjectStore, identity: str, digest: str, summary: str, refusal: str | None) -> str:
     view = plan_view(_plan(objects, digest), identity, json.loads(summary)["explanation"], not_runnable=refusal)
     return to_json(view.model_dump())
+
+
+@lru_cache(maxsize=32)
+def _timeline(objects: ObjectStore, digest: str) -> bytes:
+    """Packed with gzip."""
+    timeline = PlanTimeline.model_validate(step_columns(_plan(objects, digest)))
+    return gzip.compress(timeline.model_dump_json().encode(), compresslevel=4, mtime=0)
