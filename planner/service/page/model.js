@@ -547,7 +547,7 @@ function about(profile) {
   const { summary } = profile, named = Boolean(profile.title), parts = [
     named && summary.seq ? `${summary.batch} × ${summary.seq} tokens a step${summary.accumulate > 1 ? `, ${summary.accumulate} steps make an update` : ""}` : null,
     named && summary.lora ? `LoRA rank ${summary.lora.rank}` : null,
-    `${summary.layers} layers of ${summary.programs} kinds`,
+    summary.weight_bytes || summary.seq ? `${summary.layers} layers of ${summary.programs} kinds` : "a graph of operators",
     summary.weight_bytes ? `weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked` : null,
     summary.trainable_bytes ? `trained ${mib(summary.trainable_bytes)} MiB` : null,
     `${origin(profile)}, times of ${summary.device}`,
