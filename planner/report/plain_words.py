@@ -92,7 +92,9 @@ def _limits(plan: Plan, explanation: Explanation) -> str:
     assert train is not None
     parts = sorted(peak_parts(plan), key=lambda part: -part[1])
     largest = " and ".join(f"{kind.label} ({format_size(size)})" for kind, size in parts[:2])
-    text = f"Memory is fullest at {format_size(plan.peak_bytes)} of {format_size(plan.budget_bytes)}, most of it {largest}"
+    text = (
+        f"Memory is fullest at {format_size(plan.peak_bytes)} of {format_size(plan.budget_bytes)}, most of it {largest}"
+    )
     shares = {
         "into computing again what was given up": train.recompute_seconds,
         "into unpacking weights": train.unpack_seconds,

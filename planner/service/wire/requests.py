@@ -28,6 +28,7 @@ from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.wire.schema import DIGEST, JOB, OWN_DEVICE, Digest, JobId, RequestBody
 from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
+from tightfit.profiles.sources.file_header import FileHeader
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
 from tightfit.runtime.session.options import DataOptions, RunOptions
@@ -119,15 +120,20 @@ class ModelRequest(RequestBody):
         None, description="a config.json as it is, of any dense decoder of transformers; the weights are random then"
     )
 
+    header: FileHeader | None = Field(
+        None,
+        description="what the header of a GGUF file says, for whoever keeps the file: as a config, with the file's precision",
+    )
+
     @model_validator(mode="after")
     def one_source(self) -> Self:
-        if sum(value is not None for value in (self.path, self.hub, self.config)) != 1:
-            raise ValueError("give exactly one of path, hub and config")
+        if sum(value is not None for value in (self.path, self.hub, self.config, self.header)) != 1:
+            raise ValueError("give exactly one of path, hub, config and header")
         return self
 
 
 class ProfileRequest(_with_options(ProfileOptions, base=ModelRequest)):  # type: ignore[misc]
-    """Make a profile on this machine. Exactly one of `path`, `hub` and `config` names the model."""
+    """Make a profile on this machine. Exactly one of `path`, `hub`, `config` and `header` names the model."""
 
     model_config = ConfigDict(
         json_schema_extra={
