@@ -128,8 +128,10 @@ def _missing(plan: Plan, shortfall: Shortfall | None) -> list[str]:
     missing = format_size(smallest - plan.budget_bytes, round_up=True)
     found = " found so far" if plan.deterministic is False else ""
     sentences = [
-        f"{who} does not fit {format_size(plan.budget_bytes)}: the smallest budget that is enough{found} is"
-        f" {format_size(smallest, round_up=True)}, {missing} more."
+        (
+            f"{who} does not fit {format_size(plan.budget_bytes)}: the smallest budget that is enough{found} is"
+            f" {format_size(smallest, round_up=True)}, {missing} more."
+        )
     ]
     if shortfall is None:
         return sentences
