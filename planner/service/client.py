@@ -430,6 +430,21 @@ class Client:
         result: dict[str, Any] = self.finish(job, progress)["result"]
         return result
 
+    def merged(
+        self, run: str, file: str | os.PathLike[str], form: str = "gguf", progress: Progress | None = None
+    ) -> Path:
+        """Merge a run's adapter into its model at the service and download it: a GGUF file, or a tar file with safetensors."""
+        self.finish(self.post(f"/v1/runs/{run}/merge", {"format": form}), progress)
+        path = Path(file)
+        with self._http.stream("GET", f"/v1/runs/{run}/merged") as response:
+            if response.status_code != 200:
+                response.read()
+                _raise(response)
+            with path.open("wb") as written:
+                for chunk in response.iter_bytes():
+                    written.write(chunk)
+        return path
+
     def gallery(self) -> list[dict[str, Any]]:
         """Sizes of published models, each with the `config` that a request for a profile takes."""
         shapes: list[dict[str, Any]] = self.get("/v1/gallery")["shapes"]

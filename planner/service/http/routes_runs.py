@@ -8,8 +8,10 @@ import tarfile
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
+from fastapi.responses import FileResponse
 
 from tightfit.planner.report.summary import unfinished_update
+from tightfit.planner.service.http.guard import BYTES
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
     IdempotencyKey,
@@ -28,10 +30,11 @@ from tightfit.planner.service.http.routes_common import (
     stored,
     uploaded,
 )
+from tightfit.planner.service.jobs.orders import MERGED
 from tightfit.planner.service.jobs.store import Row
-from tightfit.planner.service.wire.errors import invalid
+from tightfit.planner.service.wire.errors import ServiceError, invalid
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.requests import RunRequest
+from tightfit.planner.service.wire.requests import MergeRequest, RunRequest
 from tightfit.planner.service.wire.schema import JobId, RunMetrics, ServiceJob
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import from_json, to_json
@@ -48,6 +51,13 @@ ADAPTER: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A tar file of the folder adapter/",
         "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    **errors(404, 409),
+}
+MERGED_FILE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A GGUF file, or a tar file of the folder merged/",
+        "content": {BYTES: {"schema": {"type": "string", "format": "binary"}}},
     },
     **errors(404, 409),
 }
@@ -133,6 +143,35 @@ async def get_adapter(request: Request, identity: Identity) -> Response:
         name=f"adapter-{identity}.tar",
         redacted=_redacted if plan is None or names_paths(store.file("profile", plan["origin"])) else None,
     )
+
+
+@router.post("/{identity}/merge", status_code=202, responses=JOB_RESPONSES, summary="Merge a run's adapter")
+async def merge_run(request: Request, identity: Identity, body: MergeRequest, key: IdempotencyKey = None) -> Response:
+    """Waits for this machine's device. 409 where the run has left no adapter, or what it was planned from is gone."""
+    file_of_run(request, identity, "adapter")
+    plan = service_of(request).store.file("plan", str(run_of(request, identity).request.get("plan")))
+    profile = None if plan is None else service_of(request).store.file("profile", plan["origin"])
+    if profile is None:
+        message = f"the profile of the run {identity} is gone, which says where its model lies; download the adapter and merge it there"
+        raise ServiceError(409, "conflict", message)
+    job_request = {"run": identity, "profile": profile["id"], "format": body.format}
+    uses = [("adapter", identity), ("profile", profile["id"])]
+    return enqueue(request, "merge", job_request, key=key, uses=uses)
+
+
+@router.get("/{identity}/merged", responses=MERGED_FILE, summary="The merged model", response_class=FileResponse)
+async def get_merged(request: Request, identity: Identity) -> FileResponse:
+    """What was merged last: a GGUF file, or a tar file of the folder merged/ with safetensors. 409 before it was merged."""
+    service = service_of(request)
+    run_of(request, identity)
+    for job in service.store.jobs(kind="merge", state="succeeded", limit=1000).items:
+        name = MERGED.get(str(job.request.get("format")))
+        if job.request.get("run") == identity and name is not None:
+            path = service.supervisor.runs / job.id / name
+            if path.is_file():
+                service.store.touch("folder", job.id)
+                return FileResponse(path, media_type=BYTES, filename=f"merged-{identity}{path.suffix}")
+    raise ServiceError(409, "conflict", f"the run {identity} was not merged; post to /v1/runs/{identity}/merge first")
 
 
 def _redacted(redaction: Redaction, content: bytes) -> bytes:

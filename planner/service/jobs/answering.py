@@ -5,27 +5,23 @@ text is told as it comes.
 from __future__ import annotations
 
 import io
-import json
-import subprocess
 import sys
 import tarfile
 import tempfile
-from functools import partial
 from pathlib import Path
-from signal import SIGKILL
-from typing import IO
 
+from tightfit.planner.service.jobs.commands import carry_out
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
-from tightfit.planner.service.jobs.running import failure_of, wait_for
+from tightfit.planner.service.jobs.running import wait_for
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.redaction import with_paths
 from tightfit.profiles.io import parse_profile
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.common.strict_json import to_json
 
 AUTO = "auto"
 """memory where none is asked for: what the machine can spare"""
+FIGURES = ("text", "tokens", "seconds", "first_seconds", "end", "peak_bytes", "budget_bytes")
 
 
 def answer(order: JobOrder, events: EventWriter) -> Row:
@@ -39,38 +35,27 @@ def answer(order: JobOrder, events: EventWriter) -> Row:
         wait_for(lock.fileno(), sys.stdin.fileno())
         events.progress(always=True, stage="preparing")
         command = _command(order, Path(folder))
-        with tempfile.TemporaryFile() as stderr:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                pass_fds=(lock.fileno(),),
-                preexec_fn=partial(end_with_parent, SIGKILL),  # noqa: PLW1509  no thread runs yet
-            )
-            assert child.stdout is not None
-            answered = _follow(child.stdout, events)
-            code = child.wait()
-            stderr.seek(0)
-            last = (stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-    if code or "text" not in answered:
-        raise failure_of(code, answered, f"the answer {{}}: {last}")
-    figures = ("text", "tokens", "seconds", "first_seconds", "end", "peak_bytes", "budget_bytes")
-    return {"result": {name: answered.get(name) for name in figures}, "files": []}
+        answered = carry_out(command, "the answer", lock.fileno(), _TextSoFar(events))
+    return {"result": {name: answered.get(name) for name in FIGURES}, "files": []}
 
 
-def _follow(lines: IO[bytes], events: EventWriter) -> Row:
-    """Tell the text as it comes; returns the last object that was printed: the answer, or an error."""
-    text, last = "", {}
-    for line in lines:
-        try:
-            last = json.loads(line)
-        except ValueError:
-            continue
-        if "piece" in last:
-            text += last["piece"]
-            events.progress(stage="answering", text=text)
-    return last
+class _TextSoFar:
+    """Tells the text of the pieces that come."""
+
+    def __init__(self, events: EventWriter) -> None:
+        self._events, self._text = events, ""
+
+    def __call__(self, printed: Row) -> None:
+        if "piece" in printed:
+            self._text += printed["piece"]
+            self._events.progress(stage="answering", text=self._text)
+
+
+def adapter_of(order: JobOrder, folder: Path) -> Path:
+    """The adapter of the run that the order names, unpacked in `folder`."""
+    with tarfile.open(fileobj=io.BytesIO(order.content(order.request["run"]))) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "adapter"
 
 
 def _command(order: JobOrder, folder: Path) -> list[str]:
@@ -88,7 +73,5 @@ def _command(order: JobOrder, folder: Path) -> list[str]:
     if not request["template"]:
         words.append("--no-template")
     if request["run"] is not None:
-        with tarfile.open(fileobj=io.BytesIO(order.content(request["run"]))) as archive:
-            archive.extractall(folder, filter="data")
-        words.append(f"--adapter={folder / 'adapter'}")
+        words.append(f"--adapter={adapter_of(order, folder)}")
     return words

@@ -24,6 +24,8 @@ UPLOAD = "upload"
 """the lane of the processes that read uploads"""
 UploadKind = Literal["profile", "description", "example"]
 """what is uploaded: a profile, the description of a model that is to be traced, or the profile that comes with the package"""
+MERGED = {"gguf": "merged.gguf", "safetensors": "merged.tar"}
+"""form of a merged model -> its file in the folder of the job that has merged it"""
 PROGRESS_SECONDS = 0.1
 
 

@@ -87,6 +87,10 @@ def _work_of(kind: str) -> Callable[[JobOrder, EventWriter], dict[str, Any]]:
         from tightfit.planner.service.jobs.answering import answer
 
         return answer
+    if kind == "merge":
+        from tightfit.planner.service.jobs.merging import merge
+
+        return merge
     if kind == "preview":
         from tightfit.planner.service.jobs.previewing import preview
 

@@ -290,6 +290,16 @@ class AnswerRequest(RequestBody):
     memory: Memory | None = Field(None, description="budget of all processes; null: what the machine can spare")
 
 
+class MergeRequest(RequestBody):
+    """Add a run's adapter to its model."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"format": "gguf"}]})
+
+    format: Literal["gguf", "safetensors"] = Field(
+        "gguf", description="gguf: a file for llama.cpp; safetensors: a tar file of a Hugging Face folder"
+    )
+
+
 class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]
     """Train on this machine as planned."""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +16,13 @@ from served import Served, service
 
 from tightfit.planner.service.client import connect
 from tightfit.planner.service.http.example import example_profile
-from tightfit.planner.service.jobs.answering import _command, _follow
+from tightfit.planner.service.jobs.answering import _command, _TextSoFar
+from tightfit.planner.service.jobs.commands import carry_out
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.wire.objects import ObjectStore
-from tightfit.runtime.common.errors import InputError
+from tightfit.profiles.sources.gguf_source import gguf_source
+from tightfit.profiles.sources.huggingface import directory_source
+from tightfit.runtime.common.errors import CapError, InputError, RunError
 from tightfit.runtime.common.strict_json import to_json
 
 UNKNOWN = "0" * 64
@@ -69,9 +74,25 @@ def test_a_request_becomes_a_command_that_reads_the_prompt_from_a_file(tmp_path)
 def test_the_text_is_told_as_it_comes():
     told = []
     lines = [{"piece": "a "}, {"piece": "fox"}, {"text": "a fox", "tokens": 2}]
-    written = io.BytesIO("".join(to_json(line) + "\n" for line in lines).encode() + b"\n")
-    assert _follow(written, SimpleNamespace(progress=lambda **what: told.append(what["text"]))) == lines[-1]
+    code = "".join(f"print({to_json(line)!r});" for line in lines) + "print('words of a library')"
+    events = SimpleNamespace(progress=lambda **what: told.append(what["text"]))
+    with Path("/dev/null").open("rb") as lock:
+        assert carry_out([sys.executable, "-c", code], "it", lock.fileno(), _TextSoFar(events)) == lines[-1]
     assert told == ["a ", "a fox"]
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        ('print(\'{"error": {"message": "no such model"}}\'); exit(2)', InputError, "^no such model$"),
+        ("import sys; sys.stderr.write('lost\\n'); exit(5)", CapError, "^the answer ended with status 5: lost$"),
+        ("import os; os.kill(os.getpid(), 9)", RunError, "^the answer was ended by SIGKILL: it said nothing$"),
+        ("", RunError, "ended with status 0: it said nothing"),
+    ],
+)
+def test_what_a_command_fails_with_is_raised(code, error, message):
+    with Path("/dev/null").open("rb") as lock, pytest.raises(error, match=message):
+        carry_out([sys.executable, "-c", code], "the answer", lock.fileno())
 
 
 def test_what_cannot_be_asked_is_refused_at_once(tmp_path):
@@ -91,6 +112,11 @@ def test_what_cannot_be_asked_is_refused_at_once(tmp_path):
         assert http.post("/v1/answers", json={"profile": example["id"], "prompt": []}).status_code == 422
 
 
+def service_bytes(served):
+    lines = served.http.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith("tightfit_stored")).split()[1])
+
+
 @pytest.mark.slow
 def test_a_model_answers_by_itself_and_with_the_adapter_of_a_run(tmp_path, work, measured, tightfit):
     shutil.copytree(measured, tmp_path / "data")
@@ -107,6 +133,27 @@ def test_a_model_answers_by_itself_and_with_the_adapter_of_a_run(tmp_path, work,
             talk = client.answer(made, [{"role": "user", "content": "fox?"}], max_tokens=3, memory=1 << 30)
             with pytest.raises(InputError, match="there is no job"):
                 client.answer(made, "the fox ", run=RUN)
+            with pytest.raises(InputError, match=f"the run {run['id']} was not merged"):
+                client._send("GET", f"/v1/runs/{run['id']}/merged")
+            # The adapter is added to the model where it lies.
+            packed = client.merged(run["id"], tmp_path / "merged.tar", "safetensors")
+            with tarfile.open(packed) as archive:
+                archive.extractall(tmp_path, filter="data")
+            file = client.merged(run["id"], tmp_path / "merged.gguf")
+        merged = directory_source(tmp_path / "merged")
+        original = directory_source(work / "model")
+        assert {name: entry.shape for name, entry in merged.entries.items()} == {
+            name: entry.shape for name, entry in original.entries.items()
+        }
+        assert (tmp_path / "merged" / "model.safetensors").read_bytes() != (
+            work / "model" / "model.safetensors"
+        ).read_bytes()
+        assert gguf_source(file).config["hidden_size"] == original.config["hidden_size"]
+        again = served.http.post(f"/v1/runs/{run['id']}/merge", json={"format": "gguf"})
+        assert (again.status_code, again.json()["kind"]) == (200, "merge")
+        kept = service_bytes(served)
+        assert served.http.delete(f"/v1/jobs/{again.json()['id']}").status_code == 204
+        assert service_bytes(served) == kept - file.stat().st_size
         code, out, _ = tightfit("generate", work / "model", "--prompt", "the fox ", "--max-tokens", 12, "--json")
         assert code == 0
         assert plain["text"] == json.loads(out)["text"]
