@@ -419,6 +419,17 @@ class Client:
         result: dict[str, Any] = self.finish(self.post("/v1/previews", asked, headers=headers), progress)["result"]
         return result
 
+    def answer(
+        self, profile: str, prompt: str | list[dict[str, str]], *, progress: Progress | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """What the model of a stored profile answers, with the adapter of a `run` if one is named: text, tokens, seconds; `progress`
+        gets the text so far. `options` are those of `/v1/answers`.
+        """
+        headers = {"Idempotency-Key": os.urandom(16).hex()}
+        job = self.post("/v1/answers", {"profile": profile, "prompt": prompt, **options}, headers=headers)
+        result: dict[str, Any] = self.finish(job, progress)["result"]
+        return result
+
     def gallery(self) -> list[dict[str, Any]]:
         """Sizes of published models, each with the `config` that a request for a profile takes."""
         shapes: list[dict[str, Any]] = self.get("/v1/gallery")["shapes"]

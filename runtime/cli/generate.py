@@ -50,6 +50,9 @@ def generate(
     memory: Memory = "auto",
     cgroup: Cgroup = True,
     as_json: AnswersAsJson = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help='With --json: the text as it comes, too, in objects with a "piece".')
+    ] = False,
     debug: Debug = False,
     **options: Any,
 ) -> None:
@@ -64,7 +67,9 @@ def generate(
         )
     asked: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts or Path())
     wanted = read(AnswerOptions, options, cgroup=cgroup)
-    _hand_on(invoked, model, memory, wanted, asked, as_json=as_json, debug=debug)
+    if stream and not as_json:
+        raise InputError("--stream: without --json the text is printed as it comes; give both, or neither")
+    _hand_on(invoked, model, memory, wanted, asked, as_json=as_json, stream=stream, debug=debug)
 
 
 @with_options(AnswerOptions, "template", after="memory", max_tokens=512)
@@ -90,6 +95,7 @@ def _hand_on(
     prompts: Sequence[Prompt] | None,
     *,
     as_json: bool,
+    stream: bool = False,
     debug: bool,
 ) -> NoReturn:
     """Prepare the answers and start the process that shows them, in the place of this one unless a program has called."""
@@ -120,6 +126,7 @@ def _hand_on(
                 options.but(stages=shown.enter_context(StagesDisplay(console))),
                 prompts=prompts,
                 as_json=as_json,
+                stream=stream,
                 debug=debug,
                 told=told,
             )

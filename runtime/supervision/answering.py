@@ -62,6 +62,8 @@ class AnswerOrder:
     plan: dict[str, Any]
     """summary of the plan"""
     as_json: bool
+    stream: bool
+    """whether JSON has the text as it comes, too"""
     debug: bool
     counted: bool
     """whether the memory of the process that shows the answers counts; not if a program asks"""
@@ -218,8 +220,8 @@ def answer_all(order: AnswerOrder) -> None:
             if order.several and not order.as_json:
                 sys.stdout.write(f"> {request['prompt']}\n")
             for text in asking.ask(request["ids"]):
-                if not order.as_json:
-                    sys.stdout.write(text)
+                if not order.as_json or order.stream:
+                    sys.stdout.write(to_json({"piece": text}) + "\n" if order.as_json else text)
                     sys.stdout.flush()
             if order.as_json:
                 record = {"prompt": request["prompt"], **asking.answered, "preparation_bytes": order.preparation_bytes}

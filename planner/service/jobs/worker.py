@@ -91,6 +91,10 @@ def _work_of(kind: str) -> Callable[[JobOrder, EventWriter], dict[str, Any]]:
         from tightfit.planner.service.jobs.profiling import profile
 
         return profile
+    if kind == "answer":
+        from tightfit.planner.service.jobs.answering import answer
+
+        return answer
     if kind == "preview":
         from tightfit.planner.service.jobs.previewing import preview
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Self, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
 from pydantic import (
     BeforeValidator,
@@ -28,9 +28,13 @@ from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.wire.schema import DIGEST, JOB, OWN_DEVICE, Digest, JobId, RequestBody
 from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
+from tightfit.profiles.sources.file_header import FileHeader
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
 from tightfit.runtime.session.options import DataOptions, RunOptions
+
+LONGEST_PROMPT = 1 << 15
+"""letters of a prompt, or of one message"""
 
 
 def _read(parse: Callable[[str], float], allowed: Callable[[float], bool], words: str) -> BeforeValidator:
@@ -119,15 +123,20 @@ class ModelRequest(RequestBody):
         None, description="a config.json as it is, of any dense decoder of transformers; the weights are random then"
     )
 
+    header: FileHeader | None = Field(
+        None,
+        description="what the header of a GGUF file says, for whoever keeps the file: as a config, with the file's precision",
+    )
+
     @model_validator(mode="after")
     def one_source(self) -> Self:
-        if sum(value is not None for value in (self.path, self.hub, self.config)) != 1:
-            raise ValueError("give exactly one of path, hub and config")
+        if sum(value is not None for value in (self.path, self.hub, self.config, self.header)) != 1:
+            raise ValueError("give exactly one of path, hub, config and header")
         return self
 
 
 class ProfileRequest(_with_options(ProfileOptions, base=ModelRequest)):  # type: ignore[misc]
-    """Make a profile on this machine. Exactly one of `path`, `hub` and `config` names the model."""
+    """Make a profile on this machine. Exactly one of `path`, `hub`, `config` and `header` names the model."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -254,6 +263,31 @@ class PreviewRequest(_with_options(DataOptions)):  # type: ignore[misc]
         if (self.profile is None) == (self.plan is None):
             raise ValueError("give either profile or plan")
         return self
+
+
+class PromptMessage(RequestBody):
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(max_length=LONGEST_PROMPT)
+
+
+class AnswerRequest(RequestBody):
+    """Ask a model that was measured here, by itself or with the adapter that a run has left. The likeliest tokens are taken."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"profile": DIGEST, "run": JOB, "prompt": "How was the film?", "max_tokens": 64}]
+        }
+    )
+
+    profile: Digest
+    run: JobId | None = Field(None, description="whose adapter is applied; null: the model by itself")
+    prompt: (
+        Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
+        | Annotated[list[PromptMessage], Field(min_length=1, max_length=64)]
+    ) = Field(description="a text, or the messages of a conversation so far")
+    max_tokens: int = Field(256, ge=1, le=4096, description="most tokens of the answer")
+    template: bool = Field(True, description="put a text into the model's chat template, if it has one")
+    memory: Memory | None = Field(None, description="budget of all processes; null: what the machine can spare")
 
 
 class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]

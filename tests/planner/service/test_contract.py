@@ -74,6 +74,7 @@ def test_the_examples_of_the_description_are_what_is_asked_for(described, served
         "FleetRequest": "fleets",
         "RunRequest": "runs",
         "PreviewRequest": "previews",
+        "AnswerRequest": "answers",
     }
     for name, path in requests.items():
         for example in schemas[name]["examples"]:
