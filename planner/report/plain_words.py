@@ -92,7 +92,9 @@ def _limits(plan: Plan, explanation: Explanation) -> str:
     assert train is not None
     parts = sorted(peak_parts(plan), key=lambda part: -part[1])
     largest = " and ".join(f"{kind.label} ({format_size(size)})" for kind, size in parts[:2])
-    text = f"Memory is fullest at {format_size(plan.peak_bytes)} of {format_size(plan.budget_bytes)}, most of it {largest}"
+    text = (
+        f"Memory is fullest at {format_size(plan.peak_bytes)} of {format_size(plan.budget_bytes)}, most of it {largest}"
+    )
     shares = {
         "into computing again what was given up": train.recompute_seconds,
         "into unpacking weights": train.unpack_seconds,
@@ -125,10 +127,8 @@ def _missing(plan: Plan, shortfall: Shortfall | None) -> list[str]:
         return [f"{who} does not fit {format_size(plan.budget_bytes)}."]
     missing = format_size(smallest - plan.budget_bytes, round_up=True)
     found = " found so far" if plan.deterministic is False else ""
-    sentences = [
-        f"{who} does not fit {format_size(plan.budget_bytes)}: the smallest budget that is enough{found} is"
-        f" {format_size(smallest, round_up=True)}, {missing} more."
-    ]
+    enough = f"the smallest budget that is enough{found} is {format_size(smallest, round_up=True)}, {missing} more"
+    sentences = [f"{who} does not fit {format_size(plan.budget_bytes)}: {enough}."]
     if shortfall is None:
         return sentences
     peak = shortfall.peak

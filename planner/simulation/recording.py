@@ -88,9 +88,7 @@ class _RecordedReplay(Replay):
         before, repeated = (self.now, self.totals.stall), self.totals.recompute
         workspace = super()._replay(instruction)
         again = self.totals.recompute > repeated
-        self.recording.note(
-            before, (self.now, self.totals.stall), again=again, workspace=workspace, touched=self.top
-        )
+        self.recording.note(before, (self.now, self.totals.stall), again=again, workspace=workspace, touched=self.top)
         return workspace
 
     def _allocate(self, name: str, offset: int) -> None:
@@ -118,9 +116,7 @@ class _RecordedGraphReplay(GraphReplay):
         running = isinstance(instruction, Run)
         again = running and self.done == repeated
         workspace = self.operators[instruction.operator].workspace_bytes if isinstance(instruction, Run) else 0
-        self.recording.note(
-            before, (self.now, self.stall), again=again, workspace=workspace, touched=self.live_bytes
-        )
+        self.recording.note(before, (self.now, self.stall), again=again, workspace=workspace, touched=self.live_bytes)
 
     def _hold(self, name: str) -> None:
         super()._hold(name)
