@@ -17,8 +17,10 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -33,6 +35,7 @@ from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER, TIME_LIMIT, PlanOptions
 from tightfit.planner.service.wire.errors import JOB_ERRORS
+from tightfit.planner.service.wire.inputs import UPLOADED
 from tightfit.planner.service.wire.redaction import Redaction, with_paths
 from tightfit.planner.service.wire.remote_devices import HEADER, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import FINISHED, OWN_DEVICE
@@ -110,6 +113,7 @@ class Client:
         base_url = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
         self.url = base_url.rstrip("/").removesuffix("/page")
         self._ids: dict[str, str] = {}
+        self._heard: dict[str, str] = {}  # job -> id of the last of its events
         self._answered = False
         self._device = device
         headers = {} if device is None else {HEADER: device.model_dump_json()}
@@ -346,6 +350,7 @@ class Client:
         minute of silence.
         """
         broken_since: float | None = None
+        self._heard.pop(identity, None)
         while broken_since is None or time.monotonic() - broken_since < RESTART_SECONDS:
             with contextlib.suppress(httpx.TransportError):
                 for name, data in self._stream(identity):
@@ -361,17 +366,21 @@ class Client:
         )
 
     def _stream(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        with self._http.stream("GET", f"/v1/jobs/{identity}/events") as response:
+        headers = {"Last-Event-ID": self._heard[identity]} if identity in self._heard else {}
+        with self._http.stream("GET", f"/v1/jobs/{identity}/events", headers=headers) as response:
             if response.status_code in RESTARTING:
                 raise httpx.RemoteProtocolError(f"status {response.status_code}")
             if response.status_code != 200:
                 response.read()
                 _raise(response)
-            name = ""
+            name = event_id = ""
             for line in response.iter_lines():
                 if line.startswith("event: "):
                     name = line.removeprefix("event: ")
+                elif line.startswith("id: "):
+                    event_id = line.removeprefix("id: ")
                 elif line.startswith("data: "):
+                    self._heard[identity] = event_id
                     yield name, json.loads(line.removeprefix("data: "))
 
     def cancel(self, identity: str) -> dict[str, Any]:
@@ -385,6 +394,30 @@ class Client:
         """Models or data under the service's roots, newest first: their `path` is what a request names them by."""
         listed: list[dict[str, Any]] = self.get(f"/v1/files?kind={kind}")["files"]
         return listed
+
+    def upload_data(self, file: str | os.PathLike[str], name: str | None = None) -> str:
+        """Store a file of samples at the service, by default under its own name; returns what a run there takes as data."""
+        try:
+            content = Path(file).read_bytes()
+        except OSError as error:
+            raise InputError(f"{os.fspath(file)}: {error.strerror}; name a file of samples") from error
+        headers = {"Content-Type": "application/octet-stream"}
+        path = f"/v1/uploads?name={quote(name or Path(file).name, safe='')}"
+        return f"{UPLOADED}{self._json(self._send('POST', path, content=content, headers=headers))['id']}"
+
+    def uploads(self) -> list[dict[str, Any]]:
+        """The files of samples that were uploaded, newest first."""
+        listed: list[dict[str, Any]] = self.get("/v1/uploads?limit=1000")["uploads"]
+        return listed
+
+    def preview(self, profile: str, data: str, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
+        """Data as a run of a stored profile would read them: its first samples in pieces, learned or not, what is cut and what is
+        refused; `options` are columns, truncate and packing.
+        """
+        asked = {"profile": profile, "data": data, **options}
+        headers = {"Idempotency-Key": os.urandom(16).hex()}
+        result: dict[str, Any] = self.finish(self.post("/v1/previews", asked, headers=headers), progress)["result"]
+        return result
 
     def gallery(self) -> list[dict[str, Any]]:
         """Sizes of published models, each with the `config` that a request for a profile takes."""

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -23,6 +23,7 @@ from tightfit.planner.service.http import (
     routes_jobs,
     routes_page,
     routes_planning,
+    routes_previews,
     routes_profiles,
     routes_remote_devices,
     routes_runs,
@@ -32,7 +33,7 @@ from tightfit.planner.service.http.connections import Connections, loop_of, most
 from tightfit.planner.service.http.example import give_example
 from tightfit.planner.service.http.guard import OPEN, Guard
 from tightfit.planner.service.http.logs import log_to_stderr
-from tightfit.planner.service.http.routes_common import EVERYWHERE
+from tightfit.planner.service.http.routes_common import EVERYWHERE, check_query
 from tightfit.planner.service.http.service import Service, opened
 from tightfit.planner.service.http.tls import server_context
 from tightfit.planner.service.wire.errors import Code, ServiceError, UnreadableError, error_json
@@ -65,6 +66,7 @@ ROUTERS = tuple(
     routes.router
     for routes in (
         routes_files,
+        routes_previews,
         routes_profiles,
         routes_traces,
         routes_planning,
@@ -110,7 +112,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     for router in ROUTERS:
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(check_query)])
     undescribed = app.openapi
     app.openapi = lambda: _with_token(undescribed())  # type: ignore[method-assign]  # FastAPI's documented way
     return app

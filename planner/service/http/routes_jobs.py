@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Header, Path, Request, Response
 from starlette.responses import StreamingResponse
 
 from tightfit.planner.service.http.routes_common import After, Limit, Search, errors, service_of
@@ -27,16 +27,22 @@ from tightfit.planner.service.wire.schema import (
 from tightfit.profiles.devices.data_sheets import known_devices
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.schema import PROFILE_VERSION
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.supervision.spare_memory import spare_memory
 
 router = APIRouter()
 Identity = Annotated[JobId, Path()]
+LastEventId = Annotated[
+    str | None,
+    Header(alias="Last-Event-ID", description="`id` of the last event that was received of a stream that broke off"),
+]
 EVENTS = {
     200: {
-        "description": "`event: job` with the job, at first and at each change of its state; `event: progress` between",
+        "description": "`event: job` with the job, at first and at each change of its state; `event: progress` between; each with an `id`",
         "content": {
             "text/event-stream": {
                 "schema": {"type": "string"},
-                "example": 'event: progress\ndata: {"stage": "pricing", "incumbent": 2.65, "bound": 2.64, "gap": 0.004, "seconds": 3.1}\n\n',
+                "example": 'event: progress\nid: 5e1f00d5-17\ndata: {"stage": "pricing", "incumbent": 2.65, "bound": 2.64, "gap": 0.004, "seconds": 3.1}\n\n',
             }
         },
     },
@@ -108,12 +114,12 @@ async def delete_job(request: Request, identity: Identity) -> None:
     tags=["jobs"],
     summary="What happens to a job, as server-sent events",
 )
-async def get_events(request: Request, identity: Identity) -> StreamingResponse:
-    """Ends with the job."""
+async def get_events(request: Request, identity: Identity, last_event_id: LastEventId = None) -> StreamingResponse:
+    """Ends with the job. Begins after the event that `Last-Event-ID` names, where the service still knows what came then."""
     service = service_of(request)
     service.store.job(identity)
     return StreamingResponse(
-        service.events.stream(identity, service.store.job),
+        service.events.stream(identity, service.store.job, last_event_id),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store"},
     )
@@ -154,6 +160,7 @@ async def list_devices(request: Request) -> DeviceList:
     """What runs go to, and how long its queue is; then those that can be planned for."""
     running, waiting = service_of(request).store.lane(LOCAL)
     cores = our_cores()
+    spare_bytes, spare_why = _spare()
     own_device = DeviceAnswer(
         name=LOCAL,
         label="the service's machine",
@@ -163,6 +170,8 @@ async def list_devices(request: Request) -> DeviceList:
         local=True,
         running=running,
         waiting=waiting,
+        spare_bytes=spare_bytes,
+        spare_why=spare_why,
     )
     others = [
         DeviceAnswer(
@@ -174,6 +183,14 @@ async def list_devices(request: Request) -> DeviceList:
         for device in known_devices()
     ]
     return DeviceList(devices=[own_device, *others])
+
+
+def _spare() -> tuple[int | None, str]:
+    """Bytes that a run may take here now, as `--memory auto` finds them, and in words where they come from; none, and why."""
+    try:
+        return spare_memory()
+    except InputError as error:
+        return None, str(error)
 
 
 @router.get("/healthz", response_model=Health, tags=["service"], summary="Whether the service answers")

@@ -166,11 +166,12 @@ async def make_comparison(request: Request, body: ComparisonRequest, key: Idempo
 
 def comparison_request(body: ComparisonRequest) -> Row:
     """What a worker gets of a request for a comparison: each budget, policy and device once."""
-    return body.model_dump() | {
+    job_request: Row = body.model_dump() | {
         "memory": sorted(set(body.memory)),
         "policies": list(dict.fromkeys(body.policies)),
         "devices": list(dict.fromkeys(body.devices)),
     }
+    return job_request
 
 
 @router.get(

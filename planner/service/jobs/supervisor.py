@@ -175,6 +175,7 @@ class Supervisor:
             request=job.request,
             objects=str(self.objects.folder),
             digests={row["id"]: row["digest"] for row in rows if row["digest"] is not None},
+            names={row["id"]: row["name"] for row in rows},
             folder=str(self.runs / job.id),
             lock=str(self.settings.data_dir / f"{LOCAL}.lock") if alone else None,
             command=list(self.settings.command),
@@ -279,6 +280,7 @@ class Supervisor:
         """Remove a job that has ended, and of a run all that it left. Raises ServiceError where there is none, or it is needed."""
         self._discard(self.store.remove_job(identity))
         shutil.rmtree(self.runs / identity, ignore_errors=True)
+        self.events.forget(identity)
 
     def delete_file(self, kind: str, identity: str, *, with_plans: bool = False) -> None:
         """Remove a profile, plan or fleet. Raises ServiceError where there is none, or it is needed."""
