@@ -2,10 +2,11 @@
 // adapter, the report, and the model to be asked before and after.
 
 import { download, finish, get, patch, post, remove } from "./api.js";
-import { html, MIB, seconds } from "./charts.js";
+import { html, seconds } from "./charts.js";
 import { button, confirmed, editable, empty, field, mib, note, numbers, percent, progress, scrolling, section, span, table, term } from "./components.js";
 import { dataName } from "./data.js";
-import { chartBox, showLines, smoothed } from "./lines.js";
+import { chartBox, smoothed } from "./lines.js";
+import { reportTable, showLoss, showMemory } from "./run_report.js";
 import { isOpen, nameOf, stateOf } from "./runs.js";
 import { action, go, to } from "./shell.js";
 import { warnings } from "./warnings.js";
@@ -50,8 +51,8 @@ export async function show({ root, id, query, signal, keep, title }) {
     cards.replaceChildren(...figures(run, job, ordered));
     told.replaceChildren(...warnings(ordered, run.evaluations).map((text) => html("li", { class: "not" }, text)));
     if (!ordered.length) return;
-    showLines(loss, [...lossOf("this run", 0, ordered, run.evaluations), ...[...views.with].flatMap(([name, one], index) => lossOf(name, index + 1, one.steps, one.evaluations))], { label: "Loss by step", yLabel: "loss", state: views.loss });
-    showLines(memory, [{ name: "peak so far", slot: 2, points: ordered.map((one) => [one.step, one.peak_bytes / MIB]) }, { name: "held now", slot: 0, points: ordered.map((one) => [one.step, one.resident_bytes / MIB]) }], { label: "Memory by step, under the cap", yLabel: "MiB", zero: true, cap: { value: run.cap / MIB, text: `${mib(run.cap)} MiB` }, tell: (value) => `${value.toFixed(1)} MiB`, state: views.memory });
+    showLoss(loss, [["this run", { steps: ordered, evaluations: run.evaluations }], ...views.with], views.loss);
+    showMemory(memory, ordered, run.cap, views.memory);
     steps.lastChild.replaceChildren(stepTable(ordered, run.places));
   };
   offerOthers(other, id, query, keep, views, draw);
@@ -101,12 +102,6 @@ function about(job, plan, uploads) {
 
 // How many steps a run by epochs has, as far as its steps tell.
 const expected = ({ step, epoch }, job) => (epoch ? Math.round((step / epoch) * job.request.epochs) : null);
-
-// A run's loss as it is (faint) and smoothed, and on held-out data where it was evaluated.
-export function lossOf(name, slot, steps, evaluations) {
-  const raw = steps.map((one) => [one.step, one.loss]), held = (evaluations ?? []).map((one) => [one.step, one.eval_loss]);
-  return [{ name: `${name} as it is`, slot, points: raw, faint: true }, { name: `${name}, smoothed`, slot, points: smoothed(raw) }, ...(held.length ? [{ name: `${name}, held out`, slot: slot + 4, points: held, marks: true }] : [])];
-}
 
 function figures(run, job, ordered) {
   if (!ordered.length) return [];
@@ -169,19 +164,6 @@ async function ended(box, job, run, signal) {
     section("Try it", ...asking(job, run.id, signal)),
     section("Predicted beside measured", scrolling("Predicted beside measured", reportTable(report))),
   );
-}
-
-// The report's figures, for this page.
-export function reportTable(report) {
-  const { peak_bytes: peak, step_seconds: step } = report;
-  return table(`The cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
-    ["peak of its processes, MiB", mib(peak.predicted), mib(peak.measured)],
-    ...Object.entries(report.processes ?? {}).map(([name, one]) => [`– ${name}, MiB`, mib(one.predicted), mib(one.measured)]),
-    ["step, s", seconds(step.predicted), seconds(step.measured)],
-    ...(report.contention ? [[`step, s, in the ${report.contention.steps} steps during which other programs used cores`, "–", seconds(report.contention.step_seconds)]] : []),
-    ...(report.tokens ? [[`tokens/s (rows ${percent(report.tokens.padding_share, 0)} padding)`, "–", Math.round(report.tokens.per_second).toLocaleString("en")]] : []),
-    ...Object.entries(report.evaluation ?? {}).map(([when, one]) => [`held-out loss ${when}${one.accuracy == null ? "" : ", accuracy"}`, "–", `${one.loss.toFixed(4)}${one.accuracy == null ? "" : `, ${one.accuracy.toFixed(3)}`}`]),
-  ]);
 }
 
 function merging(id) {
