@@ -19,17 +19,17 @@ from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.measuring.figures import measured, unmeasured
 from tightfit.profiles.measuring.measure import measure
-from tightfit.profiles.models.decoder_config import handwritten
+from tightfit.profiles.models.answer_steps import AnswerSteps
+from tightfit.profiles.models.decoder_config import first_lengths, handwritten
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
 from tightfit.profiles.schema import PROFILE_VERSION, Profile
-from tightfit.profiles.sources.described import TracingRequest
-from tightfit.profiles.sources.lookup import names_module, resolve, vocabulary
+from tightfit.profiles.sources.described import AnswersWanted, TracingRequest
+from tightfit.profiles.sources.lookup import keep_description, longest_sequence, names_module, resolve, vocabulary
 from tightfit.profiles.sources.packing import packed_store
 from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
-from tightfit.profiles.steps.answer_tracing import traced_answers
 from tightfit.profiles.steps.choice import step_of
-from tightfit.profiles.steps.tracing_process import check_tracing, traced_step, tracing_request
+from tightfit.profiles.steps.tracing_process import check_tracing, traced_answers, traced_step, tracing_request
 from tightfit.profiles.tracing.shorter_steps import renamed_programs
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
@@ -106,6 +106,8 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     """
     elsewhere = None if options.device == "cpu" else find_device(options.device)
     threads = _threads(options.threads, elsewhere)
+    if options.prepared is not None:
+        keep_description(source, options.prepared)
     step = step_of(resolve(source, base=options.base, embeddings=options.embeddings), options)
     opened, report = step.source, options.progress or (lambda stage, done, total: None)
     key = _fingerprint(opened, step.settings(report), options.accumulate, threads, quota_cores())
@@ -174,10 +176,23 @@ def prepare(
         request=tracing_request(step),
         step=traced_step(step, report),
         weights="here" if store is not None else "elsewhere" if opened.has_weights else "random",
-        answers=traced_answers(opened, GROUP, 0, "") if store is not None and handwritten(opened.config) else None,
+        answers=_answers(opened, longest_sequence(source)) if store is not None else None,
+        decoder=opened.decoder,
     )
     save_prepared(prepared, Path(folder), store, vocabulary(source))
     return prepared
+
+
+def _answers(source: Source, longest: int | None) -> AnswerSteps | None:
+    """The steps of a model's answers; None where it has none, or others in long answers than in short ones."""
+    if any(True for _ in first_lengths(source.config)):
+        return None
+    try:
+        return traced_answers(source, AnswersWanted(group=GROUP, longest=longest or 0))
+    except InputError:
+        if handwritten(source.config):
+            raise
+        return None
 
 
 def _stored(source: Source, report: Progress) -> Header:

@@ -54,7 +54,7 @@ RANDOM = "random"
 """data that are made up, and no file"""
 PATHS = ("model", "data", "eval_data")
 """options that may name a file, whose absolute path is then written down"""
-ELSEWHERE = {"output", "server"}
+ELSEWHERE = {"output", "server", "certificate"}
 """options that change where a result is made and kept, and not what it is"""
 UNFINISHED = ["metrics.jsonl"]
 """the only result of a run that was killed before its first checkpoint"""

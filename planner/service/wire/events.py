@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from tightfit.planner.service.wire.schema import FINISHED, ServiceJob
+from tightfit.planner.service.wire.settings import HEARTBEAT_SECONDS
 
 QUEUE = 256
 """events that a slow listener may be behind before it loses the oldest"""
-HEARTBEAT_SECONDS = 15.0
 
 
 class Events:
