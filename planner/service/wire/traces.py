@@ -29,6 +29,8 @@ NAMES = re.compile(r"[\w.-]+", re.ASCII)
 """names of tensors, such as model.layers.0.self_attn.q_proj.weight"""
 MODEL = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 """the name of a model, which is none of a file elsewhere"""
+PLACES = (ADAPTER_BASE, "_name_or_path")
+"""fields of a config that may name a folder of the device"""
 LONGEST = 80
 """letters of a field's name that are repeated"""
 
@@ -36,7 +38,7 @@ LONGEST = 80
 def without_places(request: TracingRequest) -> TracingRequest:
     """The request without what names a file or folder of the device: as it leaves it, and the same on every device."""
     source = request.source
-    config = {name: value for name, value in source.config.items() if name != ADAPTER_BASE}
+    config = {name: value for name, value in source.config.items() if name not in PLACES}
     return request.model_copy(
         update={"source": source.model_copy(update={"path": source.name, "config": config})},
     )

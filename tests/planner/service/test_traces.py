@@ -54,7 +54,7 @@ def requested(folder, config=CONFIG, **options):
     """What a device asks for whose model lies in a folder of that name."""
     model = folder / "tiny" / "config.json"
     model.parent.mkdir(parents=True, exist_ok=True)
-    model.write_text(json.dumps(config | {"adapter_base": str(folder)}))
+    model.write_text(json.dumps(config | {"adapter_base": str(folder), "_name_or_path": str(folder)}))
     return tracing_request(step_of(resolve(str(model)), ProfileOptions(**{"seq": 16} | options)))
 
 
@@ -413,7 +413,7 @@ def test_a_service_that_is_not_there_is_told_within_seconds(monkeypatch):
 
 
 def test_a_service_that_has_answered_is_asked_again_for_a_minute(monkeypatch):
-    now, answers = [0.0], []
+    now, answers, sentences = [0.0], [], []
 
     def answer(request):
         if not answers:
@@ -422,7 +422,7 @@ def test_a_service_that_has_answered_is_asked_again_for_a_minute(monkeypatch):
 
     monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(client.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    asking = Client("http://127.0.0.1:9", token=None, timeout=1.0)
+    asking = Client("http://127.0.0.1:9", token=None, timeout=1.0, tell=sentences.append)
     asking._http = httpx.Client(base_url=asking.url, transport=httpx.MockTransport(answer))
     with asking:
         answers += [httpx.Response(200, json={"status": "ok"})]
@@ -432,6 +432,7 @@ def test_a_service_that_has_answered_is_asked_again_for_a_minute(monkeypatch):
         with pytest.raises(RunError, match="no answer"):
             asking.get("/v1/jobs")
     assert 60 <= now[0] < 63
+    assert sentences == ["http://127.0.0.1:9: no answer any more; it is asked again for 60 s"] * 2
 
 
 def test_a_service_that_is_killed_in_the_middle_loses_nothing(tmp_path):
