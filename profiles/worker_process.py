@@ -106,7 +106,7 @@ def expect(doing: str, added_bytes: int, instead: str) -> None:
 
 def _refuse_without_place(doing: str, needed_bytes: int, instead: str) -> None:
     try:
-        free, source = free_memory()
+        free, source = free_memory(unmapped=True)
     except InputError:  # the kernel does not say: it may be tried
         return
     if needed_bytes > free:

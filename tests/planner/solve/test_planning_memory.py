@@ -87,7 +87,7 @@ def test_planning_holds_what_was_predicted(budget: int, tmp_path: Path):
 
 def test_planning_without_a_place_is_refused(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     left = "60.0 MiB are left of the 96.0 MiB of the cgroup x"
-    monkeypatch.setattr("tightfit.profiles.worker_process.free_memory", lambda: (60 * MIB, left))
+    monkeypatch.setattr("tightfit.profiles.worker_process.free_memory", lambda **given: (60 * MIB, left))
     path = save_profile(PROFILES["decoder"](), tmp_path / "profile.json")
     message = refused(2, "plan", path, "--memory=100MiB", "-o", tmp_path / "plan.json")
     assert re.search(rf"planning takes \d+\.\d MiB, and {left}; let a service plan \(--server URL\)", message)
