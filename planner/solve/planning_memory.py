@@ -17,11 +17,11 @@ from tightfit.planner.solve.policies import keep_all, rule_columns
 from tightfit.profiles.schema import MOBILLM, Profile
 from tightfit.runtime.common.units import MIB
 
-SOLVER_BYTES = 41 * MIB
+SOLVER_BYTES = 45 * MIB
 """OR-tools once it is loaded, its linear programs, a schedule that is carried out and a plan that is written"""
 STEP_BYTES = 4 << 10
 """of each operator of the step in schedules and plans"""
-SEARCH_BYTES = 27 * MIB
+SEARCH_BYTES = 23 * MIB
 """of the search beside the programs: columns, the master program, rounding, HiGHS itself"""
 ENTRY_BYTES = 280
 """of each entry of a layer's program"""

@@ -19,18 +19,19 @@ from tightfit.runtime.data.tables import kind_of, open_data
 from tightfit.runtime.data.tokenization import PREPARED, RANDOM
 from tightfit.runtime.engine.device.resident import memory
 
-READING, PROFILING, PREPARING, LEARNING = "reading", "profiling", "preparing", "learning"
-ASKING, ANSWERING = "asking a service", "answering"
+READING, PROFILING, REHEARSING, LEARNING = "reading", "profiling", "rehearsing", "learning"
+PREPARING, ASKING, ANSWERING = "preparing", "asking a service", "answering"
 LOADED_BYTES = {
     READING: 46 * MIB,
     PROFILING: 64 * MIB,
-    PREPARING: 61 * MIB,
+    REHEARSING: 61 * MIB,
     LEARNING: 67 * MIB,
+    PREPARING: 48 * MIB,
     ASKING: 86 * MIB,
     ANSWERING: 108 * MIB,
 }
 """of the process once all is imported"""
-BYTES_PER_JSON = {READING: 0, PROFILING: 12, PREPARING: 15, LEARNING: 8, ASKING: 20, ANSWERING: 12}
+BYTES_PER_JSON = {READING: 0, PROFILING: 12, REHEARSING: 15, LEARNING: 8, PREPARING: 15, ASKING: 20, ANSWERING: 12}
 """that each byte of a profile or a plan becomes"""
 TOKENIZER_BYTES = 21 * MIB
 """the `tokenizers` library and a vocabulary's table; one that is small is made meanwhile"""

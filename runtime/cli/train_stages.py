@@ -35,7 +35,7 @@ from tightfit.runtime.cli.course import (
     rehearsal_end,
 )
 from tightfit.runtime.cli.options import command_words, key_of, read, stage
-from tightfit.runtime.cli.phase_memory import ASKING, LEARNING, PREPARING, PROFILING, READING, expect_phase
+from tightfit.runtime.cli.phase_memory import ASKING, LEARNING, PROFILING, READING, REHEARSING, expect_phase
 from tightfit.runtime.cli.plan import plan, smaller_folder
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
@@ -117,7 +117,7 @@ class TrainStages:
         elif stage in {PLAN, SMALLER} and self.values["server"] is not None:
             expect_phase(NAMES[stage], ASKING, files[:1])
         elif stage == REHEARSE:
-            expect_phase(NAMES[stage], PREPARING, files[1:])
+            expect_phase(NAMES[stage], REHEARSING, files[1:])
         elif stage == LEARN:
             expect_phase(NAMES[stage], LEARNING, files)
 
