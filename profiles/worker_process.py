@@ -91,23 +91,34 @@ def run_worker(
 
 
 def check_place(doing: str, needed_bytes: int, instead: str) -> None:
-    """Raise InputError where what is to be done takes more memory than is free, and note what it takes."""
-    global _predicted_bytes  # noqa: PLW0603  as `_held_bytes`
+    """Raise InputError where what a worker is to do takes more memory than is free, and note what it takes."""
+    global _worker_bytes  # noqa: PLW0603  as `_held_bytes`
+    _refuse_without_place(doing, needed_bytes, instead)
+    _worker_bytes = max(_worker_bytes, needed_bytes)
+
+
+def expect(doing: str, added_bytes: int, instead: str) -> None:
+    """Note that this process itself is going to hold `added_bytes` more than now, at most. Raises InputError as `check_place`."""
+    global _own_bytes  # noqa: PLW0603  as `_held_bytes`
+    _refuse_without_place(doing, added_bytes, instead)
+    _own_bytes = max(_own_bytes, memory().resident + added_bytes)
+
+
+def _refuse_without_place(doing: str, needed_bytes: int, instead: str) -> None:
     try:
-        free, source = free_memory()
+        free, source = free_memory(unmapped=True)
     except InputError:  # the kernel does not say: it may be tried
         return
     if needed_bytes > free:
         raise InputError(f"{doing} takes {format_size(needed_bytes)}, and {source}; {instead}")
-    _predicted_bytes = max(_predicted_bytes, needed_bytes)
 
 
-_held_bytes = _predicted_bytes = 0
+_held_bytes = _worker_bytes = _own_bytes = 0
 
 
 def predicted_bytes() -> int:
-    """The most bytes that a worker of this process was predicted to hold."""
-    return _predicted_bytes
+    """The most bytes that this process and one of its workers were predicted to hold; 0 where nothing was."""
+    return max(_own_bytes, memory().peak if _worker_bytes else 0) + _worker_bytes
 
 
 def held_bytes() -> int:

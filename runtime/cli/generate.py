@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from tightfit.profiles.option_fields import PRIMARY
+from tightfit.profiles.weights.source import PREPARED
 from tightfit.runtime.cli.options import Certificate, Cgroup, Debug, Server, read, with_options
+from tightfit.runtime.cli.phase_memory import ANSWERING, expect_phase
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.results.answer_options import AnswerOptions
 
@@ -111,6 +113,8 @@ def _hand_on(
     from tightfit.runtime.supervision.supervisor import become
 
     console = messages()
+    if invoked.obj:
+        expect_phase("preparing the answers", ANSWERING, [Path(model) / PREPARED])
     if size == "auto":
         budget, why = spare_memory()
         console.print(f"memory: {format_size(budget)}; {why}")

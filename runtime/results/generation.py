@@ -25,6 +25,7 @@ from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resol
 from tightfit.profiles.sources.packing import packed_store
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import Source
+from tightfit.profiles.worker_process import held_bytes, predicted_bytes
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory, read_whole
 from tightfit.runtime.common.option_names import spelled
@@ -197,6 +198,12 @@ def prepared(
             debug=debug,
             counted=counted,
             preparation_bytes=memory().peak,
+            stage_bytes={
+                "preparing the answers": {
+                    "predicted": predicted_bytes() or None,
+                    "measured": memory().peak + held_bytes(),
+                }
+            },
             group=None,
             home=None,
         )

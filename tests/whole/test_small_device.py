@@ -103,9 +103,10 @@ def test_a_prepared_folder_with_weights_is_enough(folder: Path, ordinary: Path, 
     )
     assert adapter(tmp_path / "out") == adapter(ordinary)
     assert not list((tmp_path / "c").glob("stores/*.store"))
-    assert {"reading the data", "measuring", "planning", "rehearsing", "learning"} == set(report["stage_bytes"])
-    measuring = report["stage_bytes"]["measuring"]
-    assert 0 < measuring["measured"] <= measuring["predicted"]
+    stages = {"reading the data", "measuring", "planning", "rehearsing", "learning", "preparing the run"}
+    assert stages == set(report["stage_bytes"])
+    for name, stage in report["stage_bytes"].items():
+        assert stage["measured"] <= stage["predicted"] <= 1.5 * stage["measured"], name
     merged = started(folder, "merge", tmp_path / "out", "-o", tmp_path / "merged", device=False, cache=cache)
     assert merged.returncode == 2
     assert "is a prepared folder, whose weights are packed: name the model's own files with --base" in merged.stderr
