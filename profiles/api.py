@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,24 @@ from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.decoder_config import first_lengths, handwritten
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
-from tightfit.profiles.schema import PROFILE_VERSION, Profile
+from tightfit.profiles.schema import PROFILE_VERSION, Profile, TracedStep
 from tightfit.profiles.sources.described import AnswersWanted, TracingRequest
 from tightfit.profiles.sources.lookup import keep_description, longest_sequence, names_module, resolve, vocabulary
-from tightfit.profiles.sources.packing import packed_store
+from tightfit.profiles.sources.packing import packed_store, packing_bytes
 from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
 from tightfit.profiles.steps.choice import step_of
-from tightfit.profiles.steps.tracing_process import check_tracing, traced_answers, traced_step, tracing_request
+from tightfit.profiles.steps.step import ProfiledStep
+from tightfit.profiles.steps.tracing_process import (
+    check_tracing,
+    traced_answers,
+    traced_here,
+    traced_step,
+    tracing_request,
+    what_it_takes,
+)
 from tightfit.profiles.tracing.shorter_steps import renamed_programs
 from tightfit.profiles.weights.source import Source
+from tightfit.profiles.worker_process import have_place
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import PACKAGE, python_path
@@ -46,18 +57,18 @@ from tightfit.runtime.engine.weights.layout import Header, read_header
 
 __all__ = ["Progress", "load_profile", "prepare", "profile", "request_trace", "save_profile"]
 
+LIBRARIES = (native, native_dropout, page_out)
+"""modules whose libraries are compiled on this machine"""
+MEASURING_CODE = ("runtime/common", "runtime/engine", "runtime/supervision", "profiles/measuring", "profiles/schema.py")
+"""Source files that determine what is measured of an operator or a process, whatever the model."""
 CODE = (
-    "runtime/common",
-    "runtime/engine",
-    "runtime/supervision",
-    "profiles/measuring",
+    *MEASURING_CODE,
     "profiles/models",
     "profiles/sources",
     "profiles/steps",
     "profiles/tracing",
     "profiles/weights",
     "profiles/api.py",
-    "profiles/schema.py",
     "profiles/worker_process.py",
 )
 """Source files that determine a profile's figures: a change in any of them invalidates the cached profiles."""
@@ -110,6 +121,9 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         keep_description(source, options.prepared)
     step = step_of(resolve(source, base=options.base, embeddings=options.embeddings), options)
     opened, report = step.source, options.progress or (lambda stage, done, total: None)
+    if options.memory is None:  # compilers side by side; else one after the other
+        with ThreadPoolExecutor(len(LIBRARIES)) as pool:
+            list(pool.map(_library, LIBRARIES))
     key = _fingerprint(opened, step.settings(report), options.accumulate, threads, quota_cores())
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = _earlier(cached, opened) if elsewhere is None and not options.force else None
@@ -118,8 +132,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     if elsewhere is not None:
         return estimate_profile(unmeasured(traced_step(step, report), elsewhere.device(), key), elsewhere)
     check_tracing(step)
-    store = _stored(opened, report) if opened.has_weights else None
-    traced = traced_step(step, report)
+    store, traced = _packed_and_traced(step, report, options.memory)
     shorter_programs = [program for shorter_step in traced.shorter for program in renamed_programs(shorter_step)]
     figures = measure(
         traced.programs,
@@ -133,6 +146,8 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         layers=traced.layers,
         shorter=shorter_programs,
         memory=options.memory,
+        kept=_kept_figures(threads),
+        anew=options.force,
         progress=options.progress,
         comparison=step.comparison(),
     )
@@ -195,6 +210,21 @@ def _answers(source: Source, longest: int | None) -> AnswerSteps | None:
         return None
 
 
+def _packed_and_traced(step: ProfiledStep, report: Progress, memory: int | None) -> tuple[Header | None, TracedStep]:
+    """(the store of the weights, if there are any, the traced step). Two workers make them at the same time where the memory that is
+    given, and free, holds both.
+    """
+    source = step.source
+    if not source.has_weights:
+        return None, traced_step(step, report)
+    if traced_here(step) or not have_place(packing_bytes(source) + what_it_takes(step)[0], memory):
+        return _stored(source, report), traced_step(step, report)
+    with ThreadPoolExecutor(1) as pool:
+        packing = pool.submit(copy_context().run, _stored, source, report)
+        traced = traced_step(step, lambda *progress: report(*progress) if packing.done() else None)
+        return packing.result(), traced
+
+
 def _stored(source: Source, report: Progress) -> Header:
     """The store of the source's weights, packed now unless it is there."""
     folder = cache_directory() / "stores"
@@ -243,29 +273,38 @@ def _fingerprint(source: Source, *settings: Any) -> str:
     """sha256 of everything that the profile depends on: model, shapes, torch, machine, and the code that traces and
     measures.
     """
-    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _code()]
-    text = json.dumps(
-        [
-            PROFILE_VERSION,
-            source.fingerprint,
-            source.config,
-            settings,
-            installed_version(),
-            cpu_name(),
-            sorted(features()),
-            Path(native.library(cache_directory())).name,
-            Path(native_dropout.library(cache_directory())).name,
-            Path(page_out.library(cache_directory())).name,
-            Path(cuda_stubs.folder(cache_directory())).name,
-            os.environ.get("TIGHTFIT_TORCH"),  # "plain" starts PyTorch in full, which has another floor
-            code,
-        ],
-        default=str,
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _digest(PROFILE_VERSION, source.fingerprint, source.config, settings, _machine(CODE))
 
 
-def _code() -> Iterator[Path]:
-    for name in CODE:
+def _machine(code: Sequence[str]) -> list[Any]:
+    """What figures depend on beside the model: this machine, PyTorch, and what the files of `code` say."""
+    return [
+        installed_version(),
+        cpu_name(),
+        sorted(features()),
+        *map(_library, LIBRARIES),
+        Path(cuda_stubs.folder(cache_directory())).name,
+        os.environ.get("TIGHTFIT_TORCH"),  # "plain" starts PyTorch in full, which has another floor
+        [hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(code)],
+    ]
+
+
+def _kept_figures(threads: int) -> Path:
+    """The file with what was measured of this machine as it is (`tightfit.profiles.measuring.kept_figures`)."""
+    key = _digest(_machine(MEASURING_CODE), threads, quota_cores(), os.uname().release)
+    return cache_directory() / "machine" / f"{key[:32]}.json"
+
+
+def _library(module: Any) -> str:
+    """Name of a library that is compiled on this machine, now unless it is there; empty if it cannot be."""
+    return Path(module.library(cache_directory())).name
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def _files(code: Sequence[str]) -> Iterator[Path]:
+    for name in code:
         path = PACKAGE / name
         yield from ([path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".py", ".c")))

@@ -220,7 +220,7 @@ class Client:
 
     def choose(self, problems: Sequence[ChoiceProblem], *, progress: Progress | None = None) -> list[Choice | None]:
         """What of a model stays in memory between the tokens of answers (`tightfit.planner.generation.choice`), chosen by the service."""
-        job = self.post("/v1/answers", {"problems": [problem.model_dump() for problem in problems]})
+        job = self.post("/v1/answer-plans", {"problems": [problem.model_dump() for problem in problems]})
         choices = self.finish(job, progress)["result"]["choices"]
         return [None if choice is None else Choice.model_validate(choice) for choice in choices]
 

@@ -71,15 +71,16 @@ def _step_requested(source: Source, request: TracingRequest) -> ProfiledStep:
 
 def check_tracing(step: ProfiledStep) -> None:
     """Raise InputError where the worker that traces the step has no place in the memory that is free."""
-    if not _traced_here(step):
-        check_place("tracing", *_what_it_takes(step))
+    if not traced_here(step):
+        check_place("tracing", *what_it_takes(step))
 
 
-def _traced_here(step: ProfiledStep) -> bool:
+def traced_here(step: ProfiledStep) -> bool:
+    """Whether a step is traced in this process."""
     return "torch" in sys.modules or not step.worth_a_process
 
 
-def _what_it_takes(step: ProfiledStep) -> tuple[int, str]:
+def what_it_takes(step: ProfiledStep) -> tuple[int, str]:
     """(bytes of the worker, what to do where they are not free)."""
     needed = TRACING_BYTES if handwritten(step.source.config) else TRANSFORMERS_BYTES
     lengths = step.options.buckets.split(",") if step.options.buckets else []
@@ -92,9 +93,9 @@ def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
 
     Raises InputError for what cannot be traced, RunError if the worker fails.
     """
-    if _traced_here(step):
+    if traced_here(step):
         return step.traced(report)
-    needed, instead = _what_it_takes(step)
+    needed, instead = what_it_takes(step)
     traced = _by_worker(tracing_request(step), needed, instead, report).training
     return traced.model_copy(update={"optimizer": adamw(step.options.accumulate)})
 

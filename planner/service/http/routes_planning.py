@@ -1,4 +1,4 @@
-"""``/v1/plans``, ``/v1/comparisons`` and ``/v1/answers``: will it fit, how fast, and what another budget, rule or device would
+"""``/v1/plans``, ``/v1/comparisons`` and ``/v1/answer-plans``: will it fit, how fast, and what another budget, rule or device would
 change.
 """
 
@@ -33,7 +33,7 @@ from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.requests import AnswersRequest, ComparisonRequest, PlanRequest
+from tightfit.planner.service.wire.requests import AnswerPlanRequest, ComparisonRequest, PlanRequest
 from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, JobId, PlanList, ServiceJob, StoredPlan
 from tightfit.planner.service.wire.shown import Difference, PlanView
 from tightfit.runtime.common.strict_json import to_json
@@ -124,12 +124,14 @@ async def make_comparison(request: Request, body: ComparisonRequest, key: Idempo
     return enqueue(request, "comparison", job_request, key=key, uses=[("profile", body.profile)])
 
 
-@router.post("/answers", status_code=202, responses=JOB_RESPONSES, summary="Choose what stays in memory for answers")
-async def choose_for_answers(request: Request, body: AnswersRequest, key: IdempotencyKey = None) -> Response:
+@router.post(
+    "/answer-plans", status_code=202, responses=JOB_RESPONSES, summary="Choose what stays in memory for answers"
+)
+async def choose_for_answers(request: Request, body: AnswerPlanRequest, key: IdempotencyKey = None) -> Response:
     """For a device that answers by itself: the job's `result.choices` say how many pieces of each kind are in each state; null: nothing
     fits.
     """
-    return enqueue(request, "answers", body.model_dump(), key=key)
+    return enqueue(request, "answer-plan", body.model_dump(), key=key)
 
 
 @router.get(

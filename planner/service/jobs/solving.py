@@ -129,7 +129,7 @@ def fleet(order: JobOrder, events: EventWriter) -> Row:
     return {"result": {"fleet": identity, "plans": ids, "why": reason, "summary": summary}, "files": files}
 
 
-def answers(order: JobOrder, events: EventWriter) -> Row:
+def answer_plan(order: JobOrder, events: EventWriter) -> Row:
     """What stays in memory between the tokens of answers; None where nothing fits."""
     problems = [ChoiceProblem.model_validate(problem) for problem in order.request["problems"]]
     choices = choose_each(problems)
@@ -140,7 +140,7 @@ WORK: Mapping[str, Callable[[JobOrder, EventWriter], Row]] = {
     "plan": plan,
     "comparison": comparison,
     "fleet": fleet,
-    "answers": answers,
+    "answer-plan": answer_plan,
 }
 """kind of a job -> what carries it out"""
 

@@ -225,7 +225,7 @@ class FleetRequest(_with_options(FleetOptions)):  # type: ignore[misc]
     members: list[FleetMember] = Field(min_length=1, max_length=32)
 
 
-class AnswersRequest(RequestBody):
+class AnswerPlanRequest(RequestBody):
     """What of a model's weights is to stay in memory between the tokens of answers: a problem for each number of tokens in which a
     prompt may pass. It holds sizes and seconds alone.
     """

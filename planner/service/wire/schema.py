@@ -12,7 +12,7 @@ from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.strict_json import is_deeper
 
-JobKind = Literal["profile", "trace", "plan", "comparison", "fleet", "answers", "run"]
+JobKind = Literal["profile", "trace", "plan", "comparison", "fleet", "answer-plan", "run"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
@@ -133,7 +133,7 @@ class ServiceJob(ResponseBody):
     result: dict[str, Any] | None = Field(
         None,
         description="profile: {profile}; trace: {trace, summary}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, why, summary}, where `plans`"
-        " are the stored plans by member; answers: {choices}; run: {report}",
+        " are the stored plans by member; answer-plan: {choices}; run: {report}",
     )
     error: Error | None = None
 
