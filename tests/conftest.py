@@ -45,7 +45,7 @@ LONGEST = (
     "whole/test_end_to_end",
     "whole/test_adafactor",
     "whole/test_federated",
-    "planner/service/test_page",
+    "planner/service/page",
     "runtime/session/test_session",
     "runtime/session/test_rehearsal",
     "whole/test_split_federated",

@@ -22,7 +22,18 @@ NARROW = 3
 """an exchange that takes less than this fraction of a fleet's step is drawn once more, enlarged"""
 
 
-SHARED = ("charts.css", "style.css", "charts.js", "lines.js", "components.js", "timeline.js", "glossary.js")
+SHARED = (
+    "charts.css",
+    "style.css",
+    "charts.js",
+    "lines.js",
+    "components.js",
+    "timeline.js",
+    "glossary.js",
+    "side_by_side.js",
+    "run_report.js",
+)
+"""of this folder, what every page is made of"""
 
 
 @cache

@@ -195,53 +195,7 @@ export function curveLegend(series) {
   return [...legend(series.map((one) => [one.label ?? one.name, policyColour(one.slot)])), ...marks];
 }
 
-// --- memory over one training step ------------------------------------------------------------------------------------
-
-// What Python and PyTorch take alone may fill half of the picture: then the axis starts just inside.
-export function lowest({ kinds, sizes }, high, unit) {
-  const floor = kinds[0]?.name === "floor" ? Math.min(...sizes[0]) / unit.size : 0;
-  return floor < 0.4 * high ? 0 : Math.max(0, Math.floor((floor - 0.12 * (high - floor)) / 10) * 10);
-}
-
-// A cap far above all that is used would flatten the picture.
-export function highest({ total }, cap) {
-  const most = Math.max(...total);
-  return Math.max(most, cap <= 1.7 * most ? cap : 0) * 1.06;
-}
-
-// The axis that several timelines share: its ends in its unit.
-export function sharedAxis(shown) {
-  const unit = unitOf(Math.max(...shown.flatMap(({ series }) => series.total)));
-  const high = Math.max(...shown.map(({ series, cap }) => highest(series, cap))) / unit.size;
-  return { unit, high, low: Math.min(...shown.map(({ series }) => lowest(series, high, unit))) };
-}
-
-// `series`: {seconds, starts, ends, total, sizes, kinds, peak}, the step in slices with the bytes of each kind, stacked under the
-// cap; `peak`: {instruction, text}, what runs in the fullest slice.
-export function timeline({ series, cap, peak }, { width, label, axis = sharedAxis([{ series, cap }]), height = 360 }) {
-  const { low, high, unit } = axis, { starts, ends, kinds } = series;
-  const made = frame(label, {
-    x: [0, series.seconds], y: [low, high], xLabel: "seconds into the step", yLabel: low ? `${unit.name}, from ${round(low)} up` : unit.name, width, height,
-  });
-  const { picture, x, y } = made;
-  let base = starts.map(() => low), sum = starts.map(() => 0);
-  kinds.forEach((kind, k) => {
-    sum = sum.map((value, i) => value + series.sizes[k][i] / unit.size);
-    const top = sum.map((value) => Math.max(low, value));
-    const up = top.map((value, i) => `${i ? "L" : "M"}${x(starts[i]).toFixed(1)} ${y(value).toFixed(1)}H${x(ends[i]).toFixed(1)}`).join("");
-    const down = base.map((value, i) => `L${x(ends[i]).toFixed(1)} ${y(value).toFixed(1)}H${x(starts[i]).toFixed(1)}`).reverse().join("");
-    picture.append(svg("path", { d: `${up}${down}Z`, fill: kindColour(kind.name), "data-kind": kind.name }));
-    base = top;
-  });
-  if (cap / unit.size <= high) capLine(made, cap / unit.size, size(cap));
-  const middle = (i) => x((starts[i] + ends[i]) / 2), at = middle(series.peak), late = at > width * 0.55;
-  const free = kinds.findIndex((kind) => kind.name === "fragmentation");
-  const used = series.total[series.peak] - (free < 0 ? 0 : series.sizes[free][series.peak]);
-  picture.append(svg("circle", { class: "peak", cx: at, cy: y(used / unit.size), r: 5 }, svg("title", {}, `${peak.text}: ${size(used)} in use`)));
-  const text = width < 520 ? `instruction ${peak.instruction}` : `instruction ${peak.instruction}: ${peak.text}`.slice(0, Math.floor(width / 12));
-  picture.append(svg("text", { class: "peak-label", x: at + (late ? -10 : 10), y: y(used / unit.size) + 17, "text-anchor": late ? "end" : "start" }, text));
-  return { ...made, ...cursor(picture, middle, height) };
-}
+// --- a cursor ---------------------------------------------------------------------------------------------------------
 
 // A line across a picture that stands at one of its moments, `place` tells where.
 export function cursor(picture, place, height) {
@@ -278,24 +232,6 @@ export function follow({ picture, at, show, hide }, { last, state, find, read })
   return picture;
 }
 export const HOW = "Point at the chart, or focus it and use the arrow keys.";
-
-// A timeline with its legend and a cursor that pointer and arrow keys move; `reading` tells what is at the cursor.
-export function showTimeline({ box, key, reading }, data, name) {
-  const { series } = data, last = series.ends.length - 1, unit = unitOf(Math.max(...series.total));
-  const state = { at: series.peak };
-  const find = (moment) => {
-    const index = series.ends.findIndex((end) => moment < end);
-    return index < 0 ? last : index;
-  };
-  const read = (at) => {
-    const parts = series.kinds.map((kind, k) => [kind.label, series.sizes[k][at]]).filter(([, bytes]) => bytes >= Math.min(0.05 * unit.size, series.total[at] / 1000));
-    reading.textContent = `${duration(series.ends[at])}: ${size(series.total[at], unit)} = ${parts.map(([kind, bytes]) => `${kind} ${inUnit(bytes, unit)}`).join(" + ")}`;
-  };
-  const label = `Memory over one step of ${name}; arrow keys move along the step, the table has the numbers`;
-  place(box, (width) => follow(timeline(data, { width, label }), { last, state, find, read }));
-  reading.textContent = HOW;
-  key.replaceChildren(...legend(series.kinds.map((kind) => [kind.label, kindColour(kind.name)])));
-}
 
 // --- a step of a fleet ------------------------------------------------------------------------------------------------
 

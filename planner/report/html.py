@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tightfit.planner.report.chart_data import SLICES, curve_of, series_of
+from tightfit.planner.report.chart_data import SLICES, curve_of
 from tightfit.planner.report.explain import explain, nearness
 from tightfit.planner.report.explanation import peak_text
 from tightfit.planner.report.html_diff import diff_section
@@ -24,6 +24,8 @@ from tightfit.planner.report.memory_categories import (
     policies_of,
     timeline_slices,
 )
+from tightfit.planner.report.plain_words import plain_words
+from tightfit.planner.report.step_columns import packed_columns
 from tightfit.planner.report.summary import adapter_words, update_words
 from tightfit.planner.report.templates import filled
 from tightfit.planner.schema import Plan
@@ -56,8 +58,7 @@ def comparison_page(plans: Sequence[Plan]) -> str:
         slices = timeline_slices(plan.timeline, SLICES)
         if feasible(plan) and plan.train is not None and slices:
             articles.append(_article(plan, slices))
-            peak = {"instruction": plan.train.peak.instruction, "text": peak_text(plan, plan.train)}
-            timelines.append({"series": series_of(plan, slices), "cap": plan.budget_bytes, "peak": peak})
+            timelines.append(packed_columns(plan))
     by_device = [[plan for plan in plans if plan.device.name == device] for device in devices]
     where = plans[0].device.name if len(devices) == 1 else f"{len(devices)} devices"
     return filled(
@@ -194,6 +195,7 @@ def _article(plan: Plan, slices: Sequence[TimelineSlice]) -> dict[str, Any]:
             for kind, size in peak_parts(plan)
         ],
         "facts": facts(plan),
+        "plain": plain_words(plan),
         "words": explain(plan),
         "moments": [
             [f"{slice_.start:.{_decimals(plan.step_seconds)}f}", unit.amount(slice_.point.bytes)]

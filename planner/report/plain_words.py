@@ -127,12 +127,8 @@ def _missing(plan: Plan, shortfall: Shortfall | None) -> list[str]:
         return [f"{who} does not fit {format_size(plan.budget_bytes)}."]
     missing = format_size(smallest - plan.budget_bytes, round_up=True)
     found = " found so far" if plan.deterministic is False else ""
-    sentences = [
-        (
-            f"{who} does not fit {format_size(plan.budget_bytes)}: the smallest budget that is enough{found} is"
-            f" {format_size(smallest, round_up=True)}, {missing} more."
-        )
-    ]
+    enough = f"the smallest budget that is enough{found} is {format_size(smallest, round_up=True)}, {missing} more"
+    sentences = [f"{who} does not fit {format_size(plan.budget_bytes)}: {enough}."]
     if shortfall is None:
         return sentences
     peak = shortfall.peak

@@ -202,6 +202,8 @@ def _decided(plan: Plan, ledger: CostLedger, names: _Names) -> dict[str, list[An
         name: [] for name in ("tensor", "decision", "recompute", "unpack", "read", "write", "make", "move")
     }
     for name, cost in ledger.costs().items():
+        if name not in ledger.index.tensors:
+            continue
         make, move = ledger.other_ways(name)
         figures = {
             "tensor": names.of(name),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,4 +21,16 @@ def filled(template: str, **facts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(files=shared_files(), **facts)
+    files = shared_files()
+    styles = "\n".join(text for name, text in files.items() if name.endswith(".css"))
+    return environment.get_template(template).render(styles=styles, modules=_modules(files), **facts)
+
+
+def _modules(files: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """An import map of the scripts, each within the page: ``import … from "tightfit/charts.js"``."""
+    imports = {}
+    for name, text in files.items():
+        if name.endswith(".js"):
+            script = re.sub(r'from "\./(\w+\.js)"', r'from "tightfit/\1"', text)
+            imports[f"tightfit/{name}"] = f"data:text/javascript;base64,{base64.b64encode(script.encode()).decode()}"
+    return {"imports": imports}

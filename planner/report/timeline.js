@@ -4,7 +4,7 @@
 //
 // `stepOf(columns)` unfolds what the service or a page has of a plan (step_columns.py), `showStep(box, step, options)` shows it.
 
-import { duration, html, inUnit, kindColour, legend, lowest, highest, round, seconds, size, svg, ticks, unitOf } from "./charts.js";
+import { duration, html, inUnit, kindColour, legend, round, seconds, size, svg, ticks, unitOf } from "./charts.js";
 import { button, numbers, scrolling, table } from "./components.js";
 
 const LEFT = 62, RIGHT = 14, TOP = 24, AXIS = 36, TRACK = 12, GAP = 6;
@@ -89,11 +89,13 @@ export function textOf({ columns, what }, i) {
   return columns.graph ? `${columns.operators[operator[i]]} (${label})` : `${columns.layers[of[i]]}: ${columns.operators[operator[i]]} (${label})`;
 }
 
-// The axes that several timelines share.
+// The axes that several timelines share: the longest step; bytes up to the fullest moment, or to a cap that is not so far above that it
+// would flatten the picture, from zero or, where Python and PyTorch alone would fill half of it, from just inside them.
 export function sharedAxis(steps) {
   const unit = unitOf(Math.max(...steps.map(most)));
-  const high = Math.max(...steps.map((step) => highest({ total: [most(step)] }, step.columns.budget))) / unit.size;
-  const low = Math.min(...steps.map((step) => lowest({ kinds: step.kinds, sizes: [[step.columns.floor]] }, high, unit)));
+  const tops = steps.map((step) => { const top = most(step), cap = step.columns.budget; return 1.06 * Math.max(top, cap <= 1.7 * top ? cap : 0); });
+  const high = Math.max(...tops) / unit.size, floor = Math.min(...steps.map((step) => step.columns.floor)) / unit.size;
+  const low = floor < 0.4 * high ? 0 : Math.max(0, Math.floor((floor - 0.12 * (high - floor)) / 10) * 10);
   return { unit, high, low, whole: Math.max(...steps.map((step) => step.whole)) };
 }
 const most = ({ total }) => total.reduce((high, bytes) => Math.max(high, bytes), 0);
@@ -137,9 +139,16 @@ const recolour = () => { for (const one of drawnAnew) if (one.frame.isConnected)
 addEventListener("themechange", recolour);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
 
-// Show a step in a box. `name`: of the plan, for those who do not see it; `axis`: one of `sharedAxis`; `height`: of the memory; `detail`:
-// whether what is clicked is told below. Returns what moves it.
-export function showStep(box, step, { name, axis = sharedAxis([step]), height = 250, detail = true } = {}) {
+// Show several steps on one scale, which move together: [{box, step, name}].
+export function showSteps(shown, height = 150) {
+  const steps = shown.map(({ step }) => step), axis = sharedAxis(steps), linked = [];
+  shown.forEach(({ box, step, name }, i) => linked.push(showStep(box, step, { name, axis, height, linked, told: i ? [] : steps })));
+  return linked;
+}
+
+// Show a step in a box. `name`: of the plan, for those who do not see it; `axis`: one of `sharedAxis`; `height`: of the memory; `linked`: steps
+// that move along; `told`: the steps whose colours are told above it, where the buttons are; none, and there are neither. Returns what moves it.
+export function showStep(box, step, { name, axis = sharedAxis([step]), height = 250, linked = [], told: toldOf = [step] } = {}) {
   const { columns, count, begin, end, kinds, levels, shown, total, used, transfers, segments } = step;
   const canvas = html("canvas"), over = html("canvas", { class: "over" });
   const frame = html("div", { class: "step-frame", tabindex: 0, role: "application", "aria-roledescription": "timeline", "aria-label": `One step of ${name}: memory above, layers, cores and channels below. Arrow keys move from instruction to instruction, plus and minus zoom, Home and End go to the ends, Enter tells what lies there; the table below has the numbers.` }, canvas, over);
@@ -378,7 +387,8 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
   const shortened = (text, room) => { const letters = Math.floor(room / 6.6); return text.length <= letters ? text : letters < 4 ? "" : `…${text.slice(1 - letters)}`; };
 
   // --- moving ---
-  function look(start, stop) {
+  function look(start, stop, alone = false) {
+    if (!alone) for (const other of linked) if (other.frame !== frame) other.look(start, stop, true);
     const span = Math.min(axis.whole, Math.max(least, stop - start));
     from = Math.min(Math.max(0, start), axis.whole - span);
     until = from + span;
@@ -479,7 +489,6 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
 
   // --- what is clicked ---
   function tell(chosen) {
-    if (!detail) return;
     const { tensors } = columns, resident = (tensor) => step.stays[tensor].some(([since, to]) => since <= chosen.instruction && chosen.instruction <= to);
     const all = tensors.name.map((_, tensor) => tensor), largest = (list) => list.sort((a, b) => tensors.bytes[b] - tensors.bytes[a] || a - b);
     if (chosen.layer !== undefined) {
@@ -525,7 +534,7 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
   }
 
   // --- around it ---
-  const keys = [["memory", shown.map((k) => [kinds[k].label, kindColour(kinds[k].name)])], ["below", pensOf(step)]].map(([of, entries]) => html("ul", { class: "legend", "aria-label": of }, html("li", { class: "soft" }, of), ...legend(entries)));
+  const keys = [["memory", unique(toldOf.flatMap((one) => one.shown.map((k) => [one.kinds[k].label, kindColour(one.kinds[k].name)])))], ["below", unique(toldOf.flatMap(pensOf))]].map(([of, entries]) => html("ul", { class: "legend", "aria-label": of }, html("li", { class: "soft" }, of), ...legend(entries)));
   const controls = html("div", { class: "row step-bar" },
     named("−", "Zoom out", () => zoom(1 / ZOOM, (from + until) / 2)), named("+", "Zoom in", () => zoom(ZOOM)), named("◂", "Move back", () => shift(-0.5)), named("▸", "Move on", () => shift(0.5)),
     button("Whole step", () => look(0, axis.whole)), button("Fullest moment", () => { const span = Math.max(least * 40, step.whole / 60), middle = holds(step.fullest); look(middle - span / 2, middle + span / 2); pointed = true; go(step.fullest); tell({ instruction: step.fullest }); }),
@@ -537,7 +546,7 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
     made.title = text;
     return made;
   }
-  box.replaceChildren(controls, frame, reading, voice, ...keys, told, numbers(`Numbers of ${name}`, moments(step, axis.unit)));
+  box.replaceChildren(...(toldOf.length ? [controls, ...keys] : []), frame, reading, voice, told, numbers(`Numbers of ${name}`, moments(step, axis.unit)));
   reading.textContent = sentence(at);
   new ResizeObserver(fit).observe(frame);
   const shownStep = { frame, step, look, go, tell, recolour };
@@ -567,6 +576,8 @@ function firstEnding(list, when) {
   while (low < high) { const middle = (low + high) >> 1; if (list[middle].end > when) high = middle; else low = middle + 1; }
   return low;
 }
+
+const unique = (entries) => [...new Map(entries)];
 
 // The colours of what the cores and channels do in this step, with their names.
 function pensOf({ columns, what, transfers }) {

@@ -1,4 +1,6 @@
-"""The command ``tightfit report``: hands the metrics of a run to TensorBoard or Weights & Biases, or tells a service how it went."""
+"""The command ``tightfit report``: hands the metrics of a run to TensorBoard or Weights & Biases, makes a page of it, or tells a service
+how it went.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +34,35 @@ def report(
         ),
     ] = None,
     certificate: Certificate = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write one self-contained HTML page: predicted beside measured, loss and memory over the steps, the plan's step.",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN", help="With --html: the plan that was run, where OUT has none."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Hand the metrics of a run, of one that is under way or of one that is done, to a tool that draws curves; or its figures to the
-    service that planned it.
+    """Hand the metrics of a run, of one that is under way or of one that is done, to a tool that draws curves; make a page of one that is
+    done; or tell its figures to the service that planned it.
 
     A process of its own, whose memory is no part of the run's budget.
     """
-    if (to is None) == (server is None):
+    if [to, server, html].count(None) != 2:
         raise InputError(
-            "name who takes the metrics, --to tensorboard or --to wandb, or the service that planned, --server URL"
+            "name who takes the metrics, --to tensorboard or --to wandb, the page to write, --html FILE, or the service that planned,"
+            " --server URL"
         )
+    if plan is not None and html is None:
+        raise InputError(f"--plan {plan}: the plan is for the page; name the page to write as well, --html FILE")
+    if html is not None:
+        _write_page(output, html, plan, as_json=as_json)
+        return
     if server is not None:
         _tell_service(output, server, certificate, as_json=as_json)
         return
@@ -65,15 +84,39 @@ def report(
     answer(counts, text, as_json=as_json)
 
 
-def _tell_service(output: Path, server: str, certificate: Path | None, *, as_json: bool) -> None:
-    from tightfit.planner.service.wire.remote_devices import PhaseMemory, RunReport
-
+def _read_report(output: Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = read_json(output / "report.json")
     except (OSError, JsonError) as error:
         raise InputError(
             f"{output / 'report.json'}: {error}; name the output folder of a run that has ended"
         ) from error
+    return report
+
+
+def _write_page(output: Path, html: Path, plan_file: Path | None, *, as_json: bool) -> None:
+    from tightfit.planner.io import load_plan
+    from tightfit.planner.report.run_html import run_page
+    from tightfit.runtime.common.files import check_writable, write_whole
+    from tightfit.runtime.supervision.report import read_metrics
+
+    check_writable(html)
+    report = _read_report(output)
+    beside = output / "plan.json"
+    plan = load_plan(plan_file or beside) if plan_file is not None or beside.exists() else None
+    if plan is not None and plan.fingerprint != report["plan_fingerprint"]:
+        raise InputError(
+            f"{plan_file or beside} is not the plan that {output} ran, {report['plan_fingerprint'][:12]}; give that one, --plan PLAN"
+        )
+    metrics = output / "metrics.jsonl"
+    page = run_page(output.resolve().name, report, read_metrics(str(metrics)) if metrics.exists() else [], plan)
+    answer({"html": str(write_whole(html, page))}, f"html written to {html}", as_json=as_json)
+
+
+def _tell_service(output: Path, server: str, certificate: Path | None, *, as_json: bool) -> None:
+    from tightfit.planner.service.wire.remote_devices import PhaseMemory, RunReport
+
+    report = _read_report(output)
     figures = {**(report.get("stage_bytes") or {}), "training": report["peak_bytes"]}
     phases = [
         PhaseMemory(phase=name, predicted_bytes=figure["predicted"], held_bytes=figure["measured"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tightfit.planner.schema import Peak, Phase, Plan, TimelinePoint
-from tightfit.profiles.schema import Channel, DeviceFigures, Floor, Model
+from tightfit.profiles.schema import Channel, DeviceFigures, Floor, Layer, Model, Operator, Program, Value
 from tightfit.runtime.common.units import MIB
 
 FLOOR = 220 * MIB
@@ -31,8 +31,9 @@ def sample_plan(policy="solver", budget=350 * MIB, *, peak=340 * MIB, seconds=1.
             )
         )
     highest = max(timeline, key=lambda point: point.bytes)
+    passes = steps // 3
     train = Phase(
-        instructions=[["update", "x"]] * steps,
+        instructions=_instructions(passes),
         seconds=seconds,
         peak_bytes=peak,
         peak=Peak(
@@ -68,8 +69,8 @@ def sample_plan(policy="solver", budget=350 * MIB, *, peak=340 * MIB, seconds=1.
         "optimizer": {"name": "adamw", "state_tensors": 2},
         "device": sample_device(),
         "tensors": [],
-        "programs": [],
-        "layers": [],
+        "programs": [_program(seconds / 2 / passes)],
+        "layers": [Layer(name=f"layer {index}", program="block", bindings={}) for index in range(passes)],
         "loss": "loss",
         "token_losses": None,
         "decisions": {
@@ -85,6 +86,23 @@ def sample_plan(policy="solver", budget=350 * MIB, *, peak=340 * MIB, seconds=1.
         "timeline": timeline,
     }
     return Plan(**values | changes)
+
+
+def _program(seconds):
+    """A forward operator that saves a value and a backward operator that reads it."""
+    value = Value(name="saved", shape=[MIB], stride=[1], dtype="uint8", bytes=MIB, kind="activation")
+    forward = Operator(
+        target="aten.mm.default", phase="forward", args=[], inputs=[], outputs=["saved"], seconds=seconds
+    )
+    backward = forward.model_copy(update={"phase": "backward", "inputs": ["saved"], "outputs": [None]})
+    return Program(name="block", values=[value], operators=[forward, backward])
+
+
+def _instructions(layers):
+    """All layers forward, then backward: what each has saved lies in a place of its own until then."""
+    backward = [[["run", f"layer {index}", 1, [None]], ["free", f"layer {index}/saved"]] for index in range(layers)]
+    forward = [["run", f"layer {index}", 0, [index * MIB]] for index in range(layers)]
+    return [*forward, *(one for pair in reversed(backward) for one in pair)]
 
 
 def infeasible_plan(policy="keep-all", budget=250 * MIB, minimum=int(412.34 * MIB)):

@@ -45,7 +45,7 @@ function words(sentences) {
 function actions(plan, view) {
   const { summary } = view;
   return [
-    view.timeline && !view.not_runnable ? button("Fine-tune with it", () => go("runs", "", { plan: plan.id }), "main") : null,
+    view.timeline && !view.not_runnable ? button("Fine-tune with it", () => go("runs", "", { new: 1, plan: plan.id }), "main") : null,
     view.timeline && view.not_runnable ? html("span", { class: "pill", title: view.not_runnable }, "cannot run on this machine") : null,
     view.timeline ? null : button("Choose another budget", () => go("models", plan.profile, { budget: summary.minimum_budget_bytes }), "main"),
     button("Compare", () => go("compare", "", { plans: plan.id })),

@@ -2,10 +2,11 @@
 // adapter, the report, and the model to be asked before and after.
 
 import { download, finish, get, patch, post, remove } from "./api.js";
-import { html, MIB, seconds } from "./charts.js";
+import { html, seconds } from "./charts.js";
 import { button, confirmed, editable, empty, field, mib, note, numbers, percent, progress, scrolling, section, span, table, term } from "./components.js";
 import { dataName } from "./data.js";
-import { chartBox, showLines, smoothed } from "./lines.js";
+import { chartBox, smoothed } from "./lines.js";
+import { reportTable, showLoss, showMemory } from "./run_report.js";
 import { isOpen, nameOf, stateOf } from "./runs.js";
 import { action, go, to } from "./shell.js";
 import { warnings } from "./warnings.js";
@@ -50,8 +51,8 @@ export async function show({ root, id, query, signal, keep, title }) {
     cards.replaceChildren(...figures(run, job, ordered));
     told.replaceChildren(...warnings(ordered, run.evaluations).map((text) => html("li", { class: "not" }, text)));
     if (!ordered.length) return;
-    showLines(loss, [...lossOf("this run", 0, ordered, run.evaluations), ...[...views.with].flatMap(([name, one], index) => lossOf(name, index + 1, one.steps, one.evaluations))], { label: "Loss by step", yLabel: "loss", state: views.loss });
-    showLines(memory, [{ name: "peak so far", slot: 2, points: ordered.map((one) => [one.step, one.peak_bytes / MIB]) }, { name: "held now", slot: 0, points: ordered.map((one) => [one.step, one.resident_bytes / MIB]) }], { label: "Memory by step, under the cap", yLabel: "MiB", zero: true, cap: { value: run.cap / MIB, text: `${mib(run.cap)} MiB` }, tell: (value) => `${value.toFixed(1)} MiB`, state: views.memory });
+    showLoss(loss, [["this run", { steps: ordered, evaluations: run.evaluations }], ...views.with], views.loss);
+    showMemory(memory, ordered, run.cap, views.memory);
     steps.lastChild.replaceChildren(stepTable(ordered, run.places));
   };
   offerOthers(other, id, query, keep, views, draw);
@@ -101,12 +102,6 @@ function about(job, plan, uploads) {
 
 // How many steps a run by epochs has, as far as its steps tell.
 const expected = ({ step, epoch }, job) => (epoch ? Math.round((step / epoch) * job.request.epochs) : null);
-
-// A run's loss as it is (faint) and smoothed, and on held-out data where it was evaluated.
-export function lossOf(name, slot, steps, evaluations) {
-  const raw = steps.map((one) => [one.step, one.loss]), held = (evaluations ?? []).map((one) => [one.step, one.eval_loss]);
-  return [{ name: `${name} as it is`, slot, points: raw, faint: true }, { name: `${name}, smoothed`, slot, points: smoothed(raw) }, ...(held.length ? [{ name: `${name}, held out`, slot: slot + 4, points: held, marks: true }] : [])];
-}
 
 function figures(run, job, ordered) {
   if (!ordered.length) return [];
@@ -171,26 +166,13 @@ async function ended(box, job, run, signal) {
   );
 }
 
-// The report's figures, for this page.
-export function reportTable(report) {
-  const { peak_bytes: peak, step_seconds: step } = report;
-  return table(`The cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
-    ["peak of its processes, MiB", mib(peak.predicted), mib(peak.measured)],
-    ...Object.entries(report.processes ?? {}).map(([name, one]) => [`– ${name}, MiB`, mib(one.predicted), mib(one.measured)]),
-    ["step, s", seconds(step.predicted), seconds(step.measured)],
-    ...(report.contention ? [[`step, s, in the ${report.contention.steps} steps during which other programs used cores`, "–", seconds(report.contention.step_seconds)]] : []),
-    ...(report.tokens ? [[`tokens/s (rows ${percent(report.tokens.padding_share, 0)} padding)`, "–", Math.round(report.tokens.per_second).toLocaleString("en")]] : []),
-    ...Object.entries(report.evaluation ?? {}).map(([when, one]) => [`held-out loss ${when}${one.accuracy == null ? "" : ", accuracy"}`, "–", `${one.loss.toFixed(4)}${one.accuracy == null ? "" : `, ${one.accuracy.toFixed(3)}`}`]),
-  ]);
-}
-
 function merging(id) {
   const box = html("span", {}), start = button("Download the merged model", action(async () => {
     const bar = progress("Merging");
     box.replaceChildren(bar);
     try {
       const job = await finish(await post(`/v1/runs/${id}/merge`, {}), (latest) => bar.update(latest));
-      await download(`/v1/runs/${id}/merged`, job.result?.name ?? `merged-${id}.tar`);
+      await download(`/v1/runs/${id}/merged`, `merged-${id}.${job.result.merged.format === "gguf" ? "gguf" : "tar"}`);
     } finally {
       box.replaceChildren(start);
     }
@@ -202,6 +184,7 @@ function merging(id) {
 // The model asked with the adapter and without it, side by side.
 function asking(job, id, signal) {
   const prompt = html("textarea", { rows: 3, class: "wide", name: "prompt" }), most = html("input", { type: "number", min: 1, max: 1024, value: 64 });
+  const manner = html("select", {}, html("option", { value: "" }, "as it is"), html("option", { value: "chat" }, "as a conversation"));
   const answers = html("ol", { class: "bare chat", "aria-live": "polite" }), ask = html("button", { class: "main" }, "Ask");
   const form = html("form", { id: "ask", submit: action(async () => {
     const text = prompt.value;
@@ -212,7 +195,7 @@ function asking(job, id, signal) {
     try {
       for (const [shown, adapted] of [[after, id], [before, null]]) {
         const plan = await get(`/v1/plans/${job.request.plan}`);
-        const asked = await post("/v1/answers", { profile: plan.profile, run: adapted, prompt: text, max_tokens: Number(most.value) });
+        const asked = await post("/v1/answers", { profile: plan.profile, run: adapted, prompt: text, max_tokens: Number(most.value), template: Boolean(manner.value) });
         try {
           const done = await finish(asked, (latest) => { if (latest.text !== undefined) shown.textContent = latest.text; else if (latest.stage) shown.replaceChildren(html("span", { class: "soft busy" }, latest.stage)); }, signal);
           shown.textContent = done.result.text || "(nothing)";
@@ -224,6 +207,6 @@ function asking(job, id, signal) {
     } finally {
       ask.disabled = false;
     }
-  }) }, field("Your text", prompt, "As your data have their prompts. Both answers are the likeliest words, not drawn by chance."), html("div", { class: "row last ask" }, field("At most, tokens", most), ask));
+  }) }, field("Your text", prompt, "As your data have their prompts. Both answers are the likeliest words, not drawn by chance."), html("div", { class: "row last ask" }, field("Sent", manner), field("At most, tokens", most), ask));
   return [form, answers];
 }

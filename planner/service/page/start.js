@@ -1,10 +1,11 @@
 // The first ten seconds: an example that is planned already, three doors, and what was done last.
 
 import { get } from "./api.js";
-import { html, seconds, showTimeline, size } from "./charts.js";
+import { html, seconds, size } from "./charts.js";
 import { heading, mib, section, when } from "./components.js";
 import { choose, dropZone } from "./sources.js";
 import { complain, go, to } from "./shell.js";
+import { showStep, stepOf } from "./timeline.js";
 
 const LATEST = 6, AGAIN = 2000; // ms between two looks for the example's plans
 
@@ -36,11 +37,11 @@ async function picture(doors, example, signal) {
     fitting = await planned();
   }
   if (signal.aborted) return;
-  const plan = fitting[Math.floor(fitting.length / 2)], view = await get(`/v1/plans/${plan.id}/view`);
-  if (signal.aborted || !view.timeline) return;
-  const box = html("div", { class: "chart-box" }), key = html("ul", { class: "legend" }), reading = html("p", { class: "reading", "aria-live": "polite" });
-  doors.after(section(`One training step of ${view.model} in ${size(view.summary.budget_bytes)}`, html("p", { class: "soft" }, `${seconds(view.summary.step_seconds)} s, and never above the line. `, html("a", { href: to("plans", plan.id) }, "See why it is done so")), box, key, reading));
-  showTimeline({ box, key, reading }, { series: view.timeline, peak: view.peak, cap: view.summary.budget_bytes }, `${view.model} in ${size(view.summary.budget_bytes)}`);
+  const plan = fitting[Math.floor(fitting.length / 2)], columns = await get(`/v1/plans/${plan.id}/timeline`), name = `${columns.model} in ${size(columns.budget)}`;
+  if (signal.aborted) return;
+  const box = html("div", { class: "step" });
+  doors.after(section(`One training step of ${name}`, html("p", { class: "soft" }, `${seconds(plan.summary.step_seconds)} s, and never above the line. `, html("a", { href: to("plans", plan.id) }, "See why it is done so")), box));
+  showStep(box, stepOf(columns), { name });
 }
 
 const latest = (title, items, row) => (items.length ? section(title, html("ul", { class: "bare" }, ...items.map((item) => html("li", { class: "row" }, ...row(item))))) : null);

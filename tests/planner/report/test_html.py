@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 
@@ -33,9 +35,28 @@ def drawn(page):
     return json.loads(page.find("script", id="drawn")[0]["text"])
 
 
+def steps(page):
+    """What its timelines draw."""
+    return [json.loads(gzip.decompress(base64.b64decode(packed))) for packed in drawn(page)["timelines"]]
+
+
+def modules(page):
+    """The scripts that the page has within itself: name -> text."""
+    imports = json.loads(page.find("script", type="importmap")[0]["text"])["imports"]
+    assert all(url.startswith("data:text/javascript;base64,") for url in imports.values())
+    return {name: base64.b64decode(url.partition(",")[2]).decode() for name, url in imports.items()}
+
+
+def without_modules(text):
+    return re.sub(r'<script type="importmap">.*?</script>', "", text)
+
+
 def test_nothing_is_fetched(text, page):
-    text = text.replace("http://www.w3.org/2000/svg", "")  # a name
-    assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]|@import|url\(|\bimport\b|\bfetch\(", text, re.IGNORECASE)
+    within = modules(page)
+    for script in (without_modules(text), *within.values()):
+        assert set(re.findall(r'^import .* from "([^"]+)";$', script, re.MULTILINE)) <= within.keys()
+        rest = re.sub(r"^import .*$", "", script.replace("http://www.w3.org/2000/svg", ""), flags=re.MULTILINE)
+        assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]|@import|url\(|\bimport\b|\bfetch\(", rest, re.IGNORECASE)
     for element in page.elements:
         assert element["tag"] not in ("link", "img", "iframe", "object", "embed")
         assert "src" not in element
@@ -50,7 +71,8 @@ def test_names_are_escaped(text):
 def test_every_chart_has_a_table_beside_it(page):
     feasible = [plan for plan in sample_plans() if plan.status != "infeasible"]
     assert len(page.find("article")) == len(feasible)
-    assert len(page.find("div", **{"class": "chart-box"})) == len(feasible) + 1
+    assert len(page.find("div", **{"class": "step chart-box"})) == len(feasible)
+    assert len(page.find("div", **{"class": "chart-box"})) == 1
     assert len(page.find("noscript")) == len(feasible) + 1  # without a script the tables say it
     # The curve's; per plan what lies at the peak, the facts, the largest tensors and the chart's numbers; the diff's two.
     assert len(page.find("table")) == 1 + 4 * len(feasible) + 2
@@ -68,10 +90,10 @@ def test_the_choices(page):
     assert [int(e["value"]) // MIB for e in radios if e["name"] == "budget"] == [250, 350, 500, 800]
 
 
-def test_both_grounds_have_a_colour_for_every_kind_and_policy(text):
+def test_both_grounds_have_a_colour_for_every_kind_and_policy(text, page):
     for kind in ("floor", "packed", "weight", "trainable", "optimizer", "activation", "gradient", "workspace"):
         assert len(re.findall(rf"--kind-{kind}: #", text)) == 3  # light, dark by preference, dark by choice
-    for slot in range(int(re.search(r"POLICY_COLOURS = (\d+)", text)[1])):
+    for slot in range(int(re.search(r"POLICY_COLOURS = (\d+)", modules(page)["tightfit/charts.js"])[1])):
         assert len(re.findall(rf"--policy-{slot}: #", text)) == 3
     assert "prefers-color-scheme: dark" in text
 
@@ -86,17 +108,19 @@ def test_what_the_curve_draws(page):
 
 
 def test_what_the_timelines_draw(page):
-    timelines = drawn(page)["timelines"]
-    assert len(timelines) == len(page.find("article"))
-    for one, article in zip(timelines, page.find("article"), strict=True):
-        assert one["cap"] == int(article["data-budget"])
-        assert one["peak"] == {"instruction": 23, "text": "layer 5: aten.mm.default"}
-        series = one["series"]
-        assert len(series["starts"]) == len(series["ends"]) == len(series["total"])
-        assert series["starts"][1:] == series["ends"][:-1]
-        assert series["total"][series["peak"]] == max(series["total"])  # nothing lies free in these plans
-        assert [sum(sizes) for sizes in zip(*series["sizes"], strict=True)] == series["total"]
-        assert series["kinds"][0] == {"name": "floor", "label": "Python and PyTorch"}
+    feasible = [plan for plan in sample_plans() if plan.status != "infeasible"]
+    articles = page.find("article")
+    assert len(steps(page)) == len(articles) == len(feasible)
+    for step, article in zip(steps(page), articles, strict=True):
+        (plan,) = [
+            plan
+            for plan in feasible
+            if (plan.policy, str(plan.budget_bytes)) == (article["data-policy"], article["data-budget"])
+        ]
+        assert (step["policy"], step["budget"]) == (plan.policy, plan.budget_bytes)
+        assert step["peak"]["instruction"] == 23
+        assert len(step["instructions"]["what"]) == len(plan.train.instructions) == 48
+        assert step["kinds"][0] == {"name": "floor", "label": "Python and PyTorch"}
 
 
 def test_the_numbers_under_a_chart_are_the_charts(page):
@@ -201,7 +225,7 @@ def test_a_graph_of_a_few_bytes_is_told_in_bytes():
     made = [BareOperator(name=name, seconds=1, output_bytes=size, inputs=inputs) for name, size, inputs in SMALL]
     text = comparison_page(compare(graph_profile(BareGraph(format="tightfit-graph", operators=made)), [500, 600]).plans)
     page = Page(text)
-    assert "MiB" not in text.partition('<script type="module">')[0]
+    assert "MiB" not in without_modules(text).partition('<script type="module">')[0]
     assert "Python and PyTorch (" not in text
     tables = [e["text"].split() for e in page.find("div", **{"aria-label": "Memory at the peak"})]
     assert [table[-1] for table in tables] == ["together500", "together600", "together600"]
@@ -218,9 +242,10 @@ def test_the_moments_of_a_step_of_microseconds_are_told_apart():
     plans = compare(graph_profile(BareGraph(format="tightfit-graph", operators=made)), [500, 600]).plans
     page = Page(comparison_page(plans))
     assert all(" µs per step" in sentence for sentence in verdicts(plans))
-    for one in drawn(page)["timelines"]:
-        ends = one["series"]["ends"]
-        assert len(set(ends)) == len(ends) > 1
+    for step in steps(page):
+        works = step["instructions"]["work"]
+        assert sum(works) * step["tick"] == pytest.approx(step["seconds"])
+        assert len([work for work in works if work]) >= len(made)
     text = page.find("div", **{"aria-label": "Memory over the step"})[0]["text"]
     assert "0.00000275" in text
 
