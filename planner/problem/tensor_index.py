@@ -74,6 +74,16 @@ class TensorIndex:
     def of_kind(self, kind: str) -> list[str]:
         return [name for name, tensor in self.tensors.items() if tensor.kind == kind]
 
+    def owners(self) -> dict[str, str]:
+        """Tensor -> the layer that it is shown with: the first that names it."""
+        layer_of: dict[str, str] = {}
+        for layer, names in self.names.items():
+            for name in names.values():
+                layer_of.setdefault(name, layer)
+                for state in self.states.get(name, ()):
+                    layer_of.setdefault(state, layer)
+        return layer_of
+
     def outputs(self, layer: str, position: int) -> list[str]:
         """Tensors that an operator of the layer makes, without outputs that nothing needs."""
         return [self.names[layer][value] for value in self.operators[layer][position].outputs if value is not None]

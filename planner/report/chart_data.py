@@ -1,4 +1,6 @@
-"""What the charts of the pages are made of: their script and styles (``charts.js``, ``charts.css``), and the data they draw."""
+"""What all pages share: scripts and styles (``charts.js``, ``components.js``, ``timeline.js``, ``charts.css``, ``style.css``), and the
+data that the charts draw.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,14 @@ NARROW = 3
 """an exchange that takes less than this fraction of a fleet's step is drawn once more, enlarged"""
 
 
+SHARED = ("charts.css", "style.css", "charts.js", "lines.js", "components.js", "timeline.js", "glossary.js")
+
+
 @cache
-def chart_files() -> dict[str, str]:
-    """The files that a page with charts needs, name -> text."""
+def shared_files() -> dict[str, str]:
+    """The files that every page needs, name -> text."""
     folder = files("tightfit.planner.report")
-    texts = {name: (folder / name).read_text("utf-8") for name in ("charts.js", "lines.js", "charts.css")}
+    texts = {name: (folder / name).read_text("utf-8") for name in SHARED}
     return texts | {"charts.css": texts["charts.css"] + _kind_colours()}
 
 

@@ -68,7 +68,7 @@ export function place(box, make) {
 
 // --- axes -------------------------------------------------------------------------------------------------------------
 
-function ticks(low, high, wanted = 6) {
+export function ticks(low, high, wanted = 6) {
   const span = high - low;
   if (!(span > 0)) return [low];
   const power = 10 ** Math.floor(Math.log10(span / wanted));
@@ -83,26 +83,45 @@ const scale = (low, high, start, end) => {
   return map;
 };
 
-function round(value) {
+export function round(value) {
   const kept = Number(value.toPrecision(6));
   return kept && Math.abs(kept) < 1e-4 ? kept.toExponential() : kept.toLocaleString("en", { maximumSignificantDigits: 6 });
 }
 
-// A frame with axes. Returns the picture and its scales.
-export function frame(label, { x: [x0, x1], y: [y0, y1], xLabel, yLabel, width, height = 320, whole = false }) {
-  const x = scale(x0, x1, LEFT, width - RIGHT), y = scale(y0, y1, height - BOTTOM, TOP);
+// A scale whose equal steps are equal ratios.
+const logarithmic = (low, high, start, end) => {
+  const map = (value) => start + (Math.log(Math.max(value, low * 1e-3) / low) / Math.log(high / low)) * (end - start);
+  map.back = (place) => low * (high / low) ** ((place - start) / (end - start));
+  return map;
+};
+
+// Round figures for a logarithmic axis, as dense as there is room for.
+function logarithmicTicks(low, high, wanted) {
+  const all = (steps) => {
+    const found = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) found.push(...steps.map((step) => step * 10 ** power).filter((tick) => tick >= low && tick <= high));
+    return found;
+  };
+  const choices = [[1, 1.5, 2, 3, 4, 5, 7], [1, 2, 3, 5, 7], [1, 2, 5], [1, 3], [1]].map(all);
+  return choices.find((found) => found.length <= wanted) ?? choices.at(-1);
+}
+
+// A frame with axes; `log`: the x axis has equal steps for equal ratios; `below`: room for marks under the axis.
+// Returns the picture and its scales.
+export function frame(label, { x: [x0, x1], y: [y0, y1], xLabel, yLabel, width, height = 320, whole = false, log = false, below = 0 }) {
+  const x = (log ? logarithmic : scale)(x0, x1, LEFT, width - RIGHT), y = scale(y0, y1, height - BOTTOM - below, TOP);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
   for (const tick of ticks(y0, y1)) {
     picture.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }));
     picture.append(svg("text", { x: LEFT - 8, y: y(tick) + 4, "text-anchor": "end" }, round(tick)));
   }
-  picture.append(svg("text", { x: 0, y: TOP - 12 }, yLabel), ...along([x0, x1], x, { label: xLabel, left: LEFT, width, height, whole }));
-  return { picture, x, y, at: pointed(picture, x, width), width, height };
+  picture.append(svg("text", { x: 0, y: TOP - 12 }, yLabel), ...along([x0, x1], x, { label: xLabel, left: LEFT, width, height, whole, log }));
+  return { picture, x, y, at: pointed(picture, x, width), width, height, foot: height - BOTTOM - below };
 }
 
 // The x axis under a picture: ticks and what they count.
-const along = ([low, high], x, { label, left, width, height, whole = false }) => [
-  ...ticks(low, high, width / 110).filter((tick) => !whole || Number.isInteger(tick)).map((tick) => svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick))),
+const along = ([low, high], x, { label, left, width, height, whole = false, log = false }) => [
+  ...(log ? logarithmicTicks : ticks)(low, high, width / 110).filter((tick) => !whole || Number.isInteger(tick)).map((tick) => svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick))),
   svg("text", { x: (left + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, label),
 ];
 
@@ -121,57 +140,65 @@ export function capLine({ picture, y, width }, cap, text) {
 
 // --- seconds per step against the budget ------------------------------------------------------------------------------
 
-// `series`: [{name, slot, points: [{budget, step, bound, peak}], misfits: [{budget, needs}]}], a line for each policy, crosses
-// where it does not fit, and the solver's bound. The axis reaches the budgets of `reach` as well.
+const DECADES = 5; // budgets that are so many times as large as each other are drawn by their ratios
+const ROW = 15; // height of a policy's row of crosses below the axis
+
+// `series`: [{name, label, slot, points: [{budget, step, bound, peak}], misfits: [{budget, needs}]}], a line for each policy and the
+// solver's bound; below the axis a row for each policy that does not fit somewhere, with a cross at each such budget. The x axis
+// reaches the budgets of `reach` as well. The y axis begins just below what is drawn: its label says so.
 export function curve(series, { width, reach = [] }) {
   const budgets = [...reach, ...series.flatMap((one) => [...one.points, ...one.misfits].map((p) => p.budget))];
   const unit = unitOf(Math.max(...budgets)), low = Math.min(...budgets) / unit.size, high = Math.max(...budgets) / unit.size;
-  const margin = (high - low) * 0.06 || high * 0.1;
-  const slowest = Math.max(0, ...series.flatMap((one) => one.points.map((p) => p.step)));
+  const log = high > DECADES * low, margin = (high - low) * 0.06 || high * 0.1;
+  const bound = series.find((one) => one.name === "solver")?.points ?? [], crossed = series.filter((one) => one.misfits.length);
+  const times = [...series.flatMap((one) => one.points.map((p) => p.step)), ...bound.map((p) => p.bound).filter((time) => time > 0)];
+  const fastest = times.length ? Math.min(...times) : 0, slowest = times.length ? Math.max(...times) : 1;
+  const room = Math.max((slowest - fastest) * 0.1, slowest * 0.02), base = Math.max(0, fastest - room), below = crossed.length ? crossed.length * ROW + 6 : 0;
   const made = frame("Seconds per step against the memory budget; the table has the numbers", {
-    x: [Math.max(0, low - margin), high + margin], y: [0, slowest * 1.15], xLabel: `budget, ${unit.name}`, yLabel: "seconds per step", width,
+    x: log ? [low / 1.08, high * 1.08] : [Math.max(0, low - margin), high + margin], y: [base, slowest + room], log, below, height: 320 + below,
+    xLabel: `budget, ${unit.name}${log ? ", equal steps are equal ratios" : ""}`, yLabel: base ? `seconds per step, from ${round(Number(base.toPrecision(3)))} up` : "seconds per step", width,
   });
-  const { picture, x, y, height } = made;
+  const { picture, x, y, foot } = made;
   const along = (points, value) => path(points.map((p) => [p.budget / unit.size, value(p)]), x, y);
-  const bound = series.find((one) => one.name === "solver")?.points ?? [];
+  picture.append(svg("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: foot, y2: foot }));
+  if (below) picture.append(svg("text", { x: LEFT - 8, y: foot + 14, "text-anchor": "end", class: "misfit-name" }, width < 520 ? "no fit" : "no fit ×"));
   if (bound.length > 1) picture.append(svg("path", { class: "bound", d: along(bound, (p) => p.bound) }));
-  const crossed = new Map();
-  for (const { name, slot, points, misfits } of series) {
-    const group = svg("g", { style: `--c: ${policyColour(slot)}` });
+  for (const { name, label = name, slot, points, misfits } of series) {
+    const group = svg("g", { style: `--c: ${policyColour(slot)}`, "data-policy": name });
     if (points.length > 1) group.append(svg("path", { class: "line", d: along(points, (p) => p.step) }));
     for (const p of points) {
-      const text = `${name} at ${size(p.budget)}: ${duration(p.step)} per step, peak ${size(p.peak)}`;
+      const text = `${label} at ${size(p.budget)}: ${duration(p.step)} per step, peak ${size(p.peak)}`;
       group.append(svg("circle", { class: "dot-mark", cx: x(p.budget / unit.size), cy: y(p.step), r: 4.5 }, svg("title", {}, text)));
     }
+    const row = foot + 10 + ROW * crossed.findIndex((one) => one.name === name), enough = Math.min(...misfits.map((p) => p.needs ?? Infinity));
+    // A policy's row ends where its plans begin to fit.
+    if (misfits.length && enough < Infinity) group.append(svg("path", { class: "unfit", d: `M${LEFT} ${row}H${Math.max(LEFT, Math.min(width - RIGHT, x(enough / unit.size))).toFixed(1)}m0 -4v8` }));
     for (const { budget, needs } of misfits) {
-      // Crosses of several policies at one budget stand one above the other.
-      const below = crossed.get(budget) ?? 0;
-      crossed.set(budget, below + 1);
       const text = needs ? `needs ${atLeast(needs, unitOf(needs))} ${unitOf(needs).name}` : "does not fit";
-      group.append(svg("path", { class: "misfit", d: `M${x(budget / unit.size) - 4} ${height - BOTTOM - 13 - 12 * below}l8 8m0 -8l-8 8` }, svg("title", {}, `${name} at ${size(budget)}: ${text}`)));
+      group.append(svg("path", { class: "misfit", d: `M${x(budget / unit.size) - 4} ${row - 4}l8 8m0 -8l-8 8` }, svg("title", {}, `${label} at ${size(budget)}: ${text}`)));
     }
     picture.append(group);
   }
-  return { ...made, unit };
+  return { ...made, unit, log };
 }
 
 export function curveLegend(series) {
   const marks = [];
   if (series.some((one) => one.name === "solver" && one.points.length > 1)) marks.push(html("li", {}, html("span", { class: "dash" }), "proven bound: no plan of this class is faster"));
-  if (series.some((one) => one.misfits.length)) marks.push(html("li", {}, "× does not fit"));
-  return [...legend(series.map((one) => [one.name, policyColour(one.slot)])), ...marks];
+  if (series.some((one) => one.misfits.length)) marks.push(html("li", {}, "× does not fit; the line beside it ends where it would"));
+  return [...legend(series.map((one) => [one.label ?? one.name, policyColour(one.slot)])), ...marks];
 }
 
 // --- memory over one training step ------------------------------------------------------------------------------------
 
 // What Python and PyTorch take alone may fill half of the picture: then the axis starts just inside.
-function lowest({ kinds, sizes }, high, unit) {
+export function lowest({ kinds, sizes }, high, unit) {
   const floor = kinds[0]?.name === "floor" ? Math.min(...sizes[0]) / unit.size : 0;
   return floor < 0.4 * high ? 0 : Math.max(0, Math.floor((floor - 0.12 * (high - floor)) / 10) * 10);
 }
 
 // A cap far above all that is used would flatten the picture.
-function highest({ total }, cap) {
+export function highest({ total }, cap) {
   const most = Math.max(...total);
   return Math.max(most, cap <= 1.7 * most ? cap : 0) * 1.06;
 }

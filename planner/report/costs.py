@@ -7,14 +7,20 @@ bytes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tightfit.planner.instructions import Accumulate, Fetch, Free, Instruction, Pass, Read, Run, Spill, Unpack
 from tightfit.planner.problem.layer_types import transfer_seconds
 from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.problem.tensor_index import IndexedTensor, TensorIndex
 from tightfit.planner.schema import Phase, Plan
+from tightfit.profiles.schema import Operator
+
+NEVER = 1e12
+"""seconds; a channel that takes longer is that of a graph without a disk"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +123,33 @@ class CostLedger:
                     size = tensors[tensor].bytes
                     charge(tensor, write_bytes=size, write_seconds=transfer_seconds(device.write, size))
         return costs
+
+    def other_ways(self, name: str) -> tuple[float | None, float | None]:
+        """What a tensor would cost that does not stay in memory: seconds of making it once more, and seconds of the channel
+        for moving it there and back; of a weight, of unpacking it once, and of reading it once. None where that cannot be.
+        """
+        tensor, device = self.index.tensors[name], self.plan.device
+        if tensor.kind == "weight":
+            read = transfer_seconds(device.read, tensor.packed_bytes) if tensor.packed_bytes else None
+            return (tensor.unpack_seconds, read)
+        both = [transfer_seconds(channel, tensor.bytes) for channel in (device.read, device.write)]
+        move = sum(both) if max(both) < NEVER else None
+        makers = self._makers.get(name, [])
+        makers = [operator for operator in makers if operator.phase == "forward"] or makers
+        if not makers or not all(operator.recomputable for operator in makers):
+            return (None, move)
+        return (sum(operator.seconds for operator in makers), move)
+
+    @cached_property
+    def _makers(self) -> dict[str, list[Operator]]:
+        """Tensor -> the operators that make it."""
+        makers: dict[str, list[Operator]] = defaultdict(list)
+        for layer, operators in self.index.operators.items():
+            for position, operator in enumerate(operators):
+                if operator.phase != "inference":
+                    for name in self.index.outputs(layer, position):
+                        makers[name].append(operator)
+        return makers
 
     def resident_at(self, phase: Phase, instruction: int) -> dict[str, int]:
         """Bytes of every tensor resident while `instruction` runs, those that it makes and those that it frees

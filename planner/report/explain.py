@@ -30,40 +30,41 @@ LEAST_SHARE = 5e-4
 """differences below this share of the step's seconds are not mentioned"""
 
 
-def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
-    """Sentences, one per line of output; `explanation` where more is known than the plan itself tells.
+def explain(plan: Plan, explanation: Explanation | None = None, *, commands: bool = True) -> list[str]:
+    """Sentences, one per line of output; `explanation` where more is known than the plan itself tells; `commands`: whether they name
+    commands and options that tell more.
 
     Names of tensors and operators come from the user: control characters in them are escaped for the terminal.
     """
     figures = account(plan) if explanation is None else explanation
-    return [printable(sentence) for sentence in (*caution(plan.device), *_sentences(plan, figures))]
+    return [printable(sentence) for sentence in (*caution(plan.device), *_sentences(plan, figures, commands))]
 
 
 def verdict(plan: Plan) -> list[str]:
     """The sentences with which `explain` begins: what to doubt, the step's time and peak, and what is proven of them."""
-    return [printable(sentence) for sentence in (*caution(plan.device), *_verdict(plan))]
+    return [printable(sentence) for sentence in (*caution(plan.device), *_verdict(plan, commands=True))]
 
 
-def _sentences(plan: Plan, explanation: Explanation) -> list[str]:
+def _sentences(plan: Plan, explanation: Explanation, commands: bool) -> list[str]:
     if plan.status == "infeasible" or plan.train is None:
         return _infeasible(plan, explanation.shortfall)
     return [
-        *_verdict(plan),
+        *_verdict(plan, commands),
         *_references(plan),
         *_clipping(plan, explanation.clipping),
         *_decisions(plan),
         *_peak(plan, explanation.peak),
         *_recomputation(plan, explanation.recomputation),
         *_busy(plan, explanation),
-        *_worth(plan, explanation.neighbours),
+        *_worth(plan, explanation.neighbours, commands),
     ]
 
 
-def _verdict(plan: Plan) -> list[str]:
+def _verdict(plan: Plan, commands: bool) -> list[str]:
     return [
         _headline(plan),
         *_shorter(plan),
-        *_gradient(plan),
+        *_gradient(plan, commands),
         *_optimizer(plan),
         *_comparison(plan),
         _proof(plan),
@@ -126,10 +127,10 @@ def _shorter(plan: Plan) -> list[str]:
     return [f"it takes {steps}, by the same instructions in the same places"]
 
 
-def _gradient(plan: Plan) -> list[str]:
+def _gradient(plan: Plan, commands: bool) -> list[str]:
     """Which estimate of the gradient the steps follow, where it is not the exact one."""
     if plan.optimizer.get("name") == MOBILLM:
-        return [_served(plan)]
+        return [_served(plan, commands)]
     if plan.optimizer.get("name") == MEZO:
         return ["two forwards and no backward: the gradient is estimated along one random direction per step"]
     if plan.cycle:
@@ -183,16 +184,15 @@ def _clipping(plan: Plan, clipping: Clipping | None) -> list[str]:
     ]
 
 
-def _served(plan: Plan) -> str:
+def _served(plan: Plan, commands: bool) -> str:
     """What a device of `mobillm` computes, what it sends, and what is trained where."""
     passing, bits = sent_tensors(plan)
     rounded = f", {bits} bits for a number," if bits else ""
     return (
         f"a forward of the frozen model and no backward: the outputs of {len(passing) - 1} of its blocks go to a server"
         f"{rounded} in a message of {format_size(message_bytes(plan))} per step, labels included, for which its time has no room; the result is"
-        " a side network that the server trains, and no adapter: plan and run both with"
-        f" `tightfit fleet plan --kind {MOBILLM}`"
-    )
+        " a side network that the server trains, and no adapter"
+    ) + (f": plan and run both with `tightfit fleet plan --kind {MOBILLM}`" if commands else "")
 
 
 def _comparison(plan: Plan) -> list[str]:
@@ -370,7 +370,7 @@ def _busy(plan: Plan, explanation: Explanation) -> list[str]:
     ]
 
 
-def _worth(plan: Plan, neighbours: list[MarginalValue]) -> list[str]:
+def _worth(plan: Plan, neighbours: list[MarginalValue], commands: bool) -> list[str]:
     sentences = []
     for neighbour in sorted(neighbours, key=lambda neighbour: -neighbour.change_bytes):
         size = format_size(abs(neighbour.change_bytes))
@@ -385,7 +385,8 @@ def _worth(plan: Plan, neighbours: list[MarginalValue]) -> list[str]:
             floor_alone = f", {words_of(plan.device).floor} alone take {format_size(floor)}" if floor else ""
             sentences.append(f"{change}: no plan fits{floor_alone}")
         elif neighbour.status is None:
-            sentences.append(f"{change}: {priced}, by the model's prices ({spelled('what_if', True)} plans it)")
+            planning = f" ({spelled('what_if', True)} plans it)" if commands else ""
+            sentences.append(f"{change}: {priced}, by the model's prices{planning}")
         elif neighbour.step_seconds is None:
             sentences.append(f"{change}: no plan fits, as planning again shows")
         else:

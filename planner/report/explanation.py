@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LARGEST = 8
 """tensors named at the peak"""
+BITS_A_WEIGHT = {"4bit": 4.5, "8bit": 8.5, "16bit": 16.0}
+"""precision of the frozen weights -> bits that a weight takes, its share of its block's scale included"""
 
 
 class PeakAccount(FrozenRecord):
@@ -102,6 +104,10 @@ class Remedy(FrozenRecord):
 
     change: str
     saves_bytes: int = Field(description="at the instruction that sets the smallest budget; another may take its place")
+    field: Literal["batch", "seq", "lora_rank", "base"] | None = Field(
+        None, description="what to change of what is profiled: an option of profiling"
+    )
+    value: int | str | None = Field(None, description="to what")
 
 
 class Shortfall(FrozenRecord):
@@ -307,27 +313,35 @@ def _share(seconds: float, train: Phase) -> float:
 
 
 def _remedies(plan: Plan, ledger: CostLedger, peak: PeakAccount) -> list[Remedy]:
-    """Estimates of what half the batch, half the sequence or half the adapter's rank would save at the peak."""
+    """Estimates of what half the batch, half the sequence, half the adapter's rank, or frozen weights in 4 bits would save at the peak."""
     _, phase = _fullest(plan)
     trained = set(ledger.index.of_kind("trainable"))
     tables = [tensor.name for tensor in plan.tensors if tensor.movable]
     same_at_any_rank = (".lora_magnitude_vector.weight", *tables)  # as large whatever the rank
-    by_tokens = by_rank = 0
+    by_tokens = by_rank = packed = 0
     for name, size in ledger.resident_at(phase, peak.instruction).items():
         kind = ledger.index.tensors[name].kind
         if kind in ("trainable", "optimizer") or name.removeprefix("grad:") in trained:
             by_rank += 0 if name.endswith(same_at_any_rank) else size
         elif kind in ("activation", "gradient", "batch"):
             by_tokens += size
+        elif kind == "packed":
+            packed += size
     rank = int((plan.model.lora or {}).get("rank", 1))
     remedies = []
-    for amount, size, phrase in (
-        (plan.batch, by_tokens, "a batch of {}"),
-        (plan.seq or 1, by_tokens, "a sequence of {} tokens"),
-        (rank, by_rank, "a LoRA rank of {}"),
-    ):
+    halves: tuple[tuple[Literal["batch", "seq", "lora_rank"], int, int, str], ...] = (
+        ("batch", plan.batch, by_tokens, "a batch of {}"),
+        ("seq", plan.seq or 1, by_tokens, "a sequence of {} tokens"),
+        ("lora_rank", rank, by_rank, "a LoRA rank of {}"),
+    )
+    for field, amount, size, phrase in halves:
         halved = amount // 2
         saved = size * (amount - halved) // amount if amount > 1 else 0
         if saved:
-            remedies.append(Remedy(change=f"{phrase.format(halved)} instead of {amount}", saves_bytes=saved))
+            change = f"{phrase.format(halved)} instead of {amount}"
+            remedies.append(Remedy(change=change, saves_bytes=saved, field=field, value=halved))
+    base = plan.model.base
+    if base in BITS_A_WEIGHT and (saved := int(packed * (1 - BITS_A_WEIGHT["4bit"] / BITS_A_WEIGHT[base]))):
+        change = f"frozen weights in 4 bits instead of {base.removesuffix('bit')}"
+        remedies.append(Remedy(change=change, saves_bytes=saved, field="base", value="4bit"))
     return sorted(remedies, key=lambda remedy: -remedy.saves_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tightfit.planner.schema import Plan, TimelinePoint
@@ -52,13 +52,17 @@ def kinds_of(timeline: Iterable[TimelinePoint], on: str = "cpu") -> list[MemoryB
     """The kinds that take any memory in `timeline` of a plan for a device of kind `on`, in stacking order; kinds this
     module does not know come last.
     """
-    present = {name for point in timeline for name, size in point.by_kind.items() if size > 0}
-    known = [kind for kind in KINDS if kind.name in present]
+    return bands({name for point in timeline for name, size in point.by_kind.items() if size > 0}, on)
+
+
+def bands(names: Collection[str], on: str = "cpu") -> list[MemoryBand]:
+    """The bands of kinds of memory, in stacking order, as a plan for a device of kind `on` calls them."""
+    known = [kind for kind in KINDS if kind.name in names]
     if on == "cuda":
         card = {"floor": "CUDA context", "start": "start of the CUDA context"}
         known = [replace(kind, label=card.get(kind.name, kind.label)) for kind in known]
-    names = sorted(present - {kind.name for kind in KINDS})
-    return known + [MemoryBand(name=name, label=name, light=UNKNOWN[0], dark=UNKNOWN[1]) for name in names]
+    others = sorted(set(names) - {kind.name for kind in KINDS})
+    return known + [MemoryBand(name=name, label=name, light=UNKNOWN[0], dark=UNKNOWN[1]) for name in others]
 
 
 def timeline_slices(timeline: Sequence[TimelinePoint], count: int) -> list[TimelineSlice]:

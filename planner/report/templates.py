@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tightfit.planner.report.chart_data import chart_files
+from tightfit.planner.report.chart_data import shared_files
 
 
 def filled(template: str, **facts: Any) -> str:
@@ -18,4 +18,4 @@ def filled(template: str, **facts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(files=chart_files(), **facts)
+    return environment.get_template(template).render(files=shared_files(), **facts)

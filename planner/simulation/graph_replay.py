@@ -26,10 +26,12 @@ def replay(plan: Plan) -> Simulation:
         raise InputError(
             f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"
         )
-    return _GraphReplay(plan, plan.train.instructions).run()
+    return GraphReplay(plan, plan.train.instructions).run()
 
 
-class _GraphReplay:
+class GraphReplay:
+    """The replay of a bare graph's plan."""
+
     def __init__(self, plan: Plan, instructions: list[Instruction]) -> None:
         self.plan = plan
         self.instructions = instructions
@@ -45,6 +47,8 @@ class _GraphReplay:
         """number of operators that have had their first run"""
         self.channels = {"spill": plan.device.write, "fetch": plan.device.read}
         self.now = self.disk = 0.0
+        self.taken_up = 0.0
+        """when the disk began its latest transfer"""
         self.compute = self.recompute = self.stall = 0.0
         self.moved = {"spill": 0, "fetch": 0}
         """bytes"""
@@ -70,17 +74,7 @@ class _GraphReplay:
     def run(self) -> Simulation:
         for index, instruction in enumerate(self.instructions):
             self.index = index
-            match instruction:
-                case Run(layer, operator, (None,)) if layer == LAYER and 0 <= operator < len(self.operators):
-                    self._run(operator)
-                case Free(name):
-                    self._free(name)
-                case Spill(name) if name in self.bytes and self.plan.device.write != NO_CHANNEL:
-                    self._spill(name)
-                case Fetch(name, 0) if name in self.bytes and self.plan.device.read != NO_CHANNEL:
-                    self._fetch(name)
-                case _:
-                    raise self.fail("form", str(to_json(instruction)), "no such instruction")
+            self._replay(instruction)
         self.index = len(self.instructions)
         self._wait(self.disk)
         if self.done < len(self.operators):
@@ -119,6 +113,19 @@ class _GraphReplay:
             workspace_bytes=self.workspace,
             live_bytes=self.most_live,
         )
+
+    def _replay(self, instruction: Instruction) -> None:
+        match instruction:
+            case Run(layer, operator, (None,)) if layer == LAYER and 0 <= operator < len(self.operators):
+                self._run(operator)
+            case Free(name):
+                self._free(name)
+            case Spill(name) if name in self.bytes and self.plan.device.write != NO_CHANNEL:
+                self._spill(name)
+            case Fetch(name, 0) if name in self.bytes and self.plan.device.read != NO_CHANNEL:
+                self._fetch(name)
+            case _:
+                raise self.fail("form", str(to_json(instruction)), "no such instruction")
 
     def _run(self, index: int) -> None:
         operator = self.operators[index]
@@ -169,7 +176,8 @@ class _GraphReplay:
     def _move(self, verb: str, name: str) -> float:
         """Queue a transfer on the disk; the time at which it is done."""
         channel, size = self.channels[verb], self.bytes[name]
-        self.disk = max(self.disk, self.now) + channel.latency_seconds + size / channel.bytes_per_second
+        self.taken_up = max(self.disk, self.now)
+        self.disk = self.taken_up + channel.latency_seconds + size / channel.bytes_per_second
         self.moved[verb] += size
         return self.disk
 
@@ -192,6 +200,9 @@ class _GraphReplay:
         if name not in self.live:
             raise self.fail("double-free", name, "is not resident")
         self._wait(max(self.writing.pop(name, self.now), self.landing.pop(name, self.now)))
+        self._release(name)
+
+    def _release(self, name: str) -> None:
         size = self.live.pop(name)
         self.live_bytes -= size
         self.held[self.kinds[name]] -= size

@@ -65,6 +65,8 @@ class Replay:
         """whether gradients are added to sums in it"""
         self.index = -1
         self.now = self.disk = 0.0
+        self.taken_up = 0.0
+        """when the disk began its latest transfer"""
         self.totals = ReplayTotals()
         self.places: dict[str, int] = {}
         self.starts: list[int] = []
@@ -228,7 +230,8 @@ class Replay:
     def _move(self, size: int, *, out: bool) -> float:
         """Queue a transfer on the disk; the time at which it is done."""
         channel = self.declared.device.write if out else self.declared.device.read
-        self.disk = max(self.disk, self.now) + channel.latency_seconds + size / channel.bytes_per_second
+        self.taken_up = max(self.disk, self.now)
+        self.disk = self.taken_up + channel.latency_seconds + size / channel.bytes_per_second
         done = self.disk
         cost = channel.compute_seconds_per_transfer + size * channel.compute_seconds_per_byte
         self.now += cost

@@ -14,11 +14,11 @@ from tightfit.runtime.supervision.token_text import NO_SPACE, ONE_SPACE, SPACES_
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def token_bytes(vocabulary: Vocabulary, vocab_size: int) -> tuple[Iterator[bytes], int]:
+def token_bytes(vocabulary: Vocabulary, vocab_size: int, *, special: bool = False) -> tuple[Iterator[bytes], int]:
     """(bytes of each of the model's `vocab_size` tokens, what a text does not begin with: `NO_SPACE`, `ONE_SPACE` or
     `SPACES_OF_FIRST`).
 
-    Special tokens have none, as where they are skipped in decoding. Raises InputError for a tokenizer whose decoder is neither byte-level nor that of
+    Special tokens have none, as where they are skipped in decoding, or with `special` their names. Raises InputError for a tokenizer whose decoder is neither byte-level nor that of
     SentencePiece.
     """
     decoder = vocabulary.tokenizer.decoder
@@ -54,7 +54,7 @@ def token_bytes(vocabulary: Vocabulary, vocab_size: int) -> tuple[Iterator[bytes
     def pieces() -> Iterator[bytes]:
         for number in range(vocab_size):
             token = vocabulary.tokenizer.id_to_token(number)
-            if token is None or (number in added and added[number].special):
+            if token is None or (not special and number in added and added[number].special):
                 yield b""
             else:
                 yield token.encode() if number in added else piece(token)

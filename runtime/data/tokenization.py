@@ -102,13 +102,13 @@ def prepare(
     path = directory / f"{purpose}.records"
     if data.endswith(PREPARED):
         return _copy_records(Path(data), path, seq=seq, vocab_size=vocab_size, pairs=pairs)
-    pad = _pad_token(vocabulary, vocab_size)
+    pad = pad_token_of(vocabulary, vocab_size)
     with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data, pairs=pairs) as writer:
         if data == RANDOM:
             _write_random(writer, seed)
         else:
-            encoder = _encoder(data, vocabulary, vocab_size)
-            samples = _DataPass(writer, encoder, purpose, too_long, plan_again(positions), pairs=pairs)
+            encoder = encoder_for(data, vocabulary, vocab_size)
+            samples = DataPass(writer, encoder, purpose, too_long, plan_again(positions), pairs=pairs)
             if kept is not None:
                 samples.replay(kept, progress, preparation)
             else:
@@ -163,8 +163,8 @@ def longest_sample(
     `prepare`, errors too.
     """
     with writing(keep) if keep is not None else nullcontext() as file:
-        encoder = _encoder(data, vocabulary)
-        samples = _DataPass(_LengthCounter(most, lengths), encoder, purpose, too_long, advice, pairs=pairs, keep=file)
+        encoder = encoder_for(data, vocabulary)
+        samples = DataPass(_LengthCounter(most, lengths), encoder, purpose, too_long, advice, pairs=pairs, keep=file)
         samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return max(samples.longest, samples.longest_text)
 
@@ -185,7 +185,7 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         raise RunError(f"{path}: {error.strerror}; free some space and start again") from error
 
 
-def _encoder(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = None) -> Encoder:
+def encoder_for(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = None) -> Encoder:
     """An encoder for a model of `vocab_size` tokens, by default those of its tokenizer."""
     if vocabulary is None:
         raise InputError(
@@ -406,7 +406,7 @@ class _LengthCounter:
         self.lengths[len(input_ids)] += 1
 
 
-class _DataPass:
+class DataPass:
     """One pass over the data, which tokenises and writes every sample and collects what is wrong with bad lines."""
 
     def __init__(
@@ -443,6 +443,30 @@ class _DataPass:
     ) -> None:
         done = 0
         longest = preparation.longest_line() if preparation else None
+        for file, number, sequences in self.each(files, longest, columns):
+            if isinstance(sequences, InputError):
+                self.count_bad += 1
+                if len(self.bad) < REPORTED_LINES:
+                    self.bad.append(f"{file}:{number}: {sequences}")
+            done += 1
+            if progress:
+                progress(done)
+            if preparation and done % LOOKED_AT == 0:
+                preparation.check("tokenising the data")
+        self.flush(everything=True)
+        if self.bad:
+            more = f"\nand {self.count_bad - len(self.bad)} more" if self.count_bad > len(self.bad) else ""
+            plural = "line" if self.count_bad == 1 else "lines"
+            if self.too_long == "refuse" and self.longest > self.writer.seq:
+                more += "\n" + self.advice(self.longest)
+            raise InputError(f"{self.count_bad} bad {plural} of {done} in the data:\n" + "\n".join(self.bad) + more)
+        if not self.writer.count:
+            raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: no samples; the data are empty")
+
+    def each(
+        self, files: Sequence[Path], longest: int | None, columns: Mapping[str, str] | None
+    ) -> Iterator[tuple[Path, int | str, list[TokenSequence] | InputError]]:
+        """Write every sample; yields its file and line, and the sample as tokens or what is wrong with it."""
         for file in files:
             for number, sample in read_samples(file, longest, columns):
                 try:
@@ -453,23 +477,9 @@ class _DataPass:
                         kept_tokens.write(self.keep, sequences)
                     self.write_sample(sequences)
                 except InputError as error:
-                    self.count_bad += 1
-                    if len(self.bad) < REPORTED_LINES:
-                        self.bad.append(f"{file}:{number}: {error}")
-                done += 1
-                if progress:
-                    progress(done)
-                if preparation and done % LOOKED_AT == 0:
-                    preparation.check("tokenising the data")
-        self.flush(everything=True)
-        if self.bad:
-            more = f"\nand {self.count_bad - len(self.bad)} more" if self.count_bad > len(self.bad) else ""
-            plural = "line" if self.count_bad == 1 else "lines"
-            if self.too_long == "refuse" and self.longest > self.writer.seq:
-                more += "\n" + self.advice(self.longest)
-            raise InputError(f"{self.count_bad} bad {plural} of {done} in the data:\n" + "\n".join(self.bad) + more)
-        if not self.writer.count:
-            raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: no samples; the data are empty")
+                    yield file, number, error
+                else:
+                    yield file, number, sequences
 
     def replay(self, kept: Path, progress: Callable[[int], None] | None, preparation: Preparation | None) -> None:
         """The same for samples that were kept as tokens, and checked when they were kept."""
@@ -602,7 +612,7 @@ def _write_random(writer: RecordWriter, seed: int) -> None:
             writer.add(whole[:-1], labels, example=example, choice=choice, answer=choice == 0)
 
 
-def _pad_token(vocabulary: Vocabulary | None, vocab_size: int) -> int:
+def pad_token_of(vocabulary: Vocabulary | None, vocab_size: int) -> int:
     """A token to pad rows with; it is never predicted, and causal attention never reads it from an earlier position."""
     if vocabulary is not None:
         for token in (vocabulary.pad_token, vocabulary.eos_token):

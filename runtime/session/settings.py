@@ -10,7 +10,7 @@ from typing import Any
 from tightfit.planner.problem.device_forward import sent_tensors
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.models.side_shape import CONFIG_KEY
-from tightfit.profiles.schema import EXCHANGE, MOBILLM, POSITIONS
+from tightfit.profiles.schema import EXCHANGE, MOBILLM, POSITIONS, Profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
@@ -99,7 +99,7 @@ def settings_of(
     }
 
 
-def check_packing(plan: Plan, options: DataOptions) -> None:
+def check_packing(plan: Plan | Profile, options: DataOptions) -> None:
     """Raise InputError where samples are to share rows and each has to have one."""
     if options.packing and plan.model.preference:
         raise InputError(
@@ -108,7 +108,7 @@ def check_packing(plan: Plan, options: DataOptions) -> None:
         )
 
 
-def packs(plan: Plan, options: DataOptions) -> bool:
+def packs(plan: Plan | Profile, options: DataOptions) -> bool:
     """Whether samples share the rows of batches."""
     return options.packing and any(t.kind == "batch" and t.name == POSITIONS for t in plan.tensors)
 

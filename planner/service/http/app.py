@@ -23,6 +23,7 @@ from tightfit.planner.service.http import (
     routes_jobs,
     routes_page,
     routes_planning,
+    routes_previews,
     routes_profiles,
     routes_remote_devices,
     routes_runs,
@@ -65,6 +66,7 @@ ROUTERS = tuple(
     routes.router
     for routes in (
         routes_files,
+        routes_previews,
         routes_profiles,
         routes_traces,
         routes_planning,

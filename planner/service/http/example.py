@@ -34,7 +34,7 @@ async def give_example(service: Service) -> None:
     if not service.settings.example or given.exists():
         return
     try:
-        if not service.store.files("profile", limit=1):
+        if not service.store.files("profile", limit=1).items:
             profile = (await service.uploads.keep(example_profile(), "example"))["id"]
             body = ComparisonRequest.model_validate({"profile": profile, "memory": BUDGETS})
             _enqueue(service, "comparison", comparison_request(body), profile)

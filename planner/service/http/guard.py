@@ -18,7 +18,10 @@ from tightfit.planner.service.wire.settings import Settings, loopback
 OPEN = ("/healthz", "/page/")
 """paths that are answered without a token, as nothing there is anybody's data"""
 UPLOADS = frozenset({"/v1/profiles/upload", "/v1/traces"})
-"""the paths that take large bodies"""
+"""the paths that take large bodies of JSON"""
+DATA = "/v1/uploads"
+"""the path that takes files of samples, as they are"""
+JSON, BYTES = "application/json", "application/octet-stream"
 BODY_SECONDS = 60.0
 """time for a request's body, from the end of its headers on"""
 STREAMS = "/events"
@@ -119,6 +122,8 @@ class Guard:
             self._note(routed_scope, scope["method"], guarded.status, time.perf_counter() - started)
 
     def _limit(self, scope: Scope) -> int:
+        if scope["path"] == DATA:
+            return self.settings.data_bytes
         return self.settings.upload_bytes if scope["path"] in UPLOADS else self.settings.request_bytes
 
     def _check(self, scope: Scope) -> None:
@@ -140,17 +145,16 @@ class Guard:
                 message = "send the service's token in the header: Authorization: Bearer TOKEN"
                 raise ServiceError(401, "unauthorized", message, "header.Authorization")
         if scope["method"] in {"POST", "PUT", "PATCH"}:
-            self._check_body(headers, self._limit(scope))
+            self._check_body(headers, self._limit(scope), BYTES if path == DATA else JSON)
 
-    def _check_body(self, headers: dict[bytes, bytes], limit: int) -> None:
+    def _check_body(self, headers: dict[bytes, bytes], limit: int, expected: str) -> None:
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
-        media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
         empty = length in (b"", b"0") and b"transfer-encoding" not in headers
-        if not empty and media_type != b"application/json":
-            media_type_text = media_type.decode("latin-1")[:100]
-            message = f"the content type {media_type_text!r} is not understood; send application/json"
+        if not empty and media_type != expected:
+            message = f"the content type {media_type[:100]!r} is not understood; send {expected}"
             raise ServiceError(415, "unsupported_media_type", message, "header.Content-Type")
 
     def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:

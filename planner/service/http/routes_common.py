@@ -10,10 +10,12 @@ from typing import Annotated, Any
 from fastapi import Header, Query, Request, Response
 from starlette.responses import StreamingResponse
 
+from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.http.service import Service
 from tightfit.planner.service.jobs.store import Row, content_key, listed
 from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid
+from tightfit.planner.service.wire.inputs import UPLOADED
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.remote_devices import HEADER, device_of
 from tightfit.planner.service.wire.requests import NameRequest
@@ -229,6 +231,32 @@ async def file_response(
             objects.packed(row["digest"]), media_type=media_type, headers=headers | {"Content-Encoding": "gzip"}
         )
     return StreamingResponse(objects.unpack(row["digest"]), media_type=media_type, headers=headers)
+
+
+def model_elsewhere(profile: Row) -> str | None:
+    """Why the model of a stored profile is not there to be used; None where it was measured here."""
+    if profile["origin"] == "made":
+        return None
+    if profile["origin"] == "example":
+        return f"the example was measured on another machine; put {profile['name']} under a folder of the service, and measure it there"
+    return "this profile was not made by this service; measure the model on the service's machine, and ask with that profile"
+
+
+def uploaded(data: str | None) -> str | None:
+    """The id of the upload that a request names as data; None: it names none."""
+    return data.removeprefix(UPLOADED) if data is not None and data.startswith(UPLOADED) else None
+
+
+async def data_path(request: Request, data: str, field: str) -> str:
+    """Data that a request names, as a worker gets them: an upload as it is named, a path in full.
+
+    Raises ServiceError 422 for what lies outside the roots, and 404 for an upload that is not there.
+    """
+    identity = uploaded(data)
+    if identity is None:
+        return await asyncio.to_thread(confined, data, service_of(request).settings.roots, field)
+    stored(request, "upload", identity, field)
+    return data
 
 
 def names_paths(profile: Row | None) -> bool:

@@ -27,6 +27,8 @@ from tightfit.planner.service.wire.schema import (
 from tightfit.profiles.devices.data_sheets import known_devices
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.schema import PROFILE_VERSION
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.supervision.spare_memory import spare_memory
 
 router = APIRouter()
 Identity = Annotated[JobId, Path()]
@@ -158,6 +160,7 @@ async def list_devices(request: Request) -> DeviceList:
     """What runs go to, and how long its queue is; then those that can be planned for."""
     running, waiting = service_of(request).store.lane(LOCAL)
     cores = our_cores()
+    spare_bytes, spare_why = _spare()
     own_device = DeviceAnswer(
         name=LOCAL,
         label="the service's machine",
@@ -167,6 +170,8 @@ async def list_devices(request: Request) -> DeviceList:
         local=True,
         running=running,
         waiting=waiting,
+        spare_bytes=spare_bytes,
+        spare_why=spare_why,
     )
     others = [
         DeviceAnswer(
@@ -178,6 +183,14 @@ async def list_devices(request: Request) -> DeviceList:
         for device in known_devices()
     ]
     return DeviceList(devices=[own_device, *others])
+
+
+def _spare() -> tuple[int | None, str]:
+    """Bytes that a run may take here now, as `--memory auto` finds them, and in words where they come from; none, and why."""
+    try:
+        return spare_memory()
+    except InputError as error:
+        return None, str(error)
 
 
 @router.get("/healthz", response_model=Health, tags=["service"], summary="Whether the service answers")

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
-from tightfit.planner.report.chart_data import chart_files
+from tightfit.planner.report.chart_data import shared_files
 from tightfit.planner.service.http.routes_common import service_of
 from tightfit.planner.service.wire.errors import not_found
 from tightfit.planner.service.wire.forms import forms
@@ -55,4 +55,4 @@ def _file(name: str) -> Response:
 def _files() -> dict[str, str]:
     folder: Any = files("tightfit.planner.service") / "page"
     texts = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name.rsplit(".", 1)[-1] in TYPES}
-    return texts | chart_files() | {FORMS: json.dumps(forms())}
+    return texts | shared_files() | {FORMS: json.dumps(forms())}

@@ -32,7 +32,7 @@ from tightfit.planner.service.wire.errors import ServiceError, invalid, not_foun
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.requests import ComparisonRequest, NameRequest, PlanRequest
 from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, JobId, PlanList, ServiceJob, StoredPlan
-from tightfit.planner.service.wire.shown import Difference, PlanView
+from tightfit.planner.service.wire.shown import Difference, PlanTimeline, PlanView
 
 router = APIRouter(prefix="/v1", tags=["planning"])
 Identity = Annotated[Digest, Path(description="of what the plan was made of")]
@@ -106,6 +106,20 @@ async def get_plan_view(request: Request, identity: Identity) -> Response:
 
 
 @router.get(
+    "/plans/{identity}/timeline",
+    response_model=PlanTimeline,
+    responses=errors(404, 409),
+    summary="A plan's step, instruction by instruction",
+)
+async def get_plan_timeline(request: Request, identity: Identity) -> Response:
+    """When the cores and the channels do what, which tensors are in memory then, and why each is as it is. 409 where nothing fits."""
+    row = stored(request, "plan", identity)
+    if json.loads(row["summary"])["status"] == "infeasible":
+        raise ServiceError(409, "conflict", f"the plan {identity} has no schedule: its budget is too small")
+    return await service_of(request).views.answer(request, "timeline", [row])
+
+
+@router.get(
     "/plans/{identity}/changes/{other}",
     response_model=Difference,
     responses=errors(404),
@@ -132,11 +146,12 @@ async def make_comparison(request: Request, body: ComparisonRequest, key: Idempo
 
 def comparison_request(body: ComparisonRequest) -> Row:
     """What a worker gets of a request for a comparison: each budget, policy and device once."""
-    return body.model_dump() | {
+    job_request: Row = body.model_dump() | {
         "memory": sorted(set(body.memory)),
         "policies": list(dict.fromkeys(body.policies)),
         "devices": list(dict.fromkeys(body.devices)),
     }
+    return job_request
 
 
 @router.get(

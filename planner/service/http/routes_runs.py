@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import tarfile
@@ -11,10 +10,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 
 from tightfit.planner.report.summary import unfinished_update
-from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
     IdempotencyKey,
+    data_path,
     described_file,
     enqueue,
     errors,
@@ -24,6 +23,7 @@ from tightfit.planner.service.http.routes_common import (
     not_runnable,
     service_of,
     stored,
+    uploaded,
 )
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
@@ -57,6 +57,7 @@ async def make_run(request: Request, body: RunRequest, key: IdempotencyKey = Non
     job_request = body.model_dump() | await _allowed(request, body)
     profile = stored(request, "plan", body.plan)["origin"]
     uses = [("plan", body.plan), ("profile", profile), *(("cache", name) for name in _cached(request, profile))]
+    uses += [("upload", identity) for data in (body.data, body.eval_data) if (identity := uploaded(data)) is not None]
     return enqueue(request, "run", job_request, key=key, uses=uses, repeatable=True)
 
 
@@ -163,11 +164,10 @@ async def _allowed(request: Request, body: RunRequest) -> Row:
         raise invalid(str(error).split()[0].rstrip(":"), str(error)) from error  # it begins with the option's name
     if body.eval_every is not None and body.eval_data is None:
         raise invalid("eval_every", "there is nothing to evaluate on; give eval_data")
-    roots = service_of(request).settings.roots
     real_paths: Row = {"data": RANDOM, "eval_data": None, "adapter": None}
     for field, text in (("data", body.data), ("eval_data", body.eval_data), ("adapter", body.adapter)):
         if text is not None and text != real_paths[field]:
-            real_paths[field] = await asyncio.to_thread(confined, text, roots, field)
+            real_paths[field] = await data_path(request, text, field)
     return real_paths
 
 

@@ -1,5 +1,5 @@
 """Receives uploads: the body is written to disk as it arrives, and a process of its own parses it and stores the profile, or
-the description of a model that is to be traced.
+the description of a model that is to be traced. Files of samples are stored as they are.
 
 A malicious upload can take seconds and gigabytes to parse. In that process time and memory are limited
 (`service.jobs.upload_limits`), and the service answers others meanwhile.
@@ -22,10 +22,10 @@ from starlette.requests import ClientDisconnect
 
 from tightfit.planner.service.jobs.orders import UPLOAD, JobOrder, UploadKind
 from tightfit.planner.service.jobs.processes import WorkerProcesses
-from tightfit.planner.service.jobs.store import JobStore, Row
+from tightfit.planner.service.jobs.store import JobStore, Row, file_row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
 from tightfit.planner.service.wire.metrics import Metrics
-from tightfit.planner.service.wire.objects import ObjectStore, unpacked
+from tightfit.planner.service.wire.objects import CHUNK, ObjectStore, StoredObject, unpacked
 from tightfit.planner.service.wire.settings import Settings
 
 BYTES_UNDER_WAY = 1 << 30
@@ -67,6 +67,23 @@ class Uploads:
             file = await self._read_in_turn(path, encoding, kind)
         new = self._store.file(kind, file["id"]) is None
         return self._store.add(file), new
+
+    async def receive_data(self, request: Request, name: str) -> tuple[Row, bool]:
+        """The stored file of samples that the request's body is, and whether it is new. It is read when it is used.
+
+        Raises ServiceError where too much is uploaded already, and StorageError where the disk is full.
+        """
+        async with self._body(request) as path:
+            if not path.stat().st_size:
+                raise ServiceError(422, "invalid_request", "the body is empty; send the file's content", "body")
+            written = await asyncio.to_thread(self._put, path)
+        identity = hashlib.sha256(f"{written.digest} {name}".encode()).hexdigest()
+        new = self._store.file("upload", identity) is None
+        return self._store.add(file_row("upload", identity, written, name=name, summary={})), new
+
+    def _put(self, path: Path) -> StoredObject:
+        with path.open("rb") as file:
+            return self._objects.put_chunks(iter(lambda: file.read(CHUNK), b""))
 
     async def keep(self, content: bytes, kind: UploadKind) -> Row:
         """Store what the service itself has, as if it had been uploaded."""

@@ -19,16 +19,24 @@ from tightfit.runtime.engine.training.job import passes_messages
 
 
 def keep_profile(
-    objects: ObjectStore, profile: Profile, *, origin: str, cached: Sequence[str] = (), paths: Row | None = None
+    objects: ObjectStore,
+    profile: Profile,
+    *,
+    origin: str,
+    cached: Sequence[str] = (),
+    paths: Row | None = None,
+    request: Row | None = None,
 ) -> Row:
     """Store a profile under its checksum. `origin` is made (on this machine, by this service), uploaded or example; `cached` are
-    the files of the cache that a run of its plans reads, `paths` what `Redaction.model` took out of it.
+    the files of the cache that a run of its plans reads, `paths` what `Redaction.model` took out of it, `request` what it was
+    measured by.
     """
     written = objects.put(canonical_json(profile).encode())
     # Policies that follow another gradient are planned only where a request names them, and not compared with the
     # others by default.
     policies = {"policies": [SOLVER, *policies_of(profile)], "approximate": list(approximate_of(profile))}
     summary = profile_summary(profile) | policies | {"refused": refused_of(profile), "cached": list(cached)}
+    summary |= {"request": request}
     return file_row(
         "profile", written.digest, written, name=profile.model.name, origin=origin, summary=summary, paths=paths
     )

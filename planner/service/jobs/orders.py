@@ -42,6 +42,8 @@ class JobOrder:
     """private memory that the work may take (RLIMIT_DATA)"""
     digests: dict[str, str] = field(default_factory=dict)
     """id of each profile or plan that the request names -> digest of its object"""
+    names: dict[str, str] = field(default_factory=dict)
+    """id of each file that the request names -> its name"""
     folder: str = ""
     """folder of this job alone"""
     lock: str | None = None

@@ -11,6 +11,7 @@ from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.objects import ObjectStore
+from tightfit.planner.service.wire.redaction import PATHS
 from tightfit.profiles.api import profile as measure
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.runtime.common.files import cache_directory
@@ -22,6 +23,7 @@ def profile(order: JobOrder, events: EventWriter) -> Row:
     assert order.lock is not None
     cache = CacheFolder(cache_directory())
     request = dict(order.request)
+    shown = {name: order.redaction().text(value) if name in PATHS else value for name, value in request.items()}
     with Path(order.lock).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if "config" in request:
@@ -38,7 +40,9 @@ def profile(order: JobOrder, events: EventWriter) -> Row:
     cached = [name for name in map(cache.name, (store, measured.model.source)) if name is not None]
     model, paths = order.redaction().model(measured.model)
     redacted = measured.model_copy(update={"model": model})
-    file = keep_profile(ObjectStore(Path(order.objects)), redacted, origin="made", cached=cached, paths=paths)
+    file = keep_profile(
+        ObjectStore(Path(order.objects)), redacted, origin="made", cached=cached, paths=paths, request=shown
+    )
     return {
         "result": {"profile": file["id"], "summary": profile_summary(redacted)},
         "files": [file, *cache.rows(cached)],

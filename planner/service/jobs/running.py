@@ -25,6 +25,7 @@ from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row
+from tightfit.planner.service.jobs.uploaded_data import placed
 from tightfit.planner.service.wire.objects import CHUNK, ObjectStore
 from tightfit.planner.service.wire.redaction import with_paths
 from tightfit.profiles.option_fields import options_of, word_of
@@ -35,6 +36,8 @@ from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.progress import stage_of
 
 LOOK_SECONDS = 0.2
+UPLOADS = "uploads"
+"""folder beside the run's, with data that were uploaded"""
 ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
 
 
@@ -92,7 +95,12 @@ def _wait_for_orphan(out: Path, orders: int) -> None:
 
 
 def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
-    request = order.request
+    uploads = plan.parent / UPLOADS
+    request = order.request | {
+        name: placed(order, data, uploads)
+        for name in ("data", "eval_data")
+        if (data := order.request.get(name)) is not None
+    }
     arguments = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
     for name, option in options_of(RunOptions).items():
         value = request.get(name)  # jobs that were stored before an option was known lack it
@@ -180,4 +188,5 @@ def _store_results(objects: ObjectStore, order: JobOrder, out: Path, report: Row
             written = objects.put_chunks(iter(lambda: packed.read(CHUNK), b""))
         files.append(file_row("adapter", identity, written, name=f"adapter of {identity}", summary={}))
     shutil.rmtree(out)
+    shutil.rmtree(out.with_name(UPLOADS), ignore_errors=True)
     return {"result": {"report": result}, "files": files}

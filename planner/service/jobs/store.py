@@ -28,6 +28,7 @@ from tightfit.planner.schema import PLAN_VERSION
 from tightfit.planner.service.jobs.labels import file_label, job_label
 from tightfit.planner.service.jobs.migrations import migrate
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk, not_found
+from tightfit.planner.service.wire.inputs import StoredUpload
 from tightfit.planner.service.wire.objects import StoredObject
 from tightfit.planner.service.wire.remote_devices import AskingDevice, PlanForDevice, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import (
@@ -36,8 +37,8 @@ from tightfit.planner.service.wire.schema import (
     Error,
     JobKind,
     JobList,
+    ResponseBody,
     ServiceJob,
-    StoredFile,
     StoredFleet,
     StoredPlan,
     StoredProfile,
@@ -55,10 +56,11 @@ SET_ASIDE = "set-aside"
 """folder beside the database, with what could not be read: ``JOB.json`` for a job, ``KIND-ID.json`` for a file or a device"""
 JOB_ID = re.compile("job-[0-9a-f]{16}")
 FILE = re.compile("[a-z]+-([0-9a-f]{64}|job-[0-9a-f]{16})")
-LISTED: dict[str, tuple[type[StoredFile], tuple[str, ...]]] = {
+LISTED: dict[str, tuple[type[ResponseBody], tuple[str, ...]]] = {
     "profile": (StoredProfile, ("policies",)),
     "plan": (StoredPlan, ("status", "budget_bytes", "explanation")),
     "fleet": (StoredFleet, ()),
+    "upload": (StoredUpload, ()),
 }
 """kind of a file that is listed -> how it is shown, and what its summary has to have"""
 NAMING = {
@@ -709,8 +711,8 @@ class JobStore:
                 excess -= row["stored_bytes"]
                 if excess <= 0:
                     break
-            for row in removed:  # a run's result needs neither its profile nor the cache
-                _forget(database, row, runs=row["kind"] not in {"cache", "profile"})
+            for row in removed:  # a run's result needs neither its profile nor its data nor the cache
+                _forget(database, row, runs=row["kind"] not in {"cache", "profile", "upload"})
         return removed
 
     # --- rows ------------------------------------------------------------------------------------------------------

@@ -175,6 +175,7 @@ class Supervisor:
             request=job.request,
             objects=str(self.objects.folder),
             digests={row["id"]: row["digest"] for row in rows if row["digest"] is not None},
+            names={row["id"]: row["name"] for row in rows},
             folder=str(self.runs / job.id),
             lock=str(self.settings.data_dir / f"{LOCAL}.lock") if alone else None,
             command=list(self.settings.command),

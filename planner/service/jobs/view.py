@@ -23,6 +23,7 @@ from tightfit.planner.report.fleet_text import (
 )
 from tightfit.planner.report.html import LARGEST, describe
 from tightfit.planner.report.memory_categories import feasible, peak_parts, timeline_slices
+from tightfit.planner.report.plain_words import plain_words
 from tightfit.planner.report.summary import plan_summary
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.wire.shown import (
@@ -55,7 +56,8 @@ def plan_view(
         model=plan.model.name,
         about=describe(plan),
         summary=plan_summary(plan),
-        sentences=explain(plan, explanation),
+        plain=plain_words(plan, explanation),
+        sentences=explain(plan, explanation, commands=False),
         not_runnable=not_runnable,
     )
     slices = timeline_slices(plan.timeline, SLICES)
@@ -91,25 +93,13 @@ def _channels(plan: Plan, explanation: Explanation) -> list[ChannelShown]:
     return [*(ChannelShown(**use.model_dump()) for use in explanation.channels), waiting]
 
 
-def owners(plan: Plan) -> dict[str, str]:
-    """Tensor -> the layer that it is shown with: the first that names it."""
-    layer_of: dict[str, str] = {}
-    index = TensorIndex(plan)
-    for layer, names in index.names.items():
-        for name in names.values():
-            layer_of.setdefault(name, layer)
-            for state in index.states.get(name, ()):
-                layer_of.setdefault(state, layer)
-    return layer_of
-
-
 def _layers(plan: Plan) -> list[LayerShown]:
     """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its
     passes.
     """
     if plan.model.is_bare_graph:
         return _operators(plan)
-    layer_of = owners(plan)
+    layer_of = TensorIndex(plan).owners()
     decided: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for name, cost in CostLedger(plan).costs().items():
         if cost.decision is not None:
@@ -167,7 +157,7 @@ def _edges(plan: Plan) -> list[Edge]:
 def difference(before: Plan, after: Plan) -> Difference:
     """What `after` does otherwise: figures side by side, changes by sort, and tensor by tensor, largest first."""
     changes = diff(before, after)
-    layer_of = owners(before)
+    layer_of = TensorIndex(before).owners()
     return Difference(
         plans=[plan_summary(before), plan_summary(after)],
         groups=grouped(changes),

@@ -13,11 +13,13 @@ from pydantic import BaseModel
 
 from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.io import parse_plan
+from tightfit.planner.report.step_columns import step_columns
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.jobs.view import difference, fleet_view, plan_view
 from tightfit.planner.service.wire.objects import ObjectStore
+from tightfit.planner.service.wire.shown import PlanTimeline
 from tightfit.runtime.common.strict_json import to_json
 
 LEVEL = 4
@@ -44,6 +46,11 @@ def _plan(order: JobOrder) -> BaseModel:
     return plan_view(_parsed(order, identity), identity, explanation, not_runnable=request["not_runnable"])
 
 
+def _timeline(order: JobOrder) -> BaseModel:
+    (identity,) = order.request["ids"]
+    return PlanTimeline.model_validate(step_columns(_parsed(order, identity)))
+
+
 def _changes(order: JobOrder) -> BaseModel:
     return difference(*(_parsed(order, identity) for identity in order.request["ids"]))
 
@@ -64,5 +71,10 @@ def _read(objects: str, digest: str) -> Plan:
     return parse_plan(ObjectStore(Path(objects)).read(digest), "the stored plan")
 
 
-SHOWN: Mapping[str, Callable[[JobOrder], BaseModel]] = {"plan": _plan, "changes": _changes, "fleet": _fleet}
+SHOWN: Mapping[str, Callable[[JobOrder], BaseModel]] = {
+    "plan": _plan,
+    "timeline": _timeline,
+    "changes": _changes,
+    "fleet": _fleet,
+}
 """what is asked for -> what makes it"""

@@ -91,6 +91,10 @@ def _work_of(kind: str) -> Callable[[JobOrder, EventWriter], dict[str, Any]]:
         from tightfit.planner.service.jobs.profiling import profile
 
         return profile
+    if kind == "preview":
+        from tightfit.planner.service.jobs.previewing import preview
+
+        return preview
     if kind == "trace":
         from tightfit.planner.service.jobs.tracing import trace
 

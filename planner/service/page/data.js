@@ -8,6 +8,7 @@ import { action } from "./shell.js";
 
 export const RANDOM = "random";
 const SHOWN = 12; // samples of a preview at first
+const TRAIN = /(^|[^a-z])(train|training|sft|finetune)([^a-z]|$)/i, HELD = /(^|[^a-z])(held[-_ ]?out|eval|valid|validation|dev|test)([^a-z]|$)/i;
 const KINDS = { jsonl: "JSON lines", json: "JSON", csv: "CSV", text: "text", parquet: "Parquet", folder: "folder" };
 
 // What data are called: a file's name, not its id.
@@ -73,6 +74,14 @@ async function known() {
     ...uploads.map((one) => ({ value: `upload:${one.id}`, name: one.name, kind: "uploaded", bytes: one.bytes, created: one.created })),
     ...files.map((one) => ({ value: one.path, name: one.path, kind: KINDS[one.kind] ?? one.kind, bytes: one.bytes, created: one.modified })),
   ];
+}
+
+// The data that are likeliest meant, so that nobody has to look for them: {train, held}, what the names of files say, else the latest
+// upload; null where nothing says so.
+export async function likely() {
+  const items = (await known()).filter((one) => one.kind !== "folder"), uploaded = items.filter((one) => one.value.startsWith("upload:"));
+  const held = items.find((one) => HELD.test(one.name)) ?? null, others = items.filter((one) => !HELD.test(one.name));
+  return { train: others.find((one) => TRAIN.test(one.name)) ?? uploaded.find((one) => others.includes(one)) ?? (others.length === 1 ? others[0] : null), held };
 }
 
 // A look at data as a plan's training reads them: prompts grey, what is trained on marked, what is cut or refused with its line.

@@ -38,10 +38,11 @@ function control({ name, kind, choices, default: usual, least, most, above }) {
 // What a form asks for, by the fields of its request; fields that are left empty or at their defaults are left out.
 export async function asked(form, request) {
   const fields = {};
-  for (const { name, kind, of, default: usual } of (await described)[request]) {
+  for (const { name, kind, of, choices, default: usual } of (await described)[request]) {
     const input = form.elements[name];
     if (!input || input.type === "file") continue;
-    const value = kind === "switch" ? input.checked : valueOf(input.value.trim(), kind, of);
+    const text = kind === "switch" ? "" : input.value.trim();
+    const value = kind === "switch" ? input.checked : kind === "choice" ? choices.find((one) => String(one) === text) ?? null : valueOf(text, kind, of);
     if (value !== null && value !== usual) fields[name] = value;
   }
   return fields;
@@ -67,7 +68,7 @@ export function beside(form, error) {
     input.setAttribute("aria-invalid", "true");
     input.setAttribute("aria-errormessage", id);
     for (let fold = input.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
-    input.closest("label").append(html("span", { id, class: "wrong" }, message));
+    (input.closest(".field") ?? input.closest("label")).append(html("span", { id, class: "wrong" }, message));
   }
   places[0][0].focus();
   return true;

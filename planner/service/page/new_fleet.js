@@ -45,7 +45,7 @@ export async function show({ root, query, signal, title }) {
     adding.disabled = draft.members.length >= MOST;
     start.disabled = !draft.members.length;
   };
-  const bound = (member, name, control) => { control.addEventListener("change", () => { member[name] = control.type === "number" ? Number(control.value) : control.value.trim(); keep(); }); return control; };
+  const bound = (member, name, control) => { control.addEventListener("input", () => { member[name] = control.type === "number" ? Number(control.value) : control.value.trim(); keep(); }); return control; };
   const card = (member, index) => {
     const device = known.find((one) => one.key === member.device);
     const rate = bound(member, "link", html("select", {}, ...Object.entries({ ...LINKS, [OTHER]: "another rate" }).map(([value, text]) => html("option", { value, selected: value === member.link }, text))));
@@ -84,10 +84,11 @@ export async function show({ root, query, signal, title }) {
   }) },
   section(null, html("div", { class: "row" }, field("Model", model), field("Micro-batches of a step", batches, "All devices together; each is one pass of the model's batch."))),
   section("Devices", html("p", { class: "soft" }, "Devices other than this machine are estimated from what is known of them; of one that has asked, its own measurement counts."), members, html("div", { class: "row last" }, choice, adding)),
+  html("details", { class: "more panel" }, html("summary", {}, "More options"), html("div", { class: "row" })),
   html("div", { class: "row last" }, start), say);
   root.append(heading("Plan a fleet"), html("p", { class: "soft" }, "Several devices share each training step. The planner finds who computes how much, each within its own memory, so that the step is as short as it can be."), form);
   model.addEventListener("change", () => { draft.profile = model.value; keep(); });
-  batches.addEventListener("change", () => { draft.micro_batches = Number(batches.value); keep(); });
+  batches.addEventListener("input", () => { draft.micro_batches = Number(batches.value); keep(); });
   if (!draft.members.length) add("own");
   draw();
   complete(form, "fleet", ["members"]).catch(complain);

@@ -3,7 +3,7 @@
 import { get, post } from "./api.js";
 import { html, seconds } from "./charts.js";
 import { button, empty, field, heading, mib, progress, section } from "./components.js";
-import { dataChooser, preview, RANDOM } from "./data.js";
+import { dataChooser, likely, preview, RANDOM } from "./data.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { action, complain, go, to } from "./shell.js";
 
@@ -19,7 +19,7 @@ export async function show({ root, query, signal, keep, title }) {
   if (!usable.length) {
     return void root.append(heading("Fine-tune a model"), empty("First measure a model that lies on the service's machine, and plan it for the memory that you have.", html("a", { href: to("models") }, "Models")));
   }
-  const named = (plan) => `${plan.title ?? plan.label ?? made.get(plan.profile)?.name ?? plan.id}, ${mib(plan.summary.budget_bytes)} MiB, ${seconds(plan.summary.step_seconds)} s a step`;
+  const named = (plan) => `${plan.title ?? plan.label ?? `${made.get(plan.profile)?.name ?? plan.id} in ${mib(plan.summary.budget_bytes)} MiB`}, ${seconds(plan.summary.step_seconds)} s a step`;
   const plan = html("select", { name: "plan", change: () => { keep({ plan: plan.value }); look(); } }, ...usable.map((one) => html("option", { value: one.id, selected: one.id === query.plan }, named(one))));
   const seen = section("The data, as they are read", html("p", { class: "soft" }, "Choose data to look at them."));
   const look = action(async () => {
@@ -63,7 +63,11 @@ export async function show({ root, query, signal, keep, title }) {
   );
   root.append(heading("Fine-tune a model"), form, seen);
   complete(form, "run", ["plan", "data", "eval_data"]).catch(complain);
-  if (data.value) look();
+  if (data.value) return void look();
+  const { train, held: apart } = await likely();
+  if (signal.aborted || data.value || !train) return;
+  data.set(train.value, train.name);
+  if (apart) held.set(apart.value, apart.name);
 }
 
 // Of a run's options those that change how data are read.

@@ -1,69 +1,105 @@
-// One plan on the page: figures, sentences, memory over the step, the peak, layers, channels.
+// One plan: what it does in plain words, its figures, its step to move in, what fills the memory, its layers and channels.
 
-import { atLeast, html, inUnit, kindColour, legend, place, seconds, showTimeline, size, unitOf } from "./charts.js";
-import { DECISIONS, didColour, layerGraph } from "./layers.js";
-import { bar, mib, percent, table } from "./components.js";
+import { download, get, patch, remove } from "./api.js";
+import { atLeast, html, kindColour, legend, place, seconds, size } from "./charts.js";
+import { bar, button, confirmed, editable, heading, mib, note, numbers, percent, scrolling, section, table, when } from "./components.js";
+import { explained } from "./glossary.js";
+import { didColour, LAYERS_DRAWN, layerGraph, used } from "./layers.js";
+import { action, go, to } from "./shell.js";
+import { showStep, stepOf } from "./timeline.js";
 
-const $ = (id) => document.getElementById(id);
-const ROWS = 40; // of the timeline's table
+const ROWS = 60; // of a table of layers, before one asks for more
 
-// What a timeline is drawn of.
-export const drawn = ({ timeline, peak, summary }) => ({ series: timeline, peak, cap: summary.budget_bytes });
+export const nameOf = (plan) => plan.title ?? plan.label ?? `${plan.summary.policy} in ${mib(plan.summary.budget_bytes)} MiB`;
 
-export function showPlan(view) {
-  $("plan").hidden = false;
-  $("cards").replaceChildren(...cards(view).map(([name, value, more]) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more)))));
-  $("sentences").replaceChildren(...view.sentences.map((text) => html("li", {}, text)));
-  const feasible = Boolean(view.timeline);
-  $("feasible").hidden = !feasible;
-  if (!feasible) return;
-  showTimeline({ box: $("timeline"), key: $("timeline-legend"), reading: $("reading") }, drawn(view), `${view.summary.policy} at ${size(view.summary.budget_bytes)}`);
-  $("timeline-table").replaceChildren(moments(view.timeline));
-  showPeak(view.peak);
-  showLayers(view);
-  $("channels-table").replaceChildren(
-    table("Share of the step at work; bytes per step", ["channel", "", "share", "seconds", "MiB"], view.channels.map((row, index) => [row.name, bar(row.share, `var(--policy-${index})`), percent(row.share), seconds(row.seconds), row.bytes ? mib(row.bytes) : "–"])),
+export async function show({ root, id, signal, title }) {
+  const [plan, view] = await Promise.all([get(`/v1/plans/${id}`), get(`/v1/plans/${id}/view`)]);
+  if (signal.aborted) return;
+  const { summary } = view, feasible = Boolean(view.timeline), given = plan.label ?? `${view.model} in ${mib(summary.budget_bytes)} MiB`;
+  const save = (fields) => patch(`/v1/plans/${id}`, fields);
+  title(nameOf(plan));
+  root.append(
+    heading("", ...actions(plan, view)),
+    html("p", { class: "soft" }, plan.profile ? html("a", { href: to("models", plan.profile, { budget: summary.budget_bytes, policy: summary.policy }) }, view.model) : view.model, `, ${view.about}; planned `, when(plan.created)),
+    note(plan.note, (text) => save({ note: text }), action),
+    section(feasible ? "What this plan does" : "Why it does not fit", html("ol", { class: "plain-words" }, ...words(view.plain)), html("dl", { class: "cards" }, ...cards(view))),
   );
+  root.querySelector(".heading h1").replaceWith(editable(nameOf(plan), async (text) => { const kept = await save({ title: text }); return kept.title ?? given; }, { label: "name of the plan", action }));
+  if (feasible) {
+    const box = html("div", { class: "step" }, html("p", { class: "soft busy" }, "loading the step …"));
+    root.append(
+      section("One step", box),
+      html("div", { class: "beside" }, peak(view.peak), channels(view)),
+      layers(view),
+    );
+    get(`/v1/plans/${id}/timeline`).then((columns) => { if (!signal.aborted) showStep(box, stepOf(columns), { name: nameOf(plan) }); }).catch((error) => box.replaceChildren(html("p", {}, error.message)));
+  }
+  root.append(html("details", {}, html("summary", {}, "In the planner's own words"), html("ul", { class: "plain" }, ...view.sentences.map((text) => html("li", {}, text)))));
 }
+
+function words(sentences) {
+  const told = new Set();
+  return sentences.map((text) => html("li", {}, ...explained(text, told)));
+}
+
+function actions(plan, view) {
+  const { summary } = view;
+  return [
+    view.timeline && !view.not_runnable ? button("Fine-tune with it", () => go("runs", "", { plan: plan.id }), "main") : null,
+    view.timeline && view.not_runnable ? html("span", { class: "pill", title: view.not_runnable }, "cannot run on this machine") : null,
+    view.timeline ? null : button("Choose another budget", () => go("models", plan.profile, { budget: summary.minimum_budget_bytes }), "main"),
+    button("Compare", () => go("compare", "", { plans: plan.id })),
+    button("Download", action(() => download(`/v1/plans/${plan.id}/file`, "plan.json"))),
+    button("Delete", action(async () => {
+      if (!(await confirmed("Delete this plan?", "Delete it"))) return;
+      await remove(`/v1/plans/${plan.id}`);
+      go("plans");
+    }), "quiet"),
+  ].filter(Boolean);
+}
+
+const card = ([name, value, more]) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more)));
 
 function cards({ summary, timeline }) {
   if (!timeline) {
     const least = summary.minimum_budget_bytes;
     return [
-      ["asked for", `${mib(summary.budget_bytes)} MiB`, "for the whole process"],
-      [summary.policy === "solver" ? "smallest that fits" : `smallest for ${summary.policy}`, least ? `${atLeast(least)} MiB` : "unknown", least ? `${atLeast(least - summary.budget_bytes)} MiB more` : ""],
-    ];
+      ["asked for", `${mib(summary.budget_bytes)} MiB`, "for everything"],
+      [summary.deterministic === false ? "smallest found so far" : "smallest that is enough", least ? `${atLeast(least)} MiB` : "unknown", least ? `${atLeast(least - summary.budget_bytes)} MiB more` : ""],
+    ].map(card);
   }
-  const { train } = summary;
+  const { train } = summary, share = (value) => percent(value / (summary.step_seconds || 1));
   return [
-    ["one step", `${seconds(summary.step_seconds)} s`, summary.policy === "solver" ? `proven: at best ${seconds(summary.bound_seconds)} s` : `by the rule ${summary.policy}`],
-    ["peak", `${mib(summary.peak_bytes)} MiB`, `of ${mib(summary.budget_bytes)} MiB`],
-    ["made again", `${seconds(train.recompute_seconds)} s`, `${percent(train.recompute_seconds / (summary.step_seconds || 1))} of the step`],
-    ["disk", `${mib(train.read_bytes + train.write_bytes)} MiB`, `read and written per step; ${seconds(train.stall_seconds)} s waiting`],
-  ];
+    ["one step", `${seconds(summary.step_seconds)} s`, summary.policy === "solver" ? `at best ${seconds(summary.bound_seconds)} s` : `by the rule ${summary.policy}`],
+    ["peak memory", size(summary.peak_bytes), `of ${size(summary.budget_bytes)}`],
+    ["computed again", `${seconds(train.recompute_seconds)} s`, `${share(train.recompute_seconds)} of the step`],
+    ["read and written", size(train.read_bytes + train.write_bytes), `per step; ${seconds(train.stall_seconds)} s of waiting`],
+  ].map(card);
 }
 
-// A row for every slice would be long: about forty, and the peak's.
-function moments({ ends, kinds, sizes, total, peak }) {
-  const unit = unitOf(Math.max(...total)), every = Math.max(1, Math.ceil(ends.length / ROWS));
-  const rows = ends.map((_, i) => i).filter((i) => i % every === 0 || i === peak);
-  const row = (i) => [`${seconds(ends[i])}${i === peak ? " (fullest)" : ""}`, ...[...sizes, total].map((bytes) => inUnit(bytes[i], unit))];
-  return table(`${unit.name} by kind`, ["until, s", ...kinds.map((kind) => kind.label), "together"], rows.map(row));
+function peak({ parts, bytes, instruction, text, tensors }) {
+  const rows = parts.filter((part) => part.bytes >= Math.min(52429, bytes / 1000)).map((part) => [part.label, bar(part.bytes / bytes, kindColour(part.name)), size(part.bytes), percent(part.bytes / bytes, 0)]);
+  rows.push(["together", "", size(bytes), ""]);
+  return section("What fills the memory",
+    scrolling("At the fullest moment", table(`At the fullest moment, instruction ${instruction + 1}: ${text}`, ["what", "", "size", "share"], rows)),
+    html("details", {}, html("summary", {}, "Largest tensors there"), scrolling("Largest tensors", table("Largest tensors at the fullest moment", ["tensor", "size"], tensors.map(([name, most]) => [name, size(most)])))));
 }
 
-function showPeak(peak) {
-  const rows = peak.parts.filter((part) => part.bytes >= Math.min(52429, peak.bytes / 1000)).map((part, index) => [part.label, bar(part.bytes / peak.bytes, kindColour(part.name)), mib(part.bytes), percent(part.bytes / peak.bytes, 0)]);
-  rows.push(["together", "", mib(peak.bytes), ""]);
-  $("peak").replaceChildren(table(`The fullest moment of training is instruction ${peak.instruction}, ${peak.text}`, ["what", "", "MiB", "share"], rows));
-  $("largest").replaceChildren(table("Largest tensors there", ["tensor", "MiB"], peak.tensors.map(([name, size]) => [name, mib(size, 2)])));
-}
+const CHANNELS = { compute: "cores compute", read: "read", write: "write", waiting: "cores wait" };
 
-function showLayers(view) {
-  place($("layers"), (width) => layerGraph(view.layers, view.edges, width));
-  const used = new Set(view.layers.flatMap((layer) => Object.values(layer.decisions).flatMap(Object.keys)));
-  $("layers-legend").replaceChildren(...legend([...DECISIONS.filter((name) => used.has(name)), ...[...used].filter((name) => !DECISIONS.includes(name))].map((name) => [name, didColour(name)])));
-  const bytesOf = (decided) => Object.entries(decided || {}).filter(([, size]) => size).map(([name, size]) => `${name} ${mib(size)}`).join(", ") || "–";
-  $("layers-table").replaceChildren(
-    table("MiB by decision", ["layer", "forward, s", "backward, s", "activations", "weights", "optimizer states"], view.layers.map((layer) => [layer.name, seconds(layer.forward_seconds), seconds(layer.backward_seconds), bytesOf(layer.decisions.activations), bytesOf(layer.decisions.weights), bytesOf(layer.decisions.states)])),
-  );
+const channels = (view) => section("Who is busy",
+  scrolling("Who is busy", table("Share of the step; they work beside each other", ["", "", "share", "seconds", "moved"], view.channels.map((row) => [CHANNELS[row.name] ?? row.name, bar(row.share, `var(--step-${{ compute: "forward", waiting: "wait" }[row.name] ?? row.name})`), percent(row.share), seconds(row.seconds), row.bytes ? size(row.bytes) : "–"]))));
+
+function layers(view) {
+  const graph = html("div", { class: "chart-box scroll", tabindex: 0, role: "region", "aria-label": "Layers" }), decided = used(view.layers);
+  place(graph, (width) => layerGraph(view.layers, view.edges, width));
+  const together = (decisions) => Object.entries(decisions || {}).filter(([, bytes]) => bytes).map(([name, bytes]) => `${name} ${size(bytes)}`).join(", ") || "–";
+  const row = (layer) => [layer.name, seconds(layer.forward_seconds), seconds(layer.backward_seconds), together(layer.decisions.activations), together(layer.decisions.weights), together(layer.decisions.states)];
+  const box = html("div"), what = view.layers.length > LAYERS_DRAWN ? "operators" : "layers";
+  const list = (limit) => {
+    const more = view.layers.length > limit ? button(`Show more of ${view.layers.length}`, () => list(limit * 4), "quiet") : null;
+    box.replaceChildren(...[table("What becomes of each", ["layer", "forward, s", "backward, s", "activations", "weights", "optimizer's states"], view.layers.slice(0, limit).map(row)), more].filter(Boolean));
+  };
+  list(ROWS);
+  return section(`The ${what}`, html("p", { class: "soft" }, "From left to right in the order of the forward; colours tell what becomes of their bytes."), graph, html("ul", { class: "legend" }, ...legend(decided.map((name) => [name, didColour(name)]))), numbers("Layers in numbers", box));
 }

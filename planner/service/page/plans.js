@@ -1,3 +1,43 @@
-// (to be written)
-import { empty, heading } from "./components.js";
-export async function show({ root }) { root.append(heading("plans"), empty("not yet")); }
+// All plans: found by name, sorted by their figures, compared, deleted.
+
+import { get, remove } from "./api.js";
+import { html, seconds, size } from "./charts.js";
+import { button, confirmed, empty, heading, list, percent, when } from "./components.js";
+import { nameOf } from "./plan.js";
+import { action, go, to } from "./shell.js";
+
+const AT_ONCE = 50;
+
+export async function show({ root, query, keep }) {
+  const fits = (plan) => plan.summary.status !== "infeasible", figure = (plan, name) => (fits(plan) ? plan.summary[name] : null);
+  const plans = list({
+    name: "plans",
+    action,
+    columns: [
+      { title: "Plan", value: nameOf, cell: (plan) => html("span", {}, html("a", { href: to("plans", plan.id) }, nameOf(plan)), plan.note ? html("small", { class: "noted" }, plan.note) : null) },
+      { title: "Planned by", value: (plan) => plan.summary.policy, cell: (plan) => (plan.summary.policy === "solver" ? "search" : `rule ${plan.summary.policy}`) },
+      { title: "Budget", value: (plan) => plan.summary.budget_bytes, cell: (plan) => size(plan.summary.budget_bytes) },
+      { title: "Seconds per step", value: (plan) => figure(plan, "step_seconds"), cell: (plan) => (fits(plan) ? seconds(plan.summary.step_seconds) : html("span", { class: "pill bad" }, "does not fit")) },
+      { title: "Peak", value: (plan) => figure(plan, "peak_bytes"), cell: (plan) => (fits(plan) ? size(plan.summary.peak_bytes) : "–") },
+      { title: "At most slower than the best", value: (plan) => figure(plan, "gap"), cell: (plan) => (fits(plan) ? percent(plan.summary.gap, 2) : "–") },
+      { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },
+    ],
+    load: async (cursor, search) => {
+      keep({ search: search || null });
+      const asked = new URLSearchParams({ limit: AT_ONCE, ...(search ? { search } : {}), ...(cursor ? { after: cursor } : {}), ...(query.profile ? { profile: query.profile } : {}) });
+      const page = await get(`/v1/plans?${asked}`);
+      return { items: page.plans, next: page.next };
+    },
+    none: () => empty("No plan yet. A plan is made of a model and a budget.", button("Choose a model", () => go("models"), "main")),
+    actions: (chosen) => [
+      chosen.length > 1 ? button(`Compare ${chosen.length}`, () => go("compare", "", { plans: chosen.map((plan) => plan.id).join(",") }), "main") : html("span", { class: "soft" }, "choose another to compare"),
+      button("Delete", action(async () => {
+        if (!(await confirmed(`Delete ${chosen.length === 1 ? "this plan" : `these ${chosen.length} plans`}?`, "Delete"))) return;
+        for (const plan of chosen) await remove(`/v1/plans/${plan.id}`);
+        await plans.reload();
+      }), "danger"),
+    ],
+  });
+  root.append(heading("Plans"), html("p", { class: "soft" }, "Each says what happens to every tensor in one training step, so that it fits a budget. Tick some to compare them."), plans);
+  await plans.reload();
+}

@@ -224,6 +224,6 @@ function asking(job, id, signal) {
     } finally {
       ask.disabled = false;
     }
-  }) }, field("Your text", prompt, "As your data have their prompts. Both answers are the likeliest words, not drawn by chance."), html("div", { class: "row last" }, field("At most, tokens", most), ask));
+  }) }, field("Your text", prompt, "As your data have their prompts. Both answers are the likeliest words, not drawn by chance."), html("div", { class: "row last ask" }, field("At most, tokens", most), ask));
   return [form, answers];
 }

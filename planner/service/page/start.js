@@ -1,12 +1,12 @@
 // The first ten seconds: an example that is planned already, three doors, and what was done last.
 
 import { get } from "./api.js";
-import { html, seconds } from "./charts.js";
+import { html, seconds, showTimeline, size } from "./charts.js";
 import { heading, mib, section, when } from "./components.js";
 import { choose, dropZone } from "./sources.js";
 import { complain, go, to } from "./shell.js";
 
-const LATEST = 6;
+const LATEST = 6, AGAIN = 2000; // ms between two looks for the example's plans
 
 export async function show({ root, signal }) {
   const [{ profiles }, { plans }, { jobs: runs }] = await Promise.all([get("/v1/profiles?limit=50"), get(`/v1/plans?limit=${LATEST}`), get(`/v1/jobs?kind=run&limit=${LATEST}`)]);
@@ -24,6 +24,23 @@ export async function show({ root, signal }) {
     latest("Models", profiles.slice(0, LATEST), (one) => [html("a", { href: to("models", one.id) }, one.title ?? one.label ?? one.name), html("span", { class: "soft" }, one.summary.device ?? ""), when(one.created)]),
     latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, plan.title ?? plan.label ?? plan.id), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.step_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
   ].filter(Boolean));
+  if (example && !runs.length && profiles.length === 1) picture(root.querySelector(".doors"), example, signal).catch(complain);
+}
+
+// What tightfit is about, on a service that holds nothing yet: the example's step in the middle of its curve.
+async function picture(doors, example, signal) {
+  const planned = async () => (await get(`/v1/plans?profile=${example.id}&limit=50`)).plans.filter((plan) => plan.summary.status !== "infeasible").sort((a, b) => a.summary.budget_bytes - b.summary.budget_bytes);
+  let fitting = await planned();
+  while (!fitting.length && !signal.aborted) { // it is being planned: the service has just begun
+    await new Promise((resolve) => setTimeout(resolve, AGAIN));
+    fitting = await planned();
+  }
+  if (signal.aborted) return;
+  const plan = fitting[Math.floor(fitting.length / 2)], view = await get(`/v1/plans/${plan.id}/view`);
+  if (signal.aborted || !view.timeline) return;
+  const box = html("div", { class: "chart-box" }), key = html("ul", { class: "legend" }), reading = html("p", { class: "reading", "aria-live": "polite" });
+  doors.after(section(`One training step of ${view.model} in ${size(view.summary.budget_bytes)}`, html("p", { class: "soft" }, `${seconds(view.summary.step_seconds)} s, and never above the line. `, html("a", { href: to("plans", plan.id) }, "See why it is done so")), box, key, reading));
+  showTimeline({ box, key, reading }, { series: view.timeline, peak: view.peak, cap: view.summary.budget_bytes }, `${view.model} in ${size(view.summary.budget_bytes)}`);
 }
 
 const latest = (title, items, row) => (items.length ? section(title, html("ul", { class: "bare" }, ...items.map((item) => html("li", { class: "row" }, ...row(item))))) : null);

@@ -30,7 +30,7 @@ from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
-from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.session.options import DataOptions, RunOptions
 
 
 def _read(parse: Callable[[str], float], allowed: Callable[[float], bool], words: str) -> BeforeValidator:
@@ -234,6 +234,28 @@ class JobsRequest(RequestBody):
     jobs: list[JobId] = Field(min_length=1, max_length=1000)
 
 
+class PreviewRequest(_with_options(DataOptions)):  # type: ignore[misc]
+    """Read data as a run of a profile, or of a plan of it, would."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"profile": DIGEST, "data": f"upload:{DIGEST}", "truncate": True}]}
+    )
+
+    profile: Digest | None = None
+    plan: Digest | None = None
+    data: str = Field(
+        min_length=1,
+        max_length=LONGEST_PATH,
+        description="a file or folder of samples under an allowed root, or upload: and the id of an upload",
+    )
+
+    @model_validator(mode="after")
+    def one_model(self) -> Self:
+        if (self.profile is None) == (self.plan is None):
+            raise ValueError("give either profile or plan")
+        return self
+
+
 class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]
     """Train on this machine as planned."""
 
@@ -243,5 +265,5 @@ class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]
     data: str = Field(
         min_length=1,
         max_length=LONGEST_PATH,
-        description="random, or a file or folder of samples under an allowed root",
+        description="random, a file or folder of samples under an allowed root, or upload: and the id of an upload",
     )

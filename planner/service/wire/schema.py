@@ -12,7 +12,7 @@ from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.strict_json import is_deeper
 
-JobKind = Literal["profile", "trace", "plan", "comparison", "fleet", "run"]
+JobKind = Literal["profile", "trace", "plan", "comparison", "fleet", "preview", "run"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
@@ -86,6 +86,8 @@ CPU = {
     "local": True,
     "running": JOB,
     "waiting": 0,
+    "spare_bytes": 6442450944,
+    "spare_why": "7.1 GiB are available, less 0.9 GiB that stay free",
 }
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
 JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
@@ -151,7 +153,8 @@ class ServiceJob(Named):
     result: dict[str, Any] | None = Field(
         None,
         description="profile: {profile}; trace: {trace, summary}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, why, summary}, where `plans`"
-        " are the stored plans by member; run: {report}",
+        " are the stored plans by member; run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
+        " padding_share}, where a sample has its line, pieces {text, trained}, tokens and how many of them are cut",
     )
     error: Error | None = None
 
@@ -232,6 +235,10 @@ class DeviceAnswer(ResponseBody):
     local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
     running: JobId | None = None
     waiting: int = Field(description="runs and measurements queued for it")
+    spare_bytes: int | None = Field(
+        None, description="what a run there may take now, a margin left free; null: of another machine, or nothing"
+    )
+    spare_why: str | None = Field(None, description="where that figure comes from, or why there is none, in words")
 
 
 class DeviceList(ResponseBody):

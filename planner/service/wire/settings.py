@@ -40,6 +40,8 @@ class Settings:
     """a plan, comparison, fleet or profile that takes longer is ended"""
     upload_bytes: int = 64 << 20
     """largest uploaded profile, as sent and as unpacked"""
+    data_bytes: int = 256 << 20
+    """largest uploaded file of samples"""
     request_bytes: int = 256 << 10
     """largest body of any other request"""
     check_bytes: int = 1 << 30

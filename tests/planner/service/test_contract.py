@@ -73,6 +73,7 @@ def test_the_examples_of_the_description_are_what_is_asked_for(described, served
         "ComparisonRequest": "comparisons",
         "FleetRequest": "fleets",
         "RunRequest": "runs",
+        "PreviewRequest": "previews",
     }
     for name, path in requests.items():
         for example in schemas[name]["examples"]:

@@ -26,7 +26,7 @@ from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.chat import ChatTemplate
 from tightfit.runtime.data.samples import CONVERSION, FORMS, data_files, parse_sample
-from tightfit.runtime.data.tokenization import RANDOM_RECORDS, Encoder, _DataPass, _pad_token, plan_again, prepare
+from tightfit.runtime.data.tokenization import RANDOM_RECORDS, DataPass, Encoder, pad_token_of, plan_again, prepare
 from tightfit.runtime.engine.training.batches import TokenBatches
 from tightfit.runtime.engine.training.pairs import PairBatches
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
@@ -962,7 +962,7 @@ def test_a_text_that_brings_its_first_token_gets_no_second_one(beginning: Vocabu
 def test_a_sample_without_a_token_to_predict_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
     """As of a choice that a tokenizer makes nothing of."""
     with RecordWriter(tmp_path / "x", seq=4, pad_token=0, vocab_size=9, source="") as writer:
-        samples = _DataPass(writer, Encoder(vocabulary, 420), "train", "refuse", plan_again(None))
+        samples = DataPass(writer, Encoder(vocabulary, 420), "train", "refuse", plan_again(None))
         for ids in ([1, 2, 3], [1], []):
             with pytest.raises(InputError, match="nothing is left to predict"):
                 samples.shift((ids, [False] * len(ids)))
@@ -973,8 +973,8 @@ def test_a_padding_token_that_the_model_has_no_row_for_is_not_used(vocabulary: V
     (low, _), (high, last) = tokens[5], tokens[-1]
     for pad, end, found in ((high, low, 5), (high, high, 0), (low, high, 5)):
         own = Vocabulary(tokenizer=vocabulary.tokenizer, pad_token=pad, eos_token=end)
-        assert _pad_token(own, last) == found
-        assert _pad_token(own, last + 1) == (5 if pad == low else last)
+        assert pad_token_of(own, last) == found
+        assert pad_token_of(own, last + 1) == (5 if pad == low else last)
 
 
 def test_progress_counts_samples(vocabulary: Vocabulary, tmp_path: Path) -> None:

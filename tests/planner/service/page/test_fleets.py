@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from places_of_the_page import at, nothing_hinders, rows, tab
 from playwright.sync_api import expect
@@ -29,7 +31,7 @@ def test_a_fleet_is_planned_and_drawn(browser, served, chain, pictures):
         page.reload()  # what is filled in is still there
         assert page.locator("[data-member='1'] input[type=number]").input_value() == "32"
         page.get_by_role("button", name="Plan this fleet").click()
-        page.wait_for_url("**/page/#/fleets/*[0-9a-f]")
+        page.wait_for_url(re.compile("#/fleets/[0-9a-f]{64}$"))
         expect(page.locator("#lanes svg")).to_be_visible()
         identity = page.url.rsplit("/", 1)[1]
         view = served.http.get(f"/v1/fleets/{identity}/view").json()

@@ -1,0 +1,516 @@
+// One model: will it fit. A curve of seconds per step against the budget, the budget to drag along it, the verdict of that budget and
+// of nothing else; where nothing fits, what would help. What is searched for goes on in the service when this place is left, and is
+// found again: an equal request is the same job.
+
+import { download, finish, get, patch, post, work } from "./api.js";
+import { atLeast, curveLegend, html, MIB, place as drawIn, places, seconds, size } from "./charts.js";
+import { announce, button, editable, field, heading, mib, note, percent, progress, scrolling, section, span, table, term } from "./components.js";
+import { budgetCurve } from "./curve.js";
+import { asked, beside, complete, forget } from "./forms.js";
+import { deleted, measuredModel, measuring, nameOf, origin } from "./models.js";
+import { meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
+import { action, complain, go, to } from "./shell.js";
+import { choose } from "./sources.js";
+
+const LOOK = 3, ROUGH = 2, FINE = 15; // seconds for a plan: to see where the curve lies, to sketch it, to draw it
+const SKETCHED = 4, POINTS = 9; // budgets of the sketch and of the curve
+const SLIDER_STEPS = 400, MOST = Number.MAX_SAFE_INTEGER, LEAST = 1024, SPREAD = 5; // budgets apart by more than this factor lie on a scale of ratios
+const MORE = 50 * MIB;
+
+export async function show(place) {
+  if (place.id.startsWith("job-")) await showMeasurement(place);
+  else await explore(place);
+}
+
+// --- a measurement ----------------------------------------------------------------------------------------------------
+
+async function showMeasurement({ root, id, query, signal, title }) {
+  const job = await get(`/v1/jobs/${id}`), name = measuredModel(job);
+  title(name);
+  if (job.state === "succeeded") return location.replace(to("models", job.result.profile, query));
+  const bar = measuring(job), cancel = button("Cancel", action(async () => { cancel.disabled = true; await post(`/v1/jobs/${id}/cancel`, {}); }), "quiet");
+  const box = section(null, html("div", { class: "row" }, bar, cancel), html("p", { class: "soft" }, "Its operators are timed on the machine, one kind after the other; that takes from some seconds to some minutes, and goes on when this page is closed."));
+  root.append(heading(name), box);
+  finish(job, bar.hear, signal).then(
+    (done) => { if (!signal.aborted) location.replace(to("models", done.result.profile, query)); },
+    (error) => {
+      if (signal.aborted) return;
+      const words = error.code === "cancelled" ? "This measurement was cancelled." : error.message;
+      box.replaceChildren(html("p", { class: "not", role: "alert" }, words), html("div", { class: "row last" }, button("Try again", action(() => again(job.request)), "main"), button("Choose another model", () => choose().catch(complain))));
+    },
+  );
+}
+
+// Ask for a measurement by what an earlier one was asked for, with changes: the service names paths relative to its folders.
+async function again({ source, config, header, ...options }, changes = {}, query = {}) {
+  const model = config ? { config } : header ? { header } : { path: source }, known = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== null));
+  const job = await post("/v1/profiles", { ...known, ...model, ...changes });
+  go("models", job.result?.profile ?? job.id, query);
+}
+
+// --- a profile --------------------------------------------------------------------------------------------------------
+
+async function explore(place) {
+  const { root, id, query, signal } = place;
+  const [profile, { devices }] = await Promise.all([get(`/v1/profiles/${id}`), get("/v1/devices")]);
+  const { summary } = profile, policies = [...summary.policies, ...(summary.approximate ?? [])];
+  place.title(nameOf(profile));
+  const { budget: budgetKept, policy: policyKept, ...stepKept } = query;
+  const state = { least: 0, proven: false, most: 0, budget: 0, policy: policies.includes(policyKept) ? policyKept : SOLVER, cells: [], chart: null, asked: 0, step: stepKept, drawn: new Set(summary.policies), ticked: new Set(), dragging: false, ways: null, round: 0 };
+  const old = (round) => signal.aborted || round !== state.round;
+
+  // --- what is to be seen ---
+
+  const verdict = html("p", { id: "verdict", class: "verdict", role: "status", "aria-live": "polite" }), smallest = html("p", { id: "smallest", class: "soft" });
+  const slider = html("input", { id: "slider", type: "range", min: 0, max: SLIDER_STEPS, step: 1, disabled: true }), input = html("input", { id: "budget", type: "number", min: 0, step: "any", inputmode: "decimal" });
+  const policy = html("select", { id: "policy" }, html("optgroup", { label: "Exact gradient" }, ...summary.policies.map((name) => html("option", { value: name }, nameOfRule(name)))), summary.approximate?.length ? html("optgroup", { label: "Another gradient" }, ...summary.approximate.map((name) => html("option", { value: name }, nameOfRule(name)))) : null);
+  const solveButton = button("Plan at this budget", action(() => solve()), "main"), fitButton = fitThisMachine(), working = html("div", { id: "working" }), curving = html("div", { id: "curving" });
+  const chart = html("div", { id: "curve", class: "chart-box", "aria-busy": "true" }), key = html("ul", { id: "curve-legend", class: "legend" }), numbersBox = html("div", { id: "curve-table" });
+  const next = html("div", { id: "next" }), help = html("div", { id: "help" }), rules = html("div", { id: "rules" });
+  const stepForm = html("form", { id: "step-form" }, html("details", { class: "more" }, html("summary", {}, "Optimizer, clipping, and how near to the best"), html("div", { class: "row" }, html("button", {}, "Plan so"))));
+  solveButton.id = "solve";
+  policy.value = state.policy;
+  const top = heading("", button("Download profile", action(() => download(`/v1/profiles/${id}/file`, "profile.json")), "quiet"), button("Delete", action(async () => { if (await deleted(profile)) go("models"); }), "quiet"));
+  top.querySelector("h1").replaceWith(editable(nameOf(profile), async (title) => nameOf(Object.assign(profile, await patch(`/v1/profiles/${id}`, { title }))), { action }));
+  root.append(
+    top,
+    html("p", { id: "about", class: "soft" }, about(profile)),
+    summary.marks?.length ? html("p", { id: "caution", class: "caution" }, `Caution: ${summary.marks.join("; ")}.`) : "",
+    note(profile.note, (text) => patch(`/v1/profiles/${id}`, { note: text }), action),
+    section("Will it fit?", verdict, smallest,
+      html("div", { class: "row" }, html("div", { class: "grow" }, field("Memory of the whole run", slider)), field("MiB", input), field("How", policy)),
+      html("div", { class: "row" }, solveButton, fitButton),
+      working, chart, key, curving,
+      html("details", {}, html("summary", {}, "The curve in numbers, and plans to compare"), numbersBox),
+      stepForm),
+    next, help, rules,
+  );
+
+  // --- what is known of a budget ---
+
+  const points = (name) => state.cells.filter((one) => one.policy === name && one.summary.status !== "infeasible").map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, peak: one.summary.peak_bytes, plan: one.plan, summary: one.summary })).sort((a, b) => a.budget - b.budget);
+  const misfits = (name) => state.cells.filter((one) => one.policy === name && one.summary.status === "infeasible" && one.budget_bytes > 1).map((one) => ({ budget: one.budget_bytes, needs: one.summary.minimum_budget_bytes }));
+  // The best plan that is made already: one for less memory fits in more, and may be as fast.
+  const bestFor = (budget, made = () => true) => points(state.policy).filter((point) => point.budget <= budget && made(point)).reduce((best, point) => (best && best.step < point.step ? best : point), null);
+  // Points than which a smaller budget has none as fast.
+  const undercut = (all) => all.filter((point, index) => all.slice(0, index).every((earlier) => earlier.step > point.step * (1 - 1e-9)));
+  // The smallest budget that is enough for a policy's plans, as far as it is known.
+  const needs = (name) => Math.min(...state.cells.filter((one) => one.policy === name && one.summary.status === "infeasible").map((one) => one.summary.minimum_budget_bytes).filter(Boolean), ...points(name).map((one) => one.budget));
+  const isAt = (cell, budget, name) => cell.budget_bytes === budget && cell.policy === name;
+
+  // Keep plans in the table: of two for one budget the one that is stored, then the faster one, then the one that knows of a smaller budget.
+  function keep(cells) {
+    for (const cell of cells) {
+      const at = state.cells.findIndex((one) => isAt(one, cell.budget_bytes, cell.policy)), known = state.cells[at];
+      if (at < 0) state.cells.push(cell);
+      else if (better(cell, known)) state.cells[at] = cell;
+    }
+    const found = needs(SOLVER);
+    if (found < Infinity) {
+      const firm = state.cells.filter((one) => one.policy === SOLVER && one.summary.status === "infeasible" && one.summary.deterministic !== false && one.summary.minimum_budget_bytes);
+      state.proven = firm.some((one) => one.summary.minimum_budget_bytes <= found);
+      if (state.most) state.least = Math.min(found, state.most);
+    }
+    if (!state.dragging && state.most) draw();
+    judge();
+  }
+
+  // --- the curve ---
+
+  const onRatios = () => state.most > SPREAD * state.least;
+  const ends = () => { const margin = (state.most - state.least) * 0.05; return onRatios() ? [state.least / 1.06, state.most * 1.06] : [Math.max(LEAST, state.least - margin), state.most + margin]; };
+  const budgetAt = (position) => { const [low, high] = ends(), share = position / SLIDER_STEPS; return onRatios() ? low * (high / low) ** share : low + (high - low) * share; };
+  const positionOf = (budget) => { const [low, high] = ends(), share = onRatios() ? Math.log(budget / low) / Math.log(high / low) : (budget - low) / (high - low); return Math.round(SLIDER_STEPS * Math.min(1, Math.max(0, share))); };
+  const inKib = (bytes) => Math.max(LEAST, Math.round(bytes / 1024) * 1024);
+
+  function draw() {
+    // What was planned far off the curve, perhaps by a slip of the keyboard, is in the table alone: it would squeeze the rest.
+    const { least, most } = state, near = ({ budget }) => (onRatios() ? budget >= least / 1.5 && budget <= most * 1.5 : budget >= 2 * least - most && budget <= 2 * most - least);
+    const series = policies.map((name, slot) => ({ name, label: nameOfRule(name), slot, points: (name === SOLVER ? undercut(points(name)) : points(name)).filter(near), misfits: misfits(name).filter(near) })).filter((one) => state.drawn.has(one.name) && one.points.length + one.misfits.length);
+    drawIn(chart, (width) => {
+      state.chart = budgetCurve(series, { least, most, known: needs(SOLVER) < Infinity, proven: state.proven, width });
+      const { picture } = state.chart;
+      const drag = (event) => { state.budget = inKib(state.chart.budgetAt(event)); glide(); };
+      picture.addEventListener("pointerdown", (event) => { picture.setPointerCapture(event.pointerId); state.dragging = true; drag(event); });
+      picture.addEventListener("pointermove", (event) => { if (state.dragging) drag(event); });
+      for (const end of ["pointerup", "pointercancel"]) picture.addEventListener(end, action(() => { state.dragging = false; draw(); return moved(); }));
+      mark();
+      return picture;
+    });
+    key.replaceChildren(...curveLegend(series));
+    drawNumbers();
+    drawRules();
+  }
+
+  function drawNumbers() {
+    const shown = policies.filter((name) => state.cells.some((one) => one.policy === name));
+    const budgets = [...new Set(state.cells.map((cell) => cell.budget_bytes))].filter((budget) => budget > 1).sort((a, b) => a - b);
+    const cell = (budget, name) => {
+      const planned = state.cells.find((one) => isAt(one, budget, name));
+      if (!planned) return "–";
+      const cut = name === SOLVER && planned.summary.ended_by === "time limit";
+      if (planned.summary.status === "infeasible") return `needs ${atLeast(planned.summary.minimum_budget_bytes)}${cut ? " or less" : ""}`;
+      const text = `${seconds(planned.summary.step_seconds)}${cut ? " (time limit)" : ""}`;
+      return planned.plan ? html("span", { class: "tickable" }, ticker(planned), html("a", { href: to("plans", planned.plan) }, text)) : text;
+    };
+    const compared = html("a", { class: "button", id: "compare", href: to("compare", "", { plans: [...state.ticked].join(",") }) }, `Compare ${state.ticked.size} plans`);
+    compared.hidden = state.ticked.size < 2;
+    numbersBox.replaceChildren(
+      scrolling("Seconds per step by budget and policy", table("Seconds per step, with a note where the time limit ended a search; where a budget is too small, the smallest that is enough, in MiB. Tick plans to compare them.", ["budget, MiB", ...shown.map(nameOfRule)], budgets.map((budget) => [mib(budget), ...shown.map((name) => cell(budget, name))]))),
+      compared,
+    );
+  }
+
+  function ticker({ plan, policy: name, budget_bytes: budget }) {
+    const box = html("input", { type: "checkbox", "aria-label": `Compare ${nameOfRule(name)} at ${mib(budget)} MiB` });
+    box.checked = state.ticked.has(plan);
+    box.addEventListener("change", () => {
+      state.ticked[box.checked ? "add" : "delete"](plan);
+      const link = numbersBox.querySelector("#compare");
+      link.hidden = state.ticked.size < 2;
+      link.textContent = `Compare ${state.ticked.size} plans`;
+      link.href = to("compare", "", { plans: [...state.ticked].join(",") });
+    });
+    return box;
+  }
+
+  function mark() {
+    const { budget } = state;
+    if (!budget) return;
+    input.value = (budget / MIB).toFixed(places(budget / MIB));
+    if (state.most) slider.value = positionOf(budget);
+    slider.setAttribute("aria-valuetext", `${mib(budget)} MiB`);
+    state.chart?.show(budget, bestFor(budget)?.step);
+  }
+
+  // What is known of the budget and the policy that are chosen, and of nothing else: said anew whenever they or it change.
+  function judge() {
+    const { budget, policy: name } = state, wanted = `${mib(budget)} MiB`, best = bestFor(budget);
+    const say = (text, fits) => {
+      verdict.className = `verdict ${fits === null ? "soft" : fits ? "fits" : "not"}`;
+      if (verdict.textContent !== text) verdict.textContent = text;
+    };
+    drawSmallest();
+    if (!budget) return say("", null);
+    offerNext(best);
+    const here = state.cells.find((one) => isAt(one, budget, name)), least = here?.summary.minimum_budget_bytes || needs(name), enough = needs(SOLVER);
+    offerHelp(!best && enough < Infinity && budget < enough);
+    if (best) {
+      if (!best.plan) return say(`Fits ${wanted}: at most ${seconds(best.step)} s per step`, true);
+      const proof = best.summary.policy === SOLVER ? `, ${nearness(best.summary)}` : `, by the rule “${nameOfRule(name)}”`;
+      if (best.budget === budget) return say(`Fits ${wanted}: ${seconds(best.step)} s per step${proof}; peak ${mib(best.peak)} MiB`, true);
+      return say(`Fits ${wanted}: at most ${seconds(best.step)} s per step, as at ${mib(best.budget)} MiB; plan at this budget to see what the rest is good for`, true);
+    }
+    if (!here && (budget >= least || least === Infinity)) return say(`${wanted}: no plan made yet`, null);
+    if (name === SOLVER) return say(`Does not fit ${wanted}: ${state.proven ? "the smallest budget that is enough is" : "the smallest budget found to be enough is"} ${atLeast(least)} MiB`, false);
+    const others = budget >= enough ? `other plans fit from ${atLeast(enough)} MiB on` : enough < Infinity ? `nor does any other plan found: the smallest budget found to be enough is ${atLeast(enough)} MiB` : "whether another plan does is not known yet";
+    say(`“${nameOfRule(name)}” does not fit ${wanted}, it needs ${atLeast(least)} MiB; ${others}`, false);
+  }
+
+  function drawSmallest() {
+    const least = needs(SOLVER);
+    if (least === Infinity) return smallest.replaceChildren();
+    const words = state.proven ? term("proven", "The search for the smallest plan came to its end: it has shown that no plan of this kind needs less.") : term("the best found so far", "The search for the smallest plan was ended by its time limit. A longer one may find a smaller plan.");
+    smallest.replaceChildren(html("span", {}, "The smallest budget is ", html("b", {}, `${atLeast(least)} MiB`), ", ", words, "."), state.proven ? "" : " ", state.proven || state.seeking ? "" : button("Search longer", action(() => seek(4 * FINE)), "link"));
+  }
+
+  // While the budget moves, the verdict moves along.
+  function glide() { mark(); judge(); }
+
+  // When it rests: what is asked for another budget is no longer shown; where no plan is known that fits, one is made.
+  async function moved() {
+    state.asked++;
+    working.replaceChildren();
+    solveButton.disabled = false;
+    remember();
+    glide();
+    const known = state.cells.some((one) => isAt(one, state.budget, state.policy)) || bestFor(state.budget, (point) => point.plan);
+    if (!known) await solve();
+  }
+
+  const remember = () => place.keep({ budget: state.budget || null, policy: state.policy === SOLVER ? null : state.policy, ...state.step });
+  const request = (budget, name, limit) => ({ profile: id, memory: budget, policy: name, time_limit: limit, ...state.step });
+
+  async function solve(budget = state.budget) {
+    const { policy: name, round } = state, mine = ++state.asked, current = () => mine === state.asked && !old(round), bar = solving(`Planning at ${mib(budget)} MiB`, FINE);
+    remember();
+    solveButton.disabled = true;
+    working.replaceChildren(bar);
+    try {
+      const done = await work("/v1/plans", request(budget, name, FINE), (figures) => { if (current()) bar.hear(figures); }, signal);
+      if (old(round)) return;
+      keep([{ budget_bytes: budget, policy: name, plan: done.result.plan, summary: done.result.summary }]);
+    } finally {
+      if (current()) {
+        working.replaceChildren();
+        solveButton.disabled = false;
+      }
+    }
+  }
+
+  // --- what to do next, what would help, what rules there are ---
+
+  function fitThisMachine() {
+    const own = devices.find((one) => one.local), spare = own?.spare_bytes;
+    const made = button(spare ? `Fit this machine (${roomy(spare)} free)` : "Fit this machine", action(() => { state.budget = inKib(spare); announce(`budget ${mib(spare)} MiB`); return moved(); }));
+    made.id = "fit-machine";
+    made.disabled = !spare;
+    if (own?.spare_why) made.title = own.spare_why;
+    return made;
+  }
+
+  function offerNext(best) {
+    if (!best?.plan) return next.replaceChildren();
+    if (next.dataset.plan === best.plan && next.dataset.budget === String(state.budget) && next.childElementCount) return;
+    Object.assign(next.dataset, { plan: best.plan, budget: state.budget });
+    const { summary: figures } = best, { train } = figures, runs = profile.origin === "made" && summary.measured;
+    const cards = [
+      ["one step", `${seconds(best.step)} s`, figures.policy === SOLVER && figures.bound_seconds ? `at best ${seconds(figures.bound_seconds)} s` : "by a fixed rule"],
+      ["peak", `${mib(best.peak)} MiB`, `of ${mib(best.budget)} MiB`],
+      train ? ["made again", percent(train.recompute_seconds / (best.step || 1)), `${seconds(train.recompute_seconds)} s of each step`] : null,
+      train ? ["disk", `${mib(train.read_bytes + train.write_bytes)} MiB`, `each step; ${seconds(train.stall_seconds)} s waiting`] : null,
+    ].filter(Boolean);
+    next.replaceChildren(section("From here",
+      html("dl", { class: "cards" }, ...cards.map(([name, value, more]) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more))))),
+      worth(best),
+      html("div", { class: "row last" },
+        html("a", { class: "button main", id: "open-plan", href: to("plans", best.plan) }, "Open the plan"),
+        runs ? html("a", { class: "button", id: "start-run", href: to("runs", "", { plan: best.plan, new: 1 }) }, "Start fine-tuning") : null,
+        runs ? null : html("span", { class: "soft" }, !summary.measured ? `Times are estimated for ${summary.device}; to fine-tune here, measure the model on this machine.` : "Only what was measured on this machine can be fine-tuned here.")),
+    ));
+  }
+
+  // What 50 MiB more or less are worth at a budget: the difference that is proven of bounds, and of plans where both are made.
+  function worth(best) {
+    if (state.policy !== SOLVER || best.budget !== state.budget) return null;
+    const box = html("p", { id: "worth", class: "soft" }), more = bestFor(best.budget + MORE);
+    const parts = (best.summary.explanation?.neighbours ?? []).map(({ change_bytes: change, price_seconds: price, status }) => {
+      const by = `${mib(Math.abs(change), 0)} MiB ${change > 0 ? "more" : "less"}`;
+      if (status === "infeasible") return `${by}: nothing fits`;
+      if (price === null) return null;
+      return Math.abs(price) < 1e-3 * best.step ? `${by} change nothing that counts` : change > 0 ? `${by} save about ${seconds(-price)} s a step` : `${by} cost about ${seconds(price)} s a step`;
+    }).filter(Boolean);
+    const planned = more && more.budget > best.budget && more.step < best.step ? ` Planned at ${mib(more.budget)} MiB: ${seconds(best.step - more.step)} s a step less.` : "";
+    box.append(parts.length ? `What memory is worth here: ${parts.join("; ")}.` : "What would a little more memory be worth?", planned, " ");
+    if (!state.cells.some((one) => isAt(one, best.budget + MORE, SOLVER))) box.append(button("Plan 50 MiB more", action(() => solve(best.budget + MORE)), "link"));
+    return box;
+  }
+
+  function offerHelp(wanted) {
+    const ways = state.ways;
+    if (!wanted || !ways) return help.replaceChildren();
+    if (help.childElementCount) {
+      help.querySelector("#use-smallest")?.replaceWith(useSmallest());
+      return;
+    }
+    const words = { batch: "a smaller batch", seq: "shorter samples", lora_rank: "a smaller adapter", base: "frozen weights in fewer bits" };
+    const row = (remedy) => {
+      const can = remedy.field && summary.request, start = action(() => again(summary.request, { [remedy.field]: remedy.value }, { budget: state.budget }));
+      return html("li", { class: "row" }, can ? button(`Try ${remedy.change}`, start) : html("b", {}, remedy.change), html("span", { class: "soft" }, `${words[remedy.field] ?? "a change"}, frees up to ${size(remedy.saves_bytes)}`));
+    };
+    help.replaceChildren(section("What would help first",
+      html("p", { class: "soft" }, `The smallest plan is fullest at ${ways.peak.text}. ${summary.request ? "Each button measures the changed step, which takes a while, and then comes back to this budget." : "What was uploaded cannot be changed here: measure the model on this machine to try these."}`),
+      html("ul", { class: "bare" }, ...ways.remedies.map(row)),
+      html("div", { class: "row last" }, useSmallest(), summary.request ? null : button("Measure it here", () => choose().catch(complain))),
+    ));
+  }
+
+  function useSmallest() {
+    const least = needs(SOLVER), made = button(`Use ${atLeast(least)} MiB instead`, action(() => { state.budget = Math.max(LEAST, Math.ceil(least / 1024) * 1024); return moved(); }), "main");
+    made.id = "use-smallest";
+    return made;
+  }
+
+  function drawRules() {
+    const row = (name) => {
+      const fast = points(name).reduce((best, point) => (best && best.step <= point.step ? best : point), null), least = needs(name), box = html("input", { type: "checkbox", "aria-label": `Draw ${nameOfRule(name)}` });
+      box.checked = state.drawn.has(name);
+      box.addEventListener("change", () => { state.drawn[box.checked ? "add" : "delete"](name); draw(); });
+      const enough = least === Infinity ? "" : `${misfits(name).length || name === "keep-all" ? "needs" : "fits"} ${atLeast(least)} MiB`, pace = fast ? `${seconds(fast.step)} s a step` : "";
+      return html("tr", {}, html("th", { scope: "row" }, html("span", { class: "tickable" }, box, html("b", {}, nameOfRule(name)))), html("td", { class: "wide" }, meaningOfRule(name)), html("td", {}, [enough, pace].filter(Boolean).join(", ") || "not planned yet"));
+    };
+    const folded = rules.querySelector("details")?.open ?? true;
+    const body = html("tbody", {}, ...policies.filter((name) => name !== SOLVER).map(row));
+    if (!body.childElementCount) return;
+    rules.replaceChildren(section("Fixed rules, to compare with", html("details", folded ? { open: true } : {}, html("summary", {}, "What each does, and what it needs"), scrolling("Fixed rules", html("table", { class: "listing rules" }, html("thead", {}, html("tr", {}, ...["Rule", "What it does", "Here"].map((text) => html("th", { scope: "col" }, text)))), body)))));
+  }
+
+  // --- finding the curve ---
+
+  // What is searched for, one stage after the other; each stage's answers are drawn as they come.
+  async function find() {
+    const round = ++state.round, { plans } = await get(`/v1/plans?${new URLSearchParams({ profile: id, limit: 1000 })}`);
+    if (old(round)) return;
+    keep(plans.filter((plan) => matches(plan.summary)).map((plan) => ({ budget_bytes: plan.summary.budget_bytes, policy: plan.summary.policy, plan: plan.id, summary: plan.summary })));
+    const bar = progress("Looking for the smallest and the largest budget that make sense");
+    curving.replaceChildren(bar);
+    // One byte never fits: the answers say what would.
+    const ask = async (name) => {
+      const { result } = await work("/v1/plans", request(1, name, LOOK), () => {}, signal);
+      if (old(round)) return;
+      if (name === SOLVER) state.ways = result.summary.explanation?.shortfall ?? null;
+      // The search goes on after its first answer, and may find that a smaller budget is enough.
+      const { minimum_budget_bytes: first } = result.summary, later = result.summary.explanation?.shortfall?.minimum_budget_bytes ?? first;
+      keep([{ budget_bytes: 1, policy: name, plan: null, summary: { ...result.summary, minimum_budget_bytes: Math.min(first, later) } }]);
+    };
+    await Promise.all([ask(SOLVER), ask("keep-all")]);
+    if (old(round)) return;
+    const least = Math.max(1, needs(SOLVER));
+    state.least = least;
+    state.most = Math.max(needs("keep-all"), least + Math.min(MIB, least));
+    const kept = Number(budgetKept), wide = state.most - least;
+    // Budgets as they are shown, in tenths of a MiB, unless the whole curve lies within one.
+    const whole = (bytes) => Math.ceil(wide > MIB ? (Math.ceil((10 * bytes) / MIB) * MIB) / 10 : bytes);
+    const spread = (count) => Array.from({ length: count }, (_, i) => whole(onRatios() ? least * ((state.most * 1.01) / least) ** (i / (count - 1)) : least + (wide * 1.02 * i) / (count - 1)));
+    if (!state.budget) state.budget = kept >= LEAST && kept <= MOST ? Math.round(kept) : spread(POINTS)[Math.floor(POINTS / 2)];
+    slider.disabled = false;
+    remember();
+    keep([]);
+    const compare = async (budgets, names, limit, what) => {
+      const bar = progress(what);
+      curving.append(bar);
+      try {
+        const job = await post("/v1/comparisons", { profile: id, memory: budgets, policies: names, time_limit: limit, ...state.step });
+        const done = await finish(job, (figures) => {
+          if (old(round)) return;
+          if (figures.done !== undefined) bar.update({ done: figures.done, total: budgets.length * names.length, stage: "" });
+          if (figures.cell) keep([{ ...figures.cell, summary: figures.cell }]);
+        }, signal);
+        if (!old(round)) keep(done.result.cells);
+      } finally {
+        bar.remove();
+      }
+    };
+    curving.replaceChildren();
+    const sketch = [...new Set(spread(SKETCHED))], fine = [...new Set(spread(POINTS))], names = summary.policies.slice(1);
+    await Promise.all([compare(sketch, [SOLVER], ROUGH, "A first sketch of the curve"), names.length ? compare(sketch, names, FINE, "Fixed rules") : null]);
+    chart.removeAttribute("aria-busy");
+    await compare(fine, [SOLVER], FINE, "Refining the curve");
+    if (old(round)) return;
+    // What is looked at is planned itself, once there is time for it.
+    if (!state.proven) await seek(FINE);
+    if (!old(round) && !bestFor(state.budget, (point) => point.plan) && !state.cells.some((one) => isAt(one, state.budget, state.policy))) await solve();
+  }
+
+  // Search for the smallest budget for longer.
+  async function seek(limit) {
+    const { round } = state, bar = solving("Looking for a smaller budget", 2 * limit);
+    state.seeking = true;
+    curving.append(bar);
+    drawSmallest();
+    try {
+      const { result } = await work("/v1/plans", request(1, SOLVER, limit), bar.hear, signal);
+      if (old(round)) return;
+      const { minimum_budget_bytes: first } = result.summary, later = result.summary.explanation?.shortfall?.minimum_budget_bytes ?? first;
+      state.ways = result.summary.explanation?.shortfall ?? state.ways;
+      keep([{ budget_bytes: 1, policy: SOLVER, plan: null, summary: { ...result.summary, minimum_budget_bytes: Math.min(first, later) } }]);
+    } finally {
+      state.seeking = false;
+      bar.remove();
+      if (!old(round)) drawSmallest();
+    }
+  }
+
+  // Whether a stored plan is one of what is asked of the step now, on the profile's device.
+  const matches = ({ optimizer, max_grad_norm: norm, elsewhere = null, of_a_fleet: fleet, budget_bytes: budget }) => !fleet && budget > 1 && optimizer === (state.step.optimizer ?? optimizer_of(summary)) && String(norm ?? "") === String(state.step.max_grad_norm ?? "") && (elsewhere ?? summary.device) === summary.device;
+
+  // Begin anew: another optimizer or clipping makes other plans.
+  async function restart() {
+    Object.assign(state, { cells: [], chart: null, ways: null, proven: false, most: 0, asked: state.asked + 1 });
+    chart.replaceChildren();
+    chart.setAttribute("aria-busy", "true");
+    for (const box of [key, numbersBox, next, help, rules, curving, working]) box.replaceChildren();
+    await run();
+  }
+
+  async function run() {
+    const round = state.round + 1;
+    try {
+      await find();
+    } finally {
+      if (!old(round)) {
+        curving.replaceChildren();
+        chart.removeAttribute("aria-busy");
+      }
+    }
+  }
+
+  // --- set up ---
+
+  slider.addEventListener("input", () => { state.budget = inKib(budgetAt(Number(slider.value))); glide(); });
+  slider.addEventListener("change", action(moved));
+  policy.addEventListener("change", action(() => { state.policy = policy.value; state.drawn.add(state.policy); if (state.most) draw(); return moved(); }));
+  input.addEventListener("change", action(async () => {
+    const { value } = input, bytes = Number(value) * MIB;
+    if (!(bytes > 0 && bytes <= MOST)) {
+      mark();
+      throw new Error(`${value || "nothing"} is no budget; write MiB above 0, at most ${mib(MOST, 0)}`);
+    }
+    state.budget = Math.max(LEAST, Math.ceil(bytes / 1024) * 1024);
+    await moved();
+  }));
+  stepForm.addEventListener("submit", action(async () => {
+    forget(stepForm);
+    const before = state.step;
+    state.step = await asked(stepForm, "step");
+    place.keep(Object.fromEntries(Object.keys(before).map((name) => [name, null])));
+    remember();
+    try {
+      await restart();
+    } catch (error) {
+      if (!beside(stepForm, error)) throw error;
+    }
+  }));
+  await complete(stepForm, "step", ["time_limit"]);
+  for (const [name, value] of Object.entries(stepKept)) if (stepForm.elements[name]) stepForm.elements[name].value = value;
+  state.step = await asked(stepForm, "step");
+  // The place is there; what is searched for comes as it is found.
+  run().catch((error) => { if (!signal.aborted) complain(error); });
+}
+
+// Large amounts as people say them.
+const roomy = (bytes) => (bytes >= 4096 * MIB ? `${(bytes / (1024 * MIB)).toFixed(1)} GiB` : size(bytes));
+
+const optimizer_of = ({ optimizer }) => optimizer ?? "adamw";
+
+function better(cell, known) {
+  const unfit = (one) => one.summary.status === "infeasible";
+  if (unfit(cell) !== unfit(known)) return unfit(known);
+  if (unfit(cell)) return cell.summary.minimum_budget_bytes <= known.summary.minimum_budget_bytes;
+  const same = Math.abs(cell.summary.step_seconds - known.summary.step_seconds) <= 1e-9 * known.summary.step_seconds;
+  if (!same) return cell.summary.step_seconds < known.summary.step_seconds;
+  return Boolean(cell.plan) && (!known.plan || Boolean(cell.summary.explanation) || cell.summary.bound_seconds > known.summary.bound_seconds);
+}
+
+// What is proven of a solver's plan, and what ended its search.
+const ENDS = { gap: ", as near as was asked for", stalled: ", where the search gained no more", "time limit": ", where the time limit ended the search", interrupt: ", where the search was interrupted" };
+function nearness({ status, gap, ended_by: end }) {
+  if (status === "optimal") return "proven optimal among plans of its class";
+  return `within ${percent(Math.ceil(1e4 * gap - 1e-6) / 1e4, 2)} of the best plan of its class${ENDS[end] ?? ""}`;
+}
+
+// A bar for a search that is given `limit` seconds: it moves with them, and says how good the best plan is.
+function solving(what, limit) {
+  const bar = progress(what), began = Date.now();
+  const tell = ({ incumbent, bound, gap } = {}) => {
+    const passed = Math.min(limit, (Date.now() - began) / 1000);
+    bar.update({ stage: incumbent ? `${seconds(incumbent)} s a step so far, at best ${seconds(bound)} s, ${percent(gap, 2)} apart` : "" });
+    bar.querySelector("progress").value = passed / limit;
+    bar.querySelector("span").append(`; ends within ${span(limit - passed + 1)}`);
+  };
+  bar.hear = tell;
+  tell();
+  return bar;
+}
+
+function about(profile) {
+  const { summary } = profile, parts = [
+    summary.seq ? `${summary.batch} × ${summary.seq} tokens a step${summary.accumulate > 1 ? `, ${summary.accumulate} steps make an update` : ""}` : null,
+    summary.lora ? `LoRA rank ${summary.lora.rank}` : null,
+    `${summary.layers} layers of ${summary.programs} kinds`,
+    summary.weight_bytes ? `weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked` : null,
+    summary.trainable_bytes ? `trained ${mib(summary.trainable_bytes)} MiB` : null,
+    `${origin(profile)}, times of ${summary.device}`,
+  ];
+  return `${profile.title ? `${profile.name}: ` : ""}${parts.filter(Boolean).join("; ")}.`;
+}

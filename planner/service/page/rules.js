@@ -1,0 +1,17 @@
+// What plans are made by, in words: the solver and fixed rules.
+
+export const SOLVER = "solver";
+const RULES = {
+  [SOLVER]: ["Best plan found", "Decides of every tensor of every layer whether it is kept, made again, or moved to disk, and proves how near to the best that is."],
+  "keep-all": ["Keep everything", "Plain training: all that the backward pass reads stays in memory, weights unpacked. The fastest, and the largest."],
+  "checkpoint-layers": ["Redo each layer", "Keeps the input of each layer alone; the layer's forward pass runs again in its backward pass."],
+  "checkpoint-sqrt": ["Redo runs of layers", "Keeps every √n-th layer's input alone; the layers between go forward again (Chen et al. 2016)."],
+  mebp: ["Stream the weights", "Redoes each layer, and reads and unpacks every weight just before its use (MeBP, Song and Tang 2025)."],
+  mesp: ["Stream each use", "As the one before, but a weight is unpacked at each single use (MeSP, arXiv 2602.13069)."],
+  mezo: ["No backward pass", "Two forward passes and a random direction (MeZO, Malladi et al. 2023). The gradient is an estimate: steps learn less, so their seconds do not compare."],
+  lcsb: ["A fourth of the layers", "The backward pass goes through a fourth of the layers in turn (LCSB, arXiv 2602.13073). The gradient is partial: steps learn less, so their seconds do not compare."],
+  mobillm: ["A server trains", "This device goes forward alone; a side network on a server learns (MobiLLM, arXiv 2502.20421). No adapter comes of it."],
+};
+
+export const nameOfRule = (policy) => RULES[policy]?.[0] ?? policy;
+export const meaningOfRule = (policy) => RULES[policy]?.[1] ?? "";
