@@ -97,6 +97,7 @@ def test_the_same_question_has_its_answer_already(served, job, body):
     assert job["request"]["members"][0] == {
         "name": "laptop",
         "profile": first["profile"],
+        "device": "own",
         "memory": first["memory"],
         "up": 1e6,
         "down": 2e6,

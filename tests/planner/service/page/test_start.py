@@ -7,6 +7,7 @@ import re
 import pytest
 from places_of_the_page import at, nothing_hinders, serving, tab
 from playwright.sync_api import expect
+from served import Served
 
 CLICKS = """() => { document.body.dataset.clicks = "0"; addEventListener("click", (event) => { if (event.isTrusted) sessionStorage.clicks = Number(sessionStorage.clicks ?? 0) + 1; }, true); }"""
 """counts what a person clicks"""
@@ -21,7 +22,7 @@ def test_an_empty_service_has_three_doors_and_an_address_for_each_place(browser,
         names = ["Start", "Models", "Plans", "Compare", "Runs", "Fleets", "Devices"]
         assert page.locator("#places a").all_inner_texts() == names
         for name in names[1:]:
-            page.get_by_role("link", name=name, exact=True).click()
+            page.locator("#places").get_by_role("link", name=name, exact=True).click()
             expect(page.locator("#places [aria-current=page]")).to_have_text(name)
             expect(page.locator("h1")).to_be_visible()
             expect(page.locator(".loading")).to_have_count(0)
@@ -51,12 +52,14 @@ def test_light_and_dark_are_kept(browser, served):
 
 @pytest.mark.slow
 def test_the_example_is_planned_already(browser, tmp_path, pictures):
-    with serving(tmp_path, example=True) as service, tab(browser, service.url) as page:
+    service = Served(tmp_path / "data", "--example").start()
+    with tab(browser, service.url) as page:
         expect(page.get_by_role("heading", name="See an example")).to_be_visible()
         expect(page.get_by_text("never above the line")).to_be_visible()
         nothing_hinders(page, pictures, "example")
         page.get_by_role("button", name="Open the example").click()
         expect(page.locator("#verdict")).to_contain_text("Fits")
+    service.stop()
 
 
 @pytest.mark.slow
