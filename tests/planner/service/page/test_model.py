@@ -100,10 +100,10 @@ def test_will_it_fit(page, pictures):
     axis = float(page.locator("#curve svg .axis").get_attribute("y1"))
     marks = [path.get_attribute("d") for path in page.locator("#curve svg .misfit").all()]
     assert all(float(re.match(r"M[\d.]+ ([\d.]+)", mark)[1]) > axis for mark in marks)
-    points = [float(dot.get_attribute("cy")) for dot in page.locator("#curve svg .dot-mark").all()]
+    points = [float(dot.get_attribute("cy")) for dot in page.locator("#curve svg .dot-mark:not(.off)").all()]
     assert max(points) < axis
-    # The y axis begins near the fastest step: the trade takes most of the height.
-    assert max(points) - min(points) > 0.7 * (axis - 26)
+    # The y axis begins near the fastest step: what the search found is not squeezed by rules that are far slower.
+    assert max(points) - min(points) > 0.4 * (axis - 26)
     page.screenshot(path=pictures / "fit.png", full_page=True)
 
 

@@ -226,24 +226,24 @@ def test_a_config_that_is_dropped_is_estimated(page, tmp_path):
 
 
 def test_the_list_is_searched_sorted_and_cleared(browser, served, pictures):
-    names = {served.upload(decoder_like(layers)): f"model {layers}" for layers in (2, 3, 4)}
+    names = {served.upload(decoder_like(layers)): name for layers, name in ((2, "alder"), (3, "birch"), (4, "cedar"))}
     for identity, title in names.items():
         served.http.patch(f"/v1/profiles/{identity}", json={"title": title})
     with tab(browser, at(served, "models"), expected=["409"]) as page:
         expect(page.locator(".listing tbody tr")).to_have_count(3)
         page.get_by_role("button", name="Model", exact=True).click()
-        assert [row[1] for row in rows(page, ".listing")] == ["model 2", "model 3", "model 4"]
+        assert [row[1] for row in rows(page, ".listing")] == ["alder", "birch", "cedar"]
         page.get_by_role("button", name="Model", exact=True).click()
-        assert [row[1] for row in rows(page, ".listing")] == ["model 4", "model 3", "model 2"]
+        assert [row[1] for row in rows(page, ".listing")] == ["cedar", "birch", "alder"]
         nothing_hinders(page, pictures, "models")
-        page.get_by_label("Search models").fill("model 3")
+        page.get_by_label("Search models").fill("birch")
         expect(page.locator(".listing tbody tr")).to_have_count(1)
         page.get_by_label("Search models").fill("")
         expect(page.locator(".listing tbody tr")).to_have_count(3)
         # One of which plans are made is deleted with them, after asking.
         identity = next(iter(names))
         served.result("/v1/plans", profile=identity, memory=60 << 20)
-        page.get_by_label("Choose model 2").check()
+        page.get_by_label("Choose alder").check()
         page.get_by_role("button", name="Delete", exact=True).click()
         page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
         page.get_by_role("dialog").get_by_role("button", name="Delete all of it").click()
