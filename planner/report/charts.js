@@ -161,7 +161,7 @@ export function curve(series, { width, reach = [] }) {
   const fastest = times.length ? Math.min(...times) : 0, slowest = times.length ? Math.max(...times) : 1;
   // A rule far slower than all that the search found would squeeze the trade that is looked at: it stands at the upper edge.
   const searched = series.find((one) => one.name === "solver")?.points.map((p) => p.step) ?? [], slowestFound = Math.max(...searched);
-  const top = searched.length > 1 ? Math.min(slowest, slowestFound + Math.max(slowestFound - fastest, 0.05 * slowestFound)) : slowest;
+  const top = searched.length > 1 ? Math.min(slowest, slowestFound + Math.max(0.4 * (slowestFound - fastest), 0.01 * slowestFound)) : slowest;
   const room = Math.max((top - fastest) * 0.1, top * 0.01), base = Math.max(0, fastest - room), below = crossed.length ? crossed.length * ROW + 6 : 0;
   const made = frame("Seconds per step against the memory budget; the table has the numbers", {
     x: log ? [low / 1.08, high * 1.08] : [Math.max(0, low - margin), high + margin], y: [base, top + room], log, below, height: 320 + below,

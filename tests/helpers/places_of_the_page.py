@@ -23,8 +23,10 @@ THEMES = ("light", "dark")
 def serving(folder, *roots):
     """A service on `folder`/data that must have logged no error when it is left."""
     service = Served(folder / "data", *(word for root in roots for word in ("--root", str(root)))).start()
-    yield service
-    service.stop()
+    try:
+        yield service
+    finally:
+        service.stop()
     assert not [line for line in service.lines() if line["level"] == "error"]
 
 
@@ -41,9 +43,11 @@ def tab(browser, url, *, expected=(), **options):
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     opened.on("request", lambda request: asked.append(request.url))
-    opened.goto(url)
-    yield opened
-    context.close()
+    try:
+        opened.goto(url)
+        yield opened
+    finally:
+        context.close()
     assert [text for text in wrong if not any(re.search(pattern, text) for pattern in expected)] == []
     home = url.split("/page/")[0]
     assert [address for address in asked if not address.startswith((home, "data:", "blob:"))] == []

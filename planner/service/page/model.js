@@ -7,7 +7,7 @@ import { atLeast, curveLegend, html, MIB, place as drawIn, places, seconds, size
 import { announce, button, editable, field, heading, mib, note, percent, progress, scrolling, section, span, table, term } from "./components.js";
 import { budgetCurve } from "./curve.js";
 import { asked, beside, complete, forget } from "./forms.js";
-import { deleted, measuredModel, measuring, nameOf, origin } from "./models.js";
+import { deleted, estimated, measuredModel, measuring, nameOf, origin } from "./models.js";
 import { meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
 import { action, complain, go, to } from "./shell.js";
 import { choose } from "./sources.js";
@@ -29,7 +29,7 @@ async function showMeasurement({ root, id, query, signal, title }) {
   title(name);
   if (job.state === "succeeded") return location.replace(to("models", job.result.profile, query));
   const bar = measuring(job), cancel = button("Cancel", action(async () => { cancel.disabled = true; await post(`/v1/jobs/${id}/cancel`, {}); }), "quiet");
-  const box = section(null, html("div", { class: "row" }, bar, cancel), html("p", { class: "soft" }, "Its operators are timed on the machine, one kind after the other; that takes from some seconds to some minutes, and goes on when this page is closed."));
+  const box = section(null, html("div", { class: "row" }, bar, cancel), html("p", { class: "soft" }, `${estimated(job) ? "Its step is traced, and how long its operators take is computed from the device's figures" : "Its operators are timed on the machine, one kind after the other"}; that takes from some seconds to some minutes, and goes on when this page is closed.`));
   root.append(heading(name), box);
   finish(job, bar.hear, signal).then(
     (done) => { if (!signal.aborted) location.replace(to("models", done.result.profile, query)); },
@@ -202,7 +202,8 @@ async function explore(place) {
       if (mib(best.budget) === mib(budget)) return say(`Fits ${wanted}: ${seconds(best.step)} s per step${proof}; peak ${mib(best.peak)} MiB`, true);
       return say(`Fits ${wanted}: at most ${seconds(best.step)} s per step, as at ${mib(best.budget)} MiB; plan at this budget to see what the rest is good for`, true);
     }
-    if (!here && (budget >= least || least === Infinity)) return say(`${wanted}: no plan made yet`, null);
+    if (!here && least === Infinity) return say(`${wanted}: nothing is known of it yet`, null);
+    if (!here && budget >= least) return say(`Fits ${wanted}; how fast is not known yet`, true);
     if (name === SOLVER) return say(`Does not fit ${wanted}: ${state.proven ? "the smallest budget that is enough is" : "the smallest budget found to be enough is"} ${atLeast(least)} MiB`, false);
     const others = budget >= enough ? `other plans fit from ${atLeast(enough)} MiB on` : enough < Infinity ? `nor does any other plan found: the smallest budget found to be enough is ${atLeast(enough)} MiB` : "whether another plan does is not known yet";
     say(`“${nameOfRule(name)}” does not fit ${wanted}, it needs ${atLeast(least)} MiB; ${others}`, false);

@@ -64,10 +64,12 @@ export function measuredModel({ label, title, request: { source, config, seq, ba
 
 const STAGES = { pack: "packing its weights", export: "tracing a step", programs: "reading the step", compare: "checking the gradients", measure: "measuring operators", estimate: "estimating operators" };
 
+export const estimated = ({ request }) => Boolean(request.device) && request.device !== "cpu";
+
 // A bar that follows a measurement.
-export function measuring(job, what = "Measuring") {
-  const bar = progress(what);
-  bar.hear = ({ stage, done, total }, { state } = job) => bar.update({ stage: stage ? STAGES[stage] ?? stage : state === "queued" ? "waits until the machine is free" : "", done, total });
+export function measuring(job) {
+  const bar = progress(estimated(job) ? "Estimating" : "Measuring");
+  bar.hear = ({ stage, done, total }, { state } = job) => bar.update({ stage: stage && stage !== "running" ? STAGES[stage] ?? stage : state === "queued" ? "waits until the machine is free" : "", done, total });
   bar.hear(job.progress ?? {});
   return bar;
 }

@@ -403,13 +403,13 @@ def test_a_service_that_is_gone_is_told_of(browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_under_way_outlives_a_service_that_is_started_again(browser, tmp_path):
+def test_what_is_searched_for_is_said_until_it_is_there(browser, tmp_path):
     with serving(tmp_path) as service:
         identity = service.upload(decoder_like(2))
         with tab(browser, at(service, "models")) as page:
             held = hold(page, "**/v1/comparisons")
             page.goto(at(service, f"models/{identity}"))
-            expect(page.locator("#curving")).to_contain_text("A first sketch of the curve")
+            expect(page.locator("#curving")).to_contain_text("Looking for the smallest")
             for route in held:
                 route.continue_()
             page.unroute("**/v1/comparisons")
