@@ -16,10 +16,10 @@ import json
 import os
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 from urllib.parse import quote
 
 import httpx
@@ -28,6 +28,7 @@ from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
+from tightfit.planner.generation.choice import Choice, ChoiceProblem
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.report.comparison import Comparison
@@ -39,7 +40,7 @@ from tightfit.planner.service.wire.inputs import UPLOADED
 from tightfit.planner.service.wire.redaction import Redaction, with_paths
 from tightfit.planner.service.wire.remote_devices import HEADER, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import FINISHED, OWN_DEVICE
-from tightfit.planner.service.wire.settings import check_token, installed_version, loopback
+from tightfit.planner.service.wire.settings import HEARTBEAT_SECONDS, check_token, installed_version, loopback
 from tightfit.planner.service.wire.traces import canonical_request, with_places, without_places
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.option_fields import keywords_of
@@ -49,6 +50,8 @@ from tightfit.profiles.sources.prepared import PreparedModel, parse_prepared
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
 
+Kept = Literal["profiles", "plans", "fleets", "jobs", "runs"]
+"""what the service keeps; runs are jobs too"""
 Progress = Callable[[dict[str, Any]], None]
 """called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
 CONNECT_SECONDS = 5.0
@@ -71,10 +74,12 @@ def connect(
     certificate: str | os.PathLike[str] | None = None,
     device: RemoteDevice | None = None,
     timeout: float = 60.0,
+    tell: Callable[[str], None] | None = None,
 ) -> Client:
     """A client of the service at `url`. `token` and `certificate`, the file of the certificate that an https service shows or of those
     who have signed it, default to the environment variables TIGHTFIT_TOKEN and TIGHTFIT_CERTIFICATE. `device`, as `this_device`
-    makes it, is what the service lists this machine as; None: it does not.
+    makes it, is what the service lists this machine as; None: it does not. `tell` is called with a sentence when a service that has
+    answered does not any more and is asked again.
 
     Raises InputError where what answers there is no tightfit, or one that its certificate does not vouch for, and RunError where
     nothing answers.
@@ -85,6 +90,7 @@ def connect(
         certificate=certificate,
         device=device,
         timeout=timeout,
+        tell=tell,
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(client)
@@ -109,13 +115,15 @@ class Client:
         timeout: float,
         certificate: str | os.PathLike[str] | None = None,
         device: RemoteDevice | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         base_url = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
         self.url = base_url.rstrip("/").removesuffix("/page")
         self._ids: dict[str, str] = {}
         self._heard: dict[str, str] = {}  # job -> id of the last of its events
-        self._answered = False
+        self._answered = self._silent = False
         self._device = device
+        self._tell = tell or (lambda sentence: None)
         headers = {} if device is None else {HEADER: device.model_dump_json()}
         try:
             address = httpx.URL(self.url)
@@ -189,7 +197,10 @@ class Client:
         identity = job["result"]["trace"]
         content = self._send("GET", f"/v1/traces/{identity}/file").content
         prepared = parse_prepared(content, f"{self.url}: {identity}")
-        if prepared.request.model_dump_json() != sent.model_dump_json():
+        asked = [request.options, request.answers, request.stored]
+        given = [prepared.step, prepared.answers, prepared.decoder]
+        same = prepared.request.model_dump_json() == sent.model_dump_json()
+        if not same or any(made is None for wanted, made in zip(asked, given, strict=True) if wanted is not None):
             raise RunError(f"{self.url}: what was traced there as {identity} is another model; ask again")
         return with_places(prepared, request)
 
@@ -212,6 +223,12 @@ class Client:
         request = {"profile": stored["id"], "memory": budget_bytes, **fields}
         job = self.finish(self.post("/v1/plans", request), options.progress)
         return self._planned(job["result"]["plan"], paths)
+
+    def choose(self, problems: Sequence[ChoiceProblem], *, progress: Progress | None = None) -> list[Choice | None]:
+        """What of a model stays in memory between the tokens of answers (`tightfit.planner.generation.choice`), chosen by the service."""
+        job = self.post("/v1/answer-plans", {"problems": [problem.model_dump() for problem in problems]})
+        choices = self.finish(job, progress)["result"]["choices"]
+        return [None if choice is None else Choice.model_validate(choice) for choice in choices]
 
     def explanation(self, plan: Plan) -> Explanation:
         """The explanation of a plan that the service has made; unless a comparison made it, with the value of memory."""
@@ -319,7 +336,57 @@ class Client:
             raise InputError("the service does not know this device; connect with device=this_device()")
         self.post(f"/v1/remote-devices/{self._device.identity}/reports", report.model_dump())
 
+    # --- what the service keeps --------------------------------------------------------------------------------------
+
+    def items(self, what: Kept, *, search: str | None = None, **filters: str) -> Iterator[dict[str, Any]]:
+        """What the service keeps, newest first: all of it, or what mentions all words of `search`; of plans those of a `profile`,
+        of jobs those of a `kind` or in a `state`.
+        """
+        name, query = _list_of(what), {**filters, **({} if search is None else {"search": search})}
+        if what == "runs":
+            query["kind"] = "run"
+        while True:
+            answer = self.get(f"/v1/{name}", query)
+            yield from answer[name]
+            if answer["next"] is None:
+                return
+            query["after"] = answer["next"]
+
+    def rename(self, what: Kept, identity: str, **names: str | None) -> dict[str, Any]:
+        """Give what is kept another `title` or `note`; None takes it away. Returns it."""
+        return self._json(self._send("PATCH", f"/v1/{_list_of(what)}/{identity}", json=names))
+
+    def delete(self, what: Kept, identity: str, *, with_plans: bool = False) -> None:
+        """Delete what is kept, a profile together with its plans if `with_plans`, a run with all that it left."""
+        query = {"with_plans": "true"} if with_plans else {}
+        self._send("DELETE", f"/v1/{_list_of(what)}/{identity}", params=query)
+
+    def download(
+        self, what: Kept, identity: str, file: str | os.PathLike[str], *, part: Literal["adapter", "report"] = "adapter"
+    ) -> Path:
+        """Write a profile, a plan or a fleet to a file, or of a run its adapter (a tar file) or its report. Returns the file's path.
+
+        Raises InputError where it cannot be written.
+        """
+        path = Path(file)
+        half_written = path.with_name(f".{path.name}.part")
+        address = f"/v1/{what}/{identity}/{part if what == 'runs' else 'file'}"
+        try:
+            with half_written.open("wb") as content:
+                self._send("GET", address, into=content)
+            half_written.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}; name a file that can be written") from error
+        finally:
+            with contextlib.suppress(OSError):
+                half_written.unlink()
+        return path
+
     # --- jobs ------------------------------------------------------------------------------------------------------
+
+    def follow(self, identity: str, progress: Progress | None = None) -> dict[str, Any]:
+        """Follow a job that was begun here or elsewhere to its end. Returns it, and raises what made it fail."""
+        return self.finish(self.get(f"/v1/jobs/{identity}"), progress)
 
     def finish(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
         """Follow a job to its end. Raises what made it fail; after Ctrl-C the job goes on, as KeyboardInterrupt says."""
@@ -354,11 +421,12 @@ class Client:
         while broken_since is None or time.monotonic() - broken_since < RESTART_SECONDS:
             with contextlib.suppress(httpx.TransportError):
                 for name, data in self._stream(identity):
-                    broken_since = None
+                    broken_since, self._silent = None, False
                     yield name, data
                     if name == "job" and data["state"] in FINISHED:
                         return
             broken_since = broken_since or time.monotonic()
+            self._tell_of_silence()
             time.sleep(RETRY_SECONDS)
         raise RunError(
             f"{self.url}: no answer for {RESTART_SECONDS:.0f} s; {identity} goes on when `tightfit serve` is started there"
@@ -367,7 +435,8 @@ class Client:
 
     def _stream(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
         headers = {"Last-Event-ID": self._heard[identity]} if identity in self._heard else {}
-        with self._http.stream("GET", f"/v1/jobs/{identity}/events", headers=headers) as response:
+        timeout = httpx.Timeout(3 * HEARTBEAT_SECONDS, connect=CONNECT_SECONDS)
+        with self._http.stream("GET", f"/v1/jobs/{identity}/events", headers=headers, timeout=timeout) as response:
             if response.status_code in RESTARTING:
                 raise httpx.RemoteProtocolError(f"status {response.status_code}")
             if response.status_code != 200:
@@ -387,6 +456,11 @@ class Client:
         """End a job, a run with a checkpoint."""
         job: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
         return job
+
+    def cancel_all(self, identities: Sequence[str]) -> list[dict[str, Any]]:
+        """End several jobs; returns those that had not ended yet."""
+        jobs: list[dict[str, Any]] = self.post("/v1/jobs/cancel", {"jobs": list(identities)})["jobs"]
+        return jobs
 
     # --- what there is to choose from --------------------------------------------------------------------------------
 
@@ -452,8 +526,8 @@ class Client:
 
     # --- HTTP ------------------------------------------------------------------------------------------------------
 
-    def get(self, path: str) -> dict[str, Any]:
-        return self._json(self._send("GET", path))
+    def get(self, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
+        return self._json(self._send("GET", path, params=query))
 
     def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> dict[str, Any]:
         return self._json(self._send("POST", path, json=body, headers=headers))
@@ -465,14 +539,20 @@ class Client:
             raise InputError(f"{response.url}: what answers there is no tightfit service; check the address") from error
         return content
 
-    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+    def _send(self, method: str, path: str, into: IO[bytes] | None = None, **options: Any) -> httpx.Response:
         """The answer to a request, which is sent again where the connection breaks off, and for a minute to a service that
-        has answered before.
+        has answered before. What is answered is written `into` a file, where one is given.
         """
         started, tries = time.monotonic(), 0
         while True:
             try:
-                response = self._http.request(method, path, **options)
+                with self._http.stream(method, path, **options) as response:
+                    if into is None or response.status_code >= 400:
+                        response.read()
+                    else:
+                        into.seek(0)
+                        into.truncate()
+                        into.writelines(response.iter_bytes())
             except httpx.UnsupportedProtocol as error:
                 raise InputError(f"{self.url!r} is no address; write for example http://127.0.0.1:8000") from error
             except httpx.TransportError as error:
@@ -488,15 +568,27 @@ class Client:
                     continue
                 if response.status_code >= 400:
                     _raise(response)
-                self._answered = True
+                self._answered, self._silent = True, False
                 return response
 
     def _again(self, started: float) -> bool:
         """Whether a request that was first sent at `started` is to be sent again, after a moment."""
         again = self._answered and time.monotonic() - started < RESTART_SECONDS
         if again:
+            self._tell_of_silence()
             time.sleep(RETRY_SECONDS)
         return again
+
+    def _tell_of_silence(self) -> None:
+        """Say once, until there is an answer, that the service does not answer any more and is asked again."""
+        if not self._silent:
+            self._tell(f"{self.url}: no answer any more; it is asked again for {RESTART_SECONDS:.0f} s")
+        self._silent = True
+
+
+def _list_of(what: Kept) -> str:
+    """The list in which something is kept."""
+    return "jobs" if what == "runs" else what
 
 
 def _check_secret(address: httpx.URL) -> None:

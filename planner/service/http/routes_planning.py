@@ -1,4 +1,6 @@
-"""``/v1/plans`` and ``/v1/comparisons``: will it fit, how fast, and what another budget, rule or device would change."""
+"""``/v1/plans``, ``/v1/comparisons`` and ``/v1/answer-plans``: will it fit, how fast, and what another budget, rule or device would
+change.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ from tightfit.planner.service.http.routes_common import (
 from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.requests import ComparisonRequest, NameRequest, PlanRequest
+from tightfit.planner.service.wire.requests import (
+    AnswerPlanRequest,
+    ComparisonRequest,
+    NameRequest,
+    PlanRequest,
+)
 from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, JobId, PlanList, ServiceJob, StoredPlan
 from tightfit.planner.service.wire.shown import Difference, PlanTimeline, PlanView
 
@@ -152,6 +159,16 @@ def comparison_request(body: ComparisonRequest) -> Row:
         "devices": list(dict.fromkeys(body.devices)),
     }
     return job_request
+
+
+@router.post(
+    "/answer-plans", status_code=202, responses=JOB_RESPONSES, summary="Choose what stays in memory for answers"
+)
+async def choose_for_answers(request: Request, body: AnswerPlanRequest, key: IdempotencyKey = None) -> Response:
+    """For a device that answers by itself: the job's `result.choices` say how many pieces of each kind are in each state; null: nothing
+    fits.
+    """
+    return enqueue(request, "answer-plan", body.model_dump(), key=key)
 
 
 @router.get(

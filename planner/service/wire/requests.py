@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import NAME
+from tightfit.planner.generation.choice import ChoiceProblem
 from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.wire.schema import DIGEST, JOB, OWN_DEVICE, Digest, JobId, RequestBody
 from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
@@ -35,6 +36,30 @@ from tightfit.runtime.session.options import DataOptions, RunOptions
 
 LONGEST_PROMPT = 1 << 15
 """letters of a prompt, or of one message"""
+
+MOST_PROBLEMS = 64
+"""problems of one request: numbers of tokens in which a prompt may pass, each twice the one before"""
+IN_MEMORY = {"allowed": True, "held_bytes": 2359296, "token_seconds": 0.0004, "group_seconds": 0.0021}
+CHOICE: dict[str, Any] = {
+    "kinds": [
+        {
+            "number": 96,
+            "head": False,
+            "packed_bytes": 2359296,
+            "packed": IN_MEMORY,
+            "unpacked": IN_MEMORY | {"allowed": False, "held_bytes": 16777216},
+            "streamed": IN_MEMORY | {"held_bytes": 0, "token_seconds": 0.0006},
+        }
+    ],
+    "room_bytes": 104857600,
+    "prompt_passes": 1,
+    "groups": 2,
+    "token_passes": 256,
+    "token_seconds": 0.02,
+    "group_seconds": 0.05,
+    "read_seconds_per_byte": 1e-9,
+}
+"""a `tightfit.planner.generation.choice.ChoiceProblem`"""
 
 
 def _read(parse: Callable[[str], float], allowed: Callable[[float], bool], words: str) -> BeforeValidator:
@@ -220,6 +245,16 @@ class FleetRequest(_with_options(FleetOptions)):  # type: ignore[misc]
 
     micro_batches: int = Field(ge=1, le=MOST_ACCUMULATED, description="of a step, all devices together")
     members: list[FleetMember] = Field(min_length=1, max_length=32)
+
+
+class AnswerPlanRequest(RequestBody):
+    """What of a model's weights is to stay in memory between the tokens of answers: a problem for each number of tokens in which a
+    prompt may pass. It holds sizes and seconds alone.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"problems": [CHOICE]}]})
+
+    problems: list[ChoiceProblem] = Field(min_length=1, max_length=MOST_PROBLEMS)
 
 
 class NameRequest(RequestBody):
