@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,28 @@ from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.measuring.figures import measured, unmeasured
 from tightfit.profiles.measuring.measure import measure
-from tightfit.profiles.models.decoder_config import handwritten
+from tightfit.profiles.models.answer_steps import AnswerSteps
+from tightfit.profiles.models.decoder_config import first_lengths, handwritten
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
-from tightfit.profiles.schema import PROFILE_VERSION, Profile
-from tightfit.profiles.sources.described import TracingRequest
-from tightfit.profiles.sources.lookup import names_module, resolve, vocabulary
-from tightfit.profiles.sources.packing import packed_store
+from tightfit.profiles.schema import PROFILE_VERSION, Profile, TracedStep
+from tightfit.profiles.sources.described import AnswersWanted, TracingRequest
+from tightfit.profiles.sources.lookup import keep_description, longest_sequence, names_module, resolve, vocabulary
+from tightfit.profiles.sources.packing import packed_store, packing_bytes
 from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
-from tightfit.profiles.steps.answer_tracing import traced_answers
 from tightfit.profiles.steps.choice import step_of
-from tightfit.profiles.steps.tracing_process import check_tracing, traced_step, tracing_request
+from tightfit.profiles.steps.step import ProfiledStep
+from tightfit.profiles.steps.tracing_process import (
+    check_tracing,
+    traced_answers,
+    traced_here,
+    traced_step,
+    tracing_request,
+    what_it_takes,
+)
 from tightfit.profiles.tracing.shorter_steps import renamed_programs
 from tightfit.profiles.weights.source import Source
+from tightfit.profiles.worker_process import have_place
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import PACKAGE, python_path
@@ -46,18 +57,18 @@ from tightfit.runtime.engine.weights.layout import Header, read_header
 
 __all__ = ["Progress", "load_profile", "prepare", "profile", "request_trace", "save_profile"]
 
+LIBRARIES = (native, native_dropout, page_out)
+"""modules whose libraries are compiled on this machine"""
+MEASURING_CODE = ("runtime/common", "runtime/engine", "runtime/supervision", "profiles/measuring", "profiles/schema.py")
+"""Source files that determine what is measured of an operator or a process, whatever the model."""
 CODE = (
-    "runtime/common",
-    "runtime/engine",
-    "runtime/supervision",
-    "profiles/measuring",
+    *MEASURING_CODE,
     "profiles/models",
     "profiles/sources",
     "profiles/steps",
     "profiles/tracing",
     "profiles/weights",
     "profiles/api.py",
-    "profiles/schema.py",
     "profiles/worker_process.py",
 )
 """Source files that determine a profile's figures: a change in any of them invalidates the cached profiles."""
@@ -106,8 +117,13 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     """
     elsewhere = None if options.device == "cpu" else find_device(options.device)
     threads = _threads(options.threads, elsewhere)
+    if options.prepared is not None:
+        keep_description(source, options.prepared)
     step = step_of(resolve(source, base=options.base, embeddings=options.embeddings), options)
     opened, report = step.source, options.progress or (lambda stage, done, total: None)
+    if options.memory is None:  # compilers side by side; else one after the other
+        with ThreadPoolExecutor(len(LIBRARIES)) as pool:
+            list(pool.map(_library, LIBRARIES))
     key = _fingerprint(opened, step.settings(report), options.accumulate, threads, quota_cores())
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = _earlier(cached, opened) if elsewhere is None and not options.force else None
@@ -116,8 +132,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     if elsewhere is not None:
         return estimate_profile(unmeasured(traced_step(step, report), elsewhere.device(), key), elsewhere)
     check_tracing(step)
-    store = _stored(opened, report) if opened.has_weights else None
-    traced = traced_step(step, report)
+    store, traced = _packed_and_traced(step, report, options.memory)
     shorter_programs = [program for shorter_step in traced.shorter for program in renamed_programs(shorter_step)]
     figures = measure(
         traced.programs,
@@ -131,6 +146,8 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         layers=traced.layers,
         shorter=shorter_programs,
         memory=options.memory,
+        kept=_kept_figures(threads),
+        anew=options.force,
         progress=options.progress,
         comparison=step.comparison(),
     )
@@ -174,10 +191,38 @@ def prepare(
         request=tracing_request(step),
         step=traced_step(step, report),
         weights="here" if store is not None else "elsewhere" if opened.has_weights else "random",
-        answers=traced_answers(opened, GROUP, 0, "") if store is not None and handwritten(opened.config) else None,
+        answers=_answers(opened, longest_sequence(source)) if store is not None else None,
+        decoder=opened.decoder,
     )
     save_prepared(prepared, Path(folder), store, vocabulary(source))
     return prepared
+
+
+def _answers(source: Source, longest: int | None) -> AnswerSteps | None:
+    """The steps of a model's answers; None where it has none, or others in long answers than in short ones."""
+    if any(True for _ in first_lengths(source.config)):
+        return None
+    try:
+        return traced_answers(source, AnswersWanted(group=GROUP, longest=longest or 0))
+    except InputError:
+        if handwritten(source.config):
+            raise
+        return None
+
+
+def _packed_and_traced(step: ProfiledStep, report: Progress, memory: int | None) -> tuple[Header | None, TracedStep]:
+    """(the store of the weights, if there are any, the traced step). Two workers make them at the same time where the memory that is
+    given, and free, holds both.
+    """
+    source = step.source
+    if not source.has_weights:
+        return None, traced_step(step, report)
+    if traced_here(step) or not have_place(packing_bytes(source) + what_it_takes(step)[0], memory):
+        return _stored(source, report), traced_step(step, report)
+    with ThreadPoolExecutor(1) as pool:
+        packing = pool.submit(copy_context().run, _stored, source, report)
+        traced = traced_step(step, lambda *progress: report(*progress) if packing.done() else None)
+        return packing.result(), traced
 
 
 def _stored(source: Source, report: Progress) -> Header:
@@ -228,29 +273,38 @@ def _fingerprint(source: Source, *settings: Any) -> str:
     """sha256 of everything that the profile depends on: model, shapes, torch, machine, and the code that traces and
     measures.
     """
-    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _code()]
-    text = json.dumps(
-        [
-            PROFILE_VERSION,
-            source.fingerprint,
-            source.config,
-            settings,
-            installed_version(),
-            cpu_name(),
-            sorted(features()),
-            Path(native.library(cache_directory())).name,
-            Path(native_dropout.library(cache_directory())).name,
-            Path(page_out.library(cache_directory())).name,
-            Path(cuda_stubs.folder(cache_directory())).name,
-            os.environ.get("TIGHTFIT_TORCH"),  # "plain" starts PyTorch in full, which has another floor
-            code,
-        ],
-        default=str,
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _digest(PROFILE_VERSION, source.fingerprint, source.config, settings, _machine(CODE))
 
 
-def _code() -> Iterator[Path]:
-    for name in CODE:
+def _machine(code: Sequence[str]) -> list[Any]:
+    """What figures depend on beside the model: this machine, PyTorch, and what the files of `code` say."""
+    return [
+        installed_version(),
+        cpu_name(),
+        sorted(features()),
+        *map(_library, LIBRARIES),
+        Path(cuda_stubs.folder(cache_directory())).name,
+        os.environ.get("TIGHTFIT_TORCH"),  # "plain" starts PyTorch in full, which has another floor
+        [hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(code)],
+    ]
+
+
+def _kept_figures(threads: int) -> Path:
+    """The file with what was measured of this machine as it is (`tightfit.profiles.measuring.kept_figures`)."""
+    key = _digest(_machine(MEASURING_CODE), threads, quota_cores(), os.uname().release)
+    return cache_directory() / "machine" / f"{key[:32]}.json"
+
+
+def _library(module: Any) -> str:
+    """Name of a library that is compiled on this machine, now unless it is there; empty if it cannot be."""
+    return Path(module.library(cache_directory())).name
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def _files(code: Sequence[str]) -> Iterator[Path]:
+    for name in code:
         path = PACKAGE / name
         yield from ([path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".py", ".c")))

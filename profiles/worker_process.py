@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import IO, Any
 
@@ -49,8 +50,20 @@ def run_worker(
     `on_message` is called with each of its messages but the result. Raises InputError at once where it has no place in the memory that
     is free; InputError, InfeasibleError or RunError with the worker's sentence; RunError if it was killed or ended otherwise.
     """
-    global _held_bytes  # noqa: PLW0603  of this process, as its own peak is
     check_place(doing, predicted_bytes, instead)
+    with MEMORY_OF_WORKERS.worker(predicted_bytes) as held:
+        return _run_worker(command, request, environment, doing, instead, on_message, held)
+
+
+def _run_worker(
+    command: Sequence[str],
+    request: Mapping[str, Any],
+    environment: Mapping[str, str],
+    doing: str,
+    instead: str,
+    on_message: Callable[[dict[str, Any]], None],
+    held: Callable[[int], None],
+) -> Any:
     # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for
     # ever.
     with (
@@ -72,7 +85,7 @@ def run_worker(
                 message = json.loads(line)
                 if "result" in message:
                     result = message["result"]
-                    _held_bytes = max(_held_bytes, message["held_bytes"])
+                    held(message["held_bytes"])
                 else:
                     on_message(message)
             status = child.wait()
@@ -90,29 +103,83 @@ def run_worker(
     raise RunError(f"{doing} stopped: {last_line or f'exit status {status}'}")
 
 
+class _MemoryOfWorkers:
+    """What the workers of this process were predicted to hold, and have held, those that run at the same time together."""
+
+    def __init__(self) -> None:
+        self.predicted_bytes = self.held_bytes = 0
+        self.own_bytes = 0
+        """the most that this process itself was to hold beside them"""
+        self._lock = threading.Lock()
+        self._running: list[int] = []
+        self._held_together = 0
+        """by those that have ended while others went on"""
+
+    def predict(self, needed_bytes: int) -> None:
+        self.predicted_bytes = max(self.predicted_bytes, needed_bytes)
+
+    @contextlib.contextmanager
+    def worker(self, predicted_bytes: int) -> Iterator[Callable[[int], None]]:
+        """While a worker runs; gives what is told how much it has held."""
+        with self._lock:
+            self._running.append(predicted_bytes)
+            self.predict(sum(self._running))
+        try:
+            yield self._held
+        finally:
+            with self._lock:
+                self._running.remove(predicted_bytes)
+                if not self._running:
+                    self._held_together = 0
+
+    def _held(self, held_bytes: int) -> None:
+        with self._lock:
+            self._held_together += held_bytes
+            self.held_bytes = max(self.held_bytes, self._held_together)
+
+
+MEMORY_OF_WORKERS = _MemoryOfWorkers()
+
+
 def check_place(doing: str, needed_bytes: int, instead: str) -> None:
-    """Raise InputError where what is to be done takes more memory than is free, and note what it takes."""
-    global _predicted_bytes  # noqa: PLW0603  as `_held_bytes`
+    """Raise InputError where what a worker is to do takes more memory than is free, and note what it takes."""
+    _refuse_without_place(doing, needed_bytes, instead)
+    MEMORY_OF_WORKERS.predict(needed_bytes)
+
+
+def expect(doing: str, added_bytes: int, instead: str) -> None:
+    """Note that this process itself is going to hold `added_bytes` more than now, at most. Raises InputError as `check_place`."""
+    _refuse_without_place(doing, added_bytes, instead)
+    MEMORY_OF_WORKERS.own_bytes = max(MEMORY_OF_WORKERS.own_bytes, memory().resident + added_bytes)
+
+
+def _refuse_without_place(doing: str, needed_bytes: int, instead: str) -> None:
     try:
-        free, source = free_memory()
+        free, source = free_memory(unmapped=True)
     except InputError:  # the kernel does not say: it may be tried
         return
     if needed_bytes > free:
         raise InputError(f"{doing} takes {format_size(needed_bytes)}, and {source}; {instead}")
-    _predicted_bytes = max(_predicted_bytes, needed_bytes)
 
 
-_held_bytes = _predicted_bytes = 0
+def have_place(needed_bytes: int, given: int | None) -> bool:
+    """Whether workers that hold so much together have a place in the memory that is free, and beside this process in what is `given`."""
+    try:
+        free, _ = free_memory(unmapped=True)
+    except InputError:
+        return False
+    return needed_bytes <= free and (given is None or memory().resident + needed_bytes <= given)
 
 
 def predicted_bytes() -> int:
-    """The most bytes that a worker of this process was predicted to hold."""
-    return _predicted_bytes
+    """The most bytes that this process and its workers were predicted to hold at once; 0 where nothing was."""
+    workers = MEMORY_OF_WORKERS.predicted_bytes
+    return max(MEMORY_OF_WORKERS.own_bytes, memory().peak if workers else 0) + workers
 
 
 def held_bytes() -> int:
-    """The most bytes that a worker of this process has held, with what it has started."""
-    return _held_bytes
+    """The most bytes that workers of this process have held at once, with what they have started."""
+    return MEMORY_OF_WORKERS.held_bytes
 
 
 def _last_line(stderr: IO[bytes]) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tightfit.planner.generation.choice import Choice, ChoiceProblem, Choose, choice_problem, least_room, spread
 from tightfit.planner.generation.places import Places, aligned_bytes
 from tightfit.planner.generation.problem import Figures, Problem, RowPiece, in_pages
-from tightfit.planner.generation.program import choose, least_room, spread
 from tightfit.planner.generation.simulate import Simulated, simulate
 from tightfit.runtime.common.errors import InfeasibleError
 from tightfit.runtime.common.option_names import spelled
@@ -58,8 +58,9 @@ class GenerationPlan:
         }
 
 
-def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationPlan:
-    """The plan that answers fastest within `budget` bytes of all processes together.
+def plan_answers(problem: Problem, figures: Figures, budget: int, choose: Choose | None = None) -> GenerationPlan:
+    """The plan that answers fastest within `budget` bytes of all processes together. `choose` solves what has to be chosen; by
+    default it is solved here.
 
     Raises InfeasibleError, with the smallest budget that fits, where none does.
     """
@@ -80,18 +81,28 @@ def plan_answers(problem: Problem, figures: Figures, budget: int) -> GenerationP
             f" {-(-least // MIB)}MiB or more, or fewer tokens ({spelled('max_tokens')}, {spelled('context')})",
             least,
         )
-    best: tuple[float, int, list[str]] | None = None
     keys = figures.key_seconds * (problem.prompt_tokens + problem.answer_tokens / 2)
+    fitting = []
     for size in sizes:
         room = budget - beside - in_pages(problem.other_bytes(size))
         if room < least_room(pieces):
             break
-        choice = choose(pieces, figures, room, problem.passes(size), problem.answer_tokens, key_seconds=keys)
+        passes = problem.passes(size)
+        fitting.append((size, choice_problem(pieces, figures, room, passes, problem.answer_tokens, key_seconds=keys)))
+    choices = (choose or _choose_here)([wanted for _, wanted in fitting])
+    best: tuple[float, int, list[str]] | None = None
+    for (size, _), choice in zip(fitting, choices, strict=True):
         if choice is not None and (best is None or choice.seconds < best[0]):
             best = choice.seconds, size, spread(pieces, choice)
     assert best is not None
     _, size, states = best
     return laid_out(problem, figures, pieces, states, size, budget=budget)
+
+
+def _choose_here(problems: Sequence[ChoiceProblem]) -> Sequence[Choice | None]:
+    from tightfit.planner.generation.program import choose_each
+
+    return choose_each(problems)
 
 
 def plan_measuring(problem: Problem) -> GenerationPlan:

@@ -121,7 +121,7 @@ export function frame(label, { x: [x0, x1], y: [y0, y1], xLabel, yLabel, width, 
 
 // The x axis under a picture: ticks and what they count.
 const along = ([low, high], x, { label, left, width, height, whole = false, log = false }) => [
-  ...(log ? logarithmicTicks : ticks)(low, high, width / 110).filter((tick) => !whole || Number.isInteger(tick)).map((tick) => svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick))),
+  ...(log ? logarithmicTicks(low, high, width / 80) : ticks(low, high, width / 110)).filter((tick) => !whole || Number.isInteger(tick)).map((tick) => svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick))),
   svg("text", { x: (left + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, label),
 ];
 
@@ -143,6 +143,12 @@ export function capLine({ picture, y, width }, cap, text) {
 const DECADES = 5; // budgets that are so many times as large as each other are drawn by their ratios
 const ROW = 15; // height of a policy's row of crosses below the axis
 
+// What is proven of a budget holds for all smaller ones.
+function bounded(points) {
+  let highest = 0;
+  return points.toReversed().map((point) => { highest = Math.max(highest, point.bound); return { ...point, bound: highest }; }).reverse();
+}
+
 // `series`: [{name, label, slot, points: [{budget, step, bound, peak}], misfits: [{budget, needs}]}], a line for each policy and the
 // solver's bound; below the axis a row for each policy that does not fit somewhere, with a cross at each such budget. The x axis
 // reaches the budgets of `reach` as well. The y axis begins just below what is drawn: its label says so.
@@ -150,7 +156,7 @@ export function curve(series, { width, reach = [] }) {
   const budgets = [...reach, ...series.flatMap((one) => [...one.points, ...one.misfits].map((p) => p.budget))];
   const unit = unitOf(Math.max(...budgets)), low = Math.min(...budgets) / unit.size, high = Math.max(...budgets) / unit.size;
   const log = high > DECADES * low, margin = (high - low) * 0.06 || high * 0.1;
-  const bound = series.find((one) => one.name === "solver")?.points ?? [], crossed = series.filter((one) => one.misfits.length);
+  const bound = bounded(series.find((one) => one.name === "solver")?.points ?? []), crossed = series.filter((one) => one.misfits.length);
   const times = [...series.flatMap((one) => one.points.map((p) => p.step)), ...bound.map((p) => p.bound).filter((time) => time > 0)];
   const fastest = times.length ? Math.min(...times) : 0, slowest = times.length ? Math.max(...times) : 1;
   const room = Math.max((slowest - fastest) * 0.1, slowest * 0.02), base = Math.max(0, fastest - room), below = crossed.length ? crossed.length * ROW + 6 : 0;

@@ -28,6 +28,7 @@ from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
+from tightfit.planner.generation.choice import Choice, ChoiceProblem
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.report.comparison import Comparison
@@ -39,7 +40,7 @@ from tightfit.planner.service.wire.inputs import UPLOADED
 from tightfit.planner.service.wire.redaction import Redaction, with_paths
 from tightfit.planner.service.wire.remote_devices import HEADER, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import FINISHED, OWN_DEVICE
-from tightfit.planner.service.wire.settings import check_token, installed_version, loopback
+from tightfit.planner.service.wire.settings import HEARTBEAT_SECONDS, check_token, installed_version, loopback
 from tightfit.planner.service.wire.traces import canonical_request, with_places, without_places
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.option_fields import keywords_of
@@ -71,10 +72,12 @@ def connect(
     certificate: str | os.PathLike[str] | None = None,
     device: RemoteDevice | None = None,
     timeout: float = 60.0,
+    tell: Callable[[str], None] | None = None,
 ) -> Client:
     """A client of the service at `url`. `token` and `certificate`, the file of the certificate that an https service shows or of those
     who have signed it, default to the environment variables TIGHTFIT_TOKEN and TIGHTFIT_CERTIFICATE. `device`, as `this_device`
-    makes it, is what the service lists this machine as; None: it does not.
+    makes it, is what the service lists this machine as; None: it does not. `tell` is called with a sentence when a service that has
+    answered does not any more and is asked again.
 
     Raises InputError where what answers there is no tightfit, or one that its certificate does not vouch for, and RunError where
     nothing answers.
@@ -85,6 +88,7 @@ def connect(
         certificate=certificate,
         device=device,
         timeout=timeout,
+        tell=tell,
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(client)
@@ -109,13 +113,15 @@ class Client:
         timeout: float,
         certificate: str | os.PathLike[str] | None = None,
         device: RemoteDevice | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         base_url = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
         self.url = base_url.rstrip("/").removesuffix("/page")
         self._ids: dict[str, str] = {}
         self._heard: dict[str, str] = {}  # job -> id of the last of its events
-        self._answered = False
+        self._answered = self._silent = False
         self._device = device
+        self._tell = tell or (lambda sentence: None)
         headers = {} if device is None else {HEADER: device.model_dump_json()}
         try:
             address = httpx.URL(self.url)
@@ -189,7 +195,10 @@ class Client:
         identity = job["result"]["trace"]
         content = self._send("GET", f"/v1/traces/{identity}/file").content
         prepared = parse_prepared(content, f"{self.url}: {identity}")
-        if prepared.request.model_dump_json() != sent.model_dump_json():
+        asked = [request.options, request.answers, request.stored]
+        given = [prepared.step, prepared.answers, prepared.decoder]
+        same = prepared.request.model_dump_json() == sent.model_dump_json()
+        if not same or any(made is None for wanted, made in zip(asked, given, strict=True) if wanted is not None):
             raise RunError(f"{self.url}: what was traced there as {identity} is another model; ask again")
         return with_places(prepared, request)
 
@@ -212,6 +221,12 @@ class Client:
         request = {"profile": stored["id"], "memory": budget_bytes, **fields}
         job = self.finish(self.post("/v1/plans", request), options.progress)
         return self._planned(job["result"]["plan"], paths)
+
+    def choose(self, problems: Sequence[ChoiceProblem], *, progress: Progress | None = None) -> list[Choice | None]:
+        """What of a model stays in memory between the tokens of answers (`tightfit.planner.generation.choice`), chosen by the service."""
+        job = self.post("/v1/answer-plans", {"problems": [problem.model_dump() for problem in problems]})
+        choices = self.finish(job, progress)["result"]["choices"]
+        return [None if choice is None else Choice.model_validate(choice) for choice in choices]
 
     def explanation(self, plan: Plan) -> Explanation:
         """The explanation of a plan that the service has made; unless a comparison made it, with the value of memory."""
@@ -354,11 +369,12 @@ class Client:
         while broken_since is None or time.monotonic() - broken_since < RESTART_SECONDS:
             with contextlib.suppress(httpx.TransportError):
                 for name, data in self._stream(identity):
-                    broken_since = None
+                    broken_since, self._silent = None, False
                     yield name, data
                     if name == "job" and data["state"] in FINISHED:
                         return
             broken_since = broken_since or time.monotonic()
+            self._tell_of_silence()
             time.sleep(RETRY_SECONDS)
         raise RunError(
             f"{self.url}: no answer for {RESTART_SECONDS:.0f} s; {identity} goes on when `tightfit serve` is started there"
@@ -367,7 +383,8 @@ class Client:
 
     def _stream(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
         headers = {"Last-Event-ID": self._heard[identity]} if identity in self._heard else {}
-        with self._http.stream("GET", f"/v1/jobs/{identity}/events", headers=headers) as response:
+        timeout = httpx.Timeout(3 * HEARTBEAT_SECONDS, connect=CONNECT_SECONDS)
+        with self._http.stream("GET", f"/v1/jobs/{identity}/events", headers=headers, timeout=timeout) as response:
             if response.status_code in RESTARTING:
                 raise httpx.RemoteProtocolError(f"status {response.status_code}")
             if response.status_code != 200:
@@ -419,6 +436,32 @@ class Client:
         result: dict[str, Any] = self.finish(self.post("/v1/previews", asked, headers=headers), progress)["result"]
         return result
 
+    def answer(
+        self, profile: str, prompt: str | list[dict[str, str]], *, progress: Progress | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """What the model of a stored profile answers, with the adapter of a `run` if one is named: text, tokens, seconds; `progress`
+        gets the text so far. `options` are those of `/v1/answers`.
+        """
+        headers = {"Idempotency-Key": os.urandom(16).hex()}
+        job = self.post("/v1/answers", {"profile": profile, "prompt": prompt, **options}, headers=headers)
+        result: dict[str, Any] = self.finish(job, progress)["result"]
+        return result
+
+    def merged(
+        self, run: str, file: str | os.PathLike[str], form: str = "gguf", progress: Progress | None = None
+    ) -> Path:
+        """Merge a run's adapter into its model at the service and download it: a GGUF file, or a tar file with safetensors."""
+        self.finish(self.post(f"/v1/runs/{run}/merge", {"format": form}), progress)
+        path = Path(file)
+        with self._http.stream("GET", f"/v1/runs/{run}/merged") as response:
+            if response.status_code != 200:
+                response.read()
+                _raise(response)
+            with path.open("wb") as written:
+                for chunk in response.iter_bytes():
+                    written.write(chunk)
+        return path
+
     def gallery(self) -> list[dict[str, Any]]:
         """Sizes of published models, each with the `config` that a request for a profile takes."""
         shapes: list[dict[str, Any]] = self.get("/v1/gallery")["shapes"]
@@ -462,15 +505,22 @@ class Client:
                     continue
                 if response.status_code >= 400:
                     _raise(response)
-                self._answered = True
+                self._answered, self._silent = True, False
                 return response
 
     def _again(self, started: float) -> bool:
         """Whether a request that was first sent at `started` is to be sent again, after a moment."""
         again = self._answered and time.monotonic() - started < RESTART_SECONDS
         if again:
+            self._tell_of_silence()
             time.sleep(RETRY_SECONDS)
         return again
+
+    def _tell_of_silence(self) -> None:
+        """Say once, until there is an answer, that the service does not answer any more and is asked again."""
+        if not self._silent:
+            self._tell(f"{self.url}: no answer any more; it is asked again for {RESTART_SECONDS:.0f} s")
+        self._silent = True
 
 
 def _check_secret(address: httpx.URL) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tightfit.planner.formulation.step_constraints import charged_bytes
 from tightfit.planner.problem.layer_types import LayeredStep
+from tightfit.planner.schedule.column_bytes import charged_bytes
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.solve.pricing import ColumnPool
 

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tightfit.planner.formulation.step_constraints import charged_bytes
 from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.layer_figures import KIB
 from tightfit.planner.problem.layer_types import LayeredStep
+from tightfit.planner.schedule.column_bytes import charged_bytes
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.realize import CyclePart, Schedule, smallest_arena
 from tightfit.planner.search_options import ALL, HELD_UP, Progress, SearchOptions

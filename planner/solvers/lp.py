@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,9 +98,8 @@ class LinearProgram:
         self.least: list[float] = []
         self.most: list[float] = []
         """per row: the least and the greatest value (`least`, `most`) that the sum of its terms may have"""
-        self._rows: list[int] = []
-        self._columns: list[int] = []
-        self._entries: list[float] = []
+        self._rows, self._columns, self._entries = array("q"), array("q"), array("d")
+        """a layer has up to half a million entries, of which each as a Python object takes eight times as much"""
 
     def variable(self, lower: float = 0.0, upper: float = INFINITY, *, whole: bool = False) -> int:
         self.lower.append(lower)
@@ -170,9 +170,9 @@ class LinearProgram:
     @cached_property
     def matrix(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
         """(rows, columns, entries), sorted by row, then by column."""
-        rows, columns = np.array(self._rows, dtype=np.int64), np.array(self._columns, dtype=np.int64)
+        rows, columns = np.frombuffer(self._rows, dtype=np.int64), np.frombuffer(self._columns, dtype=np.int64)
         order = np.lexsort((columns, rows))
-        return rows[order], columns[order], np.array(self._entries, dtype=np.float64)[order]
+        return rows[order], columns[order], np.frombuffer(self._entries, dtype=np.float64)[order]
 
     @cached_property
     def _model(self) -> mathopt.Model:
@@ -186,9 +186,9 @@ class LinearProgram:
         proto.linear_constraints.lower_bounds.extend(self.least)
         proto.linear_constraints.upper_bounds.extend(self.most)
         rows, columns, entries = self.matrix
-        proto.linear_constraint_matrix.row_ids.extend(rows.tolist())
-        proto.linear_constraint_matrix.column_ids.extend(columns.tolist())
-        proto.linear_constraint_matrix.coefficients.extend(entries.tolist())
+        proto.linear_constraint_matrix.row_ids.extend(rows.data)
+        proto.linear_constraint_matrix.column_ids.extend(columns.data)
+        proto.linear_constraint_matrix.coefficients.extend(entries.data)
         return self._loaded(proto)
 
     def _loaded(self, proto: model_pb2.ModelProto) -> mathopt.Model:

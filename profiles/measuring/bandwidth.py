@@ -36,6 +36,8 @@ QUEUED = 4
 """transfers that are requested at once"""
 FASTER = 1.5
 """A bandwidth above this many times that of the fastest such transfers alone cannot be right."""
+REFERENCE_TURNS = 25
+"""times that the reference computation is timed, a tenth of a second in all"""
 Transfer = Callable[[int, int, int], None]
 """Called as transfer(address, bytes, offset in the file)."""
 
@@ -169,6 +171,17 @@ def _beside_work(
     compute_seconds = time.perf_counter() - start
     channel.wait(ticket)
     return transfer_seconds, compute_seconds, runs
+
+
+def reference_seconds() -> float:
+    """Seconds of a computation that is the same for all models, by which the machine can be compared with what it was before."""
+    workload = LayerWorkload(torch.bfloat16)
+    seconds = []
+    for _ in range(REFERENCE_TURNS):
+        start = time.perf_counter()
+        workload.run()
+        seconds.append((time.perf_counter() - start) / workload.count)
+    return statistics.median(seconds)
 
 
 class LayerWorkload:

@@ -12,8 +12,11 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
+from tightfit.profiles.measuring.kept_figures import KeptFigures
 from tightfit.profiles.measuring.kernels import kernel_bytes
 from tightfit.profiles.measuring.messages import Steps
 from tightfit.profiles.worker_process import send
@@ -23,6 +26,7 @@ from tightfit.runtime.common.files import nameless_file, write_all
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start.floor import HOLES_PER_WORKSPACE
 from tightfit.runtime.engine.start.process import child_environment, leave
+from tightfit.runtime.engine.training.job import program_header
 from tightfit.runtime.supervision.supervisor import command as supervisor_command
 from tightfit.runtime.supervision.training_process import command
 
@@ -46,7 +50,8 @@ def main() -> int:
     with open(descriptor, encoding="utf-8") as file:
         request, result, held_bytes, done, total = json.load(file)
     result["floor"] = measure_floor(request, result["operators"], Steps(total, done))
-    beside_bytes = memory().peak + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    child_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    beside_bytes = memory().peak + request["floor_children"] * child_bytes
     held = {"held_bytes": max(held_bytes, beside_bytes)}
     send(result=result | held, **held)
     return 0
@@ -55,20 +60,33 @@ def main() -> int:
 def measure_floor(request: dict[str, Any], figures: dict[str, list[list[float]]], steps: Steps) -> dict[str, Any]:
     """`Floor` fields in bytes: of an idle run, with what the operators of all programs leave behind. `figures` are theirs."""
     programs, threads = request["programs"], request["threads"]
-    fields = idle_floor(threads)
-    steps.take()
-    kernels = kernel_bytes(programs, threads)
-    fields["resident_bytes"] += kernels
-    if len(programs) > request["whole"]:
-        kernels_of_whole = kernel_bytes(programs[: request["whole"]], threads)
-        fields["shorter_bytes"] = max(0, kernels - kernels_of_whole)
-    steps.take()
+    path = request.get("kept")
+    kept = KeptFigures(None if path is None else Path(path), anew=request.get("anew", False))
+
+    def lasting_bytes(chosen: list[dict[str, Any]], *, backward: bool = True) -> int:
+        """What the operators of these programs leave behind (`kernel_bytes`)."""
+        key = [[program_header(program) for program in chosen], backward]
+        return kept.of("kernels", key, lambda: kernel_bytes(chosen, threads, backward=backward))
+
     forwards = [
         {**program, "operators": [program["operators"][position] for position in positions]}
         for program, positions in zip(programs, request["inference"], strict=True)
     ]
-    fields["inference_resident_bytes"] += kernel_bytes(forwards, threads, backward=False)
-    steps.take()
+    with ThreadPoolExecutor(request["floor_children"]) as pool:
+        idle = pool.submit(kept.of, "floor", [], lambda: idle_floor(threads))
+        kernels = pool.submit(lasting_bytes, programs)
+        inference_kernels = pool.submit(lasting_bytes, forwards, backward=False)
+        shorter = len(programs) > request["whole"]
+        kernels_of_whole = pool.submit(lasting_bytes, programs[: request["whole"]]) if shorter else None
+        fields: dict[str, Any] = dict(idle.result())
+        steps.take()
+        fields["resident_bytes"] += kernels.result()
+        if kernels_of_whole is not None:
+            fields["shorter_bytes"] = max(0, kernels.result() - kernels_of_whole.result())
+        steps.take()
+        fields["inference_resident_bytes"] += inference_kernels.result()
+        steps.take()
+    kept.save()  # bytes do not depend on what else the cores do
 
     def largest_workspace(chosen: Callable[[int, int], bool]) -> float:
         """Of the operators of PyTorch's own among those that are chosen by the indices of their program and of themselves."""

@@ -36,6 +36,8 @@ def measure(
     layers: Iterable[Layer] = (),
     shorter: Iterable[Program] = (),
     memory: int | None = None,
+    kept: Path | None = None,
+    anew: bool = False,
     progress: Progress | None = None,
     comparison: GradientComparison | None = None,
 ) -> dict[str, Any]:
@@ -52,6 +54,9 @@ def measure(
 
     `layers` say how often a step runs each program: those that take more of it are measured for longer. `shorter` are the programs of
     shorter steps, which are measured like the others; the floor's `shorter_bytes` are what they add.
+
+    `kept` is the file with what earlier profiles have measured on this machine (`tightfit.profiles.measuring.kept_figures`), of which
+    nothing is taken if all is measured `anew`.
 
     Tensors of equal shape and format are measured once. `memory` are the bytes that the measuring processes may hold; None: what they
     are best with (`tightfit.profiles.measuring.memory`), about the tensors of the largest program, placed by their lifetimes, or 64 MiB,
@@ -97,6 +102,7 @@ def measure(
         "programs": described.programs,
         "counts": [counts[p.name] or 1 for p in programs],
         "turning_bytes": room.turning_bytes,
+        "floor_children": room.floor_children,
         "whole": program_count,
         "inference": [p.inference for p in programs],
         "weights": [list(key) for key in weights],
@@ -107,6 +113,8 @@ def measure(
         "accumulate": accumulate,
         "scratch": str(scratch),
         "threads": threads,
+        "kept": None if kept is None else str(kept),
+        "anew": anew,
     }
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         if comparison is not None and compared[0] is None:

@@ -2,7 +2,7 @@
 
 The process that measures (`tightfit.profiles.measuring.worker`) holds PyTorch's kernels, those that it builds for the operators, and then
 either the arena of one program or buffers that are used in turn, so that none of them is in a cache when its turn comes. After it, the
-process that measures the floor (`tightfit.profiles.measuring.floor`) has one child at a time.
+process that measures the floor (`tightfit.profiles.measuring.floor`) has one child at a time, or two.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class MeasuringMemory:
     """of buffers that are used in turn"""
     predicted_bytes: int
     """most that the processes which measure hold at once"""
+    floor_children: int
+    """processes in which the floor is measured at once: two where there is memory for them"""
 
 
 class TurningBuffers(NamedTuple):
@@ -108,23 +110,20 @@ def measuring_memory(measured: Measured, memory: int | None = None) -> Measuring
 
     Raises InputError where even the smallest take more.
     """
-    least = predicted_bytes(measured, SMALLEST_TURNING)
-    if memory is not None and least > memory:
+    least = predicted_memory(measured, SMALLEST_TURNING)
+    if memory is not None and least.predicted_bytes > memory:
         raise InputError(
-            f"measuring takes {format_size(least)} at least, {format_size(memory)} are given for it; take a smaller batch or sequence or"
+            f"measuring takes {format_size(least.predicted_bytes)} at least, {format_size(memory)} are given for it; take a smaller batch or sequence or"
             " a larger budget, or profile on a larger machine"
         )
     most = max(LEAST_TURNING, min(MOST_TURNING, 2 * largest_cache()))
-    for part in range(TURNING_PARTS, 0, -1):
-        turning_bytes = SMALLEST_TURNING + (most - SMALLEST_TURNING) * part // TURNING_PARTS
-        predicted = predicted_bytes(measured, turning_bytes)
-        if memory is None or predicted <= memory:
-            return MeasuringMemory(turning_bytes=turning_bytes, predicted_bytes=predicted)
-    return MeasuringMemory(turning_bytes=SMALLEST_TURNING, predicted_bytes=least)
+    sizes = [SMALLEST_TURNING + (most - SMALLEST_TURNING) * part // TURNING_PARTS for part in range(TURNING_PARTS + 1)]
+    rooms = (predicted_memory(measured, size, children) for size in reversed(sizes) for children in (2, 1))
+    return next((room for room in rooms if memory is None or room.predicted_bytes <= memory), least)
 
 
-def predicted_bytes(measured: Measured, turning_bytes: int) -> int:
-    """Most bytes that the processes which measure hold at once, with so many bytes of buffers that are used in turn."""
+def predicted_memory(measured: Measured, turning_bytes: int, floor_children: int = 1) -> MeasuringMemory:
+    """What measuring takes with so many bytes of buffers that are used in turn, and so many processes for the floor at once."""
     plain = PLAIN_BYTES if os.environ.get("TIGHTFIT_TORCH") == "plain" else 0
     request_bytes = REQUEST_FACTOR * sum(len(json.dumps(program)) for program in measured.programs)
     products = {
@@ -144,7 +143,12 @@ def predicted_bytes(measured: Measured, turning_bytes: int) -> int:
     )
     worker_bytes = max(START_BYTES, lean_bytes + buffers)
     child_bytes = max(START_BYTES, lean_bytes + max(beside, default=0))
-    return plain + max(worker_bytes, FLOOR_BYTES + request_bytes + child_bytes)
+    floor_bytes = FLOOR_BYTES + request_bytes + floor_children * child_bytes + (floor_children - 1) * plain
+    return MeasuringMemory(
+        turning_bytes=turning_bytes,
+        predicted_bytes=plain + max(worker_bytes, floor_bytes),
+        floor_children=floor_children,
+    )
 
 
 def unpack_buffers(turning_bytes: int, kind: str, group: int, rows: int, columns: int, dtype: str) -> TurningBuffers:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tightfit.profiles.measuring import floor
 from tightfit.profiles.measuring.cpu_load import OtherPrograms
 from tightfit.profiles.measuring.cpu_quota import QuotaClock
+from tightfit.profiles.measuring.kept_figures import KeptFigures
 from tightfit.profiles.measuring.memory import (
     BETWEEN_BYTES,
     GATHERED_ROWS,
@@ -73,6 +74,11 @@ class ScratchStores:
         self._formats = {tuple(shape): (kind, group) for shape, kind, group in tables}
         self._opened: dict[str, Any] = {}
 
+    def form(self, shape: Sequence[int]) -> tuple[str, int]:
+        """(format, group) of a table of this shape."""
+        kind, group = self._formats.get(tuple(shape), ("q4", 0))
+        return kind, group
+
     def opened(self, shapes: Mapping[str, Sequence[int]]) -> Any:
         """A `WeightStore` with a table for each name, in the format of the model's matrix of that shape. It is written once, and
         closed when these stores are.
@@ -101,7 +107,7 @@ class ScratchStores:
         path = self.folder / f"measure-{os.getpid()}.store"
         entries = []
         for name, shape in shapes.items():
-            form, group = self._formats.get(tuple(shape), ("q4", 0))
+            form, group = self.form(shape)
             rows = (GATHERED_ROWS, shape[1])
             entry = Entry(name=name, shape=rows, format=form, group=group) if group else packed_entry(name, rows, form)
             entries.append(entry)
@@ -177,11 +183,13 @@ def _steps(request: dict[str, Any]) -> int:
 
 def measure(request: dict[str, Any], steps: Steps) -> dict[str, Any]:
     """What `tightfit.profiles.measuring.measure.measure` returns, but for the floor. Operators of the request get their `copied`."""
-    from tightfit.profiles.measuring.bandwidth import measure_channels
+    from tightfit.profiles.measuring.bandwidth import measure_channels, reference_seconds
     from tightfit.profiles.measuring.guard import OutputGuard
     from tightfit.runtime.engine.start.kernel_warmup import settle
 
-    load = OtherPrograms()
+    load, kept = OtherPrograms(), kept_figures(request)
+    kept.check(reference_seconds())
+    trim_heap()
     programs = request["programs"]
     guard, contents = OutputGuard(), {}
     scratch = ScratchStores(Path(request["scratch"]), request["tables"])
@@ -194,39 +202,53 @@ def measure(request: dict[str, Any], steps: Steps) -> dict[str, Any]:
         send(stage="computed")
     result: dict[str, Any] = {
         "copied": {program["name"]: [op["copied"] for op in program["operators"]] for program in programs},
-        "operators": measure_operators(request, scratch, contents, steps),
+        "operators": measure_operators(request, scratch, contents, steps, kept),
     }
-    turning_bytes = request["turning_bytes"]
-    result["unpack"] = []
-    for kind, group, rows, columns, dtype in request["weights"]:
-        result["unpack"].append(measure_unpack(kind, group, rows, columns, dtype, turning_bytes))
+    turning_bytes, accumulate = request["turning_bytes"], request["accumulate"]
+
+    def figure(kind: str, key: Any, measure_it: Callable[..., Any], *arguments: Any) -> Any:
+        value = kept.of(kind, key, lambda: measure_it(*arguments, turning_bytes))
         trim_heap()
+        return value
+
+    result["unpack"] = []
+    for weight in request["weights"]:
+        result["unpack"].append(figure("unpack", weight, measure_unpack, *weight))
         steps.take()
     result |= {"update": [], "accumulate": [], "clipped": [], "perturb": []}
     for elements in request["updates"]:
-        result["update"].append(measure_update(elements, request["accumulate"], turning_bytes))
-        add_seconds, update_seconds = measure_clipped(elements, request["accumulate"], turning_bytes)
+        sizes = [elements, accumulate]
+        result["update"].append(figure("update", sizes, measure_update, *sizes))
+        add_seconds, update_seconds = figure("clipped", sizes, measure_clipped, *sizes)
         result["accumulate"].append(add_seconds)
         result["clipped"].append(update_seconds)
-        trim_heap()
         steps.take()
-        result["perturb"].append(measure_perturb(elements, turning_bytes))
-        trim_heap()
+        result["perturb"].append(figure("perturb", elements, measure_perturb, elements))
         steps.take()
     result["adafactor"] = []
     for shape in request["shapes"]:
-        result["adafactor"].append(measure_adafactor(shape, turning_bytes))
-        trim_heap()
+        result["adafactor"].append(figure("adafactor", shape, measure_adafactor, shape))
         steps.take()
-    result |= measure_channels(scratch.folder, request["compute_dtype"])
+    disk = [request["compute_dtype"], Path(request["scratch"]).stat().st_dev]
+    result |= kept.of("channels", disk, lambda: measure_channels(scratch.folder, request["compute_dtype"]))
     steps.take()
-    return result | {"busy_cores": load.taken(request["threads"])}
+    busy_cores = load.taken(request["threads"])
+    kept.save(busy_cores, request["threads"])
+    return result | {"busy_cores": busy_cores}
+
+
+def kept_figures(request: Mapping[str, Any]) -> KeptFigures:
+    """The figures of this machine that a request may use."""
+    path = request.get("kept")
+    return KeptFigures(
+        None if path is None else Path(path), turning_bytes=request["turning_bytes"], anew=request.get("anew", False)
+    )
 
 
 def measure_operators(
-    request: dict[str, Any], scratch: ScratchStores, contents: Mapping[str, str], steps: Steps
+    request: dict[str, Any], scratch: ScratchStores, contents: Mapping[str, str], steps: Steps, kept: KeptFigures
 ) -> dict[str, list[list[float]]]:
-    """[seconds, workspace bytes] of every operator by program.
+    """[seconds, workspace bytes] of every operator by program. Those that are `kept` are not measured.
 
     Operators that are equal, and stand in different programs, are measured in one of them. In the first pass a program runs a few
     rounds, which tell how long it takes; in the others for as long as its share of the step, what it has to measure, is worth.
@@ -235,18 +257,25 @@ def measure_operators(
 
     programs = request["programs"]
     counts = request.get("counts") or [1] * len(programs)
-    keys = [_occurrences(program) for program in programs]
+    keys = [_occurrences(program, scratch) for program in programs]
     rarest_first = sorted(range(len(programs)), key=lambda number: (counts[number], -number))
     chosen = {key: number for number in rarest_first for key in keys[number]}
     """the program in which an operator is measured: that with the most layers"""
     likenesses = [[likeness(program, operator) for operator in program["operators"]] for program in programs]
     passes: dict[tuple[str, int], list[float]] = {}
     workspaces: dict[str, int] = {}
+    for key in chosen:
+        if (seconds_known := kept.known("operator", key)) is not None:
+            passes[key] = [seconds_known]
+    for alike in itertools.chain.from_iterable(likenesses):
+        if (workspace_known := kept.known("workspace", alike)) is not None:
+            workspaces[alike] = workspace_known
+    seconds_kept, workspaces_kept = set(passes), set(workspaces)
     worth = [0.0] * len(programs)
     for turn in range(PASSES):
-        tried: set[str] = set()
+        tried = set(workspaces_kept)
         for number, program in enumerate(programs):
-            own = [index for index, key in enumerate(keys[number]) if chosen[key] == number]
+            own = [index for index, key in enumerate(keys[number]) if chosen[key] == number and key not in seconds_kept]
             fresh = {alike: index for index, alike in enumerate(likenesses[number]) if alike not in tried}
             tried.update(fresh)
             if own or fresh:
@@ -271,6 +300,10 @@ def measure_operators(
                 for key in keys[number]:
                     share[chosen[key]] += count * passes[key][0]
             worth = [min(1.0, part / max(sum(share), 1e-9) / WHOLE_SHARE) for part in share]
+    for key in passes.keys() - seconds_kept:
+        kept.note("operator", key, statistics.median(passes[key]))
+    for alike in workspaces.keys() - workspaces_kept:
+        kept.note("workspace", alike, workspaces[alike])
     return {
         program["name"]: [
             [statistics.median(passes[key]), workspaces[alike]]
@@ -280,9 +313,9 @@ def measure_operators(
     }
 
 
-def _occurrences(program: dict[str, Any]) -> list[tuple[str, int]]:
-    """For each operator what it is called with (`tightfit.profiles.measuring.guard.operator_key` and the kinds of its tensors), and
-    how many like it stand before it in the program.
+def _occurrences(program: dict[str, Any], scratch: ScratchStores) -> list[tuple[str, int]]:
+    """For each operator what it is called with (`tightfit.profiles.measuring.guard.operator_key`, the kinds of its tensors and the
+    formats of tables whose rows it gathers), and how many like it stand before it in the program.
     """
     from tightfit.profiles.measuring.guard import operator_key
 
@@ -291,7 +324,8 @@ def _occurrences(program: dict[str, Any]) -> list[tuple[str, int]]:
     keys = []
     for operator in program["operators"]:
         kinds = [values[name]["kind"] for name in operator["inputs"]]
-        key = json.dumps([operator_key(operator, values), kinds, operator["gathers"] != [], operator["copied"]])
+        tables = [scratch.form(values[name]["shape"]) for name in operator["gathers"]]
+        key = json.dumps([operator_key(operator, values), kinds, tables, operator["copied"]])
         before[key] = before.get(key, -1) + 1
         keys.append((key, before[key]))
     return keys

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -293,7 +293,8 @@ class Decoder(nn.Module):
         tables = {rotation: rotary_table(shape, places, *rotation) for rotation in sorted(set(shape.rotations))}
         longest = self.longest or seq
         masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < longest})}
-        for layer, window, rotation in zip(self.model.layers, shape.windows, shape.rotations, strict=True):
+        for number, layer in self.model.layers.named_children():
+            window, rotation = shape.windows[int(number)], shape.rotations[int(number)]
             x = layer(x, *tables[rotation], masks.get(window) if window is not None else None, positions)
         trained = trained_copy(self.lm_head) if HEAD in self._modules else None
         if trained is not None:
@@ -301,6 +302,26 @@ class Decoder(nn.Module):
         head = self.model.embed_tokens if shape.tied else self.lm_head
         loss, token_losses, _ = head_loss(self.model.norm(x), head.weight, labels, self.slice_rows, *pairs)
         return loss, token_losses
+
+    def block_kinds(self) -> list[Hashable]:
+        """For each block what its operators and their inputs depend on: whether it is the first one, its tensors, pairs, window and
+        rotation, and whether a gradient of what it reads is wanted.
+        """
+        wanted = any(parameter.requires_grad for parameter in self.model.embed_tokens.parameters())
+        kinds: list[Hashable] = []
+        for block, window, rotation in zip(self.model.layers, self.shape.windows, self.shape.rotations, strict=True):
+            tensors = [
+                (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in block.named_parameters()
+            ]
+            pairs = [(child.pair, child.site) for child in block.modules() if isinstance(child, Projection)]
+            kinds.append((not kinds, wanted, window, rotation, tuple(tensors), tuple(pairs)))
+            wanted = wanted or any(tensor.requires_grad for tensor in block.parameters())
+        return kinds
+
+    def keep_blocks(self, numbers: Collection[int]) -> None:
+        """Leave out all blocks but these, which keep their numbers."""
+        for number in set(range(self.shape.layers)) - set(numbers):
+            del self.model.layers._modules[str(number)]
 
     def _embedded(self, ids: Tensor) -> Tensor:
         trained = trained_copy(self.model.embed_tokens)

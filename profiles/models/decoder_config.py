@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tightfit.profiles.models.family import FULL, SLIDING, Family, families, family_of
@@ -148,6 +148,23 @@ def long_positions(config: Mapping[str, Any], seq: int) -> str | None:
                 f" of at most {short} tokens, given to it alone, has the short ones: where most are, profile with {spelled('seq', short)}"
             )
     return None
+
+
+def first_lengths(config: Any) -> Iterator[int]:
+    """The lengths in a config up to which a model was trained first, in order: longer sequences have rotary frequencies of their own
+    (longrope).
+    """
+    if not isinstance(config, dict):
+        return
+    for key, value in sorted(config.items()):
+        if key == "original_max_position_embeddings" and isinstance(value, int):
+            yield value
+        yield from first_lengths(value)
+
+
+def telling_length(config: Mapping[str, Any], longest: int) -> int:
+    """The smallest length whose rotary frequencies are those of sequences of `longest` tokens."""
+    return max((length + 1 for length in first_lengths(dict(config)) if longest > length), default=0)
 
 
 def decoder_shape(config: dict[str, Any]) -> DecoderShape:

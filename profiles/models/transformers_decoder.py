@@ -22,8 +22,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tightfit.profiles.models.decoder import PAIRS_APART, adapt, third_input
+from tightfit.profiles.models.decoder_facts import DecoderFacts, FrozenTensor, buffer_value
 from tightfit.profiles.models.family import families
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.saved_modules import (
@@ -87,46 +87,6 @@ NO_PAIRS = (("falcon_h1", "out_proj"), ("nemotron_h", "out_proj"))
 LONG = "long_inv_freq"
 """Name of the buffer with the frequencies that longrope uses for sequences longer than the model was first trained
 for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrozenTensor:
-    """A frozen tensor of the decoder, as it is packed."""
-
-    name: str
-    """Our name."""
-    key: str
-    """Name in transformers' state_dict."""
-    shape: tuple[int, ...]
-    role: str
-    """matrix (of a linear layer), embedding (rows by token), or other."""
-    transposed: bool = False
-    """Whether the checkpoint has rows and columns the other way round."""
-    mean: float = 0.0
-    """What random values vary around."""
-    value: Tensor | None = None
-    """A buffer's value; checkpoints hold another if it is `persistent`."""
-    persistent: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderFacts:
-    """What there is to know of a decoder without building its module for a step."""
-
-    tensors: tuple[FrozenTensor, ...]
-    config: Mapping[str, Any]
-    """Fields for a source's config, under the names that tightfit reads: vocab_size, max_position_embeddings,
-    hidden_size, num_hidden_layers, adapter_body."""
-    prefix: str
-    """transformers' name of the body."""
-    embedding: str
-    """Our name of the embedding's weight."""
-    head: str
-    """That of the head's, which is the embedding's own where they are tied and then not among `tensors`."""
-    rename: Callable[[str], str]
-    """From a name in a checkpoint, of whatever version, to that in transformers' state_dict."""
-    unexpected: tuple[str, ...]
-    """Regular expressions for tensors that checkpoints hold and the model does not use."""
 
 
 class AnyDecoder(nn.Module):
@@ -286,7 +246,8 @@ def without_values(module: nn.Module) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=8)
-def _facts(text: str) -> DecoderFacts:
+def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
+    """What a config's decoder consists of, and how transformers renames the tensors of its checkpoints."""
     config = json.loads(text)  # noqa: TID251  written by `json.dumps`
     made = _built(config, torch.float32)
     _head(made)
@@ -319,7 +280,7 @@ def _facts(text: str) -> DecoderFacts:
                 role=role,
                 transposed=transposed,
                 mean=offsets.get(id(tensor), 1.0 if "norm" in key.lower() and key.endswith("weight") else 0.0),
-                value=None if tensor.is_meta else tensor,
+                value=None if tensor.is_meta else buffer_value(tensor),
                 persistent=key in keys,
             )
         )
@@ -335,15 +296,15 @@ def _facts(text: str) -> DecoderFacts:
         known["adapter_body"] = f"{prefix}."
     unexpected = getattr(made, "_keys_to_ignore_on_load_unexpected", None) or ()
     names = {id(child): _our_name(name, prefix) for name, child in made.named_modules()}
-    return DecoderFacts(
+    found = DecoderFacts(
         tensors=tuple(tensors),
         config={key: value for key, value in known.items() if value},
         prefix=prefix,
         embedding=f"{names[id(made.get_input_embeddings())]}.weight",
         head=f"{names[id(made.get_output_embeddings())]}.weight",
-        rename=_renaming(made),
         unexpected=tuple(sorted(unexpected)),
     )
+    return found, _renaming(made)
 
 
 def _renaming(made: Any) -> Callable[[str], str]:
@@ -368,10 +329,15 @@ def _causal_class(model_type: Any) -> str:
     return str(KNOWN.get(model_type) or "") if isinstance(model_type, str) else ""
 
 
-def facts(config: Mapping[str, Any]) -> DecoderFacts:
-    """What a config's decoder consists of. Raises InputError as `AnyDecoder` does."""
+def facts(config: Mapping[str, Any], stored: Iterable[str] = ()) -> DecoderFacts:
+    """What a config's decoder consists of, with the names of `stored`, tensors of a checkpoint, as it has them now. Raises InputError as
+    `AnyDecoder` does.
+    """
     with refused_in_its_words(config.get("model_type")):
-        return _facts(json.dumps(dict(config), sort_keys=True))
+        found, rename = _facts(json.dumps(dict(config), sort_keys=True))
+        renamed = {name: rename(name) for name in sorted(stored)}
+    differing = {name: new for name, new in renamed.items() if new != name}
+    return found.model_copy(update={"renamed": differing})
 
 
 def _built(config: Mapping[str, Any], dtype: torch.dtype) -> Any:

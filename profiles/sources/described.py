@@ -15,6 +15,8 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import Entry
 
 MOST_TENSORS = 1 << 16
+MOST_STORED = 1 << 18
+"""names of tensors in a checkpoint: a quantised matrix has several, and each may have two spellings"""
 LARGEST_SIZE = 1 << 31
 LONGEST_NAME = 512
 """letters of the names of models and tensors"""
@@ -84,12 +86,33 @@ def described_source(description: SourceDescription) -> Source:
     )
 
 
+class AnswersWanted(FrozenRecord):
+    """Steps of answers: of one token and of a group of so many, whose prompts and answers have up to `longest` tokens."""
+
+    group: int = Field(ge=2, le=1 << 12)
+    longest: int = Field(ge=0, le=LARGEST_SIZE)
+    instead: str = Field(
+        "", max_length=LONGEST_NAME, description="what errors say to do where the decoder cannot answer"
+    )
+
+
 class TracingRequest(FrozenRecord):
-    """A language model, and the step of it that is to be traced."""
+    """A language model, and what is wanted of it: the step of training, the steps of answers, the description of its decoder, or
+    several of them.
+    """
 
     source: SourceDescription
-    options: dict[str, Any] = Field(description="fields of `tightfit.profiles.options.ProfileOptions`")
+    options: dict[str, Any] | None = Field(
+        None,
+        description="a step of training is wanted, with these fields of `tightfit.profiles.options.ProfileOptions`",
+    )
     lora: dict[str, Any] | None = Field(
         None,
         description="the settings of an adapter that lies on the device (`tightfit.profiles.models.lora.LoraConfig`)",
+    )
+    answers: AnswersWanted | None = None
+    stored: Annotated[list[Name], Field(max_length=MOST_STORED)] | None = Field(
+        None,
+        description="the description of a decoder that transformers builds is wanted; `stored` are the names in the checkpoint, and"
+        " `source` needs no tensors",
     )

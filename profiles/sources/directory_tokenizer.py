@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tightfit.profiles.sources import vocabulary
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.token_tables.kept_table import kept_table, write_kept_table
-from tightfit.profiles.token_tables.tokenizer_json import json_parts
+from tightfit.profiles.token_tables.tokenizer_json import json_parts, vocabulary_bytes
 from tightfit.profiles.token_tables.tokenizer_table import TokenizerTable
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import check_regular, read_whole
@@ -27,8 +27,6 @@ from tightfit.runtime.common.strict_json import JsonError, read_json
 TOKENIZER, TABLE, WORDS = "tokenizer.json", "tokenizer.table", "vocabulary.json"
 """files of a vocabulary in the form that `write_vocabulary` gives it"""
 MODULE = "tightfit.profiles.sources.directory_tokenizer"
-BYTES_PER_BYTE = 4
-"""Most bytes that each byte of a tokenizer.json takes while its table is made: measured 3.2 with Gemma 3's, which is mapped then."""
 
 
 def directory_vocabulary(path: Path) -> Vocabulary | None:
@@ -45,9 +43,7 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(file, error) from error
-    tokenizer: vocabulary.Tokenizer | None = kept_table(
-        file, digest, json_parts, MODULE, BYTES_PER_BYTE * file.stat().st_size
-    )
+    tokenizer: vocabulary.Tokenizer | None = kept_table(file, digest, json_parts, MODULE, vocabulary_bytes)
     if tokenizer is None:
         tokenizer = library_tokenizer(path)
     options = _json(path / "tokenizer_config.json")

@@ -66,7 +66,7 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
             tied="output.weight" not in tensors_in_file,
             rope_factors=None if factors is None else _numbers(file, factors),
         )
-        pairs = _match(config, tensors_in_file, precision)
+        pairs = matched_tensors(config, tensors_in_file, precision)
         matrices = [
             SourceMatrix(entry, tensor.kind, entry.name in EMBEDDINGS)
             for entry, tensor in pairs
@@ -116,7 +116,7 @@ def _numbers(file: FileParts, tensor: GgufEntry) -> Sequence[float]:
     return [number for (number,) in struct.iter_unpack(f"<{letter}", content)]
 
 
-def _match(
+def matched_tensors(
     config: dict[str, Any], tensors_in_file: dict[str, GgufEntry], precision: Precision
 ) -> list[tuple[Entry, GgufEntry]]:
     """(entry, tensor in the file) for every tensor of the decoder. Raises InputError for missing or unexpected ones."""

@@ -46,7 +46,7 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
     metadata, digest = read_with_digest(path)
     tokens = _tokens(path, metadata)
     _pipeline(path, metadata)  # refuses what is not supported
-    table = kept_table(path, digest, gguf_parts, MODULE, TOKEN_BYTES * len(tokens))
+    table = kept_table(path, digest, gguf_parts, MODULE, lambda file: TOKEN_BYTES * len(tokens))
 
     def token(name: str) -> str | None:
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")

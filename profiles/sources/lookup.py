@@ -21,6 +21,7 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, read_json
 
 if TYPE_CHECKING:
+    from tightfit.profiles.sources.described import TracingRequest
     from tightfit.profiles.weights.precision import Precision
 
 Kind = Literal["directory", "prepared", "gguf", "config", "factory", "hub"]
@@ -59,9 +60,10 @@ def resolve(
     if kind == "config":
         config = read_config(path)
         if not handwritten(config):
+            from tightfit.profiles.sources.known_decoders import decoder_facts
             from tightfit.profiles.sources.transformers_source import any_random_source
 
-            return any_random_source(config, path, precision=bits, seed=seed)
+            return any_random_source(config, path, decoder_facts(config, ()), precision=bits, seed=seed)
         from tightfit.profiles.sources.random_weights import random_source
 
         return random_source(config, path, precision=bits, seed=seed)
@@ -112,6 +114,45 @@ def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
     return None
 
 
+def description_request(source: str | os.PathLike[str], *, anew: bool = False) -> TracingRequest | None:
+    """What a service has to know of a model to describe its decoder, where only transformers knows the family; None where the decoder is
+    written by hand, prepared, or a module, and where its description is here already, unless it is to be had `anew`.
+    """
+    kind, path = _named(source)
+    if kind == "hub":
+        path = hub_directory(source)
+    if kind not in ("directory", "hub", "config"):
+        return None
+    config = read_config(path if kind == "config" else path / "config.json")
+    if handwritten(config):
+        return None
+    from tightfit.profiles.sources.described import SourceDescription, TracingRequest
+    from tightfit.profiles.sources.known_decoders import kept_facts
+    from tightfit.profiles.sources.transformers_source import stored_names
+
+    stored: list[str] = []
+    if kind != "config":
+        config, stored = stored_names(path)
+    if not anew and kept_facts(config, stored) is not None:
+        return None
+    name = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
+    described = SourceDescription(name=name, path=str(path), config=config, tensors={})
+    return TracingRequest(source=described, stored=stored)
+
+
+def keep_description(source: str | os.PathLike[str], prepared: str | os.PathLike[str]) -> None:
+    """Keep what the folder `prepared` says of the decoder of what `source` names, if it was made for that model and says it."""
+    from tightfit.profiles.sources.known_decoders import keep_facts
+    from tightfit.profiles.sources.prepared import load_prepared
+
+    told, wanted = load_prepared(prepared), description_request(source)
+    if told.decoder is None or wanted is None:
+        return
+    here, there = wanted.source.config, told.request.source.config
+    if all(there.get(name) == value for name, value in here.items() if name not in told.decoder.config):
+        keep_facts(here, wanted.stored or (), told.decoder)
+
+
 def names_module(source: str | os.PathLike[str]) -> bool:
     """Whether `source` names a module of the user's own. Raises InputError if it names nothing usable."""
     return _named(source)[0] == "factory"
@@ -125,7 +166,7 @@ def prepared_seq(source: str | os.PathLike[str], prepared: str | os.PathLike[str
         return None
     from tightfit.profiles.sources.prepared import load_prepared
 
-    return load_prepared(folder).step.seq
+    return load_prepared(folder).training.seq
 
 
 def longest_sequence(source: str | os.PathLike[str]) -> int | None:

@@ -16,7 +16,7 @@ from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.source import PackProgress, Source, block_rows
 from tightfit.profiles.worker_process import run_worker, send, work
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import remove_orphans
+from tightfit.runtime.common.files import cache_directory, remove_orphans
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import child_environment, leave
@@ -65,13 +65,12 @@ def _have_packed(source: Source, directory: str | os.PathLike[str], progress: Pa
         if progress:
             progress(message["done"], message["total"], message["tensor"])
 
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         run_worker(
             command(__name__),
             request,
-            child_environment(
-                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            ),
+            child_environment(cores) | {"TIGHTFIT_CACHE": os.fspath(cache_directory())},
             doing="packing",
             predicted_bytes=packing_bytes(source),
             instead="pack on a larger machine: `tightfit prepare --weights`",

@@ -21,10 +21,12 @@ from typing import Literal
 from pydantic import ValidationError
 
 from tightfit.profiles.models.answer_steps import AnswerSteps
+from tightfit.profiles.models.decoder_facts import DecoderFacts
 from tightfit.profiles.schema import PROFILE_VERSION, FrozenRecord, TracedStep
 from tightfit.profiles.sources.described import TracingRequest, described_source
 from tightfit.profiles.sources.directory_tokenizer import TABLE, TOKENIZER, WORDS, write_vocabulary
 from tightfit.profiles.sources.random_weights import random_source
+from tightfit.profiles.sources.transformers_source import any_random_source
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.precision import precision
 from tightfit.profiles.weights.source import PREPARED, Source
@@ -35,25 +37,37 @@ from tightfit.runtime.common.strict_json import JsonError, from_json
 from tightfit.runtime.engine.weights.layout import read_header
 
 WEIGHTS = "weights.store"
+BEGIN, END = ', "prepared": ', "}\n"
+"""what stands around the text of which there is a checksum"""
 AGAIN = "prepare the model again with `tightfit prepare`, or copy the folder again"
 
 
 class PreparedModel(FrozenRecord):
-    """A traced step, and what it was traced for."""
+    """What was traced, and what it was traced for."""
 
     version: int = PROFILE_VERSION
     request: TracingRequest
-    step: TracedStep
+    step: TracedStep | None = None
+    """a step of training, where it was asked for"""
     weights: Literal["here", "elsewhere", "random"]
     """here: in the folder; elsewhere: the device names the model's own files; random: a bare config has none"""
     answers: AnswerSteps | None = None
-    """the steps of answers, where the folder has the weights and the family is written by hand"""
+    """the steps of answers, where they were asked for and the decoder has them"""
+    decoder: DecoderFacts | None = None
+    """what a decoder that transformers builds consists of"""
+
+    @property
+    def training(self) -> TracedStep:
+        """The step of training. Raises InputError where none was traced."""
+        if self.step is None:
+            raise InputError(f"{self.request.source.name}: no step of training was traced; {AGAIN}")
+        return self.step
 
 
 def prepared_json(prepared: PreparedModel) -> str:
     """The content of `PREPARED`."""
     text = prepared.model_dump_json()
-    return json.dumps({"checksum": hashlib.sha256(text.encode()).hexdigest()})[:-1] + f', "prepared": {text}}}\n'
+    return json.dumps({"checksum": hashlib.sha256(text.encode()).hexdigest()})[:-1] + f"{BEGIN}{text}{END}"
 
 
 def parse_prepared(content: bytes, name: str) -> PreparedModel:
@@ -75,7 +89,8 @@ def parse_prepared(content: bytes, name: str) -> PreparedModel:
         raise InputError(
             f"{name}: field {field}: {first['msg']} (got {str(first['input'])[:60]!r}); {AGAIN}"
         ) from error
-    if data.get("checksum") != hashlib.sha256(prepared.model_dump_json().encode()).hexdigest():
+    text = content.partition(BEGIN.encode())[2].removesuffix(END.encode())
+    if data.get("checksum") != hashlib.sha256(text).hexdigest():
         raise InputError(f"{name}: its content does not match its checksum: changed or damaged; {AGAIN}")
     return prepared
 
@@ -131,7 +146,10 @@ def prepared_source(folder: Path) -> Source:
     described = described_source(prepared.request.source)
     if prepared.weights == "random":
         bits = precision(described.base, described.embeddings)
-        random = random_source(described.config, folder, precision=bits)
+        if prepared.decoder is None:
+            random = random_source(described.config, folder, precision=bits)
+        else:
+            random = any_random_source(described.config, folder, prepared.decoder, precision=bits)
         return replace(random, name=described.name, path=str(folder))
     header = read_header(folder / WEIGHTS)
     return Source(

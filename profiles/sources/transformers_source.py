@@ -13,13 +13,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.decoder_config import initial_deviation
-from tightfit.profiles.models.transformers_decoder import DecoderFacts, FrozenTensor, facts
+from tightfit.profiles.models.decoder_facts import DecoderFacts, FrozenTensor
 from tightfit.profiles.sources.huggingface import (
     QUANTIZATION,
     OpenedFiles,
@@ -29,6 +26,7 @@ from tightfit.profiles.sources.huggingface import (
     quantised_tensor,
     text_name,
 )
+from tightfit.profiles.sources.known_decoders import decoder_facts
 from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
 from tightfit.profiles.weights.describe import packed_entry
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
@@ -37,7 +35,10 @@ from tightfit.profiles.weights.tensor_file import FileTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
 
-Rows = Callable[[int, int], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rows = Callable[[int, int], "Tensor"]
 
 
 def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | None = None) -> Source:
@@ -47,12 +48,13 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
     config = read_config(path / "config.json")
     method = method_of(path, config)
     stated = config.pop(QUANTIZATION, None)
-    decoder = facts(config)
     digest = hashlib.sha256()
+    keys = {file: checkpoint_keys(file, digest) for file in checkpoint_files(path)}
+    decoder = decoder_facts(config, spellings(keys.values()))
     locations: dict[str, tuple[Path, str]] = {}
     dtypes: dict[str, str] = {}
-    for file in checkpoint_files(path):
-        for key, dtype in checkpoint_keys(file, digest).items():
+    for file, dtype_of in keys.items():
+        for key, dtype in dtype_of.items():
             for own_name in (decoder.rename(text_name(key)), decoder.rename(key)):
                 locations[own_name], dtypes[own_name] = (file, key), dtype
     opened = OpenedFiles(locations)
@@ -108,7 +110,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
         name=name or path.name,
         kind="huggingface",
         path=str(path),
-        config=config | dict(decoder.config),
+        config=config | decoder.config,
         fingerprint=digest.hexdigest(),
         has_weights=True,
         entries=entries,
@@ -116,14 +118,29 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
         note=rounding_note(packed_matrices),
         base=precision.base,
         embeddings=precision.embeddings,
+        decoder=decoder,
     )
 
 
-def any_random_source(config: dict[str, Any], path: Path, *, precision: Precision = DEFAULT, seed: int = 0) -> Source:
+def stored_names(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """(config of the model in a directory, names of its tensors that have to be known to open it)."""
+    config = read_config(path / "config.json")
+    config.pop(QUANTIZATION, None)
+    digest = hashlib.sha256()
+    return config, spellings(checkpoint_keys(file, digest) for file in checkpoint_files(path))
+
+
+def spellings(keys: Iterable[Iterable[str]]) -> list[str]:
+    """The names of tensors in several files, and those without what wraps a text model."""
+    return sorted({spelling for names in keys for name in names for spelling in (name, text_name(name))})
+
+
+def any_random_source(
+    config: dict[str, Any], path: Path, decoder: DecoderFacts, *, precision: Precision = DEFAULT, seed: int = 0
+) -> Source:
     """A model of the config's sizes with random weights, drawn from `seed`; as
     `tightfit.profiles.sources.random_weights.random_source`.
     """
-    decoder = facts(config)
     deviation = initial_deviation(config)
     entries = {tensor.name: _entry(tensor, precision, "") for tensor in decoder.tensors}
     formats = {name: entry.format for name, entry in entries.items()}
@@ -138,7 +155,7 @@ def any_random_source(config: dict[str, Any], path: Path, *, precision: Precisio
         name=path.parent.name if path.name == "config.json" and path.parent.name else path.stem,
         kind="random",
         path=str(path),
-        config=config | dict(decoder.config),
+        config=config | decoder.config,
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         has_weights=False,
         entries=entries,
@@ -146,6 +163,7 @@ def any_random_source(config: dict[str, Any], path: Path, *, precision: Precisio
         note="random weights, for sizing only",
         base=precision.base,
         embeddings=precision.embeddings,
+        decoder=decoder,
     )
 
 
@@ -155,18 +173,12 @@ def _entry(tensor: FrozenTensor, precision: Precision, dtype: str, *, beside_qua
         packed_format = precision.format(dtype, embedding=tensor.role == "embedding", beside_quantised=beside_quantised)
         return packed_entry(tensor.name, tensor.shape, packed_format)
     value = tensor.value
-    floating = value is None or value.is_floating_point()
-    return packed_entry(
-        tensor.name,
-        tensor.shape,
-        "float32" if floating else str(value.dtype).removeprefix("torch."),  # type: ignore[union-attr]
-    )
+    return packed_entry(tensor.name, tensor.shape, "float32" if value is None or value.floating else value.dtype)
 
 
 def _value_rows(tensor: FrozenTensor) -> Rows:
-    value = tensor.value
-    assert value is not None
-    matrix = value.detach().reshape(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1)
+    assert tensor.value is not None
+    matrix = tensor.value.matrix(tensor.shape[0] if len(tensor.shape) > 1 else 1)
     return lambda start, stop: matrix[start:stop].contiguous()
 
 
@@ -178,6 +190,8 @@ def _drawn_rows(tensor: FrozenTensor, deviation: float, seed: int) -> Rows:
     first_seed = int.from_bytes(hashlib.sha256(f"{seed}/{tensor.name}".encode()).digest()[:8], "little") >> 1
 
     def rows(start: int, stop: int) -> Tensor:
+        import torch
+
         generator = torch.Generator().manual_seed(first_seed + start)
         return torch.randn(stop - start, columns, generator=generator) * deviation + tensor.mean
 
@@ -193,6 +207,8 @@ def _file_rows(stored: FileTensor, tensor: FrozenTensor) -> Rows:
         )
 
     def rows(start: int, stop: int) -> Tensor:
+        import torch
+
         if len(expected) < 2:
             rows_read = stored.whole()
         else:

@@ -13,6 +13,7 @@ from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.options import Progress
 from tightfit.profiles.schema import ANSWER_INPUTS, POSITIONS, Preference
+from tightfit.profiles.tracing.repeated_layers import representatives, with_all_blocks
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.source import Source
@@ -50,7 +51,9 @@ def trace_decoder(
             shape, dtype=getattr(torch, dtype), lora=lora, body=body, preference=preference, longest=longest
         )
         sample = _sample(batch, seq, rows_apart=None, preference=preference)
-    return _traced(module, sample, report), module
+    stand_ins = representatives(module.block_kinds())
+    module.keep_blocks(stand_ins)
+    return _in_order(with_all_blocks(_traced(module, sample, report), stand_ins), sample), module
 
 
 def _sample(
@@ -65,8 +68,11 @@ def _sample(
 
 
 def _traced(module: torch.nn.Module, sample: dict[str, torch.Tensor], report: Progress) -> Trace:
-    """The step of a decoder; the tensors of its batch are listed in the order of `sample`, and not in that of their use."""
-    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
+
+
+def _in_order(traced: Trace, sample: dict[str, torch.Tensor]) -> Trace:
+    """The trace with the tensors of its batch in the order of `sample`, and not in that of their use."""
     batch = {tensor.name: tensor for tensor in traced.tensors if tensor.kind == "batch"}
     inputs = (batch[name] for name in sample if name in batch)
     return replace(traced, tensors=[next(inputs) if tensor.kind == "batch" else tensor for tensor in traced.tensors])
@@ -101,7 +107,7 @@ def trace_any_decoder(
         if preference is None:
             module.learn_rows(_sample(batch, seq, rows_apart=None))
         sample = _sample(batch, seq, module.rows_apart, preference)
-    traced = _traced(module, sample, report)
+    traced = _in_order(_traced(module, sample, report), sample)
     for tensor in traced.tensors:
         if tensor.kind in ("weight", "constant") and tensor.name.split("[")[0] not in source.entries:
             raise InputError(

@@ -30,14 +30,15 @@ class PreparedStep(ProfiledStep):
         super().__init__(source, options)
         self._folder = folder
         self._prepared = prepared = load_prepared(folder)
-        self.kind = prepared.step.model.kind
-        self.dtype, self.batch, self.seq = prepared.step.compute_dtype, prepared.step.batch, prepared.step.seq
+        step = prepared.training
+        self.kind = step.model.kind
+        self.dtype, self.batch, self.seq = step.compute_dtype, step.batch, step.seq
         self._check_options()
         self._check_model()
 
     def _check_options(self) -> None:
         given = self.options.model_dump(mode="json", exclude=set(MEASURING), exclude_defaults=True)
-        earlier = self._prepared.request.options
+        earlier = self._prepared.request.options or {}
         for name, value in given.items():
             if earlier.get(name) != value:
                 was = spelled(name, earlier[name]) if name in earlier else f"without {spelled(name)}"
@@ -72,7 +73,7 @@ class PreparedStep(ProfiledStep):
         return [prepared_json(self._prepared)]
 
     def traced(self, report: Progress) -> TracedStep:
-        step, source = self._prepared.step, self.source
+        step, source = self._prepared.training, self.source
         model = step.model.model_copy(update={"name": source.name, "source": source.path})
         return step.model_copy(update={"model": model, "optimizer": adamw(self.options.accumulate)})
 

@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 
-from tightfit.profiles.token_tables.table_file import SPACE, TableFile
+from tightfit.profiles.token_tables.table_file import SPACE, BpeSettings, TableFile
 
 KEPT_WORDS, KEPT_PAIRS, KEPT_LETTERS = 1 << 14, 1 << 13, 1 << 11
 """how many of each are remembered: words come again and again"""
@@ -19,6 +19,7 @@ class BytePairs:
     """Splits words into tokens by the merges of a table."""
 
     def __init__(self, table: TableFile) -> None:
+        assert isinstance(table.settings, BpeSettings)
         self._table, self._settings = table, table.settings
         self._unknown = None if table.settings.unk_token is None else table.find(table.settings.unk_token)
         self._kept = lru_cache(KEPT_WORDS)(lambda word: self.tokens(word)[0])

@@ -29,26 +29,32 @@ def making_bytes(data_bytes: int) -> int:
     return PROCESS_BYTES + data_bytes
 
 
-def kept_table(file: Path, digest: str, parts: Parts, module: str, data_bytes: int) -> TokenizerTable | None:
+def kept_table(
+    file: Path, digest: str, parts: Parts, module: str, data_bytes: Callable[[Path], int]
+) -> TokenizerTable | None:
     """The table of the tokenizer in `file`, whose content has the `digest`; None if a table cannot be made of it.
 
     `parts` reads the file, and the worker `module` does so, with `write_kept_table`: a large vocabulary takes more
-    memory while its table is made, `data_bytes`, than the process ought to have that uses it. Raises CapError where there is not
+    memory while its table is made, `data_bytes` of the file, than the process ought to have that uses it. Raises CapError where there is not
     so much memory, and RunError if the disk is full.
     """
     path = cache_directory() / "tokenizers" / f"{digest}.table"
     with suppress(OSError, InputError):
         return TokenizerTable(path)
-    if data_bytes < SMALL_BYTES:
+    try:
+        needed_bytes = data_bytes(file)
+    except OSError:
+        return None
+    if needed_bytes < SMALL_BYTES:
         try:
             _write(path, parts(file))
         except (NoTableError, OSError):
             return None
     else:
         left, source = free_memory()
-        if making_bytes(data_bytes) > left:
+        if making_bytes(needed_bytes) > left:
             raise CapError(
-                f"{file}: its tokenizer's table takes about {format_size(making_bytes(data_bytes))} while it is made, and {source}; free"
+                f"{file}: its tokenizer's table takes about {format_size(making_bytes(needed_bytes))} while it is made, and {source}; free"
                 f" some, or copy {path} from a machine where the model was used before"
             )
         made = run_worker(
@@ -56,7 +62,7 @@ def kept_table(file: Path, digest: str, parts: Parts, module: str, data_bytes: i
             {"file": str(file), "path": str(path)},
             os.environ | {"PYTHONPATH": python_path()},
             doing="making the tokenizer's table",
-            predicted_bytes=making_bytes(data_bytes),
+            predicted_bytes=making_bytes(needed_bytes),
             instead=f"free some memory, or copy {path} from a machine where the model was used before",
         )
         if not made:

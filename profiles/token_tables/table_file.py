@@ -1,4 +1,4 @@
-"""The file of a tokenizer's table: written from a vocabulary and its merges, read where it lies.
+"""The file of a tokenizer's table: written from a vocabulary and its merges or scores, read where it lies.
 
 It begins with `HEAD`: a mark, a version, the CRC-32 of all that follows and the length of a JSON text. That text holds the
 tokenizer without its vocabulary and what its model is, and says where each list of numbers lies, from the next multiple
@@ -6,8 +6,9 @@ of 8 bytes on:
 
 - ``strings``: the tokens, one after the other in UTF-8; ``ends`` (uint32): by id, where each ends,
 - ``hashes`` (uint32): the CRC-32 of each token, in order; ``ids`` (uint32): the token that has it,
-- ``pairs`` (uint64): left id << 32 | right id of each merge, in order; ``ranks``, ``merged`` (uint32): its rank and what
-  the two become.
+- of byte-pair encodings ``pairs`` (uint64): left id << 32 | right id of each merge, in order; ``ranks``, ``merged``
+  (uint32): its rank and what the two become,
+- of unigram models ``scores`` (float64): by id, the logarithm of the token's probability.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import zlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ HEAD = struct.Struct("<8sIIQ")
 MARK, VERSION = b"TFTOKENS", 1
 ALIGNMENT = 8
 BLOCK = 1 << 16
-TYPES: dict[str, Literal["B", "I", "Q"]] = {
+TYPES: dict[str, Literal["B", "I", "Q", "d"]] = {
     "strings": "B",
     "ends": "I",
     "hashes": "I",
@@ -41,6 +42,7 @@ TYPES: dict[str, Literal["B", "I", "Q"]] = {
     "pairs": "Q",
     "ranks": "I",
     "merged": "I",
+    "scores": "d",
 }
 """format letter of `struct` of each list"""
 LOW = (1 << 32) - 1
@@ -68,14 +70,38 @@ class BpeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordPieceSettings:
+    """What a WordPiece model has beside its vocabulary, as tokenizer.json names it."""
+
+    unk_token: str
+    continuing_subword_prefix: str = "##"
+    max_input_chars_per_word: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnigramSettings:
+    """What a unigram model has beside its scores, as tokenizer.json names it."""
+
+    unk_id: int | None = None
+    byte_fallback: bool = False
+
+
+Settings = BpeSettings | WordPieceSettings | UnigramSettings
+SETTINGS: dict[str, type[Settings]] = {"BPE": BpeSettings, "WordPiece": WordPieceSettings, "Unigram": UnigramSettings}
+"""kind of a model, as tokenizer.json names it -> its settings"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TableParts:
     """What a table is made of."""
 
     pipeline: dict[str, Any]
     """tokenizer.json without a vocabulary"""
-    settings: BpeSettings
+    settings: Settings
     ids: dict[str, int]
-    merges: Iterable[tuple[str, str]]
+    merges: Iterable[tuple[str, str]] = ()
+    scores: Sequence[float] = ()
+    """by id, of a unigram model"""
 
 
 def write_table(path: Path, parts: TableParts) -> None:
@@ -84,8 +110,12 @@ def write_table(path: Path, parts: TableParts) -> None:
     Raises NoTableError for one that a table cannot be made of, and what `write_whole` raises.
     """
     _check(parts)
-    merges, cut_after = _merges(parts)
-    lists = _tokens(parts.ids) | merges
+    lists, cut_after = _tokens(parts.ids), None
+    if isinstance(parts.settings, BpeSettings):
+        merges, cut_after = _merges(parts, parts.settings)
+        lists |= merges
+    elif isinstance(parts.settings, UnigramSettings):
+        lists["scores"] = array("d", parts.scores)
     where: dict[str, tuple[int, int]] = {}
     body: list[Any] = []
     end = 0
@@ -96,7 +126,8 @@ def write_table(path: Path, parts: TableParts) -> None:
         body += [numbers, padding]
         end += size + len(padding)
     described: dict[str, Any] = {"pipeline": parts.pipeline, "settings": asdict(parts.settings), "lists": where}
-    described |= {"added": _added_ids(parts), "cut_after": cut_after}
+    described["kind"] = next(kind for kind, settings in SETTINGS.items() if isinstance(parts.settings, settings))
+    described |= {"added": _added_ids(parts), "cut_after": cut_after, "longest": max(map(len, parts.ids), default=0)}
     text = to_json(described).encode()
     padding = bytes(-(HEAD.size + len(text)) % ALIGNMENT)
     checksum = 0
@@ -112,9 +143,17 @@ def _check(parts: TableParts) -> None:
         raise NoTableError("two tokens have one id")
     if max(parts.ids.values(), default=0) > SPARSEST * len(parts.ids):
         raise NoTableError("most ids have no token")
+    if isinstance(settings, UnigramSettings):
+        if settings.unk_id is None or not 0 <= settings.unk_id < len(parts.ids) or "" in parts.ids:
+            raise NoTableError(f"the unknown token {settings.unk_id} is not in the vocabulary, or a token is empty")
+        return
     if settings.unk_token is not None and settings.unk_token not in parts.ids:
         raise NoTableError(f"the unknown token {settings.unk_token!r} is not in the vocabulary")
-    if settings.byte_fallback and (settings.continuing_subword_prefix or settings.end_of_word_suffix):
+    if (
+        isinstance(settings, BpeSettings)
+        and settings.byte_fallback
+        and (settings.continuing_subword_prefix or settings.end_of_word_suffix)
+    ):
         raise NoTableError("bytes stand for letters that have marks of their place in the word")
 
 
@@ -137,14 +176,14 @@ def _tokens(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _merges(parts: TableParts) -> tuple[dict[str, Any], str | None]:
+def _merges(parts: TableParts, settings: BpeSettings) -> tuple[dict[str, Any], str | None]:
     """(the lists of the merges, the letters after which a text is not to be cut before a "▁").
 
     Of two merges of the same pair the later counts, as with the library. A text that nothing has split into words is one
     word, but what it consists of comes again and again: where no merge joins a letter with a "▁" behind it, the two parts
     have the tokens that they have in the whole. None where there is no such place.
     """
-    ids, settings = parts.ids, parts.settings
+    ids = parts.ids
     prefix = len(settings.continuing_subword_prefix or "")
     ranked: list[int] = []
     merged, before = array("I"), set[str]()
@@ -207,7 +246,8 @@ class TableFile:
         described = from_json(bytes(mapped[HEAD.size : HEAD.size + length]))
         begin = HEAD.size + length + -(HEAD.size + length) % ALIGNMENT
         self.pipeline: dict[str, Any] = described["pipeline"]
-        self.settings = BpeSettings(**described["settings"])
+        self.kind: str = described.get("kind", "BPE")
+        self.settings = SETTINGS[self.kind](**described["settings"])
         self.added: dict[str, int] = described["added"]
         self.cut_after: str | None = described["cut_after"]
         lists: dict[str, Any] = {
@@ -216,9 +256,12 @@ class TableFile:
         }
         self._strings, self._ends = lists["strings"], lists["ends"]
         self._hashes, self._ids = lists["hashes"], lists["ids"]
-        self._pairs, self._ranks, self._merged = lists["pairs"], lists["ranks"], lists["merged"]
+        self._pairs, self._ranks, self._merged = (lists.get(name, ()) for name in ("pairs", "ranks", "merged"))
+        self.scores: Sequence[float] = lists.get("scores", ())
         self.count = len(self._ids)
         """tokens of the vocabulary, without added ones"""
+        self.longest: int = described.get("longest", 0)
+        """letters of the longest token"""
 
     def find(self, token: str) -> int | None:
         """The id of a token of the vocabulary."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import AddedToken, Tokenizer
 
 from tightfit.profiles.token_tables.byte_pairs import BytePairs
 from tightfit.profiles.token_tables.table_file import NoTableError, TableFile
+from tightfit.profiles.token_tables.word_pieces import UnigramPieces, WordPieces
 from tightfit.runtime.common.strict_json import to_json
 
 _NOBODY_S = "\U0010ffff" * 8
@@ -22,6 +23,23 @@ WHOLE_WORDS = {"type": "Unigram", "unk_id": 0, "vocab": [[_NOBODY_S, 0.0]], "byt
 """A model whose only token is the unknown one: all unknown letters of a word become one token, whose text is the word."""
 LETTERS = {"type": "BPE", "vocab": {_NOBODY_S: 0}, "merges": [], "unk_token": _NOBODY_S, "fuse_unk": False}
 """A model by which each letter is a token."""
+
+
+class Pieces(Protocol):
+    """A model that splits a word into tokens by a table."""
+
+    def ids(self, piece: str) -> list[int]:
+        """The tokens of what a text was split into."""
+
+    def tokens(self, word: str) -> tuple[list[int], list[int]]:
+        """(the tokens of a word, how many of its bytes in UTF-8 each stands for; 0: for those of the token before it)."""
+
+
+MODELS: dict[str, Callable[[TableFile], Pieces]] = {
+    "BPE": BytePairs,
+    "WordPiece": WordPieces,
+    "Unigram": UnigramPieces,
+}
 
 
 def library_pipeline(pipeline: dict[str, Any], model: dict[str, Any]) -> Tokenizer:
@@ -52,7 +70,7 @@ class TokenizerTable:
         """Raises OSError where the table cannot be opened, and InputError where it is damaged."""
         self.path = path
         self._file = TableFile(path)
-        self._model = BytePairs(self._file)
+        self._model = MODELS[self._file.kind](self._file)
         self._words = library_pipeline(self._file.pipeline, WHOLE_WORDS)
         self._by_letter: Tokenizer | None = None
         added: dict[int, AddedToken] = self._words.get_added_tokens_decoder()
@@ -91,7 +109,7 @@ class TokenizerTable:
             places = [place for letter, place in zip(piece, letters) for _ in letter.encode()]  # of its bytes
             begin = 0
             for size in self._model.tokens(piece)[1]:
-                offsets.append((places[begin][0], places[begin + size - 1][1]))
+                offsets.append((places[begin][0], places[begin + size - 1][1]) if size else offsets[-1])
                 begin += size
         return offsets
 

@@ -666,7 +666,7 @@ class _Tracer:
         layers, sums = self._accumulate(layers, segments, by_name)
         programs += sums
         by_name |= {p.name: p for p in sums}
-        tensors = _tensors(layers, by_name)
+        tensors = global_tensors(layers, by_name)
         results = [self._global(node) for node in graph.output_node().all_input_nodes]
         return Trace(
             tensors=tensors,
@@ -740,7 +740,7 @@ def _sum_program(name: str, like: Value) -> Program:
     return Program(name=name, values=values, operators=[operator])
 
 
-def _tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
+def global_tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
     """The global tensors, each once.
 
     A weight that is read only through slices is left out, unless rows are gathered from it.

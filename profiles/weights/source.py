@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.decoder_config import text_config
+from tightfit.profiles.models.decoder_facts import DecoderFacts
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import JsonError, read_json
 from tightfit.runtime.engine.weights.layout import Entry
@@ -82,6 +83,8 @@ class Source:
     """The precision that was asked for (`tightfit.profiles.weights.precision`)."""
     store: Path | None = None
     """Where its weights lie, packed already; None: they are packed when they are first needed."""
+    decoder: DecoderFacts | None = None
+    """What its decoder consists of, where transformers builds that."""
     needs_numpy: bool = False
     """Whether reading its rows takes NumPy beside PyTorch."""
 

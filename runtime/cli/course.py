@@ -60,8 +60,8 @@ class Course(BaseModel):
 
         name, own, predicted = NAMES[stage], memory().peak, predicted_bytes()
         earlier_predicted, earlier = self.stage_bytes.get(name, (None, 0))
-        of_workers = own + predicted if predicted else None
-        self.stage_bytes[name] = earlier_predicted or of_workers, max(earlier, own + held_bytes())
+        foreseen = max(earlier_predicted or 0, predicted) or None
+        self.stage_bytes[name] = foreseen, max(earlier, own + held_bytes())
 
     def next_program(self, output: Path, words: Sequence[str], stage: str) -> list[str]:
         """The command line of the next stage, for which all is written down."""

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from tightfit.runtime.cli.options import Cgroup, Debug, Json, read, with_options
-from tightfit.runtime.cli.run import hand_on
+from tightfit.runtime.cli.phase_memory import PREPARING, expect_phase
+from tightfit.runtime.cli.run import PREPARED_RUN, hand_on
 from tightfit.runtime.session.options import EvaluationOptions
 
 
@@ -39,6 +40,8 @@ def evaluate(
     if output is not None:
         check_writable(output)
     replace = bool(context.obj)
+    if replace:
+        expect_phase(PREPARED_RUN, PREPARING, [plan], [data])
     loaded = load_plan(plan)
     with (
         TrainingProgress(steps=0, tokens_per_step=loaded.places_per_step, budget=loaded.budget_bytes) as progress,

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from tightfit.profiles.option_fields import PRIMARY
-from tightfit.runtime.cli.options import Cgroup, Debug, read, with_options
+from tightfit.profiles.weights.source import PREPARED
+from tightfit.runtime.cli.options import Certificate, Cgroup, Debug, Server, read, with_options
+from tightfit.runtime.cli.phase_memory import ANSWERING, expect_phase
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.results.answer_options import AnswerOptions
 
@@ -48,8 +50,13 @@ def generate(
         PRIMARY,
     ] = None,
     memory: Memory = "auto",
+    server: Server = None,
+    certificate: Certificate = None,
     cgroup: Cgroup = True,
     as_json: AnswersAsJson = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help='With --json: the text as it comes, too, in objects with a "piece".')
+    ] = False,
     debug: Debug = False,
     **options: Any,
 ) -> None:
@@ -64,7 +71,9 @@ def generate(
         )
     asked: list[Prompt] = [prompt] if prompt is not None else read_prompts(prompts or Path())
     wanted = read(AnswerOptions, options, cgroup=cgroup)
-    _hand_on(invoked, model, memory, wanted, asked, as_json=as_json, debug=debug)
+    if stream and not as_json:
+        raise InputError("--stream: without --json the text is printed as it comes; give both, or neither")
+    _hand_on(invoked, model, memory, wanted, asked, (server, certificate), as_json=as_json, stream=stream, debug=debug)
 
 
 @with_options(AnswerOptions, "template", after="memory", max_tokens=512)
@@ -72,6 +81,8 @@ def chat(
     invoked: typer.Context,
     model: Model,
     memory: Memory = "auto",
+    server: Server = None,
+    certificate: Certificate = None,
     cgroup: Cgroup = True,
     as_json: AnswersAsJson = False,
     debug: Debug = False,
@@ -79,7 +90,7 @@ def chat(
 ) -> None:
     """Talk with MODEL, and an adapter if there is one, within a budget of memory: one question a line."""
     wanted = read(AnswerOptions, options, cgroup=cgroup)
-    _hand_on(invoked, model, memory, wanted, None, as_json=as_json, debug=debug)
+    _hand_on(invoked, model, memory, wanted, None, (server, certificate), as_json=as_json, debug=debug)
 
 
 def _hand_on(
@@ -88,11 +99,16 @@ def _hand_on(
     size: str,
     options: AnswerOptions,
     prompts: Sequence[Prompt] | None,
+    serving: tuple[str | None, Path | None],
     *,
     as_json: bool,
+    stream: bool = False,
     debug: bool,
 ) -> NoReturn:
-    """Prepare the answers and start the process that shows them, in the place of this one unless a program has called."""
+    """Prepare the answers and start the process that shows them, in the place of this one unless a program has called.
+
+    `serving`: a service that traces and plans, and its certificate.
+    """
     from tightfit.runtime.cli.terminal import StagesDisplay, messages
     from tightfit.runtime.common.units import format_size, parse_size
     from tightfit.runtime.results import chat as conversation
@@ -103,6 +119,8 @@ def _hand_on(
     from tightfit.runtime.supervision.supervisor import become
 
     console = messages()
+    if invoked.obj:
+        expect_phase("preparing the answers", ANSWERING, [Path(model) / PREPARED])
     if size == "auto":
         budget, why = spare_memory()
         console.print(f"memory: {format_size(budget)}; {why}")
@@ -113,13 +131,25 @@ def _hand_on(
         console.print(f"plan: {_sentence(plan)}")
 
     with ExitStack() as kept, ExitStack() as shown:
+        stages = shown.enter_context(StagesDisplay(console))
+        options = options.but(stages=stages)
+        server, certificate = serving
+        if server is not None:
+            from tightfit.runtime.cli.elsewhere import Elsewhere
+
+            service = Elsewhere(
+                server, certificate, budget, force=options.force, report=lambda what: stages(what, 0, 1)
+            )
+            service.describe(model)
+            options = options.but(tracer=service.traced, choose=service.choose)
         order = kept.enter_context(
             prepared(
                 model,
                 budget,
-                options.but(stages=shown.enter_context(StagesDisplay(console))),
+                options,
                 prompts=prompts,
                 as_json=as_json,
+                stream=stream,
                 debug=debug,
                 told=told,
             )

@@ -83,10 +83,14 @@ def _text(result: dict[str, Any], what: str) -> RenderableType:
         ("base", result["base"]),
         ("changed", f"{result['adapted']} tensors" + (f", as {_counts(types)}" if types else "")),
         ("size", f"{format_size(result['bytes'])} in {format_seconds(result['seconds'])}"),
-        ("memory", f"peak of the process {format_size(result['peak_bytes'])}"),
+        ("memory", f"peak of the process {format_size(result['peak_bytes'])}{_of(result.get('predicted_bytes'))}"),
         *([("note", result["note"])] if result["note"] else []),
     ]
     return facts_table(rows)
+
+
+def _of(predicted: int | None) -> str:
+    return "" if predicted is None else f", at most {format_size(predicted)} predicted"
 
 
 def _counts(types: dict[str, int]) -> str:

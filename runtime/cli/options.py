@@ -93,8 +93,9 @@ def service(url: str, certificate: Path | None = None, budget: int | None = None
     """
     from tightfit.planner.service.client import connect
     from tightfit.planner.service.wire.remote_devices import this_device
+    from tightfit.runtime.cli.terminal import messages
 
-    with connect(url, certificate=certificate, device=this_device(budget)) as service:
+    with connect(url, certificate=certificate, device=this_device(budget), tell=messages().print) as service:
         try:
             yield service
         except KeyboardInterrupt as stop:

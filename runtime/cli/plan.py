@@ -14,6 +14,7 @@ import typer
 
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.option_fields import PRIMARY
+from tightfit.profiles.worker_process import expect
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import (
     Certificate,
@@ -173,6 +174,7 @@ def plan_smaller(
     with contextlib.ExitStack() as stack:
         stages = stack.enter_context(StagesDisplay(console))
         if server is None:
+            check_planning(step, 0, options)
             from tightfit.planner.plan import planner_of
 
             planner = planner_of(step)
@@ -213,6 +215,19 @@ def step_to_plan(profile: Profile, options: PlanOptions, server: str | None) -> 
     return chosen(profile, options.optimizer, options.max_grad_norm, LearnedFigures()) if server is None else profile
 
 
+def check_planning(profile: Profile, budget: int, options: PlanOptions) -> None:
+    """Raise InputError, before a solver is loaded, where planning a model has no place in the memory that is free."""
+    if profile.model.is_bare_graph:
+        return
+    from tightfit.planner.solve.planning_memory import planning_bytes
+
+    expect(
+        "planning",
+        planning_bytes(profile, budget, options),
+        "let a service plan (--server URL), or plan on a machine with more memory, or with more",
+    )
+
+
 def _run_next(plan: Plan, path: Path) -> str:
     """The end of a line, which says how to run the plan; empty if this runtime cannot (bare graphs, cards, estimated times)."""
     if plan.model.is_bare_graph or plan.device.kind != "cpu" or not plan.device.measured:
@@ -231,6 +246,7 @@ def _plan_here(
     what_if: bool,
 ) -> tuple[Plan, Explanation]:
     """Make the plan and its explanation; with `what_if`, the latter says what more or less memory is worth."""
+    check_planning(profile, budget, options)
     from tightfit.planner.plan import planner_of
     from tightfit.planner.report.explanation import account
     from tightfit.planner.report.marginal_value import explained

@@ -48,7 +48,7 @@ def prepare(
         from tightfit.profiles.api import prepare as trace
 
         prepared = trace(model, output, weights, **dict(prepare_options.but(progress=stages)))
-    step = prepared.step
+    step = prepared.training
     size = sum(file.stat().st_size for file in output.iterdir())
     summary = {
         "folder": str(output),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +10,8 @@ import typer
 
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.profiles.options import ProfileOptions
-from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.cli import answers
-from tightfit.runtime.cli.options import Certificate, Debug, Json, Server, next_command, read, service, with_options
+from tightfit.runtime.cli.options import Certificate, Debug, Json, Server, next_command, read, with_options
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.engine.device.resident import memory as resident
@@ -83,17 +81,11 @@ def traced_by(
     Raises what the service's client raises.
     """
     from tightfit.profiles.api import request_trace
-    from tightfit.profiles.sources.prepared import is_prepared, save_prepared
-    from tightfit.runtime.common.files import cache_directory
+    from tightfit.runtime.cli.elsewhere import Elsewhere
 
+    report = options.progress
+    assert report is not None
+    service = Elsewhere(server, certificate, budget, force=options.force, report=lambda what: report(what, 0, 1))
+    service.describe(model)
     request = request_trace(model, **dict(options))
-    if request is None:
-        return options
-    identity = hashlib.sha256(f"{PROFILE_VERSION} {request.model_dump_json()}".encode()).hexdigest()
-    folder = cache_directory() / "prepared" / identity[:32]
-    if options.force or not is_prepared(folder):
-        assert options.progress is not None
-        options.progress(f"having the model traced by {server}", 0, 1)
-        with service(server, certificate, budget) as client:
-            save_prepared(client.trace(request), folder, None, None)
-    return options.but(prepared=folder)
+    return options if request is None else options.but(prepared=service.trace(request))

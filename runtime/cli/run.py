@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from tightfit.profiles.option_fields import PRIMARY
+from tightfit.profiles.worker_process import held_bytes, predicted_bytes
 from tightfit.runtime.cli.options import Cgroup, Debug, Json, read, with_options
+from tightfit.runtime.cli.phase_memory import PREPARING, expect_phase
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer, with_stages
 from tightfit.runtime.supervision.report_text import report_text
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from tightfit.planner.schema import Plan
     from tightfit.runtime.supervision.training_process import RunOrder
 
+PREPARED_RUN = "preparing the run"
 FLEET = re.compile(rb'"kind": ?"(data parallel|pipeline|mobillm|(split )?federated)"')
 """matches near the start of a fleet's plan"""
 
@@ -89,6 +92,9 @@ def run(
     training.check_end()
     from tightfit.planner.io import load_plan
 
+    if context.obj and not is_fleet_plan(plan):
+        held_out = None if training.eval_data is None else str(training.eval_data)
+        expect_phase(PREPARED_RUN, PREPARING, [plan], [] if tokens is not None else [data, held_out])
     if is_fleet_plan(plan):
         from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
         from tightfit.runtime.session.fleet import from_torchrun, member_options
@@ -174,6 +180,7 @@ def hand_on(
     from tightfit.runtime.supervision.cgroup import MemoryCgroup
     from tightfit.runtime.supervision.supervisor import SupervisorSettings, hand_over
 
+    prepared_bytes = {PREPARED_RUN: [predicted_bytes() or None, memory().peak + held_bytes()]}
     group = MemoryCgroup.create(loaded.budget_bytes) if cgroup else None
     show = SupervisorSettings(
         tokens_per_step=order.planned["places_per_step"],
@@ -184,7 +191,7 @@ def hand_on(
         home=MemoryCgroup.home() if group else None,
         output=str(output.absolute()) if output else None,
         stages=earlier.stages,
-        stage_bytes=earlier.stage_bytes,
+        stage_bytes=(earlier.stage_bytes or {}) | prepared_bytes,
         after=earlier.after,
         then=then,
     )

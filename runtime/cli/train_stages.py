@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tightfit.planner.search_options import PlanOptions
+from tightfit.profiles.sources.lookup import names_module
+from tightfit.profiles.weights.source import PREPARED
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, write_options
 from tightfit.runtime.cli.course import (
     BEGIN,
     LEARN,
     MEASURE,
+    NAMES,
     PLAN,
     REHEARSE,
     RUN,
@@ -32,6 +35,7 @@ from tightfit.runtime.cli.course import (
     rehearsal_end,
 )
 from tightfit.runtime.cli.options import command_words, key_of, read, stage
+from tightfit.runtime.cli.phase_memory import ASKING, LEARNING, PROFILING, READING, REHEARSING, expect_phase
 from tightfit.runtime.cli.plan import plan, smaller_folder
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
@@ -54,7 +58,7 @@ RANDOM = "random"
 """data that are made up, and no file"""
 PATHS = ("model", "data", "eval_data")
 """options that may name a file, whose absolute path is then written down"""
-ELSEWHERE = {"output", "server"}
+ELSEWHERE = {"output", "server", "certificate"}
 """options that change where a result is made and kept, and not what it is"""
 UNFINISHED = ["metrics.jsonl"]
 """the only result of a run that was killed before its first checkpoint"""
@@ -91,6 +95,8 @@ class TrainStages:
             LEARN: self.learn,
             SMALLER: self.smaller,
         }
+        if self.apart:
+            self._foresee(stage)
         try:
             return stages[stage]()
         except KeyboardInterrupt as stop:
@@ -98,6 +104,22 @@ class TrainStages:
             anew = f"--config {shlex.quote(str(self.output / CONFIG))} --overwrite"
             resumption = anew if self.values["overwrite"] else f"--resume -o {shlex.quote(str(self.output))}"
             raise RunError(f"interrupted; go on with: tightfit train {resumption}") from stop
+
+    def _foresee(self, stage: str) -> None:
+        """Note what this process is going to hold in a stage. Raises InputError where that is not free."""
+        files = [self.output / PROFILE, self.output / PLAN_FILE]
+        if stage in {BEGIN, MEASURE} and names_module(self.values["model"]):
+            return  # what the module's own code takes is not known
+        if stage == BEGIN:
+            expect_phase(NAMES[stage], READING, [], [self.values["data"], self.values["eval_data"]])
+        elif stage == MEASURE:
+            expect_phase(NAMES[stage], PROFILING, [Path(self.values["prepared"] or self.values["model"]) / PREPARED])
+        elif stage in {PLAN, SMALLER} and self.values["server"] is not None:
+            expect_phase(NAMES[stage], ASKING, files[:1])
+        elif stage == REHEARSE:
+            expect_phase(NAMES[stage], REHEARSING, files[1:])
+        elif stage == LEARN:
+            expect_phase(NAMES[stage], LEARNING, files)
 
     def begin(self) -> str:
         values, output, console, course = self.values, self.output, self.console, self.course
@@ -291,7 +313,7 @@ def _lengths(values: Mapping[str, Any], budget: int, tokens: Path, console: Cons
 
     Raises InputError if there are no such data.
     """
-    from tightfit.profiles.sources.lookup import names_module, prepared_seq
+    from tightfit.profiles.sources.lookup import prepared_seq
     from tightfit.runtime.cli.terminal import StagesDisplay
     from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
 

@@ -60,6 +60,10 @@ class AnswerOptions(CappedOptions):
     threads: int | None = option(None, "Cores to compute with; default: all.", ge=1, le=1 << 12)
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.")
 
+    tracer: Any = None
+    """traces the steps of answers on another machine (`tightfit.runtime.results.generation_steps.Tracer`); None: this one does"""
+    choose: Any = None
+    """chooses on another machine what stays in memory (`tightfit.planner.generation.choice.Choose`); None: this one does"""
     shown: Any = None
     """is called with the text as it comes"""
 

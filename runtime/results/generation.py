@@ -25,6 +25,7 @@ from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resol
 from tightfit.profiles.sources.packing import packed_store
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import Source
+from tightfit.profiles.worker_process import held_bytes, predicted_bytes
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory, read_whole
 from tightfit.runtime.common.option_names import spelled
@@ -112,6 +113,7 @@ def prepared(
     *,
     prompts: Sequence[Prompt] | None,
     as_json: bool = False,
+    stream: bool = False,
     debug: bool = False,
     counted: bool = True,
     told: Callable[[GenerationPlan], None] = lambda plan: None,
@@ -154,7 +156,7 @@ def prepared(
         )
         if options.stages:
             options.stages("measuring", 1, 1)
-        plan = plan_answers(problem, figures, budget)
+        plan = plan_answers(problem, figures, budget, options.choose)
         told(plan)
         job = job_of(
             problem,
@@ -194,9 +196,16 @@ def prepared(
             vocabulary=ready.source.config["vocab_size"],
             plan=summary,
             as_json=as_json,
+            stream=stream,
             debug=debug,
             counted=counted,
             preparation_bytes=memory().peak,
+            stage_bytes={
+                "preparing the answers": {
+                    "predicted": predicted_bytes() or None,
+                    "measured": memory().peak + held_bytes(),
+                }
+            },
             group=None,
             home=None,
         )
@@ -212,10 +221,10 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
     if source.kind == "module":
         raise InputError(f"{source.name} is a module of your own and no language model; call it yourself")
     longest = longest_sequence(model)
-    if not handwritten(source.config):  # refuses what cannot answer, before its weights are packed
+    if options.tracer or not handwritten(source.config):  # refuses what cannot answer, before its weights are packed
         if stages:
             stages("tracing", 0, 1)
-        traced_steps(source, longest or CONTEXT, INSTEAD)
+        traced_steps(source, longest or CONTEXT, INSTEAD, options.tracer)
     words = vocabulary(model)
     if words is None:
         raise InputError(f"{source.name} has no tokenizer; put tokenizer.json beside its config.json")
@@ -304,7 +313,7 @@ def _problem(ready: AnsweringModel, options: AnswerOptions, encoded: Sequence[Se
             f" {ready.source.name} was made for; give a smaller {spelled('max_tokens')}"
         )
     problem = Problem(
-        steps=traced_steps(ready.source, context, INSTEAD),
+        steps=traced_steps(ready.source, context, INSTEAD, options.tracer),
         entries=ready.entries,
         prompt_tokens=prompt,
         answer_tokens=options.max_tokens,

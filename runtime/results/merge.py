@@ -53,7 +53,7 @@ def merge(
     alone in the form that llama.cpp loads beside a model.
 
     The result has `out`, `format`, `base`, `adapted` (number of tensors that were changed), `bytes`, `files`, `seconds`,
-    `peak_bytes` (VmHWM of the process that merged) and `note`: what differs from what training saw. Raises InputError for what does
+    `peak_bytes` (VmHWM of the process that merged), where a process was started for it `predicted_bytes`, and `note`: what differs from what training saw. Raises InputError for what does
     not fit together or cannot be written in this form, RunError where the disk is full; then nothing is left at `out`.
     """
     start = time.perf_counter()
@@ -160,7 +160,7 @@ def _have_merged(options: dict[str, Any], progress: Progress | None) -> dict[str
         )
     finally:
         remove_orphans(Path(options["out"]))
-    return merged
+    return merged | {"predicted_bytes": MERGING_BYTES}
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.huggingface import checkpoint_files, text_name
 from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.profiles.weights.source import Source, SourceTensor
@@ -167,22 +166,12 @@ def check_weights(adapter: AdapterFolder, tensors: Iterable[str]) -> None:
 
 def embedding_name(source: Source) -> str:
     """Our name of the embedding's weight."""
-    if handwritten(source.config):
-        return EMBEDDING
-    return str(_facts(source).embedding)
+    return EMBEDDING if source.decoder is None else source.decoder.embedding
 
 
 def head_name(source: Source) -> str:
     """Our name of the head's weight, if it had one of its own."""
-    if handwritten(source.config):
-        return HEAD
-    return str(_facts(source).head)
-
-
-def _facts(source: Source) -> Any:
-    from tightfit.profiles.models.transformers_decoder import facts
-
-    return facts(source.config)
+    return HEAD if source.decoder is None else source.decoder.head
 
 
 def _stated_dtype(source: Source) -> str:

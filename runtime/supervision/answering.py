@@ -62,11 +62,15 @@ class AnswerOrder:
     plan: dict[str, Any]
     """summary of the plan"""
     as_json: bool
+    stream: bool
+    """whether JSON has the text as it comes, too"""
     debug: bool
     counted: bool
     """whether the memory of the process that shows the answers counts; not if a program asks"""
     preparation_bytes: int
     """VmHWM of the process that prepared this"""
+    stage_bytes: dict[str, dict[str, int | None]]
+    """what was done before the answers -> bytes that all processes were predicted to hold meanwhile, if that was predicted, and held"""
     group: tuple[str, int] | None
     """path and version of the cgroup that this process was put into"""
     home: str | None
@@ -218,12 +222,13 @@ def answer_all(order: AnswerOrder) -> None:
             if order.several and not order.as_json:
                 sys.stdout.write(f"> {request['prompt']}\n")
             for text in asking.ask(request["ids"]):
-                if not order.as_json:
-                    sys.stdout.write(text)
+                if not order.as_json or order.stream:
+                    sys.stdout.write(to_json({"piece": text}) + "\n" if order.as_json else text)
                     sys.stdout.flush()
             if order.as_json:
                 record = {"prompt": request["prompt"], **asking.answered, "preparation_bytes": order.preparation_bytes}
-                sys.stdout.write(to_json(record | {"plan": order.plan}) + "\n")
+                record |= {"stage_bytes": order.stage_bytes, "plan": order.plan}
+                sys.stdout.write(to_json(record) + "\n")
             else:
                 sys.stdout.write("\n\n" if order.several else "\n")
             sys.stdout.flush()

@@ -200,7 +200,7 @@ def build_report(
                 max((v for k, v in observed.peaks.items() if k.startswith("evaluate")), default=None),
             ),
             **{
-                name: {"peak_bytes": {"measured": peak}}
+                name: {"peak_bytes": {"predicted": training["predicted"], "measured": peak}}
                 for name, peak in observed.peaks.items()
                 if name in ("load", "checkpoint")
             },

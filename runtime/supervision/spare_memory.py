@@ -33,7 +33,7 @@ def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back:
     """
     spare, margin, source = min(
         ((left - _margin(left, least)) // MIB * MIB, _margin(left, least), why)
-        for left, why, least in _free(proc, mount, given_back)
+        for left, why, least in _free(proc, mount, given_back, unmapped=False)
     )
     if spare <= 0:
         raise InputError(
@@ -42,20 +42,24 @@ def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back:
     return spare, f"{source}, less {format_size(margin)} that stay free"
 
 
-def free_memory(proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back: int = 0) -> tuple[int, str]:
-    """As `spare_memory`, without a margin."""
-    return min((left, why) for left, why, _ in _free(proc, mount, given_back))
+def free_memory(
+    proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back: int = 0, unmapped: bool = False
+) -> tuple[int, str]:
+    """As `spare_memory`, without a margin. With `unmapped`, all page cache of a cgroup counts as left that no process has mapped, even
+    if it was used lately: before it kills, the kernel takes that back too.
+    """
+    return min((left, why) for left, why, _ in _free(proc, mount, given_back, unmapped=unmapped))
 
 
 def _margin(left: int, least: int) -> int:
     return max(left // MARGIN, least)
 
 
-def _free(proc: Path, mount: Path, given_back: int) -> Iterator[tuple[int, str, int]]:
+def _free(proc: Path, mount: Path, given_back: int, *, unmapped: bool) -> Iterator[tuple[int, str, int]]:
     """(bytes, where they come from, the least of them that is to stay free)."""
     available, why = _available(proc, given_back)
     yield available, why, LEAST_MARGIN
-    for left, why in (*_left_in_cgroups(proc, mount, given_back), *_ulimits()):
+    for left, why in (*_left_in_cgroups(proc, mount, given_back, unmapped=unmapped), *_ulimits()):
         yield left, why, 0
 
 
@@ -70,16 +74,16 @@ def _available(proc: Path, given_back: int) -> tuple[int, str]:
     return size, f"{format_size(size)} are available on this machine"
 
 
-def _left_in_cgroups(proc: Path, mount: Path, given_back: int) -> Iterator[tuple[int, str]]:
+def _left_in_cgroups(proc: Path, mount: Path, given_back: int, *, unmapped: bool) -> Iterator[tuple[int, str]]:
     """What is left of each limit on this process's cgroup and those above it.
 
-    Page cache that was not used lately counts as left: the kernel takes it back before it kills.
+    Page cache that was not used lately counts as left: the kernel takes it back before it kills. `unmapped`: as of `free_memory`.
     """
     own_paths = own_cgroups(proc)
     for path in _upwards(mount / "memory", own_paths.get(1)):
         limit, used = _number(path / "memory.limit_in_bytes"), _number(path / "memory.usage_in_bytes")
         if limit is not None and used is not None:
-            yield _rest_of(path, limit, used - given_back - _cache(path, "total_inactive_file"))
+            yield _rest_of(path, limit, used - given_back - _cache(path, V1_CACHE, unmapped=unmapped))
     for root in (mount, mount / "unified"):
         for path in _upwards(root, own_paths.get(2)):
             limits = [_number(path / name) for name in ("memory.max", "memory.high")]
@@ -88,7 +92,7 @@ def _left_in_cgroups(proc: Path, mount: Path, given_back: int) -> Iterator[tuple
                 _number(path / "memory.current"),
             )
             if limit is not None and used is not None:
-                yield _rest_of(path, limit, used - given_back - _cache(path, "inactive_file"))
+                yield _rest_of(path, limit, used - given_back - _cache(path, V2_CACHE, unmapped=unmapped))
 
 
 def _upwards(mount: Path, own: str | None) -> Iterator[Path]:
@@ -109,13 +113,20 @@ def _rest_of(cgroup: Path, limit: int, used: int) -> tuple[int, str]:
     return left, f"{format_size(left)} are left of the {format_size(limit)} of the cgroup {cgroup}"
 
 
-def _cache(cgroup: Path, name: str) -> int:
-    """Bytes of page cache in a cgroup that the kernel would take back first."""
+V1_CACHE = ("total_inactive_file", "total_active_file", "total_mapped_file")
+V2_CACHE = ("inactive_file", "active_file", "file_mapped")
+"""names in a cgroup's statistics: page cache that was not used lately, that was, and what of both processes have mapped"""
+
+
+def _cache(cgroup: Path, names: tuple[str, str, str], *, unmapped: bool) -> int:
+    """Bytes of page cache in a cgroup that the kernel would take back first; with `unmapped` those that it would take back at all."""
     try:
-        lines = (cgroup / "memory.stat").read_text().splitlines()
+        pairs = [line.split() for line in (cgroup / "memory.stat").read_text().splitlines()]
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+    sizes = {pair[0]: int(pair[1]) for pair in pairs if pair and pair[0] in names}
+    inactive, active, mapped = (sizes.get(name, 0) for name in names)
+    return max(inactive, inactive + active - mapped) if unmapped else inactive
 
 
 def _ulimits() -> Iterator[tuple[int, str]]:

@@ -40,6 +40,7 @@ BUDGETS = {"smollm2": 256, "qwen2.5-0.5b": 320, "qwen2.5-3b": 662}
 ROADS = ("alone", "service", "files")
 SEQ = 64
 LOOK_SECONDS = 0.02
+TRAINING = "training"
 
 
 @dataclass
@@ -62,7 +63,7 @@ def main(
     extra: Annotated[str, typer.Option(help="Further words of `tightfit train`.")] = "",
 ) -> None:
     """Train each model on each road in its limit, and print one table."""
-    table = Table(*("model", "MiB", "road", "stage", "predicted", "held", "limit met", "seconds", "end"))
+    table = Table(*("model", "MiB", "road", "stage", "predicted", "held", "limit met", "seconds of all", "end"))
     for name in models.split(","):
         budget = limit or BUDGETS[name]
         for road in roads.split(","):
@@ -94,14 +95,17 @@ def _add_rows(table: Table, name: str, budget: int, road: str, steps: int, folde
     end = "adapter" if observed.code == 0 else f"exit {observed.code}: {observed.words.strip().splitlines()[-1:]}"
 
     def row(stage: str, figure: dict[str, int] | None, touches: int, seconds: str = "", end: str = "") -> None:
-        sizes = [format_size(figure[name]) if figure and figure[name] else "" for name in ("predicted", "measured")]
+        sizes = [format_size(figure[name]) if figure and figure[name] else "–" for name in ("predicted", "measured")]
         table.add_row(name, str(budget), road, stage, *sizes, str(touches), seconds, end)
 
     for stage in dict.fromkeys([*held, *observed.touches]):
-        row(stage, held.get(stage), observed.touches.get(stage, 0))
+        if stage != TRAINING:
+            row(stage, held.get(stage), observed.touches.get(stage, 0))
     killed = f", {observed.kills} killed" if observed.kills else ""
-    touches, seconds = sum(observed.touches.values()), f"{observed.seconds:.0f}"
-    row("training; seconds of all", report.get("peak_bytes"), touches, seconds, end + killed)
+    seconds = f"{observed.seconds:.0f}"
+    row(TRAINING, report.get("peak_bytes"), observed.touches.get(TRAINING, 0), seconds, end + killed)
+    if saved := report.get("phases", {}).get("checkpoint"):
+        row("training, until a checkpoint was saved", saved["peak_bytes"], 0)
 
 
 def _model(name: str) -> tuple[str, str]:
@@ -190,7 +194,7 @@ def _stage(process: int) -> str | None:
         return NAMES.get(at)
     if any("supervision.supervisor" in word for word in line):
         return None
-    return "training" if "run" in line else None
+    return TRAINING if "run" in line else None
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from random import Random
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.layer_constraints import LayerProgram
-from tightfit.planner.formulation.step_constraints import live_bytes
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS
+from tightfit.planner.schedule.column_bytes import live_bytes
 from tightfit.planner.schedule.layer_schedule import Decision, expand, measure
 from tightfit.planner.schedule.lowering import draft, live_profile
 from tightfit.planner.schedule.realize import realize

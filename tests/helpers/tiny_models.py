@@ -13,6 +13,8 @@ from gguf.quants import quantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from tightfit.profiles.sources.gguf_metadata import read_header
+
 TEXT = [
     "The quick brown fox jumps over the lazy dog.",
     "Is this review positive or negative? positive negative",
@@ -174,6 +176,15 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """What a page sends of a file: scalar metadata, and shapes as they stand in the file."""
+    header = read_header(path)
+    return {
+        "metadata": {k: v for k, v in header.metadata.items() if isinstance(v, str | int | float)},
+        "tensors": {t.name: {"shape": list(reversed(t.shape)), "format": t.kind} for t in header.tensors},
+    }
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:

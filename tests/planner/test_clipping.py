@@ -17,7 +17,6 @@ from sample_plans import sample_plan
 from synthetic import SLICE, decoder_like, device, small_chain, tables
 
 from tightfit.planner.formulation.layer_constraints import LayerProgram
-from tightfit.planner.formulation.step_constraints import live_bytes
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.planner.problem.build_layers import layered
@@ -26,6 +25,7 @@ from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.explanation import account
 from tightfit.planner.report.summary import plan_summary
+from tightfit.planner.schedule.column_bytes import live_bytes
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.prefetch import clock
 from tightfit.planner.schedule.realize import realize

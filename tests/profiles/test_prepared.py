@@ -97,7 +97,7 @@ def test_a_description_is_enough_to_trace(model: Path) -> None:
     assert request is not None
     sent = type(request).model_validate_json(request.model_dump_json())
     assert len(request.model_dump_json()) < 1 << 16
-    assert trace_requested(sent, lambda *_: None) == traced_here(model)
+    assert trace_requested(sent, lambda *_: None).step == traced_here(model)
 
 
 def test_settings_of_an_adapter_on_the_device_are_sent(model: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_settings_of_an_adapter_on_the_device_are_sent(model: Path, tmp_path: Pa
     request = request_trace(str(model), seq=24, adapter=tmp_path)
     assert request is not None
     assert str(tmp_path) not in request.options.values()
-    lora = trace_requested(request, lambda *_: None).model.lora
+    lora = trace_requested(request, lambda *_: None).training.model.lora
     assert lora is not None
     assert (lora["rank"], lora["alpha"]) == (3, 5.0)
     assert (
@@ -204,7 +204,7 @@ def test_another_model_prepared_in_the_same_folder_replaces_all(model: Path, who
     prepare(str(model), tmp_path, True, seq=16)
     prepare(str(model), tmp_path, False, seq=8)
     assert sorted(file.name for file in tmp_path.iterdir()) == [PREPARED, "tokenizer.table", "vocabulary.json"]
-    assert load_prepared(tmp_path).step.seq == 8
+    assert load_prepared(tmp_path).training.seq == 8
 
 
 def test_a_tensor_that_cannot_be_packed_so_is_refused(model: Path) -> None:

@@ -15,7 +15,7 @@ from tightfit.planner.io import save_plan
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
-from tightfit.profiles.learned import SPREAD_BYTES
+from tightfit.profiles.learned import ABOVE, SPREAD_BYTES
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError
@@ -76,7 +76,14 @@ def test_measured_peak_is_the_predicted_one_at_five_budgets(
         assert set(report["processes"]) == {"training", "supervisor"}
         assert report["cgroup_peak_bytes"] is None or report["cgroup_peak_bytes"] <= budget
         assert measured <= planned.peak_bytes <= budget
-        assert measured >= 0.98 * planned.peak_bytes - SPREAD_BYTES, (index, measured)
+        # What the supervisor is predicted to hold it holds in a run of many steps with long messages: these two do not reach it. Of the
+        # training process a rehearsal leaves a prediction as it is that is at most twice `ABOVE` above what was held: a lower one would be
+        # planned and rehearsed once more. A run of two steps holds a spread or two
+        # less than a rehearsal's four: of 99.1 MB predicted 97.4 were held in a rehearsal, 97.1 in the run.
+        training = report["processes"]["training"]
+        spreads = 1 if planned.rehearsal is None else 2
+        least = training["predicted"] - 2 * ABOVE * planned.peak_bytes - spreads * SPREAD_BYTES
+        assert training["measured"] >= least, (index, training)
         losses.append(report["loss"])
     assert all(other == losses[0] for other in losses[1:])
 

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from tightfit.planner.service.http import (
+    routes_answers,
     routes_files,
     routes_fleets,
     routes_jobs,
@@ -72,6 +73,7 @@ ROUTERS = tuple(
         routes_planning,
         routes_fleets,
         routes_runs,
+        routes_answers,
         routes_jobs,
         routes_remote_devices,
         routes_page,

@@ -14,7 +14,7 @@ from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.http.service import Service
 from tightfit.planner.service.jobs.store import Row, content_key, listed
 from tightfit.planner.service.jobs.supervisor import lane_of
-from tightfit.planner.service.wire.errors import Code, ServiceError, invalid
+from tightfit.planner.service.wire.errors import Code, ServiceError, invalid, not_found
 from tightfit.planner.service.wire.inputs import UPLOADED
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.remote_devices import HEADER, device_of
@@ -283,3 +283,28 @@ def not_runnable(request: Request, plan: Row) -> str | None:
     if summary.get("elsewhere"):
         return f"the plan {plan['id']} is for {summary['elsewhere']} with estimated times; plan for this machine and run that"
     return None
+
+
+def cached_of(request: Request, identity: str) -> list[str]:
+    """Files of the cache that a run of a plan of that profile reads: packed weights, a config that was sent. They are in use now."""
+    store = service_of(request).store
+    profile = store.file("profile", identity)
+    names: list[str] = [] if profile is None else json.loads(profile["summary"]).get("cached", [])
+    for name in names:
+        store.touch("cache", name)
+    return names
+
+
+def run_of(request: Request, identity: str) -> ServiceJob:
+    job = service_of(request).store.job(identity)
+    if job.kind != "run":
+        raise not_found("run", identity)
+    return job
+
+
+def file_of_run(request: Request, identity: str, kind: str) -> Row:
+    job = run_of(request, identity)
+    row = service_of(request).store.file(kind, identity)
+    if row is None:
+        raise ServiceError(409, "conflict", f"the run {identity} is {job.state} and has left no {kind}")
+    return row

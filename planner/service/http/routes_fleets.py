@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
-from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
     After,
@@ -26,12 +23,10 @@ from tightfit.planner.service.http.routes_common import (
     stored,
 )
 from tightfit.planner.service.jobs.store import listed
-from tightfit.planner.service.jobs.view import fleet_view
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.requests import FleetRequest, NameRequest
 from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, FleetList, StoredFleet
 from tightfit.planner.service.wire.shown import FleetView
-from tightfit.runtime.common.strict_json import to_json
 
 router = APIRouter(prefix="/v1/fleets", tags=["planning"])
 Identity = Annotated[Digest, Path(description="of what the fleet's plan was made of")]
@@ -97,10 +92,4 @@ async def get_fleet_file(request: Request, identity: Identity) -> Response:
 )
 async def get_fleet_view(request: Request, identity: Identity) -> Response:
     """Sentences, tables, and what each device and each link does when: what the page shows."""
-    row, objects = stored(request, "fleet", identity), service_of(request).objects
-
-    def view() -> str:
-        fleet = parse_any(objects.read(row["digest"]), identity)
-        return to_json(fleet_view(fleet, identity, json.loads(row["summary"]).get("plans", {})).model_dump())
-
-    return Response(await asyncio.to_thread(view), media_type="application/json")
+    return await service_of(request).views.answer(request, "fleet", [stored(request, "fleet", identity)])

@@ -7,10 +7,11 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
 from tightfit.planner.report.chart_data import shared_files
+from tightfit.planner.service.http.routes_common import service_of
 from tightfit.planner.service.wire.errors import not_found
 from tightfit.planner.service.wire.forms import forms
 
@@ -32,7 +33,8 @@ async def root() -> Response:
 
 
 @router.get("/page/")
-async def index() -> Response:
+async def index(request: Request) -> Response:
+    service_of(request).views.prepare()  # whoever opens the page is about to look at a plan
     return _file("index.html")
 
 

@@ -1,19 +1,16 @@
-"""``/v1/plans`` and ``/v1/comparisons``: will it fit, how fast, and what another budget, rule or device would change."""
+"""``/v1/plans``, ``/v1/comparisons`` and ``/v1/answer-plans``: will it fit, how fast, and what another budget, rule or device would
+change.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import gzip
 import json
-from functools import lru_cache
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
-from tightfit.planner.report.step_columns import step_columns
-from tightfit.planner.schema import Plan
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
     After,
@@ -33,14 +30,16 @@ from tightfit.planner.service.http.routes_common import (
     stored,
 )
 from tightfit.planner.service.jobs.store import Row, listed
-from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
-from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.requests import ComparisonRequest, NameRequest, PlanRequest
+from tightfit.planner.service.wire.requests import (
+    AnswerPlanRequest,
+    ComparisonRequest,
+    NameRequest,
+    PlanRequest,
+)
 from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, JobId, PlanList, ServiceJob, StoredPlan
 from tightfit.planner.service.wire.shown import Difference, PlanTimeline, PlanView
-from tightfit.runtime.common.strict_json import to_json
 
 router = APIRouter(prefix="/v1", tags=["planning"])
 Identity = Annotated[Digest, Path(description="of what the plan was made of")]
@@ -109,10 +108,8 @@ def _redacted(redaction: Redaction, content: bytes) -> str:
 async def get_plan_view(request: Request, identity: Identity) -> Response:
     """Sentences, memory over the step, what fills the peak, layers with their decisions, channels: what the page shows."""
     row = stored(request, "plan", identity)
-    content = await asyncio.to_thread(
-        _view, service_of(request).objects, identity, row["digest"], row["summary"], not_runnable(request, row)
-    )
-    return Response(content, media_type="application/json")
+    views = service_of(request).views
+    return await views.answer(request, "plan", [row], not_runnable=not_runnable(request, row))
 
 
 @router.get(
@@ -126,13 +123,7 @@ async def get_plan_timeline(request: Request, identity: Identity) -> Response:
     row = stored(request, "plan", identity)
     if json.loads(row["summary"])["status"] == "infeasible":
         raise ServiceError(409, "conflict", f"the plan {identity} has no schedule: its budget is too small")
-    packed = await asyncio.to_thread(_timeline, service_of(request).objects, row["digest"])
-    headers = {"Vary": "Accept-Encoding"}
-    if "gzip" in request.headers.get("accept-encoding", ""):
-        headers["Content-Encoding"] = "gzip"
-    else:
-        packed = await asyncio.to_thread(gzip.decompress, packed)
-    return Response(packed, media_type="application/json", headers=headers)
+    return await service_of(request).views.answer(request, "timeline", [row])
 
 
 @router.get(
@@ -144,11 +135,7 @@ async def get_plan_timeline(request: Request, identity: Identity) -> Response:
 async def get_changes(request: Request, identity: Identity, other: Digest) -> Response:
     """Tensor by tensor: kept, recomputed, offloaded, streamed, packed, unpacked in this plan and in the other."""
     rows = [stored(request, "plan", name) for name in (identity, other)]
-    objects = service_of(request).objects
-    content = await asyncio.to_thread(
-        lambda: to_json(difference(*(_plan(objects, row["digest"]) for row in rows)).model_dump())
-    )
-    return Response(content, media_type="application/json")
+    return await service_of(request).views.answer(request, "changes", rows)
 
 
 @router.post("/comparisons", status_code=202, responses=JOB_RESPONSES, summary="Compare budgets, policies, devices")
@@ -174,6 +161,16 @@ def comparison_request(body: ComparisonRequest) -> Row:
     return job_request
 
 
+@router.post(
+    "/answer-plans", status_code=202, responses=JOB_RESPONSES, summary="Choose what stays in memory for answers"
+)
+async def choose_for_answers(request: Request, body: AnswerPlanRequest, key: IdempotencyKey = None) -> Response:
+    """For a device that answers by itself: the job's `result.choices` say how many pieces of each kind are in each state; null: nothing
+    fits.
+    """
+    return enqueue(request, "answer-plan", body.model_dump(), key=key)
+
+
 @router.get(
     "/comparisons/{identity}", response_model=ServiceJob, responses=errors(404, 409), summary="A comparison's cells"
 )
@@ -197,21 +194,3 @@ def _check_policy(policy: str, profile: Row, field: str) -> None:
     known = [*summary["policies"], *summary.get("approximate", ())]
     if policy not in known:
         raise invalid(field, f"no policy is called {policy!r}; choose from {', '.join(known)}")
-
-
-@lru_cache(maxsize=4)
-def _plan(objects: ObjectStore, digest: str) -> Plan:
-    return parse_plan(objects.read(digest), "the stored plan")
-
-
-@lru_cache(maxsize=128)
-def _view(objects: ObjectStore, identity: str, digest: str, summary: str, refusal: str | None) -> str:
-    view = plan_view(_plan(objects, digest), identity, json.loads(summary)["explanation"], not_runnable=refusal)
-    return to_json(view.model_dump())
-
-
-@lru_cache(maxsize=32)
-def _timeline(objects: ObjectStore, digest: str) -> bytes:
-    """Packed with gzip."""
-    timeline = PlanTimeline.model_validate(step_columns(_plan(objects, digest)))
-    return gzip.compress(timeline.model_dump_json().encode(), compresslevel=4, mtime=0)

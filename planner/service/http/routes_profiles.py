@@ -35,6 +35,9 @@ from tightfit.planner.service.wire.settings import Settings
 from tightfit.planner.service.wire.traces import check_config
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.schema import PROFILE_VERSION
+from tightfit.profiles.sources.file_header import model_of_header
+from tightfit.profiles.weights.precision import precision
+from tightfit.runtime.common.errors import InputError
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
@@ -68,7 +71,7 @@ async def make_profile(request: Request, body: ProfileRequest, key: IdempotencyK
     settings = service_of(request).settings
     check_device(body.device, [LOCAL], "device")
     options = body.model_dump(include=ALWAYS)
-    options |= body.model_dump(exclude={"path", "hub", "config", "force"}, exclude_defaults=True)
+    options |= body.model_dump(exclude={"path", "hub", "config", "header", "force"}, exclude_defaults=True)
     for field in ("adapter", "prepared"):
         if (path := getattr(body, field)) is not None:
             options[field] = await asyncio.to_thread(confined, path, settings.roots, field)
@@ -81,13 +84,20 @@ async def make_profile(request: Request, body: ProfileRequest, key: IdempotencyK
 
 
 def _source(settings: Settings, body: ProfileRequest) -> Row:
-    """The model as a worker gets it: a path or hub id as `source`, or a `config`. Raises ServiceError 422."""
+    """The model as a worker gets it: a path or hub id as `source`, or a `config`, of a header with its precision. Raises ServiceError 422."""
     if body.path is not None:
         return {"source": confined(body.path, settings.roots, "path")}
     if body.hub is not None:
         if not settings.hub:
             raise invalid("hub", "this service downloads nothing; start it with --hub, or name a path")
         return {"source": body.hub}
+    if body.header is not None:
+        try:
+            config, base, embeddings = model_of_header(body.header, precision(body.base, body.embeddings))
+        except InputError as error:
+            raise invalid("header", str(error)) from error
+        check_config(config, "header")
+        return {"config": config, "base": base, "embeddings": embeddings}
     check_config(body.config, "config")
     return {"config": body.config}
 

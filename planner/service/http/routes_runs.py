@@ -8,27 +8,33 @@ import tarfile
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
+from fastapi.responses import FileResponse
 
 from tightfit.planner.report.summary import unfinished_update
+from tightfit.planner.service.http.guard import BYTES
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
     IdempotencyKey,
+    cached_of,
     data_path,
     described_file,
     enqueue,
     errors,
+    file_of_run,
     file_response,
     job_response,
     names_paths,
     not_runnable,
+    run_of,
     service_of,
     stored,
     uploaded,
 )
+from tightfit.planner.service.jobs.orders import MERGED
 from tightfit.planner.service.jobs.store import Row
-from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
+from tightfit.planner.service.wire.errors import ServiceError, invalid
 from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.requests import RunRequest
+from tightfit.planner.service.wire.requests import MergeRequest, RunRequest
 from tightfit.planner.service.wire.schema import JobId, RunMetrics, ServiceJob
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import from_json, to_json
@@ -48,6 +54,13 @@ ADAPTER: dict[int | str, dict[str, Any]] = {
     },
     **errors(404, 409),
 }
+MERGED_FILE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A GGUF file, or a tar file of the folder merged/",
+        "content": {BYTES: {"schema": {"type": "string", "format": "binary"}}},
+    },
+    **errors(404, 409),
+}
 RANDOM = "random"
 
 
@@ -56,14 +69,14 @@ async def make_run(request: Request, body: RunRequest, key: IdempotencyKey = Non
     """Every request is a run of its own, unless an idempotency key says that it is the same one."""
     job_request = body.model_dump() | await _allowed(request, body)
     profile = stored(request, "plan", body.plan)["origin"]
-    uses = [("plan", body.plan), ("profile", profile), *(("cache", name) for name in _cached(request, profile))]
+    uses = [("plan", body.plan), ("profile", profile), *(("cache", name) for name in cached_of(request, profile))]
     uses += [("upload", identity) for data in (body.data, body.eval_data) if (identity := uploaded(data)) is not None]
     return enqueue(request, "run", job_request, key=key, uses=uses, repeatable=True)
 
 
 @router.get("/{identity}", response_model=ServiceJob, responses=errors(404), summary="A run")
 async def get_run(request: Request, identity: Identity) -> ServiceJob:
-    return service_of(request).events.shown(_run(request, identity))
+    return service_of(request).events.shown(run_of(request, identity))
 
 
 @router.post(
@@ -78,14 +91,14 @@ async def resume_run(request: Request, identity: Identity, key: IdempotencyKey =
 
     What it reads is allowed or refused as for a new run: the service may have been started with other roots since.
     """
-    await _allowed(request, RunRequest(**_run(request, identity).request))
+    await _allowed(request, RunRequest(**run_of(request, identity).request))
     return job_response(service_of(request).supervisor.resume(identity, key))
 
 
 @router.get("/{identity}/metrics", response_model=RunMetrics, responses=errors(404), summary="Every step so far")
 async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
     service = service_of(request)
-    job = _run(request, identity)
+    job = run_of(request, identity)
     row = service.store.file("metrics", identity)
     if row is not None:
         lines = service.objects.read(row["digest"]).splitlines()
@@ -113,7 +126,7 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
 async def get_report(request: Request, identity: Identity) -> Response:
     return await file_response(
         request,
-        _file_of(request, identity, "report"),
+        file_of_run(request, identity, "report"),
         redacted=lambda redaction, content: to_json(redaction.value(from_json(content))),
     )
 
@@ -121,8 +134,8 @@ async def get_report(request: Request, identity: Identity) -> Response:
 @router.get("/{identity}/adapter", responses=ADAPTER, summary="The adapter as a tar file", response_class=Response)
 async def get_adapter(request: Request, identity: Identity) -> Response:
     """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
-    row, store = _file_of(request, identity, "adapter"), service_of(request).store
-    plan = store.file("plan", str(_run(request, identity).request.get("plan")))
+    row, store = file_of_run(request, identity, "adapter"), service_of(request).store
+    plan = store.file("plan", str(run_of(request, identity).request.get("plan")))
     return await file_response(
         request,
         row,
@@ -130,6 +143,35 @@ async def get_adapter(request: Request, identity: Identity) -> Response:
         name=f"adapter-{identity}.tar",
         redacted=_redacted if plan is None or names_paths(store.file("profile", plan["origin"])) else None,
     )
+
+
+@router.post("/{identity}/merge", status_code=202, responses=JOB_RESPONSES, summary="Merge a run's adapter")
+async def merge_run(request: Request, identity: Identity, body: MergeRequest, key: IdempotencyKey = None) -> Response:
+    """Waits for this machine's device. 409 where the run has left no adapter, or what it was planned from is gone."""
+    file_of_run(request, identity, "adapter")
+    plan = service_of(request).store.file("plan", str(run_of(request, identity).request.get("plan")))
+    profile = None if plan is None else service_of(request).store.file("profile", plan["origin"])
+    if profile is None:
+        message = f"the profile of the run {identity} is gone, which says where its model lies; download the adapter and merge it there"
+        raise ServiceError(409, "conflict", message)
+    job_request = {"run": identity, "profile": profile["id"], "format": body.format}
+    uses = [("adapter", identity), ("profile", profile["id"])]
+    return enqueue(request, "merge", job_request, key=key, uses=uses)
+
+
+@router.get("/{identity}/merged", responses=MERGED_FILE, summary="The merged model", response_class=FileResponse)
+async def get_merged(request: Request, identity: Identity) -> FileResponse:
+    """What was merged last: a GGUF file, or a tar file of the folder merged/ with safetensors. 409 before it was merged."""
+    service = service_of(request)
+    run_of(request, identity)
+    for job in service.store.jobs(kind="merge", state="succeeded", limit=1000).items:
+        name = MERGED.get(str(job.request.get("format")))
+        if job.request.get("run") == identity and name is not None:
+            path = service.supervisor.runs / job.id / name
+            if path.is_file():
+                service.store.touch("folder", job.id)
+                return FileResponse(path, media_type=BYTES, filename=f"merged-{identity}{path.suffix}")
+    raise ServiceError(409, "conflict", f"the run {identity} was not merged; post to /v1/runs/{identity}/merge first")
 
 
 def _redacted(redaction: Redaction, content: bytes) -> bytes:
@@ -169,28 +211,3 @@ async def _allowed(request: Request, body: RunRequest) -> Row:
         if text is not None and text != real_paths[field]:
             real_paths[field] = await data_path(request, text, field)
     return real_paths
-
-
-def _cached(request: Request, identity: str) -> list[str]:
-    """Files of the cache that a run of a plan of that profile reads: packed weights, a config that was sent. They are in use now."""
-    store = service_of(request).store
-    profile = store.file("profile", identity)
-    names: list[str] = [] if profile is None else json.loads(profile["summary"]).get("cached", [])
-    for name in names:
-        store.touch("cache", name)
-    return names
-
-
-def _run(request: Request, identity: str) -> ServiceJob:
-    job = service_of(request).store.job(identity)
-    if job.kind != "run":
-        raise not_found("run", identity)
-    return job
-
-
-def _file_of(request: Request, identity: str, kind: str) -> Row:
-    job = _run(request, identity)
-    row = service_of(request).store.file(kind, identity)
-    if row is None:
-        raise ServiceError(409, "conflict", f"the run {identity} is {job.state} and has left no {kind}")
-    return row

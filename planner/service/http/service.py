@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from tightfit.planner.service.http.uploads import Uploads
+from tightfit.planner.service.http.views import Views
 from tightfit.planner.service.jobs.store import JobStore
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.wire.events import Events
@@ -32,6 +33,7 @@ class Service:
     redaction: Redaction
     supervisor: Supervisor
     uploads: Uploads
+    views: Views
 
 
 @contextlib.contextmanager
@@ -59,6 +61,7 @@ def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
             redaction=redaction,
             supervisor=supervisor,
             uploads=Uploads(settings, store, objects, metrics, supervisor.processes),
+            views=Views(settings, store, objects, metrics, supervisor.processes),
         )
 
 

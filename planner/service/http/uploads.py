@@ -144,16 +144,12 @@ class Uploads:
             memory_bytes=settings.check_bytes,
         )
         began = time.monotonic()
-        worker, end = await self._processes.take(UPLOAD), None
         try:
-            async with asyncio.timeout(settings.check_seconds):
-                end = await worker.carry_out(order)
+            end, last_stderr = await self._processes.ask(UPLOAD, order, settings.check_seconds)
         except TimeoutError:
             message = f"the upload took longer to read than {settings.check_seconds:g} s; send a smaller {kind}"
             raise ServiceError(413, "too_large", message, "body") from None
         finally:
-            last_stderr = worker.last_stderr()
-            await (self._processes.give_back(UPLOAD, worker) if end is not None else worker.end())
             self._metrics.worked.labels("upload").observe(time.monotonic() - began)
         return self._file_row(end, last_stderr, kind)
 

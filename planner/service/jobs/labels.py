@@ -14,6 +14,10 @@ Row = Mapping[str, Any]
 Stored = Callable[[str, str], Row | None]
 """(kind, id) -> row of a stored file"""
 RANDOM = "random"
+NAME = "_name_or_path"
+"""field in which transformers writes where a config's model comes from"""
+LONGEST = 200
+"""letters of a model's name"""
 MODEL = "a model"
 """one of which nothing is known any more"""
 
@@ -84,8 +88,15 @@ def _source(request: Row) -> str:
     source, config = _text(request.get("source")), request.get("config")
     if source is not None:
         return PurePath(source).name or MODEL
-    described = _text(config.get("model_type")) if isinstance(config, dict) else None
-    return MODEL if described is None else f"{described} of a config"
+    return config_name(config) if isinstance(config, dict) else MODEL
+
+
+def config_name(config: Row) -> str:
+    """What a config says that its model is called, or the kind of model that it describes."""
+    path = PurePath(_text(config.get(NAME)) or "").name
+    name = "".join(letter for letter in path if letter.isprintable())[:LONGEST].strip()
+    described = _text(config.get("model_type"))
+    return name or (MODEL if described is None else f"{described} of a config")
 
 
 def _data(data: object, stored: Stored) -> str | None:

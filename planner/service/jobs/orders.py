@@ -22,8 +22,12 @@ LOCAL = "cpu"
 """this machine's device, and the lane of the measurements and runs that need it to themselves"""
 UPLOAD = "upload"
 """the lane of the processes that read uploads"""
+VIEW = "view"
+"""the lane of the processes that make what is shown of plans and fleets"""
 UploadKind = Literal["profile", "description", "example"]
 """what is uploaded: a profile, the description of a model that is to be traced, or the profile that comes with the package"""
+MERGED = {"gguf": "merged.gguf", "safetensors": "merged.tar"}
+"""form of a merged model -> its file in the folder of the job that has merged it"""
 PROGRESS_SECONDS = 0.1
 
 
@@ -32,7 +36,7 @@ class JobOrder:
     """What a worker is to do, and where."""
 
     kind: str
-    """a job's kind, or upload"""
+    """a job's kind, upload or view"""
     request: dict[str, Any]
     objects: str
     """folder of the content-addressed files"""

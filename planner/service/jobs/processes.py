@@ -93,6 +93,18 @@ class WorkerProcesses:
             self._spare[lane] = asyncio.get_running_loop().create_future()
             self._spare[lane].set_result(worker)
 
+    async def ask(self, lane: str, order: JobOrder, seconds: float) -> tuple[dict[str, Any] | None, str]:
+        """Have a process carry out an order, and keep it for the next one. Returns its final message, None where it died without one,
+        and its last words on standard error. Raises TimeoutError after so many seconds.
+        """
+        worker, end = await self.take(lane), None
+        try:
+            async with asyncio.timeout(seconds):
+                end = await worker.carry_out(order)
+            return end, worker.last_stderr()
+        finally:
+            await (self.give_back(lane, worker) if end is not None else worker.end())
+
     async def close(self) -> None:
         """End the spare processes."""
         for spare in self._spare.values():

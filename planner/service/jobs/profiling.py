@@ -8,6 +8,7 @@ from pathlib import Path
 from tightfit.planner.report.summary import profile_summary
 from tightfit.planner.service.jobs.cache import STORES, CacheFolder
 from tightfit.planner.service.jobs.keeping import keep_profile
+from tightfit.planner.service.jobs.labels import config_name
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.objects import ObjectStore
@@ -38,6 +39,10 @@ def profile(order: JobOrder, events: EventWriter) -> Row:
     source = resolve(source_name, base=measured.model.base, embeddings=measured.model.embeddings)
     store = measured.model.store or str(store_path(cache.folder / STORES, source.name, source.fingerprint))
     cached = [name for name in map(cache.name, (store, measured.model.source)) if name is not None]
+    if "config" in order.request:
+        measured = measured.model_copy(
+            update={"model": measured.model.model_copy(update={"name": config_name(order.request["config"])})}
+        )
     model, paths = order.redaction().model(measured.model)
     redacted = measured.model_copy(update={"model": model})
     file = keep_profile(

@@ -51,7 +51,7 @@ def run(order: JobOrder, events: EventWriter) -> Row:
     folder.mkdir(parents=True, exist_ok=True)
     events.progress(always=True, stage="waiting for the device")
     with Path(order.lock).open("w") as lock:
-        _wait_for(lock.fileno(), sys.stdin.fileno())
+        wait_for(lock.fileno(), sys.stdin.fileno())
         stored = parse_plan(order.content(order.request["plan"]), f"the stored plan {order.request['plan']}")
         unredacted = sealed(stored.model_copy(update={"model": with_paths(stored.model, order.paths)}))
         plan.write_text(unredacted.model_dump_json())
@@ -65,14 +65,21 @@ def run(order: JobOrder, events: EventWriter) -> Row:
     except ValueError:
         report = {}
     if code or not report:
-        ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        message = report.get("error", {}).get("message") or f"the run {ending}: {last}"
-        raise ERRORS.get(code, RunError)(message)
+        raise failure_of(code, report, f"the run {{}}: {last}")
     report["plan_fingerprint"] = stored.fingerprint
     return _store_results(objects, order, out, report)
 
 
-def _wait_for(lock: int, orders: int) -> None:
+def failure_of(code: int, printed: Row, otherwise: str) -> Exception:
+    """What a command of tightfit failed with, by its exit code and the JSON that it has `printed`; `otherwise` is said of how it ended
+    where it has printed none.
+    """
+    ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    message = printed.get("error", {}).get("message") or otherwise.format(ending)
+    return ERRORS.get(code, RunError)(message)
+
+
+def wait_for(lock: int, orders: int) -> None:
     """Take a lock. Raises RunError where `orders`, standard input, closes first: cancelled, or the service has ended."""
     while True:
         try:
@@ -89,7 +96,7 @@ def _wait_for_orphan(out: Path, orders: int) -> None:
     if out.exists():
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _wait_for(descriptor, orders)
+            wait_for(descriptor, orders)
         finally:
             os.close(descriptor)
 

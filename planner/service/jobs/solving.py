@@ -10,6 +10,8 @@ from pathlib import Path
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.plan import MemberSpec, plan_kind
 from tightfit.planner.fleet.schema import Link
+from tightfit.planner.generation.choice import ChoiceProblem
+from tightfit.planner.generation.program import choose_each
 from tightfit.planner.plan import planner_of
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.report.compare import compare
@@ -132,7 +134,19 @@ def fleet(order: JobOrder, events: EventWriter) -> Row:
     return {"result": {"fleet": identity, "plans": ids, "why": reason, "summary": summary}, "files": files}
 
 
-WORK: Mapping[str, Callable[[JobOrder, EventWriter], Row]] = {"plan": plan, "comparison": comparison, "fleet": fleet}
+def answer_plan(order: JobOrder, events: EventWriter) -> Row:
+    """What stays in memory between the tokens of answers; None where nothing fits."""
+    problems = [ChoiceProblem.model_validate(problem) for problem in order.request["problems"]]
+    choices = choose_each(problems)
+    return {"result": {"choices": [choice and choice.model_dump() for choice in choices]}, "files": []}
+
+
+WORK: Mapping[str, Callable[[JobOrder, EventWriter], Row]] = {
+    "plan": plan,
+    "comparison": comparison,
+    "fleet": fleet,
+    "answer-plan": answer_plan,
+}
 """kind of a job -> what carries it out"""
 
 

@@ -37,7 +37,7 @@ log = logging.getLogger("tightfit.service")
 
 def lane_of(kind: JobKind) -> str:
     """Where a job waits for its turn: those that measure or train need this machine's device to themselves."""
-    return LOCAL if kind in {"profile", "run"} else SOLVE
+    return LOCAL if kind in {"profile", "run", "answer", "merge"} else SOLVE
 
 
 class Supervisor:

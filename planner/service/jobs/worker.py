@@ -1,12 +1,12 @@
-"""A worker process, which does one job or reads one upload after the other: ``python -m
+"""A worker process, which does one job, or reads uploads or makes views one after the other: ``python -m
 tightfit.planner.service.jobs.worker LANE``.
 
-The first line of standard input is a job's `JobOrder`; in the lane of uploads every line is one. Standard output gets JSON lines:
+The first line of standard input is a job's `JobOrder`; in the lanes of uploads and views every line is one. Standard output gets JSON lines:
 ``progress``, then ``done`` or ``error``. A solve or a measurement has nothing to save and ends with the service. A run
 is asked to save and end when standard input closes. A job that dies takes nothing with it but itself.
 
-A process imports only what its own jobs need (`_work_of`): that of a run lies beside the training, that of an upload is copied
-for each.
+A process imports only what its own jobs need (`_work_of`): that of a run lies beside the training, that of an upload
+is copied for each, that of views keeps the plans that it has read last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.service.jobs.orders import LOCAL, SOLVE, UPLOAD, EventWriter, JobOrder
+from tightfit.planner.service.jobs.orders import LOCAL, SOLVE, UPLOAD, VIEW, EventWriter, JobOrder
 from tightfit.planner.service.wire.errors import JOB_ERRORS, ServiceError, UnreadableError
 from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.common.parent import end_with_parent
@@ -36,17 +36,21 @@ FIRST_TO_GO = 500
 def main(lane: str) -> int:
     events = EventWriter()
     Path("/proc/self/oom_score_adj").write_text(str(FIRST_TO_GO))
-    if lane != LOCAL:
+    if lane == VIEW:
+        end_with_parent(signal.SIGKILL)  # at full speed: somebody waits for the answer
+    elif lane != LOCAL:
         _to_the_background()
     # Loaded before the order comes, and before its limit: that is for the work itself.
     if lane == SOLVE:
         _work_of("plan")
-    elif lane == UPLOAD:
-        _work_of("upload")
+    elif lane in {UPLOAD, VIEW}:
+        _work_of(lane)
+    if lane == UPLOAD:
         return _each_in_a_child(events)
-    line = sys.stdin.buffer.readline()
-    if line:  # else the service has ended and needs nothing
+    while line := sys.stdin.buffer.readline():  # until the service has ended and needs nothing
         _carry_out(JobOrder(**json.loads(line)), events)
+        if lane != VIEW:
+            break
     return 0
 
 
@@ -79,10 +83,22 @@ def _work_of(kind: str) -> Callable[[JobOrder, EventWriter], dict[str, Any]]:
         from tightfit.planner.service.jobs.upload_limits import upload
 
         return upload
+    if kind == "view":
+        from tightfit.planner.service.jobs.viewing import view
+
+        return view
     if kind == "profile":
         from tightfit.planner.service.jobs.profiling import profile
 
         return profile
+    if kind == "answer":
+        from tightfit.planner.service.jobs.answering import answer
+
+        return answer
+    if kind == "merge":
+        from tightfit.planner.service.jobs.merging import merge
+
+        return merge
     if kind == "preview":
         from tightfit.planner.service.jobs.previewing import preview
 

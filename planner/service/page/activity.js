@@ -5,7 +5,7 @@ import { html } from "./charts.js";
 import { button, dialog, empty, progress, when } from "./components.js";
 
 const EVERY = 3000; // ms between two looks
-const WORDS = { profile: "Measuring", trace: "Tracing", plan: "Planning", comparison: "Planning a curve", fleet: "Planning a fleet", run: "Fine-tuning", preview: "Reading data", answer: "Answering", merge: "Merging" };
+const WORDS = { profile: "Measuring", trace: "Tracing", plan: "Planning", "answer-plan": "Planning answers", comparison: "Planning a curve", fleet: "Planning a fleet", run: "Fine-tuning", preview: "Reading data", answer: "Answering", merge: "Merging" };
 const PLACE = { run: "runs", fleet: "fleets", profile: "models" };
 let timer = 0, changed = () => {};
 

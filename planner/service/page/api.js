@@ -36,13 +36,14 @@ async function send(path, options = {}) {
 
 export const get = async (path) => (await send(path)).json();
 
-// Let the browser save what is at `path` under a name.
+// Let the browser save what is at `path` under a name: by itself, however large it is, but where a token has to be sent.
 export async function download(path, name) {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(await (await send(path)).blob());
+  if (!token) await send(path, { method: "HEAD" }); // what is refused is told here, not saved as a file
+  link.href = token ? URL.createObjectURL(await (await send(path)).blob()) : path;
   link.download = name;
   link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  if (token) setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
 export async function post(path, body, headers = {}) {

@@ -68,7 +68,7 @@ export function beside(form, error) {
     input.setAttribute("aria-invalid", "true");
     input.setAttribute("aria-errormessage", id);
     for (let fold = input.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
-    (input.closest(".field") ?? input.closest("label")).append(html("span", { id, class: "wrong" }, message));
+    (input.closest(".field") ?? input.closest("label")).append(html("span", { id, class: "wrong", role: "alert" }, message));
   }
   places[0][0].focus();
   return true;

@@ -12,7 +12,7 @@ import { meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
 import { action, complain, go, to } from "./shell.js";
 import { choose } from "./sources.js";
 
-const LOOK = 3, ROUGH = 2, FINE = 15; // seconds for a plan: to see where the curve lies, to sketch it, to draw it
+const LOOK = 2, ROUGH = 1.5, FINE = 15, LONG = 60; // seconds for a plan: to see where the curve lies, to sketch it, to draw it, to find a smaller one
 const SKETCHED = 4, POINTS = 9; // budgets of the sketch and of the curve
 const SLIDER_STEPS = 400, MOST = Number.MAX_SAFE_INTEGER, LEAST = 1024, SPREAD = 5; // budgets apart by more than this factor lie on a scale of ratios
 const MORE = 50 * MIB;
@@ -54,6 +54,7 @@ async function explore(place) {
   const { root, id, query, signal } = place;
   const [profile, { devices }] = await Promise.all([get(`/v1/profiles/${id}`), get("/v1/devices")]);
   const { summary } = profile, policies = [...summary.policies, ...(summary.approximate ?? [])];
+  const measuredBy = summary.request ?? (profile.origin === "made" ? await requestOf(id) : null);
   place.title(nameOf(profile));
   const { budget: budgetKept, policy: policyKept, ...stepKept } = query;
   const state = { least: 0, proven: false, most: 0, budget: 0, policy: policies.includes(policyKept) ? policyKept : SOLVER, cells: [], chart: null, asked: 0, step: stepKept, drawn: new Set(summary.policies), ticked: new Set(), dragging: false, ways: null, round: 0 };
@@ -155,7 +156,7 @@ async function explore(place) {
     };
     const compared = html("a", { class: "button", id: "compare", href: to("compare", "", { plans: [...state.ticked].join(",") }) }, `Compare ${state.ticked.size} plans`);
     compared.hidden = state.ticked.size < 2;
-    numbersBox.replaceChildren(
+    renew(numbersBox,
       scrolling("Seconds per step by budget and policy", table("Seconds per step, with a note where the time limit ended a search; where a budget is too small, the smallest that is enough, in MiB. Tick plans to compare them.", ["budget, MiB", ...shown.map(nameOfRule)], budgets.map((budget) => [mib(budget), ...shown.map((name) => cell(budget, name))]))),
       compared,
     );
@@ -209,9 +210,12 @@ async function explore(place) {
 
   function drawSmallest() {
     const least = needs(SOLVER);
+    const shown = [least, state.proven, state.seeking].join(" ");
+    if (smallest.dataset.shown === shown) return;
+    smallest.dataset.shown = shown;
     if (least === Infinity) return smallest.replaceChildren();
     const words = state.proven ? term("proven", "The search for the smallest plan came to its end: it has shown that no plan of this kind needs less.") : term("the best found so far", "The search for the smallest plan was ended by its time limit. A longer one may find a smaller plan.");
-    smallest.replaceChildren(html("span", {}, "The smallest budget is ", html("b", {}, `${atLeast(least)} MiB`), ", ", words, "."), state.proven ? "" : " ", state.proven || state.seeking ? "" : button("Search longer", action(() => seek(4 * FINE)), "link"));
+    smallest.replaceChildren(html("span", {}, "The smallest budget is ", html("b", {}, `${atLeast(least)} MiB`), ", ", words, "."), state.proven ? "" : " ", state.proven || state.seeking ? "" : button("Search longer", action(() => seek(LONG)), "link"));
   }
 
   // While the budget moves, the verdict moves along.
@@ -252,7 +256,13 @@ async function explore(place) {
 
   function fitThisMachine() {
     const own = devices.find((one) => one.local), spare = own?.spare_bytes;
-    const made = button(spare ? `Fit this machine (${roomy(spare)} free)` : "Fit this machine", action(() => { state.budget = inKib(spare); announce(`budget ${mib(spare)} MiB`); return moved(); }));
+    const made = button(spare ? `Fit this machine (${roomy(spare)} free)` : "Fit this machine", action(async () => {
+      const { spare_bytes: now } = (await get("/v1/devices")).devices.find((one) => one.local);
+      if (!now) throw new Error("Nothing can be spared on this machine now; end other programs, or name a budget.");
+      state.budget = inKib(now);
+      announce(`budget ${mib(now)} MiB`);
+      await moved();
+    }));
     made.id = "fit-machine";
     made.disabled = !spare;
     if (own?.spare_why) made.title = own.spare_why;
@@ -261,8 +271,9 @@ async function explore(place) {
 
   function offerNext(best) {
     if (!best?.plan) return next.replaceChildren();
-    if (next.dataset.plan === best.plan && next.dataset.budget === String(state.budget) && next.childElementCount) return;
-    Object.assign(next.dataset, { plan: best.plan, budget: state.budget });
+    const more = bestFor(best.budget + MORE), shown = [best.plan, state.budget, more?.plan, state.cells.some((one) => isAt(one, best.budget + MORE, SOLVER))].join(" ");
+    if (next.dataset.shown === shown && next.childElementCount) return;
+    next.dataset.shown = shown;
     const { summary: figures } = best, { train } = figures, runs = profile.origin === "made" && summary.measured;
     const cards = [
       ["one step", `${seconds(best.step)} s`, figures.policy === SOLVER && figures.bound_seconds ? `at best ${seconds(figures.bound_seconds)} s` : "by a fixed rule"],
@@ -270,13 +281,15 @@ async function explore(place) {
       train ? ["made again", percent(train.recompute_seconds / (best.step || 1)), `${seconds(train.recompute_seconds)} s of each step`] : null,
       train ? ["disk", `${mib(train.read_bytes + train.write_bytes)} MiB`, `each step; ${seconds(train.stall_seconds)} s waiting`] : null,
     ].filter(Boolean);
-    next.replaceChildren(section("From here",
+    renew(next, section("From here",
       html("dl", { class: "cards" }, ...cards.map(([name, value, more]) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more))))),
       worth(best),
       html("div", { class: "row last" },
-        html("a", { class: "button main", id: "open-plan", href: to("plans", best.plan) }, "Open the plan"),
-        runs ? html("a", { class: "button", id: "start-run", href: to("runs", "", { plan: best.plan, new: 1 }) }, "Start fine-tuning") : null,
-        runs ? null : html("span", { class: "soft" }, !summary.measured ? `Times are estimated for ${summary.device}; to fine-tune here, measure the model on this machine.` : "Only what was measured on this machine can be fine-tuned here.")),
+        runs ? html("a", { class: "button main", id: "start-run", href: to("runs", "", { plan: best.plan, new: 1 }) }, "Start fine-tuning") : null,
+        html("a", { class: `button${runs ? "" : " main"}`, id: "open-plan", href: to("plans", best.plan) }, "Open the plan"),
+        html("a", { class: "button", href: to("plans", "", { profile: id }) }, "All plans of this model"),
+        runs ? null : html("span", { class: "soft" }, !summary.measured ? `Times are estimated for ${summary.device}; to fine-tune here, measure the model on this machine.` : "Only what was measured on this machine can be fine-tuned here."),
+        runs ? null : button("Measure a model here", () => choose().catch(complain))),
     ));
   }
 
@@ -299,19 +312,18 @@ async function explore(place) {
   function offerHelp(wanted) {
     const ways = state.ways;
     if (!wanted || !ways) return help.replaceChildren();
-    if (help.childElementCount) {
-      help.querySelector("#use-smallest")?.replaceWith(useSmallest());
-      return;
-    }
-    const words = { batch: "a smaller batch", seq: "shorter samples", lora_rank: "a smaller adapter", base: "frozen weights in fewer bits" };
+    const shown = [state.budget, needs(SOLVER)].join(" ");
+    if (help.dataset.shown === shown && help.childElementCount) return;
+    help.dataset.shown = shown;
+    const missing = needs(SOLVER) - state.budget, words = { batch: "a smaller batch", seq: "shorter samples", lora_rank: "a smaller adapter", base: "frozen weights in fewer bits" };
     const row = (remedy) => {
-      const can = remedy.field && summary.request, start = action(() => again(summary.request, { [remedy.field]: remedy.value }, { budget: state.budget }));
-      return html("li", { class: "row" }, can ? button(`Try ${remedy.change}`, start) : html("b", {}, remedy.change), html("span", { class: "soft" }, `${words[remedy.field] ?? "a change"}, frees up to ${size(remedy.saves_bytes)}`));
+      const can = remedy.field && measuredBy, start = action(() => again(measuredBy, { [remedy.field]: remedy.value }, { budget: state.budget }));
+      return html("li", { class: "row" }, can ? button(`Try ${remedy.change}`, start) : html("b", {}, remedy.change), html("span", { class: "soft" }, `${words[remedy.field] ?? "a change"}, frees up to ${size(remedy.saves_bytes)}`), remedy.saves_bytes >= missing ? html("span", { class: "pill good" }, "may be enough") : null);
     };
-    help.replaceChildren(section("What would help first",
-      html("p", { class: "soft" }, `The smallest plan is fullest at ${ways.peak.text}. ${summary.request ? "Each button measures the changed step, which takes a while, and then comes back to this budget." : "What was uploaded cannot be changed here: measure the model on this machine to try these."}`),
+    renew(help, section("What would help first",
+      html("p", { class: "soft" }, `${size(missing)} are missing. The smallest plan is fullest at ${ways.peak.text}. ${measuredBy ? "Each button measures the changed step, which takes a while, and then comes back to this budget." : "What was uploaded cannot be changed here: measure the model on this machine to try these."}`),
       html("ul", { class: "bare" }, ...ways.remedies.map(row)),
-      html("div", { class: "row last" }, useSmallest(), summary.request ? null : button("Measure it here", () => choose().catch(complain))),
+      html("div", { class: "row last" }, useSmallest(), measuredBy ? null : button("Measure it here", () => choose().catch(complain))),
     ));
   }
 
@@ -332,7 +344,7 @@ async function explore(place) {
     const folded = rules.querySelector("details")?.open ?? true;
     const body = html("tbody", {}, ...policies.filter((name) => name !== SOLVER).map(row));
     if (!body.childElementCount) return;
-    rules.replaceChildren(section("Fixed rules, to compare with", html("details", folded ? { open: true } : {}, html("summary", {}, "What each does, and what it needs"), scrolling("Fixed rules", html("table", { class: "listing rules" }, html("thead", {}, html("tr", {}, ...["Rule", "What it does", "Here"].map((text) => html("th", { scope: "col" }, text)))), body)))));
+    renew(rules, section("Fixed rules, to compare with", html("details", folded ? { open: true } : {}, html("summary", {}, "What each does, and what it needs"), scrolling("Fixed rules", html("table", { class: "listing rules" }, html("thead", {}, html("tr", {}, ...["Rule", "What it does", "Here"].map((text) => html("th", { scope: "col" }, text)))), body)))));
   }
 
   // --- finding the curve ---
@@ -342,6 +354,12 @@ async function explore(place) {
     const round = ++state.round, { plans } = await get(`/v1/plans?${new URLSearchParams({ profile: id, limit: 1000 })}`);
     if (old(round)) return;
     keep(plans.filter((plan) => matches(plan.summary)).map((plan) => ({ budget_bytes: plan.summary.budget_bytes, policy: plan.summary.policy, plan: plan.id, summary: plan.summary })));
+    // What was found earlier is drawn at once, and the budget of the address stands beside it from the beginning.
+    const kept = Number(budgetKept);
+    if (!state.budget && kept >= LEAST && kept <= MOST) state.budget = Math.round(kept);
+    if (points(SOLVER).length > 1 && needs("keep-all") < Infinity) reach();
+    mark();
+    judge();
     const bar = progress("Looking for the smallest and the largest budget that make sense");
     curving.replaceChildren(bar);
     // One byte never fits: the answers say what would.
@@ -352,20 +370,13 @@ async function explore(place) {
       // The search goes on after its first answer, and may find that a smaller budget is enough.
       const { minimum_budget_bytes: first } = result.summary, later = result.summary.explanation?.shortfall?.minimum_budget_bytes ?? first;
       keep([{ budget_bytes: 1, policy: name, plan: null, summary: { ...result.summary, minimum_budget_bytes: Math.min(first, later) } }]);
+      return Math.min(first, later);
     };
-    await Promise.all([ask(SOLVER), ask("keep-all")]);
+    // What these two answers say is where the curve is searched for, whatever else is known: so a later search is for the same budgets.
+    const looked = await Promise.all([ask(SOLVER), ask("keep-all")]);
     if (old(round)) return;
-    const least = Math.max(1, needs(SOLVER));
-    state.least = least;
-    state.most = Math.max(needs("keep-all"), least + Math.min(MIB, least));
-    const kept = Number(budgetKept), wide = state.most - least;
-    // Budgets as they are shown, in tenths of a MiB, unless the whole curve lies within one.
-    const whole = (bytes) => Math.ceil(wide > MIB ? (Math.ceil((10 * bytes) / MIB) * MIB) / 10 : bytes);
-    const spread = (count) => Array.from({ length: count }, (_, i) => whole(onRatios() ? least * ((state.most * 1.01) / least) ** (i / (count - 1)) : least + (wide * 1.02 * i) / (count - 1)));
-    if (!state.budget) state.budget = kept >= LEAST && kept <= MOST ? Math.round(kept) : spread(POINTS)[Math.floor(POINTS / 2)];
-    slider.disabled = false;
-    remember();
-    keep([]);
+    const [least, most] = looked;
+    reach();
     const compare = async (budgets, names, limit, what) => {
       const bar = progress(what);
       curving.append(bar);
@@ -382,14 +393,29 @@ async function explore(place) {
       }
     };
     curving.replaceChildren();
-    const sketch = [...new Set(spread(SKETCHED))], fine = [...new Set(spread(POINTS))], names = summary.policies.slice(1);
+    const between = [least, Math.max(most, least + Math.min(MIB, least))], sketch = spread(...between, SKETCHED), fine = spread(...between, POINTS), names = summary.policies.slice(1);
     await Promise.all([compare(sketch, [SOLVER], ROUGH, "A first sketch of the curve"), names.length ? compare(sketch, names, FINE, "Fixed rules") : null]);
     chart.removeAttribute("aria-busy");
     await compare(fine, [SOLVER], FINE, "Refining the curve");
     if (old(round)) return;
-    // What is looked at is planned itself, once there is time for it.
-    if (!state.proven) await seek(FINE);
-    if (!old(round) && !bestFor(state.budget, (point) => point.plan) && !state.cells.some((one) => isAt(one, state.budget, state.policy))) await solve();
+    if (!bestFor(state.budget, (point) => point.plan) && !state.cells.some((one) => isAt(one, state.budget, state.policy))) await solve();
+  }
+
+  // The ends of the curve, as far as they are known, and a budget between them where none is chosen.
+  function reach() {
+    state.least = Math.max(1, needs(SOLVER));
+    state.most = Math.max(needs("keep-all"), state.least + Math.min(MIB, state.least));
+    if (!state.budget) state.budget = spread(state.least, state.most, POINTS)[Math.floor(POINTS / 2)];
+    slider.disabled = false;
+    remember();
+    keep([]);
+  }
+
+  // So many budgets from the smallest to the largest, as they are shown: in tenths of a MiB, unless the whole curve lies within one.
+  function spread(least, most, count) {
+    const wide = most - least, whole = (bytes) => Math.ceil(wide > MIB ? (Math.ceil((10 * bytes) / MIB) * MIB) / 10 : bytes);
+    const budgets = Array.from({ length: count }, (_, i) => whole(most > SPREAD * least ? least * ((most * 1.01) / least) ** (i / (count - 1)) : least + (wide * 1.02 * i) / (count - 1)));
+    return [...new Set(budgets)];
   }
 
   // Search for the smallest budget for longer.
@@ -468,6 +494,13 @@ async function explore(place) {
   run().catch((error) => { if (!signal.aborted) complain(error); });
 }
 
+// Show something else in a box, and leave the keyboard where it was.
+function renew(box, ...children) {
+  const nameIn = (one) => one.getAttribute("aria-label") ?? one.textContent, at = document.activeElement, name = box.contains(at) ? nameIn(at) : null;
+  box.replaceChildren(...children);
+  if (name !== null) [...box.querySelectorAll("a, button, input, summary, [tabindex]")].find((one) => nameIn(one) === name)?.focus({ preventScroll: true });
+}
+
 // Large amounts as people say them.
 const roomy = (bytes) => (bytes >= 4096 * MIB ? `${(bytes / (1024 * MIB)).toFixed(1)} GiB` : size(bytes));
 
@@ -503,10 +536,17 @@ function solving(what, limit) {
   return bar;
 }
 
+// What a profile of an earlier version was measured by, as far as its job is still known.
+async function requestOf(identity) {
+  const { jobs } = await get("/v1/jobs?kind=profile&state=succeeded&limit=200");
+  return jobs.find((job) => job.result?.profile === identity)?.request ?? null;
+}
+
 function about(profile) {
-  const { summary } = profile, parts = [
-    summary.seq ? `${summary.batch} × ${summary.seq} tokens a step${summary.accumulate > 1 ? `, ${summary.accumulate} steps make an update` : ""}` : null,
-    summary.lora ? `LoRA rank ${summary.lora.rank}` : null,
+  // A label says already what the step is; a name that a person gave does not.
+  const { summary } = profile, named = Boolean(profile.title), parts = [
+    named && summary.seq ? `${summary.batch} × ${summary.seq} tokens a step${summary.accumulate > 1 ? `, ${summary.accumulate} steps make an update` : ""}` : null,
+    named && summary.lora ? `LoRA rank ${summary.lora.rank}` : null,
     `${summary.layers} layers of ${summary.programs} kinds`,
     summary.weight_bytes ? `weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked` : null,
     summary.trainable_bytes ? `trained ${mib(summary.trainable_bytes)} MiB` : null,

@@ -172,7 +172,7 @@ function merging(id) {
     box.replaceChildren(bar);
     try {
       const job = await finish(await post(`/v1/runs/${id}/merge`, {}), (latest) => bar.update(latest));
-      await download(`/v1/runs/${id}/merged`, job.result?.name ?? `merged-${id}.tar`);
+      await download(`/v1/runs/${id}/merged`, `merged-${id}.${job.result.merged.format === "gguf" ? "gguf" : "tar"}`);
     } finally {
       box.replaceChildren(start);
     }

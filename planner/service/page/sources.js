@@ -11,7 +11,7 @@ const HEADERS = [".gguf", ".safetensors"];
 const LARGE = 3e9; // parameters from which on measuring with random weights is not what somebody wants first
 const LARGEST_JSON = 1 << 28;
 
-const count = (number) => (number >= 1e9 ? `${(number / 1e9).toFixed(number >= 1e10 ? 0 : 1)} billion` : `${Math.max(1, Math.round(number / 1e6))} million`);
+const count = (number) => (number >= 9.95e8 ? `${(number / 1e9).toFixed(number >= 1e10 ? 0 : 1)} billion` : `${Math.max(1, Math.round(number / 1e6))} million`);
 
 // --- files ------------------------------------------------------------------------------------------------------------
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tightfit.planner.service.wire.schema import FINISHED, ServiceJob
+from tightfit.planner.service.wire.settings import HEARTBEAT_SECONDS
 
 QUEUE = 256
 """events that a slow listener may be behind before it loses the oldest, and those of a job that are remembered"""
 ENDED = 16
 """jobs that have ended whose events are remembered"""
-HEARTBEAT_SECONDS = 15.0
 NUMBER = re.compile("[0-9]{1,15}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,11 @@ def forms() -> dict[str, list[dict[str, Any]]]:
     values there are; with `least`, `most` and `above`, the limits of a number; with `of`, the kind of a map's values.
     """
     return {
-        form: [_field(name, described) for name, described in request.model_json_schema()["properties"].items()]
+        form: [
+            _field(name, described)
+            for name, described in request.model_json_schema()["properties"].items()
+            if "$ref" not in json.dumps(described)  # what is read from a file, and not entered
+        ]
         for form, request in REQUESTS.items()
     }
 

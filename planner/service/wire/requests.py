@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Self, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
 from pydantic import (
     BeforeValidator,
@@ -24,13 +24,42 @@ from pydantic.fields import FieldInfo
 
 from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.fleet.schema import NAME
+from tightfit.planner.generation.choice import ChoiceProblem
 from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.wire.schema import DIGEST, JOB, OWN_DEVICE, Digest, JobId, RequestBody
 from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
+from tightfit.profiles.sources.file_header import FileHeader
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
 from tightfit.runtime.session.options import DataOptions, RunOptions
+
+LONGEST_PROMPT = 1 << 15
+"""letters of a prompt, or of one message"""
+
+MOST_PROBLEMS = 64
+"""problems of one request: numbers of tokens in which a prompt may pass, each twice the one before"""
+IN_MEMORY = {"allowed": True, "held_bytes": 2359296, "token_seconds": 0.0004, "group_seconds": 0.0021}
+CHOICE: dict[str, Any] = {
+    "kinds": [
+        {
+            "number": 96,
+            "head": False,
+            "packed_bytes": 2359296,
+            "packed": IN_MEMORY,
+            "unpacked": IN_MEMORY | {"allowed": False, "held_bytes": 16777216},
+            "streamed": IN_MEMORY | {"held_bytes": 0, "token_seconds": 0.0006},
+        }
+    ],
+    "room_bytes": 104857600,
+    "prompt_passes": 1,
+    "groups": 2,
+    "token_passes": 256,
+    "token_seconds": 0.02,
+    "group_seconds": 0.05,
+    "read_seconds_per_byte": 1e-9,
+}
+"""a `tightfit.planner.generation.choice.ChoiceProblem`"""
 
 
 def _read(parse: Callable[[str], float], allowed: Callable[[float], bool], words: str) -> BeforeValidator:
@@ -119,15 +148,20 @@ class ModelRequest(RequestBody):
         None, description="a config.json as it is, of any dense decoder of transformers; the weights are random then"
     )
 
+    header: FileHeader | None = Field(
+        None,
+        description="what the header of a GGUF file says, for whoever keeps the file: as a config, with the file's precision",
+    )
+
     @model_validator(mode="after")
     def one_source(self) -> Self:
-        if sum(value is not None for value in (self.path, self.hub, self.config)) != 1:
-            raise ValueError("give exactly one of path, hub and config")
+        if sum(value is not None for value in (self.path, self.hub, self.config, self.header)) != 1:
+            raise ValueError("give exactly one of path, hub, config and header")
         return self
 
 
 class ProfileRequest(_with_options(ProfileOptions, base=ModelRequest)):  # type: ignore[misc]
-    """Make a profile on this machine. Exactly one of `path`, `hub` and `config` names the model."""
+    """Make a profile on this machine. Exactly one of `path`, `hub`, `config` and `header` names the model."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -213,6 +247,16 @@ class FleetRequest(_with_options(FleetOptions)):  # type: ignore[misc]
     members: list[FleetMember] = Field(min_length=1, max_length=32)
 
 
+class AnswerPlanRequest(RequestBody):
+    """What of a model's weights is to stay in memory between the tokens of answers: a problem for each number of tokens in which a
+    prompt may pass. It holds sizes and seconds alone.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"problems": [CHOICE]}]})
+
+    problems: list[ChoiceProblem] = Field(min_length=1, max_length=MOST_PROBLEMS)
+
+
 class NameRequest(RequestBody):
     """What a person calls something that is kept, and says of it. What is left out stays as it is, null takes it away."""
 
@@ -254,6 +298,41 @@ class PreviewRequest(_with_options(DataOptions)):  # type: ignore[misc]
         if (self.profile is None) == (self.plan is None):
             raise ValueError("give either profile or plan")
         return self
+
+
+class PromptMessage(RequestBody):
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(max_length=LONGEST_PROMPT)
+
+
+class AnswerRequest(RequestBody):
+    """Ask a model that was measured here, by itself or with the adapter that a run has left. The likeliest tokens are taken."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"profile": DIGEST, "run": JOB, "prompt": "How was the film?", "max_tokens": 64}]
+        }
+    )
+
+    profile: Digest
+    run: JobId | None = Field(None, description="whose adapter is applied; null: the model by itself")
+    prompt: (
+        Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
+        | Annotated[list[PromptMessage], Field(min_length=1, max_length=64)]
+    ) = Field(description="a text, or the messages of a conversation so far")
+    max_tokens: int = Field(256, ge=1, le=4096, description="most tokens of the answer")
+    template: bool = Field(True, description="put a text into the model's chat template, if it has one")
+    memory: Memory | None = Field(None, description="budget of all processes; null: what the machine can spare")
+
+
+class MergeRequest(RequestBody):
+    """Add a run's adapter to its model."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"format": "gguf"}]})
+
+    format: Literal["gguf", "safetensors"] = Field(
+        "gguf", description="gguf: a file for llama.cpp; safetensors: a tar file of a Hugging Face folder"
+    )
 
 
 class RunRequest(_with_options(RunOptions)):  # type: ignore[misc]

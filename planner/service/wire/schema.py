@@ -12,7 +12,7 @@ from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.strict_json import is_deeper
 
-JobKind = Literal["profile", "trace", "plan", "comparison", "fleet", "preview", "run"]
+JobKind = Literal["profile", "trace", "plan", "comparison", "fleet", "answer-plan", "preview", "run", "answer", "merge"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
@@ -148,13 +148,14 @@ class ServiceJob(Named):
     request: dict[str, Any]
     progress: dict[str, Any] | None = Field(
         None,
-        description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes",
+        description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes; answering: text",
     )
     result: dict[str, Any] | None = Field(
         None,
         description="profile: {profile}; trace: {trace, summary}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, why, summary}, where `plans`"
-        " are the stored plans by member; run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
-        " padding_share}, where a sample has its line, pieces {text, trained}, tokens and how many of them are cut",
+        " are the stored plans by member; answer-plan: {choices}; run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
+        " padding_share}, where a sample has its line, pieces {text, trained}, tokens and how many of them are cut; answer: {text, tokens, seconds, first_seconds, end, peak_bytes, budget_bytes};"
+        " merge: {merged: {format, adapted, seconds, note, bytes}}",
     )
     error: Error | None = None
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 
+HEARTBEAT_SECONDS = 5.0
+"""after which a service that has no news of a job says so"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

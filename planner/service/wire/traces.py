@@ -29,6 +29,8 @@ NAMES = re.compile(r"[\w.-]+", re.ASCII)
 """names of tensors, such as model.layers.0.self_attn.q_proj.weight"""
 MODEL = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 """the name of a model, which is none of a file elsewhere"""
+PLACES = (ADAPTER_BASE, "_name_or_path")
+"""fields of a config that may name a folder of the device"""
 LONGEST = 80
 """letters of a field's name that are repeated"""
 
@@ -36,7 +38,7 @@ LONGEST = 80
 def without_places(request: TracingRequest) -> TracingRequest:
     """The request without what names a file or folder of the device: as it leaves it, and the same on every device."""
     source = request.source
-    config = {name: value for name, value in source.config.items() if name != ADAPTER_BASE}
+    config = {name: value for name, value in source.config.items() if name not in PLACES}
     return request.model_copy(
         update={"source": source.model_copy(update={"path": source.name, "config": config})},
     )
@@ -44,6 +46,8 @@ def without_places(request: TracingRequest) -> TracingRequest:
 
 def with_places(prepared: PreparedModel, request: TracingRequest) -> PreparedModel:
     """What was traced of `without_places(request)`, as if it had been traced of the request itself."""
+    if prepared.step is None:
+        return prepared.model_copy(update={"request": request})
     model, config = prepared.step.model, request.source.config
     added = {name: value for name, value in model.config.items() if name not in config}
     model = model.model_copy(update={"source": request.source.path, "config": config | added})
@@ -71,8 +75,11 @@ def parse_request(content: bytes) -> TracingRequest:
         raise _first_fault(error) from error
     except ValueError as error:  # halves of characters
         raise invalid("", f"cannot be repeated as JSON ({error}); leave out what is no text") from error
-    _check_source(request.source)
-    _check_options(request.options)
+    if request.options is None and request.answers is None and request.stored is None:
+        raise invalid("", "nothing is wanted of the model; send `options`, `answers` or `stored`")
+    _check_source(request.source, whole=request.options is not None or request.answers is not None)
+    _check_stored(request)
+    _check_options(request.options or {})
     _check_lora(request.lora)
     return request
 
@@ -101,7 +108,8 @@ def check_config(config: Mapping[str, Any], field: str) -> None:
         raise invalid(field, str(error)) from error
 
 
-def _check_source(source: SourceDescription) -> None:
+def _check_source(source: SourceDescription, *, whole: bool) -> None:
+    """Raise ServiceError 422 for a description with which nothing can be traced; `whole`: its tensors are needed."""
     if not MODEL.fullmatch(source.name):
         raise invalid("source.name", f"{source.name[:LONGEST]!r} is no name of a model; send its last part alone")
     for name in source.tensors:
@@ -112,7 +120,7 @@ def _check_source(source: SourceDescription) -> None:
         described_source(source)
     except InputError as error:
         raise invalid("source.tensors", str(error)) from error
-    if not handwritten(source.config):
+    if not whole or not handwritten(source.config):
         return
     for name, shape in decoder_tensors(decoder_shape(source.config)):
         tensor = source.tensors.get(name)
@@ -120,6 +128,15 @@ def _check_source(source: SourceDescription) -> None:
             there = "no such tensor" if tensor is None else f"one of shape {tensor.shape}"
             message = f"the configuration has {name} of shape {list(shape)}, and the model {there}; send what belongs together"
             raise invalid("source.tensors", message)
+
+
+def _check_stored(request: TracingRequest) -> None:
+    for name in request.stored or ():
+        if not NAMES.fullmatch(name):
+            raise invalid("stored", f"{name[:LONGEST]!r} is no name of a tensor; send those of the checkpoint")
+    if request.stored is not None and handwritten(request.source.config):
+        family = request.source.config.get("model_type")
+        raise invalid("stored", f"a {family} decoder is written by hand and needs no description; leave `stored` out")
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

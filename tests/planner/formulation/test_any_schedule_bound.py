@@ -15,10 +15,11 @@ from decisions import random_decision
 from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, small_chain
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
-from tightfit.planner.formulation.step_constraints import add_step_constraints, charged_bytes, instruction_count
+from tightfit.planner.formulation.step_constraints import add_step_constraints
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, MS, LayerFigures
+from tightfit.planner.schedule.column_bytes import charged_bytes, instruction_count
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import live_profile
 from tightfit.planner.schedule.realize import CyclePart, realize

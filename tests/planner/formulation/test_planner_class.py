@@ -10,11 +10,11 @@ from decisions import INSTANT, figures_of_decisions, random_decision
 from synthetic import decoder_like, device, small_chain
 from tiny_plans import CONFIG, decoder_profile
 
-from tightfit.planner.formulation.step_constraints import live_bytes
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import KIB
+from tightfit.planner.schedule.column_bytes import live_bytes
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import draft, live_profile, tensor_decisions
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import CONFIGS
 
+from tightfit.planner.generation.choice import Choice, ChoiceProblem, choice_problem, least_room, spread
 from tightfit.planner.generation.plan import plan_answers
 from tightfit.planner.generation.problem import Figures, Problem, RowPiece
-from tightfit.planner.generation.program import Choice, choose, kind_of, least_room, spread
+from tightfit.planner.generation.program import choose
 from tightfit.planner.generation.simulate import simulate
 from tightfit.profiles.models.answering_family import family_steps
 from tightfit.profiles.weights.describe import describe
@@ -86,7 +87,7 @@ def test_no_choice_of_states_is_better(
         for states in itertools.product(STATES, repeat=len(pieces))
         if held(pieces, states) <= room
     ]
-    found = choose(pieces, told, room, passes, tokens)
+    found = choose(choice_problem(pieces, told, room, passes, tokens))
     assert (found is None) == (not fitting) == (room < least_room(pieces))
     if found is None:
         return
@@ -98,13 +99,23 @@ def test_no_choice_of_states_is_better(
 
 def test_pieces_of_a_kind_are_spread_evenly() -> None:
     pieces = matrices([(64, 64)] * 9, (320, 64))
-    kind, head = kind_of(pieces[0]), kind_of(pieces[-1])
-    choice = Choice(
-        counts={kind: {STREAMED: 3, UNPACKED: 2, PACKED: 4}, head: {STREAMED: 0, UNPACKED: 0, PACKED: 1}}, seconds=0.0
-    )
+    choice = Choice(counts=[{STREAMED: 3, UNPACKED: 2, PACKED: 4}, {STREAMED: 0, UNPACKED: 0, PACKED: 1}], seconds=0.0)
     states = spread(pieces, choice)
     assert Counter(states) == {STREAMED: 3, UNPACKED: 2, PACKED: 5}
     assert [place for place, state in enumerate(states) if state == STREAMED] == [2, 5, 8]
+
+
+def test_a_choice_that_is_made_elsewhere_is_the_same_plan() -> None:
+    """All that passes is JSON: of the problem, and of its choice."""
+    asked, told = problem(), figures(problem().pieces())
+    budget = BESIDE + (40 << 20)
+
+    def elsewhere(problems: Sequence[ChoiceProblem]) -> list[Choice | None]:
+        sent = [ChoiceProblem.model_validate_json(each.model_dump_json()) for each in problems]
+        made = [choose(each) for each in sent]
+        return [each and Choice.model_validate_json(each.model_dump_json()) for each in made]
+
+    assert plan_answers(asked, told, budget, elsewhere) == plan_answers(asked, told, budget)
 
 
 def problem(**more: Any) -> Problem:

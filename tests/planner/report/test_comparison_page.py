@@ -102,7 +102,7 @@ def test_the_curve_is_drawn(page):
         "keep-all",
         "mebp",
         "proven bound: no plan of this class is faster",
-        "× does not fit",
+        "× does not fit; the line beside it ends where it would",
     ]
     # More seconds are higher up, more memory is further right.
     left, right = first.locator("svg g").first.locator("circle").all()[::3]

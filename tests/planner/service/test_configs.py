@@ -12,11 +12,15 @@ from types import SimpleNamespace
 import pytest
 from decoder_families import FAMILIES, sized
 from places import SOURCES
+from pydantic import ValidationError
+from reference import CONFIGS
 from served import Served
+from tiny_models import header_of, random_weights, write_gguf
 
 from tightfit.planner.plan import plan
 from tightfit.planner.service.http.routes_profiles import _source
 from tightfit.planner.service.jobs import profiling
+from tightfit.planner.service.jobs.labels import config_name, job_label
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.wire.errors import ServiceError
 from tightfit.planner.service.wire.objects import ObjectStore
@@ -114,6 +118,37 @@ def test_where_the_list_cannot_be_read_the_worker_decides(tmp_path):
         assert listed(file) == {}
     listed.cache_clear()
     assert listed(tmp_path / "none.py") == {}
+
+
+def test_the_header_of_a_file_is_taken_as_a_config_with_its_precision(tmp_path):
+    weights = random_weights(CONFIGS["llama"])
+    header = header_of(write_gguf(tmp_path / "a.gguf", CONFIGS["llama"], weights, metadata={"general.name": "Tiny"}))
+    settings = Settings(data_dir=tmp_path, command=("tightfit",))
+    taken = _source(settings, ProfileRequest(header=header))
+    assert (taken["base"], taken["config"]["_name_or_path"]) == ("4bit", "Tiny")
+    assert taken["config"]["hidden_size"] == CONFIGS["llama"]["hidden_size"]
+    assert (
+        job_label("profile", taken | {"seq": 16, "batch": 1}, lambda kind, identity: None)
+        == "Tiny, batch 1, sequence 16"
+    )
+    with pytest.raises(ServiceError, match="choose its config") as caught:
+        _source(settings, ProfileRequest(header=header | {"metadata": {"format": "pt"}}))
+    assert (caught.value.status, caught.value.field) == (422, "body.header")
+    with pytest.raises(ValidationError, match="exactly one of path, hub, config and header"):
+        ProfileRequest(header=header, config=CONFIGS["llama"])
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "llama", "_name_or_path": "org/Tiny-1B"}, "Tiny-1B"),
+        ({"model_type": "llama", "_name_or_path": "/home/me/\x00ti\nny/"}, "tiny"),
+        ({"model_type": "llama", "_name_or_path": ""}, "llama of a config"),
+        ({"_name_or_path": 5}, "a model"),
+    ],
+)
+def test_a_model_of_a_config_has_the_name_that_the_config_has(config, name):
+    assert config_name(config) == name
 
 
 @pytest.mark.slow

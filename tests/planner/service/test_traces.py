@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from damage import CONFIG
 from decoder_families import FAMILIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft_adapters import save_model
 from places import SOURCES
 from served import Served, service
 from typer.testing import CliRunner
@@ -27,15 +29,18 @@ from tightfit.planner.service import client
 from tightfit.planner.service.client import Client, connect
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.wire.schema import Error
+from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import PROFILE_VERSION
-from tightfit.profiles.sources.described import MOST_TENSORS
-from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.sources.prepared import PreparedModel
+from tightfit.profiles.sources.described import MOST_TENSORS, AnswersWanted, described_source
+from tightfit.profiles.sources.known_decoders import keep_facts
+from tightfit.profiles.sources.lookup import description_request, resolve
 from tightfit.profiles.steps.choice import step_of
-from tightfit.profiles.steps.tracing_process import trace_requested, tracing_request
+from tightfit.profiles.steps.tracing_process import answers_request, trace_requested, traced_answers, tracing_request
 from tightfit.runtime.cli.main import app
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.interpreter import python_path
+from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 
 TOKEN = "a-secret-of-some-length"
 SECRET = "where-nobody-looks"
@@ -49,7 +54,7 @@ def requested(folder, config=CONFIG, **options):
     """What a device asks for whose model lies in a folder of that name."""
     model = folder / "tiny" / "config.json"
     model.parent.mkdir(parents=True, exist_ok=True)
-    model.write_text(json.dumps(config | {"adapter_base": str(folder)}))
+    model.write_text(json.dumps(config | {"adapter_base": str(folder), "_name_or_path": str(folder)}))
     return tracing_request(step_of(resolve(str(model)), ProfileOptions(**{"seq": 16} | options)))
 
 
@@ -74,7 +79,7 @@ def test_a_service_traces_what_is_traced_here(served, request_, tmp_path):
     stages = []
     with connect(served.url) as service_:
         prepared = service_.trace(request_, progress=stages.append)
-        assert prepared == PreparedModel(request=request_, step=traced_here(request_), weights="elsewhere")
+        assert prepared == traced_here(request_)
         assert {stage["stage"] for stage in stages} & {"tracing, export", "tracing, programs"}
         # Another device with the same model elsewhere: answered at once by the same job.
         stages.clear()
@@ -99,7 +104,7 @@ def test_an_adapter_s_settings_are_traced_and_its_folder_stays_unknown(served, t
     assert SECRET not in request.model_dump_json()
     with connect(served.url) as service_:
         step = service_.trace(request).step
-    assert step == traced_here(request)
+    assert step == traced_here(request).step
     assert step.model.lora["rank"] == 3
     assert [shorter.seq for shorter in step.shorter] == [8]
 
@@ -108,7 +113,42 @@ def test_a_decoder_of_transformers_is_traced_by_the_service_s_own(served, tmp_pa
     pytest.importorskip("transformers")
     request = requested(tmp_path, FAMILIES["OLMo 2"], lora_targets="attention")
     with connect(served.url) as service_:
-        assert service_.trace(request).step == traced_here(request)
+        assert service_.trace(request) == traced_here(request)
+
+
+def test_a_service_says_what_a_decoder_of_transformers_consists_of(served, tmp_path):
+    pytest.importorskip("transformers")
+    model = save_model(tmp_path / "model", FAMILIES["GPT-2"])
+    request = description_request(str(model))
+    assert request.source.tensors == {}
+    assert "transformer.wte.weight" in request.stored
+    with connect(served.url) as service_:
+        told = service_.trace(request)
+    built = facts(request.source.config, request.stored)
+    assert (told.decoder, told.step, told.answers, told.request) == (built, None, None, request)
+    ordinary = resolve(str(model))
+    keep_facts(request.source.config, request.stored, told.decoder)
+    assert description_request(str(model)) is None
+    script = (
+        f"import sys; from tightfit.profiles.sources.lookup import resolve; print(resolve({str(model)!r}).fingerprint)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    opened = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": python_path()},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert opened.stdout.strip() == ordinary.fingerprint
+
+
+def test_steps_of_answers_are_those_that_are_traced_here(served, request_):
+    source = described_source(request_.source)
+    wanted = AnswersWanted(group=GROUP, longest=0)
+    with connect(served.url) as service_:
+        told = service_.trace(answers_request(source, wanted))
+    assert (told.answers, told.step) == (traced_answers(source, wanted), None)
 
 
 def test_what_only_tracing_shows_is_the_job_s_error(served, tmp_path):
@@ -166,6 +206,10 @@ WRONG = {
     "a setting's type": (("lora",), {"rank": "x"}, "lora.rank", "valid integer"),
     "a rank": (("lora",), {"rank": 10**6}, "lora.rank", "at most 16384"),
     "a rank beyond floats": (("lora",), {"rank": 10**400}, "lora", "int too large"),
+    "nothing": (("options",), None, "", "nothing is wanted"),
+    "a description of what is known": (("stored",), ["a.weight"], "stored", "a llama decoder is written by hand"),
+    "a stored name that is none": (("stored",), ["a/b"], "stored", "'a/b' is no name of a tensor"),
+    "a group of answers": (("answers",), {"group": 1, "longest": 0}, "answers.group", "greater than or equal to 2"),
     "half a character": (("source", "config", "x"), "\ud800", "", "cannot be repeated as JSON"),
     "deep": (("source", "config", "x"), json.loads("[" * 70 + "]" * 70), "", "more than 64 deep"),
 }  # fmt: skip
@@ -369,7 +413,7 @@ def test_a_service_that_is_not_there_is_told_within_seconds(monkeypatch):
 
 
 def test_a_service_that_has_answered_is_asked_again_for_a_minute(monkeypatch):
-    now, answers = [0.0], []
+    now, answers, sentences = [0.0], [], []
 
     def answer(request):
         if not answers:
@@ -378,7 +422,7 @@ def test_a_service_that_has_answered_is_asked_again_for_a_minute(monkeypatch):
 
     monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(client.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    asking = Client("http://127.0.0.1:9", token=None, timeout=1.0)
+    asking = Client("http://127.0.0.1:9", token=None, timeout=1.0, tell=sentences.append)
     asking._http = httpx.Client(base_url=asking.url, transport=httpx.MockTransport(answer))
     with asking:
         answers += [httpx.Response(200, json={"status": "ok"})]
@@ -388,6 +432,7 @@ def test_a_service_that_has_answered_is_asked_again_for_a_minute(monkeypatch):
         with pytest.raises(RunError, match="no answer"):
             asking.get("/v1/jobs")
     assert 60 <= now[0] < 63
+    assert sentences == ["http://127.0.0.1:9: no answer any more; it is asked again for 60 s"] * 2
 
 
 def test_a_service_that_is_killed_in_the_middle_loses_nothing(tmp_path):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import REAL, decoder_like, device
 
-from tightfit.planner.formulation.step_constraints import charged_bytes, instruction_count
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.layer_figures import FIELDS, KIB
+from tightfit.planner.schedule.column_bytes import charged_bytes, instruction_count
 from tightfit.planner.solve import column_generation
 from tightfit.planner.solve.column_generation import MARGINS, ColumnGeneration
 from tightfit.planner.solve.integer_rounding import BYTES, PEAKS, ColumnRounding, WindowBytes, rounded

@@ -20,7 +20,7 @@ from tightfit.profiles.measuring.memory import (
     Measured,
     largest_cache,
     measuring_memory,
-    predicted_bytes,
+    predicted_memory,
     unpack_buffers,
     update_buffers,
 )
@@ -80,7 +80,7 @@ def measured(step: Any, folder: Any, memory: int | None) -> Mapping[str, Any]:
 
 @pytest.mark.parametrize("tight", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_measuring_holds_what_was_predicted_and_no_more(step, tmp_path, tight):
-    memory = predicted_bytes(described(step), SMALLEST_TURNING) if tight else None
+    memory = predicted_memory(described(step), SMALLEST_TURNING).predicted_bytes if tight else None
     result = measured(step, tmp_path, memory)
     if memory is not None:
         assert result["predicted_bytes"] <= memory
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(step, tmp_path, mon
         raise AssertionError("a process was started")
 
     monkeypatch.setattr(subprocess, "Popen", started)
-    needed = predicted_bytes(described(step), SMALLEST_TURNING)
+    needed = predicted_memory(described(step), SMALLEST_TURNING).predicted_bytes
     with pytest.raises(
         InputError,
         match=rf"^measuring takes {needed / MIB:.1f} MiB at least, {(needed - 1) / MIB:.1f} MiB are given for it; take a smaller batch or",
@@ -108,7 +108,10 @@ def test_what_does_not_fit_is_refused_before_anything_starts(step, tmp_path, mon
 
 def test_more_memory_gives_larger_buffers(step):
     wanted = described(step)
-    least, most = (measuring_memory(wanted, memory) for memory in (predicted_bytes(wanted, SMALLEST_TURNING), None))
+    least, most = (
+        measuring_memory(wanted, memory)
+        for memory in (predicted_memory(wanted, SMALLEST_TURNING).predicted_bytes, None)
+    )
     between = measuring_memory(wanted, (least.predicted_bytes + most.predicted_bytes) // 2)
     assert SMALLEST_TURNING <= least.turning_bytes < between.turning_bytes < most.turning_bytes
     assert least.predicted_bytes <= between.predicted_bytes <= (least.predicted_bytes + most.predicted_bytes) // 2

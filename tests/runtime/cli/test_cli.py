@@ -113,6 +113,10 @@ def planned(monkeypatch):
             "`tightfit fleet federate plan` is `tightfit fleet plan` now: it plans rounds where the description names `steps`",
         ),
         (
+            ["generate", "m", "--prompt", "a", "--stream"],
+            "--stream: without --json the text is printed as it comes; give both, or neither",
+        ),
+        (
             ["generate", "m", "--prompt", "a", "--temperature", "1e300"],
             "--temperature 1e+300: it should be less than 4294967296",
         ),

@@ -109,9 +109,14 @@ def test_prompts_from_a_file(model: Path, exact: Any, adapter: Path, tmp_path: P
         "--memory",
         "300MiB",
         "--json",
+        "--stream",
     )
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    told = [one for one in printed if "piece" not in one]
+    pieces = [one["piece"] for one in printed if "piece" in one]
+    assert "".join(pieces) == "".join(one["text"] for one in told)
+    assert len(pieces) > len(told)
     assert [one["prompt"] for one in told] == asked
     for one, question in zip(told, (QUESTION, "lazy dog?"), strict=True):
         text, count = text_of(model, merged, tokens_of(model, question), 40)

@@ -116,8 +116,8 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
     assert phases["train"]["measured_seconds"] == seconds
     assert phases["evaluate"]["peak_bytes"]["measured"] == 6
     assert {name: phases[name] for name in ("load", "checkpoint")} == {
-        "load": {"peak_bytes": {"measured": 1}},
-        "checkpoint": {"peak_bytes": {"measured": 3}},
+        "load": {"peak_bytes": {"predicted": plan.peak_bytes, "measured": 1}},
+        "checkpoint": {"peak_bytes": {"predicted": plan.peak_bytes, "measured": 3}},
     }
     # All steps were taken before: those that the metrics have.
     observed.seconds, observed.spent, observed.lengths = [], [], []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.supervision.spare_memory import spare_memory
+from tightfit.runtime.supervision.spare_memory import free_memory, spare_memory
 
 MIB = 1 << 20
 UNLIMITED = 9223372036854771712
@@ -123,3 +123,13 @@ def test_this_machine_can_spare_less_than_it_has():
         total = int(next(line for line in file if line.startswith("MemTotal:")).split()[1]) << 10
     budget, _ = spare_memory()
     assert 0 < budget < total
+
+
+@pytest.mark.parametrize("mapped", [100, 500])
+def test_page_cache_that_nobody_has_mapped_is_taken_back_too(machine, tmp_path, mapped):
+    """Of what was used lately only that which is mapped stays; what was not used lately counts in any case."""
+    stat = f"active_file {300 * MIB}\ninactive_file {100 * MIB}\nfile_mapped {mapped * MIB}\n"
+    files = {"memory.max": 800 * MIB, "memory.current": 700 * MIB, "memory.stat": stat}
+    machine(8000 * 1024, "0::/\n", **files)
+    free = [free_memory(tmp_path / "proc", tmp_path / "cgroup", unmapped=unmapped)[0] for unmapped in (False, True)]
+    assert free == [200 * MIB, (400 if mapped == 100 else 200) * MIB]

@@ -65,7 +65,9 @@ def test_a_run_from_its_data_to_its_adapter(browser, measuring, planned, picture
         training = number(told["– training, MiB"][1])
         assert training == pytest.approx(max(number(row[-1]) for row in steps), abs=1)
         assert page.locator("[data-chart='Memory, under its cap'] svg .cap").count() == 1
-        assert page.locator("[data-chart=Loss] svg .dot-mark").count() == 3  # evaluations before, in the middle, at the end
+        assert (
+            page.locator("[data-chart=Loss] svg .dot-mark").count() == 3
+        )  # evaluations before, in the middle, at the end
         with page.expect_download() as caught:
             page.get_by_role("button", name="Download the adapter").click()
         with tarfile.open(caught.value.path()) as archive:
