@@ -15,6 +15,7 @@ from tightfit.planner.report.html import comparison_page
 from tightfit.profiles.graph_input import BareGraph, BareOperator, graph_profile
 from tightfit.runtime.common.units import MIB
 
+
 def plans():
     """Plans on the machine, and one on a card with far more memory than it needs."""
     device = sample_plan().device.model_copy(update={"name": "card", "kind": "cuda", "measured": False})
