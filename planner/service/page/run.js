@@ -113,7 +113,7 @@ function figures(run, job, ordered) {
     card("loss", smoothed(ordered.map((one) => [one.step, one.loss])).at(-1)[1].toFixed(4), `step ${last.step}${total ? ` of ${total}` : ""}; ${last.loss.toFixed(4)} in this one`),
     last.tokens === undefined ? card("one step", `${seconds(pace)} s`, "mean of the latest") : card(term("tokens a second", "Tokens of your data, padding left out: what counts for how long the training takes."), Math.round(tokens / recent.length / pace).toLocaleString("en"), `${seconds(pace)} s a step${places ? `, ${percent(Math.max(0, 1 - tokens / places), 0)} padding` : ""}`),
     isOpen(job) ? card("time left", total ? span((total - last.step) * pace) : "–", "for the steps that are left") : card("took", span(job.finished - job.started), "from start to end"),
-    card("memory", `${mib(last.resident_bytes)} MiB`, `peak ${mib(last.peak_bytes)} of ${mib(run.cap)} MiB`),
+    card("memory", `${mib(last.resident_bytes)} MiB`, `peak ${mib(last.peak_bytes)}${run.cap === null ? "" : ` of ${mib(run.cap)}`} MiB`),
   ];
 }
 
