@@ -322,7 +322,7 @@ async function explore(place) {
       return html("li", { class: "row" }, can ? button(`Try ${remedy.change}`, start) : html("b", {}, remedy.change), html("span", { class: "soft" }, `${words[remedy.field] ?? "a change"}, frees up to ${size(remedy.saves_bytes)}`), remedy.saves_bytes >= missing ? html("span", { class: "pill good" }, "may be enough") : null);
     };
     renew(help, section("What would help first",
-      html("p", { class: "soft" }, `${size(missing)} are missing. The smallest plan is fullest at ${ways.peak.text}. ${measuredBy ? "Each button measures the changed step, which takes a while, and then comes back to this budget." : "What was uploaded cannot be changed here: measure the model on this machine to try these."}`),
+      html("p", { class: "soft" }, `${size(missing)} are missing. The smallest plan is fullest at ${inWords(ways.peak.text)}. ${measuredBy && !ways.remedies.some((one) => one.field) ? "" : measuredBy ? "Each button measures the changed step, which takes a while, and then comes back to this budget." : "What was uploaded cannot be changed here: measure the model on this machine to try these."}`),
       html("ul", { class: "bare" }, ...ways.remedies.map(row)),
       html("div", { class: "row last" }, useSmallest(), measuredBy ? null : button("Measure it here", () => choose().catch(complain))),
     ));
@@ -507,6 +507,9 @@ function renew(box, ...children) {
   box.replaceChildren(...children);
   if (name !== null) [...box.querySelectorAll("a, button, input, summary, [tabindex]")].find((one) => nameIn(one) === name)?.focus({ preventScroll: true });
 }
+
+// Operators by their own names, without what they come from: "head: head chunk (forward)".
+const inWords = (text) => text.replace(/\b(?:tightfit|aten)\.(\w+)(?:\.\w+)?/g, (_, name) => name.replaceAll("_", " "));
 
 // Large amounts as people say them.
 const roomy = (bytes) => (bytes >= 4096 * MIB ? `${(bytes / (1024 * MIB)).toFixed(1)} GiB` : size(bytes));

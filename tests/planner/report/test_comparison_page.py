@@ -125,7 +125,15 @@ def test_the_step_is_drawn(page, article):
     frame = article.locator(".step-frame")
     expect(frame).to_be_visible()
     told = article.locator(".legend li").all_inner_texts()
-    assert told == ["memory", "Python and PyTorch", "activations", "touched, free for reuse", "below", "forward", "backward"]
+    assert told == [
+        "memory",
+        "Python and PyTorch",
+        "activations",
+        "touched, free for reuse",
+        "below",
+        "forward",
+        "backward",
+    ]
     drawn = colours(frame)
     for name in ("--kind-floor", "--kind-activation", "--step-forward", "--step-backward"):
         assert colour_of(page, name) in drawn, name
@@ -259,7 +267,9 @@ def test_small_graphs_are_told_in_bytes_and_microseconds(opened):
     assert "solver at 500 B: 11.0 µs per step, peak 500 B" in titles(page, ".dot-mark")
     assert "solver at 450 B: needs 500 B" in titles(page, ".misfit")
     shown = page.locator(".plan:visible")
-    expect(shown.locator(".reading")).to_have_text(re.compile(r"^\d\.\d+ µs, instruction .*\. 500 B = activations 500$"))
+    expect(shown.locator(".reading")).to_have_text(
+        re.compile(r"^\d\.\d+ µs, instruction .*\. 500 B = activations 500$")
+    )
 
 
 def test_budgets_that_nothing_fits_are_crossed_all_the_same(opened):
