@@ -455,4 +455,4 @@ def test_a_service_that_is_killed_in_the_middle_loses_nothing(tmp_path):
         finally:
             again.stop()
     assert (job["state"], job["attempts"]) == ("succeeded", 2)
-    assert traced[0].step == traced_here(request)
+    assert traced[0].step == traced_here(request).step
