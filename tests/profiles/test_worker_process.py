@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tightfit.profiles import worker_process
-from tightfit.profiles.worker_process import have_place, held_bytes, predicted_bytes, run_worker
+from tightfit.profiles.worker_process import have_place, held_bytes, run_worker
 from tightfit.runtime.engine.device.resident import memory
 
 MEETING = """
@@ -42,20 +42,20 @@ def run(folder: Path, name: str, size: int, together: int) -> Any:
 def test_workers_one_after_the_other_count_as_the_largest(tmp_path: Path) -> None:
     for number, size in enumerate((3, 5, 4)):
         run(tmp_path / str(number), "one", size, 1)
-    assert (held_bytes(), predicted_bytes()) == (5, 10)
+    assert (held_bytes(), worker_process.MEMORY_OF_WORKERS.predicted_bytes) == (5, 10)
 
 
 def test_workers_at_the_same_time_count_together(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda name, size: run(tmp_path, name, size, 2), ("one", "other"), (3, 5)))
     assert results == ["one", "other"]
-    assert (held_bytes(), predicted_bytes()) == (8, 16)
+    assert (held_bytes(), worker_process.MEMORY_OF_WORKERS.predicted_bytes) == (8, 16)
     run(tmp_path / "alone", "one", 6, 1)
-    assert (held_bytes(), predicted_bytes()) == (8, 16)
+    assert (held_bytes(), worker_process.MEMORY_OF_WORKERS.predicted_bytes) == (8, 16)
 
 
 def test_what_is_given_holds_this_process_and_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_process, "free_memory", lambda: (1000, "1000 bytes are free"))
+    monkeypatch.setattr(worker_process, "free_memory", lambda *, unmapped: (1000, "1000 bytes are free"))
     own = memory().resident
     assert have_place(1000, None)
     assert not have_place(1001, None)

@@ -31,6 +31,7 @@ def planned(monkeypatch):
     """Let `plan` load any profile and answer with a given plan; the solver itself, and rehearsals, have their own tests."""
     from tightfit.planner import plan as planner_plan
     from tightfit.profiles import io as profiles_io
+    from tightfit.runtime.cli import plan as plan_command
     from tightfit.runtime.session import rehearsal
 
     def answer(plan, smallest=None):
@@ -55,6 +56,7 @@ def planned(monkeypatch):
 
         monkeypatch.setattr(profiles_io, "load_profile", lambda path: None)
         monkeypatch.setattr(planner_plan, "planner_of", Planner)
+        monkeypatch.setattr(plan_command, "check_planning", lambda *_: None)
         monkeypatch.setattr(rehearsal, "figures_id", lambda profile: "none")
         monkeypatch.setattr(rehearsal, "why_not", lambda plan: "it has tests of its own")
 

@@ -26,11 +26,8 @@ MIB = 1 << 20
 @pytest.fixture
 def foreseen(monkeypatch: pytest.MonkeyPatch):
     """What was noted of a phase, in a process that holds nothing yet."""
-    monkeypatch.setattr(worker_process, "_own_bytes", 0)
-    monkeypatch.setattr(worker_process, "_worker_bytes", 0)
-
     def of(*given) -> int:
-        monkeypatch.setattr(worker_process, "_own_bytes", 0)
+        monkeypatch.setattr(worker_process, "MEMORY_OF_WORKERS", type(worker_process.MEMORY_OF_WORKERS)())
         expect_phase("learning", *given)
         return worker_process.predicted_bytes()
 
