@@ -153,49 +153,6 @@ def test_will_it_fit(page, served, pictures):
     page.screenshot(path=pictures / "fit.png", full_page=True, clip=between(page, "#fit", "#timeline-legend"))
 
 
-def test_the_plan_is_told_and_drawn(page, served):
-    peak = rows(page, "#peak")
-    together = next(number(row[2]) for row in peak if row[0] == "together")
-    parts = [number(row[2]) for row in peak if row[0] != "together"]
-    assert sum(parts) == pytest.approx(together, abs=0.15 + 0.06 * len(parts))
-    # The chart reads itself out under the arrow keys.
-    page.locator("#timeline svg").focus()
-    reading = page.locator("#reading")
-    at_peak = reading.inner_text()
-    page.keyboard.press("Home")
-    assert reading.inner_text() != at_peak
-    page.keyboard.press("End")
-    assert re.fullmatch(r"[\d.]+ s: [\d.]+ MiB = .*", reading.inner_text())
-    assert page.locator("#timeline svg .cap-label").inner_html().startswith("cap ")
-    assert page.locator("#timeline svg .peak-label").inner_html().startswith("instruction ")
-    kinds = page.locator("#timeline svg path[data-kind]").count()
-    assert kinds == page.locator("#timeline-legend li").count() > 4
-    assert any("(fullest)" in row[0] for row in rows(page, "#timeline-table"))
-    assert [row[0] for row in rows(page, "#layers-table")] == ["stem", "layer0", "layer1", "head"]
-    assert page.locator("#layers svg rect").count() >= 12
-    channels = {row[0]: number(row[2]) for row in rows(page, "#channels-table")}
-    assert set(channels) == {"compute", "read", "write", "waiting"}
-    assert 0 < channels["compute"] <= 100.5
-
-
-def test_compare(page, served, pictures):
-    page.select_option("#left", index=0)
-    page.locator("#compare-form button").click()
-    expect(page.locator("#figures table")).to_be_visible()
-    for side in ("left", "right"):
-        assert page.locator(f"#{side}-memory svg path[data-kind]").count() > 4
-        assert page.locator(f"#{side}-name").inner_text().startswith("solver at ")
-    figures = {row[0]: row[1:] for row in rows(page, "#figures")}
-    budgets = [number(text) for text in figures["budget, MiB"]]
-    assert budgets[0] < budgets[1]
-    assert number(figures["step, s"][0]) > number(figures["step, s"][1])
-    totals = rows(page, "#totals")
-    assert any("kept" in row[0].split("→")[1] for row in totals)
-    changes = rows(page, "#changes")
-    assert sum(int(row[1]) for row in totals) == len(changes)
-    page.locator("#compare").screenshot(path=pictures / "compare.png")
-
-
 @pytest.mark.slow
 def test_why_nothing_fits(page, served, pictures):
     smallest = number(rows(page, "#curve-table")[0][0])
