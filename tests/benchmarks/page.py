@@ -86,14 +86,8 @@ def main() -> None:
                 page.locator(".step-frame").scroll_into_view_if_needed()
                 for way in ("enlarge", "move", "point"):
                     found = page.evaluate(MOVE, way)
-                    rows.append(
-                        [
-                        what,
-                        screen,
-                        f"{ready:.1f}",
-                        way,
-                        *(f"{found[key]:.1f}" for key in ("frame", "slow", "drawing")),
-                    )
+                    figures = [f"{found[key]:.1f}" for key in ("frame", "slow", "drawing")]
+                    rows.append([what, screen, f"{ready:.1f}", way, *figures])
                 context.close()
         service.stop()
     headings = ["what", "screen", "ready, s", "way", "frame, ms", "95 %, ms", "drawing, ms"]
