@@ -159,22 +159,25 @@ export function curve(series, { width, reach = [] }) {
   const bound = bounded(series.find((one) => one.name === "solver")?.points ?? []), crossed = series.filter((one) => one.misfits.length);
   const times = [...series.flatMap((one) => one.points.map((p) => p.step)), ...bound.map((p) => p.bound).filter((time) => time > 0)];
   const fastest = times.length ? Math.min(...times) : 0, slowest = times.length ? Math.max(...times) : 1;
-  const room = Math.max((slowest - fastest) * 0.1, slowest * 0.02), base = Math.max(0, fastest - room), below = crossed.length ? crossed.length * ROW + 6 : 0;
+  // A rule far slower than all that the search found would squeeze the trade that is looked at: it stands at the upper edge.
+  const searched = series.find((one) => one.name === "solver")?.points.map((p) => p.step) ?? [], slowestFound = Math.max(...searched);
+  const top = searched.length > 1 ? Math.min(slowest, slowestFound + Math.max(slowestFound - fastest, 0.05 * slowestFound)) : slowest;
+  const room = Math.max((top - fastest) * 0.1, top * 0.01), base = Math.max(0, fastest - room), below = crossed.length ? crossed.length * ROW + 6 : 0;
   const made = frame("Seconds per step against the memory budget; the table has the numbers", {
-    x: log ? [low / 1.08, high * 1.08] : [Math.max(0, low - margin), high + margin], y: [base, slowest + room], log, below, height: 320 + below,
+    x: log ? [low / 1.08, high * 1.08] : [Math.max(0, low - margin), high + margin], y: [base, top + room], log, below, height: 320 + below,
     xLabel: `budget, ${unit.name}${log ? ", equal steps are equal ratios" : ""}`, yLabel: base ? `seconds per step, from ${round(Number(base.toPrecision(3)))} up` : "seconds per step", width,
   });
   const { picture, x, y, foot } = made;
-  const along = (points, value) => path(points.map((p) => [p.budget / unit.size, value(p)]), x, y);
+  const along = (points, value) => path(points.map((p) => [p.budget / unit.size, Math.min(value(p), top + room)]), x, y);
   picture.append(svg("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: foot, y2: foot }));
   if (below) picture.append(svg("text", { x: LEFT - 8, y: foot + 14, "text-anchor": "end", class: "misfit-name" }, width < 520 ? "no fit" : "no fit ×"));
   if (bound.length > 1) picture.append(svg("path", { class: "bound", d: along(bound, (p) => p.bound) }));
   for (const { name, label = name, slot, points, misfits } of series) {
     const group = svg("g", { style: `--c: ${policyColour(slot)}`, "data-policy": name });
-    if (points.length > 1) group.append(svg("path", { class: "line", d: along(points, (p) => p.step) }));
+    if (points.length > 1) group.append(svg("path", { class: points.every((p) => p.step > top) ? "line off" : "line", d: along(points, (p) => p.step) }));
     for (const p of points) {
       const text = `${label} at ${size(p.budget)}: ${duration(p.step)} per step, peak ${size(p.peak)}`;
-      group.append(svg("circle", { class: "dot-mark", cx: x(p.budget / unit.size), cy: y(p.step), r: 4.5 }, svg("title", {}, text)));
+      group.append(svg("circle", { class: p.step > top ? "dot-mark off" : "dot-mark", cx: x(p.budget / unit.size), cy: y(Math.min(p.step, top + room)), r: 4.5 }, svg("title", {}, text)));
     }
     const row = foot + 10 + ROW * crossed.findIndex((one) => one.name === name), enough = Math.min(...misfits.map((p) => p.needs ?? Infinity));
     // A policy's row ends where its plans begin to fit.
@@ -185,13 +188,15 @@ export function curve(series, { width, reach = [] }) {
     }
     picture.append(group);
   }
-  return { ...made, unit, log };
+  return { ...made, y: (value) => y(Math.min(value, top + room)), unit, log };
 }
 
-export function curveLegend(series) {
+// `box`: where the curve is drawn, whose marks are told of.
+export function curveLegend(series, box = null) {
   const marks = [];
   if (series.some((one) => one.name === "solver" && one.points.length > 1)) marks.push(html("li", {}, html("span", { class: "dash" }), "proven bound: no plan of this class is faster"));
   if (series.some((one) => one.misfits.length)) marks.push(html("li", {}, "× does not fit; the line beside it ends where it would"));
+  if (box?.querySelector(".dot-mark.off")) marks.push(html("li", {}, html("span", { class: "ring" }), "slower than this picture reaches: its seconds are in the table"));
   return [...legend(series.map((one) => [one.label ?? one.name, policyColour(one.slot)])), ...marks];
 }
 

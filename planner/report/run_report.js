@@ -19,7 +19,7 @@ function lossOf(name, slot, { steps, evaluations = [] }) {
 // The memory of a run by step, under its cap in bytes.
 export function showMemory(parts, steps, cap, state = {}) {
   const of = (name) => steps.map((one) => [one.step, one[name] / MIB]);
-  showLines(parts, [{ name: "peak so far", slot: 2, points: of("peak_bytes") }, { name: "held now", slot: 0, points: of("resident_bytes") }], { label: "Memory by step, under the cap", yLabel: "MiB", zero: true, cap: { value: cap / MIB, text: `${mib(cap)} MiB` }, tell: (value) => `${value.toFixed(1)} MiB`, state });
+  showLines(parts, [{ name: "peak so far", slot: 2, points: of("peak_bytes") }, { name: "held now", slot: 0, points: of("resident_bytes") }], { label: "Memory by step, under the cap", yLabel: "MiB", zero: true, cap: cap === null ? null : { value: cap / MIB, text: `${mib(cap)} MiB` }, tell: (value) => `${value.toFixed(1)} MiB`, state });
 }
 
 // The figures of a report.

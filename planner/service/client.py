@@ -16,10 +16,10 @@ import json
 import os
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 from urllib.parse import quote
 
 import httpx
@@ -50,6 +50,8 @@ from tightfit.profiles.sources.prepared import PreparedModel, parse_prepared
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
 
+Kept = Literal["profiles", "plans", "fleets", "jobs", "runs"]
+"""what the service keeps; runs are jobs too"""
 Progress = Callable[[dict[str, Any]], None]
 """called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
 CONNECT_SECONDS = 5.0
@@ -334,7 +336,57 @@ class Client:
             raise InputError("the service does not know this device; connect with device=this_device()")
         self.post(f"/v1/remote-devices/{self._device.identity}/reports", report.model_dump())
 
+    # --- what the service keeps --------------------------------------------------------------------------------------
+
+    def items(self, what: Kept, *, search: str | None = None, **filters: str) -> Iterator[dict[str, Any]]:
+        """What the service keeps, newest first: all of it, or what mentions all words of `search`; of plans those of a `profile`,
+        of jobs those of a `kind` or in a `state`.
+        """
+        name, query = _list_of(what), {**filters, **({} if search is None else {"search": search})}
+        if what == "runs":
+            query["kind"] = "run"
+        while True:
+            answer = self.get(f"/v1/{name}", query)
+            yield from answer[name]
+            if answer["next"] is None:
+                return
+            query["after"] = answer["next"]
+
+    def rename(self, what: Kept, identity: str, **names: str | None) -> dict[str, Any]:
+        """Give what is kept another `title` or `note`; None takes it away. Returns it."""
+        return self._json(self._send("PATCH", f"/v1/{_list_of(what)}/{identity}", json=names))
+
+    def delete(self, what: Kept, identity: str, *, with_plans: bool = False) -> None:
+        """Delete what is kept, a profile together with its plans if `with_plans`, a run with all that it left."""
+        query = {"with_plans": "true"} if with_plans else {}
+        self._send("DELETE", f"/v1/{_list_of(what)}/{identity}", params=query)
+
+    def download(
+        self, what: Kept, identity: str, file: str | os.PathLike[str], *, part: Literal["adapter", "report"] = "adapter"
+    ) -> Path:
+        """Write a profile, a plan or a fleet to a file, or of a run its adapter (a tar file) or its report. Returns the file's path.
+
+        Raises InputError where it cannot be written.
+        """
+        path = Path(file)
+        half_written = path.with_name(f".{path.name}.part")
+        address = f"/v1/{what}/{identity}/{part if what == 'runs' else 'file'}"
+        try:
+            with half_written.open("wb") as content:
+                self._send("GET", address, into=content)
+            half_written.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}; name a file that can be written") from error
+        finally:
+            with contextlib.suppress(OSError):
+                half_written.unlink()
+        return path
+
     # --- jobs ------------------------------------------------------------------------------------------------------
+
+    def follow(self, identity: str, progress: Progress | None = None) -> dict[str, Any]:
+        """Follow a job that was begun here or elsewhere to its end. Returns it, and raises what made it fail."""
+        return self.finish(self.get(f"/v1/jobs/{identity}"), progress)
 
     def finish(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
         """Follow a job to its end. Raises what made it fail; after Ctrl-C the job goes on, as KeyboardInterrupt says."""
@@ -405,6 +457,11 @@ class Client:
         job: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
         return job
 
+    def cancel_all(self, identities: Sequence[str]) -> list[dict[str, Any]]:
+        """End several jobs; returns those that had not ended yet."""
+        jobs: list[dict[str, Any]] = self.post("/v1/jobs/cancel", {"jobs": list(identities)})["jobs"]
+        return jobs
+
     # --- what there is to choose from --------------------------------------------------------------------------------
 
     def files(self, kind: Literal["models", "data"]) -> list[dict[str, Any]]:
@@ -469,8 +526,8 @@ class Client:
 
     # --- HTTP ------------------------------------------------------------------------------------------------------
 
-    def get(self, path: str) -> dict[str, Any]:
-        return self._json(self._send("GET", path))
+    def get(self, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
+        return self._json(self._send("GET", path, params=query))
 
     def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> dict[str, Any]:
         return self._json(self._send("POST", path, json=body, headers=headers))
@@ -482,14 +539,20 @@ class Client:
             raise InputError(f"{response.url}: what answers there is no tightfit service; check the address") from error
         return content
 
-    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+    def _send(self, method: str, path: str, into: IO[bytes] | None = None, **options: Any) -> httpx.Response:
         """The answer to a request, which is sent again where the connection breaks off, and for a minute to a service that
-        has answered before.
+        has answered before. What is answered is written `into` a file, where one is given.
         """
         started, tries = time.monotonic(), 0
         while True:
             try:
-                response = self._http.request(method, path, **options)
+                with self._http.stream(method, path, **options) as response:
+                    if into is None or response.status_code >= 400:
+                        response.read()
+                    else:
+                        into.seek(0)
+                        into.truncate()
+                        into.writelines(response.iter_bytes())
             except httpx.UnsupportedProtocol as error:
                 raise InputError(f"{self.url!r} is no address; write for example http://127.0.0.1:8000") from error
             except httpx.TransportError as error:
@@ -521,6 +584,11 @@ class Client:
         if not self._silent:
             self._tell(f"{self.url}: no answer any more; it is asked again for {RESTART_SECONDS:.0f} s")
         self._silent = True
+
+
+def _list_of(what: Kept) -> str:
+    """The list in which something is kept."""
+    return "jobs" if what == "runs" else what
 
 
 def _check_secret(address: httpx.URL) -> None:

@@ -1,30 +1,39 @@
 """A model from what the header of its file says, sent by somebody who keeps the file: its configuration and its precision.
 
-The code that opens GGUF files makes both, and refuses what it would refuse of the file itself. A safetensors file does not say how a
-model computes; its config.json does.
+The code that opens GGUF files makes both, and refuses what it would refuse of the file itself. A safetensors file has the names and
+shapes of tensors alone: they tell Llama, Qwen2, Qwen3 and Gemma 3 apart, and all sizes but that of a head where heads have no norm,
+for which the family's usual size is taken. What only config.json says (how positions turn, windows) changes no bytes.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from tightfit.profiles.models.decoder_config import LARGEST
+from tightfit.profiles.models.decoder_config import LARGEST, decoder_shape
 from tightfit.profiles.options import Bits
 from tightfit.profiles.schema import FrozenRecord
 from tightfit.profiles.sources.described import LONGEST_NAME, MOST_TENSORS, Name, Size
 from tightfit.profiles.sources.gguf_config import config_from_metadata
 from tightfit.profiles.sources.gguf_metadata import GgufEntry
 from tightfit.profiles.sources.gguf_source import matched_tensors
-from tightfit.profiles.weights.describe import EMBEDDINGS
+from tightfit.profiles.sources.huggingface import text_name
+from tightfit.profiles.weights.describe import EMBEDDINGS, decoder_tensors
 from tightfit.profiles.weights.precision import Precision, bits
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import Entry
 
 ARCHITECTURE = "general.architecture"
+LAYER = "model.layers.0."
+NUMBERED = re.compile(r"model\.layers\.(\d{1,4})\.")
+LARGEST_OF_SMALL_HEADS = {"llama": 2048, "qwen2": 1024, "qwen3": 0, "gemma3_text": 0}
+"""family -> hidden size up to which published models have heads of 64 numbers; above it, of 128"""
+INSTEAD = "it is one of several files, or of another family: choose the model's config.json"
 MOST_VALUES = 1 << 12
 LONGEST_VALUE = 1 << 17
 """letters of a text among the metadata: chat templates are long"""
@@ -51,9 +60,7 @@ def model_of_header(header: FileHeader, precision: Precision) -> tuple[dict[str,
     Raises InputError for a header that is of no decoder, or does not fit together.
     """
     if ARCHITECTURE not in header.metadata:
-        raise InputError(
-            "the header does not say what the model is, as that of a safetensors file; choose its config.json, which says it, too"
-        )
+        return _config_of_tensors({text_name(name): tuple(t.shape) for name, t in header.tensors.items()}), None, None
     tensors = {
         name: GgufEntry(name=name, kind=tensor.format, shape=tuple(reversed(tensor.shape)), start=0, bytes=0)
         for name, tensor in header.tensors.items()
@@ -79,6 +86,44 @@ def model_of_header(header: FileHeader, precision: Precision) -> tuple[dict[str,
         config["_name_or_path"] = name[:LONGEST_NAME]
     matrices = [entry for entry, _ in pairs if len(entry.shape) > 1]
     return config, _most(matrices, embeddings=False), _most(matrices, embeddings=True)
+
+
+def _config_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The configuration of the decoder whose tensors have these names and shapes. Raises InputError for what is none."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise InputError(f"no tensor {name!r} in the header; {INSTEAD}")
+        return shapes[name]
+
+    def rows(name: str) -> int:
+        return shape(f"{LAYER}{name}.weight")[0]
+
+    vocabulary, hidden = (*shape("model.embed_tokens.weight"), 0)[:2]
+    biased, normed = f"{LAYER}self_attn.q_proj.bias" in shapes, f"{LAYER}self_attn.q_norm.weight" in shapes
+    gemma = f"{LAYER}pre_feedforward_layernorm.weight" in shapes
+    family = "gemma3_text" if gemma else "qwen3" if normed else "qwen2" if biased else "llama"
+    head = rows("self_attn.q_norm") if normed else 64 if hidden <= LARGEST_OF_SMALL_HEADS[family] else 128
+    layers = {int(match[1]) for name in shapes if (match := NUMBERED.match(name))}
+    config = {
+        "model_type": family,
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": rows("mlp.gate_proj"),
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": rows("self_attn.q_proj") // head,
+        "num_key_value_heads": rows("self_attn.k_proj") // head,
+        "head_dim": head,
+        "tie_word_embeddings": "lm_head.weight" not in shapes,
+    }
+    due = dict(decoder_tensors(decoder_shape(config)))
+    for name, due_shape in due.items():
+        if shape(name) != due_shape:
+            raise InputError(f"tensor {name} has shape {list(shapes[name])} where {list(due_shape)} is due; {INSTEAD}")
+    more = next((name for name in shapes if NUMBERED.match(name) and name not in due and "inv_freq" not in name), None)
+    if more is not None:
+        raise InputError(f"tensor {more} belongs to no {family} decoder; {INSTEAD}")
+    return config
 
 
 def _most(matrices: list[Entry], *, embeddings: bool) -> Bits | None:

@@ -11,6 +11,7 @@ import gzip
 import logging
 from importlib.resources import files
 
+from tightfit.planner.search_options import SOLVER
 from tightfit.planner.service.http.routes_planning import comparison_request
 from tightfit.planner.service.http.service import Service
 from tightfit.planner.service.jobs.store import Row, content_key
@@ -25,6 +26,8 @@ GIVEN = "example"
 """file of the data folder that says that the service has had it"""
 BUDGETS = tuple(f"{size}MiB" for size in (100, 128, 160, 208, 256, 350, 512, 640))
 """from a little above the smallest that is known to fit to more than it can use"""
+ENDS, END_SECONDS = (SOLVER, "keep-all"), 2.0
+"""policies whose smallest budgets are the ends of the curve, and for how long each is searched for: as the page asks for them"""
 log = logging.getLogger("tightfit.service")
 
 
@@ -38,8 +41,11 @@ async def give_example(service: Service) -> None:
             profile = (await service.uploads.keep(example_profile(), "example"))["id"]
             body = ComparisonRequest.model_validate({"profile": profile, "memory": BUDGETS})
             _enqueue(service, "comparison", comparison_request(body), profile)
-            smallest = PlanRequest.model_validate({"profile": profile, "memory": 1})
-            _enqueue(service, "plan", smallest.model_dump(), profile)
+            for policy in ENDS:
+                end = PlanRequest.model_validate(
+                    {"profile": profile, "memory": 1, "policy": policy, "time_limit": END_SECONDS}
+                )
+                _enqueue(service, "plan", end.model_dump(), profile)
         write_whole(given, "")
     except TightfitError as error:  # the service does without
         log.warning("no example", extra={"why": str(error)})

@@ -135,13 +135,14 @@ def _bare_config(path: Path) -> Iterator[_Found]:
 
 def _data(folder: Path, names: Sequence[str]) -> Iterable[_Found]:
     kinds = {name: kind for name in names if (kind := _data_kind(name)) is not None}
-    if len(kinds) > 1:
+    dataset = DATASET in names
+    if len(kinds) > 1 or dataset:
         try:
             yield _Found(folder, "folder", data_files(str(folder)))
         except InputError:  # several kinds, or several data sets
             pass
         else:
-            if DATASET in names:  # its files belong together
+            if dataset:  # its files belong together
                 return
     for name, kind in kinds.items():
         yield _Found(folder / name, kind, [folder / name])

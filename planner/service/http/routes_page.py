@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from functools import cache
 from importlib.resources import files
@@ -35,24 +36,29 @@ async def root() -> Response:
 @router.get("/page/")
 async def index(request: Request) -> Response:
     service_of(request).views.prepare()  # whoever opens the page is about to look at a plan
-    return _file("index.html")
+    return _file(request, "index.html")
 
 
 @router.get("/page/{name}")
-async def part(name: str) -> Response:
-    return _file(name)
+async def part(request: Request, name: str) -> Response:
+    return _file(request, name)
 
 
-def _file(name: str) -> Response:
-    texts = _files()
-    if name not in texts:
+def _file(request: Request, name: str) -> Response:
+    packed = _files().get(name)
+    if packed is None:
         raise not_found("page", name)
-    kind = TYPES[name.rsplit(".", 1)[-1]]
-    return Response(texts[name], media_type=f"{kind}; charset=utf-8", headers={"Cache-Control": "no-cache"})
+    kind = f"{TYPES[name.rsplit('.', 1)[-1]]}; charset=utf-8"
+    headers = {"Cache-Control": "no-cache", "Vary": "Accept-Encoding"}
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(packed, media_type=kind, headers=headers | {"Content-Encoding": "gzip"})
+    return Response(gzip.decompress(packed), media_type=kind, headers=headers)
 
 
 @cache
-def _files() -> dict[str, str]:
+def _files() -> dict[str, bytes]:
+    """The files of the page by name, packed with gzip."""
     folder: Any = files("tightfit.planner.service") / "page"
     texts = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name.rsplit(".", 1)[-1] in TYPES}
-    return texts | shared_files() | {FORMS: json.dumps(forms())}
+    texts |= shared_files() | {FORMS: json.dumps(forms())}
+    return {name: gzip.compress(text.encode(), mtime=0) for name, text in texts.items()}

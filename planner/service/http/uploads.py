@@ -1,5 +1,5 @@
 """Receives uploads: the body is written to disk as it arrives, and a process of its own parses it and stores the profile, or
-the description of a model that is to be traced. Files of samples are stored as they are.
+the description of a model that is to be traced. Files of samples are stored as they are, but for JSON lists, which become lines.
 
 A malicious upload can take seconds and gigabytes to parse. In that process time and memory are limited
 (`service.jobs.upload_limits`), and the service answers others meanwhile.
@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from tightfit.planner.service.jobs.orders import UPLOAD, JobOrder, UploadKind
 from tightfit.planner.service.jobs.processes import WorkerProcesses
-from tightfit.planner.service.jobs.store import JobStore, Row, file_row
+from tightfit.planner.service.jobs.store import JobStore, Row, upload_row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
 from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import CHUNK, ObjectStore, StoredObject, unpacked
@@ -76,10 +76,12 @@ class Uploads:
         async with self._body(request) as path:
             if not path.stat().st_size:
                 raise ServiceError(422, "invalid_request", "the body is empty; send the file's content", "body")
-            written = await asyncio.to_thread(self._put, path)
-        identity = hashlib.sha256(f"{written.digest} {name}".encode()).hexdigest()
-        new = self._store.file("upload", identity) is None
-        return self._store.add(file_row("upload", identity, written, name=name, summary={})), new
+            if name.lower().endswith(".json"):  # may be one list, of which lines are made
+                row = await self._read_in_turn(path, "identity", "list", name)
+            else:
+                row = upload_row(await asyncio.to_thread(self._put, path), name)
+        new = self._store.file("upload", row["id"]) is None
+        return self._store.add(row), new
 
     def _put(self, path: Path) -> StoredObject:
         with path.open("rb") as file:
@@ -96,14 +98,14 @@ class Uploads:
         finally:
             path.unlink(missing_ok=True)
 
-    async def _read_in_turn(self, path: Path, encoding: str, kind: UploadKind) -> Row:
+    async def _read_in_turn(self, path: Path, encoding: str, kind: UploadKind, name: str = "") -> Row:
         """`_read`, when one of the processes has time for it."""
         if self._unread >= MOST_UNREAD:
             raise _busy(f"{self._unread} uploads wait to be read")
         self._unread += 1
         try:
             async with self._readers:
-                return await self._read(path, encoding, kind)
+                return await self._read(path, encoding, kind, name)
         finally:
             self._unread -= 1
 
@@ -133,13 +135,14 @@ class Uploads:
             self._bytes -= received
             path.unlink(missing_ok=True)
 
-    async def _read(self, path: Path, encoding: str, kind: UploadKind) -> Row:
-        """The row of a profile or description whose object is on disk."""
+    async def _read(self, path: Path, encoding: str, kind: UploadKind, name: str) -> Row:
+        """The row of what was uploaded, whose object is on disk; samples have a `name`."""
         settings = self._settings
-        limits = {"bytes": settings.upload_bytes, "steps": settings.steps, "tensors": settings.tensors}
+        most = settings.data_bytes if kind == "list" else settings.upload_bytes
+        limits = {"bytes": most, "steps": settings.steps, "tensors": settings.tensors}
         order = JobOrder(
             kind="upload",
-            request={"path": str(path), "encoding": encoding, "kind": kind} | limits,
+            request={"path": str(path), "encoding": encoding, "kind": kind, "name": name} | limits,
             objects=str(self._objects.folder),
             memory_bytes=settings.check_bytes,
         )

@@ -24,8 +24,9 @@ UPLOAD = "upload"
 """the lane of the processes that read uploads"""
 VIEW = "view"
 """the lane of the processes that make what is shown of plans and fleets"""
-UploadKind = Literal["profile", "description", "example"]
-"""what is uploaded: a profile, the description of a model that is to be traced, or the profile that comes with the package"""
+UploadKind = Literal["profile", "description", "example", "list"]
+"""what is uploaded: a profile, the description of a model that is to be traced, the profile that comes with the package, or samples
+that may be a JSON list"""
 MERGED = {"gguf": "merged.gguf", "safetensors": "merged.tar"}
 """form of a merged model -> its file in the folder of the job that has merged it"""
 PROGRESS_SECONDS = 0.1

@@ -783,6 +783,12 @@ def file_row(
     }
 
 
+def upload_row(written: StoredObject, name: str) -> Row:
+    """The row of a stored file of samples: under another name it is another upload."""
+    identity = hashlib.sha256(f"{written.digest} {name}".encode()).hexdigest()
+    return file_row("upload", identity, written, name=name, summary={})
+
+
 def folder_row(identity: str, size: int) -> Row:
     """The row of a run's folder for `JobStore.add`; it has no object, as the folder lies beside the objects."""
     return _without_object("folder", identity, f"folder of {identity}", size)

@@ -1,4 +1,4 @@
-"""Reads uploaded profiles and descriptions of models in a worker process, within limits on their unpacked size and on the graph that
+"""Reads uploaded profiles, descriptions of models and lists of samples in a worker process, within limits on their unpacked size and on the graph that
 they describe.
 
 Each limit is checked before the memory that it limits is used: the size while unpacking, the number of JSON objects and
@@ -7,6 +7,8 @@ lists by counting brackets, depth and counts on the parsed JSON. The process's m
 
 from __future__ import annotations
 
+import codecs
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from tightfit.planner.problem.step_graph import step_graph
 from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
-from tightfit.planner.service.jobs.store import Row, file_row
+from tightfit.planner.service.jobs.store import Row, file_row, upload_row
 from tightfit.planner.service.wire.errors import ServiceError, invalid
 from tightfit.planner.service.wire.objects import ObjectStore, unpacked
 from tightfit.planner.service.wire.schema import DEEPEST
@@ -22,7 +24,7 @@ from tightfit.planner.service.wire.traces import canonical_request, parse_reques
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.strict_json import is_deeper
+from tightfit.runtime.common.strict_json import JsonError, from_json, is_deeper
 
 MOST_CONTAINERS = 3_000_000
 """objects and lists of JSON in one upload"""
@@ -34,7 +36,10 @@ def upload(order: JobOrder, events: EventWriter) -> Row:
     with Path(request["path"]).open("rb") as file:
         content = b"".join(unpacked(file, request["encoding"], request["bytes"]))
     _check_containers(content)
-    if request["kind"] == "description":
+    if request["kind"] == "list":
+        content, name = _as_lines(content, request["name"])
+        row = upload_row(objects.put(content), name)
+    elif request["kind"] == "description":
         described = parse_request(content)
         written = objects.put(canonical_request(described))
         row = file_row("description", written.digest, written, name=described.source.name, summary={})
@@ -42,6 +47,18 @@ def upload(order: JobOrder, events: EventWriter) -> Row:
         profile = checked_profile(content, steps=request["steps"], tensors=request["tensors"])
         row = keep_profile(objects, profile, origin="example" if request["kind"] == "example" else "uploaded")
     return {"result": {request["kind"]: row["id"]}, "files": [row]}
+
+
+def _as_lines(content: bytes, name: str) -> tuple[bytes, str]:
+    """Samples that are one JSON list as JSON lines, and the name of such a file; others as they are."""
+    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return content, name
+    try:
+        samples = from_json(content)
+    except JsonError as error:
+        raise ServiceError(422, "invalid_request", f"{name}: not JSON, or cut off ({error})", "body") from error
+    # What no text or number can be stays as it is written: who reads the line refuses it.
+    return "".join(f"{json.dumps(sample)}\n" for sample in samples).encode(), f"{name[: -len('.json')]}.jsonl"
 
 
 def _check_containers(content: bytes) -> None:

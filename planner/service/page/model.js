@@ -12,7 +12,7 @@ import { meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
 import { action, complain, go, to } from "./shell.js";
 import { choose } from "./sources.js";
 
-const LOOK = 2, ROUGH = 1.5, FINE = 15, LONG = 60; // seconds for a plan: to see where the curve lies, to sketch it, to draw it, to find a smaller one
+const LOOK = 1.5, ROUGH = 1.5, FINE = 15, LONG = 60; // seconds for a plan: to see where the curve lies, to sketch it, to draw it, to find a smaller one
 const SKETCHED = 4, POINTS = 9; // budgets of the sketch and of the curve
 const SLIDER_STEPS = 400, MOST = Number.MAX_SAFE_INTEGER, LEAST = 1024, SPREAD = 5; // budgets apart by more than this factor lie on a scale of ratios
 const MORE = 50 * MIB;
@@ -108,7 +108,7 @@ async function explore(place) {
     }
     const found = needs(SOLVER);
     if (found < Infinity) {
-      const firm = state.cells.filter((one) => one.policy === SOLVER && one.summary.status === "infeasible" && one.summary.deterministic !== false && one.summary.minimum_budget_bytes);
+      const firm = state.cells.filter((one) => one.policy === SOLVER && one.summary.status === "infeasible" && one.summary.ended_by !== "time limit" && one.summary.minimum_budget_bytes);
       state.proven = firm.some((one) => one.summary.minimum_budget_bytes <= found);
       if (state.most) state.least = Math.min(found, state.most);
     }
@@ -138,7 +138,7 @@ async function explore(place) {
       mark();
       return picture;
     });
-    key.replaceChildren(...curveLegend(series));
+    key.replaceChildren(...curveLegend(series, chart));
     drawNumbers();
     drawRules();
   }
@@ -199,7 +199,7 @@ async function explore(place) {
     if (best) {
       if (!best.plan) return say(`Fits ${wanted}: at most ${seconds(best.step)} s per step`, true);
       const proof = best.summary.policy === SOLVER ? `, ${nearness(best.summary)}` : `, by the rule “${nameOfRule(name)}”`;
-      if (best.budget === budget) return say(`Fits ${wanted}: ${seconds(best.step)} s per step${proof}; peak ${mib(best.peak)} MiB`, true);
+      if (mib(best.budget) === mib(budget)) return say(`Fits ${wanted}: ${seconds(best.step)} s per step${proof}; peak ${mib(best.peak)} MiB`, true);
       return say(`Fits ${wanted}: at most ${seconds(best.step)} s per step, as at ${mib(best.budget)} MiB; plan at this budget to see what the rest is good for`, true);
     }
     if (!here && (budget >= least || least === Infinity)) return say(`${wanted}: no plan made yet`, null);
@@ -295,7 +295,7 @@ async function explore(place) {
 
   // What 50 MiB more or less are worth at a budget: the difference that is proven of bounds, and of plans where both are made.
   function worth(best) {
-    if (state.policy !== SOLVER || best.budget !== state.budget) return null;
+    if (state.policy !== SOLVER || mib(best.budget) !== mib(state.budget)) return null;
     const box = html("p", { id: "worth", class: "soft" }), more = bestFor(best.budget + MORE);
     const parts = (best.summary.explanation?.neighbours ?? []).map(({ change_bytes: change, price_seconds: price, status }) => {
       const by = `${mib(Math.abs(change), 0)} MiB ${change > 0 ? "more" : "less"}`;
@@ -353,30 +353,17 @@ async function explore(place) {
   async function find() {
     const round = ++state.round, { plans } = await get(`/v1/plans?${new URLSearchParams({ profile: id, limit: 1000 })}`);
     if (old(round)) return;
-    keep(plans.filter((plan) => matches(plan.summary)).map((plan) => ({ budget_bytes: plan.summary.budget_bytes, policy: plan.summary.policy, plan: plan.id, summary: plan.summary })));
-    // What was found earlier is drawn at once, and the budget of the address stands beside it from the beginning.
+    const stored = plans.filter((plan) => matches(plan.summary)), questions = stored.filter(({ summary }) => summary.budget_bytes === 1);
+    keep(stored.filter(({ summary }) => summary.budget_bytes > 1).map((plan) => ({ budget_bytes: plan.summary.budget_bytes, policy: plan.summary.policy, plan: plan.id, summary: plan.summary })));
+    for (const question of questions) learn(question.summary);
+    // What was found earlier, by this page or by somebody else, is drawn at once and not searched for again, and the budget of the
+    // address stands beside it from the beginning.
     const kept = Number(budgetKept);
     if (!state.budget && kept >= LEAST && kept <= MOST) state.budget = Math.round(kept);
-    if (points(SOLVER).length > 1 && needs("keep-all") < Infinity) reach();
+    const known = (name) => needs(name) < Infinity;
+    if (points(SOLVER).length > 1 && known("keep-all")) reach();
     mark();
     judge();
-    const bar = progress("Looking for the smallest and the largest budget that make sense");
-    curving.replaceChildren(bar);
-    // One byte never fits: the answers say what would.
-    const ask = async (name) => {
-      const { result } = await work("/v1/plans", request(1, name, LOOK), () => {}, signal);
-      if (old(round)) return;
-      if (name === SOLVER) state.ways = result.summary.explanation?.shortfall ?? null;
-      // The search goes on after its first answer, and may find that a smaller budget is enough.
-      const { minimum_budget_bytes: first } = result.summary, later = result.summary.explanation?.shortfall?.minimum_budget_bytes ?? first;
-      keep([{ budget_bytes: 1, policy: name, plan: null, summary: { ...result.summary, minimum_budget_bytes: Math.min(first, later) } }]);
-      return Math.min(first, later);
-    };
-    // What these two answers say is where the curve is searched for, whatever else is known: so a later search is for the same budgets.
-    const looked = await Promise.all([ask(SOLVER), ask("keep-all")]);
-    if (old(round)) return;
-    const [least, most] = looked;
-    reach();
     const compare = async (budgets, names, limit, what) => {
       const bar = progress(what);
       curving.append(bar);
@@ -392,13 +379,35 @@ async function explore(place) {
         bar.remove();
       }
     };
-    curving.replaceChildren();
-    const between = [least, Math.max(most, least + Math.min(MIB, least))], sketch = spread(...between, SKETCHED), fine = spread(...between, POINTS), names = summary.policies.slice(1);
-    await Promise.all([compare(sketch, [SOLVER], ROUGH, "A first sketch of the curve"), names.length ? compare(sketch, names, FINE, "Fixed rules") : null]);
+    // One byte never fits: the answers say what would.
+    if (!known(SOLVER) || !known("keep-all")) await compare([1], [SOLVER, "keep-all"], LOOK, "Looking for the smallest and the largest budget that make sense");
+    if (old(round)) return;
+    reach();
+    const { least, most } = state, names = summary.policies.slice(1), drawn = () => points(SOLVER).filter(({ budget }) => budget <= 1.05 * most).length;
+    const sketch = spread(least, most, SKETCHED);
+    await Promise.all([
+      drawn() < SKETCHED ? compare(sketch, [SOLVER], ROUGH, "A first sketch of the curve") : null,
+      names.some((name) => !points(name).length) ? compare(sketch, names, FINE, "Fixed rules") : null,
+    ]);
+    if (old(round)) return;
     chart.removeAttribute("aria-busy");
-    await compare(fine, [SOLVER], FINE, "Refining the curve");
+    // A plan's answer says what would help, which a comparison's does not.
+    if (!state.ways) {
+      const { result } = await work("/v1/plans", request(1, SOLVER, LOOK), () => {}, signal);
+      if (old(round)) return;
+      learn(result.summary);
+    }
+    if (drawn() < POINTS - 1) await compare(spread(least, most, POINTS), [SOLVER], FINE, "Refining the curve");
     if (old(round)) return;
     if (!bestFor(state.budget, (point) => point.plan) && !state.cells.some((one) => isAt(one, state.budget, state.policy))) await solve();
+  }
+
+  // What the answer to a budget of one byte, which never fits, says of the smallest. The search for it goes on after its first answer, and
+  // may find that a smaller one is enough.
+  function learn(answer) {
+    const { policy: name, minimum_budget_bytes: first, explanation } = answer, shortfall = explanation?.shortfall;
+    if (name === SOLVER && shortfall && !(state.ways?.minimum_budget_bytes < shortfall.minimum_budget_bytes)) state.ways = shortfall;
+    keep([{ budget_bytes: 1, policy: name, plan: null, summary: { ...answer, minimum_budget_bytes: Math.min(first, shortfall?.minimum_budget_bytes ?? first) } }]);
   }
 
   // The ends of the curve, as far as they are known, and a budget between them where none is chosen.
@@ -426,10 +435,7 @@ async function explore(place) {
     drawSmallest();
     try {
       const { result } = await work("/v1/plans", request(1, SOLVER, limit), bar.hear, signal);
-      if (old(round)) return;
-      const { minimum_budget_bytes: first } = result.summary, later = result.summary.explanation?.shortfall?.minimum_budget_bytes ?? first;
-      state.ways = result.summary.explanation?.shortfall ?? state.ways;
-      keep([{ budget_bytes: 1, policy: SOLVER, plan: null, summary: { ...result.summary, minimum_budget_bytes: Math.min(first, later) } }]);
+      if (!old(round)) learn(result.summary);
     } finally {
       state.seeking = false;
       bar.remove();
@@ -438,7 +444,7 @@ async function explore(place) {
   }
 
   // Whether a stored plan is one of what is asked of the step now, on the profile's device.
-  const matches = ({ optimizer, max_grad_norm: norm, elsewhere = null, of_a_fleet: fleet, budget_bytes: budget }) => !fleet && budget > 1 && optimizer === (state.step.optimizer ?? optimizer_of(summary)) && String(norm ?? "") === String(state.step.max_grad_norm ?? "") && (elsewhere ?? summary.device) === summary.device;
+  const matches = ({ optimizer, max_grad_norm: norm, elsewhere = null, of_a_fleet: fleet }) => !fleet && optimizer === (state.step.optimizer ?? optimizer_of(summary)) && String(norm ?? "") === String(state.step.max_grad_norm ?? "") && (elsewhere ?? summary.device) === summary.device;
 
   // Begin anew: another optimizer or clipping makes other plans.
   async function restart() {
@@ -547,7 +553,7 @@ function about(profile) {
   const { summary } = profile, named = Boolean(profile.title), parts = [
     named && summary.seq ? `${summary.batch} × ${summary.seq} tokens a step${summary.accumulate > 1 ? `, ${summary.accumulate} steps make an update` : ""}` : null,
     named && summary.lora ? `LoRA rank ${summary.lora.rank}` : null,
-    `${summary.layers} layers of ${summary.programs} kinds`,
+    summary.weight_bytes || summary.seq ? `${summary.layers} layers of ${summary.programs} kinds` : "a graph of operators",
     summary.weight_bytes ? `weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked` : null,
     summary.trainable_bytes ? `trained ${mib(summary.trainable_bytes)} MiB` : null,
     `${origin(profile)}, times of ${summary.device}`,

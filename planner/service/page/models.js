@@ -17,7 +17,7 @@ const step = ({ summary: { batch, seq, accumulate } }) => `${seq ? `${batch} × 
 const COLUMNS = [
   { title: "Model", cell: (one) => html("div", {}, html("a", { href: to("models", one.id) }, nameOf(one)), one.note ? html("div", { class: "soft" }, one.note) : null), value: nameOf },
   { title: "One step", cell: step, value: ({ summary }) => (summary.seq ?? 0) * (summary.batch ?? 1) },
-  { title: "Weights, MiB", cell: ({ summary }) => mib(summary.packed_bytes || summary.weight_bytes), value: ({ summary }) => summary.packed_bytes || summary.weight_bytes },
+  { title: "Weights, MiB", cell: ({ summary }) => (summary.weight_bytes ? mib(summary.packed_bytes || summary.weight_bytes) : "–"), value: ({ summary }) => summary.packed_bytes || summary.weight_bytes },
   { title: "Device", cell: (one) => html("div", {}, one.summary.device, html("div", { class: "soft" }, origin(one))), value: ({ summary }) => summary.device, wide: true },
   { title: "Since", cell: (one) => when(one.created), value: (one) => one.created },
 ];

@@ -113,7 +113,7 @@ function figures(run, job, ordered) {
     card("loss", smoothed(ordered.map((one) => [one.step, one.loss])).at(-1)[1].toFixed(4), `step ${last.step}${total ? ` of ${total}` : ""}; ${last.loss.toFixed(4)} in this one`),
     last.tokens === undefined ? card("one step", `${seconds(pace)} s`, "mean of the latest") : card(term("tokens a second", "Tokens of your data, padding left out: what counts for how long the training takes."), Math.round(tokens / recent.length / pace).toLocaleString("en"), `${seconds(pace)} s a step${places ? `, ${percent(Math.max(0, 1 - tokens / places), 0)} padding` : ""}`),
     isOpen(job) ? card("time left", total ? span((total - last.step) * pace) : "–", "for the steps that are left") : card("took", span(job.finished - job.started), "from start to end"),
-    card("memory", `${mib(last.resident_bytes)} MiB`, `peak ${mib(last.peak_bytes)} of ${mib(run.cap)} MiB`),
+    card("memory", `${mib(last.resident_bytes)} MiB`, `peak ${mib(last.peak_bytes)}${run.cap === null ? "" : ` of ${mib(run.cap)}`} MiB`),
   ];
 }
 
@@ -184,6 +184,7 @@ function merging(id) {
 // The model asked with the adapter and without it, side by side.
 function asking(job, id, signal) {
   const prompt = html("textarea", { rows: 3, class: "wide", name: "prompt" }), most = html("input", { type: "number", min: 1, max: 1024, value: 64 });
+  const manner = html("select", {}, html("option", { value: "" }, "as it is"), html("option", { value: "chat" }, "as a conversation"));
   const answers = html("ol", { class: "bare chat", "aria-live": "polite" }), ask = html("button", { class: "main" }, "Ask");
   const form = html("form", { id: "ask", submit: action(async () => {
     const text = prompt.value;
@@ -194,7 +195,7 @@ function asking(job, id, signal) {
     try {
       for (const [shown, adapted] of [[after, id], [before, null]]) {
         const plan = await get(`/v1/plans/${job.request.plan}`);
-        const asked = await post("/v1/answers", { profile: plan.profile, run: adapted, prompt: text, max_tokens: Number(most.value) });
+        const asked = await post("/v1/answers", { profile: plan.profile, run: adapted, prompt: text, max_tokens: Number(most.value), template: Boolean(manner.value) });
         try {
           const done = await finish(asked, (latest) => { if (latest.text !== undefined) shown.textContent = latest.text; else if (latest.stage) shown.replaceChildren(html("span", { class: "soft busy" }, latest.stage)); }, signal);
           shown.textContent = done.result.text || "(nothing)";
@@ -206,6 +207,6 @@ function asking(job, id, signal) {
     } finally {
       ask.disabled = false;
     }
-  }) }, field("Your text", prompt, "As your data have their prompts. Both answers are the likeliest words, not drawn by chance."), html("div", { class: "row last ask" }, field("At most, tokens", most), ask));
+  }) }, field("Your text", prompt, "As your data have their prompts. Both answers are the likeliest words, not drawn by chance."), html("div", { class: "row last ask" }, field("Sent", manner), field("At most, tokens", most), ask));
   return [form, answers];
 }

@@ -114,7 +114,8 @@ async function offer(first, weights) {
   const here = files.filter(names).sort((a, b) => (b.bytes === weights.file.size) - (a.bytes === weights.file.size));
   const sources = here.map((file) => ({ label: `with its weights: ${file.path} on the service's machine`, request: { path: file.path } }));
   if (first.kind === "config") sources.push({ label: "with random weights of this shape", request: { config: first.config } });
-  if (weights) sources.push({ label: "with random weights of this shape, as the file's header has it", request: { header: weights.header } });
+  // Of safetensors files the header does not say how the model computes; its config.json does.
+  if (header && (weights.file.name.toLowerCase().endsWith(".gguf") || !sources.length)) sources.push({ label: "with random weights of this shape, as the file's header has it", request: { header: weights.header } });
   const config = first.config?.text_config ?? first.config ?? {}, metadata = header?.metadata ?? {};
   const family = metadata["general.architecture"] ?? config.model_type ?? null;
   const about = facts({ family, parameters, layers: metadata[`${family}.block_count`] ?? config.num_hidden_layers ?? null, precision: header ? precisionOf(header) : null, bytes: weights?.file.size });
@@ -209,5 +210,5 @@ function settings({ title, facts: about, sources, large }, close, back) {
       bar.hidden = true;
     }
   });
-  return [html("h3", {}, String(title)), form];
+  return [back ? html("h3", {}, String(title)) : null, form].filter(Boolean); // alone in its dialog, that has the title
 }

@@ -150,7 +150,7 @@ class ModelRequest(RequestBody):
 
     header: FileHeader | None = Field(
         None,
-        description="what the header of a GGUF file says, for whoever keeps the file: as a config, with the file's precision",
+        description="what the header of a GGUF or safetensors file says, for whoever keeps the file: as a config, with the file's precision",
     )
 
     @model_validator(mode="after")

@@ -298,6 +298,23 @@ def test_what_would_lower_the_smallest_budget(deep, smallest):
         "a LoRA rank of 4 instead of 8": by_rank // 2,
     }
     assert list(saved.values()) == sorted(saved.values(), reverse=True)
+    # Each says which option of profiling it is, and what to set it to, so that it can be tried.
+    assert {remedy.field: remedy.value for remedy in told.remedies} == {"batch": 1, "seq": 32, "lora_rank": 4}
+
+
+def test_frozen_weights_in_fewer_bits_are_a_remedy_where_they_are_resident_packed():
+    roomy = ModelPlanner(decoder_like(2)).plan(60 * MIB, time_limit=5)
+    held = {
+        bits: roomy.model_copy(update={"model": roomy.model.model_copy(update={"base": bits})})
+        for bits in ("16bit", "4bit")
+    }
+    packed = account(roomy).peak.by_kind.get("packed", 0)
+    remedies = {bits: shortfall(roomy, plan).shortfall.remedies for bits, plan in held.items()}
+    assert packed > 0
+    (fewer,) = remedies["16bit"]
+    assert (fewer.change, fewer.field, fewer.value) == ("frozen weights in 4 bits instead of 16", "base", "4bit")
+    assert fewer.saves_bytes == pytest.approx(packed * 11.5 / 16, abs=1)
+    assert remedies["4bit"] == []
 
 
 def test_below_the_start_of_the_process(chain):

@@ -131,7 +131,7 @@ def test_the_header_of_a_file_is_taken_as_a_config_with_its_precision(tmp_path):
         job_label("profile", taken | {"seq": 16, "batch": 1}, lambda kind, identity: None)
         == "Tiny, batch 1, sequence 16"
     )
-    with pytest.raises(ServiceError, match="choose its config") as caught:
+    with pytest.raises(ServiceError, match="choose the model's config") as caught:
         _source(settings, ProfileRequest(header=header | {"metadata": {"format": "pt"}}))
     assert (caught.value.status, caught.value.field) == (422, "body.header")
     with pytest.raises(ValidationError, match="exactly one of path, hub, config and header"):

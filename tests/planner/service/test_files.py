@@ -112,6 +112,11 @@ def test_data_are_listed_as_they_are_read(tmp_path):
     )
     for part in (0, 1):
         (dataset / f"data-{part}.arrow").write_bytes(b"x")
+    split = root / "splits" / "train"
+    split.mkdir(parents=True)
+    (root / "splits" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (split / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    (split / "data-00000-of-00001.arrow").write_bytes(b"x")
     (root / "notes.txt").write_text("no data")
     (root / ".hidden.jsonl").write_text(ROW)
     data = by_path(files_under([root], "data"))
@@ -124,6 +129,7 @@ def test_data_are_listed_as_they_are_read(tmp_path):
         "mixed/b.csv": "csv",
         "t.tsv": "csv",
         "saved": "folder",
+        "splits/train": "folder",
     }
     assert data["two"].bytes == 2 * len(ROW)
 

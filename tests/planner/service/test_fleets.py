@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from changed_operators import with_operators
-from chromium import PATIENCE
-from playwright.sync_api import expect
 from served import Served
 from synthetic import small_chain
 from tiny_plans import decoder_profile
@@ -101,6 +97,7 @@ def test_the_same_question_has_its_answer_already(served, job, body):
     assert job["request"]["members"][0] == {
         "name": "laptop",
         "profile": first["profile"],
+        "device": "own",
         "memory": first["memory"],
         "up": 1e6,
         "down": 2e6,
@@ -131,45 +128,6 @@ def test_a_pipeline_is_planned_over_http(served, body, tmp_path):
     assert sorted(found["result"]["plans"]) == sorted(member.name for member in fleet.chain)
     view = served.http.get(f"/v1/fleets/{identity}/view").json()
     assert {lane["name"] for lane in view["lanes"]["lanes"]} == {span.lane for span in fleet.timeline}
-
-
-def test_the_page_draws_a_fleet(browser, served, job, tmp_path):
-    identity = job["result"]["fleet"]
-    view = served.http.get(f"/v1/fleets/{identity}/view").json()
-    page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
-    page.set_default_timeout(PATIENCE)
-    wrong = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.goto(served.url)
-    page.select_option("#fleets", identity)
-    expect(page.locator("#lanes svg")).to_be_visible()
-    drawn = [lane.get_attribute("data-lane") for lane in page.locator("#lanes [data-lane]").all()]
-    assert drawn == [lane["name"] for lane in view["lanes"]["lanes"]]
-    bars = sum(len(lane["bars"]) for lane in view["lanes"]["lanes"])
-    assert page.locator("#lanes .bar-mark").count() == bars
-    assert page.locator("#fleet-sentences li").all_inner_texts() == view["sentences"]
-    for table, name in (("#lanes-table", "activity"), ("#chain", "chain"), ("#prices", "prices")):
-        cells = [row.locator("th, td").all_text_contents() for row in page.locator(f"{table} tbody tr").all()]
-        assert cells == view[name]["rows"]
-    for number, (name, path) in enumerate(
-        [
-            ("fleet.json", f"/v1/fleets/{identity}/file"),
-            *((name, f"/v1/plans/{plan}/file") for name, plan in view["plans"].items()),
-        ]
-    ):
-        with page.expect_download() as caught:
-            page.locator("#fleet-files button").nth(number).click()
-        assert caught.value.suggested_filename == name
-        caught.value.save_as(tmp_path / name)
-        assert (tmp_path / name).read_bytes() == served.http.get(path).content
-    found = Axe().run(page, context="#fleet", options={"resultTypes": ["violations"]}).response["violations"]
-    assert [one["id"] for one in found] == []
-    page.set_viewport_size({"width": 390, "height": 844})
-    expect(page.locator("#lanes svg")).to_have_attribute("viewBox", re.compile(r"^0 0 3\d\d "))
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.close()
-    assert wrong == []
 
 
 def test_a_member_s_plan_is_not_run_alone(served, job):

@@ -226,7 +226,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
         ("profiles", {"path": "a", "prepared": "/etc"}, "body.prepared", "is no file or folder"),
         ("comparisons", {"memory": ["1GB"], "optimizer": "adagrad"}, "body.optimizer", "'lion'"),
         ("comparisons", {"memory": ["1GB"], "max_grad_norm": 0}, "body.max_grad_norm", "greater than 0"),
-        ("profiles", {"path": "a", "hub": "a/b"}, "body", "exactly one of path, hub and config"),
+        ("profiles", {"path": "a", "hub": "a/b"}, "body", "exactly one of path, hub, config and header"),
         ("profiles", {"path": "os:system"}, "body.path", "is no file or folder"),
     ],
 )  # fmt: skip

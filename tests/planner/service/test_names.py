@@ -80,9 +80,9 @@ def test_a_job_is_called_by_its_name_and_others_hear_of_it(http, own):
     path = f"/v1/jobs/{job}"
     assert http.get(path).json()["label"] == "tiny on reviews.jsonl in 350.0 MiB"
     sent = []
-    own.events._send = lambda job, name, data: sent.append((name, json.loads(data)["title"]))
+    own.events._pass_on = lambda job, event: sent.append((event.name, json.loads(event.data)["title"]))
     named = http.patch(path, json={"title": "third try"}).json()
-    del own.events._send
+    del own.events._pass_on
     assert (named["title"], named["state"]) == ("third try", "queued")
     assert sent == [("job", "third try")]
     assert http.get(f"/v1/runs/{job}").json()["title"] == "third try"

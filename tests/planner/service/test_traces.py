@@ -346,7 +346,7 @@ def secure(tmp_path_factory):
 def test_https_with_a_certificate_of_one_s_own(secure, tmp_path, monkeypatch):
     assert secure.url.startswith("https://127.0.0.1:")
     with connect(secure.url, token=TOKEN, certificate=secure.certificate) as service_:
-        assert service_.get("/v1/jobs") == {"jobs": [], "set_aside": []}
+        assert service_.get("/v1/jobs") == {"jobs": [], "next": None, "set_aside": []}
     with (
         connect(secure.url, token="wrong", certificate=secure.certificate) as wrong,
         pytest.raises(InputError, match="set TIGHTFIT_TOKEN to the service's token"),
@@ -455,4 +455,4 @@ def test_a_service_that_is_killed_in_the_middle_loses_nothing(tmp_path):
         finally:
             again.stop()
     assert (job["state"], job["attempts"]) == ("succeeded", 2)
-    assert traced[0].step == traced_here(request)
+    assert traced[0].step == traced_here(request).step

@@ -54,6 +54,22 @@ def test_an_upload_is_kept_under_its_name_and_listed(http):
     ]
 
 
+def test_a_json_list_becomes_lines_that_a_run_reads(http):
+    listed = upload(
+        http, name="alpaca.json", content=b"\xef\xbb\xbf " + json.dumps([*ROWS, {"text": "\u00e9"}]).encode()
+    )
+    assert (listed.status_code, listed.json()["name"]) == (201, "alpaca.jsonl")
+    (row,) = http.app.state.service.store.files("upload").items
+    content = http.app.state.service.objects.read(row["digest"])
+    assert [json.loads(line) for line in content.splitlines()] == [*ROWS, {"text": "\u00e9"}]
+    # What has lines already stays as it is, under its name.
+    same = upload(http, name="lines.json").json()
+    assert (same["name"], same["bytes"]) == ("lines.json", len(SAMPLES))
+    half = upload(http, name="half.json", content=b'[{"text": "\\ud800", "n": NaN}]')
+    assert (half.status_code, half.json()["name"]) == (201, "half.jsonl")
+    assert "bad.json: not JSON, or cut off" in message(upload(http, name="bad.json", content=b"[1, "), 422, "body")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

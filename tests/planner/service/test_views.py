@@ -64,7 +64,10 @@ def test_a_view_is_made_once_and_sent_as_the_client_takes_it(http, orders, plans
     assert [one["budget_bytes"] for one in changes["plans"]] == [1 << 30, 1 << 31]
     back = http.get(f"/v1/plans/{IDS[1]}/changes/{IDS[0]}").json()
     assert [one["budget_bytes"] for one in back["plans"]] == [1 << 31, 1 << 30]
-    assert [order.request["what"] for order in orders] == ["plan", "changes", "changes"]
+    timeline = [http.get(f"/v1/plans/{IDS[0]}/timeline").json() for _ in range(2)]
+    assert timeline[0] == timeline[1]
+    assert len(timeline[0]) > 3
+    assert [order.request["what"] for order in orders] == ["plan", "changes", "changes", "timeline"]
     # What cannot be run any more is told so: another view.
     http.app.state.service.store._database.execute("UPDATE files SET summary = json_set(summary, '$.of_a_fleet', 1)")
     assert "a member's of a fleet" in http.get(f"/v1/plans/{IDS[0]}/view").json()["not_runnable"]

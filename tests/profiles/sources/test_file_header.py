@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
+
 import pytest
 from pydantic import ValidationError
 from reference import CONFIGS
 from tiny_models import byte_level_tokenizer, header_of, random_weights, write_gguf
 
+from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.sources.file_header import FileHeader, model_of_header
 from tightfit.profiles.sources.gguf_source import gguf_source
+from tightfit.profiles.weights.describe import decoder_tensors
 from tightfit.profiles.weights.precision import Precision
 from tightfit.runtime.common.errors import InputError
 
@@ -46,7 +51,7 @@ WRONG = [
     (
         {"general.architecture": None},
         {},
-        "does not say what the model is, as that of a safetensors file; choose its config.json",
+        "no tensor 'model.embed_tokens.weight' in the header; it is one of several files",
     ),
     ({"general.architecture": "whisper"}, {}, "GGUF architecture 'whisper' is not supported"),
     ({}, {"token_embd.weight": None}, "no tensor 'token_embd.weight'"),
@@ -66,6 +71,44 @@ def test_a_header_that_makes_no_model_is_refused(tmp_path, metadata, tensors, me
     header = changed(header_of(write(tmp_path, "llama")), metadata, tensors)
     with pytest.raises(InputError, match=message):
         model_of_header(FileHeader(**header), Precision())
+
+
+GALLERY = json.loads((files("tightfit.planner.service.wire") / "gallery.json").read_text())
+SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+def tensors_of(config):
+    return {name: {"shape": list(shape), "format": "BF16"} for name, shape in decoder_tensors(decoder_shape(config))}
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_names_and_shapes_of_a_safetensors_file_tell_the_sizes_of_published_models(name):
+    published = GALLERY[name]
+    header = FileHeader(metadata={"format": "pt"}, tensors=tensors_of(published))
+    config, base, embeddings = model_of_header(header, Precision())
+    expected = published | ({"model_type": "llama"} if published["model_type"] == "mistral" else {})
+    assert {size: config[size] for size in SIZES} == {size: expected[size] for size in SIZES}
+    found, due = decoder_shape(config), decoder_shape(expected)
+    assert (found.head_dim, found.intermediate, found.tied) == (due.head_dim, due.intermediate, due.tied)
+    assert (base, embeddings) == (None, None)
+
+
+def test_a_part_of_a_model_or_another_family_in_safetensors_is_refused():
+    config = CONFIGS["llama"] | {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    whole = tensors_of(config)
+    assert model_of_header(FileHeader(metadata={}, tensors=whole), Precision())[0]["num_attention_heads"] == 2
+    norm = whole["model.norm.weight"]
+    for changes, message in (
+        ({"model.norm.weight": None}, "no tensor 'model.norm.weight' in the header; it is one of several files"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, "no tensor 'model.layers.1.mlp.up_proj.weight'"),
+        ({"model.layers.0.mlp.experts.weight": norm}, "belongs to no llama decoder"),
+        ({"model.layers.1.mlp.up_proj.weight": norm}, "has shape .* where .* is due"),
+        ({"model.embed_tokens.weight": norm}, "config field 'hidden_size' must be a positive whole number"),
+        ({f"model.layers.{number}.x": norm for number in range(9)}, "no tensor"),
+    ):
+        tensors = {name: tensor for name, tensor in (whole | changes).items() if tensor is not None}
+        with pytest.raises(InputError, match=message):
+            model_of_header(FileHeader(metadata={}, tensors=tensors), Precision())
 
 
 def test_a_header_is_bounded():

@@ -70,7 +70,7 @@ def test_waiting_is_drawn_as_waiting(browser, served, chain):
         fill(page, ("32", "32"))
         for index in range(2):
             page.locator(f"[data-member='{index}'] select").select_option("other")
-            page.locator(f"[data-member='{index}']").get_by_label("Rate").fill("100kbit/s")
+            page.locator(f"[data-member='{index}']").get_by_label("Rate").fill("2Mbit/s")
             page.locator(f"[data-member='{index}']").get_by_label("Rate").press("Tab")
         page.get_by_role("button", name="Plan this fleet").click()
         expect(page.locator("#lanes .waiting").first).to_be_attached()

@@ -14,7 +14,7 @@ from reference import CONFIGS
 from safetensors import safe_open
 from served import Served
 from synthetic import decoder_like
-from tiny_models import byte_level_tokenizer, random_weights, write_gguf
+from tiny_models import byte_level_tokenizer, random_weights, write_directory, write_gguf
 
 from tightfit.planner.plan import plan
 from tightfit.profiles.sources.gguf_metadata import read_header
@@ -43,7 +43,7 @@ def service(tmp_path_factory, root):
 
 @pytest.fixture
 def page(browser, service):
-    with tab(browser, at(service, "models")) as page:
+    with tab(browser, at(service, "models"), expected=["422"]) as page:
         expect(page.locator("h1")).to_have_text("Models")
         yield page
 
@@ -60,19 +60,20 @@ def test_a_profile_or_graph_that_is_dropped_is_opened(page, tmp_path):
     expect(page.locator("h1")).to_contain_text("synthetic")
     page.click("#places [data-place=models]")
     drop(page, ROOT / "examples" / "bare-graph.json")
-    expect(page.locator("#about")).to_contain_text("estimated")
+    expect(page.locator("#about")).to_contain_text("a graph of operators")
 
 
 def test_a_plan_leads_to_what_it_was_made_of(page, service, tmp_path):
     profile = decoder_like(2)
     identity = service.upload(profile)
-    made = plan(profile, 60 << 20)
+    made = plan(profile, 60 << 20, time_limit=5)
     file = tmp_path / "plan.json"
     file.write_text(made.model_dump_json())
     drop(page, file)
     expect(page).to_have_url(re.compile(rf"#/models/{identity}\?budget={60 << 20}"))
     page.click("#places [data-place=models]")
-    file.write_text(plan(decoder_like(5), 100 << 20).model_dump_json())
+    unknown = decoder_like(5).model_copy(update={"fingerprint": "e" * 64})
+    file.write_text(plan(unknown, 100 << 20, time_limit=5).model_dump_json())
     drop(page, file)
     dialog = page.get_by_role("dialog")
     expect(dialog).to_contain_text("What it was made of is not here")
@@ -96,7 +97,7 @@ def test_what_is_none_of_these_is_refused_in_words(page, tmp_path):
         expect(page.locator("#problem")).to_contain_text(told)
 
 
-def test_headers_are_read_in_the_browser(page, root, work):
+def test_headers_are_read_in_the_browser(page, root, tmp_path):
     """What the page reads of a file's header is what the code that opens models reads."""
     page.route("**/tiny.gguf", lambda route: route.fulfill(path=root / "tiny.gguf"))
     read, known = page.evaluate(ASK_HEADERS, f"{page.url.split('/page')[0]}/tiny.gguf"), read_header(root / "tiny.gguf")
@@ -105,7 +106,8 @@ def test_headers_are_read_in_the_browser(page, root, work):
     }
     scalars = {name: value for name, value in known.metadata.items() if isinstance(value, str | int | float | bool)}
     assert read["metadata"] == pytest.approx(scalars)
-    weights = next((work / "model").glob("*.safetensors"))
+    write_directory(tmp_path, CONFIG, random_weights(CONFIG))
+    weights = tmp_path / "model.safetensors"
     page.route("**/model.safetensors", lambda route: route.fulfill(path=weights))
     tensors = page.evaluate(ASK_HEADERS, f"{page.url.split('/page')[0]}/model.safetensors")["tensors"]
     with safe_open(weights, "pt") as opened:
@@ -224,24 +226,24 @@ def test_a_config_that_is_dropped_is_estimated(page, tmp_path):
 
 
 def test_the_list_is_searched_sorted_and_cleared(browser, served, pictures):
-    names = {served.upload(decoder_like(layers)): f"model {layers}" for layers in (2, 3, 4)}
+    names = {served.upload(decoder_like(layers)): name for layers, name in ((2, "alder"), (3, "birch"), (4, "cedar"))}
     for identity, title in names.items():
         served.http.patch(f"/v1/profiles/{identity}", json={"title": title})
     with tab(browser, at(served, "models"), expected=["409"]) as page:
         expect(page.locator(".listing tbody tr")).to_have_count(3)
         page.get_by_role("button", name="Model", exact=True).click()
-        assert [row[1] for row in rows(page, ".listing")] == ["model 2", "model 3", "model 4"]
+        assert [row[1] for row in rows(page, ".listing")] == ["alder", "birch", "cedar"]
         page.get_by_role("button", name="Model", exact=True).click()
-        assert [row[1] for row in rows(page, ".listing")] == ["model 4", "model 3", "model 2"]
+        assert [row[1] for row in rows(page, ".listing")] == ["cedar", "birch", "alder"]
         nothing_hinders(page, pictures, "models")
-        page.get_by_label("Search models").fill("model 3")
+        page.get_by_label("Search models").fill("birch")
         expect(page.locator(".listing tbody tr")).to_have_count(1)
         page.get_by_label("Search models").fill("")
         expect(page.locator(".listing tbody tr")).to_have_count(3)
         # One of which plans are made is deleted with them, after asking.
         identity = next(iter(names))
         served.result("/v1/plans", profile=identity, memory=60 << 20)
-        page.get_by_label("Choose model 2").check()
+        page.get_by_label("Choose alder").check()
         page.get_by_role("button", name="Delete", exact=True).click()
         page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
         page.get_by_role("dialog").get_by_role("button", name="Delete all of it").click()
