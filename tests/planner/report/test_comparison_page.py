@@ -105,6 +105,7 @@ def test_the_curve_is_drawn(page):
         "mebp",
         "proven bound: no plan of this class is faster",
         "× does not fit; the line beside it ends where it would",
+        "slower than this picture reaches: its seconds are in the table",
     ]
     # More seconds are higher up, more memory is further right.
     left, right = first.locator("svg g").first.locator("circle").all()[::3]
