@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small example
+.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small bench-page example
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -66,6 +66,10 @@ bench-modules: $(VENV)/.installed-test
 bench-truth: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check timm
 	$(BIN)/python tests/benchmarks/truth.py $(ARGS)
+
+# frames of a plan of 30,000 instructions and of a graph of 10,000 operators, in a browser
+bench-page: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/page.py $(ARGS)
 
 # From nothing cached to an adapter inside a cgroup with the budget as its limit, alone, with a service, and with what was prepared;
 # needs root. ARGS='--models qwen2.5-0.5b --roads files'.

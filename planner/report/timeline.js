@@ -153,12 +153,12 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
   const canvas = html("canvas"), over = html("canvas", { class: "over" });
   const frame = html("div", { class: "step-frame", tabindex: 0, role: "application", "aria-roledescription": "timeline", "aria-label": `One step of ${name}: memory above, layers, cores and channels below. Arrow keys move from instruction to instruction, plus and minus zoom, Home and End go to the ends, Enter tells what lies there; the table below has the numbers.` }, canvas, over);
   const reading = html("p", { class: "reading" }), voice = html("p", { class: "unseen", role: "status", "aria-live": "polite" }), told = html("div", { class: "step-detail", "aria-live": "polite" });
-  const ground = html("canvas"), pen = canvas.getContext("2d"), mark = over.getContext("2d");
+  const ground = html("canvas"), brush = ground.getContext("2d"), pen = canvas.getContext("2d"), mark = over.getContext("2d");
   const tops = {};
   let foot = TOP + height + 8;
   for (const [lane, tall] of Object.entries(LANES)) { tops[lane] = foot; foot += tall + GAP; }
   const bottom = foot, tall = foot + AXIS + TRACK;
-  let width = 0, ratio = 1, colours = {}, from = 0, until = axis.whole, at = step.fullest, pointed = false, waiting = 0;
+  let width = 0, ratio = 1, colours = {}, from = 0, until = axis.whole, at = step.fullest, pointed = false, waiting = 0, image = null;
   const least = axis.whole / Math.max(20, 4 * count);
 
   const x = (moment) => LEFT + ((moment - from) / (until - from)) * (width - LEFT - RIGHT);
@@ -251,7 +251,12 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
     }
     // Pixels are set one by one: that takes as long for thirty thousand instructions as for thirty.
     const rows = Math.round(height * ratio), dense = rows / (axis.high - axis.low) / axis.unit.size, low = axis.low * axis.unit.size;
-    const image = pen.createImageData(dots, rows), pixels = new Uint32Array(image.data.buffer);
+    if (ground.width !== dots || ground.height !== rows) {
+      [ground.width, ground.height] = [dots, rows];
+      image = pen.createImageData(dots, rows);
+    }
+    const pixels = new Uint32Array(image.data.buffer);
+    pixels.fill(0);
     for (const [left, right, i] of runs) {
       let sum = 0, base = rows;
       for (const k of shown) {
@@ -262,10 +267,10 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
         base = Math.min(base, top);
       }
     }
-    ground.width = dots;
-    ground.height = rows;
-    ground.getContext("2d").putImageData(image, 0, 0);
-    pen.drawImage(ground, LEFT, TOP, dots / ratio, height);
+    brush.putImageData(image, 0, 0);
+    pen.setTransform(1, 0, 0, 1, 0, 0);
+    pen.drawImage(ground, Math.round(LEFT * ratio), Math.round(TOP * ratio));
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   }
 
   function drawLimits() {

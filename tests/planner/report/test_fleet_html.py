@@ -82,7 +82,10 @@ def test_a_short_exchange_is_enlarged():
 def test_the_page_fetches_nothing_and_escapes_names():
     text = fleet_page(sample_fleet())
     page = Page(text)
-    words = text.replace("http://www.w3.org/2000/svg", "")  # a name
+    # The scripts within it are looked at in test_html.py.
+    words = re.sub(
+        r'<script type="importmap">.*?</script>|^import .* from "tightfit/\w+\.js";$', "", text, flags=re.MULTILINE
+    )
     assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]|@import|url\(|\bimport\b|\bfetch\(", words, re.IGNORECASE)
     assert not [element for element in page.elements if "src" in element or "href" in element]
     assert "<model>" not in text
@@ -125,33 +128,35 @@ def test_every_lane_is_drawn(page):
     assert [lane.get_attribute("data-lane") for lane in lanes.all()] == [
         "laptop", "laptop → phone", "phone → laptop", "phone",
     ]  # fmt: skip
-    assert [lane.locator("rect").count() for lane in lanes.all()] == [6, 1, 1, 8]
+    assert [lane.locator(".bar-mark").count() for lane in lanes.all()] == [6, 1, 1, 8]
     assert lanes.first.locator(".bar-name").all_text_contents() == ["0", "1", "2", "3", "4"]
     titles = [title.text_content() for title in lanes.locator("title").all()]
     assert "laptop computes micro-batch 3: 3.00 s to 4.00 s" in titles
     assert "laptop → phone sends: 5.00 s to 6.00 s" in titles
-    assert page.locator(".legend li").all_inner_texts() == ["computes", "adds gradients", "sends", "updates"]
+    assert page.locator(".legend li").all_inner_texts() == ["computes", "adds gradients", "sends", "updates", "waits"]
     # Lanes lie under each other, bars beside each other; a second is as long everywhere.
-    tops = [lane.locator("rect").first.bounding_box()["y"] for lane in lanes.all()]
+    tops = [lane.locator(".bar-mark").first.bounding_box()["y"] for lane in lanes.all()]
     assert tops == sorted(set(tops))
-    boxes = [bar.bounding_box() for bar in lanes.first.locator("rect").all()]
+    boxes = [bar.bounding_box() for bar in lanes.first.locator(".bar-mark").all()]
     assert all(abs(one["x"] + one["width"] - next_["x"]) < 2 for one, next_ in itertools.pairwise(boxes[:5]))
     assert lanes.nth(1).locator("rect").bounding_box()["width"] == pytest.approx(boxes[0]["width"], abs=0.2)
-    fills = lanes.locator("rect").evaluate_all("them => [...new Set(them.map(one => getComputedStyle(one).fill))]")
+    fills = lanes.locator(".bar-mark").evaluate_all("them => [...new Set(them.map(one => getComputedStyle(one).fill))]")
     assert len(fills) == 4
     assert "rgb(0, 0, 0)" not in fills
 
 
 def test_the_exchange_is_drawn_once_more(page, browser, tmp_path):
     whole, enlarged = page.locator("#lanes"), page.locator("#exchange")
-    assert [lane.locator("rect").count() for lane in enlarged.locator("[data-lane]").all()] == [1, 1, 1, 5]
+    assert [lane.locator(".bar-mark").count() for lane in enlarged.locator("[data-lane]").all()] == [1, 1, 1, 5]
     link = "[data-lane='laptop → phone'] rect"
     boxes = [box.locator(link).bounding_box() for box in (whole, enlarged)]
     assert boxes[1]["width"] == pytest.approx(boxes[0]["width"] * 7.25 / 2.25, rel=0.01)
     enlarged.locator("svg").focus()
-    expect(page.locator(".reading")).to_have_text("5.00 s: laptop → phone sends")
+    expect(page.locator(".reading")).to_have_text("5.00 s: laptop → phone sends; laptop waits; phone waits")
     page.keyboard.press("ArrowLeft")
-    expect(page.locator(".reading")).to_have_text("5.00 s: laptop → phone sends")  # nothing lies before it
+    expect(page.locator(".reading")).to_have_text(
+        "5.00 s: laptop → phone sends; laptop waits; phone waits"
+    )  # nothing lies before it
     page.keyboard.press("End")
     expect(page.locator(".reading")).to_have_text("7.25 s: the step is done")
     file = tmp_path / "long.html"
@@ -189,7 +194,7 @@ def test_the_keyboard_goes_from_change_to_change(page):
     chart.blur()
     box = page.locator("#lanes [data-lane='phone → laptop'] rect").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 2)
-    expect(reading).to_have_text(re.compile(r"^6\.06\d* s: phone → laptop sends$"))
+    expect(reading).to_have_text(re.compile(r"^6\.06\d* s: phone → laptop sends; laptop waits; phone waits$"))
     page.locator("h1").hover()
     expect(cursor).to_have_attribute("visibility", "hidden")
 
