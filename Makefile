@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small bench-page example
+.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small bench-page page-pictures example
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -70,6 +70,10 @@ bench-truth: $(VENV)/.installed-test
 # frames of a plan of 30,000 instructions and of a graph of 10,000 operators, in a browser
 bench-page: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/page.py $(ARGS)
+
+# The pictures of the page in README and documentation, with the demo's model.
+page-pictures: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/page_pictures.py $(ARGS)
 
 # From nothing cached to an adapter inside a cgroup with the budget as its limit, alone, with a service, and with what was prepared;
 # needs root. ARGS='--models qwen2.5-0.5b --roads files'.
