@@ -50,7 +50,7 @@ class StateCosts(FrozenRecord):
     token_seconds: Seconds
     """in a pass of one token"""
     group_seconds: Seconds
-    """in the longest pass of a prompt"""
+    """in the longest pass of a prompt; 0 for the head, which its last pass alone needs"""
 
 
 class PieceCosts(FrozenRecord):
@@ -112,11 +112,13 @@ def choice_problem(
     longest = max(passes)
 
     def costs(piece: RowPiece, state: str) -> StateCosts:
+        if state not in piece.states(figures):  # what it would take was not measured
+            return StateCosts(allowed=False, held_bytes=0, token_seconds=0.0, group_seconds=0.0)
         return StateCosts(
-            allowed=state in piece.states(figures),
+            allowed=True,
             held_bytes=piece.bytes(state),
             token_seconds=piece.seconds(figures, state, 1),
-            group_seconds=piece.seconds(figures, state, longest),
+            group_seconds=0.0 if piece.in_head else piece.seconds(figures, state, longest),  # the head sees a single row
         )
 
     return ChoiceProblem(
