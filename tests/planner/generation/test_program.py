@@ -24,6 +24,7 @@ from tightfit.profiles.weights.describe import describe
 from tightfit.runtime.common.errors import InfeasibleError
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.generation.job import DEPTH, PACKED, STATES, STREAMED, UNPACKED
+from tightfit.runtime.engine.generation.names import dot_key
 from tightfit.runtime.engine.weights.layout import Entry
 
 
@@ -103,6 +104,17 @@ def test_pieces_of_a_kind_are_spread_evenly() -> None:
     states = spread(pieces, choice)
     assert Counter(states) == {STREAMED: 3, UNPACKED: 2, PACKED: 5}
     assert [place for place, state in enumerate(states) if state == STREAMED] == [2, 5, 8]
+
+
+def test_a_head_of_a_format_of_its_own_is_never_unpacked() -> None:
+    """One row at a time is multiplied with it packed, as compiled C does: what unpacking it would take was not measured."""
+    pieces = matrices([(64, 64)] * 2, (320, 64))
+    head = dataclasses.replace(pieces[-1], entry=dataclasses.replace(pieces[-1].entry, format="q8"))
+    told = figures(pieces[:-1])
+    told = dataclasses.replace(told, rates={**told.rates, dot_key("q8", 32, 64): 1e-9})
+    found = choose(choice_problem([*pieces[:-1], head], told, 1 << 30, [GROUP], 3))
+    assert found is not None
+    assert found.counts[-1] == {PACKED: 1, UNPACKED: 0, STREAMED: 0}
 
 
 def test_a_choice_that_is_made_elsewhere_is_the_same_plan() -> None:
