@@ -63,11 +63,11 @@ export const announce = (text) => { voice.textContent = text; };
 export function progress(what) {
   const bar = html("progress", { max: 1, "aria-label": what }), text = html("span", { class: "soft" }, what), began = Date.now();
   const box = html("div", { class: "progress", role: "status" }, bar, text);
-  box.update = ({ stage = "", done, total }) => {
+  box.update = ({ stage = "", done, total, left: told = true }) => {
     const share = total ? done / total : null, passed = (Date.now() - began) / 1000;
     if (share === null) bar.removeAttribute("value");
     else bar.value = share;
-    const left = share > 0.05 && share < 1 && passed > 3 ? `, about ${span((passed / share) * (1 - share))} left` : "";
+    const left = told && share > 0.05 && share < 1 && passed > 3 ? `, about ${span((passed / share) * (1 - share))} left` : "";
     text.textContent = `${what}${stage ? `: ${stage}` : ""}${total ? `, ${done} of ${total}` : ""}${left}`;
   };
   return box;
@@ -90,6 +90,8 @@ export function dialog(title, make) {
 }
 
 export const confirmed = (question, deed) => dialog(question, (close) => html("div", { class: "row last" }, button(deed, () => close(true), "danger"), button("Keep", () => close(false))));
+
+const NOTE_MS = 600; // between the last key and saving
 
 // --- a name and a note that a person gives ----------------------------------------------------------------------------
 
@@ -119,12 +121,21 @@ export function editable(text, save, { label = "Name", tag = "h1", action = (run
   return shown;
 }
 
-// A note below a heading, saved when it is left.
+// A note below a heading, saved while it is written, a moment after the last key.
 export function note(text, save, action) {
-  const area = html("textarea", { class: "note", rows: 1, placeholder: "Add a note", "aria-label": "Note", maxlength: 4000 });
-  area.value = text ?? "";
-  area.addEventListener("change", action(async () => { await save(area.value.trim() || null); announce("note saved"); }));
-  return area;
+  const area = html("textarea", { class: "note", rows: 1, placeholder: "Add a note", "aria-label": "Note", maxlength: 4000 }), said = html("small", { role: "status" });
+  let kept = text ?? "", waiting = 0;
+  const keep = action(async () => {
+    clearTimeout(waiting);
+    if (area.value.trim() === kept) return;
+    kept = area.value.trim();
+    await save(kept || null);
+    said.textContent = "saved";
+  });
+  area.value = kept;
+  area.addEventListener("input", () => { said.textContent = ""; clearTimeout(waiting); waiting = setTimeout(keep, NOTE_MS); });
+  area.addEventListener("change", keep);
+  return html("div", { class: "noted-down" }, area, said);
 }
 
 // --- tables and lists -------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 // The service, as the page calls it: JSON in and out, jobs followed by their events, the token where one is asked for.
 
+// A message without the command line's way of naming options: “max grad norm”, not --max-grad-norm.
+export const plainly = (text) => text.replace(/(^|[^\w-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)/g, (_, before, name) => `${before}“${name.replaceAll("-", " ")}”`);
+
 export class Refused extends Error {
   constructor(status, error) {
-    super(error.message);
+    super(plainly(error.message));
     this.status = status;
     this.code = error.code;
     this.fields = error.fields ?? [];

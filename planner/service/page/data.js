@@ -1,7 +1,7 @@
 // Data for a run: files that lie on the service's machine, files that are uploaded, or random tokens to try a plan; and a look at them
 // as they are read for training.
 
-import { get, upload, work } from "./api.js";
+import { get, plainly, upload, work } from "./api.js";
 import { html } from "./charts.js";
 import { button, dialog, empty, list, mib, percent, progress, scrolling, section, table, when } from "./components.js";
 import { action } from "./shell.js";
@@ -14,26 +14,28 @@ const KINDS = { jsonl: "JSON lines", json: "JSON", csv: "CSV", text: "text", par
 // What data are called: a file's name, not its id.
 export const dataName = (data, uploads = []) => (data === RANDOM ? "random tokens" : uploads.find((one) => `upload:${one.id}` === data)?.name ?? data.split("/").pop());
 
-// A button that says which data are chosen and opens the choice; `control.value` is what a run is asked with.
-export function dataChooser({ name, value = "", none = "Choose data", random = false, changed = () => {} }) {
-  const control = button(none, action(async () => {
-    const chosen = await choose(name, random);
-    if (chosen) set(chosen.value, chosen.name);
-  }));
-  const set = (next, text) => {
+// A button that says which data are chosen and opens the choice; `control.value` is what a run is asked with. `changed(value, byPerson)`
+// is told of another choice; with `optional`, none is a choice too.
+export function dataChooser({ name, value = "", none = "Choose or upload a file", random = false, optional = false, changed = () => {} }) {
+  const control = button("", action(async () => {
+    const chosen = await choose(name, random, optional);
+    if (chosen) set(chosen.value, chosen.name, true);
+  }), "chooser");
+  const read = (next, text) => control.replaceChildren(html("span", {}, next ? text : none), html("span", { class: "soft" }, next ? "change or upload" : ""));
+  const set = (next, text = next && dataName(next), byPerson = false) => {
     control.value = next;
-    control.textContent = next ? text ?? dataName(next) : none;
-    changed(next);
+    read(next, text);
+    changed(next, byPerson);
   };
   control.set = set;
-  if (value) control.value = value;
-  if (value) control.textContent = dataName(value);
-  if (value.startsWith("upload:")) get("/v1/uploads").then(({ uploads }) => { control.textContent = dataName(value, uploads); }, () => {});
+  control.value = value;
+  read(value, value && dataName(value));
+  if (value.startsWith("upload:")) get("/v1/uploads").then(({ uploads }) => read(value, dataName(value, uploads)), () => {});
   return control;
 }
 
 // Open the choice; resolves with {value, name}, or null.
-function choose(title, random) {
+function choose(title, random, optional) {
   return dialog(title, (close) => {
     const taken = async (file) => {
       const bar = progress(`Uploading ${file.name}`);
@@ -64,7 +66,7 @@ function choose(title, random) {
       none: () => empty("No file of samples lies on the service's machine where it may look."),
     });
     files.reload();
-    return [drop, ...(random ? [html("p", { class: "row last" }, button("Use random tokens, to try the plan", () => close({ value: RANDOM, name: "random tokens" }), "quiet"))] : []), files];
+    return [drop, ...(optional ? [html("p", { class: "row last" }, button("Use none", () => close({ value: "", name: "" })))] : []), ...(random ? [html("p", { class: "row last" }, button("Use random tokens, to try the plan", () => close({ value: RANDOM, name: "random tokens" }), "quiet"))] : []), files];
   });
 }
 
@@ -84,22 +86,24 @@ export async function likely() {
   return { train: others.find((one) => TRAIN.test(one.name)) ?? uploaded.find((one) => others.includes(one)) ?? (others.length === 1 ? others[0] : null), held };
 }
 
-// A look at data as a plan's training reads them: prompts grey, what is trained on marked, what is cut or refused with its line.
+// A look at data as a plan's training reads them: prompts grey, what is trained on marked, what is cut or refused with its line. Gives how
+// many samples can be used.
 export async function preview(box, request, signal) {
   const bar = progress("Reading the data");
   box.replaceChildren(bar);
   const job = await work("/v1/previews", request, (latest) => bar.update(latest));
-  if (signal.aborted) return;
+  if (signal.aborted) return null;
   const { samples, refused, counted, padding_share: padding, cut } = job.result, many = samples.length > SHOWN;
   const shown = html("ol", { class: "samples" }, ...samples.slice(0, SHOWN).map(sample));
   const more = many ? button(`Show ${samples.length - SHOWN} more`, () => { shown.append(...samples.slice(SHOWN).map(sample)); more.remove(); }, "quiet") : null;
   const words = [`${counted.toLocaleString("en")} samples`, padding === null || padding === undefined ? null : `${percent(padding, 0)} of the places are padding`, cut ? `${cut.toLocaleString("en")} are longer than the plan's length and would be cut` : null].filter(Boolean);
   box.replaceChildren(...[
     html("p", {}, words.join("; "), "."),
-    refused.length ? html("div", { class: "refused" }, html("h3", { class: "not" }, `${refused.length} cannot be used`), scrolling("What cannot be used", table("", ["line", "why"], refused.map((one) => [String(one.line), one.why])))) : null,
+    refused.length ? html("div", { class: "refused" }, html("h3", { class: "not" }, `${refused.length} cannot be used`), scrolling("What cannot be used", table("", ["line", "why"], refused.map((one) => [String(one.line), plainly(one.why)])))) : null,
     html("p", { class: "soft" }, "What the model is shown is grey; what it learns to write is ", html("mark", {}, "marked"), "."),
     shown, more,
   ].filter(Boolean));
+  return samples.length;
 }
 
 const sample = ({ line, pieces, tokens, cut }) => html("li", {}, html("span", { class: "soft where" }, `line ${line}, ${tokens} tokens${cut ? ", cut" : ""}`), html("p", {}, ...pieces.map(({ text, trained }) => html(trained ? "mark" : "span", trained ? {} : { class: "soft" }, text))));

@@ -14,7 +14,7 @@ export async function show({ root, query, signal, keep, title }) {
   const [{ plans }, { profiles }] = await Promise.all([get("/v1/plans?limit=500"), get("/v1/profiles?limit=500")]);
   if (signal.aborted) return;
   const made = new Map(profiles.filter((one) => one.origin === "made").map((one) => [one.id, one]));
-  const usable = plans.filter((plan) => made.has(plan.profile) && plan.summary.status !== "infeasible" && !plan.summary.of_a_fleet && !plan.summary.elsewhere);
+  const usable = plans.filter((plan) => made.has(plan.profile) && plan.summary.status !== "infeasible" && plan.summary.policy === "solver" && !plan.summary.of_a_fleet && !plan.summary.elsewhere);
   if (!usable.some((plan) => plan.id === query.plan) && query.plan) usable.unshift(await get(`/v1/plans/${query.plan}`));
   if (!usable.length) {
     return void root.append(heading("Fine-tune a model"), empty("First measure a model that lies on the service's machine, and plan it for the memory that you have.", html("a", { href: to("models") }, "Models")));
@@ -24,21 +24,29 @@ export async function show({ root, query, signal, keep, title }) {
   const seen = section("The data, as they are read", html("p", { class: "soft" }, "Choose data to look at them."));
   const look = action(async () => {
     const value = data.value;
+    unusable = "";
     keep({ plan: plan.value, data: value });
     if (!value || value === RANDOM) return void seen.lastChild.replaceWith(html("p", { class: "soft" }, value ? "Random tokens teach nothing; they try the plan." : "Choose data to look at them."));
     const box = html("div", {});
     seen.lastChild.replaceWith(box);
     try {
-      await preview(box, { plan: plan.value, data: value, ...(await looked(form)) }, signal);
+      const usable = await preview(box, { plan: plan.value, data: value, ...(await looked(form)) }, signal);
+      if (data.value === value) unusable = usable === 0 ? "None of these samples can be used, for the reasons below: choose other data, or say under “More options” what their columns are called." : "";
     } catch (error) {
+      unusable = error.message;
       box.replaceChildren(html("p", { class: "wrong", role: "alert" }, error.message));
     }
   });
-  const data = dataChooser({ name: "Data to learn from", value: query.data ?? "", random: true, changed: () => look() });
-  const held = dataChooser({ name: "Held-out data", none: "None", changed: () => {} });
+  const data = dataChooser({ name: "Data to learn from", value: query.data ?? "", random: true, changed: (_, byPerson) => {
+    if (byPerson && guessed) held.set("");
+    look();
+  } });
+  const held = dataChooser({ name: "Held-out data", none: "None", optional: true, changed: (_, byPerson) => { guessed = !byPerson; } });
+  let guessed = false, unusable = ""; // whether the held-out data are the page's own guess; why the data cannot be learnt from
   const start = html("button", { class: "main" }, "Start fine-tuning"), say = html("p", { class: "wrong", role: "alert" });
   const form = html("form", { id: "run-form", submit: action(async () => {
     say.textContent = "";
+    if (unusable) { say.textContent = unusable; return; }
     if (!data.value) { say.textContent = "Choose data first."; data.focus(); return; }
     start.disabled = true;
     forget(form);

@@ -1,7 +1,7 @@
 // One run, live: its stages from the first second, loss and memory step by step, what to be warned of, then what it left: the
 // adapter, the report, and the model to be asked before and after.
 
-import { download, finish, get, patch, post, remove } from "./api.js";
+import { download, finish, get, patch, plainly, post, remove } from "./api.js";
 import { html, seconds } from "./charts.js";
 import { button, confirmed, editable, empty, field, mib, note, numbers, percent, progress, scrolling, section, span, table, term } from "./components.js";
 import { dataName } from "./data.js";
@@ -29,7 +29,7 @@ export async function show({ root, id, query, signal, keep, title }) {
     await remove(`/v1/jobs/${id}`);
     go("runs");
   }), "danger");
-  const loss = chartBox("Loss"), memory = chartBox("Memory, under its cap"), steps = numbers("Steps", html("div", {})), left = html("div", {}), other = html("div", { class: "row" });
+  const loss = chartBox("Loss"), memory = chartBox("Memory of the process that trains"), steps = numbers("Steps", html("div", {})), left = html("div", {}), other = html("div", { class: "row" });
   const views = { loss: {}, memory: {}, with: new Map() };
   const charts = section(null, html("div", { class: "beside" }, loss.whole, memory.whole), other, steps);
   root.append(
@@ -42,7 +42,7 @@ export async function show({ root, id, query, signal, keep, title }) {
     state.replaceChildren(stateOf(job));
     cancel.hidden = !isOpen(job);
     cancel.disabled = false;
-    resume.hidden = !["cancelled", "failed", "interrupted"].includes(job.state);
+    resume.hidden = !["cancelled", "failed", "interrupted"].includes(job.state) || !run.steps.size;
     erase.hidden = isOpen(job);
   };
   const draw = () => {
@@ -72,7 +72,7 @@ export async function show({ root, id, query, signal, keep, title }) {
         if (latest.eval_loss !== undefined) run.evaluations = [...run.evaluations.filter((one) => one.step !== latest.step), latest];
         else if (latest.step !== undefined) run.steps.set(latest.step, latest);
         const total = job.request.steps ?? (run.expected = expected(latest, job) ?? run.expected);
-        bar.update(latest.loss === undefined ? latest : { stage: "training", done: latest.step, total });
+        bar.update(latest.loss === undefined ? latest : { stage: "training", done: latest.step, total, left: false });
         if (performance.now() - drawn < REDRAW) return;
         drawn = performance.now();
         draw();
@@ -113,7 +113,7 @@ function figures(run, job, ordered) {
     card("loss", smoothed(ordered.map((one) => [one.step, one.loss])).at(-1)[1].toFixed(4), `step ${last.step}${total ? ` of ${total}` : ""}; ${last.loss.toFixed(4)} in this one`),
     last.tokens === undefined ? card("one step", `${seconds(pace)} s`, "mean of the latest") : card(term("tokens a second", "Tokens of your data, padding left out: what counts for how long the training takes."), Math.round(tokens / recent.length / pace).toLocaleString("en"), `${seconds(pace)} s a step${places ? `, ${percent(Math.max(0, 1 - tokens / places), 0)} padding` : ""}`),
     isOpen(job) ? card("time left", total ? span((total - last.step) * pace) : "–", "for the steps that are left") : card("took", span(job.finished - job.started), "from start to end"),
-    card("memory", `${mib(last.resident_bytes)} MiB`, `peak ${mib(last.peak_bytes)}${run.cap === null ? "" : ` of ${mib(run.cap)}`} MiB`),
+    card(term("memory", "Of the process that trains; the one beside it, which watches and reports, takes some 16 MiB more. The report has both."), `${mib(last.resident_bytes)} MiB`, `peak ${mib(last.peak_bytes)}${run.cap === null ? "" : ` of ${mib(run.cap)}`} MiB`),
   ];
 }
 
@@ -153,7 +153,7 @@ async function offerOthers(box, id, query, keep, views, draw) {
 
 // What a run that has ended leaves.
 async function ended(box, job, run, signal) {
-  if (job.state !== "succeeded") return void box.replaceChildren(section(null, html("p", { class: "wrong", role: "alert" }, job.error?.message ?? `The run was ${job.state}.`), html("p", { class: "soft" }, "Its checkpoints are kept: it can go on from the last.")));
+  if (job.state !== "succeeded") return void box.replaceChildren(section(null, html("p", { class: "wrong", role: "alert" }, job.error ? plainly(job.error.message) : `The run was ${job.state}.`), run.steps.size ? html("p", { class: "soft" }, "Its checkpoints are kept: it can go on from the last.") : html("p", { class: "soft" }, "It had not begun to learn. Start it anew once that is mended.")));
   const report = await get(`/v1/runs/${run.id}/report`);
   if (signal.aborted) return;
   box.replaceChildren(

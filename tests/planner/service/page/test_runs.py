@@ -32,7 +32,7 @@ def test_a_run_from_its_data_to_its_adapter(browser, measuring, planned, picture
     with tab(browser, at(measuring, f"runs?new=1&plan={planned}"), expected=("422",)) as page:
         # The only data there are chosen already, and shown as they are read: what is learnt is marked.
         data = page.get_by_label("Data to learn from")
-        expect(data).to_have_text("data.jsonl")
+        expect(data).to_contain_text("data.jsonl")
         first = page.locator(".samples li").first
         expect(first.locator("mark")).to_contain_text("positive")
         expect(first.locator("p span.soft")).to_have_text("Is the fox quick? ")
@@ -64,7 +64,7 @@ def test_a_run_from_its_data_to_its_adapter(browser, measuring, planned, picture
         told = {row[0]: row[1:] for row in rows(page, "[aria-label='Predicted beside measured']")}
         training = number(told["– training, MiB"][1])
         assert training == pytest.approx(max(number(row[-1]) for row in steps), abs=1)
-        assert page.locator("[data-chart='Memory, under its cap'] svg .cap").count() == 1
+        assert page.locator("[data-chart='Memory of the process that trains'] svg .cap").count() == 1
         assert (
             page.locator("[data-chart=Loss] svg .dot-mark").count() == 3
         )  # evaluations before, in the middle, at the end
