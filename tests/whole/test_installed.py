@@ -130,7 +130,7 @@ def test_a_module_of_the_working_folder_is_profiled_planned_and_run(tightfit, fo
 def test_the_service_solves_and_shows_its_page(environment, tmp_path):
     service = Served(tmp_path / "data", tightfit=environment.tightfit).start()
     try:
-        for name in ("page.js", "charts.js", "charts.css"):
+        for name in ("shell.js", "mark.svg", "charts.js", "components.js", "style.css"):
             assert service.http.get(f"/page/{name}").status_code == 200
         plan = service.result("/v1/plans", profile=service.upload(decoder_like(2)), memory="1GiB", policy="keep-all")
         assert plan["summary"]["status"] == "feasible"
