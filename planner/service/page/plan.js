@@ -5,12 +5,13 @@ import { atLeast, html, kindColour, legend, place, seconds, size } from "./chart
 import { bar, button, confirmed, editable, heading, mib, note, numbers, percent, scrolling, section, table, when } from "./components.js";
 import { explained } from "./glossary.js";
 import { didColour, LAYERS_DRAWN, layerGraph, used } from "./layers.js";
+import { nameOfPlan as nameOf } from "./rules.js";
 import { action, go, to } from "./shell.js";
 import { showStep, stepOf } from "./timeline.js";
 
 const ROWS = 60; // of a table of layers, before one asks for more
 
-export const nameOf = (plan) => plan.title ?? plan.label ?? `${plan.summary.policy} in ${mib(plan.summary.budget_bytes)} MiB`;
+export { nameOf };
 
 export async function show({ root, id, signal, title }) {
   const [plan, view] = await Promise.all([get(`/v1/plans/${id}`), get(`/v1/plans/${id}/view`)]);
