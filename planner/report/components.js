@@ -132,7 +132,10 @@ export function note(text, save, action) {
 const LONG = 26; // letters; longer texts in tables are broken into lines
 const SEVERAL = 4, MANY = 6; // columns of a table, from which its rows become blocks on a narrow screen, and on one less narrow
 
-const broken = (cell) => ((cell?.textContent ?? String(cell ?? "")).length > LONG ? "long" : null);
+function broken(cell) {
+  const unseen = [...(cell?.querySelectorAll?.(".meaning") ?? [])].reduce((sum, meaning) => sum + meaning.textContent.length, 0);
+  return (cell?.textContent ?? String(cell ?? "")).length - unseen > LONG ? "long" : null;
+}
 
 export function table(caption, headings, rows) {
   const head = html("tr", {}, ...headings.map((text) => (text ? html("th", { scope: "col" }, text) : html("td"))));

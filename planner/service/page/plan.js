@@ -78,7 +78,7 @@ function cards({ summary, timeline }) {
 }
 
 function peak({ parts, bytes, instruction, text, tensors }) {
-  const rows = parts.filter((part) => part.bytes >= Math.min(52429, bytes / 1000)).map((part) => [part.label, bar(part.bytes / bytes, kindColour(part.name)), size(part.bytes), percent(part.bytes / bytes, 0)]);
+  const rows = parts.filter((part) => part.bytes >= Math.min(52429, bytes / 1000)).map((part) => [html("span", {}, ...explained(part.label)), bar(part.bytes / bytes, kindColour(part.name)), size(part.bytes), percent(part.bytes / bytes, 0)]);
   rows.push(["together", "", size(bytes), ""]);
   return section("What fills the memory",
     scrolling("At the fullest moment", table(`At the fullest moment, instruction ${instruction + 1}: ${text}`, ["what", "", "size", "share"], rows)),
