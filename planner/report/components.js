@@ -140,10 +140,19 @@ export function note(text, save, action) {
 
 // --- tables and lists -------------------------------------------------------------------------------------------------
 
+const LONG = 26; // letters; longer texts in tables are broken into lines
+const SEVERAL = 4, MANY = 6; // columns of a table, from which its rows become blocks on a narrow screen, and on one less narrow
+
+function broken(cell) {
+  const unseen = [...(cell?.querySelectorAll?.(".meaning") ?? [])].reduce((sum, meaning) => sum + meaning.textContent.length, 0);
+  return (cell?.textContent ?? String(cell ?? "")).length - unseen > LONG ? "long" : null;
+}
+
 export function table(caption, headings, rows) {
   const head = html("tr", {}, ...headings.map((text) => (text ? html("th", { scope: "col" }, text) : html("td"))));
-  const body = rows.map(([first, ...rest]) => html("tr", {}, html("th", { scope: "row" }, first), ...rest.map((text) => html("td", {}, text))));
-  return html("table", {}, html("caption", {}, caption), html("thead", {}, head), html("tbody", {}, ...body));
+  const body = rows.map(([first, ...rest]) => html("tr", {}, html("th", { scope: "row", class: broken(first) }, first), ...rest.map((text, index) => html("td", { "data-title": headings[index + 1] || null, class: broken(text) }, text))));
+  const columns = headings.length >= MANY ? "many" : headings.length >= SEVERAL ? "several" : null;
+  return html("table", { class: columns }, html("caption", {}, caption), html("thead", {}, head), html("tbody", {}, ...body));
 }
 
 export const scrolling = (label, ...children) => html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, ...children);
@@ -154,19 +163,19 @@ export const bar = (share, colour) => html("span", { class: "bar", "aria-hidden"
 // A chart with its numbers folded below.
 export const numbers = (label, made) => html("details", {}, html("summary", {}, "In numbers"), scrolling(label, made));
 
-// A list with search and sort. `columns`: [{title, cell(item) → node or text, value(item) → what it is sorted by, wide}]; the first
-// column heads its row. `load(cursor, search)` → {items, next} gets a page of it, the service searching; `actions(items)` are offered for
+// A list with search and sort. `columns`: [{title, cell(item) → node or text, value(item) → what it is sorted by, wide, least}]; the first
+// column heads its row, one that is `least` goes first where there is no room for all. `load(cursor, search)` → {items, next} gets a page of it, the service searching; `actions(items)` are offered for
 // what is ticked.
 export function list({ name, columns, load, key = (item) => item.id, actions = null, none, action }) {
   const box = html("div", { class: "list" }), ticked = new Set(), search = html("input", { type: "search", placeholder: `Search ${name}`, "aria-label": `Search ${name}` });
   const bar = html("div", { class: "row list-bar" }, search), body = html("tbody"), more = button("Show more", () => fetchMore(), "quiet"), chosen = html("div", { class: "row" });
-  const head = html("tr", {}, actions ? html("td") : null, ...columns.map((column, index) => html("th", { scope: "col", "aria-sort": "none" }, column.value ? button(column.title, () => sort(index), "quiet sort") : column.title)));
+  const head = html("tr", {}, actions ? html("td") : null, ...columns.map((column, index) => html("th", { scope: "col", "aria-sort": "none", class: column.least ? "least" : null }, column.value ? button(column.title, () => sort(index), "quiet sort") : column.title)));
   const frame = scrolling(name, html("table", { class: "listing" }, html("thead", {}, head), body));
   let items = [], next = null, order = { column: null, down: false }, asked = 0;
   const draw = () => {
     const { column, down } = order, shown = column === null ? items : [...items].sort((a, b) => compared(columns[column].value(a), columns[column].value(b)) * (down ? -1 : 1));
     head.querySelectorAll("th").forEach((cell, index) => cell.setAttribute("aria-sort", index === column ? (down ? "descending" : "ascending") : "none"));
-    body.replaceChildren(...shown.map((item) => html("tr", { "data-id": key(item) }, actions ? html("td", {}, tick(item)) : null, ...columns.map((column, index) => html(index ? "td" : "th", index ? { "data-title": column.title, class: column.wide ? "wide" : null } : { scope: "row" }, column.cell(item))))));
+    body.replaceChildren(...shown.map((item) => html("tr", { "data-id": key(item) }, actions ? html("td", {}, tick(item)) : null, ...columns.map((column, index) => html(index ? "td" : "th", index ? { "data-title": column.title, class: [column.wide && "wide", column.least && "least"].filter(Boolean).join(" ") || null } : { scope: "row" }, column.cell(item))))));
     more.hidden = !next;
     frame.hidden = !items.length;
     box.querySelector(".empty")?.remove();

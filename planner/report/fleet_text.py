@@ -36,6 +36,8 @@ DOING = {
 }
 """what a device or a link does for a while (`Span.what`), in words"""
 
+IDLE_SHARE = 0.02
+"""a device that waits for less of the step than this is not told of"""
 NAMES = ("member", "from … to", "device")
 """columns that hold names, which take several lines where the terminal is narrow"""
 
@@ -193,6 +195,8 @@ def fleet_sentences(fleet: AnyPlan) -> list[str]:
         *_estimated(fleet),
         _headline(fleet),
         _phases(fleet),
+        *_waiting(fleet),
+        *_links(fleet),
         *(
             f"{member.name} takes no part" + (f": {member.reason}" if member.reason else "")
             for member in fleet.members
@@ -234,6 +238,35 @@ def _phases(fleet: AnyPlan) -> str:
         f"all have computed after {computed}; then {format_seconds(fleet.exchange_seconds)} until every device has the"
         f" sum of the gradients ({format_size(fleet.trained_bytes)} over each link, both ways), and {update}"
     )
+
+
+def _waiting(fleet: AnyPlan) -> list[str]:
+    """Which devices have computed before the others, by how much, and why they have no more to do."""
+    if isinstance(fleet, PipelinePlan):
+        return []
+    said = []
+    for member in fleet.chain:
+        each = member.micro_batch_seconds
+        spare = 0.0 if each is None else fleet.compute_seconds - each * member.micro_batches
+        if each is not None and spare >= IDLE_SHARE * fleet.makespan_seconds:
+            more = f": one micro-batch more would take it {format_seconds(each)}" if each > spare else ""
+            said.append(
+                f"{member.name} has computed its share {format_seconds(spare)} before the slowest, and waits{more}"
+            )
+    return said
+
+
+def _links(fleet: AnyPlan) -> list[str]:
+    """What faster links would be worth all together, where one of them alone is worth nothing."""
+    if isinstance(fleet, PipelinePlan) or not fleet.prices:
+        return []
+    least = LEAST_SHARE * fleet.makespan_seconds
+    half = fleet.exchange_seconds / 2
+    if half < least or any(price.link_gain_seconds >= least for price in fleet.prices):
+        return []
+    gain = f"{format_seconds(half)} ({half / fleet.makespan_seconds:.1%} of the step)"
+    alone = "a faster link of one device alone gains nothing, as the other links stay as slow"
+    return [f"{alone}; all twice as fast would shorten the exchange by up to {gain}"]
 
 
 def _flow(fleet: PipelinePlan) -> str:

@@ -31,7 +31,7 @@ KINDS = (
     MemoryBand(name="activation", label="activations", light="#5b3fb5", dark="#8f76e0"),
     MemoryBand(name="gradient", label="gradients", light="#d65a94", dark="#e07aa9"),
     MemoryBand(name="workspace", label="workspace", light="#12866b", dark="#2fa98a"),
-    MemoryBand(name="fragmentation", label="touched, free for reuse", light="#d8d2c4", dark="#6d675b"),
+    MemoryBand(name="fragmentation", label="empty, kept for reuse", light="#d8d2c4", dark="#6d675b"),
     MemoryBand(name="start", label="start of Python and PyTorch", light="#cfd3d9", dark="#454c55"),
     MemoryBand(name="beyond", label="at other moments", light="#a89f92", dark="#8a8175"),
 )

@@ -32,7 +32,8 @@ def plain_words(plan: Plan, explanation: Explanation | None = None) -> list[str]
 
 def _tensors(plan: Plan) -> str:
     """What happens to weights, activations and the optimizer's states."""
-    costs = CostLedger(plan).costs()
+    ledger = CostLedger(plan)
+    costs = ledger.costs()
     disk = words_of(plan.device).elsewhere
     until = "until the backward needs them" if has_phases(plan) else "until they are needed again"
     activations = _shares(
@@ -50,6 +51,7 @@ def _tensors(plan: Plan) -> str:
             "packed": "stay in memory packed and are unpacked for each use",
             "streamed": f"are read from {disk} for each use",
         },
+        stored=_stored_by_decision(ledger, costs),
     )
     states = _shares(
         _bytes_by_decision(costs, "optimizer"),
@@ -76,13 +78,30 @@ def _bytes_by_decision(costs: Mapping[str, Cost], *kinds: str) -> Counter[str]:
     return sums
 
 
-def _shares(sums: Mapping[str, int], words: Mapping[str, str]) -> str:
-    """What becomes of some tensors, the largest share first: ` (40 MiB) stay in memory`, or `: 40 MiB stay in memory and 3 MiB ...`."""
-    shares = sorted(((size, words[decision]) for decision, size in sums.items() if decision in words), reverse=True)
+def _stored_by_decision(ledger: CostLedger, costs: Mapping[str, Cost]) -> Counter[str]:
+    """Bytes of weights as they lie in memory packed and on disk, which is less than what they take unpacked."""
+    sums: Counter[str] = Counter()
+    for name, cost in costs.items():
+        if cost.decision in {"packed", "streamed"} and cost.kind == "weight":
+            sums[cost.decision] += ledger.index.tensors[name].packed_bytes
+    return sums
+
+
+def _shares(sums: Mapping[str, int], words: Mapping[str, str], stored: Mapping[str, int] | None = None) -> str:
+    """What becomes of some tensors, the largest share first: ` (40 MiB) stay in memory`, or `: 40 MiB stay in memory and 3 MiB ...`.
+
+    Of those that are `stored` in fewer bytes, this is said too.
+    """
+    shares = sorted(((size, decision) for decision, size in sums.items() if decision in words), reverse=True)
+    less = {name: size for name, size in (stored or {}).items() if 0 < size < sums.get(name, 0)}
     if len(shares) == 1:
-        size, what = shares[0]
-        return f" ({format_size(size)}) {what}"
-    named = [f"{format_size(size)} {what}" for size, what in shares]
+        size, decision = shares[0]
+        packed = f", {format_size(less[decision])} packed" if decision in less else ""
+        return f" ({format_size(size)}{packed}) {words[decision]}"
+    named = [
+        format_size(size) + (f" ({format_size(less[decision])} packed) " if decision in less else " ") + words[decision]
+        for size, decision in shares
+    ]
     return f": {', '.join(named[:-1])} and {named[-1]}" if named else ""
 
 

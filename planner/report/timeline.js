@@ -413,8 +413,10 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
   }
   function sentence(i) {
     const parts = shown.map((k) => [kinds[k].label, levels[k][i]]).filter(([, bytes]) => bytes >= Math.min(0.05 * axis.unit.size, total[i] / 1000));
-    return `${step.timed ? `${duration(begin[i])}, ` : ""}instruction ${i + 1} of ${count}: ${textOf(step, i)}. ${size(total[i], axis.unit)} = ${parts.map(([kind, bytes]) => `${kind} ${inUnit(bytes, axis.unit)}`).join(" + ")}`;
+    return `${step.timed ? `${duration(begin[i])}, ` : ""}instruction ${i + 1} of ${count}: ${textOf(step, i)}. ${size(total[i], axis.unit)} = ${parts.map(([kind, bytes]) => `${kind} ${inUnit(bytes, axis.unit)}`).join(" + ")}${i === step.fullest ? room : ""}`;
   }
+  // What the plan's peak has beyond its fullest instruction.
+  const { peak } = step.columns, beyond = peak.bytes - total[step.fullest], room = peak.bytes > peak.start && beyond >= 0.05 * axis.unit.size ? `; with ${size(beyond, axis.unit)} more, kept for the step's largest workspace, the peak is ${size(peak.bytes, axis.unit)}` : "";
   const KEYS = {
     ArrowRight: () => go(at + 1), ArrowLeft: () => go(at - 1), PageDown: () => go(jump(1)), PageUp: () => go(jump(-1)), Home: () => go(0), End: () => go(count - 1),
     "+": () => zoom(ZOOM), "=": () => zoom(ZOOM), "-": () => zoom(1 / ZOOM), 0: () => look(0, axis.whole), Enter: () => tell({ instruction: at }),
@@ -526,7 +528,7 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
     close.setAttribute("aria-label", "Close");
     told.replaceChildren(
       html("div", { class: "heading" }, html("h3", {}, title), close), html("p", { class: "soft" }, text),
-      ...(rows.length ? [scrolling(title, html("table", { class: "tensors" }, html("thead", {}, html("tr", {}, ...["tensor", "size", "in memory", "why"].map((head) => html("th", { scope: "col" }, head)))), html("tbody", {}, ...rows)))] : []), ...(more ? [more] : []),
+      ...(rows.length ? [scrolling(title, html("table", { class: "tensors many" }, html("thead", {}, html("tr", {}, ...["tensor", "size", "in memory", "why"].map((head) => html("th", { scope: "col" }, head)))), html("tbody", {}, ...rows)))] : []), ...(more ? [more] : []),
     );
   }
   // When over the step a tensor lies in memory.

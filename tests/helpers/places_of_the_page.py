@@ -71,8 +71,15 @@ def number(text):
     return float(re.search(r"[\d.]+", text.replace(",", ""))[0])
 
 
+HIDDEN = """[...document.querySelectorAll("#places a")].filter((place) => place.getBoundingClientRect().right > innerWidth)
+    .concat(innerWidth > 400 ? [] : [...document.querySelectorAll(".scroll:has(> table)")].filter((box) => box.scrollWidth > box.clientWidth))
+    .map((one) => one.getAttribute("aria-label") ?? one.textContent)"""
+"""places that the window cuts off, and on a phone tables that have columns out of sight"""
+
+
 def nothing_hinders(page, pictures, name):
-    """At three sizes, in light and dark: axe finds no fault, nothing is wider than the window; a picture is kept of each."""
+    """At three sizes, in light and dark: axe finds no fault, nothing is wider than the window, no place and no table is cut off; a picture is kept
+    of each."""
     before = page.viewport_size
     for size, viewport in SIZES.items():
         page.set_viewport_size(viewport)
@@ -83,6 +90,7 @@ def nothing_hinders(page, pictures, name):
             faults = [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]
             assert faults == [], (size, theme)
             assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], (size, theme)
+            assert page.evaluate(HIDDEN) == [], (size, theme)
             page.screenshot(path=pictures / f"{name}-{size}-{theme}.png", full_page=True)
     page.emulate_media(color_scheme="light")
     page.set_viewport_size(before)

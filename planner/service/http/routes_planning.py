@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
@@ -43,6 +43,12 @@ from tightfit.planner.service.wire.shown import Difference, PlanTimeline, PlanVi
 
 router = APIRouter(prefix="/v1", tags=["planning"])
 Identity = Annotated[Digest, Path(description="of what the plan was made of")]
+Asked = Annotated[
+    bool,
+    Query(
+        description="only plans that somebody named, used or asked for, not those made for a comparison alone or to learn of the smallest budget"
+    ),
+]
 FILE = described_file("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
 
 
@@ -59,12 +65,13 @@ async def make_plan(request: Request, body: PlanRequest, key: IdempotencyKey = N
 async def list_plans(
     request: Request,
     profile: Digest | None = None,
+    asked: Asked = False,
     limit: Limit = 100,
     after: After = None,
     search: Search = None,
 ) -> PlanList:
     store = service_of(request).store
-    rows = store.files("plan", origin=profile, search=search, after=after, limit=limit)
+    rows = store.files("plan", origin=profile, asked=asked, search=search, after=after, limit=limit)
     return PlanList(plans=[listed(row) for row in rows.items], next=rows.next, set_aside=store.set_aside("plan"))
 
 

@@ -69,6 +69,11 @@ NAMING = {
     for column in ("title", "note")
 }
 """table and column -> how what a person says is written there"""
+ASKED = (
+    "(title IS NOT NULL OR note IS NOT NULL OR (CASE WHEN json_valid(summary) THEN json_extract(summary, '$.budget_bytes') > 1 END"
+    " AND EXISTS (SELECT 1 FROM uses JOIN jobs ON jobs.id = uses.job WHERE uses.kind = files.kind AND uses.file = files.id AND jobs.kind <> 'comparison')))"
+)
+"""Of a plan: somebody named it, or a job other than a comparison made or used it. One byte is a question for the smallest budget."""
 Row = dict[str, Any]
 T = TypeVar("T")
 log = logging.getLogger("tightfit.service")
@@ -496,12 +501,16 @@ class JobStore:
         kind: str,
         *,
         origin: str | None = None,
+        asked: bool = False,
         search: str | None = None,
         after: str | None = None,
         limit: int = 100,
     ) -> Page[Row]:
-        """Those of a kind and an origin that mention all words of `search`, from `next` of the page before on."""
-        rows = self._page("files", "created", {"kind": kind, "origin": origin}, search, after, limit)
+        """Those of a kind and an origin that mention all words of `search`, from `next` of the page before on; of plans only those that
+        were `asked` for, if so.
+        """
+        equal = {"kind": kind, "origin": origin}
+        rows = self._page("files", "created", equal, search, after, limit, *([ASKED] if asked else []))
         return Page(items=self._readable(rows.items), next=rows.next)
 
     def name_file(self, kind: str, identity: str, names: Mapping[str, str | None]) -> None:
@@ -725,9 +734,10 @@ class JobStore:
         search: str | None,
         after: str | None,
         limit: int,
+        *also: str,
     ) -> Page[Row]:
         """Rows by the column `place`, and by id where that is the same, the last first: those whose columns are `equal` to what is
-        given.
+        given, and for which the conditions of `also` hold.
         """
         conditions: dict[str, tuple[Any, ...]] = {
             f"{column} = ?": (value,) for column, value in equal.items() if value is not None
@@ -737,6 +747,7 @@ class JobStore:
             conditions[f"({place}, id) < (?, ?)"] = (float(position), identity)
         if search is not None and search.split():
             conditions["mentioned(?, title, note, label, id)"] = (search,)
+        conditions |= dict.fromkeys(also, ())
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
         rows = self._rows(
             f"SELECT * FROM {table} {where} ORDER BY {place} DESC, id DESC LIMIT ?",  # noqa: S608  constants

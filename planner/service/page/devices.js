@@ -14,7 +14,7 @@ export async function show({ root, signal }) {
   root.append(
     heading("Devices"),
     section("This machine", html("p", {}, `${own.threads} ${own.threads === 1 ? "core" : "cores"}, ${mib(own.memory_bytes, 0)} MiB of memory. `, own.running ? html("span", {}, "Busy: ", html("a", { href: to("runs", own.running) }, "what runs"), own.waiting ? `, and ${own.waiting} more wait.` : ".") : "Measurements and runs begin at once.")),
-    section("Devices that have asked", asking.length ? html("div", { class: "doors", id: "asking" }, ...asking.map(card)) : empty("None yet. A device that trains with this service's address asks it for a plan, and is listed here with how it went.")),
+    section("Devices that train with this service", asking.length ? html("div", { class: "doors", id: "asking" }, ...asking.map(card)) : empty("None yet. A device that is told this service's address when it trains gets its plan from here, and is listed with how it went.")),
     section("Devices that can be planned for", html("p", { class: "soft" }, "From their data sheets; times are estimated."), scrolling("Devices with a data sheet", table("", ["device", "kind", "memory, MiB"], sheets.map((one) => [one.label, one.kind === "cuda" ? "graphics card" : "processor", mib(one.memory_bytes, 0)])))),
   );
 }
@@ -23,7 +23,7 @@ export async function show({ root, signal }) {
 function card({ device, planned, report, seen }) {
   const cores = `${device.cores} ${device.cores === 1 ? "core" : "cores"}`;
   return html("article", { class: "panel" },
-    html("div", { class: "heading" }, html("h3", {}, device.name), html("span", { class: "soft" }, "asked ", when(seen))),
+    html("div", { class: "heading" }, html("h3", {}, device.name), html("span", { class: "soft" }, "last heard of ", when(seen))),
     html("p", { class: "soft" }, `${device.processor}, ${cores}, ${mib(device.memory_bytes, 0)} MiB`),
     device.budget_bytes === null ? null : html("p", {}, bar(device.budget_bytes / (device.memory_bytes || 1), "var(--accent)"), ` a budget of ${mib(device.budget_bytes)} MiB`),
     html("p", {}, planned ? linked(planned) : "No plan asked for yet."),

@@ -6,7 +6,7 @@ import { button, confirmed, editable, note, numbers, scrolling, section, table, 
 import { nameOf, rename, speedup } from "./fleets.js";
 import { action, go, to } from "./shell.js";
 
-const FIRST = 3; // sentences that stand above, the others are folded
+const FIRST = 5; // sentences that stand above, the others are folded
 const sheet = ({ caption, headings, rows }) => table(caption, headings, rows);
 
 export async function show({ root, id, signal, title }) {
@@ -14,6 +14,7 @@ export async function show({ root, id, signal, title }) {
   if (signal.aborted) return;
   title(nameOf(fleet));
   const lanes = html("div", { class: "chart-box", id: "lanes" }), exchange = html("div", { class: "chart-box", id: "exchange" }), key = html("ul", { class: "legend" }), reading = html("p", { class: "reading", "aria-live": "polite" });
+  const guessed = fleet.summary.members.filter((member) => member.plan_fingerprint && !member.measured).map((member) => member.name);
   const files = [["fleet.json", `/v1/fleets/${id}/file`], ...Object.entries(view.plans).map(([name, plan]) => [name, `/v1/plans/${plan}/file`])];
   root.append(
     html("div", { class: "heading" },
@@ -28,7 +29,7 @@ export async function show({ root, id, signal, title }) {
     section("Who does what when", lanes, html("div", {}, html("h3", {}, "The exchange, enlarged"), exchange), key, reading, numbers("What each device and each link does", sheet(view.activity))),
     section("The devices", scrolling("The members of the chain", sheet(view.chain)), html("p", { class: "row" }, "Each device's plan: ", ...Object.entries(view.plans).map(([name, plan]) => html("a", { href: to("plans", plan) }, name.replace(/\.plan\.json$/, ""))))),
     ...(view.prices ? [section("What more would be worth", scrolling("What memory and links are worth", sheet(view.prices)))] : []),
-    section("To run it", html("p", { class: "soft" }, "Copy fleet.json and each device's own plan to it; the documentation of fleets says what to start where."), html("p", { class: "row last", id: "files" }, ...files.map(([name, path]) => button(`Download ${name}`, action(() => download(path, name)))))),
+    section(guessed.length ? "Once it is measured" : "To run it", html("p", { class: "soft" }, guessed.length ? `How long ${guessed.join(" and ")} ${guessed.length === 1 ? "takes" : "take"} is estimated. Measure the model on each and plan this fleet again before it is run; until then these files are for reading.` : "Copy fleet.json and each device's own plan to it; the documentation of fleets says what to start where."), html("p", { class: "row last", id: "files" }, ...files.map(([name, path]) => button(`Download ${name}`, action(() => download(path, name)))))),
   );
   showLanes({ boxes: [lanes, exchange], key, reading }, view.lanes, view.title);
 }
@@ -37,9 +38,9 @@ function cards(summary) {
   const gain = speedup(summary);
   const shown = [
     ["one step", `${seconds(summary.makespan_seconds)} s`, `${summary.micro_batches} micro-batches`],
-    ["beside the fastest alone", gain ? `${gain.times.toFixed(2)} ×` : "–", gain ? `alone it takes ${seconds(gain.alone)} s` : "no device can do the step alone"],
+    ["compared with one device", gain ? `${gain.times.toFixed(2)} × as fast` : "–", gain ? `the fastest alone takes ${seconds(gain.alone)} s` : "none can do the step alone"],
     ["devices that compute", String(summary.members.filter((member) => member.plan_fingerprint).length), `of ${summary.members.length}`],
-    ["results", summary.bit_identical ? "the same bits" : "nearly the same", summary.bit_identical ? "as on one device" : "operators round otherwise"],
+    ["results", summary.bit_identical ? "the same bits" : "differ by rounding", summary.bit_identical ? "as on one device" : "from those of one device"],
   ];
   return html("dl", { class: "cards" }, ...shown.map(([name, value, more]) => html("div", { class: "card" }, html("dt", {}, name === "one step" ? term(name, "From the moment all devices begin until each has the updated weights.") : name), html("dd", {}, html("b", {}, value), html("span", {}, more)))));
 }

@@ -24,8 +24,8 @@ export async function show({ root }) {
       { title: "Fleet", value: nameOf, cell: (fleet) => html("a", { href: to("fleets", fleet.id) }, nameOf(fleet)) },
       { title: "Devices", value: (fleet) => membersOf(fleet).length, cell: (fleet) => String(membersOf(fleet).length) },
       { title: "One step", value: (fleet) => fleet.summary.makespan_seconds, cell: (fleet) => `${seconds(fleet.summary.makespan_seconds)} s` },
-      { title: "Beside the fastest alone", value: (fleet) => speedup(fleet.summary)?.times ?? null, cell: (fleet) => (speedup(fleet.summary) ? `${speedup(fleet.summary).times.toFixed(2)} × as fast` : "none fits alone") },
-      { title: "Note", cell: (fleet) => fleet.note ?? "", wide: true },
+      { title: "Compared with one device", value: (fleet) => speedup(fleet.summary)?.times ?? null, cell: (fleet) => (speedup(fleet.summary) ? `${speedup(fleet.summary).times.toFixed(2)} × as fast` : "none fits alone") },
+      { title: "Note", cell: (fleet) => fleet.note ?? "", wide: true, least: true },
       { title: "Made", value: (fleet) => fleet.created, cell: (fleet) => when(fleet.created) },
     ],
     load: async (after, search) => {

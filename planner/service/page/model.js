@@ -57,7 +57,7 @@ async function explore(place) {
   const measuredBy = summary.request ?? (profile.origin === "made" ? await requestOf(id) : null);
   place.title(nameOf(profile));
   const { budget: budgetKept, policy: policyKept, ...stepKept } = query;
-  const state = { least: 0, proven: false, most: 0, budget: 0, policy: policies.includes(policyKept) ? policyKept : SOLVER, cells: [], chart: null, asked: 0, step: stepKept, drawn: new Set(summary.policies), ticked: new Set(), dragging: false, ways: null, round: 0 };
+  const state = { least: 0, proven: false, most: 0, budget: 0, policy: policies.includes(policyKept) ? policyKept : SOLVER, cells: [], chart: null, asked: 0, step: stepKept, drawn: new Set(summary.policies), ticked: new Set(), dragging: false, typing: false, chosen: false, ways: null, round: 0 };
   const old = (round) => signal.aborted || round !== state.round;
 
   // --- what is to be seen ---
@@ -131,7 +131,7 @@ async function explore(place) {
     drawIn(chart, (width) => {
       state.chart = budgetCurve(series, { least, most, known: needs(SOLVER) < Infinity, proven: state.proven, width });
       const { picture } = state.chart;
-      const drag = (event) => { state.budget = inKib(state.chart.budgetAt(event)); glide(); };
+      const drag = (event) => { choosing(inKib(state.chart.budgetAt(event))); glide(); };
       picture.addEventListener("pointerdown", (event) => { picture.setPointerCapture(event.pointerId); state.dragging = true; drag(event); });
       picture.addEventListener("pointermove", (event) => { if (state.dragging) drag(event); });
       for (const end of ["pointerup", "pointercancel"]) picture.addEventListener(end, action(() => { state.dragging = false; draw(); return moved(); }));
@@ -178,7 +178,7 @@ async function explore(place) {
   function mark() {
     const { budget } = state;
     if (!budget) return;
-    input.value = (budget / MIB).toFixed(places(budget / MIB));
+    if (!state.typing) input.value = (budget / MIB).toFixed(places(budget / MIB)); // what somebody types is theirs until it is entered
     if (state.most) slider.value = positionOf(budget);
     slider.setAttribute("aria-valuetext", `${mib(budget)} MiB`);
     state.chart?.show(budget, bestFor(budget)?.step);
@@ -218,6 +218,9 @@ async function explore(place) {
     const words = state.proven ? term("proven", "The search for the smallest plan came to its end: it has shown that no plan of this kind needs less.") : term("the best found so far", "The search for the smallest plan was ended by its time limit. A longer one may find a smaller plan.");
     smallest.replaceChildren(html("span", {}, "The smallest budget is ", html("b", {}, `${atLeast(least)} MiB`), ", ", words, "."), state.proven ? "" : " ", state.proven || state.seeking ? "" : button("Search longer", action(() => seek(LONG)), "link"));
   }
+
+  // A budget that a person chooses stays; one that the page opens with gives way to one that is planned.
+  function choosing(budget) { Object.assign(state, { budget, chosen: true, typing: false }); }
 
   // While the budget moves, the verdict moves along.
   function glide() { mark(); judge(); }
@@ -260,7 +263,7 @@ async function explore(place) {
     const made = button(spare ? `Fit this machine (${roomy(spare)} free)` : "Fit this machine", action(async () => {
       const { spare_bytes: now } = (await get("/v1/devices")).devices.find((one) => one.local);
       if (!now) throw new Error("Nothing can be spared on this machine now; end other programs, or name a budget.");
-      state.budget = inKib(now);
+      choosing(inKib(now));
       announce(`budget ${mib(now)} MiB`);
       await moved();
     }));
@@ -329,7 +332,7 @@ async function explore(place) {
   }
 
   function useSmallest() {
-    const least = needs(SOLVER), made = button(`Use ${atLeast(least)} MiB instead`, action(() => { state.budget = Math.max(LEAST, Math.ceil(least / 1024) * 1024); return moved(); }), "main");
+    const least = needs(SOLVER), made = button(`Use ${atLeast(least)} MiB instead`, action(() => { choosing(Math.max(LEAST, Math.ceil(least / 1024) * 1024)); return moved(); }), "main");
     made.id = "use-smallest";
     return made;
   }
@@ -360,7 +363,7 @@ async function explore(place) {
     // What was found earlier, by this page or by somebody else, is drawn at once and not searched for again, and the budget of the
     // address stands beside it from the beginning.
     const kept = Number(budgetKept);
-    if (!state.budget && kept >= LEAST && kept <= MOST) state.budget = Math.round(kept);
+    if (!state.budget && kept >= LEAST && kept <= MOST) choosing(Math.round(kept));
     const known = (name) => needs(name) < Infinity;
     if (points(SOLVER).length > 1 && known("keep-all")) reach();
     mark();
@@ -400,6 +403,7 @@ async function explore(place) {
     }
     if (drawn() < POINTS - 1) await compare(spread(least, most, POINTS), [SOLVER], FINE, "Refining the curve");
     if (old(round)) return;
+    openOnPlan();
     if (!bestFor(state.budget, (point) => point.plan) && !state.cells.some((one) => isAt(one, state.budget, state.policy))) await solve();
   }
 
@@ -417,8 +421,17 @@ async function explore(place) {
     state.most = Math.max(needs("keep-all"), state.least + Math.min(MIB, state.least));
     if (!state.budget) state.budget = spread(state.least, state.most, POINTS)[Math.floor(POINTS / 2)];
     slider.disabled = false;
-    remember();
+    openOnPlan();
     keep([]);
+  }
+
+  // Where nobody has chosen a budget, the nearest that is planned is shown, so that the verdict says what is known.
+  function openOnPlan() {
+    const near = state.chosen || state.typing ? null : undercut(points(state.policy)).filter(({ plan }) => plan).reduce((best, point) => (best && Math.abs(best.budget - state.budget) <= Math.abs(point.budget - state.budget) ? best : point), null);
+    if (near) state.budget = near.budget;
+    remember();
+    mark();
+    judge();
   }
 
   // So many budgets from the smallest to the largest, as they are shown: in tenths of a MiB, unless the whole curve lies within one.
@@ -470,18 +483,21 @@ async function explore(place) {
 
   // --- set up ---
 
-  slider.addEventListener("input", () => { state.budget = inKib(budgetAt(Number(slider.value))); glide(); });
+  slider.addEventListener("input", () => { choosing(inKib(budgetAt(Number(slider.value)))); glide(); });
   slider.addEventListener("change", action(moved));
   policy.addEventListener("change", action(() => { state.policy = policy.value; state.drawn.add(state.policy); if (state.most) draw(); return moved(); }));
   input.addEventListener("change", action(async () => {
     const { value } = input, bytes = Number(value) * MIB;
+    state.typing = false;
     if (!(bytes > 0 && bytes <= MOST)) {
       mark();
       throw new Error(`${value || "nothing"} is no budget; write MiB above 0, at most ${mib(MOST, 0)}`);
     }
-    state.budget = Math.max(LEAST, Math.ceil(bytes / 1024) * 1024);
+    choosing(Math.max(LEAST, Math.ceil(bytes / 1024) * 1024));
     await moved();
   }));
+  input.addEventListener("input", () => { state.typing = true; });
+  input.addEventListener("blur", () => { state.typing = false; mark(); });
   stepForm.addEventListener("submit", action(async () => {
     forget(stepForm);
     const before = state.step;

@@ -21,7 +21,7 @@ export async function show({ root, query, signal, title }) {
   if (!models.length) return void root.append(heading("Plan a fleet"), empty("A fleet needs a model first: measure one, or open the example.", html("a", { href: to("models") }, "Models")));
   const draft = like ?? JSON.parse(sessionStorage.getItem(DRAFT) ?? "null") ?? { profile: query.profile ?? models[0].id, micro_batches: 8, members: [] };
   if (!models.some((one) => one.id === draft.profile)) draft.profile = models[0].id;
-  const known = [...devices.map((one) => ({ ...one, key: one.local ? "own" : one.name })), ...remote.filter(({ planned }) => planned).map(({ id, device, planned }) => ({ key: id, name: device.name, label: `${device.name} (${device.processor}), which has asked`, memory_bytes: device.memory_bytes, budget_bytes: device.budget_bytes, profile: planned.profile }))];
+  const known = [...devices.map((one) => ({ ...one, key: one.local ? "own" : one.name })), ...remote.filter(({ planned }) => planned).map(({ id, device, planned }) => ({ key: id, name: device.name, label: `${device.name} (${device.processor}), which trains with this service`, memory_bytes: device.memory_bytes, budget_bytes: device.budget_bytes, profile: planned.profile }))];
   const model = html("select", {}, ...models.map((one) => html("option", { value: one.id, selected: one.id === draft.profile }, one.title ?? one.label ?? one.name)));
   const batches = html("input", { type: "number", min: 1, name: "micro_batches", value: draft.micro_batches, required: true });
   const members = html("div", { class: "doors", id: "members" }), say = html("div", { role: "status" }), start = html("button", { class: "main" }, "Plan this fleet");
@@ -83,7 +83,7 @@ export async function show({ root, query, signal, title }) {
     }
   }) },
   section(null, html("div", { class: "row" }, field("Model", model), field("Micro-batches of a step", batches, "All devices together; each is one pass of the model's batch."))),
-  section("Devices", html("p", { class: "soft" }, "Devices other than this machine are estimated from what is known of them; of one that has asked, its own measurement counts."), members, html("div", { class: "row last" }, choice, adding)),
+  section("Devices", html("p", { class: "soft" }, "Devices other than this machine are estimated from what is known of them; of one that trains with this service, its own measurement counts."), members, html("div", { class: "row last" }, choice, adding)),
   html("details", { class: "more panel" }, html("summary", {}, "More options"), html("div", { class: "row" })),
   html("div", { class: "row last" }, start), say);
   root.append(heading("Plan a fleet"), html("p", { class: "soft" }, "Several devices share each training step. The planner finds who computes how much, each within its own memory, so that the step is as short as it can be."), form);

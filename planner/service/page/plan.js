@@ -5,12 +5,13 @@ import { atLeast, html, kindColour, legend, place, seconds, size } from "./chart
 import { bar, button, confirmed, editable, heading, mib, note, numbers, percent, scrolling, section, table, when } from "./components.js";
 import { explained } from "./glossary.js";
 import { didColour, LAYERS_DRAWN, layerGraph, used } from "./layers.js";
+import { nameOfPlan as nameOf } from "./rules.js";
 import { action, go, to } from "./shell.js";
 import { showStep, stepOf } from "./timeline.js";
 
 const ROWS = 60; // of a table of layers, before one asks for more
 
-export const nameOf = (plan) => plan.title ?? plan.label ?? `${plan.summary.policy} in ${mib(plan.summary.budget_bytes)} MiB`;
+export { nameOf };
 
 export async function show({ root, id, signal, title }) {
   const [plan, view] = await Promise.all([get(`/v1/plans/${id}`), get(`/v1/plans/${id}/view`)]);
@@ -78,7 +79,7 @@ function cards({ summary, timeline }) {
 }
 
 function peak({ parts, bytes, instruction, text, tensors }) {
-  const rows = parts.filter((part) => part.bytes >= Math.min(52429, bytes / 1000)).map((part) => [part.label, bar(part.bytes / bytes, kindColour(part.name)), size(part.bytes), percent(part.bytes / bytes, 0)]);
+  const rows = parts.filter((part) => part.bytes >= Math.min(52429, bytes / 1000)).map((part) => [html("span", {}, ...explained(part.label)), bar(part.bytes / bytes, kindColour(part.name)), size(part.bytes), percent(part.bytes / bytes, 0)]);
   rows.push(["together", "", size(bytes), ""]);
   return section("What fills the memory",
     scrolling("At the fullest moment", table(`At the fullest moment, instruction ${instruction + 1}: ${text}`, ["what", "", "size", "share"], rows)),

@@ -3,19 +3,30 @@
 import { get, remove } from "./api.js";
 import { html, seconds, size } from "./charts.js";
 import { button, confirmed, empty, heading, list, percent, when } from "./components.js";
-import { nameOf } from "./plan.js";
+import { nameOf as nameOfModel } from "./models.js";
+import { nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
 import { action, go, to } from "./shell.js";
 
 const AT_ONCE = 50;
 
-export async function show({ root, query, keep }) {
+// Of which model a plan is, and how its step differs from the usual one: two plans may have the same name.
+function particulars({ profile, summary: { optimizer, max_grad_norm: norm } }, models) {
+  const model = models.get(profile), clipped = norm ? `gradients clipped at ${norm}` : null;
+  return [model ? nameOfModel(model) : null, optimizer && optimizer !== (model?.summary.optimizer ?? "adamw") ? optimizer : null, clipped].filter(Boolean).join("; ");
+}
+
+export async function show({ root, query, keep, signal }) {
+  const { profiles } = await get("/v1/profiles?limit=1000"), models = new Map(profiles.map((one) => [one.id, one]));
+  if (signal.aborted) return;
+  const all = html("input", { type: "checkbox" });
+  all.checked = Boolean(query.all);
   const fits = (plan) => plan.summary.status !== "infeasible", figure = (plan, name) => (fits(plan) ? plan.summary[name] : null);
   const plans = list({
     name: "plans",
     action,
     columns: [
-      { title: "Plan", value: nameOf, cell: (plan) => html("span", {}, html("a", { href: to("plans", plan.id) }, nameOf(plan)), plan.note ? html("small", { class: "noted" }, plan.note) : null) },
-      { title: "Planned by", value: (plan) => plan.summary.policy, cell: (plan) => (plan.summary.policy === "solver" ? "search" : `rule ${plan.summary.policy}`) },
+      { title: "Plan", value: nameOf, cell: (plan) => html("span", {}, html("a", { href: to("plans", plan.id) }, nameOf(plan)), html("small", { class: "noted" }, particulars(plan, models)), plan.note ? html("small", { class: "noted" }, plan.note) : null) },
+      { title: "Planned by", value: (plan) => plan.summary.policy, cell: (plan) => (plan.summary.policy === SOLVER ? "search" : html("span", {}, "rule “", nameOfRule(plan.summary.policy), "”")) },
       { title: "Budget", value: (plan) => plan.summary.budget_bytes, cell: (plan) => size(plan.summary.budget_bytes) },
       { title: "Seconds per step", value: (plan) => figure(plan, "step_seconds"), cell: (plan) => (fits(plan) ? seconds(plan.summary.step_seconds) : html("span", { class: "pill bad" }, "does not fit")) },
       { title: "Peak", value: (plan) => figure(plan, "peak_bytes"), cell: (plan) => (fits(plan) ? size(plan.summary.peak_bytes) : "–") },
@@ -24,11 +35,11 @@ export async function show({ root, query, keep }) {
     ],
     load: async (cursor, search) => {
       keep({ search: search || null });
-      const asked = new URLSearchParams({ limit: AT_ONCE, ...(search ? { search } : {}), ...(cursor ? { after: cursor } : {}), ...(query.profile ? { profile: query.profile } : {}) });
+      const asked = new URLSearchParams({ limit: AT_ONCE, ...(search ? { search } : {}), ...(cursor ? { after: cursor } : {}), ...(query.profile ? { profile: query.profile } : {}), ...(all.checked ? {} : { asked: true }) });
       const page = await get(`/v1/plans?${asked}`);
       return { items: page.plans, next: page.next };
     },
-    none: () => empty("No plan yet. A plan is made of a model and a budget.", button("Choose a model", () => go("models"), "main")),
+    none: () => empty(all.checked ? "No plan yet. A plan is made of a model and a budget." : "No plan here that somebody asked for. A plan is made of a model and a budget.", all.checked ? "" : button("Show those made for curves", () => { all.checked = true; switched(); }), button("Choose a model", () => go("models"), "main")),
     actions: (chosen) => [
       chosen.length > 1 ? button(`Compare ${chosen.length}`, () => go("compare", "", { plans: chosen.map((plan) => plan.id).join(",") }), "main") : html("span", { class: "soft" }, "choose another to compare"),
       button("Delete", action(async () => {
@@ -38,6 +49,13 @@ export async function show({ root, query, keep }) {
       }), "danger"),
     ],
   });
-  root.append(heading("Plans"), html("p", { class: "soft" }, "Each says what happens to every tensor in one training step, so that it fits a budget. Tick some to compare them."), plans);
+  const switched = () => { keep({ all: all.checked ? 1 : null }); plans.reload(); };
+  all.addEventListener("change", switched);
+  const of = query.profile ? models.get(query.profile) : null;
+  root.append(
+    heading(of ? `Plans of ${nameOfModel(of)}` : "Plans", query.profile ? html("a", { class: "button", href: to("plans") }, "Plans of all models") : ""),
+    html("p", { class: "soft" }, "Each says what happens to every tensor in one training step, so that it fits a budget. Tick some to compare them."),
+    html("label", { class: "tick" }, all, "Also those that were made for a curve or a search for the smallest budget"), plans,
+  );
   await plans.reload();
 }

@@ -1,5 +1,7 @@
 // What plans are made by, in words: the solver and fixed rules.
 
+import { size } from "./charts.js";
+
 export const SOLVER = "solver";
 const RULES = {
   [SOLVER]: ["Best plan found", "Decides of every tensor of every layer whether it is kept, made again, or moved to disk, and proves how near to the best that is."],
@@ -14,4 +16,10 @@ const RULES = {
 };
 
 export const nameOfRule = (policy) => RULES[policy]?.[0] ?? policy;
+
+// What a plan is called: its label ends with the rule's short name, which the page says in words.
+export function nameOfPlan({ title, label, summary: { policy, budget_bytes: budget } }) {
+  const words = title ?? label ?? `${policy} in ${size(budget)}`, end = `, ${policy}`;
+  return !title && words.endsWith(end) ? `${words.slice(0, -end.length)}, ${nameOfRule(policy)}` : words;
+}
 export const meaningOfRule = (policy) => RULES[policy]?.[1] ?? "";

@@ -3,6 +3,7 @@
 import { get } from "./api.js";
 import { html, seconds, size } from "./charts.js";
 import { heading, mib, section, when } from "./components.js";
+import { nameOfPlan } from "./rules.js";
 import { choose, dropZone } from "./sources.js";
 import { complain, go, to } from "./shell.js";
 import { showStep, stepOf } from "./timeline.js";
@@ -10,7 +11,7 @@ import { showStep, stepOf } from "./timeline.js";
 const LATEST = 6, AGAIN = 2000; // ms between two looks for the example's plans
 
 export async function show({ root, signal }) {
-  const [{ profiles }, { plans }, { jobs: runs }] = await Promise.all([get("/v1/profiles?limit=50"), get(`/v1/plans?limit=${LATEST}`), get(`/v1/jobs?kind=run&limit=${LATEST}`)]);
+  const [{ profiles }, { plans }, { jobs: runs }] = await Promise.all([get("/v1/profiles?limit=50"), get(`/v1/plans?limit=${LATEST}&asked=true`), get(`/v1/jobs?kind=run&limit=${LATEST}`)]);
   if (signal.aborted) return;
   const example = profiles.find((one) => one.origin === "example");
   root.append(...[
@@ -23,7 +24,7 @@ export async function show({ root, signal }) {
     ),
     latest("Fine-tuned last", runs, (run) => [html("a", { href: to("runs", run.id) }, run.title ?? run.label ?? run.id), html("span", { class: "pill" }, run.state), when(run.created)]),
     latest("Models", profiles.slice(0, LATEST), (one) => [html("a", { href: to("models", one.id) }, one.title ?? one.label ?? one.name), html("span", { class: "soft" }, one.summary.device ?? ""), when(one.created)]),
-    latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, plan.title ?? plan.label ?? plan.id), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.step_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
+    latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, nameOfPlan(plan)), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.step_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
   ].filter(Boolean));
   if (example && !runs.length && profiles.length === 1) picture(root.querySelector(".doors"), example, signal).catch(complain);
 }

@@ -131,7 +131,7 @@ def test_the_step_is_drawn(page, article):
         "memory",
         "Python and PyTorch",
         "activations",
-        "touched, free for reuse",
+        "empty, kept for reuse",
         "below",
         "forward",
         "backward",

@@ -40,6 +40,7 @@ def test_a_step_is_told_in_sentences():
     assert fleet_sentences(sample_fleet()) == [
         "one step of 8 micro-batches takes 7.250 s, within 3.45% of the best allotment and plans of this kind (none takes less than 7.000 s), found in 3.5 s",
         "all have computed after 5.000 s; then 2.000 s until every device has the sum of the gradients (1.0 MiB over each link, both ways), and 0.250 s for the update",
+        "phone has computed its share 0.500 s before the slowest, and waits: one micro-batch more would take it 1.500 s",
         "watch takes no part: nothing fits within 64.0 MiB",
         "equal shares (laptop 3, phone 3, watch 2): not possible, watch cannot hold its share in 64.0 MiB",
         "the fastest alone (laptop) would take 8.265 s, 1.14 × as long",
@@ -94,6 +95,18 @@ def test_what_more_would_be_worth():
     assert sheet.headings[1] == "more memory"
     assert [row[1] for row in sheet.rows] == ["0.290 s (4.0%) with 50.0 MiB", "0.290 s (4.0%) with 10.0 MiB"]
     assert price_sheet(sample_fleet(prices=[])) is None
+
+
+def test_what_all_links_are_worth_together_where_none_is_worth_anything_alone():
+    nothing = [
+        Price(member=name, memory_bytes=MIB, memory_gain_seconds=0.0, link_gain_seconds=0.0)
+        for name in ("laptop", "phone")
+    ]
+    assert (
+        "a faster link of one device alone gains nothing, as the other links stay as slow; all twice as fast would"
+        " shorten the exchange by up to 1.000 s (13.8% of the step)"
+    ) in fleet_sentences(sample_fleet(prices=nothing))
+    assert not any("faster link" in sentence for sentence in fleet_sentences(sample_fleet()))
 
 
 def test_the_timeline_in_numbers():

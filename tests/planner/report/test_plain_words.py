@@ -21,7 +21,10 @@ def test_three_sentences_without_a_word_of_the_command_line():
     assert all(sentence.endswith(".") for sentence in sentences)
     assert not re.search(r"--|what_if|instruction \d|class", " ".join(sentences))
     tensors, limits, nearness = sentences
-    assert re.match(r"The frozen weights \([\d.]+ MiB\) are read from disk for each use; the activations", tensors)
+    assert re.match(
+        r"The frozen weights \([\d.]+ MiB, [\d.]+ MiB packed\) are read from disk for each use; the activations",
+        tensors,
+    )
     assert "computed again" in tensors
     assert re.search(r"of the [\d.]+ s of a step, [\d.]+% into computing again what was given up", limits)
     assert nearness.startswith("It follows a fixed rule, mebp: searching could save at most ")

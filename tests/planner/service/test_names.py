@@ -170,6 +170,38 @@ def test_lists_are_searched(tmp_path):
         assert list(listing) == [[plans[2], plans[1]], [plans[0]]]
 
 
+def test_plans_that_nobody_asked_for_can_be_left_out(tmp_path):
+    """What a comparison alone has made, and the answer to a budget of one byte, which asks for the smallest."""
+    with service(tmp_path) as http:
+        store = http.app.state.service.store
+        rows = {}
+        for name, kind, summary in (
+            ("asked for", "plan", {}),
+            ("smallest", "plan", {"budget_bytes": 1}),
+            ("compared", "comparison", {}),
+            ("compared and run", "comparison", {}),
+            ("compared and named", "comparison", {}),
+        ):
+            identity, written = identity_of("plan", len(rows)), http.app.state.service.objects.put(name.encode())
+            file = file_row("plan", identity, written, name=name, summary=SUMMARIES["plan"] | summary)
+            store.finish(ask(http.app.state.service, kind, {}), "succeeded", result={}, files=[file])
+            rows[identity] = name
+        run = rows_by_name(rows)["compared and run"]
+        store.enqueue("run", "none", {"plan": run}, content=None, key=None, waiting=9, uses=[("plan", run)])
+        http.patch(f"/v1/plans/{rows_by_name(rows)['compared and named']}", json={"title": "mine"})
+
+        def told(**query):
+            return [rows[identity] for page in pages(http, "/v1/plans", "plans", **query) for identity in page]
+
+        assert told() == list(rows.values())[::-1]
+        assert told(asked=True) == ["compared and named", "compared and run", "asked for"]
+        assert told(asked=True, search="mine") == ["compared and named"]
+
+
+def rows_by_name(rows):
+    return {name: identity for identity, name in rows.items()}
+
+
 def test_what_a_version_without_names_has_left_is_kept_and_labelled(tmp_path):
     """Its jobs and files are as they were, and are called by what they are of."""
     objects = ObjectStore(tmp_path / "objects")

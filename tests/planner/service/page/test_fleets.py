@@ -38,7 +38,7 @@ def test_a_fleet_is_planned_and_drawn(browser, served, chain, pictures):
         drawn = [lane.get_attribute("data-lane") for lane in page.locator("#lanes [data-lane]").all()]
         assert drawn == [lane["name"] for lane in view["lanes"]["lanes"]]
         assert page.locator("#lanes .bar-mark").count() == sum(len(lane["bars"]) for lane in view["lanes"]["lanes"])
-        assert page.locator("#sentences li").all_inner_texts() == view["sentences"][:3]
+        assert page.locator("#sentences li").all_inner_texts() == view["sentences"][:5]
         assert rows(page, "[aria-label='The members of the chain']") == view["chain"]["rows"]
         fleet = FleetPlan.model_validate_json(served.http.get(f"/v1/fleets/{identity}/file").content)
         alone = next(one.makespan_seconds for one in fleet.baselines if one.name == "fastest alone")

@@ -212,6 +212,26 @@ def test_a_later_question_voids_an_earlier_one(page):
     assert page.input_value("#budget") == "1000.0"
 
 
+@pytest.mark.slow
+def test_what_is_typed_while_the_curve_is_searched_for_stays(browser, served):
+    """Nothing that is found meanwhile writes over it, and it is what is planned."""
+    identity = served.upload(decoder_like(2, tokens=1000))
+    with tab(browser, at(served, "models")) as page:
+        held = hold(page, "**/v1/comparisons")
+        page.goto(at(served, f"models/{identity}"))
+        expect(page.locator("#curving")).to_contain_text("Looking for the smallest")
+        page.locator("#budget").press_sequentially("61.5")
+        for route in held:
+            route.continue_()
+        page.unroute("**/v1/comparisons")
+        expect(page.locator("#curve svg")).to_be_visible()
+        expect(page.locator("#curving")).to_contain_text("Refining the curve")
+        assert page.input_value("#budget") == "61.5"
+        page.click("#solve")
+        expect(page.locator("#verdict")).to_have_text(re.compile(r"^Fits 61\.5 MiB: [\d.]+ s per step, "))
+        assert page.input_value("#budget") == "61.5"
+
+
 def test_what_is_no_budget_is_refused(page):
     problem, kept = page.locator("#problem"), page.input_value("#budget")
     for text, told in (
