@@ -140,12 +140,13 @@ export function note(text, save, action) {
 
 // --- tables and lists -------------------------------------------------------------------------------------------------
 
-const LONG = 26; // letters; longer texts in tables are broken into lines
+const LONG = 26, SHORT = 18; // letters; longer texts in tables, and longer ones in lists, are broken into lines
 const SEVERAL = 4, MANY = 6; // columns of a table, from which its rows become blocks on a narrow screen, and on one less narrow
 
-function broken(cell) {
+// A cell's class if it has more letters than `most`, those of an explanation not counted.
+function broken(cell, most = LONG) {
   const unseen = [...(cell?.querySelectorAll?.(".meaning") ?? [])].reduce((sum, meaning) => sum + meaning.textContent.length, 0);
-  return (cell?.textContent ?? String(cell ?? "")).length - unseen > LONG ? "long" : null;
+  return (cell?.textContent ?? String(cell ?? "")).length - unseen > most ? "long" : null;
 }
 
 export function table(caption, headings, rows) {
@@ -169,13 +170,13 @@ export const numbers = (label, made) => html("details", {}, html("summary", {}, 
 export function list({ name, columns, load, key = (item) => item.id, actions = null, none, action }) {
   const box = html("div", { class: "list" }), ticked = new Set(), search = html("input", { type: "search", placeholder: `Search ${name}`, "aria-label": `Search ${name}` });
   const bar = html("div", { class: "row list-bar" }, search), body = html("tbody"), more = button("Show more", () => fetchMore(), "quiet"), chosen = html("div", { class: "row" });
-  const head = html("tr", {}, actions ? html("td") : null, ...columns.map((column, index) => html("th", { scope: "col", "aria-sort": "none", class: column.least ? "least" : null }, column.value ? button(column.title, () => sort(index), "quiet sort") : column.title)));
+  const head = html("tr", {}, actions ? html("td") : null, ...columns.map((column, index) => html("th", { scope: "col", "aria-sort": "none", class: [broken(column.title, SHORT), column.least && "least"].filter(Boolean).join(" ") || null }, column.value ? button(column.title, () => sort(index), "quiet sort") : column.title)));
   const frame = scrolling(name, html("table", { class: "listing" }, html("thead", {}, head), body));
   let items = [], next = null, order = { column: null, down: false }, asked = 0;
   const draw = () => {
     const { column, down } = order, shown = column === null ? items : [...items].sort((a, b) => compared(columns[column].value(a), columns[column].value(b)) * (down ? -1 : 1));
     head.querySelectorAll("th").forEach((cell, index) => cell.setAttribute("aria-sort", index === column ? (down ? "descending" : "ascending") : "none"));
-    body.replaceChildren(...shown.map((item) => html("tr", { "data-id": key(item) }, actions ? html("td", {}, tick(item)) : null, ...columns.map((column, index) => html(index ? "td" : "th", index ? { "data-title": column.title, class: [column.wide && "wide", column.least && "least"].filter(Boolean).join(" ") || null } : { scope: "row" }, column.cell(item))))));
+    body.replaceChildren(...shown.map((item) => html("tr", { "data-id": key(item) }, actions ? html("td", {}, tick(item)) : null, ...columns.map((column, index) => cellOf(column, index, column.cell(item))))));
     more.hidden = !next;
     frame.hidden = !items.length;
     box.querySelector(".empty")?.remove();
@@ -183,6 +184,7 @@ export function list({ name, columns, load, key = (item) => item.id, actions = n
     bar.hidden = !items.length && !search.value;
     offer();
   };
+  const cellOf = (column, index, cell) => (index ? html("td", { "data-title": column.title, class: [column.wide ? "wide" : broken(cell, SHORT), column.least && "least"].filter(Boolean).join(" ") || null }, cell) : html("th", { scope: "row" }, cell));
   const tick = (item) => {
     const input = html("input", { type: "checkbox", "aria-label": `Choose ${item.title ?? item.label ?? item.name ?? item.id}` });
     input.checked = ticked.has(key(item));
