@@ -118,7 +118,9 @@ def choice_problem(
             allowed=True,
             held_bytes=piece.bytes(state),
             token_seconds=piece.seconds(figures, state, 1),
-            group_seconds=0.0 if piece.in_head else piece.seconds(figures, state, longest),  # the head sees a single row
+            group_seconds=0.0
+            if piece.in_head
+            else piece.seconds(figures, state, longest),  # the head sees a single row
         )
 
     return ChoiceProblem(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import gzip
+import inspect
 import json
 from pathlib import Path
 from typing import Any

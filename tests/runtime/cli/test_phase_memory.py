@@ -26,6 +26,7 @@ MIB = 1 << 20
 @pytest.fixture
 def foreseen(monkeypatch: pytest.MonkeyPatch):
     """What was noted of a phase, in a process that holds nothing yet."""
+
     def of(*given) -> int:
         monkeypatch.setattr(worker_process, "MEMORY_OF_WORKERS", type(worker_process.MEMORY_OF_WORKERS)())
         expect_phase("learning", *given)
