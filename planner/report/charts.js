@@ -194,7 +194,7 @@ export function curve(series, { width, reach = [] }) {
 // `box`: where the curve is drawn, whose marks are told of.
 export function curveLegend(series, box = null) {
   const marks = [];
-  if (series.some((one) => one.name === "solver" && one.points.length > 1)) marks.push(html("li", {}, html("span", { class: "dash" }), "proven bound: no plan of this class is faster"));
+  if (series.some((one) => one.name === "solver" && one.points.length > 1)) marks.push(html("li", {}, html("span", { class: "dash" }), "proven bound: no plan that can be chosen is faster"));
   if (series.some((one) => one.misfits.length)) marks.push(html("li", {}, "× does not fit; the line beside it ends where it would"));
   if (box?.querySelector(".dot-mark.off")) marks.push(html("li", {}, html("span", { class: "ring" }), "slower than this picture reaches: its seconds are in the table"));
   return [...legend(series.map((one) => [one.label ?? one.name, policyColour(one.slot)])), ...marks];

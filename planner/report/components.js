@@ -59,16 +59,26 @@ export function term(word, text) {
 const voice = document.body.appendChild(html("p", { class: "unseen", role: "status", "aria-live": "polite" }));
 export const announce = (text) => { voice.textContent = text; };
 
-// A bar for work that takes a while: `update({stage, done, total})`; where no total is known it moves without one.
+// A bar for work that takes a while: `update({stage, done, total})`; where no total is known it moves without one. Where the stage says
+// how much is done, it is not `counted` once more.
 export function progress(what) {
   const bar = html("progress", { max: 1, "aria-label": what }), text = html("span", { class: "soft" }, what), began = Date.now();
   const box = html("div", { class: "progress", role: "status" }, bar, text);
+<<<<<<< HEAD
   box.update = ({ stage = "", done, total, left: told = true }) => {
     const share = total ? done / total : null, passed = (Date.now() - began) / 1000;
     if (share === null) bar.removeAttribute("value");
     else bar.value = share;
     const left = told && share > 0.05 && share < 1 && passed > 3 ? `, about ${span((passed / share) * (1 - share))} left` : "";
     text.textContent = `${what}${stage ? `: ${stage}` : ""}${total ? `, ${done} of ${total}` : ""}${left}`;
+=======
+  box.update = ({ stage = "", done, total, counted = true }) => {
+    const share = total ? done / total : null, passed = (Date.now() - began) / 1000;
+    if (share === null) bar.removeAttribute("value");
+    else bar.value = share;
+    const left = share > 0.05 && share < 1 && passed > 3 ? `, about ${span((passed / share) * (1 - share))} left` : "";
+    text.textContent = `${what}${stage ? `: ${stage}` : ""}${total && counted ? `, ${done} of ${total}` : ""}${left}`;
+>>>>>>> fix-a
   };
   return box;
 }

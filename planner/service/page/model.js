@@ -3,8 +3,8 @@
 // found again: an equal request is the same job.
 
 import { download, finish, get, patch, post, work } from "./api.js";
-import { atLeast, curveLegend, html, MIB, place as drawIn, places, seconds, size } from "./charts.js";
-import { announce, button, editable, field, heading, mib, note, percent, progress, scrolling, section, span, table, term } from "./components.js";
+import { atLeast, curveLegend, html, kindColour, MIB, place as drawIn, places, seconds, size } from "./charts.js";
+import { announce, bar, button, editable, field, heading, mib, note, percent, progress, scrolling, section, span, table, term } from "./components.js";
 import { budgetCurve } from "./curve.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { deleted, estimated, measuredModel, measuring, nameOf, origin } from "./models.js";
@@ -259,6 +259,8 @@ async function explore(place) {
   // --- what to do next, what would help, what rules there are ---
 
   function fitThisMachine() {
+    // The times of another device say nothing of this machine.
+    if (devices.some((one) => !one.local && one.name === summary.device)) return "";
     const own = devices.find((one) => one.local), spare = own?.spare_bytes;
     const made = button(spare ? `Fit this machine (${roomy(spare)} free)` : "Fit this machine", action(async () => {
       const { spare_bytes: now } = (await get("/v1/devices")).devices.find((one) => one.local);
@@ -282,7 +284,7 @@ async function explore(place) {
     const cards = [
       ["one step", `${seconds(best.step)} s`, figures.policy === SOLVER && figures.bound_seconds ? `at best ${seconds(figures.bound_seconds)} s` : "by a fixed rule"],
       ["peak", `${mib(best.peak)} MiB`, `of ${mib(best.budget)} MiB`],
-      train ? ["made again", percent(train.recompute_seconds / (best.step || 1)), `${seconds(train.recompute_seconds)} s of each step`] : null,
+      train ? ["computed again", percent(train.recompute_seconds / (best.step || 1)), `${seconds(train.recompute_seconds)} s of each step`] : null,
       train ? ["disk", `${mib(train.read_bytes + train.write_bytes)} MiB`, `each step; ${seconds(train.stall_seconds)} s waiting`] : null,
     ].filter(Boolean);
     renew(next, section("From here",
@@ -320,13 +322,18 @@ async function explore(place) {
     if (help.dataset.shown === shown && help.childElementCount) return;
     help.dataset.shown = shown;
     const missing = needs(SOLVER) - state.budget, words = { batch: "a smaller batch", seq: "shorter samples", lora_rank: "a smaller adapter", base: "frozen weights in fewer bits" };
+    const remedies = ways.remedies.map((remedy) => reaching(remedy, missing)), most = mostFreed(remedies);
     const row = (remedy) => {
       const can = remedy.field && measuredBy, start = action(() => again(measuredBy, { [remedy.field]: remedy.value }, { budget: state.budget }));
-      return html("li", { class: "row" }, can ? button(`Try ${remedy.change}`, start) : html("b", {}, remedy.change), html("span", { class: "soft" }, `${words[remedy.field] ?? "a change"}, frees up to ${size(remedy.saves_bytes)}`), remedy.saves_bytes >= missing ? html("span", { class: "pill good" }, "may be enough") : null);
+      return html("li", { class: "row" }, can ? button(`Try ${remedy.change}`, start) : html("b", {}, remedy.change), html("span", { class: "soft" }, `${words[remedy.field] ?? "a change"}, frees up to ${size(remedy.saves_bytes)}${remedy.saves_bytes < missing && remedy.most > remedy.saves_bytes ? `, and never more than ${size(remedy.most)}` : ""}`), remedy.saves_bytes >= missing ? html("span", { class: "pill good" }, "may be enough") : html("span", { class: "pill" }, "not enough alone"));
     };
-    renew(help, section("What would help first",
-      html("p", { class: "soft" }, `${size(missing)} are missing. The smallest plan is fullest at ${inWords(ways.peak.text)}. ${measuredBy && !ways.remedies.some((one) => one.field) ? "" : measuredBy ? "Each button measures the changed step, which takes a while, and then comes back to this budget." : "What was uploaded cannot be changed here: measure the model on this machine to try these."}`),
-      html("ul", { class: "bare" }, ...ways.remedies.map(row)),
+    renew(help, section("Why not, and what would help",
+      html("p", {}, `${size(missing)} are missing. This is what fills the memory of the smallest plan found:`),
+      filling(ways.peak),
+      html("p", { class: "soft" }, `The smallest plan is fullest at ${inWords(ways.peak.text)}.`),
+      most < missing ? html("p", { id: "never", class: "caution" }, `${remedies.length ? `What can be changed of the step frees about ${size(most)} of this at most, however small it gets: that cannot suffice.` : "Nothing is known that would make this step smaller."} It takes more memory, or a smaller model.`) : null,
+      html("p", { class: "soft" }, `${!remedies.length || (measuredBy && !remedies.some((one) => one.field)) ? "" : measuredBy ? "Each button measures the changed step, which takes a while, and then comes back to this budget." : "What was uploaded cannot be changed here: measure the model on this machine to try these."}`),
+      html("ul", { class: "bare" }, ...remedies.map(row)),
       html("div", { class: "row last" }, useSmallest(), measuredBy ? null : button("Measure it here", () => choose().catch(complain))),
     ));
   }
@@ -524,6 +531,30 @@ function renew(box, ...children) {
   if (name !== null) [...box.querySelectorAll("a, button, input, summary, [tabindex]")].find((one) => nameIn(one) === name)?.focus({ preventScroll: true });
 }
 
+// A remedy as far as it has to go. The service tells of half as much; what frees enough may be less than that. `most`: what it could
+// free in the end.
+export function reaching(remedy, missing) {
+  const { change, field, value, saves_bytes: saved } = remedy, now = Number(/instead of (\d+)/.exec(change)?.[1]);
+  if (typeof value !== "number" || !(now > value)) return { ...remedy, most: saved };
+  const most = (saved * now) / (now - value), small = Math.floor(now * (1 - missing / most)), enough = field === "seq" && small > 8 ? small - (small % 8) : small;
+  if (saved >= missing || enough < 1) return { ...remedy, most };
+  return { ...remedy, most, value: enough, change: change.replace(/\d+/, enough), saves_bytes: Math.floor((most * (now - enough)) / now) };
+}
+
+// What all remedies could free together: a smaller batch and shorter samples free the same bytes.
+const mostFreed = (remedies) => Math.max(0, ...remedies.filter(({ field }) => ["batch", "seq"].includes(field)).map(({ most }) => most)) + remedies.filter(({ field }) => !["batch", "seq"].includes(field)).reduce((sum, { most }) => sum + most, 0);
+
+// What fills the memory at the peak of a plan, the largest first; what counts for little is told together.
+const HELD = { packed: "frozen weights, as stored", weight: "frozen weights, unpacked", trainable: "what is trained", optimizer: "the optimizer's state", gradient: "gradients", activation: "activations", batch: "samples", constant: "constants" };
+const LITTLE = 0.005;
+function filling(peak) {
+  const held = Object.entries(peak.by_kind), between = peak.tensor_bytes - held.reduce((sum, [, bytes]) => sum + bytes, 0);
+  const all = [["floor", "the process before it trains", peak.floor_bytes + peak.start_bytes], ...held.map(([kind, bytes]) => [kind, HELD[kind] ?? kind, bytes]), ["fragmentation", "gaps between tensors", between], ["workspace", "scratch of what runs then", peak.workspace_bytes], ["other", "the plan itself", peak.schedule_bytes]];
+  const counts = ([, , bytes]) => bytes >= LITTLE * peak.bytes, parts = all.filter(counts).sort((a, b) => b[2] - a[2]), rest = peak.bytes - parts.reduce((sum, [, , bytes]) => sum + bytes, 0);
+  const rows = [...parts, ...(rest > 0 ? [["other", "the rest", rest]] : [])].map(([kind, words, bytes]) => [words, mib(bytes), bar(bytes / peak.bytes, kindColour(kind))]);
+  return scrolling("What fills the smallest plan", table("The smallest plan at its fullest", ["", "MiB", ""], [...rows, ["together", mib(peak.bytes), ""]]));
+}
+
 // Operators by their own names, without what they come from: "head: head chunk (forward)".
 const inWords = (text) => text.replace(/\b(?:tightfit|aten)\.(\w+)(?:\.\w+)?/g, (_, name) => name.replaceAll("_", " "));
 
@@ -544,16 +575,21 @@ function better(cell, known) {
 // What is proven of a solver's plan, and what ended its search.
 const ENDS = { gap: ", as near as was asked for", stalled: ", where the search gained no more", "time limit": ", where the time limit ended the search", interrupt: ", where the search was interrupted" };
 function nearness({ status, gap, ended_by: end }) {
-  if (status === "optimal") return "proven optimal among plans of its class";
-  return `within ${percent(Math.ceil(1e4 * gap - 1e-6) / 1e4, 2)} of the best plan of its class${ENDS[end] ?? ""}`;
+  if (status === "optimal") return "proven the best of all plans it can choose from";
+  return `within ${percent(Math.ceil(1e4 * gap - 1e-6) / 1e4, 2)} of the best plan it can choose from${ENDS[end] ?? ""}`;
 }
 
+const PRICED = ["columns", "pricing"]; // stages of a search that estimate a step
+
 // A bar for a search that is given `limit` seconds: it moves with them, and says how good the best plan is.
-function solving(what, limit) {
+export function solving(what, limit) {
   const bar = progress(what), began = Date.now();
-  const tell = ({ incumbent, bound, gap } = {}) => {
+  let fastest = Infinity; // of what was carried out; what the search still prices may turn out slower
+  const tell = ({ stage, incumbent, bound } = {}) => {
+    if (incumbent && !PRICED.includes(stage)) fastest = Math.min(fastest, incumbent);
     const passed = Math.min(limit, (Date.now() - began) / 1000);
-    bar.update({ stage: incumbent ? `${seconds(incumbent)} s a step so far, at best ${seconds(bound)} s, ${percent(gap, 2)} apart` : "" });
+    const found = fastest < Infinity ? `${seconds(fastest)} s a step so far` : incumbent ? `about ${seconds(incumbent)} s a step in sight` : "";
+    bar.update({ stage: found && bound ? `${found}, none is faster than ${seconds(Math.min(bound, fastest))} s` : found });
     bar.querySelector("progress").value = passed / limit;
     bar.querySelector("span").append(`; ends within ${span(limit - passed + 1)}`);
   };

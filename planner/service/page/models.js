@@ -1,7 +1,7 @@
 // The models: what was measured, uploaded or estimated, what is being measured, and a way in for another.
 
 import { finish, get, post, remove } from "./api.js";
-import { html } from "./charts.js";
+import { html, size } from "./charts.js";
 import { button, confirmed, empty, heading, list, mib, progress, section, when } from "./components.js";
 import { action, complain, go, to } from "./shell.js";
 import { choose, dropZone } from "./sources.js";
@@ -69,7 +69,11 @@ export const estimated = ({ request }) => Boolean(request.device) && request.dev
 // A bar that follows a measurement.
 export function measuring(job) {
   const bar = progress(estimated(job) ? "Estimating" : "Measuring");
-  bar.hear = ({ stage, done, total }, { state } = job) => bar.update({ stage: stage && stage !== "running" ? STAGES[stage] ?? stage : state === "queued" ? "waits until the machine is free" : "", done, total });
+  // Nothing is counted before the model is read. Of packing bytes are counted, which people read in larger units.
+  bar.hear = ({ stage, done, total }, { state } = job) => {
+    const words = STAGES[stage] ?? (state === "queued" ? "waits until the machine is free" : "reading the model");
+    bar.update({ stage: stage === "pack" && total ? `${words}, ${size(done)} of ${size(total)}` : words, done, total, counted: stage !== "pack" });
+  };
   bar.hear(job.progress ?? {});
   return bar;
 }

@@ -4,7 +4,7 @@ import { size } from "./charts.js";
 
 export const SOLVER = "solver";
 const RULES = {
-  [SOLVER]: ["Best plan found", "Decides of every tensor of every layer whether it is kept, made again, or moved to disk, and proves how near to the best that is."],
+  [SOLVER]: ["Best plan found", "Decides of every tensor of every layer whether it is kept, computed again, or moved to disk, and proves how near to the best that is."],
   "keep-all": ["Keep everything", "Plain training: all that the backward pass reads stays in memory, weights unpacked. The fastest, and the largest."],
   "checkpoint-layers": ["Redo each layer", "Keeps the input of each layer alone; the layer's forward pass runs again in its backward pass."],
   "checkpoint-sqrt": ["Redo runs of layers", "Keeps every √n-th layer's input alone; the layers between go forward again (Chen et al. 2016)."],

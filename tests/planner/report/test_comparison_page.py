@@ -103,7 +103,7 @@ def test_the_curve_is_drawn(page):
         "solver",
         "keep-all",
         "mebp",
-        "proven bound: no plan of this class is faster",
+        "proven bound: no plan that can be chosen is faster",
         "× does not fit; the line beside it ends where it would",
         "slower than this picture reaches: its seconds are in the table",
     ]

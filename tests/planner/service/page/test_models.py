@@ -189,6 +189,9 @@ def test_a_measurement_moves_is_found_again_and_can_be_cancelled(browser, page, 
     page.press("#budget", "Enter")
     remedies = page.locator("#help li")
     expect(remedies.first).to_contain_text("frees up to")
+    expect(remedies.first).to_contain_text("not enough alone")
+    # What can never suffice is not offered as if it did.
+    expect(page.locator("#never")).to_contain_text("that cannot suffice. It takes more memory, or a smaller model.")
     assert all(re.search(r"Try .* instead of \d+", one) for one in remedies.all_inner_texts())
     remedies.first.get_by_role("button").click()
     expect(page).to_have_url(re.compile(r"#/models/job-[0-9a-f]+\?budget=20971520"))
@@ -223,6 +226,29 @@ def test_a_config_that_is_dropped_is_estimated(page, tmp_path):
     dialog.get_by_role("button", name="Estimate", exact=True).click()
     expect(page).to_have_url(re.compile("#/models/[0-9a-f]{64}"))
     expect(page.locator("#about")).to_contain_text("estimated")
+
+
+def test_progress_is_told_in_words_and_units(page):
+    """Nothing is counted in bytes, and what a search only estimates is not told as found: it may turn out slower."""
+    ask = """async ([stage, done, total]) => (await import("/page/models.js")).measuring({request: {}, state: "running", progress: {stage, done, total}}).textContent"""
+    assert page.evaluate(ask, ["pack", 94705920, 96576768]) == "Measuring: packing its weights, 90.3 MiB of 92.1 MiB"
+    assert page.evaluate(ask, ["measure", 3, 9]) == "Measuring: measuring operators, 3 of 9"
+    assert page.evaluate(ask, ["running", None, None]) == "Measuring: reading the model"
+    search = """async (told) => { const bar = (await import("/page/model.js")).solving("Planning", 15); told.forEach((one) => bar.hear(one)); return bar.textContent; }"""
+    priced = {"stage": "pricing", "incumbent": 1.505, "bound": 1.4}
+    assert "about 1.505 s a step in sight" in page.evaluate(search, [priced])
+    carried_out = [priced | {"stage": "carried out", "incumbent": seconds} for seconds in (1.508, 1.511)]
+    assert "1.508 s a step so far" in page.evaluate(search, [*carried_out, priced])
+
+
+def test_what_would_help_goes_as_far_as_it_has_to(page):
+    """The service tells of half the rank: where that is not enough, a smaller one that may be is offered, if there is one."""
+    half = {"change": "a LoRA rank of 4 instead of 8", "field": "lora_rank", "value": 4, "saves_bytes": 40}
+    ask = """async ([remedy, missing]) => (await import("/page/model.js")).reaching(remedy, missing)"""
+    assert page.evaluate(ask, [half, 40]) == half | {"most": 80}
+    fewer = {"change": "a LoRA rank of 3 instead of 8", "value": 3, "saves_bytes": 50}
+    assert page.evaluate(ask, [half, 50]) == half | fewer | {"most": 80}
+    assert page.evaluate(ask, [half, 75]) == half | {"most": 80}
 
 
 def test_the_list_is_searched_sorted_and_cleared(browser, served, pictures):
