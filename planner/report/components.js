@@ -64,21 +64,12 @@ export const announce = (text) => { voice.textContent = text; };
 export function progress(what) {
   const bar = html("progress", { max: 1, "aria-label": what }), text = html("span", { class: "soft" }, what), began = Date.now();
   const box = html("div", { class: "progress", role: "status" }, bar, text);
-<<<<<<< HEAD
-  box.update = ({ stage = "", done, total, left: told = true }) => {
+  box.update = ({ stage = "", done, total, left: told = true, counted = true }) => {
     const share = total ? done / total : null, passed = (Date.now() - began) / 1000;
     if (share === null) bar.removeAttribute("value");
     else bar.value = share;
     const left = told && share > 0.05 && share < 1 && passed > 3 ? `, about ${span((passed / share) * (1 - share))} left` : "";
-    text.textContent = `${what}${stage ? `: ${stage}` : ""}${total ? `, ${done} of ${total}` : ""}${left}`;
-=======
-  box.update = ({ stage = "", done, total, counted = true }) => {
-    const share = total ? done / total : null, passed = (Date.now() - began) / 1000;
-    if (share === null) bar.removeAttribute("value");
-    else bar.value = share;
-    const left = share > 0.05 && share < 1 && passed > 3 ? `, about ${span((passed / share) * (1 - share))} left` : "";
     text.textContent = `${what}${stage ? `: ${stage}` : ""}${total && counted ? `, ${done} of ${total}` : ""}${left}`;
->>>>>>> fix-a
   };
   return box;
 }
