@@ -131,7 +131,7 @@ export function note(text, save, action) {
     if (area.value.trim() === kept) return;
     kept = area.value.trim();
     await save(kept || null);
-    said.textContent = "saved";
+    said.textContent = "note saved";
   });
   area.value = kept;
   area.addEventListener("input", () => { said.textContent = ""; clearTimeout(waiting); waiting = setTimeout(keep, NOTE_MS); });

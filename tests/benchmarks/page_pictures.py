@@ -60,7 +60,7 @@ def _fine_tuned(service: Served, reviews: Reviews) -> str:
         plan=plan,
         data=reviews.train.name,
         eval_data=reviews.held_out.name,
-        eval_every=12,
+        eval_every=24,
         steps=STEPS,
         lr=5e-4,
     )["id"]
