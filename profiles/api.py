@@ -27,7 +27,7 @@ from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
 from tightfit.profiles.schema import PROFILE_VERSION, Profile, TracedStep
 from tightfit.profiles.sources.described import AnswersWanted, TracingRequest
-from tightfit.profiles.sources.lookup import keep_description, longest_sequence, names_module, resolve, vocabulary
+from tightfit.profiles.sources.lookup import keep_description, names_module, resolve, vocabulary
 from tightfit.profiles.sources.packing import packed_store, packing_bytes
 from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
 from tightfit.profiles.steps.choice import step_of
@@ -191,21 +191,22 @@ def prepare(
         request=tracing_request(step),
         step=traced_step(step, report),
         weights="here" if store is not None else "elsewhere" if opened.has_weights else "random",
-        answers=_answers(opened, longest_sequence(source)) if store is not None else None,
+        answers=_answers(opened) if store is not None else None,
         decoder=opened.decoder,
     )
     save_prepared(prepared, Path(folder), store, vocabulary(source))
     return prepared
 
 
-def _answers(source: Source, longest: int | None) -> AnswerSteps | None:
-    """The steps of a model's answers; None where it has none, or others in long answers than in short ones."""
-    if any(True for _ in first_lengths(source.config)):
+def _answers(source: Source) -> AnswerSteps | None:
+    """The steps of a model's answers; None where transformers builds it and it has none, or others in long answers than in short ones."""
+    by_hand = handwritten(source.config)
+    if not by_hand and any(True for _ in first_lengths(source.config)):
         return None
     try:
-        return traced_answers(source, AnswersWanted(group=GROUP, longest=longest or 0))
+        return traced_answers(source, AnswersWanted(group=GROUP, longest=0))
     except InputError:
-        if handwritten(source.config):
+        if by_hand:
             raise
         return None
 

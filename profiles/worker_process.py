@@ -115,15 +115,12 @@ class _MemoryOfWorkers:
         self._held_together = 0
         """by those that have ended while others went on"""
 
-    def predict(self, needed_bytes: int) -> None:
-        self.predicted_bytes = max(self.predicted_bytes, needed_bytes)
-
     @contextlib.contextmanager
     def worker(self, predicted_bytes: int) -> Iterator[Callable[[int], None]]:
         """While a worker runs; gives what is told how much it has held."""
         with self._lock:
             self._running.append(predicted_bytes)
-            self.predict(sum(self._running))
+            self.predicted_bytes = max(self.predicted_bytes, sum(self._running))
         try:
             yield self._held
         finally:
@@ -142,24 +139,22 @@ MEMORY_OF_WORKERS = _MemoryOfWorkers()
 
 
 def check_place(doing: str, needed_bytes: int, instead: str) -> None:
-    """Raise InputError where what a worker is to do takes more memory than is free, and note what it takes."""
-    _refuse_without_place(doing, needed_bytes, instead)
-    MEMORY_OF_WORKERS.predict(needed_bytes)
-
-
-def expect(doing: str, added_bytes: int, instead: str) -> None:
-    """Note that this process itself is going to hold `added_bytes` more than now, at most. Raises InputError as `check_place`."""
-    _refuse_without_place(doing, added_bytes, instead)
-    MEMORY_OF_WORKERS.own_bytes = max(MEMORY_OF_WORKERS.own_bytes, memory().resident + added_bytes)
-
-
-def _refuse_without_place(doing: str, needed_bytes: int, instead: str) -> None:
+    """Raise InputError where what is to be done takes more memory than is free; `instead`: what to do then."""
     try:
         free, source = free_memory(unmapped=True)
     except InputError:  # the kernel does not say: it may be tried
         return
     if needed_bytes > free:
         raise InputError(f"{doing} takes {format_size(needed_bytes)}, and {source}; {instead}")
+
+
+def expect(doing: str, added_bytes: int, instead: str, *, judged_later_bytes: int = 0) -> None:
+    """Note that this process itself is going to hold `added_bytes` and `judged_later_bytes` more than now, at most. Raises InputError as
+    `check_place` for the former; whether there is a place for the latter is judged where they are taken.
+    """
+    check_place(doing, added_bytes, instead)
+    own_bytes = memory().resident + added_bytes + judged_later_bytes
+    MEMORY_OF_WORKERS.own_bytes = max(MEMORY_OF_WORKERS.own_bytes, own_bytes)
 
 
 def have_place(needed_bytes: int, given: int | None) -> bool:

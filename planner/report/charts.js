@@ -1,5 +1,4 @@
-// The charts of all pages as SVG: seconds per step against the budget, memory over one training step, and what the devices of a
-// fleet do in one.
+// The charts of all pages as SVG: seconds per step against the budget, and what the devices of a fleet do in a step.
 // Each is drawn at the width of its box, so that its text has one size on a phone as on a desk; its colours are those of charts.css.
 // Sizes are given in bytes and told in MiB, small ones in KiB or bytes.
 

@@ -27,7 +27,10 @@ export function when(created) {
 export const loading = (text = "loading …") => html("p", { class: "soft busy loading", role: "status" }, text);
 export const button = (text, click, kind = "") => html("button", { type: "button", class: kind, click }, text);
 export const section = (title, ...children) => html("section", { class: "panel" }, title ? html("h2", {}, title) : null, ...children);
-export const heading = (title, ...beside) => html("div", { class: "heading" }, html("h1", {}, title), html("div", { class: "row" }, ...beside));
+// A place's name, a text or an element of its own, and what can be done there.
+export const heading = (title, ...beside) => html("div", { class: "heading" }, title instanceof Element ? title : html("h1", {}, title), html("div", { class: "row" }, ...beside));
+// A figure with its name above and what it means below.
+export const card = (name, value, more) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more)));
 export const empty = (text, ...actions) => html("div", { class: "empty" }, html("p", {}, text), html("div", { class: "row" }, ...actions));
 
 // A control with its label and, below, what it means.
@@ -128,9 +131,10 @@ export function note(text, save, action) {
   let kept = text ?? "", waiting = 0;
   const keep = action(async () => {
     clearTimeout(waiting);
-    if (area.value.trim() === kept) return;
-    kept = area.value.trim();
-    await save(kept || null);
+    const written = area.value.trim();
+    if (written === kept) return;
+    await save(written || null);
+    kept = written;
     said.textContent = "note saved";
   });
   area.value = kept;

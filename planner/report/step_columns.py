@@ -14,7 +14,19 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tightfit.planner.instructions import Accumulate, Instruction, Pass, Perturb, Run, Spill, Update
+from tightfit.planner.instructions import (
+    Accumulate,
+    Fetch,
+    Free,
+    Instruction,
+    Pass,
+    Perturb,
+    Read,
+    Run,
+    Spill,
+    Unpack,
+    Update,
+)
 from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.memory_categories import MemoryBand, bands, feasible, peak_parts
 from tightfit.planner.schema import Plan
@@ -69,6 +81,8 @@ def step_columns(plan: Plan) -> dict[str, Any]:
     came = [(index, names.of(name)) for index, name in recording.came]
     went = [(index, names.of(name)) for index, name in recording.went]
     begin, end = _ticks(recording.begin, tick), _ticks(recording.end, tick)
+    since = _ticks([transfer.begin for transfer in recording.transfers], tick)
+    until = _ticks([transfer.end for transfer in recording.transfers], tick)
     decided = _decided(plan, ledger, names)
     tensors = ledger.index.tensors
     kinds = _kinds(plan, [tensors[name].kind for name in names.all])
@@ -111,14 +125,8 @@ def step_columns(plan: Plan) -> dict[str, Any]:
         "went": _events(went),
         "transfers": {
             "instruction": _changes([transfer.instruction for transfer in recording.transfers]),
-            "begin": _changes(_ticks([transfer.begin for transfer in recording.transfers], tick)),
-            "length": [
-                until - since
-                for since, until in zip(
-                    _ticks([transfer.begin for transfer in recording.transfers], tick),
-                    _ticks([transfer.end for transfer in recording.transfers], tick),
-                )
-            ],
+            "begin": _changes(since),
+            "length": [later - earlier for earlier, later in zip(since, until)],
             "out": [int(isinstance(instructions[transfer.instruction], Spill)) for transfer in recording.transfers],
         },
         "decided": decided,
@@ -176,13 +184,22 @@ def _what(instruction: Instruction, ledger: CostLedger, *, again: bool) -> str:
 
 def _tensor(instruction: Instruction) -> str:
     """The tensor that an instruction other than an operator is about."""
-    assert not isinstance(instruction, Run)
     match instruction:
-        case Update(name) | Perturb(name) | Accumulate(name):
-            return name
         case Pass(_, below):
             return below
-    return instruction.weight if hasattr(instruction, "weight") else instruction.tensor
+        case Run():
+            raise AssertionError(instruction)
+        case (
+            Read(name)
+            | Unpack(name)
+            | Free(name)
+            | Spill(name)
+            | Fetch(name)
+            | Update(name)
+            | Perturb(name)
+            | Accumulate(name)
+        ):
+            return name
 
 
 def _kinds(plan: Plan, present: Sequence[str]) -> list[MemoryBand]:

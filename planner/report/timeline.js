@@ -557,6 +557,7 @@ export function showStep(box, step, { name, axis = sharedAxis([step]), height = 
   reading.textContent = sentence(at);
   new ResizeObserver(fit).observe(frame);
   const shownStep = { frame, step, look, go, tell, recolour };
+  for (const one of drawnAnew) if (!one.frame.isConnected) drawnAnew.delete(one); // those of places that were left
   drawnAnew.add(shownStep);
   recolour();
   fit();

@@ -50,8 +50,8 @@ from tightfit.profiles.sources.prepared import PreparedModel, parse_prepared
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
 
-Kept = Literal["profiles", "plans", "fleets", "jobs", "runs"]
-"""what the service keeps; runs are jobs too"""
+Kept = Literal["profiles", "plans", "fleets", "jobs", "runs", "uploads"]
+"""what the service keeps; runs are jobs too, and uploads are called by the name that they were sent under"""
 Progress = Callable[[dict[str, Any]], None]
 """called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
 CONNECT_SECONDS = 5.0
@@ -314,9 +314,13 @@ class Client:
         return self._report(f"/v1/runs/{run}/resume", {}, progress)
 
     def _report(self, path: str, request: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
-        job = self.post(path, request, headers={"Idempotency-Key": os.urandom(16).hex()})
+        job = self._post_once(path, request)
         self.finish(job, progress)
         return self.get(f"/v1/runs/{job['id']}/report")
+
+    def _post_once(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Ask for a job of its own, of which there is one even if the request is sent again."""
+        return self.post(path, request, headers={"Idempotency-Key": os.urandom(16).hex()})
 
     def stored_plan(self, identity: str) -> Plan:
         plan = parse_plan(self._send("GET", f"/v1/plans/{identity}/file").content, f"{self.url}: {identity}")
@@ -362,9 +366,15 @@ class Client:
         self._send("DELETE", f"/v1/{_list_of(what)}/{identity}", params=query)
 
     def download(
-        self, what: Kept, identity: str, file: str | os.PathLike[str], *, part: Literal["adapter", "report"] = "adapter"
+        self,
+        what: Kept,
+        identity: str,
+        file: str | os.PathLike[str],
+        *,
+        part: Literal["adapter", "report", "merged"] = "adapter",
     ) -> Path:
-        """Write a profile, a plan or a fleet to a file, or of a run its adapter (a tar file) or its report. Returns the file's path.
+        """Write a profile, a plan or a fleet to a file, or of a run its adapter (a tar file), its report or what was merged last. Returns
+        the file's path.
 
         Raises InputError where it cannot be written.
         """
@@ -481,16 +491,14 @@ class Client:
 
     def uploads(self) -> list[dict[str, Any]]:
         """The files of samples that were uploaded, newest first."""
-        listed: list[dict[str, Any]] = self.get("/v1/uploads?limit=1000")["uploads"]
-        return listed
+        return list(self.items("uploads"))
 
     def preview(self, profile: str, data: str, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
         """Data as a run of a stored profile would read them: its first samples in pieces, learned or not, what is cut and what is
         refused; `options` are columns, truncate and packing.
         """
         asked = {"profile": profile, "data": data, **options}
-        headers = {"Idempotency-Key": os.urandom(16).hex()}
-        result: dict[str, Any] = self.finish(self.post("/v1/previews", asked, headers=headers), progress)["result"]
+        result: dict[str, Any] = self.finish(self._post_once("/v1/previews", asked), progress)["result"]
         return result
 
     def answer(
@@ -499,8 +507,7 @@ class Client:
         """What the model of a stored profile answers, with the adapter of a `run` if one is named: text, tokens, seconds; `progress`
         gets the text so far. `options` are those of `/v1/answers`.
         """
-        headers = {"Idempotency-Key": os.urandom(16).hex()}
-        job = self.post("/v1/answers", {"profile": profile, "prompt": prompt, **options}, headers=headers)
+        job = self._post_once("/v1/answers", {"profile": profile, "prompt": prompt, **options})
         result: dict[str, Any] = self.finish(job, progress)["result"]
         return result
 
@@ -509,15 +516,7 @@ class Client:
     ) -> Path:
         """Merge a run's adapter into its model at the service and download it: a GGUF file, or a tar file with safetensors."""
         self.finish(self.post(f"/v1/runs/{run}/merge", {"format": form}), progress)
-        path = Path(file)
-        with self._http.stream("GET", f"/v1/runs/{run}/merged") as response:
-            if response.status_code != 200:
-                response.read()
-                _raise(response)
-            with path.open("wb") as written:
-                for chunk in response.iter_bytes():
-                    written.write(chunk)
-        return path
+        return self.download("runs", run, file, part="merged")
 
     def gallery(self) -> list[dict[str, Any]]:
         """Sizes of published models, each with the `config` that a request for a profile takes."""

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NoReturn
 
 from tightfit.profiles.measuring.kept_figures import KeptFigures
@@ -60,8 +59,7 @@ def main() -> int:
 def measure_floor(request: dict[str, Any], figures: dict[str, list[list[float]]], steps: Steps) -> dict[str, Any]:
     """`Floor` fields in bytes: of an idle run, with what the operators of all programs leave behind. `figures` are theirs."""
     programs, threads = request["programs"], request["threads"]
-    path = request.get("kept")
-    kept = KeptFigures(None if path is None else Path(path), anew=request.get("anew", False))
+    kept = KeptFigures.of_request(request)
 
     def lasting_bytes(chosen: list[dict[str, Any]], *, backward: bool = True) -> int:
         """What the operators of these programs leave behind (`kernel_bytes`)."""

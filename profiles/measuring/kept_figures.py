@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from tightfit.profiles.measuring.cpu_load import crowded
 from tightfit.runtime.common.errors import TightfitError
@@ -48,6 +48,12 @@ class KeptFigures:
             with suppress(OSError, ValueError, KeyError, TypeError):  # none are kept yet, or the file is damaged
                 kept = json.loads(read_whole(path))
                 self.reference, self._figures = float(kept["reference"]), dict(kept["figures"])
+
+    @classmethod
+    def of_request(cls, request: Mapping[str, Any], *, turning_bytes: int = 0) -> Self:
+        """Those that a request to measure may use."""
+        path = request.get("kept")
+        return cls(None if path is None else Path(path), turning_bytes=turning_bytes, anew=request.get("anew", False))
 
     def check(self, reference: float) -> None:
         """Forget all figures if the reference computation takes another time than when they were measured."""

@@ -1,7 +1,7 @@
 """Where the tensors of a program lie while its operators are measured: in one arena, placed by their lifetimes as in a run.
 
 What an operator makes lives from the operator that writes it first to the one that reads it last, and shares its bytes with what
-lives at other times: every round makes it anew. What no operator makes keeps its bytes, and so its contents, for all rounds. WeightsOfDtype
+lives at other times: every round makes it anew. What no operator makes keeps its bytes, and so its contents, for all rounds. Weights
 are windows in a pool of random numbers, at offsets that go round it, so that each has left the cache when its turn comes.
 
 Standard library only: bytes are counted before anything is started.

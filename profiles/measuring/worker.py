@@ -187,7 +187,7 @@ def measure(request: dict[str, Any], steps: Steps) -> dict[str, Any]:
     from tightfit.profiles.measuring.guard import OutputGuard
     from tightfit.runtime.engine.start.kernel_warmup import settle
 
-    load, kept = OtherPrograms(), kept_figures(request)
+    load, kept = OtherPrograms(), KeptFigures.of_request(request, turning_bytes=request["turning_bytes"])
     kept.check(reference_seconds())
     trim_heap()
     programs = request["programs"]
@@ -235,14 +235,6 @@ def measure(request: dict[str, Any], steps: Steps) -> dict[str, Any]:
     busy_cores = load.taken(request["threads"])
     kept.save(busy_cores, request["threads"])
     return result | {"busy_cores": busy_cores}
-
-
-def kept_figures(request: Mapping[str, Any]) -> KeptFigures:
-    """The figures of this machine that a request may use."""
-    path = request.get("kept")
-    return KeptFigures(
-        None if path is None else Path(path), turning_bytes=request["turning_bytes"], anew=request.get("anew", False)
-    )
 
 
 def measure_operators(

@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from tightfit.profiles.models.decoder_facts import DecoderFacts
 from tightfit.profiles.schema import PROFILE_VERSION
-from tightfit.runtime.common.files import cache_directory, write_whole
+from tightfit.runtime.common.files import cache_directory, kept, write_whole
 
 
 def decoder_facts(config: Mapping[str, Any], stored: Sequence[str]) -> DecoderFacts:
@@ -32,21 +30,12 @@ def built_by_transformers(config: Mapping[str, Any], stored: Sequence[str]) -> D
 
 def kept_facts(config: Mapping[str, Any], stored: Sequence[str]) -> DecoderFacts | None:
     """What `keep_facts` has kept; None if that is nothing."""
-    place = _place(config, stored)
-    try:
-        return DecoderFacts.model_validate_json(place.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError:
-        place.unlink(missing_ok=True)
-        return None
+    return kept(_place(config, stored), DecoderFacts.model_validate_json)
 
 
 def keep_facts(config: Mapping[str, Any], stored: Sequence[str], facts: DecoderFacts) -> None:
     """Keep what another machine says of a decoder, so that transformers does not have to build it here."""
-    place = _place(config, stored)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(place, facts.model_dump_json())
+    write_whole(_place(config, stored), facts.model_dump_json())
 
 
 def _place(config: Mapping[str, Any], stored: Sequence[str]) -> Path:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.profiles.weights.source import FORMS, PREPARED, Source, read_config
+from tightfit.profiles.weights.source import FORMS, PREPARED, Source, config_name, read_config
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, read_json
@@ -135,7 +135,7 @@ def description_request(source: str | os.PathLike[str], *, anew: bool = False) -
         config, stored = stored_names(path)
     if not anew and kept_facts(config, stored) is not None:
         return None
-    name = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
+    name = config_name(path)
     described = SourceDescription(name=name, path=str(path), config=config, tensors={})
     return TracingRequest(source=described, stored=stored)
 
@@ -145,8 +145,11 @@ def keep_description(source: str | os.PathLike[str], prepared: str | os.PathLike
     from tightfit.profiles.sources.known_decoders import keep_facts
     from tightfit.profiles.sources.prepared import load_prepared
 
-    told, wanted = load_prepared(prepared), description_request(source)
-    if told.decoder is None or wanted is None:
+    wanted = description_request(source)
+    if wanted is None:
+        return
+    told = load_prepared(prepared)
+    if told.decoder is None:
         return
     here, there = wanted.source.config, told.request.source.config
     if all(there.get(name) == value for name, value in here.items() if name not in told.decoder.config):

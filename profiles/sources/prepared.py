@@ -161,6 +161,7 @@ def prepared_source(folder: Path) -> Source:
         has_weights=True,
         entries=described.entries,
         tensors=described.tensors,
+        decoder=prepared.decoder,
         note=described.note,
         base=described.base,
         embeddings=described.embeddings,

@@ -14,7 +14,7 @@ from tightfit.profiles.models.decoder_config import initial_deviation
 from tightfit.profiles.models.family import family_of
 from tightfit.profiles.weights.describe import describe
 from tightfit.profiles.weights.precision import DEFAULT, Precision, bits
-from tightfit.profiles.weights.source import Source, SourceTensor, without_names
+from tightfit.profiles.weights.source import Source, SourceTensor, config_name, without_names
 from tightfit.runtime.engine.weights.layout import ELEMENT_BYTES, VERSION, Entry, group_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def random_source(config: dict[str, Any], path: Path, *, precision: Precision = 
             yield SourceTensor(entry=entry, rows=_RandomRows(entry, config, pools, seed))
 
     return Source(
-        name=path.parent.name if path.name == "config.json" and path.parent.name else path.stem,
+        name=config_name(path),
         kind="random",
         path=str(path),
         config=config,

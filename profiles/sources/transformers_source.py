@@ -30,7 +30,14 @@ from tightfit.profiles.sources.known_decoders import decoder_facts
 from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
 from tightfit.profiles.weights.describe import packed_entry
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
-from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
+from tightfit.profiles.weights.source import (
+    Source,
+    SourceTensor,
+    StoredTensor,
+    config_name,
+    read_config,
+    without_names,
+)
 from tightfit.profiles.weights.tensor_file import FileTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
@@ -152,7 +159,7 @@ def any_random_source(
             yield SourceTensor(entry=entries[tensor.name], rows=rows)
 
     return Source(
-        name=path.parent.name if path.name == "config.json" and path.parent.name else path.stem,
+        name=config_name(path),
         kind="random",
         path=str(path),
         config=config | decoder.config,

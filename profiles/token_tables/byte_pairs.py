@@ -6,23 +6,22 @@ import re
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 
+from tightfit.profiles.token_tables.pieces import LONGEST_KEPT, Pieces
 from tightfit.profiles.token_tables.table_file import SPACE, BpeSettings, TableFile
 
-KEPT_WORDS, KEPT_PAIRS, KEPT_LETTERS = 1 << 14, 1 << 13, 1 << 11
-"""how many of each are remembered: words come again and again"""
-LONGEST_KEPT = 48
-"""letters of a word that is remembered"""
+KEPT_PAIRS, KEPT_LETTERS = 1 << 13, 1 << 11
+"""how many of each are remembered"""
 POSITION = (1 << 32) - 1
 
 
-class BytePairs:
+class BytePairs(Pieces):
     """Splits words into tokens by the merges of a table."""
 
     def __init__(self, table: TableFile) -> None:
+        super().__init__()
         assert isinstance(table.settings, BpeSettings)
         self._table, self._settings = table, table.settings
         self._unknown = None if table.settings.unk_token is None else table.find(table.settings.unk_token)
-        self._kept = lru_cache(KEPT_WORDS)(lambda word: self.tokens(word)[0])
         self._merge = lru_cache(KEPT_PAIRS)(table.merge)
         self._letter = lru_cache(KEPT_LETTERS)(self._of_letter)
         self._cut: re.Pattern[str] | None = None
@@ -30,9 +29,9 @@ class BytePairs:
             self._cut = re.compile(f"(?<=[^{re.escape(table.cut_after)}])(?={SPACE})")
 
     def ids(self, piece: str) -> list[int]:
-        """The tokens of what a text was split into."""
+        """The tokens of what a text was split into, cut where no token goes on."""
         if self._cut is None:
-            return self._kept(piece) if len(piece) <= LONGEST_KEPT else self.tokens(piece)[0]
+            return super().ids(piece)
         kept = self._kept
         ids: list[int] = []
         for word in self._cut.split(piece):

@@ -52,18 +52,19 @@ def kept_table(
             return None
     else:
         left, source = free_memory()
-        if making_bytes(needed_bytes) > left:
+        predicted_bytes = making_bytes(needed_bytes)
+        copying = f"copy {path} from a machine where the model was used before"
+        if predicted_bytes > left:
             raise CapError(
-                f"{file}: its tokenizer's table takes about {format_size(making_bytes(needed_bytes))} while it is made, and {source}; free"
-                f" some, or copy {path} from a machine where the model was used before"
+                f"{file}: its tokenizer's table takes about {format_size(predicted_bytes)} while it is made, and {source}; free some, or {copying}"
             )
         made = run_worker(
             command(module),
             {"file": str(file), "path": str(path)},
             os.environ | {"PYTHONPATH": python_path()},
             doing="making the tokenizer's table",
-            predicted_bytes=making_bytes(needed_bytes),
-            instead=f"free some memory, or copy {path} from a machine where the model was used before",
+            predicted_bytes=predicted_bytes,
+            instead=f"free some memory, or {copying}",
         )
         if not made:
             return None

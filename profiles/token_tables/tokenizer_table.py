@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from tightfit.profiles.token_tables.byte_pairs import BytePairs
+from tightfit.profiles.token_tables.pieces import Pieces
 from tightfit.profiles.token_tables.table_file import NoTableError, TableFile
 from tightfit.profiles.token_tables.word_pieces import UnigramPieces, WordPieces
 from tightfit.runtime.common.strict_json import to_json
@@ -23,16 +24,6 @@ WHOLE_WORDS = {"type": "Unigram", "unk_id": 0, "vocab": [[_NOBODY_S, 0.0]], "byt
 """A model whose only token is the unknown one: all unknown letters of a word become one token, whose text is the word."""
 LETTERS = {"type": "BPE", "vocab": {_NOBODY_S: 0}, "merges": [], "unk_token": _NOBODY_S, "fuse_unk": False}
 """A model by which each letter is a token."""
-
-
-class Pieces(Protocol):
-    """A model that splits a word into tokens by a table."""
-
-    def ids(self, piece: str) -> list[int]:
-        """The tokens of what a text was split into."""
-
-    def tokens(self, word: str) -> tuple[list[int], list[int]]:
-        """(the tokens of a word, how many of its bytes in UTF-8 each stands for; 0: for those of the token before it)."""
 
 
 MODELS: dict[str, Callable[[TableFile], Pieces]] = {

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-from tightfit.profiles.token_tables.byte_pairs import KEPT_WORDS, LONGEST_KEPT
+from tightfit.profiles.token_tables.pieces import Pieces
 from tightfit.profiles.token_tables.table_file import TableFile, UnigramSettings, WordPieceSettings
 
 UNKNOWN_PENALTY = 10.0
 """by how much the score of an unknown letter is below the lowest of all tokens"""
 
 
-class WordPieces:
+class WordPieces(Pieces):
     """Splits words into the longest tokens, from the left."""
 
     def __init__(self, table: TableFile) -> None:
+        super().__init__()
         assert isinstance(table.settings, WordPieceSettings)
         self._table, self._settings = table, table.settings
         unknown = table.find(table.settings.unk_token)
         assert unknown is not None
         self._unknown = unknown
-        self._kept = lru_cache(KEPT_WORDS)(lambda word: self.tokens(word)[0])
-
-    def ids(self, piece: str) -> list[int]:
-        """The tokens of what a text was split into."""
-        return self._kept(piece) if len(piece) <= LONGEST_KEPT else self.tokens(piece)[0]
 
     def tokens(self, word: str) -> tuple[list[int], list[int]]:
         """(the tokens of a word, how many of its bytes in UTF-8 each stands for). A word of which a part is no token is unknown."""
@@ -48,19 +42,15 @@ class WordPieces:
         return ids, sizes
 
 
-class UnigramPieces:
+class UnigramPieces(Pieces):
     """Splits words into the tokens whose scores have the highest sum."""
 
     def __init__(self, table: TableFile) -> None:
+        super().__init__()
         assert isinstance(table.settings, UnigramSettings)
         assert table.settings.unk_id is not None
         self._table, self._settings, self._unknown = table, table.settings, table.settings.unk_id
         self._unknown_score = min(table.scores) - UNKNOWN_PENALTY
-        self._kept = lru_cache(KEPT_WORDS)(lambda word: self.tokens(word)[0])
-
-    def ids(self, piece: str) -> list[int]:
-        """The tokens of what a text was split into."""
-        return self._kept(piece) if len(piece) <= LONGEST_KEPT else self.tokens(piece)[0]
 
     def tokens(self, word: str) -> tuple[list[int], list[int]]:
         """(the tokens of a word, how many of its bytes in UTF-8 each stands for; 0: for those of the token before it).

@@ -25,6 +25,11 @@ PackProgress = Callable[[int, int, str], None]
 """Called as progress(bytes done, bytes in all, tensor name); bytes are those of the packed form."""
 
 
+def config_name(path: Path) -> str:
+    """What a model is called of which there is a configuration alone."""
+    return path.parent.name if path.name == "config.json" and path.parent.name else path.stem
+
+
 def block_rows(entry: Entry) -> int:
     """How many rows of a tensor are packed at a time."""
     return min(entry.rows, max(1, BLOCK_BYTES // (4 * entry.columns)))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from tightfit.planner.generation.choice import Choice, ChoiceProblem
 from tightfit.profiles.schema import PROFILE_VERSION
@@ -17,8 +17,7 @@ from tightfit.profiles.sources.known_decoders import keep_facts
 from tightfit.profiles.sources.lookup import description_request
 from tightfit.profiles.sources.prepared import PreparedModel, is_prepared, load_prepared, save_prepared
 from tightfit.runtime.cli.options import service
-from tightfit.runtime.common.errors import RunError
-from tightfit.runtime.common.files import cache_directory, write_whole
+from tightfit.runtime.common.files import cache_directory, kept, write_whole
 
 if TYPE_CHECKING:
     from tightfit.planner.service.client import Client
@@ -38,6 +37,7 @@ class Elsewhere:
         self, url: str, certificate: Path | None, budget: int | None, *, force: bool, report: Callable[[str], None]
     ) -> None:
         self._url, self._certificate, self._budget, self._force, self._report = url, certificate, budget, force, report
+        self._traced: dict[str, PreparedModel] = {}
 
     def describe(self, model: str) -> None:
         """Learn what the decoder of a model consists of, where only transformers knows its family: it is not needed here then."""
@@ -46,8 +46,7 @@ class Elsewhere:
             return
         self._report(f"having the model described by {self._url}")
         facts = self._asked(lambda client: client.trace(request)).decoder
-        if facts is None:
-            raise RunError(f"{self._url}: what was described there is another model; ask again")
+        assert facts is not None
         keep_facts(request.source.config, request.stored or (), facts)
 
     def trace(self, request: TracingRequest) -> Path:
@@ -59,17 +58,19 @@ class Elsewhere:
         return folder
 
     def traced(self, request: TracingRequest) -> PreparedModel:
-        return load_prepared(self.trace(request))
+        """What was asked for: once, however often it is wanted."""
+        key = _key(request.model_dump_json())
+        if key not in self._traced:
+            self._traced[key] = load_prepared(self.trace(request))
+        return self._traced[key]
 
     def choose(self, problems: Sequence[ChoiceProblem]) -> Sequence[Choice | None]:
         """What stays in memory between the tokens of answers (`tightfit.planner.generation.choice.Choose`)."""
         text = json.dumps([problem.model_dump() for problem in problems])
         place = cache_directory() / "generation" / f"choices-{_key(text)}.json"
-        if not self._force and place.exists():
-            try:
-                return CHOICES.validate_json(place.read_bytes())
-            except ValidationError:
-                place.unlink()
+        known = None if self._force else kept(place, CHOICES.validate_json)
+        if known is not None:
+            return known
         self._report(f"having the answers planned by {self._url}")
         choices = self._asked(lambda client: client.choose(problems))
         write_whole(place, CHOICES.dump_json(choices).decode())

@@ -41,7 +41,7 @@ INSTEAD = "end other programs, or give more memory"
 
 def expect_phase(doing: str, phase: str, files: Iterable[Path], data: Iterable[str | None] = ()) -> None:
     """Note what this process is going to hold while it is `doing` a phase in which it reads these files, and tokenises `data`. Raises
-    InputError where that is not free.
+    InputError where that is not free, a long line of the data left out.
     """
     try:
         lines = [_longest_line(name) for name in data if name is not None and name != RANDOM]
@@ -50,8 +50,10 @@ def expect_phase(doing: str, phase: str, files: Iterable[Path], data: Iterable[s
     if None in lines:
         return
     whole = LOADED_BYTES[phase] + BYTES_PER_JSON[phase] * sum(file.stat().st_size for file in files if file.exists())
-    whole += TOKENIZER_BYTES + BYTES_PER_BYTE * max(line or 0 for line in lines) if lines else 0
-    expect(doing, whole - memory().resident, INSTEAD)
+    whole += TOKENIZER_BYTES if lines else 0
+    longest = BYTES_PER_BYTE * max((line or 0 for line in lines), default=0)
+    # Whoever tokenises a line that has no place refuses it, with its number and what to do.
+    expect(doing, whole - memory().resident, INSTEAD, judged_later_bytes=longest)
 
 
 def _longest_line(name: str) -> int | None:

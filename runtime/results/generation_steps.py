@@ -7,8 +7,6 @@ import json
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
-from pydantic import ValidationError
-
 from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.decoder_config import handwritten, telling_length
 from tightfit.profiles.models.transformers_config import not_installed
@@ -16,7 +14,7 @@ from tightfit.profiles.sources.described import AnswersWanted, TracingRequest
 from tightfit.profiles.sources.prepared import PreparedModel, load_prepared
 from tightfit.profiles.steps.tracing_process import answers_request, traced_answers
 from tightfit.profiles.weights.source import Source
-from tightfit.runtime.common.files import cache_directory, write_whole
+from tightfit.runtime.common.files import cache_directory, kept, write_whole
 from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 
@@ -50,13 +48,8 @@ def traced_steps(source: Source, longest: int, instead: str, tracer: Tracer | No
     ]
     told = json.dumps([releases, source.config, wanted.longest, GROUP, code], sort_keys=True, default=str)
     place = cache_directory() / "generation" / f"steps-{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
-    try:
-        return AnswerSteps.model_validate_json(place.read_bytes())
-    except FileNotFoundError:
-        pass
-    except ValidationError:
-        place.unlink(missing_ok=True)
-    steps = traced_answers(source, wanted)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(place, steps.model_dump_json())
+    steps = kept(place, AnswerSteps.model_validate_json)
+    if steps is None:
+        steps = traced_answers(source, wanted)
+        write_whole(place, steps.model_dump_json())
     return steps

@@ -1,4 +1,4 @@
-"""`make bench-page`: how fluid the page is with large plans, in a real browser.
+"""`make bench-page`: how soon the page is there and how much it sends, and how fluid it is with large plans, in a real browser.
 
 A plan of 30,000 instructions and a graph of 10,000 operators: seconds until the step is there, then milliseconds from frame to frame while it
 is enlarged, moved and pointed at, and of the drawing alone. Target: a frame within 50 ms (median) on two cores beside nothing else.
@@ -18,11 +18,12 @@ sys.path[:0] = [str(ROOT / "helpers"), str(Path(__file__).parent)]
 import tables
 from chromium import find_chromium
 from layered_graph import layered
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 from served import Served
 from synthetic import decoder_like
 
 from tightfit.planner.plan import plan as solve
+from tightfit.planner.service.http.routes_page import _files
 from tightfit.profiles.graph_input import graph_profile
 
 SCREENS = {"phone": (390, 844, 3), "desk": (1400, 900, 1), "desk, dense": (1400, 900, 2), "4k": (3840, 2000, 1)}
@@ -89,9 +90,20 @@ def main() -> None:
                     figures = [f"{found[key]:.1f}" for key in ("frame", "slow", "drawing")]
                     rows.append([what, screen, f"{ready:.1f}", way, *figures])
                 context.close()
+        first = _first(browser, service.url)
         service.stop()
     headings = ["what", "screen", "ready, s", "way", "frame, ms", "95 %, ms", "drawing, ms"]
-    print(tables.machine(), tables.markdown(headings, rows), sep="\n\n")
+    print(tables.machine(), tables.markdown(headings, rows), first, sep="\n\n")
+
+
+def _first(browser: Browser, url: str) -> str:
+    """What the start takes until something is seen, and all that the page ever sends of its own."""
+    page = browser.new_page()
+    page.goto(url)
+    page.wait_for_selector("h1")
+    painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    files = _files()
+    return f"first paint after {painted:.0f} ms; {len(files)} files of {sum(map(len, files.values())) / 1000:.0f} kB, packed"
 
 
 if __name__ == "__main__":

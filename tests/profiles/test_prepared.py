@@ -91,6 +91,22 @@ def test_the_steps_of_answers_come_with_the_weights(folder: Path, whole: Path, m
     assert load_prepared(folder).answers is None
 
 
+def test_long_answers_of_a_family_written_by_hand_come_with_the_weights(tmp_path: Path) -> None:
+    """Llama 3's rotary frequencies are the same in short answers and in long ones, whatever length its config says it learnt first."""
+    scaled = CONFIG | {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    }
+    write_directory(tmp_path / "model", scaled, random_weights(scaled), tokenizer=byte_level_tokenizer())
+    prepared = prepare(str(tmp_path / "model"), tmp_path / "whole.tight", True, **STEP)
+    assert prepared.answers == family_steps(resolve(str(tmp_path / "model")).config, GROUP)
+
+
 def test_a_description_is_enough_to_trace(model: Path) -> None:
     """What leaves a device has no weights, and gives the same step; through JSON, as it is sent."""
     request = request_trace(str(model), **STEP)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,24 +64,27 @@ def files_under(roots: Sequence[Path], kind: FilesKind) -> FilesAnswer:
     """What lies under the roots, the newest first."""
     ends = time.monotonic() + MOST_SECONDS
     listed: list[FileUnderRoot] = []
-    cut = False
+    cut = over = False
     for root in (root.resolve() for root in roots):
-        for folder, names, whole in _folders(root, roots):
+        if over:
+            break
+        for folder, names, whole in _folders(root):
             cut |= not whole
-            for found in (_models if kind == "models" else _data)(folder, names):
-                if len(listed) == MOST_LISTED or time.monotonic() > ends:
-                    cut = True
+            for found in (_models if kind == "models" else _data)(folder, names, ends):
+                if len(listed) == MOST_LISTED:
                     break
                 path = os.path.relpath(found.path, root)
                 if _allowed(path, found.path, roots):
                     listed.append(_described(found, path))
-            if cut:
+            over = len(listed) == MOST_LISTED or time.monotonic() > ends
+            if over:
+                cut = True
                 break
     newest_first = sorted(listed, key=lambda file: (-file.modified, file.path))
     return FilesAnswer(roots=[root.resolve().name for root in roots], files=newest_first, cut=cut)
 
 
-def _folders(root: Path, roots: Sequence[Path]) -> Iterator[tuple[Path, list[str], bool]]:
+def _folders(root: Path) -> Iterator[tuple[Path, list[str], bool]]:
     """Each folder under a root with the names in it, those near the root first; and whether more was left to look at.
 
     Names that begin with a dot are left out, and so are folders that a link leads to a second time.
@@ -95,7 +99,7 @@ def _folders(root: Path, roots: Sequence[Path]) -> Iterator[tuple[Path, list[str
         looked_at += len(names)
         for name in names:
             path = folder / name
-            if path.is_dir() and (real := path.resolve()) not in seen:
+            if _is_folder(path) and (real := path.resolve()) not in seen:
                 seen.add(real)
                 folders.append(path)
         yield folder, names, looked_at < MOST_LOOKED_AT
@@ -103,11 +107,14 @@ def _folders(root: Path, roots: Sequence[Path]) -> Iterator[tuple[Path, list[str
             return
 
 
-def _models(folder: Path, names: Sequence[str]) -> Iterable[_Found]:
+def _models(folder: Path, names: Sequence[str], ends: float) -> Iterable[_Found]:
+    """The models in a folder, as far as they are found before the time `ends`."""
     if PREPARED in names:
         yield _Found(folder, "prepared", [folder / name for name in names])
         return
     for name in names:
+        if time.monotonic() > ends:
+            return
         if name.endswith(".gguf"):
             yield _Found(folder / name, "gguf", [folder / name], _gguf_header)
         elif name.endswith(".json") and name != CONFIG:
@@ -133,7 +140,8 @@ def _bare_config(path: Path) -> Iterator[_Found]:
     yield _Found(path, "config", [path], _config_header)
 
 
-def _data(folder: Path, names: Sequence[str]) -> Iterable[_Found]:
+def _data(folder: Path, names: Sequence[str], ends: float) -> Iterable[_Found]:
+    """The data in a folder: their names tell them, which takes no time."""
     kinds = {name: kind for name in names if (kind := _data_kind(name)) is not None}
     dataset = DATASET in names
     if len(kinds) > 1 or dataset:
@@ -180,10 +188,15 @@ def _described(found: _Found, path: str) -> FileUnderRoot:
     )
 
 
+def _is_folder(path: Path) -> bool:
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
 def _status(file: Path) -> os.stat_result | None:
     try:
         return file.stat()
-    except OSError:  # removed meanwhile
+    except OSError:  # removed meanwhile, or not to be looked at
         return None
 
 

@@ -8,12 +8,11 @@ from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
     IdempotencyKey,
     cached_of,
+    check_measured_here,
     enqueue,
     file_of_run,
-    model_elsewhere,
     stored,
 )
-from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.requests import AnswerRequest
 
 router = APIRouter(prefix="/v1/answers", tags=["runs"])
@@ -23,9 +22,7 @@ router = APIRouter(prefix="/v1/answers", tags=["runs"])
 async def make_answer(request: Request, body: AnswerRequest, key: IdempotencyKey = None) -> Response:
     """Waits for this machine's device, as runs do. Progress has the text so far; every request is answered anew."""
     profile = stored(request, "profile", body.profile, "profile")
-    refusal = model_elsewhere(profile)
-    if refusal is not None:
-        raise invalid("profile", refusal)
+    check_measured_here(profile, "profile")
     uses = [("profile", body.profile), *(("cache", name) for name in cached_of(request, body.profile))]
     if body.run is not None:
         file_of_run(request, body.run, "adapter")

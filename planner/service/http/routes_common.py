@@ -15,7 +15,7 @@ from tightfit.planner.service.http.service import Service
 from tightfit.planner.service.jobs.store import Row, content_key, listed
 from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid, not_found
-from tightfit.planner.service.wire.inputs import UPLOADED
+from tightfit.planner.service.wire.inputs import uploaded
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.remote_devices import HEADER, device_of
 from tightfit.planner.service.wire.requests import NameRequest
@@ -233,18 +233,14 @@ async def file_response(
     return StreamingResponse(objects.unpack(row["digest"]), media_type=media_type, headers=headers)
 
 
-def model_elsewhere(profile: Row) -> str | None:
-    """Why the model of a stored profile is not there to be used; None where it was measured here."""
+def check_measured_here(profile: Row, field: str) -> None:
+    """Raises ServiceError 422 where the model of a stored profile is not there to be used."""
     if profile["origin"] == "made":
-        return None
+        return
+    message = "this profile was not made by this service; measure the model on the service's machine, and ask with that profile"
     if profile["origin"] == "example":
-        return f"the example was measured on another machine; put {profile['name']} under a folder of the service, and measure it there"
-    return "this profile was not made by this service; measure the model on the service's machine, and ask with that profile"
-
-
-def uploaded(data: str | None) -> str | None:
-    """The id of the upload that a request names as data; None: it names none."""
-    return data.removeprefix(UPLOADED) if data is not None and data.startswith(UPLOADED) else None
+        message = f"the example was measured on another machine; put {profile['name']} under a folder of the service, and measure it there"
+    raise invalid(field, message)
 
 
 async def data_path(request: Request, data: str, field: str) -> str:

@@ -7,13 +7,12 @@ from fastapi import APIRouter, Request, Response
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
     IdempotencyKey,
+    check_measured_here,
     data_path,
     enqueue,
-    model_elsewhere,
     stored,
-    uploaded,
 )
-from tightfit.planner.service.wire.errors import invalid
+from tightfit.planner.service.wire.inputs import uploaded
 from tightfit.planner.service.wire.requests import PreviewRequest
 
 router = APIRouter(prefix="/v1/previews", tags=["inputs"])
@@ -27,9 +26,7 @@ async def make_preview(request: Request, body: PreviewRequest, key: IdempotencyK
     profile = stored(request, field, identity, field)
     if body.plan is not None:
         profile = stored(request, "profile", profile["origin"], field)
-    refusal = model_elsewhere(profile)
-    if refusal is not None:
-        raise invalid(field, refusal)
+    check_measured_here(profile, field)
     job_request = body.model_dump(exclude={"plan"}) | {
         "profile": profile["id"],
         "data": await data_path(request, body.data, "data"),

@@ -28,11 +28,11 @@ from tightfit.planner.service.http.routes_common import (
     run_of,
     service_of,
     stored,
-    uploaded,
 )
 from tightfit.planner.service.jobs.orders import MERGED
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid
+from tightfit.planner.service.wire.inputs import uploaded
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.requests import MergeRequest, RunRequest
 from tightfit.planner.service.wire.schema import JobId, RunMetrics, ServiceJob
@@ -164,13 +164,12 @@ async def get_merged(request: Request, identity: Identity) -> FileResponse:
     """What was merged last: a GGUF file, or a tar file of the folder merged/ with safetensors. 409 before it was merged."""
     service = service_of(request)
     run_of(request, identity)
-    for job in service.store.jobs(kind="merge", state="succeeded", limit=1000).items:
-        name = MERGED.get(str(job.request.get("format")))
-        if job.request.get("run") == identity and name is not None:
-            path = service.supervisor.runs / job.id / name
-            if path.is_file():
-                service.store.touch("folder", job.id)
-                return FileResponse(path, media_type=BYTES, filename=f"merged-{identity}{path.suffix}")
+    job = service.store.job_using("adapter", identity, "merge")
+    name = None if job is None else MERGED.get(str(job.request.get("format")))
+    if job is not None and name is not None and (path := service.supervisor.runs / job.id / name).is_file():
+        for kind in ("folder", "job"):
+            service.store.touch(kind, job.id)
+        return FileResponse(path, media_type=BYTES, filename=f"merged-{identity}{path.suffix}")
     raise ServiceError(409, "conflict", f"the run {identity} was not merged; post to /v1/runs/{identity}/merge first")
 
 

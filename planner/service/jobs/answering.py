@@ -5,14 +5,13 @@ text is told as it comes.
 from __future__ import annotations
 
 import io
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
 from tightfit.planner.service.jobs.commands import carry_out
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
-from tightfit.planner.service.jobs.running import wait_for
+from tightfit.planner.service.jobs.running import device
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.redaction import with_paths
 from tightfit.profiles.io import parse_profile
@@ -26,16 +25,13 @@ FIGURES = ("text", "tokens", "seconds", "first_seconds", "end", "peak_bytes", "b
 
 def answer(order: JobOrder, events: EventWriter) -> Row:
     """Answer a prompt, alone on the device."""
-    assert order.lock is not None
-    events.progress(always=True, stage="waiting for the device")
     with (
-        Path(order.lock).open("w") as lock,
+        device(order, events) as lock,
         tempfile.TemporaryDirectory(dir=Path(order.objects) / "tmp", prefix="answer-") as folder,
     ):
-        wait_for(lock.fileno(), sys.stdin.fileno())
         events.progress(always=True, stage="preparing")
         command = _command(order, Path(folder))
-        answered = carry_out(command, "the answer", lock.fileno(), _TextSoFar(events))
+        answered = carry_out(command, "the answer", lock, _TextSoFar(events))
     return {"result": {name: answered.get(name) for name in FIGURES}, "files": []}
 
 

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from tightfit.planner.search_options import SOLVER
+from tightfit.planner.service.wire.inputs import uploaded
 from tightfit.runtime.common.units import format_size
 
 Row = Mapping[str, Any]
@@ -106,7 +107,7 @@ def _data(data: object, stored: Stored) -> str | None:
         return None
     if words == RANDOM:
         return f"{RANDOM} data"
-    upload = _stored(stored, "upload", words.removeprefix("upload:")) if words.startswith("upload:") else None
+    upload = _stored(stored, "upload", uploaded(words))
     return PurePath(words).name if upload is None else _text(upload["name"])
 
 

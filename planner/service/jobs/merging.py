@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
 from tightfit.planner.service.jobs.answering import adapter_of
 from tightfit.planner.service.jobs.commands import carry_out
 from tightfit.planner.service.jobs.orders import MERGED, EventWriter, JobOrder
-from tightfit.planner.service.jobs.running import wait_for
+from tightfit.planner.service.jobs.running import device
 from tightfit.planner.service.jobs.store import Row, folder_row
 from tightfit.planner.service.wire.errors import failing_disk
 from tightfit.planner.service.wire.redaction import with_paths
@@ -19,21 +18,18 @@ from tightfit.profiles.io import parse_profile
 
 def merge(order: JobOrder, events: EventWriter) -> Row:
     """Leave the merged model in the job's folder, beside which nothing else stays."""
-    assert order.lock is not None
     folder, request = Path(order.folder), order.request
-    events.progress(always=True, stage="waiting for the device")
-    with Path(order.lock).open("w") as lock:
-        wait_for(lock.fileno(), sys.stdin.fileno())
+    with device(order, events) as lock:
         events.progress(always=True, stage="merging")
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
             profile = parse_profile(order.content(request["profile"]), f"the stored profile {request['profile']}")
             base = with_paths(profile.model, order.paths).source
-            out = folder / ("merged.gguf" if request["format"] == "gguf" else "merged")
+            out = folder / (MERGED["gguf"] if request["format"] == "gguf" else "merged")
             words = [*order.command, "merge", str(adapter_of(order, folder)), f"--output={out}", f"--base={base}"]
             words += [f"--format={request['format']}", "--json"]
-            merged = carry_out(words, "merging", lock.fileno())
+            merged = carry_out(words, "merging", lock)
             shutil.rmtree(folder / "adapter")
             if out.is_dir():
                 events.progress(always=True, stage="packing")

@@ -17,6 +17,8 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,15 +45,12 @@ ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunErro
 
 def run(order: JobOrder, events: EventWriter) -> Row:
     """Carry out a plan and keep its report, its steps and its adapter; goes on from a checkpoint where there is one."""
-    assert order.lock is not None
     objects = ObjectStore(Path(order.objects))
     folder = Path(order.folder)
     out = folder / "out"
     plan = folder / "plan.json"
     folder.mkdir(parents=True, exist_ok=True)
-    events.progress(always=True, stage="waiting for the device")
-    with Path(order.lock).open("w") as lock:
-        wait_for(lock.fileno(), sys.stdin.fileno())
+    with device(order, events) as lock:
         stored = parse_plan(order.content(order.request["plan"]), f"the stored plan {order.request['plan']}")
         unredacted = sealed(stored.model_copy(update={"model": with_paths(stored.model, order.paths)}))
         plan.write_text(unredacted.model_dump_json())
@@ -59,7 +58,7 @@ def run(order: JobOrder, events: EventWriter) -> Row:
             events.progress(always=True, stage="waiting for what an earlier attempt still saves")
         _wait_for_orphan(out, sys.stdin.fileno())
         events.progress(always=True, stage="preparing")
-        code, output, last = _run_to_end(_command(order, plan, out), lock.fileno(), out, events)
+        code, output, last = _run_to_end(_command(order, plan, out), lock, out, events)
     try:
         report = json.loads(output)
     except ValueError:
@@ -79,14 +78,26 @@ def failure_of(code: int, printed: Row, otherwise: str) -> Exception:
     return ERRORS.get(code, RunError)(message)
 
 
-def wait_for(lock: int, orders: int) -> None:
+@contextmanager
+def device(order: JobOrder, events: EventWriter) -> Iterator[int]:
+    """While this machine's device is this job's alone: the descriptor of its lock. Raises RunError where the job ends while it waits."""
+    assert order.lock is not None
+    events.progress(always=True, stage="waiting for the device")
+    with Path(order.lock).open("w") as lock:
+        _wait_for(lock.fileno(), sys.stdin.fileno())
+        yield lock.fileno()
+
+
+def _wait_for(lock: int, orders: int) -> None:
     """Take a lock. Raises RunError where `orders`, standard input, closes first: cancelled, or the service has ended."""
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if select.select([orders], [], [], LOOK_SECONDS)[0]:
-                raise RunError("the run was ended while it waited for another; resume it") from None
+                raise RunError(
+                    "it was ended while it waited for another that uses the device; ask again, or resume the run"
+                ) from None
 
 
 def _wait_for_orphan(out: Path, orders: int) -> None:
@@ -96,7 +107,7 @@ def _wait_for_orphan(out: Path, orders: int) -> None:
     if out.exists():
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            wait_for(descriptor, orders)
+            _wait_for(descriptor, orders)
         finally:
             os.close(descriptor)
 

@@ -543,6 +543,17 @@ class JobStore:
                 _forget(database, file, runs=False)
         return removed
 
+    def job_using(self, file: str, identity: str, kind: JobKind) -> ServiceJob | None:
+        """The latest job of a kind that has succeeded with a file, whose kind is `file`."""
+        row = self._get(
+            "SELECT jobs.* FROM jobs JOIN uses ON uses.job = jobs.id WHERE uses.kind = ? AND uses.file = ? AND jobs.kind = ?"
+            " AND state = 'succeeded' ORDER BY number DESC LIMIT 1",
+            file,
+            identity,
+            kind,
+        )
+        return None if row is None else self._read(row)
+
     def files_of(self, job: str) -> list[Row]:
         """The files that a job needs and those that it made."""
         rows = self._rows(
@@ -883,14 +894,17 @@ def _kind_and_id(row: Row) -> tuple[bytes, bytes]:
 
 
 def _forget(database: sqlite3.Connection, row: Row, *, runs: bool) -> None:
-    """Remove a file's row, and the jobs that have ended and cannot answer without it; runs among these only if `runs`."""
+    """Remove a file's row, and the jobs that have ended and cannot answer without it; those whose results are folders of their own, runs
+    and what was merged of them, only if `runs`, together with the rows of these folders.
+    """
     of_file = "kind IN (?1, CAST(?1 AS TEXT)) AND {} IN (?2, CAST(?2 AS TEXT))"
-    database.execute(
+    gone = database.execute(
         f"DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE {of_file.format('file')})"  # noqa: S608  constants
-        f" AND state NOT IN ('queued', 'running') AND (?3 OR kind <> 'run')",
+        f" AND state NOT IN ('queued', 'running') AND (?3 OR kind NOT IN ('run', 'merge')) RETURNING id",
         (*_kind_and_id(row), runs),
-    )
+    ).fetchall()
     database.execute(f"DELETE FROM files WHERE {of_file.format('id')}", _kind_and_id(row))  # noqa: S608  constants
+    database.executemany("DELETE FROM files WHERE kind = 'folder' AND id = ?", [(job["id"],) for job in gone])
 
 
 def _row(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> Row:

@@ -231,7 +231,10 @@ class Supervisor:
             await asyncio.sleep(DISK_SECONDS)
 
     def _unfinished_folder(self, job: ServiceJob) -> list[dict[str, Any]]:
-        """The folder of a run that did not get to its end: its checkpoints count among what is kept."""
+        """The folder of a run that did not get to its end: its checkpoints count among what is kept. Of any other job nothing stays."""
+        if job.kind != "run":
+            shutil.rmtree(self.runs / job.id, ignore_errors=True)
+            return []
         size = 0
         for path in (self.runs / job.id).rglob("*"):
             with contextlib.suppress(FileNotFoundError):  # a run that lost its worker may still be clearing up

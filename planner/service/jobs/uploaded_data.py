@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.wire.errors import failing_disk
-from tightfit.planner.service.wire.inputs import UPLOADED
+from tightfit.planner.service.wire.inputs import uploaded
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.runtime.common.errors import InputError
 
@@ -16,9 +16,9 @@ def placed(order: JobOrder, data: str, folder: Path) -> str:
 
     Raises InputError where they are gone, UnreadableError where they are damaged, and StorageError where the disk is full.
     """
-    if not data.startswith(UPLOADED):
+    identity = uploaded(data)
+    if identity is None:
         return data
-    identity = data.removeprefix(UPLOADED)
     if identity not in order.digests:
         raise InputError(f"the uploaded data {identity} are gone since this was asked for; upload them again")
     path = folder / identity[:16] / order.names[identity]

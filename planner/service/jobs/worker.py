@@ -117,6 +117,8 @@ def _carry_out(order: JobOrder, events: EventWriter) -> None:
     events.redaction = order.redaction()
     if order.kind == "profile":
         _to_the_background()
+    elif order.kind in {"answer", "merge"}:  # what they start ends with them; they are asked for anew
+        end_with_parent(signal.SIGKILL)
     work = _work_of(order.kind)
     if order.memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))

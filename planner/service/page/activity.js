@@ -1,20 +1,15 @@
 // What is under way, from wherever it was started: a button that says how much, and a dialog with each and a way to end it.
 
-import { get, post } from "./api.js";
+import { openJobs, post } from "./api.js";
 import { html } from "./charts.js";
 import { button, dialog, empty, progress, when } from "./components.js";
 
 const EVERY = 3000; // ms between two looks
 const WORDS = { profile: "Measuring", trace: "Tracing", plan: "Planning", "answer-plan": "Planning answers", comparison: "Planning a curve", fleet: "Planning a fleet", run: "Fine-tuning", preview: "Reading data", answer: "Answering", merge: "Merging" };
-const PLACE = { run: "runs", fleet: "fleets", profile: "models" };
+const PLACE = { run: "runs", profile: "models" }; // of a job that has a page of its own
 let timer = 0, changed = () => {};
 
-export const nameOf = (job) => job.title ?? job.label ?? WORDS[job.kind] ?? job.kind;
-
-async function underWay() {
-  const [running, queued] = await Promise.all(["running", "queued"].map((state) => get(`/v1/jobs?state=${state}&limit=100`)));
-  return [...running.jobs, ...queued.jobs];
-}
+const nameOf = (job) => job.title ?? job.label ?? WORDS[job.kind] ?? job.kind;
 
 // Keep the button's text true, while the page is looked at.
 export function watchActivity(shown, complain) {
@@ -22,7 +17,7 @@ export function watchActivity(shown, complain) {
   const look = async () => {
     if (!document.hidden) {
       try {
-        const jobs = await underWay();
+        const jobs = await openJobs();
         shown.textContent = jobs.length ? `${jobs.length} under way` : "Nothing under way";
         shown.classList.toggle("busy", jobs.length > 0);
         changed(jobs);
@@ -49,7 +44,7 @@ export async function showActivity() {
     return html("li", {}, html("div", { class: "heading" }, html("strong", {}, name), html("span", { class: "soft" }, when(job.created))), html("div", { class: "row" }, bar, end));
   };
   const draw = (jobs) => box.replaceChildren(jobs.length ? html("ul", { class: "bare" }, ...jobs.map(row)) : empty("Nothing is under way."));
-  draw(await underWay());
+  draw(await openJobs());
   changed = draw;
   await dialog("Under way", () => box);
   changed = () => {};

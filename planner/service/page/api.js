@@ -17,6 +17,8 @@ const GONE = [0, 502, 503, 504]; // no answer, or a proxy's in its stead
 const KEY = "tightfit-token";
 let token = sessionStorage.getItem(KEY);
 
+export const hasToken = () => token !== null;
+
 export function setToken(value) {
   token = value;
   sessionStorage.setItem(KEY, value);
@@ -49,6 +51,21 @@ export async function download(path, name) {
   if (token) setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
+// A page of what the service keeps at `/v1/PATH`: {items, next}; what is empty in `query` is not asked for.
+export async function pageOf(path, query) {
+  const asked = Object.entries(query).filter(([, value]) => value !== null && value !== undefined && value !== "");
+  const answer = await get(`/v1/${path}?${new URLSearchParams(asked)}`);
+  return { items: answer[path], next: answer.next ?? null };
+}
+
+// Whether a job has not ended, and those that have not: `query` narrows them.
+const OPEN = ["running", "queued"];
+export const isOpen = (job) => OPEN.includes(job.state);
+export async function openJobs(query = {}) {
+  const pages = await Promise.all(OPEN.map((state) => pageOf("jobs", { ...query, state, limit: 100 })));
+  return pages.flatMap(({ items }) => items);
+}
+
 export async function post(path, body, headers = {}) {
   const content = typeof body === "string" ? body : JSON.stringify(body);
   return (await send(path, { method: "POST", body: content, headers: { "Content-Type": "application/json", ...headers } })).json();
@@ -66,7 +83,7 @@ const eventOf = (text) => Object.fromEntries(text.split("\n").map((line) => line
 // Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again after the
 // last event that came. Where `signal` is aborted, following ends, the job does not.
 export async function finish(job, progress = () => {}, signal = undefined) {
-  const open = () => ["queued", "running"].includes(job.state);
+  const open = () => isOpen(job);
   let last = null;
   for (let heard = Date.now(); open() && Date.now() - heard < SILENCE; ) {
     try {

@@ -1,10 +1,10 @@
 // Several plans side by side, or several runs: what differs first, then their steps or losses, then what becomes of each tensor.
 
-import { get } from "./api.js";
+import { get, pageOf } from "./api.js";
 import { html, seconds, size } from "./charts.js";
 import { button, dialog, empty, heading, list, percent, scrolling, section, table, when } from "./components.js";
 import { chartBox } from "./lines.js";
-import { nameOf } from "./plan.js";
+import { nameOfPlan as nameOf } from "./rules.js";
 import { showLoss } from "./run_report.js";
 import { nameOf as runName } from "./runs.js";
 import { action, to } from "./shell.js";
@@ -121,7 +121,7 @@ const choosePlan = (ids, profile) => dialog("Add a plan", (close) => {
       { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },
     ],
     load: async (after, search) => {
-      const { plans: items, next = null } = await get(`/v1/plans?${new URLSearchParams({ limit: AT_ONCE, ...(after && { after }), ...(search && { search }) })}`);
+      const { items, next } = await pageOf("plans", { limit: AT_ONCE, after, search });
       return { items: items.sort((a, b) => (b.profile === profile) - (a.profile === profile)), next };
     },
     none: () => empty("There is no other plan."),

@@ -3,7 +3,7 @@
 
 import { get, plainly, upload, work } from "./api.js";
 import { html } from "./charts.js";
-import { button, dialog, empty, list, mib, percent, progress, scrolling, section, table, when } from "./components.js";
+import { button, dialog, empty, list, mib, percent, progress, scrolling, table, when } from "./components.js";
 import { action } from "./shell.js";
 
 export const RANDOM = "random";
@@ -54,6 +54,7 @@ function choose(title, random, optional) {
       drop.classList.remove("over");
       if (event.dataTransfer.files[0]) await taken(event.dataTransfer.files[0]);
     }) }, ...offered);
+    let all = null; // the service looks through its folders once
     const files = list({
       name: "files", action, key: (one) => one.value,
       columns: [
@@ -62,7 +63,7 @@ function choose(title, random, optional) {
         { title: "Size, MiB", value: (one) => one.bytes, cell: (one) => mib(one.bytes) },
         { title: "From", value: (one) => one.created, cell: (one) => when(one.created) },
       ],
-      load: async (_, search) => ({ items: (await known()).filter((one) => one.name.toLowerCase().includes(search.toLowerCase())), next: null }),
+      load: async (_, search) => ({ items: (all ??= await known()).filter((one) => one.name.toLowerCase().includes(search.toLowerCase())), next: null }),
       none: () => empty("No file of samples lies on the service's machine where it may look."),
     });
     files.reload();
@@ -91,7 +92,7 @@ export async function likely() {
 export async function preview(box, request, signal) {
   const bar = progress("Reading the data");
   box.replaceChildren(bar);
-  const job = await work("/v1/previews", request, (latest) => bar.update(latest));
+  const job = await work("/v1/previews", request, (latest) => bar.update(latest), signal);
   if (signal.aborted) return null;
   const { samples, refused, counted, padding_share: padding, cut } = job.result, many = samples.length > SHOWN;
   const shown = html("ol", { class: "samples" }, ...samples.slice(0, SHOWN).map(sample));
@@ -107,4 +108,3 @@ export async function preview(box, request, signal) {
 }
 
 const sample = ({ line, pieces, tokens, cut }) => html("li", {}, html("span", { class: "soft where" }, `line ${line}, ${tokens} tokens${cut ? ", cut" : ""}`), html("p", {}, ...pieces.map(({ text, trained }) => html(trained ? "mark" : "span", trained ? {} : { class: "soft" }, text))));
-export const panel = () => section("The data, as they are read", html("p", { class: "soft" }, "Choose data to look at them."));

@@ -2,7 +2,7 @@
 
 import { download, get, remove } from "./api.js";
 import { html, seconds, showLanes } from "./charts.js";
-import { button, confirmed, editable, note, numbers, scrolling, section, table, term } from "./components.js";
+import { button, card, confirmed, editable, heading, note, numbers, scrolling, section, table, term } from "./components.js";
 import { nameOf, rename, speedup } from "./fleets.js";
 import { action, go, to } from "./shell.js";
 
@@ -17,13 +17,15 @@ export async function show({ root, id, signal, title }) {
   const guessed = fleet.summary.members.filter((member) => member.plan_fingerprint && !member.measured).map((member) => member.name);
   const files = [["fleet.json", `/v1/fleets/${id}/file`], ...Object.entries(view.plans).map(([name, plan]) => [name, `/v1/plans/${plan}/file`])];
   root.append(
-    html("div", { class: "heading" },
+    heading(
       editable(nameOf(fleet), async (name) => nameOf(await rename(fleet, { title: name })), { action }),
-      html("div", { class: "row" }, button("Plan another like it", () => go("fleets", "new", { like: id })), button("Delete", action(async () => {
+      button("Plan another like it", () => go("fleets", "new", { like: id })),
+      button("Delete", action(async () => {
         if (!(await confirmed(`Delete ${nameOf(fleet)}?`, "Delete"))) return;
         await remove(`/v1/fleets/${id}`);
         go("fleets");
-      }), "danger"))),
+      }), "danger"),
+    ),
     note(fleet.note, (text) => rename(fleet, { note: text }), action),
     section(null, cards(fleet.summary), html("ul", { class: "plain", id: "sentences" }, ...view.sentences.slice(0, FIRST).map((text) => html("li", {}, text))), view.sentences.length > FIRST ? html("details", {}, html("summary", {}, "More about this fleet"), html("ul", { class: "plain" }, ...view.sentences.slice(FIRST).map((text) => html("li", {}, text)))) : null),
     section("Who does what when", lanes, html("div", {}, html("h3", {}, "The exchange, enlarged"), exchange), key, reading, numbers("What each device and each link does", sheet(view.activity))),
@@ -42,5 +44,5 @@ function cards(summary) {
     ["devices that compute", String(summary.members.filter((member) => member.plan_fingerprint).length), `of ${summary.members.length}`],
     ["results", summary.bit_identical ? "the same bits" : "differ by rounding", summary.bit_identical ? "as on one device" : "from those of one device"],
   ];
-  return html("dl", { class: "cards" }, ...shown.map(([name, value, more]) => html("div", { class: "card" }, html("dt", {}, name === "one step" ? term(name, "From the moment all devices begin until each has the updated weights.") : name), html("dd", {}, html("b", {}, value), html("span", {}, more)))));
+  return html("dl", { class: "cards" }, ...shown.map(([name, value, more]) => card(name === "one step" ? term(name, "From the moment all devices begin until each has the updated weights.") : name, value, more)));
 }

@@ -1,6 +1,6 @@
 // Fleets: steps of several devices that were planned, and the way to plan another.
 
-import { get, patch, remove } from "./api.js";
+import { pageOf, patch, remove } from "./api.js";
 import { html, seconds } from "./charts.js";
 import { button, confirmed, empty, heading, list, when } from "./components.js";
 import { action, go, to } from "./shell.js";
@@ -8,7 +8,7 @@ import { action, go, to } from "./shell.js";
 const PAGE = 50;
 
 export const nameOf = (fleet) => fleet.title ?? fleet.label ?? `${fleet.summary.model} on ${membersOf(fleet).join(", ")}`;
-export const membersOf = ({ summary }) => summary.members.map((member) => member.name);
+const membersOf = ({ summary }) => summary.members.map((member) => member.name);
 
 // How many times shorter a step is than on the fastest device alone; null where none can do it alone.
 export function speedup({ baselines = [], makespan_seconds: together }) {
@@ -28,10 +28,7 @@ export async function show({ root }) {
       { title: "Note", cell: (fleet) => fleet.note ?? "", wide: true, least: true },
       { title: "Made", value: (fleet) => fleet.created, cell: (fleet) => when(fleet.created) },
     ],
-    load: async (after, search) => {
-      const { fleets: items, next = null } = await get(`/v1/fleets?${new URLSearchParams({ limit: PAGE, ...(after && { after }), ...(search && { search }) })}`);
-      return { items, next };
-    },
+    load: (after, search) => pageOf("fleets", { limit: PAGE, after, search }),
     actions: (chosen) => [button("Delete", action(async () => {
       if (!(await confirmed(`Delete ${chosen.length === 1 ? nameOf(chosen[0]) : `${chosen.length} fleets`}?`, "Delete"))) return;
       for (const fleet of chosen) await remove(`/v1/fleets/${fleet.id}`);

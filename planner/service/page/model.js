@@ -4,7 +4,7 @@
 
 import { download, finish, get, patch, post, work } from "./api.js";
 import { atLeast, curveLegend, html, kindColour, MIB, place as drawIn, places, seconds, size } from "./charts.js";
-import { announce, bar, button, editable, field, heading, mib, note, percent, progress, scrolling, section, span, table, term } from "./components.js";
+import { announce, bar, button, card, editable, field, heading, mib, note, percent, progress, scrolling, section, span, table, term } from "./components.js";
 import { budgetCurve } from "./curve.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { deleted, estimated, measuredModel, measuring, nameOf, origin } from "./models.js";
@@ -71,10 +71,9 @@ async function explore(place) {
   const stepForm = html("form", { id: "step-form" }, html("details", { class: "more" }, html("summary", {}, "Optimizer, clipping, and how near to the best"), html("div", { class: "row" }, html("button", {}, "Plan so"))));
   solveButton.id = "solve";
   policy.value = state.policy;
-  const top = heading("", button("Download profile", action(() => download(`/v1/profiles/${id}/file`, "profile.json")), "quiet"), button("Delete", action(async () => { if (await deleted(profile)) go("models"); }), "quiet"));
-  top.querySelector("h1").replaceWith(editable(nameOf(profile), async (title) => nameOf(Object.assign(profile, await patch(`/v1/profiles/${id}`, { title }))), { action }));
+  const named = editable(nameOf(profile), async (title) => nameOf(Object.assign(profile, await patch(`/v1/profiles/${id}`, { title }))), { action });
   root.append(
-    top,
+    heading(named, button("Download profile", action(() => download(`/v1/profiles/${id}/file`, "profile.json")), "quiet"), button("Delete", action(async () => { if (await deleted(profile)) go("models"); }), "quiet")),
     html("p", { id: "about", class: "soft" }, about(profile)),
     summary.marks?.length ? html("p", { id: "caution", class: "caution" }, `Caution: ${summary.marks.join("; ")}.`) : "",
     note(profile.note, (text) => patch(`/v1/profiles/${id}`, { note: text }), action),
@@ -288,7 +287,7 @@ async function explore(place) {
       train ? ["disk", `${mib(train.read_bytes + train.write_bytes)} MiB`, `each step; ${seconds(train.stall_seconds)} s waiting`] : null,
     ].filter(Boolean);
     renew(next, section("From here",
-      html("dl", { class: "cards" }, ...cards.map(([name, value, more]) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more))))),
+      html("dl", { class: "cards" }, ...cards.map(([name, value, more]) => card(name, value, more))),
       worth(best),
       html("div", { class: "row last" },
         runs ? html("a", { class: "button main", id: "start-run", href: to("runs", "", { plan: best.plan, new: 1 }) }, "Start fine-tuning") : null,

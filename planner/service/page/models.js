@@ -1,6 +1,6 @@
 // The models: what was measured, uploaded or estimated, what is being measured, and a way in for another.
 
-import { finish, get, post, remove } from "./api.js";
+import { finish, get, openJobs, pageOf, post, remove } from "./api.js";
 import { html, size } from "./charts.js";
 import { button, confirmed, empty, heading, list, mib, progress, section, when } from "./components.js";
 import { action, complain, go, to } from "./shell.js";
@@ -25,10 +25,7 @@ const COLUMNS = [
 export async function show({ root, signal }) {
   const models = list({
     name: "models", columns: COLUMNS, action,
-    load: async (after, search) => {
-      const { profiles, next = null } = await get(`/v1/profiles?${new URLSearchParams({ limit: PAGE, ...(after ? { after } : {}), ...(search ? { search } : {}) })}`);
-      return { items: profiles, next };
-    },
+    load: (after, search) => pageOf("profiles", { limit: PAGE, after, search }),
     actions: (chosen) => [button(chosen.length > 1 ? `Delete ${chosen.length}` : "Delete", action(async () => {
       for (const one of chosen) if (!(await deleted(one))) break;
       await models.reload();
@@ -79,8 +76,7 @@ export function measuring(job) {
 }
 
 async function measurements(box, signal, reload) {
-  const [running, queued] = await Promise.all(["running", "queued"].map((state) => get(`/v1/jobs?kind=profile&state=${state}&limit=20`)));
-  const rows = [...running.jobs, ...queued.jobs].map((job, index) => {
+  const rows = (await openJobs({ kind: "profile" })).map((job, index) => {
     const bar = measuring(job), row = html("li", {}, html("div", { class: "heading" }, html("a", { href: to("models", job.id) }, measuredModel(job)), when(job.created)), html("div", { class: "row" }, bar, button("Cancel", action(() => post(`/v1/jobs/${job.id}/cancel`, {})), "quiet")));
     // One runs at a time, and a browser has few connections: the first two are followed.
     if (index < 2) finish(job, bar.hear, signal).catch(() => {}).then(() => { if (!signal.aborted) { row.remove(); reload(); } });

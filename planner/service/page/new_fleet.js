@@ -5,6 +5,7 @@ import { get, Refused, work } from "./api.js";
 import { html, MIB } from "./charts.js";
 import { button, empty, field, heading, progress, section } from "./components.js";
 import { asked, complete } from "./forms.js";
+import { nameOf } from "./models.js";
 import { action, complain, go, to } from "./shell.js";
 
 const DRAFT = "tightfit-fleet";
@@ -22,7 +23,7 @@ export async function show({ root, query, signal, title }) {
   const draft = like ?? JSON.parse(sessionStorage.getItem(DRAFT) ?? "null") ?? { profile: query.profile ?? models[0].id, micro_batches: 8, members: [] };
   if (!models.some((one) => one.id === draft.profile)) draft.profile = models[0].id;
   const known = [...devices.map((one) => ({ ...one, key: one.local ? "own" : one.name })), ...remote.filter(({ planned }) => planned).map(({ id, device, planned }) => ({ key: id, name: device.name, label: `${device.name} (${device.processor}), which trains with this service`, memory_bytes: device.memory_bytes, budget_bytes: device.budget_bytes, profile: planned.profile }))];
-  const model = html("select", {}, ...models.map((one) => html("option", { value: one.id, selected: one.id === draft.profile }, one.title ?? one.label ?? one.name)));
+  const model = html("select", {}, ...models.map((one) => html("option", { value: one.id, selected: one.id === draft.profile }, nameOf(one))));
   const batches = html("input", { type: "number", min: 1, name: "micro_batches", value: draft.micro_batches, required: true });
   const members = html("div", { class: "doors", id: "members" }), say = html("div", { role: "status" }), start = html("button", { class: "main" }, "Plan this fleet");
   const keep = () => sessionStorage.setItem(DRAFT, JSON.stringify(draft));
@@ -71,7 +72,7 @@ export async function show({ root, query, signal, title }) {
     start.disabled = true;
     say.replaceChildren(bar);
     try {
-      const job = await work("/v1/fleets", { ...(await asked(form, "fleet")), micro_batches: draft.micro_batches, members: draft.members.map((member) => requested(member, draft, known)) }, (latest) => bar.update(latest));
+      const job = await work("/v1/fleets", { ...(await asked(form, "fleet")), micro_batches: draft.micro_batches, members: draft.members.map((member) => requested(member, draft, known)) }, (latest) => bar.update(latest), signal);
       if (signal.aborted) return;
       sessionStorage.removeItem(DRAFT);
       go("fleets", job.result.fleet);

@@ -2,9 +2,10 @@
 
 import { get, post } from "./api.js";
 import { html, seconds } from "./charts.js";
-import { button, empty, field, heading, mib, progress, section } from "./components.js";
+import { button, empty, field, heading, section } from "./components.js";
 import { dataChooser, likely, preview, RANDOM } from "./data.js";
 import { asked, beside, complete, forget } from "./forms.js";
+import { nameOfPlan, SOLVER } from "./rules.js";
 import { action, complain, go, to } from "./shell.js";
 
 const EPOCHS = 1;
@@ -14,16 +15,16 @@ export async function show({ root, query, signal, keep, title }) {
   const [{ plans }, { profiles }] = await Promise.all([get("/v1/plans?limit=500"), get("/v1/profiles?limit=500")]);
   if (signal.aborted) return;
   const made = new Map(profiles.filter((one) => one.origin === "made").map((one) => [one.id, one]));
-  const usable = plans.filter((plan) => made.has(plan.profile) && plan.summary.status !== "infeasible" && plan.summary.policy === "solver" && !plan.summary.of_a_fleet && !plan.summary.elsewhere);
+  const usable = plans.filter((plan) => made.has(plan.profile) && plan.summary.status !== "infeasible" && plan.summary.policy === SOLVER && !plan.summary.of_a_fleet && !plan.summary.elsewhere);
   if (!usable.some((plan) => plan.id === query.plan) && query.plan) usable.unshift(await get(`/v1/plans/${query.plan}`));
   if (!usable.length) {
     return void root.append(heading("Fine-tune a model"), empty("First measure a model that lies on the service's machine, and plan it for the memory that you have.", html("a", { href: to("models") }, "Models")));
   }
-  const named = (plan) => `${plan.title ?? plan.label ?? `${made.get(plan.profile)?.name ?? plan.id} in ${mib(plan.summary.budget_bytes)} MiB`}, ${seconds(plan.summary.step_seconds)} s a step`;
+  const named = (plan) => `${nameOfPlan(plan)}, ${seconds(plan.summary.step_seconds)} s a step`;
   const plan = html("select", { name: "plan", change: () => { keep({ plan: plan.value }); look(); } }, ...usable.map((one) => html("option", { value: one.id, selected: one.id === query.plan }, named(one))));
   const seen = section("The data, as they are read", html("p", { class: "soft" }, "Choose data to look at them."));
   const look = action(async () => {
-    const value = data.value;
+    const value = data.value, mine = ++looks;
     unusable = "";
     keep({ plan: plan.value, data: value });
     if (!value || value === RANDOM) return void seen.lastChild.replaceWith(html("p", { class: "soft" }, value ? "Random tokens teach nothing; they try the plan." : "Choose data to look at them."));
@@ -31,8 +32,9 @@ export async function show({ root, query, signal, keep, title }) {
     seen.lastChild.replaceWith(box);
     try {
       const usable = await preview(box, { plan: plan.value, data: value, ...(await looked(form)) }, signal);
-      if (data.value === value) unusable = usable === 0 ? "None of these samples can be used, for the reasons below: choose other data, or say under “More options” what their columns are called." : "";
+      if (mine === looks) unusable = usable === 0 ? "None of these samples can be used, for the reasons below: choose other data, or say under “More options” what their columns are called." : "";
     } catch (error) {
+      if (mine !== looks) return;
       unusable = error.message;
       box.replaceChildren(html("p", { class: "wrong", role: "alert" }, error.message));
     }
@@ -42,7 +44,7 @@ export async function show({ root, query, signal, keep, title }) {
     look();
   } });
   const held = dataChooser({ name: "Held-out data", none: "None", optional: true, changed: (_, byPerson) => { guessed = !byPerson; } });
-  let guessed = false, unusable = ""; // whether the held-out data are the page's own guess; why the data cannot be learnt from
+  let guessed = false, unusable = "", looks = 0; // whether the held-out data are the page's own guess; why the data cannot be learnt from; how often they were looked at
   const start = html("button", { class: "main" }, "Start fine-tuning"), say = html("p", { class: "wrong", role: "alert" });
   const form = html("form", { id: "run-form", submit: action(async () => {
     say.textContent = "";

@@ -2,16 +2,14 @@
 
 import { download, get, patch, remove } from "./api.js";
 import { atLeast, html, kindColour, legend, place, seconds, size } from "./charts.js";
-import { bar, button, confirmed, editable, heading, mib, note, numbers, percent, scrolling, section, table, when } from "./components.js";
+import { bar, button, card, confirmed, editable, heading, mib, note, numbers, percent, scrolling, section, table, when } from "./components.js";
 import { explained } from "./glossary.js";
 import { didColour, LAYERS_DRAWN, layerGraph, used } from "./layers.js";
-import { nameOfPlan as nameOf } from "./rules.js";
+import { nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
 import { action, go, to } from "./shell.js";
 import { showStep, stepOf } from "./timeline.js";
 
 const ROWS = 60; // of a table of layers, before one asks for more
-
-export { nameOf };
 
 export async function show({ root, id, signal, title }) {
   const [plan, view] = await Promise.all([get(`/v1/plans/${id}`), get(`/v1/plans/${id}/view`)]);
@@ -20,12 +18,11 @@ export async function show({ root, id, signal, title }) {
   const save = (fields) => patch(`/v1/plans/${id}`, fields);
   title(nameOf(plan));
   root.append(
-    heading("", ...actions(plan, view)),
+    heading(editable(nameOf(plan), async (text) => { const kept = await save({ title: text }); return kept.title ?? given; }, { label: "name of the plan", action }), ...actions(plan, view)),
     html("p", { class: "soft" }, plan.profile ? html("a", { href: to("models", plan.profile, { budget: summary.budget_bytes, policy: summary.policy }) }, view.model) : view.model, `, ${view.about}; planned `, when(plan.created)),
     note(plan.note, (text) => save({ note: text }), action),
     section(feasible ? "What this plan does" : "Why it does not fit", html("ol", { class: "plain-words" }, ...words(view.plain)), html("dl", { class: "cards" }, ...cards(view))),
   );
-  root.querySelector(".heading h1").replaceWith(editable(nameOf(plan), async (text) => { const kept = await save({ title: text }); return kept.title ?? given; }, { label: "name of the plan", action }));
   if (feasible) {
     const box = html("div", { class: "step" }, html("p", { class: "soft busy" }, "loading the step …"));
     root.append(
@@ -59,23 +56,21 @@ function actions(plan, view) {
   ].filter(Boolean);
 }
 
-const card = ([name, value, more]) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more)));
-
 function cards({ summary, timeline }) {
   if (!timeline) {
     const least = summary.minimum_budget_bytes;
     return [
       ["asked for", `${mib(summary.budget_bytes)} MiB`, "for everything"],
       [summary.deterministic === false ? "smallest found so far" : "smallest that is enough", least ? `${atLeast(least)} MiB` : "unknown", least ? `${atLeast(least - summary.budget_bytes)} MiB more` : ""],
-    ].map(card);
+    ].map((one) => card(...one));
   }
   const { train } = summary, share = (value) => percent(value / (summary.step_seconds || 1));
   return [
-    ["one step", `${seconds(summary.step_seconds)} s`, summary.policy === "solver" ? `at best ${seconds(summary.bound_seconds)} s` : `by the rule ${summary.policy}`],
+    ["one step", `${seconds(summary.step_seconds)} s`, summary.policy === SOLVER ? `at best ${seconds(summary.bound_seconds)} s` : `by the rule “${nameOfRule(summary.policy)}”`],
     ["peak memory", size(summary.peak_bytes), `of ${size(summary.budget_bytes)}`],
     ["computed again", `${seconds(train.recompute_seconds)} s`, `${share(train.recompute_seconds)} of the step`],
     ["read and written", size(train.read_bytes + train.write_bytes), `per step; ${seconds(train.stall_seconds)} s of waiting`],
-  ].map(card);
+  ].map((one) => card(...one));
 }
 
 function peak({ parts, bytes, instruction, text, tensors }) {

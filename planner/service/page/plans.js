@@ -1,6 +1,6 @@
 // All plans: found by name, sorted by their figures, compared, deleted.
 
-import { get, remove } from "./api.js";
+import { get, pageOf, remove } from "./api.js";
 import { html, seconds, size } from "./charts.js";
 import { button, confirmed, empty, heading, list, percent, when } from "./components.js";
 import { nameOf as nameOfModel } from "./models.js";
@@ -33,12 +33,7 @@ export async function show({ root, query, keep, signal }) {
       { title: "At most slower than the best", value: (plan) => figure(plan, "gap"), cell: (plan) => (fits(plan) ? percent(plan.summary.gap, 2) : "–") },
       { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },
     ],
-    load: async (cursor, search) => {
-      keep({ search: search || null });
-      const asked = new URLSearchParams({ limit: AT_ONCE, ...(search ? { search } : {}), ...(cursor ? { after: cursor } : {}), ...(query.profile ? { profile: query.profile } : {}), ...(all.checked ? {} : { asked: true }) });
-      const page = await get(`/v1/plans?${asked}`);
-      return { items: page.plans, next: page.next };
-    },
+    load: (after, search) => pageOf("plans", { limit: AT_ONCE, search, after, profile: query.profile, asked: all.checked ? null : true }),
     none: () => empty(all.checked ? "No plan yet. A plan is made of a model and a budget." : "No plan here that somebody asked for. A plan is made of a model and a budget.", all.checked ? "" : button("Show those made for curves", () => { all.checked = true; switched(); }), button("Choose a model", () => go("models"), "main")),
     actions: (chosen) => [
       chosen.length > 1 ? button(`Compare ${chosen.length}`, () => go("compare", "", { plans: chosen.map((plan) => plan.id).join(",") }), "main") : html("span", { class: "soft" }, "choose another to compare"),

@@ -1,13 +1,13 @@
 // One run, live: its stages from the first second, loss and memory step by step, what to be warned of, then what it left: the
 // adapter, the report, and the model to be asked before and after.
 
-import { download, finish, get, patch, plainly, post, remove } from "./api.js";
+import { download, finish, get, isOpen, patch, plainly, post, remove } from "./api.js";
 import { html, seconds } from "./charts.js";
-import { button, confirmed, editable, empty, field, mib, note, numbers, percent, progress, scrolling, section, span, table, term } from "./components.js";
+import { button, card, confirmed, editable, field, heading, mib, note, numbers, percent, progress, scrolling, section, span, table, term } from "./components.js";
 import { dataName } from "./data.js";
 import { chartBox, smoothed } from "./lines.js";
 import { reportTable, showLoss, showMemory } from "./run_report.js";
-import { isOpen, nameOf, stateOf } from "./runs.js";
+import { nameOf, stateOf } from "./runs.js";
 import { action, go, to } from "./shell.js";
 import { warnings } from "./warnings.js";
 
@@ -23,7 +23,7 @@ export async function show({ root, id, query, signal, keep, title }) {
   const run = { id, cap: metrics.budget_bytes, places: metrics.places_per_step, steps: new Map(metrics.steps.map((one) => [one.step, one])), evaluations: metrics.evaluations, unit: plan?.summary.accumulate ?? 1 };
   const state = html("span", {}), bar = progress("This run"), told = html("ul", { class: "warnings bare" }), cards = html("dl", { class: "cards" });
   const cancel = button("Cancel", action(async () => { cancel.disabled = true; bar.update({ stage: "asked to save and end" }); try { await post(`/v1/jobs/${id}/cancel`, ""); } catch (error) { cancel.disabled = false; throw error; } }));
-  const resume = button("Go on with it", action(async () => { resume.hidden = true; try { job = await post(`/v1/runs/${id}/resume`, ""); } catch (error) { resume.hidden = false; throw error; } follow(); }), "main");
+  const resume = button("Go on with it", action(async () => { resume.hidden = true; try { job = await post(`/v1/runs/${id}/resume`, ""); } catch (error) { resume.hidden = false; throw error; } follow().catch(failed); }), "main");
   const erase = button("Delete", action(async () => {
     if (!(await confirmed(`Delete ${nameOf(job)}, with its adapter and checkpoints?`, "Delete"))) return;
     await remove(`/v1/jobs/${id}`);
@@ -33,7 +33,7 @@ export async function show({ root, id, query, signal, keep, title }) {
   const views = { loss: {}, memory: {}, with: new Map() };
   const charts = section(null, html("div", { class: "beside" }, loss.whole, memory.whole), other, steps);
   root.append(
-    html("div", { class: "heading" }, editable(nameOf(job), async (name) => nameOf(await patch(`/v1/jobs/${id}`, { title: name })), { action }), html("div", { class: "row" }, cancel, resume, erase)),
+    heading(editable(nameOf(job), async (name) => nameOf(await patch(`/v1/jobs/${id}`, { title: name })), { action }), cancel, resume, erase),
     html("p", { class: "soft" }, ...about(job, plan, uploads.uploads)),
     note(job.note, (text) => patch(`/v1/jobs/${id}`, { note: text }), action),
     section(null, html("div", { class: "row", id: "run-state" }, state, bar), cards, told), charts, left,
@@ -60,14 +60,14 @@ export async function show({ root, id, query, signal, keep, title }) {
   offer();
 
   async function follow() {
+    const live = isOpen(job);
     offer();
     left.replaceChildren();
-    if (isOpen(job)) bar.update({ stage: job.state === "queued" ? "waits for its turn" : "begins" });
+    if (live) bar.update({ stage: job.state === "queued" ? "waits for its turn" : "begins" });
     bar.hidden = false;
     let drawn = 0;
     try {
       job = await finish(job, (latest, now) => {
-        if (signal.aborted) throw new DOMException("another place is looked at", "AbortError");
         if (now?.state && now.state !== job.state) { job = now; offer(); }
         if (latest.eval_loss !== undefined) run.evaluations = [...run.evaluations.filter((one) => one.step !== latest.step), latest];
         else if (latest.step !== undefined) run.steps.set(latest.step, latest);
@@ -83,15 +83,18 @@ export async function show({ root, id, query, signal, keep, title }) {
       if (isOpen(job)) throw error;
     }
     if (signal.aborted) return;
-    const all = await get(`/v1/runs/${id}/metrics`);
-    run.steps = new Map(all.steps.map((one) => [one.step, one]));
-    run.evaluations = all.evaluations;
-    draw();
+    if (live) {
+      const all = await get(`/v1/runs/${id}/metrics`);
+      run.steps = new Map(all.steps.map((one) => [one.step, one]));
+      run.evaluations = all.evaluations;
+      draw();
+    }
     offer();
     bar.hidden = true;
     await ended(left, job, run, signal);
   }
-  follow().catch((error) => { if (!signal.aborted) left.replaceChildren(section(null, html("p", { class: "wrong", role: "alert" }, error.message))); });
+  const failed = (error) => { if (!signal.aborted) left.replaceChildren(section(null, html("p", { class: "wrong", role: "alert" }, error.message))); };
+  follow().catch(failed);
 }
 
 // What is trained on what, with links to both.
@@ -108,7 +111,6 @@ function figures(run, job, ordered) {
   const last = ordered.at(-1), recent = ordered.slice(-20), total = job.request.steps ?? run.expected;
   const mean = (name) => recent.reduce((sum, one) => sum + (one[name] ?? 0), 0) / recent.length, pace = mean("seconds");
   const places = recent.reduce((sum, one) => sum + (one.places ?? run.places ?? 0), 0), tokens = recent.reduce((sum, one) => sum + (one.tokens ?? 0), 0);
-  const card = (name, value, more) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more)));
   return [
     card("loss", smoothed(ordered.map((one) => [one.step, one.loss])).at(-1)[1].toFixed(4), `step ${last.step}${total ? ` of ${total}` : ""}; ${last.loss.toFixed(4)} in this one`),
     last.tokens === undefined ? card("one step", `${seconds(pace)} s`, "mean of the latest") : card(term("tokens a second", "Tokens of your data, padding left out: what counts for how long the training takes."), Math.round(tokens / recent.length / pace).toLocaleString("en"), `${seconds(pace)} s a step${places ? `, ${percent(Math.max(0, 1 - tokens / places), 0)} padding` : ""}`),
@@ -193,9 +195,9 @@ function asking(job, id, signal) {
     const before = html("p", {}, html("span", { class: "soft busy" }, "waits …")), after = html("p", {}, html("span", { class: "soft busy" }, "waits …"));
     answers.prepend(html("li", {}, html("p", { class: "question" }, text), html("div", { class: "beside" }, html("div", {}, html("h3", {}, "Before"), before), html("div", {}, html("h3", {}, "After"), after))));
     try {
+      const { profile } = await get(`/v1/plans/${job.request.plan}`);
       for (const [shown, adapted] of [[after, id], [before, null]]) {
-        const plan = await get(`/v1/plans/${job.request.plan}`);
-        const asked = await post("/v1/answers", { profile: plan.profile, run: adapted, prompt: text, max_tokens: Number(most.value), template: Boolean(manner.value) });
+        const asked = await post("/v1/answers", { profile, run: adapted, prompt: text, max_tokens: Number(most.value), template: Boolean(manner.value) });
         try {
           const done = await finish(asked, (latest) => { if (latest.text !== undefined) shown.textContent = latest.text; else if (latest.stage) shown.replaceChildren(html("span", { class: "soft busy" }, latest.stage)); }, signal);
           shown.textContent = done.result.text || "(nothing)";

@@ -1,17 +1,15 @@
 // Runs: all that were started, each named by its model, data and budget; one is started from here, several are compared.
 
-import { get, post, remove } from "./api.js";
+import { isOpen, pageOf, post, remove } from "./api.js";
 import { html, seconds } from "./charts.js";
 import { button, confirmed, empty, heading, list, mib, when } from "./components.js";
 import { action, go, to } from "./shell.js";
 
 const PAGE = 50;
-const OPEN = ["queued", "running"];
 const STATES = { queued: "waits", running: "under way", succeeded: "done", failed: "failed", cancelled: "cancelled", interrupted: "interrupted" };
 
 export const nameOf = (job) => job.title ?? job.label ?? job.id;
 export const stateOf = (job) => html("span", { class: `pill ${{ succeeded: "good", failed: "bad", interrupted: "bad" }[job.state] ?? ""}` }, STATES[job.state]);
-export const isOpen = (job) => OPEN.includes(job.state);
 const lastLoss = (job) => job.result?.report?.loss?.at(-1) ?? job.progress?.loss ?? null;
 const heldOut = (job) => job.result?.report?.evaluation?.after?.loss ?? null;
 
@@ -31,10 +29,7 @@ export async function show({ root, id, query, signal, keep, title }) {
       { title: "Note", cell: (job) => job.note ?? "", wide: true },
       { title: "Started", value: (job) => job.created, cell: (job) => when(job.created) },
     ],
-    load: async (after, search) => {
-      const { jobs: items, next = null } = await get(`/v1/jobs?${new URLSearchParams({ kind: "run", limit: PAGE, ...(after && { after }), ...(search && { search }) })}`);
-      return { items, next };
-    },
+    load: (after, search) => pageOf("jobs", { kind: "run", limit: PAGE, after, search }),
     actions: (chosen) => [
       chosen.length > 1 ? button("Compare", () => go("compare", "", { runs: chosen.map((job) => job.id).join(",") })) : null,
       chosen.some(isOpen) ? button("Cancel", action(async () => { await post("/v1/jobs/cancel", { jobs: chosen.filter(isOpen).map((job) => job.id) }); await runs.reload(); })) : null,

@@ -4,7 +4,7 @@
 // ends when `place.signal` is aborted, as another place is opened then. `place.id` and `place.query` come from the address,
 // `#/models/ID?budget=…`; `place.keep({budget})` changes the query without leaving the place, so that reloading finds it again.
 
-import { get, Refused, setToken } from "./api.js";
+import { get, hasToken, Refused, setToken } from "./api.js";
 import { showActivity, watchActivity } from "./activity.js";
 import { html } from "./charts.js";
 import { announce, loading } from "./components.js";
@@ -53,6 +53,7 @@ async function open() {
   left = new AbortController();
   const { signal } = left, root = html("div", { class: "place", id: "place" });
   $("problem").hidden = true;
+  for (const box of document.querySelectorAll("dialog[open]")) box.close();
   $("place").replaceWith(root);
   root.append(loading());
   for (const link of $("places").querySelectorAll("a")) {
@@ -63,9 +64,9 @@ async function open() {
   scrollTo(0, 0);
   try {
     const { show } = await place.load(id);
-    if (!signal.aborted) await show({ root, id, query, signal, keep: (more) => keep(place.name, id, query, more), title: (text) => { document.title = `${text} – tightfit`; } });
+    if (!signal.aborted) await show({ root, id, query, signal, keep: (more) => { if (!signal.aborted) keep(place.name, id, query, more); }, title: (text) => { if (!signal.aborted) document.title = `${text} – tightfit`; } });
   } catch (error) {
-    if (!signal.aborted) complain(error, root);
+    if (!signal.aborted) complain(error);
   } finally {
     root.querySelector(":scope > .loading")?.remove();
   }
@@ -80,7 +81,7 @@ function keep(name, id, query, more) {
 
 export function complain(error) {
   if (error?.name === "AbortError") return;
-  if (error instanceof Refused && error.status === 401) return askForToken(error);
+  if (error instanceof Refused && error.status === 401) return askForToken();
   $("problem").replaceChildren(error.message, html("button", { type: "button", class: "quiet close", "aria-label": "Close", click: () => { $("problem").hidden = true; } }, "×"));
   $("problem").hidden = false;
   announce(error.message);
@@ -93,15 +94,14 @@ export const action = (run) => async (event) => {
   try { await run(event); } catch (error) { complain(error); }
 };
 
-let asking = false;
+// Ask for the token, once however many requests were refused for want of one.
 function askForToken() {
-  const wrong = asking;
-  asking = true;
+  const wrong = hasToken();
+  if ($("token-form") && !wrong) return;
   const input = html("input", { type: "password", autocomplete: "off", required: true, id: "token" });
   const form = html("form", { class: "panel narrow", id: "token-form", submit: action(async () => {
     setToken(input.value);
     await get("/v1/devices");
-    asking = false;
     await open();
     watchActivity($("activity"), complain);
   }) },

@@ -3,7 +3,9 @@
 import { get } from "./api.js";
 import { html, seconds, size } from "./charts.js";
 import { heading, mib, section, when } from "./components.js";
+import { nameOf as nameOfModel } from "./models.js";
 import { nameOfPlan } from "./rules.js";
+import { nameOf as nameOfRun, stateOf } from "./runs.js";
 import { choose, dropZone } from "./sources.js";
 import { complain, go, to } from "./shell.js";
 import { showStep, stepOf } from "./timeline.js";
@@ -16,14 +18,14 @@ export async function show({ root, signal }) {
   const example = profiles.find((one) => one.origin === "example");
   root.append(...[
     heading("Train in the memory you have"),
-    html("p", { class: "soft lead" }, "Will this model train in this memory, how fast, and what changes with a little more? tightfit measures a model, plans every byte of a training step, and runs it inside a hard limit."),
+    html("p", { class: "soft" }, "Will this model train in this memory, how fast, and what changes with a little more? tightfit measures a model, plans every byte of a training step, and runs it inside a hard limit."),
     html("div", { class: "doors" },
       section("Drop a file", html("p", { class: "soft" }, "A model (GGUF, safetensors, config.json), a profile, a plan or a graph. Of a model only the header is read here in the browser; its weights are never uploaded."), dropZone((identity) => go("models", identity), complain)),
       section("Pick a model", html("p", { class: "soft" }, "From what lies on the service's machine, or a published shape to estimate."), html("div", { class: "row last" }, html("button", { type: "button", class: "main", click: () => choose().catch(complain) }, "Choose a model"))),
       example ? section("See an example", html("p", { class: "soft" }, `${example.title ?? example.name}, planned already: drag the budget and see what the plan does.`), html("div", { class: "row last" }, html("button", { type: "button", click: () => go("models", example.id) }, "Open the example"))) : null,
     ),
-    latest("Fine-tuned last", runs, (run) => [html("a", { href: to("runs", run.id) }, run.title ?? run.label ?? run.id), html("span", { class: "pill" }, run.state), when(run.created)]),
-    latest("Models", profiles.slice(0, LATEST), (one) => [html("a", { href: to("models", one.id) }, one.title ?? one.label ?? one.name), html("span", { class: "soft" }, one.summary.device ?? ""), when(one.created)]),
+    latest("Fine-tuned last", runs, (run) => [html("a", { href: to("runs", run.id) }, nameOfRun(run)), stateOf(run), when(run.created)]),
+    latest("Models", profiles.slice(0, LATEST), (one) => [html("a", { href: to("models", one.id) }, nameOfModel(one)), html("span", { class: "soft" }, one.summary.device ?? ""), when(one.created)]),
     latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, nameOfPlan(plan)), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.step_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
   ].filter(Boolean));
   if (example && !runs.length && profiles.length === 1) picture(root.querySelector(".doors"), example, signal).catch(complain);

@@ -19,6 +19,11 @@ UPLOADED = "upload:"
 UPLOAD = {"id": DIGEST, "name": "samples.jsonl", "bytes": 131072, "created": 1790000000.0}
 
 
+def uploaded(data: str | None) -> str | None:
+    """The id of the upload that is named as data; None: none is."""
+    return data.removeprefix(UPLOADED) if data is not None and data.startswith(UPLOADED) else None
+
+
 class FileUnderRoot(ResponseBody):
     """A model or data that a request may name by its `path`."""
 

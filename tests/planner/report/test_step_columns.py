@@ -11,9 +11,8 @@ import pytest
 from bare_graphs import graph_of
 from layered_graph import layered
 from sample_plans import infeasible_plan, sample_plan
-from synthetic import decoder_like, small_chain
+from small_steps import SMALL_STEPS, small_step
 
-from tightfit.planner.plan import minimum_budget
 from tightfit.planner.plan import plan as solve
 from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.step_columns import has_columns, packed_columns, step_columns
@@ -21,13 +20,9 @@ from tightfit.planner.service.wire.shown import PlanTimeline
 from tightfit.profiles.graph_input import graph_profile
 
 
-@pytest.fixture(scope="module", params=["reads and spills", "recomputes"])
+@pytest.fixture(scope="module", params=SMALL_STEPS)
 def plan(request):
-    """A small plan in as little memory as it can, and one that recomputes and reads by a fixed rule."""
-    if request.param == "recomputes":
-        return solve(decoder_like(2), 1 << 40, policy="mebp")
-    chain = small_chain(5, layers=2)
-    return solve(chain, int(1.01 * minimum_budget(chain)))
+    return small_step(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -76,14 +76,16 @@ def test_who_has_a_profile_gets_no_example_and_who_deletes_it_not_again(tmp_path
         assert profiles(http) == []
     with service(tmp_path, example=True) as http:
         (example,) = profiles(http)
-        store = http.app.state.service.store
-        with store._transaction() as database:
-            database.execute("DELETE FROM files WHERE kind = 'profile'")
+        for kind in ("comparison", "plan"):
+            ended(http, kind)
+        assert http.delete(f"/v1/profiles/{example['id']}?with_plans=true").status_code == 204
     with service(tmp_path, example=True) as http:
         assert profiles(http) == []
 
     with service(tmp_path / "used") as http:
-        assert http.post("/v1/profiles/upload", content=example_profile(), headers={"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        sent = http.post("/v1/profiles/upload", content=example_profile(), headers=headers)
+        assert sent.status_code == 201
         (uploaded,) = profiles(http)
         assert (uploaded["id"], uploaded["origin"]) == (example["id"], "uploaded")
     with service(tmp_path / "used", example=True) as http:

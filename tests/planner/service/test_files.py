@@ -134,15 +134,27 @@ def test_data_are_listed_as_they_are_read(tmp_path):
     assert data["two"].bytes == 2 * len(ROW)
 
 
-@pytest.mark.parametrize(("limit", "most"), [("MOST_LISTED", 3), ("MOST_LOOKED_AT", 3), ("MOST_SECONDS", -1.0)])
-def test_how_much_is_looked_at_is_bounded_and_said(tmp_path, monkeypatch, limit, most):
+@pytest.mark.parametrize(
+    ("limit", "most", "listed"), [("MOST_LISTED", 3, 3), ("MOST_LOOKED_AT", 3, 3), ("MOST_SECONDS", -1.0, 8)]
+)
+def test_how_much_is_looked_at_is_bounded_and_said(tmp_path, monkeypatch, limit, most, listed):
+    """When the time is over, the folder at hand is still listed, which its names alone do, and no other."""
+    (tmp_path / "below").mkdir()
     for number in range(8):
         (tmp_path / f"{number}.{('csv', 'jsonl')[number % 2]}").write_text(ROW)
-    assert len(files_under([tmp_path], "data").files) == 8
+        (tmp_path / "below" / f"{number}.csv").write_text(ROW)
+    assert len(files_under([tmp_path], "data").files) == 17
     monkeypatch.setattr(root_files, limit, most)
     answer = files_under([tmp_path], "data")
     assert answer.cut
-    assert len(answer.files) == max(0, most)
+    assert len(answer.files) == listed
+
+
+def test_no_model_is_opened_when_the_time_is_over(root, monkeypatch):
+    monkeypatch.setattr(root_files, "MOST_SECONDS", -1.0)
+    monkeypatch.setattr(root_files, "read_header", lambda path: pytest.fail(f"{path} was opened"))
+    answer = files_under([root], "models")
+    assert (answer.files, answer.cut) == ([], True)
 
 
 def test_headers_are_read_once_until_the_file_changes(root, monkeypatch):

@@ -5,23 +5,18 @@ from __future__ import annotations
 import pytest
 from bare_graphs import graph_of
 from hand_schedule import EVALUATE, OPERATORS, TRAIN, page, written
-from synthetic import decoder_like, small_chain
+from small_steps import SMALL_STEPS, small_step
 
 from tightfit.planner.instructions import Fetch, Free, Read, Run, Spill, Unpack
-from tightfit.planner.plan import minimum_budget
 from tightfit.planner.plan import plan as solve
 from tightfit.planner.simulation.recording import record
 from tightfit.planner.simulation.replay import LINE
 from tightfit.planner.simulation.simulate import simulate
 
 
-@pytest.fixture(scope="module", params=["reads and spills", "recomputes"])
+@pytest.fixture(scope="module", params=SMALL_STEPS)
 def plan(request):
-    """A small plan in as little memory as it can, and one that recomputes and reads by a fixed rule."""
-    if request.param == "recomputes":
-        return solve(decoder_like(2), 1 << 40, policy="mebp")
-    chain = small_chain(5, layers=2)
-    return solve(chain, int(1.01 * minimum_budget(chain)))
+    return small_step(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -394,8 +394,12 @@ def many_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: number for number, token in enumerate(vocabulary)}, merges
 
 
-@pytest.mark.parametrize("kind", ["BPE", "WordPiece", "Unigram"])
-def test_a_large_vocabulary_stays_on_disk(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "above", "library"), [("BPE", 1.6, 40 * MIB), ("WordPiece", 2, 18 * MIB), ("Unigram", 2, 18 * MIB)]
+)
+def test_a_large_vocabulary_stays_on_disk(
+    kind: str, above: float, library: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
     ids, merges = many_words()
     model = {
@@ -415,6 +419,6 @@ def test_a_large_vocabulary_stays_on_disk(kind: str, tmp_path: Path, monkeypatch
     predicted = kept_table.making_bytes(vocabulary_bytes(folder / "tokenizer.json"))
     by_table, maker = held("directory_vocabulary")
     assert by_table < 12 * MIB
-    assert predicted / 2 < maker < predicted
+    assert predicted / above < maker < predicted
     assert held("directory_vocabulary")[1] == 0
-    assert held("library_tokenizer")[0] > 18 * MIB
+    assert held("library_tokenizer")[0] > library

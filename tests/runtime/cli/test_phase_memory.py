@@ -58,6 +58,13 @@ def test_the_longest_line_counts(foreseen, tmp_path: Path):
         assert foreseen(READING, [], ["random", str(tmp_path / name)]) == near(without + tokenised)
 
 
+def test_a_line_without_a_place_is_left_to_who_tokenises_it(foreseen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It says which line it is, and what to do."""
+    (tmp_path / "a.jsonl").write_bytes(bytes(MIB))
+    monkeypatch.setattr(worker_process, "free_memory", lambda **given: (LOADED_BYTES[READING] + TOKENIZER_BYTES, "x"))
+    assert foreseen(READING, [], [str(tmp_path / "a.jsonl")]) > BYTES_PER_BYTE * MIB
+
+
 def test_nothing_is_foreseen_of_data_that_cannot_be_read(foreseen, tmp_path: Path):
     (tmp_path / "damaged.jsonl.gz").write_bytes(b"no gzip")
     (tmp_path / "table.parquet").write_bytes(b"PAR1")

@@ -43,4 +43,5 @@ def test_devices_that_ask(browser, served, pictures):
         assert told["training, MiB"] == ["300.0", "299.0"]
         nothing_hinders(page, pictures, "devices")
         large.get_by_role("link").click()
-        page.wait_for_url("**/page/#/plans/*")
+        (asked,) = [one for one in served.http.get("/v1/remote-devices").json()["devices"] if one["report"]]
+        page.wait_for_url(f"**/page/#/plans/{asked['planned']['plan']}")

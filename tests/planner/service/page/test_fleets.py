@@ -25,7 +25,7 @@ def fill(page, budgets):
     page.get_by_label("Micro-batches of a step").fill("6")
 
 
-def test_a_fleet_is_planned_and_drawn(browser, served, chain, pictures):
+def test_a_fleet_is_planned_and_drawn(browser, served, chain):
     with tab(browser, at(served, f"fleets/new?profile={chain}")) as page:
         fill(page, ("32", "32"))
         page.reload()  # what is filled in is still there
@@ -41,12 +41,21 @@ def test_a_fleet_is_planned_and_drawn(browser, served, chain, pictures):
         assert page.locator("#sentences li").all_inner_texts() == view["sentences"][:5]
         assert rows(page, "[aria-label='The members of the chain']") == view["chain"]["rows"]
         fleet = FleetPlan.model_validate_json(served.http.get(f"/v1/fleets/{identity}/file").content)
+        page.get_by_text("In numbers").click()
+        assert rows(page, "[aria-label='What each device and each link does']") == view["activity"]["rows"]
+        assert rows(page, "[aria-label='What memory and links are worth']") == view["prices"]["rows"]
+        page.get_by_text("More about this fleet").click()
+        told = page.locator("ul.plain li")
+        assert told.all_inner_texts() == view["sentences"]
+        for name, plan in view["plans"].items():
+            with page.expect_download() as caught:
+                page.get_by_role("button", name=f"Download {name}").click()
+            assert caught.value.path().read_bytes() == served.http.get(f"/v1/plans/{plan}/file").content
         alone = next(one.makespan_seconds for one in fleet.baselines if one.name == "fastest alone")
         expect(page.locator(".cards")).to_contain_text(f"{alone / fleet.makespan_seconds:.2f} ×")
         with page.expect_download() as caught:
             page.get_by_role("button", name="Download fleet.json").click()
         assert FleetPlan.model_validate_json(caught.value.path().read_bytes()) == fleet
-        nothing_hinders(page, pictures, "fleet")
         # It is in the list tomorrow, under the name that it is given, and another is planned like it.
         page.get_by_role("button", name="Change: Name").click()
         page.get_by_label("Name", exact=True).fill("desk and desk")
@@ -60,6 +69,17 @@ def test_a_fleet_is_planned_and_drawn(browser, served, chain, pictures):
         page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         expect(page.locator(".empty")).to_contain_text("No fleet is planned yet")
         assert served.http.get(f"/v1/fleets/{identity}").status_code == 404
+
+
+@pytest.mark.slow
+def test_nothing_hinders_people(browser, served, chain, pictures):
+    members = [
+        {"name": name, "profile": chain, "memory": "32MiB", "link": "100Mbit/s"} for name in ("this-machine", "other")
+    ]
+    fleet = served.result("/v1/fleets", micro_batches=6, members=members)["fleet"]
+    with tab(browser, at(served, f"fleets/{fleet}")) as page:
+        expect(page.locator("#lanes svg")).to_be_visible()
+        nothing_hinders(page, pictures, "fleet")
 
 
 def test_waiting_is_drawn_as_waiting(browser, served, chain):

@@ -264,6 +264,7 @@ def test_a_slip_of_the_keyboard_leaves_slider_and_curve_as_they_are(page):
     slider = page.locator("#slider")
     set_budget(page, largest(page))
     kept, curve = page.input_value("#budget"), page.locator("#curve svg text").all_text_contents()
+    place = slider.input_value()
     set_budget(page, float(kept) * 1e6)
     expect(page.locator("#verdict")).to_contain_text("as at")
     assert slider.input_value() == slider.get_attribute("max")
@@ -274,6 +275,7 @@ def test_a_slip_of_the_keyboard_leaves_slider_and_curve_as_they_are(page):
     assert page.locator("#curve svg text").all_text_contents() == curve
     set_budget(page, kept)
     expect(page.locator("#verdict")).to_contain_text(f"Fits {float(kept):,.1f} MiB")
+    assert slider.input_value() == place
 
 
 @pytest.mark.slow

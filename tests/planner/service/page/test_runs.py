@@ -11,6 +11,7 @@ from damage import SEQ
 from places_of_the_page import at, nothing_hinders, number, rows, tab
 from playwright.sync_api import expect
 
+from tightfit.planner.service.wire.schema import DIGEST, PLAN_JOB
 from tightfit.runtime.supervision.progress import stage_of
 
 STEPS = 12
@@ -63,6 +64,8 @@ def test_a_run_from_its_data_to_its_adapter(browser, measuring, planned, picture
         assert (request["schedule"], request["keep_best"], request["packing"]) == ("linear", True, True)
         told = {row[0]: row[1:] for row in rows(page, "[aria-label='Predicted beside measured']")}
         training = number(told["– training, MiB"][1])
+        whole = number(told["peak of its processes, MiB"][1])
+        assert whole == pytest.approx(training + number(told["– supervisor, MiB"][1]), abs=0.2)
         assert training == pytest.approx(max(number(row[-1]) for row in steps), abs=1)
         assert page.locator("[data-chart='Memory of the process that trains'] svg .cap").count() == 1
         assert (
@@ -114,6 +117,47 @@ def test_a_run_is_cancelled_goes_on_and_is_found_again(browser, measuring, plann
         page.get_by_role("button", name="Delete").click()
         page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         expect(page.locator(".empty")).to_contain_text("Nothing was fine-tuned yet")
+
+
+def test_a_run_that_fails_says_nothing_beside_another(browser, served):
+    """Two runs of which the one that was left ends badly, while the other is looked at."""
+    left, other = (
+        PLAN_JOB
+        | {
+            "id": f"job-{digit * 16}",
+            "kind": "run",
+            "request": {"plan": DIGEST, "data": "random", "steps": 3, "lr": 1e-4},
+        }
+        for digit in "ab"
+    )
+    left |= {"state": "running", "result": None}
+    failed = left | {"state": "failed", "error": {"code": "run_failed", "message": "the disk is full", "fields": []}}
+    figures = {"predicted": 1.0, "measured": 1.0}
+    report = {
+        "peak_bytes": figures,
+        "step_seconds": figures,
+        "evaluation": {},
+        "enforced_by": "meter",
+        "loss": [1.0] * 3,
+    }
+    metrics = {"budget_bytes": 1 << 30, "places_per_step": None, "steps": [], "evaluations": []}
+    held = []
+    with tab(browser, at(served, "runs"), expected=("404",)) as page:
+        page.route("**/v1/jobs?kind=run*", lambda route: route.fulfill(json={"jobs": [left, other], "next": None}))
+        page.route("**/metrics", lambda route: route.fulfill(json=metrics))
+        page.route("**/report", lambda route: route.fulfill(json=report))
+        for job in (left, other):
+            page.route(f"**/v1/runs/{job['id']}", lambda route, request, job=job: route.fulfill(json=job))
+        page.route("**/events", lambda route: held.append(route))  # noqa: PLW0108  playwright marks what it is given, a method cannot be
+        with page.expect_request("**/events"):
+            page.goto(at(served, f"runs/{left['id']}"))
+        page.goto(at(served, f"runs/{other['id']}"))
+        expect(page.locator("#run-state")).to_contain_text("done")
+        held[0].fulfill(content_type="text/event-stream", body=f"event: job\ndata: {json.dumps(failed)}\n\n")
+        page.wait_for_timeout(500)
+        expect(page.locator("#problem")).to_be_hidden()
+        expect(page.locator("#run-state")).to_contain_text("done")
+        expect(page.get_by_text("the disk is full")).to_have_count(0)
 
 
 def test_a_run_of_ten_thousand_steps_stays_fluid(browser, served):
