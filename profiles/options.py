@@ -52,6 +52,14 @@ class ProfileOptions(Options):
     batch: int | None = option(
         None, f"Samples per step; default: {BATCH}.", metavar="SAMPLES", ge=1, le=1 << 16, primary=True
     )
+    tile: int | None = option(
+        None,
+        "Tokens, in whole samples, that go through a layer at a time: a large batch in little more memory than a small one, whose weights"
+        " are unpacked once for all; default: all tokens of a step.",
+        metavar="TOKENS",
+        ge=1,
+        le=1 << 30,
+    )
     lora_rank: int | None = option(
         None, "Rank of the LoRA pairs; default: 8.", label="LoRA rank", ge=1, le=LARGEST_RANK, primary=True
     )

@@ -207,6 +207,11 @@ class Program(FrozenRecord):
     operators: Many[Operator] = Field(
         description="forward operators first, then those for inference, then backward, each in execution order"
     )
+    tiles: int = Field(
+        1,
+        ge=1,
+        description="equal runs that the forward operators consist of, one for each part of the batch: a plan decides for all alike",
+    )
 
     @property
     def inference(self) -> list[int]:

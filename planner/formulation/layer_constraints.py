@@ -118,7 +118,10 @@ class LayerProgram(LayerVariables):
         for value in leaving:
             last[value] = LAST
         self._row(peak, Linear(sum(self._size(v) for v in kind.enters_forward)).plus(self._outside()))
+        length = len(operations) // kind.tiles
         for position, op in enumerate(operations):
+            if not kind.at_an_end(position // length):
+                continue
             shared = Linear().plus(self._states())
             output_kib = 0.0
             for value, start in born.items():
@@ -129,30 +132,53 @@ class LayerProgram(LayerVariables):
                         shared.constant += self._size(value)
                 elif start < position and not evaluate and value in self.keep:
                     shared.add(self.keep[value], self._size(value))
-            first_used: list[str] = []
+            uses: list[WeightUse] = []
+            used: dict[str, WeightUse] = {}
             for name, weight in kind.weights.items():
                 first, final = read.get(name, (LAST, LAST))
                 if first > position:
                     shared.plus(self._gap(name, step=True))
                 elif final < position:
                     shared.plus(self._gap(name, step=evaluate))
-                elif first < position:
+                elif first == position or (weight.repeated and name in op.weights):
+                    used[name] = self._forward_use(
+                        name, first=first == position, last=final == position, evaluate=evaluate
+                    )
+                elif weight.repeated:
+                    shared.plus(self._held(name, "ahead" if evaluate else "behind"))
+                else:
                     shared.constant += weight.bytes / KIB
                     shared.plus(self._retained_forward(name, evaluate=evaluate), weight.packed_bytes / KIB)
-                else:
-                    first_used.append(name)
-            uses = [
-                WeightUse(
-                    weight=kind.weights[name],
-                    before=self._gap(name, step=True),
-                    runs=Linear(1.0),
-                    unpacks=Linear(1.0).plus(self._in_mode(name, ahead="unpacked"), -1.0),
-                    retained=self._retained_forward(name, evaluate=evaluate),
-                )
-                for name in op.weights
-                if name in first_used
-            ]
+            uses = [used[name] for name in op.weights if name in used]
             self._use_rows(peak, shared, Linear(output_kib), uses)
+
+    def _forward_use(self, name: str, *, first: bool, last: bool, evaluate: bool) -> WeightUse:
+        """A weight at a use in the forward window, or in an evaluation's, that may have to unpack it."""
+        gap = "ahead" if evaluate else "behind"
+        before, there = self._gap(name, step=True), self._in_mode(name, ahead="unpacked")
+        if not first:
+            before, there = self._held(name, gap), self._in_mode(name, hold="unpacked")
+        inside = self.kind.weights[name].repeated and not last
+        return WeightUse(
+            weight=self.kind.weights[name],
+            before=before,
+            runs=Linear(1.0),
+            unpacks=Linear(1.0).plus(there, -1.0),
+            retained=self._packed_inside(name, gap) if inside else self._retained_forward(name, evaluate=evaluate),
+        )
+
+    def _packed_inside(self, name: str, gap: str) -> Linear:
+        """Whether the packed form of a weight that each tile uses is there between its uses in a window, before `gap` (behind: the
+        backward gap, ahead: the step gap).
+        """
+        needed = self._in_mode(name, hold="unpacked", **{gap: "packed"})
+        return self._in_mode(name, hold="packed").plus(needed)
+
+    def _held(self, name: str, gap: str) -> Linear:
+        """KiB of it between these uses."""
+        weight = self.kind.weights[name]
+        packed = Linear().plus(self._packed_inside(name, gap), weight.packed_bytes / KIB)
+        return packed.plus(self._in_mode(name, hold="unpacked"), weight.bytes / KIB)
 
     def _apart_rows(self) -> None:
         """(49) Bytes at the updates where they are apart: the layer outside its windows, and one trainable's states and values
@@ -213,6 +239,8 @@ class LayerProgram(LayerVariables):
         fixed = {value for value in born if value not in self.candidates}
         for slot in self._slots():
             t, k = slot
+            if not kind.at_an_end(kind.backward_tiles[t]):
+                continue
             row = Linear().plus(self._states())
             output_kib = 0.0
             for value in fixed:
@@ -288,7 +316,8 @@ class LayerProgram(LayerVariables):
         for name, weight in kind.weights.items():
             unpacked, packed = self._idle(name, slot, strictly=True)
             before = Linear().plus(unpacked, weight.bytes / KIB).plus(packed, weight.packed_bytes / KIB)
-            if name not in op.weights or (not weight.unpacked_per_use and k == LAST and weight.backward_first < t):
+            shared = not (weight.unpacked_per_use or weight.repeated)
+            if name not in op.weights or (shared and k == LAST and weight.backward_first < t):
                 row.plus(before)
                 continue
             resident = self._in_mode(name, behind="unpacked")
@@ -297,6 +326,9 @@ class LayerProgram(LayerVariables):
                 if name in self.carried:
                     unpacks.plus(self.carried[name], -1.0)
                 retained = self._in_mode(name, ahead="packed")
+                if weight.repeated:
+                    unpacks = Linear(1.0).plus(unpacked, -1.0)
+                    retained = retained if t >= weight.backward_last else self._packed_inside(name, "ahead")
                 uses[name] = WeightUse(
                     weight=weight, before=before, runs=Linear(1.0), unpacks=unpacks, retained=retained
                 )
@@ -319,10 +351,13 @@ class LayerProgram(LayerVariables):
         if slot > (weight.backward_last, LAST):
             return self._in_mode(name, ahead="unpacked"), self._in_mode(name, ahead="packed")
         if slot > (weight.backward_first, LAST):
+            if weight.repeated:
+                return self._in_mode(name, hold="unpacked"), self._packed_inside(name, "ahead")
             return Linear(1.0), self._in_mode(name, ahead="packed")
         rerun = Linear()
         if weight.recomputing:
-            rerun = self._again(self.kind.forward[weight.recomputing[0]], slot, strictly=strictly)
+            # Of several tiles the last one comes first in the backward.
+            rerun = self._again(self.kind.forward[weight.recomputing[-1]], slot, strictly=strictly)
         key = (name, tuple(rerun.terms))
         if key not in self._idle_cache:
             resident, unpacked_if_rerun, fixed, given_up, staged = Linear(), Linear(), Linear(), Linear(), Linear()
@@ -333,7 +368,9 @@ class LayerProgram(LayerVariables):
                     unpacked_if_rerun.add(variable)
                 if mode.backward_gap == "packed":
                     (given_up if mode.hold == "unpacked" and mode.step_gap != "packed" else fixed).add(variable)
-                elif mode.backward_gap == "disk" and mode.hold == "packed":
+                elif mode.backward_gap == "disk" and (
+                    mode.hold == "packed" or (weight.repeated and mode.step_gap == "packed")
+                ):
                     staged.add(variable)
             unpacked = self._any_of([resident, self._all_of(unpacked_if_rerun, rerun)])
             packed = Linear().plus(fixed)
@@ -407,6 +444,11 @@ class LayerProgram(LayerVariables):
             if name in read:
                 unpacks = Linear(1.0).plus(self._in_mode(name, ahead="unpacked"), -1.0)
                 reads = self._in_mode(name, ahead="disk")
+                if weight.repeated:
+                    later_uses = sum(name in op.weights for op in kind.forward) - 1
+                    unpacks.plus(self._in_mode(name, hold="packed"), later_uses)
+                    unpacks.plus(self._in_mode(name, hold="disk"), later_uses)
+                    reads.plus(self._in_mode(name, hold="disk"), later_uses)
                 self.forward_seconds.plus(unpacks, MS * weight.unpack_seconds)
                 self.arriving_forward.plus(reads, MS * weight.read_compute_seconds)
                 self.reads_forward.plus(reads, MS * weight.read_seconds)

@@ -27,7 +27,8 @@ def choice_count(kind: LayerType) -> int:
     """Integer variables in the program of one layer."""
     states = {MINOR if update.minor else update.trainable for update in kind.updates if update.states}
     modes = sum(len(weight.modes) for weight in kind.weights.values())
-    return len(kind.candidates) + len(set(kind.candidates) & kind.offloadable) + modes + len(states)
+    decided = set(kind.candidates).difference(kind.alike)
+    return len(decided) + len(decided & kind.offloadable) + modes + len(states)
 
 
 class LayerVariables:
@@ -58,8 +59,13 @@ class LayerVariables:
     def _choices(self) -> None:
         """(1) The decision variables, and one mode per weight."""
         kind = self.kind
-        self.keep = {value: self.program.choice() for value in kind.candidates}
-        self.offload = {value: self.program.choice() for value in kind.candidates if value in kind.offloadable}
+        decided = [value for value in kind.candidates if value not in kind.alike]
+        self.keep = {value: self.program.choice() for value in decided}
+        self.offload = {value: self.program.choice() for value in decided if value in kind.offloadable}
+        for value, like in kind.alike.items():
+            self.keep[value] = self.keep[like]
+            if like in self.offload:
+                self.offload[value] = self.offload[like]
         self.mode = {name: [self.program.choice() for _ in weight.modes] for name, weight in kind.weights.items()}
         for variables in self.mode.values():
             self.program.exactly(Linear.sum(variables), 1.0)
@@ -72,23 +78,32 @@ class LayerVariables:
     def _recomputation(self) -> None:
         """(2) again[k][e]: operator k has run again by its event e; what is needed and not there runs again."""
         kind = self.kind
-        self.again = {k: [self._variable() for _ in events] for k, events in kind.events.items()}
+        self.again: dict[int, list[int]] = {}
+        for number, op in enumerate(kind.forward):
+            events = kind.events.get(op.index)
+            if events is None:
+                continue
+            first = kind.forward[number % kind.tile_length].index
+            alike = first != op.index and len(kind.events.get(first, ())) == len(events)
+            self.again[op.index] = self.again[first] if alike else [self._variable() for _ in events]
         self.readers: dict[str, list[int]] = {value: [] for value in kind.candidates}
         for k in kind.events:
             for value in self.operations[k].inputs:
                 if value in self.candidates:
                     self.readers[value].append(k)
-        for variables in self.again.values():
+        for variables in {id(variables): variables for variables in self.again.values()}.values():
             for earlier, later in itertools.pairwise(variables):
                 self._at_least(Linear().add(later), Linear().add(earlier))
         self.direct: dict[str, list[int]] = {value: kind.direct_uses(value) for value in kind.candidates}
         for value in kind.candidates:
+            maker = self.producer.get(value)
+            if self._said_already(value):
+                continue
             stored = Linear().add(self.keep[value])
             if value in self.offload:
                 stored.add(self.offload[value])
                 # (1) kept or offloaded, not both
                 self._at_least(Linear(1.0), Linear.sum([self.keep[value], self.offload[value]]))
-            maker = self.producer.get(value)
             runs = self.again.get(maker.index) if maker is not None else None
             if maker is not None and runs is not None and value in self.offload:
                 self._at_least(Linear(1.0), Linear.sum([self.offload[value], runs[-1]]))
@@ -99,6 +114,17 @@ class LayerVariables:
                 for event, variable in zip(kind.events[k], self.again[k]):
                     available = Linear().plus(stored).plus(self._again(maker, (event, k)))
                     self._at_least(available, Linear().add(variable))
+
+    def _said_already(self, value: str) -> bool:
+        """Whether the rows of (1) and (2) for a candidate are those of the candidate of the first tile that it equals."""
+        like = self.kind.alike.get(value)
+        return like is not None and self._reruns_around(value) == self._reruns_around(like)
+
+    def _reruns_around(self, value: str) -> tuple[bool, list[list[int] | None]]:
+        """Whether backward operations read a candidate, and the variables of the operators that make it or are made again of it."""
+        maker = self.producer.get(value)
+        operators = [*([] if maker is None else [maker.index]), *self.readers[value]]
+        return bool(self.direct[value]), [self.again.get(index) for index in operators]
 
     def _again(self, op: LayerOperator | None, slot: Slot, *, strictly: bool = False) -> Linear:
         """Whether the operator has run again by (or strictly before) the slot."""
@@ -166,7 +192,9 @@ class LayerVariables:
             on_disk = self._in_mode(name, behind="disk")
             not_unpacked = Linear(1.0).plus(self._in_mode(name, behind="unpacked"), -1.0)
             unpacks, reads = Linear(), Linear()
-            if weight.unpacked_per_use:
+            if weight.repeated:
+                self._repeated_uses(name, unpacks, reads)
+            elif weight.unpacked_per_use:
                 unpacks.plus(not_unpacked, weight.backward_uses)
                 reads.plus(on_disk, weight.backward_uses)
                 for position in weight.recomputing:
@@ -191,6 +219,21 @@ class LayerVariables:
                     reads.plus(self._all_of(rerun, self._in_mode(name, behind="disk", hold="disk")))
             self.unpacks[name] = unpacks
             self.reads[name] = reads
+
+    def _repeated_uses(self, name: str, unpacks: Linear, reads: Linear) -> None:
+        """(3) The same for a weight that each tile uses: once for the window, or at each use, by its mode's `hold`."""
+        weight = self.kind.weights[name]
+        again = [self._all_again(self.kind.forward[position].index) for position in weight.recomputing]
+        used = Linear(1.0) if weight.backward_uses else self._any_of(again)
+        on_disk = self._in_mode(name, hold="disk")
+        apart = self._in_mode(name, hold="packed").plus(on_disk)
+        held = self._in_mode(name, hold="unpacked").plus(self._in_mode(name, behind="unpacked"), -1.0)
+        read_once = self._in_mode(name, behind="disk").plus(on_disk, -1.0)
+        unpacks.plus(self._all_of(used, held)).plus(apart, weight.backward_uses)
+        reads.plus(self._all_of(used, read_once)).plus(on_disk, weight.backward_uses)
+        for rerun in again:
+            unpacks.plus(self._all_of(rerun, apart))
+            reads.plus(self._all_of(rerun, on_disk))
 
     # --- answers ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ layer, whose decision covers it, or has a fixed lifetime that is the same in eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.layer_types import (
@@ -57,6 +57,7 @@ class _Splitter:
         self.graph = graph
         self.roles = state_roles(profile.optimizer)
         self.tensors = {tensor.name: tensor for tensor in profile.tensors}
+        self.tiles = {program.name: program.tiles for program in profile.programs}
         self.apart = profile.accumulate if profile.max_grad_norm is not None else 0
         self.count = len(graph.layers)
         self.steps: list[dict[str, list[StepOperator]]] = [
@@ -291,6 +292,7 @@ class _Splitter:
             for value in operation.outputs:
                 sizes[value] = aligned(self.graph.storages[self.graph.names[layer][value]].bytes)
         events = _events(forward, backward, set(candidates), set(self.recomputable[layer]))
+        tiles = self.tiles[self.profile.layers[layer].program]
         total = sum(sizes[value] for value in candidates)
         return LayerType(
             program=self.profile.layers[layer].program,
@@ -308,14 +310,16 @@ class _Splitter:
                 local[name] for name, last in self.whole_window.items() if last == backward_window and name in local
             ),
             owned=owned,
-            weights=self._weights(layer, forward, backward, events),
+            weights=self._weights(layer, forward, backward, events, tiles),
             updates=self._updates(layer, local, events),
             candidates=candidates,
-            offloadable=frozenset(value for value in candidates if sizes[value] >= MINOR_SHARE * total),
+            offloadable=frozenset(value for value in candidates if tiles * sizes[value] >= MINOR_SHARE * total),
             events=events,
             read=self.profile.device.read,
             write=self.profile.device.write,
             apart=self.apart,
+            tiles=tiles,
+            alike=_alike(forward, tiles, {value: sizes[value] for value in candidates}),
             across_evaluate=self._across(layer, forward_window, self.last_forward) if self.apart else 0,
         )
 
@@ -382,6 +386,7 @@ class _Splitter:
         forward: tuple[LayerOperator, ...],
         backward: tuple[LayerOperator, ...],
         events: dict[int, tuple[int, ...]],
+        tiles: int,
     ) -> dict[str, LayerWeight]:
         result, tensors = {}, self.tensors
         for value in sorted({w for op in [*forward, *backward] for w in op.weights}):
@@ -399,6 +404,10 @@ class _Splitter:
             users = {self.graph.steps[i].layer for i in self.graph.storages[name].consumers}
             modes = SHARED if len(users) > 1 else weight_modes(bool(ahead), bool(behind), len(recomputing), late=late)
             unpacked_per_use = modes in {SHARED, UNIFORM}
+            repeated = tiles > 1 and len(ahead) > 1
+            if repeated:
+                modes = held_modes(modes if len(users) > 1 or not behind else FREE)
+                unpacked_per_use = False
             packed = aligned(tensor.packed_bytes, PACKED_ALIGNMENT)
             result[value] = LayerWeight(
                 bytes=aligned(tensor.bytes),
@@ -412,6 +421,7 @@ class _Splitter:
                 recomputing=recomputing,
                 modes=modes,
                 unpacked_per_use=unpacked_per_use,
+                repeated=repeated,
             )
         return result
 
@@ -467,6 +477,21 @@ class _Splitter:
                 )
             )
         return tuple(sorted(result, key=lambda update: (update.after, update.trainable)))
+
+
+def _alike(forward: Sequence[LayerOperator], tiles: int, sizes: dict[str, int]) -> dict[str, str]:
+    """Candidate, of those in `sizes`, of a later tile -> the candidate of the first tile that it equals."""
+    alike: dict[str, str] = {}
+    length = len(forward) // tiles
+    for number, op in enumerate(forward[length:]):
+        first = forward[number % length]
+        pairs = [*zip(op.inputs, first.inputs), *zip(op.outputs, first.outputs)]
+        alike.update(
+            (value, like)
+            for value, like in pairs
+            if value != like and value in sizes and sizes[value] == sizes.get(like)
+        )
+    return alike
 
 
 def _events(
@@ -525,6 +550,20 @@ FREE = (
     WeightMode("disk", "unpacked", "unpacked"),
     WeightMode("unpacked", "unpacked", "unpacked"),
 )
+
+
+def held_modes(gaps: Iterable[WeightMode]) -> tuple[WeightMode, ...]:
+    """The modes of a weight that each window uses several times: it is unpacked anew at each use, or stays as it is, packed or unpacked,
+    until the last one. Its places in the gaps are those of the modes `gaps`.
+    """
+    order = {"disk": 0, "packed": 1, "unpacked": 2}
+    found = dict.fromkeys((mode.backward_gap, mode.step_gap) for mode in gaps)
+    return tuple(
+        WeightMode(behind, ahead, hold)
+        for behind, ahead in found
+        for hold in order
+        if order[hold] >= max(order[behind], order[ahead])
+    )
 
 
 def weight_modes(ahead: bool, behind: bool, recomputing: int, *, late: bool) -> tuple[WeightMode, ...]:

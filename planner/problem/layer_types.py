@@ -58,6 +58,10 @@ class LayerWeight:
     where it is in its gaps
     """
     trained: bool = False
+    repeated: bool = False
+    """whether each window uses it several times, once for each tile: `WeightMode.hold` is where it is between these uses, in the forward
+    window as in the backward window
+    """
 
     @property
     def read_bytes(self) -> int:
@@ -74,7 +78,9 @@ class WeightMode:
     step_gap: str
     """where it is from its last use in the step to its first in the next step"""
     hold: str
-    """where it is inside the backward window, from a recomputation that reads it to its use by a backward operator"""
+    """where it is inside the backward window, from a recomputation that reads it to its use by a backward operator; of a weight that is
+    `repeated`, inside both windows from its first use there to its last
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +150,10 @@ class LayerType:
     """steps after which a schedule of its own updates all trainables, from the sums of their gradients, which are the last of
     their states; 0: each is updated in the backward window
     """
+    tiles: int = 1
+    """equal runs of forward operators, one for each part of the batch"""
+    alike: dict[str, str] = field(default_factory=dict)
+    """candidate of a later tile -> that of the first tile which it equals: a decision is the same for both"""
     across_evaluate: int = 0
     """where updates are apart: bytes of fixed lifetime that live throughout the window of an evaluation untouched, and not
     during the updates
@@ -157,6 +167,27 @@ class LayerType:
     def operations(self) -> dict[int, LayerOperator]:
         """Position in the program -> operation, of all three windows."""
         return {op.index: op for op in (*self.forward, *self.evaluate, *self.backward)}
+
+    @cached_property
+    def tile_length(self) -> int:
+        """Forward operators of one tile."""
+        return len(self.forward) // self.tiles
+
+    @cached_property
+    def backward_tiles(self) -> tuple[int, ...]:
+        """The tile of each backward operation: that of the forward operators whose outputs it reads, or else of the operation before it."""
+        position = {op.index: number for number, op in enumerate(self.forward)}
+        tiles: list[int] = []
+        for op in self.backward:
+            makers = [position[self.producer[value].index] for value in op.inputs if value in self.producer]
+            tiles.append(max(makers) // self.tile_length if makers else tiles[-1] if tiles else self.tiles - 1)
+        return tuple(tiles)
+
+    def at_an_end(self, tile: int) -> bool:
+        """Whether the tile is among the first or last to be computed. What waits for other tiles grows or shrinks from tile to tile, so
+        that the most bytes are held in one of these.
+        """
+        return tile in {0, self.tiles - 2, self.tiles - 1}
 
     def direct_uses(self, value: str) -> list[int]:
         """Positions of the backward operations that read `value`."""

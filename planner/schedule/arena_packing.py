@@ -335,7 +335,8 @@ class _GroupPacking:
         """
         group = self.brief[begin:end]
         first = bisect.bisect_left(self.starts, self.starts[begin] - self.longest_brief)
-        placed = [(*self.items[i].spans[0], self.offsets[i], self.items[i].size) for i in self.brief[first:begin]]
+        earlier = [i for i in self.brief[first:begin] if self.items[i].spans[0][1] >= self.starts[begin]]
+        placed = [(*self.items[i].spans[0], self.offsets[i], self.items[i].size) for i in earlier]
         taken = {}
         for index in group:
             begins = self.items[index].spans[0][0]

@@ -222,8 +222,9 @@ class _Expansion:
             yield from (("spill", value) for value in sorted(kind.owned & self.offloaded))
         for position, op in enumerate(operations):
             for weight in op.weights:
-                if uses[weight][0] == position:
-                    yield from self._load_forward(weight, evaluate=evaluate)
+                if uses[weight][0] == position or self._unpacked_at_each_use(weight):
+                    first, last_use = uses[weight][0] == position, uses[weight][1] == position
+                    yield from self._load_forward(weight, first=first, last=last_use, evaluate=evaluate)
             yield ("run", str(op.index))
             if not evaluate:
                 yield from (("spill", value) for value in dict.fromkeys(op.outputs) if value in self.offloaded)
@@ -232,20 +233,26 @@ class _Expansion:
                     yield ("free", value)
             for weight in op.weights:
                 after = self._mode(weight).step_gap if evaluate else self._mode(weight).backward_gap
-                if uses[weight][1] == position and after != "unpacked":
+                if self._unpacked_at_each_use(weight) if uses[weight][1] != position else after != "unpacked":
                     yield ("free", weight)
 
-    def _load_forward(self, weight: str, *, evaluate: bool) -> Iterable[Action]:
+    def _unpacked_at_each_use(self, weight: str) -> bool:
+        """Whether each tile unpacks the weight for itself."""
+        return self.kind.weights[weight].repeated and self._mode(weight).hold != "unpacked"
+
+    def _load_forward(self, weight: str, *, first: bool, last: bool, evaluate: bool) -> Iterable[Action]:
+        """Bring a weight that is not unpacked to a use, which may be the first or last of the window."""
         mode = self._mode(weight)
         if mode.step_gap == "unpacked":
             return
         if self.kind.weights[weight].trained:
             yield ("fetch", weight)
             return
-        if mode.step_gap == "disk":
+        if (mode.step_gap if first else mode.hold) == "disk":
             yield ("read", weight)
         yield ("unpack", weight)
-        if (mode.step_gap if evaluate else mode.backward_gap) != "packed":
+        after = mode.step_gap if evaluate else mode.backward_gap
+        if (mode.hold if self._unpacked_at_each_use(weight) and not last else after) != "packed":
             yield ("free", f"packed:{weight}")
 
     def _backward(self) -> Iterable[Action]:
@@ -332,14 +339,18 @@ class _Expansion:
         mode = self._mode(weight)
         if self.last_use[weight] == position:
             return mode.step_gap
+        if self.kind.weights[weight].repeated:
+            return mode.hold
         if self._inside_backward(weight, position):
             return "unpacked"
         return mode.hold
 
     def _inside_backward(self, weight: str, position: int) -> bool:
         """Whether `position` lies from the first direct use on, for weights whose uses share one unpacking (not
-        `unpacked_per_use`).
+        `unpacked_per_use`, nor `repeated`).
         """
+        if self.kind.weights[weight].repeated:
+            return False
         return not self.kind.weights[weight].unpacked_per_use and self.order[position] >= self.kind.backward[0].index
 
     def _keeps_packed(self, weight: str, position: int) -> bool:
@@ -349,8 +360,9 @@ class _Expansion:
         after = self._after(weight, position)
         if after == "packed":
             return True
-        # The weight stays unpacked until a later direct use, and its packed form has to be there after that one.
-        return mode.step_gap == "packed" and self._inside_backward(weight, position)
+        # The weight stays unpacked until a later use, and its packed form has to be there after that one.
+        held = self.kind.weights[weight].repeated and mode.hold == "unpacked"
+        return mode.step_gap == "packed" and (held or self._inside_backward(weight, position))
 
     def _keeps_unpacked(self, weight: str, position: int) -> bool:
         return self._after(weight, position) == "unpacked"

@@ -256,7 +256,8 @@ class Decoder(nn.Module):
     of the token in its sample, of which a row may hold several, one after the other; without it every row is one sample.
     Padding needs no mask: attention is causal and padded places carry no label. `known` is what the loss of pairs has to know
     of each answer (`tightfit.runtime.engine.cpu.preference.preference_loss`). `longest` is the longest sequence of a step of which
-    this is a shorter one: sliding windows that matter there have masks here too, so that both have the same operators.
+    this is a shorter one: sliding windows that matter there have masks here too, so that both have the same operators. `rows` of the
+    batch, a *tile*, go through a layer at a time, before the next layer begins; None: all of them.
     """
 
     def __init__(
@@ -268,10 +269,12 @@ class Decoder(nn.Module):
         body: str = BODY,
         preference: Preference | None = None,
         longest: int | None = None,
+        rows: int | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.longest = longest
+        self.rows = rows
         self.dtype = dtype
         self.model = Body(shape, dtype)
         if not shape.tied:
@@ -293,9 +296,17 @@ class Decoder(nn.Module):
         tables = {rotation: rotary_table(shape, places, *rotation) for rotation in sorted(set(shape.rotations))}
         longest = self.longest or seq
         masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < longest})}
+        rows = self.rows or len(input_ids)
+        tiles = x.split(rows * seq)
+        positions_of_tiles = [None] * len(tiles) if positions is None else positions.split(rows)
         for number, layer in self.model.layers.named_children():
             window, rotation = shape.windows[int(number)], shape.rotations[int(number)]
-            x = layer(x, *tables[rotation], masks.get(window) if window is not None else None, positions)
+            mask = masks.get(window) if window is not None else None
+            tiles = [
+                layer(tile, *tables[rotation], mask, places)
+                for tile, places in zip(tiles, positions_of_tiles, strict=True)
+            ]
+        x = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
         trained = trained_copy(self.lm_head) if HEAD in self._modules else None
         if trained is not None:
             return trained(self.model.norm(x), labels, *pairs)  # type: ignore[no-any-return]

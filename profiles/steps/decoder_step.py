@@ -40,10 +40,11 @@ class DecoderStep(ProfiledStep):
                 f"{spelled('side_blocks')} {options.side_blocks} is of a side network; name its rank too, for example {spelled('side_rank', 64)}"
             )
         self.lengths = bucket_lengths(options.buckets, self.seq)
+        self.tile = _tile(options, self.batch, self.seq)
         self._decoder: Decoder | AnyDecoder | None = None
 
     def settings(self, report: Progress) -> list[Any]:
-        return [asdict(self.lora), self.batch, self.seq, self.dtype, self.preference, self.lengths]
+        return [asdict(self.lora), self.batch, self.seq, self.dtype, self.preference, self.lengths, self.tile]
 
     def trace(self, report: Progress) -> Trace:
         traced, self._decoder = self.traced_at(self.seq, report)
@@ -59,7 +60,15 @@ class DecoderStep(ProfiledStep):
         from tightfit.profiles.steps.decoder_trace import trace_decoder
 
         return trace_decoder(
-            self.source, self.batch, seq, self.lora, self.dtype, report, self.preference, longest=longest
+            self.source,
+            self.batch,
+            seq,
+            self.lora,
+            self.dtype,
+            report,
+            self.preference,
+            longest=longest,
+            rows=None if self.tile is None else self.tile // self.seq,
         )
 
     def model_fields(self) -> dict[str, Any]:
@@ -100,6 +109,31 @@ def check_length(source: Source, seq: int) -> None:
         raise InputError(
             f"{spelled('seq')} {seq} is longer than the {longest} positions that {source.name} was trained for; use {spelled('seq', longest)} or less"
         )
+
+
+def _tile(options: ProfileOptions, batch: int, seq: int) -> int | None:
+    """Tokens that go through a layer at a time; None: all of them. Raises InputError where they are not whole samples, or do not share out
+    the batch.
+    """
+    tile = options.tile
+    if tile is None or tile == batch * seq:
+        return None
+    if tile % seq or batch * seq % tile:
+        fitting = [rows * seq for rows in range(1, batch + 1) if not batch % rows]
+        raise InputError(
+            f"{spelled('tile')} {tile}: {batch} samples of {seq} tokens go through a layer in equal parts of whole samples;"
+            f" give one of {', '.join(map(str, fitting[:8]))}{', …' if len(fitting) > 8 else ''}, or leave it out"
+        )
+    if options.loss is not None:
+        raise InputError(
+            f"{spelled('tile')} {tile}: the two answers of a pair go through the model together; leave it out"
+        )
+    if options.lora_dropout:
+        raise InputError(
+            f"{spelled('tile')} {tile}: with {spelled('lora_dropout', options.lora_dropout)} samples would be given each other's random numbers;"
+            " leave one of them out"
+        )
+    return tile
 
 
 def _preference(options: ProfileOptions) -> Preference | None:

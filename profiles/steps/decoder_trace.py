@@ -37,23 +37,31 @@ def trace_decoder(
     report: Progress,
     preference: Preference | None = None,
     longest: int | None = None,
+    rows: int | None = None,
 ) -> tuple[Trace, Decoder | AnyDecoder]:
     """The step of a decoder, and the decoder, which says what is trained. `longest`: the length of the step of which this is a shorter
-    one.
+    one; `rows`: samples that go through a layer at a time.
     """
     if not handwritten(source.config):
-        return trace_any_decoder(source, batch, seq, lora, dtype, report, preference, longest)
+        return trace_any_decoder(source, batch, seq, lora, dtype, report, preference, longest, rows)
     shape = decoder_shape(source.config)
     _check_rank(lora, shape.hidden)
     with FakeTensorMode():
         body = source.config.get("adapter_body", BODY)
         module = Decoder(
-            shape, dtype=getattr(torch, dtype), lora=lora, body=body, preference=preference, longest=longest
+            shape,
+            dtype=getattr(torch, dtype),
+            lora=lora,
+            body=body,
+            preference=preference,
+            longest=longest,
+            rows=rows,
         )
         sample = _sample(batch, seq, rows_apart=None, preference=preference)
     stand_ins = representatives(module.block_kinds())
     module.keep_blocks(stand_ins)
-    return _in_order(with_all_blocks(_traced(module, sample, report), stand_ins), sample), module
+    traced = _traced(module, sample, report, tiles=batch // (rows or batch))
+    return _in_order(with_all_blocks(traced, stand_ins), sample), module
 
 
 def _sample(
@@ -67,8 +75,8 @@ def _sample(
     return {name: torch.zeros(batch, seq, dtype=torch.int64) for name in names}
 
 
-def _traced(module: torch.nn.Module, sample: dict[str, torch.Tensor], report: Progress) -> Trace:
-    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
+def _traced(module: torch.nn.Module, sample: dict[str, torch.Tensor], report: Progress, tiles: int = 1) -> Trace:
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report, tiles=tiles)
 
 
 def _in_order(traced: Trace, sample: dict[str, torch.Tensor]) -> Trace:
@@ -95,9 +103,14 @@ def trace_any_decoder(
     report: Progress,
     preference: Preference | None = None,
     longest: int | None = None,
+    rows: int | None = None,
 ) -> tuple[Trace, AnyDecoder]:
     from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 
+    if rows is not None:
+        raise InputError(
+            f"{spelled('tile')}: {source.config['model_type']} runs as transformers has it, whose layers take whole batches; leave it out"
+        )
     _check_rank(lora, source.config["hidden_size"])
     module = AnyDecoder(
         source.config, dtype=getattr(torch, dtype), seq=seq, lora=lora, preference=preference, longest=longest

@@ -43,6 +43,7 @@ from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, quie
 from tightfit.profiles.tracing.own_dropout import dropout_traced, number_dropouts
 from tightfit.profiles.tracing.own_gradients import CustomFunctions, DetachWithoutGrad, gradients_refused, refuse_hooks
 from tightfit.profiles.tracing.own_state import draws_watched, seeding_refused
+from tightfit.profiles.tracing.tiles import equal_tiles
 from tightfit.profiles.tracing.unchecked import unchecked
 from tightfit.runtime.common.errors import InputError, TightfitError
 
@@ -91,13 +92,15 @@ def trace(
     decompositions: dict[Any, Callable[..., Any]] | None = None,
     inference: dict[Any, Callable[..., Any]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    tiles: int = 1,
 ) -> Trace:
     """Trace `module(*batch)`, whose first result is the scalar loss and whose second, if any, the token losses.
 
     Trained parameters and the loss are float32; operators get parameters in the type that the module has them in.
     Operators in `decompositions` are decomposed; where no backward follows, `inference` takes precedence. Parameters
-    that require no gradient are frozen: matrices become weights, vectors constants. Raises InputError if the module
-    cannot be traced, or changes a buffer that is no running statistic.
+    that require no gradient are frozen: matrices become weights, vectors constants. The module calls each repeated block `tiles` times, one
+    call after the other, on a part of the batch each. Raises InputError if the module cannot be traced, or changes a buffer that is no
+    running statistic.
     """
     batch = {name: tensor.contiguous() for name, tensor in batch.items()}  # as a run writes it
     report = progress or (lambda stage, done, total: None)
@@ -106,7 +109,7 @@ def trace(
     report("export", 1, 1)
     _check_results(graph, loss_maker(module))
     _widen_loss(graph)
-    segments = _segments(graph)
+    segments = _segments(graph, tiles)
     number_dropouts(segment.nodes for segment in segments)
 
     def traced(pieces: list[Segment], visited: Callable[[Segment], None]) -> _Tracer:
@@ -119,6 +122,7 @@ def trace(
             fake_mode=FakeTensorMode(),
             decompositions=decompositions or {},
             inference=(inference or {}) | EVALUATED,
+            tiles=tiles,
             requires={node: role.kind == "trainable" for node, role in roles.items()},
         )
         for piece in pieces:
@@ -408,17 +412,19 @@ def _layer_key(node: fx.Node) -> str | None:
     return match.group(1) if match else None
 
 
-def _cut(name: str | None, nodes: list[fx.Node], depth: int = 1) -> list[tuple[str | None, list[fx.Node]]]:
-    """A segment as it is, or, of more nodes than `LARGEST_SEGMENT`, cut where the first `depth` names of their module paths change,
+def _cut(
+    name: str | None, nodes: list[fx.Node], most: int = LARGEST_SEGMENT, depth: int = 1
+) -> list[tuple[str | None, list[fx.Node]]]:
+    """A segment as it is, or, of more than `most` nodes, cut where the first `depth` names of their module paths change,
     and deeper where a piece is still larger; small pieces that follow each other stay together.
     """
     paths = [_module_path(node).split(".") for node in nodes]
-    if len(nodes) <= LARGEST_SEGMENT or depth > max(map(len, paths)):
+    if len(nodes) <= most or depth > max(map(len, paths)):
         return [(name, nodes)]
     pieces: list[tuple[str | None, list[fx.Node]]] = []
     for path, run in groupby(zip(paths, nodes), lambda pair: ".".join(pair[0][:depth])):
-        for inner, members in _cut(path or None, [node for _, node in run], depth + 1):
-            if pieces and len(pieces[-1][1]) + len(members) <= LARGEST_SEGMENT:
+        for inner, members in _cut(path or None, [node for _, node in run], most, depth + 1):
+            if pieces and len(pieces[-1][1]) + len(members) <= most:
                 pieces[-1][1].extend(members)
             else:
                 pieces.append((inner, members))
@@ -433,7 +439,7 @@ def _repeated_here(node: fx.Node) -> bool:
     return node.target in RESHAPES or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
 
 
-def _segments(graph: fx.Graph) -> list[Segment]:
+def _segments(graph: fx.Graph, tiles: int = 1) -> list[Segment]:
     """The graph cut into segments wherever `_layer_key` changes from one node to the next; large ones are cut further."""
     calls = [
         node
@@ -443,7 +449,7 @@ def _segments(graph: fx.Graph) -> list[Segment]:
     segments = [
         Segment(name="", key=name, nodes=nodes)
         for key, run in groupby(calls, _layer_key)
-        for name, nodes in _cut(key, list(run))
+        for name, nodes in _cut(key, list(run), tiles * LARGEST_SEGMENT)
     ]
     occurrences: dict[str, int] = {}
     for index, segment in enumerate(segments):
@@ -525,6 +531,7 @@ class _Tracer:
     decompositions: dict[Any, Callable[..., Any]]
     inference: dict[Any, Callable[..., Any]]
     requires: dict[fx.Node, bool]
+    tiles: int = 1
     programs: dict[str, Program] = dataclasses.field(default_factory=dict)
     layers: dict[str, Layer] = dataclasses.field(default_factory=dict)
     partials: dict[fx.Node, list[tuple[Segment, str]]] = dataclasses.field(default_factory=dict)
@@ -610,6 +617,7 @@ class _Tracer:
         primals = [(f"in{i}", kind) for i, kind in enumerate(roles)]
         given = [*primals, *((f"grad_out{i}", "gradient") for i in tangents)]
         program = fold(traced, name=name, inputs=given, results=results, forward=len(outputs))
+        program = program.model_copy(update={"tiles": equal_tiles(program, self.tiles)})
         if not any(node.target in self.inference for node in module.graph.nodes):
             return program
         with torch.no_grad():

@@ -26,6 +26,8 @@ def random_decision(rng, kind) -> Decision:
     share = rng.random()
     keep, offload = set(), set()
     for value in kind.candidates:
+        if value in kind.alike:  # decided with the candidate of the first tile that it equals
+            continue
         maker = kind.producer.get(value)
         draw = rng.random()
         if draw < share:
@@ -34,6 +36,8 @@ def random_decision(rng, kind) -> Decision:
             offload.add(value)
         elif maker is None or not maker.recomputable:
             keep.add(value)
+    for chosen in (keep, offload):
+        chosen.update(value for value, like in kind.alike.items() if like in chosen)
     weights = tuple((name, rng.choice(weight.modes)) for name, weight in kind.weights.items())
     states = {update.trainable for update in kind.updates if not update.minor and rng.random() < 0.5}
     if rng.random() < 0.5:

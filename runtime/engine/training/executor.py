@@ -36,6 +36,7 @@ from tightfit.runtime.engine.training.job import (
     UPDATE,
     Job,
     program_values,
+    tensors_of,
 )
 from tightfit.runtime.engine.training.job_tables import Names, Trainable
 from tightfit.runtime.engine.training.step_trace import StepTrace
@@ -54,21 +55,21 @@ class View:
     every step.
     """
 
-    __slots__ = ("at", "container", "dtype", "elements", "key", "local", "offset", "size", "stride", "tensor", "window")
+    __slots__ = ("at", "container", "dtype", "elements", "key", "offset", "place", "size", "stride", "tensor", "window")
 
     def __init__(
         self,
-        local: int,
+        place: int,
         value: dict[str, Any],
         operand: dict[str, Any],
         device: Device,
         container: Any = None,
         key: Any = None,
     ) -> None:
-        """`operand` has size, stride and offset in the tensor `value`, number `local` of a layer's table. The view is kept in
-        `container[key]` too, if there is one.
+        """`operand` has size, stride and offset in the tensor `value`, one of the operator's `tensors`, at `place` in them. The view is
+        kept in `container[key]` too, if there is one.
         """
-        self.local, self.container, self.key = local, container, key
+        self.place, self.container, self.key = place, container, key
         self.size, self.stride, self.offset = tuple(operand["size"]), tuple(operand["stride"]), operand.get("offset", 0)
         self.elements: int = max(
             _elements(value["shape"], value["stride"]), self.offset + _elements(self.size, self.stride)
@@ -102,10 +103,10 @@ class BoundOperator:
     """A compiled operator whose views of the arena are prepared but for their offsets.
 
     It belongs to a program, which equal layers share; so it names tensors by their index in a layer's table, which
-    gives the tensor's number.
+    gives the tensor's number. Equal operators of a layer in tiles share all but these names (`on`).
     """
 
-    __slots__ = ("call", "draws", "gathers", "inputs", "keywords", "name", "partial", "reads", "writes")
+    __slots__ = ("call", "draws", "gathers", "inputs", "keywords", "name", "partial", "reads", "tensors", "writes")
 
     def __init__(
         self,
@@ -115,36 +116,54 @@ class BoundOperator:
         device: Device,
         store: WeightStore | None,
     ) -> None:
+        names = tensors_of(operator)
+        self.tensors = tuple(local[name] for name in names)
+        """of each tensor its index in a layer's table"""
+        place = {name: number for number, name in enumerate(names)}
         compiled = compile_operator(operator, values, device.kernels)
         self.call = compiled.call
         self.name = compiled.name
         self.reads = [
-            View(local[operand["value"]], values[operand["value"]], operand, device, container, key)
+            View(place[operand["value"]], values[operand["value"]], operand, device, container, key)
             for container, key, operand in compiled.slots
         ]
         self.partial = compiled.partial
         self.keywords = compiled.kwargs
         self.draws = compiled.name.startswith(DROPOUT)
         """whether it draws random numbers, which depend on the layer"""
-        self.inputs = tuple(dict.fromkeys(read.local for read in self.reads))
+        self.inputs = tuple(dict.fromkeys(read.place for read in self.reads))
         self.writes = [
             None
             if name is None
             else View(
-                local[name], values[name], {"size": values[name]["shape"], "stride": values[name]["stride"]}, device
+                place[name], values[name], {"size": values[name]["shape"], "stride": values[name]["stride"]}, device
             )
             for name in operator["outputs"]
         ]
-        self.gathers = [(container, key, local[operand["value"]]) for container, key, operand in compiled.gathers]
+        self.gathers = [(container, key, place[operand["value"]]) for container, key, operand in compiled.gathers]
         if self.gathers:
             compiled.kwargs["store"] = store
+
+    def on(self, tensors: tuple[int, ...]) -> BoundOperator:
+        """The same operator on other tensors of the layer's table."""
+        other = object.__new__(BoundOperator)
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
+        other.tensors = tensors
+        return other
 
 
 def bind(program: dict[str, Any], device: Device, store: WeightStore | None) -> list[BoundOperator]:
     """Bind the operators of a program, which is in the form of the job's header (`program_header`)."""
     values = program_values(program)
     local = {name: index for index, name in enumerate(values)}
-    return [BoundOperator(operator, values, local, device, store) for operator in program["operators"]]
+    bound: list[BoundOperator] = []
+    for operator in program["operators"]:
+        if "like" in operator:
+            bound.append(bound[operator["like"]].on(tuple(local[name] for name in operator["values"])))
+        else:
+            bound.append(BoundOperator(operator, values, local, device, store))
+    return bound
 
 
 class BoundStep(NamedTuple):
@@ -263,16 +282,17 @@ class Executor:
             if code == RUN:
                 layer = words[place + 1]
                 operator, table = layers[layer][words[place + 2]], self.tables[layer]
+                tensors = operator.tensors
                 if arriving:
-                    for local in operator.inputs:
-                        if table[local] in arriving:
-                            self._arrive(table[local])
+                    for number in operator.inputs:
+                        if table[tensors[number]] in arriving:
+                            self._arrive(table[tensors[number]])
                 for read in operator.reads:
-                    at = where[table[read.local]]
+                    at = where[table[tensors[read.place]]]
                     if at != read.at:
                         read.move(at)
-                for container, key, local in operator.gathers:
-                    container[key] = self.gathered[table[local]]
+                for container, key, number in operator.gathers:
+                    container[key] = self.gathered[table[tensors[number]]]
                 if operator.draws:
                     self.draws.layer = self.layer_names[layer]
                 place += 4
@@ -289,7 +309,7 @@ class Executor:
                             else torch.empty_strided(write.size, write.stride, dtype=write.dtype)
                         )
                     else:
-                        where[table[write.local]] = at
+                        where[table[tensors[write.place]]] = at
                         outputs.append(write.tensor if at == write.at else write.move(at))
                 if self.detail is None:
                     operator.call(outputs)

@@ -144,14 +144,58 @@ def kept_buffers(layers: Iterable[Any], programs: Iterable[Any]) -> list[str]:
 
 
 def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a program that the training process needs, for the job's header."""
-    return {
-        "values": [[v["name"], v["dtype"], v["shape"], v["stride"]] for v in program["values"]],
-        "operators": [
-            {key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")}
-            | ({"copied": True} if op.get("copied") else {})
-            for op in program["operators"]
-        ],
+    """The part of a program that the training process needs, for the job's header.
+
+    Of a layer in tiles, an operator that is another's but for the tensors that it reads and makes is written as
+    ``{"like": the other's number, "values": these tensors in the order of `tensors_of`}``.
+    """
+    values = {v["name"]: [v["dtype"], v["shape"], v["stride"]] for v in program["values"]}
+    operators = [
+        {key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")}
+        | ({"copied": True} if op.get("copied") else {})
+        for op in program["operators"]
+    ]
+    if program.get("tiles", 1) > 1:
+        first: dict[str, int] = {}
+        for number, operator in enumerate(operators):
+            names = tensors_of(operator)
+            places = {name: place for place, name in enumerate(names)}
+            form = json.dumps([_renamed(operator, places), [values[name] for name in names]])
+            if first.setdefault(form, number) != number:
+                operators[number] = {"like": first[form], "values": names}
+    return {"values": [[name, *value] for name, value in values.items()], "operators": operators}
+
+
+def tensors_of(operator: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that an operator of a program reads and makes, each once, in the order of its arguments and results."""
+    names: dict[str, None] = {}
+
+    def collect(argument: Any) -> None:
+        if isinstance(argument, dict) and "operand" in argument:
+            names[argument["operand"]["value"]] = None
+        elif isinstance(argument, list):
+            for item in argument:
+                collect(item)
+
+    collect([*operator["args"], *operator.get("kwargs", {}).values()])
+    names.update((name, None) for name in operator["outputs"] if name is not None)
+    return list(names)
+
+
+def _renamed(operator: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    """An operator with other names for its tensors."""
+
+    def rename(argument: Any) -> Any:
+        if isinstance(argument, dict) and "operand" in argument:
+            operand = argument["operand"]
+            return {"operand": operand | {"value": names[operand["value"]]}}
+        return [rename(item) for item in argument] if isinstance(argument, list) else argument
+
+    return dict(operator) | {
+        "args": rename(operator["args"]),
+        "kwargs": {key: rename(argument) for key, argument in operator["kwargs"].items()},
+        "outputs": [None if name is None else names[name] for name in operator["outputs"]],
+        "gathers": [names[name] for name in operator["gathers"]],
     }
 
 

@@ -33,7 +33,7 @@ def warm_up_operators(operators: Iterable[BoundOperator], device: Device) -> Non
     Operators that gather rows from the weight store are left out. Raises InputError for an operator that cannot be run.
     """
     with apart(LARGEST_LASTING):
-        for operator in operators:
+        for operator in {operator.call: operator for operator in operators}.values():  # those of equal tiles are one
             if not operator.gathers:
                 _run(operator, device)
                 device.release()  # the next one reads zeros too: leftover values, read as indices, could be too large
@@ -48,15 +48,15 @@ def _run(operator: BoundOperator, device: Device) -> None:
     views = [*operator.reads, *(write for write in operator.writes if write is not None)]
     needed: dict[int, int] = {}
     for view in views:
-        needed[view.local] = max(needed.get(view.local, 0), aligned(view.bytes))
+        needed[view.place] = max(needed.get(view.place, 0), aligned(view.bytes))
     where, end = {}, 0
-    for local, size in needed.items():
-        where[local] = end
+    for place, size in needed.items():
+        where[place] = end
         end += size
     if end > device.size:
         return
     for view in views:
-        view.move(where[view.local])
+        view.move(where[view.place])
     outputs = [None if write is None else write.tensor for write in operator.writes]
     try:
         operator.call(outputs)
