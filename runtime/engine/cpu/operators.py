@@ -34,6 +34,7 @@ from tightfit.runtime.engine.cpu.dropout import (
 from tightfit.runtime.engine.cpu.lstm import lstm, lstm_backward
 from tightfit.runtime.engine.cpu.preference import preference_loss, preference_scores
 from tightfit.runtime.engine.cpu.products import blocks, multiply
+from tightfit.runtime.engine.cpu.rotary import rotary, rotary_backward
 from tightfit.runtime.engine.cpu.tables import (
     HEAD_ROWS,
     check_ids,
@@ -42,6 +43,7 @@ from tightfit.runtime.engine.cpu.tables import (
     table_rows,
     table_rows_backward,
 )
+from tightfit.runtime.engine.cpu.tile_attention import tile_attention, tile_attention_backward
 
 aten = torch.ops.aten
 
@@ -357,6 +359,10 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.dora_scale_backward": dora_scale_backward,
     "tightfit.attention": attention,
     "tightfit.attention_backward": attention_backward,
+    "tightfit.rotary": rotary,
+    "tightfit.rotary_backward": rotary_backward,
+    "tightfit.tile_attention": tile_attention,
+    "tightfit.tile_attention_backward": tile_attention_backward,
     "tightfit.gated": gated,
     "tightfit.gated_backward": gated_backward,
     "tightfit.embed_rows": embed_rows,

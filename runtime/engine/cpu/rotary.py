@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,3 +53,43 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         original = first.clone()
         first.mul_(c).addcmul_(second, s, value=-1.0)
         second.mul_(c).addcmul_(original, s)
+
+
+def rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int, *, out: Sequence[Tensor]
+) -> None:
+    """Turn every head of x [S, heads * D] by its token's angles. out: y [S, heads * D], which may be x itself.
+
+    cos, sin float32 [S, D / 2], a row for each token; with positions int64, S elements, whole tables [T, D / 2] of which
+    each token takes the row of its position. Computed in float32, and rounded once if y is narrower.
+    """
+    _turn_rows(x, cos, sin, positions, heads, out[0], back=False)
+
+
+def rotary_backward(
+    dy: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    heads: int,
+    dtype: torch.dtype | None = None,
+    *,
+    out: Sequence[Tensor],
+) -> None:
+    """The gradient of `rotary`: dy turned back. out: dx, of type `dtype`; None: that of dy."""
+    _turn_rows(dy, cos, sin, positions, heads, out[0], back=True)
+
+
+def _turn_rows(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int, y: Tensor, *, back: bool
+) -> None:
+    step = max(1, TURNED_ELEMENTS // max(1, x.shape[1]))
+    buffer = torch.empty(0 if y.dtype is torch.float32 else min(step, x.shape[0]), x.shape[1], dtype=torch.float32)
+    flat = None if positions is None else positions.reshape(-1)
+    for rows in blocks(x.shape[0], step):
+        turned = y[rows] if y.dtype is torch.float32 else buffer[: rows.stop - rows.start]
+        turned.copy_(x[rows])
+        c, s = (table[rows] if flat is None else table.index_select(0, flat[rows]) for table in (cos, sin))
+        rotate(turned.view(rows.stop - rows.start, heads, -1).transpose(0, 1)[None, None], c, -s if back else s)
+        if turned.dtype is not y.dtype:
+            y[rows].copy_(turned)

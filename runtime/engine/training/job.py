@@ -42,7 +42,12 @@ CODES = (
 )
 SEND, RECEIVE = PASSING = ("tightfit.send", "tightfit.receive")
 """operators that hand tensors to, or get them from, another member of a fleet"""
-POSITIONS_AT = {"tightfit.attention": 6, "tightfit.attention_backward": 9}
+POSITIONS_AT = {
+    "tightfit.attention": 6,
+    "tightfit.attention_backward": 9,
+    "tightfit.tile_attention": 3,
+    "tightfit.tile_attention_backward": 6,
+}
 """operators -> the place of their argument that says which samples share a row"""
 DROPOUT = "tightfit.dropout"
 """prefix of the operators that draw random numbers of a step and a layer (`tightfit.runtime.engine.device.draws`)"""
