@@ -24,9 +24,13 @@ Tiles = Sequence[Tensor]
 def _rotated(x: Tensor, cos: Tensor, positions: Tensor | None, heads: int, dtype: torch.dtype | None) -> Tensor:
     tokens, columns = x.shape
     if columns != heads * 2 * cos.shape[1]:
-        raise InputError(f"rotary: {columns} columns are not {heads} heads of {2 * cos.shape[1]}, twice the tables' columns")
+        raise InputError(
+            f"rotary: {columns} columns are not {heads} heads of {2 * cos.shape[1]}, twice the tables' columns"
+        )
     if positions is None and cos.shape[0] != tokens:
-        raise InputError(f"rotary: {tokens} tokens and {cos.shape[0]} rows of the tables; without positions they are equal")
+        raise InputError(
+            f"rotary: {tokens} tokens and {cos.shape[0]} rows of the tables; without positions they are equal"
+        )
     _check_positions("rotary", positions, tokens)
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
@@ -80,14 +84,19 @@ def _check_tiles(
 
 def _scratch(q: Tensor, keys: Tiles, heads: int, *, backward: bool) -> Tensor:
     longest = max(tensor.shape[0] for tensor in keys)
-    elements = tile_attention_scratch(
-        q.shape[0], longest, heads, q.shape[1], keys[0].shape[1], backward=backward
-    )
+    elements = tile_attention_scratch(q.shape[0], longest, heads, q.shape[1], keys[0].shape[1], backward=backward)
     return q.new_empty(elements, dtype=torch.float32)
 
 
 def _forward_outputs(
-    q: Tensor, keys: Tiles, values: Tiles, positions: Tensor | None, heads: int, kv_heads: int, scale: float, window: int
+    q: Tensor,
+    keys: Tiles,
+    values: Tiles,
+    positions: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_tiles(q, keys, values, positions, heads, kv_heads, window)
     lse = q.new_empty((heads, q.shape[0]), dtype=torch.float32)
@@ -100,10 +109,14 @@ def _backward_outputs(
 ) -> list[Tensor]:  # fmt: skip
     _check_tiles(q, keys, values, positions, heads, kv_heads, window)
     if (key_sums is None) != (value_sums is None):
-        raise InputError("tile_attention_backward: sums of keys or of values alone; later tiles contribute to both or to neither")
+        raise InputError(
+            "tile_attention_backward: sums of keys or of values alone; later tiles contribute to both or to neither"
+        )
     for sums, tiles in ((key_sums, keys), (value_sums, values)):
         if sums is not None and [(s.shape, s.dtype) for s in sums] != [(t.shape, torch.float32) for t in tiles]:
-            raise InputError("tile_attention_backward: the sums are not float32 tensors shaped like the keys, one for each tile")
+            raise InputError(
+                "tile_attention_backward: the sums are not float32 tensors shaped like the keys, one for each tile"
+            )
     new_sums = [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (*keys, *values)]
     return [_same(q), *new_sums, _scratch(q, keys, heads, backward=True)]
 
@@ -165,9 +178,7 @@ def _attention_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _attention_grad(ctx: Any, dy: Tensor, _: Any, __: Any) -> Any:
     q, y, lse, positions, *both = ctx.saved_tensors
     keys, values = both[: ctx.tiles], both[ctx.tiles :]
-    dq, *sums, _ = tile_attention_backward(
-        dy.contiguous(), q, keys, values, y, lse, positions, None, None, *ctx.rest
-    )
+    dq, *sums, _ = tile_attention_backward(dy.contiguous(), q, keys, values, y, lse, positions, None, None, *ctx.rest)
     gradients = [gradient.to(tensor.dtype) for gradient, tensor in zip(sums, both)]
     return dq, gradients[: ctx.tiles], gradients[ctx.tiles :], None, None, None, None, None
 

@@ -55,9 +55,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         second.mul_(c).addcmul_(original, s)
 
 
-def rotary(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int, *, out: Sequence[Tensor]
-) -> None:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int, *, out: Sequence[Tensor]) -> None:
     """Turn every head of x [S, heads * D] by its token's angles. out: y [S, heads * D], which may be x itself.
 
     cos, sin float32 [S, D / 2], a row for each token; with positions int64, S elements, whole tables [T, D / 2] of which

@@ -197,9 +197,8 @@ class _Tile:
             begin = max(0, low - start) // LEAST_KEYS * LEAST_KEYS
             end = min(length, -(-part.stop // LEAST_KEYS) * LEAST_KEYS) if last else length
             if low - start < end:
-                for rows in blocks(end - begin, self.keys):
-                    rows = slice(begin + rows.start, begin + rows.stop)
-                    yield _Piece(tile, rows, start + rows.start, last)
+                for first in range(begin, end, self.keys):
+                    yield _Piece(tile, slice(first, min(end, first + self.keys)), start + first, last)
             start += length
 
     def _room(self, elements: int) -> Tensor:
@@ -267,9 +266,7 @@ class _Tile:
             by_head.add_(hidden, alpha=HIDDEN)
         return scores
 
-    def add_product(
-        self, sums: Sequence[Tensor], piece: _Piece, weights: Tensor, right: Tensor, factor: float
-    ) -> None:
+    def add_product(self, sums: Sequence[Tensor], piece: _Piece, weights: Tensor, right: Tensor, factor: float) -> None:
         """Add factor * weights.T @ right, of all query heads of a key head, to the piece's rows [S_j, K * D] of the sums."""
         target = sums[piece.tile][piece.rows]
         for head in range(self.kv_heads):

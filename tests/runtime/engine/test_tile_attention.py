@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -159,7 +160,7 @@ def test_any_samples_tiles_and_window(data):
     tiles, tile = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 150))
     seq = tiles * tile
     begun = sorted(data.draw(st.sets(st.integers(1, max(1, seq - 1)), max_size=8)) | {0, seq})
-    positions = positions_of(*(after - before for before, after in zip(begun, begun[1:])))[:seq]
+    positions = positions_of(*(after - before for before, after in itertools.pairwise(begun)))[:seq]
     window = data.draw(st.integers(0, seq + 1))
     compared((tiles, tile, 2, 1, 8), torch.float32, 5e-6, positions=positions, window=window)
 
@@ -194,7 +195,11 @@ def test_pieces_that_nobody_sees_are_not_multiplied(monkeypatch):
         counts.append(0)
         tile_attention(x, [x] * tiles, [x] * tiles, positions, 1, 1, 1.0, window, out=out)
     diagonal = QUERIES * (LEAST_KEYS + 2 * LEAST_KEYS)
-    assert counts == [3 * tile * tile + diagonal] * 2 + [diagonal, 2 * QUERIES * 2 * LEAST_KEYS, QUERIES * 2 * LEAST_KEYS]
+    assert counts == [3 * tile * tile + diagonal] * 2 + [
+        diagonal,
+        2 * QUERIES * 2 * LEAST_KEYS,
+        QUERIES * 2 * LEAST_KEYS,
+    ]
 
 
 def test_scratch_grows_neither_with_tiles_nor_with_their_length():
