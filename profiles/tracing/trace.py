@@ -43,6 +43,7 @@ from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, quie
 from tightfit.profiles.tracing.own_dropout import dropout_traced, number_dropouts
 from tightfit.profiles.tracing.own_gradients import CustomFunctions, DetachWithoutGrad, gradients_refused, refuse_hooks
 from tightfit.profiles.tracing.own_state import draws_watched, seeding_refused
+from tightfit.profiles.tracing.tile_sums import fuse_sums, sums_in_place
 from tightfit.profiles.tracing.tiles import equal_tiles
 from tightfit.profiles.tracing.unchecked import unchecked
 from tightfit.runtime.common.errors import InputError, TightfitError
@@ -608,6 +609,7 @@ class _Tracer:
 
         traced = self._traced(joint, self.decompositions, [*inputs, *seeds_in])
         fuse_products(traced)
+        fuse_sums(traced)
         save_less(traced, len(segment.outputs), self.fake_mode)
         outputs = [(f"out{i}", node.meta["val"].stride()) for i, node in enumerate(segment.outputs)]
         results = list(outputs)
@@ -617,6 +619,7 @@ class _Tracer:
         primals = [(f"in{i}", kind) for i, kind in enumerate(roles)]
         given = [*primals, *((f"grad_out{i}", "gradient") for i in tangents)]
         program = fold(traced, name=name, inputs=given, results=results, forward=len(outputs))
+        program = sums_in_place(program, [result for result, _ in results])
         program = program.model_copy(update={"tiles": equal_tiles(program, self.tiles)})
         if not any(node.target in self.inference for node in module.graph.nodes):
             return program

@@ -1,0 +1,105 @@
+"""Gradients of keys and values that several tiles of a row attend to: summed in float32 and in place, inside a layer.
+
+Autograd adds what each tile contributes, rounded to the keys' type, in an operator of its own. `fuse_sums` has
+`tightfit.tile_attention_backward` add to the sums of the tiles behind it; `sums_in_place` then gives a new sum the storage of the
+old one, so that a key tile has one sum, however many tiles contribute.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from tightfit.profiles.schema import Program
+from tightfit.profiles.tracing.inference import renamed
+from tightfit.profiles.tracing.tile_ops import tile_attention_backward
+
+aten = torch.ops.aten
+
+BACKWARD = "tightfit.tile_attention_backward"
+KEYS_AT = 2
+SUMS_AT = 7, 8
+"""places of the arguments that are the sums so far, of keys and of values"""
+
+
+def fuse_sums(graph: fx.Graph) -> None:
+    """Replace autograd's additions by sums that each tile's backward hands to the next, where nothing else contributes."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.find_nodes(op="call_function", target=tile_attention_backward):
+        tiles = len(node.args[KEYS_AT])
+        if node.args[SUMS_AT[0]] is not None:
+            continue
+        items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+        contributed = [_added(items.get(index)) for index in range(1, 1 + 2 * tiles)]
+        before = [None if found is None else found[2] for found in contributed]
+        if any(old is None or order[old] > order[node] for old in before):
+            continue
+        updated = list(node.args)
+        updated[SUMS_AT[0]], updated[SUMS_AT[1]] = before[:tiles], before[tiles:]
+        node.args = tuple(updated)
+        for found in contributed:
+            assert found is not None
+            addition, own, _ = found
+            other = next(argument for argument in addition.all_input_nodes if argument is not own)
+            addition.replace_all_uses_with(own)
+            graph.erase_node(addition)
+            if not other.users and other.target is aten._to_copy.default:
+                graph.erase_node(other)
+
+
+def _added(item: fx.Node | None) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Where a contribution is used once, in an addition to an earlier tile's: the addition, the contribution as it is added,
+    and what the other tile made.
+    """
+    if item is None or len(item.users) != 1:
+        return None
+    own = item
+    (user,) = item.users
+    if user.target is aten._to_copy.default:
+        own = user
+        if len(own.users) != 1:
+            return None
+        (user,) = own.users
+    if user.target is not aten.add.Tensor or user.kwargs or len(user.all_input_nodes) != 2:
+        return None
+    other = next(argument for argument in user.all_input_nodes if argument is not own)
+    made = other.all_input_nodes[0] if other.target is aten._to_copy.default else other
+    is_sum = made.target is operator.getitem and made.args[0].target is tile_attention_backward  # type: ignore[union-attr]
+    alone = len(other.users) == 1 and (made is other or len(made.users) == 1)
+    return (user, own, made) if is_sum and alone else None
+
+
+def sums_in_place(program: Program, results: Collection[str]) -> Program:
+    """The program with the storage of each new sum in the place of the old one's, where nothing reads the old one afterwards
+    and it is none of the program's `results`.
+    """
+    made = {name for step in program.operators for name in step.outputs if name is not None}
+    last_read = {name: index for index, step in enumerate(program.operators) for name in step.inputs}
+    names: dict[str, str] = {}
+    for index, step in enumerate(program.operators):
+        if step.target != BACKWARD or step.args[SUMS_AT[0]] is None:
+            continue
+        old_sums = [*step.args[SUMS_AT[0]], *step.args[SUMS_AT[1]]]
+        for old, new in zip(old_sums, step.outputs[1:-1], strict=True):
+            name = old["operand"]["value"]
+            if new is not None and name in made and name not in results and last_read[name] == index:
+                names[name] = new
+    if not names:
+        return program
+    final = {name: _last(name, names) for name in names}
+    return program.model_copy(
+        update={
+            "values": [value for value in program.values if value.name not in names],
+            "operators": [renamed(step, final) for step in program.operators],
+        }
+    )
+
+
+def _last(name: Any, names: dict[str, str]) -> str:
+    while name in names:
+        name = names[name]
+    return str(name)
