@@ -26,6 +26,10 @@ PASSES = {
     "tightfit.gated_backward": 5.0,
     "tightfit.attention": 15.0,
     "tightfit.attention_backward": 15.0,
+    "tightfit.tile_attention": 15.0,
+    "tightfit.tile_attention_backward": 15.0,
+    "tightfit.rotary": 2.5,
+    "tightfit.rotary_backward": 2.5,
     "tightfit.head_chunk": 2.6,
     "tightfit.table_head": 2.0,
     "tightfit.table_head_backward": 2.8,
@@ -48,6 +52,8 @@ core of Zen 4, 2048 x 576 and 1024 x 896 with 256 tokens, of which an embedding'
 EFFICIENCY = {
     "tightfit.attention": 1.5,
     "tightfit.attention_backward": 1.45,
+    "tightfit.tile_attention": 1.5,
+    "tightfit.tile_attention_backward": 1.45,
     "tightfit.head_chunk": 1.0,
     "tightfit.dropout_projection_backward": 1.0,
     "tightfit.table_head": 1.0,
@@ -80,9 +86,17 @@ SUM_PASSES = 3
 """Tensor-sized reads and writes to add a gradient to the sum over steps: reads gradient and sum, writes the sum."""
 PRODUCTS = ("tightfit.projection", "tightfit.lora_")
 """Prefixes of operators that are matrix products and little else."""
-FLOAT32_INSIDE = {"tightfit.attention": 2, "tightfit.attention_backward": 3}
+FLOAT32_INSIDE = {
+    "tightfit.attention": 2,
+    "tightfit.attention_backward": 3,
+    "tightfit.tile_attention": -1,
+    "tightfit.tile_attention_backward": -1,
+}
 """Operators that compute in float32 on a CPU whatever their inputs' dtype, with the index of the output that is their
 float32 scratch. Traffic to the scratch is left out of the bytes they touch, because `PASSES` already includes it."""
+TILES = {"tightfit.tile_attention": (1, 4), "tightfit.tile_attention_backward": (2, 9)}
+"""Attention of a tile to the tiles before it -> the places of the arguments that are the keys of all tiles, and the number of
+heads."""
 TABLES = {"tightfit.table_head": (9, 3), "tightfit.table_head_backward": (11, 6)}
 """Operators of a trained head -> the place of the argument that says whether logits are rounded, and that of the output that
 is their scratch."""
@@ -160,7 +174,6 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
     `tightfit.runtime.engine.cpu.attention`). On a card attention computes in the tensors' own dtype and needs no
     scratch, so that output shrinks to a single element.
     """
-    from tightfit.runtime.engine.cpu.attention import attention_scratch
     from tightfit.runtime.engine.cpu.tables import HEAD_ROWS
 
     values = {value.name: value for value in program.values}
@@ -190,9 +203,11 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
         if scratch_index < len(operator.outputs):
             name = operator.outputs[scratch_index]
             if name is not None:
-                size = attention_scratch(*_attended(operator, values), backward=operator.target.endswith("backward"))
-                shape = [1, 1] if on.kind == "cuda" else list(size)
-                update = {"shape": shape, "stride": [shape[1], 1], "bytes": 4 * math.prod(shape)}
+                shape = _attention_scratch(operator, values)
+                if on.kind == "cuda":
+                    shape = [1] * len(shape)
+                stride = [shape[-1], 1][-len(shape) :]
+                update = {"shape": shape, "stride": stride, "bytes": 4 * math.prod(shape)}
                 values[name] = values[name].model_copy(update=update)
         operators.append(operator)
     return program.model_copy(update={"values": list(values.values()), "operators": operators})
@@ -254,6 +269,10 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     from tightfit.runtime.engine.cpu.tables import HEAD_ROWS
 
     target, touched = operator.target, _touched(operator, values)
+    if target in TILES:
+        return 3 * MIB // 2 if target.endswith("backward") else MIB // 4
+    if target.startswith("tightfit.rotary"):
+        return min(7 * MIB // 8, 4 * touched)
     if target in FLOAT32_INSIDE:
         if target.endswith("backward"):
             return 9 * MIB // 4
@@ -283,6 +302,22 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     if "convolution" in target:
         return 7 * touched // 4
     return min(touched, 3 * MIB // 4)
+
+
+def _attention_scratch(operator: Operator, values: Mapping[str, Value]) -> list[int]:
+    """Shape of the scratch of an attention operator or its backward on a CPU."""
+    from tightfit.runtime.engine.cpu.attention import attention_scratch
+    from tightfit.runtime.engine.cpu.tile_attention import tile_attention_scratch
+
+    backward = operator.target.endswith("backward")
+    if operator.target not in TILES:
+        return list(attention_scratch(*_attended(operator, values), backward=backward))
+    keys_at, heads_at = TILES[operator.target]
+    tokens, columns = values[str(operator.outputs[0])].shape
+    sizes = [key["operand"]["size"] for key in operator.args[keys_at]]
+    longest = max(size[0] for size in sizes)
+    heads = operator.args[heads_at]
+    return [tile_attention_scratch(tokens, longest, heads, columns, sizes[0][1], backward=backward)]
 
 
 def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int, int, int, int]:

@@ -25,8 +25,8 @@ def run_step(
     """Run forward and backward once; returns the tensors among `returned` (global names) that the step makes or keeps.
 
     `layers` and `programs` are a profile's, as dicts; `tensors` holds parameters, buffers and the batch by name. Each
-    tensor that the step makes is freed after its last reader. Nothing is left out by dropout, and PyTorch's generator is
-    seeded with `seed`.
+    tensor that the step makes is freed after its last reader; what an operator reads and makes it writes in place. Nothing
+    is left out by dropout, and PyTorch's generator is seeded with `seed`.
     """
     torch.default_generator.manual_seed(seed)
     no_draws = Draws()
@@ -53,10 +53,14 @@ def run_step(
     values = {name: {value["name"]: value for value in program["values"]} for name, program in programs.items()}
     for index, (layer, operator) in enumerate(steps):
         program_values = values[layer["program"]]
+        inputs = {name: tensors[global_name(layer, name)] for name in operator["inputs"]}
+        rewritten = {global_name(layer, name) for name in operator["inputs"]}
         outputs: list[Tensor | None] = []
         for name in operator["outputs"]:
             output = None
-            if name is not None:
+            if name is not None and global_name(layer, name) in rewritten:
+                output = tensors[global_name(layer, name)]
+            elif name is not None:
                 output = torch.empty_strided(
                     program_values[name]["shape"],
                     program_values[name]["stride"],
@@ -67,7 +71,8 @@ def run_step(
         compiled = compile_operator(operator, program_values, KERNELS)
         if compiled.name.startswith(DROPOUT):
             compiled.kwargs["draws"] = no_draws
-        compiled.run({n: tensors[global_name(layer, n)] for n in operator["inputs"]}, outputs)
+        compiled.run(inputs, outputs)
+        inputs.clear()
         for name in freed_after.get(index, ()):
             del tensors[name]
     return {name: tensors[name] for name in returned if name in tensors}

@@ -392,6 +392,7 @@ PARTS = (
     ("tightfit.dora_norm", "norms of weights"),
     ("aten.convolution", "convolutions"),
     ("tightfit.attention", "attention"),
+    ("tightfit.tile_attention", "attention"),
     ("tightfit.head_", "loss head"),
     ("tightfit.table_head", "loss head"),
     ("tightfit.embed_rows", "embedding"),

@@ -16,12 +16,13 @@ from tightfit.profiles.api import profile
 from tightfit.profiles.devices.data_sheets import FOLDER, DeviceDescription, find_device, known_devices
 from tightfit.profiles.devices.estimate import (
     UNPACK_PASSES,
+    estimate_program,
     estimate_tensor,
     operator_seconds,
     operator_workspace,
     retarget,
 )
-from tightfit.profiles.schema import Channel, Floor, Operator, Tensor, Value, shortened
+from tightfit.profiles.schema import Channel, Floor, Operator, Program, Tensor, Value, shortened
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import MIB
 from tightfit.runtime.engine.weights.layout import QUANTISED
@@ -412,3 +413,52 @@ def test_shorter_steps_are_estimated_for_another_device(tmp_path, name):
             assert one.bytes == max(own.bytes, other.bytes)
     planned = plan(made, 1 << 36, policy="keep-all")
     assert planned.step_seconds > planned.shorter[0].step_seconds > 0
+
+
+@pytest.mark.parametrize("device", ["zen4-2core", "rtx-4060"])
+def test_attention_of_tiles_has_scratch_and_time_of_the_device(device):
+    """A tile of 4 tokens with 2 heads of 8 columns and 1 key head, the tile before it of 6 tokens."""
+    names = {"q": [4, 16], "k0": [6, 8], "k1": [4, 8], "y": [4, 16], "lse": [2, 4], "s": [9999]}
+    made = tile_program(names)
+    on = find_device(device)
+    estimated = estimate_program(made, on)
+    shapes = {value.name: value.shape for value in estimated.values}
+    block, piece = 4, 6
+    due = 2 * piece * 8 + 2 * block * 16 + 3 * block * piece
+    assert shapes["s"] == ([due] if on.kind == "cpu" else [1])
+    assert {value.name: value.bytes for value in estimated.values}["s"] == 4 * math.prod(shapes["s"])
+    (operator,) = estimated.operators
+    assert operator.seconds > 0
+    assert (operator.workspace_bytes > 0) == (on.kind == "cpu")
+
+
+def tile_program(shapes):
+    """One `tile_attention` on tensors of these shapes, in bfloat16 but for its last two outputs."""
+    values = []
+    for name, shape in shapes.items():
+        dtype, size = ("float32", 4) if name in {"lse", "s"} else ("bfloat16", 2)
+        stride = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        values.append(
+            Value(
+                name=name,
+                shape=shape,
+                stride=stride,
+                dtype=dtype,
+                bytes=size * math.prod(shape),
+                kind="activation",
+            )
+        )
+
+    def operand(name):
+        return {"operand": {"value": name, "size": shapes[name], "stride": [shapes[name][1], 1], "offset": 0}}
+
+    keys = [operand("k0"), operand("k1")]
+    operator = Operator(
+        target="tightfit.tile_attention",
+        phase="forward",
+        args=[operand("q"), keys, keys, None, 2, 1, 0.3, 0],
+        inputs=["q", "k0", "k1"],
+        outputs=["y", "lse", "s"],
+        flops=1e6,
+    )
+    return Program(name="tiles", values=values, operators=[operator])

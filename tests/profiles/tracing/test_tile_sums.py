@@ -10,6 +10,7 @@ from interpreter import run_step
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tightfit.profiles.measuring import whole_step
 from tightfit.profiles.tracing.tile_ops import tile_attention, tile_attention_backward
 from tightfit.profiles.tracing.tile_sums import fuse_sums
 from tightfit.profiles.tracing.trace import trace
@@ -123,6 +124,11 @@ def test_sums_of_a_layer_lie_in_one_storage_each():
         assert ahead.outputs[1:-1] == old == [*behind.outputs[1 : 1 + count], *behind.outputs[2 + count : -2]]
     parameters = dict(module.named_parameters())
     due = torch.autograd.grad(module(x), list(parameters.values()))
-    env = run_step(traced.layers, programs, {"x": x} | {name: p.detach() for name, p in parameters.items()})
-    for name, wanted in zip(parameters, due):
-        torch.testing.assert_close(env[f"grad:{name}"], wanted, rtol=1e-4, atol=1e-4)
+    given = {"x": x} | {name: parameter.detach() for name, parameter in parameters.items()}
+    env = run_step(traced.layers, programs, given)
+    described = {name: program.model_dump() for name, program in programs.items()}
+    layers, names = [layer.model_dump() for layer in traced.layers], [f"grad:{name}" for name in parameters]
+    in_place = whole_step.run_step(layers, described, given, names)
+    for name, wanted in zip(names, due, strict=True):
+        torch.testing.assert_close(env[name], wanted, rtol=1e-4, atol=1e-4)
+        assert torch.equal(in_place[name], env[name])
