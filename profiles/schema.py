@@ -17,7 +17,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.runtime.engine.kernels.optimizer import FACTORED
@@ -210,8 +219,17 @@ class Program(FrozenRecord):
     tiles: int = Field(
         1,
         ge=1,
-        description="equal runs that the forward operators consist of, one for each part of the batch: a plan decides for all alike",
+        description="equal runs with which the forward operators begin, one for each part of the batch: a plan decides for all alike",
     )
+    tile_operators: int = Field(0, ge=0, description="forward operators of one of them, where there are several")
+
+    @model_serializer(mode="wrap")
+    def _without_tiles(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A program in one piece is written as before there were tiles, so that checksums of older files still hold."""
+        fields: dict[str, Any] = serialize(self)
+        if self.tiles == 1:
+            del fields["tiles"], fields["tile_operators"]
+        return fields
 
     @property
     def inference(self) -> list[int]:

@@ -118,9 +118,8 @@ class LayerProgram(LayerVariables):
         for value in leaving:
             last[value] = LAST
         self._row(peak, Linear(sum(self._size(v) for v in kind.enters_forward)).plus(self._outside()))
-        length = len(operations) // kind.tiles
         for position, op in enumerate(operations):
-            if not kind.at_an_end(position // length):
+            if len(operations) == len(kind.forward) and not kind.at_an_end(kind.tile_of(position)):
                 continue
             shared = Linear().plus(self._states())
             output_kib = 0.0
@@ -217,8 +216,13 @@ class LayerProgram(LayerVariables):
         self._row(peak, row)
 
     def _slots(self) -> list[Slot]:
-        slots = [(t, k) for k, events in self.kind.events.items() for t in events]
-        return sorted([*slots, *((t, LAST) for t in range(len(self.kind.backward)))])
+        """The slots of the tiles whose bytes are looked at."""
+        kind = self.kind
+        position = {op.index: number for number, op in enumerate(kind.forward)}
+        looked_at = {t for t, tile in enumerate(kind.backward_tiles) if kind.at_an_end(tile)}
+        again = [k for k in kind.events if kind.at_an_end(kind.tile_of(position[k]))]
+        slots = [(t, k) for k in again for t in kind.events[k] if t in looked_at]
+        return sorted([*slots, *((t, LAST) for t in looked_at)])
 
     def _backward_rows(self) -> None:
         """(6) Bytes in the backward window: at its start and at each slot."""
@@ -239,8 +243,6 @@ class LayerProgram(LayerVariables):
         fixed = {value for value in born if value not in self.candidates}
         for slot in self._slots():
             t, k = slot
-            if not kind.at_an_end(kind.backward_tiles[t]):
-                continue
             row = Linear().plus(self._states())
             output_kib = 0.0
             for value in fixed:
@@ -250,13 +252,13 @@ class LayerProgram(LayerVariables):
                     output_kib += self._size(value)
             output = Linear(output_kib)
             outputs = self.operations[k].outputs if k != LAST else ()
-            for value in kind.candidates:
+            for value, count in kind.counted.items():
                 live = self._live(value, slot)
                 if value in outputs:
                     # The output itself is not there yet while weights are unpacked.
                     output.plus(live, self._size(value))
                 else:
-                    row.plus(live, self._size(value))
+                    row.plus(live, count * self._size(value))
             if k != LAST:
                 run = self._runs_at(k, t)
                 for value in outputs:
@@ -402,8 +404,8 @@ class LayerProgram(LayerVariables):
                 ends = last[value] > t or any(value == other.gradient for other in due)
                 if born[value] <= t and ends and value not in freed:
                     row.constant += self._size(value)
-            for value in kind.candidates:
-                row.plus(self._live(value, after), self._size(value))
+            for value, count in kind.counted.items():
+                row.plus(self._live(value, after), count * self._size(value))
             for name, weight in kind.weights.items():
                 unpacked, packed = self._idle(name, after, strictly=True)
                 row.plus(unpacked, weight.bytes / KIB).plus(packed, weight.packed_bytes / KIB)

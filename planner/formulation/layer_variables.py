@@ -83,7 +83,7 @@ class LayerVariables:
             events = kind.events.get(op.index)
             if events is None:
                 continue
-            first = kind.forward[number % kind.tile_length].index
+            first = kind.forward[kind.in_first_tile(number)].index
             alike = first != op.index and len(kind.events.get(first, ())) == len(events)
             self.again[op.index] = self.again[first] if alike else [self._variable() for _ in events]
         self.readers: dict[str, list[int]] = {value: [] for value in kind.candidates}
@@ -95,36 +95,32 @@ class LayerVariables:
             for earlier, later in itertools.pairwise(variables):
                 self._at_least(Linear().add(later), Linear().add(earlier))
         self.direct: dict[str, list[int]] = {value: kind.direct_uses(value) for value in kind.candidates}
+        said: set[ExpressionKey] = set()
+
+        def say(left: Linear, right: Linear) -> None:
+            """The row `left` >= `right`, once: those of equal tiles are the same."""
+            key = Linear().plus(left).plus(right, -1.0).key()
+            if key not in said:
+                said.add(key)
+                self._at_least(left, right)
+
         for value in kind.candidates:
             maker = self.producer.get(value)
-            if self._said_already(value):
-                continue
             stored = Linear().add(self.keep[value])
             if value in self.offload:
                 stored.add(self.offload[value])
                 # (1) kept or offloaded, not both
-                self._at_least(Linear(1.0), Linear.sum([self.keep[value], self.offload[value]]))
+                say(Linear(1.0), Linear.sum([self.keep[value], self.offload[value]]))
             runs = self.again.get(maker.index) if maker is not None else None
             if maker is not None and runs is not None and value in self.offload:
-                self._at_least(Linear(1.0), Linear.sum([self.offload[value], runs[-1]]))
+                say(Linear(1.0), Linear.sum([self.offload[value], runs[-1]]))
             if self.direct[value]:
                 available = Linear().plus(stored).plus(self._again(maker, (self.direct[value][0], LAST)))
-                self._at_least(available, 1.0)
+                say(available, Linear(1.0))
             for k in self.readers[value]:
                 for event, variable in zip(kind.events[k], self.again[k]):
                     available = Linear().plus(stored).plus(self._again(maker, (event, k)))
-                    self._at_least(available, Linear().add(variable))
-
-    def _said_already(self, value: str) -> bool:
-        """Whether the rows of (1) and (2) for a candidate are those of the candidate of the first tile that it equals."""
-        like = self.kind.alike.get(value)
-        return like is not None and self._reruns_around(value) == self._reruns_around(like)
-
-    def _reruns_around(self, value: str) -> tuple[bool, list[list[int] | None]]:
-        """Whether backward operations read a candidate, and the variables of the operators that make it or are made again of it."""
-        maker = self.producer.get(value)
-        operators = [*([] if maker is None else [maker.index]), *self.readers[value]]
-        return bool(self.direct[value]), [self.again.get(index) for index in operators]
+                    say(available, Linear().add(variable))
 
     def _again(self, op: LayerOperator | None, slot: Slot, *, strictly: bool = False) -> Linear:
         """Whether the operator has run again by (or strictly before) the slot."""

@@ -57,7 +57,7 @@ class _Splitter:
         self.graph = graph
         self.roles = state_roles(profile.optimizer)
         self.tensors = {tensor.name: tensor for tensor in profile.tensors}
-        self.tiles = {program.name: program.tiles for program in profile.programs}
+        self.tiles = {program.name: (program.tiles, program.tile_operators) for program in profile.programs}
         self.apart = profile.accumulate if profile.max_grad_norm is not None else 0
         self.count = len(graph.layers)
         self.steps: list[dict[str, list[StepOperator]]] = [
@@ -292,7 +292,7 @@ class _Splitter:
             for value in operation.outputs:
                 sizes[value] = aligned(self.graph.storages[self.graph.names[layer][value]].bytes)
         events = _events(forward, backward, set(candidates), set(self.recomputable[layer]))
-        tiles = self.tiles[self.profile.layers[layer].program]
+        tiles, length = self.tiles[self.profile.layers[layer].program]
         total = sum(sizes[value] for value in candidates)
         return LayerType(
             program=self.profile.layers[layer].program,
@@ -319,7 +319,8 @@ class _Splitter:
             write=self.profile.device.write,
             apart=self.apart,
             tiles=tiles,
-            alike=_alike(forward, tiles, {value: sizes[value] for value in candidates}),
+            tile_length=length if tiles > 1 else max(1, len(forward)),
+            alike=_alike(forward[: tiles * length], length, {value: sizes[value] for value in candidates}),
             across_evaluate=self._across(layer, forward_window, self.last_forward) if self.apart else 0,
         )
 
@@ -479,13 +480,16 @@ class _Splitter:
         return tuple(sorted(result, key=lambda update: (update.after, update.trainable)))
 
 
-def _alike(forward: Sequence[LayerOperator], tiles: int, sizes: dict[str, int]) -> dict[str, str]:
-    """Candidate, of those in `sizes`, of a later tile -> the candidate of the first tile that it equals."""
+def _alike(forward: Sequence[LayerOperator], length: int, sizes: dict[str, int]) -> dict[str, str]:
+    """Candidate, of those in `sizes`, of a later tile -> the candidate of the first tile that it equals. A tile has `length` of the
+    operators `forward`.
+    """
     alike: dict[str, str] = {}
-    length = len(forward) // tiles
     for number, op in enumerate(forward[length:]):
         first = forward[number % length]
-        pairs = [*zip(op.inputs, first.inputs), *zip(op.outputs, first.outputs)]
+        pairs = list(zip(op.outputs, first.outputs))
+        if len(op.inputs) == len(first.inputs):  # attention has more inputs from tile to tile
+            pairs += zip(op.inputs, first.inputs)
         alike.update(
             (value, like)
             for value, like in pairs

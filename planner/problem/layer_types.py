@@ -152,6 +152,8 @@ class LayerType:
     """
     tiles: int = 1
     """equal runs of forward operators, one for each part of the batch"""
+    tile_length: int = 0
+    """forward operators of one tile; those after the last tile put together what the tiles have made"""
     alike: dict[str, str] = field(default_factory=dict)
     """candidate of a later tile -> that of the first tile which it equals: a decision is the same for both"""
     across_evaluate: int = 0
@@ -169,25 +171,45 @@ class LayerType:
         return {op.index: op for op in (*self.forward, *self.evaluate, *self.backward)}
 
     @cached_property
-    def tile_length(self) -> int:
-        """Forward operators of one tile."""
-        return len(self.forward) // self.tiles
-
-    @cached_property
     def backward_tiles(self) -> tuple[int, ...]:
         """The tile of each backward operation: that of the forward operators whose outputs it reads, or else of the operation before it."""
         position = {op.index: number for number, op in enumerate(self.forward)}
         tiles: list[int] = []
         for op in self.backward:
             makers = [position[self.producer[value].index] for value in op.inputs if value in self.producer]
-            tiles.append(max(makers) // self.tile_length if makers else tiles[-1] if tiles else self.tiles - 1)
+            tiles.append(self.tile_of(max(makers)) if makers else tiles[-1] if tiles else self.tiles - 1)
         return tuple(tiles)
+
+    def tile_of(self, position: int) -> int:
+        """The tile of a forward operation; what follows the last tile counts as part of that."""
+        return min(position // self.tile_length, self.tiles - 1)
+
+    def in_first_tile(self, position: int) -> int:
+        """The forward operation of the first tile that does the same; what follows the last tile does nothing of the kind."""
+        return position % self.tile_length if position < self.tiles * self.tile_length else position
 
     def at_an_end(self, tile: int) -> bool:
         """Whether the tile is among the first or last to be computed. What waits for other tiles grows or shrinks from tile to tile, so
         that the most bytes are held in one of these.
         """
         return tile in {0, self.tiles - 2, self.tiles - 1}
+
+    @cached_property
+    def counted(self) -> dict[str, int]:
+        """The candidates whose bytes are looked at where a tile `at_an_end` is computed, and how many others each stands for, itself
+        included: of the tiles between these all are there or none.
+        """
+        position = {value: number for number, op in enumerate(self.forward) for value in (*op.outputs, *op.inputs)}
+        position |= {value: number for number, op in enumerate(self.forward) for value in op.outputs}
+        standing: dict[str, str] = {}
+        counted: dict[str, int] = {}
+        for value in self.candidates:
+            tile = self.tile_of(position[value]) if value in position else 0
+            stands = value
+            if value in self.alike and not self.at_an_end(tile):
+                stands = standing.setdefault(self.alike[value], value)
+            counted[stands] = counted.get(stands, 0) + 1
+        return counted
 
     def direct_uses(self, value: str) -> list[int]:
         """Positions of the backward operations that read `value`."""

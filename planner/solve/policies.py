@@ -65,9 +65,12 @@ def mesp(kind: LayerType, *, last: bool) -> Decision:
 def smallest(kind: LayerType, *, last: bool) -> Decision:
     """Everything on disk or made again; what the search starts from, no policy of its own."""
     decision = _decision(kind, frozenset(), _streamed, trained=_streamed)
+    weights = tuple(
+        (name, kind.weights[name].modes[0] if kind.weights[name].repeated else mode) for name, mode in decision.weights
+    )
     away = {value for value in decision.keep if value in kind.offloadable and value in kind.owned}
     states = frozenset(update.trainable for update in kind.updates if update.states)
-    return Decision(keep=decision.keep - away, offload=frozenset(away), weights=decision.weights, states=states)
+    return Decision(keep=decision.keep - away, offload=frozenset(away), weights=weights, states=states)
 
 
 def all_streamed(kind: LayerType, *, last: bool) -> Decision:

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from tightfit.profiles.models.saved_modules import (
 from tightfit.profiles.schema import Preference
 from tightfit.profiles.tracing.dora_ops import dora_norm, dora_scale
 from tightfit.profiles.tracing.dropout_ops import dropout, dropout_lora_linear
+from tightfit.profiles.tracing.tile_ops import rotary, tile_attention
 from tightfit.profiles.tracing.torch_ops import (
     attention,
     embed_rows,
@@ -46,6 +48,8 @@ from tightfit.runtime.engine.training.adapter import BODY, peft_name
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
+HEAD_TOKENS = 2048
+"""tokens whose losses are computed together where tiles are smaller: each part of the batch unpacks the head anew"""
 PAIRS_APART = "each answer of a pair has a row of its own"
 
 
@@ -169,6 +173,14 @@ def _sites(names: Iterable[str]) -> Iterator[int]:
         counts[key] += 1
 
 
+@dataclass(frozen=True)
+class EarlierTiles:
+    """Keys, rotated, and values [tokens of a tile, kv_heads * head_dim] of the tiles of a row that a layer has computed."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
 class Attention(nn.Module):
     def __init__(self, shape: DecoderShape, index: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -182,14 +194,37 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(shape.head_dim, shape), Norm(shape.head_dim, shape)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        before: EarlierTiles | None = None,
     ) -> Tensor:
         shape = self.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if shape.head_norm:
             q = self.q_norm(q.view(-1, shape.head_dim)).view(q.shape)
             k = self.k_norm(k.view(-1, shape.head_dim)).view(k.shape)
+        if before is not None:
+            return self.o_proj(self._attended_along(q, k, v, cos, sin, positions, before))  # type: ignore[no-any-return]
         return self.o_proj(self.attended(q, k, v, cos, sin, mask, positions))  # type: ignore[no-any-return]
+
+    def _attended_along(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, before: EarlierTiles
+    ) -> Tensor:
+        """A tile's queries attend to the keys of the tiles `before` it in the row and to its own, which join these."""
+        shape = self.shape
+        if positions is None:
+            start = len(before.keys) * len(q)
+            cos, sin = cos[start : start + len(q)], sin[start : start + len(q)]
+        before.keys.append(rotary(k, cos, sin, positions, shape.kv_heads))
+        before.values.append(v)
+        queries = rotary(q, cos, sin, positions, shape.heads)
+        sizes = shape.heads, shape.kv_heads, shape.attention_scale, self.window or 0
+        y, *_ = tile_attention(queries, before.keys, before.values, positions, *sizes)
+        return y  # type: ignore[no-any-return]
 
     def attended(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor | None
@@ -224,9 +259,15 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = Norm(shape.hidden, shape)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        before: EarlierTiles | None = None,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, positions)
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, positions, before)
         if not self.post_norms:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
@@ -256,8 +297,9 @@ class Decoder(nn.Module):
     of the token in its sample, of which a row may hold several, one after the other; without it every row is one sample.
     Padding needs no mask: attention is causal and padded places carry no label. `known` is what the loss of pairs has to know
     of each answer (`tightfit.runtime.engine.cpu.preference.preference_loss`). `longest` is the longest sequence of a step of which
-    this is a shorter one: sliding windows that matter there have masks here too, so that both have the same operators. `rows` of the
-    batch, a *tile*, go through a layer at a time, before the next layer begins; None: all of them.
+    this is a shorter one: sliding windows that matter there have masks here too, so that both have the same operators. A
+    *tile*, of so many tokens, goes through a layer at a time, and all tiles do before the next layer begins; None: all tokens at once. It is
+    several rows of the batch, or a part of a row, of whose tiles each attends to the keys and values of those before it.
     """
 
     def __init__(
@@ -269,12 +311,12 @@ class Decoder(nn.Module):
         body: str = BODY,
         preference: Preference | None = None,
         longest: int | None = None,
-        rows: int | None = None,
+        tile: int | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.longest = longest
-        self.rows = rows
+        self.tile = tile
         self.dtype = dtype
         self.model = Body(shape, dtype)
         if not shape.tied:
@@ -289,30 +331,46 @@ class Decoder(nn.Module):
         """Why samples cannot share rows; None: they can."""
 
     def forward(self, input_ids: Tensor, labels: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shape, seq = self.shape, input_ids.shape[1]
         positions, pairs = third_input(self.preference, third)
-        x = self._embedded(input_ids)
+        tiles = self._through_layers(self._embedded(input_ids), input_ids, positions)
+        trained = trained_copy(self.lm_head) if HEAD in self._modules else None
+        if trained is not None:
+            return trained(self.model.norm(_joined(tiles)), labels, *pairs)  # type: ignore[no-any-return]
+        head = self.model.embed_tokens if self.shape.tied else self.lm_head
+        parts = _head_parts(tiles)
+        own_labels = labels.view(-1).split(labels.numel() // len(parts)) if len(parts) > 1 else (labels,)
+        counted = labels if len(parts) > 1 else None
+        losses, token_losses = [], []
+        for part, own in zip(parts, own_labels, strict=True):
+            hidden = self.model.norm(_joined(part))
+            made = head_loss(hidden, head.weight, own, self.slice_rows, *pairs, counted=counted)
+            losses.append(made[0])
+            token_losses.append(made[1])
+        return losses[0] if counted is None else torch.stack(losses).sum(), _joined(token_losses)
+
+    def _through_layers(self, tiles: list[Tensor], input_ids: Tensor, positions: Tensor | None) -> list[Tensor]:
+        """What the last layer makes of the embedded tiles."""
+        shape, seq = self.shape, input_ids.shape[1]
         places = torch.arange(seq, dtype=torch.float32)
         tables = {rotation: rotary_table(shape, places, *rotation) for rotation in sorted(set(shape.rotations))}
-        longest = self.longest or seq
+        along_rows = len(tiles[0]) < seq
+        longest = 0 if along_rows else self.longest or seq
         masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < longest})}
-        rows = self.rows or len(input_ids)
-        tiles = x.split(rows * seq)
-        positions_of_tiles = [None] * len(tiles) if positions is None else positions.split(rows)
+        positions_of_tiles: Sequence[Tensor | None] = [None] * len(tiles)
+        if positions is not None:
+            rows, columns = max(1, len(tiles[0]) // seq), min(len(tiles[0]), seq)
+            positions_of_tiles = [part for block in positions.split(rows) for part in block.split(columns, dim=1)]
         for number, layer in self.model.layers.named_children():
             window, rotation = shape.windows[int(number)], shape.rotations[int(number)]
             mask = masks.get(window) if window is not None else None
-            tiles = [
-                layer(tile, *tables[rotation], mask, places)
-                for tile, places in zip(tiles, positions_of_tiles, strict=True)
-            ]
-        x = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-        trained = trained_copy(self.lm_head) if HEAD in self._modules else None
-        if trained is not None:
-            return trained(self.model.norm(x), labels, *pairs)  # type: ignore[no-any-return]
-        head = self.model.embed_tokens if shape.tied else self.lm_head
-        loss, token_losses, _ = head_loss(self.model.norm(x), head.weight, labels, self.slice_rows, *pairs)
-        return loss, token_losses
+            made = []
+            before = EarlierTiles()
+            for tile, places_of_tile in zip(tiles, positions_of_tiles, strict=True):
+                if along_rows and len(before.keys) * len(tile) == seq:  # another row begins
+                    before = EarlierTiles()
+                made.append(layer(tile, *tables[rotation], mask, places_of_tile, before if along_rows else None))
+            tiles = made
+        return tiles
 
     def block_kinds(self) -> list[Hashable]:
         """For each block what its operators and their inputs depend on: whether it is the first one, its tensors, pairs, window and
@@ -334,12 +392,15 @@ class Decoder(nn.Module):
         for number in set(range(self.shape.layers)) - set(numbers):
             del self.model.layers._modules[str(number)]
 
-    def _embedded(self, ids: Tensor) -> Tensor:
+    def _embedded(self, ids: Tensor) -> list[Tensor]:
+        """The embeddings [tokens of a tile, hidden] of each tile."""
+        size = self.tile or ids.numel()
         trained = trained_copy(self.model.embed_tokens)
         if trained is not None:
-            return trained(ids)  # type: ignore[no-any-return]
+            return list(trained(ids).split(size))
         scale = embedding_scale(self.shape, self.dtype)
-        return embed_rows(self.model.embed_tokens.weight, ids, scale)  # type: ignore[no-any-return]
+        parts = [ids] if size == ids.numel() else ids.view(-1).split(size)
+        return [embed_rows(self.model.embed_tokens.weight, part, scale) for part in parts]
 
     def _save(self, wanted: Sequence[str], body: str) -> dict[str, str]:
         """Put trained copies into the modules that are to be trained in full; what a profile says of them."""
@@ -360,6 +421,18 @@ class Decoder(nn.Module):
                 self.add_module(HEAD, nn.Module())
             attach(self.get_submodule(HEAD), TrainedHead(shape.vocab, shape.hidden))
         return stored(found)
+
+
+def _joined(tiles: Sequence[Tensor]) -> Tensor:
+    return tiles[0] if len(tiles) == 1 else torch.cat(list(tiles))
+
+
+def _head_parts(tiles: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The tiles, in equal parts of at most `HEAD_TOKENS` tokens, but of one tile at least; all in one where there is one tile."""
+    together = max(1, min(HEAD_TOKENS // len(tiles[0]), len(tiles)))
+    while len(tiles) % together:
+        together -= 1
+    return [tiles[start : start + together] for start in range(0, len(tiles), together)]
 
 
 def embedding_scale(shape: DecoderShape, dtype: torch.dtype) -> float:

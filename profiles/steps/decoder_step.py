@@ -68,7 +68,7 @@ class DecoderStep(ProfiledStep):
             report,
             self.preference,
             longest=longest,
-            rows=None if self.tile is None else self.tile // self.seq,
+            tile=self.tile,
         )
 
     def model_fields(self) -> dict[str, Any]:
@@ -112,17 +112,26 @@ def check_length(source: Source, seq: int) -> None:
 
 
 def _tile(options: ProfileOptions, batch: int, seq: int) -> int | None:
-    """Tokens that go through a layer at a time; None: all of them. Raises InputError where they are not whole samples, or do not share out
-    the batch.
+    """Tokens that go through a layer at a time; None: all of them. Raises InputError where they are neither whole samples that share out
+    the batch nor equal parts of one.
     """
     tile = options.tile
     if tile is None or tile == batch * seq:
         return None
-    if tile % seq or batch * seq % tile:
-        fitting = [rows * seq for rows in range(1, batch + 1) if not batch % rows]
+    if batch * seq % tile or (tile % seq and seq % tile):
+        fitting = [
+            size
+            for size in range(1, batch * seq)
+            if not (seq % size if size < seq else size % seq or batch * seq % size)
+        ]
+        nearest = sorted(sorted(fitting, key=lambda size: abs(size - tile))[:4])
         raise InputError(
-            f"{spelled('tile')} {tile}: {batch} samples of {seq} tokens go through a layer in equal parts of whole samples;"
-            f" give one of {', '.join(map(str, fitting[:8]))}{', …' if len(fitting) > 8 else ''}, or leave it out"
+            f"{spelled('tile')} {tile}: {batch} samples of {seq} tokens do not go through a layer in equal parts of so many tokens, whole samples"
+            f" or equal parts of one; give {' or '.join(map(str, nearest))}, or leave it out"
+        )
+    if options.buckets:
+        raise InputError(
+            f"{spelled('tile')} {tile}: with {spelled('buckets', options.buckets)} batches have several lengths; leave one of them out"
         )
     if options.loss is not None:
         raise InputError(

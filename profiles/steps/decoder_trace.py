@@ -37,13 +37,13 @@ def trace_decoder(
     report: Progress,
     preference: Preference | None = None,
     longest: int | None = None,
-    rows: int | None = None,
+    tile: int | None = None,
 ) -> tuple[Trace, Decoder | AnyDecoder]:
     """The step of a decoder, and the decoder, which says what is trained. `longest`: the length of the step of which this is a shorter
-    one; `rows`: samples that go through a layer at a time.
+    one; `tile`: tokens that go through a layer at a time.
     """
     if not handwritten(source.config):
-        return trace_any_decoder(source, batch, seq, lora, dtype, report, preference, longest, rows)
+        return trace_any_decoder(source, batch, seq, lora, dtype, report, preference, longest, tile)
     shape = decoder_shape(source.config)
     _check_rank(lora, shape.hidden)
     with FakeTensorMode():
@@ -55,12 +55,12 @@ def trace_decoder(
             body=body,
             preference=preference,
             longest=longest,
-            rows=rows,
+            tile=tile,
         )
         sample = _sample(batch, seq, rows_apart=None, preference=preference)
     stand_ins = representatives(module.block_kinds())
     module.keep_blocks(stand_ins)
-    traced = _traced(module, sample, report, tiles=batch // (rows or batch))
+    traced = _traced(module, sample, report, tiles=1 if tile is None else batch * seq // tile)
     return _in_order(with_all_blocks(traced, stand_ins), sample), module
 
 
@@ -103,13 +103,13 @@ def trace_any_decoder(
     report: Progress,
     preference: Preference | None = None,
     longest: int | None = None,
-    rows: int | None = None,
+    tile: int | None = None,
 ) -> tuple[Trace, AnyDecoder]:
     from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 
-    if rows is not None:
+    if tile is not None:
         raise InputError(
-            f"{spelled('tile')}: {source.config['model_type']} runs as transformers has it, whose layers take whole batches; leave it out"
+            f"{spelled('tile')}: {source.config['model_type']} runs as transformers has it, whose layers take all tokens at once; leave it out"
         )
     _check_rank(lora, source.config["hidden_size"])
     module = AnyDecoder(

@@ -147,13 +147,13 @@ head_chunk = _define(
 )
 head_finish = _define(
     "head_finish",
-    "(Tensor state, Tensor rows, Tensor labels) -> (Tensor, Tensor, Tensor)",
-    lambda s, rows, y: (s.new_empty(()), s.new_empty((s.shape[0],)), _same(rows)),
+    "(Tensor state, Tensor rows, Tensor labels, Tensor? counted=None) -> (Tensor, Tensor, Tensor)",
+    lambda s, rows, y, counted=None: (s.new_empty(()), s.new_empty((s.shape[0],)), _same(rows)),
 )
 head_mean = _define(
     "head_mean",
-    "(Tensor state, Tensor labels) -> (Tensor, Tensor)",
-    lambda s, y: (s.new_empty(()), s.new_empty((s.shape[0],))),
+    "(Tensor state, Tensor labels, Tensor? counted=None) -> (Tensor, Tensor)",
+    lambda s, y, counted=None: (s.new_empty(()), s.new_empty((s.shape[0],))),
 )
 head_weighted = _define(
     "head_weighted",
@@ -313,10 +313,12 @@ frozen_linear = _differentiable("frozen_linear", open_frozen, _frozen_fake, _fro
 # The whole loss head is one differentiable operator for torch. A trace decomposes it into begin, one chunk per
 # vocabulary slice, and finish (`open_head`), so that the planner sees each slice as a weight of its own. The weight
 # rows of the labels are gathered like an embedding's: if every slice passed them on, they would be half of the state.
+# `counted` are the labels of the whole batch of which `hidden` is a part: the mean is over these.
 # With a `loss` it is that of pairs (`preference_loss`): what each token weighs in it is known once the state is complete.
 PAIRS = 'Tensor? known=None, str loss="", float beta=0.0'
 _library.define(
-    f"head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows, {PAIRS}) -> (Tensor, Tensor, Tensor)"
+    f"head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows, {PAIRS}, Tensor? counted=None)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -328,11 +330,12 @@ def open_head(
     known: Tensor | None = None,
     loss: str = "",
     beta: float = 0.0,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = _fold_slices(head_begin(hidden), hidden, weight, labels, slice_rows)
     rows = head_rows(weight, labels)
     if known is None:
-        return head_finish(state, rows, labels)  # type: ignore[no-any-return]
+        return head_finish(state, rows, labels, *_given(counted))  # type: ignore[no-any-return]
     _, token_losses = head_mean(state, labels)
     value, weights = preference_loss(token_losses, labels, known, loss, beta)
     return value, token_losses, head_weighted(state, rows, weights)
@@ -346,14 +349,20 @@ def open_head_without_gradient(
     known: Tensor | None = None,
     loss: str = "",
     beta: float = 0.0,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]:
     """The same losses as `open_head`, to the bit, with half the arithmetic, since no gradient is computed along with
     them.
     """
-    value, token_losses = head_mean(_fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows), labels)
+    state = _fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows)
+    value, token_losses = head_mean(state, labels, *_given(counted))
     if known is not None:
         value, _ = preference_loss(token_losses, labels, known, loss, beta)
     return value, token_losses, None
+
+
+def _given(counted: Tensor | None) -> tuple[Tensor, ...]:
+    return () if counted is None else (counted,)
 
 
 def _fold_slices(state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> Tensor:
@@ -378,7 +387,7 @@ def _head_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _head_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:
     # Backward starts at the loss, so dloss is 1, and multiplying by it would be a useless pass over memory.
-    return ctx.saved_tensors[0], *[None] * 6
+    return ctx.saved_tensors[0], *[None] * 7
 
 
 head_loss = _differentiable("head_loss", open_head, _head_fake, _head_grad, _head_setup)

@@ -44,7 +44,7 @@ from tightfit.profiles.tracing.own_dropout import dropout_traced, number_dropout
 from tightfit.profiles.tracing.own_gradients import CustomFunctions, DetachWithoutGrad, gradients_refused, refuse_hooks
 from tightfit.profiles.tracing.own_state import draws_watched, seeding_refused
 from tightfit.profiles.tracing.tile_sums import fuse_sums, sums_in_place
-from tightfit.profiles.tracing.tiles import equal_tiles
+from tightfit.profiles.tracing.tiles import in_tiles
 from tightfit.profiles.tracing.unchecked import unchecked
 from tightfit.runtime.common.errors import InputError, TightfitError
 
@@ -620,7 +620,7 @@ class _Tracer:
         given = [*primals, *((f"grad_out{i}", "gradient") for i in tangents)]
         program = fold(traced, name=name, inputs=given, results=results, forward=len(outputs))
         program = sums_in_place(program, [result for result, _ in results])
-        program = program.model_copy(update={"tiles": equal_tiles(program, self.tiles)})
+        program = in_tiles(program, self.tiles)
         if not any(node.target in self.inference for node in module.graph.nodes):
             return program
         with torch.no_grad():

@@ -57,11 +57,12 @@ def decoder_profile(
     lora=None,
     preference=None,
     buckets=None,
+    tile=None,
 ):
     """A profile, without measured times, of a small decoder of any family with random weights packed in `directory`.
 
     `lora`: a LoraConfig; by default pairs of `rank` everywhere. `preference`: a loss of pairs, if it learns from such. `buckets`:
-    lengths of shorter steps, as `tightfit profile` takes them.
+    lengths of shorter steps, as `tightfit profile` takes them. `tile`: tokens that go through a layer at a time.
     """
     from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve
@@ -80,9 +81,11 @@ def decoder_profile(
     pairs = lora or LoraConfig(rank=rank)
 
     def trace_at(length):
-        key = repr((source.config, batch, length, pairs, dtype, preference, seq))
+        key = repr((source.config, batch, length, pairs, dtype, preference, seq, tile))
         if key not in TRACED:
-            TRACED[key] = trace_decoder(source, batch, length, pairs, dtype, lambda *_: None, preference, longest=seq)
+            TRACED[key] = trace_decoder(
+                source, batch, length, pairs, dtype, lambda *_: None, preference, longest=seq, tile=tile
+            )
         return copy.deepcopy(TRACED[key][0]), TRACED[key][1]
 
     traced, decoder = trace_at(seq)

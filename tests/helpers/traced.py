@@ -21,24 +21,33 @@ RANK, ALPHA = 4, 8.0
 
 
 def trace_decoder(
-    config: dict[str, Any], dtype: torch.dtype, batch: int, seq: int, lora: LoraConfig | None = None
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    batch: int,
+    seq: int,
+    lora: LoraConfig | None = None,
+    tile: int | None = None,
 ) -> Trace:
-    """The step of a decoder written by hand; by default with pairs of RANK everywhere."""
-    return trace_step(fake_decoder(config, dtype, lora), batch, seq)
+    """The step of a decoder written by hand; by default with pairs of RANK everywhere, and with all tokens in one tile."""
+    tiles = 1 if tile is None else batch * seq // tile
+    return trace_step(fake_decoder(config, dtype, lora, tile), batch, seq, tiles)
 
 
-def fake_decoder(config: dict[str, Any], dtype: torch.dtype, lora: LoraConfig | None = None) -> Decoder:
+def fake_decoder(
+    config: dict[str, Any], dtype: torch.dtype, lora: LoraConfig | None = None, tile: int | None = None
+) -> Decoder:
     """A decoder written by hand whose parameters have no values."""
+    lora = lora or LoraConfig(rank=RANK, alpha=ALPHA)
     with FakeTensorMode():
-        return Decoder(decoder_shape(config), dtype=dtype, lora=lora or LoraConfig(rank=RANK, alpha=ALPHA))
+        return Decoder(decoder_shape(config), dtype=dtype, lora=lora, tile=tile)
 
 
-def trace_step(module: torch.nn.Module, batch: int, seq: int) -> Trace:
+def trace_step(module: torch.nn.Module, batch: int, seq: int, tiles: int = 1) -> Trace:
     """The step of a decoder without values on a batch of tokens."""
     with FakeTensorMode():
         names = ("input_ids", "labels") if module.rows_apart else ("input_ids", "labels", "positions")
         sample = {n: torch.zeros(batch, seq, dtype=torch.int64) for n in names}
-    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, tiles=tiles)
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -279,14 +279,17 @@ def head_chunk(
             product((logits, weight, 1.0), out=accumulated, addend=accumulated)
 
 
-def head_finish(state: Tensor, rows: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:
+def head_finish(
+    state: Tensor, rows: Tensor, labels: Tensor, counted: Tensor | None = None, *, out: Sequence[Tensor]
+) -> None:
     """The loss and its gradient from the state after the last slice; rows [T, H] are the output of `head_rows`.
 
-    out: loss float32 [] (mean over labelled tokens), token losses float32 [T] (0 where unlabelled), d loss / d hidden
+    counted: the labels of the whole batch of which these tokens are a part; None: they are all of it. out: loss float32 []
+    (the labelled tokens' part of the mean over those of the batch), token losses float32 [T] (0 where unlabelled), d loss / d hidden
     [T, H].
     """
     loss, token_losses, dhidden = out
-    labelled, count = _mean_loss(state, labels, loss, token_losses)
+    labelled, count = _mean_loss(state, labels, counted, loss, token_losses)
     head_weighted(state, rows, labelled.float().div_(count), out=(dhidden,))
 
 
@@ -301,15 +304,17 @@ def head_weighted(state: Tensor, rows: Tensor, weights: Tensor, *, out: Sequence
         dhidden[part].copy_(block.sub_(rows[part]).mul_(weights[part, None]))
 
 
-def head_mean(state: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:
+def head_mean(state: Tensor, labels: Tensor, counted: Tensor | None = None, *, out: Sequence[Tensor]) -> None:
     """The loss and token losses alone, as in `head_finish`, from a state with or without the gradient's columns."""
-    _mean_loss(state, labels, *out)
+    _mean_loss(state, labels, counted, *out)
 
 
-def _mean_loss(state: Tensor, labels: Tensor, loss: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill the losses; returns which tokens are labelled (bool [T]), and their number as a tensor, at least 1."""
+def _mean_loss(
+    state: Tensor, labels: Tensor, counted: Tensor | None, loss: Tensor, token_losses: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill the losses; returns which tokens are labelled (bool [T]), and how many of the batch are, as a tensor, at least 1."""
     labelled = labels.reshape(-1) >= 0
-    count = labelled.sum().clamp_(min=1)
+    count = (labelled if counted is None else counted >= 0).sum().clamp_(min=1)
     token_losses.copy_(torch.where(labelled, state[:, 0] + state[:, 1].log() - state[:, 2], 0.0))
     loss.copy_(token_losses.sum() / count)
     return labelled, count

@@ -16,6 +16,7 @@ from tightfit.runtime.engine.cpu import (
     preference,
     products,
     tables,
+    tile_attention,
 )
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.device.channels import TransferChannel
@@ -24,11 +25,13 @@ from tightfit.runtime.engine.training.job import PASSING
 
 GATHERING = {"tightfit.embed_rows", "tightfit.head_rows"}
 """they read rows and copy them"""
-MODULES = (batch_norm, cached_attention, cross_entropy, dora, dropout, lstm, preference, tables)
+MODULES = (batch_norm, cached_attention, cross_entropy, dora, dropout, lstm, preference, tables, tile_attention)
 CHOSEN = {name for name, call in OPERATORS.items() if call.__module__ in {module.__name__ for module in MODULES}} | {
-    "tightfit.head_weighted"
+    "tightfit.head_weighted",
+    "tightfit.rotary",
+    "tightfit.rotary_backward",
 }
-"""of settings of LoRA that few choose, of pairs of answers, and of modules: a run that has them warms them itself, with its own
+"""of settings of LoRA that few choose, of pairs of answers, of tiles of a text, and of modules: a run that has them warms them itself, with its own
 shapes; and of answers, which no training process computes"""
 
 

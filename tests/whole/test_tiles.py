@@ -1,0 +1,102 @@
+"""Runs whose layers take a part of the batch at a time: within their cap, the same bits at every budget and after a kill, and the
+losses of all tokens at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleets import adapter_hash
+from tiny_plans import CONFIG
+
+from tightfit.planner.io import save_plan
+from tightfit.planner.plan import plan
+from tightfit.planner.schema import Plan
+from tightfit.profiles.api import profile
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.interpreter import command
+from tightfit.runtime.engine.training.records import RecordWriter
+from tightfit.runtime.session.launch import run
+
+BATCH, SEQ, STEPS = 4, 64, 6
+TILES = {"two rows": 128, "half a row": 32}
+TRAINING: dict[str, Any] = {"steps": STEPS, "lr": 1e-2, "seed": 7, "cgroup": False, "packing": True}
+
+
+def profiled(folder: Path, tile: int | None) -> Profile:
+    path = folder / "config.json"
+    path.write_text(json.dumps(CONFIG | {"max_position_embeddings": 4096}))
+    return profile(str(path), batch=BATCH, seq=SEQ, lora_rank=4, tile=tile)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prepared samples of 2 to 50 tokens, of which several share a row."""
+    generator, path = random.Random(0), tmp_path_factory.mktemp("tiles") / "samples.records"
+    with RecordWriter(path, seq=SEQ, pad_token=0, vocab_size=CONFIG["vocab_size"], source="test") as writer:
+        for example in range(120):
+            tokens = [generator.randrange(1, CONFIG["vocab_size"]) for _ in range(generator.randint(3, 51))]
+            writer.add(tokens[:-1], tokens[1:], example=example)
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=TILES)
+def tiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    return profiled(tmp_path_factory.mktemp("tiled"), TILES[request.param])
+
+
+def plans(made: Profile) -> list[Plan]:
+    """One that keeps all, one at the smallest budget, and one by a rule."""
+    roomy = plan(made, 1 << 30)
+    smallest = plan(made, 1 << 20).minimum_budget_bytes
+    assert smallest
+    return [roomy, plan(made, smallest), plan(made, 1 << 30, policy="mesp")]
+
+
+def test_every_plan_gives_the_same_bits_within_its_cap(tiled: Profile, data: str, tmp_path: Path) -> None:
+    adapters, losses = set(), []
+    for number, each in enumerate(plans(tiled)):
+        report = run(each, data, out=tmp_path / f"{number}", **TRAINING)
+        adapters.add(adapter_hash(tmp_path / f"{number}"))
+        losses.append(report["loss"])
+        assert report["peak_bytes"]["measured"] <= each.budget_bytes
+        assert report["peak_bytes"]["measured"] <= report["peak_bytes"]["predicted"]
+    assert len(adapters) == 1
+    assert losses[1:] == losses[:1] * 2
+    whole = run(plan(profiled(tmp_path, None), 1 << 30), data, out=tmp_path / "whole", **TRAINING)
+    assert losses[0] == pytest.approx(whole["loss"], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(tiled: Profile, data: str, tmp_path: Path) -> None:
+    roomy, small, _ = plans(tiled)
+    run(roomy, data, out=tmp_path / "whole", **TRAINING)
+    save_plan(small, tmp_path / "plan.json")
+    words = command(
+        "tightfit.runtime.cli.main",
+        "run",
+        str(tmp_path / "plan.json"),
+        "--data",
+        data,
+        "--output",
+        str(tmp_path / "killed"),
+    )
+    settings = ["--packing", "--steps", str(STEPS), "--lr", "1e-2", "--seed", "7", "--no-cgroup", "--save-every", "2"]
+    started = subprocess.Popen([*words, *settings], start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint-2").exists():
+        assert time.monotonic() < deadline
+        assert started.poll() is None
+        time.sleep(0.02)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    subprocess.run([*words, *settings, "--resume"], check=True)
+    assert adapter_hash(tmp_path / "killed") == adapter_hash(tmp_path / "whole")
