@@ -57,6 +57,7 @@ PASSES = 3  # over all programs; of seconds the middle figure counts: disturbanc
 WORKSPACE_CALLS = 4  # calls per operator and pass of which the lowest workspace counts
 PROGRAM_SECONDS = 0.7  # time spent on a program in a pass, beyond the first rounds
 WHOLE_SHARE = 0.1  # of the step: a program that takes less of it gets so much less of that time
+SLOW_PASS_SECONDS = 20.0  # of a program that is steady enough after one pass
 SLOW_SECONDS = 0.05  # of a call that is long enough for fewer calls to be as steady
 SLOW_PROGRAM_SECONDS = 1.5  # the same of the first rounds of a program
 DISTURBED = 1.5  # times the median: what took longer was interrupted
@@ -264,13 +265,17 @@ def measure_operators(
             workspaces[alike] = workspace_known
     seconds_kept, workspaces_kept = set(passes), set(workspaces)
     worth = [0.0] * len(programs)
+    slow = [False] * len(programs)
     for turn in range(PASSES):
         tried = set(workspaces_kept)
         for number, program in enumerate(programs):
             own = [index for index, key in enumerate(keys[number]) if chosen[key] == number and key not in seconds_kept]
+            if turn and slow[number]:
+                own = []
             fresh = {alike: index for index, alike in enumerate(likenesses[number]) if alike not in tried}
             tried.update(fresh)
             if own or fresh:
+                started = time.perf_counter()
                 seconds, needed = measure_program(
                     program,
                     scratch,
@@ -278,9 +283,12 @@ def measure_operators(
                     turning_bytes=request["turning_bytes"],
                     seconds=PROGRAM_SECONDS * worth[number],
                     workspaces_of=fresh.values(),
+                    once={keys[number][index]: index for index in reversed(range(len(keys[number])))}.values(),
                 )
+                slow[number] = time.perf_counter() - started > SLOW_PASS_SECONDS
                 for index in own:
-                    passes.setdefault(keys[number][index], []).append(seconds[index])
+                    if seconds[index] > 0:
+                        passes.setdefault(keys[number][index], []).append(seconds[index])
                 for alike, index in fresh.items():
                     workspaces[alike] = min(needed[index], workspaces.get(alike, needed[index]))
             settle()
@@ -307,7 +315,8 @@ def measure_operators(
 
 def _occurrences(program: dict[str, Any], scratch: ScratchStores) -> list[tuple[str, int]]:
     """For each operator what it is called with (`tightfit.profiles.measuring.guard.operator_key`, the kinds of its tensors and the
-    formats of tables whose rows it gathers), and how many like it stand before it in the program.
+    formats of tables whose rows it gathers), and how many like it stand before it in the program, or, in a program of several tiles, in
+    its tile.
     """
     from tightfit.profiles.measuring.guard import operator_key
 
@@ -320,7 +329,9 @@ def _occurrences(program: dict[str, Any], scratch: ScratchStores) -> list[tuple[
         key = json.dumps([operator_key(operator, values), kinds, tables, operator["copied"]])
         before[key] = before.get(key, -1) + 1
         keys.append((key, before[key]))
-    return keys
+    tiles = program.get("tiles", 1)
+    in_tile = {key: (last + 1) // tiles if (last + 1) % tiles == 0 else last + 1 for key, last in before.items()}
+    return [(key, number % in_tile[key]) for key, number in keys]
 
 
 def take_steps(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
@@ -388,14 +399,22 @@ def measure_program(
     turning_bytes: int | None = None,
     seconds: float = PROGRAM_SECONDS,
     workspaces_of: Collection[int] = (),
+    once: Collection[int] | None = None,
 ) -> tuple[list[float], dict[int, int]]:
     """(seconds of each operator, workspace bytes of those with the numbers `workspaces_of`). All operators run in order, round after
-    round, as in a step, for about `seconds` beyond the first rounds.
+    round, as in a step, for about `seconds` beyond the first rounds. In a program of several tiles that are those `once` of which
+    the others are equals, with 0 seconds for the others; what these would make is there from a first round of all.
     """
     if not program["operators"]:
         return [], {}
     calls = _calls(program, *_filled(program, scratch, contents, turning_bytes))
-    times = _timed(calls, seconds)
+    timed = sorted(once) if once is not None and program.get("tiles", 1) > 1 else range(len(calls))
+    if len(timed) < len(calls):
+        for call in calls:
+            call()
+    times: list[list[float]] = [[0.0] * 3 for _ in calls]
+    for index, call_seconds in zip(timed, _timed([calls[index] for index in timed], seconds), strict=True):
+        times[index] = call_seconds
     workspaces = {}
     if workspaces_of:
         # One more round, in order: an operator's inputs may have made room for others by the end of the round before.
