@@ -3,7 +3,8 @@ some sizes, a weight of some shape, the disk, an idle process are measured once.
 
 There is a file for each machine as it is: its processor, kernel, PyTorch, threads and the code that measures are in the file's name.
 Times are kept only where no other programs took the cores meanwhile, and are taken only while the machine is as fast as it was then,
-by a reference computation that each profile times.
+by a reference computation that each profile times. Bytes depend on neither: two profiles that are measured one after the other have the
+same floor, so that what the second needs less is its step's, and not how a process happened to lie in memory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ LONGEST_SECONDS = 14 * 24 * 3600.0
 DIFFERENT = 0.15
 """share by which the reference may differ: a step is predicted within 5 % where nothing else runs, and the reference, a tenth of a
 second long, spreads more"""
+OF_BYTES = ("floor ", "kernels ", "workspace ")
+"""kinds of figures that are bytes, which do not depend on how fast the machine is"""
 MOST_KEPT = 8192
 """figures; of more the oldest are left out"""
 T = TypeVar("T")
@@ -47,7 +50,8 @@ class KeptFigures:
         if path is not None:
             with suppress(OSError, ValueError, KeyError, TypeError):  # none are kept yet, or the file is damaged
                 kept = json.loads(read_whole(path))
-                self.reference, self._figures = float(kept["reference"]), dict(kept["figures"])
+                reference = kept["reference"]
+                self.reference, self._figures = None if reference is None else float(reference), dict(kept["figures"])
 
     @classmethod
     def of_request(cls, request: Mapping[str, Any], *, turning_bytes: int = 0) -> Self:
@@ -56,9 +60,10 @@ class KeptFigures:
         return cls(None if path is None else Path(path), turning_bytes=turning_bytes, anew=request.get("anew", False))
 
     def check(self, reference: float) -> None:
-        """Forget all figures if the reference computation takes another time than when they were measured."""
+        """Forget all times if the reference computation takes another time than when they were measured."""
         if self.reference is None or abs(reference / self.reference - 1.0) > DIFFERENT:
-            self.reference, self._figures = reference, {}
+            self.reference = reference
+            self._figures = {name: kept for name, kept in self._figures.items() if name.startswith(OF_BYTES)}
 
     def known(self, kind: str, key: Any) -> Any:
         """The figure of this `kind` with this `key` (what JSON can hold); None: it is to be measured."""
@@ -80,7 +85,7 @@ class KeptFigures:
         """Keep all figures, unless other programs took so many cores while they were measured that times are too long. A cache that
         cannot be written is no error.
         """
-        if self.path is None or self.reference is None or crowded(busy_cores, threads):
+        if self.path is None or crowded(busy_cores, threads):
             return
         newest = dict(sorted(self._figures.items(), key=lambda item: item[1][1])[-MOST_KEPT:])
         with suppress(TightfitError, OSError):

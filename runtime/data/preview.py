@@ -1,4 +1,5 @@
-"""Shows data as a run would read them: which of a sample's tokens are learned, what is cut or refused, and how much is padding.
+"""Shows data as a run would read them: which of a sample's tokens are learned, what is cut or refused, how much is padding, and how many
+batches they are.
 
 Samples go through the same pass that prepares a run's records (`tightfit.runtime.data.tokenization`), and the records become batches
 as in a run; only the beginning of large data is read.
@@ -8,11 +9,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from tightfit.profiles.schema import Profile
 from tightfit.profiles.sources.vocabulary import Vocabulary
@@ -30,6 +33,8 @@ MOST_SHOWN = 50
 """samples that are shown, and lines that are refused"""
 MOST_LETTERS = 200_000
 """of all samples that are shown; one of a long row takes thousands"""
+COMMON_LENGTHS = tuple(sorted(factor << power for power in range(3, 18) for factor in (2, 3)))
+"""positions for which steps are measured: a sample may fit into fewer than a profile has"""
 SEED = 0
 """of the order of the samples in the epoch whose padding is counted"""
 Part = Literal["sample", "text", "chosen", "rejected"]
@@ -85,6 +90,14 @@ class Preview:
     seq: int = 0
     padding_share: float | None = None
     """of the places in an epoch's rows; None: nothing was left to train on"""
+    epoch_steps: float = 0.0
+    """steps that go once through what was read"""
+    steps: list[tuple[int, int]] = field(default_factory=list)
+    """(positions, how many steps of an epoch have rows of so many)"""
+    evaluations: list[tuple[int, int]] = field(default_factory=list)
+    """the same of the batches of an evaluation of what was read"""
+    longer: list[tuple[int, int]] = field(default_factory=list)
+    """(a common length below that of the profile, samples that are longer); empty where there are texts, which fill all rows"""
 
 
 def preview(
@@ -108,6 +121,7 @@ def preview(
     texts = _Texts(encoder.vocabulary, vocab_size)
     ends = time.monotonic() + MOST_SECONDS
     shown, letters = Preview(seq=profile.seq), 0
+    lengths: list[int] | None = []
     path = folder / "preview.records"
     pad = pad_token_of(vocabulary, vocab_size)
     with RecordWriter(path, seq=profile.seq, pad_token=pad, vocab_size=vocab_size, source=data, pairs=pairs) as writer:
@@ -120,6 +134,10 @@ def preview(
                     shown.refused.append(Refused(line=line, file=file.name, why=str(sequences)))
             else:
                 shown.cut += any(_excess(sequence, profile.seq) for sequence in sequences)
+                if any(sequence.predicted is None for sequence in sequences):
+                    lengths = None
+                elif lengths is not None:
+                    lengths.append(max(len(sequence.ids) - 1 for sequence in sequences))
                 if len(shown.samples) < MOST_SHOWN and letters < MOST_LETTERS:
                     parts = [_shown(samples, sequences, texts, place, line, file) for place in range(len(sequences))]
                     letters += sum(len(piece.text) for part in parts for piece in part.pieces)
@@ -133,7 +151,11 @@ def preview(
         shown.longest = samples.longest
         written = writer.count
     if written:
-        shown.padding_share = _padding(path, profile, packing=packing)
+        _count_batches(shown, path, profile, packing=packing)
+    if lengths:
+        shown.longer = [
+            (common, sum(length > common for length in lengths)) for common in COMMON_LENGTHS if common < profile.seq
+        ]
     return shown
 
 
@@ -190,10 +212,12 @@ class _Texts:
         return (self._vocabulary.tokenizer.id_to_token(token) or "").encode()
 
 
-def _padding(path: Path, profile: Profile, *, packing: bool) -> float:
-    """The share of an epoch's places that holds no token, in rows of the lengths that the profile has."""
+def _count_batches(shown: Preview, path: Path, profile: Profile, *, packing: bool) -> None:
+    """Say of the records at `path` how many batches they are, of which of the profile's lengths, in an epoch and in an evaluation, and
+    which share of an epoch's places holds no token.
+    """
     preference = profile.model.preference
-    lengths = [*(shorter.seq for shorter in profile.shorter), profile.seq]
+    lengths = [length for length in (*(shorter.seq for shorter in profile.shorter), profile.seq) if length is not None]
     with RecordFile.open(path) as records:
         tokens = records.tokens
     batches = open_batches(
@@ -203,13 +227,23 @@ def _padding(path: Path, profile: Profile, *, packing: bool) -> float:
         by_length=bool(profile.shorter),
         loss=None if preference is None else preference.loss,
     )
+    rows = profile.batch * profile.model.rows_of_sample
+
+    def by_length(count: int, longest: Callable[[int, int], int | None]) -> list[tuple[int, int]]:
+        """(length, how many of so many batches take it); `longest` tells the longest row of one."""
+        taken = Counter(
+            next(length for length in lengths if length >= (longest(number, rows) or 0)) for number in range(count)
+        )
+        return sorted(taken.items())
+
     try:
-        rows, steps = profile.batch * profile.model.rows_of_sample, batches.epoch_steps(profile.batch)
-        places = 0
-        for step in range(math.ceil(steps)):
-            longest = batches.longest(step, rows)
-            places += rows * next(length for length in lengths if length is not None and length >= (longest or 0))
+        shown.epoch_steps = batches.epoch_steps(profile.batch)
+        steps = math.ceil(shown.epoch_steps)
+        shown.steps = by_length(steps, batches.longest)
+        inputs: Any = [SimpleNamespace(shape=(rows,))]  # of which the number of rows alone is asked
+        shown.evaluations = by_length(batches.evaluation_count(inputs), batches.longest_in_evaluation)
     finally:
         batches.close()
+    places = sum(rows * length * count for length, count in shown.steps)
     # The last step of an epoch may go on in the next one.
-    return 1 - tokens / (places * steps / math.ceil(steps))
+    shown.padding_share = 1 - tokens / (places * shown.epoch_steps / steps)

@@ -12,6 +12,7 @@ them the results, may depend on the number of threads. The standard library only
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ longer."""
 QUIET_SECONDS = 60.0
 """least time between two notices of the same kind"""
 PROC = Path("/proc")
+CROWDING = re.compile(r"other programs use (?P<cores>[\d.]+) of the cores: .+|(?P<free>the cores are free again): .+")
+"""the notices of `Contention.step` that others are in the way, and that they no longer are"""
+
+
+def crowding_of(line: str) -> float | None:
+    """The cores that other programs use by a notice that a run has written, 0 where they are free again; None for any other line."""
+    found = CROWDING.fullmatch(line.strip())
+    return None if found is None else float(found["cores"] or 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,6 +243,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404:
+        if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/v1/"):
+            return routes_page.nowhere()
         message = f"there is nothing at {request.url.path}; /openapi.json tells what there is"
     elif error.status_code == 405:
         methods = _methods(request, headers.get("Allow", ""))

@@ -19,6 +19,8 @@ from tightfit.planner.service.wire.forms import forms
 router = APIRouter(include_in_schema=False)
 FORMS = "forms.json"
 """the file that describes the fields of the page's forms"""
+NOWHERE = "nowhere.html"
+"""the file that a browser gets in place of one that does not exist"""
 TYPES = {
     "html": "text/html",
     "css": "text/css",
@@ -44,8 +46,15 @@ async def part(request: Request, name: str) -> Response:
     return _file(request, name)
 
 
+def nowhere() -> Response:
+    """What a browser is shown at an address where nothing is."""
+    return Response(gzip.decompress(_files()[NOWHERE]), status_code=404, media_type=f"{TYPES['html']}; charset=utf-8")
+
+
 def _file(request: Request, name: str) -> Response:
     packed = _files().get(name)
+    if packed is None and "text/html" in request.headers.get("accept", ""):
+        return nowhere()
     if packed is None:
         raise not_found("page", name)
     kind = f"{TYPES[name.rsplit('.', 1)[-1]]}; charset=utf-8"

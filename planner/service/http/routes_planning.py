@@ -49,6 +49,7 @@ Asked = Annotated[
         description="only plans that somebody named, used or asked for, not those made for a comparison alone or to learn of the smallest budget"
     ),
 ]
+Whole = Annotated[bool, Query(description="only plans of whole steps, not what the members of fleets do")]
 FILE = described_file("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
 
 
@@ -66,12 +67,13 @@ async def list_plans(
     request: Request,
     profile: Digest | None = None,
     asked: Asked = False,
+    whole: Whole = False,
     limit: Limit = 100,
     after: After = None,
     search: Search = None,
 ) -> PlanList:
     store = service_of(request).store
-    rows = store.files("plan", origin=profile, asked=asked, search=search, after=after, limit=limit)
+    rows = store.files("plan", origin=profile, asked=asked, whole=whole, search=search, after=after, limit=limit)
     return PlanList(plans=[listed(row) for row in rows.items], next=rows.next, set_aside=store.set_aside("plan"))
 
 

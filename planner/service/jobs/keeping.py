@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from tightfit.planner.fleet.schema import AnyFleet, StageMember
 from tightfit.planner.plan import policies_of
 from tightfit.planner.report.summary import plan_summary, profile_summary
 from tightfit.planner.schema import Plan
@@ -42,17 +43,35 @@ def keep_profile(
     )
 
 
-def keep_plan(objects: ObjectStore, order: JobOrder, plan: Plan, origin: str, explanation: Row | None = None) -> Row:
-    """Store a plan of the profile `origin` under what it was made of."""
+def keep_plan(
+    objects: ObjectStore,
+    order: JobOrder,
+    plan: Plan,
+    origin: str,
+    explanation: Row | None = None,
+    *,
+    part_of: Row | None = None,
+) -> Row:
+    """Store a plan of the profile `origin` under what it was made of. `part_of`: the fleet whose member does it, as `part_of_fleet` says
+    it.
+    """
     written = objects.put(plan.model_dump_json().encode())
     marks = {
         # the device that it is for, where that is not one on which plans are run
         "elsewhere": None if plan.device.measured and plan.device.kind == "cpu" else plan.device.name,
         "of_a_fleet": plan.optimizer.get("name") == EXCHANGE or passes_messages(plan.programs),
+        "part_of": part_of,
     }
     summary: Row = plan_summary(plan) | {"explanation": explanation} | marks
     name = f"{plan.model.name}, {plan.policy}"
     return file_row("plan", identity_of(order, plan.fingerprint), written, name=name, origin=origin, summary=summary)
+
+
+def part_of_fleet(identity: str, fleet: AnyFleet, name: str) -> Row:
+    """What a plan of the member `name` of a fleet is part of: the stored fleet, the member, and of a pipeline its layers, counted from 1."""
+    member = next((one for one in fleet.members if one.name == name), None)
+    layers = [member.first_layer + 1, member.last_layer] if isinstance(member, StageMember) else None
+    return {"fleet": identity, "member": name, "layers": layers}
 
 
 def identity_of(order: JobOrder, fingerprint: str) -> str:

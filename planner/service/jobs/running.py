@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,46 @@ from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError
 from tightfit.runtime.common.new_lines import NewLines
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.session.options import RunOptions
+from tightfit.runtime.supervision.contention import crowding_of
 from tightfit.runtime.supervision.progress import stage_of
 
 LOOK_SECONDS = 0.2
 UPLOADS = "uploads"
 """folder beside the run's, with data that were uploaded"""
+TRAINING, BEFORE = "training", "evaluating before"
+"""stages of a run"""
 ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
+
+
+class RunClock:
+    """Seconds of this machine's clock that a run's progress goes with, so that whoever begins to look knows how fast it goes."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._stage, self._began = "", 0.0
+        self._evaluation_seconds: float | None = None
+        self._others_cores = 0.0
+
+    def hear(self, line: str) -> None:
+        """Take note of what the run says of other programs."""
+        cores = crowding_of(line)
+        self._others_cores = self._others_cores if cores is None else cores
+
+    def at(self, stage: str, step: Mapping[str, float] | None = None) -> Row:
+        """`at`: now; `began`: when the stage was first heard of; `evaluation_seconds`: what the evaluation before the first step took,
+        where there was one; `others_cores`: that other programs use, as the run has said.
+        """
+        now = self._now()
+        if stage != self._stage:
+            if self._stage == BEFORE and stage == TRAINING and step is not None:
+                self._evaluation_seconds = max(0.0, now - self._began - step["seconds"])
+            self._stage, self._began = stage, now
+        return {
+            "at": now,
+            "began": self._began,
+            "evaluation_seconds": self._evaluation_seconds,
+            "others_cores": self._others_cores,
+        }
 
 
 def run(order: JobOrder, events: EventWriter) -> Row:
@@ -150,17 +184,20 @@ def _run_to_end(command: list[str], lock: int, out: Path, events: EventWriter) -
             preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
         )
         threading.Thread(target=_end_with_input, args=(child,), daemon=True).start()
-        steps, told = NewLines(out / "metrics.jsonl", skip=True), 0
+        steps, told, clock = NewLines(out / "metrics.jsonl", skip=True), 0, RunClock()
 
         def report() -> None:
             nonlocal told
             for line in os.pread(stderr.fileno(), CHUNK, told).splitlines(keepends=True):
                 if line.endswith(b"\n"):
                     told += len(line)
-                    if (stage := stage_of(line.decode(errors="replace"))) is not None:
-                        events.progress(always=True, **stage)
+                    text = line.decode(errors="replace")
+                    clock.hear(text)
+                    if (stage := stage_of(text)) is not None:
+                        events.progress(always=True, **stage, clock=clock.at(stage["stage"]))
             for step in steps:
-                events.progress(always=True, stage="training" if "loss" in step else "evaluated", **step)
+                stage_name = TRAINING if "loss" in step else "evaluated"
+                events.progress(always=True, stage=stage_name, **step, clock=clock.at(stage_name, step))
 
         while child.poll() is None:
             time.sleep(LOOK_SECONDS)

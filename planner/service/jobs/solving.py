@@ -19,7 +19,7 @@ from tightfit.planner.report.marginal_value import explained
 from tightfit.planner.report.summary import fleet_summary, plan_summary
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER, PlanOptions
-from tightfit.planner.service.jobs.keeping import identity_of, keep_plan
+from tightfit.planner.service.jobs.keeping import identity_of, keep_plan, part_of_fleet
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import ObjectStore
@@ -127,9 +127,12 @@ def fleet(order: JobOrder, events: EventWriter) -> Row:
     )
     written = objects.put(planned.model_dump_json().encode())
     summary = fleet_summary(planned)
-    files = [keep_plan(objects, order, plan, origins[name]) for name, plan in plans.items()]
-    ids = {name: file["id"] for name, file in zip(plans, files, strict=True)}
     identity = identity_of(order, planned.fingerprint)
+    files = [
+        keep_plan(objects, order, plan, origins[name], part_of=part_of_fleet(identity, planned, name))
+        for name, plan in plans.items()
+    ]
+    ids = {name: file["id"] for name, file in zip(plans, files, strict=True)}
     files.append(file_row("fleet", identity, written, name=planned.model, summary=summary | {"plans": ids}))
     return {"result": {"fleet": identity, "plans": ids, "why": reason, "summary": summary}, "files": files}
 

@@ -74,6 +74,11 @@ ASKED = (
     " AND EXISTS (SELECT 1 FROM uses JOIN jobs ON jobs.id = uses.job WHERE uses.kind = files.kind AND uses.file = files.id AND jobs.kind <> 'comparison')))"
 )
 """Of a plan: somebody named it, or a job other than a comparison made or used it. One byte is a question for the smallest budget."""
+WHOLE = (
+    "CASE WHEN json_valid(summary) THEN json_extract(summary, '$.part_of') IS NULL AND NOT coalesce(json_extract(summary, '$.of_a_fleet'), 0)"
+    " ELSE 1 END"
+)
+"""Of a plan: it is of a whole step, and not what a member of a fleet does."""
 Row = dict[str, Any]
 T = TypeVar("T")
 log = logging.getLogger("tightfit.service")
@@ -291,13 +296,14 @@ class JobStore:
     def _check_unused(self, file: Row) -> None:
         """Raises ServiceError 409 where a live job needs a file."""
         user = self._get(
-            "SELECT jobs.id, jobs.kind, jobs.state FROM jobs JOIN uses ON uses.job = jobs.id"
+            "SELECT jobs.id, jobs.kind, jobs.state, jobs.title, jobs.label FROM jobs JOIN uses ON uses.job = jobs.id"
             " WHERE uses.kind = ? AND uses.file = ? AND jobs.state IN ('queued', 'running') LIMIT 1",
             file["kind"],
             file["id"],
         )
         if user is not None:
-            message = f"the {user['kind']} {user['id']} is {user['state']} and needs the {file['kind']} {file['id']}"
+            called = [row["title"] or row["label"] or row["id"] for row in (user, file)]
+            message = f"the {user['kind']} “{called[0]}” ({user['id']}) is {user['state']} and needs the {file['kind']} “{called[1]}”"
             raise ServiceError(409, "conflict", f"{message}; cancel it first, or wait for its end")
 
     def _read(self, row: Row) -> ServiceJob | None:
@@ -502,15 +508,17 @@ class JobStore:
         *,
         origin: str | None = None,
         asked: bool = False,
+        whole: bool = False,
         search: str | None = None,
         after: str | None = None,
         limit: int = 100,
     ) -> Page[Row]:
         """Those of a kind and an origin that mention all words of `search`, from `next` of the page before on; of plans only those that
-        were `asked` for, if so.
+        were `asked` for, and those of `whole` steps, if so.
         """
         equal = {"kind": kind, "origin": origin}
-        rows = self._page("files", "created", equal, search, after, limit, *([ASKED] if asked else []))
+        also = [condition for condition, wanted in ((ASKED, asked), (WHOLE, whole)) if wanted]
+        rows = self._page("files", "created", equal, search, after, limit, *also)
         return Page(items=self._readable(rows.items), next=rows.next)
 
     def name_file(self, kind: str, identity: str, names: Mapping[str, str | None]) -> None:
@@ -533,7 +541,8 @@ class JobStore:
         )
         if plans and not with_plans:
             count = f"{len(plans)} plans" if len(plans) > 1 else "a plan"
-            message = f"{count} of the profile {identity} would be without it; delete them too (with_plans=true)"
+            called = row["title"] or row["label"] or identity
+            message = f"{count} of the profile “{called}” would be without it; delete them too (with_plans=true)"
             raise ServiceError(409, "conflict", message)
         removed = [row, *plans]
         for file in removed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from served import service
 
@@ -77,7 +79,7 @@ def test_what_two_files_hold_stays_while_one_has_it(http, own):
 
 def test_a_profile_goes_with_its_plans_or_not_at_all(http, own):
     path = f"/v1/profiles/{IDS['profile']}"
-    assert "a plan of the profile" in refused(http.delete(path))
+    assert re.match("a plan of the profile “[^”]+” would be", refused(http.delete(path)))
     own.store.add(file_of(own, "plan", "4" * 64))
     message = refused(http.delete(f"{path}?with_plans=false"))
     assert message.startswith("2 plans of the profile")
@@ -104,10 +106,9 @@ def test_what_a_live_job_needs_stays(http, own, state):
         message = refused(
             http.delete(f"/v1/{kind}s/{IDS[kind]}?with_plans=true" if kind == "profile" else f"/v1/{kind}s/{IDS[kind]}")
         )
-        assert (
-            message
-            == f"the run {run.id} is {state} and needs the {kind} {IDS[kind]}; cancel it first, or wait for its end"
-        )
+        assert f"({run.id}) is {state} and needs the {kind} “" in message
+        assert message.endswith("”; cancel it first, or wait for its end")
+        assert IDS[kind] not in message  # people know it by its name
         assert http.get(f"/v1/{kind}s/{IDS[kind]}").status_code == 200
     assert refused(http.delete(f"/v1/jobs/{run.id}")) == f"the job {run.id} is {state}; cancel it first"
     own.store.finish(run.id, "failed", error=Error(code="input", message="no"))
@@ -155,7 +156,7 @@ def test_a_run_goes_with_all_that_it_left(http, own):
 def test_a_run_stays_while_a_live_job_needs_its_adapter(http, own):
     run = ended_run(own)
     other = ask(own, "run", [("adapter", run.id)], plan=IDS["plan"], data="random")
-    assert f"the run {other.id} is queued and needs the adapter {run.id}" in refused(http.delete(f"/v1/jobs/{run.id}"))
+    assert f"({other.id}) is queued and needs the adapter “" in refused(http.delete(f"/v1/jobs/{run.id}"))
     assert http.get(f"/v1/runs/{run.id}/adapter").status_code == 200
 
 

@@ -117,6 +117,16 @@ def test_a_fleet_to_look_at(served, job):
     assert view["plans"] == {member.plan: job["result"]["plans"][member.name] for member in fleet.chain}
 
 
+def test_what_a_member_does_is_no_plan_of_a_whole_step(served, job):
+    own = set(job["result"]["plans"].values())
+    for asked in ("whole=true", "whole=true&asked=true"):
+        assert own.isdisjoint(plan["id"] for plan in served.http.get(f"/v1/plans?{asked}&limit=500").json()["plans"])
+    assert own <= {plan["id"] for plan in served.http.get("/v1/plans?limit=500").json()["plans"]}
+    for name, plan in job["result"]["plans"].items():
+        part = served.http.get(f"/v1/plans/{plan}").json()["summary"]["part_of"]
+        assert part == {"fleet": job["result"]["fleet"], "member": name, "layers": None}
+
+
 @pytest.mark.slow
 def test_a_pipeline_is_planned_over_http(served, body, tmp_path):
     model = served.upload(with_operators(decoder_profile(tmp_path), lambda _: {"seconds": 1e-3}))
@@ -126,6 +136,9 @@ def test_a_pipeline_is_planned_over_http(served, body, tmp_path):
     identity = found["result"]["fleet"]
     fleet = PipelinePlan.model_validate_json(served.http.get(f"/v1/fleets/{identity}/file").content)
     assert sorted(found["result"]["plans"]) == sorted(member.name for member in fleet.chain)
+    for member in fleet.chain:
+        summary = served.http.get(f"/v1/plans/{found['result']['plans'][member.name]}").json()["summary"]
+        assert summary["part_of"]["layers"] == [member.first_layer + 1, member.last_layer]
     view = served.http.get(f"/v1/fleets/{identity}/view").json()
     assert {lane["name"] for lane in view["lanes"]["lanes"]} == {span.lane for span in fleet.timeline}
 

@@ -282,6 +282,13 @@ def test_what_is_not_there(served):
     refused(served.http.post("/v1/plans", json=asked), 404, "not_found", "body.profile")
     told = refused(served.http.get("/v1/nothing"), 404, "not_found")
     assert told == "there is nothing at /v1/nothing; /openapi.json tells what there is"
+    # A browser is shown a page with ways back, wherever it went astray; programs get what they read.
+    for path in ("/nope", "/page/nope.js"):
+        shown = served.http.get(path, headers={"Accept": "text/html,*/*"})
+        assert (shown.status_code, shown.headers["content-type"]) == (404, "text/html; charset=utf-8")
+        assert 'href="/page/#/models"' in shown.text
+        refused(served.http.get(path, headers={"Accept": "application/json"}), 404, "not_found")
+    refused(served.http.get("/v1/nothing", headers={"Accept": "text/html"}), 404, "not_found")
     answer = served.http.delete("/v1/plans")
     told = refused(answer, 405, "method_not_allowed")
     assert (told, answer.headers["allow"]) == ("DELETE is not for /v1/plans; send GET or POST", "GET, POST")

@@ -19,7 +19,7 @@ from places import SOURCES
 from served import PATIENCE, Served
 
 from tightfit.planner.service.client import connect
-from tightfit.planner.service.jobs.running import _run_to_end, _wait_for_orphan
+from tightfit.planner.service.jobs.running import BEFORE, TRAINING, RunClock, _run_to_end, _wait_for_orphan
 from tightfit.runtime.common.errors import RunError
 
 
@@ -187,3 +187,18 @@ def test_a_run_that_waits_can_be_cancelled(tmp_path):
         _wait_for_orphan(tmp_path, asked)
     os.close(asked)
     os.close(orphan)
+
+
+def test_whoever_begins_to_look_learns_how_fast_it_goes():
+    now = 100.0
+    clock = RunClock(lambda: now)
+    assert clock.at(BEFORE) == {"at": 100.0, "began": 100.0, "evaluation_seconds": None, "others_cores": 0.0}
+    now = 160.0
+    assert clock.at(BEFORE)["began"] == 100.0
+    clock.hear("other programs use 1.4 of the cores: the last 3 steps took 3 s each where 1 s are planned, and so on\n")
+    now = 164.0
+    told = clock.at(TRAINING, {"seconds": 3.0})
+    assert told == {"at": 164.0, "began": 164.0, "evaluation_seconds": 61.0, "others_cores": 1.4}
+    clock.hear("the cores are free again: a step takes 1.000 s\n")
+    assert clock.at("evaluating after")["others_cores"] == 0.0
+    assert clock.at("evaluating after")["evaluation_seconds"] == 61.0

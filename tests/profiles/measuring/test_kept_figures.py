@@ -181,3 +181,20 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path, content: str) -> None:
     assert kept.of("update", 7, lambda: 0.5) == 0.5
     kept.save()
     assert KeptFigures(path).known("update", 7) == 0.5
+
+
+def test_bytes_outlive_a_machine_of_another_speed(tmp_path: Path) -> None:
+    """Else two profiles of one model, measured one after the other, differ by how their floors happened to be measured."""
+    path = tmp_path / "machine.json"
+    kept = KeptFigures(path)
+    kept.note("floor", [], {"resident_bytes": 1})
+    kept.save()  # of a first profile no reference may be kept, since other programs were busy
+    kept = KeptFigures(path)
+    kept.check(REFERENCE)
+    kept.note("operator", "a", 0.1)
+    kept.note("workspace", "a", 5)
+    kept.save()
+    kept = KeptFigures(path)
+    kept.check(2 * REFERENCE)
+    assert kept.known("operator", "a") is None
+    assert (kept.known("workspace", "a"), kept.known("floor", [])) == (5, {"resident_bytes": 1})

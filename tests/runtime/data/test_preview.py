@@ -101,10 +101,17 @@ def test_the_share_of_padding_is_that_of_the_batches_of_an_epoch(tmp_path, vocab
         path = str(records.path)
     if not shorter and not packing:
         assert shown.padding_share == pytest.approx(1 - sum(lengths) / (41 * SEQ))
+        assert (shown.epoch_steps, shown.steps, shown.evaluations) == (41 / 4, [(SEQ, 11)], [(SEQ, 11)])
+        # What a shorter step would hold of them.
+        assert dict(shown.longer)[16] == sum(length > 16 for length in lengths)
+        assert all(common < SEQ for common, _ in shown.longer)
         return
     # As the loop of a run takes them: rows of the shortest length with room for the batch.
     batches = open_batches(path, 5, packing=packing, by_length=bool(shorter))
     steps = round(batches.epoch_steps(4))
+    for counted in (shown.steps, shown.evaluations):
+        assert {seq for seq, _ in counted} <= {*shorter, SEQ}
+        assert sum(count for _, count in counted) == (pytest.approx(steps, abs=1) if packing else steps)
     if packing:
         assert shown.padding_share < 0.3
         assert shown.padding_share == pytest.approx(1 - sum(lengths) / (steps * 4 * SEQ), abs=0.05)
@@ -118,6 +125,7 @@ def test_texts_and_pairs_are_shown_as_such(tmp_path, vocabulary):
     text = write(tmp_path / "a.jsonl", [{"text": "over the moon " * 9}])
     (shown,) = preview(text, vocabulary, step(), tmp_path).samples
     assert (shown.part, shown.cut, [piece.trained for piece in shown.pieces]) == ("text", 0, [False, True])
+    assert preview(text, vocabulary, step(), tmp_path).longer == []  # texts fill rows of any length
     pair = write(tmp_path / "b.jsonl", [{"prompt": "Is it? ", "chosen": "yes", "rejected": "no"}])
     both = preview(pair, vocabulary, step(preference=SimpleNamespace(loss="dpo")), tmp_path).samples
     assert [(each.part, each.pieces[-1].text) for each in both] == [
