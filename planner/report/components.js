@@ -42,16 +42,32 @@ export function field(label, control, help = null) {
   return html("div", { class: "field" }, html("label", { for: id }, label), control, help ? html("small", { id: `${id}-help` }, help) : null);
 }
 
-// A word that is explained where it stands: by pointing at it, by keyboard or by touch.
+// A word that is explained where it stands: while it is pointed at, and by a click, a touch or the keyboard until the next one.
 let terms = 0;
 export function term(word, text) {
-  const id = `term-${++terms}`, meaning = html("span", { id, class: "meaning", popover: "auto" }, text);
-  const named = html("button", { type: "button", class: "term", popovertarget: id, "aria-describedby": id }, word);
-  named.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") meaning.showPopover?.(); });
-  named.addEventListener("pointerleave", () => meaning.hidePopover?.());
+  const id = `term-${++terms}`, meaning = html("span", { id, class: "meaning", popover: "manual" }, text);
+  const named = html("button", { type: "button", class: "term", "aria-describedby": id, "aria-expanded": "false" }, word);
+  let stays = false;
+  const show = (pinned) => {
+    stays = pinned;
+    named.setAttribute("aria-expanded", "true");
+    if (!meaning.matches(":popover-open")) meaning.showPopover?.();
+  };
+  const hide = () => {
+    stays = false;
+    named.setAttribute("aria-expanded", "false");
+    if (meaning.isConnected && meaning.matches(":popover-open")) meaning.hidePopover?.();
+  };
+  named.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") show(stays); });
+  named.addEventListener("pointerleave", () => { if (!stays) hide(); });
+  named.addEventListener("click", () => (stays ? hide() : show(true)));
+  named.addEventListener("blur", hide);
+  named.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
   meaning.addEventListener("toggle", (event) => {
     if (event.newState !== "open") return;
-    const box = named.getBoundingClientRect();
+    const box = named.getBoundingClientRect(), away = (later) => { if (!named.contains(later.target) && !meaning.contains(later.target)) hide(); };
+    addEventListener("pointerdown", away);
+    meaning.addEventListener("toggle", () => removeEventListener("pointerdown", away), { once: true });
     meaning.style.left = `${Math.max(8, Math.min(box.left, innerWidth - meaning.offsetWidth - 8))}px`;
     meaning.style.top = `${box.bottom + 6 + meaning.offsetHeight > innerHeight ? box.top - meaning.offsetHeight - 6 : box.bottom + 6}px`;
   });
@@ -62,17 +78,28 @@ export function term(word, text) {
 const voice = document.body.appendChild(html("p", { class: "unseen", role: "status", "aria-live": "polite" }));
 export const announce = (text) => { voice.textContent = text; };
 
+// How long work still takes, in seconds, by `done` of `total` and the moments (in seconds) at which it was `from.done` and is `done`; null
+// where that does not tell.
+const LEAST = 3; // seconds between two moments from which a pace is taken
+export function leftOf(done, total, from, at) {
+  const passed = at - from.at, moved = done - from.done;
+  return total && done < total && passed >= LEAST && moved > 0 ? (passed / moved) * (total - done) : null;
+}
+
 // A bar for work that takes a while: `update({stage, done, total})`; where no total is known it moves without one. Where the stage says
-// how much is done, it is not `counted` once more.
+// how much is done, it is not `counted` once more. How much is left is said from the second event of a stage on, or where the service
+// says when the stage began: `clock` = {began, at}, both by its own clock.
 export function progress(what) {
-  const bar = html("progress", { max: 1, "aria-label": what }), text = html("span", { class: "soft" }, what), began = Date.now();
+  const bar = html("progress", { max: 1, "aria-label": what }), text = html("span", { class: "soft" }, what);
   const box = html("div", { class: "progress", role: "status" }, bar, text);
-  box.update = ({ stage = "", done, total, left: told = true, counted = true }) => {
-    const share = total ? done / total : null, passed = (Date.now() - began) / 1000;
-    if (share === null) bar.removeAttribute("value");
-    else bar.value = share;
-    const left = told && share > 0.05 && share < 1 && passed > 3 ? `, about ${span((passed / share) * (1 - share))} left` : "";
-    text.textContent = `${what}${stage ? `: ${stage}` : ""}${total && counted ? `, ${done} of ${total}` : ""}${left}`;
+  let from = null; // the first event of the stage
+  box.update = ({ stage = "", done, total, clock = null, left: told = true, counted = true }) => {
+    const now = Date.now() / 1000;
+    if (!from || from.stage !== stage || from.total !== total || done < from.done) from = { stage, total, done, at: now };
+    if (total) bar.value = done / total;
+    else bar.removeAttribute("value");
+    const left = !told || !total ? null : clock ? leftOf(done, total, { done: 1, at: clock.began }, clock.at) : leftOf(done, total, from, now);
+    text.textContent = `${what}${stage ? `: ${stage}` : ""}${total && counted ? `, ${done} of ${total}` : ""}${left === null ? "" : `, about ${span(left)} left`}`;
   };
   return box;
 }
@@ -93,6 +120,7 @@ export function dialog(title, make) {
   });
 }
 
+// Ask before something is done that cannot be undone; `question` names what it is done to.
 export const confirmed = (question, deed) => dialog(question, (close) => html("div", { class: "row last" }, button(deed, () => close(true), "danger"), button("Keep", () => close(false))));
 
 const NOTE_MS = 600; // between the last key and saving

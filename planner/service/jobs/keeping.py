@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tightfit.planner.fleet.schema import AnyFleet, StageMember
 from tightfit.planner.plan import policies_of
@@ -67,11 +67,14 @@ def keep_plan(
     return file_row("plan", identity_of(order, plan.fingerprint), written, name=name, origin=origin, summary=summary)
 
 
-def part_of_fleet(identity: str, fleet: AnyFleet, name: str) -> Row:
-    """What a plan of the member `name` of a fleet is part of: the stored fleet, the member, and of a pipeline its layers, counted from 1."""
+def part_of_fleet(identity: str, fleet: AnyFleet, name: str, plans: Mapping[str, Plan]) -> Row:
+    """What the plan of the member `name` of a fleet is part of: the stored fleet, the members that have this very plan, and of a pipeline
+    its layers, counted from 1. `plans` are those of all members.
+    """
     member = next((one for one in fleet.members if one.name == name), None)
     layers = [member.first_layer + 1, member.last_layer] if isinstance(member, StageMember) else None
-    return {"fleet": identity, "member": name, "layers": layers}
+    members = [other for other, plan in plans.items() if plan.fingerprint == plans[name].fingerprint]
+    return {"fleet": identity, "members": members, "layers": layers}
 
 
 def identity_of(order: JobOrder, fingerprint: str) -> str:

@@ -39,4 +39,5 @@ def preview(order: JobOrder, events: EventWriter) -> Row:
             packing=packs(profile, options),
             progress=lambda done: events.progress(stage="reading", done=done),
         )
-    return {"result": asdict(shown), "files": []}
+    can_pack = profile.model.preference is None and packs(profile, options.but(packing=True))
+    return {"result": asdict(shown) | {"can_pack": can_pack}, "files": []}

@@ -129,7 +129,7 @@ def fleet(order: JobOrder, events: EventWriter) -> Row:
     summary = fleet_summary(planned)
     identity = identity_of(order, planned.fingerprint)
     files = [
-        keep_plan(objects, order, plan, origins[name], part_of=part_of_fleet(identity, planned, name))
+        keep_plan(objects, order, plan, origins[name], part_of=part_of_fleet(identity, planned, name, plans))
         for name, plan in plans.items()
     ]
     ids = {name: file["id"] for name, file in zip(plans, files, strict=True)}

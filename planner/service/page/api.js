@@ -80,6 +80,9 @@ export const remove = (path) => send(path, { method: "DELETE" });
 // What happened, of a server-sent event: its `event`, `data` and `id`.
 const eventOf = (text) => Object.fromEntries(text.split("\n").map((line) => line.split(/: (.*)/s, 2)).filter(([name]) => name));
 
+// How far a job is, as its latest progress says, or in a word.
+export const standing = (job) => (job.state === "running" && job.progress ? job.progress : { stage: job.state === "queued" ? "waits for its turn" : job.state });
+
 // Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again after the
 // last event that came. Where `signal` is aborted, following ends, the job does not.
 export async function finish(job, progress = () => {}, signal = undefined) {
@@ -99,7 +102,7 @@ export async function finish(job, progress = () => {}, signal = undefined) {
         for (const { event, data, id } of parts.map(eventOf)) {
           if (id !== undefined) last = id;
           if (event === "job") job = JSON.parse(data);
-          if (event === "job" || event === "progress") progress(event === "job" ? { stage: job.state === "queued" ? "waits for its turn" : job.state } : JSON.parse(data), job);
+          if (event === "job" || event === "progress") progress(event === "job" ? standing(job) : JSON.parse(data), job);
         }
       }
     } catch (error) {

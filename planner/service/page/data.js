@@ -87,24 +87,38 @@ export async function likely() {
   return { train: others.find((one) => TRAIN.test(one.name)) ?? uploaded.find((one) => others.includes(one)) ?? (others.length === 1 ? others[0] : null), held };
 }
 
-// A look at data as a plan's training reads them: prompts grey, what is trained on marked, what is cut or refused with its line. Gives how
-// many samples can be used.
-export async function preview(box, request, signal) {
+// What a look at data has to say of them: the job's result.
+export async function counted(request, signal, tell = () => {}) {
+  return (await work("/v1/previews", request, tell, signal)).result;
+}
+
+// A look at data as a plan's training reads them: prompts grey, what is trained on marked, what is cut or refused with its line; `offers`
+// are buttons that follow from it. Gives the preview; null where the place was left.
+export async function preview(box, request, signal, offers = () => []) {
   const bar = progress("Reading the data");
   box.replaceChildren(bar);
-  const job = await work("/v1/previews", request, (latest) => bar.update(latest), signal);
+  const seen = await counted(request, signal, (latest) => bar.update(latest));
   if (signal.aborted) return null;
-  const { samples, refused, counted, padding_share: padding, cut } = job.result, many = samples.length > SHOWN;
+  const { samples, refused, counted: lines, padding_share: padding, cut } = seen, many = samples.length > SHOWN;
   const shown = html("ol", { class: "samples" }, ...samples.slice(0, SHOWN).map(sample));
   const more = many ? button(`Show ${samples.length - SHOWN} more`, () => { shown.append(...samples.slice(SHOWN).map(sample)); more.remove(); }, "quiet") : null;
-  const words = [`${counted.toLocaleString("en")} samples`, padding === null || padding === undefined ? null : `${percent(padding, 0)} of the places are padding`, cut ? `${cut.toLocaleString("en")} are longer than the plan's length and would be cut` : null].filter(Boolean);
+  const words = [`${lines.toLocaleString("en")} samples`, padding === null || padding === undefined ? null : `${percent(padding, 0)} of the places are padding`, cut ? `${cut.toLocaleString("en")} are longer than the plan's length and would be cut` : null].filter(Boolean), buttons = offers(seen);
   box.replaceChildren(...[
-    html("p", {}, words.join("; "), "."),
+    html("p", {}, words.join("; "), ".", buttons.length ? " Padding is computed like anything else:" : ""),
+    buttons.length ? html("div", { class: "row", id: "against-padding" }, ...buttons) : null,
     refused.length ? html("div", { class: "refused" }, html("h3", { class: "not" }, `${refused.length} cannot be used`), scrolling("What cannot be used", table("", ["line", "why"], refused.map((one) => [String(one.line), plainly(one.why)])))) : null,
     html("p", { class: "soft" }, "What the model is shown is grey; what it learns to write is ", html("mark", {}, "marked"), "."),
     shown, more,
   ].filter(Boolean));
-  return samples.length;
+  return seen;
+}
+
+// Shorter lengths at which a step would hold these samples, from a preview: the shortest that holds all of them, and one that holds nearly
+// all where that is shorter: [{seq, cuts}], `cuts` samples of `of`.
+const NEARLY = 0.05; // share of the samples that may be cut
+export function shorterLengths({ longer = [], counted: lines, refused_count: refused = 0 }) {
+  const of = lines - refused, all = longer.find(([, over]) => over === 0), most = longer.find(([, over]) => over <= NEARLY * of);
+  return [all, most].filter((one, index, both) => one && (!index || !both[0] || one[0] < both[0][0])).map(([seq, cuts]) => ({ seq, cuts, of }));
 }
 
 const sample = ({ line, pieces, tokens, cut }) => html("li", {}, html("span", { class: "soft where" }, `line ${line}, ${tokens} tokens${cut ? ", cut" : ""}`), html("p", {}, ...pieces.map(({ text, trained }) => html(trained ? "mark" : "span", trained ? {} : { class: "soft" }, text))));

@@ -41,8 +41,12 @@ async function showMeasurement({ root, id, query, signal, title }) {
   );
 }
 
+// The model that was looked at last: what somebody comes from who wants to fine-tune.
+const LATEST = "tightfit-model";
+export const latestModel = () => sessionStorage.getItem(LATEST);
+
 // Ask for a measurement by what an earlier one was asked for, with changes: the service names paths relative to its folders.
-async function again({ source, config, header, ...options }, changes = {}, query = {}) {
+export async function again({ source, config, header, ...options }, changes = {}, query = {}) {
   const model = config ? { config } : header ? { header } : { path: source }, known = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== null));
   const job = await post("/v1/profiles", { ...known, ...model, ...changes });
   go("models", job.result?.profile ?? job.id, query);
@@ -56,6 +60,7 @@ async function explore(place) {
   const { summary } = profile, policies = [...summary.policies, ...(summary.approximate ?? [])];
   const measuredBy = summary.request ?? (profile.origin === "made" ? await requestOf(id) : null);
   place.title(nameOf(profile));
+  sessionStorage.setItem(LATEST, id);
   const { budget: budgetKept, policy: policyKept, ...stepKept } = query;
   const state = { least: 0, proven: false, most: 0, budget: 0, policy: policies.includes(policyKept) ? policyKept : SOLVER, cells: [], chart: null, asked: 0, step: stepKept, drawn: new Set(summary.policies), ticked: new Set(), dragging: false, typing: false, chosen: false, ways: null, round: 0 };
   const old = (round) => signal.aborted || round !== state.round;

@@ -12,11 +12,12 @@ export const nameOf = (profile) => profile.title ?? profile.label ?? profile.nam
 // Where the times of a profile come from.
 export const origin = ({ origin: came, summary }) => (came === "example" ? "example" : summary.measured ? (came === "made" ? "measured here" : "measured elsewhere") : "estimated");
 
-const step = ({ summary: { batch, seq, accumulate } }) => `${seq ? `${batch} × ${seq} tokens` : batch > 1 ? `${batch} samples` : "one sample"}${accumulate > 1 ? `, ${accumulate} steps an update` : ""}`;
+// What a step takes at once.
+export const stepOf = ({ summary: { batch, seq, accumulate } }) => `${seq ? `${batch} × ${seq} tokens` : batch > 1 ? `${batch} samples` : "one sample"}${accumulate > 1 ? `, ${accumulate} steps an update` : ""}`;
 
 const COLUMNS = [
   { title: "Model", cell: (one) => html("div", {}, html("a", { href: to("models", one.id) }, nameOf(one)), one.note ? html("div", { class: "soft" }, one.note) : null), value: nameOf },
-  { title: "One step", cell: step, value: ({ summary }) => (summary.seq ?? 0) * (summary.batch ?? 1) },
+  { title: "One step", cell: stepOf, value: ({ summary }) => (summary.seq ?? 0) * (summary.batch ?? 1) },
   { title: "Weights, MiB", cell: ({ summary }) => (summary.weight_bytes ? mib(summary.packed_bytes || summary.weight_bytes) : "–"), value: ({ summary }) => summary.packed_bytes || summary.weight_bytes },
   { title: "Device", cell: (one) => html("div", {}, one.summary.device, html("div", { class: "soft" }, origin(one))), value: ({ summary }) => summary.device, wide: true },
   { title: "Since", cell: (one) => when(one.created), value: (one) => one.created },

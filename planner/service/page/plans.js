@@ -4,15 +4,15 @@ import { get, pageOf, remove } from "./api.js";
 import { html, seconds, size } from "./charts.js";
 import { button, confirmed, empty, heading, list, percent, when } from "./components.js";
 import { nameOf as nameOfModel } from "./models.js";
-import { nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
+import { nameOfPlan as nameOf, nameOfRule, SOLVER, unusual } from "./rules.js";
 import { action, go, to } from "./shell.js";
 
 const AT_ONCE = 50;
 
 // Of which model a plan is, and how its step differs from the usual one: two plans may have the same name.
-function particulars({ profile, summary: { optimizer, max_grad_norm: norm } }, models) {
-  const model = models.get(profile), clipped = norm ? `gradients clipped at ${norm}` : null;
-  return [model ? nameOfModel(model) : null, optimizer && optimizer !== (model?.summary.optimizer ?? "adamw") ? optimizer : null, clipped].filter(Boolean).join("; ");
+function particulars(plan, models) {
+  const model = models.get(plan.profile);
+  return [...(model ? [nameOfModel(model)] : []), ...unusual(plan, model)].join("; ");
 }
 
 export async function show({ root, query, keep, signal }) {
@@ -33,12 +33,12 @@ export async function show({ root, query, keep, signal }) {
       { title: "At most slower than the best", value: (plan) => figure(plan, "gap"), cell: (plan) => (fits(plan) ? percent(plan.summary.gap, 2) : "–") },
       { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },
     ],
-    load: (after, search) => pageOf("plans", { limit: AT_ONCE, search, after, profile: query.profile, asked: all.checked ? null : true }),
+    load: (after, search) => pageOf("plans", { limit: AT_ONCE, search, after, profile: query.profile, whole: true, asked: all.checked ? null : true }),
     none: () => empty(all.checked ? "No plan yet. A plan is made of a model and a budget." : "No plan here that somebody asked for. A plan is made of a model and a budget.", all.checked ? "" : button("Show those made for curves", () => { all.checked = true; switched(); }), button("Choose a model", () => go("models"), "main")),
     actions: (chosen) => [
       chosen.length > 1 ? button(`Compare ${chosen.length}`, () => go("compare", "", { plans: chosen.map((plan) => plan.id).join(",") }), "main") : html("span", { class: "soft" }, "choose another to compare"),
       button("Delete", action(async () => {
-        if (!(await confirmed(`Delete ${chosen.length === 1 ? "this plan" : `these ${chosen.length} plans`}?`, "Delete"))) return;
+        if (!(await confirmed(`Delete ${chosen.length === 1 ? `the plan “${nameOf(chosen[0])}”` : `these ${chosen.length} plans`}?`, "Delete"))) return;
         for (const plan of chosen) await remove(`/v1/plans/${plan.id}`);
         await plans.reload();
       }), "danger"),

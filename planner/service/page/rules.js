@@ -23,3 +23,9 @@ export function nameOfPlan({ title, label, summary: { policy, budget_bytes: budg
   return !title && words.endsWith(end) ? `${words.slice(0, -end.length)}, ${nameOfRule(policy)}` : words;
 }
 export const meaningOfRule = (policy) => RULES[policy]?.[1] ?? "";
+
+// How a plan's step differs from the usual one of its model: two plans may have the same name.
+export function unusual({ summary: { optimizer, max_grad_norm: norm, policy } }, model, { rule = false } = {}) {
+  const usual = model?.summary.optimizer ?? "adamw";
+  return [rule && policy !== SOLVER ? nameOfRule(policy) : null, optimizer && optimizer !== usual ? optimizer : null, norm ? `gradients clipped at ${norm}` : null].filter(Boolean);
+}

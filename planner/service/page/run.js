@@ -1,15 +1,16 @@
-// One run, live: its stages from the first second, loss and memory step by step, what to be warned of, then what it left: the
+// One run, live: its phases from the first second, loss and memory step by step, what to be warned of, then what it left: the
 // adapter, the report, and the model to be asked before and after.
 
-import { download, finish, get, isOpen, patch, plainly, post, remove } from "./api.js";
+import { download, finish, get, isOpen, patch, plainly, post, remove, standing } from "./api.js";
 import { html, seconds } from "./charts.js";
 import { button, card, confirmed, editable, field, heading, mib, note, numbers, percent, progress, scrolling, section, span, table, term } from "./components.js";
 import { dataName } from "./data.js";
 import { chartBox, smoothed } from "./lines.js";
+import { leftInRun, phaseList, phasesOf } from "./phases.js";
 import { reportTable, showLoss, showMemory } from "./run_report.js";
-import { nameOf, stateOf } from "./runs.js";
+import { heldOutOf, lossOf, nameOf, peakOf, stateOf } from "./runs.js";
 import { action, go, to } from "./shell.js";
-import { warnings } from "./warnings.js";
+import { slower, warnings } from "./warnings.js";
 
 const REDRAW = 250; // ms between two drawings of a run under way
 const ROWS = 200; // of the table of steps, evenly spread
@@ -20,8 +21,8 @@ export async function show({ root, id, query, signal, keep, title }) {
   const [metrics, uploads, plan] = await Promise.all([get(`/v1/runs/${id}/metrics`), get("/v1/uploads").catch(() => ({ uploads: [] })), get(`/v1/plans/${job.request.plan}`).catch(() => null)]);
   if (signal.aborted) return;
   title(nameOf(job));
-  const run = { id, cap: metrics.budget_bytes, places: metrics.places_per_step, steps: new Map(metrics.steps.map((one) => [one.step, one])), evaluations: metrics.evaluations, unit: plan?.summary.accumulate ?? 1 };
-  const state = html("span", {}), bar = progress("This run"), told = html("ul", { class: "warnings bare" }), cards = html("dl", { class: "cards" });
+  const run = { id, cap: metrics.budget_bytes, places: metrics.places_per_step, steps: new Map(metrics.steps.map((one) => [one.step, one])), evaluations: metrics.evaluations, planned: plan?.summary.step_seconds ?? null, latest: job.progress };
+  const state = html("span", {}), bar = progress("This run"), phases = html("div", {}), told = html("ul", { class: "warnings bare" }), cards = html("dl", { class: "cards" });
   const cancel = button("Cancel", action(async () => { cancel.disabled = true; bar.update({ stage: "asked to save and end" }); try { await post(`/v1/jobs/${id}/cancel`, ""); } catch (error) { cancel.disabled = false; throw error; } }));
   const resume = button("Go on with it", action(async () => { resume.hidden = true; try { job = await post(`/v1/runs/${id}/resume`, ""); } catch (error) { resume.hidden = false; throw error; } follow().catch(failed); }), "main");
   const erase = button("Delete", action(async () => {
@@ -36,7 +37,7 @@ export async function show({ root, id, query, signal, keep, title }) {
     heading(editable(nameOf(job), async (name) => nameOf(await patch(`/v1/jobs/${id}`, { title: name })), { action }), cancel, resume, erase),
     html("p", { class: "soft" }, ...about(job, plan, uploads.uploads)),
     note(job.note, (text) => patch(`/v1/jobs/${id}`, { note: text }), action),
-    section(null, html("div", { class: "row", id: "run-state" }, state, bar), cards, told), charts, left,
+    section(null, html("div", { class: "row", id: "run-state" }, state, bar, phases), cards, told), charts, left,
   );
   const offer = () => {
     state.replaceChildren(stateOf(job));
@@ -49,7 +50,9 @@ export async function show({ root, id, query, signal, keep, title }) {
     const ordered = [...run.steps.values()].sort((a, b) => a.step - b.step);
     charts.hidden = !ordered.length;
     cards.replaceChildren(...figures(run, job, ordered));
-    told.replaceChildren(...warnings(ordered, run.evaluations).map((text) => html("li", { class: "not" }, text)));
+    const said = [...warnings(ordered, run.evaluations), isOpen(job) ? slower(ordered, run.planned, run.latest?.clock?.others_cores) : null];
+    told.replaceChildren(...said.filter(Boolean).map((text) => html("li", { class: "not" }, text)));
+    phases.replaceChildren(...[isOpen(job) ? phaseList(phasesOf(job.request, run.latest?.stage)) : null].filter(Boolean));
     if (!ordered.length) return;
     showLoss(loss, [["this run", { steps: ordered, evaluations: run.evaluations }], ...views.with], views.loss);
     showMemory(memory, ordered, run.cap, views.memory);
@@ -63,20 +66,23 @@ export async function show({ root, id, query, signal, keep, title }) {
     const live = isOpen(job);
     offer();
     left.replaceChildren();
-    if (live) bar.update({ stage: job.state === "queued" ? "waits for its turn" : "begins" });
     bar.hidden = false;
     let drawn = 0;
+    const hear = (latest, now) => {
+      if (now?.state && now.state !== job.state) { job = now; offer(); }
+      const phase = phasesOf(job.request, latest.stage).at !== phasesOf(job.request, run.latest?.stage).at, { clock, stage, ...figures } = latest;
+      run.latest = latest;
+      if (latest.eval_loss !== undefined) run.evaluations = [...run.evaluations.filter((one) => one.step !== latest.step), figures];
+      else if (latest.step !== undefined) run.steps.set(latest.step, figures);
+      const total = job.request.steps ?? (run.expected = expected(latest, job) ?? run.expected);
+      bar.update(latest.loss === undefined ? latest : { stage: "training", done: latest.step, total, left: false });
+      if (!phase && performance.now() - drawn < REDRAW) return;
+      drawn = performance.now();
+      draw();
+    };
+    if (live) hear(standing(job));
     try {
-      job = await finish(job, (latest, now) => {
-        if (now?.state && now.state !== job.state) { job = now; offer(); }
-        if (latest.eval_loss !== undefined) run.evaluations = [...run.evaluations.filter((one) => one.step !== latest.step), latest];
-        else if (latest.step !== undefined) run.steps.set(latest.step, latest);
-        const total = job.request.steps ?? (run.expected = expected(latest, job) ?? run.expected);
-        bar.update(latest.loss === undefined ? latest : { stage: "training", done: latest.step, total, left: false });
-        if (performance.now() - drawn < REDRAW) return;
-        drawn = performance.now();
-        draw();
-      }, signal);
+      job = await finish(job, hear, signal);
     } catch (error) {
       if (signal.aborted) return;
       job = await get(`/v1/runs/${id}`);
@@ -107,16 +113,29 @@ function about(job, plan, uploads) {
 const expected = ({ step, epoch }, job) => (epoch ? Math.round((step / epoch) * job.request.epochs) : null);
 
 function figures(run, job, ordered) {
-  if (!ordered.length) return [];
-  const last = ordered.at(-1), recent = ordered.slice(-20), total = job.request.steps ?? run.expected;
-  const mean = (name) => recent.reduce((sum, one) => sum + (one[name] ?? 0), 0) / recent.length, pace = mean("seconds");
-  const places = recent.reduce((sum, one) => sum + (one.places ?? run.places ?? 0), 0), tokens = recent.reduce((sum, one) => sum + (one.tokens ?? 0), 0);
+  const { before, after } = heldOutOf(job), last = ordered.at(-1), recent = ordered.slice(-20), total = job.request.steps ?? run.expected;
+  const mean = (name) => recent.reduce((sum, one) => sum + (one[name] ?? 0), 0) / recent.length, pace = recent.length ? mean("seconds") : run.planned;
+  const evaluation = run.latest?.clock?.evaluation_seconds ?? run.evaluations.at(-1)?.eval_seconds ?? null;
+  const left = isOpen(job) ? leftCard(leftInRun(job.request, { latest: run.latest, step: last?.step ?? 0, total, pace, evaluation })) : null;
+  if (!last) return [left].filter(Boolean);
+  const places = recent.reduce((sum, one) => sum + (one.places ?? run.places ?? 0), 0), tokens = recent.reduce((sum, one) => sum + (one.tokens ?? 0), 0), peak = peakOf(job);
   return [
-    card("loss", smoothed(ordered.map((one) => [one.step, one.loss])).at(-1)[1].toFixed(4), `step ${last.step}${total ? ` of ${total}` : ""}; ${last.loss.toFixed(4)} in this one`),
+    before && after ? card("held-out loss", `${before.loss.toFixed(4)} → ${after.loss.toFixed(4)}`, "before → after") : null,
+    before?.accuracy != null && after?.accuracy != null ? card("held-out accuracy", `${percent(before.accuracy)} → ${percent(after.accuracy)}`, "before → after") : null,
+    card("loss", (lossOf(job) ?? last.loss).toFixed(4), `of step ${last.step}${total ? ` of ${total}` : ""}; smoothed ${smoothed(ordered.map((one) => [one.step, one.loss])).at(-1)[1].toFixed(4)}`),
     last.tokens === undefined ? card("one step", `${seconds(pace)} s`, "mean of the latest") : card(term("tokens a second", "Tokens of your data, padding left out: what counts for how long the training takes."), Math.round(tokens / recent.length / pace).toLocaleString("en"), `${seconds(pace)} s a step${places ? `, ${percent(Math.max(0, 1 - tokens / places), 0)} padding` : ""}`),
-    isOpen(job) ? card("time left", total ? span((total - last.step) * pace) : "–", "for the steps that are left") : card("took", span(job.finished - job.started), "from start to end"),
-    card(term("memory", "Of the process that trains; the one beside it, which watches and reports, takes some 16 MiB more. The report has both."), `${mib(last.resident_bytes)} MiB`, `peak ${mib(last.peak_bytes)}${run.cap === null ? "" : ` of ${mib(run.cap)}`} MiB`),
-  ];
+    left ?? card("took", span(job.finished - job.started), "from start to end"),
+    peak === null
+      ? card(term("memory", "Of the process that trains; the one beside it, which watches and reports, takes some 16 MiB more. The report has both."), `${mib(last.resident_bytes)} MiB`, `peak ${mib(last.peak_bytes)}${run.cap === null ? "" : ` of ${mib(run.cap)}`} MiB`)
+      : card(term("peak memory", "Of all processes of the run together. The chart has the process that trains alone."), `${mib(peak)} MiB`, run.cap === null ? "" : `of ${mib(run.cap)} MiB`),
+  ].filter(Boolean);
+}
+
+// Time to the end of the run, as far as its parts are known.
+function leftCard({ steps, evaluations }) {
+  if (steps === null && !evaluations) return card("time left", "–", "not known yet");
+  const parts = [steps ? `${span(steps)} of steps` : null, evaluations ? `${span(evaluations)} of evaluating` : null, steps === null ? "and the steps" : null, evaluations === null ? "and an evaluation" : null].filter(Boolean);
+  return card("time left", span((steps ?? 0) + (evaluations ?? 0)), parts.join(", ") || "to the end of the run");
 }
 
 function stepTable(ordered, places) {
@@ -200,7 +219,7 @@ function asking(job, id, signal) {
         const asked = await post("/v1/answers", { profile, run: adapted, prompt: text, max_tokens: Number(most.value), template: Boolean(manner.value) });
         try {
           const done = await finish(asked, (latest) => { if (latest.text !== undefined) shown.textContent = latest.text; else if (latest.stage) shown.replaceChildren(html("span", { class: "soft busy" }, latest.stage)); }, signal);
-          shown.textContent = done.result.text || "(nothing)";
+          shown.textContent = done.result.text || "The model ended at once, without a word.";
         } catch (error) {
           shown.replaceChildren(html("span", { class: "wrong" }, error.message));
         }

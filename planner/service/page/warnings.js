@@ -1,5 +1,8 @@
 // What should be said in words of a run under way: a loss that is no number, one that rises, held-out data that get worse.
 
+import { seconds } from "./charts.js";
+
+const SLOWER = 1.3, FEWEST = 3, LATELY = 5; // times the planned seconds from which a step counts as slow; steps that have to be slow, and those that are looked at
 const LATEST = 20; // steps whose mean is looked at
 const WORSE = 0.01; // share above the best from which on a loss counts as risen
 
@@ -18,4 +21,15 @@ export function warnings(steps, evaluations = []) {
     if (later.length >= 2 && later.slice(-2).every((one) => one.eval_loss > best.eval_loss * (1 + WORSE))) said.push(`The held-out loss rises since step ${best.step} (${best.eval_loss.toFixed(4)} there, ${later.at(-1).eval_loss.toFixed(4)} now): the model begins to learn its data by heart. The adapter of that step would be the better one.`);
   }
   return said;
+}
+
+// That steps take longer than planned, in words; null where they do not. `planned`: seconds of a step, where it does not say its own;
+// `others`: cores that other programs use, as far as the run has said so.
+export function slower(steps, planned, others = 0) {
+  const recent = steps.slice(1).slice(-LATELY), mean = (of) => recent.reduce((sum, one) => sum + of(one), 0) / recent.length; // the first builds kernels
+  if (recent.length < FEWEST) return null;
+  const due = mean((one) => one.expected ?? planned ?? 0), took = mean((one) => one.seconds);
+  if (!due || took < SLOWER * due) return null;
+  const why = others ? `other programs use ${others.toFixed(1)} of the cores` : "look whether other programs use the cores";
+  return `Planned ${seconds(due)} s a step, takes ${seconds(took)} s: ${why}. The results stay the same.`;
 }

@@ -154,7 +154,7 @@ class ServiceJob(Named):
         None,
         description="profile: {profile}; trace: {trace, summary}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, why, summary}, where `plans`"
         " are the stored plans by member; answer-plan: {choices}; run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
-        " padding_share, epoch_steps, steps, evaluations, longer}, where `steps` and `evaluations` say how many batches of an epoch and of an evaluation have which length, `longer` how many samples are longer than common lengths,"
+        " padding_share, epoch_steps, steps, evaluations, longer, can_pack}, where `steps` and `evaluations` say how many batches of an epoch and of an evaluation have which length, `longer` how many samples are longer than common lengths,"
         " and a sample has its line, pieces {text, trained}, tokens and how many of them are cut; answer: {text, tokens, seconds, first_seconds, end, peak_bytes, budget_bytes};"
         " merge: {merged: {format, adapted, seconds, note, bytes}}",
     )
