@@ -5,6 +5,7 @@ What reads a plan without asking for its kind reads these: the simulator checks 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Any
 
 from tightfit.planner.fleet.schema import (
     AnyFleet,
+    AnyStepFleet,
     FederatedPlan,
     Link,
     Passed,
@@ -24,6 +26,8 @@ from tightfit.planner.fleet.schema import (
 from tightfit.profiles.schema import Floor
 from tightfit.runtime.engine.fleet.message import RECEIVING_DOWN, SENDING, Passing, offsets, paged, ring
 
+PORT = 29400
+"""where the members meet unless told otherwise: the port that ``torchrun`` uses too"""
 RINGS = 2
 """mobillm: messages that the server receives before it has used up the first of them, and one on its way"""
 
@@ -188,3 +192,25 @@ def messages_bytes(
         + SENDING * (paged(to_below) + paged(to_above))
         + RECEIVING_DOWN * paged(from_above)
     )
+
+
+# --- how its members are started ----------------------------------------------------------------------------------------
+
+
+def listener(fleet: AnyStepFleet) -> int:
+    """The position in the chain of the member that listens for the others: devices can reach a server, and seldom the reverse."""
+    return 1 if isinstance(fleet, SidePlan) else 0
+
+
+def member_commands(fleet: AnyStepFleet, folder: str) -> dict[str, str]:
+    """The command that runs each member on a device of its own, by member; DATA, OUT and HOST, an address of the `listener`, are to be
+    filled in. None for a single member.
+    """
+    if len(fleet.chain) == 1:
+        return {}
+    without_data = fleet.chain[-1] if isinstance(fleet, SidePlan) else None
+    return {
+        member.name: f"tightfit fleet run {shlex.quote(folder)} --member {shlex.quote(member.name)} --at HOST:{PORT}"
+        f"{'' if member is without_data else ' --data DATA'} --steps {fleet.micro_batches} -o OUT"
+        for member in fleet.chain
+    }

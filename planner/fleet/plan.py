@@ -93,6 +93,8 @@ FIRST_SHARE = 0.5
 """of the time limit: for the data-parallel plan, where a pipeline may have to be planned too"""
 TENTH = 10
 """more memory is at most this part of a member's budget, so that it also says something about a small one"""
+NEARLY = 4
+"""what a device lacks to take part is told where it is at most this part of its budget"""
 BITS = (0, 8)
 """of a number in a pipeline's messages; 0: as it is"""
 NOT_SHORTER = "a step is not shorter with it"
@@ -572,6 +574,22 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
             if better is chain:
                 return best
             chain = better
+
+    def prices(self, taking: Sequence[int], makespan: float) -> list[Price]:
+        """Also of those that take no part since they lack a little memory: what it is worth that they do."""
+        told = super().prices(taking, makespan)
+        if not self.together.candidates:
+            return told
+        for at, spec in enumerate(self.specs):
+            missing = self._needed(at) - spec.budget_bytes
+            if at in taking or not 0 < missing <= spec.budget_bytes // NEARLY or time.monotonic() > self.until(1.0):
+                continue
+            roomier = replace(spec, budget_bytes=spec.budget_bytes + missing)
+            gain = max(0.0, makespan - self.makespan_with(at, roomier, self.until(1.0)))
+            told.append(
+                Price(member=spec.name, memory_bytes=missing, memory_gain_seconds=gain, link_gain_seconds=0.0)
+            )
+        return told
 
     def neighbour_bytes(self, at: int) -> int:
         return self.alone.plans[at].planner.neighbour_bytes(self.specs[at].budget_bytes)

@@ -33,6 +33,23 @@ export const heading = (title, ...beside) => html("div", { class: "heading" }, t
 export const card = (name, value, more) => html("div", { class: "card" }, html("dt", {}, name), html("dd", {}, html("b", {}, value), html("span", {}, more)));
 export const empty = (text, ...actions) => html("div", { class: "empty" }, html("p", {}, text), html("div", { class: "row" }, ...actions));
 
+// A command to be typed elsewhere, with a button that copies it.
+export function command(text, label) {
+  const copy = button("Copy", async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      announce("copied");
+      copy.textContent = "Copied";
+      setTimeout(() => { copy.textContent = "Copy"; }, 2000);
+    } catch { // where the clipboard is kept from pages, it is marked to be copied by hand
+      getSelection().selectAllChildren(shown);
+    }
+  }, "quiet");
+  const shown = html("code", {}, text);
+  copy.setAttribute("aria-label", label);
+  return html("div", { class: "command" }, html("pre", { class: "scroll", tabindex: 0, "aria-label": label.replace(/^Copy t/, "T") }, shown), copy);
+}
+
 // A control with its label and, below, what it means.
 let fields = 0;
 export function field(label, control, help = null) {

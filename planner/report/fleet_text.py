@@ -137,7 +137,8 @@ def price_sheet(fleet: AnyPlan) -> Sheet | None:
     """
     if not fleet.prices:
         return None
-    given = {price.memory_bytes for price in fleet.prices}
+    taking = {member.name for member in fleet.chain}
+    given = {price.memory_bytes for price in fleet.prices if price.member in taking}
     more = f"{format_size(min(given))} more memory" if len(given) == 1 else "more memory"
     rows = [
         [
@@ -147,6 +148,12 @@ def price_sheet(fleet: AnyPlan) -> Sheet | None:
             _gain(price.link_gain_seconds, fleet),
         ]
         for price in fleet.prices
+        if price.member in taking
+    ]
+    rows += [
+        [price.member, f"{_gain(price.memory_gain_seconds, fleet)}: {format_size(price.memory_bytes)} more let it take part", "–"]
+        for price in fleet.prices
+        if price.member not in taking
     ]
     return Sheet(
         caption="By how much a step gets shorter", headings=["member", more, "a link twice as fast"], rows=rows

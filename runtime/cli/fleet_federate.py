@@ -191,7 +191,8 @@ def _existing(path: str) -> str:
 
 def _meeting(fleet: SplitPlan, meet: str | None, host: str, *, local: bool) -> tuple[str, int]:
     """Address and first port of the server's runs in split rounds. Raises InputError where devices could not reach them."""
-    from tightfit.runtime.session.fleet import PORT, address_of
+    from tightfit.planner.fleet.parts import PORT
+    from tightfit.runtime.session.fleet import address_of
 
     if not fleet.server.measured:
         raise InputError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import time
 from collections.abc import Mapping
@@ -126,21 +125,14 @@ def run(
 
 def member_commands(fleet: AnyStepFleet, folder: Path) -> str:
     """The commands that run each member on a device of its own, with the address at which they meet; "" for a single member."""
-    from tightfit.runtime.session.fleet import PORT, listener
+    from tightfit.planner.fleet.parts import listener, member_commands
 
-    if len(fleet.chain) == 1:
+    commands = member_commands(fleet, str(folder))
+    if not commands:
         return ""
     listening = fleet.chain[listener(fleet)].name
-    lines = [
-        f"on each device, with all of {folder}; they meet at {listening!r}: HOST is an address of that one, which the others reach"
-    ]
-    for member in fleet.chain:
-        data = "" if fleet.kind == MOBILLM and member is fleet.chain[-1] else " --data DATA"
-        name, quoted_folder = shlex.quote(member.name), shlex.quote(str(folder))
-        lines.append(
-            f"  tightfit fleet run {quoted_folder} --member {name} --at HOST:{PORT}{data} --steps {fleet.micro_batches} -o OUT"
-        )
-    return "\n".join(lines)
+    meeting = f"on each device, with all of {folder}; they meet at {listening!r}: HOST is an address of that one, which the others reach"
+    return "\n".join([meeting, *(f"  {command}" for command in commands.values())])
 
 
 def _check_length(fleet: AnyStepFleet, options: RunOptions) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.fleet.parts import Chain, passing_of, replicas
+from tightfit.planner.fleet.parts import Chain, listener, passing_of, replicas
 from tightfit.planner.fleet.schema import (
     BUFFERS,
     PIECE_BYTES,
@@ -28,8 +28,6 @@ from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.fleet.stage import Boundary, StagePart
 from tightfit.runtime.session.options import RunOptions
 
-PORT = 29400
-"""where the members meet unless told otherwise: the port that ``torchrun`` uses too"""
 SIDE_RESULT = "a side network, which the server trains and saves in its folder's side/; no adapter of the model"
 LEAST_TIMEOUT, STEPS_WAITED = 600.0, 10
 """seconds, and makespans of a step, that a member waits for another at least"""
@@ -138,11 +136,6 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
-
-
-def listener(fleet: AnyStepFleet) -> int:
-    """The position in the chain of the member that listens for the others: devices can reach a server, and seldom the reverse."""
-    return 1 if isinstance(fleet, SidePlan) else 0
 
 
 def check_listens(fleet: AnyStepFleet, name: str, address: str, port: int) -> None:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
+from tightfit.planner.fleet.parts import listener, member_commands
 from tightfit.planner.problem.step_graph import layer_graph
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.report.chart_data import SLICES, lanes_of, series_of
@@ -40,6 +41,8 @@ from tightfit.planner.service.wire.shown import (
     TensorChange,
 )
 
+FLEET_FOLDER = "plan"
+"""what the folder with a fleet's files is called in the commands that start its members"""
 NODES = 400
 """layers drawn; further ones are in the table alone"""
 CHANGES = 2000
@@ -181,4 +184,6 @@ def fleet_view(fleet: AnyPlan, identity: str, plans: dict[str, str]) -> FleetVie
         plans={
             member.plan: plans.get(member.name, str(member.plan_fingerprint)) for member in fleet.chain if member.plan
         },
+        commands=member_commands(fleet, FLEET_FOLDER),
+        meets_at=fleet.chain[listener(fleet)].name if len(fleet.chain) > 1 else None,
     )

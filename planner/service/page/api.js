@@ -81,7 +81,7 @@ export const remove = (path) => send(path, { method: "DELETE" });
 const eventOf = (text) => Object.fromEntries(text.split("\n").map((line) => line.split(/: (.*)/s, 2)).filter(([name]) => name));
 
 // How far a job is, as its latest progress says, or in a word.
-export const standing = (job) => (job.state === "running" && job.progress ? job.progress : { stage: job.state === "queued" ? "waits for its turn" : job.state });
+export const standing = (job) => (job.state === "running" && job.progress ? job.progress : { stage: job.state === "queued" ? "waits for its turn" : "" });
 
 // Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again after the
 // last event that came. Where `signal` is aborted, following ends, the job does not.

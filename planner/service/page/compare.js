@@ -2,11 +2,11 @@
 
 import { get, pageOf } from "./api.js";
 import { html, seconds, size } from "./charts.js";
-import { button, dialog, empty, heading, list, percent, scrolling, section, table, when } from "./components.js";
+import { button, dialog, empty, field, heading, list, scrolling, section, table, when } from "./components.js";
 import { chartBox } from "./lines.js";
-import { nameOfPlan as nameOf } from "./rules.js";
+import { gapWords, nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
 import { showLoss } from "./run_report.js";
-import { nameOf as runName } from "./runs.js";
+import { nameOf as runName, STATES } from "./runs.js";
 import { action, to } from "./shell.js";
 import { letter, sideBySide } from "./side_by_side.js";
 import { showSteps, stepOf } from "./timeline.js";
@@ -60,12 +60,12 @@ function figuresOf(shown) {
     { label: "model", values: of((view) => view.model) },
     { label: "what is trained", values: of((view) => view.about) },
     { label: "fits", values: of((view) => (view.timeline ? "yes" : "no")) },
-    { label: "planned by", values: summary((one) => (one.policy === "solver" ? "search" : `rule ${one.policy}`)) },
+    { label: "planned by", values: summary((one) => (one.policy === SOLVER ? "search" : `rule “${nameOfRule(one.policy)}”`)) },
     { label: "budget", values: summary((one) => one.budget_bytes), text: size },
     { label: "smallest budget that is enough", values: of((view) => (view.timeline ? null : view.summary.minimum_budget_bytes)), text: size },
     { label: "one step", values: fits((one) => one.step_seconds), text: time, better: -1 },
     { label: "peak memory", values: fits((one) => one.peak_bytes), text: size, better: -1 },
-    { label: "at most slower than the best of its kind", values: fits((one) => one.gap), text: (value) => percent(value, 2) },
+    { label: "at most slower than the best of its kind", values: fits((one) => one.gap), text: gapWords },
     { label: "computed again, per step", values: train("recompute_seconds"), text: time, better: -1 },
     { label: "unpacking weights, per step", values: train("unpack_seconds"), text: time, better: -1 },
     { label: "cores wait, per step", values: train("stall_seconds"), text: time, better: -1 },
@@ -94,10 +94,10 @@ async function steps(root, fitting, name, signal) {
 
 // What becomes of each tensor in one of them and in another.
 function tensors(root, fitting, name) {
-  const box = html("div"), choice = (label, chosen) => { const made = html("select", { "aria-label": label }, ...fitting.map((one) => html("option", { value: one.id }, name(one)))); made.value = chosen.id; return made; };
-  const first = choice("from", fitting[0]), second = choice("to", fitting[1]);
+  const box = html("div"), choice = (chosen) => { const made = html("select", { class: "wide" }, ...fitting.map((one) => html("option", { value: one.id }, name(one)))); made.value = chosen.id; return made; };
+  const first = choice(fitting[0]), second = choice(fitting[1]);
   const load = action(async () => {
-    const difference = await get(`/v1/plans/${first.value}/changes/${second.value}`), change = (one) => (one.before === one.after ? one.before ?? "–" : `${one.before ?? "–"} → ${one.after ?? "–"}`);
+    const difference = await get(`/v1/plans/${first.value}/changes/${second.value}`), fate = (decision) => decision ?? "not there", change = (one) => (one.before === one.after ? fate(one.before) : `${fate(one.before)} → ${fate(one.after)}`);
     const cost = (value) => (Math.abs(value) < 5e-7 ? "0" : `${value > 0 ? "+" : "−"}${seconds(Math.abs(value))}`);
     const sums = difference.groups.map((group) => [`${group.kind}: ${change(group)}`, String(group.tensors), size(group.bytes), cost(group.compute_seconds), cost(group.transfer_seconds)]);
     const rows = difference.changes.map((one) => [one.name, one.layer, size(one.bytes), change(one), cost(one.compute_seconds), cost(one.transfer_seconds)]);
@@ -107,7 +107,7 @@ function tensors(root, fitting, name) {
     ] : [html("p", {}, "Both treat every tensor the same.")]));
   });
   for (const one of [first, second]) one.addEventListener("change", load);
-  root.append(section("What becomes of the tensors", html("div", { class: "row" }, html("label", {}, "from", first), html("label", {}, "to", second)), box));
+  root.append(section("What becomes of the tensors", html("div", { class: "beside" }, field("from", first), field("to", second)), box));
   load();
 }
 
@@ -141,9 +141,9 @@ async function compareRuns(root, ids, signal) {
   root.append(
     heading("Runs side by side"),
     section("What differs", sideBySide("Figures of each run; the best is marked", links, [
-      { label: "state", values: of((job) => job.state) },
-      { label: "steps", values: of((job, metrics) => metrics.steps.at(-1)?.step) },
-      { label: "last loss", values: of((job, metrics) => metrics.steps.at(-1)?.loss), text: four, better: -1 },
+      { label: "state", values: of((job) => STATES[job.state]) },
+      { label: "steps taken", values: of((job, metrics) => metrics.steps.at(-1)?.step) },
+      { label: "loss of the last step", values: of((job, metrics) => metrics.steps.at(-1)?.loss), text: four, better: -1 },
       { label: "held-out loss before", values: of((job, metrics, report) => report?.evaluation?.before?.loss), text: four },
       { label: "held-out loss after", values: of((job, metrics, report) => report?.evaluation?.after?.loss), text: four, better: -1 },
       { label: "budget", values: of((job, metrics) => metrics.budget_bytes), text: size },
@@ -154,7 +154,7 @@ async function compareRuns(root, ids, signal) {
       { label: "tokens a second", values: of((job, metrics, report) => report?.tokens?.per_second), text: (value) => Math.round(value).toLocaleString("en"), better: 1 },
       { label: "data", values: of((job) => job.request.data) },
       { label: "held-out data", values: of((job) => job.request.eval_data) },
-      ...asked.map((name) => ({ label: name.replaceAll("_", " "), values: of((job) => job.request[name]) })),
+      ...asked.map((name) => ({ label: name === "steps" ? "steps asked for" : name.replaceAll("_", " "), values: of((job) => job.request[name]) })),
     ])),
     html("ul", { class: "row bare chosen" }, ...links.map((link, i) => html("li", { class: "pill" }, html("b", {}, letter(i)), " ", link.cloneNode(true)))),
     section("Loss", loss.whole),

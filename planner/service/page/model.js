@@ -8,7 +8,7 @@ import { announce, bar, button, card, editable, field, heading, mib, note, perce
 import { budgetCurve } from "./curve.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { deleted, estimated, measuredModel, measuring, nameOf, origin } from "./models.js";
-import { meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
+import { gapWords, meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
 import { action, complain, go, to } from "./shell.js";
 import { choose } from "./sources.js";
 
@@ -16,6 +16,7 @@ const LOOK = 1.5, ROUGH = 1.5, FINE = 15, LONG = 60; // seconds for a plan: to s
 const SKETCHED = 4, POINTS = 9; // budgets of the sketch and of the curve
 const SLIDER_STEPS = 400, MOST = Number.MAX_SAFE_INTEGER, LEAST = 1024, SPREAD = 5; // budgets apart by more than this factor lie on a scale of ratios
 const MORE = 50 * MIB;
+const NOISE = 2 * MIB; // by which two measurements of one machine may differ in what a process holds
 
 export async function show(place) {
   if (place.id.startsWith("job-")) await showMeasurement(place);
@@ -30,13 +31,14 @@ async function showMeasurement({ root, id, query, signal, title }) {
   if (job.state === "succeeded") return location.replace(to("models", job.result.profile, query));
   const bar = measuring(job), cancel = button("Cancel", action(async () => { cancel.disabled = true; await post(`/v1/jobs/${id}/cancel`, {}); }), "quiet");
   const box = section(null, html("div", { class: "row" }, bar, cancel), html("p", { class: "soft" }, `${estimated(job) ? "Its step is traced, and how long its operators take is computed from the device's figures" : "Its operators are timed on the machine, one kind after the other"}; that takes from some seconds to some minutes, and goes on when this page is closed.`));
-  root.append(heading(name), box);
+  const trying = query.tried ? html("p", { id: "trial" }, `Tried for ${mib(Number(query.budget))} MiB: ${query.tried}.`) : "";
+  root.append(heading(name), trying, box);
   finish(job, bar.hear, signal).then(
     (done) => { if (!signal.aborted) location.replace(to("models", done.result.profile, query)); },
     (error) => {
       if (signal.aborted) return;
       const words = error.code === "cancelled" ? "This measurement was cancelled." : error.message;
-      box.replaceChildren(html("p", { class: "not", role: "alert" }, words), html("div", { class: "row last" }, button("Try again", action(() => again(job.request)), "main"), button("Choose another model", () => choose().catch(complain))));
+      box.replaceChildren(html("p", { class: "not", role: "alert" }, words), html("div", { class: "row last" }, button("Try again", action(() => again(job.request, {}, query)), "main"), button("Choose another model", () => choose().catch(complain))));
     },
   );
 }
@@ -61,14 +63,16 @@ async function explore(place) {
   const measuredBy = summary.request ?? (profile.origin === "made" ? await requestOf(id) : null);
   place.title(nameOf(profile));
   sessionStorage.setItem(LATEST, id);
-  const { budget: budgetKept, policy: policyKept, ...stepKept } = query;
+  const { budget: budgetKept, policy: policyKept, tried, was, ...stepKept } = query; // `tried`: a change of another model's step, whose smallest budget `was` so large
   const state = { least: 0, proven: false, most: 0, budget: 0, policy: policies.includes(policyKept) ? policyKept : SOLVER, cells: [], chart: null, asked: 0, step: stepKept, drawn: new Set(summary.policies), ticked: new Set(), dragging: false, typing: false, chosen: false, ways: null, round: 0 };
   const old = (round) => signal.aborted || round !== state.round;
 
   // --- what is to be seen ---
 
-  const verdict = html("p", { id: "verdict", class: "verdict", role: "status", "aria-live": "polite" }), smallest = html("p", { id: "smallest", class: "soft" });
-  const slider = html("input", { id: "slider", type: "range", min: 0, max: SLIDER_STEPS, step: 1, disabled: true }), input = html("input", { id: "budget", type: "number", min: 0, step: "any", inputmode: "decimal" });
+  const verdict = html("p", { id: "verdict", class: "verdict", role: "status", "aria-live": "polite" }), trial = html("p", { id: "trial", role: "status" }), smallest = html("p", { id: "smallest", class: "soft" });
+  const slider = html("input", { id: "slider", type: "range", min: 0, max: SLIDER_STEPS, step: 1, disabled: true }), input = html("input", { id: "budget", type: "text", inputmode: "decimal", autocomplete: "off", class: "figure" });
+  const budgetField = field("MiB", input), refusal = html("span", { id: "no-budget", class: "wrong", role: "alert" }), beyond = html("small", { id: "beyond" });
+  budgetField.append(refusal, beyond);
   const policy = html("select", { id: "policy" }, html("optgroup", { label: "Exact gradient" }, ...summary.policies.map((name) => html("option", { value: name }, nameOfRule(name)))), summary.approximate?.length ? html("optgroup", { label: "Another gradient" }, ...summary.approximate.map((name) => html("option", { value: name }, nameOfRule(name)))) : null);
   const solveButton = button("Plan at this budget", action(() => solve()), "main"), fitButton = fitThisMachine(), working = html("div", { id: "working" }), curving = html("div", { id: "curving" });
   const chart = html("div", { id: "curve", class: "chart-box", "aria-busy": "true" }), key = html("ul", { id: "curve-legend", class: "legend" }), numbersBox = html("div", { id: "curve-table" });
@@ -76,14 +80,14 @@ async function explore(place) {
   const stepForm = html("form", { id: "step-form" }, html("details", { class: "more" }, html("summary", {}, "Optimizer, clipping, and how near to the best"), html("div", { class: "row" }, html("button", {}, "Plan so"))));
   solveButton.id = "solve";
   policy.value = state.policy;
-  const named = editable(nameOf(profile), async (title) => nameOf(Object.assign(profile, await patch(`/v1/profiles/${id}`, { title }))), { action });
+  const named = editable(nameOf(profile), async (title) => { const shown = nameOf(Object.assign(profile, await patch(`/v1/profiles/${id}`, { title }))); place.title(shown); return shown; }, { action });
   root.append(
-    heading(named, button("Download profile", action(() => download(`/v1/profiles/${id}/file`, "profile.json")), "quiet"), button("Delete", action(async () => { if (await deleted(profile)) go("models"); }), "quiet")),
+    heading(named, button("Download profile", action(() => download(`/v1/profiles/${id}/file`, "profile.json")), "quiet"), button("Delete", action(async () => { if (await deleted(profile)) go("models"); }), "danger")),
     html("p", { id: "about", class: "soft" }, about(profile)),
-    summary.marks?.length ? html("p", { id: "caution", class: "caution" }, `Caution: ${summary.marks.join("; ")}.`) : "",
+    summary.marks?.length ? caution() : "",
     note(profile.note, (text) => patch(`/v1/profiles/${id}`, { note: text }), action),
-    section("Will it fit?", verdict, smallest,
-      html("div", { class: "row" }, html("div", { class: "grow" }, field("Memory of the whole run", slider)), field("MiB", input), field("How", policy)),
+    section("Will it fit?", verdict, trial, smallest,
+      html("div", { class: "row" }, html("div", { class: "grow" }, field("Memory of the whole run", slider)), budgetField, field("How", policy)),
       html("div", { class: "row" }, solveButton, fitButton),
       working, chart, key, curving,
       html("details", {}, html("summary", {}, "The curve in numbers, and plans to compare"), numbersBox),
@@ -138,7 +142,7 @@ async function explore(place) {
       const drag = (event) => { choosing(inKib(state.chart.budgetAt(event))); glide(); };
       picture.addEventListener("pointerdown", (event) => { picture.setPointerCapture(event.pointerId); state.dragging = true; drag(event); });
       picture.addEventListener("pointermove", (event) => { if (state.dragging) drag(event); });
-      for (const end of ["pointerup", "pointercancel"]) picture.addEventListener(end, action(() => { state.dragging = false; draw(); return moved(); }));
+      for (const end of ["pointerup", "pointercancel"]) picture.addEventListener(end, action(() => { state.dragging = false; draw(); return dragged(); }));
       mark();
       return picture;
     });
@@ -191,30 +195,42 @@ async function explore(place) {
   // What is known of the budget and the policy that are chosen, and of nothing else: said anew whenever they or it change.
   function judge() {
     const { budget, policy: name } = state, wanted = `${mib(budget)} MiB`, best = bestFor(budget);
-    const say = (text, fits) => {
+    // The answer first, in a second and smaller sentence what it rests on.
+    const say = (text, fits, more = "") => {
       verdict.className = `verdict ${fits === null ? "soft" : fits ? "fits" : "not"}`;
-      if (verdict.textContent !== text) verdict.textContent = text;
+      if (verdict.textContent !== `${text}${more && ` ${more}`}`) verdict.replaceChildren(text, ...(more ? [" ", html("small", {}, more)] : []));
     };
+    const own = devices.find((one) => one.local)?.memory_bytes;
+    beyond.textContent = own && budget > own && !devices.some((one) => !one.local && one.name === summary.device) ? `More than the ${roomy(own)} that this machine has.` : "";
     drawSmallest();
     if (!budget) return say("", null);
     offerNext(best);
     const here = state.cells.find((one) => isAt(one, budget, name)), least = here?.summary.minimum_budget_bytes || needs(name), enough = needs(SOLVER);
     offerHelp(!best && enough < Infinity && budget < enough);
     if (best) {
-      if (!best.plan) return say(`Fits ${wanted}: at most ${seconds(best.step)} s per step`, true);
-      const proof = best.summary.policy === SOLVER ? `, ${nearness(best.summary)}` : `, by the rule “${nameOfRule(name)}”`;
-      if (mib(best.budget) === mib(budget)) return say(`Fits ${wanted}: ${seconds(best.step)} s per step${proof}; peak ${mib(best.peak)} MiB`, true);
-      return say(`Fits ${wanted}: at most ${seconds(best.step)} s per step, as at ${mib(best.budget)} MiB; plan at this budget to see what the rest is good for`, true);
+      if (!best.plan) return say(`Yes, it fits ${wanted}: at most ${seconds(best.step)} s a step.`, true);
+      const proof = best.summary.policy === SOLVER ? sentence(nearness(best.summary)) : `Planned by the rule “${nameOfRule(name)}”`;
+      if (mib(best.budget) === mib(budget)) return say(`Yes, it fits ${wanted}: ${seconds(best.step)} s a step.`, true, `${proof}; peak ${mib(best.peak)} MiB.`);
+      return say(`Yes, it fits ${wanted}: at most ${seconds(best.step)} s a step.`, true, `That is as at ${mib(best.budget)} MiB; plan at this budget to see what the rest is good for.`);
     }
     if (!here && least === Infinity) return say(`${wanted}: nothing is known of it yet`, null);
-    if (!here && budget >= least) return say(`Fits ${wanted}; how fast is not known yet`, true);
+    if (!here && budget >= least) return say(`Yes, it fits ${wanted}; how fast is not known yet.`, true);
     if (name === SOLVER) return say(`Does not fit ${wanted}: ${state.proven ? "the smallest budget that is enough is" : "the smallest budget found to be enough is"} ${atLeast(least)} MiB`, false);
     const others = budget >= enough ? `other plans fit from ${atLeast(enough)} MiB on` : enough < Infinity ? `nor does any other plan found: the smallest budget found to be enough is ${atLeast(enough)} MiB` : "whether another plan does is not known yet";
     say(`“${nameOfRule(name)}” does not fit ${wanted}, it needs ${atLeast(least)} MiB; ${others}`, false);
   }
 
+  // What came of a change that was tried so that a budget suffices.
+  function drawTrial() {
+    if (!tried || !state.budget) return;
+    const least = needs(SOLVER), before = Number(was), missing = least - state.budget, head = `Tried for ${mib(state.budget)} MiB: ${tried}.`;
+    const text = least === Infinity ? `${head} What it needs is being found.` : `${head} The smallest budget ${before ? `was ${atLeast(before)} MiB and ` : ""}is ${atLeast(least)} MiB${state.proven ? "" : " as far as it is found"}: ${missing > 0 ? `${atLeast(missing)} MiB are missing` : "that is enough"}.`;
+    if (trial.textContent !== text) trial.textContent = text;
+  }
+
   function drawSmallest() {
     const least = needs(SOLVER);
+    drawTrial();
     const shown = [least, state.proven, state.seeking].join(" ");
     if (smallest.dataset.shown === shown) return;
     smallest.dataset.shown = shown;
@@ -229,16 +245,19 @@ async function explore(place) {
   // While the budget moves, the verdict moves along.
   function glide() { mark(); judge(); }
 
-  // When it rests: what is asked for another budget is no longer shown; where no plan is known that fits, one is made.
-  async function moved() {
+  // When it rests: what is asked for another budget is no longer shown; where no plan is known that fits and a person `asks`, one is made.
+  async function moved(asks = true) {
     state.asked++;
     working.replaceChildren();
     solveButton.disabled = false;
     remember();
     glide();
     const known = state.cells.some((one) => isAt(one, state.budget, state.policy)) || bestFor(state.budget, (point) => point.plan);
-    if (!known) await solve();
+    if (asks && !known) await solve();
   }
+
+  // What is dragged to asks for a plan where one may fit; passing over budgets that are too small does not.
+  const dragged = () => moved(state.budget >= needs(state.policy));
 
   const remember = () => place.keep({ budget: state.budget || null, policy: state.policy === SOLVER ? null : state.policy, ...state.step });
   const request = (budget, name, limit) => ({ profile: id, memory: budget, policy: name, time_limit: limit, ...state.step });
@@ -261,6 +280,12 @@ async function explore(place) {
   }
 
   // --- what to do next, what would help, what rules there are ---
+
+  // What is to be doubted of the measurement, and a way to make it anew.
+  function caution() {
+    const marks = summary.marks.map((mark) => mark.replace(AGAIN, ""));
+    return html("div", { id: "caution", class: "caution row" }, html("p", {}, `Caution: ${marks.join("; ")}.${measuredBy ? " Measure it once more when nothing else runs." : ""}`), measuredBy ? button("Measure anew", action(() => again(measuredBy, { force: true }, { budget: state.budget || null }))) : null);
+  }
 
   function fitThisMachine() {
     // The times of another device say nothing of this machine.
@@ -291,7 +316,8 @@ async function explore(place) {
       train ? ["computed again", percent(train.recompute_seconds / (best.step || 1)), `${seconds(train.recompute_seconds)} s of each step`] : null,
       train ? ["disk", `${mib(train.read_bytes + train.write_bytes)} MiB`, `each step; ${seconds(train.stall_seconds)} s waiting`] : null,
     ].filter(Boolean);
-    renew(next, section("From here",
+    const own = mib(best.budget) === mib(state.budget);
+    renew(next, section(own ? "From here" : `From here: the plan for ${mib(best.budget)} MiB, which fits too`,
       html("dl", { class: "cards" }, ...cards.map(([name, value, more]) => card(name, value, more))),
       worth(best),
       html("div", { class: "row last" },
@@ -307,13 +333,14 @@ async function explore(place) {
   function worth(best) {
     if (state.policy !== SOLVER || mib(best.budget) !== mib(state.budget)) return null;
     const box = html("p", { id: "worth", class: "soft" }), more = bestFor(best.budget + MORE);
+    const share = (value) => percent(value / best.step);
     const parts = (best.summary.explanation?.neighbours ?? []).map(({ change_bytes: change, price_seconds: price, status }) => {
       const by = `${mib(Math.abs(change), 0)} MiB ${change > 0 ? "more" : "less"}`;
       if (status === "infeasible") return `${by}: nothing fits`;
       if (price === null) return null;
-      return Math.abs(price) < 1e-3 * best.step ? `${by} change nothing that counts` : change > 0 ? `${by} save about ${seconds(-price)} s a step` : `${by} cost about ${seconds(price)} s a step`;
+      return Math.abs(price) < 1e-3 * best.step ? `${by} change nothing that counts` : change > 0 ? `${by} save about ${seconds(-price)} s a step (${share(-price)})` : `${by} cost about ${seconds(price)} s a step (${share(price)})`;
     }).filter(Boolean);
-    const planned = more && more.budget > best.budget && more.step < best.step ? ` Planned at ${mib(more.budget)} MiB: ${seconds(best.step - more.step)} s a step less.` : "";
+    const planned = more && more.budget > best.budget && more.step < best.step ? ` Planned at ${mib(more.budget)} MiB: ${seconds(best.step - more.step)} s a step less (${share(best.step - more.step)}).` : "";
     box.append(parts.length ? `What memory is worth here: ${parts.join("; ")}.` : "What would a little more memory be worth?", planned, " ");
     if (!state.cells.some((one) => isAt(one, best.budget + MORE, SOLVER))) box.append(button("Plan 50 MiB more", action(() => solve(best.budget + MORE)), "link"));
     return box;
@@ -328,8 +355,8 @@ async function explore(place) {
     const missing = needs(SOLVER) - state.budget, words = { batch: "a smaller batch", seq: "shorter samples", lora_rank: "a smaller adapter", base: "frozen weights in fewer bits" };
     const remedies = ways.remedies.map((remedy) => reaching(remedy, missing)), most = mostFreed(remedies);
     const row = (remedy) => {
-      const can = remedy.field && measuredBy, start = action(() => again(measuredBy, { [remedy.field]: remedy.value }, { budget: state.budget }));
-      return html("li", { class: "row" }, can ? button(`Try ${remedy.change}`, start) : html("b", {}, remedy.change), html("span", { class: "soft" }, `${words[remedy.field] ?? "a change"}, frees up to ${size(remedy.saves_bytes)}${remedy.saves_bytes < missing && remedy.most > remedy.saves_bytes ? `, and never more than ${size(remedy.most)}` : ""}`), remedy.saves_bytes >= missing ? html("span", { class: "pill good" }, "may be enough") : html("span", { class: "pill" }, "not enough alone"));
+      const can = remedy.field && measuredBy, start = action(() => again(measuredBy, { [remedy.field]: remedy.value }, { budget: state.budget, tried: remedy.change, was: needs(SOLVER) }));
+      return html("li", { class: "row" }, can ? button(`Try ${remedy.change}`, start) : html("b", {}, remedy.change), html("span", { class: "soft" }, `${words[remedy.field] ?? "a change"}, frees up to ${size(remedy.saves_bytes)}${remedy.saves_bytes < missing && remedy.most > remedy.saves_bytes ? `, and never more than ${size(remedy.most)}` : ""}`), html("span", { class: `pill ${remedy.saves_bytes >= missing + NOISE ? "good" : ""}` }, remedy.saves_bytes >= missing + NOISE ? "may be enough" : remedy.saves_bytes >= missing ? "is hardly enough alone" : "not enough alone"));
     };
     renew(help, section("Why not, and what would help",
       html("p", {}, `${size(missing)} are missing. This is what fills the memory of the smallest plan found:`),
@@ -353,7 +380,7 @@ async function explore(place) {
       const fast = points(name).reduce((best, point) => (best && best.step <= point.step ? best : point), null), least = needs(name), box = html("input", { type: "checkbox", "aria-label": `Draw ${nameOfRule(name)}` });
       box.checked = state.drawn.has(name);
       box.addEventListener("change", () => { state.drawn[box.checked ? "add" : "delete"](name); draw(); });
-      const enough = least === Infinity ? "" : `${misfits(name).length || name === "keep-all" ? "needs" : "fits"} ${atLeast(least)} MiB`, pace = fast ? `${seconds(fast.step)} s a step` : "";
+      const firm = misfits(name).length || name === "keep-all", enough = least === Infinity ? "" : firm ? `needs ${atLeast(least)} MiB` : `needs at most ${atLeast(least)} MiB${state.finding ? " so far" : ""}`, pace = fast ? `${seconds(fast.step)} s a step` : "";
       return html("tr", {}, html("th", { scope: "row" }, html("span", { class: "tickable" }, box, html("b", {}, nameOfRule(name)))), html("td", { class: "wide" }, meaningOfRule(name)), html("td", {}, [enough, pace].filter(Boolean).join(", ") || "not planned yet"));
     };
     const folded = rules.querySelector("details")?.open ?? true;
@@ -415,7 +442,7 @@ async function explore(place) {
     if (drawn() < POINTS - 1) await compare(spread(least, most, POINTS), [SOLVER], FINE, "Refining the curve");
     if (old(round)) return;
     openOnPlan();
-    if (!bestFor(state.budget, (point) => point.plan) && !state.cells.some((one) => isAt(one, state.budget, state.policy))) await solve();
+    if (state.budget >= needs(SOLVER) && !bestFor(state.budget, (point) => point.plan) && !state.cells.some((one) => isAt(one, state.budget, state.policy))) await solve();
   }
 
   // What the answer to a budget of one byte, which never fits, says of the smallest. The search for it goes on after its first answer, and
@@ -482,10 +509,13 @@ async function explore(place) {
 
   async function run() {
     const round = state.round + 1;
+    state.finding = true;
     try {
       await find();
     } finally {
       if (!old(round)) {
+        state.finding = false;
+        if (state.most) drawRules();
         curving.replaceChildren();
         chart.removeAttribute("aria-busy");
       }
@@ -495,19 +525,29 @@ async function explore(place) {
   // --- set up ---
 
   slider.addEventListener("input", () => { choosing(inKib(budgetAt(Number(slider.value)))); glide(); });
-  slider.addEventListener("change", action(moved));
+  let byPointer = false; // whether the slider is being dragged
+  slider.addEventListener("pointerdown", () => { byPointer = true; });
+  slider.addEventListener("change", action(() => { const pointed = byPointer; byPointer = false; return pointed ? dragged() : moved(false); }));
+  slider.addEventListener("keydown", action((event) => (event.key === "Enter" ? moved() : null), { passing: true }));
   policy.addEventListener("change", action(() => { state.policy = policy.value; state.drawn.add(state.policy); if (state.most) draw(); return moved(); }));
-  input.addEventListener("change", action(async () => {
-    const { value } = input, bytes = Number(value) * MIB;
+  const refuse = (text) => {
+    refusal.textContent = text;
+    input[text ? "setAttribute" : "removeAttribute"]("aria-invalid", "true");
+    if (text) input.setAttribute("aria-errormessage", refusal.id);
+  };
+  const entered = async (asks) => {
+    const bytes = budgetOf(input.value), refused = bytes === null ? `Write a budget in MiB, such as 300${input.value.trim() ? `: “${input.value.trim()}” is none` : ""}.` : bytes > MOST ? `That is more than any machine has; write at most ${mib(MOST, 0)} MiB.` : "";
     state.typing = false;
-    if (!(bytes > 0 && bytes <= MOST)) {
-      mark();
-      throw new Error(`${value || "nothing"} is no budget; write MiB above 0, at most ${mib(MOST, 0)}`);
-    }
-    choosing(Math.max(LEAST, Math.ceil(bytes / 1024) * 1024));
-    await moved();
-  }));
-  input.addEventListener("input", () => { state.typing = true; });
+    refuse(refused);
+    if (refused) return mark();
+    const next = Math.max(LEAST, Math.ceil(bytes / 1024) * 1024);
+    if (next === state.budget && !asks) return mark();
+    choosing(next);
+    await moved(asks);
+  };
+  input.addEventListener("keydown", action((event) => (event.key === "Enter" ? entered(true) : null), { passing: true }));
+  input.addEventListener("change", action(() => entered(false)));
+  input.addEventListener("input", () => { state.typing = true; refuse(""); });
   input.addEventListener("blur", () => { state.typing = false; mark(); });
   stepForm.addEventListener("submit", action(async () => {
     forget(stepForm);
@@ -540,8 +580,8 @@ function renew(box, ...children) {
 export function reaching(remedy, missing) {
   const { change, field, value, saves_bytes: saved } = remedy, now = Number(/instead of (\d+)/.exec(change)?.[1]);
   if (typeof value !== "number" || !(now > value)) return { ...remedy, most: saved };
-  const most = (saved * now) / (now - value), small = Math.floor(now * (1 - missing / most)), enough = field === "seq" && small > 8 ? small - (small % 8) : small;
-  if (saved >= missing || enough < 1) return { ...remedy, most };
+  const most = (saved * now) / (now - value), small = Math.floor(now * (1 - (missing + NOISE) / most)), enough = field === "seq" && small > 8 ? small - (small % 8) : small;
+  if (saved >= missing + NOISE || enough < 1) return { ...remedy, most };
   return { ...remedy, most, value: enough, change: change.replace(/\d+/, enough), saves_bytes: Math.floor((most * (now - enough)) / now) };
 }
 
@@ -562,6 +602,18 @@ function filling(peak) {
 // Operators by their own names, without what they come from: "head: head chunk (forward)".
 const inWords = (text) => text.replace(/\b(?:tightfit|aten)\.(\w+)(?:\.\w+)?/g, (_, name) => name.replaceAll("_", " "));
 
+const AGAIN = /[;,]? profile again once they are idle/; // what the command line says where the page has a button
+
+// What somebody has typed as a budget, in bytes: a comma stands for a decimal point, or parts thousands where three digits follow each;
+// null for what is none.
+export function budgetOf(text) {
+  const plain = text.trim().replace(/\s*MiB$/i, ""), parted = /^\d{1,3}(,\d{3})+(\.\d+)?$/.test(plain);
+  const value = plain === "" ? NaN : Number(parted ? plain.replaceAll(",", "") : plain.replace(",", "."));
+  return value > 0 ? value * MIB : null;
+}
+
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
+
 // Large amounts as people say them.
 const roomy = (bytes) => (bytes >= 4096 * MIB ? `${(bytes / (1024 * MIB)).toFixed(1)} GiB` : size(bytes));
 
@@ -580,7 +632,7 @@ function better(cell, known) {
 const ENDS = { gap: ", as near as was asked for", stalled: ", where the search gained no more", "time limit": ", where the time limit ended the search", interrupt: ", where the search was interrupted" };
 function nearness({ status, gap, ended_by: end }) {
   if (status === "optimal") return "proven the best of all plans it can choose from";
-  return `within ${percent(Math.ceil(1e4 * gap - 1e-6) / 1e4, 2)} of the best plan it can choose from${ENDS[end] ?? ""}`;
+  return `within ${gapWords(gap)} of the best plan it can choose from${ENDS[end] ?? ""}`;
 }
 
 const PRICED = ["columns", "pricing"]; // stages of a search that estimate a step

@@ -47,8 +47,9 @@ export async function deleted(profile) {
   try {
     await remove(`/v1/profiles/${profile.id}`);
   } catch (error) {
-    if (error.status !== 409) throw error;
-    if (!(await confirmed(`${error.message}. Delete ${nameOf(profile)} with all its plans?`, "Delete all of it"))) return false;
+    const plans = error.status === 409 && /^(a plan|\d+ plans) of /.exec(error.message)?.[1];
+    if (!plans) throw error;
+    if (!(await confirmed(`${plans === "a plan" ? "A plan is" : `${plans} are`} made of ${nameOf(profile)}. Delete it with all its plans?`, "Delete"))) return false;
     await remove(`/v1/profiles/${profile.id}?with_plans=true`);
   }
   return true;

@@ -2,9 +2,9 @@
 
 import { get, pageOf, remove } from "./api.js";
 import { html, seconds, size } from "./charts.js";
-import { button, confirmed, empty, heading, list, percent, when } from "./components.js";
+import { button, confirmed, empty, heading, list, when } from "./components.js";
 import { nameOf as nameOfModel } from "./models.js";
-import { nameOfPlan as nameOf, nameOfRule, SOLVER, unusual } from "./rules.js";
+import { gapWords, nameOfPlan as nameOf, nameOfRule, SOLVER, unusual } from "./rules.js";
 import { action, go, to } from "./shell.js";
 
 const AT_ONCE = 50;
@@ -30,7 +30,7 @@ export async function show({ root, query, keep, signal }) {
       { title: "Budget", value: (plan) => plan.summary.budget_bytes, cell: (plan) => size(plan.summary.budget_bytes) },
       { title: "Seconds per step", value: (plan) => figure(plan, "step_seconds"), cell: (plan) => (fits(plan) ? seconds(plan.summary.step_seconds) : html("span", { class: "pill bad" }, "does not fit")) },
       { title: "Peak", value: (plan) => figure(plan, "peak_bytes"), cell: (plan) => (fits(plan) ? size(plan.summary.peak_bytes) : "–") },
-      { title: "At most slower than the best", value: (plan) => figure(plan, "gap"), cell: (plan) => (fits(plan) ? percent(plan.summary.gap, 2) : "–") },
+      { title: "At most slower than the best", value: (plan) => figure(plan, "gap"), cell: (plan) => (fits(plan) ? gapWords(plan.summary.gap) : "–") },
       { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },
     ],
     load: (after, search) => pageOf("plans", { limit: AT_ONCE, search, after, profile: query.profile, whole: true, asked: all.checked ? null : true }),

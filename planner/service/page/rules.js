@@ -1,6 +1,7 @@
 // What plans are made by, in words: the solver and fixed rules.
 
 import { size } from "./charts.js";
+import { percent } from "./components.js";
 
 export const SOLVER = "solver";
 const RULES = {
@@ -22,6 +23,9 @@ export function nameOfPlan({ title, label, summary: { policy, budget_bytes: budg
   const words = title ?? label ?? `${policy} in ${size(budget)}`, end = `, ${policy}`;
   return !title && words.endsWith(end) ? `${words.slice(0, -end.length)}, ${nameOfRule(policy)}` : words;
 }
+
+// By how much a plan may be slower than the best, rounded up: what is said is proven.
+export const gapWords = (gap) => percent(Math.ceil(1e4 * gap - 1e-6) / 1e4, 2);
 export const meaningOfRule = (policy) => RULES[policy]?.[1] ?? "";
 
 // How a plan's step differs from the usual one of its model: two plans may have the same name.

@@ -4,7 +4,7 @@
 import { download, finish, get, isOpen, patch, plainly, post, remove, standing } from "./api.js";
 import { html, seconds } from "./charts.js";
 import { button, card, confirmed, editable, field, heading, mib, note, numbers, percent, progress, scrolling, section, span, table, term } from "./components.js";
-import { dataName } from "./data.js";
+import { counted, dataName, RANDOM } from "./data.js";
 import { chartBox, smoothed } from "./lines.js";
 import { leftInRun, phaseList, phasesOf } from "./phases.js";
 import { reportTable, showLoss, showMemory } from "./run_report.js";
@@ -34,7 +34,7 @@ export async function show({ root, id, query, signal, keep, title }) {
   const views = { loss: {}, memory: {}, with: new Map() };
   const charts = section(null, html("div", { class: "beside" }, loss.whole, memory.whole), other, steps);
   root.append(
-    heading(editable(nameOf(job), async (name) => nameOf(await patch(`/v1/jobs/${id}`, { title: name })), { action }), cancel, resume, erase),
+    heading(editable(nameOf(job), async (name) => { const shown = nameOf(Object.assign(job, { title: (await patch(`/v1/jobs/${id}`, { title: name })).title })); title(shown); return shown; }, { action }), cancel, resume, erase),
     html("p", { class: "soft" }, ...about(job, plan, uploads.uploads)),
     note(job.note, (text) => patch(`/v1/jobs/${id}`, { note: text }), action),
     section(null, html("div", { class: "row", id: "run-state" }, state, bar, phases), cards, told), charts, left,
@@ -202,6 +202,26 @@ function merging(id) {
   return box;
 }
 
+// A prompt from the data that the model has learnt from, or was judged by: another one each time.
+function sampled(job, prompt, signal) {
+  const data = [job.request.eval_data, job.request.data].find((one) => one && one !== RANDOM);
+  if (!data) return "";
+  let prompts = null, next = 0;
+  const made = button("Take one from the data", action(async () => {
+    made.disabled = true;
+    try {
+      const { columns, truncate } = job.request;
+      prompts ??= (await counted({ plan: job.request.plan, data, ...(columns && { columns }), ...(truncate && { truncate }) }, signal)).samples.map(({ pieces }) => pieces[0]).filter((piece) => piece && !piece.trained && piece.text.trim()).map((piece) => piece.text);
+      if (!prompts.length) throw new Error("These data have no prompts: all of their text is learnt.");
+      prompt.value = prompts[next++ % prompts.length];
+      prompt.focus();
+    } finally {
+      made.disabled = false;
+    }
+  }), "quiet");
+  return made;
+}
+
 // The model asked with the adapter and without it, side by side.
 function asking(job, id, signal) {
   const prompt = html("textarea", { rows: 3, class: "wide", name: "prompt" }), most = html("input", { type: "number", min: 1, max: 1024, value: 64 });
@@ -228,6 +248,6 @@ function asking(job, id, signal) {
     } finally {
       ask.disabled = false;
     }
-  }) }, field("Your text", prompt, "As your data have their prompts. Both answers are the likeliest words, not drawn by chance."), html("div", { class: "row last ask" }, field("Sent", manner), field("At most, tokens", most), ask));
+  }) }, field("Your text", prompt, "As your data have their prompts. Both answers are the likeliest words, not drawn by chance."), html("div", { class: "row last ask" }, field("Sent", manner), field("At most, tokens", most), ask, sampled(job, prompt, signal)));
   return [form, answers];
 }

@@ -6,7 +6,7 @@ import { button, confirmed, empty, heading, list, mib, when } from "./components
 import { action, go, to } from "./shell.js";
 
 const PAGE = 50;
-const STATES = { queued: "waits", running: "under way", succeeded: "done", failed: "failed", cancelled: "cancelled", interrupted: "interrupted" };
+export const STATES = { queued: "waits", running: "under way", succeeded: "done", failed: "failed", cancelled: "cancelled", interrupted: "interrupted" };
 
 export const nameOf = (job) => job.title ?? job.label ?? job.id;
 export const stateOf = (job) => html("span", { class: `pill ${{ succeeded: "good", failed: "bad", interrupted: "bad" }[job.state] ?? ""}` }, STATES[job.state]);

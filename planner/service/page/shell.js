@@ -7,7 +7,7 @@
 import { get, hasToken, Refused, setToken } from "./api.js";
 import { showActivity, watchActivity } from "./activity.js";
 import { html } from "./charts.js";
-import { announce, loading } from "./components.js";
+import { announce, empty, heading, loading } from "./components.js";
 
 const PLACES = [
   { name: "", label: "Start", load: () => import("./start.js") },
@@ -18,6 +18,10 @@ const PLACES = [
   { name: "fleets", label: "Fleets", load: (id) => (id === "new" ? import("./new_fleet.js") : id ? import("./fleet.js") : import("./fleets.js")) },
   { name: "devices", label: "Devices", load: () => import("./devices.js") },
 ];
+
+// What a place's second part may be; one that cannot be is said so without asking the service.
+const IDS = { models: /^([0-9a-f]{64}|job-[0-9a-f]{16})$/, plans: /^[0-9a-f]{64}$/, runs: /^job-[0-9a-f]{16}$/, fleets: /^([0-9a-f]{64}|new)$/ };
+const ONE = { models: "model", plans: "plan", runs: "run", fleets: "fleet", compare: "plan or run" };
 
 const $ = (id) => document.getElementById(id);
 let left = new AbortController();
@@ -48,7 +52,7 @@ function moved() {
 async function open() {
   moved();
   const { name, id, query } = here();
-  const place = PLACES.find((one) => one.name === name) ?? PLACES[0];
+  const place = PLACES.find((one) => one.name === name) ?? { ...PLACES[0], name: null, label: "Nothing here" };
   left.abort();
   left = new AbortController();
   const { signal } = left, root = html("div", { class: "place", id: "place" });
@@ -62,14 +66,23 @@ async function open() {
   }
   document.title = `${place.label} – tightfit`;
   scrollTo(0, 0);
+  if (place.name === null || (id && !IDS[name]?.test(id))) return nowhere(root, place);
   try {
     const { show } = await place.load(id);
     if (!signal.aborted) await show({ root, id, query, signal, keep: (more) => { if (!signal.aborted) keep(place.name, id, query, more); }, title: (text) => { if (!signal.aborted) document.title = `${text} – tightfit`; } });
   } catch (error) {
-    if (!signal.aborted) complain(error);
+    if (signal.aborted) return;
+    if (error instanceof Refused && error.status === 404 && !root.querySelector("h1")) nowhere(root, place);
+    else complain(error);
   } finally {
     root.querySelector(":scope > .loading")?.remove();
   }
+}
+
+// What is shown at an address where nothing is, with ways back.
+function nowhere(root, { name, label }) {
+  const links = [name ? html("a", { class: "button main", href: to(name) }, label) : null, html("a", { class: `button${name ? "" : " main"}`, href: to("") }, "Start")].filter(Boolean);
+  root.replaceChildren(heading(name ? `There is no such ${ONE[name] ?? "thing"}` : "There is nothing at this address"), empty(name ? "It may have been deleted, or the address is mistyped." : "The address may be mistyped.", ...links));
 }
 
 function keep(name, id, query, more) {
@@ -87,9 +100,9 @@ export function complain(error) {
   announce(error.message);
 }
 
-// A handler that clears the last complaint and tells what goes wrong.
-export const action = (run) => async (event) => {
-  event?.preventDefault?.();
+// A handler that clears the last complaint and tells what goes wrong; `passing`: what the browser does with the event is left to it.
+export const action = (run, { passing = false } = {}) => async (event) => {
+  if (!passing) event?.preventDefault?.();
   $("problem").hidden = true;
   try { await run(event); } catch (error) { complain(error); }
 };
