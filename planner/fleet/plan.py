@@ -586,9 +586,7 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
                 continue
             roomier = replace(spec, budget_bytes=spec.budget_bytes + missing)
             gain = max(0.0, makespan - self.makespan_with(at, roomier, self.until(1.0)))
-            told.append(
-                Price(member=spec.name, memory_bytes=missing, memory_gain_seconds=gain, link_gain_seconds=0.0)
-            )
+            told.append(Price(member=spec.name, memory_bytes=missing, memory_gain_seconds=gain, link_gain_seconds=0.0))
         return told
 
     def neighbour_bytes(self, at: int) -> int:

@@ -236,7 +236,7 @@ export function list({ name, columns, load, key = (item) => item.id, actions = n
   };
   const cellOf = (column, index, cell) => (index ? html("td", { "data-title": column.title, class: [column.wide ? "wide" : broken(cell, SHORT), column.least && "least"].filter(Boolean).join(" ") || null }, cell) : html("th", { scope: "row" }, cell));
   const tick = (item) => {
-    const input = html("input", { type: "checkbox", "aria-label": `Choose ${item.title ?? item.label ?? item.name ?? item.id}` });
+    const input = html("input", { type: "checkbox", "aria-label": `Choose ${columns[0].value?.(item) ?? item.title ?? item.label ?? item.name ?? item.id}` });
     input.checked = ticked.has(key(item));
     input.addEventListener("change", () => { ticked[input.checked ? "add" : "delete"](key(item)); offer(); });
     return input;

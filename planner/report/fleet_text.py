@@ -151,7 +151,11 @@ def price_sheet(fleet: AnyPlan) -> Sheet | None:
         if price.member in taking
     ]
     rows += [
-        [price.member, f"{_gain(price.memory_gain_seconds, fleet)}: {format_size(price.memory_bytes)} more let it take part", "–"]
+        [
+            price.member,
+            f"{_gain(price.memory_gain_seconds, fleet)}: {format_size(price.memory_bytes)} more let it take part",
+            "–",
+        ]
         for price in fleet.prices
         if price.member not in taking
     ]

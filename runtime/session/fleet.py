@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.fleet.parts import Chain, listener, passing_of, replicas
+from tightfit.planner.fleet.parts import PORT, Chain, listener, passing_of, replicas
 from tightfit.planner.fleet.schema import (
     BUFFERS,
     PIECE_BYTES,
@@ -18,7 +18,6 @@ from tightfit.planner.fleet.schema import (
     Member,
     PipelinePlan,
     SideMember,
-    SidePlan,
     StageMember,
 )
 from tightfit.runtime.common.errors import InputError

@@ -43,7 +43,10 @@ def job_label(kind: str, request: Row, stored: Stored) -> str:
     return _sentence(
         model,
         on=[_text(member.get("name")) for member in members] if members else [_data(data, stored)] if data else [],
-        memory=[size for size in (memory if isinstance(memory, list) else [memory]) if isinstance(size, int)],
+        # One byte is no budget that anybody has: it asks for the smallest one.
+        memory=[
+            size for size in (memory if isinstance(memory, list) else [memory]) if isinstance(size, int) and size > 1
+        ],
         policy=request.get("policy"),
     )
 

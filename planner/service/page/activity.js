@@ -3,13 +3,18 @@
 import { openJobs, post } from "./api.js";
 import { html } from "./charts.js";
 import { button, dialog, empty, progress, when } from "./components.js";
+import { nameOfRule, SOLVER } from "./rules.js";
 
 const EVERY = 3000; // ms between two looks
 const WORDS = { profile: "Measuring", trace: "Tracing", plan: "Planning", "answer-plan": "Planning answers", comparison: "Planning a curve", fleet: "Planning a fleet", run: "Fine-tuning", preview: "Reading data", answer: "Answering", merge: "Merging" };
 const PLACE = { run: "runs", profile: "models" }; // of a job that has a page of its own
 let timer = 0, changed = () => {};
 
-const nameOf = (job) => job.title ?? job.label ?? WORDS[job.kind] ?? job.kind;
+const nameOf = (job) => {
+  const { request: { policy, memory } } = job, words = job.title ?? job.label ?? WORDS[job.kind] ?? job.kind, end = `, ${policy}`;
+  const plain = !job.title && policy && words.endsWith(end) ? `${words.slice(0, -end.length)}${policy === SOLVER ? "" : `, ${nameOfRule(policy)}`}` : words;
+  return [memory].flat().every((bytes) => bytes === 1) ? `${plain}, the smallest budget` : plain;
+};
 
 // Keep the button's text true, while the page is looked at.
 export function watchActivity(shown, complain) {

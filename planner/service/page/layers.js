@@ -43,7 +43,9 @@ export function layerGraph(layers, edges, room) {
     picture.append(svg("path", { class: "flow", d: `M${from} 56C${from} ${56 - rise} ${to} ${56 - rise} ${to} 56` }, svg("title", {}, `${edge.source} → ${edge.target}: ${size(edge.bytes)}`)));
   }
   for (const name of groups) picture.append(svg("text", { x: 0, y: tops[name] + TALL[name] / 2 + 4 }, name));
-  const every = Math.max(1, Math.ceil(46 / each));
+  // Names are written whole, and fewer of them where there is no room for all; where not even that is possible, numbers.
+  const words = (box) => box.first.split(".").slice(-2).join("."), named = each >= 44, longest = named ? 7 * Math.max(...boxes.map((box) => words(box).length)) + 8 : 46;
+  const every = Math.max(1, Math.ceil(longest / each));
   boxes.forEach((box, index) => {
     const left = at.get(box), group = svg("g"), lines = [box.first === box.last ? box.first : `${box.first} to ${box.last}`];
     for (const name of groups) {
@@ -59,7 +61,7 @@ export function layerGraph(layers, edges, room) {
     }
     group.prepend(svg("title", {}, lines.join("\n")));
     picture.append(group);
-    const short = each >= 44 ? box.first.split(".").slice(-2).join(".").slice(0, Math.floor(each / 7)) : String(box.number);
+    const short = named ? words(box) : String(box.number);
     if (index % every === 0) picture.append(svg("text", { x: left + each / 2, y: height - 14, "text-anchor": "middle" }, short));
   });
   return picture;

@@ -8,7 +8,7 @@ import { announce, bar, button, card, editable, field, heading, mib, note, perce
 import { budgetCurve } from "./curve.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { deleted, estimated, measuredModel, measuring, nameOf, origin } from "./models.js";
-import { gapWords, meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
+import { gapWords, inWords, meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
 import { action, complain, go, to } from "./shell.js";
 import { choose } from "./sources.js";
 
@@ -598,9 +598,6 @@ function filling(peak) {
   const rows = [...parts, ...(rest > 0 ? [["other", "the rest", rest]] : [])].map(([kind, words, bytes]) => [words, mib(bytes), bar(bytes / peak.bytes, kindColour(kind))]);
   return scrolling("What fills the smallest plan", table("The smallest plan at its fullest", ["", "MiB", ""], [...rows, ["together", mib(peak.bytes), ""]]));
 }
-
-// Operators by their own names, without what they come from: "head: head chunk (forward)".
-const inWords = (text) => text.replace(/\b(?:tightfit|aten)\.(\w+)(?:\.\w+)?/g, (_, name) => name.replaceAll("_", " "));
 
 const AGAIN = /[;,]? profile again once they are idle/; // what the command line says where the page has a button
 

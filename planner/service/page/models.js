@@ -49,7 +49,7 @@ export async function deleted(profile) {
   } catch (error) {
     const plans = error.status === 409 && /^(a plan|\d+ plans) of /.exec(error.message)?.[1];
     if (!plans) throw error;
-    if (!(await confirmed(`${plans === "a plan" ? "A plan is" : `${plans} are`} made of ${nameOf(profile)}. Delete it with all its plans?`, "Delete"))) return false;
+    if (!(await confirmed(`${plans === "a plan" ? "A plan is" : `${plans} are`} made of ${nameOf(profile)}. Delete it with all its plans?`, "Delete all of it"))) return false;
     await remove(`/v1/profiles/${profile.id}?with_plans=true`);
   }
   return true;

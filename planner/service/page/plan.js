@@ -5,7 +5,7 @@ import { atLeast, html, kindColour, legend, place, seconds, size } from "./chart
 import { bar, button, card, confirmed, editable, heading, mib, note, numbers, percent, scrolling, section, table, when } from "./components.js";
 import { explained } from "./glossary.js";
 import { didColour, LAYERS_DRAWN, layerGraph, used } from "./layers.js";
-import { nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
+import { inWords, nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
 import { nameOf as nameOfFleet } from "./fleets.js";
 import { action, go, to } from "./shell.js";
 import { showStep, stepOf } from "./timeline.js";
@@ -86,7 +86,7 @@ function peak({ parts, bytes, instruction, text, tensors }) {
   const rows = parts.filter((part) => part.bytes >= Math.min(52429, bytes / 1000)).map((part) => [html("span", {}, ...explained(part.label)), bar(part.bytes / bytes, kindColour(part.name)), size(part.bytes), percent(part.bytes / bytes, 0)]);
   rows.push(["together", "", size(bytes), ""]);
   return section("What fills the memory",
-    scrolling("At the fullest moment", table(`At the fullest moment, instruction ${instruction + 1}: ${text}`, ["what", "", "size", "share"], rows)),
+    scrolling("At the fullest moment", table(`At the fullest moment, instruction ${instruction + 1}: ${inWords(text)}`, ["what", "", "size", "share"], rows)),
     html("details", {}, html("summary", {}, "Largest tensors there"), scrolling("Largest tensors", table("Largest tensors at the fullest moment", ["tensor", "size"], tensors.map(([name, most]) => [name, size(most)])))));
 }
 

@@ -33,3 +33,6 @@ export function unusual({ summary: { optimizer, max_grad_norm: norm, policy } },
   const usual = model?.summary.optimizer ?? "adamw";
   return [rule && policy !== SOLVER ? nameOfRule(policy) : null, optimizer && optimizer !== usual ? optimizer : null, norm ? `gradients clipped at ${norm}` : null].filter(Boolean);
 }
+
+// Operators by their own names, without what they come from: "head: head chunk (forward)".
+export const inWords = (text) => text.replace(/\b(?:tightfit|aten)\.(\w+)(?:\.\w+)?/g, (_, name) => name.replaceAll("_", " "));

@@ -143,5 +143,12 @@ $("theme").addEventListener("click", () => {
 nameTheme();
 $("activity").addEventListener("click", action(() => showActivity()));
 watchActivity($("activity"), complain);
+// A file that is dropped beside what takes one is not opened in the page's stead, but told where it belongs.
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => {
+  if (event.defaultPrevented || !event.dataTransfer?.files.length) return;
+  event.preventDefault();
+  complain(new Error(`Nothing here takes ${event.dataTransfer.files[0].name}: models, plans and profiles are dropped on “Models”, data where a fine-tuning is prepared.`));
+});
 addEventListener("hashchange", open);
 open();

@@ -146,7 +146,7 @@ async function fill(box, close) {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean), hit = (item) => words.every((word) => `${item.name} ${item.family} ${item.path ?? ""}`.toLowerCase().includes(word));
     const here = files.filter(hit), shown = shapes.filter(hit);
     found.replaceChildren(...[
-      html("h3", {}, roots?.length ? `On the service's machine${roots.length ? `, in ${roots.join(", ")}` : ""}` : "On the service's machine"),
+      html("h3", {}, roots?.length ? `On the service's machine, under ${roots.join(" and ")}` : "On the service's machine"),
       here.length ? rows(here, underRoot) : empty(!roots?.length ? "No folder of models is open to this page. Whoever started the service opens one; published models below need none." : words.length ? "No model here is called so." : "No model lies in the open folders."),
       cut ? html("p", { class: "soft" }, "There is more than was looked at.") : null,
       html("h3", {}, "Published models, by their shape"),
@@ -155,6 +155,11 @@ async function fill(box, close) {
   };
   const all = [search, found];
   search.addEventListener("input", draw);
+  // Enter takes what is left where nothing else is.
+  search.addEventListener("keydown", (event) => {
+    const hits = found.querySelectorAll(".pick");
+    if (event.key === "Enter" && hits.length === 1) { event.preventDefault(); hits[0].click(); }
+  });
   draw();
   box.replaceChildren(...all);
   search.focus();

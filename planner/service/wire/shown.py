@@ -311,6 +311,7 @@ class FleetView(ResponseBody):
     lanes: Lanes
     plans: dict[str, Digest] = Field(description="name of a member's file beside the fleet's -> its stored plan")
     commands: dict[str, str] = Field(
-        {}, description="member -> what starts it on its device, in the folder of the plan; none where one does all of it"
+        {},
+        description="member -> what starts it on its device, in the folder of the plan; none where one does all of it",
     )
     meets_at: str | None = Field(None, description="the member that listens for the others")

@@ -267,6 +267,7 @@ FILES = {
         ("plan", {"profile": "p", "memory": 3 << 20, "policy": "mesp"}, "tiny in 3.0 MiB, mesp"),
         ("plan", {"profile": "lost", "memory": 3 << 20, "policy": "solver"}, "a model in 3.0 MiB"),
         ("comparison", {"profile": "p", "memory": [1 << 20, 3 << 20], "policies": []}, "tiny in 1.0 MiB to 3.0 MiB"),
+        ("comparison", {"profile": "p", "memory": [1], "policies": []}, "tiny"),  # what the smallest budget is
         ("fleet", {"members": [{"name": name, "profile": "p"} for name in "abc"]}, "tiny on a, b and c"),
         ("trace", {"model": "other", "description": "p"}, "other"),
         ("profile", {"source": "/srv/models/small.gguf", "batch": 2, "seq": 8}, "small.gguf, batch 2, sequence 8"),

@@ -47,7 +47,7 @@ def figures(page):
 def test_what_differs_comes_first_and_the_best_is_marked(page, served, plans):
     told = figures(page)
     assert told["fits"] == ["yes", "yes", "no"]
-    assert told["planned by"] == ["rule mebp", "rule checkpoint-layers", "rule mebp"]
+    assert told["planned by"] == ["rule “Stream the weights”", "rule “Redo each layer”", "rule “Stream the weights”"]
     summaries = [served.http.get(f"/v1/plans/{plan}").json()["summary"] for plan in plans]
     steps = [number(cell) for cell in told["one step"][:2]]
     assert steps == [pytest.approx(summary["step_seconds"], rel=1e-3) for summary in summaries[:2]]
@@ -116,3 +116,10 @@ def test_nothing_hinders_people(page, pictures):
     for fold in page.locator("details > summary").all():
         fold.click()
     nothing_hinders(page, pictures, "compare")
+
+
+@pytest.mark.parametrize("width", [390, 320])
+def test_it_fits_a_phone(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.wait_for_timeout(150)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

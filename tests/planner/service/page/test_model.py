@@ -67,8 +67,8 @@ def hold(page, pattern):
 @pytest.mark.slow
 def test_will_it_fit(page, pictures):
     verdict = page.locator("#verdict")
-    expect(verdict).to_have_text(re.compile(r"^Fits [\d.,]+ MiB: [\d.]+ s per step, "))
-    assert re.search(r"within [\d.]+ % of the best plan it can choose from|proven the best", verdict.inner_text())
+    expect(verdict).to_have_text(re.compile(r"^Yes, it fits [\d.,]+ MiB: [\d.]+ s a step\. "))
+    assert re.search(r"Within [\d.]+ % of the best plan it can choose from|Proven the best", verdict.inner_text())
     slow = number(verdict.inner_text().split(":")[1])
     # By keyboard: the end of the slider is the largest budget, and as fast as it gets.
     page.locator("#slider").focus()
@@ -83,14 +83,14 @@ def test_will_it_fit(page, pictures):
     page.mouse.move(box["x"] + box["width"] * 0.45, box["y"] + box["height"] / 2, steps=5)
     dragged = number(page.input_value("#budget"))
     assert verdict.inner_text() != roomy
-    assert f"Fits {dragged:,.1f} MiB" in verdict.inner_text()
+    assert f"fits {dragged:,.1f} MiB" in verdict.inner_text()
     page.mouse.up()
     expect(verdict).to_contain_text("as at")
     # A budget between two points of the curve is planned on demand, and stands among them afterwards.
     before = solved(page)
     set_budget(page, dragged + 0.3)
     page.click("#solve")
-    expect(verdict).to_have_text(re.compile(rf"^Fits {dragged + 0.3:,.1f} MiB: [\d.]+ s per step"))
+    expect(verdict).to_have_text(re.compile(rf"^Yes, it fits {dragged + 0.3:,.1f} MiB: [\d.]+ s a step"))
     assert len(solved(page)) == len(before) + 1
     # Every budget that a policy does not fit is crossed below the axis, and the cross tells what the table tells.
     needs = [cell for row in table(page) for cell in row[1:] if cell.startswith("needs")]
@@ -174,7 +174,7 @@ def test_why_nothing_fits_and_what_helps(page, pictures):
     page.screenshot(path=pictures / "nothing-fits.png", full_page=True)
     # What it names is enough.
     page.click("#use-smallest")
-    expect(verdict).to_contain_text("Fits")
+    expect(verdict).to_contain_text("fits")
     expect(help_).to_be_empty()
 
 
@@ -200,7 +200,7 @@ def test_fit_this_machine_is_one_click(page, served):
     page.wait_for_function(
         "least => Number(document.getElementById('budget').value) * 1048576 > least", arg=own["spare_bytes"] / 2
     )
-    expect(page.locator("#verdict")).to_contain_text("Fits")
+    expect(page.locator("#verdict")).to_contain_text("fits")
     assert number(page.input_value("#budget")) * (1 << 20) == pytest.approx(own["spare_bytes"], rel=0.5)
 
 
@@ -214,13 +214,13 @@ def test_a_later_question_voids_an_earlier_one(page):
     set_budget(page, 1000)
     expect(page.locator("#working")).to_be_empty()
     verdict = page.locator("#verdict")
-    expect(verdict).to_contain_text("Fits 1,000.0 MiB")
+    expect(verdict).to_contain_text("fits 1,000.0 MiB")
     before = len(table(page))
     held[0].continue_()
     expect(page.locator("#curve-table tbody tr")).to_have_count(before + 1)
     page.unroute("**/v1/plans")
     page.wait_for_timeout(300)
-    expect(verdict).to_contain_text("Fits 1,000.0 MiB")
+    expect(verdict).to_contain_text("fits 1,000.0 MiB")
     assert page.input_value("#budget") == "1000.0"
 
 
@@ -240,24 +240,74 @@ def test_what_is_typed_while_the_curve_is_searched_for_stays(browser, served):
         expect(page.locator("#curving")).to_contain_text("Refining the curve")
         assert page.input_value("#budget") == "61.5"
         page.click("#solve")
-        expect(page.locator("#verdict")).to_have_text(re.compile(r"^Fits 61\.5 MiB: [\d.]+ s per step, "))
+        expect(page.locator("#verdict")).to_have_text(re.compile(r"^Yes, it fits 61\.5 MiB: [\d.]+ s a step\. "))
         assert page.input_value("#budget") == "61.5"
 
 
-def test_what_is_no_budget_is_refused(page):
-    problem, kept = page.locator("#problem"), page.input_value("#budget")
+def test_what_is_no_budget_is_refused_beside_the_field(page):
+    said, kept = page.locator("#no-budget"), page.input_value("#budget")
     for text, told in (
-        ("0", "0 is no budget"),
-        ("-5", "-5 is no budget"),
-        ("", "nothing is no budget"),
-        ("1e300", "1e300 is no"),
+        ("0", "Write a budget in MiB, such as 300: “0” is none."),
+        ("-5", "“-5” is none"),
+        ("", "Write a budget in MiB, such as 300."),
+        ("much", "“much” is none"),
+        ("1e300", "more than any machine has"),
     ):
         set_budget(page, text)
-        expect(problem).to_contain_text(told)
+        expect(said).to_contain_text(told)
+        expect(page.locator("#budget")).to_have_attribute("aria-invalid", "true")
         assert page.input_value("#budget") == kept
-        set_budget(page, float(kept) + 1)
-        expect(problem).to_be_hidden()
+        # What is entered next, even the budget that stood there, takes the complaint away.
         set_budget(page, kept)
+        expect(said).to_be_empty()
+        expect(page.locator("#budget")).not_to_have_attribute("aria-invalid", "true")
+    set_budget(page, "300,5")  # as half of the world writes it
+    assert page.input_value("#budget") == "300.5"
+    set_budget(page, "1,000")
+    assert page.input_value("#budget") == "1000.0"
+    set_budget(page, 1e9)
+    expect(page.locator("#beyond")).to_have_text(re.compile(r"More than the [\d.]+ GiB that this machine has"))
+    set_budget(page, kept)
+    expect(page.locator("#beyond")).to_be_empty()
+
+
+def test_passing_over_budgets_asks_for_no_plan(page, served, decoder):
+    """Only what somebody enters, asks for by a button or drags to does, and that where something may fit."""
+
+    def count():
+        return len(served.http.get(f"/v1/plans?profile={decoder}&asked=true&limit=500").json()["plans"])
+
+    before = count()
+    page.locator("#slider").focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#verdict")).to_contain_text("Does not fit")
+    box = page.locator("#slider").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 9, box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+    expect(page.locator("#verdict")).to_contain_text("Does not fit")
+    page.wait_for_timeout(500)
+    expect(page.locator("#working")).to_be_empty()
+    assert count() == before
+    page.locator("#slider").press("Enter")
+    expect(page.locator("#curve-table")).to_contain_text("needs")
+    expect(page.locator("#working")).to_be_empty()
+    page.wait_for_timeout(300)
+    assert count() == before + 1
+    # What stands below says whose figures they are.
+    page.keyboard.press("End")
+    expect(page.locator("#next h2")).to_have_text(re.compile(r"From here: the plan for [\d.,]+ MiB, which fits too"))
+
+
+def test_what_came_of_a_change_is_told(browser, served, decoder):
+    tried = "a+LoRA+rank+of+4+instead+of+8"
+    with opened(browser, served, decoder, f"?budget={1 << 20}&tried={tried}&was={64 << 20}") as page:
+        expect(page.locator("#trial")).to_have_text(
+            re.compile(
+                r"^Tried for 1\.0\d* MiB: a LoRA rank of 4 instead of 8\. The smallest budget was 64\.0 MiB and is [\d.]+ MiB.*: [\d.]+ MiB are missing\.$"
+            )
+        )
 
 
 def test_a_slip_of_the_keyboard_leaves_slider_and_curve_as_they_are(page):
@@ -274,7 +324,7 @@ def test_a_slip_of_the_keyboard_leaves_slider_and_curve_as_they_are(page):
     expect(page.locator("#curve-table tbody tr")).to_have_count(before + 1)
     assert page.locator("#curve svg text").all_text_contents() == curve
     set_budget(page, kept)
-    expect(page.locator("#verdict")).to_contain_text(f"Fits {float(kept):,.1f} MiB")
+    expect(page.locator("#verdict")).to_contain_text(f"fits {float(kept):,.1f} MiB")
     assert slider.input_value() == place
 
 
@@ -286,12 +336,12 @@ def test_the_verdict_is_of_the_budget_and_the_policy_that_are_chosen(page):
     # The solver's plans fit there, and not all rules.
     middle = next(number(row[0]) for row in listed if row[1][0].isdigit() and row[2].startswith("needs"))
     set_budget(page, middle)
-    expect(verdict).to_contain_text(f"Fits {middle:,.1f} MiB")
+    expect(verdict).to_contain_text(f"fits {middle:,.1f} MiB")
     unsolved = hold(page, "**/v1/plans")
     set_budget(page, round(smallest - 3, 1))
     expect(verdict).to_have_text(re.compile(rf"^Does not fit {smallest - 3:,.1f} MiB: the smallest budget"))
     set_budget(page, middle)
-    expect(verdict).to_contain_text(f"Fits {middle:,.1f} MiB")
+    expect(verdict).to_contain_text(f"fits {middle:,.1f} MiB")
     assert len(unsolved) == 1
     page.unroute("**/v1/plans")
     page.select_option("#policy", "keep-all")
@@ -404,7 +454,7 @@ def test_a_small_graph_is_told_in_figures(browser, served):
     identity = served.http.post("/v1/profiles/upload", json=graph).json()["id"]
     with opened(browser, served, identity, f"?budget={40 << 10}") as page:
         verdict = page.locator("#verdict")
-        expect(verdict).to_contain_text("Fits 0.0391 MiB")
+        expect(verdict).to_contain_text("fits 0.0391 MiB")
         assert page.input_value("#budget") == "0.0391"
         # The curve goes from the smallest budget to what keeps everything.
         page.locator("details:has(#curve-table) > summary").click()
@@ -414,7 +464,7 @@ def test_a_small_graph_is_told_in_figures(browser, served):
         set_budget(page, 0.0009)
         expect(verdict).to_contain_text("Does not fit 0.000977 MiB")
         set_budget(page, number(page.locator("#smallest").inner_text()))
-        expect(verdict).to_contain_text("Fits")
+        expect(verdict).to_contain_text("fits")
 
 
 @pytest.mark.slow
@@ -430,10 +480,10 @@ def test_a_service_that_is_gone_is_told_of(browser, tmp_path):
             expect(page.locator("#working")).to_be_empty()
             assert page.is_enabled("#solve")
             # What is known already is still told.
-            expect(page.locator("#verdict")).to_contain_text("Fits")
+            expect(page.locator("#verdict")).to_contain_text("fits")
         service.start()
         with opened(browser, service, identity) as page:
-            expect(page.locator("#verdict")).to_contain_text("Fits")
+            expect(page.locator("#verdict")).to_contain_text("fits")
 
 
 @pytest.mark.slow

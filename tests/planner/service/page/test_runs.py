@@ -216,3 +216,285 @@ def test_warnings_in_words(browser, served, losses, held, words):
 )
 def test_a_run_s_lines_tell_its_stage(line, stage):
     assert stage_of(line + "\n") == stage
+
+
+# --- how long it takes, before and while it goes on -------------------------------------------------------------------
+
+SUMMARY = {"step_seconds": 2.0, "accumulate": 1, "evaluate": {"seconds": 1.0}, "shorter": []}
+"""of a plan"""
+LEARN = {"epoch_steps": 10.5, "steps": [[64, 11]], "evaluations": [[64, 11]], "whole": True}
+HELD = {"epoch_steps": 400, "steps": [[64, 400]], "evaluations": [[64, 400]], "whole": True}
+
+
+@pytest.mark.parametrize(
+    ("summary", "asked", "words"),
+    [
+        (
+            SUMMARY,
+            {"steps": 15, "held": HELD},
+            "Takes about 13 min 50 s: 15 steps of 2 s, 30 s in all; evaluation before and after, 13 min 20 s.",
+        ),
+        (SUMMARY, {"epochs": 2, "held": None}, "Takes about 42 s: 21 steps of 2 s, 42 s in all."),
+        (
+            SUMMARY,
+            {"steps": 15, "every": "5", "held": HELD},
+            "Takes about 27 min 10 s: 15 steps of 2 s, 30 s in all; 4 evaluations, 26 min 40 s.",
+        ),
+        (
+            SUMMARY,
+            {"epochs": 2, "every": "1 epoch", "held": HELD},
+            "Takes about 20 min 42 s: 21 steps of 2 s, 42 s in all; 3 evaluations, 20 min.",
+        ),
+        (SUMMARY | {"accumulate": 4}, {"epochs": 1, "held": None}, "Takes about 24 s: 12 steps of 2 s, 24 s in all."),
+        # Batches of short samples take the shorter step.
+        (
+            SUMMARY | {"shorter": [{"seq": 32, "step_seconds": 1.0, "evaluation_seconds": 0.25}]},
+            {"steps": 10, "learn": LEARN | {"steps": [[32, 5], [64, 5]]}, "held": HELD | {"evaluations": [[32, 400]]}},
+            "Takes about 3 min 35 s: 10 steps of 1.5 s, 15 s in all; evaluation before and after, 3 min 20 s.",
+        ),
+        (
+            SUMMARY,
+            {"epochs": 1, "learn": LEARN | {"whole": False}, "held": None},
+            "Takes at least about 22 s: 11 steps of 2 s, 22 s in all.",
+        ),
+        (SUMMARY, {"epochs": 1, "learn": None, "held": None}, ""),
+    ],
+)
+def test_how_long_a_run_takes_is_told_in_words(browser, served, summary, asked, words):
+    with tab(browser, at(served, "runs")) as page:
+        said, heavy = page.evaluate(
+            """async ([summary, asked]) => {
+              const { durationOf, durationWords, outweighs } = await import("./duration.js");
+              const time = durationOf(summary, asked);
+              return [durationWords(time), outweighs(time)];
+            }""",
+            [summary, {"learn": LEARN} | asked],
+        )
+    assert re.sub(r"(\d)\.?0* s,", r"\1 s,", said) == words
+    assert heavy == ("evaluation" in words)
+
+
+def test_what_is_left_of_a_stage_is_told_by_two_moments_or_by_its_beginning(browser, served):
+    """Never by what was done before somebody looked."""
+    with tab(browser, at(served, "runs")) as page:
+        said = page.evaluate(
+            """async () => {
+              const { progress } = await import("./components.js"), real = Date.now;
+              let now = 0;
+              Date.now = () => now * 1000;
+              const bar = progress("This run"), told = [];
+              const hear = (seconds, figures) => { now = seconds; bar.update(figures); told.push(bar.textContent); };
+              const stage = "evaluating before";
+              hear(100, { stage, done: 382, total: 400 });
+              hear(110, { stage, done: 391, total: 400 });
+              hear(111, { stage: "evaluating after", done: 1, total: 400 });
+              hear(112, { stage: "evaluating after", done: 2, total: 400 });
+              hear(200, { stage, done: 101, total: 401, clock: { began: 5000, at: 5100 } });
+              Date.now = real;
+              return told;
+            }"""
+        )
+    assert said == [
+        "This run: evaluating before, 382 of 400",
+        "This run: evaluating before, 391 of 400, about 10 s left",
+        "This run: evaluating after, 1 of 400",
+        "This run: evaluating after, 2 of 400",
+        "This run: evaluating before, 101 of 401, about 5 min left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_", "latest", "known", "left"),
+    [
+        # Half of the evaluation before, the steps, and the evaluation after.
+        (
+            {"eval_data": "h"},
+            {"stage": "evaluating before", "done": 51, "total": 101, "clock": {"began": 0, "at": 50}},
+            {"total": 10},
+            {"steps": 20, "evaluations": 151},
+        ),
+        (
+            {"eval_data": "h"},
+            {"stage": "training"},
+            {"step": 4, "total": 10, "evaluation": 100},
+            {"steps": 12, "evaluations": 100},
+        ),
+        (
+            {"eval_data": "h", "eval_every": 3},
+            {"stage": "evaluated"},
+            {"step": 3, "total": 10, "evaluation": 100},
+            {"steps": 14, "evaluations": 300},
+        ),
+        ({"eval_data": "h"}, {"stage": "training"}, {"step": 4, "total": 10}, {"steps": 12, "evaluations": None}),
+        (
+            {"eval_data": "h"},
+            {"stage": "evaluating after", "done": 11, "total": 101, "clock": {"began": 0, "at": 20}},
+            {"step": 10, "total": 10},
+            {"steps": 0, "evaluations": 180},
+        ),
+        ({"eval_data": None}, {"stage": "training"}, {"step": 9, "total": 10}, {"steps": 2, "evaluations": 0}),
+        ({"eval_data": None}, {"stage": "preparing"}, {"total": 10}, {"steps": None, "evaluations": None}),
+    ],
+)
+def test_what_is_left_of_a_run_has_its_evaluations(browser, served, request_, latest, known, left):
+    with tab(browser, at(served, "runs")) as page:
+        found = page.evaluate(
+            """async ([request, known]) => (await import("./phases.js")).leftInRun(request, known)""",
+            [request_, {"latest": latest, "step": 0, "pace": 2, "evaluation": None} | known],
+        )
+    assert found == pytest.approx(left, abs=1) if None not in left.values() else found == left
+
+
+def fake_run(page, job, metrics, *, report=None, summary=None):
+    """Answer for the service what it would say of a run."""
+    page.route("**/v1/jobs?kind=run*", lambda route: route.fulfill(json={"jobs": [job], "next": None}))
+    page.route("**/metrics", lambda route: route.fulfill(json=metrics))
+    page.route("**/report", lambda route: route.fulfill(json=report))
+    page.route(f"**/v1/runs/{job['id']}", lambda route: route.fulfill(json=job))
+    plan = {
+        "id": DIGEST,
+        "profile": DIGEST,
+        "summary": summary,
+        "label": "tiny",
+        "title": None,
+        "note": None,
+        "created": 1.0,
+    }
+    page.route("**/v1/plans/*", lambda route: route.fulfill(json=plan))
+
+
+STEP = {"loss": 2.0, "seconds": 3.2, "resident_bytes": 1 << 26, "peak_bytes": 1 << 26, "tokens": 40.0}
+
+
+def test_a_run_under_way_says_at_once_where_it_is_and_why_it_is_slow(browser, served):
+    clock = {"at": 130.0, "began": 100.0, "evaluation_seconds": 60.0, "others_cores": 1.4}
+    steps = [STEP | {"step": number} for number in range(1, 13)]
+    job = PLAN_JOB | {
+        "id": "job-" + "c" * 16,
+        "kind": "run",
+        "state": "running",
+        "result": None,
+        "request": {"plan": DIGEST, "data": "random", "eval_data": "held.jsonl", "steps": 15, "lr": 1e-4},
+        "progress": {"stage": "training", **steps[-1], "clock": clock},
+    }
+    metrics = {"budget_bytes": 1 << 30, "places_per_step": 64, "steps": steps, "evaluations": []}
+    with tab(browser, at(served, "runs")) as page:
+        fake_run(page, job, metrics, summary={"budget_bytes": 1 << 30, "step_seconds": 0.79})
+        page.route("**/events", lambda route: None)  # nothing comes for a while
+        page.goto(at(served, f"runs/{job['id']}"))
+        expect(page.locator("#run-state")).to_contain_text("training, 12 of 15")
+        expect(page.locator(".phases [aria-current]")).to_have_text("training")
+        expect(page.locator(".cards")).to_contain_text("time left1 min 10 s10 s of steps, 1 min of evaluating")
+        expect(page.locator(".warnings")).to_contain_text(
+            "Planned 0.790 s a step, takes 3.20 s: other programs use 1.4 of the cores"
+        )
+
+
+def test_a_run_that_is_done_shows_first_what_it_has_learnt(browser, served):
+    figures = {"predicted": 1.0, "measured": 90 << 20}
+    evaluation = {"before": {"loss": 2.5, "accuracy": 0.43}, "after": {"loss": 1.25, "accuracy": 0.61}}
+    report = {
+        "peak_bytes": figures,
+        "step_seconds": figures,
+        "evaluation": evaluation,
+        "enforced_by": "meter",
+        "loss": [3.0, 2.0],
+    }
+    job = PLAN_JOB | {
+        "id": "job-" + "d" * 16,
+        "kind": "run",
+        "request": {"plan": DIGEST, "data": "random", "eval_data": "held.jsonl", "steps": 2, "lr": 1e-4},
+        "result": {"report": report | {"steps": 2}},
+    }
+    metrics = {
+        "budget_bytes": 100 << 20,
+        "places_per_step": 64,
+        "steps": [STEP | {"step": 1, "loss": 3.0}, STEP | {"step": 2}],
+        "evaluations": [],
+    }
+    cancelled = job | {"id": "job-" + "e" * 16, "state": "cancelled", "result": None}
+    with tab(browser, at(served, "runs")) as page:
+        fake_run(page, job, metrics, report=report, summary={"budget_bytes": 100 << 20, "step_seconds": 0.79})
+        page.goto(at(served, f"runs/{job['id']}"))
+        tiles = page.locator(".cards .card")
+        expect(tiles.nth(0)).to_have_text("held-out loss2.5000 → 1.2500before → after")
+        expect(tiles.nth(1)).to_have_text("held-out accuracy43.0 % → 61.0 %before → after")
+        expect(tiles.nth(2)).to_contain_text("2.0000")
+        expect(page.locator(".cards")).to_contain_text("90.0 MiBof 100.0 MiB")
+        # The list has the same figures, also of one that did not come to its end.
+        page.route("**/v1/jobs?kind=run*", lambda route: route.fulfill(json={"jobs": [job, cancelled], "next": None}))
+        page.goto(at(served, "runs"))
+        expect(page.locator(".listing tbody tr")).to_have_count(2)
+        told = [row[2:7] for row in rows(page, ".listing")]
+        assert [row[1:] for row in told] == [["2", "2.0000", "1.2500", "90.0"], ["2", "2.0000", "–", "–"]]
+
+
+def test_plans_to_choose_from_are_those_that_were_asked_for_by_model(browser, served):
+    def plan(identity, profile, budget, **more):
+        summary = {
+            "status": "feasible",
+            "policy": "solver",
+            "budget_bytes": budget << 20,
+            "step_seconds": 0.5,
+            "optimizer": "adamw",
+            "elsewhere": None,
+        }
+        return {
+            "id": identity * 64,
+            "profile": profile * 64,
+            "label": "tiny",
+            "title": None,
+            "created": 1.0,
+            "summary": summary | more,
+        }
+
+    def model(identity, rank, origin="made", title=None):
+        summary = {"batch": 4, "seq": 64, "lora": {"rank": rank}, "accumulate": 1}
+        return {
+            "id": identity * 64,
+            "origin": origin,
+            "label": f"tiny, LoRA rank {rank}, batch 4, sequence 64",
+            "title": title,
+            "name": "tiny",
+            "summary": summary,
+        }
+
+    plans = [
+        plan("1", "b", 300),
+        plan("2", "a", 400),
+        plan("3", "a", 200),
+        plan("4", "a", 400),
+        plan("5", "c", 100),
+        plan("6", "a", 100, status="infeasible"),
+        plan("7", "a", 90, elsewhere="phone"),
+        plan("8", "a", 400, optimizer="sgd"),
+    ]
+    models = [model("a", 8, title="my model"), model("b", 4), model("c", 8, origin="uploaded")]
+    with tab(browser, at(served, "runs")) as page:
+        page.evaluate("id => sessionStorage.setItem('tightfit-model', id)", "a" * 64)
+        page.route("**/v1/plans?*asked=true*", lambda route: route.fulfill(json={"plans": plans}))
+        page.route("**/v1/profiles?*", lambda route: route.fulfill(json={"profiles": models}))
+        page.goto(at(served, "runs?new=1"))
+        choice = page.get_by_label("Plan", exact=True)
+        expect(choice).to_have_value("2" * 64)  # the latest of the model that one comes from
+        groups = choice.evaluate(
+            "one => [...one.children].map((group) => [group.label, [...group.children].map((option) => option.text)])"
+        )
+        assert groups == [
+            ["tiny, LoRA rank 4, batch 4, sequence 64", ["300.0 MiB, 0.500 s a step"]],
+            [
+                "my model, LoRA rank 8, 4 × 64 tokens",
+                ["200.0 MiB, 0.500 s a step", "400.0 MiB, 0.500 s a step", "400.0 MiB, 0.500 s a step, sgd"],
+            ],
+        ]
+        expect(page.get_by_text("Of my model, LoRA rank 8, 4 × 64 tokens.")).to_be_visible()
+
+
+def test_shorter_lengths_are_told_with_what_they_cut(browser, served):
+    longer = [[16, 90], [24, 60], [32, 30], [48, 4], [64, 0], [96, 0]]
+    with tab(browser, at(served, "runs")) as page:
+        found = page.evaluate(
+            """async (longer) => { const { shorterLengths } = await import("./data.js"); return [shorterLengths({ longer, counted: 101, refused_count: 1 }), shorterLengths({ longer: longer.slice(0, 3), counted: 100 }), shorterLengths({ counted: 3 })]; }""",
+            longer,
+        )
+    assert found == [[{"seq": 64, "cuts": 0, "of": 100}, {"seq": 48, "cuts": 4, "of": 100}], [], []]

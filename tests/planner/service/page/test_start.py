@@ -18,7 +18,7 @@ NAMES = ["Start", "Models", "Plans", "Compare", "Runs", "Fleets", "Devices"]
 
 
 def test_an_empty_service_has_three_doors_and_an_address_for_each_place(browser, served):
-    with tab(browser, served.url) as page:
+    with tab(browser, served.url, expected=("404",)) as page:
         for door in ("Drop a file", "Pick a model"):
             expect(page.get_by_role("heading", name=door)).to_be_visible()
         assert page.locator("#places a").all_inner_texts() == NAMES
@@ -29,8 +29,18 @@ def test_an_empty_service_has_three_doors_and_an_address_for_each_place(browser,
             expect(page.locator(".loading")).to_have_count(0)
         page.go_back()
         expect(page.locator("#places [aria-current=page]")).to_have_text("Fleets")
-        # Where there is nothing, the start is shown.
-        page.goto(at(served, "nowhere"))
+        # Where there is nothing, that is said once, in words, with ways back.
+        for place, words, back in (
+            ("nowhere", "There is nothing at this address", ["Start"]),
+            ("plans/abc", "There is no such plan", ["Plans", "Start"]),
+            (f"models/{'0' * 64}", "There is no such model", ["Models", "Start"]),
+            ("runs/job-0123456789abcdef", "There is no such run", ["Runs", "Start"]),
+        ):
+            page.goto(at(served, place))
+            expect(page.locator("h1")).to_have_text(words)
+            assert page.locator("#place a").all_inner_texts() == back
+            expect(page.locator("#problem")).to_be_hidden()
+        page.goto(at(served, ""))
         expect(page.locator("h1")).to_have_text("Train in the memory you have")
         painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000")
         assert painted < 3 * FIRST_PAINT_SECONDS  # with room for a busy machine; make bench-page prints it
@@ -70,7 +80,7 @@ def test_the_example_is_planned_already(browser, tmp_path, pictures):
         page.get_by_role("button", name="Open the example").click()
         # It opens on a budget that is planned, and not with an invitation to plan.
         expect(page.locator("#verdict")).to_have_text(
-            re.compile(r"^Fits [\d.]+ MiB: [\d.]+ s per step, (within|proven)")
+            re.compile(r"^Yes, it fits [\d.]+ MiB: [\d.]+ s a step\. (Within|Proven)")
         )
     service.stop()
 
