@@ -54,7 +54,7 @@ export async function recognised(file) {
   if (Array.isArray(data.layers) && data.device) return { kind: "profile", file, text };
   if (data.peft_type) return { kind: "adapter", file };
   if (data.model_type || data.architectures || data.text_config) return { kind: "config", file, config: data };
-  throw new Error(`${file.name} is JSON, but no profile, plan, graph or config.json: it has ${Object.keys(data).slice(0, 5).join(", ") || "nothing in it"}`);
+  throw new Error(`${file.name} is JSON, but no profile, plan, graph or config.json: ${Object.keys(data).length ? `its fields are called ${Object.keys(data).slice(0, 5).join(", ")}` : "nothing is in it"}`);
 }
 
 const ORDER = ["profile", "graph", "plan", "config", "header", "adapter", "fleet"]; // of several files the first of these says most

@@ -85,7 +85,7 @@ def test_what_is_none_of_these_is_refused_in_words(page, tmp_path):
     for name, content, told in (
         ("notes.txt", "hello", "is neither JSON"),
         ("list.json", "[1, 2]", "is JSON, but no profile, plan, graph or config.json"),
-        ("other.json", '{"a": 1, "b": 2}', "it has a, b"),
+        ("other.json", '{"a": 1, "b": 2}', "its fields are called a, b"),
         ("adapter_config.json", '{"peft_type": "LORA", "r": 8}', "describes an adapter, not a model"),
         ("cut.gguf", b"GGUF\x03\0\0\0\x05\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0", "ends within its header"),
         ("wrong.gguf", b"PK\x03\x04" + bytes(40), "does not begin as a GGUF file does"),

@@ -34,10 +34,23 @@ def test_a_run_from_its_data_to_its_adapter(browser, measuring, planned, picture
         # The only data there are chosen already, and shown as they are read: what is learnt is marked.
         data = page.get_by_label("Data to learn from")
         expect(data).to_contain_text("data.jsonl")
+        # How long it takes is told before it starts, with what evaluations add to it, as fields change.
+        expect(page.locator("#takes")).to_have_text(re.compile(r"^Takes about .*: \d+ steps? of [\d.]+ s, .* in all\.$"))
+        page.get_by_label("or steps").fill("3")
+        expect(page.locator("#takes")).to_contain_text(": 3 steps of")
+        page.get_by_label("or steps").fill("")
         first = page.locator(".samples li").first
         expect(first.locator("mark")).to_contain_text("positive")
         expect(first.locator("p span.soft")).to_have_text("Is the fox quick? ")
         expect(page.get_by_text("of the places are padding")).to_be_visible()
+        page.get_by_label("Held-out data").click()
+        page.get_by_role("dialog").get_by_role("button", name="data.jsonl").click()
+        expect(page.locator("#takes")).to_contain_text("; evaluation before and after, ")
+        # Where one step is judged by two evaluations, that is warned of, with what can be done.
+        page.get_by_label("or steps").fill("1")
+        expect(page.locator("#heavy")).to_contain_text("Evaluating takes longer than the steps that it judges.")
+        page.get_by_role("button", name="Leave held-out data out").click()
+        expect(page.locator("#heavy")).to_be_hidden()
         page.get_by_label("Held-out data").click()
         page.get_by_role("dialog").get_by_role("button", name="data.jsonl").click()
         # What is wrong with a field is told beside it.
