@@ -79,12 +79,12 @@ export function term(word, text) {
   named.addEventListener("pointerleave", () => { if (!stays) hide(); });
   named.addEventListener("click", () => (stays ? hide() : show(true)));
   named.addEventListener("blur", hide);
-  named.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
   meaning.addEventListener("toggle", (event) => {
     if (event.newState !== "open") return;
-    const box = named.getBoundingClientRect(), away = (later) => { if (!named.contains(later.target) && !meaning.contains(later.target)) hide(); };
-    addEventListener("pointerdown", away);
-    meaning.addEventListener("toggle", () => removeEventListener("pointerdown", away), { once: true });
+    const box = named.getBoundingClientRect(), shown = new AbortController();
+    addEventListener("pointerdown", ({ target }) => { if (!named.contains(target) && !meaning.contains(target)) hide(); }, { signal: shown.signal });
+    addEventListener("keydown", ({ key }) => { if (key === "Escape") hide(); }, { signal: shown.signal });
+    meaning.addEventListener("toggle", () => shown.abort(), { once: true });
     meaning.style.left = `${Math.max(8, Math.min(box.left, innerWidth - meaning.offsetWidth - 8))}px`;
     meaning.style.top = `${box.bottom + 6 + meaning.offsetHeight > innerHeight ? box.top - meaning.offsetHeight - 6 : box.bottom + 6}px`;
   });

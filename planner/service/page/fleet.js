@@ -4,6 +4,7 @@ import { download, get, remove } from "./api.js";
 import { html, seconds, showLanes } from "./charts.js";
 import { button, card, command, confirmed, editable, heading, note, numbers, scrolling, section, table, term } from "./components.js";
 import { nameOf, rename, speedup } from "./fleets.js";
+import { shapeWords } from "./models.js";
 import { action, go, to } from "./shell.js";
 
 const FIRST = 5; // sentences that stand above, the others are folded
@@ -52,10 +53,9 @@ function toRun({ micro_batches: batches, members }, { commands, meets_at: meets 
 
 // How devices whose times are estimated are measured.
 function toMeasure(guessed, model) {
-  const { seq, batch, accumulate, lora } = model?.summary ?? {}, shape = [batch ? `--batch ${batch}` : "", seq ? `--seq ${seq}` : "", lora ? `--lora-rank ${lora.rank}` : "", accumulate > 1 ? `--accumulate ${accumulate}` : ""].filter(Boolean).join(" ");
   return [
     html("p", { class: "soft" }, `How long ${guessed.join(" and ")} ${guessed.length === 1 ? "takes" : "take"} is estimated. Measure the model on each, with the folder of its weights in place of MODEL, drop the file on “Models” and plan this fleet again with it; until then these files are for reading.`),
-    ...guessed.map((name) => html("div", {}, html("strong", {}, name), command(`tightfit profile MODEL ${shape} -o ${name}.json`.replace("  ", " "), `Copy the command for ${name}`))),
+    ...guessed.map((name) => html("div", {}, html("strong", {}, name), command(`tightfit profile MODEL ${shapeWords(model?.summary ?? {})} -o ${name}.json`.replace("  ", " "), `Copy the command for ${name}`))),
   ];
 }
 

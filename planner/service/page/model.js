@@ -4,10 +4,10 @@
 
 import { download, finish, get, patch, post, work } from "./api.js";
 import { atLeast, curveLegend, html, kindColour, MIB, place as drawIn, places, seconds, size } from "./charts.js";
-import { announce, bar, button, card, editable, field, heading, mib, note, percent, progress, scrolling, section, span, table, term } from "./components.js";
+import { announce, bar, button, card, command, editable, field, heading, mib, note, percent, progress, scrolling, section, span, table, term } from "./components.js";
 import { budgetCurve } from "./curve.js";
 import { asked, beside, complete, forget } from "./forms.js";
-import { deleted, estimated, measuredModel, measuring, nameOf, origin } from "./models.js";
+import { deleted, estimated, measuredModel, measuring, nameOf, origin, shapeWords } from "./models.js";
 import { gapWords, inWords, meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
 import { action, complain, go, to } from "./shell.js";
 import { choose } from "./sources.js";
@@ -326,6 +326,7 @@ async function explore(place) {
         html("a", { class: "button", href: to("plans", "", { profile: id }) }, "All plans of this model"),
         runs ? null : html("span", { class: "soft" }, !summary.measured ? `Times are estimated for ${summary.device}; to fine-tune here, measure the model on this machine.` : "Only what was measured on this machine can be fine-tuned here."),
         runs ? null : button("Measure a model here", () => choose().catch(complain))),
+      ...(!summary.measured && summary.lora ? [html("p", { class: "soft" }, `On ${summary.device} itself, with its weights in place of MODEL:`), command(`tightfit train MODEL ${shapeWords(summary)} --memory ${mib(best.budget).replaceAll(",", "")}MiB --data DATA -o OUT`, "Copy the command for that device")] : []),
     ));
   }
 

@@ -15,6 +15,9 @@ export const origin = ({ origin: came, summary }) => (came === "example" ? "exam
 // What a step takes at once.
 export const stepOf = ({ summary: { batch, seq, accumulate } }) => `${seq ? `${batch} × ${seq} tokens` : batch > 1 ? `${batch} samples` : "one sample"}${accumulate > 1 ? `, ${accumulate} steps an update` : ""}`;
 
+// The same as options of a command.
+export const shapeWords = ({ seq, batch, accumulate, lora }) => [batch ? `--batch ${batch}` : null, seq ? `--seq ${seq}` : null, lora ? `--lora-rank ${lora.rank}` : null, accumulate > 1 ? `--accumulate ${accumulate}` : null].filter(Boolean).join(" ");
+
 const COLUMNS = [
   { title: "Model", cell: (one) => html("div", {}, html("a", { href: to("models", one.id) }, nameOf(one)), one.note ? html("div", { class: "soft" }, one.note) : null), value: nameOf },
   { title: "One step", cell: stepOf, value: ({ summary }) => (summary.seq ?? 0) * (summary.batch ?? 1) },

@@ -51,6 +51,15 @@ def test_a_fleet_is_planned_and_drawn(browser, served, chain):
             with page.expect_download() as caught:
                 page.get_by_role("button", name=f"Download {name}").click()
             assert caught.value.path().read_bytes() == served.http.get(f"/v1/plans/{plan}/file").content
+        # What is started where is told, to be copied.
+        told = page.locator(".command code").all_inner_texts()
+        assert told if not view["commands"] else set(view["commands"].values()) <= set(told) or "tightfit profile MODEL" in told[0]
+        # A member's plan says whose it is, and is none of those that somebody fine-tunes with.
+        page.get_by_role("link", name="this-machine", exact=True).click()
+        expect(page.locator("#part-of")).to_have_text(re.compile(r"^Part of fleet .+: this-machine"))
+        page.go_back()
+        expect(page.locator("#lanes svg")).to_be_visible()
+        assert served.http.get("/v1/plans?whole=true&asked=true").json()["plans"] == []
         alone = next(one.makespan_seconds for one in fleet.baselines if one.name == "fastest alone")
         expect(page.locator(".cards")).to_contain_text(f"{alone / fleet.makespan_seconds:.2f} ×")
         with page.expect_download() as caught:

@@ -51,8 +51,22 @@ def test_what_it_does_is_told_in_three_sentences(page, served, plan):
     assert not re.search(r"--|=True|tightfit ", page.locator("main").inner_text())
     # A word that needs it is explained where it stands.
     page.get_by_role("button", name="computed again").hover()
-    expect(page.get_by_text("the same numbers, bit for bit")).to_be_visible()
+    word, meaning = page.get_by_role("button", name="computed again"), page.get_by_text("the same numbers, bit for bit")
+    expect(meaning).to_be_visible()
     page.keyboard.press("Escape")
+    expect(meaning).to_be_hidden()
+    # A click leaves it open until the next one, wherever the pointer goes.
+    page.mouse.move(0, 0)
+    word.click()
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(100)
+    expect(meaning).to_be_visible()
+    word.click()
+    page.mouse.move(0, 0)
+    expect(meaning).to_be_hidden()
+    word.click()
+    page.locator("h1").click()
+    expect(meaning).to_be_hidden()
     # The planner's own words are folded, and name no option either.
     own = page.locator("details", has_text="In the planner's own words")
     expect(own.locator("li").first).to_be_hidden()
