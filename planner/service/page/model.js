@@ -186,7 +186,7 @@ async function explore(place) {
   function mark() {
     const { budget } = state;
     if (!budget) return;
-    if (!state.typing) input.value = (budget / MIB).toFixed(places(budget / MIB)); // what somebody types is theirs until it is entered
+    if (!state.typing) input.value = state.written = (budget / MIB).toFixed(places(budget / MIB)); // what somebody types is theirs until it is entered
     if (state.most) slider.value = positionOf(budget);
     slider.setAttribute("aria-valuetext", `${mib(budget)} MiB`);
     state.chart?.show(budget, bestFor(budget)?.step);
@@ -537,12 +537,12 @@ async function explore(place) {
     if (text) input.setAttribute("aria-errormessage", refusal.id);
   };
   const entered = async (asks) => {
+    if (input.value === state.written) { refuse(""); return asks ? moved() : null; } // rounded, as the page has written it
     const bytes = budgetOf(input.value), refused = bytes === null ? `Write a budget in MiB, such as 300${input.value.trim() ? `: “${input.value.trim()}” is none` : ""}.` : bytes > MOST ? `That is more than any machine has; write at most ${mib(MOST, 0)} MiB.` : "";
     state.typing = false;
     refuse(refused);
     if (refused) return mark();
     const next = Math.max(LEAST, Math.ceil(bytes / 1024) * 1024);
-    if (next === state.budget && !asks) return mark();
     choosing(next);
     await moved(asks);
   };

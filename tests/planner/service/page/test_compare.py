@@ -122,5 +122,7 @@ def test_nothing_hinders_people(page, pictures):
 def test_it_fits_a_phone(page, width):
     page.set_viewport_size({"width": width, "height": 800})
     page.wait_for_timeout(150)
-    wide = page.evaluate("[...document.querySelectorAll('body *')].filter((one) => one.getBoundingClientRect().right > innerWidth && !one.closest('.scroll')).map((one) => one.outerHTML.slice(0, 150))")
+    wide = page.evaluate(
+        "[...document.querySelectorAll('body *')].filter((one) => one.getBoundingClientRect().right > innerWidth && !one.closest('.scroll')).map((one) => one.outerHTML.slice(0, 150))"
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= width, wide

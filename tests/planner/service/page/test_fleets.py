@@ -53,7 +53,11 @@ def test_a_fleet_is_planned_and_drawn(browser, served, chain):
             assert caught.value.path().read_bytes() == served.http.get(f"/v1/plans/{plan}/file").content
         # What is started where is told, to be copied.
         told = page.locator(".command code").all_inner_texts()
-        assert told if not view["commands"] else set(view["commands"].values()) <= set(told) or "tightfit profile MODEL" in told[0]
+        assert (
+            told
+            if not view["commands"]
+            else set(view["commands"].values()) <= set(told) or "tightfit profile MODEL" in told[0]
+        )
         # A member's plan says whose it is, and is none of those that somebody fine-tunes with.
         page.get_by_role("link", name="this-machine", exact=True).click()
         expect(page.locator("#part-of")).to_have_text(re.compile(r"^Part of fleet .+: this-machine"))

@@ -35,7 +35,9 @@ def test_a_run_from_its_data_to_its_adapter(browser, measuring, planned, picture
         data = page.get_by_label("Data to learn from")
         expect(data).to_contain_text("data.jsonl")
         # How long it takes is told before it starts, with what evaluations add to it, as fields change.
-        expect(page.locator("#takes")).to_have_text(re.compile(r"^Takes about .*: \d+ steps? of [\d.]+ s, .* in all\.$"))
+        expect(page.locator("#takes")).to_have_text(
+            re.compile(r"^Takes about .*: \d+ steps? of [\d.]+ s, .* in all\.$")
+        )
         page.get_by_label("or steps").fill("3")
         expect(page.locator("#takes")).to_contain_text(": 3 steps of")
         page.get_by_label("or steps").fill("")
