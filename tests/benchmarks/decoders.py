@@ -39,6 +39,9 @@ FREQUENCIES = "inv_freq"
 def main(
     models: Annotated[str, typer.Option(help="names out of published.py, separated by commas; all by default")] = "",
     seq: Annotated[int, typer.Option(help="tokens of the one sample")] = 256,
+    tile: Annotated[
+        int | None, typer.Option(help="tokens of it that go through a layer at a time; default: all")
+    ] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank, on all linear layers")] = 8,
     device: Annotated[str, typer.Option(help="as `tightfit devices` lists them")] = "zen5-2core",
     seconds: Annotated[float, typer.Option(help="time limit of a plan")] = 120.0,
@@ -57,7 +60,7 @@ def main(
     found: dict[str, dict[str, Any]] = {row["model"]: row for row in kept}
     for name in chosen:
         try:
-            found[name] = planned(name, MODELS[name], seq=seq, rank=rank, device=device, seconds=seconds)
+            found[name] = planned(name, MODELS[name], seq=seq, tile=tile, rank=rank, device=device, seconds=seconds)
         except TightfitError as error:
             found[name] = {"model": name, "failed": str(error)}
             print(f"{name}: {error}", flush=True)
@@ -88,7 +91,9 @@ def notes(seq: int, rank: int, device: str, seconds: float) -> str:
     )
 
 
-def planned(name: str, model: Published, *, seq: int, rank: int, device: str, seconds: float) -> dict[str, Any]:
+def planned(
+    name: str, model: Published, *, seq: int, tile: int | None, rank: int, device: str, seconds: float
+) -> dict[str, Any]:
     """Figures of a model. Raises TightfitError where it cannot be profiled or planned, or is not what was published."""
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +101,7 @@ def planned(name: str, model: Published, *, seq: int, rank: int, device: str, se
         path.parent.mkdir()
         path.write_text(json.dumps(model.config))
         entries = resolve(str(path)).entries.values()
-        made = profile(str(path), batch=1, seq=seq, lora_rank=rank, device=device)
+        made = profile(str(path), batch=1, seq=seq, tile=tile, lora_rank=rank, device=device)
     parameters = sum(math.prod(entry.shape) for entry in entries if not entry.name.endswith(FREQUENCIES))
     if model.exact not in (None, parameters):
         raise InputError(

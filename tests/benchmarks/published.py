@@ -59,6 +59,15 @@ def qwen35(
 
 
 MODELS: dict[str, Published] = {
+    "qwen2.5-0.5b": Published(
+        config={
+            "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+            "max_position_embeddings": 32768, "tie_word_embeddings": True,
+        },
+        source=f"{HUB}/Qwen/Qwen2.5-0.5B/blob/main/config.json",
+        exact=494_032_768,
+    ),
     "qwen3-0.6b": Published(
         config={
             "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,

@@ -89,7 +89,18 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(tiled: Profile, data: s
         "--output",
         str(tmp_path / "killed"),
     )
-    settings = ["--packing", "--steps", str(STEPS), "--lr", "1e-2", "--seed", "7", "--no-cgroup", "--checkpoint-every", "2"]
+    settings = [
+        "--packing",
+        "--steps",
+        str(STEPS),
+        "--lr",
+        "1e-2",
+        "--seed",
+        "7",
+        "--no-cgroup",
+        "--checkpoint-every",
+        "2",
+    ]
     started = subprocess.Popen([*words, *settings], start_new_session=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoint-2").exists():
