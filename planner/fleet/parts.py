@@ -209,8 +209,9 @@ def member_commands(fleet: AnyStepFleet, folder: str) -> dict[str, str]:
     if len(fleet.chain) == 1:
         return {}
     without_data = fleet.chain[-1] if isinstance(fleet, SidePlan) else None
-    return {
-        member.name: f"tightfit fleet run {shlex.quote(folder)} --member {shlex.quote(member.name)} --at HOST:{PORT}"
-        f"{'' if member is without_data else ' --data DATA'} --steps {fleet.micro_batches} -o OUT"
-        for member in fleet.chain
-    }
+    commands = {}
+    for member in fleet.chain:
+        data = [] if member is without_data else ["--data", "DATA"]
+        words = ["tightfit", "fleet", "run", folder, "--member", member.name, "--at", f"HOST:{PORT}", *data]
+        commands[member.name] = shlex.join([*words, "--steps", str(fleet.micro_batches), "-o", "OUT"])
+    return commands
