@@ -292,7 +292,7 @@ class _Splitter:
             for value in operation.outputs:
                 sizes[value] = aligned(self.graph.storages[self.graph.names[layer][value]].bytes)
         events = _events(forward, backward, set(candidates), set(self.recomputable[layer]))
-        tiles, length = self.tiles[self.profile.layers[layer].program]
+        tiles, length = self._tiles(layer)
         total = sum(sizes[value] for value in candidates)
         return LayerType(
             program=self.profile.layers[layer].program,
@@ -319,10 +319,17 @@ class _Splitter:
             write=self.profile.device.write,
             apart=self.apart,
             tiles=tiles,
-            tile_length=length if tiles > 1 else max(1, len(forward)),
+            tile_length=length,
             alike=_alike(forward[: tiles * length], length, {value: sizes[value] for value in candidates}),
             across_evaluate=self._across(layer, forward_window, self.last_forward) if self.apart else 0,
         )
+
+    def _tiles(self, layer: int) -> tuple[int, int]:
+        """(tiles of a layer, forward operators of each); one tile where operators were added between them, as for a fleet."""
+        targets = [step.target for step in self.steps[layer]["forward"]]
+        tiles, length = self.tiles[self.profile.layers[layer].program]
+        equal = tiles > 1 and targets[: tiles * length] == targets[:length] * tiles
+        return (tiles, length) if equal else (1, max(1, len(targets)))
 
     def _check_inference(
         self,
