@@ -126,7 +126,7 @@ def run_in_an_arena(
                 if operator["phase"] != phase:
                     continue
                 for read in bound.reads:
-                    read.move(slots[read.local].data_ptr() - arena.address)
+                    read.move(slots[bound.tensors[read.place]].data_ptr() - arena.address)
                 bound.call([None if name is None else slots[place[name]] for name in operator["outputs"]])
                 for name in filter(None, operator["outputs"]):
                     names[layer.bindings.get(name, f"{layer.name}/{name}")] = slots[place[name]].clone()

@@ -140,3 +140,19 @@ def program(*targets: str) -> Program:
 def test_equal_runs_are_found(targets: str, most: int, found: tuple[int, int]) -> None:
     made = in_tiles(program(*targets), most)
     assert (made.tiles, made.tile_operators) == found
+
+
+@pytest.mark.slow
+def test_gradients_of_a_long_text_are_pytorch_s() -> None:
+    """4,096 tokens in eight tiles, the head in two parts."""
+    config, seq = CONFIGS["qwen2"] | {"max_position_embeddings": 4096, "num_hidden_layers": 2}, 4096
+    weights, data = random_weights(config, torch.float32), random_batch(config, 1, seq)
+    traced = trace_decoder(config, torch.float32, 1, seq, tile=512)
+    assert tiles_of(traced) == {"stem": 1, "model.layers.0": 8, "model.layers.1": 8, "head": 2}
+    loss, gradients = loss_and_gradients(traced, weights, data, compiled=True)
+    model = peft_model(config, weights, all_layers(RANK, ALPHA), torch.float32)
+    exact_loss = loss_of(model, data["input_ids"], data["labels"])
+    exact_loss.backward()
+    assert loss == pytest.approx(float(exact_loss.detach()), rel=1e-5)
+    for key, gradient in gradients_of(model).items():
+        assert relative_error(gradients[trained_name(key)], gradient) < 1e-4, key
