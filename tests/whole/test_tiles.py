@@ -61,6 +61,7 @@ def plans(made: Profile) -> list[Plan]:
     return [roomy, plan(made, smallest), plan(made, 1 << 30, policy="mesp")]
 
 
+@pytest.mark.slow_but_for("half a row")
 def test_every_plan_gives_the_same_bits_within_its_cap(tiled: Profile, data: str, tmp_path: Path) -> None:
     adapters, losses = set(), []
     for number, each in enumerate(plans(tiled)):
