@@ -54,8 +54,8 @@ class ProfileOptions(Options):
     )
     tile: int | None = option(
         None,
-        "Tokens, in whole samples, that go through a layer at a time: a large batch in little more memory than a small one, whose weights"
-        " are unpacked once for all; default: all tokens of a step.",
+        "Tokens that go through a layer at a time, whole samples or a slice of one: long texts and large batches in less memory; default:"
+        " all tokens of a step.",
         metavar="TOKENS",
         ge=1,
         le=1 << 30,

@@ -119,7 +119,7 @@ class LayerProgram(LayerVariables):
             last[value] = LAST
         self._row(peak, Linear(sum(self._size(v) for v in kind.enters_forward)).plus(self._outside()))
         for position, op in enumerate(operations):
-            if len(operations) == len(kind.forward) and not kind.at_an_end(kind.tile_of(position)):
+            if operations is kind.forward and not kind.at_an_end(kind.tile_of(position)):
                 continue
             shared = Linear().plus(self._states())
             output_kib = 0.0
@@ -218,9 +218,8 @@ class LayerProgram(LayerVariables):
     def _slots(self) -> list[Slot]:
         """The slots of the tiles whose bytes are looked at."""
         kind = self.kind
-        position = {op.index: number for number, op in enumerate(kind.forward)}
         looked_at = {t for t, tile in enumerate(kind.backward_tiles) if kind.at_an_end(tile)}
-        again = [k for k in kind.events if kind.at_an_end(kind.tile_of(position[k]))]
+        again = [k for k in kind.events if kind.at_an_end(kind.tile_of(kind.position[k]))]
         slots = [(t, k) for k in again for t in kind.events[k] if t in looked_at]
         return sorted([*slots, *((t, LAST) for t in looked_at)])
 

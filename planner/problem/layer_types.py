@@ -166,6 +166,11 @@ class LayerType:
         return {value: op for op in self.forward for value in op.outputs}
 
     @cached_property
+    def position(self) -> dict[int, int]:
+        """Position in the program -> position among the operations of the forward."""
+        return {op.index: number for number, op in enumerate(self.forward)}
+
+    @cached_property
     def operations(self) -> dict[int, LayerOperator]:
         """Position in the program -> operation, of all three windows."""
         return {op.index: op for op in (*self.forward, *self.evaluate, *self.backward)}
@@ -173,10 +178,9 @@ class LayerType:
     @cached_property
     def backward_tiles(self) -> tuple[int, ...]:
         """The tile of each backward operation: that of the forward operators whose outputs it reads, or else of the operation before it."""
-        position = {op.index: number for number, op in enumerate(self.forward)}
         tiles: list[int] = []
         for op in self.backward:
-            makers = [position[self.producer[value].index] for value in op.inputs if value in self.producer]
+            makers = [self.position[self.producer[value].index] for value in op.inputs if value in self.producer]
             tiles.append(self.tile_of(max(makers)) if makers else tiles[-1] if tiles else self.tiles - 1)
         return tuple(tiles)
 

@@ -6,7 +6,6 @@ those of reducing losses, use the output as scratch space of the size of their i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from tightfit.runtime.engine.cpu.arena import Arena
 from tightfit.runtime.engine.cpu.cpu import KERNELS
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
+from tightfit.runtime.engine.training.job import operator_key
 
 GUARD_BYTES = 4096
 PATTERN = 0xA5
@@ -144,24 +144,3 @@ def _equal(output: Tensor | None, expected: Tensor | None) -> bool:
     finite = expected[expected.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     return bool(torch.allclose(output, expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True))
-
-
-def operator_key(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> str:
-    """A key that is equal for operators whose arguments differ only in the names and contents of tensors."""
-    names: dict[str, int] = {}
-    layouts = []
-    for name in [*operator["inputs"], *operator["outputs"]]:
-        if name is not None and name not in names:
-            names[name] = len(names)
-            layouts.append([values[name]["dtype"], values[name]["shape"], values[name]["stride"]])
-
-    def renamed(tree: Any) -> Any:
-        if isinstance(tree, list):
-            return [renamed(item) for item in tree]
-        if isinstance(tree, dict) and "operand" in tree:
-            return {"operand": {**tree["operand"], "value": names[tree["operand"]["value"]]}}
-        return tree
-
-    outputs = [None if name is None else names[name] for name in operator["outputs"]]
-    args = renamed(operator["args"]), {key: renamed(value) for key, value in operator.get("kwargs", {}).items()}
-    return json.dumps([operator["target"], args, outputs, layouts])

@@ -45,6 +45,7 @@ from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import child_environment, leave, trim_heap
+from tightfit.runtime.engine.training.job import operator_key
 
 if TYPE_CHECKING:
     from tightfit.profiles.measuring.guard import OutputGuard
@@ -254,6 +255,8 @@ def measure_operators(
     rarest_first = sorted(range(len(programs)), key=lambda number: (counts[number], -number))
     chosen = {key: number for number in rarest_first for key in keys[number]}
     """the program in which an operator is measured: that with the most layers"""
+    firsts = [{key: index for index, key in reversed([*enumerate(of_program)])} for of_program in keys]
+    """by program: where each of its different operators stands first"""
     likenesses = [[likeness(program, operator) for operator in program["operators"]] for program in programs]
     passes: dict[tuple[str, int], list[float]] = {}
     workspaces: dict[str, int] = {}
@@ -269,12 +272,12 @@ def measure_operators(
     for turn in range(PASSES):
         tried = set(workspaces_kept)
         for number, program in enumerate(programs):
-            own = [index for index, key in enumerate(keys[number]) if chosen[key] == number and key not in seconds_kept]
-            if turn and slow[number]:
-                own = []
+            own = {
+                key: index for key, index in firsts[number].items() if chosen[key] == number and key not in seconds_kept
+            }
             fresh = {alike: index for index, alike in enumerate(likenesses[number]) if alike not in tried}
             tried.update(fresh)
-            if own or fresh:
+            if (own or fresh) and not slow[number]:
                 started = time.perf_counter()
                 seconds, needed = measure_program(
                     program,
@@ -283,12 +286,11 @@ def measure_operators(
                     turning_bytes=request["turning_bytes"],
                     seconds=PROGRAM_SECONDS * worth[number],
                     workspaces_of=fresh.values(),
-                    once={keys[number][index]: index for index in reversed(range(len(keys[number])))}.values(),
+                    timed=firsts[number].values(),
                 )
                 slow[number] = time.perf_counter() - started > SLOW_PASS_SECONDS
-                for index in own:
-                    if seconds[index] > 0:
-                        passes.setdefault(keys[number][index], []).append(seconds[index])
+                for key, index in own.items():
+                    passes.setdefault(key, []).append(seconds[index])
                 for alike, index in fresh.items():
                     workspaces[alike] = min(needed[index], workspaces.get(alike, needed[index]))
             settle()
@@ -314,12 +316,10 @@ def measure_operators(
 
 
 def _occurrences(program: dict[str, Any], scratch: ScratchStores) -> list[tuple[str, int]]:
-    """For each operator what it is called with (`tightfit.profiles.measuring.guard.operator_key`, the kinds of its tensors and the
+    """For each operator what it is called with (`tightfit.runtime.engine.training.job.operator_key`, the kinds of its tensors and the
     formats of tables whose rows it gathers), and how many like it stand before it in the program, or, in a program of several tiles, in
     its tile.
     """
-    from tightfit.profiles.measuring.guard import operator_key
-
     values = {value["name"]: value for value in program["values"]}
     before: dict[str, int] = {}
     keys = []
@@ -399,33 +399,30 @@ def measure_program(
     turning_bytes: int | None = None,
     seconds: float = PROGRAM_SECONDS,
     workspaces_of: Collection[int] = (),
-    once: Collection[int] | None = None,
-) -> tuple[list[float], dict[int, int]]:
-    """(seconds of each operator, workspace bytes of those with the numbers `workspaces_of`). All operators run in order, round after
-    round, as in a step, for about `seconds` beyond the first rounds. In a program of several tiles that are those `once` of which
-    the others are equals, with 0 seconds for the others; what these would make is there from a first round of all.
+    timed: Collection[int] | None = None,
+) -> tuple[dict[int, float], dict[int, int]]:
+    """(seconds of the operators `timed`, by default of all; workspace bytes of those with the numbers `workspaces_of`). They run in
+    order, round after round, as in a step, for about `seconds` beyond the first rounds; what others make is there from a round of all.
     """
     if not program["operators"]:
-        return [], {}
+        return {}, {}
     calls = _calls(program, *_filled(program, scratch, contents, turning_bytes))
-    timed = sorted(once) if once is not None and program.get("tiles", 1) > 1 else range(len(calls))
-    if len(timed) < len(calls):
+    numbers = range(len(calls)) if timed is None else sorted(timed)
+    if len(numbers) < len(calls):
         for call in calls:
             call()
-    times: list[list[float]] = [[0.0] * 3 for _ in calls]
-    for index, call_seconds in zip(timed, _timed([calls[index] for index in timed], seconds), strict=True):
-        times[index] = call_seconds
+    times = dict(zip(numbers, _timed([calls[index] for index in numbers], seconds), strict=True))
     workspaces = {}
     if workspaces_of:
         # One more round, in order: an operator's inputs may have made room for others by the end of the round before.
-        for index, (call, call_seconds) in enumerate(zip(calls, times, strict=True)):
+        for index, call in enumerate(calls):
             if index in workspaces_of:
-                calls_made = WORKSPACE_CALLS // (2 if min(call_seconds) > SLOW_SECONDS else 1)
+                calls_made = WORKSPACE_CALLS // (2 if min(times.get(index, [0.0])) > SLOW_SECONDS else 1)
                 workspaces[index] = _workspace(call, calls_made)
             else:
                 call()
     # The first two rounds are left out: they fault pages in and build kernels.
-    return [typical(call_seconds[2:]) for call_seconds in times], workspaces
+    return {index: typical(call_seconds[2:]) for index, call_seconds in times.items()}, workspaces
 
 
 def _calls(program: dict[str, Any], tensors: dict[str, Any], store: Any) -> list[Callable[[], None]]:

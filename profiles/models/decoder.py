@@ -363,12 +363,12 @@ class Decoder(nn.Module):
         for number, layer in self.model.layers.named_children():
             window, rotation = shape.windows[int(number)], shape.rotations[int(number)]
             mask = masks.get(window) if window is not None else None
-            made = []
-            before = EarlierTiles()
-            for tile, places_of_tile in zip(tiles, positions_of_tiles, strict=True):
-                if along_rows and len(before.keys) * len(tile) == seq:  # another row begins
+            made: list[Tensor] = []
+            before: EarlierTiles | None = None
+            for tile, positions_of_tile in zip(tiles, positions_of_tiles, strict=True):
+                if along_rows and len(made) * len(tile) % seq == 0:  # a row begins
                     before = EarlierTiles()
-                made.append(layer(tile, *tables[rotation], mask, places_of_tile, before if along_rows else None))
+                made.append(layer(tile, *tables[rotation], mask, positions_of_tile, before))
             tiles = made
         return tiles
 

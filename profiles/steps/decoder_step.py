@@ -119,12 +119,8 @@ def _tile(options: ProfileOptions, batch: int, seq: int) -> int | None:
     if tile is None or tile == batch * seq:
         return None
     if batch * seq % tile or (tile % seq and seq % tile):
-        fitting = [
-            size
-            for size in range(1, batch * seq)
-            if not (seq % size if size < seq else size % seq or batch * seq % size)
-        ]
-        nearest = sorted(sorted(fitting, key=lambda size: abs(size - tile))[:4])
+        fitting = {*_divisors(seq), *(seq * rows for rows in _divisors(batch) if rows < batch)} - {batch * seq}
+        nearest = sorted(sorted(fitting, key=lambda size: (abs(size - tile), size))[:4])
         raise InputError(
             f"{spelled('tile')} {tile}: {batch} samples of {seq} tokens do not go through a layer in equal parts of so many tokens, whole samples"
             f" or equal parts of one; give {' or '.join(map(str, nearest))}, or leave it out"
@@ -143,6 +139,10 @@ def _tile(options: ProfileOptions, batch: int, seq: int) -> int | None:
             " leave one of them out"
         )
     return tile
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if not number % divisor]
 
 
 def _preference(options: ProfileOptions) -> Preference | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from tightfit.profiles.schema import Operator, Program
+from tightfit.runtime.engine.training.job import renamed_arguments
 
 
 def with_inference(program: Program, inference: Program, results: Collection[str]) -> Program:
@@ -46,21 +46,10 @@ def renamed(op: Operator, names: Mapping[str, str]) -> Operator:
 
     return op.model_copy(
         update={
-            "args": _renamed(op.args, names),
-            "kwargs": _renamed(op.kwargs, names),
+            "args": renamed_arguments(op.args, names),
+            "kwargs": renamed_arguments(op.kwargs, names),
             "inputs": [rename(n) for n in op.inputs],
             "outputs": [None if n is None else rename(n) for n in op.outputs],
             "gathers": [rename(n) for n in op.gathers],
         }
     )
-
-
-def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(tree, list):
-        return [_renamed(item, names) for item in tree]
-    if isinstance(tree, dict) and "operand" in tree:
-        operand = tree["operand"]
-        return {"operand": {**operand, "value": names.get(operand["value"], operand["value"])}}
-    if isinstance(tree, dict):
-        return {key: _renamed(item, names) for key, item in tree.items()}
-    return tree

@@ -154,21 +154,20 @@ def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
     Of a layer in tiles, an operator that is another's but for the tensors that it reads and makes is written as
     ``{"like": the other's number, "values": these tensors in the order of `tensors_of`}``.
     """
-    values = {v["name"]: [v["dtype"], v["shape"], v["stride"]] for v in program["values"]}
     operators = [
         {key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")}
         | ({"copied": True} if op.get("copied") else {})
         for op in program["operators"]
     ]
     if program.get("tiles", 1) > 1:
+        by_name = {value["name"]: value for value in program["values"]}
         first: dict[str, int] = {}
         for number, operator in enumerate(operators):
-            names = tensors_of(operator)
-            places = {name: place for place, name in enumerate(names)}
-            form = json.dumps([_renamed(operator, places), [values[name] for name in names]])
+            form = json.dumps([operator_key(program["operators"][number], by_name), operator.get("copied")])
             if first.setdefault(form, number) != number:
-                operators[number] = {"like": first[form], "values": names}
-    return {"values": [[name, *value] for name, value in values.items()], "operators": operators}
+                operators[number] = {"like": first[form], "values": tensors_of(operator)}
+    values = [[v["name"], v["dtype"], v["shape"], v["stride"]] for v in program["values"]]
+    return {"values": values, "operators": operators}
 
 
 def tensors_of(operator: Mapping[str, Any]) -> list[str]:
@@ -187,21 +186,29 @@ def tensors_of(operator: Mapping[str, Any]) -> list[str]:
     return list(names)
 
 
-def _renamed(operator: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    """An operator with other names for its tensors."""
+def renamed_arguments(tree: Any, names: Mapping[str, Any]) -> Any:
+    """An operator's arguments with other names for its tensors; those that are not in `names` keep theirs."""
+    if isinstance(tree, list):
+        return [renamed_arguments(item, names) for item in tree]
+    if isinstance(tree, dict) and "operand" in tree:
+        operand = tree["operand"]
+        return {"operand": {**operand, "value": names.get(operand["value"], operand["value"])}}
+    if isinstance(tree, dict):
+        return {key: renamed_arguments(item, names) for key, item in tree.items()}
+    return tree
 
-    def rename(argument: Any) -> Any:
-        if isinstance(argument, dict) and "operand" in argument:
-            operand = argument["operand"]
-            return {"operand": operand | {"value": names[operand["value"]]}}
-        return [rename(item) for item in argument] if isinstance(argument, list) else argument
 
-    return dict(operator) | {
-        "args": rename(operator["args"]),
-        "kwargs": {key: rename(argument) for key, argument in operator["kwargs"].items()},
-        "outputs": [None if name is None else names[name] for name in operator["outputs"]],
-        "gathers": [names[name] for name in operator["gathers"]],
-    }
+def operator_key(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> str:
+    """A key that is equal for operators whose arguments differ only in the names and contents of tensors."""
+    names: dict[str, int] = {}
+    layouts = []
+    for name in [*operator["inputs"], *operator["outputs"]]:
+        if name is not None and name not in names:
+            names[name] = len(names)
+            layouts.append([values[name]["dtype"], values[name]["shape"], values[name]["stride"]])
+    outputs = [None if name is None else names[name] for name in operator["outputs"]]
+    args = renamed_arguments(operator["args"], names), renamed_arguments(operator.get("kwargs", {}), names)
+    return json.dumps([operator["target"], args, outputs, layouts])
 
 
 def program_values(program: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
