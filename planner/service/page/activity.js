@@ -3,7 +3,7 @@
 import { openJobs, post } from "./api.js";
 import { html } from "./charts.js";
 import { button, dialog, empty, progress, when } from "./components.js";
-import { nameOfRule, SOLVER } from "./rules.js";
+import { ruleInWords } from "./rules.js";
 
 const EVERY = 3000; // ms between two looks
 const WORDS = { profile: "Measuring", trace: "Tracing", plan: "Planning", "answer-plan": "Planning answers", comparison: "Planning a curve", fleet: "Planning a fleet", run: "Fine-tuning", preview: "Reading data", answer: "Answering", merge: "Merging" };
@@ -11,8 +11,7 @@ const PLACE = { run: "runs", profile: "models" }; // of a job that has a page of
 let timer = 0, changed = () => {};
 
 const nameOf = (job) => {
-  const { request: { policy, memory } } = job, words = job.title ?? job.label ?? WORDS[job.kind] ?? job.kind, end = `, ${policy}`;
-  const plain = !job.title && policy && words.endsWith(end) ? `${words.slice(0, -end.length)}${policy === SOLVER ? "" : `, ${nameOfRule(policy)}`}` : words;
+  const { request: { policy, memory } } = job, plain = job.title ?? ruleInWords(job.label ?? WORDS[job.kind] ?? job.kind, policy);
   return [memory].flat().every((bytes) => bytes === 1) ? `${plain}, the smallest budget` : plain;
 };
 

@@ -18,10 +18,15 @@ const RULES = {
 
 export const nameOfRule = (policy) => RULES[policy]?.[0] ?? policy;
 
-// What a plan is called: its label ends with the rule's short name, which the page says in words.
+// What a plan is called.
 export function nameOfPlan({ title, label, summary: { policy, budget_bytes: budget } }) {
-  const words = title ?? label ?? `${policy} in ${size(budget)}`, end = `, ${policy}`;
-  return !title && words.endsWith(end) ? `${words.slice(0, -end.length)}, ${nameOfRule(policy)}` : words;
+  return title ?? ruleInWords(label ?? `${policy} in ${size(budget)}`, policy);
+}
+
+// The service's label of something that was planned by a rule, with the rule's name on the page in place of the command line's.
+export function ruleInWords(label, policy) {
+  const end = `, ${policy}`;
+  return label.endsWith(end) ? `${label.slice(0, -end.length)}, ${nameOfRule(policy)}` : label;
 }
 
 // By how much a plan may be slower than the best, rounded up: what is said is proven.
