@@ -60,6 +60,15 @@ class ProfileOptions(Options):
         ge=1,
         le=1 << 30,
     )
+    matrix_rows: int | None = option(
+        None,
+        "Rows of a frozen matrix that are read, unpacked and multiplied at a time: models whose matrices are large in less memory; default:"
+        " as many as 64 MiB hold unpacked.",
+        label="Rows of a matrix",
+        metavar="ROWS",
+        ge=16,
+        le=1 << 20,
+    )
     lora_rank: int | None = option(
         None, "Rank of the LoRA pairs; default: 8.", label="LoRA rank", ge=1, le=LARGEST_RANK, primary=True
     )

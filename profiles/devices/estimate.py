@@ -264,7 +264,8 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     """
     from tightfit.runtime.engine.cpu.attention import attention_scratch
     from tightfit.runtime.engine.cpu.dropout import ROOM_BYTES
-    from tightfit.runtime.engine.cpu.operators import BLOCK_ELEMENTS, STATE_COLUMNS
+    from tightfit.runtime.engine.cpu.gates import BLOCK_ELEMENTS
+    from tightfit.runtime.engine.cpu.operators import STATE_COLUMNS
     from tightfit.runtime.engine.cpu.rotary import TURNED_ELEMENTS
     from tightfit.runtime.engine.cpu.tables import HEAD_ROWS
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from tightfit.profiles.models.answer_steps import AnswerStep, AnswerSteps, operand_of
+from tightfit.profiles.models.experts import Experts
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS
 from tightfit.profiles.tracing.trace import trace_forward
@@ -21,6 +22,7 @@ from tightfit.runtime.engine.generation.names import HELD, IDS, POSITIONS, PROJE
 
 MOST_SEEN = 1 << 17
 """tokens up to which a model's attention masks are looked at, where its config names no length"""
+MIXTURE = "it is a mixture of experts, whose matrices are read whole for a step and not for each token"
 
 
 class AnsweringDecoder(AnyDecoder):
@@ -41,6 +43,8 @@ class AnsweringDecoder(AnyDecoder):
     def refuse(self) -> str | None:
         """Why its code, which has been traced, cannot answer with a cache; None: it can."""
         layers = self.model.config.num_hidden_layers
+        if any(isinstance(child, Experts) for child in self.modules()):
+            return MIXTURE
         if self.mixing:
             return f"its {self.mixing} mixes neighbouring tokens"
         if self.context.others:
@@ -68,7 +72,7 @@ def answer_steps(
         module = AnsweringDecoder(config, tokens=tokens, longest=longest)
         if "position_ids" not in inspect.signature(module.model.forward).parameters:
             raise refused("its code takes no positions")
-        if module.mixing:
+        if module.mixing or module.refuse() == MIXTURE:
             raise refused(module.refuse() or "")
         with FakeTensorMode():
             without_values(module)

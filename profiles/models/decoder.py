@@ -50,6 +50,8 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 HEAD_TOKENS = 2048
 """tokens whose losses are computed together where tiles are smaller: each part of the batch unpacks the head anew"""
+MATRIX_BYTES = 64 << 20
+"""largest frozen matrix, unpacked, that is read, unpacked and multiplied as a whole; of larger ones, slices are"""
 PAIRS_APART = "each answer of a pair has a row of its own"
 
 
@@ -105,6 +107,8 @@ class Projection(nn.Module):
         self.pair: Pair | None = None
         self.site = 0
         """Number among the projections of its layer, by which their dropout masks differ."""
+        self.slice_rows = outputs
+        """Rows of the frozen matrix that are read, unpacked and multiplied at a time."""
 
     def adapt(self, pair: Pair) -> None:
         """Give it a LoRA pair."""
@@ -116,28 +120,29 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pair is None:
-            return frozen_linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
+            return frozen_linear(x, self.weight, self.bias, self.slice_rows)  # type: ignore[no-any-return]
         factors = self.lora_A.weight, self.lora_B.weight
         if self.pair.dora:
             return self._of_magnitude(x, self.pair)
         if self.pair.dropout:
             settings = self.pair.scale, self.pair.dropout, self.site
             return dropout_lora_linear(x, self.weight, self.bias, *factors, *settings)[0]  # type: ignore[no-any-return]
-        return lora_linear(x, self.weight, self.bias, *factors, self.pair.scale)[0]  # type: ignore[no-any-return]
+        return lora_linear(x, self.weight, self.bias, *factors, self.pair.scale, self.slice_rows)[0]  # type: ignore[no-any-return]
 
     def _of_magnitude(self, x: Tensor, pair: Pair) -> Tensor:
         """With dropout, as in PEFT, all that is scaled reads what is left of the input, the frozen weight as well, and only
         what W x lacks then is not scaled.
         """
         left = dropped(x, pair, self.site)
-        z, _ = lora_linear(left, self.weight, None, self.lora_A.weight, self.lora_B.weight, pair.scale)
+        factors = self.lora_A.weight, self.lora_B.weight
+        z, _ = lora_linear(left, self.weight, None, *factors, pair.scale, self.slice_rows)
         # Right after the product, while the unpacked weight is there.
-        norm, _ = dora_norm(self.weight, self.lora_A.weight, self.lora_B.weight, pair.scale)
+        norm, _ = dora_norm(self.weight, *factors, pair.scale)
         magnitude = self.lora_magnitude_vector.weight
         if not pair.dropout:
             return dora_scale(z, magnitude, norm, self.bias)[0]  # type: ignore[no-any-return]
         scaled, _ = dora_scale(z, magnitude, norm, None)
-        return scaled + frozen_linear(x - left, self.weight, self.bias)  # type: ignore[no-any-return]
+        return scaled + frozen_linear(x - left, self.weight, self.bias, self.slice_rows)  # type: ignore[no-any-return]
 
 
 def dropped(x: Tensor, pair: Pair, site: int) -> Tensor:
@@ -161,6 +166,20 @@ def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> 
     for name, pair in chosen.items():
         found[name].adapt(pair)
     return lora.as_json(list(found), list(chosen), body)
+
+
+def slice_matrices(module: nn.Module, rows: int | None) -> None:
+    """Have the projections of a decoder, which has its pairs, read, unpack and multiply so many rows of their frozen matrices at a
+    time; None: as many as `MATRIX_BYTES` hold. Those with DoRA or dropout take all rows at once.
+    """
+    for child in module.modules():
+        if not isinstance(child, Projection) or not child.adaptable:
+            continue
+        if child.pair is not None and (child.pair.dora or child.pair.dropout):
+            continue
+        outputs, inputs = child.weight.shape
+        itemsize = child.weight.dtype.itemsize
+        child.slice_rows = min(outputs, rows or slice_rows(outputs, inputs, itemsize, MATRIX_BYTES))
 
 
 def _sites(names: Iterable[str]) -> Iterator[int]:
@@ -299,7 +318,8 @@ class Decoder(nn.Module):
     of each answer (`tightfit.runtime.engine.cpu.preference.preference_loss`). `longest` is the longest sequence of a step of which
     this is a shorter one: sliding windows that matter there have masks here too, so that both have the same operators. A
     *tile*, of so many tokens, goes through a layer at a time, and all tiles do before the next layer begins; None: all tokens at once. It is
-    several rows of the batch, or a part of a row, of whose tiles each attends to the keys and values of those before it.
+    several rows of the batch, or a part of a row, of whose tiles each attends to the keys and values of those before it. `matrix_rows`
+    of a frozen matrix are read, unpacked and multiplied at a time, as `slice_matrices` has it.
     """
 
     def __init__(
@@ -312,6 +332,7 @@ class Decoder(nn.Module):
         preference: Preference | None = None,
         longest: int | None = None,
         tile: int | None = None,
+        matrix_rows: int | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -323,6 +344,7 @@ class Decoder(nn.Module):
             self.lm_head = Table(shape.vocab, shape.hidden, dtype)
         self.lora = adapt(self, lora, "the model", body)
         """What a profile says of the adapter."""
+        slice_matrices(self, matrix_rows)
         self.tables = self._save(lora.modules_to_save, body)
         """Modules that are trained in full, and the tensors in the store that they start from."""
         self.slice_rows = slice_rows(shape.vocab, shape.hidden, dtype.itemsize)

@@ -55,6 +55,11 @@ class FrozenTensor(FrozenRecord):
     """matrix (of a linear layer), embedding (rows by token), or other."""
     transposed: bool = False
     """Whether the checkpoint has rows and columns the other way round."""
+    experts: int = 0
+    """Experts of a mixture whose matrices stand below one another in it; 0: it is none of these."""
+    parts: tuple[str, ...] = ()
+    """Names in transformers' state_dict, with * for the number of an expert, of tensors whose rows, expert by expert, checkpoints may
+    hold in its place."""
     mean: float = 0.0
     """What random values vary around."""
     value: BufferValue | None = None

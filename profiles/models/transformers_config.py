@@ -22,8 +22,6 @@ from tightfit.profiles.models.family import families
 from tightfit.runtime.common.errors import InputError, TightfitError
 
 INSTALL = "pip install 'tightfit[hf]'"
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
-"""Config fields that are set in mixtures of experts."""
 NAMES = Path("models") / "auto" / "modeling_auto.py"
 """The file of transformers that lists its models by ``model_type``."""
 DECODERS, TWO_SEQUENCES = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
@@ -49,16 +47,10 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def refuse_by_config(config: Mapping[str, Any]) -> None:
-    """Raises InputError for mixtures of experts, encoder-decoder models, and sizes that are out of bounds."""
+    """Raises InputError for encoder-decoder models and sizes that are out of bounds."""
     name = config.get("model_type")
     if config.get("is_encoder_decoder"):
         raise encoder_decoder(name)
-    kinds = config.get("layers_block_type") or config.get("hybrid_override_pattern")  # Nemotron-H: MLPs are layers
-    listed_without = isinstance(kinds, list | str) and not any(kind in ("moe", "E") for kind in kinds)
-    for key in EXPERTS:
-        value = config.get(key)
-        if isinstance(value, int) and value > 1 and config.get("enable_moe_block", True) and not listed_without:
-            raise experts(name, f"{key} = {value}")
     check_sizes(config)
 
 
@@ -112,8 +104,8 @@ def encoder_decoder(name: Any) -> InputError:
 
 def experts(name: Any, found: str) -> InputError:
     return InputError(
-        f"model_type {name!r} is a mixture of experts ({found}): which weights a token needs is known only while the step"
-        " runs, and a plan says it in advance; use a dense model"
+        f"model_type {name!r} is a mixture of experts whose {found} computes something else than gated MLPs without biases,"
+        " activation(gate) * up; it is not supported"
     )
 
 

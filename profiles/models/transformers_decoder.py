@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tightfit.profiles.models.decoder import PAIRS_APART, adapt, third_input
+from tightfit.profiles.models.decoder import PAIRS_APART, adapt, slice_matrices, third_input
 from tightfit.profiles.models.decoder_facts import DecoderFacts, FrozenTensor, buffer_value
 from tightfit.profiles.models.family import families
 from tightfit.profiles.models.lora import LoraConfig
@@ -54,6 +54,7 @@ from tightfit.profiles.models.transformers_config import (
     refused_in_its_words,
     settings_of,
 )
+from tightfit.profiles.models.transformers_experts import names_of_experts, parts_of, replace_experts
 from tightfit.profiles.models.transformers_kernels import (
     NAME,
     SAME,
@@ -93,7 +94,7 @@ class AnyDecoder(nn.Module):
     """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses float32
     [batch * seq]).
 
-    labels, positions and the third input with a `preference` are as in `tightfit.profiles.models.decoder.Decoder`; a model whose
+    labels, positions, the third input with a `preference` and `matrix_rows` are as in `tightfit.profiles.models.decoder.Decoder`; a model whose
     samples cannot share rows takes no positions (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it
     under `torch._subclasses.FakeTensorMode`, after `without_values`. Without `lora` nothing is trained. `longest` is the length of
     sequences for which rotary frequencies are chosen, where it is not `seq`: a shorter step has those of the whole one.
@@ -110,6 +111,7 @@ class AnyDecoder(nn.Module):
         lora: LoraConfig | None,
         preference: Preference | None = None,
         longest: int | None = None,
+        matrix_rows: int | None = None,
     ) -> None:
         super().__init__()
         with refused_in_its_words(config.get("model_type")):
@@ -143,6 +145,8 @@ class AnyDecoder(nn.Module):
         with torch.device("meta"):
             self.lora = {} if lora is None else adapt(self, lora, f"the {name} model", told_body)
             """What a profile says of the adapter."""
+            if lora is not None:
+                slice_matrices(self, matrix_rows)
             self.trained_head = ""
             """Name of the head if it is trained in full."""
             found = chosen(() if lora is None else lora.modules_to_save, savable, f"the {name} model", names)
@@ -248,6 +252,8 @@ def without_values(module: nn.Module) -> nn.Module:
 @functools.lru_cache(maxsize=8)
 def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
     """What a config's decoder consists of, and how transformers renames the tensors of its checkpoints."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     config = json.loads(text)  # noqa: TID251  written by `json.dumps`
     made = _built(config, torch.float32)
     _head(made)
@@ -255,6 +261,7 @@ def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
     prefix = made.base_model_prefix
     embedding, head = made.get_input_embeddings().weight, made.get_output_embeddings().weight
     linear, offsets, rows = {}, {}, {}
+    stacked: dict[int, int] = {}
     for child in made.modules():
         if _is_linear(child):
             linear[id(child.weight)] = not isinstance(child, nn.Linear)
@@ -262,6 +269,9 @@ def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
             rows[id(child.weight)] = child.weight.shape[0] == embedding.shape[0]
         elif (norm := replace_norm(child)) is not None:
             offsets[id(child.weight)] = 0.0 if norm.unit_offset else 1.0
+        elif "Experts" in type(child).__name__:
+            stacked |= {id(tensor): len(tensor) for tensor in child.parameters()}
+    conversions = get_model_conversion_mapping(made)
     tensors, met = [], set()
     keys = set(made.state_dict())
     for key, tensor in (*made.named_parameters(), *made.named_buffers()):
@@ -269,16 +279,19 @@ def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
             continue
         met.add(id(tensor))
         transposed = linear.get(id(tensor), False)
-        role = "matrix" if id(tensor) in linear else "other"
+        role = "matrix" if id(tensor) in linear or id(tensor) in stacked else "other"
+        shape = (tensor.shape.numel() // tensor.shape[-1], tensor.shape[-1]) if id(tensor) in stacked else tensor.shape
         if tensor is embedding or tensor is head or rows.get(id(tensor)):
             role = "embedding"
         tensors.append(
             FrozenTensor(
                 name=_our_name(key, prefix),
                 key=key,
-                shape=tuple(reversed(tensor.shape)) if transposed else tuple(tensor.shape),
+                shape=tuple(reversed(shape)) if transposed else tuple(shape),
                 role=role,
                 transposed=transposed,
+                experts=stacked.get(id(tensor), 0),
+                parts=parts_of(key, conversions) if id(tensor) in stacked else (),
                 mean=offsets.get(id(tensor), 1.0 if "norm" in key.lower() and key.endswith("weight") else 0.0),
                 value=None if tensor.is_meta else buffer_value(tensor),
                 persistent=key in keys,
@@ -390,7 +403,9 @@ def _from_config(transformers: Any, theirs: Any, dtype: torch.dtype) -> Any:
 
 def _refuse_by_modules(made: Any, name: Any) -> None:
     for child in made.modules():
-        if "Experts" in type(child).__name__ or (hasattr(child, "experts") and hasattr(child, "gate")):
+        inside = getattr(child, "experts", None)
+        is_list = isinstance(inside, nn.Module) and not any(True for _ in inside.parameters(recurse=False))
+        if is_list or ("Experts" in type(child).__name__ and replace_experts(child) is None):
             raise experts(name, type(child).__name__)
     kinds = {type(child).__name__ for child in made.modules()}
     if not any("attention" in kind.lower() and not re.search(RECURRENT, kind) for kind in kinds):
@@ -443,6 +458,7 @@ def _replace(body: nn.Module, dtype: torch.dtype, context: Context) -> None:
     inside = {name for name in names if re.search(r"\.\d+\.", f".{name}.")}
     kind = getattr(body.config, "model_type", None)
     outside = {name.rpartition(".")[2] for name, child in names.items() if name not in inside and _is_linear(child)}
+    experts_own = names_of_experts(str(kind))
     for child in names.values():
         fuse_gate(child)
         if hasattr(child, "inv_freq") or type(child).__name__.endswith("RotaryEmbedding"):
@@ -457,10 +473,12 @@ def _replace(body: nn.Module, dtype: torch.dtype, context: Context) -> None:
             outputs, inputs = weight.shape if isinstance(child, nn.Linear) else weight.t().shape
             with torch.device("meta"):
                 projection = FlatProjection(inputs, outputs, child.bias is not None, dtype)
-            projection.adaptable = name in inside and last not in outside and (kind, last) not in NO_PAIRS
+            projection.adaptable = name in inside and last not in outside | experts_own and (kind, last) not in NO_PAIRS
             ours = projection
         elif isinstance(child, nn.Embedding):
             ours = replace_embedding(child)
+        elif "Experts" in type(child).__name__:
+            ours = replace_experts(child)
         else:
             ours = replace_norm(child)
         if ours is not None:

@@ -343,12 +343,12 @@ def replace_norm(norm: nn.Module) -> FlatNorm | None:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 3, width), (width,)))
     x = x * 0.01  # so small that a misplaced epsilon would be seen
-    probe = _bare_copy(norm)
+    probe = bare_copy(norm)
     probe.weight = nn.Parameter(weight)
-    made = _try(probe, x)
+    made = tried(probe, x)
     for unit_offset in (False, True):
         ours = rms_norm(x.view(-1, width), weight, float(eps), unit_offset)[0].view(x.shape)
-        if made is not None and _same(ours, made):
+        if made is not None and same(ours, made):
             return FlatNorm(width, float(eps), unit_offset)
     return None
 
@@ -358,25 +358,25 @@ def computes_linear(module: nn.Linear) -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, PROBE[0]), PROBE[::-1], PROBE[1:]))
     own = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias)}
-    probe = _bare_copy(module)
+    probe = bare_copy(module)
     probe._parameters.update({name: own[name] for name, held in module._parameters.items() if held is not None})
     exact = F.linear(x, weight, bias if "bias" in dict(module.named_parameters()) else None)
-    return _same(exact, _try(probe, x))
+    return same(exact, tried(probe, x))
 
 
 def replace_embedding(table: nn.Embedding) -> Rows | None:
     """Our embedding in place of one that gathers rows and multiplies them with one number; None if it does more."""
-    probe = _bare_copy(table)
+    probe = bare_copy(table)
     probe.weight = nn.Parameter(torch.randn(PROBE, generator=torch.Generator().manual_seed(0)))
     # The probe may have no such row, and in the forward it is a row like any other.
     probe.padding_idx = None  # type: ignore[assignment]
     ids = torch.arange(PROBE[0])[None]
-    made = _try(probe, ids)
+    made = tried(probe, ids)
     if made is None:
         return None
     plain = probe.weight.detach()[None]
     scale = factor_between(made, plain)
-    if not _same(plain * scale, made):
+    if not same(plain * scale, made):
         return None
     (rows, columns), dtype = table.weight.shape, table.weight.dtype
     return Rows(rows, columns, dtype, float(torch.tensor(scale, dtype=dtype)))
@@ -405,7 +405,7 @@ def fuse_gate(mlp: nn.Module) -> None:
             torch.manual_seed(0)
             small = {name: nn.Linear(*size) for name, size in zip(names, sizes)}
         probe._modules.update(small)
-        made = _try(probe, x)
+        made = tried(probe, x)
         if made is None:
             continue
         with torch.no_grad():
@@ -413,7 +413,7 @@ def fuse_gate(mlp: nn.Module) -> None:
             for (activation, call), first in itertools.product(ACTIVATIONS.items(), (0, 1)):
                 if len(names) == 3 and first == 1:
                     continue  # another permutation
-                if _same(small[down_name](call(pair[first]) * pair[1 - first]), made):
+                if same(small[down_name](call(pair[first]) * pair[1 - first]), made):
                     mlp.forward = _gated_forward(mlp, names, first, activation)
                     return
 
@@ -468,11 +468,11 @@ def _half_split(rotate: Callable[..., Any]) -> str:
     angles = torch.randn(1, 3, 4, generator=generator)
     cos, sin = angles.cos(), angles.sin()
     tables = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
-    made = _try(rotate, x, x, *tables) if kind == "pair" else _try(rotate, x, *tables)
+    made = tried(rotate, x, x, *tables) if kind == "pair" else tried(rotate, x, *tables)
     low, high = x[..., :4], x[..., 4:]
     ours = torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
     results = made if isinstance(made, tuple) else (made,)
-    return kind if all(_same(ours, result) for result in results) else ""
+    return kind if all(same(ours, result) for result in results) else ""
 
 
 def _remembering(rotate: Callable[..., Any], kind: str, context: Context) -> Callable[..., Any]:
@@ -491,7 +491,7 @@ def _remembering(rotate: Callable[..., Any], kind: str, context: Context) -> Cal
     return remembered
 
 
-def _bare_copy(module: nn.Module) -> nn.Module:
+def bare_copy(module: nn.Module) -> nn.Module:
     """A copy that shares no parameters: its own are to be set."""
     probe = copy.copy(module)
     probe.__dict__ = dict(module.__dict__)
@@ -500,7 +500,7 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     return probe
 
 
-def _try(call: Callable[..., Any], *args: Any) -> Any:
+def tried(call: Callable[..., Any], *args: Any) -> Any:
     """What the call returns, or None if it fails: a probe that does not fit is no error."""
     try:
         with torch.no_grad():
@@ -509,7 +509,7 @@ def _try(call: Callable[..., Any], *args: Any) -> Any:
         return None
 
 
-def _same(one: Tensor, other: Any) -> bool:
+def same(one: Tensor, other: Any) -> bool:
     if not isinstance(other, Tensor) or one.shape != other.shape or not bool(other.isfinite().all()):
         return False
     return float((one - other).abs().max()) <= SAME * float(other.abs().max())

@@ -65,10 +65,11 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             for own_name in (decoder.rename(text_name(key)), decoder.rename(key)):
                 locations[own_name], dtypes[own_name] = (file, key), dtype
     opened = OpenedFiles(locations)
+    apart = {tensor.key: _parts(tensor, locations) for tensor in decoder.tensors}
     matrices = {tensor.key: tensor for tensor in decoder.tensors if tensor.role != "other"}
     quantised: dict[str, QuantisedMatrix] = {}
     if method is not None:
-        shapes = {key: tensor.shape for key, tensor in matrices.items() if not tensor.transposed}
+        shapes = {key: tensor.shape for key, tensor in matrices.items() if not (tensor.transposed or tensor.experts)}
         quantised = find_quantised(path, stated, locations, opened, shapes)
     direct: dict[str, tuple[Path, str]] = {}
     for tensor in decoder.tensors:
@@ -76,9 +77,11 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             file, key = direct[tensor.name] = locations[tensor.key]
             if dtypes[tensor.key] not in PUBLISHED:
                 raise InputError(f"{file}: tensor {key!r} is {dtypes[tensor.key]}; use the model's 16-bit weights")
+        elif names := apart[tensor.key]:
+            dtypes[tensor.key] = _dtype_of_parts(path, names, dtypes)
         elif tensor.value is None and tensor.key not in quantised:
             raise InputError(f"{path}: no tensor {tensor.key!r} in its safetensors files; download the model again")
-    parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()))
+    parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()), *apart.values())
     used = {key for _, key in direct.values()} | {locations[part][1] for part in parts}
     _check_known(path, config, decoder, {key for _, key in locations.values()} - used)
     entries = {
@@ -94,7 +97,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             tensor.role == "embedding",
         )
         for key, tensor in matrices.items()
-        if key in quantised or tensor.name in direct
+        if key in quantised or tensor.name in direct or apart[key]
     ]
     check_choice(path, precision, packed_matrices)
     settings = [without_names(config), [[entry.name, entry.format, entry.group] for entry in entries.values()]]
@@ -105,6 +108,13 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             entry = entries[tensor.name]
             if tensor.key in quantised:
                 yield quantised_tensor(tensor.key, quantised[tensor.key], locations, opened, entry)
+            elif apart[tensor.key]:
+                stacked = [opened.tensor(part) for part in apart[tensor.key]]
+                yield SourceTensor(
+                    entry=entry,
+                    rows=_stacked_rows(stacked, tensor),
+                    origins=[f"{one.file.path}: tensor {one.name!r}" for one in stacked],
+                )
             elif tensor.name in direct:
                 file, key = direct[tensor.name]
                 rows = _file_rows(opened.tensor(tensor.key), tensor)
@@ -205,9 +215,60 @@ def _drawn_rows(tensor: FrozenTensor, deviation: float, seed: int) -> Rows:
     return rows
 
 
+def _parts(tensor: FrozenTensor, locations: Mapping[str, Any]) -> list[str]:
+    """The names in `locations` of the tensors of single experts whose rows, one after the other, are those of the tensor; none where a
+    file holds it as it is, or lacks one.
+    """
+    if tensor.key in locations or not tensor.parts:
+        return []
+    names = [part.replace("*", str(number)) for number in range(tensor.experts) for part in tensor.parts]
+    missing = [name for name in names if name not in locations]
+    if missing and len(missing) < len(names):
+        raise InputError(
+            f"no tensor {missing[0]!r} in the model's safetensors files ({len(missing)} of {len(names)} of its experts' matrices are"
+            " missing); download the model again"
+        )
+    return [] if missing else names
+
+
+def _dtype_of_parts(path: Path, parts: Iterable[str], dtypes: Mapping[str, str]) -> str:
+    """The one type of the experts' tensors. Raises InputError where they differ or are quantised."""
+    found = {dtypes[part]: part for part in parts}
+    for dtype, part in found.items():
+        if dtype not in PUBLISHED or len(found) > 1:
+            said = f"is {dtype}" if dtype not in PUBLISHED else f"is {dtype} and those of other experts are not"
+            raise InputError(f"{path}: tensor {part!r} {said}; use the model's 16-bit weights")
+    return next(iter(found))
+
+
+def _stacked_rows(stored: list[FileTensor], tensor: FrozenTensor) -> Rows:
+    """Rows of the experts' matrices, which stand below one another in the order of `stored`."""
+    height, width = tensor.shape[0] // len(stored), tensor.shape[1]
+    for one in stored:
+        if one.shape != (height, width):
+            raise InputError(
+                f"{one.file.path}: tensor {one.name!r} has shape {list(one.shape)} where {[height, width]} is due; config.json does not fit the weights"
+            )
+
+    def rows(start: int, stop: int) -> Tensor:
+        import torch
+
+        blocks = []
+        while start < stop:
+            number, first = divmod(start, height)
+            last = min(height, first + stop - start)
+            blocks.append(stored[number].rows(first, last).to(torch.float32))
+            start += last - first
+        return torch.cat(blocks)
+
+    return rows
+
+
 def _file_rows(stored: FileTensor, tensor: FrozenTensor) -> Rows:
     """Rows of a tensor in a safetensors file; those of a transposed one are its columns there."""
     expected = tensor.shape[::-1] if tensor.transposed else tensor.shape
+    if tensor.experts:
+        expected = (tensor.experts, tensor.shape[0] // tensor.experts, tensor.shape[1])
     if stored.shape != expected:
         raise InputError(
             f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {list(expected)} is due; config.json does not fit the weights"
@@ -216,7 +277,9 @@ def _file_rows(stored: FileTensor, tensor: FrozenTensor) -> Rows:
     def rows(start: int, stop: int) -> Tensor:
         import torch
 
-        if len(expected) < 2:
+        if tensor.experts:
+            rows_read = stored.matrix_rows(start, stop)
+        elif len(expected) < 2:
             rows_read = stored.whole()
         else:
             rows_read = stored.columns(start, stop).t() if tensor.transposed else stored.rows(start, stop)

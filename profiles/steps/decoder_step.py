@@ -41,10 +41,20 @@ class DecoderStep(ProfiledStep):
             )
         self.lengths = bucket_lengths(options.buckets, self.seq)
         self.tile = _tile(options, self.batch, self.seq)
+        self.matrix_rows = _matrix_rows(options)
         self._decoder: Decoder | AnyDecoder | None = None
 
     def settings(self, report: Progress) -> list[Any]:
-        return [asdict(self.lora), self.batch, self.seq, self.dtype, self.preference, self.lengths, self.tile]
+        return [
+            asdict(self.lora),
+            self.batch,
+            self.seq,
+            self.dtype,
+            self.preference,
+            self.lengths,
+            self.tile,
+            self.matrix_rows,
+        ]
 
     def trace(self, report: Progress) -> Trace:
         traced, self._decoder = self.traced_at(self.seq, report)
@@ -69,6 +79,7 @@ class DecoderStep(ProfiledStep):
             self.preference,
             longest=longest,
             tile=self.tile,
+            matrix_rows=self.matrix_rows,
         )
 
     def model_fields(self) -> dict[str, Any]:
@@ -139,6 +150,19 @@ def _tile(options: ProfileOptions, batch: int, seq: int) -> int | None:
             " leave one of them out"
         )
     return tile
+
+
+def _matrix_rows(options: ProfileOptions) -> int | None:
+    """Rows of a frozen matrix that are multiplied at a time; None: as the model's size asks for. Raises InputError where all rows are
+    needed at once.
+    """
+    rows = options.matrix_rows
+    for name in ("dora", "lora_dropout") if rows is not None else ():
+        if value := getattr(options, name):
+            raise InputError(
+                f"{spelled('matrix_rows', rows)}: with {spelled(name, value)} all rows of a matrix are multiplied at once; leave one of them out"
+            )
+    return rows
 
 
 def _divisors(number: int) -> list[int]:

@@ -38,12 +38,14 @@ def trace_decoder(
     preference: Preference | None = None,
     longest: int | None = None,
     tile: int | None = None,
+    matrix_rows: int | None = None,
 ) -> tuple[Trace, Decoder | AnyDecoder]:
     """The step of a decoder, and the decoder, which says what is trained. `longest`: the length of the step of which this is a shorter
-    one; `tile`: tokens that go through a layer at a time.
+    one; `tile`: tokens that go through a layer at a time; `matrix_rows`: rows of a frozen matrix that are read, unpacked and multiplied at
+    a time.
     """
     if not handwritten(source.config):
-        return trace_any_decoder(source, batch, seq, lora, dtype, report, preference, longest, tile)
+        return trace_any_decoder(source, batch, seq, lora, dtype, report, preference, longest, tile, matrix_rows)
     shape = decoder_shape(source.config)
     _check_rank(lora, shape.hidden)
     with FakeTensorMode():
@@ -56,6 +58,7 @@ def trace_decoder(
             preference=preference,
             longest=longest,
             tile=tile,
+            matrix_rows=matrix_rows,
         )
         sample = _sample(batch, seq, rows_apart=None, preference=preference)
     stand_ins = representatives(module.block_kinds())
@@ -104,6 +107,7 @@ def trace_any_decoder(
     preference: Preference | None = None,
     longest: int | None = None,
     tile: int | None = None,
+    matrix_rows: int | None = None,
 ) -> tuple[Trace, AnyDecoder]:
     from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 
@@ -113,7 +117,13 @@ def trace_any_decoder(
         )
     _check_rank(lora, source.config["hidden_size"])
     module = AnyDecoder(
-        source.config, dtype=getattr(torch, dtype), seq=seq, lora=lora, preference=preference, longest=longest
+        source.config,
+        dtype=getattr(torch, dtype),
+        seq=seq,
+        lora=lora,
+        preference=preference,
+        longest=longest,
+        matrix_rows=matrix_rows,
     )
     with FakeTensorMode():
         without_values(module)

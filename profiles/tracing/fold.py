@@ -23,6 +23,14 @@ from tightfit.runtime.engine.training.job import KEEP_STATE
 aten = torch.ops.aten
 
 HEAD_CHUNK = "tightfit.head_chunk"
+SLICED = {
+    HEAD_CHUNK: (2,),
+    "tightfit.projection": (1,),
+    "tightfit.projection_backward": (1,),
+    "tightfit.experts": (4, 5),
+    "tightfit.experts_backward": (6, 7),
+}
+"""operators that may read slices of the rows of frozen matrices, and the places of these arguments"""
 ATTENTION = {"tightfit.attention": 2, "tightfit.attention_backward": 5}  # products of seq x seq x head_dim each
 SCATTER = "aten.as_strided_scatter.default"
 GATHERS = ("tightfit.embed_rows", "tightfit.head_rows")
@@ -196,8 +204,10 @@ class _Folder:
             base = self.windows[node.args[0]]  # type: ignore[index]
             assert isinstance(base, StridedWindow)
             args[4:] = [base.offset if len(args) < 5 or args[4] is None else args[4] - self.starts[base.storage]]
-        if name == HEAD_CHUNK:
-            args[2] = self._slice(node.args[2], inputs)  # type: ignore[arg-type]
+        for place in SLICED.get(name, ()):
+            matrix = node.args[place]
+            if isinstance(matrix, fx.Node) and (name == HEAD_CHUNK or self._is_slice(matrix)):
+                args[place] = self._slice(matrix, inputs)
         return Operator(
             target=name,
             phase=phase,
@@ -224,8 +234,15 @@ class _Folder:
             raise InputError(f"{node.target} looks at what lies before a tensor in its storage; index the whole tensor")
         return StridedWindow(storage=storage, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=offset)
 
+    def _is_slice(self, node: fx.Node) -> bool:
+        """Whether the node is some of the rows of a frozen matrix."""
+        window = self.windows[node]
+        assert isinstance(window, StridedWindow)
+        whole = self.values[window.storage]
+        return whole.kind == "weight" and window.size[0] < whole.shape[0]
+
     def _slice(self, node: fx.Node, inputs: dict[str, None]) -> dict[str, Any]:
-        """The operand for a row slice of the head's weight, which becomes a weight of its own, ``name[a:b]``."""
+        """The operand for a slice of the rows of a frozen matrix, which becomes a weight of its own, ``name[a:b]``."""
         window = self.windows[node]
         assert isinstance(window, StridedWindow)
         weight = self.values[window.storage]

@@ -1,4 +1,5 @@
-"""Gradients of keys and values that several tiles of a row attend to: summed in float32 and in place, inside a layer.
+"""Gradients that several operators of a layer contribute to, summed in float32 and in place: those of keys and values that several
+tiles of a row attend to, that of what a matrix in slices multiplies, and what the experts of a mixture make.
 
 Autograd adds what each tile contributes, rounded to the keys' type, in an operator of its own. `fuse_sums` has
 `tightfit.tile_attention_backward` add to the sums of the tiles behind it; `sums_in_place` then gives a new sum the storage of the
@@ -8,19 +9,23 @@ old one, so that a key tile has one sum, however many tiles contribute.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from tightfit.profiles.schema import Program
+from tightfit.profiles.schema import Operator, Program
 from tightfit.profiles.tracing.inference import renamed
 from tightfit.profiles.tracing.tile_ops import tile_attention_backward
 
 aten = torch.ops.aten
 
 BACKWARD = "tightfit.tile_attention_backward"
+SLICE_BACKWARD = "tightfit.projection_backward"
+ADDEND_AT, DTYPE_AT = 4, 5
+TOTALS = {"tightfit.experts": 1, "tightfit.experts_backward": 2}
+"""operators whose first arguments are sums so far, and the first outputs the new ones -> how many"""
 KEYS_AT = 2
 SUMS_AT = 7, 8
 """places of the arguments that are the sums so far, of keys and of values"""
@@ -45,10 +50,21 @@ def fuse_sums(graph: fx.Graph) -> None:
             assert found is not None
             addition, own, _ = found
             other = next(argument for argument in addition.all_input_nodes if argument is not own)
+            _take_over(own, addition)
             addition.replace_all_uses_with(own)
             graph.erase_node(addition)
             if not other.users and other.target is aten._to_copy.default:
                 graph.erase_node(other)
+
+
+def _take_over(node: fx.Node, replaced: fx.Node) -> None:
+    """Give a node the traced tensor of one that it replaces: views of that tensor are views of its storage."""
+    node.meta["val"] = replaced.meta["val"]
+    if node.target is operator.getitem:
+        maker, index = node.args
+        values = list(maker.meta["val"])  # type: ignore[union-attr]
+        values[index] = node.meta["val"]  # type: ignore[index]
+        maker.meta["val"] = values  # type: ignore[union-attr]
 
 
 def _added(item: fx.Node | None) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -81,10 +97,7 @@ def sums_in_place(program: Program, results: Collection[str]) -> Program:
     last_read = {name: index for index, step in enumerate(program.operators) for name in step.inputs}
     names: dict[str, str] = {}
     for index, step in enumerate(program.operators):
-        if step.target != BACKWARD or step.args[SUMS_AT[0]] is None:
-            continue
-        old_sums = [*step.args[SUMS_AT[0]], *step.args[SUMS_AT[1]]]
-        for old, new in zip(old_sums, step.outputs[1:-1], strict=True):
+        for old, new in _sums(step):
             name = old["operand"]["value"]
             if new is not None and name in made and name not in results and last_read[name] == index:
                 names[name] = new
@@ -97,6 +110,17 @@ def sums_in_place(program: Program, results: Collection[str]) -> Program:
             "operators": [renamed(step, final) for step in program.operators],
         }
     )
+
+
+def _sums(step: Operator) -> Iterable[tuple[Any, str | None]]:
+    """The operands that are sums so far, in float32, each with the output that is the new sum."""
+    if step.target == BACKWARD and step.args[SUMS_AT[0]] is not None:
+        return zip([*step.args[SUMS_AT[0]], *step.args[SUMS_AT[1]]], step.outputs[1:-1], strict=True)
+    if step.target in TOTALS:
+        return [pair for pair in zip(step.args[: TOTALS[step.target]], step.outputs) if pair[0] is not None]
+    if step.target == SLICE_BACKWARD and len(step.args) > DTYPE_AT and step.args[DTYPE_AT] and step.args[ADDEND_AT]:
+        return [(step.args[ADDEND_AT], step.outputs[0])]
+    return []
 
 
 def _last(name: Any, names: dict[str, str]) -> str:

@@ -91,8 +91,8 @@ lora_backward = _define(
 )
 projection_backward = _define(
     "projection_backward",
-    "(Tensor dy, Tensor weight, Tensor? dlow, Tensor? a, Tensor? addend) -> Tensor",
-    lambda dy, w, dlow, a, addend: (dy.new_empty((dy.shape[0], w.shape[1])),),
+    "(Tensor dy, Tensor weight, Tensor? dlow, Tensor? a, Tensor? addend, ScalarType? dtype=None) -> Tensor",
+    lambda dy, w, dlow, a, addend, dtype=None: (dy.new_empty((dy.shape[0], w.shape[1]), dtype=dtype or dy.dtype),),
 )
 attention = _define(
     "attention",
@@ -188,7 +188,9 @@ def _lora_flops(dy: Shape, x: Shape, low: Shape, b: Shape, scale: float, **_: An
 
 
 @register_flop_formula([torch.ops.tightfit.projection_backward])
-def _back_flops(dy: Shape, weight: Shape, dlow: Shape | None, a: Shape | None, addend: Shape | None, **_: Any) -> int:
+def _back_flops(
+    dy: Shape, weight: Shape, dlow: Shape | None, a: Shape | None, addend: Shape | None, dtype: Any = None, **_: Any
+) -> int:
     return 2 * dy[0] * weight[1] * (dy[1] + (dlow[1] if dlow else 0))
 
 
@@ -253,27 +255,65 @@ def loss_of_tokens(
 
 # A projection with its LoRA pair is one differentiable operator for torch. A trace decomposes it, so that the narrow
 # LoRA product can be recomputed without the wide one, and a layer whose input needs no gradient skips
-# `projection_backward`.
+# `projection_backward`. Of a matrix with more than `slice_rows` rows each slice of so many is a weight of its own.
 _library.define(
-    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, int slice_rows)"
+    " -> (Tensor, Tensor)"
 )
 
 
 def open_lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, slice_rows: int
 ) -> tuple[Tensor, Tensor]:
     low = lora_down(x, a)
-    return projection(x, weight, bias, low, b, scale), low
+    return projected(x, weight, bias, low, b, scale, slice_rows), low
+
+
+def projected(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    slice_rows: int,
+) -> Tensor:
+    """`projection`, of each slice of the weight's rows by itself."""
+    parts = []
+    for rows in row_slices(weight, slice_rows):
+        own = [None if tensor is None else tensor[rows] for tensor in (bias, b)]
+        parts.append(projection(x, weight[rows], own[0], low, own[1], scale))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def projected_backward(dy: Tensor, weight: Tensor, dlow: Tensor | None, a: Tensor | None, slice_rows: int) -> Tensor:
+    """`projection_backward`, of each slice of the weight's rows by itself, from the first to the last: what they contribute is
+    summed in float32 and rounded once.
+    """
+    slices = row_slices(weight, slice_rows)
+    dx = None
+    for number, rows in enumerate(slices):
+        last = number == len(slices) - 1
+        pair = (dlow, a) if last else (None, None)
+        columns = dy if len(slices) == 1 else dy[:, rows]
+        dx = projection_backward(columns, weight[rows], *pair, dx, None if last else torch.float32)
+    assert dx is not None
+    return dx  # type: ignore[no-any-return]
+
+
+def row_slices(weight: Tensor, slice_rows: int) -> list[slice]:
+    """The slices of so many rows of a matrix, the last of as many as are left; all rows at once where there are no more."""
+    return [slice(start, start + slice_rows) for start in range(0, weight.shape[0], slice_rows)]
 
 
 def _lora_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, slice_rows: int
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
 
 
 def _lora_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, a, b, ctx.scale = inputs
+    x, weight, _, a, b, ctx.scale, ctx.slice_rows = inputs
     ctx.save_for_backward(x, weight, a, b, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -281,31 +321,32 @@ def _lora_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _lora_grad(ctx: Any, dy: Tensor, _: Any) -> Any:
     x, weight, a, b, low = ctx.saved_tensors
     dlow, da, db = lora_backward(dy, x, low, b, ctx.scale)
-    dx = projection_backward(dy, weight, dlow, a, None) if ctx.needs_input_grad[0] else None
-    return dx, None, None, da, db, None
+    dx = projected_backward(dy, weight, dlow, a, ctx.slice_rows) if ctx.needs_input_grad[0] else None
+    return dx, None, None, da, db, None, None
 
 
 lora_linear = _differentiable("lora_linear", open_lora, _lora_fake, _lora_grad, _lora_setup)
 
 # The same without a pair.
-_library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias, int slice_rows) -> Tensor")
 
 
-def open_frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return projection(x, weight, bias, None, None, 0.0)  # type: ignore[no-any-return]
+def open_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, slice_rows: int) -> Tensor:
+    return projected(x, weight, bias, None, None, 0.0, slice_rows)
 
 
-def _frozen_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _frozen_fake(x: Tensor, weight: Tensor, bias: Tensor | None, slice_rows: int) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 def _frozen_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(inputs[1])
+    ctx.slice_rows = inputs[3]
 
 
 def _frozen_grad(ctx: Any, dy: Tensor) -> Any:
     (weight,) = ctx.saved_tensors
-    return projection_backward(dy, weight, None, None, None), None, None
+    return projected_backward(dy, weight, None, None, ctx.slice_rows), None, None, None
 
 
 frozen_linear = _differentiable("frozen_linear", open_frozen, _frozen_fake, _frozen_grad, _frozen_setup)

@@ -304,19 +304,18 @@ def _blocks(tensor: SourceTensor) -> Iterable[Tensor]:
         stop = min(start + step, entry.rows)
         block = tensor.rows(start, stop)
         packed = block.dtype == torch.uint8 and entry.format != "uint8"
-        origin = tensor.origin or f"tensor {entry.name!r}"
         if not _finite(entry, block, packed=packed):
             row = start + next(
                 row for row, values in enumerate(block) if not _finite(entry, values[None], packed=packed)
             )
             raise InputError(
-                f"{origin} holds NaN or infinity, first in row {row}; the file is damaged or its training"
+                f"{tensor.origin_of(row)} holds NaN or infinity, first in row {row}; the file is damaged or its training"
                 " diverged: download it again, or use another checkpoint"
             )
         packed_block = block if packed else pack_rows(entry, block.reshape(stop - start, entry.columns))
         if not packed and not finite_groups(entry, packed_block):
             raise InputError(
-                f"{origin} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use {spelled('base', '16bit')}"
+                f"{tensor.origin_of(start)} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use {spelled('base', '16bit')}"
             )
         yield packed_block
 

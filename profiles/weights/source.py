@@ -4,7 +4,7 @@ demand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +58,16 @@ class SourceTensor:
     """rows(start, stop) returns floats [stop - start, ...], or uint8 [stop - start, row bytes] if already packed."""
     origin: str = ""
     """In words, for errors: the file that holds it, and what it is called there."""
+    origins: Sequence[str] = ()
+    """The same of each of several tensors of equal height whose rows, one below the other, are its rows."""
     stored: StoredTensor | None = None
-    """None: no file holds it."""
+    """None: no file holds it as it is."""
+
+    def origin_of(self, row: int) -> str:
+        """In words, for errors, where a row comes from."""
+        if self.origins:
+            return self.origins[row * len(self.origins) // self.entry.rows]
+        return self.origin or f"tensor {self.entry.name!r}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,13 @@ class TensorFile:
         content = self._parts.read(self._ranges[name][0] + start * row_bytes, (stop - start) * row_bytes)
         return _tensor(content, dtype, (stop - start, *shape[1:]))
 
+    def matrix_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor seen as a matrix with the columns of its last dimension, [stop - start, columns]."""
+        dtype, (*_, width) = self.tensors[name]
+        row_bytes = self._item_bytes(name) * width
+        content = self._parts.read(self._ranges[name][0] + start * row_bytes, (stop - start) * row_bytes)
+        return _tensor(content, dtype, (stop - start, width))
+
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """Columns of a matrix, [rows, stop - start], in the type of the file."""
         dtype, (count, width) = self.tensors[name]
@@ -186,6 +193,9 @@ class FileTensor:
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.file.rows(self.name, start, stop)
+
+    def matrix_rows(self, start: int, stop: int) -> Tensor:
+        return self.file.matrix_rows(self.name, start, stop)
 
     def columns(self, start: int, stop: int) -> Tensor:
         return self.file.columns(self.name, start, stop)

@@ -22,6 +22,22 @@ FALCON = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
     "parallel_attn": True, "bias": False, "alibi": False,
 }  # fmt: skip
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GROUPS = {
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
 
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -97,6 +113,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GPT-J": GPT | {"model_type": "gptj", "rotary_dim": 8},
     "OPT": sized("opt", ffn_dim=96, word_embed_proj_dim=64),
     "BLOOM": {"model_type": "bloom", "vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "Qwen3-MoE": sized("qwen3_moe", head_dim=16, **EXPERTS),
+    "Qwen2-MoE": sized("qwen2_moe", shared_expert_intermediate_size=48, **EXPERTS),
+    "Mixtral": sized("mixtral", num_local_experts=6, num_experts_per_tok=2),
+    "OLMoE": sized("olmoe", **EXPERTS),
+    "Granite-MoE": sized("granitemoe", num_local_experts=6, num_experts_per_tok=2, embedding_multiplier=3.0, logits_scaling=2.0),
+    "DeepSeek-V3": sized("deepseek_v3", **{"n_routed_experts": 6} | GROUPS | LATENT),
+    "GLM-4.5": sized("glm4_moe", head_dim=16, n_routed_experts=6, **GROUPS),
+    "Phi-3.5-MoE": sized("phimoe", num_local_experts=6, num_experts_per_tok=2),
+    "ERNIE 4.5, MoE": sized("ernie4_5_moe", moe_num_experts=6, moe_k=2, moe_intermediate_size=24, moe_layer_start_index=1),
+    "Hunyuan, MoE": sized("hunyuan_v1_moe", head_dim=16, num_experts=6, moe_topk=2),
 }  # fmt: skip
 
 
@@ -123,6 +149,12 @@ FORMS: dict[str, Forms] = {
         ("GLM-4 (glm)", "GLM-4-0414 (glm4)", "Command R", "Phi-1, Phi-2", "Helium"), Forms(rotation=BEFORE)
     ),
     **dict.fromkeys(("Nemotron", "ERNIE 4.5", "Hunyuan, dense", "GPT-J"), Forms(rotation=BEFORE)),
+    **dict.fromkeys(("GLM-4.5", "ERNIE 4.5, MoE", "Hunyuan, MoE"), Forms(rotation=BEFORE)),
+    "DeepSeek-V3": Forms(
+        rotation=BEFORE,
+        attention="as traced",
+        rows_apart="its DeepseekV3Attention computes more than tightfit's attention",
+    ),
     "Gemma 2": Forms(
         rotation=BEFORE, attention="as traced", rows_apart="its Gemma2Attention computes more than tightfit's attention"
     ),
@@ -146,7 +178,12 @@ FORMS: dict[str, Forms] = {
 }
 """Families whose forms are not the usual ones."""
 
+MIXTURES = (
+    "Qwen3-MoE", "Qwen2-MoE", "Mixtral", "OLMoE", "Granite-MoE", "DeepSeek-V3", "GLM-4.5", "Phi-3.5-MoE", "ERNIE 4.5, MoE",
+    "Hunyuan, MoE",
+)  # fmt: skip
 NO_ANSWERS = {
+    **dict.fromkeys(MIXTURES, "it is a mixture of experts"),
     "Qwen3.5 (text)": "its Qwen3_5GatedDeltaNet mixes neighbouring tokens",
     "Gemma 2": "its Gemma2Attention computes more than tightfit's attention",
     "Falcon, multi-query": "attention is recognised in 0 of its 2 layers",

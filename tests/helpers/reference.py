@@ -99,7 +99,8 @@ def take(model: Any, weights: Mapping[str, Tensor], config: dict[str, Any], body
         for name, value in weights.items():
             key = body + name.removeprefix(BODY) if name.startswith(BODY) else name
             if key in theirs:
-                theirs[key].copy_(value.t() if name in transposed else value)
+                # transformers has the matrices of experts side by side, in three dimensions
+                theirs[key].copy_((value.t() if name in transposed else value).reshape(theirs[key].shape))
 
 
 def peft_model(

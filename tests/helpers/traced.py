@@ -27,19 +27,24 @@ def trace_decoder(
     seq: int,
     lora: LoraConfig | None = None,
     tile: int | None = None,
+    matrix_rows: int | None = None,
 ) -> Trace:
-    """The step of a decoder written by hand; by default with pairs of RANK everywhere, and with all tokens in one tile."""
+    """The step of a decoder written by hand; by default with pairs of RANK everywhere, with all tokens in one tile and matrices whole."""
     tiles = 1 if tile is None else batch * seq // tile
-    return trace_step(fake_decoder(config, dtype, lora, tile), batch, seq, tiles)
+    return trace_step(fake_decoder(config, dtype, lora, tile, matrix_rows), batch, seq, tiles)
 
 
 def fake_decoder(
-    config: dict[str, Any], dtype: torch.dtype, lora: LoraConfig | None = None, tile: int | None = None
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    lora: LoraConfig | None = None,
+    tile: int | None = None,
+    matrix_rows: int | None = None,
 ) -> Decoder:
     """A decoder written by hand whose parameters have no values."""
     lora = lora or LoraConfig(rank=RANK, alpha=ALPHA)
     with FakeTensorMode():
-        return Decoder(decoder_shape(config), dtype=dtype, lora=lora, tile=tile)
+        return Decoder(decoder_shape(config), dtype=dtype, lora=lora, tile=tile, matrix_rows=matrix_rows)
 
 
 def trace_step(module: torch.nn.Module, batch: int, seq: int, tiles: int = 1) -> Trace:
@@ -107,7 +112,7 @@ def interpret(
         if tensor.kind == "weight" and "[" in tensor.name:
             base, rows = tensor.name.rstrip("]").split("[")
             start, stop = map(int, rows.split(":"))
-            tensors[tensor.name] = weights[base][start:stop]
+            tensors[tensor.name] = weights[base][start:stop].clone()  # so that it begins where its storage does
     return run(traced.layers, {p.name: p for p in traced.programs}, tensors)
 
 

@@ -13,7 +13,7 @@ pair, V = rows of one slice of the loss head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from tightfit.runtime.engine.cpu.dropout import (
     dropout_lora_down,
     dropout_projection_backward,
 )
+from tightfit.runtime.engine.cpu.experts import experts, experts_backward
+from tightfit.runtime.engine.cpu.gates import buffered, gated, gated_backward, row_blocks
 from tightfit.runtime.engine.cpu.lstm import lstm, lstm_backward
 from tightfit.runtime.engine.cpu.preference import preference_loss, preference_scores
 from tightfit.runtime.engine.cpu.products import blocks, multiply
@@ -47,27 +49,7 @@ from tightfit.runtime.engine.cpu.tile_attention import tile_attention, tile_atte
 
 aten = torch.ops.aten
 
-BLOCK_ELEMENTS = 1 << 18  # float32 elements per block: 1 MiB. With half of it gates and norms take a sixth longer.
-GELU = 2 * math.sqrt(2 / math.pi)
-GELU_CUBE = 0.044715 * GELU
-GELU_BUFFERS = 3
 STATE_COLUMNS = 3  # running maximum, running sum, logit of the label
-
-
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    return blocks(rows, max(1, BLOCK_ELEMENTS // max(1, columns)))
-
-
-def _buffered(count: int, rows: int, columns: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Blocks of rows, each with `count` float32 buffers of its shape.
-
-    All buffers are one allocation, reused by every block: buffers that are allocated and freed in turn leave holes in
-    the heap, into which the next operator's buffers do not fit.
-    """
-    parts = list(_blocks(rows, columns))
-    buffers = torch.empty(count, parts[0].stop if parts else 0, columns, dtype=torch.float32)
-    for part in parts:
-        yield part, buffers[:, : part.stop - part.start].unbind()
 
 
 def copy(x: Tensor, *, out: Sequence[Tensor]) -> None:
@@ -81,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, *, out: S
     """
     y, rstd = out
     scale = weight.float() + 1.0 if unit_offset else weight.float()
-    for rows, (wide, square) in _buffered(2, *x.shape):
+    for rows, (wide, square) in buffered(2, *x.shape):
         wide.copy_(x[rows])
         torch.rsqrt(torch.square(wide, out=square).mean(-1, keepdim=True).add_(eps), out=rstd[rows])
         y[rows].copy_(wide.mul_(rstd[rows]).mul_(scale))
@@ -93,7 +75,7 @@ def rms_norm_backward(
     """dx = rstd * (g - n * mean(g * n)), with g = dy * weight and n = x * rstd. The weight is frozen."""
     (dx,) = out
     scale = weight.float() + 1.0 if unit_offset else weight.float()
-    for rows, (normed, wide, product) in _buffered(3, *x.shape):
+    for rows, (normed, wide, product) in buffered(3, *x.shape):
         normed.copy_(x[rows]).mul_(rstd[rows])
         wide.copy_(dy[rows]).mul_(scale)
         mean = torch.mul(wide, normed, out=product).mean(-1, keepdim=True)
@@ -133,55 +115,21 @@ def lora_backward(dy: Tensor, x: Tensor, low: Tensor, b: Tensor, scale: float, *
 
 
 def projection_backward(
-    dy: Tensor, weight: Tensor, dlow: Tensor | None, a: Tensor | None, addend: Tensor | None, *, out: Sequence[Tensor]
+    dy: Tensor,
+    weight: Tensor,
+    dlow: Tensor | None,
+    a: Tensor | None,
+    addend: Tensor | None,
+    dtype: torch.dtype | None = None,
+    *,
+    out: Sequence[Tensor],
 ) -> None:
-    """dx = dy @ W + d low @ A (+ addend: what other uses of x add to its gradient). out [T, I]. `dlow` and `a` are None
-    without a pair.
+    """dx = dy @ W + d low @ A (+ addend: what other uses of x, or other rows of W, add to its gradient). out [T, I] of the type
+    `dtype`, that of dy if that is None; it may be the addend. `dlow` and `a` are None without a pair.
     """
     (dx,) = out
     pair = () if dlow is None or a is None else ((dlow, a, 1.0),)
     multiply((dy, weight, 1.0), *pair, out=dx, addend=addend)
-
-
-def gated(gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:
-    """y = activation(gate) * up; all [T, F]. activation: silu or gelu_tanh."""
-    (y,) = out
-    for rows, buffers in _buffered(0 if activation == "silu" else GELU_BUFFERS, *gate.shape):
-        if activation == "silu":
-            aten.silu.out(gate[rows], out=y[rows])
-        else:
-            _gelu(gate[rows], y[rows], None, *buffers)
-        y[rows].mul_(up[rows])
-
-
-def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:
-    """out: d gate, d up; all [T, F]."""
-    dgate, dup = out
-    for rows, buffers in _buffered(0 if activation == "silu" else GELU_BUFFERS, *gate.shape):
-        torch.mul(dy[rows], up[rows], out=dgate[rows])
-        if activation == "silu":
-            aten.silu.out(gate[rows], out=dup[rows])
-            aten.silu_backward.grad_input(dgate[rows], gate[rows], grad_input=dgate[rows])
-        else:
-            _gelu(gate[rows], dup[rows], dgate[rows], *buffers)
-        dup[rows].mul_(dy[rows])
-
-
-def _gelu(x: Tensor, out: Tensor, gradient: Tensor | None, wide: Tensor, square: Tensor, share: Tensor) -> None:
-    """out = gelu_tanh(x) = x * s, with s = sigmoid(z) = (1 + tanh(z / 2)) / 2 and z = x * (GELU + GELU_CUBE * x * x).
-
-    `gradient`, if given, holds the gradient of out and is overwritten with that of x. PyTorch's own GELU computes a
-    hyperbolic tangent, which takes four times as long as a sigmoid.
-    """
-    wide.copy_(x)
-    torch.square(wide, out=square)
-    torch.mul(square, GELU_CUBE, out=share).add_(GELU).mul_(wide).sigmoid_()
-    out.copy_(wide.mul_(share))
-    if gradient is not None:
-        # d (x s) = s + x s (1 - s) z', with z' = GELU + 3 * GELU_CUBE * x * x.
-        slope = square.mul_(3 * GELU_CUBE).add_(GELU).mul_(wide)
-        slope.addcmul_(slope, share, value=-1.0).add_(share)
-        gradient.copy_(slope.mul_(wide.copy_(gradient)))
 
 
 def embed_rows(weight: Any, ids: Tensor, scale: float, *, out: Sequence[Tensor], store: Any = None) -> None:
@@ -272,7 +220,7 @@ def head_chunk(
         torch.mul(old[:, STATE_COLUMNS:], shrink[:, None], out=accumulated)
         if in_narrow or single:
             product_rows = torch.mm(scores.copy_(logits) if in_narrow else scores, weight)
-            for part in _blocks(*product_rows.shape):
+            for part in row_blocks(*product_rows.shape):
                 accumulated[part].add_(product_rows[part])
             del product_rows  # so that it and the next block's are not in memory together
         else:
@@ -299,7 +247,7 @@ def head_weighted(state: Tensor, rows: Tensor, weights: Tensor, *, out: Sequence
     out: d loss / d hidden [T, H]; state and rows as in `head_finish`.
     """
     (dhidden,) = out
-    for part, (block,) in _buffered(1, *dhidden.shape):
+    for part, (block,) in buffered(1, *dhidden.shape):
         torch.div(state[part, STATE_COLUMNS:], state[part, 1, None], out=block)
         dhidden[part].copy_(block.sub_(rows[part]).mul_(weights[part, None]))
 
@@ -368,6 +316,8 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.rotary_backward": rotary_backward,
     "tightfit.tile_attention": tile_attention,
     "tightfit.tile_attention_backward": tile_attention_backward,
+    "tightfit.experts": experts,
+    "tightfit.experts_backward": experts_backward,
     "tightfit.gated": gated,
     "tightfit.gated_backward": gated_backward,
     "tightfit.embed_rows": embed_rows,

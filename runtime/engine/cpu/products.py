@@ -25,6 +25,7 @@ from tightfit.runtime.engine.cpu.pages import make_pages
 aten = torch.ops.aten
 
 WIDE_ELEMENTS = 1 << 19  # most float32 elements of a block, of either operand or of the product: 2 MiB
+SUMMED_ROWS = 256  # of a product that is added to a wider sum
 Term = tuple[Tensor, Tensor, float]
 """(left [M, K], right [K, N], scale): scale * left @ right"""
 
@@ -39,11 +40,17 @@ def narrow(dtype: torch.dtype) -> bool:
 def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
     """out [M, N] = the sum of the terms (+ addend [M, N] or [N]).
 
-    If the product is made in the tensors' own type, an `addend` requires `out` to be contiguous and of the type of the
-    first term's left side.
+    If the product is made in the tensors' own type, an `addend` of that type requires `out` to be contiguous and of the type of
+    the first term's left side; to an addend of another type, which may be `out` itself, the rounded product is added.
     """
     if narrow(terms[0][0].dtype) and narrow(terms[0][1].dtype):
-        _multiply_narrow(terms, out, addend)
+        if addend is not None and addend.dim() == 2 and addend.dtype is not terms[0][0].dtype:
+            for rows in blocks(out.shape[0], SUMMED_ROWS):
+                product = torch.empty(rows.stop - rows.start, out.shape[1], dtype=terms[0][0].dtype)
+                _multiply_narrow(tuple((left[rows], right, scale) for left, right, scale in terms), product, None)
+                torch.add(addend[rows], product, out=out[rows])
+        else:
+            _multiply_narrow(terms, out, addend)
     else:
         multiply_wide(*terms, out=out, addend=addend)
 

@@ -16,7 +16,7 @@ from decoder_families import sized
 from reference import stored_weights
 
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten, text_config
-from tightfit.profiles.models.transformers_config import refuse_by_config, settings_of
+from tightfit.profiles.models.transformers_config import settings_of
 from tightfit.profiles.models.transformers_decoder import DecoderFacts, facts
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
@@ -117,16 +117,6 @@ def test_models_without_attention_are_refused(name: str) -> None:
     config = default(name)
     assert config is not None
     assert "decoders of transformers that have attention layers" in answer(config)
-
-
-def test_layers_without_experts_are_no_mixture_of_them() -> None:
-    """Nemotron-H says how many experts a layer of them would have where there is none."""
-    plain = {"model_type": "nemotron_h", "n_routed_experts": 8}
-    for kinds in ({"layers_block_type": ["mamba", "attention", "mlp"]}, {"hybrid_override_pattern": "M-*-"}):
-        refuse_by_config(plain | kinds)
-    for kinds in ({}, {"layers_block_type": ["mamba", "moe"]}, {"hybrid_override_pattern": "ME*"}):
-        with pytest.raises(InputError, match="mixture of experts"):
-            refuse_by_config(plain | kinds)
 
 
 def test_what_transformers_says_is_kept_whole_and_in_one_line() -> None:

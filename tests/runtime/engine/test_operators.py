@@ -26,7 +26,7 @@ class Rows:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gates_and_their_gradients(activation, dtype, tolerance, monkeypatch):
     """Beside autograd in double precision, from where a gate is shut to where it is open; the last block is a shorter one."""
-    monkeypatch.setattr("tightfit.runtime.engine.cpu.operators.BLOCK_ELEMENTS", 2 * 1001)
+    monkeypatch.setattr("tightfit.runtime.engine.cpu.gates.BLOCK_ELEMENTS", 2 * 1001)
     torch.manual_seed(0)
     gate = (torch.linspace(-40, 40, 5 * 1001).view(5, 1001) + 0.1 * torch.rand(5, 1001)).to(dtype)
     up, dy = (torch.randn(5, 1001).to(dtype) for _ in range(2))

@@ -1,0 +1,93 @@
+"""Experts of transformers' mixtures: which of its classes compute what ours do, and where checkpoints have their matrices.
+
+Since its version 5 transformers keeps the matrices of all experts in two tensors of three dimensions, whatever the family, and a
+module of their own takes hidden states, the numbers of the experts of each row and their weights. Most checkpoints hold a tensor for
+each expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tightfit.profiles.models.experts import Experts
+from tightfit.profiles.models.transformers_kernels import ACTIVATIONS, bare_copy, same, tried
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+PROBE = (3, 16, 8)
+"""Experts, hidden size and width of the small copy that is compared."""
+SIZES = (
+    ("num_experts",),
+    ("hidden_dim", "hidden_size"),
+    ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_size"),
+)
+"""What modules call these three."""
+OLD_NAMES = {"mixtral": {"gate", "w1", "w2", "w3"}, "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}}
+"""Family whose checkpoints a mixture's are like, in transformers' words -> names of linear layers of experts in its older versions, as
+PEFT knows them (`peft.utils.transformers_weight_conversion`)."""
+
+
+def replace_experts(module: nn.Module) -> Experts | None:
+    """Our experts in place of a module of transformers that computes the same; None if it does not."""
+    own = dict(module.named_parameters())
+    if own.keys() != {GATE_UP, DOWN} or any(tensor.dim() != 3 for tensor in own.values()):
+        return None
+    count, hidden, width = own[DOWN].shape
+    if own[GATE_UP].shape != (count, 2 * width, hidden):
+        return None
+    experts, inputs, inner = PROBE
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, down, weights = (
+        torch.randn(size, generator=generator)
+        for size in ((5, inputs), (experts, 2 * inner, inputs), (experts, inputs, inner), (5, 2))
+    )
+    index = torch.stack([torch.randperm(experts, generator=generator)[:2] for _ in range(5)])
+    probe: Any = bare_copy(module)
+    probe._parameters.update({GATE_UP: nn.Parameter(gate_up), DOWN: nn.Parameter(down)})
+    for names, size in zip(SIZES, PROBE):
+        for name in names:
+            if hasattr(probe, name):
+                setattr(probe, name, size)
+    made = tried(probe, x, index, weights)
+    for name, call in ACTIVATIONS.items():
+        if made is not None and same(_plainly(x, index, weights, gate_up, down, call), made):
+            return Experts(count, hidden, width, name, own[DOWN].dtype)
+    return None
+
+
+def _plainly(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, call: Any) -> Tensor:
+    total = torch.zeros_like(x)
+    for number, (own_gate_up, own_down) in enumerate(zip(gate_up, down)):
+        gate, up = (x @ own_gate_up.t()).chunk(2, dim=1)
+        total += ((call(gate) * up) @ own_down.t()) * (weights * (index == number)).sum(1, keepdim=True)
+    return total
+
+
+def parts_of(key: str, conversions: Sequence[Any]) -> tuple[str, ...]:
+    """The names, with * for the number of an expert, of the tensors in a checkpoint whose rows, expert by expert, are those of the tensor
+    `key` of transformers; `conversions` are its own. () if a checkpoint holds it as it is.
+    """
+    for conversion in conversions:
+        steps = [type(step).__name__ for step in getattr(conversion, "operations", None) or []]
+        targets = list(conversion.target_patterns)
+        if (
+            len(targets) != 1
+            or not key.endswith(targets[0])
+            or steps not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+        ):
+            continue
+        stem = key.removesuffix(targets[0])
+        return tuple(f"{stem}{pattern}" for pattern in conversion.source_patterns)
+    return ()
+
+
+def names_of_experts(model_type: str) -> set[str]:
+    """What linear layers are called that get no pairs in this family: PEFT takes such a pair for one of the experts, which had layers of
+    these names in transformers before version 5, wherever in the model it stands.
+    """
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    return OLD_NAMES.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), set())

@@ -1,0 +1,105 @@
+"""The experts of a mixture on the CPU, held against PyTorch's autograd over each of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import relative_error
+from torch import Tensor
+from torch.nn import functional as F
+
+from tightfit.profiles.tracing.expert_ops import experts_at_once, mixture, open_mixture
+from tightfit.runtime.engine.cpu.experts import BLOCK_ROWS, _blocks_of, experts, experts_scratch
+
+EXPERTS, HIDDEN, WIDTH = 6, 40, 24
+
+
+def routed(tokens: int, chosen: int, routing: str) -> Tensor:
+    """int64 [tokens, chosen], different experts for each token."""
+    generator = torch.Generator().manual_seed(4)
+    if routing == "all to one":
+        rest = [1 + (torch.randperm(EXPERTS - 1, generator=generator)[: chosen - 1]) for _ in range(tokens)]
+        return torch.stack([torch.cat([torch.zeros(1, dtype=torch.int64), row]) for row in rest])
+    most = 2 if routing == "none to most" else EXPERTS
+    return torch.stack([torch.randperm(most, generator=generator)[:chosen] for _ in range(tokens)])
+
+
+def made(tokens: int, chosen: int, routing: str, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(5)
+    x = torch.randn(tokens, HIDDEN).to(dtype)
+    weights = torch.rand(tokens, chosen) + 0.1
+    gate_up = (torch.randn(EXPERTS * 2 * WIDTH, HIDDEN) * 0.2).to(dtype)
+    down = (torch.randn(EXPERTS * HIDDEN, WIDTH) * 0.2).to(dtype)
+    return [x, routed(tokens, chosen, routing), weights, gate_up, down]
+
+
+def plainly(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """Every expert on every row, in float64."""
+    act = F.silu if activation == "silu" else lambda value: F.gelu(value, approximate="tanh")
+    total = torch.zeros_like(x)
+    for number in range(EXPERTS):
+        gate, up = F.linear(x, gate_up.view(EXPERTS, 2 * WIDTH, HIDDEN)[number]).chunk(2, dim=1)
+        own = F.linear(act(gate) * up, down.view(EXPERTS, HIDDEN, WIDTH)[number])
+        total = total + own * (weights * (index == number)).sum(1, keepdim=True)
+    return total
+
+
+@pytest.mark.parametrize("routing", ["spread", "all to one", "none to most"])
+@pytest.mark.parametrize(("tokens", "chosen"), [(300, 2), (7, 2), (64, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [(torch.float32, "silu"), (torch.float32, "gelu_tanh"), (torch.bfloat16, "silu")]
+)
+def test_values_and_gradients_match_autograd(
+    routing: str, tokens: int, chosen: int, dtype: torch.dtype, activation: str
+) -> None:
+    x, index, weights, gate_up, down = made(tokens, chosen, routing, dtype)
+    exact_x, exact_weights = x.double().requires_grad_(), weights.double().requires_grad_()
+    exact = plainly(exact_x, index, exact_weights, gate_up.double(), down.double(), activation)
+    dy = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(6)).to(dtype)
+    exact.backward(dy.double())
+    most = 1e-5 if dtype is torch.float32 else 2e-2
+    results = []
+    for at_once in (1, 4, EXPERTS):
+        own_x, own_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        y = mixture(own_x, index, own_weights, gate_up, down, activation, at_once)
+        y.backward(dy)
+        assert relative_error(y.detach().double(), exact.detach()) < most
+        assert own_x.grad is not None
+        assert own_weights.grad is not None
+        assert relative_error(own_x.grad.double(), exact_x.grad) < most
+        assert relative_error(own_weights.grad.double(), exact_weights.grad) < most
+        results.append((y.detach(), own_x.grad, own_weights.grad))
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other)), (
+            "bits depend on the experts of a call"
+        )
+
+
+def test_rows_are_taken_in_blocks_of_few_sizes_each_once() -> None:
+    for count in (*range(1, 70), 255, 256, 257, 700):
+        index = torch.full((count, 1), 3)
+        found = list(_blocks_of(index, 2, 3, count))
+        assert [number for number, *_ in found] == [1] * len(found)
+        assert torch.cat([places for _, places, _ in found]).tolist() == list(range(count))
+        assert all(size in BLOCK_ROWS and len(places) <= size for _, places, size in found)
+        assert sum(size for *_, size in found) <= max(16, count * 4 / 3 + 16)
+
+
+def test_padding_of_a_block_and_old_contents_of_scratch_change_nothing() -> None:
+    x, index, weights, gate_up, down = made(50, 2, "spread", torch.float32)
+    narrow, wide = experts_scratch(50, HIDDEN, WIDTH, backward=False)
+    results = []
+    for filling in (0.0, float("nan")):
+        y = torch.full(x.shape, filling)
+        scratch = torch.full((narrow,), filling), torch.full((wide,), filling)
+        experts(None, x, index, weights, gate_up, down, 0, EXPERTS, "silu", out=(y, *scratch))
+        results.append(y)
+    assert torch.equal(*results)
+    assert torch.equal(results[0], open_mixture(x, index, weights, gate_up, down, "silu", EXPERTS))
+
+
+def test_how_many_experts_a_call_takes_depends_on_their_size() -> None:
+    assert experts_at_once(128, 3 * 768 * 2048 * 2) == 1
+    assert experts_at_once(128, 3 * 64 * 64 * 2) == 8
+    assert experts_at_once(8, 3 * 14336 * 4096 * 2) == 1
+    assert experts_at_once(4, 1) == 1

@@ -1,0 +1,144 @@
+"""Runs of mixtures of experts: within their cap whatever the router chooses, the same bits at every budget and after a kill."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoder_families import sized
+from fleets import adapter_hash
+from reference import checkpoint
+from safetensors.torch import load_file, save_file
+
+from tightfit.planner.io import save_plan
+from tightfit.planner.plan import plan
+from tightfit.planner.schema import Plan
+from tightfit.profiles.api import profile
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.interpreter import command
+from tightfit.runtime.engine.training.records import RecordWriter
+from tightfit.runtime.session.launch import run
+
+pytest.importorskip("transformers")
+
+BATCH, SEQ, STEPS, EXPERTS, VOCABULARY = 4, 64, 6, 12, 512
+CONFIG = sized(
+    "qwen3_moe", vocab_size=VOCABULARY, head_dim=16, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=96,
+    hidden_size=128, max_position_embeddings=256,
+)  # fmt: skip
+TRAINING: dict[str, Any] = {"steps": STEPS, "lr": 1e-2, "seed": 7, "cgroup": False, "packing": True}
+ROUTINGS = ("as it comes", "all rows to one expert")
+
+
+def model(folder: Path, routing: str) -> Path:
+    """A random model; with "all rows to one expert" its router has the same two experts for every row, so that the others have none."""
+    folder.mkdir(exist_ok=True)
+    checkpoint(CONFIG, folder)
+    if routing != ROUTINGS[0]:
+        tensors = load_file(folder / "model.safetensors")
+        for name, tensor in tensors.items():
+            if name.endswith("mlp.gate.weight"):
+                tensor.zero_()  # of equal scores the first are the highest
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    generator, path = random.Random(0), tmp_path_factory.mktemp("mixtures") / "samples.records"
+    with RecordWriter(path, seq=SEQ, pad_token=0, vocab_size=VOCABULARY, source="test") as writer:
+        for example in range(120):
+            tokens = [generator.randrange(3, VOCABULARY) for _ in range(generator.randint(3, 51))]
+            writer.add(tokens[:-1], tokens[1:], example=example)
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=ROUTINGS)
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    folder = model(tmp_path_factory.mktemp("mixture") / "model", request.param)
+    return profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=4)
+
+
+def plans(made: Profile) -> list[Plan]:
+    """One that keeps all, one at the smallest budget, and one by a rule."""
+    smallest = plan(made, 1 << 20).minimum_budget_bytes
+    assert smallest
+    return [plan(made, 1 << 30), plan(made, smallest), plan(made, 1 << 30, policy="mesp")]
+
+
+@pytest.mark.slow_but_for("all rows to one expert")
+def test_every_plan_gives_the_same_bits_within_its_cap(mixture: Profile, data: str, tmp_path: Path) -> None:
+    slices = [tensor.name for tensor in mixture.tensors if "experts.gate_up_proj[" in tensor.name]
+    assert len(slices) == CONFIG["num_hidden_layers"] * EXPERTS, "each expert is a weight of its own"
+    adapters, losses = set(), []
+    for number, each in enumerate(plans(mixture)):
+        report = run(each, data, out=tmp_path / f"{number}", **TRAINING)
+        adapters.add(adapter_hash(tmp_path / f"{number}"))
+        losses.append(report["loss"])
+        assert report["peak_bytes"]["measured"] <= each.budget_bytes
+        assert report["peak_bytes"]["measured"] <= report["peak_bytes"]["predicted"]
+    assert len(adapters) == 1
+    assert losses[1:] == losses[:1] * 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(mixture: Profile, data: str, tmp_path: Path) -> None:
+    roomy, small, _ = plans(mixture)
+    run(roomy, data, out=tmp_path / "whole", **TRAINING)
+    save_plan(small, tmp_path / "plan.json")
+    words = command(
+        "tightfit.runtime.cli.main", "run", str(tmp_path / "plan.json"), "--data", data, "--output", str(tmp_path / "killed")
+    )  # fmt: skip
+    settings = [
+        "--packing",
+        "--steps",
+        str(STEPS),
+        "--lr",
+        "1e-2",
+        "--seed",
+        "7",
+        "--no-cgroup",
+        "--checkpoint-every",
+        "2",
+    ]
+    started = subprocess.Popen([*words, *settings], start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint-2").exists():
+        assert time.monotonic() < deadline
+        assert started.poll() is None
+        time.sleep(0.02)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    subprocess.run([*words, *settings, "--resume"], check=True)
+    assert adapter_hash(tmp_path / "killed") == adapter_hash(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_lacks_an_expert_or_holds_nan_is_refused(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", ROUTINGS[0])
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "experts.3.up_proj" in name)
+    save_file(
+        {key: value for key, value in tensors.items() if key != name}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(
+        InputError, match=r"no tensor '[a-z0-9_.]*experts\.3\.up_proj\.weight'.*1 of 24.*download the model again"
+    ):
+        profile(str(folder), batch=1, seq=32)
+    tensors[name].view(-1)[5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"experts\.3\.up_proj\.weight' holds NaN or infinity"):
+        profile(str(folder), batch=1, seq=32)
+    tensors[name] = torch.ones(2, 2)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"shape \[2, 2\] where \[96, 128\] is due; config.json does not fit the weights"
+    ):
+        profile(str(folder), batch=1, seq=32)
