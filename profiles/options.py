@@ -62,8 +62,8 @@ class ProfileOptions(Options):
     )
     matrix_rows: int | None = option(
         None,
-        "Rows of a frozen matrix that are read, unpacked and multiplied at a time: models whose matrices are large in less memory; default:"
-        " as many as 64 MiB hold unpacked.",
+        "Rows of a frozen matrix, or of the first matrices of experts, that are read, unpacked and multiplied at a time: large models in"
+        " less memory; default: as many as 64 MiB hold unpacked.",
         label="Rows of a matrix",
         metavar="ROWS",
         ge=16,

@@ -26,7 +26,7 @@ Slot = tuple[int, int]
 def choice_count(kind: LayerType) -> int:
     """Integer variables in the program of one layer."""
     states = {MINOR if update.minor else update.trainable for update in kind.updates if update.states}
-    modes = sum(len(weight.modes) for weight in kind.weights.values())
+    modes = sum(len(weight.modes) for name, weight in kind.weights.items() if name not in kind.alike)
     decided = set(kind.candidates).difference(kind.alike)
     return len(decided) + len(decided & kind.offloadable) + modes + len(states)
 
@@ -62,13 +62,14 @@ class LayerVariables:
         decided = [value for value in kind.candidates if value not in kind.alike]
         self.keep = {value: self.program.choice() for value in decided}
         self.offload = {value: self.program.choice() for value in decided if value in kind.offloadable}
-        for value, like in kind.alike.items():
-            self.keep[value] = self.keep[like]
-            if like in self.offload:
-                self.offload[value] = self.offload[like]
-        self.mode = {name: [self.program.choice() for _ in weight.modes] for name, weight in kind.weights.items()}
+        own = {name: weight for name, weight in kind.weights.items() if name not in kind.alike}
+        self.mode = {name: [self.program.choice() for _ in weight.modes] for name, weight in own.items()}
         for variables in self.mode.values():
             self.program.exactly(Linear.sum(variables), 1.0)
+        for value, like in kind.alike.items():
+            for chosen in (self.keep, self.offload, self.mode):
+                if like in chosen:
+                    chosen[value] = chosen[like]
         self.away: dict[str, int] = {}
         for update in kind.updates:
             group = MINOR if update.minor else update.trainable

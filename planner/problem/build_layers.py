@@ -7,7 +7,8 @@ layer, whose decision covers it, or has a fixed lifetime that is the same in eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.layer_types import (
@@ -34,6 +35,7 @@ from tightfit.planner.problem.step_graph import (
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
 
+HEAD_CHUNK = "tightfit.head_chunk"
 MINOR_SHARE = 1 / 50
 """a tensor below this share of the bytes of all its layer's candidates is never offloaded: it is not worth a transfer
 of its own
@@ -293,6 +295,8 @@ class _Splitter:
                 sizes[value] = aligned(self.graph.storages[self.graph.names[layer][value]].bytes)
         events = _events(forward, backward, set(candidates), set(self.recomputable[layer]))
         tiles, length = self._tiles(layer)
+        weights = self._weights(layer, forward, backward, events, tiles)
+        alike = _alike(forward[: tiles * length], length, {value: sizes[value] for value in candidates})
         total = sum(sizes[value] for value in candidates)
         return LayerType(
             program=self.profile.layers[layer].program,
@@ -310,7 +314,7 @@ class _Splitter:
                 local[name] for name, last in self.whole_window.items() if last == backward_window and name in local
             ),
             owned=owned,
-            weights=self._weights(layer, forward, backward, events, tiles),
+            weights=weights,
             updates=self._updates(layer, local, events),
             candidates=candidates,
             offloadable=frozenset(value for value in candidates if tiles * sizes[value] >= MINOR_SHARE * total),
@@ -320,7 +324,7 @@ class _Splitter:
             apart=self.apart,
             tiles=tiles,
             tile_length=length,
-            alike=_alike(forward[: tiles * length], length, {value: sizes[value] for value in candidates}),
+            alike=alike | self._alike_slices(layer, weights),
             across_evaluate=self._across(layer, forward_window, self.last_forward) if self.apart else 0,
         )
 
@@ -432,6 +436,29 @@ class _Splitter:
                 repeated=repeated,
             )
         return result
+
+    def _alike_slices(self, layer: int, weights: Mapping[str, LayerWeight]) -> dict[str, str]:
+        """Slice of a matrix -> the first slice of the same matrix of equal size and use. Of the head, which no other layer is like, each
+        is decided on by itself.
+        """
+        alike: dict[str, str] = {}
+        first: dict[tuple[Any, ...], str] = {}
+        if any(step.target == HEAD_CHUNK for step in self.steps[layer]["forward"]):
+            return alike
+        for name, weight in weights.items():
+            matrix, cut, _ = name.partition("[")
+            if cut:
+                use = (
+                    weight.backward_uses,
+                    len(weight.recomputing),
+                    weight.modes,
+                    weight.unpacked_per_use,
+                    weight.repeated,
+                )
+                like = first.setdefault((matrix, weight.bytes, weight.packed_bytes, *use), name)
+                if like != name:
+                    alike[name] = like
+        return alike
 
     def _moving_weight(self, size: int, *, ahead: bool, behind: list[int]) -> LayerWeight:
         """A trainable of `size` bytes whose values may lie on disk, read by backward operations at positions `behind`."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.profiles.models.decoder_config import DecoderShape
+from tightfit.profiles.models.experts import Experts
 from tightfit.profiles.models.lora import LoraConfig, Pair
 from tightfit.profiles.models.saved_modules import (
     SavedModule,
@@ -170,9 +171,11 @@ def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> 
 
 def slice_matrices(module: nn.Module, rows: int | None) -> None:
     """Have the projections of a decoder, which has its pairs, read, unpack and multiply so many rows of their frozen matrices at a
-    time; None: as many as `MATRIX_BYTES` hold. Those with DoRA or dropout take all rows at once.
+    time; None: as many as `MATRIX_BYTES` hold. Those with DoRA or dropout take all rows at once, and mixtures whole experts.
     """
     for child in module.modules():
+        if isinstance(child, Experts):
+            child.slice(rows, MATRIX_BYTES)
         if not isinstance(child, Projection) or not child.adaptable:
             continue
         if child.pair is not None and (child.pair.dora or child.pair.dropout):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tightfit.profiles.tracing.expert_ops import experts_at_once, mixture
+from tightfit.profiles.tracing.expert_ops import mixture
+
+CALLS = 8
+"""parts in which the experts of a layer are read, unpacked and multiplied, at least: more are more instructions of a plan, and less is
+in memory at a time"""
 
 
 class Experts(nn.Module):
@@ -20,8 +24,17 @@ class Experts(nn.Module):
         self.activation = activation
         self.gate_up_proj = nn.Parameter(torch.empty(count * 2 * width, hidden, dtype=dtype), requires_grad=False)
         self.down_proj = nn.Parameter(torch.empty(count * hidden, width, dtype=dtype), requires_grad=False)
-        self.at_once = experts_at_once(count, 3 * width * hidden * dtype.itemsize)
-        """Experts whose matrices are read and unpacked together."""
+        self.count, self.width = count, width
+        self.at_once = count
+        """Experts whose matrices are read, unpacked and multiplied together."""
+
+    def slice(self, rows: int | None, most_bytes: int) -> None:
+        """Take experts together of whose gates and ups there are so many rows; None: as many as `most_bytes` hold unpacked, in `CALLS`
+        parts at least. It is a power of two, and one at least.
+        """
+        expert_bytes = (self.gate_up_proj.nbytes + self.down_proj.nbytes) // self.count
+        together = rows // (2 * self.width) if rows else min(most_bytes // expert_bytes, -(-self.count // CALLS))
+        self.at_once = 1 << (max(1, min(together, self.count)).bit_length() - 1)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return mixture(x, index, weights, self.gate_up_proj, self.down_proj, self.activation, self.at_once)  # type: ignore[no-any-return]

@@ -18,12 +18,6 @@ from torch.utils.flop_counter import register_flop_formula
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, Shape, _define, _differentiable, _library
 from tightfit.runtime.engine.cpu.experts import experts_scratch
 
-GROUP_BYTES = 16 << 20
-"""largest matrices of the experts of a call, unpacked; those of one expert may be larger. Fewer experts in a call are more calls, and
-more instructions of a plan; of more experts, more is unpacked at a time"""
-CALLS = 16
-"""calls for the experts of a layer, at least, where there are so many experts"""
-
 
 def _scratch(x: Tensor, down: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
     narrow, wide = experts_scratch(x.shape[0], x.shape[1], down.shape[1], backward=backward)
@@ -76,12 +70,6 @@ def _backward_flops(
 _library.define(
     "mixture(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, str activation, int at_once) -> Tensor"
 )
-
-
-def experts_at_once(experts: int, expert_bytes: int) -> int:
-    """Experts of a call, a power of two, where all matrices of one take so many bytes unpacked."""
-    most = max(1, min(GROUP_BYTES // expert_bytes, -(-experts // CALLS)))
-    return 1 << (most.bit_length() - 1)
 
 
 def _groups(x: Tensor, gate_up: Tensor, down: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor, int, int]]:

@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module", params=ROUTINGS)
 def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     folder = model(tmp_path_factory.mktemp("mixture") / "model", request.param)
-    return profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=4)
+    return profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=4, matrix_rows=192)
 
 
 def plans(made: Profile) -> list[Plan]:

@@ -8,7 +8,8 @@ from reference import relative_error
 from torch import Tensor
 from torch.nn import functional as F
 
-from tightfit.profiles.tracing.expert_ops import experts_at_once, mixture, open_mixture
+from tightfit.profiles.models.experts import Experts
+from tightfit.profiles.tracing.expert_ops import mixture, open_mixture
 from tightfit.runtime.engine.cpu.experts import BLOCK_ROWS, _blocks_of, experts, experts_scratch
 
 EXPERTS, HIDDEN, WIDTH = 6, 40, 24
@@ -98,8 +99,20 @@ def test_padding_of_a_block_and_old_contents_of_scratch_change_nothing() -> None
     assert torch.equal(results[0], open_mixture(x, index, weights, gate_up, down, "silu", EXPERTS))
 
 
-def test_how_many_experts_a_call_takes_depends_on_their_size() -> None:
-    assert experts_at_once(128, 3 * 768 * 2048 * 2) == 1
-    assert experts_at_once(128, 3 * 64 * 64 * 2) == 8
-    assert experts_at_once(8, 3 * 14336 * 4096 * 2) == 1
-    assert experts_at_once(4, 1) == 1
+@pytest.mark.parametrize(
+    ("experts", "width", "hidden", "rows", "together"),
+    [
+        (128, 768, 2048, None, 4),
+        (8, 14336, 4096, None, 1),
+        (12, 96, 128, None, 2),
+        (12, 96, 128, 192, 1),
+        (12, 96, 128, 900, 4),
+    ],
+)
+def test_how_many_experts_are_taken_together_depends_on_their_size(
+    experts: int, width: int, hidden: int, rows: int | None, together: int
+) -> None:
+    with torch.device("meta"):
+        made = Experts(experts, hidden, width, "silu", torch.bfloat16)
+    made.slice(rows, 64 << 20)
+    assert made.at_once == together
