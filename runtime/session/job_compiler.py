@@ -8,6 +8,7 @@ become numbers, the lowest ones those of tensors that stay between steps or are 
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.job import (
     ACCUMULATE,
     BLOCK,
+    EXPERTS_AT,
     FETCH,
     FREE,
     LOSS,
@@ -329,6 +331,7 @@ def _header(
         "constants": _placements(plan, "constant"),
         "buffers": [[name, tensors[name].dtype, tensors[name].shape, plan.resident[name]] for name in buffers],
         "gathered": list(gathered.items()),
+        "routed": _routed(plan, index, numbers),
         "loss": numbers[plan.loss],
     }
 
@@ -341,6 +344,36 @@ def _of_length(plan: Plan, numbers: Mapping[str, int]) -> dict[str, Any]:
         "inputs": _placements(plan, "batch"),
         "token_losses": [numbers[losses.name], losses.shape] if losses else None,
     }
+
+
+def _routed(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> list[int]:
+    """The entries of `tightfit.runtime.engine.training.routing.Routing`: for matrices of experts that are read anew in every step,
+    each by the operators of one layer, and of one set of rows.
+    """
+    places = _positions(_of_kind(plan, "weight"))
+    found: dict[int, tuple[int, int, int]] = {}
+    chosen: dict[int, tuple[set[int], set[int]]] = {}
+    for layer, operators in index.operators.items():
+        names = index.names[layer]
+        for operator in operators:
+            if operator.target not in EXPERTS_AT:
+                continue
+            at, first_weight, first = EXPERTS_AT[operator.target]
+            rows, gate_up, down = (operator.args[place]["operand"] for place in (at, first_weight, first_weight + 1))
+            for operand in (gate_up, down):
+                name = names[operand["value"]]
+                if name in plan.resident or f"packed:{name}" in plan.resident:
+                    continue
+                count = down["size"][0] // gate_up["size"][1]
+                found[places[name]] = operator.args[first], count, math.prod(rows["size"])
+                sets = chosen.setdefault(places[name], (set(), set()))
+                sets[operator.phase == "inference"].add(numbers[names[rows["value"]]])
+    return [
+        word
+        for weight, entry in found.items()
+        if all(len(tensors) <= 1 for tensors in chosen[weight])
+        for word in (weight, *entry, *(next(iter(tensors), -1) for tensors in chosen[weight]))
+    ]
 
 
 def _placements(plan: Plan, kind: str) -> list[list[Any]]:

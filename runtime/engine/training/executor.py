@@ -39,6 +39,7 @@ from tightfit.runtime.engine.training.job import (
     tensors_of,
 )
 from tightfit.runtime.engine.training.job_tables import Names, Trainable
+from tightfit.runtime.engine.training.routing import Routing
 from tightfit.runtime.engine.training.step_trace import StepTrace
 from tightfit.runtime.engine.training.storage import Storage
 from tightfit.runtime.engine.training.updates import Updates
@@ -220,6 +221,8 @@ class Executor:
         self.states: Sequence[str] = header["states"]
         """what the optimizer's states of a trainable are called"""
         self.loss_number = header["loss"]
+        self.routing = Routing(header["routed"], self.device, self.where) if header["routed"] else None
+        """what a mixture of experts does without in a step"""
         self.arriving: dict[int, int] = {}
         self.leaving: dict[int, int] = {}
         """By tensor number, the channel's tickets of unfinished transfers: `arriving` reads and fetches, `leaving`
@@ -266,12 +269,14 @@ class Executor:
         the token losses. Raises what a transfer raised (RunError, InputError), and CapError if the resident set is
         above the cap.
         """
-        where, arriving, leaving = self.where, self.arriving, self.leaving
+        where, arriving, leaving, routing = self.where, self.arriving, self.leaving, self.routing
         layers, sizes, token_losses = self._form
         spent = [0.0] * len(CODES)
         device, clock, check = self.device, time.perf_counter, self.device.meter.check
         self.seconds["stall"] = 0.0
         self.forwards.clear()
+        if routing is not None:
+            routing.left_out = 0
         place, index, length = begin, 0, len(words) if end is None else end
         trace = self.trace
         if trace is not None:
@@ -316,8 +321,14 @@ class Executor:
                 else:
                     self._timed(operator.name, operator.call, outputs)
                 outputs.clear()
+                if routing is not None:
+                    for write in operator.writes:
+                        if write is not None:
+                            routing.made(table[tensors[write.place]])
             elif code == FREE:
                 number = words[place + 1]
+                if routing is not None:
+                    routing.freed(number)
                 if number in leaving:
                     self._wait(leaving.pop(number))
                 if number in arriving:
@@ -327,9 +338,12 @@ class Executor:
                 weight = self.weights[words[place + 1]]
                 number, at = words[place + 2], words[place + 3] * UNIT
                 where[number] = at
-                after = device.mark()  # an operator may still read the freed tensor that this overwrites
-                host = device.host(at, (weight.packed_bytes,), "uint8")
-                arriving[number] = self._submit(self._read, number, weight.name, at, host, after)
+                if routing is not None and routing.unneeded(words[place + 1]):
+                    routing.left_out += 1
+                else:
+                    after = device.mark()  # an operator may still read the freed tensor that this overwrites
+                    host = device.host(at, (weight.packed_bytes,), "uint8")
+                    arriving[number] = self._submit(self._read, number, weight.name, at, host, after)
                 place += 4
             elif code == UNPACK:
                 weight = self.weights[words[place + 1]]
@@ -337,9 +351,10 @@ class Executor:
                 if source in arriving:
                     self._arrive(source)
                 where[number] = at
-                packed = device.raw(where[source], weight.packed_bytes)
-                made = device.tensor(at, weight.shape, weight.dtype)
-                self.call("unpack", self.store.unpack, weight.name, packed, made)  # type: ignore[union-attr]
+                if routing is None or not routing.unneeded(words[place + 1]):
+                    packed = device.raw(where[source], weight.packed_bytes)
+                    made = device.tensor(at, weight.shape, weight.dtype)
+                    self.call("unpack", self.store.unpack, weight.name, packed, made)  # type: ignore[union-attr]
                 place += 5
             elif code == UPDATE:
                 self.updates.update(self, words[place + 1], cycles * words[place + 2] + words[place + 3])

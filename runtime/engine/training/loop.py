@@ -287,6 +287,8 @@ class _Run:
             "seconds": seconds,
         }
         told |= {"resident_bytes": memory().resident, "peak_bytes": peak, **training.figures}
+        if training.executor.routing is not None:
+            told["reads_left_out"] = training.executor.routing.left_out
         if "grad_norm" in told:
             self.peaks["update"] = peak
         return {**told, "spent": dict(training.executor.seconds)}

@@ -1,0 +1,56 @@
+"""Which matrices of a mixture of experts a step does without: those of experts that no row of the step goes through.
+
+A schedule reads and unpacks the matrices of all experts, so that it holds whatever a router chooses. Once the numbers of the chosen
+experts are in memory, reads and unpackings of the others are left out: the operator that is given their matrices does not touch them.
+Only matrices that are read anew in every step are among these, and only those of which a step has one set of rows.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from tightfit.runtime.engine.device.device import Device
+
+WIDTH = 6
+"""numbers of an entry: weight, its first expert, how many it has, elements of the numbers of the chosen experts, and the tensors that
+hold these in training and in evaluation (-1: none does)"""
+
+
+class Routing:
+    """`unneeded` says whether a weight's read or unpacking may be left out at this point of the schedule."""
+
+    def __init__(self, entries: Sequence[int], device: Device, where: array[int]) -> None:
+        """`entries`: `WIDTH` numbers for each weight, one after the other; `where`: offsets of tensors in the arena."""
+        self._device, self._where = device, where
+        self._entries = {
+            entries[start]: tuple(entries[start + 1 : start + WIDTH]) for start in range(0, len(entries), WIDTH)
+        }
+        self._told: dict[int, frozenset[int] | None] = {}
+        """By the number of its tensor, the experts that are chosen in it, None as long as nobody has asked; it is here while the tensor
+        has its contents."""
+        self._tensors = frozenset(number for entry in self._entries.values() for number in entry[3:] if number >= 0)
+        self.left_out = 0
+        """reads that were left out in the step so far"""
+
+    def made(self, tensor: int) -> None:
+        """An operator has filled a tensor."""
+        if tensor in self._tensors:
+            self._told[tensor] = None
+
+    def freed(self, tensor: int) -> None:
+        self._told.pop(tensor, None)
+
+    def unneeded(self, weight: int) -> bool:
+        entry = self._entries.get(weight)
+        if entry is None:
+            return False
+        first, count, elements, *tensors = entry
+        told = [tensor for tensor in tensors if tensor in self._told]
+        if len(told) != 1:
+            return False
+        chosen = self._told[told[0]]
+        if chosen is None:
+            numbers = self._device.tensor(self._where[told[0]], (elements,), "int64")
+            chosen = self._told[told[0]] = frozenset(numbers.tolist())
+        return chosen.isdisjoint(range(first, first + count))
