@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.cpu.experts import BLOCK_ROWS
 from tightfit.runtime.engine.device.device import Device, aligned
 from tightfit.runtime.engine.start.process import apart, trim_heap
 from tightfit.runtime.engine.training.executor import BoundOperator
-from tightfit.runtime.engine.training.job import POSITIONS_AT
+from tightfit.runtime.engine.training.job import EXPERTS_AT, POSITIONS_AT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +63,8 @@ def _run(operator: BoundOperator, device: Device) -> None:
         operator.call(outputs)
         if operator.name in POSITIONS_AT:
             _attend_in_long_rows(operator, outputs, device)
+        if operator.name in EXPERTS_AT:
+            _meet_every_block(operator, outputs, device)
     except (RuntimeError, TypeError) as error:
         if "alloc" in str(error):  # torch has no MemoryError
             raise
@@ -69,6 +72,17 @@ def _run(operator: BoundOperator, device: Device) -> None:
         raise InputError(
             f"operator {operator.name} is not supported ({first}); use other layers in the model"
         ) from error
+
+
+def _meet_every_block(operator: BoundOperator, outputs: list[Tensor | None], device: Device) -> None:
+    """Run experts on every size of the blocks in which their rows are multiplied."""
+    arguments = operator.reads[0].container
+    at, _, first = EXPERTS_AT[operator.name]
+    index = arguments[at].view(-1)
+    for rows in BLOCK_ROWS:
+        index.fill_(-1)
+        index[:rows].fill_(arguments[first])
+        device.kernels.fused[operator.name](*arguments, out=outputs)
 
 
 def _attend_in_long_rows(operator: BoundOperator, outputs: list[Tensor | None], device: Device) -> None:

@@ -83,7 +83,7 @@ def test_rows_are_taken_in_blocks_of_few_sizes_each_once() -> None:
         assert [number for number, *_ in found] == [1] * len(found)
         assert torch.cat([places for _, places, _ in found]).tolist() == list(range(count))
         assert all(size in BLOCK_ROWS and len(places) <= size for _, places, size in found)
-        assert sum(size for *_, size in found) <= max(16, count * 4 / 3 + 16)
+        assert sum(size for *_, size in found) <= max(16, count / 0.6 + 16)
 
 
 def test_padding_of_a_block_and_old_contents_of_scratch_change_nothing() -> None:
