@@ -18,10 +18,8 @@ from torch import Tensor
 
 from tightfit.runtime.engine.cpu.gates import gated, gated_backward
 from tightfit.runtime.engine.cpu.products import multiply
+from tightfit.runtime.engine.training.job import BLOCK_ROWS
 
-BLOCK_ROWS = (256, 128, 64, 16)
-"""Sizes of the blocks in which the rows of an expert are multiplied, the largest first. A product of 16 rows takes a third of the time of
-one of 128, since the matrix is read for both."""
 FULL = 0.6
 """share of a block's rows from which on it is filled up rather than divided"""
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from tightfit.profiles.models.experts import Experts
 from tightfit.profiles.tracing.expert_ops import mixture, open_mixture
-from tightfit.runtime.engine.cpu.experts import BLOCK_ROWS, _blocks_of, experts, experts_scratch
+from tightfit.runtime.engine.cpu.experts import _blocks_of, experts, experts_scratch
+from tightfit.runtime.engine.training.job import BLOCK_ROWS
 
 EXPERTS, HIDDEN, WIDTH = 6, 40, 24
 
