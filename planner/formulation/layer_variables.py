@@ -67,9 +67,12 @@ class LayerVariables:
         for variables in self.mode.values():
             self.program.exactly(Linear.sum(variables), 1.0)
         for value, like in kind.alike.items():
-            for chosen in (self.keep, self.offload, self.mode):
-                if like in chosen:
-                    chosen[value] = chosen[like]
+            if like in self.mode:
+                self.mode[value] = self.mode[like]
+                continue
+            self.keep[value] = self.keep[like]
+            if like in self.offload:
+                self.offload[value] = self.offload[like]
         self.away: dict[str, int] = {}
         for update in kind.updates:
             group = MINOR if update.minor else update.trainable

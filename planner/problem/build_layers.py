@@ -295,7 +295,7 @@ class _Splitter:
                 sizes[value] = aligned(self.graph.storages[self.graph.names[layer][value]].bytes)
         events = _events(forward, backward, set(candidates), set(self.recomputable[layer]))
         tiles, length = self._tiles(layer)
-        weights = self._weights(layer, forward, backward, events, tiles)
+        layer_weights = self._weights(layer, forward, backward, events, tiles)
         alike = _alike(forward[: tiles * length], length, {value: sizes[value] for value in candidates})
         total = sum(sizes[value] for value in candidates)
         return LayerType(
@@ -314,7 +314,7 @@ class _Splitter:
                 local[name] for name, last in self.whole_window.items() if last == backward_window and name in local
             ),
             owned=owned,
-            weights=weights,
+            weights=layer_weights,
             updates=self._updates(layer, local, events),
             candidates=candidates,
             offloadable=frozenset(value for value in candidates if tiles * sizes[value] >= MINOR_SHARE * total),
@@ -324,7 +324,7 @@ class _Splitter:
             apart=self.apart,
             tiles=tiles,
             tile_length=length,
-            alike=alike | self._alike_slices(layer, weights),
+            alike=alike | self._alike_slices(layer, layer_weights),
             across_evaluate=self._across(layer, forward_window, self.last_forward) if self.apart else 0,
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tightfit.runtime.engine.cpu.gates import gated, gated_backward
 from tightfit.runtime.engine.cpu.products import multiply
-from tightfit.runtime.engine.training.job import BLOCK_ROWS
+from tightfit.runtime.engine.device.expert_blocks import BLOCK_ROWS
 
 FULL = 0.6
 """share of a block's rows from which on it is filled up rather than divided"""

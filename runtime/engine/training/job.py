@@ -52,9 +52,6 @@ POSITIONS_AT = {
 EXPERTS_AT = {"tightfit.experts": (2, 4, 6), "tightfit.experts_backward": (4, 6, 8)}
 """operators -> the places of their arguments for the numbers of the chosen experts, the first of two matrices, and the number of the first
 expert that these are of"""
-BLOCK_ROWS = (256, 128, 64, 16)
-"""Sizes of the blocks in which the rows of an expert are multiplied, the largest first. A product of 16 rows takes a third of the time of
-one of 128, since the matrix is read for both."""
 DROPOUT = "tightfit.dropout"
 """prefix of the operators that draw random numbers of a step and a layer (`tightfit.runtime.engine.device.draws`)"""
 KEEP_STATE = "tightfit.keep_state"

@@ -14,9 +14,10 @@ import torch
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.device.device import Device, aligned
+from tightfit.runtime.engine.device.expert_blocks import BLOCK_ROWS
 from tightfit.runtime.engine.start.process import apart, trim_heap
 from tightfit.runtime.engine.training.executor import BoundOperator
-from tightfit.runtime.engine.training.job import BLOCK_ROWS, EXPERTS_AT, POSITIONS_AT
+from tightfit.runtime.engine.training.job import EXPERTS_AT, POSITIONS_AT
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tightfit.profiles.models.experts import Experts
 from tightfit.profiles.tracing.expert_ops import mixture, open_mixture
 from tightfit.runtime.engine.cpu.experts import _blocks_of, experts, experts_scratch
-from tightfit.runtime.engine.training.job import BLOCK_ROWS
+from tightfit.runtime.engine.device.expert_blocks import BLOCK_ROWS
 
 EXPERTS, HIDDEN, WIDTH = 6, 40, 24
 
