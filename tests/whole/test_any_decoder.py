@@ -309,6 +309,10 @@ def test_a_run_trains_and_saves_what_peft_loads(family: str, tmp_path: Path, cac
 
 REFUSED = [
     (
+        sized("mixtral", num_local_experts=4, output_router_logits=True),
+        "config field 'output_router_logits' is true: transformers then adds the router's loss",
+    ),
+    (
         {"model_type": "gpt_oss", "vocab_size": 96, "hidden_size": 64},
         "model_type 'gpt_oss' is a mixture of experts whose GptOssExperts",
     ),
