@@ -6,6 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tightfit.profiles.schema import FrozenRecord, Layer, Operator, Program
+from tightfit.runtime.common.errors import InputError
+
+MIXTURE = "it is a mixture of experts, whose matrices are read whole for a step and not for each token"
+
+
+def refused_answers(family: str, why: str, instead: str) -> InputError:
+    """The error of a decoder that cannot answer with a cache; `instead`: what to do."""
+    return InputError(f"a {family} decoder cannot answer token by token here: {why}; {instead}")
 
 
 class AnswerStep(FrozenRecord):

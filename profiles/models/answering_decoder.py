@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from tightfit.profiles.models.answer_steps import AnswerStep, AnswerSteps, operand_of
+from tightfit.profiles.models.answer_steps import MIXTURE, AnswerStep, AnswerSteps, operand_of, refused_answers
 from tightfit.profiles.models.experts import Experts
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS
@@ -22,7 +22,6 @@ from tightfit.runtime.engine.generation.names import HELD, IDS, POSITIONS, PROJE
 
 MOST_SEEN = 1 << 17
 """tokens up to which a model's attention masks are looked at, where its config names no length"""
-MIXTURE = "it is a mixture of experts, whose matrices are read whole for a step and not for each token"
 
 
 class AnsweringDecoder(AnyDecoder):
@@ -65,7 +64,7 @@ def answer_steps(
     name = str(config.get("model_type"))
 
     def refused(why: str) -> InputError:
-        return InputError(f"a {name} decoder cannot answer token by token here: {why}; {instead}")
+        return refused_answers(name, why, instead)
 
     steps, cap = [], None
     for tokens in (1, group):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tightfit.profiles.models.answer_steps import AnswerStep, AnswerSteps
+from tightfit.profiles.models.answer_steps import MIXTURE, AnswerStep, AnswerSteps, refused_answers
 from tightfit.profiles.models.decoder import (
     EMBEDDING,
     HEAD,
@@ -51,9 +51,13 @@ class Beginning(nn.Module):
         return hidden, *(table for both in tables for table in both)
 
 
-def family_steps(config: dict[str, Any], group: int) -> AnswerSteps:
-    """The steps of one token and of `group` tokens of a config's decoder. Raises InputError as `decoder_shape` does."""
+def family_steps(config: dict[str, Any], group: int, instead: str = "ask another program") -> AnswerSteps:
+    """The steps of one token and of `group` tokens of a config's decoder. Raises InputError as `decoder_shape` does, and for mixtures of
+    experts, which ends with `instead`: what to do.
+    """
     shape = decoder_shape(config)
+    if shape.mixtures:
+        raise refused_answers(shape.family, MIXTURE, instead)
     numbers: dict[str, list[float]] = {}
     return AnswerSteps(
         steps=[_step(shape, tokens, numbers) for tokens in (1, group)],

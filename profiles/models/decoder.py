@@ -263,9 +263,28 @@ class Mlp(nn.Module):
         self.gate_proj = Projection(shape.hidden, shape.intermediate, shape.mlp_bias, dtype)
         self.up_proj = Projection(shape.hidden, shape.intermediate, shape.mlp_bias, dtype)
         self.down_proj = Projection(shape.intermediate, shape.hidden, shape.mlp_bias, dtype)
+        if shape.mixtures:  # PEFT would take their pairs for those of experts
+            self.gate_proj.adaptable = self.up_proj.adaptable = self.down_proj.adaptable = False
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))  # type: ignore[no-any-return]
+
+
+class Mixture(nn.Module):
+    """Experts, of which the softmax of a router's scores chooses some for each row."""
+
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.chosen, self.shares = shape.chosen, shape.shares
+        self.gate = Table(shape.experts, shape.hidden, dtype)
+        self.experts = Experts(shape.experts, shape.hidden, shape.expert_width, shape.activation, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = frozen_linear(x, self.gate.weight, None, len(self.gate.weight))
+        weights, index = torch.topk(torch.softmax(scores, dim=-1, dtype=torch.float32), self.chosen, dim=-1)
+        if self.shares:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return self.experts(x, index, weights)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -273,7 +292,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.post_norms = shape.post_norms
         self.self_attn = kind(shape, index, dtype)
-        self.mlp = Mlp(shape, dtype)
+        self.mlp = Mixture(shape, dtype) if shape.is_mixture(index) else Mlp(shape, dtype)
         self.input_layernorm = Norm(shape.hidden, shape)
         self.post_attention_layernorm = Norm(shape.hidden, shape)
         if shape.post_norms:

@@ -23,7 +23,12 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False}
+PLAIN = {
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+    "output_router_logits": False,
+}
 """Config fields that change what transformers computes and that are not supported, with the value that means off."""
 LARGEST = {
     "hidden_size": 1 << 17,
@@ -33,6 +38,9 @@ LARGEST = {
     "num_key_value_heads": 1 << 12,
     "head_dim": 1 << 15,
     "vocab_size": 1 << 20,
+    "num_experts": 1 << 12,
+    "num_experts_per_tok": 1 << 10,
+    "moe_intermediate_size": 1 << 20,
 }
 """Largest accepted value of a config field, about ten times that of the largest published models. With larger values a
 tensor's size would exceed 64 bits, or merely describing the model would take hours."""
@@ -83,8 +91,20 @@ class DecoderShape:
     """(key, value) pairs of the config's rope scaling."""
     scaled: tuple[bool, ...]
     """Per layer: whether the rope scaling applies to it."""
+    mixtures: tuple[bool, ...] = ()
+    """Per layer: whether it has experts; () of a family without."""
+    experts: int = 0
+    chosen: int = 0
+    """Experts of a token."""
+    expert_width: int = 0
+    shares: bool = False
+    """Whether the weights of a token's experts are made to sum to 1."""
     padding: int | None = None
     """Token whose row of the embedding gets no gradient if the embedding is trained."""
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return bool(self.mixtures) and self.mixtures[layer]
 
     @property
     def rotations(self) -> list[tuple[float, bool]]:
@@ -223,7 +243,28 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
         rope_scaling=tuple(sorted((k, v) for k, v in scaling.items() if isinstance(v, (int, float, str)))),
         scaled=tuple(not (family.local_theta and w is not None) for w in windows),
         padding=_padding(config, family, _whole(config, "vocab_size")),
+        **(_mixture(config, layers) if family.mixture else {}),
     )
+
+
+def _mixture(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """What a shape says of experts. Raises InputError where their numbers do not fit together."""
+    experts = _whole(config, "num_experts", config.get("num_local_experts"))
+    chosen, every = _whole(config, "num_experts_per_tok"), _whole(config, "decoder_sparse_step", 1)
+    if chosen > experts:
+        raise InputError(
+            f"config field 'num_experts_per_tok' = {chosen} is more than the {experts} experts of 'num_experts'"
+        )
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(number, int) for number in dense):
+        raise InputError(f"config field 'mlp_only_layers' must be a list of layers, not {dense!r}")
+    return {
+        "mixtures": tuple(layer not in dense and (layer + 1) % every == 0 for layer in range(layers)),
+        "experts": experts,
+        "chosen": chosen,
+        "expert_width": _whole(config, "moe_intermediate_size"),
+        "shares": bool(config.get("norm_topk_prob", False)),
+    }
 
 
 def rope_kind(rope: Mapping[str, Any]) -> Any:

@@ -96,6 +96,8 @@ class Family:
     """Default sliding window in tokens if the config has no such field."""
     layer_types: Callable[[Config, int, int | None], LayerTypes] = all_full
     """(config, layers, sliding window) -> the layers' attention types, for configs that do not list them."""
+    mixture: bool = False
+    """Whether layers have experts in the place of an MLP, chosen by the softmax of a router's scores."""
     gguf: GgufFacts | None = None
 
 

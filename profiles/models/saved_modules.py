@@ -107,11 +107,11 @@ def _groups(rows: int, width: int) -> Iterator[tuple[int, int, int]]:
         yield start, min(start + in_group, rows), size
 
 
-def slice_rows(rows: int, width: int, element_bytes: int, most_bytes: int = SLICE_BYTES) -> int:
+def slice_rows(rows: int, width: int, element_bytes: int, most_bytes: int | None = None) -> int:
     """Rows of a slice of a table [rows, width]: the largest power of two (checksums need one), 128 or more, within
-    `most_bytes`.
+    `most_bytes`, by default `SLICE_BYTES`.
     """
-    return min(rows, 1 << max(7, (most_bytes // (width * element_bytes)).bit_length() - 1))
+    return min(rows, 1 << max(7, ((most_bytes or SLICE_BYTES) // (width * element_bytes)).bit_length() - 1))
 
 
 class _Rows(Slices):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def row_reader(
     if facts.permuted and ".self_attn." in entry.name and ("q_proj" in entry.name or "k_proj" in entry.name):
         order = unpermuted_rows(entry.shape[0], entry.shape[0] // head_dim)
     shift = facts.norm_offset if entry.name.endswith("norm.weight") else 0.0
-    row_bytes = tensor.bytes // entry.rows
+    row_bytes = tensor.bytes // (entry.rows if len(entry.shape) == 1 else math.prod(tensor.shape[:-1]))
 
     def vector() -> Tensor:
         values = _floats(file, tensor, _block(file, tensor, 0, tensor.bytes).view(1, -1)).view(-1)
@@ -52,6 +53,22 @@ def row_reader(
     return rows
 
 
+def interleaved_rows(readers: Sequence[Callable[[int, int], Tensor]], height: int) -> Callable[[int, int], Tensor]:
+    """Reads rows of a matrix that has `height` rows of each reader in turn, again and again."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        blocks = []
+        while start < stop:
+            number, first = divmod(start, height)
+            last = min(height, first + stop - start)
+            turn, reader = divmod(number, len(readers))
+            blocks.append(readers[reader](turn * height + first, turn * height + last))
+            start += last - first
+        return torch.cat(blocks)
+
+    return rows
+
+
 def _block(file: FileParts, tensor: GgufEntry, start: int, stop: int) -> Tensor:
     """Bytes [start, stop) of a tensor, uint8."""
     return torch.frombuffer(file.read(tensor.start + start, stop - start), dtype=torch.uint8)
@@ -59,9 +76,9 @@ def _block(file: FileParts, tensor: GgufEntry, start: int, stop: int) -> Tensor:
 
 def _packed(entry: Entry, tensor: GgufEntry, block: Tensor) -> Tensor | None:
     """Rows in the store's form, uint8 [rows, row bytes], of types whose codes are kept; None for others."""
-    if tensor.kind == "Q8_0" or entry.format in BLOCKS:
+    if (tensor.kind == "Q8_0" and entry.format == "q8") or entry.format in BLOCKS:
         return block
-    if tensor.kind not in ("Q4_0", "Q4_1"):
+    if tensor.kind not in ("Q4_0", "Q4_1") or entry.format != "q4":
         return None
     data = block.view(-1, 18 if tensor.kind == "Q4_0" else 20)
     scale = data[:, :2].contiguous().view(torch.float16)

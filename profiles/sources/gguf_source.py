@@ -24,7 +24,7 @@ from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.family import GgufFacts, family_of
 from tightfit.profiles.sources.gguf_config import config_from_metadata
 from tightfit.profiles.sources.gguf_metadata import GgufEntry, read_header
-from tightfit.profiles.weights.describe import EMBEDDINGS, decoder_tensors, packed_entry
+from tightfit.profiles.weights.describe import EMBEDDINGS, decoder_tensors, expert_parts, packed_entry
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor
 from tightfit.profiles.weights.tensor_file import PIECE, FileParts
@@ -37,6 +37,8 @@ KEPT = {"Q4_0": ("q4", 32), "Q4_1": ("q4", 32), "Q8_0": ("q8", 32)} | {
 """Format and group in the store of the types whose codes are kept."""
 PLAIN = ("F32", "F16", "BF16")
 """Types that PyTorch reads; of all others the gguf package unpacks the blocks, with NumPy."""
+MIXED = "mixed"
+"""what stands for the type of tensors of several types that make one matrix"""
 UNPACKED = "bfloat16"
 """Format of matrices in any other quantised type."""
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -68,8 +70,8 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
         )
         pairs = matched_tensors(config, tensors_in_file, precision)
         matrices = [
-            SourceMatrix(entry, tensor.kind, entry.name in EMBEDDINGS)
-            for entry, tensor in pairs
+            SourceMatrix(entry, tensors[0].kind, entry.name in EMBEDDINGS)
+            for entry, tensors in pairs
             if len(entry.shape) > 1
         ]
     except InputError as error:
@@ -83,13 +85,17 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
     text = json.dumps([VERSION, "gguf", header_digest.hexdigest(), stat.st_size, stat.st_mtime_ns, formats])
 
     def tensors() -> Iterable[SourceTensor]:
-        from tightfit.profiles.sources.gguf_rows import row_reader
+        from tightfit.profiles.sources.gguf_rows import interleaved_rows, row_reader
 
         facts = _facts(config)
-        for entry, tensor in pairs:
-            stored = StoredTensor(key=tensor.name, dtype=tensor.kind)
-            rows = row_reader(file, tensor, entry, facts, config["head_dim"])
-            yield SourceTensor(entry=entry, rows=rows, origin=f"{path}: tensor {tensor.name!r}", stored=stored)
+        for entry, found in pairs:
+            tensor, *others = found
+            readers = [row_reader(file, one, entry, facts, config["head_dim"]) for one in found]
+            rows = interleaved_rows(readers, tensor.shape[1]) if others else readers[0]
+            stored = None if others else StoredTensor(key=tensor.name, dtype=tensor.kind)
+            origins = [f"{path}: tensor {one.name!r}" for one in found] * tensor.shape[0] if others else ()
+            origin = f"{path}: tensor {tensor.name!r}"
+            yield SourceTensor(entry=entry, rows=rows, origin=origin, origins=origins, stored=stored)
 
     return Source(
         name=path.stem,
@@ -103,7 +109,7 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
         note=rounding_note(matrices),
         base=precision.base,
         embeddings=precision.embeddings,
-        needs_numpy=any(tensor.kind not in (*KEPT, *PLAIN) for _, tensor in pairs),
+        needs_numpy=any(tensor.kind not in (*KEPT, *PLAIN) for _, tensors in pairs for tensor in tensors),
     )
 
 
@@ -118,21 +124,29 @@ def _numbers(file: FileParts, tensor: GgufEntry) -> Sequence[float]:
 
 def matched_tensors(
     config: dict[str, Any], tensors_in_file: dict[str, GgufEntry], precision: Precision
-) -> list[tuple[Entry, GgufEntry]]:
-    """(entry, tensor in the file) for every tensor of the decoder. Raises InputError for missing or unexpected ones."""
+) -> list[tuple[Entry, list[GgufEntry]]]:
+    """(entry, tensors in the file that it is made of) for every tensor of the decoder: one, but for gates and ups of experts, which are two.
+    Raises InputError for missing or unexpected ones.
+    """
     by_name = {_hugging_face_name(config, name): tensor for name, tensor in tensors_in_file.items()}
     decoder = decoder_shape(_with_biases(config, by_name))
     quantised = any(tensor.kind not in PUBLISHED for tensor in by_name.values())
-    pairs: list[tuple[Entry, GgufEntry]] = []
+    pairs: list[tuple[Entry, list[GgufEntry]]] = []
     for name, size in decoder_tensors(decoder):
-        tensor = by_name.pop(name, None)
-        if tensor is None:
-            raise InputError(f"no tensor for {name!r}; the file is incomplete, convert the model again")
-        if tensor.shape != size:
+        names = [part.replace(".*", "") for part in expert_parts(name)] or [name]
+        tensors = [by_name.pop(one, None) for one in names]
+        found = [tensor for tensor in tensors if tensor is not None]
+        if len(found) < len(names):
             raise InputError(
-                f"tensor {tensor.name!r} has shape {list(tensor.shape)} where {list(size)} is due; the file's metadata does not fit its weights"
+                f"no tensor for {names[tensors.index(None)]!r}; the file is incomplete, convert the model again"
             )
-        kind = tensor.kind
+        due = size if not expert_parts(name) else (decoder.experts, size[0] // len(names) // decoder.experts, size[1])
+        for tensor in found:
+            if tensor.shape != due:
+                raise InputError(
+                    f"tensor {tensor.name!r} has shape {list(tensor.shape)} where {list(due)} is due; the file's metadata does not fit its weights"
+                )
+        kind = found[0].kind if len({tensor.kind for tensor in found}) == 1 else MIXED
         if len(size) == 1:
             entry = packed_entry(name, size, "float32")
         elif kind in KEPT:
@@ -143,7 +157,7 @@ def matched_tensors(
             entry = packed_entry(name, size, packed_format)
         else:
             entry = Entry(name=name, shape=size, format=UNPACKED)
-        pairs.append((entry, tensor))
+        pairs.append((entry, found))
     if by_name:
         raise InputError(
             f"tensor {next(iter(by_name.values())).name!r} belongs to no {config['model_type']} decoder; this variant is not supported"

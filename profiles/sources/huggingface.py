@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.family import family_of
 from tightfit.profiles.sources.quantised import QuantisedMatrix, find, method_of
-from tightfit.profiles.weights.describe import EMBEDDINGS, describe
+from tightfit.profiles.sources.stacked_experts import dtype_of_parts, flattened_rows, parts_there, stacked_rows
+from tightfit.profiles.weights.describe import EMBEDDINGS, describe, expert_parts
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
 from tightfit.profiles.weights.tensor_file import FileTensor, TensorFile
@@ -67,8 +69,12 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
     quantised: dict[str, QuantisedMatrix] = {}
     stated = config.pop(QUANTIZATION, None)  # the store holds the codes in its own form
     described = [entry for entry in describe(config).values() if len(entry.shape) > 1]
+    experts = decoder_shape(config).experts
+    apart = {entry.name: parts_there(entry.name, expert_parts(entry.name), experts, locations) for entry in described}
+    dtypes |= {matrix: dtype_of_parts(path, parts, dtypes) for matrix, parts in apart.items() if parts}
     if method is not None:
-        quantised = find_quantised(path, stated, locations, opened, {entry.name: entry.shape for entry in described})
+        shapes = {entry.name: entry.shape for entry in described if not expert_parts(entry.name)}
+        quantised = find_quantised(path, stated, locations, opened, shapes)
     formats = {
         entry.name: precision.format(
             PUBLISHED.get(dtypes[entry.name], ""), embedding=entry.name in EMBEDDINGS, beside_quantised=bool(quantised)
@@ -79,12 +85,12 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
     entries = describe(config, precision=precision, formats=formats)
     entries |= {matrix.entry.name: matrix.entry for matrix in quantised.values()}
     for entry in entries.values():
-        if entry.name not in locations and entry.name not in quantised:
+        if entry.name not in locations and entry.name not in quantised and not apart.get(entry.name):
             advice = "download the model again"
             if entry.name == "lm_head.weight":
                 advice = f"it was saved without its head: save it from AutoModelForCausalLM, or {advice}"
             raise InputError(f"{path}: no tensor {entry.name!r} in its safetensors files; {advice}")
-    parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()))
+    parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()), *apart.values())
     _check_known(path, config, locations.keys() - parts, entries)
     dtypes |= {matrix.entry.name: matrix.method for matrix in quantised.values()}
     matrices = [
@@ -101,8 +107,13 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
             if entry.name in quantised:
                 yield quantised_tensor(entry.name, quantised[entry.name], locations, opened, entry)
                 continue
+            if names := apart.get(entry.name):
+                stacked = [opened.tensor(part) for part in names]
+                origins = [f"{one.file.path}: tensor {one.name!r}" for one in stacked]
+                yield SourceTensor(entry=entry, rows=stacked_rows(stacked, entry.shape), origins=origins)
+                continue
             file, key = locations[entry.name]
-            rows = _row_reader(opened.tensor(entry.name), entry)
+            rows = _row_reader(opened.tensor(entry.name), entry, experts)
             stored = StoredTensor(key=key, dtype=dtypes[entry.name])
             yield SourceTensor(entry=entry, rows=rows, origin=f"{file}: tensor {key!r}", stored=stored)
 
@@ -237,7 +248,9 @@ def _check_known(path: Path, config: dict[str, Any], names: Iterable[str], entri
             )
 
 
-def _row_reader(tensor: FileTensor, entry: Entry) -> Callable[[int, int], Tensor]:
+def _row_reader(tensor: FileTensor, entry: Entry, experts: int) -> Callable[[int, int], Tensor]:
+    if expert_parts(entry.name):
+        return flattened_rows(tensor, experts, entry.shape)
     if tensor.shape != entry.shape:
         raise InputError(
             f"{tensor.file.path}: tensor {tensor.name!r} has shape {list(tensor.shape)} where {list(entry.shape)} is due; config.json does not fit the weights"

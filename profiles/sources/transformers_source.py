@@ -28,6 +28,7 @@ from tightfit.profiles.sources.huggingface import (
 )
 from tightfit.profiles.sources.known_decoders import decoder_facts
 from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
+from tightfit.profiles.sources.stacked_experts import dtype_of_parts, flattened_rows, parts_there, stacked_rows
 from tightfit.profiles.weights.describe import packed_entry
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import (
@@ -65,7 +66,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             for own_name in (decoder.rename(text_name(key)), decoder.rename(key)):
                 locations[own_name], dtypes[own_name] = (file, key), dtype
     opened = OpenedFiles(locations)
-    apart = {tensor.key: _parts(tensor, locations) for tensor in decoder.tensors}
+    apart = {tensor.key: parts_there(tensor.key, tensor.parts, tensor.experts, locations) for tensor in decoder.tensors}
     matrices = {tensor.key: tensor for tensor in decoder.tensors if tensor.role != "other"}
     quantised: dict[str, QuantisedMatrix] = {}
     if method is not None:
@@ -78,7 +79,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             if dtypes[tensor.key] not in PUBLISHED:
                 raise InputError(f"{file}: tensor {key!r} is {dtypes[tensor.key]}; use the model's 16-bit weights")
         elif names := apart[tensor.key]:
-            dtypes[tensor.key] = _dtype_of_parts(path, names, dtypes)
+            dtypes[tensor.key] = dtype_of_parts(path, names, dtypes)
         elif tensor.value is None and tensor.key not in quantised:
             raise InputError(f"{path}: no tensor {tensor.key!r} in its safetensors files; download the model again")
     parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()), *apart.values())
@@ -112,7 +113,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
                 stacked = [opened.tensor(part) for part in apart[tensor.key]]
                 yield SourceTensor(
                     entry=entry,
-                    rows=_stacked_rows(stacked, tensor),
+                    rows=stacked_rows(stacked, tensor.shape),
                     origins=[f"{one.file.path}: tensor {one.name!r}" for one in stacked],
                 )
             elif tensor.name in direct:
@@ -215,60 +216,11 @@ def _drawn_rows(tensor: FrozenTensor, deviation: float, seed: int) -> Rows:
     return rows
 
 
-def _parts(tensor: FrozenTensor, locations: Mapping[str, Any]) -> list[str]:
-    """The names in `locations` of the tensors of single experts whose rows, one after the other, are those of the tensor; none where a
-    file holds it as it is, or lacks one.
-    """
-    if tensor.key in locations or not tensor.parts:
-        return []
-    names = [part.replace("*", str(number)) for number in range(tensor.experts) for part in tensor.parts]
-    missing = [name for name in names if name not in locations]
-    if missing and len(missing) < len(names):
-        raise InputError(
-            f"no tensor {missing[0]!r} in the model's safetensors files ({len(missing)} of {len(names)} of its experts' matrices are"
-            " missing); download the model again"
-        )
-    return [] if missing else names
-
-
-def _dtype_of_parts(path: Path, parts: Iterable[str], dtypes: Mapping[str, str]) -> str:
-    """The one type of the experts' tensors. Raises InputError where they differ or are quantised."""
-    found = {dtypes[part]: part for part in parts}
-    for dtype, part in found.items():
-        if dtype not in PUBLISHED or len(found) > 1:
-            said = f"is {dtype}" if dtype not in PUBLISHED else f"is {dtype} and those of other experts are not"
-            raise InputError(f"{path}: tensor {part!r} {said}; use the model's 16-bit weights")
-    return next(iter(found))
-
-
-def _stacked_rows(stored: list[FileTensor], tensor: FrozenTensor) -> Rows:
-    """Rows of the experts' matrices, which stand below one another in the order of `stored`."""
-    height, width = tensor.shape[0] // len(stored), tensor.shape[1]
-    for one in stored:
-        if one.shape != (height, width):
-            raise InputError(
-                f"{one.file.path}: tensor {one.name!r} has shape {list(one.shape)} where {[height, width]} is due; config.json does not fit the weights"
-            )
-
-    def rows(start: int, stop: int) -> Tensor:
-        import torch
-
-        blocks = []
-        while start < stop:
-            number, first = divmod(start, height)
-            last = min(height, first + stop - start)
-            blocks.append(stored[number].rows(first, last).to(torch.float32))
-            start += last - first
-        return torch.cat(blocks)
-
-    return rows
-
-
 def _file_rows(stored: FileTensor, tensor: FrozenTensor) -> Rows:
     """Rows of a tensor in a safetensors file; those of a transposed one are its columns there."""
-    expected = tensor.shape[::-1] if tensor.transposed else tensor.shape
     if tensor.experts:
-        expected = (tensor.experts, tensor.shape[0] // tensor.experts, tensor.shape[1])
+        return flattened_rows(stored, tensor.experts, tensor.shape)
+    expected = tensor.shape[::-1] if tensor.transposed else tensor.shape
     if stored.shape != expected:
         raise InputError(
             f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {list(expected)} is due; config.json does not fit the weights"
@@ -277,9 +229,7 @@ def _file_rows(stored: FileTensor, tensor: FrozenTensor) -> Rows:
     def rows(start: int, stop: int) -> Tensor:
         import torch
 
-        if tensor.experts:
-            rows_read = stored.matrix_rows(start, stop)
-        elif len(expected) < 2:
+        if len(expected) < 2:
             rows_read = stored.whole()
         else:
             rows_read = stored.columns(start, stop).t() if tensor.transposed else stored.rows(start, stop)

@@ -13,7 +13,7 @@ def trace_answers(source: Source, wanted: AnswersWanted) -> AnswerSteps:
     if handwritten(source.config):
         from tightfit.profiles.models.answering_family import family_steps
 
-        return family_steps(source.config, wanted.group)
+        return family_steps(source.config, wanted.group, wanted.instead)
     from tightfit.profiles.models.answering_decoder import answer_steps
 
     return answer_steps(

@@ -10,6 +10,8 @@ from tightfit.profiles.weights.precision import DEFAULT, Precision
 from tightfit.runtime.engine.weights.layout import Entry
 
 GROUPS = (32, 16, 8)
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+"""the matrices of all experts of a layer, as `tightfit.profiles.models.experts.Experts` has them"""
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -24,15 +26,17 @@ def decoder_tensors(shape: DecoderShape) -> Iterable[tuple[str, tuple[int, ...]]
             ("self_attn.k_proj", key_value, shape.hidden, shape.attention_bias),
             ("self_attn.v_proj", key_value, shape.hidden, shape.attention_bias),
             ("self_attn.o_proj", shape.hidden, query, shape.output_bias),
-            ("mlp.gate_proj", shape.intermediate, shape.hidden, shape.mlp_bias),
-            ("mlp.up_proj", shape.intermediate, shape.hidden, shape.mlp_bias),
-            ("mlp.down_proj", shape.hidden, shape.intermediate, shape.mlp_bias),
+            *(() if shape.is_mixture(layer) else _mlp(shape)),
         )
         yield f"{prefix}input_layernorm.weight", (shape.hidden,)
         for name, rows, columns, bias in projections:
             yield f"{prefix}{name}.weight", (rows, columns)
             if bias:
                 yield f"{prefix}{name}.bias", (rows,)
+        if shape.is_mixture(layer):
+            yield f"{prefix}mlp.gate.weight", (shape.experts, shape.hidden)
+            yield f"{prefix}{GATE_UP}", (shape.experts * 2 * shape.expert_width, shape.hidden)
+            yield f"{prefix}{DOWN}", (shape.experts * shape.hidden, shape.expert_width)
         if shape.head_norm:
             yield f"{prefix}self_attn.q_norm.weight", (shape.head_dim,)
             yield f"{prefix}self_attn.k_norm.weight", (shape.head_dim,)
@@ -43,6 +47,23 @@ def decoder_tensors(shape: DecoderShape) -> Iterable[tuple[str, tuple[int, ...]]
     yield "model.norm.weight", (shape.hidden,)
     if not shape.tied:
         yield "lm_head.weight", (shape.vocab, shape.hidden)
+
+
+def _mlp(shape: DecoderShape) -> Iterable[tuple[str, int, int, bool]]:
+    """(name, rows, columns, whether it has a bias) of the projections of an MLP."""
+    yield "mlp.gate_proj", shape.intermediate, shape.hidden, shape.mlp_bias
+    yield "mlp.up_proj", shape.intermediate, shape.hidden, shape.mlp_bias
+    yield "mlp.down_proj", shape.hidden, shape.intermediate, shape.mlp_bias
+
+
+def expert_parts(name: str) -> tuple[str, ...]:
+    """The names, with * for the number of an expert, of the tensors whose rows, expert by expert, are those of a tensor of all experts;
+    () for any other tensor.
+    """
+    stem = name.removesuffix("gate_up_proj").removesuffix("down_proj")
+    if name.endswith(GATE_UP):
+        return tuple(f"{stem}*.{part}_proj.weight" for part in ("gate", "up"))
+    return (f"{stem}*.down_proj.weight",) if name.endswith(DOWN) else ()
 
 
 def packed_entry(name: str, shape: tuple[int, ...], packed_format: str) -> Entry:

@@ -56,6 +56,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama with biases": CONFIGS["llama"] | {"attention_bias": True, "mlp_bias": True},
     "mistral": CONFIGS["llama"] | {"model_type": "mistral", "sliding_window": 8},
 }
+MIXTURE: dict[str, Any] = CONFIGS["llama"] | {
+    "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+}  # fmt: skip
+"""A mixture of experts with a dense layer among them, which has no pairs."""
 """Configs with switches on that the families' configs above leave off."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -120,7 +125,8 @@ def peft_model(
     theirs = dict(wrapped.named_parameters()) | dict(wrapped.named_buffers())
     with torch.no_grad():
         for name, value in weights.items():
-            theirs[peft_name(name, theirs)].copy_(value)
+            own = theirs[peft_name(name, theirs)]
+            own.copy_(value.reshape(own.shape))  # transformers has the matrices of experts in three dimensions
     return wrapped
 
 

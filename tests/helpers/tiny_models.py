@@ -91,7 +91,8 @@ GGUF_NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps", "mlp.experts.down_proj": "ffn_down_exps",
 }  # fmt: skip
 
 
@@ -109,15 +110,31 @@ def gguf_name(name: str, gemma: bool) -> str:
     return f"{GGUF_NAMES[stem]}.{suffix}"
 
 
+def experts_apart(weights: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """The weights with the matrices of experts as llama.cpp has them: gates, ups and downs in three dimensions each."""
+    apart = {}
+    for name, tensor in weights.items():
+        stem = name.removesuffix("gate_up_proj")
+        if name.endswith("experts.gate_up_proj"):
+            gates, ups = tensor.view(experts, 2, -1, tensor.shape[-1]).unbind(1)
+            apart |= {f"{stem}gate_proj.weight": gates, f"{stem}up_proj.weight": ups}
+        elif name.endswith("experts.down_proj"):
+            apart[f"{name}.weight"] = tensor.view(experts, -1, tensor.shape[-1])
+        else:
+            apart[name] = tensor
+    return apart
+
+
 def k_quant(kind: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
     """Random blocks of a K-quant with moderate scales, needed because gguf's Python package cannot quantise to them."""
     _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     generator = np.random.default_rng(seed)
-    blocks = generator.integers(0, 256, (shape[0], shape[1] // 256, size), dtype=np.uint8)
+    *rows, columns = shape
+    blocks = generator.integers(0, 256, (*rows, columns // 256, size), dtype=np.uint8)
     for place in SCALES_OF_K_QUANTS[kind]:
-        scales = generator.uniform(0.0001, 0.001, (shape[0], shape[1] // 256, 1)).astype(np.float16)
+        scales = generator.uniform(0.0001, 0.001, (*rows, columns // 256, 1)).astype(np.float16)
         blocks[..., place : place + 2] = scales.view(np.uint8)
-    return blocks.reshape(shape[0], -1)
+    return blocks.reshape(*rows, -1)
 
 
 def write_gguf(
@@ -133,7 +150,7 @@ def write_gguf(
     alignment: int | None = None,
 ) -> Path:
     """Write weights as llama.cpp's converter would: q and k permuted for Llama, Gemma's norms plus one."""
-    family = {"gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
+    family = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(config["model_type"], config["model_type"])
     gemma = family == "gemma3"
     writer = gguf.GGUFWriter(path, family)
     numbers: dict[str, Any] = {
@@ -148,6 +165,11 @@ def write_gguf(
     numbers["attention.key_length"] = head_dim
     if gemma:
         numbers["attention.sliding_window"] = config["sliding_window"]
+    if "num_experts" in config:
+        numbers["expert_count"] = config["num_experts"]
+        numbers["expert_used_count"] = config["num_experts_per_tok"]
+        numbers["expert_feed_forward_length"] = config["moe_intermediate_size"]
+        weights = experts_apart(weights, config["num_experts"])
     for key, value in numbers.items():
         if key not in leave_out:
             writer.add_uint32(f"{family}.{key}", value)

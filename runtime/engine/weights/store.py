@@ -219,7 +219,9 @@ class WeightStore:
         return view
 
     def _check(self, extent: Extent, view: memoryview) -> None:
-        """Check those segments that lie wholly in an extent just read (`view`) and were never checked."""
+        """Check the segments of an extent just read (`view`) that were never checked. Those of which it has a part alone, as of slices
+        that do not begin where a segment does, are read for it.
+        """
         entry, rows = extent.entry, extent.entry.segment_rows
         for segment in range(-(-extent.start // rows), entry.segments):
             first, last = segment * rows, min((segment + 1) * rows, entry.rows)
@@ -228,6 +230,10 @@ class WeightStore:
             if not self._checked[entry.segment + segment]:
                 begin = extent.skip + (first - extent.start) * entry.row_bytes
                 self._compare(entry, segment, zlib.crc32(view[begin : begin + (last - first) * entry.row_bytes]))
+        for row in (extent.start, extent.stop - 1):
+            if not self._checked[entry.segment + row // rows]:
+                with self._scratch_lock:
+                    self._check_row(entry, row)
 
     def _check_row(self, entry: Entry, row: int) -> None:
         """Read the segment of `row` through the scratch buffer and check it, unless it was checked before."""

@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from reference import CONFIGS
+from reference import CONFIGS, MIXTURE
 
 from tightfit.profiles.models.decoder_config import LARGEST, DecoderShape, decoder_shape, initial_deviation, text_config
 from tightfit.runtime.common.errors import InputError
@@ -44,7 +44,7 @@ def test_any_value_of_a_field_is_understood_or_refused(family, changed):
 @pytest.mark.parametrize("field", LARGEST)
 def test_a_size_beyond_what_is_supported_is_refused_with_the_field_and_the_bound(field):
     """With sizes of a trillion PyTorch ends in an overflow, or describing the layers in a lack of memory."""
-    config = CONFIGS["llama"] | {"head_dim": 16}
+    config = MIXTURE if field in MIXTURE else CONFIGS["llama"] | {"head_dim": 16}
     with pytest.raises(InputError) as caught:
         decoder_shape(config | {field: 10**12})
     words = str(caught.value)

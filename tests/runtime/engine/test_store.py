@@ -311,10 +311,8 @@ def test_slices_check_the_segments_that_they_cover(path: Path, tmp_path: Path) -
             store.gather_rows("q8.weight", torch.tensor([383]), torch.empty(1, 64))
 
 
-def test_a_slice_that_begins_and_ends_anywhere_is_checked_where_it_has_whole_segments(
-    path: Path, tmp_path: Path
-) -> None:
-    """Segments of 128 rows, and a first row that lies inside a page."""
+def test_a_slice_that_begins_and_ends_anywhere_is_checked(path: Path, tmp_path: Path) -> None:
+    """Segments of 128 rows, of which the slice has parts too, and a first row that lies inside a page."""
     file, data = copy_of(path, tmp_path)
     with WeightStore.open(path) as store:
         entry, whole = store.entries["q8.weight"], loaded(store, "q8.weight")
@@ -323,8 +321,9 @@ def test_a_slice_that_begins_and_ends_anywhere_is_checked_where_it_has_whole_seg
             assert torch.equal(loaded(store, f"q8.weight[{start}:{stop}]"), whole[start:stop])
     data[entry.offset + 639 * entry.row_bytes] ^= 64
     file.write_bytes(data)
-    with WeightStore.open(file) as store, pytest.raises(InputError, match=r"'q8.weight' is damaged"):
-        loaded(store, "q8.weight[100:640]")
+    for start, stop in ((100, 640), (600, 700), (512, 520), (638, 641)):
+        with WeightStore.open(file) as store, pytest.raises(InputError, match=r"'q8.weight' is damaged"):
+            loaded(store, f"q8.weight[{start}:{stop}]")
 
 
 @pytest.mark.parametrize("how", ["a page at a time", "not past the page cache"])

@@ -1,0 +1,82 @@
+"""The matrices of all experts of a layer, of which checkpoints hold those of each expert as tensors of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightfit.profiles.weights.precision import PUBLISHED
+from tightfit.profiles.weights.tensor_file import FileTensor
+from tightfit.runtime.common.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def parts_there(name: str, parts: Sequence[str], experts: int, locations: Mapping[str, Any]) -> list[str]:
+    """The names in `locations` of the tensors of single experts whose rows, one after the other, are those of the tensor `name`; `parts`
+    has them with * for the number of an expert. None where a file holds it as it is, or none of them. Raises InputError where some of
+    them are missing.
+    """
+    if name in locations or not parts:
+        return []
+    names = [part.replace("*", str(number)) for number in range(experts) for part in parts]
+    missing = [name for name in names if name not in locations]
+    if missing and len(missing) < len(names):
+        raise InputError(
+            f"no tensor {missing[0]!r} in the model's safetensors files ({len(missing)} of {len(names)} of its experts' matrices are"
+            " missing); download the model again"
+        )
+    return [] if missing else names
+
+
+def dtype_of_parts(path: Path, parts: Iterable[str], dtypes: Mapping[str, str]) -> str:
+    """The one type of the experts' tensors. Raises InputError where they differ or are quantised."""
+    found = {dtypes[part]: part for part in parts}
+    for dtype, part in found.items():
+        if dtype not in PUBLISHED or len(found) > 1:
+            said = f"is {dtype}" if dtype not in PUBLISHED else f"is {dtype} and those of other experts are not"
+            raise InputError(f"{path}: tensor {part!r} {said}; use the model's 16-bit weights")
+    return next(iter(found))
+
+
+def stacked_rows(stored: Sequence[FileTensor], shape: Sequence[int]) -> Callable[[int, int], Tensor]:
+    """Reads rows of a matrix of this shape, in float32, in which the matrices `stored` stand below one another. Raises InputError for one
+    of another shape.
+    """
+    height, width = shape[0] // len(stored), shape[1]
+    for one in stored:
+        if one.shape != (height, width):
+            raise InputError(
+                f"{one.file.path}: tensor {one.name!r} has shape {list(one.shape)} where {[height, width]} is due; config.json does not fit the weights"
+            )
+
+    def rows(start: int, stop: int) -> Tensor:
+        import torch
+
+        blocks = []
+        while start < stop:
+            number, first = divmod(start, height)
+            last = min(height, first + stop - start)
+            blocks.append(stored[number].rows(first, last).to(torch.float32))
+            start += last - first
+        return torch.cat(blocks)
+
+    return rows
+
+
+def flattened_rows(stored: FileTensor, experts: int, shape: Sequence[int]) -> Callable[[int, int], Tensor]:
+    """The same of one tensor in which they stand side by side, in three dimensions."""
+    due = (experts, shape[0] // experts, shape[1])
+    if stored.shape != due:
+        raise InputError(
+            f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {list(due)} is due; config.json does not fit the weights"
+        )
+
+    def rows(start: int, stop: int) -> Tensor:
+        import torch
+
+        return stored.matrix_rows(start, stop).to(torch.float32)
+
+    return rows

@@ -1,0 +1,72 @@
+"""Steps of a mixture of experts that is written by hand, with tiles of every kind: losses and gradients of transformers and peft."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from reference import MIXTURE, all_layers, gradients_of, loss_of, peft_model, relative_error
+from traced import (
+    ALPHA,
+    RANK,
+    interpret,
+    loss_and_gradients,
+    random_batch,
+    random_weights,
+    shared_batch,
+    trace_decoder,
+)
+
+from tightfit.runtime.engine.training.adapter import trained_name
+
+BATCH, SEQ = 4, 32
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TILES = {"all tokens": None, "two rows": 64, "half a row": 16}
+ROWS = {"experts as they come": None, "one expert": 48}
+
+
+@pytest.mark.parametrize(("tile", "rows"), [*product(TILES, ROWS)])
+def test_float32_loss_and_lora_gradients_match_autograd(tile: str, rows: str) -> None:
+    weights, data = random_weights(MIXTURE, torch.float32), random_batch(MIXTURE, BATCH, SEQ)
+    traced = trace_decoder(MIXTURE, torch.float32, BATCH, SEQ, tile=TILES[tile], matrix_rows=ROWS[rows])
+    tiles = {layer.name: layer.program for layer in traced.layers}
+    programs = {program.name: program for program in traced.programs}
+    assert programs[tiles["model.layers.2"]].tiles == (1 if TILES[tile] is None else BATCH * SEQ // TILES[tile])
+    slices = [t for t in traced.tensors if t.name.startswith("model.layers.2.mlp.experts.down_proj")]
+    assert len(slices) == 6
+    made = interpret(traced, weights, data)
+    settings = all_layers(RANK, ALPHA) | {"target_modules": ATTENTION}
+    model = peft_model(MIXTURE, weights, settings, torch.float32)
+    loss = loss_of(model, data["input_ids"], data["labels"])
+    loss.backward()
+    assert float(made[traced.loss]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    exact = {trained_name(key): gradient for key, gradient in gradients_of(model).items()}
+    assert len(exact) == 2 * len(ATTENTION) * MIXTURE["num_hidden_layers"]
+    for name, gradient in exact.items():
+        assert relative_error(made[f"grad:{name}"], gradient) < 1e-4, name
+
+
+@pytest.mark.parametrize("tile", ["two rows", "half a row"])
+def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
+    weights, data = random_weights(MIXTURE, torch.float32), shared_batch(MIXTURE, BATCH, SEQ)
+    loss, gradients = loss_and_gradients(trace_decoder(MIXTURE, torch.float32, BATCH, SEQ), weights, data)
+    traced = trace_decoder(MIXTURE, torch.float32, BATCH, SEQ, tile=TILES[tile], matrix_rows=48)
+    for compiled in (False, True):
+        own_loss, own = loss_and_gradients(traced, weights, data, compiled=compiled)
+        assert own_loss == pytest.approx(loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            assert relative_error(own[name], gradient) < 1e-4, name
+
+
+def test_a_sum_over_experts_has_one_storage() -> None:
+    traced = trace_decoder(MIXTURE, torch.bfloat16, BATCH, SEQ)
+    layer = next(layer for layer in traced.layers if layer.name == "model.layers.2")
+    program = next(program for program in traced.programs if program.name == layer.program)
+    for target, sums in (("tightfit.experts", 1), ("tightfit.experts_backward", 2)):
+        calls = [step for step in program.operators if step.target == target]
+        assert len(calls) == 6
+        for number in range(sums):
+            assert len({call.outputs[number] for call in calls}) == 1
+    kinds = {value.name: value.dtype for value in program.values}
+    assert kinds[calls[0].outputs[0]] == "float32"
