@@ -58,6 +58,8 @@ EFFICIENCY = {
     "tightfit.dropout_projection_backward": 1.0,
     "tightfit.table_head": 1.0,
     "tightfit.table_head_backward": 1.0,
+    "tightfit.experts": 0.5,
+    "tightfit.experts_backward": 0.5,
 }
 """For operators whose matrix products and passes over memory do not overlap: the FLOP rate of their products divided by
 that of one large product of the same dtype (measured like `PASSES`)."""
@@ -74,6 +76,7 @@ UNPACK_PASSES = {
     "q4_k": 6.5,
     "q5_k": 7.0,
     "q6_k": 13.0,
+    "mxfp4": 8.0,
     "float16": 2.0,
 }
 """Time to unpack weights divided by that of an addition that touches as many bytes, by store format. That of q4 was

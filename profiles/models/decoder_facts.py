@@ -57,6 +57,8 @@ class FrozenTensor(FrozenRecord):
     """Whether the checkpoint has rows and columns the other way round."""
     experts: int = 0
     """Experts of a mixture whose matrices stand below one another in it; 0: it is none of these."""
+    in_turn: bool = False
+    """Whether the gate of each number stands beside its up where the tensor comes from; here gates stand before ups."""
     parts: tuple[str, ...] = ()
     """Names in transformers' state_dict, with * for the number of an expert, of tensors whose rows, expert by expert, checkpoints may
     hold in its place."""

@@ -15,15 +15,22 @@ in memory at a time"""
 class Experts(nn.Module):
     """forward(x [T, H], index int64 [T, k], weights [T, k]) -> [T, H]: for each row the weighted sum of what its experts make of it.
 
-    Frozen. The matrices of all experts stand below one another, under transformers' names: `gate_up_proj` [E * 2 * F, H] has of
-    each expert the rows of its gate and then those of its up, `down_proj` is [E * H, F].
+    Frozen. The matrices of all experts stand below one another, under transformers' names: `gate_up_proj` [E * 2 * F, H] has of each
+    expert the rows of its gate and then those of its up, `down_proj` is [E * H, F]; with biases `gate_up_proj_bias` is [E, 2 * F] and
+    `down_proj_bias` [E, H], float32.
     """
 
-    def __init__(self, count: int, hidden: int, width: int, activation: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, count: int, hidden: int, width: int, activation: str, dtype: torch.dtype, *, biased: bool = False
+    ) -> None:
         super().__init__()
         self.activation = activation
         self.gate_up_proj = nn.Parameter(torch.empty(count * 2 * width, hidden, dtype=dtype), requires_grad=False)
         self.down_proj = nn.Parameter(torch.empty(count * hidden, width, dtype=dtype), requires_grad=False)
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if biased:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(count, 2 * width), requires_grad=False)
+            self.down_proj_bias = nn.Parameter(torch.empty(count, hidden), requires_grad=False)
         self.count, self.width = count, width
         self.at_once = count
         """Experts whose matrices are read, unpacked and multiplied together."""
@@ -37,4 +44,5 @@ class Experts(nn.Module):
         self.at_once = 1 << (max(1, min(together, self.count)).bit_length() - 1)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return mixture(x, index, weights, self.gate_up_proj, self.down_proj, self.activation, self.at_once)  # type: ignore[no-any-return]
+        matrices = self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
+        return mixture(x, index, weights, *matrices, self.activation, self.at_once)  # type: ignore[no-any-return]

@@ -54,7 +54,13 @@ from tightfit.profiles.models.transformers_config import (
     refused_in_its_words,
     settings_of,
 )
-from tightfit.profiles.models.transformers_experts import names_of_experts, parts_of, replace_experts
+from tightfit.profiles.models.transformers_experts import (
+    GATE_UP,
+    names_of_experts,
+    parts_of,
+    replace_experts,
+    turned_by,
+)
 from tightfit.profiles.models.transformers_kernels import (
     NAME,
     SAME,
@@ -262,6 +268,7 @@ def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
     embedding, head = made.get_input_embeddings().weight, made.get_output_embeddings().weight
     linear, offsets, rows = {}, {}, {}
     stacked: dict[int, int] = {}
+    in_turn: set[int] = set()
     for child in made.modules():
         if _is_linear(child):
             linear[id(child.weight)] = not isinstance(child, nn.Linear)
@@ -270,7 +277,10 @@ def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
         elif (norm := replace_norm(child)) is not None:
             offsets[id(child.weight)] = 0.0 if norm.unit_offset else 1.0
         elif "Experts" in type(child).__name__:
-            stacked |= {id(tensor): len(tensor) for tensor in child.parameters()}
+            stacked |= {id(tensor): len(tensor) for tensor in child.parameters() if tensor.dim() == 3}
+            if turned_by(child):
+                linear |= {id(tensor): True for tensor in child.parameters() if tensor.dim() == 3}
+                in_turn |= {id(tensor) for name, tensor in child.named_parameters() if name.startswith(GATE_UP)}
     conversions = get_model_conversion_mapping(made)
     tensors, met = [], set()
     keys = set(made.state_dict())
@@ -280,17 +290,21 @@ def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
         met.add(id(tensor))
         transposed = linear.get(id(tensor), False)
         role = "matrix" if id(tensor) in linear or id(tensor) in stacked else "other"
-        shape = (tensor.shape.numel() // tensor.shape[-1], tensor.shape[-1]) if id(tensor) in stacked else tensor.shape
+        shape = tuple(tensor.shape)
+        if id(tensor) in stacked:
+            count, rows_of_one, columns = (tensor.mT if transposed else tensor).shape
+            shape = (count * rows_of_one, columns)
         if tensor is embedding or tensor is head or rows.get(id(tensor)):
             role = "embedding"
         tensors.append(
             FrozenTensor(
                 name=_our_name(key, prefix),
                 key=key,
-                shape=tuple(reversed(shape)) if transposed else tuple(shape),
+                shape=tuple(reversed(shape)) if transposed and id(tensor) not in stacked else shape,
                 role=role,
                 transposed=transposed,
                 experts=stacked.get(id(tensor), 0),
+                in_turn=id(tensor) in in_turn,
                 parts=parts_of(key, conversions) if id(tensor) in stacked else (),
                 mean=offsets.get(id(tensor), 1.0 if "norm" in key.lower() and key.endswith("weight") else 0.0),
                 value=None if tensor.is_meta else buffer_value(tensor),

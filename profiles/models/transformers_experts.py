@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from tightfit.profiles.models.experts import Experts
 from tightfit.profiles.models.transformers_kernels import ACTIVATIONS, bare_copy, same, tried
+from tightfit.runtime.engine.cpu.gates import CLAMPED, gated
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
 PROBE = (3, 16, 8)
 """Experts, hidden size and width of the small copy that is compared."""
 SIZES = (
@@ -33,36 +35,69 @@ PEFT knows them (`peft.utils.transformers_weight_conversion`)."""
 def replace_experts(module: nn.Module) -> Experts | None:
     """Our experts in place of a module of transformers that computes the same; None if it does not."""
     own = dict(module.named_parameters())
-    if own.keys() != {GATE_UP, DOWN} or any(tensor.dim() != 3 for tensor in own.values()):
+    biased = own.keys() == {GATE_UP, DOWN, *BIASES}
+    if not (biased or own.keys() == {GATE_UP, DOWN}) or own[GATE_UP].dim() != 3 or own[DOWN].dim() != 3:
         return None
-    count, hidden, width = own[DOWN].shape
-    if own[GATE_UP].shape != (count, 2 * width, hidden):
+    turned = turned_by(module)
+    count, hidden, width = own[DOWN].mT.shape if turned else own[DOWN].shape
+    if (own[GATE_UP].mT if turned else own[GATE_UP]).shape != (count, 2 * width, hidden):
         return None
     experts, inputs, inner = PROBE
     generator = torch.Generator().manual_seed(0)
-    x, gate_up, down, weights = (
+    x, gate_up, down, up_bias, down_bias, weights = (
         torch.randn(size, generator=generator)
-        for size in ((5, inputs), (experts, 2 * inner, inputs), (experts, inputs, inner), (5, 2))
+        for size in (
+            *((5, inputs), (experts, 2 * inner, inputs), (experts, inputs, inner), (experts, 2 * inner)),
+            *((experts, inputs), (5, 2)),
+        )
     )
     index = torch.stack([torch.randperm(experts, generator=generator)[:2] for _ in range(5)])
     probe: Any = bare_copy(module)
-    probe._parameters.update({GATE_UP: nn.Parameter(gate_up), DOWN: nn.Parameter(down)})
+    given = {GATE_UP: gate_up, DOWN: down} | (dict(zip(BIASES, (up_bias, down_bias))) if biased else {})
+    if turned:  # which has its gates and ups in turn
+        given = {name: _in_turn(value) if name.startswith(GATE_UP) else value for name, value in given.items()}
+        given = {name: value.mT.contiguous() if value.dim() == 3 else value for name, value in given.items()}
+    probe._parameters.update({name: nn.Parameter(value) for name, value in given.items()})
     for names, size in zip(SIZES, PROBE):
         for name in names:
             if hasattr(probe, name):
                 setattr(probe, name, size)
     made = tried(probe, x, index, weights)
-    for name, call in ACTIVATIONS.items():
-        if made is not None and same(_plainly(x, index, weights, gate_up, down, call), made):
-            return Experts(count, hidden, width, name, own[DOWN].dtype)
+    given_to_ours = x, index, weights, gate_up, down, up_bias if biased else None, down_bias if biased else None
+    for name in (*ACTIVATIONS, *_clamped(module)):
+        if made is not None and same(_plainly(*given_to_ours, name), made):
+            return Experts(count, hidden, width, name, own[DOWN].dtype, biased=biased)
     return None
 
 
-def _plainly(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, call: Any) -> Tensor:
+def turned_by(module: nn.Module) -> bool:
+    """Whether a module has rows and columns of its matrices the other way round, and the gate of each number beside its up (gpt-oss)."""
+    return bool(getattr(module, "is_transposed", False)) and not getattr(module, "is_concatenated", True)
+
+
+def _in_turn(value: Tensor) -> Tensor:
+    """Gates and ups [E, 2 * F, ...], one after the other, in turn."""
+    return torch.stack(value.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
+def _clamped(module: nn.Module) -> list[str]:
+    """What `tightfit.runtime.engine.cpu.gates.gated` calls the activation of a module with a limit."""
+    alpha, limit = getattr(module, "alpha", None), getattr(module, "limit", None)
+    return [f"{CLAMPED}{alpha} {limit}"] if isinstance(alpha, float) and isinstance(limit, float | int) else []
+
+
+def _plainly(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, up_bias: Tensor | None,
+    down_bias: Tensor | None, activation: str,
+) -> Tensor:  # fmt: skip
     total = torch.zeros_like(x)
     for number, (own_gate_up, own_down) in enumerate(zip(gate_up, down)):
-        gate, up = (x @ own_gate_up.t()).chunk(2, dim=1)
-        total += ((call(gate) * up) @ own_down.t()) * (weights * (index == number)).sum(1, keepdim=True)
+        both = x @ own_gate_up.t() + (0.0 if up_bias is None else up_bias[number])
+        gate, up = both.chunk(2, dim=1)
+        inner = torch.empty_like(gate)
+        gated(gate, up, activation, out=(inner,))
+        made = inner @ own_down.t() + (0.0 if down_bias is None else down_bias[number])
+        total += made * (weights * (index == number)).sum(1, keepdim=True)
     return total
 
 

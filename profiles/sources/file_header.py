@@ -99,6 +99,10 @@ def _config_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def rows(name: str) -> int:
         return shape(f"{LAYER}{name}.weight")[0]
 
+    if expert := next((name for name in shapes if ".experts." in name), None):
+        raise InputError(
+            f"tensor {expert} is of a mixture of experts, and a header does not say through how many a token goes; give the config.json"
+        )
     vocabulary, hidden = (*shape("model.embed_tokens.weight"), 0)[:2]
     biased, normed = f"{LAYER}self_attn.q_proj.bias" in shapes, f"{LAYER}self_attn.q_norm.weight" in shapes
     gemma = f"{LAYER}pre_feedforward_layernorm.weight" in shapes

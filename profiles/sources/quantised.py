@@ -22,7 +22,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.engine.weights.layout import NF4, Entry
 
-NAMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes"}
+NAMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4"}
 QUANT_STATE = "quant_state.bitsandbytes__"
 
 

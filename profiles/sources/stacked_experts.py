@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,3 +81,78 @@ def flattened_rows(stored: FileTensor, experts: int, shape: Sequence[int]) -> Ca
         return stored.matrix_rows(start, stop).to(torch.float32)
 
     return rows
+
+
+def turned_rows(
+    stored: FileTensor, experts: int, shape: Sequence[int], *, in_turn: bool
+) -> Callable[[int, int], Tensor]:
+    """The same of one tensor whose matrices have rows and columns the other way round; `in_turn`: whether the gate of each number stands
+    beside its up.
+    """
+    height, width = shape[0] // experts, shape[1]
+    if stored.shape != (experts, width, height):
+        raise InputError(
+            f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {[experts, width, height]} is due; config.json does not fit the weights"
+        )
+
+    @functools.lru_cache(maxsize=1)
+    def expert(number: int) -> Tensor:
+        return stored.matrix_rows(number * width, (number + 1) * width).t()
+
+    def rows(start: int, stop: int) -> Tensor:
+        import torch
+
+        taken = ((expert(number)[wanted]) for number, wanted in _spans(start, stop, height, in_turn=in_turn))
+        return torch.cat([part.to(torch.float32) for part in taken])
+
+    return rows
+
+
+def mxfp4_parts(name: str, locations: Mapping[str, Any]) -> list[str]:
+    """The names of the codes and scales of all experts in MXFP4, as transformers writes them; none where they are not in `locations`."""
+    names = [f"{name}_blocks", f"{name}_scales"]
+    return names if all(part in locations for part in names) else []
+
+
+def mxfp4_rows(
+    blocks: FileTensor, scales: FileTensor, experts: int, shape: Sequence[int], *, in_turn: bool
+) -> Callable[[int, int], Tensor]:
+    """Reads rows of the store's format mxfp4 from codes [experts, rows, groups, 16] and scales [experts, rows, groups]; `in_turn` as
+    above. Raises InputError for tensors of other shapes.
+    """
+    height, groups = shape[0] // experts, shape[1] // 32
+    for stored, due in ((blocks, (experts, height, groups, 16)), (scales, (experts, height, groups))):
+        if stored.shape != due or stored.dtype != "U8":
+            raise InputError(
+                f"{stored.file.path}: tensor {stored.name!r} is {stored.dtype} {list(stored.shape)} where U8 {list(due)} is due; config.json does not fit the weights"
+            )
+
+    def rows(start: int, stop: int) -> Tensor:
+        import torch
+
+        made = []
+        for number, wanted in _spans(start, stop, height, in_turn=in_turn):
+            first, last = int(wanted.min()), int(wanted.max()) + 1
+            begin = number * height + first
+            codes = blocks.matrix_rows(begin * groups, (number * height + last) * groups).view(-1, groups, 16)
+            exponents = scales.matrix_rows(begin, number * height + last).view(-1, groups, 1)
+            codes, exponents = codes[wanted - first], exponents[wanted - first]
+            # Two elements that follow each other share a byte there; here elements j and j + 16 do.
+            single = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2)
+            made.append(torch.cat([exponents, single[:, :, :16] | single[:, :, 16:] << 4], dim=2).flatten(1))
+        return torch.cat(made)
+
+    return rows
+
+
+def _spans(start: int, stop: int, height: int, *, in_turn: bool) -> Iterator[tuple[int, Tensor]]:
+    """(expert, its rows where they come from, int64) of rows [start, stop) of all experts, of which each has so many."""
+    import torch
+
+    while start < stop:
+        number, first = divmod(start, height)
+        last = min(height, first + stop - start)
+        rows = torch.arange(first, last)
+        half = height // 2
+        yield number, torch.where(rows < half, 2 * rows, 2 * (rows - half) + 1) if in_turn else rows
+        start += last - first

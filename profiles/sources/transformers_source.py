@@ -28,7 +28,15 @@ from tightfit.profiles.sources.huggingface import (
 )
 from tightfit.profiles.sources.known_decoders import decoder_facts
 from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
-from tightfit.profiles.sources.stacked_experts import dtype_of_parts, flattened_rows, parts_there, stacked_rows
+from tightfit.profiles.sources.stacked_experts import (
+    dtype_of_parts,
+    flattened_rows,
+    mxfp4_parts,
+    mxfp4_rows,
+    parts_there,
+    stacked_rows,
+    turned_rows,
+)
 from tightfit.profiles.weights.describe import packed_entry
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import (
@@ -66,6 +74,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             for own_name in (decoder.rename(text_name(key)), decoder.rename(key)):
                 locations[own_name], dtypes[own_name] = (file, key), dtype
     opened = OpenedFiles(locations)
+    coded = {tensor.key: mxfp4_parts(tensor.key, locations) for tensor in decoder.tensors if tensor.experts}
     apart = {tensor.key: parts_there(tensor.key, tensor.parts, tensor.experts, locations) for tensor in decoder.tensors}
     matrices = {tensor.key: tensor for tensor in decoder.tensors if tensor.role != "other"}
     quantised: dict[str, QuantisedMatrix] = {}
@@ -78,17 +87,26 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             file, key = direct[tensor.name] = locations[tensor.key]
             if dtypes[tensor.key] not in PUBLISHED:
                 raise InputError(f"{file}: tensor {key!r} is {dtypes[tensor.key]}; use the model's 16-bit weights")
+        elif coded.get(tensor.key):
+            dtypes[tensor.key] = "MXFP4"
         elif names := apart[tensor.key]:
             dtypes[tensor.key] = dtype_of_parts(path, names, dtypes)
         elif tensor.value is None and tensor.key not in quantised:
             raise InputError(f"{path}: no tensor {tensor.key!r} in its safetensors files; download the model again")
-    parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()), *apart.values())
+    parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()), *apart.values(), *coded.values())
     used = {key for _, key in direct.values()} | {locations[part][1] for part in parts}
     _check_known(path, config, decoder, {key for _, key in locations.values()} - used)
     entries = {
         tensor.name: replace(quantised[tensor.key].entry, name=tensor.name)
         if tensor.key in quantised
-        else _entry(tensor, precision, PUBLISHED.get(dtypes.get(tensor.key, ""), ""), beside_quantised=bool(quantised))
+        else Entry(name=tensor.name, shape=tensor.shape, format="mxfp4", group=32)
+        if coded.get(tensor.key)
+        else _entry(
+            tensor,
+            precision,
+            PUBLISHED.get(dtypes.get(tensor.key, ""), ""),
+            beside_quantised=bool(quantised or any(coded.values())),
+        )
         for tensor in decoder.tensors
     }
     packed_matrices = [
@@ -98,7 +116,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             tensor.role == "embedding",
         )
         for key, tensor in matrices.items()
-        if key in quantised or tensor.name in direct or apart[key]
+        if key in quantised or tensor.name in direct or apart[key] or coded.get(key)
     ]
     check_choice(path, precision, packed_matrices)
     settings = [without_names(config), [[entry.name, entry.format, entry.group] for entry in entries.values()]]
@@ -109,6 +127,10 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             entry = entries[tensor.name]
             if tensor.key in quantised:
                 yield quantised_tensor(tensor.key, quantised[tensor.key], locations, opened, entry)
+            elif codes := coded.get(tensor.key):
+                blocks, scales = map(opened.tensor, codes)
+                rows = mxfp4_rows(blocks, scales, tensor.experts, tensor.shape, in_turn=tensor.in_turn)
+                yield SourceTensor(entry=entry, rows=rows, origin=f"{blocks.file.path}: tensor {blocks.name!r}")
             elif apart[tensor.key]:
                 stacked = [opened.tensor(part) for part in apart[tensor.key]]
                 yield SourceTensor(
@@ -218,6 +240,8 @@ def _drawn_rows(tensor: FrozenTensor, deviation: float, seed: int) -> Rows:
 
 def _file_rows(stored: FileTensor, tensor: FrozenTensor) -> Rows:
     """Rows of a tensor in a safetensors file; those of a transposed one are its columns there."""
+    if tensor.experts and tensor.transposed:
+        return turned_rows(stored, tensor.experts, tensor.shape, in_turn=tensor.in_turn)
     if tensor.experts:
         return flattened_rows(stored, tensor.experts, tensor.shape)
     expected = tensor.shape[::-1] if tensor.transposed else tensor.shape
@@ -233,6 +257,8 @@ def _file_rows(stored: FileTensor, tensor: FrozenTensor) -> Rows:
             rows_read = stored.whole()
         else:
             rows_read = stored.columns(start, stop).t() if tensor.transposed else stored.rows(start, stop)
+        if tensor.in_turn:  # of a bias
+            rows_read = torch.cat([rows_read[:, ::2], rows_read[:, 1::2]], dim=1)
         return rows_read.to(torch.float32).contiguous()
 
     return rows

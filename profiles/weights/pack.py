@@ -47,6 +47,8 @@ REFITS = 3
 SINGLE = ("nf4", "int8")
 """Formats whose scales are float32; those of the others are float16."""
 FLOAT16_MOST = 65504
+MOST_MXFP4 = 252
+"""largest exponent of a block of MXFP4, as it is stored"""
 
 
 def pack_q4(values: Tensor, group: int, spans: Sequence[float] = SPANS) -> Tensor:
@@ -331,6 +333,8 @@ def finite_groups(entry: Entry, packed: Tensor) -> bool:
     if entry.format not in SCALES:
         return True
     groups = packed.view(-1, group_bytes(entry.format, entry.group))
+    if entry.format == "mxfp4":  # of which the largest code times the scale is a float32
+        return not bool((groups[:, 0] > MOST_MXFP4).any())
     for index in SCALES[entry.format]:
         high = groups[:, index]
         infinite = (high & 0x7F) == 0x7F if entry.format in SINGLE else (high & 0x7C) == 0x7C

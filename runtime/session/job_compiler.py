@@ -359,8 +359,10 @@ def _routed(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> list[
             if operator.target not in EXPERTS_AT:
                 continue
             at, first_weight, first = EXPERTS_AT[operator.target]
-            rows, gate_up, down = (operator.args[place]["operand"] for place in (at, first_weight, first_weight + 1))
-            for operand in (gate_up, down):
+            rows = operator.args[at]["operand"]
+            matrices = [given["operand"] for given in operator.args[first_weight : first_weight + 4] if given]
+            gate_up, down, *_ = matrices
+            for operand in matrices:
                 name = names[operand["value"]]
                 if name in plan.resident or f"packed:{name}" in plan.resident:
                     continue

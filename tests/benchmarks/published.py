@@ -163,5 +163,24 @@ MODELS: dict[str, Published] = {
         source=f"{HUB}/Qwen/Qwen3.5-9B, at apxml.com/models/qwen35-9b, and the defaults of transformers'"
         " configuration_qwen3_5.py; the head of its own from llama.cpp's count of 8.95 billion parameters",
     ),
+    "qwen3-30b-a3b": Published(
+        config={
+            "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768, "norm_topk_prob": True, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+            "max_position_embeddings": 40960, "tie_word_embeddings": False,
+        },
+        source=f"{HUB}/Qwen/Qwen3-30B-A3B/blob/main/config.json",
+        exact=30_532_122_624,
+    ),
+    "llama-3.3-70b": Published(
+        config={
+            "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+        },
+        source=f"{HUB}/meta-llama/Llama-3.3-70B-Instruct/blob/main/config.json, without its rope scaling",
+        exact=70_553_706_496,
+    ),
 }  # fmt: skip
 """By name, from the smallest to the largest."""

@@ -13,7 +13,7 @@ FLOATS = ("F32", "F16", "BF16")
 """Not quantised, in safetensors and in GGUF, which call them the same."""
 GGUF_GROUPS = ("Q4_0", "Q4_1", "Q8_0")
 """Kept in the groups that the store has for what it rounds itself."""
-GGUF_BLOCKS = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+GGUF_BLOCKS = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 """Kept as the blocks that the file has."""
 GGUF_UNPACKED = ("TQ1_0", "TQ2_0")
 """Two of those that the store has no form of."""

@@ -122,6 +122,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GLM-4.5": sized("glm4_moe", head_dim=16, n_routed_experts=6, **GROUPS),
     "Phi-3.5-MoE": sized("phimoe", num_local_experts=6, num_experts_per_tok=2),
     "ERNIE 4.5, MoE": sized("ernie4_5_moe", moe_num_experts=6, moe_k=2, moe_intermediate_size=24, moe_layer_start_index=1),
+    "gpt-oss": sized(
+        "gpt_oss", head_dim=16, num_local_experts=6, num_experts_per_tok=2, sliding_window=5, intermediate_size=32,
+        layer_types=["sliding_attention", "full_attention"], **rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    ),
     "Hunyuan, MoE": sized("hunyuan_v1_moe", head_dim=16, num_experts=6, moe_topk=2),
 }  # fmt: skip
 
@@ -150,6 +154,11 @@ FORMS: dict[str, Forms] = {
     ),
     **dict.fromkeys(("Nemotron", "ERNIE 4.5", "Hunyuan, dense", "GPT-J"), Forms(rotation=BEFORE)),
     **dict.fromkeys(("GLM-4.5", "ERNIE 4.5, MoE", "Hunyuan, MoE"), Forms(rotation=BEFORE)),
+    "gpt-oss": Forms(
+        rotation=BEFORE,
+        attention="as traced",
+        rows_apart="its GptOssAttention computes more than tightfit's attention",
+    ),
     "DeepSeek-V3": Forms(
         rotation=BEFORE,
         attention="as traced",
@@ -180,7 +189,7 @@ FORMS: dict[str, Forms] = {
 
 MIXTURES = (
     "Qwen3-MoE", "Qwen2-MoE", "Mixtral", "OLMoE", "Granite-MoE", "DeepSeek-V3", "GLM-4.5", "Phi-3.5-MoE", "ERNIE 4.5, MoE",
-    "Hunyuan, MoE",
+    "Hunyuan, MoE", "gpt-oss",
 )  # fmt: skip
 NO_ANSWERS = {
     **dict.fromkeys(MIXTURES, "it is a mixture of experts"),

@@ -99,13 +99,21 @@ def take(model: Any, weights: Mapping[str, Tensor], config: dict[str, Any], body
     from tightfit.profiles.models.transformers_decoder import facts
 
     theirs = dict(model.named_parameters()) | dict(model.named_buffers())
-    transposed = {tensor.name for tensor in facts(config).tensors if tensor.transposed}
+    found = {tensor.name: tensor for tensor in facts(config).tensors}
     with torch.no_grad():
         for name, value in weights.items():
             key = body + name.removeprefix(BODY) if name.startswith(BODY) else name
             if key in theirs:
-                # transformers has the matrices of experts side by side, in three dimensions
-                theirs[key].copy_((value.t() if name in transposed else value).reshape(theirs[key].shape))
+                theirs[key].copy_(_as_theirs(value, found[name]))
+
+
+def _as_theirs(value: Tensor, told: Any) -> Tensor:
+    """A tensor as transformers has it: matrices of experts in three dimensions, gates and ups of gpt-oss in turn."""
+    if told.experts:
+        value = value.view(told.experts, -1, value.shape[1])
+    if told.in_turn:
+        value = torch.stack(value.chunk(2, dim=1), dim=2).flatten(1, 2)
+    return value.mT if told.transposed else value
 
 
 def peft_model(

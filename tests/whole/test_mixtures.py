@@ -90,6 +90,7 @@ def test_every_plan_gives_the_same_bits_within_its_cap(mixture: Profile, data: s
     assert losses[1:] == losses[:1] * 2
 
 
+@pytest.mark.slow
 def test_matrices_of_experts_without_rows_are_not_read(tmp_path: Path, data: str) -> None:
     """A rule has nothing stay between steps; where every row has the same two experts, the matrices of ten are not read in the backward,
     nor in the forward as far as they are due once the router has chosen. The bits are those of a plan that holds all.

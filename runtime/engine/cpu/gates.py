@@ -19,6 +19,7 @@ BLOCK_ELEMENTS = 1 << 18  # float32 elements per block: 1 MiB. With half of it g
 GELU = 2 * math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715 * GELU
 GELU_BUFFERS = 3
+CLAMPED = "clamped "
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -38,11 +39,16 @@ def buffered(count: int, rows: int, columns: int) -> Iterator[tuple[slice, tuple
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:
-    """y = activation(gate) * up; all [T, F]. activation: silu or gelu_tanh."""
+    """y = activation(gate) * up; all [T, F]. activation: silu, gelu_tanh, or ``clamped ALPHA LIMIT``: x * sigmoid(ALPHA * x) of a gate
+    of at most LIMIT, and up + 1, of up between -LIMIT and LIMIT, in the place of up (gpt-oss).
+    """
     (y,) = out
     for rows, buffers in buffered(0 if activation == "silu" else GELU_BUFFERS, *gate.shape):
         if activation == "silu":
             aten.silu.out(gate[rows], out=y[rows])
+        elif activation.startswith(CLAMPED):
+            y[rows].copy_(_clamped(gate[rows], up[rows], activation, None, *buffers)[0])
+            continue
         else:
             _gelu(gate[rows], y[rows], None, *buffers)
         y[rows].mul_(up[rows])
@@ -56,9 +62,30 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *, out
         if activation == "silu":
             aten.silu.out(gate[rows], out=dup[rows])
             aten.silu_backward.grad_input(dgate[rows], gate[rows], grad_input=dgate[rows])
+        elif activation.startswith(CLAMPED):
+            _, slope, plain = _clamped(gate[rows], up[rows], activation, dy[rows], *buffers)
+            dgate[rows].copy_(slope)
+            dup[rows].copy_(plain)
+            continue
         else:
             _gelu(gate[rows], dup[rows], dgate[rows], *buffers)
         dup[rows].mul_(dy[rows])
+
+
+def _clamped(
+    gate: Tensor, up: Tensor, activation: str, dy: Tensor | None, wide: Tensor, share: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(what is made, gradient of the gate, gradient of up), float32, in buffers of these sizes; without dy the first alone."""
+    alpha, limit = map(float, activation.removeprefix(CLAMPED).split())
+    wide.copy_(gate).clamp_(max=limit)
+    torch.mul(wide, alpha, out=share).sigmoid_()
+    other.copy_(up).clamp_(-limit, limit).add_(1.0)
+    if dy is None:
+        return wide.mul_(share).mul_(other), share, other
+    slope = other.mul_(dy)  # of x * s, times dy * (up + 1), with s' = alpha * s * (1 - s)
+    made = wide * share
+    slope.mul_(share.addcmul_(made, 1.0 - share, value=alpha)).masked_fill_(gate > limit, 0.0)
+    return made, slope, made.mul_(dy).masked_fill_(up.abs() > limit, 0.0)
 
 
 def _gelu(x: Tensor, out: Tensor, gradient: Tensor | None, wide: Tensor, square: Tensor, share: Tensor) -> None:

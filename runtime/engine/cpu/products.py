@@ -44,11 +44,17 @@ def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
     the first term's left side; to an addend of another type, which may be `out` itself, the rounded product is added.
     """
     if narrow(terms[0][0].dtype) and narrow(terms[0][1].dtype):
-        if addend is not None and addend.dim() == 2 and addend.dtype is not terms[0][0].dtype:
+        narrow_type, matrix = terms[0][0].dtype, addend if addend is not None and addend.dim() == 2 else None
+        if (matrix is not None and matrix.dtype is not narrow_type) or (
+            addend is None and out.dtype is not narrow_type
+        ):
             for rows in blocks(out.shape[0], SUMMED_ROWS):
-                product = torch.empty(rows.stop - rows.start, out.shape[1], dtype=terms[0][0].dtype)
+                product = torch.empty(rows.stop - rows.start, out.shape[1], dtype=narrow_type)
                 _multiply_narrow(tuple((left[rows], right, scale) for left, right, scale in terms), product, None)
-                torch.add(addend[rows], product, out=out[rows])
+                if matrix is None:
+                    out[rows].copy_(product)
+                else:
+                    torch.add(matrix[rows], product, out=out[rows])
         else:
             _multiply_narrow(terms, out, addend)
     else:

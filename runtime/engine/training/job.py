@@ -49,9 +49,9 @@ POSITIONS_AT = {
     "tightfit.tile_attention_backward": 6,
 }
 """operators -> the place of their argument that says which samples share a row"""
-EXPERTS_AT = {"tightfit.experts": (2, 4, 6), "tightfit.experts_backward": (4, 6, 8)}
-"""operators -> the places of their arguments for the numbers of the chosen experts, the first of two matrices, and the number of the first
-expert that these are of"""
+EXPERTS_AT = {"tightfit.experts": (2, 4, 8), "tightfit.experts_backward": (4, 6, 10)}
+"""operators -> the places of their arguments for the numbers of the chosen experts, the first of two matrices and two biases, and the number
+of the first expert that these are of"""
 DROPOUT = "tightfit.dropout"
 """prefix of the operators that draw random numbers of a step and a layer (`tightfit.runtime.engine.device.draws`)"""
 KEEP_STATE = "tightfit.keep_state"

@@ -17,7 +17,7 @@ of a record, where q is a code of the group, and nibbles are ceil(group / 2) byt
     nf4            per group: nibbles, float32 scale; NF4[q] * scale, of the 16 values in `NF4` (bitsandbytes)
     q8             per group: float16 scale, `group` int8; q * scale
     int8           per group: float32 scale, `group` int8; q * scale * INT8_STEP (LLM.int8 of bitsandbytes)
-    q5_0 to q6_k   the blocks of llama.cpp's types of these names, byte for byte (ggml-common.h), in `BLOCKS`
+    q5_0 to q6_k, mxfp4   the blocks of llama.cpp's types of these names, byte for byte (ggml-common.h), in `BLOCKS`
     float32, bfloat16, float16, int64, int32, uint8, bool    the elements
 
 This module is imported by the budgeted process, and by the one that prepares a run: the standard library only.
@@ -69,6 +69,7 @@ BLOCKS = {
     "q4_k": (256, 144),
     "q5_k": (256, 176),
     "q6_k": (256, 210),
+    "mxfp4": (32, 17),
 }
 """Formats whose groups are llama.cpp's blocks: (elements, bytes) of one."""
 NF4 = (
@@ -78,6 +79,8 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """The values of NF4's codes, all float32 numbers (Dettmers et al. 2023, "QLoRA", appendix E)."""
+MXFP4 = (*(0, 1, 2, 3, 4, 6, 8, 12), *(0, -1, -2, -3, -4, -6, -8, -12))
+"""Twice the values of MXFP4's codes (OCP Microscaling Formats 1.0, FP4 E2M1), as in llama.cpp's kvalues_mxfp4."""
 INT8_STEP = 7.874015718698502e-3
 """1 / 127 in float32: the second factor of bitsandbytes' `int8_vectorwise_dequant`."""
 _GROUP_BYTES = {"q4": 4, "q4_zero": 3, "nf4": 4, "q8": 2, "int8": 4}

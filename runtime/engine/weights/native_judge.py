@@ -34,6 +34,7 @@ SCALES = {
     "q4_k": (1, 3),
     "q5_k": (1, 3),
     "q6_k": (209,),
+    "mxfp4": (0,),
 }
 """Places in a group, by format, of the highest bytes of its floating-point numbers."""
 

@@ -4,7 +4,7 @@
    A group with 4-bit codes has sixteen possible values: they are computed and rounded once, and every nibble picks one.
    Products of a code and a float16 scale are exact in float32, so each value is rounded exactly where PyTorch's path
    rounds it, and the results are equal bit for bit. Groups are even, as PyTorch's path needs them. The blocks q5_0 to
-   q6_k are those of llama.cpp (ggml-common.h), whose codes are gathered into bytes first. */
+   q6_k and mxfp4 are those of llama.cpp (ggml-common.h), whose codes are gathered into bytes first. */
 
 #include <stdint.h>
 #include <string.h>
@@ -345,6 +345,17 @@ static inline void open_q6_k(const uint8_t *packed, block *to) {
         }
 }
 
+static inline void open_mxfp4(const uint8_t *packed, block *to) {
+    static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    const uint32_t bits = packed[0] < 2 ? 0x200000u << packed[0] : (uint32_t)(packed[0] - 1) << 23;
+    memcpy(&to->scale[0], &bits, 4);
+    to->least[0] = 0;
+    for (int j = 0; j < 16; j++) {
+        to->code[j] = twice[packed[1 + j] & 15];
+        to->code[16 + j] = twice[packed[1 + j] >> 4];
+    }
+}
+
 #define BLOCK(name, elements, run)                                                                                     \
     static __attribute__((noinline)) void group_##name##_float32(const uint8_t *packed, float *out, int group) {       \
         block opened;                                                                                                  \
@@ -368,6 +379,7 @@ BLOCK(q3_k, 256, 16)
 BLOCK(q4_k, 256, 32)
 BLOCK(q5_k, 256, 32)
 BLOCK(q6_k, 256, 16)
+BLOCK(mxfp4, 32, 32)
 
 /* `groups` groups of `group` elements, `stride` bytes apart in `packed`, into `out`. */
 #define UNPACK(name, type)                                                                                             \
@@ -430,3 +442,4 @@ BOTH(q3_k)
 BOTH(q4_k)
 BOTH(q5_k)
 BOTH(q6_k)
+BOTH(mxfp4)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tightfit.runtime.engine.weights.layout import INT8_STEP, NF4, Entry, group_bytes
+from tightfit.runtime.engine.weights.layout import INT8_STEP, MXFP4, NF4, Entry, group_bytes
 
 AT_ONCE = 1 << 14
 """Elements unpacked at a time, whose intermediate results take up to 14 bytes each."""
@@ -132,6 +132,15 @@ def _q6_k(groups: Tensor) -> Tensor:
     return _scaled(codes.reshape(-1, 256).to(torch.int8) - 32, _number(groups, 208) * scales)
 
 
+def _mxfp4(groups: Tensor) -> Tensor:
+    """Codes of 4 bits (sign, two bits of exponent, one of mantissa) times 2 to the power of byte 0 - 127."""
+    table = torch.tensor(MXFP4, dtype=torch.float32)
+    codes = torch.cat([groups[:, 1:] & 15, groups[:, 1:] >> 4], dim=1)
+    exponent = groups[:, :1].int()
+    half = torch.where(exponent < 2, 0x200000 << exponent.clamp(max=1), (exponent - 1) << 23)
+    return table[codes.int()] * half.view(torch.float32)
+
+
 _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "q4_zero": _q4_zero,
     "nf4": _nf4,
@@ -143,5 +152,6 @@ _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
+    "mxfp4": _mxfp4,
 }
 """Float32 values of groups, uint8 [groups, bytes of one], by format."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from decoder_families import sized
 from gguf.quants import dequantize, quantize
 from reference import CONFIGS, checkpoint, stored_weights
 from safetensors.torch import load_file, save_file
@@ -104,3 +106,34 @@ def test_directories_hold_experts_apart_or_together(fused: bool, tmp_path: Path)
         save_file(tensors, path, {"format": "pt"})
         with pytest.raises(InputError, match=r"has shape \[6, 64, 16\] where \[6, 64, 32\] is due"):
             build_store(resolve(str(tmp_path / "model")), tmp_path)
+
+
+def test_mxfp4_of_gpt_oss_is_kept_code_for_code(tmp_path: Path) -> None:
+    """The values are those of transformers' own conversion; gates and ups stand in turn there and one after the other here."""
+    convert = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    config = sized("gpt_oss", head_dim=16, num_local_experts=EXPERTS, num_experts_per_tok=2, intermediate_size=WIDTH)
+    checkpoint(config, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors, generator = load_file(path), torch.Generator().manual_seed(9)
+    exact = {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(110, 130, (experts, rows, columns // 32), dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values = convert(blocks, scales, dtype=torch.float32).mT
+        apart = torch.cat([values[:, ::2], values[:, 1::2]], dim=1) if name.endswith("gate_up_proj") else values
+        exact[name] = apart.flatten(0, 1)
+    save_file(tensors, path, {"format": "pt"})
+    stated = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | stated))
+    source = resolve(str(tmp_path / "model"))
+    assert source.entries[GATE_UP].format == source.entries[DOWN].format == "mxfp4"
+    found = stored(source, tmp_path)
+    assert len(exact) == 2 * config["num_hidden_layers"]
+    for name, values in exact.items():
+        assert torch.equal(found[name], values), name
+    tensors[f"{GATE_UP}_scales"][0, 0, 0] = 255
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(InputError, match="gate_up_proj_blocks' holds NaN or infinity"):
+        build_store(resolve(str(tmp_path / "model")), tmp_path)

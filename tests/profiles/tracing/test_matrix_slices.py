@@ -26,7 +26,7 @@ def slices_of(traced: Trace, name: str) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in traced.tensors if t.name == name or t.name.startswith(f"{name}[")]
 
 
-@pytest.mark.slow_but_for("llama", "gemma3_text")
+@pytest.mark.slow_but_for("gemma3_text")
 @pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
 def test_float32_loss_and_lora_gradients_match_autograd(family: str) -> None:
     """Of the same samples in transformers and peft. Most matrices have a last slice that is smaller."""
@@ -47,6 +47,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(family: str) -> None:
         assert relative_error(made[f"grad:{name}"], gradient) < 1e-4, name
 
 
+@pytest.mark.slow_but_for("tiles of half a row")
 @pytest.mark.parametrize("tile", [SEQ, SEQ // 2], ids=["tiles of a row", "tiles of half a row"])
 def test_slices_of_matrices_and_tiles_of_the_batch_go_together(tile: int) -> None:
     config = CONFIGS["llama"]

@@ -26,6 +26,7 @@ TILES = {"all tokens": None, "two rows": 64, "half a row": 16}
 ROWS = {"experts as they come": None, "one expert": 48}
 
 
+@pytest.mark.slow_but_for("all tokens-experts as they come", "half a row-one expert")
 @pytest.mark.parametrize(("tile", "rows"), [*product(TILES, ROWS)])
 def test_float32_loss_and_lora_gradients_match_autograd(tile: str, rows: str) -> None:
     weights, data = random_weights(MIXTURE, torch.float32), random_batch(MIXTURE, BATCH, SEQ)
@@ -47,6 +48,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(tile: str, rows: str) ->
         assert relative_error(made[f"grad:{name}"], gradient) < 1e-4, name
 
 
+@pytest.mark.slow_but_for("half a row")
 @pytest.mark.parametrize("tile", ["two rows", "half a row"])
 def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
     weights, data = random_weights(MIXTURE, torch.float32), shared_batch(MIXTURE, BATCH, SEQ)
