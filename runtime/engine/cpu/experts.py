@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tightfit.runtime.engine.cpu.gates import gated, gated_backward
 from tightfit.runtime.engine.cpu.products import multiply
-from tightfit.runtime.engine.device.expert_blocks import BLOCK_ROWS, blocks_of
+from tightfit.runtime.engine.device.expert_blocks import blocks_of, largest_block
 
 
 def experts_scratch(tokens: int, hidden: int, width: int, *, backward: bool) -> tuple[int, int]:
     """Elements of the two scratch outputs of `experts`, or of its backward: of x's type, and of float32."""
-    rows = min((size for size in BLOCK_ROWS if size >= tokens), default=BLOCK_ROWS[0])
+    rows = largest_block(tokens)
     return rows * ((3 * hidden + 6 * width) if backward else (2 * hidden + 3 * width)), rows * max(hidden, width)
 
 
@@ -134,7 +134,7 @@ def _blocks_of(index: Tensor, first: int, count: int) -> Iterator[tuple[int, Ten
     flat = index.reshape(-1)
     for number in range(count):
         places = (flat == first + number).nonzero().view(-1)
-        for size in blocks_of(len(places)):
+        for size in blocks_of(len(places), largest_block(len(index))):
             yield number, places[:size], size
             places = places[size:]
 

@@ -78,10 +78,10 @@ def _meet_every_block(operator: BoundOperator, outputs: list[Tensor | None], dev
     """Run experts on every size of the blocks in which their rows are multiplied."""
     arguments = operator.reads[0].container
     at, _, first = EXPERTS_AT[operator.name]
-    index = arguments[at].view(-1)
+    index = arguments[at]
     for rows in BLOCK_ROWS:
         index.fill_(-1)
-        index[:rows].fill_(arguments[first])
+        index[:rows, 0].fill_(arguments[first])
         device.kernels.fused[operator.name](*arguments, out=outputs)
 
 

@@ -109,6 +109,15 @@ def test_rows_are_taken_in_blocks_of_few_sizes_each_once() -> None:
         assert sum(size for *_, size in found) <= count + 32
 
 
+def test_a_row_may_name_an_expert_twice() -> None:
+    """No router does; operators that are warmed on zeros do. An expert has then more rows than there are tokens."""
+    x, _, weights, gate_up, down = made(50, 2, "spread", torch.float32)
+    index = torch.zeros(50, 2, dtype=torch.int64)
+    y = open_mixture(x, index, weights, gate_up, down, None, None, "silu", EXPERTS)
+    exact = plainly(x.double(), index, weights.double(), gate_up.double(), down.double(), None, None, "silu")
+    assert relative_error(y.double(), exact) < 1e-5
+
+
 def test_padding_of_a_block_and_old_contents_of_scratch_change_nothing() -> None:
     x, index, weights, gate_up, down = made(50, 2, "spread", torch.float32)
     narrow, wide = experts_scratch(50, HIDDEN, WIDTH, backward=False)
