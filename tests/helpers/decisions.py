@@ -38,7 +38,8 @@ def random_decision(rng, kind) -> Decision:
             keep.add(value)
     for chosen in (keep, offload):
         chosen.update(value for value, like in kind.alike.items() if like in chosen)
-    weights = tuple((name, rng.choice(weight.modes)) for name, weight in kind.weights.items())
+    drawn = {name: rng.choice(weight.modes) for name, weight in kind.weights.items()}
+    weights = tuple((name, drawn[kind.alike.get(name, name)]) for name in kind.weights)
     states = {update.trainable for update in kind.updates if not update.minor and rng.random() < 0.5}
     if rng.random() < 0.5:
         states |= {update.trainable for update in kind.updates if update.minor}

@@ -58,11 +58,13 @@ def decoder_profile(
     preference=None,
     buckets=None,
     tile=None,
+    matrix_rows=None,
 ):
     """A profile, without measured times, of a small decoder of any family with random weights packed in `directory`.
 
     `lora`: a LoraConfig; by default pairs of `rank` everywhere. `preference`: a loss of pairs, if it learns from such. `buckets`:
-    lengths of shorter steps, as `tightfit profile` takes them. `tile`: tokens that go through a layer at a time.
+    lengths of shorter steps, as `tightfit profile` takes them. `tile`: tokens that go through a layer at a time;
+    `matrix_rows`: rows of a frozen matrix that are multiplied at a time.
     """
     from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve
@@ -81,10 +83,19 @@ def decoder_profile(
     pairs = lora or LoraConfig(rank=rank)
 
     def trace_at(length):
-        key = repr((source.config, batch, length, pairs, dtype, preference, seq, tile))
+        key = repr((source.config, batch, length, pairs, dtype, preference, seq, tile, matrix_rows))
         if key not in TRACED:
             TRACED[key] = trace_decoder(
-                source, batch, length, pairs, dtype, lambda *_: None, preference, longest=seq, tile=tile
+                source,
+                batch,
+                length,
+                pairs,
+                dtype,
+                lambda *_: None,
+                preference,
+                longest=seq,
+                tile=tile,
+                matrix_rows=matrix_rows,
             )
         return copy.deepcopy(TRACED[key][0]), TRACED[key][1]
 
