@@ -9,6 +9,7 @@ becomes the process that measures the floor (`tightfit.profiles.measuring.floor`
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -17,7 +18,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import child_environment, leave, trim_heap
-from tightfit.runtime.engine.training.job import operator_key
+from tightfit.runtime.engine.training.job import EXPERTS_AT, operator_key
 
 if TYPE_CHECKING:
     from tightfit.profiles.measuring.guard import OutputGuard
@@ -406,7 +407,8 @@ def measure_program(
     """
     if not program["operators"]:
         return {}, {}
-    calls = _calls(program, *_filled(program, scratch, contents, turning_bytes))
+    tensors, store = _filled(program, scratch, contents, turning_bytes)
+    calls = _calls(program, tensors, store)
     numbers = range(len(calls)) if timed is None else sorted(timed)
     if len(numbers) < len(calls):
         for call in calls:
@@ -418,7 +420,8 @@ def measure_program(
         for index, call in enumerate(calls):
             if index in workspaces_of:
                 calls_made = WORKSPACE_CALLS // (2 if min(times.get(index, [0.0])) > SLOW_SECONDS else 1)
-                workspaces[index] = _workspace(call, calls_made)
+                with _crowded(program["operators"][index], tensors):
+                    workspaces[index] = _workspace(call, calls_made)
             else:
                 call()
     # The first two rounds are left out: they fault pages in and build kernels.
@@ -513,6 +516,27 @@ def _make_tensors(program: dict[str, Any], placement: Placement, contents: str =
         elif name in placement.kept:
             fill(tensor)
     return tensors
+
+
+@contextlib.contextmanager
+def _crowded(operator: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[None]:
+    """Within this context all rows go through the first of the experts that an operator has, if it has any: with as many rows as there
+    are it needs the most memory.
+    """
+    if operator["target"] not in EXPERTS_AT:
+        yield
+        return
+    at, _, first = EXPERTS_AT[operator["target"]]
+    operand = operator["args"][at]["operand"]
+    held = tensors[operand["value"]]
+    index = held.as_strided(operand["size"], operand["stride"], held.storage_offset() + operand.get("offset", 0))
+    before = index.clone()
+    index.fill_(-1)
+    index[:, 0].fill_(operator["args"][first])
+    try:
+        yield
+    finally:
+        index.copy_(before)
 
 
 def _workspace(call: Callable[[], None], calls: int) -> int:

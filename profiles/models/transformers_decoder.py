@@ -258,8 +258,6 @@ def without_values(module: nn.Module) -> nn.Module:
 @functools.lru_cache(maxsize=8)
 def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
     """What a config's decoder consists of, and how transformers renames the tensors of its checkpoints."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     config = json.loads(text)  # noqa: TID251  written by `json.dumps`
     made = _built(config, torch.float32)
     _head(made)
@@ -281,7 +279,7 @@ def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
             if turned_by(child):
                 linear |= {id(tensor): True for tensor in child.parameters() if tensor.dim() == 3}
                 in_turn |= {id(tensor) for name, tensor in child.named_parameters() if name.startswith(GATE_UP)}
-    conversions = get_model_conversion_mapping(made)
+    conversions = _conversions(made)
     tensors, met = [], set()
     keys = set(made.state_dict())
     for key, tensor in (*made.named_parameters(), *made.named_buffers()):
@@ -336,17 +334,22 @@ def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
 
 def _renaming(made: Any) -> Callable[[str], str]:
     """As transformers renames the tensors of a checkpoint when it loads one."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    found = get_model_conversion_mapping(made)
-    renamings = [one for one in found if isinstance(one, WeightRenaming)]
+    renamings = [one for one in _conversions(made) if isinstance(one, WeightRenaming)]
     keys = made.state_dict()
 
     def rename(key: str) -> str:
         return str(rename_source_key(key, renamings, [], made.base_model_prefix, keys)[0])
 
     return rename
+
+
+def _conversions(made: Any) -> list[Any]:
+    """What transformers does with the tensors of a checkpoint when it loads one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(made) or ())
 
 
 def _causal_class(model_type: Any) -> str:

@@ -30,6 +30,7 @@ from tightfit.runtime.engine.weights.layout import Entry
 
 ARCHITECTURE = "general.architecture"
 LAYER = "model.layers.0."
+EXPERT = re.compile(r"\.experts\.(\d+\.)?(gate|up|down|w\d)")
 NUMBERED = re.compile(r"model\.layers\.(\d{1,4})\.")
 LARGEST_OF_SMALL_HEADS = {"llama": 2048, "qwen2": 1024, "qwen3": 0, "gemma3_text": 0}
 """family -> hidden size up to which published models have heads of 64 numbers; above it, of 128"""
@@ -99,7 +100,7 @@ def _config_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def rows(name: str) -> int:
         return shape(f"{LAYER}{name}.weight")[0]
 
-    if expert := next((name for name in shapes if ".experts." in name), None):
+    if expert := next((name for name in shapes if EXPERT.search(name)), None):
         raise InputError(
             f"tensor {expert} is of a mixture of experts, and a header does not say through how many a token goes; give the config.json"
         )

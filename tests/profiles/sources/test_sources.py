@@ -643,7 +643,7 @@ def break_directory(path: Path, how: str) -> None:
         ("other family", "model_type 't5' is an encoder-decoder model"),
         (
             "quantised",
-            "weights quantised with quanto, which cannot be read; readable: GPTQ, AWQ, bitsandbytes; use the",
+            "weights quantised with quanto, which cannot be read; readable: GPTQ, AWQ, bitsandbytes, MXFP4; use the",
         ),
         ("no weights", "no model.safetensors; save the model with save_pretrained(safe_serialization=True)"),
         ("bin", "pytorch_model.bin is a pickle, which runs code when it is read, and is not opened; convert it"),

@@ -242,7 +242,7 @@ def test_gradients_are_autograds(bias):
     leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
     y, _ = dropout_lora_linear(x, weight, bias, a, b, SCALE, P, SITE)
     own = y, *torch.autograd.grad(y, leaves, dy)
-    composed = frozen_linear(x, weight, bias) + SCALE * (dropped(x, pair, SITE) @ a.t()) @ b.t()
+    composed = frozen_linear(x, weight, bias, len(weight)) + SCALE * (dropped(x, pair, SITE) @ a.t()) @ b.t()
     mask = kept(96, 64, draws=kernels.DEFAULT_DRAWS) / (1 - P)
     exact = x @ weight.t() + SCALE * ((x * mask) @ a.t()) @ b.t() + (0.0 if bias is None else bias)
     wanted = exact, *torch.autograd.grad(exact, leaves, dy)

@@ -30,8 +30,10 @@ CHOSEN = {name for name, call in OPERATORS.items() if call.__module__ in {module
     "tightfit.head_weighted",
     "tightfit.rotary",
     "tightfit.rotary_backward",
+    "tightfit.experts",
+    "tightfit.experts_backward",
 }
-"""of settings of LoRA that few choose, of pairs of answers, of tiles of a text, and of modules: a run that has them warms them itself, with its own
+"""of settings of LoRA that few choose, of pairs of answers, of tiles of a text, of mixtures, and of modules: a run that has them warms them itself, with its own
 shapes; and of answers, which no training process computes"""
 
 

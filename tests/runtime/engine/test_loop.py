@@ -67,7 +67,7 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
     training: Any = SimpleNamespace(
         step=lambda number: loss,
         figures={},
-        executor=SimpleNamespace(seconds={}),
+        executor=SimpleNamespace(seconds={}, routing=None),
         meter=SimpleNamespace(check_peak=lambda: 1),
         rate=0.5,
         rate_of=lambda _: 0.5,
@@ -84,7 +84,7 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
         training: Any = SimpleNamespace(
             step=lambda number: 1.5,
             figures=figures,
-            executor=SimpleNamespace(seconds={}),
+            executor=SimpleNamespace(seconds={}, routing=None),
             meter=SimpleNamespace(check_peak=lambda: 1),
             rate_of=lambda _: 0.5,
         )
