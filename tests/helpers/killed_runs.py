@@ -1,4 +1,4 @@
-"""Kills a run and its training process (SIGKILL) once it has saved a checkpoint."""
+"""Kills a run and its training process (SIGKILL) once it has saved a checkpoint, and resumes it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 
 from places import ROOT, SOURCES
 
+from tightfit.planner.io import save_plan
+from tightfit.planner.schema import Plan
+from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.common.run_folder import find_checkpoints
 
 
@@ -39,3 +42,23 @@ def kill_run(plan: Path, data: Path | str, out: Path, *, after: int, lr: float, 
     fcntl.flock(lock, fcntl.LOCK_EX)  # which the child has until the kernel has buried it
     os.close(lock)
     return find_checkpoints(str(out))[-1][0]
+
+
+def run_with_a_kill(plan: Plan, data: str, folder: Path, *, steps: int, lr: float, seed: int) -> Path:
+    """Run a plan for so many steps on packed samples, kill it after its second step and resume it; the folder with its results."""
+    save_plan(plan, folder / "plan.json")
+    out = folder / "killed"
+    words = [str(folder / "plan.json"), "--data", data, "--output", str(out), "--packing", "--steps", str(steps)]
+    settings = ["--lr", str(lr), "--seed", str(seed), "--no-cgroup", "--checkpoint-every", "2"]
+    started = subprocess.Popen(
+        [*command("tightfit.runtime.cli.main", "run"), *words, *settings], start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-2").exists():
+        assert time.monotonic() < deadline
+        assert started.poll() is None
+        time.sleep(0.02)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    subprocess.run([*command("tightfit.runtime.cli.main", "run"), *words, *settings, "--resume"], check=True)
+    return out

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from traced import samples_of
+from traced import interpret, samples_of
 
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.engine.cpu.operators import OPERATORS
@@ -399,3 +399,23 @@ def state_of(out: Path, step: int) -> dict[str, Tensor]:
     """The adapter and the optimizer's states in a checkpoint of a run."""
     folder = out / f"checkpoint-{step}"
     return load_file(folder / WEIGHTS) | load_file(folder / "optimizer.safetensors")
+
+
+def errors_beside_peft(
+    traced: Any,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    batch: dict[str, Tensor],
+    settings: dict[str, Any],
+) -> tuple[float, dict[str, float]]:
+    """Relative errors of the loss, and of the gradients by the names of what is trained, against transformers and peft in float32, whose
+    pairs have the `settings` of adapter_config.json. Both train the same.
+    """
+    made = interpret(traced, weights, batch)
+    model = peft_model(config, weights, settings, torch.float32)
+    loss = loss_of(model, batch["input_ids"], batch["labels"])
+    loss.backward()
+    exact = {trained_name(key): gradient for key, gradient in gradients_of(model).items()}
+    assert exact.keys() == {tensor.name for tensor in traced.tensors if tensor.kind == "trainable"}
+    errors = {name: relative_error(made[f"grad:{name}"], gradient) for name, gradient in exact.items()}
+    return abs(float(made[traced.loss]) / float(loss.detach()) - 1), errors

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +11,15 @@ import pytest
 import torch
 from decoder_families import sized
 from fleets import adapter_hash
+from killed_runs import run_with_a_kill
 from reference import checkpoint
 from safetensors.torch import load_file, save_file
 
-from tightfit.planner.io import save_plan
 from tightfit.planner.plan import plan
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.training.records import RecordWriter
 from tightfit.runtime.session.launch import run
 
@@ -112,32 +107,8 @@ def test_matrices_of_experts_without_rows_are_not_read(tmp_path: Path, data: str
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(mixture: Profile, data: str, tmp_path: Path) -> None:
     roomy, small, _ = plans(mixture)
     run(roomy, data, out=tmp_path / "whole", **TRAINING)
-    save_plan(small, tmp_path / "plan.json")
-    words = command(
-        "tightfit.runtime.cli.main", "run", str(tmp_path / "plan.json"), "--data", data, "--output", str(tmp_path / "killed")
-    )  # fmt: skip
-    settings = [
-        "--packing",
-        "--steps",
-        str(STEPS),
-        "--lr",
-        "1e-2",
-        "--seed",
-        "7",
-        "--no-cgroup",
-        "--checkpoint-every",
-        "2",
-    ]
-    started = subprocess.Popen([*words, *settings], start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint-2").exists():
-        assert time.monotonic() < deadline
-        assert started.poll() is None
-        time.sleep(0.02)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
-    subprocess.run([*words, *settings, "--resume"], check=True)
-    assert adapter_hash(tmp_path / "killed") == adapter_hash(tmp_path / "whole")
+    killed = run_with_a_kill(small, data, tmp_path, steps=STEPS, lr=TRAINING["lr"], seed=TRAINING["seed"])
+    assert adapter_hash(killed) == adapter_hash(tmp_path / "whole")
 
 
 def test_a_checkpoint_that_lacks_an_expert_or_holds_nan_is_refused(tmp_path: Path) -> None:

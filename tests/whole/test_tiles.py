@@ -5,24 +5,19 @@ losses of all tokens at once.
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fleets import adapter_hash
+from killed_runs import run_with_a_kill
 from tiny_plans import CONFIG
 
-from tightfit.planner.io import save_plan
 from tightfit.planner.plan import plan
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
-from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.training.records import RecordWriter
 from tightfit.runtime.session.launch import run
 
@@ -80,35 +75,5 @@ def test_every_plan_gives_the_same_bits_within_its_cap(tiled: Profile, data: str
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(tiled: Profile, data: str, tmp_path: Path) -> None:
     roomy, small, _ = plans(tiled)
     run(roomy, data, out=tmp_path / "whole", **TRAINING)
-    save_plan(small, tmp_path / "plan.json")
-    words = command(
-        "tightfit.runtime.cli.main",
-        "run",
-        str(tmp_path / "plan.json"),
-        "--data",
-        data,
-        "--output",
-        str(tmp_path / "killed"),
-    )
-    settings = [
-        "--packing",
-        "--steps",
-        str(STEPS),
-        "--lr",
-        "1e-2",
-        "--seed",
-        "7",
-        "--no-cgroup",
-        "--checkpoint-every",
-        "2",
-    ]
-    started = subprocess.Popen([*words, *settings], start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint-2").exists():
-        assert time.monotonic() < deadline
-        assert started.poll() is None
-        time.sleep(0.02)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
-    subprocess.run([*words, *settings, "--resume"], check=True)
-    assert adapter_hash(tmp_path / "killed") == adapter_hash(tmp_path / "whole")
+    killed = run_with_a_kill(small, data, tmp_path, steps=STEPS, lr=TRAINING["lr"], seed=TRAINING["seed"])
+    assert adapter_hash(killed) == adapter_hash(tmp_path / "whole")
