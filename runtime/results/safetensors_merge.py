@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.sources.huggingface import checkpoint_files, text_name
+from tightfit.profiles.weights.describe import expert_parts
 from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.profiles.weights.tensor_file import TensorFile, contents
@@ -107,13 +109,19 @@ class MergedTensors:
     # --- from any source, by tightfit's names -----------------------------------------------------------------------
 
     def _of_gguf(self) -> Iterator[TensorItem]:
+        experts = decoder_shape(self.source.config).experts
         for name, tensor in self._tensors.items():
+            rows, *columns = tensor.entry.shape
             if name in self.adapter.tables:
                 yield self._of_table(name, name, tensor.entry.shape, self._unpacked)
+            elif expert_parts(name):  # transformers has the matrices of experts in three dimensions
+                yield self._of_source(tensor, name, self._unpacked, (experts, rows // experts, *columns))
             else:
                 yield self._of_source(tensor, name, self._unpacked)
 
-    def _of_source(self, tensor: SourceTensor, key: str, dtype: str) -> TensorItem:
+    def _of_source(
+        self, tensor: SourceTensor, key: str, dtype: str, shape: tuple[int, ...] | None = None
+    ) -> TensorItem:
         self.adapter.pair(tensor.entry.name, tensor.entry.shape)
 
         def values() -> Iterator[Tensor]:
@@ -121,7 +129,7 @@ class MergedTensors:
             for _, rows in merged_rows(tensor, change):
                 yield rows
 
-        return _item(key, dtype, tensor.entry.shape, values)
+        return _item(key, dtype, shape or tensor.entry.shape, values)
 
     def _of_table(self, name: str, key: str, shape: tuple[int, ...], dtype: str) -> TensorItem:
         rows = self.adapter.table(name, shape)

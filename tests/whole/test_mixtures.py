@@ -12,8 +12,9 @@ import torch
 from decoder_families import sized
 from fleets import adapter_hash
 from killed_runs import run_with_a_kill
-from reference import checkpoint
+from reference import checkpoint, random_model
 from safetensors.torch import load_file, save_file
+from tiny_models import byte_level_tokenizer, write_gguf
 
 from tightfit.planner.plan import plan
 from tightfit.planner.schema import Plan
@@ -21,6 +22,7 @@ from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.records import RecordWriter
+from tightfit.runtime.results.merge import merge
 from tightfit.runtime.session.launch import run
 
 pytest.importorskip("transformers")
@@ -132,3 +134,34 @@ def test_a_checkpoint_that_lacks_an_expert_or_holds_nan_is_refused(tmp_path: Pat
         InputError, match=r"shape \[2, 2\] where \[96, 128\] is due; config.json does not fit the weights"
     ):
         profile(str(folder), batch=1, seq=32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["directory", "GGUF"])
+def test_a_merged_mixture_is_what_transformers_and_peft_make_of_it(form: str, data: str, tmp_path: Path) -> None:
+    """The adapter is merged by peft into the weights that transformers reads of the merged model's experts and of the base."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    checkpoint(CONFIG, tmp_path / "model")
+    base = tmp_path / "model"
+    if form == "GGUF":
+        plain = {name: tensor.detach() for name, tensor in random_model(CONFIG).named_parameters()}
+        base = write_gguf(
+            tmp_path / "m.gguf", CONFIG, plain, default="Q8_0", tokenizer=byte_level_tokenizer(VOCABULARY)
+        )
+    made = profile(str(base), batch=BATCH, seq=SEQ, lora_rank=4)
+    run(plan(made, 1 << 30), data, out=tmp_path / "out", **TRAINING)
+    merge(tmp_path / "out", tmp_path / "merged", dtype="float32")
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    if form == "GGUF":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path,
+            gguf_file="m.gguf",
+            dtype=torch.float32,
+            config=transformers.AutoConfig.for_model(**CONFIG, norm_topk_prob=True),  # as llama.cpp has it
+        )
+    else:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "out" / "adapter").merge_and_unload()
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(ours(tokens).logits, adapted(tokens).logits, atol=1e-4)
