@@ -348,32 +348,39 @@ def _of_length(plan: Plan, numbers: Mapping[str, int]) -> dict[str, Any]:
 
 def _routed(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> list[int]:
     """The entries of `tightfit.runtime.engine.training.routing.Routing`: for matrices of experts that are read anew in every step,
-    each by the operators of one layer, and of one set of rows.
+    each by the operators of one layer, and of one set of rows, whose experts' numbers are a tensor of their own.
     """
-    places = _positions(_of_kind(plan, "weight"))
+    places, programs = _positions(_of_kind(plan, "weight")), {program.name: program for program in plan.programs}
     found: dict[int, tuple[int, int, int]] = {}
     chosen: dict[int, tuple[set[int], set[int]]] = {}
-    for layer, operators in index.operators.items():
-        names = index.names[layer]
-        for operator in operators:
+    parts: set[int] = set()
+    """weights of operators that are given a part of a tensor as the experts' numbers"""
+    for layer in plan.layers:
+        names, program = index.names[layer.name], programs[layer.program]
+        values = {value.name: value for value in program.values}
+        for operator in program.operators:
             if operator.target not in EXPERTS_AT:
                 continue
             at, first_weight, first = EXPERTS_AT[operator.target]
             rows = operator.args[at]["operand"]
+            told = values[rows["value"]]
             matrices = [given["operand"] for given in operator.args[first_weight : first_weight + 4] if given]
             gate_up, down, *_ = matrices
+            count = down["size"][0] // gate_up["size"][1]
             for operand in matrices:
                 name = names[operand["value"]]
                 if name in plan.resident or f"packed:{name}" in plan.resident:
                     continue
-                count = down["size"][0] // gate_up["size"][1]
-                found[places[name]] = operator.args[first], count, math.prod(rows["size"])
-                sets = chosen.setdefault(places[name], (set(), set()))
+                weight = places[name]
+                found[weight] = operator.args[first], count, math.prod(rows["size"])
+                sets = chosen.setdefault(weight, (set(), set()))
                 sets[operator.phase == "inference"].add(numbers[names[rows["value"]]])
+                if (rows["size"], rows["stride"], told.dtype) != (told.shape, told.stride, "int64"):
+                    parts.add(weight)
     return [
         word
         for weight, entry in found.items()
-        if all(len(tensors) <= 1 for tensors in chosen[weight])
+        if weight not in parts and all(len(tensors) <= 1 for tensors in chosen[weight])
         for word in (weight, *entry, *(next(iter(tensors), -1) for tensors in chosen[weight]))
     ]
 
