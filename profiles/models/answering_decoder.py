@@ -39,13 +39,15 @@ class AnsweringDecoder(AnyDecoder):
             made = self.model(input_ids=input_ids, position_ids=positions, use_cache=False)
         return made[0].reshape(-1, made[0].shape[-1]) * self.scale  # type: ignore[no-any-return]
 
+    def refuse_by_modules(self) -> str | None:
+        """Why its modules cannot answer with a cache; None: nothing speaks against them."""
+        if any(isinstance(child, Experts) for child in self.modules()):
+            return MIXTURE
+        return f"its {self.mixing} mixes neighbouring tokens" if self.mixing else None
+
     def refuse(self) -> str | None:
         """Why its code, which has been traced, cannot answer with a cache; None: it can."""
         layers = self.model.config.num_hidden_layers
-        if any(isinstance(child, Experts) for child in self.modules()):
-            return MIXTURE
-        if self.mixing:
-            return f"its {self.mixing} mixes neighbouring tokens"
         if self.context.others:
             return f"its {self.context.others[0]} computes more than tightfit's attention"
         if self.context.attended != layers:
@@ -71,8 +73,8 @@ def answer_steps(
         module = AnsweringDecoder(config, tokens=tokens, longest=longest)
         if "position_ids" not in inspect.signature(module.model.forward).parameters:
             raise refused("its code takes no positions")
-        if module.mixing or module.refuse() == MIXTURE:
-            raise refused(module.refuse() or "")
+        if why := module.refuse_by_modules():
+            raise refused(why)
         with FakeTensorMode():
             without_values(module)
             sample = {part: torch.zeros(1, tokens, dtype=torch.int64) for part in (IDS, POSITIONS)}

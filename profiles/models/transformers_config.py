@@ -109,8 +109,8 @@ def encoder_decoder(name: Any) -> InputError:
 
 def experts(name: Any, found: str) -> InputError:
     return InputError(
-        f"model_type {name!r} is a mixture of experts whose {found} computes something else than gated MLPs without biases,"
-        " activation(gate) * up; it is not supported"
+        f"model_type {name!r} is a mixture of experts whose {found} computes something else than the gated MLPs that are"
+        " supported, activation(gate) * up or those of gpt-oss; use another model"
     )
 
 

@@ -288,17 +288,16 @@ def _facts(text: str) -> tuple[DecoderFacts, Callable[[str], str]]:
         met.add(id(tensor))
         transposed = linear.get(id(tensor), False)
         role = "matrix" if id(tensor) in linear or id(tensor) in stacked else "other"
-        shape = tuple(tensor.shape)
-        if id(tensor) in stacked:
-            count, rows_of_one, columns = (tensor.mT if transposed else tensor).shape
-            shape = (count * rows_of_one, columns)
+        shape = tuple(tensor.mT.shape if transposed else tensor.shape)
+        if id(tensor) in stacked:  # the matrices of experts stand below one another
+            shape = (shape[0] * shape[1], shape[2])
         if tensor is embedding or tensor is head or rows.get(id(tensor)):
             role = "embedding"
         tensors.append(
             FrozenTensor(
                 name=_our_name(key, prefix),
                 key=key,
-                shape=tuple(reversed(shape)) if transposed and id(tensor) not in stacked else shape,
+                shape=shape,
                 role=role,
                 transposed=transposed,
                 experts=stacked.get(id(tensor), 0),

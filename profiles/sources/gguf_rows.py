@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tightfit.profiles.models.family import GgufFacts
 from tightfit.profiles.sources.gguf_metadata import GgufEntry
+from tightfit.profiles.sources.stacked_experts import spans
 from tightfit.profiles.weights.pack import q4_blocks
 from tightfit.profiles.weights.tensor_file import FileParts, contents
 from tightfit.runtime.common.errors import InputError
@@ -58,12 +59,9 @@ def interleaved_rows(readers: Sequence[Callable[[int, int], Tensor]], height: in
 
     def rows(start: int, stop: int) -> Tensor:
         blocks = []
-        while start < stop:
-            number, first = divmod(start, height)
-            last = min(height, first + stop - start)
+        for number, first, last in spans(start, stop, height):
             turn, reader = divmod(number, len(readers))
             blocks.append(readers[reader](turn * height + first, turn * height + last))
-            start += last - first
         return torch.cat(blocks)
 
     return rows

@@ -93,9 +93,8 @@ def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
             readers = [row_reader(file, one, entry, facts, config["head_dim"]) for one in found]
             rows = interleaved_rows(readers, tensor.shape[1]) if others else readers[0]
             stored = None if others else StoredTensor(key=tensor.name, dtype=tensor.kind)
-            origins = [f"{path}: tensor {one.name!r}" for one in found] * tensor.shape[0] if others else ()
-            origin = f"{path}: tensor {tensor.name!r}"
-            yield SourceTensor(entry=entry, rows=rows, origin=origin, origins=origins, stored=stored)
+            origins = [f"{path}: tensor {one.name!r}" for one in found] * (tensor.shape[0] if others else 1)
+            yield SourceTensor(entry=entry, rows=rows, origins=origins, stored=stored)
 
     return Source(
         name=path.stem,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.family import family_of
 from tightfit.profiles.sources.quantised import QuantisedMatrix, find, method_of
-from tightfit.profiles.sources.stacked_experts import dtype_of_parts, flattened_rows, parts_there, stacked_rows
+from tightfit.profiles.sources.stacked_experts import dtype_of_parts, flattened_rows, parts_there, stacked_tensor
 from tightfit.profiles.weights.describe import EMBEDDINGS, describe, expert_parts
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Precision, SourceMatrix, check_choice, rounding_note
 from tightfit.profiles.weights.source import Source, SourceTensor, StoredTensor, read_config, without_names
@@ -108,9 +108,7 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
                 yield quantised_tensor(entry.name, quantised[entry.name], locations, opened, entry)
                 continue
             if names := apart.get(entry.name):
-                stacked = [opened.tensor(part) for part in names]
-                origins = [f"{one.file.path}: tensor {one.name!r}" for one in stacked]
-                yield SourceTensor(entry=entry, rows=stacked_rows(stacked, entry.shape), origins=origins)
+                yield stacked_tensor(entry, names, opened.tensor)
                 continue
             file, key = locations[entry.name]
             rows = _row_reader(opened.tensor(entry.name), entry, experts)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.weights.precision import PUBLISHED
+from tightfit.profiles.weights.source import SourceTensor
 from tightfit.profiles.weights.tensor_file import FileTensor
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.weights.layout import Entry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +44,14 @@ def dtype_of_parts(path: Path, parts: Iterable[str], dtypes: Mapping[str, str]) 
     return next(iter(found))
 
 
-def stacked_rows(stored: Sequence[FileTensor], shape: Sequence[int]) -> Callable[[int, int], Tensor]:
+def stacked_tensor(entry: Entry, parts: Sequence[str], load: Callable[[str], FileTensor]) -> SourceTensor:
+    """A tensor of all experts, to be packed as `entry`, of the tensors `parts` of single ones."""
+    stored = [load(part) for part in parts]
+    origins = [f"{one.file.path}: tensor {one.name!r}" for one in stored]
+    return SourceTensor(entry=entry, rows=_stacked_rows(stored, entry.shape), origins=origins)
+
+
+def _stacked_rows(stored: Sequence[FileTensor], shape: Sequence[int]) -> Callable[[int, int], Tensor]:
     """Reads rows of a matrix of this shape, in float32, in which the matrices `stored` stand below one another. Raises InputError for one
     of another shape.
     """
@@ -56,15 +65,19 @@ def stacked_rows(stored: Sequence[FileTensor], shape: Sequence[int]) -> Callable
     def rows(start: int, stop: int) -> Tensor:
         import torch
 
-        blocks = []
-        while start < stop:
-            number, first = divmod(start, height)
-            last = min(height, first + stop - start)
-            blocks.append(stored[number].rows(first, last).to(torch.float32))
-            start += last - first
-        return torch.cat(blocks)
+        parts = (stored[number].rows(first, last) for number, first, last in spans(start, stop, height))
+        return torch.cat([part.to(torch.float32) for part in parts])
 
     return rows
+
+
+def spans(start: int, stop: int, height: int) -> Iterator[tuple[int, int, int]]:
+    """(number of a matrix, first of its rows, end) for rows [start, stop) of matrices of so many rows that stand below one another."""
+    while start < stop:
+        number, first = divmod(start, height)
+        last = min(height, first + stop - start)
+        yield number, first, last
+        start += last - first
 
 
 def flattened_rows(stored: FileTensor, experts: int, shape: Sequence[int]) -> Callable[[int, int], Tensor]:
@@ -102,7 +115,10 @@ def turned_rows(
     def rows(start: int, stop: int) -> Tensor:
         import torch
 
-        taken = ((expert(number)[wanted]) for number, wanted in _spans(start, stop, height, in_turn=in_turn))
+        taken = (
+            expert(number)[_places(first, last, height, in_turn=in_turn)]
+            for number, first, last in spans(start, stop, height)
+        )
         return torch.cat([part.to(torch.float32) for part in taken])
 
     return rows
@@ -131,11 +147,12 @@ def mxfp4_rows(
         import torch
 
         made = []
-        for number, wanted in _spans(start, stop, height, in_turn=in_turn):
+        for number, own_start, own_stop in spans(start, stop, height):
+            wanted = _places(own_start, own_stop, height, in_turn=in_turn)
             first, last = int(wanted.min()), int(wanted.max()) + 1
-            begin = number * height + first
-            codes = blocks.matrix_rows(begin * groups, (number * height + last) * groups).view(-1, groups, 16)
-            exponents = scales.matrix_rows(begin, number * height + last).view(-1, groups, 1)
+            begin, end = number * height + first, number * height + last
+            codes = blocks.matrix_rows(begin * groups, end * groups).view(-1, groups, 16)
+            exponents = scales.matrix_rows(begin, end).view(-1, groups, 1)
             codes, exponents = codes[wanted - first], exponents[wanted - first]
             # Two elements that follow each other share a byte there; here elements j and j + 16 do.
             single = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2)
@@ -145,14 +162,9 @@ def mxfp4_rows(
     return rows
 
 
-def _spans(start: int, stop: int, height: int, *, in_turn: bool) -> Iterator[tuple[int, Tensor]]:
-    """(expert, its rows where they come from, int64) of rows [start, stop) of all experts, of which each has so many."""
+def _places(first: int, last: int, height: int, *, in_turn: bool) -> Tensor:
+    """Where rows [first, last) of an expert, of `height`, are among its rows in the file, int64."""
     import torch
 
-    while start < stop:
-        number, first = divmod(start, height)
-        last = min(height, first + stop - start)
-        rows = torch.arange(first, last)
-        half = height // 2
-        yield number, torch.where(rows < half, 2 * rows, 2 * (rows - half) + 1) if in_turn else rows
-        start += last - first
+    rows, half = torch.arange(first, last), height // 2
+    return torch.where(rows < half, 2 * rows, 2 * (rows - half) + 1) if in_turn else rows

@@ -34,7 +34,7 @@ from tightfit.profiles.sources.stacked_experts import (
     mxfp4_parts,
     mxfp4_rows,
     parts_there,
-    stacked_rows,
+    stacked_tensor,
     turned_rows,
 )
 from tightfit.profiles.weights.describe import packed_entry
@@ -132,12 +132,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
                 rows = mxfp4_rows(blocks, scales, tensor.experts, tensor.shape, in_turn=tensor.in_turn)
                 yield SourceTensor(entry=entry, rows=rows, origin=f"{blocks.file.path}: tensor {blocks.name!r}")
             elif apart[tensor.key]:
-                stacked = [opened.tensor(part) for part in apart[tensor.key]]
-                yield SourceTensor(
-                    entry=entry,
-                    rows=stacked_rows(stacked, tensor.shape),
-                    origins=[f"{one.file.path}: tensor {one.name!r}" for one in stacked],
-                )
+                yield stacked_tensor(entry, apart[tensor.key], opened.tensor)
             elif tensor.name in direct:
                 file, key = direct[tensor.name]
                 rows = _file_rows(opened.tensor(tensor.key), tensor)

@@ -14,10 +14,10 @@ from fleets import adapter_hash
 from killed_runs import run_with_a_kill
 from reference import checkpoint, random_model
 from safetensors.torch import load_file, save_file
+from three_plans import losses_of_equal_runs, three_plans
 from tiny_models import byte_level_tokenizer, write_gguf
 
 from tightfit.planner.plan import plan
-from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
@@ -65,26 +65,11 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=4, matrix_rows=192)
 
 
-def plans(made: Profile) -> list[Plan]:
-    """One that keeps all, one at the smallest budget, and one by a rule."""
-    smallest = plan(made, 1 << 20).minimum_budget_bytes
-    assert smallest
-    return [plan(made, 1 << 30), plan(made, smallest), plan(made, 1 << 30, policy="mesp")]
-
-
 @pytest.mark.slow_but_for("all rows to one expert")
 def test_every_plan_gives_the_same_bits_within_its_cap(mixture: Profile, data: str, tmp_path: Path) -> None:
     slices = [tensor.name for tensor in mixture.tensors if "experts.gate_up_proj[" in tensor.name]
     assert len(slices) == CONFIG["num_hidden_layers"] * EXPERTS, "each expert is a weight of its own"
-    adapters, losses = set(), []
-    for number, each in enumerate(plans(mixture)):
-        report = run(each, data, out=tmp_path / f"{number}", **TRAINING)
-        adapters.add(adapter_hash(tmp_path / f"{number}"))
-        losses.append(report["loss"])
-        assert report["peak_bytes"]["measured"] <= each.budget_bytes
-        assert report["peak_bytes"]["measured"] <= report["peak_bytes"]["predicted"]
-    assert len(adapters) == 1
-    assert losses[1:] == losses[:1] * 2
+    losses_of_equal_runs(three_plans(mixture), data, tmp_path, TRAINING)
 
 
 @pytest.mark.slow
@@ -107,7 +92,7 @@ def test_matrices_of_experts_without_rows_are_not_read(tmp_path: Path, data: str
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(mixture: Profile, data: str, tmp_path: Path) -> None:
-    roomy, small, _ = plans(mixture)
+    roomy, small, _ = three_plans(mixture)
     run(roomy, data, out=tmp_path / "whole", **TRAINING)
     killed = run_with_a_kill(small, data, tmp_path, steps=STEPS, lr=TRAINING["lr"], seed=TRAINING["seed"])
     assert adapter_hash(killed) == adapter_hash(tmp_path / "whole")

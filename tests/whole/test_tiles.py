@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from fleets import adapter_hash
 from killed_runs import run_with_a_kill
+from three_plans import losses_of_equal_runs, three_plans
 from tiny_plans import CONFIG
 
 from tightfit.planner.plan import plan
-from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.engine.training.records import RecordWriter
@@ -48,32 +48,16 @@ def tiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return profiled(tmp_path_factory.mktemp("tiled"), TILES[request.param])
 
 
-def plans(made: Profile) -> list[Plan]:
-    """One that keeps all, one at the smallest budget, and one by a rule."""
-    roomy = plan(made, 1 << 30)
-    smallest = plan(made, 1 << 20).minimum_budget_bytes
-    assert smallest
-    return [roomy, plan(made, smallest), plan(made, 1 << 30, policy="mesp")]
-
-
 @pytest.mark.slow_but_for("half a row")
 def test_every_plan_gives_the_same_bits_within_its_cap(tiled: Profile, data: str, tmp_path: Path) -> None:
-    adapters, losses = set(), []
-    for number, each in enumerate(plans(tiled)):
-        report = run(each, data, out=tmp_path / f"{number}", **TRAINING)
-        adapters.add(adapter_hash(tmp_path / f"{number}"))
-        losses.append(report["loss"])
-        assert report["peak_bytes"]["measured"] <= each.budget_bytes
-        assert report["peak_bytes"]["measured"] <= report["peak_bytes"]["predicted"]
-    assert len(adapters) == 1
-    assert losses[1:] == losses[:1] * 2
+    losses = losses_of_equal_runs(three_plans(tiled), data, tmp_path, TRAINING)
     whole = run(plan(profiled(tmp_path, None), 1 << 30), data, out=tmp_path / "whole", **TRAINING)
-    assert losses[0] == pytest.approx(whole["loss"], rel=2e-3)
+    assert losses == pytest.approx(whole["loss"], rel=2e-3)
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(tiled: Profile, data: str, tmp_path: Path) -> None:
-    roomy, small, _ = plans(tiled)
+    roomy, small, _ = three_plans(tiled)
     run(roomy, data, out=tmp_path / "whole", **TRAINING)
     killed = run_with_a_kill(small, data, tmp_path, steps=STEPS, lr=TRAINING["lr"], seed=TRAINING["seed"])
     assert adapter_hash(killed) == adapter_hash(tmp_path / "whole")

@@ -43,22 +43,24 @@ def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
     If the product is made in the tensors' own type, an `addend` of that type requires `out` to be contiguous and of the type of
     the first term's left side; to an addend of another type, which may be `out` itself, the rounded product is added.
     """
-    if narrow(terms[0][0].dtype) and narrow(terms[0][1].dtype):
-        narrow_type, matrix = terms[0][0].dtype, addend if addend is not None and addend.dim() == 2 else None
-        if (matrix is not None and matrix.dtype is not narrow_type) or (
-            addend is None and out.dtype is not narrow_type
-        ):
-            for rows in blocks(out.shape[0], SUMMED_ROWS):
-                product = torch.empty(rows.stop - rows.start, out.shape[1], dtype=narrow_type)
-                _multiply_narrow(tuple((left[rows], right, scale) for left, right, scale in terms), product, None)
-                if matrix is None:
-                    out[rows].copy_(product)
-                else:
-                    torch.add(matrix[rows], product, out=out[rows])
-        else:
-            _multiply_narrow(terms, out, addend)
-    else:
+    total = out if addend is None else addend
+    if not (narrow(terms[0][0].dtype) and narrow(terms[0][1].dtype)):
         multiply_wide(*terms, out=out, addend=addend)
+    elif total.dim() == 2 and total.dtype is not terms[0][0].dtype:
+        _multiply_into_sum(terms, out, addend)
+    else:
+        _multiply_narrow(terms, out, addend)
+
+
+def _multiply_into_sum(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None) -> None:
+    """The product, made a block of rows at a time in the type of the first term's left side, where the sum has another type."""
+    for rows in blocks(out.shape[0], SUMMED_ROWS):
+        product = torch.empty(rows.stop - rows.start, out.shape[1], dtype=terms[0][0].dtype)
+        _multiply_narrow(tuple((left[rows], right, scale) for left, right, scale in terms), product, None)
+        if addend is None:
+            out[rows].copy_(product)
+        else:
+            torch.add(addend[rows], product, out=out[rows])
 
 
 def _multiply_narrow(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None) -> None:

@@ -24,6 +24,5 @@ def blocks_of(rows: int, largest: int) -> tuple[int, ...]:
         return ()
     if rows > largest:
         return (largest, *blocks_of(rows - largest, largest))
-    smallest = min(size for size in BLOCK_ROWS if size >= rows)
     divided = [(size, *blocks_of(rows - size, largest)) for size in BLOCK_ROWS if size < rows]
-    return min([(smallest,), *divided], key=lambda sizes: sum(sizes) + OVERHEAD_ROWS * len(sizes))
+    return min([(largest_block(rows),), *divided], key=lambda sizes: sum(sizes) + OVERHEAD_ROWS * len(sizes))

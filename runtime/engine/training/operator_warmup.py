@@ -31,10 +31,17 @@ are larger; those get mappings of their own during the warm-up
 def warm_up_operators(operators: Iterable[BoundOperator], device: Device) -> None:
     """Run the operators on zeros in the arena, and give its pages back after each.
 
-    Operators that gather rows from the weight store are left out. Raises InputError for an operator that cannot be run.
+    Operators that gather rows from the weight store are left out, and experts of sizes that others had before. Raises InputError for
+    an operator that cannot be run.
     """
+    met: set[tuple[object, ...]] = set()
     with apart(LARGEST_LASTING):
         for operator in {operator.call: operator for operator in operators}.values():  # those of equal tiles are one
+            if operator.name in EXPERTS_AT:
+                sizes = operator.name, *((read.dtype, read.size, read.stride) for read in operator.reads)
+                if sizes in met:
+                    continue
+                met.add(sizes)
             if not operator.gathers:
                 _run(operator, device)
                 device.release()  # the next one reads zeros too: leftover values, read as indices, could be too large
