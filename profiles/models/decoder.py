@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tightfit.profiles.models.decoder_config import DecoderShape
 from tightfit.profiles.models.experts import Experts
 from tightfit.profiles.models.lora import LoraConfig, Pair
+from tightfit.profiles.models.router_loss import RouterLoss, RouterSums, loss_of, sums_of_tiles
 from tightfit.profiles.models.saved_modules import (
     SavedModule,
     TrainedEmbedding,
@@ -279,8 +280,11 @@ class Mixture(nn.Module):
         self.gate = Table(shape.experts, shape.hidden, dtype)
         self.experts = Experts(shape.experts, shape.hidden, shape.expert_width, shape.activation, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sums: RouterSums | None = None) -> Tensor:
+        """`sums` get the router's scores."""
         scores = frozen_linear(x, self.gate.weight, None, len(self.gate.weight))
+        if sums is not None:
+            sums.add(scores)
         weights, index = torch.topk(torch.softmax(scores, dim=-1, dtype=torch.float32), self.chosen, dim=-1)
         if self.shares:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -307,11 +311,13 @@ class DecoderLayer(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         before: EarlierTiles | None = None,
+        sums: RouterSums | None = None,
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, positions, before)
+        routed = (sums,) if isinstance(self.mlp, Mixture) else ()
         if not self.post_norms:
             x = x + attended
-            return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+            return x + self.mlp(self.post_attention_layernorm(x), *routed)  # type: ignore[no-any-return]
         x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))  # type: ignore[no-any-return]
 
@@ -370,13 +376,24 @@ class Decoder(nn.Module):
         self.tables = self._save(lora.modules_to_save, body)
         """Modules that are trained in full, and the tensors in the store that they start from."""
         self.slice_rows = slice_rows(shape.vocab, shape.hidden, dtype.itemsize)
+        coefficient, layers = shape.router_loss, sum(shape.mixtures)
+        self.router_loss = None if not coefficient or not layers else RouterLoss(shape.chosen, coefficient, layers)
         self.preference = preference
         self.rows_apart = None if preference is None else PAIRS_APART
         """Why samples cannot share rows; None: they can."""
 
     def forward(self, input_ids: Tensor, labels: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor]:
         positions, pairs = third_input(self.preference, third)
-        tiles = self._through_layers(self._embedded(input_ids), input_ids, positions)
+        embedded = self._embedded(input_ids)
+        sums = sums_of_tiles(self.router_loss, labels, len(embedded))
+        tiles = self._through_layers(embedded, input_ids, positions, sums)
+        loss, token_losses = self._losses(tiles, labels, pairs)
+        return loss + loss_of(sums) if sums else loss, token_losses
+
+    def _losses(
+        self, tiles: Sequence[Tensor], labels: Tensor, pairs: tuple[()] | tuple[Tensor, str, float]
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, token losses), given what the last layer made of the tiles."""
         trained = trained_copy(self.lm_head) if HEAD in self._modules else None
         if trained is not None:
             return trained(self.model.norm(_joined(tiles)), labels, *pairs)  # type: ignore[no-any-return]
@@ -392,8 +409,10 @@ class Decoder(nn.Module):
             token_losses.append(made[1])
         return losses[0] if counted is None else torch.stack(losses).sum(), _joined(token_losses)
 
-    def _through_layers(self, tiles: list[Tensor], input_ids: Tensor, positions: Tensor | None) -> list[Tensor]:
-        """What the last layer makes of the embedded tiles."""
+    def _through_layers(
+        self, tiles: list[Tensor], input_ids: Tensor, positions: Tensor | None, sums: Sequence[RouterSums]
+    ) -> list[Tensor]:
+        """What the last layer makes of the embedded tiles; `sums` get the scores of the routers for each of them."""
         shape, seq = self.shape, input_ids.shape[1]
         places = torch.arange(seq, dtype=torch.float32)
         tables = {rotation: rotary_table(shape, places, *rotation) for rotation in sorted(set(shape.rotations))}
@@ -404,15 +423,16 @@ class Decoder(nn.Module):
         if positions is not None:
             rows, columns = max(1, len(tiles[0]) // seq), min(len(tiles[0]), seq)
             positions_of_tiles = [part for block in positions.split(rows) for part in block.split(columns, dim=1)]
+        sums_of: Sequence[RouterSums | None] = sums or [None] * len(tiles)
         for number, layer in self.model.layers.named_children():
             window, rotation = shape.windows[int(number)], shape.rotations[int(number)]
             mask = masks.get(window) if window is not None else None
             made: list[Tensor] = []
             before: EarlierTiles | None = None
-            for tile, positions_of_tile in zip(tiles, positions_of_tiles, strict=True):
+            for tile, positions_of_tile, own_sums in zip(tiles, positions_of_tiles, sums_of, strict=True):
                 if along_rows and len(made) * len(tile) % seq == 0:  # a row begins
                     before = EarlierTiles()
-                made.append(layer(tile, *tables[rotation], mask, positions_of_tile, before))
+                made.append(layer(tile, *tables[rotation], mask, positions_of_tile, before, own_sums))
             tiles = made
         return tiles
 
@@ -422,12 +442,15 @@ class Decoder(nn.Module):
         """
         wanted = any(parameter.requires_grad for parameter in self.model.embed_tokens.parameters())
         kinds: list[Hashable] = []
-        for block, window, rotation in zip(self.model.layers, self.shape.windows, self.shape.rotations, strict=True):
+        layers = zip(self.model.layers, self.shape.windows, self.shape.rotations, strict=True)
+        for number, (block, window, rotation) in enumerate(layers):
             tensors = [
                 (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in block.named_parameters()
             ]
             pairs = [(child.pair, child.site) for child in block.modules() if isinstance(child, Projection)]
-            kinds.append((not kinds, wanted, window, rotation, tuple(tensors), tuple(pairs)))
+            # Behind a layer without experts the sums of a router come from further back than the layer before.
+            alone = number if self.router_loss and not all(self.shape.mixtures) else None
+            kinds.append((not kinds, wanted, window, rotation, tuple(tensors), tuple(pairs), alone))
             wanted = wanted or any(tensor.requires_grad for tensor in block.parameters())
         return kinds
 

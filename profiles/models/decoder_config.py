@@ -27,7 +27,6 @@ PLAIN = {
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
     "use_bidirectional_attention": False,
-    "output_router_logits": False,
 }
 """Config fields that change what transformers computes and that are not supported, with the value that means off."""
 LARGEST = {
@@ -99,6 +98,8 @@ class DecoderShape:
     expert_width: int = 0
     shares: bool = False
     """Whether the weights of a token's experts are made to sum to 1."""
+    router_loss: float | None = None
+    """What the loss of the routers is multiplied by before it is added; None: it is not."""
     padding: int | None = None
     """Token whose row of the embedding gets no gradient if the embedding is trained."""
 
@@ -264,6 +265,7 @@ def _mixture(config: dict[str, Any], layers: int) -> dict[str, Any]:
         "chosen": chosen,
         "expert_width": _whole(config, "moe_intermediate_size"),
         "shares": bool(config.get("norm_topk_prob", False)),
+        "router_loss": _number(config, "router_aux_loss_coef", 0.001) if config.get("output_router_logits") else None,
     }
 
 

@@ -47,15 +47,10 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def refuse_by_config(config: Mapping[str, Any]) -> None:
-    """Raises InputError for encoder-decoder models, losses of routers, and sizes that are out of bounds."""
+    """Raises InputError for encoder-decoder models and sizes that are out of bounds."""
     name = config.get("model_type")
     if config.get("is_encoder_decoder"):
         raise encoder_decoder(name)
-    if config.get("output_router_logits") is True:
-        raise InputError(
-            "config field 'output_router_logits' is true: transformers then adds the router's loss to that of the tokens, which is not"
-            " supported; set it to false in config.json to train without it, as published models do"
-        )
     check_sizes(config)
 
 

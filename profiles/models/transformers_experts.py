@@ -7,14 +7,17 @@ each expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tightfit.profiles.models.experts import Experts
+from tightfit.profiles.models.router_loss import RouterLoss, RouterSums, loss_of
 from tightfit.profiles.models.transformers_kernels import ACTIVATIONS, bare_copy, same, tried
+from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.cpu.gates import CLAMPED, gated
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -27,6 +30,8 @@ SIZES = (
     ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_size"),
 )
 """What modules call these three."""
+ROUTER_LOSS = "load_balancing_loss_func"
+"""What transformers calls the loss of routers in the code of each family that has one."""
 OLD_NAMES = {"mixtral": {"gate", "w1", "w2", "w3"}, "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}}
 """Family whose checkpoints a mixture's are like, in transformers' words -> names of linear layers of experts in its older versions, as
 PEFT knows them (`peft.utils.transformers_weight_conversion`)."""
@@ -126,3 +131,40 @@ def names_of_experts(model_type: str) -> set[str]:
     from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
     return OLD_NAMES.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), set())
+
+
+def router_loss_of(made: Any) -> RouterLoss | None:
+    """The loss of a model's routers, if its config asks for it and its code has one. Raises InputError where that is another than ours,
+    found by comparing both on random scores.
+    """
+    theirs = getattr(sys.modules[type(made).__module__], ROUTER_LOSS, None)
+    if not getattr(made.config, "output_router_logits", False) or theirs is None:
+        return None
+    sizes: list[Any] = [
+        getattr(made, name, None) for name in ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+    ]
+    routers = sum(1 for _ in routers_of(made))
+    if all(isinstance(size, int | float) and size > 0 for size in sizes) and routers:
+        experts, chosen, coefficient = sizes
+        generator = torch.Generator().manual_seed(0)
+        scores = tuple(torch.randn(5, experts, generator=generator) for _ in range(2))
+        sums = RouterSums(RouterLoss(chosen, 1.0, len(scores)), torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]))
+        for each in scores:
+            sums.add(each)
+        if same(loss_of([sums]), theirs(scores, experts, chosen, sums.counted[None])):
+            return RouterLoss(chosen, float(coefficient), routers)
+    raise InputError(
+        f"config field 'output_router_logits' is true: the loss of routers of {type(made).__name__} is another than that of Switch"
+        " Transformers, which is not supported; set it to false in config.json to train without it"
+    )
+
+
+def routers_of(made: Any) -> Iterator[tuple[nn.Module, int]]:
+    """The routers whose scores that loss takes, and which of their outputs these are."""
+    told = (getattr(getattr(made, made.base_model_prefix), "_can_record_outputs", None) or {}).get("router_logits")
+    for recorder in told if isinstance(told, list | tuple) else [] if told is None else [told]:
+        kind: Any = getattr(recorder, "target_class", recorder)
+        place = getattr(recorder, "layer_name", None) or ""
+        for name, child in made.named_modules():
+            if isinstance(child, kind) and place in name:
+                yield child, getattr(recorder, "index", 0)

@@ -42,7 +42,8 @@ def with_all_blocks(traced: Trace, stand_ins: Sequence[int]) -> Trace:
     traced_before_the_end = [*before, *chain.from_iterable(of_block.values())]
     layers = list(before)
     for number, stand_in in enumerate(stand_ins):
-        numbers = {stand_in: number} | ({previous[stand_in]: number - 1} if stand_in in previous else {})
+        numbers = {block: block for block in kept} if stand_in == number else {}  # it may read what any block has made
+        numbers |= {stand_in: number} | ({previous[stand_in]: number - 1} if stand_in in previous else {})
         layers += [_renamed(layer, numbers) for layer in of_block[stand_in]]
     added = sum(not _sums(layer) for layer in layers) - sum(not _sums(layer) for layer in traced_before_the_end)
     moved = {match[0]: int(match[1]) + added for layer in after if (match := BETWEEN.match(layer.name))}

@@ -262,12 +262,27 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100)
 
 
+def told_of_padding(model: Any, labels: Tensor) -> dict[str, Tensor]:
+    """What a model is given beside tokens if it has a loss of routers, which counts no padding: what is behind the last label of a row."""
+    if not getattr(model.config, "output_router_logits", False):
+        return {}
+    ends = [max((place + 1 for place, label in enumerate(row) if label >= 0), default=0) for row in labels.tolist()]
+    return {"attention_mask": torch.tensor([[int(place < end) for place in range(labels.shape[1])] for end in ends])}
+
+
+def router_loss(model: Any, made: Any) -> Any:
+    """The loss of a model's routers as it is added to that of tokens, given what the model `made`; 0 if it has none."""
+    loss = getattr(made, "aux_loss", None)
+    return 0.0 if loss is None else model.config.router_aux_loss_coef * loss
+
+
 def loss_of(model: torch.nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-    """That of a language model of transformers or peft on a batch; with `positions` each sample of a row by itself, without
-    padding.
+    """That of a language model of transformers or peft on a batch, with the loss of its routers if its config asks for it; with
+    `positions` each sample of a row by itself, without padding and without that.
     """
     if positions is None:
-        return mean_loss(model(input_ids=ids).logits, labels)
+        made = model(input_ids=ids, **told_of_padding(model, labels))
+        return mean_loss(made.logits, labels) + router_loss(model, made)
     samples = samples_of({"input_ids": ids, "labels": labels, "positions": positions})
     labelled = [(tokens, own) for tokens, own in samples if bool((own >= 0).any())]
     logits = torch.cat([model(input_ids=tokens[None]).logits[0] for tokens, _ in labelled])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_families import FAMILIES, FORMS, VOCABULARY, Forms, sized
+from decoder_families import FAMILIES, FORMS, MIXTURES, VOCABULARY, Forms, sized
 from places import SOURCES
 from reference import (
     adapted_by_peft,
@@ -26,8 +26,10 @@ from reference import (
     loss_of,
     mean_loss,
     relative_error,
+    router_loss,
     stored_weights,
     take,
+    told_of_padding,
     trained_by_adamw,
     training_batches,
     write_adapter,
@@ -99,9 +101,11 @@ class Case:
         kept.
         """
         model = adapted_by_peft(self.model.to(dtype), self.place)
-        logits = model(input_ids=self.batch["input_ids"]).logits.float()
+        labels = self.batch["labels"]
+        made = model(input_ids=self.batch["input_ids"], **told_of_padding(model, labels))
+        logits = made.logits.float()
         self.logits = logits.detach()
-        return self.gradients(model, mean_loss(logits, self.batch["labels"]))
+        return self.gradients(model, mean_loss(logits, labels) + router_loss(model, made))
 
     def theirs_apart(self) -> tuple[float, dict[str, torch.Tensor]]:
         """The same with each sample of a row in a row of its own, whose length decides about frequencies (longrope)."""
@@ -248,6 +252,24 @@ def check_rows(case: Case, family: str) -> None:
         assert errors_above(1e-4, own, gradients) == {}
 
 
+WITHOUT_ROUTER_LOSS = ("DeepSeek-V3", "GLM-4.5", "Hunyuan, MoE")
+"""mixtures that have no loss of routers in transformers"""
+
+
+@pytest.mark.slow_but_for("Mixtral")
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_loss_of_routers_is_that_of_transformers(family: str, tmp_path: Path) -> None:
+    asked = {"output_router_logits": True, "router_aux_loss_coef": 0.7}
+    case = Case(FAMILIES[family] | asked, tmp_path, "float32")
+    (loss, gradients), (own_loss, own) = case.theirs(), case.ours()
+    assert own_loss == pytest.approx(loss, rel=1e-5)
+    assert errors_above(1e-4, own, gradients) == {}
+    plain_loss, plain = Case(FAMILIES[family], tmp_path / "plain", "float32").theirs()
+    assert (loss > plain_loss + 0.5) == (family not in WITHOUT_ROUTER_LOSS)
+    differs = any(relative_error(gradients[name], plain[name]) > 1e-3 for name in plain)
+    assert differs == (family not in WITHOUT_ROUTER_LOSS)
+
+
 @pytest.mark.slow_but_for("GPT-2")
 @pytest.mark.parametrize("family", HALVES)
 def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str, tmp_path: Path) -> None:
@@ -308,10 +330,6 @@ def test_a_run_trains_and_saves_what_peft_loads(family: str, tmp_path: Path, cac
 
 
 REFUSED = [
-    (
-        sized("mixtral", num_local_experts=4, output_router_logits=True),
-        "config field 'output_router_logits' is true: transformers then adds the router's loss",
-    ),
     (
         sized("llama4_text", num_local_experts=4, head_dim=16),
         "model_type 'llama4_text' is a mixture of experts whose Llama4TextExperts",

@@ -30,7 +30,7 @@ pytest.importorskip("transformers")
 BATCH, SEQ, STEPS, EXPERTS, VOCABULARY = 4, 64, 6, 12, 512
 CONFIG = sized(
     "qwen3_moe", vocab_size=VOCABULARY, head_dim=16, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=96,
-    hidden_size=128, max_position_embeddings=256,
+    hidden_size=128, max_position_embeddings=256, output_router_logits=True,
 )  # fmt: skip
 TRAINING: dict[str, Any] = {"steps": STEPS, "lr": 1e-2, "seed": 7, "cgroup": False, "packing": True}
 ROUTINGS = ("as it comes", "all rows to one expert")

@@ -37,6 +37,7 @@ from tightfit.runtime.engine.cpu.lstm import lstm, lstm_backward
 from tightfit.runtime.engine.cpu.preference import preference_loss, preference_scores
 from tightfit.runtime.engine.cpu.products import blocks, multiply
 from tightfit.runtime.engine.cpu.rotary import rotary, rotary_backward
+from tightfit.runtime.engine.cpu.router_loss import counted_tokens, router_loss, router_totals, router_totals_backward
 from tightfit.runtime.engine.cpu.tables import (
     HEAD_ROWS,
     check_ids,
@@ -316,6 +317,10 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.rotary_backward": rotary_backward,
     "tightfit.tile_attention": tile_attention,
     "tightfit.tile_attention_backward": tile_attention_backward,
+    "tightfit.counted_tokens": counted_tokens,
+    "tightfit.router_totals": router_totals,
+    "tightfit.router_totals_backward": router_totals_backward,
+    "tightfit.router_loss": router_loss,
     "tightfit.experts": experts,
     "tightfit.experts_backward": experts_backward,
     "tightfit.gated": gated,

@@ -20,6 +20,7 @@ from traced import (
 BATCH, SEQ = 4, 32
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TILES = {"all tokens": None, "two rows": 64, "half a row": 16}
+ROUTED = MIXTURE | {"output_router_logits": True, "router_aux_loss_coef": 0.7}
 ROWS = {"experts as they come": None, "one expert": 48}
 
 
@@ -38,6 +39,23 @@ def test_float32_loss_and_lora_gradients_match_autograd(tile: str, rows: str) ->
     assert of_loss < 1e-5
     assert len(of_gradients) == 2 * len(ATTENTION) * MIXTURE["num_hidden_layers"]
     assert max(of_gradients.values()) < 1e-4
+
+
+@pytest.mark.slow_but_for("all tokens", "half a row")
+@pytest.mark.parametrize("tile", TILES)
+def test_the_loss_of_routers_is_that_of_transformers(tile: str) -> None:
+    weights, data = random_weights(ROUTED, torch.float32), random_batch(ROUTED, BATCH, SEQ)
+    traced = trace_decoder(ROUTED, torch.float32, BATCH, SEQ, tile=TILES[tile], matrix_rows=48)
+    settings = all_layers(RANK, ALPHA) | {"target_modules": ATTENTION}
+    of_loss, of_gradients = errors_beside_peft(traced, ROUTED, weights, data, settings)
+    assert of_loss < 1e-5
+    assert max(of_gradients.values()) < 1e-4
+    without, plain = loss_and_gradients(trace_decoder(MIXTURE, torch.float32, BATCH, SEQ), weights, data)
+    loss, gradients = loss_and_gradients(traced, weights, data)
+    assert (
+        loss > without + 0.5
+    )  # where it is smallest the loss of routers is its coefficient times the experts of a token
+    assert max(relative_error(gradients[name], plain[name]) for name in plain) > 0.01
 
 
 @pytest.mark.slow_but_for("half a row")

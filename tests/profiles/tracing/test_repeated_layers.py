@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reference import CONFIGS, VARIANTS
+from reference import CONFIGS, MIXTURE, VARIANTS
 
 from tightfit.profiles.models.decoder import Decoder
 from tightfit.profiles.models.lora import LoraConfig
@@ -23,10 +24,12 @@ ADAPTERS = {
     "with DoRA": LoraConfig(rank=4, dora=True, dropout=0.1),
     "with the embedding": LoraConfig(rank=4, modules_to_save=("embed_tokens", "lm_head")),
 }
+ROUTED = MIXTURE | {"output_router_logits": True}
+MIXTURES = {"experts everywhere": ROUTED | {"mlp_only_layers": []}, "experts but for one layer": ROUTED}
 
 
 def decoder_config(name: str) -> dict[str, Any]:
-    config = (CONFIGS | VARIANTS)[name] | {"num_hidden_layers": LAYERS}
+    config = (CONFIGS | VARIANTS | MIXTURES)[name] | {"num_hidden_layers": LAYERS}
     kinds = config.get("layer_types")
     return config | ({"layer_types": (kinds * LAYERS)[:LAYERS]} if kinds else {})
 
@@ -36,10 +39,13 @@ def traced(config: dict[str, Any], lora: LoraConfig) -> Trace:
     return trace_decoder(source, 1, 16, lora, "bfloat16", lambda stage, done, total: None)[0]
 
 
-@pytest.mark.slow_but_for("llama-in some layers", "gemma3_text-everywhere")
+@pytest.mark.slow_but_for("llama-in some layers", "gemma3_text-everywhere", "experts everywhere-in some layers")
 @pytest.mark.parametrize(
     ("family", "adapter"),
-    [*(("llama", adapter) for adapter in ADAPTERS), ("gemma3_text", "everywhere"), ("gemma3_text", "in some layers")],
+    [
+        *(("llama", adapter) for adapter in ADAPTERS),
+        *product(("gemma3_text", *MIXTURES), ("everywhere", "in some layers")),
+    ],
 )
 def test_the_trace_is_that_of_all_layers(family: str, adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, lora = decoder_config(family), ADAPTERS[adapter]
