@@ -78,6 +78,14 @@ class CostLedger:
             for layer, position in self._again()
         ]
 
+    def ran(self) -> list[Operator]:
+        """Every operator of the training step, as often as it runs, in order."""
+        return [
+            self.index.operators[instruction.layer][instruction.operator]
+            for instruction in self._instructions()
+            if isinstance(instruction, Run)
+        ]
+
     def _again(self) -> list[tuple[str, int]]:
         ran: set[tuple[str, int]] = set()
         repeated = []

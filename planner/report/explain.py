@@ -5,7 +5,7 @@ optimum it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tightfit.planner.problem.device_forward import message_bytes, sent_tensors
 from tightfit.planner.report.costs import Cost, CostLedger
@@ -13,6 +13,7 @@ from tightfit.planner.report.explanation import (
     Clipping,
     Explanation,
     MarginalValue,
+    OperatorUse,
     PeakAccount,
     Recomputation,
     Shortfall,
@@ -26,6 +27,8 @@ from tightfit.profiles.schema import MOBILLM, NOT_COMPARED, OPTIMIZER_STATES
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_seconds, format_size, printable
 
+LEAST_KIND_SHARE, MOST_KINDS = 0.01, 6
+"""kinds of operators that are told: of so much of the step, and so many"""
 LEAST_SHARE = 5e-4
 """differences below this share of the step's seconds are not mentioned"""
 
@@ -56,6 +59,7 @@ def _sentences(plan: Plan, explanation: Explanation, commands: bool) -> list[str
         *_peak(plan, explanation.peak),
         *_recomputation(plan, explanation.recomputation),
         *_busy(plan, explanation),
+        *_operators(explanation.operators),
         *_worth(plan, explanation.neighbours, commands),
     ]
 
@@ -368,6 +372,17 @@ def _busy(plan: Plan, explanation: Explanation) -> list[str]:
     return [
         f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(explanation.waiting_seconds)} wait for transfers"
     ]
+
+
+def _operators(uses: Sequence[OperatorUse]) -> list[str]:
+    """Where the cores' time goes, by kind of operator, as far as it is worth a word; nothing where no operator counts FLOPs."""
+    if not any(use.flops for use in uses):
+        return []
+    parts = []
+    for use in [use for use in uses if use.share >= LEAST_KIND_SHARE][:MOST_KINDS]:
+        rate = f", {use.flops / use.seconds / 1e9:.0f} GFLOP/s" if use.flops and use.seconds else ""
+        parts.append(f"{use.operator} {use.share:.1%} ({format_seconds(use.seconds)}{rate})")
+    return [f"of the step, by kind of operator: {', '.join(parts)}"] if parts else []
 
 
 def _worth(plan: Plan, neighbours: list[MarginalValue], commands: bool) -> list[str]:

@@ -82,6 +82,16 @@ class ChannelUse(FrozenRecord):
     bytes: int = Field(0, description="moved per step")
 
 
+class OperatorUse(FrozenRecord):
+    """What all operators of one kind take in a step, made again or not."""
+
+    operator: str = Field(description="its target")
+    runs: int
+    seconds: float
+    share: float = Field(description="of the step")
+    flops: float = Field(description="of the matrix products among them; 0 where there are none")
+
+
 class MarginalValue(FrozenRecord):
     """A neighbouring budget."""
 
@@ -142,6 +152,7 @@ class Explanation(FrozenRecord):
     peak: PeakAccount | None = None
     recomputation: Recomputation | None = None
     channels: list[ChannelUse] = []
+    operators: list[OperatorUse] = Field([], description="of the cores' work, by kind of operator, dearest first")
     waiting_seconds: float = Field(0.0, description="per step: the cores wait for a transfer")
     neighbours: list[MarginalValue] = Field([], description="the budgets beside this one")
     shortfall: Shortfall | None = None
@@ -158,6 +169,7 @@ def account(plan: Plan) -> Explanation:
         peak=peak_account(plan, ledger),
         recomputation=_recomputation(plan, plan.train, ledger, costs),
         channels=_channels(plan.train, costs),
+        operators=_operators(plan.train, ledger),
         waiting_seconds=plan.train.stall_seconds,
         clipping=_clipping(plan),
     )
@@ -295,6 +307,18 @@ def _channels(train: Phase, costs: dict[str, Cost]) -> list[ChannelUse]:
         ChannelUse(name="read", seconds=read, share=_share(read, train), bytes=train.read_bytes),
         ChannelUse(name="write", seconds=write, share=_share(write, train), bytes=train.write_bytes),
     ]
+
+
+def _operators(train: Phase, ledger: CostLedger) -> list[OperatorUse]:
+    found: dict[str, tuple[int, float, float]] = {}
+    for operator in ledger.ran():
+        runs, seconds, flops = found.get(operator.target, (0, 0.0, 0.0))
+        found[operator.target] = runs + 1, seconds + operator.seconds, flops + operator.flops
+    uses = [
+        OperatorUse(operator=target, runs=runs, seconds=seconds, share=_share(seconds, train), flops=flops)
+        for target, (runs, seconds, flops) in found.items()
+    ]
+    return sorted(uses, key=lambda use: (-use.seconds, use.operator))
 
 
 def _fullest(plan: Plan) -> tuple[Literal["train", "evaluate", "update"], Phase]:

@@ -106,6 +106,40 @@ def test_what_is_recomputed_and_what_it_costs(ruled):
         assert list(told.by_layer) == [f"layer{index}" for index in range(4)]
 
 
+def test_what_the_cores_do_by_kind_of_operator(ruled):
+    uses = account(ruled).operators
+    train, programs = ruled.train, {program.name: program.operators for program in ruled.programs}
+    of = {layer.name: programs[layer.program] for layer in ruled.layers}
+    ran = [of[i[1]][i[2]] for i in listed(train) if i[0] == "run"]
+    updates = sum(tensor.update_seconds for tensor in ruled.tensors if tensor.kind == "trainable")
+    verbs, on = [i[0] for i in listed(train)], ruled.device
+    moving = (
+        train.read_bytes * on.read.compute_seconds_per_byte
+        + train.write_bytes * on.write.compute_seconds_per_byte
+        + sum(map(verbs.count, ("read", "fetch"))) * on.read.compute_seconds_per_transfer
+        + verbs.count("spill") * on.write.compute_seconds_per_transfer
+    )
+    cores = train.compute_seconds + train.recompute_seconds
+    assert sum(use.seconds for use in uses) + updates + moving == pytest.approx(cores)
+    assert {use.operator for use in uses} == {operator.target for operator in ran}
+    for use in uses:
+        own = [operator for operator in ran if operator.target == use.operator]
+        assert (use.runs, use.flops) == (len(own), pytest.approx(sum(operator.flops for operator in own)))
+        assert use.share == pytest.approx(use.seconds / train.seconds)
+    assert [use.seconds for use in uses] == sorted((use.seconds for use in uses), reverse=True)
+
+
+def test_kinds_of_operators_are_told_with_their_rates(ruled):
+    told = account(ruled)
+    dearest = told.operators[0].model_copy(update={"flops": told.operators[0].seconds * 412e9})
+    rare = told.operators[-1].model_copy(update={"share": 0.001})
+    said = explain(ruled, told.model_copy(update={"operators": [dearest, rare]}))
+    lines = [line for line in said if line.startswith("of the step, by kind of operator: ")]
+    assert len(lines) == 1
+    assert f"{dearest.operator} {dearest.share:.1%} (" in lines[0]
+    assert lines[0].endswith(", 412 GFLOP/s)")
+
+
 def test_the_peak_is_the_simulators(ruled):
     told = account(ruled).peak
     assert told.bytes == ruled.peak_bytes
