@@ -241,6 +241,34 @@ def by_groups(
     return None
 
 
+class _TakenBefore:
+    """The bytes of tensors, each with its offset, that are all resident at one entry, so that they do not overlap."""
+
+    def __init__(self, placed: list[tuple[int, TensorLifetime]]) -> None:
+        placed = sorted(placed, key=lambda each: each[0])
+        self.low = np.array([offset for offset, _ in placed], dtype=np.int64)
+        self.high = self.low + np.array([item.size for _, item in placed], dtype=np.int64)
+        self.last = np.array([item.spans[0][1] for _, item in placed], dtype=np.int64)
+        self.count = -1
+        self.ranges: list[Range] = []
+
+    def until(self, entry: int) -> list[Range]:
+        """The bytes of those that are still resident at `entry`, which is no earlier than that of the call before: sorted ranges that
+        do not touch.
+        """
+        resident = self.last >= entry
+        count = int(np.count_nonzero(resident))
+        if count != self.count:
+            low, high = self.low[resident], self.high[resident]
+            parted = low[1:] > high[:-1]
+            lows, highs = (
+                [*low[:1].tolist(), *low[1:][parted].tolist()],
+                [*high[:-1][parted].tolist(), *high[-1:].tolist()],
+            )
+            self.count, self.ranges = count, list(zip(lows, highs, strict=True))
+        return self.ranges
+
+
 class _GroupPacking:
     """The packing at one height, where a lifetime of `longest` entries or more counts as long."""
 
@@ -333,15 +361,13 @@ class _GroupPacking:
         """For each tensor of a stretch of `brief`: the bytes that long-lived tensors, and those placed before, take
         during its life.
         """
-        group = self.brief[begin:end]
         first = bisect.bisect_left(self.starts, self.starts[begin] - self.longest_brief)
         earlier = [i for i in self.brief[first:begin] if self.items[i].spans[0][1] >= self.starts[begin]]
-        placed = [(*self.items[i].spans[0], self.offsets[i], self.items[i].size) for i in earlier]
+        placed = _TakenBefore([(self.offsets[i], self.items[i]) for i in earlier])
         taken = {}
-        for index in group:
-            begins = self.items[index].spans[0][0]
-            overlapping = [(low, low + size) for _, last, low, size in placed if last >= begins]
-            taken[index] = united(self.places.taken(self.items[index].spans) + overlapping)
+        for index in self.brief[begin:end]:
+            spans = self.items[index].spans
+            taken[index] = united(self.places.taken(spans) + placed.until(spans[0][0]))
         return taken
 
     def _try_order(self, taken: dict[int, list[Range]]) -> tuple[dict[int, int], int | None]:

@@ -130,8 +130,16 @@ class Solver:
 
     def tight(self, budget_bytes: int) -> bool:
         """Whether the budget may be below the smallest one: then that is found first."""
-        charged = charged_bytes(self.problem, rule_columns(self.problem, smallest))
-        return self.room(budget_bytes) < 1.1 * charged and self.smallest.peak_bytes > budget_bytes
+        columns = rule_columns(self.problem, smallest)
+        if self.room(budget_bytes) >= 1.1 * charged_bytes(self.problem, columns):
+            return False
+        # Of many tiles the smallest arena takes minutes to find; one that is found at once may do.
+        if (
+            "smallest" not in vars(self)
+            and smallest_arena(self.problem, columns, deadline=0.0).peak_bytes <= budget_bytes
+        ):
+            return False
+        return self.smallest.peak_bytes > budget_bytes
 
     # --- at a budget -----------------------------------------------------------------------------------------------
 

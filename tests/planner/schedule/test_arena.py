@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import random
 import time
+from itertools import pairwise
 
 import pytest
 
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 from tightfit.planner.schedule import arena_packing
 from tightfit.planner.schedule.arena import DIRECT_BYTES, arena_of, placed_items
-from tightfit.planner.schedule.arena_packing import TensorLifetime, _assign, _orders, by_groups, live_bytes, pack
+from tightfit.planner.schedule.arena_packing import (
+    TensorLifetime,
+    _assign,
+    _orders,
+    _TakenBefore,
+    by_groups,
+    live_bytes,
+    pack,
+)
 from tightfit.planner.schedule.free_ranges import ENDLESS, top_gap
 from tightfit.planner.schedule.lowering import DraftInstruction
 
@@ -184,6 +193,24 @@ def test_the_highest_gap():
     assert top_gap(taken, 0, 950, 601, 1) is None
     assert top_gap(taken, 120, 300, 50, 1) is None
     assert top_gap([], 10, 100, 90, 1) == 10
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_what_earlier_tensors_take_becomes_less_as_they_end(count):
+    """Tensors that are all there at entry 0, some without a gap between them: the bytes that are taken at later ones."""
+    chance, end, placed = random.Random(count), 0, []
+    for number in range(count):
+        size, end = chance.randint(1, 9), end + chance.choice([0, 0, 3])
+        life = TensorLifetime(name=str(number), size=size, alignment=1, spans=[(0, chance.randint(0, 30))], makers=[0])
+        placed.append((end, life))
+        end += size
+    chance.shuffle(placed)
+    before = _TakenBefore(placed)
+    for entry in (0, 0, *range(3, 33)):
+        taken = {byte for at, life in placed if life.spans[0][1] >= entry for byte in range(at, at + life.size)}
+        ranges = before.until(entry)
+        assert {byte for low, high in ranges for byte in range(low, high)} == taken
+        assert all(high < low for (_, high), (low, _) in pairwise(ranges))
 
 
 def test_a_search_is_the_same_every_time_and_ends_at_its_deadline():

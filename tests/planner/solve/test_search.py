@@ -20,10 +20,10 @@ from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule import prefetch
 from tightfit.planner.schedule.prefetch import FreeBytes, best_order, facts_of
-from tightfit.planner.schedule.realize import CyclePart, realize
+from tightfit.planner.schedule.realize import CyclePart, realize, smallest_arena
 from tightfit.planner.solve.budget_search import BudgetSearch
 from tightfit.planner.solve.column_generation import ColumnGeneration
-from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
+from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns, smallest
 from tightfit.planner.solve.pricing import ColumnPool
 from tightfit.planner.solve.search import SearchResult, Solver
 from tightfit.planner.solvers import lp
@@ -433,6 +433,18 @@ def test_a_budget_clearly_above_the_smallest_is_one_before_that_is_known(monkeyp
         assert one.reaches(budget, later) == (above == 1.2)
         assert one.pool.programs > priced
         assert len(asked) == (above != 1.2)
+
+
+def test_the_smallest_arena_is_looked_for_only_where_one_found_at_once_is_too_large():
+    problem = layered(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
+    quick = smallest_arena(problem, rule_columns(problem, smallest), deadline=0.0).peak_bytes
+    enough = Solver(problem)
+    assert not enough.tight(quick)
+    assert "smallest" not in vars(enough)
+    assert enough.tight(enough.smallest.peak_bytes - 1)
+    short = Solver(problem)
+    assert short.tight(short.smallest.peak_bytes - 1)
+    assert quick >= short.smallest.peak_bytes
 
 
 def test_a_search_starts_from_all_that_is_kept_beside_weights_that_are_streamed():
