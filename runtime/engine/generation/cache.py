@@ -22,6 +22,11 @@ class LayerCache:
         return self._keys[:, new], self._values[:, new]
 
     @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all places, filled or not."""
+        return self._keys, self._values
+
+    @property
     def filled(self) -> tuple[Tensor, Tensor]:
         return self._keys[:, : self.used], self._values[:, : self.used]
 

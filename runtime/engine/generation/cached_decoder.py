@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.cpu.products import blocks
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.generation.cache import LayerCache
@@ -113,6 +114,21 @@ class CachedDecoder:
         self.products.load()
         if magnitudes:
             self.products.find_lengths(magnitudes)
+        self._meet_longest()
+
+    def _meet_longest(self) -> None:
+        """Let a group of tokens attend to a whole cache, and to half of it, and so on: matrix products keep the buffers in which they
+        arrange their operands, and those of a cache that grows group by group would leave holes in the heap.
+        """
+        seen = max(self.job.seen, key=lambda layer: (layer.heads * layer.width, layer.kv_heads))
+        keys, values = self.caches[self.job.seen.index(seen)].places
+        tokens = min(GROUP, keys.shape[1])
+        q, angles = torch.zeros(tokens, seen.heads * seen.width), torch.zeros(tokens, seen.width // 2)
+        out, count = (torch.empty_like(q), self._place("attention")), keys.shape[1]
+        while count >= tokens:
+            given = q, keys[:, :count], values[:, :count], angles, angles, None, 0, 1.0
+            self.operators["tightfit.cached_attention"](*given, out=out)
+            count //= 2
 
     def return_to(self, position: int) -> int:
         """Forget the tokens from `position` on, or all if some before it are not in every cache any more; returns how many

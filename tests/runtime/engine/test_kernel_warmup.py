@@ -15,6 +15,7 @@ from tightfit.runtime.engine.cpu import (
     lstm,
     preference,
     products,
+    router_loss,
     tables,
     tile_attention,
 )
@@ -25,7 +26,18 @@ from tightfit.runtime.engine.training.job import PASSING
 
 GATHERING = {"tightfit.embed_rows", "tightfit.head_rows"}
 """they read rows and copy them"""
-MODULES = (batch_norm, cached_attention, cross_entropy, dora, dropout, lstm, preference, tables, tile_attention)
+MODULES = (
+    batch_norm,
+    cached_attention,
+    cross_entropy,
+    dora,
+    dropout,
+    lstm,
+    preference,
+    router_loss,
+    tables,
+    tile_attention,
+)
 CHOSEN = {name for name, call in OPERATORS.items() if call.__module__ in {module.__name__ for module in MODULES}} | {
     "tightfit.head_weighted",
     "tightfit.rotary",

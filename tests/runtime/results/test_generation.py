@@ -130,6 +130,24 @@ def test_prompts_from_a_file(model: Path, exact: Any, adapter: Path, tmp_path: P
     assert left() == []
 
 
+@pytest.mark.slow
+def test_a_long_prompt_stays_within_its_plan(tmp_path: Path) -> None:
+    """It goes through the layers in passes of groups, whose keys become more and more; the buffers of their products are there from the
+    beginning.
+    """
+    config = CONFIG | {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    config |= {"max_position_embeddings": 16384, "num_hidden_layers": 2}
+    folder = write_directory(tmp_path / "long", config, random_weights(config), tokenizer=byte_level_tokenizer())
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "The quick brown fox jumps over the lazy dog. " * 240}) + "\n")
+    done = called("generate", folder, "--prompts", file, "--max-tokens", 2, "--memory", "300MiB", "--json")
+    assert done.returncode == 0, done.stderr
+    (told,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert told["prompt_tokens"] > 6000
+    computing = told["processes"]["computing"]
+    assert computing["predicted"] - 8 * MIB < computing["measured"] <= computing["predicted"]
+
+
 def test_text_is_printed_as_it_comes(model: Path, exact: Any) -> None:
     environment = os.environ | {"PYTHONPATH": str(SOURCES)}
     words = ["generate", model, "--prompt", "The quick", "--no-template", "--max-tokens", 60, "--memory", "300MiB"]

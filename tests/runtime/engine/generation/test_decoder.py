@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import answering
 import pytest
 import torch
 import transformers
@@ -186,3 +189,38 @@ def test_an_adapter_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
     ):
         problem_of(config, store, 4, 4, adapter=more)
     assert "model.layers.3.self_attn.q_proj.weight" not in entries
+
+
+HEAP = """
+import ctypes, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from answering import opened, plan_of, problem_of
+from reference import CONFIGS
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena b c d e f g h i j".split()]
+
+library = ctypes.CDLL("libc.so.6")
+library.mallinfo2.restype = Heap
+torch.set_num_threads(1)
+problem = problem_of(CONFIGS["llama"], Path(sys.argv[2]), 3200, 4)
+with opened(problem, plan_of(problem, ["packed"], 3200), Path(sys.argv[2])) as decoder:
+    decoder.run([1] * 40, lambda: None)
+    decoder.return_to(0)
+    held = [library.mallinfo2().arena]
+    decoder.run([1] * 3200, lambda: held.append(library.mallinfo2().arena))
+    print(max(held) - held[0])
+"""
+"""prints by how much the heap grows while a long prompt goes through the layers"""
+
+
+def test_the_heap_does_not_grow_with_a_prompt(tmp_path: Path) -> None:
+    """The buffers in which products with keys arrange their operands are there from the beginning; with each group of a prompt they
+    would become larger, and leave holes in the heap.
+    """
+    store = packed(save_model(tmp_path / "model", CONFIGS["llama"]))
+    words = [sys.executable, "-c", HEAP, str(Path(answering.__file__).parent), str(store)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 256 << 10
