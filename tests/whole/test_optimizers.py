@@ -60,7 +60,7 @@ def reference(name: str, module: torch.nn.Module) -> Callable[[], Any]:
     return kinds[name](parameters, lr=LR, **more).step  # type: ignore[no-any-return,operator]
 
 
-@pytest.mark.slow_but_for("lion")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OPTIMIZER_STATES if name != "adamw"])
 def test_runs_at_two_budgets_give_what_torch_does(
     name: str, measured: Profile, batches: list[Batch], tmp_path: Path

@@ -76,7 +76,7 @@ def test_no_schedule_is_faster_than_its_bounds(cut: Profile) -> None:
     assert bounds_of_schedules(random.Random(2), cut.model_copy(update={"device": device(per_instruction=20)}), 3)
 
 
-@pytest.mark.slow_but_for("experts")
+@pytest.mark.slow
 def test_plans_stay_within_their_budget_and_above_their_bound(cut: Profile) -> None:
     planner = ModelPlanner(cut.model_copy(update={"device": device(per_instruction=20)}))
     smallest = planner.minimum().peak_bytes

@@ -71,6 +71,7 @@ def test_an_empty_service_begins_with_the_example_planned(tmp_path):
         assert [profile["id"] for profile in profiles(http)] == [example["id"]]
 
 
+@pytest.mark.slow
 def test_who_has_a_profile_gets_no_example_and_who_deletes_it_not_again(tmp_path):
     with service(tmp_path) as http:
         assert profiles(http) == []

@@ -41,7 +41,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(tile: str, rows: str) ->
     assert max(of_gradients.values()) < 1e-4
 
 
-@pytest.mark.slow_but_for("all tokens", "half a row")
+@pytest.mark.slow_but_for("half a row")
 @pytest.mark.parametrize("tile", TILES)
 def test_the_loss_of_routers_is_that_of_transformers(tile: str) -> None:
     weights, data = random_weights(ROUTED, torch.float32), random_batch(ROUTED, BATCH, SEQ)
