@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
@@ -35,9 +36,11 @@ TIMEOUT = 60.0
 class Workshop:
     """A folder with the plans of one model, for one process and for a fleet's members."""
 
-    def __init__(self, folder: Path, micro_batches: int, *, layers: int = 2, lora: LoraConfig | None = None) -> None:
+    def __init__(
+        self, folder: Path, micro_batches: int, *, layers: int = 2, lora: LoraConfig | None = None, config: Any = CONFIG
+    ) -> None:
         self.folder, self.micro_batches = folder, micro_batches
-        traced = decoder_profile(folder, config={**CONFIG, "num_hidden_layers": layers}, lora=lora)
+        traced = decoder_profile(folder, config={**config, "num_hidden_layers": layers}, lora=lora)
         # One thread for each of several processes on two cores.
         profile = traced.model_copy(update={"device": traced.device.model_copy(update={"threads": 1})})
         self.profile = profile

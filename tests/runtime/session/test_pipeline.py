@@ -8,6 +8,7 @@ import time
 
 import pytest
 from fleets import BUDGET, Workshop, adapter_hash, ended, kill_training
+from reference import MIXTURE
 
 MICRO_BATCHES = 5
 OPTIONS = {"steps": 15, "lr": 1e-2, "seed": 3, "checkpoint_every": 5}
@@ -43,6 +44,17 @@ def test_the_adapter_is_that_of_one_uncut_process(workshop, expected, tmp_path, 
         report = json.loads((tmp_path / member.name / "report.json").read_text())
         assert report["fleet"]["updates"] == 3
         assert report["peak_bytes"]["measured"] < BUDGET
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", [[], [1]], ids=["experts everywhere", "experts but for one layer"])
+def test_what_routers_have_summed_up_goes_from_member_to_member(tmp_path, dense):
+    config = MIXTURE | {"output_router_logits": True, "router_aux_loss_coef": 0.7, "mlp_only_layers": dense}
+    workshop = Workshop(tmp_path / "workshop", MICRO_BATCHES, layers=4, config=config)
+    expected = workshop.alone(tmp_path / "alone", **OPTIONS)
+    found = ended(workshop.start(workshop.pipeline((2, 4), (1, 0, 0)), tmp_path, **OPTIONS))
+    assert [code for code, _ in found.values()] == [0, 0, 0], found
+    assert adapter_hash(tmp_path / "m0") == expected
 
 
 @pytest.mark.slow
