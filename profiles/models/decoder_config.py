@@ -265,8 +265,14 @@ def _mixture(config: dict[str, Any], layers: int) -> dict[str, Any]:
         "chosen": chosen,
         "expert_width": _whole(config, "moe_intermediate_size"),
         "shares": bool(config.get("norm_topk_prob", False)),
-        "router_loss": _number(config, "router_aux_loss_coef", 0.001) if config.get("output_router_logits") else None,
+        "router_loss": _router_loss(config),
     }
+
+
+def _router_loss(config: dict[str, Any]) -> float | None:
+    """The factor of the routers' loss; None where a config does not ask for that loss, or its factor is 0."""
+    asked = config.get("output_router_logits") and config.get("router_aux_loss_coef") != 0
+    return _number(config, "router_aux_loss_coef", 0.001) if asked else None
 
 
 def rope_kind(rope: Mapping[str, Any]) -> Any:

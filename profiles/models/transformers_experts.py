@@ -140,6 +140,8 @@ def router_loss_of(made: Any) -> RouterLoss | None:
     theirs = getattr(sys.modules[type(made).__module__], ROUTER_LOSS, None)
     if not getattr(made.config, "output_router_logits", False) or theirs is None:
         return None
+    if getattr(made, "router_aux_loss_coef", None) == 0:
+        return None
     sizes: list[Any] = [
         getattr(made, name, None) for name in ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
     ]

@@ -270,6 +270,22 @@ def test_the_loss_of_routers_is_that_of_transformers(family: str, tmp_path: Path
     assert differs == (family not in WITHOUT_ROUTER_LOSS)
 
 
+def test_another_loss_of_routers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = FAMILIES["Mixtral"] | {"output_router_logits": True}
+
+    def opened(config: dict[str, Any]) -> AnyDecoder:
+        return AnyDecoder(config, dtype=torch.float32, seq=SEQ, lora=LoraConfig(rank=RANK))
+
+    told = opened(asked).router_loss
+    assert told is not None
+    assert (told.chosen, told.coefficient, told.layers) == (2, 0.001, 2)
+    assert opened(asked | {"router_aux_loss_coef": 0.0}).router_loss is None
+    other = "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func"
+    monkeypatch.setattr(other, lambda *_: torch.tensor(3.0))
+    with pytest.raises(InputError, match="the loss of routers of MixtralForCausalLM is another than that of Switch Tr"):
+        opened(asked)
+
+
 @pytest.mark.slow_but_for("GPT-2")
 @pytest.mark.parametrize("family", HALVES)
 def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str, tmp_path: Path) -> None:

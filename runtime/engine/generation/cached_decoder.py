@@ -120,8 +120,8 @@ class CachedDecoder:
         """Let a group of tokens attend to a whole cache, and to half of it, and so on: matrix products keep the buffers in which they
         arrange their operands, and those of a cache that grows group by group would leave holes in the heap.
         """
-        seen = max(self.job.seen, key=lambda layer: (layer.heads * layer.width, layer.kv_heads))
-        keys, values = self.caches[self.job.seen.index(seen)].places
+        layers = zip(self.job.seen, (cache.places for cache in self.caches), strict=True)
+        seen, (keys, values) = max(layers, key=lambda layer: (layer[1][0].shape[1], layer[0].heads * layer[0].width))
         tokens = min(GROUP, keys.shape[1])
         q, angles = torch.zeros(tokens, seen.heads * seen.width), torch.zeros(tokens, seen.width // 2)
         out, count = (torch.empty_like(q), self._place("attention")), keys.shape[1]

@@ -54,3 +54,14 @@ def test_a_size_beyond_what_is_supported_is_refused_with_the_field_and_the_bound
 def test_what_is_no_models_config_is_none():
     for read in (None, [1], {}, {"architectures": ["x"]}, json.loads('"llama"')):
         assert text_config(read) is None
+
+
+def test_the_loss_of_routers_is_that_which_the_config_asks_for():
+    asked = MIXTURE | {"output_router_logits": True}
+    assert decoder_shape(MIXTURE).router_loss is None
+    assert decoder_shape(asked).router_loss == 0.001
+    assert decoder_shape(asked | {"router_aux_loss_coef": 0.02}).router_loss == 0.02
+    assert decoder_shape(asked | {"router_aux_loss_coef": 0.0}).router_loss is None
+    assert decoder_shape(CONFIGS["llama"] | {"output_router_logits": True}).router_loss is None
+    with pytest.raises(InputError, match="'router_aux_loss_coef' must be a positive number, not 'much'"):
+        decoder_shape(asked | {"router_aux_loss_coef": "much"})
