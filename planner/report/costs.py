@@ -80,21 +80,19 @@ class CostLedger:
 
     def ran(self) -> list[Operator]:
         """Every operator of the training step, as often as it runs, in order."""
-        return [
-            self.index.operators[instruction.layer][instruction.operator]
-            for instruction in self._instructions()
-            if isinstance(instruction, Run)
-        ]
+        return [self.index.operators[layer][position] for layer, position in self._runs()]
+
+    def _runs(self) -> list[tuple[str, int]]:
+        """(layer, position of an operator there) of each run, in order."""
+        return [(entry.layer, entry.operator) for entry in self._instructions() if isinstance(entry, Run)]
 
     def _again(self) -> list[tuple[str, int]]:
         ran: set[tuple[str, int]] = set()
         repeated = []
-        for instruction in self._instructions():
-            if isinstance(instruction, Run):
-                run = (instruction.layer, instruction.operator)
-                if run in ran:
-                    repeated.append(run)
-                ran.add(run)
+        for run in self._runs():
+            if run in ran:
+                repeated.append(run)
+            ran.add(run)
         return repeated
 
     def _instructions(self) -> Sequence[Instruction]:

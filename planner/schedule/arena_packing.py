@@ -261,11 +261,8 @@ class _TakenBefore:
         if count != self.count:
             low, high = self.low[resident], self.high[resident]
             parted = low[1:] > high[:-1]
-            lows, highs = (
-                [*low[:1].tolist(), *low[1:][parted].tolist()],
-                [*high[:-1][parted].tolist(), *high[-1:].tolist()],
-            )
-            self.count, self.ranges = count, list(zip(lows, highs, strict=True))
+            lows, highs = np.append(low[:1], low[1:][parted]), np.append(high[:-1][parted], high[-1:])
+            self.count, self.ranges = count, list(zip(lows.tolist(), highs.tolist(), strict=True))
         return self.ranges
 
 

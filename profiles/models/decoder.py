@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tightfit.profiles.models.decoder_config import DecoderShape
 from tightfit.profiles.models.experts import Experts
 from tightfit.profiles.models.lora import LoraConfig, Pair
-from tightfit.profiles.models.router_loss import RouterLoss, RouterSums, loss_of, sums_of_tiles
+from tightfit.profiles.models.router_loss import RouterLoss, RouterSums, sums_of_batch
 from tightfit.profiles.models.saved_modules import (
     SavedModule,
     TrainedEmbedding,
@@ -280,11 +281,11 @@ class Mixture(nn.Module):
         self.gate = Table(shape.experts, shape.hidden, dtype)
         self.experts = Experts(shape.experts, shape.hidden, shape.expert_width, shape.activation, dtype)
 
-    def forward(self, x: Tensor, sums: RouterSums | None = None) -> Tensor:
-        """`sums` get the router's scores."""
+    def forward(self, x: Tensor, routed: Callable[[Tensor], None] | None = None) -> Tensor:
+        """`routed` is called with the router's scores [T, experts]."""
         scores = frozen_linear(x, self.gate.weight, None, len(self.gate.weight))
-        if sums is not None:
-            sums.add(scores)
+        if routed is not None:
+            routed(scores)
         weights, index = torch.topk(torch.softmax(scores, dim=-1, dtype=torch.float32), self.chosen, dim=-1)
         if self.shares:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -311,15 +312,15 @@ class DecoderLayer(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         before: EarlierTiles | None = None,
-        sums: RouterSums | None = None,
+        routed: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, positions, before)
-        routed = (sums,) if isinstance(self.mlp, Mixture) else ()
+        told = (routed,) if isinstance(self.mlp, Mixture) else ()
         if not self.post_norms:
             x = x + attended
-            return x + self.mlp(self.post_attention_layernorm(x), *routed)  # type: ignore[no-any-return]
+            return x + self.mlp(self.post_attention_layernorm(x), *told)  # type: ignore[no-any-return]
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))  # type: ignore[no-any-return]
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), *told))  # type: ignore[no-any-return]
 
 
 class Table(nn.Module):
@@ -385,10 +386,10 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor]:
         positions, pairs = third_input(self.preference, third)
         embedded = self._embedded(input_ids)
-        sums = sums_of_tiles(self.router_loss, labels, len(embedded))
+        sums = sums_of_batch(self.router_loss, labels, len(embedded))
         tiles = self._through_layers(embedded, input_ids, positions, sums)
         loss, token_losses = self._losses(tiles, labels, pairs)
-        return loss + loss_of(sums) if sums else loss, token_losses
+        return loss if sums is None else loss + sums.loss(), token_losses
 
     def _losses(
         self, tiles: Sequence[Tensor], labels: Tensor, pairs: tuple[()] | tuple[Tensor, str, float]
@@ -410,9 +411,9 @@ class Decoder(nn.Module):
         return losses[0] if counted is None else torch.stack(losses).sum(), _joined(token_losses)
 
     def _through_layers(
-        self, tiles: list[Tensor], input_ids: Tensor, positions: Tensor | None, sums: Sequence[RouterSums]
+        self, tiles: list[Tensor], input_ids: Tensor, positions: Tensor | None, sums: RouterSums | None
     ) -> list[Tensor]:
-        """What the last layer makes of the embedded tiles; `sums` get the scores of the routers for each of them."""
+        """What the last layer makes of the embedded tiles; `sums` get the scores of the routers."""
         shape, seq = self.shape, input_ids.shape[1]
         places = torch.arange(seq, dtype=torch.float32)
         tables = {rotation: rotary_table(shape, places, *rotation) for rotation in sorted(set(shape.rotations))}
@@ -423,16 +424,16 @@ class Decoder(nn.Module):
         if positions is not None:
             rows, columns = max(1, len(tiles[0]) // seq), min(len(tiles[0]), seq)
             positions_of_tiles = [part for block in positions.split(rows) for part in block.split(columns, dim=1)]
-        sums_of: Sequence[RouterSums | None] = sums or [None] * len(tiles)
+        routed = [None if sums is None else partial(sums.add, tile=number) for number in range(len(tiles))]
         for number, layer in self.model.layers.named_children():
             window, rotation = shape.windows[int(number)], shape.rotations[int(number)]
             mask = masks.get(window) if window is not None else None
             made: list[Tensor] = []
             before: EarlierTiles | None = None
-            for tile, positions_of_tile, own_sums in zip(tiles, positions_of_tiles, sums_of, strict=True):
+            for tile, positions_of_tile, routed_of_tile in zip(tiles, positions_of_tiles, routed, strict=True):
                 if along_rows and len(made) * len(tile) % seq == 0:  # a row begins
                     before = EarlierTiles()
-                made.append(layer(tile, *tables[rotation], mask, positions_of_tile, before, own_sums))
+                made.append(layer(tile, *tables[rotation], mask, positions_of_tile, before, routed_of_tile))
             tiles = made
         return tiles
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,31 +22,26 @@ class RouterLoss:
     """that have a router; a trace may have fewer, where one stands for others"""
 
 
-@dataclass
 class RouterSums:
-    """Sums of the scores of all routers that a tile's tokens went through; `counted` float32 [T] tells them from padding."""
+    """Sums of the scores of all routers that the tokens of a batch go through, for each of its tiles by itself."""
 
-    told: RouterLoss
-    counted: Tensor
-    total: Tensor | None = None
+    def __init__(self, told: RouterLoss, counted: Tensor, tiles: int = 1) -> None:
+        """`counted`, float32 [T], tells tokens from padding (`counted_tokens`); each tile has equally many of them."""
+        self.told, self.counted = told, counted
+        self._parts = counted.chunk(tiles) if tiles > 1 else (counted,)
+        self._totals: list[Tensor | None] = [None] * tiles
 
-    def add(self, scores: Tensor) -> None:
-        """Add those of a layer, scores [T, experts]."""
-        self.total = router_totals(self.total, scores, self.counted, self.told.chosen)
+    def add(self, scores: Tensor, tile: int = 0) -> None:
+        """Add the scores [tokens of a tile, experts] of a layer's router."""
+        self._totals[tile] = router_totals(self._totals[tile], scores, self._parts[tile], self.told.chosen)
+
+    def loss(self) -> Tensor:
+        """The loss of the batch, float32 [], times its coefficient."""
+        totals = [total for total in self._totals if total is not None]
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+        return router_loss(total, self.counted, self.told.layers, self.told.coefficient)[0]  # type: ignore[no-any-return]
 
 
-def sums_of_tiles(told: RouterLoss | None, labels: Tensor, tiles: int) -> list[RouterSums]:
-    """A place for the sums of each tile, of equally many tokens; none without a loss. labels int64 [batch, seq]."""
-    if told is None:
-        return []
-    counted = counted_tokens(labels)
-    return [RouterSums(told, part) for part in (counted.chunk(tiles) if tiles > 1 else [counted])]
-
-
-def loss_of(sums: Sequence[RouterSums]) -> Tensor:
-    """The loss of a batch, float32 [], times its coefficient, given the sums of its tiles."""
-    totals = [each.total for each in sums if each.total is not None]
-    total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
-    counted = sums[0].counted if len(sums) == 1 else torch.cat([each.counted for each in sums])
-    told = sums[0].told
-    return router_loss(total, counted, told.layers, told.coefficient)[0]  # type: ignore[no-any-return]
+def sums_of_batch(told: RouterLoss | None, labels: Tensor, tiles: int = 1) -> RouterSums | None:
+    """A place for the sums of a batch, labels int64 [batch, seq]; None without a loss of routers."""
+    return None if told is None else RouterSums(told, counted_tokens(labels), tiles)

@@ -34,7 +34,7 @@ from tightfit.profiles.models.decoder import PAIRS_APART, adapt, slice_matrices,
 from tightfit.profiles.models.decoder_facts import DecoderFacts, FrozenTensor, buffer_value
 from tightfit.profiles.models.family import families
 from tightfit.profiles.models.lora import LoraConfig
-from tightfit.profiles.models.router_loss import RouterSums, loss_of, sums_of_tiles
+from tightfit.profiles.models.router_loss import RouterSums, sums_of_batch
 from tightfit.profiles.models.saved_modules import (
     PART,
     SavedModule,
@@ -139,7 +139,9 @@ class AnyDecoder(nn.Module):
         savable, padding = _savable(made, told_body), made.get_input_embeddings().padding_idx
         names = [peft_name(_our_name(one, made.base_model_prefix), told_body) for one, _ in made.named_modules()]
         _replace(body, dtype, self.context)
-        self.router_loss, self._sums = router_loss_of(made), list[RouterSums]()
+        self.router_loss = router_loss_of(made)
+        self._sums: RouterSums | None = None
+        """of the forward that runs"""
         for router, output in routers_of(made) if self.router_loss else ():
             router.register_forward_hook(functools.partial(self._routed, output))
         self.whole_head = head.bias is not None or (self.cap or 0.0) > MOST_CAP
@@ -211,16 +213,17 @@ class AnyDecoder(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor]:
         positions, pairs = third_input(self.preference, third)
         told = {} if positions is None else {"position_ids": positions}
-        self._sums = sums_of_tiles(self.router_loss, labels, 1)
+        self._sums = sums_of_batch(self.router_loss, labels)
         with self.recognition.active(positions):
             made = self.model(input_ids=input_ids, use_cache=False, **told)
         loss, token_losses = self._losses(made, labels, pairs)
-        return loss + loss_of(self._sums) if self._sums else loss, token_losses
+        return loss if self._sums is None else loss + self._sums.loss(), token_losses
 
     def _routed(self, output: int, router: nn.Module, given: Any, made: Any) -> None:
         """Sum up the scores that a router has made."""
-        for sums in self._sums:
-            sums.add((made[output] if isinstance(made, tuple) else made).reshape(sums.counted.shape[0], -1))
+        if self._sums is not None:
+            scores = made[output] if isinstance(made, tuple) else made
+            self._sums.add(scores.reshape(len(self._sums.counted), -1))
 
     def _losses(self, made: Any, labels: Tensor, pairs: tuple[()] | tuple[Tensor, str, float]) -> tuple[Tensor, Tensor]:
         """(loss, token losses), given what the body makes."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tightfit.profiles.models.experts import Experts
-from tightfit.profiles.models.router_loss import RouterLoss, RouterSums, loss_of
+from tightfit.profiles.models.router_loss import RouterLoss, RouterSums
 from tightfit.profiles.models.transformers_kernels import ACTIVATIONS, bare_copy, same, tried
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.cpu.gates import CLAMPED, gated
@@ -153,7 +153,7 @@ def router_loss_of(made: Any) -> RouterLoss | None:
         sums = RouterSums(RouterLoss(chosen, 1.0, len(scores)), torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]))
         for each in scores:
             sums.add(each)
-        if same(loss_of([sums]), theirs(scores, experts, chosen, sums.counted[None])):
+        if same(sums.loss(), theirs(scores, experts, chosen, sums.counted[None])):
             return RouterLoss(chosen, float(coefficient), routers)
     raise InputError(
         f"config field 'output_router_logits' is true: the loss of routers of {type(made).__name__} is another than that of Switch"

@@ -6,19 +6,7 @@ import pytest
 import torch
 
 from tightfit.profiles.devices.estimate import PRODUCTS
-from tightfit.runtime.engine.cpu import (
-    batch_norm,
-    cached_attention,
-    cross_entropy,
-    dora,
-    dropout,
-    lstm,
-    preference,
-    products,
-    router_loss,
-    tables,
-    tile_attention,
-)
+from tightfit.runtime.engine.cpu import products
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.start.kernel_warmup import warm_up
@@ -26,24 +14,12 @@ from tightfit.runtime.engine.training.job import PASSING
 
 GATHERING = {"tightfit.embed_rows", "tightfit.head_rows"}
 """they read rows and copy them"""
-MODULES = (
-    batch_norm,
-    cached_attention,
-    cross_entropy,
-    dora,
-    dropout,
-    lstm,
-    preference,
-    router_loss,
-    tables,
-    tile_attention,
-)
-CHOSEN = {name for name, call in OPERATORS.items() if call.__module__ in {module.__name__ for module in MODULES}} | {
-    "tightfit.head_weighted",
-    "tightfit.rotary",
-    "tightfit.rotary_backward",
-    "tightfit.experts",
-    "tightfit.experts_backward",
+MODULES = {
+    "batch_norm", "cached_attention", "cross_entropy", "dora", "dropout", "experts", "lstm", "preference", "rotary", "router_loss", "tables",
+    "tile_attention",
+}  # fmt: skip
+CHOSEN = {name for name, call in OPERATORS.items() if call.__module__.rpartition(".")[2] in MODULES} | {
+    "tightfit.head_weighted"
 }
 """of settings of LoRA that few choose, of pairs of answers, of tiles of a text, of mixtures, and of modules: a run that has them warms them itself, with its own
 shapes; and of answers, which no training process computes"""
