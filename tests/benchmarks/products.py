@@ -41,9 +41,10 @@ than ours with any number of rows. oneDNN's forward is half as fast again with 6
 result, is the reference implementation, thousands of times slower, so that matrices would be unpacked for it all the same, and two kernels
 would be there in the place of one; and no package has a oneDNN that can be called (PyTorch hides its own).
 
-**Where a step's time goes** (`tightfit plan` says it, by kind of operator). Qwen2.5-3B, 256 tokens, 700 MiB, the same machine, quiet: 9.77 s
+**Where a step's time goes** (`tightfit plan profile.json --memory 700MiB --no-rehearse --json` says it, by kind of operator, under
+`explanation.operators`). Qwen2.5-3B, 256 tokens, the same machine, quiet: 9.77 s
 a step, 3.16 TFLOP of products. 3.72 s are products of the backward (382 GFLOP/s), 3.48 s of the forward (410), 0.89 s the head (357),
-0.47 s attention (70), 0.43 s unpacking, 0.31 s what the LoRA pairs add in products of their own, 0.20 s gates, 0.10 s norms, 0.1 s moving. So a step takes 1.32 times what its
+0.47 s attention (70), 0.43 s unpacking, 0.31 s what the LoRA pairs add in products of their own, 0.20 s gates, 0.10 s norms, 0.1 s moving. So a step takes 1.35 times what its
 products would take at the rate of bare ones of 512 rows (436 GFLOP/s): 0.8 s because products with the transposed matrix and those with 256 rows run slower,
 bare ones as ours, 1.7 s for all that is no product. A pair inside a product costs 1 to 3 %; the order of its two sums makes no difference. What
 could still be taken is packing matrices in oneDNN's own order of blocks (445 GFLOP/s), forward alone."""
