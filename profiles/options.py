@@ -97,6 +97,11 @@ class ProfileOptions(Options):
         max_length=2560,
         pattern=r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$",
     )
+    lora_experts: bool = option(
+        False,
+        "Pairs for each expert of a mixture too, as PEFT has them with target_parameters.",
+        label="LoRA on experts",
+    )
     rank_pattern: Mapping[str, Annotated[int, Field(ge=1, le=LARGEST_RANK)]] | None = option(
         None,
         "Another rank where a layer's name ends so, such as q_proj=16.",

@@ -25,7 +25,12 @@ from tightfit.runtime.common.units import format_size
 T = TypeVar("T")
 FASTER = 2.0
 """how many times as fast the faster link is at which links are priced"""
-NOT_ADDED = {"rank_pattern": "rank_pattern", "use_dora": "dora", "modules_to_save": "modules_to_save"}
+NOT_ADDED = {
+    "rank_pattern": "rank_pattern",
+    "use_dora": "dora",
+    "modules_to_save": "modules_to_save",
+    "target_parameters": "lora_experts",
+}
 """settings of an adapter that rounds cannot add up, and the option that makes each"""
 
 

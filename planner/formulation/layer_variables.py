@@ -204,7 +204,7 @@ class LayerVariables:
             else:
                 unpacks.plus(not_unpacked)
                 reads.plus(on_disk)
-                if weight.recomputing:
+                if weight.recomputing and not weight.trained:  # values are fetched once, and stay for their update
                     rerun = self._all_again(self.kind.forward[weight.recomputing[0]].index)
                     # Unpacked by the recomputation and held until the backward's own use: no second unpacking.
                     carried = self._variable()

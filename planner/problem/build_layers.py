@@ -34,6 +34,7 @@ from tightfit.planner.problem.step_graph import (
 )
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.adapter import table_slice
 
 HEAD_CHUNK = "tightfit.head_chunk"
 MINOR_SHARE = 1 / 50
@@ -88,20 +89,16 @@ class _Splitter:
         return self.kind(name) not in ALWAYS and self.kind(name) != "weight"
 
     def _moves(self, name: str) -> bool:
-        """Whether a trainable's values may lie on disk between their uses: one layer alone uses it, the forward's uses are
-        never repeated, and the operator that completes its gradient reads it, so that its update follows its last use.
+        """Whether a trainable's values may lie on disk between their uses: one layer alone uses it, and its backward reads it, so that it
+        is there for its update.
         """
         storage, gradient = self.graph.storages[name], self.graph.storages.get(f"grad:{name}")
         if storage.kind != "trainable" or gradient is None or not gradient.producers:
             return False
         readers = [self.graph.steps[index] for index in storage.consumers]
-        layers = {step.layer for step in readers} | {self.graph.steps[index].layer for index in gradient.producers}
-        forward_readers = [step for step in readers if step.phase == "forward"]
-        return (
-            len(layers) == 1
-            and max(storage.consumers, default=-1) == max(gradient.producers)
-            and not any(step.recomputable for step in forward_readers)
-        )
+        layers = {step.layer for step in readers}
+        layers |= {self.graph.steps[index].layer for index in (*gradient.producers, *gradient.consumers)}
+        return len(layers) == 1 and any(step.phase == "backward" for step in readers)
 
     def _carried(self) -> set[str]:
         """Activations that the last layer's last forward operator makes and its first backward operator reads.
@@ -411,7 +408,8 @@ class _Splitter:
             recomputing = tuple(t for t, op in enumerate(forward) if value in op.weights and events.get(op.index))
             late = any(t > min(behind, default=-1) for k in recomputing for t in events[forward[k].index])
             if name in self.moving:
-                result[value] = self._moving_weight(tensor.bytes, ahead=bool(ahead), behind=behind)
+                updated_after = self._updated_after(layer, name, events)
+                result[value] = self._moving_weight(tensor.bytes, bool(ahead), behind, recomputing, updated_after)
                 continue
             users = {self.graph.steps[i].layer for i in self.graph.storages[name].consumers}
             modes = SHARED if len(users) > 1 else weight_modes(bool(ahead), bool(behind), len(recomputing), late=late)
@@ -438,16 +436,19 @@ class _Splitter:
         return result
 
     def _alike_slices(self, layer: int, weights: Mapping[str, LayerWeight]) -> dict[str, str]:
-        """Slice of a matrix -> the first slice of the same matrix of equal size and use. Of the head, which no other layer is like, each
-        is decided on by itself.
+        """Slice of a matrix -> the first slice of the same matrix of equal size and use, and small trainable -> the first one of equal use.
+        Slices of the head, which no other layer is like, and of what is trained in full are decided on one by one.
         """
         alike: dict[str, str] = {}
         first: dict[tuple[Any, ...], str] = {}
         if any(step.target == HEAD_CHUNK for step in self.steps[layer]["forward"]):
             return alike
+        small = sum(weight.bytes for weight in weights.values() if weight.trained) / 4
         for name, weight in weights.items():
             matrix, cut, _ = name.partition("[")
-            if cut:
+            if weight.trained and weight.bytes < small and not table_slice(self.graph.names[layer].get(name, name)):
+                like = first.setdefault(("trained", weight.modes), name)
+            elif cut:
                 use = (
                     weight.backward_uses,
                     len(weight.recomputing),
@@ -456,11 +457,15 @@ class _Splitter:
                     weight.repeated,
                 )
                 like = first.setdefault((matrix, weight.bytes, weight.packed_bytes, *use), name)
-                if like != name:
-                    alike[name] = like
+            else:
+                continue
+            if like != name:
+                alike[name] = like
         return alike
 
-    def _moving_weight(self, size: int, *, ahead: bool, behind: list[int]) -> LayerWeight:
+    def _moving_weight(
+        self, size: int, ahead: bool, behind: list[int], recomputing: tuple[int, ...], updated_after: int
+    ) -> LayerWeight:
         """A trainable of `size` bytes whose values may lie on disk, read by backward operations at positions `behind`."""
         read = self.profile.device.read
         return LayerWeight(
@@ -470,13 +475,27 @@ class _Splitter:
             read_seconds=transfer_seconds(read, size),
             read_compute_seconds=compute_seconds(read, size),
             backward_first=min(behind),
-            backward_last=max(behind),
+            backward_last=max(behind) if self.apart else updated_after,
             backward_uses=len(behind),
-            recomputing=(),
+            recomputing=recomputing,
             modes=MOVING if ahead else (MOVING[0], MOVING[-1]),
             unpacked_per_use=False,
             trained=True,
         )
+
+    def _updated_after(self, layer: int, name: str, events: dict[int, tuple[int, ...]]) -> int:
+        """The position of the backward operation after which a trainable is updated: its last possible reader, or the last that makes or
+        reads its gradient.
+        """
+        gradient = f"grad:{name}"
+        after = 0
+        for position, step in enumerate(self.steps[layer]["backward"]):
+            if name in step.inputs or gradient in (*step.inputs, *step.outputs):
+                after = position
+        for step in self.recomputable[layer].values():
+            if name in step.inputs:
+                after = max([after, *events.get(step.operator, ())])
+        return after
 
     def _updates(
         self, layer: int, local: dict[str, str], events: dict[int, tuple[int, ...]]
@@ -484,16 +503,9 @@ class _Splitter:
         window, tensors = 2 * self.count - 1 - layer, self.tensors
         names = [name for name, update_window in self.updated.items() if update_window == window]
         sizes = {name: aligned(self.graph.storages[name].bytes) for name in names}
-        positions = {step.operator: t for t, step in enumerate(self.steps[layer]["backward"])}
         result = []
         for name in names:
-            after = 0
-            for step in self.steps[layer]["backward"]:
-                if name in step.inputs or f"grad:{name}" in (*step.inputs, *step.outputs):
-                    after = max(after, positions[step.operator])
-            for step in self.recomputable[layer].values():
-                if name in step.inputs:
-                    after = max([after, *events.get(step.operator, ())])
+            after = self._updated_after(layer, name, events)
             seconds = tensors[name].update_seconds if name in tensors else 0.0
             apart = 0.0
             if self.apart and name in tensors:
@@ -565,7 +577,7 @@ def _events(
 
 
 MOVING = (
-    WeightMode("disk", "disk", "disk"),
+    WeightMode("disk", "disk", "unpacked"),
     WeightMode("unpacked", "disk", "unpacked"),
     WeightMode("unpacked", "unpacked", "unpacked"),
 )

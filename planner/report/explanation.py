@@ -19,6 +19,7 @@ from tightfit.planner.report.costs import Cost, CostLedger
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.schema import FrozenRecord
+from tightfit.runtime.engine.training.adapter import table_slice
 
 if TYPE_CHECKING:
     from tightfit.planner.protocol import Planner
@@ -340,13 +341,12 @@ def _remedies(plan: Plan, ledger: CostLedger, peak: PeakAccount) -> list[Remedy]
     """Estimates of what half the batch, half the sequence, half the adapter's rank, or frozen weights in 4 bits would save at the peak."""
     _, phase = _fullest(plan)
     trained = set(ledger.index.of_kind("trainable"))
-    tables = [tensor.name for tensor in plan.tensors if tensor.movable]
-    same_at_any_rank = (".lora_magnitude_vector.weight", *tables)  # as large whatever the rank
     by_tokens = by_rank = packed = 0
     for name, size in ledger.resident_at(phase, peak.instruction).items():
         kind = ledger.index.tensors[name].kind
         if kind in ("trainable", "optimizer") or name.removeprefix("grad:") in trained:
-            by_rank += 0 if name.endswith(same_at_any_rank) else size
+            same_at_any_rank = name.endswith(".lora_magnitude_vector.weight") or table_slice(name.rpartition(":")[2])
+            by_rank += 0 if same_at_any_rank else size
         elif kind in ("activation", "gradient", "batch"):
             by_tokens += size
         elif kind == "packed":

@@ -123,6 +123,7 @@ def adapter_words(lora: Mapping[str, Any]) -> str:
     dropout, saved = lora.get("lora_dropout"), lora.get("modules_to_save")
     method = "DoRA" if lora.get("use_dora") else "LoRA"
     words = f"{method} rank {lora['rank']}" + (f" with dropout {dropout:g}" if dropout else "")
+    words += ", on experts too" if lora.get("target_parameters") else ""
     return words + (f", {' and '.join(saved)} in full" if saved else "")
 
 

@@ -60,6 +60,8 @@ EFFICIENCY = {
     "tightfit.table_head_backward": 1.0,
     "tightfit.experts": 0.5,
     "tightfit.experts_backward": 0.5,
+    "tightfit.adapted_experts": 0.5,
+    "tightfit.adapted_experts_backward": 0.5,
 }
 """For operators whose matrix products and passes over memory do not overlap: the FLOP rate of their products divided by
 that of one large product of the same dtype (measured like `PASSES`)."""

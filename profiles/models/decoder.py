@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tightfit.profiles.models.decoder_config import DecoderShape
 from tightfit.profiles.models.experts import Experts
-from tightfit.profiles.models.lora import LoraConfig, Pair
+from tightfit.profiles.models.factor import Factor
+from tightfit.profiles.models.lora import OF_EXPERTS, LoraConfig, Pair
 from tightfit.profiles.models.router_loss import RouterLoss, RouterSums, sums_of_batch
 from tightfit.profiles.models.saved_modules import (
     SavedModule,
@@ -78,14 +79,6 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.unit_offset)[0]  # type: ignore[no-any-return]
-
-
-class Factor(nn.Module):
-    """One LoRA factor, float32."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=torch.float32))
 
 
 class Magnitude(nn.Module):
@@ -165,10 +158,19 @@ def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> 
     }
     for child, site in zip(found.values(), _sites(found)):
         child.site = site
-    chosen = lora.chosen(list(found), model)
+    experts = {
+        peft_name(name, body): child
+        for name, child in module.named_modules()
+        if isinstance(child, Experts) and child.adaptable
+    }
+    chosen_experts = lora.chosen_experts(list(experts), model)
+    parameters = [f"{name}.{parameter}" for name in chosen_experts for parameter in OF_EXPERTS]
+    chosen = lora.chosen(list(found), model, parameters)
     for name, pair in chosen.items():
         found[name].adapt(pair)
-    return lora.as_json(list(found), list(chosen), body)
+    for name, pair in chosen_experts.items():
+        experts[name].adapt(pair)
+    return lora.as_json(list(found), list(chosen), body, list(chosen_experts))
 
 
 def slice_matrices(module: nn.Module, rows: int | None) -> None:
@@ -448,7 +450,7 @@ class Decoder(nn.Module):
             tensors = [
                 (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in block.named_parameters()
             ]
-            pairs = [(child.pair, child.site) for child in block.modules() if isinstance(child, Projection)]
+            pairs = [(child.pair, getattr(child, "site", 0)) for child in block.modules() if hasattr(child, "pair")]
             # Behind a layer without experts the sums of a router come from further back than the layer before.
             alone = number if self.router_loss and not all(self.shape.mixtures) else None
             kinds.append((not kinds, wanted, window, rotation, tuple(tensors), tuple(pairs), alone))

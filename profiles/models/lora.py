@@ -25,7 +25,6 @@ NEUTRAL: Mapping[str, Any] = {
     "lora_bias": False,
     "use_qalora": False,
     "layer_replication": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "ensure_weight_tying": False,
     "exclude_modules": None,
@@ -44,9 +43,19 @@ BASE_CHANGED = re.compile(r"pissa.*|olora|corda.*|loftq|lora_ga")
 """Values at which the first pairs are taken out of the base's weights, whose values then differ from those of its files."""
 READ = (
     *("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *("alpha_pattern", "lora_dropout", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights"),
+    *(
+        "alpha_pattern",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "modules_to_save",
+        "init_lora_weights",
+        "target_parameters",
+    ),
 )
 """Fields that `from_peft` reads."""
+OF_EXPERTS = ("gate_up_proj", "down_proj")
+"""Parameters of a module with all experts of a layer that pairs are for, in the order in which PEFT nests them."""
 WITHOUT_EFFECT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),
@@ -90,6 +99,8 @@ class LoraConfig:
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     """Last names of modules that are trained in full: the embedding, the head."""
+    experts: bool = False
+    """Whether the experts of mixtures get pairs too, each for its two matrices."""
 
     def __post_init__(self) -> None:
         for name, rank in (
@@ -139,8 +150,8 @@ class LoraConfig:
         scale = alpha / (math.sqrt(rank) if self.rslora else rank)
         return Pair(rank=rank, scale=scale, dropout=self.dropout, dora=self.dora)
 
-    def chosen(self, layers: Sequence[str], model: str) -> dict[str, Pair]:
-        """The pairs of those of a model's linear `layers` that are chosen.
+    def chosen(self, layers: Sequence[str], model: str, others: Sequence[str] = ()) -> dict[str, Pair]:
+        """The pairs of those of a model's linear `layers` that are chosen. Patterns of ranks and alphas may be for `others`.
 
         Raises InputError for a name, pattern or layer number that chooses nothing.
         """
@@ -164,12 +175,39 @@ class LoraConfig:
             )
         for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
-                if not any(_matches(pattern, name) for name in found):
+                if not any(_matches(pattern, name) for name in (*found, *others)):
                     raise InputError(
                         f"{spelled(option)} {pattern!r} matches none of the chosen layers of {model}; they are called"
                         f" {', '.join(sorted({_last(name) for name in found}))}"
                     )
         return {name: self.pair(name) for name in found}
+
+    def chosen_experts(self, modules: Sequence[str], model: str) -> dict[str, Pair]:
+        """The pairs of the experts in `modules`, each those of a layer, that are chosen.
+
+        Raises InputError where experts are asked for and there are none, or what pairs of experts have no form of.
+        """
+        if not self.experts:
+            return {}
+        asked = spelled("lora_experts")
+        if not modules:
+            raise InputError(f"{asked}: {model} has no experts that pairs can be for; leave it out")
+        for option, value in (("lora_dropout", self.dropout), ("dora", self.dora)):
+            if value:
+                raise InputError(
+                    f"{asked}: pairs of experts have no {spelled(option)}, as in PEFT; leave one of them out"
+                )
+        found = {}
+        for name in modules:
+            if self.layers is None or self._number(name) in self.layers:
+                up, down = (self.pair(f"{name}.{parameter}") for parameter in OF_EXPERTS)
+                if up != down:
+                    raise InputError(
+                        f"{asked}: the pairs of {name} have ranks {up.rank} and {down.rank} and scales {up.scale:g} and {down.scale:g};"
+                        f" give both matrices of experts the same in {spelled('rank_pattern')} and {spelled('alpha_pattern')}"
+                    )
+                found[name] = up
+        return found
 
     def _number(self, name: str) -> int | None:
         return layer_number(name, self.layers_pattern)
@@ -185,9 +223,11 @@ class LoraConfig:
             return re.fullmatch(self.targets, name) is not None
         return any(_called(name, wanted) for wanted in self.names)
 
-    def as_json(self, layers: Sequence[str], chosen: Sequence[str], body: str = BODY) -> dict[str, Any]:
+    def as_json(
+        self, layers: Sequence[str], chosen: Sequence[str], body: str = BODY, experts: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """What a profile says of the adapter: rank, alpha, and the fields of PEFT's adapter_config.json that are not at
-        their defaults. `layers` are all names that could be chosen.
+        their defaults. `layers` are all names that could be chosen, `experts` the modules whose experts have pairs.
         """
         said: dict[str, Any] = {"rank": self.rank, "alpha": self.scaled_alpha}
         said |= _peft_targets(self, layers, chosen, body)
@@ -198,6 +238,7 @@ class LoraConfig:
             "use_rslora": self.rslora,
             "use_dora": self.dora,
             "modules_to_save": list(self.modules_to_save),
+            "target_parameters": [f"{name}.{parameter}" for name in experts for parameter in OF_EXPERTS],
         }
         return said | {name: value for name, value in optional.items() if value}
 
@@ -282,6 +323,7 @@ def from_peft(place: Path) -> LoraConfig:
         kind = said.get("peft_type") if isinstance(said, dict) else None
         raise InputError(f"{path}: peft_type is {kind!r} and not 'LORA'; tightfit trains LoRA adapters")
     _refuse_unlike(path, said)
+    _check_parameters(path, said.get("target_parameters"))
     try:
         return _settings(said)
     except (TypeError, ValueError, AttributeError) as error:
@@ -309,6 +351,21 @@ def _refuse_unlike(path: Path, said: Mapping[str, Any]) -> None:
     raise InputError(f"{path}: init_lora_weights is {start!r}, a start that tightfit does not have; train with another")
 
 
+def _check_parameters(path: Path, targets: Any) -> None:
+    """Raise InputError for `target_parameters` other than both matrices of experts."""
+    names = targets if isinstance(targets, list) else [targets] if targets else []
+    modules: dict[str, set[str]] = {}
+    for name in map(str, names):
+        module, _, parameter = name.rpartition(".")
+        modules.setdefault(module, set()).add(parameter)
+    for module, parameters in modules.items():
+        if parameters != set(OF_EXPERTS):
+            raise InputError(
+                f"{path}: target_parameters has {', '.join(sorted(parameters))} of {module or 'a module'}, and tightfit has pairs for"
+                f" {' and '.join(OF_EXPERTS)} of experts, both or none; train without them"
+            )
+
+
 def _settings(said: Mapping[str, Any]) -> LoraConfig:
     """The settings that the fields of an adapter_config.json stand for."""
     targets, layers = said.get("target_modules"), said.get("layers_to_transform")
@@ -325,6 +382,7 @@ def _settings(said: Mapping[str, Any]) -> LoraConfig:
         rslora=bool(said.get("use_rslora")),
         dora=bool(said.get("use_dora")),
         modules_to_save=tuple(said.get("modules_to_save") or ()),
+        experts=bool(said.get("target_parameters")),
     )
 
 
@@ -348,7 +406,7 @@ def check_planned(place: Path, planned: Mapping[str, Any], layers: Iterable[str]
                 )
 
 
-OF_LORA = ("rank", "alpha", "targets", "layers", "dropout")
+OF_LORA = ("rank", "alpha", "targets", "layers", "dropout", "experts")
 """fields of `LoraConfig` whose options' names say that they are of LoRA"""
 
 

@@ -71,7 +71,9 @@ def replace_experts(module: nn.Module) -> Experts | None:
     given_to_ours = x, index, weights, gate_up, down, up_bias if biased else None, down_bias if biased else None
     for name in (*ACTIVATIONS, *_clamped(module)):
         if made is not None and same(_plainly(*given_to_ours, name), made):
-            return Experts(count, hidden, width, name, own[DOWN].dtype, biased=biased)
+            ours = Experts(count, hidden, width, name, own[DOWN].dtype, biased=biased)
+            ours.adaptable = not turned  # PEFT's pairs are for matrices with gates and ups in turn
+            return ours
     return None
 
 

@@ -48,7 +48,8 @@ def stacked_tensor(entry: Entry, parts: Sequence[str], load: Callable[[str], Fil
     """A tensor of all experts, to be packed as `entry`, of the tensors `parts` of single ones."""
     stored = [load(part) for part in parts]
     origins = [f"{one.file.path}: tensor {one.name!r}" for one in stored]
-    return SourceTensor(entry=entry, rows=_stacked_rows(stored, entry.shape), origins=origins)
+    names = [one.name for one in stored]
+    return SourceTensor(entry=entry, rows=_stacked_rows(stored, entry.shape), origins=origins, parts=names)
 
 
 def _stacked_rows(stored: Sequence[FileTensor], shape: Sequence[int]) -> Callable[[int, int], Tensor]:

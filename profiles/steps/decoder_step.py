@@ -103,6 +103,7 @@ def adapter_of(options: ProfileOptions) -> LoraConfig:
             "alpha": options.lora_alpha,
             "targets": options.lora_targets,
             "layers": None if layers is None else layer_numbers(layers),
+            "experts": options.lora_experts,
             "rank_pattern": options.rank_pattern,
             "alpha_pattern": options.alpha_pattern,
             "dropout": options.lora_dropout,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # these import PyTorch
 
 DTYPES = ("bfloat16", "float32")
 LORA = (
-    "lora_rank", "lora_alpha", "lora_targets", "lora_layers", "rank_pattern", "alpha_pattern", "lora_dropout", "rslora", "dora", "adapter",
+    "lora_rank", "lora_alpha", "lora_targets", "lora_layers", "lora_experts", "rank_pattern", "alpha_pattern", "lora_dropout", "rslora", "dora", "adapter",
 )  # fmt: skip
 """options of an adapter's pairs"""
 

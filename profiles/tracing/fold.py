@@ -29,6 +29,8 @@ SLICED = {
     "tightfit.projection_backward": (1,),
     "tightfit.experts": (4, 5, 6, 7),
     "tightfit.experts_backward": (6, 7, 8, 9),
+    "tightfit.adapted_experts": (4, 5, 6, 7),
+    "tightfit.adapted_experts_backward": (6, 7, 8, 9),
 }
 """operators that may read slices of the rows of frozen matrices, and the places of these arguments"""
 ATTENTION = {"tightfit.attention": 2, "tightfit.attention_backward": 5}  # products of seq x seq x head_dim each

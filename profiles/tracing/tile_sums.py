@@ -1,21 +1,22 @@
 """Gradients that several operators of a layer contribute to, summed in float32 and in place: those of keys and values that several
-tiles of a row attend to, that of what a matrix in slices multiplies, and what the experts of a mixture make.
+tiles of a row attend to, that of what a matrix in slices multiplies, what the experts of a mixture make, and those of their pairs.
 
 Autograd adds what each tile contributes, rounded to the keys' type, in an operator of its own. `fuse_sums` has
-`tightfit.tile_attention_backward` add to the sums of the tiles behind it; `sums_in_place` then gives a new sum the storage of the
-old one, so that a key tile has one sum, however many tiles contribute.
+`tightfit.tile_attention_backward`, and the experts' backward, add to the sums of the tiles behind it; `sums_in_place` then gives a new
+sum the storage of the old one, so that a key tile has one sum, and a pair one gradient, however many tiles contribute.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from tightfit.profiles.schema import Operator, Program
+from tightfit.profiles.tracing.expert_ops import adapted_experts_backward
 from tightfit.profiles.tracing.inference import renamed
 from tightfit.profiles.tracing.tile_ops import tile_attention_backward
 
@@ -24,8 +25,14 @@ aten = torch.ops.aten
 BACKWARD = "tightfit.tile_attention_backward"
 SLICE_BACKWARD = "tightfit.projection_backward"
 ADDEND_AT, DTYPE_AT = 4, 5
-TOTALS = {"tightfit.experts": 1, "tightfit.experts_backward": 2}
-"""operators whose first arguments are sums so far, and the first outputs the new ones -> how many"""
+TOTALS = {
+    "tightfit.experts": ((0, 0),),
+    "tightfit.experts_backward": ((0, 0), (1, 1)),
+    "tightfit.adapted_experts": ((0, 0),),
+    "tightfit.adapted_experts_backward": ((0, 0), (1, 1), (18, 4), (19, 5), (20, 6), (21, 7)),
+}
+"""operators that are given sums so far -> the place of each among the arguments, and of the new one among the outputs"""
+OF_PAIRS = TOTALS["tightfit.adapted_experts_backward"][2:]
 KEYS_AT = 2
 SUMS_AT = 7, 8
 """places of the arguments that are the sums so far, of keys and of values"""
@@ -40,21 +47,52 @@ def fuse_sums(graph: fx.Graph) -> None:
             continue
         items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
         contributed = [_added(items.get(index)) for index in range(1, 1 + 2 * tiles)]
-        before = [None if found is None else found[2] for found in contributed]
-        if any(old is None or order[old] > order[node] for old in before):
+        before = _before(contributed, node, order)
+        if not before:
             continue
         updated = list(node.args)
         updated[SUMS_AT[0]], updated[SUMS_AT[1]] = before[:tiles], before[tiles:]
         node.args = tuple(updated)
-        for found in contributed:
-            assert found is not None
-            addition, own, _ = found
-            other = next(argument for argument in addition.all_input_nodes if argument is not own)
-            _take_over(own, addition)
-            addition.replace_all_uses_with(own)
-            graph.erase_node(addition)
-            if not other.users and other.target is aten._to_copy.default:
-                graph.erase_node(other)
+        _leave_out(graph, contributed)
+    for node in graph.find_nodes(op="call_function", target=adapted_experts_backward):
+        items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+        contributed = [_added(items.get(new)) for _, new in OF_PAIRS]
+        first = node  # of the calls for the experts of a tile, each of which goes on with the sums of the call before
+        while first.args[0] is not None:
+            first = first.args[0].args[0]
+        before = _before(contributed, first, order)
+        if not before:
+            continue
+        updated = list(first.args)
+        for (place, _), old in zip(OF_PAIRS, before, strict=True):
+            updated[place] = old
+        first.args = tuple(updated)
+        _leave_out(graph, contributed)
+
+
+Contribution = tuple[fx.Node, fx.Node, fx.Node]
+"""what `_added` returns"""
+
+
+def _before(contributed: Sequence[Contribution | None], node: fx.Node, order: Mapping[fx.Node, int]) -> list[fx.Node]:
+    """What other tiles have made of the sums that a tile contributes to, from its operator `node` on; none unless all of it is there by
+    then.
+    """
+    before = [found[2] for found in contributed if found is not None]
+    return before if len(before) == len(contributed) and all(order[old] < order[node] for old in before) else []
+
+
+def _leave_out(graph: fx.Graph, contributed: Iterable[Contribution | None]) -> None:
+    """Remove autograd's additions, whose sums the contributions are now."""
+    for found in contributed:
+        assert found is not None
+        addition, own, _ = found
+        other = next(argument for argument in addition.all_input_nodes if argument is not own)
+        _take_over(own, addition)
+        addition.replace_all_uses_with(own)
+        graph.erase_node(addition)
+        if not other.users and other.target is aten._to_copy.default:
+            graph.erase_node(other)
 
 
 def _take_over(node: fx.Node, replaced: fx.Node) -> None:
@@ -67,7 +105,7 @@ def _take_over(node: fx.Node, replaced: fx.Node) -> None:
         maker.meta["val"] = values  # type: ignore[union-attr]
 
 
-def _added(item: fx.Node | None) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def _added(item: fx.Node | None) -> Contribution | None:
     """Where a contribution is used once, in an addition to an earlier tile's: the addition, the contribution as it is added,
     and what the other tile made.
     """
@@ -84,7 +122,7 @@ def _added(item: fx.Node | None) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         return None
     other = next(argument for argument in user.all_input_nodes if argument is not own)
     made = other.all_input_nodes[0] if other.target is aten._to_copy.default else other
-    is_sum = made.target is operator.getitem and made.args[0].target is tile_attention_backward  # type: ignore[union-attr]
+    is_sum = made.target is operator.getitem and made.args[0].target is item.args[0].target  # type: ignore[union-attr]
     alone = len(other.users) == 1 and (made is other or len(made.users) == 1)
     return (user, own, made) if is_sum and alone else None
 
@@ -117,7 +155,8 @@ def _sums(step: Operator) -> Iterable[tuple[Any, str | None]]:
     if step.target == BACKWARD and step.args[SUMS_AT[0]] is not None:
         return zip([*step.args[SUMS_AT[0]], *step.args[SUMS_AT[1]]], step.outputs[1:-1], strict=True)
     if step.target in TOTALS:
-        return [pair for pair in zip(step.args[: TOTALS[step.target]], step.outputs) if pair[0] is not None]
+        places = TOTALS[step.target]
+        return [(step.args[old], step.outputs[new]) for old, new in places if step.args[old] is not None]
     if step.target == SLICE_BACKWARD and len(step.args) > DTYPE_AT and step.args[DTYPE_AT] and step.args[ADDEND_AT]:
         return [(step.args[ADDEND_AT], step.outputs[0])]
     return []

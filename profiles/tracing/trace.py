@@ -35,7 +35,7 @@ from tightfit.profiles.schema import Layer, Operand, Operator, Program, Tensor, 
 from tightfit.profiles.tracing.batch_norm_ops import EVALUATED, keep_statistics, refuse_averages
 from tightfit.profiles.tracing.eager_steps import EagerSteps, StepError, refuse_changed
 from tightfit.profiles.tracing.fewer_saved import save_less
-from tightfit.profiles.tracing.fold import ONCE, Role, constant_made, fold
+from tightfit.profiles.tracing.fold import Role, constant_made, fold
 from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
 from tightfit.profiles.tracing.loss_function import loss_maker
@@ -760,7 +760,6 @@ def global_tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Ten
     for layer in layers:
         program = by_name[layer.program]
         used = {name for op in program.operators for name in (*op.inputs, *op.outputs) if name}
-        movable = {name for op in program.operators if op.target in ONCE for name in op.inputs}
         for value in program.values:
             name = layer.bindings.get(value.name)
             if name is not None and name not in tensors and value.name in used:
@@ -770,6 +769,6 @@ def global_tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Ten
                     shape=value.shape,
                     dtype=value.dtype,
                     bytes=value.bytes,
-                    movable=value.kind == "trainable" and value.name in movable,
+                    movable=value.kind == "trainable",
                 )
     return list(tensors.values())

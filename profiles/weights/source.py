@@ -60,6 +60,8 @@ class SourceTensor:
     """In words, for errors: the file that holds it, and what it is called there."""
     origins: Sequence[str] = ()
     """The same of each of several tensors of equal height whose rows, one below the other, are its rows."""
+    parts: Sequence[str] = ()
+    """What files call these."""
     stored: StoredTensor | None = None
     """None: no file holds it as it is."""
 

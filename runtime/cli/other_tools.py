@@ -72,6 +72,8 @@ OTHER_NAMES = {
     "sequence_len": "seq",
     "steps_per_eval": "eval_every",
     "target_modules": "lora_targets",
+    "target_parameters": "lora_experts",
+    "lora_target_parameters": "lora_experts",
     "test_file": "eval",
     "torch_dtype": "dtype",
     "train_data": "data",

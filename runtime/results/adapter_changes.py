@@ -10,43 +10,58 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tightfit.profiles.models.lora import LoraConfig, Pair, from_peft
+from tightfit.profiles.models.lora import OF_EXPERTS, LoraConfig, Pair, from_peft
+from tightfit.profiles.sources.stacked_experts import spans
 from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.profiles.weights.tensor_file import TensorFile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.engine.training.adapter import BODY, MAGNITUDE, PREFIX, WEIGHTS
+from tightfit.runtime.engine.training.adapter import BODY, MAGNITUDE, PREFIX, WEIGHTS, peft_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 LENGTHS = MAGNITUDE.removesuffix(".weight")
+NESTED = ".base_layer"
+"""end of what PEFT calls the pairs of the first of two matrices of experts"""
 ADVICE = "give the folder of an adapter, such as a run's OUT/adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightChange:
-    """W becomes W + scale * B A; with DoRA each row of that is brought to its length in `magnitude`."""
+    """W becomes W + scale * B A; with DoRA each row of that is brought to its length in `magnitude`. Where the matrices of several
+    `experts` stand below one another in W, so do their A, and columns of B belong to one expert after the other.
+    """
 
     a: Tensor
-    """float32 [rank, inputs]"""
+    """float32 [experts * rank, inputs]"""
     b: Tensor
-    """float32 [outputs, rank]"""
+    """float32 [outputs of an expert, rank * experts]"""
     scale: float
     magnitude: Tensor | None = None
     """float32 [outputs]"""
+    experts: int = 1
 
     def rows(self, weight: Tensor, start: int) -> Tensor:
         """The changed rows of W from row `start` on, for the rows `weight`, float32 [n, inputs]."""
         import torch
 
         stop = start + len(weight)
+        if self.experts > 1:
+            parts = weight.split([last - first for _, first, last in spans(start, stop, len(self.b))])
+            own = zip(spans(start, stop, len(self.b)), parts, strict=True)
+            return torch.cat([self._of_expert(number).rows(part, first) for (number, first, _), part in own])
         changed = torch.addmm(weight, self.b[start:stop], self.a, alpha=self.scale)
         if self.magnitude is None:
             return changed
         lengths: Tensor = torch.ops.aten.linalg_vector_norm.default(changed, 2, [1])
         return changed * (self.magnitude[start:stop] / lengths).view(-1, 1)
+
+    def _of_expert(self, number: int) -> WeightChange:
+        rank = len(self.a) // self.experts
+        a, b = self.a[rank * number : rank * (number + 1)], self.b[:, number :: self.experts]
+        return WeightChange(a=a, b=b, scale=self.scale)
 
     def columns(self, weight: Tensor, start: int) -> Tensor:
         """The changed columns of W from column `start` on, for the columns `weight`, float32 [n, outputs]: what a file holds that
@@ -64,7 +79,7 @@ class AdapterFolder:
     """
 
     def __init__(self, folder: Path, body: str = BODY) -> None:
-        self.folder = folder
+        self.folder, self._body = folder, body
         self.settings: LoraConfig = from_peft(folder)
         path = folder / WEIGHTS
         if not path.is_file():
@@ -87,13 +102,24 @@ class AdapterFolder:
             if in_full:
                 self.tables[name_here] = key
             else:
-                self._layers[f"{name_here}.weight"] = stem
+                self._layers[self._weight_of(name_here)] = stem
         for weight, layer in self._layers.items():
             pair_parts = [A, B, *([LENGTHS] if self.settings.dora else [])]
             if missing := next((part for part in pair_parts if f"{PREFIX}{layer}{part}" not in tensors), None):
                 raise InputError(
                     f"{path}: no tensor {PREFIX}{layer}{missing} beside the others of {weight}; copy the adapter again"
                 )
+
+    def _weight_of(self, layer: str) -> str:
+        """Our name of the weight of a layer by PEFT's name, which nests the pairs of a module with experts."""
+        gate_up, down = OF_EXPERTS
+        if self.settings.experts and layer.endswith(NESTED):
+            return f"{layer.removesuffix(NESTED)}.{gate_up}"
+        nested = f"{PREFIX}{self._peft_name(layer)}{NESTED}{A}"
+        return f"{layer}.{down}" if self.settings.experts and nested in self._file.tensors else f"{layer}.weight"
+
+    def _peft_name(self, name: str) -> str:
+        return peft_name(name, self._body)
 
     @property
     def weights(self) -> list[str]:
@@ -106,7 +132,7 @@ class AdapterFolder:
         if layer is None:
             return None
         pair = self.settings.pair(layer)
-        for part, size in self._parts(pair, shape).items():
+        for part, size in self._parts(weight, pair, shape).items():
             self._check(f"{PREFIX}{layer}{part}", size)
         return pair
 
@@ -117,14 +143,25 @@ class AdapterFolder:
         pair = self.pair(weight, shape)
         if pair is None:
             return None
-        keys = {part: f"{PREFIX}{self._layers[weight]}{part}" for part in self._parts(pair, shape)}
+        keys = {part: f"{PREFIX}{self._layers[weight]}{part}" for part in self._parts(weight, pair, shape)}
         factors = {part: self._rows(key, 0, self._file.tensors[key][1][0]) for part, key in keys.items()}
-        return WeightChange(a=factors[A], b=factors[B], scale=pair.scale, magnitude=factors.get(LENGTHS))
+        experts = self._experts(weight, pair)
+        return WeightChange(
+            a=factors[A], b=factors[B], scale=pair.scale, magnitude=factors.get(LENGTHS), experts=experts
+        )
 
-    def _parts(self, pair: Pair, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def _experts(self, weight: str, pair: Pair) -> int:
+        """How many experts have their matrices in a weight, of which each has a pair; 1 for any other weight."""
+        if not (self.settings.experts and weight.endswith(OF_EXPERTS)):
+            return 1
+        return max(1, self._file.tensors[f"{PREFIX}{self._layers[weight]}{A}"][1][0] // pair.rank)
+
+    def _parts(self, weight: str, pair: Pair, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shapes of a pair's tensors, by the ends of their names."""
         outputs, inputs = shape
-        parts: dict[str, tuple[int, ...]] = {A: (pair.rank, inputs), B: (outputs, pair.rank)}
+        experts = self._experts(weight, pair)
+        rank = experts * pair.rank
+        parts: dict[str, tuple[int, ...]] = {A: (rank, inputs), B: (outputs // experts, rank)}
         return parts | ({LENGTHS: (outputs,)} if pair.dora else {})
 
     def table(self, weight: str, shape: tuple[int, ...]) -> Callable[[int, int], Tensor]:

@@ -87,6 +87,11 @@ def merge(
     from tightfit.runtime.results.adapter_changes import AdapterFolder
 
     adapter_tensors = AdapterFolder(folder, source.config.get("adapter_body", BODY))
+    if format == "gguf" and adapter_tensors.settings.experts:
+        raise InputError(
+            f"{folder}: has pairs for experts, which are not written in GGUF; merge it without {spelled('format', 'gguf')} and convert"
+            " the result with llama.cpp's convert_hf_to_gguf.py"
+        )
     with _one_thread():
         if format == "safetensors":
             from tightfit.runtime.results.merged_directory import write_safetensors

@@ -58,6 +58,7 @@ class MergedTensors:
         for source in self._tensors.values():
             if source.stored is not None:
                 by_key |= dict.fromkeys(source.stored.parts or (source.stored.key,), source)
+        parts = {part: (one, number) for one in self._tensors.values() for number, part in enumerate(one.parts)}
         quantised = any(source.stored and source.stored.parts for source in self._tensors.values())
         seen: set[str] = set()
         for path in checkpoint_files(Path(self.source.path)):
@@ -66,6 +67,10 @@ class MergedTensors:
                 tensor = by_key.get(key)
                 if tensor is None and self.untied and text_name(key) == self.head:
                     continue  # a copy of the embedding, in whose place comes a head of its own
+                if key in parts:  # a matrix of one expert, of those that stand below one another in our tensor
+                    stacked, number = parts[key]
+                    yield self._of_file(file, key, stacked, number * (stacked.entry.rows // len(stacked.parts)))
+                    continue
                 if tensor is None and quantised and kind not in PUBLISHED:
                     raise InputError(
                         f"{path}: tensor {key!r} ({kind}) is quantised and belongs to no part of the model that tightfit reads; use"
@@ -77,8 +82,10 @@ class MergedTensors:
                     seen.add(tensor.stored.key)
                     yield self._of_source(tensor, tensor.stored.key, self._unpacked)
 
-    def _of_file(self, file: TensorFile, key: str, tensor: SourceTensor | None) -> TensorItem:
-        """A tensor that its file holds in floating-point numbers, or of which tightfit knows nothing."""
+    def _of_file(self, file: TensorFile, key: str, tensor: SourceTensor | None, first: int = 0) -> TensorItem:
+        """A tensor that its file holds in floating-point numbers, or of which tightfit knows nothing; `first`: which row of ours its
+        first one is.
+        """
         kind, shape = file.tensors[key]
         file_dtype = _OWN_NAMES.get(kind)
         dtype = self._dtype if self._dtype and kind in PUBLISHED else file_dtype
@@ -99,10 +106,13 @@ class MergedTensors:
             if change is not None and transposed:
                 yield from _transposed(file, key, shape, change)
                 return
+            if change is not None:
+                for start, stop in blocks(_product(shape[:-1]), shape[-1]):
+                    yield change.rows(file.matrix_rows(key, start, stop).float(), first + start)
+                return
             columns = 1 if len(shape) < 2 else max(1, _product(shape[1:]))
             for start, stop in blocks(shape[0] if shape else 1, columns):
-                rows = file.rows(key, start, stop).float()
-                yield rows if change is None else change.rows(rows, start)
+                yield file.rows(key, start, stop).float()
 
         return _item(key, dtype, shape, values)
 

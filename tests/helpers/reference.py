@@ -149,6 +149,7 @@ def peft_name(name: str, theirs: Mapping[str, Any]) -> str:
     for candidate in (
         f"base_model.model.{name}",
         f"base_model.model.{stem}.base_layer.{last}",
+        f"base_model.model.{stem}.base_layer.base_layer.{last}",
         f"base_model.model.{stem}.default.{last}",
     ):
         if candidate in theirs:

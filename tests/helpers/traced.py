@@ -55,9 +55,11 @@ def trace_step(module: torch.nn.Module, batch: int, seq: int, tiles: int = 1) ->
     return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, tiles=tiles)
 
 
-def random_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def random_weights(
+    config: dict[str, Any], dtype: torch.dtype, lora: LoraConfig | None = None
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    module = Decoder(decoder_shape(config), dtype=dtype, lora=LoraConfig(rank=RANK, alpha=ALPHA))
+    module = Decoder(decoder_shape(config), dtype=dtype, lora=lora or LoraConfig(rank=RANK, alpha=ALPHA))
     return {
         n: (torch.randn(p.shape) * (0.5 if p.dim() == 1 else 0.08)).to(dtype).to(p.dtype)
         for n, p in module.named_parameters()

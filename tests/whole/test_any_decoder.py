@@ -69,13 +69,15 @@ HALVES = ("Llama, yarn scaling", "Qwen3", "Qwen3.5 (text)", "Gemma 2", "Gemma 4 
 class Case:
     """A family's tiny model on both sides, with the same weights: those of the store."""
 
-    def __init__(self, config: dict[str, Any], folder: Path, dtype: str, written: str = "") -> None:
-        """`written`: config.json, where it is another text than `config`."""
+    def __init__(
+        self, config: dict[str, Any], folder: Path, dtype: str, written: str = "", *, experts: bool = False
+    ) -> None:
+        """`written`: config.json, where it is another text than `config`. `experts`: with pairs for those of mixtures."""
         self.model = checkpoint(config, folder)
         (folder / "config.json").write_text(written or json.dumps(config))
         self.source = any_directory_source(folder)
         self.body = self.source.config.get("adapter_body", BODY)
-        lora = LoraConfig(rank=RANK, alpha=ALPHA)
+        lora = LoraConfig(rank=RANK, alpha=ALPHA, experts=experts)
         self.traced: Trace
         self.traced, decoder = trace_any_decoder(self.source, BATCH, SEQ, lora, dtype, lambda *_: None)
         self.rows_apart = decoder.rows_apart
@@ -94,7 +96,8 @@ class Case:
             self.weights[name] = self.weights[name].to(kind)
         take(self.model, self.weights, config, self.body)
         self.place = folder / "adapter"
-        write_adapter(self.place, {"rank": RANK, "alpha": ALPHA}, self.trained, self.body)
+        told = decoder.lora if experts else {"rank": RANK, "alpha": ALPHA}
+        write_adapter(self.place, told, self.trained, self.body)
 
     def theirs(self, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, torch.Tensor]]:
         """(loss, LoRA gradients) by transformers + autograd and peft, which reads the adapter as a run writes it; `logits` are
@@ -268,6 +271,21 @@ def test_the_loss_of_routers_is_that_of_transformers(family: str, tmp_path: Path
     assert (loss > plain_loss + 0.5) == (family not in WITHOUT_ROUTER_LOSS)
     differs = any(relative_error(gradients[name], plain[name]) > 1e-3 for name in plain)
     assert differs == (family not in WITHOUT_ROUTER_LOSS)
+
+
+@pytest.mark.slow_but_for("Mixtral")
+@pytest.mark.parametrize("family", MIXTURES)
+def test_pairs_of_experts_are_those_of_peft(family: str, tmp_path: Path) -> None:
+    config = FAMILIES[family] | {"output_router_logits": family not in WITHOUT_ROUTER_LOSS}
+    if family == "gpt-oss":
+        with pytest.raises(InputError, match="gpt_oss model has no experts that pairs can be for; leave it out"):
+            Case(config, tmp_path, "float32", experts=True)
+        return
+    case = Case(config, tmp_path, "float32", experts=True)
+    (loss, gradients), (own_loss, own) = case.theirs(), case.ours()
+    assert any("experts.base_layer.lora_A" in name for name in own)
+    assert own_loss == pytest.approx(loss, rel=1e-5)
+    assert errors_above(1e-4, own, gradients) == {}
 
 
 def test_another_loss_of_routers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module", params=ROUTINGS)
 def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     folder = model(tmp_path_factory.mktemp("mixture") / "model", request.param)
-    return profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=4, matrix_rows=192)
+    return profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=4, lora_experts=True, matrix_rows=192)
 
 
 @pytest.mark.slow_but_for("all rows to one expert")
@@ -122,19 +122,27 @@ def test_a_checkpoint_that_lacks_an_expert_or_holds_nan_is_refused(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["directory", "GGUF"])
+@pytest.mark.parametrize("form", ["a tensor for each expert", "a tensor for all experts", "GGUF"])
 def test_a_merged_mixture_is_what_transformers_and_peft_make_of_it(form: str, data: str, tmp_path: Path) -> None:
-    """The adapter is merged by peft into the weights that transformers reads of the merged model's experts and of the base."""
+    """The adapter, with pairs for experts, is merged by peft into the weights that transformers reads of the merged model's experts and of
+    the base.
+    """
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     checkpoint(CONFIG, tmp_path / "model")
     base = tmp_path / "model"
+    if form == "a tensor for all experts":
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
     if form == "GGUF":
         plain = {name: tensor.detach() for name, tensor in random_model(CONFIG).named_parameters()}
         base = write_gguf(
             tmp_path / "m.gguf", CONFIG, plain, default="Q8_0", tokenizer=byte_level_tokenizer(VOCABULARY)
         )
-    made = profile(str(base), batch=BATCH, seq=SEQ, lora_rank=4)
+    made = profile(str(base), batch=BATCH, seq=SEQ, lora_rank=4, lora_experts=True)
     run(plan(made, 1 << 30), data, out=tmp_path / "out", **TRAINING)
+    with pytest.raises(InputError, match="has pairs for experts, which are not written in GGUF"):
+        merge(tmp_path / "out", tmp_path / "merged.gguf", format="gguf")
     merge(tmp_path / "out", tmp_path / "merged", dtype="float32")
     ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     if form == "GGUF":
@@ -146,7 +154,9 @@ def test_a_merged_mixture_is_what_transformers_and_peft_make_of_it(form: str, da
         )
     else:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "out" / "adapter").merge_and_unload()
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
+        plain = theirs(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "out" / "adapter").merge_and_unload()
+        assert not torch.allclose(plain, adapted(tokens).logits, atol=1e-2)
         assert torch.allclose(ours(tokens).logits, adapted(tokens).logits, atol=1e-4)

@@ -6,12 +6,17 @@ order of the experts. How many rows an expert has is known only while the step r
 which is an output so that the plan places it, has the size of the largest block, whatever the router chooses. What is between an
 expert's matrices is made again in the backward, of a block at a time.
 
-Shapes: T = batch * seq flat tokens, H = hidden size, F = width of an expert, E = experts of a call, k = experts of a token.
+The matrices of all experts of a layer may have LoRA pairs (`Pairs`), whose factors and gradients hold all experts, in PEFT's order. An
+expert without rows has gradients of zero.
+
+Shapes: T = batch * seq flat tokens, H = hidden size, F = width of an expert, E = experts of a call, k = experts of a token, N = experts of
+the layer, R = rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +26,80 @@ from tightfit.runtime.engine.cpu.products import multiply
 from tightfit.runtime.engine.device.expert_blocks import blocks_of, largest_block
 
 
-def experts_scratch(tokens: int, hidden: int, width: int, *, backward: bool) -> tuple[int, int]:
-    """Elements of the two scratch outputs of `experts`, or of its backward: of x's type, and of float32."""
+def experts_scratch(tokens: int, hidden: int, width: int, *, backward: bool, adapted: bool = False) -> tuple[int, int]:
+    """Elements of the two scratch outputs of `experts`, or of its backward: of x's type, and of float32. `adapted`: with pairs."""
     rows = largest_block(tokens)
-    return rows * ((3 * hidden + 6 * width) if backward else (2 * hidden + 3 * width)), rows * max(hidden, width)
+    wide = 2 * max(hidden, 2 * width) if adapted else max(hidden, width)
+    return rows * ((3 * hidden + 6 * width) if backward else (2 * hidden + 3 * width)), rows * wide
+
+
+class Pairs(NamedTuple):
+    """The LoRA pairs of a layer's experts, float32, or their gradients: of gates and ups, and of downs."""
+
+    up_a: Tensor
+    """[N * R, H]: of each expert its R rows"""
+    up_b: Tensor
+    """[2 * F, R * N]: of the first column of each expert, the second of each, and so on"""
+    down_a: Tensor
+    """[N * R, F]"""
+    down_b: Tensor
+    """[H, R * N]"""
+
+    def up(self, expert: int, of: int) -> tuple[Tensor, Tensor]:
+        """The factors [R, H] and [2 * F, R] of an expert, by its number among those of the layer."""
+        return _factors(self.up_a, self.up_b, expert, of)
+
+    def down(self, expert: int, of: int) -> tuple[Tensor, Tensor]:
+        """The factors [R, F] and [H, R]."""
+        return _factors(self.down_a, self.down_b, expert, of)
+
+
+def _factors(a: Tensor, b: Tensor, expert: int, of: int) -> tuple[Tensor, Tensor]:
+    rank = len(a) // of
+    return a[rank * expert : rank * (expert + 1)], b[:, expert::of]
+
+
+class _PairOfExpert:
+    """What an expert's pair adds to a product: scale * x @ A.T @ B.T. Products are made in float32, of which no library keeps code for each
+    size, in `wide`, scratch for two tensors of as many columns as the widest that is given.
+    """
+
+    def __init__(self, factors: tuple[Tensor, Tensor], scale: float, wide: Tensor) -> None:
+        self.a, b = factors
+        self.scaled_b = torch.mul(b, scale, out=b.new_empty(b.shape))
+        self.scale = scale
+        self._wide = wide.view(2, -1)
+
+    def add(self, x: Tensor, total: Tensor) -> Tensor:
+        """Add the pair's product [n, outputs] of x [n, inputs] to `total`; returns x @ A.T [n, R]."""
+        low = self.low(x)
+        self._add(low, self.scaled_b.t(), total)
+        return low
+
+    def low(self, x: Tensor) -> Tensor:
+        """x @ A.T, float32 [n, R]."""
+        return torch.mm(self._float(x), self.a.t())
+
+    def add_backward(self, dy: Tensor, total: Tensor) -> Tensor:
+        """Add the gradient of x, given that of the product, to `total` [n, inputs]; returns the gradient of x @ A.T."""
+        dlow = torch.mm(self._float(dy), self.scaled_b)
+        self._add(dlow, self.a, total)
+        return dlow
+
+    def add_gradients(self, dy: Tensor, x: Tensor, low: Tensor, dlow: Tensor, gradients: tuple[Tensor, Tensor]) -> None:
+        """Add the gradients of A and B to `gradients`."""
+        da, db = gradients
+        da.addmm_(dlow.t(), self._float(x))
+        db.add_(torch.mm(low.t(), self._float(dy)).t(), alpha=self.scale)
+
+    def _float(self, x: Tensor) -> Tensor:
+        """x in float32."""
+        if x.dtype is torch.float32:
+            return x
+        return self._wide[0][: x.numel()].view(x.shape).copy_(x)
+
+    def _add(self, left: Tensor, right: Tensor, total: Tensor) -> None:
+        total.add_(torch.mm(left, right, out=self._wide[1][: total.numel()].view(total.shape)))
 
 
 def experts(
@@ -39,7 +114,7 @@ def experts(
     first: int,
     of: int,
     activation: str,
-    *,
+    *given: Any,
     out: Sequence[Tensor],
 ) -> None:
     """y = total + for each row of x the sum of weights * down(gated(gate(x), up(x))) over its experts of this call.
@@ -47,7 +122,8 @@ def experts(
     total: float32 [T, H], the sum over the experts before, or None; y may be the same tensor. x [T, H]; index int64 [T, k]: each row's
     experts, numbered from 0 to `of` - 1; weights [T, k]. gate_up [E * 2 * F, H]: of each expert the rows of its gate and then those of
     its up; down [E * H, F]; up_bias [E, 2 * F] and down_bias [E, H] are added to what they make; `first` is the number of the first of
-    these experts; `activation` as `gated` has it. out: y, and scratch as `experts_scratch` has it.
+    these experts; `activation` as `gated` has it. `given`, where there are pairs: the four tensors of `Pairs`, and the scale of their
+    products. out: y, and scratch as `experts_scratch` has it.
     """
     y, narrow, wide = out
     _begin(y, total)
@@ -56,12 +132,17 @@ def experts(
     for number, places, size in _blocks_of(index, first, down.shape[0] // hidden):
         tokens = places // index.shape[1]
         rows, made, both, inner = _carved(narrow, size, hidden, hidden, 2 * width, width)
+        of_up, of_down = _pairs_of(given, first + number, of, wide)
         _take(x, tokens, rows)
         own = gate_up[2 * width * number : 2 * width * (number + 1)]
         multiply((rows, own.t(), 1.0), out=both, addend=None if up_bias is None else up_bias[number])
+        if of_up is not None:
+            of_up.add(rows, both)
         gated(both[:, :width], both[:, width:], activation, out=(inner,))
         own = down[hidden * number : hidden * (number + 1)]
         multiply((inner, own.t(), 1.0), out=made, addend=None if down_bias is None else down_bias[number])
+        if of_down is not None:
+            of_down.add(inner, made)
         (added,) = _carved(wide, len(tokens), hidden)
         added.copy_(made[: len(tokens)]).mul_(flat[places].float()[:, None])
         y.index_add_(0, tokens, added)
@@ -81,15 +162,19 @@ def experts_backward(
     first: int,
     of: int,
     activation: str,
-    *,
+    *given: Any,
     out: Sequence[Tensor],
 ) -> None:
     """out: total + what the experts of this call contribute to the gradient of x, float32 [T, H]; weights_total + the gradient of
     their weights, float32 [T, k]; and scratch. The totals are those of the experts before, or None; the outputs may be the same tensors.
+    `given`, where there are pairs: those and their scale as for `experts`, and totals of their gradients, of `Pairs` or None each; out
+    then has these gradients, as `Pairs`, besides.
     """
-    dx, dweights, narrow, wide = out
+    dx, dweights, narrow, wide, *made_of_pairs = out
     _begin(dx, total)
     _begin(dweights, weights_total)
+    for made_total, total_before in zip(made_of_pairs, given[PAIR_GIVEN:], strict=True):
+        _begin(made_total, total_before)
     hidden, width = x.shape[1], down.shape[1]
     flat, dflat = weights.reshape(-1), dweights.view(-1)
     for number, places, size in _blocks_of(index, first, down.shape[0] // hidden):
@@ -97,11 +182,14 @@ def experts_backward(
         rows, drows, made, both, dboth, inner, dinner = _carved(
             narrow, size, hidden, hidden, hidden, 2 * width, 2 * width, width, width
         )
+        of_up, of_down = _pairs_of(given, first + number, of, wide)
         own = gate_up[2 * width * number : 2 * width * (number + 1)]
         _take(x, tokens, rows)
         _take(dy, tokens, drows)
         multiply((rows, own.t(), 1.0), out=both, addend=None if up_bias is None else up_bias[number])
+        up_low = None if of_up is None else of_up.add(rows, both)
         multiply((drows, down[hidden * number : hidden * (number + 1)], 1.0), out=dinner)
+        down_dlow = None if of_down is None else of_down.add_backward(drows, dinner)
         gate, up = both[:, :width], both[:, width:]
         gated(gate, up, activation, out=(inner,))
         # dy of an expert is weight * dy, so that the gradient of the weight is dy . down(inner) = (dy @ down) . inner + dy . bias.
@@ -112,11 +200,35 @@ def experts_backward(
             (products,) = _carved(wide, count, hidden)
             sums += torch.mul(drows[:count], down_bias[number], out=products).sum(1)
         dflat[places] = sums
-        dinner[:count].mul_(flat[places].to(dinner.dtype)[:, None])
+        own_weights = flat[places].to(dinner.dtype)[:, None]
+        dinner[:count].mul_(own_weights)
+        if of_down is not None and down_dlow is not None:
+            drows[:count].mul_(own_weights)
+            down_dlow[:count].mul_(own_weights)
+            low = of_down.low(inner)
+            of_down.add_gradients(drows, inner, low, down_dlow, Pairs(*made_of_pairs).down(first + number, of))
         gated_backward(dinner, gate, up, activation, out=(dboth[:, :width], dboth[:, width:]))
         multiply((dboth, own, 1.0), out=made)
+        if of_up is not None and up_low is not None:
+            dlow = of_up.add_backward(dboth, made)
+            of_up.add_gradients(dboth, rows, up_low, dlow, Pairs(*made_of_pairs).up(first + number, of))
         (added,) = _carved(wide, count, hidden)
         dx.index_add_(0, tokens, added.copy_(made[:count]))
+
+
+PAIR_GIVEN = len(Pairs._fields) + 1
+"""arguments that operators with pairs have for them: their factors and the scale"""
+
+
+def _pairs_of(
+    given: Sequence[Any], expert: int, of: int, wide: Tensor
+) -> tuple[_PairOfExpert, _PairOfExpert] | tuple[None, None]:
+    """The pairs of an expert's two matrices, if there are any."""
+    if not given:
+        return None, None
+    *factors, scale = given[:PAIR_GIVEN]
+    pairs = Pairs(*factors)
+    return _PairOfExpert(pairs.up(expert, of), scale, wide), _PairOfExpert(pairs.down(expert, of), scale, wide)
 
 
 def _begin(out: Tensor, total: Tensor | None) -> None:

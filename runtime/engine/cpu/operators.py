@@ -323,6 +323,8 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.router_loss": router_loss,
     "tightfit.experts": experts,
     "tightfit.experts_backward": experts_backward,
+    "tightfit.adapted_experts": experts,
+    "tightfit.adapted_experts_backward": experts_backward,
     "tightfit.gated": gated,
     "tightfit.gated_backward": gated_backward,
     "tightfit.embed_rows": embed_rows,

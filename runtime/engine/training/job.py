@@ -49,7 +49,12 @@ POSITIONS_AT = {
     "tightfit.tile_attention_backward": 6,
 }
 """operators -> the place of their argument that says which samples share a row"""
-EXPERTS_AT = {"tightfit.experts": (2, 4, 8), "tightfit.experts_backward": (4, 6, 10)}
+EXPERTS_AT = {
+    "tightfit.experts": (2, 4, 8),
+    "tightfit.experts_backward": (4, 6, 10),
+    "tightfit.adapted_experts": (2, 4, 8),
+    "tightfit.adapted_experts_backward": (4, 6, 10),
+}
 """operators -> the places of their arguments for the numbers of the chosen experts, the first of two matrices and two biases, and the number
 of the first expert that these are of"""
 DROPOUT = "tightfit.dropout"

@@ -5,10 +5,12 @@ carried out, what plans do at small and large budgets, and schedules that lose v
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from decisions import bounds_of_schedules, figures_of_decisions
-from synthetic import SLICE, WIDE, tables
+from synthetic import SLICE, WIDE, device, tables
+from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.instructions import Fetch, Spill
 from tightfit.planner.model_planner import ModelPlanner
@@ -67,6 +69,31 @@ def test_rules_keep_values_and_the_smallest_decision_moves_them() -> None:
     values = {f"table[{index}.0]" for index in range(3)}
     assert values <= set(draft(problem, rule_columns(problem, keep_all)).resident)
     assert not values & set(draft(problem, rule_columns(problem, smallest)).resident)
+
+
+@pytest.mark.parametrize("tile", [None, 12])
+def test_pairs_lie_on_disk_where_memory_is_small(tile: int | None, tmp_path: Path) -> None:
+    """Those of layers whose forward runs again in their backward, and which every tile of a text reads."""
+    made = decoder_profile(tmp_path, config=CONFIG | {"num_hidden_layers": 4}, batch=1, rank=64, tile=tile)
+    made = made.model_copy(update={"device": device(per_instruction=20)})
+    kind = next(kind for kind in layered(made).types if any(w.trained and w.recomputing for w in kind.weights.values()))
+    rng = random.Random(3)
+    for _, told, counted in figures_of_decisions(rng, kind, 12):
+        assert told.pop("backward_peak") == pytest.approx(counted.pop("backward_peak"), rel=0.02)
+        assert told.pop("instructions") <= counted.pop("instructions") + 1e-6
+        assert told == pytest.approx(counted, rel=1e-6, abs=1e-5)
+    fixed = made.model_copy(update={"tensors": [one.model_copy(update={"movable": False}) for one in made.tensors]})
+    planner = ModelPlanner(made)
+    least = planner.minimum().peak_bytes
+    pairs = {one.name: one.bytes for one in made.tensors if one.kind == "trainable"}
+    assert least < ModelPlanner(fixed).minimum().peak_bytes - sum(pairs.values()) / 2
+    plan = planner.plan(least)
+    simulate(plan)
+    assert sum(size for name, size in pairs.items() if plan.decisions[name] == "offloaded") > sum(pairs.values()) / 2
+    assert any("values of what is trained" in sentence for sentence in explain(plan))
+    kept = planner.plan(1 << 40)
+    assert {kept.decisions[name] for name in pairs} == {"kept"}
+    assert kept.bound_seconds <= plan.step_seconds
 
 
 def test_a_plan_says_where_values_are() -> None:

@@ -7,13 +7,14 @@ import re
 
 import pytest
 import torch
-from reference import CONFIGS
+from reference import CONFIGS, MIXTURE
 from torch._subclasses import FakeTensorMode
 
 from tightfit.profiles.models.decoder import Decoder, Projection
 from tightfit.profiles.models.decoder_config import WRAPPED_BODY, decoder_shape
 from tightfit.profiles.models.lora import (
     NEUTRAL,
+    OF_EXPERTS,
     READ,
     STARTS,
     WITHOUT_EFFECT,
@@ -261,6 +262,24 @@ def test_every_field_of_peft_s_is_known():
     assert len({*READ, *NEUTRAL, *WITHOUT_EFFECT}) == len(READ) + len(NEUTRAL) + len(WITHOUT_EFFECT)
 
 
+def test_pairs_for_experts_are_both_or_none_and_only_where_there_are_experts(tmp_path):
+    both = [f"model.layers.1.mlp.experts.{name}" for name in OF_EXPERTS]
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / CONFIG).write_text(json.dumps(settings | {"target_parameters": both}))
+    assert from_peft(tmp_path).experts
+    with (
+        FakeTensorMode(),
+        pytest.raises(InputError, match="lora_experts: the model has no experts that pairs can be for"),
+    ):
+        Decoder(decoder_shape(CONFIGS["llama"]), dtype=torch.float32, lora=from_peft(tmp_path))
+    for refused in ({"dropout": 0.1}, {"dora": True}):
+        with FakeTensorMode(), pytest.raises(InputError, match="lora_experts: pairs of experts have no"):
+            Decoder(decoder_shape(MIXTURE), dtype=torch.float32, lora=LoraConfig(experts=True, **refused))
+    uneven = LoraConfig(experts=True, rank_pattern={"gate_up_proj": 2})
+    with FakeTensorMode(), pytest.raises(InputError, match=r"have ranks 2 and 8 and scales .*give both matrices"):
+        Decoder(decoder_shape(MIXTURE), dtype=torch.float32, lora=uneven)
+
+
 @pytest.mark.filterwarnings("ignore")  # PEFT says of some that they do nothing here
 @pytest.mark.parametrize("field", OTHER_VALUES)
 def test_a_field_is_honoured_as_by_peft_or_refused_by_name(field, tmp_path):
@@ -278,6 +297,12 @@ def test_a_field_is_honoured_as_by_peft_or_refused_by_name(field, tmp_path):
     if field in NEUTRAL:
         with pytest.raises(
             InputError, match=rf"{field} is .*{re.escape(repr(OTHER_VALUES[field]))}, which tightfit does not have"
+        ):
+            from_peft(tmp_path)
+        return
+    if field == "target_parameters":
+        with pytest.raises(
+            InputError, match="has weight of gate_proj, and tightfit has pairs for gate_up_proj and down"
         ):
             from_peft(tmp_path)
         return

@@ -17,6 +17,9 @@ from traced import (
     trace_decoder,
 )
 
+from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.models.lora import OF_EXPERTS, LoraConfig
+
 BATCH, SEQ = 4, 32
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TILES = {"all tokens": None, "two rows": 64, "half a row": 16}
@@ -69,6 +72,37 @@ def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
         assert own_loss == pytest.approx(loss, rel=1e-5)
         for name, gradient in gradients.items():
             assert relative_error(own[name], gradient) < 1e-4, name
+
+
+@pytest.mark.slow_but_for("half a row-one expert")
+@pytest.mark.parametrize(("tile", "rows"), [*product(TILES, ROWS)])
+def test_pairs_of_experts_have_the_gradients_of_peft(tile: str, rows: str) -> None:
+    lora = LoraConfig(rank=RANK, alpha=ALPHA, experts=True)
+    weights, data = random_weights(MIXTURE, torch.float32, lora), random_batch(MIXTURE, BATCH, SEQ)
+    traced = trace_decoder(MIXTURE, torch.float32, BATCH, SEQ, lora, TILES[tile], ROWS[rows])
+    settings = all_layers(RANK, ALPHA) | {
+        "target_modules": ATTENTION,
+        "target_parameters": [f"experts.{name}" for name in OF_EXPERTS],
+    }
+    of_loss, of_gradients = errors_beside_peft(traced, MIXTURE, weights, data, settings)
+    assert of_loss < 1e-5
+    assert len(of_gradients) == 2 * len(ATTENTION) * MIXTURE["num_hidden_layers"] + 4 * sum(
+        decoder_shape(MIXTURE).mixtures
+    )
+    assert max(of_gradients.values()) < 1e-4
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_a_pair_of_experts_has_one_gradient(tile: str) -> None:
+    lora = LoraConfig(rank=RANK, alpha=ALPHA, experts=True)
+    traced = trace_decoder(MIXTURE, torch.bfloat16, BATCH, SEQ, lora, TILES[tile])
+    layer = next(layer for layer in traced.layers if layer.name == "model.layers.2")
+    program = next(program for program in traced.programs if program.name == layer.program)
+    shapes = {tensor.name: tensor.shape for tensor in traced.tensors}
+    for name in (name for name in layer.bindings.values() if "experts" in name and ".lora_" in name):
+        same = [value for value in program.values if value.kind == "gradient" and value.shape == shapes[name]]
+        like = [other for other in shapes if other.startswith("model.layers.2.") and shapes[other] == shapes[name]]
+        assert len(same) == sum(".lora_" in other for other in like), name
 
 
 def test_a_sum_over_experts_has_one_storage() -> None:

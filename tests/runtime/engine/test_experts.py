@@ -14,6 +14,7 @@ from tightfit.runtime.engine.cpu.experts import _blocks_of, experts, experts_scr
 from tightfit.runtime.engine.device.expert_blocks import BLOCK_ROWS
 
 EXPERTS, HIDDEN, WIDTH = 6, 40, 24
+RANK, SCALE = 3, 1.7
 LIMIT = 1.5
 CLAMPED = f"clamped 1.702 {LIMIT}"
 
@@ -57,6 +58,13 @@ def plainly(
     return total
 
 
+def adapted(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The matrices of all experts, one below the other, each with the product of its pair, as PEFT has them in `a` and `b`."""
+    of_expert = a.view(EXPERTS, RANK, -1), b.view(-1, RANK, EXPERTS)
+    return matrix + SCALE * torch.einsum("eri,ore->eoi", *of_expert).flatten(0, 1)
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["frozen", "with pairs"])
 @pytest.mark.parametrize("routing", ["spread", "all to one", "none to most"])
 @pytest.mark.parametrize(("tokens", "chosen"), [(300, 2), (7, 2), (64, 1)])
 @pytest.mark.parametrize(
@@ -70,14 +78,20 @@ def plainly(
     ],
 )
 def test_values_and_gradients_match_autograd(
-    routing: str, tokens: int, chosen: int, dtype: torch.dtype, activation: str
+    routing: str, tokens: int, chosen: int, dtype: torch.dtype, activation: str, pairs: bool
 ) -> None:
     x, index, weights, gate_up, down = made(tokens, chosen, routing, dtype)
     biased = activation.startswith("clamped")
     biases = (torch.randn(EXPERTS, 2 * WIDTH), torch.randn(EXPERTS, HIDDEN)) if biased else (None, None)
     exact_x, exact_weights = x.double().requires_grad_(), weights.double().requires_grad_()
     exact_biases = [None if bias is None else bias.double() for bias in biases]
-    exact = plainly(exact_x, index, exact_weights, gate_up.double(), down.double(), *exact_biases, activation)
+    sizes = (EXPERTS * RANK, HIDDEN), (2 * WIDTH, EXPERTS * RANK), (EXPERTS * RANK, WIDTH), (HIDDEN, EXPERTS * RANK)
+    factors = [torch.randn(size) * 0.2 for size in sizes] if pairs else []
+    exact_factors = [factor.double().requires_grad_() for factor in factors]
+    matrices = [gate_up.double(), down.double()]
+    if pairs:
+        matrices = [adapted(*each) for each in zip(matrices, exact_factors[::2], exact_factors[1::2])]
+    exact = plainly(exact_x, index, exact_weights, *matrices, *exact_biases, activation)
     dy = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(6)).to(dtype)
     exact.backward(dy.double())
     # Rounding to bfloat16 carries numbers over the limit, where the gradient jumps.
@@ -85,14 +99,20 @@ def test_values_and_gradients_match_autograd(
     results = []
     for at_once in (1, 4, EXPERTS):
         own_x, own_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-        y = mixture(own_x, index, own_weights, gate_up, down, *biases, activation, at_once)
+        own_factors = [factor.clone().requires_grad_() for factor in factors]
+        given = own_factors or [None] * 4
+        y = mixture(own_x, index, own_weights, gate_up, down, *biases, activation, at_once, *given, SCALE)
         y.backward(dy)
         assert relative_error(y.detach().double(), exact.detach()) < most
         assert own_x.grad is not None
         assert own_weights.grad is not None
         assert relative_error(own_x.grad.double(), exact_x.grad) < most
         assert relative_error(own_weights.grad.double(), exact_weights.grad) < most
-        results.append((y.detach(), own_x.grad, own_weights.grad))
+        for own, one in zip(own_factors, exact_factors, strict=True):
+            assert own.grad is not None
+            assert relative_error(own.grad.double(), one.grad) < most
+            assert bool(((one.grad == 0) == (own.grad == 0)).all()), "an expert without rows has no gradient"
+        results.append((y.detach(), own_x.grad, own_weights.grad, *(own.grad for own in own_factors)))
     for other in results[1:]:
         assert all(torch.equal(one, same) for one, same in zip(results[0], other)), (
             "bits depend on the experts of a call"
