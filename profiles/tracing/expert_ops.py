@@ -19,8 +19,8 @@ from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, Shape, _define, 
 from tightfit.runtime.engine.cpu.experts import Pairs, experts_scratch
 
 
-def _scratch(x: Tensor, down: Tensor, *, backward: bool, adapted: bool = False) -> tuple[Tensor, Tensor]:
-    narrow, wide = experts_scratch(x.shape[0], x.shape[1], down.shape[1], backward=backward, adapted=adapted)
+def _scratch(x: Tensor, down: Tensor, *, backward: bool, rank: int = 0) -> tuple[Tensor, Tensor]:
+    narrow, wide = experts_scratch(x.shape[0], x.shape[1], down.shape[1], backward=backward, rank=rank)
     return x.new_empty(narrow), x.new_empty(wide, dtype=torch.float32)
 
 
@@ -50,9 +50,9 @@ adapted_experts = _define(
     "adapted_experts",
     "(Tensor? total, Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, Tensor? up_bias,"
     f" Tensor? down_bias, int first, int of, str activation, {OF_PAIRS}) -> (Tensor, Tensor, Tensor)",
-    lambda total, x, index, weights, gate_up, down, *_: (
+    lambda total, x, index, weights, gate_up, down, up_bias, down_bias, first, of, activation, up_a, *_: (
         x.new_empty(x.shape, dtype=torch.float32),
-        *_scratch(x, down, backward=False, adapted=True),
+        *_scratch(x, down, backward=False, rank=len(up_a) // of),
     ),
 )
 adapted_experts_backward = _define(
@@ -63,7 +63,7 @@ adapted_experts_backward = _define(
     lambda total, weights_total, dy, x, index, weights, gate_up, down, up_bias, down_bias, first, of, activation, *pairs: (
         x.new_empty(x.shape, dtype=torch.float32),
         weights.new_empty(weights.shape, dtype=torch.float32),
-        *_scratch(x, down, backward=True, adapted=True),
+        *_scratch(x, down, backward=True, rank=len(pairs[0]) // of),
         *(torch.empty_like(factor) for factor in pairs[: len(Pairs._fields)]),
     ),
 )

@@ -26,11 +26,15 @@ from tightfit.runtime.engine.cpu.products import multiply
 from tightfit.runtime.engine.device.expert_blocks import blocks_of, largest_block
 
 
-def experts_scratch(tokens: int, hidden: int, width: int, *, backward: bool, adapted: bool = False) -> tuple[int, int]:
-    """Elements of the two scratch outputs of `experts`, or of its backward: of x's type, and of float32. `adapted`: with pairs."""
+def experts_scratch(tokens: int, hidden: int, width: int, *, backward: bool, rank: int = 0) -> tuple[int, int]:
+    """Elements of the two scratch outputs of `experts`, or of its backward: of x's type, and of float32. `rank`: of pairs, if there are
+    any.
+    """
     rows = largest_block(tokens)
-    wide = 2 * max(hidden, 2 * width) if adapted else max(hidden, width)
-    return rows * ((3 * hidden + 6 * width) if backward else (2 * hidden + 3 * width)), rows * wide
+    wide = rows * max(hidden, width)
+    if rank:
+        wide = sum(_rooms(tokens, hidden, width, rank))
+    return rows * ((3 * hidden + 6 * width) if backward else (2 * hidden + 3 * width)), wide
 
 
 class Pairs(NamedTuple):
@@ -61,28 +65,29 @@ def _factors(a: Tensor, b: Tensor, expert: int, of: int) -> tuple[Tensor, Tensor
 
 class _PairOfExpert:
     """What an expert's pair adds to a product: scale * x @ A.T @ B.T. Products are made in float32, of which no library keeps code for each
-    size, in `wide`, scratch for two tensors of as many columns as the widest that is given.
+    size, in parts of the scratch.
     """
 
-    def __init__(self, factors: tuple[Tensor, Tensor], scale: float, wide: Tensor) -> None:
+    def __init__(self, factors: tuple[Tensor, Tensor], scale: float, rooms: Sequence[Tensor]) -> None:
+        """`rooms`: flat, for x in float32, a product, the gradient of B, and this pair's own: B, x @ A.T, and the gradient of that."""
         self.a, b = factors
-        self.scaled_b = torch.mul(b, scale, out=b.new_empty(b.shape))
-        self.scale = scale
-        self._wide = wide.view(2, -1)
+        self._x, self._product, self._gradient, own_b, self._low, self._dlow = rooms
+        self._scaled_b = torch.mul(b, scale, out=_shaped(own_b, *b.shape))
+        self._scale = scale
 
     def add(self, x: Tensor, total: Tensor) -> Tensor:
         """Add the pair's product [n, outputs] of x [n, inputs] to `total`; returns x @ A.T [n, R]."""
         low = self.low(x)
-        self._add(low, self.scaled_b.t(), total)
+        self._add(low, self._scaled_b.t(), total)
         return low
 
     def low(self, x: Tensor) -> Tensor:
         """x @ A.T, float32 [n, R]."""
-        return torch.mm(self._float(x), self.a.t())
+        return torch.mm(self._float(x), self.a.t(), out=_shaped(self._low, len(x), len(self.a)))
 
     def add_backward(self, dy: Tensor, total: Tensor) -> Tensor:
         """Add the gradient of x, given that of the product, to `total` [n, inputs]; returns the gradient of x @ A.T."""
-        dlow = torch.mm(self._float(dy), self.scaled_b)
+        dlow = torch.mm(self._float(dy), self._scaled_b, out=_shaped(self._dlow, len(dy), len(self.a)))
         self._add(dlow, self.a, total)
         return dlow
 
@@ -90,16 +95,26 @@ class _PairOfExpert:
         """Add the gradients of A and B to `gradients`."""
         da, db = gradients
         da.addmm_(dlow.t(), self._float(x))
-        db.add_(torch.mm(low.t(), self._float(dy)).t(), alpha=self.scale)
+        made = torch.mm(low.t(), self._float(dy), out=_shaped(self._gradient, low.shape[1], dy.shape[1]))
+        db.add_(made.t(), alpha=self._scale)
 
     def _float(self, x: Tensor) -> Tensor:
         """x in float32."""
-        if x.dtype is torch.float32:
-            return x
-        return self._wide[0][: x.numel()].view(x.shape).copy_(x)
+        return x if x.dtype is torch.float32 else _shaped(self._x, *x.shape).copy_(x)
 
     def _add(self, left: Tensor, right: Tensor, total: Tensor) -> None:
-        total.add_(torch.mm(left, right, out=self._wide[1][: total.numel()].view(total.shape)))
+        total.add_(torch.mm(left, right, out=_shaped(self._product, *total.shape)))
+
+
+def _shaped(room: Tensor, rows: int, columns: int) -> Tensor:
+    """The beginning of flat scratch as a matrix."""
+    return room[: rows * columns].view(rows, columns)
+
+
+def _rooms(tokens: int, hidden: int, width: int, rank: int) -> list[int]:
+    """Elements of the parts of the scratch for pairs: three that both share, and three of each (`_PairOfExpert`)."""
+    rows, widest = largest_block(tokens), max(hidden, 2 * width)
+    return [rows * widest, rows * widest, widest * rank, *2 * [widest * rank, rows * rank, rows * rank]]
 
 
 def experts(
@@ -132,7 +147,7 @@ def experts(
     for number, places, size in _blocks_of(index, first, down.shape[0] // hidden):
         tokens = places // index.shape[1]
         rows, made, both, inner = _carved(narrow, size, hidden, hidden, 2 * width, width)
-        of_up, of_down = _pairs_of(given, first + number, of, wide)
+        of_up, of_down = _pairs_of(given, first + number, of, len(x), wide)
         _take(x, tokens, rows)
         own = gate_up[2 * width * number : 2 * width * (number + 1)]
         multiply((rows, own.t(), 1.0), out=both, addend=None if up_bias is None else up_bias[number])
@@ -182,7 +197,7 @@ def experts_backward(
         rows, drows, made, both, dboth, inner, dinner = _carved(
             narrow, size, hidden, hidden, hidden, 2 * width, 2 * width, width, width
         )
-        of_up, of_down = _pairs_of(given, first + number, of, wide)
+        of_up, of_down = _pairs_of(given, first + number, of, len(x), wide)
         own = gate_up[2 * width * number : 2 * width * (number + 1)]
         _take(x, tokens, rows)
         _take(dy, tokens, drows)
@@ -221,14 +236,17 @@ PAIR_GIVEN = len(Pairs._fields) + 1
 
 
 def _pairs_of(
-    given: Sequence[Any], expert: int, of: int, wide: Tensor
+    given: Sequence[Any], expert: int, of: int, tokens: int, wide: Tensor
 ) -> tuple[_PairOfExpert, _PairOfExpert] | tuple[None, None]:
-    """The pairs of an expert's two matrices, if there are any."""
+    """The pairs of an expert's two matrices, if there are any; `wide` is scratch."""
     if not given:
         return None, None
     *factors, scale = given[:PAIR_GIVEN]
     pairs = Pairs(*factors)
-    return _PairOfExpert(pairs.up(expert, of), scale, wide), _PairOfExpert(pairs.down(expert, of), scale, wide)
+    hidden, width, rank = pairs.up_a.shape[1], pairs.down_a.shape[1], len(pairs.up_a) // of
+    *shared, b, low, dlow, other_b, other_low, other_dlow = wide.view(-1).split(_rooms(tokens, hidden, width, rank))
+    of_up = _PairOfExpert(pairs.up(expert, of), scale, (*shared, b, low, dlow))
+    return of_up, _PairOfExpert(pairs.down(expert, of), scale, (*shared, other_b, other_low, other_dlow))
 
 
 def _begin(out: Tensor, total: Tensor | None) -> None:

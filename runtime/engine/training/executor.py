@@ -221,7 +221,8 @@ class Executor:
         self.states: Sequence[str] = header["states"]
         """what the optimizer's states of a trainable are called"""
         self.loss_number = header["loss"]
-        self.routing = Routing(header["routed"], self.device, self.where) if header["routed"] else None
+        routed = header.pop("routed")
+        self.routing = Routing(routed, self.device, self.where) if routed else None
         """what a mixture of experts does without in a step"""
         self.arriving: dict[int, int] = {}
         self.leaving: dict[int, int] = {}

@@ -23,13 +23,16 @@ class Routing:
     def __init__(self, entries: Sequence[int], device: Device, where: array[int]) -> None:
         """`entries`: `WIDTH` numbers for each weight, one after the other; `where`: offsets of tensors in the arena."""
         self._device, self._where = device, where
-        self._entries = {
-            entries[start]: tuple(entries[start + 1 : start + WIDTH]) for start in range(0, len(entries), WIDTH)
-        }
+        self._entries = array("i", entries)
+        self._starts = array("i", [-1]) * (1 + max(entries[::WIDTH], default=-1))
+        """of each weight's entry; -1: it has none. Of a large mixture thousands have: not a Python object each"""
+        for start, weight in enumerate(entries[::WIDTH]):
+            self._starts[weight] = WIDTH * start
         self._told: dict[int, frozenset[int] | None] = {}
         """By the number of its tensor, the experts that are chosen in it, None as long as nobody has asked; it is here while the tensor
         has its contents."""
-        self._tensors = frozenset(number for entry in self._entries.values() for number in entry[3:] if number >= 0)
+        tensors = (number for place in (4, 5) for number in self._entries[place::WIDTH] if number >= 0)
+        self._tensors = frozenset(tensors)
         self.left_out = 0
         """reads that were left out in the step so far"""
 
@@ -42,10 +45,10 @@ class Routing:
         self._told.pop(tensor, None)
 
     def unneeded(self, weight: int) -> bool:
-        entry = self._entries.get(weight)
-        if entry is None:
+        start = self._starts[weight] if weight < len(self._starts) else -1
+        if start < 0:
             return False
-        first, count, elements, *tensors = entry
+        first, count, elements, *tensors = self._entries[start + 1 : start + WIDTH]
         told = [tensor for tensor in tensors if tensor in self._told]
         if len(told) != 1:
             return False
