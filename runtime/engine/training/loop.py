@@ -428,12 +428,11 @@ class _Run:
         return result
 
     def _make_room(self) -> None:
-        """Before initial values are loaded or a checkpoint is saved, where a module is trained, or modules of a decoder in full: their
-        values and states may fill the arena, and what building kernels or a step left beside it would come on top (7 MiB with
-        convolutions in bfloat16).
+        """Before initial values are loaded or a checkpoint is saved: weights, values and states that stay may fill the arena, and what
+        building kernels, reading weights or a step left beside it would come on top (7 MiB with convolutions in bfloat16, 11 where 927
+        weights of a small mixture had been read).
         """
-        if self.header.get("tables") or self.header["kind"] != "decoder":
-            settle()
+        settle()
 
     def _save(self) -> None:
         def fill(path: str) -> dict[str, Any]:
