@@ -17,7 +17,7 @@ from tightfit.planner.solve.policies import keep_all, rule_columns
 from tightfit.profiles.schema import MOBILLM, Profile
 from tightfit.runtime.common.units import MIB
 
-SOLVER_BYTES = 46 * MIB
+SOLVER_BYTES = 49 * MIB
 """OR-tools once it is loaded, its linear programs, a schedule that is carried out and a plan that is written"""
 STEP_BYTES = 4 << 10
 """of each operator of the step in schedules and plans"""

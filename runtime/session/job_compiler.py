@@ -320,6 +320,7 @@ def _header(
         "states": list(state_roles(plan.optimizer)),
         "kind": plan.model.kind,
         "lora": plan.model.lora,
+        "tables": plan.model.tables,
         **_of_length(plan, numbers),
         "layer_programs": [programs[layer.program] for layer in plan.layers],
         # By its name a layer draws the same random numbers in every plan.
