@@ -321,7 +321,7 @@ class _Splitter:
             apart=self.apart,
             tiles=tiles,
             tile_length=length,
-            alike=alike | self._alike_slices(layer, layer_weights),
+            alike=alike | self._alike_weights(layer, layer_weights),
             across_evaluate=self._across(layer, forward_window, self.last_forward) if self.apart else 0,
         )
 
@@ -409,7 +409,9 @@ class _Splitter:
             late = any(t > min(behind, default=-1) for k in recomputing for t in events[forward[k].index])
             if name in self.moving:
                 updated_after = self._updated_after(layer, name, events)
-                result[value] = self._moving_weight(tensor.bytes, bool(ahead), behind, recomputing, updated_after)
+                result[value] = self._moving_weight(
+                    tensor.bytes, ahead=bool(ahead), behind=behind, recomputing=recomputing, updated_after=updated_after
+                )
                 continue
             users = {self.graph.steps[i].layer for i in self.graph.storages[name].consumers}
             modes = SHARED if len(users) > 1 else weight_modes(bool(ahead), bool(behind), len(recomputing), late=late)
@@ -435,7 +437,7 @@ class _Splitter:
             )
         return result
 
-    def _alike_slices(self, layer: int, weights: Mapping[str, LayerWeight]) -> dict[str, str]:
+    def _alike_weights(self, layer: int, weights: Mapping[str, LayerWeight]) -> dict[str, str]:
         """Slice of a matrix -> the first slice of the same matrix of equal size and use, and small trainable -> the first one of equal use.
         Slices of the head, which no other layer is like, and of what is trained in full are decided on one by one.
         """
@@ -443,7 +445,7 @@ class _Splitter:
         first: dict[tuple[Any, ...], str] = {}
         if any(step.target == HEAD_CHUNK for step in self.steps[layer]["forward"]):
             return alike
-        small = sum(weight.bytes for weight in weights.values() if weight.trained) / 4
+        small = MINOR_PART * sum(weight.bytes for weight in weights.values() if weight.trained)
         for name, weight in weights.items():
             matrix, cut, _ = name.partition("[")
             if weight.trained and weight.bytes < small and not table_slice(self.graph.names[layer].get(name, name)):
@@ -464,9 +466,11 @@ class _Splitter:
         return alike
 
     def _moving_weight(
-        self, size: int, ahead: bool, behind: list[int], recomputing: tuple[int, ...], updated_after: int
+        self, size: int, *, ahead: bool, behind: list[int], recomputing: tuple[int, ...], updated_after: int
     ) -> LayerWeight:
-        """A trainable of `size` bytes whose values may lie on disk, read by backward operations at positions `behind`."""
+        """A trainable of `size` bytes whose values may lie on disk, read by backward operations at positions `behind`. They stay until it
+        is updated, after the one at `updated_after`, but where updates are apart.
+        """
         read = self.profile.device.read
         return LayerWeight(
             bytes=aligned(size),
@@ -519,7 +523,7 @@ class _Splitter:
                     roles=self.roles,
                     role_bytes=tuple(map(aligned, self._state_bytes(name))),
                     seconds=seconds,
-                    minor=sizes[name] < sum(sizes.values()) / 4,
+                    minor=sizes[name] < MINOR_PART * sum(sizes.values()),
                     apart_seconds=apart,
                 )
             )
@@ -576,6 +580,8 @@ def _events(
     return dict(sorted(events.items()))
 
 
+MINOR_PART = 1 / 4
+"""of what a layer trains: trainables that are a smaller part of it share their decisions, that for values and that for states"""
 MOVING = (
     WeightMode("disk", "disk", "unpacked"),
     WeightMode("unpacked", "disk", "unpacked"),

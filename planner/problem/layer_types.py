@@ -155,8 +155,8 @@ class LayerType:
     tile_length: int = 0
     """forward operators of one tile; those after the last tile put together what the tiles have made"""
     alike: dict[str, str] = field(default_factory=dict)
-    """candidate of a later tile -> that of the first tile which it equals, and slice of a matrix, or of those of the experts of a mixture,
-    -> the first slice of equal size: a decision is the same for both
+    """candidate of a later tile -> that of the first tile which it equals; slice of a matrix, or of those of the experts of a mixture,
+    -> the first slice of equal size; small trainable -> the first small one of equal use: a decision is the same for both
     """
     across_evaluate: int = 0
     """where updates are apart: bytes of fixed lifetime that live throughout the window of an evaluation untouched, and not

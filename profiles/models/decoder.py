@@ -450,7 +450,10 @@ class Decoder(nn.Module):
             tensors = [
                 (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in block.named_parameters()
             ]
-            pairs = [(child.pair, getattr(child, "site", 0)) for child in block.modules() if hasattr(child, "pair")]
+            pairs: list[Hashable] = [
+                (child.pair, child.site) for child in block.modules() if isinstance(child, Projection)
+            ]
+            pairs += [child.pair for child in block.modules() if isinstance(child, Experts)]
             # Behind a layer without experts the sums of a router come from further back than the layer before.
             alone = number if self.router_loss and not all(self.shape.mixtures) else None
             kinds.append((not kinds, wanted, window, rotation, tuple(tensors), tuple(pairs), alone))

@@ -17,10 +17,10 @@ in memory at a time"""
 class Experts(nn.Module):
     """forward(x [T, H], index int64 [T, k], weights [T, k]) -> [T, H]: for each row the weighted sum of what its experts make of it.
 
-    The matrices are frozen. The matrices of all experts stand below one another, under transformers' names: `gate_up_proj` [E * 2 * F, H] has of each
-    expert the rows of its gate and then those of its up, `down_proj` is [E * H, F]; with biases `gate_up_proj_bias` is [E, 2 * F] and
-    `down_proj_bias` [E, H], float32. Pairs are called as PEFT nests them, where both matrices are its `target_parameters`: that of gates
-    and ups under `base_layer`.
+    The matrices of all experts, which are frozen, stand below one another, under transformers' names: `gate_up_proj` [E * 2 * F, H] has
+    of each expert the rows of its gate and then those of its up, `down_proj` is [E * H, F]; with biases `gate_up_proj_bias` is
+    [E, 2 * F] and `down_proj_bias` [E, H], float32. LoRA pairs have the names that PEFT gives them where both matrices are among its
+    `target_parameters`: that of gates and ups is under `base_layer`.
     """
 
     pair: Pair | None = None

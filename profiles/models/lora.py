@@ -43,15 +43,8 @@ BASE_CHANGED = re.compile(r"pissa.*|olora|corda.*|loftq|lora_ga")
 """Values at which the first pairs are taken out of the base's weights, whose values then differ from those of its files."""
 READ = (
     *("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *(
-        "alpha_pattern",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "modules_to_save",
-        "init_lora_weights",
-        "target_parameters",
-    ),
+    *("alpha_pattern", "lora_dropout", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights"),
+    "target_parameters",
 )
 """Fields that `from_peft` reads."""
 OF_EXPERTS = ("gate_up_proj", "down_proj")

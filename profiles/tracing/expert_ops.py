@@ -45,11 +45,11 @@ some_experts_backward = _define(
 )
 
 
-OF_PAIRS = "Tensor up_a, Tensor up_b, Tensor down_a, Tensor down_b, float scale"
+PAIR_ARGUMENTS = "Tensor up_a, Tensor up_b, Tensor down_a, Tensor down_b, float scale"
 adapted_experts = _define(
     "adapted_experts",
     "(Tensor? total, Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, Tensor? up_bias,"
-    f" Tensor? down_bias, int first, int of, str activation, {OF_PAIRS}) -> (Tensor, Tensor, Tensor)",
+    f" Tensor? down_bias, int first, int of, str activation, {PAIR_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     lambda total, x, index, weights, gate_up, down, up_bias, down_bias, first, of, activation, up_a, *_: (
         x.new_empty(x.shape, dtype=torch.float32),
         *_scratch(x, down, backward=False, rank=len(up_a) // of),
@@ -58,7 +58,7 @@ adapted_experts = _define(
 adapted_experts_backward = _define(
     "adapted_experts_backward",
     "(Tensor? total, Tensor? weights_total, Tensor dy, Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down,"
-    f" Tensor? up_bias, Tensor? down_bias, int first, int of, str activation, {OF_PAIRS}, Tensor? up_a_total, Tensor? up_b_total,"
+    f" Tensor? up_bias, Tensor? down_bias, int first, int of, str activation, {PAIR_ARGUMENTS}, Tensor? up_a_total, Tensor? up_b_total,"
     " Tensor? down_a_total, Tensor? down_b_total) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda total, weights_total, dy, x, index, weights, gate_up, down, up_bias, down_bias, first, of, activation, *pairs: (
         x.new_empty(x.shape, dtype=torch.float32),

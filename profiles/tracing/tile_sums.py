@@ -32,7 +32,8 @@ TOTALS = {
     "tightfit.adapted_experts_backward": ((0, 0), (1, 1), (18, 4), (19, 5), (20, 6), (21, 7)),
 }
 """operators that are given sums so far -> the place of each among the arguments, and of the new one among the outputs"""
-OF_PAIRS = TOTALS["tightfit.adapted_experts_backward"][2:]
+PAIR_SUMS = TOTALS["tightfit.adapted_experts_backward"][2:]
+"""of these, the gradients of the factors of pairs"""
 KEYS_AT = 2
 SUMS_AT = 7, 8
 """places of the arguments that are the sums so far, of keys and of values"""
@@ -56,7 +57,7 @@ def fuse_sums(graph: fx.Graph) -> None:
         _leave_out(graph, contributed)
     for node in graph.find_nodes(op="call_function", target=adapted_experts_backward):
         items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-        contributed = [_added(items.get(new)) for _, new in OF_PAIRS]
+        contributed = [_added(items.get(new)) for _, new in PAIR_SUMS]
         first = node  # of the calls for the experts of a tile, each of which goes on with the sums of the call before
         while first.args[0] is not None:
             first = first.args[0].args[0]
@@ -64,7 +65,7 @@ def fuse_sums(graph: fx.Graph) -> None:
         if not before:
             continue
         updated = list(first.args)
-        for (place, _), old in zip(OF_PAIRS, before, strict=True):
+        for (place, _), old in zip(PAIR_SUMS, before, strict=True):
             updated[place] = old
         first.args = tuple(updated)
         _leave_out(graph, contributed)

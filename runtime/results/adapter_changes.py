@@ -16,7 +16,7 @@ from tightfit.profiles.weights.precision import PUBLISHED
 from tightfit.profiles.weights.tensor_file import TensorFile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.engine.training.adapter import BODY, MAGNITUDE, PREFIX, WEIGHTS, peft_name
+from tightfit.runtime.engine.training.adapter import BODY, MAGNITUDE, PREFIX, WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +49,9 @@ class WeightChange:
 
         stop = start + len(weight)
         if self.experts > 1:
-            parts = weight.split([last - first for _, first, last in spans(start, stop, len(self.b))])
-            own = zip(spans(start, stop, len(self.b)), parts, strict=True)
+            found = list(spans(start, stop, len(self.b)))
+            parts = weight.split([last - first for _, first, last in found])
+            own = zip(found, parts, strict=True)
             return torch.cat([self._of_expert(number).rows(part, first) for (number, first, _), part in own])
         changed = torch.addmm(weight, self.b[start:stop], self.a, alpha=self.scale)
         if self.magnitude is None:
@@ -79,7 +80,7 @@ class AdapterFolder:
     """
 
     def __init__(self, folder: Path, body: str = BODY) -> None:
-        self.folder, self._body = folder, body
+        self.folder = folder
         self.settings: LoraConfig = from_peft(folder)
         path = folder / WEIGHTS
         if not path.is_file():
@@ -102,7 +103,7 @@ class AdapterFolder:
             if in_full:
                 self.tables[name_here] = key
             else:
-                self._layers[self._weight_of(name_here)] = stem
+                self._layers[self._weight_of(name_here, stem)] = stem
         for weight, layer in self._layers.items():
             pair_parts = [A, B, *([LENGTHS] if self.settings.dora else [])]
             if missing := next((part for part in pair_parts if f"{PREFIX}{layer}{part}" not in tensors), None):
@@ -110,16 +111,13 @@ class AdapterFolder:
                     f"{path}: no tensor {PREFIX}{layer}{missing} beside the others of {weight}; copy the adapter again"
                 )
 
-    def _weight_of(self, layer: str) -> str:
-        """Our name of the weight of a layer by PEFT's name, which nests the pairs of a module with experts."""
+    def _weight_of(self, layer: str, stem: str) -> str:
+        """Our name of the weight of a layer, which PEFT calls `stem`: of a module with experts it nests the pairs."""
         gate_up, down = OF_EXPERTS
         if self.settings.experts and layer.endswith(NESTED):
             return f"{layer.removesuffix(NESTED)}.{gate_up}"
-        nested = f"{PREFIX}{self._peft_name(layer)}{NESTED}{A}"
-        return f"{layer}.{down}" if self.settings.experts and nested in self._file.tensors else f"{layer}.weight"
-
-    def _peft_name(self, name: str) -> str:
-        return peft_name(name, self._body)
+        nested = self.settings.experts and f"{PREFIX}{stem}{NESTED}{A}" in self._file.tensors
+        return f"{layer}.{down}" if nested else f"{layer}.weight"
 
     @property
     def weights(self) -> list[str]:

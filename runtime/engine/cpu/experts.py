@@ -15,7 +15,7 @@ the layer, R = rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,11 +143,12 @@ def experts(
     y, narrow, wide = out
     _begin(y, total)
     hidden, width = x.shape[1], down.shape[1]
+    pairs_of = _pairs_of(given, of, len(x), wide)
     flat = weights.reshape(-1)
     for number, places, size in _blocks_of(index, first, down.shape[0] // hidden):
         tokens = places // index.shape[1]
         rows, made, both, inner = _carved(narrow, size, hidden, hidden, 2 * width, width)
-        of_up, of_down = _pairs_of(given, first + number, of, len(x), wide)
+        of_up, of_down = pairs_of(first + number)
         _take(x, tokens, rows)
         own = gate_up[2 * width * number : 2 * width * (number + 1)]
         multiply((rows, own.t(), 1.0), out=both, addend=None if up_bias is None else up_bias[number])
@@ -191,13 +192,14 @@ def experts_backward(
     for made_total, total_before in zip(made_of_pairs, given[PAIR_GIVEN:], strict=True):
         _begin(made_total, total_before)
     hidden, width = x.shape[1], down.shape[1]
+    pairs_of = _pairs_of(given, of, len(x), wide)
     flat, dflat = weights.reshape(-1), dweights.view(-1)
     for number, places, size in _blocks_of(index, first, down.shape[0] // hidden):
         tokens, count = places // index.shape[1], len(places)
         rows, drows, made, both, dboth, inner, dinner = _carved(
             narrow, size, hidden, hidden, hidden, 2 * width, 2 * width, width, width
         )
-        of_up, of_down = _pairs_of(given, first + number, of, len(x), wide)
+        of_up, of_down = pairs_of(first + number)
         own = gate_up[2 * width * number : 2 * width * (number + 1)]
         _take(x, tokens, rows)
         _take(dy, tokens, drows)
@@ -236,17 +238,24 @@ PAIR_GIVEN = len(Pairs._fields) + 1
 
 
 def _pairs_of(
-    given: Sequence[Any], expert: int, of: int, tokens: int, wide: Tensor
-) -> tuple[_PairOfExpert, _PairOfExpert] | tuple[None, None]:
-    """The pairs of an expert's two matrices, if there are any; `wide` is scratch."""
+    given: Sequence[Any], of: int, tokens: int, wide: Tensor
+) -> Callable[[int], tuple[_PairOfExpert, _PairOfExpert] | tuple[None, None]]:
+    """A function that gives the pairs of an expert's two matrices, if there are any; `wide` is scratch."""
     if not given:
-        return None, None
+        return lambda expert: (None, None)
     *factors, scale = given[:PAIR_GIVEN]
     pairs = Pairs(*factors)
     hidden, width, rank = pairs.up_a.shape[1], pairs.down_a.shape[1], len(pairs.up_a) // of
     *shared, b, low, dlow, other_b, other_low, other_dlow = wide.view(-1).split(_rooms(tokens, hidden, width, rank))
-    of_up = _PairOfExpert(pairs.up(expert, of), scale, (*shared, b, low, dlow))
-    return of_up, _PairOfExpert(pairs.down(expert, of), scale, (*shared, other_b, other_low, other_dlow))
+    of_up, of_down = (*shared, b, low, dlow), (*shared, other_b, other_low, other_dlow)
+
+    def of_expert(expert: int) -> tuple[_PairOfExpert, _PairOfExpert]:
+        return (
+            _PairOfExpert(pairs.up(expert, of), scale, of_up),
+            _PairOfExpert(pairs.down(expert, of), scale, of_down),
+        )
+
+    return of_expert
 
 
 def _begin(out: Tensor, total: Tensor | None) -> None:

@@ -25,14 +25,14 @@ class Routing:
         self._device, self._where = device, where
         self._entries = array("i", entries)
         self._starts = array("i", [-1]) * (1 + max(entries[::WIDTH], default=-1))
-        """of each weight's entry; -1: it has none. Of a large mixture thousands have: not a Python object each"""
+        """where each weight's entry begins, -1 if it has none: numbers, and no object for each of the thousands that a large mixture has"""
         for start, weight in enumerate(entries[::WIDTH]):
             self._starts[weight] = WIDTH * start
         self._told: dict[int, frozenset[int] | None] = {}
         """By the number of its tensor, the experts that are chosen in it, None as long as nobody has asked; it is here while the tensor
         has its contents."""
-        tensors = (number for place in (4, 5) for number in self._entries[place::WIDTH] if number >= 0)
-        self._tensors = frozenset(tensors)
+        training, evaluation = self._entries[WIDTH - 2 :: WIDTH], self._entries[WIDTH - 1 :: WIDTH]
+        self._tensors = frozenset(training + evaluation) - {-1}
         self.left_out = 0
         """reads that were left out in the step so far"""
 
