@@ -314,7 +314,9 @@ class _Splitter:
             weights=layer_weights,
             updates=self._updates(layer, local, events),
             candidates=candidates,
-            offloadable=frozenset(value for value in candidates if tiles * sizes[value] >= MINOR_SHARE * total),
+            offloadable=_offloadable(
+                forward, {value: tiles * sizes[value] for value in candidates}, MINOR_SHARE * total
+            ),
             events=events,
             read=self.profile.device.read,
             write=self.profile.device.write,
@@ -528,6 +530,15 @@ class _Splitter:
                 )
             )
         return tuple(sorted(result, key=lambda update: (update.after, update.trainable)))
+
+
+def _offloadable(forward: Sequence[LayerOperator], sizes: dict[str, int], least: float) -> frozenset[str]:
+    """The candidates with at least so many bytes, and what their operators make besides: one of these that stays off the disk, and is not
+    kept, has the operator run again.
+    """
+    large = {value for value, size in sizes.items() if size >= least}
+    together = {value for op in forward if large.intersection(op.outputs) for value in op.outputs}
+    return frozenset(large | (together & sizes.keys()))
 
 
 def _alike(forward: Sequence[LayerOperator], length: int, sizes: dict[str, int]) -> dict[str, str]:

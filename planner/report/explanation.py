@@ -18,6 +18,7 @@ from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.report.costs import Cost, CostLedger
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan
+from tightfit.profiles.models.family import families
 from tightfit.profiles.schema import FrozenRecord
 from tightfit.runtime.engine.training.adapter import table_slice
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 LARGEST = 8
 """tensors named at the peak"""
+LEAST_TILE = 128
+"""tokens; with fewer at a time products take clearly longer for a token"""
 BITS_A_WEIGHT = {"4bit": 4.5, "8bit": 8.5, "16bit": 16.0}
 """precision of the frozen weights -> bits that a weight takes, its share of its block's scale included"""
 
@@ -115,7 +118,7 @@ class Remedy(FrozenRecord):
 
     change: str
     saves_bytes: int = Field(description="at the instruction that sets the smallest budget; another may take its place")
-    field: Literal["batch", "seq", "lora_rank", "base"] | None = Field(
+    field: Literal["tile", "batch", "seq", "lora_rank", "base"] | None = Field(
         None, description="what to change of what is profiled: an option of profiling"
     )
     value: int | str | None = Field(None, description="to what")
@@ -338,7 +341,9 @@ def _share(seconds: float, train: Phase) -> float:
 
 
 def _remedies(plan: Plan, ledger: CostLedger, peak: PeakAccount) -> list[Remedy]:
-    """Estimates of what half the batch, half the sequence, half the adapter's rank, or frozen weights in 4 bits would save at the peak."""
+    """Estimates of what half the tile, half the batch, half the sequence, half the adapter's rank, or frozen weights in 4 bits would save
+    at the peak; a tile of half the tokens keeps some of these bytes, as keys and values of the others.
+    """
     _, phase = _fullest(plan)
     trained = set(ledger.index.of_kind("trainable"))
     by_tokens = by_rank = packed = 0
@@ -353,7 +358,8 @@ def _remedies(plan: Plan, ledger: CostLedger, peak: PeakAccount) -> list[Remedy]
             packed += size
     rank = int((plan.model.lora or {}).get("rank", 1))
     remedies = []
-    halves: tuple[tuple[Literal["batch", "seq", "lora_rank"], int, int, str], ...] = (
+    halves: tuple[tuple[Literal["tile", "batch", "seq", "lora_rank"], int, int, str], ...] = (
+        ("tile", _tile_to_halve(plan), by_tokens, "tiles of {} tokens"),
         ("batch", plan.batch, by_tokens, "a batch of {}"),
         ("seq", plan.seq or 1, by_tokens, "a sequence of {} tokens"),
         ("lora_rank", rank, by_rank, "a LoRA rank of {}"),
@@ -369,3 +375,15 @@ def _remedies(plan: Plan, ledger: CostLedger, peak: PeakAccount) -> list[Remedy]
         change = f"frozen weights in 4 bits instead of {base.removesuffix('bit')}"
         remedies.append(Remedy(change=change, saves_bytes=saved, field="base", value="4bit"))
     return sorted(remedies, key=lambda remedy: -remedy.saves_bytes)
+
+
+def _tile_to_halve(plan: Plan) -> int:
+    """Tokens that go through a layer at a time, where half as many may: whole samples or equal parts of one; else 0."""
+    model, seq = plan.model, plan.seq or 1
+    of_transformers = model.config.get("model_type") not in families()
+    dropout = (model.lora or {}).get("lora_dropout")
+    if model.kind != "decoder" or of_transformers or plan.shorter or model.preference is not None or dropout:
+        return 0
+    tokens = plan.batch * seq // max(program.tiles for program in plan.programs)
+    half = tokens // 2
+    return tokens if half >= LEAST_TILE and tokens == 2 * half and (half % seq == 0 or seq % half == 0) else 0

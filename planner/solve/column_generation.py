@@ -13,6 +13,7 @@ docs/formulation.md.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,7 @@ from tightfit.planner.schedule.layer_schedule import Column, measure
 from tightfit.planner.search_options import Progress
 from tightfit.planner.solve.integer_rounding import ColumnRounding, WindowBytes, rounded
 from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp, MasterLpSolution, goal
-from tightfit.planner.solve.pricing import ColumnPool, Prices
+from tightfit.planner.solve.pricing import ColumnPool, Prices, TooLarge
 from tightfit.planner.solvers.highs import MARGIN
 from tightfit.planner.solvers.lp import Linear, LinearProgram
 
@@ -177,7 +178,7 @@ class ColumnGeneration:
             best = max(best, value - gain)
             self._report_pricing("columns", relaxed, best)
             settled = value - best <= self.tolerance / 4 * value or not (has_new or has_risen)
-            if not self.timely or settled or self.bound(best) > self.worth_seconds:
+            if not (self.timely or has_new) or settled or self.bound(best) > self.worth_seconds:
                 break
         return best, value, within_limit
 
@@ -216,8 +217,9 @@ class ColumnGeneration:
             chosen = max(unsettled, key=short)
             try:
                 has_new = pool.price(kinds[chosen], prices[chosen], gap, self.seconds_left()) or has_new
-            except TimeoutError:
+            except TimeoutError as error:
                 self.timely = False
+                has_new = (isinstance(error, TooLarge) and self._improve(prices)) or has_new
                 break
             self._report_pricing("pricing", relaxed, best)
             unsettled.remove(chosen)
@@ -226,6 +228,17 @@ class ColumnGeneration:
                     least[i] = pool.bound(kinds[i], prices[i])
             unsettled = [i for i in unsettled if not settled(i)]
         return sum(map(short, range(len(kinds)))), has_new
+
+    def _improve(self, prices: Sequence[Prices]) -> bool:
+        """Look for a new column of each type without programs, at the prices of its middle layer; whether there are any."""
+        kinds, has_new = self.pool.problem.layer_type, False
+        for kind in range(len(self.pool.columns)):
+            layers = [layer for layer, other in enumerate(kinds) if other == kind]
+            middle, seconds = layers[len(layers) // 2], self.seconds_left()
+            if seconds <= 0:
+                break
+            has_new = self.pool.improve(kind, prices[middle], seconds) or has_new
+        return has_new
 
     def _relaxation(self, limit_bytes: int | None) -> MasterLpSolution:
         return self.relaxation.solve(limit_bytes, self.seconds_left())

@@ -13,13 +13,19 @@ def greedy(problem: LayeredStep, pool: ColumnPool, limit_bytes: int) -> tuple[Co
 
     Time is that of computation and disk together, though they may overlap. None where even the smallest columns do not fit.
     """
-    chosen = [min(pool.columns[kind], key=_size) for kind in problem.layer_type]
+    count = len(problem.layer_type)
+
+    def size(column: Column) -> float:
+        """Bytes: what every layer holds at once counts as such, peaks, of which there is one at a time, as one layer's share."""
+        return column.between + column.outside + max(column.forward_peak, column.backward_peak) / count
+
+    chosen = [min(pool.columns[kind], key=size) for kind in problem.layer_type]
     if charged_bytes(problem, tuple(chosen)) > limit_bytes:
         return None
     # Each layer keeps the latest exchange that fits and is faster than the one before.
     exchanges = sorted(
         (
-            (-(_time(start) - _time(column)) / max(1, _size(column) - _size(start)), layer, index)
+            (-(_time(start) - _time(column)) / max(1, size(column) - size(start)), layer, index)
             for layer, (kind, start) in enumerate(zip(problem.layer_type, chosen))
             for index, column in enumerate(pool.columns[kind])
             if _time(column) < _time(start)
@@ -33,10 +39,6 @@ def greedy(problem: LayeredStep, pool: ColumnPool, limit_bytes: int) -> tuple[Co
         if charged_bytes(problem, tuple(chosen)) > limit_bytes:
             chosen[layer] = previous
     return tuple(chosen)
-
-
-def _size(column: Column) -> float:
-    return column.between + column.outside + max(column.forward_peak, column.backward_peak)
 
 
 def _time(column: Column) -> float:

@@ -9,6 +9,9 @@ brackets are those of the blocks in docs/formulation.md.
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,6 +38,12 @@ BLOCK_SECONDS = 3e-5
 """what building the program of a layer type takes, per pair of its operators"""
 NOTHING = 1e-12
 """ms per unit; lower prices are taken for 0"""
+LITTLE = 1e-3
+"""share of its cost by which a decision is cheaper than another at least to be preferred"""
+
+
+class TooLarge(TimeoutError):
+    """There is not time enough to build the program of a layer type."""
 
 
 def figures_row(column: Column) -> Prices:
@@ -135,11 +144,11 @@ class ColumnPool:
         return sum(counts[kind] for kind in self.problem.layer_type)
 
     def block(self, number: int, seconds: float) -> LayerProgram:
-        """The program of a type that stands in. Raises TimeoutError where `seconds` do not suffice to build it."""
+        """The program of a type that stands in. Raises TooLarge where `seconds` do not suffice to build it."""
         if number not in self.blocks:
             kind = self.problem.types[number]
             if seconds < BLOCK_SECONDS * (len(kind.forward) + len(kind.backward)) ** 2:
-                raise TimeoutError
+                raise TooLarge
             self.blocks[number] = LayerProgram(LinearProgram(), kind)
         return self.blocks[number]
 
@@ -190,6 +199,29 @@ class ColumnPool:
         new = [other for other, shared in enumerate(self.stand_in) if shared == stand_in and self.add(other, decision)]
         return kind in new
 
+    def improve(self, kind: int, prices: Prices, seconds: float) -> bool:
+        """Add the cheapest decision at `prices` that changing one fate at a time leads to, from the cheapest column known; whether it is new.
+
+        For layers whose program takes too long to build. It proves nothing, and ends after `seconds`.
+        """
+        layer_type, ends = self.problem.types[kind], time.monotonic() + seconds
+        costs = self.figures[kind] @ prices
+        best, least = self.columns[kind][int(np.argmin(costs))].decision, float(np.min(costs))
+        groups = _decided_together(layer_type)
+        unchanged = 0
+        for group in itertools.cycle(groups):
+            unchanged += 1
+            for decision in _other_fates(layer_type, best, group):
+                if time.monotonic() > ends:
+                    unchanged = len(groups)
+                    break
+                cost = float(figures_row(measure(layer_type, decision)) @ prices)
+                if cost < (1 - LITTLE) * least:
+                    best, least, unchanged = decision, cost, 0
+            if unchanged >= len(groups):
+                break
+        return self.add(kind, best)
+
     def cheapest_within(self, kind: int, prices: Prices, most: Prices) -> int | None:
         """The cheapest column known that holds no more between its windows than the figures `most`."""
         fits = (self.figures[kind][:, HOLDING] <= most[HOLDING] + ROUNDING).all(axis=1)
@@ -215,6 +247,28 @@ class ColumnPool:
         finally:
             for variable in limited:
                 block.program.bounds(variable, 0.0, INFINITY)
+
+
+def _decided_together(kind: LayerType) -> list[frozenset[str]]:
+    """The candidates in groups of one fate: what one operator makes, in all tiles."""
+    groups: dict[int | str, set[str]] = {}
+    for value in kind.candidates:
+        first = kind.alike.get(value, value)
+        maker = kind.producer.get(first)
+        groups.setdefault(first if maker is None else maker.index, set()).add(value)
+    return [frozenset(group) for group in groups.values()]
+
+
+def _other_fates(kind: LayerType, decision: Decision, group: frozenset[str]) -> Iterator[Decision]:
+    """The decisions under which all of `group` is kept, or offloaded as far as it may be, or made again where it can be."""
+    keep, offload = decision.keep - group, decision.offload - group
+    to_disk = group & kind.offloadable
+    fates = [(keep | group, offload), (keep | group - to_disk, offload | to_disk)]
+    if not group & kind.owned and all(kind.producer[value].recomputable for value in group):
+        fates.append((keep, offload))
+    for kept, offloaded in dict.fromkeys(fates):
+        if (kept, offloaded) != (decision.keep, decision.offload):
+            yield replace(decision, keep=kept, offload=offloaded)
 
 
 def _undercuts(stand_in: LayerType, other: LayerType) -> bool:

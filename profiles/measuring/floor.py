@@ -25,7 +25,7 @@ from tightfit.runtime.common.files import nameless_file, write_all
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start.floor import HOLES_PER_WORKSPACE
 from tightfit.runtime.engine.start.process import child_environment, leave
-from tightfit.runtime.engine.training.job import program_header
+from tightfit.runtime.engine.training.job import program_headers
 from tightfit.runtime.supervision.supervisor import command as supervisor_command
 from tightfit.runtime.supervision.training_process import command
 
@@ -63,7 +63,7 @@ def measure_floor(request: dict[str, Any], figures: dict[str, list[list[float]]]
 
     def lasting_bytes(chosen: list[dict[str, Any]], *, backward: bool = True) -> int:
         """What the operators of these programs leave behind (`kernel_bytes`)."""
-        key = [[program_header(program) for program in chosen], backward]
+        key = [program_headers(chosen), backward]
         return kept.of("kernels", key, lambda: kernel_bytes(chosen, threads, backward=backward))
 
     forwards = [

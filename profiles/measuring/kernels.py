@@ -21,7 +21,7 @@ from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import child_environment, leave, trim_heap
-from tightfit.runtime.engine.training.job import program_header, program_values
+from tightfit.runtime.engine.training.job import program_headers, program_values
 
 INFERENCE = "--inference"
 
@@ -34,7 +34,7 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
     """
     process = subprocess.run(
         command("tightfit.profiles.measuring.kernels", *([] if backward else [INFERENCE])),
-        input=json.dumps([program_header(program) for program in programs]),
+        input=json.dumps(program_headers(programs)),
         text=True,
         capture_output=True,
         env=child_environment(threads),
@@ -65,9 +65,7 @@ def main() -> int:
     before = _resident()
     programs = json.load(sys.stdin)
     device = Cpu(max(map(_bytes, programs), default=0), Meter(sys.maxsize))
-    operators: list[BoundOperator] = []
-    while programs:
-        operators.extend(bind(programs.pop(), device, None))
+    operators: list[BoundOperator] = [operator for bound in bind(programs, device, None) for operator in bound]
     warm_up_operators(operators, device)
     settle()
     # Maps again the pages that a step needs, but not those that only building kernels needed.

@@ -39,6 +39,7 @@ from tightfit.profiles.measuring.memory import (
 )
 from tightfit.profiles.measuring.messages import Steps
 from tightfit.profiles.measuring.placement import Placement, place
+from tightfit.profiles.measuring.sample import sample, work
 from tightfit.profiles.worker_process import send
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
@@ -46,7 +47,7 @@ from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import child_environment, leave, trim_heap
-from tightfit.runtime.engine.training.job import EXPERTS_AT, operator_key
+from tightfit.runtime.engine.training.job import EXPERTS_AT
 
 if TYPE_CHECKING:
     from tightfit.profiles.measuring.guard import OutputGuard
@@ -252,19 +253,26 @@ def measure_operators(
 
     programs = request["programs"]
     counts = request.get("counts") or [1] * len(programs)
-    keys = [_occurrences(program, scratch) for program in programs]
+    between = [sample(program).between for program in programs]
+    keys = [
+        {index: key for index, key in enumerate(_occurrences(program, scratch)) if index not in inferred}
+        for program, inferred in zip(programs, between, strict=True)
+    ]
     rarest_first = sorted(range(len(programs)), key=lambda number: (counts[number], -number))
-    chosen = {key: number for number in rarest_first for key in keys[number]}
+    chosen = {key: number for number in rarest_first for key in keys[number].values()}
     """the program in which an operator is measured: that with the most layers"""
-    firsts = [{key: index for index, key in reversed([*enumerate(of_program)])} for of_program in keys]
+    firsts = [{key: index for index, key in reversed(of_program.items())} for of_program in keys]
     """by program: where each of its different operators stands first"""
-    likenesses = [[likeness(program, operator) for operator in program["operators"]] for program in programs]
+    likenesses = [
+        {index: likeness(program, program["operators"][index]) for index in of_program}
+        for program, of_program in zip(programs, keys, strict=True)
+    ]
     passes: dict[tuple[str, int], list[float]] = {}
     workspaces: dict[str, int] = {}
     for key in chosen:
         if (seconds_known := kept.known("operator", key)) is not None:
             passes[key] = [seconds_known]
-    for alike in itertools.chain.from_iterable(likenesses):
+    for alike in itertools.chain.from_iterable(of_program.values() for of_program in likenesses):
         if (workspace_known := kept.known("workspace", alike)) is not None:
             workspaces[alike] = workspace_known
     seconds_kept, workspaces_kept = set(passes), set(workspaces)
@@ -276,7 +284,7 @@ def measure_operators(
             own = {
                 key: index for key, index in firsts[number].items() if chosen[key] == number and key not in seconds_kept
             }
-            fresh = {alike: index for index, alike in enumerate(likenesses[number]) if alike not in tried}
+            fresh = {alike: index for index, alike in likenesses[number].items() if alike not in tried}
             tried.update(fresh)
             if (own or fresh) and not slow[number]:
                 started = time.perf_counter()
@@ -300,34 +308,33 @@ def measure_operators(
             # Of the step: the seconds of those operators that are measured in a program, for each operator that is equal to one.
             share = [0.0] * len(programs)
             for number, count in enumerate(counts):
-                for key in keys[number]:
+                for key in keys[number].values():
                     share[chosen[key]] += count * passes[key][0]
             worth = [min(1.0, part / max(sum(share), 1e-9) / WHOLE_SHARE) for part in share]
     for key in passes.keys() - seconds_kept:
         kept.note("operator", key, statistics.median(passes[key]))
     for alike in workspaces.keys() - workspaces_kept:
         kept.note("workspace", alike, workspaces[alike])
-    return {
-        program["name"]: [
-            [statistics.median(passes[key]), workspaces[alike]]
-            for key, alike in zip(keys[number], likenesses[number], strict=True)
-        ]
-        for number, program in enumerate(programs)
-    }
+    figures = {}
+    for number, program in enumerate(programs):
+        seconds = {index: statistics.median(passes[key]) for index, key in keys[number].items()}
+        taken = {index: float(workspaces[alike]) for index, alike in likenesses[number].items()}
+        for index, ends in between[number].items():
+            seconds[index], taken[index] = ends.of(seconds), max(taken[ends.shorter], taken[ends.longer])
+        figures[program["name"]] = [[seconds[index], taken[index]] for index in range(len(program["operators"]))]
+    return figures
 
 
 def _occurrences(program: dict[str, Any], scratch: ScratchStores) -> list[tuple[str, int]]:
-    """For each operator what it is called with (`tightfit.runtime.engine.training.job.operator_key`, the kinds of its tensors and the
-    formats of tables whose rows it gathers), and how many like it stand before it in the program, or, in a program of several tiles, in
+    """For each operator what it does (`work`, with the formats of tables whose rows it gathers), and how many like it stand before it in the program, or, in a program of several tiles, in
     its tile.
     """
     values = {value["name"]: value for value in program["values"]}
     before: dict[str, int] = {}
     keys = []
     for operator in program["operators"]:
-        kinds = [values[name]["kind"] for name in operator["inputs"]]
         tables = [scratch.form(values[name]["shape"]) for name in operator["gathers"]]
-        key = json.dumps([operator_key(operator, values), kinds, tables, operator["copied"]])
+        key = json.dumps([work(operator, values), tables, operator["copied"]])
         before[key] = before.get(key, -1) + 1
         keys.append((key, before[key]))
     tiles = program.get("tiles", 1)
@@ -368,7 +375,7 @@ def settle_operators(
     for contents in CONTENTS:
         tensors, store = _filled(program, scratch, contents, turning_bytes)
         try:
-            copied_flags = check_program(program, tensors, guard, store)
+            copied_flags = check_program(program, tensors, guard, store, stand_in=sample(program).stand_in)
         except InputError as error:
             failure = failure or error
             continue
@@ -403,27 +410,30 @@ def measure_program(
     timed: Collection[int] | None = None,
 ) -> tuple[dict[int, float], dict[int, int]]:
     """(seconds of the operators `timed`, by default of all; workspace bytes of those with the numbers `workspaces_of`). They run in
-    order, round after round, as in a step, for about `seconds` beyond the first rounds; what others make is there from a round of all.
+    order, round after round, as in a step, for about `seconds` beyond the first rounds; what others make is there from a round of all,
+    but for those that others stand for (`tightfit.profiles.measuring.sample`).
     """
     if not program["operators"]:
         return {}, {}
     tensors, store = _filled(program, scratch, contents, turning_bytes)
     calls = _calls(program, tensors, store)
-    numbers = range(len(calls)) if timed is None else sorted(timed)
-    if len(numbers) < len(calls):
-        for call in calls:
-            call()
+    chosen = sample(program)
+    run = [number for number in range(len(calls)) if chosen.stand_in(number) is None]
+    numbers = run if timed is None else sorted(timed)
+    if len(numbers) < len(run):
+        for number in run:
+            calls[number]()
     times = dict(zip(numbers, _timed([calls[index] for index in numbers], seconds), strict=True))
     workspaces = {}
     if workspaces_of:
         # One more round, in order: an operator's inputs may have made room for others by the end of the round before.
-        for index, call in enumerate(calls):
+        for index in run:
             if index in workspaces_of:
                 calls_made = WORKSPACE_CALLS // (2 if min(times.get(index, [0.0])) > SLOW_SECONDS else 1)
                 with _crowded(program["operators"][index], tensors):
-                    workspaces[index] = _workspace(call, calls_made)
+                    workspaces[index] = _workspace(calls[index], calls_made)
             else:
-                call()
+                calls[index]()
     # The first two rounds are left out: they fault pages in and build kernels.
     return {index: typical(call_seconds[2:]) for index, call_seconds in times.items()}, workspaces
 

@@ -402,12 +402,13 @@ class Decoder(nn.Module):
             return trained(self.model.norm(_joined(tiles)), labels, *pairs)  # type: ignore[no-any-return]
         head = self.model.embed_tokens if self.shape.tied else self.lm_head
         parts = _head_parts(tiles)
-        own_labels = labels.view(-1).split(labels.numel() // len(parts)) if len(parts) > 1 else (labels,)
         counted = labels if len(parts) > 1 else None
         losses, token_losses = [], []
-        for part, own in zip(parts, own_labels, strict=True):
+        for part, own in zip(parts, labels.view(-1).split(labels.numel() // len(parts)), strict=True):
             hidden = self.model.norm(_joined(part))
-            made = head_loss(hidden, head.weight, own, self.slice_rows, *pairs, counted=counted)
+            # Labels of their own make the operators of all parts the same ones: a run then keeps those of one part.
+            own_labels = labels if counted is None else own.clone()
+            made = head_loss(hidden, head.weight, own_labels, self.slice_rows, *pairs, counted=counted)
             losses.append(made[0])
             token_losses.append(made[1])
         return losses[0] if counted is None else torch.stack(losses).sum(), _joined(token_losses)

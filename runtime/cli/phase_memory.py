@@ -31,7 +31,7 @@ LOADED_BYTES = {
     ANSWERING: 108 * MIB,
 }
 """of the process once all is imported"""
-BYTES_PER_JSON = {READING: 0, PROFILING: 12, REHEARSING: 15, LEARNING: 8, PREPARING: 8, ASKING: 20, ANSWERING: 12}
+BYTES_PER_JSON = {READING: 0, PROFILING: 12, REHEARSING: 15, LEARNING: 8, PREPARING: 16, ASKING: 20, ANSWERING: 12}
 """that each byte of a profile or a plan becomes"""
 TOKENIZER_BYTES = 21 * MIB
 """the `tokenizers` library and a vocabulary's table; one that is small is made meanwhile"""

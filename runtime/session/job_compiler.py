@@ -51,7 +51,7 @@ from tightfit.runtime.engine.training.job import (
     Job,
     draws_numbers,
     kept_buffers,
-    program_header,
+    program_headers,
     starts_of,
 )
 from tightfit.runtime.engine.training.job_tables import SEPARATOR
@@ -340,7 +340,7 @@ def _of_length(plan: Plan, numbers: Mapping[str, int]) -> dict[str, Any]:
     """What depends on the length of a step."""
     losses = next((tensor for tensor in plan.tensors if tensor.name == plan.token_losses), None)
     return {
-        "programs": [program_header(program.model_dump()) for program in plan.programs],
+        "programs": program_headers(program.model_dump() for program in plan.programs),
         "inputs": _placements(plan, "batch"),
         "token_losses": [numbers[losses.name], losses.shape] if losses else None,
     }

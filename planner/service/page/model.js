@@ -353,7 +353,7 @@ async function explore(place) {
     const shown = [state.budget, needs(SOLVER)].join(" ");
     if (help.dataset.shown === shown && help.childElementCount) return;
     help.dataset.shown = shown;
-    const missing = needs(SOLVER) - state.budget, words = { batch: "a smaller batch", seq: "shorter samples", lora_rank: "a smaller adapter", base: "frozen weights in fewer bits" };
+    const missing = needs(SOLVER) - state.budget, words = { tile: "a part of the tokens at a time", batch: "a smaller batch", seq: "shorter samples", lora_rank: "a smaller adapter", base: "frozen weights in fewer bits" };
     const remedies = ways.remedies.map((remedy) => reaching(remedy, missing)), most = mostFreed(remedies);
     const row = (remedy) => {
       const can = remedy.field && measuredBy, start = action(() => again(measuredBy, { [remedy.field]: remedy.value }, { budget: state.budget, tried: remedy.change, was: needs(SOLVER) }));
@@ -580,14 +580,14 @@ function renew(box, ...children) {
 // free in the end.
 export function reaching(remedy, missing) {
   const { change, field, value, saves_bytes: saved } = remedy, now = Number(/instead of (\d+)/.exec(change)?.[1]);
-  if (typeof value !== "number" || !(now > value)) return { ...remedy, most: saved };
+  if (typeof value !== "number" || !(now > value) || field === "tile") return { ...remedy, most: saved };
   const most = (saved * now) / (now - value), small = Math.floor(now * (1 - (missing + NOISE) / most)), enough = field === "seq" && small > 8 ? small - (small % 8) : small;
   if (saved >= missing + NOISE || enough < 1) return { ...remedy, most };
   return { ...remedy, most, value: enough, change: change.replace(/\d+/, enough), saves_bytes: Math.floor((most * (now - enough)) / now) };
 }
 
-// What all remedies could free together: a smaller batch and shorter samples free the same bytes.
-const mostFreed = (remedies) => Math.max(0, ...remedies.filter(({ field }) => ["batch", "seq"].includes(field)).map(({ most }) => most)) + remedies.filter(({ field }) => !["batch", "seq"].includes(field)).reduce((sum, { most }) => sum + most, 0);
+// What all remedies could free together: fewer tokens at a time, a smaller batch and shorter samples free the same bytes.
+const mostFreed = (remedies) => Math.max(0, ...remedies.filter(({ field }) => ["tile", "batch", "seq"].includes(field)).map(({ most }) => most)) + remedies.filter(({ field }) => !["tile", "batch", "seq"].includes(field)).reduce((sum, { most }) => sum + most, 0);
 
 // What fills the memory at the peak of a plan, the largest first; what counts for little is told together.
 const HELD = { packed: "frozen weights, as stored", weight: "frozen weights, unpacked", trainable: "what is trained", optimizer: "the optimizer's state", gradient: "gradients", activation: "activations", batch: "samples", constant: "constants" };

@@ -154,16 +154,22 @@ class BoundOperator:
         return other
 
 
-def bind(program: dict[str, Any], device: Device, store: WeightStore | None) -> list[BoundOperator]:
-    """Bind the operators of a program, which is in the form of the job's header (`program_header`)."""
-    values = program_values(program)
-    local = {name: index for index, name in enumerate(values)}
-    bound: list[BoundOperator] = []
-    for operator in program["operators"]:
-        if "like" in operator:
-            bound.append(bound[operator["like"]].on(tuple(local[name] for name in operator["values"])))
-        else:
-            bound.append(BoundOperator(operator, values, local, device, store))
+def bind(programs: list[dict[str, Any]], device: Device, store: WeightStore | None) -> list[list[BoundOperator]]:
+    """Bind the operators of the programs of a step, which are in the form of the job's header (`program_headers`) and are taken out of
+    the list.
+    """
+    bound: list[list[BoundOperator]] = []
+    while programs:
+        program = programs.pop(0)
+        values = program_values(program)
+        local = {name: index for index, name in enumerate(values)}
+        bound.append([])
+        for operator in program["operators"]:
+            if "like" in operator:
+                place, number = operator["like"]
+                bound[-1].append(bound[place][number].on(tuple(local[name] for name in operator["values"])))
+            else:
+                bound[-1].append(BoundOperator(operator, values, local, device, store))
     return bound
 
 
@@ -200,9 +206,7 @@ class Executor:
         self._forms: dict[int | None, BoundStep] = {}
         for number, step in enumerate([*header["shorter"], header]):
             length = step["seq"] if step is not header else None
-            programs = self.programs[length] = [
-                bind(program, self.device, self.store) for program in step.pop("programs")
-            ]
+            programs = self.programs[length] = bind(step.pop("programs"), self.device, self.store)
             self._forms[length] = BoundStep(
                 [programs[index] for index in header["layer_programs"]],
                 job.sizes if step is header else job.sizes_of(number),

@@ -49,6 +49,8 @@ POSITIONS_AT = {
     "tightfit.tile_attention_backward": 6,
 }
 """operators -> the place of their argument that says which samples share a row"""
+TILES_AT = {"tightfit.tile_attention": 1, "tightfit.tile_attention_backward": 2}
+"""operators -> the place of their argument that holds a tensor for each tile of the text so far; the last argument is the sliding window"""
 EXPERTS_AT = {
     "tightfit.experts": (2, 4, 8),
     "tightfit.experts_backward": (4, 6, 10),
@@ -57,6 +59,8 @@ EXPERTS_AT = {
 }
 """operators -> the places of their arguments for the numbers of the chosen experts, the first of two matrices and two biases, and the number
 of the first expert that these are of"""
+BEGINS_AT = {"tightfit.head_chunk": 4} | {target: first for target, (_, _, first) in EXPERTS_AT.items()}
+"""operators -> the place of their argument that says where the part begins that they work on: they do the same wherever it does"""
 DROPOUT = "tightfit.dropout"
 """prefix of the operators that draw random numbers of a step and a layer (`tightfit.runtime.engine.device.draws`)"""
 KEEP_STATE = "tightfit.keep_state"
@@ -156,12 +160,17 @@ def kept_buffers(layers: Iterable[Any], programs: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(layer.bindings[value] for layer in layers for value in changed[layer.program]))
 
 
-def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a program that the training process needs, for the job's header.
+def program_headers(programs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of the programs of a step that the training process needs, for the job's header.
 
-    Of a layer in tiles, an operator that is another's but for the tensors that it reads and makes is written as
-    ``{"like": the other's number, "values": these tensors in the order of `tensors_of`}``.
+    Of layers in tiles, an operator that is another's but for the tensors that it reads and makes is written as
+    ``{"like": [number of a program, number in it], "values": these tensors in the order of `tensors_of`}``.
     """
+    known: dict[str, list[int]] = {}
+    return [_program_header(program, number, known) for number, program in enumerate(programs)]
+
+
+def _program_header(program: Mapping[str, Any], place: int, known: dict[str, list[int]]) -> dict[str, Any]:
     operators = [
         {key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")}
         | ({"copied": True} if op.get("copied") else {})
@@ -169,11 +178,11 @@ def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if program.get("tiles", 1) > 1:
         by_name = {value["name"]: value for value in program["values"]}
-        first: dict[str, int] = {}
         for number, operator in enumerate(operators):
             form = json.dumps([operator_key(program["operators"][number], by_name), operator.get("copied")])
-            if first.setdefault(form, number) != number:
-                operators[number] = {"like": first[form], "values": tensors_of(operator)}
+            like = known.setdefault(form, [place, number])
+            if like != [place, number]:
+                operators[number] = {"like": like, "values": tensors_of(operator)}
     values = [[v["name"], v["dtype"], v["shape"], v["stride"]] for v in program["values"]]
     return {"values": values, "operators": operators}
 
@@ -220,7 +229,7 @@ def operator_key(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, 
 
 
 def program_values(program: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The values of a program in the header's form (`program_header`): name -> dtype, shape, stride."""
+    """The values of a program in the header's form (`program_headers`): name -> dtype, shape, stride."""
     return {
         name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]
     }

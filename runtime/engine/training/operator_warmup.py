@@ -17,7 +17,7 @@ from tightfit.runtime.engine.device.device import Device, aligned
 from tightfit.runtime.engine.device.expert_blocks import BLOCK_ROWS
 from tightfit.runtime.engine.start.process import apart, trim_heap
 from tightfit.runtime.engine.training.executor import BoundOperator
-from tightfit.runtime.engine.training.job import EXPERTS_AT, POSITIONS_AT
+from tightfit.runtime.engine.training.job import BEGINS_AT, EXPERTS_AT, POSITIONS_AT, TILES_AT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,25 +31,31 @@ are larger; those get mappings of their own during the warm-up
 def warm_up_operators(operators: Iterable[BoundOperator], device: Device) -> None:
     """Run the operators on zeros in the arena, and give its pages back after each.
 
-    Operators that gather rows from the weight store are left out, and experts of sizes that others had before. Raises InputError for
-    an operator that cannot be run.
+    Operators that gather rows from the weight store are left out; experts, chunks of the head and attention to tiles are not called
+    where others before them made the same products. Raises InputError for an operator that cannot be run.
     """
     met: set[tuple[object, ...]] = set()
     with apart(LARGEST_LASTING):
         for operator in {operator.call: operator for operator in operators}.values():  # those of equal tiles are one
-            if operator.name in EXPERTS_AT:
-                sizes = operator.name, *((read.dtype, read.size, read.stride) for read in operator.reads)
-                if sizes in met:
-                    continue
-                met.add(sizes)
+            work = _work(operator)
             if not operator.gathers:
-                _run(operator, device)
+                _run(operator, device, call=work not in met)
                 device.release()  # the next one reads zeros too: leftover values, read as indices, could be too large
                 trim_heap()
+            met |= {work} if work else set()
 
 
-def _run(operator: BoundOperator, device: Device) -> None:
-    """Run one operator, its tensors side by side from the start of the arena.
+def _work(operator: BoundOperator) -> tuple[object, ...]:
+    """What tells which products an operator makes, of those of which many make the same; empty: it is no such one."""
+    arguments = operator.reads[0].container if operator.reads else []
+    read = [(read.dtype, read.size, read.stride) for read in operator.reads]
+    if operator.name in TILES_AT and not arguments[-1]:
+        return operator.name, min(len(arguments[TILES_AT[operator.name]]), 2), frozenset(read)
+    return (operator.name, *read) if operator.name in BEGINS_AT else ()
+
+
+def _run(operator: BoundOperator, device: Device, *, call: bool) -> None:
+    """Run one operator, its tensors side by side from the start of the arena; without `call` only make its views of them, which stay.
 
     A schedule has them all in the arena at once; should they not fit side by side, the operator is skipped.
     """
@@ -66,6 +72,8 @@ def _run(operator: BoundOperator, device: Device) -> None:
     for view in views:
         view.move(where[view.place])
     outputs = [None if write is None else write.tensor for write in operator.writes]
+    if not call:
+        return
     try:
         operator.call(outputs)
         if operator.name in POSITIONS_AT:

@@ -336,6 +336,34 @@ def test_what_would_lower_the_smallest_budget(deep, smallest):
     assert {remedy.field: remedy.value for remedy in told.remedies} == {"batch": 1, "seq": 32, "lora_rank": 4}
 
 
+@pytest.mark.parametrize(
+    ("batch", "seq", "tiles", "changes", "half"),
+    [
+        (1, 512, 1, {}, 256),
+        (1, 512, 2, {}, 128),
+        (1, 512, 4, {}, None),  # tiles so small make products slower
+        (4, 128, 1, {}, 256),
+        (3, 256, 1, {}, None),  # one and a half samples
+        (1, 512, 1, {"config": {"model_type": "gpt2"}}, None),  # runs as transformers has it
+        (1, 512, 1, {"lora": {"rank": 8, "lora_dropout": 0.1}}, None),
+        (1, 512, 1, {"config": {"model_type": "llama", "preference": {"loss": "orpo", "beta": 0.1}}}, None),
+    ],
+)
+def test_fewer_tokens_at_a_time_are_a_remedy_where_they_can_be(deep, smallest, batch, seq, tiles, changes, half):
+    model = smallest.model.model_copy(
+        update={"kind": "decoder", "config": {"model_type": "llama"}, "lora": {"rank": 8}} | changes
+    )
+    programs = [program.model_copy(update={"tiles": tiles}) for program in smallest.programs]
+    shaped = smallest.model_copy(update={"batch": batch, "seq": seq, "model": model, "programs": programs})
+    remedies = shortfall(deep.plan(smallest.peak_bytes - 1, policy="mebp"), shaped).shortfall.remedies
+    told = {remedy.field: remedy for remedy in remedies}
+    assert ("tile" in told) == (half is not None)
+    if half is not None:
+        assert told["tile"].value == half
+        assert told["tile"].change == f"tiles of {half} tokens instead of {2 * half}"
+        assert told["tile"].saves_bytes == told["seq"].saves_bytes
+
+
 def test_frozen_weights_in_fewer_bits_are_a_remedy_where_they_are_resident_packed():
     roomy = ModelPlanner(decoder_like(2)).plan(60 * MIB, time_limit=5)
     held = {

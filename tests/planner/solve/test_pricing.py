@@ -9,13 +9,20 @@ import pytest
 from decisions import random_decision
 from swallowing import Swallowing
 from synthetic import small_chain
+from tiny_plans import decoder_profile
 
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.solve.master_lp import MasterLp
-from tightfit.planner.solve.pricing import ColumnPool, FigureHull, figures_row
+from tightfit.planner.solve.pricing import LITTLE, ColumnPool, FigureHull, figures_row
 from tightfit.planner.solve.search import Solver
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory):
+    """A decoder's step with a text in four tiles."""
+    return layered(decoder_profile(tmp_path_factory.mktemp("tiled"), batch=1, seq=64, tile=16))
 
 
 def test_a_solver_that_gives_up_proves_nothing_and_is_replaced(monkeypatch):
@@ -96,3 +103,53 @@ def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
     assert signal.getsignal(signal.SIGINT) is before
     hull.solver = solver
     assert hull.bound(np.ones(len(FIELDS))) > 0
+
+
+def test_no_change_of_one_fate_is_cheaper_than_what_a_search_adds(tiled):
+    """At random prices: of what one operator makes, in all tiles. No decision is cheaper than what programs prove."""
+    chance, gained = np.random.default_rng(0), 0
+    for number, kind in enumerate(tiled.types):
+        makers = {}
+        for value in kind.candidates:
+            first = kind.alike.get(value, value)
+            makers.setdefault(kind.producer[first].index if first in kind.producer else first, set()).add(value)
+        for _ in range(4 if makers else 0):
+            searched, solved = Solver(tiled).pool, Solver(tiled).pool
+            prices = chance.uniform(0.0, 1.0, len(FIELDS)) / np.maximum(1e-9, searched.figures[number].mean(axis=0))
+            rules = (searched.figures[number] @ prices).min()
+            searched.improve(number, prices, 60.0)
+            costs = searched.figures[number] @ prices
+            best, found = searched.columns[number][int(costs.argmin())].decision, costs.min()
+            solved.price(number, prices, 1e-3, 60.0)
+            assert solved.bound(number, prices) <= found * (1 + 1e-9)
+            assert found <= rules
+            gained += found < 0.99 * rules
+            for made in makers.values():
+                disk, memory = made & kind.offloadable, made - kind.offloadable
+                others = [(best.keep | made, best.offload - made), (best.keep - disk | memory, best.offload | disk)]
+                if not made & kind.owned and all(kind.producer[value].recomputable for value in made):
+                    others.append((best.keep - made, best.offload - made))
+                for keep, offload in others:
+                    changed = figures_row(measure(kind, replace(best, keep=keep, offload=offload))) @ prices
+                    assert changed >= found * (1 - 2 * LITTLE)
+    assert gained
+
+
+def test_what_cannot_be_made_again_is_kept_or_offloaded(tiled):
+    for number, kind in enumerate(tiled.types):
+        pool = Solver(tiled).pool
+        free = np.where([name in ("between", "backward_peak") for name in FIELDS], 1.0, 0.0)
+        pool.improve(number, free, 60.0)
+        for column in pool.columns[number]:
+            stored = column.decision.keep | column.decision.offload
+            assert {v for v in kind.candidates if v in kind.owned or not kind.producer[v].recomputable} <= stored
+            assert column.decision.offload <= kind.offloadable
+            assert not column.decision.keep & column.decision.offload
+
+
+def test_a_search_without_time_adds_nothing(tiled):
+    for number in range(len(tiled.types)):
+        pool = Solver(tiled).pool
+        known = len(pool.columns[number])
+        assert not pool.improve(number, np.ones(len(FIELDS)), -1.0)
+        assert len(pool.columns[number]) == known

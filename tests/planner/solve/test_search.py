@@ -104,6 +104,22 @@ def test_a_search_without_time_to_fill_in_still_chooses(decoder, monkeypatch):
     assert not search.timely
 
 
+def test_layers_whose_programs_take_too_long_are_searched_without(monkeypatch):
+    """A plan near the one that programs find, and a bound that does not claim more."""
+    profile = decoder_like(4, tokens=256, slices=3, on=device(**REAL))
+    with_programs = ModelPlanner(profile)
+    least = with_programs.minimum().peak_bytes
+    for budget in (int(1.1 * least), int(1.4 * least)):
+        best = with_programs.plan(budget)
+        without = ModelPlanner(profile)
+        with monkeypatch.context() as patched:
+            patched.setattr("tightfit.planner.solve.pricing.BLOCK_SECONDS", 1e9)
+            plan = without.plan(budget)
+        assert plan.peak_bytes <= budget
+        assert best.bound_seconds <= plan.step_seconds <= 1.05 * best.step_seconds
+        assert plan.bound_seconds <= best.step_seconds
+
+
 def test_a_choice_that_time_ends_is_the_best_so_far(decoder, monkeypatch):
     limit = decoder.solver.room(int(decoder.plan(1 << 45, policy="mebp").peak_bytes * 1.3))
     search = ColumnGeneration(relaxation=decoder.solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60)

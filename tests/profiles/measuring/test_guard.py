@@ -21,7 +21,7 @@ from tightfit.runtime.engine.cpu.cpu import Cpu
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.training.executor import bind
-from tightfit.runtime.engine.training.job import program_header
+from tightfit.runtime.engine.training.job import program_headers
 
 N, CLASSES = 300, 7  # 2,100 elements: beyond what fits into the guards beside an output
 
@@ -121,7 +121,7 @@ def run_in_an_arena(
                 if known is not None:
                     slots[place[name]].copy_(known)
             for operator, bound in zip(
-                program["operators"], bind(json.loads(json.dumps(program_header(program))), arena, None)
+                program["operators"], *bind(json.loads(json.dumps(program_headers([program]))), arena, None)
             ):
                 if operator["phase"] != phase:
                     continue

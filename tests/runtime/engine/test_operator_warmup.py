@@ -17,7 +17,7 @@ from tightfit.runtime.engine.cpu.cpu import Cpu
 from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.start import process
 from tightfit.runtime.engine.training.executor import bind
-from tightfit.runtime.engine.training.job import operators_run, program_header
+from tightfit.runtime.engine.training.job import BEGINS_AT, TILES_AT, operators_run, program_headers
 from tightfit.runtime.engine.training.operator_warmup import warm_up_operators
 
 
@@ -37,6 +37,10 @@ def prepared(profile, tmp_path, monkeypatch):
     training = make_training(naive_plan(profile), random_records(tmp_path, seq=profile.seq), tmp_path, lr=1e-2)
     yield training, *given
     training.close()
+
+
+def headers(profile):
+    return program_headers(program.model_dump() for program in profile.programs)
 
 
 def calls(operators):
@@ -80,18 +84,55 @@ def test_every_operator_of_the_schedules_runs_once_on_zeros(profile, prepared):
     warm_up_operators(operators, arena)
     gathering = [operator for operator in operators if operator.gathers]
     assert gathering
-    assert counted == {id(operator): 1 for operator in operators if not operator.gathers}
-    assert len(reads) > len(operators)
+    called = [operator for operator in operators if not operator.gathers and operator.name not in BEGINS_AT]
+    chunks = [operator for operator in operators if operator.name in BEGINS_AT]
+    assert counted == {id(operator): 1 for operator in [*called, *first_of_each_size(chunks)]}
+    assert len(reads) > len(called)
     assert not any(reads)
     assert not arena.bytes.any()
 
 
+def first_of_each_size(operators):
+    sizes = {}
+    for operator in operators:
+        key = operator.name, *((read.size, read.stride) for read in operator.reads)
+        sizes.setdefault(key, operator)
+    return list(sizes.values())
+
+
+def test_of_equal_products_one_is_made_and_all_have_their_views(tmp_path):
+    """Views stay, so that what they take is there before anything is loaded. Attention to three tiles makes the products of that to two."""
+    profile = decoder_profile(tmp_path, batch=1, seq=40, tile=8)
+    device = Cpu(1 << 24, Meter(1 << 60))
+    operators = [operator for bound in bind(headers(profile), device, None) for operator in bound]
+    own = {id(operator.call): operator for operator in operators}
+    counted = Counter()
+
+    def counting(operator, call):
+        def counted_call(outputs):
+            tiles = len(operator.reads[0].container[TILES_AT[operator.name]]) if operator.name in TILES_AT else 0
+            counted[operator.name, tiles] += 1
+            call(outputs)
+
+        return counted_call
+
+    for operator in own.values():
+        operator.call = counting(operator, operator.call)
+    warm_up_operators(own.values(), device)
+    forward, backward = TILES_AT
+    assert {tiles for name, tiles in counted if name == forward} == {1, 2}
+    # The backward of the last tile, which attends to all five, is without sums; of the others that of four comes first.
+    assert {tiles for name, tiles in counted if name == backward} == {1, 4, 5}
+    assert sum(count for (name, _), count in counted.items() if name in BEGINS_AT) == len(
+        first_of_each_size([operator for operator in own.values() if operator.name in BEGINS_AT])
+    )
+    for operator in own.values():
+        if not operator.gathers:
+            assert all(view.tensor is not None for view in [*operator.reads, *filter(None, operator.writes)])
+
+
 def test_an_operator_that_the_arena_has_no_room_for_is_left_to_its_step(profile):
-    operators = [
-        operator
-        for program in profile.programs
-        for operator in bind(program_header(program.model_dump()), Cpu(64, Meter(1 << 60)), None)
-    ]
+    operators = [operator for bound in bind(headers(profile), Cpu(64, Meter(1 << 60)), None) for operator in bound]
     counted = calls(operators)
     warm_up_operators(operators, Cpu(0, Meter(1 << 60)))
     assert not counted
@@ -102,7 +143,7 @@ def test_an_operator_that_cannot_run_is_told():
     value = {"name": "x", "dtype": "float32", "shape": [2, 3], "stride": [3, 1]}
     operator = {"target": "aten.mm.default", "args": [window, window], "kwargs": {}, "outputs": ["x"], "gathers": []}
     arena = Cpu(1 << 12, Meter(1 << 60))
-    operators = bind(program_header({"values": [value], "operators": [operator]}), arena, None)
+    (operators,) = bind(program_headers([{"values": [value], "operators": [operator]}]), arena, None)
     with pytest.raises(InputError, match=r"operator aten\.mm\.default is not supported \(mat1 and mat2 shapes"):
         warm_up_operators(operators, arena)
 
@@ -145,7 +186,7 @@ from tightfit.runtime.engine.start.process import trim_heap
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.operator_warmup import warm_up_operators
 device = Cpu(1 << 28, Meter(1 << 60))
-operators = [operator for program in json.load(sys.stdin) for operator in bind(program, device, None)]
+operators = [operator for bound in bind(json.load(sys.stdin), device, None) for operator in bound]
 held = []
 for _ in range(3):
     warm_up_operators(operators, device)
@@ -154,10 +195,9 @@ for _ in range(3):
     held.append(memory().anonymous)
 print(json.dumps(held))
 """
-    headers = [program_header(program.model_dump()) for program in decoder_profile(tmp_path).programs]
     done = subprocess.run(
         [sys.executable, "-c", code],
-        input=json.dumps(headers),
+        input=json.dumps(headers(decoder_profile(tmp_path))),
         env=process.child_environment(2),
         capture_output=True,
         text=True,

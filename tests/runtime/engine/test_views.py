@@ -19,7 +19,7 @@ from tightfit.runtime.engine.cpu.cpu import Cpu
 from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.training.batches import write_batches
 from tightfit.runtime.engine.training.executor import bind
-from tightfit.runtime.engine.training.job import program_header
+from tightfit.runtime.engine.training.job import program_headers
 from tightfit.runtime.session.python_batches import as_planned
 
 LR, STEPS = 1e-2, 4
@@ -96,7 +96,7 @@ def test_an_operator_takes_no_more_memory_where_much_lies_before_its_tensors() -
     program = {"values": [{"name": name, **value} for name in ("x", "y")], "operators": [operator]}
     device = Cpu(64 * MIB, Meter(1 << 60))
     device.bytes.fill_(0)
-    (bound,) = bind(program_header(program), device, None)
+    ((bound,),) = bind(program_headers([program]), device, None)
     for read in bound.reads:
         read.move(device.size - 512)
     device.tensor(device.size - 512, [64], "float32").copy_(torch.arange(64.0))
