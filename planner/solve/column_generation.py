@@ -25,7 +25,7 @@ from tightfit.planner.schedule.layer_schedule import Column, measure
 from tightfit.planner.search_options import Progress
 from tightfit.planner.solve.integer_rounding import ColumnRounding, WindowBytes, rounded
 from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp, MasterLpSolution, goal
-from tightfit.planner.solve.pricing import ColumnPool, Prices, TooLarge
+from tightfit.planner.solve.pricing import ColumnPool, Prices, TooLargeError
 from tightfit.planner.solvers.highs import MARGIN
 from tightfit.planner.solvers.lp import Linear, LinearProgram
 
@@ -219,7 +219,7 @@ class ColumnGeneration:
                 has_new = pool.price(kinds[chosen], prices[chosen], gap, self.seconds_left()) or has_new
             except TimeoutError as error:
                 self.timely = False
-                has_new = (isinstance(error, TooLarge) and self._improve(prices)) or has_new
+                has_new = (isinstance(error, TooLargeError) and self._improve(prices)) or has_new
                 break
             self._report_pricing("pricing", relaxed, best)
             unsettled.remove(chosen)

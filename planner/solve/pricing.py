@@ -42,7 +42,7 @@ LITTLE = 1e-3
 """share of its cost by which a decision is cheaper than another at least to be preferred"""
 
 
-class TooLarge(TimeoutError):
+class TooLargeError(TimeoutError):
     """There is not time enough to build the program of a layer type."""
 
 
@@ -144,11 +144,11 @@ class ColumnPool:
         return sum(counts[kind] for kind in self.problem.layer_type)
 
     def block(self, number: int, seconds: float) -> LayerProgram:
-        """The program of a type that stands in. Raises TooLarge where `seconds` do not suffice to build it."""
+        """The program of a type that stands in. Raises TooLargeError where `seconds` do not suffice to build it."""
         if number not in self.blocks:
             kind = self.problem.types[number]
             if seconds < BLOCK_SECONDS * (len(kind.forward) + len(kind.backward)) ** 2:
-                raise TooLarge
+                raise TooLargeError
             self.blocks[number] = LayerProgram(LinearProgram(), kind)
         return self.blocks[number]
 
