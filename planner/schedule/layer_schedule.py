@@ -188,7 +188,8 @@ class _Expansion:
                 used.add(value)
                 if value in available:
                     continue
-                maker = self.producer[value]
+                maker = self.producer.get(value)
+                assert maker is not None, f"{value} was neither kept nor offloaded, and is not of this layer"
                 assert maker.recomputable, f"{value} can neither be kept nor made again"
                 if maker.index not in reruns:
                     reruns.add(maker.index)

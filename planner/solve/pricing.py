@@ -200,12 +200,15 @@ class ColumnPool:
         return kind in new
 
     def improve(self, kind: int, prices: Prices, seconds: float) -> bool:
-        """Add the cheapest decision at `prices` that changing one fate at a time leads to, from the cheapest column known; whether it is new.
+        """Add the cheapest decision at `prices` that changing one fate at a time leads to, from the cheapest column known that stores all
+        that cannot be made again; whether it is new.
 
         For layers whose program takes too long to build. It proves nothing, and ends after `seconds`.
         """
         layer_type, ends = self.problem.types[kind], time.monotonic() + seconds
-        costs = self.figures[kind] @ prices
+        lasting = {value for value in layer_type.candidates if not _made_again(layer_type, value)}
+        stored = [lasting <= column.decision.keep | column.decision.offload for column in self.columns[kind]]
+        costs = np.where(stored, self.figures[kind] @ prices, INFINITY)
         best, least = self.columns[kind][int(np.argmin(costs))].decision, float(np.min(costs))
         groups = _decided_together(layer_type)
         unchanged = 0
@@ -249,6 +252,11 @@ class ColumnPool:
                 block.program.bounds(variable, 0.0, INFINITY)
 
 
+def _made_again(kind: LayerType, value: str) -> bool:
+    """Whether the layer's backward window can make a candidate again."""
+    return value not in kind.owned and kind.producer[value].recomputable
+
+
 def _decided_together(kind: LayerType) -> list[frozenset[str]]:
     """The candidates in groups of one fate: what one operator makes, in all tiles."""
     groups: dict[int | str, set[str]] = {}
@@ -264,7 +272,7 @@ def _other_fates(kind: LayerType, decision: Decision, group: frozenset[str]) -> 
     keep, offload = decision.keep - group, decision.offload - group
     to_disk = group & kind.offloadable
     fates = [(keep | group, offload), (keep | group - to_disk, offload | to_disk)]
-    if not group & kind.owned and all(kind.producer[value].recomputable for value in group):
+    if all(_made_again(kind, value) for value in group):
         fates.append((keep, offload))
     for kept, offloaded in dict.fromkeys(fates):
         if (kept, offloaded) != (decision.keep, decision.offload):

@@ -15,14 +15,27 @@ from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.solve.master_lp import MasterLp
+from tightfit.planner.solve.policies import keep_all
 from tightfit.planner.solve.pricing import LITTLE, ColumnPool, FigureHull, figures_row
 from tightfit.planner.solve.search import Solver
 
 
 @pytest.fixture(scope="module")
 def tiled(tmp_path_factory):
-    """A decoder's step with a text in four tiles."""
-    return layered(decoder_profile(tmp_path_factory.mktemp("tiled"), batch=1, seq=64, tile=16))
+    """A decoder's step with a text in four tiles, whose operators take as long as they have letters."""
+    profile = decoder_profile(tmp_path_factory.mktemp("tiled"), batch=1, seq=64, tile=16)
+    programs = [
+        program.model_copy(
+            update={
+                "operators": [
+                    operator.model_copy(update={"seconds": 1e-6 * len(operator.target)})
+                    for operator in program.operators
+                ]
+            }
+        )
+        for program in profile.programs
+    ]
+    return layered(profile.model_copy(update={"programs": programs}))
 
 
 def test_a_solver_that_gives_up_proves_nothing_and_is_replaced(monkeypatch):
@@ -153,3 +166,16 @@ def test_a_search_without_time_adds_nothing(tiled):
         known = len(pool.columns[number])
         assert not pool.improve(number, np.ones(len(FIELDS)), -1.0)
         assert len(pool.columns[number]) == known
+
+
+def test_a_search_begins_where_nothing_is_lost_that_cannot_be_made_again(tiled):
+    """A decision under which nothing runs again may do without the layer's input, which changes of it would need."""
+    number = max(range(len(tiled.types)), key=lambda number: len(tiled.types[number].owned))
+    kind, pool = tiled.types[number], Solver(tiled).pool
+    everything = keep_all(kind, last=False)
+    read = {value for operator in kind.backward for value in operator.inputs}
+    assert kind.owned - read, "an input that only what runs again would read"
+    bare = measure(kind, replace(everything, keep=everything.keep - (kind.owned - read)))
+    pool.columns[number] = [bare, *pool.columns[number][1:]]  # it holds what keeping everything holds
+    for name in FIELDS:
+        pool.improve(number, np.where([other == name for other in FIELDS], 1.0, 1e-9), 60.0)
