@@ -53,19 +53,14 @@ def sample(program: Mapping[str, Any]) -> Sample:
     """Which operators of a profile's program (as a dict) are not run, since others tell their figures."""
     values = {value["name"]: value for value in program["values"]}
     tiles, equal = program.get("tiles", 1), {}
+    run = {end % tiles for end in ENDS}
     same: dict[str, list[int]] = {}
     for number, operator in enumerate(program["operators"]):
         same.setdefault(work(operator, values), []).append(number)
     for numbers in same.values():
         each, left = divmod(len(numbers), tiles)
-        run = {end % tiles for end in ENDS} if not left else range(tiles)
-        equal.update(
-            {
-                number: numbers[place % each]
-                for place, number in enumerate(numbers)
-                if not left and place // each not in run
-            }
-        )
+        if not left:
+            equal |= {number: numbers[place % each] for place, number in enumerate(numbers) if place // each not in run}
     return Sample(equal, _between(program["operators"], values))
 
 
