@@ -52,8 +52,9 @@ class Sample:
 def sample(program: Mapping[str, Any]) -> Sample:
     """Which operators of a profile's program (as a dict) are not run, since others tell their figures."""
     values = {value["name"]: value for value in program["values"]}
-    tiles, equal = program.get("tiles", 1), {}
+    tiles = program.get("tiles", 1)
     run = {end % tiles for end in ENDS}
+    equal: dict[int, int] = {}
     same: dict[str, list[int]] = {}
     for number, operator in enumerate(program["operators"]):
         same.setdefault(work(operator, values), []).append(number)
