@@ -38,11 +38,13 @@ def warm_up_operators(operators: Iterable[BoundOperator], device: Device) -> Non
     with apart(LARGEST_LASTING):
         for operator in {operator.call: operator for operator in operators}.values():  # those of equal tiles are one
             work = _work(operator)
-            if not operator.gathers:
-                _run(operator, device, call=work not in met)
-                device.release()  # the next one reads zeros too: leftover values, read as indices, could be too large
-                trim_heap()
-            met |= {work} if work else set()
+            if operator.gathers or not _placed(operator, device) or work in met:
+                continue
+            _run(operator, device)
+            device.release()  # the next one reads zeros too: leftover values, read as indices, could be too large
+            trim_heap()
+            if work:
+                met.add(work)
 
 
 def _work(operator: BoundOperator) -> tuple[object, ...]:
@@ -54,10 +56,9 @@ def _work(operator: BoundOperator) -> tuple[object, ...]:
     return (operator.name, *read) if operator.name in BEGINS_AT else ()
 
 
-def _run(operator: BoundOperator, device: Device, *, call: bool) -> None:
-    """Run one operator, its tensors side by side from the start of the arena; without `call` only make its views of them, which stay.
-
-    A schedule has them all in the arena at once; should they not fit side by side, the operator is skipped.
+def _placed(operator: BoundOperator, device: Device) -> bool:
+    """Make an operator's views of its tensors, side by side from the start of the arena: they stay. Whether they fit there; a schedule has
+    them all in the arena at once, but not side by side.
     """
     views = [*operator.reads, *(write for write in operator.writes if write is not None)]
     needed: dict[int, int] = {}
@@ -68,12 +69,15 @@ def _run(operator: BoundOperator, device: Device, *, call: bool) -> None:
         where[place] = end
         end += size
     if end > device.size:
-        return
+        return False
     for view in views:
         view.move(where[view.place])
+    return True
+
+
+def _run(operator: BoundOperator, device: Device) -> None:
+    """Run one operator on the tensors that it has views of."""
     outputs = [None if write is None else write.tensor for write in operator.writes]
-    if not call:
-        return
     try:
         operator.call(outputs)
         if operator.name in POSITIONS_AT:

@@ -14,6 +14,7 @@ from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.cpu.cpu import Cpu
+from tightfit.runtime.engine.device.device import aligned
 from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.start import process
 from tightfit.runtime.engine.training.executor import bind
@@ -100,35 +101,68 @@ def first_of_each_size(operators):
     return list(sizes.values())
 
 
-def test_of_equal_products_one_is_made_and_all_have_their_views(tmp_path):
-    """Views stay, so that what they take is there before anything is loaded. Attention to three tiles makes the products of that to two."""
-    profile = decoder_profile(tmp_path, batch=1, seq=40, tile=8)
-    device = Cpu(1 << 24, Meter(1 << 60))
-    operators = [operator for bound in bind(headers(profile), device, None) for operator in bound]
-    own = {id(operator.call): operator for operator in operators}
+def warmed(profile, size):
+    """(operators that are different ones, how often those of each name were called by the tiles that they attend to) in an arena of so many
+    bytes.
+    """
+    device = Cpu(size, Meter(1 << 60))
+    operators = {o.call: o for bound in bind(headers(profile), device, None) for o in bound}.values()
     counted = Counter()
 
     def counting(operator, call):
         def counted_call(outputs):
-            tiles = len(operator.reads[0].container[TILES_AT[operator.name]]) if operator.name in TILES_AT else 0
-            counted[operator.name, tiles] += 1
+            counted[operator.name, tiles_of(operator)] += 1
             call(outputs)
 
         return counted_call
 
-    for operator in own.values():
+    for operator in operators:
         operator.call = counting(operator, operator.call)
-    warm_up_operators(own.values(), device)
+    warm_up_operators(operators, device)
+    return operators, counted
+
+
+def tiles_of(operator):
+    """The tiles that an operator attends to; 0: it does nothing of the kind."""
+    return len(operator.reads[0].container[TILES_AT[operator.name]]) if operator.name in TILES_AT else 0
+
+
+def tiles_called(counted, name):
+    return {tiles for called, tiles in counted if called == name}
+
+
+def side_by_side(operator):
+    """Bytes of an operator's tensors in the arena, side by side."""
+    views = [*operator.reads, *filter(None, operator.writes)]
+    sizes = Counter()
+    for view in views:
+        sizes[view.place] = max(sizes[view.place], aligned(view.bytes))
+    return sizes.total()
+
+
+def test_of_equal_products_one_is_made_and_all_have_their_views(tmp_path):
+    """Views stay, so that what they take is there before anything is loaded. Attention to three tiles makes the products of that to two."""
+    operators, counted = warmed(decoder_profile(tmp_path, batch=1, seq=40, tile=8), 1 << 24)
     forward, backward = TILES_AT
-    assert {tiles for name, tiles in counted if name == forward} == {1, 2}
+    assert tiles_called(counted, forward) == {1, 2}
     # The backward of the last tile, which attends to all five, is without sums; of the others that of four comes first.
-    assert {tiles for name, tiles in counted if name == backward} == {1, 4, 5}
+    assert tiles_called(counted, backward) == {1, 4, 5}
     assert sum(count for (name, _), count in counted.items() if name in BEGINS_AT) == len(
-        first_of_each_size([operator for operator in own.values() if operator.name in BEGINS_AT])
+        first_of_each_size([operator for operator in operators if operator.name in BEGINS_AT])
     )
-    for operator in own.values():
+    for operator in operators:
         if not operator.gathers:
             assert all(view.tensor is not None for view in [*operator.reads, *filter(None, operator.writes)])
+
+
+def test_an_operator_without_room_leaves_its_products_to_one_that_has_it(tmp_path):
+    """Attention to four tiles does not fit side by side: that to three makes the same products."""
+    profile = decoder_profile(tmp_path, batch=1, seq=40, tile=8)
+    backward = list(TILES_AT)[1]
+    operators, _ = warmed(profile, 1 << 24)
+    longest = next(operator for operator in operators if operator.name == backward and tiles_of(operator) == 4)
+    _, counted = warmed(profile, side_by_side(longest) - 1)
+    assert tiles_called(counted, backward) == {1, 3}
 
 
 def test_an_operator_that_the_arena_has_no_room_for_is_left_to_its_step(profile):
@@ -180,6 +214,7 @@ lean_torch.load()
 from tightfit.runtime.engine.start.kernel_warmup import prepare
 prepare()
 from tightfit.runtime.engine.cpu.cpu import Cpu
+from tightfit.runtime.engine.device.device import aligned
 from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.training.executor import bind
 from tightfit.runtime.engine.start.process import trim_heap
