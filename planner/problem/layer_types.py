@@ -168,6 +168,11 @@ class LayerType:
         return {value: op for op in self.forward for value in op.outputs}
 
     @cached_property
+    def lasting(self) -> frozenset[str]:
+        """The candidates that the backward window cannot make again: they are kept or offloaded if it reads them."""
+        return frozenset(v for v in self.candidates if v in self.owned or not self.producer[v].recomputable)
+
+    @cached_property
     def position(self) -> dict[int, int]:
         """Position in the program -> position among the operations of the forward."""
         return {op.index: number for number, op in enumerate(self.forward)}

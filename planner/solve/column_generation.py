@@ -217,9 +217,12 @@ class ColumnGeneration:
             chosen = max(unsettled, key=short)
             try:
                 has_new = pool.price(kinds[chosen], prices[chosen], gap, self.seconds_left()) or has_new
-            except TimeoutError as error:
+            except TooLargeError:
                 self.timely = False
-                has_new = (isinstance(error, TooLargeError) and self._improve(prices)) or has_new
+                has_new = self._improve(prices) or has_new
+                break
+            except TimeoutError:
+                self.timely = False
                 break
             self._report_pricing("pricing", relaxed, best)
             unsettled.remove(chosen)

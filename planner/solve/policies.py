@@ -178,11 +178,9 @@ def _decision(
     """The decision that keeps `keep`, with weights in the `mode` that is chosen from theirs. What is trained stays in memory,
     as optimizer states do, unless `trained` chooses otherwise.
     """
-    producer = kind.producer
     of_trained = trained or _unpacked
-    required = {value for value in kind.candidates if value in kind.owned or not producer[value].recomputable}
     return Decision(
-        keep=keep | required,
+        keep=keep | kind.lasting,
         offload=frozenset(),
         weights=tuple(
             (name, (of_trained if weight.trained else mode)(weight.modes)) for name, weight in kind.weights.items()

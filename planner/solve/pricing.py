@@ -206,8 +206,7 @@ class ColumnPool:
         For layers whose program takes too long to build. It proves nothing, and ends after `seconds`.
         """
         layer_type, ends = self.problem.types[kind], time.monotonic() + seconds
-        lasting = {value for value in layer_type.candidates if not _made_again(layer_type, value)}
-        stored = [lasting <= column.decision.keep | column.decision.offload for column in self.columns[kind]]
+        stored = [layer_type.lasting <= column.decision.keep | column.decision.offload for column in self.columns[kind]]
         costs = np.where(stored, self.figures[kind] @ prices, INFINITY)
         best, least = self.columns[kind][int(np.argmin(costs))].decision, float(np.min(costs))
         groups = _decided_together(layer_type)
@@ -252,11 +251,6 @@ class ColumnPool:
                 block.program.bounds(variable, 0.0, INFINITY)
 
 
-def _made_again(kind: LayerType, value: str) -> bool:
-    """Whether the layer's backward window can make a candidate again."""
-    return value not in kind.owned and kind.producer[value].recomputable
-
-
 def _decided_together(kind: LayerType) -> list[frozenset[str]]:
     """The candidates in groups of one fate: what one operator makes, in all tiles."""
     groups: dict[int | str, set[str]] = {}
@@ -272,7 +266,7 @@ def _other_fates(kind: LayerType, decision: Decision, group: frozenset[str]) -> 
     keep, offload = decision.keep - group, decision.offload - group
     to_disk = group & kind.offloadable
     fates = [(keep | group, offload), (keep | group - to_disk, offload | to_disk)]
-    if all(_made_again(kind, value) for value in group):
+    if group.isdisjoint(kind.lasting):
         fates.append((keep, offload))
     for kept, offloaded in dict.fromkeys(fates):
         if (kept, offloaded) != (decision.keep, decision.offload):

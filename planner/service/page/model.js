@@ -587,7 +587,8 @@ export function reaching(remedy, missing) {
 }
 
 // What all remedies could free together: fewer tokens at a time, a smaller batch and shorter samples free the same bytes.
-const mostFreed = (remedies) => Math.max(0, ...remedies.filter(({ field }) => ["tile", "batch", "seq"].includes(field)).map(({ most }) => most)) + remedies.filter(({ field }) => !["tile", "batch", "seq"].includes(field)).reduce((sum, { most }) => sum + most, 0);
+const BY_TOKENS = ["tile", "batch", "seq"];
+const mostFreed = (remedies) => Math.max(0, ...remedies.filter(({ field }) => BY_TOKENS.includes(field)).map(({ most }) => most)) + remedies.filter(({ field }) => !BY_TOKENS.includes(field)).reduce((sum, { most }) => sum + most, 0);
 
 // What fills the memory at the peak of a plan, the largest first; what counts for little is told together.
 const HELD = { packed: "frozen weights, as stored", weight: "frozen weights, unpacked", trainable: "what is trained", optimizer: "the optimizer's state", gradient: "gradients", activation: "activations", batch: "samples", constant: "constants" };
