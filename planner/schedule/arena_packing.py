@@ -7,7 +7,8 @@ first sort is stacked from the bottom up and the second from the top down, the l
 at any time are one gap between them. Short-lived tensors, of a layer or so, go into that gap, a few dozen at a time (a
 group) in the order of the step. If one finds no place, it moves ahead in the order in which its group is placed, with
 all that are alike, and chance moves a few others ("squeaky wheel" optimization, Joslin and Clements 1999). If that does
-not help, groups placed just before are placed again together with it (`by_groups`).
+not help, CP-SAT looks for places of the whole group; if it finds none, or proves that there are none beside what is
+placed already, groups placed just before are placed again together with it (`by_groups`).
 """
 
 from __future__ import annotations
@@ -22,23 +23,29 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from ortools.sat.python import cp_model
 
 from tightfit.planner.problem.step_graph import ALIGNMENT
 from tightfit.planner.schedule.free_ranges import ENDLESS, Range, TakenRanges, gap, top_gap, united
 from tightfit.planner.search_options import ALL, SearchOptions
+from tightfit.planner.solvers.cp_sat import single_worker, solved
 
-LONG = (1 / 64, 1 / 8, math.inf)
+LONG = (1 / 64, 1 / 32, 1 / 8, math.inf)
 """a lifetime is long from this share of the step on; the shares are tried in turn until every tensor finds a place"""
 GROUP = (24, 96)
 """least and most short-lived tensors in a group, which is cut off where few bytes live on"""
-TRIES = 400
-"""orders of a group that are tried at most"""
+TRIES = 60
+"""orders of a group that are tried before CP-SAT looks for its places"""
 AIMS, LOWEST_AIMS = (0.25, 1.0), (0.0, 0.125, 0.25, 0.5)
 """heights that the search aims for, in turn: shares of the range from the live bytes up to the allowed height or, where
 the lowest is asked for, up to the height that the rules reach
 """
-BACK = 60
-"""tries after which one more group before the failing one is placed again together with it"""
+BACK = 6
+"""groups before a failing one that are placed again together with it, at most; one more each time"""
+SOLVED = 2
+"""how many times CP-SAT looks for a group's places: alone, then together with the group before"""
+SOLVER_WORK = 0.003
+"""limit of CP-SAT's search, in its own count of its work: ten times what most groups take"""
 WORK = (20_000, 5)
 """limit of a search at one height, in tensors placed: so many at least, or so many per tensor. Work is counted, not
 timed, so that the same input gives the same arena
@@ -336,23 +343,73 @@ class _GroupPacking:
 
     def _fill(self, number: int) -> bool:
         """Place a group, if need be together with some of the groups before it; whether that succeeds."""
-        begin, end = self.cuts[number : number + 2]
-        taken = self._taken_ranges(begin, end)
-        for turn in range(1, TRIES + 1):
+        end = self.cuts[number + 1]
+        for back in range(BACK + 1):
+            begin = self.cuts[max(0, number - back)]
+            taken = self._taken_ranges(begin, end)
+            placed = self._by_rank(taken)
+            if placed is None and self.work > 0 and back < min(SOLVED, number + 1):
+                placed = self._by_solver(taken)
+            if placed is not None:
+                for index, offset in placed.items():
+                    self.offsets[index] = offset
+                return True
+        return False
+
+    def _by_rank(self, taken: dict[int, list[Range]]) -> dict[int, int] | None:
+        """Offsets of a group's tensors, placed in the order of their ranks, which change from try to try."""
+        for _ in range(TRIES):
             if self.work <= 0:
                 break
             if time.monotonic() > self.deadline:
                 raise TimeoutError
             placed, failed = self._try_order(taken)
             if failed is None:
-                for index, offset in placed.items():
-                    self.offsets[index] = offset
-                return True
-            if turn % BACK == 0 and begin:
-                begin = self.cuts[max(0, number - turn // BACK)]
-                taken = self._taken_ranges(begin, end)
+                return placed
             self.ranks.blame(failed, taken)
-        return False
+        return None
+
+    def _by_solver(self, taken: dict[int, list[Range]]) -> dict[int, int] | None:
+        """Offsets of a group's tensors found by CP-SAT; None where there are none, or none within `SOLVER_WORK`."""
+        model = cp_model.CpModel()
+        stretches: list[cp_model.IntervalVar] = []
+        places: list[cp_model.IntervalVar] = []
+        offsets: dict[int, cp_model.LinearExprT] = {}
+        for index, ranges in taken.items():
+            item = self.items[index]
+            units, size = item.alignment // ALIGNMENT, -(-item.size // ALIGNMENT)
+            free: list[Range] = []
+            lowest = self.base
+            for low, high in [*ranges, (self.goal, self.goal)]:
+                first, last = -(-lowest // item.alignment), (low // ALIGNMENT - size) // units
+                if first <= last:
+                    free.append((first, last))
+                lowest = max(lowest, high)
+            if not free:
+                return None
+            domain = cp_model.Domain.from_intervals([[first, last] for first, last in free])
+            offsets[index] = units * model.new_int_var_from_domain(domain, "")
+            places.append(model.new_fixed_size_interval_var(offsets[index], size, ""))
+            begins, ends = item.spans[0]
+            stretches.append(model.new_fixed_size_interval_var(begins, ends - begins + 1, ""))
+        model.add_no_overlap_2d(stretches, places)
+        solver = single_worker()
+        # Without it the search now and then goes through millions of nodes.
+        solver.parameters.use_dynamic_precedence_in_disjunctive = True
+        # What finds little here takes half of the time.
+        solver.parameters.max_presolve_iterations = 1
+        solver.parameters.cp_model_probing_level = 0
+        solver.parameters.symmetry_level = 0
+        solver.parameters.linearization_level = 0
+        solver.parameters.max_deterministic_time = SOLVER_WORK
+        if self.deadline < math.inf:
+            solver.parameters.max_time_in_seconds = max(0.0, self.deadline - time.monotonic())
+        status = solved(solver, model)
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            return None
+        return {index: ALIGNMENT * solver.value(offset) for index, offset in offsets.items()}
 
     def _taken_ranges(self, begin: int, end: int) -> dict[int, list[Range]]:
         """For each tensor of a stretch of `brief`: the bytes that long-lived tensors, and those placed before, take

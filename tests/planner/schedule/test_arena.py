@@ -96,6 +96,22 @@ def test_a_search_finds_lower_arenas_than_the_rules(count):
     assert beaten >= 4
 
 
+def test_the_solver_finds_places_where_orders_find_none(monkeypatch):
+    """Without a gap: in each of these steps, twice the same; orders alone leave some out."""
+    steps = [layers(seed, 1) for seed in range(14)]
+
+    def found():
+        return [by_groups(items, 0, LENGTH, HEIGHT) for items in steps]
+
+    solved = found()
+    assert found() == solved
+    for items, offsets in zip(steps, solved):
+        assert max(offset + item.size for offset, item in zip(offsets, items)) == HEIGHT
+        assert apart(items, offsets)
+    monkeypatch.setattr(arena_packing, "SOLVED", 0)
+    assert found().count(None) >= 2
+
+
 def training_step(count, kept, resident, each):
     """Layers that make `kept` on the way forward and need it on the way back, hold `resident` from the way back to the next
     way forward, and in between need all but a 64th of what is left for tensors of a few sizes.
