@@ -21,6 +21,7 @@ from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.measuring.figures import measured, unmeasured
 from tightfit.profiles.measuring.measure import measure
+from tightfit.profiles.measuring.tile_rates import fast_tile, tried_sizes
 from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.decoder_config import first_lengths, handwritten
 from tightfit.profiles.option_fields import keywords_of
@@ -31,6 +32,7 @@ from tightfit.profiles.sources.lookup import keep_description, names_module, res
 from tightfit.profiles.sources.packing import packed_store, packing_bytes
 from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
 from tightfit.profiles.steps.choice import step_of
+from tightfit.profiles.steps.decoder_step import DecoderStep, tile_sizes
 from tightfit.profiles.steps.step import ProfiledStep
 from tightfit.profiles.steps.tracing_process import (
     check_tracing,
@@ -101,6 +103,9 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     `buckets` ("64,128") are shorter lengths at which the step is traced and measured as well: its batches are padded only to the
     shortest of them that holds their samples, and follow the same schedule in the same places.
 
+    `tile` tokens go through a layer at a time (default: all); 0 stands for the fewest with which products with the model's widest
+    matrix keep their speed on this machine (`tightfit.profiles.measuring.tile_rates`).
+
     `base` and `embeddings` are the precision, 4bit, 8bit or 16bit, of matrices and of the embedding and the head that
     the source does not hold quantised; what it holds quantised is kept, code for code. By default matrices are rounded to
     4 bits, and embeddings are treated as matrices are (`tightfit.profiles.weights.precision`).
@@ -119,7 +124,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     threads = _threads(options.threads, elsewhere)
     if options.prepared is not None:
         keep_description(source, options.prepared)
-    step = step_of(resolve(source, base=options.base, embeddings=options.embeddings), options)
+    step = _step(resolve(source, base=options.base, embeddings=options.embeddings), options, threads)
     opened, report = step.source, options.progress or (lambda stage, done, total: None)
     if options.memory is None:  # compilers side by side; else one after the other
         with ThreadPoolExecutor(len(LIBRARIES)) as pool:
@@ -196,6 +201,29 @@ def prepare(
     )
     save_prepared(prepared, Path(folder), store, vocabulary(source))
     return prepared
+
+
+def _step(source: Source, options: ProfileOptions, threads: int) -> ProfiledStep:
+    """The step of a source that the options ask for; its tile is measured on this machine where they ask for that."""
+    if options.tile != 0 or options.device != "cpu" or source.kind == "module":
+        return step_of(source, options)
+    step = step_of(source, options.but(tile=None))
+    if not isinstance(step, DecoderStep):
+        return step_of(source, options)
+    sizes = tried_sizes(sorted(tile_sizes(step.batch, step.seq)), step.batch * step.seq)
+    step_of(source, options.but(tile=sizes[0]))  # what goes with no tile is told before anything is measured
+    tile = fast_tile(
+        sizes,
+        source.entries,
+        dtype=step.dtype,
+        threads=threads,
+        environment=dict(os.environ) | {"PYTHONPATH": python_path()},
+        memory=options.memory,
+        kept=_kept_figures(threads),
+        anew=options.force,
+        progress=options.progress,
+    )
+    return step_of(source, options.but(tile=tile))
 
 
 def _answers(source: Source) -> AnswerSteps | None:

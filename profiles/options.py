@@ -54,10 +54,10 @@ class ProfileOptions(Options):
     )
     tile: int | None = option(
         None,
-        "Tokens that go through a layer at a time, whole samples or a slice of one: long texts and large batches in less memory; default:"
-        " all tokens of a step.",
+        "Tokens that go through a layer at a time, whole samples or a slice of one: long texts and large batches in less memory; 0:"
+        " the fewest at which this machine's matrix products keep their speed; default: all tokens of a step.",
         metavar="TOKENS",
-        ge=1,
+        ge=0,
         le=1 << 30,
     )
     matrix_rows: int | None = option(

@@ -16,6 +16,7 @@ from tightfit.planner.instructions import Run
 from tightfit.planner.problem.clipping import accumulate_seconds
 from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.report.costs import Cost, CostLedger
+from tightfit.planner.report.summary import tile_tokens
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.models.family import families
@@ -384,6 +385,6 @@ def _tile_to_halve(plan: Plan) -> int:
     dropout = (model.lora or {}).get("lora_dropout")
     if model.kind != "decoder" or of_transformers or plan.shorter or model.preference is not None or dropout:
         return 0
-    tokens = plan.batch * seq // max(program.tiles for program in plan.programs)
+    tokens = tile_tokens(plan)
     half = tokens // 2
     return tokens if half >= LEAST_TILE and tokens == 2 * half and (half % seq == 0 or seq % half == 0) else 0

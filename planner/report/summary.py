@@ -64,6 +64,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "model": profile.model.name,
         "batch": profile.batch,
         "seq": profile.seq,
+        "tile": tile_tokens(profile),
         "shorter": [step.seq for step in profile.shorter],
         "shorter_bytes": profile.device.floor.shorter_bytes,
         "accumulate": profile.accumulate,
@@ -91,6 +92,11 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "adapter_base": profile.model.config.get("adapter_base", profile.model.source),
         "marks": marks(profile.device),
     }
+
+
+def tile_tokens(step: Profile | Plan) -> int:
+    """Tokens, or samples of a module, that go through a layer at a time."""
+    return step.batch * (step.seq or 1) // max(program.tiles for program in step.programs)
 
 
 def _weights(profile: Profile) -> list[Tensor]:

@@ -130,8 +130,12 @@ def _tile(options: ProfileOptions, batch: int, seq: int) -> int | None:
     tile = options.tile
     if tile is None or tile == batch * seq:
         return None
-    if batch * seq % tile or (tile % seq and seq % tile):
-        fitting = {*_divisors(seq), *(seq * rows for rows in _divisors(batch) if rows < batch)} - {batch * seq}
+    if tile == 0:
+        raise InputError(
+            f"{spelled('tile')} 0: the tile is measured where a model is profiled on the machine that trains it; give the tokens of a tile here"
+        )
+    fitting = tile_sizes(batch, seq)
+    if tile not in fitting:
         nearest = sorted(sorted(fitting, key=lambda size: (abs(size - tile), size))[:4])
         raise InputError(
             f"{spelled('tile')} {tile}: {batch} samples of {seq} tokens do not go through a layer in equal parts of so many tokens, whole samples"
@@ -164,6 +168,11 @@ def _matrix_rows(options: ProfileOptions) -> int | None:
                 f"{spelled('matrix_rows', rows)}: with {spelled(name, value)} all rows of a matrix are multiplied at once; leave one of them out"
             )
     return rows
+
+
+def tile_sizes(batch: int, seq: int) -> set[int]:
+    """The sizes of tiles, in tokens, of a step of `batch` samples of `seq` tokens: whole samples or equal parts of one, fewer than all."""
+    return {*_divisors(seq), *(seq * rows for rows in _divisors(batch))} - {batch * seq}
 
 
 def _divisors(number: int) -> list[int]:

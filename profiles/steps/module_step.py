@@ -31,6 +31,7 @@ class ModuleStep(ProfiledStep):
         ("batch", "seq"): ", whose factory gives the sample batch; give it there",
         ("modules_to_save", *LORA): ", trained in full itself; leave the option out",
         ("buckets",): ", with batches of one shape; leave the option out",
+        ("tile", "matrix_rows"): ", whose operators run on whole tensors; leave the option out",
         (
             "loss",
             "beta",

@@ -12,7 +12,7 @@ from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
 from tightfit.profiles.options import BATCH, SEQ, ProfileOptions, Progress
 from tightfit.profiles.steps.decoder_step import check_length
-from tightfit.profiles.steps.step import ProfiledStep
+from tightfit.profiles.steps.step import LORA, ProfiledStep
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.source import Source
@@ -26,8 +26,9 @@ class SideStep(ProfiledStep):
     kind = "decoder"
     phrase = "a side network"
     refused = {
-        ("modules_to_save",): " has no adapter; leave the option out",
-        ("buckets",): " takes whole batches; leave the option out",
+        ("modules_to_save", *LORA): " has no adapter; leave the option out",
+        ("buckets", "tile"): " takes whole batches; leave the option out",
+        ("matrix_rows",): " has no frozen matrices; leave the option out",
         ("loss", "beta"): " predicts tokens and nothing else; leave the option out",
     }
 

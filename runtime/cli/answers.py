@@ -42,6 +42,8 @@ def profile_text(profile: Profile) -> RenderableType:
     """The summary of a profile as a table."""
     facts, words = profile_summary(profile), words_of(profile.device)
     shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
+    if facts["tile"] < profile.batch * (profile.seq or 1):
+        shape += f" in tiles of {facts['tile']:,} tokens"
     origin = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
     if facts["quota_cores"] is not None:
         origin += f" under a CPU quota of {facts['quota_cores']:g} cores"

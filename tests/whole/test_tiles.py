@@ -16,8 +16,11 @@ from three_plans import losses_of_equal_runs, three_plans
 from tiny_plans import CONFIG
 
 from tightfit.planner.plan import plan
+from tightfit.planner.report.summary import tile_tokens
 from tightfit.profiles.api import profile
+from tightfit.profiles.measuring import tile_rates
 from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.records import RecordWriter
 from tightfit.runtime.session.launch import run
 
@@ -61,3 +64,18 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(tiled: Profile, data: s
     run(roomy, data, out=tmp_path / "whole", **TRAINING)
     killed = run_with_a_kill(small, data, tmp_path, steps=STEPS, lr=TRAINING["lr"], seed=TRAINING["seed"])
     assert adapter_hash(killed) == adapter_hash(tmp_path / "whole")
+
+
+def test_a_measured_tile_is_that_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiled twice it is the same profile, that of the size that was found to be fast; the command says which."""
+    monkeypatch.setattr(tile_rates, "smallest_fast", lambda rates: sorted(rates)[1])
+    measured = profiled(tmp_path, 0)
+    assert tile_tokens(measured) == 128
+    assert profiled(tmp_path, 128).fingerprint == measured.fingerprint
+    assert profiled(tmp_path, 0).fingerprint == measured.fingerprint
+    with pytest.raises(InputError, match="give the tokens of a tile"):
+        profile(str(tmp_path / "config.json"), batch=BATCH, seq=SEQ, tile=0, device="zen5-2core")
+    with pytest.raises(InputError, match="the two answers of a pair"):
+        profile(str(tmp_path / "config.json"), batch=BATCH, seq=SEQ, tile=0, loss="dpo")
+    with pytest.raises(InputError, match="tile 0: measuring products takes"):
+        profile(str(tmp_path / "config.json"), batch=BATCH, seq=SEQ, tile=0, memory=64 << 20)

@@ -28,6 +28,7 @@ from tightfit.profiles.models import decoder
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import Operator, Program
+from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.tracing.tiles import in_tiles
@@ -120,12 +121,24 @@ def test_what_else_is_trained_has_the_same_gradients(lora: LoraConfig) -> None:
         ({"tile": 64, "loss": "dpo"}, "the two answers of a pair"),
         ({"tile": 64, "lora_dropout": 0.1}, "lora_dropout"),
         ({"tile": 16, "buckets": "8"}, "buckets"),
+        ({"tile": 0}, "give the tokens of a tile here"),
     ],
 )
 def test_tiles_that_do_not_share_out_the_batch_are_refused(options: dict[str, object], words: str, tmp_path) -> None:
     source = random_source(CONFIGS["llama"], tmp_path / "config.json")
     with pytest.raises(InputError, match=words):
         step_of(source, ProfileOptions.of({"batch": 4, "seq": 32} | options))
+
+
+@pytest.mark.parametrize("name", ["tile", "matrix_rows"])
+def test_steps_without_them_refuse_tiles_and_slices(name: str, tmp_path) -> None:
+    source = random_source(CONFIGS["llama"], tmp_path / "config.json")
+    with pytest.raises(InputError, match=f"^{name} 64: a side network .*; leave the option out$"):
+        step_of(source, ProfileOptions.of({"side_rank": 4, name: 64}))
+    with pytest.raises(InputError, match=f"^{name} 64: .* is a module, whose operators run on whole tensors; leave"):
+        step_of(resolve("examples.own_module:cnn"), ProfileOptions.of({name: 64}))
+    with pytest.raises(InputError, match="^lora_rank 4: a side network has no adapter; leave the option out$"):
+        step_of(source, ProfileOptions.of({"side_rank": 4, "lora_rank": 4}))
 
 
 def test_all_tokens_in_one_tile_are_no_tile(tmp_path) -> None:
