@@ -137,7 +137,7 @@ def test_steps_without_them_refuse_tiles_and_slices(name: str, tmp_path) -> None
         step_of(source, ProfileOptions.of({"side_rank": 4, name: 64}))
     with pytest.raises(InputError, match=f"^{name} 64: .* is a module, whose operators run on whole tensors; leave"):
         step_of(resolve("examples.own_module:cnn"), ProfileOptions.of({name: 64}))
-    with pytest.raises(InputError, match="^lora_rank 4: a side network has no adapter; leave the option out$"):
+    with pytest.raises(InputError, match=r"^lora_rank 4: a side network has no adapter; leave the option out$"):
         step_of(source, ProfileOptions.of({"side_rank": 4, "lora_rank": 4}))
 
 
