@@ -40,6 +40,7 @@ from tightfit.profiles.schema import (
     Layer,
     Model,
     Optimizer,
+    Profile,
     Program,
     ShorterStep,
     Tensor,
@@ -213,3 +214,8 @@ class Plan(FrozenRecord):
         """
         other = self.optimizer.get("name") in {MEZO, MOBILLM}
         return not other and not any(phase.skipped for phase in self.steps)
+
+
+def tile_tokens(step: Profile | Plan) -> int:
+    """Tokens, or samples of a module, that go through a layer at a time."""
+    return step.batch * (step.seq or 1) // max(program.tiles for program in step.programs)

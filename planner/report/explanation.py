@@ -16,9 +16,8 @@ from tightfit.planner.instructions import Run
 from tightfit.planner.problem.clipping import accumulate_seconds
 from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.report.costs import Cost, CostLedger
-from tightfit.planner.report.summary import tile_tokens
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
-from tightfit.planner.schema import Phase, Plan
+from tightfit.planner.schema import Phase, Plan, tile_tokens
 from tightfit.profiles.models.family import families
 from tightfit.profiles.schema import FrozenRecord
 from tightfit.runtime.engine.training.adapter import table_slice

@@ -51,6 +51,7 @@ PHASE_FIELDS = (
 def profile_summary(profile: Profile) -> dict[str, Any]:
     """The profile in figures: bytes by kind of tensor, seconds of compute, floor and disk."""
     from tightfit.planner.problem.step_graph import state_bytes, state_roles
+    from tightfit.planner.schema import tile_tokens
 
     programs = {program.name: program for program in profile.programs}
     weights = _weights(profile)
@@ -92,11 +93,6 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "adapter_base": profile.model.config.get("adapter_base", profile.model.source),
         "marks": marks(profile.device),
     }
-
-
-def tile_tokens(step: Profile | Plan) -> int:
-    """Tokens, or samples of a module, that go through a layer at a time."""
-    return step.batch * (step.seq or 1) // max(program.tiles for program in step.programs)
 
 
 def _weights(profile: Profile) -> list[Tensor]:

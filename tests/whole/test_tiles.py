@@ -16,7 +16,7 @@ from three_plans import losses_of_equal_runs, three_plans
 from tiny_plans import CONFIG
 
 from tightfit.planner.plan import plan
-from tightfit.planner.report.summary import tile_tokens
+from tightfit.planner.schema import tile_tokens
 from tightfit.profiles.api import profile
 from tightfit.profiles.measuring import tile_rates
 from tightfit.profiles.schema import Profile
