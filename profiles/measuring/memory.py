@@ -122,9 +122,14 @@ def measuring_memory(measured: Measured, memory: int | None = None) -> Measuring
     return next((room for room in rooms if memory is None or room.predicted_bytes <= memory), least)
 
 
+def plain_bytes() -> int:
+    """What PyTorch's Python adds to a process, where it is not left out."""
+    return PLAIN_BYTES if os.environ.get("TIGHTFIT_TORCH") == "plain" else 0
+
+
 def predicted_memory(measured: Measured, turning_bytes: int, floor_children: int = 1) -> MeasuringMemory:
     """What measuring takes with so many bytes of buffers that are used in turn, and so many processes for the floor at once."""
-    plain = PLAIN_BYTES if os.environ.get("TIGHTFIT_TORCH") == "plain" else 0
+    plain = plain_bytes()
     request_bytes = REQUEST_FACTOR * sum(len(json.dumps(program)) for program in measured.programs)
     products = {
         likeness(program, operator)

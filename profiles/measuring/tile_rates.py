@@ -18,7 +18,7 @@ from typing import Any
 
 from tightfit.profiles.measuring.cpu_load import OtherPrograms
 from tightfit.profiles.measuring.kept_figures import KeptFigures
-from tightfit.profiles.measuring.memory import PRODUCT_BYTES, START_BYTES, WORKSPACE_BYTES
+from tightfit.profiles.measuring.memory import PRODUCT_BYTES, START_BYTES, WORKSPACE_BYTES, plain_bytes
 from tightfit.profiles.worker_process import Progress, run_worker, work
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
@@ -87,7 +87,7 @@ def fast_tile(
     element = ELEMENT_BYTES[dtype]
     rows = min(rows, max(1, MATRIX_BYTES // (element * columns)))
     held = element * (rows * columns + max(sizes) * (rows + 2 * columns))
-    needed = START_BYTES + WORKSPACE_BYTES + held + 2 * len(sizes) * PRODUCT_BYTES
+    needed = plain_bytes() + START_BYTES + WORKSPACE_BYTES + held + 2 * len(sizes) * PRODUCT_BYTES
     if memory is not None and needed > memory:
         raise InputError(
             f"{spelled('tile')} 0: measuring products takes {format_size(needed)}, {format_size(memory)} are given for it; give the"
