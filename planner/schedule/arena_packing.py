@@ -23,12 +23,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from ortools.sat.python import cp_model
 
 from tightfit.planner.problem.step_graph import ALIGNMENT
 from tightfit.planner.schedule.free_ranges import ENDLESS, Range, TakenRanges, gap, top_gap, united
 from tightfit.planner.search_options import ALL, SearchOptions
-from tightfit.planner.solvers.cp_sat import single_worker, solved
 
 LONG = (1 / 64, 1 / 32, 1 / 8, math.inf)
 """a lifetime is long from this share of the step on; the shares are tried in turn until every tensor finds a place"""
@@ -371,6 +369,10 @@ class _GroupPacking:
 
     def _by_solver(self, taken: dict[int, list[Range]]) -> dict[int, int] | None:
         """Offsets of a group's tensors found by CP-SAT; None where there are none, or none within `SOLVER_WORK`."""
+        from ortools.sat.python import cp_model
+
+        from tightfit.planner.solvers.cp_sat import single_worker, solved
+
         model = cp_model.CpModel()
         stretches: list[cp_model.IntervalVar] = []
         places: list[cp_model.IntervalVar] = []
