@@ -303,15 +303,11 @@ def test_where_a_rule_fits_no_limit_says_that_nothing_does(sixfold, policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "gap", "waiting"), [(1.05, 0.03, 0.03), (1.07, 0.005, GOOD)])
-def test_near_the_smallest_budget_transfers_find_room(share, gap, waiting):
-    """Columns that leave some free are priced where a plan of the others waits for the disk for longer than is looked at.
-
-    At 1.05 of it a packed matrix finds no room beside what the backward of an MLP holds, and the step waits for each of
-    them for a little while.
-    """
+@pytest.mark.parametrize("share", [1.05, 1.07])
+def test_near_the_smallest_budget_transfers_find_room(share):
+    """Columns that leave some free are priced where a plan of the others waits for the disk for longer than is looked at."""
     profile = decoder_profile(16)
     planner = ModelPlanner(profile)
     made = ModelPlanner(profile).plan(int(share * planner.minimum_bytes(time_limit=100)), time_limit=60)
-    assert made.gap < gap
-    assert made.train.stall_seconds < waiting * made.step_seconds
+    assert made.gap < 0.005
+    assert made.train.stall_seconds < GOOD * made.step_seconds
