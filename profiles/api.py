@@ -217,7 +217,6 @@ def _step(source: Source, options: ProfileOptions, threads: int) -> ProfiledStep
         source.entries,
         dtype=step.dtype,
         threads=threads,
-        environment=dict(os.environ) | {"PYTHONPATH": python_path()},
         memory=options.memory,
         kept=_kept_figures(threads),
         anew=options.force,

@@ -43,7 +43,7 @@ BACK = 6
 SOLVED = 2
 """how many times CP-SAT looks for a group's places: alone, then together with the group before"""
 SOLVER_WORK = 0.003
-"""limit of CP-SAT's search, in its own count of its work: ten times what most groups take"""
+"""limit of CP-SAT's search, in its own count of its work, so that the same input gives the same arena"""
 WORK = (20_000, 5)
 """limit of a search at one height, in tensors placed: so many at least, or so many per tensor. Work is counted, not
 timed, so that the same input gives the same arena

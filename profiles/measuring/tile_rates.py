@@ -1,15 +1,12 @@
 """Chooses how many tokens go through a layer at a time: the fewest whose products keep their speed on this machine.
 
-``python -m tightfit.profiles.measuring.tile_rates THREADS`` is the process that times the products, in the environment of a run: of so
-many tokens with the model's widest matrix, forward and backward. What it finds is kept with the machine's other figures, so that the
-same model gets the same tile again.
+``python -m tightfit.profiles.measuring.tile_rates`` is the process that times the products, in the environment of a run: of so many
+tokens with the model's widest matrix, forward and backward. What it finds is kept with the machine's other figures.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,7 +27,7 @@ from tightfit.runtime.engine.weights.layout import ELEMENT_BYTES, Entry
 
 MODULE = "tightfit.profiles.measuring.tile_rates"
 FEWEST, MOST = 64, 2048
-"""tokens of a tile that are tried; fewer are slow everywhere, and more gain nothing"""
+"""tokens of the smallest and the largest tile that are tried"""
 MOST_TILES = 32
 """tiles of a step: more take long to trace and to plan"""
 APART = 1.5
@@ -70,7 +67,6 @@ def fast_tile(
     *,
     dtype: str,
     threads: int,
-    environment: Mapping[str, str],
     memory: int | None,
     kept: Path,
     anew: bool,
@@ -102,9 +98,9 @@ def fast_tile(
         "anew": anew,
     }
     seconds: dict[str, float] = run_worker(
-        interpreter.command(MODULE, str(threads)),
+        interpreter.command(MODULE),
         request,
-        environment,
+        child_environment(threads),
         doing="measuring products",
         predicted_bytes=needed,
         instead=f"give {spelled('tile')} a number of tokens",
@@ -143,13 +139,10 @@ def measure(request: Mapping[str, Any], report: Progress) -> dict[str, float]:
     return {str(size): seconds for size, seconds in known.items()}
 
 
-def main(arguments: list[str]) -> int:
-    if arguments:  # restart this process in the environment of a run
-        again = interpreter.command(MODULE)
-        os.execve(again[0], again, child_environment(int(arguments[0])))  # noqa: S606  no shell is wanted
+def main() -> int:
     lean_torch.load()
     return work(measure)
 
 
 if __name__ == "__main__":
-    leave(lambda: main(sys.argv[1:]))
+    leave(main)

@@ -214,7 +214,6 @@ lean_torch.load()
 from tightfit.runtime.engine.start.kernel_warmup import prepare
 prepare()
 from tightfit.runtime.engine.cpu.cpu import Cpu
-from tightfit.runtime.engine.device.device import aligned
 from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.training.executor import bind
 from tightfit.runtime.engine.start.process import trim_heap
