@@ -435,11 +435,8 @@ async function explore(place) {
     if (old(round)) return;
     chart.removeAttribute("aria-busy");
     // A plan's answer says what would help, which a comparison's does not.
-    if (!state.ways) {
-      const { result } = await work("/v1/plans", request(1, SOLVER, LOOK), () => {}, signal);
-      if (old(round)) return;
-      learn(result.summary);
-    }
+    if (!state.ways) await seek(LOOK);
+    if (old(round)) return;
     if (drawn() < POINTS - 1) await compare(spread(least, most, POINTS), [SOLVER], FINE, "Refining the curve");
     if (old(round)) return;
     openOnPlan();
