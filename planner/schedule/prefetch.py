@@ -7,6 +7,8 @@ One pass forward in time decides, whenever the disk falls idle, what it does nex
 - a read has a latest start at which it, and every read after it, still lands in time; until then spills go first;
 - a read is issued earlier than needed only if its tensor fits beside everything else that is resident until its user
   runs;
+- of reads that are needed at nearly the same time the largest may go first: where memory is short, it finds no room any
+  more beside small ones, while these, read last, are hardly waited for;
 - the free of a spilled tensor is held back until its write is done; if its bytes are needed before, the step waits for
   the write.
 
@@ -90,38 +92,67 @@ def prefetch(
     `inputs`: tensors read by the operator (layer, operator).
     """
     facts = facts_of(entries, frozenset(resident), sizes)
-    fastest = best_order(facts, inputs, lambda: FreeBytes(facts, limit))
-    return entries if fastest is None else tuple(entries[index] for index in fastest[0])
+    orders = fast_orders(facts, inputs, lambda: FreeBytes(facts, limit))
+    return tuple(entries[index] for index in orders[0][0]) if orders else entries
 
 
-def best_order(
+def fast_orders(
     facts: ScheduleFacts, inputs: Inputs, new_memory: Callable[[], AnyMemory], deadline: float = float("inf")
-) -> tuple[list[int], AnyMemory] | None:
-    """The fastest of a few passes, one for each of `LEADS`: positions of the entries in their new order, and the room
-    as the pass left it.
+) -> list[tuple[list[int], AnyMemory]]:
+    """Orders of the entries that are faster than the draft, the fastest first: positions of the entries, and the room as the
+    pass left it. The first that is looked for has reads in the order in which they are needed; where computation waits in
+    it, another has the largest of nearby reads first.
 
-    Passes end with the first that leaves hardly any stalls, or that is not faster than one before. None where no pass
-    is faster than the draft. Past `deadline`, on the monotonic clock, only the first pass is made.
+    Each is the fastest of a few passes, one for each of `LEADS`, which end with the first that leaves hardly any stalls, or
+    that is not faster than one before. Past `deadline`, on the monotonic clock, only the first pass is made.
     """
     entries = facts.entries
     drafted = clock(entries, inputs)
     if not drafted.stalls and drafted.seconds <= sum(entry.seconds for entry in entries) * (1 + 1e-9):
-        return None
-    best: tuple[list[int], AnyMemory] | None = None
-    shortest = drafted.seconds
-    for lead in LEADS:
-        if lead != LEADS[0] and time.monotonic() > deadline:
+        return []
+    found: list[tuple[float, list[int], AnyMemory]] = []
+    late = waiting = False
+    for queue in (range(len(facts.reads)), _largest_first(facts)):
+        best: tuple[list[int], AnyMemory] | None = None
+        shortest = drafted.seconds
+        for lead in LEADS:
+            if late:
+                break
+            memory = new_memory()
+            order = _PrefetchPass(facts, inputs, memory, queue, lead).schedule()
+            timing = clock([entries[index] for index in order], inputs)
+            # A longer lead fills more memory, and a full arena is harder to pack: it has to gain something in return.
+            faster = timing.seconds < shortest * (1 - LITTLE)
+            if faster:
+                best, shortest = (order, memory), timing.seconds
+            late = time.monotonic() > deadline
+            waiting = timing.stalls > LITTLE * timing.seconds
+            if not waiting or (best is not None and not faster):
+                break
+        if best is not None:
+            found.append((shortest, *best))
+        if not waiting:
             break
-        memory = new_memory()
-        order = _PrefetchPass(facts, inputs, memory, lead).schedule()
-        timing = clock([entries[index] for index in order], inputs)
-        # A longer lead fills more memory, and a full arena is harder to pack: it has to gain something in return.
-        faster = timing.seconds < shortest * (1 - LITTLE)
-        if faster:
-            best, shortest = (order, memory), timing.seconds
-        if timing.stalls <= LITTLE * timing.seconds or (best is not None and not faster):
-            break
-    return best
+    return [(order, memory) for _, order, memory in sorted(found, key=lambda each: each[0])]
+
+
+def _largest_first(facts: ScheduleFacts) -> list[int]:
+    """The reads' numbers in the order in which they are needed, except that a read goes before smaller ones that are
+    needed earlier by less than it takes itself, where the disk has time for all reads so far before these are needed.
+    """
+    queue: list[int] = []
+    total = 0.0
+    for number, at in enumerate(facts.reads):
+        seconds = facts.read_seconds(number)
+        total += seconds
+        place = len(queue)
+        while place and facts.read_seconds(queue[place - 1]) < seconds:
+            needed = facts.begins[facts.reads[queue[place - 1]]]
+            if needed < total or needed <= facts.begins[at] - seconds:
+                break
+            place -= 1
+        queue.insert(place, number)
+    return queue
 
 
 def clock(entries: Sequence[DraftInstruction], inputs: Inputs) -> ScheduleTiming:
@@ -183,6 +214,10 @@ class ScheduleFacts:
     earliest: tuple[int, ...]
     """per read: the first position at which an earlier copy of its tensor is no longer resident"""
 
+    def read_seconds(self, number: int) -> float:
+        """Seconds that the disk takes for a read."""
+        return self.entries[self.reads[number]].transfer
+
 
 def facts_of(entries: tuple[DraftInstruction, ...], start: frozenset[str], sizes: Mapping[str, int]) -> ScheduleFacts:
     """Facts of a draft that begins with the tensors `start` resident; `sizes` in bytes."""
@@ -242,18 +277,25 @@ class FreeBytes:
 
 
 class _PrefetchPass:
-    """One pass over the entries, which simulates computation and disk and decides when each transfer is issued."""
+    """One pass over the entries, which simulates computation and disk and decides when each transfer is issued. Reads go in
+    the order of `queue`, their numbers, except where one is needed before its turn.
+    """
 
-    def __init__(self, facts: ScheduleFacts, inputs: Inputs, memory: FreeMemory, lead: float) -> None:
+    def __init__(
+        self, facts: ScheduleFacts, inputs: Inputs, memory: FreeMemory, queue: Sequence[int], lead: float
+    ) -> None:
         self.facts = facts
         self.inputs = inputs
         self.memory = memory
-        self.latest = self._latest_starts(lead)
+        self.latest = self._latest_starts(queue, lead)
         self.result: list[int] = []
         self.now = self.disk = 0.0
         self.waited = 0.0
         """seconds of stalls so far"""
-        self.next_read = 0
+        self.queue = deque(queue)
+        """numbers of the reads that are still to be issued, the next one first; later ones may be issued already"""
+        self.issued: set[int] = set()
+        self.numbers = {at: number for number, at in enumerate(facts.reads)}
         self.landing: dict[str, float] = {}
         """tensor being read or fetched -> when it has landed"""
         self.spills: deque[int] = deque()
@@ -267,13 +309,13 @@ class _PrefetchPass:
         self.blocked = 0
         """position before which the next read does not fit"""
 
-    def _latest_starts(self, lead: float) -> list[float]:
+    def _latest_starts(self, queue: Sequence[int], lead: float) -> list[float]:
         """Per read: when it must start at the latest so that it and all later ones land in time, in seconds of a step
         without stalls.
         """
         starts = [0.0] * len(self.facts.reads)
         following = float("inf")
-        for number in range(len(starts) - 1, -1, -1):
+        for number in reversed(queue):
             at = self.facts.reads[number]
             following = min(self.facts.begins[at], following) - lead * self.facts.entries[at].transfer
             starts[number] = following
@@ -286,9 +328,9 @@ class _PrefetchPass:
             while self.waiting and self.unwritten[entries[self.waiting[0]].name] <= self.now:
                 self._give_back(index)
             if entry.verb in {"read", "fetch"}:
-                if self.next_read < len(self.facts.reads) and self.facts.reads[self.next_read] == index:
+                if self.numbers[index] not in self.issued:
                     self._make_room(index, entry)
-                    self._issue_read(index)
+                    self._issue_read(index, self.numbers[index])
             elif entry.verb == "spill":
                 self.spills.append(index)
                 self.unwritten[entry.name] = float("inf")
@@ -338,37 +380,39 @@ class _PrefetchPass:
                 return
             spill = self.facts.entries[self.spills[0]] if self.spills else None
             urgent = max(begin + spill.transfer, until) if spill is not None else until
-            if self._read_is_due(index, urgent):
-                self._issue_read(index)
+            if self.queue and self._read_is_due(self.queue[0], index, urgent):
+                self._issue_read(index, self.queue[0])
             elif spill is not None and begin < until:
                 self._issue_spill()
             else:
                 return
 
-    def _read_is_due(self, index: int, urgent: float) -> bool:
-        """Whether the next read has to start by `urgent`, and fits from here to its user."""
-        if self.next_read >= len(self.facts.reads) or index < self.blocked:
+    def _read_is_due(self, number: int, index: int, urgent: float) -> bool:
+        """Whether the read, which is the next, has to start by `urgent`, and fits from here to its user."""
+        if index < self.blocked:
             return False
         facts = self.facts
-        if self.latest[self.next_read] + self.waited > urgent:
+        if self.latest[number] + self.waited > urgent:
             return False
-        at = facts.reads[self.next_read]
+        at = facts.reads[number]
         target = target_of(facts.entries[at])
-        if index < facts.earliest[self.next_read] or target in self.held_names:
+        if index < facts.earliest[number] or target in self.held_names:
             return False
         self.blocked = self.memory.opens(at, index)
         return self.blocked == index
 
-    def _issue_read(self, index: int) -> None:
-        at = self.facts.reads[self.next_read]
+    def _issue_read(self, index: int, number: int) -> None:
+        at = self.facts.reads[number]
         entry = self.facts.entries[at]
         self.memory.take(at, index)
         self.disk = max(self.disk, self.now) + entry.transfer
         self.landing[target_of(entry)] = self.disk
         self.now += entry.seconds
         self.result.append(at)
-        self.next_read += 1
-        self.blocked = 0
+        self.issued.add(number)
+        while self.queue and self.queue[0] in self.issued:
+            self.queue.popleft()
+            self.blocked = 0
 
     def _issue_spill(self) -> None:
         index = self.spills.popleft()

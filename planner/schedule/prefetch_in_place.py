@@ -19,7 +19,7 @@ from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, place
 from tightfit.planner.schedule.arena_packing import TensorLifetime
 from tightfit.planner.schedule.free_ranges import ENDLESS
 from tightfit.planner.schedule.lowering import Draft, DraftInstruction
-from tightfit.planner.schedule.prefetch import FreeBytes, Inputs, ScheduleFacts, best_order, facts_of, target_of
+from tightfit.planner.schedule.prefetch import FreeBytes, Inputs, ScheduleFacts, facts_of, fast_orders, target_of
 from tightfit.planner.search_options import ALL, SearchOptions
 
 STRIDE = 8
@@ -49,11 +49,11 @@ def prefetch_in_place(
     if height > room or not options.moving_in_place:
         return draft.train, arena_of(items, height, len(draft.train), evaluated)
     facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
-    fastest = best_order(facts, inputs, lambda: _FreeGaps(facts, items, room), deadline)
+    orders = fast_orders(facts, inputs, lambda: _FreeGaps(facts, items, room), deadline)
     count = len(draft.train)
-    if fastest is None:
+    if not orders:
         return draft.train, arena_of(items, height, count, evaluated)
-    order, gaps = fastest
+    order, gaps = orders[0]
     moved = {drafted_index: position for position, drafted_index in enumerate(order)}
     for item in gaps.items:
         item.makers = [moved.get(maker, maker) for maker in item.makers]

@@ -13,7 +13,7 @@ from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, place
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.lowering import Draft, DraftInstruction, draft, live_profile
 from tightfit.planner.schedule.multi_layer_recompute import Segments
-from tightfit.planner.schedule.prefetch import FreeBytes, Inputs, best_order, clock, facts_of, prefetch
+from tightfit.planner.schedule.prefetch import FreeBytes, Inputs, clock, facts_of, fast_orders, prefetch
 from tightfit.planner.schedule.prefetch_in_place import prefetch_in_place
 from tightfit.planner.search_options import ALL, SearchOptions
 from tightfit.runtime.common.gc_pause import paused_collector
@@ -119,13 +119,6 @@ def _realize_draft(
     tried: list[list[int]] = []
     """the order of the drafted entries in each attempt"""
 
-    def order_within(allowed: int) -> list[int] | None:
-        """The order of entries with transfers moved within `allowed` bytes; None where that is no faster than the draft,
-        or was tried.
-        """
-        fastest = best_order(facts, inputs, partial(FreeBytes, facts, allowed), deadline)
-        return None if fastest is None or fastest[0] in tried else fastest[0]
-
     def placed_in_order(order: list[int]) -> Schedule | None:
         train = tuple(drafted.train[index] for index in order)
         items, height = placed_items(train, drafted.beside, drafted.resident, drafted.sizes, room, deadline, options)
@@ -138,10 +131,10 @@ def _realize_draft(
     for allowed in dict.fromkeys([room, *(max(live, int((1 - share) * room)) for share in FREE if options.spreading)]):
         if tried and time.monotonic() > deadline:
             break
-        order = order_within(allowed)
-        realized = None if order is None else placed_in_order(order)
-        if realized is not None:
-            return realized, realized.arena.bytes - room
+        for order, _ in fast_orders(facts, inputs, partial(FreeBytes, facts, allowed), deadline):
+            realized = None if order in tried else placed_in_order(order)
+            if realized is not None:
+                return realized, realized.arena.bytes - room
     # Moving transfers first has fragmented the arena: place the draft, and move transfers as far as its layout allows.
     train, arena = prefetch_in_place(drafted, inputs, room, deadline, placed, options)
     if arena.bytes > room and drafted.update != original.update:
