@@ -112,7 +112,10 @@ def fast_orders(
         return []
     found: list[tuple[float, list[int], AnyMemory]] = []
     late = waiting = False
-    for queue in (range(len(facts.reads)), _largest_first(facts)):
+    queues = [list(range(len(facts.reads)))]
+    if (largest_first := _largest_first(facts)) != queues[0]:
+        queues.append(largest_first)
+    for queue in queues:
         best: tuple[list[int], AnyMemory] | None = None
         shortest = drafted.seconds
         for lead in LEADS:

@@ -19,7 +19,7 @@ from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule import prefetch
-from tightfit.planner.schedule.prefetch import FreeBytes, best_order, facts_of
+from tightfit.planner.schedule.prefetch import FreeBytes, facts_of, fast_orders
 from tightfit.planner.schedule.realize import CyclePart, realize, smallest_arena
 from tightfit.planner.solve.budget_search import BudgetSearch
 from tightfit.planner.solve.column_generation import ColumnGeneration
@@ -193,7 +193,7 @@ def test_transfers_past_the_deadline_are_ordered_once(monkeypatch, deadline, pas
     made = []
     one = prefetch._PrefetchPass
     monkeypatch.setattr(prefetch, "_PrefetchPass", lambda *given: made.append(1) or one(*given))
-    best_order(facts, problem.inputs, lambda: FreeBytes(facts, 1 << 30), deadline)
+    fast_orders(facts, problem.inputs, lambda: FreeBytes(facts, 1 << 30), deadline)
     assert len(made) == passes
 
 
