@@ -469,6 +469,7 @@ def test_a_disk_that_cannot_be_measured_is_named_and_nothing_else_blamed(tmp_pat
         "updates": [],
         "shapes": [],
         "tables": [],
+        "accumulate": 1,
         "turning_bytes": 1 << 20,
         "compute_dtype": "float32",
     }
