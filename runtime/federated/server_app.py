@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -21,6 +22,7 @@ from tightfit.planner.fleet.io import load_member_plan, load_rounds, load_server
 from tightfit.planner.fleet.schema import AnyRounds, SplitPlan
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.files import write_whole
+from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.federated.flower_records import packed, unpacked
 from tightfit.runtime.federated.messages import ANSWER, ORDER, OVER, Answer, Order
 from tightfit.runtime.federated.options import RoundOptions
@@ -64,6 +66,8 @@ class GridNetwork:
 
 
 def main(grid: Grid, context: Context) -> None:
+    # Flower's own watch sends this process a SIGINT from another thread, which does not wake a thread that waits for a lock.
+    end_with_parent(signal.SIGKILL)
     settings = json.loads(Path(str(context.run_config["settings"])).read_text())
     options = RoundOptions.of(settings)
     folder = RoundsFolder(options.out)
