@@ -24,9 +24,8 @@ def opened(browser, served, decoder, query="", **options):
 def settled(page):
     expect(page.locator("#curve svg")).to_be_visible()
     expect(page.locator("#curve")).not_to_have_attribute("aria-busy", "true")
-    expect(
-        page.locator("#curving")
-    ).to_be_empty()  # from the sketch on, each search that is still to end has its line here
+    # From the sketch on, each search that is under way has its line here.
+    expect(page.locator("#curving")).to_be_empty()
 
 
 @pytest.fixture(scope="module")
