@@ -298,7 +298,7 @@ class _PrefetchPass:
         self.queue = deque(queue)
         """numbers of the reads that are still to be issued, the next one first; later ones may be issued already"""
         self.issued: set[int] = set()
-        self.numbers = {at: number for number, at in enumerate(facts.reads)}
+        """positions of the reads that are issued"""
         self.landing: dict[str, float] = {}
         """tensor being read or fetched -> when it has landed"""
         self.spills: deque[int] = deque()
@@ -319,8 +319,8 @@ class _PrefetchPass:
         starts = [0.0] * len(self.facts.reads)
         following = float("inf")
         for number in reversed(queue):
-            at = self.facts.reads[number]
-            following = min(self.facts.begins[at], following) - lead * self.facts.entries[at].transfer
+            needed = self.facts.begins[self.facts.reads[number]]
+            following = min(needed, following) - lead * self.facts.read_seconds(number)
             starts[number] = following
         return starts
 
@@ -331,9 +331,9 @@ class _PrefetchPass:
             while self.waiting and self.unwritten[entries[self.waiting[0]].name] <= self.now:
                 self._give_back(index)
             if entry.verb in {"read", "fetch"}:
-                if self.numbers[index] not in self.issued:
+                if index not in self.issued:
                     self._make_room(index, entry)
-                    self._issue_read(index, self.numbers[index])
+                    self._issue_read(index, index)
             elif entry.verb == "spill":
                 self.spills.append(index)
                 self.unwritten[entry.name] = float("inf")
@@ -384,7 +384,7 @@ class _PrefetchPass:
             spill = self.facts.entries[self.spills[0]] if self.spills else None
             urgent = max(begin + spill.transfer, until) if spill is not None else until
             if self.queue and self._read_is_due(self.queue[0], index, urgent):
-                self._issue_read(index, self.queue[0])
+                self._issue_read(self.facts.reads[self.queue[0]], index)
             elif spill is not None and begin < until:
                 self._issue_spill()
             else:
@@ -404,16 +404,16 @@ class _PrefetchPass:
         self.blocked = self.memory.opens(at, index)
         return self.blocked == index
 
-    def _issue_read(self, index: int, number: int) -> None:
-        at = self.facts.reads[number]
+    def _issue_read(self, at: int, index: int) -> None:
+        """Issue the read drafted at `at` before the entry at `index`."""
         entry = self.facts.entries[at]
         self.memory.take(at, index)
         self.disk = max(self.disk, self.now) + entry.transfer
         self.landing[target_of(entry)] = self.disk
         self.now += entry.seconds
         self.result.append(at)
-        self.issued.add(number)
-        while self.queue and self.queue[0] in self.issued:
+        self.issued.add(at)
+        while self.queue and self.facts.reads[self.queue[0]] in self.issued:
             self.queue.popleft()
             self.blocked = 0
 
