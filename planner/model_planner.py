@@ -215,7 +215,17 @@ class ModelPlanner:
         """
         if policy == MOBILLM:
             return self._device_planner.minimum(time_limit=time_limit)
-        return self._lowest_schedule(policy or "solver", time.monotonic() + checked_limit(time_limit))[0]
+        deadline = time.monotonic() + checked_limit(time_limit)
+        lowest, timely = self._lowest_schedule(policy or "solver", deadline)
+        # The plan at the smallest budget, made for its speed, may hold a few instructions less: then one is found below that budget.
+        while policy is None and timely and (rest := deadline - time.monotonic()) > 0:
+            made = self.plan(lowest.peak_bytes, time_limit=rest)
+            if self.interrupted:
+                raise KeyboardInterrupt
+            if made.peak_bytes >= lowest.peak_bytes:
+                break
+            lowest, timely = self._lowest_schedule("solver", deadline)
+        return lowest
 
     def _lowest_schedule(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
         if policy == "solver":

@@ -44,6 +44,14 @@ class Rehearsal(FrozenRecord):
     judged: bool = Field(description="False: other programs took so much that the seconds say nothing of the plan")
 
 
+class KeptRehearsal(Rehearsal):
+    """A rehearsal as the cache keeps it."""
+
+    unlearned_bytes: int = Field(
+        0, description="what of `predicted_bytes` the profile alone says, without what was learned"
+    )
+
+
 class LearnedFigures(FrozenRecord):
     """Corrections of a profile's figures."""
 
@@ -56,7 +64,7 @@ class LearnedFigures(FrozenRecord):
     read: Channel | None = None
     write: Channel | None = None
     added_bytes: int = Field(0, description="what a run holds beyond the profile's floor")
-    rehearsals: list[Rehearsal] = []
+    rehearsals: list[KeptRehearsal] = []
 
 
 def spread_bytes(kind: str, peak_bytes: int) -> int:

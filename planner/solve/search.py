@@ -421,10 +421,11 @@ class Solver:
 
     def lowest_schedule(self, deadline: float) -> tuple[Schedule, bool]:
         """The schedule of the lowest peak found, and whether the searches behind it came to their end."""
-        if not self._lowest_proven:
-            known = [result.schedule for result in self.results if result.schedule is not None]
-            candidates = [self.smallest, *known, *([self._lowest] if self._lowest is not None else [])]
-            self._lowest = min(candidates, key=lambda schedule: schedule.peak_bytes)
+        known = [result.schedule for result in self.results if result.schedule is not None]
+        candidates = [*([] if self._lowest is None else [self._lowest]), *known, self.smallest]
+        lowest = min(candidates, key=lambda schedule: schedule.peak_bytes)
+        if not self._lowest_proven or lowest is not self._lowest:
+            self._lowest = lowest
             try:
                 timely = self._lower(deadline)
             except TimeoutError:

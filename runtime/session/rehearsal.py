@@ -26,6 +26,7 @@ from tightfit.planner.simulation.plan_index import PlanIndex
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.learned import (
     ABOVE,
+    KeptRehearsal,
     LearnedFigures,
     Rehearsal,
     corrected,
@@ -175,28 +176,47 @@ def taught(profile: Profile, step: Profile, plan: Plan, traced: TracedRehearsal,
     rehearsal teaches. `step` is the profile of the step that was planned; `rounds` counts the rehearsals so far.
     """
     identity = figures_id(profile)
-    save_learned(identity, _learn(load_learned(identity), step, plan, traced))
-    plan = sealed(plan.model_copy(update={"rehearsal": traced.rehearsal}))
-    trusted = _agrees(plan, traced.rehearsal) or (rounds >= ROUNDS and _margin(plan, traced.rehearsal) >= 0)
+    learned = load_learned(identity)
+    save_learned(identity, _learn(learned, step, plan, traced))
+    rehearsal = traced.rehearsal
+    plan = sealed(plan.model_copy(update={"rehearsal": rehearsal}))
+    kept = _kept(rehearsal, learned)
+    same = [one for one in learned.rehearsals if _same_bytes(one, kept)]
+    trusted = _agrees(plan, rehearsal, same) or (rounds >= ROUNDS and _margin(plan, rehearsal, same) >= 0)
     return plan, trusted
 
 
-def _agrees(plan: Plan, rehearsal: Rehearsal) -> bool:
+def _agrees(plan: Plan, rehearsal: Rehearsal, earlier: Sequence[Rehearsal] = ()) -> bool:
     """Whether a plan may be trusted: its seconds are the run's, and its peak is at least the run's with the spread between runs, but not
-    far above (unless PyTorch's start sets the peak, whose allowance no plan changes).
+    far above (unless PyTorch's start sets the peak, whose allowance no plan changes). `earlier`: as of `_margin`.
     """
     error = abs(rehearsal.seconds / rehearsal.predicted_seconds - 1.0)
     timely = not rehearsal.judged or error <= TOLERANCE[plan.model.kind]
-    margin = _margin(plan, rehearsal)
+    margin = _margin(plan, rehearsal, earlier)
     return timely and margin >= 0 and (plan.start_bytes > 0 or margin <= 2 * ABOVE * rehearsal.predicted_bytes)
 
 
-def _margin(plan: Plan, rehearsal: Rehearsal) -> int:
-    """Bytes by which the predicted peak is above the measured one and the spread between runs (which a peak that the start sets
-    includes); below 0 the plan cannot be trusted.
+def _margin(plan: Plan, rehearsal: Rehearsal, earlier: Sequence[Rehearsal] = ()) -> int:
+    """Bytes by which the predicted peak is above what a run may hold; below 0 the plan cannot be trusted. `earlier`: rehearsals of plans
+    with the same bytes.
+
+    Runs differ by the spread (which a peak that the start sets includes), so that none holds more than the lowest and the spread; where
+    rehearsals have differed by more, than the highest and the spread.
     """
     spread = 0 if plan.start_bytes else spread_bytes(plan.model.kind, rehearsal.held_bytes)
-    return rehearsal.predicted_bytes - rehearsal.held_bytes - spread
+    held = [rehearsal.held_bytes, *(one.held_bytes for one in earlier)]
+    within = max(held) - min(held) <= spread
+    return rehearsal.predicted_bytes - (min(held) if within else max(held)) - spread
+
+
+def _kept(rehearsal: Rehearsal, learned: LearnedFigures) -> KeptRehearsal:
+    """A rehearsal of a plan that was made with `learned`, as the cache keeps it."""
+    return KeptRehearsal(**vars(rehearsal), unlearned_bytes=rehearsal.predicted_bytes - learned.added_bytes)
+
+
+def _same_bytes(one: KeptRehearsal, other: KeptRehearsal) -> bool:
+    """Whether two rehearsals were of plans with the same bytes, apart from what earlier ones had added."""
+    return all(getattr(one, name) == getattr(other, name) for name in ("budget_bytes", "policy", "unlearned_bytes"))
 
 
 def rehearsal_summary(rehearsal: Rehearsal) -> str:
@@ -361,7 +381,7 @@ def _learn(learned: LearnedFigures, step: Profile, plan: Plan, traced: TracedReh
     first = not learned.rehearsals
     update: dict[str, Any] = {
         "added_bytes": added if first else max(added, learned.added_bytes),
-        "rehearsals": [*learned.rehearsals, rehearsal],
+        "rehearsals": [*learned.rehearsals, _kept(rehearsal, learned)],
     }
     if not rehearsal.judged or not traced.phases:
         return learned.model_copy(update=update)

@@ -206,19 +206,19 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
     assert later.added_bytes == learned.added_bytes
 
 
-@pytest.mark.slow_but_for("the step")
-@pytest.mark.parametrize("start", [0, 400 * MIB], ids=["the step", "the start"])
-def test_a_plan_that_held_more_than_it_says_is_made_anew_until_one_holds(tmp_path, monkeypatch, start):
-    """A first rehearsal held far less than was predicted; what the second plan, with the lower prediction, holds is known then."""
+def rehearsed_beyond(tmp_path, monkeypatch, beyond, start=0):
+    """What `rehearsed` makes of plans with the same bytes whose rehearsals hold so many bytes more than predicted, and these rehearsals.
+    `start`: bytes of PyTorch's start, if that sets the peak.
+    """
     measured = timed(decoder_profile(tmp_path), seconds_of(1.0))
     floor = measured.device.floor.model_copy(update={"resident_bytes": 100 * MIB})
     measured = measured.model_copy(update={"device": measured.device.model_copy(update={"floor": floor})})
-    beyond = iter([-40 * MIB, 2 * MIB, MIB, 0, -SPREAD_BYTES, -SPREAD_BYTES])
+    further = iter(beyond)
     rehearsals = []
 
     def carried_out(plan, stages):
         taken = happened(plan, measured)
-        held = plan.peak_bytes + next(beyond)
+        held = plan.peak_bytes + next(further)
         rehearsals.append(taken.rehearsal.model_copy(update={"held_bytes": held}))
         return TracedRehearsal(**{**vars(taken), "rehearsal": rehearsals[-1]})
 
@@ -229,10 +229,28 @@ def test_a_plan_that_held_more_than_it_says_is_made_anew_until_one_holds(tmp_pat
 
     monkeypatch.setattr(rehearsal, "_carry_out", carried_out)
     monkeypatch.setattr(rehearsal, "why_not", lambda plan: None)
-    made = rehearsed(measured, lambda step: step, make)
+    return rehearsed(measured, lambda step: step, make), rehearsals
+
+
+@pytest.mark.slow_but_for("the step")
+@pytest.mark.parametrize("start", [0, 400 * MIB], ids=["the step", "the start"])
+def test_a_plan_that_held_more_than_it_says_is_made_anew_until_one_holds(tmp_path, monkeypatch, start):
+    """A first rehearsal held far less than was predicted; what the second plan, with the lower prediction, holds is known then."""
+    beyond = (-40 * MIB, 2 * MIB, MIB, 0, -SPREAD_BYTES, -SPREAD_BYTES)
+    made, rehearsals = rehearsed_beyond(tmp_path, monkeypatch, beyond, start)
     assert made.plan.rehearsal == rehearsals[-1]
     assert rehearsals[-1].held_bytes <= rehearsals[-1].predicted_bytes == made.plan.peak_bytes
     assert len(rehearsals) == (4 if start else 5)
+
+
+@pytest.mark.parametrize(
+    ("second", "count"), [(-SPREAD_BYTES // 2, 2), (0, 2), (1, 3)], ids=["half a spread", "a spread", "more"]
+)
+def test_one_plan_may_hold_more_than_the_last_time_by_the_spread_between_runs(tmp_path, monkeypatch, second, count):
+    """The first held 6 MiB more than predicted, so that the second is predicted to hold that and a spread."""
+    made, rehearsals = rehearsed_beyond(tmp_path, monkeypatch, (6 * MIB, second, -SPREAD_BYTES))
+    assert len(rehearsals) == count
+    assert rehearsals[-1].held_bytes <= made.plan.peak_bytes
 
 
 # --- real runs -----------------------------------------------------------------------------------------------------
