@@ -42,6 +42,8 @@ EARLY_GAP = 3e-3
 """relative gap of a mixture to the bound up to which whole columns near the mixture may make a good plan"""
 EARLY_CHOICES = 4
 """choices of columns that the local search then makes"""
+FINER_TOLERANCE = 1e-3
+"""tolerance of column generation for a better bound, where the best schedule is not near the first one"""
 CAREFUL_TOLERANCE = 8e-3
 """tolerance of column generation under careful constraints, which only guides the choice and proves nothing"""
 MOST_BYTES = 1 << 50
@@ -313,6 +315,10 @@ class Solver:
         finally:
             attempt.schedules += early.schedules
             attempt.timely = attempt.timely and early.timely
+        if attempt.schedules and not attempt.good_enough():
+            finer = replace(relaxed, tolerance=FINER_TOLERANCE, deadline=attempt.deadline)
+            attempt.bound = max(attempt.bound, finer.bound(finer.columns()[0]))
+            attempt.timely = attempt.timely and finer.timely
 
     def _early(self, attempt: BudgetSearch, search: ColumnGeneration) -> bool:
         """A few choices among the columns known so far by the local search alone, where a mixture of them comes near the bound; whether
