@@ -188,12 +188,12 @@ def taught(profile: Profile, step: Profile, plan: Plan, traced: TracedRehearsal,
 
 def _agrees(plan: Plan, rehearsal: Rehearsal, earlier: Sequence[Rehearsal] = ()) -> bool:
     """Whether a plan may be trusted: its seconds are the run's, and its peak is at least the run's with the spread between runs, but not
-    far above (unless PyTorch's start sets the peak, whose allowance no plan changes). `earlier`: as of `_margin`.
+    far above (apart from what PyTorch's start adds to it, whose allowance no plan changes). `earlier`: as of `_margin`.
     """
     error = abs(rehearsal.seconds / rehearsal.predicted_seconds - 1.0)
     timely = not rehearsal.judged or error <= TOLERANCE[plan.model.kind]
     margin = _margin(plan, rehearsal, earlier)
-    return timely and margin >= 0 and (plan.start_bytes > 0 or margin <= 2 * ABOVE * rehearsal.predicted_bytes)
+    return timely and 0 <= margin <= plan.start_bytes + 2 * ABOVE * rehearsal.predicted_bytes
 
 
 def _margin(plan: Plan, rehearsal: Rehearsal, earlier: Sequence[Rehearsal] = ()) -> int:
@@ -371,11 +371,11 @@ def _learn(learned: LearnedFigures, step: Profile, plan: Plan, traced: TracedReh
     that is planned, without corrections.
     """
     rehearsal = traced.rehearsal
-    # What was added before is part of the prediction.
-    spread = spread_bytes(plan.model.kind, rehearsal.held_bytes)
-    added = rehearsal.held_bytes + spread - (rehearsal.predicted_bytes - learned.added_bytes)
-    if plan.start_bytes and added < learned.added_bytes:
-        added = learned.added_bytes  # the start sets the peak: what is held later is not known
+    lacked = rehearsal.held_bytes + spread_bytes(plan.model.kind, rehearsal.held_bytes) - rehearsal.predicted_bytes
+    if lacked < 0:
+        # Where the start sets the peak, what is held later is predicted to be `start_bytes` less; it was not more than the whole.
+        lacked = min(0, lacked + plan.start_bytes)
+    added = learned.added_bytes + lacked  # what was added before is part of the prediction
     if added < 0:
         added = min(0, added + int(ABOVE * rehearsal.predicted_bytes))
     first = not learned.rehearsals

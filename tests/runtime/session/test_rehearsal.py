@@ -206,6 +206,25 @@ def test_a_peak_is_raised_to_what_was_held_and_lowered_where_it_is_far_above(tmp
     assert later.added_bytes == learned.added_bytes
 
 
+@pytest.mark.parametrize("less", [SPREAD_BYTES, 20 * MIB])
+def test_where_the_start_sets_the_peak_what_is_held_later_is_lowered_all_the_same(tmp_path, less):
+    """The start reaches 1,000 bytes more than the step is predicted to hold, and the whole holds `less` than the step's prediction."""
+    measured = timed(decoder_profile(tmp_path), seconds_of(1.0))
+    plan = naive_plan(measured)
+    floor = plan.device.floor.model_copy(update={"resident_bytes": plan.device.floor.resident_bytes + 400 * MIB})
+    later = plan.peak_bytes + 400 * MIB - plan.start_bytes
+    floor = floor.model_copy(update={"import_peak_bytes": later + 1000 - floor.supervisor_bytes})
+    device = plan.device.model_copy(update={"floor": floor})
+    plan = plan.model_copy(update={"device": device, "peak_bytes": later + 1000})
+    assert plan.start_bytes == 1000
+    taken = happened(plan, measured)
+    told = taken.rehearsal.model_copy(update={"held_bytes": later - less, "judged": False})
+    learned = rehearsal._learn(LearnedFigures(), measured, plan, TracedRehearsal(**{**vars(taken), "rehearsal": told}))
+    far = less > SPREAD_BYTES
+    assert learned.added_bytes == (SPREAD_BYTES - less + int(ABOVE * plan.peak_bytes) if far else 0)
+    assert rehearsal._agrees(plan, told) == (not far)
+
+
 def rehearsed_beyond(tmp_path, monkeypatch, beyond, start=0):
     """What `rehearsed` makes of plans with the same bytes whose rehearsals hold so many bytes more than predicted, and these rehearsals.
     `start`: bytes of PyTorch's start, if that sets the peak.
