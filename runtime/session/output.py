@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,8 @@ OURS = {
 
 TOKENS = ".tokens"
 """folder in the output directory that `tokens_kept` makes way for"""
+ENDING_SECONDS = 2.0
+"""how long a process that was killed may take to end, on a busy machine, and holds its lock until then"""
 
 
 @contextmanager
@@ -52,14 +55,11 @@ def locked(directory: Path, held: int | None = None) -> Iterator[int]:
     try:
         if not os.access(directory, os.W_OK | os.X_OK):
             raise InputError(f"{directory}: takes no files; make it writable, or choose another output directory")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another run is under way in {directory}; wait for its end, or choose another output directory"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+        with suppress(OSError):  # a file system without locks
+            if not _taken(descriptor):
+                raise InputError(
+                    f"another run is under way in {directory}; wait for its end, or choose another output directory"
+                )
         try:
             yield descriptor
         except TightfitError:
@@ -68,6 +68,19 @@ def locked(directory: Path, held: int | None = None) -> Iterator[int]:
         _unlock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _taken(descriptor: int) -> bool:
+    """Whether the lock could be had within `ENDING_SECONDS`. Raises OSError where the file system has no locks."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(ENDING_SECONDS / 40)
 
 
 def _unlock(descriptor: int) -> None:

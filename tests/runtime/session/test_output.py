@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,21 @@ def test_a_copy_of_the_lock_holds_it_only_where_the_run_may_go_on(
     os.close(copy)
     with locked(tmp_path / "out"):
         pass
+
+
+def test_the_lock_of_a_run_that_is_ending_is_waited_for(tmp_path: Path) -> None:
+    """A killed process holds its lock until the kernel has taken it apart, which takes a moment on a busy machine."""
+    with ThreadPoolExecutor() as pool:
+        with locked(tmp_path / "out"):
+            resumed = pool.submit(entered, tmp_path / "out")
+            time.sleep(0.3)
+            assert not resumed.done()
+        assert resumed.result(timeout=5)
+
+
+def entered(directory: Path) -> int:
+    with locked(directory) as lock:
+        return lock
 
 
 def test_what_a_killed_run_had_staged_is_not_this_ones(tmp_path: Path) -> None:
