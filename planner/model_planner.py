@@ -216,15 +216,16 @@ class ModelPlanner:
         if policy == MOBILLM:
             return self._device_planner.minimum(time_limit=time_limit)
         deadline = time.monotonic() + checked_limit(time_limit)
-        lowest, timely = self._lowest_schedule(policy or "solver", deadline)
+        name = policy or "solver"
+        lowest, timely = self._lowest_schedule(name, deadline)
         # The plan at the smallest budget, made for its speed, may hold a few instructions less: then one is found below that budget.
-        while policy is None and timely and (rest := deadline - time.monotonic()) > 0:
+        while name == "solver" and timely and (rest := deadline - time.monotonic()) > 0:
             made = self.plan(lowest.peak_bytes, time_limit=rest)
             if self.interrupted:
                 raise KeyboardInterrupt
             if made.peak_bytes >= lowest.peak_bytes:
                 break
-            lowest, timely = self._lowest_schedule("solver", deadline)
+            lowest, timely = self._lowest_schedule(name, deadline)
         return lowest
 
     def _lowest_schedule(self, policy: str, deadline: float) -> tuple[Schedule, bool]:

@@ -107,6 +107,12 @@ class Solver:
         return tuple(sorted(parts, key=lambda part: part.computing_seconds))
 
     @property
+    def _known(self) -> list[Schedule]:
+        """The schedules of the results, and the one of the lowest peak found."""
+        found = [result.schedule for result in self.results]
+        return [schedule for schedule in (*found, self._lowest) if schedule is not None]
+
+    @property
     def _one_program(self) -> bool:
         """Whether the model is so small that one program decides for all its layers."""
         return self.pool.binaries <= JOINT_BINARIES and self.options.one_program
@@ -408,10 +414,7 @@ class Solver:
         """Whether the budget is at least the smallest one, as far as can be told in time: surely where a plan is known that fits, most
         likely where a mixture of columns takes clearly less; else as `lowest_schedule` says.
         """
-        known = [result.schedule for result in self.results if result.schedule is not None]
-        if self._lowest is not None:
-            known.append(self._lowest)
-        if any(schedule.peak_bytes <= budget_bytes for schedule in known):
+        if any(schedule.peak_bytes <= budget_bytes for schedule in self._known):
             return True
         if not self._lowest_proven and not self._one_program:
             clear_kib = CLEARLY * self.room(budget_bytes) / KIB
@@ -427,10 +430,8 @@ class Solver:
 
     def lowest_schedule(self, deadline: float) -> tuple[Schedule, bool]:
         """The schedule of the lowest peak found, and whether the searches behind it came to their end."""
-        known = [result.schedule for result in self.results if result.schedule is not None]
-        candidates = [*([] if self._lowest is None else [self._lowest]), *known, self.smallest]
-        lowest = min(candidates, key=lambda schedule: schedule.peak_bytes)
-        if not self._lowest_proven or lowest is not self._lowest:
+        lowest = min([self.smallest, *self._known], key=lambda schedule: schedule.peak_bytes)
+        if not self._lowest_proven or self._lowest is None or lowest.peak_bytes < self._lowest.peak_bytes:
             self._lowest = lowest
             try:
                 timely = self._lower(deadline)

@@ -56,7 +56,7 @@ def locked(directory: Path, held: int | None = None) -> Iterator[int]:
         if not os.access(directory, os.W_OK | os.X_OK):
             raise InputError(f"{directory}: takes no files; make it writable, or choose another output directory")
         with suppress(OSError):  # a file system without locks
-            if not _taken(descriptor):
+            if not _lock(descriptor):
                 raise InputError(
                     f"another run is under way in {directory}; wait for its end, or choose another output directory"
                 )
@@ -70,8 +70,10 @@ def locked(directory: Path, held: int | None = None) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _taken(descriptor: int) -> bool:
-    """Whether the lock could be had within `ENDING_SECONDS`. Raises OSError where the file system has no locks."""
+def _lock(descriptor: int) -> bool:
+    """Lock the folder of a descriptor; False: another process still holds the lock after `ENDING_SECONDS`. Raises OSError where the file
+    system has no locks.
+    """
     deadline = time.monotonic() + ENDING_SECONDS
     while True:
         try:

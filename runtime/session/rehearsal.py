@@ -176,12 +176,12 @@ def taught(profile: Profile, step: Profile, plan: Plan, traced: TracedRehearsal,
     rehearsal teaches. `step` is the profile of the step that was planned; `rounds` counts the rehearsals so far.
     """
     identity = figures_id(profile)
-    learned = load_learned(identity)
-    save_learned(identity, _learn(learned, step, plan, traced))
+    learned = _learn(load_learned(identity), step, plan, traced)
+    save_learned(identity, learned)
     rehearsal = traced.rehearsal
     plan = sealed(plan.model_copy(update={"rehearsal": rehearsal}))
-    kept = _kept(rehearsal, learned)
-    same = [one for one in learned.rehearsals if _same_bytes(one, kept)]
+    *earlier, last = learned.rehearsals
+    same = [one for one in earlier if _same_bytes(one, last)]
     trusted = _agrees(plan, rehearsal, same) or (rounds >= ROUNDS and _margin(plan, rehearsal, same) >= 0)
     return plan, trusted
 
@@ -207,11 +207,6 @@ def _margin(plan: Plan, rehearsal: Rehearsal, earlier: Sequence[Rehearsal] = ())
     held = [rehearsal.held_bytes, *(one.held_bytes for one in earlier)]
     within = max(held) - min(held) <= spread
     return rehearsal.predicted_bytes - (min(held) if within else max(held)) - spread
-
-
-def _kept(rehearsal: Rehearsal, learned: LearnedFigures) -> KeptRehearsal:
-    """A rehearsal of a plan that was made with `learned`, as the cache keeps it."""
-    return KeptRehearsal(**vars(rehearsal), unlearned_bytes=rehearsal.predicted_bytes - learned.added_bytes)
 
 
 def _same_bytes(one: KeptRehearsal, other: KeptRehearsal) -> bool:
@@ -379,9 +374,10 @@ def _learn(learned: LearnedFigures, step: Profile, plan: Plan, traced: TracedReh
     if added < 0:
         added = min(0, added + int(ABOVE * rehearsal.predicted_bytes))
     first = not learned.rehearsals
+    kept = KeptRehearsal(**vars(rehearsal), unlearned_bytes=rehearsal.predicted_bytes - learned.added_bytes)
     update: dict[str, Any] = {
         "added_bytes": added if first else max(added, learned.added_bytes),
-        "rehearsals": [*learned.rehearsals, _kept(rehearsal, learned)],
+        "rehearsals": [*learned.rehearsals, kept],
     }
     if not rehearsal.judged or not traced.phases:
         return learned.model_copy(update=update)
