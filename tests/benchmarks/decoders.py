@@ -73,21 +73,17 @@ def main(
         if "failed" in row:
             report.text(f"{row['model']}: {row['failed']}")
     if write:
-        sources = "\n".join(f"- {row['model']}: {MODELS[row['model']].source}" for row in rows)
-        report.parts.append(f"Where the shapes are from:\n\n{sources}\n")
         report.write("decoders", "Published decoders at full size", notes(seq, rank, device, seconds))
 
 
 def notes(seq: int, rank: int, device: str, seconds: float) -> str:
     return (
-        f"Published shapes with 4-bit weights, LoRA of rank {rank} on all linear layers, 1 × {seq} tokens in bfloat16; seconds per"
-        f" step are estimated for `{device}` ([how well](README.md#estimated-devices)). Budgets are of the whole run, its"
-        ' supervisor included. "Parameters" are those of the decoder: of multimodal models (Qwen3.5, Gemma 4) the vision and'
-        " audio layers are left out, and of Qwen3.5 the layers that predict further tokens. Gemma 4's include its per-layer"
-        ' embeddings, of which a step reads the rows of its tokens. "By" says who has the decoder\'s code: tightfit, or'
-        " transformers, from which it was traced. The smallest budget is the least for which the planner finds a plan; it and"
-        ' twice it are then planned by the same planner, which keeps what it learnt. "Gap" is by how much a plan of its class could be faster'
-        f' at most, proven; a plan had {seconds:g} s. "Planned in" are CPU seconds of one core; tracing came before.'
+        "Published shapes (`tests/benchmarks/published.py` says where they are from) with 4-bit weights, LoRA of rank"
+        f" {rank} on all linear layers, 1 × {seq} tokens in bfloat16; seconds per step are estimated for `{device}` ([how"
+        ' well](../devices.md)). "Parameters" are those of the text decoder. "By": whether tightfit has the decoder\'s code or'
+        " transformers, from which it was traced. Budgets are of the whole run; the smallest is the least for which the planner"
+        ' found a plan. "Gap": by how much a plan of its class could be faster at most, proven; a plan had'
+        f' {seconds:g} s. "Planned in": CPU seconds of one core, without tracing.'
     )
 
 

@@ -3,14 +3,9 @@
     python tests/benchmarks/fleet.py [--kinds data,pipeline] [--rates 100,10] [--quotas 1,.5,.25,.1]
         [--budgets 160,240,320,569] [--micro-batches 32] [--updates 3] [--equal] [--json FILE] [--write]
 
-SmolLM2-135M on film reviews. A device is a network namespace, whose link to a switch is limited in both directions (`tc`,
-token bucket), a CPU quota (cgroup) and the memory cgroup that tightfit makes for each run. The device with a whole core has
-it for itself, the others share the second one. Every device measures its own profile in its place, while all the others
-compute too. It needs root, and a Linux with network namespaces and token buckets.
-
-Printed for each kind of fleet and each rate of the links: each device's predicted and measured peak; the step, predicted and
-measured, beside its proven bound and baselines; bytes on the links; whether the adapter is that of one process that
-accumulates the same micro-batches. With `--equal` also a step in which every device computes as many micro-batches.
+SmolLM2-135M on film reviews. A device is a network namespace with a limited link (`tc`), a share of a core (cgroup) and a memory
+cgroup for each run; every device measures its own profile in its place. "x" is relative to the plan's predicted step. It needs root,
+and a Linux with network namespaces and token buckets.
 """
 
 from __future__ import annotations

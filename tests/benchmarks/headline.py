@@ -84,10 +84,10 @@ def main(
     if write:
         notes = (
             f"Published shapes with random 4-bit weights, LoRA rank 8 on all seven projections, 1 × {seq} tokens. Peaks"
-            " are of all that a run keeps alive (training process and supervisor); the kernel enforces the caps. The"
-            " caps are what MeBP reports for a phone."
+            " are of all that a run keeps alive (training process and supervisor); the kernel enforces the caps, which are what"
+            " MeBP (Song and Tang 2025) reports for a phone. The baselines are scripts of your own."
         )
-        report.write("headline", "Published models in the memory of a phone, the whole run counted", notes)
+        report.write("headline", "Published models in the memory of a phone", notes)
 
 
 def planned(

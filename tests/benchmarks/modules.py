@@ -76,12 +76,11 @@ def main(
         report.write(
             "modules",
             "Modules of one's own beside eager PyTorch",
-            "Plain PyTorch modules in float32 with AdamW, all parameters trained, on random batches. Eager PyTorch trains them with"
-            " its fused AdamW in a process of its own, whose peak (`VmHWM`) gives the budgets: all of it, half, a quarter; where a"
-            " quarter is not enough, the smallest budget. Budgets count the supervisor (16 MiB), which is the benchmark itself here:"
-            f" measured peaks are without it. Measured seconds are medians over {rounds} turns of {steps} steps, the first of each left"
-            " out; in a turn eager PyTorch and the plans run one after the other. Losses apart: the largest difference of a step's"
-            " loss from eager PyTorch's, relative to it.",
+            "Plain PyTorch modules in float32 with AdamW, all parameters trained, on random batches. The budgets are the peak"
+            " (`VmHWM`) of eager PyTorch with its fused AdamW, half and a quarter of it, or the smallest budget. They count the"
+            " supervisor (16 MiB), which is the benchmark itself here: measured peaks are without it. Seconds are medians over"
+            f" {rounds} turns of {steps} steps, without the first of each. Losses apart: the largest difference of a step's loss"
+            " from eager PyTorch's, relative to it.",
         )
 
 

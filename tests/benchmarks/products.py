@@ -35,19 +35,9 @@ SHAPES = ((11008, 2048), (2048, 11008), (4864, 896))
 """(outputs, inputs) of MLPs: Qwen2.5-3B's, and its sibling's of 0.5 B"""
 GROUP, TURNS = 32, 9
 NOTES = """\
-A frozen matrix is unpacked to bfloat16 and multiplied, forward and backward. PyTorch and oneDNN have products that take packed weights of
-4 bits with a scale for each 32 inputs and unpack them on their way. **They are not taken:** PyTorch's are slower
-than ours with any number of rows. oneDNN's forward is half as fast again with 64 rows and up to a fifth faster with more, but its backward, whose scales stand along the columns of the
-result, is the reference implementation, thousands of times slower, so that matrices would be unpacked for it all the same, and two kernels
-would be there in the place of one; and no package has a oneDNN that can be called (PyTorch hides its own).
-
-**Where a step's time goes** (`tightfit plan profile.json --memory 700MiB --no-rehearse --json` says it, by kind of operator, under
-`explanation.operators`). Qwen2.5-3B, 256 tokens, the same machine, quiet: 9.77 s
-a step, 3.16 TFLOP of products. 3.72 s are products of the backward (382 GFLOP/s), 3.48 s of the forward (410), 0.89 s the head (357),
-0.47 s attention (70), 0.43 s unpacking, 0.31 s what the LoRA pairs add in products of their own, 0.20 s gates, 0.10 s norms, 0.1 s moving. So a step takes 1.35 times what its
-products would take at the rate of bare ones of 512 rows (436 GFLOP/s): 0.8 s because products with the transposed matrix and those with 256 rows run slower,
-bare ones as ours, 1.7 s for all that is no product. A pair inside a product costs 1 to 3 %; the order of its two sums makes no difference. What
-could still be taken is packing matrices in oneDNN's own order of blocks (445 GFLOP/s), forward alone."""
+A frozen matrix is unpacked to bfloat16 and multiplied, forward and backward. Products of PyTorch and oneDNN that take packed weights of
+4 bits are not used: PyTorch's are slower with any number of rows; oneDNN's backward is a reference implementation, and no package has a
+oneDNN that can be called."""
 
 
 def rate(flops: float, call: Callable[[], object]) -> float:

@@ -1,12 +1,9 @@
 """What rounding costs: ``python tests/benchmarks/rounding.py`` (some minutes; ``--tokens`` says how much text).
 
-SmolLM2-135M's weights, of which the package holds a 4-bit copy, are unpacked, and the channels of its hidden states, of its
-MLPs and of its attention heads are put into a random order. That changes nothing of what the model computes, but the
-groups of 32 neighbours that are rounded together are then made of weights from many groups of the copy, with as many
-scales, so that no rounding finds the copy's own 16 values again. These weights count as the 16-bit model.
-
-Each row rounds every matrix in another way and states by how much that changes the weights (root mean square, relative
-to their own), and the perplexity on English news that the model has not seen, by transformers in float32.
+SmolLM2-135M's 4-bit weights are unpacked, and the channels of its hidden states, MLPs and attention heads are put
+into a random order, so that no rounding finds the copy's own groups again: these weights count as the 16-bit model.
+Each row rounds every matrix in another way: the change of the weights (root mean square, relative to their own), and
+the perplexity on English news, by transformers in float32.
 """
 
 from __future__ import annotations
@@ -81,7 +78,7 @@ def main(
         table.add_row(*row)
     report.table(table)
     if write_page:
-        report.write("rounding", "What rounding costs", " ".join((__doc__ or "").split()))
+        report.write("rounding", "What rounding costs", " ".join((__doc__ or "").split("\n\n")[1].split()))
 
 
 def unpacked(store: Path) -> Weights:

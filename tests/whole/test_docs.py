@@ -33,12 +33,23 @@ def test_every_file_says_what_it_is():
     assert not silent
 
 
+def anchors(path):
+    """The addresses of the headings of a page, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
     broken = []
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
-        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
-            if not link.startswith(("http:", "https:")) and not (path.parent / link).exists():
-                broken.append(f"{path.relative_to(ROOT)}: {link}")
+        for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", path.read_text()):
+            if link.startswith(("http:", "https:")):
+                continue
+            target = path.parent / link if link else path
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{path.relative_to(ROOT)}: {link}#{anchor}")
     assert not broken
 
 
