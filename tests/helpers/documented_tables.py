@@ -1,5 +1,5 @@
-"""Tables of the documentation that are made of what tests are parametrised with: ``make docs`` writes them, and
-tests/whole/test_docs.py compares them.
+"""Tables of the documentation that are made of what tests are parametrised with, and of the commands' options: ``make docs`` writes
+them, and tests/whole/test_docs.py compares them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from collections.abc import Callable
 
 import checkpoint_formats
 import decoder_families
+import option_tables
 import stateful_modules
 
 TABLES: dict[tuple[str, str], Callable[[], list[str]]] = {
     ("models.md", "families"): decoder_families.table,
     ("checkpoints.md", "formats"): checkpoint_formats.table,
     ("python.md", "stateful kinds"): stateful_modules.table,
+    **option_tables.TABLES,
 }
 """(page in docs/, name of the table) -> its lines. The page has the table between ``<!-- NAME, by make docs -->`` and
-``<!-- end of NAME -->``. Tables of other lists that tests go through, such as one of LoRA options, are added here."""
+``<!-- end of NAME -->``."""
 
 
 def with_table(text: str, name: str, lines: list[str]) -> str:
