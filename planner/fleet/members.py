@@ -23,8 +23,6 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
 
 T = TypeVar("T")
-FASTER = 2.0
-"""how many times as fast the faster link is at which links are priced"""
 NOT_ADDED = {
     "rank_pattern": "rank_pattern",
     "use_dora": "dora",
@@ -120,12 +118,6 @@ def rank_of(source: Profile | Plan) -> int:
     """The rank of the adapter that is trained."""
     assert source.model.lora is not None
     return int(source.model.lora["rank"])
-
-
-def faster(link: Link) -> Link:
-    """The link with both ways as much faster as links are priced at."""
-    up, down = link.up_bytes_per_second, link.down_bytes_per_second
-    return link.model_copy(update={"up_bytes_per_second": FASTER * up, "down_bytes_per_second": FASTER * down})
 
 
 def shared(profiles: Sequence[Profile], make: Callable[[Profile], T]) -> list[T]:

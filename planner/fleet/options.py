@@ -30,10 +30,9 @@ busy cores: 3.2 to 5.8 s"""
 
 
 class FleetPlanOptions(Options):
-    """What the planning of a fleet of any kind may take, and whether it goes on to say what more would be worth."""
+    """What the planning of a fleet of any kind may take."""
 
     time_limit: Seconds = option(120.0, "Seconds that all of the planning may take.", metavar="SECONDS")
-    prices: bool = option(True, "Also say what more memory or a faster link of each device would be worth.")
     progress: Progress | None = None
 
 

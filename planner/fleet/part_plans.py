@@ -395,10 +395,6 @@ class StagePlans:
         """The smallest room with which a plan of the stage was found."""
         return self._stage(layers).least_room(time_limit)
 
-    def neighbour_bytes(self, budget_bytes: int) -> int:
-        """Distance to the budgets with which memory is valued."""
-        return next(iter(self._stages.values())).planner.neighbour_bytes(budget_bytes)
-
     def common_budget(self, layers: Layers, budget_bytes: int, ahead_below: int) -> int:
         """A budget up to this one within which the fastest plan is the same, so that many members can have one plan: the largest
         that was planned for, or that a plan takes.

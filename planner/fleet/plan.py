@@ -1,8 +1,8 @@
 """The planner of steps: which devices take part in one, what each computes and holds, and the proof.
 
 Data parallel, a pipeline and mobillm are three fillings of one frame (`_StepPlanner`): something is searched (`search`), until
-nothing is left to try, the time is over or Ctrl-C is pressed; the judge (`simulate`) states the figures of the best; then come what
-it is to be compared with and what more memory and faster links would bring.
+nothing is left to try, the time is over or Ctrl-C is pressed; the judge (`simulate`) states the figures of the best; then comes what
+it is to be compared with.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from itertools import pairwise
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from tightfit.planner.fleet.bounds import Candidate, Division, DivisionBounds, Held
 from tightfit.planner.fleet.io import plan_file, sealed_fleet
@@ -24,7 +24,6 @@ from tightfit.planner.fleet.members import (
     checked_members,
     described,
     differences,
-    faster,
     lacking,
     shared,
 )
@@ -50,7 +49,6 @@ from tightfit.planner.fleet.schema import (
     Member,
     PipelineBaseline,
     PipelinePlan,
-    Price,
     SideMember,
     SidePlan,
     StageMember,
@@ -81,20 +79,15 @@ UNJUDGED: dict[str, Any] = {
     "solve_seconds": 0.0,
 }
 """fields of a plan whose figures are not known yet"""
-CHAIN_SHARE, PRICE_SHARE = 0.6, 0.25
-"""of the time limit: for the chains of data parallel, and for prices; where these are not asked for, chains have their share too"""
-CUT_SHARE, BASELINE_SHARE = 0.7, 0.15
-"""of the time limit: for divisions, and for what they are compared with; the rest is for prices, if they are asked for"""
+SEARCH_SHARE = 0.85
+"""of the time limit: for the chains of data parallel, or the divisions of a pipeline; the rest is for one device alone, and for what
+is compared with the plan"""
 SIDE_SHARES = (0.4, 0.3, 0.3)
 """of the time limit: for the plan of mobillm's device, of its server, and of the device without a server"""
 LEAST_SHARE = 0.05
 """of the time limit: to find out how much memory a member lacks"""
 FIRST_SHARE = 0.5
 """of the time limit: for the data-parallel plan, where a pipeline may have to be planned too"""
-TENTH = 10
-"""more memory is at most this part of a member's budget, so that it also says something about a small one"""
-NEARLY = 4
-"""what a device lacks to take part is told where it is at most this part of its budget"""
 BITS = (0, 8)
 """of a number in a pipeline's messages; 0: as it is"""
 NOT_SHORTER = "a step is not shorter with it"
@@ -104,7 +97,6 @@ class SideOptions(FleetPlanOptions):
     """Of mobillm."""
 
     gap: Gap = 1e-3
-    prices: Literal[False] = False
     bits: int = DEFAULT_BITS
 
 
@@ -119,9 +111,8 @@ def plan_fleet(
 
     Members that cannot hold a micro-batch, or would not make the step shorter, take no part; the plan says why. The
     search ends once the step is proven to be within `gap` of the best, nothing is left to try, or `time_limit` seconds
-    are over. With `prices` it also says what more memory and a faster link would bring for each member. `progress` is
-    called with stage, incumbent, bound, gap and seconds. Raises InputError for members that cannot train together, or
-    a number that cannot be used, and InfeasibleError where no device can hold a micro-batch.
+    are over. `progress` is called with stage, incumbent, bound, gap and seconds. Raises InputError for members that
+    cannot train together, or a number that cannot be used, and InfeasibleError where no device can hold a micro-batch.
     """
     return _SumPlanner(_of_one_model(members), micro_batches, asked).plan()
 
@@ -165,7 +156,7 @@ def plan_kind(
     Raises as these do, and InputError for a kind that is none, and for `bits` where nothing passes over a cut.
     """
     kind, bits, limit = asked.kind, asked.bits, asked.time_limit
-    options: dict[str, Any] = {"prices": asked.prices, "progress": asked.progress}
+    options: dict[str, Any] = {"progress": asked.progress}
     options |= {} if asked.gap is None else {"gap": asked.gap}
     if kind == "data":
         return *plan_fleet(members, micro_batches, time_limit=limit, **options), None
@@ -226,7 +217,7 @@ def _of_one_model(members: Sequence[MemberSpec], bits: int | None = None) -> lis
 
 
 class FleetPlanner:
-    """What planners of steps and of rounds share: the time that they have, prices, and how a plan is sealed."""
+    """What planners of steps and of rounds share: the time that they have, and how a plan is sealed."""
 
     def __init__(self, specs: Sequence[MemberSpec], asked: FleetPlanOptions, gap: float) -> None:
         self.specs, self.names = specs, [spec.name for spec in specs]
@@ -242,36 +233,6 @@ class FleetPlanner:
             told = {"incumbent": makespan, "bound": bound, "seconds": time.monotonic() - self.started}
             gap = 1.0 if makespan == math.inf else gap_to(makespan, bound)
             self.asked.progress({"stage": stage, "gap": gap, **told})
-
-    def prices(self, taking: Sequence[int], makespan: float) -> list[Price]:
-        """By how much a step, or a round, of `makespan` seconds gets shorter if one of those that take part has more memory, or a
-        faster link, as far as there is time.
-        """
-        result: list[Price] = []
-        for at, share in while_there_is_time(taking, self.until(1.0), always=0):
-            spec, until = self.specs[at], time.monotonic() + share
-            more = min(self.neighbour_bytes(at), spec.budget_bytes // TENTH)
-            with_link = self.makespan_with(at, replace(spec, link=faster(spec.link)), until)
-            with_memory = self.makespan_with(at, replace(spec, budget_bytes=spec.budget_bytes + more), until)
-            result.append(
-                Price(
-                    member=spec.name,
-                    memory_bytes=more,
-                    memory_gain_seconds=max(0.0, makespan - with_memory),
-                    link_gain_seconds=max(0.0, makespan - with_link),
-                )
-            )
-        return result
-
-    def neighbour_bytes(self, at: int) -> int:
-        """Distance to the budgets with which a member's memory is valued."""
-        raise NotImplementedError
-
-    def makespan_with(self, at: int, changed: MemberSpec, until: float) -> float:
-        """Seconds with a member that has more memory or a faster link, as found until a moment; only for more memory anything is
-        planned.
-        """
-        raise NotImplementedError
 
     def judged(
         self, fleet: F, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan] | None = None, **more: Any
@@ -315,14 +276,10 @@ class _StepPlanner(FleetPlanner, Generic[S]):
             raise self.nothing_fits()
         parts, plans = self.parts()
         fleet = self._replayed(parts, plans)
-        more: dict[str, Any] = {}
-        try:
-            more |= self.compared(interrupted=interrupted)
-            if self.asked.prices and not interrupted:
-                more["prices"] = self.prices([self.names.index(part.name) for part in parts], fleet.makespan_seconds)
-        except KeyboardInterrupt:
-            pass  # the plan is what was asked for first
-        return self.judged(fleet, plans, **more), plans
+        compared: dict[str, Any] = {}
+        with suppress(KeyboardInterrupt):  # the plan is what was asked for first
+            compared = self.compared(interrupted=interrupted)
+        return self.judged(fleet, plans, **compared), plans
 
     def _replayed(self, parts: Sequence[Any], plans: Mapping[str, Plan]) -> S:
         """The plan of these members that take part, with the figures of its replay."""
@@ -443,9 +400,9 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
         return min(self.together.makespan(self.together.best), self.alone.makespan) < math.inf
 
     def search(self) -> None:
-        self.together.deadline = self.until(CHAIN_SHARE if self.asked.prices else CHAIN_SHARE + PRICE_SHARE)
+        self.together.deadline = self.until(SEARCH_SHARE)
         self.together.run()
-        self.alone.run(self.until(1 - PRICE_SHARE if self.asked.prices else 1.0))
+        self.alone.run(self.until(1.0))
 
     def bound(self, fleet: FleetPlan) -> float:
         return min(self.together.bound, self.alone.bound)
@@ -459,8 +416,7 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
 
     def parts(self) -> tuple[list[Any], dict[str, Plan]]:
         self.together.prove()
-        self.single = self.together.makespan(self.together.best) > self.alone.makespan
-        if self.single:
+        if self.together.makespan(self.together.best) > self.alone.makespan:
             return self._single()
         assert self.together.best is not None
         members: list[Any] = []
@@ -575,38 +531,6 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
                 return best
             chain = better
 
-    def prices(self, taking: Sequence[int], makespan: float) -> list[Price]:
-        """Also of those that take no part since they lack a little memory: what it is worth that they do."""
-        told = super().prices(taking, makespan)
-        if not self.together.candidates:
-            return told
-        for at, spec in enumerate(self.specs):
-            missing = self._needed(at) - spec.budget_bytes
-            if at in taking or not 0 < missing <= spec.budget_bytes // NEARLY or time.monotonic() > self.until(1.0):
-                continue
-            roomier = replace(spec, budget_bytes=spec.budget_bytes + missing)
-            gain = max(0.0, makespan - self.makespan_with(at, roomier, self.until(1.0)))
-            told.append(Price(member=spec.name, memory_bytes=missing, memory_gain_seconds=gain, link_gain_seconds=0.0))
-        return told
-
-    def neighbour_bytes(self, at: int) -> int:
-        return self.alone.plans[at].planner.neighbour_bytes(self.specs[at].budget_bytes)
-
-    def makespan_with(self, at: int, changed: MemberSpec, until: float) -> float:
-        roomier = changed.budget_bytes > self.specs[at].budget_bytes
-        makespan = math.inf
-        if self.together.candidates:
-            candidates = list(self.together.candidates)
-            candidates[at] = replace(candidates[at], link=changed.link, budget_bytes=changed.budget_bytes)
-            search = self.together.like(candidates, until, plans=roomier)
-            search.run()
-            makespan = search.makespan(search.best)
-        if roomier and self.single:
-            own = self.alone.plans[at]
-            own.plan(changed.budget_bytes, until - time.monotonic())
-            makespan = min(makespan, own.makespan(changed.budget_bytes))
-        return makespan
-
 
 # --- a pipeline ---------------------------------------------------------------------------------------------------------
 
@@ -626,12 +550,12 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
                 f"{specs[0].profile.model.name} cannot be cut: there is no place between its layers with something trained on"
                 f" both sides; profile it with an adapter in more layers, or plan the fleet with {spelled('kind', 'data')}"
             )
-        self.divisions = self._search_among(self.candidates, self.started)
+        self.divisions = self._division_search(self.started)
         self.divisions.report = lambda makespan, bound: self.report("cutting the model", makespan, bound)
 
-    def _search_among(self, candidates: Sequence[Candidate], deadline: float, *, plans: bool = True) -> DivisionSearch:
+    def _division_search(self, deadline: float) -> DivisionSearch:
         return DivisionSearch(
-            candidates=candidates, micro_batches=self.micro_batches, gap=self.gap, deadline=deadline, plans=plans
+            candidates=self.candidates, micro_batches=self.micro_batches, gap=self.gap, deadline=deadline
         )
 
     @property
@@ -639,7 +563,7 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
         return self.divisions.best is not None
 
     def search(self) -> None:
-        self.divisions.deadline = self.until(CUT_SHARE if self.asked.prices else 1 - BASELINE_SHARE)
+        self.divisions.deadline = self.until(SEARCH_SHARE)
         self.divisions.run()
 
     def bound(self, fleet: PipelinePlan) -> float:
@@ -741,7 +665,7 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
             return {}
         names, layers = self.names, self.candidates[0].plans.layers
         division = self._equal()
-        search = self._search_among(self.candidates, self.until(CUT_SHARE + BASELINE_SHARE))
+        search = self._division_search(self.until((1 + SEARCH_SHARE) / 2))
         late = len(division) > ALWAYS and time.monotonic() > search.deadline
         made = None if late else search.attempt(division)
         unfit = [names[held.candidate] for held in division if not self._may_hold(held)]
@@ -751,7 +675,7 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
             layers=dict.fromkeys(names, 0) | {names[held.candidate]: held.last - held.first for held in division},
             reason=None if made else no_time() if late else f"{', '.join(unfit)} cannot hold its layers",
         )
-        search = self._search_among(self.candidates, self.until(1.0))
+        search = self._division_search(self.until(1.0))
         bounds = DivisionBounds(self.candidates, self.micro_batches)
         whole = sorted(((Held(at, 0, layers),) for at in range(len(names))), key=bounds.bound)
         tried = [search.attempt(one) for one, _ in while_there_is_time(whole, search.deadline)]
@@ -767,23 +691,6 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
             reason=reason,
         )
         return {"baselines": [equal, fastest]}
-
-    def neighbour_bytes(self, at: int) -> int:
-        return self.candidates[at].plans.neighbour_bytes(self.specs[at].budget_bytes)
-
-    def makespan_with(self, at: int, changed: MemberSpec, until: float) -> float:
-        """With the same cuts, or for a faster link with others that were tried."""
-        best = self.divisions.best
-        assert best is not None
-        roomier = changed.budget_bytes > self.specs[at].budget_bytes
-        candidates = list(self.candidates)
-        candidates[at] = replace(candidates[at], link=changed.link, budget_bytes=changed.budget_bytes)
-        search = self._search_among(candidates, until, plans=roomier)
-        makespan = search.choose(best.division).makespan
-        for division in () if roomier else sorted(self.divisions.tried):
-            if time.monotonic() < until:
-                makespan = min(makespan, search.choose(division).makespan)
-        return makespan
 
 
 def _candidates(specs: Sequence[MemberSpec], micro_batches: int, bits: int, gap: float) -> list[Candidate]:

@@ -74,8 +74,6 @@ from tightfit.runtime.common.units import format_size
 
 CUT_SHARE, ORDER_SHARE = 0.6, 0.1
 """of the time limit: for plans of all cuts, and for the order; the rest is for what the plan is compared with"""
-PRICE_SHARE = 0.3
-"""of the time limit, without a server: for what more memory would be worth, if that is asked for"""
 NO_CUT = "none of the model's cuts leaves it and the server parts that they can hold"
 
 R = TypeVar("R", FederatedPlan, SplitPlan)
@@ -89,9 +87,8 @@ def plan_federated(
 
     Each member's budget is for all that runs there: `flower_bytes` of it are set aside for Flower's processes. Members
     that cannot hold a step, or would only be waited for, take no part; the plan says why. Ranks may differ between
-    members, where alpha / rank does not. With `prices` it also says what more memory and a faster link would bring for
-    each member. Raises InputError for members that cannot train together or a number that cannot be used, and
-    InfeasibleError where no device can hold a step.
+    members, where alpha / rank does not. Raises InputError for members that cannot train together or a number that
+    cannot be used, and InfeasibleError where no device can hold a step.
     """
     specs = checked_members(members)
     check_alike({spec.name: spec.profile for spec in specs})
@@ -247,7 +244,7 @@ class _WholeRounds(_Rounds[FederatedPlan]):
         profiles = [spec.profile for spec in self.specs]
         self.whole = _WholePlans(profiles, self.rooms, self.gap)
         self.own_bytes = [sum(tensor.bytes for tensor in trained_tensors(profile)) for profile in profiles]
-        for number, many in self.whole.explore(self.until(1 - PRICE_SHARE if self.asked.prices else 1.0)):
+        for number, many in self.whole.explore(self.until(1.0)):
             self.report(f"planning devices ({number} of {many})")
         plans = [self.whole.known(at) for at in range(len(self.specs))]
         able = [at for at, plan in enumerate(plans) if plan is not None]
@@ -267,12 +264,11 @@ class _WholeRounds(_Rounds[FederatedPlan]):
             baselines=self._baselines(),
         )
         chosen = {spec.name: plan for spec, plan, count in zip(self.specs, plans, taken) if plan and count}
-        prices = self.prices([at for at, count in enumerate(taken) if count], makespan) if self.asked.prices else []
-        return self.judged(fleet, chosen, prices=prices), chosen
+        return self.judged(fleet, chosen), chosen
 
-    def _pace(self, at: int, step_seconds: float, link: Link | None = None) -> Pace:
+    def _pace(self, at: int, step_seconds: float) -> Pace:
         """How fast a device answers by a plan with such steps."""
-        way = self.way(link or self.specs[at].link, (self.down_bytes, self.own_bytes[at]), 0.0)
+        way = self.way(self.specs[at].link, (self.down_bytes, self.own_bytes[at]), 0.0)
         return Pace(fixed_seconds=way.head + way.tail, step_seconds=step_seconds)
 
     def _shared_out(self, paces: Sequence[Pace]) -> list[int]:
@@ -338,18 +334,6 @@ class _WholeRounds(_Rounds[FederatedPlan]):
         steps = {name: self.steps * (at == fastest) for at, name in enumerate(names)}
         alone = paces[fastest].answered(self.steps)
         return [equal, FederatedBaseline(name="fastest alone", makespan_seconds=alone, steps=steps)]
-
-    def neighbour_bytes(self, at: int) -> int:
-        return self.whole.plans[at].planner.neighbour_bytes(self.specs[at].budget_bytes)
-
-    def makespan_with(self, at: int, changed: MemberSpec, until: float) -> float:
-        step, room, own = self.paces[at].step_seconds, changed.budget_bytes - self.flower_bytes, self.whole.plans[at]
-        if room > self.rooms[at]:
-            own.plan(room, until - time.monotonic())
-            step = min([step, *(plan.step_seconds for plan in [own.known(room)] if plan is not None)])
-        paces = list(self.paces)
-        paces[at] = self._pace(at, step, changed.link)
-        return makespan_of(paces, self._shared_out(paces))
 
 
 # --- with a server ------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ from pydantic import Field
 
 from tightfit.profiles.schema import FrozenRecord
 
-FLEET_VERSION = 1
+FLEET_VERSION = 2
 PIECE_BYTES = 256 << 10
 """gradients are sent in pieces of whole tensors, of at most this size unless one tensor is larger"""
 BUFFERS = 8
@@ -97,15 +97,6 @@ class Span(FrozenRecord):
     micro_batch: int | None = Field(
         None, description="compute, and all of a pipeline: number of the micro-batch in the step, from 0"
     )
-
-
-class Price(FrozenRecord):
-    """What a step, or a round, would gain if a member had more of something."""
-
-    member: str
-    memory_bytes: int = Field(description="how much more memory was given")
-    memory_gain_seconds: float = Field(description="by how much the makespan falls with it")
-    link_gain_seconds: float = Field(description="by how much it falls with a link of twice the speed, both ways")
 
 
 # --- members ------------------------------------------------------------------------------------------------------------
@@ -290,7 +281,6 @@ class FleetPlan(StepFleet[Member], Exactness):
     exchange_seconds: float = Field(description="from there until every member has the sum")
     update_seconds: float = Field(description="from there until every member has made the update")
     baselines: list[Baseline] = []
-    prices: list[Price] = []
     timeline: list[Span] = []
 
 
@@ -304,7 +294,6 @@ class PipelinePlan(StepFleet[StageMember], Exactness):
     bits: Literal[0, 4, 8] = Field(0, description="of a number in a message; 0: as it is")
     link_bytes: list[int] = Field([], description="bytes of a step that pass over each cut, both ways together")
     baselines: list[PipelineBaseline] = []
-    prices: list[Price] = []
     timeline: list[Span] = []
 
 
@@ -346,7 +335,6 @@ class FederatedBaseline(BaselineResult):
 class FederatedPlan(RoundsFleet[FederatedMember]):
     kind: Literal["federated"] = "federated"
     baselines: list[FederatedBaseline] = []
-    prices: list[Price] = []
 
 
 class SplitServer(FrozenRecord):

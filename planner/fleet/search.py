@@ -111,8 +111,6 @@ class SumSearch:
     gap: float
     deadline: float
     """on the monotonic clock"""
-    plans: bool = True
-    """whether members may be planned; else only what is known of them counts"""
     report: Callable[[float, float], None] = _silent
     """told the best makespan and bound so far"""
     best: SumChain | None = None
@@ -121,20 +119,6 @@ class SumSearch:
     splits: dict[int, set[int]] = field(default_factory=dict)
     """candidate -> numbers of micro-batches at which the range of its ways with gradients in memory is cut"""
     _makespans: dict[tuple[SumChain, Sight], float] = field(default_factory=dict)
-
-    def like(self, candidates: Sequence[Contributor], deadline: float, *, plans: bool) -> SumSearch:
-        """A search over other candidates of the same model, which starts from the best chain found here."""
-        splits = {candidate: set(cuts) for candidate, cuts in self.splits.items()}
-        return replace(
-            self,
-            candidates=candidates,
-            deadline=deadline,
-            plans=plans,
-            report=_silent,
-            bound=math.inf,
-            splits=splits,
-            _makespans={},
-        )
 
     # --- members ---------------------------------------------------------------------------------------------------
 
@@ -157,7 +141,7 @@ class SumSearch:
         return self.room(ChainPlace(candidate, 1, "disk", "disk"), first=True)
 
     def fitting(self) -> list[int]:
-        """The candidates that can take part, as far as they are planned; where that is allowed, each is."""
+        """The candidates that can take part, each of which is planned as far as there is time."""
         able = [
             number
             for number, candidate in enumerate(self.candidates)
@@ -167,7 +151,7 @@ class SumSearch:
         open_ = [number for number in able if not self.candidates[number].speed.planned(self.lean(number))]
         # Those for which there is no time are hoped for, as long as nobody plans them.
         always = ALWAYS - len(able) + len(open_)
-        for number, share in while_there_is_time(open_ if self.plans else (), until, always):
+        for number, share in while_there_is_time(open_, until, always):
             self.candidates[number].speed.plan(self.lean(number), share)
         return [number for number in able if self._holds(number)]
 
@@ -239,7 +223,7 @@ class SumSearch:
         """
         best = self.makespan(self.best)
         worth = best * (1 - self.gap)
-        if self.plans and self._unplanned(chain) and self.makespan(chain, worth, "hoped") < worth:
+        if self._unplanned(chain) and self.makespan(chain, worth, "hoped") < worth:
             self._plan(chain)
         found = self.makespan(chain, below)
         if found < best * (1 - GAIN):
@@ -276,19 +260,16 @@ class SumSearch:
             return
         self.bound = 0.0
         self._begin(members)
-        for _ in range(ROUNDS if self.plans else 1):
-            fresh, promised = False, math.inf
-            if self.plans:
-                hoped = self._program(members, "hoped")
-                promised = hoped.bound_seconds
-                chain = _chain(hoped.taken)
-                cut = self._cut(chain)
-                fresh = self._plan(chain) or cut
-                self._climb(chain, members)
+        for _ in range(ROUNDS):
+            hoped = self._program(members, "hoped")
+            chain = _chain(hoped.taken)
+            cut = self._cut(chain)
+            fresh = self._plan(chain) or cut
+            self._climb(chain, members)
             known = self._program(members, "known")
             self._climb(_chain(known.taken), members)
             self.report(self.makespan(self.best), self.bound)
-            if not fresh or known.bound_seconds <= promised * (1 + self.gap) or self._left() <= 0:
+            if not fresh or known.bound_seconds <= hoped.bound_seconds * (1 + self.gap) or self._left() <= 0:
                 break
 
     def _cut(self, chain: SumChain) -> bool:

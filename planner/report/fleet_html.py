@@ -10,7 +10,6 @@ from tightfit.planner.report.fleet_text import (
     chain_sheet,
     fleet_sentences,
     fleet_title,
-    price_sheet,
 )
 from tightfit.planner.report.templates import filled
 from tightfit.runtime.common.units import format_size
@@ -34,5 +33,4 @@ def fleet_page(fleet: AnyPlan) -> str:
         activity=activity_sheet(fleet),
         sentences=fleet_sentences(fleet),
         chain=chain_sheet(fleet),
-        prices=price_sheet(fleet),
     )

@@ -57,14 +57,12 @@ def fleet_title(fleet: AnyPlan) -> str:
 
 
 def fleet_text(fleet: AnyFleet) -> RenderableType:
-    """A fleet's plan for the terminal: its chain, sentences about the step, and what memory and links are worth."""
+    """A fleet's plan for the terminal: its chain, and sentences about the step."""
     if isinstance(fleet, SidePlan):
         return side_text(fleet)
     if isinstance(fleet, FederatedPlan | SplitPlan):
         return rounds_text(fleet)
-    sentences = bulleted(fleet_sentences(fleet))
-    priced = price_sheet(fleet)
-    return Group(_table(chain_sheet(fleet)), sentences, *([] if priced is None else [_table(priced)]))
+    return Group(_table(chain_sheet(fleet)), bulleted(fleet_sentences(fleet)))
 
 
 def _table(sheet: Sheet) -> Table:
@@ -131,39 +129,6 @@ def _share_sheet(fleet: FleetPlan) -> Sheet:
     return Sheet(caption="The chain, in the order in which gradients are added up", headings=headings, rows=rows)
 
 
-def price_sheet(fleet: AnyPlan) -> Sheet | None:
-    """By how much a step gets shorter with more memory or a faster link, member by member; None where no prices are
-    known.
-    """
-    if not fleet.prices:
-        return None
-    taking = {member.name for member in fleet.chain}
-    given = {price.memory_bytes for price in fleet.prices if price.member in taking}
-    more = f"{format_size(min(given))} more memory" if len(given) == 1 else "more memory"
-    rows = [
-        [
-            price.member,
-            _gain(price.memory_gain_seconds, fleet)
-            + ("" if len(given) == 1 else f" with {format_size(price.memory_bytes)}"),
-            _gain(price.link_gain_seconds, fleet),
-        ]
-        for price in fleet.prices
-        if price.member in taking
-    ]
-    rows += [
-        [
-            price.member,
-            f"{_gain(price.memory_gain_seconds, fleet)}: {format_size(price.memory_bytes)} more let it take part",
-            "–",
-        ]
-        for price in fleet.prices
-        if price.member not in taking
-    ]
-    return Sheet(
-        caption="By how much a step gets shorter", headings=["member", more, "a link twice as fast"], rows=rows
-    )
-
-
 def activity_sheet(fleet: AnyPlan) -> Sheet:
     """The timeline of a step in numbers: what each device and each link does, from when until when."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -191,12 +156,6 @@ def _time(seconds: float | None) -> str:
     return "–" if seconds is None else format_seconds(seconds)
 
 
-def _gain(seconds: float, fleet: AnyPlan) -> str:
-    if seconds < LEAST_SHARE * fleet.makespan_seconds:
-        return "nothing"
-    return f"{format_seconds(seconds)} ({seconds / fleet.makespan_seconds:.1%})"
-
-
 # --- sentences --------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +166,6 @@ def fleet_sentences(fleet: AnyPlan) -> list[str]:
         _headline(fleet),
         _phases(fleet),
         *_waiting(fleet),
-        *_links(fleet),
         *(
             f"{member.name} takes no part" + (f": {member.reason}" if member.reason else "")
             for member in fleet.members
@@ -265,19 +223,6 @@ def _waiting(fleet: AnyPlan) -> list[str]:
                 f"{member.name} has computed its share {format_seconds(spare)} before the slowest, and waits{more}"
             )
     return said
-
-
-def _links(fleet: AnyPlan) -> list[str]:
-    """What faster links would be worth all together, where one of them alone is worth nothing."""
-    if isinstance(fleet, PipelinePlan) or not fleet.prices:
-        return []
-    least = LEAST_SHARE * fleet.makespan_seconds
-    half = fleet.exchange_seconds / 2
-    if half < least or any(price.link_gain_seconds >= least for price in fleet.prices):
-        return []
-    gain = f"{format_seconds(half)} ({half / fleet.makespan_seconds:.1%} of the step)"
-    alone = "a faster link of one device alone gains nothing, as the other links stay as slow"
-    return [f"{alone}; all twice as fast would shorten the exchange by up to {gain}"]
 
 
 def _flow(fleet: PipelinePlan) -> str:

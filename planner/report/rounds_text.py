@@ -104,12 +104,6 @@ def rounds_sentences(fleet: AnyRounds) -> list[str]:
             result.append(
                 f"With {baseline.name} it would take {format_seconds(baseline.makespan_seconds)}, {times:.2f} times as long."
             )
-    for price in fleet.prices if isinstance(fleet, FederatedPlan) else []:
-        result.append(
-            f"{price.member}: with {format_size(price.memory_bytes)} more memory a round is"
-            f" {format_seconds(price.memory_gain_seconds)} shorter, with a link twice as fast"
-            f" {format_seconds(price.link_gain_seconds)}."
-        )
     result.extend(f"{member.name} takes no part: {member.reason}." for member in fleet.members if not member.steps)
     return [printable(sentence) for sentence in result]
 

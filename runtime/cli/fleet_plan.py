@@ -180,7 +180,7 @@ def _rounds(
     if supernode:
         common["flower_bytes"] = SUPERNODE_BYTES
     if described.server is None:
-        return *plan_federated(described.members, described.count, prices=options.prices, **common), {}
+        return *plan_federated(described.members, described.count, **common), {}
     if options.server_start is not None:
         common["server_start_seconds"] = options.server_start
     weights = described.weights

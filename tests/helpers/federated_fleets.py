@@ -45,7 +45,7 @@ def tiny_fleet(folder: Path, *, steps=6, ranks=(4, 4), speeds=(1e-3, 1e-3), name
         )
         for name, rank, seconds in zip(names, ranks, speeds)
     ]
-    fleet, plans = plan_federated(members, steps, time_limit=10.0, prices=False, **options)
+    fleet, plans = plan_federated(members, steps, time_limit=10.0, **options)
     save_fleet(fleet, plans, folder / "fleet")
     return fleet, plans
 

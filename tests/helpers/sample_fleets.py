@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sample_plans import sample_plan
 
-from tightfit.planner.fleet.schema import Baseline, FleetPlan, Link, Member, Price, Span
+from tightfit.planner.fleet.schema import Baseline, FleetPlan, Link, Member, Span
 from tightfit.runtime.common.units import MIB
 
 LINK = Link(up_bytes_per_second=12.5e6, down_bytes_per_second=12.5e6, latency_seconds=0.002)
@@ -72,10 +72,6 @@ def sample_fleet(**changes):
                 reason="watch cannot hold its share in 64.0 MiB",
             ),
             Baseline(name="fastest alone", makespan_seconds=8.265, micro_batches={"laptop": 8, "phone": 0, "watch": 0}),
-        ],
-        "prices": [
-            Price(member="laptop", memory_bytes=50 * MIB, memory_gain_seconds=0.5, link_gain_seconds=0.0),
-            Price(member="phone", memory_bytes=50 * MIB, memory_gain_seconds=0.001, link_gain_seconds=0.75),
         ],
         "timeline": [*compute, *up, *add, *down, *update],
     }

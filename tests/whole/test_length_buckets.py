@@ -680,7 +680,7 @@ def test_a_fleet_takes_whole_batches(kind: str, tmp_path: Path) -> None:
         folder.mkdir()
         save_profile(one, folder / "profile.json")
         (folder / "fleet.toml").write_text(DESCRIPTION.replace("PROFILE", "profile.json"))
-        called("fleet", "plan", folder / "fleet.toml", "--kind", kind, "-o", folder / "plan", "--no-prices")
+        called("fleet", "plan", folder / "fleet.toml", "--kind", kind, "-o", folder / "plan")
         members = [path.name for path in (folder / "plan").glob("*.json") if path.name != "fleet.json"]
         assert len(members) == 2
         words = ("--data", records, "--steps", 8, "--lr", 1e-2, "--checkpoint-every", 0, "-o", folder / "out")

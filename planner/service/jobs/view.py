@@ -20,7 +20,6 @@ from tightfit.planner.report.fleet_text import (
     chain_sheet,
     fleet_sentences,
     fleet_title,
-    price_sheet,
 )
 from tightfit.planner.report.html import LARGEST, describe
 from tightfit.planner.report.memory_categories import feasible, peak_parts, timeline_slices
@@ -178,7 +177,6 @@ def fleet_view(fleet: AnyPlan, identity: str, plans: dict[str, str]) -> FleetVie
         title=fleet_title(fleet),
         sentences=fleet_sentences(fleet),
         chain=chain_sheet(fleet),
-        prices=price_sheet(fleet),
         activity=activity_sheet(fleet),
         lanes=Lanes.model_validate(lanes_of(fleet)),
         plans={

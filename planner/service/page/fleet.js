@@ -33,7 +33,6 @@ export async function show({ root, id, signal, title }) {
     section(null, cards(fleet.summary), html("ul", { class: "plain", id: "sentences" }, ...view.sentences.slice(0, FIRST).map((text) => html("li", {}, text))), view.sentences.length > FIRST ? html("details", {}, html("summary", {}, "More about this fleet"), html("ul", { class: "plain" }, ...view.sentences.slice(FIRST).map((text) => html("li", {}, text)))) : null),
     section("Who does what when", lanes, html("div", {}, html("h3", {}, "The exchange, enlarged"), exchange), key, reading, numbers("What each device and each link does", sheet(view.activity))),
     section("The devices", scrolling("The members of the chain", sheet(view.chain)), html("p", { class: "row" }, "Each device's plan: ", ...Object.entries(view.plans).map(([name, plan]) => html("a", { href: to("plans", plan) }, name.replace(/\.plan\.json$/, ""))))),
-    ...(view.prices ? [section("What more would be worth", scrolling("What memory and links are worth", sheet(view.prices)))] : []),
     section(guessed.length ? "Once it is measured" : "To run it", ...(guessed.length ? toMeasure(guessed, model) : toRun(fleet.summary, view)), html("p", { class: "row last", id: "files" }, ...files.map(([name, path]) => button(`Download ${name}`, action(() => download(path, name)))))),
   );
   showLanes({ boxes: [lanes, exchange], key, reading }, view.lanes, view.title);

@@ -306,7 +306,6 @@ class FleetView(ResponseBody):
     title: str
     sentences: list[str]
     chain: Sheet
-    prices: Sheet | None = None
     activity: Sheet = Field(description="the picture in numbers")
     lanes: Lanes
     plans: dict[str, Digest] = Field(description="name of a member's file beside the fleet's -> its stored plan")

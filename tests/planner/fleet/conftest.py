@@ -123,7 +123,7 @@ def stages():
 @pytest.fixture(scope="session")
 def planned():
     """A fleet of three of which all take part, and their plans."""
-    return plan_fleet(_members((1.0, 0.5, 0.4)), 8, prices=False)
+    return plan_fleet(_members((1.0, 0.5, 0.4)), 8)
 
 
 @pytest.fixture(scope="session")

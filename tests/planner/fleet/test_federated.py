@@ -122,18 +122,10 @@ def test_budgets_count_flower(planned, devices):
         assert member.peak_bytes == plans[member.name].peak_bytes + FLOWER <= spec.budget_bytes
 
 
-def test_prices_are_of_members_that_take_part(planned):
-    fleet, _ = planned
-    assert [price.member for price in fleet.prices] == [member.name for member in fleet.taking]
-    assert all(price.memory_gain_seconds >= 0 and price.link_gain_seconds >= 0 for price in fleet.prices)
-
-
 def test_devices_without_room_or_use_take_no_part(devices):
     small = adapted(devices[1], name="small", budget_bytes=FLOWER + MIB)
     far = adapted(devices[0], name="far", link=Link(up_bytes_per_second=1e3, down_bytes_per_second=1e3))
-    fleet, plans = plan_federated(
-        [devices[0], small, far], 5, flower_bytes=FLOWER, start_seconds=0.0, time_limit=10.0, prices=False
-    )
+    fleet, plans = plan_federated([devices[0], small, far], 5, flower_bytes=FLOWER, start_seconds=0.0, time_limit=10.0)
     assert set(plans) == {"a"}
     reasons = {member.name: member.reason for member in fleet.members}
     assert reasons["a"] is None

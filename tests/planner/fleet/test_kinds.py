@@ -12,13 +12,13 @@ from tightfit.runtime.common.errors import InputError
 
 
 def test_a_pipeline_where_nobody_can_hold_a_micro_batch(stages):
-    fleet, _, why = plan_kind(stages((1.0, 1.0), budget=20 * MIB), 2, prices=False)
+    fleet, _, why = plan_kind(stages((1.0, 1.0), budget=20 * MIB), 2)
     assert isinstance(fleet, PipelinePlan)
     assert why == "a pipeline: no device can hold a micro-batch of the whole model"
 
 
 def test_data_parallel_where_it_is_shorter(members):
-    fleet, _, why = plan_kind(members((1.0, 1.0)), 4, prices=False)
+    fleet, _, why = plan_kind(members((1.0, 1.0)), 4)
     assert isinstance(fleet, FleetPlan)
     assert why == "data parallel: the model cannot be cut"
 
@@ -28,7 +28,7 @@ def test_data_parallel_without_planning_a_pipeline(stages, monkeypatch):
         raise AssertionError("a pipeline is planned")
 
     monkeypatch.setattr(plan, "plan_pipeline", none)
-    fleet, _, why = plan_kind(stages((1.0, 1.0), budget=64 * MIB, rate=1e9), 4, prices=False)
+    fleet, _, why = plan_kind(stages((1.0, 1.0), budget=64 * MIB, rate=1e9), 4)
     assert isinstance(fleet, FleetPlan)
     assert why.startswith("data parallel (")
     assert "no pipeline takes less than" in why
@@ -37,7 +37,7 @@ def test_data_parallel_without_planning_a_pipeline(stages, monkeypatch):
 def test_a_pipeline_that_is_shorter(stages):
     """8 MiB of gradients pass between the devices, or 128 KiB for each micro-batch and direction."""
     specs = stages((1.0, 1.0), budget=64 * MIB)
-    fleet, _, why = plan_kind(specs, 4, prices=False)
+    fleet, _, why = plan_kind(specs, 4)
     assert isinstance(fleet, PipelinePlan)
     assert why.startswith("a pipeline (")
     assert "shorter than data parallel (" in why
@@ -45,9 +45,9 @@ def test_a_pipeline_that_is_shorter(stages):
 
 def test_the_kind_that_was_asked_for(stages):
     specs = stages((1.0, 1.0), budget=64 * MIB)
-    fleet, _, why = plan_kind(specs, 2, kind="pipeline", prices=False)
+    fleet, _, why = plan_kind(specs, 2, kind="pipeline")
     assert (fleet.kind, why) == ("pipeline", None)
-    fleet, _, why = plan_kind(specs, 2, kind="data", prices=False)
+    fleet, _, why = plan_kind(specs, 2, kind="data")
     assert (fleet.kind, why) == ("data parallel", None)
 
 

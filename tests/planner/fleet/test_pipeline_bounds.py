@@ -233,6 +233,6 @@ def test_devices_that_plan(options, stages):
     best = min(found.values())
     assert best < math.inf
     check_bounds(candidates, micro_batches, found)
-    fleet, _ = plan_pipeline(specs, micro_batches, gap=gap, prices=False)
+    fleet, _ = plan_pipeline(specs, micro_batches, gap=gap)
     assert fleet.bound_seconds <= best * (1 + ROUNDING)
     assert fleet.makespan_seconds <= best * (1 + gap)

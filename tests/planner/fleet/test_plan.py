@@ -72,17 +72,6 @@ def test_the_fastest_alone(four, members):
     assert alone.makespan_seconds > fleet.makespan_seconds
 
 
-def test_prices(four):
-    fleet, _, _ = four
-    assert [price.member for price in fleet.prices] == [member.name for member in fleet.chain]
-    assert {price.memory_bytes for price in fleet.prices} == {26 * MIB // 10}
-    for price in fleet.prices:
-        assert 0 <= price.memory_gain_seconds < 0.1 * fleet.makespan_seconds
-        # All gradients pass over every link: a faster one saves some, at most all of the exchange.
-        assert 0 < price.link_gain_seconds < fleet.exchange_seconds
-    assert max(price.memory_gain_seconds for price in fleet.prices) > 0
-
-
 def test_progress(four):
     fleet, _, told = four
     assert told
@@ -98,7 +87,7 @@ def test_alike_members_give_the_same_bits(four):
 
 def test_the_same_fleet_again_is_the_same(planned, members):
     fleet, plans = planned
-    again, others = plan_fleet(members((1.0, 0.5, 0.4)), 8, prices=False)
+    again, others = plan_fleet(members((1.0, 0.5, 0.4)), 8)
     assert {name: plan.fingerprint for name, plan in others.items()} == {
         name: plan.fingerprint for name, plan in plans.items()
     }
@@ -108,7 +97,7 @@ def test_the_same_fleet_again_is_the_same(planned, members):
 
 def test_a_member_that_holds_no_micro_batch_takes_no_part(members):
     a, b, c = members((1.0, 1.0, 1.0))
-    fleet, plans = plan_fleet([replace(b, budget_bytes=18 * MIB), a, c], 6, prices=False)
+    fleet, plans = plan_fleet([replace(b, budget_bytes=18 * MIB), a, c], 6)
     assert shares(fleet) == {"a": 3, "c": 3, "b": 0}
     assert set(plans) == {"a", "c"}
     idle = fleet.members[-1]
@@ -124,14 +113,14 @@ def test_a_member_that_holds_no_micro_batch_takes_no_part(members):
 def test_a_member_whose_start_alone_is_too_large(members, layers):
     a, b, c = members((1.0, 1.0, 1.0))
     profile = layers(on=device(import_peak=30 * MIB, resident=5 * MIB, per_instruction=50))
-    fleet, _ = plan_fleet([a, replace(b, profile=profile), c], 4, prices=False)
+    fleet, _ = plan_fleet([a, replace(b, profile=profile), c], 4)
     assert shares(fleet) == {"a": 2, "c": 2, "b": 0}
     assert "needs 30.0 MiB and may take 26.0 MiB" in fleet.members[-1].reason
 
 
 def test_a_member_that_would_make_the_step_longer_takes_no_part(members, link):
     a, b, c = members((1.0, 1.0, 1.0))
-    fleet, _ = plan_fleet([a, replace(b, link=link(1e4)), c], 4, prices=False)
+    fleet, _ = plan_fleet([a, replace(b, link=link(1e4)), c], 4)
     assert shares(fleet) == {"a": 2, "c": 2, "b": 0}
     assert fleet.members[-1].reason == "a step is not shorter with it"
 
@@ -144,9 +133,6 @@ def test_where_no_link_pays_one_device_does_everything(members):
     assert fleet.makespan_seconds == pytest.approx(3 * plans["a"].step_seconds)
     assert (fleet.exchange_seconds, fleet.chain[0].exchange_bytes) == (0.0, 0)
     assert fleet.gap < 0.02
-    (price,) = fleet.prices
-    assert price.member == "a"
-    assert price.link_gain_seconds == 0.0
     simulate_fleet(fleet, plans)
 
 
@@ -161,7 +147,7 @@ def test_a_single_device(members):
 
 
 def test_a_single_micro_batch(members):
-    fleet, plans = plan_fleet(members((0.5, 1.0)), 1, prices=False)
+    fleet, plans = plan_fleet(members((0.5, 1.0)), 1)
     assert shares(fleet) == {"b": 1, "a": 0}
     assert plans["b"].optimizer == adamw(1)
     assert baseline(fleet, "equal shares").micro_batches == {"a": 1, "b": 0}
@@ -176,7 +162,7 @@ def test_nothing_fits(members):
     assert message.startswith("no device of the fleet can hold a micro-batch: a needs ")
     assert "; b needs " in message
     least = caught.value.minimum_budget_bytes
-    fleet, _ = plan_fleet([replace(one, budget_bytes=least + 4096) for one in specs], 4, prices=False)
+    fleet, _ = plan_fleet([replace(one, budget_bytes=least + 4096) for one in specs], 4)
     assert fleet.makespan_seconds < math.inf
     with pytest.raises(InfeasibleError):
         plan_fleet(specs[:1], 4)
@@ -200,7 +186,6 @@ def interrupted(monkeypatch, specs, after, **options):
 def test_ctrl_c_ends_the_search_with_the_best_chain_so_far(members, planned, monkeypatch):
     fleet, plans = interrupted(monkeypatch, members((1.0, 0.5, 0.4)), 3)
     assert len(fleet.chain) == 3
-    assert fleet.prices == []
     assert planned[0].makespan_seconds <= fleet.makespan_seconds < 1.1 * planned[0].makespan_seconds
     assert 0 < fleet.bound_seconds <= planned[0].makespan_seconds
     assert baseline(fleet, "fastest alone").reason == "it was not planned before the search was ended"
@@ -279,7 +264,7 @@ def test_profiles_of_several_steps_are_taken_as_of_one(members, planned):
     specs = members((1.0, 0.5, 0.4))
     tensors = [t.model_copy(update={"update_seconds": t.update_seconds * 5.5 / 7}) for t in specs[0].profile.tensors]
     specs[0] = other(specs[0], optimizer=adamw(4), tensors=tensors)
-    again, _ = plan_fleet(specs, 8, prices=False)
+    again, _ = plan_fleet(specs, 8)
     assert again.makespan_seconds == pytest.approx(fleet.makespan_seconds)
 
 
@@ -297,7 +282,7 @@ def test_devices_that_round_differently(members):
         changed_device(b, threads=4, torch_version="2.13.0"),
         other(c, programs=[program, *c.profile.programs[1:]]),
     ]
-    fleet, _ = plan_fleet(specs, 6, prices=False)
+    fleet, _ = plan_fleet(specs, 6)
     assert not fleet.bit_identical
     said = "; ".join(fleet.differences)
     assert "threads: " in said

@@ -107,7 +107,7 @@ def shortest(members, pieces, micro_batches):
         seconds, roomy, slope, least = one.speed.values
         speed = Known(seconds=seconds, roomy=roomy, slope=slope, least=least, slack=1.0)
         known.append(replace(one, speed=speed))
-    judge = search_of(known, pieces, micro_batches, plans=False)
+    judge = search_of(known, pieces, micro_batches)
     best = math.inf
     for count in range(2, len(members) + 1):
         for order in itertools.permutations(range(len(members)), count):

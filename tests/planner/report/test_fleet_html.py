@@ -16,7 +16,7 @@ from sample_fleets import sample_fleet, sample_member
 from tightfit.planner.fleet.schema import FleetPlan, Span
 from tightfit.planner.report.chart_data import lanes_of
 from tightfit.planner.report.fleet_html import fleet_page
-from tightfit.planner.report.fleet_text import activity_sheet, chain_sheet, price_sheet
+from tightfit.planner.report.fleet_text import activity_sheet, chain_sheet
 
 
 def renamed(names):
@@ -96,11 +96,10 @@ def test_the_tables_say_what_the_texts_say():
     fleet = sample_fleet()
     page = Page(fleet_page(fleet))
     cells = [element["text"] for element in page.elements if element["tag"] in {"th", "td"}]
-    wanted = [activity_sheet(fleet), chain_sheet(fleet), price_sheet(fleet)]
+    wanted = [activity_sheet(fleet), chain_sheet(fleet)]
     assert cells == [cell for sheet in wanted for row in (sheet.headings, *sheet.rows) for cell in row]
     assert [element["text"] for element in page.find("caption")] == [sheet.caption for sheet in wanted]
     assert json.loads(page.find("script", id="drawn")[0]["text"]) == lanes_of(fleet)
-    assert len(Page(fleet_page(sample_fleet(prices=[]))).find("table")) == 2
 
 
 # --- the page in a browser --------------------------------------------------------------------------------------------

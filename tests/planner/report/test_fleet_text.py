@@ -4,18 +4,16 @@ import pytest
 from rich.console import Console
 from sample_fleets import sample_fleet, sample_member
 
-from tightfit.planner.fleet.schema import Baseline, Price
+from tightfit.planner.fleet.schema import Baseline
 from tightfit.planner.report.fleet_text import (
     activity_sheet,
     chain_sheet,
     fleet_sentences,
     fleet_text,
     fleet_title,
-    price_sheet,
 )
 from tightfit.planner.report.summary import fleet_summary
 from tightfit.runtime.common.strict_json import to_json
-from tightfit.runtime.common.units import MIB
 
 
 def printed(fleet, width):
@@ -82,33 +80,6 @@ def test_equal_shares_that_are_possible_are_compared():
     assert "equal shares (laptop 4, phone 4) would take 14.500 s, 2.00 × as long" in fleet_sentences(fleet)
 
 
-def test_what_more_would_be_worth():
-    sheet = price_sheet(sample_fleet())
-    assert sheet.headings == ["member", "50.0 MiB more memory", "a link twice as fast"]
-    # Less than a twentieth of a per cent of the step is nothing.
-    assert sheet.rows == [["laptop", "0.500 s (6.9%)", "nothing"], ["phone", "nothing", "0.750 s (10.3%)"]]
-    unequal = [
-        Price(member=name, memory_bytes=size * MIB, memory_gain_seconds=0.29, link_gain_seconds=0.0)
-        for name, size in (("laptop", 50), ("phone", 10))
-    ]
-    sheet = price_sheet(sample_fleet(prices=unequal))
-    assert sheet.headings[1] == "more memory"
-    assert [row[1] for row in sheet.rows] == ["0.290 s (4.0%) with 50.0 MiB", "0.290 s (4.0%) with 10.0 MiB"]
-    assert price_sheet(sample_fleet(prices=[])) is None
-
-
-def test_what_all_links_are_worth_together_where_none_is_worth_anything_alone():
-    nothing = [
-        Price(member=name, memory_bytes=MIB, memory_gain_seconds=0.0, link_gain_seconds=0.0)
-        for name in ("laptop", "phone")
-    ]
-    assert (
-        "a faster link of one device alone gains nothing, as the other links stay as slow; all twice as fast would"
-        " shorten the exchange by up to 1.000 s (13.8% of the step)"
-    ) in fleet_sentences(sample_fleet(prices=nothing))
-    assert not any("faster link" in sentence for sentence in fleet_sentences(sample_fleet()))
-
-
 def test_the_timeline_in_numbers():
     rows = {(row[0], row[1]): row[2:] for row in activity_sheet(sample_fleet()).rows}
     assert rows == {
@@ -125,9 +96,8 @@ def test_the_timeline_in_numbers():
 @pytest.mark.parametrize("width", [80, 200])
 def test_no_figure_is_cut_in_a_terminal(width):
     text = printed(sample_fleet(), width)
-    for sheet in (chain_sheet(sample_fleet()), price_sheet(sample_fleet())):
-        for cell in (cell for row in sheet.rows for cell in row[:-1]):
-            assert cell in text
+    for cell in (cell for row in chain_sheet(sample_fleet()).rows for cell in row[:-1]):
+        assert cell in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
 

@@ -67,7 +67,7 @@ def test_a_plan_is_made_and_told(described, tmp_path, capsys):
     assert [member["steps"] for member in summary["members"]] == [8, 4]
     assert summary["fingerprint"] == fleet.fingerprint
     assert fleet.members[0].start_seconds == 0.5
-    assert main([*words, "--steps", "3", "--no-prices"]) == 0
+    assert main([*words, "--steps", "3"]) == 0
     out, err = told(capsys)
     assert "A round of 3 local steps" in out
     assert "With equal steps it would take" in out

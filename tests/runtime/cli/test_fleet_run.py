@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
     profile = traced.model_copy(update={"device": device})
     save_profile(profile, made / "profile.json")
     (made / "fleet.toml").write_text(DESCRIPTION)
-    planned = tightfit("fleet", "plan", made / "fleet.toml", "-o", made / "plan", "--no-prices")
+    planned = tightfit("fleet", "plan", made / "fleet.toml", "-o", made / "plan")
     first = json.loads((made / "plan" / "fleet.json").read_text())["members"][0]["name"]
     assert f"they meet at '{first}': HOST is an address of that one" in planned.stderr
     assert all(f"--member {name} --at HOST:29400 --data DATA" in planned.stderr for name in "ab")
@@ -110,7 +110,7 @@ def test_members_get_the_columns_of_the_data(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_pipeline_is_planned_and_run_with_its_evaluation(folder, tmp_path):
-    tightfit("fleet", "plan", folder / "fleet.toml", "--kind", "pipeline", "-o", tmp_path / "plan", "--no-prices")
+    tightfit("fleet", "plan", folder / "fleet.toml", "--kind", "pipeline", "-o", tmp_path / "plan")
     planned = json.loads((tmp_path / "plan" / "fleet.json").read_text())
     assert planned["kind"] == "pipeline"
     chain = [member["name"] for member in planned["members"] if member["plan"]]

@@ -43,7 +43,6 @@ def test_a_fleet_is_planned_and_drawn(browser, served, chain):
         fleet = FleetPlan.model_validate_json(served.http.get(f"/v1/fleets/{identity}/file").content)
         page.get_by_text("In numbers").click()
         assert rows(page, "[aria-label='What each device and each link does']") == view["activity"]["rows"]
-        assert rows(page, "[aria-label='What memory and links are worth']") == view["prices"]["rows"]
         page.get_by_text("More about this fleet").click()
         told = page.locator("ul.plain li")
         assert told.all_inner_texts() == view["sentences"]
