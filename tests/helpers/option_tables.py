@@ -130,7 +130,8 @@ def table(command: str) -> list[str]:
         missing = [f"`{p.opts[-1]}`" for p in theirs if p.opts[-1] not in words]
         but = f" but {', '.join(missing)}" if missing else ""
         some = f"of the options of `tightfit {other}` {', '.join(both)}"
-        lines.append(f"- all options of `tightfit {other}`{but}" if len(missing) < len(both) else f"- {some}")
+        if both:
+            lines.append(f"- all options of `tightfit {other}`{but}" if len(missing) < len(both) else f"- {some}")
         own = [p for p in own if same(p) not in {same(q) for q in theirs}]
     rows = [cells(parameter) for parameter in own]
     headings = ["| option | | default | limits |", "|---|---|---|---|"]
