@@ -122,15 +122,13 @@ class SearchOptions:
     """the search for a packing of the arena, where no rule packs it well enough"""
     # --- bare graphs ---
     exact: bool = True
-    """small graphs solved exactly by CP-SAT"""
+    """small graphs solved by one program over all schedules of the class"""
     exact_moves: bool = True
     """small graphs with a disk solved exactly by CP-SAT"""
     chains: bool = True
     """the optimal checkpoints of a chain as a starting point"""
-    sweep: bool = True
-    """a sweep that evicts what is read farthest ahead as a starting point"""
     ruin_and_recreate: bool = True
-    """random re-runs of the first schedule taken back and others put in their place"""
+    """random re-runs of a schedule taken back and others put in their place"""
     cuts: bool = True
     """linear programs with further moments and paths, after the first"""
     paths: bool = True
@@ -141,12 +139,8 @@ class SearchOptions:
     """integer programs with the moments of the best linear program, and more round by round"""
     crowded: bool = True
     """rows of crowded runs (35) in these"""
-    whole_class: bool = True
-    """one integer program over all places for re-runs"""
     polishing: bool = True
     """re-optimisation of stretches of the schedule"""
-    closing: bool = True
-    """further attempts where little of the gap is left"""
     prices: bool = True
     """searches with transfers at several prices of the disk; off: at one"""
     shares: bool = True

@@ -17,14 +17,12 @@ Bare graphs come from `tightfit.profiles.graph_input`.
 | bounds/bound | both bounds of a plan: for its class, and for any schedule |
 | search/baselines | fixed rules: keep-all, checkpoint-layers, checkpoint-sqrt |
 | search/chain_dp | dynamic programming over checkpoints, for chains |
-| search/belady | one sweep over the graph that evicts what is read farthest ahead |
 | search/eviction_search | greedy eviction, then ruin and recreate, for graphs of any size |
-| search/subproblem | a stretch of a schedule, or all of it, re-optimised by an integer program |
-| search/large_neighbourhood | stretch after stretch re-optimised; the smallest peak |
-| search/exact | CP-SAT over all schedules of the class, for small graphs |
-| search/exact_moves | the same with moves to a disk, and time counted with the memory |
+| search/subproblem | a stretch of a schedule, or all of it, re-optimised by an integer program; the lowest peak |
+| search/large_neighbourhood | stretch after stretch re-optimised |
+| search/exact_moves | CP-SAT over all schedules with moves to a disk, for small graphs |
 | plan_result | a schedule written down as a plan |
-| incumbents | the schedules found so far, where searches start, and whether a time limit influenced them |
+| incumbents | the schedules that one call has found, where searches start, and what is proven of peaks |
 | budget_search, move_search | the search at one budget, without a disk and with one |
 | smallest_budget | the search for the schedule of lowest peak |
 | planner | budgets in, plans out |
@@ -36,7 +34,8 @@ frontier-advancing class). An output is freed once nothing reads it before its o
 Where the graph names a disk, an output may also be written there once and fetched back. Before each run, in this order:
 writes begin, outputs are freed (which waits for their write), fetches begin. The disk does one transfer at a time; a
 run waits for the fetches of its inputs. Every output that the current operator does not touch can be on disk, so the
-smallest budget is what the largest operator needs by itself. Graphs of few operators are solved exactly. For others the
-search for re-runs is repeated at a few prices of disk time, with a fetch in place of a re-run where that is cheaper;
-the transfers of each schedule are then moved into the disk's idle time, and the fastest schedule is the plan.
+smallest budget is what the largest operator needs by itself. Graphs of few operators with a disk are solved exactly.
+For others with one the search for re-runs is repeated at a few prices of disk time, with a fetch in place of a re-run
+where that is cheaper; the transfers of each schedule are then moved into the disk's idle time, and the fastest schedule
+is the plan.
 """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 
-from tightfit.planner.graphs.bounds.bound import class_bound
+from tightfit.planner.graphs.bounds.bound import ClassBound
 from tightfit.planner.graphs.incumbents import Incumbents
 from tightfit.planner.graphs.plan_result import GraphOutcome, Report
 from tightfit.planner.graphs.problem.actions import Carried, carry, timed, touch_and_go, worth_moving
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun
-from tightfit.planner.graphs.search import exact, exact_moves
+from tightfit.planner.graphs.search import exact_moves
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.plan_result import gap_to
 
@@ -51,8 +51,6 @@ class MoveSearch:
         self.span = deadline - started
         self.deadline = deadline
         self.report = report
-        self.schedules: list[Carried] = []
-        """schedules that fit the budget"""
 
     def solve(self) -> GraphOutcome:
         """The exact solver for few operators, otherwise a search at each price, at ever smaller shares of the budget
@@ -61,43 +59,37 @@ class MoveSearch:
         dag, found, options = self.dag, self.found, self.found.options
         proven = dag.once_seconds
         if dag.operators <= exact_moves.OPERATORS and options.exact_moves:
-            with found.exact_seconds.until(self.deadline) as allowed:
-                solved = exact_moves.fastest_with_moves(dag, self.budget, seconds=allowed)
+            seconds = max(0.0, 0.5 * (self.deadline - time.monotonic()))
+            solved = exact_moves.fastest_with_moves(dag, self.budget, seconds=seconds)
             if solved.actions is not None:
-                self.schedules.append(timed(dag, solved.actions))
-            if solved.proven and self.schedules:
-                best = self.schedules[-1]
-                return GraphOutcome(carried=best, bound_seconds=min(best.seconds, solved.bound))
-            found.ended(solved.timely)
+                found.moved.append(timed(dag, solved.actions))
+                if solved.proven:
+                    best = found.moved[-1]
+                    return GraphOutcome(carried=best, bound_seconds=min(best.seconds, solved.bound))
+            found.ended(solved.proven)
             proven = solved.bound
-        self.schedules.extend(carried for carried in found.moved if carried.peak_bytes <= self.budget)
         plain: frozenset[Rerun] = frozenset()
         prices = PRICES if options.prices else ONE_PRICE
         for number, price in enumerate(prices, start=1):
             ends = self.started + 0.7 * self.span * number / len(prices)
             reruns = self._search(self.budget, price, ends, GRANTED * self.span, self.started + 0.8 * self.span)
             if reruns is not None:
-                self.report("carried out", self.schedules[-1].seconds, dag.once_seconds)
+                self.report("carried out", found.moved[-1].seconds, dag.once_seconds)
             if price is None and reruns is not None:
                 plain = found.note(reruns)
         # With everything on the disk that can be, the peak is `floor_bytes`, so this schedule always fits.
-        self.schedules.append(with_everything_moved(dag, self.budget))
-        bound = class_bound(
-            dag,
-            self.budget,
-            plain,
-            deadline=self.started + 0.85 * self.span,
-            enough=self._best().seconds,
-            options=options,
-        )
+        found.moved.append(with_everything_moved(dag, self.budget))
+        bound = ClassBound(dag, self.budget, plain, options)
+        bound.linear(self.started + 0.85 * self.span, self._best().seconds)
         proven = max(proven, bound.seconds)
         stalled = self._shared(prices, proven) if options.shares else False
-        best = self._best()
-        found.moved.append(best)
-        return GraphOutcome(carried=best, bound_seconds=proven, timely=found.timely and bound.timely, stalled=stalled)
+        return GraphOutcome(
+            carried=self._best(), bound_seconds=proven, timely=found.timely and bound.timely, stalled=stalled
+        )
 
     def _best(self) -> Carried:
-        return min(self.schedules, key=lambda carried: carried.seconds)
+        """The fastest schedule; all that the search finds fit the budget."""
+        return min(self.found.moved, key=lambda carried: carried.seconds)
 
     def _shared(self, prices: tuple[float | None, ...], proven: float) -> bool:
         """Search within smaller shares of the budget while the gap is open; whether that was given up before the time
@@ -119,7 +111,7 @@ class MoveSearch:
         self, within: int, price: float | None, deadline: float, granted: float, latest: float
     ) -> frozenset[Rerun] | None:
         """Search at one `price` of the disk for re-runs that fit `within` bytes; None: none were found. Their full
-        schedule, with transfers moved within the whole budget, is one of `schedules` then.
+        schedule, with transfers moved within the whole budget, is noted then.
 
         The search does not count the memory that early fetches and late frees take: re-runs for fewer bytes leave more
         of it, and the schedule may be faster.
@@ -127,24 +119,10 @@ class MoveSearch:
         dag = self.dag
         variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
         search = EvictionSearch(variant, within, deadline=deadline, granted=granted, latest=latest)
-        reruns = search.fastest(self._plain_seeds(within, deadline) if price is None else [(), touch_and_go(variant)])
+        reruns = search.fastest(self.found.seeds(within, deadline) if price is None else [(), touch_and_go(variant)])
         if reruns is not None and self.found.options.ruin_and_recreate:
             reruns = search.improved(reruns)
         self.found.ended(search.timely)
         if reruns is not None:
-            carried = carry(variant, reruns, self.budget)
-            self.schedules.append(carried)
-            self.found.moved.append(carried)
+            self.found.moved.append(carry(variant, reruns, self.budget))
         return reruns
-
-    def _plain_seeds(self, within: int, deadline: float) -> list[frozenset[Rerun]]:
-        """Starting points of a search that moves nothing, with the exact optimum without a disk where the graph is
-        small enough.
-        """
-        optimum: list[frozenset[Rerun]] = []
-        if self.found.options.exact and self.dag.operators <= exact.OPERATORS:
-            with self.found.exact_seconds.until(deadline) as allowed:
-                solved = exact.fastest(self.dag, within, seconds=allowed)
-            self.found.ended(solved.timely)
-            optimum = [solved.reruns] if solved.reruns is not None else []
-        return [*self.found.seeds(within, deadline), *optimum]

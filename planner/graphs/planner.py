@@ -5,20 +5,18 @@ models.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from tightfit.planner.graphs.bounds.bound import Bound, any_schedule_bound, class_bound
+from tightfit.planner.graphs.bounds.bound import Bound, ClassBound, any_schedule_bound
 from tightfit.planner.graphs.budget_search import GraphBudgetSearch
-from tightfit.planner.graphs.incumbents import EXACT_SECONDS, Incumbents
+from tightfit.planner.graphs.incumbents import Incumbents, ProvenPeaks
 from tightfit.planner.graphs.move_search import MoveSearch, with_everything_moved
 from tightfit.planner.graphs.plan_result import GraphOutcome, LowestPeak, Report, finished, infeasible
-from tightfit.planner.graphs.problem.actions import carry
+from tightfit.planner.graphs.problem.actions import Carried, carry
 from tightfit.planner.graphs.problem.dag import dag_of
-from tightfit.planner.graphs.problem.limit import Allowance
-from tightfit.planner.graphs.problem.schedule import seconds
-from tightfit.planner.graphs.search import exact
+from tightfit.planner.graphs.problem.schedule import peak_bytes
 from tightfit.planner.graphs.search.baselines import rule_reruns, rules_for
-from tightfit.planner.graphs.smallest_budget import SmallestBudget
+from tightfit.planner.graphs.smallest_budget import lowest_schedule
 from tightfit.planner.plan_result import EXACT, gap_to
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import (
@@ -42,26 +40,40 @@ all such graphs are solved within a second or two
 NEIGHBOUR_SHARE = 10
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A schedule that an earlier call found."""
+
+    carried: Carried
+    timely: bool
+    """whether no time limit ended any search that it depends on"""
+
+
 class GraphPlanner:
-    """Plans one bare graph at any number of budgets; later searches start from the schedules of earlier ones."""
+    """Plans one bare graph at any number of budgets. Each call searches by itself; where an earlier one found a faster
+    schedule that fits, that is the plan.
+    """
 
     def __init__(self, profile: Profile, options: SearchOptions = ALL) -> None:
         self.profile = profile
         self.options = options
         self.dag = dag_of(profile)
         self.floor_bytes = self.dag.floor_bytes
-        self.found = Incumbents(self.dag, options)
-        """schedules found so far, from which searches at other budgets start"""
+        self.keep_all_bytes = peak_bytes(self.dag, ())
+        """peak of the schedule that keeps everything"""
         self.interrupted = False
         """whether Ctrl-C ended the search of the latest `plan`, whose plan is then the best found until then"""
-        self._smallest = SmallestBudget(self.found)
+        self._proven = ProvenPeaks(self.dag)
+        self._known: list[Known] = []
+        self._least: tuple[LowestPeak, float] | None = None
+        """the schedule of lowest peak, and the time limit that it was searched for under"""
         self._any_bounds: dict[int, tuple[Bound, float]] = {}
         """budget -> (bound, seconds that its computation was given)"""
 
     @property
     def lowest_bytes(self) -> int:
         """Proven lower bound, in bytes, on the peak of every schedule of the class."""
-        return self.found.lowest_bytes
+        return self._proven.lowest_bytes
 
     def policies(self) -> tuple[str, ...]:
         """The fixed rules that mean something for this graph."""
@@ -91,23 +103,22 @@ class GraphPlanner:
         """As `tightfit.planner.plan.plan`; `budget_bytes` limits the live bytes, fixed ones included, and `time_limit`
         is in seconds.
 
-        Two things are done whatever the time limit: the schedule is written down and replayed, in about 0.1 ms per run,
-        and a graph small enough for the exact solver gets `EXACT_SECONDS` for it. Raises InputError for impossible
+        Whatever the time limit, the schedule is written down and replayed, in about 0.1 ms per run. Raises InputError for impossible
         arguments, and KeyboardInterrupt only where no schedule that fits was found yet.
         """
         budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()
-        self.found.exact_seconds = Allowance(EXACT_SECONDS)
         deadline = started + self._searching(time_limit)
+        found = Incumbents(self.dag, self._proven, self.options)
         name = policy or "solver"
         self.interrupted = False
         if name == "solver":
             report = _report(progress, started)
-            outcome, any_bound = self._searched(budget_bytes, max(EXACT, gap), time_limit, started, deadline, report)
+            outcome, any_bound = self._searched(found, budget_bytes, max(EXACT, gap), time_limit, deadline, report)
         else:
             outcome, any_bound = self._by_rule(budget_bytes, name, time_limit)
         if outcome.carried is None:
-            least = self._least(name, deadline, time_limit)
+            least = self._lowest(name, found, deadline, time_limit)
             if least.carried.peak_bytes > budget_bytes:
                 return infeasible(
                     self.profile,
@@ -144,21 +155,22 @@ class GraphPlanner:
         if self.floor_bytes > budget_bytes:
             return None
         deadline = time.monotonic() + time_limit
+        if self.keep_all_bytes <= budget_bytes:
+            return self.dag.once_seconds
+        rule = Incumbents(self.dag, self._proven, self.options).fastest(budget_bytes)
+        bound = ClassBound(self.dag, budget_bytes, rule)
+        bound.linear(deadline, float("inf"))
         if self.dag.read is None and self.dag.operators <= PRICED_OPERATORS:
-            solved = exact.fastest(self.dag, budget_bytes, seconds=0.5 * time_limit)
-            if solved.proven:
-                return None if solved.reruns is None else min(seconds(self.dag, solved.reruns), solved.bound)
-        known = self.found.fastest(budget_bytes)
-        found = class_bound(self.dag, budget_bytes, known, deadline=deadline, options=self.options)
-        return None if found.seconds == float("inf") else found.seconds
+            bound.whole(deadline, float("inf"), rule)
+        return None if bound.seconds == float("inf") else bound.seconds
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> Plan:
         """The plan at the smallest budget found, with its bounds."""
         time_limit = checked_limit(time_limit)
         started = time.monotonic()
-        self.found.exact_seconds = Allowance(EXACT_SECONDS)
         deadline = started + (1 - ANY_SHARE) * self._searching(time_limit)
-        least = self._least(policy or "solver", deadline, time_limit)
+        found = Incumbents(self.dag, self._proven, self.options)
+        least = self._lowest(policy or "solver", found, deadline, time_limit)
         budget = least.carried.peak_bytes
         any_bound = self._any_bound(budget, ANY_SHARE * time_limit)
         outcome = GraphOutcome(carried=least.carried, bound_seconds=any_bound.seconds, timely=least.timely)
@@ -167,8 +179,8 @@ class GraphPlanner:
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> int:
         """The smallest budget, in bytes, for which `plan` finds a plan."""
         time_limit = checked_limit(time_limit)
-        self.found.exact_seconds = Allowance(EXACT_SECONDS)
-        return self._least(policy or "solver", time.monotonic() + time_limit, time_limit).carried.peak_bytes
+        found = Incumbents(self.dag, self._proven, self.options)
+        return self._lowest(policy or "solver", found, time.monotonic() + time_limit, time_limit).carried.peak_bytes
 
     def any_bound(self, budget: int, *, seconds: float) -> float:
         """A lower bound on the seconds of any schedule at all within `budget` bytes, computed within `seconds`;
@@ -177,7 +189,7 @@ class GraphPlanner:
         return self._any_bound(budget, seconds).seconds
 
     def _any_bound(self, budget: int, seconds: float) -> Bound:
-        if self.found.peaks[frozenset()] <= budget:
+        if self.keep_all_bytes <= budget:
             return Bound(seconds=self.dag.once_seconds)
         if self.floor_bytes > budget:
             return Bound(seconds=float("inf"))
@@ -208,62 +220,62 @@ class GraphPlanner:
         return GraphOutcome(carried=carried if fits else None, bound_seconds=any_bound.seconds), any_bound
 
     def _searched(
-        self, budget: int, gap: float, time_limit: float, started: float, deadline: float, report: Report
+        self, found: Incumbents, budget: int, gap: float, time_limit: float, deadline: float, report: Report
     ) -> tuple[GraphOutcome, Bound]:
-        """What the search finds, or what is known where it is interrupted or cut; and the bound for any schedule."""
-        found = self.found
-        found.begin(budget, time_limit)
+        """The fastest schedule that fits, of this search, also where Ctrl-C ends it, and of those before it; and the
+        bound for any schedule.
+        """
         any_bound = Bound(seconds=self.dag.once_seconds, timely=False)
         try:
             any_bound = self._any_bound(budget, ANY_SHARE * time_limit)
-            outcome = self._solve(budget, gap, started, deadline, report)
+            outcome = self._solve(found, budget, gap, time_limit, deadline, report)
         except KeyboardInterrupt:
-            found.ended(False)
-            best = found.best(budget)
-            if best is None:
-                found.end(budget, time_limit, timely=False)
-                raise
             self.interrupted = True
-            outcome = GraphOutcome(carried=best, bound_seconds=any_bound.seconds, timely=False)
-        outcome = found.no_slower(budget, outcome)
-        found.end(budget, time_limit, timely=outcome.timely)
-        if not outcome.timely:
-            # A search that a time limit cut may be worse than what was known before it: the fixed rules, and schedules
-            # of other budgets.
-            known = found.best(budget)
-            if known is not None and (outcome.carried is None or known.seconds < outcome.carried.seconds):
-                outcome = replace(outcome, carried=known)
+            outcome = GraphOutcome(carried=found.best(budget), bound_seconds=any_bound.seconds, timely=False)
+        if outcome.carried is not None:
+            self._known.append(Known(carried=outcome.carried, timely=outcome.timely))
+        fitting = [known for known in self._known if known.carried.peak_bytes <= budget]
+        best = min(fitting, key=lambda known: known.carried.seconds, default=None)
+        if best is not None and (outcome.carried is None or best.carried.seconds < outcome.carried.seconds):
+            outcome = replace(outcome, carried=best.carried, timely=outcome.timely and best.timely)
+        if self.interrupted and best is None:
+            raise KeyboardInterrupt
         return outcome, any_bound
 
-    def _solve(self, budget: int, gap: float, started: float, deadline: float, report: Report) -> GraphOutcome:
+    def _solve(
+        self, found: Incumbents, budget: int, gap: float, time_limit: float, deadline: float, report: Report
+    ) -> GraphOutcome:
         """Search at one budget until `gap` is reached, or until it is proven that nothing fits."""
-        dag, found = self.dag, self.found
-        if found.peaks[frozenset()] <= budget:
-            return GraphOutcome(carried=carry(dag, ()), bound_seconds=dag.once_seconds)
-        if found.lowest_bytes > budget:
-            return GraphOutcome(carried=None, bound_seconds=dag.once_seconds)
+        dag, once = self.dag, self.dag.once_seconds
+        if self.keep_all_bytes <= budget:
+            return GraphOutcome(carried=carry(dag, ()), bound_seconds=once)
+        if self.lowest_bytes > budget:
+            return GraphOutcome(carried=None, bound_seconds=once)
+        started = deadline - self._searching(time_limit)
         if dag.read is not None:
             return MoveSearch(found, budget, gap=gap, started=started, deadline=deadline, report=report).solve()
-        if self.options.exact and dag.operators <= exact.OPERATORS:
-            with found.exact_seconds.until(deadline) as allowed:
-                solved = exact.fastest(dag, budget, seconds=allowed)
-            if solved.proven:
-                carried = None if solved.reruns is None else carry(dag, solved.reruns)
-                bound = dag.once_seconds if carried is None else min(carried.seconds, solved.bound)
-                return GraphOutcome(carried=carried, bound_seconds=bound)
-            found.ended(solved.timely)
-            found.note(solved.reruns or ())
         return GraphBudgetSearch(found, budget, gap=gap, started=started, deadline=deadline, report=report).solve()
 
-    def _least(self, policy: str, deadline: float, limit: float) -> LowestPeak:
-        """The schedule with the lowest peak that `plan` can find."""
+    def _lowest(self, policy: str, found: Incumbents, deadline: float, limit: float) -> LowestPeak:
+        """The schedule with the lowest peak that `plan` can find. A search that the time limit cut is repeated under a
+        larger `limit`, in seconds.
+        """
         if policy != "solver":
             carried = carry(self.dag, rule_reruns(self.dag, policy))
             return LowestPeak(carried=carried, lowest_bytes=carried.peak_bytes)
         if self.dag.read is not None:
             everything = with_everything_moved(self.dag, self.floor_bytes)
             return LowestPeak(carried=everything, lowest_bytes=self.floor_bytes)
-        return self._smallest.least(deadline, limit)
+        if self._least is None or not (self._least[0].timely or limit <= self._least[1]):
+            least = lowest_schedule(found, deadline)
+            self._known.append(Known(carried=least.carried, timely=least.timely))
+            self._least = least, limit
+        least, limit = self._least
+        lower = min(self._known, key=lambda known: known.carried.peak_bytes)
+        if lower.carried.peak_bytes < least.carried.peak_bytes:
+            least = replace(least, carried=lower.carried, timely=least.timely and lower.timely)
+        self._least = replace(least, lowest_bytes=self.lowest_bytes), limit
+        return self._least[0]
 
 
 def _report(progress: Progress | None, started: float) -> Report:

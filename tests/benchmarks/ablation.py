@@ -1,12 +1,14 @@
 """What each part of the search is worth: the corpus of `golden.py` planned with all parts on, and again with one off.
 
-    python tests/benchmarks/ablation.py [--parts greedy,rounding] [--only CASE,...] [--every 2] [--processes 2] [--write]
+    python tests/benchmarks/ablation.py [--parts greedy,rounding] [--only CASE,...] [--every 2] [--processes 2]
+        [--limit 30] [--processor] [--json FILE] [--write]
 
-Parts joined by a plus are switched off together. A part is switched off only in the searches that ask for it (`Recorded` notes that). A row of the table says in how many
-plans that was so, how many of these changed, and the worst of them: how much longer the step is, how much wider the gap, and
-how much more or less processor time planning takes, in all of these plans together. A plan that the part alone makes possible
-is named. A plan whose search the clock ended, with the part or without it, differs from run to run: it stands in a column of its
-own, with the step that is longest there.
+Parts joined by a plus are switched off together. A part is switched off only in the searches that ask for it (`Recorded`
+notes that). A row of the table says in how many plans that was so, how many of these changed, and the worst of them: how
+much longer the step is, how much wider the gap, and how much more or less processor time planning takes, in all of these
+plans together. A plan that the part alone makes possible is named. A plan whose search the clock ended, with the part or
+without it, differs from run to run: it stands in a column of its own, with the step and the gap that are worst there. `--processor`:
+the planner's clock is that of its own process, for figures made beside other programs.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import golden
+import processor_clock
 import tables
 from rich.table import Table
 
@@ -52,19 +55,23 @@ def case(name: str) -> tuple[str, Any, list[int], float]:
     return next(iter(golden.cases({name})))
 
 
-def planned(name: str, index: int, part: str | None) -> dict[str, Any]:
-    """A row of `golden.py`, with what the search asked for; `part` is off."""
-    _, profile, budgets, limit = case(name)
+def planned(name: str, index: int, part: str | None, limit: float | None, processor: bool) -> dict[str, Any]:
+    """A row of `golden.py`, with what the search asked for; `part` is off. `limit`: seconds, in place of the case's."""
+    _, profile, budgets, usual = case(name)
     Recorded.asked.clear()
     options = Recorded() if part is None else replace(SearchOptions(), **dict.fromkeys(part.split("+"), False))
-    row = golden.row_of(name, profile, budgets[index], limit, options)
+
+    def plan() -> dict[str, Any]:
+        return golden.row_of(name, profile, budgets[index], limit or usual, options)
+
+    row = processor_clock.beside(plan) if processor else plan()
     return row | {"index": index, "part": part, "asked": sorted(Recorded.asked)}
 
 
 def worth(part: str, rows: Iterable[dict[str, Any]], base: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
     """What the plans without the part lack, beside those of `base`."""
     found: dict[str, Any] = {"part": part, "asked": 0, "changed": 0, "step": 0.0, "gap": 0.0, "lost": [], "worst": ""}
-    found |= {"clock": 0, "clock_step": 0.0}
+    found |= {"clock": 0, "clock_step": 0.0, "clock_gap": 0.0, "clock_worst": ""}
     with_it = without = 0.0
     for row in rows:
         before = base[row["name"], row["index"]]
@@ -85,7 +92,11 @@ def worth(part: str, rows: Iterable[dict[str, Any]], base: dict[tuple[str, int],
             continue
         else:
             slower = row["step_seconds"] / before["step_seconds"] - 1
-            found["gap"] = max(found["gap"], 0.0 if timed else row["gap"] - before["gap"])
+            wider = row["gap"] - before["gap"]
+            if timed and wider > found["clock_gap"]:
+                found["clock_gap"], found["clock_worst"] = wider, row["name"]
+            elif not timed:
+                found["gap"] = max(found["gap"], wider)
         if timed:
             found["clock_step"] = max(found["clock_step"], slower)
         elif slower > found["step"]:
@@ -107,6 +118,8 @@ def main() -> None:
     parser.add_argument("--only", type=lambda text: set(text.split(",")), default=set(), help="cases by name")
     parser.add_argument("--every", type=int, default=1, help="plan every so many of a case's budgets")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--limit", type=float, help="seconds for each plan")
+    parser.add_argument("--processor", action="store_true", help="count the seconds of the processor")
     parser.add_argument("--json", type=Path, help="file for all plans; those in it already are not made again")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/ablation.md")
     given = parser.parse_args()
@@ -120,7 +133,7 @@ def main() -> None:
     with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
 
         def plan_all(wanted: Iterable[tuple[str, int, str | None]]) -> None:
-            running = [pool.submit(planned, *one) for one in wanted if one not in done]
+            running = [pool.submit(planned, *one, given.limit, given.processor) for one in wanted if one not in done]
             for number, future in enumerate(as_completed(running), 1):
                 row = future.result()
                 rows.append(row)
@@ -150,7 +163,9 @@ def main() -> None:
             f"{one['step']:+.3%} {one['worst']}",
             f"{100 * one['gap']:+.3f} points",
             f"{one['seconds']:.2f} x",
-            f"{one['clock']}: {one['clock_step']:+.1%}" if one["clock"] else "",
+            f"{one['clock']}: {one['clock_step']:+.2%}, {100 * one['clock_gap']:+.2f} points {one['clock_worst']}"
+            if one["clock"]
+            else "",
             "; ".join(one["lost"]),
         )
     report = tables.Report()

@@ -90,23 +90,6 @@ def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
     return Bound(seconds=best, timely=timely)
 
 
-def class_bound(
-    dag: Dag,
-    budget_bytes: int,
-    reruns: frozenset[Rerun],
-    *,
-    deadline: float,
-    enough: float = float("inf"),
-    options: SearchOptions = ALL,
-) -> Bound:
-    """A lower bound on the seconds of every schedule of the class within `budget_bytes`, by linear programs alone;
-    infinity where none fits. `reruns`, `enough`: see `ClassBound`. `deadline` is on the monotonic clock.
-    """
-    bound = ClassBound(dag, budget_bytes, reruns, options)
-    bound.linear(deadline, enough)
-    return Bound(seconds=bound.seconds, timely=bound.timely)
-
-
 class ClassBound:
     """A lower bound on the seconds of every schedule of the class, which `linear` and `whole` raise; infinity where
     none fits.
@@ -127,7 +110,7 @@ class ClassBound:
         search; the last are the best
         """
         self._climb = CutGeneration(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST), options)
-        self._few = [_shortest(dag, budget_bytes, reruns, count) for count in FEW if options.few_moments]
+        self._few = list(FEW) if options.few_moments else []
         self._pivots = self._climb.pivots
         self._crowded: frozenset[Rerun] = frozenset()
         self._ended = False
@@ -149,12 +132,13 @@ class ClassBound:
         self.starts.extend(self._climb.starts)
         self._pivots = self._climb.pivots
 
-    def whole(self, deadline: float, enough: float) -> None:
-        """Solve integer programs: first those of few moments, then the best linear program's, refined round by round. A
-        later call goes on where the one before stopped.
+    def whole(self, deadline: float, enough: float, reruns: frozenset[Rerun]) -> None:
+        """Solve integer programs: first those of few moments, at which the schedule `reruns` nearly fills the budget,
+        then the best linear program's, refined round by round. A later call goes on where the one before stopped.
         """
         while self._few and self.seconds < enough and not self._ended:
-            self._solve(self._few.pop(0), enough, FEW_SHARE * (deadline - time.monotonic()))
+            pivots = _shortest(self.dag, self.budget, reruns, self._few.pop(0))
+            self._solve(pivots, enough, FEW_SHARE * (deadline - time.monotonic()))
         spent = 0.0
         while self.options.refined and self.seconds < enough and not self._ended:
             began = time.monotonic()

@@ -22,16 +22,16 @@ from tightfit.planner.solvers.lp import LinearProgram
 class Chosen:
     """CP-SAT's answer to a program."""
 
-    values: list[bool] | None
+    values: list[int] | None
     """the best solution found, by variable; None: none was found"""
-    bound_seconds: float
-    """lower bound on the cost of every solution"""
+    bound: float
+    """lower bound on the cost of every solution, in seconds or as `CpSatModel.least` counts"""
     ended: bool
     """whether the solver finished: `values` are then optimal, or, if None, the program is proven infeasible"""
 
 
 class CpSatModel:
-    """A program whose variables are all 0 or 1; to be minimised once, with further rows before that."""
+    """A program of integer variables, nearly all of them 0 or 1; to be minimised once, with further rows before that."""
 
     def __init__(self, program: LinearProgram, units: Mapping[int, int], limit: Limit) -> None:
         """`units`: row -> the factor that turns its coefficients into integers (a row in parts of the budget: the
@@ -52,18 +52,30 @@ class CpSatModel:
             limit.check()
             self.model.add(cp_model.LinearExpr.weighted_sum(variables, entries) >= round(least * units.get(row, 1)))
 
-    def solve(self, seconds: Mapping[int, float], *, once: float, most: float) -> Chosen:
+    def fastest(self, seconds: Mapping[int, float], *, once: float, most: float) -> Chosen:
         """The cheapest solution, of those that cost at most `most` seconds. `seconds`: variable -> cost; `once`:
         seconds of one run of every operator, which set the resolution.
 
         Raises TimeoutError where no time is left for the solver.
         """
         unit = max(once, 1e-300) / RESOLUTION
-        costs = [floor(cost / unit) for cost in seconds.values()]
-        spent = cp_model.LinearExpr.weighted_sum([self.chosen[variable] for variable in seconds], costs)
-        self.model.minimize(spent)
+        spent = self._sum({variable: floor(cost / unit) for variable, cost in seconds.items()})
         if most < float("inf"):
             self.model.add(spent <= floor(most / unit))
+        found = self._solve(spent)
+        # No solution is left: those that cost more than `most` were left out.
+        none = found.ended and found.values is None
+        return Chosen(values=found.values, bound=most if none else found.bound * unit, ended=found.ended)
+
+    def least(self, costs: Mapping[int, int]) -> Chosen:
+        """The cheapest solution by whole-numbered costs; raises TimeoutError as `fastest`."""
+        return self._solve(self._sum(costs))
+
+    def _sum(self, costs: Mapping[int, int]) -> cp_model.LinearExprT:
+        return cp_model.LinearExpr.weighted_sum([self.chosen[variable] for variable in costs], list(costs.values()))
+
+    def _solve(self, cost: cp_model.LinearExprT) -> Chosen:
+        self.model.minimize(cost)
         solver = single_worker()
         solver.parameters.linearization_level = 2
         solver.parameters.add_objective_cut = True
@@ -72,10 +84,10 @@ class CpSatModel:
         # CP-SAT rejects a model whose sums of bytes may come near 2^63.
         assert status != cp_model.MODEL_INVALID
         if status == cp_model.INFEASIBLE:
-            return Chosen(values=None, bound_seconds=most, ended=True)
+            return Chosen(values=None, bound=float("inf"), ended=True)
         found = status in (cp_model.OPTIMAL, cp_model.FEASIBLE)
         return Chosen(
-            values=[bool(solver.value(variable)) for variable in self.chosen] if found else None,
-            bound_seconds=solver.best_objective_bound * unit,
+            values=[solver.value(variable) for variable in self.chosen] if found else None,
+            bound=solver.best_objective_bound,
             ended=status == cp_model.OPTIMAL,
         )

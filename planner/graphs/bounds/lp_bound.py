@@ -321,7 +321,7 @@ class LpBound:
         bounded = left[: len(self.cost)]
         return max(0.0, float(prices @ np.array(self.program.least)) + float(np.minimum(bounded, 0.0).sum()))
 
-    def reruns(self, chosen: list[bool]) -> frozenset[Rerun]:
+    def reruns(self, chosen: Sequence[int]) -> frozenset[Rerun]:
         """A schedule made of a rounded answer: where the answer runs an operator in a window after its first run, the
         operator runs again in that window's first stage that needs its output. `chosen`: by variable, whether it is 1.
         """

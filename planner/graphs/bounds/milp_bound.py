@@ -105,7 +105,7 @@ class _Whole:
         costs = {variable: cost for variable, cost in enumerate(windows.cost) if cost}
         # Twice `ROUNDING`, so that after the bound's own margin it still covers schedules of exactly `most` seconds.
         extra = most * (1 + 2 * ROUNDING) - windows.constant
-        found = self.counted.solve(costs, once=windows.dag.once_seconds, most=extra)
-        bound = (windows.constant + max(0.0, found.bound_seconds)) * (1 - ROUNDING)
+        found = self.counted.fastest(costs, once=windows.dag.once_seconds, most=extra)
+        bound = (windows.constant + max(0.0, found.bound)) * (1 - ROUNDING)
         reruns = () if found.values is None else (windows.reruns(found.values),)
         return LpAnswer(bound_seconds=bound, reruns=reruns, solved=found.ended)

@@ -1,12 +1,10 @@
 """The time limit of building and solving one program, which also allows for what the solver does outside of its own
-time limit; and an allowance for several programs.
+time limit.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 HANDED_OVER = 0.6
 """seconds, per second of building, that are set aside for handing the program to the solver and for what the solver
@@ -33,19 +31,3 @@ class Limit:
         if left <= 0.0:
             raise TimeoutError
         return left
-
-
-class Allowance:
-    """`seconds` that several solutions may take together, however little is left until a deadline."""
-
-    def __init__(self, seconds: float) -> None:
-        self.left = seconds
-
-    @contextmanager
-    def until(self, deadline: float) -> Iterator[float]:
-        """Seconds for one solution: half of the time to `deadline`, on the monotonic clock, so that a search can
-        follow, or what is left of the allowance, whichever is more.
-        """
-        started = time.monotonic()
-        yield max(0.0, self.left, 0.5 * (deadline - started))
-        self.left -= time.monotonic() - started

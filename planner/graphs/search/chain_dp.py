@@ -10,8 +10,8 @@ c - 1, then those that read a to b - 1. For equal operators this is the optimum 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import gcd
 
 import numpy as np
@@ -26,18 +26,10 @@ LONGEST = 160
 """forward operators of a chain at most; the work grows with their third power"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chain:
-    """A graph's backward as turns, one for each forward output."""
-
-    reads: tuple[int, ...]
-    """per backward operator: the forward output that it reads, or else that the last one before it to read any did;
-    these never rise
+def as_chain(dag: Dag) -> tuple[int, ...] | None:
+    """Per backward operator the forward output that it reads, or else that the last one before it to read any did;
+    these never rise. None where the graph is no chain or has more than `LONGEST` forward operators.
     """
-
-
-def as_chain(dag: Dag) -> Chain | None:
-    """The graph as a chain, None where it is not one or has more than `LONGEST` forward operators."""
     forward = dag.forward
     if not 2 <= forward <= min(LONGEST, len(dag) - 1) or any(dag.keep[:-1]) or not all(dag.recomputable[1:forward]):
         return None
@@ -51,23 +43,24 @@ def as_chain(dag: Dag) -> Chain | None:
             return None
         turn = own[0] if own else turn
         reads.append(turn)
-    return Chain(reads=tuple(reads))
+    return tuple(reads)
 
 
 def checkpoints(
-    dag: Dag, chain: Chain, budget_bytes: int, *, late: Callable[[], bool] = lambda: False
+    dag: Dag, reads: Sequence[int], budget_bytes: int, *, late: Callable[[], bool] = lambda: False
 ) -> frozenset[Rerun] | None:
-    """The re-runs of the best checkpoints within the budget, None where no choice of checkpoints fits.
+    """The re-runs of the best checkpoints within the budget, None where no choice of checkpoints fits. `reads`: see
+    `as_chain`.
 
     Raises TimeoutError where `late`, which is asked as the tables are filled, returns true.
     """
     room = budget_bytes - dag.fixed_bytes
     if dag.inputs[0] or not dag.recomputable[0]:
-        sequence = _Program(dag, chain, room, late).sequence()
+        sequence = _Program(dag, reads, room, late).sequence()
     else:
         # Output 0 need not be held: the program sees one more operator before it, of no bytes and no time, as the one
         # that is.
-        before = _Program(_after_nothing(dag), Chain(reads=tuple(turn + 1 for turn in chain.reads)), room, late)
+        before = _Program(_after_nothing(dag), [turn + 1 for turn in reads], room, late)
         held = before.sequence()
         sequence = None if held is None else [operator - 1 for operator in held[1:]]
     return None if sequence is None else _reruns(dag, sequence)
@@ -89,7 +82,7 @@ def _after_nothing(dag: Dag) -> Dag:
 class _Program:
     """The dynamic program's tables for `room` bytes, in units of memory."""
 
-    def __init__(self, dag: Dag, chain: Chain, room: int, late: Callable[[], bool]) -> None:
+    def __init__(self, dag: Dag, reads: Sequence[int], room: int, late: Callable[[], bool]) -> None:
         self.dag = dag
         count = self.count = dag.forward
         unit = gcd(*dag.bytes, *dag.workspace) or 1
@@ -98,7 +91,7 @@ class _Program:
         size = self.size = [-(-b // unit) for b in dag.bytes]
         work = [-(-b // unit) for b in dag.workspace]
         self.turns: list[list[int]] = [[] for _ in range(count)]
-        for q, turn in enumerate(chain.reads, start=count):
+        for q, turn in enumerate(reads, start=count):
             self.turns[turn].append(q)
         pending = [0] * (count + 1)
         """by c: units of the backward output that is held when the turns of outputs c and later are over"""

@@ -1,9 +1,10 @@
 """The exact solver for small graphs with a disk: CP-SAT over re-runs and moves, with memory and time counted at every
 run.
 
-As in `exact`, and before each run, in this order: resident outputs are written to the disk (each once), outputs are
-freed, outputs on the disk are fetched, each in the graph's order. The disk does one transfer at a time in the order of
-issue. A run waits for the fetches of its inputs, a free for the write of the output that it frees.
+The stages are Checkmate's (Jain et al. 2020). Before each run, in this order: resident outputs are written to the disk
+(each once), outputs are freed, outputs on the disk are fetched, each in the graph's order. The disk does one transfer at
+a time in the order of issue. A run waits for the fetches of its inputs, a free for the write of the output that it
+frees.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from ortools.sat.python import cp_model
 
 from tightfit.planner.graphs.problem.actions import Action
 from tightfit.planner.graphs.problem.dag import Dag
-from tightfit.planner.graphs.search.exact import WORK, solve_within
 from tightfit.planner.problem.layer_types import transfer_seconds
+from tightfit.planner.solvers.cp_sat import single_worker, solved
 
 RESOLUTION = 1_000_000_000
 """ticks into which an upper bound on a stage's time is divided; times are rounded to ticks, at an error of a few per
@@ -29,24 +30,24 @@ OPERATORS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMoves:
-    """What the solver found within its work limit."""
+    """What the solver found within its time limit."""
 
     actions: tuple[Action, ...] | None
     """None: no schedule of the class fits (if `proven`), or none was found"""
     proven: bool
     bound: float
     """lower bound on the seconds of every schedule of the class"""
-    timely: bool = True
-    """whether it ended by itself or by its work limit, not by the time limit"""
 
 
-def fastest_with_moves(dag: Dag, budget_bytes: int, *, seconds: float, work: float = WORK) -> ExactMoves:
-    """The fastest schedule of the class within the budget; limits as of `exact.fastest`."""
-    return _Moves(dag, budget_bytes).solve(work, seconds)
+def fastest_with_moves(dag: Dag, budget_bytes: int, *, seconds: float) -> ExactMoves:
+    """The fastest schedule of the class within the budget; `seconds` limit the solver."""
+    return _Moves(dag, budget_bytes).solve(seconds)
 
 
 class _Moves:
-    """The model: as `exact`'s, with writes, fetches, and the moments at which runs and transfers end."""
+    """The model: for each run, possible or sure, which outputs live at it, which are written and fetched before it, and
+    when it and its transfers end.
+    """
 
     def __init__(self, dag: Dag, budget: int) -> None:
         assert dag.read is not None
@@ -183,15 +184,16 @@ class _Moves:
         self.stored, self.landed = stored, landed
         return lives
 
-    def solve(self, work: float, seconds: float) -> ExactMoves:
-        solver, status, timely = solve_within(self.model, work=work, seconds=seconds)
+    def solve(self, seconds: float) -> ExactMoves:
+        solver = single_worker()
+        solver.parameters.max_time_in_seconds = seconds
+        status = solved(solver, self.model)
         if status == cp_model.INFEASIBLE:
             return ExactMoves(actions=None, proven=True, bound=float("inf"))
         bound = max(self.dag.once_seconds, (solver.best_objective_bound - self._slack()) * self.unit)
-        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            return ExactMoves(actions=None, proven=False, bound=bound, timely=timely)
-        proven = status == cp_model.OPTIMAL
-        return ExactMoves(actions=self._actions(solver), proven=proven, bound=bound, timely=timely)
+        found = status in (cp_model.OPTIMAL, cp_model.FEASIBLE)
+        actions = self._actions(solver) if found else None
+        return ExactMoves(actions=actions, proven=status == cp_model.OPTIMAL, bound=bound)
 
     def _slack(self) -> int:
         """Ticks by which rounding may have lengthened a schedule: at most half a tick for each run, write and fetch."""

@@ -12,13 +12,11 @@ import random
 import time
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import accumulate
 
 from tightfit.planner.graphs.problem.dag import Dag
-from tightfit.planner.graphs.problem.schedule import Rerun, memory, peak_bytes, runs, seconds
-from tightfit.planner.graphs.search.subproblem import Lowest, Solved, Subproblem
-from tightfit.planner.search_options import ALL, SearchOptions
+from tightfit.planner.graphs.problem.schedule import Rerun, memory, runs, seconds
+from tightfit.planner.graphs.search.subproblem import Solved, Subproblem
 
 DEPTHS = (1, 2, 3)
 """of chains"""
@@ -26,8 +24,6 @@ LONGEST = 100_000
 """places up to which chains are listed, in a fraction of a second; where there are more, stretches use operators nearby
 instead
 """
-LARGEST_PROOF = 2_000_000
-"""places times operators up to which the smallest peak is proven, which needs every place"""
 SHORT = 0.75
 """memory is short where keep-all holds more than this share of the budget; a re-run is of use only if its output would
 otherwise be held through such a moment
@@ -47,9 +43,8 @@ STALLED = 60
 class LargeNeighbourhood:
     """The search for one graph and budget. `timely`: no time limit ended it or any program that it solved."""
 
-    def __init__(self, dag: Dag, budget: int, options: SearchOptions = ALL) -> None:
+    def __init__(self, dag: Dag, budget: int) -> None:
         self.dag = dag
-        self.options = options
         self.budget = budget
         self.random = random.Random(0)
         self.timely = True
@@ -63,8 +58,6 @@ class LargeNeighbourhood:
         until `deadline`, on the monotonic clock. `reruns` may exceed the budget.
         """
         best = reruns
-        if not self.options.polishing:
-            return best
         longest = max(1.5, STRETCH * (deadline - time.monotonic()))
         stalled = 0
         while stalled < STALLED:
@@ -186,20 +179,3 @@ def chains(dag: Dag, budget: int, depth: int, most: int) -> set[Rerun]:
             last_read[i] = stage
         last_read[stage] = stage
     return places
-
-
-def lowest_peak(dag: Dag, seconds: float) -> Lowest:
-    """The schedule of lowest peak found within `seconds`, and a lower bound in bytes on every peak of the class."""
-    count = len(dag)
-    least = dag.floor_bytes
-    best: frozenset[Rerun] = frozenset()
-    if seconds <= 0.0:
-        return Lowest(reruns=None, bytes=least, ended=False)
-    if peak_bytes(dag, best) <= least or count**3 // 2 > LARGEST_PROOF:
-        return Lowest(reruns=None, bytes=least, ended=True)
-    places = {(stage, i) for stage in range(count) for i in range(stage) if dag.recomputable[i]}
-    try:
-        found = Subproblem(dag, least, best, 0, count, places, seconds=seconds).lowest()
-    except TimeoutError:
-        return Lowest(reruns=None, bytes=least, ended=False)
-    return replace(found, bytes=max(least, found.bytes))

@@ -19,19 +19,21 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, gcd, isfinite
+from math import ceil, floor
 
 from tightfit.planner.graphs.bounds.cp_sat_model import CpSatModel
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.limit import Limit
-from tightfit.planner.graphs.problem.schedule import Rerun, memory, pruned, runs
-from tightfit.planner.solvers.highs import MARGIN
+from tightfit.planner.graphs.problem.schedule import Rerun, memory, peak_bytes, pruned, runs
+from tightfit.planner.solvers.cp_sat import RESOLUTION
 from tightfit.planner.solvers.lp import Linear, LinearProgram
 
-SCALE = 1000.0
-"""value in the objective of the seconds of one run of every operator"""
-OVER = 1e5
-"""value in the objective of exceeding the budget by as much again: more than any re-runs that are worth having"""
+OVER = 100
+"""runs of every operator that are as bad as exceeding the budget by as much again: more than any re-runs that are worth
+having
+"""
+MOST_PROVEN = 158
+"""number of operators up to which the lowest peak is proven, for which the program has all places"""
 BETTER = 5e-7
 """by which share of one run of every operator the new stretch must be faster, at least"""
 
@@ -51,7 +53,7 @@ class Solved:
 
 @dataclass(frozen=True, kw_only=True)
 class Lowest:
-    """Answer of `Subproblem.lowest`."""
+    """Answer of `lowest_peak`."""
 
     reruns: frozenset[Rerun] | None
     """the schedule of lowest peak found; None: none was found"""
@@ -103,7 +105,8 @@ class Subproblem:
         self.start = bisect_left(self.keys, first * count)
         self.stop = bisect_left(self.keys, last * count)
         most = max(self.held[self.start : self.stop])
-        self.over = self.program.variable(0.0, most / budget - 1.0) if most > budget else None
+        self.over = self.program.variable(0.0, float(most - budget)) if most > budget else None
+        """bytes by which the stretch exceeds the budget"""
         self.made: list[list[int]] = [[] for _ in range(count)]
         self.used: list[list[int]] = [[] for _ in range(count)]
         for key, (stage, i) in zip(self.keys, self.sequence):
@@ -210,7 +213,7 @@ class Subproblem:
                 program.at_least(Linear(1.0).add(run, -1.0).add(live[operator], -1.0))
                 there.add(live[operator])
             program.at_least(there, Linear().add(after))
-        self._fits(room if self.over is None else room.add(self.over), terms)
+        self._fits(room if self.over is None else room.add(self.over, 1.0 / self.budget), terms)
         live[operator] = after
         # The inputs may be freed now.
         for i in inputs:
@@ -231,37 +234,48 @@ class Subproblem:
 
     def solve(self) -> Solved:
         """The best stretch found: the one that exceeds the budget least, and the fastest of those."""
-        dag = self.dag
-        costs = {run: dag.again_seconds[i] for (_, i), run in self.again.items()}
-        costs |= {spared: -dag.again_seconds[i] for (_, i), spared in self.spared.items()}
         if self.over is None:
-            spent = sum(dag.again_seconds[i] for _, i in self.inside)
-            most = spent - BETTER * dag.once_seconds
-            chosen = CpSatModel(self.program, self.in_bytes, self.limit).solve(costs, once=dag.once_seconds, most=most)
-            return Solved(reruns=self._chosen(chosen.values), ended=chosen.ended)
-        unit = (dag.once_seconds or 1.0) / SCALE
-        goal = Linear().add(self.over, OVER)
-        for variable, cost in costs.items():
-            goal.add(variable, cost / unit)
-        found = self.program.solve(goal, self.limit.left())
-        return Solved(reruns=self._chosen(found.values), ended=found.infeasible or found.optimal)
+            once = self.dag.once_seconds
+            spent = sum(self.dag.again_seconds[i] for _, i in self.inside)
+            found = self._model().fastest(self._costs(), once=once, most=spent - BETTER * once)
+            return Solved(reruns=self._chosen(found.values), ended=found.ended)
+        scale = ceil(RESOLUTION / self.budget)
+        per_second = scale * self.budget / (OVER * (self.dag.once_seconds or 1.0))
+        costs = {variable: floor(per_second * cost) for variable, cost in self._costs().items()}
+        found = self._model().least(costs | {self.over: scale})
+        return Solved(reruns=self._chosen(found.values), ended=found.ended)
 
     def lowest(self) -> Lowest:
         """The lowest peak. The given schedule must exceed the budget within the stretch."""
         assert self.over is not None
-        dag = self.dag
-        found = self.program.solve(Linear().add(self.over), self.limit.left())
-        proven = max(0.0, found.bound) if isfinite(found.bound) else 0.0
-        least = ceil(self.budget * (1.0 + proven) * (1.0 - MARGIN))
-        # A peak is fixed bytes plus a sum of outputs and workspace, so it is fixed bytes plus a multiple of their
-        # greatest common divisor.
-        unit = gcd(*dag.bytes, *dag.workspace) or 1
-        least += (dag.fixed_bytes - least) % unit
-        return Lowest(reruns=self._chosen(found.values), bytes=least, ended=found.optimal)
+        found = self._model().least({self.over: 1})
+        over = max(0, ceil(found.bound)) if found.bound < float("inf") else 0
+        return Lowest(reruns=self._chosen(found.values), bytes=self.budget + over, ended=found.ended)
 
-    def _chosen(self, values: Sequence[float] | None) -> frozenset[Rerun] | None:
+    def _model(self) -> CpSatModel:
+        return CpSatModel(self.program, self.in_bytes, self.limit)
+
+    def _costs(self) -> dict[int, float]:
+        """Variable -> seconds."""
+        costs = {run: self.dag.again_seconds[i] for (_, i), run in self.again.items()}
+        return costs | {spared: -self.dag.again_seconds[i] for (_, i), spared in self.spared.items()}
+
+    def _chosen(self, values: Sequence[int] | None) -> frozenset[Rerun] | None:
         if values is None:
             return None
-        spared = {rerun for rerun, variable in self.spared.items() if values[variable] > 0.5}
-        inside = {rerun for rerun, variable in self.again.items() if values[variable] > 0.5}
+        spared = {rerun for rerun, variable in self.spared.items() if values[variable]}
+        inside = {rerun for rerun, variable in self.again.items() if values[variable]}
         return pruned(self.dag, (self.reruns - self.inside - spared) | inside)
+
+
+def lowest_peak(dag: Dag, *, seconds: float) -> Lowest:
+    """The schedule of lowest peak found within `seconds`, and a lower bound in bytes on every peak of the class."""
+    least = dag.floor_bytes
+    if peak_bytes(dag, ()) <= least or len(dag) > MOST_PROVEN:
+        return Lowest(reruns=None, bytes=least, ended=True)
+    places = [(stage, i) for stage in range(len(dag)) for i in range(stage) if dag.recomputable[i]]
+    try:
+        # A stretch over all stages with all places covers the whole class.
+        return Subproblem(dag, least, frozenset(), 0, len(dag), places, seconds=seconds).lowest()
+    except TimeoutError:
+        return Lowest(reruns=None, bytes=least, ended=False)

@@ -9,25 +9,24 @@ import pytest
 from bare_graphs import graph_of
 from brute_graph import least, random_graph
 from layered_graph import layered
-from ortools.sat.python.cp_model import CpSolver
 
 from tightfit.planner.graphs import budget_search, incumbents, move_search, smallest_budget
 from tightfit.planner.graphs import planner as graph_planner
-from tightfit.planner.graphs.bounds.bound import any_schedule_bound, class_bound
+from tightfit.planner.graphs.bounds import cp_sat_model
+from tightfit.planner.graphs.bounds.bound import ClassBound, any_schedule_bound
 from tightfit.planner.graphs.budget_search import GraphBudgetSearch
-from tightfit.planner.graphs.incumbents import Incumbents
-from tightfit.planner.graphs.plan_result import GraphOutcome
+from tightfit.planner.graphs.incumbents import Incumbents, ProvenPeaks
 from tightfit.planner.graphs.planner import GraphPlanner
-from tightfit.planner.graphs.problem.actions import carry
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs
-from tightfit.planner.graphs.search import exact, exact_moves, large_neighbourhood
+from tightfit.planner.graphs.search import exact_moves, large_neighbourhood
 from tightfit.planner.graphs.search.chain_dp import as_chain, checkpoints
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.exact_moves import fastest_with_moves
-from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood, lowest_peak
-from tightfit.planner.graphs.search.subproblem import Solved
+from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood
+from tightfit.planner.graphs.search.subproblem import Solved, lowest_peak
+from tightfit.planner.search_options import SearchOptions
 from tightfit.planner.solvers import lp
 from tightfit.profiles.graph_input import BareChannel, graph_profile
 
@@ -56,23 +55,12 @@ def test_bounds_and_peaks_say_where_the_clock_ended_them():
     assert not any_schedule_bound(dag, budget, seconds=0.0).timely
     assert not any_schedule_bound(dag, budget, seconds=1e-6).timely
     assert any_schedule_bound(dag, budget, seconds=60.0).timely
-    assert not class_bound(dag, budget, frozenset(), deadline=0.0).timely
-    assert not lowest_peak(dag, 0.0).ended
+    bound = ClassBound(dag, budget, frozenset())
+    bound.linear(0.0, float("inf"))
+    assert not bound.timely
+    assert not lowest_peak(dag, seconds=0.0).ended
     small = dag_of(graph_of(random_graph(1, most=8)))
-    assert lowest_peak(small, 60.0).ended
-
-
-@pytest.mark.parametrize("moves", [False, True])
-def test_what_ended_an_exact_solution_is_read_off_its_work(monkeypatch, moves):
-    """A clock that is held up, or read before the solver is cut, is of no account."""
-    graph = layered(8 if moves else 20)
-    dag = dag_of(graph_profile(graph.model_copy(update=QUICK) if moves else graph))
-    budget = (max(dag.own_bytes(i) for i in range(len(dag))) + peak_bytes(dag, ())) // 2
-    solve = fastest_with_moves if moves else exact.fastest
-    for told, work, seconds in ((1e9, 1e-5, 60.0), (0.0, 30.0, 1e-4)):
-        monkeypatch.setattr(CpSolver, "wall_time", told)
-        cut = solve(dag, budget, work=work, seconds=seconds)
-        assert (cut.proven, cut.timely) == (False, work < 30.0)
+    assert lowest_peak(small, seconds=60.0).ended
 
 
 @pytest.mark.parametrize("end", ["solver", "building"])
@@ -101,7 +89,7 @@ def test_a_plan_that_depends_on_a_search_that_was_cut_says_so():
     assert (whole.status, whole.deterministic) == ("infeasible", True)
     for module, name, cut in (
         (graph_planner, "any_schedule_bound", lambda dag, budget, **_: any_schedule_bound(dag, budget, seconds=0.0)),
-        (incumbents, "lowest_peak", lambda dag, _: lowest_peak(dag, 0.0)),
+        (incumbents, "lowest_peak", lambda dag, seconds: lowest_peak(dag, seconds=0.0)),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, name, cut)
@@ -136,7 +124,12 @@ def test_past_its_limit_nothing_is_begun(monkeypatch):
     budget = int(0.5 * peak_bytes(planner.dag, ()))
     ended = time.monotonic() - 10
     search = GraphBudgetSearch(
-        planner.found, budget, gap=0.0, started=ended - 1, deadline=ended, report=lambda *told: None
+        Incumbents(planner.dag, ProvenPeaks(planner.dag)),
+        budget,
+        gap=0.0,
+        started=ended - 1,
+        deadline=ended,
+        report=lambda *told: None,
     )
     outcome = search.solve()
     assert (outcome.carried, outcome.timely) == (None, False)
@@ -194,6 +187,12 @@ def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
         "solve_silently",
         lambda model, seconds, *rest: watch.spend(seconds, lambda: solve(model, seconds, *rest)),
     )
+    solved = cp_sat_model.solved
+    monkeypatch.setattr(
+        cp_sat_model,
+        "solved",
+        lambda solver, model: watch.spend(solver.parameters.max_time_in_seconds, lambda: solved(solver, model)),
+    )
     for module in (budget_search, smallest_budget):
         monkeypatch.setattr(module, "EvictionSearch", Granted)
     if what == "plan":
@@ -203,27 +202,6 @@ def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
     assert watch.asked
     assert sum(watch.asked) <= 2 * limit
     assert max(granted) <= 0.1 * limit
-
-
-@pytest.mark.parametrize(("count", "disk"), [(20, False), (8, True)])
-def test_exact_solutions_have_one_allowance_for_all_of_a_call(monkeypatch, count, disk):
-    """The smallest budget is looked for after the fastest schedule, the optimum without a disk after that with one."""
-    graph = layered(count)
-    planner = GraphPlanner(graph_profile(graph.model_copy(update=QUICK) if disk else graph))
-    watch = Stopwatch(monkeypatch)
-
-    def spent(model, *, work, seconds):
-        return watch.spend(seconds, lambda: solve(model, work=1e-9, seconds=seconds))
-
-    solve = exact.solve_within
-    monkeypatch.setattr(exact, "solve_within", spent)
-    monkeypatch.setattr(exact_moves, "solve_within", spent)
-    top = peak_bytes(planner.dag, ())
-    for limit in (0.1, 0.2):
-        watch.asked.clear()
-        planner.plan((planner.floor_bytes + top) // 2 if disk else planner.floor_bytes, time_limit=limit)
-        assert len(watch.asked) == 2
-        assert incumbents.EXACT_SECONDS <= sum(watch.asked) <= incumbents.EXACT_SECONDS + limit
 
 
 def test_what_the_exact_solver_had_found_when_it_was_cut_is_used(monkeypatch):
@@ -280,30 +258,6 @@ def test_a_bound_that_was_cut_is_worked_out_again_under_a_larger_limit(monkeypat
     assert asked == [1e-6, 60.0]
 
 
-def test_what_a_cut_search_had_found_is_taken_where_it_is_faster_and_the_plan_says_so():
-    dag = dag_of(graph_profile(layered(8)))
-    known = carry(dag, ())
-    budget = known.peak_bytes
-    found = Incumbents(dag)
-    found.begin(budget, 1.0)
-    found.moved.append(known)
-    found.timely = False
-    found.end(budget, 1.0, timely=False)
-    assert not found.timely
-    assert not found.cut_before(budget, 1.0)
-    found.begin(budget, 2.0)
-    assert (found.timely, found.moved) == (True, [])
-    slower = GraphOutcome(carried=replace(known, seconds=2 * known.seconds), bound_seconds=0.0)
-    taken = found.no_slower(budget, slower)
-    assert (taken.carried, taken.timely) == (known, False)
-    assert found.no_slower(1, slower) == slower
-    found.end(budget, 2.0, timely=taken.timely)
-    assert (found.timely, found.moved) == (False, [known])
-    found.begin(budget, 3.0)
-    found.end(budget, 3.0, timely=True)
-    assert (found.timely, found.moved) == (True, [])
-
-
 # --- the smallest budget -------------------------------------------------------------------------------------------
 
 
@@ -351,7 +305,7 @@ def test_a_proven_peak_is_one_that_sizes_add_up_to():
         for op in random_graph(6007, most=8)
     ]
     dag = dag_of(graph_of(operators))
-    assert lowest_peak(dag, 60).bytes == least(random_graph(6007, most=8), "stages") * unit
+    assert lowest_peak(dag, seconds=60).bytes == least(random_graph(6007, most=8), "stages") * unit
 
 
 # --- polishing -----------------------------------------------------------------------------------------------------
@@ -387,21 +341,21 @@ def test_the_lowest_peak_is_looked_for_before_a_budget_is_given_up(monkeypatch):
     """It had only what the search had left: what one call named as the smallest budget, another called too small."""
     granted = []
 
-    def spied(dag, seconds):
+    def spied(dag, *, seconds):
         granted.append(seconds)
-        return lowest_peak(dag, seconds)
+        return lowest_peak(dag, seconds=seconds)
 
     monkeypatch.setattr(incumbents, "lowest_peak", spied)
     monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds: None)
-    profile = graph_profile(layered(22, seed=3))
-    least = GraphPlanner(profile).minimum_bytes(time_limit=60)
-    assert least < GraphPlanner(profile).found.peaks[frozenset()]
+    profile, options = graph_profile(layered(22, seed=3)), SearchOptions(exact=False)
+    least = GraphPlanner(profile, options).minimum_bytes(time_limit=60)
+    assert least < GraphPlanner(profile, options).keep_all_bytes
     granted.clear()
-    made = GraphPlanner(profile).plan(least, time_limit=60)
+    made = GraphPlanner(profile, options).plan(least, time_limit=60)
     assert made.peak_bytes == least
     assert granted[0] > 15
     # Once it came to its end, it is known.
-    planner = GraphPlanner(profile)
+    planner = GraphPlanner(profile, options)
     granted.clear()
     assert planner.plan(least - 1, time_limit=60).minimum_budget_bytes == least
     assert planner.plan(least, time_limit=60).peak_bytes == least

@@ -13,7 +13,7 @@ from broken_plans import listed
 from brute_graph import INFINITY, best, least, random_graph
 from layered_graph import layered
 
-from tightfit.planner.graphs.bounds.bound import FIRST, ClassBound, _shortest, class_bound
+from tightfit.planner.graphs.bounds.bound import FIRST, ClassBound, _shortest
 from tightfit.planner.graphs.bounds.cut_generation import bytes_over, violated
 from tightfit.planner.graphs.bounds.lp_bound import Fractions, Path, solve_lp
 from tightfit.planner.graphs.bounds.milp_bound import solve_milp
@@ -21,7 +21,7 @@ from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.live_bytes import LiveBytes
 from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs, seconds
-from tightfit.planner.graphs.search import eviction_search, exact
+from tightfit.planner.graphs.search import eviction_search
 from tightfit.planner.graphs.search.baselines import RULES
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.plan import plan
@@ -116,7 +116,7 @@ def test_bounds_from_any_moments_hold_for_every_schedule_with_first_runs_in_orde
             assert found.bound_seconds <= fastest * (1 + 1e-9), (seed, budget, pivots)
             bound = ClassBound(dag, budget, frozenset())
             bound.linear(time.monotonic() + 60, float("inf"))
-            bound.whole(time.monotonic() + 60, float("inf"))
+            bound.whole(time.monotonic() + 60, float("inf"), frozenset())
             found = bound.seconds
             assert found <= fastest * (1 + 1e-9), (seed, budget)
             if fastest > dag.once_seconds:
@@ -249,14 +249,16 @@ def test_linear_programs_climb_with_the_moments_that_their_answers_leave_out():
         small = dag_of(graph_of(operators))
         tight = (least(operators, "first") + peak_bytes(small, ())) // 2
         fastest = best(operators, tight, "first")
-        found = class_bound(small, tight, frozenset(), deadline=time.monotonic() + 60)
+        found = ClassBound(small, tight, frozenset())
+        found.linear(time.monotonic() + 60, float("inf"))
         assert found.seconds <= fastest * (1 + 1e-9), seed
         assert found.timely
         if fastest > small.once_seconds:
             reached.append((found.seconds - small.once_seconds) / (fastest - small.once_seconds))
     assert sum(reached) / len(reached) > 0.3
     first = solve_lp(dag, budget, _shortest(dag, budget, frozenset(), FIRST), any_order=False, seconds=60)
-    climbed = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60)
+    climbed = ClassBound(dag, budget, frozenset())
+    climbed.linear(time.monotonic() + 60, float("inf"))
     assert climbed.seconds - dag.once_seconds > 1.2 * (first.bound_seconds - dag.once_seconds)
 
 
@@ -266,12 +268,12 @@ def test_a_bound_goes_on_in_whole_numbers_where_the_clock_had_ended_it():
     bound = ClassBound(dag, budget, frozenset())
     bound.linear(time.monotonic() + 60, float("inf"))
     climbed = bound.seconds
-    bound.whole(time.monotonic(), float("inf"))
+    bound.whole(time.monotonic(), float("inf"), frozenset())
     assert (bound.seconds, bound.timely) == (climbed, False)
-    bound.whole(time.monotonic() + 60, float("inf"))
+    bound.whole(time.monotonic() + 60, float("inf"), frozenset())
     once = ClassBound(dag, budget, frozenset())
     once.linear(time.monotonic() + 60, float("inf"))
-    once.whole(time.monotonic() + 60, float("inf"))
+    once.whole(time.monotonic() + 60, float("inf"), frozenset())
     assert once.timely
     assert bound.seconds == pytest.approx(once.seconds, rel=1e-6)
     assert bound.seconds > climbed * (1 + 1e-3)
@@ -350,18 +352,10 @@ def griewank(steps, slots):
 def test_unit_chains_meet_the_closed_form(steps):
     profile = graph_of(unit_chain(steps))
     planner = GraphPlanner(profile)
-    # What is solved exactly comes to its end however busy the machine is; a chain's checkpoints have half a second of the processor.
-    limit = 600 if planner.dag.operators <= exact.OPERATORS else 0.5
     for slots in {1, 2, 3, 5, 8, steps}:
         # A slot for each checkpoint, the state at hand, and the one being made from it.
-        made = planner.plan(slots + 2, time_limit=limit)
+        made = planner.plan(slots + 2, time_limit=2)
         assert made.step_seconds == griewank(steps, slots), slots
-
-
-@pytest.mark.parametrize("slots", [2, 5])
-def test_a_chain_gets_its_checkpoints_however_little_time_there_is(slots):
-    made = GraphPlanner(graph_of(unit_chain(64))).plan(slots + 2, time_limit=0.001)
-    assert made.step_seconds == griewank(64, slots)
 
 
 def free_chain(steps, *, reads_own):
@@ -424,6 +418,18 @@ def test_a_larger_graph_is_planned_within_its_bounds_and_beats_the_rules():
     assert compared.plan(top, "keep-all").step_seconds == compared.plan(top, "solver").step_seconds == dag.once_seconds
 
 
+@pytest.mark.slow
+def test_a_graph_of_thousands_of_operators_has_a_plan():
+    """Outputs that are all made first and each read once, in the same order."""
+    count, megabyte = 2000, 1_000_000
+    made = [{"name": f"a{i}", "seconds": 1e-3, "output_bytes": megabyte} for i in range(count)]
+    read = [{"name": f"b{i}", "seconds": 1e-3, "output_bytes": 1, "inputs": [f"a{i}"]} for i in range(count)]
+    found = GraphPlanner(graph_of([*made, *read])).plan(40 * megabyte, time_limit=300)
+    assert found.peak_bytes <= 40 * megabyte
+    # At least 1,960 outputs have no room until they are read; that is 5.960 seconds, and everything made again 6.
+    assert 5.960 - 1e-6 < found.step_seconds < 6.0
+
+
 def test_equal_inputs_give_equal_plans_unless_the_plan_says_otherwise():
     profile = graph_profile(layered(24))
     budget = int(0.8 * peak_bytes(dag_of(profile), ()))
@@ -450,7 +456,7 @@ def test_the_smallest_budget_of_a_graph_too_large_to_be_exact():
     # The search for a plan may have come lower than the search for the smallest budget.
     assert planner.lowest_bytes <= short.minimum_budget_bytes <= low
     assert planner.plan(short.minimum_budget_bytes, time_limit=1).peak_bytes <= short.minimum_budget_bytes
-    assert "surely no schedule with first runs and re-runs in this order fits" in short.minimum_budget_reason
+    assert "no schedule with first runs and re-runs in this order" in short.minimum_budget_reason
 
 
 def test_the_smallest_budget_is_proven_to_the_byte_where_no_exact_schedule_is_asked_for():
@@ -470,7 +476,7 @@ def test_the_smallest_budget_is_proven_to_the_byte_where_no_exact_schedule_is_as
         {"name": "n3", "seconds": 0.0, "output_bytes": large, "inputs": ["n1", "n2"]},
         {"name": "n4", "seconds": 1.0, "output_bytes": 0, "inputs": ["n0", "n3"]},
     ]
-    others = [{"name": f"z{i}", "seconds": 0.0, "output_bytes": 0, "inputs": ["n2"]} for i in range(exact.OPERATORS)]
+    others = [{"name": f"z{i}", "seconds": 0.0, "output_bytes": 0, "inputs": ["n2"]} for i in range(20)]
     planner = GraphPlanner(graph_of([*operators, *others], fixed=large))
     assert planner.minimum_bytes() == planner.lowest_bytes == least(operators, "stages", large) == 3_000_000_007
 

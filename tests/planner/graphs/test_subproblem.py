@@ -13,8 +13,8 @@ from layered_graph import layered
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, pruned, seconds
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
-from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood, chains, lowest_peak
-from tightfit.planner.graphs.search.subproblem import Subproblem
+from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood, chains
+from tightfit.planner.graphs.search.subproblem import Subproblem, lowest_peak
 from tightfit.profiles.graph_input import graph_profile
 
 
@@ -72,7 +72,7 @@ def test_no_schedule_of_the_class_has_a_lower_peak_than_is_proven():
     for seed in range(6000, 6300):
         operators, fixed = random_graph(seed), seed % 3
         dag = dag_from(operators, fixed)
-        proven = lowest_peak(dag, 60).bytes
+        proven = lowest_peak(dag, seconds=60).bytes
         assert proven <= least(operators, "stages", fixed), seed
         above += proven > fixed + max(dag.own_bytes(i) for i in range(len(dag)))
     # What the largest operator needs by itself is a bound as well, and says nothing of the others.

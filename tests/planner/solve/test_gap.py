@@ -11,7 +11,7 @@ from synthetic import decoder_like, device, small_chain
 from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, seconds
-from tightfit.planner.graphs.search import exact
+from tightfit.planner.graphs.search.subproblem import Subproblem
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import EXACT, ROUNDING, ended_by
 from tightfit.planner.report.compare import compare
@@ -32,16 +32,17 @@ def test_optimal_is_what_nothing_undercuts_and_a_gap_ends_the_search_before(seed
     profile = graph_profile(layered(22, seed=seed))
     dag = dag_of(profile)
     budget = int(0.75 * peak_bytes(dag, ()))
-    known = exact.fastest(dag, budget, work=60.0, seconds=60.0)
-    assert known.proven
-    optimum = seconds(dag, known.reruns)
+    everywhere = [(stage, i) for stage in range(len(dag)) for i in range(stage)]
+    known = Subproblem(dag, budget, frozenset(), 0, len(dag), everywhere, seconds=60.0).solve()
+    assert known.ended
+    best = seconds(dag, known.reruns)
     made = GraphPlanner(profile).plan(budget, time_limit=60)
     assert (made.status, made.ended_by) == ("optimal", "proof")
     assert made.gap <= EXACT
-    assert made.step_seconds == pytest.approx(optimum, rel=2 * EXACT)
+    assert made.step_seconds == pytest.approx(best, rel=2 * EXACT)
     near = GraphPlanner(profile).plan(budget, time_limit=60, gap=0.2)
     assert near.gap <= 0.2
-    assert near.bound_seconds <= optimum * (1 + 1e-9)
+    assert near.bound_seconds <= best * (1 + 1e-9)
     if near.gap > EXACT:
         assert (near.status, near.ended_by) == ("feasible", "gap")
 
@@ -137,6 +138,6 @@ def test_a_graph_s_search_gives_at_least_the_best_rule(limit):
 
 def test_a_search_that_was_cut_says_so_in_a_comparison():
     profile = graph_profile(layered(40, training=True))
-    budget = int(0.7 * GraphPlanner(profile).found.peaks[frozenset()])
+    budget = int(0.7 * GraphPlanner(profile).keep_all_bytes)
     made = compare(profile, [budget], ["solver"], time_limit=1e-3).plans[0]
     assert (made.deterministic, made.ended_by) == (False, "time limit")

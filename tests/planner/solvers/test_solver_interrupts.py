@@ -18,7 +18,6 @@ from swallowing import Swallowing
 from synthetic import small_chain
 
 from tightfit.planner.graphs.planner import GraphPlanner
-from tightfit.planner.graphs.smallest_budget import SmallestBudget
 from tightfit.planner.plan import minimum_budget
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import what_if
@@ -226,7 +225,7 @@ main.main(["plan"])
 
 def test_an_interruption_returns_the_best_schedule_so_far():
     planner = GraphPlanner(graph_profile(layered(60, seed=1)))
-    keep_all = planner.found.peaks[frozenset()]
+    keep_all = planner.keep_all_bytes
 
     def interrupt(told):
         raise KeyboardInterrupt
@@ -240,24 +239,18 @@ def test_an_interruption_returns_the_best_schedule_so_far():
 
 def test_an_interruption_of_a_search_made_again_keeps_what_was_found_before_it(monkeypatch):
     planner = GraphPlanner(graph_profile(layered(60, seed=1)))
-    budget = int(0.8 * planner.found.peaks[frozenset()])
+    budget = int(0.8 * planner.keep_all_bytes)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     before = planner.plan(budget, time_limit=10, progress=interrupt)
-    known = set(planner.found.peaks)
-    assert not planner.found.timely
     monkeypatch.setattr(planner, "_solve", interrupt)
-    monkeypatch.setattr(SmallestBudget, "_search", interrupt)
     again = planner.plan(budget, time_limit=20)
     assert (again.step_seconds, again.deterministic) == (before.step_seconds, False)
-    assert known <= set(planner.found.peaks)
-    for limit in (10, 20):
-        with pytest.raises(KeyboardInterrupt):
-            planner.minimum_bytes(time_limit=limit)
-    assert known <= set(planner.found.peaks)
-    assert not planner.found.timely
+    monkeypatch.setattr("tightfit.planner.graphs.planner.lowest_schedule", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        planner.minimum_bytes(time_limit=10)
 
 
 @pytest.mark.parametrize("policy", ["solver", "checkpoint-sqrt"])
@@ -290,7 +283,7 @@ def interrupt_once():
 
 def test_an_interrupted_comparison_of_graphs_makes_no_further_plan():
     profile = graph_profile(layered(60, seed=1))
-    keep_all = GraphPlanner(profile).found.peaks[frozenset()]
+    keep_all = GraphPlanner(profile).keep_all_bytes
     budgets = [int(share * keep_all) for share in (0.8, 0.85)]
     made = compare(profile, budgets, ["solver"], time_limit=600, solving=interrupt_once()).plans
     assert [plan.budget_bytes for plan in made] == budgets[1:]
@@ -305,7 +298,7 @@ def test_an_interrupted_comparison_of_layers_makes_no_further_plan():
 
 def test_after_an_interruption_what_if_plans_no_further_budget():
     planner = GraphPlanner(graph_profile(layered(60, seed=1)))
-    made = planner.plan(int(0.8 * planner.found.peaks[frozenset()]), time_limit=2)
+    made = planner.plan(int(0.8 * planner.keep_all_bytes), time_limit=2)
     _, beside = what_if(planner, made, time_limit=600, progress=interrupt_once())
     assert [worth.change_bytes for worth in beside] == [-planner.neighbour_bytes(made.budget_bytes)]
 
