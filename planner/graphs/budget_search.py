@@ -52,7 +52,7 @@ class GraphBudgetSearch:
         """the best schedule so far: the fastest that fits, or the one of lowest peak where none does"""
         self.bound: ClassBound
         self.eviction = EvictionSearch(
-            self.dag, budget, deadline=started + 0.5 * self.span, granted=GRANTED * self.span, latest=self.ends
+            self.dag, budget, deadline=started + 0.3 * self.span, granted=GRANTED * self.span, latest=self.ends
         )
         self.near = LargeNeighbourhood(self.dag, budget)
 
