@@ -117,17 +117,6 @@ def _content(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a fleet's plan or its folder") from error
 
 
-def parse_any(data: bytes, place: str) -> FleetPlan | PipelinePlan:
-    """The plan that `data` hold of a fleet that meets at every step, checked against its fingerprint; `place` is where it
-    comes from.
-
-    Raises InputError for data that are cut off, changed, of another version or no fleet's plan at all.
-    """
-    found = _parsed(data, place, FleetPlan, PipelinePlan)
-    assert isinstance(found, FleetPlan | PipelinePlan)
-    return found
-
-
 def _parsed(data: bytes, place: str, *schemas: type[K]) -> K:
     """The plan that `data` hold, which is of one of these kinds; of the first where it does not say."""
     content = whole_json(data, place, AGAIN)

@@ -1,4 +1,4 @@
-"""The options of planning for fleets, for the library and the client of a service alike."""
+"""The options of planning for fleets."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ class FleetOptions(FleetPlanOptions):
     gap: Gap | None = option(
         None,
         "Relative gap at which a search may stop; default: 0.01 for a pipeline, else 0.001.",
-        over_http="Relative gap at which a search may stop; null: 0.01 for a pipeline, else 0.001.",
         metavar="SHARE",
     )
 

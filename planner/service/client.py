@@ -24,10 +24,6 @@ from urllib.parse import quote
 
 import httpx
 
-from tightfit.planner.fleet.io import parse_any
-from tightfit.planner.fleet.members import MemberSpec
-from tightfit.planner.fleet.options import FleetOptions
-from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.planner.generation.choice import Choice, ChoiceProblem
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
@@ -38,7 +34,6 @@ from tightfit.planner.search_options import SOLVER, TIME_LIMIT, PlanOptions
 from tightfit.planner.service.wire.errors import JOB_ERRORS
 from tightfit.planner.service.wire.inputs import UPLOADED
 from tightfit.planner.service.wire.redaction import Redaction, with_paths
-from tightfit.planner.service.wire.remote_devices import HEADER, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import FINISHED, OWN_DEVICE
 from tightfit.planner.service.wire.settings import HEARTBEAT_SECONDS, check_token, installed_version, loopback
 from tightfit.planner.service.wire.traces import canonical_request, with_places, without_places
@@ -50,7 +45,7 @@ from tightfit.profiles.sources.prepared import PreparedModel, parse_prepared
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
 
-Kept = Literal["profiles", "plans", "fleets", "jobs", "runs", "uploads"]
+Kept = Literal["profiles", "plans", "jobs", "runs", "uploads"]
 """what the service keeps; runs are jobs too, and uploads are called by the name that they were sent under"""
 Progress = Callable[[dict[str, Any]], None]
 """called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
@@ -72,14 +67,12 @@ def connect(
     *,
     token: str | None = None,
     certificate: str | os.PathLike[str] | None = None,
-    device: RemoteDevice | None = None,
     timeout: float = 60.0,
     tell: Callable[[str], None] | None = None,
 ) -> Client:
     """A client of the service at `url`. `token` and `certificate`, the file of the certificate that an https service shows or of those
-    who have signed it, default to the environment variables TIGHTFIT_TOKEN and TIGHTFIT_CERTIFICATE. `device`, as `this_device`
-    makes it, is what the service lists this machine as; None: it does not. `tell` is called with a sentence when a service that has
-    answered does not any more and is asked again.
+    who have signed it, default to the environment variables TIGHTFIT_TOKEN and TIGHTFIT_CERTIFICATE. `tell` is called with a
+    sentence when a service that has answered does not any more and is asked again.
 
     Raises InputError where what answers there is no tightfit, or one that its certificate does not vouch for, and RunError where
     nothing answers.
@@ -88,7 +81,6 @@ def connect(
         url,
         token=token or os.environ.get("TIGHTFIT_TOKEN") or None,
         certificate=certificate,
-        device=device,
         timeout=timeout,
         tell=tell,
     )
@@ -114,7 +106,6 @@ class Client:
         token: str | None,
         timeout: float,
         certificate: str | os.PathLike[str] | None = None,
-        device: RemoteDevice | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         base_url = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
@@ -122,9 +113,8 @@ class Client:
         self._ids: dict[str, str] = {}
         self._heard: dict[str, str] = {}  # job -> id of the last of its events
         self._answered = self._silent = False
-        self._device = device
         self._tell = tell or (lambda sentence: None)
-        headers = {} if device is None else {HEADER: device.model_dump_json()}
+        headers = {}
         try:
             address = httpx.URL(self.url)
             if token is not None:
@@ -270,36 +260,6 @@ class Client:
             plans=[self._planned(cell["plan"], paths) for cell in cells],
         )
 
-    @keywords_of(FleetOptions)
-    def fleet(
-        self, members: Sequence[MemberSpec], micro_batches: int, options: FleetOptions
-    ) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
-        """`tightfit.planner.fleet.plan.plan_kind`, solved by the service: the fleet's plan, each member's by name, and
-        why it is of its kind.
-        """
-        stored: dict[int, str] = {}
-        for member in members:
-            if id(member.profile) not in stored:  # members may share one
-                stored[id(member.profile)] = self.upload(member.profile)
-        request = {
-            **options.model_dump(exclude={"progress"}),
-            "micro_batches": micro_batches,
-            "members": [
-                {
-                    "name": member.name,
-                    "profile": stored[id(member.profile)],
-                    "memory": member.budget_bytes,
-                    "up": member.link.up_bytes_per_second,
-                    "down": member.link.down_bytes_per_second,
-                    "latency": member.link.latency_seconds,
-                }
-                for member in members
-            ],
-        }
-        result = self.finish(self.post("/v1/fleets", request), options.progress)["result"]
-        plans = {name: self.stored_plan(identity) for name, identity in result["plans"].items()}
-        return self.stored_fleet(result["fleet"]), plans, result["why"]
-
     def run(
         self, plan: str | Plan, data: str, *, steps: int | None = None, progress: Progress | None = None, **options: Any
     ) -> dict[str, Any]:
@@ -330,15 +290,6 @@ class Client:
     def _id(self, plan: str) -> str:
         """The id of the stored plan with that fingerprint, where this client has it from the service; else `plan`."""
         return self._ids.get(plan, plan)
-
-    def stored_fleet(self, identity: str) -> FleetPlan | PipelinePlan:
-        return parse_any(self._send("GET", f"/v1/fleets/{identity}/file").content, f"{self.url}: {identity}")
-
-    def report(self, report: RunReport) -> None:
-        """Tell the service how a run of its latest plan for this device went."""
-        if self._device is None:
-            raise InputError("the service does not know this device; connect with device=this_device()")
-        self.post(f"/v1/remote-devices/{self._device.identity}/reports", report.model_dump())
 
     # --- what the service keeps --------------------------------------------------------------------------------------
 
@@ -373,8 +324,8 @@ class Client:
         *,
         part: Literal["adapter", "report", "merged"] = "adapter",
     ) -> Path:
-        """Write a profile, a plan or a fleet to a file, or of a run its adapter (a tar file), its report or what was merged last. Returns
-        the file's path.
+        """Write a profile or a plan to a file, or of a run its adapter (a tar file), its report or what was merged last.
+        Returns the file's path.
 
         Raises InputError where it cannot be written.
         """

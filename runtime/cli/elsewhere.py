@@ -27,16 +27,13 @@ CHOICES = TypeAdapter(list[Choice | None])
 
 
 class Elsewhere:
-    """The service at `url`, which lists this machine with its `budget`. With `force` it is asked anew for all. `report` is called with
-    what is asked for.
+    """The service at `url`. With `force` it is asked anew for all. `report` is called with what is asked for.
 
     Methods raise what the service's client raises.
     """
 
-    def __init__(
-        self, url: str, certificate: Path | None, budget: int | None, *, force: bool, report: Callable[[str], None]
-    ) -> None:
-        self._url, self._certificate, self._budget, self._force, self._report = url, certificate, budget, force, report
+    def __init__(self, url: str, certificate: Path | None, *, force: bool, report: Callable[[str], None]) -> None:
+        self._url, self._certificate, self._force, self._report = url, certificate, force, report
         self._traced: dict[str, PreparedModel] = {}
 
     def describe(self, model: str) -> None:
@@ -77,7 +74,7 @@ class Elsewhere:
         return choices
 
     def _asked(self, ask: Callable[[Client], Answer]) -> Answer:
-        with service(self._url, self._certificate, self._budget) as client:
+        with service(self._url, self._certificate) as client:
             return ask(client)
 
 

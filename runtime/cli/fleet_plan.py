@@ -10,16 +10,13 @@ from tightfit.planner.fleet.options import FEDERATED, FleetOptions, RoundsPlanOp
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.fleet_run import member_commands
 from tightfit.runtime.cli.options import (
-    Certificate,
     Debug,
     FleetDescription,
     FleetFolder,
     Html,
     Json,
-    Server,
     answering,
     read,
-    service,
     with_options,
 )
 from tightfit.runtime.common.errors import InputError
@@ -83,8 +80,6 @@ def plan(
         ),
     ] = None,
     html: Html = None,
-    server: Server = None,
-    certificate: Certificate = None,
     supernode: Annotated[
         bool,
         typer.Option("--supernode", help="Devices of rounds run Flower's own SuperNode, which takes more memory."),
@@ -121,7 +116,7 @@ def plan(
     }
     for_steps: dict[str, Any] = {"--micro-batches": micro_batches, "--bits": bits}
     foreign = for_steps if kind == FEDERATED else for_rounds
-    for option, value in {**foreign, **({"--html": html, "--server": server} if kind in OTHERS else {})}.items():
+    for option, value in {**foreign, **({"--html": html} if kind in OTHERS else {})}.items():
         if value is not None:
             raise InputError(f"{option} is for fleets of another kind; plan {kind} without it")
     check_writable(output / FILE)
@@ -142,9 +137,6 @@ def plan(
             planned, plans = plan_side(
                 members, count, bits=wanted, time_limit=asked.time_limit, progress=solving, **gap
             )
-        elif server is not None:
-            with service(server, certificate) as elsewhere:
-                planned, plans, why = elsewhere.fleet(members, count, **dict(asked.but(progress=solving)))
         else:
             planned, plans, why = plan_kind(members, count, **dict(asked.but(progress=solving)))
     if why is not None:

@@ -137,9 +137,7 @@ def _hand_on(
         if server is not None:
             from tightfit.runtime.cli.elsewhere import Elsewhere
 
-            service = Elsewhere(
-                server, certificate, budget, force=options.force, report=lambda what: stages(what, 0, 1)
-            )
+            service = Elsewhere(server, certificate, force=options.force, report=lambda what: stages(what, 0, 1))
             service.describe(model)
             options = options.but(tracer=service.traced, choose=service.choose)
         order = kept.enter_context(

@@ -87,15 +87,12 @@ def stage() -> Iterator[io.StringIO]:
 
 
 @contextlib.contextmanager
-def service(url: str, certificate: Path | None = None, budget: int | None = None) -> Iterator[Client]:
-    """A client of the service at `url`, which lists this machine with its `budget` as one that asks. A Ctrl-C becomes a RunError
-    whose message says what goes on there.
-    """
+def service(url: str, certificate: Path | None = None) -> Iterator[Client]:
+    """A client of the service at `url`. A Ctrl-C becomes a RunError whose message says what goes on there."""
     from tightfit.planner.service.client import connect
-    from tightfit.planner.service.wire.remote_devices import this_device
     from tightfit.runtime.cli.terminal import messages
 
-    with connect(url, certificate=certificate, device=this_device(budget), tell=messages().print) as service:
+    with connect(url, certificate=certificate, tell=messages().print) as service:
         try:
             yield service
         except KeyboardInterrupt as stop:

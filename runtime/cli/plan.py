@@ -112,7 +112,7 @@ def plan(
             if server is None:
                 result, explanation = _plan_here(profile, budget, settings, solving, interrupts, what_if=what_if)
             else:
-                with service(server, certificate, budget) as client:
+                with service(server, certificate) as client:
                     result = client.plan(profile, budget, **dict(settings.but(progress=solving)))
                     explanation = client.explanation(result)
         interrupted = interrupts.seen
@@ -182,7 +182,7 @@ def plan_smaller(
             def make(budget: int) -> Plan:
                 return planner.plan(budget, policy=options.policy, time_limit=options.time_limit, gap=options.gap)
         else:
-            client = stack.enter_context(service(server, certificate, planned.budget_bytes))
+            client = stack.enter_context(service(server, certificate))
 
             def make(budget: int) -> Plan:
                 return client.plan(step, budget, **dict(options))

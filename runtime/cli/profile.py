@@ -57,9 +57,7 @@ def profile(
 
         profile_options = profile_options.but(progress=stages, memory=_left_for_measuring(memory))
         if server is not None:
-            profile_options = traced_by(
-                server, model, profile_options, certificate, None if memory is None else parse_size(memory)
-            )
+            profile_options = traced_by(server, model, profile_options, certificate)
         measured = measure(model, **dict(profile_options))
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}
@@ -73,9 +71,7 @@ def _left_for_measuring(memory: str | None) -> int | None:
     return None if memory is None else max(1, parse_size(memory) - resident().resident)
 
 
-def traced_by(
-    server: str, model: str, options: ProfileOptions, certificate: Path | None, budget: int | None
-) -> ProfileOptions:
+def traced_by(server: str, model: str, options: ProfileOptions, certificate: Path | None) -> ProfileOptions:
     """The options with a step that the service at `server` has traced; the weights stay here. The step of a module is traced here.
 
     Raises what the service's client raises.
@@ -85,7 +81,7 @@ def traced_by(
 
     report = options.progress
     assert report is not None
-    service = Elsewhere(server, certificate, budget, force=options.force, report=lambda what: report(what, 0, 1))
+    service = Elsewhere(server, certificate, force=options.force, report=lambda what: report(what, 0, 1))
     service.describe(model)
     request = request_trace(model, **dict(options))
     return options if request is None else options.but(prepared=service.trace(request))

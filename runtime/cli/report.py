@@ -1,6 +1,4 @@
-"""The command ``tightfit report``: hands the metrics of a run to TensorBoard or Weights & Biases, makes a page of it, or tells a service
-how it went.
-"""
+"""The command ``tightfit report``: hands the metrics of a run to TensorBoard or Weights & Biases, or makes a page of it."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Certificate, Debug, Json, service
+from tightfit.runtime.cli.options import Debug, Json
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import JsonError, read_json
 from tightfit.runtime.supervision.printing import answer
@@ -26,14 +24,6 @@ def report(
     follow: Annotated[
         bool, typer.Option("--follow", help="Go on while the run goes on, until it ends or Ctrl-C.")
     ] = False,
-    server: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Tell the service that planned the run how it went: bytes and seconds, predicted and measured, and nothing else.",
-        ),
-    ] = None,
-    certificate: Certificate = None,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -48,23 +38,19 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Hand the metrics of a run, of one that is under way or of one that is done, to a tool that draws curves; make a page of one that is
-    done; or tell its figures to the service that planned it.
+    """Hand the metrics of a run, of one that is under way or of one that is done, to a tool that draws curves; or make a page of one that
+    is done.
 
     A process of its own, whose memory is no part of the run's budget.
     """
-    if [to, server, html].count(None) != 2:
+    if (to is None) == (html is None):
         raise InputError(
-            "name who takes the metrics, --to tensorboard or --to wandb, the page to write, --html FILE, or the service that planned,"
-            " --server URL"
+            "name either who takes the metrics, --to tensorboard or --to wandb, or the page to write, --html FILE"
         )
     if plan is not None and html is None:
         raise InputError(f"--plan {plan}: the plan is for the page; name the page to write as well, --html FILE")
     if html is not None:
         _write_page(output, html, plan, as_json=as_json)
-        return
-    if server is not None:
-        _tell_service(output, server, certificate, as_json=as_json)
         return
     assert to is not None
     from tightfit.runtime.cli.terminal import messages
@@ -111,21 +97,3 @@ def _write_page(output: Path, html: Path, plan_file: Path | None, *, as_json: bo
     metrics = output / "metrics.jsonl"
     page = run_page(output.resolve().name, report, read_metrics(str(metrics)) if metrics.exists() else [], plan)
     answer({"html": str(write_whole(html, page))}, f"html written to {html}", as_json=as_json)
-
-
-def _tell_service(output: Path, server: str, certificate: Path | None, *, as_json: bool) -> None:
-    from tightfit.planner.service.wire.remote_devices import PhaseMemory, RunReport
-
-    report = _read_report(output)
-    figures = {**(report.get("stage_bytes") or {}), "training": report["peak_bytes"]}
-    phases = [
-        PhaseMemory(phase=name, predicted_bytes=figure["predicted"], held_bytes=figure["measured"])
-        for name, figure in figures.items()
-    ]
-    seconds = report["step_seconds"]
-    told = RunReport(
-        phases=phases, predicted_step_seconds=seconds["predicted"], measured_step_seconds=seconds["measured"]
-    )
-    with service(server, certificate, report["budget_bytes"]) as client:
-        client.report(told)
-    answer(told.model_dump(mode="json"), f"{server} knows how the run went", as_json=as_json)

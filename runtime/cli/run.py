@@ -30,11 +30,10 @@ FLEET = re.compile(rb'"kind": ?"(data parallel|pipeline|mobillm|(split )?federat
 
 @dataclass(frozen=True, kw_only=True)
 class Earlier:
-    """What a longer command has done before a run, and does after it, as `SupervisorSettings` has it."""
+    """What a longer command has done before a run, as `SupervisorSettings` has it."""
 
     stages: str | None = None
     stage_bytes: dict[str, list[int | None]] | None = None
-    after: list[str] | None = None
 
 
 NOTHING = Earlier()
@@ -75,10 +74,6 @@ def run(
             help="JSON of what the stages of `tightfit train` were predicted to hold, and have held, in bytes.",
         ),
     ] = None,
-    after: Annotated[
-        str | None,
-        typer.Option("--after", hidden=True, help="JSON of a command line to start when the run has ended well."),
-    ] = None,
     tokens: Annotated[
         Path | None,
         typer.Option("--tokens", hidden=True, help="Folder in which `tightfit train` has kept the data as tokens."),
@@ -107,7 +102,6 @@ def run(
     earlier = Earlier(
         stages=stages,
         stage_bytes=None if held is None else json.loads(held),  # noqa: TID251  written by `tightfit train`
-        after=None if after is None else json.loads(after),  # noqa: TID251  as above
     )
     carry_out(loaded, data, training, as_json=as_json, debug=debug, replace=bool(context.obj), earlier=earlier)
 
@@ -192,7 +186,6 @@ def hand_on(
         output=str(output.absolute()) if output else None,
         stages=earlier.stages,
         stage_bytes=(earlier.stage_bytes or {}) | prepared_bytes,
-        after=earlier.after,
         then=then,
     )
     raise typer.Exit(hand_over(order, show, group, replace=replace))

@@ -203,5 +203,5 @@ def _run_plan(context: typer.Context, values: Mapping[str, Any]) -> None:
         run(context, **options_of_command(run, values))
         return
     words = command_words(context.command.params, options_of_command(run, values))
-    words += [f"--{name}={values[name]}" for name in ("stages", "tokens", "held", "after") if values[name] is not None]
+    words += [f"--{name}={values[name]}" for name in ("stages", "tokens", "held") if values[name] is not None]
     replace_process(command("tightfit.runtime.cli.main", "run", str(values["plan"]), *words))

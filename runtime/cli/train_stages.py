@@ -39,7 +39,6 @@ from tightfit.runtime.cli.phase_memory import ASKING, LEARNING, PROFILING, READI
 from tightfit.runtime.cli.plan import plan, smaller_folder
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
-from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.common.units import MIB, format_size, parse_size
 from tightfit.runtime.engine.device.resident import memory as resident
@@ -261,16 +260,8 @@ class TrainStages:
             "tokens": self.tokens if self.tokens.exists() else None,
             "stages": summary,
             "held": json.dumps(self.course.stage_bytes) if self.apart else None,
-            "after": json.dumps(self._report()) if self.apart and self.values["server"] is not None else None,
             "plan": self.output / PLAN_FILE,
         }
-
-    def _report(self) -> list[str]:
-        """The command that tells the service how the run went."""
-        words = [f"--server={self.values['server']}"]
-        if self.values["certificate"] is not None:
-            words.append(f"--certificate={self.values['certificate']}")
-        return command("tightfit.runtime.cli.main", "report", str(self.output), *words)
 
 
 def _how_to_begin(output: Path, *, resume: bool, overwrite: bool) -> tuple[bool, bool]:

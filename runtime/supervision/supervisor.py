@@ -74,8 +74,6 @@ class SupervisorSettings:
     """JSON of what was done before the run, to be printed beside the report with `as_json`"""
     stage_bytes: dict[str, list[int | None]] | None = None
     """stage before the run -> bytes that it was predicted to hold, if that was predicted, and that it has held; for the report"""
-    after: list[str] | None = None
-    """a command line that is started when the run has ended well; that it fails is told and changes nothing"""
     then: list[str] | None = None
     """of a rehearsal: the command line that this process becomes when the run has ended, however it did"""
 
@@ -252,9 +250,6 @@ def main(arguments: Sequence[str]) -> int:
         if not training.stepped and not order.evaluates:
             sys.stderr.write(already_done(report, order.directory, order.steps))
         _answer(report, settings.stages, as_json=settings.as_json)
-        if settings.after is not None:
-            environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
-            subprocess.run(settings.after, env=environment, stdout=subprocess.DEVNULL, check=False)
     except (Exception, KeyboardInterrupt) as error:
         return fail(error, as_json=settings.as_json, debug=settings.debug)
     finally:

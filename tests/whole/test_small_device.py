@@ -131,19 +131,14 @@ def test_a_prepared_folder_answers_as_its_model_does(folder: Path, cache: Path, 
 
 @pytest.mark.slow
 def test_a_service_traces_and_plans(folder: Path, ordinary: Path, tmp_path: Path) -> None:
-    """The device has none of the packages that trace, plan and draw; the service knows afterwards how it went."""
+    """The device has none of the packages that trace, plan and draw."""
     service = Served(tmp_path / "service").start()
     try:
         server = f"--server={service.url}"
-        report = trained(folder, tmp_path / "out", "model", *STEP, "--memory=300MiB", server, cache=tmp_path / "c")
-        (device,) = service.http.get("/v1/remote-devices").json()["devices"]
+        trained(folder, tmp_path / "out", "model", *STEP, "--memory=300MiB", server, cache=tmp_path / "c")
     finally:
         service.stop()
     assert adapter(tmp_path / "out") == adapter(ordinary)
-    assert device["planned"]["memory"] == device["device"]["budget_bytes"] == 300 * MIB
-    held = {phase["phase"]: phase["held_bytes"] for phase in device["report"]["phases"]}
-    assert held["training"] == report["peak_bytes"]["measured"]
-    assert held["measuring"] == report["stage_bytes"]["measuring"]["measured"]
 
 
 @pytest.mark.slow

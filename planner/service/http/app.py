@@ -20,13 +20,11 @@ from starlette.routing import Match
 from tightfit.planner.service.http import (
     routes_answers,
     routes_files,
-    routes_fleets,
     routes_jobs,
     routes_page,
     routes_planning,
     routes_previews,
     routes_profiles,
-    routes_remote_devices,
     routes_runs,
     routes_traces,
 )
@@ -51,9 +49,6 @@ small is a result (`status: infeasible`, with the smallest budget that is enough
 **Who asks.** Whoever has the token is one user: jobs, idempotency keys and the queue are shared. Without a token there is one user, at
 this machine.
 
-**Devices** that train elsewhere may say what they are in the header `X-Tightfit-Device`, JSON such as {"name": "raspberry", "processor":
-"Cortex-A76", "cores": 4, "memory_bytes": 4294967296, "budget_bytes": 268435456}: `/v1/remote-devices` lists them.
-
 **In time.** A request's headers must come within 10 s and its body within 60 s, else the answer is 408. A body has at most 256 KiB,
 an uploaded profile or the description of a model 64 MiB unpacked, with at most 250,000 operators and 1,000,000 tensors in all of its layers, else the answer is 413
 or 422. Where too many connections are open, those that have waited for
@@ -71,11 +66,9 @@ ROUTERS = tuple(
         routes_profiles,
         routes_traces,
         routes_planning,
-        routes_fleets,
         routes_runs,
         routes_answers,
         routes_jobs,
-        routes_remote_devices,
         routes_page,
     )
 )

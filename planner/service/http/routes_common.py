@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Header, Query, Request, Response
@@ -16,12 +16,11 @@ from tightfit.planner.service.jobs.store import Row, content_key, listed
 from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid, not_found
 from tightfit.planner.service.wire.inputs import uploaded
-from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.remote_devices import HEADER, device_of
 from tightfit.planner.service.wire.requests import NameRequest
 from tightfit.planner.service.wire.schema import FINISHED, JOB, ErrorAnswer, JobKind, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.devices.data_sheets import known_devices
+from tightfit.profiles.schema import MOBILLM
 
 IdempotencyKey = Annotated[
     str | None,
@@ -142,7 +141,6 @@ def enqueue(
     With `renews`, the request whose answer is to be made anew, only a job that has not ended answers.
     """
     service = service_of(request)
-    device = device_of(request.headers.get(HEADER))
     lane = lane_of(kind)
     job, new = service.store.enqueue(
         kind,
@@ -157,8 +155,6 @@ def enqueue(
     service.metrics.cached.labels(kind, "new" if new else "finished" if job.state in FINISHED else "joined").inc()
     if new:
         service.supervisor.wake(lane)
-    if device is not None:
-        service.store.note_device(device, plan_job=job.id if kind == "plan" else None)
     return job_response(service.events.shown(job))
 
 
@@ -209,22 +205,14 @@ async def file_response(
     *,
     media_type: str = "application/json",
     name: str | None = None,
-    redacted: Callable[[Redaction, bytes], str | bytes] | None = None,
 ) -> Response:
-    """A stored file's content, as it lies there where the client takes gzip, or what `redacted` makes of it.
-
-    Raises UnreadableError where it is damaged.
-    """
+    """A stored file's content, as it lies there where the client takes gzip. Raises UnreadableError where it is damaged."""
     objects = service_of(request).objects
     headers = {"ETag": f'"{row["digest"]}"', "Vary": "Accept-Encoding"}
     if name is not None:
         headers["Content-Disposition"] = f'attachment; filename="{name}"'
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
-    if redacted is not None:
-        redaction = service_of(request).redaction
-        content = await asyncio.to_thread(lambda: redacted(redaction, objects.read(row["digest"])))
-        return Response(content, media_type=media_type, headers=headers)
     await asyncio.to_thread(objects.check, row["digest"])
     if media_type == "application/json" and "gzip" in request.headers.get("accept-encoding", ""):
         return Response(
@@ -255,18 +243,16 @@ async def data_path(request: Request, data: str, field: str) -> str:
     return data
 
 
-def names_paths(profile: Row | None) -> bool:
-    """Whether a profile, and plans of it, may name this machine's paths: made by a service that did not redact what it stored."""
-    return profile is None or (profile["origin"] == "made" and profile["paths"] is None)
-
-
 def not_runnable(request: Request, plan: Row) -> str | None:
     """Why a stored plan cannot be run on this machine; None where it can."""
     summary = json.loads(plan["summary"])
     if summary["status"] == "infeasible":
         return f"the plan {plan['id']} has no schedule: its budget is too small; plan again with more memory"
-    if summary.get("of_a_fleet"):
-        return f"the plan {plan['id']} is a member's of a fleet: its gradients are for the fleet's sum; run the whole fleet"
+    if summary["policy"] == MOBILLM:
+        return (
+            f"the plan {plan['id']} is a device's part of {MOBILLM}, and the server's has to run beside it; plan both with"
+            f" `tightfit fleet plan --kind {MOBILLM}` and run the fleet: `tightfit fleet run`"
+        )
     profile = service_of(request).store.file("profile", plan["origin"])
     if profile is not None and profile["origin"] == "example":
         return (

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Request, Response
 from starlette.responses import StreamingResponse
 
 from tightfit.planner.service.http.routes_common import After, Limit, Search, errors, service_of
-from tightfit.planner.service.jobs.migrations import LATEST
 from tightfit.planner.service.jobs.orders import LOCAL
+from tightfit.planner.service.jobs.tables import SCHEMA
 from tightfit.planner.service.wire.errors import ServiceError
-from tightfit.planner.service.wire.remote_devices import this_device
 from tightfit.planner.service.wire.requests import JobsRequest, NameRequest
 from tightfit.planner.service.wire.schema import (
     FINISHED,
@@ -166,7 +166,7 @@ async def list_devices(request: Request) -> DeviceList:
         label="the service's machine",
         kind="cpu",
         threads=cores,
-        memory_bytes=this_device().memory_bytes,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         local=True,
         running=running,
         waiting=waiting,
@@ -202,7 +202,7 @@ async def health(request: Request) -> Health:
         status="ok",
         version=request.app.version,
         profile_version=PROFILE_VERSION,
-        schema_version=LATEST,
+        schema_version=SCHEMA,
         set_aside=store.set_aside(),
     )
 

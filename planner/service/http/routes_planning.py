@@ -9,8 +9,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from tightfit.planner.io import parse_plan
-from tightfit.planner.plan_result import sealed
 from tightfit.planner.service.http.routes_common import (
     JOB_RESPONSES,
     After,
@@ -24,14 +22,12 @@ from tightfit.planner.service.http.routes_common import (
     errors,
     file_response,
     named,
-    names_paths,
     not_runnable,
     service_of,
     stored,
 )
 from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
-from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.requests import (
     AnswerPlanRequest,
     ComparisonRequest,
@@ -49,7 +45,6 @@ Asked = Annotated[
         description="only plans that somebody named, used or asked for, not those made for a comparison alone or to learn of the smallest budget"
     ),
 ]
-Whole = Annotated[bool, Query(description="only plans of whole steps, not what the members of fleets do")]
 FILE = described_file("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
 
 
@@ -67,13 +62,12 @@ async def list_plans(
     request: Request,
     profile: Digest | None = None,
     asked: Asked = False,
-    whole: Whole = False,
     limit: Limit = 100,
     after: After = None,
     search: Search = None,
 ) -> PlanList:
     store = service_of(request).store
-    rows = store.files("plan", origin=profile, asked=asked, whole=whole, search=search, after=after, limit=limit)
+    rows = store.files("plan", origin=profile, asked=asked, search=search, after=after, limit=limit)
     return PlanList(plans=[listed(row) for row in rows.items], next=rows.next, set_aside=store.set_aside("plan"))
 
 
@@ -103,14 +97,7 @@ async def delete_plan(request: Request, identity: Identity) -> None:
 @router.get("/plans/{identity}/file", responses=FILE, summary="The whole plan", response_class=Response)
 async def get_plan_file(request: Request, identity: Identity) -> Response:
     """What `tightfit run` takes."""
-    row = stored(request, "plan", identity)
-    unredacted = names_paths(service_of(request).store.file("profile", row["origin"]))
-    return await file_response(request, row, redacted=_redacted if unredacted else None)
-
-
-def _redacted(redaction: Redaction, content: bytes) -> str:
-    plan = parse_plan(content, "the stored plan")
-    return sealed(plan.model_copy(update={"model": redaction.model(plan.model)[0]})).model_dump_json()
+    return await file_response(request, stored(request, "plan", identity))
 
 
 @router.get("/plans/{identity}/view", response_model=PlanView, responses=errors(404), summary="A plan to look at")

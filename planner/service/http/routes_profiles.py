@@ -20,20 +20,16 @@ from tightfit.planner.service.http.routes_common import (
     errors,
     file_response,
     named,
-    names_paths,
     service_of,
     stored,
 )
 from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.jobs.store import Row, listed
 from tightfit.planner.service.wire.errors import invalid
-from tightfit.planner.service.wire.redaction import Redaction
-from tightfit.planner.service.wire.remote_devices import HEADER, device_of
 from tightfit.planner.service.wire.requests import NameRequest, ProfileRequest
 from tightfit.planner.service.wire.schema import Digest, ProfileList, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.planner.service.wire.traces import check_config
-from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.profiles.sources.file_header import model_of_header
 from tightfit.profiles.weights.precision import precision
@@ -112,12 +108,8 @@ def _source(settings: Settings, body: ProfileRequest) -> Row:
 )
 async def upload_profile(request: Request) -> Response:
     """The body is a profile.json, plain or gzip. It can be planned; only profiles made here can also be run here."""
-    service, device = service_of(request), device_of(request.headers.get(HEADER))
-    row, new = await service.uploads.receive(request, "profile")
-    profile = listed(row)
-    if device is not None:
-        service.store.note_device(device)
-    return Response(profile.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
+    row, new = await service_of(request).uploads.receive(request, "profile")
+    return Response(listed(row).model_dump_json(), status_code=201 if new else 200, media_type="application/json")
 
 
 @router.get("", response_model=ProfileList, summary="Profiles, newest first")
@@ -156,10 +148,4 @@ async def delete_profile(request: Request, identity: Identity, with_plans: WithP
 
 @router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)
 async def get_profile_file(request: Request, identity: Identity) -> Response:
-    row = stored(request, "profile", identity)
-    return await file_response(request, row, redacted=_redacted if names_paths(row) else None)
-
-
-def _redacted(redaction: Redaction, content: bytes) -> str:
-    profile = parse_profile(content, "the stored profile")
-    return canonical_json(profile.model_copy(update={"model": redaction.model(profile.model)[0]}))
+    return await file_response(request, stored(request, "profile", identity))

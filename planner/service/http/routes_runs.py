@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
@@ -23,7 +21,6 @@ from tightfit.planner.service.http.routes_common import (
     file_of_run,
     file_response,
     job_response,
-    names_paths,
     not_runnable,
     run_of,
     service_of,
@@ -33,11 +30,9 @@ from tightfit.planner.service.jobs.orders import MERGED
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.errors import ServiceError, invalid
 from tightfit.planner.service.wire.inputs import uploaded
-from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.requests import MergeRequest, RunRequest
 from tightfit.planner.service.wire.schema import JobId, RunMetrics, ServiceJob
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.strict_json import from_json, to_json
 from tightfit.runtime.session.options import TrainingOptions
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
@@ -124,25 +119,14 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
 
 @router.get("/{identity}/report", responses=REPORT, summary="Predicted beside measured", response_class=Response)
 async def get_report(request: Request, identity: Identity) -> Response:
-    return await file_response(
-        request,
-        file_of_run(request, identity, "report"),
-        redacted=lambda redaction, content: to_json(redaction.value(from_json(content))),
-    )
+    return await file_response(request, file_of_run(request, identity, "report"))
 
 
 @router.get("/{identity}/adapter", responses=ADAPTER, summary="The adapter as a tar file", response_class=Response)
 async def get_adapter(request: Request, identity: Identity) -> Response:
     """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
-    row, store = file_of_run(request, identity, "adapter"), service_of(request).store
-    plan = store.file("plan", str(run_of(request, identity).request.get("plan")))
-    return await file_response(
-        request,
-        row,
-        media_type="application/x-tar",
-        name=f"adapter-{identity}.tar",
-        redacted=_redacted if plan is None or names_paths(store.file("profile", plan["origin"])) else None,
-    )
+    row = file_of_run(request, identity, "adapter")
+    return await file_response(request, row, media_type="application/x-tar", name=f"adapter-{identity}.tar")
 
 
 @router.post("/{identity}/merge", status_code=202, responses=JOB_RESPONSES, summary="Merge a run's adapter")
@@ -171,20 +155,6 @@ async def get_merged(request: Request, identity: Identity) -> FileResponse:
             service.store.touch(kind, job.id)
         return FileResponse(path, media_type=BYTES, filename=f"merged-{identity}{path.suffix}")
     raise ServiceError(409, "conflict", f"the run {identity} was not merged; post to /v1/runs/{identity}/merge first")
-
-
-def _redacted(redaction: Redaction, content: bytes) -> bytes:
-    """An adapter whose configuration names no path."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive, tarfile.open(fileobj=packed, mode="w") as redacted:
-        for member in archive:
-            file = archive.extractfile(member)
-            content_part = b"" if file is None else file.read()
-            if member.name.endswith(".json"):
-                content_part = to_json(redaction.value(from_json(content_part))).encode()
-                member.size = len(content_part)
-            redacted.addfile(member, io.BytesIO(content_part))
-    return packed.getvalue()
 
 
 async def _allowed(request: Request, body: RunRequest) -> Row:

@@ -1,4 +1,4 @@
-"""What is shown of plans and fleets: made by processes of their own, so that nobody else waits for it, and kept in memory while
+"""What is shown of plans: made by processes of their own, so that nobody else waits for it, and kept in memory while
 there is room.
 """
 
@@ -50,7 +50,7 @@ class Views:
     async def answer(
         self, request: Request, what: str, rows: Sequence[Row], *, not_runnable: str | None = None
     ) -> Response:
-        """What is shown of stored plans or of a fleet (`service.jobs.viewing.SHOWN`); `not_runnable` says why a plan cannot be run.
+        """What is shown of stored plans (`service.jobs.viewing.SHOWN`); `not_runnable` says why a plan cannot be run.
 
         Raises ServiceError for what is damaged, or takes too long or too much memory to show, and InputError for what is no plan.
         """

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from tightfit.planner.fleet.schema import AnyFleet, StageMember
 from tightfit.planner.plan import policies_of
 from tightfit.planner.report.summary import plan_summary, profile_summary
 from tightfit.planner.schema import Plan
@@ -15,8 +14,7 @@ from tightfit.planner.service.jobs.store import Row, content_key, file_row
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.solve.policies import approximate_of, refused_of
 from tightfit.profiles.io import canonical_json
-from tightfit.profiles.schema import EXCHANGE, Profile
-from tightfit.runtime.engine.training.job import passes_messages
+from tightfit.profiles.schema import Profile
 
 
 def keep_profile(
@@ -49,32 +47,14 @@ def keep_plan(
     plan: Plan,
     origin: str,
     explanation: Row | None = None,
-    *,
-    part_of: Row | None = None,
 ) -> Row:
-    """Store a plan of the profile `origin` under what it was made of. `part_of`: the fleet whose member does it, as `part_of_fleet` says
-    it.
-    """
+    """Store a plan of the profile `origin` under what it was made of."""
     written = objects.put(plan.model_dump_json().encode())
-    marks = {
-        # the device that it is for, where that is not one on which plans are run
-        "elsewhere": None if plan.device.measured and plan.device.kind == "cpu" else plan.device.name,
-        "of_a_fleet": plan.optimizer.get("name") == EXCHANGE or passes_messages(plan.programs),
-        "part_of": part_of,
-    }
-    summary: Row = plan_summary(plan) | {"explanation": explanation} | marks
+    # the device that it is for, where that is not one on which plans are run
+    elsewhere = None if plan.device.measured and plan.device.kind == "cpu" else plan.device.name
+    summary: Row = plan_summary(plan) | {"explanation": explanation, "elsewhere": elsewhere}
     name = f"{plan.model.name}, {plan.policy}"
     return file_row("plan", identity_of(order, plan.fingerprint), written, name=name, origin=origin, summary=summary)
-
-
-def part_of_fleet(identity: str, fleet: AnyFleet, name: str, plans: Mapping[str, Plan]) -> Row:
-    """What the plan of the member `name` of a fleet is part of: the stored fleet, the members that have this very plan, and of a pipeline
-    its layers, counted from 1. `plans` are those of all members.
-    """
-    member = next((one for one in fleet.members if one.name == name), None)
-    layers = [member.first_layer + 1, member.last_layer] if isinstance(member, StageMember) else None
-    members = [other for other, plan in plans.items() if plan.fingerprint == plans[name].fingerprint]
-    return {"fleet": identity, "members": members, "layers": layers}
 
 
 def identity_of(order: JobOrder, fingerprint: str) -> str:

@@ -26,12 +26,7 @@ MODEL = "a model"
 def job_label(kind: str, request: Row, stored: Stored) -> str:
     """Model, data and budget of a job, as far as it has them; `stored` finds what the request names. Holds no path but its last part."""
     plan = _stored(stored, "plan", request.get("plan"))
-    members = [member for member in _list(request.get("members")) if isinstance(member, dict)]
-    origins = (
-        request.get("profile"),
-        None if plan is None else plan["origin"],
-        *(member.get("profile") for member in members),
-    )
+    origins = (request.get("profile"), None if plan is None else plan["origin"])
     profiles = (_stored(stored, "profile", identity) for identity in origins)
     model = next((_text(profile["name"]) for profile in profiles if profile is not None), None)
     if model is None:
@@ -39,10 +34,9 @@ def job_label(kind: str, request: Row, stored: Stored) -> str:
     if kind == "profile":
         return ", ".join([model, *_shape(request)])
     memory = request.get("memory") if plan is None else _summary(plan).get("budget_bytes")
-    data = request.get("data")
     return _sentence(
         model,
-        on=[_text(member.get("name")) for member in members] if members else [_data(data, stored)] if data else [],
+        data=_data(request.get("data"), stored),
         # One byte is no budget that anybody has: it asks for the smallest one.
         memory=[
             size for size in (memory if isinstance(memory, list) else [memory]) if isinstance(size, int) and size > 1
@@ -61,18 +55,12 @@ def file_label(file: Row) -> str:
     if file["kind"] == "plan":
         budget, model = summary.get("budget_bytes"), name.removesuffix(f", {summary.get('policy')}")
         return _sentence(model, memory=[budget] if isinstance(budget, int) else [], policy=summary.get("policy"))
-    if file["kind"] == "fleet":
-        members = [member for member in _list(summary.get("members")) if isinstance(member, dict)]
-        return _sentence(name, on=[_text(member.get("name")) for member in members])
     return name
 
 
-def _sentence(model: str, *, on: Sequence[str | None] = (), memory: Sequence[int] = (), policy: object = SOLVER) -> str:
+def _sentence(model: str, *, data: str | None = None, memory: Sequence[int] = (), policy: object = SOLVER) -> str:
     """Such as "SmolLM2-135M on reviews.jsonl in 350.0 MiB"; the policy is named where it is a fixed rule."""
-    places = [place for place in on if place]
-    words = model
-    if places:
-        words += f" on {', '.join(places[:-1])} and {places[-1]}" if len(places) > 1 else f" on {places[0]}"
+    words = f"{model} on {data}" if data else model
     if memory:
         words += f" in {format_size(min(memory))}"
     if len(set(memory)) > 1:
@@ -125,7 +113,3 @@ def _summary(file: Row) -> Row:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []

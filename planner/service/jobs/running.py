@@ -155,8 +155,7 @@ def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     }
     arguments = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
     for name, option in options_of(RunOptions).items():
-        value = request.get(name)  # jobs that were stored before an option was known lack it
-        if value is not None:
+        if (value := request[name]) is not None:
             arguments += _arguments(word_of(name, option), value)
     arguments.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
     return arguments
@@ -227,7 +226,7 @@ def _store_results(objects: ObjectStore, order: JobOrder, out: Path, report: Row
     result["loss"] = [report["loss"][0], report["loss"][-1]] if report["loss"] else []
     files = []
     for kind, content in (
-        ("report", json.dumps(report).encode()),
+        ("report", json.dumps(redaction.value(report)).encode()),
         ("metrics", (out / "metrics.jsonl").read_bytes()),
     ):
         files.append(file_row(kind, identity, objects.put(content), name=f"{kind} of {identity}", summary={}))

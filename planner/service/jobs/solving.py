@@ -1,4 +1,4 @@
-"""The jobs that make plans, comparisons and fleets; each returns its result and the files it made."""
+"""The jobs that make plans and comparisons; each returns its result and the files it made."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tightfit.planner.fleet.options import FleetOptions
-from tightfit.planner.fleet.plan import MemberSpec, plan_kind
-from tightfit.planner.fleet.schema import Link
 from tightfit.planner.generation.choice import ChoiceProblem
 from tightfit.planner.generation.program import choose_each
 from tightfit.planner.plan import planner_of
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import explained
-from tightfit.planner.report.summary import fleet_summary, plan_summary
+from tightfit.planner.report.summary import plan_summary
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER, PlanOptions
-from tightfit.planner.service.jobs.keeping import identity_of, keep_plan, part_of_fleet
+from tightfit.planner.service.jobs.keeping import keep_plan
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
-from tightfit.planner.service.jobs.store import Row, file_row
+from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.schema import OWN_DEVICE
-from tightfit.profiles.devices.data_sheets import find_device
-from tightfit.profiles.devices.estimate import retarget
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
 
@@ -97,46 +92,6 @@ def comparison(order: JobOrder, events: EventWriter) -> Row:
     return {"result": {"cells": cells}, "files": files}
 
 
-def fleet(order: JobOrder, events: EventWriter) -> Row:
-    """The plan of a fleet and those of its members, which are stored like any other plans."""
-    request = order.request
-    objects = ObjectStore(Path(order.objects))
-    origins = {member["name"]: member["profile"] for member in request["members"]}
-    profiles = {
-        (identity, device): _profile(order, identity, device)
-        for identity, device in {(member["profile"], _device_of(member)) for member in request["members"]}
-    }
-    members = [
-        MemberSpec(
-            name=member["name"],
-            profile=profiles[member["profile"], _device_of(member)],
-            budget_bytes=member["memory"],
-            link=Link(
-                up_bytes_per_second=member["up"],
-                down_bytes_per_second=member["down"],
-                latency_seconds=member["latency"],
-            ),
-        )
-        for member in request["members"]
-    ]
-    planned, plans, reason = plan_kind(
-        members,
-        request["micro_batches"],
-        **FleetOptions.of(request).model_dump(exclude={"progress"}),
-        progress=lambda figures: events.progress(**_finite(figures)),
-    )
-    written = objects.put(planned.model_dump_json().encode())
-    summary = fleet_summary(planned)
-    identity = identity_of(order, planned.fingerprint)
-    files = [
-        keep_plan(objects, order, plan, origins[name], part_of=part_of_fleet(identity, planned, name, plans))
-        for name, plan in plans.items()
-    ]
-    ids = {name: file["id"] for name, file in zip(plans, files, strict=True)}
-    files.append(file_row("fleet", identity, written, name=planned.model, summary=summary | {"plans": ids}))
-    return {"result": {"fleet": identity, "plans": ids, "why": reason, "summary": summary}, "files": files}
-
-
 def answer_plan(order: JobOrder, events: EventWriter) -> Row:
     """What stays in memory between the tokens of answers; None where nothing fits."""
     problems = [ChoiceProblem.model_validate(problem) for problem in order.request["problems"]]
@@ -147,7 +102,6 @@ def answer_plan(order: JobOrder, events: EventWriter) -> Row:
 WORK: Mapping[str, Callable[[JobOrder, EventWriter], Row]] = {
     "plan": plan,
     "comparison": comparison,
-    "fleet": fleet,
     "answer-plan": answer_plan,
 }
 """kind of a job -> what carries it out"""
@@ -158,12 +112,5 @@ def _finite(figures: Mapping[str, float | str]) -> Row:
     return {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
-def _device_of(member: Mapping[str, str]) -> str:
-    """The device of a fleet's member; older services stored requests without one."""
-    return member.get("device", OWN_DEVICE)
-
-
-def _profile(order: JobOrder, identity: str, device: str = OWN_DEVICE) -> Profile:
-    """A stored profile as it is, or with the times of another device, estimated."""
-    profile = parse_profile(order.content(identity), f"the stored profile {identity}")
-    return profile if device == OWN_DEVICE else retarget(profile, find_device(device))
+def _profile(order: JobOrder, identity: str) -> Profile:
+    return parse_profile(order.content(identity), f"the stored profile {identity}")

@@ -23,14 +23,12 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, Json
 
-from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.schema import PLAN_VERSION
 from tightfit.planner.service.jobs.labels import file_label, job_label
-from tightfit.planner.service.jobs.migrations import migrate
+from tightfit.planner.service.jobs.tables import make_tables
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk, not_found
 from tightfit.planner.service.wire.inputs import StoredUpload
 from tightfit.planner.service.wire.objects import StoredObject
-from tightfit.planner.service.wire.remote_devices import AskingDevice, PlanForDevice, RemoteDevice, RunReport
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     Digest,
@@ -39,7 +37,6 @@ from tightfit.planner.service.wire.schema import (
     JobList,
     ResponseBody,
     ServiceJob,
-    StoredFleet,
     StoredPlan,
     StoredProfile,
 )
@@ -50,16 +47,13 @@ from tightfit.runtime.common.strict_json import read_json
 
 ATTEMPTS = 5
 """a job is not tried again once it was running this many times when the service died"""
-MOST_DEVICES = 256
-"""devices elsewhere that are remembered"""
 SET_ASIDE = "set-aside"
-"""folder beside the database, with what could not be read: ``JOB.json`` for a job, ``KIND-ID.json`` for a file or a device"""
+"""folder beside the database, with what could not be read: ``JOB.json`` for a job, ``KIND-ID.json`` for a file"""
 JOB_ID = re.compile("job-[0-9a-f]{16}")
 FILE = re.compile("[a-z]+-([0-9a-f]{64}|job-[0-9a-f]{16})")
 LISTED: dict[str, tuple[type[ResponseBody], tuple[str, ...]]] = {
     "profile": (StoredProfile, ("policies",)),
     "plan": (StoredPlan, ("status", "budget_bytes", "explanation")),
-    "fleet": (StoredFleet, ()),
     "upload": (StoredUpload, ()),
 }
 """kind of a file that is listed -> how it is shown, and what its summary has to have"""
@@ -74,11 +68,6 @@ ASKED = (
     " AND EXISTS (SELECT 1 FROM uses JOIN jobs ON jobs.id = uses.job WHERE uses.kind = files.kind AND uses.file = files.id AND jobs.kind <> 'comparison')))"
 )
 """Of a plan: somebody named it, or a job other than a comparison made or used it. One byte is a question for the smallest budget."""
-WHOLE = (
-    "CASE WHEN json_valid(summary) THEN json_extract(summary, '$.part_of') IS NULL AND NOT coalesce(json_extract(summary, '$.of_a_fleet'), 0)"
-    " ELSE 1 END"
-)
-"""Of a plan: it is of a whole step, and not what a member of a fleet does."""
 Row = dict[str, Any]
 T = TypeVar("T")
 log = logging.getLogger("tightfit.service")
@@ -100,7 +89,7 @@ class FileRow(BaseModel, strict=True):
     used: float
     title: str | None
     note: str | None
-    label: str | None
+    label: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +104,7 @@ class Page(Generic[T]):
 class JobStore:
     def __init__(self, path: Path) -> None:
         """Raises StorageError where the disk is full or cannot be written, and InputError for a file that is no
-        database, or one of a newer version.
+        database, or one of another version.
         """
         self._path = path
         with failing_disk(path):
@@ -123,7 +112,7 @@ class JobStore:
             try:
                 for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"):
                     self._database.execute(f"PRAGMA {pragma}")
-                migrate(self._database, str(path))
+                make_tables(self._database, str(path))
             except BaseException as error:
                 self._database.close()
                 if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB:
@@ -302,7 +291,7 @@ class JobStore:
             file["id"],
         )
         if user is not None:
-            called = [row["title"] or row["label"] or row["id"] for row in (user, file)]
+            called = [row["title"] or row["label"] for row in (user, file)]
             message = f"the {user['kind']} “{called[0]}” ({user['id']}) is {user['state']} and needs the {file['kind']} “{called[1]}”"
             raise ServiceError(409, "conflict", f"{message}; cancel it first, or wait for its end")
 
@@ -426,7 +415,6 @@ class JobStore:
         for row in self._rows("SELECT * FROM jobs"):
             self._read(row)
         self._readable([row for row in self._database.execute("SELECT * FROM files") if _fault(row) is not None])
-        self._label()
         requeued = interrupted = 0
         for row in self._rows("SELECT id, attempts FROM jobs WHERE state = 'running'"):
             if row["attempts"] < ATTEMPTS:
@@ -439,21 +427,6 @@ class JobStore:
                 self.finish(row["id"], "interrupted", error=Error(code="interrupted", message=message))
                 interrupted += 1
         return requeued, interrupted
-
-    def _label(self) -> None:
-        """Give a label to what was stored before there were any."""
-        files = self._rows("SELECT * FROM files WHERE label IS NULL")
-        jobs = self._rows("SELECT id, kind, request FROM jobs WHERE label IS NULL")
-        if not files and not jobs:
-            return
-        with self._transaction() as database:
-            for row in files:
-                database.execute(
-                    "UPDATE files SET label = ? WHERE kind = ? AND id = ?", (file_label(row), row["kind"], row["id"])
-                )
-            for row in jobs:
-                label = job_label(row["kind"], json.loads(row["request"]), self._file)
-                database.execute("UPDATE jobs SET label = ? WHERE id = ?", (label, row["id"]))
 
     def counts(self) -> dict[tuple[str, str], int]:
         """(kind, state) -> jobs."""
@@ -508,17 +481,15 @@ class JobStore:
         *,
         origin: str | None = None,
         asked: bool = False,
-        whole: bool = False,
         search: str | None = None,
         after: str | None = None,
         limit: int = 100,
     ) -> Page[Row]:
         """Those of a kind and an origin that mention all words of `search`, from `next` of the page before on; of plans only those that
-        were `asked` for, and those of `whole` steps, if so.
+        were `asked` for, if so.
         """
         equal = {"kind": kind, "origin": origin}
-        also = [condition for condition, wanted in ((ASKED, asked), (WHOLE, whole)) if wanted]
-        rows = self._page("files", "created", equal, search, after, limit, *also)
+        rows = self._page("files", "created", equal, search, after, limit, *([ASKED] if asked else []))
         return Page(items=self._readable(rows.items), next=rows.next)
 
     def name_file(self, kind: str, identity: str, names: Mapping[str, str | None]) -> None:
@@ -541,7 +512,7 @@ class JobStore:
         )
         if plans and not with_plans:
             count = f"{len(plans)} plans" if len(plans) > 1 else "a plan"
-            called = row["title"] or row["label"] or identity
+            called = row["title"] or row["label"]
             message = f"{count} of the profile “{called}” would be without it; delete them too (with_plans=true)"
             raise ServiceError(409, "conflict", message)
         removed = [row, *plans]
@@ -623,76 +594,6 @@ class JobStore:
                 if stored.get(row["id"]) != row["stored_bytes"]:
                     self._add(row, now)
 
-    # --- devices elsewhere -----------------------------------------------------------------------------------------
-
-    def note_device(self, device: RemoteDevice, plan_job: str | None = None) -> None:
-        """Remember that a device asks now, and for which plan; the `MOST_DEVICES` that asked last are kept."""
-        with self._transaction() as database:
-            database.execute(
-                "INSERT INTO remote_devices (id, described, job, seen) VALUES (?, ?, ?, ?)"
-                " ON CONFLICT DO UPDATE SET described = excluded.described, seen = excluded.seen,"
-                " report = CASE WHEN excluded.job IS NULL OR excluded.job IS job THEN report END,"
-                " job = coalesce(excluded.job, job)",
-                (device.identity, device.model_dump_json(), plan_job, time.time()),
-            )
-            database.execute(
-                "DELETE FROM remote_devices WHERE id NOT IN (SELECT id FROM remote_devices ORDER BY seen DESC LIMIT ?)",
-                (MOST_DEVICES,),
-            )
-
-    def report_run(self, device: str, report: RunReport) -> AskingDevice:
-        """Keep how a run on a device went. Raises ServiceError 404 for a device that has not asked, or was forgotten."""
-        with self._transaction() as database:
-            database.execute("UPDATE remote_devices SET report = ? WHERE id = ?", (report.model_dump_json(), device))
-        known = self._devices(self._rows("SELECT * FROM remote_devices WHERE id = ?", device))
-        if not known:
-            raise not_found("device", device, f"the {MOST_DEVICES} that asked last are known; ask for its plan again")
-        return known[0]
-
-    def remote_devices(self) -> list[AskingDevice]:
-        """The devices that have asked, the latest first."""
-        return self._devices(self._rows("SELECT * FROM remote_devices ORDER BY seen DESC"))
-
-    def _devices(self, rows: Sequence[Row]) -> list[AskingDevice]:
-        """The devices of some rows; what cannot be read is set aside."""
-        found = []
-        for row in rows:
-            try:
-                device = AskingDevice(
-                    id=row["id"],
-                    seen=row["seen"],
-                    device=RemoteDevice.model_validate_json(row["described"]),
-                    planned=self._plan_for(row["job"]),
-                    report=None if row["report"] is None else RunReport.model_validate_json(row["report"]),
-                )
-                device.model_dump_json()
-            except Exception as error:
-                name = f"device-{hashlib.sha256(repr(row['id']).encode()).hexdigest()[:16]}"
-                with self._setting_aside(name, row, str(error)) as database:
-                    database.execute("DELETE FROM remote_devices WHERE id IS ?", (row["id"],))
-            else:
-                found.append(device)
-        return found
-
-    def _plan_for(self, identity: str | None) -> PlanForDevice | None:
-        """What was planned by a job; None where it is gone."""
-        row = None if identity is None else self._get("SELECT * FROM jobs WHERE id = ?", identity)
-        job = None if row is None else self._read(row)
-        if job is None:
-            return None
-        asked = {name: job.request[name] for name in ("profile", "memory", "policy")}
-        profile = self._get("SELECT name FROM files WHERE kind = 'profile' AND id = ?", asked["profile"])
-        result = job.result or {}
-        summary = result.get("summary", {})
-        return PlanForDevice(
-            job=job.id,
-            state=job.state,
-            **asked,
-            model=None if profile is None else profile["name"],
-            plan=result.get("plan"),
-            **{name: summary.get(name) for name in ("status", "step_seconds", "peak_bytes")},
-        )
-
     # --- retention -------------------------------------------------------------------------------------------------
 
     def touch(self, kind: str, identity: str) -> None:
@@ -723,7 +624,6 @@ class JobStore:
         removed: list[Row] = []
         with self._transaction() as database:
             database.execute("DELETE FROM jobs WHERE state NOT IN ('queued', 'running') AND used < ?", (before,))
-            database.execute("DELETE FROM remote_devices WHERE seen < ?", (before,))
             removed += database.execute(
                 f"SELECT * FROM files WHERE used < ? AND NOT EXISTS ({live})",  # noqa: S608  constants
                 (before,),
@@ -839,8 +739,7 @@ def content_key(kind: str, request: Row) -> str:
     """Fingerprint of a request: equal requests share one job, unless its answer is a file of a version that is no
     longer read.
     """
-    versions = [PROFILE_VERSION, PLAN_VERSION, *([FLEET_VERSION] if kind == "fleet" else [])]
-    return _hash(kind, request | {"versions": versions})
+    return _hash(kind, request | {"versions": [PROFILE_VERSION, PLAN_VERSION]})
 
 
 def _hash(kind: str, request: Row) -> str:
@@ -854,10 +753,9 @@ def _mentioned(search: str, *texts: str | None) -> bool:
 
 
 def _job(row: Row) -> ServiceJob:
-    figures = ("id", "kind", "state", "created", "started", "finished", "attempts", "title", "note")
+    figures = ("id", "kind", "state", "created", "started", "finished", "attempts", "label", "title", "note")
     return ServiceJob(
         **{name: row[name] for name in figures},
-        label=row["kind"] if row["label"] is None else row["label"],
         request=json.loads(row["request"]),
         progress=None,
         result=None if row["result"] is None else json.loads(row["result"]),
@@ -877,8 +775,7 @@ def listed(row: Mapping[str, Any]) -> Any:
     summary = json.loads(row["summary"])
     for name in summary_fields:
         summary[name]
-    label = row["name"] if row["label"] is None else row["label"]
-    figures = {**row, "summary": summary, "profile": row["origin"], "label": label}
+    figures = {**row, "summary": summary, "profile": row["origin"]}
     return model(**{name: figures[name] for name in model.model_fields})
 
 

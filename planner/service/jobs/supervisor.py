@@ -286,5 +286,5 @@ class Supervisor:
         self.events.forget(identity)
 
     def delete_file(self, kind: str, identity: str, *, with_plans: bool = False) -> None:
-        """Remove a profile, plan or fleet. Raises ServiceError where there is none, or it is needed."""
+        """Remove a profile or a plan. Raises ServiceError where there is none, or it is needed."""
         self._discard(self.store.remove_file(kind, identity, with_plans=with_plans))

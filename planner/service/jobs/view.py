@@ -1,4 +1,4 @@
-"""Condenses a plan, the difference of two, or a fleet to what the page shows (`service.wire.shown`)."""
+"""Condenses a plan, or the difference of two, to what the page shows (`service.wire.shown`)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,13 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from tightfit.planner.fleet.parts import listener, member_commands
 from tightfit.planner.problem.step_graph import layer_graph
 from tightfit.planner.problem.tensor_index import TensorIndex
-from tightfit.planner.report.chart_data import SLICES, lanes_of, series_of
+from tightfit.planner.report.chart_data import SLICES, series_of
 from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.explanation import Explanation, account, peak_text
-from tightfit.planner.report.fleet_text import (
-    AnyPlan,
-    activity_sheet,
-    chain_sheet,
-    fleet_sentences,
-    fleet_title,
-)
 from tightfit.planner.report.html import LARGEST, describe
 from tightfit.planner.report.memory_categories import feasible, peak_parts, timeline_slices
 from tightfit.planner.report.plain_words import plain_words
@@ -30,8 +22,6 @@ from tightfit.planner.service.wire.shown import (
     ChannelShown,
     Difference,
     Edge,
-    FleetView,
-    Lanes,
     LayerShown,
     MemoryPart,
     PeakShown,
@@ -40,8 +30,6 @@ from tightfit.planner.service.wire.shown import (
     TensorChange,
 )
 
-FLEET_FOLDER = "plan"
-"""what the folder with a fleet's files is called in the commands that start its members"""
 NODES = 400
 """layers drawn; further ones are in the table alone"""
 CHANGES = 2000
@@ -165,23 +153,4 @@ def difference(before: Plan, after: Plan) -> Difference:
         groups=grouped(changes),
         changes=[TensorChange(**asdict(change), layer=layer_of.get(change.name, "")) for change in changes[:CHANGES]],
         left_out=max(0, len(changes) - CHANGES),
-    )
-
-
-def fleet_view(fleet: AnyPlan, identity: str, plans: dict[str, str]) -> FleetView:
-    """A fleet's plan in sentences, tables and the lanes of its picture; `plans` are the stored plans by member: older services stored
-    them by fingerprint alone.
-    """
-    return FleetView(
-        fleet=identity,
-        title=fleet_title(fleet),
-        sentences=fleet_sentences(fleet),
-        chain=chain_sheet(fleet),
-        activity=activity_sheet(fleet),
-        lanes=Lanes.model_validate(lanes_of(fleet)),
-        plans={
-            member.plan: plans.get(member.name, str(member.plan_fingerprint)) for member in fleet.chain if member.plan
-        },
-        commands=member_commands(fleet, FLEET_FOLDER),
-        meets_at=fleet.chain[listener(fleet)].name if len(fleet.chain) > 1 else None,
     )

@@ -1,4 +1,4 @@
-"""Makes what is shown of plans and fleets, in a process that does nothing else: of a graph of 10,000 operators that takes a
+"""Makes what is shown of plans, in a process that does nothing else: of a graph of 10,000 operators that takes a
 second.
 """
 
@@ -11,13 +11,12 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.io import parse_plan
 from tightfit.planner.report.step_columns import step_columns
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
-from tightfit.planner.service.jobs.view import difference, fleet_view, plan_view
+from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.shown import PlanTimeline
 from tightfit.runtime.common.strict_json import to_json
@@ -55,12 +54,6 @@ def _changes(order: JobOrder) -> BaseModel:
     return difference(*(_parsed(order, identity) for identity in order.request["ids"]))
 
 
-def _fleet(order: JobOrder) -> BaseModel:
-    (identity,) = order.request["ids"]
-    plans = order.request["summary"].get("plans", {})
-    return fleet_view(parse_any(order.content(identity), identity), identity, plans)
-
-
 def _parsed(order: JobOrder, identity: str) -> Plan:
     return _read(order.objects, order.digests[identity])
 
@@ -75,6 +68,5 @@ SHOWN: Mapping[str, Callable[[JobOrder], BaseModel]] = {
     "plan": _plan,
     "timeline": _timeline,
     "changes": _changes,
-    "fleet": _fleet,
 }
 """what is asked for -> what makes it"""

@@ -494,7 +494,7 @@ async function explore(place) {
   }
 
   // Whether a stored plan is one of what is asked of the step now, on the profile's device.
-  const matches = ({ optimizer, max_grad_norm: norm, elsewhere = null, of_a_fleet: fleet }) => !fleet && optimizer === (state.step.optimizer ?? optimizer_of(summary)) && String(norm ?? "") === String(state.step.max_grad_norm ?? "") && (elsewhere ?? summary.device) === summary.device;
+  const matches = ({ optimizer, max_grad_norm: norm, elsewhere = null }) => optimizer === (state.step.optimizer ?? optimizer_of(summary)) && String(norm ?? "") === String(state.step.max_grad_norm ?? "") && (elsewhere ?? summary.device) === summary.device;
 
   // Begin anew: another optimizer or clipping makes other plans.
   async function restart() {
@@ -648,12 +648,6 @@ export function solving(what, limit) {
   bar.hear = tell;
   tell();
   return bar;
-}
-
-// What a profile of an earlier version was measured by, as far as its job is still known.
-async function requestOf(identity) {
-  const { jobs } = await get("/v1/jobs?kind=profile&state=succeeded&limit=200");
-  return jobs.find((job) => job.result?.profile === identity)?.request ?? null;
 }
 
 function about(profile) {

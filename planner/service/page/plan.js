@@ -6,14 +6,13 @@ import { bar, button, card, confirmed, editable, heading, mib, note, numbers, pe
 import { explained } from "./glossary.js";
 import { didColour, LAYERS_DRAWN, layerGraph, used } from "./layers.js";
 import { inWords, nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
-import { nameOf as nameOfFleet } from "./fleets.js";
 import { action, go, to } from "./shell.js";
 import { showStep, stepOf } from "./timeline.js";
 
 const ROWS = 60; // of a table of layers, before one asks for more
 
 export async function show({ root, id, signal, title }) {
-  const [plan, view] = await Promise.all([get(`/v1/plans/${id}`), get(`/v1/plans/${id}/view`)]), part = await partOf(plan);
+  const [plan, view] = await Promise.all([get(`/v1/plans/${id}`), get(`/v1/plans/${id}/view`)]);
   if (signal.aborted) return;
   const { summary } = view, feasible = Boolean(view.timeline), given = plan.label ?? `${view.model} in ${mib(summary.budget_bytes)} MiB`;
   const save = (fields) => patch(`/v1/plans/${id}`, fields);
@@ -21,7 +20,6 @@ export async function show({ root, id, signal, title }) {
   root.append(
     heading(editable(nameOf(plan), async (text) => { const kept = await save({ title: text }), shown = kept.title ?? given; Object.assign(plan, { title: kept.title }); title(shown); return shown; }, { label: "name of the plan", action }), ...actions(plan, view)),
     html("p", { class: "soft" }, plan.profile ? html("a", { href: to("models", plan.profile, { budget: summary.budget_bytes, policy: summary.policy }) }, view.model) : view.model, `, ${view.about}; planned `, when(plan.created)),
-    part ? html("p", { id: "part-of" }, ...part) : "",
     note(plan.note, (text) => save({ note: text }), action),
     section(feasible ? "What this plan does" : "Why it does not fit", html("ol", { class: "plain-words" }, ...words(view.plain)), html("dl", { class: "cards" }, ...cards(view))),
   );
@@ -35,13 +33,6 @@ export async function show({ root, id, signal, title }) {
     get(`/v1/plans/${id}/timeline`).then((columns) => { if (!signal.aborted) showStep(box, stepOf(columns), { name: nameOf(plan) }); }).catch((error) => box.replaceChildren(html("p", {}, error.message)));
   }
   root.append(html("details", {}, html("summary", {}, "In the planner's own words"), html("ul", { class: "plain" }, ...view.sentences.map((text) => html("li", {}, text)))));
-}
-
-// Of which fleet a plan is a part, and which.
-async function partOf({ summary: { part_of: part, of_a_fleet: member } }) {
-  if (!part) return member ? ["Part of a fleet."] : null;
-  const fleet = await get(`/v1/fleets/${part.fleet}`).catch(() => null), layers = part.layers ? `, layers ${part.layers[0]} to ${part.layers[1]}` : "";
-  return ["Part of ", ...(fleet ? ["fleet ", html("a", { href: to("fleets", part.fleet) }, nameOfFleet(fleet))] : ["a fleet that is deleted"]), `: ${part.members.join(" and ")}${layers}.`];
 }
 
 function words(sentences) {

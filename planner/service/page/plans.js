@@ -33,7 +33,7 @@ export async function show({ root, query, keep, signal }) {
       { title: "At most slower than the best", value: (plan) => figure(plan, "gap"), cell: (plan) => (fits(plan) ? gapWords(plan.summary.gap) : "–") },
       { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },
     ],
-    load: (after, search) => pageOf("plans", { limit: AT_ONCE, search, after, profile: query.profile, whole: true, asked: all.checked ? null : true }),
+    load: (after, search) => pageOf("plans", { limit: AT_ONCE, search, after, profile: query.profile, asked: all.checked ? null : true }),
     none: () => empty(all.checked ? "No plan yet. A plan is made of a model and a budget." : "No plan here that somebody asked for. A plan is made of a model and a budget.", all.checked ? "" : button("Show those made for curves", () => { all.checked = true; switched(); }), button("Choose a model", () => go("models"), "main")),
     actions: (chosen) => [
       chosen.length > 1 ? button(`Compare ${chosen.length}`, () => go("compare", "", { plans: chosen.map((plan) => plan.id).join(",") }), "main") : html("span", { class: "soft" }, "choose another to compare"),

@@ -15,13 +15,11 @@ const PLACES = [
   { name: "plans", label: "Plans", load: (id) => (id ? import("./plan.js") : import("./plans.js")) },
   { name: "compare", label: "Compare", load: () => import("./compare.js") },
   { name: "runs", label: "Runs", load: (id) => (id ? import("./run.js") : import("./runs.js")) },
-  { name: "fleets", label: "Fleets", load: (id) => (id === "new" ? import("./new_fleet.js") : id ? import("./fleet.js") : import("./fleets.js")) },
-  { name: "devices", label: "Devices", load: () => import("./devices.js") },
 ];
 
 // What a place's second part may be; one that cannot be is said so without asking the service.
-const IDS = { models: /^([0-9a-f]{64}|job-[0-9a-f]{16})$/, plans: /^[0-9a-f]{64}$/, runs: /^job-[0-9a-f]{16}$/, fleets: /^([0-9a-f]{64}|new)$/ };
-const ONE = { models: "model", plans: "plan", runs: "run", fleets: "fleet", compare: "plan or run" };
+const IDS = { models: /^([0-9a-f]{64}|job-[0-9a-f]{16})$/, plans: /^[0-9a-f]{64}$/, runs: /^job-[0-9a-f]{16}$/ };
+const ONE = { models: "model", plans: "plan", runs: "run", compare: "plan or run" };
 
 const $ = (id) => document.getElementById(id);
 let left = new AbortController();
@@ -42,15 +40,7 @@ function here() {
   return { name, id, query: Object.fromEntries(new URLSearchParams(asked)) };
 }
 
-// Addresses of earlier versions, `#profile=…&budget=…&policy=…`, still lead to what they named.
-function moved() {
-  if (!location.hash.startsWith("#profile=")) return;
-  const { profile, ...query } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  history.replaceState(null, "", to("models", profile, query));
-}
-
 async function open() {
-  moved();
   const { name, id, query } = here();
   const place = PLACES.find((one) => one.name === name) ?? { ...PLACES[0], name: null, label: "Nothing here" };
   left.abort();

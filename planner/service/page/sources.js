@@ -39,7 +39,7 @@ export function dropZone(then, complain) {
   return box;
 }
 
-// What is in a file: {kind, …}, where kind is profile, graph, plan, fleet, adapter, config, header.
+// What is in a file: {kind, …}, where kind is profile, graph, plan, adapter, config, header.
 export async function recognised(file) {
   const name = file.name.toLowerCase();
   if (HEADERS.some((end) => name.endsWith(end))) return { kind: "header", file, header: await headerOf(file) };
@@ -50,14 +50,13 @@ export async function recognised(file) {
   if (data === null || typeof data !== "object" || Array.isArray(data)) throw new Error(`${file.name} is JSON, but no profile, plan, graph or config.json`);
   if (data.format === "tightfit-graph" || (Array.isArray(data.operators) && !data.layers)) return { kind: "graph", file, text };
   if (data.profile_fingerprint && data.budget_bytes) return { kind: "plan", file, plan: data };
-  if (data.chain || (data.members && data.micro_batches)) return { kind: "fleet", file };
   if (Array.isArray(data.layers) && data.device) return { kind: "profile", file, text };
   if (data.peft_type) return { kind: "adapter", file };
   if (data.model_type || data.architectures || data.text_config) return { kind: "config", file, config: data };
   throw new Error(`${file.name} is JSON, but no profile, plan, graph or config.json: ${Object.keys(data).length ? `its fields are called ${Object.keys(data).slice(0, 5).join(", ")}` : "nothing is in it"}`);
 }
 
-const ORDER = ["profile", "graph", "plan", "config", "header", "adapter", "fleet"]; // of several files the first of these says most
+const ORDER = ["profile", "graph", "plan", "config", "header", "adapter"]; // of several files the first of these says most
 
 async function arrive(files, then) {
   const known = [];
@@ -70,7 +69,7 @@ async function arrive(files, then) {
   const [first] = known;
   if (first.kind === "profile" || first.kind === "graph") return then((await post("/v1/profiles/upload", first.text)).id);
   if (first.kind === "plan") return plan(first);
-  if (first.kind === "adapter" || first.kind === "fleet") throw new Error(first.kind === "adapter" ? `${first.file.name} describes an adapter, not a model. Choose its base model, and name the adapter among more options` : `${first.file.name} is the plan of a fleet; fleets are planned under Fleets`);
+  if (first.kind === "adapter") throw new Error(`${first.file.name} describes an adapter, not a model. Choose its base model, and name the adapter among more options`);
   const header = known.find(({ kind, file }) => kind === "header" && file.name.endsWith(".gguf")) ?? first;
   const started = await offer(first.kind === "config" ? first : header, known.find(({ kind }) => kind === "header"));
   if (started) then(started);

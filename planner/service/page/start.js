@@ -13,7 +13,7 @@ import { showStep, stepOf } from "./timeline.js";
 const LATEST = 6, AGAIN = 2000; // ms between two looks for the example's plans
 
 export async function show({ root, signal }) {
-  const [{ profiles }, { plans }, { jobs: runs }] = await Promise.all([get("/v1/profiles?limit=50"), get(`/v1/plans?limit=${LATEST}&asked=true&whole=true`), get(`/v1/jobs?kind=run&limit=${LATEST}`)]);
+  const [{ profiles }, { plans }, { jobs: runs }] = await Promise.all([get("/v1/profiles?limit=50"), get(`/v1/plans?limit=${LATEST}&asked=true`), get(`/v1/jobs?kind=run&limit=${LATEST}`)]);
   if (signal.aborted) return;
   const example = profiles.find((one) => one.origin === "example");
   root.append(...[

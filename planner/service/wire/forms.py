@@ -8,13 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tightfit.planner.service.wire.requests import FleetRequest, ProfileRequest, RunRequest, StepRequest
+from tightfit.planner.service.wire.requests import ProfileRequest, RunRequest, StepRequest
 
 REQUESTS: dict[str, type[BaseModel]] = {
     "profile": ProfileRequest,
     "step": StepRequest,
     "run": RunRequest,
-    "fleet": FleetRequest,
 }
 """form -> the request that it sends, or the part of it that the form asks for"""
 KINDS = {"boolean": "switch", "integer": "whole", "number": "number", "array": "list", "object": "map"}

@@ -3,8 +3,7 @@ other by its last part alone.
 
 Workers and libraries name files in full, as whoever started the service needs them: its log keeps them so. What a worker
 makes is redacted before it is stored; a profile's real paths are kept beside it, for its runs. What is stored of a
-request, of an error and of a report is redacted where it is shown, and so are the profiles, plans and adapters of services that
-stored them as they were.
+request and of an error is redacted where it is shown.
 """
 
 from __future__ import annotations

@@ -22,16 +22,14 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from tightfit.planner.fleet.options import FleetOptions
-from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.generation.choice import ChoiceProblem
 from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.service.wire.schema import DIGEST, JOB, OWN_DEVICE, Digest, JobId, RequestBody
 from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
-from tightfit.profiles.options import LONGEST_PATH, MOST_ACCUMULATED, ProfileOptions
+from tightfit.profiles.options import LONGEST_PATH, ProfileOptions
 from tightfit.profiles.sources.file_header import FileHeader
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
+from tightfit.runtime.common.units import LARGEST, parse_size
 from tightfit.runtime.session.options import DataOptions, RunOptions
 
 LONGEST_PROMPT = 1 << 15
@@ -93,20 +91,6 @@ Memory = Annotated[
         description="budget of the whole run, its supervisor included: bytes, or a size such as 600MiB or 600MB",
         examples=["600MiB", 629145600],
     ),
-]
-Rate = Annotated[
-    float,
-    _read(parse_rate, lambda rate: 0 < rate <= LARGEST, "rate; write bytes per second above 0, or 100Mbit/s"),
-    _sent_as(
-        "number",
-        description="bytes per second, or a rate such as 100Mbit/s or 12.5MB/s",
-        examples=["100Mbit/s", 12500000],
-    ),
-]
-Latency = Annotated[
-    float,
-    _read(parse_seconds, lambda seconds: 0 <= seconds <= LARGEST, "time; write seconds from 0 on, or 2ms"),
-    _sent_as("number", description="seconds, or a time such as 2ms, one way", examples=["2ms", 0.002]),
 ]
 
 
@@ -196,55 +180,6 @@ class ComparisonRequest(StepRequest):
         max_length=8,
         description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
     )
-
-
-class FleetMember(RequestBody):
-    """A device of a fleet: `link` is its connection to the network both ways, or `up` and `down` are."""
-
-    name: str = Field(pattern=f"^{NAME.pattern}$", description="files are named after it", examples=["laptop"])
-    profile: Digest
-    device: str = Field(
-        OWN_DEVICE,
-        max_length=64,
-        description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
-    )
-    memory: Memory
-    link: Rate | None = None
-    up: Rate | None = None
-    down: Rate | None = None
-    latency: Latency = 0.0
-
-    @model_validator(mode="after")
-    def one_connection(self) -> FleetMember:
-        if (self.link is None) == (self.up is None and self.down is None) or (self.up is None) != (self.down is None):
-            raise ValueError("give either link, or up and down")
-        return self
-
-    def both_ways(self) -> dict[str, Any]:
-        """The member with its link given both ways, as a worker gets it: bytes, bytes per second, seconds."""
-        fields = self.model_dump(exclude={"link"})
-        return fields if self.link is None else fields | {"up": self.link, "down": self.link}
-
-
-class FleetRequest(_with_options(FleetOptions)):  # type: ignore[misc]
-    """Plan one training step of several devices together: who computes how many micro-batches, or which layers, each by what plan."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "micro_batches": 16,
-                    "members": [
-                        {"name": "laptop", "profile": DIGEST, "memory": "320MiB", "link": "100Mbit/s"},
-                        {"name": "phone", "profile": DIGEST, "memory": "250MiB", "up": "20Mbit/s", "down": "80Mbit/s"},
-                    ],
-                }
-            ]
-        }
-    )
-
-    micro_batches: int = Field(ge=1, le=MOST_ACCUMULATED, description="of a step, all devices together")
-    members: list[FleetMember] = Field(min_length=1, max_length=32)
 
 
 class AnswerPlanRequest(RequestBody):

@@ -12,7 +12,7 @@ from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.strict_json import is_deeper
 
-JobKind = Literal["profile", "trace", "plan", "comparison", "fleet", "answer-plan", "preview", "run", "answer", "merge"]
+JobKind = Literal["profile", "trace", "plan", "comparison", "answer-plan", "preview", "run", "answer", "merge"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
@@ -61,16 +61,6 @@ STORED_PROFILE = KEPT | {
     "summary": {"layers": 32, "policies": ["solver", "mebp"]},
     "name": "SmolLM2-135M",
     "origin": "made",
-}
-STORED_FLEET = KEPT | {
-    "label": "SmolLM2-135M on laptop and phone",
-    "summary": {
-        "model": "SmolLM2-135M",
-        "micro_batches": 16,
-        "makespan_seconds": 12.3,
-        "members": [{"name": "laptop", "micro_batches": 10, "plan_fingerprint": DIGEST}],
-        "plans": {"laptop": DIGEST},
-    },
 }
 STORED_PLAN = KEPT | {
     "label": "SmolLM2-135M in 600.0 MiB",
@@ -152,8 +142,8 @@ class ServiceJob(Named):
     )
     result: dict[str, Any] | None = Field(
         None,
-        description="profile: {profile}; trace: {trace, summary}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, why, summary}, where `plans`"
-        " are the stored plans by member; answer-plan: {choices}; run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
+        description="profile: {profile}; trace: {trace, summary}; plan: {plan, summary}; comparison: {cells}; answer-plan: {choices};"
+        " run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
         " padding_share, epoch_steps, steps, evaluations, longer, can_pack}, where `steps` and `evaluations` say how many batches of an epoch and of an evaluation have which length, `longer` how many samples are longer than common lengths,"
         " and a sample has its line, pieces {text, trained}, tokens and how many of them are cut; answer: {text, tokens, seconds, first_seconds, end, peak_bytes, budget_bytes};"
         " merge: {merged: {format, adapted, seconds, note, bytes}}",
@@ -181,7 +171,7 @@ class JobList(ListPage):
 
 
 class StoredFile(Named):
-    """A profile, plan or fleet that the service keeps. The id is of what it was made of."""
+    """A profile or plan that the service keeps. The id is of what it was made of."""
 
     id: Digest
     created: float
@@ -202,18 +192,6 @@ class StoredPlan(StoredFile):
     model_config = example_of(**STORED_PLAN)
 
     profile: Digest | None = Field(None, description="what it was made from")
-
-
-class StoredFleet(StoredFile):
-    """The plan of a fleet; `summary` is all of it but its timeline. Its members' plans are stored ones."""
-
-    model_config = example_of(**STORED_FLEET)
-
-
-class FleetList(ListPage):
-    model_config = example_of(fleets=[STORED_FLEET])
-
-    fleets: list[StoredFleet]
 
 
 class ProfileList(ListPage):

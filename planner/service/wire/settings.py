@@ -34,13 +34,13 @@ class Settings:
     example: bool = False
     """whether a service without profiles begins with the one that comes with the package"""
     workers: int = 2
-    """plans, comparisons and fleets solved at once, a comparison by two processes"""
+    """plans and comparisons solved at once, a comparison by two processes"""
     solve_bytes: int = 4 << 30
     """private memory of one solving process (RLIMIT_DATA); a comparison has two"""
     time_limit_seconds: float = 300.0
-    """the longest time limit that a request may set for one plan, or for a fleet"""
+    """the longest time limit that a request may set for one plan"""
     job_seconds: float = 3600.0
-    """a plan, comparison, fleet or profile that takes longer is ended"""
+    """a plan, comparison or profile that takes longer is ended"""
     upload_bytes: int = 64 << 20
     """largest uploaded profile, as sent and as unpacked"""
     data_bytes: int = 256 << 20

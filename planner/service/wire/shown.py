@@ -1,14 +1,13 @@
-"""The data that the page gets about a plan, about the difference between two, and about a fleet. Bytes and seconds."""
+"""The data that the page gets about a plan, and about the difference between two. Bytes and seconds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from tightfit.planner.report.diff import ChangeGroup, PlanChange
-from tightfit.planner.report.fleet_text import Sheet
 from tightfit.planner.service.wire.schema import DIGEST, Digest, ResponseBody, example_of
 
 SORT = {
@@ -20,7 +19,6 @@ SORT = {
     "transfer_seconds": 0.0,
     "moved_bytes": 0,
 }
-SHEET = {"caption": "The chain", "headings": ["member", "micro-batches"], "rows": [["laptop", "10"]]}
 
 
 class KindName(ResponseBody):
@@ -260,57 +258,3 @@ class Difference(ResponseBody):
     groups: list[ChangeGroup] = Field(description="changes of the same kind of tensor between the same two decisions")
     changes: list[TensorChange] = Field(description="largest first")
     left_out: int = Field(description="smaller changes that are not listed")
-
-
-class Bar(ResponseBody):
-    """What a device or a link does from `begin` to `end`."""
-
-    what: str = Field(examples=["compute"])
-    begin: float
-    end: float
-    first: int | None = Field(description="number of the first micro-batch, where some are computed")
-    last: int | None
-
-
-class Lane(ResponseBody):
-    name: str = Field(examples=["laptop", "laptop → phone"])
-    kind: Literal["device", "link"]
-    bars: list[Bar]
-
-
-class Lanes(ResponseBody):
-    """A step of a fleet: what each device and each link does when."""
-
-    seconds: float = Field(description="of the step")
-    exchange: float | None = Field(
-        description="where the exchange of gradients begins, if it is to be drawn enlarged; null: it is large enough"
-    )
-    kinds: list[KindName]
-    lanes: list[Lane]
-
-
-class FleetView(ResponseBody):
-    """The plan of a fleet, as a person looks at it."""
-
-    model_config = example_of(
-        fleet=DIGEST,
-        title="SmolLM2-135M on laptop and phone",
-        sentences=["results equal those of one process to the bit, whatever the allotment"],
-        chain=SHEET,
-        activity=SHEET,
-        lanes={"seconds": 12.3, "exchange": 11.9, "kinds": [], "lanes": []},
-        plans={"laptop.plan.json": DIGEST},
-    )
-
-    fleet: Digest
-    title: str
-    sentences: list[str]
-    chain: Sheet
-    activity: Sheet = Field(description="the picture in numbers")
-    lanes: Lanes
-    plans: dict[str, Digest] = Field(description="name of a member's file beside the fleet's -> its stored plan")
-    commands: dict[str, str] = Field(
-        {},
-        description="member -> what starts it on its device, in the folder of the plan; none where one does all of it",
-    )
-    meets_at: str | None = Field(None, description="the member that listens for the others")

@@ -22,7 +22,7 @@ from tightfit.planner.service.wire.schema import Error
 
 PATIENCE = 30.0
 """seconds"""
-ROUTES = ("profiles", "traces", "plans", "comparisons", "answer-plans", "fleets", "runs", "profiles/upload")
+ROUTES = ("profiles", "traces", "plans", "comparisons", "answer-plans", "runs", "profiles/upload")
 TEXT = st.text(st.characters(exclude_categories=())) | st.sampled_from(["\ud800", "\0", "", "a" * 5000])
 LEAVES = TEXT | st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from([10**400, -0.0, 1e308])
 TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4))
@@ -207,7 +207,6 @@ def test_what_is_set_aside_is_told_and_stops_nothing_over_restarts(tmp_path, cap
 SUMMARIES = {
     "profile": {"policies": ["solver"]},
     "plan": {"status": "optimal", "budget_bytes": 1, "explanation": None, "step_seconds": float("inf")},
-    "fleet": {},
     "report": {},
 }
 """kind of a file -> the summary of one"""
@@ -238,8 +237,8 @@ FILE_COLUMNS = (
 @example(kind="plan", column="digest", value=b"\xff", blob=False)
 @example(kind="report", column="stored_bytes", value="many", blob=False)
 @example(kind="profile", column="paths", value="[" * 300 + "]" * 300, blob=False)
-@example(kind="fleet", column="id", value=b"\xff\0", blob=False)
-@example(kind="fleet", column="kind", value=b"fleet", blob=True)
+@example(kind="plan", column="id", value=b"\xff\0", blob=False)
+@example(kind="plan", column="kind", value=b"plan", blob=True)
 def test_a_stored_file_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory, kind, column, value, blob):
     folder = tmp_path_factory.mktemp("store")
     store, objects = JobStore(folder / "s.sqlite"), ObjectStore(folder / "objects")
@@ -256,7 +255,7 @@ def test_a_stored_file_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory
         store.close()
         return
     for _ in range(2):
-        for other in ("profile", "plan", "fleet"):
+        for other in ("profile", "plan"):
             found = [listed(row) for row in store.files(other).items]
             assert second in [one.id for one in found]
             assert all(one.model_dump_json() for one in found)

@@ -19,7 +19,6 @@ from tightfit.profiles.schema import PROFILE_VERSION
 SUMMARIES = {
     "profile": {"policies": ["solver"]},
     "plan": {"status": "optimal", "budget_bytes": 1, "explanation": None},
-    "fleet": {},
 }
 """kind of a file -> the summary of one"""
 DAMAGES = {
@@ -103,16 +102,15 @@ def test_what_is_stored_and_cannot_be_used_is_told_in_words(tmp_path, content):
     with service(tmp_path) as http:
         own = http.app.state.service
         written = own.objects.put(CONTENTS[content].encode(errors="surrogatepass"))
-        for kind in ("profile", "plan", "fleet"):
+        for kind in ("profile", "plan"):
             of = {"origin": {"profile": "made", "plan": "1" * 64}.get(kind), "paths": {} if kind == "profile" else None}
             own.store.add(file_row(kind, "1" * 64, written, name="n", summary=SUMMARIES[kind], **of))
-        for kind in ("plan", "fleet"):
-            told = http.get(f"/v1/{kind}s/{'1' * 64}/view")
-            assert (told.status_code, told.json()["error"]["code"]) == (422, "invalid_request")
+        told = http.get(f"/v1/plans/{'1' * 64}/view")
+        assert (told.status_code, told.json()["error"]["code"]) == (422, "invalid_request")
         assert http.get(f"/v1/plans/{'1' * 64}/changes/{'1' * 64}").status_code == 422
         failed = asked(http, "1" * 64, "1GiB")
         assert (failed["state"], failed["error"]["code"]) == ("failed", "input")
         assert failed["error"]["message"].startswith(f"the stored profile {'1' * 64}: ")
-        for kind in ("profile", "plan", "fleet"):
+        for kind in ("profile", "plan"):
             assert [one["id"] for one in http.get(f"/v1/{kind}s").json()[f"{kind}s"]] == ["1" * 64]
             assert http.get(f"/v1/{kind}s/{'1' * 64}/file").status_code == 200

@@ -10,11 +10,10 @@ from served import service
 from tightfit.planner.service.jobs.store import content_key, file_row, folder_row
 from tightfit.planner.service.wire.schema import JOB, Error
 
-IDS = {"profile": "1" * 64, "plan": "2" * 64, "fleet": "3" * 64}
+IDS = {"profile": "1" * 64, "plan": "2" * 64}
 SUMMARIES = {
     "profile": {"policies": ["solver"]},
     "plan": {"status": "optimal", "budget_bytes": 1 << 20, "explanation": None},
-    "fleet": {},
 }
 """kind of a file -> the summary of one"""
 
@@ -58,22 +57,21 @@ def refused(answer, status=409):
     return answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("kind", ["plan", "fleet"])
-def test_a_plan_and_a_fleet_are_deleted_with_their_objects(http, own, kind):
-    digest = own.store.file(kind, IDS[kind])["digest"]
-    answer = http.delete(f"/v1/{kind}s/{IDS[kind]}")
+def test_a_plan_is_deleted_with_its_object(http, own):
+    digest = own.store.file("plan", IDS["plan"])["digest"]
+    answer = http.delete(f"/v1/plans/{IDS['plan']}")
     assert (answer.status_code, answer.content) == (204, b"")
-    assert http.get(f"/v1/{kind}s").json()[f"{kind}s"] == []
+    assert http.get("/v1/plans").json()["plans"] == []
     assert digest not in stored(own)[0]
-    assert len(stored(own)[0]) == 2
-    refused(http.delete(f"/v1/{kind}s/{IDS[kind]}"), 404)
+    assert len(stored(own)[0]) == 1
+    refused(http.delete(f"/v1/plans/{IDS['plan']}"), 404)
 
 
 def test_what_two_files_hold_stays_while_one_has_it(http, own):
     own.store.add(file_of(own, "plan", "4" * 64))
-    assert len(stored(own)[0]) == 3
+    assert len(stored(own)[0]) == 2
     http.delete(f"/v1/plans/{'4' * 64}")
-    assert len(stored(own)[0]) == 3
+    assert len(stored(own)[0]) == 2
     assert http.get(f"/v1/plans/{IDS['plan']}/file").text == "plan"
 
 
@@ -87,7 +85,7 @@ def test_a_profile_goes_with_its_plans_or_not_at_all(http, own):
     assert len(http.get("/v1/plans").json()["plans"]) == 2
     assert http.delete(f"{path}?with_plans=true").status_code == 204
     assert http.get("/v1/plans").json()["plans"] == http.get("/v1/profiles").json()["profiles"] == []
-    assert len(stored(own)[0]) == 1
+    assert stored(own)[0] == set()
 
 
 def test_a_profile_without_plans_goes_as_it_is(http):
@@ -102,7 +100,7 @@ def test_what_a_live_job_needs_stays(http, own, state):
     run = ask(own, "run", uses, plan=IDS["plan"], data="random")
     if state == "running":
         assert own.store.next("none").id == run.id
-    for kind in ("plan", "fleet", "profile"):
+    for kind in ("plan", "profile"):
         message = refused(
             http.delete(f"/v1/{kind}s/{IDS[kind]}?with_plans=true" if kind == "profile" else f"/v1/{kind}s/{IDS[kind]}")
         )
@@ -112,7 +110,7 @@ def test_what_a_live_job_needs_stays(http, own, state):
         assert http.get(f"/v1/{kind}s/{IDS[kind]}").status_code == 200
     assert refused(http.delete(f"/v1/jobs/{run.id}")) == f"the job {run.id} is {state}; cancel it first"
     own.store.finish(run.id, "failed", error=Error(code="input", message="no"))
-    for kind in ("plan", "fleet", "profile"):
+    for kind in ("plan", "profile"):
         assert http.delete(f"/v1/{kind}s/{IDS[kind]}").status_code == 204
 
 

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 
 import pytest
 from served import service
 from synthetic import small_chain
 
 from tightfit.planner.service.jobs.labels import file_label, job_label
-from tightfit.planner.service.jobs.migrations import STEPS
-from tightfit.planner.service.jobs.store import JobStore, file_row
-from tightfit.planner.service.wire.objects import ObjectStore
+from tightfit.planner.service.jobs.store import file_row
 from tightfit.planner.service.wire.schema import JOB
 
 SUMMARIES = {
     "profile": {"policies": ["solver"], "batch": 16, "seq": 64, "lora": {"rank": 8}},
     "plan": {"status": "optimal", "budget_bytes": 350 << 20, "policy": "mebp", "explanation": None},
-    "fleet": {"members": [{"name": "laptop"}, {"name": "phone"}]},
 }
 """kind of a file -> the summary of one"""
-NAMES = {"profile": "tiny", "plan": "tiny, mebp", "fleet": "tiny"}
+NAMES = {"profile": "tiny", "plan": "tiny, mebp"}
 LABELS = {
     "profile": "tiny, LoRA rank 8, batch 16, sequence 64",
     "plan": "tiny in 350.0 MiB, mebp",
-    "fleet": "tiny on laptop and phone",
 }
 
 
 def identity_of(kind, number=0):
-    return f"{['profile', 'plan', 'fleet'].index(kind)}{number:063d}"
+    return f"{['profile', 'plan'].index(kind)}{number:063d}"
 
 
 def keep(own, kind, number=0):
@@ -135,12 +130,15 @@ def test_lists_come_in_pages(tmp_path):
         assert next(listing) == [files[4], files[3]]
         keep(own, "profile", 9)
         assert list(listing) == [[files[2], files[1]], [files[0]]]
-        jobs = [ask(own, "run" if number % 2 else "fleet", {"n": number}) for number in numbers]
+        jobs = [ask(own, "run" if number % 2 else "comparison", {"n": number}) for number in numbers]
         listing = pages(http, "/v1/jobs", "jobs")
         assert next(listing) == [jobs[4], jobs[3]]
         ask(own, "run", {})
         assert list(listing) == [[jobs[2], jobs[1]], [jobs[0]]]
-        assert list(pages(http, "/v1/jobs", "jobs", kind="fleet", state="queued")) == [[jobs[4], jobs[2]], [jobs[0]]]
+        assert list(pages(http, "/v1/jobs", "jobs", kind="comparison", state="queued")) == [
+            [jobs[4], jobs[2]],
+            [jobs[0]],
+        ]
         # A page that what is left fills is the last.
         assert http.get("/v1/jobs", params={"limit": 6}).json()["next"] is None
         for after in ("x", "1", f"1e5_{JOB}", "1_"):
@@ -202,53 +200,6 @@ def rows_by_name(rows):
     return {name: identity for identity, name in rows.items()}
 
 
-def test_what_a_version_without_names_has_left_is_kept_and_labelled(tmp_path):
-    """Its jobs and files are as they were, and are called by what they are of."""
-    objects = ObjectStore(tmp_path / "objects")
-    database = sqlite3.connect(tmp_path / "s.sqlite")
-    database.executescript(f"{' '.join(STEPS[:5])} PRAGMA user_version = 5;")
-    requests = {
-        "run": {"plan": identity_of("plan"), "data": "random"},
-        "plan": {"profile": identity_of("profile"), "memory": 200 << 20, "policy": "solver"},
-    }
-    for number, (kind, request) in enumerate(requests.items()):
-        database.execute(
-            "INSERT INTO jobs (id, kind, lane, state, request, created, used) VALUES (?, ?, 'cpu', 'succeeded', ?, ?, 1)",
-            (f"job-{number:016d}", kind, json.dumps(request), float(number)),
-        )
-    columns = ("kind", "id", "digest", "bytes", "stored_bytes", "name", "origin", "summary", "paths")
-    for number, kind in enumerate(NAMES):
-        origin = {"profile": "made", "plan": identity_of("profile")}.get(kind)
-        row = file_row(
-            kind, identity_of(kind), objects.put(b"{}"), name=NAMES[kind], summary=SUMMARIES[kind], origin=origin
-        )
-        values = [row[column] for column in columns]
-        database.execute(
-            f"INSERT INTO files ({', '.join(columns)}, created, used) VALUES ({', '.join('?' * 9)}, ?, 2)",
-            (*values, float(number)),
-        )
-    database.execute("INSERT INTO uses VALUES ('job-0000000000000000', 'plan', ?)", (identity_of("plan"),))
-    database.commit()
-    database.close()
-    store = JobStore(tmp_path / "s.sqlite")
-    store.recover()
-    assert store.set_aside() == []
-    assert {job.kind: (job.request, job.label) for job in store.jobs().items} == {
-        "run": (requests["run"], "tiny on random data in 350.0 MiB"),
-        "plan": (requests["plan"], "tiny in 200.0 MiB"),
-    }
-    for number, kind in enumerate(NAMES):
-        (row,) = store.files(kind).items
-        assert (row["label"], json.loads(row["summary"])) == (LABELS[kind], SUMMARIES[kind])
-        assert (row["created"], row["used"], row["title"], row["note"]) == (number, 2, None, None)
-    assert [row["kind"] for row in store.files_of("job-0000000000000000")] == ["plan"]
-    store.name_job("job-0000000000000001", {"title": "mine"})
-    store.close()
-    store = JobStore(tmp_path / "s.sqlite")
-    assert store.job("job-0000000000000001").title == "mine"
-    store.close()
-
-
 FILES = {
     ("profile", "p"): {"kind": "profile", "name": "tiny", "origin": "made", "summary": "{}"},
     ("plan", "q"): {"kind": "plan", "name": "tiny", "origin": "p", "summary": json.dumps({"budget_bytes": 1 << 20})},
@@ -268,13 +219,11 @@ FILES = {
         ("plan", {"profile": "lost", "memory": 3 << 20, "policy": "solver"}, "a model in 3.0 MiB"),
         ("comparison", {"profile": "p", "memory": [1 << 20, 3 << 20], "policies": []}, "tiny in 1.0 MiB to 3.0 MiB"),
         ("comparison", {"profile": "p", "memory": [1], "policies": []}, "tiny"),  # what the smallest budget is
-        ("fleet", {"members": [{"name": name, "profile": "p"} for name in "abc"]}, "tiny on a, b and c"),
         ("trace", {"model": "other", "description": "p"}, "other"),
         ("profile", {"source": "/srv/models/small.gguf", "batch": 2, "seq": 8}, "small.gguf, batch 2, sequence 8"),
         ("profile", {"source": "org/name", "batch": 1, "seq": None}, "name, batch 1"),
         ("profile", {"config": {"model_type": "llama"}, "batch": 1}, "llama of a config, batch 1"),
         ("run", {}, "a model"),
-        ("fleet", {"members": 3, "memory": "x", "data": ["y"], "policy": 1, "model": 7}, "a model"),
     ],
 )
 def test_a_job_is_labelled_by_what_it_is_of(kind, request_fields, label):
@@ -282,7 +231,7 @@ def test_a_job_is_labelled_by_what_it_is_of(kind, request_fields, label):
 
 
 def test_a_file_of_which_little_is_known_is_labelled_by_its_name():
-    for kind in ("profile", "plan", "fleet", "report"):
+    for kind in ("profile", "plan", "report"):
         assert file_label({"kind": kind, "name": "n", "summary": "{}"}) == "n"
         assert file_label({"kind": kind, "name": "n", "summary": "[]"}) == "n"
 

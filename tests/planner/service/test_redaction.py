@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from served import PATIENCE, service
-from synthetic import small_chain
 
-from tightfit.planner.io import parse_plan
-from tightfit.planner.service.jobs.keeping import keep_profile
-from tightfit.planner.service.jobs.store import file_row
 from tightfit.planner.service.wire.redaction import Redaction, with_paths
 from tightfit.planner.service.wire.schema import Error, ServiceJob
-from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Model
 
 
@@ -103,67 +94,3 @@ def test_a_model_is_told_without_paths_and_finds_them_again(source, store, base)
     told, paths = Redaction(FOLDERS).model(model)
     assert not any(root in told.model_dump_json() for root in ("/srv", "/var", "/home"))
     assert with_paths(told, json.loads(json.dumps(paths))) == model
-
-
-def adapter(base):
-    """A tar file as a run leaves it."""
-    made = io.BytesIO()
-    config = json.dumps({"r": 4, "base_model_name_or_path": base}).encode()
-    with tarfile.open(fileobj=made, mode="w") as archive:
-        for name, content in (("adapter_config.json", config), ("adapter_model.safetensors", b"\0" * 1000)):
-            member = tarfile.TarInfo(f"adapter/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return made.getvalue()
-
-
-def test_what_older_services_stored_is_redacted_where_it_is_shown(tmp_path):
-    """Profiles and plans that were stored as they were, and reports."""
-    places = {
-        "source": str(tmp_path / "models" / "m"),
-        "store": str(tmp_path / "data" / "cache" / "stores" / "m.store"),
-    }
-    profile = small_chain(3, layers=2)
-    config = profile.model.config | {"adapter_base": "/home/me/base"}
-    model = profile.model.model_copy(update={**places, "config": config})
-    device = profile.device.model_copy(update={"measured": True})
-    (tmp_path / "models").mkdir()
-    with service(tmp_path, roots=(tmp_path / "models",)) as http:
-        own = http.app.state.service
-        row = keep_profile(own.objects, profile.model_copy(update={"model": model, "device": device}), origin="made")
-        made = own.store.add(row)["id"]
-        job = http.post("/v1/plans", json={"profile": made, "memory": "1GiB"}).json()
-        until = time.monotonic() + PATIENCE
-        while (job := http.get(f"/v1/jobs/{job['id']}").json())["state"] in {"queued", "running"}:
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        plan = job["result"]["plan"]
-        run, _ = own.store.enqueue("run", "cpu", {}, content=None, key=None, waiting=9)
-        report = own.objects.put(json.dumps({"base": places["source"], "loss": [0.5]}).encode())
-        kept = {"report": report, "adapter": own.objects.put(adapter(places["source"]))}
-        rows = [file_row(kind, run.id, written, name=kind, summary={}) for kind, written in kept.items()]
-        own.store.finish(run.id, "failed", files=rows)
-        profile_file, plan_file, report_file = (
-            http.get(f"/v1/{path}") for path in (f"profiles/{made}/file", f"plans/{plan}/file", f"runs/{run.id}/report")
-        )
-        for answer in (profile_file, plan_file, report_file, http.get(f"/v1/plans/{plan}/view")):
-            assert answer.status_code == 200
-            assert str(tmp_path) not in answer.text
-            assert "/home" not in answer.text
-        assert parse_profile(profile_file.content, "it").model.source == "m"
-        assert parse_plan(plan_file.content, "it").model.store == "stores/m.store"
-        assert report_file.json() == {"base": "m", "loss": [0.5]}
-        with tarfile.open(fileobj=io.BytesIO(http.get(f"/v1/runs/{run.id}/adapter").content)) as archive:
-            told = {member.name: archive.extractfile(member).read() for member in archive}
-        assert json.loads(told.pop("adapter/adapter_config.json")) == {"r": 4, "base_model_name_or_path": "m"}
-        assert told == {"adapter/adapter_model.safetensors": b"\0" * 1000}
-        # Runs of the plan have the real paths.
-        assert (
-            parse_plan(own.objects.read(own.store.file("plan", plan)["digest"]), "it").model.source == places["source"]
-        )
-        # What a client uploads is its own.
-        theirs = http.post(
-            "/v1/profiles/upload", json=profile.model_copy(update={"model": model}).model_dump(mode="json")
-        )
-        told = http.get(f"/v1/profiles/{theirs.json()['id']}/file")
-        assert told.json()["model"]["source"] == places["source"]

@@ -10,7 +10,6 @@ import time
 import pytest
 
 from tightfit.planner.service.http.paths import confined
-from tightfit.planner.service.jobs.migrations import LATEST, STEPS
 from tightfit.planner.service.jobs.store import (
     ATTEMPTS,
     JobStore,
@@ -19,9 +18,10 @@ from tightfit.planner.service.jobs.store import (
     file_row,
     folder_row,
 )
+from tightfit.planner.service.jobs.tables import SCHEMA
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
 from tightfit.planner.service.wire.objects import ObjectStore, unpacked
-from tightfit.planner.service.wire.schema import JOB, Error
+from tightfit.planner.service.wire.schema import Error
 from tightfit.planner.service.wire.settings import Settings, loopback
 from tightfit.runtime.common.errors import InputError
 
@@ -213,90 +213,13 @@ def test_the_schema_has_a_version(tmp_path):
     path = tmp_path / "s.sqlite"
     JobStore(path).close()
     database = sqlite3.connect(path)
-    assert database.execute("PRAGMA user_version").fetchone() == (LATEST,) == (len(STEPS),)
-    database.execute(f"PRAGMA user_version = {LATEST + 1}")
-    database.close()
-    with pytest.raises(
-        InputError, match=f"written by a newer tightfit \\(schema {LATEST + 1}, this one knows {LATEST}\\)"
-    ):
-        JobStore(path)
-
-
-CLIENTS = """
-    CREATE TABLE askers (
-        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
-        network TEXT NOT NULL,
-        address TEXT NOT NULL,
-        name TEXT NOT NULL,
-        let_go INTEGER NOT NULL DEFAULT 0,
-        PRIMARY KEY (job, address, name)
-    ) WITHOUT ROWID;
-    CREATE INDEX asked_from ON askers (network);
-"""
-"""the table in which older versions kept which clients had asked for a job"""
-
-
-def test_the_jobs_of_versions_that_knew_clients_by_name_go_on(tmp_path):
-    database = sqlite3.connect(tmp_path / "s.sqlite")
-    database.executescript(f"{STEPS[0]} {CLIENTS} PRAGMA user_version = 2;")
-    database.execute(
-        "INSERT INTO jobs (id, kind, lane, state, content, request, created, used) VALUES (?, 'plan', ?, 'queued', 'c', '{}', 1, 1)",
-        (JOB, LANE),
-    )
-    database.execute("INSERT INTO askers VALUES (?, '10.0.0.0/24', '10.0.0.1', 'laptop', 0)", (JOB,))
-    database.commit()
-    database.close()
-    store = JobStore(tmp_path / "s.sqlite")
-    assert store._database.execute("SELECT count(*) AS n FROM sqlite_master WHERE name = 'askers'").fetchone() == {
-        "n": 0
-    }
-    assert store.enqueue("plan", LANE, {}, content="c", key=None, waiting=1)[0].id == JOB
-    assert store.next(LANE).id == JOB
-    assert store.finish(JOB, "succeeded", result={}).state == "succeeded"
-    store.close()
-
-
-def test_what_was_measured_before_paths_were_redacted_is_measured_anew_and_names_none(tmp_path, objects):
-    """Summaries that were damaged meanwhile stop no start."""
-    store, path = JobStore(tmp_path / "s.sqlite"), tmp_path / "s.sqlite"
-    job, _ = store.enqueue("profile", "cpu", {}, content="c", key=None, waiting=9)
-    bases = {"1" * 64: "/srv/models/m", "2" * 64: "org/model"}
-    summaries = {identity: PROFILE | {"model": "m", "adapter_base": base} for identity, base in bases.items()}
-    files = [
-        file_row("profile", identity, objects.put(b"p"), name="m", summary=summary, origin="made")
-        for identity, summary in summaries.items()
-    ]
-    store.finish(job.id, "succeeded", result={"summary": summaries["1" * 64]}, files=files)
-    store.add(file_row("profile", "3" * 64, objects.put(b"p"), name="m", summary=PROFILE, origin="made"))
-    store._database.execute("UPDATE files SET summary = '{' WHERE id = ?", ("3" * 64,))
-    as_it_was_then = [
-        f"ALTER TABLE {t} DROP COLUMN {c};" for t in ("jobs", "files") for c in ("title", "note", "label")
-    ]
-    as_it_was_then += ["DROP INDEX newest;", "DROP TABLE remote_devices;", "PRAGMA user_version = 3;"]
-    store._database.executescript(" ".join(as_it_was_then))
-    store.close()
-    store = JobStore(path)
-    store.recover()
-    assert store.set_aside() == [f"profile-{'3' * 64}"]
-    assert store.enqueue("profile", "cpu", {}, content="c", key=None, waiting=9)[1]
-    told = {row["id"]: json.loads(row["summary"])["adapter_base"] for row in store.files("profile").items}
-    assert told == {"1" * 64: "m", "2" * 64: "org/model"}
-    assert store.job(job.id).result["summary"] == summaries["1" * 64] | {"adapter_base": "m"}
-    store.close()
-
-
-def test_a_step_that_fails_leaves_the_schema_as_it_was(tmp_path, monkeypatch):
-    from tightfit.planner.service.jobs import migrations
-
-    path = tmp_path / "s.sqlite"
-    JobStore(path).close()
-    monkeypatch.setattr(migrations, "STEPS", (*STEPS, "CREATE TABLE extra (a); CREATE TABLE jobs (a);"))
-    monkeypatch.setattr(migrations, "LATEST", LATEST + 1)
-    with pytest.raises(sqlite3.OperationalError):
-        JobStore(path)
-    database = sqlite3.connect(path)
-    assert database.execute("PRAGMA user_version").fetchone() == (LATEST,)
-    assert database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'extra'").fetchone() == (0,)
+    assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA,)
+    for other in (SCHEMA - 1, SCHEMA + 1):
+        database.execute(f"PRAGMA user_version = {other}")
+        with pytest.raises(
+            InputError, match=rf"written by another version of tightfit \(schema {other}, this one has {SCHEMA}\)"
+        ):
+            JobStore(path)
 
 
 def test_objects_appear_whole_under_their_digest(objects):

@@ -1,4 +1,4 @@
-"""What is shown of plans and fleets is made beside the service: once, for whoever asks, and holding nobody else up."""
+"""What is shown of plans is made beside the service: once, for whoever asks, and holding nobody else up."""
 
 from __future__ import annotations
 
@@ -69,8 +69,10 @@ def test_a_view_is_made_once_and_sent_as_the_client_takes_it(http, orders, plans
     assert len(timeline[0]) > 3
     assert [order.request["what"] for order in orders] == ["plan", "changes", "changes", "timeline"]
     # What cannot be run any more is told so: another view.
-    http.app.state.service.store._database.execute("UPDATE files SET summary = json_set(summary, '$.of_a_fleet', 1)")
-    assert "a member's of a fleet" in http.get(f"/v1/plans/{IDS[0]}/view").json()["not_runnable"]
+    http.app.state.service.store._database.execute(
+        "UPDATE files SET summary = json_set(summary, '$.policy', 'mobillm')"
+    )
+    assert "is a device's part of mobillm" in http.get(f"/v1/plans/{IDS[0]}/view").json()["not_runnable"]
     assert not list(http.app.state.service.objects.temporary.glob("view-*"))
 
 

@@ -56,7 +56,6 @@ def test_the_plan_says_what_passes_and_what_comes_of_it(tightfit, described, tmp
     ("words", "said"),
     [
         (["--html", "page.html"], "--html is for fleets of another kind"),
-        (["--server", "http://127.0.0.1:1"], "--server is for fleets of another kind"),
         (["--bits", "5"], "5 bits: a message has numbers of 4, 8 bits"),
     ],
 )

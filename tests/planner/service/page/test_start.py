@@ -14,7 +14,7 @@ CLICKS = """() => { addEventListener("click", (event) => { if (event.isTrusted) 
 FIRST_PAINT_SECONDS = 1.0
 
 
-NAMES = ["Start", "Models", "Plans", "Compare", "Runs", "Fleets", "Devices"]
+NAMES = ["Start", "Models", "Plans", "Compare", "Runs"]
 
 
 def test_an_empty_service_has_three_doors_and_an_address_for_each_place(browser, served):
@@ -28,7 +28,7 @@ def test_an_empty_service_has_three_doors_and_an_address_for_each_place(browser,
             expect(page.locator("h1")).to_be_visible()
             expect(page.locator(".loading")).to_have_count(0)
         page.go_back()
-        expect(page.locator("#places [aria-current=page]")).to_have_text("Fleets")
+        expect(page.locator("#places [aria-current=page]")).to_have_text("Compare")
         # Where there is nothing, that is said once, in words, with ways back.
         for place, words, back in (
             ("nowhere", "There is nothing at this address", ["Start"]),
@@ -54,11 +54,6 @@ def test_nothing_hinders_people_where_nothing_is_yet(browser, served, pictures):
             expect(page.locator("h1")).to_be_visible()
             expect(page.locator(".loading")).to_have_count(0)
             nothing_hinders(page, pictures, "start" if name == "Start" else f"empty-{name.lower()}")
-
-
-def test_the_address_of_an_earlier_version_leads_to_its_place(browser, served, decoder):
-    with tab(browser, f"{served.url}/page/#profile={decoder}&budget=1048576&policy=solver") as page:
-        page.wait_for_url(re.compile(f"#/models/{decoder}"))
 
 
 def test_light_and_dark_are_kept(browser, served):
