@@ -418,17 +418,7 @@ class Client:
         job: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
         return job
 
-    def cancel_all(self, identities: Sequence[str]) -> list[dict[str, Any]]:
-        """End several jobs; returns those that had not ended yet."""
-        jobs: list[dict[str, Any]] = self.post("/v1/jobs/cancel", {"jobs": list(identities)})["jobs"]
-        return jobs
-
-    # --- what there is to choose from --------------------------------------------------------------------------------
-
-    def files(self, kind: Literal["models", "data"]) -> list[dict[str, Any]]:
-        """Models or data under the service's roots, newest first: their `path` is what a request names them by."""
-        listed: list[dict[str, Any]] = self.get(f"/v1/files?kind={kind}")["files"]
-        return listed
+    # --- data and answers ----------------------------------------------------------------------------------------------
 
     def upload_data(self, file: str | os.PathLike[str], name: str | None = None) -> str:
         """Store a file of samples at the service, by default under its own name; returns what a run there takes as data."""
@@ -439,10 +429,6 @@ class Client:
         headers = {"Content-Type": "application/octet-stream"}
         path = f"/v1/uploads?name={quote(name or Path(file).name, safe='')}"
         return f"{UPLOADED}{self._json(self._send('POST', path, content=content, headers=headers))['id']}"
-
-    def uploads(self) -> list[dict[str, Any]]:
-        """The files of samples that were uploaded, newest first."""
-        return list(self.items("uploads"))
 
     def preview(self, profile: str, data: str, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
         """Data as a run of a stored profile would read them: its first samples in pieces, learned or not, what is cut and what is
@@ -468,11 +454,6 @@ class Client:
         """Merge a run's adapter into its model at the service and download it: a GGUF file, or a tar file with safetensors."""
         self.finish(self.post(f"/v1/runs/{run}/merge", {"format": form}), progress)
         return self.download("runs", run, file, part="merged")
-
-    def gallery(self) -> list[dict[str, Any]]:
-        """Sizes of published models, each with the `config` that a request for a profile takes."""
-        shapes: list[dict[str, Any]] = self.get("/v1/gallery")["shapes"]
-        return shapes
 
     # --- HTTP ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ EXTRAS = {
     "matplotlib": ("planner", "drawing", ""),
     "fastapi": ("serve", "a service", ""),
     "uvicorn": ("serve", "a service", ""),
-    "prometheus_client": ("serve", "a service", ""),
 }
 """package -> (extra of tightfit that brings it, what needs it, what else can be done)"""
 

@@ -36,7 +36,6 @@ from tightfit.planner.service.http.routes_common import EVERYWHERE, check_query
 from tightfit.planner.service.http.service import Service, opened
 from tightfit.planner.service.http.tls import server_context
 from tightfit.planner.service.wire.errors import Code, ServiceError, UnreadableError, error_json
-from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.settings import Settings, installed_version, loopback
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.option_names import in_python, named_as
@@ -77,11 +76,10 @@ log = logging.getLogger("tightfit.service")
 
 def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     """The application, over a `service` that is open, or over that of `settings`, which is opened when it starts."""
-    metrics = Metrics() if service is None else service.metrics
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        with opened(settings, metrics) if service is None else contextlib.nullcontext(service) as ready:
+        with opened(settings) if service is None else contextlib.nullcontext(service) as ready:
             app.state.service = ready
             await ready.supervisor.start()
             await give_example(ready)
@@ -99,7 +97,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
         redoc_url=None,
         responses=EVERYWHERE,
     )
-    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.add_middleware(Guard, settings=settings)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(UnreadableError, _unreadable_error)
     app.add_exception_handler(TightfitError, _library_error)
@@ -132,7 +130,7 @@ def serve(settings: Settings) -> None:
     """
     context = None if settings.certificate is None else server_context(settings.certificate, settings.key)
     log_to_stderr()
-    with opened(settings, Metrics()) as service, named_as(in_python):
+    with opened(settings) as service, named_as(in_python):
         _serve_until_interrupted(settings, service, context)
 
 

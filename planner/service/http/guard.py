@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tightfit.planner.service.wire.errors import ServiceError, error_json
-from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.settings import Settings, loopback
 
 OPEN = ("/healthz", "/page/")
@@ -37,7 +36,6 @@ HEADERS = (
     (b"content-security-policy", POLICY),
 )
 
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 log = logging.getLogger("tightfit.requests")
 
 
@@ -100,8 +98,8 @@ class _GuardedRequest:
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self.app, self.settings, self.metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.settings = app, settings
         self._token = None if settings.token is None else settings.token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -159,10 +157,6 @@ class Guard:
 
     def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or ("refused" if status in {401, 403, 421} else "unmatched")
-        # Clients choose the method: with a label for each the metrics would grow without end.
-        method = method if method in METHODS else "other"
-        self.metrics.requests.labels(method, route, str(status)).inc()
-        self.metrics.seconds.labels(route).observe(seconds)
         client: Any = scope.get("client")
         log.info(
             "request",

@@ -106,7 +106,6 @@ def described_file(description: str, example: Any, *statuses: int) -> dict[int |
     content = {"application/json": {"schema": {"type": "object"}, "example": example}}
     return {
         200: {"description": description, "content": content},
-        304: {"description": "It is the one that If-None-Match names"},
         **errors(404, *statuses),
     }
 
@@ -152,7 +151,6 @@ def enqueue(
         uses=uses,
         renews=None if renews is None else content_key(kind, renews),
     )
-    service.metrics.cached.labels(kind, "new" if new else "finished" if job.state in FINISHED else "joined").inc()
     if new:
         service.supervisor.wake(lane)
     return job_response(service.events.shown(job))
@@ -208,11 +206,9 @@ async def file_response(
 ) -> Response:
     """A stored file's content, as it lies there where the client takes gzip. Raises UnreadableError where it is damaged."""
     objects = service_of(request).objects
-    headers = {"ETag": f'"{row["digest"]}"', "Vary": "Accept-Encoding"}
+    headers = {"Vary": "Accept-Encoding"}
     if name is not None:
         headers["Content-Disposition"] = f'attachment; filename="{name}"'
-    if request.headers.get("if-none-match") == headers["ETag"]:
-        return Response(status_code=304, headers=headers)
     await asyncio.to_thread(objects.check, row["digest"])
     if media_type == "application/json" and "gzip" in request.headers.get("accept-encoding", ""):
         return Response(

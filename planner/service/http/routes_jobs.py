@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Request, Response
+from fastapi import APIRouter, Header, Path, Request
 from starlette.responses import StreamingResponse
 
 from tightfit.planner.service.http.routes_common import After, Limit, Search, errors, service_of
 from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.jobs.tables import SCHEMA
 from tightfit.planner.service.wire.errors import ServiceError
-from tightfit.planner.service.wire.requests import JobsRequest, NameRequest
+from tightfit.planner.service.wire.requests import NameRequest
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     DeviceAnswer,
@@ -47,18 +47,6 @@ EVENTS = {
         },
     },
     **errors(404),
-}
-
-METRICS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "Prometheus' text format",
-        "content": {
-            "text/plain": {
-                "schema": {"type": "string"},
-                "example": 'tightfit_jobs_now{kind="plan",state="succeeded"} 12.0\n',
-            }
-        },
-    }
 }
 
 
@@ -141,35 +129,17 @@ async def cancel_job(request: Request, identity: Identity) -> ServiceJob:
     return service.supervisor.cancel(identity)
 
 
-@router.post(
-    "/v1/jobs/cancel",
-    response_model=JobList,
-    responses=errors(400, 404, 408, 413, 415),
-    tags=["jobs"],
-    summary="End several jobs",
-)
-async def cancel_jobs(request: Request, body: JobsRequest) -> JobList:
-    """Answers with those that had not ended yet. 404 where there is no such job: none is ended then."""
-    service = service_of(request)
-    live = [job.id for job in map(service.store.job, dict.fromkeys(body.jobs)) if job.state not in FINISHED]
-    return JobList(jobs=[service.supervisor.cancel(identity) for identity in live])
-
-
 @router.get("/v1/devices", response_model=DeviceList, tags=["service"], summary="Devices")
-async def list_devices(request: Request) -> DeviceList:
-    """What runs go to, and how long its queue is; then those that can be planned for."""
-    running, waiting = service_of(request).store.lane(LOCAL)
-    cores = our_cores()
+async def list_devices() -> DeviceList:
+    """This machine, to which runs go; then those that can be planned for."""
     spare_bytes, spare_why = _spare()
     own_device = DeviceAnswer(
         name=LOCAL,
         label="the service's machine",
         kind="cpu",
-        threads=cores,
+        threads=our_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         local=True,
-        running=running,
-        waiting=waiting,
         spare_bytes=spare_bytes,
         spare_why=spare_why,
     )
@@ -177,8 +147,6 @@ async def list_devices(request: Request) -> DeviceList:
         DeviceAnswer(
             **device.model_dump(include={"name", "label", "kind", "threads", "memory_bytes"}),
             local=False,
-            running=None,
-            waiting=0,
         )
         for device in known_devices()
     ]
@@ -205,8 +173,3 @@ async def health(request: Request) -> Health:
         schema_version=SCHEMA,
         set_aside=store.set_aside(),
     )
-
-
-@router.get("/metrics", tags=["service"], summary="Figures for Prometheus", response_class=Response, responses=METRICS)
-async def metrics(request: Request) -> Response:
-    return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -27,14 +27,14 @@ from tightfit.planner.service.http.routes_common import (
     stored,
 )
 from tightfit.planner.service.jobs.store import Row, listed
-from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
+from tightfit.planner.service.wire.errors import ServiceError, invalid
 from tightfit.planner.service.wire.requests import (
     AnswerPlanRequest,
     ComparisonRequest,
     NameRequest,
     PlanRequest,
 )
-from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, JobId, PlanList, ServiceJob, StoredPlan
+from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, PlanList, StoredPlan
 from tightfit.planner.service.wire.shown import Difference, PlanTimeline, PlanView
 
 router = APIRouter(prefix="/v1", tags=["planning"])
@@ -165,22 +165,6 @@ async def choose_for_answers(request: Request, body: AnswerPlanRequest, key: Ide
     fits.
     """
     return enqueue(request, "answer-plan", body.model_dump(), key=key)
-
-
-@router.get(
-    "/comparisons/{identity}", response_model=ServiceJob, responses=errors(404, 409), summary="A comparison's cells"
-)
-async def get_comparison(request: Request, identity: Annotated[JobId, Path()]) -> ServiceJob:
-    """The job whose `result.cells` hold a summary and a plan id each. 409 while it is not finished."""
-    service = service_of(request)
-    job = service.store.job(identity)
-    if job.kind != "comparison":
-        raise not_found("comparison", identity)
-    if job.state != "succeeded":
-        raise ServiceError(
-            409, "conflict", f"the comparison {identity} is {job.state}; follow /v1/jobs/{identity}/events"
-        )
-    return service.events.shown(job)
 
 
 def _check_policy(policy: str, profile: Row, field: str) -> None:

@@ -21,17 +21,9 @@ router = APIRouter(prefix="/v1/previews", tags=["inputs"])
 @router.post("", status_code=202, responses=JOB_RESPONSES, summary="Show data as a run would read them")
 async def make_preview(request: Request, body: PreviewRequest, key: IdempotencyKey = None) -> Response:
     """The result has the first samples in pieces, learned or not, the lines that are refused, what is cut, and the share of padding."""
-    field, identity = ("profile", body.profile) if body.plan is None else ("plan", body.plan)
-    assert identity is not None
-    profile = stored(request, field, identity, field)
-    if body.plan is not None:
-        profile = stored(request, "profile", profile["origin"], field)
-    check_measured_here(profile, field)
-    job_request = body.model_dump(exclude={"plan"}) | {
-        "profile": profile["id"],
-        "data": await data_path(request, body.data, "data"),
-    }
+    check_measured_here(stored(request, "profile", body.profile, "profile"), "profile")
+    job_request = body.model_dump() | {"data": await data_path(request, body.data, "data")}
     upload = uploaded(body.data)
-    uses = [("profile", profile["id"]), *([] if upload is None else [("upload", upload)])]
+    uses = [("profile", body.profile), *([] if upload is None else [("upload", upload)])]
     # A file under a root may be another one tomorrow.
     return enqueue(request, "preview", job_request, key=key, uses=uses, repeatable=upload is None)

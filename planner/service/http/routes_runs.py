@@ -69,11 +69,6 @@ async def make_run(request: Request, body: RunRequest, key: IdempotencyKey = Non
     return enqueue(request, "run", job_request, key=key, uses=uses, repeatable=True)
 
 
-@router.get("/{identity}", response_model=ServiceJob, responses=errors(404), summary="A run")
-async def get_run(request: Request, identity: Identity) -> ServiceJob:
-    return service_of(request).events.shown(run_of(request, identity))
-
-
 @router.post(
     "/{identity}/resume",
     status_code=202,

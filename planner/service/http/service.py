@@ -14,7 +14,6 @@ from tightfit.planner.service.http.views import Views
 from tightfit.planner.service.jobs.store import JobStore
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.wire.events import Events
-from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.planner.service.wire.settings import Settings
@@ -29,7 +28,6 @@ class Service:
     store: JobStore
     objects: ObjectStore
     events: Events
-    metrics: Metrics
     redaction: Redaction
     supervisor: Supervisor
     uploads: Uploads
@@ -37,7 +35,7 @@ class Service:
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
+def opened(settings: Settings) -> Iterator[Service]:
     """The data folder, open for this service alone, with what was left unfinished there put back into the queue.
 
     Raises InputError where another service has it, or where it cannot be read, and StorageError where its disk is full.
@@ -49,19 +47,17 @@ def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
         stack.callback(store.close)
         objects = ObjectStore(settings.data_dir / "objects")
         events = Events(redaction.job)
-        supervisor = Supervisor(settings, store, objects, events, metrics)
+        supervisor = Supervisor(settings, store, objects, events)
         supervisor.recover()
-        metrics.watch(lambda: _gauges(store, events))
         yield Service(
             settings=settings,
             store=store,
             objects=objects,
             events=events,
-            metrics=metrics,
             redaction=redaction,
             supervisor=supervisor,
-            uploads=Uploads(settings, store, objects, metrics, supervisor.processes),
-            views=Views(settings, store, objects, metrics, supervisor.processes),
+            uploads=Uploads(settings, store, objects, supervisor.processes),
+            views=Views(settings, store, objects, supervisor.processes),
         )
 
 
@@ -78,17 +74,3 @@ def _lock(folder: Path) -> IO[bytes]:
         file.close()
         raise InputError(f"--data-dir {folder}: another service is using it; end it, or name another folder") from error
     return file
-
-
-def _gauges(
-    store: JobStore, events: Events
-) -> Iterator[tuple[str, str, tuple[str, ...], dict[tuple[str, ...], float]]]:
-    jobs: dict[tuple[str, ...], float] = {labels: float(count) for labels, count in store.counts().items()}
-    yield "tightfit_jobs_now", "Jobs in the store.", ("kind", "state"), jobs
-    yield (
-        "tightfit_stored_bytes",
-        "Bytes of stored profiles, plans, results and packed weights.",
-        (),
-        {(): float(store.stored_bytes())},
-    )
-    yield "tightfit_listeners", "Open event streams.", (), {(): float(events.listeners)}

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from tightfit.planner.service.jobs.orders import UPLOAD, JobOrder, UploadKind
 from tightfit.planner.service.jobs.processes import WorkerProcesses
 from tightfit.planner.service.jobs.store import JobStore, Row, upload_row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
-from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import CHUNK, ObjectStore, StoredObject, unpacked
 from tightfit.planner.service.wire.settings import Settings
 
@@ -38,11 +36,9 @@ log = logging.getLogger("tightfit.service")
 
 
 class Uploads:
-    def __init__(
-        self, settings: Settings, store: JobStore, objects: ObjectStore, metrics: Metrics, processes: WorkerProcesses
-    ) -> None:
+    def __init__(self, settings: Settings, store: JobStore, objects: ObjectStore, processes: WorkerProcesses) -> None:
         self._settings, self._store, self._objects = settings, store, objects
-        self._metrics, self._processes = metrics, processes
+        self._processes = processes
         self._readers = asyncio.Semaphore(READ_AT_ONCE)
         self._bytes = self._unread = 0
 
@@ -146,14 +142,11 @@ class Uploads:
             objects=str(self._objects.folder),
             memory_bytes=settings.check_bytes,
         )
-        began = time.monotonic()
         try:
             end, last_stderr = await self._processes.ask(UPLOAD, order, settings.check_seconds)
         except TimeoutError:
             message = f"the upload took longer to read than {settings.check_seconds:g} s; send a smaller {kind}"
             raise ServiceError(413, "too_large", message, "body") from None
-        finally:
-            self._metrics.worked.labels("upload").observe(time.monotonic() - began)
         return self._file_row(end, last_stderr, kind)
 
     def _file_row(self, end: dict[str, Any] | None, last_stderr: str, kind: UploadKind) -> Row:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -20,7 +19,6 @@ from tightfit.planner.service.jobs.orders import VIEW, JobOrder
 from tightfit.planner.service.jobs.processes import WorkerProcesses
 from tightfit.planner.service.jobs.store import JobStore, Row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
-from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.runtime.common.errors import InputError
@@ -34,11 +32,9 @@ log = logging.getLogger("tightfit.service")
 
 
 class Views:
-    def __init__(
-        self, settings: Settings, store: JobStore, objects: ObjectStore, metrics: Metrics, processes: WorkerProcesses
-    ) -> None:
+    def __init__(self, settings: Settings, store: JobStore, objects: ObjectStore, processes: WorkerProcesses) -> None:
         self._settings, self._store, self._objects = settings, store, objects
-        self._metrics, self._processes = metrics, processes
+        self._processes = processes
         self._makers = asyncio.Semaphore(MADE_AT_ONCE)
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._under_way: dict[str, asyncio.Task[bytes]] = {}
@@ -99,13 +95,9 @@ class Views:
         )
         try:
             async with self._makers:
-                began = time.monotonic()
-                try:
+                end, last_stderr = await self._ask(order)
+                if end is None:  # killed, perhaps while it waited
                     end, last_stderr = await self._ask(order)
-                    if end is None:  # killed, perhaps while it waited
-                        end, last_stderr = await self._ask(order)
-                finally:
-                    self._metrics.worked.labels(VIEW).observe(time.monotonic() - began)
             if end is None or "result" not in end:
                 raise self._refusal(end or {"code": "worker_died"}, last_stderr)
             return await asyncio.to_thread(path.read_bytes)

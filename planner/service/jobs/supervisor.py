@@ -22,7 +22,6 @@ from tightfit.planner.service.jobs.processes import Worker, WorkerProcesses
 from tightfit.planner.service.jobs.store import ATTEMPTS, JobStore, folder_row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk
 from tightfit.planner.service.wire.events import Events
-from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.schema import Error, JobKind, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
@@ -41,10 +40,8 @@ def lane_of(kind: JobKind) -> str:
 
 
 class Supervisor:
-    def __init__(
-        self, settings: Settings, store: JobStore, objects: ObjectStore, events: Events, metrics: Metrics
-    ) -> None:
-        self.settings, self.store, self.objects, self.events, self.metrics = settings, store, objects, events, metrics
+    def __init__(self, settings: Settings, store: JobStore, objects: ObjectStore, events: Events) -> None:
+        self.settings, self.store, self.objects, self.events = settings, store, objects, events
         self.runs = settings.data_dir / "runs"
         self._wake: dict[str, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -150,7 +147,6 @@ class Supervisor:
         worker = self._workers[job.id] = await self.processes.take(lane)
         if job.id in self._cancelled:
             worker.kill()
-        began = time.monotonic()
         try:
             limit = None if job.kind == "run" else self.settings.job_seconds
             try:
@@ -161,7 +157,6 @@ class Supervisor:
                 message = f"the job took longer than {self.settings.job_seconds:.0f} s; set a smaller time_limit"
                 end = {"event": "error", "code": "too_slow", "message": message}
             code = await worker.process.wait()
-            self.metrics.worked.labels(job.kind).observe(time.monotonic() - began)
             await self._conclude(job, end, code, worker)
         finally:
             self._workers.pop(job.id, None)
@@ -243,7 +238,6 @@ class Supervisor:
 
     def _announce(self, job: ServiceJob) -> None:
         self._cancelled.discard(job.id)  # only now: it may be cancelled while its end waits for room
-        self.metrics.jobs.labels(job.kind, job.state).inc()
         log.info("job", extra={"job": job.id, "kind": job.kind, "state": job.state, "attempts": job.attempts})
         self.events.changed(job)
 

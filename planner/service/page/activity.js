@@ -42,7 +42,7 @@ export async function showActivity() {
     const { stage = job.state === "queued" ? "waits for its turn" : "", done, total, step } = job.progress ?? {};
     const bar = progress(WORDS[job.kind] ?? job.kind);
     bar.update({ stage: step === undefined ? stage : `step ${step}`, done: step ?? done, total: step === undefined ? total : job.request.steps });
-    const end = button("Cancel", async () => { ended.add(job.id); end.disabled = true; await post("/v1/jobs/cancel", { jobs: [job.id] }).catch(() => {}); }, "quiet");
+    const end = button("Cancel", async () => { ended.add(job.id); end.disabled = true; await post(`/v1/jobs/${job.id}/cancel`, "").catch(() => {}); }, "quiet");
     end.disabled = ended.has(job.id);
     const name = PLACE[job.kind] ? html("a", { href: `#/${PLACE[job.kind]}/${job.id}` }, nameOf(job)) : nameOf(job);
     return html("li", {}, html("div", { class: "heading" }, html("strong", {}, name), html("span", { class: "soft" }, when(job.created))), html("div", { class: "row" }, bar, end));

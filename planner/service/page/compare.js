@@ -133,7 +133,7 @@ const choosePlan = (ids, profile) => dialog("Add a plan", (close) => {
 // --- runs -------------------------------------------------------------------------------------------------------------
 
 async function compareRuns(root, ids, signal) {
-  const runs = await Promise.all(ids.map(async (id) => { const [job, metrics] = await Promise.all([get(`/v1/runs/${id}`), get(`/v1/runs/${id}/metrics`)]); return { id, job, metrics, report: job.result?.report ?? null }; }));
+  const runs = await Promise.all(ids.map(async (id) => { const [job, metrics] = await Promise.all([get(`/v1/jobs/${id}`), get(`/v1/runs/${id}/metrics`)]); return { id, job, metrics, report: job.result?.report ?? null }; }));
   if (signal.aborted) return;
   const names = called(runs.map(({ job }) => runName(job))), loss = chartBox("Loss"), links = runs.map(({ id }, i) => html("a", { href: to("runs", id) }, names[i]));
   const of = (get) => runs.map(({ job, metrics, report }) => get(job, metrics, report) ?? null), time = (value) => `${seconds(value)} s`, four = (value) => value.toFixed(4);

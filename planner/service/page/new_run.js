@@ -46,7 +46,7 @@ export async function show({ root, query, signal, keep, title }) {
     const box = html("div", {});
     seen.lastChild.replaceWith(box);
     try {
-      const found = await preview(box, { plan: choice.value, data: value, ...(await looked(form)) }, signal, offers);
+      const found = await preview(box, { profile: chosen().profile, data: value, ...(await looked(form)) }, signal, offers);
       if (mine !== looks || !found) return;
       known.learn = found;
       unusable = found.samples.length === 0 ? "None of these samples can be used, for the reasons below: choose other data, or say under “More options” what their columns are called." : "";
@@ -63,7 +63,7 @@ export async function show({ root, query, signal, keep, title }) {
     known.held = null;
     tell();
     if (!value) return;
-    const found = await counted({ plan: choice.value, data: value, ...(await looked(form)) }, signal).catch(() => null); // what is wrong with them is said when the run is asked for
+    const found = await counted({ profile: chosen().profile, data: value, ...(await looked(form)) }, signal).catch(() => null); // what is wrong with them is said when the run is asked for
     if (mine !== heldLooks || signal.aborted) return;
     known.held = found;
     tell();

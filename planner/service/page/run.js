@@ -17,7 +17,7 @@ const ROWS = 200; // of the table of steps, evenly spread
 const OTHERS = 30; // runs that can be laid over this one
 
 export async function show({ root, id, query, signal, keep, title }) {
-  let job = await get(`/v1/runs/${id}`);
+  let job = await get(`/v1/jobs/${id}`);
   const [metrics, uploads, plan] = await Promise.all([get(`/v1/runs/${id}/metrics`), get("/v1/uploads").catch(() => ({ uploads: [] })), get(`/v1/plans/${job.request.plan}`).catch(() => null)]);
   if (signal.aborted) return;
   title(nameOf(job));
@@ -85,7 +85,7 @@ export async function show({ root, id, query, signal, keep, title }) {
       job = await finish(job, hear, signal);
     } catch (error) {
       if (signal.aborted) return;
-      job = await get(`/v1/runs/${id}`);
+      job = await get(`/v1/jobs/${id}`);
       if (isOpen(job)) throw error;
     }
     if (signal.aborted) return;
@@ -210,8 +210,8 @@ function sampled(job, prompt, signal) {
   const made = button("Take one from the data", action(async () => {
     made.disabled = true;
     try {
-      const { columns, truncate } = job.request;
-      prompts ??= (await counted({ plan: job.request.plan, data, ...(columns && { columns }), ...(truncate && { truncate }) }, signal)).samples.map(({ pieces }) => pieces[0]).filter((piece) => piece && !piece.trained && piece.text.trim()).map((piece) => piece.text);
+      const { columns, truncate } = job.request, { profile } = await get(`/v1/plans/${job.request.plan}`);
+      prompts ??= (await counted({ profile, data, ...(columns && { columns }), ...(truncate && { truncate }) }, signal)).samples.map(({ pieces }) => pieces[0]).filter((piece) => piece && !piece.trained && piece.text.trim()).map((piece) => piece.text);
       if (!prompts.length) throw new Error("These data have no prompts: all of their text is learnt.");
       prompt.value = prompts[next++ % prompts.length];
       prompt.focus();

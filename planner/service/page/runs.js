@@ -46,7 +46,7 @@ export async function show({ root, id, query, signal, keep, title }) {
     },
     actions: (chosen) => [
       chosen.length > 1 ? button("Compare", () => go("compare", "", { runs: chosen.map((job) => job.id).join(",") })) : null,
-      chosen.some(isOpen) ? button("Cancel", action(async () => { await post("/v1/jobs/cancel", { jobs: chosen.filter(isOpen).map((job) => job.id) }); await runs.reload(); })) : null,
+      chosen.some(isOpen) ? button("Cancel", action(async () => { for (const { id } of chosen.filter(isOpen)) await post(`/v1/jobs/${id}/cancel`, "").catch((error) => { if (error.status !== 409) throw error; }); /* 409: it has ended meanwhile */ await runs.reload(); })) : null,
       chosen.every(isOpen) ? null : button("Delete", action(async () => {
         const ended = chosen.filter((job) => !isOpen(job));
         if (!(await confirmed(`Delete ${ended.length === 1 ? nameOf(ended[0]) : `${ended.length} runs`}, with adapters and checkpoints?`, "Delete"))) return;

@@ -207,32 +207,19 @@ class NameRequest(RequestBody):
     note: Annotated[str, StringConstraints(max_length=10_000)] | None = Field(None, description="any text")
 
 
-class JobsRequest(RequestBody):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"jobs": [JOB]}]})
-
-    jobs: list[JobId] = Field(min_length=1, max_length=1000)
-
-
 class PreviewRequest(_with_options(DataOptions)):  # type: ignore[misc]
-    """Read data as a run of a profile, or of a plan of it, would."""
+    """Read data as a run of a plan of the profile would."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"profile": DIGEST, "data": f"upload:{DIGEST}", "truncate": True}]}
     )
 
-    profile: Digest | None = None
-    plan: Digest | None = None
+    profile: Digest
     data: str = Field(
         min_length=1,
         max_length=LONGEST_PATH,
         description="a file or folder of samples under an allowed root, or upload: and the id of an upload",
     )
-
-    @model_validator(mode="after")
-    def one_model(self) -> Self:
-        if (self.profile is None) == (self.plan is None):
-            raise ValueError("give either profile or plan")
-        return self
 
 
 class PromptMessage(RequestBody):

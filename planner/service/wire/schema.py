@@ -74,8 +74,6 @@ CPU = {
     "threads": 2,
     "memory_bytes": 25769803776,
     "local": True,
-    "running": JOB,
-    "waiting": 0,
     "spare_bytes": 6442450944,
     "spare_why": "7.1 GiB are available, less 0.9 GiB that stay free",
 }
@@ -213,8 +211,6 @@ class DeviceAnswer(ResponseBody):
     threads: int
     memory_bytes: int = Field(description="all that it has")
     local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
-    running: JobId | None = None
-    waiting: int = Field(description="runs and measurements queued for it")
     spare_bytes: int | None = Field(
         None, description="what a run there may take now, a margin left free; null: of another machine, or nothing"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
+import sqlite3
 import sys
 import tarfile
 from pathlib import Path
@@ -113,8 +115,8 @@ def test_what_cannot_be_asked_is_refused_at_once(tmp_path):
 
 
 def service_bytes(served):
-    lines = served.http.get("/metrics").text.splitlines()
-    return float(next(line for line in lines if line.startswith("tightfit_stored")).split()[1])
+    with contextlib.closing(sqlite3.connect(served.data / "service.sqlite")) as database:
+        return database.execute("SELECT sum(stored_bytes) FROM files").fetchone()[0]
 
 
 @pytest.mark.slow

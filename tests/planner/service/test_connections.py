@@ -25,7 +25,6 @@ from tightfit.planner.service.http import connections, guard
 from tightfit.planner.service.http.connections import Connections, loop_of, most_connections, protocol_of
 from tightfit.planner.service.http.guard import Guard
 from tightfit.planner.service.http.tls import server_context
-from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.settings import Settings
 
 PATIENCE = 30.0
@@ -66,7 +65,7 @@ def listening(tmp_path, most=8, context=None):
     async def app(scope, receive, send):
         await guarded({**scope, "state": {"waiting": waiting}}, receive, send)
 
-    guarded = Guard(answer, Settings(data_dir=tmp_path, command=(sys.executable,)), Metrics())
+    guarded = Guard(answer, Settings(data_dir=tmp_path, command=(sys.executable,)))
     config = uvicorn.Config(
         app,
         loop=loop_of(context),

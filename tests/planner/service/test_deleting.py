@@ -8,7 +8,7 @@ import pytest
 from served import service
 
 from tightfit.planner.service.jobs.store import content_key, file_row, folder_row
-from tightfit.planner.service.wire.schema import JOB, Error
+from tightfit.planner.service.wire.schema import Error
 
 IDS = {"profile": "1" * 64, "plan": "2" * 64}
 SUMMARIES = {
@@ -161,10 +161,10 @@ def test_a_run_stays_while_a_live_job_needs_its_adapter(http, own):
 def test_a_run_outlives_its_plan(http, own):
     """What it has learnt is not lost with the plan or the profile: its figures, its adapter, what it is called."""
     run = ended_run(own)
-    before = http.get(f"/v1/runs/{run.id}").json()
+    before = http.get(f"/v1/jobs/{run.id}").json()
     assert before["label"] == "tiny on random data in 1.0 MiB"
     assert http.delete(f"/v1/profiles/{IDS['profile']}?with_plans=true").status_code == 204
-    assert http.get(f"/v1/runs/{run.id}").json() == before
+    assert http.get(f"/v1/jobs/{run.id}").json() == before
     metrics = http.get(f"/v1/runs/{run.id}/metrics").json()
     assert (metrics["budget_bytes"], metrics["steps"][0]["loss"]) == (1 << 20, 2.5)
     assert http.get(f"/v1/runs/{run.id}/report").status_code == 200
@@ -172,16 +172,3 @@ def test_a_run_outlives_its_plan(http, own):
     own.store._database.execute("UPDATE jobs SET state = 'cancelled', result = NULL WHERE id = ?", (run.id,))
     assert http.get(f"/v1/runs/{run.id}/metrics").json()["budget_bytes"] is None
     assert "there is no plan" in refused(http.post(f"/v1/runs/{run.id}/resume"), 404)
-
-
-def test_several_jobs_are_cancelled_at_once(http, own):
-    jobs = [ask(own, "comparison", number=number).id for number in range(3)]
-    own.store.finish(jobs[0], "succeeded", result={})
-    assert "there is no job" in refused(http.post("/v1/jobs/cancel", json={"jobs": [jobs[1], JOB]}), 404)
-    assert own.store.job(jobs[1]).state == "queued"
-    cancelled = http.post("/v1/jobs/cancel", json={"jobs": [*jobs, jobs[1]]}).json()["jobs"]
-    assert [(job["id"], job["state"]) for job in cancelled] == [(jobs[1], "cancelled"), (jobs[2], "cancelled")]
-    assert http.post("/v1/jobs/cancel", json={"jobs": jobs}).json()["jobs"] == []
-    for body, field in (({"jobs": []}, "body.jobs"), ({"jobs": ["x"]}, "body.jobs.0"), ({}, "body.jobs")):
-        answer = http.post("/v1/jobs/cancel", json=body)
-        assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, field)

@@ -110,10 +110,6 @@ def test_a_profile_is_kept_once(served, profile, uploaded):
     assert uploaded in [one["id"] for one in served.http.get("/v1/profiles").json()["profiles"]]
     file = served.http.get(f"/v1/profiles/{uploaded}/file")
     assert file.text == canonical_json(profile)
-    assert (
-        served.http.get(f"/v1/profiles/{uploaded}/file", headers={"If-None-Match": file.headers["etag"]}).status_code
-        == 304
-    )
     plain = served.http.get(f"/v1/profiles/{uploaded}/file", headers={"Accept-Encoding": "identity"})
     assert "content-encoding" not in plain.headers
     assert plain.text == file.text
@@ -167,7 +163,6 @@ def test_a_policy_of_another_gradient_is_planned_where_it_is_named(served, uploa
 def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release):
     budgets = [minimum, minimum * 2]
     job = served.ask("/v1/comparisons", profile=uploaded, memory=budgets, policies=["solver", "keep-all"])
-    assert served.http.get(f"/v1/comparisons/{job['id']}").status_code == 409
     with connect(served.url) as service:
         heard = service.events(job["id"])
         events = [next(heard)]
@@ -182,7 +177,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
     assert [(cell["budget_bytes"], cell["policy"]) for cell in cells] == [
         (budget, policy) for budget in budgets for policy in ("solver", "keep-all")
     ]
-    assert served.http.get(f"/v1/comparisons/{job['id']}").json()["result"]["cells"] == cells
+    assert served.http.get(f"/v1/jobs/{job['id']}").json()["result"]["cells"] == cells
     first, last = cells[0]["plan"], cells[2]["plan"]
     view = served.http.get(f"/v1/plans/{first}/view").json()
     series = view["timeline"]
@@ -247,9 +242,7 @@ def test_a_query_field_that_is_not_there_is_refused(served, uploaded):
     ):
         told = refused(served.http.get(f"/v1/{path}"), 422, "invalid_request", f"query.{name}")
         assert told.startswith(f"no query field is called {name!r}; {choice}")
-    assert refused(
-        served.http.post("/v1/jobs/cancel?force=1", json={"jobs": [JOB]}), 422, "invalid_request", "query.force"
-    )
+    assert refused(served.http.post(f"/v1/jobs/{JOB}/cancel?force=1"), 422, "invalid_request", "query.force")
     assert refused(
         served.http.delete(f"/v1/profiles/{uploaded}?with_plan=1"), 422, "invalid_request", "query.with_plan"
     )
@@ -275,7 +268,6 @@ def test_what_is_not_there(served):
         f"plans/{UNKNOWN}",
         f"profiles/{UNKNOWN}/file",
         "jobs/job-0123456789abcdef",
-        "comparisons/job-0123456789abcdef",
     ):
         refused(served.http.get(f"/v1/{path}"), 404, "not_found")
     asked = {"profile": UNKNOWN, "memory": "1GB"}
@@ -673,16 +665,13 @@ def test_it_tells_about_itself(served, uploaded, minimum):
     device = served.http.get("/v1/devices").json()["devices"][0]
     assert (device["name"], device["local"]) == ("cpu", True)
     assert len(served.http.get("/v1/devices").json()["devices"]) > 3
-    metrics = served.http.get("/metrics").text
-    assert 'tightfit_jobs_now{kind="plan",state="succeeded"}' in metrics
-    assert 'tightfit_requests_total{method="GET",route="/healthz",status="200"}' in metrics
     jobs = served.http.get("/v1/jobs?kind=plan&state=succeeded&limit=2").json()["jobs"]
     assert 0 < len(jobs) <= 2
     description = served.http.get("/openapi.json").json()
     for path, methods in description["paths"].items():
         for method, told in methods.items():
             assert told["summary"], (method, path)
-            if method == "post" and "requestBody" in told and path != "/v1/jobs/cancel":
+            if method == "post" and "requestBody" in told:
                 assert {"202", "201"} & set(told["responses"]), path
     assert description["components"]["schemas"]["PlanRequest"]["examples"]
 
@@ -703,7 +692,6 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
             assert answer.headers["www-authenticate"] == "Bearer"
         assert bare.get("/healthz").status_code == 200
         assert bare.get("/page/").status_code == 200
-        assert bare.get("/metrics").status_code == 401
         assert bare.get("/healthz", headers={"Host": "planner.example"}).status_code == 200
         bare.get(f"/v1/jobs?state={token}", headers={"Authorization": f"Bearer {token}"})
         with (

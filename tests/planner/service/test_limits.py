@@ -28,7 +28,6 @@ from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.jobs.upload_limits import check_size
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.events import Events
-from tightfit.planner.service.wire.metrics import Metrics
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.schema import PLAN_JOB, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
@@ -288,26 +287,26 @@ def test_packed_weights_and_configs_are_kept_no_longer_than_the_rest(tmp_path):
 
     def counted(http):
         http.app.state.service.supervisor.retain()
-        return next(line for line in http.get("/metrics").text.splitlines() if line.startswith("tightfit_stored"))
+        return http.app.state.service.store.stored_bytes()
 
     with service(tmp_path) as http:
-        assert counted(http) == "tightfit_stored_bytes 3000.0"
+        assert counted(http) == 3000
         assert not any(path.exists() for path in halves)
         files[0].unlink()
-        assert counted(http) == "tightfit_stored_bytes 2000.0"
+        assert counted(http) == 2000
         later = cache / "stores" / "d.store"
         later.write_bytes(bytes(1000))
         store = http.app.state.service.store
         run, _ = store.enqueue("run", "cpu", {}, content=None, key=None, waiting=9)
         store.next("cpu")
-        assert counted(http) == "tightfit_stored_bytes 2000.0"  # it may be at it
+        assert counted(http) == 2000  # it may be at it
         store.finish(run.id, "cancelled")
-        assert counted(http) == "tightfit_stored_bytes 3000.0"
+        assert counted(http) == 3000
     with service(tmp_path, keep_bytes=1500) as http:
-        assert counted(http) == "tightfit_stored_bytes 1000.0"
+        assert counted(http) == 1000
         assert later.exists()
     with service(tmp_path, keep_bytes=1) as http:
-        assert counted(http) == "tightfit_stored_bytes 0.0"
+        assert counted(http) == 0
         assert [path for path in cache.rglob("*") if path.is_file()] == [cache / "native" / "unpack.so"]
         assert list((cache / "configs").iterdir()) == []
 
@@ -479,7 +478,7 @@ def full(tmp_path, monkeypatch):
     monkeypatch.setattr("tightfit.planner.service.jobs.supervisor.DISK_SECONDS", 0.01)
     settings = Settings(data_dir=tmp_path, command=())
     store, events = JobStore(tmp_path / "s.sqlite"), Events()
-    supervisor = Supervisor(settings, store, ObjectStore(tmp_path / "objects"), events, Metrics())
+    supervisor = Supervisor(settings, store, ObjectStore(tmp_path / "objects"), events)
     supervisor._wake["cpu"] = asyncio.Event()
     supervisor.room = False
     finish = store.finish

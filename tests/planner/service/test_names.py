@@ -80,7 +80,7 @@ def test_a_job_is_called_by_its_name_and_others_hear_of_it(http, own):
     del own.events._pass_on
     assert (named["title"], named["state"]) == ("third try", "queued")
     assert sent == [("job", "third try")]
-    assert http.get(f"/v1/runs/{job}").json()["title"] == "third try"
+    assert http.get(f"/v1/jobs/{job}").json()["title"] == "third try"
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,6 @@ def test_a_model_that_is_not_here_shows_nothing(tmp_path):
         answer = http.post("/v1/previews", json=body)
         assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, "body.profile")
         assert answer.json()["error"]["message"].startswith("the example was measured on another machine; put SmolLM2")
-        for wrong in ({}, {"profile": example["id"], "plan": example["id"]}):
-            answer = http.post("/v1/previews", json=wrong | {"data": "x"})
-            assert "give either profile or plan" in answer.json()["error"]["message"]
     with service(tmp_path / "uploaded") as http:
         headers = {"Content-Type": "application/json"}
         stored = http.post("/v1/profiles/upload", content=example_profile(), headers=headers).json()

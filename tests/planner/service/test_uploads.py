@@ -172,15 +172,13 @@ def test_the_client_uploads_and_lists(tmp_path):
         (tmp_path / "mine & yours.jsonl").write_bytes(SAMPLES)
         with connect(served.url) as client:
             data = client.upload_data(tmp_path / "mine & yours.jsonl")
-            assert [(f"upload:{found['id']}", found["name"]) for found in client.uploads()] == [
+            assert [(f"upload:{found['id']}", found["name"]) for found in client.items("uploads")] == [
                 (data, "mine & yours.jsonl")
             ]
             with pytest.raises(InputError, match="names no file of samples"):
                 client.upload_data(tmp_path / "mine & yours.jsonl", name="mine.exe")
             with pytest.raises(InputError, match="No such file"):
                 client.upload_data(tmp_path / "none.jsonl")
-            assert (client.files("models"), client.files("data")) == ([], [])
-            assert "SmolLM2-135M" in [shape["name"] for shape in client.gallery()]
     finally:
         served.stop()
 
