@@ -2,8 +2,7 @@
 and consumers.
 
 Forward runs the layers in order, backward in reverse. Storages are the profile's global tensors and each layer's
-private values, which are called ``layer/value``. `layer_graph` gives the same with layers as nodes, as a networkx
-DiGraph.
+private values, which are called ``layer/value``.
 """
 
 from __future__ import annotations
@@ -11,15 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import OPTIMIZER_STATES, Layer, Profile, Program, Tensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.kernels.optimizer import FACTORED, state_shape
-
-if TYPE_CHECKING:
-    import networkx as nx
 
 ALIGNMENT = 64
 """arena offsets are multiples of this many bytes"""
@@ -137,46 +133,6 @@ def step_graph(source: Profile | Plan) -> StepGraph:
         layers=tuple(layer.name for layer in source.layers),
         names=names,
     )
-
-
-def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
-    """A graph with layers as nodes. They carry `forward_seconds`, `backward_seconds`, `weight_bytes` and `saved_bytes`
-    (what a step without recomputation holds for their backward); edges carry the `bytes` that one layer's forward hands
-    to another's.
-
-    Raises InputError as `step_graph`.
-    """
-    import networkx as nx
-
-    graph = step_graph(source)
-    result: nx.DiGraph[str] = nx.DiGraph()
-    for index, name in enumerate(graph.layers):
-        steps = [step for step in graph.steps if step.layer == index]
-        result.add_node(
-            name,
-            forward_seconds=sum(step.seconds for step in steps if step.phase == "forward"),
-            backward_seconds=sum(step.seconds for step in steps if step.phase == "backward"),
-            weight_bytes=0,
-            saved_bytes=0,
-        )
-    for storage in graph.storages.values():
-        users = {graph.steps[i].layer for i in storage.consumers}
-        if storage.kind == "weight":
-            for user in users:
-                result.nodes[graph.layers[user]]["weight_bytes"] += storage.bytes
-        if storage.kind != "activation" or not storage.producers:
-            continue
-        maker = graph.steps[storage.producers[0]].layer
-        saving = {graph.steps[i].layer for i in storage.consumers if graph.steps[i].phase == "backward"}
-        if saving:
-            owner = maker if maker in saving else max(saving)
-            result.nodes[graph.layers[owner]]["saved_bytes"] += storage.bytes
-        forward = {graph.steps[i].layer for i in storage.consumers if graph.steps[i].phase == "forward"}
-        for user in sorted(forward - {maker}):
-            edge = (graph.layers[maker], graph.layers[user])
-            known_bytes = result.edges[edge]["bytes"] if result.has_edge(*edge) else 0
-            result.add_edge(*edge, bytes=known_bytes + storage.bytes)
-    return result
 
 
 def state_count(optimizer: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from tightfit.planner.problem.step_graph import layer_graph
+from tightfit.planner.problem.step_graph import step_graph
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.report.chart_data import SLICES, series_of
 from tightfit.planner.report.costs import CostLedger
@@ -21,7 +21,6 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.service.wire.shown import (
     ChannelShown,
     Difference,
-    Edge,
     LayerShown,
     MemoryPart,
     PeakShown,
@@ -30,8 +29,6 @@ from tightfit.planner.service.wire.shown import (
     TensorChange,
 )
 
-NODES = 400
-"""layers drawn; further ones are in the table alone"""
 CHANGES = 2000
 """tensors listed in a difference"""
 
@@ -58,7 +55,6 @@ def plan_view(
             "timeline": Series(**series_of(plan, slices)),
             "peak": _peak(plan),
             "layers": _layers(plan),
-            "edges": _edges(plan),
             "channels": _channels(plan, explanation),
         }
     )
@@ -95,13 +91,16 @@ def _layers(plan: Plan) -> list[LayerShown]:
         if cost.decision is not None:
             group = {"weight": "weights", "optimizer": "states"}.get(cost.kind, "activations")
             decided[layer_of.get(name, "")][group][cost.decision] += cost.bytes
-    graph = layer_graph(plan)
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    graph = step_graph(plan)
+    for step in graph.steps:
+        seconds[graph.layers[step.layer], step.phase] += step.seconds
     return [
         LayerShown(
             name=layer.name,
             program=layer.program,
-            forward_seconds=graph.nodes[layer.name]["forward_seconds"],
-            backward_seconds=graph.nodes[layer.name]["backward_seconds"],
+            forward_seconds=seconds[layer.name, "forward"],
+            backward_seconds=seconds[layer.name, "backward"],
             decisions={group: dict(counts) for group, counts in decided[layer.name].items()},
         )
         for layer in plan.layers
@@ -126,22 +125,6 @@ def _operators(plan: Plan) -> list[LayerShown]:
             )
         )
     return rows
-
-
-def _edges(plan: Plan) -> list[Edge]:
-    if plan.model.is_bare_graph:
-        sizes = {value.name: value.bytes for value in plan.programs[0].values}
-        return [
-            Edge(source=source, target=str(operator.outputs[0]), bytes=sizes[source])
-            for operator in plan.programs[0].operators[:NODES]
-            for source in operator.inputs
-        ]
-    drawn = {layer.name for layer in plan.layers[:NODES]}
-    return [
-        Edge(source=source, target=target, bytes=size)
-        for source, target, size in list[tuple[str, str, int]](layer_graph(plan).edges(data="bytes"))
-        if source in drawn and target in drawn
-    ]
 
 
 def difference(before: Plan, after: Plan) -> Difference:

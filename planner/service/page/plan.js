@@ -1,15 +1,15 @@
 // One plan: what it does in plain words, its figures, its step to move in, what fills the memory, its layers and channels.
 
 import { download, get, patch, remove } from "./api.js";
-import { atLeast, html, kindColour, legend, place, seconds, size } from "./charts.js";
+import { atLeast, html, kindColour, seconds, size } from "./charts.js";
 import { bar, button, card, confirmed, editable, heading, mib, note, numbers, percent, scrolling, section, table, when } from "./components.js";
 import { explained } from "./glossary.js";
-import { didColour, LAYERS_DRAWN, layerGraph, used } from "./layers.js";
 import { inWords, nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
 import { action, go, to } from "./shell.js";
 import { showStep, stepOf } from "./timeline.js";
 
 const ROWS = 60; // of a table of layers, before one asks for more
+const MOST_LAYERS = 400; // more are the operators of a graph
 
 export async function show({ root, id, signal, title }) {
   const [plan, view] = await Promise.all([get(`/v1/plans/${id}`), get(`/v1/plans/${id}/view`)]);
@@ -87,15 +87,13 @@ const channels = (view) => section("Who is busy",
   scrolling("Who is busy", table("Share of the step; they work beside each other", ["", "", "share", "seconds", "moved"], view.channels.map((row) => [CHANNELS[row.name] ?? row.name, bar(row.share, `var(--step-${{ compute: "forward", waiting: "wait" }[row.name] ?? row.name})`), percent(row.share), seconds(row.seconds), row.bytes ? size(row.bytes) : "–"]))));
 
 function layers(view) {
-  const graph = html("div", { class: "chart-box scroll", tabindex: 0, role: "region", "aria-label": "Layers" }), decided = used(view.layers);
-  place(graph, (width) => layerGraph(view.layers, view.edges, width));
   const together = (decisions) => Object.entries(decisions || {}).filter(([, bytes]) => bytes).map(([name, bytes]) => `${name} ${size(bytes)}`).join(", ") || "–";
   const row = (layer) => [layer.name, seconds(layer.forward_seconds), seconds(layer.backward_seconds), together(layer.decisions.activations), together(layer.decisions.weights), together(layer.decisions.states)];
-  const box = html("div"), what = view.layers.length > LAYERS_DRAWN ? "operators" : "layers";
+  const box = html("div"), what = view.layers.length > MOST_LAYERS ? "operators" : "layers";
   const list = (limit) => {
     const more = view.layers.length > limit ? button(`Show more of ${view.layers.length}`, () => list(limit * 4), "quiet") : null;
     box.replaceChildren(...[table("What becomes of each", ["layer", "forward, s", "backward, s", "activations", "weights", "optimizer's states"], view.layers.slice(0, limit).map(row)), more].filter(Boolean));
   };
   list(ROWS);
-  return section(`The ${what}`, html("p", { class: "soft" }, "From left to right in the order of the forward; colours tell what becomes of their bytes."), graph, html("ul", { class: "legend" }, ...legend(decided.map((name) => [name, didColour(name)]))), numbers("Layers in numbers", box));
+  return section(`The ${what}`, numbers("In the order of the forward, in numbers", box));
 }

@@ -64,12 +64,6 @@ class LayerShown(ResponseBody):
     )
 
 
-class Edge(ResponseBody):
-    source: str
-    target: str
-    bytes: int = Field(description="that flow along it")
-
-
 class ChannelShown(ResponseBody):
     name: str = Field(examples=["read"])
     seconds: float
@@ -102,7 +96,6 @@ class PlanView(ResponseBody):
     timeline: Series | None = None
     peak: PeakShown | None = None
     layers: list[LayerShown] = []
-    edges: list[Edge] = []
     channels: list[ChannelShown] = []
 
 

@@ -203,13 +203,12 @@ def test_colours_follow_the_theme(page):
 
 @pytest.mark.slow
 def test_a_graph_of_many_operators(browser, served):
-    """Its layers are drawn together, its table comes in parts."""
+    """Its table comes in parts."""
     graph = graph_profile(layered(900, training=True))
     least = solve(graph, 1 << 50, policy="keep-all").peak_bytes
     plan = planned(served, served.upload(graph), int(least * 1.1), "keep-all")
     with tab(browser, at(served, f"plans/{plan}")) as page:
         expect(page.locator(".step-frame")).to_be_visible()
-        assert page.locator(".chart-box svg g").count() <= 400
         page.locator("section", has_text="The operators").locator("summary").click()
         expect(page.locator("section", has_text="The operators").locator("tbody tr")).to_have_count(60)
         page.get_by_role("button", name="Show more of").click()
