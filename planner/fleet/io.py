@@ -81,31 +81,21 @@ def save_fleet(
     return write_whole(folder / FILE, fleet.model_dump_json())
 
 
-def load_fleet(path: str | os.PathLike[str], kind: type[K]) -> K:
-    """The fleet's plan in `path`, its file or the folder that holds it, checked against its fingerprint; `kind` is its class.
+def load_any(path: str | os.PathLike[str]) -> AnyStepFleet:
+    """The plan in `path`, its file or the folder that holds it, of a fleet that meets at every step, checked against its fingerprint.
 
     Raises InputError for a file that is missing, cut off, changed, of another version or kind, or no fleet's plan at all.
     """
-    return _loaded(path, kind)
-
-
-def load_any(path: str | os.PathLike[str]) -> AnyStepFleet:
-    """The plan in `path` of a fleet that meets at every step, of any kind; as `load_fleet`."""
     found = _loaded(path, FleetPlan, PipelinePlan, SidePlan)
     assert isinstance(found, AnyStepFleet)
     return found
 
 
 def load_rounds(path: str | os.PathLike[str]) -> AnyRounds:
-    """The plan of federated rounds in `path`, split or not; as `load_fleet`."""
+    """The plan of federated rounds in `path`, split or not; as `load_any`."""
     found = _loaded(path, FederatedPlan, SplitPlan)
     assert isinstance(found, AnyRounds)
     return found
-
-
-def _loaded(path: str | os.PathLike[str], *kinds: type[K]) -> K:
-    path = fleet_path(path)
-    return _parsed(_content(path), str(path), *kinds)
 
 
 def _content(path: Path) -> bytes:
@@ -117,8 +107,10 @@ def _content(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a fleet's plan or its folder") from error
 
 
-def _parsed(data: bytes, place: str, *schemas: type[K]) -> K:
-    """The plan that `data` hold, which is of one of these kinds; of the first where it does not say."""
+def _loaded(path: str | os.PathLike[str], *schemas: type[K]) -> K:
+    """The plan in `path`, which is of one of these kinds; of the first where it does not say."""
+    path = fleet_path(path)
+    data, place = _content(path), str(path)
     content = whole_json(data, place, AGAIN)
     if not isinstance(content, dict) or "version" not in content or "members" not in content:
         plan = isinstance(content, dict) and "budget_bytes" in content

@@ -19,7 +19,7 @@ from side_networks import as_process
 from torch import Tensor
 from torch.nn import functional as F
 
-from tightfit.planner.fleet.io import load_fleet, save_fleet
+from tightfit.planner.fleet.io import load_any, save_fleet
 from tightfit.planner.fleet.plan import MemberSpec, plan_side
 from tightfit.planner.fleet.schema import Link, SidePlan
 from tightfit.profiles.api import profile
@@ -33,7 +33,7 @@ LINK = Link(up_bytes_per_second=12.5e6, down_bytes_per_second=12.5e6, latency_se
 
 def planned_pair(made: Profile, source: str, cap: int, folder: Path) -> SidePlan:
     """The plan of both members, whose device has the profile `made`; from `folder` where it is there."""
-    if (folder / "fleet.json").exists() and (found := load_fleet(folder, SidePlan)).members[0].budget_bytes == cap:
+    if (folder / "fleet.json").exists() and (found := load_any(folder)).members[0].budget_bytes == cap:
         return found
     threads = made.device.threads
     server = profile(source, batch=made.batch, seq=made.seq or 0, threads=threads, side_rank=RANK)

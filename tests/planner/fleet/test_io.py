@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from tightfit.planner.fleet.io import key_path, load_fleet, load_member_plan, save_fleet
-from tightfit.planner.fleet.schema import FLEET_VERSION, FleetPlan
+from tightfit.planner.fleet.io import key_path, load_any, load_member_plan, save_fleet
+from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.io import load_plan
 from tightfit.runtime.cli.run import is_fleet_plan
@@ -33,7 +33,7 @@ def test_there_and_back(planned, tmp_path):
         *(f"{name}.plan.json" for name in plans),
     }
     for place in (path, path.parent, str(path.parent)):
-        found = load_fleet(place, FleetPlan)
+        found = load_any(place)
         assert found == fleet
         assert {name: load_member_plan(place, found, name) for name in plans} == plans
     simulate_fleet(found, plans)
@@ -45,7 +45,7 @@ def test_a_member_needs_its_own_files_only(planned, folder):
     for name in plans:
         if name != mine:
             (folder / f"{name}.plan.json").unlink()
-    assert load_member_plan(folder, load_fleet(folder, FleetPlan), mine) == plans[mine]
+    assert load_member_plan(folder, load_any(folder), mine) == plans[mine]
     missing = fleet.chain[1].name
     with pytest.raises(InputError, match=f"the plan of member '{missing}' is not beside the fleet's"):
         load_member_plan(folder, fleet, missing)
@@ -91,7 +91,7 @@ def refused(folder, edit):
     path = folder / "fleet.json"
     path.write_bytes(edit(path.read_bytes()))
     with pytest.raises(InputError) as caught:
-        load_fleet(folder, FleetPlan)
+        load_any(folder)
     assert str(path) in str(caught.value)
     assert "make it again" in str(caught.value)
     return str(caught.value)
@@ -109,7 +109,7 @@ def rewritten(change):
 def test_a_missing_file(tmp_path):
     for place in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(InputError, match="no such plan of a fleet"):
-            load_fleet(place, FleetPlan)
+            load_any(place)
 
 
 def test_cut_off(folder):

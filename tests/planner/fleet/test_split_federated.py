@@ -9,7 +9,6 @@ from synthetic import MIB
 
 from tightfit.planner.fleet.description import read_description
 from tightfit.planner.fleet.io import (
-    load_fleet,
     load_member_plan,
     load_rounds,
     load_server_plan,
@@ -18,7 +17,7 @@ from tightfit.planner.fleet.io import (
 )
 from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.rounds import plan_split
-from tightfit.planner.fleet.schema import FederatedPlan, Link
+from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.report.rounds_text import rounds_sentences
 from tightfit.profiles.io import save_profile
@@ -185,10 +184,6 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     for member in fleet.taking:
         assert load_member_plan(tmp_path, fleet, member.name) == plans[member.name]
         assert load_server_plan(tmp_path, fleet, member.name) == server_plans[member.name]
-    with pytest.raises(
-        InputError, match=r"another kind \(split federated, not federated\); `tightfit fleet federate run` runs it"
-    ):
-        load_fleet(tmp_path, FederatedPlan)
     (tmp_path / "server" / "fast.plan.json").unlink()
     with pytest.raises(InputError, match="the server's plan for member 'fast' is not beside the fleet's"):
         load_server_plan(tmp_path, fleet, "fast")

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightfit.planner.fleet.description import read_description
-from tightfit.planner.fleet.io import load_fleet
-from tightfit.planner.fleet.schema import FleetPlan
+from tightfit.planner.fleet.io import load_any
 from tightfit.planner.io import load_plan
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.io import load_profile
@@ -49,7 +48,7 @@ JSON_READERS = {
     "tokenizer.json": lambda path: directory_vocabulary(path.parent),
     "profile.json": load_profile,
     "plan.json": load_plan,
-    "fleet.json": lambda path: load_fleet(path, FleetPlan),
+    "fleet.json": load_any,
     "device.json": lambda path: find_device(str(path)),
     "data.jsonl": lambda path: [pytest.fail(str(one)) for _, one in raised(read_samples(path))],
     "prompts.jsonl": read_prompts,
