@@ -26,61 +26,53 @@ MODEL = "a model"
 def job_label(kind: str, request: Row, stored: Stored) -> str:
     """Model, data and budget of a job, as far as it has them; `stored` finds what the request names. Holds no path but its last part."""
     plan = _stored(stored, "plan", request.get("plan"))
-    origins = (request.get("profile"), None if plan is None else plan["origin"])
-    profiles = (_stored(stored, "profile", identity) for identity in origins)
-    model = next((_text(profile["name"]) for profile in profiles if profile is not None), None)
-    if model is None:
-        model = _text(request.get("model")) or _source(request)
+    profile = _stored(stored, "profile", request.get("profile") if plan is None else plan["origin"])
+    model = (request.get("model") or _source(request)) if profile is None else profile["name"]
     if kind == "profile":
         return ", ".join([model, *_shape(request)])
-    memory = request.get("memory") if plan is None else _summary(plan).get("budget_bytes")
+    memory = request.get("memory") if plan is None else json.loads(plan["summary"]).get("budget_bytes")
     return _sentence(
         model,
         data=_data(request.get("data"), stored),
         # One byte is no budget that anybody has: it asks for the smallest one.
-        memory=[
-            size for size in (memory if isinstance(memory, list) else [memory]) if isinstance(size, int) and size > 1
-        ],
+        memory=[size for size in (memory if isinstance(memory, list) else [memory]) if size is not None and size > 1],
         policy=request.get("policy"),
     )
 
 
 def file_label(file: Row) -> str:
     """What a file's row says that it is of."""
-    summary, name = _summary(file), _text(file["name"]) or file["kind"]
+    summary, name = json.loads(file["summary"]), file["name"]
     if file["kind"] == "profile":
         lora = summary.get("lora")
-        rank = lora.get("rank") if isinstance(lora, dict) else None
-        return ", ".join([name, *([] if rank is None else [f"LoRA rank {rank}"]), *_shape(summary)])
+        return ", ".join([name, *([f"LoRA rank {lora['rank']}"] if lora else []), *_shape(summary)])
     if file["kind"] == "plan":
-        budget, model = summary.get("budget_bytes"), name.removesuffix(f", {summary.get('policy')}")
-        return _sentence(model, memory=[budget] if isinstance(budget, int) else [], policy=summary.get("policy"))
-    return name
+        policy = summary.get("policy")
+        return _sentence(name.removesuffix(f", {policy}"), memory=[summary["budget_bytes"]], policy=policy)
+    return str(name)
 
 
-def _sentence(model: str, *, data: str | None = None, memory: Sequence[int] = (), policy: object = SOLVER) -> str:
+def _sentence(model: str, *, data: str | None = None, memory: Sequence[int] = (), policy: str | None = SOLVER) -> str:
     """Such as "SmolLM2-135M on reviews.jsonl in 350.0 MiB"; the policy is named where it is a fixed rule."""
     words = f"{model} on {data}" if data else model
     if memory:
         words += f" in {format_size(min(memory))}"
     if len(set(memory)) > 1:
         words += f" to {format_size(max(memory))}"
-    rule = _text(policy)
-    return words if rule is None or rule == SOLVER else f"{words}, {rule}"
+    return words if policy in {None, SOLVER} else f"{words}, {policy}"
 
 
 def _shape(figures: Row) -> list[str]:
     """What a step takes at once, in words."""
     named = (("batch", figures.get("batch")), ("sequence", figures.get("seq")))
-    return [f"{name} {number}" for name, number in named if isinstance(number, int)]
+    return [f"{name} {number}" for name, number in named if number is not None]
 
 
 def _source(request: Row) -> str:
     """The model of a request for a profile: the last part of a path or hub id, or the kind of model that a config describes."""
-    source, config = _text(request.get("source")), request.get("config")
-    if source is not None:
-        return PurePath(source).name or MODEL
-    return config_name(config) if isinstance(config, dict) else MODEL
+    if request.get("source"):
+        return PurePath(request["source"]).name or MODEL
+    return config_name(request["config"]) if "config" in request else MODEL
 
 
 def config_name(config: Row) -> str:
@@ -91,24 +83,16 @@ def config_name(config: Row) -> str:
     return name or (MODEL if described is None else f"{described} of a config")
 
 
-def _data(data: object, stored: Stored) -> str | None:
+def _data(data: str | None, stored: Stored) -> str | None:
     """What a run learns from: the name of an upload, a file or a folder."""
-    words = _text(data)
-    if words is None:
-        return None
-    if words == RANDOM:
-        return f"{RANDOM} data"
-    upload = _stored(stored, "upload", uploaded(words))
-    return PurePath(words).name if upload is None else _text(upload["name"])
+    if data is None or data == RANDOM:
+        return data and f"{data} data"
+    upload = _stored(stored, "upload", uploaded(data))
+    return PurePath(data).name if upload is None else str(upload["name"])
 
 
-def _stored(stored: Stored, kind: str, identity: object) -> Row | None:
-    return stored(kind, identity) if isinstance(identity, str) else None
-
-
-def _summary(file: Row) -> Row:
-    summary = json.loads(file["summary"])
-    return summary if isinstance(summary, dict) else {}
+def _stored(stored: Stored, kind: str, identity: str | None) -> Row | None:
+    return None if identity is None else stored(kind, identity)
 
 
 def _text(value: object) -> str | None:

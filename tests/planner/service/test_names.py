@@ -8,7 +8,7 @@ import pytest
 from served import service
 from synthetic import small_chain
 
-from tightfit.planner.service.jobs.labels import file_label, job_label
+from tightfit.planner.service.jobs.labels import job_label
 from tightfit.planner.service.jobs.store import file_row
 from tightfit.planner.service.wire.schema import JOB
 
@@ -203,7 +203,12 @@ def rows_by_name(rows):
 FILES = {
     ("profile", "p"): {"kind": "profile", "name": "tiny", "origin": "made", "summary": "{}"},
     ("plan", "q"): {"kind": "plan", "name": "tiny", "origin": "p", "summary": json.dumps({"budget_bytes": 1 << 20})},
-    ("plan", "gone"): {"kind": "plan", "name": "tiny", "origin": "removed", "summary": "[]"},
+    ("plan", "gone"): {
+        "kind": "plan",
+        "name": "tiny",
+        "origin": "removed",
+        "summary": json.dumps({"budget_bytes": 1 << 20}),
+    },
     ("upload", "u"): {"kind": "upload", "name": "mine.csv", "origin": None, "summary": "{}"},
 }
 
@@ -214,7 +219,7 @@ FILES = {
         ("run", {"plan": "q", "data": "/a/b c/folder"}, "tiny on folder in 1.0 MiB"),
         ("run", {"plan": "q", "data": "upload:u"}, "tiny on mine.csv in 1.0 MiB"),
         ("run", {"plan": "q", "data": "upload:lost"}, "tiny on upload:lost in 1.0 MiB"),
-        ("run", {"plan": "gone", "data": "x"}, "a model on x"),
+        ("run", {"plan": "gone", "data": "x"}, "a model on x in 1.0 MiB"),
         ("plan", {"profile": "p", "memory": 3 << 20, "policy": "mesp"}, "tiny in 3.0 MiB, mesp"),
         ("plan", {"profile": "lost", "memory": 3 << 20, "policy": "solver"}, "a model in 3.0 MiB"),
         ("comparison", {"profile": "p", "memory": [1 << 20, 3 << 20], "policies": []}, "tiny in 1.0 MiB to 3.0 MiB"),
@@ -228,12 +233,6 @@ FILES = {
 )
 def test_a_job_is_labelled_by_what_it_is_of(kind, request_fields, label):
     assert job_label(kind, request_fields, lambda kind, identity: FILES.get((kind, identity))) == label
-
-
-def test_a_file_of_which_little_is_known_is_labelled_by_its_name():
-    for kind in ("profile", "plan", "report"):
-        assert file_label({"kind": kind, "name": "n", "summary": "{}"}) == "n"
-        assert file_label({"kind": kind, "name": "n", "summary": "[]"}) == "n"
 
 
 def test_a_profile_that_is_uploaded_is_labelled(http):
