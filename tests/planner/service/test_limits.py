@@ -36,7 +36,6 @@ from tightfit.profiles.schema import Profile
 
 PATIENCE = 60.0
 """seconds"""
-"""how many plans workers have come to the end of, well or not"""
 
 
 @pytest.fixture(scope="module")
