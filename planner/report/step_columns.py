@@ -62,6 +62,10 @@ def has_columns(plan: Plan) -> bool:
 def step_columns(plan: Plan) -> dict[str, Any]:
     """The training step of a feasible plan, as ``timeline.js`` reads it; of a cycle the first. Every moment and every byte is of a
     replay by the simulator.
+
+    Of each instruction: `what` it does and `of` what (an operator's layer, or a tensor), ticks for which the cores `wait` before it
+    and `work` at it, bytes of `workspace`, and by how many bytes more of the arena are `touched` than before. Events `came` and `went`
+    are tensors that become resident and are given up; a transfer has the instruction that starts it, when it begins, and its length.
     """
     assert plan.train is not None
     recording, ledger = record(plan), CostLedger(plan)

@@ -35,7 +35,6 @@ from tightfit.planner.service.wire.requests import (
     PlanRequest,
 )
 from tightfit.planner.service.wire.schema import OWN_DEVICE, Digest, PlanList, StoredPlan
-from tightfit.planner.service.wire.shown import Difference, PlanTimeline, PlanView
 
 router = APIRouter(prefix="/v1", tags=["planning"])
 Identity = Annotated[Digest, Path(description="of what the plan was made of")]
@@ -46,6 +45,19 @@ Asked = Annotated[
     ),
 ]
 FILE = described_file("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
+VIEW = described_file(
+    "Words, figures, what fills the peak, layers and channels; without a schedule no more than words and figures",
+    {"model": "SmolLM2-135M", "plain": ["It does not fit 100.0 MiB: the smallest budget that is enough is 191.3 MiB."]},
+)
+TIMELINE = described_file(
+    "Columns with an entry for each instruction, tensor or transfer, as `tightfit.planner.report.step_columns` makes them",
+    {"seconds": 2.5, "tick": 1e-8, "instructions": {"what": [0], "of": [0], "wait": [0], "work": [250000000]}},
+    409,
+)
+CHANGES = described_file(
+    "Both plans in figures, changes by sort, and tensor by tensor, the largest first",
+    {"groups": [{"kind": "activation", "before": "recomputed", "after": "kept", "tensors": 30}], "left_out": 0},
+)
 
 
 @router.post("/plans", status_code=202, responses=JOB_RESPONSES, summary="Plan a profile at a budget")
@@ -100,7 +112,9 @@ async def get_plan_file(request: Request, identity: Identity) -> Response:
     return await file_response(request, stored(request, "plan", identity))
 
 
-@router.get("/plans/{identity}/view", response_model=PlanView, responses=errors(404), summary="A plan to look at")
+@router.get(
+    "/plans/{identity}/view", responses=VIEW, summary="A plan to look at, as the page shows it", response_class=Response
+)
 async def get_plan_view(request: Request, identity: Identity) -> Response:
     """Sentences, memory over the step, what fills the peak, layers with their decisions, channels: what the page shows."""
     row = stored(request, "plan", identity)
@@ -110,9 +124,9 @@ async def get_plan_view(request: Request, identity: Identity) -> Response:
 
 @router.get(
     "/plans/{identity}/timeline",
-    response_model=PlanTimeline,
-    responses=errors(404, 409),
+    responses=TIMELINE,
     summary="A plan's step, instruction by instruction",
+    response_class=Response,
 )
 async def get_plan_timeline(request: Request, identity: Identity) -> Response:
     """When the cores and the channels do what, which tensors are in memory then, and why each is as it is. 409 where nothing fits."""
@@ -124,9 +138,9 @@ async def get_plan_timeline(request: Request, identity: Identity) -> Response:
 
 @router.get(
     "/plans/{identity}/changes/{other}",
-    response_model=Difference,
-    responses=errors(404),
+    responses=CHANGES,
     summary="What another plan does otherwise",
+    response_class=Response,
 )
 async def get_changes(request: Request, identity: Identity, other: Digest) -> Response:
     """Tensor by tensor: kept, recomputed, offloaded, streamed, packed, unpacked in this plan and in the other."""

@@ -1,4 +1,4 @@
-"""Condenses a plan, or the difference of two, to what the page shows (`service.wire.shown`)."""
+"""Condenses a plan, or the difference of two, to what the page shows. Bytes and seconds."""
 
 from __future__ import annotations
 
@@ -18,16 +18,7 @@ from tightfit.planner.report.memory_categories import feasible, peak_parts, time
 from tightfit.planner.report.plain_words import plain_words
 from tightfit.planner.report.summary import plan_summary
 from tightfit.planner.schema import Plan
-from tightfit.planner.service.wire.shown import (
-    ChannelShown,
-    Difference,
-    LayerShown,
-    MemoryPart,
-    PeakShown,
-    PlanView,
-    Series,
-    TensorChange,
-)
+from tightfit.planner.service.jobs.store import Row
 
 CHANGES = 2000
 """tensors listed in a difference"""
@@ -35,53 +26,51 @@ CHANGES = 2000
 
 def plan_view(
     plan: Plan, identity: str, stored: dict[str, Any] | None = None, *, not_runnable: str | None = None
-) -> PlanView:
-    """`identity` is the stored plan's, `stored` the explanation that was made with it, where there is one."""
+) -> Row:
+    """`identity` is the stored plan's, `stored` the explanation that was made with it, where there is one. What a plan without a
+    schedule lacks is None or empty.
+    """
     explanation = account(plan) if stored is None else Explanation.model_validate(stored)
-    view = PlanView(
-        plan=identity,
-        model=plan.model.name,
-        about=describe(plan),
-        summary=plan_summary(plan),
-        plain=plain_words(plan, explanation),
-        sentences=explain(plan, explanation, commands=False),
-        not_runnable=not_runnable,
-    )
     slices = timeline_slices(plan.timeline, SLICES)
-    if not feasible(plan) or not slices:
-        return view
-    return view.model_copy(
-        update={
-            "timeline": Series(**series_of(plan, slices)),
-            "peak": _peak(plan),
-            "layers": _layers(plan),
-            "channels": _channels(plan, explanation),
-        }
-    )
+    shown = feasible(plan) and bool(slices)
+    return {
+        "plan": identity,
+        "model": plan.model.name,
+        "about": describe(plan),
+        "summary": plan_summary(plan),
+        "plain": plain_words(plan, explanation),
+        "sentences": explain(plan, explanation, commands=False),
+        "not_runnable": not_runnable,
+        "timeline": series_of(plan, slices) if shown else None,
+        "peak": _peak(plan) if shown else None,
+        "layers": _layers(plan) if shown else [],
+        "channels": _channels(plan, explanation) if shown else [],
+    }
 
 
-def _peak(plan: Plan) -> PeakShown:
+def _peak(plan: Plan) -> Row:
+    """The fullest moment of the training step, the instruction that sets it, and the largest tensors there."""
     assert plan.train is not None
     parts = peak_parts(plan)
-    return PeakShown(
-        text=peak_text(plan, plan.train),
-        instruction=plan.train.peak.instruction,
-        bytes=sum(size for _, size in parts),
-        parts=[MemoryPart(name=kind.name, label=kind.label, bytes=size) for kind, size in parts],
-        tensors=sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST],
-    )
+    return {
+        "text": peak_text(plan, plan.train),
+        "instruction": plan.train.peak.instruction,
+        "bytes": sum(size for _, size in parts),
+        "parts": [{"name": kind.name, "label": kind.label, "bytes": size} for kind, size in parts],
+        "tensors": sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST],
+    }
 
 
-def _channels(plan: Plan, explanation: Explanation) -> list[ChannelShown]:
+def _channels(plan: Plan, explanation: Explanation) -> list[Row]:
     """How busy each is over the step: seconds at work, their share, bytes moved; and what the cores wait."""
     share = explanation.waiting_seconds / plan.step_seconds if plan.step_seconds else 0.0
-    waiting = ChannelShown(name="waiting", seconds=explanation.waiting_seconds, share=share, bytes=0)
-    return [*(ChannelShown(**use.model_dump()) for use in explanation.channels), waiting]
+    waiting = {"name": "waiting", "seconds": explanation.waiting_seconds, "share": share, "bytes": 0}
+    return [*(use.model_dump() for use in explanation.channels), waiting]
 
 
-def _layers(plan: Plan) -> list[LayerShown]:
-    """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its
-    passes.
+def _layers(plan: Plan) -> list[Row]:
+    """Each layer, or operator of a bare graph, with the bytes under each decision, activations, weights and optimizer states apart;
+    seconds of its passes.
     """
     if plan.model.is_bare_graph:
         return _operators(plan)
@@ -96,18 +85,18 @@ def _layers(plan: Plan) -> list[LayerShown]:
     for step in graph.steps:
         seconds[graph.layers[step.layer], step.phase] += step.seconds
     return [
-        LayerShown(
-            name=layer.name,
-            program=layer.program,
-            forward_seconds=seconds[layer.name, "forward"],
-            backward_seconds=seconds[layer.name, "backward"],
-            decisions={group: dict(counts) for group, counts in decided[layer.name].items()},
-        )
+        {
+            "name": layer.name,
+            "program": layer.program,
+            "forward_seconds": seconds[layer.name, "forward"],
+            "backward_seconds": seconds[layer.name, "backward"],
+            "decisions": {group: dict(counts) for group, counts in decided[layer.name].items()},
+        }
         for layer in plan.layers
     ]
 
 
-def _operators(plan: Plan) -> list[LayerShown]:
+def _operators(plan: Plan) -> list[Row]:
     """A bare graph's operators, as layers of their own."""
     costs = CostLedger(plan).costs()
     rows = []
@@ -116,24 +105,24 @@ def _operators(plan: Plan) -> list[LayerShown]:
         cost = costs.get(name)
         decided = {} if cost is None or cost.decision is None else {"activations": {cost.decision: cost.bytes}}
         rows.append(
-            LayerShown(
-                name=name,
-                program=operator.target,
-                forward_seconds=operator.seconds if operator.phase == "forward" else 0.0,
-                backward_seconds=operator.seconds if operator.phase == "backward" else 0.0,
-                decisions=decided,
-            )
+            {
+                "name": name,
+                "program": operator.target,
+                "forward_seconds": operator.seconds if operator.phase == "forward" else 0.0,
+                "backward_seconds": operator.seconds if operator.phase == "backward" else 0.0,
+                "decisions": decided,
+            }
         )
     return rows
 
 
-def difference(before: Plan, after: Plan) -> Difference:
+def difference(before: Plan, after: Plan) -> Row:
     """What `after` does otherwise: figures side by side, changes by sort, and tensor by tensor, largest first."""
     changes = diff(before, after)
     layer_of = TensorIndex(before).owners()
-    return Difference(
-        plans=[plan_summary(before), plan_summary(after)],
-        groups=grouped(changes),
-        changes=[TensorChange(**asdict(change), layer=layer_of.get(change.name, "")) for change in changes[:CHANGES]],
-        left_out=max(0, len(changes) - CHANGES),
-    )
+    return {
+        "plans": [plan_summary(before), plan_summary(after)],
+        "groups": [asdict(group) for group in grouped(changes)],
+        "changes": [asdict(change) | {"layer": layer_of.get(change.name, "")} for change in changes[:CHANGES]],
+        "left_out": max(0, len(changes) - CHANGES),
+    }

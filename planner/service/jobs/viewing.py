@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from tightfit.planner.io import parse_plan
 from tightfit.planner.report.step_columns import step_columns
 from tightfit.planner.schema import Plan
@@ -18,7 +16,6 @@ from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
 from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.objects import ObjectStore
-from tightfit.planner.service.wire.shown import PlanTimeline
 from tightfit.runtime.common.strict_json import to_json
 
 LEVEL = 4
@@ -33,24 +30,23 @@ def view(order: JobOrder, events: EventWriter) -> Row:
     except MemoryError:
         _read.cache_clear()  # plans that others have looked at may have taken the room
         shown = make(order)
-    content = to_json(shown.model_dump()).encode()
-    Path(order.request["path"]).write_bytes(gzip.compress(content, LEVEL, mtime=0))
+    Path(order.request["path"]).write_bytes(gzip.compress(to_json(shown).encode(), LEVEL, mtime=0))
     return {"result": {}}
 
 
-def _plan(order: JobOrder) -> BaseModel:
+def _plan(order: JobOrder) -> Row:
     (identity,) = order.request["ids"]
     request = order.request
     explanation = request["summary"]["explanation"]
     return plan_view(_parsed(order, identity), identity, explanation, not_runnable=request["not_runnable"])
 
 
-def _timeline(order: JobOrder) -> BaseModel:
+def _timeline(order: JobOrder) -> Row:
     (identity,) = order.request["ids"]
-    return PlanTimeline.model_validate(step_columns(_parsed(order, identity)))
+    return step_columns(_parsed(order, identity))
 
 
-def _changes(order: JobOrder) -> BaseModel:
+def _changes(order: JobOrder) -> Row:
     return difference(*(_parsed(order, identity) for identity in order.request["ids"]))
 
 
@@ -64,7 +60,7 @@ def _read(objects: str, digest: str) -> Plan:
     return parse_plan(ObjectStore(Path(objects)).read(digest), "the stored plan")
 
 
-SHOWN: Mapping[str, Callable[[JobOrder], BaseModel]] = {
+SHOWN: Mapping[str, Callable[[JobOrder], Row]] = {
     "plan": _plan,
     "timeline": _timeline,
     "changes": _changes,

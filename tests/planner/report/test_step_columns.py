@@ -16,7 +16,6 @@ from small_steps import SMALL_STEPS, small_step
 from tightfit.planner.plan import plan as solve
 from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.step_columns import has_columns, packed_columns, step_columns
-from tightfit.planner.service.wire.shown import PlanTimeline
 from tightfit.profiles.graph_input import graph_profile
 
 
@@ -119,10 +118,6 @@ def test_transfers_name_their_tensors(plan, columns):
     assert [word == "spill" for word in words] == [out == 1 for out in transfers["out"]]
     assert all(columns["tensors"]["name"][instructions["of"][index]] for index in at)
     assert min(transfers["length"]) > 0
-
-
-def test_the_service_answers_with_the_same(columns):
-    assert json.loads(PlanTimeline.model_validate(columns).model_dump_json()) == json.loads(json.dumps(columns))
 
 
 def test_packed_they_are_small(plan, columns):
