@@ -206,7 +206,13 @@ def test_what_is_set_aside_is_told_and_stops_nothing_over_restarts(tmp_path, cap
 
 SUMMARIES = {
     "profile": {"policies": ["solver"]},
-    "plan": {"status": "optimal", "budget_bytes": 1, "explanation": None, "step_seconds": float("inf")},
+    "plan": {
+        "status": "optimal",
+        "policy": "solver",
+        "budget_bytes": 1,
+        "explanation": None,
+        "step_seconds": float("inf"),
+    },
     "report": {},
 }
 """kind of a file -> the summary of one"""

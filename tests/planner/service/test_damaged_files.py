@@ -18,7 +18,7 @@ from tightfit.profiles.schema import PROFILE_VERSION
 
 SUMMARIES = {
     "profile": {"policies": ["solver"]},
-    "plan": {"status": "optimal", "budget_bytes": 1, "explanation": None},
+    "plan": {"status": "optimal", "policy": "solver", "budget_bytes": 1, "explanation": None},
 }
 """kind of a file -> the summary of one"""
 DAMAGES = {

@@ -13,7 +13,7 @@ from tightfit.planner.service.wire.schema import Error
 IDS = {"profile": "1" * 64, "plan": "2" * 64}
 SUMMARIES = {
     "profile": {"policies": ["solver"]},
-    "plan": {"status": "optimal", "budget_bytes": 1 << 20, "explanation": None},
+    "plan": {"status": "optimal", "policy": "solver", "budget_bytes": 1 << 20, "explanation": None},
 }
 """kind of a file -> the summary of one"""
 

@@ -28,7 +28,7 @@ from tightfit.runtime.common.errors import InputError
 LANE = "solve"
 OWN = "1" * 64
 """id of a file"""
-PROFILE, PLAN = {"policies": []}, {"status": "optimal", "budget_bytes": 1, "explanation": None}
+PROFILE, PLAN = {"policies": []}, {"status": "optimal", "policy": "solver", "budget_bytes": 1, "explanation": None}
 """summaries"""
 
 

@@ -35,7 +35,12 @@ def http(tmp_path, plans):
     with service(tmp_path) as opened:
         own = opened.app.state.service
         for identity, plan in zip(IDS, plans, strict=True):
-            summary = {"status": "feasible", "budget_bytes": plan.budget_bytes, "explanation": None}
+            summary = {
+                "status": "feasible",
+                "policy": "keep-all",
+                "budget_bytes": plan.budget_bytes,
+                "explanation": None,
+            }
             written = own.objects.put(plan.model_dump_json().encode())
             own.store.add(file_row("plan", identity, written, name="tiny", summary=summary, origin="0" * 64))
         yield opened
