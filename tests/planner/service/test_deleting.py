@@ -140,7 +140,7 @@ def ended_run(own):
 def test_a_run_goes_with_all_that_it_left(http, own):
     before = stored(own)
     run = ended_run(own)
-    assert [len(kept) for kept in stored(own)] == [6, 1]
+    assert [len(kept) for kept in stored(own)] == [5, 1]
     assert http.get(f"/v1/runs/{run.id}/adapter").status_code == 200
     answer = http.delete(f"/v1/jobs/{run.id}")
     assert (answer.status_code, answer.content) == (204, b"")
