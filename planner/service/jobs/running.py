@@ -155,7 +155,7 @@ def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     }
     arguments = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
     for name, option in options_of(RunOptions).items():
-        if (value := request[name]) is not None:
+        if (value := request.get(name)) is not None:
             arguments += _arguments(word_of(name, option), value)
     arguments.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
     return arguments

@@ -233,7 +233,7 @@ def test_a_wrong_field_is_named(served, uploaded, path, body, field, words):
 
 def test_a_query_field_that_is_not_there_is_refused(served, uploaded):
     for path, name, choice in (
-        ("plans?profil=x", "profil", "choose from profile, asked, whole, limit, after, search"),
+        ("plans?profil=x", "profil", "choose from profile, asked, limit, after, search"),
         (f"plans/{UNKNOWN}?limit=1", "limit", "there are none here"),
         ("jobs?kind=plan&Kind=run", "Kind", "choose from kind, state, limit, after, search"),
         ("devices?=1", "", "there are none here"),
