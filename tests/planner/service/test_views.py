@@ -166,7 +166,7 @@ def test_plans_that_were_read_before_give_way_where_memory_is_short(tmp_path, pl
         viewing._parsed(order, IDS[0])
         if len(tried) == 1:
             raise MemoryError
-        return plans[0].model_copy()
+        return {"fingerprint": plans[0].fingerprint}
 
     monkeypatch.setattr(viewing, "SHOWN", {"plan": short_once})
     monkeypatch.setattr(viewing, "parse_plan", lambda content, name: plans[0])
