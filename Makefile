@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small bench-page bench-products page-pictures example
+.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small page-pictures example
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -39,10 +39,6 @@ bench-planner: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/$(if $(ABLATE),ablation.py $(filter-out --ablate,$(ARGS)),planner.py $(ARGS))
 	$(if $(ABLATE),,$(BIN)/python tests/benchmarks/graphs.py)
 
-# Products with weights of 4 bits: ours, PyTorch's, and oneDNN's with ARGS='--onednn FOLDER' of a build.
-bench-products: $(VENV)/.installed-test
-	$(BIN)/python tests/benchmarks/products.py $(ARGS)
-
 # Published decoders at full size: smallest budgets, steps, gaps, planning times on an estimated device. An hour for all;
 # ARGS='--models qwen3.5-0.8b,llama-3.2-1b --seconds 30' for two in minutes.
 bench-decoders: $(VENV)/.installed-test
@@ -70,10 +66,6 @@ bench-modules: $(VENV)/.installed-test
 bench-truth: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check timm
 	$(BIN)/python tests/benchmarks/truth.py $(ARGS)
-
-# frames of a plan of 30,000 instructions and of a graph of 10,000 operators, in a browser
-bench-page: $(VENV)/.installed-test
-	$(BIN)/python tests/benchmarks/page.py $(ARGS)
 
 # The pictures of the page in README and documentation, with the demo's model.
 page-pictures: $(VENV)/.installed-test

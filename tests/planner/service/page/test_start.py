@@ -43,7 +43,7 @@ def test_an_empty_service_has_three_doors_and_an_address_for_each_place(browser,
         page.goto(at(served, ""))
         expect(page.locator("h1")).to_have_text("Train in the memory you have")
         painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000")
-        assert painted < 3 * FIRST_PAINT_SECONDS  # with room for a busy machine; make bench-page prints it
+        assert painted < 3 * FIRST_PAINT_SECONDS  # with room for a busy machine
 
 
 @pytest.mark.slow
