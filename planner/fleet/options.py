@@ -18,9 +18,6 @@ NODE_BYTES = 42 << 20
 """Flower on a device, as `tightfit fleet federate join` runs it: one process, which speaks Flower's protocol with little
 memory. Measured while a run trains (flwr 1.42, Python 3.11, x86-64, with TLS): 41.0 MiB resident, of which 18.7 are its
 own alone"""
-SUPERNODE_BYTES = 388 << 20
-"""Flower on a device, as its own `flower-supernode` runs it. Measured likewise, resident: SuperNode 135.5 MiB, SuperExec
-125.5, and the process of the message that waits for the run 126.2; by share 100.9 + 93.3 + 91.8"""
 START_SECONDS = 6.0
 """of a round on a device, beside transfers and steps: until the order is looked for, `tightfit run` is ready and the
 answer is looked for. Measured with a model of two layers on two busy cores: 5 to 7 s"""

@@ -274,10 +274,6 @@ def join(
         ),
         PRIMARY,
     ] = None,
-    supernode: Annotated[
-        bool, typer.Option("--supernode", help="Run Flower's own SuperNode, as planned with --supernode.")
-    ] = False,
-    port: Annotated[int, typer.Option(help="With --supernode: a port of this device for Flower's processes.")] = 9094,
     cgroup: Cgroup = True,
     debug: Debug = False,
     **options: Any,
@@ -300,10 +296,7 @@ def join(
     settings = device.write()
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     command = node_command(settings, superlink, authority, key, insecure=insecure)
-    if supernode:
-        command = flower.supernode_command(settings, superlink, authority, key, port, insecure=insecure)
-        environment = flower.environment(output.absolute() / "flower")
-    os.execvpe(command[0], command, environment)  # noqa: S606  our own command line, or Flower's
+    os.execvpe(command[0], command, environment)  # noqa: S606  our own command line
 
 
 @federate.command(cls=Command, hidden=True)

@@ -46,7 +46,7 @@ OTHERS = (MOBILLM, FEDERATED)
 KINDS = ("auto", "data", "pipeline", *OTHERS)
 
 
-@with_options(RoundsPlanOptions, after="supernode")
+@with_options(RoundsPlanOptions, after="certificate")
 @with_options(FleetOptions, "kind", "bits", after="bits")
 def plan(
     description: FleetDescription,
@@ -80,10 +80,6 @@ def plan(
         ),
     ] = None,
     html: Html = None,
-    supernode: Annotated[
-        bool,
-        typer.Option("--supernode", help="Devices of rounds run Flower's own SuperNode, which takes more memory."),
-    ] = False,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -112,7 +108,6 @@ def plan(
         "--steps": steps,
         "--start": of_rounds.start,
         "--server-start": of_rounds.server_start,
-        "--supernode": supernode or None,
     }
     for_steps: dict[str, Any] = {"--micro-batches": micro_batches, "--bits": bits}
     foreign = for_steps if kind == FEDERATED else for_rounds
@@ -131,7 +126,7 @@ def plan(
     with Interrupts() as interrupts, SolvingDisplay(console, asked.time_limit) as solving:
         if kind == FEDERATED:
             asked_of_rounds = of_rounds.but(progress=solving)
-            planned, plans, server_plans = _rounds(described, asked_of_rounds, supernode=supernode, **gap)
+            planned, plans, server_plans = _rounds(described, asked_of_rounds, **gap)
         elif kind == MOBILLM:
             wanted = DEFAULT_BITS if bits is None else bits
             planned, plans = plan_side(
@@ -160,17 +155,14 @@ def plan(
 
 
 def _rounds(
-    described: DescribedFleet, options: RoundsPlanOptions, *, supernode: bool, **more: float
+    described: DescribedFleet, options: RoundsPlanOptions, **more: float
 ) -> tuple[AnyRounds, dict[str, Plan], dict[str, Plan]]:
     """The plan of rounds, those of the devices, and the server's for each, if there is one."""
-    from tightfit.planner.fleet.options import SUPERNODE_BYTES
     from tightfit.planner.fleet.rounds import plan_federated, plan_split
 
     common: dict[str, Any] = {"time_limit": options.time_limit, "progress": options.progress, **more}
     if options.start is not None:
         common["start_seconds"] = options.start
-    if supernode:
-        common["flower_bytes"] = SUPERNODE_BYTES
     if described.server is None:
         return *plan_federated(described.members, described.count, **common), {}
     if options.server_start is not None:

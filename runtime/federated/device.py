@@ -1,7 +1,7 @@
 """A device's part of a round: starts `tightfit run` from the fleet's adapter, under the device's cap, and reads the result.
 
 The process that calls this waits beside the training process and counts against the device's budget, so that it lives of
-the standard library; whatever talks to Flower (`node`, or the app in `client_app`) calls `take_part`.
+the standard library; `node`, which talks to Flower, calls `take_part`.
 """
 
 from __future__ import annotations

@@ -96,8 +96,7 @@ def definitions() -> dict[str, Any]:
         raise InputError("Flower (flwr) is not installed; federated rounds need it: pip install 'tightfit[fleet]'")
     if not version("flwr").startswith(KNOWN):
         raise InputError(
-            f"Flower {version('flwr')} is installed, and its Fleet API is known here for {KNOWN}x; install that version,"
-            " or give --supernode"
+            f"Flower {version('flwr')} is installed, and its Fleet API is known here for {KNOWN}x; install that version"
         )
     if "flwr" not in sys.modules:
         bare = types.ModuleType("flwr")

@@ -1,7 +1,7 @@
 """Flower's processes: whether it is installed, the app that is given to it, and the command lines of its programs.
 
 On the server a SuperLink reaches the devices, and starts the server's app (`server_app`) for a run. On a device runs
-`node`, which speaks to the SuperLink by itself, or Flower's own SuperNode, which starts `client_app`.
+`node`, which speaks to the SuperLink by itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ publisher = "tightfit"
 
 [tool.flwr.app.components]
 serverapp = "tightfit.runtime.federated.server_app:app"
-clientapp = "tightfit.runtime.federated.client_app:app"
+clientapp = "tightfit.runtime.federated.device:take_part" # which `node` calls; Flower wants one to be named
 
 [tool.flwr.app.config]
 settings = ""
@@ -87,13 +87,3 @@ def superlink_command(host: str, port: int, *options: str) -> list[str]:
 def register_command(public_key: str) -> list[str]:
     """The command that tells the SuperLink a device's public key."""
     return [program("flwr"), "supernode", "register", public_key, CONNECTION]
-
-
-def supernode_command(
-    settings: str, superlink: str, authority: str | None, private_key: str | None, port: int, *, insecure: bool
-) -> list[str]:
-    """The command line of Flower's own SuperNode, in the place of `node`."""
-    trust = ["--insecure"] * insecure + ([] if authority is None else ["--root-certificates", authority])
-    trust += [] if private_key is None else ["--auth-supernode-private-key", private_key]
-    own = ["--port", str(port), "--node-config", f'device="{settings}"']
-    return [program("flower-supernode"), "--superlink", superlink, *trust, *own]

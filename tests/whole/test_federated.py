@@ -150,14 +150,6 @@ def test_rounds_whose_process_is_killed_go_on(serve, join, expected, tmp_path):
     assert adapter(tmp_path / "out") == expected
 
 
-@pytest.mark.slow
-def test_flowers_own_supernode_gives_the_same(serve, join, expected, tmp_path):
-    server = serve("--min", 2)
-    one, other = join("a"), join("b", "--supernode", "--port", free_port())
-    ended(server, one, other)
-    assert adapter(tmp_path / "out") == expected
-
-
 def runs_of(folder):
     """Processes that were started with this folder in their command line or environment, but for this one's."""
     found = []

@@ -73,21 +73,6 @@ def test_a_plan_is_made_and_told(described, tmp_path, capsys):
     assert f"plan written to {tmp_path / 'fleet.json'}" in err
 
 
-def test_flowers_own_processes_take_more(described, tmp_path, capsys):
-    words = [
-        "fleet",
-        "plan",
-        str(described / "fleet.toml"),
-        "-o",
-        str(tmp_path),
-        "--supernode",
-        "--time-limit",
-        "5",
-    ]
-    assert main(words) == 3
-    assert "of which 388.0 MiB for Flower" in told(capsys)[1]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
