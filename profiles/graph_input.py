@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict, ValidationError
@@ -33,7 +31,6 @@ from tightfit.profiles.schema import (
     Value,
 )
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.common.units import printable
 
 GRAPH_VERSION = 1
@@ -229,11 +226,6 @@ def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
 
 def _channel(channel: BareChannel | None) -> Channel:
     return NO_CHANNEL if channel is None else Channel(**channel.model_dump())
-
-
-def save_graph(graph: BareGraph, path: str | os.PathLike[str]) -> Path:
-    """Write `graph` as the JSON that `parse_graph` reads."""
-    return write_whole(path, json.dumps(graph.model_dump(mode="json", exclude_defaults=True), indent=1) + "\n")
 
 
 def _kind(data: Any) -> str:

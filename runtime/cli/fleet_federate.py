@@ -44,14 +44,6 @@ Root = Annotated[
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet plan` put the fleet's plan.")]
 
 
-@federate.command(hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def plan(debug: Debug = False) -> None:
-    """What `tightfit fleet plan` does now."""
-    raise InputError(
-        "`tightfit fleet federate plan` is `tightfit fleet plan` now: it plans rounds where the description names `steps`"
-    )
-
-
 @federate.command(cls=Command)
 @with_options(RoundOptions)
 @with_options(DataOptions, "columns", "packing")

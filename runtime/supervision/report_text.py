@@ -107,12 +107,11 @@ def _memory_table(report: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("", "predicted", "measured", "measured / predicted"):
         table.add_column(heading, justify="left" if not heading else "right")
-    processes = report.get("processes", {})  # reports of older versions have none
+    processes = report["processes"]
     several = len(processes) > 1
     figures = [("peak of its processes" if several else "peak of the process", report["peak_bytes"])]
     figures += [(f"– {name}", figure) for name, figure in processes.items() if several]
-    saved = report.get("phases", {}).get("checkpoint", {}).get("peak_bytes", {})
-    if "predicted" in saved:  # reports of older versions say nothing of it
+    if saved := report["phases"].get("checkpoint", {}).get("peak_bytes"):
         figures.append(("– training, until a checkpoint was saved", saved))
     figures = [*(report.get("stage_bytes") or {}).items(), *figures]
     for name, figure in figures:

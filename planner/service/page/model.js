@@ -60,7 +60,7 @@ async function explore(place) {
   const { root, id, query, signal } = place;
   const [profile, { devices }] = await Promise.all([get(`/v1/profiles/${id}`), get("/v1/devices")]);
   const { summary } = profile, policies = [...summary.policies, ...(summary.approximate ?? [])];
-  const measuredBy = summary.request ?? (profile.origin === "made" ? await requestOf(id) : null);
+  const measuredBy = summary.request ?? null;
   place.title(nameOf(profile));
   sessionStorage.setItem(LATEST, id);
   const { budget: budgetKept, policy: policyKept, tried, was, ...stepKept } = query; // `tried`: a change of another model's step, whose smallest budget `was` so large

@@ -111,10 +111,6 @@ def planned(monkeypatch):
             "--start nan: it should be a finite number",
         ),
         (
-            ["fleet", "federate", "plan", "f.toml", "-o", "o", "--supernode"],
-            "`tightfit fleet federate plan` is `tightfit fleet plan` now: it plans rounds where the description names `steps`",
-        ),
-        (
             ["generate", "m", "--prompt", "a", "--stream"],
             "--stream: without --json the text is printed as it comes; give both, or neither",
         ),
