@@ -7,7 +7,7 @@ import typer
 from tightfit.runtime.cli.command import Command
 from tightfit.runtime.cli.fleet_federate import federate
 from tightfit.runtime.cli.fleet_plan import DESCRIPTION, plan
-from tightfit.runtime.cli.fleet_run import run, status
+from tightfit.runtime.cli.fleet_run import run
 
 fleet = typer.Typer(
     help="Plan training that several devices do together, each within its own memory, and run it.",
@@ -15,6 +15,5 @@ fleet = typer.Typer(
     rich_markup_mode=None,
 )
 fleet.command(cls=Command, epilog=DESCRIPTION)(plan)
-for command in (run, status):
-    fleet.command(cls=Command)(command)
+fleet.command(cls=Command)(run)
 fleet.add_typer(federate, name="federate")

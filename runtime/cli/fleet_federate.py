@@ -340,21 +340,6 @@ def stage(
     carry_out(plan, data, training, as_json=as_json, debug=debug, replace=bool(context.obj))
 
 
-@federate.command(cls=Command)
-def status(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `tightfit fleet federate run`.")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Say which rounds have been made, by whom, and with what loss."""
-    from tightfit.runtime.federated.rounds_folder import LINES, RoundsFolder
-
-    if not (output / LINES).exists():
-        raise InputError(f"{output} holds no rounds; name the output folder of `tightfit fleet federate run`")
-    lines = RoundsFolder(output).lines()
-    answer({"rounds": lines}, _rounds_table(lines), as_json=as_json)
-
-
 def _rounds_table(lines: list[dict[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""The commands ``tightfit fleet run`` and ``status``: train as one member of a fleet, or as all of them on this machine."""
+"""The command ``tightfit fleet run``: trains as one member of a fleet, or as all of them on this machine."""
 
 from __future__ import annotations
 
@@ -240,50 +240,3 @@ def _share(member: Member | StageMember | SideMember) -> str:
     if hasattr(member, "layer_names"):
         return " … ".join(member.layer_names)
     return str(member.micro_batches)
-
-
-# --- status -----------------------------------------------------------------------------------------------------------
-
-
-def status(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `tightfit fleet run`.")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Say how far the members of a fleet are whose folders lie here, and whether each still runs."""
-    from tightfit.runtime.session.output import is_locked
-
-    if not output.is_dir():
-        raise InputError(f"{output} is no folder; name the output folder of `tightfit fleet run`")
-    members = {}
-    for folder in sorted(path for path in output.iterdir() if path.is_dir()):
-        if not (folder / UPDATES).exists() and not (folder / REPORT).exists():
-            continue
-        lines = _updates(folder / UPDATES)
-        last = lines[-1] if lines else None
-        members[folder.name] = {
-            "updates": len(lines),
-            "step": last["step"] if last else 0,
-            "loss": sum(last["losses"]) / len(last["losses"]) if last else None,
-            "seconds": last["seconds"] if last else None,
-            "running": is_locked(folder),
-            "done": (folder / REPORT).exists(),
-        }
-    if not members:
-        raise InputError(f"{output} holds no member of a fleet; name the output folder of `tightfit fleet run`")
-    answer({"members": members}, _status_table(members), as_json=as_json)
-
-
-def _status_table(members: Mapping[str, dict[str, Any]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("member", "updates", "micro-batches", "loss", "seconds", ""):
-        table.add_column(heading, justify="right" if heading not in ("member", "") else "left")
-    for name, figures in members.items():
-        loss = "–" if figures["loss"] is None else f"{figures['loss']:.4f}"
-        seconds = "–" if figures["seconds"] is None else f"{figures['seconds']:.2f}"
-        state = "runs" if figures["running"] else "done" if figures["done"] else "has ended"
-        table.add_row(name, str(figures["updates"]), str(figures["step"]), loss, seconds, state)
-    return table

@@ -11,7 +11,6 @@ from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import main as command_line
 from tightfit.runtime.federated import flower, server
 from tightfit.runtime.federated.options import RoundOptions
-from tightfit.runtime.federated.rounds_folder import RoundsFolder, SavedRound
 
 DESCRIPTION = """steps = 12
 [[member]]
@@ -133,20 +132,3 @@ def test_without_flower_it_says_what_to_install(planned, tmp_path, capsys, monke
     given = ["fleet", "federate", "run", str(planned), "--rounds", "2", "-o", str(tmp_path / "out"), "--data", "random"]
     assert main(given) == 2
     assert "pip install 'tightfit[fleet]'" in told(capsys)[1]
-
-
-def test_the_state_of_rounds_is_told(planned, tmp_path, capsys):
-    assert main(["fleet", "federate", "status", str(tmp_path)]) == 2
-    assert "holds no rounds" in told(capsys)[1]
-    member = {"peak_bytes": 100 << 20, "flower_bytes": 20 << 20}
-    record = {
-        "round": 1, "loss": 2.5, "tokens": 96, "seconds": 3.5, "members": {"a": member}, "left_out": {"b": "asleep"},
-    }  # fmt: skip
-    RoundsFolder(tmp_path).save(SavedRound(number=1, record=record, adapter=b""), {})
-    assert main(["fleet", "federate", "status", str(tmp_path)]) == 0
-    out, _ = told(capsys)
-    assert "2.5000" in out
-    assert "120.0 MiB" in out
-    assert "b: asleep" in out
-    assert main(["fleet", "federate", "status", str(tmp_path), "--json"]) == 0
-    assert json.loads(told(capsys)[0]) == {"rounds": [record]}
