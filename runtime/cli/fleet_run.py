@@ -33,7 +33,7 @@ UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
 """files of a member: in its folder one with a line for each update, and its report; beside the folder, with this ending, its output"""
 
 
-@with_options(RunOptions, "eval_every", "keep_best", "early_stopping", "adapter", "profile_step")
+@with_options(RunOptions, "eval_every", "keep_best", "early_stopping", "adapter")
 def run(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet plan` put the fleet's plan.")],

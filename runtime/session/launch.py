@@ -70,9 +70,7 @@ def run(plan: Plan, data: Data, options: RunOptions) -> dict[str, Any]:
     epochs (``"1 epoch"``); `keep_best` then keeps the result of the best evaluation in ``out/best``, and `early_stopping`
     ends the run after so many evaluations in a row that were no better than the best. `cgroup=False`
     leaves enforcing the cap to the training process's own meter. With `resume`, a run that has taken all `steps`
-    already returns its report and changes nothing, except that it evaluates on other `eval_data`. `profile_step` adds
-    to the report, operator by operator, where the seconds of the third step went (or of the next one that ends an
-    update). `member` (`tightfit.runtime.session.fleet.membership`) says which member of a fleet runs its plan here;
+    already returns its report and changes nothing, except that it evaluates on other `eval_data`. `member` (`tightfit.runtime.session.fleet.membership`) says which member of a fleet runs its plan here;
     `steps` then counts the micro-batches of all members. `adapter` is a folder with the adapter that training starts
     from, as PEFT has it, with the optimizer's states at zero; without it, training starts from PEFT's initial values. `tokens`
     is for `tightfit.runtime.session.train`: a folder in which it may have kept these data as tokens, removed once they are
@@ -166,7 +164,6 @@ def prepared(
             data=train.name if train else None,
             evaluation=evaluation.name if evaluation else None,
             resume=options.resume,
-            profile_step=options.profile_step,
             traced_steps=traced_steps,
             seat=seat,
             adapter_given=initial,

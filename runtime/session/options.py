@@ -292,10 +292,6 @@ class RunOptions(OutputOptions, TrainingOptions):
         metavar="DIR",
         primary=True,
     )
-    profile_step: bool = option(
-        False,
-        "Report where the seconds of the third step went (where several make an update, of the next that ends one), or of the last of fewer.",
-    )
     progress: Any = None
     """is called after every step"""
     member: Any = None

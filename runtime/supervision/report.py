@@ -57,7 +57,6 @@ class ObservedRun:
     over: bool = False
     """whether the run ended early, since its evaluations stopped getting better"""
     timelines: dict[str, list[list[float]]] = field(default_factory=dict)
-    profiled: dict[str, Any] | None = None
     exchanges: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     """what the member of a fleet said about the latest updates"""
     peak_bytes: int = 0
@@ -91,8 +90,6 @@ class ObservedRun:
             self.evaluations[message["when"]] = {k: v for k, v in message.items() if k not in ("event", "when")}
         elif event == "timeline":
             self.timelines[message["which"]] = message["samples"]
-        elif event == "profiled":
-            self.profiled = message
         elif event == "referred":
             self.referred = {
                 "pairs": message["pairs"],
@@ -228,8 +225,6 @@ def build_report(
         }
     if planned.get("fleet"):
         report["fleet"] = fleet_figures(planned["fleet"], list(observed.exchanges), directory)
-    if observed.profiled:
-        report["profiled_step"] = profiled_step(observed.profiled)
     return report
 
 
@@ -380,43 +375,6 @@ def _typical(seconds: Sequence[float | None], first: int, sorts: Sequence[int]) 
             by_sort.setdefault(sorts[step % len(sorts)], []).append(duration)
     medians = {sort: statistics.median(group) for sort, group in by_sort.items()}
     return statistics.fmean(medians[sort] for sort in sorts if sort in medians) if medians else None
-
-
-PARTS = (
-    ("aten.mm.", "matrix products"),
-    ("aten.addmm.", "matrix products"),
-    ("aten.bmm.", "matrix products"),
-    ("tightfit.projection", "matrix products"),
-    ("tightfit.lora_", "matrix products"),
-    ("tightfit.dropout_", "matrix products"),
-    ("tightfit.dora_norm", "norms of weights"),
-    ("aten.convolution", "convolutions"),
-    ("tightfit.attention", "attention"),
-    ("tightfit.tile_attention", "attention"),
-    ("tightfit.head_", "loss head"),
-    ("tightfit.table_head", "loss head"),
-    ("tightfit.embed_rows", "embedding"),
-    ("tightfit.table_rows", "embedding"),
-    ("unpack", "unpacking weights"),
-    ("update", "optimizer updates"),
-    ("accumulate", "optimizer updates"),
-    ("perturb", "perturbing trainables"),
-)
-"""(prefix of a name that the executor times, part of a step that it belongs to); all other operators are
-elementwise."""
-
-
-def profiled_step(message: dict[str, Any]) -> dict[str, Any]:
-    """Where the seconds of one step went: `parts` add up to `seconds`, `calls` has [calls, seconds] by operator."""
-    parts: dict[str, float] = {}
-    for name, (_, seconds) in message["calls"].items():
-        part = next((part for prefix, part in PARTS if name.startswith(prefix)), "elementwise")
-        parts[part] = parts.get(part, 0.0) + seconds
-    parts["waiting for the disk"] = message["stall"]
-    parts["Python and dispatch"] = max(0.0, message["seconds"] - sum(parts.values()))
-    ordered = dict(sorted(parts.items(), key=lambda item: -item[1]))
-    calls = dict(sorted(message["calls"].items(), key=lambda item: -item[1][1]))
-    return {"step": message["step"], "seconds": message["seconds"], "parts": ordered, "calls": calls}
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:

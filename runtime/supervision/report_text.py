@@ -73,8 +73,7 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         rows.append(("best evaluation", f"after step {best['step']}: loss {best['loss']:.4f}{accuracy}{place}"))
     if early := report.get("stopped_early"):
         rows.append(("ended early", f"after step {early}: later evaluations were no better than the best"))
-    profiled = report.get("profiled_step")
-    return Group(table, facts_table(rows), *([_profiled_table(profiled)] if profiled else []))
+    return Group(table, facts_table(rows))
 
 
 def evaluation_text(report: dict[str, Any]) -> RenderableType:
@@ -136,19 +135,6 @@ def _cap_rows(report: dict[str, Any], what: str) -> list[tuple[str, str]]:
     if prepared := report.get("preparation_bytes"):
         rows.append(("prepared in", f"{format_size(prepared)}: plan and data, before {what} began"))
     return rows
-
-
-def _profiled_table(profiled: dict[str, Any]) -> RenderableType:
-    from rich import box
-    from rich.table import Table
-
-    title = f"where the {profiled['seconds']:.3f} s of step {profiled['step']} went"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for heading in ("", "seconds", "share"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for part, seconds in profiled["parts"].items():
-        table.add_row(part, f"{seconds:.3f}", f"{seconds / profiled['seconds']:.1%}")
-    return table
 
 
 def facts_table(rows: Sequence[tuple[str, str]]) -> RenderableType:

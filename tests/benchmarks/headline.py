@@ -158,9 +158,7 @@ def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> Row:
     )
     command += ["--steps", str(steps), "--output", str(out / "run"), "--overwrite", "--checkpoint-every", "0"]
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
-    done = subprocess.run(
-        [*command, "--profile-step", "--json"], capture_output=True, text=True, check=False, env=environment
-    )
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, env=environment)
     report = json.loads(done.stdout)
     if done.returncode:
         return row | {"note": f": {report['error']['message']}"}
@@ -171,7 +169,6 @@ def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> Row:
         "step_seconds": {"predicted": plan.step_seconds, "measured": seconds},
         "enforced_by": report["enforced_by"],
         "above_floor_bytes": report["peak_bytes"]["measured"] - plan.floor_bytes,
-        "profiled_step": report["profiled_step"]["parts"],
     }
 
 

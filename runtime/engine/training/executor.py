@@ -236,10 +236,6 @@ class Executor:
         self.landed: dict[int, Mark] = {}
         """Marks of the copies to the device that reads and fetches ended with; the channel's thread adds them."""
         self.seconds = dict.fromkeys((*CODES, "stall"), 0.0)
-        self.detail: dict[str, list[float]] | None = None
-        """[calls, seconds] by operator name, "unpack", "update", "accumulate" and "perturb"; collected only while this is a
-        dict.
-        """
         self.trace: StepTrace | None = None
         """where the seconds of every instruction are recorded while this is one"""
         self.forwards: list[float] = []
@@ -321,10 +317,7 @@ class Executor:
                     else:
                         where[table[tensors[write.place]]] = at
                         outputs.append(write.tensor if at == write.at else write.move(at))
-                if self.detail is None:
-                    operator.call(outputs)
-                else:
-                    self._timed(operator.name, operator.call, outputs)
+                operator.call(outputs)
                 outputs.clear()
                 if routing is not None:
                     for write in operator.writes:
@@ -359,7 +352,7 @@ class Executor:
                 if routing is None or not routing.unneeded(words[place + 1]):
                     packed = device.raw(where[source], weight.packed_bytes)
                     made = device.tensor(at, weight.shape, weight.dtype)
-                    self.call("unpack", self.store.unpack, weight.name, packed, made)  # type: ignore[union-attr]
+                    self.store.unpack(weight.name, packed, made)  # type: ignore[union-attr]
                 place += 5
             elif code == UPDATE:
                 self.updates.update(self, words[place + 1], cycles * words[place + 2] + words[place + 3])
@@ -431,7 +424,7 @@ class Executor:
         self.device.get(at, host, after).wait()
         self.spill.write(host.data_ptr(), host.numel(), extent)
 
-    # --- tensors of updates, timing, waiting ----------------------------------------------------------------------------------
+    # --- tensors of updates, waiting ----------------------------------------------------------------------------------
 
     def resident(self, number: int, shape: Sequence[int], at: int | None = None) -> Tensor:
         """Tensor `number`, float32, in the arena, at offset `at` if it is new there; waits until it has arrived."""
@@ -440,21 +433,6 @@ class Executor:
         if at is not None:
             self.where[number] = at
         return self.device.tensor(self.where[number], shape, "float32")
-
-    def call(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
-        """Call a function, whose seconds count as those of `name` where they are collected."""
-        if self.detail is None:
-            function(*arguments)
-        else:
-            self._timed(name, function, *arguments)
-
-    def _timed(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
-        assert self.detail is not None
-        before = time.perf_counter()
-        call(*arguments)
-        entry = self.detail.setdefault(name, [0, 0.0])
-        entry[0] += 1
-        entry[1] += time.perf_counter() - before
 
     def _arrive(self, number: int) -> None:
         self._wait(self.arriving.pop(number))

@@ -253,11 +253,8 @@ class _Run:
     def _step(self, step: int, watched: str | None) -> dict[str, Any]:
         """Take one step; returns its figures. With `watched`, also send a timeline under that name."""
         training = self.training
-        detailed = watched == "later" and self.header["profile_step"]
         if watched:
             training.meter.watch(self.header["expected_seconds"])
-        if detailed:
-            training.executor.detail = {}
         traced = step - self.begun in self.header["traced_steps"]
         if traced and self.trace is None:
             self.trace = StepTrace(self.out)
@@ -269,15 +266,6 @@ class _Run:
         training.executor.trace = None
         if watched:
             self.send("timeline", which=watched, samples=training.meter.stop())
-        if detailed:
-            self.send(
-                "profiled",
-                step=step,
-                seconds=seconds,
-                calls=training.executor.detail,
-                stall=training.executor.seconds["stall"],
-            )
-            training.executor.detail = None
         peak = self.peaks["train"] = training.meter.check_peak()
         told = {
             "loss": loss,

@@ -42,10 +42,6 @@ class Tensors(Protocol):
         """Tensor `number`, float32, in the arena, at offset `at` if it is new there; waits until it has arrived."""
         ...
 
-    def call(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
-        """Call a function, whose seconds count as those of `name`."""
-        ...
-
 
 class SavedState(NamedTuple):
     """A state of the optimizer, float32, as a checkpoint has it."""
@@ -135,7 +131,7 @@ class AtOnce(Updates):
     def update(self, tensors: Tensors, trainable: int, count: int) -> None:
         one = tensors.trainables[trainable]
         value, gradient = (tensors.resident(number, one.shape) for number in (one.value.number, one.gradient))
-        tensors.call("update", self._maker.apply, count, value, gradient, *_states(tensors, one))
+        self._maker.apply(count, value, gradient, *_states(tensors, one))
 
     def progress(self) -> dict[str, Any]:
         return {"summed": self._maker.summed}
@@ -152,12 +148,12 @@ class Clipped(AtOnce):
     def accumulate(self, tensors: Tensors, trainable: int, at: int) -> None:
         one = tensors.trainables[trainable]
         total = tensors.resident(one.states[-1].number, one.shape, at)
-        tensors.call("accumulate", self._maker.add, tensors.resident(one.gradient, one.shape), total)
+        self._maker.add(tensors.resident(one.gradient, one.shape), total)
 
     def update(self, tensors: Tensors, trainable: int, count: int) -> None:
         one = tensors.trainables[trainable]
         value = tensors.resident(one.value.number, one.shape)
-        tensors.call("update", self._maker.apply_sum, count, value, *_states(tensors, one))
+        self._maker.apply_sum(count, value, *_states(tensors, one))
 
     def norm(self) -> float | None:
         return self._maker.norm() if self._maker.due else None
@@ -185,12 +181,12 @@ class TwoSided(Updates):
 
     def perturb(self, tensors: Tensors, trainable: int, times: int) -> None:
         one = tensors.trainables[trainable]
-        tensors.call("perturb", self._maker.shift, one.name, tensors.resident(one.value.number, one.shape), times)
+        self._maker.shift(one.name, tensors.resident(one.value.number, one.shape), times)
 
     def update(self, tensors: Tensors, trainable: int, count: int) -> None:
         one = tensors.trainables[trainable]
         value = tensors.resident(one.value.number, one.shape)
-        tensors.call("update", self._maker.apply, one.name, value, *tensors.forwards)
+        self._maker.apply(one.name, value, *tensors.forwards)
 
 
 class Handed(Updates):
@@ -201,7 +197,7 @@ class Handed(Updates):
 
     def update(self, tensors: Tensors, trainable: int, count: int) -> None:
         one = tensors.trainables[trainable]
-        tensors.call("update", self._maker.apply, trainable, tensors.resident(one.gradient, one.shape))
+        self._maker.apply(trainable, tensors.resident(one.gradient, one.shape))
 
     def initialise(self, storage: Storage) -> None:
         self._maker.states.zero()

@@ -141,7 +141,6 @@ ALL: dict[str, Any] = {
     "columns": {"prompt": "question", "completion": "the answer"},
     "truncate": True,
     "adapter": "earlier/adapter",
-    "profile_step": True,
 }
 """a value for every field but for those that exclude each other"""
 
@@ -164,7 +163,6 @@ def test_a_run_is_started_with_what_its_request_says(request_: dict[str, Any], t
     assert read_options(TrainingOptions, read) == TrainingOptions.of(asked)
     assert set(asked) - {"plan", "data"} <= {CALLED.get(name, name) for name in read}
     assert (read["data"], read["eval_data"]) == (asked["data"], asked["eval_data"])
-    assert read["profile_step"] == asked["profile_step"]
     assert (read["adapter"] and str(read["adapter"])) == asked["adapter"]
     assert (read["resume"], read["overwrite"]) == (False, True)
 

@@ -231,7 +231,7 @@ def test_the_command_line_goes_before_a_file(file):
 def test_every_switch_in_a_file_can_be_turned_on_the_command_line(tmp_path):
     switches = {key_of(one): one for one in TRAIN.params if getattr(one, "is_flag", False)}
     switches = {key: one for key, one in switches.items() if key not in FOR_ONE_CALL}
-    assert {"packing", "truncate", "keep_best", "rslora", "what_if", "profile_step", "cgroup"} <= switches.keys()
+    assert {"packing", "truncate", "keep_best", "rslora", "what_if", "cgroup"} <= switches.keys()
     path = tmp_path / "a.yaml"
     words = ("m", "--data", "random", "--steps", 1, "-o", "o", "--config", path)
     for on in (True, False):

@@ -56,7 +56,7 @@ def test_checkpoints_are_made_in_time_and_after_the_last_step(every: int, steps:
 def step(training: Any, folder: Path, send: Any) -> None:
     """Take step 7 of a run with this training, and tell its figures."""
     one: Any = object.__new__(_Run)
-    one.header = {"profile_step": False, "traced_steps": []}
+    one.header = {"traced_steps": []}
     one.training, one.send, one.peaks, one.begun, one.trace = training, send, {}, 0, None
     one.metrics = MetricsFile(str(folder / "m"), 0)
     one._tell(7, one._step(7, None))

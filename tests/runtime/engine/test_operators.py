@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.cpu.operators import embed_rows, gated, gated_backward, head_rows
-from tightfit.runtime.supervision.report import profiled_step
 
 TABLE = torch.arange(12.0).view(4, 3)
 IDS = torch.tensor([[2, -100], [-1, 3]])
@@ -56,10 +55,3 @@ def test_a_label_below_zero_asks_for_nothing(store):
     out = torch.empty(4, 3)
     head_rows(TABLE if store is None else "table", IDS, out=(out,), store=store)
     assert torch.equal(out, TABLE[[2, 0, 0, 3]])
-
-
-def test_the_rows_of_the_labels_belong_to_the_loss_head():
-    calls = {"tightfit.embed_rows": [1, 0.25], "tightfit.head_rows": [1, 0.5], "tightfit.head_finish": [1, 1.0]}
-    told = profiled_step({"step": 3, "seconds": 2.0, "stall": 0.0, "calls": calls})
-    assert told["parts"]["loss head"] == 1.5
-    assert told["parts"]["embedding"] == 0.25

@@ -12,14 +12,12 @@ import subprocess
 import sys
 import termios
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from broken_plans import listed
 from changed_operators import with_operators
 from damage import own_groups
 from places import ROOT
@@ -56,7 +54,7 @@ def plan(profile):
 def whole(plan, tmp_path_factory):
     """A run from start to end: its report and directory."""
     out = tmp_path_factory.mktemp("whole")
-    return run(plan, "random", steps=6, out=out, eval_data="random", profile_step=True, **SETTINGS), out
+    return run(plan, "random", steps=6, out=out, eval_data="random", **SETTINGS), out
 
 
 def bits(out):
@@ -91,20 +89,6 @@ def test_a_short_run_has_the_timeline_of_its_last_step(plan, tmp_path):
     for steps, kept in ((1, ["later"]), (2, ["first", "later"])):
         report = run(plan, "random", steps=steps, out=tmp_path / str(steps), **SETTINGS)
         assert sorted(report["timeline"]) == kept
-
-
-def test_a_profiled_step_counts_every_call_and_second(whole, plan):
-    profiled = whole[0]["profiled_step"]
-    assert profiled["step"] == 3
-    assert sum(profiled["parts"].values()) == pytest.approx(profiled["seconds"])
-    programs = {program.name: program for program in plan.programs}
-    layers = {layer.name: programs[layer.program] for layer in plan.layers}
-    made = Counter(
-        layers[i[1]].operators[i[2]].target if i[0] == "run" else i[0]
-        for i in listed(plan.train)
-        if i[0] in {"run", "unpack", "update"}
-    )
-    assert {name: calls for name, (calls, _) in profiled["calls"].items()} == made
 
 
 def test_an_earlier_evaluation_is_kept_only_where_it_was_made_alike():

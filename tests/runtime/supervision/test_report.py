@@ -17,27 +17,8 @@ from tightfit.runtime.supervision.report import (
     _typical,
     _with_peak,
     build_report,
-    profiled_step,
     token_figures,
 )
-
-
-def test_the_seconds_of_a_step_stand_in_the_order_of_their_size() -> None:
-    calls = {
-        "aten.add.Tensor": [5, 0.05],
-        "aten.mm.default": [2, 0.25],
-        "update": [1, 0.3],
-        "tightfit.projection.default": [1, 0.1],
-    }
-    told = profiled_step({"step": 3, "seconds": 1.0, "stall": 0.1, "calls": calls})
-    assert list(told["parts"].items()) == [
-        ("matrix products", pytest.approx(0.35)),
-        ("optimizer updates", 0.3),
-        ("Python and dispatch", pytest.approx(0.2)),
-        ("waiting for the disk", 0.1),
-        ("elementwise", 0.05),
-    ]
-    assert list(told["calls"]) == ["update", "aten.mm.default", "tightfit.projection.default", "aten.add.Tensor"]
 
 
 def test_schedules_that_run_in_turn_have_the_largest_peak_and_the_mean_of_the_rest() -> None:
