@@ -241,8 +241,7 @@ def finished_report(
         evaluations = Evaluations.of(settings, held_out, checkpoint.state)
         ended = checkpoint.step == settings["steps"] or (evaluations is not None and evaluations.over)
         done = ended and checkpoint.step == len(report["loss"])
-        earlier = checkpoint.state.get("evaluated before", {}).get("data")  # reports of older versions do not say
-        evaluated = {moment for moment, saved in report["evaluation"].items() if saved.get("data", earlier) == held_out}
+        evaluated = {moment for moment, saved in report["evaluation"].items() if saved["data"] == held_out}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, False
     saved = Path(str(report.get("adapter"))).name

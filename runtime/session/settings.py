@@ -62,8 +62,6 @@ def settings_of(
             **optimizer_settings(name, options),
         )
     )
-    if not options.min_lr_ratio:
-        del optimizer["min_lr_ratio"]  # checkpoints made before it was known have none
     return {
         "store": str(store) if store else None,
         "data": str(directory / "data" / data) if data else None,

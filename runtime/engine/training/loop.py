@@ -93,7 +93,7 @@ class _Run:
         """path of the latest checkpoint"""
         self.saved = self.done if self.found else -1
         """the step after which the latest checkpoint was made; -1: there is none"""
-        self.before = _evaluated_before(self.found.state) if self.found else {}
+        self.before = self.found.state.get("evaluated before", {}) if self.found else {}
         """result of the evaluation before step 1, and the fingerprint of its data"""
         self.evaluations = self._evaluations()
         """those between the steps; None: there are none"""
@@ -344,7 +344,7 @@ class _Run:
         else:
             result = self._evaluate(when)
         if when == "before":
-            self.before.update(data=self.held_out, result=result, answers="right")
+            self.before.update(data=self.held_out, result=result)
             if made:
                 self.metrics.add(step=0, **self._evaluated(0, result))
         peak = self.peaks.get(f"evaluate {when}", 0)
@@ -458,16 +458,6 @@ class _Run:
         self.training.close()
         made = {"best": self.evaluations.best, "over": self.evaluations.over} if self.evaluations else {}
         self.send("done", peak_bytes=self.training.meter.check_peak(), peaks=self.peaks, **made)
-
-
-def _evaluated_before(state: dict[str, Any]) -> dict[str, Any]:
-    """The result of the evaluation before step 1 as a checkpoint has it; {} if there is none that can be compared.
-
-    Older versions counted wrong choices in the loss of questions; those results are left out.
-    """
-    before: dict[str, Any] = state.get("evaluated before", {})
-    comparable = not before or before["result"]["accuracy"] is None or before.get("answers") == "right"
-    return before if comparable else {}
 
 
 def _fingerprint(header: dict[str, Any]) -> str | None:

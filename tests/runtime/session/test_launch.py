@@ -31,7 +31,6 @@ from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError
 from tightfit.runtime.common.interrupts import relayed_signals
 from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.engine.training.checkpoint import UNSAID_OPERATORS
-from tightfit.runtime.engine.training.loop import _evaluated_before
 from tightfit.runtime.session.admission import conditions, find_store
 from tightfit.runtime.session.launch import run
 from tightfit.runtime.session.session import Session
@@ -82,13 +81,6 @@ def test_the_report_sets_predicted_beside_measured(whole, plan):
     assert report["tokens"]["padding_share"] == 0
     assert (out / "adapter" / "adapter_config.json").exists()
     assert not (out / "job").exists()
-
-
-def test_an_earlier_evaluation_is_kept_only_where_it_was_made_alike():
-    text, questions = {"loss": 1.0, "accuracy": None}, {"loss": 1.0, "accuracy": 0.5}
-    for told in ({"result": text}, {"result": questions, "answers": "right"}):
-        assert _evaluated_before({"evaluated before": told}) == told
-    assert _evaluated_before({"evaluated before": {"result": questions}}) == _evaluated_before({}) == {}
 
 
 def test_the_kernels_counter_is_the_measured_peak(whole):

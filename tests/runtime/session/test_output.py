@@ -128,8 +128,6 @@ def test_what_is_done_answers_and_says_whether_it_was_evaluated_on_these_data(tm
     assert done.answer(done.records("other", 3)) == (done.told(), False)
     del done.report["evaluation"]["after"]
     assert done.answer(done.held_out) == (done.told(), False)
-    done.report["evaluation"] = {when: {"loss": 2.0} for when in ("before", "after")}  # of an older version
-    assert done.answer(done.held_out) == (done.told(), True)
 
 
 def test_an_older_report_is_no_answer(tmp_path: Path) -> None:
