@@ -55,10 +55,6 @@ class Order(_Words):
     labels: str = "{}"
     """in round 0: sha256 of the labels that the server has, by member, as JSON"""
 
-    @classmethod
-    def of(cls, words: Mapping[str, object]) -> Self:
-        return super().of({"port": cls.port, "labels": cls.labels, **words})  # which older servers do not say
-
     def steps_of(self, member: str) -> int:
         return int(json.loads(self.steps).get(member, 0))
 

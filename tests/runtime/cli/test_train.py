@@ -95,7 +95,7 @@ def test_the_help_has_headings(tightfit):
     "name",
     [
         *("train", "profile", "plan", "compare", "run", "generate", "chat", "eval", "fleet plan", "fleet run"),
-        *("fleet federate run", "fleet federate join"),
+        "fleet federate run",
     ],
 )
 def test_the_help_shows_first_what_people_need_and_the_rest_on_request(tightfit, name):
