@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tightfit.planner.instructions import Instruction
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
-from tightfit.planner.schema import Peak, Phase, Plan, ShorterPlan
+from tightfit.planner.schema import Peak, Phase, Plan
 from tightfit.profiles.schema import Profile
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ def drafted(
         layers=part.layers,
         loss=profile.loss,
         token_losses=profile.token_losses,
-        shorter=[ShorterPlan(seq=step.seq, tensors=step.tensors, programs=step.programs) for step in part.shorter],
         decisions=decisions,
         resident=resident,
         arena_bytes=arena_bytes,
@@ -167,10 +166,6 @@ def answered(
                 "evaluate": simulation.evaluate,
                 "update": simulation.update,
                 "timeline": simulation.timeline,
-                "shorter": [
-                    short.model_copy(update={"step_seconds": took.step, "evaluation_seconds": took.evaluation})
-                    for short, took in zip(raw.shorter, simulation.shorter, strict=True)
-                ],
             }
         )
     )
@@ -203,10 +198,6 @@ def too_small(
                 "minimum_budget_reason": reason,
                 "decisions": {},
                 "resident": {},
-                "shorter": [
-                    step.model_copy(update={"step_seconds": 0.0, "evaluation_seconds": 0.0})
-                    for step in smallest.shorter
-                ],
                 "peak_bytes": 0,
                 "step_seconds": 0.0,
                 "gap": 0.0,

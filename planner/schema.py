@@ -42,11 +42,10 @@ from tightfit.profiles.schema import (
     Optimizer,
     Profile,
     Program,
-    ShorterStep,
     Tensor,
 )
 
-PLAN_VERSION = 8
+PLAN_VERSION = 9
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
 
@@ -101,13 +100,6 @@ class Phase(FrozenRecord):
     write_bytes: int = 0
 
 
-class ShorterPlan(ShorterStep):
-    """A shorter step of a plan: it runs the same instructions at the same offsets on its smaller tensors."""
-
-    step_seconds: float = Field(0.0, description="as of the plan")
-    evaluation_seconds: float = Field(0.0, description="of a batch of an evaluation")
-
-
 class Plan(FrozenRecord):
     version: int = PLAN_VERSION
     fingerprint: str
@@ -147,9 +139,6 @@ class Plan(FrozenRecord):
     layers: list[Layer]
     loss: str
     token_losses: str | None
-    shorter: list[ShorterPlan] = Field(
-        [], description="the same step for batches of samples that are at most so long, the shortest first"
-    )
     decisions: dict[str, str] = Field(description="tensor -> kept, recomputed, offloaded, streamed, packed, unpacked")
     resident: dict[str, int] = Field(
         description="tensors resident across steps -> arena offset (trainables, states, kept weights, constants, batch)"

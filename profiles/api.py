@@ -42,7 +42,6 @@ from tightfit.profiles.steps.tracing_process import (
     tracing_request,
     what_it_takes,
 )
-from tightfit.profiles.tracing.shorter_steps import renamed_programs
 from tightfit.profiles.weights.source import Source
 from tightfit.profiles.worker_process import have_place
 from tightfit.runtime.common.errors import InputError
@@ -100,9 +99,6 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     With a `loss` of "dpo" or "orpo" the step learns from pairs of answers (`tightfit.runtime.engine.cpu.preference`): `batch` of
     them, each in two rows. `beta` (default 0.1) is how much the comparison of the two weighs.
 
-    `buckets` ("64,128") are shorter lengths at which the step is traced and measured as well: its batches are padded only to the
-    shortest of them that holds their samples, and follow the same schedule in the same places.
-
     `tile` tokens go through a layer at a time (default: all); 0 stands for the fewest with which products with the model's widest
     matrix keep their speed on this machine (`tightfit.profiles.measuring.tile_rates`).
 
@@ -138,7 +134,6 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         return estimate_profile(unmeasured(traced_step(step, report), elsewhere.device(), key), elsewhere)
     check_tracing(step)
     store, traced = _packed_and_traced(step, report, options.memory)
-    shorter_programs = [program for shorter_step in traced.shorter for program in renamed_programs(shorter_step)]
     figures = measure(
         traced.programs,
         traced.tensors,
@@ -149,7 +144,6 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         scratch=cache_directory(),
         environment=dict(os.environ) | {"PYTHONPATH": python_path()},
         layers=traced.layers,
-        shorter=shorter_programs,
         memory=options.memory,
         kept=_kept_figures(threads),
         anew=options.force,

@@ -74,12 +74,7 @@ def spread_bytes(kind: str, peak_bytes: int) -> int:
 
 def figures_id(profile: Profile) -> str:
     """sha256 of the figures of a profile, under which the cache keeps what was learned about it."""
-    parts = [
-        profile.device,
-        *profile.tensors,
-        *profile.programs,
-        *(program for step in profile.shorter for program in step.programs),
-    ]
+    parts = [profile.device, *profile.tensors, *profile.programs]
     text = json.dumps([part.model_dump(mode="json") for part in parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -41,14 +41,6 @@ class ProfileOptions(Options):
         le=1 << 20,
         primary=True,
     )
-    buckets: str | None = option(
-        None,
-        "Shorter lengths, such as 64,128: a batch is padded only to the shortest of them that holds its samples, which a run puts together by length.",
-        label="Shorter lengths",
-        metavar="LENGTHS",
-        max_length=256,
-        pattern=r"^[0-9]{1,7}(,[0-9]{1,7})*$",
-    )
     batch: int | None = option(
         None, f"Samples per step; default: {BATCH}.", metavar="SAMPLES", ge=1, le=1 << 16, primary=True
     )

@@ -31,7 +31,7 @@ from pydantic import (
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.runtime.engine.kernels.optimizer import FACTORED
 
-PROFILE_VERSION = 11
+PROFILE_VERSION = 12
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 
@@ -279,9 +279,6 @@ class Floor(FrozenRecord):
     inference_resident_bytes: int | None = Field(
         None, description="`resident_bytes` of a process that runs no backward; None: not measured"
     )
-    shorter_bytes: int = Field(
-        0, description="part of `resident_bytes` that the kernels of shorter steps take, as far as it was measured"
-    )
     exchange_bytes: int | None = Field(
         None, description="resident bytes that talking to a fleet's other members adds; None: not measured"
     )
@@ -392,16 +389,6 @@ class Model(FrozenRecord):
         return 1 if self.preference is None else 2
 
 
-class ShorterStep(FrozenRecord):
-    """A language model's step for batches whose samples all have at most `seq` positions: the same layers, operators and names as
-    the step that it belongs to, on tensors that are smaller. It can therefore follow that step's schedule, in its places.
-    """
-
-    seq: int = Field(ge=1)
-    tensors: Many[Tensor] = Field(description="those of the tensors that are smaller, in their order")
-    programs: Many[Program] = Field(description="one for each program, of the same name, in their order")
-
-
 class TracedStep(FrozenRecord):
     """A training step of a model before anything of it is measured: times and workspace are 0. It needs no weights and is
     the same on every machine.
@@ -418,9 +405,6 @@ class TracedStep(FrozenRecord):
     loss: str = Field(description="global tensor name of the scalar loss")
     token_losses: str | None = Field(
         None, description="decoders: float32 [tokens] negative log-likelihoods, 0 where unlabelled"
-    )
-    shorter: list[ShorterStep] = Field(
-        [], description="the same step at shorter lengths, the shortest first, for batches of short samples"
     )
 
     @property
@@ -440,27 +424,3 @@ class Profile(TracedStep):
     version: int = PROFILE_VERSION
     fingerprint: str = Field(description="sha256 of model, shapes, programs, torch version and device")
     device: DeviceFigures
-
-
-S = TypeVar("S", bound=BaseModel)
-
-
-def without_shorter(profile: Profile) -> Profile:
-    """The profile of the whole step alone."""
-    floor = profile.device.floor
-    rest = floor.model_copy(update={"resident_bytes": floor.resident_bytes - floor.shorter_bytes, "shorter_bytes": 0})
-    device = profile.device.model_copy(update={"floor": rest})
-    return profile.model_copy(update={"device": device, "shorter": []})
-
-
-def shortened(source: S, step: ShorterStep) -> S:
-    """A profile or plan with the tensors and programs of one of its shorter steps in the place of its own."""
-    smaller = {tensor.name: tensor for tensor in step.tensors}
-    return source.model_copy(
-        update={
-            "seq": step.seq,
-            "tensors": [smaller.get(tensor.name, tensor) for tensor in source.tensors],  # type: ignore[attr-defined]
-            "programs": step.programs,
-            "shorter": [],
-        }
-    )

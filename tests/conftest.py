@@ -39,7 +39,6 @@ settings.load_profile("tightfit")
 torch.set_num_threads(1)
 
 LONGEST = (
-    "whole/test_length_buckets",
     "whole/test_demo_model",
     "whole/test_any_decoder",
     "whole/test_end_to_end",

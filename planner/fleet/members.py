@@ -17,7 +17,7 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import checked_budget
 from tightfit.profiles.models.side_shape import CONFIG_KEY
 from tightfit.profiles.options import MOST_ACCUMULATED
-from tightfit.profiles.schema import Profile, Program, Tensor, without_shorter
+from tightfit.profiles.schema import Profile, Program, Tensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_size
@@ -34,10 +34,7 @@ NOT_ADDED = {
 
 @dataclass(frozen=True, kw_only=True)
 class MemberSpec:
-    """A device that may take part: its profile of the model, its budget, and its connection to the others.
-
-    The members of a fleet exchange tensors of one shape, so that all batches are whole, and shorter steps are left out.
-    """
+    """A device that may take part: its profile of the model, its budget, and its connection to the others."""
 
     name: str
     profile: Profile
@@ -46,8 +43,6 @@ class MemberSpec:
 
     def __post_init__(self) -> None:
         refuse_preference(self.profile, "a fleet")
-        if self.profile.shorter:
-            object.__setattr__(self, "profile", without_shorter(self.profile))
 
 
 def checked_members(members: Sequence[MemberSpec]) -> list[MemberSpec]:

@@ -98,7 +98,6 @@ def device_forward(
             "layers": layers,
             "loss": LOSS,
             "token_losses": None,
-            "shorter": [],  # messages have one size
         }
     )
     floor = profile.device.floor.inference

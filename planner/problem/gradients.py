@@ -8,7 +8,7 @@ are constants of that profile.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -306,15 +306,9 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
         constant = tensor.model_copy(update={"kind": "constant"})
         tensors += [constant, *(_resting_state(constant, role) for role in states)]
     used_names = {layer.program for layer in bound}
-
-    def used_programs(whole: Sequence[Program]) -> list[Program]:
-        candidates = [*whole, *(forward(program) for program in whole if program.name in forwards)]
-        return [program for program in candidates if program.name in used_names]
-
-    shorter = [step.model_copy(update={"programs": used_programs(step.programs)}) for step in profile.shorter]
-    return profile.model_copy(
-        update={"layers": bound, "tensors": tensors, "programs": used_programs(profile.programs), "shorter": shorter}
-    )
+    candidates = [*profile.programs, *(forwards[p.name] for p in profile.programs if p.name in forwards)]
+    used = [program for program in candidates if program.name in used_names]
+    return profile.model_copy(update={"layers": bound, "tensors": tensors, "programs": used})
 
 
 def _resting_state(constant: Tensor, role: str) -> Tensor:

@@ -67,7 +67,6 @@ def _sentences(plan: Plan, explanation: Explanation, commands: bool) -> list[str
 def _verdict(plan: Plan, commands: bool) -> list[str]:
     return [
         _headline(plan),
-        *_shorter(plan),
         *_gradient(plan, commands),
         *_optimizer(plan),
         *_comparison(plan),
@@ -119,16 +118,6 @@ def _headline(plan: Plan) -> str:
         f"one step takes {format_seconds(plan.step_seconds)} and peaks at {format_size(plan.peak_bytes)} of"
         f" {format_size(plan.budget_bytes)} for {words_of(plan.device, plan.model).whole} ({format_size(spare)} spare)"
     )
-
-
-def _shorter(plan: Plan) -> list[str]:
-    """What steps take whose samples are short, where there are such."""
-    if not plan.shorter:
-        return []
-    steps = " and ".join(
-        f"{format_seconds(step.step_seconds)} where no sample has more than {step.seq} tokens" for step in plan.shorter
-    )
-    return [f"it takes {steps}, by the same instructions in the same places"]
 
 
 def _gradient(plan: Plan, commands: bool) -> list[str]:

@@ -382,7 +382,7 @@ def _tile_to_halve(plan: Plan) -> int:
     model, seq = plan.model, plan.seq or 1
     of_transformers = model.config.get("model_type") not in families()
     dropout = (model.lora or {}).get("lora_dropout")
-    if model.kind != "decoder" or of_transformers or plan.shorter or model.preference is not None or dropout:
+    if model.kind != "decoder" or of_transformers or model.preference is not None or dropout:
         return 0
     tokens = tile_tokens(plan)
     half = tokens // 2

@@ -66,8 +66,6 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "batch": profile.batch,
         "seq": profile.seq,
         "tile": tile_tokens(profile),
-        "shorter": [step.seq for step in profile.shorter],
-        "shorter_bytes": profile.device.floor.shorter_bytes,
         "accumulate": profile.accumulate,
         "compute_dtype": profile.compute_dtype,
         "layers": len(profile.layers),
@@ -106,10 +104,6 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     from tightfit.planner.report.render import decision_counts
 
     summary: dict[str, Any] = {name: getattr(plan, name) for name in PLAN_FIELDS}
-    summary["shorter"] = [
-        {"seq": step.seq, "step_seconds": step.step_seconds, "evaluation_seconds": step.evaluation_seconds}
-        for step in plan.shorter
-    ]
     summary["optimizer"] = plan.optimizer.get("name", "adamw")
     summary["rehearsal"] = plan.rehearsal and plan.rehearsal.model_dump(mode="json")
     summary["marks"] = marks(plan.device)

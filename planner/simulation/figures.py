@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from tightfit.planner.schema import Phase, TimelinePoint
-
-
-class ShorterSeconds(NamedTuple):
-    """What a plan takes for batches of a shorter length."""
-
-    step: float
-    evaluation: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +28,6 @@ class Simulation:
     """where gradients are clipped: the update of all trainables"""
     accumulate: int = 1
     """steps that share an update"""
-    shorter: list[ShorterSeconds] = field(default_factory=list)
-    """seconds of each shorter step of the plan"""
 
     @property
     def step_seconds(self) -> float:

@@ -23,20 +23,17 @@ raises `InvalidSchedule` with the invariant's name, the instruction and the tens
 | budget | the peak is within the budget |
 | claims | the plan's own figures are those found here |
 
-The instructions of a plan with shorter steps (`Plan.shorter`) are replayed on the tensors of each of them as well.
-
 Time: one sequential compute timeline; one disk that serves requests in the order of issue (latency + bytes / bandwidth
 each); an instruction waits for the transfers it depends on; each byte moved costs the cores what the profile says.
 """
 
 from __future__ import annotations
 
-from tightfit.planner.schema import Plan, ShorterPlan
-from tightfit.planner.simulation.figures import ShorterSeconds, Simulation
+from tightfit.planner.schema import Plan
+from tightfit.planner.simulation.figures import Simulation
 from tightfit.planner.simulation.plan_index import InvalidSchedule, PlanIndex
 from tightfit.planner.simulation.replay import LARGEST, LINE, Replay
 from tightfit.planner.simulation.timeline import POINTS
-from tightfit.profiles.schema import shortened
 from tightfit.runtime.common.errors import InputError
 
 __all__ = ["LARGEST", "POINTS", "InvalidSchedule", "Simulation", "simulate"]
@@ -85,7 +82,6 @@ def simulate(plan: Plan) -> Simulation:
         if stated and stated < computed:
             raise InvalidSchedule("claims", "plan", -1, claim, f"the plan states {stated}, the replay finds {computed}")
     train, *cycle = (step.replayed_phase() for step in steps)
-    shorter = [_at_length(plan, step, peak) for step in plan.shorter]
     return Simulation(
         train=train,
         cycle=cycle,
@@ -97,20 +93,4 @@ def simulate(plan: Plan) -> Simulation:
         arena_bytes=arena,
         workspace_bytes=workspace,
         live_bytes=max(replayed.most_live for replayed in replays),
-        shorter=shorter,
     )
-
-
-def _at_length(plan: Plan, step: ShorterPlan, peak: int) -> ShorterSeconds:
-    """Replay `plan` on the tensors of a shorter step, which may not have another peak than `peak`."""
-    simulation = simulate(shortened(plan, step))
-    if simulation.peak_bytes > peak:
-        raise InvalidSchedule(
-            "claims",
-            "plan",
-            -1,
-            f"its step of {step.seq} tokens",
-            f"{simulation.peak_bytes} bytes at the peak, {peak} at full length",
-        )
-    assert simulation.evaluate is not None
-    return ShorterSeconds(simulation.step_seconds, simulation.evaluate.seconds)

@@ -12,11 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from tightfit.profiles.devices.data_sheets import DeviceDescription
 from tightfit.profiles.schema import Operator, Profile, Program, Tensor, Value
-from tightfit.profiles.tracing.shorter_steps import with_room
 from tightfit.runtime.common.errors import InputError
 
 PASSES = {
@@ -141,17 +140,12 @@ def estimate_profile(profile: Profile, on: DeviceDescription) -> Profile:
     )
     digest = json.dumps([profile.fingerprint, on.model_dump(mode="json")], sort_keys=True)
 
-    def estimated(programs: Sequence[Program]) -> list[Program]:
-        return [estimate_program(program, on, keep_workspace=workspace_known) for program in programs]
-
-    shorter = [step.model_copy(update={"programs": estimated(step.programs)}) for step in profile.shorter]
     return profile.model_copy(
         update={
             "fingerprint": hashlib.sha256(digest.encode()).hexdigest(),
             "device": on.device(),
             "tensors": [estimate_tensor(tensor, on, profile.accumulate) for tensor in profile.tensors],
-            "programs": with_room(estimated(profile.programs), shorter),
-            "shorter": shorter,
+            "programs": [estimate_program(program, on, keep_workspace=workspace_known) for program in profile.programs],
         }
     )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tightfit.profiles.schema import Channel, DeviceFigures, Floor, Profile, Program, ShorterStep, Tensor, TracedStep
-from tightfit.profiles.tracing.shorter_steps import shorter_name, with_room
+from tightfit.profiles.schema import Channel, DeviceFigures, Floor, Profile, Program, Tensor, TracedStep
 from tightfit.runtime.common.processor import cpu_name
 from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.weights.layout import Header
@@ -21,22 +20,19 @@ CHOSEN = tuple(f"tightfit.{name}" for name in ("dropout", "dora_", "table_", "ba
 
 def unmeasured(traced: TracedStep, device: DeviceFigures, fingerprint: str) -> Profile:
     """A profile of a traced step on a device that is described, with all times 0."""
-    fields = dict(traced) | {"programs": with_room(traced.programs, traced.shorter)}
-    return Profile(**fields, device=device, fingerprint=fingerprint)
+    return Profile(**dict(traced), device=device, fingerprint=fingerprint)
 
 
 def measured(
     traced: TracedStep, figures: Mapping[str, Any], threads: int, fingerprint: str, store: Header | None
 ) -> Profile:
     """The profile of a traced step with the `figures` that `measure` returned. `store` has the model's weights, if it has any."""
-    shorter = [timed_step(step, figures) for step in traced.shorter]
     stored = (None, None) if store is None else (str(store.path), store.fingerprint)
     model = {"store": stored[0], "store_fingerprint": stored[1], "compared": figures["compared"]}
     fields = dict(traced) | {
         "model": traced.model.model_copy(update=model),
         "tensors": [timed_tensor(tensor, figures) for tensor in traced.tensors],
-        "programs": with_room([timed_program(p, p.name, figures) for p in traced.programs], shorter),
-        "shorter": shorter,
+        "programs": [timed_program(program, figures) for program in traced.programs],
     }
     return Profile(**fields, device=_device(figures, traced, threads), fingerprint=fingerprint)
 
@@ -54,19 +50,13 @@ def timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:
     return tensor
 
 
-def timed_program(program: Program, name: str, measured: Mapping[str, Any]) -> Program:
-    """A program with the figures of its operators that were measured under `name`."""
-    figures, copied = measured["operators"][name], measured["copied"][name]
+def timed_program(program: Program, measured: Mapping[str, Any]) -> Program:
+    figures, copied = measured["operators"][program.name], measured["copied"][program.name]
     operators = [
         op.model_copy(update={"seconds": seconds, "workspace_bytes": int(workspace), "copied": copies})
         for op, (seconds, workspace), copies in zip(program.operators, figures, copied, strict=True)
     ]
     return program.model_copy(update={"operators": operators})
-
-
-def timed_step(step: ShorterStep, measured: Mapping[str, Any]) -> ShorterStep:
-    programs = [timed_program(program, shorter_name(program.name, step), measured) for program in step.programs]
-    return step.model_copy(update={"programs": programs})
 
 
 def _device(measured: Mapping[str, Any], traced: TracedStep, threads: int) -> DeviceFigures:

@@ -74,13 +74,9 @@ def measure_floor(request: dict[str, Any], figures: dict[str, list[list[float]]]
         idle = pool.submit(kept.of, "floor", [], lambda: idle_floor(threads))
         kernels = pool.submit(lasting_bytes, programs)
         inference_kernels = pool.submit(lasting_bytes, forwards, backward=False)
-        shorter = len(programs) > request["whole"]
-        kernels_of_whole = pool.submit(lasting_bytes, programs[: request["whole"]]) if shorter else None
         fields: dict[str, Any] = dict(idle.result())
         steps.take()
         fields["resident_bytes"] += kernels.result()
-        if kernels_of_whole is not None:
-            fields["shorter_bytes"] = max(0, kernels.result() - kernels_of_whole.result())
         steps.take()
         fields["inference_resident_bytes"] += inference_kernels.result()
         steps.take()

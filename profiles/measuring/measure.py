@@ -34,7 +34,6 @@ def measure(
     scratch: Path,
     environment: dict[str, str],
     layers: Iterable[Layer] = (),
-    shorter: Iterable[Program] = (),
     memory: int | None = None,
     kept: Path | None = None,
     anew: bool = False,
@@ -52,8 +51,7 @@ def measure(
     - `compared`: what the `comparison` concluded, or why it was not made; None without one
     - `held_bytes`, `predicted_bytes`: most that the processes which measured have held at once, and what was predicted of it
 
-    `layers` say how often a step runs each program: those that take more of it are measured for longer. `shorter` are the programs of
-    shorter steps, which are measured like the others; the floor's `shorter_bytes` are what they add.
+    `layers` say how often a step runs each program: those that take more of it are measured for longer.
 
     `kept` is the file with what earlier profiles have measured on this machine (`tightfit.profiles.measuring.kept_figures`), of which
     nothing is taken if all is measured `anew`.
@@ -66,8 +64,6 @@ def measure(
     """
     programs, tensors = list(programs), list(tensors)
     scratch.mkdir(parents=True, exist_ok=True)
-    program_count = len(programs)
-    programs += shorter
     weights: dict[tuple[Any, ...], list[str]] = {}
     for tensor in tensors:
         if tensor.kind == "weight" and tensor.packed_bytes:
@@ -103,7 +99,6 @@ def measure(
         "counts": [counts[p.name] or 1 for p in programs],
         "turning_bytes": room.turning_bytes,
         "floor_children": room.floor_children,
-        "whole": program_count,
         "inference": [p.inference for p in programs],
         "weights": [list(key) for key in weights],
         "tables": [[list(e.shape), e.format, e.group] for e in entries.values() if len(e.shape) == 2],

@@ -346,8 +346,7 @@ class Decoder(nn.Module):
     labels[b, t] is the token that place t of a row has to predict, or -100 for none. positions[b, t], counted from 0, is that
     of the token in its sample, of which a row may hold several, one after the other; without it every row is one sample.
     Padding needs no mask: attention is causal and padded places carry no label. `known` is what the loss of pairs has to know
-    of each answer (`tightfit.runtime.engine.cpu.preference.preference_loss`). `longest` is the longest sequence of a step of which
-    this is a shorter one: sliding windows that matter there have masks here too, so that both have the same operators. A
+    of each answer (`tightfit.runtime.engine.cpu.preference.preference_loss`). A
     *tile*, of so many tokens, goes through a layer at a time, and all tiles do before the next layer begins; None: all tokens at once. It is
     several rows of the batch, or a part of a row, of whose tiles each attends to the keys and values of those before it. `matrix_rows`
     of a frozen matrix are read, unpacked and multiplied at a time, as `slice_matrices` has it.
@@ -361,13 +360,11 @@ class Decoder(nn.Module):
         lora: LoraConfig,
         body: str = BODY,
         preference: Preference | None = None,
-        longest: int | None = None,
         tile: int | None = None,
         matrix_rows: int | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.longest = longest
         self.tile = tile
         self.dtype = dtype
         self.model = Body(shape, dtype)
@@ -421,7 +418,7 @@ class Decoder(nn.Module):
         places = torch.arange(seq, dtype=torch.float32)
         tables = {rotation: rotary_table(shape, places, *rotation) for rotation in sorted(set(shape.rotations))}
         along_rows = len(tiles[0]) < seq
-        longest = 0 if along_rows else self.longest or seq
+        longest = 0 if along_rows else seq
         masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < longest})}
         positions_of_tiles: Sequence[Tensor | None] = [None] * len(tiles)
         if positions is not None:

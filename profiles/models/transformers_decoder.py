@@ -106,7 +106,7 @@ class AnyDecoder(nn.Module):
     labels, positions, the third input with a `preference` and `matrix_rows` are as in `tightfit.profiles.models.decoder.Decoder`; a model whose
     samples cannot share rows takes no positions (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it
     under `torch._subclasses.FakeTensorMode`, after `without_values`. Without `lora` nothing is trained. `longest` is the length of
-    sequences for which rotary frequencies are chosen, where it is not `seq`: a shorter step has those of the whole one.
+    sequences for which rotary frequencies are chosen, where it is not `seq`: an answer's steps have those of the whole answer.
 
     Raises InputError for a config that transformers does not take, and for models that are refused.
     """

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.lora import LoraConfig, given, layer_numbers
 from tightfit.profiles.options import BATCH, SEQ, ProfileOptions, Progress
-from tightfit.profiles.schema import ANSWER_INPUTS, PREFERENCE, Preference, ShorterStep
+from tightfit.profiles.schema import ANSWER_INPUTS, PREFERENCE, Preference
 from tightfit.profiles.steps.step import ProfiledStep
-from tightfit.profiles.tracing.shorter_steps import bucket_lengths, shorter_step
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
@@ -39,7 +38,6 @@ class DecoderStep(ProfiledStep):
             raise InputError(
                 f"{spelled('side_blocks')} {options.side_blocks} is of a side network; name its rank too, for example {spelled('side_rank', 64)}"
             )
-        self.lengths = bucket_lengths(options.buckets, self.seq)
         self.tile = _tile(options, self.batch, self.seq)
         self.matrix_rows = _matrix_rows(options)
         self._decoder: Decoder | AnyDecoder | None = None
@@ -51,36 +49,26 @@ class DecoderStep(ProfiledStep):
             self.seq,
             self.dtype,
             self.preference,
-            self.lengths,
             self.tile,
             self.matrix_rows,
         ]
 
     def trace(self, report: Progress) -> Trace:
-        traced, self._decoder = self.traced_at(self.seq, report)
-        check_length(self.source, self.seq)
-        return traced
-
-    def shorter(self, traced: Trace, report: Progress) -> list[ShorterStep]:
-        return [
-            shorter_step(traced, self.traced_at(length, report, longest=self.seq)[0], length) for length in self.lengths
-        ]
-
-    def traced_at(self, seq: int, report: Progress, longest: int | None = None) -> tuple[Trace, Decoder | AnyDecoder]:
         from tightfit.profiles.steps.decoder_trace import trace_decoder
 
-        return trace_decoder(
+        traced, self._decoder = trace_decoder(
             self.source,
             self.batch,
-            seq,
+            self.seq,
             self.lora,
             self.dtype,
             report,
             self.preference,
-            longest=longest,
             tile=self.tile,
             matrix_rows=self.matrix_rows,
         )
+        check_length(self.source, self.seq)
+        return traced
 
     def model_fields(self) -> dict[str, Any]:
         assert self._decoder
@@ -140,10 +128,6 @@ def _tile(options: ProfileOptions, batch: int, seq: int) -> int | None:
         raise InputError(
             f"{spelled('tile')} {tile}: {batch} samples of {seq} tokens do not go through a layer in equal parts of so many tokens, whole samples"
             f" or equal parts of one; give {' or '.join(map(str, nearest))}, or leave it out"
-        )
-    if options.buckets:
-        raise InputError(
-            f"{spelled('tile')} {tile}: with {spelled('buckets', options.buckets)} batches have several lengths; leave one of them out"
         )
     if options.loss is not None:
         raise InputError(

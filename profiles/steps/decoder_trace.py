@@ -36,16 +36,14 @@ def trace_decoder(
     dtype: str,
     report: Progress,
     preference: Preference | None = None,
-    longest: int | None = None,
     tile: int | None = None,
     matrix_rows: int | None = None,
 ) -> tuple[Trace, Decoder | AnyDecoder]:
-    """The step of a decoder, and the decoder, which says what is trained. `longest`: the length of the step of which this is a shorter
-    one; `tile`: tokens that go through a layer at a time; `matrix_rows`: rows of a frozen matrix that are read, unpacked and multiplied at
-    a time.
+    """The step of a decoder, and the decoder, which says what is trained. `tile`: tokens that go through a layer at a time;
+    `matrix_rows`: rows of a frozen matrix that are read, unpacked and multiplied at a time.
     """
     if not handwritten(source.config):
-        return trace_any_decoder(source, batch, seq, lora, dtype, report, preference, longest, tile, matrix_rows)
+        return trace_any_decoder(source, batch, seq, lora, dtype, report, preference, tile, matrix_rows)
     shape = decoder_shape(source.config)
     _check_rank(lora, shape.hidden)
     with FakeTensorMode():
@@ -56,7 +54,6 @@ def trace_decoder(
             lora=lora,
             body=body,
             preference=preference,
-            longest=longest,
             tile=tile,
             matrix_rows=matrix_rows,
         )
@@ -105,7 +102,6 @@ def trace_any_decoder(
     dtype: str,
     report: Progress,
     preference: Preference | None = None,
-    longest: int | None = None,
     tile: int | None = None,
     matrix_rows: int | None = None,
 ) -> tuple[Trace, AnyDecoder]:
@@ -122,7 +118,6 @@ def trace_any_decoder(
         seq=seq,
         lora=lora,
         preference=preference,
-        longest=longest,
         matrix_rows=matrix_rows,
     )
     with FakeTensorMode():

@@ -30,7 +30,6 @@ class ModuleStep(ProfiledStep):
     refused = {
         ("batch", "seq"): ", whose factory gives the sample batch; give it there",
         ("modules_to_save", *LORA): ", trained in full itself; leave the option out",
-        ("buckets",): ", with batches of one shape; leave the option out",
         ("tile", "matrix_rows"): ", whose operators run on whole tensors; leave the option out",
         (
             "loss",

@@ -27,7 +27,7 @@ class SideStep(ProfiledStep):
     phrase = "a side network"
     refused = {
         ("modules_to_save", *LORA): " has no adapter; leave the option out",
-        ("buckets", "tile"): " takes whole batches; leave the option out",
+        ("tile",): " takes whole batches; leave the option out",
         ("matrix_rows",): " has no frozen matrices; leave the option out",
         ("loss", "beta"): " predicts tokens and nothing else; leave the option out",
     }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tightfit.profiles.options import ProfileOptions, Progress
-from tightfit.profiles.schema import Model, ShorterStep, Tensor, TracedStep, adamw
+from tightfit.profiles.schema import Model, Tensor, TracedStep, adamw
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
@@ -73,15 +73,10 @@ class ProfiledStep(ABC):
             layers=traced.layers,
             loss=traced.loss,
             token_losses=traced.token_losses,
-            shorter=self.shorter(traced, report),
         )
 
     @abstractmethod
     def trace(self, report: Progress) -> Trace: ...
-
-    def shorter(self, traced: Trace, report: Progress) -> list[ShorterStep]:
-        """The same step at the shorter lengths that were asked for."""
-        return []
 
     @abstractmethod
     def settings(self, report: Progress) -> list[Any]:

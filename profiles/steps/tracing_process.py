@@ -36,8 +36,8 @@ TRACING_BYTES, TRANSFORMERS_BYTES = 416 << 20, 700 << 20
 """what the worker holds at most, for a hand-written family and for one that transformers builds"""
 FAMILY_BYTES = 272 << 20
 """what it holds at most for the answers of a hand-written family: 253 MiB of Gemma 3's with 4 B parameters"""
-DORA_BYTES, LENGTH_BYTES, TILE_BYTES = 64 << 20, 24 << 20, 5 << 20
-"""what magnitudes of DoRA, each shorter length, and each tile add"""
+DORA_BYTES, TILE_BYTES = 64 << 20, 5 << 20
+"""what magnitudes of DoRA, and each tile, add"""
 
 
 def tracing_request(step: ProfiledStep) -> TracingRequest:
@@ -83,8 +83,7 @@ def traced_here(step: ProfiledStep) -> bool:
 def what_it_takes(step: ProfiledStep) -> tuple[int, str]:
     """(bytes of the worker, what to do where they are not free)."""
     needed = TRACING_BYTES if handwritten(step.source.config) else TRANSFORMERS_BYTES
-    lengths = step.options.buckets.split(",") if step.options.buckets else []
-    needed += DORA_BYTES * step.options.dora + LENGTH_BYTES * len(lengths)
+    needed += DORA_BYTES * step.options.dora
     if isinstance(step, DecoderStep) and step.tile is not None:
         needed += TILE_BYTES * (step.batch * step.seq // step.tile)
     return needed, "have the model traced on a machine with more memory: `tightfit prepare` there, or by a service"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tightfit.planner.report.summary import adapter_words, plan_summary, profile_summary, update_words
@@ -56,7 +56,6 @@ def profile_text(profile: Profile) -> RenderableType:
             f"{shape}, {facts['compute_dtype']}"
             + (f"; {profile.accumulate} make an update" if profile.accumulate > 1 else ""),
         ),
-        *([("shorter steps", shorter_words(facts))] if facts["shorter"] else []),
         (
             "frozen weights",
             f"{format_size(facts['packed_bytes'])} packed, {format_size(facts['weight_bytes'])} unpacked",
@@ -86,13 +85,6 @@ def profile_text(profile: Profile) -> RenderableType:
     return facts_table([*(("caution", "; ".join(doubts)) for doubts in [marks(profile.device)] if doubts), *rows])
 
 
-def shorter_words(facts: Mapping[str, Any]) -> str:
-    """The shorter steps of a profile in words, from its summary."""
-    lengths = " and ".join(map(str, facts["shorter"]))
-    cost = f"; their kernels take {format_size(facts['shorter_bytes'])} of the floor" if facts["shorter_bytes"] else ""
-    return f"at {lengths} tokens, for batches of short samples{cost}"
-
-
 def preference_words(preference: Preference) -> str:
     """A loss of pairs in words."""
     return f"{preference.loss.upper()} on pairs of answers, two rows each, beta {preference.beta:g}"
@@ -102,7 +94,6 @@ def profile_sentence(profile: Profile) -> str:
     """A profile's model, step and figures in a sentence."""
     facts = profile_summary(profile)
     shape = f"{profile.batch} × {profile.seq} tokens" if profile.seq else f"a batch of {profile.batch}"
-    shape += f" (and {' and '.join(map(str, facts['shorter']))})" if facts["shorter"] else ""
     adapter = f", {adapter_words(facts['lora'])}" if "rank" in (facts["lora"] or {}) else ""
     seconds = (
         f"forward {format_seconds(facts['forward_seconds'])}, backward {format_seconds(facts['backward_seconds'])}"

@@ -17,8 +17,7 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from tightfit.planner.search_options import PlanOptions
-from tightfit.profiles.option_fields import PRIMARY, options_of
-from tightfit.profiles.options import ProfileOptions
+from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.command import EVERYTHING, Command
 from tightfit.runtime.cli.config_file import read_options
 from tightfit.runtime.cli.course import (
@@ -117,14 +116,6 @@ def train(
         ),
         PRIMARY,
     ] = None,
-    buckets: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LENGTHS|auto",
-            help=f"{options_of(ProfileOptions)['buckets'].description} auto: two lengths that the data suggest, or fewer.",
-            rich_help_panel=MODEL_AND_STEP,
-        ),
-    ] = None,
     memory: Annotated[
         str,
         typer.Option(
@@ -160,7 +151,7 @@ def train(
     These are `tightfit profile`, `tightfit plan` and `tightfit run`, whose options it takes. With --resume and the
     output folder alone, it goes on from what an earlier call has left there.
     """
-    values = options | {"seq": seq, "buckets": buckets, "memory": memory, "adapter": adapter}
+    values = options | {"seq": seq, "memory": memory, "adapter": adapter}
     if at is None:
         _check(values)
     from tightfit.runtime.cli.terminal import messages

@@ -10,7 +10,6 @@ import json
 import shlex
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,10 +126,9 @@ class TrainStages:
         memory = values["memory"]
         own = resident().resident if self.apart else 0
         budget = _budget(memory, console, resume=values["resume"], own=own)
-        seq, buckets = _lengths(values, budget, self.tokens, console)
+        seq = _length(values, budget, self.tokens, console)
         values |= {
             "seq": seq,
-            "buckets": buckets,
             "memory": f"{budget // MIB}MiB" if budget % MIB == 0 else str(budget),
         }
         settings = _settings(self.context, values)
@@ -297,24 +295,22 @@ def _budget(memory: str, console: Console, *, resume: bool, own: int) -> int:
     return budget
 
 
-def _lengths(values: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> tuple[int | None, str | None]:
-    """Tokens of a sequence, and shorter lengths: those asked for, or what the data need. The data are read and checked either way, and
-    kept in the folder `tokens`.
-    A module, whose batches have their shape, has no sequence, and profiling refuses one that is asked for.
+def _length(values: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> int | None:
+    """Tokens of a sequence: as many as were asked for, or what the data need. The data are read and checked either way, and kept in the
+    folder `tokens`. A module, whose batches have their shape, has no sequence, and profiling refuses one that is asked for.
 
     Raises InputError if there are no such data.
     """
     from tightfit.profiles.sources.lookup import prepared_seq
     from tightfit.runtime.cli.terminal import StagesDisplay
-    from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
+    from tightfit.runtime.data.sequence import check_files, choose_seq
 
-    requested_seq, buckets = values["seq"], values["buckets"]
+    requested_seq: int | None = values["seq"]
     if names_module(values["model"]):
-        return requested_seq, buckets
+        return requested_seq
     check_files(values["data"], values["eval_data"])
     if requested_seq is None:
         requested_seq = prepared_seq(values["model"], values["prepared"])
-    lengths: Counter[int] = Counter()
     with StagesDisplay(console) as stages:
         seq, why = choose_seq(
             values["model"],
@@ -326,16 +322,11 @@ def _lengths(values: Mapping[str, Any], budget: int, tokens: Path, console: Cons
             keep=tokens,
             pairs=values["loss"] is not None,
             seq=requested_seq,
-            lengths=lengths if buckets == AUTO else None,
             stages=stages,
         )
     if requested_seq is None:
         console.print(f"sequence: {seq} tokens; {why}")
-    if buckets == AUTO:
-        bucket_lengths, why = choose_buckets(lengths, seq)
-        buckets = ",".join(map(str, bucket_lengths)) or None
-        console.print(f"shorter lengths: {buckets or 'none'}; {why}")
-    return seq, buckets
+    return seq
 
 
 def _settings(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,7 @@ as in a run; only the beginning of large data is read.
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -92,10 +90,8 @@ class Preview:
     """of the places in an epoch's rows; None: nothing was left to train on"""
     epoch_steps: float = 0.0
     """steps that go once through what was read"""
-    steps: list[tuple[int, int]] = field(default_factory=list)
-    """(positions, how many steps of an epoch have rows of so many)"""
-    evaluations: list[tuple[int, int]] = field(default_factory=list)
-    """the same of the batches of an evaluation of what was read"""
+    evaluation_batches: int = 0
+    """batches of an evaluation of what was read"""
     longer: list[tuple[int, int]] = field(default_factory=list)
     """(a common length below that of the profile, samples that are longer); empty where there are texts, which fill all rows"""
 
@@ -213,37 +209,24 @@ class _Texts:
 
 
 def _count_batches(shown: Preview, path: Path, profile: Profile, *, packing: bool) -> None:
-    """Say of the records at `path` how many batches they are, of which of the profile's lengths, in an epoch and in an evaluation, and
-    which share of an epoch's places holds no token.
+    """Say of the records at `path` how many batches they are, in an epoch and in an evaluation, and which share of an epoch's places holds
+    no token.
     """
     preference = profile.model.preference
-    lengths = [length for length in (*(shorter.seq for shorter in profile.shorter), profile.seq) if length is not None]
     with RecordFile.open(path) as records:
         tokens = records.tokens
     batches = open_batches(
         str(path),
         SEED,
         packing=packing,
-        by_length=bool(profile.shorter),
         loss=None if preference is None else preference.loss,
     )
     rows = profile.batch * profile.model.rows_of_sample
-
-    def by_length(count: int, longest: Callable[[int, int], int | None]) -> list[tuple[int, int]]:
-        """(length, how many of so many batches take it); `longest` tells the longest row of one."""
-        taken = Counter(
-            next(length for length in lengths if length >= (longest(number, rows) or 0)) for number in range(count)
-        )
-        return sorted(taken.items())
-
     try:
         shown.epoch_steps = batches.epoch_steps(profile.batch)
-        steps = math.ceil(shown.epoch_steps)
-        shown.steps = by_length(steps, batches.longest)
         inputs: Any = [SimpleNamespace(shape=(rows,))]  # of which the number of rows alone is asked
-        shown.evaluations = by_length(batches.evaluation_count(inputs), batches.longest_in_evaluation)
+        shown.evaluation_batches = batches.evaluation_count(inputs)
     finally:
         batches.close()
-    places = sum(rows * length * count for length, count in shown.steps)
     # The last step of an epoch may go on in the next one.
-    shown.padding_share = 1 - tokens / (places * shown.epoch_steps / steps)
+    shown.padding_share = 1 - tokens / (rows * shown.seq * shown.epoch_steps)

@@ -1,13 +1,11 @@
-"""Chooses the length of a run's sequences so that every sample of the data has room, and shorter lengths for short samples.
+"""Chooses the length of a run's sequences so that every sample of the data has room.
 
 Samples are tokenised one by one, and kept in a file where the run is to use them; PyTorch is not imported.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tightfit.profiles.sources.lookup import longest_sequence, vocabulary
@@ -33,12 +31,6 @@ MOST = 2048
 """The longest that is chosen unasked: every row takes as much memory and time as the longest sample."""
 MADE_UP = 256
 """the length for random tokens, which have none of their own"""
-BUCKET_STEP = 8
-"""Shorter lengths are multiples of this."""
-MOST_BUCKETS = 2
-"""shorter lengths that are chosen unasked: the kernels of each take memory in a run"""
-WORTH = 0.05
-"""share of the places in all rows that one more length has to save"""
 LOOKED_AT = 256
 """samples between two reports of the progress"""
 
@@ -61,13 +53,12 @@ def choose_seq(
     keep: Path | None = None,
     pairs: bool = False,
     seq: int | None = None,
-    lengths: Counter[int] | None = None,
     stages: Callable[[str, int, int], None] | None = None,
 ) -> tuple[int, str]:
     """(tokens of a sequence, in words why) for a language model, its training data and its held-out data.
 
     That is `seq` if it is given, else the longest sample, rounded up to a multiple of `STEP`, and at most `MOST` and what the model
-    was made for. `lengths` takes how many training samples of which length there are, for `choose_buckets`.
+    was made for.
     Longer samples are cut if `truncate`, and otherwise an error that says how to go on; a line that could not be
     tokenised within the run's `budget` in bytes is refused. `columns` and `pairs` are as for `tightfit.runtime.data.tokenization.prepare`. `stages(what, done, total)` is called now and then. `keep` is a folder
     in which the samples are kept as tokens (`tokens_file`), so that the run need not tokenise them again. Raises
@@ -81,8 +72,6 @@ def choose_seq(
         choice = (min(MADE_UP, most), "its tokens are made up") if seq is None else (seq, requested_reason)
     elif data.endswith(PREPARED):
         with RecordFile.open(Path(data)) as records:
-            if lengths is not None:
-                lengths.update(map(records.length, range(len(records))))
             choice = (records.seq, "the data were prepared so") if seq is None else (seq, requested_reason)
     most = most if choice is None else choice[0]
     preparation: Preparation | None = None
@@ -113,7 +102,6 @@ def choose_seq(
             progress=progress,
             preparation=preparation,
             keep=None if keep is None else tokens_file(keep, purpose),
-            lengths=lengths if purpose == "train" else None,
         )
         longest = max(longest, longest_here)
     if choice is None and seq is not None:
@@ -126,31 +114,3 @@ def choose_seq(
         if path is not None and path.endswith(PREPARED):
             check_prepared(Path(path), seq=choice[0], vocab_size=None, pairs=pairs)
     return choice
-
-
-def choose_buckets(lengths: Mapping[int, int], seq: int) -> tuple[tuple[int, ...], str]:
-    """(lengths below `seq` at which a step is worth having, in words why) for data with so many samples of each length.
-
-    Of all choices of at most `MOST_BUCKETS` multiples of `BUCKET_STEP`, that with the fewest places in all rows is taken, as long as each
-    further length saves a share of `WORTH`.
-    """
-    if not lengths:
-        return (), "the tokens are made up, and fill their rows"
-    samples_up_to = list(itertools.accumulate(lengths.get(length, 0) for length in range(seq)))
-    """samples of at most so many positions"""
-    samples = sum(lengths.values())
-
-    def places(chosen: Sequence[int]) -> float:
-        """Places in the rows of all samples, as a share of those without shorter lengths."""
-        counts = [samples_up_to[length] for length in chosen]
-        short = sum((count - before) * end for before, count, end in zip([0, *counts], counts, chosen))
-        return (short + (samples - max(counts, default=0)) * seq) / (samples * seq)
-
-    best: tuple[int, ...] = ()
-    for number in range(1, MOST_BUCKETS + 1):
-        candidate = min(itertools.combinations(range(BUCKET_STEP, seq, BUCKET_STEP), number), key=places, default=best)
-        if places(best) - places(candidate) < WORTH:
-            break
-        best = candidate
-    reason = f"rows with {1 - places(best):.0%} fewer places"
-    return best, reason if best else "samples are of about one length"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -153,10 +152,9 @@ def longest_sample(
     progress: Callable[[int], None] | None = None,
     preparation: Preparation | None = None,
     keep: Path | None = None,
-    lengths: Counter[int] | None = None,
 ) -> int:
     """Positions of the longest sample of `data`, which are files of samples as for `prepare`; the samples as tokens are
-    written to the file `keep`, for `prepare`. `lengths` takes how many rows of which length there would be with `most` positions.
+    written to the file `keep`, for `prepare`.
 
     Samples of more than `most` positions are refused or, if `too_long` is "truncate", counted in full; texts always
     are, since they are packed into windows. `advice` ends the message about samples that are refused. The rest is as in
@@ -164,7 +162,7 @@ def longest_sample(
     """
     with writing(keep) if keep is not None else nullcontext() as file:
         encoder = encoder_for(data, vocabulary)
-        samples = DataPass(_LengthCounter(most, lengths), encoder, purpose, too_long, advice, pairs=pairs, keep=file)
+        samples = DataPass(_LengthCounter(most), encoder, purpose, too_long, advice, pairs=pairs, keep=file)
         samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return max(samples.longest, samples.longest_text)
 
@@ -396,14 +394,12 @@ def _enclose(text: str, mark: str) -> str:
 class _LengthCounter:
     """Stands in for a `RecordWriter` where nothing is to be written."""
 
-    def __init__(self, seq: int, lengths: Counter[int] | None = None) -> None:
+    def __init__(self, seq: int) -> None:
         self.seq = seq
         self.count = 0
-        self.lengths: Counter[int] = Counter() if lengths is None else lengths
 
     def add(self, input_ids: list[int], labels: list[int], **columns: int) -> None:
         self.count += 1
-        self.lengths[len(input_ids)] += 1
 
 
 class DataPass:

@@ -22,7 +22,7 @@ from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
-from tightfit.runtime.engine.training.checkpoint import OPERATORS, SHORTER
+from tightfit.runtime.engine.training.checkpoint import OPERATORS
 from tightfit.runtime.engine.training.job import passes_messages
 from tightfit.runtime.engine.weights.layout import packed_bytes, read_header
 from tightfit.runtime.session.options import TrainingOptions
@@ -190,8 +190,6 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
         "weights": plan.model.store_fingerprint,
         "batch": plan.batch,
         "seq": plan.seq,
-        # Which samples share a batch depends on whether there are any, and how a batch is rounded on their lengths.
-        SHORTER: [step.seq for step in plan.shorter] or None,
         "lora": plan.model.lora,
         "loss of pairs": plan.model.preference.model_dump() if plan.model.preference else None,
         "optimizer": dict(optimizer),

@@ -30,7 +30,7 @@ from tightfit.planner.instructions import (
 from tightfit.planner.problem.step_graph import state_roles
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.schema import Phase, Plan
-from tightfit.profiles.schema import Layer, Program, Tensor, shortened
+from tightfit.profiles.schema import Layer, Program, Tensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.job import (
     ACCUMULATE,
@@ -64,7 +64,6 @@ def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
     """
     index = TensorIndex(plan)
     numbers, sizes = _number_tensors(plan, index)
-    shorter = [shortened(plan, step) for step in plan.shorter]
     tables, starts = _tables(plan, index, numbers)
     writer = _InstructionWriter(plan, numbers)
     train, cycle = array("i"), []
@@ -86,15 +85,8 @@ def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
             **_header(plan, index, numbers, sizes, spill_bytes=spill_bytes, cycle=cycle),
             "update": update if plan.update else None,
             "max_grad_norm": plan.max_grad_norm,
-            "shorter": [
-                {"seq": step.seq, "expected_seconds": step.step_seconds, **_of_length(short, numbers)}
-                for step, short in zip(plan.shorter, shorter, strict=True)
-            ],
         },
         sizes=sizes,
-        shorter_sizes=array(
-            "q", (size for short in shorter for size in _sizes(TensorIndex(short), numbers, len(sizes)))
-        ),
         extents=extents,
         where=offsets,
         tables=tables,
@@ -126,12 +118,7 @@ def _number_tensors(plan: Plan, index: TensorIndex) -> tuple[dict[str, int], arr
     transferred = {each.tensor for phase in phases for each in phase.instructions if isinstance(each, Spill | Fetch)}
     lasting = [name for name in index.tensors if name in transferred or name in plan.resident]
     numbers = {name: number for number, name in enumerate(dict.fromkeys((*lasting, *index.tensors)))}
-    return numbers, _sizes(index, numbers, len(lasting))
-
-
-def _sizes(index: TensorIndex, numbers: Mapping[str, int], count: int) -> array[int]:
-    """The bytes of the tensors with the numbers below `count`."""
-    return array("q", [index.tensors[name].bytes for name in itertools.islice(numbers, count)])
+    return numbers, array("q", [index.tensors[name].bytes for name in itertools.islice(numbers, len(lasting))])
 
 
 def _tables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> tuple[array[int], array[int]]:
@@ -305,6 +292,7 @@ def _header(
         for name in (index.names[layer][value] for value in operator.gathers)
     }
     tensors = {tensor.name: tensor for tensor in plan.tensors}
+    losses = tensors.get(plan.token_losses) if plan.token_losses else None
     buffers = kept_buffers(plan.layers, plan.programs)
     return {
         "budget_bytes": plan.budget_bytes,
@@ -321,7 +309,9 @@ def _header(
         "kind": plan.model.kind,
         "lora": plan.model.lora,
         "tables": plan.model.tables,
-        **_of_length(plan, numbers),
+        "programs": program_headers(program.model_dump() for program in plan.programs),
+        "inputs": _placements(plan, "batch"),
+        "token_losses": [numbers[losses.name], losses.shape] if losses else None,
         "layer_programs": [programs[layer.program] for layer in plan.layers],
         # By its name a layer draws the same random numbers in every plan.
         "layer_names": SEPARATOR.join(layer.name for layer in plan.layers) if draws_numbers(plan.programs) else "",
@@ -333,16 +323,6 @@ def _header(
         "gathered": list(gathered.items()),
         "routed": _routed(plan, index, numbers),
         "loss": numbers[plan.loss],
-    }
-
-
-def _of_length(plan: Plan, numbers: Mapping[str, int]) -> dict[str, Any]:
-    """What depends on the length of a step."""
-    losses = next((tensor for tensor in plan.tensors if tensor.name == plan.token_losses), None)
-    return {
-        "programs": program_headers(program.model_dump() for program in plan.programs),
-        "inputs": _placements(plan, "batch"),
-        "token_losses": [numbers[losses.name], losses.shape] if losses else None,
     }
 
 

@@ -64,8 +64,7 @@ def run(plan: Plan, data: Data, options: RunOptions) -> dict[str, Any]:
     iterable that has a length, the first `steps` of one that has none. Each step takes the next batch, starting again
     after the last. `columns` says what the data call a sample's parts: ``{"prompt": "question"}``. With `packing`, samples
     of a language model share the rows of batches, in training and evaluations, and positions and attention stay inside each;
-    models that do not allow it say why in the report, and have a row for each sample. Where the plan has shorter steps, samples of
-    like lengths share a batch, which takes the shortest step that has room for it. With `eval_data`, which
+    models that do not allow it say why in the report, and have a row for each sample. With `eval_data`, which
     must end, the model is evaluated before and after training, and with `eval_every` also after every so many steps, or
     epochs (``"1 epoch"``); `keep_best` then keeps the result of the best evaluation in ``out/best``, and `early_stopping`
     ends the run after so many evaluations in a row that were no better than the best. `cgroup=False`
@@ -244,9 +243,7 @@ def prepare_data(
 def _epoch_steps(plan: Plan, prepared: Path, options: TrainingOptions) -> float:
     """The number of steps in which a run goes through the prepared data once."""
     loss = plan.model.preference.loss if plan.model.preference else None
-    batches = open_batches(
-        str(prepared), options.seed, packing=packs(plan, options), by_length=bool(plan.shorter), loss=loss
-    )
+    batches = open_batches(str(prepared), options.seed, packing=packs(plan, options), loss=loss)
     try:
         return batches.epoch_steps(plan.batch, options.epochs or 1.0)
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,7 @@ from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.api import profile
 from tightfit.profiles.sources.lookup import names_module, prepared_seq
 from tightfit.runtime.common.units import parse_size
-from tightfit.runtime.data.sequence import check_files, choose_buckets, choose_seq
+from tightfit.runtime.data.sequence import check_files, choose_seq
 from tightfit.runtime.session.beforehand import check_beforehand
 from tightfit.runtime.session.launch import Data, run
 from tightfit.runtime.session.options import RunOptions
@@ -32,7 +31,6 @@ def train(
     *,
     memory: int | str = "auto",
     seq: int | None = None,
-    buckets: str | None = None,
     eval_data: Data | None = None,
     truncate: bool = False,
     **options: Any,
@@ -41,8 +39,7 @@ def train(
 
     `memory` is the budget: bytes, a size such as "600MiB", or "auto", what the machine can spare now (it does not count
     what this program holds already: `tightfit.runtime.supervision.spare_memory`). `seq` is by default as long as the longest
-    sample needs (`tightfit.runtime.data.sequence`), and with `buckets` "auto" shorter lengths are those that the data suggest. `options` are those of `profile`, `plan` and `run`, each of which
-    gets what it takes: `steps` or `epochs` has to be there, `adapter` goes to both that have it.
+    sample needs (`tightfit.runtime.data.sequence`). `options` are those of `profile`, `plan` and `run`, each of which gets what it takes: `steps` or `epochs` has to be there, `adapter` goes to both that have it.
 
     Raises TypeError for an option that none of them takes, and what they raise; InfeasibleError, with the smallest
     budget, if no plan fits. This program stays alive beside the run, and its memory is its own, as with `run`.
@@ -62,7 +59,6 @@ def train(
                 check_files(train_files, held_out)
                 if seq is None:
                     seq = prepared_seq(model, options.get("prepared"))
-                lengths: Counter[int] = Counter()
                 seq, _ = choose_seq(
                     model,
                     train_files,
@@ -73,14 +69,10 @@ def train(
                     keep=tokens,
                     pairs=options.get("loss") is not None,
                     seq=seq,
-                    lengths=lengths if buckets == "auto" else None,
                     stages=options.get("stages"),
                 )
-                if buckets == "auto":
-                    buckets = ",".join(map(str, choose_buckets(lengths, seq)[0])) or None
             if seq is not None:
                 options["seq"] = seq
-            options["buckets"] = buckets
             measured = profile(model, **_options_of(profile, options))
             planned = rehearse(measured, budget, **_options_of(plan, options))
         return run(planned, data, out=directory, **_options_of(run, options), tokens=tokens)

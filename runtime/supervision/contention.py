@@ -94,25 +94,22 @@ class Contention:
         self._before: CoreUsage | None = None
         self._taken: list[float] | None = None
         """since the last look; None: there was no step yet"""
-        self._expected = 0.0
-        """seconds that were planned for those steps"""
 
     def _begin(self) -> None:
-        self._at, self._before, self._taken, self._expected = self._clock(), self._usage(), [], 0.0
+        self._at, self._before, self._taken = self._clock(), self._usage(), []
 
-    def step(self, seconds: float, planned: float | None = None) -> str | None:
-        """Count a step that took `seconds`; `planned` are its own, where steps have different lengths. Returns a notice for people, if
-        there is one now. The first step, which builds kernels, is passed over.
+    def step(self, seconds: float) -> str | None:
+        """Count a step that took `seconds`. Returns a notice for people, if there is one now. The first step, which builds kernels, is
+        passed over.
         """
         if self._taken is None:
             self._begin()
             return None
         self._taken.append(seconds)
-        self._expected += self._planned if planned is None else planned
         elapsed = self._clock() - self._at
         if elapsed < LOOK_SECONDS or len(self._taken) < LEAST_STEPS:
             return None
-        before, now, steps, expected = self._before, self._usage(), self._taken, self._expected / len(self._taken)
+        before, now, steps, planned = self._before, self._usage(), self._taken, self._planned
         self._begin()
         if before is None or now is None:
             return None
@@ -121,16 +118,16 @@ class Contention:
         mean = sum(steps) / len(steps)
         least = min(waited, others) / elapsed
         was_crowded, limit = self._crowded, FREE if self._crowded else CROWDED
-        self._crowded = least > limit and mean > SLOWER * expected
+        self._crowded = least > limit and mean > SLOWER * planned
         if self._crowded:
             self._steps += len(steps)
             self._seconds += sum(steps)
             self._waited += waited * sum(steps) / elapsed
             self._others += others * sum(steps) / elapsed
-        if least <= FREE and not self._differed and len(steps) >= FEWEST and 0 < OFF * expected < abs(mean - expected):
+        if least <= FREE and not self._differed and len(steps) >= FEWEST and 0 < OFF * planned < abs(mean - planned):
             self._differed = True
             return (
-                f"the last {len(steps)} steps took {mean:.3f} s each where {expected:.3f} s are planned, and no other program is in the"
+                f"the last {len(steps)} steps took {mean:.3f} s each where {planned:.3f} s are planned, and no other program is in the"
                 " way: the run goes on; `tightfit plan` rehearses and would plan for what happens"
             )
         if self._crowded == was_crowded or self._clock() - self._last_notices[self._crowded] < QUIET_SECONDS:
@@ -140,7 +137,7 @@ class Contention:
             return f"the cores are free again: a step takes {mean:.3f} s"
         return (
             f"other programs use {others / elapsed:.1f} of the cores: the last {len(steps)} steps took {mean:.3f} s each where"
-            f" {expected:.3f} s are planned, and the run's threads waited {waited / elapsed * mean:.3f} s of each for a"
+            f" {planned:.3f} s are planned, and the run's threads waited {waited / elapsed * mean:.3f} s of each for a"
             f" core; {self._advice}"
         )
 

@@ -69,8 +69,6 @@ class TrainingProgress:
         self._pace: float | None = None
         self._real: float | None = None
         """moving mean of a step's tokens without padding"""
-        self._room: float | None = None
-        """the same with padding"""
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -81,10 +79,6 @@ class TrainingProgress:
     ) -> None:
         if self.live:
             self._write(ERASE_LINE)
-
-    def expect_places(self, places: int) -> None:
-        """Take note of the positions in the rows of the step that is shown next, where steps differ in it."""
-        self._tokens = places
 
     def stage(self, what: str, done: int, total: int) -> None:
         """Show how far work beside the steps has come, such as preparing or evaluating: `done` of `total`."""
@@ -111,8 +105,7 @@ class TrainingProgress:
         if tokens is not None:
             self._real = _moving_mean(self._real, tokens)
             rate = f"{self._real / self._pace:,.0f} tokens/s"
-            self._room = _moving_mean(self._room, self._tokens) if self._tokens else None
-            padding = f" ({padding_text(1 - self._real / self._room)})" if self._room else ""
+            padding = f" ({padding_text(1 - self._real / self._tokens)})" if self._tokens else ""
         left = round(self._pace * (self._steps - step))
         loss_text, left_text = f"loss {loss:.4f}", f"{left // 60}:{left % 60:02d} left"
         resident, peak = resident + self._other, peak + self._other

@@ -45,8 +45,6 @@ class ObservedRun:
     """number of steps taken so far, without those of a run that was resumed"""
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     spent: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
-    lengths: deque[tuple[int, float] | None] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
-    """positions in a step's rows and the seconds planned for them; None where all steps have the same"""
     updates: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     """seconds of the latest updates, where gradients are clipped"""
     peaks: dict[str, int] = field(default_factory=dict)
@@ -77,7 +75,6 @@ class ObservedRun:
             self.steps += 1
             self.seconds.append(message["seconds"])
             self.spent.append(message["spent"])
-            self.lengths.append(_length_of(message))
             if "update_seconds" in message:
                 self.updates.append(message["update_seconds"])
         elif event == "exchanged":
@@ -144,22 +141,14 @@ def build_report(
     Where gradients are clipped, `grad_norm` has the norm before that of every update, and `phases` their update.
     """
     sorts = planned["sorts"]
-    lengths: Sequence[tuple[int, float] | None] = list(observed.lengths)
     metrics = read_metrics(os.path.join(directory, "metrics.jsonl"))
     lines = [line for line in metrics if "loss" in line]
     seconds: Sequence[float] = list(observed.seconds)
     first = observed.resumed_step + observed.steps - len(seconds)
-    whole = [
-        spent if length is None or length[0] == planned["places_per_step"] else None
-        for spent, length in zip(observed.spent, lengths, strict=True)
-    ]
     names = observed.spent[0] if observed.spent else ()
-    measured = {
-        name: _typical([None if spent is None else spent[name] for spent in whole], first, sorts) for name in names
-    }
+    measured = {name: _typical([spent[name] for spent in observed.spent], first, sorts) for name in names}
     if not seconds:  # an earlier run took all the steps
         seconds, first = [line["seconds"] for line in lines], 0
-        lengths = [_length_of(line) for line in lines]
     training = {"predicted": planned["peak_bytes"] - planned["supervisor_bytes"], "measured": observed.peak_bytes}
     processes = {"training": training}
     if supervisor_bytes is not None:
@@ -175,7 +164,7 @@ def build_report(
         "stage_bytes": None
         if stage_bytes is None
         else {stage: dict(zip(("predicted", "measured"), sizes)) for stage, sizes in stage_bytes.items()},
-        "step_seconds": _step_seconds(seconds, first, sorts, lengths, planned["step_seconds"]),
+        "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
         "contention": contention,
         "tokens": token_figures(planned["places_per_step"], lines),
         "packing": planned.get("packing"),
@@ -309,8 +298,7 @@ def token_figures(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[s
     """Token figures from the metrics' `lines`: `per_step` and `per_second` without padding, `padding_share`, and
     `samples_per_second` if the lines tell.
 
-    `places` is the number of positions in a step's rows, padding included, where the lines do not tell it. None if tokens are
-    unknown, as for a module.
+    `places` is the number of positions in a step's rows, padding included. None if tokens are unknown, as for a module.
     The first step, which is slower, is left out of the rate if there are others.
     """
     counted = [line for line in lines if "tokens" in line]
@@ -323,47 +311,15 @@ def token_figures(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[s
     return {
         "per_step": per_step,
         "per_second": sum(line["tokens"] for line in steady) / seconds if seconds else 0.0,
-        "padding_share": 1 - per_step * len(counted) / sum(line.get("places", places) for line in counted),
+        "padding_share": 1 - per_step / places,
         **({"samples_per_second": sum(line["samples"] for line in steady) / seconds} if sampled and seconds else {}),
     }
 
 
-def _length_of(message: dict[str, Any]) -> tuple[int, float] | None:
-    """Positions in the rows of a step and the seconds planned for it, as a message or a line of the metrics tells them."""
-    return (message["places"], message["expected"]) if "places" in message else None
-
-
-def _step_seconds(
-    seconds: Sequence[float],
-    first: int,
-    sorts: Sequence[int],
-    lengths: Sequence[tuple[int, float] | None],
-    planned: float,
-) -> dict[str, float | None]:
-    """Predicted and measured seconds of a step, for `build_report`; `planned` are those of a step at its whole length."""
-    if not any(lengths):
-        return {"predicted": planned, "measured": _typical(seconds, first, sorts)}
-    import statistics  # as in `_typical`
-
-    steady = len(seconds) - 1 or 1
-    by_form: dict[tuple[int, int], list[float]] = {}
-    forms = []
-    for index in range(len(seconds) - steady, len(seconds)):
-        length = lengths[index]
-        assert length is not None
-        forms.append((sorts[(first + index) % len(sorts)], length[0]))
-        by_form.setdefault(forms[-1], []).append(seconds[index])
-    medians = {form: statistics.median(group) for form, group in by_form.items()}
-    return {
-        "predicted": statistics.fmean(length[1] for length in lengths[-steady:] if length),
-        "measured": statistics.fmean(medians[form] for form in forms),
-    }
-
-
-def _typical(seconds: Sequence[float | None], first: int, sorts: Sequence[int]) -> float | None:
+def _typical(seconds: Sequence[float], first: int, sorts: Sequence[int]) -> float | None:
     """The mean of the median seconds of each sort of step; None if no step was taken.
 
-    `seconds` are those of consecutive steps from step `first` on, counted from 0, with None for those that do not count; `sorts`
+    `seconds` are those of consecutive steps from step `first` on, counted from 0; `sorts`
     gives the sort of each step of a cycle.
     """
     import statistics  # imported here: it takes 2 MiB, which are needed only once the training process has ended
@@ -371,8 +327,7 @@ def _typical(seconds: Sequence[float | None], first: int, sorts: Sequence[int]) 
     steady = seconds[1:] or seconds
     by_sort: dict[int, list[float]] = {}
     for step, duration in enumerate(steady, first + len(seconds) - len(steady)):
-        if duration is not None:
-            by_sort.setdefault(sorts[step % len(sorts)], []).append(duration)
+        by_sort.setdefault(sorts[step % len(sorts)], []).append(duration)
     medians = {sort: statistics.median(group) for sort, group in by_sort.items()}
     return statistics.fmean(medians[sort] for sort in sorts if sort in medians) if medians else None
 

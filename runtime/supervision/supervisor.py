@@ -49,8 +49,6 @@ Stages = Callable[[str, int, int], None]
 """stages(what, done, total), called while something is prepared or evaluated."""
 OnNotice = Callable[[str], None]
 """on_notice(text), called with what people should know about how the run goes."""
-OnPlaces = Callable[[int], None]
-"""on_places(positions), called before the progress of a step with the positions in its rows, padding included, if steps differ in it."""
 OnEvaluation = Callable[[dict[str, Any]], None]
 """on_evaluation(message), called with the training process's message about each evaluation between the steps."""
 
@@ -85,7 +83,6 @@ def supervise(
     *,
     on_evaluation: OnEvaluation | None = None,
     on_notice: OnNotice | None = None,
-    on_places: OnPlaces | None = None,
     group: MemoryCgroup | None = None,
     counted: bool = False,
     preparation_bytes: int | None = None,
@@ -105,7 +102,7 @@ def supervise(
             usage=lambda: usage_of(child.process.pid),
         )
         try:
-            _follow(child, contention, progress, stages, on_evaluation, on_notice, on_places)
+            _follow(child, contention, progress, stages, on_evaluation, on_notice)
         except ThirdInterrupt:
             raise
         except BaseException:
@@ -144,15 +141,12 @@ def _follow(
     stages: Stages | None,
     on_evaluation: OnEvaluation | None,
     on_notice: OnNotice | None,
-    on_places: OnPlaces | None,
 ) -> None:
     for message in child.messages():
         if message["event"] == "step":
-            notice = contention.step(message["seconds"], message.get("expected"))
+            notice = contention.step(message["seconds"])
             if notice and on_notice:
                 on_notice(notice)
-        if message["event"] == "step" and on_places and "places" in message:
-            on_places(message["places"])
         if message["event"] == "step" and progress:
             progress(
                 message["step"],
@@ -239,7 +233,6 @@ def main(arguments: Sequence[str]) -> int:
                 training.stage,
                 on_evaluation=training.evaluated,
                 on_notice=training.note,
-                on_places=training.expect_places,
                 group=group,
                 counted=True,
                 preparation_bytes=settings.preparation_bytes,

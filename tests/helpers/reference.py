@@ -298,14 +298,13 @@ def training_batches(
     seed: int = 0,
     *,
     packing: bool = False,
-    by_length: bool = False,
 ) -> list[list[Tensor]]:
     """[ids, labels] of the first `count` training steps on prepared data, and with `packing`, where samples share rows, also
-    [positions]; all padded to `seq`. `records` is its file or the folder of a run; `by_length`: the run's plan has shorter steps.
+    [positions]; all padded to `seq`. `records` is its file or the folder of a run.
     """
     if Path(records).is_dir():
         records = next((Path(records) / "data").glob("train*"))
-    opened, found = open_batches(str(records), seed, packing=packing, by_length=by_length), []
+    opened, found = open_batches(str(records), seed, packing=packing), []
     for number in range(count):
         found.append([torch.empty(batch, seq, dtype=torch.int64) for _ in range(3 if packing else 2)])
         opened.training(number, found[-1])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tightfit.planner.schema import Peak, Phase, Plan, ShorterPlan
+from tightfit.planner.schema import Peak, Phase, Plan
 from tightfit.profiles.schema import PREFERENCE, Channel, DeviceFigures, Floor, Model, Profile
 from tightfit.runtime.engine.weights.store import find_extent
 
@@ -56,20 +56,17 @@ def decoder_profile(
     dtype="bfloat16",
     lora=None,
     preference=None,
-    buckets=None,
     tile=None,
     matrix_rows=None,
 ):
     """A profile, without measured times, of a small decoder of any family with random weights packed in `directory`.
 
-    `lora`: a LoraConfig; by default pairs of `rank` everywhere. `preference`: a loss of pairs, if it learns from such. `buckets`:
-    lengths of shorter steps, as `tightfit profile` takes them. `tile`: tokens that go through a layer at a time;
+    `lora`: a LoraConfig; by default pairs of `rank` everywhere. `preference`: a loss of pairs, if it learns from such. `tile`: tokens that go through a layer at a time;
     `matrix_rows`: rows of a frozen matrix that are multiplied at a time.
     """
     from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve
     from tightfit.profiles.steps.decoder_trace import trace_decoder
-    from tightfit.profiles.tracing.shorter_steps import bucket_lengths, shorter_step, with_room
     from tightfit.profiles.weights.pack import build_store
     from tightfit.runtime.engine.weights.store import WeightStore
 
@@ -82,34 +79,19 @@ def decoder_profile(
         fingerprint = opened.fingerprint
     pairs = lora or LoraConfig(rank=rank)
 
-    def trace_at(length):
-        key = repr((source.config, batch, length, pairs, dtype, preference, seq, tile, matrix_rows))
-        if key not in TRACED:
-            TRACED[key] = trace_decoder(
-                source,
-                batch,
-                length,
-                pairs,
-                dtype,
-                lambda *_: None,
-                preference,
-                longest=seq,
-                tile=tile,
-                matrix_rows=matrix_rows,
-            )
-        return copy.deepcopy(TRACED[key][0]), TRACED[key][1]
-
-    traced, decoder = trace_at(seq)
-    shorter = [shorter_step(traced, trace_at(length)[0], length) for length in bucket_lengths(buckets, seq)]
+    key = repr((source.config, batch, seq, pairs, dtype, preference, tile, matrix_rows))
+    if key not in TRACED:
+        TRACED[key] = trace_decoder(
+            source, batch, seq, pairs, dtype, lambda *_: None, preference, tile=tile, matrix_rows=matrix_rows
+        )
+    traced, decoder = copy.deepcopy(TRACED[key][0]), TRACED[key][1]
     told = {PREFERENCE: preference.model_dump()} if preference else {}
     model = Model(
         name="tiny", source=str(path), kind="decoder", config=source.config | told,
         lora=decoder.lora if lora else {"rank": rank, "alpha": 2.0 * rank}, store=str(store), store_fingerprint=fingerprint,
         tables=decoder.tables, rows_apart=decoder.rows_apart,
     )  # fmt: skip
-    made = _profile(traced, source, model, batch, seq, dtype)
-    programs = with_room(made.programs, shorter)
-    return made.model_copy(update={"programs": programs, "shorter": shorter})
+    return _profile(traced, source, model, batch, seq, dtype)
 
 
 def module_profile(directory: Path, factory: str):
@@ -333,5 +315,4 @@ class _Naive:
             seq=p.seq, compute_dtype=p.compute_dtype, optimizer=p.optimizer, device=p.device, tensors=p.tensors,
             programs=p.programs, layers=p.layers, loss=p.loss, token_losses=p.token_losses, decisions={},
             resident=self.resident, arena_bytes=self.end, workspace_bytes=workspace, train=train, evaluate=evaluate,
-            shorter=[ShorterPlan(seq=one.seq, tensors=one.tensors, programs=one.programs) for one in p.shorter],
         )  # fmt: skip

@@ -110,9 +110,9 @@ def theirs_of(loss: str, model: Any, rows: tuple[Tensor, Tensor, Tensor], beta: 
     return loss_of_pairs(loss, lambda ids: model(input_ids=ids).logits, rows, reference, beta)
 
 
-def pairs_of_steps(out: Path, steps: int, pairs: int, loss: str, *, by_length: bool = False) -> list[list[int]]:
-    """The pairs in the batches of the first steps of a run in `out`; `by_length`: its plan has shorter steps."""
-    opened = PairBatches(str(out / "data" / "train.records"), 0, loss, by_length=by_length)
+def pairs_of_steps(out: Path, steps: int, pairs: int, loss: str) -> list[list[int]]:
+    """The pairs in the batches of the first steps of a run in `out`."""
+    opened = PairBatches(str(out / "data" / "train.records"), 0, loss)
     found = [opened.of_step(step, pairs) for step in range(steps)]
     opened.close()
     return found

@@ -75,7 +75,7 @@ export async function show({ root, query, signal, keep, title }) {
     const profile = model(), request = profile?.summary.request;
     if (!(found.padding_share > PADDED)) return [];
     const at = ({ seq }) => button(`Measure at ${seq} tokens`, action(() => again(request, { seq }, { budget: chosen().summary.budget_bytes })));
-    const lengths = request && !profile.summary.shorter?.length ? shorterLengths(found).filter(({ seq }) => seq < profile.summary.seq) : [];
+    const lengths = request ? shorterLengths(found).filter(({ seq }) => seq < profile.summary.seq) : [];
     return [
       found.can_pack && packing() && !packing().checked ? button("Switch on packing", pack) : null,
       ...lengths.flatMap((length) => [at(length), html("span", { class: "soft" }, length.cuts ? `cuts ${length.cuts} of ${length.of} samples` : "holds all samples")]),

@@ -118,7 +118,7 @@ function figures(run, job, ordered) {
   const evaluation = run.latest?.clock?.evaluation_seconds ?? run.evaluations.at(-1)?.eval_seconds ?? null;
   const left = isOpen(job) ? leftCard(leftInRun(job.request, { latest: run.latest, step: last?.step ?? 0, total, pace, evaluation })) : null;
   if (!last) return [left].filter(Boolean);
-  const places = recent.reduce((sum, one) => sum + (one.places ?? run.places ?? 0), 0), tokens = recent.reduce((sum, one) => sum + (one.tokens ?? 0), 0), peak = peakOf(job);
+  const places = recent.length * (run.places ?? 0), tokens = recent.reduce((sum, one) => sum + (one.tokens ?? 0), 0), peak = peakOf(job);
   return [
     before && after ? card("held-out loss", `${before.loss.toFixed(4)} → ${after.loss.toFixed(4)}`, "before → after") : null,
     before?.accuracy != null && after?.accuracy != null ? card("held-out accuracy", `${percent(before.accuracy)} → ${percent(after.accuracy)}`, "before → after") : null,
@@ -140,7 +140,7 @@ function leftCard({ steps, evaluations }) {
 
 function stepTable(ordered, places) {
   const every = Math.ceil(ordered.length / ROWS), rows = ordered.filter((_, index) => index % every === 0 || index === ordered.length - 1);
-  const share = (one) => { const room = one.places ?? places; return one.tokens === undefined || !room ? "–" : percent(1 - one.tokens / room, 0); };
+  const share = (one) => (one.tokens === undefined || !places ? "–" : percent(1 - one.tokens / places, 0));
   const body = table(every > 1 ? `Every ${every}th step` : "Every step", ["step", "loss", "seconds", "tokens/s", "padding", "held, MiB", "peak, MiB"], rows.map((one) => [String(one.step), one.loss.toFixed(4), seconds(one.seconds), one.tokens === undefined ? "–" : Math.round(one.tokens / one.seconds).toLocaleString("en"), share(one), mib(one.resident_bytes), mib(one.peak_bytes)]));
   return html("div", {}, body, button("All steps as CSV", () => saveCsv(ordered), "quiet"));
 }

@@ -23,13 +23,12 @@ export function warnings(steps, evaluations = []) {
   return said;
 }
 
-// That steps take longer than planned, in words; null where they do not. `planned`: seconds of a step, where it does not say its own;
+// That steps take longer than planned, in words; null where they do not. `planned`: seconds of a step;
 // `others`: cores that other programs use, as far as the run has said so.
 export function slower(steps, planned, others = 0) {
-  const recent = steps.slice(1).slice(-LATELY), mean = (of) => recent.reduce((sum, one) => sum + of(one), 0) / recent.length; // the first builds kernels
-  if (recent.length < FEWEST) return null;
-  const due = mean((one) => one.expected ?? planned ?? 0), took = mean((one) => one.seconds);
-  if (!due || took < SLOWER * due) return null;
+  const recent = steps.slice(1).slice(-LATELY); // the first builds kernels
+  const took = recent.reduce((sum, one) => sum + one.seconds, 0) / recent.length;
+  if (recent.length < FEWEST || !planned || took < SLOWER * planned) return null;
   const why = others ? `other programs use ${others.toFixed(1)} of the cores` : "look whether other programs use the cores";
-  return `Planned ${seconds(due)} s a step, takes ${seconds(took)} s: ${why}. The results stay the same.`;
+  return `Planned ${seconds(planned)} s a step, takes ${seconds(took)} s: ${why}. The results stay the same.`;
 }

@@ -142,7 +142,7 @@ class ServiceJob(Named):
         None,
         description="profile: {profile}; trace: {trace, summary}; plan: {plan, summary}; comparison: {cells}; answer-plan: {choices};"
         " run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
-        " padding_share, epoch_steps, steps, evaluations, longer, can_pack}, where `steps` and `evaluations` say how many batches of an epoch and of an evaluation have which length, `longer` how many samples are longer than common lengths,"
+        " padding_share, epoch_steps, evaluation_batches, longer, can_pack}, where `longer` says how many samples are longer than common lengths,"
         " and a sample has its line, pieces {text, trained}, tokens and how many of them are cut; answer: {text, tokens, seconds, first_seconds, end, peak_bytes, budget_bytes};"
         " merge: {merged: {format, adapted, seconds, note, bytes}}",
     )
@@ -241,7 +241,7 @@ class RunMetrics(ResponseBody):
         [], description="step, epoch, time, eval_loss, eval_accuracy where the data are questions, eval_seconds, best"
     )
     steps: list[dict[str, float]] = Field(
-        description="step, loss, lr, epoch, time, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out; where the plan has shorter steps also places, padding included, and expected, the seconds planned for that length"
+        description="step, loss, lr, epoch, time, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out"
     )
 
 

@@ -68,9 +68,6 @@ class ReceivedBatches:
     def __init__(self, stage: OneWayStage) -> None:
         self._stage = stage
 
-    def longest(self, step: int, rows: int) -> None:
-        """A server takes whole batches."""
-
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         self._stage.labels(inputs[1])
 
@@ -80,9 +77,6 @@ class ReceivedBatches:
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         """The device knows how many there are (`OneWayStage.count`)."""
         return 0
-
-    def longest_in_evaluation(self, number: int, rows: int) -> None:
-        """None: a server takes whole batches in an evaluation, too."""
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Any]:
         self._stage.labels(inputs[1])

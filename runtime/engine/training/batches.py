@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import read_all
 from tightfit.runtime.common.strict_json import JsonError, from_json
-from tightfit.runtime.engine.training.by_length import order_of
 from tightfit.runtime.engine.training.packing import Packed
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
-from tightfit.runtime.engine.training.sample_order import Rows, SampleOrder
+from tightfit.runtime.engine.training.sample_order import Apart, Rows, SampleOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +36,6 @@ class TrainingBatches(Protocol):
     fingerprint: str
     samples: int | None
     """samples in the latest training batch; None if that is unknown"""
-
-    def longest(self, step: int, rows: int) -> int | None:
-        """Positions of the longest row of the batch of training step `step`, counted from 0, which has `rows`; None if that is
-        unknown.
-        """
-        ...
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> int | None:
         """Fill `inputs` with the batch of training step `step`, counted from 0.
@@ -64,10 +57,6 @@ class Batches(TrainingBatches, Protocol):
         """Number of evaluation batches."""
         ...
 
-    def longest_in_evaluation(self, number: int, rows: int) -> int | None:
-        """As `longest`, of evaluation batch `number`, from 0."""
-        ...
-
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         """Fill `inputs` with evaluation batch `number`, from 0; returns its token records, none for a module."""
         ...
@@ -76,21 +65,15 @@ class Batches(TrainingBatches, Protocol):
 class TokenBatches:
     """Batches from a record file of `tightfit.runtime.engine.training.records`.
 
-    `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [batch, length], with room for the longest row
-    of the batch.
+    `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [batch, seq].
     """
 
-    def __init__(self, path: str, seed: int, *, packing: bool = False, by_length: bool = False) -> None:
-        """With `packing` samples share rows; otherwise `by_length` is as of `order_of`."""
+    def __init__(self, path: str, seed: int, *, packing: bool = False) -> None:
+        """With `packing` samples share rows."""
         self._records = records = RecordFile.open(path)
-        self._order: SampleOrder = (
-            Packed(records, seed) if packing else order_of(len(records), records.length, seed, by_length=by_length)
-        )
+        self._order: SampleOrder = Packed(records, seed) if packing else Apart(len(records), seed)
         self.fingerprint = self._records.fingerprint
         self.samples: int | None = None
-
-    def longest(self, step: int, rows: int) -> int:
-        return self._longest(self._order.of_step(step, rows))
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> int:
         found = self._fill(self._order.of_step(step, inputs[0].shape[0]), inputs)
@@ -103,17 +86,11 @@ class TokenBatches:
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return self._order.evaluation_count(inputs[0].shape[0])
 
-    def longest_in_evaluation(self, number: int, rows: int) -> int:
-        return self._longest(self._order.of_evaluation(number, rows))
-
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         return self._fill(self._order.of_evaluation(number, inputs[0].shape[0]), inputs)
 
     def close(self) -> None:
         self._records.close()
-
-    def _longest(self, rows: Rows) -> int:
-        return max((sum(map(self._records.length, row)) for row in rows), default=0)
 
     def _fill(self, rows: Rows, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         if self._order.shared:
@@ -141,9 +118,6 @@ class TensorBatches:
                 f"{path}: {os.fstat(self._descriptor).st_size} bytes where {expected} are expected; prepare the data again"
             )
 
-    def longest(self, step: int, rows: int) -> None:
-        """Batches of a module have one shape."""
-
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         self._fill(step % self.count, inputs)
 
@@ -152,9 +126,6 @@ class TensorBatches:
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return self.count
-
-    def longest_in_evaluation(self, number: int, rows: int) -> None:
-        """As `longest`."""
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         self._fill(number, inputs)
@@ -180,23 +151,20 @@ class TensorBatches:
             raise InputError(f"{self.path}: batch {number} is damaged (checksum differs); prepare the data again")
 
 
-def open_batches(
-    path: str, seed: int, *, packing: bool = False, by_length: bool = False, loss: str | None = None
-) -> Batches:
-    """Open a record file or a batch file; `seed` shuffles records, with `packing` they share rows, and otherwise `by_length` puts
-    those of like lengths into one batch. `loss` is the decoder's loss of pairs, if it has one. Raises InputError if it is neither,
-    or without the pairs that the loss is of.
+def open_batches(path: str, seed: int, *, packing: bool = False, loss: str | None = None) -> Batches:
+    """Open a record file or a batch file; `seed` shuffles records, and with `packing` they share rows. `loss` is the decoder's loss of
+    pairs, if it has one. Raises InputError if it is neither, or without the pairs that the loss is of.
     """
     if loss is not None:
         from tightfit.runtime.engine.training.pairs import PairBatches
 
-        return PairBatches(path, seed, loss, by_length=by_length)
+        return PairBatches(path, seed, loss)
     try:
         with open(path, "rb") as file:
             tensors = FORMAT.encode() in file.read(256)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; prepare the data again") from error
-    return TensorBatches(path) if tensors else TokenBatches(path, seed, packing=packing, by_length=by_length)
+    return TensorBatches(path) if tensors else TokenBatches(path, seed, packing=packing)
 
 
 def write_batches(path: str, batches: Iterable[Sequence[Tensor]]) -> str:

@@ -31,8 +31,6 @@ OPERATORS = "operators"
 results differ in their last bits even for equal shapes"""
 PACKING = "samples share rows"
 """key of the condition that holds whether they do"""
-SHORTER = "shorter steps"
-"""key of the condition that holds their lengths; None where there are none"""
 UNSAID_OPERATORS = 6
 """the operators' version of checkpoints that state none: the last one before it was recorded"""
 
@@ -89,12 +87,6 @@ def _difference(key: str, was: Any, now: Any) -> str:
         return "with other weights"
     if key == "adapter":  # hashes; None where training starts from new values
         return "from another adapter" if was and now else f"from {'a given' if was else 'no'} adapter"
-    if key == SHORTER:  # None where there are none
-        told = [
-            f"shorter steps of {' and '.join(map(str, lengths))} tokens" if lengths else "no shorter steps"
-            for lengths in (was, now)
-        ]
-        return f"with {told[0]}, this run has {told[1]}"
     if key == "steps of an update":  # None where every step makes an update
         return f"with {was or 1} step{'s' * bool(was)} to an update, this run has {now or 1}"
     if key == "largest norm of gradients":  # None where they are not clipped

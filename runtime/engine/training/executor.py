@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -173,17 +173,8 @@ def bind(programs: list[dict[str, Any]], device: Device, store: WeightStore | No
     return bound
 
 
-class BoundStep(NamedTuple):
-    """What the instructions run on at one length of the batch."""
-
-    layers: list[list[BoundOperator]]
-    sizes: array[int]
-    token_losses: tuple[int, list[int]] | None
-    """number and shape of their tensor"""
-
-
 class Executor:
-    """`execute` runs one step or one evaluation batch, of the length that `take` has chosen.
+    """`execute` runs one step or one evaluation batch.
 
     `seconds` then holds its wall time by kind of instruction, and as "stall" the part of it spent waiting for the disk.
     """
@@ -201,19 +192,11 @@ class Executor:
         self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
         del job.tables[:]
         # Once bound, the JSON form is dropped from the header: it is as large as the bound operators.
-        self.programs: dict[int | None, list[list[BoundOperator]]] = {}
-        """The programs of the step by its length, the shortest first and the whole step, None, last."""
-        self._forms: dict[int | None, BoundStep] = {}
-        for number, step in enumerate([*header["shorter"], header]):
-            length = step["seq"] if step is not header else None
-            programs = self.programs[length] = bind(step.pop("programs"), self.device, self.store)
-            self._forms[length] = BoundStep(
-                [programs[index] for index in header["layer_programs"]],
-                job.sizes if step is header else job.sizes_of(number),
-                step["token_losses"],
-            )
-        del job.shorter_sizes[:]
-        self._form = self._forms[None]
+        self.programs = bind(header.pop("programs"), self.device, self.store)
+        self._layers = [self.programs[index] for index in header["layer_programs"]]
+        self._sizes = job.sizes
+        self._token_losses: tuple[int, list[int]] | None = header["token_losses"]
+        """number and shape of their tensor"""
         self.draws = Draws(header["seed"])
         """what operators draw random numbers of; the trainer sets the step"""
         for operator in self.operators():
@@ -255,12 +238,7 @@ class Executor:
                 operator.keywords["stage"] = role
 
     def operators(self) -> Iterator[BoundOperator]:
-        """All operators of all lengths."""
-        return (operator for programs in self.programs.values() for program in programs for operator in program)
-
-    def take(self, length: int | None) -> None:
-        """Run the shorter step of this length from now on, or the whole step (None)."""
-        self._form = self._forms[length]
+        return (operator for program in self.programs for operator in program)
 
     def execute(self, words: array[int], begin: int = 0, end: int | None = None, cycles: int = 0) -> None:
         """Run the step or evaluation batch in words [begin, end) of the job.
@@ -271,7 +249,7 @@ class Executor:
         above the cap.
         """
         where, arriving, leaving, routing = self.where, self.arriving, self.leaving, self.routing
-        layers, sizes, token_losses = self._form
+        layers, sizes, token_losses = self._layers, self._sizes, self._token_losses
         spent = [0.0] * len(CODES)
         device, clock, check = self.device, time.perf_counter, self.device.meter.check
         self.seconds["stall"] = 0.0

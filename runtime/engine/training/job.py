@@ -12,9 +12,6 @@ A RUN lists one offset per output (-1: the output is unused). PASS gives the sec
 `LOSS` and `TOKEN_LOSSES` make the executor read those tensors; they stand just before the instruction that frees them.
 The training schedules of a cycle follow each other in `train`; the header's `cycle` says where each begins and ends. Where
 gradients are clipped, the update of all trainables is last in `train`, and the header's `update` says where.
-
-The instructions are those of a plan's shorter steps too (`tightfit.planner.schema.ShorterPlan`). The header's `shorter` says of each
-what differs, its `seq`, `programs`, `inputs` and `token_losses`, and `shorter_sizes` has the bytes of their tensors.
 """
 
 from __future__ import annotations
@@ -71,7 +68,6 @@ STATES = ("adam_m", "adam_v", "grad_sum")
 """the optimizer's states in a checkpoint of a fleet, which trains with AdamW"""
 _ARRAYS = (
     ("sizes", "q"),
-    ("shorter_sizes", "q"),
     ("extents", "q"),
     ("where", "q"),
     ("tables", "i"),
@@ -93,8 +89,6 @@ class Job:
     header: dict[str, Any]
     sizes: array[int]
     """Bytes of each tensor that stays between steps or is ever spilled; these have the lowest numbers."""
-    shorter_sizes: array[int]
-    """The same in each shorter step, one step after the other."""
     extents: array[int]
     """Byte offset of each of those in the spill file; -1: never there."""
     where: array[int]
@@ -115,11 +109,6 @@ class Job:
     """
     train: array[int]
     evaluate: array[int]
-
-    def sizes_of(self, shorter: int) -> array[int]:
-        """`sizes` in a shorter step, by its number."""
-        count = len(self.sizes)
-        return self.shorter_sizes[shorter * count : (shorter + 1) * count]
 
     def write(self, path: str) -> None:
         arrays = [getattr(self, name) for name, _ in _ARRAYS]

@@ -161,8 +161,7 @@ class _Run:
         if not self.alone:
             asked.append((own, header["steps"]))
         if self.held_out is not None:
-            loss, by_length = header["preference"]["loss"], bool(header["shorter"])
-            held_out = PairBatches(header["evaluation"], header["seed"], loss, by_length=by_length)
+            held_out = PairBatches(header["evaluation"], header["seed"], header["preference"]["loss"])
             asked.append((held_out, None))
         rows = training.inputs[0].shape[0] // 2
         for batches, _ in asked:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.engine.training.by_length import order_of
 from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
 from tightfit.runtime.engine.training.references import References, references_path
+from tightfit.runtime.engine.training.sample_order import Apart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,35 +30,26 @@ class PairBatches:
     likelihood is of prompt and answer, chosen rows have labels for the prompt too.
     """
 
-    def __init__(self, path: str, seed: int, loss: str, *, by_length: bool = False) -> None:
-        """`by_length`: pairs of like lengths, the longer answer's, share a batch (`tightfit.runtime.engine.training.by_length`)."""
+    def __init__(self, path: str, seed: int, loss: str) -> None:
         self._records = RecordFile.open(path)
         if not self._records.pairs:
             raise InputError(f"{path}: its samples are no pairs of answers; prepare the data again")
         self._loss = loss
         self.path = path
         self.pairs = len(self._records) // 2
-        self._order = order_of(self.pairs, self._length, seed, by_length=by_length)
+        self._order = Apart(self.pairs, seed)
         self.fingerprint = self._records.fingerprint
         self.samples: int | None = None
         self.references: References | None = None
         """open once they are known; until then their places in a batch are 0"""
 
     def of_step(self, step: int, pairs: int) -> list[int]:
-        """The pairs in the batch of training step `step` (from 0), which has `pairs`; sorted by length, the last batch of an epoch may
-        have fewer.
-        """
+        """The pairs in the batch of training step `step` (from 0), which has `pairs`."""
         return [pair for (pair,) in self._order.of_step(step, pairs)]
 
     def of_evaluation(self, number: int, pairs: int) -> list[int]:
-        """The pairs in evaluation batch `number` (from 0): in file order, or sorted by length; the last one may have fewer than
-        `pairs`.
-        """
+        """The pairs in evaluation batch `number` (from 0), in the order of the file; the last one may have fewer than `pairs`."""
         return [pair for (pair,) in self._order.of_evaluation(number, pairs)]
-
-    def _length(self, pair: int) -> int:
-        """Positions of the longer answer of a pair."""
-        return max(self._records.length(2 * pair), self._records.length(2 * pair + 1))
 
     def of_references(self, steps: int | None, pairs: int) -> Iterator[list[int]]:
         """Batches of the pairs that so many steps see, each pair once and as the first epoch has them; with None those of an
@@ -76,13 +67,6 @@ class PairBatches:
             if any(self.references.get(pair) is None for pair in batch):
                 yield batch
 
-    def longest_of(self, pairs: Sequence[int]) -> int:
-        """Positions of the longest answer of these pairs."""
-        return max(map(self._length, pairs), default=0)
-
-    def longest(self, step: int, rows: int) -> int:
-        return self.longest_of(self.of_step(step, rows // 2))
-
     def training(self, step: int, inputs: Sequence[Tensor]) -> int:
         found = self.fill(self.of_step(step, inputs[0].shape[0] // 2), inputs)
         self.samples = len(found) // 2
@@ -93,9 +77,6 @@ class PairBatches:
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return self._order.evaluation_count(inputs[0].shape[0] // 2)
-
-    def longest_in_evaluation(self, number: int, rows: int) -> int:
-        return self.longest_of(self.of_evaluation(number, rows // 2))
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         return self.fill(self.of_evaluation(number, inputs[0].shape[0] // 2), inputs)

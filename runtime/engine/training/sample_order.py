@@ -1,4 +1,4 @@
-"""Which samples a batch has, and in which rows: a class for each way, `Apart` here, `ByLength` and `Packed` in files of their own.
+"""Which samples a batch has, and in which rows: a class for each way, `Apart` here, `Packed` in a file of its own.
 
 The order of an epoch is the permutation of `shuffled`, which depends on the seed and the epoch alone; an evaluation takes the order
 of the file. Batches of tokens and of pairs (`batches`, `pairs`) choose the way.

@@ -63,9 +63,6 @@ class Requests:
         kind, lr = _HEAD.unpack(head)
         return Request(kind=kind, lr=None if math.isnan(lr) else lr)
 
-    def longest(self, step: int, rows: int) -> None:
-        """Its batches have the planned shape."""
-
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         """Fill `inputs` with the batch of the latest request. Raises Gone if the pipe or the run ends within it."""
         for tensor in inputs:

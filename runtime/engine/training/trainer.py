@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.device.device import Device, put_now
@@ -22,7 +21,6 @@ from tightfit.runtime.engine.training.job import Job, operators_run
 from tightfit.runtime.engine.training.losses import loss_of, loss_of_pairs
 from tightfit.runtime.engine.training.operator_warmup import warm_up_operators
 from tightfit.runtime.engine.training.session_protocol import Requests
-from tightfit.runtime.engine.training.step_lengths import StepLengths
 from tightfit.runtime.engine.training.storage import Storage
 from tightfit.runtime.engine.training.trained_state import TrainedState
 from tightfit.runtime.engine.training.updates import updates_of
@@ -35,7 +33,7 @@ class Training:
     """A loaded job: `step` takes a training step, `evaluate` and `loss` run the evaluation schedule.
 
     It is composed of `storage` and `state` (the job's tensors between steps), `role` (in a fleet), `updates` (what becomes of
-    gradients), `executor`, `lengths` (of its steps), `batches` and `loss_kind` (what losses mean).
+    gradients), `executor`, `batches` and `loss_kind` (what losses mean).
     """
 
     def __init__(
@@ -62,21 +60,18 @@ class Training:
         self.updates = updates_of(header, optimizer, self.role.exchange)
         self.executor = Executor(job, self.storage, channel, self.updates)
         ran = sorted(operators_run(job))
-        warm_up_operators(
-            (programs[program][operator] for programs in self.executor.programs.values() for program, operator in ran),
-            self.device,
-        )
+        warm_up_operators((self.executor.programs[program][operator] for program, operator in ran), self.device)
         self.executor.join(self.role)
         self.state = TrainedState(header, self.storage, self.updates, self.role)
         self.loss_kind = loss_of(header, self.device.kernels.fused)
         self.storage.load_frozen()
-        self.lengths = StepLengths(header, self.device, self.executor)
         self._input_places = [at for _, _, _, at in header["inputs"]]
+        self.inputs = [self.device.host(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
+        """the tensors of the batch in host memory, in the plan's order"""
         requests = header["requests"]
         self.batches: TrainingBatches = self._opened(header["data"]) if requests is None else Requests(requests)
         self.figures: dict[str, Any] = {}
-        """of the latest step, where they are known: `tokens` of its batch without padding, `samples` in it, `places` and `expected` as of
-        `StepLengths.figures`, what its kind of loss tells beside the loss, and of the update that it made with clipped gradients their
+        """of the latest step, where they are known: `tokens` of its batch without padding, `samples` in it, what its kind of loss tells beside the loss, and of the update that it made with clipped gradients their
         norm before, `grad_norm`, and `update_seconds`
         """
 
@@ -111,15 +106,8 @@ class Training:
         if path is None:
             assert self.role.received
             return self.role.received
-        packing, by_length = self.header.get("packing", False), bool(self.header["shorter"])
-        return open_batches(
-            path, self.header["seed"], packing=packing, by_length=by_length, loss=loss_of_pairs(self.header)
-        )
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors of the batch in host memory, in the plan's order and of the length that the batch has."""
-        return self.lengths.inputs
+        packing = self.header.get("packing", False)
+        return open_batches(path, self.header["seed"], packing=packing, loss=loss_of_pairs(self.header))
 
     def set_rate(self, lr: float | None) -> None:
         """Set the base learning rate from the next step on; None sets that of the run again."""
@@ -150,7 +138,6 @@ class Training:
         return loss
 
     def _train(self, number: int) -> float:
-        self.lengths.take(partial(self.batches.longest, number - 1))
         tokens, samples = self.batches.training(number - 1, self.inputs), self.batches.samples
         self._deliver()
 
@@ -166,7 +153,7 @@ class Training:
         self.executor.execute(self.job.train, begin, end, cycles)
         loss = self.executor.loss
         counted = {"tokens": tokens, "samples": samples}
-        self.figures = {name: count for name, count in counted.items() if count is not None} | self.lengths.figures
+        self.figures = {name: count for name, count in counted.items() if count is not None}
         self.figures |= self.loss_kind.of_step(self.executor.losses, self.inputs, samples)
         norm = self.updates.norm()
         if norm is not None:
@@ -195,7 +182,6 @@ class Training:
 
     def loss(self) -> float:
         """The loss of the next training batch, without a step or dropout; for a decoder the mean over labelled tokens."""
-        self.lengths.take(partial(self.batches.longest, 0))
         self.batches.training(0, self.inputs)
         self._forward()
         return self.executor.loss
@@ -218,7 +204,6 @@ class Training:
             opened.open_references(self.header["conditions"])  # type: ignore[attr-defined]
         batches = self.role.count(opened.evaluation_count(self.inputs))
         for number in range(batches):
-            self.lengths.take(partial(opened.longest_in_evaluation, number))
             self.role.begin_evaluation()
             records = opened.evaluation(number, self.inputs)
             self._forward()
@@ -236,7 +221,6 @@ class Training:
 
         assert batches.references is not None
         references, batches.references = batches.references, None
-        self.lengths.take(lambda rows: batches.longest_of(pairs))
         batches.fill(pairs, self.inputs)
         batches.references = references
         self._forward()

@@ -7,7 +7,6 @@ from tightfit.planner.fleet.description import read_description
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.io import save_profile
 from tightfit.profiles.options import MOST_ACCUMULATED
-from tightfit.profiles.schema import ShorterStep
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import MIB
 
@@ -155,16 +154,3 @@ def test_what_is_no_description(read, refused, tmp_path):
         read_description(tmp_path / "none.toml")
     with pytest.raises(InputError, match="Is a directory"):
         read_description(tmp_path)
-
-
-def test_members_take_whole_batches(read, tmp_path, profile):
-    """What they exchange has one shape; the kernels of shorter steps, which they do not run, are left out of their floor."""
-    step = ShorterStep(seq=1, tensors=[], programs=profile.programs)
-    floor = profile.device.floor.model_copy(update={"resident_bytes": 100 * MIB, "shorter_bytes": 17 * MIB})
-    device = profile.device.model_copy(update={"floor": floor})
-    save_profile(profile.model_copy(update={"shorter": [step], "device": device}), tmp_path / "phone.json")
-    (member,), _ = read(f"micro_batches = 2{MEMBER}")
-    assert member.profile.shorter == []
-    left = floor.model_copy(update={"resident_bytes": 83 * MIB, "shorter_bytes": 0})
-    assert member.profile.device == device.model_copy(update={"floor": left})
-    assert member.profile.programs == profile.programs

@@ -22,7 +22,7 @@ from tightfit.profiles.devices.estimate import (
     operator_workspace,
     retarget,
 )
-from tightfit.profiles.schema import Channel, Floor, Operator, Program, Tensor, Value, shortened
+from tightfit.profiles.schema import Channel, Floor, Operator, Program, Tensor, Value
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import MIB
 from tightfit.runtime.engine.weights.layout import QUANTISED
@@ -389,30 +389,6 @@ def scratch(made):
 def test_threads_belong_to_the_description():
     with pytest.raises(InputError, match="threads 2: the figures of phone are for 4; leave it out"):
         profile("config.json", device="phone", threads=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["zen4-2core", "h100"])
-def test_shorter_steps_are_estimated_for_another_device(tmp_path, name):
-    """As profiles of their lengths are; attention works on two rows of 128 tokens at a time, and on one of 192."""
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG))
-    on = find_device(name)
-    source = profile(str(path), seq=192, batch=4, buckets="128", device="zen4-2core")
-    made = retarget(source, on)
-    alone = retarget(profile(str(path), seq=128, batch=4, device="zen4-2core"), on)
-    whole = retarget(profile(str(path), seq=192, batch=4, device="zen4-2core"), on)
-    (step,) = made.shorter
-    assert step.programs == alone.programs
-    assert shortened(made, step).tensors == alone.tensors
-    for program, like, short in zip(made.programs, whole.programs, step.programs, strict=True):
-        for one, own, other in zip(program.operators, like.operators, short.operators, strict=True):
-            assert (one.seconds, one.args) == (own.seconds, own.args)
-            assert one.workspace_bytes == max(own.workspace_bytes, other.workspace_bytes)
-        for one, own, other in zip(program.values, like.values, short.values, strict=True):
-            assert one.bytes == max(own.bytes, other.bytes)
-    planned = plan(made, 1 << 36, policy="keep-all")
-    assert planned.step_seconds > planned.shorter[0].step_seconds > 0
 
 
 @pytest.mark.parametrize("device", ["zen4-2core", "rtx-4060"])

@@ -120,7 +120,6 @@ def test_what_else_is_trained_has_the_same_gradients(lora: LoraConfig) -> None:
         ({"tile": 96}, "give 8 or 16 or 32 or 64, or leave it out"),
         ({"tile": 64, "loss": "dpo"}, "the two answers of a pair"),
         ({"tile": 64, "lora_dropout": 0.1}, "lora_dropout"),
-        ({"tile": 16, "buckets": "8"}, "buckets"),
         ({"tile": 0}, "give the tokens of a tile here"),
     ],
 )

@@ -30,7 +30,7 @@ from tightfit.runtime.session.options import RunOptions
 
 COMMANDS = typer.main.get_command(main.app).commands
 TRAIN = COMMANDS["train"]
-OWN = {"--buckets", "--seq", "--memory", "--adapter", "--output"}
+OWN = {"--seq", "--memory", "--adapter", "--output"}
 """options that several stages have, or that mean more here"""
 DECLARED_ANEW = {("train", "adapter"), ("compare", "policy")}
 """(command, option of a record that it declares itself)"""

@@ -72,7 +72,7 @@ def test_a_record_names_its_options_as_the_door_does(record: Any) -> None:
         ("seq", 0), ("seq", 10**6), ("batch", 0), ("accumulate", 0), ("accumulate", 1 << 20), ("threads", 0),
         ("lora_rank", 0), ("lora_rank", 10**5), ("lora_alpha", math.nan), ("lora_dropout", 2.0), ("lora_targets", "nothing"),
         ("lora_targets", ".*nothing"), ("lora_layers", "99"), ("lora_layers", "3-1"), ("dtype", "int3"), ("loss", "mse"), ("beta", 0.1),
-        ("base", "3bit"), ("embeddings", "3bit"), ("buckets", "x"), ("buckets", "512"), ("side_blocks", 2), ("side_rank", 10**6),
+        ("base", "3bit"), ("embeddings", "3bit"), ("side_blocks", 2), ("side_rank", 10**6),
     ],
 )  # fmt: skip
 def test_a_step_that_cannot_be_profiled_is_refused_in_the_names_of_the_door(

@@ -37,12 +37,12 @@ def vocabulary():
     )
 
 
-def step(*, seq=SEQ, batch=2, shorter=(), size=SIZE, preference=None):
+def step(*, seq=SEQ, batch=2, size=SIZE, preference=None):
     """What a preview asks of a profile."""
     model = SimpleNamespace(
         config={"vocab_size": size}, preference=preference, rows_of_sample=1 if preference is None else 2
     )
-    return SimpleNamespace(seq=seq, batch=batch, shorter=[SimpleNamespace(seq=s) for s in shorter], model=model)
+    return SimpleNamespace(seq=seq, batch=batch, model=model)
 
 
 def write(path, rows):
@@ -91,33 +91,28 @@ def test_lines_that_a_run_would_refuse_are_refused_with_their_line(tmp_path, voc
         preview(data, None, step(), tmp_path)
 
 
-@pytest.mark.parametrize(("shorter", "packing"), [((), False), ((8, 16), False), ((), True)])
-def test_the_share_of_padding_is_that_of_the_batches_of_an_epoch(tmp_path, vocabulary, shorter, packing):
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_share_of_padding_is_that_of_the_batches_of_an_epoch(tmp_path, vocabulary, packing):
     rows = [{"prompt": "x" * (number % 7), "completion": "y" * (1 + number % 5)} for number in range(41)]
     data = write(tmp_path / "a.jsonl", rows)
-    shown = preview(data, vocabulary, step(batch=4, shorter=shorter), tmp_path, packing=packing)
+    shown = preview(data, vocabulary, step(batch=4), tmp_path, packing=packing)
     with prepare(data, vocabulary, tmp_path, seq=SEQ, vocab_size=SIZE) as records:
         lengths = [records.length(n) for n in range(len(records))]
         path = str(records.path)
-    if not shorter and not packing:
+    if not packing:
         assert shown.padding_share == pytest.approx(1 - sum(lengths) / (41 * SEQ))
-        assert (shown.epoch_steps, shown.steps, shown.evaluations) == (41 / 4, [(SEQ, 11)], [(SEQ, 11)])
-        # What a shorter step would hold of them.
+        assert (shown.epoch_steps, shown.evaluation_batches) == (41 / 4, 11)
+        # What a step of fewer tokens would hold of them.
         assert dict(shown.longer)[16] == sum(length > 16 for length in lengths)
         assert all(common < SEQ for common, _ in shown.longer)
         return
-    # As the loop of a run takes them: rows of the shortest length with room for the batch.
-    batches = open_batches(path, 5, packing=packing, by_length=bool(shorter))
+    # As the loop of a run takes them.
+    batches = open_batches(path, 5, packing=True)
     steps = round(batches.epoch_steps(4))
-    for counted in (shown.steps, shown.evaluations):
-        assert {seq for seq, _ in counted} <= {*shorter, SEQ}
-        assert sum(count for _, count in counted) == (pytest.approx(steps, abs=1) if packing else steps)
-    if packing:
-        assert shown.padding_share < 0.3
-        assert shown.padding_share == pytest.approx(1 - sum(lengths) / (steps * 4 * SEQ), abs=0.05)
-    else:
-        places = sum(4 * min(seq for seq in (*shorter, SEQ) if seq >= batches.longest(s, 4)) for s in range(steps))
-        assert shown.padding_share == pytest.approx(1 - sum(lengths) / places, abs=0.03)
+    assert shown.epoch_steps == pytest.approx(steps, abs=1)
+    assert shown.evaluation_batches == pytest.approx(steps, abs=1)
+    assert shown.padding_share < 0.3
+    assert shown.padding_share == pytest.approx(1 - sum(lengths) / (steps * 4 * SEQ), abs=0.05)
     batches.close()
 
 

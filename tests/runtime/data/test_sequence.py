@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from places import ROOT
 from tiny_models import byte_level_tokenizer, write_directory, write_gguf
 from tiny_plans import CONFIG
 
 from tightfit.profiles.sources.lookup import longest_sequence, vocabulary
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.sequence import BUCKET_STEP, MOST, STEP, WORTH, choose_buckets, choose_seq
+from tightfit.runtime.data.sequence import MOST, STEP, choose_seq
 from tightfit.runtime.data.tokenization import prepare, tokens_file
 
 BUDGET = 1 << 40
@@ -199,114 +195,3 @@ def test_looking_at_the_data_imports_no_pytorch_and_holds_no_more_for_more_lines
         assert heavy == []
         found.append(int(peak))
     assert found[1] - found[0] < 4 << 20
-
-
-# --- shorter lengths --------------------------------------------------------------------------------------------------
-
-
-def places(lengths, chosen, seq):
-    """Places in the rows of all samples, each of which is as long as the shortest length that has room for it."""
-    ends = [*sorted(chosen), seq]
-    return sum(count * next(end for end in ends if end >= length) for length, count in lengths.items())
-
-
-def best_of(lengths, number, seq):
-    """The fewest places with so many shorter lengths, or fewer, that are multiples of `BUCKET_STEP`."""
-    multiples = [length for length in range(1, seq) if length % BUCKET_STEP == 0]
-    tried = (chosen for size in range(number + 1) for chosen in itertools.combinations(multiples, size))
-    return min(places(lengths, chosen, seq) for chosen in tried)
-
-
-HISTOGRAMS = st.dictionaries(st.integers(1, 96), st.integers(1, 500), min_size=1, max_size=12)
-
-
-@settings(max_examples=200)
-@given(lengths=HISTOGRAMS, seq=st.sampled_from([96, 100, 128]))
-def test_shorter_lengths_save_the_most_that_one_or_two_can(lengths, seq):
-    chosen, why = choose_buckets(lengths, seq)
-    whole = sum(lengths.values()) * seq
-    assert len(set(chosen)) == len(chosen) <= 2
-    assert list(chosen) == sorted(chosen)
-    assert all(length % BUCKET_STEP == 0 and 0 < length < seq for length in chosen)
-    # As many as are worth it, each by itself, and with so many the best.
-    shares = [best_of(lengths, number, seq) / whole for number in (0, 1, 2)]
-    worth = [before - after >= WORTH for before, after in itertools.pairwise(shares)]
-    assert len(chosen) == (2 if all(worth) else 1 if worth[0] else 0)
-    assert places(lengths, chosen, seq) == pytest.approx(shares[len(chosen)] * whole)
-    if chosen:
-        assert why == f"rows with {1 - shares[len(chosen)]:.0%} fewer places"
-    else:
-        assert why == "samples are of about one length"
-
-
-def test_samples_of_one_length_have_no_shorter_ones():
-    for length in (57, 64):
-        assert choose_buckets({length: 100}, 64) == ((), "samples are of about one length")
-    assert choose_buckets({}, 64) == ((), "the tokens are made up, and fill their rows")
-    assert choose_buckets({3: 100}, 8)[0] == ()  # no multiple is below
-
-
-def test_two_lengths_that_stand_out_are_found():
-    """A tenth of the samples are long."""
-    lengths = {20: 50, 24: 100, 61: 50, 64: 80, 200: 28}
-    assert choose_buckets(lengths, 256)[0] == (24, 64)
-    # The second has to be worth its memory.
-    assert choose_buckets({24: 100, 31: 1, 200: 40}, 256)[0] == (24, 200)
-    assert choose_buckets({24: 1000, 250: 28}, 256)[0] == (24,)
-
-
-def test_the_lengths_of_training_samples_are_counted_as_rows_have_them(model, tmp_path):
-    numbers = [1, 5, 3, 1, 1, 2]
-    rows = [{"prompt": WORDS * number, "completion": " yes"} for number in numbers]
-    data = lines(tmp_path / "a.jsonl", *rows)
-    asked = lines(tmp_path / "b.jsonl", {"prompt": WORDS * 7, "completion": " yes"})
-    counted = Counter()
-    seq, _ = choose_seq(model, data, asked, truncate=False, budget=BUDGET, lengths=counted)
-    prepared = prepare(data, vocabulary(model), tmp_path / "out", seq=seq, vocab_size=512)
-    own = Counter(prepared.length(number) for number in range(len(prepared)))
-    assert counted == own
-    assert sum(counted.values()) == len(numbers)
-    # What was prepared before is counted in its file.
-    again = Counter()
-    assert choose_seq(model, str(prepared.path), truncate=False, budget=BUDGET, lengths=again)[0] == seq
-    assert again == own
-    prepared.close()
-
-
-def test_the_lengths_of_both_answers_of_a_pair_are_counted(model, tmp_path):
-    data = lines(tmp_path / "a.jsonl", {"prompt": WORDS, "chosen": "yes", "rejected": WORDS * 4})
-    counted = Counter()
-    choose_seq(model, data, truncate=False, budget=BUDGET, pairs=True, lengths=counted)
-    words = vocabulary(model).tokenizer
-    assert counted == Counter(len(words.encode(WORDS + answer).ids) for answer in ("yes", WORDS * 4))
-
-
-def test_a_length_that_is_given_is_kept(model, tmp_path):
-    """Rows are then counted as they have room; the length is not that of the longest sample, nor at most `MOST`."""
-    data = lines(tmp_path / "a.jsonl", *({"prompt": WORDS * number, "completion": " yes"} for number in (1, 5)))
-    longest = len(vocabulary(model).tokenizer.encode(WORDS * 5 + " yes").ids)
-    for seq in (longest, 999, MOST + 1):
-        counted = Counter()
-        assert choose_seq(model, data, truncate=False, budget=BUDGET, seq=seq, lengths=counted) == (
-            seq,
-            "as it was asked for",
-        )
-        assert max(counted) == longest
-    with pytest.raises(InputError, match=f"{longest} positions where the plan has {longest - 1}"):
-        choose_seq(model, data, truncate=False, budget=BUDGET, seq=longest - 1)
-    counted = Counter()
-    assert choose_seq(model, data, truncate=True, budget=BUDGET, seq=longest - 1, lengths=counted)[0] == longest - 1
-    assert max(counted) == longest - 1
-
-
-@pytest.mark.parametrize("seq", [16, 300])
-def test_a_length_that_is_given_is_that_of_made_up_and_of_prepared_data_too(model, tmp_path, seq):
-    assert choose_seq(model, "random", truncate=False, budget=BUDGET, seq=seq) == (seq, "as it was asked for")
-    prepared = prepare("random", None, tmp_path, seq=40, vocab_size=512)
-    prepared.close()
-    with pytest.raises(InputError, match=r"prepared for sequences of 40 .*, and the plan is for"):
-        choose_seq(model, str(prepared.path), truncate=False, budget=BUDGET, seq=seq)
-    counted = Counter()
-    found = choose_seq(model, str(prepared.path), truncate=False, budget=BUDGET, seq=40, lengths=counted)
-    assert found == (40, "as it was asked for")
-    assert counted.keys() == {40}

@@ -3,14 +3,12 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.engine.training.batches import (
     HEADER_BYTES,
     TensorBatches,
-    TokenBatches,
     open_batches,
     write_batches,
 )
@@ -184,63 +182,6 @@ def inputs_of(rows, length, count=3):
     return [torch.full((rows, length), -7) for _ in range(count)]
 
 
-@pytest.mark.parametrize("way", [{}, {"by_length": True}, {"packing": True}], ids=["shuffled", "by length", "packed"])
-@given(lengths=LENGTHS, rows=st.integers(1, 6), seed=st.integers(0, 9))
-def test_a_batch_is_the_same_in_rows_of_its_own_length(folder, way, lengths, rows, seed):
-    """`longest` is the brute-force maximum of the rows that are then made, and rows of that length hold the same batch."""
-    batches = TokenBatches(written(folder, lengths), seed, **way)
-    for ask, longest, count in (
-        (batches.training, batches.longest, 2 * -(-len(lengths) // rows) + 1),
-        (batches.evaluation, batches.longest_in_evaluation, batches.evaluation_count(inputs_of(rows, SEQ))),
-    ):
-        for number in range(count):
-            whole = inputs_of(rows, SEQ)
-            begins = ask(number, whole)
-            most = longest(number, rows)
-            assert most == max((row > 0).sum() for row in whole[0])
-            short = inputs_of(rows, most)
-            own = ask(number, short)
-            assert torch.equal(whole[0][:, :most], short[0])
-            assert torch.equal(whole[1][:, :most], short[1])
-            assert not whole[0][:, most:].any()
-            assert (whole[1][:, most:] == IGNORED).all()
-            if ask == batches.training:
-                assert begins == own == int((whole[0] > 0).sum())
-            else:
-                places = [(record.begin // SEQ, record.begin % SEQ) for record in begins]
-                assert [(record.begin // most, record.begin % most) for record in own] == places
-                for record in own:
-                    held = short[0].flatten()[record.begin : record.begin + record.length]
-                    assert torch.equal(held, record.input_ids)
-                    assert set(held.tolist()) == {record.example + 1}
-            # Positions are counted in each sample, and on in the padding.
-            held = whole[0][:, :most] > 0
-            assert torch.equal(whole[2][:, :most][held], short[2][held])
-            assert (short[2][:, 0] == 0).all()
-    batches.close()
-
-
-@given(lengths=LENGTHS, rows=st.integers(1, 6), seed=st.integers(0, 9))
-def test_an_epoch_of_samples_by_length_ends_with_its_last_batch(folder, lengths, rows, seed):
-    batches = TokenBatches(written(folder, lengths), seed, by_length=True)
-    steps = -(-len(lengths) // rows)
-    assert batches.epoch_steps(rows) == batches.epoch_steps(rows, 7.5) == steps
-    assert batches.evaluation_count(inputs_of(rows, SEQ)) == steps
-    inputs = inputs_of(rows, SEQ)
-    for begin in (0, 2 * steps):
-        seen = []
-        for step in range(begin, begin + steps):
-            tokens = batches.training(step, inputs)
-            found = [int(row[0]) for row in inputs[0] if row[0] > 0]
-            assert batches.samples == len(found)
-            assert tokens == sum(lengths[sample - 1] for sample in found)
-            seen += found
-        assert sorted(seen) == list(range(1, len(lengths) + 1))
-    seen = [record.example for number in range(steps) for record in batches.evaluation(number, inputs)]
-    assert sorted(seen) == list(range(len(lengths)))
-    batches.close()
-
-
 def test_a_sample_that_has_no_room_is_refused(folder):
     path = written(folder, [3, 12, 5])
     with RecordFile.open(path) as file:
@@ -259,20 +200,3 @@ def test_a_sample_that_has_no_room_is_refused(folder):
             file.fill([0, 2], *inputs_of(2, 4))
         with pytest.raises(ValueError, match=r"3 records do not fit a batch of shape \[2, 12\]"):
             file.fill([0, 1, 2], *inputs_of(2, 12))
-
-
-def test_batches_of_a_module_have_no_lengths(path):
-    opened = open_batches(path, 0, by_length=True)
-    assert opened.longest(0, 2) is None
-    assert opened.longest_in_evaluation(0, 2) is None
-    opened.close()
-
-
-def test_a_file_of_records_is_opened_by_length(folder):
-    lengths = [1 + sample % 12 for sample in range(48)]
-    path = written(folder, lengths)
-    apart, sorted_ = (open_batches(path, 3, by_length=one) for one in (False, True))
-    places = [sum(one.longest(step, 4) for step in range(12)) for one in (apart, sorted_)]
-    assert places[1] < places[0]
-    for one in (apart, sorted_):
-        one.close()

@@ -35,19 +35,15 @@ class Machine:
             clock=lambda: self.now,
         )
 
-    def steps(
-        self, count: int, seconds: float, *, waited: float = 0.0, others: float = 0.0, planned: float | None = None
-    ) -> list[str]:
-        """Take steps during which both threads run; `waited` and `others` are cores, `planned` seconds of each step where its length
-        has its own. What was said.
-        """
+    def steps(self, count: int, seconds: float, *, waited: float = 0.0, others: float = 0.0) -> list[str]:
+        """Take steps during which both threads run; `waited` and `others` are cores. What was said."""
         said = []
         for _ in range(count):
             self.now += seconds
             self.ran += 2 * seconds * (1 - waited / 2)
             self.waited += waited * seconds
             self.busy += 2 * seconds * (1 - waited / 2) + others * seconds
-            said.append(self.contention.step(seconds, planned))
+            said.append(self.contention.step(seconds))
         return [text for text in said if text is not None]
 
 
@@ -71,29 +67,6 @@ def test_it_is_not_said_again_and_again() -> None:
     assert len([text for some in said for text in some if text.startswith("other programs")]) == 3  # in 160 s
 
 
-def test_steps_of_several_lengths_are_slow_by_what_was_planned_for_theirs() -> None:
-    """Whole steps of half a second that are planned so, and short ones."""
-    crowded = {"waited": 0.5, "others": 0.5}
-    machine = Machine()
-    for _ in range(40):
-        assert machine.steps(1, 0.5, planned=0.5, **crowded) == []
-        assert machine.steps(2, 0.0625, planned=0.0625, **crowded) == []
-    assert machine.contention.figures is None
-    # Short steps that are slow, though they take no longer than a whole one is planned for.
-    machine, said = Machine(), []
-    machine.steps(1, 0.5, planned=0.5)
-    for _ in range(4):
-        said += machine.steps(1, 0.25, planned=0.125, **crowded)
-        said += machine.steps(1, 0.75, planned=0.375, **crowded)
-    (text,) = said
-    assert "the last 4 steps took 0.500 s each where 0.250 s are planned" in text
-    # What was planned for those steps is forgotten.
-    assert machine.steps(6, 0.5, planned=0.5, **crowded) == ["the cores are free again: a step takes 0.500 s"]
-    figures = machine.contention.figures
-    assert figures is not None
-    assert (figures["steps"], figures["step_seconds"]) == (8, 0.5)
-
-
 @pytest.mark.parametrize(
     "way",
     [
@@ -115,11 +88,6 @@ def test_steps_that_differ_though_nothing_is_in_the_way_are_told_of_once(seconds
     said = Machine().steps(100, seconds)
     assert len(said) == count
     assert all(f"took {seconds:.3f} s each where 0.125 s are planned, and no other program" in line for line in said)
-
-
-def test_nothing_differs_from_steps_for_which_no_seconds_are_planned() -> None:
-    """Those of a profile without times."""
-    assert Machine().steps(100, 0.2, planned=0.0) == []
 
 
 def test_one_thread_is_not_told_to_be_fewer() -> None:

@@ -35,23 +35,6 @@ def test_training_lines_hold_what_a_person_wants_to_know(clock):
     ]
 
 
-def test_the_share_of_padding_is_that_of_the_rows_of_each_step(clock):
-    """A quarter of the rows of each step, whatever their lengths; and of all rows where shares differ."""
-    file = io.StringIO()
-    with TrainingProgress(steps=4, tokens_per_step=1024, budget=MIB, file=file) as training:
-        for step, places in enumerate((64, 1024, 16, 256), 1):
-            training.expect_places(places)
-            training(step, 0.5, 2.0, MIB, MIB, places * 3 // 4)
-    assert "(rows 25% padding)" in file.getvalue().splitlines()[-1]
-    file = io.StringIO()
-    with TrainingProgress(steps=400, tokens_per_step=1024, budget=MIB, file=file) as training:
-        for step in range(1, 401):
-            training.expect_places(100 if step % 2 else 300)
-            training(step, 0.5, 2.0, MIB, MIB, 50 if step % 2 else 270)
-    share = re.search(r"rows (\d+)% padding", file.getvalue().splitlines()[-1])
-    assert int(share[1]) == pytest.approx(100 * (1 - (50 + 270) / (100 + 300)), abs=4)
-
-
 def test_a_long_evaluation_is_heard_of_every_ten_seconds(clock):
     file = io.StringIO()
     with TrainingProgress(steps=3, tokens_per_step=1024, budget=MIB, file=file) as training:

@@ -235,10 +235,10 @@ def test_a_run_s_lines_tell_its_stage(line, stage):
 
 # --- how long it takes, before and while it goes on -------------------------------------------------------------------
 
-SUMMARY = {"step_seconds": 2.0, "accumulate": 1, "evaluate": {"seconds": 1.0}, "shorter": []}
+SUMMARY = {"step_seconds": 2.0, "accumulate": 1, "evaluate": {"seconds": 1.0}}
 """of a plan"""
-LEARN = {"epoch_steps": 10.5, "steps": [[64, 11]], "evaluations": [[64, 11]], "whole": True}
-HELD = {"epoch_steps": 400, "steps": [[64, 400]], "evaluations": [[64, 400]], "whole": True}
+LEARN = {"epoch_steps": 10.5, "evaluation_batches": 11, "whole": True}
+HELD = {"epoch_steps": 400, "evaluation_batches": 400, "whole": True}
 
 
 @pytest.mark.parametrize(
@@ -261,12 +261,6 @@ HELD = {"epoch_steps": 400, "steps": [[64, 400]], "evaluations": [[64, 400]], "w
             "Takes about 20 min 42 s: 21 steps of 2 s, 42 s in all; 3 evaluations, 20 min.",
         ),
         (SUMMARY | {"accumulate": 4}, {"epochs": 1, "held": None}, "Takes about 24 s: 12 steps of 2 s, 24 s in all."),
-        # Batches of short samples take the shorter step.
-        (
-            SUMMARY | {"shorter": [{"seq": 32, "step_seconds": 1.0, "evaluation_seconds": 0.25}]},
-            {"steps": 10, "learn": LEARN | {"steps": [[32, 5], [64, 5]]}, "held": HELD | {"evaluations": [[32, 400]]}},
-            "Takes about 3 min 35 s: 10 steps of 1.5 s, 15 s in all; evaluation before and after, 3 min 20 s.",
-        ),
         (
             SUMMARY,
             {"epochs": 1, "learn": LEARN | {"whole": False}, "held": None},
