@@ -46,7 +46,7 @@ OTHERS = (MOBILLM, FEDERATED)
 KINDS = ("auto", "data", "pipeline", *OTHERS)
 
 
-@with_options(RoundsPlanOptions, after="certificate")
+@with_options(RoundsPlanOptions, after="html")
 @with_options(FleetOptions, "kind", "bits", after="bits")
 def plan(
     description: FleetDescription,
