@@ -222,8 +222,6 @@ def gap_to(step: float, bound: float) -> float:
 def fingerprint(plan_: Plan) -> str:
     """sha256 of a plan's content, without its own fingerprint and the seconds that it took to make."""
     content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds"})
-    if plan_.rehearsal is None:  # plans written before there were rehearsals lack the field
-        del content["rehearsal"]
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

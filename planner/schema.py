@@ -33,6 +33,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, Wi
 
 from tightfit.planner.instructions import Instruction, read_all, write_all
 from tightfit.profiles.learned import Rehearsal
+from tightfit.profiles.measuring.cpu_load import crowded
 from tightfit.profiles.schema import (
     MOBILLM,
     DeviceFigures,
@@ -112,7 +113,9 @@ class Plan(FrozenRecord):
     budget_bytes: int
     floor_bytes: int
     peak_bytes: int = Field(description="predicted VmHWM of the run, all phases")
-    step_seconds: float = Field(description="the mean over a cycle, and over the steps that share an update")
+    step_seconds: float = Field(
+        description="by the model: the mean over a cycle, and over the steps that share an update; `expected_seconds` are what to expect"
+    )
     bound_seconds: Bound = Field(description="no plan of this class is faster at this budget")
     any_schedule_bound_seconds: Bound = Field(description="no schedule at all is faster at this budget")
     gap: float = Field(description="(step_seconds - bound_seconds) / step_seconds")
@@ -174,6 +177,32 @@ class Plan(FrozenRecord):
     def max_grad_norm(self) -> float | None:
         """The norm to which all gradients of an update together are scaled down; None: they are not clipped."""
         return self.optimizer.get("max_grad_norm")
+
+    @property
+    def expected_from(self) -> Literal["rehearsal", "model"]:
+        """Where `expected_seconds` come from."""
+        return "model" if self.rehearsal is None or self.rehearsal.seconds is None else "rehearsal"
+
+    @property
+    def expected_seconds(self) -> float:
+        """What a step is expected to take: what it took in the plan's rehearsal; else `step_seconds`, the model's seconds, by which
+        plans are compared.
+        """
+        if self.rehearsal is None or self.rehearsal.seconds is None:
+            return self.step_seconds
+        return self.rehearsal.seconds
+
+    @property
+    def busy_cores(self) -> float:
+        """Cores that other programs took while `expected_seconds`, or the figures behind them, were measured."""
+        if self.rehearsal is None or self.rehearsal.seconds is None:
+            return self.device.busy_cores
+        return self.rehearsal.busy_cores
+
+    @property
+    def busy_machine(self) -> bool:
+        """Whether other programs took so much that a step is to be expected to take less on free cores."""
+        return crowded(self.busy_cores, self.device.threads)
 
     @property
     def places_per_step(self) -> int | None:

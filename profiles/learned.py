@@ -2,69 +2,81 @@
 
 A profile is measured operator by operator. In a run the same operators may take longer or hold more: transfers beside other
 operators, holes in the heap, the writing of a checkpoint. `tightfit.runtime.session.rehearsal` carries a plan out for a few steps and
-writes what it measures into a `LearnedFigures`. The cache keeps it for the profile whose figures it corrects; a profile that was measured
-anew begins without.
+writes what it measures into a `LearnedFigures`: a factor for each kind of operator and each channel, by which plans are compared, and
+bytes. The cache keeps it for the profile whose figures it corrects; a profile that was measured anew begins without.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from tightfit.profiles.schema import Channel, FrozenRecord, Operator, Profile, Program, Tensor
+from tightfit.profiles.schema import Channel, FrozenRecord, Operator, Profile, Tensor
 from tightfit.runtime.common.files import cache_directory, write_whole
 
-LEARNED_VERSION = 1
+LEARNED_VERSION = 2
+KINDS = (
+    ("aten.mm.", "matrix products"),
+    ("aten.addmm.", "matrix products"),
+    ("aten.bmm.", "matrix products"),
+    ("tightfit.projection", "matrix products"),
+    ("tightfit.lora_", "matrix products"),
+    ("tightfit.dropout_", "matrix products"),
+    ("tightfit.dora_norm", "norms of weights"),
+    ("aten.convolution", "convolutions"),
+    ("tightfit.attention", "attention"),
+    ("tightfit.tile_attention", "attention"),
+    ("tightfit.head_", "loss head"),
+    ("tightfit.table_head", "loss head"),
+    ("tightfit.embed_rows", "embedding"),
+    ("tightfit.table_rows", "embedding"),
+)
+"""(prefix of an operator's name, its kind); all other operators are elementwise."""
+UNPACKING, UPDATES, PERTURBING = "unpacking weights", "optimizer updates", "perturbing trainables"
+SECONDS_OF_TENSORS = {
+    "unpack_seconds": UNPACKING,
+    "update_seconds": UPDATES,
+    "accumulate_seconds": UPDATES,
+    "clipped_seconds": UPDATES,
+    "perturb_seconds": PERTURBING,
+}
+"""figure of a tensor -> kind of operator whose seconds it has"""
 SPREAD_BYTES = 320 << 10
 """By how much the peaks of runs of one plan differ: of twelve of SmolLM2-135M's shape in 110 MiB the highest was 208 KiB above the
 lowest, of eight of Qwen2.5-0.5B's in 200 MiB 300 KiB."""
 SPREAD = 0.01
 """The same of modules, as a share of what they hold: three runs of efficientnet_b0 in 202 MiB held 201.7 to 203.8, by
 `make bench-truth`; why was not looked into."""
-ABOVE = 0.01
-"""Share of a peak by which a prediction may be above what was held before it is lowered."""
-MOST_KEPT = 12
-"""rehearsals that are remembered"""
+
+
+def kind_of(operator: str) -> str:
+    """The kind of an operator with this name, of those that a rehearsal tells apart."""
+    return next((kind for prefix, kind in KINDS if operator.startswith(prefix)), "elementwise")
 
 
 class Rehearsal(FrozenRecord):
-    """A plan that was carried out, beside its predictions. Seconds are those of a step."""
+    """What a plan took and held when it was carried out for a few steps."""
 
-    budget_bytes: int
-    policy: str
-    predicted_seconds: float
-    seconds: float
-    predicted_bytes: int
+    seconds: float | None = Field(description="of a step; None: its cap ended the rehearsal")
     held_bytes: int = Field(description="peak of all processes of the run")
     busy_cores: float = Field(description="cores that other programs took meanwhile")
-    judged: bool = Field(description="False: other programs took so much that the seconds say nothing of the plan")
-
-
-class KeptRehearsal(Rehearsal):
-    """A rehearsal as the cache keeps it."""
-
-    unlearned_bytes: int = Field(
-        0, description="what of `predicted_bytes` the profile alone says, without what was learned"
-    )
 
 
 class LearnedFigures(FrozenRecord):
     """Corrections of a profile's figures."""
 
     version: int = LEARNED_VERSION
-    operators: dict[str, list[tuple[float, int] | None]] = Field(
-        {}, description="program -> for each operator its mean seconds in runs and the number of runs; None: not seen"
+    kinds: dict[str, float] = Field(
+        {}, description="kind of operator (`kind_of`), unpacking and updates among them -> factor of its seconds"
     )
-    unpack: float = Field(1.0, description="factor of the seconds of unpacking")
-    updates: dict[str, float] = Field({}, description="optimizer -> factor of the seconds of its updates")
-    read: Channel | None = None
-    write: Channel | None = None
-    added_bytes: int = Field(0, description="what a run holds beyond the profile's floor")
-    rehearsals: list[KeptRehearsal] = []
+    read: float = Field(1.0, description="factor of the seconds of reading")
+    write: float = Field(1.0, description="factor of the seconds of writing")
+    added_bytes: int | None = Field(
+        None, description="what a run holds beyond the profile's floor; None: no run has shown it"
+    )
 
 
 def spread_bytes(kind: str, peak_bytes: int) -> int:
@@ -98,56 +110,47 @@ def save_learned(identity: str, learned: LearnedFigures) -> None:
     """Raises InputError or RunError where the cache cannot be written."""
     path = learned_path(identity)
     path.parent.mkdir(parents=True, exist_ok=True)
-    newest = learned.model_copy(update={"rehearsals": learned.rehearsals[-MOST_KEPT:]})
-    write_whole(path, newest.model_dump_json())
+    write_whole(path, learned.model_dump_json())
 
 
 def corrected(profile: Profile, learned: LearnedFigures) -> Profile:
-    """The profile with learned figures in place of those that were measured operator by operator."""
+    """The profile with its figures as a run has shown them."""
     if learned == LearnedFigures():
         return profile
-    floor = profile.device.floor
-    floor_bytes = {"resident_bytes": floor.resident_bytes + learned.added_bytes}
+    floor, added = profile.device.floor, learned.added_bytes or 0
+    floor_bytes = {"resident_bytes": floor.resident_bytes + added}
     if floor.inference_resident_bytes is not None:
-        floor_bytes["inference_resident_bytes"] = floor.inference_resident_bytes + learned.added_bytes
+        floor_bytes["inference_resident_bytes"] = floor.inference_resident_bytes + added
     device = profile.device.model_copy(
         update={
             "floor": floor.model_copy(update=floor_bytes),
-            "read": learned.read or profile.device.read,
-            "write": learned.write or profile.device.write,
+            "read": _channel(profile.device.read, learned.read),
+            "write": _channel(profile.device.write, learned.write),
         }
     )
-    update_factor = learned.updates.get(update_kind(profile), 1.0)
-    return profile.model_copy(
+    programs = [
+        program.model_copy(update={"operators": [_operator(one, learned.kinds) for one in program.operators]})
+        for program in profile.programs
+    ]
+    tensors = [_tensor(tensor, learned.kinds) for tensor in profile.tensors]
+    return profile.model_copy(update={"device": device, "tensors": tensors, "programs": programs})
+
+
+def _operator(operator: Operator, kinds: dict[str, float]) -> Operator:
+    factor = kinds.get(kind_of(operator.target), 1.0)
+    return operator.model_copy(update={"seconds": operator.seconds * factor})
+
+
+def _tensor(tensor: Tensor, kinds: dict[str, float]) -> Tensor:
+    return tensor.model_copy(
+        update={name: getattr(tensor, name) * kinds.get(kind, 1.0) for name, kind in SECONDS_OF_TENSORS.items()}
+    )
+
+
+def _channel(channel: Channel, factor: float) -> Channel:
+    return channel.model_copy(
         update={
-            "device": device,
-            "tensors": [_tensor(tensor, learned.unpack, update_factor) for tensor in profile.tensors],
-            "programs": [_program(program, learned.operators.get(program.name, ())) for program in profile.programs],
+            "latency_seconds": channel.latency_seconds * factor,
+            "bytes_per_second": channel.bytes_per_second / factor,
         }
     )
-
-
-def update_kind(profile: Profile) -> str:
-    """The key of `LearnedFigures.updates` for the profile's optimizer."""
-    clipped = " clipped" if profile.max_grad_norm is not None else ""
-    return f"{profile.optimizer.get('name', 'adamw')}{clipped}"
-
-
-def _tensor(tensor: Tensor, unpack: float, update: float) -> Tensor:
-    if tensor.kind == "weight" and unpack != 1.0:
-        return tensor.model_copy(update={"unpack_seconds": tensor.unpack_seconds * unpack})
-    if tensor.kind == "trainable" and update != 1.0:
-        names = ("update_seconds", "accumulate_seconds", "clipped_seconds")
-        return tensor.model_copy(update={name: getattr(tensor, name) * update for name in names})
-    return tensor
-
-
-def _program(program: Program, figures: Sequence[tuple[float, int] | None]) -> Program:
-    if not figures:
-        return program
-    pairs = zip(program.operators, figures, strict=True)
-    return program.model_copy(update={"operators": [_operator(operator, figure) for operator, figure in pairs]})
-
-
-def _operator(operator: Operator, figure: tuple[float, int] | None) -> Operator:
-    return operator if figure is None else operator.model_copy(update={"seconds": figure[0]})

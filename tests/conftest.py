@@ -195,7 +195,7 @@ def work(once, cache):
         (path / "data.jsonl").write_text(lines(ROWS))
         for words in (
             ["profile", path / "model", "--seq", SEQ, "--batch", 2, "--lora-rank", 4, "-o", path / "profile.json"],
-            ["plan", path / "profile.json", "--memory", (1 << 63) - 1, "-o", path / "plan.json"],
+            ["plan", path / "profile.json", "--memory", (1 << 63) - 1, "--no-wait", "-o", path / "plan.json"],
         ):
             with caching_in(path / "cache"), pytest.raises(SystemExit) as caught:
                 main.main([str(word) for word in words])

@@ -20,6 +20,7 @@ from tightfit.planner.report.explanation import (
     account,
     has_phases,
 )
+from tightfit.planner.report.summary import expected_words, rehearsal_words
 from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution
@@ -77,15 +78,12 @@ def _verdict(plan: Plan, commands: bool) -> list[str]:
 
 def _rehearsal(plan: Plan) -> list[str]:
     """What carrying the plan out has shown, or that it was not; nothing of a bare graph, which cannot be carried out."""
-    rehearsal = plan.rehearsal
     if plan.model.is_bare_graph:
         return []
-    if rehearsal is None:
-        where = "" if plan.device.measured else f", since it is for {plan.device.name}"
-        return [f"not rehearsed{where}: prediction and run were not yet brought together"]
-    beside = "" if rehearsal.judged else " beside other programs"
-    held = f"{format_size(rehearsal.held_bytes)} were held of {format_size(rehearsal.predicted_bytes)} predicted"
-    return [f"rehearsed: a step took {format_seconds(rehearsal.seconds)}{beside}, and {held}"]
+    if plan.rehearsal is not None:
+        return [rehearsal_words(plan)]
+    where = "" if plan.device.measured else f", since it is for {plan.device.name}"
+    return [f"not rehearsed{where}: its seconds and its peak are the model's"]
 
 
 def _infeasible(plan: Plan, shortfall: Shortfall | None) -> list[str]:
@@ -115,7 +113,7 @@ def _infeasible(plan: Plan, shortfall: Shortfall | None) -> list[str]:
 def _headline(plan: Plan) -> str:
     spare = plan.budget_bytes - plan.peak_bytes
     return (
-        f"one step takes {format_seconds(plan.step_seconds)} and peaks at {format_size(plan.peak_bytes)} of"
+        f"one step takes {expected_words(plan)} and peaks at {format_size(plan.peak_bytes)} of"
         f" {format_size(plan.budget_bytes)} for {words_of(plan.device, plan.model).whole} ({format_size(spare)} spare)"
     )
 

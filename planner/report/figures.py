@@ -78,7 +78,7 @@ def _draw_device(axes: Axes, plans: Sequence[Plan], *, titled: bool) -> None:
     axes.set_xticks([budget / unit.size for budget in budgets_of(plans)])
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(f"budget for {words_of(plans[0].device, plans[0].model).budget}, {unit.name}")
-    axes.set_ylabel("seconds per step" + ("" if plans[0].device.measured else ", estimated"))
+    axes.set_ylabel("seconds per step by the model" + ("" if plans[0].device.measured else ", estimated"))
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if titled:
         axes.set_title(plans[0].device.name, loc="left", fontsize=11, color=INK)

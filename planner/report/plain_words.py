@@ -122,7 +122,7 @@ def _limits(plan: Plan, explanation: Explanation) -> str:
     notable = [f"{seconds / step:.1%} {name}" for name, seconds in shares.items() if step and seconds / step >= LEAST]
     if not notable:
         return f"{text}; no time is lost to the lack of memory."
-    return f"{text}; of the {format_seconds(step)} of a step, {_listed(notable)}: that is what little memory costs."
+    return f"{text}; of the {format_seconds(step)} of a step by the model, {_listed(notable)}: that is what little memory costs."
 
 
 def _listed(parts: list[str]) -> str:

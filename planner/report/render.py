@@ -70,7 +70,7 @@ class _FittedTable:
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             title=Text(
-                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step; or the smallest budget that would be enough{'' if unit is None else f', in {unit}'}"
+                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step by the model; or the smallest budget that would be enough{'' if unit is None else f', in {unit}'}"
             ),
             title_justify="left",
             pad_edge=False,

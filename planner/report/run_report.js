@@ -28,7 +28,7 @@ export function reportTable(report) {
   return table(`The cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
     ["peak of its processes, MiB", mib(peak.predicted), mib(peak.measured)],
     ...Object.entries(report.processes ?? {}).map(([name, one]) => [`– ${name}, MiB`, mib(one.predicted), mib(one.measured)]),
-    ["step, s", seconds(step.predicted), seconds(step.measured)],
+    [`step, s, by the ${step.predicted_by}`, seconds(step.predicted), seconds(step.measured)],
     ...(report.contention ? [[`step, s, in the ${report.contention.steps} steps during which other programs used cores`, "–", seconds(report.contention.step_seconds)]] : []),
     ...(report.tokens ? [[`tokens/s (rows ${percent(report.tokens.padding_share, 0)} padding)`, "–", Math.round(report.tokens.per_second).toLocaleString("en")]] : []),
     ...Object.entries(report.evaluation ?? {}).map(([when, one]) => [`held-out loss ${when}${one.accuracy == null ? "" : ", accuracy"}`, "–", `${one.loss.toFixed(4)}${one.accuracy == null ? "" : `, ${one.accuracy.toFixed(3)}`}`]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tightfit.runtime.common.cores import busy_seconds
 BUSY_SHARE = 1 / 8
 """Share of the cores of our threads; if other programs take more, times are not those of an idle machine."""
 LOOK_SECONDS = 0.3
+WAIT_SECONDS, WAITING_LOOK_SECONDS = 60.0, 2.0
+"""how long other programs are waited for, and how long the cores have to be free then"""
 STAT = Path("/proc/stat")
 
 
@@ -60,8 +63,31 @@ def crowded(taken_cores: float, threads: int) -> bool:
     return taken_cores > BUSY_SHARE * threads
 
 
-def taken_now(threads: int) -> float:
-    """Cores that other programs take from `threads` threads at present, watched for `LOOK_SECONDS`."""
+def taken_now(threads: int, seconds: float = LOOK_SECONDS) -> float:
+    """Cores that other programs take from `threads` threads at present, watched for so many seconds."""
     others = OtherPrograms()
-    time.sleep(LOOK_SECONDS)
+    time.sleep(seconds)
     return others.taken(threads)
+
+
+def wait_for_cores(
+    threads: int, tell: Callable[[str], None], progress: Callable[[str, int, int], None] | None = None
+) -> None:
+    """Wait until other programs leave `threads` threads the cores, at most `WAIT_SECONDS`. `tell` is called with what people should
+    know, `progress` as progress(stage, seconds waited, most seconds).
+    """
+    taken, began, most = taken_now(threads), _now(), round(WAIT_SECONDS)
+    if not crowded(taken, threads):
+        return
+    tell(f"other programs use {taken:.1f} of the cores: waiting for them, at most {most} s (--no-wait goes on at once)")
+    while crowded(taken, threads):
+        waited = _now() - began
+        if waited >= WAIT_SECONDS:
+            tell(
+                f"other programs still use {taken:.1f} of the cores: going on beside them, so seconds come out too long"
+            )
+            return
+        if progress is not None:
+            progress("waiting for other programs", round(waited), most)
+        taken = taken_now(threads, WAITING_LOOK_SECONDS)
+    tell(f"the cores are free after {_now() - began:.0f} s")

@@ -31,6 +31,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import format_size, parse_size
+from tightfit.runtime.session.options import RehearsalOptions
 from tightfit.runtime.supervision.printing import answer
 
 MOST_SMALLER = 32
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from tightfit.runtime.cli.terminal import SolvingDisplay
 
 
+@with_options(RehearsalOptions)
 @with_options(PlanOptions)
 def plan(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, or a bare graph of operators.")],
@@ -61,14 +63,6 @@ def plan(
             help="Also plan 50 MiB less and 50 MiB more, of a small bare graph a tenth of the budget, to see what memory is worth.",
         ),
     ] = False,
-    rehearse: Annotated[
-        bool,
-        typer.Option(
-            "--rehearse/--no-rehearse",
-            help="Carry the plan out for a few steps on made-up data, where its device is this machine, and plan anew with what that"
-            " teaches.",
-        ),
-    ] = True,
     smaller: Annotated[
         int,
         typer.Option(
@@ -90,7 +84,7 @@ def plan(
 ) -> None:
     """Find the fastest training step whose peak never exceeds the budget, and prove how near it is to the best."""
     budget = parse_size(memory)
-    settings = read(PlanOptions, options)
+    settings, rehearsing = read(PlanOptions, options), read(RehearsalOptions, options)
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
     from tightfit.profiles.io import load_profile
@@ -119,16 +113,16 @@ def plan(
         explanations.append(explanation)
         return result
 
-    rehearsal = rehearsed(
+    planned, stopped = rehearsed(
         loaded_profile,
         lambda profile: step_to_plan(profile, settings, server),
         make,
-        go_on=lambda: rehearse and not interrupted,
+        go_on=lambda: rehearsing.rehearse and not interrupted,
         tell=console.print,
         showing=partial(StagesDisplay, console),
+        wait=rehearsing.wait,
     )
-    planned, explanation = rehearsal.plan, explanations[-1]
-    interrupted = interrupted or rehearsal.interrupted
+    explanation, interrupted = explanations[-1], interrupted or stopped
     if explanation.shortfall is not None and explanation.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
         # After its first answer the search went on and found that a smaller budget is enough: take that figure.
         smallest = explanation.shortfall.minimum_budget_bytes

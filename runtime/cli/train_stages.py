@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tightfit.planner.report.summary import rehearsal_words
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.sources.lookup import names_module
 from tightfit.profiles.weights.source import PREPARED
@@ -155,6 +156,8 @@ class TrainStages:
         return PLAN if planned is None else self.planned(planned)
 
     def measure(self) -> str:
+        if self.values["device"] == "cpu":
+            self._wait_for_cores(self.values["threads"])
         self.console.print(f"profile: {answers.profile_sentence(_profile(self.values))}")
         return PLAN
 
@@ -190,6 +193,7 @@ class TrainStages:
         from tightfit.runtime.session.rehearsal import prepared_rehearsal, rehearsal_folder
 
         plan, course = load_plan(self.output / PLAN_FILE), self.course
+        self._wait_for_cores(plan.device.threads)
         course.folder, others = rehearsal_folder(), OtherPrograms()
         course.others = others.began, others.used
         course.held(REHEARSE)
@@ -208,11 +212,11 @@ class TrainStages:
 
     def learn(self) -> str:
         from tightfit.planner.io import load_plan, save_plan
+        from tightfit.profiles.learned import figures_id
         from tightfit.profiles.measuring.cpu_load import OtherPrograms
-        from tightfit.runtime.cli.plan import step_to_plan
-        from tightfit.runtime.session.rehearsal import ANEW, over_cap, rehearsal_summary, taught, traced_rehearsal
+        from tightfit.runtime.session.rehearsal import ANEW, over_cap, taught, traced_rehearsal
 
-        plan, course, measured = load_plan(self.output / PLAN_FILE), self.course, self.measured()
+        plan, course = load_plan(self.output / PLAN_FILE), self.course
         assert course.folder is not None
         assert course.others is not None
         try:
@@ -229,14 +233,22 @@ class TrainStages:
         finally:
             shutil.rmtree(course.folder, ignore_errors=True)
         course.rounds += 1
-        step = step_to_plan(measured, read(PlanOptions, self.values), self.values["server"])
-        plan, trusted = taught(measured, step, plan, traced, course.rounds)
+        plan, anew = taught(figures_id(self.measured()), plan, traced, course.rounds)
         save_plan(plan, self.output / PLAN_FILE)
-        self.console.print(rehearsal_summary(traced.rehearsal))
-        if trusted:
+        self.console.print(rehearsal_words(plan))
+        if not anew:
             return self.planned(plan)
         self.console.print(ANEW)
         return PLAN
+
+    def _wait_for_cores(self, threads: int | None) -> None:
+        """Wait for other programs before seconds are measured with so many threads (None: one for each core)."""
+        from tightfit.profiles.measuring.cpu_load import our_cores, wait_for_cores
+        from tightfit.runtime.cli.terminal import StagesDisplay
+
+        if self.values["wait"]:
+            with StagesDisplay(self.console) as stages:
+                wait_for_cores(threads or our_cores(), self.console.print, stages)
 
     def measured(self) -> Profile:
         from tightfit.profiles.io import load_profile

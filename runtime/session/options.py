@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, SkipValidation, model_validator
 
+from tightfit.profiles.measuring.cpu_load import WAIT_SECONDS
 from tightfit.profiles.option_fields import Options, option
 from tightfit.profiles.options import PathText
 from tightfit.runtime.common.errors import InputError
@@ -115,6 +116,20 @@ class UpdateOptions(RateOptions):
     )
     checkpoint_every: int = option(50, "Steps between checkpoints; 0: only at the end.", ge=0, le=MOST_STEPS)
     keep_checkpoints: int = Field(2, ge=1)
+
+
+class RehearsalOptions(Options):
+    """How a plan is carried out before it is trusted."""
+
+    rehearse: bool = option(
+        True,
+        "Carry the plan out for a few steps on made-up data, where its device is this machine: what they take is what a step is"
+        " expected to take, and what they teach may make another plan.",
+    )
+    wait: bool = option(
+        True,
+        f"Before measuring, wait for other programs that use the cores, up to {WAIT_SECONDS:.0f} seconds each time.",
+    )
 
 
 class DataOptions(Options):

@@ -1,13 +1,16 @@
-"""Carries a plan out for a few steps on made-up data, before it is trusted, and learns from what differs.
+"""Carries a plan out for a few steps on made-up data, before it is trusted.
 
-`rehearsed` makes a plan, rehearses it, and makes it anew from the corrected figures (`tightfit.profiles.learned`) until prediction
-and run agree. Steps are timed instruction by instruction (`tightfit.runtime.engine.training.step_trace`); the peak is the kernel's.
+What its steps took is what a step is expected to take (`Plan.expected_seconds`). `rehearsed` learns from it by which factors the
+profile's seconds differ, and by how many bytes its floor (`tightfit.profiles.learned`). It makes the plan anew where another one may be
+faster with these factors, or where the plan held more than it says. Steps are timed instruction by instruction
+(`tightfit.runtime.engine.training.step_trace`); the peak is the kernel's.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,33 +20,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tightfit.planner.instructions import Accumulate, Fetch, Instruction, Read, Run, Spill, Unpack, Update
+from tightfit.planner.instructions import Accumulate, Fetch, Instruction, Perturb, Read, Run, Spill, Unpack, Update
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.problem.optimizers import chosen
-from tightfit.planner.schema import MEZO, Phase, Plan
-from tightfit.planner.search_options import PlanOptions
+from tightfit.planner.report.summary import rehearsal_words
+from tightfit.planner.schema import Phase, Plan
+from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.simulation.plan_index import PlanIndex
-from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.learned import (
-    ABOVE,
-    KeptRehearsal,
+    PERTURBING,
+    UNPACKING,
+    UPDATES,
     LearnedFigures,
     Rehearsal,
     corrected,
     figures_id,
+    kind_of,
     load_learned,
     save_learned,
     spread_bytes,
-    update_kind,
 )
-from tightfit.profiles.measuring.cpu_load import OtherPrograms, crowded
-from tightfit.profiles.measuring.worker import typical
+from tightfit.profiles.measuring.cpu_load import OtherPrograms, wait_for_cores
 from tightfit.profiles.option_fields import keywords_of
-from tightfit.profiles.schema import EXCHANGE, MOBILLM, Channel, Profile
+from tightfit.profiles.schema import EXCHANGE, MOBILLM, Profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.strict_json import read_json
-from tightfit.runtime.common.units import format_seconds, format_size
+from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.job import passes_messages
 from tightfit.runtime.engine.training.step_trace import INSTRUCTIONS, TRANSFERS
 from tightfit.runtime.session.admission import check_machine
@@ -53,34 +56,26 @@ from tightfit.runtime.supervision.spare_memory import free_memory
 from tightfit.runtime.supervision.supervisor import Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
-ROUNDS, MOST_ROUNDS = 2, 6
-"""the most rehearsals of one call: until predicted and measured seconds agree; until no plan holds more than it predicts"""
-TOLERANCE = {"decoder": 0.05, "module": 0.10}
-"""share of a step by which prediction and run may differ"""
+MOST_ROUNDS = 6
+"""rehearsals of one call, if every plan holds more than it says; a plan that another may be faster than is made anew once"""
+WORTH = 0.05
+"""share of a step by which another plan may be faster, from which on the plan is made anew"""
 TRACED = 3
 """steps that are timed, after the first, which faults memory in and builds kernels"""
 ROOM = (0.25, 64 << 20)
 """Share and bytes by which a rehearsal's cap is above the budget, so that a plan which holds too much can be measured."""
 TAKEN_BACK = 0.1
 """Share of a cgroup's limit that may be counted as used and is none the less free: page cache in use, which the kernel takes back."""
+ABOVE = 0.01
+"""share of a peak by which a prediction may be above what was held before later ones are lowered"""
 FEWEST_TRANSFERS = 8
-"""of a direction, below which its figures stay as they were measured"""
-SCALES = (0.1, 10.0)
-"""smallest and largest factor of a figure that one rehearsal teaches"""
+"""of a direction, below which its factor stays as it is"""
+LEAST_SHARE = 0.01
+"""share of a step that a kind of operator takes at least, for its factor to say that another plan may be faster"""
+FACTORS = (0.1, 10.0)
+"""smallest and largest factor that one rehearsal teaches"""
 ANEW = "planned anew with what that taught"
 Seconds = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RehearsedPlan:
-    """A plan, and what its rehearsals found: `lines` of text."""
-
-    plan: Plan
-    lines: list[str]
-    interrupted: bool = False
-    """whether Ctrl-C ended a rehearsal, so that the plan is the last one made"""
-    first: Rehearsal | None = None
-    """of the plan that was made before this call learned anything"""
 
 
 def why_not(plan: Plan) -> str | None:
@@ -99,11 +94,11 @@ def why_not(plan: Plan) -> str | None:
 @keywords_of(PlanOptions)
 def rehearse(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
     """As `tightfit.planner.plan.plan`, on the machine that the profile was measured on: the plan runs for a few steps on random data,
-    and is made anew with the figures measured there. Its `rehearsal` has them; None: it could not be rehearsed.
+    and is made anew where that is worth it. Its `rehearsal` says what was seen; None: it could not be rehearsed.
     """
     from tightfit.planner.plan import planner_of
 
-    return rehearsed(
+    plan, _ = rehearsed(
         profile,
         lambda step: chosen(step, options.optimizer, options.max_grad_norm, LearnedFigures()),
         lambda step: planner_of(step).plan(
@@ -113,7 +108,8 @@ def rehearse(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
             gap=options.gap,
             progress=options.progress,
         ),
-    ).plan
+    )
+    return plan
 
 
 def rehearsed(
@@ -124,101 +120,55 @@ def rehearsed(
     go_on: Callable[[], bool] = lambda: True,
     tell: Callable[[str], None] = lambda line: None,
     showing: Callable[[], AbstractContextManager[Stages | None]] = nullcontext,
-) -> RehearsedPlan:
-    """The plan that `make` makes of the profile with all corrections that rehearsals have taught, rehearsed.
+    wait: bool = False,
+) -> tuple[Plan, bool]:
+    """(the plan that `make` makes of the profile with all corrections that rehearsals have taught, rehearsed; whether Ctrl-C ended a
+    rehearsal, so that the plan is the last one made).
 
     `step_of` gives the profile of the step that is planned, with another optimizer for example. `tell` is called with each line of
     text, and what `showing` opens with the stages of a rehearsal. A plan for which `go_on` returns False is not rehearsed, but made
-    with the corrections of earlier rehearsals.
+    with the corrections of earlier rehearsals. With `wait`, other programs are waited for (`wait_for_cores`).
 
     Raises what `make` raises. A rehearsal that fails leaves the plan as it is and says why.
     """
-    identity = figures_id(profile)
-    lines, first = [], None
-    step = step_of(profile)
+    identity, step = figures_id(profile), step_of(profile)
     plan = make(corrected(step, load_learned(identity)))
-
-    def note(line: str) -> None:
-        lines.append(line)
-        tell(line)
-
-    reason = why_not(plan)
-    if reason is not None:  # which a plan tells itself: `tightfit.planner.report.explain`
-        return RehearsedPlan(plan=plan, lines=[f"not rehearsed: {reason}"])
-    for number in range(MOST_ROUNDS):
-        if not go_on():
-            break
-        try:
-            with showing() as stages:
-                traced = _carry_out(plan, stages)
-        except KeyboardInterrupt:
-            return RehearsedPlan(plan=plan, lines=lines, interrupted=True)
-        except TightfitError as error:
-            note(f"not rehearsed: {error}")
-            return RehearsedPlan(plan=plan, lines=lines, interrupted=isinstance(error, RunError) and error.interrupted)
-        first = first or traced.rehearsal
-        plan, trusted = taught(profile, step, plan, traced, number + 1)
-        note(rehearsal_summary(traced.rehearsal))
-        if trusted:
-            break
-        note(ANEW)
-        try:
+    try:
+        for number in range(MOST_ROUNDS):
+            if (
+                why_not(plan) is not None or not go_on()
+            ):  # why not, a plan tells itself: `tightfit.planner.report.explain`
+                break
+            try:
+                with showing() as stages:
+                    if wait:
+                        wait_for_cores(plan.device.threads, tell, stages)
+                    traced = _carry_out(plan, stages)
+            except TightfitError as error:
+                tell(f"not rehearsed: {error}")
+                return plan, isinstance(error, RunError) and error.interrupted
+            plan, anew = taught(identity, plan, traced, number + 1)
+            tell(rehearsal_words(plan))
+            if not anew:
+                break
+            tell(ANEW)
             plan = make(corrected(step, load_learned(identity)))
-        except KeyboardInterrupt:
-            return RehearsedPlan(plan=plan, lines=lines, interrupted=True)
-        if plan.train is None:
-            break
-    return RehearsedPlan(plan=plan, lines=lines, first=first)
+    except KeyboardInterrupt:
+        return plan, True
+    return plan, False
 
 
-def taught(profile: Profile, step: Profile, plan: Plan, traced: TracedRehearsal, rounds: int) -> tuple[Plan, bool]:
-    """(the plan with its rehearsal, whether it may be trusted), after the corrections of the profile's figures have taken in what the
-    rehearsal teaches. `step` is the profile of the step that was planned; `rounds` counts the rehearsals so far.
+def taught(identity: str, plan: Plan, traced: TracedRehearsal, rounds: int) -> tuple[Plan, bool]:
+    """(the plan with its rehearsal, whether it is to be made anew), after what is known of the profile's figures (`figures_id`) has
+    taken in what the rehearsal teaches. `rounds` counts the rehearsals so far.
     """
-    identity = figures_id(profile)
-    learned = _learn(load_learned(identity), step, plan, traced)
+    plan = sealed(plan.model_copy(update={"rehearsal": traced.rehearsal}))
+    learned, passed = _learn_bytes(load_learned(identity), plan, traced.rehearsal.held_bytes)
+    gain = 0.0
+    if traced.phases and not plan.busy_machine:
+        learned, gain = _learn_seconds(learned, plan, traced)
     save_learned(identity, learned)
-    rehearsal = traced.rehearsal
-    plan = sealed(plan.model_copy(update={"rehearsal": rehearsal}))
-    *earlier, last = learned.rehearsals
-    same = [one for one in earlier if _same_bytes(one, last)]
-    trusted = _agrees(plan, rehearsal, same) or (rounds >= ROUNDS and _margin(plan, rehearsal, same) >= 0)
-    return plan, trusted
-
-
-def _agrees(plan: Plan, rehearsal: Rehearsal, earlier: Sequence[Rehearsal] = ()) -> bool:
-    """Whether a plan may be trusted: its seconds are the run's, and its peak is at least the run's with the spread between runs, but not
-    far above (apart from what PyTorch's start adds to it, whose allowance no plan changes). `earlier`: as of `_margin`.
-    """
-    error = abs(rehearsal.seconds / rehearsal.predicted_seconds - 1.0)
-    timely = not rehearsal.judged or error <= TOLERANCE[plan.model.kind]
-    margin = _margin(plan, rehearsal, earlier)
-    return timely and 0 <= margin <= plan.start_bytes + 2 * ABOVE * rehearsal.predicted_bytes
-
-
-def _margin(plan: Plan, rehearsal: Rehearsal, earlier: Sequence[Rehearsal] = ()) -> int:
-    """Bytes by which the predicted peak is above what a run may hold; below 0 the plan cannot be trusted. `earlier`: rehearsals of plans
-    with the same bytes.
-
-    Runs differ by the spread (which a peak that the start sets includes), so that none holds more than the lowest and the spread; where
-    rehearsals have differed by more, than the highest and the spread.
-    """
-    spread = 0 if plan.start_bytes else spread_bytes(plan.model.kind, rehearsal.held_bytes)
-    held = [rehearsal.held_bytes, *(one.held_bytes for one in earlier)]
-    within = max(held) - min(held) <= spread
-    return rehearsal.predicted_bytes - (min(held) if within else max(held)) - spread
-
-
-def _same_bytes(one: KeptRehearsal, other: KeptRehearsal) -> bool:
-    """Whether two rehearsals were of plans with the same bytes, apart from what earlier ones had added."""
-    return all(getattr(one, name) == getattr(other, name) for name in ("budget_bytes", "policy", "unlearned_bytes"))
-
-
-def rehearsal_summary(rehearsal: Rehearsal) -> str:
-    seconds = f"a step of {format_seconds(rehearsal.predicted_seconds)} took {format_seconds(rehearsal.seconds)}"
-    if not rehearsal.judged:
-        seconds += f" beside other programs on {rehearsal.busy_cores:.1f} cores, so seconds are not judged"
-    return f"rehearsed: {seconds}; of {format_size(rehearsal.predicted_bytes)} {format_size(rehearsal.held_bytes)} were held"
+    return plan, passed or (rounds == 1 and plan.policy == SOLVER and gain > WORTH)
 
 
 # --- carrying a plan out -------------------------------------------------------------------------------------------
@@ -302,19 +252,9 @@ def traced_rehearsal(plan: Plan, folder: Path, load: OtherPrograms) -> TracedReh
     busy, stalled = _instructions(folder / "out" / INSTRUCTIONS, phases)
     transfers = _transfers(folder / "out" / TRANSFERS, phases)
     report: dict[str, Any] = read_json(folder / "out" / "report.json")
-    seconds = sum(float(a.sum() + b.sum()) for a, b in zip(busy, stalled, strict=True)) / len(traced)
-    predicted = sum(phase.seconds for phase in phases) / len(traced)
+    seconds = report["step_seconds"]["measured"]
     return TracedRehearsal(
-        rehearsal=Rehearsal(
-            budget_bytes=plan.budget_bytes,
-            policy=plan.policy,
-            predicted_seconds=predicted,
-            seconds=seconds,
-            predicted_bytes=plan.peak_bytes,
-            held_bytes=_measured_peak(report, plan),
-            busy_cores=busy_cores,
-            judged=not crowded(busy_cores, plan.device.threads),
-        ),
+        rehearsal=Rehearsal(seconds=seconds, held_bytes=_measured_peak(report, plan), busy_cores=busy_cores),
         phases=phases,
         busy=busy,
         stalled=stalled,
@@ -331,16 +271,8 @@ def _measured_peak(report: dict[str, Any], plan: Plan) -> int:
 
 def over_cap(plan: Plan) -> TracedRehearsal:
     """The rehearsal of a plan that held even more than its cap, which counts as its peak; no seconds are known."""
-    rehearsal = Rehearsal(
-        budget_bytes=plan.budget_bytes,
-        policy=plan.policy,
-        predicted_seconds=plan.step_seconds,
-        seconds=plan.step_seconds,
-        predicted_bytes=plan.peak_bytes,
-        held_bytes=plan.budget_bytes + max(int(ROOM[0] * plan.budget_bytes), ROOM[1]),
-        busy_cores=0.0,
-        judged=False,
-    )
+    held = plan.budget_bytes + max(int(ROOM[0] * plan.budget_bytes), ROOM[1])
+    rehearsal = Rehearsal(seconds=None, held_bytes=held, busy_cores=0.0)
     return TracedRehearsal(rehearsal=rehearsal, phases=[], busy=[], stalled=[], transfers=[])
 
 
@@ -361,219 +293,103 @@ def _transfers(path: Path, phases: Sequence[Phase]) -> list[Seconds]:
 # --- learning from it ----------------------------------------------------------------------------------------------
 
 
-def _learn(learned: LearnedFigures, step: Profile, plan: Plan, traced: TracedRehearsal) -> LearnedFigures:
-    """`learned` with what another rehearsal adds, of a plan that was made with `learned`. `step` is the measured profile of the step
-    that is planned, without corrections.
+def _learn_bytes(learned: LearnedFigures, plan: Plan, held: int) -> tuple[LearnedFigures, bool]:
+    """(`learned` with what a run is known to hold, whether runs of the plan may hold more than it says), where one held `held` bytes.
+
+    Runs of a plan differ by a spread. A prediction that is raised leaves two, so that a rehearsal of the next plan, which may hold one
+    more than this one did, shows that it has one left. Only the first rehearsal of a profile lowers a prediction.
     """
-    rehearsal = traced.rehearsal
-    lacked = rehearsal.held_bytes + spread_bytes(plan.model.kind, rehearsal.held_bytes) - rehearsal.predicted_bytes
-    if lacked < 0:
-        # Where the start sets the peak, what is held later is predicted to be `start_bytes` less; it was not more than the whole.
-        lacked = min(0, lacked + plan.start_bytes)
-    added = learned.added_bytes + lacked  # what was added before is part of the prediction
-    if added < 0:
-        added = min(0, added + int(ABOVE * rehearsal.predicted_bytes))
-    first = not learned.rehearsals
-    kept = KeptRehearsal(**vars(rehearsal), unlearned_bytes=rehearsal.predicted_bytes - learned.added_bytes)
-    update: dict[str, Any] = {
-        "added_bytes": added if first else max(added, learned.added_bytes),
-        "rehearsals": [*learned.rehearsals, kept],
-    }
-    if not rehearsal.judged or not traced.phases:
-        return learned.model_copy(update=update)
-    return _learn_seconds(learned, step, plan, traced).model_copy(update=update)
+    spread = spread_bytes(plan.model.kind, held)
+    passed = (
+        held + (0 if plan.start_bytes else spread) > plan.peak_bytes
+    )  # a peak that the start sets includes the spread
+    lacking = held + 2 * spread - (plan.peak_bytes - plan.start_bytes)
+    added = learned.added_bytes or 0
+    if passed:
+        added += lacking
+    elif learned.added_bytes is None:
+        added = min(0, lacking + int(ABOVE * plan.peak_bytes))
+    return learned.model_copy(update={"added_bytes": added}), passed
 
 
-def _learn_seconds(learned: LearnedFigures, step: Profile, plan: Plan, traced: TracedRehearsal) -> LearnedFigures:
-    """`learned` with the seconds of a rehearsal."""
+def _learn_seconds(learned: LearnedFigures, plan: Plan, traced: TracedRehearsal) -> tuple[LearnedFigures, float]:
+    """(`learned` with the factors by which the seconds of the rehearsal differ from the plan's, which was made with `learned`; the
+    share of a step by which another plan may be faster).
+
+    Where no factor is below `low` or above `high`, what this plan spends on having little memory (running operators again,
+    unpacking, waiting) is at most high / low times what the best plan spends: with the plan's own figures it spent the least.
+    """
     index = PlanIndex(plan)
-    program_of = {layer.name: layer.program for layer in plan.layers}
-    seconds_of = {program.name: [operator.seconds for operator in program.operators] for program in plan.programs}
-    alone: dict[tuple[str, int], list[float]] = {}
-    beside: dict[tuple[str, int], list[float]] = {}
-    unpacked, updated = [0.0, 0.0], [0.0, 0.0]
-    lost, issued = {"read": 0.0, "write": 0.0}, {"read": 0.0, "write": 0.0}
-    moves: dict[str, list[tuple[int, float]]] = {"read": [], "write": []}
+    predicted: dict[str, float] = defaultdict(float)
+    measured: dict[str, float] = defaultdict(float)
+    moves: dict[str, int] = defaultdict(int)
+    channels = {"read": plan.device.read, "write": plan.device.write}
+    whole = moving = spent = 0.0
+    """seconds: of all; that moving bytes costs the cores, as the profile says; that more memory could save"""
     for phase, busy, stalled, transfers in zip(
         traced.phases, traced.busy, traced.stalled, traced.transfers, strict=True
     ):
-        channels = [channel for move in phase.instructions if (channel := _channel_name(move)) is not None]
-        sizes = [_size(move, index) for move in phase.instructions if _channel_name(move) is not None]
-        for channel, size, (begin, end) in zip(channels, sizes, transfers, strict=True):
-            moves[channel].append((size, float(end - begin)))
-        ends = np.cumsum(busy + stalled)
-        overlap = _overlap(ends - busy, ends, transfers)
-        for number, instruction in enumerate(phase.instructions):
-            seconds = float(busy[number])
-            match instruction:
-                case Run(layer, position):
-                    key = (program_of[layer], position)
-                    (beside if overlap[number] > 0 else alone).setdefault(key, []).append(seconds)
-                case Unpack(weight):
-                    unpacked[0] += seconds
-                    unpacked[1] += index.tensors[weight].unpack_seconds
-                case Update(trainable):
-                    updated[0] += seconds
-                    updated[1] += index.update_seconds[trainable]
-                case Accumulate(trainable):
-                    updated[0] += seconds
-                    updated[1] += index.accumulate_seconds[trainable]
-                case Read() | Fetch():
-                    issued["read"] += seconds
-                case Spill():
-                    issued["write"] += seconds
-    scale = _scale(alone, seconds_of)
-    operators = {name: list(figures) for name, figures in learned.operators.items()}
-    total = {channel: sum(duration for _, duration in pairs) for channel, pairs in moves.items()}
-    for key in {**alone, **beside}:
-        name, position = key
-        pooled = operators.setdefault(name, [None] * len(seconds_of[name]))
-        undisturbed = typical(alone[key]) if key in alone else scale * seconds_of[name][position]
-        if key in alone:
-            pooled[position] = _pooled(pooled[position], undisturbed, len(alone[key]))
-        elif not any(learned.operators.get(name, ())):
-            pooled[position] = (undisturbed, 1)
-        slowed = sum(beside.get(key, ())) - undisturbed * len(beside.get(key, ()))
-        for channel in lost:
-            lost[channel] += slowed * total[channel] / max(sum(total.values()), 1e-12)
-    result = learned.model_copy(
-        update={
-            "operators": operators,
-            "unpack": learned.unpack * _factor(*unpacked),
-            "updates": learned.updates
-            | (
-                {update_kind(step): learned.updates.get(update_kind(step), 1.0) * _factor(*updated)}
-                if plan.optimizer.get("name") != MEZO and plan.accumulate == 1
-                else {}
-            ),
-            "read": _channel(plan.device.read, moves["read"], lost["read"] + issued["read"]),
-            "write": _channel(plan.device.write, moves["write"], lost["write"] + issued["write"]),
-        }
-    )
-    return _match_whole_step(result, step, plan, traced)
-
-
-def _match_whole_step(learned: LearnedFigures, step: Profile, plan: Plan, traced: TracedRehearsal) -> LearnedFigures:
-    """`learned` with all operators' seconds scaled so that the predicted step takes as long as the measured one: freeing tensors and the
-    interpreter between instructions take time that is no operator's own.
-    """
-    figures = corrected(step, learned)
-    simulation = simulate(
-        plan.model_copy(
+        whole += float(busy.sum() + stalled.sum())
+        spent += float(stalled.sum())
+        ran: set[tuple[str, int]] = set()
+        times = iter(transfers)
+        for instruction, seconds in zip(phase.instructions, map(float, busy), strict=True):
+            if isinstance(instruction, Read | Fetch | Spill):
+                way, size = "write" if isinstance(instruction, Spill) else "read", _size(instruction, index)
+                begin, end = next(times)
+                measured[way] += float(end - begin)
+                predicted[way] += channels[way].latency_seconds + size / channels[way].bytes_per_second
+                moves[way] += 1
+                moving += channels[way].compute_seconds_per_transfer + size * channels[way].compute_seconds_per_byte
+            elif priced := _priced(instruction, index):
+                kind, expected = priced
+                measured[kind] += seconds
+                predicted[kind] += expected
+                again = isinstance(instruction, Run) and (instruction.layer, instruction.operator) in ran
+                spent += seconds if again or kind == UNPACKING else 0.0
+                if isinstance(instruction, Run):
+                    ran.add((instruction.layer, instruction.operator))
+    kinds = [kind for kind in measured if kind not in channels and predicted[kind] > 0]
+    computing = sum(float(busy.sum()) for busy in traced.busy) - moving
+    # Freeing tensors and the interpreter take time that is no operator's own: all operators share it.
+    share = computing / max(sum(measured[kind] for kind in kinds), 1e-12)
+    factors = {kind: _bounded(share * measured[kind] / predicted[kind]) for kind in kinds}
+    ways = {
+        way: _bounded(measured[way] / predicted[way]) if moves[way] >= FEWEST_TRANSFERS else 1.0 for way in channels
+    }
+    telling = [*ways.values(), *(factors[kind] for kind in kinds if measured[kind] >= LEAST_SHARE * whole)]
+    return (
+        learned.model_copy(
             update={
-                "device": plan.device.model_copy(update={"read": figures.device.read, "write": figures.device.write}),
-                "tensors": figures.tensors,
-                "programs": _matching_programs(plan, figures),
+                "kinds": learned.kinds | {kind: learned.kinds.get(kind, 1.0) * factors[kind] for kind in kinds},
+                **{way: getattr(learned, way) * factor for way, factor in ways.items()},
             }
-        )
-    )
-    phases = {id(old): new for old, new in zip(plan.steps, (simulation.train, *simulation.cycle), strict=True)}
-    if plan.update is not None and simulation.update is not None:
-        phases[id(plan.update)] = simulation.update
-    predicted = sum(phases[id(phase)].seconds for phase in traced.phases)
-    computing = sum(phases[id(phase)].compute_seconds + phases[id(phase)].recompute_seconds for phase in traced.phases)
-    seconds = sum(float(a.sum() + b.sum()) for a, b in zip(traced.busy, traced.stalled, strict=True))
-    if computing <= 0:
-        return learned
-    factor = min(max((computing + seconds - predicted) / computing, 0.5), 2.0)
-    return learned.model_copy(
-        update={
-            "operators": {
-                name: [None if figure is None else (figure[0] * factor, figure[1]) for figure in figures]
-                for name, figures in learned.operators.items()
-            }
-        }
+        ),
+        (1 - min(telling) / max(telling)) * spent / max(whole, 1e-12),
     )
 
 
-def _matching_programs(plan: Plan, figures: Profile) -> list[Any]:
-    """The plan's programs with the operators' seconds of `figures`, where a program of the plan is whole."""
-    by_name = {program.name: program for program in figures.programs}
-    return [
-        by_name[program.name]
-        if program.name in by_name and len(by_name[program.name].operators) == len(program.operators)
-        else program
-        for program in plan.programs
-    ]
+def _priced(instruction: Instruction, index: PlanIndex) -> tuple[str, float] | None:
+    """The kind of what an instruction computes, and its seconds by the plan; None where it computes nothing."""
+    match instruction:
+        case Run(layer, position):
+            operator = index.layers[layer][0][position]
+            return kind_of(operator.target), operator.seconds
+        case Unpack(weight):
+            return UNPACKING, index.tensors[weight].unpack_seconds
+        case Update(trainable) | Perturb(trainable):
+            return PERTURBING if index.two_forwards else UPDATES, index.update_seconds[trainable]
+        case Accumulate(trainable):
+            return UPDATES, index.accumulate_seconds[trainable]
+    return None
 
 
-def _channel_name(instruction: Instruction) -> str | None:
-    if isinstance(instruction, Spill):
-        return "write"
-    return "read" if isinstance(instruction, Read | Fetch) else None
-
-
-def _size(instruction: Instruction, index: PlanIndex) -> int:
+def _size(transfer: Read | Fetch | Spill, index: PlanIndex) -> int:
     """Bytes that a transfer moves."""
-    if isinstance(instruction, Read):
-        return index.tensors[instruction.weight].packed_bytes
-    assert isinstance(instruction, Spill | Fetch)
-    return index.tensors[instruction.tensor].bytes
+    if isinstance(transfer, Read):
+        return index.tensors[transfer.weight].packed_bytes
+    return index.tensors[transfer.tensor].bytes
 
 
-def _overlap(begins: Seconds, ends: Seconds, transfers: Seconds) -> Seconds:
-    """For each instruction, the seconds during which a transfer was under way. Transfers do not overlap."""
-    if not len(transfers):
-        return np.zeros_like(begins)
-    busy = np.concatenate([[0.0], np.cumsum(transfers[:, 1] - transfers[:, 0])])
-
-    def until(moments: Seconds) -> Seconds:
-        started = np.searchsorted(transfers[:, 0], moments, side="right")
-        latest = np.maximum(started - 1, 0)
-        within = np.minimum(moments, transfers[latest, 1]) - transfers[latest, 0]
-        return np.where(started > 0, busy[latest] + within, 0.0)
-
-    return until(ends) - until(begins)
-
-
-def _scale(alone: dict[tuple[str, int], list[float]], seconds_of: dict[str, list[float]]) -> float:
-    """By what factor operators took longer than predicted while no transfer was under way."""
-    measured = sum(typical(calls) * len(calls) for calls in alone.values())
-    return _factor(measured, sum(seconds_of[name][position] * len(calls) for (name, position), calls in alone.items()))
-
-
-def _factor(measured: float, predicted: float) -> float:
-    if measured <= 0 or predicted <= 0:
-        return 1.0
-    return min(max(measured / predicted, SCALES[0]), SCALES[1])
-
-
-def _pooled(earlier: tuple[float, int] | None, seconds: float, calls: int) -> tuple[float, int]:
-    """(mean seconds, calls) of earlier and new calls together; the earlier ones count for no more calls than there are new ones."""
-    if earlier is None:
-        return seconds, calls
-    weight = min(earlier[1], calls)
-    return (earlier[0] * weight + seconds * calls) / (weight + calls), weight + calls
-
-
-def _channel(channel: Channel, transfers: Sequence[tuple[int, float]], lost: float) -> Channel:
-    """The channel with figures fitted to measured `transfers` of (bytes, seconds), which made the cores lose `lost` seconds in all."""
-    if len(transfers) < FEWEST_TRANSFERS:
-        return channel
-    sizes, seconds = (np.asarray(column, dtype=np.float64) for column in zip(*transfers, strict=True))
-    predicted = channel.latency_seconds + sizes / channel.bytes_per_second
-    latency, per_byte = channel.latency_seconds, 1.0 / channel.bytes_per_second
-    fitted = None
-    if sizes.max() > 2 * sizes.min():
-        slope, intercept = np.polyfit(sizes, seconds, 1)
-        fitted = (intercept, slope) if intercept >= 0 and slope > 0 else None
-    if fitted is not None:
-        latency, per_byte = float(fitted[0]), float(fitted[1])
-    else:
-        scale = _factor(float(seconds.sum()), float(predicted.sum()))
-        latency, per_byte = latency * scale, per_byte * scale
-    cost = len(transfers) * channel.compute_seconds_per_transfer + float(sizes.sum()) * channel.compute_seconds_per_byte
-    lost = max(0.0, lost)
-    lost_per_transfer, lost_per_byte = lost / len(transfers), 0.0
-    if cost > 0:
-        lost_per_transfer = channel.compute_seconds_per_transfer * lost / cost
-        lost_per_byte = channel.compute_seconds_per_byte * lost / cost
-    return channel.model_copy(
-        update={
-            "latency_seconds": latency,
-            "bytes_per_second": 1.0 / per_byte,
-            "compute_seconds_per_byte": lost_per_byte,
-            "compute_seconds_per_transfer": lost_per_transfer,
-            "doubt": None,
-        }
-    )
+def _bounded(factor: float) -> float:
+    return min(max(factor, FACTORS[0]), FACTORS[1])

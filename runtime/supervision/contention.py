@@ -1,5 +1,5 @@
-"""Notices when steps take longer than planned because other programs hold the cores of a training process, and when they take longer or
-shorter although none does.
+"""Notices when steps take longer than expected because other programs hold the cores of a training process, and when they take longer
+or shorter although none does.
 
 Linux counts for each thread how long it ran, and how long it was ready to run and waited for a core
 (``/proc/PID/task/TID/schedstat``, nanoseconds). A thread may wait for others of its own process, too; so the cores also
@@ -26,16 +26,15 @@ LOOK_SECONDS = 2.0
 LEAST_STEPS = 2
 """steps between two looks"""
 SLOWER = 1.2
-"""a step is slow from so many times the planned seconds on"""
+"""a step is slow from so many times the expected seconds on"""
 OFF, FEWEST = 0.15, 3
-"""a notice is given if at least `FEWEST` steps differ from the planned seconds by this share though no other program is in the way"""
+"""a notice is given if at least `FEWEST` steps differ from the expected seconds by this share though no other program is in the way"""
 CROWDED, FREE = 1 / 8, 1 / 16
-"""Cores for which the threads wait and which others use: from the first on others are in the way, below the second no
-longer."""
+"""Cores for which the threads wait and which others use: above the first others are in the way, up to the second none is."""
 QUIET_SECONDS = 60.0
 """least time between two notices of the same kind"""
 PROC = Path("/proc")
-CROWDING = re.compile(r"other programs use (?P<cores>[\d.]+) of the cores: .+|(?P<free>the cores are free again): .+")
+CROWDING = re.compile(r"other programs use (?P<cores>[\d.]+) of the cores: .+|(?P<free>the cores are free\b).*: .+")
 """the notices of `Contention.step` that others are in the way, and that they no longer are"""
 
 
@@ -78,14 +77,16 @@ class Contention:
         self,
         *,
         threads: int,
-        step_seconds: float,
+        expected_seconds: float,
+        busy_machine: bool = False,
         usage: Callable[[], CoreUsage | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`step_seconds` are those of a step as planned, for `threads` compute threads; `usage` reads the present usage of
-        the process, as `usage_of` does.
+        """`expected_seconds` are what a step is expected to take with `threads` compute threads; they were measured beside other
+        programs on a `busy_machine`. `usage` reads the present usage of the process, as `usage_of` does.
         """
-        self._threads, self._planned, self._usage, self._clock = threads, step_seconds, usage, clock
+        self._threads, self._expected, self._busy_machine = threads, expected_seconds, busy_machine
+        self._usage, self._clock = usage, clock
         self._crowded = self._differed = False
         self._last_notices = {True: -QUIET_SECONDS, False: -QUIET_SECONDS}
         self._steps, self._seconds, self._waited, self._others = 0, 0.0, 0.0, 0.0
@@ -109,35 +110,35 @@ class Contention:
         elapsed = self._clock() - self._at
         if elapsed < LOOK_SECONDS or len(self._taken) < LEAST_STEPS:
             return None
-        before, now, steps, planned = self._before, self._usage(), self._taken, self._planned
+        before, now, steps, expected = self._before, self._usage(), self._taken, self._expected
         self._begin()
         if before is None or now is None:
             return None
         ran, waited = now.ran - before.ran, now.waited - before.waited
         others = max(0.0, now.busy - before.busy - ran)
         mean = sum(steps) / len(steps)
-        least = min(waited, others) / elapsed
-        was_crowded, limit = self._crowded, FREE if self._crowded else CROWDED
-        self._crowded = least > limit and mean > SLOWER * planned
-        if self._crowded:
+        held_up = min(waited, others) / elapsed
+        slow, free, was_crowded = mean > SLOWER * expected, held_up <= FREE, self._crowded
+        self._crowded = not free and (was_crowded or (held_up > CROWDED and slow))
+        if self._crowded and slow:
             self._steps += len(steps)
             self._seconds += sum(steps)
             self._waited += waited * sum(steps) / elapsed
             self._others += others * sum(steps) / elapsed
-        if least <= FREE and not self._differed and len(steps) >= FEWEST and 0 < OFF * planned < abs(mean - planned):
+        if free and not self._differed and len(steps) >= FEWEST and 0 < OFF * expected < abs(mean - expected):
             self._differed = True
-            return (
-                f"the last {len(steps)} steps took {mean:.3f} s each where {planned:.3f} s are planned, and no other program is in the"
-                " way: the run goes on; `tightfit plan` rehearses and would plan for what happens"
-            )
+            takes = f"a step takes {mean:.3f} s, the mean of the last {len(steps)}"
+            if self._busy_machine:
+                return f"the cores are free: {takes}; beside other programs {expected:.3f} s were expected"
+            return f"{takes}, where {expected:.3f} s are expected, and no other program is in the way: the run goes on"
         if self._crowded == was_crowded or self._clock() - self._last_notices[self._crowded] < QUIET_SECONDS:
             return None
         self._last_notices[self._crowded] = self._clock()
-        if not self._crowded:
+        if free:
             return f"the cores are free again: a step takes {mean:.3f} s"
         return (
             f"other programs use {others / elapsed:.1f} of the cores: the last {len(steps)} steps took {mean:.3f} s each where"
-            f" {planned:.3f} s are planned, and the run's threads waited {waited / elapsed * mean:.3f} s of each for a"
+            f" {expected:.3f} s are expected, and the run's threads waited {waited / elapsed * mean:.3f} s of each for a"
             f" core; {self._advice}"
         )
 

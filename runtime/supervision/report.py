@@ -132,6 +132,7 @@ def build_report(
     (None without questions) and `seconds`; `best` is the best of them, with the `path` where its result is kept;
     `stopped_early` is the step after which the run ended because they were no better any more.
 
+    `step_seconds` say whether the plan's rehearsal or its model predicted them, and whether that was measured beside other programs.
     Step times are medians over the latest `LATEST_STEPS` steps, without the first one, which touches memory and builds
     kernels for the first time. If steps are of different sorts, the time is the mean of each sort's median.
 
@@ -164,7 +165,11 @@ def build_report(
         "stage_bytes": None
         if stage_bytes is None
         else {stage: dict(zip(("predicted", "measured"), sizes)) for stage, sizes in stage_bytes.items()},
-        "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
+        "step_seconds": {
+            "predicted": planned["expected_seconds"],
+            "predicted_by": planned["expected_by"],
+            "measured": _typical(seconds, first, sorts),
+        },
         "contention": contention,
         "tokens": token_figures(planned["places_per_step"], lines),
         "packing": planned.get("packing"),

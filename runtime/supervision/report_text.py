@@ -21,7 +21,12 @@ def report_text(report: dict[str, Any]) -> RenderableType:
     step = report["step_seconds"]
     measured = step["measured"]  # None where the metrics of a resumed run are lost
     ratio = f"{measured / step['predicted']:.3f}" if measured and step["predicted"] else "–"
-    table.add_row("step", f"{step['predicted']:.3f} s", f"{measured:.3f} s" if measured else "–", ratio)
+    table.add_row(
+        f"step, by the {step['predicted_by']}",
+        f"{step['predicted']:.3f} s",
+        f"{measured:.3f} s" if measured else "–",
+        ratio,
+    )
     if tokens := report.get("tokens"):
         rate = f"{tokens['per_second']:,.0f}"
         table.add_row(f"tokens/s ({padding_text(tokens['padding_share'])})", "–", rate, "–")

@@ -98,7 +98,8 @@ def supervise(
         passing.to(child.process)
         contention = Contention(
             threads=order.planned["threads"],
-            step_seconds=order.planned["step_seconds"],
+            expected_seconds=order.planned["expected_seconds"],
+            busy_machine=order.planned["busy_machine"],
             usage=lambda: usage_of(child.process.pid),
         )
         try:
@@ -314,7 +315,7 @@ def measure() -> int:
         training = TrainingProgress(steps=2, tokens_per_step=1, budget=1, file=nowhere)
         ticks = itertools.count()
         contention = Contention(
-            threads=2, step_seconds=1.0, usage=lambda: usage_of(os.getpid()), clock=lambda: float(next(ticks))
+            threads=2, expected_seconds=1.0, usage=lambda: usage_of(os.getpid()), clock=lambda: float(next(ticks))
         )
         for line in [words] * 2 + [json.dumps(step)] * LATEST_STEPS:
             message = json.loads(line)

@@ -1,8 +1,9 @@
-"""Predicted beside measured: ``make bench-truth`` plans decoders and foreign modules at four budgets, as `tightfit plan` does, and runs
+"""Expected beside measured: ``make bench-truth`` plans decoders and foreign modules at four budgets, as `tightfit plan` does, and runs
 each plan again and again in its exact budget (two hours for all; ``ARGS='--models convnext_pico --runs 3'`` for one in minutes).
 
-The budgets are the smallest one, 1.3 and 2 times that, and all memory. A plan is rehearsed before it counts. Each run is a process of
-its own under a cap of exactly the predicted peak: one byte more held ends it.
+The budgets are the smallest one, 1.3 and 2 times that, and all memory. A plan is rehearsed before it counts: its expected seconds are
+its rehearsal's. Each run is a process of its own under a cap of exactly the predicted peak: one byte more held ends it. By how much
+runs of one plan differ among each other is the machine's own spread.
 """
 
 from __future__ import annotations
@@ -54,44 +55,57 @@ def main(
 ) -> None:
     """Plan, rehearse and run every model, and print one table."""
     rows: list[list[str]] = []
+    spreads: list[float] = []
     ended, made = 0, 0
     for name in models.split(",") if models else (*DECODERS, *eager.TIMM):
         network = name in eager.TIMM
         source = f"eager:{name}" if network else str(MODELS / name / "config.json") if name in DECODERS else name
         profile = tightfit.profile(source, **({} if network else {"seq": seq}))
-        for row, early, count in measured(Path(name).name, profile, runs, steps, time_limit):
+        for row, early, spread in measured(Path(name).name, profile, runs, steps, time_limit):
             rows.append(row)
-            ended, made = ended + early, made + count
-        told(rows, f"{ended} of {made} runs were ended by their own cap.", runs, steps, write=write)
+            spreads.append(spread)
+            ended, made = ended + early, made + runs
+        told(
+            rows,
+            f"{ended} of {made} runs were ended by their own cap. The medians of a plan's runs lie {statistics.median(spreads):.0%} from"
+            f" each other in the median, {max(spreads):.0%} at most.",
+            runs,
+            steps,
+            write=write,
+        )
 
 
-def told(rows: list[list[str]], early: str, runs: int, steps: int, *, write: bool) -> None:
+def told(rows: list[list[str]], ending: str, runs: int, steps: int, *, write: bool) -> None:
     """Print what there is so far, and write it as the page."""
     table = Table(
         *("model", "budget", "MiB", "peak: predicted", "held, at most", "ratio"),
-        *("step: predicted, s", "measured", "ratio", "unrehearsed", "ended early"),
+        *("step: expected, s", "measured", "ratio", "spread", "by the model, s", "busy cores", "ended early"),
     )
     for row in rows:
         table.add_row(*row)
     report = tables.Report(width=170)
     report.table(table)
-    report.text(early)
+    report.text(ending)
     if write:
         report.write(
             "truth",
-            "Predicted beside measured",
+            "Expected beside measured",
             "Decoders with a LoRA adapter of rank 8, 1 × 256 tokens, bfloat16; networks of timm in float32, 8 images each, all"
             " parameters trained; AdamW. Weights are random. Each plan is made and rehearsed as `tightfit plan` does, then run"
             f" {runs} times for {steps} steps in a cap of exactly its predicted peak. Peaks are the kernel's VmHWM of all processes;"
-            " seconds are the median over all runs, the first step of each left out. Unrehearsed: the ratio of the seconds that the"
-            " first rehearsal took to those that the profile alone had predicted.",
+            " seconds are the median over all runs, the first step of each left out. Expected is what a step of the plan's last rehearsal"
+            " took, the ratio that of the runs to it. Spread: the distance of the fastest run's median from the slowest's, as a share of"
+            " what is measured. By the model: the seconds by which plans were compared. Busy cores: that other programs took"
+            " during the rehearsal.",
         )
 
 
-def measured(name: str, profile: Profile, runs: int, steps: int, time_limit: float) -> list[tuple[list[str], int, int]]:
-    """For each budget the row of the table, the number of runs that were ended early, and of all."""
+def measured(
+    name: str, profile: Profile, runs: int, steps: int, time_limit: float
+) -> list[tuple[list[str], int, float]]:
+    """For each budget the row of the table, the number of runs that were ended early, and the spread of the others."""
     say(name, "profiled")
-    rows: list[tuple[list[str], int, int]] = []
+    rows: list[tuple[list[str], int, float]] = []
     least = 0
     for share, factor in SHARES.items():
         budget = UNLIMITED if factor is None else int(factor * least)
@@ -103,14 +117,14 @@ def measured(name: str, profile: Profile, runs: int, steps: int, time_limit: flo
             )
 
         begin = time.perf_counter()
-        found = rehearsed(profile, lambda step: step, make, tell=lambda words: say(name, words))
-        plan = found.plan
+        plan, _ = rehearsed(profile, lambda step: step, make, tell=lambda words: say(name, words), wait=True)
         least = least or plan.peak_bytes
         say(name, f"{share}: planned and rehearsed in {time.perf_counter() - begin:.0f} s")
         exact = rebudgeted(plan, budget_bytes=plan.peak_bytes)
         peaks, seconds, early = carried_out(exact, runs, steps)
-        step = statistics.median(seconds) if seconds else float("nan")
-        first = found.first
+        step = statistics.median(one for run in seconds for one in run) if seconds else float("nan")
+        medians = [statistics.median(run) for run in seconds]
+        spread = (max(medians) - min(medians)) / step if medians else 0.0
         rows.append(
             (
                 [
@@ -120,21 +134,26 @@ def measured(name: str, profile: Profile, runs: int, steps: int, time_limit: flo
                         f"{max(peaks) / MIB:,.1f}",
                         f"{max(peaks) / plan.peak_bytes:.3f}",
                     ),
-                    *(f"{plan.step_seconds:.3f}", f"{step:.3f}", f"{step / plan.step_seconds:.2f}"),
-                    "" if first is None else f"{first.seconds / first.predicted_seconds:.2f}",
-                    f"{early} of {runs}",
+                    *(
+                        f"{plan.expected_seconds:.3f}",
+                        f"{step:.3f}",
+                        f"{step / plan.expected_seconds:.2f}",
+                        f"{spread:.0%}",
+                    ),
+                    *(f"{plan.step_seconds:.3f}", f"{plan.busy_cores:.1f}", f"{early} of {runs}"),
                 ],
                 early,
-                runs,
+                spread,
             )
         )
         say(name, " ".join(rows[-1][0]))
     return rows
 
 
-def carried_out(plan: Plan, runs: int, steps: int) -> tuple[list[int], list[float], int]:
-    """Peaks of all processes, seconds of all steps but the first ones, and how many runs the cap ended."""
-    peaks, seconds, early = [plan.device.floor.supervisor_bytes], [], 0
+def carried_out(plan: Plan, runs: int, steps: int) -> tuple[list[int], list[list[float]], int]:
+    """Peaks of all processes, of each run the seconds of all steps but the first ones, and how many runs the cap ended."""
+    peaks, early = [plan.device.floor.supervisor_bytes], 0
+    seconds: list[list[float]] = []
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -147,7 +166,7 @@ def carried_out(plan: Plan, runs: int, steps: int) -> tuple[list[int], list[floa
                 raise SystemExit(str(error)) from error
             peaks.append(told["processes"]["training"]["measured"] + plan.device.floor.supervisor_bytes)
             lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-            seconds += [json.loads(line)["seconds"] for line in lines[FIRST:]]
+            seconds.append([json.loads(line)["seconds"] for line in lines[FIRST:]])
     return peaks, seconds, early
 
 

@@ -17,10 +17,10 @@ from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli.main import app
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.results.answer_options import AnswerOptions
-from tightfit.runtime.session.options import EvaluationOptions, RunOptions
+from tightfit.runtime.session.options import EvaluationOptions, RehearsalOptions, RunOptions
 
 RECORDS = (
-    ProfileOptions, PlanOptions, RunOptions, EvaluationOptions, AnswerOptions, FleetOptions, RoundsPlanOptions, RoundOptions,
+    ProfileOptions, PlanOptions, RehearsalOptions, RunOptions, EvaluationOptions, AnswerOptions, FleetOptions, RoundsPlanOptions, RoundOptions,
 )  # fmt: skip
 EVERYWHERE = {"--json", "--debug"}
 """options of nearly every command, which the page says once"""

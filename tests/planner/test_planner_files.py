@@ -251,7 +251,7 @@ def test_a_plan_told_at_a_larger_budget(made):
 
 def test_in_words(made):
     text = "\n".join(explain(made))
-    assert f"one step takes {made.step_seconds:.3f} s" in text
+    assert f"one step takes {made.step_seconds:.3f} s by the model" in text
     assert ("proven optimal" in text) == (made.status == "optimal") == (made.gap <= ROUNDING)
     assert ("of the best plan of its kind, where" in text) == (made.status == "feasible")
     assert f"{percent_within(made.any_schedule_gap)} slower than any schedule" in text

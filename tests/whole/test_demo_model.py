@@ -15,12 +15,12 @@ from tightfit.planner.io import save_plan
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
-from tightfit.profiles.learned import ABOVE, SPREAD_BYTES
+from tightfit.profiles.learned import SPREAD_BYTES
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.session.launch import run
-from tightfit.runtime.session.rehearsal import rehearsed
+from tightfit.runtime.session.rehearsal import ABOVE, rehearsed
 
 pytestmark = pytest.mark.slow
 STEPS = 2
@@ -70,7 +70,7 @@ def test_measured_peak_is_the_predicted_one_at_five_budgets(
         if index == 0:  # the allowance for the heap is the largest part of it: as `tightfit plan` does
             planned = rehearsed(
                 planner.profile, lambda step: step, lambda step: ModelPlanner(step).plan(smallest, time_limit=15)
-            ).plan
+            )[0]
         report = run_by_command(planned, reviews.train, tmp_path / str(index))
         measured = report["peak_bytes"]["measured"]
         assert set(report["processes"]) == {"training", "supervisor"}

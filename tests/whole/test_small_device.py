@@ -26,7 +26,7 @@ from tightfit.runtime.supervision.cgroup import MemoryCgroup
 pytestmark = pytest.mark.usefixtures("cache")
 MIB = 1 << 20
 STEP = ("--seq=32", "--batch=2", "--lora-rank=4", "--lora-dropout=0.1")
-RUN = ("--steps=6", "--lr=5e-3")
+RUN = ("--steps=6", "--lr=5e-3", "--no-wait")
 LEFT_OUT = ("ortools", "transformers", "matplotlib", "networkx", "pandas")
 """packages that a device does without"""
 

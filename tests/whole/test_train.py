@@ -59,7 +59,7 @@ def adapter(out: Path) -> str:
 def trained(folder: Path, cache: Path) -> tuple[Path, dict[str, Any], str]:
     """(output folder, the object that --json prints, what was said beside it) of the command, started as people do."""
     file = folder / "mine.yaml"
-    file.write_text("model: model\ndata: data.jsonl\nlora-rank: 4\nlora_dropout: 0.1\nsteps: 3\n")
+    file.write_text("model: model\ndata: data.jsonl\nlora-rank: 4\nlora_dropout: 0.1\nsteps: 3\nwait: false\n")
     words = ("train", "--config", file, "--steps", STEPS, "--batch", 2, "--lr", "5e-3", "-o", "out", "--json")
     out, err = ended(started(*words, cwd=folder))
     return folder / "out", json.loads(out), err
@@ -103,7 +103,20 @@ def test_the_budget_covers_what_is_alive_while_training(trained: Any) -> None:
 @pytest.mark.slow
 def test_interrupted_it_goes_on_with_the_folder_alone(trained: Any, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ("train", folder / "model", "--data", folder / "data.jsonl", "--batch", 2, *LORA, "--lr", 5e-3, "-o", out)
+    words = (
+        "train",
+        folder / "model",
+        "--data",
+        folder / "data.jsonl",
+        "--batch",
+        2,
+        *LORA,
+        "--lr",
+        5e-3,
+        "--no-wait",
+        "-o",
+        out,
+    )
     run = started(*words, "--steps", 1_000_000, "--checkpoint-every", 1)
     while not (found := find_checkpoints(str(out))) and run.poll() is None:
         time.sleep(0.02)

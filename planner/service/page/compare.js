@@ -63,7 +63,7 @@ function figuresOf(shown) {
     { label: "planned by", values: summary((one) => (one.policy === SOLVER ? "search" : `rule “${nameOfRule(one.policy)}”`)) },
     { label: "budget", values: summary((one) => one.budget_bytes), text: size },
     { label: "smallest budget that is enough", values: of((view) => (view.timeline ? null : view.summary.minimum_budget_bytes)), text: size },
-    { label: "one step", values: fits((one) => one.step_seconds), text: time, better: -1 },
+    { label: "one step, by the model", values: fits((one) => one.step_seconds), text: time, better: -1 },
     { label: "peak memory", values: fits((one) => one.peak_bytes), text: size, better: -1 },
     { label: "at most slower than the best of its kind", values: fits((one) => one.gap), text: gapWords },
     { label: "computed again, per step", values: train("recompute_seconds"), text: time, better: -1 },
@@ -117,7 +117,7 @@ const choosePlan = (ids, profile) => dialog("Add a plan", (close) => {
     name: "plans", action,
     columns: [
       { title: "Plan", value: nameOf, cell: (plan) => { const made = button(nameOf(plan), () => close(plan.id), "link"); made.disabled = ids.includes(plan.id); return made; } },
-      { title: "Seconds per step", value: (plan) => plan.summary.step_seconds, cell: (plan) => (plan.summary.status === "infeasible" ? "does not fit" : seconds(plan.summary.step_seconds)) },
+      { title: "Seconds per step", value: (plan) => plan.summary.expected_seconds, cell: (plan) => (plan.summary.status === "infeasible" ? "does not fit" : seconds(plan.summary.expected_seconds)) },
       { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },
     ],
     load: async (after, search) => {

@@ -14,7 +14,7 @@ export function durationOf(summary, { learn, held, steps = null, epochs = null, 
   const batches = held?.evaluation_batches ?? 0, one = batches * (summary.evaluate?.seconds ?? 0);
   const inEpochs = /^([\d.]+) ?epochs?$/.exec(String(every ?? "").trim()), between = inEpochs ? Math.max(1, Math.round(Number(inEpochs[1]) * (learn?.epoch_steps ?? 1))) : Number(every) || null;
   const evaluations = !batches ? 0 : 1 + (between && asked ? Math.ceil(asked / between) : 1);
-  return { steps: asked, training: asked === null ? null : asked * summary.step_seconds, evaluations, evaluating: evaluations * one, whole: (learn?.whole ?? true) && (held?.whole ?? true) };
+  return { steps: asked, training: asked === null ? null : asked * summary.expected_seconds, evaluations, evaluating: evaluations * one, whole: (learn?.whole ?? true) && (held?.whole ?? true) };
 }
 
 // The same in a sentence.

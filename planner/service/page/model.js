@@ -165,7 +165,7 @@ async function explore(place) {
     const compared = html("a", { class: "button", id: "compare", href: to("compare", "", { plans: [...state.ticked].join(",") }) }, `Compare ${state.ticked.size} plans`);
     compared.hidden = state.ticked.size < 2;
     renew(numbersBox,
-      scrolling("Seconds per step by budget and policy", table("Seconds per step, with a note where the time limit ended a search; where a budget is too small, the smallest that is enough, in MiB. Tick plans to compare them.", ["budget, MiB", ...shown.map(nameOfRule)], budgets.map((budget) => [mib(budget), ...shown.map((name) => cell(budget, name))]))),
+      scrolling("Seconds per step by budget and policy", table("Seconds per step by the model, with a note where the time limit ended a search; where a budget is too small, the smallest that is enough, in MiB. Tick plans to compare them.", ["budget, MiB", ...shown.map(nameOfRule)], budgets.map((budget) => [mib(budget), ...shown.map((name) => cell(budget, name))]))),
       compared,
     );
   }
@@ -311,7 +311,7 @@ async function explore(place) {
     next.dataset.shown = shown;
     const { summary: figures } = best, { train } = figures, runs = profile.origin === "made" && summary.measured;
     const cards = [
-      ["one step", `${seconds(best.step)} s`, figures.policy === SOLVER && figures.bound_seconds ? `at best ${seconds(figures.bound_seconds)} s` : "by a fixed rule"],
+      ["one step", `${seconds(best.step)} s`, figures.policy === SOLVER && figures.bound_seconds ? `by the model; at best ${seconds(figures.bound_seconds)} s` : "by the model, with a fixed rule"],
       ["peak", `${mib(best.peak)} MiB`, `of ${mib(best.budget)} MiB`],
       train ? ["computed again", percent(train.recompute_seconds / (best.step || 1)), `${seconds(train.recompute_seconds)} s of each step`] : null,
       train ? ["disk", `${mib(train.read_bytes + train.write_bytes)} MiB`, `each step; ${seconds(train.stall_seconds)} s waiting`] : null,

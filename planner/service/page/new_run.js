@@ -147,7 +147,7 @@ function grouped(plans, chosen, models) {
   const kept = new Map(), key = (plan) => [plan.profile, mib(plan.summary.budget_bytes), plan.title, ...unusual(plan, models.get(plan.profile), { rule: true })].join("|");
   for (const plan of plans) if (!kept.has(key(plan)) || plan === chosen) kept.set(key(plan), plan);
   const groups = Map.groupBy ? Map.groupBy(kept.values(), (plan) => plan.profile) : [...kept.values()].reduce((all, plan) => all.set(plan.profile, [...(all.get(plan.profile) ?? []), plan]), new Map());
-  const words = (plan) => [...(plan.title ? [plan.title] : []), `${mib(plan.summary.budget_bytes)} MiB`, `${seconds(plan.summary.step_seconds)} s a step`, ...unusual(plan, models.get(plan.profile), { rule: true })].join(", ");
+  const words = (plan) => [...(plan.title ? [plan.title] : []), `${mib(plan.summary.budget_bytes)} MiB`, `${seconds(plan.summary.expected_seconds)} s a step`, ...unusual(plan, models.get(plan.profile), { rule: true })].join(", ");
   return [...groups].map(([profile, own]) => html("optgroup", { label: models.has(profile) ? named(models.get(profile)) : "a model that is gone" }, ...own.sort((a, b) => a.summary.budget_bytes - b.summary.budget_bytes).map((plan) => html("option", { value: plan.id }, words(plan)))));
 }
 

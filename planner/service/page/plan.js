@@ -66,11 +66,17 @@ function cards({ summary, timeline }) {
   }
   const { train } = summary, share = (value) => percent(value / (summary.step_seconds || 1));
   return [
-    ["one step", `${seconds(summary.step_seconds)} s`, summary.policy === SOLVER ? `at best ${seconds(summary.bound_seconds)} s` : `by the rule “${nameOfRule(summary.policy)}”`],
+    ["one step", `${seconds(summary.expected_seconds)} s`, `${whence(summary)}; ${summary.policy === SOLVER ? `at best ${seconds(summary.bound_seconds)} s` : `by the rule “${nameOfRule(summary.policy)}”`}`],
     ["peak memory", size(summary.peak_bytes), `of ${size(summary.budget_bytes)}`],
     ["computed again", `${seconds(train.recompute_seconds)} s`, `${share(train.recompute_seconds)} of the step`],
     ["read and written", size(train.read_bytes + train.write_bytes), `per step; ${seconds(train.stall_seconds)} s of waiting`],
   ].map((one) => card(...one));
+}
+
+// Where the seconds that a step is expected to take come from.
+function whence({ expected_from: from, busy_machine: busy, step_seconds: model }) {
+  const beside = busy ? " beside other programs" : "";
+  return from === "rehearsal" ? `as rehearsed${beside}, ${seconds(model)} s by the model` : `by the model${busy ? `, measured${beside}` : ""}`;
 }
 
 function peak({ parts, bytes, instruction, text, tensors }) {

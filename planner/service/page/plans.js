@@ -28,7 +28,7 @@ export async function show({ root, query, keep, signal }) {
       { title: "Plan", value: nameOf, cell: (plan) => html("span", {}, html("a", { href: to("plans", plan.id) }, nameOf(plan)), html("small", { class: "noted" }, particulars(plan, models)), plan.note ? html("small", { class: "noted" }, plan.note) : null) },
       { title: "Planned by", value: (plan) => plan.summary.policy, cell: (plan) => (plan.summary.policy === SOLVER ? "search" : html("span", {}, "rule “", nameOfRule(plan.summary.policy), "”")) },
       { title: "Budget", value: (plan) => plan.summary.budget_bytes, cell: (plan) => size(plan.summary.budget_bytes) },
-      { title: "Seconds per step", value: (plan) => figure(plan, "step_seconds"), cell: (plan) => (fits(plan) ? seconds(plan.summary.step_seconds) : html("span", { class: "pill bad" }, "does not fit")) },
+      { title: "Seconds per step", value: (plan) => figure(plan, "expected_seconds"), cell: (plan) => (fits(plan) ? seconds(plan.summary.expected_seconds) : html("span", { class: "pill bad" }, "does not fit")) },
       { title: "Peak", value: (plan) => figure(plan, "peak_bytes"), cell: (plan) => (fits(plan) ? size(plan.summary.peak_bytes) : "–") },
       { title: "At most slower than the best", value: (plan) => figure(plan, "gap"), cell: (plan) => (fits(plan) ? gapWords(plan.summary.gap) : "–") },
       { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },

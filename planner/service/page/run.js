@@ -21,7 +21,7 @@ export async function show({ root, id, query, signal, keep, title }) {
   const [metrics, uploads, plan] = await Promise.all([get(`/v1/runs/${id}/metrics`), get("/v1/uploads").catch(() => ({ uploads: [] })), get(`/v1/plans/${job.request.plan}`).catch(() => null)]);
   if (signal.aborted) return;
   title(nameOf(job));
-  const run = { id, cap: metrics.budget_bytes, places: metrics.places_per_step, steps: new Map(metrics.steps.map((one) => [one.step, one])), evaluations: metrics.evaluations, planned: plan?.summary.step_seconds ?? null, latest: job.progress };
+  const run = { id, cap: metrics.budget_bytes, places: metrics.places_per_step, steps: new Map(metrics.steps.map((one) => [one.step, one])), evaluations: metrics.evaluations, planned: plan?.summary.expected_seconds ?? null, latest: job.progress };
   const state = html("span", {}), bar = progress("This run"), phases = html("div", {}), told = html("ul", { class: "warnings bare" }), cards = html("dl", { class: "cards" });
   const cancel = button("Cancel", action(async () => { cancel.disabled = true; bar.update({ stage: "asked to save and end" }); try { await post(`/v1/jobs/${id}/cancel`, ""); } catch (error) { cancel.disabled = false; throw error; } }));
   const resume = button("Go on with it", action(async () => { resume.hidden = true; try { job = await post(`/v1/runs/${id}/resume`, ""); } catch (error) { resume.hidden = false; throw error; } follow().catch(failed); }), "main");

@@ -26,7 +26,7 @@ export async function show({ root, signal }) {
     ),
     latest("Fine-tuned last", runs, (run) => [html("a", { href: to("runs", run.id) }, nameOfRun(run)), stateOf(run), when(run.created)]),
     latest("Models", profiles.slice(0, LATEST), (one) => [html("a", { href: to("models", one.id) }, nameOfModel(one)), html("span", { class: "soft" }, one.summary.device ?? ""), when(one.created)]),
-    latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, nameOfPlan(plan)), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.step_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
+    latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, nameOfPlan(plan)), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.expected_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
   ].filter(Boolean));
   if (example && !runs.length && profiles.length === 1) picture(root.querySelector(".doors"), example, signal).catch(complain);
 }
@@ -43,7 +43,7 @@ async function picture(doors, example, signal) {
   const plan = fitting[Math.floor(fitting.length / 2)], columns = await get(`/v1/plans/${plan.id}/timeline`), name = `${columns.model} in ${size(columns.budget)}`;
   if (signal.aborted) return;
   const box = html("div", { class: "step" });
-  doors.after(section(`One training step of ${name}`, html("p", { class: "soft" }, `${seconds(plan.summary.step_seconds)} s, and never above the line. `, html("a", { href: to("plans", plan.id) }, "See why it is done so")), box));
+  doors.after(section(`One training step of ${name}`, html("p", { class: "soft" }, `${seconds(plan.summary.expected_seconds)} s, and never above the line. `, html("a", { href: to("plans", plan.id) }, "See why it is done so")), box));
   showStep(box, stepOf(columns), { name });
 }
 

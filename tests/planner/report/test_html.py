@@ -139,7 +139,7 @@ def test_a_plan_explains_itself(page):
     words = [element["text"] for element in page.find("li") if element["text"].startswith("one step takes")]
     assert len(words) == len(page.find("article"))
     assert words[0] == (
-        "one step takes 1.280 s and peaks at 246.0 MiB of 250.0 MiB for the whole process, Python and PyTorch included (4.0 MiB spare)"
+        "one step takes 1.280 s by the model and peaks at 246.0 MiB of 250.0 MiB for the whole process, Python and PyTorch included (4.0 MiB spare)"
     )
 
 

@@ -171,7 +171,7 @@ def test_measured_samples_stand_where_the_plan_has_their_instruction():
 def test_a_report_names_what_was_trained(name):
     figures = {"predicted": 2.0, "measured": 1.0}
     report = {
-        "peak_bytes": figures, "step_seconds": figures, "budget_bytes": 1 << 30, "enforced_by": "cgroup",
+        "peak_bytes": figures, "step_seconds": figures | {"predicted_by": "model"}, "budget_bytes": 1 << 30, "enforced_by": "cgroup",
         "processes": {"training": figures}, "phases": {}, "loss": [2.0, 1.0], "adapter": f"/out/{name}",
     }  # fmt: skip
     assert f"\n{name}" in printed(report_text(report))

@@ -52,6 +52,7 @@ OF_THE_SERVICE = {
     "cgroup": "whoever started the service decides what enforces caps",
     "what_if": "every plan's explanation has it",
     "rehearse": "the service plans; whoever starts runs rehearses",
+    "wait": "a service measures in the order that it is asked, beside what it does itself",
     "smaller": "a comparison plans several budgets at once",
     "memory": "of a profile: the service's machine measures with what it has; plans and comparisons have the field",
 }

@@ -194,7 +194,9 @@ def test_whoever_begins_to_look_learns_how_fast_it_goes():
     assert clock.at(BEFORE) == {"at": 100.0, "began": 100.0, "evaluation_seconds": None, "others_cores": 0.0}
     now = 160.0
     assert clock.at(BEFORE)["began"] == 100.0
-    clock.hear("other programs use 1.4 of the cores: the last 3 steps took 3 s each where 1 s are planned, and so on\n")
+    clock.hear(
+        "other programs use 1.4 of the cores: the last 3 steps took 3 s each where 1 s are expected, and so on\n"
+    )
     now = 164.0
     told = clock.at(TRAINING, {"seconds": 3.0})
     assert told == {"at": 164.0, "began": 164.0, "evaluation_seconds": 61.0, "others_cores": 1.4}

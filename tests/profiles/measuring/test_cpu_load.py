@@ -76,6 +76,38 @@ def test_another_program_is_seen():
             other.kill()
 
 
+class Machine:
+    """A clock that goes on while cores are looked at, and other programs that end after so many seconds."""
+
+    def __init__(self, monkeypatch, busy_for):
+        self.now, self.said, self.shown = 0.0, [], []
+        monkeypatch.setattr(cpu_load, "_now", lambda: self.now)
+        monkeypatch.setattr(cpu_load, "taken_now", lambda threads, seconds=0.3: self.look(seconds, busy_for))
+        cpu_load.wait_for_cores(2, self.said.append, lambda *progress: self.shown.append(progress))
+
+    def look(self, seconds, busy_for):
+        self.now += seconds
+        return 1.5 if self.now <= busy_for else 0.1
+
+
+def test_other_programs_are_waited_for(monkeypatch):
+    machine = Machine(monkeypatch, busy_for=20)
+    assert [line.split(":")[0] for line in machine.said] == [
+        "other programs use 1.5 of the cores",
+        "the cores are free after 20 s",
+    ]
+    assert "at most 60 s (--no-wait goes on at once)" in machine.said[0]
+    assert machine.shown[0] == ("waiting for other programs", 0, 60)
+    assert machine.shown[-1][1] == 18
+
+
+def test_the_waiting_has_an_end_and_free_cores_are_not_waited_for(monkeypatch):
+    machine = Machine(monkeypatch, busy_for=1000)
+    assert machine.now == pytest.approx(60, abs=3)
+    assert machine.said[-1].startswith("other programs still use 1.5 of the cores: going on beside them")
+    assert Machine(monkeypatch, busy_for=0).said == []
+
+
 @pytest.mark.slow
 def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))

@@ -472,7 +472,7 @@ def test_the_answer_is_told_where_files_cannot_be_written(tightfit, compared, pl
     planned(sample_plan())
     code, out, err = tightfit("plan", "p.json", "--memory", "350MiB", "-o", path)
     assert (code, err) == (4, f"tightfit: {path}: the disk is full\n")
-    assert "one step takes 1.250 s" in out
+    assert "one step takes 1.250 s by the model" in out
 
 
 def test_ctrl_c_after_planning_costs_no_plan(tightfit, compared, monkeypatch, tmp_path):

@@ -335,7 +335,7 @@ def made(monkeypatch, tmp_path):
         profiled, ran = [], []
         model = tmp_path / "config.json"
         out = tmp_path / "out"
-        words = (model, "--data", "random", "--steps", 4, "-o", out, "--time-limit", 2)
+        words = (model, "--data", "random", "--steps", 4, "-o", out, "--time-limit", 2, "--no-wait")
         measured = decoder_like(2, on=here)
 
     def profile(source, *, progress, **options):

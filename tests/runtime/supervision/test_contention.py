@@ -20,17 +20,18 @@ from tightfit.runtime.common import interpreter
 from tightfit.runtime.supervision import contention
 from tightfit.runtime.supervision.contention import Contention, CoreUsage, usage_of
 
-PLANNED = 0.125
+EXPECTED = 0.125
 
 
 class Machine:
     """A clock, and the usage of a process of two threads whose steps take as long as they are told to."""
 
-    def __init__(self, threads: int = 2) -> None:
+    def __init__(self, threads: int = 2, *, busy_machine: bool = False) -> None:
         self.now, self.ran, self.waited, self.busy = 0.0, 0.0, 0.0, 0.0
         self.contention = Contention(
             threads=threads,
-            step_seconds=PLANNED,
+            expected_seconds=EXPECTED,
+            busy_machine=busy_machine,
             usage=lambda: CoreUsage(ran=self.ran, waited=self.waited, busy=self.busy),
             clock=lambda: self.now,
         )
@@ -52,7 +53,7 @@ def test_a_run_that_others_slow_down_says_so_once_and_when_it_is_over() -> None:
     assert machine.steps(97, 0.125) == []
     (said,) = machine.steps(28, 0.5, waited=0.5, others=0.5)
     assert said.startswith(
-        "other programs use 0.5 of the cores: the last 4 steps took 0.500 s each where 0.125 s are planned, and the run's"
+        "other programs use 0.5 of the cores: the last 4 steps took 0.500 s each where 0.125 s are expected, and the run's"
         " threads waited 0.250 s of each for a core; end the other program, or let it wait; results stay the same to the bit"
     )
     assert "`tightfit profile --threads 1`" in said
@@ -65,6 +66,26 @@ def test_it_is_not_said_again_and_again() -> None:
     machine = Machine()
     said = [machine.steps(8, 0.5, waited=cores, others=cores) for cores in 20 * [0.5, 0.0]]
     assert len([text for some in said for text in some if text.startswith("other programs")]) == 3  # in 160 s
+
+
+def test_the_cores_are_free_again_only_where_nobody_is_in_the_way() -> None:
+    """Others stay, and steps become as quick as expected for a while; then they go."""
+    machine, crowded = Machine(), {"waited": 0.5, "others": 0.5}
+    assert len(machine.steps(20, 0.5, **crowded)) == 1
+    assert machine.steps(600, 0.14, **crowded) == []
+    assert machine.steps(40, 0.125) == ["the cores are free again: a step takes 0.125 s"]
+    figures = machine.contention.figures
+    assert figures is not None
+    assert 20 <= figures["steps"] < 25, "those that were as quick as expected do not count"
+
+
+def test_seconds_expected_beside_other_programs_are_not_those_of_free_cores() -> None:
+    """What was rehearsed beside others is as it was then; once they have gone a step takes less, which is said once."""
+    machine = Machine(busy_machine=True)
+    assert machine.steps(80, 0.125, waited=0.5, others=0.5) == []
+    assert machine.steps(400, 0.03125) == [
+        "the cores are free: a step takes 0.031 s, the mean of the last 64; beside other programs 0.125 s were expected"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +108,10 @@ def test_what_is_not_the_fault_of_others_is_not_said(way: dict[str, float]) -> N
 def test_steps_that_differ_though_nothing_is_in_the_way_are_told_of_once(seconds: float, count: int) -> None:
     said = Machine().steps(100, seconds)
     assert len(said) == count
-    assert all(f"took {seconds:.3f} s each where 0.125 s are planned, and no other program" in line for line in said)
+    assert all(
+        f"a step takes {seconds:.3f} s, " in line and "where 0.125 s are expected, and no other" in line
+        for line in said
+    )
 
 
 def test_one_thread_is_not_told_to_be_fewer() -> None:
@@ -98,7 +122,7 @@ def test_one_thread_is_not_told_to_be_fewer() -> None:
 def test_where_the_system_tells_nothing_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contention, "PROC", tmp_path)
     assert usage_of(os.getpid()) is None
-    silent = Contention(threads=2, step_seconds=PLANNED, usage=lambda: None, clock=iter(range(100)).__next__)
+    silent = Contention(threads=2, expected_seconds=EXPECTED, usage=lambda: None, clock=iter(range(100)).__next__)
     assert [silent.step(9.0) for _ in range(10)] == [None] * 10
 
 

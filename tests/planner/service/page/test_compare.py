@@ -49,10 +49,12 @@ def test_what_differs_comes_first_and_the_best_is_marked(page, served, plans):
     assert told["fits"] == ["yes", "yes", "no"]
     assert told["planned by"] == ["rule “Stream the weights”", "rule “Redo each layer”", "rule “Stream the weights”"]
     summaries = [served.http.get(f"/v1/plans/{plan}").json()["summary"] for plan in plans]
-    steps = [number(cell) for cell in told["one step"][:2]]
+    steps = [number(cell) for cell in told["one step, by the model"][:2]]
     assert steps == [pytest.approx(summary["step_seconds"], rel=1e-3) for summary in summaries[:2]]
-    assert told["one step"][2] == "–"
-    best = page.locator("tr", has=page.locator("th", has_text=re.compile("^one step$"))).locator("td.best")
+    assert told["one step, by the model"][2] == "–"
+    best = page.locator("tr", has=page.locator("th", has_text=re.compile("^one step, by the model$"))).locator(
+        "td.best"
+    )
     assert number(best.inner_text()) == min(steps)
     # What is the same is folded, and does not stand above.
     same = page.locator("details", has_text="The same in all")
@@ -95,7 +97,7 @@ def test_one_is_left_out_and_another_added(page, plans):
 
 def test_on_a_phone_each_figure_has_a_value_for_each_letter(browser, served, plans):
     with tab(browser, at(served, f"compare?plans={','.join(plans)}"), viewport=PHONE) as page:
-        row = page.locator("tr", has=page.locator("th", has_text=re.compile("^one step$")))
+        row = page.locator("tr", has=page.locator("th", has_text=re.compile("^one step, by the model$")))
         expect(row).to_be_visible()
         cells = [cell.bounding_box() for cell in row.locator("td").all()]
         assert all(box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"] for box in cells)

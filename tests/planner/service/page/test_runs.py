@@ -150,7 +150,7 @@ def test_a_run_that_fails_says_nothing_beside_another(browser, served):
     figures = {"predicted": 1.0, "measured": 1.0}
     report = {
         "peak_bytes": figures,
-        "step_seconds": figures,
+        "step_seconds": figures | {"predicted_by": "rehearsal"},
         "evaluation": {},
         "enforced_by": "meter",
         "loss": [1.0] * 3,
@@ -235,7 +235,7 @@ def test_a_run_s_lines_tell_its_stage(line, stage):
 
 # --- how long it takes, before and while it goes on -------------------------------------------------------------------
 
-SUMMARY = {"step_seconds": 2.0, "accumulate": 1, "evaluate": {"seconds": 1.0}}
+SUMMARY = {"expected_seconds": 2.0, "accumulate": 1, "evaluate": {"seconds": 1.0}}
 """of a plan"""
 LEARN = {"epoch_steps": 10.5, "evaluation_batches": 11, "whole": True}
 HELD = {"epoch_steps": 400, "evaluation_batches": 400, "whole": True}
@@ -388,7 +388,7 @@ def test_a_run_under_way_says_at_once_where_it_is_and_why_it_is_slow(browser, se
     }
     metrics = {"budget_bytes": 1 << 30, "places_per_step": 64, "steps": steps, "evaluations": []}
     with tab(browser, at(served, "runs")) as page:
-        fake_run(page, job, metrics, summary={"budget_bytes": 1 << 30, "step_seconds": 0.79})
+        fake_run(page, job, metrics, summary={"budget_bytes": 1 << 30, "expected_seconds": 0.79})
         page.route("**/events", lambda route: None)  # nothing comes for a while
         page.goto(at(served, f"runs/{job['id']}"))
         expect(page.locator("#run-state")).to_contain_text("training, 12 of 15")
@@ -404,7 +404,7 @@ def test_a_run_that_is_done_shows_first_what_it_has_learnt(browser, served):
     evaluation = {"before": {"loss": 2.5, "accuracy": 0.43}, "after": {"loss": 1.25, "accuracy": 0.61}}
     report = {
         "peak_bytes": figures,
-        "step_seconds": figures,
+        "step_seconds": figures | {"predicted_by": "rehearsal"},
         "evaluation": evaluation,
         "enforced_by": "meter",
         "loss": [3.0, 2.0],
@@ -423,7 +423,7 @@ def test_a_run_that_is_done_shows_first_what_it_has_learnt(browser, served):
     }
     cancelled = job | {"id": "job-" + "e" * 16, "state": "cancelled", "result": None}
     with tab(browser, at(served, "runs")) as page:
-        fake_run(page, job, metrics, report=report, summary={"budget_bytes": 100 << 20, "step_seconds": 0.79})
+        fake_run(page, job, metrics, report=report, summary={"budget_bytes": 100 << 20, "expected_seconds": 0.79})
         page.goto(at(served, f"runs/{job['id']}"))
         tiles = page.locator(".cards .card")
         expect(tiles.nth(0)).to_have_text("held-out loss2.5000 → 1.2500before → after")
@@ -444,7 +444,7 @@ def test_plans_to_choose_from_are_those_that_were_asked_for_by_model(browser, se
             "status": "feasible",
             "policy": "solver",
             "budget_bytes": budget << 20,
-            "step_seconds": 0.5,
+            "expected_seconds": 0.5,
             "optimizer": "adamw",
             "elsewhere": None,
         }
