@@ -85,7 +85,7 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
         observed.take(message)
     report = build_report(planned_figures(plan), observed, str(tmp_path), enforced_by="meter")
     assert report["loss"] == [3.0, 2.0, 1.0, 0.0]
-    assert report["step_seconds"] == {"predicted": plan.step_seconds, "measured": 1.0}
+    assert report["step_seconds"] == {"predicted": plan.step_seconds, "predicted_by": "model", "measured": 1.0}
     assert report["peak_bytes"] == {"predicted": plan.peak_bytes, "measured": 12}
     assert report["processes"] == {"training": report["peak_bytes"]}  # a program ran the plan, whose memory is its own
     assert (report["adapter"], report["checkpoint"], report["resumed_step"]) == ("adapter", "checkpoint-2", 2)
