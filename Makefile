@@ -71,8 +71,8 @@ bench-truth: $(VENV)/.installed-test
 page-pictures: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/page_pictures.py $(ARGS)
 
-# From nothing cached to an adapter inside a cgroup with the budget as its limit, alone, with a service, and with what was prepared;
-# needs root. ARGS='--models qwen2.5-0.5b --roads files'.
+# From nothing cached to an adapter inside a cgroup with the budget as its limit, with a bundle from a service and with one in a folder;
+# needs root. ARGS='--models qwen2.5-0.5b --bundles folder'.
 bench-small: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/small_device.py $(ARGS)
 

@@ -22,24 +22,21 @@ from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.measuring.figures import measured, unmeasured
 from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.measuring.tile_rates import fast_tile, tried_sizes
-from tightfit.profiles.models.answer_steps import AnswerSteps
-from tightfit.profiles.models.decoder_config import first_lengths, handwritten
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.options import ProfileOptions, Progress
 from tightfit.profiles.schema import PROFILE_VERSION, Profile, TracedStep
-from tightfit.profiles.sources.described import AnswersWanted, TracingRequest
-from tightfit.profiles.sources.lookup import keep_description, names_module, resolve, vocabulary
+from tightfit.profiles.sources.bundle import Bundle, BundleRequest, PackedWeights
+from tightfit.profiles.sources.lookup import headers, is_traced, names_module, resolve, resolve_traced, vocabulary
 from tightfit.profiles.sources.packing import packed_store, packing_bytes
-from tightfit.profiles.sources.prepared import PreparedModel, save_prepared
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.decoder_step import DecoderStep, tile_sizes
 from tightfit.profiles.steps.step import ProfiledStep
 from tightfit.profiles.steps.tracing_process import (
     check_tracing,
-    traced_answers,
+    request_of,
+    traced_bundle,
     traced_here,
     traced_step,
-    tracing_request,
     what_it_takes,
 )
 from tightfit.profiles.weights.source import Source
@@ -50,13 +47,12 @@ from tightfit.runtime.common.interpreter import PACKAGE, python_path
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.cpu import native_dropout
-from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.layout import Header, read_header
 
-__all__ = ["Progress", "load_profile", "prepare", "profile", "request_trace", "save_profile"]
+__all__ = ["Progress", "bundle_request", "load_profile", "prepare", "profile", "save_profile"]
 
 LIBRARIES = (native, native_dropout, page_out)
 """modules whose libraries are compiled on this machine"""
@@ -110,7 +106,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     with the same fingerprint is returned at once, except with `force`, or if it was measured while other programs kept
     the cores busy and the cores are idle now. An estimate touches no weights, measures nothing and is not cached.
 
-    `prepared` is a folder of `prepare`, from which the step is taken instead of tracing it. `memory` are the bytes that measuring may
+    `bundle` is a folder of `prepare`, from which the step is taken instead of tracing it. `memory` are the bytes that measuring may
     hold (default: what it measures best with). `progress` is called now and then.
 
     Raises InputError for a source, shape or device that cannot be used, or what has no place in the memory that is free,
@@ -118,10 +114,9 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     """
     elsewhere = None if options.device == "cpu" else find_device(options.device)
     threads = _threads(options.threads, elsewhere)
-    if options.prepared is not None:
-        keep_description(source, options.prepared)
-    step = _step(resolve(source, base=options.base, embeddings=options.embeddings), options, threads)
-    opened, report = step.source, options.progress or (lambda stage, done, total: None)
+    opened, bundle = resolve_traced(source, options.bundle, base=options.base, embeddings=options.embeddings)
+    step = _step(opened, options, threads, bundle)
+    report = options.progress or (lambda stage, done, total: None)
     if options.memory is None:  # compilers side by side; else one after the other
         with ThreadPoolExecutor(len(LIBRARIES)) as pool:
             list(pool.map(_library, LIBRARIES))
@@ -158,23 +153,21 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
 
 
 @keywords_of(ProfileOptions)
-def request_trace(source: str | os.PathLike[str], options: ProfileOptions) -> TracingRequest | None:
-    """What a service has to know of a model to trace the step that the options ask for: its configuration, and names, shapes and
-    packed formats of its tensors. None where nothing is to be traced elsewhere: of a module, whose code stays on the device, and
-    of a prepared model.
+def bundle_request(source: str | os.PathLike[str], options: ProfileOptions) -> BundleRequest | None:
+    """What has to be known of a model to make a bundle of it, with the step that the options ask for. None where nothing is to be traced
+    elsewhere: of a module, whose code stays on the device, and of what is a bundle already.
     """
-    if names_module(source) or options.prepared is not None:
+    if names_module(source) or is_traced(source, options.bundle):
         return None
-    opened = resolve(source, base=options.base, embeddings=options.embeddings)
-    return None if opened.kind == "prepared" else tracing_request(step_of(opened, options))
+    return request_of(headers(source, base=options.base, embeddings=options.embeddings), options)
 
 
 @keywords_of(ProfileOptions)
 def prepare(
     source: str | os.PathLike[str], folder: str | os.PathLike[str], weights: bool, options: ProfileOptions
-) -> PreparedModel:
-    """Trace a step of `source` and leave it in `folder`, with the tokenizer and, if `weights`, the packed weights: a device that
-    gets a copy trains the model without transformers, and without tracing it (`tightfit.profiles.sources.prepared`).
+) -> Bundle:
+    """Make a bundle of `source` in `folder`, if `weights` with the packed weights and the tokenizer: a device that gets a copy trains the
+    model, and asks it, without transformers and without tracing it (`tightfit.profiles.sources.bundle`).
 
     Options are those of `profile`, but for those of measuring. Raises InputError for a source or options that cannot be used
     (a module, whose code each device has itself), RunError if the disk is full.
@@ -183,24 +176,23 @@ def prepare(
         raise InputError(
             f"{source}: a module is traced by the device itself, which has its code; prepare a language model"
         )
-    step = step_of(resolve(source, base=options.base, embeddings=options.embeddings), options)
-    opened, report = step.source, options.progress or (lambda stage, done, total: None)
-    store = _stored(opened, report).path if weights and opened.has_weights else None
-    prepared = PreparedModel(
-        request=tracing_request(step),
-        step=traced_step(step, report),
-        weights="here" if store is not None else "elsewhere" if opened.has_weights else "random",
-        answers=_answers(opened) if store is not None else None,
-        decoder=opened.decoder,
-    )
-    save_prepared(prepared, Path(folder), store, vocabulary(source))
-    return prepared
+    report = options.progress or (lambda stage, done, total: None)
+    request = request_of(headers(source, base=options.base, embeddings=options.embeddings), options)
+    bundle = traced_bundle(request, report)
+    if not weights:
+        bundle.save(Path(folder))
+        return bundle
+    opened = resolve(source, base=options.base, embeddings=options.embeddings, decoder=bundle.decoder)
+    packed = PackedWeights(base=opened.base, embeddings=opened.embeddings, note=opened.note)
+    bundle = bundle.model_copy(update={"weights": packed})
+    bundle.save(Path(folder), _stored(opened, report).path, vocabulary(source))
+    return bundle
 
 
-def _step(source: Source, options: ProfileOptions, threads: int) -> ProfiledStep:
-    """The step of a source that the options ask for; its tile is measured on this machine where they ask for that."""
-    if options.tile != 0 or options.device != "cpu" or source.kind == "module":
-        return step_of(source, options)
+def _step(source: Source, options: ProfileOptions, threads: int, bundle: Bundle | None) -> ProfiledStep:
+    """The step of a source that the options ask for, or that a bundle has; its tile is measured on this machine where they ask for that."""
+    if options.tile != 0 or options.device != "cpu" or source.kind == "module" or bundle is not None:
+        return step_of(source, options, bundle)
     step = step_of(source, options.but(tile=None))
     if not isinstance(step, DecoderStep):
         return step_of(source, options)
@@ -217,19 +209,6 @@ def _step(source: Source, options: ProfileOptions, threads: int) -> ProfiledStep
         progress=options.progress,
     )
     return step_of(source, options.but(tile=tile))
-
-
-def _answers(source: Source) -> AnswerSteps | None:
-    """The steps of a model's answers; None where transformers builds it and it has none, or others in long answers than in short ones."""
-    by_hand = handwritten(source.config)
-    if not by_hand and any(True for _ in first_lengths(source.config)):
-        return None
-    try:
-        return traced_answers(source, AnswersWanted(group=GROUP, longest=0))
-    except InputError:
-        if by_hand:
-            raise
-        return None
 
 
 def _packed_and_traced(step: ProfiledStep, report: Progress, memory: int | None) -> tuple[Header | None, TracedStep]:

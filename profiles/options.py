@@ -191,11 +191,11 @@ class ProfileOptions(Options):
         label="Embedding and head",
         metavar="BITS",
     )
-    prepared: PathText | Path | None = option(
+    bundle: PathText | Path | None = option(
         None,
-        "Take the traced step from this folder, which `tightfit prepare` made on a machine with more memory.",
-        over_http="Take the traced step from this folder, which `tightfit prepare` made; it lies under an allowed root.",
-        label="Prepared step",
+        "Take the traced step from this bundle, which `tightfit prepare` made on a machine with more memory.",
+        over_http="Take the traced step from this bundle, a folder under an allowed root, which `tightfit prepare` made.",
+        label="Bundle",
         metavar="DIR",
     )
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.", label="Measure anew")

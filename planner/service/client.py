@@ -31,17 +31,16 @@ from tightfit.planner.report.comparison import Comparison
 from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER, TIME_LIMIT, PlanOptions
+from tightfit.planner.service.wire.bundles import canonical_request
 from tightfit.planner.service.wire.errors import JOB_ERRORS
 from tightfit.planner.service.wire.inputs import UPLOADED
 from tightfit.planner.service.wire.redaction import Redaction, with_paths
 from tightfit.planner.service.wire.schema import FINISHED, OWN_DEVICE
 from tightfit.planner.service.wire.settings import HEARTBEAT_SECONDS, check_token, installed_version, loopback
-from tightfit.planner.service.wire.traces import canonical_request, with_places, without_places
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.schema import PROFILE_VERSION, Profile
-from tightfit.profiles.sources.described import TracingRequest
-from tightfit.profiles.sources.prepared import PreparedModel, parse_prepared
+from tightfit.profiles.sources.bundle import Bundle, BundleRequest
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
 
@@ -174,35 +173,31 @@ class Client:
         identity = job["result"]["profile"]
         return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")
 
-    def trace(self, request: TracingRequest, *, progress: Progress | None = None) -> PreparedModel:
-        """`tightfit.profiles.steps.tracing_process.trace_requested`, done by the service.
-
-        The names of files and folders on this machine are not sent: the answer gets them back.
+    def bundle(self, request: BundleRequest, *, progress: Progress | None = None) -> Bundle:
+        """`tightfit.profiles.steps.tracing_process.make_bundle`, done by the service. The names of files and folders on this machine are
+        not sent.
         """
         self._check_version()
-        sent = without_places(request)
+        sent = request.without_places()
         body = gzip.compress(canonical_request(sent), 5)
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-        job = self.finish(self._json(self._send("POST", "/v1/traces", content=body, headers=headers)), progress)
-        identity = job["result"]["trace"]
-        content = self._send("GET", f"/v1/traces/{identity}/file").content
-        prepared = parse_prepared(content, f"{self.url}: {identity}")
-        asked = [request.options, request.answers, request.stored]
-        given = [prepared.step, prepared.answers, prepared.decoder]
-        same = prepared.request.model_dump_json() == sent.model_dump_json()
-        if not same or any(made is None for wanted, made in zip(asked, given, strict=True) if wanted is not None):
-            raise RunError(f"{self.url}: what was traced there as {identity} is another model; ask again")
-        return with_places(prepared, request)
+        job = self.finish(self._json(self._send("POST", "/v1/bundles", content=body, headers=headers)), progress)
+        identity = job["result"]["bundle"]
+        content = self._send("GET", f"/v1/bundles/{identity}/file").content
+        bundle = Bundle.parse(content, f"{self.url}: {identity}")
+        if bundle.request.model_dump_json() != sent.model_dump_json():
+            raise RunError(f"{self.url}: what was made there as {identity} is a bundle of another model; ask again")
+        return bundle
 
     def _check_version(self) -> None:
         """Raises InputError where the service has another tightfit, whose profiles this one does not read."""
         there = self.get("/healthz")
         if there.get("profile_version") != PROFILE_VERSION:
-            version = there.get("profile_version", "another, and traces no models")
+            version = there.get("profile_version", "another, and makes no bundles")
             raise InputError(
                 f"{self.url}: tightfit {there.get('version')} answers there, whose profile version is {version}; that of tightfit"
-                f" {installed_version()} here is {PROFILE_VERSION}. Install the same tightfit on both, or copy what `tightfit prepare`"
-                " makes on a machine with this one"
+                f" {installed_version()} here is {PROFILE_VERSION}. Install the same tightfit on both, or copy a bundle that"
+                " `tightfit prepare` makes on a machine with this one"
             )
 
     @keywords_of(PlanOptions)

@@ -11,9 +11,16 @@ from tightfit.runtime.common.errors import InputError
 MIXTURE = "it is a mixture of experts, whose matrices are read whole for a step and not for each token"
 
 
-def refused_answers(family: str, why: str, instead: str) -> InputError:
-    """The error of a decoder that cannot answer with a cache; `instead`: what to do."""
-    return InputError(f"a {family} decoder cannot answer token by token here: {why}; {instead}")
+INSTEAD = (
+    "merge the adapter into a model of its own (tightfit merge) and generate with transformers, or with llama.cpp where it has"
+    " the family"
+)
+"""what to do with a model that cannot answer here"""
+
+
+def refused_answers(family: str, why: str) -> InputError:
+    """The error of a decoder that cannot answer with a cache."""
+    return InputError(f"a {family} decoder cannot answer token by token here: {why}; {INSTEAD}")
 
 
 class AnswerStep(FrozenRecord):
@@ -60,6 +67,20 @@ class AnswerSteps(FrozenRecord):
         except _Apart:
             return group
         return AnswerStep.model_validate(between)
+
+
+class Answers(FrozenRecord):
+    """The steps of a decoder's answers, or why it has none."""
+
+    steps: dict[int, AnswerSteps]
+    """by the fewest tokens of a question and its answer for which they hold: longrope turns positions otherwise in long ones"""
+    refused: str | None = None
+
+    def of(self, tokens: int) -> AnswerSteps:
+        """The steps for so many tokens of a question and its answer. Raises InputError where the decoder has none."""
+        if self.refused is not None:
+            raise InputError(self.refused)
+        return self.steps[max(fewest for fewest in self.steps if fewest <= tokens)]
 
 
 class _Apart(Exception):  # noqa: N818  caught where it is raised

@@ -55,18 +55,16 @@ class AnsweringDecoder(AnyDecoder):
         return None
 
 
-def answer_steps(
-    config: Mapping[str, Any], stored: Collection[str], *, group: int, longest: int, instead: str
-) -> AnswerSteps:
+def answer_steps(config: Mapping[str, Any], stored: Collection[str], *, group: int, longest: int) -> AnswerSteps:
     """The steps of one token and of `group` tokens of a config's decoder, in answers of up to `longest` tokens with what was asked;
     `stored` are the names of the tensors in its store.
 
-    Raises InputError for a decoder that cannot answer with a cache, which ends with `instead`: what to do.
+    Raises InputError for a decoder that cannot answer with a cache.
     """
     name = str(config.get("model_type"))
 
     def refused(why: str) -> InputError:
-        return refused_answers(name, why, instead)
+        return refused_answers(name, why)
 
     steps, cap = [], None
     for tokens in (1, group):

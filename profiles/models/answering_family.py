@@ -51,13 +51,13 @@ class Beginning(nn.Module):
         return hidden, *(table for both in tables for table in both)
 
 
-def family_steps(config: dict[str, Any], group: int, instead: str = "ask another program") -> AnswerSteps:
+def family_steps(config: dict[str, Any], group: int) -> AnswerSteps:
     """The steps of one token and of `group` tokens of a config's decoder. Raises InputError as `decoder_shape` does, and for mixtures of
-    experts, which ends with `instead`: what to do.
+    experts.
     """
     shape = decoder_shape(config)
     if shape.mixtures:
-        raise refused_answers(shape.family, MIXTURE, instead)
+        raise refused_answers(shape.family, MIXTURE)
     numbers: dict[str, list[float]] = {}
     return AnswerSteps(
         steps=[_step(shape, tokens, numbers) for tokens in (1, group)],

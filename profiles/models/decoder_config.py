@@ -183,11 +183,6 @@ def first_lengths(config: Any) -> Iterator[int]:
         yield from first_lengths(value)
 
 
-def telling_length(config: Mapping[str, Any], longest: int) -> int:
-    """The smallest length whose rotary frequencies are those of sequences of `longest` tokens."""
-    return max((length + 1 for length in first_lengths(dict(config)) if longest > length), default=0)
-
-
 def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     """Read a Hugging Face config. Raises InputError naming the field that is missing or not supported."""
     family = family_of(config)

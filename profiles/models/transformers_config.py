@@ -112,7 +112,7 @@ def experts(name: Any, found: str) -> InputError:
 def not_installed(name: Any) -> InputError:
     return InputError(
         f"model_type {name!r} is not one of {', '.join(families())}; for any other decoder run {INSTALL},"
-        " or let a service trace the model (`tightfit train --server URL`)"
+        " or take a bundle of the model (`--bundle FOLDER`, or `--server URL`)"
     )
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from tightfit.profiles.models.decoder_config import LARGEST, decoder_shape
 from tightfit.profiles.options import Bits
 from tightfit.profiles.schema import FrozenRecord
-from tightfit.profiles.sources.described import LONGEST_NAME, MOST_TENSORS, Name, Size
+from tightfit.profiles.sources.bundle import LONGEST_NAME, Name
 from tightfit.profiles.sources.gguf_config import config_from_metadata
 from tightfit.profiles.sources.gguf_metadata import GgufEntry
 from tightfit.profiles.sources.gguf_source import matched_tensors
@@ -35,13 +35,16 @@ NUMBERED = re.compile(r"model\.layers\.(\d{1,4})\.")
 LARGEST_OF_SMALL_HEADS = {"llama": 2048, "qwen2": 1024, "qwen3": 0, "gemma3_text": 0}
 """family -> hidden size up to which published models have heads of 64 numbers; above it, of 128"""
 INSTEAD = "it is one of several files, or of another family: choose the model's config.json"
+MOST_TENSORS, LARGEST_SIZE = 1 << 16, 1 << 31
 MOST_VALUES = 1 << 12
 LONGEST_VALUE = 1 << 17
 """letters of a text among the metadata: chat templates are long"""
 
 
 class HeaderTensor(FrozenRecord):
-    shape: list[Size] = Field(min_length=1, max_length=8, description="as the header has it: of GGUF, columns first")
+    shape: list[Annotated[int, Field(ge=1, le=LARGEST_SIZE)]] = Field(
+        min_length=1, max_length=8, description="as the header has it: of GGUF, columns first"
+    )
     format: str = Field(max_length=32, description="the type's name, such as Q4_1 or BF16")
 
 

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.profiles.weights.source import FORMS, PREPARED, Source, config_name, read_config
+from tightfit.profiles.weights.source import BUNDLE, FORMS, Source, config_name, read_config
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, read_json
 
 if TYPE_CHECKING:
-    from tightfit.profiles.sources.described import TracingRequest
+    from tightfit.profiles.models.decoder_facts import DecoderFacts
+    from tightfit.profiles.sources.bundle import Bundle, BundleRequest
     from tightfit.profiles.weights.precision import Precision
 
-Kind = Literal["directory", "prepared", "gguf", "config", "factory", "hub"]
+Kind = Literal["directory", "bundle", "gguf", "config", "factory", "hub"]
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 POSITIONS = ("max_position_embeddings", "n_positions")
 """What a config.json calls the number of positions, the second in families such as GPT-2."""
@@ -33,26 +34,32 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(
-    source: str | os.PathLike[str], *, base: str | None = None, embeddings: str | None = None, seed: int = 0
+    source: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    embeddings: str | None = None,
+    seed: int = 0,
+    decoder: DecoderFacts | None = None,
 ) -> Source:
     """Find out what `source` names and read its headers. Raises InputError if it names nothing usable.
 
     `base` and `embeddings` are 4bit, 8bit or 16bit, for matrices that are not quantised yet and for the embedding and
     the head among them (`tightfit.profiles.weights.precision.Precision`); `seed` is that of a bare config's random
-    weights and of a factory's initial ones.
+    weights and of a factory's initial ones. `decoder` is what a decoder that transformers builds consists of, where that is known:
+    transformers is not needed then.
     """
     from tightfit.profiles.weights.precision import precision
 
     bits = precision(base, embeddings)
     kind, path = _named(source)
-    if kind == "prepared":
-        from tightfit.profiles.sources.prepared import prepared_source
+    if kind == "bundle":
+        from tightfit.profiles.sources.bundle import Bundle
 
-        return prepared_source(path)
+        return Bundle.load(path).source(path, base=base, embeddings=embeddings)
     if kind == "directory":
-        return _directory(path, bits, None)
+        return _directory(path, bits, None, decoder)
     if kind == "hub":
-        return _directory(hub_directory(source), bits, os.fspath(source))
+        return _directory(hub_directory(source), bits, os.fspath(source), decoder)
     if kind == "gguf":
         from tightfit.profiles.sources.gguf_source import gguf_source
 
@@ -60,10 +67,9 @@ def resolve(
     if kind == "config":
         config = read_config(path)
         if not handwritten(config):
-            from tightfit.profiles.sources.known_decoders import decoder_facts
-            from tightfit.profiles.sources.transformers_source import any_random_source
+            from tightfit.profiles.sources.transformers_source import any_random_source, built_decoder
 
-            return any_random_source(config, path, decoder_facts(config, ()), precision=bits, seed=seed)
+            return any_random_source(config, path, decoder or built_decoder(config, ()), precision=bits, seed=seed)
         from tightfit.profiles.sources.random_weights import random_source
 
         return random_source(config, path, precision=bits, seed=seed)
@@ -73,7 +79,54 @@ def resolve(
     return factory_source(os.fspath(source))
 
 
-def _directory(path: Path, precision: Precision, name: str | None) -> Source:
+def resolve_traced(
+    source: str | os.PathLike[str],
+    bundle: str | os.PathLike[str] | None,
+    *,
+    base: str | None = None,
+    embeddings: str | None = None,
+) -> tuple[Source, Bundle | None]:
+    """The model that `source` names, and what was traced of it: the bundle that `source` itself is, or that lies in the folder `bundle`;
+    None where neither is. Raises InputError for a bundle that was made for another model.
+    """
+    kind, path = _named(source)
+    folder = path if kind == "bundle" and bundle is None else bundle
+    if folder is None:
+        return resolve(source, base=base, embeddings=embeddings), None
+    from tightfit.profiles.sources.bundle import Bundle
+
+    traced = Bundle.load(folder)
+    if kind == "bundle":
+        opened = traced.source(path, base=base, embeddings=embeddings)
+    else:
+        opened = resolve(source, base=base, embeddings=embeddings, decoder=traced.decoder)
+        traced.check_config(opened.name, headers(source).config if traced.decoder else opened.config)
+    return opened, traced
+
+
+def headers(source: str | os.PathLike[str], *, base: str | None = None, embeddings: str | None = None) -> BundleRequest:
+    """What a language model's headers say that has to be known to trace it elsewhere; builds no decoder. Raises InputError for a bundle,
+    which is traced already.
+    """
+    from tightfit.profiles.sources.bundle import BundleRequest
+
+    kind, path = _named(source)
+    if kind == "bundle":
+        raise InputError(f"{source} is a bundle already; name the model's own files")
+    folder = hub_directory(source) if kind == "hub" else path
+    if kind != "gguf":
+        config = read_config(folder if kind == "config" else folder / "config.json")
+        if not handwritten(config):
+            from tightfit.profiles.sources.transformers_source import stored_names
+
+            name = os.fspath(source) if kind == "hub" else config_name(path) if kind == "config" else path.name
+            config, stored = (config, []) if kind == "config" else stored_names(folder)
+            return BundleRequest(name=name, config=config, stored=stored)
+    opened = resolve(source, base=base, embeddings=embeddings)
+    return BundleRequest(name=opened.name, config=opened.config)
+
+
+def _directory(path: Path, precision: Precision, name: str | None, decoder: DecoderFacts | None) -> Source:
     """The model in a Hugging Face directory: one of the decoders written by hand, or else any that transformers has."""
     if handwritten(read_config(path / "config.json")):
         from tightfit.profiles.sources.huggingface import directory_source
@@ -81,7 +134,7 @@ def _directory(path: Path, precision: Precision, name: str | None) -> Source:
         return directory_source(path, precision=precision, name=name)
     from tightfit.profiles.sources.transformers_source import any_directory_source
 
-    return any_directory_source(path, precision=precision, name=name)
+    return any_directory_source(path, precision=precision, name=name, decoder=decoder)
 
 
 def _refuse_choice(source: str, bits: Precision) -> None:
@@ -103,7 +156,7 @@ def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
         from tightfit.profiles.sources.gguf_tokenizer import gguf_vocabulary
 
         return gguf_vocabulary(path)
-    if kind == "prepared":
+    if kind == "bundle":
         from tightfit.profiles.sources.directory_tokenizer import WORDS, read_vocabulary
 
         return read_vocabulary(path) if (path / WORDS).exists() else None
@@ -114,46 +167,9 @@ def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
     return None
 
 
-def description_request(source: str | os.PathLike[str], *, anew: bool = False) -> TracingRequest | None:
-    """What a service has to know of a model to describe its decoder, where only transformers knows the family; None where the decoder is
-    written by hand, prepared, or a module, and where its description is here already, unless it is to be had `anew`.
-    """
-    kind, path = _named(source)
-    if kind == "hub":
-        path = hub_directory(source)
-    if kind not in ("directory", "hub", "config"):
-        return None
-    config = read_config(path if kind == "config" else path / "config.json")
-    if handwritten(config):
-        return None
-    from tightfit.profiles.sources.described import SourceDescription, TracingRequest
-    from tightfit.profiles.sources.known_decoders import kept_facts
-    from tightfit.profiles.sources.transformers_source import stored_names
-
-    stored: list[str] = []
-    if kind != "config":
-        config, stored = stored_names(path)
-    if not anew and kept_facts(config, stored) is not None:
-        return None
-    name = config_name(path)
-    described = SourceDescription(name=name, path=str(path), config=config, tensors={})
-    return TracingRequest(source=described, stored=stored)
-
-
-def keep_description(source: str | os.PathLike[str], prepared: str | os.PathLike[str]) -> None:
-    """Keep what the folder `prepared` says of the decoder of what `source` names, if it was made for that model and says it."""
-    from tightfit.profiles.sources.known_decoders import keep_facts
-    from tightfit.profiles.sources.prepared import load_prepared
-
-    wanted = description_request(source)
-    if wanted is None:
-        return
-    told = load_prepared(prepared)
-    if told.decoder is None:
-        return
-    here, there = wanted.source.config, told.request.source.config
-    if all(there.get(name) == value for name, value in here.items() if name not in told.decoder.config):
-        keep_facts(here, wanted.stored or (), told.decoder)
+def is_traced(source: str | os.PathLike[str], bundle: str | os.PathLike[str] | None) -> bool:
+    """Whether `source` is a bundle, or `bundle` names one."""
+    return bundle is not None or _named(source)[0] == "bundle"
 
 
 def names_module(source: str | os.PathLike[str]) -> bool:
@@ -161,15 +177,15 @@ def names_module(source: str | os.PathLike[str]) -> bool:
     return _named(source)[0] == "factory"
 
 
-def prepared_seq(source: str | os.PathLike[str], prepared: str | os.PathLike[str] | None) -> int | None:
-    """Tokens of the step that was traced when the model, or the folder `prepared`, was made ready; None if none was."""
+def traced_seq(source: str | os.PathLike[str], bundle: str | os.PathLike[str] | None) -> int | None:
+    """Tokens of the step in the bundle that `source` is, or that lies in the folder `bundle`; None where neither is."""
     kind, path = _named(source)
-    folder = path if kind == "prepared" else None if prepared is None else Path(prepared)
+    folder = path if kind == "bundle" and bundle is None else bundle
     if folder is None:
         return None
-    from tightfit.profiles.sources.prepared import load_prepared
+    from tightfit.profiles.sources.bundle import Bundle
 
-    return load_prepared(folder).training.seq
+    return Bundle.load(folder).step.seq
 
 
 def longest_sequence(source: str | os.PathLike[str]) -> int | None:
@@ -186,8 +202,8 @@ def longest_sequence(source: str | os.PathLike[str]) -> int | None:
 
         metadata = read_metadata(path)
         positions = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    elif kind == "prepared":
-        positions = positions_of(_prepared_config(path))
+    elif kind == "bundle":
+        positions = positions_of(_bundle_config(path))
     else:
         folder = hub_directory(source) if kind == "hub" else path
         config = read_config(folder if kind == "config" else folder / "config.json")
@@ -217,8 +233,8 @@ def end_tokens(source: str | os.PathLike[str]) -> list[int]:
         ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
         return [token for token in dict.fromkeys(ids) if isinstance(token, int)]
     folder = hub_directory(source) if kind == "hub" else path
-    if kind == "prepared":
-        return _token_ids(_prepared_config(folder).get("eos_token_id"))
+    if kind == "bundle":
+        return _token_ids(_bundle_config(folder).get("eos_token_id"))
     for file in (path,) if kind == "config" else (folder / "generation_config.json", folder / "config.json"):
         if file.exists():
             try:
@@ -237,10 +253,10 @@ def _token_ids(stated: Any) -> list[int]:
     return [token for token in (stated if isinstance(stated, list) else [stated]) if isinstance(token, int)]
 
 
-def _prepared_config(folder: Path) -> dict[str, Any]:
-    from tightfit.profiles.sources.prepared import load_prepared
+def _bundle_config(folder: Path) -> dict[str, Any]:
+    from tightfit.profiles.sources.bundle import Bundle
 
-    return load_prepared(folder).request.source.config
+    return Bundle.load(folder).request.config
 
 
 def hub_directory(name: str | os.PathLike[str]) -> Path:
@@ -273,7 +289,7 @@ def _named(source: str | os.PathLike[str]) -> tuple[Kind, Path]:
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return "prepared" if (path / PREPARED).is_file() else "directory", path.resolve()
+        return "bundle" if (path / BUNDLE).is_file() else "directory", path.resolve()
     if path.is_file():
         if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
             return "gguf", path.resolve()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tightfit.profiles.models.decoder_facts import DecoderFacts
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.source import PackProgress, Source, block_rows
 from tightfit.profiles.worker_process import run_worker, send, work
@@ -56,6 +57,7 @@ def _have_packed(source: Source, directory: str | os.PathLike[str], progress: Pa
         "source": source.path,
         "base": source.base,
         "embeddings": source.embeddings,
+        "decoder": None if source.decoder is None else source.decoder.model_dump(mode="json"),
         "name": source.name,
         "fingerprint": source.fingerprint,
         "directory": os.fspath(directory),
@@ -73,7 +75,7 @@ def _have_packed(source: Source, directory: str | os.PathLike[str], progress: Pa
             child_environment(cores) | {"TIGHTFIT_CACHE": os.fspath(cache_directory())},
             doing="packing",
             predicted_bytes=packing_bytes(source),
-            instead="pack on a larger machine: `tightfit prepare --weights`",
+            instead="make a bundle with the weights on a larger machine (`tightfit prepare --weights`)",
             on_message=heard,
         )
     finally:
@@ -95,7 +97,8 @@ def _pack(request: dict[str, Any]) -> str:
     """The worker's part; returns the path of the store."""
     from tightfit.profiles.weights.pack import build_store
 
-    source = resolve(request["source"], base=request["base"], embeddings=request["embeddings"])
+    decoder = None if request["decoder"] is None else DecoderFacts.model_validate(request["decoder"])
+    source = resolve(request["source"], base=request["base"], embeddings=request["embeddings"], decoder=decoder)
     if source.fingerprint != request["fingerprint"]:
         raise InputError(f"{request['source']}: was changed while it was being opened; start again")
     if source.needs_numpy:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from tightfit.profiles.sources.huggingface import (
     quantised_tensor,
     text_name,
 )
-from tightfit.profiles.sources.known_decoders import decoder_facts
 from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
 from tightfit.profiles.sources.stacked_experts import (
     dtype_of_parts,
@@ -57,16 +56,18 @@ if TYPE_CHECKING:
 Rows = Callable[[int, int], "Tensor"]
 
 
-def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | None = None) -> Source:
+def any_directory_source(
+    path: Path, *, precision: Precision = DEFAULT, name: str | None = None, decoder: DecoderFacts | None = None
+) -> Source:
     """The model in a directory with config.json and safetensors; arguments and errors as for
-    `tightfit.profiles.sources.huggingface.directory_source`.
+    `tightfit.profiles.sources.huggingface.directory_source`. Without `decoder`, what it consists of, transformers builds it.
     """
     config = read_config(path / "config.json")
     method = method_of(path, config)
     stated = config.pop(QUANTIZATION, None)
     digest = hashlib.sha256()
     keys = {file: checkpoint_keys(file, digest) for file in checkpoint_files(path)}
-    decoder = decoder_facts(config, spellings(keys.values()))
+    decoder = decoder or built_decoder(config, spellings(keys.values()))
     locations: dict[str, tuple[Path, str]] = {}
     dtypes: dict[str, str] = {}
     for file, dtype_of in keys.items():
@@ -155,6 +156,15 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
         embeddings=precision.embeddings,
         decoder=decoder,
     )
+
+
+def built_decoder(config: Mapping[str, Any], stored: Sequence[str]) -> DecoderFacts:
+    """What a config's decoder consists of whose checkpoint has the names `stored`. Raises InputError for what transformers does not build,
+    or where it is not installed.
+    """
+    from tightfit.profiles.models.transformers_decoder import facts
+
+    return facts(config, stored)
 
 
 def stored_names(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -91,6 +91,26 @@ class ProfiledStep(ABC):
         return {"config": self.source.config}
 
 
+def of_source(step: TracedStep, source: Source, accumulate: int) -> TracedStep:
+    """A step that was traced from a description of the source's model, as if it had been traced of the source itself."""
+    added = {name: value for name, value in step.model.config.items() if name not in source.config}
+    fields = {
+        "name": source.name,
+        "source": source.path,
+        "config": source.config | added,
+        "base": source.base,
+        "embeddings": source.embeddings,
+        "rounding": source.note or None,
+    }
+    return step.model_copy(
+        update={
+            "model": step.model.model_copy(update=fields),
+            "optimizer": adamw(accumulate),
+            "tensors": [_packed(tensor, source.entries) for tensor in step.tensors],
+        }
+    )
+
+
 def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:
     if tensor.kind != "weight":
         return tensor

@@ -1,35 +1,39 @@
 """Traces steps, of training and of answers, in a process of its own, which has PyTorch and ends before anything is measured.
 
-A process that has not loaded PyTorch does not load it: `traced_step` and `traced_answers` then start this module as a worker
-(`tightfit.profiles.worker_process`). The worker knows a model by its description alone, as a service does that traces
-for a device elsewhere.
+A process that has not loaded PyTorch does not load it: `traced_step`, `traced_answers` and `traced_bundle` then start this module as a
+worker (`tightfit.profiles.worker_process`). The worker knows a model by its description alone, as a service does that makes a bundle for
+a device elsewhere.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tightfit.profiles.models.answer_steps import AnswerSteps
+from tightfit.profiles.models.answer_steps import Answers
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.options import ProfileOptions, Progress
-from tightfit.profiles.schema import TracedStep, adamw
-from tightfit.profiles.sources.described import AnswersWanted, TracingRequest, described, described_source
-from tightfit.profiles.sources.known_decoders import built_by_transformers
-from tightfit.profiles.sources.prepared import PreparedModel
+from tightfit.profiles.schema import TracedStep
+from tightfit.profiles.sources.bundle import Bundle, BundleRequest
+from tightfit.profiles.sources.random_weights import random_source
+from tightfit.profiles.sources.transformers_source import any_random_source, built_decoder
 from tightfit.profiles.steps.answer_tracing import trace_answers
+from tightfit.profiles.steps.bundled_step import MEASURING
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.decoder_step import DecoderStep
-from tightfit.profiles.steps.prepared_step import MEASURING
+from tightfit.profiles.steps.step import ProfiledStep, of_source
 from tightfit.profiles.weights.source import Source
 from tightfit.profiles.worker_process import check_place, run_worker, work
 from tightfit.runtime.common.interpreter import command, python_path
 
 if TYPE_CHECKING:
-    from tightfit.profiles.steps.step import ProfiledStep
+    from collections.abc import Callable
+
+    from pydantic import BaseModel
 
 
 TRACING_BYTES, TRANSFORMERS_BYTES = 416 << 20, 700 << 20
@@ -40,27 +44,45 @@ DORA_BYTES, TILE_BYTES = 64 << 20, 5 << 20
 """what magnitudes of DoRA, and each tile, add"""
 
 
-def tracing_request(step: ProfiledStep) -> TracingRequest:
-    """What has to be known of a step to trace it elsewhere."""
-    values = step.options.model_dump(mode="json", exclude=set(MEASURING), exclude_defaults=True)
-    lora = asdict(step.lora) if isinstance(step, DecoderStep) and step.options.adapter is not None else None
-    return TracingRequest(source=described(step.source), options=values, lora=lora)
-
-
-def trace_requested(request: TracingRequest, report: Progress) -> PreparedModel:
-    """What was asked for, traced in this process. Raises InputError for a model or options that cannot be used."""
-    source = described_source(request.source)
-    return PreparedModel(
-        request=request,
-        step=None if request.options is None else _step_requested(source, request).traced(report),
-        answers=None if request.answers is None else trace_answers(source, request.answers),
-        decoder=None if request.stored is None else built_by_transformers(source.config, request.stored),
-        weights="elsewhere",
+def request_of(model: BundleRequest, options: ProfileOptions) -> BundleRequest:
+    """The request for a bundle of a model, which is described, with the step that the options ask for. Raises InputError for options that
+    it cannot have.
+    """
+    bare = Source(
+        name=model.name,
+        kind="described",
+        path=model.name,
+        config=model.config,
+        fingerprint="",
+        has_weights=False,
+        entries={},
+        tensors=lambda: (),
     )
+    step = step_of(bare, options)
+    values = options.model_dump(mode="json", exclude=set(MEASURING), exclude_defaults=True)
+    lora = asdict(step.lora) if isinstance(step, DecoderStep) and options.adapter is not None else None
+    return model.model_copy(update={"options": values, "lora": lora})
 
 
-def _step_requested(source: Source, request: TracingRequest) -> ProfiledStep:
-    step = step_of(source, ProfileOptions.of(request.options or {}))
+def make_bundle(request: BundleRequest, report: Progress) -> Bundle:
+    """The bundle that was asked for, traced in this process. Raises InputError for a model or options that cannot be used."""
+    source = _described(request)
+    step = _step_of(source, request).traced(report)
+    return Bundle(request=request, step=step, answers=trace_answers(source), decoder=source.decoder)
+
+
+def _described(request: BundleRequest) -> Source:
+    """The model of a request, without weights."""
+    path = Path(request.name)
+    if handwritten(request.config):
+        source = random_source(request.config, path)
+    else:
+        source = any_random_source(request.config, path, built_decoder(request.config, request.stored))
+    return replace(source, name=request.name, path=request.name, note="")
+
+
+def _step_of(source: Source, request: BundleRequest) -> ProfiledStep:
+    step = step_of(source, ProfileOptions.of(request.options))
     if request.lora is not None and isinstance(step, DecoderStep):
         settings: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in request.lora.items()
@@ -86,7 +108,10 @@ def what_it_takes(step: ProfiledStep) -> tuple[int, str]:
     needed += DORA_BYTES * step.options.dora
     if isinstance(step, DecoderStep) and step.tile is not None:
         needed += TILE_BYTES * (step.batch * step.seq // step.tile)
-    return needed, "have the model traced on a machine with more memory: `tightfit prepare` there, or by a service"
+    return (
+        needed,
+        "take a bundle of the model: `tightfit prepare` makes it on a machine with more memory, or a service does",
+    )
 
 
 def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
@@ -96,49 +121,54 @@ def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
     """
     if traced_here(step):
         return step.traced(report)
-    needed, instead = what_it_takes(step)
-    traced = _by_worker(tracing_request(step), needed, instead, report).training
-    return traced.model_copy(update={"optimizer": adamw(step.options.accumulate)})
+    request = request_of(BundleRequest(name=step.source.name, config=step.source.config), step.options)
+    traced = TracedStep.model_validate(_by_worker("step", request, *what_it_takes(step), report))
+    return of_source(traced, step.source, step.options.accumulate)
 
 
-def answers_request(source: Source, wanted: AnswersWanted) -> TracingRequest:
-    """What has to be known of a decoder to trace the steps of its answers elsewhere."""
-    return TracingRequest(source=described(source), answers=wanted)
+def traced_answers(source: Source) -> Answers:
+    """The steps of a decoder's answers, traced here where PyTorch is loaded already; else by a worker. Raises RunError if the worker fails."""
+    if "torch" in sys.modules:
+        return trace_answers(source)
+    request = BundleRequest(name=source.name, config=source.config)
+    instead = "take a bundle of the model (--server URL, or --bundle FOLDER)"
+    return Answers.model_validate(_by_worker("answers", request, FAMILY_BYTES, instead, lambda *_: None))
 
 
-def traced_answers(source: Source, wanted: AnswersWanted) -> AnswerSteps:
-    """The steps of a decoder's answers, traced here where PyTorch is loaded already; else by a worker.
+def traced_bundle(request: BundleRequest, report: Progress) -> Bundle:
+    """The bundle that is asked for, made here where PyTorch is loaded already; else by a worker.
 
-    Raises InputError for a decoder that cannot answer with a cache, RunError if the worker fails.
+    Raises InputError for what cannot be traced, RunError if the worker fails.
     """
     if "torch" in sys.modules:
-        return trace_answers(source, wanted)
-    traced = _by_worker(
-        answers_request(source, wanted),
-        FAMILY_BYTES if handwritten(source.config) else TRANSFORMERS_BYTES,
-        "have the model traced by a service (`--server URL`), or prepare it on a machine with more memory (`tightfit prepare --weights`)"
-        " and ask the folder",
-        lambda stage, done, total: None,
-    ).answers
-    assert traced is not None
-    return traced
+        return make_bundle(request, report)
+    needed = TRACING_BYTES if handwritten(request.config) else TRANSFORMERS_BYTES
+    instead = "make the bundle on a machine with more memory"
+    return Bundle.model_validate(_by_worker("bundle", request, needed, instead, report))
 
 
-def _by_worker(request: TracingRequest, needed: int, instead: str, report: Progress) -> PreparedModel:
-    result = run_worker(
+def _by_worker(what: str, request: BundleRequest, needed: int, instead: str, report: Progress) -> Any:
+    return run_worker(
         command(__name__),
-        request.model_dump(mode="json"),
+        {"what": what, "request": request.model_dump(mode="json")},
         os.environ | {"PYTHONPATH": python_path()},
         doing="tracing",
         predicted_bytes=needed,
         instead=instead,
         on_message=lambda message: report(message["stage"], message["done"], message["total"]),
     )
-    return PreparedModel.model_validate(result)
 
 
-def _trace(request: dict[str, Any], report: Progress) -> dict[str, Any]:
-    return trace_requested(TracingRequest.model_validate(request), report).model_dump(mode="json")
+WORK: dict[str, Callable[[BundleRequest, Progress], BaseModel]] = {
+    "step": lambda request, report: _step_of(_described(request), request).traced(report),
+    "answers": lambda request, report: trace_answers(_described(request)),
+    "bundle": make_bundle,
+}
+"""what of a model is traced -> how"""
+
+
+def _trace(order: dict[str, Any], report: Progress) -> dict[str, Any]:
+    return WORK[order["what"]](BundleRequest.model_validate(order["request"]), report).model_dump(mode="json")
 
 
 if __name__ == "__main__":

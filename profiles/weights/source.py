@@ -78,7 +78,7 @@ class Source:
 
     name: str
     kind: str
-    """One of huggingface, gguf, random, module, prepared and described."""
+    """One of huggingface, gguf, random, module and bundle."""
     path: str
     """What the user named, made absolute where it is a path."""
     config: dict[str, Any]
@@ -109,8 +109,8 @@ def without_names(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("adapter_body", "adapter_base", "wrapper_type")}
 
 
-PREPARED = "prepared.json"
-"""the file by which a folder of `tightfit prepare` is known (`tightfit.profiles.sources.prepared`)"""
+BUNDLE = "bundle.json"
+"""the file by which a bundle is known (`tightfit.profiles.sources.bundle`)"""
 FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or package.module:factory"
 
 

@@ -1,4 +1,4 @@
-"""A service that traces and solves for this machine: what it is asked for is kept in the cache and not asked for again."""
+"""A service that makes bundles for this machine and plans for it: what it was asked for is kept in the cache and not asked for again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import TypeAdapter
 
 from tightfit.planner.generation.choice import Choice, ChoiceProblem
+from tightfit.profiles.options import SEQ, ProfileOptions
 from tightfit.profiles.schema import PROFILE_VERSION
-from tightfit.profiles.sources.described import TracingRequest
-from tightfit.profiles.sources.known_decoders import keep_facts
-from tightfit.profiles.sources.lookup import description_request
-from tightfit.profiles.sources.prepared import PreparedModel, is_prepared, load_prepared, save_prepared
+from tightfit.profiles.sources.lookup import longest_sequence
+from tightfit.profiles.weights.source import BUNDLE
 from tightfit.runtime.cli.options import service
 from tightfit.runtime.common.files import cache_directory, kept, write_whole
+from tightfit.runtime.results.answer_options import AnswerOptions
 
 if TYPE_CHECKING:
     from tightfit.planner.service.client import Client
@@ -34,32 +34,37 @@ class Elsewhere:
 
     def __init__(self, url: str, certificate: Path | None, *, force: bool, report: Callable[[str], None]) -> None:
         self._url, self._certificate, self._force, self._report = url, certificate, force, report
-        self._traced: dict[str, PreparedModel] = {}
 
-    def describe(self, model: str) -> None:
-        """Learn what the decoder of a model consists of, where only transformers knows its family: it is not needed here then."""
-        request = description_request(model, anew=self._force)
+    def bundle(self, model: str, options: ProfileOptions) -> Path | None:
+        """The folder of a bundle of the model with the step that the options ask for. None where the model is code of one's own, and where
+        it or an option is a bundle.
+        """
+        return self._bundle(model, options, any_step=False)
+
+    def answers(self, model: str, options: AnswerOptions) -> Path | None:
+        """The folder of a bundle of the model, with whatever step; else as `bundle`."""
+        seq = min(SEQ, longest_sequence(model) or SEQ)
+        asked = ProfileOptions(seq=seq, base=options.base, embeddings=options.embeddings, bundle=options.bundle)
+        return self._bundle(model, asked, any_step=True)
+
+    def _bundle(self, model: str, options: ProfileOptions, *, any_step: bool) -> Path | None:
+        from tightfit.profiles.api import bundle_request
+
+        request = bundle_request(model, **dict(options))
         if request is None:
-            return
-        self._report(f"having the model described by {self._url}")
-        facts = self._asked(lambda client: client.trace(request)).decoder
-        assert facts is not None
-        keep_facts(request.source.config, request.stored or (), facts)
-
-    def trace(self, request: TracingRequest) -> Path:
-        """The prepared folder with what was asked for."""
-        folder = cache_directory() / "prepared" / _key(request.model_dump_json())
-        if self._force or not is_prepared(folder):
-            self._report(f"having the model traced by {self._url}")
-            save_prepared(self._asked(lambda client: client.trace(request)), folder, None, None)
+            return None
+        request = request.without_places()
+        of_model = request.model_copy(update={"options": {}, "lora": None})
+        folders = cache_directory() / "bundles" / _key(of_model.model_dump_json())
+        folder = folders / _key(request.model_dump_json())
+        kept_bundles = [
+            file.parent for file in sorted(folders.glob(f"*/{BUNDLE}" if any_step else f"{folder.name}/{BUNDLE}"))
+        ]
+        if kept_bundles and not self._force:
+            return kept_bundles[0]
+        self._report(f"having the model traced by {self._url}")
+        self._asked(lambda client: client.bundle(request)).save(folder)
         return folder
-
-    def traced(self, request: TracingRequest) -> PreparedModel:
-        """What was asked for: once, however often it is wanted."""
-        key = _key(request.model_dump_json())
-        if key not in self._traced:
-            self._traced[key] = load_prepared(self.trace(request))
-        return self._traced[key]
 
     def choose(self, problems: Sequence[ChoiceProblem]) -> Sequence[Choice | None]:
         """What stays in memory between the tokens of answers (`tightfit.planner.generation.choice.Choose`)."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from tightfit.profiles.option_fields import PRIMARY
-from tightfit.profiles.weights.source import PREPARED
+from tightfit.profiles.weights.source import BUNDLE
 from tightfit.runtime.cli.options import Certificate, Cgroup, Debug, Server, read, with_options
 from tightfit.runtime.cli.phase_memory import ANSWERING, expect_phase
 from tightfit.runtime.common.errors import InputError
@@ -120,7 +120,7 @@ def _hand_on(
 
     console = messages()
     if invoked.obj:
-        expect_phase("preparing the answers", ANSWERING, [Path(model) / PREPARED])
+        expect_phase("preparing the answers", ANSWERING, [Path(options.bundle or model) / BUNDLE])
     if size == "auto":
         budget, why = spare_memory()
         console.print(f"memory: {format_size(budget)}; {why}")
@@ -138,8 +138,8 @@ def _hand_on(
             from tightfit.runtime.cli.elsewhere import Elsewhere
 
             service = Elsewhere(server, certificate, force=options.force, report=lambda what: stages(what, 0, 1))
-            service.describe(model)
-            options = options.but(tracer=service.traced, choose=service.choose)
+            bundle = service.answers(model, options)
+            options = options.but(choose=service.choose, bundle=options.bundle if bundle is None else bundle)
         order = kept.enter_context(
             prepared(
                 model,

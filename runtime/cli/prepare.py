@@ -1,4 +1,4 @@
-"""The command ``tightfit prepare``: traces a model on this machine for a device that has too little memory for that."""
+"""The command ``tightfit prepare``: makes a bundle of a model for a device that has too little memory to trace it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tightfit.runtime.common.units import format_size
 from tightfit.runtime.supervision.printing import answer
 
 
-@with_options(ProfileOptions, "device", "threads", "force", "prepared", "accumulate")
+@with_options(ProfileOptions, "device", "threads", "force", "bundle", "accumulate")
 def prepare(
     model: Annotated[
         str,
@@ -28,7 +28,7 @@ def prepare(
         bool,
         typer.Option(
             "--weights/--no-weights",
-            help="Put the packed weights into the folder, so that the device needs nothing else.",
+            help="Put the packed weights into the bundle, so that the device needs nothing else.",
         ),
         PRIMARY,
     ] = False,
@@ -36,8 +36,8 @@ def prepare(
     debug: Debug = False,
     **options: Any,
 ) -> None:
-    """Trace a training step of MODEL into a folder, which is copied to a small device: `tightfit train FOLDER` there needs neither
-    transformers nor the memory of tracing.
+    """Make a bundle of MODEL, a folder with the traced training step and the traced answers, which is copied to a small device: with it
+    `tightfit train`, `generate` and `chat` need neither transformers nor the memory of tracing.
     """
     prepare_options = read(ProfileOptions, options)
     from tightfit.runtime.cli.terminal import StagesDisplay, messages
@@ -45,10 +45,10 @@ def prepare(
     console = messages()
     with StagesDisplay(console) as stages:
         stages(f"opening {model}", 0, 1)
-        from tightfit.profiles.api import prepare as trace
+        from tightfit.profiles.api import prepare as make
 
-        prepared = trace(model, output, weights, **dict(prepare_options.but(progress=stages)))
-    step = prepared.training
+        bundle = make(model, output, weights, **dict(prepare_options.but(progress=stages)))
+    step = bundle.step
     size = sum(file.stat().st_size for file in output.iterdir())
     summary = {
         "folder": str(output),
@@ -56,16 +56,17 @@ def prepare(
         "model": step.model.name,
         "seq": step.seq,
         "batch": step.batch,
-        "weights": prepared.weights,
+        "weights": weights,
+        "answers": bundle.answers.refused is None,
     }
-    where = {"here": "with its weights", "elsewhere": "without weights", "random": "which has no weights"}[
-        prepared.weights
-    ]
-    text = f"{output}: {step.model.name} {where}, a step of {step.batch} x {step.seq} tokens, {format_size(size)}"
-    answer(summary, text, as_json=as_json)
-    model_words = f"{shlex.quote(str(output))}"
-    if prepared.weights == "elsewhere":
-        model_words = f"{shlex.quote(model)} --prepared {model_words}"
-    console.print(
-        f"copy the folder{next_command(f'tightfit train {model_words} --data FILE.jsonl --memory SIZE -o out')}"
+    text = (
+        f"{output}: a bundle of {step.model.name} {'with' if weights else 'without'} its weights, a step of {step.batch} x {step.seq} tokens,"
+        f" {format_size(size)}"
     )
+    answer(summary, text, as_json=as_json)
+    if bundle.answers.refused is not None:
+        console.print(f"no answers: {bundle.answers.refused}")
+    words = shlex.quote(str(output))
+    if not weights:
+        words = f"{shlex.quote(model)} --bundle {words}"
+    console.print(f"copy the folder{next_command(f'tightfit train {words} --data FILE.jsonl --memory SIZE -o out')}")

@@ -57,7 +57,13 @@ def profile(
 
         profile_options = profile_options.but(progress=stages, memory=_left_for_measuring(memory))
         if server is not None:
-            profile_options = traced_by(server, model, profile_options, certificate)
+            from tightfit.runtime.cli.elsewhere import Elsewhere
+
+            elsewhere = Elsewhere(
+                server, certificate, force=profile_options.force, report=lambda what: stages(what, 0, 1)
+            )
+            bundle = elsewhere.bundle(model, profile_options)
+            profile_options = profile_options if bundle is None else profile_options.but(bundle=bundle)
         measured = measure(model, **dict(profile_options))
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}
@@ -69,19 +75,3 @@ def profile(
 def _left_for_measuring(memory: str | None) -> int | None:
     """Bytes of a budget that this process leaves to those that measure."""
     return None if memory is None else max(1, parse_size(memory) - resident().resident)
-
-
-def traced_by(server: str, model: str, options: ProfileOptions, certificate: Path | None) -> ProfileOptions:
-    """The options with a step that the service at `server` has traced; the weights stay here. The step of a module is traced here.
-
-    Raises what the service's client raises.
-    """
-    from tightfit.profiles.api import request_trace
-    from tightfit.runtime.cli.elsewhere import Elsewhere
-
-    report = options.progress
-    assert report is not None
-    service = Elsewhere(server, certificate, force=options.force, report=lambda what: report(what, 0, 1))
-    service.describe(model)
-    request = request_trace(model, **dict(options))
-    return options if request is None else options.but(prepared=service.trace(request))

@@ -19,7 +19,7 @@ import typer
 from tightfit.planner.report.summary import rehearsal_words
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.sources.lookup import names_module
-from tightfit.profiles.weights.source import PREPARED
+from tightfit.profiles.weights.source import BUNDLE
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.config_file import FOR_ONE_CALL, read_file, write_options
 from tightfit.runtime.cli.course import (
@@ -112,7 +112,7 @@ class TrainStages:
         if stage == BEGIN:
             expect_phase(NAMES[stage], READING, [], [self.values["data"], self.values["eval_data"]])
         elif stage == MEASURE:
-            expect_phase(NAMES[stage], PROFILING, [Path(self.values["prepared"] or self.values["model"]) / PREPARED])
+            expect_phase(NAMES[stage], PROFILING, [Path(self.values["bundle"] or self.values["model"]) / BUNDLE])
         elif stage in {PLAN, SMALLER} and self.values["server"] is not None:
             expect_phase(NAMES[stage], ASKING, files[:1])
         elif stage == REHEARSE:
@@ -313,7 +313,7 @@ def _length(values: Mapping[str, Any], budget: int, tokens: Path, console: Conso
 
     Raises InputError if there are no such data.
     """
-    from tightfit.profiles.sources.lookup import prepared_seq
+    from tightfit.profiles.sources.lookup import traced_seq
     from tightfit.runtime.cli.terminal import StagesDisplay
     from tightfit.runtime.data.sequence import check_files, choose_seq
 
@@ -322,7 +322,7 @@ def _length(values: Mapping[str, Any], budget: int, tokens: Path, console: Conso
         return requested_seq
     check_files(values["data"], values["eval_data"])
     if requested_seq is None:
-        requested_seq = prepared_seq(values["model"], values["prepared"])
+        requested_seq = traced_seq(values["model"], values["bundle"])
     with StagesDisplay(console) as stages:
         seq, why = choose_seq(
             values["model"],

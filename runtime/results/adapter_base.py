@@ -49,9 +49,9 @@ def open_base(folder: Path, requested: str | None) -> AdapterBase:
         raise InputError(
             f"{base_name} is a bare config, whose weights are random: there is nothing to merge; give its {spelled('base')}"
         )
-    if source.kind == "prepared":
+    if source.kind == "bundle":
         raise InputError(
-            f"{base_name} is a prepared folder, whose weights are packed: name the model's own files with {spelled('base')}"
+            f"{base_name} is a bundle, whose weights are packed: name the model's own files with {spelled('base')}"
         )
     if source.kind not in ("huggingface", "gguf"):
         raise InputError(

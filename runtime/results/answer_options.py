@@ -30,6 +30,9 @@ class AnswerOptions(CappedOptions):
         metavar="DIR",
         primary=True,
     )
+    bundle: PathText | Path | None = option(
+        None, "Take the traced answers from this bundle, which `tightfit prepare` made.", metavar="DIR"
+    )
     system: str | None = option(None, "What the system turn says.", metavar="TEXT", primary=True)
     """which a chat template puts before the prompt"""
     template: bool = option(True, "Put prompts into the model's chat template, if it has one.")
@@ -60,8 +63,6 @@ class AnswerOptions(CappedOptions):
     threads: int | None = option(None, "Cores to compute with; default: all.", ge=1, le=1 << 12)
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.")
 
-    tracer: Any = None
-    """traces the steps of answers on another machine (`tightfit.runtime.results.generation_steps.Tracer`); None: this one does"""
     choose: Any = None
     """chooses on another machine what stays in memory (`tightfit.planner.generation.choice.Choose`); None: this one does"""
     shown: Any = None

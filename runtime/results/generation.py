@@ -18,10 +18,10 @@ from tightfit.planner.generation.plan import GenerationPlan, plan_answers
 from tightfit.planner.generation.problem import AdapterPair, Problem
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
-from tightfit.profiles.models.decoder_config import handwritten
+from tightfit.profiles.models.answer_steps import INSTEAD, Answers
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.sources.directory_tokenizer import write_vocabulary
-from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve, vocabulary
+from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve_traced, vocabulary
 from tightfit.profiles.sources.packing import packed_store
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import Source
@@ -41,7 +41,7 @@ from tightfit.runtime.results.adapter_changes import AdapterFolder
 from tightfit.runtime.results.answer_options import CONTEXT, AnswerOptions
 from tightfit.runtime.results.evaluation import temporary_folder
 from tightfit.runtime.results.generation_figures import CHILD, job_of, measured
-from tightfit.runtime.results.generation_steps import traced_steps
+from tightfit.runtime.results.generation_steps import answers_of
 from tightfit.runtime.results.place import adapter_folder
 from tightfit.runtime.session.output import locked
 from tightfit.runtime.supervision import answering
@@ -54,11 +54,6 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eom_id|>
 """tokens with which chat templates of published models end a turn"""
 QUESTION = 128
 """tokens of a question in a conversation, for which the plan is to be fast"""
-INSTEAD = (
-    "merge the adapter into a model of its own (tightfit merge) and generate with transformers, or with llama.cpp where it has"
-    " the family"
-)
-"""what to do with a model that cannot answer here"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +61,7 @@ class AnsweringModel:
     """A model that is ready to answer, but for a plan."""
 
     source: Source
+    steps: Answers
     vocabulary: Vocabulary
     store: Path
     fingerprint: str
@@ -217,14 +213,14 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
     Raises InputError for what cannot answer, by name, with what to do.
     """
     adapter, stages = options.adapter, options.stages
-    source = resolve(model, base=options.base, embeddings=options.embeddings)
+    source, bundle = resolve_traced(model, options.bundle, base=options.base, embeddings=options.embeddings)
     if source.kind == "module":
         raise InputError(f"{source.name} is a module of your own and no language model; call it yourself")
     longest = longest_sequence(model)
-    if options.tracer or not handwritten(source.config):  # refuses what cannot answer, before its weights are packed
-        if stages:
-            stages("tracing", 0, 1)
-        traced_steps(source, longest or CONTEXT, INSTEAD, options.tracer)
+    if stages and bundle is None:
+        stages("tracing", 0, 1)
+    steps = answers_of(source) if bundle is None else bundle.answers
+    steps.of(longest or CONTEXT)  # refuses what cannot answer, before its weights are packed
     words = vocabulary(model)
     if words is None:
         raise InputError(f"{source.name} has no tokenizer; put tokenizer.json beside its config.json")
@@ -235,6 +231,7 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
     folder = None if adapter is None else adapter_folder(Path(adapter).absolute())
     return AnsweringModel(
         source=source,
+        steps=steps,
         vocabulary=words,
         store=store,
         fingerprint=header.fingerprint,
@@ -313,7 +310,7 @@ def _problem(ready: AnsweringModel, options: AnswerOptions, encoded: Sequence[Se
             f" {ready.source.name} was made for; give a smaller {spelled('max_tokens')}"
         )
     problem = Problem(
-        steps=traced_steps(ready.source, context, INSTEAD, options.tracer),
+        steps=ready.steps.of(context),
         entries=ready.entries,
         prompt_tokens=prompt,
         answer_tokens=options.max_tokens,

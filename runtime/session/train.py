@@ -11,7 +11,7 @@ from typing import Any, cast
 from tightfit.planner.plan import plan
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.api import profile
-from tightfit.profiles.sources.lookup import names_module, prepared_seq
+from tightfit.profiles.sources.lookup import names_module, traced_seq
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.data.sequence import check_files, choose_seq
 from tightfit.runtime.session.beforehand import check_beforehand
@@ -58,7 +58,7 @@ def train(
                 held_out = None if eval_data is None else os.fspath(cast("str", eval_data))
                 check_files(train_files, held_out)
                 if seq is None:
-                    seq = prepared_seq(model, options.get("prepared"))
+                    seq = traced_seq(model, options.get("bundle"))
                 seq, _ = choose_seq(
                     model,
                     train_files,

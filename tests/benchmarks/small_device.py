@@ -1,9 +1,9 @@
 """From nothing cached to an adapter inside a memory cgroup without swap: ``make bench-small`` prints, stage by stage, what was held, how
 often the limit was met, and whether something was killed.
 
-The cgroup holds the whole command and has the budget as its limit. Roads: ``alone`` (the device does all), ``service`` (a service on
-this machine, outside the cgroup, traces and plans) and ``files`` (`tightfit prepare`, outside, has traced the model). ``ARGS='--models
-smollm2 --roads alone'`` for one.
+The cgroup holds the whole command and has the budget as its limit. The bundle comes from a ``service`` (on this machine, outside the
+cgroup, which also plans) or is a ``folder`` (`tightfit prepare`, outside, has made it). ``ARGS='--models smollm2 --bundles folder'`` for
+one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tightfit.runtime.supervision.cgroup import MemoryCgroup
 CONFIGS = FOLDER.parents[1] / "examples" / "models"
 BUDGETS = {"smollm2": 256, "qwen2.5-0.5b": 320, "qwen2.5-3b": 662}
 """model -> MiB"""
-ROADS = ("alone", "service", "files")
+BUNDLES = ("service", "folder")
 SEQ = 64
 LOOK_SECONDS = 0.02
 TRAINING = "training"
@@ -57,23 +57,23 @@ class Observed:
 
 def main(
     models: Annotated[str, typer.Option(help="Of smollm2, qwen2.5-0.5b and qwen2.5-3b.")] = "smollm2",
-    roads: Annotated[str, typer.Option(help="Of alone, service and files.")] = ",".join(ROADS),
+    bundles: Annotated[str, typer.Option(help="Of service and folder.")] = ",".join(BUNDLES),
     limit: Annotated[int | None, typer.Option(help="MiB; default: the model's goal.")] = None,
     steps: int = 6,
     extra: Annotated[str, typer.Option(help="Further words of `tightfit train`.")] = "",
 ) -> None:
-    """Train each model on each road in its limit, and print one table."""
-    table = Table(*("model", "MiB", "road", "stage", "predicted", "held", "limit met", "seconds of all", "end"))
+    """Train each model with a bundle of each kind in its limit, and print one table."""
+    table = Table(*("model", "MiB", "bundle", "stage", "predicted", "held", "limit met", "seconds of all", "end"))
     for name in models.split(","):
         budget = limit or BUDGETS[name]
-        for road in roads.split(","):
+        for bundle in bundles.split(","):
             with tempfile.TemporaryDirectory() as folder:
-                _add_rows(table, name, budget, road, steps, Path(folder), extra.split())
+                _add_rows(table, name, budget, bundle, steps, Path(folder), extra.split())
     report = tables.Report(width=130)
     report.table(table)
 
 
-def _add_rows(table: Table, name: str, budget: int, road: str, steps: int, folder: Path, extra: list[str]) -> None:
+def _add_rows(table: Table, name: str, budget: int, bundle: str, steps: int, folder: Path, extra: list[str]) -> None:
     out = folder / "out"
     model, data = _model(name)
     words = [
@@ -88,7 +88,7 @@ def _add_rows(table: Table, name: str, budget: int, road: str, steps: int, folde
         str(out),
         *extra,
     ]
-    with _road(road, words, folder) as environment:
+    with _device(bundle, words, folder) as environment:
         observed = carried_out(["train", *words, "--json"], environment, budget * MIB)
     report = json.loads(observed.words)["report"] if observed.code == 0 else {}
     held = report.get("stage_bytes") or {}
@@ -96,7 +96,7 @@ def _add_rows(table: Table, name: str, budget: int, road: str, steps: int, folde
 
     def row(stage: str, figure: dict[str, int] | None, touches: int, seconds: str = "", end: str = "") -> None:
         sizes = [format_size(figure[name]) if figure and figure[name] else "–" for name in ("predicted", "measured")]
-        table.add_row(name, str(budget), road, stage, *sizes, str(touches), seconds, end)
+        table.add_row(name, str(budget), bundle, stage, *sizes, str(touches), seconds, end)
 
     for stage in dict.fromkeys([*held, *observed.touches]):
         if stage != TRAINING:
@@ -117,16 +117,15 @@ def _model(name: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _road(road: str, words: list[str], folder: Path) -> Iterator[dict[str, str]]:
+def _device(bundle: str, words: list[str], folder: Path) -> Iterator[dict[str, str]]:
     """The environment of the device, with an empty cache; what works elsewhere works meanwhile, or has worked before."""
     device = os.environ | {"PYTHONPATH": python_path(), "TIGHTFIT_CACHE": str(folder / "cache")}
     elsewhere = device | {"TIGHTFIT_CACHE": str(folder / "elsewhere")}
-    if road == "files":
-        prepared = str(folder / "model.tight")
-        made = [*command("tightfit.runtime.cli.main", "prepare"), words[0], f"--seq={SEQ}", "-o", prepared]
-        subprocess.run(made, env=elsewhere, check=True, capture_output=True)
-        words += ["--prepared", prepared]
-    if road != "service":
+    if bundle == "folder":
+        made = str(folder / "model.tight")
+        prepare = [*command("tightfit.runtime.cli.main", "prepare"), words[0], f"--seq={SEQ}", "-o", made]
+        subprocess.run(prepare, env=elsewhere, check=True, capture_output=True)
+        words += ["--bundle", made]
         yield device
         return
     port = "8765"

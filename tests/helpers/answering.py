@@ -87,8 +87,8 @@ def problem_of(
 def steps_of(config: dict[str, Any], stored: Collection[str], longest: int) -> AnswerSteps:
     """The steps of a hand-written decoder, or of one that transformers builds."""
     if handwritten(config):
-        return family_steps(config, GROUP, instead="do something else")
-    return answer_steps(config, stored, group=GROUP, longest=longest, instead="do something else")
+        return family_steps(config, GROUP)
+    return answer_steps(config, stored, group=GROUP, longest=longest)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""The roads to an adapter on a small device: with a service, with what another machine has prepared, at another budget. All end with
-the adapter of the ordinary road, to the bit.
+"""On a small device, a bundle gives the adapter and the answers of the ordinary road, to the bit, whether it is copied as a folder or
+comes from a service; also at another budget.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def trained(folder: Path, out: Path, *words: object, device: bool = True, **how:
     return report
 
 
-def answered(folder: Path, model: Path, *words: object, **how: Any) -> str:
-    ended = started(folder, "generate", model, *words, **how)
+def answered(folder: Path, *words: object, **how: Any) -> str:
+    ended = started(folder, "generate", *words, **how)
     assert ended.returncode == 0, ended.stderr
     return str(json.loads(ended.stdout)["text"])
 
@@ -92,15 +92,16 @@ def ordinary(folder: Path, cache: Path) -> Path:
     return folder / "ordinary"
 
 
-def test_a_prepared_folder_with_weights_is_enough(folder: Path, ordinary: Path, cache: Path, tmp_path: Path) -> None:
+def bundle(folder: Path, model: object, made: Path, *words: object, cache: Path) -> Path:
+    ended = started(folder, "prepare", model, *STEP, *words, "-o", made, device=False, cache=cache)
+    assert ended.returncode == 0, ended.stderr
+    return made
+
+
+def test_a_bundle_with_weights_is_enough(folder: Path, ordinary: Path, cache: Path, tmp_path: Path) -> None:
     """The device plans by itself here, so that it has the solver, and nothing that traces."""
-    made = started(
-        folder, "prepare", "model", *STEP, "--weights", "-o", tmp_path / "m.tight", device=False, cache=cache
-    )
-    assert made.returncode == 0, made.stderr
-    report = trained(
-        folder, tmp_path / "out", tmp_path / "m.tight", "--memory=1GiB", device=False, cache=tmp_path / "c"
-    )
+    made = bundle(folder, "model", tmp_path / "m.tight", "--weights", cache=cache)
+    report = trained(folder, tmp_path / "out", made, "--memory=1GiB", device=False, cache=tmp_path / "c")
     assert adapter(tmp_path / "out") == adapter(ordinary)
     assert not list((tmp_path / "c").glob("stores/*.store"))
     stages = {"reading the data", "measuring", "planning", "rehearsing", "learning", "preparing the run"}
@@ -109,94 +110,69 @@ def test_a_prepared_folder_with_weights_is_enough(folder: Path, ordinary: Path, 
         assert stage["measured"] <= stage["predicted"] <= 1.5 * stage["measured"], name
     merged = started(folder, "merge", tmp_path / "out", "-o", tmp_path / "merged", device=False, cache=cache)
     assert merged.returncode == 2
-    assert "is a prepared folder, whose weights are packed: name the model's own files with --base" in merged.stderr
-
-
-@pytest.mark.slow
-def test_a_prepared_folder_answers_as_its_model_does(folder: Path, cache: Path, tmp_path: Path) -> None:
-    """Without PyTorch's Python: the steps of answers are in the folder."""
-    made = started(
-        folder, "prepare", "model", *STEP, "--weights", "-o", tmp_path / "m.tight", device=False, cache=cache
-    )
-    assert made.returncode == 0, made.stderr
-    words = ("--prompt=The quick brown", "--max-tokens=8", "--memory=300MiB", "--json")
-    answers = []
-    for model in ("model", tmp_path / "m.tight"):
-        ended = started(folder, "generate", model, *words, device=False, cache=tmp_path / Path(model).name)
-        assert ended.returncode == 0, ended.stderr
-        answers.append(json.loads(ended.stdout)["text"])
-    assert answers[0] == answers[1] != ""
-    assert [len(list(tmp_path.glob(f"{name}/generation/steps-*"))) for name in ("model", "m.tight")] == [1, 0]
-
-
-@pytest.mark.slow
-def test_a_service_traces_and_plans(folder: Path, ordinary: Path, tmp_path: Path) -> None:
-    """The device has none of the packages that trace, plan and draw."""
-    service = Served(tmp_path / "service").start()
-    try:
-        server = f"--server={service.url}"
-        trained(folder, tmp_path / "out", "model", *STEP, "--memory=300MiB", server, cache=tmp_path / "c")
-    finally:
-        service.stop()
-    assert adapter(tmp_path / "out") == adapter(ordinary)
-
-
-@pytest.mark.slow
-def test_a_service_traces_and_plans_answers(folder: Path, olmo: Path, tmp_path: Path) -> None:
-    """Of a family that is written by hand and of one that transformers builds. What the service has said is kept: it is not needed again."""
-    words = ("--prompt=The quick brown", "--max-tokens=8", "--memory=300MiB", "--json")
-    service = Served(tmp_path / "service").start()
-    try:
-        server = f"--server={service.url}"
-        for model in (folder / "model", olmo):
-            ordinary = answered(folder, model, *words, device=False, cache=tmp_path / "ordinary")
-            elsewhere = answered(folder, model, *words, server, device=True, cache=tmp_path / "c")
-            assert elsewhere == ordinary != ""
-    finally:
-        service.stop()
-    for model in (folder / "model", olmo):
-        assert answered(folder, model, *words, server, device=True, cache=tmp_path / "c")
-
-
-@pytest.mark.slow
-def test_a_family_of_transformers_needs_none_on_the_device(folder: Path, olmo: Path, tmp_path: Path) -> None:
-    """The service says what the decoder consists of, and a prepared folder does."""
-    model, memory, cache = olmo, "--memory=300MiB", tmp_path / "ordinary"
-    trained(folder, tmp_path / "out", model, *STEP, memory, "--no-rehearse", device=False, cache=cache)
-    service = Served(tmp_path / "service").start()
-    try:
-        server = (f"--server={service.url}", "--no-rehearse")
-        trained(folder, tmp_path / "served", model, *STEP, memory, *server, cache=tmp_path / "c")
-        made = started(folder, "prepare", model, *STEP, "-o", tmp_path / "m.tight", device=False, cache=cache)
-        assert made.returncode == 0, made.stderr
-        prepared = ("--prepared", tmp_path / "m.tight", *server)
-        trained(folder, tmp_path / "prepared", model, memory, *prepared, cache=tmp_path / "d")
-    finally:
-        service.stop()
-    assert adapter(tmp_path / "out") == adapter(tmp_path / "served") == adapter(tmp_path / "prepared")
-    ended = started(
-        folder,
-        "train",
-        model,
-        *STEP,
-        "--data=data.jsonl",
-        *RUN,
-        "-o",
-        tmp_path / "x",
-        device=True,
-        cache=tmp_path / "e",
-    )
-    assert ended.returncode == 2
-    assert "run pip install 'tightfit[hf]', or let a service trace the model" in ended.stderr
+    assert "is a bundle, whose weights are packed: name the model's own files with --base" in merged.stderr
 
 
 @pytest.mark.slow
 def test_without_weights_the_device_packs_its_own(folder: Path, ordinary: Path, cache: Path, tmp_path: Path) -> None:
-    made = started(folder, "prepare", "model", *STEP, "-o", tmp_path / "m.tight", device=False, cache=cache)
-    assert made.returncode == 0, made.stderr
-    words = ("model", "--prepared", tmp_path / "m.tight", "--memory=1GiB", "--no-rehearse")
+    made = bundle(folder, "model", tmp_path / "m.tight", cache=cache)
+    words = ("model", "--bundle", made, "--memory=1GiB", "--no-rehearse")
     trained(folder, tmp_path / "out", *words, device=False, cache=tmp_path / "c")
     assert adapter(tmp_path / "out") == adapter(ordinary)
+
+
+@pytest.mark.slow
+def test_a_bundle_answers_as_its_model_does(folder: Path, cache: Path, tmp_path: Path) -> None:
+    """Without PyTorch's Python: the steps of answers are in it."""
+    light = bundle(folder, "model", tmp_path / "light.tight", cache=cache)
+    whole = bundle(folder, "model", tmp_path / "whole.tight", "--weights", cache=cache)
+    words = ("--prompt=The quick brown", "--max-tokens=8", "--memory=300MiB", "--json")
+    named = {"ordinary": ("model",), "light": ("model", "--bundle", light), "whole": (whole,)}
+    answers = {
+        name: answered(folder, *model, *words, device=False, cache=tmp_path / name) for name, model in named.items()
+    }
+    assert answers["ordinary"] == answers["light"] == answers["whole"] != ""
+    assert [len(list(tmp_path.glob(f"{name}/generation/steps-*"))) for name in named] == [1, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_service_makes_the_bundle_and_plans(folder: Path, ordinary: Path, tmp_path: Path) -> None:
+    """The device has none of the packages that trace, plan and draw. What the service has sent for training is enough to answer: only what stays in memory is still asked for, once."""
+    words = ("--prompt=The quick brown", "--max-tokens=8", "--memory=300MiB", "--json")
+    expected = answered(folder, "model", *words, device=False, cache=tmp_path / "ordinary")
+    service = Served(tmp_path / "service").start()
+    try:
+        server = f"--server={service.url}"
+        trained(folder, tmp_path / "out", "model", *STEP, "--memory=300MiB", server, cache=tmp_path / "c")
+        assert answered(folder, "model", *words, server, device=True, cache=tmp_path / "c") == expected != ""
+        assert len(service.http.get("/v1/jobs?kind=bundle").json()["jobs"]) == 1
+    finally:
+        service.stop()
+    assert answered(folder, "model", *words, server, device=True, cache=tmp_path / "c") == expected
+    assert adapter(tmp_path / "out") == adapter(ordinary)
+
+
+@pytest.mark.slow
+def test_a_family_of_transformers_needs_none_on_the_device(folder: Path, olmo: Path, tmp_path: Path) -> None:
+    """A bundle says what the decoder consists of."""
+    memory, cache = "--memory=300MiB", tmp_path / "ordinary"
+    asked = ("--prompt=The quick brown", "--max-tokens=8", memory, "--json")
+    trained(folder, tmp_path / "out", olmo, *STEP, memory, "--no-rehearse", device=False, cache=cache)
+    expected = answered(folder, olmo, *asked, device=False, cache=cache)
+    service = Served(tmp_path / "service").start()
+    try:
+        server = (f"--server={service.url}", "--no-rehearse")
+        trained(folder, tmp_path / "served", olmo, *STEP, memory, *server, cache=tmp_path / "c")
+        assert answered(folder, olmo, *asked, server[0], device=True, cache=tmp_path / "c") == expected != ""
+        made = bundle(folder, olmo, tmp_path / "m.tight", cache=cache)
+        trained(folder, tmp_path / "copied", olmo, memory, "--bundle", made, *server, cache=tmp_path / "d")
+    finally:
+        service.stop()
+    assert adapter(tmp_path / "out") == adapter(tmp_path / "served") == adapter(tmp_path / "copied")
+    words = ("train", olmo, *STEP, "--data=data.jsonl", *RUN, "-o", tmp_path / "x")
+    ended = started(folder, *words, device=True, cache=tmp_path / "e")
+    assert ended.returncode == 2
+    assert "run pip install 'tightfit[hf]', or take a bundle of the model" in ended.stderr
 
 
 def test_a_service_that_is_not_there_is_told_within_seconds(folder: Path, tmp_path: Path) -> None:

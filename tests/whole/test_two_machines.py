@@ -202,7 +202,7 @@ def test_nothing_is_lost_in_the_middle(trial: Trial, what: str) -> None:
     cache = f"{out}-cache"
     process = trial.on_device(train().replace("-o out", f"-o {out}"), cache)
     begun = time.monotonic()
-    while not list((trial.folder / cache).glob("prepared/*/prepared.json")):
+    while not list((trial.folder / cache).glob("bundles/*/*/bundle.json")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() - begun < PATIENCE
         time.sleep(0.02)

@@ -19,6 +19,7 @@ from starlette.routing import Match
 
 from tightfit.planner.service.http import (
     routes_answers,
+    routes_bundles,
     routes_files,
     routes_jobs,
     routes_page,
@@ -26,7 +27,6 @@ from tightfit.planner.service.http import (
     routes_previews,
     routes_profiles,
     routes_runs,
-    routes_traces,
 )
 from tightfit.planner.service.http.connections import Connections, loop_of, most_connections, protocol_of
 from tightfit.planner.service.http.example import give_example
@@ -63,7 +63,7 @@ ROUTERS = tuple(
         routes_files,
         routes_previews,
         routes_profiles,
-        routes_traces,
+        routes_bundles,
         routes_planning,
         routes_runs,
         routes_answers,

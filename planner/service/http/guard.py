@@ -16,7 +16,7 @@ from tightfit.planner.service.wire.settings import Settings, loopback
 
 OPEN = ("/healthz", "/page/")
 """paths that are answered without a token, as nothing there is anybody's data"""
-UPLOADS = frozenset({"/v1/profiles/upload", "/v1/traces"})
+UPLOADS = frozenset({"/v1/profiles/upload", "/v1/bundles"})
 """the paths that take large bodies of JSON"""
 DATA = "/v1/uploads"
 """the path that takes files of samples, as they are"""

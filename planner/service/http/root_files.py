@@ -26,7 +26,7 @@ from tightfit.profiles.sources.gguf_metadata import read_header
 from tightfit.profiles.sources.huggingface import QUANTIZATION, checkpoint_files
 from tightfit.profiles.sources.quantised import method_of
 from tightfit.profiles.weights.describe import decoder_tensors
-from tightfit.profiles.weights.source import PREPARED, read_config
+from tightfit.profiles.weights.source import BUNDLE, read_config
 from tightfit.profiles.weights.tensor_file import TensorFile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.samples import LINES, data_files
@@ -109,8 +109,8 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str], bool]]:
 
 def _models(folder: Path, names: Sequence[str], ends: float) -> Iterable[_Found]:
     """The models in a folder, as far as they are found before the time `ends`."""
-    if PREPARED in names:
-        yield _Found(folder, "prepared", [folder / name for name in names])
+    if BUNDLE in names:
+        yield _Found(folder, "bundle", [folder / name for name in names])
         return
     for name in names:
         if time.monotonic() > ends:

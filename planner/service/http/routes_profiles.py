@@ -25,11 +25,11 @@ from tightfit.planner.service.http.routes_common import (
 )
 from tightfit.planner.service.jobs.orders import LOCAL
 from tightfit.planner.service.jobs.store import Row, listed
+from tightfit.planner.service.wire.bundles import check_config
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.requests import NameRequest, ProfileRequest
 from tightfit.planner.service.wire.schema import Digest, ProfileList, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
-from tightfit.planner.service.wire.traces import check_config
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.profiles.sources.file_header import model_of_header
 from tightfit.profiles.weights.precision import precision
@@ -68,10 +68,10 @@ async def make_profile(request: Request, body: ProfileRequest, key: IdempotencyK
     check_device(body.device, [LOCAL], "device")
     options = body.model_dump(include=ALWAYS)
     options |= body.model_dump(exclude={"path", "hub", "config", "header", "force"}, exclude_defaults=True)
-    for field in ("adapter", "prepared"):
+    for field in ("adapter", "bundle"):
         if (path := getattr(body, field)) is not None:
             options[field] = await asyncio.to_thread(confined, path, settings.roots, field)
-    if body.adapter is None and body.prepared is None:
+    if body.adapter is None and body.bundle is None:
         options["lora_rank"] = body.lora_rank or RANK
     job_request = options | await asyncio.to_thread(_source, settings, body)
     if not body.force:

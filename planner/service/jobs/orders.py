@@ -17,7 +17,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import to_json
 
 SOLVE = "solve"
-"""the lane of plans, comparisons and traces: as many are solved at once as the settings say"""
+"""the lane of plans, comparisons and bundles: as many are solved at once as the settings say"""
 LOCAL = "cpu"
 """this machine's device, and the lane of the measurements and runs that need it to themselves"""
 UPLOAD = "upload"
@@ -25,7 +25,7 @@ UPLOAD = "upload"
 VIEW = "view"
 """the lane of the processes that make what is shown of plans"""
 UploadKind = Literal["profile", "description", "example", "list"]
-"""what is uploaded: a profile, the description of a model that is to be traced, the profile that comes with the package, or samples
+"""what is uploaded: a profile, the description of a model of which a bundle is wanted, the profile that comes with the package, or samples
 that may be a JSON list"""
 MERGED = {"gguf": "merged.gguf", "safetensors": "merged.tar"}
 """form of a merged model -> its file in the folder of the job that has merged it"""

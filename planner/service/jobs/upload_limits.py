@@ -17,10 +17,10 @@ from tightfit.planner.problem.step_graph import step_graph
 from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row, upload_row
+from tightfit.planner.service.wire.bundles import canonical_request, parse_request
 from tightfit.planner.service.wire.errors import ServiceError, invalid
 from tightfit.planner.service.wire.objects import ObjectStore, unpacked
 from tightfit.planner.service.wire.schema import DEEPEST
-from tightfit.planner.service.wire.traces import canonical_request, parse_request
 from tightfit.profiles.io import parse_profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
@@ -42,7 +42,7 @@ def upload(order: JobOrder, events: EventWriter) -> Row:
     elif request["kind"] == "description":
         described = parse_request(content)
         written = objects.put(canonical_request(described))
-        row = file_row("description", written.digest, written, name=described.source.name, summary={})
+        row = file_row("description", written.digest, written, name=described.name, summary={})
     else:
         profile = checked_profile(content, steps=request["steps"], tensors=request["tensors"])
         row = keep_profile(objects, profile, origin="example" if request["kind"] == "example" else "uploaded")

@@ -103,10 +103,10 @@ def _work_of(kind: str) -> Callable[[JobOrder, EventWriter], dict[str, Any]]:
         from tightfit.planner.service.jobs.previewing import preview
 
         return preview
-    if kind == "trace":
-        from tightfit.planner.service.jobs.tracing import trace
+    if kind == "bundle":
+        from tightfit.planner.service.jobs.bundling import bundle
 
-        return trace
+        return bundle
     from tightfit.planner.service.jobs.solving import WORK
 
     return WORK[kind]

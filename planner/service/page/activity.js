@@ -6,7 +6,7 @@ import { button, dialog, empty, progress, when } from "./components.js";
 import { ruleInWords } from "./rules.js";
 
 const EVERY = 3000; // ms between two looks
-const WORDS = { profile: "Measuring", trace: "Tracing", plan: "Planning", "answer-plan": "Planning answers", comparison: "Planning a curve", run: "Fine-tuning", preview: "Reading data", answer: "Answering", merge: "Merging" };
+const WORDS = { profile: "Measuring", bundle: "Making a bundle", plan: "Planning", "answer-plan": "Planning answers", comparison: "Planning a curve", run: "Fine-tuning", preview: "Reading data", answer: "Answering", merge: "Merging" };
 const PLACE = { run: "runs", profile: "models" }; // of a job that has a page of its own
 let timer = 0, changed = () => {};
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from tightfit.planner.service.wire.schema import DIGEST, Digest, ListPage, ResponseBody, example_of
 
 FilesKind = Literal["models", "data"]
-FileKind = Literal["gguf", "folder", "prepared", "config", "jsonl", "csv", "parquet", "arrow"]
+FileKind = Literal["gguf", "folder", "bundle", "config", "jsonl", "csv", "parquet", "arrow"]
 
 LLAMA = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30}
 """some of a config"""

@@ -19,7 +19,7 @@ from tightfit.profiles.schema import Model
 
 PATH = re.compile(r"(?<![\w./:~-])/(?:[\w.,@+~=-]+/)*([\w.@+~=-]*[\w@+~=-])")
 """an absolute path in a sentence, whose last full stop is the sentence's; its name is the group"""
-PATHS = ("source", "data", "eval_data", "adapter", "prepared")
+PATHS = ("source", "data", "eval_data", "adapter", "bundle")
 """fields of a job's request that hold a path or another word"""
 ADAPTER_BASE = "adapter_base"
 """field of a model's config that names the base of its adapters"""

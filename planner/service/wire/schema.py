@@ -12,7 +12,7 @@ from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.strict_json import is_deeper
 
-JobKind = Literal["profile", "trace", "plan", "comparison", "answer-plan", "preview", "run", "answer", "merge"]
+JobKind = Literal["profile", "bundle", "plan", "comparison", "answer-plan", "preview", "run", "answer", "merge"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
@@ -46,15 +46,11 @@ PLAN_JOB = {
     "error": None,
 }
 DESCRIPTION = {
-    "source": {
-        "name": "SmolLM2-135M",
-        "path": "SmolLM2-135M",
-        "config": {"model_type": "llama", "hidden_size": 576},
-        "tensors": {"model.norm.weight": {"shape": [576], "format": "float32"}},
-    },
+    "name": "SmolLM2-135M",
+    "config": {"model_type": "llama", "hidden_size": 576},
     "options": {"seq": 64, "lora_rank": 8},
 }
-"""some of a `tightfit.profiles.sources.described.TracingRequest`"""
+"""some of a `tightfit.profiles.sources.bundle.BundleRequest`"""
 KEPT = {"id": DIGEST, "created": 1790000000.0, "bytes": 131072, "title": None, "note": "measured while idle"}
 STORED_PROFILE = KEPT | {
     "label": "SmolLM2-135M, LoRA rank 8, batch 16, sequence 64",
@@ -140,7 +136,7 @@ class ServiceJob(Named):
     )
     result: dict[str, Any] | None = Field(
         None,
-        description="profile: {profile}; trace: {trace, summary}; plan: {plan, summary}; comparison: {cells}; answer-plan: {choices};"
+        description="profile: {profile}; bundle: {bundle, summary}; plan: {plan, summary}; comparison: {cells}; answer-plan: {choices};"
         " run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
         " padding_share, epoch_steps, evaluation_batches, longer, can_pack}, where `longer` says how many samples are longer than common lengths,"
         " and a sample has its line, pieces {text, trained}, tokens and how many of them are cut; answer: {text, tokens, seconds, first_seconds, end, peak_bytes, budget_bytes};"

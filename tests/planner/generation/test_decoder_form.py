@@ -29,7 +29,7 @@ def steps_of(name: str) -> AnswerSteps:
         return family_steps(CONFIGS[name], GROUP)
     config = FAMILIES[name] | {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
     stored = [tensor.name for tensor in facts(config).tensors]
-    return answer_steps(config, stored, group=GROUP, longest=60, instead="")
+    return answer_steps(config, stored, group=GROUP, longest=60)
 
 
 @pytest.mark.slow_but_for("gemma3_text-6-4")

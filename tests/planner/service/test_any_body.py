@@ -22,7 +22,7 @@ from tightfit.planner.service.wire.schema import Error
 
 PATIENCE = 30.0
 """seconds"""
-ROUTES = ("profiles", "traces", "plans", "comparisons", "answer-plans", "runs", "profiles/upload")
+ROUTES = ("profiles", "bundles", "plans", "comparisons", "answer-plans", "runs", "profiles/upload")
 TEXT = st.text(st.characters(exclude_categories=())) | st.sampled_from(["\ud800", "\0", "", "a" * 5000])
 LEAVES = TEXT | st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from([10**400, -0.0, 1e308])
 TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4))

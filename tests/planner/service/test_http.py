@@ -218,7 +218,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
         ("profiles", {"config": CONFIG | {"initializer_range": "x"}}, "body.config", "'initializer_range' must be a positive number"),
         ("profiles", {"path": "a", "device": "/etc/passwd"}, "body.device", "no device is called '/etc/passwd'"),
         ("profiles", {"path": "a", "adapter": "../a"}, "body.adapter", "is no file or folder"),
-        ("profiles", {"path": "a", "prepared": "/etc"}, "body.prepared", "is no file or folder"),
+        ("profiles", {"path": "a", "bundle": "/etc"}, "body.bundle", "is no file or folder"),
         ("comparisons", {"memory": ["1GB"], "optimizer": "adagrad"}, "body.optimizer", "'lion'"),
         ("comparisons", {"memory": ["1GB"], "max_grad_norm": 0}, "body.max_grad_norm", "greater than 0"),
         ("profiles", {"path": "a", "hub": "a/b"}, "body", "exactly one of path, hub, config and header"),

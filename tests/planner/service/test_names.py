@@ -224,7 +224,7 @@ FILES = {
         ("plan", {"profile": "lost", "memory": 3 << 20, "policy": "solver"}, "a model in 3.0 MiB"),
         ("comparison", {"profile": "p", "memory": [1 << 20, 3 << 20], "policies": []}, "tiny in 1.0 MiB to 3.0 MiB"),
         ("comparison", {"profile": "p", "memory": [1], "policies": []}, "tiny"),  # what the smallest budget is
-        ("trace", {"model": "other", "description": "p"}, "other"),
+        ("bundle", {"model": "other", "description": "p"}, "other"),
         ("profile", {"source": "/srv/models/small.gguf", "batch": 2, "seq": 8}, "small.gguf, batch 2, sequence 8"),
         ("profile", {"source": "org/name", "batch": 1, "seq": None}, "name, batch 1"),
         ("profile", {"config": {"model_type": "llama"}, "batch": 1}, "llama of a config, batch 1"),

@@ -1,4 +1,4 @@
-"""A prepared folder has the step that would be traced here; one that does not fit is refused in words."""
+"""A bundle has the step and the answers that would be traced here; one that does not fit is refused in words."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from typing import Any
 
 import pytest
 from damage import CONFIG
+from decoder_families import FAMILIES
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
-from tightfit.profiles.api import prepare, profile, request_trace
+from tightfit.profiles.api import bundle_request, prepare, profile
 from tightfit.profiles.models.answering_family import family_steps
 from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import Profile, TracedStep
-from tightfit.profiles.sources.described import PackedTensor
-from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, prepared_seq, resolve, vocabulary
-from tightfit.profiles.sources.prepared import load_prepared
+from tightfit.profiles.sources.bundle import Bundle
+from tightfit.profiles.sources.lookup import (
+    end_tokens,
+    longest_sequence,
+    resolve,
+    resolve_traced,
+    traced_seq,
+    vocabulary,
+)
 from tightfit.profiles.steps.choice import step_of
-from tightfit.profiles.steps.tracing_process import trace_requested
-from tightfit.profiles.weights.source import PREPARED
+from tightfit.profiles.steps.tracing_process import make_bundle
+from tightfit.profiles.weights.source import BUNDLE
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import python_path
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
-from tightfit.runtime.results.generation_steps import traced_steps
 
 pytestmark = pytest.mark.usefixtures("cache")
 STEP: dict[str, Any] = {"seq": 24, "batch": 2, "lora_rank": 4}
@@ -34,21 +40,21 @@ STEP: dict[str, Any] = {"seq": 24, "batch": 2, "lora_rank": 4}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prepared") / "model"
+    path = tmp_path_factory.mktemp("bundle") / "model"
     write_directory(path, CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
     return path
 
 
 @pytest.fixture(scope="module")
 def folder(model: Path, cache: Path) -> Path:
-    """Prepared without weights."""
+    """A bundle without weights."""
     prepare(str(model), model.parent / "light.tight", False, **STEP)
     return model.parent / "light.tight"
 
 
 @pytest.fixture(scope="module")
 def whole(model: Path, cache: Path) -> Path:
-    """Prepared with weights."""
+    """A bundle with weights."""
     prepare(str(model), model.parent / "whole.tight", True, **STEP)
     return model.parent / "whole.tight"
 
@@ -77,21 +83,36 @@ def without_figures(measured: Profile) -> dict[str, Any]:
 FIGURES = {"seconds", "workspace_bytes", "copied", "name", "source", "store", "store_fingerprint"}
 
 
+def traced_in(model: Path, bundle: Path | None) -> TracedStep:
+    source, traced = resolve_traced(str(model), bundle)
+    return step_of(source, ProfileOptions(), traced).traced(lambda *_: None)
+
+
 def test_the_step_is_the_one_that_is_traced_here(model: Path, folder: Path, whole: Path) -> None:
     here = traced_here(model)
-    assert load_prepared(folder).step == here == load_prepared(whole).step
-
-
-def test_the_steps_of_answers_come_with_the_weights(folder: Path, whole: Path, model: Path) -> None:
-    source = resolve(str(model))
-    assert (
-        load_prepared(whole).answers == family_steps(source.config, GROUP) == traced_steps(resolve(str(whole)), 64, "")
+    assert traced_in(model, folder) == here
+    assert traced_in(whole, None) == here.model_copy(
+        update={"model": here.model.model_copy(update={"source": str(whole)})}
     )
-    assert load_prepared(folder).answers is None
 
 
-def test_long_answers_of_a_family_written_by_hand_come_with_the_weights(tmp_path: Path) -> None:
-    """Llama 3's rotary frequencies are the same in short answers and in long ones, whatever length its config says it learnt first."""
+def test_weights_are_packed_as_the_device_asks(model: Path, folder: Path) -> None:
+    """The bundle has no weights, and says nothing of their precision."""
+    source, traced = resolve_traced(str(model), folder, base="8bit")
+    options = ProfileOptions(**STEP, base="8bit")
+    assert step_of(source, options, traced).traced(lambda *_: None) == step_of(
+        resolve(str(model), base="8bit"), options
+    ).traced(lambda *_: None)
+
+
+def test_the_answers_are_those_that_are_traced_here(folder: Path, whole: Path, model: Path) -> None:
+    steps = family_steps(resolve(str(model)).config, GROUP)
+    for bundle in (folder, whole):
+        assert Bundle.load(bundle).answers.of(1 << 20) == steps
+
+
+def test_long_answers_of_a_family_written_by_hand_are_those_of_short_ones(tmp_path: Path) -> None:
+    """Llama 3's rotary frequencies are the same in both, whatever length its config says it learnt first."""
     scaled = CONFIG | {
         "rope_scaling": {
             "rope_type": "llama3",
@@ -102,26 +123,43 @@ def test_long_answers_of_a_family_written_by_hand_come_with_the_weights(tmp_path
         }
     }
     write_directory(tmp_path / "model", scaled, random_weights(scaled), tokenizer=byte_level_tokenizer())
-    prepared = prepare(str(tmp_path / "model"), tmp_path / "whole.tight", True, **STEP)
-    assert prepared.answers == family_steps(resolve(str(tmp_path / "model")).config, GROUP)
+    bundle = prepare(str(tmp_path / "model"), tmp_path / "bundle", False, **STEP)
+    assert (
+        bundle.answers.of(64) == bundle.answers.of(65) == family_steps(resolve(str(tmp_path / "model")).config, GROUP)
+    )
 
 
-def test_a_description_is_enough_to_trace(model: Path) -> None:
-    """What leaves a device has no weights, and gives the same step; through JSON, as it is sent."""
-    request = request_trace(str(model), **STEP)
+@pytest.mark.slow
+def test_answers_of_longrope_are_those_of_their_length(tmp_path: Path) -> None:
+    """Up to 32 tokens and beyond, positions turn otherwise: the bundle has the steps of both."""
+    pytest.importorskip("transformers")
+    from tightfit.profiles.models.answering_decoder import answer_steps
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(FAMILIES["Llama, longrope scaling, short"]))
+    answers = prepare(str(path), tmp_path / "bundle", False, seq=16).answers
+    source = resolve(str(path))
+    short, long = (answer_steps(source.config, source.entries, group=GROUP, longest=tokens) for tokens in (32, 33))
+    assert short != long
+    assert (answers.of(32), answers.of(33), answers.of(1000)) == (short, long, long)
+
+
+def test_what_leaves_a_device_is_enough_to_trace(model: Path) -> None:
+    """It has no weights, and gives the same bundle; through JSON, as it is sent."""
+    request = bundle_request(str(model), **STEP)
     assert request is not None
-    sent = type(request).model_validate_json(request.model_dump_json())
-    assert len(request.model_dump_json()) < 1 << 16
-    assert trace_requested(sent, lambda *_: None).step == traced_here(model)
+    sent = type(request).model_validate_json(request.without_places().model_dump_json())
+    assert len(sent.model_dump_json()) < 1 << 12
+    assert make_bundle(sent, lambda *_: None).step.programs == traced_here(model).programs
 
 
 def test_settings_of_an_adapter_on_the_device_are_sent(model: Path, tmp_path: Path) -> None:
     settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    request = request_trace(str(model), seq=24, adapter=tmp_path)
+    request = bundle_request(str(model), seq=24, adapter=tmp_path)
     assert request is not None
     assert str(tmp_path) not in request.options.values()
-    lora = trace_requested(request, lambda *_: None).training.model.lora
+    lora = make_bundle(request, lambda *_: None).step.model.lora
     assert lora is not None
     assert (lora["rank"], lora["alpha"]) == (3, 5.0)
     assert (
@@ -131,9 +169,9 @@ def test_settings_of_an_adapter_on_the_device_are_sent(model: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_profile_of_a_prepared_step_differs_in_figures_alone(model: Path, folder: Path, whole: Path) -> None:
+def test_a_profile_with_a_bundle_differs_in_figures_alone(model: Path, folder: Path, whole: Path) -> None:
     ordinary = profile(str(model), **STEP)
-    light, alone = profile(str(model), prepared=folder), profile(str(whole))
+    light, alone = profile(str(model), bundle=folder), profile(str(whole))
     assert without_figures(light) == without_figures(ordinary) == without_figures(alone)
     assert light.model.store == ordinary.model.store
     assert alone.model.store == str(whole / "weights.store")
@@ -141,7 +179,7 @@ def test_a_profile_of_a_prepared_step_differs_in_figures_alone(model: Path, fold
     assert len({ordinary.fingerprint, light.fingerprint, alone.fingerprint}) == 3
 
 
-def test_what_is_known_of_a_prepared_model(model: Path, whole: Path) -> None:
+def test_what_is_known_of_a_model_in_a_bundle(model: Path, whole: Path) -> None:
     words, theirs = vocabulary(str(whole)), vocabulary(str(model))
     assert words is not None
     assert theirs is not None
@@ -150,25 +188,30 @@ def test_what_is_known_of_a_prepared_model(model: Path, whole: Path) -> None:
     assert (words.eos_token, words.chat_template) == (theirs.eos_token, theirs.chat_template)
     assert longest_sequence(str(whole)) == longest_sequence(str(model))
     assert end_tokens(str(whole)) == end_tokens(str(model))
-    assert prepared_seq(str(whole), None) == 24
-    assert prepared_seq(str(model), None) is None
+    assert traced_seq(str(whole), None) == 24
+    assert traced_seq(str(model), None) is None
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"seq": 16}, r"seq=16: .*light\.tight was prepared seq=24; leave the option out"),
-        ({"lora_dropout": 0.5}, r"lora_dropout=0\.5: .* was prepared without lora_dropout; leave"),
-        ({"base": "8bit"}, r"base='8bit': .* was prepared without base"),
+        ({"seq": 16}, r"seq=16: the bundle of model was made seq=24; leave the option out"),
+        ({"lora_dropout": 0.5}, r"lora_dropout=0\.5: .* was made without lora_dropout; leave"),
     ],
 )
 def test_other_options_are_refused(model: Path, folder: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        profile(str(model), prepared=folder, **options)
+        profile(str(model), bundle=folder, **options)
+
+
+def test_another_precision_than_that_of_its_weights_is_refused(whole: Path) -> None:
+    with pytest.raises(InputError, match=r"base='8bit': .* was made without base; leave the option out"):
+        profile(str(whole), base="8bit")
 
 
 def test_the_same_options_may_be_given_again_and_accumulation_is_free(model: Path, folder: Path) -> None:
-    step = step_of(resolve(str(model)), ProfileOptions(prepared=folder, seq=24, lora_rank=4, accumulate=3))
+    source, bundle = resolve_traced(str(model), folder)
+    step = step_of(source, ProfileOptions(seq=24, lora_rank=4, accumulate=3), bundle)
     assert step.traced(lambda *_: None).accumulate == 3
 
 
@@ -178,16 +221,18 @@ def test_another_model_is_refused(model: Path, folder: Path, tmp_path: Path) -> 
     with pytest.raises(
         InputError, match=r"is another model: its configuration says rms_norm_eps .* there and 0\.001 here"
     ):
-        profile(str(tmp_path / "other"), prepared=folder)
+        profile(str(tmp_path / "other"), bundle=folder)
     wider = CONFIG | {"intermediate_size": 2 * CONFIG["intermediate_size"]}
     write_directory(tmp_path / "wider", wider, random_weights(wider))
-    with pytest.raises(InputError, match=r"is another model: .* is .* there and .* here; prepare this one"):
-        profile(str(tmp_path / "wider"), prepared=folder)
+    with pytest.raises(
+        InputError, match=r"is another model: .* says intermediate_size .* there and .* here; make a bundle"
+    ):
+        profile(str(tmp_path / "wider"), bundle=folder)
 
 
 def test_without_weights_the_folder_alone_is_not_enough(folder: Path) -> None:
     with pytest.raises(
-        InputError, match="was prepared without weights; name the model's own files, and this folder by prepared"
+        InputError, match="a bundle without weights; name the model's own files, and this folder by bundle"
     ):
         profile(str(folder))
 
@@ -195,7 +240,7 @@ def test_without_weights_the_folder_alone_is_not_enough(folder: Path) -> None:
 def test_a_module_is_not_prepared(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a module is traced by the device itself"):
         prepare("stateful_modules:factory", tmp_path, False)
-    assert request_trace("stateful_modules:factory") is None
+    assert bundle_request("stateful_modules:factory") is None
 
 
 DAMAGE = {
@@ -210,26 +255,16 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_file_is_told(folder: Path, tmp_path: Path, damage: Any) -> None:
-    (tmp_path / PREPARED).write_text(damage((folder / PREPARED).read_text()))
-    with pytest.raises(InputError, match=rf"{PREPARED}: .*; prepare the model again"):
-        load_prepared(tmp_path)
+    (tmp_path / BUNDLE).write_text(damage((folder / BUNDLE).read_text()))
+    with pytest.raises(InputError, match=rf"{BUNDLE}: .*; make the bundle again"):
+        Bundle.load(tmp_path)
 
 
-def test_another_model_prepared_in_the_same_folder_replaces_all(model: Path, whole: Path, tmp_path: Path) -> None:
+def test_another_bundle_in_the_same_folder_replaces_all(model: Path, whole: Path, tmp_path: Path) -> None:
     prepare(str(model), tmp_path, True, seq=16)
     prepare(str(model), tmp_path, False, seq=8)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [PREPARED, "tokenizer.table", "vocabulary.json"]
-    assert load_prepared(tmp_path).training.seq == 8
-
-
-def test_a_tensor_that_cannot_be_packed_so_is_refused(model: Path) -> None:
-    request = request_trace(str(model), **STEP)
-    assert request is not None
-    name = next(name for name, tensor in request.source.tensors.items() if tensor.group)
-    for tensor in (PackedTensor(shape=[7, 13], format="q4", group=32), PackedTensor(shape=[4, 4], format="none")):
-        wrong = request.source.model_copy(update={"tensors": request.source.tensors | {name: tensor}})
-        with pytest.raises(InputError, match=f"tensor {name}"):
-            trace_requested(request.model_copy(update={"source": wrong}), lambda *_: None)
+    assert [file.name for file in tmp_path.iterdir()] == [BUNDLE]
+    assert Bundle.load(tmp_path).step.seq == 8
 
 
 def test_a_process_without_pytorch_does_without(model: Path, tmp_path: Path, folder: Path) -> None:
@@ -240,5 +275,5 @@ def test_a_process_without_pytorch_does_without(model: Path, tmp_path: Path, fol
         "assert not {'torch', 'transformers', 'ortools', 'matplotlib', 'networkx'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": python_path(), "PATH": ""}, check=True)
-    digests = {hashlib.sha256((path / PREPARED).read_bytes()).hexdigest() for path in (tmp_path, folder)}
+    digests = {hashlib.sha256((path / BUNDLE).read_bytes()).hexdigest() for path in (tmp_path, folder)}
     assert len(digests) == 1

@@ -1,4 +1,4 @@
-"""Models that a service traces for devices: the same step as there, nothing of where the model lies, and whatever else is sent
+"""Bundles that a service makes for devices: the same as there, nothing of where the model lies, and whatever else is sent
 refused in words.
 """
 
@@ -29,22 +29,17 @@ from tightfit.planner.service import client
 from tightfit.planner.service.client import Client, connect
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.wire.schema import Error
-from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import PROFILE_VERSION
-from tightfit.profiles.sources.described import MOST_TENSORS, AnswersWanted, described_source
-from tightfit.profiles.sources.known_decoders import keep_facts
-from tightfit.profiles.sources.lookup import description_request, resolve
-from tightfit.profiles.steps.choice import step_of
-from tightfit.profiles.steps.tracing_process import answers_request, trace_requested, traced_answers, tracing_request
+from tightfit.profiles.sources.bundle import MOST_STORED
+from tightfit.profiles.sources.lookup import headers, resolve
+from tightfit.profiles.steps.tracing_process import make_bundle, request_of
 from tightfit.runtime.cli.main import app
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interpreter import python_path
-from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 
 TOKEN = "a-secret-of-some-length"
 SECRET = "where-nobody-looks"
-NORM = "model.norm.weight"
 GENERATED = settings(
     max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -55,7 +50,7 @@ def requested(folder, config=CONFIG, **options):
     model = folder / "tiny" / "config.json"
     model.parent.mkdir(parents=True, exist_ok=True)
     model.write_text(json.dumps(config | {"adapter_base": str(folder), "_name_or_path": str(folder)}))
-    return tracing_request(step_of(resolve(str(model)), ProfileOptions(**{"seq": 16} | options)))
+    return request_of(headers(str(model)), ProfileOptions(**{"seq": 16} | options))
 
 
 @pytest.fixture(scope="module")
@@ -65,29 +60,30 @@ def request_(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    running = Served(tmp_path_factory.mktemp("traces") / "data").start()
+    running = Served(tmp_path_factory.mktemp("bundles") / "data").start()
     yield running
     assert running.stop() == 0
     assert not [line for line in running.lines() if line["level"] == "error"]
 
 
 def traced_here(request):
-    return trace_requested(request, lambda stage, done, total: None)
+    return make_bundle(request.without_places(), lambda stage, done, total: None)
 
 
-def test_a_service_traces_what_is_traced_here(served, request_, tmp_path):
+def test_a_service_makes_the_bundle_that_is_made_here(served, request_, tmp_path):
+    """The step and the answers, in one job."""
     stages = []
     with connect(served.url) as service_:
-        prepared = service_.trace(request_, progress=stages.append)
-        assert prepared == traced_here(request_)
+        bundle = service_.bundle(request_, progress=stages.append)
+        assert bundle == traced_here(request_)
+        assert bundle.answers.steps
         assert {stage["stage"] for stage in stages} & {"tracing, export", "tracing, programs"}
         # Another device with the same model elsewhere: answered at once by the same job.
         stages.clear()
         other = requested(tmp_path / "another")
         assert other != request_
-        again = service_.trace(other, progress=stages.append)
-        assert (again.request, again.step.programs, stages) == (other, prepared.step.programs, [])
-        jobs = service_.get("/v1/jobs?kind=trace")["jobs"]
+        assert (service_.bundle(other, progress=stages.append), stages) == (bundle, [])
+        jobs = service_.get("/v1/jobs?kind=bundle")["jobs"]
     assert [job["state"] for job in jobs] == ["succeeded"]
     assert jobs[0]["request"]["model"] == "tiny"
     assert SECRET not in json.dumps(jobs)
@@ -103,33 +99,24 @@ def test_an_adapter_s_settings_are_traced_and_its_folder_stays_unknown(served, t
     request = requested(tmp_path, adapter=str(adapter))
     assert SECRET not in request.model_dump_json()
     with connect(served.url) as service_:
-        step = service_.trace(request).step
+        step = service_.bundle(request).step
     assert step == traced_here(request).step
     assert step.model.lora["rank"] == 3
 
 
-def test_a_decoder_of_transformers_is_traced_by_the_service_s_own(served, tmp_path):
-    pytest.importorskip("transformers")
-    request = requested(tmp_path, FAMILIES["OLMo 2"], lora_targets="attention")
-    with connect(served.url) as service_:
-        assert service_.trace(request) == traced_here(request)
-
-
-def test_a_service_says_what_a_decoder_of_transformers_consists_of(served, tmp_path):
+def test_a_decoder_of_transformers_needs_none_on_the_device(served, tmp_path):
+    """What its checkpoint calls its tensors is sent; what the decoder consists of comes back, and is enough to open the model."""
     pytest.importorskip("transformers")
     model = save_model(tmp_path / "model", FAMILIES["GPT-2"])
-    request = description_request(str(model))
-    assert request.source.tensors == {}
+    request = request_of(headers(str(model)), ProfileOptions(seq=16, lora_targets="attention"))
     assert "transformer.wte.weight" in request.stored
     with connect(served.url) as service_:
-        told = service_.trace(request)
-    built = facts(request.source.config, request.stored)
-    assert (told.decoder, told.step, told.answers, told.request) == (built, None, None, request)
-    ordinary = resolve(str(model))
-    keep_facts(request.source.config, request.stored, told.decoder)
-    assert description_request(str(model)) is None
+        bundle = service_.bundle(request)
+    assert bundle == traced_here(request)
+    bundle.save(tmp_path / "bundle")
     script = (
-        f"import sys; from tightfit.profiles.sources.lookup import resolve; print(resolve({str(model)!r}).fingerprint)\n"
+        "import sys; from tightfit.profiles.sources.lookup import resolve_traced\n"
+        f"print(resolve_traced({str(model)!r}, {str(tmp_path / 'bundle')!r})[0].fingerprint)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     opened = subprocess.run(
@@ -139,15 +126,7 @@ def test_a_service_says_what_a_decoder_of_transformers_consists_of(served, tmp_p
         capture_output=True,
         text=True,
     )
-    assert opened.stdout.strip() == ordinary.fingerprint
-
-
-def test_steps_of_answers_are_those_that_are_traced_here(served, request_):
-    source = described_source(request_.source)
-    wanted = AnswersWanted(group=GROUP, longest=0)
-    with connect(served.url) as service_:
-        told = service_.trace(answers_request(source, wanted))
-    assert (told.answers, told.step) == (traced_answers(source, wanted), None)
+    assert opened.stdout.strip() == resolve(str(model)).fingerprint
 
 
 def test_what_only_tracing_shows_is_the_job_s_error(served, tmp_path):
@@ -156,12 +135,12 @@ def test_what_only_tracing_shows_is_the_job_s_error(served, tmp_path):
         connect(served.url) as service_,
         pytest.raises(InputError, match=r"lora_targets 'nothing_is_called_so': no linear layer"),
     ):
-        service_.trace(request)
+        service_.bundle(request)
 
 
 def post(http, body):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return http.post("/v1/traces", content=content, headers={"Content-Type": "application/json"})
+    return http.post("/v1/bundles", content=content, headers={"Content-Type": "application/json"})
 
 
 def sent(request, place, value):
@@ -174,43 +153,28 @@ def sent(request, place, value):
     return body
 
 
-def tensor(**changes):
-    return ("source", "tensors", NORM), {"shape": [CONFIG["hidden_size"]], "format": "float32"} | changes
-
-
 WRONG = {
-    "a name that is a number": (("source", "name"), 5, "source.name", "valid string"),
-    "a name that is a path": (("source", "name"), "../etc/passwd", "source.name", "is no name of a model"),
-    "a module": (("source", "config"), {"factory": "os:system"}, "source.config", "no 'model_type'"),
+    "a name that is a number": (("name",), 5, "name", "valid string"),
+    "a name that is a path": (("name",), "../etc/passwd", "name", "is no name of a model"),
+    "a module": (("config",), {"factory": "os:system"}, "config", "no 'model_type'"),
     "code": (
-        ("source", "config"), {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Mine"}},
-        "source.config", "model_type 'mine' is no",
+        ("config",), {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Mine"}},
+        "config", "model_type 'mine' is no",
     ),
-    "huge layers": (("source", "config", "num_hidden_layers"), 10**9, "source.config", "at most 4096 is supported"),
-    "another width": (("source", "config", "intermediate_size"), 72, "source.tensors", "of shape [72, "),
-    "a tensor that is a list": (("source", "tensors", NORM), [], f"source.tensors.{NORM}", "valid dictionary"),
-    "a huge shape": (*tensor(shape=[1 << 40]), f"source.tensors.{NORM}.shape.0", "less than or equal to 2147483648"),
-    "no shape": (*tensor(shape=[]), f"source.tensors.{NORM}.shape", "at least 1 item"),
-    "many sizes": (*tensor(shape=[1] * 9), f"source.tensors.{NORM}.shape", "at most 8 items"),
-    "a shape of its own": (*tensor(shape=[7]), "source.tensors", "one of shape [7]"),
-    "an unknown format": (*tensor(format="q3"), "source.tensors", "in format 'q3'"),
-    "an unfit group": (*tensor(format="q4", group=7), "source.tensors", "in groups of 7"),
-    "a tensor's name with a slash": (("source", "tensors", "a/b"), {"shape": [1], "format": "float32"}, "source.tensors", "'a/b'"),
-    "an unknown field": (("source", "weights"), "x", "source.weights", "Extra inputs"),
+    "huge layers": (("config", "num_hidden_layers"), 10**9, "config", "at most 4096 is supported"),
+    "an unknown field": (("weights",), "x", "weights", "Extra inputs"),
     "an unknown option": (("options", "speed"), 1, "options.speed", "not an option of tracing; there are alpha_pattern,"),
     "an adapter there": (("options", "adapter"), "/etc", "options.adapter", "not an option of tracing"),
-    "a prepared folder there": (("options", "prepared"), "/etc", "options.prepared", "not an option of tracing"),
+    "a bundle there": (("options", "bundle"), "/etc", "options.bundle", "not an option of tracing"),
     "an option's value": (("options", "seq"), "16", "options.seq", "seq '16'"),
     "settings that are none": (("lora",), {"speed": 1}, "lora.speed", "no setting of an adapter"),
     "a setting's type": (("lora",), {"rank": "x"}, "lora.rank", "valid integer"),
     "a rank": (("lora",), {"rank": 10**6}, "lora.rank", "at most 16384"),
     "a rank beyond floats": (("lora",), {"rank": 10**400}, "lora", "int too large"),
-    "nothing": (("options",), None, "", "nothing is wanted"),
-    "a description of what is known": (("stored",), ["a.weight"], "stored", "a llama decoder is written by hand"),
+    "names of what is known": (("stored",), ["a.weight"], "stored", "a llama decoder is written by hand"),
     "a stored name that is none": (("stored",), ["a/b"], "stored", "'a/b' is no name of a tensor"),
-    "a group of answers": (("answers",), {"group": 1, "longest": 0}, "answers.group", "greater than or equal to 2"),
-    "half a character": (("source", "config", "x"), "\ud800", "", "cannot be repeated as JSON"),
-    "deep": (("source", "config", "x"), json.loads("[" * 70 + "]" * 70), "", "more than 64 deep"),
+    "half a character": (("config", "x"), "\ud800", "", "cannot be repeated as JSON"),
+    "deep": (("config", "x"), json.loads("[" * 70 + "]" * 70), "", "more than 64 deep"),
 }  # fmt: skip
 
 
@@ -229,13 +193,13 @@ def test_what_is_no_description(served, request_):
         answer = post(served.http, body)
         assert answer.status_code == 422, (body, answer.text)
     many = request_.model_dump(mode="json")
-    many["source"]["tensors"] = {f"t{number}": {"shape": [1], "format": "float32"} for number in range(10**6)}
+    many["stored"] = [f"t{number}" for number in range(10**6)]
     answer = post(served.http, many)
     assert answer.status_code == 422, answer.text
-    assert f"1000000 tensors; this service traces models of at most {MOST_TENSORS}" in answer.text
+    assert f"1000000 tensors; this service traces models of at most {MOST_STORED}" in answer.text
     bomb = gzip.compress(b" " * (65 << 20), 9)
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    answer = served.http.post("/v1/traces", content=bomb, headers=headers)
+    answer = served.http.post("/v1/bundles", content=bomb, headers=headers)
     assert answer.status_code == 413, answer.text
     assert served.http.get("/healthz").json()["status"] == "ok"
 
@@ -299,13 +263,13 @@ def test_a_service_of_another_version_is_told_in_words(served, request_, monkeyp
     monkeypatch.setattr(client, "PROFILE_VERSION", PROFILE_VERSION + 1)
     with connect(served.url) as service_:
         with pytest.raises(InputError) as refusal:
-            service_.trace(request_)
+            service_.bundle(request_)
         told = str(refusal.value)
         assert f"whose profile version is {PROFILE_VERSION}; that of tightfit" in told
         assert f"here is {PROFILE_VERSION + 1}. Install the same tightfit on both" in told
         monkeypatch.setattr(Client, "get", lambda self, path: {"status": "ok", "version": "0.0.9"})
-        with pytest.raises(InputError, match=r"tightfit 0\.0\.9 answers there, .*another, and traces no models"):
-            service_.trace(request_)
+        with pytest.raises(InputError, match=r"tightfit 0\.0\.9 answers there, .*another, and makes no bundles"):
+            service_.bundle(request_)
 
 
 def test_a_device_asks_without_a_solver_and_without_pytorch():
@@ -440,7 +404,7 @@ def test_a_service_that_is_killed_in_the_middle_loses_nothing(tmp_path):
     first = Served(tmp_path / "data").start()
     traced = []
     with connect(first.url) as service_:
-        asking = threading.Thread(target=lambda: traced.append(service_.trace(request)))
+        asking = threading.Thread(target=lambda: traced.append(service_.bundle(request)))
         asking.start()
         until = time.monotonic() + 60
         while not (jobs := first.http.get("/v1/jobs?state=running").json()["jobs"]):
